@@ -1,0 +1,1 @@
+"""petseg's export: from a checkpoint to files that devices run, each with a parity receipt."""

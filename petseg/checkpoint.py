@@ -1,0 +1,129 @@
+"""Checkpoints: safetensors with a JSON header, one file, written beside and renamed. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from petseg.model import AttentionUNet, AttentionUNetConfig
+from petseg_runtime.errors import CheckpointError, OutputError
+from petseg_runtime.files import write_atomic
+
+__all__ = ["Checkpoint", "load", "load_model", "save_checkpoint"]
+
+KEY: Final = "petseg"
+SCHEMA_VERSION: Final = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds.
+
+    Attributes:
+        tensors: By name. A model's own parameters and buffers carry their module's name; a training state adds
+            ``ema/...`` and ``optimizer/...``.
+        meta: The JSON beside them: ``kind`` (``model`` or ``training``), ``model`` (the network's config), and
+            whatever the writer adds (training config, metrics, thresholds).
+        sha256: Digest of the file.
+    """
+
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+    sha256: str
+
+    @property
+    def model_config(self) -> AttentionUNetConfig:
+        """The network's shape.
+
+        Raises:
+            CheckpointError: The JSON does not describe one.
+        """
+        try:
+            return AttentionUNetConfig(**self.meta["model"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint does not say which network it is of ({error})") from error
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
+    """Write a checkpoint: beside its place first, then renamed, so that a crash never leaves half a file.
+
+    Args:
+        path: Where; its folder is made.
+        tensors: Any number, any device; stored as they are, contiguous, on the CPU.
+        meta: JSON values; ``kind`` and ``model`` are expected by readers.
+
+    Returns:
+        The file's SHA-256.
+
+    Raises:
+        OutputError: It cannot be written (no permission, disk full); whatever was there before still is.
+    """
+    plain = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
+    header = json.dumps({"schema_version": SCHEMA_VERSION, **meta}, sort_keys=True)
+    data = save(plain, metadata={KEY: header})
+    try:
+        write_atomic(path, data)
+    except OSError as error:
+        raise OutputError(f"{path}: the checkpoint cannot be written ({error.strerror})") from error
+    return hashlib.sha256(data).hexdigest()
+
+
+def load(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        CheckpointError: Missing, truncated, not safetensors, not petseg's, or of a newer schema.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors checkpoint ({error})") from error
+    if KEY not in metadata:
+        raise CheckpointError(f"{path}: a safetensors file, but not a petseg checkpoint")
+    try:
+        meta = json.loads(metadata[KEY])
+        version = meta.pop("schema_version")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its JSON header is damaged ({error})") from error
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{path}: checkpoint schema_version {version!r}, this version of petseg reads {SCHEMA_VERSION}: upgrade"
+        )
+    return Checkpoint(tensors, meta, digest)
+
+
+def load_model(path: str | os.PathLike[str]) -> tuple[AttentionUNet, Checkpoint]:
+    """The network of a checkpoint, in evaluation mode, float32, on the CPU.
+
+    Of a training state it is the moving average, which is what would be deployed.
+
+    Raises:
+        CheckpointError: As :func:`load`; or tensors are missing, left over, or of another width.
+    """
+    checkpoint = load(path)
+    model = AttentionUNet(checkpoint.model_config)
+    prefix = "ema/" if checkpoint.meta.get("kind") == "training" else ""
+    state = {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: its tensors are not those of the network it names ({error})") from error
+    if bad := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
+        raise CheckpointError(f"{path}: NaN or infinity in {', '.join(bad[:3])}: the training run went wrong")
+    return model.float().eval(), checkpoint

@@ -1,0 +1,115 @@
+"""The ``petseg`` command: a table of subcommands, each imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from petseg_runtime import __version__
+from petseg_runtime.errors import EXIT_INTERRUPTED, MissingExtra, PetsegError
+
+__all__ = ["COMMANDS", "main"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a subcommand is, what the overview says of it, and the extra whose packages it needs."""
+
+    where: str
+    help: str
+    extra: str | None = None
+
+
+#: Named as strings, so that `petseg --help` and `petseg infer` import nothing of the others.
+COMMANDS = {
+    "infer": Command("petseg_runtime.cli:infer", "Segment photos and folders of photos."),
+    "info": Command("petseg_runtime.cli:info", "Say what a model file is, expects and was measured at."),
+    "train": Command("petseg.commands:train", "Train the attention U-Net.", "train"),
+    "evaluate": Command("petseg.commands:evaluate", "Measure a checkpoint or an exported file.", "train"),
+    "data": Command("petseg.commands:data", "Download or check a data set.", "train"),
+    "export": Command("petseg_export.cli:export", "Turn a checkpoint into a file that devices run.", "export"),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its subcommands' names and one-line helps without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        module, _, name = entry.where.partition(":")
+        try:
+            command = getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError as error:
+            if entry.extra is None or (error.name or "").partition(".")[0] in ("petseg", "petseg_export"):
+                raise
+            raise MissingExtra(missing(cmd_name, entry.extra, error)) from error
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+
+
+def missing(command: str, extra: str, error: ModuleNotFoundError) -> str:
+    """What to say when a subcommand's packages are not installed."""
+    return f"`petseg {command}` needs {error.name}, which is not installed: pip install 'petseg[{extra}]'"
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="petseg")
+def petseg() -> None:
+    """Find the pet: train, export and run one attention U-Net.
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 some inputs failed, 4 bad model file, 5 engine or device not
+    there, 6 output not writable, 7 an extra is missing, 8 bad data set, 9 training stopped, 10 parity failed,
+    130 interrupted.
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit; an error raised on purpose becomes one line and its exit code."""
+    sys.exit(run(sys.argv[1:] if args is None else args))
+
+
+def run(args: list[str]) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        result: Any = petseg.main(args=args, prog_name="petseg", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except PetsegError as error:
+        click.echo(f"petseg: {error}", err=True)
+        return error.exit_code
+    except ModuleNotFoundError as error:
+        # A command whose heavy imports happen when it runs, not when it is found.
+        name = next((word for word in args if word in COMMANDS), "")
+        extra = COMMANDS[name].extra if name else None
+        if extra is None or (error.name or "").partition(".")[0] in ("petseg", "petseg_export"):
+            raise
+        click.echo(f"petseg: {missing(name, extra, error)}", err=True)
+        return MissingExtra.exit_code
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("petseg: interrupted", err=True)
+        return EXIT_INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): not an error of ours, and nobody is left to tell.
+        sys.stderr.close()
+        return 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""A training run as data: what the command line, a TOML file and a checkpoint share."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from petseg.model import STRIDE, AttentionUNetConfig
+from petseg_runtime.errors import TrainingError
+
+__all__ = [
+    "AugmentConfig",
+    "DataConfig",
+    "LossConfig",
+    "OptimizerConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "from_dict",
+    "load_toml",
+    "to_dict",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which photos, at which size, and what their border means.
+
+    Attributes:
+        height: Training height in pixels, a multiple of 16. (The published source gives no input size.)
+        width: Training width in pixels, a multiple of 16.
+        val_fraction: Share of trainval that is kept for validation; checkpoint and threshold are chosen on it.
+        split_seed: Seed of that choice; apart from the run's seed, so that runs can be compared.
+        border_target: What the trimap's border is taught as: 0 background (published), 1 pet, between: soft.
+        workers: Processes that augment; 0 does it in the training process.
+    """
+
+    height: int = 256
+    width: int = 256
+    val_fraction: float = 0.05
+    split_seed: int = 0
+    border_target: float = 0.0
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.height > 0 and self.height % STRIDE == 0, "data.height", self.height, f"a multiple of {STRIDE}")
+        _require(self.width > 0 and self.width % STRIDE == 0, "data.width", self.width, f"a multiple of {STRIDE}")
+        _require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "between 0 and 1, both excluded")
+        _require(0 <= self.border_target <= 1, "data.border_target", self.border_target, "between 0 and 1")
+        _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes, the same for a photo and its mask. The published run flips, rotates and jitters colours.
+
+    Attributes:
+        flip: Probability of a left-right flip.
+        rotate: Largest rotation either way, degrees.
+        translate: Largest shift, as a share of the size.
+        scale_min: Smallest scale (below 1 shrinks; the uncovered edge is black and background).
+        scale_max: Largest scale (above 1 crops).
+        brightness: Factor drawn from 1 +- this; likewise ``contrast``, ``saturation``.
+        contrast: See brightness.
+        saturation: See brightness.
+        hue: Shift drawn from +- this, in turns of the colour circle (at most 0.5).
+    """
+
+    flip: float = 0.5
+    rotate: float = 15.0
+    translate: float = 0.0
+    scale_min: float = 1.0
+    scale_max: float = 1.0
+    brightness: float = 0.2
+    contrast: float = 0.2
+    saturation: float = 0.2
+    hue: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.flip <= 1, "augment.flip", self.flip, "between 0 and 1")
+        _require(0 <= self.rotate <= 180, "augment.rotate", self.rotate, "between 0 and 180 degrees")
+        _require(0 <= self.translate < 1, "augment.translate", self.translate, "at least 0 and below 1")
+        _require(0 < self.scale_min <= self.scale_max, "augment.scale_min", self.scale_min, "above 0, <= scale_max")
+        for name in ("brightness", "contrast", "saturation"):
+            _require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "between 0 and 1")
+        _require(0 <= self.hue <= 0.5, "augment.hue", self.hue, "between 0 and 0.5")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """``bce * BCE + dice * L_Dice``; see :mod:`petseg.losses`. 0.5 and 0.5 are the published weights."""
+
+    bce: float = 0.5
+    dice: float = 0.5
+    epsilon: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.bce >= 0, "loss.bce", self.bce, "0 or more")
+        _require(self.dice >= 0, "loss.dice", self.dice, "0 or more")
+        _require(self.bce + self.dice > 0, "loss.bce + loss.dice", self.bce + self.dice, "above 0")
+        _require(self.epsilon > 0, "loss.epsilon", self.epsilon, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101). The published source names no optimizer: our choice.
+
+    Attributes:
+        lr: Peak learning rate.
+        weight_decay: Decoupled decay, on convolution weights only (not on BatchNorm or biases).
+        clip: Largest norm of the whole gradient; longer ones are scaled down to it.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 1e-2
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optimizer.lr", self.lr, "above 0")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        _require(self.clip > 0, "optimizer.clip", self.clip, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How the learning rate moves; a pure function of the step, so that a resumed run follows it exactly.
+
+    Attributes:
+        name: ``cosine-restarts`` (published: CosineAnnealingWarmRestarts, Loshchilov & Hutter 2017), ``one-cycle``
+            (up for the ``warmup`` share of the run, then a cosine to zero), ``cosine``, or ``constant``.
+        restart_epochs: T_0, epochs up to the first restart. (The source gives none: our choice.)
+        restart_factor: T_mult, by which each period is longer than the last.
+        warmup: Share of a one-cycle run spent rising.
+    """
+
+    name: Literal["cosine-restarts", "one-cycle", "cosine", "constant"] = "cosine-restarts"
+    restart_epochs: int = 10
+    restart_factor: int = 2
+    warmup: float = 0.3
+
+    def __post_init__(self) -> None:
+        _require(self.restart_epochs >= 1, "schedule.restart_epochs", self.restart_epochs, "1 or more")
+        _require(self.restart_factor >= 1, "schedule.restart_factor", self.restart_factor, "1 or more")
+        _require(0 < self.warmup < 1, "schedule.warmup", self.warmup, "between 0 and 1, both excluded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. The defaults are the published recipe, as far as its source gives it.
+
+    Attributes:
+        epochs: Passes over the training part.
+        batch: Photos per step.
+        seed: Of the weights, the order of the photos and their augmentation.
+        ema: Decay of the exponential moving average of the weights, which is what is evaluated and kept; 0: none.
+        amp: ``auto`` is bf16 where the device computes in it, fp16 with a gradient scaler on other GPUs, else fp32.
+    """
+
+    epochs: int = 30
+    batch: int = 16
+    seed: int = 0
+    ema: float = 0.998
+    amp: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    model: AttentionUNetConfig = field(default_factory=AttentionUNetConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
+        _require(self.batch >= 2, "batch", self.batch, "2 or more (BatchNorm)")
+        _require(0 <= self.ema < 1, "ema", self.ema, "at least 0 and below 1")
+
+
+T = TypeVar("T")
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The config as nested plain values, for JSON and for comparison."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[T], raw: Mapping[str, Any], where: str = "") -> T:
+    """A config from nested plain values; the reverse of :func:`to_dict`.
+
+    Args:
+        cls: A config dataclass.
+        raw: Its values; what is missing keeps its default.
+        where: Prefix for messages.
+
+    Raises:
+        TrainingError: An unknown name (with the known ones), a wrong type, or a value out of range.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for name, value in raw.items():
+        if name not in known:
+            raise TrainingError(f"unknown setting {where + name!r}; there are: {', '.join(sorted(known))}")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise TrainingError(f"{where + name} is {value!r}; a table of settings is expected")
+            values[name] = from_dict(hint, value, f"{where}{name}.")
+        else:
+            values[name] = _typed(hint, value, where + name)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise TrainingError(f"{where}{error}") from error
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file, for :func:`from_dict`.
+
+    Raises:
+        TrainingError: The file cannot be read or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise TrainingError(f"{path}: not valid TOML ({error})") from error
+
+
+def override(raw: dict[str, Any], assignment: str) -> None:
+    """Put one ``section.name=value`` (value as TOML, or a bare word) into nested settings, in place.
+
+    Raises:
+        TrainingError: The text is not of that form.
+    """
+    key, equals, text = assignment.partition("=")
+    if not equals or not key.strip():
+        raise TrainingError(f"--set {assignment!r}: NAME=VALUE is expected, for example optimizer.lr=0.002")
+    try:
+        value: Any = tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+        if not isinstance(raw, dict):
+            raise TrainingError(f"--set {assignment!r}: {section!r} is a setting, not a section")
+    raw[name] = value
+
+
+def _typed(hint: Any, value: Any, name: str) -> Any:
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise TrainingError(f"{name} is {value!r}; one of {', '.join(map(str, choices))} is expected")
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise TrainingError(f"{name} is {value!r}; {getattr(hint, '__name__', hint)} is expected")
+    return value
+
+
+def _require(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise TrainingError(f"{name} is {value!r}; it must be {expected}")

@@ -1,0 +1,325 @@
+"""Photos and masks: the Oxford-IIIT Pet layout, or a folder of your own; image and mask augmented as one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from petseg.config import AugmentConfig
+from petseg.metrics import BACKGROUND, BORDER, PET
+from petseg_runtime import images
+from petseg_runtime.errors import DataError, InputError
+
+__all__ = ["CheckReport", "Layout", "Pair", "Split", "TrainSet", "augmentation", "check", "find", "read_trimap"]
+
+U8: TypeAlias = npt.NDArray[np.uint8]
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+class Split(StrEnum):
+    """Which photos: trainval is train and val together; test is for reporting only."""
+
+    TRAIN = "train"
+    VAL = "val"
+    TRAINVAL = "trainval"
+    TEST = "test"
+
+
+class Layout(StrEnum):
+    """How a data folder is arranged.
+
+    ``OXFORD``: ``images/NAME.jpg``, ``annotations/trimaps/NAME.png`` (1 pet, 2 background, 3 border) and
+    ``annotations/{trainval,test}.txt`` with the name first on each line.
+
+    ``FOLDER``: ``images/`` and ``masks/`` with equal stems; a mask is any image in which black is background and
+    white is pet (a two-valued 0/1 mask is taken as such). The stems in ``test.txt``, if it is there, are the test
+    split; the rest is trainval.
+    """
+
+    OXFORD = "oxford"
+    FOLDER = "folder"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A photo and where its truth is."""
+
+    name: str
+    image: Path
+    mask: Path
+    layout: Layout
+
+
+def locate(root: Path) -> tuple[Path, Layout]:
+    """The data folder itself and its layout (torchvision downloads into a sub-folder ``oxford-iiit-pet``).
+
+    Raises:
+        DataError: Neither layout is there.
+    """
+    for folder in (root, root / "oxford-iiit-pet"):
+        if (folder / "annotations" / "trimaps").is_dir() and (folder / "images").is_dir():
+            return folder, Layout.OXFORD
+        if (folder / "masks").is_dir() and (folder / "images").is_dir():
+            return folder, Layout.FOLDER
+    raise DataError(
+        f"{root}: no data set here. Expected images/ with annotations/trimaps/ (Oxford-IIIT Pet; "
+        "`petseg data download` fetches it) or images/ with masks/ (your own)"
+    )
+
+
+def find(root: Path, split: Split, *, val_fraction: float = 0.05, seed: int = 0) -> list[Pair]:
+    """The pairs of a split, sorted by name. Files are not opened; see :func:`check`.
+
+    Args:
+        root: The data folder.
+        split: Which part. ``TRAIN`` and ``VAL`` divide trainval.
+        val_fraction: Share of trainval that is validation.
+        seed: Decides which; the same names, fraction and seed give the same parts on every machine.
+
+    Raises:
+        DataError: No data set, or no photo in that split.
+    """
+    folder, layout = locate(root)
+    listed = Split.TEST if split is Split.TEST else Split.TRAINVAL
+    pairs = _oxford(folder, listed) if layout is Layout.OXFORD else _folder(folder, listed)
+    if split in (Split.TRAIN, Split.VAL):
+        held = validation_names([pair.name for pair in pairs], val_fraction, seed)
+        pairs = [pair for pair in pairs if (pair.name in held) is (split is Split.VAL)]
+    if not pairs:
+        raise DataError(f"{root}: the {split} split has no photos")
+    return pairs
+
+
+def validation_names(names: Sequence[str], fraction: float, seed: int) -> set[str]:
+    """Which names are validation: at least one, chosen by seed from the sorted names."""
+    ordered = sorted(names)
+    return set(random.Random(seed).sample(ordered, min(len(ordered), max(1, round(fraction * len(ordered))))))
+
+
+def _oxford(folder: Path, split: Split) -> list[Pair]:
+    listing = folder / "annotations" / f"{split}.txt"
+    try:
+        lines = listing.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{listing}: cannot be read ({error.strerror})") from error
+    names = sorted({line.split()[0] for line in lines if line.strip() and not line.startswith("#")})
+    trimaps = folder / "annotations" / "trimaps"
+    return [Pair(n, folder / "images" / f"{n}.jpg", trimaps / f"{n}.png", Layout.OXFORD) for n in names]
+
+
+def _folder(folder: Path, split: Split) -> list[Pair]:
+    photos = _by_stem(folder / "images")
+    masks = _by_stem(folder / "masks")
+    listing = folder / "test.txt"
+    test = set(listing.read_text(encoding="utf-8").split()) if listing.exists() else set()
+    names = [n for n in sorted(photos) if (n in test) is (split is Split.TEST)]
+    # A photo without a mask stays in the list, with the path where its mask should be: `check` will name it.
+    return [Pair(n, photos[n], masks.get(n, folder / "masks" / f"{n}.png"), Layout.FOLDER) for n in names]
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
+            if path.stem in found:
+                raise DataError(f"{path} and {found[path.stem]} have the same stem; names must be unique")
+            found[path.stem] = path
+    return found
+
+
+def read_trimap(pair: Pair) -> U8:
+    """The truth of a pair as a trimap.
+
+    Returns:
+        uint8 [H, W] of 1 (pet), 2 (background), 3 (border; only in the Oxford layout).
+
+    Raises:
+        DataError: Missing, unreadable, or with values that are not a mask's.
+    """
+    try:
+        with Image.open(pair.mask) as image:
+            mask = np.array(image if pair.layout is Layout.OXFORD else image.convert("L"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{pair.mask}: cannot be read as a mask ({error})") from error
+    if pair.layout is Layout.FOLDER:
+        pet = mask > (0 if mask.max() <= 1 else 127)
+        return np.where(pet, PET, BACKGROUND).astype(np.uint8)
+    if mask.ndim != 2 or mask.size == 0 or mask.min() < PET or mask.max() > BORDER:
+        raise DataError(f"{pair.mask}: not a trimap (expected one channel of 1, 2 and 3)")
+    return mask.astype(np.uint8)
+
+
+def read_pair(pair: Pair) -> tuple[U8, U8]:
+    """Photo (uint8 [H, W, 3]) and trimap (uint8 [h, w]) at their own sizes.
+
+    Raises:
+        DataError: Either cannot be read.
+    """
+    try:
+        photo = images.read(pair.image).pixels
+    except InputError as error:
+        raise DataError(f"{error} (`petseg data check` lists every such file)") from error
+    return photo, read_trimap(pair)
+
+
+@dataclass
+class CheckReport:
+    """What :func:`check` found, by kind; every list holds names (or ``name: reason``)."""
+
+    pairs: int = 0
+    missing: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    wrong_size: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+
+    @property
+    def usable(self) -> bool:
+        """Whether training would start: nothing missing, unreadable or of the wrong size. Empty masks are left out
+        of training by name, and counted in an evaluation."""
+        return self.pairs > 0 and not (self.missing or self.unreadable or self.wrong_size)
+
+
+def check(pairs: Sequence[Pair], progress: Iterator[Any] | None = None) -> CheckReport:
+    """Open every photo and mask; say which are missing, unreadable, of unequal sizes, or without any pet."""
+    report = CheckReport(pairs=len(pairs))
+    for pair in pairs:
+        gone = [path for path in (pair.image, pair.mask) if not path.exists()]
+        if gone:
+            report.missing += [str(path) for path in gone]
+        else:
+            _check_pair(pair, report)
+        if progress is not None:
+            next(progress)
+    return report
+
+
+def _check_pair(pair: Pair, report: CheckReport) -> None:
+    try:
+        photo, trimap = read_pair(pair)
+    except DataError as error:
+        report.unreadable.append(str(error))
+        return
+    if photo.shape[:2] != trimap.shape:
+        sizes = f"photo {photo.shape[1]} x {photo.shape[0]}, mask {trimap.shape[1]} x {trimap.shape[0]}"
+        report.wrong_size.append(f"{pair.name}: {sizes}")
+    if not (trimap == PET).any():
+        report.empty.append(pair.name)
+
+
+def augmentation(config: AugmentConfig) -> v2.Transform:
+    """The random changes as one torchvision v2 transform over (Image, Mask); a mask is never interpolated."""
+    fill = {tv_tensors.Image: 0, tv_tensors.Mask: BACKGROUND}
+    steps: list[v2.Transform] = [v2.RandomHorizontalFlip(config.flip)]
+    if config.rotate or config.translate or (config.scale_min, config.scale_max) != (1.0, 1.0):
+        steps.append(
+            v2.RandomAffine(
+                degrees=config.rotate,
+                translate=(config.translate, config.translate) if config.translate else None,
+                scale=(config.scale_min, config.scale_max),
+                interpolation=v2.InterpolationMode.BILINEAR,
+                fill=fill,
+            )
+        )
+    if config.brightness or config.contrast or config.saturation or config.hue:
+        steps.append(v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue))
+    return v2.Compose(steps)
+
+
+class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
+    """Photos and trimaps decoded once, kept as bytes in memory, augmented anew each time they are drawn.
+
+    An item is drawn by ``epoch * len(self) + index``, and its random changes depend on that number and the seed
+    alone: not on the order, nor on the number of workers, nor on whether the run was stopped in between.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], height: int, width: int, augment: AugmentConfig, seed: int) -> None:
+        """Decode everything.
+
+        Raises:
+            DataError: A file cannot be read, or no photo with a pet in it is left.
+        """
+        self.names: list[str] = []
+        self.skipped_empty: list[str] = []
+        photos: list[U8] = []
+        trimaps: list[U8] = []
+        for pair in pairs:
+            photo, trimap = read_pair(pair)
+            if not (trimap == PET).any():
+                self.skipped_empty.append(pair.name)  # a known flaw of the data set; it would teach "no pet"
+                continue
+            self.names.append(pair.name)
+            photos.append(images.to_model(photo, height, width))
+            trimaps.append(_resize_trimap(trimap, height, width))
+        if not self.names:
+            raise DataError("no photo with a pet in its mask: nothing to train on")
+        self._photos = np.stack(photos)
+        self._trimaps = np.stack(trimaps)
+        self._augment = augmentation(augment)
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, draw: int) -> tuple[Tensor, Tensor, int]:
+        """Photo uint8 [H, W, 3], trimap uint8 [H, W], and the index of its name."""
+        epoch, index = divmod(draw, len(self))
+        image = tv_tensors.Image(torch.from_numpy(self._photos[index]).permute(2, 0, 1))
+        mask = tv_tensors.Mask(torch.from_numpy(self._trimaps[index]))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_mix(self._seed, epoch, index))
+            image, mask = self._augment(image, mask)
+        return image.as_subclass(Tensor).permute(1, 2, 0), mask.as_subclass(Tensor), index
+
+
+class EpochSampler(Sampler[list[int]]):
+    """Batches of draws for one epoch, from a given batch on; full batches only (BatchNorm dislikes remainders)."""
+
+    def __init__(self, size: int, batch: int, seed: int) -> None:
+        """Raises DataError if there are fewer photos than one batch takes."""
+        if size < batch:
+            raise DataError(f"{size} photos to train on, but a batch takes {batch}: use a smaller --batch")
+        self.size, self.batch, self.seed = size, batch, seed
+        self.epoch, self.start = 0, 0
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return self.size // self.batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch, -1))
+        order = torch.randperm(self.size, generator=generator).tolist()
+        for i in range(self.start, len(self)):
+            yield [self.epoch * self.size + index for index in order[i * self.batch : (i + 1) * self.batch]]
+
+
+def target_of(trimap: Tensor, border_target: float) -> Tensor:
+    """What the network is taught: trimap uint8 [N, H, W] to float32 [N, 1, H, W]; pet 1, background 0."""
+    target = (trimap == PET).float() + border_target * (trimap == BORDER).float()
+    return target.unsqueeze(1)
+
+
+def _resize_trimap(trimap: U8, height: int, width: int) -> U8:
+    """Nearest: a class is not a quantity."""
+    return np.array(Image.fromarray(trimap).resize((width, height), Image.Resampling.NEAREST))
+
+
+def _mix(seed: int, epoch: int, index: int) -> int:
+    """One number for the generator from three, well spread (the finaliser of SplitMix64)."""
+    x = (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + (index + 1) * 0x94D049BB133111EB) & (2**64 - 1)
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return (x ^ (x >> 31)) >> 1

@@ -1,0 +1,47 @@
+"""What the network is taught to minimise: binary cross-entropy, Dice, and their weighted sum."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["bce_dice", "dice_loss"]
+
+
+def dice_loss(logits: Tensor, target: Tensor, epsilon: float = 1.0) -> Tensor:
+    """``1 - (2 sum(p g) + epsilon) / (sum(p) + sum(g) + epsilon)``, the sums over the whole batch.
+
+    Computed in float32 whatever the logits' type: a batch has millions of pixels, and float16 ends at 65504.
+    (Milletari et al. 2016, "V-Net", arXiv:1606.04797, in the form with plain sums.)
+
+    Args:
+        logits: [N, 1, H, W], any float type.
+        target: [N, 1, H, W] in [0, 1]; may be soft.
+        epsilon: Keeps an all-empty batch defined (loss 0 there).
+
+    Returns:
+        A float32 scalar in [0, 1].
+    """
+    p = torch.sigmoid(logits.float())
+    g = target.float()
+    return 1 - (2 * (p * g).sum() + epsilon) / (p.sum() + g.sum() + epsilon)
+
+
+def bce_dice(logits: Tensor, target: Tensor, bce: float = 0.5, dice: float = 0.5, epsilon: float = 1.0) -> Tensor:
+    """``bce * BCE + dice * L_Dice``; the published network's loss at 0.5 and 0.5.
+
+    BCE is taken from the logits in float32 (log-sum-exp), so that a confident mistake stays finite.
+
+    Args:
+        logits: [N, 1, H, W], any float type.
+        target: [N, 1, H, W] in [0, 1]; may be soft.
+        bce: Weight of the cross-entropy, averaged over pixels.
+        dice: Weight of the Dice loss.
+        epsilon: See :func:`dice_loss`.
+
+    Returns:
+        A float32 scalar.
+    """
+    cross_entropy = F.binary_cross_entropy_with_logits(logits.float(), target.float())
+    return bce * cross_entropy + dice * dice_loss(logits, target, epsilon)

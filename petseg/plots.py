@@ -1,0 +1,83 @@
+"""Pictures of a run: training curves, and grids of photo, truth and prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from petseg.checkpoint import load_model
+from petseg.data import Pair, read_pair
+from petseg.evaluate import Run, torch_run
+from petseg.metrics import counts, histogram
+from petseg_runtime import images
+from petseg_runtime.files import replacing
+
+__all__ = ["curves", "grid", "predictions"]
+
+matplotlib.use("Agg")  # files only: no window, no display needed
+
+
+def curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Loss, validation IoU and Dice over epochs, as a PNG.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    epochs = [row["epoch"] for row in history]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(epochs, [row["loss"] for row in history], label="training loss (BCE + Dice)")
+    right.plot(epochs, [row["val_iou"] for row in history], label="validation IoU")
+    right.plot(epochs, [row["val_dice"] for row in history], label="validation Dice")
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    _save(figure, path)
+
+
+def predictions(checkpoint: Path, pairs: Sequence[Pair], path: Path) -> None:
+    """A grid for some pairs of a checkpoint's own size and threshold: see :func:`grid`."""
+    model, loaded = load_model(checkpoint)
+    spec = loaded.meta["spec"]
+    grid(torch_run(model), pairs, spec["height"], spec["width"], spec["threshold"], path)
+
+
+def grid(run: Run, pairs: Sequence[Pair], height: int, width: int, threshold: float, path: Path) -> None:
+    """Photo, truth (border grey), probability and mask, one row for each pair, as a PNG.
+
+    Args:
+        run: The model.
+        pairs: What to show.
+        height: The model's input height.
+        width: The model's input width.
+        threshold: Pet is ``probability >= 255 * threshold``.
+        path: Where to.
+
+    Raises:
+        DataError: A pair cannot be read.
+        OSError: The picture cannot be written.
+    """
+    figure = Figure(figsize=(10, 2.6 * len(pairs)), layout="constrained")
+    rows = figure.subplots(len(pairs), 4, squeeze=False)
+    for axes, pair in zip(rows, pairs, strict=True):
+        photo, trimap = read_pair(pair)
+        probability = images.from_model(run(images.to_model(photo, height, width)[None])[0], *trimap.shape)
+        iou = counts(histogram(probability, trimap), threshold).iou
+        truth = np.choose(trimap - 1, (255, 0, 128)).astype(np.uint8)
+        mask = np.where(probability >= 255 * threshold, 255, 0).astype(np.uint8)
+        titles = (pair.name, "truth (border grey)", "probability", f"prediction, IoU {iou:.3f}")
+        for axis, picture, title in zip(axes, (photo, truth, probability, mask), titles, strict=True):
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=255, aspect="auto")
+            axis.set_title(title, fontsize=8)
+            axis.axis("off")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=110)

@@ -1,0 +1,42 @@
+"""Files that are either whole or not there: written beside their place, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["replacing", "write_atomic"]
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A free path in the destination's folder to write to; renamed to ``path`` at the end, removed on any error.
+
+    The rename is atomic because both lie on one file system. The folder is made if need be.
+
+    Raises:
+        OSError: The folder cannot be made or written to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.part{path.suffix}")
+    try:
+        yield beside
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path``, whole or not at all, flushed to the disk before the rename.
+
+    Raises:
+        OSError: It cannot be written; whatever was at ``path`` before still is.
+    """
+    with replacing(path) as beside, beside.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

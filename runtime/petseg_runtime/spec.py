@@ -1,0 +1,114 @@
+"""What a model expects and returns, and where it comes from: the JSON that travels inside the file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from petseg_runtime.errors import ModelError
+
+__all__ = ["SPEC_KEY", "ModelSpec"]
+
+SPEC_KEY: Final = "petseg.spec"
+SCHEMA_VERSION: Final = 1
+
+#: Height and width are multiples of this: four 2x2 poolings.
+STRIDE: Final = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """The contract of an exported model: ``image`` uint8 [N, H, W, 3] RGB in, ``probability`` uint8 [N, H, W] out.
+
+    The output is ``round(255 * p(pet))``; normalisation and sigmoid are inside the graph. What is left to the
+    caller is the resize, and it is named here.
+
+    Attributes:
+        name: What the model is called.
+        height: Input height in pixels, a multiple of 16.
+        width: Input width in pixels, a multiple of 16.
+        resize: How a photo becomes H x W; ``"stretch"`` ignores its aspect ratio.
+        filter: Resampling filter; ``"bilinear"``, with support scaled when shrinking (antialiasing).
+        threshold: A pixel is pet where ``probability >= 255 * threshold``; chosen on validation photos for the
+            headline metric, which counts the trimap's border (fur, outline) as background. In (0, 1).
+        cutout_threshold: The lower threshold at which the border belongs to the pet: the one for cutouts. In (0, 1).
+        border_target: What the network was taught to say on the trimap's border; in [0, 1].
+    """
+
+    name: str
+    height: int
+    width: int
+    resize: str = "stretch"
+    filter: str = "bilinear"
+    threshold: float = 0.5
+    cutout_threshold: float = 0.5
+    border_target: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check every field; see Raises.
+
+        Raises:
+            ModelError: A field has a value that this version of petseg cannot honour.
+        """
+        for field, value in (("height", self.height), ("width", self.width)):
+            if not isinstance(value, int) or value < STRIDE or value % STRIDE:
+                raise ModelError(f"model {field} is {value!r}; it must be a positive multiple of {STRIDE}")
+        if (self.resize, self.filter) != ("stretch", "bilinear"):
+            raise ModelError(
+                f"this model wants resize={self.resize!r} with filter={self.filter!r}; this version of petseg "
+                "knows 'stretch' with 'bilinear': upgrade petseg, or export the model again"
+            )
+        for field, number, closed in (
+            ("threshold", self.threshold, False),
+            ("cutout_threshold", self.cutout_threshold, False),
+            ("border_target", self.border_target, True),
+        ):
+            inside = 0 <= number <= 1 if closed else 0 < number < 1
+            if not math.isfinite(number) or not inside:
+                raise ModelError(f"model {field} is {number!r}; it must lie between 0 and 1")
+
+    def to_json(self) -> str:
+        """The spec as one line of JSON, with its ``schema_version``."""
+        return json.dumps({"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelSpec:
+        """Read a spec back.
+
+        Raises:
+            ModelError: The text is not a spec, or one of a newer schema than this version understands.
+        """
+        try:
+            raw: Any = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ModelError(f"the model's specification is not JSON: {error}") from error
+        if not isinstance(raw, dict):
+            raise ModelError("the model's specification is not a JSON object")
+        version = raw.pop("schema_version", None)
+        if version != SCHEMA_VERSION:
+            raise ModelError(
+                f"the model's specification has schema_version {version!r}; this version of petseg reads "
+                f"{SCHEMA_VERSION}: upgrade petseg, or export the model again"
+            )
+        return cls(**_checked(raw))
+
+
+def _checked(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep known fields, refuse missing ones and wrong types (unknown ones may come from a later minor version)."""
+    fields = {field.name: field for field in dataclasses.fields(ModelSpec)}
+    kinds: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}
+    values: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name not in raw:
+            if field.default is dataclasses.MISSING:
+                raise ModelError(f"the model's specification lacks {name!r}")
+            continue
+        value = raw[name]
+        if not isinstance(value, kinds[str(field.type)]) or isinstance(value, bool):
+            raise ModelError(f"the model's specification has {name} = {value!r}; a {field.type} is expected")
+        values[name] = value
+    return values
