@@ -16,7 +16,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from petseg.train import Observer, RunState
 
-__all__ = ["data", "evaluate", "train"]
+__all__ = ["data", "evaluate", "parse_size", "train"]
 
 PATH = click.Path(path_type=Path)
 
@@ -73,7 +73,8 @@ def train(
     """
     from petseg import plots
     from petseg.config import TrainConfig, from_dict, load_toml, override
-    from petseg.train import LOG, Trainer, pick_device
+    from petseg.device import pick_device
+    from petseg.train import LOG, Trainer
 
     raw = load_toml(config_file) if config_file else {}
     for key, value in (("epochs", epochs), ("batch", batch), ("seed", seed), ("model.width", width)):
@@ -146,3 +147,127 @@ def _observer(epochs: int, progress: Progress, quiet: bool) -> Observer:
                 )
 
     return Printer()
+
+
+@click.command()
+@click.argument("model", type=PATH)
+@click.option("--data", "root", type=PATH, required=True, help="Labelled data folder.")
+@click.option("--split", type=click.Choice(["test", "val", "train", "trainval"]), default="test", show_default=True)
+@click.option("--threshold", type=float, help="Pet from this probability on, 0 to 1.  [default: the model's own]")
+@click.option("--device", default="auto", show_default=True, help="For checkpoints: auto, cpu, cuda or cuda:N.")
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Photos per call.")
+@click.option("--val-fraction", type=float, default=0.05, show_default=True, help="Share of trainval that is val.")
+@click.option("--split-seed", type=int, default=0, show_default=True, help="Decides which photos are val.")
+@click.option("--output", type=PATH, help="Folder for evaluation.json, worst.png and per-photo images.csv.")
+@click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+def evaluate(
+    model: Path,
+    root: Path,
+    split: str,
+    threshold: float | None,
+    device: str,
+    batch: int,
+    val_fraction: float,
+    split_seed: int,
+    output: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Measure MODEL, a checkpoint or an exported file, on a labelled split.
+
+    Pixels are counted at each mask's own resolution and added up over the split. The headline counts the trimap's
+    border as background; the other two readings are below it.
+    """
+    from petseg.data import Split, find
+    from petseg.evaluate import evaluate as measure
+    from petseg.evaluate import open_model, write_report
+
+    if threshold is not None and not 0 < threshold < 1:
+        raise click.BadParameter(f"{threshold} does not lie between 0 and 1", param_hint="--threshold")
+    pairs = find(root, Split(split), val_fraction=val_fraction, seed=split_seed)
+    with open_model(model, device) as opened, _progress(quiet) as progress:
+        task = progress.add_task("measuring", total=len(pairs), detail="")
+        result = measure(
+            opened.run,
+            pairs,
+            opened.height,
+            opened.width,
+            batch=batch,
+            watch=lambda done: progress.update(task, completed=done),
+        )
+        cut = opened.threshold if threshold is None else threshold
+        record = {**result.summary(cut), "model": opened.describe(), "split": split}
+        if output:
+            write_report(result, record, opened, pairs, output)
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+    elif not quiet:
+        _print_metrics(record)
+        if output:
+            click.echo(f"{output}: evaluation.json, images.csv, worst.png")
+    return 0
+
+
+def _print_metrics(record: dict[str, Any]) -> None:
+    table = Table(title=f"{record['photos']} photos, threshold {record['threshold']:.3f}")
+    table.add_column("border counts as")
+    names = ("iou", "dice", "accuracy", "precision", "recall", "mean_image_iou")
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    for border, values in record["readings"].items():
+        table.add_row(border, *(f"{values[name]:.4f}" for name in names))
+    Console().print(table)
+    if record["photos_without_pet"]:
+        click.echo(f"masks without any pet, counted all the same: {', '.join(record['photos_without_pet'])}")
+
+
+@click.group()
+def data() -> None:
+    """Download or check a data set."""
+
+
+@data.command()
+@click.argument("folder", type=PATH)
+def download(folder: Path) -> int:
+    """Download the Oxford-IIIT Pet data set (0.8 GB) into FOLDER, with its checksums verified.
+
+    Photos and masks are CC BY-SA 4.0; cite Parkhi et al., "Cats and Dogs", CVPR 2012.
+    """
+    from petseg.data import download as fetch
+
+    fetch(folder)
+    click.echo(f"{folder / 'oxford-iiit-pet'}: ready; `petseg data check {folder}` looks at every file")
+    return 0
+
+
+@data.command()
+@click.argument("folder", type=PATH)
+@click.option("--split", type=click.Choice(["all", "trainval", "test"]), default="all", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="Only the exit code.")
+def check(folder: Path, split: str, as_json: bool, quiet: bool) -> int:
+    """Open every photo and mask of FOLDER and name what is wrong. Exit code 0: usable; 8: not."""
+    from petseg.data import Split, find_listed
+    from petseg.data import check as look
+    from petseg_runtime.errors import DataError
+
+    pairs = find_listed(folder, [Split.TRAINVAL, Split.TEST] if split == "all" else [Split(split)])
+    with _progress(quiet) as progress:
+        task = progress.add_task("checking", total=len(pairs), detail="")
+        report = look(pairs, watch=lambda done: progress.update(task, completed=done))
+    findings = {
+        "missing": report.missing,
+        "unreadable": report.unreadable,
+        "wrong_size": report.wrong_size,
+        "empty": report.empty,
+    }
+    if as_json:
+        click.echo(json.dumps({"schema_version": 1, "pairs": report.pairs, "usable": report.usable, **findings}))
+    elif not quiet:
+        for kind, names in findings.items():
+            for name in names:
+                click.echo(f"{kind.replace('_', ' ')}: {name}")
+        counted = ", ".join(f"{len(names)} {kind.replace('_', ' ')}" for kind, names in findings.items())
+        click.echo(f"{report.pairs} pairs: {counted}: {'usable' if report.usable else 'not usable'}")
+    return 0 if report.usable else DataError.exit_code

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
+from torchvision.datasets import OxfordIIITPet
 from torchvision.transforms import v2
 
 from petseg.config import AugmentConfig
@@ -23,7 +24,22 @@ from petseg.metrics import BACKGROUND, BORDER, PET
 from petseg_runtime import images
 from petseg_runtime.errors import DataError, InputError
 
-__all__ = ["CheckReport", "Layout", "Pair", "Split", "TrainSet", "augmentation", "check", "find", "read_trimap"]
+__all__ = [
+    "CheckReport",
+    "EpochSampler",
+    "Layout",
+    "Pair",
+    "Split",
+    "TrainSet",
+    "augmentation",
+    "check",
+    "download",
+    "find",
+    "find_listed",
+    "read_pair",
+    "read_trimap",
+    "target_of",
+]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
@@ -102,6 +118,36 @@ def find(root: Path, split: Split, *, val_fraction: float = 0.05, seed: int = 0)
     if not pairs:
         raise DataError(f"{root}: the {split} split has no photos")
     return pairs
+
+
+def find_listed(root: Path, splits: Sequence[Split]) -> list[Pair]:
+    """The pairs of several of the data set's own splits; one that it does not have is passed over.
+
+    Raises:
+        DataError: No data set, or none of the splits.
+    """
+    pairs: list[Pair] = []
+    problems: list[DataError] = []
+    for split in splits:
+        try:
+            pairs += find(root, split)
+        except DataError as error:
+            problems.append(error)
+    if not pairs:
+        raise problems[0]
+    return pairs
+
+
+def download(folder: Path) -> None:
+    """Fetch the Oxford-IIIT Pet data set through torchvision, which verifies the archives' checksums.
+
+    Raises:
+        DataError: The server cannot be reached, or what it sent is not the data set.
+    """
+    try:
+        OxfordIIITPet(folder, download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{folder}: the data set could not be downloaded ({error}); try again later") from error
 
 
 def validation_names(names: Sequence[str], fraction: float, seed: int) -> set[str]:
@@ -193,17 +239,22 @@ class CheckReport:
         return self.pairs > 0 and not (self.missing or self.unreadable or self.wrong_size)
 
 
-def check(pairs: Sequence[Pair], progress: Iterator[Any] | None = None) -> CheckReport:
-    """Open every photo and mask; say which are missing, unreadable, of unequal sizes, or without any pet."""
+def check(pairs: Sequence[Pair], watch: Callable[[int], None] | None = None) -> CheckReport:
+    """Open every photo and mask; say which are missing, unreadable, of unequal sizes, or without any pet.
+
+    Args:
+        pairs: What to look at.
+        watch: Called with the number of pairs looked at so far.
+    """
     report = CheckReport(pairs=len(pairs))
-    for pair in pairs:
+    for number, pair in enumerate(pairs, start=1):
         gone = [path for path in (pair.image, pair.mask) if not path.exists()]
         if gone:
             report.missing += [str(path) for path in gone]
         else:
             _check_pair(pair, report)
-        if progress is not None:
-            next(progress)
+        if watch:
+            watch(number)
     return report
 
 

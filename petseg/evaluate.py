@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from petseg.checkpoint import load_model
 from petseg.data import Pair, read_pair
+from petseg.device import pick_device
 from petseg.metrics import Border, Histogram, PixelCounts, counts, histogram
 from petseg.model import AttentionUNet, normalize
 from petseg_runtime import images
+from petseg_runtime.artifact import open_artifact
+from petseg_runtime.engines.registry import load_engine
+from petseg_runtime.errors import CheckpointError, OutputError
+from petseg_runtime.files import write_atomic
 
-__all__ = ["Evaluation", "Run", "evaluate", "torch_run"]
+__all__ = ["Evaluation", "OpenedModel", "Run", "evaluate", "open_model", "torch_run", "write_report"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 #: What every model is here: uint8 [N, H, W, 3] RGB in, uint8 [N, H, W] probability out.
@@ -113,6 +124,79 @@ def torch_run(model: AttentionUNet, device: torch.device | str = "cpu") -> Run:
         return probability.to(torch.uint8).cpu().numpy()  # type: ignore[no-any-return]
 
     return run
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model of either kind, ready to be measured."""
+
+    run: Run
+    height: int
+    width: int
+    threshold: float
+    description: dict[str, Any]
+
+    def describe(self) -> dict[str, Any]:
+        """What it is and what runs it; JSON values."""
+        return self.description
+
+
+@contextlib.contextmanager
+def open_model(path: Path, device: str = "auto") -> Iterator[OpenedModel]:
+    """A checkpoint (``.safetensors``) in PyTorch, or an exported file in the runtime's engine.
+
+    Args:
+        path: The file.
+        device: For a checkpoint; an exported file runs where its engine does.
+
+    Raises:
+        ModelError: It cannot be read; CheckpointError if it is a checkpoint.
+        EngineError: The device or the engine cannot be had.
+    """
+    if path.suffix == ".safetensors":
+        model, loaded = load_model(path)
+        if not isinstance(spec := loaded.meta.get("spec"), dict):
+            raise CheckpointError(f"{path}: the state of a run, not a model; evaluate best.safetensors beside it")
+        where = pick_device(device)
+        about = {"file": path.name, "sha256": loaded.sha256, "engine": f"PyTorch {torch.__version__} on {where}, f32"}
+        yield OpenedModel(torch_run(model, where), spec["height"], spec["width"], spec["threshold"], about)
+        return
+    artifact = open_artifact(path)
+    with load_engine(artifact) as engine:
+        info = engine.describe()
+        about = {
+            "file": path.name,
+            "identity": artifact.onnx.identity,
+            "engine": f"{info.name} {info.version} on {info.device}, {info.precision}",
+        }
+        spec_ = artifact.spec
+        yield OpenedModel(engine.run, spec_.height, spec_.width, spec_.threshold, about)
+
+
+def write_report(
+    result: Evaluation, record: dict[str, Any], model: OpenedModel, pairs: Sequence[Pair], folder: Path
+) -> None:
+    """Write evaluation.json, images.csv (each photo's IoU in every reading) and worst.png (the eight worst).
+
+    Raises:
+        OutputError: The folder cannot be written to.
+    """
+    from petseg import plots  # matplotlib takes a second to import, and most evaluations draw nothing
+
+    threshold = record["threshold"]
+    ious = {border: result.image_ious(threshold, border) for border in Border}
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["name", *(f"iou_border_{border}" for border in Border)])
+    for name, *row in zip(result.names, *ious.values(), strict=True):
+        writer.writerow([name, *(f"{iou:.6f}" for iou in row)])
+    worst = [pairs[i] for i in np.argsort(ious[Border.BACKGROUND], kind="stable")[:8]]
+    try:
+        write_atomic(folder / "images.csv", text.getvalue().encode())
+        plots.grid(model.run, worst, model.height, model.width, threshold, folder / "worst.png")
+        write_atomic(folder / "evaluation.json", (json.dumps(record, indent=2) + "\n").encode())
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written to ({error.strerror or error})") from error
 
 
 def _chunks(pairs: Sequence[Pair], size: int) -> Iterable[Sequence[Pair]]:

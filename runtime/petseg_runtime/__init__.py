@@ -1,5 +1,48 @@
-"""petseg's runtime: a pet segmentation model on images, without torch."""
+"""petseg's runtime: a pet segmentation model on images, without torch.
+
+>>> from petseg_runtime import Segmenter
+>>> Segmenter()("cat.jpg").mask  # doctest: +SKIP
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from petseg_runtime.artifact import default_model, sample_photos
+    from petseg_runtime.errors import PetsegError
+    from petseg_runtime.images import Photo
+    from petseg_runtime.result import Segmentation
+    from petseg_runtime.segmenter import Segmenter
+    from petseg_runtime.spec import ModelSpec
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "ModelSpec",
+    "PetsegError",
+    "Photo",
+    "Segmentation",
+    "Segmenter",
+    "__version__",
+    "default_model",
+    "sample_photos",
+]
+
+# Imported when first used, so that `petseg --help` and `--version` load neither numpy nor pillow.
+_HOMES = {
+    "ModelSpec": "spec",
+    "PetsegError": "errors",
+    "Photo": "images",
+    "Segmentation": "result",
+    "Segmenter": "segmenter",
+    "default_model": "artifact",
+    "sample_photos": "artifact",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

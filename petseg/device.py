@@ -1,0 +1,58 @@
+"""Which device computes, and in which precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from petseg_runtime.errors import EngineError, TrainingError
+
+__all__ = ["pick_device", "pick_precision"]
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the first GPU if there is one, else the CPU; anything else is taken at its word.
+
+    Raises:
+        EngineError: The device that was asked for is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise EngineError(f"--device {name!r} is not a device; auto, cpu, cuda or cuda:N is expected") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EngineError(
+            f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs here; check the driver with "
+            "nvidia-smi, or train on the CPU with --device cpu"
+        )
+    if device.type not in ("cuda", "cpu"):
+        raise EngineError(f"--device {name}: petseg trains on cuda or cpu")
+    return device
+
+
+def pick_precision(amp: str, device: torch.device) -> torch.dtype:
+    """What to compute in: bf16 where the hardware has it, fp16 on other GPUs, fp32 on other CPUs.
+
+    Raises:
+        TrainingError: fp16 was asked for on a CPU, whose gradients would underflow unscaled.
+    """
+    if amp == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[amp]
+    if dtype is torch.float16 and device.type == "cpu":
+        raise TrainingError("amp is fp16 on a CPU: gradients would underflow; use bf16 or fp32")
+    return dtype
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 natively; emulated bf16 is slower than fp32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))

@@ -1,0 +1,201 @@
+"""``petseg infer`` and ``petseg info``: what a device runs; no torch, and nothing imported that is not used."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from petseg_runtime.errors import EXIT_PARTIAL, InputError
+
+if TYPE_CHECKING:
+    from petseg_runtime.pipeline import Outcome, Report
+
+__all__ = ["infer", "info"]
+
+SCHEMA_VERSION = 1
+PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, type=PATH, metavar="PATH...")
+@click.option("--model", type=PATH, help="A file that `petseg export` made.  [default: the one that ships]")
+@click.option("--output", type=PATH, help="Folder for the results.  [default: petseg-output/KIND]")
+@click.option(
+    "--as",
+    "kind",
+    type=click.Choice(["mask", "probability", "cutout", "overlay"]),
+    default="cutout",
+    show_default=True,
+    help="What to write for each photo.",
+)
+@click.option("--threshold", type=float, help="Pet from this probability on, 0 to 1.  [default: the model's own]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per photo on stdout, then a summary.")
+@click.option("-v", "--verbose", is_flag=True, help="Say what runs it, and how long it took.")
+@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+def infer(
+    paths: tuple[Path, ...],
+    model: Path | None,
+    output: Path | None,
+    kind: str,
+    threshold: float | None,
+    threads: int | None,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+) -> int:
+    """Segment photos: files, and folders with all their sub-folders.
+
+    A photo that cannot be used is named, counted and passed over. Exit code 0: all done; 3: some failed; 1: all
+    failed.
+    """
+    from petseg_runtime.pipeline import segment_photos
+    from petseg_runtime.segmenter import Segmenter
+    from petseg_runtime.sinks import ImageSink
+    from petseg_runtime.sources import find_photos
+
+    folder = output or Path("petseg-output") / kind
+    items = find_photos(paths, folder)
+    if not items:
+        raise InputError(f"no photos in {', '.join(map(str, paths))}")
+    sink = ImageSink(folder, kind, items)
+    with Segmenter(model, threads=threads, threshold=threshold, cutout_threshold=threshold) as segmenter:
+        if verbose:
+            engine = segmenter.describe()
+            click.echo(
+                f"{segmenter.artifact.spec.name} in {engine.name} {engine.version} on {engine.device}, "
+                f"{engine.precision}, {engine.threads} threads",
+                err=True,
+            )
+        with _watcher(len(items), as_json, quiet) as watch:
+            report = segment_photos(items, segmenter, sink, watch)
+    _print_report(report, folder, as_json, verbose, quiet)
+    if report.failed:
+        return EXIT_PARTIAL if report.done else InputError.exit_code
+    return 0
+
+
+class _watcher:  # noqa: N801 (used like a function)
+    """Prints what becomes of each photo; a progress bar where people watch a batch."""
+
+    def __init__(self, total: int, as_json: bool, quiet: bool) -> None:
+        self._as_json, self._quiet = as_json, quiet
+        self._progress: Any = None
+        if total > 1 and sys.stderr.isatty() and not quiet:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._progress = Progress(console=Console(stderr=True), transient=True)
+            self._task = self._progress.add_task("segmenting", total=total)
+
+    def __enter__(self) -> Callable[[Outcome], None]:
+        if self._progress:
+            self._progress.start()
+        return self._watch
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def _watch(self, outcome: Outcome) -> None:
+        source = str(outcome.item.source)
+        if outcome.failure is not None:
+            click.echo(f"petseg: {outcome.failure}", err=True)
+        else:
+            assert outcome.result is not None
+            for note in () if self._quiet else outcome.result.notes:
+                click.echo(f"petseg: {source}: {note}", err=True)
+            if not self._as_json and not self._quiet:
+                click.echo(f"{source} -> {outcome.path}  {100 * outcome.result.coverage:.0f} % pet")
+        if self._as_json:
+            click.echo(json.dumps(_record(outcome)))
+        if self._progress:
+            self._progress.advance(self._task)
+
+
+def _record(outcome: Outcome) -> dict[str, Any]:
+    record: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "input": str(outcome.item.source)}
+    if outcome.result is None:
+        return {**record, "event": "failure", "error": outcome.failure}
+    height, width = outcome.result.probability.shape
+    return {
+        **record,
+        "event": "result",
+        "output": str(outcome.path),
+        "height": height,
+        "width": width,
+        "coverage": round(outcome.result.coverage, 6),
+        "notes": list(outcome.result.notes),
+    }
+
+
+def _print_report(report: Report, folder: Path, as_json: bool, verbose: bool, quiet: bool) -> None:
+    total = report.done + len(report.failed)
+    if as_json:
+        counts = {"photos": total, "done": report.done, "failed": len(report.failed)}
+        summary = {"schema_version": SCHEMA_VERSION, "event": "summary", **counts, "seconds": round(report.seconds, 4)}
+        click.echo(json.dumps(summary))
+    elif not quiet and (total > 1 or report.failed or verbose):
+        took = f" in {report.seconds:.2f} s ({total / max(report.seconds, 1e-9):.1f} photos/s)" if verbose else ""
+        failed = f", {len(report.failed)} failed" if report.failed else ""
+        click.echo(f"{total} photos: {report.done} written to {folder}{failed}{took}")
+
+
+@click.command()
+@click.argument("file", type=PATH)
+@click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
+def info(file: Path, as_json: bool) -> int:
+    """Say what a model file is, what it expects, where it comes from and how it was proven."""
+    from petseg_runtime.artifact import open_artifact
+
+    artifact = open_artifact(file)
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "file": str(file),
+        "bytes": artifact.onnx.size,
+        "identity": artifact.onnx.identity,
+        "spec": dataclasses.asdict(artifact.spec),
+        "opset": artifact.onnx.opset,
+        "inputs": [dataclasses.asdict(tensor) for tensor in artifact.onnx.inputs],
+        "outputs": [dataclasses.asdict(tensor) for tensor in artifact.onnx.outputs],
+        "provenance": artifact.provenance,
+        "receipt": artifact.receipt,
+    }
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+    else:
+        click.echo("\n".join(f"{name:>22}  {value}" for name, value in _lines(record)))
+    return 0
+
+
+def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """What people want of a record, one thing a line."""
+    spec, receipt, provenance = record["spec"], record["receipt"], record["provenance"]
+    tensors = [
+        (kind, f"{t['name']}: {t['dtype']} [{', '.join(map(str, t['shape']))}]")
+        for kind in ("inputs", "outputs")
+        for t in record[kind]
+    ]
+    lines = [
+        ("file", f"{record['file']} ({record['bytes'] / 1e6:.1f} MB, ONNX opset {record['opset']})"),
+        ("model", spec["name"]),
+        ("identity", f"sha256 {record['identity']}"),
+        *((kind[:-1], text) for kind, text in tensors),
+        ("resize", f"{spec['resize']} to {spec['height']} x {spec['width']}, {spec['filter']}, antialiased"),
+        ("threshold", f"{spec['threshold']} for masks, {spec['cutout_threshold']} for cutouts"),
+    ]
+    lines += [(name.replace("_", " "), str(value)) for name, value in provenance.items() if not isinstance(value, dict)]
+    for name in ("validation", "test"):
+        if name in provenance:
+            lines.append((name, ", ".join(f"{k} {v}" for k, v in provenance[name].items())))
+    if receipt:
+        lines.append(("parity", receipt.get("summary", "")))
+    else:
+        lines.append(("parity", "no receipt: this file was never compared with its checkpoint"))
+    return lines

@@ -1,0 +1,99 @@
+"""Where photos come from: files and folders, each with the name its result will bear."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Final
+
+__all__ = ["IMAGE_SUFFIXES", "Item", "find_photos"]
+
+#: What is taken from a folder; a file that is named outright is tried whatever its suffix.
+IMAGE_SUFFIXES: Final = frozenset(
+    {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One photo to segment.
+
+    Attributes:
+        source: Where it is.
+        name: Its result's path relative to the output folder, without suffix; no two items share one.
+        problem: Why it cannot be read, where that is known before trying (a folder that may not be listed).
+    """
+
+    source: Path
+    name: PurePath
+    problem: str | None = None
+
+
+def find_photos(paths: Sequence[Path], output: Path | None = None) -> list[Item]:
+    """What to segment, in a stable order, with names that keep the folders' structure and never collide.
+
+    A result is named after its photo's stem. Photos whose stems collide (``cat.jpg`` and ``cat.png``) keep their
+    suffix as part of the name (``cat.jpg.png`` and ``cat.png.png``), and what still collides is numbered. The names
+    follow from the arguments and the folders' contents alone, so a second run gives the same ones.
+
+    Args:
+        paths: Files, and folders to be searched with all their sub-folders. With several folders, each one's own
+            name is the first part of its results' names.
+        output: Where results will be written; a search passes over it.
+
+    Returns:
+        One item per photo. What does not exist is an item too: it will fail and be counted.
+    """
+    several = sum(path.is_dir() for path in paths) > 1
+    skipped = output.resolve() if output else None
+    found: list[tuple[Path, PurePath, str | None]] = []
+    for path in paths:
+        if path.is_dir():
+            prefix = PurePath(path.resolve().name) if several else PurePath()
+            for file, problem in _walk(path, skipped):
+                found.append((file, prefix / file.relative_to(path), problem))
+        else:
+            found.append((path, PurePath(path.name), None))
+    names = _unique([relative for _, relative, _ in found])
+    return [Item(file, name, problem) for (file, _, problem), name in zip(found, names, strict=True)]
+
+
+def _walk(folder: Path, skipped: Path | None) -> Iterator[tuple[Path, str | None]]:
+    """Photos below a folder, sorted; a folder that cannot be listed is a problem, not a silence."""
+    problems: list[OSError] = []
+    for where, folders, files in os.walk(folder, onerror=problems.append):
+        here = Path(where)
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and (here / f).resolve() != skipped)
+        for name in sorted(files):
+            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
+                yield here / name, None
+    for error in problems:
+        yield Path(str(error.filename)), f"{error.filename}: the folder cannot be listed ({error.strerror})"
+
+
+def _unique(relatives: Sequence[PurePath]) -> list[PurePath]:
+    """Names without collisions, also where upper and lower case are one (macOS, Windows, exFAT cards)."""
+    by_stem = Counter(_key(relative.with_suffix("")) for relative in relatives)
+    wanted = [r.with_suffix("") if by_stem[_key(r.with_suffix(""))] == 1 else r for r in relatives]
+    return list(_numbered(wanted))
+
+
+def _numbered(wanted: Iterable[PurePath]) -> Iterator[PurePath]:
+    wanted = list(wanted)
+    taken: set[str] = set()
+    reserved = Counter(_key(name) for name in wanted)
+    for name in wanted:
+        candidate, number = name, 1
+        # A number must not run into a name that another photo has by right.
+        while _key(candidate) in taken or (number > 1 and _key(candidate) in reserved):
+            number += 1
+            candidate = name.with_name(f"{name.name}-{number}")
+        taken.add(_key(candidate))
+        yield candidate
+
+
+def _key(name: PurePath) -> str:
+    return str(name).casefold()
