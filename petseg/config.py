@@ -205,7 +205,7 @@ def from_dict(cls: type[T], raw: Mapping[str, Any], where: str = "") -> T:
         if name not in known:
             raise TrainingError(f"unknown setting {where + name!r}; there are: {', '.join(sorted(known))}")
         hint = hints[name]
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
                 raise TrainingError(f"{where + name} is {value!r}; a table of settings is expected")
             values[name] = from_dict(hint, value, f"{where}{name}.")

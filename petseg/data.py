@@ -235,7 +235,8 @@ class CheckReport:
     @property
     def usable(self) -> bool:
         """Whether training would start: nothing missing, unreadable or of the wrong size. Empty masks are left out
-        of training by name, and counted in an evaluation."""
+        of training by name, and counted in an evaluation.
+        """
         return self.pairs > 0 and not (self.missing or self.unreadable or self.wrong_size)
 
 

@@ -84,7 +84,13 @@ class Evaluation:
 
 
 def evaluate(
-    run: Run, pairs: Sequence[Pair], height: int, width: int, *, batch: int = 8, watch: Callable[[int], None] | None = None
+    run: Run,
+    pairs: Sequence[Pair],
+    height: int,
+    width: int,
+    *,
+    batch: int = 8,
+    watch: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Segment every photo and count, at each trimap's own resolution.
 
@@ -121,7 +127,7 @@ def torch_run(model: AttentionUNet, device: torch.device | str = "cpu") -> Run:
         with torch.inference_mode():
             logits = model(normalize(torch.from_numpy(batch).to(device)))
             probability = torch.round(255 * torch.sigmoid(logits.float().squeeze(1)))
-        return probability.to(torch.uint8).cpu().numpy()  # type: ignore[no-any-return]
+        return probability.to(torch.uint8).cpu().numpy()
 
     return run
 

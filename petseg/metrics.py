@@ -101,7 +101,7 @@ def histogram(probability: U8, trimap: U8) -> Histogram:
     """
     if probability.shape != trimap.shape:
         raise ValueError(f"probability is {probability.shape}, trimap is {trimap.shape}: they must be equal")
-    if trimap.size and not (PET <= trimap.min() and trimap.max() <= BORDER):
+    if trimap.size and not (trimap.min() >= PET and trimap.max() <= BORDER):
         raise ValueError(f"trimap has values from {trimap.min()} to {trimap.max()}; only 1, 2 and 3 are allowed")
     bins = (trimap.astype(np.int64).ravel() - 1) * 256 + probability.ravel()
     return np.bincount(bins, minlength=3 * 256).reshape(3, 256).astype(np.int64)

@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader
 
 from petseg import checkpoint
 from petseg.config import ScheduleConfig, TrainConfig, to_dict
-from petseg.device import pick_precision
 from petseg.data import EpochSampler, Pair, Split, TrainSet, find, target_of
+from petseg.device import pick_precision
 from petseg.evaluate import Evaluation, evaluate, torch_run
 from petseg.losses import bce_dice
 from petseg.metrics import Border, best_threshold
@@ -141,9 +141,10 @@ class Trainer:
         self.observer = observer or Observer()
         self._check_output(resume)
         self.dtype = pick_precision(config.amp, device)
-        split = {"val_fraction": config.data.val_fraction, "seed": config.data.split_seed}
-        train_pairs, self.val_pairs = find(root, Split.TRAIN, **split), find(root, Split.VAL, **split)
         d = config.data
+        train_pairs, self.val_pairs = (
+            find(root, split, val_fraction=d.val_fraction, seed=d.split_seed) for split in (Split.TRAIN, Split.VAL)
+        )
         self.observer.started(f"reading {len(train_pairs)} photos into memory")
         self.train_set = TrainSet(train_pairs, d.height, d.width, config.augment, config.seed)
         self.sampler = EpochSampler(len(self.train_set), config.batch, config.seed)
@@ -156,12 +157,12 @@ class Trainer:
         )
         self.observer.per_epoch, self.observer.batch = len(self.sampler), config.batch
         torch.manual_seed(config.seed)
-        self.model = self._start_weights(init).to(device, memory_format=torch.channels_last)
+        self.model = self._start_weights(init).to(device).to(memory_format=torch.channels_last)
         self.ema = AveragedModel(self.model, multi_avg_fn=_ema_update(config.ema), use_buffers=True)
         self.optimizer = _optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.state = RunState()
-        self.meta = {
+        self.meta: dict[str, Any] = {
             "model": {"width": config.model.width},
             "config": to_dict(config),
             "data": {
@@ -348,7 +349,9 @@ class Trainer:
         if resume and not last.exists():
             raise TrainingError(f"{last}: nothing to resume; leave out --resume to start")
         if not resume and last.exists():
-            raise TrainingError(f"{self.output} already holds a run: --resume goes on with it, or choose another folder")
+            raise TrainingError(
+                f"{self.output} already holds a run: --resume goes on with it, or choose another folder"
+            )
 
     def _announce(self) -> None:
         parameters = sum(p.numel() for p in self.model.parameters())

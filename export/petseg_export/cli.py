@@ -77,7 +77,7 @@ def _photos(data: Path | None, limit: int, seed: int) -> list[Path]:
     found = [item.source for item in find_photos([folder])]
     if not found:
         raise DataError(f"--data {data}: no photos in it")
-    return sorted(random.Random(seed).sample(found, min(limit, len(found))))  # noqa: S311 (a choice, not a secret)
+    return sorted(random.Random(seed).sample(found, min(limit, len(found))))
 
 
 def _notes(path: Path | None) -> dict[str, Any] | None:

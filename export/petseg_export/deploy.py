@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ class DeployedUNet(nn.Module):
     Input: ``image``, uint8 [N, H, W, 3], RGB. Output: ``probability``, uint8 [N, H, W], ``round(255 * p(pet))``.
     The order of the outermost operations is TensorRT's rule for uint8: cast, then permute; squeeze, then cast.
     """
+
+    scale: Tensor
+    offset: Tensor
 
     def __init__(self, model: AttentionUNet) -> None:
         """Take a trained network; it is copied, and its BatchNorms are folded into their convolutions."""
@@ -49,7 +53,7 @@ def fold_batchnorm(model: AttentionUNet) -> AttentionUNet:
         if not isinstance(block, nn.Sequential):
             continue
         layers = list(block)
-        for i, (first, second) in enumerate(zip(layers, layers[1:], strict=False)):
+        for i, (first, second) in enumerate(itertools.pairwise(layers)):
             if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
                 block[i] = fuse_conv_bn_eval(first, second)
                 block[i + 1] = nn.Identity()

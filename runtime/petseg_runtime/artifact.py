@@ -11,7 +11,16 @@ from petseg_runtime import onnx_metadata
 from petseg_runtime.errors import ModelError
 from petseg_runtime.spec import SPEC_KEY, ModelSpec
 
-__all__ = ["INPUT", "OUTPUT", "PROVENANCE_KEY", "RECEIPT_KEY", "Artifact", "default_model", "open_artifact", "sample_photos"]
+__all__ = [
+    "INPUT",
+    "OUTPUT",
+    "PROVENANCE_KEY",
+    "RECEIPT_KEY",
+    "Artifact",
+    "default_model",
+    "open_artifact",
+    "sample_photos",
+]
 
 PROVENANCE_KEY: Final = "petseg.provenance"
 RECEIPT_KEY: Final = "petseg.receipt"

@@ -21,7 +21,9 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: The folder cannot be made or written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.part{path.suffix}")
+    # A name has at most 255 bytes, and a letter up to four. Writers may go by the suffix, so it stays if it is one.
+    suffix = path.suffix if len(path.suffix) <= 20 else ""
+    beside = path.with_name(f".{path.stem[:35]}.{secrets.token_hex(4)}.part{suffix}")
     try:
         yield beside
         beside.replace(path)

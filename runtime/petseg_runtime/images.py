@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from petseg_runtime.errors import ImageTooLarge, UnreadableImage, UnsupportedImage
 
@@ -28,6 +28,10 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | U8 | Image
 MAX_PIXELS: Final = 200_000_000
 #: An encoded image with more bytes than this is refused before it is read.
 MAX_BYTES: Final = 500_000_000
+
+# What photos come in. Pillow would open forty more formats, among them EPS, which it hands to Ghostscript, and icons,
+# which it decodes while opening, before anyone can ask how large the picture inside is.
+_FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF")
 
 # Pillow's own limit only warns; ours is checked on the header, for every format, before a pixel is decoded.
 Image.MAX_IMAGE_PIXELS = None
@@ -68,13 +72,13 @@ def read(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Photo:
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
     name = _name_of(source)
-    if isinstance(source, Image.Image):
-        return _convert(source, name, max_pixels)
     try:
         with warnings.catch_warnings():
             # Pillow warns of odd metadata (corrupt EXIF, truncated ICC) that does not touch the pixels.
             warnings.simplefilter("ignore")
-            with Image.open(_opened(source, name)) as image:
+            if isinstance(source, Image.Image):
+                return _convert(source, name, max_pixels)
+            with Image.open(_opened(source, name), formats=_formats()) as image:
                 return _convert(image, name, max_pixels)
     except FileNotFoundError as error:
         raise UnreadableImage(f"{name}: no such file") from error
@@ -82,8 +86,8 @@ def read(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Photo:
         raise UnreadableImage(f"{name}: a folder, not an image") from error
     except PermissionError as error:
         raise UnreadableImage(f"{name}: no permission to read it") from error
-    except Image.UnidentifiedImageError as error:
-        raise UnreadableImage(f"{name}: not an image that can be read (its contents fit no known format)") from error
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(f"{name}: not an image that can be read (its contents fit none of {', '.join(_formats())})") from error
     except (ImageTooLarge, UnsupportedImage, UnreadableImage):
         raise
     except MemoryError as error:
@@ -158,7 +162,14 @@ def _opened(source: Any, name: str) -> Any:
     return opened
 
 
+def _formats() -> tuple[str, ...]:
+    """``_FORMATS``, and what phones take photos in, where a plug-in for it has been registered with Pillow."""
+    return (*_FORMATS, "HEIF") if "HEIF" in Image.OPEN else _FORMATS
+
+
 def _check_pixels(width: int, height: int, name: str, max_pixels: int) -> None:
+    if width == 0 or height == 0:
+        raise UnreadableImage(f"{name}: {width} x {height} has no pixels")
     if width * height > max_pixels:
         raise ImageTooLarge(
             f"{name}: {width} x {height} is {width * height / 1e6:.0f} megapixels; "
@@ -184,7 +195,7 @@ def _convert(image: Image.Image, name: str, max_pixels: int) -> Photo:
         )
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        if rgba.getextrema()[3] != (255, 255):
+        if rgba.getchannel("A").getextrema() != (255, 255):
             notes.append("transparency laid over white")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return Photo(np.array(image.convert("RGB")), tuple(notes))
@@ -194,7 +205,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation; an EXIF block that cannot be parsed means: as stored."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:
+    except Exception:  # noqa: BLE001 (Pillow raises a dozen kinds on damage)
         # The pixels are fine, only the metadata is not; viewers show such a photo as it is stored.
         return image
 
@@ -202,13 +213,13 @@ def _upright(image: Image.Image) -> Image.Image:
 def _from_array(array: npt.NDArray[Any], max_pixels: int) -> Photo:
     if array.dtype != np.uint8:
         raise UnsupportedImage(f"array of {array.dtype}; uint8 with values 0 to 255 is expected")
-    if array.ndim == 2:
-        array = np.repeat(array[..., None], 3, axis=2)
-    if array.ndim != 3 or array.shape[2] not in (3, 4) or 0 in array.shape:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
         raise UnsupportedImage(f"array of shape {array.shape}; [H, W], [H, W, 3] or [H, W, 4] is expected")
     _check_pixels(array.shape[1], array.shape[0], "array", max_pixels)
+    if array.ndim == 2:
+        return Photo(np.repeat(array[..., None], 3, axis=2))
     if array.shape[2] == 4:
-        return _convert(Image.fromarray(np.ascontiguousarray(array), "RGBA"), "array", max_pixels)
+        return _convert(Image.fromarray(np.ascontiguousarray(array)), "array", max_pixels)
     return Photo(np.ascontiguousarray(array))
 
 

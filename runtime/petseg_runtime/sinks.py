@@ -6,7 +6,7 @@ import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from PIL import Image
 
@@ -24,7 +24,7 @@ class Kind:
 
     suffix: str
     render: Callable[[Segmentation], Image.Image]
-    options: dict[str, int]
+    options: dict[str, Any]
 
 
 #: What ``--as`` offers.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -68,7 +67,7 @@ class ModelSpec:
             ("border_target", self.border_target, True),
         ):
             inside = 0 <= number <= 1 if closed else 0 < number < 1
-            if not math.isfinite(number) or not inside:
+            if not inside:  # NaN and infinity are not either
                 raise ModelError(f"model {field} is {number!r}; it must lie between 0 and 1")
 
     def to_json(self) -> str:

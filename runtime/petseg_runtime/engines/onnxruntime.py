@@ -44,7 +44,7 @@ class OnnxRuntimeEngine:
             self._session: Any = onnxruntime.InferenceSession(
                 os.fspath(artifact.path), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # noqa: BLE001 (its exception classes share no base but Exception)
+        except Exception as error:
             raise EngineError(f"{artifact.path}: ONNX Runtime cannot load it ({_one_line(error)})") from error
         self._provider: str = self._session.get_providers()[0]
         if self._provider != "CPUExecutionProvider":
@@ -62,7 +62,7 @@ class OnnxRuntimeEngine:
         check_batch(images, self._spec)
         try:
             (probability,) = self._session.run([OUTPUT], {INPUT: np.ascontiguousarray(images)})
-        except Exception as error:  # noqa: BLE001 (as above)
+        except Exception as error:
             raise EngineError(f"ONNX Runtime failed ({_one_line(error)})") from error
         return probability  # type: ignore[no-any-return]
 

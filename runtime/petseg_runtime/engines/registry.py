@@ -31,9 +31,7 @@ class EngineEntry:
 
 #: In the order in which ``auto`` tries them.
 ENGINES: Final = {
-    "onnxruntime": EngineEntry(
-        loader="petseg_runtime.engines.onnxruntime:load", library="onnxruntime", extra="cpu"
-    ),
+    "onnxruntime": EngineEntry(loader="petseg_runtime.engines.onnxruntime:load", library="onnxruntime", extra="cpu"),
 }
 
 
