@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["data", "evaluate", "parse_size", "train"]
 
 PATH = click.Path(path_type=Path)
+UNIT = click.FloatRange(0, 1, min_open=True, max_open=True)
 
 
 def _progress(quiet: bool) -> Progress:
@@ -153,7 +154,7 @@ def _observer(epochs: int, progress: Progress, quiet: bool) -> Observer:
 @click.argument("model", type=PATH)
 @click.option("--data", "root", type=PATH, required=True, help="Labelled data folder.")
 @click.option("--split", type=click.Choice(["test", "val", "train", "trainval"]), default="test", show_default=True)
-@click.option("--threshold", type=float, help="Pet from this probability on, 0 to 1.  [default: the model's own]")
+@click.option("--threshold", type=UNIT, help="Pet from this probability on, 0 to 1.  [default: the model's own]")
 @click.option("--device", default="auto", show_default=True, help="For checkpoints: auto, cpu, cuda or cuda:N.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Photos per call.")
 @click.option("--val-fraction", type=float, default=0.05, show_default=True, help="Share of trainval that is val.")
@@ -183,8 +184,6 @@ def evaluate(
     from petseg.evaluate import evaluate as measure
     from petseg.evaluate import open_model, write_report
 
-    if threshold is not None and not 0 < threshold < 1:
-        raise click.BadParameter(f"{threshold} does not lie between 0 and 1", param_hint="--threshold")
     pairs = find(root, Split(split), val_fraction=val_fraction, seed=split_seed)
     with open_model(model, device) as opened, _progress(quiet) as progress:
         task = progress.add_task("measuring", total=len(pairs), detail="")
@@ -216,7 +215,7 @@ def _print_metrics(record: dict[str, Any]) -> None:
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
     for border, values in record["readings"].items():
-        table.add_row(border, *(f"{values[name]:.4f}" for name in names))
+        table.add_row(border, *("-" if values[name] is None else f"{values[name]:.4f}" for name in names))
     Console().print(table)
     if record["photos_without_pet"]:
         click.echo(f"masks without any pet, counted all the same: {', '.join(record['photos_without_pet'])}")

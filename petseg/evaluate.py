@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +63,8 @@ class Evaluation:
         """The headline reading at the top level, the others below; JSON values."""
         readings = {
             str(border): {
-                **self.counts(threshold, border).ratios(),
-                "mean_image_iou": float(self.image_ious(threshold, border).mean()),
+                **{name: _json(value) for name, value in self.counts(threshold, border).ratios().items()},
+                "mean_image_iou": _json(float(self.image_ious(threshold, border).mean())),
                 "pixels": self.counts(threshold, border).as_dict(),
             }
             for border in Border
@@ -124,7 +125,8 @@ def torch_run(model: AttentionUNet, device: torch.device | str = "cpu") -> Run:
     model = model.to(device).eval()
 
     def run(batch: U8) -> U8:
-        with torch.inference_mode():
+        # On a GPU, convolutions would use TF32 unless told otherwise: not float32, and not the reference.
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             logits = model(normalize(torch.from_numpy(batch).to(device)))
             probability = torch.round(255 * torch.sigmoid(logits.float().squeeze(1)))
         return probability.to(torch.uint8).cpu().numpy()
@@ -203,6 +205,11 @@ def write_report(
         write_atomic(folder / "evaluation.json", (json.dumps(record, indent=2) + "\n").encode())
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written to ({error.strerror or error})") from error
+
+
+def _json(ratio: float) -> float | None:
+    """JSON has no NaN: an undefined ratio is null."""
+    return None if math.isnan(ratio) else ratio
 
 
 def _chunks(pairs: Sequence[Pair], size: int) -> Iterable[Sequence[Pair]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -17,9 +16,6 @@ from petseg_runtime import images
 from petseg_runtime.files import replacing
 
 __all__ = ["curves", "grid", "predictions"]
-
-matplotlib.use("Agg")  # files only: no window, no display needed
-
 
 def curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     """Loss, validation IoU and Dice over epochs, as a PNG.

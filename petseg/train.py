@@ -191,16 +191,17 @@ class Trainer:
             NonFiniteLoss: The loss or the gradient became NaN or infinite; ``last.safetensors`` is untouched.
             KeyboardInterrupt: SIGINT or SIGTERM came; the state was saved first.
         """
-        per_epoch = len(self.sampler)
         with _stop_signals() as stop:
-            while self.state.step < per_epoch * self.config.epochs:
-                self._epoch(self.state.step // per_epoch, stop)
+            # The log has one row per finished epoch: a run that was stopped after an epoch's last step, before its
+            # validation, takes up at the validation.
+            for epoch in range(len(self.state.history), self.config.epochs):
+                self._epoch(epoch, stop)
                 self._validate()
         return self.output / BEST
 
     def _epoch(self, epoch: int, stop: threading.Event) -> None:
         state, per_epoch = self.state, len(self.sampler)
-        self.sampler.epoch, self.sampler.start = epoch, state.step % per_epoch
+        self.sampler.epoch, self.sampler.start = epoch, state.step - epoch * per_epoch
         self.model.train()
         mark = time.perf_counter()
         for photo, trimap, index in self.loader:

@@ -20,6 +20,7 @@ __all__ = ["infer", "info"]
 
 SCHEMA_VERSION = 1
 PATH = click.Path(path_type=Path)
+UNIT = click.FloatRange(0, 1, min_open=True, max_open=True)
 
 
 @click.command()
@@ -34,7 +35,7 @@ PATH = click.Path(path_type=Path)
     show_default=True,
     help="What to write for each photo.",
 )
-@click.option("--threshold", type=float, help="Pet from this probability on, 0 to 1.  [default: the model's own]")
+@click.option("--threshold", type=UNIT, help="Pet from this probability on, 0 to 1.  [default: the model's own]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per photo on stdout, then a summary.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what runs it, and how long it took.")

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from petseg_runtime.errors import ImageTooLarge, UnreadableImage, UnsupportedImage
+from petseg_runtime.errors import ImageTooLarge, InputError, UnreadableImage, UnsupportedImage
 
 __all__ = ["MAX_BYTES", "MAX_PIXELS", "ImageSource", "Photo", "from_model", "read", "to_model"]
 
@@ -25,7 +25,8 @@ U8: TypeAlias = npt.NDArray[np.uint8]
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | U8 | Image.Image"
 
 #: A photo with more pixels than this is refused before it is decoded (a decompression bomb, or a satellite image).
-MAX_PIXELS: Final = 200_000_000
+#: It is about where Pillow itself refuses, too (twice ``Image.MAX_IMAGE_PIXELS``, which is left as it is).
+MAX_PIXELS: Final = 178_000_000
 #: An encoded image with more bytes than this is refused before it is read.
 MAX_BYTES: Final = 500_000_000
 
@@ -33,8 +34,6 @@ MAX_BYTES: Final = 500_000_000
 # which it decodes while opening, before anyone can ask how large the picture inside is.
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF")
 
-# Pillow's own limit only warns; ours is checked on the header, for every format, before a pixel is decoded.
-Image.MAX_IMAGE_PIXELS = None
 
 
 @dataclass(frozen=True)
@@ -80,15 +79,15 @@ def read(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Photo:
                 return _convert(source, name, max_pixels)
             with Image.open(_opened(source, name), formats=_formats()) as image:
                 return _convert(image, name, max_pixels)
-    except FileNotFoundError as error:
-        raise UnreadableImage(f"{name}: no such file") from error
-    except IsADirectoryError as error:
-        raise UnreadableImage(f"{name}: a folder, not an image") from error
     except PermissionError as error:
         raise UnreadableImage(f"{name}: no permission to read it") from error
+    except Image.DecompressionBombError as error:
+        raise ImageTooLarge(f"{name}: {error} (limit of Pillow): make it smaller first") from error
     except UnidentifiedImageError as error:
-        raise UnreadableImage(f"{name}: not an image that can be read (its contents fit none of {', '.join(_formats())})") from error
-    except (ImageTooLarge, UnsupportedImage, UnreadableImage):
+        raise UnreadableImage(
+            f"{name}: not an image that can be read (its contents fit none of {', '.join(_formats())})"
+        ) from error
+    except InputError:
         raise
     except MemoryError as error:
         raise ImageTooLarge(f"{name}: not enough memory to decode it") from error
@@ -147,11 +146,8 @@ def _opened(source: Any, name: str) -> Any:
     elif isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if not path.is_file():  # a pipe or device would block for ever; a folder is not an image
-            if path.is_dir():
-                raise IsADirectoryError(path)
-            if path.exists():
-                raise UnreadableImage(f"{name}: not a regular file")
-            raise FileNotFoundError(path)
+            kind = "a folder, not an image" if path.is_dir() else "not a regular file"
+            raise UnreadableImage(f"{name}: {kind if path.exists() else 'no such file'}")
         size, opened = path.stat().st_size, path  # type: ignore[assignment]
     else:
         return source

@@ -1,0 +1,58 @@
+"""Make a checkpoint the embedded model: export it, prove it, measure it, record it.
+
+    python -m benchmarks.embedded.ship runs/stage2/best.safetensors --data data
+
+The file is exported once, measured, and exported again with the measured figures in its provenance; its identity (the
+digest without metadata) must not have changed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import click
+
+from benchmarks import records
+from benchmarks.embedded.measure import SETS, embedded
+from petseg.data import Split, find
+from petseg_export.onnx import OnnxConfig, export_onnx
+from petseg_runtime.artifact import default_model, open_artifact
+
+NAME = "petseg edge: attention U-Net, width 16"
+PHOTOS = 200  # of the parity test
+WEIGHTS = records.ROOT / "petseg" / "weights" / "edge.safetensors"
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder of the data sets.")
+@click.pass_context
+def ship(context: click.Context, checkpoint: Path, data: Path) -> None:
+    WEIGHTS.parent.mkdir(exist_ok=True)
+    if checkpoint.resolve() != WEIGHTS:
+        shutil.copy(checkpoint, WEIGHTS)
+    photos = [pair.image for pair in find(data / "oxford-iiit-pet-native", Split.TEST)[:PHOTOS]]
+    with tempfile.TemporaryDirectory() as folder:
+        first = Path(folder) / "edge.onnx"
+        export_onnx(WEIGHTS, first, photos, OnnxConfig(name=NAME))
+        shutil.copy(first, default_model())
+        context.invoke(embedded, data=data)
+        measured = {}
+        for name, (_, what) in SETS.items():
+            metrics = records.load(name)["metrics"]
+            ratios = ("iou", "dice", "accuracy", "precision", "recall", "mean_image_iou")
+            measured[what] = {
+                f"border {border}": {ratio: round(values[ratio], 4) for ratio in ratios}
+                for border, values in metrics["readings"].items()
+            }
+        receipt = export_onnx(WEIGHTS, default_model(), photos, OnnxConfig(name=NAME, notes={"measured": measured}))
+        if open_artifact(default_model()).onnx.identity != open_artifact(first).onnx.identity:
+            raise SystemExit("the two exports differ: the measured file is not the shipped one")
+    print(json.dumps(receipt.as_dict(), indent=2))
+
+
+if __name__ == "__main__":
+    ship()

@@ -1,0 +1,70 @@
+"""The README's tables, made from the records; ``--check`` fails where they have drifted apart."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from typing import Final
+
+import click
+
+from benchmarks import records
+
+README = records.ROOT / "README.md"
+
+
+def accuracy() -> str:
+    """IoU of the embedded model in the three readings, beside the published network."""
+    lines = [
+        "| | border counts as | IoU | Dice | pixel accuracy | precision | recall | mean IoU per photo |",
+        "|---|---|---|---|---|---|---|---|",
+        "| published attention U-Net, 29.3 M parameters, 3669 test images | background | 0.8375 | 0.9116 | 0.9460 "
+        "| 0.8961 | 0.9276 | |",
+    ]
+    for name in ("embedded-test-128", "embedded-test-native"):
+        record = records.load(name)
+        for border, values in record["metrics"]["readings"].items():
+            numbers = " | ".join(
+                f"{values[metric]:.4f}"
+                for metric in ("iou", "dice", "accuracy", "precision", "recall", "mean_image_iou")
+            )
+            lines.append(f"| embedded model, 1.8 M; {record['data']} | {border} | {numbers} |")
+    return "\n".join(lines)
+
+
+def startup() -> str:
+    """One photo, whole process."""
+    record = records.load("embedded-startup")
+    machine = record["machine"]
+    times = record["seconds"]
+    return (
+        f"One photo, whole process, cold: **{record['median']:.2f} s** (median of {len(times)}, "
+        f"{min(times):.2f} to {max(times):.2f}; {machine['cores']} cores of {machine['cpu']})."
+    )
+
+
+SECTIONS: Final[dict[str, Callable[[], str]]] = {"accuracy": accuracy, "startup": startup}
+
+
+def rendered(text: str) -> str:
+    """The README with every ``<!-- NAME -->`` section made anew."""
+    for name, make in SECTIONS.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"{README.name} has no section {name!r}")
+        body = make()
+        text = pattern.sub(lambda match, body=body: match[1] + body + match[2], text)  # type: ignore[misc]
+    return text
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Only say whether the README is what the records say.")
+def report(check: bool) -> None:
+    """Write the README's tables from the records."""
+    old = README.read_text(encoding="utf-8")
+    new = rendered(old)
+    if not check:
+        README.write_text(new, encoding="utf-8")
+    elif old != new:
+        sys.exit("README.md is not what the records say: run `python -m benchmarks report`")

@@ -1,0 +1,85 @@
+"""What all tests share: tiny data sets, and a cache folder of each test's own. Imports neither torch nor an engine."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+from PIL import Image
+
+hypothesis.settings.register_profile("petseg", deadline=None, database=None, derandomize=True)
+hypothesis.settings.load_profile("petseg")
+
+SIZE = 64
+TRAINVAL, TEST = 24, 6
+
+
+@pytest.fixture(autouse=True)
+def isolated_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing a test compiles or caches reaches the user's own folders, or the next test."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    return cache
+
+
+def draw_pet(index: int, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
+    """Photo uint8 [H, W, 3] and trimap uint8 [H, W]: a warm ellipse on a cool, noisy ground, with a border ring."""
+    rng = np.random.default_rng(index)
+    cy, cx = rng.uniform(0.4, 0.6, 2) * size
+    ry, rx = rng.uniform(0.18, 0.32, 2) * size
+    y, x = np.mgrid[:size, :size]
+    r = np.sqrt(((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2)
+    trimap = np.where(r < 1, 1, np.where(r < 1.2, 3, 2)).astype(np.uint8)
+    colour = np.where((r < 1.1)[..., None], (210, 140, 70), (50, 90, 130))
+    photo = np.clip(colour + rng.normal(0, 12, (size, size, 3)), 0, 255).astype(np.uint8)
+    return photo, trimap
+
+
+def write_oxford(root: Path, trainval: int = TRAINVAL, test: int = TEST) -> Path:
+    images, trimaps = root / "images", root / "annotations" / "trimaps"
+    images.mkdir(parents=True)
+    trimaps.mkdir(parents=True)
+    names = [f"pet_{i:02d}" for i in range(trainval + test)]
+    for index, name in enumerate(names):
+        photo, trimap = draw_pet(index)
+        Image.fromarray(photo).save(images / f"{name}.jpg", quality=95)
+        Image.fromarray(trimap).save(trimaps / f"{name}.png")
+    for split, part in (("trainval", names[:trainval]), ("test", names[trainval:])):
+        lines = "".join(f"{name} 1 1 1\n" for name in part)
+        (root / "annotations" / f"{split}.txt").write_text("#Image CLASS-ID SPECIES BREED ID\n" + lines)
+    return root
+
+
+@pytest.fixture(scope="session")
+def oxford_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 trainval and 6 test photos of 64 x 64 in Oxford-IIIT Pet's layout. To be read only; see `oxford_copy`."""
+    return write_oxford(tmp_path_factory.mktemp("oxford") / "pets")
+
+
+@pytest.fixture
+def oxford_copy(oxford_root: Path, tmp_path: Path) -> Path:
+    """The same, for a test to spoil."""
+    return Path(shutil.copytree(oxford_root, tmp_path / "oxford_copy"))
+
+
+@pytest.fixture(scope="session")
+def folder_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 photos with black-and-white masks in images/ and masks/, three of them listed in test.txt. Read only."""
+    root = tmp_path_factory.mktemp("folder") / "own"
+    (root / "images").mkdir(parents=True)
+    (root / "masks").mkdir()
+    for index in range(12):
+        photo, trimap = draw_pet(100 + index)
+        Image.fromarray(photo).save(root / "images" / f"own_{index:02d}.png")
+        Image.fromarray(((trimap == 1) * 255).astype(np.uint8)).save(root / "masks" / f"own_{index:02d}.png")
+    (root / "test.txt").write_text("own_09\nown_10\nown_11\n")
+    return root
+
+
+@pytest.fixture
+def folder_copy(folder_root: Path, tmp_path: Path) -> Path:
+    """The same, for a test to spoil."""
+    return Path(shutil.copytree(folder_root, tmp_path / "folder_copy"))

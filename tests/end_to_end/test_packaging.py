@@ -1,0 +1,128 @@
+"""The wheel, installed in a clean environment outside the repository: what a user really gets."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = [pytest.mark.packaging, pytest.mark.timeout(600)]
+
+
+def sh(*args: object, cwd: Path | None = None) -> str:
+    command = list(map(str, args))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dist")
+    sh(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def names(dist: Path) -> set[str]:
+    (wheel,) = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+@pytest.fixture(scope="module")
+def light(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel with a CPU engine and nothing else, in an environment of its own; returns its folder."""
+    folder = tmp_path_factory.mktemp("light") / "venv"
+    venv.create(folder, with_pip=True)
+    (wheel,) = dist.glob("*.whl")
+    sh(folder / "bin" / "python", "-m", "pip", "install", "--quiet", f"{wheel}[cpu]")
+    return folder
+
+
+def test_the_wheel_holds_three_packages_and_nothing_else(names: set[str]) -> None:
+    tops = {name.partition("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"petseg", "petseg_export", "petseg_runtime"}
+
+
+def test_the_wheel_has_model_samples_types_and_licence(names: set[str]) -> None:
+    assert names >= {
+        "petseg/py.typed",
+        "petseg_export/py.typed",
+        "petseg_runtime/py.typed",
+        "petseg_runtime/models/edge.onnx",
+        "petseg_runtime/models/README.md",
+        "petseg_runtime/models/samples/chelsea.jpg",
+    }
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_the_wheel_has_every_module_of_the_repository(names: set[str]) -> None:
+    modules = {
+        path.relative_to(home).as_posix()
+        for home, package in (("", "petseg"), ("export", "petseg_export"), ("runtime", "petseg_runtime"))
+        for home in [ROOT / home]
+        for path in (home / package).rglob("*.py")
+    }
+    assert modules == {name for name in names if name.endswith(".py")}
+
+
+def test_wheel_and_sdist_leave_out_checkpoints_and_records(dist: Path, names: set[str]) -> None:
+    (sdist,) = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        packed = set(archive.getnames())
+    for name in names | packed:
+        assert not name.endswith(".safetensors"), name
+        assert "benchmarks/results" not in name, name
+    assert any(name.endswith("tests/end_to_end/test_packaging.py") for name in packed)
+    assert sdist.stat().st_size < 10e6
+
+
+def test_the_embedded_model_is_at_most_8_mb(dist: Path) -> None:
+    (wheel,) = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.getinfo("petseg_runtime/models/edge.onnx").file_size <= 8e6
+
+
+def test_the_light_install_segments_a_photo_without_torch(light: Path, tmp_path: Path) -> None:
+    python = light / "bin" / "python"
+    installed = {row["name"].lower() for row in json.loads(sh(python, "-m", "pip", "list", "--format=json"))}
+    assert not installed & {"torch", "torchvision", "onnx", "onnxscript", "matplotlib", "safetensors"}
+    samples = ROOT / "runtime" / "petseg_runtime" / "models" / "samples"
+    out = sh(light / "bin" / "petseg", "infer", samples / "chelsea.jpg", "--output", tmp_path, "--json", cwd=tmp_path)
+    assert json.loads(out.splitlines()[-1])["done"] == 1
+    assert (tmp_path / "chelsea.png").stat().st_size > 0
+
+
+def test_the_light_install_leaves_the_repositorys_folder_names_alone(light: Path, tmp_path: Path) -> None:
+    for name in ("export", "runtime", "benchmarks", "tests"):
+        probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is not None)"
+        sh(light / "bin" / "python", "-c", probe, cwd=tmp_path)
+
+
+def test_the_light_install_says_which_extra_training_needs(light: Path, tmp_path: Path) -> None:
+    command = [str(light / "bin" / "petseg"), "train", "--data", "x", "--output", "y"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 7
+    assert "pip install 'petseg[train]'" in done.stderr
+
+
+def test_the_light_install_takes_less_than_350_mb(light: Path) -> None:
+    packages = next((light / "lib").glob("python*")) / "site-packages"
+    tools = {"pip", "setuptools", "pkg_resources", "_distutils_hack"}  # pip itself is not counted
+    size = sum(
+        path.stat().st_size
+        for top in packages.iterdir()
+        if top.name.partition("-")[0] not in tools
+        for path in ([top] if top.is_file() else top.rglob("*"))
+        if path.is_file()
+    )
+    assert size < 350e6, f"{size / 1e6:.0f} MB"

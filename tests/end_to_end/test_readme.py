@@ -1,0 +1,73 @@
+"""The README's commands run, and its numbers are those of the records."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SAMPLES = ROOT / "runtime" / "petseg_runtime" / "models" / "samples"
+
+#: What makes a command short enough for a test; the last of two equal options wins.
+SHORTER = {"train": ["--epochs", "1", "--width", "2", "--size", "32x32", "--batch", "4", "--device", "cpu"]}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def home(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder with what the README speaks of: cat.jpg, photos/ and data/."""
+    folder = tmp_path_factory.mktemp("home")
+    shutil.copy(SAMPLES / "chelsea.jpg", folder / "cat.jpg")
+    shutil.copytree(SAMPLES, folder / "photos")
+    shutil.copytree(oxford_root, folder / "data")
+    return folder
+
+
+def test_the_commands_run_in_their_order(home: Path) -> None:
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+    assert len(lines) > 10
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        assert words[0] == "petseg", line
+        if words[1:3] == ["data", "download"]:
+            continue  # 0.8 GB from the network; tests/petseg/test_download.py runs it against a local server
+        command = [sys.executable, "-m", "petseg.cli", *words[1:], *SHORTER.get(words[1], [])]
+        done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_python_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+    assert (home / "cutout.png").stat().st_size > 0
+
+
+def test_the_two_commands_of_the_readme_are_targets_of_the_makefile() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^    make (\w+)$", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_local_link_leads_somewhere() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        if not link.startswith("http"):
+            assert (ROOT / link).exists(), link
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks" / "results").is_dir(), reason="benchmarks/results is not in the sdist")
+def test_the_numbers_are_those_of_the_records() -> None:
+    command = [sys.executable, "-m", "benchmarks", "report", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ})
+    assert done.returncode == 0, done.stderr
