@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -76,6 +77,7 @@ def train(
     from petseg.config import TrainConfig, from_dict, load_toml, override
     from petseg.device import pick_device
     from petseg.train import LOG, Trainer
+    from petseg_runtime.errors import OutputError
 
     raw = load_toml(config_file) if config_file else {}
     for key, value in (("epochs", epochs), ("batch", batch), ("seed", seed), ("model.width", width)):
@@ -100,8 +102,11 @@ def train(
             provenance={"command": shlex.join(["petseg", *sys.argv[1:]])},
         )
         best = trainer.fit()
-    plots.curves(trainer.state.history, output / "curves.png")
-    plots.predictions(best, trainer.val_pairs[:6], output / "predictions.png")
+    try:
+        plots.curves(trainer.state.history, output / "curves.png")
+        plots.predictions(best, trainer.val_pairs[:6], output / "predictions.png")
+    except OSError as error:
+        raise OutputError(f"{output}: the pictures cannot be written ({error.strerror or error})") from error
     row = max(trainer.state.history, key=lambda r: r["val_iou"])
     if as_json:
         click.echo(json.dumps({"schema_version": 1, "checkpoint": str(best), "best": row}))
@@ -118,7 +123,7 @@ def parse_size(text: str) -> tuple[int, int]:
         click.BadParameter: Neither form.
     """
     parts = text.lower().split("x")
-    if len(parts) not in (1, 2) or not all(part.isdigit() for part in parts):
+    if len(parts) not in (1, 2) or not all(part.isdecimal() for part in parts):
         raise click.BadParameter(f"{text!r}: HEIGHTxWIDTH is expected, for example 192x256", param_hint="--size")
     return int(parts[0]), int(parts[-1])
 
@@ -184,6 +189,8 @@ def evaluate(
     from petseg.evaluate import evaluate as measure
     from petseg.evaluate import open_model, write_report
 
+    if threshold is not None and math.isnan(threshold):  # click's range lets it through
+        raise click.BadParameter("nan does not lie between 0 and 1", param_hint="--threshold")
     pairs = find(root, Split(split), val_fraction=val_fraction, seed=split_seed)
     with open_model(model, device) as opened, _progress(quiet) as progress:
         task = progress.add_task("measuring", total=len(pairs), detail="")

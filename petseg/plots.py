@@ -26,9 +26,10 @@ def curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(epochs, [row["loss"] for row in history], label="training loss (BCE + Dice)")
-    right.plot(epochs, [row["val_iou"] for row in history], label="validation IoU")
-    right.plot(epochs, [row["val_dice"] for row in history], label="validation Dice")
+    marker = "o" if len(epochs) == 1 else None  # a line through one point would not be seen
+    left.plot(epochs, [row["loss"] for row in history], marker=marker, label="training loss (BCE + Dice)")
+    right.plot(epochs, [row["val_iou"] for row in history], marker=marker, label="validation IoU")
+    right.plot(epochs, [row["val_dice"] for row in history], marker=marker, label="validation Dice")
     for axes in (left, right):
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
@@ -69,7 +70,7 @@ def grid(run: Run, pairs: Sequence[Pair], height: int, width: int, threshold: fl
         titles = (pair.name, "truth (border grey)", "probability", f"prediction, IoU {iou:.3f}")
         for axis, picture, title in zip(axes, (photo, truth, probability, mask), titles, strict=True):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=255, aspect="auto")
-            axis.set_title(title, fontsize=8)
+            axis.set_title(title, fontsize=8, parse_math=False)  # a name may have dollar signs
             axis.axis("off")
     _save(figure, path)
 

@@ -53,7 +53,7 @@ def export(
     pictures = _photos(data, photos, seed)
     extra_notes = _notes(notes)
     config: dict[str, Any] = {"name": name, "notes": extra_notes}
-    if size:
+    if size is not None:
         from petseg.commands import parse_size
 
         config["height"], config["width"] = parse_size(size)

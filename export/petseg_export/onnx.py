@@ -24,7 +24,7 @@ from petseg_export.deploy import DeployedUNet
 from petseg_runtime import __version__
 from petseg_runtime.artifact import INPUT, OUTPUT, PROVENANCE_KEY, RECEIPT_KEY, open_artifact
 from petseg_runtime.engines.registry import load_engine
-from petseg_runtime.errors import CheckpointError, ModelError, OutputError, ParityError
+from petseg_runtime.errors import CheckpointError, DataError, ModelError, OutputError, ParityError
 from petseg_runtime.files import replacing
 from petseg_runtime.onnx_metadata import with_metadata
 from petseg_runtime.spec import SPEC_KEY, ModelSpec
@@ -66,12 +66,14 @@ def export_onnx(path: Path, output: Path, photos: Sequence[Path], config: OnnxCo
 
     Raises:
         CheckpointError: The checkpoint cannot be used.
+        ModelError: The network does not take that height and width.
+        DataError: The notes would replace what the provenance says by itself.
         ParityError: The file does not do what the checkpoint does; nothing is left at ``output``.
         OutputError: It cannot be written.
     """
     config = config or OnnxConfig()
     model, loaded = checkpoint.load_model(path)
-    spec = _spec(loaded, config)
+    spec = _spec(path, loaded, config)
     data = graph_bytes(model, spec)
     metadata = {SPEC_KEY: spec.to_json(), PROVENANCE_KEY: json.dumps(_provenance(path, loaded, config))}
     try:
@@ -138,20 +140,23 @@ def _strip(proto: onnx.ModelProto) -> None:
         del tensor.metadata_props[:]
 
 
-def _spec(loaded: checkpoint.Checkpoint, config: OnnxConfig) -> ModelSpec:
+def _spec(path: Path, loaded: checkpoint.Checkpoint, config: OnnxConfig) -> ModelSpec:
     raw = loaded.meta.get("spec")
     if not isinstance(raw, dict):
         raise CheckpointError(
-            "the checkpoint has no input size and thresholds (it is the state of a run): export the best.safetensors "
+            f"{path}: no input size and thresholds in it (it is the state of a run): export the best.safetensors "
             "beside it"
         )
-    size = {"height": config.height or raw["height"], "width": config.width or raw["width"]}
-    return ModelSpec(**{**raw, **size, "name": config.name})
+    asked = {"height": config.height, "width": config.width, "name": config.name}
+    try:
+        return ModelSpec(**{**raw, **{key: value for key, value in asked.items() if value is not None}})
+    except TypeError as error:  # a field that is missing, unknown, or no number
+        raise CheckpointError(f"{path}: its specification is damaged ({error})") from error
 
 
 def _provenance(path: Path, loaded: checkpoint.Checkpoint, config: OnnxConfig) -> dict[str, Any]:
     meta = loaded.meta
-    return {
+    own = {
         "schema_version": 1,
         "checkpoint": path.name,
         "checkpoint_sha256": loaded.sha256,
@@ -160,8 +165,11 @@ def _provenance(path: Path, loaded: checkpoint.Checkpoint, config: OnnxConfig) -
         "validation": {k: round(v, 4) for k, v in meta.get("validation", {}).items() if k.startswith("val_")},
         "training": meta.get("provenance", {}),
         "versions": {**meta.get("versions", {}), "petseg_export": __version__, "onnx": onnx.__version__},
-        **(config.notes or {}),
     }
+    notes = config.notes or {}
+    if taken := sorted(own.keys() & notes.keys()):
+        raise DataError(f"the notes may not replace what the file says of itself: {', '.join(taken)}")
+    return {**own, **notes}
 
 
 @contextlib.contextmanager

@@ -105,19 +105,24 @@ class _watcher:  # noqa: N801 (used like a function)
             self._progress.stop()
 
     def _watch(self, outcome: Outcome) -> None:
-        source = str(outcome.item.source)
+        source = _shown(outcome.item.source)
         if outcome.failure is not None:
-            click.echo(f"petseg: {outcome.failure}", err=True)
+            click.echo(f"petseg: {_shown(outcome.failure)}", err=True)
         else:
             assert outcome.result is not None
             for note in () if self._quiet else outcome.result.notes:
                 click.echo(f"petseg: {source}: {note}", err=True)
             if not self._as_json and not self._quiet:
-                click.echo(f"{source} -> {outcome.path}  {100 * outcome.result.coverage:.0f} % pet")
+                click.echo(f"{source} -> {_shown(outcome.path)}  {100 * outcome.result.coverage:.0f} % pet")
         if self._as_json:
             click.echo(json.dumps(_record(outcome)))
         if self._progress:
             self._progress.advance(self._task)
+
+
+def _shown(text: object) -> str:
+    """Text with all that is not printable escaped: a file's name may hold line breaks, or bytes that are no UTF-8."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def _record(outcome: Outcome) -> dict[str, Any]:
@@ -145,7 +150,7 @@ def _print_report(report: Report, folder: Path, as_json: bool, verbose: bool, qu
     elif not quiet and (total > 1 or report.failed or verbose):
         took = f" in {report.seconds:.2f} s ({total / max(report.seconds, 1e-9):.1f} photos/s)" if verbose else ""
         failed = f", {len(report.failed)} failed" if report.failed else ""
-        click.echo(f"{total} photos: {report.done} written to {folder}{failed}{took}")
+        click.echo(f"{total} photos: {report.done} written to {_shown(folder)}{failed}{took}")
 
 
 @click.command()
@@ -191,10 +196,13 @@ def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("resize", f"{spec['resize']} to {spec['height']} x {spec['width']}, {spec['filter']}, antialiased"),
         ("threshold", f"{spec['threshold']} for masks, {spec['cutout_threshold']} for cutouts"),
     ]
-    lines += [(name.replace("_", " "), str(value)) for name, value in provenance.items() if not isinstance(value, dict)]
-    for name in ("validation", "test"):
-        if name in provenance:
-            lines.append((name, ", ".join(f"{k} {v}" for k, v in provenance[name].items())))
+    lines += [(name.replace("_", " "), str(value)) for name, value in provenance.items() if isinstance(value, str)]
+    lines += [
+        (name, f"{key}: {json.dumps(value)}".replace('"', ""))
+        for name in ("training", "measured")
+        if isinstance(provenance.get(name), dict)
+        for key, value in provenance[name].items()
+    ]
     if receipt:
         lines.append(("parity", receipt.get("summary", "")))
     else:

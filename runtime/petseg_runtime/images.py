@@ -35,7 +35,6 @@ MAX_BYTES: Final = 500_000_000
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF")
 
 
-
 @dataclass(frozen=True)
 class Photo:
     """An image ready for segmentation.

@@ -57,7 +57,7 @@ class Segmentation:
         """The pet alone, as an RGBA picture with soft edges around ``cutout_threshold``."""
         level = (np.arange(256) / 255 - self.cutout_threshold) / (2 * _SOFTNESS) + 0.5
         table = np.clip(np.rint(255 * level), 0, 255).astype(np.uint8)
-        table[0] = 0  # what is certainly not pet is never shown, however low the threshold
+        table[0], table[255] = 0, 255  # what is certain stays certain, however low or high the threshold
         return Image.fromarray(np.dstack((self.pixels, table[self.probability])))
 
     def overlay(self, color: tuple[int, int, int] = (0, 200, 83), strength: float = 0.5) -> Image.Image:

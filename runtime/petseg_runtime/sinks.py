@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +56,9 @@ class ImageSink:
             OutputError: The folder cannot be made or written to, or a result would replace a photo.
         """
         self._output, self._kind = output, KINDS[kind]
-        photos = {item.source.resolve() for item in items}
+        photos = {os.path.realpath(item.source) for item in items}  # Path.resolve raises on a loop of links
         for item in items:
-            if (path := self.path_of(item)).resolve() in photos:
+            if os.path.realpath(path := self.path_of(item)) in photos:
                 raise OutputError(f"{path}: the result of {item.source} would replace a photo; choose another --output")
         try:
             with replacing(output / ".petseg-probe") as probe:

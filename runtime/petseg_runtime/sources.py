@@ -47,18 +47,27 @@ def find_photos(paths: Sequence[Path], output: Path | None = None) -> list[Item]
     Returns:
         One item per photo. What does not exist is an item too: it will fail and be counted.
     """
-    several = sum(path.is_dir() for path in paths) > 1
-    skipped = output.resolve() if output else None
+    several = sum(_is_folder(path) for path in paths) > 1
+    skipped = Path(os.path.realpath(output)) if output else None  # Path.resolve raises on a loop of links
     found: list[tuple[Path, PurePath, str | None]] = []
     for path in paths:
-        if path.is_dir():
-            prefix = PurePath(path.resolve().name) if several else PurePath()
+        if _is_folder(path):
+            own_name = PurePath(path.resolve().name or "root")
+            prefix = own_name if several else PurePath()
             for file, problem in _walk(path, skipped):
-                found.append((file, prefix / file.relative_to(path), problem))
+                relative = prefix / file.relative_to(path)
+                found.append((file, relative if relative.name else own_name, problem))
         else:
             found.append((path, PurePath(path.name), None))
     names = _unique([relative for _, relative, _ in found])
     return [Item(file, name, problem) for (file, _, problem), name in zip(found, names, strict=True)]
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long, or a folder on the way that may not be entered: reading it will say so
+        return False
 
 
 def _walk(folder: Path, skipped: Path | None) -> Iterator[tuple[Path, str | None]]:

@@ -62,6 +62,9 @@ def load_engine(artifact: Artifact, backend: str = "auto", threads: int | None =
             if backend != "auto":
                 raise EngineMissing(f"{name} is not installed: pip install 'petseg[{entry.extra}]'") from error
             continue
+        except ImportError as error:  # a shared library that it needs, or one of another version
+            reason = " ".join(str(error).split())
+            raise EngineError(f"{name} is installed but cannot be imported ({reason})") from error
         return load(artifact, threads)
     extras = ", ".join(f"pip install 'petseg[{entry.extra}]'" for entry in ENGINES.values())
     raise EngineMissing(f"no inference engine is installed: {extras}")

@@ -1,0 +1,501 @@
+"""`petseg train`, `evaluate` and `data check` as people and scripts use them."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from PIL import Image
+
+from petseg import checkpoint as checkpoints
+from petseg import train as training
+from petseg.cli import run
+from petseg.commands import parse_size
+from petseg.data import Split, find
+from petseg.evaluate import evaluate, open_model
+from petseg_runtime.errors import TrainingError
+
+SMALL = ["--width", "2", "--size", "32", "--batch", "4", "--device", "cpu", "--set", "amp=fp32"]
+FILES = {"best.safetensors", "last.safetensors", "log.csv", "curves.png", "predictions.png"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, and what the command printed."""
+
+    folder: Path
+    printed: dict[str, Any]
+    err: str
+
+
+@pytest.fixture(scope="module")
+def trained(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two epochs of a tiny network. To be read only."""
+    folder = tmp_path_factory.mktemp("commands") / "run"
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        args = ["train", "--data", str(oxford_root), "--output", str(folder), *SMALL, "--epochs", "2", "--json"]
+        assert run(args) == 0
+    return Run(folder, json.loads(out.getvalue()), err.getvalue())
+
+
+@pytest.fixture
+def trained_copy(trained: Run, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained.folder, tmp_path / "run"))
+
+
+def log_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def failed(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and message of a command line that must fail, with nothing on stdout and no traceback."""
+    code = run(args)
+    out, err = capsys.readouterr()
+    assert not out
+    assert "Traceback" not in err
+    return code, err
+
+
+# ------------------------------------------------------------------------------------------------ train
+
+
+def test_training_leaves_its_files_and_no_others(trained: Run) -> None:
+    assert {path.name for path in trained.folder.iterdir()} == FILES
+    for name in ("curves.png", "predictions.png"):
+        with Image.open(trained.folder / name) as image:
+            image.load()
+            assert min(image.size) > 200
+    assert [row["epoch"] for row in log_of(trained.folder)] == ["1", "2"]
+
+
+def test_json_names_the_checkpoint_and_its_epoch(trained: Run) -> None:
+    assert trained.printed["schema_version"] == 1
+    assert trained.printed["checkpoint"] == str(trained.folder / "best.safetensors")
+    rows = log_of(trained.folder)
+    best = max(rows, key=lambda row: float(row["val_iou"]))
+    assert {name: float(value) for name, value in best.items()} == trained.printed["best"]
+
+
+def test_progress_goes_to_stderr(trained: Run, oxford_root: Path) -> None:
+    for words in ("attention U-Net, width 2", "float32", "epoch 1/2", "epoch 2/2", "val IoU"):
+        assert words in trained.err
+
+
+def test_the_options_reach_the_run(trained: Run) -> None:
+    meta = checkpoints.load(trained.folder / "best.safetensors").meta
+    config = meta["config"]
+    assert (config["epochs"], config["batch"], config["amp"]) == (2, 4, "fp32")
+    assert meta["model"] == {"width": 2}
+    assert (meta["spec"]["height"], meta["spec"]["width"]) == (32, 32)
+    assert meta["precision"] == "float32"
+
+
+def test_a_finished_run_resumed_says_the_same_again(
+    trained: Run, trained_copy: Path, oxford_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(trained_copy)
+    args = ["train", "--data", str(oxford_root), "--output", str(trained_copy), *SMALL, "--epochs", "2", "--resume"]
+    assert run(args) == 0
+    after = contents(trained_copy)
+    for name in ("best.safetensors", "last.safetensors", "log.csv"):
+        assert after[name] == before[name]
+    assert set(after) == FILES
+    first, second = capsys.readouterr().out.splitlines()
+    best = trained.printed["best"]
+    threshold = f"{best['val_threshold']:.2f}"
+    assert (
+        first == f"{trained_copy / 'best.safetensors'}: validation IoU {best['val_iou']:.4f} at threshold {threshold}"
+    )
+    assert second.startswith(str(trained_copy / "log.csv"))
+
+
+def test_a_second_run_in_the_same_folder_is_refused(
+    trained_copy: Path, oxford_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(trained_copy)
+    code, message = failed(["train", "--data", str(oxford_root), "--output", str(trained_copy), *SMALL], capsys)
+    assert code == 9
+    assert "--resume" in message
+    assert contents(trained_copy) == before
+
+
+def test_other_settings_are_not_resumed(
+    trained_copy: Path, oxford_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["train", "--data", str(oxford_root), "--output", str(trained_copy), *SMALL, "--epochs", "2", "--resume"]
+    code, message = failed([*args, "-q", "--set", "optimizer.lr=0.5"], capsys)
+    assert code == 9
+    assert "optimizer.lr was 0.001, now 0.5" in message
+
+
+def test_pictures_that_cannot_be_written_are_an_output_error(
+    trained_copy: Path, oxford_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (trained_copy / "curves.png").unlink()
+    (trained_copy / "curves.png").mkdir()
+    args = ["train", "--data", str(oxford_root), "--output", str(trained_copy), *SMALL, "--epochs", "2", "--resume"]
+    code, message = failed([*args, "-q"], capsys)
+    assert code == 6
+    assert str(trained_copy) in message
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("optimizer.lr", "NAME=VALUE"),
+        ("=3", "NAME=VALUE"),
+        ("nonsense=1", "unknown setting 'nonsense'"),
+        ("optimizer.speed=1", "unknown setting 'optimizer.speed'"),
+        ("optimizer.lr=fast", "optimizer.lr is 'fast'"),
+        ("optimizer.lr=-1", "optimizer.lr is -1"),
+        ("epochs=0", "epochs is 0"),
+        ("epochs.more=1", "'epochs' is a setting"),
+        ("amp=fp8", "amp is 'fp8'; one of auto, bf16, fp16, fp32"),
+        ("amp=fp16", "bf16 or fp32"),
+        ("model.width=3", "must be even"),
+        ("data.height=33", "a multiple of 16"),
+    ],
+)
+def test_a_bad_setting_is_named(
+    setting: str, said: str, oxford_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["train", "--data", str(oxford_root), "--output", str(tmp_path / "run"), *SMALL, "--epochs", "1"]
+    code, message = failed([*args, "--set", setting], capsys)
+    assert code == 9
+    assert message.startswith("petseg: ")
+    assert said in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--size", "big"], 2, "192x256"),
+        (["--size", "32x"], 2, "192x256"),
+        (["--size", "33"], 9, "data.height is 33"),
+        (["--size", "32x40"], 9, "data.width is 40"),
+        (["--epochs", "many"], 2, "--epochs"),
+        (["--epochs", "0"], 9, "epochs is 0"),
+        (["--batch", "1"], 9, "batch is 1"),
+        (["--batch", "100"], 8, "a batch takes 100"),
+        (["--width", "3"], 9, "width is 3"),
+        (["--device", "cuda:99"], 5, "--device cuda:99"),
+        (["--device", "toaster"], 5, "'toaster'"),
+        (["--data", "/nowhere"], 8, "/nowhere"),
+        (["--config", "/nowhere.toml"], 9, "/nowhere.toml"),
+        (["--init", "/nowhere.safetensors"], 4, "/nowhere.safetensors: no such file"),
+        (["--resume"], 9, "nothing to resume"),
+        (["--no-such-option"], 2, "--no-such-option"),
+    ],
+)
+def test_each_mistake_has_its_exit_code(
+    options: list[str], code: int, said: str, oxford_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["train", "--data", str(oxford_root), "--output", str(tmp_path / "run"), *SMALL, "-q"]
+    got, message = failed([*args, *options], capsys)
+    assert got == code
+    assert said in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_and_output_are_required(capsys: pytest.CaptureFixture[str]) -> None:
+    code, message = failed(["train"], capsys)
+    assert code == 2
+    assert "--data" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("192", (192, 192)), ("192x256", (192, 256)), ("64X32", (64, 32)), ("0", (0, 0))]
+)
+def test_a_size_is_height_by_width(text: str, size: tuple[int, int]) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "32x", "x32", "32x32x3", "-32", "3.5", "32 px", "3²"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        parse_size(text)
+
+
+class Seen(Exception):
+    """Carries what the command gave to the trainer."""
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that returns what `petseg train` with some options would give to the trainer."""
+
+    class Spy:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            raise Seen(args, options)
+
+    monkeypatch.setattr(training, "Trainer", Spy)
+
+    def ask(*options: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        with pytest.raises(Seen) as caught:
+            run(["train", "--data", "d", "--output", "o", "--device", "cpu", *options])
+        args, given = caught.value.args
+        return args, given
+
+    return ask
+
+
+def test_a_file_gives_way_to_options_and_options_to_set(tmp_path: Path, asked: Any) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'epochs = 7\nbatch = 6\nseed = 5\n[model]\nwidth = 8\n[data]\nheight = 48\n[schedule]\nname = "cosine"\n'
+    )
+    (config, *_), _ = asked("--config", str(file))
+    assert (config.epochs, config.batch, config.seed, config.model.width) == (7, 6, 5, 8)
+    assert (config.data.height, config.data.width) == (48, 256)
+    assert config.schedule.name == "cosine"
+    (config, *_), _ = asked(
+        "--config", str(file), "--epochs", "3", "--size", "32x64", "--set", "epochs=2", "--seed", "0"
+    )
+    assert (config.epochs, config.batch, config.seed) == (2, 6, 0)
+    assert (config.data.height, config.data.width) == (32, 64)
+
+
+def test_folders_device_start_and_command_reach_the_trainer(asked: Any) -> None:
+    (_, root, output), given = asked("--init", "start.safetensors")
+    assert (root, output) == (Path("d"), Path("o"))
+    assert given["device"].type == "cpu"
+    assert (given["init"], given["resume"]) == (Path("start.safetensors"), False)
+    assert given["provenance"]["command"].startswith("petseg ")
+
+
+@pytest.mark.parametrize("text", ["epochs = ", "epochs = 'two'", "[nonsense]\nx = 1", "model = 3", "\xff"])
+def test_a_bad_file_of_settings_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.toml"
+    file.write_bytes(text.encode("latin-1"))
+    args = ["train", "--data", "d", "--output", "o", "--config", str(file), "--width", "2"]
+    assert failed(args, capsys)[0] == TrainingError.exit_code
+
+
+def test_ctrl_c_in_the_middle_of_a_run_keeps_it_and_resume_finishes_it(
+    oxford_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    options = ["train", "--data", str(oxford_root), "--output", str(folder), *SMALL, "--epochs", "25"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "petseg.cli", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while not (folder / "last.safetensors").exists():
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=250)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130, err
+    assert not out
+    assert err.splitlines()[-1] == "petseg: interrupted"
+    assert "Traceback" not in err
+    stopped = log_of(folder)
+    assert 1 <= len(stopped) < 25
+    assert checkpoints.load(folder / "last.safetensors").meta["state"]["step"] > 0
+    assert not [path for path in folder.iterdir() if ".part" in path.name]
+
+    assert run([*options, "--resume", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "resumed at step" in err
+    rows = log_of(folder)
+    assert [row["epoch"] for row in rows] == [str(i + 1) for i in range(25)]
+    assert rows[: len(stopped)] == stopped
+    assert json.loads(out)["best"]["val_iou"] == max(float(row["val_iou"]) for row in rows)
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
+# ------------------------------------------------------------------------------------------------ evaluate
+
+
+def measured(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, Any]:
+    assert run(["evaluate", *map(str, args), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    return dict(json.loads(out))
+
+
+def test_evaluate_prints_what_the_measurement_gives(
+    trained: Run, oxford_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = trained.folder / "best.safetensors"
+    with open_model(best, "cpu") as opened:
+        result = evaluate(opened.run, find(oxford_root, Split.TEST), 32, 32)
+        want = {**result.summary(opened.threshold), "model": opened.describe(), "split": "test"}
+    got = measured(capsys, best, "--data", oxford_root, "--device", "cpu")
+    assert got == want
+    assert got["photos"] == 6
+    assert set(got["readings"]) == {"background", "pet", "ignored"}
+    assert {"schema_version", "iou", "dice", "accuracy", "precision", "recall", "mean_image_iou"} <= set(got)
+
+
+def test_the_threshold_can_be_another_than_the_models_own(
+    trained: Run, oxford_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = trained.folder / "best.safetensors"
+    own = measured(capsys, best, "--data", oxford_root)
+    assert own["threshold"] == checkpoints.load(best).meta["spec"]["threshold"]
+    low = measured(capsys, best, "--data", oxford_root, "--threshold", "0.001")
+    assert (low["threshold"], low["recall"]) == (0.001, 1)
+    high = measured(capsys, best, "--data", oxford_root, "--threshold", "0.999")
+    assert (high["threshold"], high["recall"], high["precision"]) == (0.999, 0, None)
+
+
+@pytest.mark.parametrize(("split", "photos"), [("test", 6), ("trainval", 24), ("val", 1), ("train", 23)])
+def test_each_split_is_measured_by_its_own_photos(
+    trained: Run, oxford_root: Path, split: str, photos: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    got = measured(capsys, trained.folder / "best.safetensors", "--data", oxford_root, "--split", split)
+    assert (got["split"], got["photos"]) == (split, photos)
+
+
+def test_the_validation_photos_are_those_of_the_run(
+    trained: Run, oxford_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The numbers that training saw are those that are measured afterwards."""
+    row = trained.printed["best"]
+    options = ["--split", "val", "--threshold", row["val_threshold"]]
+    got = measured(capsys, trained.folder / "best.safetensors", "--data", oxford_root, *options)
+    assert (got["iou"], got["dice"]) == pytest.approx((row["val_iou"], row["val_dice"]))
+
+
+def test_people_get_a_table_and_the_report(
+    trained: Run, oxford_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["evaluate", str(trained.folder / "best.safetensors"), "--data", str(oxford_root)]
+    assert run([*args, "--output", str(tmp_path / "report"), "--threshold", "0.25"]) == 0
+    out = capsys.readouterr().out
+    record = json.loads((tmp_path / "report" / "evaluation.json").read_text())
+    for words in ("6 photos, threshold 0.250", "background", "ignored", f"{record['accuracy']:.4f}", "images.csv"):
+        assert words in out
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"evaluation.json", "images.csv", "worst.png"}
+    assert run([*args, "-q"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_an_undefined_ratio_and_an_empty_mask_are_said_in_the_table(
+    trained: Run, oxford_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for pair in find(oxford_copy, Split.TEST):
+        Image.fromarray(np.full((64, 64), 2, np.uint8)).save(pair.mask)
+    args = ["evaluate", str(trained.folder / "best.safetensors"), "--data", str(oxford_copy), "--threshold", "0.001"]
+    assert run(args) == 0
+    out = capsys.readouterr().out
+    assert "nan" not in out
+    assert "masks without any pet, counted all the same: pet_24, pet_25" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--device", "cuda:99"], 5, "--device cuda:99"),
+        (["--threshold", "1.5"], 2, "--threshold"),
+        (["--threshold", "0"], 2, "--threshold"),
+        (["--threshold", "nan"], 2, "--threshold"),
+        (["--split", "all"], 2, "--split"),
+        (["--batch", "0"], 2, "--batch"),
+        (["--data", "/nowhere"], 8, "/nowhere"),
+        (["--output", "/dev/null/report"], 6, "/dev/null/report"),
+    ],
+)
+def test_each_mistake_in_evaluate_has_its_exit_code(
+    trained: Run,
+    oxford_root: Path,
+    options: list[str],
+    code: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = ["evaluate", str(trained.folder / "best.safetensors"), "--data", str(oxford_root), *options]
+    got, message = failed(args, capsys)
+    assert got == code
+    assert said in message
+
+
+@pytest.mark.parametrize("name", ["last.safetensors", "log.csv", "none.safetensors", "none.onnx"])
+def test_what_is_no_model_is_exit_code_4(
+    trained: Run, oxford_root: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, message = failed(["evaluate", str(trained.folder / name), "--data", str(oxford_root)], capsys)
+    assert code == 4
+    assert name in message
+
+
+# ------------------------------------------------------------------------------------------------ data check
+
+
+def checked(capsys: pytest.CaptureFixture[str], *args: object, code: int = 0) -> dict[str, Any]:
+    assert run(["data", "check", *map(str, args), "--json"]) == code
+    out, err = capsys.readouterr()
+    assert not err
+    return dict(json.loads(out))
+
+
+def test_a_good_data_set_is_usable(oxford_root: Path, folder_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nothing: dict[str, list[str]] = {"missing": [], "unreadable": [], "wrong_size": [], "empty": []}
+    good = {"schema_version": 1, "usable": True, **nothing}
+    assert checked(capsys, oxford_root) == {**good, "pairs": 30}
+    assert checked(capsys, oxford_root, "--split", "test") == {**good, "pairs": 6}
+    assert checked(capsys, folder_root) == {**good, "pairs": 12}
+    assert run(["data", "check", str(oxford_root)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("30 pairs: 0 missing")
+
+
+def test_everything_that_is_wrong_is_named(oxford_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second, third, fourth, *_ = find(oxford_copy, Split.TRAINVAL)
+    first.image.unlink()
+    second.image.write_bytes(second.image.read_bytes()[:200])
+    Image.fromarray(np.ones((10, 20), np.uint8)).save(third.mask)
+    Image.fromarray(np.full((64, 64), 2, np.uint8)).save(fourth.mask)
+    found = checked(capsys, oxford_copy, code=8)
+    assert (found["pairs"], found["usable"]) == (30, False)
+    assert found["missing"] == [str(first.image)]
+    assert [str(second.image) in line for line in found["unreadable"]] == [True]
+    assert found["wrong_size"] == [f"{third.name}: photo 64 x 64, mask 20 x 10"]
+    assert found["empty"] == [fourth.name]
+    assert checked(capsys, oxford_copy, "--split", "test")["usable"]
+
+    assert run(["data", "check", str(oxford_copy)]) == 8
+    out, err = capsys.readouterr()
+    assert f"missing: {first.image}" in out
+    assert f"empty: {fourth.name}" in out
+    assert out.splitlines()[-1] == "30 pairs: 1 missing, 1 unreadable, 1 wrong size, 1 empty: not usable"
+    assert not err
+    assert run(["data", "check", str(oxford_copy), "-q"]) == 8
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_empty_mask_alone_does_not_spoil_a_data_set(oxford_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = find(oxford_copy, Split.TEST)[0]
+    Image.fromarray(np.full((64, 64), 2, np.uint8)).save(pair.mask)
+    found = checked(capsys, oxford_copy)
+    assert found["usable"]
+    assert found["empty"] == [pair.name]
+
+
+def test_a_folder_without_data_is_exit_code_8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, message = failed(["data", "check", str(tmp_path)], capsys)
+    assert code == 8
+    assert str(tmp_path) in message

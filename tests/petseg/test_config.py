@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from petseg.config import (
+    AugmentConfig,
+    DataConfig,
+    LossConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    from_dict,
+    load_toml,
+    override,
+    to_dict,
+)
+from petseg.model import AttentionUNetConfig
+from petseg_runtime.errors import TrainingError
+
+UNUSUAL = TrainConfig(
+    epochs=7,
+    batch=3,
+    seed=-5,
+    ema=0.0,
+    amp="bf16",
+    model=AttentionUNetConfig(width=16),
+    data=DataConfig(height=192, width=256, val_fraction=0.2, split_seed=3, border_target=0.5, workers=2),
+    augment=AugmentConfig(flip=0.1, rotate=30, translate=0.1, scale_min=0.5, scale_max=2.0, hue=0.1),
+    loss=LossConfig(bce=1.0, dice=0.0, epsilon=0.5),
+    optimizer=OptimizerConfig(lr=0.1, weight_decay=0.0, clip=5.0),
+    schedule=ScheduleConfig(name="one-cycle", restart_epochs=3, restart_factor=1, warmup=0.1),
+)
+
+
+@pytest.mark.parametrize("config", [TrainConfig(), UNUSUAL])
+def test_to_dict_and_back_through_json(config: TrainConfig) -> None:
+    raw = json.loads(json.dumps(to_dict(config)))
+    assert from_dict(TrainConfig, raw) == config
+
+
+def test_the_unusual_config_differs_everywhere() -> None:
+    """Else the round trip above could lose a setting unseen."""
+    same = []
+    for f in dataclasses.fields(TrainConfig):
+        one, two = getattr(TrainConfig(), f.name), getattr(UNUSUAL, f.name)
+        same += [f.name] if one == two else []
+    assert same == []
+
+
+def test_the_defaults_are_the_published_recipe() -> None:
+    config = from_dict(TrainConfig, {})
+    assert config == TrainConfig()
+    assert (config.epochs, config.batch, config.ema) == (30, 16, 0.998)
+    assert (config.model.width, config.loss.bce, config.loss.dice) == (64, 0.5, 0.5)
+    assert (config.schedule.name, config.augment.flip, config.augment.rotate) == ("cosine-restarts", 0.5, 15.0)
+
+
+def test_what_is_missing_keeps_its_default() -> None:
+    config = from_dict(TrainConfig, {"optimizer": {"clip": 2}})
+    assert config.optimizer == OptimizerConfig(clip=2.0)
+    assert config.data == DataConfig()
+
+
+def test_a_whole_number_is_a_float_where_one_is_wanted() -> None:
+    lr = from_dict(TrainConfig, {"optimizer": {"lr": 1}}).optimizer.lr
+    assert isinstance(lr, float)
+
+
+@pytest.mark.parametrize(
+    ("raw", "named", "offered"),
+    [
+        ({"epoch": 3}, "'epoch'", "epochs"),
+        ({"optimizer": {"learning_rate": 1}}, "'optimizer.learning_rate'", "lr"),
+        ({"model": {"channels": 3}}, "'model.channels'", "width"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_known_ones(raw: dict[str, Any], named: str, offered: str) -> None:
+    with pytest.raises(TrainingError, match=rf"unknown setting {named}.*\b{offered}\b"):
+        from_dict(TrainConfig, raw)
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({"epochs": "3"}, "epochs is '3'; int"),
+        ({"epochs": 3.0}, "epochs is 3.0; int"),
+        ({"epochs": True}, "epochs is True; int"),
+        ({"ema": True}, "ema is True; float"),
+        ({"ema": None}, "ema is None; float"),
+        ({"optimizer": {"lr": "fast"}}, "optimizer.lr is 'fast'; float"),
+        ({"optimizer": {"lr": [1]}}, r"optimizer.lr is \[1\]; float"),
+        ({"amp": "fp8"}, "amp is 'fp8'; one of auto, bf16, fp16, fp32"),
+        ({"amp": 16}, "amp is 16; one of"),
+        ({"schedule": {"name": "step"}}, "schedule.name is 'step'; one of cosine-restarts, one-cycle, cosine"),
+        ({"model": 64}, "model is 64; a table"),
+        ({"data": [1]}, r"data is \[1\]; a table"),
+    ],
+)
+def test_a_wrong_type_is_refused_by_name(raw: dict[str, Any], said: str) -> None:
+    with pytest.raises(TrainingError, match=said):
+        from_dict(TrainConfig, raw)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("epochs", v) for v in (0, -1)),
+        *(("batch", v) for v in (1, 0)),
+        *(("ema", v) for v in (-0.1, 1.0, NAN)),
+        *(("model.width", v) for v in (0, 3, -2)),
+        *(("data.height", v) for v in (0, -16, 100)),
+        *(("data.width", v) for v in (0, -16, 100)),
+        *(("data.val_fraction", v) for v in (0.0, 1.0, NAN)),
+        *(("data.border_target", v) for v in (-0.1, 1.1, NAN)),
+        ("data.workers", -1),
+        *(("augment.flip", v) for v in (-0.1, 1.1)),
+        *(("augment.rotate", v) for v in (-1.0, 181.0)),
+        *(("augment.translate", v) for v in (-0.1, 1.0)),
+        *(("augment.scale_min", v) for v in (0.0, 1.5)),
+        *((f"augment.{n}", v) for n in ("brightness", "contrast", "saturation") for v in (-0.1, 1.1, NAN)),
+        *(("augment.hue", v) for v in (-0.1, 0.6)),
+        *(("loss.bce", v) for v in (-0.1, NAN)),
+        *(("loss.dice", v) for v in (-0.1, NAN)),
+        *(("loss.epsilon", v) for v in (0.0, -1.0)),
+        *(("optimizer.lr", v) for v in (0.0, -1e-3, NAN)),
+        *(("optimizer.weight_decay", v) for v in (-0.1, NAN)),
+        *(("optimizer.clip", v) for v in (0.0, -1.0, NAN)),
+        *(("schedule.restart_epochs", v) for v in (0, -1)),
+        *(("schedule.restart_factor", v) for v in (0, -1)),
+        *(("schedule.warmup", v) for v in (0.0, 1.0)),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(name: str, value: float) -> None:
+    *section, key = name.split(".")
+    raw: dict[str, Any] = {section[0]: {key: value}} if section else {key: value}
+    with pytest.raises(TrainingError, match=f"{name} is {value}"):
+        from_dict(TrainConfig, raw)
+
+
+def test_no_loss_at_all_is_refused() -> None:
+    with pytest.raises(TrainingError, match=r"loss\.bce \+ loss\.dice"):
+        LossConfig(bce=0, dice=0)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"epochs": 1, "batch": 2, "ema": 0.0},
+        {"data": {"height": 16, "width": 4096, "border_target": 1.0}},
+        {"augment": {"flip": 1.0, "rotate": 180.0, "hue": 0.5, "brightness": 1.0, "scale_min": 1.0, "scale_max": 1.0}},
+        {"augment": {"flip": 0.0, "rotate": 0.0, "hue": 0.0, "brightness": 0.0}},
+        {"loss": {"bce": 0.0, "dice": 1.0}},
+        {"schedule": {"restart_epochs": 1, "restart_factor": 1}},
+        {"optimizer": {"weight_decay": 0.0}},
+    ],
+)
+def test_the_ends_of_the_ranges_are_allowed(raw: dict[str, Any]) -> None:
+    from_dict(TrainConfig, raw)
+
+
+@pytest.mark.parametrize("amp", ["auto", "bf16", "fp16", "fp32"])
+def test_every_precision_is_allowed(amp: str) -> None:
+    assert from_dict(TrainConfig, {"amp": amp}).amp == amp
+
+
+def test_toml_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('epochs = 3\n[optimizer]\nlr = 2e-3\n[schedule]\nname = "cosine"\n', encoding="utf-8")
+    config = from_dict(TrainConfig, load_toml(path))
+    assert (config.epochs, config.optimizer.lr, config.schedule.name) == (3, 0.002, "cosine")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"epochs = ", "not valid TOML"),
+        (b"[optimizer\nlr = 1", "not valid TOML"),
+        (b"epochs = 1\nepochs = 2\n", "not valid TOML"),
+        (b"name = '\xff\xfe'", "not valid TOML"),
+    ],
+)
+def test_a_file_that_is_not_toml_is_refused_by_name(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(content)
+    with pytest.raises(TrainingError, match=rf"run\.toml: {said}"):
+        load_toml(path)
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"none\.toml: cannot be read"):
+        load_toml(tmp_path / "none.toml")
+    with pytest.raises(TrainingError, match="cannot be read"):
+        load_toml(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("epochs=3", {"epochs": 3}),
+        (" epochs = 3 ", {"epochs": 3}),
+        ("optimizer.lr=0.002", {"optimizer": {"lr": 0.002}}),
+        ("optimizer.lr=2e-3", {"optimizer": {"lr": 0.002}}),
+        ("amp=fp32", {"amp": "fp32"}),
+        ('amp="fp32"', {"amp": "fp32"}),
+        ("schedule.name=one-cycle", {"schedule": {"name": "one-cycle"}}),
+        ("a.b.c=true", {"a": {"b": {"c": True}}}),
+        ("note=a=b", {"note": "a=b"}),
+        ("note=", {"note": ""}),
+    ],
+)
+def test_override_takes_toml_or_a_bare_word(assignment: str, expected: dict[str, Any]) -> None:
+    raw: dict[str, Any] = {}
+    override(raw, assignment)
+    assert raw == expected
+
+
+def test_override_replaces_one_value_and_keeps_its_neighbours() -> None:
+    raw = {"epochs": 3, "optimizer": {"lr": 0.1, "clip": 2.0}}
+    override(raw, "optimizer.lr=0.5")
+    assert raw == {"epochs": 3, "optimizer": {"lr": 0.5, "clip": 2.0}}
+
+
+@pytest.mark.parametrize("assignment", ["epochs", "", "=3", "  =3", "epochs:3"])
+def test_override_without_a_name_or_a_value_is_refused(assignment: str) -> None:
+    with pytest.raises(TrainingError, match="NAME=VALUE"):
+        override({}, assignment)
+
+
+def test_override_inside_a_plain_setting_is_refused() -> None:
+    with pytest.raises(TrainingError, match="'epochs' is a setting"):
+        override({"epochs": 3}, "epochs.lr=3")

@@ -1,0 +1,88 @@
+"""Which device computes, and in which precision."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from petseg import device as device_module
+from petseg.device import pick_device, pick_precision
+from petseg_runtime.errors import EngineError, TrainingError
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int, capability: tuple[int, int] = (9, 0)) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+
+@pytest.mark.parametrize(("gpus", "kind"), [(0, "cpu"), (1, "cuda")])
+def test_auto_is_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch, gpus: int, kind: str) -> None:
+    with_gpus(monkeypatch, gpus)
+    assert pick_device("auto").type == kind
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:0", "cuda:1"])
+def test_a_device_that_is_there_is_taken_at_its_word(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    with_gpus(monkeypatch, 2)
+    assert pick_device(name) == torch.device(name)
+
+
+@pytest.mark.parametrize(("gpus", "name"), [(0, "cuda"), (0, "cuda:0"), (1, "cuda:1"), (2, "cuda:2"), (2, "cuda:99")])
+def test_a_gpu_that_is_not_there_is_an_error_and_never_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, name: str
+) -> None:
+    with_gpus(monkeypatch, gpus)
+    with pytest.raises(EngineError, match=rf"--device {name}: PyTorch sees {gpus} CUDA GPUs") as caught:
+        pick_device(name)
+    assert "--device cpu" in str(caught.value), "the remedy"
+    assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:-1", "cuda:x", "0"])
+def test_what_is_no_device_is_refused_with_the_choices(name: str) -> None:
+    with pytest.raises(EngineError, match=re.escape(f"--device {name!r} is not a device; auto, cpu, cuda or cuda:N")):
+        pick_device(name)
+
+
+@pytest.mark.parametrize("name", ["meta", "mps", "xpu"])
+def test_devices_that_petseg_does_not_know_are_refused(name: str) -> None:
+    with pytest.raises(EngineError, match="cuda or cpu"):
+        pick_device(name)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+@pytest.mark.parametrize(("amp", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_a_precision_that_was_asked_for_is_what_is_computed_in(
+    device: torch.device, amp: str, dtype: torch.dtype
+) -> None:
+    assert pick_precision(amp, device) is dtype
+
+
+def test_fp16_is_for_gpus_alone() -> None:
+    assert pick_precision("fp16", GPU) is torch.float16
+    with pytest.raises(TrainingError, match="bf16 or fp32"):
+        pick_precision("fp16", CPU)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16), ((12, 0), torch.bfloat16)],
+)
+def test_auto_on_a_gpu_is_bf16_from_ampere_on(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype
+) -> None:
+    with_gpus(monkeypatch, 1, capability)
+    assert pick_precision("auto", GPU) is dtype
+
+
+@pytest.mark.parametrize(("has", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_on_a_cpu_is_bf16_only_where_the_cpu_has_it(
+    monkeypatch: pytest.MonkeyPatch, has: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(device_module, "_cpu_has_bf16", lambda: has)
+    assert pick_precision("auto", CPU) is dtype

@@ -1,0 +1,336 @@
+"""The measurement, against pixels counted one by one."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from petseg import plots
+from petseg.checkpoint import save_checkpoint
+from petseg.data import Layout, Pair, Split, find
+from petseg.evaluate import Evaluation, OpenedModel, evaluate, open_model, torch_run, write_report
+from petseg.metrics import Border
+from petseg.model import AttentionUNet, AttentionUNetConfig, normalize
+from petseg_runtime.artifact import open_artifact
+from petseg_runtime.errors import CheckpointError, DataError, EngineError, ModelError, OutputError
+
+H, W = 16, 48
+RATIOS = ("iou", "dice", "accuracy", "precision", "recall")
+READINGS = ("background", "pet", "ignored")
+#: Height and width of each photo, and of its trimap.
+SIZES = [((37, 53), (37, 53)), ((64, 64), (64, 64)), ((120, 80), (60, 40)), ((16, 48), (16, 48)), ((9, 200), (9, 200))]
+
+
+def smooth(rng: np.random.Generator, height: int, width: int, channels: int) -> np.ndarray:
+    """A random field with structure larger than a pixel, uint8 [H, W, C]."""
+    coarse = rng.integers(0, 256, (4, 5, channels), np.uint8)
+    layers = [
+        Image.fromarray(coarse[..., c]).resize((width, height), Image.Resampling.BICUBIC) for c in range(channels)
+    ]
+    return np.stack([np.asarray(layer) for layer in layers], axis=2)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[Pair]:
+    """Photos of unequal sizes; one trimap is smaller than its photo, and the last has no pet."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(5)
+    found = []
+    for i, (photo_size, trimap_size) in enumerate(SIZES):
+        photo = folder / f"{i}.png"
+        Image.fromarray(smooth(rng, *photo_size, 3)).save(photo)
+        field = smooth(rng, *trimap_size, 1)[..., 0]
+        trimap = np.where(field > 150, 1, np.where(field > 120, 3, 2)).astype(np.uint8)
+        if i == len(SIZES) - 1:
+            trimap[trimap == 1] = 2
+        Image.fromarray(trimap).save(folder / f"{i}-trimap.png")
+        found.append(Pair(f"photo {i}", photo, folder / f"{i}-trimap.png", Layout.OXFORD))
+    return found
+
+
+def red(batch: np.ndarray) -> np.ndarray:
+    """A model whose probability is the photo's red channel."""
+    return np.ascontiguousarray(batch[..., 0])
+
+
+def brute(pairs: list[Pair], threshold: float, reading: str) -> list[tuple[int, int, int, int]]:
+    """(TP, FP, FN, TN) of the model `red` for each photo, at its trimap's own resolution."""
+    found = []
+    for pair in pairs:
+        trimap = np.asarray(Image.open(pair.mask))
+        seen = Image.open(pair.image).resize((W, H), Image.Resampling.BILINEAR).getchannel("R")
+        probability = np.asarray(seen.resize(trimap.shape[::-1], Image.Resampling.BILINEAR))
+        tp = fp = fn = tn = 0
+        for value, label in zip(probability.ravel().tolist(), trimap.ravel().tolist(), strict=True):
+            if label == 3 and reading == "ignored":
+                continue
+            says, is_pet = value >= 255 * threshold, label == 1 or (label == 3 and reading == "pet")
+            tp += says and is_pet
+            fp += says and not is_pet
+            fn += not says and is_pet
+            tn += not says and not is_pet
+        found.append((tp, fp, fn, tn))
+    return found
+
+
+def ratios(tp: int, fp: int, fn: int, tn: int) -> dict[str, float]:
+    return {
+        "iou": tp / (tp + fp + fn),
+        "dice": 2 * tp / (2 * tp + fp + fn),
+        "accuracy": (tp + tn) / (tp + fp + fn + tn),
+        "precision": tp / (tp + fp),
+        "recall": tp / (tp + fn),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ the numbers
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7373])
+def test_every_number_is_what_counting_pixels_gives(pairs: list[Pair], threshold: float) -> None:
+    summary = evaluate(red, pairs, H, W).summary(threshold)
+    assert set(summary["readings"]) == set(READINGS)
+    for reading in READINGS:
+        each = brute(pairs, threshold, reading)
+        total = tuple(map(sum, zip(*each, strict=True)))
+        got = summary["readings"][reading]
+        assert got["pixels"] == dict(zip(("tp", "fp", "fn", "tn"), total, strict=True))
+        assert {name: got[name] for name in RATIOS} == pytest.approx(ratios(*total))
+        ious = [tp / (tp + fp + fn) if tp + fp + fn else 1.0 for tp, fp, fn, _ in each]
+        assert got["mean_image_iou"] == pytest.approx(sum(ious) / len(ious))
+    values = [summary["readings"][reading]["iou"] for reading in READINGS]
+    assert len(set(values)) == 3, "the border makes a difference here"
+
+
+def test_the_headline_counts_the_border_as_background(pairs: list[Pair]) -> None:
+    summary = evaluate(red, pairs, H, W).summary(0.5)
+    assert summary["schema_version"] == 1
+    assert summary["border"] == "background"
+    assert summary["threshold"] == 0.5
+    assert summary["photos"] == len(pairs)
+    for name in (*RATIOS, "mean_image_iou"):
+        assert summary[name] == summary["readings"]["background"][name]
+
+
+def test_masks_without_any_pet_are_named_and_counted(pairs: list[Pair]) -> None:
+    result = evaluate(red, pairs, H, W)
+    assert result.summary(0.5)["photos_without_pet"] == [pairs[-1].name]
+    assert result.image_ious(0.1)[-1] == 0, "pet was found where none is"
+
+
+def test_where_nothing_is_found_the_undefined_ratio_is_null(pairs: list[Pair]) -> None:
+    summary = evaluate(lambda batch: np.zeros(batch.shape[:3], np.uint8), pairs, H, W).summary(0.5)
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert summary["precision"] is None
+    assert (summary["iou"], summary["recall"]) == (0, 0)
+
+
+def test_where_nothing_is_to_be_found_and_nothing_is_all_is_well(pairs: list[Pair]) -> None:
+    summary = evaluate(lambda batch: np.zeros(batch.shape[:3], np.uint8), pairs[-1:], H, W).summary(0.5)
+    assert [summary[name] for name in RATIOS] == [1] * 5
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+def test_the_batch_changes_nothing(pairs: list[Pair], batch: int) -> None:
+    shapes: list[tuple[int, ...]] = []
+    watched: list[int] = []
+
+    def run(images: np.ndarray) -> np.ndarray:
+        assert images.dtype == np.uint8
+        shapes.append(images.shape)
+        return red(images)
+
+    result = evaluate(run, pairs, H, W, batch=batch, watch=watched.append)
+    assert (result.histograms == evaluate(red, pairs, H, W).histograms).all()
+    assert result.names == tuple(pair.name for pair in pairs)
+    steps = [*range(batch, len(pairs), batch), len(pairs)]
+    assert watched == steps
+    assert shapes == [(b - a, H, W, 3) for a, b in zip([0, *steps], steps, strict=False)]
+
+
+def test_a_photo_that_cannot_be_read_is_named(pairs: list[Pair], tmp_path: Path) -> None:
+    broken = Pair("broken", tmp_path / "broken.jpg", pairs[0].mask, Layout.OXFORD)
+    broken.image.write_bytes(b"no photo")
+    with pytest.raises(DataError, match=r"broken\.jpg"):
+        evaluate(red, [pairs[0], broken], H, W)
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+@pytest.fixture(scope="module")
+def model() -> AttentionUNet:
+    """Random, with a head under which the probabilities of `oxford_root`-like photos spread over 0..1."""
+    torch.manual_seed(3)
+    net = AttentionUNet(AttentionUNetConfig(width=4)).eval()
+    photos = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.3, 2)
+        logits = net(normalize(torch.from_numpy(photos)))
+        scale = 2 / logits.std()
+        net.head.weight.mul_(scale)
+        net.head.bias.copy_((net.head.bias - logits.mean()) * scale)
+    return net
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: AttentionUNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "best.safetensors"
+    spec = {"height": 32, "width": 48, "threshold": 0.55, "cutout_threshold": 0.4, "border_target": 0.0}
+    save_checkpoint(path, model.state_dict(), {"kind": "model", "model": {"width": 4}, "spec": spec})
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, pairs: list[Pair]) -> Path:
+    onnx_export = pytest.importorskip("petseg_export.onnx")
+    onnx_export.export_onnx(checkpoint, checkpoint.with_suffix(".onnx"), [pair.image for pair in pairs])
+    return checkpoint.with_suffix(".onnx")
+
+
+def test_a_network_runs_on_bytes(model: AttentionUNet) -> None:
+    batch = np.random.default_rng(1).integers(0, 256, (3, 16, 32, 3), np.uint8)
+    got = torch_run(model)(batch)
+    with torch.no_grad():
+        logits = model(normalize(torch.from_numpy(batch)))[:, 0].double().numpy()
+    assert got.dtype == np.uint8
+    assert got.shape == (3, 16, 32)
+    assert len(np.unique(got)) > 50
+    assert (got == np.rint(255 / (1 + np.exp(-logits)))).mean() > 0.99
+
+
+def test_a_network_is_measured_in_evaluation_mode(model: AttentionUNet) -> None:
+    batch = np.random.default_rng(1).integers(0, 256, (3, 16, 32, 3), np.uint8)
+    want = torch_run(model)(batch)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert (torch_run(model.train())(batch) == want).all()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_checkpoint_and_its_exported_file_score_the_same(
+    checkpoint: Path, exported: Path, pairs: list[Pair], oxford_root: Path
+) -> None:
+    pets = [*pairs, *find(oxford_root, Split.TEST)]
+    summaries = []
+    for path in (checkpoint, exported):
+        with open_model(path, "cpu") as opened:
+            assert (opened.height, opened.width, opened.threshold) == (32, 48, 0.55)
+            summaries.append(evaluate(opened.run, pets, opened.height, opened.width).summary(opened.threshold))
+    first, second = summaries
+    assert 0.01 < first["iou"] < 0.99, "neither an empty nor a perfect mask would prove anything"
+    for reading in READINGS:
+        for name in (*RATIOS, "mean_image_iou"):
+            assert first["readings"][reading][name] == pytest.approx(second["readings"][reading][name], abs=2e-3)
+
+
+def test_a_model_says_what_it_is_and_what_runs_it(checkpoint: Path, exported: Path) -> None:
+    with open_model(checkpoint, "cpu") as opened:
+        about = opened.describe()
+    assert about["file"] == "best.safetensors"
+    assert about["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert "PyTorch" in about["engine"]
+    assert "cpu" in about["engine"]
+    with open_model(exported) as opened:
+        about = opened.describe()
+    assert about["file"] == "best.onnx"
+    assert about["identity"] == open_artifact(exported).onnx.identity
+    assert "onnxruntime" in about["engine"]
+
+
+def test_an_exported_file_is_closed_afterwards(exported: Path) -> None:
+    with open_model(exported) as opened:
+        assert opened.run(np.zeros((1, 32, 48, 3), np.uint8)).shape == (1, 32, 48)
+    with pytest.raises(EngineError, match="closed"):
+        opened.run(np.zeros((1, 32, 48, 3), np.uint8))
+
+
+def opening(path: Path, device: str = "cpu") -> None:
+    with open_model(path, device):
+        pass
+
+
+def test_the_state_of_a_run_is_no_model(model: AttentionUNet, tmp_path: Path) -> None:
+    path = tmp_path / "last.safetensors"
+    state = {f"ema/{name}": tensor for name, tensor in model.state_dict().items()}
+    save_checkpoint(path, state, {"kind": "training", "model": {"width": 4}})
+    with pytest.raises(CheckpointError, match=r"best\.safetensors") as caught:
+        opening(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_gpu_that_is_not_there_is_an_error(checkpoint: Path) -> None:
+    with pytest.raises(EngineError, match="cuda:99"):
+        opening(checkpoint, "cuda:99")
+
+
+@pytest.mark.parametrize(("name", "error"), [("x.safetensors", CheckpointError), ("x.onnx", ModelError)])
+def test_a_model_that_is_missing_or_damaged_is_named(tmp_path: Path, name: str, error: type[ModelError]) -> None:
+    with pytest.raises(error, match=f"{name}: no such file"):
+        opening(tmp_path / name)
+    (tmp_path / name).write_bytes(b"\xff" * 100)
+    with pytest.raises(error, match=name):
+        opening(tmp_path / name)
+
+
+# ------------------------------------------------------------------------------------------------ the report
+
+
+def report(pairs: list[Pair], folder: Path, threshold: float = 0.5) -> tuple[Evaluation, dict[str, Any]]:
+    result = evaluate(red, pairs, H, W)
+    record = {**result.summary(threshold), "split": "test"}
+    write_report(result, record, OpenedModel(red, H, W, 0.9, {}), pairs, folder)
+    return result, record
+
+
+def test_the_report_is_the_record_the_photos_and_a_picture(pairs: list[Pair], tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "report"
+    _, record = report(pairs, folder, 0.4)
+    assert {path.name for path in folder.iterdir()} == {"evaluation.json", "images.csv", "worst.png"}
+    assert json.loads((folder / "evaluation.json").read_text()) == record
+    with Image.open(folder / "worst.png") as image:
+        image.load()
+        assert image.format == "PNG"
+    with (folder / "images.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [pair.name for pair in pairs]
+    for reading in READINGS:
+        for row, (tp, fp, fn, _) in zip(rows, brute(pairs, 0.4, reading), strict=True):
+            iou = tp / (tp + fp + fn) if tp + fp + fn else 1.0
+            assert math.isclose(float(row[f"iou_border_{reading}"]), iou, abs_tol=1e-6)
+
+
+def test_the_picture_shows_the_eight_worst_at_the_threshold_of_the_record(
+    oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(plots, "grid", lambda *args: shown.append(args))
+    pairs = find(oxford_root, Split.TRAINVAL)[:12]
+    result, _ = report(pairs, tmp_path, 0.6)
+    ious = dict(zip(result.names, result.image_ious(0.6, Border.BACKGROUND), strict=True))
+    ((run, worst, height, width, threshold, path),) = shown
+    assert (run, height, width, threshold, path) == (red, H, W, 0.6, tmp_path / "worst.png")
+    assert len(worst) == 8
+    got = [ious[pair.name] for pair in worst]
+    assert got == sorted(ious.values())[:8]
+    assert got[0] < got[-1]
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_of_its_own(pairs: list[Pair], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="cannot be written to") as caught:
+        report(pairs, tmp_path / "file")
+    assert str(tmp_path / "file") in str(caught.value)
+    assert caught.value.exit_code == 6

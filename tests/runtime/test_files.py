@@ -1,0 +1,182 @@
+"""A file is replaced whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from petseg_runtime.files import replacing, write_atomic
+
+
+@pytest.fixture(params=["absent", "present"])
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A destination, without and with something in its place."""
+    path = tmp_path / "result.png"
+    if request.param == "present":
+        path.write_bytes(b"old")
+    return path
+
+
+@pytest.fixture
+def umask() -> Iterator[int]:
+    before = os.umask(0o027)
+    yield 0o027
+    os.umask(before)
+
+
+def content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
+
+
+def listed(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir()]
+
+
+def test_the_file_holds_the_new_bytes_and_nothing_lies_beside_it(path: Path) -> None:
+    write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert listed(path.parent) == [path.name]
+
+
+def test_nothing_as_content_makes_an_empty_file(path: Path) -> None:
+    write_atomic(path, b"")
+    assert path.read_bytes() == b""
+
+
+def test_folders_on_the_way_are_made(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a" / "b" / "c.txt", b"new")
+    assert (tmp_path / "a" / "b" / "c.txt").read_bytes() == b"new"
+
+
+def test_until_the_end_the_destination_is_as_it_was(path: Path) -> None:
+    before = content(path)
+    with replacing(path) as beside:
+        beside.write_bytes(b"half")
+        assert content(path) == before
+        assert beside.parent == path.parent  # or the rename would not be atomic
+        assert beside.suffix == path.suffix  # writers go by it
+        assert beside.name.startswith(".")  # a glob for results does not find it
+    assert content(path) == b"half"
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_after_an_error_all_is_as_before(path: Path, error: type[BaseException]) -> None:
+    def stop_half_way() -> None:
+        with replacing(path) as beside:
+            beside.write_bytes(b"half")
+            raise error
+
+    before = content(path)
+    with pytest.raises(error):
+        stop_half_way()
+    assert content(path) == before
+    assert listed(path.parent) == ([path.name] if before else [])
+
+
+def test_an_error_before_anything_was_written_leaves_nothing(path: Path) -> None:
+    before = content(path)
+    with pytest.raises(ValueError, match="early"), replacing(path):
+        raise ValueError("early")
+    assert content(path) == before
+
+
+def test_writing_nothing_is_an_error_and_changes_nothing(path: Path) -> None:
+    before = content(path)
+    with pytest.raises(FileNotFoundError), replacing(path):
+        pass
+    assert content(path) == before
+
+
+@pytest.mark.parametrize("step", ["fsync", "write"])
+def test_a_full_disk_leaves_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    before = content(path)
+    if step == "fsync":
+
+        def full(*args):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            write_atomic(path, b"new")
+    else:
+        with pytest.raises(TypeError):
+            write_atomic(path, "not bytes")  # type: ignore[arg-type]
+    assert content(path) == before
+    assert listed(path.parent) == ([path.name] if before else [])
+
+
+def test_the_bytes_are_on_the_disk_before_the_name_is(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    fsync, replace = os.fsync, Path.replace
+
+    def synced(descriptor: int) -> None:
+        steps.append(("fsync", os.fstat(descriptor).st_size))
+        fsync(descriptor)
+
+    def renamed(self: Path, target: Path) -> Path:
+        steps.append(("rename", self.stat().st_size))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    write_atomic(path, b"12345")
+    assert steps == [("fsync", 5), ("rename", 5)]
+
+
+def test_permissions_follow_the_umask(path: Path, umask: int) -> None:
+    write_atomic(path, b"new")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+
+
+def test_a_folder_in_the_place_is_an_error_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "kept").touch()
+    with pytest.raises(OSError, match="taken"):
+        write_atomic(tmp_path / "taken", b"new")
+    assert listed(tmp_path) == ["taken"]
+    assert listed(tmp_path / "taken") == ["kept"]
+
+
+def test_a_file_where_a_folder_should_be_is_an_error_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(OSError, match="file"):
+        write_atomic(tmp_path / "file" / "below.txt", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_a_link_is_replaced_and_what_it_pointed_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("kept")
+    write_atomic(tmp_path / "link", b"new")
+    assert (tmp_path / "kept").read_bytes() == b"old"
+    assert (tmp_path / "link").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["n" * 255, "猫" * 85, "🐈" * 60 + ".png", "a." + "s" * 253, "." + "h" * 254, "猫." + "猫" * 20, "no_suffix", ".x"],
+    ids=["long", "long utf-8", "long with suffix", "long suffix", "long hidden", "utf-8 suffix", "none", "hidden"],
+)
+def test_every_name_that_the_file_system_takes_is_taken_here(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.touch()  # it is a name that can be had
+    write_atomic(path, b"new")
+    assert listed(tmp_path) == [name]
+    assert path.read_bytes() == b"new"
+
+
+def test_many_writers_at_once_leave_one_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "shared.bin"
+    contents = [bytes([number]) * 10_000 for number in range(8)]
+    threads = [threading.Thread(target=write_atomic, args=(path, data)) for data in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_bytes() in contents
+    assert listed(tmp_path) == ["shared.bin"]

@@ -1,0 +1,660 @@
+"""Photos in, whatever they come in; model input out; masks back."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import struct
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+
+from petseg_runtime import images
+from petseg_runtime.errors import ImageTooLarge, InputError, UnreadableImage, UnsupportedImage
+from petseg_runtime.images import from_model, read, to_model
+
+U8 = npt.NDArray[np.uint8]
+
+
+def noise(height: int = 12, width: int = 20, channels: int = 3, seed: int = 0) -> U8:
+    shape = (height, width, channels) if channels else (height, width)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def smooth(height: int = 96, width: int = 128) -> U8:
+    """Colours that JPEG keeps nearly as they are."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 255 / width, y * 255 / height, (x + y) * 255 / (height + width)], axis=2).astype(np.uint8)
+
+
+def encoded(image: Image.Image | U8, kind: str = "PNG", **options) -> bytes:
+    out = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(out, kind, **options)
+    return out.getvalue()
+
+
+def chunk(kind: bytes, payload: bytes) -> bytes:
+    return struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
+
+
+def raw_png(width: int, height: int, depth: int, colour: int, rows: bytes, *more: bytes) -> bytes:
+    """A PNG by hand: what Pillow does not write."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(rows, 9))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + body + chunk(b"IEND", b"")
+
+
+def peak_of(call: Callable[[], object]) -> int:
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+# ----------------------------------------------------------------------------------------------- kinds of source
+
+
+@pytest.fixture
+def png(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    path.write_bytes(encoded(noise()))
+    return path
+
+
+def test_all_kinds_of_source_give_the_same_photo(png: Path) -> None:
+    with png.open("rb") as file, Image.open(png) as lazy:
+        sources = [png, str(png), png.read_bytes(), io.BytesIO(png.read_bytes()), file, noise(), lazy]
+        for source in [*sources, Image.fromarray(noise())]:
+            photo = read(source)
+            assert photo.pixels.dtype == np.uint8
+            assert photo.pixels.flags.c_contiguous
+            np.testing.assert_array_equal(photo.pixels, noise(), err_msg=str(type(source)))
+            assert photo.notes == ()
+
+
+def test_the_callers_file_and_image_stay_open(png: Path) -> None:
+    with png.open("rb") as file, Image.open(png) as image:
+        read(file)
+        read(image)
+        assert not file.closed
+        np.testing.assert_array_equal(np.asarray(image), noise())
+
+
+def test_the_contents_count_and_not_the_name(tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(encoded(noise()))
+    np.testing.assert_array_equal(read(path).pixels, noise())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "BMP", "PPM", "AVIF", "JPEG", "GIF"])
+def test_every_format_of_photos_is_read(kind: str) -> None:
+    lossless = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}, "AVIF": {"quality": 100}}
+    pixels = read(encoded(smooth(), kind, **lossless.get(kind, {}))).pixels
+    tolerance = {"JPEG": 5, "AVIF": 5, "GIF": 64}.get(kind, 0)
+    assert np.abs(pixels.astype(int) - smooth()).max() <= tolerance
+
+
+def test_one_pixel_is_a_photo() -> None:
+    assert read(encoded(noise(1, 1))).pixels.shape == (1, 1, 3)
+    assert read(noise(1, 1)).pixels.shape == (1, 1, 3)
+
+
+def test_arrays_may_be_grey_rgb_or_rgba() -> None:
+    grey = noise(channels=0)
+    np.testing.assert_array_equal(read(grey).pixels, np.stack([grey] * 3, axis=2))
+    opaque = np.dstack([noise(), np.full((12, 20), 255, np.uint8)])
+    np.testing.assert_array_equal(read(opaque).pixels, noise())
+    clear = np.dstack([noise(), np.zeros((12, 20), np.uint8)])
+    assert (read(clear).pixels == 255).all()
+    assert read(clear).notes == ("transparency laid over white",)
+
+
+def test_arrays_that_are_not_contiguous_are_read_as_they_look() -> None:
+    for array in (noise()[::2, ::-1], noise().transpose(1, 0, 2), noise(channels=4)[::-1], np.asfortranarray(noise())):
+        pixels = read(array).pixels
+        assert pixels.flags.c_contiguous
+        if array.shape[2] == 3:
+            np.testing.assert_array_equal(pixels, array)
+        else:
+            np.testing.assert_array_equal(pixels, read(np.ascontiguousarray(array)).pixels)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        noise().astype(np.float32) / 255,
+        noise().astype(np.int64),
+        noise() > 127,
+        noise(channels=0).astype(np.uint16),
+        noise(channels=1),
+        noise(channels=2),
+        noise(channels=5),
+        noise()[None],
+        noise()[0, 0, :],
+        np.array(3, np.uint8),
+        np.zeros((0, 5, 3), np.uint8),
+        np.zeros((5, 0), np.uint8),
+        noise().transpose(2, 0, 1),
+    ],
+    ids=lambda array: f"{array.dtype}{list(array.shape)}",
+)
+def test_other_arrays_are_refused_with_what_they_are(array: np.ndarray) -> None:
+    with pytest.raises(UnsupportedImage, match=r"array of (?:shape|\w+)"):
+        read(array)
+
+
+# ----------------------------------------------------------------------------------------------- what cannot be read
+
+
+def test_what_is_no_image_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "text.jpg").write_text("not a photo at all, but long enough to have a header")
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "zeros.jpg").write_bytes(bytes(1000))
+    (tmp_path / "folder.jpg").mkdir()
+    for name, match in (
+        ("text.jpg", "not an image"),
+        ("empty.jpg", "empty"),
+        ("zeros.jpg", "not an image"),
+        ("folder.jpg", "a folder"),
+        ("missing.jpg", "no such file"),
+        ("text.jpg/below.jpg", "no such file"),
+        ("\0.jpg", "no such file"),
+    ):
+        with pytest.raises(UnreadableImage, match=match) as caught:
+            read(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
+    with pytest.raises(UnreadableImage, match="<0 bytes>: empty"):
+        read(b"")
+    with pytest.raises(UnreadableImage):
+        read(io.BytesIO())
+
+
+def test_a_pipe_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(UnreadableImage, match="not a regular file"):
+        read(tmp_path / "pipe.jpg")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_refused(png: Path) -> None:
+    png.chmod(0)
+    with pytest.raises(UnreadableImage, match="no permission"):
+        read(png)
+
+
+def test_a_denied_file_is_refused(png: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Image, "open", denied)
+    with pytest.raises(UnreadableImage, match=r"photo\.png: no permission"):
+        read(png)
+
+
+def test_running_out_of_memory_is_said_as_such(png: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", exhausted)
+    with pytest.raises(ImageTooLarge, match="not enough memory"):
+        read(png)
+
+
+def test_an_interruption_is_not_taken_for_a_bad_image(png: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "convert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        read(png)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
+def test_a_truncated_photo_is_refused_and_never_half_grey(kind: str) -> None:
+    data = encoded(smooth(), kind)
+    whole = read(data).pixels
+    refused = 0
+    for percent in range(1, 100, 3):
+        try:
+            pixels = read(data[: len(data) * percent // 100]).pixels
+        except UnreadableImage:
+            refused += 1
+        else:  # the cut took nothing that matters
+            np.testing.assert_array_equal(pixels, whole, err_msg=f"{percent} %")
+    assert refused > 25
+
+
+def test_a_jpeg_cut_just_before_its_end_is_whole_or_refused() -> None:
+    data = encoded(smooth(), "JPEG")
+    for lost in range(1, 40):
+        with contextlib.suppress(UnreadableImage):
+            np.testing.assert_array_equal(read(data[:-lost]).pixels, read(data).pixels)
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.7, 0.95])
+def test_a_truncated_image_that_pillow_opened_is_refused_too(keep: float) -> None:
+    data = encoded(noise(64, 64), "JPEG")
+    with Image.open(io.BytesIO(data[: int(len(data) * keep)])) as lazy, pytest.raises(UnreadableImage):
+        read(lazy)
+
+
+def test_a_pillow_image_without_pixels_is_refused() -> None:
+    for size in ((0, 5), (5, 0)):
+        with pytest.raises(UnreadableImage, match="no pixels"):
+            read(Image.new("RGB", size))
+
+
+# ------------------------------------------------------------------------------------------------------------ limits
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        raw_png(100_000, 100_000, 8, 2, b""),
+        raw_png(13_350, 13_350, 8, 2, b""),
+        b"BM"
+        + struct.pack("<IHHIIiiHHIIiiII", 154, 0, 0, 54, 40, 100_000, 100_000, 1, 24, 0, 0, 0, 0, 0, 0)
+        + bytes(100),
+        b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b",\0\0\0\0\xff\xff\xff\xff\0\x02\x00;",
+        b"P6 100000 100000 255\n" + bytes(100),
+    ],
+    ids=["PNG", "PNG just beyond", "BMP", "GIF", "PPM"],
+)
+def test_a_bomb_is_refused_by_its_header(header: bytes) -> None:
+    def refuse() -> None:
+        with pytest.raises(ImageTooLarge, match=r"limit .* make it smaller first"):
+            read(header)
+
+    assert peak_of(refuse) < 2_000_000
+
+
+def test_the_limit_of_pixels_is_exact_and_the_callers() -> None:
+    for source in (encoded(noise(10, 10)), noise(10, 10), noise(10, 10, 0), Image.fromarray(noise(10, 10))):
+        assert read(source, max_pixels=100).pixels.shape == (10, 10, 3)
+        with pytest.raises(ImageTooLarge, match="10 x 10"):
+            read(source, max_pixels=99)
+
+
+def test_an_array_beyond_the_limit_is_refused_before_it_is_tripled() -> None:
+    grey = np.zeros((4000, 4000), np.uint8)
+
+    def refuse() -> None:
+        with pytest.raises(ImageTooLarge):
+            read(grey, max_pixels=1000)
+
+    assert peak_of(refuse) < 1_000_000
+
+
+def test_more_bytes_than_the_limit_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(noise())
+    (tmp_path / "photo.png").write_bytes(data)
+    monkeypatch.setattr(images, "MAX_BYTES", len(data) - 1)
+    monkeypatch.setattr(Image, "open", None)
+    for source in (data, tmp_path / "photo.png"):
+        with pytest.raises(ImageTooLarge, match="the limit is"):
+            read(source)
+
+
+def test_an_icon_is_refused_before_the_picture_inside_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = raw_png(6000, 6000, 8, 2, bytes(6000 * 18001))
+    icon = struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inside), 22) + inside
+    Image.init()  # the plug-in for icons is there
+    decoded = []
+    monkeypatch.setattr("PIL.IcoImagePlugin.IcoFile", lambda *args: decoded.append(args))
+    with pytest.raises(UnreadableImage, match="not an image that can be read"):
+        read(icon, max_pixels=1000)
+    assert not decoded
+
+
+def test_postscript_is_not_handed_to_ghostscript(monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.init()
+    ran = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **kwargs: ran.append(args))
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF"
+    with pytest.raises(UnreadableImage, match="not an image that can be read"):
+        read(script)
+    assert not ran
+
+
+# ---------------------------------------------------------------------------------------------------- kinds of pixels
+
+
+def test_cmyk_becomes_the_colours_that_pillow_shows() -> None:
+    image = Image.fromarray(smooth()).convert("CMYK")
+    data = encoded(image, "JPEG", quality=100)
+    with Image.open(io.BytesIO(data)) as again:
+        assert again.mode == "CMYK"
+    assert np.abs(read(data).pixels.astype(int) - smooth()).max() < 8
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_grey_of_16_bits_is_scaled_and_not_cut(kind: str) -> None:
+    values = np.array([[0, 255, 256, 32768, 65280, 65535]], np.uint16)
+    photo = read(encoded(Image.fromarray(values), kind))
+    assert photo.pixels[0, :, 0].tolist() == [0, 0, 1, 128, 255, 255]
+    assert (photo.pixels == photo.pixels[..., :1]).all()
+    assert photo.notes == ("16-bit grey, scaled to 8 bits",)
+
+
+def test_colour_of_16_bits_is_scaled_and_not_cut() -> None:
+    row = struct.pack(">6H", 0, 32768, 65535, 256, 65280, 128)
+    assert read(raw_png(2, 1, 16, 2, b"\0" + row)).pixels.tolist() == [[[0, 128, 255], [1, 255, 0]]]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pixels_of_32_bits_are_refused(dtype: type) -> None:
+    data = encoded(Image.fromarray(np.ones((4, 4), dtype)), "TIFF")
+    with pytest.raises(UnsupportedImage, match="32-bit"):
+        read(data)
+
+
+def test_one_bit_becomes_black_and_white() -> None:
+    bits = noise(channels=0) > 127
+    data = encoded(Image.fromarray(bits))
+    np.testing.assert_array_equal(read(data).pixels, np.stack([bits * np.uint8(255)] * 3, axis=2))
+
+
+def test_grey_is_repeated() -> None:
+    grey = noise(channels=0)
+    np.testing.assert_array_equal(read(encoded(grey)).pixels, np.stack([grey] * 3, axis=2))
+
+
+def test_a_palette_is_looked_up() -> None:
+    image = Image.fromarray(noise()).quantize(16)
+    np.testing.assert_array_equal(read(encoded(image)).pixels, np.asarray(image.convert("RGB")))
+
+
+OVER_WHITE = ("transparency laid over white",)
+
+
+def test_alpha_is_laid_over_white() -> None:
+    rgba = np.array([[[200, 100, 0, 0], [200, 100, 0, 255], [200, 100, 0, 51]]], np.uint8)
+    photo = read(encoded(rgba))
+    assert photo.pixels[0, :2].tolist() == [[255, 255, 255], [200, 100, 0]]
+    np.testing.assert_allclose(photo.pixels[0, 2], [244, 224, 204], atol=1)
+    assert photo.notes == OVER_WHITE
+    photo = read(encoded(np.array([[[10, 0], [10, 255]]], np.uint8)))
+    assert photo.pixels.tolist() == [[[255] * 3, [10] * 3]]
+    assert photo.notes == OVER_WHITE
+
+
+def test_alpha_that_is_opaque_everywhere_is_not_worth_a_note() -> None:
+    photo = read(encoded(np.dstack([noise(), np.full((12, 20), 255, np.uint8)])))
+    np.testing.assert_array_equal(photo.pixels, noise())
+    assert photo.notes == ()
+
+
+@pytest.mark.parametrize("transparency", [1, b"\xff\x00\xff"], ids=["index", "bytes"])
+def test_a_transparent_colour_of_a_palette_is_laid_over_white(transparency: int | bytes) -> None:
+    image = Image.new("P", (3, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    for index in range(3):
+        image.putpixel((index, 0), index)
+    photo = read(encoded(image, transparency=transparency))
+    assert photo.pixels.tolist() == [[[10, 20, 30], [255, 255, 255], [70, 80, 90]]]
+    assert photo.notes == OVER_WHITE
+
+
+def test_half_transparent_entries_of_a_palette_are_blended() -> None:
+    image = Image.new("P", (1, 1))
+    image.putpalette([0, 0, 0])
+    np.testing.assert_allclose(read(encoded(image, transparency=b"\x80")).pixels[0, 0], 127, atol=1)
+
+
+def test_a_transparent_colour_without_a_palette_is_laid_over_white() -> None:
+    rows = b"\0" + bytes([1, 2, 3, 4, 5, 6])
+    photo = read(raw_png(2, 1, 8, 2, rows, chunk(b"tRNS", struct.pack(">3H", 1, 2, 3))))
+    assert photo.pixels.tolist() == [[[255, 255, 255], [4, 5, 6]]]
+    assert photo.notes == OVER_WHITE
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG"])
+def test_of_an_animation_the_first_frame_is_taken_with_a_note(kind: str) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+    options = {"WEBP": {"lossless": True}}.get(kind, {})
+    photo = read(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options))
+    assert (photo.pixels == [255, 0, 0]).all()
+    assert photo.notes == ("animated: the first of 3 frames was used",)
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "LA", "PA", "RGBX", "I;16"]
+)
+def test_every_mode_of_pillow_with_a_meaning_is_read(mode: str) -> None:
+    assert read(Image.new(mode, (5, 3))).pixels.shape == (3, 5, 3)
+
+
+@pytest.mark.parametrize("mode", ["I", "F", "La"])
+def test_every_other_mode_is_refused(mode: str) -> None:
+    with pytest.raises(InputError):
+        read(Image.new(mode, (5, 3)))
+
+
+# -------------------------------------------------------------------------------------------------------------- EXIF
+
+STORED_AS: dict[int, Callable[[U8], U8]] = {  # how a camera stores an upright picture under each orientation
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, 1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, -1),
+}
+
+
+@pytest.mark.parametrize("orientation", STORED_AS)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_every_orientation_comes_out_upright(orientation: int, kind: str) -> None:
+    upright = smooth(48, 32)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(STORED_AS[orientation](upright)))
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    data = encoded(stored, kind, exif=exif, **options)
+    pixels = read(data).pixels
+    assert pixels.flags.c_contiguous
+    assert np.abs(pixels.astype(int) - upright).max() <= (5 if kind == "JPEG" else 0)
+    with Image.open(io.BytesIO(data)) as image:
+        np.testing.assert_array_equal(read(image).pixels, pixels)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "L", "LA", "P", "1", "CMYK"])
+def test_orientation_holds_for_other_pixels_than_rgb(mode: str) -> None:
+    image = Image.new(mode, (3, 2))
+    image.getexif()[0x0112] = 6
+    assert read(image).pixels.shape == (3, 2, 3)
+
+
+@pytest.mark.parametrize("value", [0, 9, 65535])
+def test_an_orientation_without_a_meaning_means_as_stored(value: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    np.testing.assert_array_equal(read(encoded(noise(), exif=exif)).pixels, noise())
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0garbage",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01\x12" * 20,
+        b"Exif\0\0",
+        b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\xff\0\0\0\xff\xff\xff\xff",
+    ],
+)
+def test_a_corrupt_exif_block_does_not_cost_the_photo(exif: bytes) -> None:
+    data = encoded(smooth(), "JPEG", exif=exif)
+    assert exif in data
+    np.testing.assert_array_equal(read(data).pixels, read(encoded(smooth(), "JPEG")).pixels)
+
+
+def test_an_exif_block_that_pillow_chokes_on_does_not_cost_the_photo(monkeypatch: pytest.MonkeyPatch) -> None:
+    def choke(*args, **kwargs):
+        raise struct.error("unpack requires a buffer of 8 bytes")
+
+    monkeypatch.setattr(Image.Image, "getexif", choke)
+    np.testing.assert_array_equal(read(encoded(noise())).pixels, noise())
+
+
+# -------------------------------------------------------------------------------------------------------------- fuzz
+
+
+def small_files() -> dict[str, bytes]:
+    picture = Image.fromarray(noise(9, 7))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    frames = {"save_all": True, "append_images": [Image.fromarray(noise(9, 7, seed=1))]}
+    return {
+        "jpeg": encoded(picture, "JPEG", exif=exif),
+        "progressive": encoded(picture, "JPEG", progressive=True),
+        "png": encoded(picture),
+        "palette": encoded(picture.quantize(8), transparency=b"\x00\x80"),
+        "apng": encoded(picture, **frames),
+        "gif": encoded(picture, "GIF", **frames),
+        "webp": encoded(picture, "WEBP"),
+        "animated webp": encoded(picture, "WEBP", **frames),
+        "tiff": encoded(picture, "TIFF"),
+        "deflated tiff": encoded(picture, "TIFF", compression="tiff_adobe_deflate"),
+        "bmp": encoded(picture, "BMP"),
+        "ppm": encoded(picture, "PPM"),
+        "avif": encoded(picture, "AVIF"),
+    }
+
+
+FILES = small_files()
+
+
+def only_input_errors(data: bytes) -> None:
+    # A small limit, so that a flipped bit in a header does not cost a gigabyte.
+    try:
+        pixels = read(data, max_pixels=1_000_000).pixels
+    except InputError:
+        return
+    assert pixels.dtype == np.uint8
+    assert pixels.ndim == 3
+    assert pixels.shape[2] == 3
+    assert 0 < pixels.shape[0] * pixels.shape[1] <= 1_000_000
+
+
+@pytest.mark.parametrize("name", FILES)
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_flipped_bits_raise_nothing_but_input_errors(name: str, data: st.DataObject) -> None:
+    damaged = bytearray(FILES[name])
+    flips = st.tuples(st.integers(0, len(damaged) - 1), st.integers(0, 7))
+    for position, bit in data.draw(st.lists(flips, min_size=1, max_size=6)):
+        damaged[position] ^= 1 << bit
+    only_input_errors(bytes(damaged))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_damaged_byte_of_a_header_raises_nothing_but_input_errors(name: str) -> None:
+    for position in range(min(64, len(FILES[name]))):
+        for value in (0x00, 0x7F, 0xFF):
+            damaged = bytearray(FILES[name])
+            damaged[position] = value
+            only_input_errors(bytes(damaged))
+
+
+@pytest.mark.parametrize("name", FILES)
+@settings(deadline=None, max_examples=20)
+@given(tail=st.binary(max_size=200), keep=st.floats(0, 1))
+def test_random_bytes_after_a_good_start_raise_nothing_but_input_errors(name: str, tail: bytes, keep: float) -> None:
+    only_input_errors(FILES[name][: int(keep * len(FILES[name]))] + tail)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.binary(max_size=300))
+def test_random_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(InputError):
+        read(data)
+
+
+# ---------------------------------------------------------------------------------------- to the model, and back
+
+sides = st.integers(1, 40)
+
+
+def reference(array: U8, height: int, width: int) -> U8:
+    """Bilinear, stretched, antialiased when shrinking: what Pillow does, and training does through it."""
+    return np.array(Image.fromarray(np.ascontiguousarray(array)).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def assert_own(result: U8, source: U8) -> None:
+    assert result.dtype == np.uint8
+    assert result.flags.c_contiguous
+    assert result.flags.writeable
+    assert not np.shares_memory(result, source)
+
+
+@settings(deadline=None, max_examples=150)
+@given(hnp.arrays(np.uint8, st.tuples(sides, sides, st.just(3))), sides, sides)
+def test_to_model_is_pillows_bilinear_stretch(pixels: U8, height: int, width: int) -> None:
+    result = to_model(pixels, height, width)
+    assert result.shape == (height, width, 3)
+    np.testing.assert_array_equal(result, reference(pixels, height, width))
+    assert_own(result, pixels)
+
+
+@settings(deadline=None, max_examples=150)
+@given(hnp.arrays(np.uint8, st.tuples(sides, sides)), sides, sides)
+def test_from_model_is_pillows_bilinear_stretch(probability: U8, height: int, width: int) -> None:
+    result = from_model(probability, height, width)
+    assert result.shape == (height, width)
+    np.testing.assert_array_equal(result, reference(probability, height, width))
+    assert_own(result, probability)
+
+
+def test_the_size_it_has_already_gives_an_equal_copy() -> None:
+    pixels, probability = noise(), noise(channels=0)
+    for result, source in ((to_model(pixels, 12, 20), pixels), (from_model(probability, 12, 20), probability)):
+        np.testing.assert_array_equal(result, source)
+        assert_own(result, source)
+
+
+def test_a_transposed_size_is_not_taken_for_the_same() -> None:
+    assert to_model(noise(12, 20), 20, 12).shape == (20, 12, 3)
+    assert from_model(noise(12, 20, 0), 20, 12).shape == (20, 12)
+
+
+def test_shrinking_averages_what_it_leaves_out() -> None:
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    inner = to_model(stripes, 8, 8)[1:-1, 1:-1].astype(int)  # plain bilinear sampling would give 0 or 255
+    assert np.abs(inner - 127).max() <= 2
+    assert np.abs(from_model(stripes[..., 0], 8, 8)[1:-1, 1:-1].astype(int) - 127).max() <= 2
+
+
+def test_growing_a_constant_keeps_it() -> None:
+    for value in (0, 1, 127, 254, 255):
+        assert (to_model(np.full((5, 7, 3), value, np.uint8), 33, 17) == value).all()
+        assert (from_model(np.full((5, 7), value, np.uint8), 33, 17) == value).all()
+
+
+@pytest.mark.parametrize("size", [(12, 20), (7, 9), (30, 40)])
+def test_views_and_read_only_arrays_are_resized_as_they_look(size: tuple[int, int]) -> None:
+    wide = noise(24, 40, 4)
+    for view in (wide[::2, ::2, :3], wide[:12, :20, 2::-1], wide[11::-1, 19::-1, :3]):
+        expected = to_model(np.ascontiguousarray(view), *size)
+        result = to_model(view, *size)
+        np.testing.assert_array_equal(result, expected)
+        assert_own(result, wide)
+        np.testing.assert_array_equal(from_model(view[..., 0], *size), expected[..., 0])
+    frozen = noise()
+    frozen.setflags(write=False)
+    assert_own(to_model(frozen, *size), frozen)
+    assert_own(from_model(frozen[..., 0], *size), frozen)

@@ -1,0 +1,142 @@
+"""What is imported when: a device needs no torch, `--help` needs nothing, and what is missing is named."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import petseg_runtime
+from petseg.cli import COMMANDS
+from petseg_runtime import sample_photos
+
+#: Makes the packages named in BLOCKED look as if they were not installed.
+BLOCKER = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+CLI = """
+import sys
+from petseg.cli import run
+code = run(sys.argv[1:])
+print("MODULES", *sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def python(program: str, *args: object, blocked: set[str] | None = None) -> subprocess.CompletedProcess[str]:
+    prologue = f"BLOCKED = {blocked!r}\n{BLOCKER}" if blocked else ""
+    command = [sys.executable, "-W", "error", "-c", prologue + program, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def imported(*args: object) -> set[str]:
+    """The packages that one call of the command line has imported by its end."""
+    done = python(CLI, *args)
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.splitlines()[-1].removeprefix("MODULES ").split())
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["infer", "--help"], ["info", "--help"]], ids=" ".join)
+def test_help_imports_nothing_heavy(args: list[str]) -> None:
+    modules = imported(*args)
+    assert "click" in modules
+    heavy = {"torch", "torchvision", "onnx", "av", "numpy", "PIL", "onnxruntime", "rich", "matplotlib"}
+    assert modules & heavy == set()
+
+
+def test_segmenting_imports_no_more_than_an_engine_needs(tmp_path: Path) -> None:
+    modules = imported("infer", sample_photos()[0], "--output", tmp_path)
+    assert {"numpy", "PIL", "onnxruntime"} <= modules
+    unwanted = {"torch", "torchvision", "onnx", "onnxscript", "safetensors", "av", "matplotlib", "rich", "contourpy"}
+    assert modules & unwanted == set()
+    assert "petseg_export" not in modules
+
+
+def test_info_needs_no_engine_and_no_numpy() -> None:
+    assert imported("info", petseg_runtime.default_model()) & {"torch", "onnx", "onnxruntime", "numpy", "PIL"} == set()
+
+
+def test_the_runtime_segments_where_torch_and_onnx_are_not_installed(tmp_path: Path) -> None:
+    blocked = {"torch", "torchvision", "onnx", "onnxscript", "safetensors", "matplotlib", "petseg", "petseg_export"}
+    program = """
+try:
+    import torch
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("torch was not blocked")
+import petseg_runtime
+with petseg_runtime.Segmenter(threads=1) as segmenter:
+    result = segmenter(petseg_runtime.sample_photos()[0])
+result.cutout().save(sys.argv[1])
+print(result.mask.shape, result.coverage)
+"""
+    done = python(program, tmp_path / "cutout.png", blocked=blocked)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "cutout.png").stat().st_size > 0
+
+
+def modules() -> list[str]:
+    return [module.name for module in pkgutil.walk_packages(petseg_runtime.__path__, "petseg_runtime.")]
+
+
+def test_the_list_of_modules_below_is_whole() -> None:
+    source = Path(petseg_runtime.__file__).parent
+    files = {path.relative_to(source).with_suffix("") for path in source.rglob("*.py")} - {Path("__init__")}
+    assert {Path(*name.split(".")[1:]) for name in modules()} == {
+        path.parent if path.name == "__init__" else path for path in files
+    }
+
+
+@pytest.mark.parametrize("name", ["petseg_runtime", *modules()])
+def test_every_name_a_module_offers_exists(name: str) -> None:
+    module: Any = importlib.import_module(name)
+    offered = getattr(module, "__all__", None)
+    if offered is None:
+        assert hasattr(module, "__path__"), f"{name} says nothing of what it offers"
+        return
+    assert len(set(offered)) == len(offered)
+    for item in offered:
+        assert getattr(module, item) is not None
+
+
+def test_the_package_refuses_a_name_it_does_not_have() -> None:
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = petseg_runtime.nonsense
+
+
+CALLS = {
+    "train": ["train", "--data", "{folder}", "--output", "{folder}/run"],
+    "evaluate": ["evaluate", "{folder}/model.safetensors", "--data", "{folder}"],
+    "data": ["data", "check", "{folder}"],
+    "export": ["export", "{folder}/model.safetensors"],
+}
+
+
+def test_every_command_that_needs_an_extra_is_tried_below() -> None:
+    assert set(CALLS) == {name for name, command in COMMANDS.items() if command.extra}
+
+
+@pytest.mark.parametrize("command", sorted(CALLS))
+def test_a_command_whose_extra_is_missing_names_it_and_ends_with_7(command: str, tmp_path: Path) -> None:
+    args = [word.format(folder=tmp_path) for word in CALLS[command]]
+    done = python(CLI, *args, blocked={"torch", "torchvision"})
+    assert done.returncode == 7, done.stderr
+    message = done.stderr.splitlines()[0]
+    extra = "export" if command == "export" else "train"
+    assert message.startswith(f"petseg: `petseg {command}` needs torch")
+    assert f"pip install 'petseg[{extra}]'" in message
+    assert list(tmp_path.iterdir()) == []

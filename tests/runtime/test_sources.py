@@ -1,0 +1,244 @@
+"""Every photo is found once, and its result has a name of its own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path, PurePath
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from petseg_runtime.sources import IMAGE_SUFFIXES, Item, find_photos
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def names(items: list[Item]) -> list[str]:
+    return [str(item.name) for item in items]
+
+
+def deny(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Make a folder that may not be listed, also for root."""
+    listed = os.scandir
+
+    def scandir(path: Any = ".") -> Any:
+        if Path(path) == folder:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+
+
+def test_folders_are_searched_with_all_below_them_and_keep_their_structure(tmp_path: Path) -> None:
+    touch(tmp_path, "top.jpg", "a/one.png", "a/b/two.webp")
+    items = find_photos([tmp_path])
+    assert {item.source: str(item.name) for item in items} == {
+        tmp_path / "top.jpg": "top",
+        tmp_path / "a" / "one.png": "a/one",
+        tmp_path / "a" / "b" / "two.webp": "a/b/two",
+    }
+    assert all(item.problem is None for item in items)
+
+
+def test_the_order_is_sorted_and_does_not_hang_on_the_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "c.jpg", "a.jpg", "b.jpg", "y/1.jpg", "x/2.jpg", "x/1.jpg")
+    first = find_photos([tmp_path])
+    assert names(first) == ["a", "b", "c", "x/1", "x/2", "y/1"]
+    walk = os.walk
+
+    def backwards(*args: Any, **kwargs: Any) -> Any:
+        for where, folders, files in walk(*args, **kwargs):
+            folders.reverse()
+            files.reverse()
+            yield where, folders, files
+
+    monkeypatch.setattr(os, "walk", backwards)
+    assert find_photos([tmp_path]) == first
+
+
+def test_arguments_keep_their_order(tmp_path: Path) -> None:
+    touch(tmp_path, "z.jpg", "a.jpg", "m.jpg")
+    paths = [tmp_path / "z.jpg", tmp_path / "a.jpg", tmp_path / "m.jpg"]
+    assert [item.source for item in find_photos(paths)] == paths
+
+
+def test_hidden_files_and_folders_are_passed_over(tmp_path: Path) -> None:
+    touch(tmp_path, "seen.jpg", ".hidden.jpg", "._seen.jpg", ".thumbnails/seen.jpg", "a/.b/c.jpg")
+    assert names(find_photos([tmp_path])) == ["seen"]
+
+
+def test_a_hidden_file_or_folder_that_is_named_is_taken(tmp_path: Path) -> None:
+    touch(tmp_path, ".hidden.jpg", ".folder/cat.jpg")
+    items = find_photos([tmp_path / ".hidden.jpg", tmp_path / ".folder"])
+    assert [item.source.name for item in items] == [".hidden.jpg", "cat.jpg"]
+
+
+def test_a_folder_gives_only_images_but_a_named_file_is_tried_whatever_it_is_called(tmp_path: Path) -> None:
+    touch(tmp_path, "notes.txt", "cat.jpg", "jpg", "photo", "video.mp4")
+    assert names(find_photos([tmp_path])) == ["cat"]
+    assert names(find_photos([tmp_path / "notes.txt", tmp_path / "photo"])) == ["notes", "photo"]
+
+
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
+def test_suffixes_are_taken_in_upper_and_lower_case(tmp_path: Path, suffix: str) -> None:
+    touch(tmp_path, f"a{suffix}", f"b{suffix.upper()}")
+    assert names(find_photos([tmp_path])) == ["a", "b"]
+
+
+def test_only_the_last_suffix_is_dropped(tmp_path: Path) -> None:
+    touch(tmp_path, "cat.v1.jpg", "cat.v2.jpg")
+    assert names(find_photos([tmp_path])) == ["cat.v1", "cat.v2"]
+
+
+def test_the_same_name_in_two_sub_folders_is_no_collision(tmp_path: Path) -> None:
+    touch(tmp_path, "a/cat.jpg", "b/cat.jpg")
+    assert names(find_photos([tmp_path])) == ["a/cat", "b/cat"]
+
+
+def test_the_same_stem_keeps_its_suffix(tmp_path: Path) -> None:
+    touch(tmp_path, "cat.jpg", "cat.png", "dog.jpg")
+    assert names(find_photos([tmp_path])) == ["cat.jpg", "cat.png", "dog"]
+
+
+def test_names_differ_also_where_upper_and_lower_case_are_one(tmp_path: Path) -> None:
+    touch(tmp_path, "CAT.jpg", "cat.jpg")
+    found = names(find_photos([tmp_path]))
+    assert len({name.casefold() for name in found}) == len(found) == 2
+
+
+def test_a_number_is_not_one_that_another_photo_has_by_right(tmp_path: Path) -> None:
+    touch(tmp_path, "a/cat.jpg", "b/cat.jpg", "c/cat.jpg-2.png")
+    items = find_photos([tmp_path / "a" / "cat.jpg", tmp_path / "b" / "cat.jpg", tmp_path / "c" / "cat.jpg-2.png"])
+    assert names(items) == ["cat.jpg", "cat.jpg-3", "cat.jpg-2"]
+
+
+def test_several_folders_each_put_their_name_first(tmp_path: Path) -> None:
+    touch(tmp_path, "cats/1.jpg", "dogs/1.jpg", "loose.jpg")
+    items = find_photos([tmp_path / "cats", tmp_path / "dogs", tmp_path / "loose.jpg"])
+    assert names(items) == ["cats/1", "dogs/1", "loose"]
+
+
+def test_one_folder_among_files_puts_no_name_first(tmp_path: Path) -> None:
+    touch(tmp_path, "cats/1.jpg", "loose.jpg")
+    assert names(find_photos([tmp_path / "cats", tmp_path / "loose.jpg"])) == ["1", "loose"]
+
+
+def test_two_folders_of_the_same_name_do_not_mix_their_photos(tmp_path: Path) -> None:
+    touch(tmp_path, "2023/pets/1.jpg", "2024/pets/1.jpg", "2024/pets/2.jpg")
+    items = find_photos([tmp_path / "2023" / "pets", tmp_path / "2024" / "pets"])
+    assert [str(item.source.relative_to(tmp_path)) for item in items] == [
+        "2023/pets/1.jpg",
+        "2024/pets/1.jpg",
+        "2024/pets/2.jpg",
+    ]
+    assert len(set(names(items))) == 3
+
+
+def test_the_current_folder_gives_its_real_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "cats/1.jpg", "dogs/1.jpg")
+    monkeypatch.chdir(tmp_path / "cats")
+    assert names(find_photos([Path(), Path("..") / "dogs"])) == ["cats/1", "dogs/1"]
+
+
+def test_a_file_named_twice_gives_two_results_that_do_not_share_a_name(tmp_path: Path) -> None:
+    touch(tmp_path, "cat.jpg")
+    items = find_photos([tmp_path / "cat.jpg", tmp_path / "cat.jpg"])
+    assert [item.source for item in items] == [tmp_path / "cat.jpg"] * 2
+    assert len(set(names(items))) == 2
+
+
+def test_the_output_inside_the_input_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "cat.jpg", "out/cat.png", "out/deep/cat.png", "other/out/dog.jpg")
+    assert names(find_photos([tmp_path], tmp_path / "out")) == ["cat", "other/out/dog"]
+    monkeypatch.chdir(tmp_path)
+    assert names(find_photos([tmp_path], Path("other") / ".." / "out")) == ["cat", "other/out/dog"]
+
+
+def test_an_output_reached_through_a_link_is_passed_over_too(tmp_path: Path) -> None:
+    touch(tmp_path, "in/cat.jpg", "in/out/cat.png")
+    (tmp_path / "link").symlink_to(tmp_path / "in" / "out")
+    assert names(find_photos([tmp_path / "in"], tmp_path / "link")) == ["cat"]
+
+
+def test_an_output_that_is_named_as_input_is_searched(tmp_path: Path) -> None:
+    touch(tmp_path, "out/cat.png")
+    assert names(find_photos([tmp_path / "out"], tmp_path / "out")) == ["cat"]
+
+
+def test_an_unreadable_folder_is_a_problem_and_its_neighbours_are_still_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "a/1.jpg", "secret/2.jpg", "z/3.jpg")
+    deny(monkeypatch, tmp_path / "secret")
+    *found, problem = find_photos([tmp_path])
+    assert names(found) == ["a/1", "z/3"]
+    assert problem.source == tmp_path / "secret"
+    assert problem.problem is not None
+    assert str(tmp_path / "secret") in problem.problem
+    assert "Permission denied" in problem.problem
+
+
+def test_the_only_folder_being_unreadable_is_a_problem_with_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "secret/2.jpg")
+    deny(monkeypatch, tmp_path / "secret")
+    (problem,) = find_photos([tmp_path / "secret"])
+    assert problem.source == tmp_path / "secret"
+    assert str(problem.name) == "secret"
+    assert "cannot be listed" in str(problem.problem)
+
+
+def test_what_does_not_exist_is_kept_so_that_it_fails_and_is_counted(tmp_path: Path) -> None:
+    (item,) = find_photos([tmp_path / "missing.jpg"])
+    assert item == Item(tmp_path / "missing.jpg", PurePath("missing"))
+
+
+def test_a_path_that_the_system_refuses_is_kept_too(tmp_path: Path) -> None:
+    paths = [tmp_path / ("long" * 100 + ".jpg"), tmp_path / "nul\0.jpg", tmp_path / "loop.jpg"]
+    paths[2].symlink_to(paths[2])
+    assert [item.source for item in find_photos(paths)] == paths
+
+
+def test_an_output_that_is_a_loop_of_links_does_not_stop_the_search(tmp_path: Path) -> None:
+    touch(tmp_path, "cat.jpg")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert names(find_photos([tmp_path], tmp_path / "loop")) == ["cat"]
+
+
+def test_an_empty_folder_gives_nothing(tmp_path: Path) -> None:
+    assert find_photos([tmp_path]) == []
+
+
+# Few stems and suffixes, so that they collide; ß and ss are one without case.
+stems = st.sampled_from(["cat", "CAT", "cat.jpg", "cat-2", "cat.jpg-2", "straße", "STRASSE", "é"])
+suffixes = st.sampled_from([".jpg", ".JPG", ".png", ".webp"])
+folders = st.sampled_from(["", "one/pets/", "two/pets/", "two/Pets/", "one/pets/cat/", "one/pets/cat.jpg-2/"])
+trees = st.sets(st.tuples(folders, stems, suffixes).map("".join), max_size=12)
+arguments = st.lists(st.sampled_from([".", "one/pets", "two/pets", "one", "two/Pets", "one/pets/cat"]), min_size=1)
+
+
+@given(trees, arguments, st.lists(stems, max_size=3))
+def test_names_never_collide_and_no_photo_is_lost(tree: set[str], chosen: list[str], named: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = touch(Path(folder), *tree)
+        paths = [root / name for name in (*chosen, *named)]
+        items = find_photos(paths)
+        expected: list[Path] = []
+        for path in paths:
+            expected += [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+        assert sorted(item.source for item in items) == sorted(expected)
+        keys = [str(item.name).casefold() for item in items]
+        assert len(set(keys)) == len(keys)
+        assert all(item.name.name and not item.name.is_absolute() and ".." not in item.name.parts for item in items)
+        assert find_photos(paths) == items

@@ -1,0 +1,194 @@
+"""The specification: out as JSON, back the same, and nothing doubtful accepted."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from petseg_runtime.errors import ModelError
+from petseg_runtime.spec import SCHEMA_VERSION, SPEC_KEY, ModelSpec
+
+GOOD = ModelSpec(name="edge", height=128, width=160, threshold=0.4, cutout_threshold=0.25, border_target=0.5)
+
+sizes = st.integers(1, 1000).map(lambda n: 16 * n)
+inner = st.floats(0, 1, exclude_min=True, exclude_max=True)
+specs = st.builds(
+    ModelSpec,
+    name=st.text(),
+    height=sizes,
+    width=sizes,
+    threshold=inner,
+    cutout_threshold=inner,
+    border_target=st.floats(0, 1),
+)
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([10**400, -(10**400)]),
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(), inside, max_size=3),
+    max_leaves=5,
+)
+
+
+def as_dict(**changes: object) -> dict[str, object]:
+    return {**json.loads(GOOD.to_json()), **changes}
+
+
+@settings(deadline=None)
+@given(specs)
+def test_a_spec_comes_back_as_it_went_out(spec: ModelSpec) -> None:
+    assert ModelSpec.from_json(spec.to_json()) == spec
+
+
+def test_the_json_is_one_line_in_ascii_with_all_fields_and_the_version() -> None:
+    text = dataclasses.replace(GOOD, name="größe\n猫").to_json()
+    assert "\n" not in text
+    assert text.isascii()
+    assert json.loads(text) == {
+        "schema_version": 1,
+        "name": "größe\n猫",
+        "height": 128,
+        "width": 160,
+        "resize": "stretch",
+        "filter": "bilinear",
+        "threshold": 0.4,
+        "cutout_threshold": 0.25,
+        "border_target": 0.5,
+    }
+    assert (SPEC_KEY, SCHEMA_VERSION) == ("petseg.spec", 1)  # both are in files that exist
+
+
+def test_the_json_of_equal_specs_is_equal() -> None:
+    assert GOOD.to_json() == ModelSpec.from_json(json.dumps(dict(reversed(as_dict().items())))).to_json()
+
+
+def test_a_spec_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        GOOD.height = 256  # type: ignore[misc]
+
+
+def test_fields_with_a_default_may_be_missing() -> None:
+    spec = ModelSpec.from_json('{"schema_version": 1, "name": "m", "height": 16, "width": 32}')
+    assert spec == ModelSpec(name="m", height=16, width=32)
+    assert (spec.threshold, spec.cutout_threshold, spec.border_target) == (0.5, 0.5, 0.0)
+
+
+@pytest.mark.parametrize("field", ["name", "height", "width"])
+def test_fields_without_a_default_may_not_be_missing(field: str) -> None:
+    raw = as_dict()
+    del raw[field]
+    with pytest.raises(ModelError, match=f"lacks '{field}'"):
+        ModelSpec.from_json(json.dumps(raw))
+
+
+def test_fields_of_a_later_minor_version_are_ignored() -> None:
+    assert ModelSpec.from_json(json.dumps(as_dict(colour="red", nested={"a": [1]}))) == GOOD
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, [1], 1.5])
+def test_another_schema_version_is_refused_with_the_remedy(version: object) -> None:
+    with pytest.raises(ModelError, match=r"schema_version .*upgrade petseg"):
+        ModelSpec.from_json(json.dumps(as_dict(schema_version=version)))
+
+
+def test_a_spec_without_a_schema_version_is_refused() -> None:
+    raw = as_dict()
+    del raw["schema_version"]
+    with pytest.raises(ModelError, match="schema_version None"):
+        ModelSpec.from_json(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[
+            (field, value)
+            for field in ("height", "width")
+            for value in (0, -16, 8, 17, 24, 16.0, "16", True, None, [16])
+        ],
+        *[("name", value) for value in (None, 1, ["a"], True)],
+        *[("resize", value) for value in ("letterbox", "", None, 1)],
+        *[("filter", value) for value in ("nearest", "bicubic", None, 1)],
+        *[
+            (field, value)
+            for field in ("threshold", "cutout_threshold")
+            for value in (0, 1, 0.0, 1.0, -0.1, 1.1, math.nan, math.inf, -math.inf, 10**400, "0.5", True, None)
+        ],
+        *[("border_target", value) for value in (-0.1, 1.1, math.nan, math.inf, 10**400, "0.5", False, None)],
+    ],
+)
+def test_a_bad_value_is_refused_by_the_name_of_its_field(field: str, value: object) -> None:
+    with pytest.raises(ModelError, match=rf"\b{field}\b"):
+        ModelSpec.from_json(json.dumps(as_dict(**{field: value})))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("height", 0), ("width", 100), ("height", 160.0), ("resize", "letterbox"), ("filter", "nearest")]
+    + [(f, v) for f in ("threshold", "cutout_threshold") for v in (0.0, 1.0, math.nan, math.inf, 10**400)]
+    + [("border_target", v) for v in (-0.1, 1.1, math.nan, 10**400)],
+)
+def test_a_bad_value_is_refused_when_a_spec_is_made_in_python_too(field: str, value: object) -> None:
+    with pytest.raises(ModelError, match=rf"\b{field}\b"):
+        dataclasses.replace(GOOD, **{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"height": 16, "width": 16},
+        {"border_target": 0},
+        {"border_target": 1},
+        {"border_target": 1.0},
+        {"name": ""},
+        {"threshold": math.nextafter(0, 1)},
+        {"threshold": math.nextafter(1, 0)},
+    ],
+)
+def test_values_on_the_edge_of_what_is_allowed_are_accepted(changes: dict[str, object]) -> None:
+    spec = ModelSpec.from_json(json.dumps(as_dict(**changes)))
+    assert {field: getattr(spec, field) for field in changes} == changes
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "{", "[]", "null", "1", '"text"', "{]", "[" * 100_000, '{"a":' * 100_000, "1" * 5000, "\x00", "\ufeff{}"],
+    ids=lambda text: ascii(text[:8]),
+)
+def test_what_is_not_a_json_object_is_refused(text: str) -> None:
+    with pytest.raises(ModelError, match="specification is not"):
+        ModelSpec.from_json(text)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.one_of(st.text(), anything.map(json.dumps)))
+def test_garbage_raises_nothing_but_model_errors(text: str) -> None:
+    with pytest.raises(ModelError):
+        ModelSpec.from_json(text)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.sampled_from([field.name for field in dataclasses.fields(ModelSpec)]), anything)
+def test_garbage_in_one_field_raises_nothing_but_model_errors(field: str, value: object) -> None:
+    text = json.dumps(as_dict(**{field: value}))
+    try:
+        spec = ModelSpec.from_json(text)
+    except ModelError:
+        return
+    assert getattr(spec, field) == value
+    assert type(value) is type(getattr(GOOD, field)) or (type(value) is int and type(getattr(GOOD, field)) is float)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_a_damaged_spec_raises_nothing_but_model_errors(data: st.DataObject) -> None:
+    text = GOOD.to_json()
+    start = data.draw(st.integers(0, len(text)))
+    end = data.draw(st.integers(start, len(text)))
+    damaged = text[:start] + data.draw(st.text(max_size=3)) + text[end:]
+    with contextlib.suppress(ModelError):
+        ModelSpec.from_json(damaged)
