@@ -99,7 +99,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         meta = json.loads(metadata[KEY])
         version = meta.pop("schema_version")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: its JSON header is damaged ({error})") from error
     if version != SCHEMA_VERSION:
         raise CheckpointError(
@@ -117,12 +117,16 @@ def load_model(path: str | os.PathLike[str]) -> tuple[AttentionUNet, Checkpoint]
         CheckpointError: As :func:`load`; or tensors are missing, left over, or of another width.
     """
     checkpoint = load(path)
-    model = AttentionUNet(checkpoint.model_config)
     prefix = "ema/" if checkpoint.meta.get("kind") == "training" else ""
     state = {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
+        # Shapes only, then the file's own tensors: a header that asks for an absurd width allocates nothing.
+        with torch.device("meta"):
+            model = AttentionUNet(checkpoint.model_config)
+        model.load_state_dict(state, assign=True)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path}: its tensors are not those of the network it names ({error})") from error
     if bad := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
         raise CheckpointError(f"{path}: NaN or infinity in {', '.join(bad[:3])}: the training run went wrong")

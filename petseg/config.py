@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -260,6 +261,8 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise TrainingError(f"{name} is {value}; a finite number is expected")
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise TrainingError(f"{name} is {value!r}; {getattr(hint, '__name__', hint)} is expected")

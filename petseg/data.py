@@ -160,8 +160,8 @@ def _oxford(folder: Path, split: Split) -> list[Pair]:
     listing = folder / "annotations" / f"{split}.txt"
     try:
         lines = listing.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{listing}: cannot be read ({error.strerror})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{listing}: cannot be read ({error})") from error
     names = sorted({line.split()[0] for line in lines if line.strip() and not line.startswith("#")})
     trimaps = folder / "annotations" / "trimaps"
     return [Pair(n, folder / "images" / f"{n}.jpg", trimaps / f"{n}.png", Layout.OXFORD) for n in names]
@@ -171,7 +171,10 @@ def _folder(folder: Path, split: Split) -> list[Pair]:
     photos = _by_stem(folder / "images")
     masks = _by_stem(folder / "masks")
     listing = folder / "test.txt"
-    test = set(listing.read_text(encoding="utf-8").split()) if listing.exists() else set()
+    try:
+        test = set(listing.read_text(encoding="utf-8").split()) if listing.exists() else set()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{listing}: cannot be read ({error})") from error
     names = [n for n in sorted(photos) if (n in test) is (split is Split.TEST)]
     # A photo without a mask stays in the list, with the path where its mask should be: `check` will name it.
     return [Pair(n, photos[n], masks.get(n, folder / "masks" / f"{n}.png"), Layout.FOLDER) for n in names]
@@ -266,10 +269,13 @@ def _check_pair(pair: Pair, report: CheckReport) -> None:
         report.unreadable.append(str(error))
         return
     if photo.shape[:2] != trimap.shape:
-        sizes = f"photo {photo.shape[1]} x {photo.shape[0]}, mask {trimap.shape[1]} x {trimap.shape[0]}"
-        report.wrong_size.append(f"{pair.name}: {sizes}")
+        report.wrong_size.append(f"{pair.name}: {_sizes(photo, trimap)}")
     if not (trimap == PET).any():
         report.empty.append(pair.name)
+
+
+def _sizes(photo: U8, trimap: U8) -> str:
+    return f"photo {photo.shape[1]} x {photo.shape[0]}, mask {trimap.shape[1]} x {trimap.shape[0]}"
 
 
 def augmentation(config: AugmentConfig) -> v2.Transform:
@@ -302,7 +308,7 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
         """Decode everything.
 
         Raises:
-            DataError: A file cannot be read, or no photo with a pet in it is left.
+            DataError: A file cannot be read, a mask is not of its photo's size, or no photo with a pet is left.
         """
         self.names: list[str] = []
         self.skipped_empty: list[str] = []
@@ -310,6 +316,8 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
         trimaps: list[U8] = []
         for pair in pairs:
             photo, trimap = read_pair(pair)
+            if photo.shape[:2] != trimap.shape:
+                raise DataError(f"{pair.name}: {_sizes(photo, trimap)} (`petseg data check` lists every such pair)")
             if not (trimap == PET).any():
                 self.skipped_empty.append(pair.name)  # a known flaw of the data set; it would teach "no pet"
                 continue

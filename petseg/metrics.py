@@ -131,11 +131,11 @@ def counts(hist: Histogram, threshold: float, border: Border = Border.BACKGROUND
 def best_threshold(hist: Histogram, border: Border = Border.BACKGROUND) -> float:
     """The threshold with the highest IoU, in steps of 1/255 (ties: the middle one). For validation data only."""
     positive, negative = _readings(hist, border)
-    tp = positive[::-1].cumsum()[::-1][1:]  # at cuts 1..255
-    fp = negative[::-1].cumsum()[::-1][1:]
+    tp = positive[::-1].cumsum()[::-1][1:255]  # at cuts 1..254: a threshold of 0 or 1 is none
+    fp = negative[::-1].cumsum()[::-1][1:255]
     iou = tp / np.maximum(positive.sum() + fp, 1)
     ties = np.flatnonzero(iou == iou.max())
-    return min(int(ties[len(ties) // 2]) + 1, 254) / 255
+    return (int(ties[len(ties) // 2]) + 1) / 255
 
 
 def _readings(hist: Histogram, border: Border) -> tuple[Histogram, Histogram]:

@@ -17,6 +17,7 @@ from petseg_runtime.files import replacing
 
 __all__ = ["curves", "grid", "predictions"]
 
+
 def curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     """Loss, validation IoU and Dice over epochs, as a PNG.
 

@@ -35,7 +35,7 @@ from petseg.losses import bce_dice
 from petseg.metrics import Border, best_threshold
 from petseg.model import AttentionUNet, normalize
 from petseg_runtime import __version__
-from petseg_runtime.errors import CheckpointError, NonFiniteLoss, TrainingError
+from petseg_runtime.errors import CheckpointError, NonFiniteLoss, OutputError, TrainingError
 from petseg_runtime.files import write_atomic
 
 __all__ = ["BEST", "LAST", "LOG", "Observer", "RunState", "Trainer", "learning_rate"]
@@ -234,7 +234,7 @@ class Trainer:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
-        loss_value, norm_value = torch.stack((loss.detach(), norm)).tolist()  # the one wait for the device in a step
+        loss_value, norm_value = torch.stack((loss.detach(), norm)).tolist()  # one wait for the device
         # An infinite gradient under fp16 is the scaler's business: it skips the step and scales less.
         if not math.isfinite(loss_value) or not (math.isfinite(norm_value) or self.scaler.is_enabled()):
             self._stop_non_finite(loss_value, norm_value, index)
@@ -290,8 +290,8 @@ class Trainer:
         spec = {
             "height": d.height,
             "width": d.width,
-            "threshold": round(threshold, 4),
-            "cutout_threshold": round(best_threshold(result.total, Border.PET), 4),
+            "threshold": threshold,
+            "cutout_threshold": best_threshold(result.total, Border.PET),
             "border_target": d.border_target,
         }
         meta = {**self.meta, "kind": "model", "spec": spec, "epoch": row["epoch"], "validation": row}
@@ -307,9 +307,16 @@ class Trainer:
         checkpoint.save_checkpoint(self.output / LAST, tensors, meta)
 
     def _restore(self) -> None:
-        saved = checkpoint.load(self.output / LAST)
+        path = self.output / LAST
+        saved = checkpoint.load(path)
         if saved.meta.get("kind") != "training":
-            raise CheckpointError(f"{self.output / LAST}: a model, not the state of a run; give it to --init")
+            raise CheckpointError(f"{path}: a model, not the state of a run; give it to --init")
+        try:
+            self._take_up(saved)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: the state in it is damaged or not complete ({error!r})") from error
+
+    def _take_up(self, saved: checkpoint.Checkpoint) -> None:
         if differs := _differences(saved.meta["config"], to_dict(self.config)):
             raise TrainingError(f"{self.output}: the run to resume has other settings: {'; '.join(differs)}")
         if saved.meta["data"]["names_sha256"] != self.meta["data"]["names_sha256"]:
@@ -322,20 +329,33 @@ class Trainer:
         slots: dict[int, dict[str, Tensor]] = {}
         for name, value in t.items():
             if name.startswith("optimizer/"):
-                _, index, slot = name.split("/")
-                slots.setdefault(int(index), {})[slot] = value
+                _, number, slot = name.split("/")
+                slots.setdefault(int(number), {})[slot] = self._laid_out(int(number), value)
+        for index in range(len(list(self.model.parameters()))):
+            if missing := {"step", "exp_avg", "exp_avg_sq"} - slots.get(index, {}).keys():
+                raise ValueError(f"optimizer state {index} lacks {', '.join(sorted(missing))}")
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
         self.scaler.load_state_dict(saved.meta["scaler"])
         self.state = RunState(**saved.meta["state"])
         self.meta["provenance"] = saved.meta["provenance"]
         self.observer.started(f"resumed at step {self.state.step}")
 
+    def _laid_out(self, index: int, value: Tensor) -> Tensor:
+        """A moment in the memory layout of its weight: the fused AdamW walks both as they lie (channels_last)."""
+        weight = [p for group in self.optimizer.param_groups for p in group["params"]][index]
+        if value.shape != weight.shape:
+            return value  # the step count
+        return torch.empty_like(weight, requires_grad=False).copy_(value)
+
     def _write_log(self) -> None:
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(self.state.history[0]))
         writer.writeheader()
         writer.writerows(self.state.history)
-        write_atomic(self.output / LOG, text.getvalue().encode())
+        try:
+            write_atomic(self.output / LOG, text.getvalue().encode())
+        except OSError as error:
+            raise OutputError(f"{self.output / LOG}: cannot be written ({error.strerror or error})") from error
 
     def _start_weights(self, init: Path | None) -> AttentionUNet:
         if init is None:

@@ -156,7 +156,6 @@ def test_the_best_checkpoint_is_the_model_of_the_best_epoch(whole: Run, oxford_r
     assert best.meta["precision"] == "float32"
 
 
-@pytest.mark.xfail(reason="train._save_best: round(threshold, 4) rounds k/255 up for half of all k: level() is k + 1")
 @pytest.mark.parametrize("byte", [3, 100, 128, 129])
 def test_the_threshold_of_the_checkpoint_is_the_one_that_was_measured(
     oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, byte: int
@@ -416,7 +415,6 @@ def test_a_truncated_state_is_refused(oxford_root: Path, tmp_path: Path, whole: 
         Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
 
 
-@pytest.mark.xfail(reason="train._restore: what a damaged state raises (KeyError, RuntimeError) is no CheckpointError")
 @pytest.mark.parametrize(
     "damage", ["head.bias", "ema/head.bias", "ema_updates", "optimizer/0/exp_avg", "state", "config"]
 )

@@ -79,8 +79,10 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     folder.write("pixel.png", Image.new("RGB", (1, 1), "red"))
     folder.write("print.jpg", rgb.convert("CMYK"))
     folder.write("grey16.png", Image.fromarray(rng.integers(0, 2**16, (40, 60), dtype=np.uint16)))
-    folder.write("moving.gif", Image.new("P", (30, 20), 1), save_all=True, append_images=[Image.new("P", (30, 20), 9)])
-    folder.write("palette.png", rgb.convert("P"), transparency=3)
+    red, blue = (Image.new("RGB", (30, 20), colour) for colour in ("red", "blue"))
+    folder.write("moving.gif", red, save_all=True, append_images=[blue])
+    palette = rgb.convert("P")
+    folder.write("palette.png", palette, transparency=palette.getpixel((0, 0)))
     folder.write("phone.jpg", rgb, size=(40, 60), exif=exif)
     folder.write("a/same.jpg", rgb)
     folder.write("b/same.jpg", rgb.resize((50, 50)))
@@ -348,9 +350,7 @@ def test_without_a_threshold_the_models_own_is_used(photo: Path, tmp_path: Path)
 
 
 def test_quiet_says_nothing_of_what_went_well(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Image.new("P", (30, 20), 1).save(
-        photo.parent / "moving.gif", save_all=True, append_images=[Image.new("P", (30, 20), 9)]
-    )
+    Image.new("RGBA", (30, 20)).save(photo.parent / "clear.png")  # would be noted
     assert run(["infer", str(photo.parent), "-q", "--output", str(tmp_path / "out")]) == 0
     assert capsys.readouterr() == ("", "")
     (photo.parent / "bad.jpg").write_bytes(b"no")

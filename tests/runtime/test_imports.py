@@ -135,7 +135,7 @@ def test_a_command_whose_extra_is_missing_names_it_and_ends_with_7(command: str,
     args = [word.format(folder=tmp_path) for word in CALLS[command]]
     done = python(CLI, *args, blocked={"torch", "torchvision"})
     assert done.returncode == 7, done.stderr
-    message = done.stderr.splitlines()[0]
+    (message,) = (line for line in done.stderr.splitlines() if line.startswith("petseg: "))
     extra = "export" if command == "export" else "train"
     assert message.startswith(f"petseg: `petseg {command}` needs torch")
     assert f"pip install 'petseg[{extra}]'" in message

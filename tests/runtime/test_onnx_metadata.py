@@ -436,8 +436,9 @@ def test_what_onnx_saves_with_external_data_is_refused_and_the_remedy_helps(tmp_
     assert_agrees(read(path), model)
 
 
-def test_a_location_that_hides_in_the_upper_half_of_its_number_is_found() -> None:
-    data = block(7, block(5, varint(14 << 3) + varint(2**32 + 1)))
+@pytest.mark.parametrize("number", [2**32 + 1, 2**33 + 1, 2**63 + 1])
+def test_a_location_that_hides_in_the_upper_half_of_its_number_is_found(number: int) -> None:
+    data = block(7, block(5, varint(14 << 3) + varint(number)))
     theirs = onnx_reads(data)
     assert theirs is not None
     assert is_external(theirs)  # protobuf reads 1
