@@ -1,4 +1,4 @@
-"""The README's picture: sample photos, the mask over them, the pets cut out (``python -m benchmarks.embedded.picture``)."""
+"""The README's picture: sample photos, masks, cutouts (``python -m benchmarks.embedded.picture``)."""
 
 from __future__ import annotations
 

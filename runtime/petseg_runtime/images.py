@@ -178,9 +178,11 @@ def _convert(image: Image.Image, name: str, max_pixels: int) -> Photo:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and getattr(image, "is_animated", False):
         notes.append(f"animated: the first of {frames} frames was used")
+    # Pillow decodes a 16-bit PGM to 32-bit integers, scaled to 0..65535 (and forgets the format when it is turned).
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
     image.load()
     image = _upright(image)
-    if image.mode.startswith("I;16"):
+    if sixteen:
         notes.append("16-bit grey, scaled to 8 bits")
         grey = (np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8)
         return Photo(np.repeat(grey[..., None], 3, axis=2), tuple(notes))

@@ -658,3 +658,11 @@ def test_views_and_read_only_arrays_are_resized_as_they_look(size: tuple[int, in
     frozen.setflags(write=False)
     assert_own(to_model(frozen, *size), frozen)
     assert_own(from_model(frozen[..., 0], *size), frozen)
+
+
+def test_a_16_bit_pgm_is_scaled_like_any_16_bit_grey(tmp_path: Path) -> None:
+    path = tmp_path / "deep.pgm"
+    path.write_bytes(b"P5 3 1 65535\n" + np.array([0, 32768, 65535], ">u2").tobytes())
+    photo = images.read(path)
+    assert photo.pixels[0, :, 0].tolist() == [0, 128, 255]
+    assert any("16-bit" in note for note in photo.notes)
