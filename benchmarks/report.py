@@ -50,11 +50,11 @@ SECTIONS: Final[dict[str, Callable[[], str]]] = {"accuracy": accuracy, "startup"
 def rendered(text: str) -> str:
     """The README with every ``<!-- NAME -->`` section made anew."""
     for name, make in SECTIONS.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise SystemExit(f"{README.name} has no section {name!r}")
         body = make()
-        text = pattern.sub(lambda match, body=body: match[1] + body + match[2], text)  # type: ignore[misc]
+        text = pattern.sub(lambda match, body=body: match[1] + body + "\n" + match[2], text)  # type: ignore[misc]
     return text
 
 

@@ -31,10 +31,11 @@ def curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     left.plot(epochs, [row["loss"] for row in history], marker=marker, label="training loss (BCE + Dice)")
     right.plot(epochs, [row["val_iou"] for row in history], marker=marker, label="validation IoU")
     right.plot(epochs, [row["val_dice"] for row in history], marker=marker, label="validation Dice")
-    for axes in (left, right):
+    # The curves fall on the left and rise on the right; "best" would search, and warn of it on a slow machine.
+    for axes, free in ((left, "upper right"), (right, "lower right")):
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc=free)
     _save(figure, path)
 
 

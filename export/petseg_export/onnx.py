@@ -147,7 +147,7 @@ def _spec(path: Path, loaded: checkpoint.Checkpoint, config: OnnxConfig) -> Mode
             f"{path}: no input size and thresholds in it (it is the state of a run): export the best.safetensors "
             "beside it"
         )
-    asked = {"height": config.height, "width": config.width, "name": config.name}
+    asked: dict[str, Any] = {"height": config.height, "width": config.width, "name": config.name}
     try:
         return ModelSpec(**{**raw, **{key: value for key, value in asked.items() if value is not None}})
     except TypeError as error:  # a field that is missing, unknown, or no number

@@ -13,8 +13,9 @@ __all__ = ["Segmentation"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
-#: Half the width of the ramp from transparent to opaque in a cutout, in probability.
-_SOFTNESS: Final = 0.15
+#: Half the width of the ramp from transparent to opaque in a cutout, in log-odds, in which it is as soft at a low
+#: threshold as at a high one.
+_SOFTNESS: Final = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +55,12 @@ class Segmentation:
         return Image.fromarray(self.probability)
 
     def cutout(self) -> Image.Image:
-        """The pet alone, as an RGBA picture with soft edges around ``cutout_threshold``."""
-        level = (np.arange(256) / 255 - self.cutout_threshold) / (2 * _SOFTNESS) + 0.5
-        table = np.clip(np.rint(255 * level), 0, 255).astype(np.uint8)
-        table[0], table[255] = 0, 255  # what is certain stays certain, however low or high the threshold
+        """The pet alone, as an RGBA picture with soft edges: half transparent at ``cutout_threshold``."""
+        with np.errstate(divide="ignore"):  # certainty is at infinity
+            odds = np.log(np.arange(256)) - np.log(255 - np.arange(256))
+        threshold = np.log(self.cutout_threshold) - np.log(1 - self.cutout_threshold)
+        opacity = 0.5 + (odds - threshold) / (2 * _SOFTNESS)
+        table = np.rint(255 * np.clip(opacity, 0, 1)).astype(np.uint8)
         return Image.fromarray(np.dstack((self.pixels, table[self.probability])))
 
     def overlay(self, color: tuple[int, int, int] = (0, 200, 83), strength: float = 0.5) -> Image.Image:

@@ -31,6 +31,8 @@ from petseg.evaluate import evaluate, open_model
 from petseg_runtime.errors import TrainingError
 
 SMALL = ["--width", "2", "--size", "32", "--batch", "4", "--device", "cpu", "--set", "amp=fp32"]
+#: Each test's own cache folder is empty, and matplotlib would spend seconds on filling it.
+FONTS = matplotlib.get_cachedir()
 FILES = {"best.safetensors", "last.safetensors", "log.csv", "curves.png", "predictions.png"}
 
 
@@ -304,8 +306,7 @@ def test_ctrl_c_in_the_middle_of_a_run_keeps_it_and_resume_finishes_it(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # the test's own cache folder is empty, and matplotlib would spend seconds on filling it
-        env={**os.environ, "MPLCONFIGDIR": matplotlib.get_cachedir()},
+        env={**os.environ, "MPLCONFIGDIR": FONTS},
     )
     try:
         while not (folder / "last.safetensors").exists():

@@ -108,7 +108,7 @@ def test_results_are_the_callers_own(engine: Engine, batch: np.ndarray) -> None:
 
 def test_a_batch_that_does_not_fit_is_refused_with_both_shapes(engine: Engine) -> None:
     h, w = engine.spec.height, engine.spec.width
-    wrong = [
+    wrong: list[np.ndarray] = [
         np.zeros((1, h, w, 3), np.float32),
         np.zeros((1, h, w, 3), np.int8),
         np.zeros((h, w, 3), np.uint8),

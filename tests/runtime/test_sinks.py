@@ -124,6 +124,9 @@ def test_a_photo_is_safe_also_when_it_is_reached_through_a_link(tmp_path: Path) 
     (tmp_path / "link").symlink_to(tmp_path / "in")
     with pytest.raises(OutputError, match="would replace a photo"):
         ImageSink(tmp_path / "link", "mask", items)
+    linked = [Item(tmp_path / "link" / "a.png", PurePath("a"))]
+    with pytest.raises(OutputError, match="would replace a photo"):
+        ImageSink(tmp_path / "in", "mask", linked)
 
 
 def test_the_photos_own_folder_will_do_where_nothing_is_replaced(tmp_path: Path, result: Segmentation) -> None:
