@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,9 @@ def petseg() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit; an error raised on purpose becomes one line and its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may hold what the locale cannot show
     sys.exit(run(sys.argv[1:] if args is None else args))
 
 

@@ -65,7 +65,6 @@ def infer(
     items = find_photos(paths, folder)
     if not items:
         raise InputError(f"no photos in {', '.join(map(str, paths))}")
-    sink = ImageSink(folder, kind, items)
     with Segmenter(model, threads=threads, threshold=threshold, cutout_threshold=threshold) as segmenter:
         if verbose:
             engine = segmenter.describe()
@@ -74,6 +73,7 @@ def infer(
                 f"{engine.precision}, {engine.threads} threads",
                 err=True,
             )
+        sink = ImageSink(folder, kind, items)
         with _watcher(len(items), as_json, quiet) as watch:
             report = segment_photos(items, segmenter, sink, watch)
     _print_report(report, folder, as_json, verbose, quiet)
@@ -150,7 +150,8 @@ def _print_report(report: Report, folder: Path, as_json: bool, verbose: bool, qu
     elif not quiet and (total > 1 or report.failed or verbose):
         took = f" in {report.seconds:.2f} s ({total / max(report.seconds, 1e-9):.1f} photos/s)" if verbose else ""
         failed = f", {len(report.failed)} failed" if report.failed else ""
-        click.echo(f"{total} photos: {report.done} written to {_shown(folder)}{failed}{took}")
+        photos = "photo" if total == 1 else "photos"
+        click.echo(f"{total} {photos}: {report.done} written to {_shown(folder)}{failed}{took}")
 
 
 @click.command()

@@ -47,19 +47,24 @@ class ImageSink:
     def __init__(self, output: Path, kind: str, items: Sequence[Item]) -> None:
         """Make the folder, and make sure that it can be written to and that no photo would be overwritten.
 
+        An earlier run's results are replaced, except beside the photos: there a file of that name may be somebody's.
+
         Args:
             output: The folder.
             kind: A name in :data:`KINDS`.
             items: What will be written.
 
         Raises:
-            OutputError: The folder cannot be made or written to, or a result would replace a photo.
+            OutputError: The folder cannot be written to, or a result would replace a photo or a file beside one.
         """
         self._output, self._kind = output, KINDS[kind]
         photos = {os.path.realpath(item.source) for item in items}  # Path.resolve raises on a loop of links
+        folders = {str(Path(photo).parent) for photo in photos}
         for item in items:
             if os.path.realpath(path := self.path_of(item)) in photos:
                 raise OutputError(f"{path}: the result of {item.source} would replace a photo; choose another --output")
+            if os.path.realpath(path.parent) in folders and path.exists():
+                raise OutputError(f"{path}: there already, beside the photos; move it, or choose another --output")
         try:
             with replacing(output / ".petseg-probe") as probe:
                 probe.touch()

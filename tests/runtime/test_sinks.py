@@ -221,3 +221,19 @@ def test_a_result_whose_place_is_taken_by_a_folder_concerns_this_photo_alone(
     with pytest.raises(InputError, match=r"cat\.png"):
         ImageSink(tmp_path, "mask", [ITEM]).write(ITEM, result)
     assert tree(tmp_path) == ["cat.png"]
+
+
+def test_a_file_beside_the_photos_is_not_replaced(tmp_path: Path) -> None:
+    for name in ("cat.png", "cat.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    before = (tmp_path / "cat.jpg").read_bytes()
+    with pytest.raises(OutputError, match="beside the photos"):
+        ImageSink(tmp_path, "overlay", [Item(tmp_path / "cat.png", PurePath("cat"))])
+    assert (tmp_path / "cat.jpg").read_bytes() == before
+
+
+def test_an_earlier_runs_results_are_replaced_elsewhere(tmp_path: Path) -> None:
+    items = [Item(tmp_path / "cat.png", PurePath("cat"))]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "cat.jpg").write_bytes(b"old")
+    ImageSink(tmp_path / "out", "overlay", items)
