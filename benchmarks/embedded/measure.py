@@ -2,7 +2,9 @@
 
     python -m benchmarks embedded --data data
 
-where ``data`` holds ``oxford-iiit-pet-128`` and ``oxford-iiit-pet-native``.
+where ``data`` holds ``oxford-iiit-pet-128``, ``oxford-iiit-pet-native``, and ``oxford-iiit-pet-best`` as merge.py makes
+it. The model's own threshold is the one for the headline, with the border as background. Where the border is ignored a
+lower one is better; it is chosen here on the validation photos, and both are reported.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import click
 from benchmarks import records
 from petseg.data import Split, find
 from petseg.evaluate import evaluate, open_model
+from petseg.metrics import Border
 from petseg_runtime.artifact import default_model, sample_photos
 
 SETS = {
@@ -33,13 +36,27 @@ STARTS = 11
 def embedded(data: Path) -> None:
     """Accuracy and start-up of the embedded model."""
     command = "python -m benchmarks embedded --data DATA"
+    lower = threshold_ignoring_border(data)
     for name, (folder, what) in SETS.items():
         pairs = find(data / folder, Split.TEST)
         with open_model(default_model()) as model:
             result = evaluate(model.run, pairs, model.height, model.width)
-            values = {"data": what, "model": model.describe(), "metrics": result.summary(model.threshold)}
+            values = {
+                "data": what,
+                "model": model.describe(),
+                "metrics": result.summary(model.threshold),
+                "metrics_at_threshold_for_ignored_border": result.summary(lower),
+            }
         print(records.write(name, command, values))
     print(records.write("embedded-startup", command, startup()))
+
+
+def threshold_ignoring_border(data: Path) -> float:
+    """The threshold, in steps of 0.05, with the best mean IoU per validation photo when the border is ignored."""
+    pairs = find(data / "oxford-iiit-pet-best", Split.VAL)
+    with open_model(default_model()) as model:
+        result = evaluate(model.run, pairs, model.height, model.width)
+    return max((k / 20 for k in range(1, 20)), key=lambda t: float(result.image_ious(t, Border.IGNORED).mean()))
 
 
 def startup() -> dict[str, object]:

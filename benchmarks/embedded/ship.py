@@ -42,11 +42,15 @@ def ship(context: click.Context, checkpoint: Path, data: Path) -> None:
         context.invoke(embedded, data=data)
         measured = {}
         for name, (_, what) in SETS.items():
-            metrics = records.load(name)["metrics"]
+            record = records.load(name)
             ratios = ("iou", "dice", "accuracy", "precision", "recall", "mean_image_iou")
             measured[what] = {
-                f"border {border}": {ratio: round(values[ratio], 4) for ratio in ratios}
-                for border, values in metrics["readings"].items()
+                f"border {border}, threshold {metrics['threshold']:.2f}": {
+                    ratio: round(metrics["readings"][border][ratio], 4) for ratio in ratios
+                }
+                for key in ("metrics", "metrics_at_threshold_for_ignored_border")
+                for metrics in [record[key]]
+                for border in metrics["readings"]
             }
         receipt = export_onnx(WEIGHTS, default_model(), photos, OnnxConfig(name=NAME, notes={"measured": measured}))
         if open_artifact(default_model()).onnx.identity != open_artifact(first).onnx.identity:

@@ -170,6 +170,18 @@ def test_one_bad_photo_among_many_is_enough_to_fail(pictures: list[Path]) -> Non
     assert receipt.min_mask_iou < 0.1 < 0.9 < receipt.mean_mask_iou
 
 
+def test_the_worst_mask_decides_and_not_the_mean(pictures: list[Path]) -> None:
+    base = np.full((H, W), 127, np.uint8)
+    base[:15] = 200
+    other = base.copy()
+    other[15, :3] = 128  # three pixels in 480, in one photo of 20
+    calls = iter(range(20))
+    receipt = compare(constant(base), lambda batch: (other if next(calls) == 7 else base)[None], pictures)
+    assert receipt.max_difference == 1
+    assert receipt.min_mask_iou < 0.999 < receipt.mean_mask_iou
+    assert not receipt.passed
+
+
 def test_two_empty_masks_agree(pictures: list[Path]) -> None:
     receipt = compare(constant(np.zeros((H, W), np.uint8)), constant(np.ones((H, W), np.uint8)), pictures[:1])
     assert receipt.min_mask_iou == 1
