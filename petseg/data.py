@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -146,7 +147,7 @@ def download(folder: Path) -> None:
     """
     try:
         OxfordIIITPet(folder, download=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise DataError(f"{folder}: the data set could not be downloaded ({error}); try again later") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import http.client
 import io
 import tarfile
 import threading
@@ -160,3 +161,12 @@ def test_the_command_fails_with_the_code_of_bad_data(
     server.stop()
     assert run(["data", "download", str(tmp_path)]) == 8
     assert capsys.readouterr().err.startswith(f"petseg: {tmp_path}: ")
+
+
+def test_a_server_that_does_not_speak_http_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def garbage(*args: object, **options: object) -> None:
+        raise http.client.BadStatusLine("garbage")
+
+    monkeypatch.setattr("petseg.data.OxfordIIITPet", garbage)
+    with pytest.raises(DataError, match="could not be downloaded"):
+        download(tmp_path)
