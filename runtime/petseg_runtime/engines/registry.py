@@ -20,18 +20,18 @@ class EngineEntry:
 
     Attributes:
         loader: ``module:function`` that takes (artifact, threads).
-        library: The module it cannot do without.
+        module: What it cannot do without.
         extra: What to install for it.
     """
 
     loader: str
-    library: str
+    module: str
     extra: str
 
 
 #: In the order in which ``auto`` tries them.
 ENGINES: Final = {
-    "onnxruntime": EngineEntry(loader="petseg_runtime.engines.onnxruntime:load", library="onnxruntime", extra="cpu"),
+    "onnxruntime": EngineEntry(loader="petseg_runtime.engines.onnxruntime:load", module="onnxruntime", extra="cpu"),
 }
 
 
@@ -53,11 +53,11 @@ def load_engine(artifact: Artifact, backend: str = "auto", threads: int | None =
         raise EngineError(f"there is no engine {backend!r}; there are: auto, {', '.join(ENGINES)}")
     for name in ENGINES if backend == "auto" else [backend]:
         entry = ENGINES[name]
-        module, _, function = entry.loader.partition(":")
+        where, _, function = entry.loader.partition(":")
         try:
-            load: Callable[[Artifact, int | None], Engine] = getattr(importlib.import_module(module), function)
+            load: Callable[[Artifact, int | None], Engine] = getattr(importlib.import_module(where), function)
         except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] != entry.library:
+            if (error.name or "").partition(".")[0] != entry.module:
                 raise
             if backend != "auto":
                 raise EngineMissing(f"{name} is not installed: pip install 'petseg[{entry.extra}]'") from error
