@@ -14,10 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from petseg_runtime.cli import parse_size
+
 if TYPE_CHECKING:
     from petseg.train import Observer, RunState
 
-__all__ = ["data", "evaluate", "parse_size", "train"]
+__all__ = ["data", "evaluate", "train"]
 
 PATH = click.Path(path_type=Path)
 UNIT = click.FloatRange(0, 1, min_open=True, max_open=True)
@@ -114,18 +116,6 @@ def train(
         click.echo(f"{best}: validation IoU {row['val_iou']:.4f} at threshold {row['val_threshold']:.2f}")
         click.echo(f"{output / LOG}, curves.png and predictions.png beside it")
     return 0
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """``192`` or ``192x256`` to (height, width).
-
-    Raises:
-        click.BadParameter: Neither form.
-    """
-    parts = text.lower().split("x")
-    if len(parts) not in (1, 2) or not all(part.isdecimal() for part in parts):
-        raise click.BadParameter(f"{text!r}: HEIGHTxWIDTH is expected, for example 192x256", param_hint="--size")
-    return int(parts[0]), int(parts[-1])
 
 
 def _observer(epochs: int, progress: Progress, quiet: bool) -> Observer:

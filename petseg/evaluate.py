@@ -174,7 +174,7 @@ def open_model(path: Path, device: str = "auto") -> Iterator[OpenedModel]:
         info = engine.describe()
         about = {
             "file": path.name,
-            "identity": artifact.onnx.identity,
+            "identity": artifact.identity,
             "engine": f"{info.name} {info.version} on {info.device}, {info.precision}",
         }
         spec_ = artifact.spec

@@ -53,7 +53,7 @@ def ship(context: click.Context, checkpoint: Path, data: Path) -> None:
                 for border in metrics["readings"]
             }
         receipt = export_onnx(WEIGHTS, default_model(), photos, OnnxConfig(name=NAME, notes={"measured": measured}))
-        if open_artifact(default_model()).onnx.identity != open_artifact(first).onnx.identity:
+        if open_artifact(default_model()).identity != open_artifact(first).identity:
             raise SystemExit("the two exports differ: the measured file is not the shipped one")
     print(json.dumps(receipt.as_dict(), indent=2))
 

@@ -2,87 +2,115 @@
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 import json
-import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from petseg_export.registry import FORMATS
-from petseg_runtime.artifact import sample_photos
+from petseg_export.config import QuantizeConfig
+from petseg_export.registry import FORMATS, why_not
+from petseg_runtime.cli import parse_size
 from petseg_runtime.errors import DataError
-from petseg_runtime.sources import find_photos
+from petseg_runtime.spec import PRECISIONS
 
 __all__ = ["export"]
 
 PATH = click.Path(path_type=Path)
+SCHEMA_VERSION = 2
+
+
+def _list(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked and not context.resilient_parsing:
+        click.echo(_table())
+        context.exit()
 
 
 @click.command()
 @click.argument("checkpoint", type=PATH)
+@click.option("--list", is_flag=True, is_eager=True, expose_value=False, callback=_list, help="Show the formats.")
 @click.option("--format", "format_name", type=click.Choice(list(FORMATS)), default="onnx", show_default=True)
+@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True)
 @click.option("-o", "--output", type=PATH, help="The file to write.  [default: the checkpoint's name beside it]")
 @click.option("--size", metavar="HxW", help="Input size, multiples of 16.  [default: the training size]")
+@click.option("--dynamic-size", is_flag=True, help="A graph that takes any multiples of 16.")
+@click.option("--batch", default="dynamic", show_default=True, metavar="N|dynamic", help="Photos per call.")
 @click.option("--name", default="petseg attention U-Net", show_default=True, help="What the model calls itself.")
-@click.option("--data", type=PATH, help="Photos for the parity test.  [default: the samples that ship]")
+@click.option("--data", type=PATH, help="Photos for the parity test, and for int8.  [default: the samples that ship]")
+@click.option("--split", type=click.Choice(["val", "test"]), default="val", show_default=True, help="Of labelled data.")
 @click.option("--photos", type=click.IntRange(min=1), default=200, show_default=True, help="At most this many.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of those photos.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of photos.")
+@click.option("--backend", "backends", multiple=True, help="Engine of the parity test; may be repeated.")
+@click.option("--onnx", type=PATH, help="Compile this file, exported from CHECKPOINT before, instead of a new one.")
+@click.option("--int8-budget", type=float, metavar="POINTS", help="Largest loss of IoU.  [default: 0.5]")
+@click.option("--int8-photos", type=int, metavar="N", help="Training photos to calibrate on.  [default: 64]")
+@click.option("--int8-judges", type=int, metavar="N", help="Validation photos needed to judge it.  [default: 100]")
+@click.option("--max-batch", type=int, help="trt, trt-rtx: largest batch of a dynamic one.  [default: 8]")
+@click.option("--max-size", metavar="HxW", help="trt, trt-rtx: largest dynamic size.  [default: twice the size]")
+@click.option("--timing-cache", type=PATH, help="trt, trt-rtx: where the builder keeps its measurements.")
+@click.option("--gpu", "gpus", multiple=True, metavar="CC", help="trt-rtx: compute capability to build for.")
 @click.option("--notes", type=PATH, help="A JSON object to keep in the file's provenance (measured metrics).")
 @click.option("--json", "as_json", is_flag=True, help="Print the receipt as JSON on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="Only errors.")
-def export(
-    checkpoint: Path,
-    format_name: str,
-    output: Path | None,
-    size: str | None,
-    name: str,
-    data: Path | None,
-    photos: int,
-    seed: int,
-    notes: Path | None,
-    as_json: bool,
-    quiet: bool,
-) -> int:
+def export(checkpoint: Path, format_name: str, as_json: bool, quiet: bool, **options: Any) -> int:
     """Export CHECKPOINT, compare the file with it on real photos, and write it only if it does the same.
 
-    The file says what it expects (`petseg info FILE`) and carries the receipt of that comparison.
+    The file says what it expects (`petseg info FILE`) and carries the receipt of that comparison; what cannot be run
+    here is built, says so, and is proven on the device by `petseg verify FILE`.
     """
-    chosen = FORMATS[format_name]
-    pictures = _photos(data, photos, seed)
-    extra_notes = _notes(notes)
-    config: dict[str, Any] = {"name": name, "notes": extra_notes}
-    if size is not None:
-        from petseg.commands import parse_size
+    from petseg_export.registry import check
 
-        config["height"], config["width"] = parse_size(size)
-    destination = output or checkpoint.with_suffix(chosen.suffix)
-    receipt = _load(chosen.exporter)(checkpoint, destination, pictures, _load(chosen.config)(**config))
+    config = FORMATS[format_name].config(**_settings(format_name, options))
+    check(config)
+    from petseg_export.build import export as build  # torch, onnx: only when the request can be met
+
+    with _progress(quiet) as watch:
+        done = build(checkpoint, config, watch)
+    receipt = done.receipt
     if as_json:
-        click.echo(json.dumps({"file": str(destination), **receipt.as_dict()}, indent=2))
+        files = [str(file) for file in done.files]
+        click.echo(json.dumps({"file": str(done.path), "files": files, **receipt.as_dict()}, indent=2))
     elif not quiet:
-        click.echo(f"{destination} ({destination.stat().st_size / 1e6:.1f} MB)")
-        click.echo(f"parity {receipt.summary}")
+        for file in done.files:
+            click.echo(f"{file} ({file.stat().st_size / 1e6:.1f} MB)")
+        click.echo(f"parity {receipt.kind}, {receipt.photos} photos" if receipt.rows else f"parity {receipt.summary}")
+        for row in receipt.rows:
+            click.echo(f"  {row.summary}")
     return 0
 
 
-def _photos(data: Path | None, limit: int, seed: int) -> list[Path]:
-    """The photos of the parity test: all samples, or a seeded choice from a folder."""
-    if data is None:
-        return sample_photos()[:limit]
-    if not data.is_dir():
-        raise DataError(f"--data {data}: not a folder")
-    folder = data / "images" if (data / "images").is_dir() else data
-    found = [item.source for item in find_photos([folder])]
-    if not found:
-        raise DataError(f"--data {data}: no photos in it")
-    return sorted(random.Random(seed).sample(found, min(limit, len(found))))
+def _settings(format_name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options as fields of the format's config; one that the format does not have is wrong usage."""
+    values = {key: value for key, value in options.items() if value is not None and value != ()}
+    fields = {field.name for field in dataclasses.fields(FORMATS[format_name].config)}
+    for option, field in {"size": "height", "max_size": "max_size", "gpus": "compute_capabilities"}.items():
+        if option in values:
+            values[field] = parse_size(values.pop(option)) if "size" in option else values.pop(option)
+    if "height" in values:
+        values["height"], values["width"] = values["height"]
+    values["batch"] = _batch(values["batch"])
+    if "notes" in values:
+        values["notes"] = _notes(values["notes"])
+    int8 = {key: values.pop(f"int8_{key}") for key in ("budget", "photos", "judges") if f"int8_{key}" in values}
+    values["quantize"] = QuantizeConfig(**int8)
+    if odd := values.keys() - fields:
+        names = ", ".join("--gpu" if name == "compute_capabilities" else f"--{name.replace('_', '-')}" for name in odd)
+        raise click.UsageError(f"{names}: does not apply to --format {format_name}")
+    return values
 
 
-def _notes(path: Path | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
+def _batch(text: str) -> int:
+    if text == "dynamic":
+        return 0
+    if not text.isdecimal() or int(text) < 1:
+        raise click.BadParameter(f"{text!r}: a number of photos is expected, or 'dynamic'", param_hint="--batch")
+    return int(text)
+
+
+def _notes(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -92,6 +120,33 @@ def _notes(path: Path | None) -> dict[str, Any] | None:
     return value
 
 
-def _load(where: str) -> Any:
-    module, _, name = where.partition(":")
-    return getattr(importlib.import_module(module), name)
+def _table() -> str:
+    """The formats, and what this machine can make of them."""
+    lines = []
+    for name, form in FORMATS.items():
+        reason = why_not(form)
+        lines += [
+            f"{name:10} {form.help}",
+            f"{'':10} files {form.suffix}; {', '.join(form.precisions)}; {form.proven}",
+            f"{'':10} {'available here' if reason is None else f'not here: {reason}'}",
+        ]
+    return "\n".join(lines)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress line on stderr for each stage; silent where stderr is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def watch(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=None)
+            progress.update(tasks[what], completed=done, total=total or None)
+
+        yield watch

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Iterable, Set
+from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from petseg.model import IMAGE_MEAN, IMAGE_STD, AttentionUNet
 
-__all__ = ["DeployedUNet", "fold_batchnorm"]
+__all__ = ["HALF_LIMIT", "DeployedUNet", "activation_peaks", "fold_batchnorm"]
+
+#: A convolution is left in float32 if the scan finds more than this in, around or behind it: an eighth of the largest
+#: float16, because photos that the scan did not see may go higher, and the gates add two results up.
+HALF_LIMIT: Final = 65504 / 8
 
 
 class DeployedUNet(nn.Module):
@@ -24,10 +32,18 @@ class DeployedUNet(nn.Module):
     scale: Tensor
     offset: Tensor
 
-    def __init__(self, model: AttentionUNet) -> None:
-        """Take a trained network; it is copied, and its BatchNorms are folded into their convolutions."""
+    def __init__(self, model: AttentionUNet, half: Set[str] = frozenset()) -> None:
+        """Take a trained network; it is copied, and its BatchNorms are folded into their convolutions.
+
+        Args:
+            model: The network, float32.
+            half: Names of the convolutions that compute in float16, as :func:`activation_peaks` gives them. What lies
+                between them follows their type; normalisation and the last sigmoid are always float32.
+        """
         super().__init__()
         self.network = fold_batchnorm(model)
+        if half:
+            _set_types(self.network, half)
         # (x / 255 - mean) / std as one multiplication and one addition, in NCHW
         std = torch.tensor(IMAGE_STD).reshape(1, 3, 1, 1)
         mean = torch.tensor(IMAGE_MEAN).reshape(1, 3, 1, 1)
@@ -39,8 +55,57 @@ class DeployedUNet(nn.Module):
         """uint8 [N, H, W, 3] to uint8 [N, H, W]."""
         x = image.to(torch.float32).permute(0, 3, 1, 2)  # [N, 3, H, W]
         logits = self.network(x * self.scale + self.offset)  # [N, 1, H, W]
-        probability = torch.round(255 * torch.sigmoid(logits))
+        probability = torch.round(255 * torch.sigmoid(logits.to(torch.float32)))
         return probability.squeeze(1).to(torch.uint8)
+
+
+class TypedConv(nn.Module):
+    """A convolution in one type, whatever type its input comes in."""
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.conv = conv.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [N, C, H, W] of any type to float [N, C', H, W] of this one's."""
+        return self.conv(x.to(self.conv.weight.dtype))  # type: ignore[no-any-return]
+
+
+def activation_peaks(model: AttentionUNet, images: Iterable[npt.NDArray[np.uint8]]) -> dict[str, float]:
+    """The largest absolute value in, around and behind each convolution, over some photos: what float16 must hold.
+
+    Args:
+        model: The network, float32.
+        images: uint8 [H, W, 3] each.
+
+    Returns:
+        By the convolution's name in the network, in its order: the largest of input, weights, bias and output.
+    """
+    deployed = DeployedUNet(model)
+    peaks = {
+        name: max(float(p.detach().abs().max()) for p in module.parameters())
+        for name, module in deployed.network.named_modules()
+        if isinstance(module, nn.Conv2d)
+    }
+
+    def watch(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        peaks[name] = max(peaks[name], float(inputs[0].abs().max()), float(output.abs().max()))
+
+    for name, module in deployed.network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _, inputs, output, name=name: watch(name, inputs, output))
+    with torch.inference_mode():
+        for image in images:
+            deployed(torch.from_numpy(image[None]))
+    return peaks
+
+
+def _set_types(network: AttentionUNet, half: Set[str]) -> None:
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.Conv2d):
+            parent, _, child = name.rpartition(".")
+            dtype = torch.float16 if name in half else torch.float32
+            network.get_submodule(parent).register_module(child, TypedConv(module, dtype))
 
 
 def fold_batchnorm(model: AttentionUNet) -> AttentionUNet:

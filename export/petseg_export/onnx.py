@@ -1,4 +1,4 @@
-"""A checkpoint as an ONNX file: exported, described, proven, and only then put in its place."""
+"""A checkpoint's network as an ONNX graph: traced, cleaned, checked, described."""
 
 from __future__ import annotations
 
@@ -8,113 +8,49 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Final
+from dataclasses import asdict
+from typing import Any, Final, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 import torch
 from onnx import checker
 
 from petseg import checkpoint
-from petseg.evaluate import torch_run
-from petseg.model import AttentionUNet
-from petseg_export import parity
+from petseg_export.config import ExportConfig
 from petseg_export.deploy import DeployedUNet
 from petseg_runtime import __version__
-from petseg_runtime.artifact import INPUT, OUTPUT, PROVENANCE_KEY, RECEIPT_KEY, open_artifact
-from petseg_runtime.engines.registry import load_engine
-from petseg_runtime.errors import CheckpointError, DataError, ModelError, OutputError, ParityError
-from petseg_runtime.files import replacing
-from petseg_runtime.onnx_metadata import with_metadata
+from petseg_runtime.artifact import INPUT, OUTPUT, PROVENANCE_KEY
+from petseg_runtime.errors import CheckpointError, DataError
 from petseg_runtime.spec import SPEC_KEY, ModelSpec
 
-__all__ = ["OPSET", "OnnxConfig", "export_onnx", "graph_bytes"]
+__all__ = ["OPSET", "graph_bytes", "metadata_of", "scan", "spec_of"]
+
+U8: TypeAlias = npt.NDArray[np.uint8]
 
 #: Opset 20: every operator of the network as today's engines know it.
 OPSET: Final = 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class OnnxConfig:
-    """How an ONNX file is made.
-
-    Attributes:
-        name: What the model is called in its specification.
-        height: Input height; None: the checkpoint's training size.
-        width: Input width; likewise.
-        notes: Kept in the file's provenance as they are (measured metrics, for example). JSON values.
-    """
-
-    name: str = "petseg attention U-Net"
-    height: int | None = None
-    width: int | None = None
-    notes: dict[str, Any] | None = None
-
-
-def export_onnx(path: Path, output: Path, photos: Sequence[Path], config: OnnxConfig | None = None) -> parity.Receipt:
-    """Turn a checkpoint into an ONNX file with its specification, provenance and parity receipt inside.
-
-    Args:
-        path: The checkpoint.
-        output: Where the file goes; it appears there only when it has passed.
-        photos: Real photos for the parity test.
-        config: How it is made.
-
-    Returns:
-        The receipt that is also in the file.
-
-    Raises:
-        CheckpointError: The checkpoint cannot be used.
-        ModelError: The network does not take that height and width.
-        DataError: The notes would replace what the provenance says by itself.
-        ParityError: The file does not do what the checkpoint does; nothing is left at ``output``.
-        OutputError: It cannot be written.
-    """
-    config = config or OnnxConfig()
-    model, loaded = checkpoint.load_model(path)
-    spec = _spec(path, loaded, config)
-    data = graph_bytes(model, spec)
-    metadata = {SPEC_KEY: spec.to_json(), PROVENANCE_KEY: json.dumps(_provenance(path, loaded, config))}
-    try:
-        with replacing(output) as beside:
-            beside.write_bytes(with_metadata(data, metadata))
-            receipt = prove(model, beside, photos)
-            metadata[RECEIPT_KEY] = json.dumps(receipt.as_dict())
-            beside.write_bytes(with_metadata(data, metadata))
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be written ({error.strerror or error})") from error
-    return receipt
-
-
-def prove(model: AttentionUNet, file: Path, photos: Sequence[Path]) -> parity.Receipt:
-    """Compare a file, in the engine that will run it, with the network it was made from.
-
-    Raises:
-        ParityError: Its names, shapes or values are not the network's.
-    """
-    try:
-        artifact = open_artifact(file)
-    except ModelError as error:
-        raise ParityError(str(error)) from error
-    with load_engine(artifact) as engine:
-        receipt = parity.compare(torch_run(model), engine.run, engine.describe(), photos, artifact.spec)
-    parity.require(receipt, artifact.spec)
-    return receipt
-
-
-def graph_bytes(model: AttentionUNet, spec: ModelSpec) -> bytes:
-    """The deployed network as a serialised ONNX graph without metadata; any batch size, fixed height and width."""
-    example = torch.zeros(2, spec.height, spec.width, 3, dtype=torch.uint8)
+def graph_bytes(deployed: DeployedUNet, spec: ModelSpec) -> bytes:
+    """The deployed network as a serialised ONNX graph without metadata, with the spec's batch and size."""
+    example = torch.zeros(spec.batch or 2, spec.height, spec.width, 3, dtype=torch.uint8)
+    axes: dict[int, Any] = {}
+    if not spec.batch:
+        axes[0] = torch.export.Dim("N", min=1, max=4096)
+    if spec.dynamic_size:
+        axes[1] = 16 * torch.export.Dim("h", min=1, max=1024)
+        axes[2] = 16 * torch.export.Dim("w", min=1, max=1024)
     with _quiet():
         program = torch.onnx.export(
-            DeployedUNet(model),
+            deployed,
             (example,),
             dynamo=True,
             input_names=[INPUT],
             output_names=[OUTPUT],
             opset_version=OPSET,
-            dynamic_shapes={"image": {0: torch.export.Dim("N", min=1, max=4096)}},
+            dynamic_shapes={"image": axes},
             external_data=False,
             verbose=False,
         )
@@ -123,6 +59,101 @@ def graph_bytes(model: AttentionUNet, spec: ModelSpec) -> bytes:
     _strip(proto)
     checker.check_model(proto, full_check=True)
     return proto.SerializeToString()  # type: ignore[no-any-return]
+
+
+def spec_of(loaded: checkpoint.Checkpoint, config: ExportConfig) -> ModelSpec:
+    """What the file will say that it expects: the checkpoint's own specification, and what was asked.
+
+    Raises:
+        CheckpointError: It has none, or a damaged one.
+        ModelError: The network does not take that size.
+    """
+    raw = loaded.meta.get("spec")
+    if not isinstance(raw, dict):
+        raise CheckpointError(
+            "no input size and thresholds in it (it is the state of a run): export the best.safetensors beside it"
+        )
+    asked = {
+        "name": config.name,
+        "height": config.height,
+        "width": config.width,
+        "dynamic_size": config.dynamic_size,
+        "batch": config.batch,
+        "precision": config.precision,
+    }
+    try:
+        return ModelSpec(**{**raw, **{key: value for key, value in asked.items() if value is not None}})
+    except TypeError as error:  # a field that is missing, unknown, or no number
+        raise CheckpointError(f"its specification is damaged ({error})") from error
+
+
+def metadata_of(name: str, loaded: checkpoint.Checkpoint, spec: ModelSpec, config: ExportConfig) -> dict[str, str]:
+    """Specification and provenance as they go into the file.
+
+    Args:
+        name: The checkpoint file's.
+        loaded: The checkpoint.
+        spec: The specification.
+        config: Whose notes are added.
+
+    Raises:
+        DataError: The notes would replace what the provenance says by itself.
+    """
+    meta = loaded.meta
+    own = {
+        "schema_version": 1,
+        "checkpoint": name,
+        "checkpoint_sha256": loaded.sha256,
+        "model": asdict(loaded.model_config),
+        "data": meta.get("data", {}),
+        "validation": {k: round(v, 4) for k, v in meta.get("validation", {}).items() if k.startswith("val_")},
+        "training": meta.get("provenance", {}),
+        "versions": {**meta.get("versions", {}), "petseg_export": __version__, "onnx": onnx.__version__},
+    }
+    notes = config.notes or {}
+    if taken := sorted(own.keys() & notes.keys()):
+        raise DataError(f"the notes may not replace what the file says of itself: {', '.join(taken)}")
+    return {SPEC_KEY: spec.to_json(), PROVENANCE_KEY: json.dumps({**own, **notes})}
+
+
+def scan(graph: bytes, images: Sequence[U8]) -> dict[str, Any]:
+    """Run a graph with all its floating-point activations as outputs, and look for NaN and infinity.
+
+    A uint8 answer cannot show them: they become some byte.
+
+    Args:
+        graph: The ONNX graph.
+        images: uint8 [H, W, 3] each.
+
+    Returns:
+        ``photos``, ``tensors`` (how many were looked at), ``non_finite`` (the names of those with NaN or infinity) and
+        ``largest`` (absolute value, of the finite ones).
+
+    Raises:
+        ModuleNotFoundError: onnxruntime is not installed.
+    """
+    import onnxruntime
+
+    proto = onnx.shape_inference.infer_shapes(onnx.load_from_string(graph))
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+    inside = [value for value in proto.graph.value_info if value.type.tensor_type.elem_type in floats]
+    proto.graph.output.extend(inside)
+    names = [value.name for value in inside]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    batch = session.get_inputs()[0].shape[0]
+    bad: dict[str, None] = {}
+    largest = 0.0
+    for image in images:
+        repeated = np.repeat(image[None], batch if isinstance(batch, int) else 1, axis=0)
+        for name, value in zip(names, session.run(names, {INPUT: repeated}), strict=True):
+            finite = np.isfinite(value)
+            if not finite.all():
+                bad[name] = None
+            largest = max(largest, float(np.abs(value[finite]).max(initial=0)))
+    return {"photos": len(images), "tensors": len(names), "non_finite": list(bad), "largest": round(largest, 3)}
 
 
 def _strip(proto: onnx.ModelProto) -> None:
@@ -138,38 +169,6 @@ def _strip(proto: onnx.ModelProto) -> None:
     for tensor in (*proto.graph.initializer, *proto.graph.input, *proto.graph.output):
         tensor.doc_string = ""
         del tensor.metadata_props[:]
-
-
-def _spec(path: Path, loaded: checkpoint.Checkpoint, config: OnnxConfig) -> ModelSpec:
-    raw = loaded.meta.get("spec")
-    if not isinstance(raw, dict):
-        raise CheckpointError(
-            f"{path}: no input size and thresholds in it (it is the state of a run): export the best.safetensors "
-            "beside it"
-        )
-    asked: dict[str, Any] = {"height": config.height, "width": config.width, "name": config.name}
-    try:
-        return ModelSpec(**{**raw, **{key: value for key, value in asked.items() if value is not None}})
-    except TypeError as error:  # a field that is missing, unknown, or no number
-        raise CheckpointError(f"{path}: its specification is damaged ({error})") from error
-
-
-def _provenance(path: Path, loaded: checkpoint.Checkpoint, config: OnnxConfig) -> dict[str, Any]:
-    meta = loaded.meta
-    own = {
-        "schema_version": 1,
-        "checkpoint": path.name,
-        "checkpoint_sha256": loaded.sha256,
-        "model": asdict(loaded.model_config),
-        "data": meta.get("data", {}),
-        "validation": {k: round(v, 4) for k, v in meta.get("validation", {}).items() if k.startswith("val_")},
-        "training": meta.get("provenance", {}),
-        "versions": {**meta.get("versions", {}), "petseg_export": __version__, "onnx": onnx.__version__},
-    }
-    notes = config.notes or {}
-    if taken := sorted(own.keys() & notes.keys()):
-        raise DataError(f"the notes may not replace what the file says of itself: {', '.join(taken)}")
-    return {**own, **notes}
 
 
 @contextlib.contextmanager

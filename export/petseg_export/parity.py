@@ -1,160 +1,147 @@
-"""The receipt: an exported file against the original fp32 checkpoint in PyTorch, on real photos."""
+"""The reference that exports are held against: photos, what the fp32 checkpoint says of them, and their labels."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from petseg.evaluate import Run
+from petseg.checkpoint import Checkpoint
+from petseg.data import Pair, Split, find, read_pair
+from petseg.evaluate import torch_run
+from petseg.metrics import counts, histogram
+from petseg.model import AttentionUNet
 from petseg_runtime import images
-from petseg_runtime.engines.base import EngineInfo
-from petseg_runtime.errors import ParityShapes, ParityTolerance
+from petseg_runtime.artifact import sample_photos
+from petseg_runtime.errors import DataError
+from petseg_runtime.parity import Proof
+from petseg_runtime.sources import find_photos
 from petseg_runtime.spec import ModelSpec
 
-__all__ = ["SMOKE", "TOLERANCES", "Receipt", "Tolerance", "compare"]
+__all__ = ["Labels", "Photos", "choose", "labelled", "prove", "read", "sample"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
-
-#: With fewer photos than this, a receipt calls itself "smoke": it shows that the file works, not how well.
-SMOKE: Final = 16
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tolerance:
-    """How far a file may be from its checkpoint.
+@dataclass(frozen=True)
+class Labels:
+    """Trimaps at their own resolution, and how answers are judged on them.
 
     Attributes:
-        max_difference: Largest difference of a pixel's probability, in steps of 1/255.
-        min_mask_iou: Smallest IoU of the two masks of a photo.
+        trimaps: uint8 [H, W] each; see :mod:`petseg.data`.
+        threshold: Of the model.
     """
 
-    max_difference: int
-    min_mask_iou: float
+    trimaps: tuple[U8, ...]
+    threshold: float
 
-
-#: By the precision that was really computed in.
-TOLERANCES: Final = {"f32": Tolerance(max_difference=1, min_mask_iou=0.999)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Receipt:
-    """What a comparison measured. Differences are in steps of 1/255 of probability, over all pixels.
-
-    Attributes:
-        photos: How many photos were compared.
-        photos_sha256: Digest over their pixels as the model saw them, in order.
-        kind: ``full``, or ``smoke`` with fewer than 16 photos.
-        max_difference: Largest difference.
-        mean_difference: Mean difference.
-        p99_difference: 99th percentile of the differences.
-        min_mask_iou: Smallest mask IoU of a photo, at the model's threshold.
-        mean_mask_iou: Mean mask IoU.
-        engine: What ran the file.
-        precision: What it computed in.
-        tolerance: What was allowed.
-        passed: The verdict.
-    """
-
-    photos: int
-    photos_sha256: str
-    kind: str
-    max_difference: int
-    mean_difference: float
-    p99_difference: float
-    min_mask_iou: float
-    mean_mask_iou: float
-    engine: str
-    precision: str
-    tolerance: Tolerance
-    passed: bool
-
-    @property
-    def summary(self) -> str:
-        """One line for people."""
-        verdict = "passed" if self.passed else "FAILED"
-        return (
-            f"{verdict} ({self.kind}, {self.photos} photos, {self.precision} in {self.engine}): difference max "
-            f"{self.max_difference}/255, mean {self.mean_difference:.4f}/255, p99 {self.p99_difference:.0f}/255; "
-            f"mask IoU min {self.min_mask_iou:.5f}, mean {self.mean_mask_iou:.5f}"
+    def iou(self, answers: U8) -> float:
+        """IoU of answers, uint8 [N, H, W], over all photos, with the border as background: the headline metric."""
+        total = sum(
+            histogram(images.from_model(answer, *trimap.shape), trimap)
+            for answer, trimap in zip(answers, self.trimaps, strict=True)
         )
+        assert not isinstance(total, int)
+        return counts(total, self.threshold).iou
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON values, the summary among them."""
-        return {"schema_version": 1, **asdict(self), "summary": self.summary}
+    def task(self, expected: U8) -> Callable[[U8], dict[str, Any]]:
+        """What :func:`petseg_runtime.parity.compare` takes: the IoU of answers, beside that of the reference."""
+        reference = self.iou(expected)
+
+        def judge(answers: U8) -> dict[str, Any]:
+            this = self.iou(answers)
+            loss = 100 * (reference - this)
+            return {"photos": len(answers), "reference": reference, "this": this, "loss": round(loss, 4)}
+
+        return judge
 
 
-def compare(reference: Run, candidate: Run, info: EngineInfo, photos: Sequence[Path], spec: ModelSpec) -> Receipt:
-    """Run both on every photo, byte for byte the same input, and measure how far they are apart.
+@dataclass(frozen=True)
+class Photos:
+    """Photos as the model sees them.
 
-    Args:
-        reference: The fp32 checkpoint in PyTorch.
-        candidate: The exported file, in the engine that will run it.
-        info: That engine.
-        photos: Real photos, at least one.
-        spec: The model's specification.
+    Attributes:
+        names: Of the files.
+        images: uint8 [N, H, W, 3] RGB.
+        labels: Where the photos are labelled.
+    """
+
+    names: tuple[str, ...]
+    images: U8
+    labels: Labels | None
+
+
+def choose(data: Path | None, split: str, count: int, seed: int, loaded: Checkpoint) -> list[Pair] | list[Path]:
+    """The photos of the parity test: a seeded choice of a labelled split, or of a folder, or all samples that ship.
+
+    Raises:
+        DataError: There are none.
+    """
+    if data is None:
+        return sample_photos()[:count]
+    if not data.is_dir():
+        raise DataError(f"--data {data}: not a folder")
+    if (data / "images").is_dir():
+        return sample(labelled(data, split, loaded), count, seed)
+    found = [item.source for item in find_photos([data])]
+    if not found:
+        raise DataError(f"--data {data}: no photos in it")
+    return sample(found, count, seed)
+
+
+def labelled(data: Path, split: str, loaded: Checkpoint) -> list[Pair]:
+    """A labelled split, drawn as it was when the checkpoint was trained: what is val here was not trained on.
+
+    Raises:
+        DataError: Not a data folder.
+    """
+    config = loaded.meta.get("config", {})
+    of_run = config.get("data", {}) if isinstance(config, dict) else {}
+    fraction, seed = of_run.get("val_fraction", 0.05), of_run.get("split_seed", 0)
+    return find(data, Split(split), val_fraction=fraction, seed=seed)
+
+
+def read(photos: Sequence[Pair] | Sequence[Path], spec: ModelSpec) -> Photos:
+    """Read photos, and their labels where they have them, at the size of a model.
 
     Raises:
         InputError: A photo cannot be read.
-        ParityShapes: The outputs' shapes or types are not the contract's.
+        DataError: A pair cannot be read.
     """
-    level = 255 * spec.threshold
-    digest = hashlib.sha256()
-    differences = np.zeros(256, np.int64)  # how often each difference occurs
-    ious = []
-    for path in photos:
-        image = images.to_model(images.read(path).pixels, spec.height, spec.width)
-        digest.update(image.tobytes())
-        expected, got = reference(image[None]), candidate(image[None])
-        _check_output(got, expected)
-        differences += np.bincount(np.abs(got.astype(np.int16) - expected).ravel(), minlength=256)
-        ious.append(_iou(got >= level, expected >= level))
-    steps = np.arange(256)
-    tolerance = TOLERANCES[info.precision]
-    largest = int(steps[differences > 0].max())
-    return Receipt(
-        photos=len(photos),
-        photos_sha256=digest.hexdigest(),
-        kind="smoke" if len(photos) < SMOKE else "full",
-        max_difference=largest,
-        mean_difference=float((steps * differences).sum() / differences.sum()),
-        p99_difference=float(np.searchsorted(differences.cumsum(), 0.99 * differences.sum())),
-        min_mask_iou=min(ious),
-        mean_mask_iou=float(np.mean(ious)),
-        engine=f"{info.name} {info.version} ({info.device})",
-        precision=info.precision,
-        tolerance=tolerance,
-        passed=largest <= tolerance.max_difference and min(ious) >= tolerance.min_mask_iou,
-    )
+    names, inputs, trimaps = [], [], []
+    for photo in photos:
+        if isinstance(photo, Pair):
+            pixels, trimap = read_pair(photo)
+            names.append(photo.name)
+            trimaps.append(trimap)
+        else:
+            pixels = images.read(photo).pixels
+            names.append(photo.name)
+        inputs.append(images.to_model(pixels, spec.height, spec.width))
+    return Photos(tuple(names), np.stack(inputs), Labels(tuple(trimaps), spec.threshold) if trimaps else None)
 
 
-def require(receipt: Receipt, spec: ModelSpec) -> None:
-    """A failed receipt is a failed export.
-
-    Raises:
-        ParityTolerance: The receipt failed; the message says by how much.
-    """
-    if not receipt.passed:
-        raise ParityTolerance(
-            f"the exported file is not the checkpoint's network: {receipt.summary}; allowed: max "
-            f"{receipt.tolerance.max_difference}/255, mask IoU min {receipt.tolerance.min_mask_iou} at threshold "
-            f"{spec.threshold}"
-        )
-
-
-def _check_output(got: U8, expected: U8) -> None:
-    if got.shape != expected.shape or got.dtype != np.uint8:
-        raise ParityShapes(
-            f"output is {got.dtype} {list(got.shape)}; the contract is {expected.dtype} {list(expected.shape)}"
-        )
+def prove(
+    model: AttentionUNet, loaded: Checkpoint, photos: Photos, watch: Callable[[int], None] | None = None
+) -> Proof:
+    """What the checkpoint in PyTorch, float32, says of some photos."""
+    run = torch_run(model)
+    answers = np.empty(photos.images.shape[:3], np.uint8)
+    for i, image in enumerate(photos.images):
+        answers[i] = run(image[None])[0]
+        if watch:
+            watch(i + 1)
+    return Proof(photos.names, photos.images, answers, loaded.sha256, f"PyTorch {torch.__version__} on cpu, f32")
 
 
-def _iou(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
-    """IoU of two masks; 1 where both are empty."""
-    union = int((a | b).sum())
-    return float((a & b).sum() / union) if union else 1.0
+def sample(found: Sequence[T], count: int, seed: int) -> list[T]:
+    """A seeded choice of at most ``count``, in their order."""
+    chosen = set(random.Random(seed).sample(range(len(found)), min(count, len(found))))
+    return [item for i, item in enumerate(found) if i in chosen]

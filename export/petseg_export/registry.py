@@ -1,11 +1,33 @@
-"""The formats as data; read before anything heavy is imported."""
+"""The formats as data; what cannot be done here is refused before anything heavy is imported."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
-__all__ = ["FORMATS", "Format"]
+from petseg_export.config import (
+    CompiledConfig,
+    ExportConfig,
+    OnnxConfig,
+    OpenVINOConfig,
+    TensorRTConfig,
+    TensorRTRTXConfig,
+)
+from petseg_runtime.engines.registry import ENGINES
+from petseg_runtime.errors import DataError, EngineError, EngineMissing, MissingExtra, ModelError
+from petseg_runtime.host import nvidia_gpus
+
+__all__ = ["FORMATS", "Format", "Needs", "check", "format_of", "why_not"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """A package that a format is built with, and the extra that brings it."""
+
+    module: str
+    extra: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,23 +35,103 @@ class Format:
     """One format that a checkpoint can be exported to.
 
     Attributes:
-        suffix: Of its files.
-        exporter: ``module:function`` that takes (checkpoint, output, photos, config) and returns a receipt.
-        config: ``module:class`` of that function's config.
         help: What it is, in a few words.
+        suffix: Of its files.
+        config: What may be asked of it.
+        precisions: That it comes in.
+        needs: Packages that build it, beside torch and onnx.
+        gpu: Whether it is built on an NVIDIA GPU.
+        compiler: ``module:function`` that makes it from ONNX; None for ONNX itself.
+        sources: The precision of the ONNX it is compiled from, where that is not its own.
+        proven: Where we have run such files.
     """
 
-    suffix: str
-    exporter: str
-    config: str
     help: str
+    suffix: str
+    config: type[ExportConfig]
+    precisions: tuple[str, ...] = ("fp32", "fp16", "int8")
+    needs: tuple[Needs, ...] = ()
+    gpu: bool = False
+    compiler: str | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
+    proven: str
 
 
 FORMATS: Final = {
     "onnx": Format(
+        help="ONNX: runs in ONNX Runtime and OpenVINO; every other format is compiled from it",
         suffix=".onnx",
-        exporter="petseg_export.onnx:export_onnx",
-        config="petseg_export.onnx:OnnxConfig",
-        help="ONNX, float32: runs in ONNX Runtime, and every other format is compiled from it",
+        config=OnnxConfig,
+        proven="run on CPUs",
+    ),
+    "openvino": Format(
+        help="OpenVINO IR: the fastest on Intel, AMD and ARM CPUs",
+        suffix=".xml",
+        config=OpenVINOConfig,
+        needs=(Needs(module="openvino", extra="openvino"),),
+        compiler="petseg_export.openvino:compile_openvino",
+        # fp16 there is a way to store weights; from a graph in fp16, OpenVINO's CPU code takes twice as long.
+        sources={"fp16": "fp32"},
+        proven="run on CPUs",
+    ),
+    "trt": Format(
+        help="TensorRT engine: the fastest on NVIDIA GPUs, built on the GPU that runs it",
+        suffix=".engine",
+        config=TensorRTConfig,
+        needs=(Needs(module="tensorrt", extra="trt"),),
+        gpu=True,
+        compiler="petseg_export.tensorrt:compile_tensorrt",
+        proven="never built or run by us",
+    ),
+    "trt-rtx": Format(
+        help="TensorRT for RTX engine: for RTX GPUs, built on any machine",
+        suffix=".engine",
+        config=TensorRTRTXConfig,
+        needs=(Needs(module="tensorrt_rtx", extra="rtx"),),
+        compiler="petseg_export.tensorrt:compile_tensorrt",
+        proven="built in our tests, never run by us",
     ),
 }
+
+
+def format_of(config: ExportConfig) -> tuple[str, Format]:
+    """The format whose config this is."""
+    return next((name, form) for name, form in FORMATS.items() if form.config is type(config))
+
+
+def why_not(form: Format) -> EngineError | MissingExtra | None:
+    """Why this machine cannot build a format, with the remedy; None if it can."""
+    for need in (*form.needs, Needs(module="torch", extra="export"), Needs(module="onnxscript", extra="export")):
+        if importlib.util.find_spec(need.module) is None:
+            return MissingExtra(f"{need.module} is not installed: pip install 'petseg[{need.extra}]'")
+    if form.gpu and not nvidia_gpus():
+        return EngineError(
+            "no NVIDIA GPU here: such an engine is built on the GPU that will run it, so export to ONNX here and "
+            "compile that file there (or use trt-rtx, whose engines are built anywhere)"
+        )
+    return None
+
+
+def check(config: ExportConfig) -> None:
+    """Refuse what cannot be done here, with the remedy; imports nothing heavy.
+
+    Raises:
+        MissingExtra: A package that is needed is not installed.
+        EngineError: A GPU that is needed is not there; EngineMissing: no engine for the parity test.
+        ModelError: The format does not come in that precision, or an option fights the ONNX file that was given.
+        DataError: int8 without labelled data.
+    """
+    name, form = format_of(config)
+    if config.precision not in form.precisions:
+        raise ModelError(f"{name} comes in {', '.join(form.precisions)}, not in {config.precision}")
+    if error := why_not(form):
+        raise type(error)(f"{name}: {error}")
+    if config.precision == "int8" and not (isinstance(config, CompiledConfig) and config.onnx):
+        if config.data is None:
+            raise DataError("int8 is calibrated and judged on labelled photos: give a folder of them with --data")
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise MissingExtra("int8 is calibrated in onnxruntime, which is not installed: pip install 'petseg[cpu]'")
+    able = {entry.module: entry.extra for entry in ENGINES.values() if name in entry.formats}
+    if name in ("onnx", "openvino") and not any(importlib.util.find_spec(module) for module in able):
+        remedies = " or ".join(f"pip install 'petseg[{extra}]'" for extra in able.values())
+        raise EngineMissing(f"{name}: the parity test needs an engine that runs such files: {remedies}")

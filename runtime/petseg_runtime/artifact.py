@@ -1,8 +1,14 @@
-"""A model file as a whole: its specification, where it comes from, and the receipt of its parity test."""
+"""A model file as a whole: its specification, where it comes from, and the receipt of its parity test.
+
+An ONNX file carries all of it inside. A compiled file (an OpenVINO IR, a TensorRT engine) has it in a JSON file beside
+it, ``FILE.json``, together with the environment it was compiled for and the digests of its parts.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +18,7 @@ from petseg_runtime.errors import ModelError
 from petseg_runtime.spec import SPEC_KEY, ModelSpec
 
 __all__ = [
+    "COMPILED",
     "INPUT",
     "OUTPUT",
     "PROVENANCE_KEY",
@@ -20,6 +27,8 @@ __all__ = [
     "default_model",
     "open_artifact",
     "sample_photos",
+    "sidecar_of",
+    "sidecar_text",
 ]
 
 PROVENANCE_KEY: Final = "petseg.provenance"
@@ -27,6 +36,12 @@ RECEIPT_KEY: Final = "petseg.receipt"
 #: The names of the graph's one input and one output.
 INPUT: Final = "image"
 OUTPUT: Final = "probability"
+
+#: The compiled formats: the suffix of the file that is named, and of the files that belong to it.
+COMPILED: Final = {"openvino": (".xml", (".bin",)), "trt": (".engine", ()), "trt-rtx": (".engine", ())}
+
+SCHEMA_VERSION: Final = 1
+MAX_SIDECAR: Final = 16 * 2**20
 
 _MODELS: Final = Path(__file__).parent / "models"
 
@@ -37,17 +52,25 @@ class Artifact:
 
     Attributes:
         path: The file.
+        format: ``onnx``, or one of :data:`COMPILED`.
         spec: What it expects and returns.
         provenance: Where it comes from: checkpoint digest, training, measured metrics, versions.
         receipt: What its parity test measured; empty if it has none.
-        onnx: The file's own header: identity, inputs, outputs, opset.
+        identity: SHA-256 of the ONNX file without its metadata; of a compiled file, that of the ONNX it came from.
+        size: Bytes, of all files that belong to it.
+        onnx: An ONNX file's own header: inputs, outputs, opset. None for a compiled file.
+        environment: What a compiled file was built for, and needs. Empty for ONNX.
     """
 
     path: Path
+    format: str
     spec: ModelSpec
     provenance: dict[str, Any]
     receipt: dict[str, Any]
-    onnx: onnx_metadata.OnnxFile
+    identity: str
+    size: int
+    onnx: onnx_metadata.OnnxFile | None
+    environment: dict[str, Any]
 
 
 def default_model() -> Path:
@@ -60,13 +83,20 @@ def sample_photos() -> list[Path]:
     return sorted(path for path in (_MODELS / "samples").iterdir() if path.suffix == ".jpg")
 
 
+def sidecar_of(path: Path) -> Path:
+    """Where a compiled file's JSON lies: its whole name and ``.json``."""
+    return path.with_name(f"{path.name}.json")
+
+
 def open_artifact(path: Path) -> Artifact:
-    """Read what a model file says of itself and hold its graph against the contract.
+    """Read what a model file says of itself, and hold its graph, or its digests, against that.
 
     Raises:
-        ModelError: Missing, damaged, not exported by petseg, or with inputs and outputs other than
-            ``image`` uint8 [N, H, W, 3] and ``probability`` uint8 [N, H, W].
+        ModelError: Missing, damaged, not exported by petseg, without the files that belong to it, or with inputs and
+            outputs other than ``image`` uint8 [N, H, W, 3] and ``probability`` uint8 [N, H, W].
     """
+    if path.suffix in {suffix for suffix, _ in COMPILED.values()}:
+        return _open_compiled(path)
     onnx = onnx_metadata.read(path)
     if SPEC_KEY not in onnx.metadata:
         raise ModelError(f"{path}: an ONNX file, but not one that petseg exported (it has no {SPEC_KEY!r} metadata)")
@@ -77,10 +107,85 @@ def open_artifact(path: Path) -> Artifact:
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
     _check_contract(path, onnx, spec)
-    return Artifact(path, spec, provenance, receipt, onnx)
+    return Artifact(path, "onnx", spec, provenance, receipt, onnx.identity, onnx.size, onnx, {})
 
 
-def _object(metadata: dict[str, str], key: str) -> dict[str, Any]:
+def sidecar_text(artifact: Artifact) -> str:
+    """The JSON that goes beside a compiled file; its digests are taken of the files as they are now."""
+    files = _files(artifact.path, artifact.format)
+    value = {
+        "schema_version": SCHEMA_VERSION,
+        "format": artifact.format,
+        "spec": json.loads(artifact.spec.to_json()),
+        "onnx_identity": artifact.identity,
+        "files": {file.suffix: _sha256(file) for file in files},
+        "environment": artifact.environment,
+        "provenance": artifact.provenance,
+        "receipt": artifact.receipt,
+    }
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _open_compiled(path: Path) -> Artifact:
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file")
+    sidecar = sidecar_of(path)
+    raw = _read_sidecar(path, sidecar)
+    try:
+        if raw.pop("schema_version") != SCHEMA_VERSION:
+            raise ModelError("written by another version of petseg: export the model again")
+        name, digests = raw["format"], raw["files"]
+        if COMPILED.get(name, ("",))[0] != path.suffix:
+            raise ModelError(f"its format is {name!r}, which no {path.suffix} file has")
+        spec = ModelSpec.from_json(json.dumps(raw["spec"]))
+        objects = {key: raw[key] for key in ("provenance", "receipt", "environment")}
+        identity = raw["onnx_identity"]
+        if not (isinstance(identity, str) and all(isinstance(value, dict) for value in (*objects.values(), digests))):
+            raise ModelError("not what petseg writes beside a model")
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"{sidecar}: not what petseg writes beside a model ({error!r})") from error
+    except ModelError as error:
+        raise ModelError(f"{sidecar}: {error}") from error
+    files = _files(path, name)
+    for file in files:
+        if not file.is_file():
+            raise ModelError(f"{file}: missing; it belongs to {path.name}")
+        if _sha256(file) != digests.get(file.suffix):
+            raise ModelError(
+                f"{file}: not the file that {sidecar.name} describes (its SHA-256 differs): export it again"
+            )
+    size = sum(file.stat().st_size for file in files)
+    return Artifact(path, name, spec, identity=identity, size=size, onnx=None, **objects)
+
+
+def _read_sidecar(path: Path, sidecar: Path) -> dict[str, Any]:
+    try:
+        if sidecar.stat().st_size > MAX_SIDECAR:
+            raise ModelError(f"{sidecar}: larger than {MAX_SIDECAR} bytes; not what petseg writes beside a model")
+        raw = json.loads(sidecar.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{path}: {sidecar.name} is not beside it; that file says what the model expects, so copy both"
+        ) from error
+    except OSError as error:
+        raise ModelError(f"{sidecar}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{sidecar}: not JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise ModelError(f"{sidecar}: not a JSON object")
+    return raw
+
+
+def _files(path: Path, name: str) -> list[Path]:
+    return [path, *(path.with_suffix(suffix) for suffix in COMPILED[name][1])]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     try:
         value = json.loads(metadata.get(key, "{}"))
     except (ValueError, RecursionError) as error:
@@ -91,15 +196,19 @@ def _object(metadata: dict[str, str], key: str) -> dict[str, Any]:
 
 
 def _check_contract(path: Path, onnx: onnx_metadata.OnnxFile, spec: ModelSpec) -> None:
-    for kind, tensors, name, shape in (
-        ("input", onnx.inputs, INPUT, (spec.height, spec.width, 3)),
-        ("output", onnx.outputs, OUTPUT, (spec.height, spec.width)),
-    ):
+    for kind, tensors, name, rank in (("input", onnx.inputs, INPUT, 4), ("output", onnx.outputs, OUTPUT, 3)):
         if [tensor.name for tensor in tensors] != [name]:
             found = ", ".join(tensor.name for tensor in tensors) or "none"
             raise ModelError(f"{path}: its {kind}s are {found}; exactly one named {name!r} is expected")
-        if tensors[0].dtype != "uint8" or tensors[0].shape[1:] != shape or len(tensors[0].shape) != len(shape) + 1:
+        expected = (spec.batch or "N", *(("H", "W") if spec.dynamic_size else (spec.height, spec.width)), 3)[:rank]
+        shape = tensors[0].shape
+        # A size is either that number, or dynamic under whatever name.
+        fits = len(shape) == rank and all(
+            got == want if isinstance(want, int) else not isinstance(got, int)
+            for got, want in zip(shape, expected, strict=True)
+        )
+        if tensors[0].dtype != "uint8" or not fits:
             raise ModelError(
-                f"{path}: {kind} {name!r} is {tensors[0].dtype} {list(tensors[0].shape)}; "
-                f"uint8 [N, {', '.join(map(str, shape))}] is expected"
+                f"{path}: {kind} {name!r} is {tensors[0].dtype} {list(shape)}; "
+                f"uint8 [{', '.join(map(str, expected))}] is expected"
             )

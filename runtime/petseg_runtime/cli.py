@@ -1,4 +1,4 @@
-"""``petseg infer`` and ``petseg info``: what a device runs; no torch, and nothing imported that is not used."""
+"""``petseg infer``, ``info`` and ``verify``: what a device runs; no torch, and nothing imported that is not used."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from petseg_runtime.errors import EXIT_PARTIAL, InputError
+from petseg_runtime.errors import EXIT_PARTIAL, InputError, ParityError
 
 if TYPE_CHECKING:
     from petseg_runtime.pipeline import Outcome, Report
 
-__all__ = ["infer", "info"]
+__all__ = ["infer", "info", "parse_size", "verify"]
 
 SCHEMA_VERSION = 1
 PATH = click.Path(path_type=Path)
@@ -36,6 +36,7 @@ UNIT = click.FloatRange(0, 1, min_open=True, max_open=True)
     help="What to write for each photo.",
 )
 @click.option("--threshold", type=UNIT, help="Pet from this probability on, 0 to 1.  [default: the model's own]")
+@click.option("--size", metavar="HxW", help="Of the model's input, if it takes any.  [default: the model's own]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per photo on stdout, then a summary.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what runs it, and how long it took.")
@@ -46,6 +47,7 @@ def infer(
     output: Path | None,
     kind: str,
     threshold: float | None,
+    size: str | None,
     threads: int | None,
     as_json: bool,
     verbose: bool,
@@ -65,7 +67,13 @@ def infer(
     items = find_photos(paths, folder)
     if not items:
         raise InputError(f"no photos in {', '.join(map(str, paths))}")
-    with Segmenter(model, threads=threads, threshold=threshold, cutout_threshold=threshold) as segmenter:
+    with Segmenter(
+        model,
+        threads=threads,
+        size=None if size is None else parse_size(size),
+        threshold=threshold,
+        cutout_threshold=threshold,
+    ) as segmenter:
         if verbose:
             engine = segmenter.describe()
             click.echo(
@@ -154,25 +162,42 @@ def _print_report(report: Report, folder: Path, as_json: bool, verbose: bool, qu
         click.echo(f"{total} {photos}: {report.done} written to {_shown(folder)}{failed}{took}")
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """``192`` or ``192x256`` to (height, width).
+
+    Raises:
+        click.BadParameter: Neither form.
+    """
+    parts = text.lower().split("x")
+    if len(parts) not in (1, 2) or not all(part.isdecimal() for part in parts):
+        raise click.BadParameter(f"{text!r}: HEIGHTxWIDTH is expected, for example 192x256", param_hint="--size")
+    return int(parts[0]), int(parts[-1])
+
+
 @click.command()
 @click.argument("file", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
 def info(file: Path, as_json: bool) -> int:
     """Say what a model file is, what it expects, where it comes from and how it was proven."""
     from petseg_runtime.artifact import open_artifact
+    from petseg_runtime.verify import verified
 
     artifact = open_artifact(file)
+    header = artifact.onnx
     record = {
         "schema_version": SCHEMA_VERSION,
         "file": str(file),
-        "bytes": artifact.onnx.size,
-        "identity": artifact.onnx.identity,
+        "format": artifact.format,
+        "bytes": artifact.size,
+        "identity": artifact.identity,
         "spec": dataclasses.asdict(artifact.spec),
-        "opset": artifact.onnx.opset,
-        "inputs": [dataclasses.asdict(tensor) for tensor in artifact.onnx.inputs],
-        "outputs": [dataclasses.asdict(tensor) for tensor in artifact.onnx.outputs],
+        "opset": header.opset if header else None,
+        "inputs": [dataclasses.asdict(tensor) for tensor in header.inputs] if header else [],
+        "outputs": [dataclasses.asdict(tensor) for tensor in header.outputs] if header else [],
+        "environment": artifact.environment,
         "provenance": artifact.provenance,
         "receipt": artifact.receipt,
+        "verified": verified(artifact),
     }
     if as_json:
         click.echo(json.dumps(record, indent=2))
@@ -183,29 +208,83 @@ def info(file: Path, as_json: bool) -> int:
 
 def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
     """What people want of a record, one thing a line."""
-    spec, receipt, provenance = record["spec"], record["receipt"], record["provenance"]
+    spec, provenance = record["spec"], record["provenance"]
     tensors = [
         (kind, f"{t['name']}: {t['dtype']} [{', '.join(map(str, t['shape']))}]")
         for kind in ("inputs", "outputs")
         for t in record[kind]
     ]
+    opset = f", opset {record['opset']}" if record["opset"] else ""
+    size = f"{spec['height']} x {spec['width']}" + (", or any multiples of 16" if spec["dynamic_size"] else "")
     lines = [
-        ("file", f"{record['file']} ({record['bytes'] / 1e6:.1f} MB, ONNX opset {record['opset']})"),
+        ("file", f"{record['file']} ({record['bytes'] / 1e6:.1f} MB, {record['format']}, {spec['precision']}{opset})"),
         ("model", spec["name"]),
         ("identity", f"sha256 {record['identity']}"),
         *((kind[:-1], text) for kind, text in tensors),
-        ("resize", f"{spec['resize']} to {spec['height']} x {spec['width']}, {spec['filter']}, antialiased"),
+        ("resize", f"{spec['resize']} to {size}, {spec['filter']}, antialiased"),
         ("threshold", f"{spec['threshold']} for masks, {spec['cutout_threshold']} for cutouts"),
     ]
+    lines += [("built for", f"{key}: {_plain(value)}") for key, value in record["environment"].items()]
     lines += [(name.replace("_", " "), str(value)) for name, value in provenance.items() if isinstance(value, str)]
     lines += [
-        (name, f"{key}: {json.dumps(value)}".replace('"', ""))
+        (name, f"{key}: {_plain(value)}")
         for name in ("training", "measured")
         if isinstance(provenance.get(name), dict)
         for key, value in provenance[name].items()
     ]
-    if receipt:
-        lines.append(("parity", receipt.get("summary", "")))
-    else:
-        lines.append(("parity", "no receipt: this file was never compared with its checkpoint"))
-    return lines
+    return lines + _parity_lines(record)
+
+
+def _parity_lines(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was proven where the file was made, and what on this device."""
+    lines = []
+    for title, receipt in (("parity", record["receipt"]), ("verified here", record["verified"])):
+        if rows := receipt.get("rows"):
+            lines += [(title, f"{receipt['kind']}, {receipt['photos']} photos, {row['summary']}") for row in rows]
+        elif receipt:
+            lines.append((title, receipt.get("summary", "")))
+    return lines or [("parity", "no receipt: this file was never compared with its checkpoint")]
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value).replace('"', "")
+
+
+@click.command()
+@click.argument("file", type=PATH, required=False)
+@click.option("--backend", default="auto", show_default=True, help="The engine that runs it.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@click.option("--proof", type=PATH, help="Photos and the checkpoint's answers.  [default: FILE.parity.npz]")
+@click.option("--output", type=PATH, help="Where the result goes.  [default: FILE.verified.json]")
+@click.option("--json", "as_json", is_flag=True, help="Print the receipt as JSON on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+def verify(
+    file: Path | None,
+    backend: str,
+    threads: int | None,
+    proof: Path | None,
+    output: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Run FILE on this device and compare it with what its checkpoint said when it was exported.
+
+    Without FILE, the model that ships with petseg (whose result is written only where --output says). Exit code 0: it
+    does what the checkpoint does; 10: it does not, and the report says where and by how much.
+    """
+    from petseg_runtime.artifact import default_model, open_artifact
+    from petseg_runtime.verify import save, sidecar_of, verify_artifact
+
+    artifact = open_artifact(file or default_model())
+    receipt = verify_artifact(artifact, backend, threads, proof)
+    place = output or (sidecar_of(artifact.path) if file else None)
+    if place:
+        save(artifact, receipt, place)
+    if as_json:
+        click.echo(json.dumps(receipt.as_dict(), indent=2))
+    elif not quiet:
+        for row in receipt.rows:
+            click.echo(f"{_shown(artifact.path)}: {receipt.kind}, {receipt.photos} photos, {row.summary}")
+    for failure in receipt.failures:
+        click.echo(f"petseg: {failure}", err=True)
+    return 0 if receipt.passed else ParityError.exit_code

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["replacing", "write_atomic"]
+__all__ = ["replacing", "staging", "write_atomic"]
 
 
 @contextlib.contextmanager
@@ -30,6 +31,29 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def staging(path: Path) -> Iterator[Path]:
+    """A free folder beside ``path`` for all files that belong to it, under the names they will have.
+
+    At the end they are moved to where ``path`` lies, ``path`` itself last; on any error the folder is removed and
+    nothing has changed.
+
+    Raises:
+        OSError: The folder cannot be made, or the files cannot be moved.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.with_name(f".{path.stem[:35]}.{secrets.token_hex(4)}.part")
+    folder.mkdir()
+    try:
+        yield folder
+        if path.is_dir():  # found out before anything is moved
+            raise IsADirectoryError(21, os.strerror(21), str(path))
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
+            file.replace(path.with_name(file.name))
+    finally:
+        shutil.rmtree(folder)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

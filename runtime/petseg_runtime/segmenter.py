@@ -29,26 +29,32 @@ class Segmenter:
         *,
         backend: str = "auto",
         threads: int | None = None,
+        size: tuple[int, int] | None = None,
         threshold: float | None = None,
         cutout_threshold: float | None = None,
     ) -> None:
         """Load a model.
 
         Args:
-            model: An ONNX file that ``petseg export`` made; None: the one that ships with petseg.
+            model: A file that ``petseg export`` made; None: the one that ships with petseg.
             backend: The engine, or ``auto``.
             threads: CPU threads; None: as many as this process may use.
+            size: Height and width that photos are brought to, for a model that takes any; None: the model's own.
             threshold: In (0, 1); None: the model's own, chosen on validation photos.
             cutout_threshold: In (0, 1); None: the model's own.
 
         Raises:
-            ModelError: The file is missing, damaged or not petseg's, or a threshold is out of range.
+            ModelError: The file is missing, damaged or not petseg's, a threshold is out of range, or it does not
+                take that size.
             EngineError: The engine cannot be had or cannot load the model.
         """
         for name, value in (("threshold", threshold), ("cutout_threshold", cutout_threshold)):
             if value is not None and not 0 < value < 1:
                 raise ModelError(f"{name} is {value}; it must lie between 0 and 1, both excluded")
         self.artifact = open_artifact(Path(model) if model is not None else default_model())
+        spec = self.artifact.spec
+        self._height, self._width = size or (spec.height, spec.width)
+        spec.sized(self._height, self._width)
         self.threshold = threshold if threshold is not None else self.artifact.spec.threshold
         self.cutout_threshold = (
             cutout_threshold if cutout_threshold is not None else self.artifact.spec.cutout_threshold
@@ -66,8 +72,7 @@ class Segmenter:
             EngineError: The engine failed.
         """
         photo = images.read(source)
-        spec = self.artifact.spec
-        probability = self._engine.run(images.to_model(photo.pixels, spec.height, spec.width)[None])[0]
+        probability = self._engine.run(images.to_model(photo.pixels, self._height, self._width)[None])[0]
         height, width = photo.pixels.shape[:2]
         return Segmentation(
             photo.pixels,

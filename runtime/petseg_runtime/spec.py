@@ -10,13 +10,16 @@ from typing import Any, Final
 
 from petseg_runtime.errors import ModelError
 
-__all__ = ["SPEC_KEY", "ModelSpec"]
+__all__ = ["PRECISIONS", "SPEC_KEY", "STRIDE", "ModelSpec"]
 
 SPEC_KEY: Final = "petseg.spec"
 SCHEMA_VERSION: Final = 1
 
 #: Height and width are multiples of this: four 2x2 poolings.
 STRIDE: Final = 16
+
+#: What a graph's numbers can be stored in. int8: the operands of most convolutions, the rest is fp32.
+PRECISIONS: Final = ("fp32", "fp16", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,11 @@ class ModelSpec:
         name: What the model is called.
         height: Input height in pixels, a multiple of 16.
         width: Input width in pixels, a multiple of 16.
+        dynamic_size: Whether the graph takes other heights and widths too (multiples of 16); ``height`` and ``width``
+            are then the ones it was proven at.
+        batch: The one batch size that the graph takes; 0: any.
+        precision: What the graph's numbers are stored in: ``fp32``, ``fp16`` or ``int8`` (see :data:`PRECISIONS`). An
+            engine may compute in something else, and says so.
         resize: How a photo becomes H x W; ``"stretch"`` ignores its aspect ratio.
         filter: Resampling filter; ``"bilinear"``, with support scaled when shrinking (antialiasing).
         threshold: A pixel is pet where ``probability >= 255 * threshold``; chosen on validation photos for the
@@ -46,6 +54,9 @@ class ModelSpec:
     threshold: float = 0.5
     cutout_threshold: float = 0.5
     border_target: float = 0.0
+    dynamic_size: bool = False
+    batch: int = 0
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         """Check every field; see Raises.
@@ -56,6 +67,12 @@ class ModelSpec:
         for field, value in (("height", self.height), ("width", self.width)):
             if not isinstance(value, int) or value < STRIDE or value % STRIDE:
                 raise ModelError(f"model {field} is {value!r}; it must be a positive multiple of {STRIDE}")
+        if not isinstance(self.batch, int) or self.batch < 0:
+            raise ModelError(f"model batch is {self.batch!r}; it must be a number of photos, or 0 for any")
+        if self.precision not in PRECISIONS:
+            raise ModelError(
+                f"model precision is {self.precision!r}; this version of petseg knows {', '.join(PRECISIONS)}"
+            )
         if (self.resize, self.filter) != ("stretch", "bilinear"):
             raise ModelError(
                 f"this model wants resize={self.resize!r} with filter={self.filter!r}; this version of petseg "
@@ -69,6 +86,19 @@ class ModelSpec:
             inside = 0 <= number <= 1 if closed else 0 < number < 1
             if not inside:  # NaN and infinity are not either
                 raise ModelError(f"model {field} is {number!r}; it must lie between 0 and 1")
+
+    def sized(self, height: int, width: int) -> ModelSpec:
+        """The same model at another input size.
+
+        Raises:
+            ModelError: The graph has one size only, or the new one is no multiple of 16.
+        """
+        if not self.dynamic_size and (height, width) != (self.height, self.width):
+            raise ModelError(
+                f"this model takes {self.height} x {self.width} only, not {height} x {width}: export it with "
+                "`--dynamic-size`, or at that `--size`"
+            )
+        return dataclasses.replace(self, height=height, width=width)
 
     def to_json(self) -> str:
         """The spec as one line of JSON, with its ``schema_version``."""
@@ -99,7 +129,7 @@ class ModelSpec:
 def _checked(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Keep known fields, refuse missing ones and wrong types (unknown ones may come from a later minor version)."""
     fields = {field.name: field for field in dataclasses.fields(ModelSpec)}
-    kinds: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}
+    kinds: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "bool": bool}
     values: dict[str, Any] = {}
     for name, field in fields.items():
         if name not in raw:
@@ -107,7 +137,7 @@ def _checked(raw: Mapping[str, Any]) -> dict[str, Any]:
                 raise ModelError(f"the model's specification lacks {name!r}")
             continue
         value = raw[name]
-        if not isinstance(value, kinds[str(field.type)]) or isinstance(value, bool):
+        if not isinstance(value, kinds[str(field.type)]) or isinstance(value, bool) != (field.type == "bool"):
             raise ModelError(f"the model's specification has {name} = {value!r}; a {field.type} is expected")
         values[name] = value
     return values

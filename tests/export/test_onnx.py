@@ -180,7 +180,7 @@ def test_a_second_export_gives_the_same_bytes_and_notes_leave_the_identity_alone
     export_onnx(checkpoint_file, tmp_path / "noted.onnx", photos, OnnxConfig(notes=noted))
     first, second = open_artifact(exported.file), open_artifact(tmp_path / "noted.onnx")
     assert second.provenance == {**first.provenance, **noted}
-    assert second.onnx.identity == first.onnx.identity
+    assert second.identity == first.identity
     again = with_metadata((tmp_path / "noted.onnx").read_bytes(), first.onnx.metadata)
     assert again == exported.file.read_bytes()
 

@@ -521,7 +521,7 @@ def test_info_tells_people_what_a_model_is(capsys: pytest.CaptureFixture[str]) -
     for told in (
         str(default_model()),
         artifact.spec.name,
-        artifact.onnx.identity,
+        artifact.identity,
         f"image: uint8 [N, {artifact.spec.height}, {artifact.spec.width}, 3]",
         f"probability: uint8 [N, {artifact.spec.height}, {artifact.spec.width}]",
         f"{artifact.spec.threshold} for masks, {artifact.spec.cutout_threshold} for cutouts",
@@ -536,7 +536,7 @@ def test_info_tells_programs_everything(capsys: pytest.CaptureFixture[str]) -> N
     artifact = open_artifact(default_model())
     assert record["schema_version"] == 1
     assert record["bytes"] == default_model().stat().st_size
-    assert record["identity"] == artifact.onnx.identity
+    assert record["identity"] == artifact.identity
     assert (record["spec"]["height"], record["spec"]["width"]) == (artifact.spec.height, artifact.spec.width)
     assert (record["provenance"], record["receipt"]) == (artifact.provenance, artifact.receipt)
     assert [tensor["name"] for tensor in record["inputs"] + record["outputs"]] == ["image", "probability"]

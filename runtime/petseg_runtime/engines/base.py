@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self, TypeAlias
@@ -12,9 +14,22 @@ import numpy.typing as npt
 from petseg_runtime.errors import ModelError
 from petseg_runtime.spec import ModelSpec
 
-__all__ = ["Engine", "EngineInfo", "check_batch"]
+__all__ = ["Engine", "EngineInfo", "EngineOptions", "check_batch", "in_batches", "one_line", "usable_cpus"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What may be asked of an engine.
+
+    Attributes:
+        threads: CPU threads; None: as many as this process may use.
+        exact: Compute in float32 where the graph says so, even where the engine knows something faster (bf16, TF32).
+    """
+
+    threads: int | None = None
+    exact: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +41,8 @@ class EngineInfo:
         version: Of its library.
         device: What it computes on ("cpu").
         provider: What the library calls the part of it that does the work.
-        precision: What it computes in ("f32", ...), which can differ from what the file is stored in.
+        precision: What it computes in (f32, tf32, bf16, fp16, int8), which can differ from what the file is stored in.
+            int8: the operands of the quantized convolutions are on the int8 grid, whatever multiplies them.
         threads: CPU threads it may use; 0 if it decides by itself.
     """
 
@@ -49,7 +65,8 @@ class Engine(Protocol):
         """Segment a batch; safe to call from several threads.
 
         Args:
-            images: uint8 [N, H, W, 3] RGB, of the spec's size, N at least 1.
+            images: uint8 [N, H, W, 3] RGB, of the spec's size (or any multiple of 16 if its size is dynamic), N at
+                least 1.
 
         Returns:
             uint8 [N, H, W], ``round(255 * p(pet))``; the caller's own array, which no later call changes.
@@ -74,8 +91,34 @@ class Engine(Protocol):
 
 def check_batch(images: U8, spec: ModelSpec) -> None:
     """Raise the ``ModelError`` that names both shapes if a batch does not fit a spec."""
-    fits = images.ndim == 4 and images.shape[0] >= 1 and images.shape[1:] == (spec.height, spec.width, 3)
-    if not fits or images.dtype != np.uint8:
+    fits = images.ndim == 4 and images.shape[0] >= 1 and images.shape[3] == 3 and images.dtype == np.uint8
+    if not fits:
         raise ModelError(
             f"batch is {images.dtype} {list(images.shape)}; uint8 [N, {spec.height}, {spec.width}, 3] is expected"
         )
+    spec.sized(images.shape[1], images.shape[2])
+
+
+def in_batches(run: Callable[[U8], U8], images: U8, size: int) -> U8:
+    """Run a graph that takes ``size`` photos at a time on any number of them (0: it takes any number by itself).
+
+    The last batch is filled up with repeats of its last photo, whose results are dropped.
+    """
+    if size in (0, len(images)):
+        return run(images)
+    results = []
+    for start in range(0, len(images), size):
+        part = images[start : start + size]
+        missing = size - len(part)
+        results.append(run(np.concatenate([part, *[part[-1:]] * missing]))[: len(part)])
+    return np.concatenate(results)
+
+
+def usable_cpus() -> int:
+    """CPUs this process may run on, which a container or taskset can make fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def one_line(error: Exception) -> str:
+    """A library's message without its line breaks and stack traces."""
+    return " ".join(str(error).split())[:300]

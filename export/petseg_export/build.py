@@ -1,0 +1,271 @@
+"""From a checkpoint to a proven file: the one road that every format takes.
+
+checkpoint -> photos and what it says of them -> ONNX graph -> (compiled form) -> receipt -> all files in their place
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from petseg import checkpoint
+from petseg.model import AttentionUNet
+from petseg_export import parity, registry
+from petseg_export.config import CompiledConfig, ExportConfig
+from petseg_export.deploy import HALF_LIMIT, DeployedUNet, activation_peaks
+from petseg_export.onnx import graph_bytes, metadata_of, scan, spec_of
+from petseg_runtime import onnx_metadata
+from petseg_runtime.artifact import INPUT, OUTPUT, RECEIPT_KEY, Artifact, open_artifact, sidecar_of, sidecar_text
+from petseg_runtime.errors import (
+    CheckpointError,
+    DataError,
+    EngineError,
+    ModelError,
+    OutputError,
+    ParityNames,
+    ParityShapes,
+)
+from petseg_runtime.files import staging
+from petseg_runtime.host import nvidia_gpus
+from petseg_runtime.onnx_metadata import with_metadata
+from petseg_runtime.parity import Comparison, Proof, Receipt, measure, proof_of, require
+from petseg_runtime.spec import ModelSpec
+
+__all__ = ["Exported", "export"]
+
+#: Called with what is being done, how far it is, and of how much (0: not known).
+Watch: TypeAlias = Callable[[str, int, int], None]
+
+#: Photos that travel beside the file for `petseg verify`: twice what a full receipt needs, and still small.
+TRAVELLING: Final = 32
+#: Photos of the activation scans, whose outputs are all of a network's activations at once.
+SCANNED: Final = 8
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished export.
+
+    Attributes:
+        path: The file.
+        files: All files that were written, that one first.
+        receipt: What its parity test measured.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    receipt: Receipt
+
+
+def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch: Watch | None = None) -> Exported:
+    """Turn a checkpoint into the file that a config describes, and prove it.
+
+    The specification, the provenance and the receipt are in the file (ONNX) or in ``FILE.json`` beside it (compiled
+    forms); photos and reference answers for `petseg verify` are in ``FILE.parity.npz``.
+
+    Args:
+        checkpoint_path: What ``petseg train`` wrote.
+        config: The format is that of its class.
+        watch: Told about progress.
+
+    Raises:
+        MissingExtra: A package that is needed is not installed.
+        EngineError: A device or engine that is needed is not there, or fails.
+        CheckpointError: The checkpoint cannot be used.
+        ModelError: The network does not take that size, or the ONNX file that was given is not of this checkpoint.
+        DataError: The data cannot be used.
+        InputError: A photo of the parity test cannot be read.
+        ParityError: The file does not do what the checkpoint does; nothing is left of it.
+        OutputError: It cannot be written.
+    """
+    registry.check(config)
+    tell: Watch = watch or (lambda what, done, total: None)
+    path = Path(checkpoint_path)
+    name, form = registry.format_of(config)
+    output = config.output or path.with_suffix(form.suffix)
+    if output.suffix != form.suffix:
+        raise OutputError(f"{output}: {name} files end in {form.suffix}")
+    tell("reading", 0, 0)
+    model, loaded = checkpoint.load_model(path)
+    try:
+        spec = spec_of(loaded, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    given = _given(config, loaded)
+    if given:
+        spec = dataclasses.replace(given.spec, precision=config.precision)
+    job = _Job(name, form, config, path, model, loaded, spec, given, tell)
+    try:
+        with staging(output) as folder:
+            receipt = job.run(folder / output.name)
+            others = sorted(file.name for file in folder.iterdir() if file.name != output.name)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written ({error.strerror or error})") from error
+    return Exported(output, (output, *(output.with_name(other) for other in others)), receipt)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One export: what is asked, and what is known before anything is made."""
+
+    name: str
+    form: registry.Format
+    config: ExportConfig
+    path: Path
+    model: AttentionUNet
+    loaded: checkpoint.Checkpoint
+    spec: ModelSpec
+    given: Artifact | None
+    tell: Watch
+
+    def run(self, file: Path) -> Receipt:
+        """Write the file and what belongs to it; raise if it does not do what the checkpoint does."""
+        config = self.config
+        chosen = parity.choose(config.data, config.split, config.photos, config.seed, self.loaded)
+        photos = parity.read(chosen, self.spec)
+        compiled = self.form.compiler is not None
+        source, quantization = self._source(file.with_name("source.onnx") if compiled else file, photos)
+        target = self._compile(source, file) if compiled else source
+        proof = parity.prove(self.model, self.loaded, photos, self._progress("reference in PyTorch", photos))
+        rows, note = self._rows(target, proof, photos)
+        receipt = Receipt(
+            photos=len(photos.names),
+            photos_sha256=proof.sha256,
+            names=photos.names,
+            reference=proof.reference,
+            stored=self.spec.precision,
+            rows=rows,
+            scan=self._scan(source, photos),
+            quantization=quantization,
+            note=note,
+        )
+        require(receipt)
+        if compiled:
+            text = sidecar_text(dataclasses.replace(target, receipt=receipt.as_dict()))
+            sidecar_of(file).write_text(text, encoding="utf-8")
+            source.path.unlink()
+        else:
+            metadata = {**_metadata(source), RECEIPT_KEY: json.dumps(receipt.as_dict())}
+            file.write_bytes(with_metadata(file.read_bytes(), metadata))
+        proof_of(file).write_bytes(proof.first(TRAVELLING).to_bytes())
+        return receipt
+
+    def _source(self, file: Path, photos: parity.Photos) -> tuple[Artifact, dict[str, Any] | None]:
+        """The ONNX file that everything else is made from, and how its int8 was chosen."""
+        if self.given:
+            file.write_bytes(self.given.path.read_bytes())
+            return open_artifact(file), self.given.receipt.get("quantization")
+        precision = self.form.sources.get(self.spec.precision, self.spec.precision)
+        spec = dataclasses.replace(self.spec, precision=precision)
+        metadata = metadata_of(self.path.name, self.loaded, spec, self.config)  # before the long part: it may refuse
+        self.tell("tracing the network", 0, 0)
+        if precision == "fp16":
+            peaks = activation_peaks(self.model, photos.images[:SCANNED])
+            half = {name for name, peak in peaks.items() if peak <= HALF_LIMIT}
+            graph, quantization = graph_bytes(DeployedUNet(self.model, half), spec), None
+        else:
+            graph, quantization = graph_bytes(DeployedUNet(self.model), spec), None
+        if precision == "int8":
+            graph, quantization = self._quantized(graph, spec)
+        file.write_bytes(with_metadata(graph, metadata))
+        return _opened(file), quantization
+
+    def _quantized(self, graph: bytes, spec: ModelSpec) -> tuple[bytes, dict[str, Any]]:
+        """The graph in int8, calibrated on training photos and judged on validation photos."""
+        from petseg_export.quantize import quantize
+
+        config, data = self.config.quantize, self.config.data
+        assert data is not None  # the registry has seen to it
+        train, val = (parity.labelled(data, split, self.loaded) for split in ("train", "val"))
+        if len(val) < config.judges:
+            raise DataError(
+                f"--data {data}: int8 is judged on the validation part, which has {len(val)} photos; {config.judges} "
+                "are needed (a larger val_fraction in training, or fewer with --int8-judges)"
+            )
+        calibration = parity.read(parity.sample(train, config.photos, config.seed), spec)
+        judges = parity.read(val, spec)
+        result = quantize(graph, calibration, judges, config, self.tell)
+        return result.graph, result.choice
+
+    def _compile(self, source: Artifact, file: Path) -> Artifact:
+        assert self.form.compiler is not None
+        module, _, function = self.form.compiler.partition(":")
+        self.tell(f"compiling with {self.form.needs[0].module}", 0, 0)
+        compiler: Callable[..., dict[str, Any]] = getattr(importlib.import_module(module), function)
+        environment = compiler(source, file, self.config, self.tell)
+        spec = dataclasses.replace(source.spec, precision=self.spec.precision)
+        return dataclasses.replace(
+            source, path=file, format=self.name, spec=spec, receipt={}, onnx=None, environment=environment
+        )
+
+    def _rows(self, target: Artifact, proof: Proof, photos: parity.Photos) -> tuple[tuple[Comparison, ...], str]:
+        """A row for each engine and precision, or why there is none."""
+        task = photos.labels.task(proof.expected) if photos.labels else None
+        on_gpu = self.name in ("trt", "trt-rtx")
+        if on_gpu and not nvidia_gpus():
+            return (), "no NVIDIA GPU where it was made; `petseg verify` on the device completes this"
+        rows: list[Comparison] = []
+        for backend in self.config.backends:
+            try:
+                rows += measure(target, proof, backend, None, task, self._progress("parity test", photos))
+            except EngineError as error:
+                if not on_gpu:
+                    raise
+                # A GPU that this engine was not built for is no fault of the engine.
+                return (), f"the GPU where it was made does not run it ({error}); `petseg verify` on the device does"
+        return tuple(rows), ""
+
+    def _scan(self, source: Artifact, photos: parity.Photos) -> dict[str, Any] | None:
+        if importlib.util.find_spec("onnxruntime") is None:
+            return None
+        self.tell("scanning activations", 0, 0)
+        return scan(source.path.read_bytes(), list(photos.images[:SCANNED]))
+
+    def _progress(self, what: str, photos: parity.Photos) -> Callable[[int], None]:
+        return lambda done: self.tell(what, done, len(photos.names))
+
+
+def _given(config: ExportConfig, loaded: checkpoint.Checkpoint) -> Artifact | None:
+    """The ONNX file that is to be compiled as it is, if one was given.
+
+    Raises:
+        ModelError: Not an ONNX file of this checkpoint and precision.
+    """
+    if not isinstance(config, CompiledConfig) or config.onnx is None:
+        return None
+    given = open_artifact(config.onnx)
+    _, form = registry.format_of(config)
+    if given.format != "onnx":
+        raise ModelError(f"{config.onnx}: an ONNX file is expected, not {given.format}")
+    if given.provenance.get("checkpoint_sha256") != loaded.sha256:
+        raise ModelError(f"{config.onnx}: exported from another checkpoint than the one given")
+    if given.spec.precision not in (config.precision, form.sources.get(config.precision)):
+        raise ModelError(f"{config.onnx}: it is {given.spec.precision}, not {config.precision} as asked")
+    return given
+
+
+def _opened(file: Path) -> Artifact:
+    """The ONNX file as the runtime reads it.
+
+    Raises:
+        ParityNames: Its inputs or outputs are named differently from the contract.
+        ParityShapes: Their shapes or types differ.
+    """
+    try:
+        return open_artifact(file)
+    except ModelError as error:
+        header = onnx_metadata.read(file)
+        names = [tensor.name for tensor in (*header.inputs, *header.outputs)]
+        raise (ParityShapes if names == [INPUT, OUTPUT] else ParityNames)(str(error)) from error
+
+
+def _metadata(artifact: Artifact) -> dict[str, str]:
+    assert artifact.onnx is not None
+    return artifact.onnx.metadata

@@ -1,0 +1,46 @@
+"""ONNX to OpenVINO IR: an ``.xml`` with the graph and a ``.bin`` with the weights."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import openvino
+
+from petseg_export.config import ExportConfig
+from petseg_runtime.artifact import Artifact
+from petseg_runtime.errors import ModelError
+
+__all__ = ["compile_openvino"]
+
+
+def compile_openvino(
+    onnx: Artifact, output: Path, config: ExportConfig, watch: Callable[[str, int, int], None] | None = None
+) -> dict[str, Any]:
+    """Write the IR of an ONNX file. fp16 is how the weights are stored; the device computes in what it prefers.
+
+    Args:
+        onnx: The ONNX file.
+        output: The ``.xml``; the ``.bin`` goes beside it.
+        config: Its precision; an IR is the same for every device.
+        watch: Unused: it takes a moment.
+
+    Returns:
+        What the IR was made with and needs; JSON values.
+
+    Raises:
+        ModelError: OpenVINO cannot read the graph.
+    """
+    try:
+        model = openvino.Core().read_model(onnx.path)
+    except RuntimeError as error:
+        raise ModelError(f"OpenVINO cannot read the graph ({' '.join(str(error).split())[:500]})") from error
+    openvino.save_model(model, output, compress_to_fp16=config.precision == "fp16")
+    return {
+        "library": "openvino",
+        "version": openvino.__version__.partition("-")[0],
+        "platform": f"any that OpenVINO runs on (written on {platform.system()} {platform.machine()})",
+        "precision": config.precision,
+    }

@@ -1,0 +1,469 @@
+"""The receipt: a model file, in the engine that runs it, against the fp32 checkpoint it was made from, on real photos.
+
+The comparison needs numpy and an engine, no torch: `petseg export` makes the reference (a :class:`Proof`: photos and
+what the checkpoint says of them) and compares where it can; the proof then travels beside the file, and `petseg verify`
+compares once more on the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from petseg_runtime.artifact import Artifact
+from petseg_runtime.engines.base import EngineInfo
+from petseg_runtime.engines.registry import load_engine
+from petseg_runtime.errors import ModelError, ParityShapes, ParityTolerance
+from petseg_runtime.spec import ModelSpec
+
+__all__ = [
+    "MAX_PROOF",
+    "SMOKE",
+    "TOLERANCES",
+    "Comparison",
+    "Proof",
+    "Receipt",
+    "Tolerance",
+    "compare",
+    "load_proof",
+    "measure",
+    "proof_of",
+    "require",
+    "tolerance_for",
+]
+
+U8: TypeAlias = npt.NDArray[np.uint8]
+#: uint8 [1, H, W, 3] RGB in, uint8 [1, H, W] probability out.
+Run: TypeAlias = Callable[[U8], U8]
+
+SCHEMA_VERSION: Final = 2
+
+#: With fewer photos than this, a receipt calls itself "smoke": it shows that the file works, not how well.
+SMOKE: Final = 16
+
+#: Bytes that a proof may take in memory; a file that claims more is refused unread.
+MAX_PROOF: Final = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """How far a file may be from its checkpoint; None: anything.
+
+    Attributes:
+        max_difference: Largest difference of a pixel's probability, in steps of 1/255.
+        p99_difference: 99th percentile of the differences.
+        min_mask_iou: Smallest IoU of the two masks of a photo.
+        mean_mask_iou: Mean IoU of the two masks.
+        task_loss: Loss of IoU on labelled photos, in points (hundredths), where labels are there.
+    """
+
+    max_difference: int | None = None
+    p99_difference: int | None = None
+    min_mask_iou: float | None = None
+    mean_mask_iou: float | None = None
+    task_loss: float | None = None
+
+
+_HALF: Final = Tolerance(p99_difference=4, mean_mask_iou=0.995)
+
+#: By the precision that was really computed in, from the finest down.
+TOLERANCES: Final = {
+    "f32": Tolerance(max_difference=1, min_mask_iou=0.999),
+    "tf32": _HALF,
+    "fp16": _HALF,
+    "bf16": _HALF,
+    "int8": Tolerance(mean_mask_iou=0.97, task_loss=0.5),
+}
+
+
+def tolerance_for(stored: str, computed: str) -> Tolerance:
+    """What is allowed: the row of the coarser of what the file is stored in and what the engine computes in."""
+    order = list(TOLERANCES)
+    return TOLERANCES[max("f32" if stored == "fp32" else stored, computed, key=order.index)]
+
+
+@dataclass(frozen=True, eq=False)
+class Proof:
+    """Photos as the model sees them, and what the fp32 checkpoint in PyTorch says of them.
+
+    Attributes:
+        names: Of the photos, for the report.
+        images: uint8 [N, H, W, 3] RGB.
+        expected: uint8 [N, H, W], ``round(255 * p(pet))``.
+        checkpoint_sha256: Of the checkpoint that said it.
+        reference: What computed it.
+    """
+
+    names: tuple[str, ...]
+    images: U8
+    expected: U8
+    checkpoint_sha256: str
+    reference: str
+
+    @property
+    def sha256(self) -> str:
+        """Digest over the photos' pixels, in order."""
+        return hashlib.sha256(np.ascontiguousarray(self.images).tobytes()).hexdigest()
+
+    def first(self, count: int) -> Proof:
+        """The same with at most ``count`` photos."""
+        return Proof(
+            self.names[:count], self.images[:count], self.expected[:count], self.checkpoint_sha256, self.reference
+        )
+
+    def to_bytes(self) -> bytes:
+        """As an ``.npz`` file; the same proof gives the same bytes."""
+        about = {"schema_version": 1, "checkpoint_sha256": self.checkpoint_sha256, "reference": self.reference}
+        about["names"] = list(self.names)
+        text = np.frombuffer(json.dumps(about).encode(), np.uint8)
+        out = io.BytesIO()
+        np.savez_compressed(out, allow_pickle=False, about=text, images=self.images, expected=self.expected)
+        return out.getvalue()
+
+
+def proof_of(path: Path) -> Path:
+    """Where the proof of a model file lies: its whole name and ``.parity.npz``."""
+    return path.with_name(f"{path.name}.parity.npz")
+
+
+def load_proof(path: Path, spec: ModelSpec, checkpoint_sha256: str) -> Proof:
+    """Read a proof, and make sure that it is of this model.
+
+    Raises:
+        ModelError: Missing, damaged, too large, or of another model.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > MAX_PROOF:
+                raise ModelError(f"{path}: claims more than {MAX_PROOF} bytes; not a proof that petseg wrote")
+        with np.load(path, allow_pickle=False) as arrays:
+            about = json.loads(arrays["about"].tobytes())
+            images, expected = arrays["images"], arrays["expected"]
+        proof = Proof(tuple(map(str, about["names"])), images, expected, about["checkpoint_sha256"], about["reference"])
+        version = about["schema_version"]
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{path}: not there; `petseg export` writes it beside the model, so copy it to the device too"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ModelError(f"{path}: not a proof that petseg wrote, or damaged ({error})") from error
+    if version != 1:
+        raise ModelError(f"{path}: schema_version {version!r}; this version of petseg reads 1: upgrade")
+    count, shape = len(proof.names), (spec.height, spec.width)
+    sound = images.dtype == expected.dtype == np.uint8 and count > 0
+    if not sound or images.shape != (count, *shape, 3) or expected.shape != (count, *shape):
+        raise ModelError(
+            f"{path}: photos {images.dtype} {list(images.shape)} with answers {expected.dtype} "
+            f"{list(expected.shape)}; uint8 [{count}, {shape[0]}, {shape[1]}, 3] and [{count}, {shape[0]}, "
+            f"{shape[1]}] are expected"
+        )
+    if proof.checkpoint_sha256 != checkpoint_sha256:
+        raise ModelError(
+            f"{path}: the proof of another model (checkpoint {str(proof.checkpoint_sha256)[:12]}..., this model was "
+            f"made from {checkpoint_sha256[:12] or 'none'}...)"
+        )
+    return proof
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One engine's row. Differences are in steps of 1/255 of probability, over all pixels.
+
+    Attributes:
+        engine: What ran the file.
+        precision: What it computed in.
+        max_difference: Largest difference.
+        mean_difference: Mean difference.
+        p99_difference: 99th percentile of the differences.
+        min_mask_iou: Smallest mask IoU of a photo, at the model's threshold.
+        mean_mask_iou: Mean mask IoU.
+        registration: Mean difference away from the frame, with the result as it is (``0,0``) and moved by one pixel
+            (``dy,dx``); the first must be the smallest.
+        worst: Where the largest difference is: photo, y, x, expected, got.
+        task: IoU on the labels, where there are any: ``photos``, ``reference``, ``this``, ``loss`` in points.
+        tolerance: What was allowed.
+        failures: What was not as it should be; empty if it passed.
+    """
+
+    engine: str
+    precision: str
+    max_difference: int
+    mean_difference: float
+    p99_difference: int
+    min_mask_iou: float
+    mean_mask_iou: float
+    registration: dict[str, float]
+    worst: dict[str, Any]
+    task: dict[str, Any] | None
+    tolerance: Tolerance
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """The verdict."""
+        return not self.failures
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        task = f"; task IoU {self.task['this']:.4f}, {-self.task['loss']:+.2f} points" if self.task else ""
+        return (
+            f"{'passed' if self.passed else 'FAILED'}, {self.precision} in {self.engine}: difference max "
+            f"{self.max_difference}/255, mean {self.mean_difference:.4f}/255, p99 {self.p99_difference}/255; "
+            f"mask IoU min {self.min_mask_iou:.5f}, mean {self.mean_mask_iou:.5f}{task}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {**asdict(self), "failures": list(self.failures), "passed": self.passed, "summary": self.summary}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What is known of a file's parity.
+
+    Attributes:
+        photos: How many photos were compared.
+        photos_sha256: Digest over their pixels as the model saw them, in order.
+        names: Of these photos.
+        reference: What they were compared with.
+        stored: What the file's numbers are stored in.
+        rows: One per engine and precision that ran it; none: built, not run.
+        scan: What the scan of the ONNX graph's activations found (``photos``, ``tensors``, ``non_finite``, ...), or
+            None where no scan was made.
+        quantization: How int8 was chosen; None for other precisions.
+        note: Why nothing ran it, where nothing did.
+    """
+
+    photos: int
+    photos_sha256: str
+    names: tuple[str, ...]
+    reference: str
+    stored: str
+    rows: tuple[Comparison, ...]
+    scan: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
+    note: str = ""
+
+    @property
+    def kind(self) -> str:
+        """``full``, ``smoke`` (fewer than 16 photos) or ``built, not run``."""
+        if not self.rows:
+            return "built, not run"
+        return "smoke" if self.photos < SMOKE else "full"
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Everything that was not as it should be."""
+        found = [f"{row.precision} in {row.engine}: {failure}" for row in self.rows for failure in row.failures]
+        if self.scan and self.scan["non_finite"]:
+            found.append(f"NaN or infinity in {', '.join(self.scan['non_finite'][:5])}")
+        return tuple(found)
+
+    @property
+    def passed(self) -> bool | None:
+        """The verdict; None where nothing ran it."""
+        if self.failures:
+            return False
+        return True if self.rows else None
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        if not self.rows:
+            return f"built, not run: {self.note}"
+        return f"{self.kind}, {self.photos} photos: " + "; ".join(row.summary for row in self.rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values, the summary among them."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "kind": self.kind,
+            "passed": self.passed,
+            "summary": self.summary,
+            "photos": self.photos,
+            "photos_sha256": self.photos_sha256,
+            "names": list(self.names),
+            "reference": self.reference,
+            "stored": self.stored,
+            "rows": [row.as_dict() for row in self.rows],
+            "scan": self.scan,
+            "quantization": self.quantization,
+            "note": self.note,
+        }
+
+
+def compare(
+    run: Run,
+    info: EngineInfo,
+    proof: Proof,
+    spec: ModelSpec,
+    task: Callable[[U8], dict[str, Any]] | None = None,
+    watch: Callable[[int], None] | None = None,
+) -> Comparison:
+    """Run a model on every photo of a proof, one by one, and measure how far it is from the reference.
+
+    Args:
+        run: The model, in the engine that will run it.
+        info: That engine.
+        proof: Photos and reference.
+        spec: The model's specification.
+        task: Takes the model's answers, uint8 [N, H, W], and says what they are worth on the labels; see
+            :attr:`Comparison.task`.
+        watch: Called with the number of photos done so far.
+
+    Raises:
+        ParityShapes: An output's shape or type is not the contract's.
+    """
+    answers = np.empty_like(proof.expected)
+    for i, (image, expected) in enumerate(zip(proof.images, proof.expected, strict=True)):
+        got = run(image[None])
+        _check_output(got, expected[None])
+        answers[i] = got[0]
+        if watch:
+            watch(i + 1)
+    counts = np.zeros(256, np.int64)  # how often each difference occurs
+    largest = []
+    for expected, got in zip(proof.expected, answers, strict=True):
+        difference = np.abs(got.astype(np.int16) - expected)
+        counts += np.bincount(difference.ravel(), minlength=256)
+        largest.append(int(difference.max()))
+    level = 255 * spec.threshold
+    ious = [_iou(got >= level, expected >= level) for expected, got in zip(proof.expected, answers, strict=True)]
+    measured: dict[str, Any] = {
+        "max_difference": max(largest),
+        "mean_difference": float((np.arange(256) * counts).sum() / counts.sum()),
+        "p99_difference": int(np.searchsorted(counts.cumsum(), 0.99 * counts.sum())),
+        "min_mask_iou": min(ious),
+        "mean_mask_iou": float(np.mean(ious)),
+        "registration": _registration(proof.expected, answers),
+        "task": task(answers) if task else None,
+    }
+    tolerance = tolerance_for(spec.precision, info.precision)
+    worst = _worst(proof, answers, int(np.argmax(largest)))
+    return Comparison(
+        engine=f"{info.name} {info.version} ({info.device}, {info.provider})",
+        precision=info.precision,
+        worst=worst,
+        tolerance=tolerance,
+        failures=tuple(_failures(measured, tolerance, worst, proof.names[int(np.argmin(ious))])),
+        **measured,
+    )
+
+
+def measure(
+    artifact: Artifact,
+    proof: Proof,
+    backend: str = "auto",
+    threads: int | None = None,
+    task: Callable[[U8], dict[str, Any]] | None = None,
+    watch: Callable[[int], None] | None = None,
+) -> tuple[Comparison, ...]:
+    """The rows of one engine: in float32 where the file is float32, and in what the engine chooses if left alone.
+
+    Args:
+        artifact: The file.
+        proof: Photos and reference.
+        backend: The engine, or ``auto``.
+        threads: CPU threads; None: as many as this process may use.
+        task: See :func:`compare`.
+        watch: Called with the number of photos done so far, from 1 in each row.
+
+    Raises:
+        EngineError: The engine cannot be had, or cannot load or run the file.
+        ParityShapes: An output's shape or type is not the contract's.
+    """
+    rows: dict[EngineInfo, Comparison] = {}
+    for exact in (True, False):
+        with load_engine(artifact, backend, threads, exact=exact) as engine:
+            info = engine.describe()
+            if info not in rows:
+                rows[info] = compare(engine.run, info, proof, artifact.spec, task, watch)
+    return tuple(rows.values())
+
+
+def require(receipt: Receipt) -> None:
+    """A failed receipt is a failed export.
+
+    Raises:
+        ParityTolerance: The receipt failed; the message says where and by how much.
+    """
+    if receipt.failures:
+        raise ParityTolerance(
+            f"the file does not do what its checkpoint does ({receipt.photos} photos, FAILED): "
+            + "; ".join(receipt.failures)
+        )
+
+
+def _failures(measured: dict[str, Any], allowed: Tolerance, worst: dict[str, Any], name: str) -> Iterable[str]:
+    """What exceeds its tolerance, each with the numbers and the place."""
+    place = f"{worst['photo']} at y {worst['y']}, x {worst['x']}: {worst['got']} instead of {worst['expected']}"
+    for field, text, where in (
+        ("max_difference", "largest difference", f" ({place})"),
+        ("p99_difference", "99th percentile of the differences", f" (largest in {place})"),
+    ):
+        limit = getattr(allowed, field)
+        if limit is not None and measured[field] > limit:
+            yield f"{text} {measured[field]}/255, allowed {limit}/255{where}"
+    for field, text, where in (
+        ("min_mask_iou", "smallest mask IoU", f" ({name})"),
+        ("mean_mask_iou", "mean mask IoU", f" (smallest in {name})"),
+    ):
+        limit = getattr(allowed, field)
+        if limit is not None and not measured[field] >= limit:
+            yield f"{text} {measured[field]:.5f}, allowed {limit}{where}"
+    task = measured["task"]
+    if task and allowed.task_loss is not None and not task["loss"] <= allowed.task_loss:
+        yield f"IoU on {task['photos']} labelled photos falls by {task['loss']:.2f} points, allowed {allowed.task_loss}"
+    aligned, *moved = measured["registration"].items()
+    if better := [where for where, difference in moved if not difference > aligned[1]]:
+        yield (
+            f"not aligned: moved by (dy, dx) = ({better[0]}) it agrees no worse than as it is "
+            f"({dict(moved)[better[0]]:.3f}/255 against {aligned[1]:.3f}/255 mean difference); if "
+            "that is 0, the photos show the model nothing"
+        )
+
+
+def _registration(expected: U8, got: U8) -> dict[str, float]:
+    """Mean difference in the interior with the result as it is, and moved by one pixel in each direction."""
+    inside = expected[:, 1:-1, 1:-1].astype(np.int16)
+    height, width = expected.shape[1:]
+    return {
+        f"{dy},{dx}": float(np.abs(inside - got[:, 1 - dy : height - 1 - dy, 1 - dx : width - 1 - dx]).mean())
+        for dy, dx in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
+    }
+
+
+def _worst(proof: Proof, answers: U8, index: int) -> dict[str, Any]:
+    expected, got = proof.expected[index], answers[index]
+    y, x = np.unravel_index(int(np.abs(got.astype(np.int16) - expected).argmax()), got.shape)
+    return {
+        "photo": proof.names[index],
+        "y": int(y),
+        "x": int(x),
+        "expected": int(expected[y, x]),
+        "got": int(got[y, x]),
+    }
+
+
+def _check_output(got: U8, expected: U8) -> None:
+    if got.shape != expected.shape or got.dtype != np.uint8:
+        raise ParityShapes(
+            f"output is {got.dtype} {list(got.shape)}; the contract is {expected.dtype} {list(expected.shape)}"
+        )
+
+
+def _iou(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
+    """IoU of two masks; 1 where both are empty."""
+    union = int((a | b).sum())
+    return float((a & b).sum() / union) if union else 1.0
