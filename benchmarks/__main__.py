@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from benchmarks.embedded.measure import embedded
+from benchmarks.receipts import receipts
 from benchmarks.report import report
 
 
@@ -14,5 +15,6 @@ def main() -> None:
 
 
 main.add_command(embedded)
+main.add_command(receipts)
 main.add_command(report)
 main(prog_name="python -m benchmarks")

@@ -48,7 +48,30 @@ def startup() -> str:
     )
 
 
-SECTIONS: Final[dict[str, Callable[[], str]]] = {"accuracy": accuracy, "startup": startup}
+def receipts() -> str:
+    """Every export of both ends of the family, in every engine that ran it."""
+    lines = [
+        "| | file | MB | computed in | difference max, mean, p99 (of 255) | mask IoU min, mean | task IoU |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in ("edge", "width64"):
+        record = records.load(f"receipts-{name}")
+        for export in record["exports"]:
+            what = f"| {record['about']} | {export['format']} {export['precision']} | {export['bytes'] / 1e6:.1f} |"
+            if not export["receipt"]["rows"]:
+                lines.append(f"{what} built, not run | | | |")
+            for row in export["receipt"]["rows"]:
+                engine, version = row["engine"].split()[:2]
+                task = f"{row['task']['this']:.4f} ({-row['task']['loss']:+.2f} points)" if row["task"] else ""
+                lines.append(
+                    f"{what} {row['precision']}, {engine} {version} | {row['max_difference']}, "
+                    f"{row['mean_difference']:.3f}, {row['p99_difference']} | {row['min_mask_iou']:.4f}, "
+                    f"{row['mean_mask_iou']:.4f} | {task} |"
+                )
+    return "\n".join(lines)
+
+
+SECTIONS: Final[dict[str, Callable[[], str]]] = {"accuracy": accuracy, "startup": startup, "receipts": receipts}
 
 
 def rendered(text: str) -> str:

@@ -8,6 +8,7 @@ digest without metadata) must not have changed.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -17,8 +18,7 @@ import click
 
 from benchmarks import records
 from benchmarks.embedded.measure import SETS, embedded
-from petseg.data import Split, find
-from petseg_export.onnx import OnnxConfig, export_onnx
+from petseg_export import OnnxConfig, export
 from petseg_runtime.artifact import default_model, open_artifact
 
 NAME = "petseg edge: attention U-Net, width 16"
@@ -34,10 +34,10 @@ def ship(context: click.Context, checkpoint: Path, data: Path) -> None:
     WEIGHTS.parent.mkdir(exist_ok=True)
     if checkpoint.resolve() != WEIGHTS:
         shutil.copy(checkpoint, WEIGHTS)
-    photos = [pair.image for pair in find(data / "oxford-iiit-pet-native", Split.TEST)[:PHOTOS]]
     with tempfile.TemporaryDirectory() as folder:
         first = Path(folder) / "edge.onnx"
-        export_onnx(WEIGHTS, first, photos, OnnxConfig(name=NAME))
+        config = OnnxConfig(output=first, name=NAME, data=data / "oxford-iiit-pet-native", split="test", photos=PHOTOS)
+        export(WEIGHTS, config)
         shutil.copy(first, default_model())
         context.invoke(embedded, data=data)
         measured = {}
@@ -52,7 +52,8 @@ def ship(context: click.Context, checkpoint: Path, data: Path) -> None:
                 for metrics in [record[key]]
                 for border in metrics["readings"]
             }
-        receipt = export_onnx(WEIGHTS, default_model(), photos, OnnxConfig(name=NAME, notes={"measured": measured}))
+        noted = dataclasses.replace(config, output=default_model(), notes={"measured": measured})
+        receipt = export(WEIGHTS, noted).receipt
         if open_artifact(default_model()).identity != open_artifact(first).identity:
             raise SystemExit("the two exports differ: the measured file is not the shipped one")
     print(json.dumps(receipt.as_dict(), indent=2))

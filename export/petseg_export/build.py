@@ -35,7 +35,7 @@ from petseg_runtime.errors import (
 from petseg_runtime.files import staging
 from petseg_runtime.host import nvidia_gpus
 from petseg_runtime.onnx_metadata import with_metadata
-from petseg_runtime.parity import Comparison, Proof, Receipt, measure, proof_of, require
+from petseg_runtime.parity import SMOKE, Comparison, Proof, Receipt, measure, proof_of, require
 from petseg_runtime.spec import ModelSpec
 
 __all__ = ["Exported", "export"]
@@ -43,8 +43,8 @@ __all__ = ["Exported", "export"]
 #: Called with what is being done, how far it is, and of how much (0: not known).
 Watch: TypeAlias = Callable[[str, int, int], None]
 
-#: Photos that travel beside the file for `petseg verify`: twice what a full receipt needs, and still small.
-TRAVELLING: Final = 32
+#: Photos that travel beside the file for `petseg verify`: as many as a full receipt needs.
+TRAVELLING: Final = SMOKE
 #: Photos of the activation scans, whose outputs are all of a network's activations at once.
 SCANNED: Final = 8
 
@@ -96,16 +96,20 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
     model, loaded = checkpoint.load_model(path)
     try:
         spec = spec_of(loaded, config)
-    except CheckpointError as error:
+    except ModelError as error:
         raise CheckpointError(f"{path}: {error}") from error
     given = _given(config, loaded)
     if given:
         spec = dataclasses.replace(given.spec, precision=config.precision)
-    job = _Job(name, form, config, path, model, loaded, spec, given, tell)
     try:
+        chosen = parity.choose(config.data, config.split, config.photos, config.seed, loaded)
+        photos = parity.read(chosen, spec)
+        job = _Job(name, form, config, path, model, loaded, spec, given, photos, tell)
         with staging(output) as folder:
             receipt = job.run(folder / output.name)
             others = sorted(file.name for file in folder.iterdir() if file.name != output.name)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     except OSError as error:
         raise OutputError(f"{output}: cannot be written ({error.strerror or error})") from error
     return Exported(output, (output, *(output.with_name(other) for other in others)), receipt)
@@ -123,18 +127,17 @@ class _Job:
     loaded: checkpoint.Checkpoint
     spec: ModelSpec
     given: Artifact | None
+    photos: parity.Photos
     tell: Watch
 
     def run(self, file: Path) -> Receipt:
         """Write the file and what belongs to it; raise if it does not do what the checkpoint does."""
-        config = self.config
-        chosen = parity.choose(config.data, config.split, config.photos, config.seed, self.loaded)
-        photos = parity.read(chosen, self.spec)
+        photos = self.photos
         compiled = self.form.compiler is not None
-        source, quantization = self._source(file.with_name("source.onnx") if compiled else file, photos)
+        source, quantization = self._source(file.with_name("source.onnx") if compiled else file)
         target = self._compile(source, file) if compiled else source
-        proof = parity.prove(self.model, self.loaded, photos, self._progress("reference in PyTorch", photos))
-        rows, note = self._rows(target, proof, photos)
+        proof = parity.prove(self.model, self.loaded, photos, self._progress("reference in PyTorch"))
+        rows, note = self._rows(target, proof)
         receipt = Receipt(
             photos=len(photos.names),
             photos_sha256=proof.sha256,
@@ -142,7 +145,7 @@ class _Job:
             reference=proof.reference,
             stored=self.spec.precision,
             rows=rows,
-            scan=self._scan(source, photos),
+            scan=self._scan(source),
             quantization=quantization,
             note=note,
         )
@@ -157,7 +160,7 @@ class _Job:
         proof_of(file).write_bytes(proof.first(TRAVELLING).to_bytes())
         return receipt
 
-    def _source(self, file: Path, photos: parity.Photos) -> tuple[Artifact, dict[str, Any] | None]:
+    def _source(self, file: Path) -> tuple[Artifact, dict[str, Any] | None]:
         """The ONNX file that everything else is made from, and how its int8 was chosen."""
         if self.given:
             file.write_bytes(self.given.path.read_bytes())
@@ -167,7 +170,7 @@ class _Job:
         metadata = metadata_of(self.path.name, self.loaded, spec, self.config)  # before the long part: it may refuse
         self.tell("tracing the network", 0, 0)
         if precision == "fp16":
-            peaks = activation_peaks(self.model, photos.images[:SCANNED])
+            peaks = activation_peaks(self.model, self.photos.images[:SCANNED])
             half = {name for name, peak in peaks.items() if peak <= HALF_LIMIT}
             graph, quantization = graph_bytes(DeployedUNet(self.model, half), spec), None
         else:
@@ -179,20 +182,21 @@ class _Job:
 
     def _quantized(self, graph: bytes, spec: ModelSpec) -> tuple[bytes, dict[str, Any]]:
         """The graph in int8, calibrated on training photos and judged on validation photos."""
-        from petseg_export.quantize import quantize
+        from petseg_export.quantize import judge_on, quantize  # onnxruntime: only int8 needs it
 
-        config, data = self.config.quantize, self.config.data
+        config = self.config.quantize
+        data = config.data or self.config.data
         assert data is not None  # the registry has seen to it
         train, val = (parity.labelled(data, split, self.loaded) for split in ("train", "val"))
         if len(val) < config.judges:
             raise DataError(
-                f"--data {data}: int8 is judged on the validation part, which has {len(val)} photos; {config.judges} "
+                f"{data}: int8 is judged on the validation part, which has {len(val)} photos; {config.judges} "
                 "are needed (a larger val_fraction in training, or fewer with --int8-judges)"
             )
         calibration = parity.read(parity.sample(train, config.photos, config.seed), spec)
         judges = parity.read(val, spec)
-        result = quantize(graph, calibration, judges, config, self.tell)
-        return result.graph, result.choice
+        result = quantize(graph, calibration.images, judge_on(judges), config, self.tell)
+        return result.graph, {**result.choice, "calibrated_on": calibration.about, "judged_on": judges.about}
 
     def _compile(self, source: Artifact, file: Path) -> Artifact:
         assert self.form.compiler is not None
@@ -205,16 +209,16 @@ class _Job:
             source, path=file, format=self.name, spec=spec, receipt={}, onnx=None, environment=environment
         )
 
-    def _rows(self, target: Artifact, proof: Proof, photos: parity.Photos) -> tuple[tuple[Comparison, ...], str]:
+    def _rows(self, target: Artifact, proof: Proof) -> tuple[tuple[Comparison, ...], str]:
         """A row for each engine and precision, or why there is none."""
-        task = photos.labels.task(proof.expected) if photos.labels else None
+        task = self.photos.labels.task(proof.expected) if self.photos.labels else None
         on_gpu = self.name in ("trt", "trt-rtx")
         if on_gpu and not nvidia_gpus():
             return (), "no NVIDIA GPU where it was made; `petseg verify` on the device completes this"
         rows: list[Comparison] = []
         for backend in self.config.backends:
             try:
-                rows += measure(target, proof, backend, None, task, self._progress("parity test", photos))
+                rows += measure(target, proof, backend, None, task, self._progress("parity test"))
             except EngineError as error:
                 if not on_gpu:
                     raise
@@ -222,21 +226,21 @@ class _Job:
                 return (), f"the GPU where it was made does not run it ({error}); `petseg verify` on the device does"
         return tuple(rows), ""
 
-    def _scan(self, source: Artifact, photos: parity.Photos) -> dict[str, Any] | None:
+    def _scan(self, source: Artifact) -> dict[str, Any] | None:
         if importlib.util.find_spec("onnxruntime") is None:
             return None
         self.tell("scanning activations", 0, 0)
-        return scan(source.path.read_bytes(), list(photos.images[:SCANNED]))
+        return scan(source.path.read_bytes(), list(self.photos.images[:SCANNED]))
 
-    def _progress(self, what: str, photos: parity.Photos) -> Callable[[int], None]:
-        return lambda done: self.tell(what, done, len(photos.names))
+    def _progress(self, what: str) -> Callable[[int], None]:
+        return lambda done: self.tell(what, done, len(self.photos.names))
 
 
 def _given(config: ExportConfig, loaded: checkpoint.Checkpoint) -> Artifact | None:
     """The ONNX file that is to be compiled as it is, if one was given.
 
     Raises:
-        ModelError: Not an ONNX file of this checkpoint and precision.
+        ModelError: Not an ONNX file of this checkpoint and precision, or something else is asked than what it is.
     """
     if not isinstance(config, CompiledConfig) or config.onnx is None:
         return None
@@ -248,6 +252,11 @@ def _given(config: ExportConfig, loaded: checkpoint.Checkpoint) -> Artifact | No
         raise ModelError(f"{config.onnx}: exported from another checkpoint than the one given")
     if given.spec.precision not in (config.precision, form.sources.get(config.precision)):
         raise ModelError(f"{config.onnx}: it is {given.spec.precision}, not {config.precision} as asked")
+    standard = type(config)()
+    for name in ("name", "height", "width", "dynamic_size", "batch", "notes"):
+        asked = getattr(config, name)
+        if asked not in (getattr(standard, name), getattr(given.spec, name, None)):
+            raise ModelError(f"{config.onnx}: it is compiled as it is, so {name} {asked!r} cannot be asked for with it")
     return given
 
 

@@ -45,6 +45,7 @@ def _list(context: click.Context, _: click.Parameter, asked: bool) -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of photos.")
 @click.option("--backend", "backends", multiple=True, help="Engine of the parity test; may be repeated.")
 @click.option("--onnx", type=PATH, help="Compile this file, exported from CHECKPOINT before, instead of a new one.")
+@click.option("--int8-data", type=PATH, help="Labelled photos for int8.  [default: those of --data]")
 @click.option("--int8-budget", type=float, metavar="POINTS", help="Largest loss of IoU.  [default: 0.5]")
 @click.option("--int8-photos", type=int, metavar="N", help="Training photos to calibrate on.  [default: 64]")
 @click.option("--int8-judges", type=int, metavar="N", help="Validation photos needed to judge it.  [default: 100]")
@@ -88,18 +89,26 @@ def _settings(format_name: str, options: dict[str, Any]) -> dict[str, Any]:
     fields = {field.name for field in dataclasses.fields(FORMATS[format_name].config)}
     for option, field in {"size": "height", "max_size": "max_size", "gpus": "compute_capabilities"}.items():
         if option in values:
-            values[field] = parse_size(values.pop(option)) if "size" in option else values.pop(option)
+            values[field] = _size(values.pop(option), option) if "size" in option else values.pop(option)
     if "height" in values:
         values["height"], values["width"] = values["height"]
     values["batch"] = _batch(values["batch"])
     if "notes" in values:
         values["notes"] = _notes(values["notes"])
-    int8 = {key: values.pop(f"int8_{key}") for key in ("budget", "photos", "judges") if f"int8_{key}" in values}
+    int8 = {key: values.pop(f"int8_{key}") for key in ("data", "budget", "photos", "judges") if f"int8_{key}" in values}
     values["quantize"] = QuantizeConfig(**int8)
     if odd := values.keys() - fields:
         names = ", ".join("--gpu" if name == "compute_capabilities" else f"--{name.replace('_', '-')}" for name in odd)
         raise click.UsageError(f"{names}: does not apply to --format {format_name}")
     return values
+
+
+def _size(text: str, option: str) -> tuple[int, int]:
+    try:
+        return parse_size(text)
+    except click.BadParameter as error:
+        error.param_hint = f"--{option.replace('_', '-')}"
+        raise
 
 
 def _batch(text: str) -> int:

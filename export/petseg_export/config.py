@@ -28,6 +28,7 @@ class QuantizeConfig:
     """How int8 is chosen.
 
     Attributes:
+        data: Labelled data folder to calibrate and judge on; None: the one of the parity test.
         budget: Largest loss of IoU on the labelled validation photos, in points (hundredths).
         methods: Ways to choose the ranges of activations; the one with the best IoU is kept. Of ``minmax``,
             ``percentile`` and ``entropy``.
@@ -36,6 +37,7 @@ class QuantizeConfig:
         seed: Of the choice of the calibration photos.
     """
 
+    data: Path | None = None
     budget: float = 0.5
     methods: tuple[str, ...] = ("minmax", "percentile", "entropy")
     photos: int = 64
@@ -163,7 +165,8 @@ class TensorRTRTXConfig(TensorRTConfig):
     """A TensorRT for RTX engine; it is finished on the device, and needs no GPU to be built.
 
     Attributes:
-        compute_capabilities: GPUs to build for, such as ``8.9``; empty: all that the library knows.
+        compute_capabilities: GPUs to build for, such as ``8.9``; empty: what the library calls
+            portable, Ampere and later.
     """
 
     compute_capabilities: tuple[str, ...] = ()

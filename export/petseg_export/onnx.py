@@ -23,7 +23,7 @@ from petseg_export.deploy import DeployedUNet
 from petseg_runtime import __version__
 from petseg_runtime.artifact import INPUT, OUTPUT, PROVENANCE_KEY
 from petseg_runtime.errors import CheckpointError, DataError
-from petseg_runtime.spec import SPEC_KEY, ModelSpec
+from petseg_runtime.spec import SPEC_KEY, STRIDE, ModelSpec
 
 __all__ = ["OPSET", "graph_bytes", "metadata_of", "scan", "spec_of"]
 
@@ -35,13 +35,15 @@ OPSET: Final = 20
 
 def graph_bytes(deployed: DeployedUNet, spec: ModelSpec) -> bytes:
     """The deployed network as a serialised ONNX graph without metadata, with the spec's batch and size."""
-    example = torch.zeros(spec.batch or 2, spec.height, spec.width, 3, dtype=torch.uint8)
+    # Traced at 16, a height or width that should stay free would be taken for a constant.
+    height, width = (max(size, 2 * STRIDE) if spec.dynamic_size else size for size in (spec.height, spec.width))
+    example = torch.zeros(spec.batch or 2, height, width, 3, dtype=torch.uint8)
     axes: dict[int, Any] = {}
     if not spec.batch:
         axes[0] = torch.export.Dim("N", min=1, max=4096)
     if spec.dynamic_size:
-        axes[1] = 16 * torch.export.Dim("h", min=1, max=1024)
-        axes[2] = 16 * torch.export.Dim("w", min=1, max=1024)
+        axes[1] = STRIDE * torch.export.Dim("h", min=1, max=1024)
+        axes[2] = STRIDE * torch.export.Dim("w", min=1, max=1024)
     with _quiet():
         program = torch.onnx.export(
             deployed,
@@ -97,18 +99,24 @@ def metadata_of(name: str, loaded: checkpoint.Checkpoint, spec: ModelSpec, confi
         config: Whose notes are added.
 
     Raises:
+        CheckpointError: What the checkpoint says of its training is damaged.
         DataError: The notes would replace what the provenance says by itself.
     """
     meta = loaded.meta
+    try:
+        validation = {k: round(v, 4) for k, v in meta.get("validation", {}).items() if k.startswith("val_")}
+        versions = {**meta.get("versions", {}), "petseg_export": __version__, "onnx": onnx.__version__}
+    except (AttributeError, TypeError) as error:
+        raise CheckpointError(f"what it says of its training is damaged ({error})") from error
     own = {
         "schema_version": 1,
         "checkpoint": name,
         "checkpoint_sha256": loaded.sha256,
         "model": asdict(loaded.model_config),
         "data": meta.get("data", {}),
-        "validation": {k: round(v, 4) for k, v in meta.get("validation", {}).items() if k.startswith("val_")},
+        "validation": validation,
         "training": meta.get("provenance", {}),
-        "versions": {**meta.get("versions", {}), "petseg_export": __version__, "onnx": onnx.__version__},
+        "versions": versions,
     }
     notes = config.notes or {}
     if taken := sorted(own.keys() & notes.keys()):
@@ -132,17 +140,12 @@ def scan(graph: bytes, images: Sequence[U8]) -> dict[str, Any]:
     Raises:
         ModuleNotFoundError: onnxruntime is not installed.
     """
-    import onnxruntime
-
     proto = onnx.shape_inference.infer_shapes(onnx.load_from_string(graph))
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
     inside = [value for value in proto.graph.value_info if value.type.tensor_type.elem_type in floats]
     proto.graph.output.extend(inside)
     names = [value.name for value in inside]
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = _session(proto.SerializeToString())
     batch = session.get_inputs()[0].shape[0]
     bad: dict[str, None] = {}
     largest = 0.0
@@ -154,6 +157,15 @@ def scan(graph: bytes, images: Sequence[U8]) -> dict[str, Any]:
                 bad[name] = None
             largest = max(largest, float(np.abs(value[finite]).max(initial=0)))
     return {"photos": len(images), "tensors": len(names), "non_finite": list(bad), "largest": round(largest, 3)}
+
+
+def _session(graph: bytes) -> Any:
+    import onnxruntime  # the export has no engine of its own: the `cpu` or `gpu` extra brings it
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def _strip(proto: onnx.ModelProto) -> None:

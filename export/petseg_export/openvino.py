@@ -11,6 +11,7 @@ import openvino
 
 from petseg_export.config import ExportConfig
 from petseg_runtime.artifact import Artifact
+from petseg_runtime.engines.base import one_line
 from petseg_runtime.errors import ModelError
 
 __all__ = ["compile_openvino"]
@@ -32,12 +33,16 @@ def compile_openvino(
 
     Raises:
         ModelError: OpenVINO cannot read the graph.
+        OSError: It cannot write the files.
     """
     try:
         model = openvino.Core().read_model(onnx.path)
     except RuntimeError as error:
-        raise ModelError(f"OpenVINO cannot read the graph ({' '.join(str(error).split())[:500]})") from error
-    openvino.save_model(model, output, compress_to_fp16=config.precision == "fp16")
+        raise ModelError(f"OpenVINO cannot read the graph ({one_line(error)})") from error
+    try:
+        openvino.save_model(model, output, compress_to_fp16=config.precision == "fp16")
+    except RuntimeError as error:
+        raise OSError(f"OpenVINO: {one_line(error)}") from error
     return {
         "library": "openvino",
         "version": openvino.__version__.partition("-")[0],

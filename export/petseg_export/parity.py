@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from petseg.metrics import counts, histogram
 from petseg.model import AttentionUNet
 from petseg_runtime import images
 from petseg_runtime.artifact import sample_photos
-from petseg_runtime.errors import DataError
+from petseg_runtime.errors import CheckpointError, DataError
 from petseg_runtime.parity import Proof
 from petseg_runtime.sources import find_photos
 from petseg_runtime.spec import ModelSpec
@@ -77,6 +78,13 @@ class Photos:
     images: U8
     labels: Labels | None
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """How many, and a digest over their names and pixels; JSON values."""
+        digest = hashlib.sha256("\n".join(self.names).encode())
+        digest.update(self.images.tobytes())
+        return {"photos": len(self.names), "sha256": digest.hexdigest()}
+
 
 def choose(data: Path | None, split: str, count: int, seed: int, loaded: Checkpoint) -> list[Pair] | list[Path]:
     """The photos of the parity test: a seeded choice of a labelled split, or of a folder, or all samples that ship.
@@ -88,7 +96,7 @@ def choose(data: Path | None, split: str, count: int, seed: int, loaded: Checkpo
         return sample_photos()[:count]
     if not data.is_dir():
         raise DataError(f"--data {data}: not a folder")
-    if (data / "images").is_dir():
+    if any((folder / "images").is_dir() for folder in (data, data / "oxford-iiit-pet")):  # see petseg.data.locate
         return sample(labelled(data, split, loaded), count, seed)
     found = [item.source for item in find_photos([data])]
     if not found:
@@ -100,11 +108,14 @@ def labelled(data: Path, split: str, loaded: Checkpoint) -> list[Pair]:
     """A labelled split, drawn as it was when the checkpoint was trained: what is val here was not trained on.
 
     Raises:
+        CheckpointError: It does not say how; without a training config at all, the defaults are taken.
         DataError: Not a data folder.
     """
-    config = loaded.meta.get("config", {})
-    of_run = config.get("data", {}) if isinstance(config, dict) else {}
-    fraction, seed = of_run.get("val_fraction", 0.05), of_run.get("split_seed", 0)
+    try:
+        of_run = loaded.meta.get("config", {}).get("data", {})
+        fraction, seed = float(of_run.get("val_fraction", 0.05)), int(of_run.get("split_seed", 0))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"its training config is damaged ({error})") from error
     return find(data, Split(split), val_fraction=fraction, seed=seed)
 
 

@@ -95,8 +95,15 @@ FORMATS: Final = {
 
 
 def format_of(config: ExportConfig) -> tuple[str, Format]:
-    """The format whose config this is."""
-    return next((name, form) for name, form in FORMATS.items() if form.config is type(config))
+    """The format whose config this is.
+
+    Raises:
+        TypeError: It is no format's config.
+    """
+    for name, form in FORMATS.items():
+        if form.config is type(config):
+            return name, form
+    raise TypeError(f"{type(config).__name__} is no format's config: use one of OnnxConfig, OpenVINOConfig, ...")
 
 
 def why_not(form: Format) -> EngineError | MissingExtra | None:
@@ -127,11 +134,20 @@ def check(config: ExportConfig) -> None:
     if error := why_not(form):
         raise type(error)(f"{name}: {error}")
     if config.precision == "int8" and not (isinstance(config, CompiledConfig) and config.onnx):
-        if config.data is None:
+        if (config.quantize.data or config.data) is None:
             raise DataError("int8 is calibrated and judged on labelled photos: give a folder of them with --data")
         if importlib.util.find_spec("onnxruntime") is None:
             raise MissingExtra("int8 is calibrated in onnxruntime, which is not installed: pip install 'petseg[cpu]'")
-    able = {entry.module: entry.extra for entry in ENGINES.values() if name in entry.formats}
-    if name in ("onnx", "openvino") and not any(importlib.util.find_spec(module) for module in able):
-        remedies = " or ".join(f"pip install 'petseg[{extra}]'" for extra in able.values())
+    for backend in config.backends:
+        _check_backend(name, backend)
+
+
+def _check_backend(name: str, backend: str) -> None:
+    """Refuse an engine that cannot run the parity test of a format."""
+    able = {engine: entry for engine, entry in ENGINES.items() if name in entry.formats}
+    if backend != "auto" and backend not in able:
+        raise EngineError(f"{name}: {backend!r} is no engine that runs such files; there are: auto, {', '.join(able)}")
+    entries = list(able.values()) if backend == "auto" else [able[backend]]
+    if name in ("onnx", "openvino") and not any(importlib.util.find_spec(entry.module) for entry in entries):
+        remedies = " or ".join(f"pip install 'petseg[{entry.extra}]'" for entry in entries)
         raise EngineMissing(f"{name}: the parity test needs an engine that runs such files: {remedies}")

@@ -224,7 +224,8 @@ def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("resize", f"{spec['resize']} to {size}, {spec['filter']}, antialiased"),
         ("threshold", f"{spec['threshold']} for masks, {spec['cutout_threshold']} for cutouts"),
     ]
-    lines += [("built for", f"{key}: {_plain(value)}") for key, value in record["environment"].items()]
+    environment = record["environment"].items()  # its lists of layers and messages are for programs
+    lines += [("built for", f"{k}: {_plain(v)}") for k, v in environment if v and k not in ("engine", "messages")]
     lines += [(name.replace("_", " "), str(value)) for name, value in provenance.items() if isinstance(value, str)]
     lines += [
         (name, f"{key}: {_plain(value)}")
@@ -240,7 +241,10 @@ def _parity_lines(record: dict[str, Any]) -> list[tuple[str, str]]:
     lines = []
     for title, receipt in (("parity", record["receipt"]), ("verified here", record["verified"])):
         if rows := receipt.get("rows"):
-            lines += [(title, f"{receipt['kind']}, {receipt['photos']} photos, {row['summary']}") for row in rows]
+            try:
+                lines += [(title, f"{receipt['kind']}, {receipt['photos']} photos, {row['summary']}") for row in rows]
+            except (KeyError, TypeError):
+                lines.append((title, "not a receipt that this version of petseg can read"))
         elif receipt:
             lines.append((title, receipt.get("summary", "")))
     return lines or [("parity", "no receipt: this file was never compared with its checkpoint")]

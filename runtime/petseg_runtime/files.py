@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -37,23 +38,50 @@ def replacing(path: Path) -> Iterator[Path]:
 def staging(path: Path) -> Iterator[Path]:
     """A free folder beside ``path`` for all files that belong to it, under the names they will have.
 
-    At the end they are moved to where ``path`` lies, ``path`` itself last; on any error the folder is removed and
-    nothing has changed.
+    At the end they are moved to where ``path`` lies, ``path`` itself last; on any error, also of a move, the folder is
+    removed and what was there before is there again.
 
     Raises:
         OSError: The folder cannot be made, or the files cannot be moved.
     """
+    missing = [parent for parent in (path.parent, *path.parent.parents) if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.with_name(f".{path.stem[:35]}.{secrets.token_hex(4)}.part")
     folder.mkdir()
     try:
         yield folder
-        if path.is_dir():  # found out before anything is moved
-            raise IsADirectoryError(21, os.strerror(21), str(path))
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
-            file.replace(path.with_name(file.name))
-    finally:
+        files = sorted(folder.iterdir(), key=lambda file: file.name == path.name)
+        _swap([(file, path.with_name(file.name)) for file in files], folder)
+    except BaseException:
         shutil.rmtree(folder)
+        for parent in missing:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                parent.rmdir()
+        raise
+    shutil.rmtree(folder)
+
+
+def _swap(moves: list[tuple[Path, Path]], folder: Path) -> None:
+    """Move each file to its place, or none; what was there waits in ``folder`` until all have arrived."""
+    for _, place in moves:
+        if place.is_dir():  # found out before anything is moved
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(place))
+    with contextlib.ExitStack() as undo:
+        for number, (file, place) in enumerate(moves):
+            if number < len(moves) - 1:  # the last one is there or not, and needs no way back
+                before, occupied = folder / f".{number}.before", os.path.lexists(place)
+                undo.callback(_restore, before, place, occupied)
+                if occupied:
+                    place.replace(before)
+            file.replace(place)
+        undo.pop_all()
+
+
+def _restore(before: Path, place: Path, occupied: bool) -> None:
+    if not occupied:
+        place.unlink(missing_ok=True)
+    elif os.path.lexists(before):
+        before.replace(place)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

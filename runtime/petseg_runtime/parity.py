@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from petseg_runtime.artifact import Artifact
-from petseg_runtime.engines.base import EngineInfo
+from petseg_runtime.engines.base import EngineInfo, one_line
 from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.errors import ModelError, ParityShapes, ParityTolerance
 from petseg_runtime.spec import ModelSpec
@@ -127,7 +126,7 @@ class Proof:
         about["names"] = list(self.names)
         text = np.frombuffer(json.dumps(about).encode(), np.uint8)
         out = io.BytesIO()
-        np.savez_compressed(out, allow_pickle=False, about=text, images=self.images, expected=self.expected)
+        np.savez_compressed(out, about=text, images=self.images, expected=self.expected)
         return out.getvalue()
 
 
@@ -148,15 +147,17 @@ def load_proof(path: Path, spec: ModelSpec, checkpoint_sha256: str) -> Proof:
                 raise ModelError(f"{path}: claims more than {MAX_PROOF} bytes; not a proof that petseg wrote")
         with np.load(path, allow_pickle=False) as arrays:
             about = json.loads(arrays["about"].tobytes())
-            images, expected = arrays["images"], arrays["expected"]
+            images, expected = np.asarray(arrays["images"]), np.asarray(arrays["expected"])
         proof = Proof(tuple(map(str, about["names"])), images, expected, about["checkpoint_sha256"], about["reference"])
         version = about["schema_version"]
+    except ModelError:
+        raise
     except FileNotFoundError as error:
         raise ModelError(
             f"{path}: not there; `petseg export` writes it beside the model, so copy it to the device too"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ModelError(f"{path}: not a proof that petseg wrote, or damaged ({error})") from error
+    except Exception as error:  # whatever numpy, zipfile and its decompressors make of damage
+        raise ModelError(f"{path}: not a proof that petseg wrote, or damaged ({one_line(error)})") from error
     if version != 1:
         raise ModelError(f"{path}: schema_version {version!r}; this version of petseg reads 1: upgrade")
     count, shape = len(proof.names), (spec.height, spec.width)

@@ -67,8 +67,10 @@ class ModelSpec:
         for field, value in (("height", self.height), ("width", self.width)):
             if not isinstance(value, int) or value < STRIDE or value % STRIDE:
                 raise ModelError(f"model {field} is {value!r}; it must be a positive multiple of {STRIDE}")
-        if not isinstance(self.batch, int) or self.batch < 0:
+        if type(self.batch) is not int or self.batch < 0:  # True is an int, too
             raise ModelError(f"model batch is {self.batch!r}; it must be a number of photos, or 0 for any")
+        if not isinstance(self.dynamic_size, bool):
+            raise ModelError(f"model dynamic_size is {self.dynamic_size!r}; it must be true or false")
         if self.precision not in PRECISIONS:
             raise ModelError(
                 f"model precision is {self.precision!r}; this version of petseg knows {', '.join(PRECISIONS)}"

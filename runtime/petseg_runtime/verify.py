@@ -7,13 +7,16 @@ import os
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from petseg_runtime import __version__
+from petseg_runtime import artifact as artifacts
 from petseg_runtime.artifact import Artifact
 from petseg_runtime.errors import OutputError
 from petseg_runtime.files import write_atomic
-from petseg_runtime.parity import Receipt, load_proof, measure, proof_of
+
+if TYPE_CHECKING:
+    from petseg_runtime.parity import Receipt
 
 __all__ = ["save", "sidecar_of", "verified", "verify_artifact"]
 
@@ -44,6 +47,8 @@ def verify_artifact(
         EngineError: The engine cannot be had, or cannot run the file.
         ParityShapes: The outputs' shapes or types are not the contract's.
     """
+    from petseg_runtime.parity import Receipt, load_proof, measure, proof_of  # numpy: `petseg info` needs none
+
     checkpoint = str(artifact.provenance.get("checkpoint_sha256", ""))
     photos = load_proof(proof or proof_of(artifact.path), artifact.spec, checkpoint)
     return Receipt(
@@ -63,13 +68,12 @@ def save(artifact: Artifact, receipt: Receipt, path: Path) -> None:
         OutputError: It cannot be written.
     """
     value = {
-        "schema_version": SCHEMA_VERSION,
-        "identity": artifact.identity,
-        "format": artifact.format,
+        **_this(artifact),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "petseg": __version__,
         "host": {"system": platform.platform(), "machine": platform.machine(), "cores": os.cpu_count()},
         **receipt.as_dict(),
+        "schema_version": SCHEMA_VERSION,
     }
     try:
         write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
@@ -86,9 +90,13 @@ def verified(artifact: Artifact) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         return {"summary": f"{path.name}: cannot be read ({error})"}
-    if not isinstance(value, dict) or (value.get("identity"), value.get("format")) != (
-        artifact.identity,
-        artifact.format,
-    ):
+    if not isinstance(value, dict) or any(value.get(key) != known for key, known in _this(artifact).items()):
         return {"summary": f"{path.name}: of another file; run `petseg verify` again"}
     return value
+
+
+def _this(artifact: Artifact) -> dict[str, Any]:
+    """What tells a file from all others; one that is compiled again has the same identity, but other digests."""
+    compiled = artifact.format != "onnx"
+    files = json.loads(artifacts.sidecar_of(artifact.path).read_text(encoding="utf-8"))["files"] if compiled else {}
+    return {"identity": artifact.identity, "format": artifact.format, "files": files}

@@ -1,10 +1,11 @@
-"""One small trained network, its checkpoint and its exported file, shared by all tests of the export."""
+"""One small trained network, its checkpoint and its exported files, shared by all tests of the export."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from petseg.checkpoint import save_checkpoint
 from petseg.data import Split, find, read_pair
 from petseg.losses import bce_dice
 from petseg.model import AttentionUNet, AttentionUNetConfig, normalize
-from petseg_export import onnx as onnx_export
-from petseg_export import parity
+from petseg_export import ExportConfig, OnnxConfig, OpenVINOConfig, build, export
+from petseg_export.deploy import DeployedUNet
+from petseg_export.onnx import graph_bytes
 from petseg_runtime import images
+from petseg_runtime.parity import Receipt
+from petseg_runtime.spec import ModelSpec
 
 SIZE = 32
 STEPS = 90
@@ -48,7 +53,23 @@ class Trained:
 @dataclass(frozen=True)
 class Exported:
     file: Path
-    receipt: parity.Receipt
+    receipt: Receipt
+
+
+class Tracer:
+    """`graph_bytes` with a memory: tracing takes seconds, and the same weights and size give the same graph."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, bytes] = {}
+
+    def __call__(self, deployed: DeployedUNet, spec: ModelSpec) -> bytes:
+        digest = hashlib.sha256(repr((spec.height, spec.width, spec.dynamic_size, spec.batch)).encode())
+        for name, tensor in deployed.state_dict().items():
+            digest.update(f"{name} {tensor.dtype}".encode() + tensor.numpy().tobytes())
+        key = digest.hexdigest()
+        if key not in self.known:
+            self.known[key] = graph_bytes(deployed, spec)
+        return self.known[key]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -103,18 +124,100 @@ def checkpoint_file(trained: Trained, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
-def exported(checkpoint_file: Path, photos: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """The checkpoint's file. Read only."""
-    file = tmp_path_factory.mktemp("exported") / "small.onnx"
-    return Exported(file, onnx_export.export_onnx(checkpoint_file, file, photos))
+def tracer() -> Tracer:
+    return Tracer()
 
 
 @pytest.fixture
-def known_graph(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """Spares a test the seconds of tracing the network again: `graph_bytes` gives the graph of `exported`."""
-    graph = exported.file.read_bytes()
-    monkeypatch.setattr(onnx_export, "graph_bytes", lambda model, spec: graph)
-    return graph
+def known_graph(tracer: Tracer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares a test the seconds of tracing a network that was traced before in this session."""
+    monkeypatch.setattr(build, "graph_bytes", tracer)
+
+
+#: (config, name of the file) -> the session's checkpoint, exported, with a receipt of 30 photos.
+Make = Callable[[ExportConfig], Exported]
+
+
+@pytest.fixture(scope="session")
+def make_export(
+    checkpoint_file: Path, oxford_root: Path, tracer: Tracer, tmp_path_factory: pytest.TempPathFactory
+) -> Make:
+    def make(config: ExportConfig) -> Exported:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build, "graph_bytes", tracer)
+            done = export(checkpoint_file, config)
+        return Exported(done.path, done.receipt)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def exported(make_export: Make, oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The checkpoint as ONNX in fp32, and a receipt of 30 photos without labels. Read only."""
+    file = tmp_path_factory.mktemp("exported") / "small.onnx"
+    return make_export(OnnxConfig(output=file, data=oxford_root / "images"))
+
+
+@pytest.fixture(scope="session")
+def exported_half(make_export: Make, oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The same in fp16. Read only."""
+    file = tmp_path_factory.mktemp("exported_half") / "small.onnx"
+    return make_export(OnnxConfig(output=file, data=oxford_root / "images", precision="fp16"))
+
+
+@pytest.fixture(scope="session")
+def exported_any(make_export: Make, oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The same in fp32, for any batch and size. Read only."""
+    file = tmp_path_factory.mktemp("exported_any") / "small.onnx"
+    return make_export(OnnxConfig(output=file, data=oxford_root / "images", dynamic_size=True))
+
+
+@pytest.fixture(scope="session")
+def exported_ir(make_export: Make, oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The same as an OpenVINO IR in fp32, of 16 photos. Copy the folder before spoiling it."""
+    file = tmp_path_factory.mktemp("exported_ir") / "small.xml"
+    return make_export(OpenVINOConfig(output=file, data=oxford_root / "images", photos=16))
+
+
+@pytest.fixture(scope="session")
+def random_network() -> Callable[..., AttentionUNet]:
+    """Networks with random weights; see :func:`make_random`."""
+    return make_random
+
+
+def make_random(seed: int, width: int = 4, size: int = 32) -> AttentionUNet:
+    """Random weights, BatchNorms as after much training, and a head under which probabilities spread over 0..1."""
+    torch.manual_seed(seed)
+    model = AttentionUNet(AttentionUNetConfig(width=width)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 2.0)
+            nn.init.normal_(module.bias, 0, 0.5)
+            nn.init.normal_(module.running_mean, 0, 0.5)
+            nn.init.uniform_(module.running_var, 0.2, 3.0)
+        elif isinstance(module, nn.Conv2d) and module.bias is not None:
+            nn.init.normal_(module.bias, 0, 0.3)
+    with torch.no_grad():
+        logits = model(normalize(torch.from_numpy(draw_images(4, size, size, seed))))
+        scale = 2 / logits.std()
+        model.head.weight.mul_(scale)
+        model.head.bias.copy_((model.head.bias - logits.mean()) * scale)
+    return model
+
+
+@pytest.fixture(scope="session")
+def random_images() -> Callable[..., np.ndarray]:
+    """Images on which no network's output is constant; see :func:`draw_images`."""
+    return draw_images
+
+
+def draw_images(count: int, height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Smooth colour fields with noise, uint8 [count, height, width, 3]."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    waves = [np.sin(6 * (a * x + b * y) + c) for a, b, c in rng.uniform(-2, 2, (count * 3, 3))]  # each [H, W] in -1..1
+    fields = np.stack(waves).reshape(count, 3, height, width).transpose(0, 2, 3, 1)
+    return np.clip(127 + 100 * fields + rng.normal(0, 20, fields.shape), 0, 255).astype(np.uint8)
 
 
 @pytest.fixture

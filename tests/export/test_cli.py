@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from petseg.cli import run
-from petseg_export import cli as export_cli
-from petseg_export import parity
+from petseg_export import registry
+from petseg_runtime import parity
 from petseg_runtime.artifact import open_artifact, sample_photos
+from petseg_runtime.onnx_metadata import with_metadata
+
+COMMAND = [sys.executable, "-m", "petseg.cli", "export"]
 
 
 @pytest.fixture
@@ -23,68 +29,213 @@ def checkpoint(checkpoint_file: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(checkpoint_file, tmp_path / "best.safetensors"))
 
 
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
 def test_the_file_lies_beside_the_checkpoint_and_people_are_told(
-    checkpoint: Path, known_graph: bytes, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, known_graph: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["export", str(checkpoint)]) == 0
     file = checkpoint.with_suffix(".onnx")
+    proof = file.with_name("best.onnx.parity.npz")
     out, err = capsys.readouterr()
-    first, second = out.splitlines()
-    assert first == f"{file} ({file.stat().st_size / 1e6:.1f} MB)"
-    assert second == f"parity {open_artifact(file).receipt['summary']}"
-    assert f"passed (smoke, {len(sample_photos())} photos, f32" in second
+    assert out.splitlines() == [
+        f"{file} ({file.stat().st_size / 1e6:.1f} MB)",
+        f"{proof} ({proof.stat().st_size / 1e6:.1f} MB)",
+        f"parity smoke, {len(sample_photos())} photos",
+        f"  {open_artifact(file).receipt['rows'][0]['summary']}",
+    ]
+    assert "  passed, f32 in onnxruntime" in out
     assert not err
-    assert {path.name for path in checkpoint.parent.iterdir()} == {"best.safetensors", "best.onnx"}
+    assert names(checkpoint.parent) == {"best.safetensors", file.name, proof.name}
 
 
 def test_json_is_the_receipt_and_nothing_else(
-    checkpoint: Path, known_graph: bytes, tmp_path: Path, oxford_root: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, known_graph: None, tmp_path: Path, oxford_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "new" / "model.onnx"
     args = ["export", str(checkpoint), "-o", str(output), "--name", "mine", "--data", str(oxford_root), "--json"]
-    assert run(args) == 0
+    assert run([*args, "--split", "test"]) == 0
     out, err = capsys.readouterr()
     printed = json.loads(out)
     artifact = open_artifact(output)
     assert printed.pop("file") == str(output)
+    assert printed.pop("files") == [str(output), f"{output}.parity.npz"]
     assert printed == artifact.receipt
-    assert (printed["photos"], printed["kind"], printed["passed"]) == (30, "full", True)
+    assert (printed["photos"], printed["kind"], printed["passed"]) == (6, "smoke", True)
+    assert printed["rows"][0]["task"]["photos"] == 6
     assert artifact.spec.name == "mine"
     assert not err
 
 
-def test_quiet_says_nothing(checkpoint: Path, known_graph: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_says_nothing(checkpoint: Path, known_graph: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["export", str(checkpoint), "-q", "--photos", "1"]) == 0
     assert capsys.readouterr() == ("", "")
     assert open_artifact(checkpoint.with_suffix(".onnx")).receipt["photos"] == 1
 
 
-def test_notes_and_size_reach_the_file(checkpoint: Path, notes_file: Path, photos: list[Path]) -> None:
-    args = ["export", str(checkpoint), "--size", "16x32", "--notes", str(notes_file), "--photos", "2"]
-    assert run([*args, "--data", str(photos[0].parent)]) == 0
+def test_every_option_reaches_the_file(
+    checkpoint: Path, notes_file: Path, photos: list[Path], known_graph: None
+) -> None:
+    args = ["export", str(checkpoint), "--size", "16x32", "--notes", str(notes_file), "--photos", "2", "--batch", "3"]
+    assert run([*args, "--data", str(photos[0].parent), "--precision", "fp16", "--seed", "5"]) == 0
     artifact = open_artifact(checkpoint.with_suffix(".onnx"))
-    assert (artifact.spec.height, artifact.spec.width) == (16, 32)
+    spec = artifact.spec
+    assert (spec.height, spec.width, spec.batch, spec.precision, spec.dynamic_size) == (16, 32, 3, "fp16", False)
     assert artifact.provenance["measured"] == {"iou": 0.9}
     assert artifact.receipt["photos"] == 2
 
 
-def test_a_choice_of_photos_is_the_same_for_the_same_seed(photos: list[Path]) -> None:
-    folder = photos[0].parent
-    chosen = export_cli._photos(folder, 5, seed=0)
-    assert len(set(chosen)) == 5
-    assert set(chosen) <= set(photos)
-    assert chosen == export_cli._photos(folder.parent, 5, seed=0), "a data set's images/ folder is found"
-    assert chosen != export_cli._photos(folder, 5, seed=1)
-    assert export_cli._photos(folder, 200, seed=0) == photos
+def test_an_ir_from_an_onnx_file_in_two_steps(
+    checkpoint: Path, known_graph: None, tmp_path: Path, oxford_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--data", str(oxford_root / "images")]
+    assert run(["export", str(checkpoint), *data, "--backend", "onnxruntime", "--backend", "openvino"]) == 0
+    onnx_file = checkpoint.with_suffix(".onnx")
+    assert len(open_artifact(onnx_file).receipt["rows"]) >= 2
+    capsys.readouterr()
+    args = ["export", str(checkpoint), "--format", "openvino", "--onnx", str(onnx_file), "--precision", "fp16", *data]
+    assert run(args) == 0
+    out = capsys.readouterr().out
+    files = [checkpoint.with_name(f"best{end}") for end in (".xml", ".bin", ".xml.json", ".xml.parity.npz")]
+    assert [line.rpartition(" (")[0] for line in out.splitlines()[:4]] == [str(file) for file in files]
+    assert "parity full, 30 photos" in out
+    assert open_artifact(files[0]).spec.precision == "fp16"
+    assert run(["verify", str(files[0]), "-q"]) == 0
 
 
-def test_a_real_process_exports_a_file(checkpoint: Path, photos: list[Path]) -> None:
-    command = [sys.executable, "-m", "petseg.cli", "export", str(checkpoint), "--data", str(photos[0].parent), "--json"]
+# ------------------------------------------------------------------------------------------------ real processes
+
+
+def test_a_real_process_exports_the_very_same_graph(
+    checkpoint_file: Path, tmp_path: Path, photos: list[Path], exported: Any
+) -> None:
+    """So whoever has the checkpoint can check a file that was given to them. And it is silent."""
+    output = tmp_path / "out.onnx"
+    command = [*COMMAND, str(checkpoint_file), "-o", str(output), "--data", str(photos[0].parent), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["passed"] is True
     assert not done.stderr, "neither the exporter's warnings nor its progress"
-    assert open_artifact(checkpoint.with_suffix(".onnx")).receipt["photos"] == 30
+    first, second = open_artifact(exported.file), open_artifact(output)
+    assert second.receipt["photos"] == 30
+    assert second.identity == first.identity
+    assert with_metadata(output.read_bytes(), first.onnx.metadata) == exported.file.read_bytes()
+
+
+def test_ctrl_c_in_the_middle_leaves_nothing(checkpoint: Path) -> None:
+    before = b"the file of an earlier export"
+    checkpoint.with_suffix(".xml").write_bytes(before)
+    here = names(checkpoint.parent)
+    command = [*COMMAND, str(checkpoint), "--format", "openvino"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        patience = time.monotonic() + 120
+        while names(checkpoint.parent) == here and process.poll() is None and time.monotonic() < patience:
+            time.sleep(0.02)
+        assert process.poll() is None, "it works in a folder of its own, which has appeared"
+        time.sleep(0.3)  # it is tracing, which takes seconds
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    # Python dies of the signal instead if it came in the middle of an `exec` (a dataclass in an import, say): 130 in
+    # a shell, too.
+    assert process.returncode in (130, -signal.SIGINT)
+    assert (out, err.strip()) == ("", "petseg: interrupted")
+    assert names(checkpoint.parent) == here
+    assert checkpoint.with_suffix(".xml").read_bytes() == before
+
+
+#: Many command lines in one process, and the heavy packages that are imported by the end of each.
+MANY = """
+import json, sys
+from petseg.cli import run
+for args in json.loads(sys.argv[1]):
+    print(json.dumps(args), file=sys.stderr)
+    code = run(args)
+    heavy = {"torch", "onnx", "onnxscript", "onnxruntime", "openvino", "tensorrt_rtx"} & set(sys.modules)
+    print(f"CODE {code} {sorted(heavy)}", file=sys.stderr)
+"""
+
+REFUSED: list[tuple[list[str], int, str]] = [
+    (["--size", "33"], 4, "height is 33; it must be a positive multiple of 16"),
+    (["--size", "0"], 4, "height is 0"),
+    (["--size", "16x24"], 4, "width is 24"),
+    (["--dynamic-size", "--size", "20"], 4, "height is 20"),
+    (["--batch", "0"], 2, "'0': a number of photos is expected, or 'dynamic'"),
+    (["--batch", "-1"], 2, "'-1': a number of photos is expected"),
+    (["--batch", "x"], 2, "'x': a number of photos is expected"),
+    (["--batch", "2.5"], 2, "--batch"),
+    (["--batch", "³"], 2, "--batch"),
+    (["--max-batch", "8"], 2, "--max-batch: does not apply to --format onnx"),
+    (["--max-size", "64"], 2, "--max-size: does not apply to --format onnx"),
+    (["--gpu", "8.9"], 2, "--gpu: does not apply to --format onnx"),
+    (["--timing-cache", "t"], 2, "--timing-cache: does not apply to --format onnx"),
+    (["--onnx", "m.onnx"], 2, "--onnx: does not apply to --format onnx"),
+    (["--format", "openvino", "--max-batch", "8"], 2, "--max-batch: does not apply to --format openvino"),
+    (["--format", "trt", "--gpu", "8.9"], 2, "--gpu: does not apply to --format trt"),
+    (["--format", "trt-rtx", "--max-batch", "0"], 4, "max_batch is 0"),
+    (["--precision", "int8"], 8, "labelled photos: give a folder of them with --data"),
+    (["--precision", "bf16"], 2, "--precision"),
+    (["--int8-budget", "-1"], 8, "budget of int8 is -1.0"),
+    (["--backend", "nonsense"], 5, "'nonsense' is no engine that runs such files; there are: auto, onnxruntime"),
+    (["--backend", "tensorrt"], 5, "onnx: 'tensorrt' is no engine"),
+    (["--split", "train"], 2, "--split"),
+]
+
+
+def test_what_cannot_be_done_is_refused_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    """The checkpoint is not there at all: it is not looked at, either."""
+    lines = [["export", str(tmp_path / "none.safetensors"), *options] for options, _, _ in REFUSED]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", MANY, json.dumps(lines)], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout
+    told = done.stderr.split("\nCODE ")
+    assert len(told) == len(REFUSED) + 1
+    for (options, code, part), message, after in zip(REFUSED, told, told[1:], strict=False):
+        assert part in " ".join(message.split()), options
+        assert after.startswith(f"{code} []"), options
+        assert "Traceback" not in message
+    assert not list(tmp_path.iterdir())
+
+
+LIST = """
+import sys
+from petseg.cli import run
+code = run(["export", "--list"])
+heavy = {"torch", "onnx", "onnxscript", "onnxruntime", "openvino", "tensorrt_rtx"} & set(sys.modules)
+assert not heavy, heavy
+sys.exit(code)
+"""
+
+
+def test_the_list_of_formats_needs_neither_torch_nor_a_checkpoint() -> None:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", LIST], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    for name, form in registry.FORMATS.items():
+        assert name in done.stdout
+        assert form.help in done.stdout
+        assert form.proven in done.stdout
+    assert done.stdout.count("available here") >= 1, "at least ONNX"
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_the_list_says_what_is_missing_here(
+    gpus: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: object() if name != "openvino" else None)
+    monkeypatch.setattr(registry, "nvidia_gpus", lambda: gpus)
+    assert run(["export", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    verdicts = {lines[i].split()[0]: lines[i + 2].strip() for i in range(0, len(lines), 3)}
+    assert list(verdicts) == list(registry.FORMATS)
+    assert verdicts["onnx"] == verdicts["trt-rtx"] == "available here"
+    assert verdicts["openvino"] == "not here: openvino is not installed: pip install 'petseg[openvino]'"
+    assert verdicts["trt"].startswith("available" if gpus else "not here: no NVIDIA GPU")
+
+
+# ------------------------------------------------------------------------------------------------ failures
 
 
 def failed(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -96,12 +247,28 @@ def failed(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, st
     return code, err
 
 
+def test_tensorrt_without_its_package_or_without_a_gpu(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["export", str(checkpoint), "--format", "trt"]
+    monkeypatch.setattr(registry, "nvidia_gpus", lambda: 0)
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: object() if name != "tensorrt" else None)
+    code, message = failed(args, capsys)
+    assert (code, message) == (7, "petseg: trt: tensorrt is not installed: pip install 'petseg[trt]'\n")
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: object())
+    code, message = failed(args, capsys)
+    assert code == 5
+    assert message.startswith("petseg: trt: no NVIDIA GPU here")
+    assert "export to ONNX here" in message
+    assert names(checkpoint.parent) == {"best.safetensors"}
+
+
 def test_a_truncated_checkpoint_is_a_bad_model_file(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
     code, message = failed(["export", str(checkpoint)], capsys)
     assert code == 4
     assert message.startswith(f"petseg: {checkpoint}: not a readable safetensors checkpoint")
-    assert [path.name for path in checkpoint.parent.iterdir()] == ["best.safetensors"]
+    assert names(checkpoint.parent) == {"best.safetensors"}
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,9 +277,10 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_folder_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, message = failed(["export", str(tmp_path)], capsys)
+    code, message = failed(["export", str(tmp_path), "-o", str(tmp_path / "out.onnx")], capsys)
     assert code == 4
     assert str(tmp_path) in message
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("data", ["empty", "nowhere", "notes.json"])
@@ -123,16 +291,16 @@ def test_data_without_photos_is_a_bad_data_set(
     code, message = failed(["export", str(checkpoint), "--data", str(tmp_path / data)], capsys)
     assert code == 8
     assert f"--data {tmp_path / data}" in message
-    assert not checkpoint.with_suffix(".onnx").exists()
+    assert names(tmp_path) == {"best.safetensors", "notes.json", "empty"}
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", None])
+@pytest.mark.parametrize("text", ["[1]", "{", "\udcff", None])
 def test_notes_that_are_no_json_object_are_refused(
     checkpoint: Path, tmp_path: Path, text: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     notes = tmp_path / "n.json"
     if text is not None:
-        notes.write_text(text)
+        notes.write_bytes(text.encode(errors="surrogateescape"))
     code, message = failed(["export", str(checkpoint), "--notes", str(notes)], capsys)
     assert code == 8
     assert f"--notes {notes}" in message
@@ -148,6 +316,7 @@ def test_notes_that_are_no_json_object_are_refused(
         ["--size", "-16"],
         ["--size", "3²"],
         ["--photos", "0"],
+        ["--max-size", "big", "--format", "trt-rtx"],
         ["--no-such-option"],
     ],
 )
@@ -157,32 +326,40 @@ def test_a_wrong_command_line_is_exit_code_2(
     code, message = failed(["export", str(checkpoint), *options], capsys)
     assert code == 2
     assert options[0] in message
-    assert not checkpoint.with_suffix(".onnx").exists()
-
-
-@pytest.mark.parametrize("size", ["33", "0", "16x24"])
-def test_a_size_that_is_no_multiple_of_16_is_refused(
-    checkpoint: Path, size: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, message = failed(["export", str(checkpoint), "--size", size], capsys)
-    assert code == 4
-    assert "multiple of 16" in message
+    assert names(checkpoint.parent) == {"best.safetensors"}
 
 
 def test_a_failed_receipt_is_exit_code_10(
-    checkpoint: Path, known_graph: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    strict: Any = parity.Tolerance(max_difference=-1, min_mask_iou=0.999)
+    strict = parity.Tolerance(max_difference=-1, min_mask_iou=0.999)
     monkeypatch.setitem(parity.TOLERANCES, "f32", strict)
     code, message = failed(["export", str(checkpoint)], capsys)
     assert code == 10
     assert "FAILED" in message
-    assert [path.name for path in checkpoint.parent.iterdir()] == ["best.safetensors"]
+    assert "allowed -1/255" in message
+    assert names(checkpoint.parent) == {"best.safetensors"}
 
 
 def test_an_output_that_cannot_be_written_is_exit_code_6(
-    checkpoint: Path, known_graph: bytes, notes_file: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, known_graph: None, notes_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, message = failed(["export", str(checkpoint), "-o", str(notes_file / "x.onnx")], capsys)
     assert code == 6
     assert str(notes_file / "x.onnx") in message
+
+
+def test_an_output_with_another_suffix_is_exit_code_6(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["export", str(checkpoint), "-o", str(checkpoint.with_name("model.pt"))]
+    assert failed(args, capsys) == (6, f"petseg: {checkpoint.with_name('model.pt')}: onnx files end in .onnx\n")
+
+
+def test_an_onnx_file_that_does_not_fit_is_exit_code_4(
+    checkpoint: Path, exported_half: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["export", str(checkpoint), "--format", "openvino", "--onnx"]
+    code, message = failed([*args, str(exported_half.file)], capsys)
+    assert (code, "it is fp16, not fp32 as asked" in message) == (4, True)
+    onnx.save(onnx.load(exported_half.file), tmp_path / "copy.onnx")
+    code, message = failed([*args, str(tmp_path / "none.onnx")], capsys)
+    assert (code, "none.onnx: no such file" in message) == (4, True)

@@ -1,51 +1,31 @@
-"""The deployed network against normalisation, network and sigmoid done by hand."""
+"""The deployed network against normalisation, network and sigmoid done by hand; which layers float16 may hold."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from petseg.model import AttentionUNet, AttentionUNetConfig
-from petseg_export.deploy import DeployedUNet, fold_batchnorm
+from petseg.model import AttentionUNet
+from petseg_export.deploy import HALF_LIMIT, DeployedUNet, TypedConv, activation_peaks, fold_batchnorm
+
+Make = Callable[..., AttentionUNet]
+Draw = Callable[..., np.ndarray]
 
 
-def random_images(count: int, height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Smooth colour fields with noise: inputs on which the output is not constant."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width] / max(height, width)
-    waves = [np.sin(6 * (a * x + b * y) + c) for a, b, c in rng.uniform(-2, 2, (count * 3, 3))]  # each [H, W] in -1..1
-    fields = np.stack(waves).reshape(count, 3, height, width).transpose(0, 2, 3, 1)
-    return np.clip(127 + 100 * fields + rng.normal(0, 20, fields.shape), 0, 255).astype(np.uint8)
+@pytest.fixture
+def make(random_network: Make) -> Make:
+    return random_network
 
 
 def by_hand(image: np.ndarray) -> torch.Tensor:
     """ImageNet normalisation in float64, [N, H, W, 3] to [N, 3, H, W]."""
     scaled = (image.astype(np.float64) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     return torch.from_numpy(scaled.transpose(0, 3, 1, 2).astype(np.float32))
-
-
-def make(seed: int, width: int = 4) -> AttentionUNet:
-    """Random weights, BatchNorms as after much training, and a head under which probabilities spread over 0..1."""
-    torch.manual_seed(seed)
-    model = AttentionUNet(AttentionUNetConfig(width=width)).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 2.0)
-            nn.init.normal_(module.bias, 0, 0.5)
-            nn.init.normal_(module.running_mean, 0, 0.5)
-            nn.init.uniform_(module.running_var, 0.2, 3.0)
-        elif isinstance(module, nn.Conv2d) and module.bias is not None:
-            nn.init.normal_(module.bias, 0, 0.3)
-    with torch.no_grad():
-        logits = model(by_hand(random_images(4, 32, 32, seed)))
-        scale = 2 / logits.std()
-        model.head.weight.mul_(scale)
-        model.head.bias.copy_((model.head.bias - logits.mean()) * scale)
-    return model
 
 
 def expected(model: AttentionUNet, image: np.ndarray) -> np.ndarray:
@@ -61,7 +41,9 @@ def deployed(model: AttentionUNet, image: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (16, 48)])
-def test_the_deployed_network_is_normalisation_network_and_sigmoid(seed: int, height: int, width: int) -> None:
+def test_the_deployed_network_is_normalisation_network_and_sigmoid(
+    seed: int, height: int, width: int, make: Make, random_images: Draw
+) -> None:
     model, image = make(seed), random_images(3, height, width, seed)
     want, got = expected(model, image), deployed(model, image)
     assert len(np.unique(want)) > 50, "a flat output would prove nothing"
@@ -70,13 +52,13 @@ def test_the_deployed_network_is_normalisation_network_and_sigmoid(seed: int, he
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_the_output_is_one_byte_for_each_pixel_whatever_the_batch(count: int) -> None:
+def test_the_output_is_one_byte_for_each_pixel_whatever_the_batch(count: int, make: Make, random_images: Draw) -> None:
     got = deployed(make(0), random_images(count, 16, 32))
     assert got.dtype == np.uint8
     assert got.shape == (count, 16, 32)
 
 
-def test_an_image_gets_the_same_answer_alone_and_in_a_batch() -> None:
+def test_an_image_gets_the_same_answer_alone_and_in_a_batch(make: Make, random_images: Draw) -> None:
     model, image = make(1), random_images(5, 32, 32)
     alone = np.concatenate([deployed(model, image[i : i + 1]) for i in range(5)])
     together = deployed(model, image)
@@ -84,7 +66,7 @@ def test_an_image_gets_the_same_answer_alone_and_in_a_batch() -> None:
     assert (np.abs(together[0].astype(int) - together[1]) > 1).any(), "the images themselves differ"
 
 
-def test_the_extremes_of_probability_are_reached_and_do_not_wrap_around() -> None:
+def test_the_extremes_of_probability_are_reached_and_do_not_wrap_around(make: Make, random_images: Draw) -> None:
     model, image = make(2), random_images(1, 16, 16)
     nn.init.zeros_(model.head.weight)
     for bias, value in ((100.0, 255), (-100.0, 0)):
@@ -92,21 +74,21 @@ def test_the_extremes_of_probability_are_reached_and_do_not_wrap_around() -> Non
         assert (deployed(model, image) == value).all()
 
 
-def test_the_input_stays_as_it_was() -> None:
+def test_the_input_stays_as_it_was(make: Make, random_images: Draw) -> None:
     image = random_images(2, 16, 16)
     before = image.copy()
     deployed(make(0), image)
     assert (image == before).all()
 
 
-def test_no_batchnorm_is_left_after_folding() -> None:
+def test_no_batchnorm_is_left_after_folding(make: Make) -> None:
     model = make(0)
     assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     assert not any(isinstance(m, nn.BatchNorm2d) for m in DeployedUNet(model).modules())
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_folding_changes_no_logit_by_more_than_rounding(seed: int) -> None:
+def test_folding_changes_no_logit_by_more_than_rounding(seed: int, make: Make, random_images: Draw) -> None:
     model = make(seed, width=6)
     x = by_hand(random_images(2, 32, 32, seed))
     with torch.no_grad():
@@ -115,7 +97,7 @@ def test_folding_changes_no_logit_by_more_than_rounding(seed: int) -> None:
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
-def test_folding_leaves_the_original_alone() -> None:
+def test_folding_leaves_the_original_alone(make: Make, random_images: Draw) -> None:
     model = make(0).train()
     before = copy.deepcopy(model.state_dict())
     folded = fold_batchnorm(model)
@@ -129,7 +111,7 @@ def test_folding_leaves_the_original_alone() -> None:
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_a_network_in_training_mode_is_deployed_in_evaluation_mode() -> None:
+def test_a_network_in_training_mode_is_deployed_in_evaluation_mode(make: Make, random_images: Draw) -> None:
     model, image = make(3), random_images(2, 32, 32)
     want = expected(model, image)
     got = deployed(model.train(), image)
@@ -137,6 +119,67 @@ def test_a_network_in_training_mode_is_deployed_in_evaluation_mode() -> None:
     assert not DeployedUNet(model).training
 
 
-def test_a_size_that_the_network_cannot_halve_four_times_is_refused() -> None:
+def test_a_size_that_the_network_cannot_halve_four_times_is_refused(make: Make, random_images: Draw) -> None:
     with pytest.raises(ValueError, match="multiples of 16"):
         deployed(make(0), random_images(1, 24, 32))
+
+
+# ------------------------------------------------------------------------------------------------ float16
+
+
+def test_peaks_are_what_hooks_on_the_network_itself_see(make: Make, random_images: Draw) -> None:
+    """By hand, on one layer: its folded weights and bias, what goes in and what comes out, over all photos."""
+    model, image = make(4), random_images(3, 32, 32)
+    peaks = activation_peaks(model, image)
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    assert list(peaks) == convolutions
+    folded = fold_batchnorm(model)
+    with torch.no_grad():
+        inside = folded.down1(by_hand(image))
+        out = folded.down2[0](nn.functional.max_pool2d(inside, 2))
+    seen = (inside, out, folded.down2[0].weight, folded.down2[0].bias)
+    assert peaks["down2.0"] == pytest.approx(max(float(tensor.detach().abs().max()) for tensor in seen), rel=1e-5)
+    alone = [activation_peaks(model, image[i : i + 1]) for i in range(3)]
+    assert peaks == {name: pytest.approx(max(each[name] for each in alone)) for name in convolutions}
+
+
+def test_without_photos_the_weights_alone_are_the_peaks(make: Make) -> None:
+    model = make(4)
+    folded = fold_batchnorm(model)
+    peaks = activation_peaks(model, [])
+    assert peaks["head"] == max(float(p.detach().abs().max()) for p in folded.head.parameters())
+
+
+def test_looking_for_peaks_leaves_the_network_alone(make: Make, random_images: Draw) -> None:
+    model = make(4).train()
+    before = copy.deepcopy(model.state_dict())
+    activation_peaks(model, random_images(1, 16, 16))
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_chosen_layers_are_float16_and_the_others_and_the_edges_float32(make: Make, random_images: Draw) -> None:
+    model, image = make(5), random_images(2, 32, 32)
+    names = list(activation_peaks(model, []))
+    half = set(names) - {"down1.0", "up2.project", "up2.gate.psi.0"}
+    network = DeployedUNet(model, half)
+    found = {n: m.conv.weight.dtype for n, m in network.network.named_modules() if isinstance(m, TypedConv)}
+    assert found == {name: torch.float16 if name in half else torch.float32 for name in names}
+    assert network.scale.dtype == network.offset.dtype == torch.float32
+    with torch.no_grad():
+        got = network(torch.from_numpy(image)).numpy()
+    want = expected(model, image)
+    assert len(np.unique(want)) > 50
+    assert np.percentile(np.abs(got - want), 99) <= 4
+    assert np.abs(got - want).max() > 0, "float16 does round"
+
+
+def test_no_chosen_layer_is_the_network_in_float32(make: Make) -> None:
+    network = DeployedUNet(make(5))
+    assert not any(isinstance(module, TypedConv) for module in network.modules())
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+
+
+def test_the_limit_leaves_room_for_what_the_scan_did_not_see() -> None:
+    assert torch.finfo(torch.float16).max / 16 < HALF_LIMIT < torch.finfo(torch.float16).max / 4

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import matplotlib
 import numpy as np
 import pytest
@@ -25,7 +24,6 @@ from PIL import Image
 from petseg import checkpoint as checkpoints
 from petseg import train as training
 from petseg.cli import run
-from petseg.commands import parse_size
 from petseg.data import Split, find
 from petseg.evaluate import evaluate, open_model
 from petseg_runtime.errors import TrainingError
@@ -225,19 +223,6 @@ def test_data_and_output_are_required(capsys: pytest.CaptureFixture[str]) -> Non
     code, message = failed(["train"], capsys)
     assert code == 2
     assert "--data" in message
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("192", (192, 192)), ("192x256", (192, 256)), ("64X32", (64, 32)), ("0", (0, 0))]
-)
-def test_a_size_is_height_by_width(text: str, size: tuple[int, int]) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "x", "32x", "x32", "32x32x3", "-32", "3.5", "32 px", "3²"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(click.BadParameter):
-        parse_size(text)
 
 
 class Seen(Exception):

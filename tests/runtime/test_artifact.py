@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,18 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
-from petseg_runtime.artifact import PROVENANCE_KEY, RECEIPT_KEY, default_model, open_artifact, sample_photos
+from petseg_runtime import artifact as artifacts
+from petseg_runtime.artifact import (
+    COMPILED,
+    PROVENANCE_KEY,
+    RECEIPT_KEY,
+    Artifact,
+    default_model,
+    open_artifact,
+    sample_photos,
+    sidecar_of,
+    sidecar_text,
+)
 from petseg_runtime.errors import ModelError
 from petseg_runtime.spec import SPEC_KEY, ModelSpec
 
@@ -62,8 +74,11 @@ def test_what_was_written_into_a_file_is_read_back(make: Make) -> None:
     assert artifact.spec == SPEC
     assert artifact.provenance == {"data": "pets"}
     assert artifact.receipt == {"passed": True}
+    assert artifact.onnx is not None
     assert artifact.onnx.opset == 20
-    assert artifact.onnx.size == path.stat().st_size
+    assert artifact.onnx.size == artifact.size == path.stat().st_size
+    assert artifact.onnx.identity == artifact.identity
+    assert (artifact.format, artifact.environment) == ("onnx", {})
 
 
 def test_provenance_and_receipt_may_be_absent(make: Make) -> None:
@@ -147,6 +162,69 @@ def test_a_spec_of_another_size_than_the_graph_is_refused(make: Make) -> None:
     assert "[N, 16, 48, 3] is expected" in refused(make(spec=spec_with(width=48)))
 
 
+def free(*dimensions: int | str) -> dict[str, Tensors]:
+    """The contract's tensors, with these for N, H and W."""
+    return {"inputs": [(*IMAGE[:2], [*dimensions, 3])], "outputs": [(*PROBABILITY[:2], [*dimensions])]}
+
+
+FREE, BATCH, BOTH = {"dynamic_size": True}, {"batch": 3}, {"dynamic_size": True, "batch": 3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "graph"),
+    [({}, ("N", 16, 32)), (FREE, ("N", "H", "W")), (BATCH, (3, 16, 32)), (BOTH, (3, "H", "W"))],
+    ids=str,
+)
+def test_a_graph_may_leave_free_what_its_spec_leaves_free(
+    make: Make, changes: dict[str, Any], graph: tuple[int | str, ...]
+) -> None:
+    spec = open_artifact(make(spec=spec_with(**changes), **free(*graph))).spec
+    assert spec == dataclasses.replace(SPEC, **changes)
+
+
+@pytest.mark.parametrize("names", [("batch", "height", "width"), ("s0", "16*h", "16*w"), ("", "", "")])
+def test_what_is_free_may_have_any_name(make: Make, names: tuple[str, ...]) -> None:
+    assert open_artifact(make(spec=spec_with(dynamic_size=True), **free(*names))).spec.dynamic_size
+
+
+@pytest.mark.parametrize(
+    ("changes", "graph", "expected"),
+    [
+        ({}, ("N", "H", "W"), "[N, 16, 32, 3]"),
+        ({}, ("N", 16, "W"), "[N, 16, 32, 3]"),
+        ({}, ("N", "H", 32), "[N, 16, 32, 3]"),
+        ({}, (1, 16, 32), "[N, 16, 32, 3]"),
+        ({}, (3, 16, 32), "[N, 16, 32, 3]"),
+        (FREE, ("N", 16, 32), "[N, H, W, 3]"),
+        (FREE, ("N", "H", 32), "[N, H, W, 3]"),
+        (FREE, ("N", 16, "W"), "[N, H, W, 3]"),
+        (FREE, (1, "H", "W"), "[N, H, W, 3]"),
+        (BATCH, ("N", 16, 32), "[3, 16, 32, 3]"),
+        (BATCH, (1, 16, 32), "[3, 16, 32, 3]"),
+        (BATCH, (4, 16, 32), "[3, 16, 32, 3]"),
+        (BATCH, (3, "H", "W"), "[3, 16, 32, 3]"),
+        (BOTH, ("N", "H", "W"), "[3, H, W, 3]"),
+        (BOTH, (3, 16, 32), "[3, H, W, 3]"),
+    ],
+    ids=str,
+)
+def test_a_graph_that_is_free_where_its_spec_is_not_or_the_other_way_round_is_refused(
+    make: Make, changes: dict[str, Any], graph: tuple[int | str, ...], expected: str
+) -> None:
+    text = spec_with(**changes)
+    message = refused(make(spec=text, **free(*graph)))
+    assert message.startswith("input 'image'")
+    assert f"uint8 {expected} is expected" in message
+    good_input = {"inputs": [(*IMAGE[:2], [*_dimensions(changes), 3])]}
+    message = refused(make(spec=text, **{**free(*graph), **good_input}))
+    assert message.startswith("output 'probability'")
+    assert f"uint8 {expected.removesuffix(', 3]')}] is expected" in message
+
+
+def _dimensions(changes: dict[str, Any]) -> tuple[int | str, ...]:
+    return (changes.get("batch", "N"), *(("H", "W") if "dynamic_size" in changes else (16, 32)))
+
+
 def test_what_is_no_onnx_file_is_refused(tmp_path: Path) -> None:
     empty, photo, folder = tmp_path / "empty.onnx", tmp_path / "photo.onnx", tmp_path / "folder.onnx"
     empty.touch()
@@ -174,3 +252,235 @@ def test_sample_photos_ship_sorted() -> None:
     assert len(photos) >= 3
     assert photos == sorted(photos)
     assert all(photo.is_file() for photo in photos)
+
+
+# ------------------------------------------------------------------------------------------------ compiled forms
+
+IDENTITY = "1d" * 32
+
+
+def write_compiled(folder: Path, name: str, stem: str = "a model.v2", **changes: Any) -> Artifact:
+    """Files that look like a compiled model, as far as anyone can tell without its engine, with their sidecar."""
+    suffix, others = COMPILED[name]
+    path = folder / f"{stem}{suffix}"
+    for number, ending in enumerate((suffix, *others)):
+        path.with_suffix(ending).write_bytes(bytes([number]) * (100 + number))
+    values: dict[str, Any] = {"provenance": {"data": "pets"}, "receipt": {"passed": True, "rows": []}, **changes}
+    environment = {"library": name, "targets": ["8.9", "9.0"], "größe": None}
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    artifact = Artifact(
+        path=path, format=name, spec=SPEC, identity=IDENTITY, size=size, onnx=None, environment=environment, **values
+    )
+    sidecar_of(path).write_text(sidecar_text(artifact), encoding="utf-8")
+    return artifact
+
+
+@pytest.fixture(params=COMPILED)
+def compiled(request: pytest.FixtureRequest, tmp_path: Path) -> Artifact:
+    return write_compiled(tmp_path, request.param)
+
+
+@pytest.fixture
+def openvino(tmp_path: Path) -> Artifact:
+    return write_compiled(tmp_path, "openvino")
+
+
+def edited(path: Path, *without: str, **changes: Any) -> Path:
+    """The file, with other values in its sidecar; returns the sidecar."""
+    sidecar = sidecar_of(path)
+    raw = {**json.loads(sidecar.read_text(encoding="utf-8")), **changes}
+    for key in without:
+        del raw[key]
+    sidecar.write_text(json.dumps(raw), encoding="utf-8")
+    return sidecar
+
+
+def refused_for(path: Path, named: Path) -> str:
+    """The message with which a compiled file is refused: one line that begins with the file that is to blame."""
+    with pytest.raises(ModelError) as caught:
+        open_artifact(path)
+    message = str(caught.value)
+    assert message.startswith(f"{named}: ")
+    assert len(message.splitlines()) == 1
+    return message.removeprefix(f"{named}: ")
+
+
+def test_what_was_written_beside_a_compiled_file_is_read_back(compiled: Artifact) -> None:
+    read = open_artifact(compiled.path)
+    assert read == compiled
+    assert sidecar_text(read) == sidecar_text(compiled)
+    assert read.onnx is None
+    assert read.identity == IDENTITY
+    assert read.spec == SPEC
+
+
+def test_a_sidecar_is_found_by_the_whole_name(compiled: Artifact) -> None:
+    sidecar = sidecar_of(compiled.path)
+    assert sidecar.name == f"a model.v2{compiled.path.suffix}.json"
+    assert sidecar.parent == compiled.path.parent
+
+
+def test_a_sidecar_is_json_with_a_digest_for_each_file(compiled: Artifact) -> None:
+    raw = json.loads(sidecar_text(compiled))
+    suffix, others = COMPILED[compiled.format]
+    assert set(raw["files"]) == {suffix, *others}
+    assert all(len(digest) == 64 for digest in raw["files"].values())
+    assert (raw["schema_version"], raw["format"], raw["onnx_identity"]) == (1, compiled.format, IDENTITY)
+    assert ModelSpec.from_json(json.dumps(raw["spec"])) == SPEC
+
+
+def test_a_compiled_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    for name in ("none.xml", "none.engine"):
+        assert refused_for(tmp_path / name, tmp_path / name) == "no such file"
+    (tmp_path / "folder.xml").mkdir()
+    assert refused_for(tmp_path / "folder.xml", tmp_path / "folder.xml") == "no such file"
+
+
+def test_without_its_sidecar_a_compiled_file_says_what_to_copy(compiled: Artifact) -> None:
+    sidecar_of(compiled.path).unlink()
+    message = refused_for(compiled.path, compiled.path)
+    assert f"{sidecar_of(compiled.path).name} is not beside it" in message
+    assert "copy both" in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff\xfe{}", b"[" * 200_000, b"1" * 5000, b"{}x", b"\x00", b"\xef\xbb\xbf{}"],
+    ids=lambda content: ascii(content[:6]),
+)
+def test_a_sidecar_that_is_no_json_is_refused(openvino: Artifact, content: bytes) -> None:
+    sidecar_of(openvino.path).write_bytes(content)
+    assert "not JSON" in refused_for(openvino.path, sidecar_of(openvino.path))
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "7", '"text"', "NaN", '[{"schema_version": 1}]'])
+def test_a_sidecar_that_is_no_json_object_is_refused(openvino: Artifact, text: str) -> None:
+    sidecar_of(openvino.path).write_text(text)
+    assert "not a JSON object" in refused_for(openvino.path, sidecar_of(openvino.path))
+
+
+def test_a_sidecar_that_is_too_large_is_refused_unread(openvino: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    sidecar = sidecar_of(openvino.path)
+    monkeypatch.setattr(artifacts, "MAX_SIDECAR", sidecar.stat().st_size)
+    assert open_artifact(openvino.path) == openvino
+    monkeypatch.setattr(artifacts, "MAX_SIDECAR", sidecar.stat().st_size - 1)
+    monkeypatch.delattr(Path, "read_text")
+    assert "larger than" in refused_for(openvino.path, sidecar)
+
+
+def test_a_folder_for_a_sidecar_is_refused(openvino: Artifact) -> None:
+    sidecar_of(openvino.path).unlink()
+    sidecar_of(openvino.path).mkdir()
+    assert "cannot be read" in refused_for(openvino.path, sidecar_of(openvino.path))
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
+def test_a_sidecar_of_another_schema_says_to_export_again(openvino: Artifact, version: object) -> None:
+    message = refused_for(openvino.path, edited(openvino.path, schema_version=version))
+    assert "another version of petseg: export" in message
+
+
+@pytest.mark.parametrize("name", ["trt", "trt-rtx", "onnx", "", "OpenVINO", None, 7, [], ["openvino"], {}])
+def test_a_format_that_has_another_suffix_is_refused(openvino: Artifact, name: object) -> None:
+    message = refused_for(openvino.path, edited(openvino.path, format=name))
+    assert "no .xml file has" in message or "not what petseg writes" in message
+
+
+def test_engines_of_one_suffix_are_told_apart_by_their_sidecar(tmp_path: Path) -> None:
+    for name in ("trt", "trt-rtx"):
+        (tmp_path / name).mkdir()
+        assert open_artifact(write_compiled(tmp_path / name, name).path).format == name
+    assert refused_for(
+        tmp_path / "trt" / "a model.v2.engine", edited(tmp_path / "trt" / "a model.v2.engine", format="openvino")
+    )
+
+
+@pytest.mark.parametrize("change", [b"\x07", b""], ids=["another", "empty"])
+def test_a_file_of_another_digest_is_named(compiled: Artifact, change: bytes) -> None:
+    suffix, others = COMPILED[compiled.format]
+    for ending in (suffix, *others):
+        file = compiled.path.with_suffix(ending)
+        before = file.read_bytes()
+        file.write_bytes(change and before[:-1] + change)
+        message = refused_for(compiled.path, file)
+        assert sidecar_of(compiled.path).name in message
+        assert "SHA-256 differs" in message
+        file.write_bytes(before)
+    assert open_artifact(compiled.path) == compiled
+
+
+def test_the_sidecar_of_another_model_is_found_out(tmp_path: Path) -> None:
+    one, two = write_compiled(tmp_path, "trt", "one"), write_compiled(tmp_path, "trt", "two")
+    two.path.write_bytes(b"another engine")
+    sidecar_of(two.path).write_bytes(sidecar_of(one.path).read_bytes())
+    assert "SHA-256 differs" in refused_for(two.path, two.path)
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_weights_that_are_missing_are_named(openvino: Artifact, as_folder: bool) -> None:
+    weights = openvino.path.with_suffix(".bin")
+    weights.unlink()
+    if as_folder:
+        weights.mkdir()
+    assert refused_for(openvino.path, weights) == f"missing; it belongs to {openvino.path.name}"
+
+
+def test_a_file_that_cannot_be_read_is_a_model_error(openvino: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path.open
+
+    def denied(self: Path, *args: Any, **options: Any) -> Any:
+        if self.suffix == ".bin":
+            raise PermissionError(13, "Permission denied")
+        return opened(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", denied)
+    message = refused_for(openvino.path, openvino.path.with_suffix(".bin"))
+    assert message == "cannot be read (Permission denied)"
+
+
+@pytest.mark.parametrize(
+    "key", ["schema_version", "format", "spec", "onnx_identity", "files", "environment", "provenance", "receipt"]
+)
+def test_a_key_that_is_missing_in_a_sidecar_is_named(openvino: Artifact, key: str) -> None:
+    assert key in refused_for(openvino.path, edited(openvino.path, key))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[
+            (key, value)
+            for key in ("files", "environment", "provenance", "receipt")
+            for value in (None, 7, "text", [], ["a"], True)
+        ],
+        *[("onnx_identity", value) for value in (None, 7, ["a"], {})],
+        *[("spec", value) for value in (None, 7, "text", [], {}, {"schema_version": 1})],
+        ("files", {}),
+        ("files", {".xml": None, ".bin": 7}),
+    ],
+)
+def test_a_wrong_type_in_a_sidecar_is_refused(openvino: Artifact, key: str, value: object) -> None:
+    sidecar = edited(openvino.path, **{key: value})
+    with pytest.raises(ModelError) as caught:
+        open_artifact(openvino.path)
+    assert str(caught.value).startswith((f"{sidecar}: ", f"{openvino.path}: "))
+
+
+def test_a_newer_spec_in_a_sidecar_says_to_upgrade(openvino: Artifact) -> None:
+    newer = {**json.loads(SPEC.to_json()), "schema_version": 2}
+    message = refused_for(openvino.path, edited(openvino.path, spec=newer))
+    assert "schema_version 2" in message
+    assert "upgrade" in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("precision", "int4"), ("batch", True), ("dynamic_size", 1), ("threshold", float("nan"))]
+)
+def test_a_spec_in_a_sidecar_that_cannot_be_honoured_is_named(openvino: Artifact, field: str, value: object) -> None:
+    spec = {**json.loads(SPEC.to_json()), field: value}
+    assert field in refused_for(openvino.path, edited(openvino.path, spec=spec))
+
+
+def test_unknown_keys_of_a_later_minor_version_are_ignored(openvino: Artifact) -> None:
+    edited(openvino.path, colour="red")
+    assert open_artifact(openvino.path) == openvino

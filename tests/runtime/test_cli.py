@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,17 +14,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import click
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
 from petseg.cli import COMMANDS, run
 from petseg_runtime import __version__, default_model, sample_photos
-from petseg_runtime.artifact import open_artifact
-from petseg_runtime.cli import infer
+from petseg_runtime.artifact import RECEIPT_KEY, Artifact, open_artifact, sidecar_text
+from petseg_runtime.artifact import sidecar_of as beside
+from petseg_runtime.cli import infer, parse_size
+from petseg_runtime.parity import Proof, load_proof, proof_of
 from petseg_runtime.sinks import KINDS
+from petseg_runtime.verify import sidecar_of
 
 CHELSEA = next(path for path in sample_photos() if path.name == "chelsea.jpg")
+Toy: TypeAlias = Callable[..., Any]
 Petseg: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -229,6 +237,8 @@ def test_a_folder_without_photos_is_1_and_makes_no_output(tmp_path: Path, capsys
         ["infer", "cat.jpg", "--threads", "0"],
         ["infer", "cat.jpg", "--threads", "two"],
         ["info"],
+        ["verify", "one.onnx", "two.onnx"],
+        ["verify", "--threads", "0"],
     ],
     ids=" ".join,
 )
@@ -261,14 +271,21 @@ def test_a_missing_or_damaged_model_is_4(photo: Path, tmp_path: Path, capsys: py
         assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime"])
-def test_no_engine_is_5_and_says_what_to_install(
-    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], engine: str
-) -> None:
+def uninstall(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, engine, None)
     monkeypatch.delitem(sys.modules, f"petseg_runtime.engines.{engine}", raising=False)
+
+
+def test_no_engine_is_5_and_says_what_to_install(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for engine in ("onnxruntime", "openvino"):
+        uninstall(engine, monkeypatch)
     assert run(["infer", str(photo), "--output", str(tmp_path / "out")]) == 5
-    assert "pip install 'petseg[cpu]'" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "pip install 'petseg[cpu]'" in err
+    assert "pip install 'petseg[openvino]'" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_that_cannot_be_written_is_6(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -502,7 +519,7 @@ def test_help_names_every_command_and_exit_code(flag: str) -> None:
     assert "130 interrupted" in " ".join(done.stdout.split())
 
 
-@pytest.mark.parametrize("command", ["infer", "info"])
+@pytest.mark.parametrize("command", ["infer", "info", "verify"])
 def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([command, "--help"]) == 0
     assert f"Usage: petseg {command}" in capsys.readouterr().out
@@ -552,3 +569,438 @@ def test_info_on_what_is_no_model_is_4(tmp_path: Path, capsys: pytest.CaptureFix
         assert out == ""
         assert err.startswith(f"petseg: {path}: ")
         assert len(err.splitlines()) == 1
+
+
+@pytest.fixture
+def toy_ir(toy: Toy, ir: Toy, tmp_path: Path) -> Artifact:
+    """The toy as an OpenVINO IR."""
+    artifact: Artifact = ir(toy(tmp_path / "toy.onnx"))
+    return artifact
+
+
+def test_info_on_a_compiled_model_tells_what_it_was_built_for(
+    toy_ir: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["info", str(toy_ir.path)]) == 0
+    out = capsys.readouterr().out
+    weights = toy_ir.path.with_suffix(".bin")
+    size = toy_ir.path.stat().st_size + weights.stat().st_size
+    for told in (
+        f"{toy_ir.path} ({size / 1e6:.1f} MB, openvino, fp32)",
+        f"sha256 {toy_ir.identity}",
+        "built for  library: openvino",
+        "built for  version: 2026.1",
+        "16 x 32",
+    ):
+        assert told in out
+    assert "opset" not in out
+    assert run(["info", str(toy_ir.path), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["format"], record["bytes"], record["opset"]) == ("openvino", size, None)
+    assert (record["inputs"], record["outputs"]) == ([], [])
+    assert record["environment"] == {"library": "openvino", "version": "2026.1"}
+    assert record["identity"] == open_artifact(toy_ir.path.with_suffix(".onnx")).identity
+
+
+@pytest.mark.parametrize("missing", [".xml.json", ".bin"])
+def test_info_on_a_compiled_model_without_its_other_files_is_4(
+    toy_ir: Artifact, capsys: pytest.CaptureFixture[str], missing: str
+) -> None:
+    toy_ir.path.with_suffix(missing).unlink()
+    assert run(["info", str(toy_ir.path)]) == 4
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"toy{missing}" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_info_says_that_a_size_is_free_and_what_a_file_is_stored_in(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["info", str(toy(tmp_path / "toy.onnx", dynamic_size=True, precision="fp16").path)]) == 0
+    out = capsys.readouterr().out
+    assert "stretch to 16 x 32, or any multiples of 16, bilinear" in out
+    assert "onnx, fp16, opset 20" in out
+
+
+# ------------------------------------------------------------------------------------------ another input size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("192", (192, 192)), ("192x256", (192, 256)), ("64X32", (64, 32)), ("0", (0, 0))]
+)
+def test_a_size_is_height_by_width(text: str, size: tuple[int, int]) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "32x", "x32", "32x32x3", "-32", "3.5", "32 px", "3²"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        parse_size(text)
+
+
+def segmented(photo: Path, out: Path, *options: str) -> np.ndarray:
+    assert run(["infer", str(photo), "--as", "probability", "--output", str(out), *options]) == 0
+    with Image.open(out / f"{photo.stem}.png") as picture:
+        return np.array(picture)
+
+
+def test_infer_takes_the_size_that_is_asked_for(toy: Toy, tmp_path: Path) -> None:
+    """The toy's answer is the photo's red, which a larger input keeps and a smaller one blurs."""
+    model = str(toy(tmp_path / "toy.onnx", dynamic_size=True).path)
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
+    photo = tmp_path / "photo.png"
+    Image.fromarray(pixels).save(photo)
+    exact = segmented(photo, tmp_path / "a", "--model", model, "--size", "48x80")
+    np.testing.assert_array_equal(exact, pixels[..., 0])
+    own = segmented(photo, tmp_path / "b", "--model", model)
+    np.testing.assert_array_equal(own, segmented(photo, tmp_path / "c", "--model", model, "--size", "16x32"))
+    assert np.std(own) < 0.8 * np.std(exact)
+
+
+@pytest.mark.parametrize(("size", "said"), [("64", "only, not 64 x 64"), ("0", "only, not 0 x 0")])
+def test_a_size_that_the_model_does_not_take_is_4(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str, said: str
+) -> None:
+    assert run(["infer", str(photo), "--size", size, "--output", str(tmp_path / "out")]) == 4
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_size_that_no_network_takes_is_4(
+    toy: Toy, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(toy(tmp_path / "toy.onnx", dynamic_size=True).path)
+    assert run(["infer", str(photo), "--model", model, "--size", "16x30", "--output", str(tmp_path / "out")]) == 4
+    assert "multiple of 16" in capsys.readouterr().err
+
+
+def test_what_is_no_size_is_2(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["infer", str(photo), "--size", "large", "--output", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert "--size" in err
+    assert "'large'" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_infer_runs_a_compiled_model(toy_ir: Artifact, photo: Path, tmp_path: Path) -> None:
+    onnx = str(toy_ir.path.with_suffix(".onnx"))
+    one = segmented(photo, tmp_path / "a", "--model", onnx)
+    np.testing.assert_array_equal(one, segmented(photo, tmp_path / "b", "--model", str(toy_ir.path)))
+
+
+# ------------------------------------------------------------------------------------------------------ verify
+
+
+def tampered(artifact: Artifact) -> Path:
+    """The proof says something else now."""
+    path = proof_of(artifact.path)
+    proof = load_proof(path, artifact.spec, artifact.provenance["checkpoint_sha256"])
+    path.write_bytes(dataclasses.replace(proof, expected=255 - proof.expected).to_bytes())
+    return path
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_file_that_does_what_its_checkpoint_does_is_0(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+    before = proven.path.read_bytes()
+    assert run(["verify", str(proven.path)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    (line,) = out.splitlines()
+    assert line.startswith(f"{proven.path}: smoke, 4 photos, passed, f32 in onnxruntime ")
+    assert proven.path.read_bytes() == before, "what is learnt on a device never goes into the model"
+    assert files(proven.path.parent) == {"toy.onnx", "toy.onnx.parity.npz", "toy.onnx.verified.json"}
+
+
+def test_the_result_says_what_was_found_of_which_file_where_and_when(proven: Artifact) -> None:
+    assert run(["verify", str(proven.path), "-q"]) == 0
+    result = json.loads(sidecar_of(proven.path).read_text(encoding="utf-8"))
+    assert (result["identity"], result["format"], result["passed"]) == (proven.identity, "onnx", True)
+    assert result["petseg"] == __version__
+    assert result["date"].endswith("+00:00")
+    assert set(result["host"]) == {"system", "machine", "cores"}
+    assert [row["precision"] for row in result["rows"]] == ["f32"]
+    assert "schema_version" in result
+
+
+def test_info_shows_what_was_verified(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["info", str(proven.path)]) == 0
+    assert "verified here" not in capsys.readouterr().out
+    assert run(["verify", str(proven.path), "-q"]) == 0
+    assert run(["info", str(proven.path)]) == 0
+    out = capsys.readouterr().out
+    assert "verified here  smoke, 4 photos, passed, f32 in onnxruntime" in out
+    assert run(["info", str(proven.path), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["verified"] == json.loads(sidecar_of(proven.path).read_text(encoding="utf-8"))
+
+
+def test_a_file_that_does_something_else_is_10_and_the_result_is_kept(
+    proven: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tampered(proven)
+    assert run(["verify", str(proven.path)]) == 10
+    out, err = capsys.readouterr()
+    assert "FAILED, f32 in onnxruntime" in out
+    lines = err.splitlines()
+    assert len(lines) >= 2
+    assert all(line.startswith("petseg: f32 in onnxruntime") for line in lines)
+    assert any("largest difference" in line and "allowed 1/255" in line and ".png at y" in line for line in lines)
+    assert json.loads(sidecar_of(proven.path).read_text(encoding="utf-8"))["passed"] is False
+    assert run(["info", str(proven.path)]) == 0
+    assert "verified here  smoke, 4 photos, FAILED" in capsys.readouterr().out
+
+
+def test_as_json_the_receipt_is_all_there_is_on_stdout(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["verify", str(proven.path), "--json"]) == 0
+    good = json.loads(capsys.readouterr().out)
+    assert set(good) == {
+        "schema_version",
+        "kind",
+        "passed",
+        "summary",
+        "photos",
+        "photos_sha256",
+        "names",
+        "reference",
+        "stored",
+        "rows",
+        "scan",
+        "quantization",
+        "note",
+    }
+    assert (good["schema_version"], good["kind"], good["passed"], good["photos"]) == (2, "smoke", True, 4)
+    assert (good["stored"], good["reference"], good["names"][0]) == ("fp32", "numpy", "00.png")
+    (row,) = good["rows"]
+    assert (row["precision"], row["passed"], row["failures"], row["max_difference"]) == ("f32", True, [], 0)
+    tampered(proven)
+    assert run(["verify", str(proven.path), "--json"]) == 10
+    out, err = capsys.readouterr()
+    assert json.loads(out)["passed"] is False
+    assert err.startswith("petseg: f32 in onnxruntime")
+
+
+def test_quiet_verifying_says_only_what_failed(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["verify", str(proven.path), "-q"]) == 0
+    assert capsys.readouterr() == ("", "")
+    tampered(proven)
+    assert run(["verify", str(proven.path), "-q"]) == 10
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err
+
+
+def test_without_a_proof_there_is_nothing_to_verify_and_nothing_is_written(
+    proven: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proof_of(proven.path).unlink()
+    assert run(["verify", str(proven.path)]) == 4
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"petseg: {proof_of(proven.path)}: not there")
+    assert len(err.splitlines()) == 1
+    assert files(proven.path.parent) == {"toy.onnx"}
+
+
+def test_a_damaged_proof_is_4(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+    path = proof_of(proven.path)
+    path.write_bytes(path.read_bytes()[:-99])
+    assert run(["verify", str(proven.path)]) == 4
+    assert capsys.readouterr().err.startswith(f"petseg: {path}: ")
+    assert not sidecar_of(proven.path).exists()
+
+
+def test_the_proof_of_another_model_is_4(
+    proven: Artifact, prove: Callable[..., Proof], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = dataclasses.replace(prove(proven.spec), checkpoint_sha256="ab" * 32)
+    proof_of(proven.path).write_bytes(other.to_bytes())
+    assert run(["verify", str(proven.path)]) == 4
+    assert "another model" in capsys.readouterr().err
+
+
+def test_the_proof_may_lie_elsewhere(proven: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    proof = proof_of(proven.path).rename(tmp_path / "far" / "proof.npz")
+    assert run(["verify", str(proven.path), "-q", "--proof", str(proof)]) == 0
+    tampered_proof = tmp_path / "missing.npz"
+    assert run(["verify", str(proven.path), "-q", "--proof", str(tampered_proof)]) == 4
+
+
+def test_the_result_may_go_elsewhere(proven: Artifact, tmp_path: Path) -> None:
+    result = tmp_path / "results" / "a.json"
+    assert run(["verify", str(proven.path), "-q", "--output", str(result)]) == 0
+    assert json.loads(result.read_text(encoding="utf-8"))["passed"] is True
+    assert not sidecar_of(proven.path).exists()
+    assert files(result.parent) == {"a.json"}
+
+
+def test_a_result_that_cannot_be_written_is_6(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+    sidecar_of(proven.path).mkdir()
+    assert run(["verify", str(proven.path), "-q"]) == 6
+    err = capsys.readouterr().err
+    assert err.startswith(f"petseg: {sidecar_of(proven.path)}: cannot be written")
+    assert len(err.splitlines()) == 1
+
+
+def test_the_result_of_another_file_is_not_shown_as_this_ones(
+    proven: Artifact, toy: Toy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["verify", str(proven.path), "-q"]) == 0
+    toy(proven.path, channel=1)
+    assert run(["info", str(proven.path)]) == 0
+    out = capsys.readouterr().out
+    assert "of another file; run `petseg verify` again" in out
+    assert "passed" not in out
+    assert run(["info", str(proven.path), "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["verified"]) == {"summary"}
+    assert run(["verify", str(proven.path), "-q"]) == 10, "and the new file is not the checkpoint's"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"{}", b"[]", b"null", b"7", b"\xff\xfe", b"[" * 100_000],
+    ids=lambda content: ascii(content[:5]),
+)
+def test_a_result_that_cannot_be_read_does_not_keep_info_from_its_work(
+    proven: Artifact, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    sidecar_of(proven.path).write_bytes(content)
+    assert run(["info", str(proven.path)]) == 0
+    out = capsys.readouterr().out
+    assert "verified here  toy.onnx.verified.json: " in out
+    assert proven.identity in out
+
+
+@pytest.mark.parametrize(
+    "rows", [[{}], [7], ["passed"], {"a": 1}, "rows", [{"summary": "passed"}]], ids=lambda rows: json.dumps(rows)
+)
+@pytest.mark.parametrize("where", ["receipt", "verified"])
+def test_odd_rows_in_a_receipt_do_not_keep_info_from_its_work(
+    proven: Artifact, capsys: pytest.CaptureFixture[str], where: str, rows: object
+) -> None:
+    """Any program may have written them."""
+    if where == "receipt":
+        model = onnx.load(proven.path)
+        onnx.helper.set_model_props(
+            model,
+            {entry.key: entry.value for entry in model.metadata_props} | {RECEIPT_KEY: json.dumps({"rows": rows})},
+        )
+        onnx.save(model, proven.path)
+    else:
+        odd = {"identity": proven.identity, "format": "onnx", "files": {}, "rows": rows}
+        sidecar_of(proven.path).write_text(json.dumps(odd))
+    assert run(["info", str(proven.path)]) in (0, 4)
+    out, err = capsys.readouterr()
+    assert proven.identity in out or str(proven.path) in err
+
+
+def test_a_model_of_free_size_and_fixed_batch_is_verified_too(
+    toy: Toy, prove: Callable[..., Proof], tmp_path: Path
+) -> None:
+    artifact = toy(tmp_path / "toy.onnx", batch=3, dynamic_size=True)
+    proof_of(artifact.path).write_bytes(prove(artifact.spec, 5).to_bytes())
+    assert run(["verify", str(artifact.path), "-q"]) == 0
+
+
+def test_a_compiled_model_is_verified_in_its_own_engine(
+    toy_ir: Artifact, prove: Callable[..., Proof], capsys: pytest.CaptureFixture[str]
+) -> None:
+    proof_of(toy_ir.path).write_bytes(prove(toy_ir.spec).to_bytes())
+    assert run(["verify", str(toy_ir.path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(f"{toy_ir.path}: smoke, 4 photos, passed, " in line and " in openvino " in line for line in lines)
+    assert ", f32 in " in lines[0]
+    assert json.loads(sidecar_of(toy_ir.path).read_text(encoding="utf-8"))["format"] == "openvino"
+    assert run(["info", str(toy_ir.path)]) == 0
+    assert capsys.readouterr().out.count("verified here") == len(lines)
+    shutil.copy(sidecar_of(toy_ir.path), sidecar_of(toy_ir.path.with_suffix(".onnx")))
+    assert run(["info", str(toy_ir.path.with_suffix(".onnx"))]) == 0
+    assert "of another file" in capsys.readouterr().out, "what one engine did with the IR says nothing of the ONNX"
+
+
+def test_the_result_of_an_earlier_build_is_not_shown_as_this_ones(
+    toy_ir: Artifact, prove: Callable[..., Proof], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model that is compiled again has the identity of its ONNX file, as before."""
+    proof_of(toy_ir.path).write_bytes(prove(toy_ir.spec).to_bytes())
+    assert run(["verify", str(toy_ir.path), "-q"]) == 0
+    toy_ir.path.write_bytes(toy_ir.path.read_bytes().replace(b"<net", b"<!-- again --><net"))
+    beside(toy_ir.path).write_text(sidecar_text(toy_ir), encoding="utf-8")
+    assert open_artifact(toy_ir.path).identity == toy_ir.identity
+    assert run(["info", str(toy_ir.path)]) == 0
+    assert "of another file; run `petseg verify` again" in capsys.readouterr().out
+
+
+def test_the_backend_that_is_asked_for_verifies(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("openvino")
+    for backend in ("onnxruntime", "openvino"):
+        assert run(["verify", str(proven.path), "--backend", backend, "--threads", "1", "--json"]) == 0
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        assert rows
+        assert all(row["engine"].startswith(f"{backend} ") for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("backend", "said"),
+    [
+        ("openvino", "pip install 'petseg[openvino]'"),
+        ("tensorrt", "tensorrt does not run onnx files"),
+        ("abacus", "there is no engine 'abacus'"),
+    ],
+)
+def test_a_backend_that_cannot_be_had_is_5_and_no_other_steps_in(
+    proven: Artifact,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    backend: str,
+    said: str,
+) -> None:
+    uninstall("openvino", monkeypatch)
+    assert run(["verify", str(proven.path), "--backend", backend]) == 5
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert not sidecar_of(proven.path).exists()
+
+
+def test_without_a_file_the_model_that_ships_is_verified(capsys: pytest.CaptureFixture[str]) -> None:
+    """Once its proof ships, too; until then, that is what is said. Nothing is written beside it."""
+    before = files(default_model().parent)
+    code = run(["verify"])
+    out, err = capsys.readouterr()
+    if proof_of(default_model()).exists():
+        assert code == 0, err
+        assert out.startswith(f"{default_model()}: ")
+        assert "passed, f32 in onnxruntime" in out
+    else:
+        assert code == 4
+        assert err.startswith(f"petseg: {proof_of(default_model())}: not there")
+    assert files(default_model().parent) == before
+
+
+def test_beside_the_model_that_ships_a_result_is_written_only_where_it_is_told_to_go(
+    proven: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("petseg_runtime.artifact.default_model", lambda: proven.path)
+    before = files(tmp_path)
+    assert run(["verify", "-q"]) == 0
+    assert files(tmp_path) == before
+    assert run(["verify", "-q", "--output", str(tmp_path / "result.json")]) == 0
+    assert files(tmp_path) == {*before, "result.json"}
+    tampered(proven)
+    assert run(["verify", "-q"]) == 10
+
+
+def test_names_that_would_break_the_line_are_escaped(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = proven.path.with_name("two\nlines.onnx")
+    proof_of(proven.path).rename(proof_of(odd))
+    proven.path.rename(odd)
+    assert run(["verify", str(odd)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from petseg_runtime.files import replacing, write_atomic
+from petseg_runtime.files import replacing, staging, write_atomic
 
 
 @pytest.fixture(params=["absent", "present"])
@@ -180,3 +180,147 @@ def test_many_writers_at_once_leave_one_whole_file(tmp_path: Path) -> None:
         thread.join()
     assert path.read_bytes() in contents
     assert listed(tmp_path) == ["shared.bin"]
+
+
+# ---------------------------------------------------------------------------------------- files that belong together
+
+PARTS = ("model.xml", "model.bin", "model.xml.json")
+
+
+@pytest.fixture(params=["absent", "present", "in part"])
+def main(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The destination of a model of three files, without and with another model in its place, and with half of one."""
+    for name in {"absent": (), "present": PARTS, "in part": PARTS[:2]}[request.param]:
+        (tmp_path / name).write_text(f"old {name}")
+    (tmp_path / "other.bin").write_text("not ours")
+    return tmp_path / "model.xml"
+
+
+def everything(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def stage(main: Path, error: BaseException | None = None) -> None:
+    with staging(main) as folder:
+        for name in PARTS:
+            (folder / name).write_text(f"new {name}")
+        if error:
+            raise error
+
+
+NEW = {"other.bin": "not ours", **{name: f"new {name}" for name in PARTS}}
+
+
+def test_all_staged_files_arrive_and_nothing_else_changes(main: Path) -> None:
+    stage(main)
+    assert everything(main.parent) == NEW
+    assert sorted(listed(main.parent)) == sorted(NEW)
+
+
+def test_until_the_end_all_destinations_are_as_they_were(main: Path) -> None:
+    before = everything(main.parent)
+    with staging(main) as folder:
+        assert folder.parent == main.parent  # one file system
+        assert folder.name.startswith(".")
+        assert list(folder.iterdir()) == []
+        for name in PARTS:
+            (folder / name).write_text(f"new {name}")
+        assert {name: text for name, text in everything(main.parent).items() if "/" not in name} == before
+
+
+def test_the_file_that_is_named_arrives_last(main: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who finds it finds the others, too."""
+    arrived = []
+    replace = Path.replace
+
+    def watched(self: Path, target: Path) -> Path:
+        if target.parent == main.parent:
+            arrived.append(target.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    stage(main)
+    assert sorted(arrived) == sorted(PARTS)
+    assert arrived[-1] == main.name
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_after_an_error_while_staging_all_is_as_before(main: Path, error: type[BaseException]) -> None:
+    before = everything(main.parent)
+    with pytest.raises(error):
+        stage(main, error())
+    assert everything(main.parent) == before
+    assert sorted(listed(main.parent)) == sorted(before)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
+def test_after_a_move_that_fails_all_is_as_before(
+    main: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """Whichever of the moves it is; those that set things right again work."""
+    before = everything(main.parent)
+    set_aside = sum(name in before for name in PARTS if name != main.name)
+    for failing in range(len(PARTS) + set_aside):
+        moves, replace = iter(range(100)), Path.replace
+
+        def breaking(self: Path, target: Path, failing=failing, moves=moves, replace=replace) -> Path:
+            if next(moves) == failing:
+                raise error
+            return replace(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", breaking)
+            with pytest.raises(type(error)):
+                stage(main)
+        assert everything(main.parent) == before
+        assert sorted(listed(main.parent)) == sorted(before)
+    stage(main)
+    assert everything(main.parent) == NEW
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_folder_in_the_place_of_any_of_the_files_is_an_error_and_all_is_as_before(main: Path, name: str) -> None:
+    (main.parent / name).unlink(missing_ok=True)
+    (main.parent / name).mkdir()
+    (main.parent / name / "kept").write_text("kept")
+    before = everything(main.parent)
+    with pytest.raises(IsADirectoryError, match=name):
+        stage(main)
+    assert everything(main.parent) == before
+    assert not [entry for entry in listed(main.parent) if entry.endswith(".part")]
+
+
+def test_staging_makes_folders_on_the_way(tmp_path: Path) -> None:
+    stage(tmp_path / "a" / "b" / "model.xml")
+    assert sorted(listed(tmp_path / "a" / "b")) == sorted(PARTS)
+
+
+def test_staging_where_there_is_a_file_for_a_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(OSError, match="file"):
+        stage(tmp_path / "file" / "model.xml")
+    assert everything(tmp_path) == {"file": "old"}
+
+
+def test_a_link_is_replaced_by_the_staged_file_and_its_target_stays(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("kept")
+    for name in PARTS:
+        (tmp_path / name).symlink_to("kept")
+    stage(tmp_path / "model.xml")
+    assert everything(tmp_path) == {"kept": "kept", **{name: f"new {name}" for name in PARTS}}
+
+
+@pytest.mark.parametrize("name", ["n" * 251 + ".xml", "猫" * 83 + ".xml"], ids=["long", "long utf-8"])
+def test_staging_takes_every_name_that_the_file_system_takes(tmp_path: Path, name: str) -> None:
+    with staging(tmp_path / name) as folder:
+        (folder / name).write_text("new")
+    assert everything(tmp_path) == {name: "new"}
+
+
+def test_two_that_stage_the_same_do_not_mix_while_they_write(tmp_path: Path) -> None:
+    main = tmp_path / "model.xml"
+    with staging(main) as one, staging(main) as two:
+        assert one != two
+        for folder in (one, two):
+            (folder / "model.xml").write_text(folder.name)
+    assert everything(tmp_path) == {"model.xml": one.name}

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import petseg_runtime
-from petseg.cli import COMMANDS
-from petseg_runtime import sample_photos
+from petseg.cli import COMMANDS, run
+from petseg_runtime import parity, sample_photos
+from petseg_runtime.artifact import Artifact
 
 #: Makes the packages named in BLOCKED look as if they were not installed.
 BLOCKER = """
@@ -42,6 +45,9 @@ def python(program: str, *args: object, blocked: set[str] | None = None) -> subp
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
+UNWANTED = {"torch", "torchvision", "onnx", "onnxscript", "safetensors", "av", "matplotlib", "rich", "contourpy"}
+
+
 def imported(*args: object) -> set[str]:
     """The packages that one call of the command line has imported by its end."""
     done = python(CLI, *args)
@@ -49,24 +55,53 @@ def imported(*args: object) -> set[str]:
     return set(done.stderr.splitlines()[-1].removeprefix("MODULES ").split())
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["infer", "--help"], ["info", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "args",
+    [["--help"], ["--version"], ["infer", "--help"], ["info", "--help"], ["verify", "--help"]],
+    ids=" ".join,
+)
 def test_help_imports_nothing_heavy(args: list[str]) -> None:
     modules = imported(*args)
     assert "click" in modules
-    heavy = {"torch", "torchvision", "onnx", "av", "numpy", "PIL", "onnxruntime", "rich", "matplotlib"}
+    heavy = {"torch", "torchvision", "onnx", "av", "numpy", "PIL", "onnxruntime", "openvino", "rich", "matplotlib"}
     assert modules & heavy == set()
 
 
 def test_segmenting_imports_no_more_than_an_engine_needs(tmp_path: Path) -> None:
     modules = imported("infer", sample_photos()[0], "--output", tmp_path)
     assert {"numpy", "PIL", "onnxruntime"} <= modules
-    unwanted = {"torch", "torchvision", "onnx", "onnxscript", "safetensors", "av", "matplotlib", "rich", "contourpy"}
-    assert modules & unwanted == set()
+    assert modules & UNWANTED == set()
     assert "petseg_export" not in modules
 
 
-def test_info_needs_no_engine_and_no_numpy() -> None:
-    assert imported("info", petseg_runtime.default_model()) & {"torch", "onnx", "onnxruntime", "numpy", "PIL"} == set()
+ENGINES = {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda"}
+
+
+def test_info_needs_no_engine_and_no_numpy(proven: Artifact, ir: Callable[..., Artifact]) -> None:
+    shutil.copy(parity.proof_of(proven.path), parity.proof_of(ir(proven).path))
+    assert run(["verify", str(proven.path), "-q"]) == 0  # so that there is a result to show
+    for path in (petseg_runtime.default_model(), proven.path, proven.path.with_suffix(".xml")):
+        assert imported("info", path) & {"torch", "onnx", "numpy", "PIL", *ENGINES} == set()
+
+
+def test_verifying_imports_no_more_than_the_engine_that_is_asked_for(proven: Artifact) -> None:
+    modules = imported("verify", proven.path, "--backend", "onnxruntime")
+    assert {"numpy", "onnxruntime"} <= modules
+    assert modules & {*UNWANTED, "PIL", "petseg_export", *ENGINES - {"onnxruntime"}} == set()
+
+
+def test_the_runtime_verifies_where_torch_and_onnx_are_not_installed(proven: Artifact) -> None:
+    program = """
+from pathlib import Path
+from petseg_runtime.artifact import open_artifact
+from petseg_runtime.verify import verify_artifact
+receipt = verify_artifact(open_artifact(Path(sys.argv[1])), threads=1)
+assert receipt.passed
+print(receipt.summary)
+"""
+    done = python(program, proven.path, blocked={"torch", "onnx", "petseg", "petseg_export", "PIL"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("smoke, 4 photos: passed, f32 in onnxruntime")
 
 
 def test_the_runtime_segments_where_torch_and_onnx_are_not_installed(tmp_path: Path) -> None:

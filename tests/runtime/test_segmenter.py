@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -198,3 +198,64 @@ def test_the_model_that_ships_finds_a_pet_that_is_not_the_whole_photo(embedded: 
         assert result.mask.shape == (image.height, image.width)
     assert 0.05 < result.coverage < 0.95
     assert result.threshold == embedded.artifact.spec.threshold
+
+
+# ------------------------------------------------------------------------------------------------ another input size
+
+
+@pytest.fixture(scope="module")
+def free(toy: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The red model for any input size; proven at 16 x 32."""
+    path: Path = toy(tmp_path_factory.mktemp("free") / "free.onnx", dynamic_size=True).path
+    return path
+
+
+@pytest.mark.parametrize("size", [(48, 80), (16, 16), (160, 16)])
+def test_a_model_of_free_size_is_given_photos_of_the_size_asked_for(
+    free: Path, pixels: np.ndarray, size: tuple[int, int]
+) -> None:
+    with Segmenter(free, threads=1, size=size) as segmenter:
+        result = segmenter(pixels)
+        exact = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+        np.testing.assert_array_equal(segmenter(exact).probability, exact[..., 0])  # not resampled
+    expected = images.from_model(images.to_model(pixels, *size)[..., 0], *pixels.shape[:2])
+    np.testing.assert_array_equal(result.probability, expected)
+
+
+def test_without_a_size_a_model_of_free_size_uses_the_one_it_was_proven_at(free: Path, pixels: np.ndarray) -> None:
+    with Segmenter(free, threads=1) as own, Segmenter(free, threads=1, size=(H, W)) as same:
+        np.testing.assert_array_equal(own(pixels).probability, same(pixels).probability)
+        assert own.artifact.spec == same.artifact.spec
+
+
+@pytest.mark.parametrize("size", [(0, 0), (17, 32), (16, -32), (24, 32)])
+def test_a_size_that_the_network_cannot_take_is_refused(free: Path, size: tuple[int, int]) -> None:
+    with pytest.raises(ModelError, match="multiple of 16"):
+        Segmenter(free, size=size)
+
+
+def test_a_model_of_one_size_takes_no_other(red: Path) -> None:
+    with Segmenter(red, threads=1, size=(H, W)) as segmenter:
+        assert segmenter(half_red(20, 20)).mask.shape == (20, 20)
+    for size in ((W, H), (0, 0), (32, 32)):
+        with pytest.raises(ModelError, match=f"{H} x {W} only, not {size[0]} x {size[1]}"):
+            Segmenter(red, size=size)
+
+
+def test_the_size_is_looked_at_before_an_engine_is(red: Path) -> None:
+    with pytest.raises(ModelError, match="only"):
+        Segmenter(red, size=(64, 64), backend="abacus")
+
+
+def test_a_model_for_batches_of_three_takes_single_photos(toy: Callable[..., Any], tmp_path: Path) -> None:
+    with Segmenter(toy(tmp_path / "three.onnx", batch=3).path, threads=1) as segmenter:
+        assert (segmenter(np.full((20, 30, 3), 77, np.uint8)).probability == 77).all()
+
+
+def test_a_compiled_model_is_a_model_too(
+    toy: Callable[..., Any], ir: Callable[..., Any], tmp_path: Path, pixels: np.ndarray
+) -> None:
+    onnx_file = toy(tmp_path / "toy.onnx")
+    with Segmenter(onnx_file.path, threads=1) as one, Segmenter(ir(onnx_file).path, threads=1) as two:
+        assert (one.describe().name, two.describe().name) == ("onnxruntime", "openvino")
+        np.testing.assert_array_equal(one(pixels).probability, two(pixels).probability)

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petseg_runtime.errors import ModelError
-from petseg_runtime.spec import SCHEMA_VERSION, SPEC_KEY, ModelSpec
+from petseg_runtime.spec import PRECISIONS, SCHEMA_VERSION, SPEC_KEY, ModelSpec
 
 GOOD = ModelSpec(name="edge", height=128, width=160, threshold=0.4, cutout_threshold=0.25, border_target=0.5)
+FREE = dataclasses.replace(GOOD, dynamic_size=True)
 
 sizes = st.integers(1, 1000).map(lambda n: 16 * n)
 inner = st.floats(0, 1, exclude_min=True, exclude_max=True)
@@ -26,6 +27,9 @@ specs = st.builds(
     threshold=inner,
     cutout_threshold=inner,
     border_target=st.floats(0, 1),
+    dynamic_size=st.booleans(),
+    batch=st.integers(0, 10**6),
+    precision=st.sampled_from(PRECISIONS),
 )
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([10**400, -(10**400)]),
@@ -58,6 +62,9 @@ def test_the_json_is_one_line_in_ascii_with_all_fields_and_the_version() -> None
         "threshold": 0.4,
         "cutout_threshold": 0.25,
         "border_target": 0.5,
+        "dynamic_size": False,
+        "batch": 0,
+        "precision": "fp32",
     }
     assert (SPEC_KEY, SCHEMA_VERSION) == ("petseg.spec", 1)  # both are in files that exist
 
@@ -75,6 +82,15 @@ def test_fields_with_a_default_may_be_missing() -> None:
     spec = ModelSpec.from_json('{"schema_version": 1, "name": "m", "height": 16, "width": 32}')
     assert spec == ModelSpec(name="m", height=16, width=32)
     assert (spec.threshold, spec.cutout_threshold, spec.border_target) == (0.5, 0.5, 0.0)
+
+
+def test_files_that_were_written_before_there_was_a_choice_are_of_one_size_any_batch_and_fp32() -> None:
+    raw = as_dict()
+    for field in ("dynamic_size", "batch", "precision"):
+        del raw[field]
+    spec = ModelSpec.from_json(json.dumps(raw))
+    assert spec == GOOD
+    assert (spec.dynamic_size, spec.batch, spec.precision) == (False, 0, "fp32")
 
 
 @pytest.mark.parametrize("field", ["name", "height", "width"])
@@ -119,6 +135,9 @@ def test_a_spec_without_a_schema_version_is_refused() -> None:
             for value in (0, 1, 0.0, 1.0, -0.1, 1.1, math.nan, math.inf, -math.inf, 10**400, "0.5", True, None)
         ],
         *[("border_target", value) for value in (-0.1, 1.1, math.nan, math.inf, 10**400, "0.5", False, None)],
+        *[("dynamic_size", value) for value in (0, 1, 1.0, "true", "", None, [])],
+        *[("batch", value) for value in (-1, 1.0, "1", True, False, None, [1])],
+        *[("precision", value) for value in ("", "f32", "FP16", "bf16", "int4", None, 16, ["fp16"])],
     ],
 )
 def test_a_bad_value_is_refused_by_the_name_of_its_field(field: str, value: object) -> None:
@@ -130,7 +149,10 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field(field: str, value: obje
     ("field", "value"),
     [("height", 0), ("width", 100), ("height", 160.0), ("resize", "letterbox"), ("filter", "nearest")]
     + [(f, v) for f in ("threshold", "cutout_threshold") for v in (0.0, 1.0, math.nan, math.inf, 10**400)]
-    + [("border_target", v) for v in (-0.1, 1.1, math.nan, 10**400)],
+    + [("border_target", v) for v in (-0.1, 1.1, math.nan, 10**400)]
+    + [("dynamic_size", v) for v in (0, 1, None, "no")]
+    + [("batch", v) for v in (-1, 2.0, True, False, "1", None)]
+    + [("precision", v) for v in ("bf16", "", None, ["fp16"])],
 )
 def test_a_bad_value_is_refused_when_a_spec_is_made_in_python_too(field: str, value: object) -> None:
     with pytest.raises(ModelError, match=rf"\b{field}\b"):
@@ -147,6 +169,10 @@ def test_a_bad_value_is_refused_when_a_spec_is_made_in_python_too(field: str, va
         {"name": ""},
         {"threshold": math.nextafter(0, 1)},
         {"threshold": math.nextafter(1, 0)},
+        {"dynamic_size": True, "batch": 1},
+        {"batch": 10**9},
+        {"precision": "fp16"},
+        {"precision": "int8"},
     ],
 )
 def test_values_on_the_edge_of_what_is_allowed_are_accepted(changes: dict[str, object]) -> None:
@@ -192,3 +218,28 @@ def test_a_damaged_spec_raises_nothing_but_model_errors(data: st.DataObject) -> 
     damaged = text[:start] + data.draw(st.text(max_size=3)) + text[end:]
     with contextlib.suppress(ModelError):
         ModelSpec.from_json(damaged)
+
+
+# ------------------------------------------------------------------------------------------------ another size
+
+
+@pytest.mark.parametrize("size", [(128, 160), (16, 16), (160, 128), (16, 4096)])
+def test_a_free_spec_takes_any_multiple_of_sixteen(size: tuple[int, int]) -> None:
+    sized = FREE.sized(*size)
+    assert (sized.height, sized.width) == size
+    assert dataclasses.replace(sized, height=FREE.height, width=FREE.width) == FREE
+
+
+@pytest.mark.parametrize(
+    ("size", "field"), [((0, 160), "height"), ((128, -16), "width"), ((128, 161), "width"), ((8, 160), "height")]
+)
+def test_a_free_spec_takes_no_other_number(size: tuple[int, int], field: str) -> None:
+    with pytest.raises(ModelError, match=rf"\b{field}\b.* multiple of 16"):
+        FREE.sized(*size)
+
+
+def test_a_fixed_spec_takes_its_own_size_only_and_names_both_and_the_remedy() -> None:
+    assert GOOD.sized(128, 160) == GOOD
+    for size in ((160, 128), (128, 176), (0, 0)):
+        with pytest.raises(ModelError, match=rf"128 x 160 only, not {size[0]} x {size[1]}: .*--dynamic-size"):
+            GOOD.sized(*size)

@@ -1,0 +1,77 @@
+"""``python -m benchmarks receipts``: every format and precision of a checkpoint, each with its receipt.
+
+    python -m benchmarks receipts edge petseg/weights/edge.safetensors --data data
+
+The parity photos are test photos (they only report); int8 is calibrated on training photos and judged on validation
+photos of the merged set (see benchmarks/embedded/merge.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks import records
+from petseg_export import OnnxConfig, OpenVINOConfig, QuantizeConfig, TensorRTRTXConfig, export
+from petseg_export.config import CompiledConfig, ExportConfig
+
+PHOTOS = 200
+
+
+def plan(data: Path, folder: Path) -> list[ExportConfig]:
+    """In an order in which each compiled form finds the ONNX file that it is made from."""
+    common: dict[str, Any] = {
+        "data": data / "oxford-iiit-pet-native",
+        "split": "test",
+        "photos": PHOTOS,
+        "quantize": QuantizeConfig(data=data / "oxford-iiit-pet-best"),
+    }
+    onnx = {p: folder / f"{p}.onnx" for p in ("fp32", "fp16", "int8")}
+    both = ("onnxruntime", "openvino")
+    made: list[ExportConfig] = [
+        OnnxConfig(output=file, precision=p, backends=both, **common) for p, file in onnx.items()
+    ]
+    made += [
+        OpenVINOConfig(output=folder / f"{p}.xml", precision=p, onnx=onnx[source], **common)
+        for p, source in {"fp32": "fp32", "fp16": "fp32", "int8": "int8"}.items()
+    ]
+    made += [
+        TensorRTRTXConfig(output=folder / f"{p}.engine", precision=p, onnx=file, **common) for p, file in onnx.items()
+    ]
+    return made
+
+
+@click.command()
+@click.argument("name")
+@click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder of the data sets.")
+@click.option("--output", type=click.Path(path_type=Path), help="Where the files go.  [default: runs/receipts/NAME]")
+@click.option("--about", default="", help="What the checkpoint is, for the record.")
+def receipts(name: str, checkpoint: Path, data: Path, output: Path | None, about: str) -> None:
+    """Export CHECKPOINT to everything that can be made here; the record is results/receipts-NAME.json."""
+    folder = output or records.ROOT / "runs" / "receipts" / name
+    rows = []
+    for config in plan(data, folder):
+        started = time.perf_counter()
+        done = export(checkpoint, config)
+        seconds = time.perf_counter() - started
+        receipt = done.receipt.as_dict()
+        size = sum(file.stat().st_size for file in done.files if file.suffix in (".onnx", ".xml", ".bin", ".engine"))
+        rows.append(
+            {
+                "format": type(config).__name__.removesuffix("Config"),
+                "precision": config.precision,
+                "bytes": size,
+                "seconds": round(seconds, 1),
+                "compiled_from": config.onnx.name if isinstance(config, CompiledConfig) and config.onnx else None,
+                # The names of 200 photos say no more than their digest and the seed of their choice.
+                "receipt": {key: value for key, value in receipt.items() if key != "names"},
+            }
+        )
+        click.echo(f"{done.path.name}: {size / 1e6:.1f} MB, {seconds:.0f} s: {done.receipt.summary}")
+    values = {"about": about, "photos": dataclasses.asdict(plan(data, folder)[0])["photos"], "exports": rows}
+    records.write(f"receipts-{name}", f"python -m benchmarks receipts {name} CHECKPOINT --data DATA", values)

@@ -1,0 +1,586 @@
+"""TensorRT and TensorRT for RTX: a serialized engine on the NVIDIA GPU that it was built for.
+
+Built from the two libraries' and CUDA's documentation, and tested against stand-ins for them: never run on a GPU by us.
+
+The two libraries have one API as far as it is used here. What differs: TensorRT for RTX compiles its kernels when the
+engine is loaded, which a file can keep for the next time, and makes CUDA graphs by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from petseg_runtime import files
+from petseg_runtime.artifact import INPUT, OUTPUT, Artifact
+from petseg_runtime.engines.base import EngineInfo, EngineOptions, check_batch, one_line
+from petseg_runtime.errors import EngineError, EngineMissing, ModelError
+from petseg_runtime.spec import ModelSpec
+
+__all__ = ["TensorRTEngine", "load"]
+
+U8: TypeAlias = npt.NDArray[np.uint8]
+Dims: TypeAlias = tuple[int, ...]
+
+_CUDART: Final = "cuda.bindings.runtime"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Library:
+    """One of the two libraries: its module, and what people call it, its engine, its extra and its export format."""
+
+    module: str
+    title: str
+    engine: str
+    extra: str
+    format: str
+
+    @property
+    def remedy(self) -> str:
+        return f"build it again on this device: `petseg export CHECKPOINT --format {self.format}`"
+
+
+_TRT: Final = _Library(module="tensorrt", title="TensorRT", engine="tensorrt", extra="trt", format="trt")
+_RTX: Final = _Library(
+    module="tensorrt_rtx", title="TensorRT for RTX", engine="tensorrt-rtx", extra="rtx", format="trt-rtx"
+)
+_LIBRARIES: Final = {library.module: library for library in (_TRT, _RTX)}
+
+
+class TensorRTEngine:
+    """One execution context, one stream, and buffers for the largest batch that the engine was built for.
+
+    Calls from several threads take turns. Batches larger than the engine takes are run in pieces; smaller ones are
+    filled up with repeats of the last photo, whose results are dropped. Whichever thread loads, runs or closes the
+    engine has its GPU as its current CUDA device afterwards.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        spec: ModelSpec,
+        environment: Mapping[str, Any],
+        device: int = 0,
+        *,
+        precision: str,
+        cache: Path | None = None,
+    ) -> None:
+        """Load the engine and run it once, so that whatever can fail does so here.
+
+        Args:
+            path: The serialized engine.
+            spec: What it expects and returns.
+            environment: What it was built for: ``library`` ("tensorrt" or "tensorrt_rtx"), ``version`` of it, and
+                ``compute_capability``: of the GPU ("8.9"), a list of them, or "portable".
+            device: Which GPU, as CUDA counts them.
+            precision: What it computes in, for ``describe``: f32, tf32, fp16 or int8.
+            cache: Where TensorRT for RTX keeps the kernels that it compiles for this GPU; None: nowhere. TensorRT
+                compiles nothing here, and leaves it alone.
+
+        Raises:
+            EngineMissing: The library, or cuda-bindings, is not installed.
+            EngineError: One of them is broken, there is no such GPU, the engine was built for another version or
+                GPU, or the library or CUDA refuses it.
+            ModelError: The file cannot be read, or breaks the contract.
+        """
+        self._path, self._spec, self._precision = path, spec, precision
+        self._library = _library_of(path, environment)
+        self._trt = _imported(self._library.module, self._library)
+        self._logger = _logger_of(self._trt)
+        self._gpu = _Gpu(_imported(_CUDART, self._library), device)
+        _check_built_for(path, self._library, environment, self._trt.__version__, self._gpu.capability)
+        self._kernels = _Kernels(cache)
+        self._lock = threading.Lock()
+        self._runtime: Any = None
+        self._engine: Any = None
+        self._config: Any = None
+        self._context: Any = None
+        self._shape: Dims = ()  # what the context is set to
+        self._graph: Any = None  # and its launch as a CUDA graph, once there is one
+        self._may_capture = self._library is not _RTX
+        self._graph_note = "CUDA graph" if self._may_capture else "CUDA graph left to the library"
+        try:
+            self._gpu.activate()
+            self._load()
+            self._allocate()
+            self._run_once()
+        except BaseException:
+            self._release()
+            raise
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model expects and returns."""
+        return self._spec
+
+    def run(self, images: U8) -> U8:
+        """Segment a batch; see :class:`petseg_runtime.engines.base.Engine`."""
+        with self._lock:
+            if self._context is None:
+                raise EngineError("the engine is closed")
+            check_batch(images, self._spec)
+            self._check_size(images.shape[1], images.shape[2])
+            self._gpu.activate()
+            result = np.empty(images.shape[:3], np.uint8)
+            for start in range(0, len(images), self._high[0]):
+                piece = slice(start, start + self._high[0])
+                self._run_piece(images[piece], result[piece])
+            return result
+
+    def describe(self) -> EngineInfo:
+        """What is really running; the provider says whether as a CUDA graph, and why not."""
+        notes = [self._gpu.name, self._graph_note, *self._kernels.notes]
+        return EngineInfo(
+            name=self._library.engine,
+            version=self._trt.__version__,
+            device=f"cuda:{self._gpu.device}",
+            provider=", ".join(notes),
+            precision=self._precision,
+            threads=0,
+        )
+
+    def close(self) -> None:
+        """Free the engine, its buffers and its stream; calling it again does nothing.
+
+        Raises:
+            EngineError: CUDA could not free something; the rest is freed.
+        """
+        with self._lock:
+            if self._context is None:
+                return
+            with contextlib.suppress(EngineError):  # a thread without the GPU cannot compile anything to keep either
+                self._gpu.activate()
+                self._kernels.keep()
+            failures = self._release()
+        if failures:
+            raise EngineError(f"{self._path}: {'; '.join(failures)}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except EngineError:
+            if error is None:  # after a failure of the GPU nothing can be freed; what matters is the failure
+                raise
+
+    def __del__(self) -> None:
+        # What CUDA allocates is not Python's to collect. An engine that was never whole has nothing left to free.
+        with contextlib.suppress(EngineError, AttributeError):
+            self.close()
+
+    def _load(self) -> None:
+        try:
+            data = self._path.read_bytes()
+        except OSError as error:
+            raise ModelError(f"{self._path}: cannot be read ({error.strerror or error})") from error
+        self._runtime = self._ask("start", self._trt.Runtime, self._logger)
+        self._engine = self._ask("load it", self._runtime.deserialize_cuda_engine, data)
+        self._low, self._high = _check_contract(self._path, self._trt, self._engine)
+        self._check_size(self._spec.height, self._spec.width)
+        if self._library is _RTX:
+            self._config = self._ask("configure it", self._engine.create_runtime_config)
+            self._configure(self._config)
+            self._context = self._ask("prepare it", self._engine.create_execution_context, self._config)
+        else:
+            self._context = self._ask("prepare it", self._engine.create_execution_context)
+
+    def _configure(self, config: Any) -> None:
+        """Set TensorRT for RTX to make CUDA graphs, and to use one set of kernels that it keeps in the cache."""
+        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        # LAZY would change kernels, and with them the rounding of a pixel here and there, while a video runs.
+        strategies = self._trt.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        if self._kernels.path is not None:
+            kernels = self._ask("make a cache", config.create_runtime_cache)
+            self._kernels.load_into(kernels)
+            self._ask("use its cache", config.set_runtime_cache, kernels)
+
+    def _allocate(self) -> None:
+        """Take buffers for the largest batch, and tell the context where they are."""
+        gpu = self._gpu
+        gpu.open_stream()
+        pixels = math.prod(self._high[:3])
+        self._input, self._output = _Buffers(gpu, 3 * pixels), _Buffers(gpu, pixels)
+        for name, buffers in ((INPUT, self._input), (OUTPUT, self._output)):
+            self._ask("take a buffer", self._context.set_tensor_address, name, buffers.device)
+
+    def _run_once(self) -> None:
+        """Compile, capture and fail now rather than in the first frame."""
+        count, height, width = self._low[0], self._spec.height, self._spec.width
+        blank = np.zeros((count, height, width, 3), np.uint8)
+        for _ in range(2):  # the second time as a CUDA graph
+            self._run_piece(blank, np.empty(blank.shape[:3], np.uint8))
+        self._kernels.keep()  # a program that is killed later has them all the same
+
+    def _check_size(self, height: int, width: int) -> None:
+        low, high = self._low[1:3], self._high[1:3]
+        if not (low[0] <= height <= high[0] and low[1] <= width <= high[1]):
+            raise ModelError(
+                f"{self._path}: {height} x {width} photos are not what it was built for, which is {low[0]} x {low[1]} "
+                f"to {high[0]} x {high[1]}"
+            )
+
+    def _run_piece(self, images: U8, result: U8) -> None:
+        """Run uint8 [n, H, W, 3], n no more than the engine takes, into uint8 [n, H, W]."""
+        count = max(len(images), self._low[0])
+        shape = (count, *images.shape[1:])
+        staged = self._input.host[: math.prod(shape)].reshape(shape)
+        staged[: len(images)] = images
+        staged[len(images) :] = images[-1]
+        gpu, cudart = self._gpu, self._gpu.cudart
+        copy, kinds = cudart.cudaMemcpyAsync, cudart.cudaMemcpyKind
+        sent, received = self._input, self._output
+        upload = (sent.device, sent.address, staged.size, kinds.cudaMemcpyHostToDevice, gpu.stream)
+        gpu.call("copy to the GPU", copy, *upload)
+        self._enqueue(shape)
+        download = (received.address, received.device, result.size, kinds.cudaMemcpyDeviceToHost, gpu.stream)
+        gpu.call("copy from the GPU", copy, *download)
+        gpu.call("compute", cudart.cudaStreamSynchronize, gpu.stream)
+        result[:] = received.host[: result.size].reshape(result.shape)
+
+    def _enqueue(self, shape: Dims) -> None:
+        """Launch the network on what lies in the GPU's input buffer.
+
+        A graph belongs to the state in which its context was captured, so there is one at a time: it is made when a
+        shape comes the second time in a row (the first launch after a change prepares what a capture may not), and
+        dropped with the shape.
+        """
+        gpu, cudart = self._gpu, self._gpu.cudart
+        if shape != self._shape:
+            self._drop_graph()
+            self._shape = ()
+            self._ask(f"take {list(shape)}", self._context.set_input_shape, INPUT, shape)
+            self._launch()
+            self._shape = shape
+            return
+        if self._graph is None and self._may_capture:
+            self._graph = self._capture()
+        if self._graph is None:
+            self._launch()
+        else:
+            gpu.call("launch the CUDA graph", cudart.cudaGraphLaunch, self._graph, gpu.stream)
+
+    def _launch(self) -> None:
+        self._ask("run", self._context.execute_async_v3, int(self._gpu.stream))
+
+    def _capture(self) -> Any:
+        """The launch as an executable CUDA graph; None, and a note for ``describe``, if it cannot be one."""
+        gpu, cudart = self._gpu, self._gpu.cudart
+        graph = None
+        try:
+            # What other threads do with CUDA meanwhile is neither recorded nor forbidden.
+            mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+            gpu.call("capture", cudart.cudaStreamBeginCapture, gpu.stream, mode)
+            try:
+                self._launch()
+            except EngineError:
+                _, graph = cudart.cudaStreamEndCapture(gpu.stream)  # or the stream would go on recording
+                raise
+            graph = gpu.call("end the capture", cudart.cudaStreamEndCapture, gpu.stream)
+            return gpu.call("instantiate the CUDA graph", cudart.cudaGraphInstantiate, graph, 0)
+        except EngineError as error:
+            cudart.cudaGetLastError()  # a refused capture leaves its error to the next call that asks
+            self._may_capture = False
+            self._graph_note = f"no CUDA graph ({one_line(error)})"
+            return None
+        finally:
+            if graph is not None:  # the recording; if it cannot be freed the GPU is lost, and the next call says so
+                cudart.cudaGraphDestroy(graph)
+
+    def _drop_graph(self) -> None:
+        graph, self._graph = self._graph, None
+        if graph is not None:
+            self._gpu.call("free a CUDA graph", self._gpu.cudart.cudaGraphExecDestroy, graph)
+
+    def _release(self) -> list[str]:
+        """Free everything, users before what they use; returns what could not be freed, and why."""
+        failures = self._gpu.failures(self._gpu.wait, self._drop_graph)
+        self._context = self._config = None
+        self._kernels.forget()
+        self._engine = self._runtime = None
+        return failures + self._gpu.give_back()
+
+    def _ask(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
+        """Call the library, whose failures are exceptions, None or False, with the reason in its log."""
+        self._logger.heard.clear()
+        try:
+            value = function(*args)
+        except Exception as error:
+            raise self._refusal(what, one_line(error)) from error
+        finally:
+            del function, args  # or an error's traceback would keep alive what is about to be freed
+        if value is None or value is False:
+            raise self._refusal(what, "no reason given")
+        return value
+
+    def _refusal(self, what: str, otherwise: str) -> EngineError:
+        reason = "; ".join(self._logger.heard) or otherwise
+        return EngineError(f"{self._path}: {self._library.title} cannot {what} ({reason[:400]})")
+
+
+class _Gpu:
+    """One GPU through the CUDA runtime: every status is checked, and what was taken from it is on a list."""
+
+    def __init__(self, cudart: Any, device: int) -> None:
+        self.cudart, self.device = cudart, device
+        self.stream: Any = None
+        self._taken: list[tuple[str, Callable[..., Any], Any]] = []
+        self._check_there()
+        properties = self.call("be asked what it is", cudart.cudaGetDeviceProperties, device)
+        self.name: str = properties.name.decode(errors="replace").rstrip("\0")
+        self.capability = f"{properties.major}.{properties.minor}"
+
+    def _check_there(self) -> None:
+        status, count = self.cudart.cudaGetDeviceCount()
+        if status != self.cudart.cudaError_t.cudaSuccess:
+            _, driver = self.cudart.cudaDriverGetVersion()
+            has = f"the driver is for CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "there is no driver"
+            raise EngineError(f"no NVIDIA GPU can be used: {_words(self.cudart, status)} ({has})")
+        if not 0 <= self.device < count:
+            raise EngineError(f"there is no GPU cuda:{self.device}; CUDA finds {count}, counted from 0")
+
+    def call(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
+        """What a CUDA function returns beside its status, or the ``EngineError`` with CUDA's own words."""
+        status, *values = function(*args)
+        _check(self.cudart, status, f"cuda:{self.device} cannot {what}")
+        return values[0] if values else None
+
+    def activate(self) -> None:
+        """Make it the calling thread's current device."""
+        self.call("be used", self.cudart.cudaSetDevice, self.device)
+
+    def take(self, what: str, give_back: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+        """Take something that :meth:`give_back` will free."""
+        handle = self.call(f"give {what}", function, *args)
+        self._taken.append((what, give_back, handle))
+        return handle
+
+    def open_stream(self) -> None:
+        """Take a stream that does not wait for what others do on the default one."""
+        cudart = self.cudart
+        self.stream = self.take(
+            "a stream", cudart.cudaStreamDestroy, cudart.cudaStreamCreateWithFlags, cudart.cudaStreamNonBlocking
+        )
+
+    def wait(self) -> None:
+        """Wait for all work, which may still use what is about to be freed."""
+        if self.stream is not None:
+            self.call("finish", self.cudart.cudaStreamSynchronize, self.stream)
+
+    def failures(self, *steps: Callable[[], None]) -> list[str]:
+        """Take every step, whatever the others do; returns the messages of those that failed."""
+        messages = []
+        for step in steps:
+            try:
+                step()
+            except EngineError as error:
+                messages.append(str(error))
+        return messages
+
+    def give_back(self) -> list[str]:
+        """Free all that was taken, the latest first; returns what could not be freed, and why."""
+        taken, self._taken, self.stream = self._taken[::-1], [], None
+        return self.failures(*(functools.partial(self.call, f"free {what}", free, it) for what, free, it in taken))
+
+
+class _Buffers:
+    """A buffer on the GPU, and a page-locked one of the same size on the host.
+
+    Attributes:
+        device: Address on the GPU.
+        address: Address on the host.
+        host: uint8 [size] at that address; valid until the GPU's things are given back.
+    """
+
+    def __init__(self, gpu: _Gpu, size: int) -> None:
+        cudart = gpu.cudart
+        self.device: int = gpu.take(f"{size} bytes of its memory", cudart.cudaFree, cudart.cudaMalloc, size)
+        self.address: int = gpu.take(
+            f"{size} bytes of page-locked memory",
+            cudart.cudaFreeHost,
+            cudart.cudaHostAlloc,
+            size,
+            cudart.cudaHostAllocDefault,
+        )
+        self.host: U8 = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address))
+
+
+class _Kernels:
+    """The kernels that TensorRT for RTX has compiled, and the file that keeps them.
+
+    A cache that cannot be used or kept costs time, not results: it is a note for ``describe``, not an error.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.notes: list[str] = []
+        self._cache: Any = None
+        self._kept = b""
+
+    def load_into(self, cache: Any) -> None:
+        """Fill the library's cache from the file, if there is one that fits."""
+        self._cache = cache
+        assert self.path is not None
+        try:
+            self._kept = self.path.read_bytes()
+        except FileNotFoundError:
+            self.notes = ["kernels compiled"]
+            return
+        except OSError as error:
+            self.notes = [f"kernels compiled (their cache cannot be read: {error.strerror or error})"]
+            return
+        if cache.deserialize(self._kept):
+            self.notes = ["kernels from the cache"]
+        else:  # of another version, driver or GPU, or damaged
+            self.notes = ["kernels compiled again (the cache does not fit)"]
+
+    def keep(self) -> None:
+        """Write what has been compiled to the file, if it is not there already."""
+        if self._cache is None or self.path is None:
+            return
+        serialized = self._cache.serialize()
+        data = b"" if serialized is None else bytes(memoryview(serialized))
+        if data in (b"", self._kept):
+            return
+        try:
+            files.write_atomic(self.path, data)
+            self._kept = data
+        except OSError as error:
+            self.notes = [*self.notes[:1], f"which cannot be kept ({error.strerror or error})"]
+
+    def forget(self) -> None:
+        """Let go of the library's cache; the notes stay."""
+        self._cache = None
+
+
+def load(artifact: Artifact, options: EngineOptions) -> TensorRTEngine:
+    """What the registry calls; see :class:`TensorRTEngine`.
+
+    Args:
+        artifact: A compiled file.
+        options: Nothing to choose: the threads are the GPU's, and ``exact`` was decided when the engine was built, with
+            TF32 off.
+    """
+    computed = {"fp32": "f32", "fp16": "fp16", "int8": "int8"}[artifact.spec.precision]
+    return TensorRTEngine(artifact.path, artifact.spec, artifact.environment, precision=computed)
+
+
+def _library_of(path: Path, environment: Mapping[str, Any]) -> _Library:
+    name = environment.get("library")
+    if name not in _LIBRARIES:
+        raise ModelError(f"{path}: built with {name!r}; {' or '.join(_LIBRARIES)} is expected")
+    return _LIBRARIES[name]
+
+
+def _imported(module: str, library: _Library) -> Any:
+    """Import what an engine cannot do without.
+
+    Raises:
+        EngineMissing: It is not installed.
+        EngineError: It is, but does not work.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):  # a part of it, or something that it needs
+            raise EngineError(f"{module} is installed but cannot be imported ({one_line(error)})") from error
+        name = "cuda-bindings" if module == _CUDART else library.title
+        raise EngineMissing(f"{name} is not installed: pip install 'petseg[{library.extra}]'") from error
+    except Exception as error:  # whatever its search for shared libraries ends in
+        raise EngineError(f"{module} is installed but cannot be imported ({one_line(error)})") from error
+
+
+@functools.cache
+def _logger_of(trt: Any) -> Any:
+    """A library's logger, which keeps the errors; one for all engines, because a library uses the first it is given."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)  # pybind11 wants it by name
+            self.heard: deque[str] = deque(maxlen=4)
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
+                self.heard.append(" ".join(msg.split()))
+
+    return Logger()
+
+
+def _check_built_for(
+    path: Path, library: _Library, environment: Mapping[str, Any], version: str, capability: str
+) -> None:
+    """Hold what an engine was built for against what is here.
+
+    Raises:
+        ModelError: The environment does not say.
+        EngineError: They differ.
+    """
+    built, target = environment.get("version"), environment.get("compute_capability")
+    targets = [target] if isinstance(target, str) else target
+    if not (isinstance(built, str) and built and isinstance(targets, list) and targets):
+        raise ModelError(f"{path}: its environment does not say what it was built for: export it again")
+    # Either may leave out the last number, the build.
+    if any(ours != theirs for ours, theirs in zip(version.split("."), built.split("."), strict=False)):
+        raise EngineError(
+            f"{path}: built with {library.title} {built}, and {version} is installed, which cannot load it: "
+            f"install {built}, or {library.remedy}"
+        )
+    if "portable" not in targets and capability not in targets:
+        raise EngineError(
+            f"{path}: built for GPUs of compute capability {', '.join(map(str, targets))}, and this one has "
+            f"{capability}: {library.remedy}"
+        )
+
+
+def _check_contract(path: Path, trt: Any, engine: Any) -> tuple[Dims, Dims]:
+    """The smallest and the largest input [N, H, W, 3] of an engine that keeps the contract.
+
+    Raises:
+        ModelError: It does not: other names, types or shapes.
+    """
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    if sorted(names) != sorted((INPUT, OUTPUT)):
+        raise ModelError(f"{path}: its tensors are {', '.join(names)}; {INPUT!r} and {OUTPUT!r} are expected")
+    sent, received = (tuple(engine.get_tensor_shape(name)) for name in (INPUT, OUTPUT))
+    modes = trt.TensorIOMode
+    for name, mode, shape, fits, expected in (
+        (INPUT, modes.INPUT, sent, len(sent) == 4 and sent[3] == 3, "input, uint8 [N, H, W, 3]"),
+        (OUTPUT, modes.OUTPUT, received, received == sent[:3], f"output, uint8 {list(sent[:3])}"),
+    ):
+        found, kind = engine.get_tensor_mode(name), engine.get_tensor_dtype(name)
+        if found != mode or kind != trt.DataType.UINT8 or not fits:
+            described = f"{found.name.lower()}, {kind.name.lower()} {list(shape)}"
+            raise ModelError(f"{path}: {name!r} is an {described}; an {expected} is expected")
+    if -1 not in sent:
+        return sent, sent
+    low, _, high = engine.get_tensor_profile_shape(INPUT, 0)
+    return tuple(low), tuple(high)
+
+
+def _check(cudart: Any, status: Any, what: str) -> None:
+    """Raise the ``EngineError`` of a CUDA status that is not success."""
+    if status != cudart.cudaError_t.cudaSuccess:
+        raise EngineError(f"{what} ({_words(cudart, status)})")
+
+
+def _words(cudart: Any, status: Any) -> str:
+    """What CUDA says about a status."""
+    _, text = cudart.cudaGetErrorString(status)
+    return str(text.decode(errors="replace"))

@@ -1,0 +1,489 @@
+"""The one road from a checkpoint to a proven file: what is written, and that nothing is where anything has failed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from petseg.checkpoint import save_checkpoint
+from petseg.data import Split, find
+from petseg.evaluate import evaluate, open_model, torch_run
+from petseg_export import ExportConfig, OnnxConfig, OpenVINOConfig, build, export
+from petseg_runtime import parity
+from petseg_runtime.artifact import open_artifact
+from petseg_runtime.errors import (
+    CheckpointError,
+    DataError,
+    EngineError,
+    InputError,
+    OutputError,
+    ParityError,
+    ParityNames,
+    ParityShapes,
+    ParityTolerance,
+    PetsegError,
+    UnreadableImage,
+)
+from petseg_runtime.parity import Proof, Tolerance, load_proof, proof_of
+from petseg_runtime.verify import verify_artifact
+
+CONFIGS: list[type[ExportConfig]] = [OnnxConfig, OpenVINOConfig]
+BEFORE = b"the file of an earlier export"
+
+
+@pytest.fixture
+def beside(checkpoint_file: Path, tmp_path: Path) -> Path:
+    """The session's checkpoint in a folder of the test's own."""
+    (tmp_path / "run").mkdir()
+    return Path(shutil.copy(checkpoint_file, tmp_path / "run" / "best.safetensors"))
+
+
+@pytest.fixture
+def with_split(trained: Any, meta: dict[str, Any], tmp_path: Path) -> Path:
+    """A checkpoint that was trained with a quarter of the photos held back."""
+    path = tmp_path / "split" / "best.safetensors"
+    config = {"data": {"val_fraction": 0.25, "split_seed": 7}}
+    save_checkpoint(path, trained.model.state_dict(), {**meta, "config": config})
+    return path
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Everything in a folder and below, by its path there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@contextlib.contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file can grow beyond `room` bytes: writing fails as on a full disk (Python ignores the signal)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# ------------------------------------------------------------------------------------------------ what is written
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (OnnxConfig(), ["best.onnx", "best.onnx.parity.npz"]),
+        (OpenVINOConfig(), ["best.xml", "best.bin", "best.xml.json", "best.xml.parity.npz"]),
+    ],
+    ids=["onnx", "openvino"],
+)
+def test_the_files_lie_beside_the_checkpoint_and_are_named(
+    config: ExportConfig, names: list[str], beside: Path, known_graph: None
+) -> None:
+    done = export(str(beside), config)
+    assert done.path == beside.with_name(names[0])
+    assert done.files == tuple(beside.with_name(name) for name in names)
+    assert set(content(beside.parent)) == {"best.safetensors", *names}
+    artifact = open_artifact(done.path)
+    assert artifact.receipt == json.loads(json.dumps(done.receipt.as_dict()))
+    assert artifact.receipt["passed"] is True
+
+
+@pytest.mark.parametrize("config", [OnnxConfig(precision="fp16"), OpenVINOConfig(), OpenVINOConfig(precision="fp16")])
+def test_a_second_export_gives_the_same_bytes(config: ExportConfig, beside: Path, known_graph: None) -> None:
+    """All but the tracing, which `test_cli` repeats: photos, receipt, proof, compiler."""
+    made = []
+    for _ in range(2):
+        export(beside, config)
+        made.append(content(beside.parent))
+        if made[-1].pop("best.xml", None):  # OpenVINO numbers the layers of all models of a process
+            sidecar = json.loads(made[-1].pop("best.xml.json"))
+            del sidecar["files"][".xml"]
+            made[-1]["best.xml.json"] = json.dumps(sidecar).encode()
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_missing_folders_are_made(
+    config: type[ExportConfig], checkpoint_file: Path, tmp_path: Path, known_graph: None
+) -> None:
+    suffix = ".onnx" if config is OnnxConfig else ".xml"
+    done = export(checkpoint_file, config(output=tmp_path / "a" / "b" / f"out{suffix}"))
+    assert done.receipt.passed
+    assert done.path.is_file()
+    assert all(file.parent == tmp_path / "a" / "b" for file in done.files)
+
+
+def test_the_proof_travels_and_proves(exported: Any, checkpoint_file: Path, trained: Any, photos: list[Path]) -> None:
+    artifact = open_artifact(exported.file)
+    proof = load_proof(proof_of(exported.file), artifact.spec, artifact.provenance["checkpoint_sha256"])
+    assert proof.names == tuple(photo.name for photo in photos[:16]), "as many as a full receipt needs"
+    assert (proof.expected == torch_run(trained.model)(proof.images)).all()
+    receipt = verify_artifact(artifact)
+    assert receipt.passed
+    assert receipt.kind == "full"
+    assert receipt.reference == exported.receipt.reference
+
+
+def test_a_proof_of_few_photos_has_them_all(beside: Path, known_graph: None) -> None:
+    done = export(beside, OnnxConfig(photos=3))
+    assert verify_artifact(open_artifact(done.path)).names == done.receipt.names
+    assert done.receipt.photos == 3
+    assert done.receipt.kind == "smoke"
+
+
+def test_each_engine_that_is_asked_for_has_its_rows(beside: Path, oxford_root: Path, known_graph: None) -> None:
+    config = OnnxConfig(backends=("onnxruntime", "openvino"), data=oxford_root / "images")
+    rows = export(beside, config).receipt.rows
+    assert [row.engine.split()[0] for row in rows][:2] == ["onnxruntime", "openvino"]
+    assert {row.engine.split()[0] for row in rows} == {"onnxruntime", "openvino"}
+    assert [row.precision for row in rows[:2]] == ["f32", "f32"], "first what the graph says"
+    assert all(row.passed for row in rows)
+
+
+def test_progress_is_told_stage_by_stage(beside: Path, known_graph: None) -> None:
+    told: list[tuple[str, int, int]] = []
+    export(beside, OpenVINOConfig(photos=2), lambda *step: told.append(step))
+    stages = list(dict.fromkeys(what for what, _, _ in told))
+    assert stages == [
+        "reading",
+        "tracing the network",
+        "compiling with openvino",
+        "reference in PyTorch",
+        "parity test",
+        "scanning activations",
+    ]
+    assert [(done, total) for what, done, total in told if what == "reference in PyTorch"] == [(1, 2), (2, 2)]
+
+
+# ------------------------------------------------------------------------------------------------ labelled photos
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_receipts_iou_is_that_of_petseg_evaluate(
+    config: type[ExportConfig], split: str, with_split: Path, trained: Any, oxford_root: Path, known_graph: None
+) -> None:
+    """On the split of the checkpoint's own training, in every row."""
+    done = export(with_split, config(data=oxford_root, split=split))
+    pairs = find(oxford_root, Split(split), val_fraction=0.25, seed=7)
+    assert done.receipt.names == tuple(pair.name for pair in pairs)
+    want = evaluate(torch_run(trained.model), pairs, 32, 32).counts(0.6).iou
+    assert want > 0.8
+    for row in done.receipt.rows:
+        assert row.task is not None
+        assert row.task["photos"] == len(pairs) == 6
+        assert row.task["reference"] == pytest.approx(want, abs=1e-12)
+        assert row.task["loss"] == pytest.approx(100 * (want - row.task["this"]), abs=1e-4)
+    with open_model(done.path) as model:  # in the engine of the last row, left to its own choice
+        this = evaluate(model.run, pairs, model.height, model.width, batch=1).counts(model.threshold).iou
+    assert done.receipt.rows[-1].task["this"] == pytest.approx(this, abs=1e-12)
+
+
+def test_photos_without_labels_have_no_iou(exported: Any) -> None:
+    assert [row.task for row in exported.receipt.rows] == [None]
+
+
+# ------------------------------------------------------------------------------------------------ bad checkpoints
+
+
+def _flip(data: bytes) -> bytes:
+    """A byte in the middle of the JSON header."""
+    return data[:40] + bytes([data[40] ^ 0xFF]) + data[41:]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: b"",
+        lambda data: data[:4],
+        lambda data: data[:-1000],
+        lambda data: data + b"more",
+        lambda data: _flip(data),
+        lambda data: b"\x89PNG\r\n\x1a\n" + data[8:],
+        lambda data: b"\xff" * len(data),
+    ],
+    ids=["empty", "8 bytes", "truncated", "longer", "header", "PNG", "garbage"],
+)
+def test_a_damaged_file_is_no_checkpoint(beside: Path, spoil: Callable[[bytes], bytes]) -> None:
+    spoilt = spoil(beside.read_bytes())
+    beside.write_bytes(spoilt)
+    with pytest.raises(CheckpointError, match=r"run/best\.safetensors: not a readable safetensors checkpoint"):
+        export(beside, OnnxConfig())
+    assert content(beside.parent) == {"best.safetensors": spoilt}
+
+
+def test_another_programs_file_is_no_checkpoint(tmp_path: Path, exported: Any) -> None:
+    save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    shutil.copy(exported.file, tmp_path / "other.onnx.safetensors")
+    before = content(tmp_path)
+    for name in before:
+        with pytest.raises(CheckpointError, match=name):
+            export(tmp_path / name, OnnxConfig(output=tmp_path / "out.onnx"))
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("width", [2, 6, 64, 10**6, 3, 0, "4"])
+def test_a_checkpoint_of_another_width_than_its_header_says(
+    trained: Any, meta: dict[str, Any], tmp_path: Path, width: Any
+) -> None:
+    path = tmp_path / "odd.safetensors"
+    save_checkpoint(path, trained.model.state_dict(), {**meta, "model": {"width": width}})
+    with pytest.raises(CheckpointError, match=r"odd\.safetensors: .*(not those of the network|which network)"):
+        export(path, OnnxConfig())
+    assert list(content(tmp_path)) == ["odd.safetensors"]
+
+
+def test_the_state_of_a_run_is_refused_with_the_remedy(trained: Any, tmp_path: Path) -> None:
+    state = {f"ema/{name}": tensor for name, tensor in trained.model.state_dict().items()}
+    save_checkpoint(tmp_path / "last.safetensors", state, {"kind": "training", "model": {"width": 4}})
+    with pytest.raises(CheckpointError, match=r"last\.safetensors: .*best\.safetensors"):
+        export(tmp_path / "last.safetensors", OnnxConfig())
+    assert list(content(tmp_path)) == ["last.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"spec": {"height": 32}},
+        {"spec": {"height": 33, "width": 32}},
+        {"spec": 5},
+        {"validation": 5},
+        {"versions": 5},
+        {"config": 5},
+        {"config": {"data": 5}},
+        {"config": {"data": {"val_fraction": "x"}}},
+    ],
+    ids=str,
+)
+def test_a_header_that_makes_no_sense_is_one_line_that_names_the_file(
+    trained: Any, meta: dict[str, Any], oxford_root: Path, tmp_path: Path, damaged: dict[str, Any], known_graph: None
+) -> None:
+    path = tmp_path / "odd.safetensors"
+    save_checkpoint(path, trained.model.state_dict(), {**meta, **damaged})
+    with pytest.raises(CheckpointError, match=r"odd\.safetensors: ") as caught:
+        export(path, OnnxConfig(data=oxford_root))
+    assert "\n" not in str(caught.value)
+    assert list(content(tmp_path)) == ["odd.safetensors"]
+
+
+# ------------------------------------------------------------------------------------------------ bad places
+
+
+@pytest.mark.parametrize(("config", "suffix"), [(OnnxConfig, ".onnx"), (OpenVINOConfig, ".xml")])
+@pytest.mark.parametrize("name", ["out", "out.pt", "out.onnx.zip", "out.ONNX", "onnx"])
+def test_an_output_with_another_suffix_is_refused_at_once(
+    config: type[ExportConfig], suffix: str, name: str, tmp_path: Path
+) -> None:
+    with pytest.raises(OutputError, match=f"{name}: .* files end in {suffix}"):
+        export(tmp_path / "there_is_none.safetensors", config(output=tmp_path / name))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("place", ["file/out", "folder"])
+def test_an_output_that_cannot_be_written_is_an_error_of_its_own(
+    config: type[ExportConfig], place: str, checkpoint_file: Path, tmp_path: Path, known_graph: None
+) -> None:
+    suffix = ".onnx" if config is OnnxConfig else ".xml"
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / f"folder{suffix}").mkdir()
+    with pytest.raises(OutputError, match=f"{place}{suffix}: cannot be written"):
+        export(checkpoint_file, config(output=tmp_path / f"{place}{suffix}", photos=1))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", f"folder{suffix}"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that even root cannot write to")
+def test_a_folder_that_cannot_be_made(checkpoint_file: Path, known_graph: None) -> None:
+    with pytest.raises(OutputError, match=r"/proc/petseg/out\.onnx: cannot be written"):
+        export(checkpoint_file, OnnxConfig(output=Path("/proc/petseg/out.onnx")))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission(checkpoint_file: Path, tmp_path: Path, known_graph: None) -> None:
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(OutputError, match="Permission denied"):
+            export(checkpoint_file, OnnxConfig(output=tmp_path / "out.onnx"))
+    finally:
+        tmp_path.chmod(0o755)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("room", [0, 1000, 100_000])
+def test_a_full_disk_leaves_what_was_there_before(
+    config: type[ExportConfig], room: int, beside: Path, known_graph: None
+) -> None:
+    suffix = ".onnx" if config is OnnxConfig else ".xml"
+    beside.with_suffix(suffix).write_bytes(BEFORE)
+    before = content(beside.parent)
+    with full_disk(room), pytest.raises(OutputError, match=f"best{suffix}: cannot be written .*File too large"):
+        export(beside, config())
+    assert content(beside.parent) == before
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_disk_that_is_full_at_the_last_file(
+    config: type[ExportConfig], beside: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Proof, "to_bytes", lambda self: bytes(3_000_000))
+    before = content(beside.parent)
+    with full_disk(2_000_000), pytest.raises(OutputError, match="File too large"):
+        export(beside, config())
+    assert content(beside.parent) == before
+
+
+# ------------------------------------------------------------------------------------------------ bad proofs
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("before", [False, True])
+def test_a_failed_receipt_leaves_nothing_new(
+    config: type[ExportConfig], before: bool, beside: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suffix = ".onnx" if config is OnnxConfig else ".xml"
+    if before:
+        export(beside, config())
+    files = content(beside.parent)
+    monkeypatch.setitem(parity.TOLERANCES, "f32", Tolerance(max_difference=-1, min_mask_iou=0.999))
+    with pytest.raises(ParityTolerance, match=r"FAILED.*largest difference") as caught:
+        export(beside, config())
+    assert caught.value.exit_code == 10
+    assert content(beside.parent) == files
+    assert (beside.with_suffix(suffix) in beside.parent.iterdir()) is before
+
+
+def test_one_failed_row_is_enough(beside: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = build.measure
+
+    def second_fails(*args: Any) -> Any:
+        (row,) = honest(*args)
+        return row, dataclasses.replace(row, precision="bf16", failures=("off by a mile",))
+
+    monkeypatch.setattr(build, "measure", second_fails)
+    with pytest.raises(ParityTolerance, match=r"bf16 in onnxruntime .*: off by a mile"):
+        export(beside, OnnxConfig())
+    assert list(content(beside.parent)) == ["best.safetensors"]
+
+
+def test_an_engine_that_fails_is_no_proof(beside: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> Any:
+        raise EngineError("out of memory")
+
+    monkeypatch.setattr(build, "measure", failing)
+    with pytest.raises(EngineError, match="out of memory"):
+        export(beside, OnnxConfig())
+    assert list(content(beside.parent)) == ["best.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "stage", ["tracing the network", "reference in PyTorch", "parity test", "scanning activations"]
+)
+def test_an_interruption_leaves_nothing_at_any_stage(stage: str, beside: Path, known_graph: None) -> None:
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what == stage:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(beside, OpenVINOConfig(), interrupt)
+    assert sorted(path.name for path in beside.parent.iterdir()) == ["best.safetensors"]
+
+
+def test_a_photo_that_cannot_be_read_leaves_nothing(beside: Path, oxford_copy: Path, known_graph: None) -> None:
+    (oxford_copy / "images" / "pet_29.jpg").write_bytes(b"no photo")
+    with pytest.raises(UnreadableImage, match=r"pet_29\.jpg") as unlabelled:
+        export(beside, OnnxConfig(data=oxford_copy / "images"))
+    with pytest.raises(DataError, match=r"pet_29\.jpg") as labelled:
+        export(beside, OnnxConfig(data=oxford_copy, split="test"))
+    assert isinstance(unlabelled.value, InputError)
+    assert (unlabelled.value.exit_code, labelled.value.exit_code) == (1, 8)
+    assert list(content(beside.parent)) == ["best.safetensors"]
+
+
+def test_a_mask_that_cannot_be_read_leaves_nothing(beside: Path, folder_copy: Path, known_graph: None) -> None:
+    (folder_copy / "masks" / "own_10.png").unlink()
+    with pytest.raises(DataError, match=r"own_10\.png"):
+        export(beside, OnnxConfig(data=folder_copy, split="test"))
+    assert list(content(beside.parent)) == ["best.safetensors"]
+
+
+def renamed(proto: onnx.ModelProto) -> None:
+    proto.graph.input[0].name = proto.graph.node[0].input[0] = "picture"
+
+
+def renamed_output(proto: onnx.ModelProto) -> None:
+    proto.graph.output[0].name = proto.graph.node[-1].output[0] = "mask"
+
+
+def of_float(proto: onnx.ModelProto) -> None:
+    proto.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+
+
+def of_another_size(proto: onnx.ModelProto) -> None:
+    proto.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 48
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "told"),
+    [
+        (renamed, ParityNames, "picture"),
+        (renamed_output, ParityNames, "mask"),
+        (of_float, ParityShapes, "float32"),
+        (of_another_size, ParityShapes, "48"),
+    ],
+)
+def test_a_graph_that_breaks_the_contract_is_a_parity_error(
+    change: Callable[[onnx.ModelProto], None],
+    error: type[ParityError],
+    told: str,
+    exported: Any,
+    beside: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    proto = onnx.load(exported.file)
+    change(proto)
+    monkeypatch.setattr(build, "graph_bytes", lambda deployed, spec: proto.SerializeToString())
+    with pytest.raises(error, match=told):
+        export(beside, OnnxConfig())
+    assert list(content(beside.parent)) == ["best.safetensors"]
+
+
+# ------------------------------------------------------------------------------------------------ requests
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        (OnnxConfig(precision="int8"), DataError),
+        (OnnxConfig(backends=("nonsense",)), EngineError),
+        (OpenVINOConfig(backends=("onnxruntime",)), EngineError),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_refused_before_the_checkpoint_is_read(
+    config: ExportConfig, error: type[PetsegError], tmp_path: Path
+) -> None:
+    with pytest.raises(error):
+        export(tmp_path / "there_is_none.safetensors", config)
+
+
+def test_notes_that_would_replace_what_the_file_says_of_itself_leave_nothing(beside: Path, known_graph: None) -> None:
+    with pytest.raises(DataError, match="checkpoint_sha256"):
+        export(beside, OnnxConfig(notes={"checkpoint_sha256": "0" * 64}))
+    assert list(content(beside.parent)) == ["best.safetensors"]
+
+
+def test_the_same_photos_are_seen_by_every_format(beside: Path, oxford_root: Path, known_graph: None) -> None:
+    wanted = {"data": oxford_root / "images", "photos": 5, "seed": 3}
+    seen = [export(beside, config(**wanted)).receipt.photos_sha256 for config in CONFIGS]
+    assert len(set(seen)) == 1

@@ -1,0 +1,409 @@
+"""OpenVINO IRs: their files, what they say, what they compute, made on the way or from a file, and on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import openvino
+import pytest
+import torch
+
+from petseg.checkpoint import save_checkpoint
+from petseg.cli import run
+from petseg.evaluate import torch_run
+from petseg_export import OnnxConfig, OpenVINOConfig, export
+from petseg_export.openvino import compile_openvino
+from petseg_runtime.artifact import open_artifact, sidecar_of
+from petseg_runtime.engines.registry import load_engine
+from petseg_runtime.errors import ModelError, OutputError, ParityTolerance
+from petseg_runtime.parity import Proof, load_proof, proof_of
+from petseg_runtime.verify import sidecar_of as verified_of
+from petseg_runtime.verify import verify_artifact
+
+PARTS = {"small.xml", "small.bin", "small.xml.json", "small.xml.parity.npz"}
+
+
+@pytest.fixture(scope="module")
+def exported_ir_half(make_export: Any, oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The checkpoint as an IR in fp16. Read only."""
+    file = tmp_path_factory.mktemp("exported_ir_half") / "small.xml"
+    config = OpenVINOConfig(output=file, data=oxford_root / "images", photos=16, precision="fp16")
+    return make_export(config)
+
+
+@pytest.fixture(params=["exported_ir", "exported_ir_half"])
+def variant(request: pytest.FixtureRequest) -> Any:
+    """Each of the session's IRs."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def copied(exported_ir: Any, tmp_path: Path) -> Path:
+    """The fp32 IR and all that belongs to it, on a device of the test's own."""
+    return Path(shutil.copytree(exported_ir.file.parent, tmp_path / "device")) / exported_ir.file.name
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# ------------------------------------------------------------------------------------------------ the files
+
+
+def test_an_ir_is_four_files_and_the_onnx_on_the_way_is_none_of_them(variant: Any) -> None:
+    assert names(variant.file.parent) == PARTS
+
+
+def test_it_opens_and_says_what_the_checkpoint_said(variant: Any, exported: Any, meta: dict[str, Any]) -> None:
+    artifact = open_artifact(variant.file)
+    precision = "fp32" if artifact.spec.precision == "fp32" else "fp16"
+    spec = json.loads(artifact.spec.to_json())
+    assert spec == {**spec, **meta["spec"], "precision": precision}
+    assert artifact.format == "openvino"
+    assert artifact.onnx is None
+    assert artifact.provenance == open_artifact(exported.file).provenance
+    assert artifact.identity == open_artifact(exported.file).identity, "of the ONNX it was made from"
+    assert artifact.receipt == json.loads(json.dumps(variant.receipt.as_dict(), allow_nan=False))
+    assert artifact.size == sum((variant.file.with_suffix(suffix)).stat().st_size for suffix in (".xml", ".bin"))
+    assert artifact.environment["library"] == "openvino"
+    assert openvino.__version__.startswith(artifact.environment["version"])
+    assert artifact.environment["precision"] == precision
+
+
+def test_the_precision_is_that_of_the_stored_weights(exported_ir: Any, exported_ir_half: Any) -> None:
+    def kinds(file: Path) -> list[str]:
+        constants = [
+            op for op in openvino.Core().read_model(file).get_ordered_ops() if op.get_type_name() == "Constant"
+        ]
+        return [op.get_element_type().get_type_name() for op in constants if len(op.get_output_shape(0)) == 4]
+
+    assert "f16" not in kinds(exported_ir.file)
+    assert kinds(exported_ir_half.file).count("f16") >= 30, "the convolutions"
+    sizes = [made.file.with_suffix(".bin").stat().st_size for made in (exported_ir, exported_ir_half)]
+    assert sizes[1] < 0.55 * sizes[0]
+
+
+def test_no_path_of_this_machine_is_in_any_of_its_files(variant: Any, checkpoint_file: Path) -> None:
+    for name in PARTS:
+        data = variant.file.with_name(name).read_bytes()
+        for path in (Path(sys.prefix), Path.home(), Path(torch.__file__).parent, checkpoint_file.parent):
+            if len(path.parts) > 2:
+                assert str(path).encode() not in data
+        assert b"source.onnx" not in data
+        assert str(variant.file.parent).encode() not in data
+
+
+# ------------------------------------------------------------------------------------------------ what it computes
+
+
+def test_the_receipt_has_a_row_in_float32_and_one_of_the_cpus_own_choice(variant: Any) -> None:
+    rows = variant.receipt.rows
+    assert rows[0].precision == "f32"
+    with load_engine(open_artifact(variant.file)) as engine:
+        own = engine.describe().precision
+    assert [row.precision for row in rows] == (["f32"] if own == "f32" else ["f32", own])
+    assert all(row.engine.startswith("openvino") and row.passed for row in rows)
+    assert variant.receipt.kind == "full"
+    allowed = rows[0].tolerance
+    assert allowed.max_difference == (1 if variant.receipt.stored == "fp32" else None)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_it_does_what_the_network_does_at_any_batch(variant: Any, trained: Any, random_images: Any, count: int) -> None:
+    batch = random_images(count, 32, 32, count)
+    with load_engine(open_artifact(variant.file), threads=1, exact=True) as engine:
+        got = engine.run(batch)
+    want = torch_run(trained.model)(batch)
+    assert len(np.unique(want)) > 20
+    assert np.abs(got.astype(int) - want).max() <= (1 if variant.receipt.stored == "fp32" else 8)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 64), (48, 80)])
+def test_an_ir_of_any_size(
+    size: tuple[int, int], checkpoint_file: Path, exported_any: Any, trained: Any, random_images: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "any.xml"
+    assert export(checkpoint_file, OpenVINOConfig(output=file, onnx=exported_any.file, photos=2)).receipt.passed
+    batch = random_images(2, *size)
+    with load_engine(open_artifact(file), threads=1, exact=True) as engine:
+        assert np.abs(engine.run(batch).astype(int) - torch_run(trained.model)(batch)).max() <= 1
+
+
+def test_a_layer_that_float16_cannot_store_is_no_silent_infinity(
+    trained: Any, meta: dict[str, Any], oxford_root: Path, tmp_path: Path
+) -> None:
+    """Either the compiler leaves such weights in float32, or the receipt fails: the file that is left is right."""
+    model = trained.model
+    save_checkpoint(tmp_path / "large.safetensors", _too_large(model), meta)
+    file = tmp_path / "large.xml"
+    config = OpenVINOConfig(output=file, precision="fp16", data=oxford_root / "images")
+    try:
+        done = export(tmp_path / "large.safetensors", config)
+    except ParityTolerance:
+        assert names(tmp_path) == {"large.safetensors"}
+    else:
+        assert done.receipt.passed
+        assert done.receipt.rows[0].p99_difference <= 4
+
+
+def _too_large(model: Any) -> dict[str, torch.Tensor]:
+    """Weights of one layer beyond 65504, taken back in the next; the same function."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in ("down2.0.weight", "down2.1.running_mean", "down2.1.bias"):
+        state[name] *= 1e7
+    state["down2.3.weight"] /= 1e7
+    return state
+
+
+# ------------------------------------------------------------------------------------------------ from a file
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_onnx_file_is_compiled_as_it_is(
+    precision: str, checkpoint_file: Path, exported: Any, oxford_root: Path, tmp_path: Path
+) -> None:
+    """Both from the file in fp32: fp16 is how an IR stores its weights. Nothing is traced again."""
+    file = tmp_path / "out.xml"
+    config = OpenVINOConfig(output=file, onnx=exported.file, precision=precision, data=oxford_root / "images")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("petseg_export.build.graph_bytes", None)
+        done = export(checkpoint_file, config)
+    artifact = open_artifact(file)
+    assert done.receipt.passed
+    assert artifact.spec == dataclasses.replace(open_artifact(exported.file).spec, precision=precision)
+    assert artifact.identity == open_artifact(exported.file).identity
+    assert names(tmp_path) == {"out.xml", "out.bin", "out.xml.json", "out.xml.parity.npz"}
+
+
+def test_a_file_in_fp16_is_compiled_too(
+    checkpoint_file: Path, exported_half: Any, oxford_root: Path, tmp_path: Path
+) -> None:
+    config = OpenVINOConfig(
+        output=tmp_path / "out.xml", onnx=exported_half.file, precision="fp16", data=oxford_root / "images"
+    )
+    assert export(checkpoint_file, config).receipt.stored == "fp16"
+
+
+def test_the_ir_keeps_what_the_onnx_file_says_of_itself(checkpoint_file: Path, exported: Any, tmp_path: Path) -> None:
+    noted = tmp_path / "noted.onnx"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("petseg_export.build.graph_bytes", lambda deployed, spec: exported.file.read_bytes())
+        export(checkpoint_file, OnnxConfig(output=noted, name="mine", notes={"measured": 0.9}, photos=1))
+    export(checkpoint_file, OpenVINOConfig(output=tmp_path / "out.xml", onnx=noted, name="mine", photos=1))
+    artifact = open_artifact(tmp_path / "out.xml")
+    assert artifact.spec.name == "mine"
+    assert artifact.provenance["measured"] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"height": 64}, "height 64 cannot be asked for"),
+        ({"width": 64}, "width 64 cannot be asked for"),
+        ({"batch": 4}, "batch 4 cannot be asked for"),
+        ({"dynamic_size": True}, "dynamic_size True cannot be asked for"),
+        ({"name": "mine"}, "name 'mine' cannot be asked for"),
+        ({"notes": {"measured": 1}}, "notes {'measured': 1} cannot be asked for"),
+    ],
+)
+def test_what_an_onnx_file_does_not_have_is_not_asked_of_it_silently(
+    asked: dict[str, Any], told: str, checkpoint_file: Path, exported: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=r"small\.onnx: it is compiled as it is") as caught:
+        export(checkpoint_file, OpenVINOConfig(output=tmp_path / "out.xml", onnx=exported.file, **asked))
+    assert told in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_it_has_may_be_asked_for(checkpoint_file: Path, exported: Any, tmp_path: Path) -> None:
+    config = OpenVINOConfig(output=tmp_path / "out.xml", onnx=exported.file, height=32, width=32, photos=1)
+    assert export(checkpoint_file, config).receipt.passed
+
+
+def refused(checkpoint: Path, folder: Path, onnx: Path, precision: str = "fp32") -> str:
+    before = names(folder)
+    with pytest.raises(ModelError) as caught:
+        export(checkpoint, OpenVINOConfig(output=folder / "out.xml", onnx=onnx, precision=precision))
+    assert onnx.name in str(caught.value)
+    assert names(folder) == before
+    return str(caught.value)
+
+
+def test_a_file_of_another_checkpoint_is_refused(
+    trained: Any, meta: dict[str, Any], exported: Any, tmp_path: Path
+) -> None:
+    save_checkpoint(tmp_path / "other.safetensors", trained.earlier.state_dict(), meta)
+    assert "another checkpoint" in refused(tmp_path / "other.safetensors", tmp_path, exported.file)
+
+
+def test_a_file_of_another_precision_is_refused(
+    checkpoint_file: Path, exported: Any, exported_half: Any, tmp_path: Path
+) -> None:
+    assert "it is fp16, not fp32" in refused(checkpoint_file, tmp_path, exported_half.file)
+    assert "it is fp32, not int8" in refused(checkpoint_file, tmp_path, exported.file, "int8")
+
+
+def test_what_is_no_onnx_file_of_petseg_is_refused(
+    checkpoint_file: Path, exported: Any, exported_ir: Any, tmp_path: Path
+) -> None:
+    data = exported.file.read_bytes()
+    (tmp_path / "garbage.onnx").write_bytes(b"no protobuf" * 100)
+    (tmp_path / "truncated.onnx").write_bytes(data[: len(data) // 2])
+    proto = onnx.load_from_string(data)
+    del proto.metadata_props[:]
+    onnx.save(proto, tmp_path / "foreign.onnx")
+    for name in ("garbage.onnx", "truncated.onnx", "foreign.onnx", "none.onnx"):
+        refused(checkpoint_file, tmp_path, tmp_path / name)
+    assert "an ONNX file is expected, not openvino" in refused(checkpoint_file, tmp_path, exported_ir.file)
+    refused(checkpoint_file, tmp_path, checkpoint_file)
+
+
+def test_a_file_whose_weights_were_changed_behind_its_back_fails(
+    checkpoint_file: Path, exported: Any, oxford_root: Path, tmp_path: Path
+) -> None:
+    """It still says that it is of this checkpoint; the receipt is a new one."""
+    proto = onnx.load(exported.file)
+    weight = next(tensor for tensor in proto.graph.initializer if tensor.name == "network.head.bias")
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) + 0.3, weight.name))
+    onnx.save(proto, tmp_path / "changed.onnx")
+    config = OpenVINOConfig(output=tmp_path / "out.xml", onnx=tmp_path / "changed.onnx", data=oxford_root / "images")
+    with pytest.raises(ParityTolerance, match="FAILED"):
+        export(checkpoint_file, config)
+    assert names(tmp_path) == {"changed.onnx"}
+
+
+def test_a_compiler_that_cannot_read_the_graph_says_so(
+    checkpoint_file: Path, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(self: Any, path: Any) -> Any:
+        raise RuntimeError("Exception from core.cpp:\n\nno such operator\n")
+
+    monkeypatch.setattr(openvino.Core, "read_model", unreadable)
+    with pytest.raises(ModelError, match=r"OpenVINO cannot read the graph .*no such operator"):
+        compile_openvino(open_artifact(exported.file), tmp_path / "out.xml", OpenVINOConfig())
+
+
+@pytest.mark.parametrize("room", [0, 50_000, 300_000])
+def test_a_disk_that_is_full_while_openvino_writes(
+    room: int, checkpoint_file: Path, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own C++ code writes, and fails in its own way."""
+    honest = openvino.save_model
+
+    def on_a_full_disk(*args: Any, **options: Any) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        try:
+            honest(*args, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(openvino, "save_model", on_a_full_disk)
+    with pytest.raises(OutputError, match=r"out\.xml: cannot be written"):
+        export(checkpoint_file, OpenVINOConfig(output=tmp_path / "out.xml", onnx=exported.file))
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ on the device
+
+
+def test_verify_on_the_device_accepts_it_and_leaves_its_result(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["verify", str(copied)]) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    assert "passed, f32 in openvino" in out
+    result = json.loads(verified_of(copied).read_text())
+    assert result["passed"] is True
+    assert result["photos"] == 16
+    assert names(copied.parent) == PARTS | {"small.xml.verified.json"}
+    assert open_artifact(copied).receipt["passed"] is True, "the file's own receipt is as it was"
+
+
+def test_verify_without_torch_and_onnx(copied: Path) -> None:
+    program = (
+        "import sys; from petseg.cli import run; code = run(sys.argv[1:]);"
+        "assert not {'torch', 'onnx', 'petseg_export'} & set(sys.modules), 'heavy'; sys.exit(code)"
+    )
+    command = [sys.executable, "-W", "error", "-c", program, "verify", str(copied), "-q"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def edit_sidecar(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    raw = json.loads(sidecar_of(file).read_text())
+    change(raw)
+    sidecar_of(file).write_text(json.dumps(raw))
+
+
+def flip_weights(file: Path) -> None:
+    weights = np.frombuffer(file.with_suffix(".bin").read_bytes(), np.float32).copy()
+    weights[2000:40000] *= -1
+    file.with_suffix(".bin").write_bytes(weights.tobytes())
+
+
+def of_another_model(file: Path) -> None:
+    proof = load_proof(proof_of(file), open_artifact(file).spec, open_artifact(file).provenance["checkpoint_sha256"])
+    proof_of(file).write_bytes(dataclasses.replace(proof, checkpoint_sha256="0" * 64).to_bytes())
+
+
+@pytest.mark.parametrize(
+    ("tamper", "told"),
+    [
+        (flip_weights, "small.bin: not the file that small.xml.json describes"),
+        (lambda file: file.write_bytes(file.read_bytes() + b"\n"), "small.xml: not the file that"),
+        (lambda file: file.with_suffix(".bin").unlink(), "small.bin: missing"),
+        (lambda file: sidecar_of(file).unlink(), "small.xml.json is not beside it"),
+        (lambda file: sidecar_of(file).write_text("{"), "small.xml.json: not JSON"),
+        (lambda file: edit_sidecar(file, lambda raw: raw.update(format="trt")), "its format is 'trt'"),
+        (lambda file: edit_sidecar(file, lambda raw: raw["spec"].update(height=33)), "height is 33"),
+        (lambda file: proof_of(file).unlink(), "small.xml.parity.npz: not there"),
+        (lambda file: proof_of(file).write_bytes(proof_of(file).read_bytes()[:-500]), "parity.npz: not a proof"),
+        (of_another_model, "the proof of another model"),
+    ],
+    ids=["weights", "xml", "no bin", "no sidecar", "sidecar", "format", "spec", "no proof", "proof", "foreign proof"],
+)
+def test_verify_refuses_what_does_not_belong_together(
+    tamper: Callable[[Path], Any], told: str, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tamper(copied)
+    before = names(copied.parent)
+    assert run(["verify", str(copied)]) == 4
+    out, err = capsys.readouterr()
+    assert told in err
+    assert not out
+    assert names(copied.parent) == before
+
+
+def test_verify_finds_weights_that_were_changed_with_their_digest(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Digests alone prove nothing against someone who writes them anew; the photos do."""
+    flip_weights(copied)
+    digest = hashlib.sha256(copied.with_suffix(".bin").read_bytes()).hexdigest()
+    edit_sidecar(copied, lambda raw: raw["files"].update({".bin": digest}))
+    assert run(["verify", str(copied)]) == 10
+    assert "FAILED" in capsys.readouterr().out
+    assert json.loads(verified_of(copied).read_text())["passed"] is False
+
+
+def test_verify_finds_answers_that_are_not_the_files(copied: Path) -> None:
+    artifact = open_artifact(copied)
+    proof: Proof = load_proof(proof_of(copied), artifact.spec, artifact.provenance["checkpoint_sha256"])
+    moved = dataclasses.replace(proof, expected=np.roll(proof.expected, 1, axis=2))
+    proof_of(copied).write_bytes(moved.to_bytes())
+    receipt = verify_artifact(artifact)
+    assert receipt.passed is False
+    assert any("not aligned" in failure for failure in receipt.failures)

@@ -1,0 +1,200 @@
+"""The formats as data, and what is refused before anything heavy is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from petseg_export import (
+    ExportConfig,
+    OnnxConfig,
+    OpenVINOConfig,
+    QuantizeConfig,
+    TensorRTConfig,
+    TensorRTRTXConfig,
+    registry,
+)
+from petseg_export.registry import FORMATS, check, format_of, why_not
+from petseg_runtime.artifact import COMPILED
+from petseg_runtime.engines.registry import ENGINES
+from petseg_runtime.errors import DataError, EngineError, EngineMissing, MissingExtra, ModelError, PetsegError
+from petseg_runtime.spec import PRECISIONS
+
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+
+@pytest.fixture
+def missing(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Packages that seem not to be installed; empty to begin with."""
+    gone: set[str] = set()
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else real(name))
+    return gone
+
+
+@pytest.fixture
+def everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that has every package and a GPU."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(registry, "nvidia_gpus", lambda: 1)
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_fits_what_the_runtime_reads_and_runs(name: str) -> None:
+    form = FORMATS[name]
+    assert form.suffix == (COMPILED[name][0] if name in COMPILED else ".onnx")
+    assert set(form.precisions) <= set(PRECISIONS)
+    assert any(name in entry.formats for entry in ENGINES.values()), "an engine runs it"
+    assert (form.compiler is None) == (name == "onnx")
+    assert set(form.sources) <= set(form.precisions)
+    assert set(form.sources.values()) <= set(FORMATS["onnx"].precisions)
+    assert form.help
+    assert form.proven
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_needs_what_an_extra_brings(name: str) -> None:
+    extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
+    for need in FORMATS[name].needs:
+        assert any(line.startswith(need.module.replace("_", "-")) for line in extras[need.extra])
+
+
+def test_every_config_leads_to_its_format() -> None:
+    assert [format_of(form.config()) for form in FORMATS.values()] == list(FORMATS.items())
+
+
+def test_a_config_of_no_format_is_a_mistake_of_the_program() -> None:
+    with pytest.raises(TypeError, match="ExportConfig is no format's config"):
+        format_of(ExportConfig())
+
+
+# ------------------------------------------------------------------------------------------------ this machine
+
+
+@pytest.mark.parametrize(
+    ("name", "gone", "remedy"),
+    [
+        ("onnx", "torch", "petseg[export]"),
+        ("onnx", "onnxscript", "petseg[export]"),
+        ("openvino", "openvino", "petseg[openvino]"),
+        ("trt", "tensorrt", "petseg[trt]"),
+        ("trt-rtx", "tensorrt_rtx", "petseg[rtx]"),
+        ("trt-rtx", "torch", "petseg[export]"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(
+    everything: None, missing: set[str], name: str, gone: str, remedy: str
+) -> None:
+    assert why_not(FORMATS[name]) is None
+    missing.add(gone)
+    reason = why_not(FORMATS[name])
+    assert isinstance(reason, MissingExtra)
+    assert gone in str(reason)
+    assert f"pip install '{remedy}'" in str(reason)
+    with pytest.raises(MissingExtra, match=f"{name}: {gone} is not installed"):
+        check(FORMATS[name].config())
+
+
+def test_a_gpu_that_is_not_there_is_named_with_two_ways_out(everything: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "nvidia_gpus", lambda: 0)
+    with pytest.raises(EngineError, match=r"no NVIDIA GPU here.*export to ONNX here.*or use trt-rtx") as caught:
+        check(TensorRTConfig())
+    assert not isinstance(caught.value, EngineMissing)
+    for config in (OnnxConfig(), OpenVINOConfig(), TensorRTRTXConfig()):
+        check(config)
+
+
+@pytest.mark.parametrize(("config", "extras"), [(OnnxConfig, ("cpu", "openvino")), (OpenVINOConfig, ("openvino",))])
+def test_a_machine_without_an_engine_for_the_parity_test_is_told_what_to_install(
+    missing: set[str], config: type[ExportConfig], extras: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing |= {"onnxruntime", "openvino"}
+    monkeypatch.setattr(registry, "why_not", lambda form: None)
+    with pytest.raises(EngineMissing) as caught:
+        check(config())
+    assert all(f"petseg[{extra}]" in str(caught.value) for extra in extras)
+
+
+def test_one_engine_is_enough_for_the_parity_test(missing: set[str]) -> None:
+    missing.add("onnxruntime")
+    check(OnnxConfig())
+    with pytest.raises(EngineMissing, match=r"petseg\[cpu\]"):
+        check(OnnxConfig(backends=("onnxruntime",)))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OnnxConfig(backends=("nonsense",)),
+        OnnxConfig(backends=("auto", "tensorrt")),
+        OpenVINOConfig(backends=("onnxruntime",)),
+        TensorRTRTXConfig(backends=("openvino",)),
+    ],
+)
+def test_an_engine_that_does_not_run_the_format_is_refused_before_the_work(config: ExportConfig) -> None:
+    with pytest.raises(EngineError, match=f"{config.backends[-1]!r} is no engine that runs such files") as caught:
+        check(config)
+    assert caught.value.exit_code == 5
+
+
+# ------------------------------------------------------------------------------------------------ what is asked
+
+
+@pytest.mark.parametrize("config", [OnnxConfig, OpenVINOConfig, TensorRTRTXConfig])
+def test_int8_needs_labelled_photos(config: type[ExportConfig]) -> None:
+    with pytest.raises(DataError, match="--data"):
+        check(config(precision="int8"))
+    check(config(precision="int8", data=Path("pets")))
+    check(config(precision="int8", quantize=QuantizeConfig(data=Path("pets"))))
+
+
+def test_int8_that_was_chosen_before_needs_none() -> None:
+    check(OpenVINOConfig(precision="int8", onnx=Path("int8.onnx")))
+
+
+def test_int8_is_calibrated_in_onnxruntime(missing: set[str]) -> None:
+    missing.add("onnxruntime")
+    with pytest.raises(MissingExtra, match="calibrated in onnxruntime"):
+        check(OnnxConfig(precision="int8", data=Path("pets")))
+
+
+def test_a_precision_that_a_format_does_not_come_in_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMATS, "openvino", dataclasses.replace(FORMATS["openvino"], precisions=("fp32",)))
+    with pytest.raises(ModelError, match="openvino comes in fp32, not in fp16"):
+        check(OpenVINOConfig(precision="fp16"))
+
+
+LIGHT = """
+import sys
+from petseg_export import OnnxConfig, OpenVINOConfig, TensorRTConfig, TensorRTRTXConfig
+from petseg_export.registry import check
+from petseg_runtime.errors import PetsegError
+check(OnnxConfig())
+check(OpenVINOConfig())
+for config in (OnnxConfig(precision="int8"), OnnxConfig(backends=("nonsense",))):
+    try:
+        check(config)
+    except PetsegError as error:
+        print(error.exit_code)
+heavy = {"torch", "onnx", "onnxscript", "onnxruntime", "openvino", "tensorrt_rtx"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_requests_are_checked_without_importing_what_would_do_the_work() -> None:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", LIGHT], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(error.exit_code) for error in (DataError, EngineError)]
+
+
+def test_every_refusal_is_an_error_of_petseg() -> None:
+    assert issubclass(EngineMissing, PetsegError)

@@ -1,0 +1,603 @@
+"""ONNX to engine: in TensorRT for RTX for real, and through the `tensorrt` branch with that library in its clothes."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import types
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper, numpy_helper
+from torch import nn
+
+import petseg_runtime
+from petseg.model import AttentionUNet, AttentionUNetConfig
+from petseg_export import tensorrt
+from petseg_export.deploy import DeployedUNet
+from petseg_export.onnx import graph_bytes
+from petseg_export.tensorrt import Built, Profile, build
+from petseg_runtime.errors import EngineError, MissingExtra, ModelError
+from petseg_runtime.spec import ModelSpec
+
+EDGE = Path(petseg_runtime.__file__).with_name("models") / "edge.onnx"
+CONVOLUTIONS = 35
+GPU = {"gpu": "NVIDIA Fake", "compute_capability": "8.7", "driver": "CUDA 12.6"}
+
+Test = TypeVar("Test", bound=Callable[..., None])
+
+
+@pytest.fixture(scope="session")
+def rtx() -> Any:
+    return pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install 'petseg[rtx]'")
+
+
+def needs_rtx(test: Test) -> Test:
+    return pytest.mark.tensorrt(pytest.mark.usefixtures("rtx")(test))
+
+
+def profile(height: int = 32, width: int = 32, batch: int = 4) -> Profile:
+    return Profile(minimum=(1, height, width, 3), optimum=(1, height, width, 3), maximum=(batch, height, width, 3))
+
+
+def network(width: int) -> AttentionUNet:
+    """Random weights; the BatchNorms have seen something, so that folding them changes every convolution."""
+    torch.manual_seed(0)
+    model = AttentionUNet(AttentionUNetConfig(width=width)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.uniform_(-0.5, 0.5)
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+@cache
+def graph(width: int = 4, size: int = 32, *, half: bool = False, dynamic: bool = False) -> bytes:
+    model = network(width)
+    names = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    spec = ModelSpec(name="random", height=size, width=size, dynamic_size=dynamic)
+    return graph_bytes(DeployedUNet(model, names if half else frozenset()), spec)
+
+
+def fixed(batch: int) -> bytes:
+    """The graph with one batch size in place of any."""
+    model = onnx.load_from_string(graph())
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    return bytes(model.SerializeToString())
+
+
+def quantized(data: bytes, *, activations: type = np.int8, weights: str = "int8", biases: str = "float") -> bytes:
+    """Q/DQ around every convolution: activations per tensor, weights per output channel, zero points 0.
+
+    Weights are stored as int8, or as float with a QuantizeLinear; biases as float, or as int32.
+    """
+    model = onnx.load_from_string(data)
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+
+    def constant(name: str, array: np.ndarray) -> str:
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
+        return name
+
+    def pair(name: str, scale: np.ndarray, dtype: type, stored: np.ndarray | None = None) -> str:
+        parameters = [constant(f"{name}.scale", scale), constant(f"{name}.zero", np.zeros(scale.shape, dtype))]
+        axis = {"axis": 0} if scale.ndim else {}
+        if stored is None:
+            nodes.append(helper.make_node("QuantizeLinear", [name, *parameters], [f"{name}.q"], f"{name}.Q", **axis))
+        else:
+            constant(f"{name}.q", stored)
+        nodes.append(
+            helper.make_node("DequantizeLinear", [f"{name}.q", *parameters], [f"{name}.dq"], f"{name}.DQ", **axis)
+        )
+        return f"{name}.dq"
+
+    done: dict[str, str] = {}
+    step = np.array(0.05, np.float32)
+    for node in model.graph.node:
+        if node.op_type == "Conv":
+            image, kernel, bias = node.input
+            if image not in done:
+                done[image] = pair(image, step, activations)
+            scale = np.abs(values[kernel]).max(axis=(1, 2, 3)) / np.float32(127)
+            stored = np.rint(values[kernel] / scale[:, None, None, None]).astype(np.int8)
+            node.input[0] = done[image]
+            node.input[1] = pair(kernel, scale, np.int8, stored if weights == "int8" else None)
+            if biases == "int32":
+                stored = np.rint(values[bias] / (scale * step)).astype(np.int32)
+                node.input[2] = pair(bias, scale * step, np.int32, stored)
+        nodes.append(node)
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(copies)
+    onnx.checker.check_model(model, full_check=True)
+    return bytes(model.SerializeToString())
+
+
+def convolutions(built: Built) -> Counter[str]:
+    """How many convolutions read which types: TensorRT for RTX calls them correlations."""
+    counts: Counter[str] = Counter()
+    for row in built.description["computed"]:
+        if row["layer"] == "correlation":
+            counts["+".join(row["reads"])] += row["count"]
+    return counts
+
+
+# --- the graphs that we export ---
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("make", "shapes", "expected"),
+    [
+        pytest.param(graph, profile(), "fp32", id="any batch"),
+        pytest.param(lambda: fixed(2), None, "fp32", id="fixed batch without a profile"),
+        pytest.param(
+            lambda: fixed(2),
+            Profile(minimum=(2, 32, 32, 3), optimum=(2, 32, 32, 3), maximum=(2, 32, 32, 3)),
+            "fp32",
+            id="fixed batch with its profile",
+        ),
+        pytest.param(
+            lambda: graph(dynamic=True),
+            Profile(minimum=(1, 32, 16, 3), optimum=(1, 64, 64, 3), maximum=(2, 96, 128, 3)),
+            "fp32",
+            id="any size",
+        ),
+        pytest.param(lambda: graph(64, 64), profile(64, 64), "fp32", id="published width"),
+        pytest.param(lambda: graph(half=True), profile(), "fp16", id="fp16"),
+        pytest.param(lambda: quantized(graph()), profile(), "int8", id="int8"),
+        pytest.param(lambda: quantized(graph(), weights="float"), profile(), "int8", id="int8, float weights"),
+        pytest.param(lambda: quantized(graph(dynamic=True)), profile(48, 64), "int8", id="int8, any size"),
+    ],
+)
+def test_a_graph_becomes_an_engine_that_computes_in_its_types(
+    make: Callable[[], bytes], shapes: Profile | None, expected: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = make()
+    capfd.readouterr()
+    built = build(data, shapes, library="tensorrt_rtx")
+    assert capfd.readouterr() == ("", "")
+    ((dtypes, count),) = convolutions(built).items()
+    assert dtypes == expected
+    assert CONVOLUTIONS - 5 <= count <= CONVOLUTIONS  # of four channels, some become part of other kernels
+    assert built.messages == ()
+    described = built.description
+    assert described["bytes"] == len(built.engine) > 100_000
+    assert described["layers"] == sum(row["count"] for row in described["computed"])
+    (image,), (probability,) = described["inputs"], described["outputs"]
+    assert (image["name"], image["dtype"], image["shape"][3]) == ("image", "uint8", 3)
+    assert (probability["name"], probability["dtype"]) == ("probability", "uint8")
+    assert probability["shape"] == image["shape"][:3]
+    assert json.loads(json.dumps(described)) == described
+
+
+@needs_rtx
+def test_the_embedded_model_compiles_and_says_what_for() -> None:
+    built = build(EDGE.read_bytes(), profile(160, 160, 8), library="tensorrt_rtx")
+    version = importlib.import_module("tensorrt_rtx").__version__
+    assert built.environment == {
+        "library": "tensorrt_rtx",
+        "version": version,
+        "platform": f"linux {os.uname().machine}",
+        "gpu": None,
+        "driver": None,
+        "compute_capability": "portable",
+        "profile": {"minimum": [1, 160, 160, 3], "optimum": [1, 160, 160, 3], "maximum": [8, 160, 160, 3]},
+        "flags": {"strongly_typed": True, "tf32": False},
+    }
+    assert convolutions(built) == {"fp32": CONVOLUTIONS}
+    assert built.description["unknown"] == ["kernels: the device chooses them when it loads the engine"]
+    assert len(built.engine) < 2 * EDGE.stat().st_size
+
+
+@needs_rtx
+def test_two_builds_agree_on_what_they_are() -> None:
+    one, other = (build(graph(), profile(), library="tensorrt_rtx") for _ in range(2))
+    assert (one.environment, one.description) == (other.environment, other.description)
+
+
+@needs_rtx
+def test_gpus_can_be_asked_for() -> None:
+    built = build(graph(), profile(), library="tensorrt_rtx", compute_capabilities=("8.9", "12.0"))
+    assert built.environment["compute_capability"] == ["8.9", "12.0"]
+    with pytest.raises(EngineError, match=r"cannot build for a GPU of 9\.0; it knows .*8\.6, 8\.9.*12\.0"):
+        build(graph(), profile(), library="tensorrt_rtx", compute_capabilities=("8.9", "9.0"))
+
+
+# --- graphs and profiles that are refused ---
+
+
+@needs_rtx
+def test_int32_biases_are_refused_with_the_name_of_the_node(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(
+        ModelError, match=r"cannot read the graph \(DequantizeLinear .*bias\.DQ: .* has type Int32"
+    ) as error:
+        build(quantized(graph(), biases="int32"), profile(), library="tensorrt_rtx")
+    assert "\n" not in str(error.value)
+    assert "driver" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_rtx
+def test_uint8_activations_are_refused_because_they_would_become_int8() -> None:
+    with pytest.raises(ModelError, match=r"would read the graph as another \(.*UINT8 zero_point"):
+        build(quantized(graph(), activations=np.uint8), profile(), library="tensorrt_rtx")
+
+
+@needs_rtx
+@pytest.mark.parametrize("data", [b"not a graph", EDGE.read_bytes()[:5000]])
+def test_what_is_no_graph_is_refused(data: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ModelError, match=r"cannot read the graph .*Failed to parse"):
+        build(data, profile(), library="tensorrt_rtx")
+    assert capfd.readouterr() == ("", "")
+
+
+def changed(change: Callable[[onnx.GraphProto], None]) -> bytes:
+    model = onnx.load_from_string(graph())
+    change(model.graph)
+    return bytes(model.SerializeToString())
+
+
+def float_input(proto: onnx.GraphProto) -> None:
+    proto.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+
+
+def other_output(proto: onnx.GraphProto) -> None:
+    proto.output[0].name = proto.node[-1].output[0] = "mask"
+
+
+def unknown_operator(proto: onnx.GraphProto) -> None:
+    proto.node[-2].op_type = "NoSuchOperator"
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (lambda: b"", "input is none; image of uint8 with 4 dimensions is expected"),
+        (lambda: changed(float_input), r"input is image float \[-1, 32, 32, 3\]; image of uint8"),
+        (lambda: changed(other_output), r"output is mask uint8 \[-1, 32, 32\]; probability of uint8 with 3 dimensions"),
+        (lambda: changed(unknown_operator), "cannot read the graph .*NoSuchOperator"),
+    ],
+    ids=["empty", "float input", "other output", "unknown operator"],
+)
+def test_a_graph_that_breaks_the_contract_is_refused(data: Callable[[], bytes], words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        build(data(), profile(), library="tensorrt_rtx")
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("batch", "shapes", "words"),
+    [
+        (0, profile(64, 64), r"\[1, 64, 64, 3\] to \[4, 64, 64, 3\].* contradicts the graph, .* \[-1, 32, 32, 3\]"),
+        (2, profile(batch=2), r"\[1, 32, 32, 3\] to \[2, .* contradicts the graph, .* \[2, 32, 32, 3\]"),
+        (0, None, r"image is \[-1, 32, 32, 3\]: a profile has to say"),
+    ],
+    ids=["size", "batch", "none"],
+)
+def test_a_profile_that_contradicts_the_graph_is_refused(batch: int, shapes: Profile | None, words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        build(fixed(batch) if batch else graph(), shapes, library="tensorrt_rtx")
+
+
+@pytest.mark.parametrize(
+    ("minimum", "words"),
+    [
+        ((1, 30, 32, 3), r"minimum of the profile is \[1, 30, 32, 3\].* multiples of 16"),
+        ((1, 32, 32, 4), r"\[N, H, W, 3\] is expected"),
+        ((0, 32, 32, 3), "minimum of the profile"),
+        ((8, 32, 32, 3), r"\[8, 32, 32, 3\] to \[4, .*minimum <= optimum <= maximum"),
+    ],
+)
+def test_a_profile_that_makes_no_sense_is_refused(minimum: tuple[int, int, int, int], words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        Profile(minimum=minimum, optimum=(2, 32, 32, 3), maximum=(4, 64, 64, 3))
+
+
+# --- progress and Ctrl-C ---
+
+
+@needs_rtx
+def test_progress_is_told() -> None:
+    news: list[tuple[str, int, int]] = []
+    build(graph(), profile(), library="tensorrt_rtx", watch=lambda *step: news.append(step))
+    assert len({phase for phase, _, _ in news}) > 3
+    assert all(0 <= done <= total for _, done, total in news)
+    assert news[0][1] == 0
+    phase, done, total = news[-1]
+    assert (phase, done) == (news[0][0], total)
+
+
+@needs_rtx
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("a broken bar")])
+def test_what_the_watcher_raises_cancels_the_build(error: BaseException, capfd: pytest.CaptureFixture[str]) -> None:
+    graph()
+    calls = []
+
+    def watch(phase: str, done: int, total: int) -> None:
+        calls.append(phase)
+        if len(calls) == 5:
+            raise error
+
+    capfd.readouterr()
+    with pytest.raises(type(error)) as caught:
+        build(graph(), profile(), library="tensorrt_rtx", watch=watch)
+    assert caught.value is error
+    assert len(calls) == 5
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_rtx
+def test_ctrl_c_cancels_the_build(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    graph()  # traced before, so that Ctrl-C meets the build
+    made: list[tensorrt._Progress] = []
+    news: list[str] = []
+
+    class Progress(tensorrt._Progress):
+        def __init__(self, watch: Any) -> None:
+            super().__init__(watch)
+            made.append(self)
+
+    def watch(phase: str, done: int, total: int) -> None:
+        news.append(phase)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert made[0].stop.wait(60)
+
+    monkeypatch.setattr(tensorrt, "_Progress", Progress)
+    capfd.readouterr()
+    with pytest.raises(KeyboardInterrupt):
+        build(graph(), profile(), library="tensorrt_rtx", watch=watch)
+    assert len(news) == 1
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("petseg-tensorrt")]
+    assert capfd.readouterr() == ("", "")
+
+
+# --- the library itself ---
+
+
+def install(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> None:
+    module = types.ModuleType(name)
+    vars(module).update(contents)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.parametrize(("library", "extra"), [("tensorrt", "trt"), ("tensorrt_rtx", "rtx")])
+def test_a_library_that_is_not_installed_names_its_extra(
+    library: Any, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(MissingExtra, match=rf"^{library} is not installed: pip install 'petseg\[{extra}\]'$"):
+        build(b"", None, library=library)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'tensorrt_bindings'", name="tensorrt_bindings"),
+        ImportError("libnvinfer.so.10: cannot open shared object file"),
+        OSError("libnvinfer.so.10: cannot open shared object file"),
+        RuntimeError("the wheel was not built"),
+    ],
+)
+def test_a_library_that_cannot_be_imported_gives_the_reason(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(EngineError, match="tensorrt is installed, but cannot be used") as caught:
+        build(b"", None, library="tensorrt")
+    assert str(error) in str(caught.value)
+
+
+def test_a_placeholder_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "tensorrt", __version__="0.0.1")
+    with pytest.raises(EngineError, match="holds no library"):
+        build(b"", None, library="tensorrt")
+
+
+def test_an_old_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "tensorrt", __version__="8.6.1", Builder=None, OnnxParser=None)
+    with pytest.raises(EngineError, match=r"TensorRT 8\.6\.1 is too old"):
+        build(b"", None, library="tensorrt")
+
+
+def test_tensorrt_needs_a_gpu_and_takes_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "tensorrt", __version__="10.9.0", Builder=None, OnnxParser=None)
+    monkeypatch.setattr(tensorrt, "_gpu", lambda: None)
+    with pytest.raises(EngineError, match=r"this one shows none.*tensorrt_rtx"):
+        build(b"", None, library="tensorrt")
+    with pytest.raises(EngineError, match=r"cannot be asked to build for 8\.9"):
+        build(b"", None, library="tensorrt", compute_capabilities=("8.9",))
+
+
+class FakeDriver:
+    """libcuda as far as it is asked: writes into what it is given, returns 0."""
+
+    def __init__(self, count: int = 1, init: int = 0, attribute: int = 0) -> None:
+        self.count, self.init, self.attribute = count, init, attribute
+
+    def cuInit(self, flags: int) -> int:
+        return self.init
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = self.count
+        return 0
+
+    def cuDeviceGet(self, device: Any, ordinal: int) -> int:
+        device._obj.value = ordinal
+        return 0
+
+    def cuDeviceGetName(self, name: Any, length: int, device: Any) -> int:
+        name.value = b"NVIDIA Fake"
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:
+        value._obj.value = {75: 8, 76: 7}[attribute]
+        return self.attribute
+
+    def cuDriverGetVersion(self, version: Any) -> int:
+        version._obj.value = 12060
+        return 0
+
+
+def test_the_gpu_is_asked_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def driver(answer: Any) -> None:
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: answer)
+
+    driver(FakeDriver())
+    assert tensorrt._gpu() == GPU
+    driver(FakeDriver(count=0))
+    assert tensorrt._gpu() is None
+    driver(FakeDriver(init=100))
+    assert tensorrt._gpu() is None
+    driver(FakeDriver(attribute=1))
+    with pytest.raises(EngineError, match="does not say what it is"):
+        tensorrt._gpu()
+
+
+# --- the branch for `tensorrt`: TensorRT for RTX under its name ---
+
+
+@pytest.fixture
+def disguised(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """`import tensorrt` gives TensorRT for RTX, on a machine that shows a GPU. What it was asked for is returned."""
+    asked: dict[str, Any] = {}
+
+    class Builder:
+        def __init__(self, logger: Any) -> None:
+            self.real = rtx.Builder(logger)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.real, name)
+
+        def create_network(self, flags: int = 0) -> Any:
+            asked["flags"] = flags
+            return self.real.create_network(flags)
+
+        def build_serialized_network(self, network: Any, config: Any) -> Any:
+            asked["tf32"] = config.get_flag(rtx.BuilderFlag.TF32)
+            if "fail" in asked:
+                self.real.logger.log(rtx.ILogger.ERROR, "could not find\nany implementation for node_conv2d_7")
+                return None
+            return self.real.build_serialized_network(network, config)
+
+    install(monkeypatch, "tensorrt", **{**vars(rtx), "Builder": Builder, "__version__": "10.9.0.34"})
+    monkeypatch.setattr(tensorrt, "_gpu", lambda: dict(GPU))
+    return asked
+
+
+@pytest.mark.tensorrt
+def test_the_tensorrt_branch_asks_for_strong_types_and_no_tf32(disguised: dict[str, Any], rtx: Any) -> None:
+    built = build(graph(), profile(), library="tensorrt")
+    assert disguised == {"flags": 1 << int(rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED), "tf32": False}
+    assert built.environment["library"] == "tensorrt"
+    assert {key: built.environment[key] for key in GPU} == GPU
+    assert built.description["unknown"] == []
+
+
+@pytest.mark.tensorrt
+def test_a_build_that_fails_says_why(disguised: dict[str, Any]) -> None:
+    disguised["fail"] = True
+    words = r"TensorRT 10\.9\.0\.34 cannot build the engine \(could not find any implementation for node_conv2d_7\)"
+    with pytest.raises(EngineError, match=words):
+        build(graph(), profile(), library="tensorrt")
+
+
+@pytest.mark.tensorrt
+def test_a_builder_that_does_not_start_is_an_error(disguised: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def builder(logger: Any) -> None:
+        logger.log(type(logger).ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(sys.modules["tensorrt"], "Builder", builder)
+    with pytest.raises(EngineError, match=r"does not start \(CUDA initialization failure with error: 35"):
+        build(graph(), profile(), library="tensorrt")
+
+
+@pytest.mark.tensorrt
+@pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")
+def test_a_timing_cache_is_kept_and_a_damaged_one_made_anew(disguised: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "caches" / "timing"
+
+    def messages() -> tuple[str, ...]:
+        return build(graph(), profile(), library="tensorrt", timing_cache=path).messages
+
+    assert messages() == ()
+    saved = path.read_bytes()
+    assert saved
+    path.write_bytes(b"damaged" * 40)
+    said = messages()[-1]
+    assert said.startswith(f"{path}: the timing cache is made anew: damaged, or of another GPU or version")
+    assert "Failed to deserialize" in said
+    assert len(path.read_bytes()) == len(saved)
+    assert [file.name for file in path.parent.iterdir()] == ["timing"]
+    path.unlink()
+    path.mkdir()
+    unreadable, unwritten = messages()
+    assert "is made anew: cannot be read (Is a directory)" in unreadable
+    assert "cannot be written (Is a directory)" in unwritten
+
+
+@needs_rtx
+def test_builds_share_a_logger_and_not_their_messages() -> None:
+    with pytest.raises(ModelError) as kept:  # its traceback keeps a builder alive, and that one its logger
+        build(b"not a graph", profile(), library="tensorrt_rtx")
+    built = build(graph(), profile(), library="tensorrt_rtx")
+    assert built.messages == ()
+    assert kept.value.__traceback__
+
+
+@needs_rtx
+def test_layers_that_are_not_listed_are_said_to_be_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "_layers", lambda text: Counter())
+    described = build(graph(), profile(), library="tensorrt_rtx").description
+    assert (described["layers"], described["computed"]) == (None, None)
+    assert described["unknown"][0] == "layers: the library did not list them"
+
+
+@needs_rtx
+def test_tensorrt_for_rtx_has_no_timing_cache_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "timing"
+    built = build(graph(), profile(), library="tensorrt_rtx", timing_cache=path)
+    assert built.messages == (f"{path}: not used; TensorRT for RTX times nothing and has no timing cache",)
+    assert not path.exists()
+
+
+def test_layers_are_read_in_the_words_of_tensorrt_10() -> None:
+    tensor = "{ Name: %s, Location: Device, Dimensions: [1,64,8,8], Format/Datatype: %s }"
+    text = "\n".join(
+        f"Name: {name}, LayerType: {kind}, Inputs: [ {tensor % ('x', reads)}], Outputs: [ {tensor % ('y', writes)}], "
+        "ParameterType: Convolution, Weights: { Type: Int8, Count: 9 }, TacticName: sm80"
+        for name, kind, reads, writes in (
+            (
+                "a",
+                "CaskConvolution",
+                "Thirty-two wide channel vectorized row major Int8 format",
+                "Row major linear FP32",
+            ),
+            ("b", "CaskPooling", "Channel major FP16 format where channel % 8 == 0", "Row major linear FP16 format"),
+        )
+    )
+    assert tensorrt._layers(f"Layers:\n{text}\n\nBindings:\nimage") == {
+        ("CaskConvolution", "int8", "fp32"): 1,
+        ("CaskPooling", "fp16", "fp16"): 1,
+    }
