@@ -59,6 +59,7 @@ def test_the_wheel_has_model_samples_types_and_licence(names: set[str]) -> None:
         "petseg_export/py.typed",
         "petseg_runtime/py.typed",
         "petseg_runtime/models/edge.onnx",
+        "petseg_runtime/models/edge.onnx.parity.npz",
         "petseg_runtime/models/README.md",
         "petseg_runtime/models/samples/chelsea.jpg",
     }
@@ -100,6 +101,14 @@ def test_the_light_install_segments_a_photo_without_torch(light: Path, tmp_path:
     out = sh(light / "bin" / "petseg", "infer", samples / "chelsea.jpg", "--output", tmp_path, "--json", cwd=tmp_path)
     assert json.loads(out.splitlines()[-1])["done"] == 1
     assert (tmp_path / "chelsea.png").stat().st_size > 0
+
+
+def test_the_light_install_proves_its_model_and_lists_the_formats(light: Path, tmp_path: Path) -> None:
+    receipt = json.loads(sh(light / "bin" / "petseg", "verify", "--json", cwd=tmp_path))
+    assert receipt["passed"] is True
+    assert receipt["kind"] == "full"
+    listed = sh(light / "bin" / "petseg", "export", "--list", cwd=tmp_path)
+    assert "pip install 'petseg[export]'" in listed
 
 
 def test_the_light_install_leaves_the_repositorys_folder_names_alone(light: Path, tmp_path: Path) -> None:
