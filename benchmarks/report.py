@@ -62,7 +62,11 @@ def receipts() -> str:
                 lines.append(f"{what} built, not run | | | |")
             for row in export["receipt"]["rows"]:
                 engine, version = row["engine"].split()[:2]
-                task = f"{row['task']['this']:.4f} ({-row['task']['loss']:+.2f} points)" if row["task"] else ""
+                task = (
+                    f"{row['task']['this']:.4f} ({0.0 - round(row['task']['loss'], 2):+.2f} points)"
+                    if row["task"]
+                    else ""
+                )
                 lines.append(
                     f"{what} {row['precision']}, {engine} {version} | {row['max_difference']}, "
                     f"{row['mean_difference']:.3f}, {row['p99_difference']} | {row['min_mask_iou']:.4f}, "

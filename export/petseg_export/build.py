@@ -182,7 +182,7 @@ class _Job:
 
     def _quantized(self, graph: bytes, spec: ModelSpec) -> tuple[bytes, dict[str, Any]]:
         """The graph in int8, calibrated on training photos and judged on validation photos."""
-        from petseg_export.quantize import judge_on, quantize  # onnxruntime: only int8 needs it
+        from petseg_export.quantize import judge_on, quantize
 
         config = self.config.quantize
         data = config.data or self.config.data

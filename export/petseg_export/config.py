@@ -30,8 +30,8 @@ class QuantizeConfig:
     Attributes:
         data: Labelled data folder to calibrate and judge on; None: the one of the parity test.
         budget: Largest loss of IoU on the labelled validation photos, in points (hundredths).
-        methods: Ways to choose the ranges of activations; the one with the best IoU is kept. Of ``minmax``,
-            ``percentile`` and ``entropy``.
+        methods: Ways to choose the ranges of activations, of ``minmax``, ``percentile`` and ``entropy``; the one that
+            loses least IoU is kept.
         photos: Training photos to calibrate on.
         judges: At least this many labelled photos of the validation part judge it.
         seed: Of the choice of the calibration photos.

@@ -25,7 +25,7 @@ from petseg_runtime.artifact import INPUT, OUTPUT, PROVENANCE_KEY
 from petseg_runtime.errors import CheckpointError, DataError
 from petseg_runtime.spec import SPEC_KEY, STRIDE, ModelSpec
 
-__all__ = ["OPSET", "graph_bytes", "metadata_of", "scan", "spec_of"]
+__all__ = ["OPSET", "Session", "graph_bytes", "metadata_of", "scan", "spec_of"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
@@ -145,13 +145,11 @@ def scan(graph: bytes, images: Sequence[U8]) -> dict[str, Any]:
     inside = [value for value in proto.graph.value_info if value.type.tensor_type.elem_type in floats]
     proto.graph.output.extend(inside)
     names = [value.name for value in inside]
-    session = _session(proto.SerializeToString())
-    batch = session.get_inputs()[0].shape[0]
+    session = Session(proto.SerializeToString())
     bad: dict[str, None] = {}
     largest = 0.0
     for image in images:
-        repeated = np.repeat(image[None], batch if isinstance(batch, int) else 1, axis=0)
-        for name, value in zip(names, session.run(names, {INPUT: repeated}), strict=True):
+        for name, value in zip(names, session.run(names, image), strict=True):
             finite = np.isfinite(value)
             if not finite.all():
                 bad[name] = None
@@ -159,13 +157,23 @@ def scan(graph: bytes, images: Sequence[U8]) -> dict[str, Any]:
     return {"photos": len(images), "tensors": len(names), "non_finite": list(bad), "largest": round(largest, 3)}
 
 
-def _session(graph: bytes) -> Any:
-    import onnxruntime  # the export has no engine of its own: the `cpu` or `gpu` extra brings it
+class Session:
+    """A graph in ONNX Runtime on the CPU, photo by photo, whatever its batch size is."""
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only
-    options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    def __init__(self, graph: bytes) -> None:
+        import onnxruntime  # the export has no engine of its own: the `cpu` or `gpu` extra brings it
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only
+        options.intra_op_num_threads = torch.get_num_threads()
+        self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        batch = self._session.get_inputs()[0].shape[0]
+        self._batch = batch if isinstance(batch, int) else 1
+
+    def run(self, names: Sequence[str], photo: U8) -> list[npt.NDArray[Any]]:
+        """Outputs by name, each [1, ...], for a photo, uint8 [H, W, 3]."""
+        repeated = np.repeat(photo[None], self._batch, axis=0)
+        return [values[:1] for values in self._session.run(list(names), {INPUT: repeated})]
 
 
 def _strip(proto: onnx.ModelProto) -> None:

@@ -1,0 +1,475 @@
+"""int8: ranges, the Q/DQ graph, what the engines make of it, and which layers stay in float."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, checker, numpy_helper
+
+from petseg.data import Split, find
+from petseg_export import QuantizeConfig, parity
+from petseg_export.quantize import (
+    BINS,
+    METHODS,
+    SECOND_TRIES,
+    Magnitudes,
+    Quantized,
+    calibrate,
+    int8_weight,
+    judge_on,
+    quantize,
+    with_int8,
+)
+from petseg_runtime.errors import DataError, ModelError, ParityTolerance
+from petseg_runtime.spec import ModelSpec
+
+SIZE = 32
+LAYERS = 35
+ONE = QuantizeConfig(methods=("minmax",))
+
+
+@pytest.fixture(scope="module")
+def graph(exported: Any) -> bytes:
+    """The float graph, without metadata."""
+    proto = onnx.load(exported.file)
+    del proto.metadata_props[:]
+    return bytes(proto.SerializeToString())
+
+
+@pytest.fixture(scope="module")
+def labelled(oxford_root: Any) -> parity.Photos:
+    spec = ModelSpec(name="small", height=SIZE, width=SIZE, threshold=0.5)
+    return parity.read(find(oxford_root, Split.TRAINVAL), spec)
+
+
+@pytest.fixture(scope="module")
+def done(graph: bytes, labelled: parity.Photos) -> Quantized:
+    return quantize(graph, labelled.images[:8], judge_on(labelled), QuantizeConfig(budget=1.0))
+
+
+@pytest.fixture(scope="module")
+def ranges(graph: bytes, labelled: parity.Photos) -> dict[str, float]:
+    return ranges_of(graph, labelled)
+
+
+def ranges_of(graph: bytes, photos: parity.Photos, method: str = "percentile") -> dict[str, float]:
+    seen = calibrate(onnx.load_from_string(graph), photos.images[:8], lambda what, done, total: None)
+    return {name: METHODS[method](magnitudes) for name, magnitudes in seen.items()}
+
+
+def constants(graph: bytes) -> dict[str, np.ndarray]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load_from_string(graph).graph.initializer}
+
+
+def layers_in_int8(graph: bytes) -> set[str]:
+    names = [name.removesuffix(".weight_int8") for name in constants(graph) if name.endswith("_int8")]
+    return {name.removeprefix("network.") for name in names}
+
+
+def all_layers(graph: bytes) -> list[str]:
+    weights = [name for name in constants(graph) if name.endswith(".weight")]
+    return [name.removeprefix("network.").removesuffix(".weight") for name in weights]
+
+
+def loses(points: dict[str, float]) -> Callable[[bytes], float]:
+    """A judge under which each of these layers costs so many points in int8, and the others nothing."""
+    return lambda graph: 0.9 - sum(points.get(layer, 0.0) for layer in layers_in_int8(graph)) / 100
+
+
+def changed(graph: bytes, change: Callable[[dict[str, np.ndarray]], None]) -> bytes:
+    """The graph with some of its constants changed in place."""
+    proto = onnx.load_from_string(graph)
+    values = {tensor.name: numpy_helper.to_array(tensor).copy() for tensor in proto.graph.initializer}
+    change(values)
+    for tensor in proto.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(values[tensor.name], tensor.name))
+    return bytes(proto.SerializeToString())
+
+
+def run_onnxruntime(graph: bytes, photos: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    return np.concatenate([session.run(None, {"image": photo[None]})[0] for photo in photos]).astype(np.int16)
+
+
+# --- ranges ---
+
+numbers = st.floats(-1e4, 1e4, width=32).filter(lambda x: x == 0 or abs(x) > 1e-4)
+
+
+@given(st.lists(st.lists(numbers, min_size=1, max_size=20), min_size=1, max_size=8), st.randoms())
+def test_magnitudes_do_not_depend_on_the_order_in_which_they_come(batches: list[list[float]], random: Any) -> None:
+    one, other, at_once = Magnitudes(), Magnitudes(), Magnitudes()
+    shuffled = random.sample(batches, len(batches))
+    flat = [value for batch in batches for value in batch]
+    for seen, parts in ((one, batches), (other, shuffled), (at_once, [flat])):
+        for part in parts:
+            seen.add(np.array(part, np.float32))
+    values = np.abs(np.array(flat, np.float32))
+    for seen in (one, other, at_once):
+        assert seen.peak == values.max()
+        assert seen.counts.sum() == (values > 0).sum()
+        assert np.array_equal(seen.counts, one.counts)
+        assert seen.top == one.top
+        assert len(seen.counts) == BINS
+    if values.any():
+        assert one.top / 2 <= one.peak < one.top
+        assert one.counts[int(one.peak * BINS / one.top)] > 0
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@settings(max_examples=25)
+@given(values=st.lists(numbers, max_size=30))
+def test_a_range_lies_between_zero_and_the_peak(method: str, values: list[float]) -> None:
+    seen = Magnitudes()
+    seen.add(np.array(values, np.float32))
+    assert 0 <= METHODS[method](seen) <= seen.peak
+    assert (METHODS[method](seen) > 0) == any(values)
+
+
+def test_methods_treat_outliers_as_they_say() -> None:
+    seen = Magnitudes()
+    seen.add(np.abs(np.random.default_rng(0).normal(size=100_000)).astype(np.float32))
+    seen.add(np.array([50.0], np.float32))
+    assert METHODS["minmax"](seen) == 50
+    assert 3.5 < METHODS["percentile"](seen) < 4.5  # the normal distribution's is 3.89
+    assert 2.5 < METHODS["entropy"](seen) < 6
+
+
+def test_entropy_clips_nothing_where_nothing_is_rare() -> None:
+    seen = Magnitudes()
+    seen.add(np.random.default_rng(0).uniform(0, 3, 100_000).astype(np.float32))
+    assert METHODS["entropy"](seen) == pytest.approx(3, rel=0.05)
+
+
+def test_zeros_do_not_count() -> None:
+    seen, with_zeros = Magnitudes(), Magnitudes()
+    values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    seen.add(values)
+    with_zeros.add(np.concatenate([values, np.zeros(10_000, np.float32)]))
+    assert [method(seen) for method in METHODS.values()] == [method(with_zeros) for method in METHODS.values()]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_activation_that_is_not_finite_is_an_error(value: float) -> None:
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        Magnitudes().add(np.array([1, value], np.float32))
+
+
+def test_calibration_keeps_no_activations(
+    graph: bytes, labelled: parity.Photos, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[np.ndarray]] = []
+    real = onnxruntime.InferenceSession.run
+
+    def run(self: Any, *arguments: Any) -> list[np.ndarray]:
+        outputs: list[np.ndarray] = real(self, *arguments)
+        alive.extend(weakref.ref(output) for output in outputs)
+        return outputs
+
+    most = 0
+
+    def watch(what: str, done: int, total: int) -> None:
+        nonlocal most
+        assert (what, total) == ("calibrating", 8)
+        most = max(most, sum(output() is not None for output in alive))
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", run)
+    seen = calibrate(onnx.load_from_string(graph), labelled.images[:8], watch)
+    assert len(alive) == 8 * len(seen)
+    assert most <= len(seen)  # of the photo before
+
+
+def test_a_fixed_batch_counts_each_photo_once(graph: bytes, labelled: parity.Photos) -> None:
+    fixed = onnx.load_from_string(graph)
+    for value in (*fixed.graph.input, *fixed.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 3
+    silent = lambda what, done, total: None  # noqa: E731
+    one, other = (calibrate(g, labelled.images[:3], silent) for g in (onnx.load_from_string(graph), fixed))
+    for name, seen in one.items():
+        assert seen.counts.sum() == pytest.approx(other[name].counts.sum(), rel=1e-3)
+        assert seen.peak == pytest.approx(other[name].peak, rel=1e-4)
+    judge = judge_on(labelled)
+    assert judge(fixed.SerializeToString()) == pytest.approx(judge(graph), abs=1e-3)
+
+
+# --- the graph ---
+
+
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 4), st.sampled_from([1e-20, 1e-6, 1.0, 1e4]), st.sampled_from([0.0, 1.0])
+)
+def test_weights_are_within_half_a_step(seed: int, channels: int, size: float, first: float) -> None:
+    weight = (np.random.default_rng(seed).normal(size=(channels, 2, 3, 3)) * size).astype(np.float32)
+    weight[0] *= first
+    values, scales = int8_weight(weight)
+    assert (values.dtype, scales.dtype) == (np.int8, np.float32)
+    assert values.shape == weight.shape
+    assert scales.shape == (channels,)
+    assert (scales > 0).all()
+    assert values.min() >= -127
+    steps = scales.reshape(-1, 1, 1, 1).astype(np.float64)
+    assert (np.abs(values * steps - weight) <= 0.5001 * steps).all()
+
+
+@settings(max_examples=12)
+@given(chosen=st.sets(st.integers(0, LAYERS - 1)))
+def test_any_layers_may_be_in_int8(graph: bytes, ranges: dict[str, float], chosen: set[int]) -> None:
+    layers = [all_layers(graph)[i] for i in sorted(chosen)]
+    made = with_int8(onnx.load_from_string(graph), set(layers), ranges)
+    proto = onnx.load_from_string(made)
+    checker.check_model(proto, full_check=True)
+    assert layers_in_int8(made) == set(layers)
+    before, after = constants(graph), constants(made)
+    makers = {output: node for node in proto.graph.node for output in node.output}
+    convolutions = [node for node in proto.graph.node if node.op_type == "Conv"]
+    assert len(convolutions) == LAYERS
+    for node in convolutions:
+        assert np.array_equal(after[node.input[2]], before[node.input[2]])  # biases stay as they are
+        weight = node.input[1].removesuffix("_rounded")
+        if weight.removeprefix("network.").removesuffix(".weight") in layers:
+            assert [makers[name].op_type for name in node.input[:2]] == ["DequantizeLinear"] * 2
+            steps = after[f"{weight}_scale"].reshape(-1, 1, 1, 1)
+            assert (np.abs(after[f"{weight}_int8"] * steps - before[weight]) <= 0.5001 * steps).all()
+            assert weight not in after
+        else:
+            assert np.array_equal(after[weight], before[weight])
+            maker = makers[node.input[0]]
+            while maker.op_type == "MaxPool":
+                maker = makers[maker.input[0]]
+            assert maker.op_type != "DequantizeLinear"
+    of_scales = {node.input[1] for node in proto.graph.node if node.op_type.endswith("Linear")}
+    of_zeros = {node.input[2] for node in proto.graph.node if node.op_type.endswith("Linear")}
+    assert all((after[name] > 0).all() and after[name].dtype == np.float32 for name in of_scales)
+    assert all((after[name] == 0).all() and after[name].dtype == np.int8 for name in of_zeros)
+
+
+def test_all_layers_left_in_float_is_the_graph_itself(graph: bytes, ranges: dict[str, float]) -> None:
+    made, before = (
+        onnx.load_from_string(g).graph for g in (with_int8(onnx.load_from_string(graph), set(), ranges), graph)
+    )
+    assert (list(made.node), list(made.initializer)) == (list(before.node), list(before.initializer))
+
+
+def test_an_activation_is_kept_in_one_byte_only(done: Quantized) -> None:
+    """Nothing but the rounding takes a tensor that is rounded."""
+    nodes = onnx.load_from_string(done.graph).graph.node
+    rounded = {name.removesuffix("_rounded") for node in nodes for name in node.output if name.endswith("_rounded")}
+    takers = [(node.op_type, name) for node in nodes for name in node.input if name in rounded]
+    assert {kind for kind, _ in takers} == {"QuantizeLinear", "Clip"}
+    assert len(takers) == len({name for _, name in takers}) == LAYERS
+
+
+def test_what_comes_out_of_a_pool_is_rounded_at_the_same_scale(done: Quantized) -> None:
+    proto, values = onnx.load_from_string(done.graph), constants(done.graph)
+    pools = [node for node in proto.graph.node if node.op_type == "MaxPool"]
+    assert len(pools) == 4
+    for pool in pools:
+        before, after = pool.input[0].removesuffix("_rounded"), pool.output[0]
+        assert values[f"{before}_scale"] == values[f"{after}_scale"]
+
+
+def test_a_dead_channel_and_a_dead_layer_are_no_obstacle(graph: bytes, labelled: parity.Photos) -> None:
+    def kill(values: dict[str, np.ndarray]) -> None:
+        values["network.down1.0.weight"][:] = 0
+        values["network.down1.0.bias"][:] = -1  # nothing comes out of its ReLU
+        values["network.down2.0.weight"][1] = 0
+
+    dead = changed(graph, kill)
+    made = with_int8(onnx.load_from_string(dead), set(all_layers(graph)), ranges_of(dead, labelled))
+    assert np.abs(run_onnxruntime(made, labelled.images[:4]) - run_onnxruntime(dead, labelled.images[:4])).mean() < 8
+
+
+# --- what the engines make of it ---
+
+
+@pytest.mark.parametrize(
+    "left", [(), ("down1.0", "head"), ("down2.0", "up4.gate.w_x.0"), ("up2.block.0", "up1.project")]
+)
+def test_openvino_computes_the_same(
+    graph: bytes, ranges: dict[str, float], labelled: parity.Photos, left: tuple[str, ...]
+) -> None:
+    """It is where MaxPool and Concat lie that it would not, without the means in the module's docstring."""
+    openvino = pytest.importorskip("openvino")
+    layers = set(all_layers(graph)) - set(left)
+    made = with_int8(onnx.load_from_string(graph), layers, ranges)
+    core = openvino.Core()
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    compiled = core.compile_model(core.read_model(made), "CPU", settings)
+    photos = labelled.images[:8]
+    answers = np.concatenate([compiled({0: photo[None]})[0] for photo in photos])
+    assert np.abs(answers - run_onnxruntime(made, photos)).mean() < 1
+    kinds = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
+    ran = [info["runtimePrecision"].astype(str) for info in kinds if info["layerType"].astype(str) == "Convolution"]
+    assert len(ran) == LAYERS
+    assert sum(precision in ("u8", "i8") for precision in ran) == len(layers)
+
+
+@pytest.mark.tensorrt
+def test_tensorrt_for_rtx_reads_it(done: Quantized) -> None:
+    rtx = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install 'petseg[rtx]'")
+    logger = rtx.Logger(rtx.Logger.ERROR)
+    network = rtx.Builder(logger).create_network(0)
+    parser = rtx.OnnxParser(network, logger)
+    assert parser.parse(done.graph), [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    kinds = [network.get_layer(i).type for i in range(network.num_layers)]
+    assert kinds.count(rtx.LayerType.CONVOLUTION) == LAYERS
+    assert kinds.count(rtx.LayerType.DEQUANTIZE) >= LAYERS
+
+
+# --- the choice ---
+
+
+def test_a_network_that_bears_int8_is_all_int8(graph: bytes, done: Quantized, labelled: parity.Photos) -> None:
+    proto = onnx.load_from_string(done.graph)
+    assert not proto.metadata_props
+    checker.check_model(proto, full_check=True)
+    for one, other in zip((*proto.graph.input, *proto.graph.output), _ends(graph), strict=True):
+        assert one == other
+    types = {tensor.data_type for tensor in proto.graph.initializer if tensor.name.endswith(("_int8", "_zero"))}
+    assert types == {TensorProto.INT8}
+    assert TensorProto.INT32 not in {tensor.data_type for tensor in proto.graph.initializer}
+    choice = done.choice
+    assert json.loads(json.dumps(choice)) == choice
+    judge = judge_on(labelled)
+    assert choice["iou"]["float"] == judge(graph)
+    assert choice["iou"]["int8"] == pytest.approx(judge(done.graph), abs=1e-12)
+    assert choice["loss"] == pytest.approx(100 * (judge(graph) - judge(done.graph)), abs=1e-4)
+    assert choice["loss"] <= choice["budget"] == 1.0
+    assert set(choice["methods"]) == set(METHODS)
+    assert choice["loss"] == choice["methods"][choice["method"]]["loss"]
+    assert (choice["layers"], choice["layers_int8"], choice["in_float"]) == (LAYERS, LAYERS, [])
+    assert list(choice["sensitivity"].values()) == sorted(choice["sensitivity"].values(), reverse=True)
+    assert set(choice["sensitivity"]) == set(all_layers(graph))
+    assert choice["search"] == [{"in_float": 0, "loss": choice["loss"]}]
+
+
+def _ends(graph: bytes) -> list[onnx.ValueInfoProto]:
+    proto = onnx.load_from_string(graph)
+    return [*proto.graph.input, *proto.graph.output]
+
+
+def test_the_same_photos_give_the_same_bytes(graph: bytes, done: Quantized, labelled: parity.Photos) -> None:
+    again = quantize(graph, labelled.images[:8], judge_on(labelled), QuantizeConfig(budget=1.0))
+    assert again == done
+
+
+def test_progress_is_told(graph: bytes, labelled: parity.Photos) -> None:
+    told: list[tuple[str, int, int]] = []
+    quantize(graph, labelled.images[:2], loses({"head": 1.0}), ONE, lambda *progress: told.append(progress))
+    assert list(dict.fromkeys(what for what, _, _ in told)) == [
+        "calibrating",
+        "judging the float graph",
+        "judging calibration methods",
+        "sensitivity of the layers",
+        "choosing layers",
+    ]
+    assert all(done < total or total == 0 for _, done, total in told)
+
+
+def test_a_sensitive_layer_is_found_and_left_in_float(graph: bytes, labelled: parity.Photos) -> None:
+    """One channel times 1000 and back again: in float nothing changes, in int8 it drowns the other channels."""
+
+    def spread(values: dict[str, np.ndarray]) -> None:
+        values["network.up1.block.0.weight"][0] *= 1000
+        values["network.up1.block.0.bias"][0] *= 1000
+        values["network.up1.block.3.weight"][:, 0] /= 1000
+
+    hard = changed(graph, spread)
+    photos = labelled.images[:8]
+    assert np.abs(run_onnxruntime(hard, photos) - run_onnxruntime(graph, photos)).max() <= 1
+    result = quantize(hard, photos, judge_on(labelled), QuantizeConfig(budget=1.0))
+    choice = result.choice
+    assert next(iter(choice["sensitivity"])) == "up1.block.3"
+    assert choice["in_float"] == ["up1.block.3"]
+    assert all(verdict["loss"] > 1 for verdict in choice["methods"].values())
+    assert choice["loss"] <= 1
+    assert choice["layers_int8"] == LAYERS - 1
+    assert np.array_equal(
+        constants(result.graph)["network.up1.block.3.weight"], constants(hard)["network.up1.block.3.weight"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept"),
+    [
+        ((0.0, 0.4, 0.3), {"minmax"}),
+        ((0.4, 0.3, 0.0), {"entropy"}),
+        ((0.4, -3.0, 0.01), {"percentile", "entropy"}),  # a gain is no merit, and a hundredth is chance
+    ],
+)
+def test_the_method_that_loses_least_is_kept(
+    graph: bytes, labelled: parity.Photos, losses: tuple[float, ...], kept: set[str]
+) -> None:
+    answers = iter([0.9, *(0.9 - loss / 100 for loss in losses)])
+    choice = quantize(graph, labelled.images[:1], lambda graph: next(answers), QuantizeConfig()).choice
+    changes = {name: choice["methods"][name]["change"] for name in kept}
+    assert choice["method"] in kept
+    assert changes[choice["method"]] == min(changes.values())
+
+
+def test_only_what_costs_is_left_in_float(graph: bytes, labelled: parity.Photos) -> None:
+    order = list(quantize(graph, labelled.images[:2], loses({}), ONE).choice["sensitivity"])
+    costly = {order[1]: 1.0, order[4]: 2.0, order[7]: 0.7}
+    choice = quantize(graph, labelled.images[:2], loses(costly), ONE).choice
+    assert choice["in_float"] == list(costly)
+    assert choice["loss"] == 0
+    assert len(choice["search"]) <= 2 + 5 + SECOND_TRIES  # the ends, the bisection of 27, the second tries
+
+
+def test_the_budget_is_used(graph: bytes, labelled: parity.Photos) -> None:
+    points = dict.fromkeys(all_layers(graph), 0.1)
+    choice = quantize(
+        graph, labelled.images[:2], loses(points), QuantizeConfig(budget=1.55, methods=("minmax",))
+    ).choice
+    assert choice["layers_int8"] == 15
+    assert choice["loss"] == pytest.approx(1.5)
+
+
+# --- what cannot be ---
+
+
+def test_no_photos(graph: bytes) -> None:
+    with pytest.raises(DataError, match="photos to calibrate on"):
+        quantize(graph, [], loses({}), ONE)
+
+
+def test_a_judge_needs_labels(labelled: parity.Photos) -> None:
+    with pytest.raises(DataError, match="no labels"):
+        judge_on(parity.Photos(labelled.names, labelled.images, None))
+
+
+@pytest.mark.parametrize("iou", [0.0, float("nan")])
+def test_a_float_graph_that_finds_nothing(graph: bytes, labelled: parity.Photos, iou: float) -> None:
+    with pytest.raises(DataError, match=r"IoU of (0\.0|nan)"):
+        quantize(graph, labelled.images[:1], lambda graph: iou, ONE)
+
+
+@pytest.mark.parametrize("iou", [0.0, float("nan")])
+def test_a_budget_that_cannot_be_met(graph: bytes, labelled: parity.Photos, iou: float) -> None:
+    with pytest.raises(ParityTolerance, match=r"loses (90\.00|nan) .* 26 of the 35 layers .* the budget is 0\.5"):
+        quantize(graph, labelled.images[:1], lambda graph: iou if layers_in_int8(graph) else 0.9, ONE)
+
+
+def test_a_graph_without_convolutions(labelled: parity.Photos) -> None:
+    value = onnx.helper.make_tensor_value_info
+    ends = [value("image", TensorProto.UINT8, ["N", SIZE, SIZE, 3])], [value("x", TensorProto.UINT8, None)]
+    empty = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["image"], ["x"])], "empty", *ends)
+    with pytest.raises(ModelError, match="no convolution"):
+        quantize(onnx.helper.make_model(empty).SerializeToString(), labelled.images, loses({}), ONE)
+
+
+def test_a_graph_with_nan_inside(graph: bytes, labelled: parity.Photos) -> None:
+    def spoil(values: dict[str, np.ndarray]) -> None:
+        values["network.bottom.0.bias"][0] = np.nan
+
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        quantize(changed(graph, spoil), labelled.images[:1], loses({}), ONE)
