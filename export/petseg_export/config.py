@@ -144,7 +144,8 @@ class TensorRTConfig(CompiledConfig):
     Attributes:
         max_batch: Largest batch of a graph that takes any.
         max_size: Largest height and width of a graph that takes any; None: twice the specification's.
-        timing_cache: File in which TensorRT keeps what it measured, to build faster the next time; None: none.
+        timing_cache: File in which TensorRT keeps what it measured, to build faster the next time; None: one in the
+            user's cache folder. TensorRT for RTX measures nothing, and has none.
     """
 
     max_batch: int = 8

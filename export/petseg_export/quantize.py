@@ -29,7 +29,7 @@ from onnx import ModelProto, NodeProto, TensorProto, checker, helper, numpy_help
 from petseg_export.config import QuantizeConfig
 from petseg_export.onnx import Session
 from petseg_export.parity import Photos
-from petseg_runtime.artifact import INPUT, OUTPUT
+from petseg_runtime.artifact import OUTPUT
 from petseg_runtime.errors import DataError, ModelError, ParityTolerance
 
 __all__ = ["METHODS", "Magnitudes", "Quantized", "calibrate", "int8_weight", "judge_on", "quantize", "with_int8"]

@@ -26,6 +26,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
+from platformdirs import user_cache_dir
+
 from petseg_export.config import TensorRTConfig, TensorRTRTXConfig
 from petseg_runtime.artifact import INPUT, OUTPUT, Artifact
 from petseg_runtime.errors import EngineError, MissingExtra, ModelError
@@ -231,7 +233,8 @@ def compile_tensorrt(
         onnx.path.read_bytes(),
         profile_of(onnx.spec, config),
         library="tensorrt_rtx" if rtx else "tensorrt",
-        timing_cache=config.timing_cache,
+        # Touching it in the library for RTX, where it does nothing, is a deprecation warning.
+        timing_cache=config.timing_cache or (None if rtx else Path(user_cache_dir("petseg")) / "tensorrt.timing"),
         watch=watch,
         compute_capabilities=config.compute_capabilities if isinstance(config, TensorRTRTXConfig) else (),
     )

@@ -199,7 +199,7 @@ def test_every_number_is_what_brute_force_finds(data: st.DataObject, seed: int, 
     coarser = max(("f32" if stored == "fp32" else stored), computed, key=list(TOLERANCES).index)
     within = {
         "f32": difference[-1] <= 1 and min(ious) >= 0.999,
-        "int8": sum(ious) / count >= 0.97 and (loss is None or loss <= 0.5),
+        "int8": row.mean_difference <= 2 and sum(ious) / count >= 0.97 and (loss is None or loss <= 0.5),
     }.get(coarser, row.p99_difference <= 4 and sum(ious) / count >= 0.995)
     aligned = all(means["0,0"] < mean for where, mean in means.items() if where != "0,0")
     assert row.passed == (within and aligned)
@@ -424,7 +424,7 @@ DIRECTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 @pytest.mark.parametrize("precision", list(TOLERANCES))
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_an_answer_that_is_moved_by_one_pixel_fails(direction: str, precision: str) -> None:
-    """Even if it is so smooth that the masks hardly differ, and anything is allowed of the pixels."""
+    """Even if it is so smooth that the masks hardly differ."""
     dy, dx = DIRECTIONS[direction]
     expected = disc()
     got = np.roll(expected, (dy, dx), (1, 2))
@@ -436,8 +436,6 @@ def test_an_answer_that_is_moved_by_one_pixel_fails(direction: str, precision: s
     (told,) = (failure for failure in row.failures if "aligned" in failure)
     assert f"moved by (dy, dx) = ({back})" in told
     assert f"(0.000/255 against {row.registration['0,0']:.3f}/255 mean difference)" in told
-    if precision == "int8":
-        assert row.failures == (told,), "nothing else would have found it"
 
 
 def test_an_answer_in_its_place_passes_and_is_told_to_be_there() -> None:

@@ -1,0 +1,245 @@
+"""The roads that need more than a graph: int8 with labelled data, and engines; all the way through `export`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from petseg.checkpoint import load_model, save_checkpoint
+from petseg.data import Split, find
+from petseg.evaluate import evaluate, open_model
+from petseg.metrics import counts
+from petseg_export import (
+    OnnxConfig,
+    OpenVINOConfig,
+    QuantizeConfig,
+    TensorRTConfig,
+    TensorRTRTXConfig,
+    build,
+    export,
+    parity,
+)
+from petseg_export.tensorrt import profile_of
+from petseg_runtime.artifact import open_artifact, sidecar_of
+from petseg_runtime.errors import DataError, EngineError, ModelError, ParityTolerance
+from petseg_runtime.onnx_metadata import with_metadata
+from petseg_runtime.spec import ModelSpec
+from petseg_runtime.verify import verify_artifact
+
+QUANTIZE = QuantizeConfig(photos=6, judges=6, methods=("minmax", "entropy"))
+
+
+@pytest.fixture(scope="module")
+def quarter(trained: Any, meta: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that was trained with a quarter of the 24 photos held back."""
+    path = tmp_path_factory.mktemp("quarter") / "best.safetensors"
+    config = {"data": {"val_fraction": 0.25, "split_seed": 7}}
+    save_checkpoint(path, trained.model.state_dict(), {**meta, "config": config})
+    return path
+
+
+@pytest.fixture(scope="module")
+def int8(quarter: Path, oxford_root: Path, tracer: Any, tmp_path_factory: pytest.TempPathFactory) -> build.Exported:
+    """An int8 ONNX file, judged on the six photos of the validation part, with the test part's receipt. Read only."""
+    file = tmp_path_factory.mktemp("int8") / "small.onnx"
+    config = OnnxConfig(
+        output=file,
+        precision="int8",
+        data=oxford_root,
+        split="test",
+        quantize=QUANTIZE,
+        backends=("onnxruntime", "openvino"),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "graph_bytes", tracer)
+        return export(quarter, config)
+
+
+@pytest.fixture(autouse=True)
+def spare_tracing(known_graph: None) -> None:
+    pass
+
+
+# ------------------------------------------------------------------------------------------------ int8
+
+
+def test_an_int8_file_says_how_it_was_chosen(int8: build.Exported) -> None:
+    receipt = open_artifact(int8.path).receipt
+    choice = receipt["quantization"]
+    assert receipt["stored"] == open_artifact(int8.path).spec.precision == "int8"
+    assert set(choice["methods"]) == {"minmax", "entropy"}
+    assert choice["method"] in choice["methods"]
+    assert choice["loss"] <= choice["budget"] == 0.5
+    assert choice["layers_int8"] + len(choice["in_float"]) == choice["layers"] == len(choice["sensitivity"]) == 35
+    assert (choice["calibrated_on"]["photos"], choice["judged_on"]["photos"]) == (6, 6)
+    for row in receipt["rows"]:
+        assert row["precision"] == "int8"
+        assert row["task"]["photos"] == 6
+        assert row["passed"]
+    assert {row["engine"].split()[0] for row in receipt["rows"]} == {"onnxruntime", "openvino"}
+
+
+def test_calibration_judgement_and_receipt_are_on_different_photos(
+    int8: build.Exported, quarter: Path, oxford_root: Path
+) -> None:
+    parts = {split: find(oxford_root, Split(split), val_fraction=0.25, seed=7) for split in ("train", "val", "test")}
+    _, loaded = load_model(quarter)
+    spec = open_artifact(int8.path).spec
+    calibrated = parity.sample(parity.labelled(oxford_root, "train", loaded), QUANTIZE.photos, QUANTIZE.seed)
+    choice = int8.receipt.quantization
+    assert choice is not None
+    assert choice["calibrated_on"] == parity.read(calibrated, spec).about
+    assert choice["judged_on"] == parity.read(parts["val"], spec).about
+    assert {pair.name for pair in calibrated} <= {pair.name for pair in parts["train"]}
+    assert set(int8.receipt.names) == {pair.name for pair in parts["test"]}
+
+
+def test_the_loss_in_the_receipt_is_that_of_evaluate(int8: build.Exported, quarter: Path, oxford_root: Path) -> None:
+    pairs = find(oxford_root, Split.VAL, val_fraction=0.25, seed=7)
+    ious = []
+    for path in (quarter, int8.path):
+        with open_model(path) as opened:
+            result = evaluate(opened.run, pairs, opened.height, opened.width)
+            ious.append(counts(result.total, opened.threshold).iou)
+    assert int8.receipt.quantization is not None
+    assert int8.receipt.quantization["iou"]["float"] == pytest.approx(ious[0], abs=1e-3)
+    assert int8.receipt.quantization["iou"]["int8"] == pytest.approx(ious[1], abs=1e-3)
+
+
+def test_too_few_photos_to_judge_on_are_refused_with_the_remedy(
+    quarter: Path, oxford_root: Path, tmp_path: Path
+) -> None:
+    config = OnnxConfig(output=tmp_path / "x.onnx", precision="int8", data=oxford_root)
+    with pytest.raises(DataError, match="which has 6 photos; 100 are needed") as caught:
+        export(quarter, config)
+    assert "--int8-judges" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_that_int8_cannot_keep_leaves_nothing(
+    quarter: Path, oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from petseg_export import quantize
+
+    coin = random.Random(0)
+    judged = iter([0.9])
+    monkeypatch.setattr(quantize, "judge_on", lambda photos: lambda graph: next(judged, coin.random() / 2))
+    config = OnnxConfig(output=tmp_path / "x.onnx", precision="int8", data=oxford_root, quantize=QUANTIZE)
+    with pytest.raises(ParityTolerance, match="budget is 0.5"):
+        export(quarter, config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_int8_data_may_be_other_than_that_of_the_receipt(quarter: Path, oxford_root: Path, tmp_path: Path) -> None:
+    config = OnnxConfig(
+        output=tmp_path / "x.onnx",
+        precision="int8",
+        data=oxford_root / "images",
+        quantize=QuantizeConfig(data=oxford_root, photos=2, judges=1, methods=("minmax",)),
+    )
+    done = export(quarter, config)
+    assert done.receipt.photos == 30
+    assert all(row.task is None for row in done.receipt.rows)
+
+
+# ------------------------------------------------------------------------------------------------ compiled from int8
+
+
+def test_the_ir_of_an_int8_file_keeps_its_choice(int8: build.Exported, quarter: Path, tmp_path: Path) -> None:
+    config = OpenVINOConfig(output=tmp_path / "x.xml", precision="int8", onnx=int8.path, photos=4)
+    done = export(quarter, config)
+    assert done.receipt.quantization == open_artifact(int8.path).receipt["quantization"]
+    assert {row.precision for row in done.receipt.rows} == {"int8"}
+    assert open_artifact(done.path).identity == open_artifact(int8.path).identity
+
+
+# ------------------------------------------------------------------------------------------------ engines
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_an_rtx_engine_is_built_and_says_that_it_was_not_run(
+    precision: str, int8: build.Exported, quarter: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install 'petseg[rtx]'")
+    if build.nvidia_gpus():
+        pytest.skip("with a GPU the engine is run, or the receipt says why not")
+    given = int8.path if precision == "int8" else None
+    done = export(quarter, TensorRTRTXConfig(output=tmp_path / "x.engine", precision=precision, onnx=given))
+    assert [file.name for file in done.files] == ["x.engine", "x.engine.json", "x.engine.parity.npz"]
+    assert done.receipt.kind == "built, not run"
+    assert done.receipt.passed is None
+    artifact = open_artifact(done.path)
+    assert (artifact.format, artifact.spec.precision) == ("trt-rtx", precision)
+    assert artifact.environment["library"] == "tensorrt_rtx"
+    sidecar = json.loads(sidecar_of(done.path).read_text())
+    assert sidecar["files"] == {".engine": hashlib.sha256(done.path.read_bytes()).hexdigest()}
+    computed = {kind for row in artifact.environment["engine"]["computed"] for kind in row["reads"]}
+    assert precision in computed
+    with pytest.raises(EngineError):  # no GPU: said, and not run on something else
+        verify_artifact(artifact)
+    if given:
+        assert artifact.identity == open_artifact(given).identity
+        assert done.receipt.quantization == open_artifact(given).receipt["quantization"]
+
+
+@pytest.mark.tensorrt
+def test_a_graph_that_the_library_cannot_read_leaves_nothing(
+    exported: Any, checkpoint_file: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install 'petseg[rtx]'")
+    spoilt = tmp_path / "spoilt.onnx"
+    proto = onnx.load(exported.file)
+    next(node for node in proto.graph.node if node.op_type == "Sigmoid").op_type = "Sigmund"
+    metadata = open_artifact(exported.file).onnx
+    assert metadata is not None
+    spoilt.write_bytes(with_metadata(proto.SerializeToString(), metadata.metadata))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ModelError, match="Sigmund"):
+        export(checkpoint_file, TensorRTRTXConfig(output=tmp_path / "out" / "x.engine", onnx=spoilt))
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.tensorrt
+def test_an_engine_that_was_changed_is_refused(quarter: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install 'petseg[rtx]'")
+    done = export(quarter, TensorRTRTXConfig(output=tmp_path / "x.engine", photos=1))
+    data = bytearray(done.path.read_bytes())
+    data[len(data) // 2] ^= 1
+    done.path.write_bytes(data)
+    with pytest.raises(ModelError, match="SHA-256 differs"):
+        open_artifact(done.path)
+    shutil.move(sidecar_of(done.path), tmp_path / "elsewhere.json")
+    with pytest.raises(ModelError, match="not beside it"):
+        open_artifact(done.path)
+
+
+@pytest.mark.parametrize(
+    ("spec", "config", "shapes"),
+    [
+        ({"batch": 4}, {}, None),
+        ({}, {}, ((1, 64, 48, 3), (1, 64, 48, 3), (8, 64, 48, 3))),
+        ({}, {"max_batch": 2}, ((1, 64, 48, 3), (1, 64, 48, 3), (2, 64, 48, 3))),
+        ({"dynamic_size": True}, {}, ((1, 16, 16, 3), (1, 64, 48, 3), (8, 128, 96, 3))),
+        ({"dynamic_size": True, "batch": 2}, {}, ((2, 16, 16, 3), (2, 64, 48, 3), (2, 128, 96, 3))),
+        ({"dynamic_size": True}, {"max_size": (64, 512)}, ((1, 16, 16, 3), (1, 64, 48, 3), (8, 64, 512, 3))),
+    ],
+)
+def test_the_profile_follows_from_the_specification(
+    spec: dict[str, Any], config: dict[str, Any], shapes: tuple[tuple[int, ...], ...] | None
+) -> None:
+    profile = profile_of(ModelSpec(name="x", height=64, width=48, **spec), TensorRTConfig(**config))
+    assert (profile and (profile.minimum, profile.optimum, profile.maximum)) == shapes
+
+
+def test_a_largest_size_below_the_specified_one_is_refused() -> None:
+    spec = ModelSpec(name="x", height=64, width=48, dynamic_size=True)
+    with pytest.raises(ModelError, match="minimum <= optimum <= maximum"):
+        profile_of(spec, TensorRTConfig(max_size=(32, 48)))
