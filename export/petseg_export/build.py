@@ -5,12 +5,13 @@ checkpoint -> photos and what it says of them -> ONNX graph -> (compiled form) -
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -94,25 +95,28 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
         raise OutputError(f"{output}: {name} files end in {form.suffix}")
     tell("reading", 0, 0)
     model, loaded = checkpoint.load_model(path)
-    try:
-        spec = spec_of(loaded, config)
-    except ModelError as error:
-        raise CheckpointError(f"{path}: {error}") from error
     given = _given(config, loaded)
-    if given:
-        spec = dataclasses.replace(given.spec, precision=config.precision)
-    try:
+    with _naming(path):
+        spec = dataclasses.replace(given.spec, precision=config.precision) if given else spec_of(loaded, config)
         chosen = parity.choose(config.data, config.split, config.photos, config.seed, loaded)
         photos = parity.read(chosen, spec)
         job = _Job(name, form, config, path, model, loaded, spec, given, photos, tell)
-        with staging(output) as folder:
-            receipt = job.run(folder / output.name)
-            others = sorted(file.name for file in folder.iterdir() if file.name != output.name)
+        try:
+            with staging(output) as folder:
+                receipt = job.run(folder / output.name)
+                others = sorted(file.name for file in folder.iterdir() if file.name != output.name)
+        except OSError as error:
+            raise OutputError(f"{output}: cannot be written ({error.strerror or error})") from error
+    return Exported(output, (output, *(output.with_name(other) for other in others)), receipt)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What is wrong inside a checkpoint is found where its file is not known."""
+    try:
+        yield
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be written ({error.strerror or error})") from error
-    return Exported(output, (output, *(output.with_name(other) for other in others)), receipt)
 
 
 @dataclass(frozen=True)
@@ -169,12 +173,11 @@ class _Job:
         spec = dataclasses.replace(self.spec, precision=precision)
         metadata = metadata_of(self.path.name, self.loaded, spec, self.config)  # before the long part: it may refuse
         self.tell("tracing the network", 0, 0)
+        half: set[str] = set()
         if precision == "fp16":
             peaks = activation_peaks(self.model, self.photos.images[:SCANNED])
             half = {name for name, peak in peaks.items() if peak <= HALF_LIMIT}
-            graph, quantization = graph_bytes(DeployedUNet(self.model, half), spec), None
-        else:
-            graph, quantization = graph_bytes(DeployedUNet(self.model), spec), None
+        graph, quantization = graph_bytes(DeployedUNet(self.model, half), spec), None
         if precision == "int8":
             graph, quantization = self._quantized(graph, spec)
         file.write_bytes(with_metadata(graph, metadata))

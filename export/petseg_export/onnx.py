@@ -22,7 +22,7 @@ from petseg_export.config import ExportConfig
 from petseg_export.deploy import DeployedUNet
 from petseg_runtime import __version__
 from petseg_runtime.artifact import INPUT, OUTPUT, PROVENANCE_KEY
-from petseg_runtime.errors import CheckpointError, DataError
+from petseg_runtime.errors import CheckpointError, DataError, ModelError
 from petseg_runtime.spec import SPEC_KEY, STRIDE, ModelSpec
 
 __all__ = ["OPSET", "Session", "graph_bytes", "metadata_of", "scan", "spec_of"]
@@ -68,7 +68,6 @@ def spec_of(loaded: checkpoint.Checkpoint, config: ExportConfig) -> ModelSpec:
 
     Raises:
         CheckpointError: It has none, or a damaged one.
-        ModelError: The network does not take that size.
     """
     raw = loaded.meta.get("spec")
     if not isinstance(raw, dict):
@@ -85,7 +84,7 @@ def spec_of(loaded: checkpoint.Checkpoint, config: ExportConfig) -> ModelSpec:
     }
     try:
         return ModelSpec(**{**raw, **{key: value for key, value in asked.items() if value is not None}})
-    except TypeError as error:  # a field that is missing, unknown, or no number
+    except (TypeError, ModelError) as error:  # a field that is missing, unknown, no number, or out of range
         raise CheckpointError(f"its specification is damaged ({error})") from error
 
 

@@ -132,7 +132,7 @@ def test_a_budget_that_int8_cannot_keep_leaves_nothing(
     judged = iter([0.9])
     monkeypatch.setattr(quantize, "judge_on", lambda photos: lambda graph: next(judged, coin.random() / 2))
     config = OnnxConfig(output=tmp_path / "x.onnx", precision="int8", data=oxford_root, quantize=QUANTIZE)
-    with pytest.raises(ParityTolerance, match="budget is 0.5"):
+    with pytest.raises(ParityTolerance, match=r"budget is 0\.5"):
         export(quarter, config)
     assert not list(tmp_path.iterdir())
 
