@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import click
 
@@ -48,31 +48,41 @@ def startup() -> str:
     )
 
 
+#: The formats, as people write them.
+FORMATS: Final = {"Onnx": "ONNX", "OpenVINO": "OpenVINO", "TensorRTRTX": "TensorRT for RTX"}
+
+
 def receipts() -> str:
     """Every export of both ends of the family, in every engine that ran it."""
+    return "\n\n".join(receipts_of(records.load(f"receipts-{name}")) for name in ("edge", "width64"))
+
+
+def receipts_of(record: dict[str, Any]) -> str:
+    """A table for one checkpoint."""
     lines = [
-        "| | file | MB | computed in | difference max, mean, p99 (of 255) | mask IoU min, mean | task IoU |",
-        "|---|---|---|---|---|---|---|",
+        f"**{record['about']}**, {record['photos']} original-size test photos:",
+        "",
+        "| file | MB | engine, computed in | difference max, mean, p99 (of 255) | mask IoU min, mean | task IoU |",
+        "|---|---|---|---|---|---|",
     ]
-    for name in ("edge", "width64"):
-        record = records.load(f"receipts-{name}")
-        for export in record["exports"]:
-            what = f"| {record['about']} | {export['format']} {export['precision']} | {export['bytes'] / 1e6:.1f} |"
-            if not export["receipt"]["rows"]:
-                lines.append(f"{what} built, not run | | | |")
-            for row in export["receipt"]["rows"]:
-                engine, version = row["engine"].split()[:2]
-                task = (
-                    f"{row['task']['this']:.4f} ({0.0 - round(row['task']['loss'], 2):+.2f} points)"
-                    if row["task"]
-                    else ""
-                )
-                lines.append(
-                    f"{what} {row['precision']}, {engine} {version} | {row['max_difference']}, "
-                    f"{row['mean_difference']:.3f}, {row['p99_difference']} | {row['min_mask_iou']:.4f}, "
-                    f"{row['mean_mask_iou']:.4f} | {task} |"
-                )
+    for export in record["exports"]:
+        what = f"| {FORMATS[export['format']]} {export['precision']} | {export['bytes'] / 1e6:.1f} |"
+        if not export["receipt"]["rows"]:
+            lines.append(f"{what} built, not run | | | |")
+        lines += [f"{what} {receipt_row(row)}" for row in export["receipt"]["rows"]]
     return "\n".join(lines)
+
+
+def receipt_row(row: dict[str, Any]) -> str:
+    """The columns of one engine."""
+    engine, version = row["engine"].split()[:2]
+    between = re.search(r", (\w+) between the int8 layers", row["engine"])
+    computed = row["precision"] + (f" and {between[1]}" if between else "")
+    task = f"{row['task']['this']:.4f} ({0.0 - round(row['task']['loss'], 2):+.2f} points)" if row["task"] else ""
+    return (
+        f"{engine} {version}, {computed} | {row['max_difference']}, {row['mean_difference']:.3f}, "
+        f"{row['p99_difference']} | {row['min_mask_iou']:.4f}, {row['mean_mask_iou']:.4f} | {task} |"
+    )
 
 
 SECTIONS: Final[dict[str, Callable[[], str]]] = {"accuracy": accuracy, "startup": startup, "receipts": receipts}

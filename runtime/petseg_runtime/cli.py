@@ -36,6 +36,7 @@ UNIT = click.FloatRange(0, 1, min_open=True, max_open=True)
     help="What to write for each photo.",
 )
 @click.option("--threshold", type=UNIT, help="Pet from this probability on, 0 to 1.  [default: the model's own]")
+@click.option("--backend", default="auto", show_default=True, help="The engine: onnxruntime, openvino, ...")
 @click.option("--size", metavar="HxW", help="Of the model's input, if it takes any.  [default: the model's own]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per photo on stdout, then a summary.")
@@ -47,6 +48,7 @@ def infer(
     output: Path | None,
     kind: str,
     threshold: float | None,
+    backend: str,
     size: str | None,
     threads: int | None,
     as_json: bool,
@@ -69,6 +71,7 @@ def infer(
         raise InputError(f"no photos in {', '.join(map(str, paths))}")
     with Segmenter(
         model,
+        backend=backend,
         threads=threads,
         size=None if size is None else parse_size(size),
         threshold=threshold,

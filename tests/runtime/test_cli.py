@@ -390,6 +390,15 @@ def test_verbose_names_what_runs_it_on_stderr_and_the_time_it_took(
     assert "photos/s" in out
 
 
+def test_the_engine_can_be_chosen(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("openvino", reason="needs OpenVINO: pip install 'petseg[openvino]'")
+    command = ["infer", str(photo), "-v", "--output", str(tmp_path / "out"), "--backend"]
+    assert run([*command, "openvino"]) == 0
+    assert " in openvino " in capsys.readouterr().err
+    assert run([*command, "tensorrt"]) == 5
+    assert "tensorrt does not run onnx files; what does: onnxruntime, openvino" in capsys.readouterr().err
+
+
 def test_json_is_all_there_is_on_stdout_also_for_one_photo(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

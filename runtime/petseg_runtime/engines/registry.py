@@ -69,7 +69,9 @@ def load_engine(
         raise EngineError(f"there is no engine {backend!r}; there are: auto, {', '.join(ENGINES)}")
     able = [name for name, entry in ENGINES.items() if artifact.format in entry.formats]
     if backend != "auto" and backend not in able:
-        raise EngineError(f"{artifact.path}: {backend} does not run {artifact.format} files; {', '.join(able)} does")
+        raise EngineError(
+            f"{artifact.path}: {backend} does not run {artifact.format} files; what does: {', '.join(able)}"
+        )
     for name in able if backend == "auto" else [backend]:
         entry = ENGINES[name]
         where, _, function = entry.loader.partition(":")
