@@ -21,6 +21,7 @@ from petseg.data import Layout, Pair, Split, find
 from petseg.evaluate import Evaluation, OpenedModel, evaluate, open_model, torch_run, write_report
 from petseg.metrics import Border
 from petseg.model import AttentionUNet, AttentionUNetConfig, normalize
+from petseg_export import OnnxConfig, export
 from petseg_runtime.artifact import open_artifact
 from petseg_runtime.errors import CheckpointError, DataError, EngineError, ModelError, OutputError
 
@@ -196,8 +197,7 @@ def checkpoint(model: AttentionUNet, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def exported(checkpoint: Path, pairs: list[Pair]) -> Path:
-    onnx_export = pytest.importorskip("petseg_export.onnx")
-    onnx_export.export_onnx(checkpoint, checkpoint.with_suffix(".onnx"), [pair.image for pair in pairs])
+    export(checkpoint, OnnxConfig(data=pairs[0].image.parent))
     return checkpoint.with_suffix(".onnx")
 
 
@@ -246,7 +246,7 @@ def test_a_model_says_what_it_is_and_what_runs_it(checkpoint: Path, exported: Pa
     with open_model(exported) as opened:
         about = opened.describe()
     assert about["file"] == "best.onnx"
-    assert about["identity"] == open_artifact(exported).onnx.identity
+    assert about["identity"] == open_artifact(exported).identity
     assert "onnxruntime" in about["engine"]
 
 

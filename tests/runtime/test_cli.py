@@ -551,7 +551,7 @@ def test_info_tells_people_what_a_model_is(capsys: pytest.CaptureFixture[str]) -
         f"image: uint8 [N, {artifact.spec.height}, {artifact.spec.width}, 3]",
         f"probability: uint8 [N, {artifact.spec.height}, {artifact.spec.width}]",
         f"{artifact.spec.threshold} for masks, {artifact.spec.cutout_threshold} for cutouts",
-        artifact.receipt["summary"],
+        *(row["summary"] for row in artifact.receipt["rows"]),
     ):
         assert told in out
 
