@@ -24,10 +24,12 @@ from petseg_export.deploy import HALF_LIMIT, DeployedUNet, activation_peaks
 from petseg_export.onnx import graph_bytes, metadata_of, scan, spec_of
 from petseg_runtime import onnx_metadata
 from petseg_runtime.artifact import INPUT, OUTPUT, RECEIPT_KEY, Artifact, open_artifact, sidecar_of, sidecar_text
+from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.errors import (
     CheckpointError,
     DataError,
     EngineError,
+    EngineMissing,
     ModelError,
     OutputError,
     ParityNames,
@@ -92,7 +94,10 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
     name, form = registry.format_of(config)
     output = config.output or path.with_suffix(form.suffix)
     if output.suffix != form.suffix:
-        raise OutputError(f"{output}: {name} files end in {form.suffix}")
+        raise OutputError(f"{output}: {name} files end in {form.suffix}; another --format has another suffix")
+    for kept in (path, getattr(config, "onnx", None)):
+        if kept and output.exists() and kept.exists() and output.samefile(kept):
+            raise OutputError(f"{output}: that is what is exported; give another file with --output")
     tell("reading", 0, 0)
     model, loaded = checkpoint.load_model(path)
     given = _given(config, loaded)
@@ -141,7 +146,7 @@ class _Job:
         source, quantization = self._source(file.with_name("source.onnx") if compiled else file)
         target = self._compile(source, file) if compiled else source
         proof = parity.prove(self.model, self.loaded, photos, self._progress("reference in PyTorch"))
-        rows, note = self._rows(target, proof)
+        rows, note = self._rows(target, proof, quantization["budget"] if quantization else None)
         receipt = Receipt(
             photos=len(photos.names),
             photos_sha256=proof.sha256,
@@ -199,7 +204,9 @@ class _Job:
         calibration = parity.read(parity.sample(train, config.photos, config.seed), spec)
         judges = parity.read(val, spec)
         result = quantize(graph, calibration.images, judge_on(judges), config, self.tell)
-        return result.graph, {**result.choice, "calibrated_on": calibration.about, "judged_on": judges.about}
+        about = {"calibrated_on": calibration.about, "judged_on": judges.about}
+        trained_on = self.loaded.meta.get("data", {}).get("val_photos")
+        return result.graph, {**result.choice, **about, "as_many_as_in_training": trained_on == len(val)}
 
     def _compile(self, source: Artifact, file: Path) -> Artifact:
         assert self.form.compiler is not None
@@ -212,21 +219,16 @@ class _Job:
             source, path=file, format=self.name, spec=spec, receipt={}, onnx=None, environment=environment
         )
 
-    def _rows(self, target: Artifact, proof: Proof) -> tuple[tuple[Comparison, ...], str]:
+    def _rows(self, target: Artifact, proof: Proof, budget: float | None) -> tuple[tuple[Comparison, ...], str]:
         """A row for each engine and precision, or why there is none."""
         task = self.photos.labels.task(proof.expected) if self.photos.labels else None
-        on_gpu = self.name in ("trt", "trt-rtx")
-        if on_gpu and not nvidia_gpus():
+        if self.name in ("trt", "trt-rtx") and not nvidia_gpus():
             return (), "no NVIDIA GPU where it was made; `petseg verify` on the device completes this"
+        if self.name == "trt-rtx" and (reason := _refused(target)):
+            return (), f"the GPU where it was made does not load it ({reason}); `petseg verify` on the device does"
         rows: list[Comparison] = []
         for backend in self.config.backends:
-            try:
-                rows += measure(target, proof, backend, None, task, self._progress("parity test"))
-            except EngineError as error:
-                if not on_gpu:
-                    raise
-                # A GPU that this engine was not built for is no fault of the engine.
-                return (), f"the GPU where it was made does not run it ({error}); `petseg verify` on the device does"
+            rows += measure(target, proof, backend, None, task, self._progress("parity test"), budget)
         return tuple(rows), ""
 
     def _scan(self, source: Artifact) -> dict[str, Any] | None:
@@ -237,6 +239,21 @@ class _Job:
 
     def _progress(self, what: str) -> Callable[[int], None]:
         return lambda done: self.tell(what, done, len(self.photos.names))
+
+
+def _refused(artifact: Artifact) -> str:
+    """Why this GPU does not load an engine that may be for another; empty if it does.
+
+    Raises:
+        EngineMissing: What loads it is not installed.
+    """
+    try:
+        load_engine(artifact).close()
+    except EngineMissing:
+        raise
+    except EngineError as error:
+        return str(error)
+    return ""
 
 
 def _given(config: ExportConfig, loaded: checkpoint.Checkpoint) -> Artifact | None:

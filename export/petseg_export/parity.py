@@ -105,7 +105,10 @@ def choose(data: Path | None, split: str, count: int, seed: int, loaded: Checkpo
 
 
 def labelled(data: Path, split: str, loaded: Checkpoint) -> list[Pair]:
-    """A labelled split, drawn as it was when the checkpoint was trained: what is val here was not trained on.
+    """A labelled split, drawn as it was when the checkpoint was trained.
+
+    In the folder that it was trained on, what is val here was not trained on. Another folder is split in the same way,
+    and may have the same photos on the other side.
 
     Raises:
         CheckpointError: It does not say how; without a training config at all, the defaults are taken.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from petseg_runtime.errors import EXIT_PARTIAL, InputError, ParityError
+from petseg_runtime.errors import EXIT_PARTIAL, InputError, OutputError, ParityError
 
 if TYPE_CHECKING:
     from petseg_runtime.pipeline import Outcome, Report
@@ -280,13 +280,13 @@ def verify(
     does what the checkpoint does; 10: it does not, and the report says where and by how much.
     """
     from petseg_runtime.artifact import default_model, open_artifact
-    from petseg_runtime.verify import save, sidecar_of, verify_artifact
+    from petseg_runtime.verify import parts_of, save, sidecar_of, verify_artifact
 
     artifact = open_artifact(file or default_model())
-    receipt = verify_artifact(artifact, backend, threads, proof)
     place = output or (sidecar_of(artifact.path) if file else None)
-    if place:
-        save(artifact, receipt, place)
+    if place and place.exists() and any(place.samefile(part) for part in parts_of(artifact, proof) if part.exists()):
+        raise OutputError(f"{place}: belongs to the model, which is not written to: give another file with --output")
+    receipt = verify_artifact(artifact, backend, threads, proof)
     if as_json:
         click.echo(json.dumps(receipt.as_dict(), indent=2))
     elif not quiet:
@@ -294,4 +294,6 @@ def verify(
             click.echo(f"{_shown(artifact.path)}: {receipt.kind}, {receipt.photos} photos, {row.summary}")
     for failure in receipt.failures:
         click.echo(f"petseg: {failure}", err=True)
+    if place:
+        save(artifact, receipt, place)  # last: what was found is not lost with it
     return 0 if receipt.passed else ParityError.exit_code

@@ -12,7 +12,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -316,6 +316,7 @@ def compare(
     spec: ModelSpec,
     task: Callable[[U8], dict[str, Any]] | None = None,
     watch: Callable[[int], None] | None = None,
+    budget: float | None = None,
 ) -> Comparison:
     """Run a model on every photo of a proof, one by one, and measure how far it is from the reference.
 
@@ -327,6 +328,7 @@ def compare(
         task: Takes the model's answers, uint8 [N, H, W], and says what they are worth on the labels; see
             :attr:`Comparison.task`.
         watch: Called with the number of photos done so far.
+        budget: The loss of IoU that is allowed instead of the tolerance's own, where that limits it.
 
     Raises:
         ParityShapes: An output's shape or type is not the contract's.
@@ -356,6 +358,8 @@ def compare(
         "task": task(answers) if task else None,
     }
     tolerance = tolerance_for(spec.precision, info.precision)
+    if budget is not None and tolerance.task_loss is not None:
+        tolerance = replace(tolerance, task_loss=budget)
     worst = _worst(proof, answers, int(np.argmax(largest)))
     return Comparison(
         engine=f"{info.name} {info.version} ({info.device}, {info.provider})",
@@ -374,6 +378,7 @@ def measure(
     threads: int | None = None,
     task: Callable[[U8], dict[str, Any]] | None = None,
     watch: Callable[[int], None] | None = None,
+    budget: float | None = None,
 ) -> tuple[Comparison, ...]:
     """The rows of one engine: in float32 where the file is float32, and in what the engine chooses if left alone.
 
@@ -384,6 +389,7 @@ def measure(
         threads: CPU threads; None: as many as this process may use.
         task: See :func:`compare`.
         watch: Called with the number of photos done so far, from 1 in each row.
+        budget: See :func:`compare`.
 
     Raises:
         EngineError: The engine cannot be had, or cannot load or run the file.
@@ -394,7 +400,7 @@ def measure(
         with load_engine(artifact, backend, threads, exact=exact) as engine:
             info = engine.describe()
             if info not in rows:
-                rows[info] = compare(engine.run, info, proof, artifact.spec, task, watch)
+                rows[info] = compare(engine.run, info, proof, artifact.spec, task, watch, budget)
     return tuple(rows.values())
 
 

@@ -18,7 +18,7 @@ from petseg_runtime.files import write_atomic
 if TYPE_CHECKING:
     from petseg_runtime.parity import Receipt
 
-__all__ = ["save", "sidecar_of", "verified", "verify_artifact"]
+__all__ = ["parts_of", "save", "sidecar_of", "verified", "verify_artifact"]
 
 SCHEMA_VERSION = 1
 
@@ -61,6 +61,14 @@ def verify_artifact(
     )
 
 
+def parts_of(artifact: Artifact, proof: Path | None) -> list[Path]:
+    """Everything that a verification reads: the model, what belongs to it, and the proof."""
+    from petseg_runtime.parity import proof_of
+
+    path = artifact.path
+    return [path, path.with_suffix(".bin"), artifacts.sidecar_of(path), proof or proof_of(path)]
+
+
 def save(artifact: Artifact, receipt: Receipt, path: Path) -> None:
     """Write the result, with the device it was measured on.
 
@@ -78,7 +86,9 @@ def save(artifact: Artifact, receipt: Receipt, path: Path) -> None:
     try:
         write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror or error}): give another place with --output"
+        ) from error
 
 
 def verified(artifact: Artifact) -> dict[str, Any]:

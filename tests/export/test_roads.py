@@ -28,7 +28,7 @@ from petseg_export import (
 )
 from petseg_export.tensorrt import profile_of
 from petseg_runtime.artifact import open_artifact, sidecar_of
-from petseg_runtime.errors import DataError, EngineError, ModelError, ParityTolerance
+from petseg_runtime.errors import DataError, EngineError, EngineMissing, ModelError, OutputError, ParityTolerance
 from petseg_runtime.onnx_metadata import with_metadata
 from petseg_runtime.spec import ModelSpec
 from petseg_runtime.verify import verify_artifact
@@ -243,3 +243,37 @@ def test_a_largest_size_below_the_specified_one_is_refused() -> None:
     spec = ModelSpec(name="x", height=64, width=48, dynamic_size=True)
     with pytest.raises(ModelError, match="minimum <= optimum <= maximum"):
         profile_of(spec, TensorRTConfig(max_size=(32, 48)))
+
+
+def test_a_checkpoint_is_never_written_over(checkpoint_file: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(checkpoint_file, tmp_path / "odd.onnx"))
+    before = path.read_bytes()
+    with pytest.raises(OutputError, match="--output"):
+        export(path, OnnxConfig(photos=1))
+    assert path.read_bytes() == before
+
+
+def test_a_larger_budget_counts_in_the_receipt_too(int8: build.Exported) -> None:
+    assert {row.tolerance.task_loss for row in int8.receipt.rows} == {QUANTIZE.budget}
+
+
+@pytest.mark.parametrize("error", [EngineMissing("cuda-bindings is not installed"), EngineError("built for 8.9")])
+def test_only_an_engine_for_another_gpu_is_left_unrun(
+    error: EngineError, quarter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a GPU, what is missing here is an error; that the GPU is none of those it was built for is said."""
+    pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install 'petseg[rtx]'")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(build, "nvidia_gpus", lambda: 1)
+    monkeypatch.setattr(build, "load_engine", refuse)
+    config = TensorRTRTXConfig(output=tmp_path / "x.engine", photos=1)
+    if isinstance(error, EngineMissing):
+        with pytest.raises(EngineMissing, match="cuda-bindings"):
+            export(quarter, config)
+    else:
+        receipt = export(quarter, config).receipt
+        assert receipt.kind == "built, not run"
+        assert "built for 8.9" in receipt.note

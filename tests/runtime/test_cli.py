@@ -390,6 +390,25 @@ def test_verbose_names_what_runs_it_on_stderr_and_the_time_it_took(
     assert "photos/s" in out
 
 
+@pytest.mark.parametrize("kept", ["edge.onnx", "edge.onnx.parity.npz"])
+def test_a_verification_never_writes_over_the_model(
+    kept: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("edge.onnx", "edge.onnx.parity.npz"):
+        (tmp_path / name).write_bytes(default_model().with_name(name).read_bytes())
+    before = (tmp_path / kept).read_bytes()
+    assert run(["verify", str(tmp_path / "edge.onnx"), "--output", str(tmp_path / kept)]) == 6
+    assert "--output" in capsys.readouterr().err
+    assert (tmp_path / kept).read_bytes() == before
+
+
+def test_a_result_that_cannot_be_written_is_told_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["verify", "--output", "/proc/nowhere.json"]) == 6
+    out, err = capsys.readouterr()
+    assert "passed" in out
+    assert "--output" in err
+
+
 def test_the_engine_can_be_chosen(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("openvino", reason="needs OpenVINO: pip install 'petseg[openvino]'")
     command = ["infer", str(photo), "-v", "--output", str(tmp_path / "out"), "--backend"]
