@@ -351,7 +351,9 @@ def test_an_output_that_cannot_be_written_is_exit_code_6(
 
 def test_an_output_with_another_suffix_is_exit_code_6(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["export", str(checkpoint), "-o", str(checkpoint.with_name("model.pt"))]
-    assert failed(args, capsys) == (6, f"petseg: {checkpoint.with_name('model.pt')}: onnx files end in .onnx\n")
+    refused = checkpoint.with_name("model.pt")
+    refusal = f"petseg: {refused}: onnx files end in .onnx; another --format has another suffix\n"
+    assert failed(args, capsys) == (6, refusal)
 
 
 def test_an_onnx_file_that_does_not_fit_is_exit_code_4(
