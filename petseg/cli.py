@@ -27,9 +27,9 @@ class Command:
 
 #: Named as strings, so that `petseg --help` and `petseg infer` import nothing of the others.
 COMMANDS = {
-    "infer": Command("petseg_runtime.cli:infer", "Segment photos and folders of photos."),
-    "info": Command("petseg_runtime.cli:info", "Say what a model file is, expects and was measured at."),
-    "verify": Command("petseg_runtime.cli:verify", "Compare a model file, on this device, with its checkpoint."),
+    "infer": Command("petseg_runtime.cli.infer:infer", "Segment photos and folders of photos."),
+    "info": Command("petseg_runtime.cli.model:info", "Say what a model file is, expects and was measured at."),
+    "verify": Command("petseg_runtime.cli.model:verify", "Compare a model file, on this device, with its checkpoint."),
     "train": Command("petseg.commands:train", "Train the attention U-Net.", "train"),
     "evaluate": Command("petseg.commands:evaluate", "Measure a checkpoint or an exported file.", "train"),
     "data": Command("petseg.commands:data", "Download or check a data set.", "train"),

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from petseg_runtime.cli import parse_size
+from petseg_runtime.cli.text import parse_size
 
 if TYPE_CHECKING:
     from petseg.train import Observer, RunState

@@ -13,7 +13,7 @@ import click
 
 from petseg_export.config import QuantizeConfig
 from petseg_export.registry import FORMATS, why_not
-from petseg_runtime.cli import parse_size
+from petseg_runtime.cli.text import parse_size
 from petseg_runtime.errors import DataError
 from petseg_runtime.spec import PRECISIONS
 

@@ -24,7 +24,8 @@ from petseg.cli import COMMANDS, run
 from petseg_runtime import __version__, default_model, sample_photos
 from petseg_runtime.artifact import RECEIPT_KEY, Artifact, open_artifact, sidecar_text
 from petseg_runtime.artifact import sidecar_of as beside
-from petseg_runtime.cli import infer, parse_size
+from petseg_runtime.cli.infer import infer
+from petseg_runtime.cli.text import parse_size
 from petseg_runtime.parity import Proof, load_proof, proof_of
 from petseg_runtime.sinks import KINDS
 from petseg_runtime.verify import sidecar_of

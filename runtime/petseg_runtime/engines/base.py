@@ -4,19 +4,60 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol, Self, TypeAlias
+from typing import Final, Protocol, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from petseg_runtime.errors import ModelError
+from petseg_runtime.errors import EngineError, ModelError
 from petseg_runtime.spec import ModelSpec
 
-__all__ = ["Engine", "EngineInfo", "EngineOptions", "check_batch", "in_batches", "one_line", "usable_cpus"]
+__all__ = [
+    "DEVICES",
+    "Device",
+    "Engine",
+    "EngineInfo",
+    "EngineOptions",
+    "check_batch",
+    "in_batches",
+    "one_line",
+    "usable_cpus",
+]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
+
+#: The kinds of device.
+DEVICES: Final = ("cpu", "cuda", "intel-gpu")
+
+
+@dataclass(frozen=True)
+class Device:
+    """Something to compute on.
+
+    Attributes:
+        kind: ``cpu``, ``cuda`` (an NVIDIA GPU) or ``intel-gpu``.
+        index: Which of them, as the driver counts.
+    """
+
+    kind: str = "cpu"
+    index: int = 0
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "cpu" else f"{self.kind}:{self.index}"
+
+    @classmethod
+    def parse(cls, text: str) -> Device:
+        """``cpu``, ``cuda``, ``cuda:1``, ``intel-gpu``.
+
+        Raises:
+            EngineError: None of these.
+        """
+        kind, colon, index = text.partition(":")
+        if kind not in DEVICES or (colon and (kind == "cpu" or not (index.isascii() and index.isdecimal()))):
+            raise EngineError(f"there is no device {text!r}; there are: auto, cpu, cuda, cuda:N, intel-gpu, intel-gpu:N")
+        return cls(kind, int(index or 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +65,19 @@ class EngineOptions:
     """What may be asked of an engine.
 
     Attributes:
-        threads: CPU threads; None: as many as this process may use.
+        threads: CPU threads in all; None: as many as this process may use.
+        streams: How many runs at a time, each with its share of the threads: 1 for the shortest wait, as many as there
+            are threads for the most photos a second.
         exact: Compute in float32 where the graph says so, even where the engine knows something faster (bf16, TF32).
+        device: What to compute on.
+        notes: What was decided on the way to this engine, for :attr:`EngineInfo.notes`.
     """
 
     threads: int | None = None
+    streams: int = 1
     exact: bool = False
+    device: Device = Device()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +87,14 @@ class EngineInfo:
     Attributes:
         name: The engine, as ``--backend`` calls it.
         version: Of its library.
-        device: What it computes on ("cpu").
+        device: What it computes on ("cpu", "cuda:0").
         provider: What the library calls the part of it that does the work.
         precision: What it computes in (f32, tf32, bf16, fp16, int8), which can differ from what the file is stored in.
             int8: the operands of the quantized convolutions are on the int8 grid, whatever multiplies them.
         threads: CPU threads it may use; 0 if it decides by itself.
+        streams: Runs at a time that gain from each other; more wait for one another.
+        batch: Photos a run from which on larger batches gain nothing.
+        notes: What people should know of how it came about: an engine passed over and why, a compilation.
     """
 
     name: str
@@ -52,10 +103,13 @@ class EngineInfo:
     provider: str
     precision: str
     threads: int
+    streams: int = 1
+    batch: int = 1
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
 
 class Engine(Protocol):
-    """A loaded model. Use it as a context manager, or call ``close``."""
+    """A loaded model. Use it as a context manager, or call ``close``. Engines derive from it."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -82,11 +136,22 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the model; calling it again does nothing."""
 
-    def __enter__(self) -> Self: ...
+    def warm_up(self, count: int = 1) -> None:
+        """Run a blank batch of ``count`` photos twice, so that what is done at the first run is done.
+
+        Raises:
+            EngineError: The engine failed.
+        """
+        for _ in range(2):
+            self.run(np.zeros((count, self.spec.height, self.spec.width, 3), np.uint8))
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
 def check_batch(images: U8, spec: ModelSpec) -> None:

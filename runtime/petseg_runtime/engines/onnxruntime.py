@@ -1,32 +1,54 @@
-"""ONNX Runtime on the CPU: the embedded default, on any laptop and board."""
+"""ONNX Runtime: on the CPU the embedded default, on any laptop and board; on an NVIDIA GPU through CUDA.
+
+**The road over CUDA was built from the documentation and has never been run on a GPU by us**; that a session which
+silently fell back to the CPU is refused was tested with the real GPU package.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import io
 import os
 import platform
-from types import TracebackType
-from typing import Any, Final, Self, TypeAlias
+import threading
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from petseg_runtime import host
 from petseg_runtime.artifact import INPUT, OUTPUT, Artifact
-from petseg_runtime.engines.base import EngineInfo, EngineOptions, check_batch, in_batches, one_line, usable_cpus
-from petseg_runtime.errors import EngineError
+from petseg_runtime.engines.base import (
+    Device,
+    Engine,
+    EngineInfo,
+    EngineOptions,
+    check_batch,
+    in_batches,
+    one_line,
+    usable_cpus,
+)
+from petseg_runtime.errors import EngineError, EngineMissing
 from petseg_runtime.spec import ModelSpec
 
-__all__ = ["OnnxRuntimeEngine", "load"]
+__all__ = ["OnnxRuntimeCudaEngine", "OnnxRuntimeEngine", "load"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
 _ERRORS_ONLY: Final = 3  # ONNX Runtime's log severity
+_CPU: Final = "CPUExecutionProvider"
+_CUDA: Final = "CUDAExecutionProvider"
 
 #: Its CPU provider has fp16 kernels for ARM only; elsewhere it casts an fp16 graph to float32 and computes in that.
 _FP16_ON_CPU: Final = platform.machine().lower() in ("aarch64", "arm64")
 
+#: The packages that are all imported as `onnxruntime`, and overwrite each other's files.
+_PACKAGES: Final = ("onnxruntime", "onnxruntime-gpu")
 
-class OnnxRuntimeEngine:
+
+class OnnxRuntimeEngine(Engine):
     """An ONNX Runtime session with the CPU provider."""
 
     def __init__(self, artifact: Artifact, options: EngineOptions) -> None:
@@ -34,25 +56,17 @@ class OnnxRuntimeEngine:
 
         Args:
             artifact: What to run.
-            options: Its CPU provider never computes float32 in anything else, so ``exact`` changes nothing.
+            options: Its CPU provider never computes float32 in anything else, so ``exact`` changes nothing. Each
+                stream is a caller's thread with its share of the threads.
 
         Raises:
             EngineError: ONNX Runtime refuses the file, or runs it with another provider than asked for.
         """
         self._spec = artifact.spec
         self._threads = options.threads or usable_cpus()
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = self._threads
-        settings.log_severity_level = _ERRORS_ONLY
-        try:
-            self._session: Any = onnxruntime.InferenceSession(
-                os.fspath(artifact.path), settings, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            raise EngineError(f"{artifact.path}: ONNX Runtime cannot load it ({one_line(error)})") from error
-        self._provider: str = self._session.get_providers()[0]
-        if self._provider != "CPUExecutionProvider":
-            raise EngineError(f"{artifact.path}: ONNX Runtime chose {self._provider} instead of the CPU")
+        self._streams = min(options.streams, self._threads)
+        self._notes = options.notes
+        self._session: Any = _session(artifact, _CPU, {}, self._threads // self._streams)
 
     @property
     def spec(self) -> ModelSpec:
@@ -61,17 +75,19 @@ class OnnxRuntimeEngine:
 
     def run(self, images: U8) -> U8:
         """Segment a batch; see :class:`petseg_runtime.engines.base.Engine`."""
-        if self._session is None:
+        session = self._session
+        if session is None:
             raise EngineError("the engine is closed")
         check_batch(images, self._spec)
-        return in_batches(self._run, images, self._spec.batch)
 
-    def _run(self, images: U8) -> U8:
+        def run(batch: U8) -> U8:
+            (probability,) = session.run([OUTPUT], {INPUT: np.ascontiguousarray(batch)})
+            return probability  # type: ignore[no-any-return]
+
         try:
-            (probability,) = self._session.run([OUTPUT], {INPUT: np.ascontiguousarray(images)})
+            return in_batches(run, images, self._spec.batch)
         except Exception as error:
             raise EngineError(f"ONNX Runtime failed ({one_line(error)})") from error
-        return probability  # type: ignore[no-any-return]
 
     def describe(self) -> EngineInfo:
         """What is really running."""
@@ -80,24 +96,179 @@ class OnnxRuntimeEngine:
             name="onnxruntime",
             version=onnxruntime.__version__,
             device="cpu",
-            provider=self._provider,
+            provider=_CPU,
             precision=computed[self._spec.precision],
             threads=self._threads,
+            streams=self._streams,
+            notes=self._notes,
         )
 
     def close(self) -> None:
         """Free the session."""
         self._session = None
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+class OnnxRuntimeCudaEngine(Engine):
+    """An ONNX Runtime session with the CUDA provider.
+
+    Input and output are bound to buffers on the GPU that are used again for every batch of the same shape; calls from
+    several threads take turns.
+    """
+
+    def __init__(self, artifact: Artifact, options: EngineOptions) -> None:
+        """Load the model and run it, so that whatever can fail does so here.
+
+        Args:
+            artifact: What to run.
+            options: ``exact`` switches TF32 off.
+
+        Raises:
+            EngineMissing: This ONNX Runtime was built without CUDA.
+            EngineError: There is no such GPU, or ONNX Runtime would run on something else.
+        """
+        self._spec, self._device, self._notes = artifact.spec, options.device, options.notes
+        self._tf32 = not options.exact
+        self._lock = threading.Lock()
+        self._session: Any = _cuda_session(artifact, options.device, tf32=self._tf32)
+        self._bound = _Bound(self._session, options.device)
+        try:
+            self.warm_up(max(1, artifact.spec.batch))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model expects and returns."""
+        return self._spec
+
+    def run(self, images: U8) -> U8:
+        """Segment a batch; see :class:`petseg_runtime.engines.base.Engine`."""
+        check_batch(images, self._spec)
+        with self._lock:
+            if self._session is None:
+                raise EngineError("the engine is closed")
+            try:
+                return in_batches(self._bound.run, images, self._spec.batch)
+            except Exception as error:
+                raise EngineError(f"ONNX Runtime on {self._device} failed ({one_line(error)})") from error
+
+    def describe(self) -> EngineInfo:
+        """What is really running."""
+        there = {gpu.index: gpu for gpu in host.gpus()}
+        gpu = there.get(self._device.index)
+        ampere = gpu is not None and int(gpu.compute_capability.partition(".")[0]) >= 8  # the first with TF32
+        computed = {"fp32": "tf32" if self._tf32 and ampere else "f32", "fp16": "fp16", "int8": "int8"}
+        return EngineInfo(
+            name="onnxruntime",
+            version=onnxruntime.__version__,
+            device=str(self._device),
+            provider=f"{_CUDA}, {gpu.name if gpu else 'unknown GPU'}",
+            precision=computed[self._spec.precision],
+            threads=0,
+            batch=self._spec.batch or 8,
+            notes=self._notes,
+        )
+
+    def close(self) -> None:
+        """Free the session and its buffers."""
+        with self._lock:
+            self._session = None
+            self._bound = None  # type: ignore[assignment]
 
 
-def load(artifact: Artifact, options: EngineOptions) -> OnnxRuntimeEngine:
-    """What the registry calls; see :class:`OnnxRuntimeEngine`."""
+class _Bound:
+    """A session's input and output in buffers on a device."""
+
+    def __init__(self, session: Any, device: Device) -> None:
+        self._session, self._device = session, device
+        self._binding: Any = session.io_binding()
+        self._sent: Any = None
+        self._received: Any = None
+
+    def run(self, images: U8) -> U8:
+        """uint8 [N, H, W, 3] to uint8 [N, H, W], the caller's own."""
+        images = np.ascontiguousarray(images)
+        if self._sent is None or tuple(self._sent.shape()) != images.shape:
+            self._bind(images.shape)
+        self._sent.update_inplace(images)
+        self._session.run_with_iobinding(self._binding)
+        # On the CPU the array is a view of the buffer that the next run writes to; from a GPU it is a copy already.
+        return np.array(self._received.numpy())
+
+    def _bind(self, shape: tuple[int, ...]) -> None:
+        make = onnxruntime.OrtValue.ortvalue_from_shape_and_type
+        where = (self._device.kind, self._device.index)
+        self._sent, self._received = make(shape, np.uint8, *where), make(shape[:3], np.uint8, *where)
+        self._binding.bind_ortvalue_input(INPUT, self._sent)
+        self._binding.bind_ortvalue_output(OUTPUT, self._received)
+
+
+def _session(artifact: Artifact, provider: str, settings: dict[str, str], threads: int) -> Any:
+    """A session that really has ``provider`` for its first.
+
+    Raises:
+        EngineError: It has not, or there is none.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = _ERRORS_ONLY
+    try:
+        session = onnxruntime.InferenceSession(
+            os.fspath(artifact.path),
+            options,
+            providers=[(provider, settings)],
+            enable_fallback=0,  # which would print to stdout, and go on with the CPU
+        )
+    except Exception as error:
+        raise EngineError(f"{artifact.path}: ONNX Runtime cannot load it ({one_line(error)})") from error
+    active = session.get_providers()[0]
+    if active != provider:  # without an exception: it only says so in its log
+        raise EngineError(f"{artifact.path}: ONNX Runtime would run it with {active} instead of {provider}")
+    return session
+
+
+def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
+    """A session on an NVIDIA GPU.
+
+    Raises:
+        EngineMissing: This ONNX Runtime was built without CUDA.
+        EngineError: It does not start on that GPU; says what may be wrong.
+    """
+    if _CUDA not in onnxruntime.get_available_providers():
+        both = [name for name in _PACKAGES if _installed(name)]
+        remedy = f"pip uninstall {' '.join(both)}, then pip install 'petseg[gpu]'"
+        if len(both) == 2:
+            raise EngineMissing(f"onnxruntime and onnxruntime-gpu are both installed and break each other: {remedy}")
+        raise EngineMissing(f"the onnxruntime that is installed has no CUDA: {remedy}")
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):  # it prints what it cannot find
+        onnxruntime.preload_dlls()
+    try:
+        settings = {"device_id": str(device.index), "use_tf32": str(int(tf32))}
+        return _session(artifact, _CUDA, settings, 0)
+    except EngineError as error:
+        there = host.gpus()
+        why = (
+            f"its GPUs: {', '.join(f'cuda:{gpu.index} {gpu.name}, {gpu.driver}' for gpu in there)}; CUDA and cuDNN of "
+            "the version that this onnxruntime-gpu wants are needed: pip install 'petseg[gpu]'"
+            if there
+            else "this machine shows no NVIDIA GPU: install its driver, or use --device cpu"
+        )
+        heard = f"; {one_line(Exception(said.getvalue()))}" if said.getvalue() else ""
+        raise EngineError(f"{device} cannot be had: {error} ({why}{heard})") from error
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def load(artifact: Artifact, options: EngineOptions) -> Engine:
+    """What the registry calls; the device decides between the two."""
+    if options.device.kind == "cuda":
+        return OnnxRuntimeCudaEngine(artifact, options)
     return OnnxRuntimeEngine(artifact, options)

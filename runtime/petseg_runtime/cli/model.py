@@ -1,0 +1,137 @@
+"""``petseg info`` and ``petseg verify``: what a model file is, and whether it still works here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from petseg_runtime.cli.text import PATH, SCHEMA_VERSION, shown
+from petseg_runtime.errors import OutputError, ParityError
+
+__all__ = ["info", "verify"]
+
+
+@click.command()
+@click.argument("file", type=PATH)
+@click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
+def info(file: Path, as_json: bool) -> int:
+    """Say what a model file is, what it expects, where it comes from and how it was proven."""
+    from petseg_runtime.artifact import open_artifact
+    from petseg_runtime.verify import verified
+
+    artifact = open_artifact(file)
+    header = artifact.onnx
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "file": str(file),
+        "format": artifact.format,
+        "bytes": artifact.size,
+        "identity": artifact.identity,
+        "spec": dataclasses.asdict(artifact.spec),
+        "opset": header.opset if header else None,
+        "inputs": [dataclasses.asdict(tensor) for tensor in header.inputs] if header else [],
+        "outputs": [dataclasses.asdict(tensor) for tensor in header.outputs] if header else [],
+        "environment": artifact.environment,
+        "provenance": artifact.provenance,
+        "receipt": artifact.receipt,
+        "verified": verified(artifact),
+    }
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+    else:
+        click.echo("\n".join(f"{name:>22}  {value}" for name, value in _lines(record)))
+    return 0
+
+
+def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """What people want of a record, one thing a line."""
+    spec, provenance = record["spec"], record["provenance"]
+    tensors = [
+        (kind, f"{t['name']}: {t['dtype']} [{', '.join(map(str, t['shape']))}]")
+        for kind in ("inputs", "outputs")
+        for t in record[kind]
+    ]
+    opset = f", opset {record['opset']}" if record["opset"] else ""
+    size = f"{spec['height']} x {spec['width']}" + (", or any multiples of 16" if spec["dynamic_size"] else "")
+    lines = [
+        ("file", f"{record['file']} ({record['bytes'] / 1e6:.1f} MB, {record['format']}, {spec['precision']}{opset})"),
+        ("model", spec["name"]),
+        ("identity", f"sha256 {record['identity']}"),
+        *((kind[:-1], text) for kind, text in tensors),
+        ("resize", f"{spec['resize']} to {size}, {spec['filter']}, antialiased"),
+        ("threshold", f"{spec['threshold']} for masks, {spec['cutout_threshold']} for cutouts"),
+    ]
+    environment = record["environment"].items()  # its lists of layers and messages are for programs
+    lines += [("built for", f"{k}: {_plain(v)}") for k, v in environment if v and k not in ("engine", "messages")]
+    lines += [(name.replace("_", " "), str(value)) for name, value in provenance.items() if isinstance(value, str)]
+    lines += [
+        (name, f"{key}: {_plain(value)}")
+        for name in ("training", "measured")
+        if isinstance(provenance.get(name), dict)
+        for key, value in provenance[name].items()
+    ]
+    return lines + _parity_lines(record)
+
+
+def _parity_lines(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was proven where the file was made, and what on this device."""
+    lines = []
+    for title, receipt in (("parity", record["receipt"]), ("verified here", record["verified"])):
+        if rows := receipt.get("rows"):
+            try:
+                lines += [(title, f"{receipt['kind']}, {receipt['photos']} photos, {row['summary']}") for row in rows]
+            except (KeyError, TypeError):
+                lines.append((title, "not a receipt that this version of petseg can read"))
+        elif receipt:
+            lines.append((title, receipt.get("summary", "")))
+    return lines or [("parity", "no receipt: this file was never compared with its checkpoint")]
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value).replace('"', "")
+
+
+@click.command()
+@click.argument("file", type=PATH, required=False)
+@click.option("--backend", default="auto", show_default=True, help="The engine that runs it.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@click.option("--proof", type=PATH, help="Photos and the checkpoint's answers.  [default: FILE.parity.npz]")
+@click.option("--output", type=PATH, help="Where the result goes.  [default: FILE.verified.json]")
+@click.option("--json", "as_json", is_flag=True, help="Print the receipt as JSON on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+def verify(
+    file: Path | None,
+    backend: str,
+    threads: int | None,
+    proof: Path | None,
+    output: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Run FILE on this device and compare it with what its checkpoint said when it was exported.
+
+    Without FILE, the model that ships with petseg (whose result is written only where --output says). Exit code 0: it
+    does what the checkpoint does; 10: it does not, and the report says where and by how much.
+    """
+    from petseg_runtime.artifact import default_model, open_artifact
+    from petseg_runtime.verify import parts_of, save, sidecar_of, verify_artifact
+
+    artifact = open_artifact(file or default_model())
+    place = output or (sidecar_of(artifact.path) if file else None)
+    if place and place.exists() and any(place.samefile(part) for part in parts_of(artifact, proof) if part.exists()):
+        raise OutputError(f"{place}: belongs to the model, which is not written to: give another file with --output")
+    receipt = verify_artifact(artifact, backend, threads, proof)
+    if as_json:
+        click.echo(json.dumps(receipt.as_dict(), indent=2))
+    elif not quiet:
+        for row in receipt.rows:
+            click.echo(f"{shown(artifact.path)}: {receipt.kind}, {receipt.photos} photos, {row.summary}")
+    for failure in receipt.failures:
+        click.echo(f"petseg: {failure}", err=True)
+    if place:
+        save(artifact, receipt, place)  # last: what was found is not lost with it
+    return 0 if receipt.passed else ParityError.exit_code

@@ -1,0 +1,33 @@
+"""What the commands share: how they read values and print what is not theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import click
+
+__all__ = ["PATH", "SCHEMA_VERSION", "UNIT", "parse_size", "shown"]
+
+#: Of everything that is printed as JSON.
+SCHEMA_VERSION: Final = 1
+
+PATH: Final = click.Path(path_type=Path)
+UNIT: Final = click.FloatRange(0, 1, min_open=True, max_open=True)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``192`` or ``192x256`` to (height, width).
+
+    Raises:
+        click.BadParameter: Neither form.
+    """
+    parts = text.lower().split("x")
+    if len(parts) not in (1, 2) or not all(part.isdecimal() for part in parts):
+        raise click.BadParameter(f"{text!r}: HEIGHTxWIDTH is expected, for example 192x256", param_hint="--size")
+    return int(parts[0]), int(parts[-1])
+
+
+def shown(text: object) -> str:
+    """Text with all that is not printable escaped: a file's name may hold line breaks, or bytes that are no UTF-8."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
