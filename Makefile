@@ -2,9 +2,10 @@
 PYTHON ?= python3
 DEMO   := .venv-demo
 DEV    := .venv
+GPU    := .venv-gpu
 OUT    := demo-output
 
-.PHONY: help demo test check pytest format clean
+.PHONY: help demo test check pytest format gpu-check gpu-there clean
 .DELETE_ON_ERROR:
 
 help:
@@ -12,6 +13,7 @@ help:
 	@echo "make test    install everything the tests need into $(DEV), then make check and the tests"
 	@echo "make check   formatting, lint, types, import contracts"
 	@echo "make format  let ruff rewrite what it can"
+	@echo "make gpu-check  on a machine with an NVIDIA GPU: all its tests and benchmarks, in one file to send back"
 	@echo "make clean   remove environments, caches and outputs"
 
 demo: $(DEMO)/.installed
@@ -35,8 +37,21 @@ format: $(DEV)/.installed
 	$(DEV)/bin/ruff format .
 	$(DEV)/bin/ruff check --fix .
 
+# Needs an NVIDIA GPU and its driver, and says so where there is none. CUDA and cuDNN come with the packages: `gpu` is ONNX
+# Runtime on CUDA, `rtx` TensorRT for RTX; `train` and `export` are there because the tests of training on a GPU, and of
+# compiling for one, are among those that run. TensorRT is taken from the system if $(PYTHON) can import it (a Jetson, a
+# container of NVIDIA's); elsewhere `make gpu-check GPU_EXTRAS=train,export,gpu,rtx,trt` installs it from NVIDIA.
+GPU_EXTRAS := train,export,gpu,rtx
+gpu-check: $(GPU)/.installed
+	@$(PYTHON) -c "$$LINK_TENSORRT" $$($(GPU)/bin/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
+	$(GPU)/bin/python -m benchmarks.gpu_check
+
+# Asked before 10 GB are installed; the module needs nothing but Python.
+gpu-there:
+	@PYTHONPATH=runtime $(PYTHON) -c 'import sys; from petseg_runtime.host import nvidia_gpus; sys.exit(nvidia_gpus() == 0 and "this machine shows no NVIDIA GPU: nothing was installed or checked")'
+
 clean:
-	rm -rf $(DEMO) $(DEV) $(OUT) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist build
+	rm -rf $(DEMO) $(DEV) $(GPU) $(OUT) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist build
 
 # An environment is made anew when pyproject.toml changes; the stamp is written last, so a broken install is repeated.
 $(DEMO)/.installed: pyproject.toml
@@ -48,6 +63,24 @@ $(DEV)/.installed: pyproject.toml
 	$(call make_venv,$(DEV))
 	$(DEV)/bin/python -m pip install --quiet --editable ".[dev]"
 	@touch $@
+
+$(GPU)/.installed: pyproject.toml | gpu-there
+	$(call make_venv,$(GPU))
+	$(GPU)/bin/python -m pip install --quiet --editable ".[$(GPU_EXTRAS)]" pytest pytest-timeout hypothesis
+	@touch $@
+
+# The system's packages of TensorRT alone, linked into the environment: all of its packages could be of other versions.
+define LINK_TENSORRT
+import importlib.util, pathlib, sys
+for name in ("tensorrt", "tensorrt_bindings", "tensorrt_libs"):
+    found = importlib.util.find_spec(name)
+    link = pathlib.Path(sys.argv[1], name)
+    if found and found.submodule_search_locations and not link.exists():
+        link.unlink(missing_ok=True)
+        link.symlink_to(found.submodule_search_locations[0])
+        print(f"using the system's {name}")
+endef
+export LINK_TENSORRT
 
 define make_venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "petseg needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)")'

@@ -5,8 +5,13 @@ from __future__ import annotations
 import click
 
 from benchmarks.embedded.measure import embedded
+from benchmarks.found import found
+from benchmarks.gpu_check import gpu_check
+from benchmarks.latency import latency
 from benchmarks.receipts import receipts
+from benchmarks.reduced import reduced
 from benchmarks.report import report
+from benchmarks.throughput import throughput
 
 
 @click.group()
@@ -15,6 +20,11 @@ def main() -> None:
 
 
 main.add_command(embedded)
+main.add_command(found)
+main.add_command(gpu_check)
+main.add_command(latency)
 main.add_command(receipts)
+main.add_command(reduced)
 main.add_command(report)
+main.add_command(throughput)
 main(prog_name="python -m benchmarks")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -17,11 +18,20 @@ SIZE = 64
 TRAINVAL, TEST = 24, 6
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_shared_cache() -> Iterator[None]:
+    """What fixtures of a module or session compile is not kept: the fixture below comes too late for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PETSEG_CACHE", "")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def isolated_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Nothing a test compiles or caches reaches the user's own folders, or the next test."""
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("PETSEG_CACHE", str(cache / "petseg"))
     return cache
 
 

@@ -105,7 +105,7 @@ def open_artifact(path: Path) -> Artifact:
         provenance = _object(onnx.metadata, PROVENANCE_KEY)
         receipt = _object(onnx.metadata, RECEIPT_KEY)
     except ModelError as error:
-        raise ModelError(f"{path}: {error}") from error
+        raise ModelError(f"{path}: {_short(error)}") from error
     _check_contract(path, onnx, spec)
     return Artifact(path, "onnx", spec, provenance, receipt, onnx.identity, onnx.size, onnx, {})
 
@@ -145,7 +145,7 @@ def _open_compiled(path: Path) -> Artifact:
     except (KeyError, TypeError) as error:
         raise ModelError(f"{sidecar}: not what petseg writes beside a model ({error!r})") from error
     except ModelError as error:
-        raise ModelError(f"{sidecar}: {error}") from error
+        raise ModelError(f"{sidecar}: {_short(error)}") from error
     files = _files(path, name)
     for file in files:
         if not file.is_file():
@@ -188,6 +188,11 @@ def _sha256(path: Path) -> str:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
+def _short(text: object) -> str:
+    """What a file says of itself may be megabytes, or many lines; an error is one line."""
+    return " ".join(str(text)[:500].split())
+
+
 def _object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     try:
         value = json.loads(metadata.get(key, "{}"))
@@ -201,7 +206,7 @@ def _object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
 def _check_contract(path: Path, onnx: onnx_metadata.OnnxFile, spec: ModelSpec) -> None:
     for kind, tensors, name, rank in (("input", onnx.inputs, INPUT, 4), ("output", onnx.outputs, OUTPUT, 3)):
         if [tensor.name for tensor in tensors] != [name]:
-            found = ", ".join(tensor.name for tensor in tensors) or "none"
+            found = _short(", ".join(tensor.name for tensor in tensors) or "none")
             raise ModelError(f"{path}: its {kind}s are {found}; exactly one named {name!r} is expected")
         expected = (spec.batch or "N", *(("H", "W") if spec.dynamic_size else (spec.height, spec.width)), 3)[:rank]
         shape = tensors[0].shape
@@ -212,6 +217,6 @@ def _check_contract(path: Path, onnx: onnx_metadata.OnnxFile, spec: ModelSpec) -
         )
         if tensors[0].dtype != "uint8" or not fits:
             raise ModelError(
-                f"{path}: {kind} {name!r} is {tensors[0].dtype} {list(shape)}; "
+                f"{path}: {kind} {name!r} is {tensors[0].dtype} {_short(list(shape))}; "
                 f"uint8 [{', '.join(map(str, expected))}] is expected"
             )

@@ -1,12 +1,96 @@
-"""An x-ray of this machine: what it can run."""
+"""An x-ray of this machine: what it can run. Needs nothing but the standard library."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
 
-__all__ = ["Gpu", "gpus", "nvidia_gpus"]
+from petseg_runtime import __version__
+
+__all__ = ["Cpu", "Gpu", "Host", "cgroup_limits", "gpus", "host", "nvidia_gpus", "parse_cpuinfo", "versions"]
+
+# What inference engines have kernels for, in the kernel's spelling: x86-64, then ARM.
+FEATURES: Final = (
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16", "amx_fp16"),
+    *("asimd", "asimddp", "fphp", "asimdhp", "i8mm", "bf16", "sve", "sve2"),
+)
+
+#: ARM's processors have numbers, not names (implementer 0x41); those of boards people own, from util-linux's lscpu.
+_ARM: Final = {
+    "0xd03": "Cortex-A53",
+    "0xd05": "Cortex-A55",
+    "0xd07": "Cortex-A57",
+    "0xd08": "Cortex-A72",
+    "0xd0b": "Cortex-A76",
+    "0xd0c": "Neoverse-N1",
+    "0xd40": "Neoverse-V1",
+    "0xd42": "Cortex-A78AE",
+    "0xd49": "Neoverse-N2",
+    "0xd4f": "Neoverse-V2",
+}
+
+#: The packages whose versions results depend on.
+_PACKAGES: Final = (
+    *("numpy", "pillow", "av", "onnxruntime", "onnxruntime-gpu", "openvino"),
+    *("tensorrt", "tensorrt-rtx", "cuda-bindings"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cpu:
+    """The processor, and how much of it and of the memory this process may use.
+
+    Attributes:
+        name: As the kernel calls it; "unknown" if it does not.
+        machine: The architecture ("x86_64", "aarch64").
+        cores: That the scheduler may put this process on.
+        quota: CPUs' worth of time that the control group allows, None if it sets no limit. Engines do not know it:
+            more threads than this wait for each other.
+        memory: Of the machine, in bytes.
+        memory_limit: Of the control group, in bytes, None if it sets no limit below ``memory``.
+        features: Those of :data:`FEATURES` that it has.
+    """
+
+    name: str
+    machine: str
+    cores: int
+    quota: float | None
+    memory: int
+    memory_limit: int | None
+    features: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """A machine and its Python.
+
+    Attributes:
+        system: Kernel and distribution.
+        python: Version.
+        environment: Folder of the virtual environment, "" outside of one.
+        petseg: Version.
+        packages: Versions of what petseg stands on, of what is installed.
+        cpu: The processor.
+        nvidia_driver: Version of the kernel's NVIDIA driver ("580.95.05"), "" without one.
+    """
+
+    system: str
+    python: str
+    environment: str
+    petseg: str
+    packages: dict[str, str]
+    cpu: Cpu
+    nvidia_driver: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +110,119 @@ class Gpu:
     compute_capability: str
     memory: int
     driver: str
+
+
+def host() -> Host:
+    """What this machine is; loads no driver and no engine."""
+    return Host(
+        system=f"{platform.system()} {platform.release()}{_distribution()}",
+        python=platform.python_version(),
+        environment=sys.prefix if sys.prefix != sys.base_prefix else "",
+        petseg=__version__,
+        packages=versions(_PACKAGES),
+        cpu=_cpu(),
+        nvidia_driver=_nvidia_driver(_text("/proc/driver/nvidia/version")),
+    )
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _distribution() -> str:
+    try:
+        return f", {platform.freedesktop_os_release()['PRETTY_NAME']}"
+    except (OSError, KeyError):
+        return ""
+
+
+def _nvidia_driver(text: str) -> str:
+    """The version, from what the kernel's module says ("NVRM version: NVIDIA UNIX ...  580.95.05  Release Build")."""
+    found = re.search(r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _cpu() -> Cpu:
+    name, features = parse_cpuinfo(_text("/proc/cpuinfo"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    quota, limit = cgroup_limits(Path("/sys/fs/cgroup"), _text("/proc/self/cgroup"))
+    board = _text("/proc/device-tree/model").rstrip("\0")
+    return Cpu(
+        name=", ".join(filter(None, (name or platform.processor(), board))) or "unknown",
+        machine=platform.machine(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        quota=quota,
+        memory=memory,
+        memory_limit=limit if limit is not None and limit < memory else None,
+        features=features,
+    )
+
+
+def _text(path: str) -> str:
+    """A file of the kernel's; "" where there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
+    """Name ("" if it says none) and those of :data:`FEATURES`, of the text of ``/proc/cpuinfo``.
+
+    Of processors with cores of two kinds, the names of both, and the features that all cores have.
+    """
+    fields: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), []).append(value.strip())
+    names = fields.get("model name") or [
+        _ARM.get(part, f"ARM part {part}") if maker == "0x41" else f"implementer {maker}, part {part}"
+        for maker, part in zip(fields.get("CPU implementer", []), fields.get("CPU part", []), strict=False)
+    ]
+    flags = [set(value.split()) for value in fields.get("flags", fields.get("Features", []))]
+    everywhere = set.intersection(*flags) if flags else set()
+    return " + ".join(dict.fromkeys(names)), tuple(feature for feature in FEATURES if feature in everywhere)
+
+
+def cgroup_limits(root: Path, membership: str) -> tuple[float | None, int | None]:
+    """What the control groups of this process allow: CPUs' worth of time, and bytes of memory; None: no limit.
+
+    A limit holds for all groups inside, so the lowest on the way up counts. Version 1 is what older boards run.
+
+    Args:
+        root: Where control groups are mounted.
+        membership: The text of ``/proc/self/cgroup``.
+    """
+    cpus: list[float] = []
+    for folder in _groups(root, membership, "cpu"):
+        # Version 2: "QUOTA PERIOD" in microseconds; version 1: one file each. No limit is "max", and -1.
+        words = _text(f"{folder}/cpu.max").split() or [
+            *_text(f"{folder}/cpu.cfs_quota_us").split(),
+            *_text(f"{folder}/cpu.cfs_period_us").split(),
+        ]
+        if len(words) == 2 and all(word.isdecimal() for word in words) and int(words[1]):
+            cpus.append(int(words[0]) / int(words[1]))
+    memory: list[int] = []
+    for folder in _groups(root, membership, "memory"):
+        word = _text(f"{folder}/memory.max").strip() or _text(f"{folder}/memory.limit_in_bytes").strip()
+        if word.isdecimal() and int(word) < 2**60:  # version 1 says "no limit" with a number near 2**63
+            memory.append(int(word))
+    return min(cpus, default=None), min(memory, default=None)
+
+
+def _groups(root: Path, membership: str, controller: str) -> Iterator[Path]:
+    """The folders of this process's groups and all around them, as far as they can be seen from here."""
+    for line in membership.splitlines():
+        _, names, path = line.split(":", 2)
+        if names == "" or controller in names.split(","):
+            mount = root / controller if names else root
+            inner = mount / path.strip("/")
+            yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(mount))
 
 
 def nvidia_gpus() -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any, BinaryIO, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from petseg_runtime.errors import ImageTooLarge, InputError, UnreadableImage, UnsupportedImage
 
@@ -34,33 +36,64 @@ MAX_BYTES: Final = 500_000_000
 # which it decodes while opening, before anyone can ask how large the picture inside is.
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF")
 
+_MAX_SCANS: Final = 100
+
+# How many times the model's input, per side, a JPEG that is decoded at a reduced size must still have. The smallest
+# margin whose masks agree with those of the whole photo: benchmarks/results/reduced-decoding.json.
+_MARGIN: Final = 3.0
+
+# What undoes each EXIF orientation (TIFF 6.0, tag 274; 1 is upright), and which of these swap height and width.
+_TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS: Final = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))
+
 
 @dataclass(frozen=True)
 class Photo:
     """An image ready for segmentation.
 
     Attributes:
-        pixels: uint8 [height, width, 3], RGB, upright.
-        notes: What had to be decided on the way, each in a few words ("first of 12 frames").
+        pixels: uint8 [h, w, 3], RGB, upright; h x w is the photo's own size, or less if ``read`` was allowed to.
+        notes: What had to be decided on the way, each in a few words ("transparency laid over white").
+        height: Of the whole photo, upright; 0 stands for that of ``pixels``.
+        width: Of the whole photo, upright; 0 stands for that of ``pixels``.
     """
 
     pixels: U8
     notes: tuple[str, ...] = ()
+    height: int = 0
+    width: int = 0
+
+    def __post_init__(self) -> None:
+        """Without a size of its own the photo is as large as its pixels."""
+        object.__setattr__(self, "height", self.height or self.pixels.shape[0])
+        object.__setattr__(self, "width", self.width or self.pixels.shape[1])
 
 
-def read(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Photo:
-    """Decode an image to upright RGB.
+def read(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: tuple[int, int] | None = None) -> Photo:
+    """Decode an image to upright RGB. Safe to call from many threads; they decode at the same time.
 
     EXIF orientation is applied; transparency is laid over white; 16-bit grey is scaled to 8 bits; CMYK is
     converted; of an animation the first frame is taken.
 
     Args:
         source: A path, the bytes of an encoded image, an open binary file, an array, or a PIL image. An array is
-            uint8: [H, W] grey, [H, W, 3] RGB or [H, W, 4] RGBA.
-        max_pixels: Refuse anything larger, before decoding.
+            uint8: [H, W] grey, [H, W, 3] RGB or [H, W, 4] RGBA. Neither an array nor a PIL image is changed, and
+            the photo shares no memory with it.
+        max_pixels: Refuse anything larger, before decoding; counted at the photo's own size.
+        at_least: The height and width that ``to_model`` will bring the pixels to, where nothing else is wanted of
+            them: an encoded JPEG may then be decoded at 1/2, 1/4 or 1/8 of its size, which gives the same mask
+            (see ``_MARGIN``). None: the pixels at the photo's own size.
 
     Returns:
-        The photo: uint8 [H, W, 3] RGB, and notes on what was decided.
+        The photo: uint8 [H, W, 3] RGB, its own size, and notes on what was decided.
 
     Raises:
         UnreadableImage: Missing, truncated, or not an image.
@@ -71,13 +104,12 @@ def read(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Photo:
         return _from_array(source, max_pixels)
     name = _name_of(source)
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of odd metadata (corrupt EXIF, truncated ICC) that does not touch the pixels.
-            warnings.simplefilter("ignore")
+        with _PILLOW_MUTED:
             if isinstance(source, Image.Image):
                 return _convert(source, name, max_pixels)
             with Image.open(_opened(source, name), formats=_formats()) as image:
-                return _convert(image, name, max_pixels)
+                _check_cost(image, name, max_pixels)
+                return _convert(image, name, max_pixels, at_least)
     except PermissionError as error:
         raise UnreadableImage(f"{name}: no permission to read it") from error
     except Image.DecompressionBombError as error:
@@ -130,6 +162,40 @@ def from_model(probability: U8, height: int, width: int) -> U8:
     return np.array(resized)
 
 
+class _Muted:
+    """Ignores Pillow's warnings while at least one thread is inside; they are of odd metadata (corrupt EXIF, truncated
+    ICC) that do not touch the pixels.
+
+    ``warnings.catch_warnings`` swaps the filters of the whole process, so that of two threads the first to leave
+    takes the other's filter away. Here the first one in adds one filter and the last one out takes it back; whatever
+    others do to the list meanwhile stays. The lock is held for that only.
+    """
+
+    def __init__(self) -> None:
+        # As ``warnings.filterwarnings`` would write it, but the pattern's comment makes this entry unlike any other.
+        self._filter = ("ignore", None, Warning, re.compile(r"(?:PIL|pillow_heif)(?:\.|$)(?#petseg)"), 0)
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._filters: list[Any] = []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                # Put in by hand: ``filterwarnings`` would also make Python forget which warnings it has shown.
+                self._filters = warnings.filters  # type: ignore[assignment] # typed as a Sequence; it is a list
+                self._filters.insert(0, self._filter)
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._filter in self._filters:  # not if someone has reset the list
+                self._filters.remove(self._filter)
+
+
+_PILLOW_MUTED: Final = _Muted()
+
+
 def _name_of(source: Any) -> str:
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
@@ -172,20 +238,91 @@ def _check_pixels(width: int, height: int, name: str, max_pixels: int) -> None:
         )
 
 
-def _convert(image: Image.Image, name: str, max_pixels: int) -> Photo:
+def _check_cost(image: Any, name: str, max_pixels: int) -> None:
+    """Refuse a file that has been opened, and would cost far more to decode than its bytes or pixels suggest.
+
+    Raises:
+        ImageTooLarge: A TIFF whose tiles have more than ``max_pixels``.
+        UnreadableImage: A JPEG with too many scans.
+    """
+    if image.format == "TIFF":
+        # However small the picture, libtiff makes room for one whole tile of it: up to 2 GB.
+        _check_pixels(image.tag_v2.get(322, 1), image.tag_v2.get(323, 1), f"{name}: tiles", max_pixels)
+    if image.format in ("JPEG", "MPO"):
+        # Each scan is a pass over the whole picture, but may be ten bytes long: 1 MB of them would keep libjpeg, which
+        # knows no limit, busy for an hour. Encoders write one, or about ten if the JPEG is progressive. A video
+        # behind the photo, as phones put there, has the same two bytes by chance: once in 64 KiB.
+        scans, size = _count_scans(image.fp)
+        if scans > _MAX_SCANS + size // 2**14:
+            raise UnreadableImage(f"{name}: a JPEG with {scans} scans, where photos have about ten: save it anew")
+
+
+def _count_scans(file: Any) -> tuple[int, int]:
+    """How often the marker SOS occurs in a file, and the file's size in bytes; the position in it is kept."""
+    position, scans, size, last = file.tell(), 0, 0, b""
+    file.seek(0)
+    while block := file.read(2**20):
+        codes = np.frombuffer(last + block, np.uint8)
+        scans += int(np.count_nonzero((codes[:-1] == 0xFF) & (codes[1:] == 0xDA)))
+        size, last = size + len(block), block[-1:]
+    file.seek(position)
+    return scans, size
+
+
+def _convert(image: Image.Image, name: str, max_pixels: int, at_least: tuple[int, int] | None = None) -> Photo:
     _check_pixels(image.width, image.height, name, max_pixels)
     notes: list[str] = []
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and getattr(image, "is_animated", False):
-        notes.append(f"animated: the first of {frames} frames was used")
+    if getattr(image, "is_animated", False):
+        # How many there are is not asked: Pillow walks through a TIFF's or a GIF's to count them, for minutes if a file
+        # of a few MB is made for that.
+        notes.append("animated: the first frame was used")
     # Pillow decodes a 16-bit PGM to 32-bit integers, scaled to 0..65535 (and forgets the format when it is turned).
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    height, width = _reduce(image, *at_least) if at_least else (0, 0)
     image.load()
-    image = _upright(image)
+    turn = _turn(image)
+    pixels = _to_rgb(image if turn is None else image.transpose(turn), sixteen, name, notes)
+    return Photo(pixels, tuple(notes), height, width)
+
+
+def _reduce(image: Image.Image, height: int, width: int) -> tuple[int, int]:
+    """Have a JPEG decoded at 1/2, 1/4 or 1/8, if that is ``_MARGIN`` times the size or more; nothing else can be.
+
+    Only a part that divides both sides is taken (cameras' sides are multiples of 16): libjpeg rounds up, and the last
+    column would stand for less than the others. That stretch of half a pixel changes masks more than the reduction.
+
+    Returns:
+        Height and width of the whole photo, upright; zeros for one that is not a JPEG.
+    """
+    if image.format not in ("JPEG", "MPO"):
+        return 0, 0
+    turned = _turn(image) in _SIDEWAYS
+    across, down = image.size
+    wanted = (height, width) if turned else (width, height)
+    room = min(across / wanted[0], down / wanted[1]) / _MARGIN
+    parts = [part for part in (8, 4, 2) if part <= room and across % part == down % part == 0]
+    if parts:
+        # Without a mode: one would let libjpeg, not ``_to_rgb``, convert the colours.
+        image.draft(None, (across // parts[0], down // parts[0]))
+    return (across, down) if turned else (down, across)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What brings an image upright, by its EXIF orientation; None: nothing."""
+    try:
+        orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
+        return _TURNS.get(orientation)
+    except Exception:  # noqa: BLE001 (Pillow raises a dozen kinds on damage)
+        # The pixels are fine, only the metadata is not; viewers show such a photo as it is stored.
+        return None
+
+
+def _to_rgb(image: Image.Image, sixteen: bool, name: str, notes: list[str]) -> U8:
+    """The pixels of a decoded image as uint8 [H, W, 3], the caller's own; what was decided is added to ``notes``."""
     if sixteen:
         notes.append("16-bit grey, scaled to 8 bits")
         grey = (np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8)
-        return Photo(np.repeat(grey[..., None], 3, axis=2), tuple(notes))
+        return np.repeat(grey[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise UnsupportedImage(
             f"{name}: 32-bit pixels (mode {image.mode}) have no agreed range; save it as 8- or 16-bit first"
@@ -195,16 +332,7 @@ def _convert(image: Image.Image, name: str, max_pixels: int) -> Photo:
         if rgba.getchannel("A").getextrema() != (255, 255):
             notes.append("transparency laid over white")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return Photo(np.array(image.convert("RGB")), tuple(notes))
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; an EXIF block that cannot be parsed means: as stored."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # noqa: BLE001 (Pillow raises a dozen kinds on damage)
-        # The pixels are fine, only the metadata is not; viewers show such a photo as it is stored.
-        return image
+    return np.array(image.convert("RGB"))
 
 
 def _from_array(array: npt.NDArray[Any], max_pixels: int) -> Photo:
@@ -217,7 +345,7 @@ def _from_array(array: npt.NDArray[Any], max_pixels: int) -> Photo:
         return Photo(np.repeat(array[..., None], 3, axis=2))
     if array.shape[2] == 4:
         return _convert(Image.fromarray(np.ascontiguousarray(array)), "array", max_pixels)
-    return Photo(np.ascontiguousarray(array))
+    return Photo(np.array(array, order="C"))
 
 
 def _one_line(error: Exception) -> str:

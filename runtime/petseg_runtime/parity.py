@@ -379,6 +379,7 @@ def measure(
     task: Callable[[U8], dict[str, Any]] | None = None,
     watch: Callable[[int], None] | None = None,
     budget: float | None = None,
+    device: str = "auto",
 ) -> tuple[Comparison, ...]:
     """The rows of one engine: in float32 where the file is float32, and in what the engine chooses if left alone.
 
@@ -390,6 +391,7 @@ def measure(
         task: See :func:`compare`.
         watch: Called with the number of photos done so far, from 1 in each row.
         budget: See :func:`compare`.
+        device: What it runs on, or ``auto``.
 
     Raises:
         EngineError: The engine cannot be had, or cannot load or run the file.
@@ -397,7 +399,7 @@ def measure(
     """
     rows: dict[EngineInfo, Comparison] = {}
     for exact in (True, False):
-        with load_engine(artifact, backend, threads, exact=exact) as engine:
+        with load_engine(artifact, backend, threads, device=device, exact=exact) as engine:
             info = engine.describe()
             if info not in rows:
                 rows[info] = compare(engine.run, info, proof, artifact.spec, task, watch, budget)

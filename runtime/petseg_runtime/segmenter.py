@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias, overload
 
-from petseg_runtime import images
+import numpy as np
+import numpy.typing as npt
+
+from petseg_runtime import images, pipeline
 from petseg_runtime.artifact import default_model, open_artifact
 from petseg_runtime.engines.base import EngineInfo
 from petseg_runtime.engines.registry import load_engine
-from petseg_runtime.errors import ModelError
+from petseg_runtime.errors import InputError, ModelError
 from petseg_runtime.result import Segmentation
 
-__all__ = ["Segmenter"]
+__all__ = ["Prepared", "Segmenter"]
+
+U8: TypeAlias = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A photo that has been read.
+
+    Attributes:
+        image: uint8 [H, W, 3] RGB, at the model's size.
+        pixels: uint8 [height, width, 3] RGB, the photo; None where only the mask is wanted.
+        height: Of the photo, upright.
+        width: Of the photo, upright.
+        notes: What had to be decided while reading it.
+    """
+
+    image: U8
+    pixels: U8 | None
+    height: int
+    width: int
+    notes: tuple[str, ...]
 
 
 class Segmenter:
@@ -28,59 +54,128 @@ class Segmenter:
         model: str | os.PathLike[str] | None = None,
         *,
         backend: str = "auto",
+        device: str = "auto",
         threads: int | None = None,
+        streams: int = 1,
         size: tuple[int, int] | None = None,
         threshold: float | None = None,
         cutout_threshold: float | None = None,
+        min_area: float = 0.0,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         """Load a model.
 
         Args:
             model: A file that ``petseg export`` made; None: the one that ships with petseg.
-            backend: The engine, or ``auto``.
+            backend: The engine, or ``auto``: the fastest that works here (``petseg doctor`` prints the rule).
+            device: ``cpu``, ``cuda``, ``cuda:N``, ``intel-gpu`` or ``auto``. What is asked for and is not there is an
+                error.
             threads: CPU threads; None: as many as this process may use.
+            streams: How many photos share the threads at a time: 1 for the shortest wait for one photo, the number of
+                threads for the most photos a second (:meth:`map`, or several threads of your own).
             size: Height and width that photos are brought to, for a model that takes any; None: the model's own.
             threshold: In (0, 1); None: the model's own, chosen on validation photos.
             cutout_threshold: In (0, 1); None: the model's own.
+            min_area: Regions smaller than this share of the photo are dropped; in [0, 1).
+            tell: Told, in a few words, before something that takes long (a compilation for this GPU).
 
         Raises:
-            ModelError: The file is missing, damaged or not petseg's, a threshold is out of range, or it does not
-                take that size.
-            EngineError: The engine cannot be had or cannot load the model.
+            ModelError: The file is missing, damaged or not petseg's, a threshold or an area is out of range, or it
+                does not take that size.
+            EngineError: The engine or the device cannot be had, or cannot load the model.
         """
         for name, value in (("threshold", threshold), ("cutout_threshold", cutout_threshold)):
             if value is not None and not 0 < value < 1:
                 raise ModelError(f"{name} is {value}; it must lie between 0 and 1, both excluded")
+        if not 0 <= min_area < 1:
+            raise ModelError(f"min_area is {min_area}; it is a share of the photo, from 0 to below 1")
         self.artifact = open_artifact(Path(model) if model is not None else default_model())
         spec = self.artifact.spec
-        self._height, self._width = size or (spec.height, spec.width)
-        spec.sized(self._height, self._width)
-        self.threshold = threshold if threshold is not None else self.artifact.spec.threshold
-        self.cutout_threshold = (
-            cutout_threshold if cutout_threshold is not None else self.artifact.spec.cutout_threshold
-        )
-        self._engine = load_engine(self.artifact, backend, threads)
+        self.size = size or (spec.height, spec.width)
+        spec.sized(*self.size)
+        self.threshold = threshold if threshold is not None else spec.threshold
+        self.cutout_threshold = cutout_threshold if cutout_threshold is not None else spec.cutout_threshold
+        self.min_area = min_area
+        self._engine = load_engine(self.artifact, backend, threads, device=device, streams=streams, tell=tell)
 
-    def __call__(self, source: images.ImageSource) -> Segmentation:
-        """Segment one photo.
+    @overload
+    def __call__(self, source: images.ImageSource) -> Segmentation: ...  # type: ignore[overload-overlap] # str, bytes
+
+    @overload
+    def __call__(self, source: Sequence[images.ImageSource]) -> list[Segmentation]: ...
+
+    def __call__(self, source: images.ImageSource | Sequence[images.ImageSource]) -> Segmentation | list[Segmentation]:
+        """Segment one photo, or a list of them.
 
         Args:
-            source: A path, encoded bytes, an open binary file, a uint8 array [H, W, 3] RGB, or a PIL image.
+            source: A path, encoded bytes, an open binary file, a uint8 array [H, W, 3] RGB, or a PIL image; or a list
+                or tuple of these.
+
+        Raises:
+            InputError: A photo cannot be used. (:meth:`map` goes on without it.)
+            EngineError: The engine failed.
+        """
+        if isinstance(source, (list, tuple)):
+            results = list(self.map(source))
+            for result in results:
+                if isinstance(result, InputError):
+                    raise result
+            return results  # type: ignore[return-value]
+        prepared = self.prepare(source)  # type: ignore[arg-type]
+        return self.finish(prepared, self.infer(prepared.image[None])[0])
+
+    def map(self, sources: Iterable[images.ImageSource]) -> Iterator[Segmentation | InputError]:
+        """Segment many photos, while others are being read: results come in order, and lazily.
+
+        Args:
+            sources: Photos, as for a call; a generator is taken from as results are.
+
+        Yields:
+            For each photo its result, or the :class:`InputError` that says why there is none.
+
+        Raises:
+            EngineError: The engine failed.
+        """
+        info = self.describe()
+        steps = pipeline.Steps(self.prepare, self.infer, lambda _, prepared, answer: self.finish(prepared, answer))
+        with pipeline.Pipeline(steps, info.streams, info.batch, workers=info.streams) as running:
+            for outcome in running.run(sources):
+                result = outcome.error or outcome.value
+                assert result is not None
+                yield result
+
+    def prepare(self, source: images.ImageSource, *, mask_only: bool = False) -> Prepared:
+        """The first step: read a photo, and bring it to the model's size.
+
+        Args:
+            source: As for a call.
+            mask_only: The photo itself is not wanted: it may be decoded at a reduced size, and is not kept.
 
         Raises:
             InputError: The photo cannot be used.
+        """
+        photo = images.read(source, at_least=self.size if mask_only else None)
+        image = images.to_model(photo.pixels, *self.size)
+        return Prepared(image, None if mask_only else photo.pixels, photo.height, photo.width, photo.notes)
+
+    def infer(self, batch: U8) -> U8:
+        """The second step: uint8 [N, H, W, 3] RGB at the model's size to uint8 [N, H, W], ``round(255 * p(pet))``.
+
+        Raises:
             EngineError: The engine failed.
         """
-        photo = images.read(source)
-        probability = self._engine.run(images.to_model(photo.pixels, self._height, self._width)[None])[0]
-        height, width = photo.pixels.shape[:2]
-        return Segmentation(
-            photo.pixels,
-            images.from_model(probability, height, width),
+        return self._engine.run(batch)
+
+    def finish(self, prepared: Prepared, probability: U8) -> Segmentation:
+        """The last step: bring the answer, uint8 [H, W], to the photo's size."""
+        result = Segmentation(
+            prepared.pixels,
+            images.from_model(probability, prepared.height, prepared.width),
             self.threshold,
             self.cutout_threshold,
-            photo.notes,
+            prepared.notes,
         )
+        return result.without_small(self.min_area) if self.min_area else result
 
     def describe(self) -> EngineInfo:
         """What is really running."""

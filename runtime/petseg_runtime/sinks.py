@@ -1,96 +1,316 @@
-"""Where results go: one picture per photo, in folders like the photos' own."""
+"""Where results go: one picture per photo in folders like the photos' own, one COCO file for all, standard output."""
 
 from __future__ import annotations
 
 import errno
+import io
+import json
 import os
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final, Protocol
 
-from PIL import Image
+from PIL import Image, ImageColor
 
+from petseg_runtime import images
 from petseg_runtime.errors import InputError, OutputError
-from petseg_runtime.files import replacing
+from petseg_runtime.files import replacing, write_atomic
 from petseg_runtime.result import Segmentation
 from petseg_runtime.sources import Item
 
-__all__ = ["KINDS", "ImageSink"]
+__all__ = [
+    "KINDS",
+    "CocoSink",
+    "ImageSink",
+    "Kind",
+    "Picture",
+    "Sink",
+    "StreamSink",
+    "Written",
+    "check_looks",
+    "picture",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """One form of result."""
+    """One form of result.
 
-    suffix: str
-    render: Callable[[Segmentation], Image.Image]
-    options: dict[str, Any]
+    Attributes:
+        formats: What it can be written as, the usual one first; none: not a picture.
+        needs_photo: Whether the photo itself is in it; where not, photos may be decoded at a reduced size.
+    """
+
+    formats: tuple[str, ...] = ()
+    needs_photo: bool = False
 
 
 #: What ``--as`` offers.
 KINDS: Final = {
-    # compress_level 1: a third of the time of the default 6, for files a few per cent larger
-    "mask": Kind(suffix=".png", render=Segmentation.mask_image, options={"compress_level": 1}),
-    "probability": Kind(suffix=".png", render=Segmentation.probability_image, options={"compress_level": 1}),
-    "cutout": Kind(suffix=".png", render=Segmentation.cutout, options={"compress_level": 1}),
-    "overlay": Kind(suffix=".jpg", render=Segmentation.overlay, options={"quality": 92}),
+    "mask": Kind(formats=("png", "webp")),
+    "probability": Kind(formats=("png", "webp")),
+    "cutout": Kind(formats=("png", "webp"), needs_photo=True),
+    "overlay": Kind(formats=("jpg", "png", "webp"), needs_photo=True),
+    "background": Kind(formats=("jpg", "png", "webp"), needs_photo=True),
+    "coco-polygons": Kind(),
+    "coco-rle": Kind(),
+}
+
+#: How each format is written. PNG at level 1 takes a third of the time of level 6, for files a few per cent larger.
+_OPTIONS: Final[dict[str, dict[str, Any]]] = {
+    "png": {"format": "PNG", "compress_level": 1, "compress_type": zlib.Z_RLE},
+    "jpg": {"format": "JPEG", "quality": 92},
+    "webp": {"format": "WEBP", "quality": 90, "method": 2},
 }
 
 #: No later photo could be written either: the run stops instead of failing a thousand times.
 _HOPELESS: Final = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a sink made of a result: a file of its own, or a value that goes into a file for all (JSON values)."""
+
+    path: Path | None = None
+    value: dict[str, Any] | None = None
+
+
+class Sink(Protocol):
+    """Takes results, from several threads."""
+
+    def path_of(self, item: Item) -> Path | None:
+        """Where an item's result goes; None if it is part of a file for all."""
+
+    def write(self, item: Item, result: Segmentation) -> Written:
+        """Write an item's result.
+
+        Raises:
+            InputError: This one cannot be written.
+            OutputError: Nothing more can be written.
+        """
+
+    def finish(self, values: Sequence[tuple[Item, Mapping[str, Any]]]) -> Path | None:
+        """Write what is written at the end, of all values in order; returns the file, if there is one."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """How results become pictures.
+
+    Attributes:
+        kind: A name in :data:`KINDS`.
+        format: One of its formats.
+        render: Makes the picture.
+    """
+
+    kind: str
+    format: str
+    render: Callable[[Segmentation], Image.Image]
+
+    def save(self, result: Segmentation, file: BinaryIO | Path) -> None:
+        """Write one result, to a file or a path."""
+        # Masks and probabilities are data: WebP must not smooth them.
+        options = dict(_OPTIONS[self.format])
+        if self.format == "webp" and not KINDS[self.kind].needs_photo:
+            options["lossless"] = True
+        self.render(result).save(file, **options)
+
+
+def picture(kind: str, format: str | None = None, background: str | None = None) -> Picture:  # noqa: A002
+    """What ``--as``, ``--format`` and ``--background`` ask for.
+
+    Args:
+        kind: A name in :data:`KINDS` that is a picture.
+        format: One of its formats; None: the usual one.
+        background: A colour (``white``, ``#00ff00``) or a picture's file, for the kind ``background``.
+
+    Raises:
+        OutputError: They do not fit together.
+        InputError: The background is neither a colour nor a readable picture.
+    """
+    check_looks(kind, format, background)
+    renders: dict[str, Callable[[Segmentation], Image.Image]] = {
+        "mask": Segmentation.mask_image,
+        "probability": Segmentation.probability_image,
+        "cutout": Segmentation.cutout,
+        "overlay": Segmentation.overlay,
+    }
+    if background is not None:
+        behind = _background(background)
+        renders["background"] = lambda result: result.on_background(behind)
+    return Picture(kind, format or KINDS[kind].formats[0], renders[kind])
+
+
+def check_looks(kind: str, format: str | None = None, background: str | None = None) -> None:  # noqa: A002
+    """Refuse what does not fit together, of any kind; see :func:`picture`.
+
+    Raises:
+        OutputError: It does not; says what would.
+    """
+    formats = KINDS[kind].formats
+    if format is not None and format not in formats:
+        raise OutputError(f"a {kind} is not written as {format}; it can be: {', '.join(formats) or 'JSON only'}")
+    if (kind == "background") != (background is not None):
+        raise OutputError("--background COLOUR or FILE and --as background belong together")
+
+
+def _background(text: str) -> tuple[int, int, int] | Image.Image:
+    try:
+        return ImageColor.getrgb(text)[:3]
+    except ValueError:
+        pass
+    if not Path(text).exists():
+        raise InputError(f"background {text!r}: neither a colour (white, #00ff00) nor a file")
+    return Image.fromarray(images.read(text).pixels)
+
+
 class ImageSink:
     """Writes one picture per photo below a folder; each is whole or not there."""
 
-    def __init__(self, output: Path, kind: str, items: Sequence[Item]) -> None:
+    def __init__(self, output: Path, picture: Picture, items: Sequence[Item], *, resume: bool = False) -> None:
         """Make the folder, and make sure that it can be written to and that no photo would be overwritten.
 
         An earlier run's results are replaced, except beside the photos: there a file of that name may be somebody's.
 
         Args:
             output: The folder.
-            kind: A name in :data:`KINDS`.
+            picture: What to write.
             items: What will be written.
+            resume: What lies there is this run's own.
 
         Raises:
             OutputError: The folder cannot be written to, or a result would replace a photo or a file beside one.
         """
-        self._output, self._kind = output, KINDS[kind]
+        self._output, self._picture = output, picture
         photos = {os.path.realpath(item.source) for item in items}  # Path.resolve raises on a loop of links
         folders = {str(Path(photo).parent) for photo in photos}
         for item in items:
             if os.path.realpath(path := self.path_of(item)) in photos:
                 raise OutputError(f"{path}: the result of {item.source} would replace a photo; choose another --output")
-            if os.path.realpath(path.parent) in folders and path.exists():
+            if not resume and os.path.realpath(path.parent) in folders and path.exists():
                 raise OutputError(f"{path}: there already, beside the photos; move it, or choose another --output")
-        try:
-            with replacing(output / ".petseg-probe") as probe:
-                probe.touch()
-            (output / ".petseg-probe").unlink()
-        except OSError as error:
-            raise OutputError(f"{output}: cannot be written to ({error.strerror}); choose another --output") from error
+        _probe(output)
 
     def path_of(self, item: Item) -> Path:
         """Where an item's result goes."""
         name = self._output / item.name
-        return name.with_name(name.name + self._kind.suffix)
+        return name.with_name(f"{name.name}.{self._picture.format}")
 
-    def write(self, item: Item, result: Segmentation) -> Path:
-        """Write an item's result.
-
-        Raises:
-            InputError: This one cannot be written (its name is too long, for example).
-            OutputError: Nothing more can be written (the disk is full).
-        """
+    def write(self, item: Item, result: Segmentation) -> Written:
+        """Write an item's result; see :class:`Sink`."""
         path = self.path_of(item)
         try:
             with replacing(path) as beside:
-                self._kind.render(result).save(beside, **self._kind.options)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            if error.errno in _HOPELESS:
+                self._picture.save(result, beside)
+        except (OSError, ValueError) as error:  # ValueError: Pillow, of a picture that is too large for its format
+            reason = getattr(error, "strerror", None) or str(error)
+            if getattr(error, "errno", None) in _HOPELESS:
                 raise OutputError(f"{path}: cannot be written ({reason})") from error
             raise InputError(f"{item.source}: its result {path} cannot be written ({reason})") from error
+        return Written(path)
+
+    def finish(self, values: Sequence[tuple[Item, Mapping[str, Any]]]) -> None:
+        """Nothing is left to write."""
+
+
+class CocoSink:
+    """Writes ``annotations.json`` in COCO's format: one category, and one annotation for each photo with a pet."""
+
+    def __init__(self, output: Path, kind: str) -> None:
+        """Make the folder.
+
+        Args:
+            output: The folder.
+            kind: ``coco-polygons`` (pets with holes, which polygons cannot have, in RLE), or ``coco-rle``, exact.
+
+        Raises:
+            OutputError: The folder cannot be written to.
+        """
+        self._output, self._rle = output, kind == "coco-rle"
+        _probe(output)
+
+    def path_of(self, item: Item) -> None:
+        """No item has a file of its own."""
+
+    def write(self, item: Item, result: Segmentation) -> Written:
+        """Measure an item's result; see :class:`Sink`."""
+        height, width = result.probability.shape
+        value: dict[str, Any] = {"height": height, "width": width, "annotation": None}
+        if result.box is not None:
+            value["annotation"] = result.coco() | ({"segmentation": result.rle()} if self._rle else {})
+        return Written(value=value)
+
+    def finish(self, values: Sequence[tuple[Item, Mapping[str, Any]]]) -> Path:
+        """Write the file.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        pictures: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for number, (item, value) in enumerate(values, start=1):
+            size = {"height": value["height"], "width": value["width"]}
+            pictures.append({"id": number, "file_name": str(item.source), **size})
+            if value["annotation"]:
+                annotations.append(
+                    {"id": len(annotations) + 1, "image_id": number, "category_id": 1, **value["annotation"]}
+                )
+        category = {"id": 1, "name": "pet", "supercategory": "animal"}
+        coco = {"images": pictures, "annotations": annotations, "categories": [category]}
+        path = self._output / "annotations.json"
+        try:
+            write_atomic(path, (json.dumps(coco) + "\n").encode())
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
         return path
+
+
+class StreamSink:
+    """Writes one picture to a stream, for pipes."""
+
+    def __init__(self, stream: BinaryIO, picture: Picture) -> None:
+        """Take the stream.
+
+        Args:
+            stream: Open for writing bytes.
+            picture: What to write.
+        """
+        self._stream, self._picture = stream, picture
+
+    def path_of(self, item: Item) -> None:
+        """No item has a file of its own."""
+
+    def write(self, item: Item, result: Segmentation) -> Written:
+        """Write the result, in one piece; see :class:`Sink`."""
+        encoded = io.BytesIO()
+        try:
+            self._picture.save(result, encoded)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{item.source}: its result cannot be written ({error})") from error
+        try:
+            self._stream.write(encoded.getvalue())
+            self._stream.flush()
+        except BrokenPipeError:
+            raise  # the reader has gone away, which is no error
+        except OSError as error:
+            raise OutputError(f"standard output cannot be written to ({error.strerror or error})") from error
+        return Written()
+
+    def finish(self, values: Sequence[tuple[Item, Mapping[str, Any]]]) -> None:
+        """Nothing is left to write."""
+
+
+def _probe(output: Path) -> None:
+    """Make a folder, and see that it can be written to.
+
+    Raises:
+        OutputError: It cannot.
+    """
+    try:
+        with replacing(output / ".petseg-probe") as probe:
+            probe.touch()
+        (output / ".petseg-probe").unlink()
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written to ({error.strerror}); choose another --output") from error

@@ -29,7 +29,11 @@ def sidecar_of(path: Path) -> Path:
 
 
 def verify_artifact(
-    artifact: Artifact, backend: str = "auto", threads: int | None = None, proof: Path | None = None
+    artifact: Artifact,
+    backend: str = "auto",
+    threads: int | None = None,
+    proof: Path | None = None,
+    device: str = "auto",
 ) -> Receipt:
     """Compare a model file, in this device's engine, with what its checkpoint said when it was exported.
 
@@ -38,6 +42,7 @@ def verify_artifact(
         backend: The engine, or ``auto``.
         threads: CPU threads; None: as many as this process may use.
         proof: The photos and answers; None: ``FILE.parity.npz`` beside it.
+        device: What it runs on, or ``auto``.
 
     Returns:
         The receipt; ``passed`` is its verdict.
@@ -57,7 +62,7 @@ def verify_artifact(
         names=photos.names,
         reference=photos.reference,
         stored=artifact.spec.precision,
-        rows=measure(artifact, photos, backend, threads),
+        rows=measure(artifact, photos, backend, threads, device=device),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+CHELSEA = ROOT / "runtime" / "petseg_runtime" / "models" / "samples" / "chelsea.jpg"
 
 pytestmark = [pytest.mark.packaging, pytest.mark.timeout(600)]
 
@@ -45,6 +47,16 @@ def light(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(folder, with_pip=True)
     (wheel,) = dist.glob("*.whl")
     sh(folder / "bin" / "python", "-m", "pip", "install", "--quiet", f"{wheel}[cpu]")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gpu(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel with ONNX Runtime's real GPU package (without CUDA itself, 3 GB), in an environment of its own."""
+    folder = tmp_path_factory.mktemp("gpu") / "venv"
+    venv.create(folder, with_pip=True)
+    (wheel,) = dist.glob("*.whl")
+    sh(folder / "bin" / "python", "-m", "pip", "install", "--quiet", wheel, "onnxruntime-gpu")
     return folder
 
 
@@ -97,8 +109,7 @@ def test_the_light_install_segments_a_photo_without_torch(light: Path, tmp_path:
     python = light / "bin" / "python"
     installed = {row["name"].lower() for row in json.loads(sh(python, "-m", "pip", "list", "--format=json"))}
     assert not installed & {"torch", "torchvision", "onnx", "onnxscript", "matplotlib", "safetensors"}
-    samples = ROOT / "runtime" / "petseg_runtime" / "models" / "samples"
-    out = sh(light / "bin" / "petseg", "infer", samples / "chelsea.jpg", "--output", tmp_path, "--json", cwd=tmp_path)
+    out = sh(light / "bin" / "petseg", "infer", CHELSEA, "--output", tmp_path, "--json", cwd=tmp_path)
     assert json.loads(out.splitlines()[-1])["done"] == 1
     assert (tmp_path / "chelsea.png").stat().st_size > 0
 
@@ -135,3 +146,26 @@ def test_the_light_install_takes_less_than_350_mb(light: Path) -> None:
         if path.is_file()
     )
     assert size < 350e6, f"{size / 1e6:.0f} MB"
+
+
+def test_onnxruntime_gpu_that_falls_back_to_the_cpu_is_an_error_not_a_slow_success(gpu: Path, tmp_path: Path) -> None:
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [str(gpu / "bin" / "petseg"), "infer", str(CHELSEA), "--output", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*command, "--backend", "onnxruntime", "--device", "cuda"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+        env=hidden,
+    )
+    assert done.returncode == 5
+    assert done.stdout == ""
+    assert "petseg: cuda:0 cannot be had" in done.stderr
+    assert "would run it with CPUExecutionProvider instead of CUDAExecutionProvider" in done.stderr
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_onnxruntime_gpu_runs_on_the_cpu_where_that_is_asked_for(gpu: Path, tmp_path: Path) -> None:
+    sh(gpu / "bin" / "petseg", "infer", CHELSEA, "--device", "cpu", "--output", tmp_path)
+    assert (tmp_path / "chelsea.png").stat().st_size > 0

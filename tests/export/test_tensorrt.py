@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
+import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -12,7 +13,6 @@ import threading
 import types
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,16 +25,18 @@ from torch import nn
 
 import petseg_runtime
 from petseg.model import AttentionUNet, AttentionUNetConfig
-from petseg_export import tensorrt
 from petseg_export.deploy import DeployedUNet
 from petseg_export.onnx import graph_bytes
-from petseg_export.tensorrt import Built, Profile, build
-from petseg_runtime.errors import EngineError, MissingExtra, ModelError
+from petseg_runtime import cache, host
+from petseg_runtime.engines import tensorrt_build
+from petseg_runtime.engines.tensorrt_build import Built, Profile, build, timings_slot
+from petseg_runtime.engines.tensorrt_library import RTX, TRT
+from petseg_runtime.errors import EngineError, ModelError
 from petseg_runtime.spec import ModelSpec
 
 EDGE = Path(petseg_runtime.__file__).with_name("models") / "edge.onnx"
 CONVOLUTIONS = 35
-GPU = {"gpu": "NVIDIA Fake", "compute_capability": "8.7", "driver": "CUDA 12.6"}
+GPU = host.Gpu(index=0, name="NVIDIA Fake", compute_capability="8.7", memory=2**33, driver="CUDA 12.6")
 
 Test = TypeVar("Test", bound=Callable[..., None])
 
@@ -65,7 +67,7 @@ def network(width: int) -> AttentionUNet:
     return model
 
 
-@cache
+@functools.cache
 def graph(width: int = 4, size: int = 32, *, half: bool = False, dynamic: bool = False) -> bytes:
     model = network(width)
     names = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
@@ -170,7 +172,7 @@ def test_a_graph_becomes_an_engine_that_computes_in_its_types(
 ) -> None:
     data = make()
     capfd.readouterr()
-    built = build(data, shapes, library="tensorrt_rtx")
+    built = build(data, shapes, library=RTX)
     assert capfd.readouterr() == ("", "")
     ((dtypes, count),) = convolutions(built).items()
     assert dtypes == expected
@@ -188,7 +190,7 @@ def test_a_graph_becomes_an_engine_that_computes_in_its_types(
 
 @needs_rtx
 def test_the_embedded_model_compiles_and_says_what_for() -> None:
-    built = build(EDGE.read_bytes(), profile(160, 160, 8), library="tensorrt_rtx")
+    built = build(EDGE.read_bytes(), profile(160, 160, 8), library=RTX)
     version = importlib.import_module("tensorrt_rtx").__version__
     assert built.environment == {
         "library": "tensorrt_rtx",
@@ -207,16 +209,16 @@ def test_the_embedded_model_compiles_and_says_what_for() -> None:
 
 @needs_rtx
 def test_two_builds_agree_on_what_they_are() -> None:
-    one, other = (build(graph(), profile(), library="tensorrt_rtx") for _ in range(2))
+    one, other = (build(graph(), profile(), library=RTX) for _ in range(2))
     assert (one.environment, one.description) == (other.environment, other.description)
 
 
 @needs_rtx
 def test_gpus_can_be_asked_for() -> None:
-    built = build(graph(), profile(), library="tensorrt_rtx", compute_capabilities=("8.9", "12.0"))
+    built = build(graph(), profile(), library=RTX, compute_capabilities=("8.9", "12.0"))
     assert built.environment["compute_capability"] == ["8.9", "12.0"]
     with pytest.raises(EngineError, match=r"cannot build for a GPU of 9\.0; it knows .*8\.6, 8\.9.*12\.0"):
-        build(graph(), profile(), library="tensorrt_rtx", compute_capabilities=("8.9", "9.0"))
+        build(graph(), profile(), library=RTX, compute_capabilities=("8.9", "9.0"))
 
 
 # --- graphs and profiles that are refused ---
@@ -227,7 +229,7 @@ def test_int32_biases_are_refused_with_the_name_of_the_node(capfd: pytest.Captur
     with pytest.raises(
         ModelError, match=r"cannot read the graph \(DequantizeLinear .*bias\.DQ: .* has type Int32"
     ) as error:
-        build(quantized(graph(), biases="int32"), profile(), library="tensorrt_rtx")
+        build(quantized(graph(), biases="int32"), profile(), library=RTX)
     assert "\n" not in str(error.value)
     assert "driver" not in str(error.value)
     assert capfd.readouterr() == ("", "")
@@ -236,14 +238,14 @@ def test_int32_biases_are_refused_with_the_name_of_the_node(capfd: pytest.Captur
 @needs_rtx
 def test_uint8_activations_are_refused_because_they_would_become_int8() -> None:
     with pytest.raises(ModelError, match=r"would read the graph as another \(.*UINT8 zero_point"):
-        build(quantized(graph(), activations=np.uint8), profile(), library="tensorrt_rtx")
+        build(quantized(graph(), activations=np.uint8), profile(), library=RTX)
 
 
 @needs_rtx
 @pytest.mark.parametrize("data", [b"not a graph", EDGE.read_bytes()[:5000]])
 def test_what_is_no_graph_is_refused(data: bytes, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ModelError, match=r"cannot read the graph .*Failed to parse"):
-        build(data, profile(), library="tensorrt_rtx")
+        build(data, profile(), library=RTX)
     assert capfd.readouterr() == ("", "")
 
 
@@ -278,7 +280,7 @@ def unknown_operator(proto: onnx.GraphProto) -> None:
 )
 def test_a_graph_that_breaks_the_contract_is_refused(data: Callable[[], bytes], words: str) -> None:
     with pytest.raises(ModelError, match=words):
-        build(data(), profile(), library="tensorrt_rtx")
+        build(data(), profile(), library=RTX)
 
 
 @needs_rtx
@@ -293,21 +295,7 @@ def test_a_graph_that_breaks_the_contract_is_refused(data: Callable[[], bytes], 
 )
 def test_a_profile_that_contradicts_the_graph_is_refused(batch: int, shapes: Profile | None, words: str) -> None:
     with pytest.raises(ModelError, match=words):
-        build(fixed(batch) if batch else graph(), shapes, library="tensorrt_rtx")
-
-
-@pytest.mark.parametrize(
-    ("minimum", "words"),
-    [
-        ((1, 30, 32, 3), r"minimum of the profile is \[1, 30, 32, 3\].* multiples of 16"),
-        ((1, 32, 32, 4), r"\[N, H, W, 3\] is expected"),
-        ((0, 32, 32, 3), "minimum of the profile"),
-        ((8, 32, 32, 3), r"\[8, 32, 32, 3\] to \[4, .*minimum <= optimum <= maximum"),
-    ],
-)
-def test_a_profile_that_makes_no_sense_is_refused(minimum: tuple[int, int, int, int], words: str) -> None:
-    with pytest.raises(ModelError, match=words):
-        Profile(minimum=minimum, optimum=(2, 32, 32, 3), maximum=(4, 64, 64, 3))
+        build(fixed(batch) if batch else graph(), shapes, library=RTX)
 
 
 # --- progress and Ctrl-C ---
@@ -316,7 +304,7 @@ def test_a_profile_that_makes_no_sense_is_refused(minimum: tuple[int, int, int, 
 @needs_rtx
 def test_progress_is_told() -> None:
     news: list[tuple[str, int, int]] = []
-    build(graph(), profile(), library="tensorrt_rtx", watch=lambda *step: news.append(step))
+    build(graph(), profile(), library=RTX, watch=lambda *step: news.append(step))
     assert len({phase for phase, _, _ in news}) > 3
     assert all(0 <= done <= total for _, done, total in news)
     assert news[0][1] == 0
@@ -337,7 +325,7 @@ def test_what_the_watcher_raises_cancels_the_build(error: BaseException, capfd: 
 
     capfd.readouterr()
     with pytest.raises(type(error)) as caught:
-        build(graph(), profile(), library="tensorrt_rtx", watch=watch)
+        build(graph(), profile(), library=RTX, watch=watch)
     assert caught.value is error
     assert len(calls) == 5
     assert capfd.readouterr() == ("", "")
@@ -346,10 +334,10 @@ def test_what_the_watcher_raises_cancels_the_build(error: BaseException, capfd: 
 @needs_rtx
 def test_ctrl_c_cancels_the_build(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     graph()  # traced before, so that Ctrl-C meets the build
-    made: list[tensorrt._Progress] = []
+    made: list[tensorrt_build._Progress] = []
     news: list[str] = []
 
-    class Progress(tensorrt._Progress):
+    class Progress(tensorrt_build._Progress):
         def __init__(self, watch: Any) -> None:
             super().__init__(watch)
             made.append(self)
@@ -359,119 +347,13 @@ def test_ctrl_c_cancels_the_build(monkeypatch: pytest.MonkeyPatch, capfd: pytest
         os.kill(os.getpid(), signal.SIGINT)
         assert made[0].stop.wait(60)
 
-    monkeypatch.setattr(tensorrt, "_Progress", Progress)
+    monkeypatch.setattr(tensorrt_build, "_Progress", Progress)
     capfd.readouterr()
     with pytest.raises(KeyboardInterrupt):
-        build(graph(), profile(), library="tensorrt_rtx", watch=watch)
+        build(graph(), profile(), library=RTX, watch=watch)
     assert len(news) == 1
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("petseg-tensorrt")]
     assert capfd.readouterr() == ("", "")
-
-
-# --- the library itself ---
-
-
-def install(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> None:
-    module = types.ModuleType(name)
-    vars(module).update(contents)
-    monkeypatch.setitem(sys.modules, name, module)
-
-
-@pytest.mark.parametrize(("library", "extra"), [("tensorrt", "trt"), ("tensorrt_rtx", "rtx")])
-def test_a_library_that_is_not_installed_names_its_extra(
-    library: Any, extra: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing(name: str) -> None:
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-    monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(MissingExtra, match=rf"^{library} is not installed: pip install 'petseg\[{extra}\]'$"):
-        build(b"", None, library=library)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        ModuleNotFoundError("No module named 'tensorrt_bindings'", name="tensorrt_bindings"),
-        ImportError("libnvinfer.so.10: cannot open shared object file"),
-        OSError("libnvinfer.so.10: cannot open shared object file"),
-        RuntimeError("the wheel was not built"),
-    ],
-)
-def test_a_library_that_cannot_be_imported_gives_the_reason(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(name: str) -> None:
-        raise error
-
-    monkeypatch.setattr(importlib, "import_module", broken)
-    with pytest.raises(EngineError, match="tensorrt is installed, but cannot be used") as caught:
-        build(b"", None, library="tensorrt")
-    assert str(error) in str(caught.value)
-
-
-def test_a_placeholder_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, "tensorrt", __version__="0.0.1")
-    with pytest.raises(EngineError, match="holds no library"):
-        build(b"", None, library="tensorrt")
-
-
-def test_an_old_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, "tensorrt", __version__="8.6.1", Builder=None, OnnxParser=None)
-    with pytest.raises(EngineError, match=r"TensorRT 8\.6\.1 is too old"):
-        build(b"", None, library="tensorrt")
-
-
-def test_tensorrt_needs_a_gpu_and_takes_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, "tensorrt", __version__="10.9.0", Builder=None, OnnxParser=None)
-    monkeypatch.setattr(tensorrt, "_gpu", lambda: None)
-    with pytest.raises(EngineError, match=r"this one shows none.*tensorrt_rtx"):
-        build(b"", None, library="tensorrt")
-    with pytest.raises(EngineError, match=r"cannot be asked to build for 8\.9"):
-        build(b"", None, library="tensorrt", compute_capabilities=("8.9",))
-
-
-class FakeDriver:
-    """libcuda as far as it is asked: writes into what it is given, returns 0."""
-
-    def __init__(self, count: int = 1, init: int = 0, attribute: int = 0) -> None:
-        self.count, self.init, self.attribute = count, init, attribute
-
-    def cuInit(self, flags: int) -> int:
-        return self.init
-
-    def cuDeviceGetCount(self, count: Any) -> int:
-        count._obj.value = self.count
-        return 0
-
-    def cuDeviceGet(self, device: Any, ordinal: int) -> int:
-        device._obj.value = ordinal
-        return 0
-
-    def cuDeviceGetName(self, name: Any, length: int, device: Any) -> int:
-        name.value = b"NVIDIA Fake"
-        return 0
-
-    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:
-        value._obj.value = {75: 8, 76: 7}[attribute]
-        return self.attribute
-
-    def cuDriverGetVersion(self, version: Any) -> int:
-        version._obj.value = 12060
-        return 0
-
-
-def test_the_gpu_is_asked_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    def driver(answer: Any) -> None:
-        monkeypatch.setattr(ctypes, "CDLL", lambda name: answer)
-
-    driver(FakeDriver())
-    assert tensorrt._gpu() == GPU
-    driver(FakeDriver(count=0))
-    assert tensorrt._gpu() is None
-    driver(FakeDriver(init=100))
-    assert tensorrt._gpu() is None
-    driver(FakeDriver(attribute=1))
-    with pytest.raises(EngineError, match="does not say what it is"):
-        tensorrt._gpu()
 
 
 # --- the branch for `tensorrt`: TensorRT for RTX under its name ---
@@ -500,18 +382,35 @@ def disguised(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
                 return None
             return self.real.build_serialized_network(network, config)
 
-    install(monkeypatch, "tensorrt", **{**vars(rtx), "Builder": Builder, "__version__": "10.9.0.34"})
-    monkeypatch.setattr(tensorrt, "_gpu", lambda: dict(GPU))
+    module = types.ModuleType("tensorrt")
+    vars(module).update({**vars(rtx), "Builder": Builder, "__version__": "10.9.0.34"})
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    monkeypatch.setattr(host, "gpus", lambda: (GPU, dataclasses.replace(GPU, index=1, name="NVIDIA Other")))
     return asked
 
 
 @pytest.mark.tensorrt
 def test_the_tensorrt_branch_asks_for_strong_types_and_no_tf32(disguised: dict[str, Any], rtx: Any) -> None:
-    built = build(graph(), profile(), library="tensorrt")
+    built = build(graph(), profile(), library=TRT)
     assert disguised == {"flags": 1 << int(rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED), "tf32": False}
     assert built.environment["library"] == "tensorrt"
-    assert {key: built.environment[key] for key in GPU} == GPU
+    environment = [built.environment[name] for name in ("gpu", "compute_capability", "driver")]
+    assert environment == ["NVIDIA Fake", "8.7", "CUDA 12.6"]
     assert built.description["unknown"] == []
+
+
+@pytest.mark.tensorrt
+def test_tensorrt_builds_for_the_gpu_that_is_made_current_in_its_own_thread(disguised: dict[str, Any]) -> None:
+    threads: list[str] = []
+    built = build(
+        graph(),
+        profile(),
+        library=TRT,
+        device=1,
+        activate=lambda: threads.append(threading.current_thread().name),
+    )
+    assert built.environment["gpu"] == "NVIDIA Other"
+    assert [name.rpartition("_")[0] for name in threads] == ["petseg-tensorrt"]
 
 
 @pytest.mark.tensorrt
@@ -519,7 +418,7 @@ def test_a_build_that_fails_says_why(disguised: dict[str, Any]) -> None:
     disguised["fail"] = True
     words = r"TensorRT 10\.9\.0\.34 cannot build the engine \(could not find any implementation for node_conv2d_7\)"
     with pytest.raises(EngineError, match=words):
-        build(graph(), profile(), library="tensorrt")
+        build(graph(), profile(), library=TRT)
 
 
 @pytest.mark.tensorrt
@@ -530,7 +429,7 @@ def test_a_builder_that_does_not_start_is_an_error(disguised: dict[str, Any], mo
 
     monkeypatch.setattr(sys.modules["tensorrt"], "Builder", builder)
     with pytest.raises(EngineError, match=r"does not start \(CUDA initialization failure with error: 35"):
-        build(graph(), profile(), library="tensorrt")
+        build(graph(), profile(), library=TRT)
 
 
 @pytest.mark.tensorrt
@@ -539,7 +438,7 @@ def test_a_timing_cache_is_kept_and_a_damaged_one_made_anew(disguised: dict[str,
     path = tmp_path / "caches" / "timing"
 
     def messages() -> tuple[str, ...]:
-        return build(graph(), profile(), library="tensorrt", timing_cache=path).messages
+        return build(graph(), profile(), library=TRT, timing_cache=path).messages
 
     assert messages() == ()
     saved = path.read_bytes()
@@ -557,19 +456,44 @@ def test_a_timing_cache_is_kept_and_a_damaged_one_made_anew(disguised: dict[str,
     assert "cannot be written (Is a directory)" in unwritten
 
 
+@pytest.mark.tensorrt
+@pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")
+def test_a_timing_cache_has_its_place_in_the_cache_of_each_gpu_and_version(
+    disguised: dict[str, Any],
+) -> None:
+    slot = timings_slot()
+    assert (slot.key.version, slot.key.device) == ("10.9.0.34", "NVIDIA Fake, compute capability 8.7")
+    assert timings_slot(1).key != slot.key
+
+    def messages() -> tuple[str, ...]:
+        return build(graph(), profile(), library=TRT, timing_cache=slot).messages
+
+    assert messages() == ()
+    (entry,) = cache.entries()
+    assert (entry.path.suffix, entry.problem) == (".timings", "")
+    entry.path.write_bytes(b"damaged" * 40)
+    assert messages() == ("the timing cache is made anew: the cached file's SHA-256 differs",)
+    assert slot.read()[1] == ""
+    entry.path.unlink()
+    entry.path.mkdir()
+    unreadable, unwritten = messages()
+    assert unreadable.startswith("the timing cache is made anew: the cached file cannot be used (")
+    assert unwritten == "the timing cache cannot be written (Is a directory)"
+
+
 @needs_rtx
 def test_builds_share_a_logger_and_not_their_messages() -> None:
     with pytest.raises(ModelError) as kept:  # its traceback keeps a builder alive, and that one its logger
-        build(b"not a graph", profile(), library="tensorrt_rtx")
-    built = build(graph(), profile(), library="tensorrt_rtx")
+        build(b"not a graph", profile(), library=RTX)
+    built = build(graph(), profile(), library=RTX)
     assert built.messages == ()
     assert kept.value.__traceback__
 
 
 @needs_rtx
 def test_layers_that_are_not_listed_are_said_to_be_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt, "_layers", lambda text: Counter())
-    described = build(graph(), profile(), library="tensorrt_rtx").description
+    monkeypatch.setattr(tensorrt_build, "_layers", lambda text: Counter())
+    described = build(graph(), profile(), library=RTX).description
     assert (described["layers"], described["computed"]) == (None, None)
     assert described["unknown"][0] == "layers: the library did not list them"
 
@@ -577,27 +501,6 @@ def test_layers_that_are_not_listed_are_said_to_be_unknown(monkeypatch: pytest.M
 @needs_rtx
 def test_tensorrt_for_rtx_has_no_timing_cache_and_says_so(tmp_path: Path) -> None:
     path = tmp_path / "timing"
-    built = build(graph(), profile(), library="tensorrt_rtx", timing_cache=path)
+    built = build(graph(), profile(), library=RTX, timing_cache=path)
     assert built.messages == (f"{path}: not used; TensorRT for RTX times nothing and has no timing cache",)
     assert not path.exists()
-
-
-def test_layers_are_read_in_the_words_of_tensorrt_10() -> None:
-    tensor = "{ Name: %s, Location: Device, Dimensions: [1,64,8,8], Format/Datatype: %s }"
-    text = "\n".join(
-        f"Name: {name}, LayerType: {kind}, Inputs: [ {tensor % ('x', reads)}], Outputs: [ {tensor % ('y', writes)}], "
-        "ParameterType: Convolution, Weights: { Type: Int8, Count: 9 }, TacticName: sm80"
-        for name, kind, reads, writes in (
-            (
-                "a",
-                "CaskConvolution",
-                "Thirty-two wide channel vectorized row major Int8 format",
-                "Row major linear FP32",
-            ),
-            ("b", "CaskPooling", "Channel major FP16 format where channel % 8 == 0", "Row major linear FP16 format"),
-        )
-    )
-    assert tensorrt._layers(f"Layers:\n{text}\n\nBindings:\nimage") == {
-        ("CaskConvolution", "int8", "fp32"): 1,
-        ("CaskPooling", "fp16", "fp16"): 1,
-    }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +28,8 @@ from petseg_runtime.artifact import RECEIPT_KEY, Artifact, open_artifact, sideca
 from petseg_runtime.artifact import sidecar_of as beside
 from petseg_runtime.cli.infer import infer
 from petseg_runtime.cli.text import parse_size
+from petseg_runtime.errors import EngineError
+from petseg_runtime.journal import JOURNAL, Journal
 from petseg_runtime.parity import Proof, load_proof, proof_of
 from petseg_runtime.sinks import KINDS
 from petseg_runtime.verify import sidecar_of
@@ -47,7 +51,8 @@ def petseg(*args: object, env: dict[str, str] | None = None) -> subprocess.Compl
 
 def parts(folder: Path) -> list[Path]:
     """What an interrupted write would leave behind."""
-    return [path for path in folder.rglob("*") if ".part" in path.name or path.name.startswith(".")]
+    hidden = (path for path in folder.rglob("*") if ".part" in path.name or path.name.startswith("."))
+    return [path for path in hidden if path.name != JOURNAL]
 
 
 @pytest.fixture
@@ -154,7 +159,7 @@ def test_each_result_has_the_upright_size_of_its_photo(odd: Folder, batch: Batch
 
 def test_results_lie_in_folders_like_the_photos_and_nothing_else_does(odd: Folder, batch: Batch) -> None:
     written = sorted(str(path.relative_to(batch.output)) for path in batch.output.rglob("*") if path.is_file())
-    assert written == sorted(str(Path(name).with_suffix(".png")) for name in odd.good)
+    assert written == sorted([JOURNAL, *(str(Path(name).with_suffix(".png")) for name in odd.good)])
     assert parts(batch.output) == []
 
 
@@ -169,7 +174,7 @@ def test_each_line_on_stderr_is_petsegs_and_names_its_file(odd: Folder, batch: B
 
 def test_what_was_decided_about_a_photo_is_noted(batch: Batch) -> None:
     notes = {Path(record["input"]).name: record["notes"] for record in batch.records if record["event"] == "result"}
-    assert any("2 frames" in note for note in notes["moving.gif"])
+    assert any("the first frame" in note for note in notes["moving.gif"])
     assert any("16-bit" in note for note in notes["grey16.png"])
     assert any("transparency" in note for note in notes["palette.png"])
     assert notes["plain.jpg"] == notes["phone.jpg"] == []
@@ -312,25 +317,134 @@ def test_a_result_that_would_replace_a_photo_is_6_and_the_photo_stays(tmp_path: 
 # --------------------------------------------------------------------------------------------------- options
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+MODES = {"mask": "L", "probability": "L", "cutout": "RGBA", "overlay": "RGB", "background": "RGB"}
+
+
+@pytest.mark.parametrize("kind", sorted(MODES))
 def test_each_kind_of_result_is_what_it_is_called(photo: Path, tmp_path: Path, kind: str) -> None:
-    mode = {"mask": "L", "probability": "L", "cutout": "RGBA", "overlay": "RGB"}[kind]
-    suffix, form = (".jpg", "JPEG") if kind == "overlay" else (".png", "PNG")
-    assert run(["infer", str(photo), "--as", kind, "--output", str(tmp_path / "out")]) == 0
+    behind = ["--background", "#0000ff"] if kind == "background" else []
+    suffix, form = (".jpg", "JPEG") if kind in ("overlay", "background") else (".png", "PNG")
+    assert run(["infer", str(photo), "--as", kind, *behind, "--output", str(tmp_path / "out")]) == 0
+    assert files(tmp_path / "out") == {f"cat{suffix}"}
     with Image.open(photo) as original:
         pixels = np.array(original)
     with Image.open(tmp_path / "out" / f"cat{suffix}") as picture:
-        assert (picture.mode, picture.size, picture.format) == (mode, pixels.shape[1::-1], form)
+        assert (picture.mode, picture.size, picture.format) == (MODES[kind], pixels.shape[1::-1], form)
         written = np.array(picture)
     if kind == "mask":
         assert set(np.unique(written)) == {0, 255}
     elif kind == "probability":
         assert len(np.unique(written)) > 50
     elif kind == "cutout":
-        np.testing.assert_array_equal(written[..., :3], pixels)
+        opaque = written[..., 3] == 255
+        np.testing.assert_array_equal(written[opaque][:, :3], pixels[opaque])
         assert written[..., 3].min() < 128 < written[..., 3].max()
+    elif kind == "background":
+        blue = np.abs(written.astype(int) - (0, 0, 255)).sum(axis=2) < 60
+        kept = np.abs(written.astype(int) - pixels).sum(axis=2) < 60
+        assert blue.mean() > 0.02
+        assert kept.mean() > 0.5
+        assert (blue | kept).mean() > 0.9
     else:
         assert 1 < np.abs(written.astype(int) - pixels).mean() < 100
+
+
+@pytest.mark.parametrize("kind", ["coco-polygons", "coco-rle"])
+def test_coco_is_one_file_for_all_photos(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    (photo.parent / "bad.jpg").write_bytes(b"no")
+    out = tmp_path / "out"
+    assert run(["infer", str(photo.parent), "--as", kind, "--json", "--output", str(out)]) == 3
+    failure, result, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (failure["event"], result["event"], result["output"]) == ("failure", "result", None)
+    assert summary["output"] == str(out / "annotations.json")
+    assert files(out) == {"annotations.json", JOURNAL}
+    file = json.loads((out / "annotations.json").read_text(encoding="utf-8"))
+    assert file["images"] == [{"id": 1, "file_name": str(photo), "height": 300, "width": 451}]
+    (annotation,) = file["annotations"]
+    assert {name: annotation[name] for name in result["annotation"]} == result["annotation"]
+    assert isinstance(annotation["segmentation"], dict)  # this cat's mask has a hole, which polygons cannot have
+    assert annotation["area"] == pytest.approx(result["coverage"] * 300 * 451, abs=1)
+    assert annotation["bbox"] == result["box"]
+
+
+def test_a_background_says_by_itself_what_to_write(photo: Path, tmp_path: Path) -> None:
+    with Image.new("RGB", (30, 90), "red") as beach:
+        beach.save(tmp_path / "beach.png")
+    for behind in ("white", str(tmp_path / "beach.png")):
+        assert run(["infer", str(photo), "--background", behind, "--output", str(tmp_path / "out")]) == 0
+        with Image.open(tmp_path / "out" / "cat.jpg") as picture:
+            pixel = picture.getpixel((2, 2))
+        expected = (255, 255, 255) if behind == "white" else (255, 0, 0)
+        assert isinstance(pixel, tuple)
+        assert np.abs(np.subtract(pixel, expected)).max() < 10
+
+
+@pytest.mark.parametrize(("kind", "form"), [(k, f) for k, entry in KINDS.items() for f in entry.formats])
+def test_the_format_can_be_chosen(photo: Path, tmp_path: Path, kind: str, form: str) -> None:
+    behind = ["--background", "white"] if kind == "background" else []
+    out = tmp_path / "out"
+    assert run(["infer", str(photo), "--as", kind, "--format", form, *behind, "--output", str(out)]) == 0
+    assert files(out) == {f"cat.{form}"}
+    with Image.open(out / f"cat.{form}") as picture:
+        assert picture.format == {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[form]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--format", "jpg"], "a cutout is not written as jpg; it can be: png, webp"),
+        (["--as", "mask", "--format", "jpg"], "a mask is not written as jpg; it can be: png, webp"),
+        (["--as", "coco-rle", "--format", "png"], "a coco-rle is not written as png; it can be: JSON only"),
+        (["--as", "background"], "--background COLOUR or FILE and --as background belong together"),
+        (["--as", "mask", "--background", "white"], "--background COLOUR or FILE and --as background belong together"),
+        (["--as", "coco-rle", "--background", "white"], "--as background belong together"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_does_not_go_together_is_6_and_makes_no_folder(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    assert run(["infer", str(photo), *options, "--output", str(tmp_path / "out")]) == 6
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_background_that_is_neither_colour_nor_file_is_1(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["infer", str(photo), "--background", "beech.jpg", "--output", str(tmp_path / "out")]) == 1
+    assert "background 'beech.jpg': neither a colour (white, #00ff00) nor a file" in capsys.readouterr().err
+
+
+def test_regions_smaller_than_asked_for_are_dropped(toy: Toy, tmp_path: Path) -> None:
+    """The toy takes red for pet; of the photo, 6 per cent are one red square, and 0.2 per cent another."""
+    model = str(toy(tmp_path / "toy.onnx", height=64, width=64).path)
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[8:24, 8:24, 0] = pixels[50:53, 50:53, 0] = 255
+    photo = tmp_path / "photo.png"
+    Image.fromarray(pixels).save(photo)
+    for share, regions in (("0", 2), ("0.002", 2), ("0.003", 1), ("0.5", 0)):
+        out = tmp_path / share
+        options = ["--min-area", share, "--as", "mask", "--model", model]
+        assert run(["infer", str(photo), *options, "--output", str(out)]) == 0
+        with Image.open(out / "photo.png") as picture:
+            mask = np.array(picture) == 255
+        assert (mask[8:24, 8:24].all(), mask[50:53, 50:53].all()) == (regions > 0, regions > 1)
+        assert mask.sum() == 256 * (regions > 0) + 9 * (regions > 1)
+
+
+@pytest.mark.parametrize("value", ["1", "-0.1", "all"])
+def test_an_area_outside_its_bounds_is_2(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    assert run(["infer", str(photo), f"--min-area={value}", "--output", str(tmp_path / "out")]) == 2
+    assert "--min-area" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_kinds_that_are_offered_are_those_that_can_be_written() -> None:
@@ -382,12 +496,15 @@ def test_quiet_says_nothing_of_what_went_well(photo: Path, tmp_path: Path, capsy
 def test_verbose_names_what_runs_it_on_stderr_and_the_time_it_took(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["infer", str(photo), "-v", "--threads", "1", "--output", str(tmp_path / "out")]) == 0
+    command = ["infer", str(photo), "-v", "--backend", "onnxruntime", "--threads", "1"]
+    assert run([*command, "--output", str(tmp_path / "out")]) == 0
     out, err = capsys.readouterr()
-    assert open_artifact(default_model()).spec.name in err
-    assert "onnxruntime" in err
-    assert "cpu" in err
-    assert "1 threads" in err
+    first, *steps = err.splitlines()
+    assert open_artifact(default_model()).spec.name in first
+    assert " in onnxruntime " in first
+    assert first.endswith(" on cpu, f32, 1 threads")
+    assert [line.split(":")[0].strip() for line in steps] == ["read", "infer", "write"]
+    assert all(re.search(r": median [\d.]+ ms, 95 % below [\d.]+ ms, [\d.]+ s in all$", line) for line in steps)
     assert "photos/s" in out
 
 
@@ -415,8 +532,61 @@ def test_the_engine_can_be_chosen(photo: Path, tmp_path: Path, capsys: pytest.Ca
     command = ["infer", str(photo), "-v", "--output", str(tmp_path / "out"), "--backend"]
     assert run([*command, "openvino"]) == 0
     assert " in openvino " in capsys.readouterr().err
-    assert run([*command, "tensorrt"]) == 5
-    assert "tensorrt does not run onnx files; what does: onnxruntime, openvino" in capsys.readouterr().err
+    assert run([*command, "onnxruntime"]) == 0
+    assert " in onnxruntime " in capsys.readouterr().err
+    assert run([*command, "abacus"]) == 5
+    assert "there is no engine 'abacus'; there are: auto, onnxruntime, openvino" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--device", "cuda"], "cuda:0 cannot be had: this machine shows no NVIDIA GPU: install its driver, or use"),
+        (["--device", "cuda:1"], "cuda:1 cannot be had: this machine shows no NVIDIA GPU: install its driver, or use"),
+        (["--device", "gpu"], "there is no device 'gpu'; there are: auto, cpu, cuda, cuda:N"),
+        (["--device", "cuda", "--backend", "openvino"], "openvino cannot run it on cuda:0; what can: openvino on cpu"),
+        (["--device", "intel-gpu", "--backend", "onnxruntime"], "onnxruntime cannot run it on intel-gpu:0; what can: "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_device_that_cannot_be_had_is_5_with_the_remedy_and_never_another_one(
+    photo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    said: str,
+) -> None:
+    monkeypatch.setattr("petseg_runtime.host.gpus", lambda: ())
+    assert run(["infer", str(photo), *options, "--output", str(tmp_path / "out")]) == 5
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("petseg: ")
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_cpu_can_be_asked_for(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["infer", str(photo), "-v", "--device", "cpu", "--output", str(tmp_path / "out")]) == 0
+    assert " on cpu, " in capsys.readouterr().err
+
+
+def test_an_engine_that_was_passed_over_is_told_of_on_stderr(
+    toy: Toy, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr("petseg_runtime.host.gpus", lambda: ())
+
+    def broken(spec: object, options: object) -> bool:
+        raise EngineError("openvino is out of order")
+
+    monkeypatch.setattr("petseg_runtime.engines.openvino.computes_in_less", broken)
+    command = ["infer", str(photo), "--model", str(toy(tmp_path / "toy.onnx").path), "--output", str(tmp_path / "out")]
+    assert run(command) == 0
+    assert capsys.readouterr().err == "petseg: openvino is out of order\n"
+    assert run([*command, "-q"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_json_is_all_there_is_on_stdout_also_for_one_photo(
@@ -426,8 +596,29 @@ def test_json_is_all_there_is_on_stdout_also_for_one_photo(
     result, summary = map(json.loads, capsys.readouterr().out.splitlines())
     assert (result["event"], result["input"]) == ("result", str(photo))
     assert result["output"] == str(tmp_path / "out" / "cat.png")
-    assert (summary["event"], summary["photos"], summary["done"], summary["failed"]) == ("summary", 1, 1, 0)
+    with Image.open(tmp_path / "out" / "cat.png") as cutout:
+        assert (result["width"], result["height"]) == cutout.size
+    assert result["found"] is True
+    x, y, width, height = result["box"]
+    assert 0 <= x < x + width <= result["width"]
+    assert 0 <= y < y + height <= result["height"]
+    assert 0 < result["coverage"] <= width * height / (result["width"] * result["height"])
+    counts = {name: summary[name] for name in ("event", "photos", "done", "failed", "skipped")}
+    assert counts == {"event": "summary", "photos": 1, "done": 1, "failed": 0, "skipped": 0}
     assert summary["seconds"] >= 0
+    assert list(summary["steps"]) == ["read", "infer", "write"]
+    assert all(set(seconds) == {"sum", "p50", "p95"} for seconds in summary["steps"].values())
+
+
+def test_where_there_is_no_pet_there_is_no_box(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (30, 20), "blue").save(tmp_path / "sky.png")
+    model = str(toy(tmp_path / "toy.onnx").path)
+    command = ["infer", str(tmp_path / "sky.png"), "--model", model, "--output", str(tmp_path / "out")]
+    assert run([*command, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert (record["found"], record["box"], record["coverage"]) == (False, None, 0)
+    assert run(command) == 0
+    assert capsys.readouterr().out.endswith("sky.png  no pet, it seems\n")
 
 
 def test_a_second_run_passes_over_the_results_of_the_first(
@@ -437,6 +628,210 @@ def test_a_second_run_passes_over_the_results_of_the_first(
     for _ in range(2):
         assert run(["infer", ".", "--json"]) == 0
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["photos"] == 1
+
+
+# ------------------------------------------------------------------------------------------------ going on
+
+
+@pytest.fixture
+def reds(toy: Toy, tmp_path: Path) -> list[str]:
+    """A command for five small photos and a model that takes red for pet; but for the output and what is written."""
+    (tmp_path / "photos").mkdir()
+    for index in range(5):
+        pixels = np.zeros((20, 30, 3), np.uint8)
+        pixels[4 : 10 + index, 5:20, 0] = 255
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{index}.png")
+    return ["infer", str(tmp_path / "photos"), "--model", str(toy(tmp_path / "toy.onnx").path), "--output"]
+
+
+def test_a_run_that_goes_on_says_what_was_there_already(
+    reds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run([*reds, str(out)]) == 0
+    (out / "1.png").unlink()
+    capsys.readouterr()
+    assert run([*reds, str(out), "--resume"]) == 0
+    line, count = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{tmp_path / 'photos' / '1.png'} -> {out / '1.png'}  ")
+    assert count == f"5 photos: 1 written to {out}, 4 there already"
+    assert run([*reds, str(out), "--resume", "--json"]) == 0
+    (summary,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (summary["photos"], summary["done"], summary["failed"], summary["skipped"]) == (5, 0, 0, 5)
+
+
+def test_where_some_were_there_already_a_failure_is_3(reds: list[str], tmp_path: Path) -> None:
+    assert run([*reds, str(tmp_path / "out")]) == 0
+    (tmp_path / "photos" / "1.png").write_bytes(b"no photo any more")
+    assert run([*reds, str(tmp_path / "out"), "--resume"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--as", "mask"], "as was 'cutout', now 'mask'"),
+        (["--format", "webp"], "format was None, now 'webp'"),
+        (["--threshold", "0.9"], "threshold was 0.5, now 0.9"),
+        (["--min-area", "0.25"], "min_area was 0.0, now 0.25"),
+        (["--background", "white"], "background was None, now 'white'"),
+        (["--backend", "openvino"], "engine was 'onnxruntime "),
+        (["--model", "other.onnx"], "model was '"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_another_run_than_the_one_that_was_stopped_is_6_and_changes_nothing(
+    reds: list[str],
+    toy: Toy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    toy(tmp_path / "other.onnx", channel=1)
+    command = [*reds, str(tmp_path / "out"), "--backend", "onnxruntime"]
+    assert run(command) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    assert run([*command, "--resume", *options]) == 6
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"petseg: {tmp_path / 'out'}: the run there was another (")
+    assert said in err
+    assert err.endswith("resume it with its own settings, or start again without --resume\n")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    assert run([*command, "--resume"]) == 0
+
+
+def test_more_or_fewer_threads_are_no_other_run(reds: list[str], tmp_path: Path) -> None:
+    for threads in ("1", "2"):
+        assert run([*reds, str(tmp_path / "out"), "--resume", "--threads", threads]) == 0
+
+
+def test_one_photo_leaves_no_journal_unless_it_may_be_resumed(photo: Path, tmp_path: Path) -> None:
+    assert run(["infer", str(photo), "--output", str(tmp_path / "out")]) == 0
+    assert files(tmp_path / "out") == {"cat.png"}
+    assert run(["infer", str(photo), "--output", str(tmp_path / "out"), "--resume"]) == 0
+    assert files(tmp_path / "out") == {"cat.png", JOURNAL}
+
+
+def test_beside_an_active_run_another_may_begin_but_none_may_go_on(
+    reds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with Journal(out, {}, resume=False):
+        assert run([*reds, str(out)]) == 0
+        capsys.readouterr()
+        assert run([*reds, str(out), "--resume"]) == 6
+        assert capsys.readouterr().err == f"petseg: {out}: another run writes there; wait for it, or stop it\n"
+
+
+def test_going_on_beside_the_photos_replaces_only_what_a_run_wrote(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = tmp_path / "cat.png"
+    Image.new("RGB", (20, 30), "red").save(photo)
+    (tmp_path / "cat.jpg").write_bytes(b"somebody's own")
+    command = ["infer", str(photo), "--as", "overlay", "--model", str(toy(tmp_path / "toy.onnx").path), "--resume"]
+    assert run([*command, "--output", str(tmp_path)]) == 6
+    assert "there already, beside the photos" in capsys.readouterr().err
+    assert (tmp_path / "cat.jpg").read_bytes() == b"somebody's own"
+    (tmp_path / "cat.jpg").unlink()
+    assert run([*command, "--output", str(tmp_path)]) == 0
+    (tmp_path / "cat.jpg").write_bytes(b"cut off")
+    assert run([*command, "--output", str(tmp_path)]) == 0
+    with Image.open(tmp_path / "cat.jpg") as overlay:
+        assert overlay.size == (20, 30)
+
+
+# ----------------------------------------------------------------------------------------- patterns and pipes
+
+
+def test_a_pattern_is_searched_and_one_that_nothing_fits_is_a_failure(
+    reds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos" / "deep").mkdir()
+    shutil.copy(tmp_path / "photos" / "0.png", tmp_path / "photos" / "deep" / "0.png")
+    reds[1:2] = [str(tmp_path / "photos" / "**" / "[0-2].png"), str(tmp_path / "*.gif")]
+    assert run([*reds, str(tmp_path / "out")]) == 3
+    assert capsys.readouterr().err == f"petseg: {tmp_path / '*.gif'}: no file fits this pattern\n"
+    written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png")}
+    assert written == {"0.png", "1.png", "2.png", "deep/0.png"}
+
+
+def piped(data: bytes, *args: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """The real command line, with bytes on standard input."""
+    command = [sys.executable, "-m", "petseg.cli", *map(str, args)]
+    done = subprocess.run(command, input=data, timeout=100, **({"capture_output": True} | options))
+    assert b"Traceback" not in (done.stderr or b"")
+    return done
+
+
+def test_a_photo_on_standard_input_is_a_picture_on_standard_output(
+    reds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo = tmp_path / "photos" / "0.png"
+    done = piped(photo.read_bytes(), "infer", "-", *reds[2:4], "--as", "mask", "--threads", 1)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert run(["infer", str(photo), *reds[2:], str(tmp_path / "out"), "--as", "mask"]) == 0
+    assert done.stdout == (tmp_path / "out" / "0.png").read_bytes()
+
+
+def test_what_is_no_photo_on_standard_input_is_1_with_nothing_on_standard_output(reds: list[str]) -> None:
+    done = piped(b"no photo", "infer", "-", *reds[2:4])
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.startswith(b"petseg: <8 bytes>: not an image")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_full_disk_behind_standard_output_is_6(reds: list[str], tmp_path: Path) -> None:
+    data = (tmp_path / "photos" / "0.png").read_bytes()
+    with Path("/dev/full").open("wb") as full:
+        done = piped(data, "infer", "-", *reds[2:4], capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 6
+    assert done.stderr == b"petseg: standard output cannot be written to (No space left on device)\n"
+
+
+class Stdin:
+    """Standard input, in a test."""
+
+    def __init__(self, data: bytes) -> None:
+        self.buffer = io.BytesIO(data)
+
+
+def test_with_an_output_standard_input_becomes_a_file(
+    reds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = (tmp_path / "photos" / "0.png").read_bytes()
+    for options in ([], ["--json"], ["--as", "mask", "--resume"], ["--as", "coco-rle"]):
+        monkeypatch.setattr(sys, "stdin", Stdin(data))
+        out = tmp_path / "-".join(["out", *options])
+        assert run(["infer", "-", *reds[2:], str(out), *options]) == 0
+        written = "annotations.json" if "coco-rle" in options else "stdin.png"
+        assert files(out) - {JOURNAL} == {written}
+    monkeypatch.setattr(sys, "stdin", Stdin(data))
+    both = ["infer", str(tmp_path / "photos" / "1.png"), "-", *reds[2:], str(tmp_path / "both")]
+    assert run(both) == 0
+    assert files(tmp_path / "both") == {JOURNAL, "1.png", "stdin.png"}
+
+
+@pytest.mark.parametrize("options", [["--json"], ["--resume"], ["--as", "coco-rle"]], ids=" ".join)
+def test_what_needs_a_folder_is_6_on_standard_output(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)  # it is not even read
+    assert run(["infer", "-", *options]) == 6
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "give a folder with --output" in err
+
+
+def test_standard_input_twice_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["infer", "-", "-", "--output", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == "petseg: standard input (-) can be read once only\n"
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------- hard names, hard sizes
@@ -483,7 +878,11 @@ def test_sixty_megapixels_are_segmented(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_goes_away_gets_no_traceback_and_leaves_no_part(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "petseg.cli", "infer", str(CHELSEA.parent), "--output", str(tmp_path / "out")]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for index in range(100):
+        (folder / f"{index:03d}.jpg").symlink_to(CHELSEA)
+    command = [sys.executable, "-m", "petseg.cli", "infer", str(folder), "--output", str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -493,7 +892,7 @@ def test_a_reader_that_goes_away_gets_no_traceback_and_leaves_no_part(tmp_path: 
         process.wait(timeout=100)
     assert "Traceback" not in err
     assert "Exception ignored" not in err
-    assert len(list((tmp_path / "out").iterdir())) < len(sample_photos())  # it stopped early, as it should
+    assert len(list((tmp_path / "out").iterdir())) < 50  # it stopped early, as it should
     assert parts(tmp_path) == []
 
 
@@ -530,7 +929,7 @@ def test_ctrl_c_ends_with_130_and_leaves_only_whole_results(tmp_path: Path) -> N
     assert "Traceback" not in err
     assert err.strip() == "petseg: interrupted"
     assert parts(tmp_path) == []
-    results = sorted(out.iterdir())
+    results = sorted(out.glob("*.jpg"))
     assert 3 <= len(results) < 300
     for result in results:
         with Image.open(result) as picture:
@@ -724,6 +1123,10 @@ def test_infer_runs_a_compiled_model(toy_ir: Artifact, photo: Path, tmp_path: Pa
 # ------------------------------------------------------------------------------------------------------ verify
 
 
+#: For tests that count lines: with another engine, there may be one more for what it computes in by itself.
+IN_ONNXRUNTIME = ["--backend", "onnxruntime"]
+
+
 def tampered(artifact: Artifact) -> Path:
     """The proof says something else now."""
     path = proof_of(artifact.path)
@@ -738,7 +1141,7 @@ def files(folder: Path) -> set[str]:
 
 def test_a_file_that_does_what_its_checkpoint_does_is_0(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     before = proven.path.read_bytes()
-    assert run(["verify", str(proven.path)]) == 0
+    assert run(["verify", str(proven.path), *IN_ONNXRUNTIME]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     (line,) = out.splitlines()
@@ -748,7 +1151,7 @@ def test_a_file_that_does_what_its_checkpoint_does_is_0(proven: Artifact, capsys
 
 
 def test_the_result_says_what_was_found_of_which_file_where_and_when(proven: Artifact) -> None:
-    assert run(["verify", str(proven.path), "-q"]) == 0
+    assert run(["verify", str(proven.path), "-q", *IN_ONNXRUNTIME]) == 0
     result = json.loads(sidecar_of(proven.path).read_text(encoding="utf-8"))
     assert (result["identity"], result["format"], result["passed"]) == (proven.identity, "onnx", True)
     assert result["petseg"] == __version__
@@ -774,7 +1177,7 @@ def test_a_file_that_does_something_else_is_10_and_the_result_is_kept(
     proven: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tampered(proven)
-    assert run(["verify", str(proven.path)]) == 10
+    assert run(["verify", str(proven.path), *IN_ONNXRUNTIME]) == 10
     out, err = capsys.readouterr()
     assert "FAILED, f32 in onnxruntime" in out
     lines = err.splitlines()
@@ -787,7 +1190,7 @@ def test_a_file_that_does_something_else_is_10_and_the_result_is_kept(
 
 
 def test_as_json_the_receipt_is_all_there_is_on_stdout(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["verify", str(proven.path), "--json"]) == 0
+    assert run(["verify", str(proven.path), "--json", *IN_ONNXRUNTIME]) == 0
     good = json.loads(capsys.readouterr().out)
     assert set(good) == {
         "schema_version",
@@ -809,7 +1212,7 @@ def test_as_json_the_receipt_is_all_there_is_on_stdout(proven: Artifact, capsys:
     (row,) = good["rows"]
     assert (row["precision"], row["passed"], row["failures"], row["max_difference"]) == ("f32", True, [], 0)
     tampered(proven)
-    assert run(["verify", str(proven.path), "--json"]) == 10
+    assert run(["verify", str(proven.path), "--json", *IN_ONNXRUNTIME]) == 10
     out, err = capsys.readouterr()
     assert json.loads(out)["passed"] is False
     assert err.startswith("petseg: f32 in onnxruntime")
@@ -980,7 +1383,6 @@ def test_the_backend_that_is_asked_for_verifies(proven: Artifact, capsys: pytest
     ("backend", "said"),
     [
         ("openvino", "pip install 'petseg[openvino]'"),
-        ("tensorrt", "tensorrt does not run onnx files"),
         ("abacus", "there is no engine 'abacus'"),
     ],
 )
@@ -1031,5 +1433,5 @@ def test_names_that_would_break_the_line_are_escaped(proven: Artifact, capsys: p
     odd = proven.path.with_name("two\nlines.onnx")
     proof_of(proven.path).rename(proof_of(odd))
     proven.path.rename(odd)
-    assert run(["verify", str(odd)]) == 0
+    assert run(["verify", str(odd), *IN_ONNXRUNTIME]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1

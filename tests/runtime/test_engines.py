@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
+import inspect
 import json
 import os
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from petseg_runtime import images
+from petseg_runtime import host, images
 from petseg_runtime.artifact import Artifact, default_model, open_artifact, sample_photos, sidecar_of
-from petseg_runtime.engines.base import Engine, check_batch, in_batches
-from petseg_runtime.engines.registry import ENGINES, load_engine
+from petseg_runtime.engines import registry
+from petseg_runtime.engines.base import (
+    DEVICES,
+    Device,
+    Engine,
+    EngineInfo,
+    EngineOptions,
+    check_batch,
+    in_batches,
+)
+from petseg_runtime.engines.registry import ENGINES, RULE, load_engine
 from petseg_runtime.errors import EngineError, EngineMissing, ModelError
+from petseg_runtime.host import Gpu
 from petseg_runtime.spec import ModelSpec
 
 Toy: TypeAlias = Callable[..., Any]
 
-#: The engines that run ONNX files, in the order of `auto`; those that are not installed are skipped with the reason.
-BACKENDS = [name for name, entry in ENGINES.items() if "onnx" in entry.formats]
+#: The engines that run ONNX files on a CPU; those that are not installed are skipped with the reason.
+ON_CPU = {line.engine for line in RULE if line.kind == "cpu"}
+BACKENDS = [name for name, entry in ENGINES.items() if "onnx" in entry.formats and name in ON_CPU]
 
 
 def module_of(backend: str) -> str:
@@ -36,7 +55,7 @@ def module_of(backend: str) -> str:
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every engine that runs ONNX files and is installed."""
+    """Every engine that runs ONNX files on a CPU and is installed."""
     name = str(request.param)
     if importlib.util.find_spec(ENGINES[name].module) is None:
         pytest.skip(f"{name} is not installed: pip install 'petseg[{ENGINES[name].extra}]'")
@@ -62,8 +81,8 @@ def batch(artifact: Artifact) -> np.ndarray:
     return np.stack([images.to_model(photo, spec.height, spec.width) for photo in photos])
 
 
-def noise(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
 
 
 def uninstall(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +219,61 @@ def test_less_than_one_thread_is_refused(artifact: Artifact, backend: str, threa
         load_engine(artifact, backend, threads=threads)
 
 
+@pytest.mark.parametrize("streams", [0, -1])
+def test_less_than_one_stream_is_refused(artifact: Artifact, backend: str, streams: int) -> None:
+    with pytest.raises(EngineError, match=f"streams is {streams}; it must be 1 or more"):
+        load_engine(artifact, backend, streams=streams)
+
+
+@pytest.mark.parametrize(("threads", "streams", "real"), [(4, 1, 1), (4, 2, 2), (4, 4, 4), (2, 5, 2), (1, 3, 1)])
+def test_streams_share_the_threads_and_there_are_no_more_of_them(
+    backend: str, toy: Toy, tmp_path: Path, threads: int, streams: int, real: int
+) -> None:
+    with load_engine(toy(tmp_path / "toy.onnx"), backend, threads, streams=streams) as engine:
+        info = engine.describe()
+        assert (info.threads, info.streams) == (threads, real)
+        with ThreadPoolExecutor(streams) as pool:
+            work = [noise(1, 16, 32, seed=seed) for seed in range(3 * streams)]
+            for pixels, result in zip(work, pool.map(engine.run, work), strict=True):
+                np.testing.assert_array_equal(result, pixels[..., 0])
+
+
+def test_threads_get_their_own_answers_which_no_other_run_changes(backend: str, toy: Toy, tmp_path: Path) -> None:
+    with (
+        load_engine(toy(tmp_path / "toy.onnx"), backend, 4, streams=4) as engine,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        work = [noise(1 + seed % 3, 16, 32, seed=seed) for seed in range(64)]
+        results = list(pool.map(engine.run, work))
+        for pixels, result in zip(work, results, strict=True):  # once all are done
+            np.testing.assert_array_equal(result, pixels[..., 0])
+        results[0][:] = 7
+        np.testing.assert_array_equal(engine.run(work[0]), work[0][..., 0])
+        np.testing.assert_array_equal(results[3], work[3][..., 0])
+
+
+def test_notes_of_the_way_to_an_engine_are_kept(backend: str, toy: Toy, tmp_path: Path) -> None:
+    artifact, options = toy(tmp_path / "toy.onnx"), EngineOptions(threads=1, notes=("another was passed over",))
+    with importlib.import_module(module_of(backend)).load(artifact, options) as engine:
+        assert engine.describe().notes == ("another was passed over",)
+    with load_engine(artifact, backend, 1) as engine:
+        assert engine.describe().notes == ()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_warming_up_runs_blank_batches_of_the_size_that_is_asked_for(
+    backend: str, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    with load_engine(toy(tmp_path / "toy.onnx"), backend, 1) as engine:
+        seen: list[np.ndarray] = []
+        run = engine.run
+        monkeypatch.setattr(engine, "run", lambda batch: seen.append(batch) or run(batch))
+        engine.warm_up(count)
+        assert [batch.shape for batch in seen] == [(count, 16, 32, 3)] * 2
+        assert not any(batch.any() for batch in seen)
+        np.testing.assert_array_equal(run(noise(1, 16, 32)), noise(1, 16, 32)[..., 0])
+
+
 # ------------------------------------------------------------------------------------------------ exact or not
 
 
@@ -328,15 +402,6 @@ def test_an_unknown_backend_is_answered_with_those_there_are(artifact: Artifact)
     assert all(name in str(caught.value) for name in ("auto", *ENGINES))
 
 
-@pytest.mark.parametrize("name", [name for name in ENGINES if name not in BACKENDS])
-def test_a_backend_that_does_not_run_the_format_is_answered_with_those_that_do(artifact: Artifact, name: str) -> None:
-    with pytest.raises(EngineError, match=f"{name} does not run onnx files") as caught:
-        load_engine(artifact, name)
-    assert str(caught.value).startswith(f"{artifact.path}: ")
-    assert all(able in str(caught.value) for able in BACKENDS)
-    assert not isinstance(caught.value, EngineMissing)
-
-
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_missing_engine_says_what_to_install(artifact: Artifact, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     uninstall(name, monkeypatch)
@@ -345,22 +410,12 @@ def test_a_missing_engine_says_what_to_install(artifact: Artifact, monkeypatch: 
 
 
 def test_without_any_engine_all_that_would_do_are_named(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in BACKENDS:
+    monkeypatch.setattr("petseg_runtime.host.gpus", lambda: ())
+    for name in ENGINES:
         uninstall(name, monkeypatch)
-    with pytest.raises(EngineMissing, match="no inference engine for onnx files") as caught:
+    with pytest.raises(EngineMissing, match="no inference engine for onnx files is installed: ") as caught:
         load_engine(artifact)
-    assert all(f"pip install 'petseg[{ENGINES[name].extra}]'" in str(caught.value) for name in BACKENDS)
-    assert "trt" not in str(caught.value)
-
-
-def test_auto_passes_over_an_engine_that_is_missing(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("openvino")
-    artifact = toy(tmp_path / "toy.onnx")
-    with load_engine(artifact, threads=1) as engine:
-        assert engine.describe().name == "onnxruntime"
-    uninstall("onnxruntime", monkeypatch)
-    with load_engine(artifact, threads=1) as engine:
-        assert engine.describe().name == "openvino"
+    assert all(f"pip install 'petseg[{entry.extra}]'" in str(caught.value) for entry in ENGINES.values())
 
 
 def test_an_engine_that_is_installed_but_broken_is_an_error_of_ours(
@@ -371,12 +426,11 @@ def test_an_engine_that_is_installed_but_broken_is_an_error_of_ours(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.delitem(sys.modules, module_of(backend), raising=False)
-    with pytest.raises(EngineError, match="cannot open shared object") as caught:
+    with pytest.raises(
+        EngineError, match=f"{backend} is installed but cannot be imported .*cannot open shared"
+    ) as caught:
         load_engine(artifact, backend)
     assert not isinstance(caught.value, EngineMissing)
-    if backend == BACKENDS[0]:
-        with pytest.raises(EngineError, match="cannot open shared object"):
-            load_engine(artifact)  # and `auto` does not hide it behind another engine
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -388,13 +442,506 @@ def test_a_module_of_ours_that_is_missing_is_not_taken_for_a_missing_engine(
         load_engine(artifact, name)
 
 
-def test_the_table_of_engines_is_sound() -> None:
-    assert next(iter(ENGINES)) == "onnxruntime", "`auto` begins with the embedded default"
-    for entry in ENGINES.values():
-        where, _, function = entry.loader.partition(":")
+def test_the_tables_are_sound() -> None:
+    functions = [(line.engine, line.gain) for line in RULE if line.gain]
+    functions += [(name, entry.loader) for name, entry in ENGINES.items()]
+    for name, function in functions:
+        where, _, attribute = function.partition(":")
         assert importlib.util.find_spec(where) is not None
-        assert function == "load"
-        assert entry.formats
+        if importlib.util.find_spec(ENGINES[name].module):
+            assert callable(getattr(importlib.import_module(where), attribute))
+    assert {line.engine for line in RULE} == set(ENGINES)
+    assert {line.kind for line in RULE} == set(DEVICES)
+    for line in RULE:
+        assert bool(line.gain) is bool(line.when)
+        if line.gain:
+            assert any(
+                other.gain is None and (other.engine, other.kind) == (line.engine, line.kind)
+                for other in RULE[RULE.index(line) + 1 :]
+            ), "it may be asked for by name where it gains nothing"
+    for name, entry in ENGINES.items():
+        assert set(entry.run_by_us) <= {line.kind for line in RULE if line.engine == name}
+
+
+# --------------------------------------------------------------------------------------- the rule, with stand-ins
+
+
+@dataclass
+class House:
+    """A machine on which each engine works, fails or is missing, on each kind of device."""
+
+    artifact: Artifact
+    behaviour: dict[tuple[str, str], str]
+    gain: bool = False
+    tried: list[tuple[str, str]] = field(default_factory=list)
+
+    def load(self, name: str, artifact: Artifact, options: EngineOptions) -> Any:
+        kind = options.device.kind
+        self.tried.append((name, kind))
+        what = self.behaviour.get((name, kind), "works")
+        if what == "missing":
+            raise EngineMissing(f"{name} on {kind} is not installed: pip install it")
+        if what == "fails":
+            raise EngineError(f"{name} on {options.device} fails")
+        info = EngineInfo(
+            name=name,
+            version="1",
+            device=str(options.device),
+            provider="stand-in",
+            precision="f32",
+            threads=options.threads or 0,
+            notes=options.notes,
+        )
+        return types.SimpleNamespace(describe=lambda: info, options=options)
+
+    def choose(self, backend: str = "auto", **asked: Any) -> EngineInfo:
+        return load_engine(self.artifact, backend, **asked).describe()
+
+
+Furnish: TypeAlias = Callable[..., House]
+
+
+@pytest.fixture
+def furnish(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> Furnish:
+    """Makes a house; what is not mentioned works."""
+
+    def make(behaviour: dict[str, str] | None = None, *, gpus: int = 0, gain: bool = False) -> House:
+        pairs = {tuple(name.split(" on ")): what for name, what in (behaviour or {}).items()}
+        house = House(artifact, pairs, gain)  # type: ignore[arg-type]
+        module: Any = types.ModuleType("stand_in")
+        module.gain = lambda spec, options: house.gain and not options.exact
+        for name, entry in list(ENGINES.items()):
+            attribute = name.replace("-", "_")
+            setattr(module, attribute, functools.partial(house.load, name))
+            changed = dataclasses.replace(entry, loader=f"stand_in:{attribute}", module="stand_in")
+            monkeypatch.setitem(ENGINES, name, changed)
+        monkeypatch.setitem(sys.modules, "stand_in", module)
+        rule = tuple(dataclasses.replace(line, gain=line.gain and "stand_in:gain") for line in RULE)
+        monkeypatch.setattr(registry, "RULE", rule)
+        gpu = Gpu(index=0, name="Stand-in", compute_capability="9.0", memory=2**34, driver="CUDA 13.0")
+        monkeypatch.setattr(host, "gpus", lambda: (gpu,) * gpus)
+        return house
+
+    return make
+
+
+TENSORRT_LESS = {"tensorrt on cuda": "missing", "tensorrt-rtx on cuda": "missing"}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gain", "behaviour", "taken"),
+    [
+        (1, True, {}, "tensorrt cuda:0"),
+        (1, True, {"tensorrt on cuda": "missing"}, "tensorrt-rtx cuda:0"),
+        (1, True, TENSORRT_LESS, "onnxruntime cuda:0"),
+        (1, True, {**TENSORRT_LESS, "onnxruntime on cuda": "missing"}, "openvino cpu"),
+        (1, False, {**TENSORRT_LESS, "onnxruntime on cuda": "missing"}, "onnxruntime cpu"),
+        (0, True, {}, "openvino cpu"),
+        (0, False, {}, "onnxruntime cpu"),
+        (0, True, {"openvino on cpu": "missing"}, "onnxruntime cpu"),
+        (0, False, {"onnxruntime on cpu": "missing"}, "openvino cpu"),
+        (0, True, {"onnxruntime on cpu": "missing", "openvino on cpu": "missing"}, "openvino intel-gpu:0"),
+    ],
+)
+def test_auto_takes_the_fastest_that_is_installed(
+    furnish: Furnish, gpus: int, gain: bool, behaviour: dict[str, str], taken: str
+) -> None:
+    info = furnish(behaviour, gpus=gpus, gain=gain).choose()
+    assert f"{info.name} {info.device}" == taken
+    assert info.notes == (), "what is not installed is not worth a word"
+
+
+def test_without_a_gpu_nothing_is_tried_that_needs_one(furnish: Furnish) -> None:
+    house = furnish()
+    house.choose()
+    assert house.tried == [("onnxruntime", "cpu")]
+
+
+def test_what_fails_is_passed_over_and_that_is_noted(furnish: Furnish) -> None:
+    house = furnish(
+        {"tensorrt on cuda": "fails", "tensorrt-rtx on cuda": "missing", "onnxruntime on cuda": "fails"}, gpus=1
+    )
+    info = house.choose()
+    assert (info.name, info.device) == ("onnxruntime", "cpu")
+    assert info.notes == ("tensorrt on cuda:0 fails", "onnxruntime on cuda:0 fails")
+
+
+def test_openvino_goes_first_only_where_it_gains_which_exact_answers_do_not_allow(furnish: Furnish) -> None:
+    house = furnish(gain=True)
+    assert house.choose().name == "openvino"
+    assert house.choose(exact=True).name == "onnxruntime"
+    house.gain = False
+    assert house.choose().name == "onnxruntime"
+    assert house.choose("openvino").name == "openvino"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:2", "cpu", "intel-gpu", "intel-gpu:1"])
+@pytest.mark.parametrize("backend", ["auto", *ENGINES])
+def test_what_is_asked_for_is_what_runs_or_an_error(furnish: Furnish, backend: str, device: str) -> None:
+    kind = device.partition(":")[0]
+    able = [line for line in RULE if line.kind == kind and backend in ("auto", line.engine)]
+    house = furnish(gpus=3)
+    if not able:
+        with pytest.raises(EngineError, match=f"{backend} cannot run it on {kind}.*; what can: {backend} on "):
+            house.choose(backend, device=device)
+        assert house.tried == []
+        return
+    info = house.choose(backend, device=device)
+    assert info.device == device + (":0" if device in ("cuda", "intel-gpu") else "")
+    assert backend in ("auto", info.name)
+    broken = furnish({f"{line.engine} on {kind}": "fails" for line in able}, gpus=3)
+    with pytest.raises(EngineError, match="fails"):
+        broken.choose(backend, device=device)
+    assert {tried_kind for _, tried_kind in broken.tried} == {kind}
+    assert backend == "auto" or {name for name, _ in broken.tried} == {backend}
+
+
+def test_a_backend_that_is_asked_for_is_the_only_one_that_is_tried(furnish: Furnish) -> None:
+    house = furnish({"onnxruntime on cpu": "fails", "onnxruntime on cuda": "fails"}, gpus=1, gain=True)
+    with pytest.raises(EngineError, match=r"^onnxruntime on cuda:0 fails; onnxruntime on cpu fails$"):
+        house.choose("onnxruntime")
+    assert house.tried == [("onnxruntime", "cuda"), ("onnxruntime", "cpu")]
+
+
+def test_a_gpu_that_is_asked_for_where_there_is_none_is_an_error_with_the_remedy(furnish: Furnish) -> None:
+    everything = {f"{name} on cuda": "missing" for name in ENGINES}
+    said = "^cuda:1 cannot be had: this machine shows no NVIDIA GPU: install its driver, or use --device cpu$"
+    with pytest.raises(EngineError, match=said) as caught:
+        furnish(everything, gpus=0).choose(device="cuda:1")
+    assert not isinstance(caught.value, EngineMissing)
+    with pytest.raises(EngineMissing) as missing:
+        furnish(everything, gpus=1).choose(device="cuda")
+    assert [f"{name} on cuda is not installed" in str(missing.value) for name in ENGINES] == [True, False, True, True]
+
+
+def test_every_failure_is_told_once_if_nothing_works(furnish: Furnish) -> None:
+    house = furnish(
+        {"onnxruntime on cpu": "fails", "openvino on cpu": "fails", "openvino on intel-gpu": "missing"}, gain=True
+    )
+    with pytest.raises(EngineError) as caught:
+        house.choose()
+    assert str(caught.value) == (
+        "openvino on cpu fails; onnxruntime on cpu fails; openvino on intel-gpu is not installed: pip install it"
+    )
+    assert not isinstance(caught.value, EngineMissing)
+
+
+@given(data=st.data())
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_on_any_machine_it_is_the_first_line_that_works(furnish: Furnish, data: st.DataObject) -> None:
+    lines = list(dict.fromkeys(f"{line.engine} on {line.kind}" for line in RULE))
+    behaviour = {line: data.draw(st.sampled_from(["works", "fails", "missing"]), line) for line in lines}
+    gpus, gain = data.draw(st.integers(0, 1), "gpus"), data.draw(st.booleans(), "gain")
+    order = ["openvino on cpu", "onnxruntime on cpu"] if gain else ["onnxruntime on cpu", "openvino on cpu"]
+    order = (
+        ["tensorrt on cuda", "tensorrt-rtx on cuda", "onnxruntime on cuda"] * gpus + order + ["openvino on intel-gpu"]
+    )
+    working = [line for line in order if behaviour[line] == "works"]
+    house = furnish(behaviour, gpus=gpus, gain=gain)
+    if not working:
+        with pytest.raises(EngineError):
+            house.choose()
+        return
+    info = house.choose()
+    assert f"{info.name} on {info.device.partition(':')[0]}" == working[0]
+    before = order[: order.index(working[0])]
+    assert [note.replace(":0", "") for note in info.notes] == [f"{b} fails" for b in before if behaviour[b] == "fails"]
+
+
+@pytest.mark.parametrize(
+    "device", ["gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:1.5", "cuda:²", "cpu:0", "CPU", "", "auto:1"]
+)
+def test_a_device_that_there_is_not_is_answered_with_those_there_are(furnish: Furnish, device: str) -> None:
+    said = f"there is no device {device!r}; there are: auto, cpu, cuda, cuda:N, intel-gpu, intel-gpu:N"
+    with pytest.raises(EngineError, match=f"^{re.escape(said)}$"):
+        furnish(gpus=1).choose(device=device)
+
+
+@pytest.mark.parametrize(
+    ("text", "device"),
+    [
+        ("cpu", Device()),
+        ("cuda", Device("cuda", 0)),
+        ("cuda:3", Device("cuda", 3)),
+        ("intel-gpu:1", Device("intel-gpu", 1)),
+    ],
+)
+def test_a_device_is_a_kind_and_a_number(text: str, device: Device) -> None:
+    assert Device.parse(text) == device
+    assert Device.parse(str(device)) == device
+
+
+# ------------------------------------------------------------------------------------- the rule, with real engines
+
+
+def test_auto_on_this_machine_is_what_the_rule_says(
+    artifact: Artifact, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openvino = pytest.importorskip("openvino")
+    monkeypatch.setattr(host, "gpus", lambda: ())
+    able = set(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    for files, exact, expected in [
+        (artifact, False, "openvino" if able & {"BF16", "FP16"} else "onnxruntime"),
+        (artifact, True, "onnxruntime"),
+        (toy(tmp_path / "int8.onnx", precision="int8"), False, "openvino"),
+    ]:
+        with load_engine(files, threads=1, exact=exact) as engine:
+            info = engine.describe()
+            assert (info.name, info.device, info.notes) == (expected, "cpu", ())
+        uninstalled = {"openvino": "onnxruntime", "onnxruntime": "openvino"}
+        with monkeypatch.context() as patch:
+            uninstall(expected, patch)
+            with load_engine(files, threads=1, exact=exact) as engine:
+                assert engine.describe().name == uninstalled[expected]
+
+
+@pytest.mark.parametrize(
+    ("able", "precision", "exact", "gains"),
+    [
+        ({"FP32", "INT8"}, "fp32", False, False),
+        ({"FP32", "BF16"}, "fp32", False, True),
+        ({"FP32", "FP16"}, "fp16", False, True),
+        ({"FP32", "BF16"}, "fp32", True, False),
+        ({"FP32"}, "int8", False, True),
+        ({"FP32"}, "int8", True, True),
+    ],
+)
+def test_openvino_gains_where_it_computes_in_less_than_float32(
+    monkeypatch: pytest.MonkeyPatch, able: set[str], precision: Any, exact: bool, gains: bool
+) -> None:
+    module = pytest.importorskip("petseg_runtime.engines.openvino")
+    core = types.SimpleNamespace(get_property=lambda where, name: sorted(able))
+    monkeypatch.setattr(module, "_core", lambda: core)
+    spec = ModelSpec(name="m", height=16, width=32, precision=precision)
+    assert module.computes_in_less(spec, EngineOptions(exact=exact)) is gains
+
+
+def test_an_engine_that_cannot_be_imported_is_passed_over_with_a_note(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(host, "gpus", lambda: ())
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('libgomp.so.1: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    monkeypatch.delitem(sys.modules, module_of("onnxruntime"), raising=False)
+    with load_engine(toy(tmp_path / "toy.onnx"), threads=1, exact=True) as engine:
+        info = engine.describe()
+    assert info.name == "openvino"
+    assert info.notes == (
+        "onnxruntime is installed but cannot be imported (libgomp.so.1: cannot open shared object file)",
+    )
+
+
+# ------------------------------------------------------------------------------------- ONNX Runtime on CUDA
+
+
+def session_of(artifact: Artifact) -> Any:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(artifact.path, providers=["CPUExecutionProvider"])
+
+
+def bound(artifact: Artifact) -> Any:
+    """Buffers as on a GPU, but on the CPU."""
+    from petseg_runtime.engines.onnxruntime import _Bound
+
+    return _Bound(session_of(artifact), Device("cpu"))
+
+
+def test_buffers_are_right_over_changing_batches_and_results_are_the_callers_own(toy: Toy, tmp_path: Path) -> None:
+    buffers = bound(toy(tmp_path / "toy.onnx", dynamic_size=True))
+    work = [
+        noise(count, *size, seed=seed)
+        for seed, (count, size) in enumerate(
+            [(1, (16, 32)), (1, (16, 32)), (3, (16, 32)), (2, (48, 16)), (1, (16, 32))] * 3
+        )
+    ]
+    results = [buffers.run(pixels) for pixels in work]
+    for pixels, result in zip(work, results, strict=True):
+        assert (result.shape, result.dtype) == (pixels.shape[:3], np.uint8)
+        np.testing.assert_array_equal(result, pixels[..., 0])
+    results[-1][:] = 7
+    np.testing.assert_array_equal(buffers.run(work[-1]), work[-1][..., 0])
+
+
+def test_buffers_take_any_memory_layout(toy: Toy, tmp_path: Path) -> None:
+    pixels = noise(3, 16, 32)
+    strided = np.asfortranarray(pixels)
+    assert not strided.flags.c_contiguous
+    np.testing.assert_array_equal(bound(toy(tmp_path / "toy.onnx")).run(strided), pixels[..., 0])
+
+
+def test_buffers_of_the_same_shape_are_used_again(toy: Toy, tmp_path: Path) -> None:
+    buffers = bound(toy(tmp_path / "toy.onnx"))
+    buffers.run(noise(2, 16, 32))
+    sent = buffers._sent
+    buffers.run(noise(2, 16, 32, seed=1))
+    assert buffers._sent is sent
+    buffers.run(noise(1, 16, 32))
+    assert buffers._sent is not sent
+
+
+@pytest.fixture
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
+    """Makes the engine for CUDA with its session and its buffers on the CPU."""
+    module = importlib.import_module("petseg_runtime.engines.onnxruntime")
+    gpus = tuple(
+        Gpu(index=index, name=f"Stand-in {index}", compute_capability=capability, memory=2**34, driver="CUDA 13.0")
+        for index, capability in enumerate(("9.0", "7.5"))
+    )
+    monkeypatch.setattr(host, "gpus", lambda: gpus)
+    real = module._Bound
+    monkeypatch.setattr(module, "_cuda_session", lambda artifact, device, *, tf32: session_of(artifact))
+    monkeypatch.setattr(module, "_Bound", lambda session, device: real(session, Device("cpu")))
+    return lambda artifact, device="cuda", **options: load_engine(artifact, "onnxruntime", device=device, **options)
+
+
+def test_on_cuda_threads_take_turns_and_get_their_own_answers(
+    on_cuda: Callable[..., Engine], toy: Toy, tmp_path: Path
+) -> None:
+    with on_cuda(toy(tmp_path / "toy.onnx")) as engine, ThreadPoolExecutor(8) as pool:
+        work = [noise(1 + seed % 3, 16, 32, seed=seed) for seed in range(64)]
+        results = list(pool.map(engine.run, work))
+        for pixels, result in zip(work, results, strict=True):
+            np.testing.assert_array_equal(result, pixels[..., 0])
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        engine.run(work[0])
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_on_cuda_a_graph_for_three_photos_takes_any_number(
+    on_cuda: Callable[..., Engine], toy: Toy, tmp_path: Path, count: int
+) -> None:
+    with on_cuda(toy(tmp_path / "toy.onnx", batch=3)) as engine:
+        np.testing.assert_array_equal(engine.run(noise(count, 16, 32)), noise(count, 16, 32)[..., 0])
+        with pytest.raises(ModelError, match="16 x 32 only"):
+            engine.run(noise(1, 32, 16))
+
+
+@pytest.mark.parametrize(
+    ("device", "stored", "exact", "precision"),
+    [
+        ("cuda", "fp32", False, "tf32"),
+        ("cuda", "fp32", True, "f32"),
+        ("cuda:1", "fp32", False, "f32"),  # before Ampere there is no TF32
+        ("cuda", "fp16", False, "fp16"),
+        ("cuda:1", "int8", True, "int8"),
+    ],
+)
+def test_on_cuda_it_says_which_gpu_computes_and_in_what(
+    on_cuda: Callable[..., Engine], toy: Toy, tmp_path: Path, device: str, stored: str, exact: bool, precision: str
+) -> None:
+    with on_cuda(toy(tmp_path / "toy.onnx", precision=stored), device, exact=exact) as engine:
+        info = engine.describe()
+    index = device.partition(":")[2] or "0"
+    assert (info.name, info.device, info.precision) == ("onnxruntime", f"cuda:{index}", precision)
+    assert info.provider == f"CUDAExecutionProvider, Stand-in {index}"
+    assert (info.threads, info.streams, info.batch) == (0, 1, 8)
+
+
+def test_on_cuda_a_graph_that_fails_does_so_when_it_is_loaded(
+    on_cuda: Callable[..., Engine], toy: Toy, tmp_path: Path
+) -> None:
+    with pytest.raises(EngineError, match=r"ONNX Runtime on cuda:0 failed \("):
+        on_cuda(toy(tmp_path / "toy.onnx", 7))  # there is no channel 7
+
+
+@pytest.fixture
+def gpu_package(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Makes the ONNX Runtime that is installed look like the one for GPUs, whose session turns out so or so."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    assert "providers" in inspect.signature(onnxruntime.InferenceSession.__init__).parameters
+
+    def make(providers: list[str] | Exception, *, gpus: int = 1, says: str = "") -> list[Any]:
+        calls: list[Any] = []
+
+        class Session:
+            def __init__(self, path: str, options: Any, *, providers: list[Any], enable_fallback: int) -> None:
+                calls.append(providers)
+                if isinstance(outcome, Exception):
+                    raise outcome
+
+            def get_providers(self) -> list[str]:
+                assert isinstance(outcome, list)
+                return outcome
+
+        outcome = providers
+        gpu = Gpu(index=0, name="Stand-in", compute_capability="9.0", memory=2**34, driver="CUDA 12.4")
+        monkeypatch.setattr(host, "gpus", lambda: (gpu,) * gpus)
+        there = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: there)
+        monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: sys.stdout.write(says))
+        monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+        return calls
+
+    return make
+
+
+def test_a_session_that_fell_back_to_the_cpu_is_refused_with_the_remedy(
+    artifact: Artifact, gpu_package: Callable[..., list[Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu_package(["CPUExecutionProvider"], says="Failed to load libcudnn.so.9:\nno such file\n")
+    with pytest.raises(EngineError) as caught:
+        load_engine(artifact, "onnxruntime", device="cuda")
+    message = str(caught.value)
+    assert message.startswith("cuda:0 cannot be had: ")
+    assert "would run it with CPUExecutionProvider instead of CUDAExecutionProvider" in message
+    assert "its GPUs: cuda:0 Stand-in, CUDA 12.4; CUDA and cuDNN of the version" in message
+    assert "pip install 'petseg[gpu]'" in message
+    assert "Failed to load libcudnn.so.9: no such file" in message
+    assert capsys.readouterr() == ("", ""), "what it prints is part of the message"
+
+
+def test_a_session_that_does_not_start_without_a_gpu_says_that_there_is_none(
+    artifact: Artifact, gpu_package: Callable[..., list[Any]]
+) -> None:
+    gpu_package(RuntimeError("CUDA failure 100:\nno CUDA-capable device"), gpus=0)
+    with pytest.raises(EngineError) as caught:
+        load_engine(artifact, "onnxruntime", device="cuda")
+    assert "ONNX Runtime cannot load it (CUDA failure 100: no CUDA-capable device)" in str(caught.value)
+    assert "this machine shows no NVIDIA GPU: install its driver, or use --device cpu" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("exact", "tf32"), [(False, "1"), (True, "0")])
+def test_the_session_is_told_which_gpu_and_whether_it_may_use_tf32(
+    artifact: Artifact, gpu_package: Callable[..., list[Any]], exact: bool, tf32: str
+) -> None:
+    calls = gpu_package(["CPUExecutionProvider"])
+    with pytest.raises(EngineError, match="cuda:3 cannot be had"):
+        load_engine(artifact, "onnxruntime", device="cuda:3", exact=exact)
+    assert calls == [[("CUDAExecutionProvider", {"device_id": "3", "use_tf32": tf32})]]
+
+
+@pytest.mark.parametrize(
+    ("installed", "said", "missing"),
+    [
+        ({"onnxruntime"}, "the onnxruntime that is installed has no CUDA: pip uninstall onnxruntime, then", True),
+        (
+            {"onnxruntime", "onnxruntime-gpu"},
+            "onnxruntime and onnxruntime-gpu are both installed and break each other: "
+            "pip uninstall onnxruntime onnxruntime-gpu, then",
+            False,
+        ),
+    ],
+)
+def test_a_package_without_cuda_says_what_to_do(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, installed: set[str], said: str, missing: bool
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    def distribution(name: str) -> object:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return object()
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    with pytest.raises(EngineError, match=f"^{said} pip install 'petseg\\[gpu\\]'$") as caught:
+        load_engine(artifact, "onnxruntime", device="cuda")
+    assert isinstance(caught.value, EngineMissing) is missing, "a quarrel of packages is worth a note"
 
 
 # ------------------------------------------------------------------------------------------------ what goes wrong
@@ -513,18 +1060,24 @@ def test_in_openvino_a_failure_while_running_is_an_engine_error(compiled: Artifa
         engine.run(noise(1, 16, 32))
 
 
-@pytest.mark.parametrize(("computed", "exact"), [("bf16", True), ("f16", True), ("f64", False), ("dynamic", False)])
-def test_openvino_that_computes_in_what_was_not_asked_for_is_refused(
-    compiled: Artifact, computed: str, exact: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import openvino
+def pretend(monkeypatch: pytest.MonkeyPatch, computed: str) -> None:
+    """Have OpenVINO compute in this."""
 
     class Model:
         def get_property(self, name: str) -> Any:
             return types.SimpleNamespace(get_type_name=lambda: computed)
 
-    core = types.SimpleNamespace(compile_model=lambda *args: Model())
-    monkeypatch.setattr(openvino, "Core", lambda: core)
+    core = types.SimpleNamespace(
+        available_devices=["CPU"], get_property=lambda *_: ["FP32"], compile_model=lambda *_: Model()
+    )
+    monkeypatch.setattr(importlib.import_module(module_of("openvino")), "_core", lambda: core)
+
+
+@pytest.mark.parametrize(("computed", "exact"), [("bf16", True), ("f16", True), ("f64", False), ("dynamic", False)])
+def test_openvino_that_computes_in_what_was_not_asked_for_is_refused(
+    compiled: Artifact, computed: str, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, computed)
     with pytest.raises(EngineError, match=f"computes in {computed}"):
         load_engine(compiled, exact=exact)
 
@@ -533,15 +1086,8 @@ def test_openvino_that_computes_in_what_was_not_asked_for_is_refused(
 def test_openvino_says_what_it_computes_in_and_in_int8_also_what_the_rest_is(
     computed: str, name: str, toy: Toy, ir: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import openvino
-
     files = [ir(toy(tmp_path / f"{stored}.onnx", precision=stored)) for stored in ("fp32", "int8")]
-
-    class Model:
-        def get_property(self, name: str) -> Any:
-            return types.SimpleNamespace(get_type_name=lambda: computed)
-
-    monkeypatch.setattr(openvino, "Core", lambda: types.SimpleNamespace(compile_model=lambda *args: Model()))
+    pretend(monkeypatch, computed)
     plain, quantized = (load_engine(file).describe() for file in files)
     assert (plain.precision, plain.provider) == (name, "CPU plugin")
     assert (quantized.precision, quantized.provider) == ("int8", f"CPU plugin, {name} between the int8 layers")

@@ -1,19 +1,170 @@
-"""What the machine has is asked of its driver; a machine without one has nothing, which is no error."""
+"""What the machine has is asked of its kernel and its driver; what they do not say is nothing, and no error."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from petseg_runtime.host import nvidia_gpus
+from petseg_runtime import __version__, host
+from petseg_runtime.host import Gpu, cgroup_limits, gpus, nvidia_gpus, parse_cpuinfo, versions
+
+X86 = """\
+processor\t: 0
+vendor_id\t: GenuineIntel
+model name\t: Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz
+flags\t\t: fpu sse4_2 avx2 avx512f avx512_bf16 avx512_vnni amx_bf16 avx512_fp16 amx_tile amx_int8
+bugs\t\t: spectre_v1
+
+processor\t: 1
+vendor_id\t: GenuineIntel
+model name\t: Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz
+flags\t\t: fpu sse4_2 avx2 avx512f avx512_bf16 avx512_vnni amx_bf16 avx512_fp16 amx_tile amx_int8
+"""
+
+RASPBERRY_PI_5 = """\
+processor\t: 0
+BogoMIPS\t: 108.00
+Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: 0x4
+CPU part\t: 0xd0b
+CPU revision\t: 1
+
+Model\t\t: Raspberry Pi 5 Model B Rev 1.0
+"""
+
+BIG_LITTLE = """\
+processor\t: 0
+Features\t: fp asimd asimddp
+CPU implementer\t: 0x41
+CPU part\t: 0xd05
+
+processor\t: 4
+Features\t: fp asimd asimddp i8mm bf16
+CPU implementer\t: 0x41
+CPU part\t: 0xfff
+
+processor\t: 5
+Features\t: fp asimd asimddp i8mm bf16
+CPU implementer\t: 0x61
+CPU part\t: 0x022
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "features"),
+    [
+        (
+            X86,
+            "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz",
+            "avx2 avx512f avx512_vnni avx512_bf16 avx512_fp16 amx_int8 amx_bf16",
+        ),
+        (RASPBERRY_PI_5, "Cortex-A76", "asimd asimddp fphp asimdhp"),
+        (BIG_LITTLE, "Cortex-A55 + ARM part 0xfff + implementer 0x61, part 0x022", "asimd asimddp"),
+        ("processor\t: 0\nhart\t: 0\nisa\t: rv64imafdc\n", "", ""),
+        ("", "", ""),
+    ],
+    ids=["x86", "Raspberry Pi", "two kinds of cores", "RISC-V", "nothing"],
+)
+def test_processors_are_told_by_what_the_kernel_says_of_them(text: str, name: str, features: str) -> None:
+    assert parse_cpuinfo(text) == (name, tuple(features.split()))
+
+
+def group(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text + "\n")
+
+
+def test_no_control_group_is_no_limit(tmp_path: Path) -> None:
+    assert cgroup_limits(tmp_path, "") == (None, None)
+    assert cgroup_limits(tmp_path, "0::/\n") == (None, None)
+
+
+def test_a_container_of_version_2_has_its_limits_at_the_root(tmp_path: Path) -> None:
+    group(tmp_path, cpu__max="150000 100000", memory__max="536870912")
+    assert cgroup_limits(tmp_path, "0::/\n") == (1.5, 536870912)
+
+
+def test_the_lowest_limit_on_the_way_up_holds(tmp_path: Path) -> None:
+    group(tmp_path / "user", cpu__max="100000 100000", memory__max="4096")
+    group(tmp_path / "user" / "session", cpu__max="max 100000", memory__max="8192")
+    group(tmp_path / "other", cpu__max="10000 100000", memory__max="1024")
+    assert cgroup_limits(tmp_path, "0::/user/session\n") == (1.0, 4096)
+
+
+def test_no_limit_in_either_version(tmp_path: Path) -> None:
+    group(tmp_path, cpu__max="max 100000", memory__max="max")
+    group(tmp_path / "cpu", cpu__cfs_quota_us="-1", cpu__cfs_period_us="100000")
+    group(tmp_path / "memory", memory__limit_in_bytes="9223372036854771712")
+    assert cgroup_limits(tmp_path, "0::/\n2:cpu,cpuacct:/\n1:memory:/\n") == (None, None)
+
+
+def test_version_1_has_a_folder_for_each_controller(tmp_path: Path) -> None:
+    group(tmp_path / "cpu" / "docker" / "c0ffee", cpu__cfs_quota_us="50000", cpu__cfs_period_us="100000")
+    group(tmp_path / "memory", memory__limit_in_bytes="1048576")  # a namespace shows its own group as the root
+    membership = "3:cpuset:/x\n2:cpu,cpuacct:/docker/c0ffee\n1:memory:/docker/c0ffee\n"
+    assert cgroup_limits(tmp_path, membership) == (0.5, 1048576)
+
+
+def test_the_name_of_another_groups_folder_does_not_lead_out_of_the_mount(tmp_path: Path) -> None:
+    group(tmp_path, cpu__max="1000 100000")
+    (tmp_path / "mount").mkdir()
+    assert cgroup_limits(tmp_path / "mount", "0::/a/b\n") == (None, None)
+
+
+def test_the_drivers_version_is_in_the_words_of_its_module() -> None:
+    text = (
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (dvs-builder)  Tue\n"
+        "GCC version:  gcc version 12.2.0 (Debian 12.2.0-14+deb12u1)\n"
+    )
+    assert host._nvidia_driver(text) == "580.95.05"
+    assert host._nvidia_driver(text.replace("580.95.05", "535.183")) == "535.183"
+    assert host._nvidia_driver("") == ""
+
+
+def test_this_machine_answers() -> None:
+    here = host.host()
+    assert here.petseg == __version__
+    assert here.python == ".".join(map(str, sys.version_info[:3]))
+    assert here.environment == (sys.prefix if sys.prefix != sys.base_prefix else "")
+    assert {"numpy", "pillow", "av"} <= set(here.packages)
+    assert here.system.startswith(os.uname().sysname)
+    cpu = here.cpu
+    assert cpu.name
+    assert 1 <= cpu.cores <= (os.cpu_count() or 1)
+    assert cpu.memory > 2**28
+    assert cpu.quota is None or cpu.quota > 0
+    assert cpu.memory_limit is None or 0 < cpu.memory_limit < cpu.memory
+    assert set(cpu.features) <= set(host.FEATURES)
+    assert nvidia_gpus() >= 0
+
+
+def test_versions_are_those_of_what_is_installed() -> None:
+    assert versions(["click", "no-such-package"]).keys() == {"click"}
+
+
+def test_the_x_ray_needs_nothing_but_python() -> None:
+    """`make gpu-check` asks it before anything is installed."""
+    program = "import sys; from petseg_runtime import host; host.host(); host.gpus(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    modules = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "petseg_runtime" in modules
+    assert modules & {"numpy", "PIL", "av", "click", "platformdirs", "onnxruntime", "openvino"} == set()
 
 
 class Driver:
     """libcuda, as far as it is asked."""
 
-    def __init__(self, init: int, status: int, count: int) -> None:
+    def __init__(self, init: int = 0, status: int = 0, count: int = 2) -> None:
         self.init, self.status, self.count = init, status, count
 
     def cuInit(self, flags: int) -> int:
@@ -23,21 +174,55 @@ class Driver:
         count._obj.value = self.count
         return self.status
 
+    def cuDeviceGet(self, device: Any, index: int) -> int:
+        device._obj.value = index
+        return 0
+
+    def cuDeviceGetName(self, name: Any, size: int, device: Any) -> int:
+        name.value = f"NVIDIA RTX {device.value}".encode()
+        return 0
+
+    def cuDeviceTotalMem_v2(self, memory: Any, device: Any) -> int:
+        memory._obj.value = 24 * 2**30
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:
+        value._obj.value = {75: 8, 76: 9}[attribute]
+        return 0
+
+    def cuDriverGetVersion(self, version: Any) -> int:
+        version._obj.value = 12080
+        return 0
+
+
+@pytest.fixture(autouse=True)
+def asked_anew() -> Iterator[None]:
+    """The driver's answer is kept for good."""
+    gpus.cache_clear()
+    yield
+    gpus.cache_clear()
+
 
 @pytest.mark.parametrize(
-    ("driver", "gpus"),
+    ("driver", "count"),
     [
-        (Driver(0, 0, 2), 2),
-        (Driver(0, 0, 0), 0),
-        (Driver(100, 0, 2), 0),  # CUDA_ERROR_NO_DEVICE
-        (Driver(0, 3, 2), 0),
+        (Driver(), 2),
+        (Driver(count=0), 0),
+        (Driver(init=100), 0),  # CUDA_ERROR_NO_DEVICE
+        (Driver(status=3), 0),
     ],
 )
 def test_the_driver_is_asked_how_many_gpus_there_are(
-    driver: Driver, gpus: int, monkeypatch: pytest.MonkeyPatch
+    driver: Driver, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
-    assert nvidia_gpus() == gpus
+    assert nvidia_gpus() == count
+
+
+def test_the_driver_is_asked_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    expected = Gpu(index=1, name="NVIDIA RTX 1", compute_capability="8.9", memory=24 * 2**30, driver="CUDA 12.8")
+    assert gpus()[1] == expected
 
 
 def test_without_a_driver_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +231,3 @@ def test_without_a_driver_there_are_none(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
     assert nvidia_gpus() == 0
-
-
-def test_this_machine_answers() -> None:
-    assert nvidia_gpus() >= 0

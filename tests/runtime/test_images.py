@@ -6,9 +6,12 @@ import contextlib
 import io
 import os
 import struct
+import threading
 import tracemalloc
+import warnings
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,7 @@ from PIL import Image
 
 from petseg_runtime import images
 from petseg_runtime.errors import ImageTooLarge, InputError, UnreadableImage, UnsupportedImage
-from petseg_runtime.images import from_model, read, to_model
+from petseg_runtime.images import Photo, from_model, read, to_model
 
 U8 = npt.NDArray[np.uint8]
 
@@ -119,6 +122,49 @@ def test_arrays_may_be_grey_rgb_or_rgba() -> None:
     clear = np.dstack([noise(), np.zeros((12, 20), np.uint8)])
     assert (read(clear).pixels == 255).all()
     assert read(clear).notes == ("transparency laid over white",)
+
+
+@pytest.mark.parametrize("channels", [0, 3, 4])
+def test_a_photo_of_an_array_is_not_changed_with_it(channels: int) -> None:
+    array = noise(channels=channels)
+    if channels == 4:
+        array[..., 3] = 255
+    before = array.copy()
+    photo = read(array)
+    expected = photo.pixels.copy()
+    assert photo.pixels.flags.writeable
+    array[:] = 7
+    np.testing.assert_array_equal(photo.pixels, expected)
+    photo.pixels[:] = 9
+    assert (array == 7).all()
+    frozen = before.copy()
+    frozen.setflags(write=False)
+    np.testing.assert_array_equal(read(frozen).pixels, expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
+def test_a_pillow_image_is_not_changed(mode: str) -> None:
+    image = Image.fromarray(noise()).convert(mode)
+    image.getexif()[0x0112] = 6
+    before, exif = image.copy(), dict(image.getexif())
+    photo = read(image)
+    photo.pixels[:] = 0
+    assert (image.size, image.mode, image.tobytes()) == (before.size, mode, before.tobytes())
+    assert dict(image.getexif()) == exif
+
+
+def test_a_pillow_image_is_read_at_its_own_size_and_frame(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+    (tmp_path / "film.gif").write_bytes(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    with Image.open(tmp_path / "film.gif") as film:
+        read(film)
+        film.seek(1)
+        assert read(film).pixels[0, 0].tolist() == [0, 255, 0]
+        assert film.tell() == 1
+    (tmp_path / "photo.jpg").write_bytes(encoded(smooth(), "JPEG"))
+    with Image.open(tmp_path / "photo.jpg") as lazy:
+        assert read(lazy, at_least=(1, 1)).pixels.shape == (96, 128, 3)
+        assert lazy.size == (128, 96)
 
 
 def test_arrays_that_are_not_contiguous_are_read_as_they_look() -> None:
@@ -426,7 +472,7 @@ def test_of_an_animation_the_first_frame_is_taken_with_a_note(kind: str) -> None
     options = {"WEBP": {"lossless": True}}.get(kind, {})
     photo = read(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options))
     assert (photo.pixels == [255, 0, 0]).all()
-    assert photo.notes == ("animated: the first of 3 frames was used",)
+    assert photo.notes == ("animated: the first frame was used",)
 
 
 @pytest.mark.parametrize(
@@ -508,6 +554,238 @@ def test_an_exif_block_that_pillow_chokes_on_does_not_cost_the_photo(monkeypatch
 
     monkeypatch.setattr(Image.Image, "getexif", choke)
     np.testing.assert_array_equal(read(encoded(noise())).pixels, noise())
+
+
+# ------------------------------------------------------------------------------------------------ reduced decoding
+
+MARGIN = images._MARGIN
+
+
+def assert_reduced(data: bytes, part: int, at_least: tuple[int, int]) -> Photo:
+    """The photo is decoded at 1/part, says its own size, and looks the same to the model."""
+    whole, photo = read(data), read(data, at_least=at_least)
+    height, width = whole.pixels.shape[:2]
+    assert (photo.height, photo.width) == (whole.height, whole.width) == (height, width)
+    assert photo.pixels.shape == (height // part, width // part, 3)
+    assert photo.pixels.flags.c_contiguous
+    assert photo.notes == whole.notes
+    difference = to_model(photo.pixels, *at_least).astype(int) - to_model(whole.pixels, *at_least)
+    assert np.abs(difference).max() <= 6
+    return photo
+
+
+@pytest.mark.parametrize("orientation", STORED_AS)
+@pytest.mark.parametrize("part", [1, 2, 4, 8])
+def test_a_jpeg_may_be_decoded_smaller_under_every_orientation(orientation: int, part: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(STORED_AS[orientation](smooth(320, 192))))
+    # Not square, so that height and width must not be confused: at 1/part the photo is just large enough.
+    at_least = int(320 / part / MARGIN), int(192 / part / MARGIN)
+    photo = assert_reduced(encoded(stored, "JPEG", exif=exif, quality=95), part, at_least)
+    assert (photo.height, photo.width) == (320, 192)
+    assert photo.pixels.shape[0] >= MARGIN * at_least[0]
+    assert photo.pixels.shape[1] >= MARGIN * at_least[1]
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_one_pixel_more_to_be_kept_is_reduced_less(side: int) -> None:
+    data = encoded(smooth(320, 192), "JPEG")
+    at_least = [int(320 / 4 / MARGIN), int(192 / 4 / MARGIN)]
+    at_least[side] += 1
+    assert read(data, at_least=(at_least[0], at_least[1])).pixels.shape == (160, 96, 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "YCbCr", "RGB"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_every_kind_of_jpeg_is_reduced_with_its_colours(mode: str, progressive: bool) -> None:
+    image = Image.fromarray(smooth(192, 256)).convert(mode)
+    assert_reduced(encoded(image, "JPEG", progressive=progressive, quality=95), 4, (10, 12))
+
+
+def test_of_a_phones_two_pictures_in_one_the_first_is_reduced() -> None:
+    image = Image.fromarray(smooth(192, 256))
+    data = encoded(image, "MPO", save_all=True, append_images=[Image.new("RGB", (64, 48))], quality=95)
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.format == "MPO"
+    assert_reduced(data, 4, (10, 12))
+
+
+@pytest.mark.parametrize(("height", "width", "part"), [(195, 256, 1), (196, 256, 4), (192, 258, 2), (200, 264, 8)])
+def test_a_side_is_divided_without_a_rest(height: int, width: int, part: int) -> None:
+    assert_reduced(encoded(smooth(height, width), "JPEG", quality=95), part, (5, 5))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "BMP", "GIF"])
+def test_no_other_format_is_decoded_smaller(kind: str) -> None:
+    photo = read(encoded(smooth(), kind), at_least=(1, 1))
+    assert photo.pixels.shape == (96, 128, 3)
+    assert (photo.height, photo.width) == (96, 128)
+
+
+def test_the_limit_of_pixels_is_that_of_the_whole_photo() -> None:
+    data = encoded(smooth(), "JPEG")
+    assert read(data, at_least=(1, 1), max_pixels=96 * 128).pixels.shape == (12, 16, 3)
+    with pytest.raises(ImageTooLarge, match="128 x 96"):
+        read(data, at_least=(1, 1), max_pixels=96 * 128 - 1)
+
+
+def test_a_truncated_jpeg_is_refused_when_reduced_too() -> None:
+    data = encoded(noise(256, 256), "JPEG")
+    with pytest.raises(UnreadableImage):
+        read(data[: len(data) // 2], at_least=(4, 4))
+
+
+def test_a_photo_without_a_size_of_its_own_is_as_large_as_its_pixels() -> None:
+    photo = Photo(noise(12, 20))
+    assert (photo.height, photo.width, photo.notes) == (12, 20, ())
+    assert (Photo(noise(), (), 120, 200).height, Photo(noise(), (), 120, 200).width) == (120, 200)
+
+
+# ------------------------------------------------------------------------------------------------- costly to decode
+
+
+def scans(count: int, progressive: bool) -> bytes:
+    """A JPEG, and behind its picture that many scans without contents."""
+    scan = b"\xff\xda\0\x08\1\1\0\0" + (b"\0\0" if progressive else b"\x3f\0")
+    return encoded(smooth(), "JPEG", progressive=progressive)[:-2] + scan * count + b"\xff\xd9"
+
+
+def test_a_jpeg_of_many_scans_is_read() -> None:
+    assert read(scans(80, True)).pixels.shape == (96, 128, 3)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_of_very_many_scans_is_refused(progressive: bool, tmp_path: Path) -> None:
+    data, path = scans(1000, progressive), tmp_path / "photo.jpg"
+    path.write_bytes(data)
+    for source in (data, path, io.BytesIO(data)):
+        with pytest.raises(UnreadableImage, match=r"10\d\d scans"):
+            read(source)
+
+
+def test_a_marker_between_two_blocks_of_the_file_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytearray(encoded(smooth(), "JPEG") + bytes(2**20))
+    data[2**20 - 1 : 2**20 + 1] = b"\xff\xda"
+    monkeypatch.setattr(images, "_MAX_SCANS", 1 - len(data) // 2**14)
+    with pytest.raises(UnreadableImage, match="2 scans"):
+        read(bytes(data))
+
+
+def test_a_video_behind_the_photo_is_not_taken_for_scans() -> None:
+    photo, video = encoded(smooth(), "JPEG"), np.random.default_rng(0).bytes(20_000_000)
+    assert video.count(b"\xff\xda") > 200
+    np.testing.assert_array_equal(read(photo + video).pixels, read(photo).pixels)
+
+
+def test_a_tiff_of_tiles_beyond_the_limit_is_refused() -> None:
+    tiles = {256: 4, 257: 4, 258: 8, 259: 5, 262: 1, 277: 1, 322: 2000, 323: 2000, 324: 8, 325: 16}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tiles.items())
+    data = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tiles)) + entries + bytes(64)
+    with pytest.raises(ImageTooLarge, match="tiles: 2000 x 2000 is 4 megapixels"):
+        read(data, max_pixels=3_999_999)
+
+
+# ----------------------------------------------------------------------------------------------------------- threads
+
+#: An orientation, and after it an entry that is not there: Pillow warns, and keeps the orientation.
+WARNS = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + struct.pack("<HHII", 0x0112, 3, 1, 6)
+
+
+class Held(io.BytesIO):
+    """A file whose reader waits inside ``read``."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.entered, self.go_on = threading.Event(), threading.Event()
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.entered.set()
+        assert self.go_on.wait(60)
+        return super().read(size)
+
+
+def sideways() -> bytes:
+    return encoded(smooth(48, 32), "JPEG", exif=WARNS)
+
+
+def test_pillow_does_warn_of_this_exif() -> None:
+    with pytest.warns(UserWarning, match="Corrupt EXIF"), Image.open(io.BytesIO(sideways())) as image:
+        assert image.getexif()[0x0112] == 6
+
+
+def test_a_reader_that_leaves_does_not_take_anothers_silence_away() -> None:
+    before = list(warnings.filters)
+    first, second = Held(sideways()), Held(sideways())
+    with ThreadPoolExecutor(2) as pool:
+        results = []
+        for file in (first, second):
+            results.append(pool.submit(read, file))
+            assert file.entered.wait(60)
+        for file, result in zip((first, second), results, strict=True):
+            file.go_on.set()
+            assert result.result().pixels.shape == (
+                32,
+                48,
+                3,
+            )  # upright: a warning made an error would leave it as stored
+    assert warnings.filters == before
+
+
+def test_many_threads_read_photos_that_pillow_warns_of_and_leave_the_filters_as_they_were() -> None:
+    before, data = list(warnings.filters), sideways()
+    with ThreadPoolExecutor(16) as pool:
+        shapes = {photo.pixels.shape for photo in pool.map(read, [data] * 400)}
+    assert shapes == {(32, 48, 3)}
+    assert warnings.filters == before
+
+
+def test_a_reader_inside_a_reader_and_filters_of_others_are_respected() -> None:
+    class Nested(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            read(sideways())
+            warnings.filterwarnings("ignore", message="of someone else")
+            return super().read(size)
+
+    before = list(warnings.filters)
+    assert read(Nested(sideways())).pixels.shape == (32, 48, 3)
+    assert len(warnings.filters) == len(before) + 1
+    assert warnings.filters[1:] == before
+
+
+def test_filters_that_someone_has_reset_stay_reset() -> None:
+    class Resetting(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            warnings.resetwarnings()
+            return super().read(size)
+
+    with warnings.catch_warnings():
+        read(Resetting(encoded(smooth(), "JPEG")))
+        assert warnings.filters == []
+
+
+def test_warnings_of_others_are_not_muted(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Image.Image.convert
+
+    def deprecated(self, *args):
+        warnings.warn("of someone else", stacklevel=1)
+        return original(self, *args)
+
+    monkeypatch.setattr(Image.Image, "convert", deprecated)
+    with pytest.raises(UnreadableImage, match="of someone else"):  # warnings are errors here
+        read(encoded(smooth(), "JPEG"))
+
+
+def test_threads_decode_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, both = Image.Image.convert, threading.Barrier(2)
+
+    def meet(self, *args):
+        both.wait(60)
+        return original(self, *args)
+
+    monkeypatch.setattr(Image.Image, "convert", meet)
+    with ThreadPoolExecutor(2) as pool:
+        assert len(list(pool.map(read, [sideways()] * 2))) == 2
 
 
 # -------------------------------------------------------------------------------------------------------------- fuzz

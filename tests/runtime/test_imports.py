@@ -45,7 +45,7 @@ def python(program: str, *args: object, blocked: set[str] | None = None) -> subp
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
-UNWANTED = {"torch", "torchvision", "onnx", "onnxscript", "safetensors", "av", "matplotlib", "rich", "contourpy"}
+UNWANTED = {"torch", "torchvision", "onnx", "onnxscript", "safetensors", "av", "matplotlib", "rich", "petseg_export"}
 
 
 def imported(*args: object) -> set[str]:
@@ -67,14 +67,36 @@ def test_help_imports_nothing_heavy(args: list[str]) -> None:
     assert modules & heavy == set()
 
 
-def test_segmenting_imports_no_more_than_an_engine_needs(tmp_path: Path) -> None:
-    modules = imported("infer", sample_photos()[0], "--output", tmp_path)
-    assert {"numpy", "PIL", "onnxruntime"} <= modules
-    assert modules & UNWANTED == set()
-    assert "petseg_export" not in modules
-
-
 ENGINES = {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda"}
+
+
+@pytest.mark.parametrize("kind", ["mask", "cutout", "coco-rle"])
+def test_segmenting_imports_no_more_than_the_engine_that_is_asked_for(tmp_path: Path, kind: str) -> None:
+    options = ("--as", kind, "--resume", "--backend", "onnxruntime", "--output", tmp_path)
+    modules = imported("infer", *sample_photos()[:2], *options)
+    assert {"numpy", "PIL", "onnxruntime"} <= modules
+    assert modules & {*UNWANTED, *ENGINES - {"onnxruntime"}} == set()
+
+
+def test_segmenting_in_openvino_imports_no_other_engine(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    modules = imported("infer", sample_photos()[0], "--backend", "openvino", "--output", tmp_path)
+    assert {"numpy", "PIL", "openvino"} <= modules
+    assert modules & {*UNWANTED, *ENGINES - {"openvino"}} == set()
+
+
+def test_without_a_gpu_auto_does_not_so_much_as_look_for_the_engines_that_need_one(tmp_path: Path) -> None:
+    program = CLI.replace("import sys\n", "import sys\nfrom petseg_runtime import host\nhost.gpus = lambda: ()\n", 1)
+    done = python(program, "infer", sample_photos()[0], "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    modules = set(done.stderr.splitlines()[-1].split())
+    assert modules & {"tensorrt", "tensorrt_rtx", "cuda", *UNWANTED} == set()
+
+
+def test_what_cannot_go_together_is_said_before_an_engine_is_imported(tmp_path: Path) -> None:
+    done = python(CLI, "infer", sample_photos()[0], "--format", "jpg", "--output", tmp_path / "out")
+    assert done.returncode == 6, done.stderr
+    assert set(done.stderr.splitlines()[-1].split()) & ENGINES == set()
 
 
 def test_info_needs_no_engine_and_no_numpy(proven: Artifact, ir: Callable[..., Artifact]) -> None:

@@ -1,136 +1,156 @@
-"""Every photo is accounted for: done or failed, told once, in order."""
+"""The pipeline by itself: order, failures, batches, bounds, and that nothing of it is left running."""
 
 from __future__ import annotations
 
-import errno
-from pathlib import Path, PurePath
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from petseg_runtime.errors import EngineError, OutputError, UnreadableImage
-from petseg_runtime.pipeline import Outcome, Report, segment_photos
-from petseg_runtime.result import Segmentation
-from petseg_runtime.sinks import ImageSink
-from petseg_runtime.sources import Item
+from petseg_runtime.errors import EngineError, InputError, UnreadableImage
+from petseg_runtime.pipeline import Pipeline, Steps
 
 
-class Segmenter:
-    """Reads no file: a photo named bad fails, one named broken breaks the engine."""
-
-    def __init__(self) -> None:
-        self.seen: list[Path] = []
-
-    def __call__(self, source: Path) -> Segmentation:
-        self.seen.append(source)
-        if source.name.startswith("bad"):
-            raise UnreadableImage(f"{source}: damaged")
-        if source.name.startswith("broken"):
-            raise EngineError("out of memory")
-        return Segmentation(np.zeros((4, 6, 3), np.uint8), np.full((4, 6), 255, np.uint8), 0.5, 0.5)
+@dataclass(frozen=True)
+class Photo:
+    image: np.ndarray
 
 
-def items_of(*names: str) -> list[Item]:
-    return [Item(Path(name), PurePath(name)) for name in names]
+def read(source: int) -> Photo:
+    """A photo whose one pixel is the source; odd ones that end in 7 cannot be read."""
+    if source % 10 == 7:
+        raise UnreadableImage(f"{source}: unreadable")
+    return Photo(np.full((1, 1, 3), source % 251, np.uint8))
 
 
-def run(items: list[Item], output: Path) -> tuple[Report, list[Outcome], Segmenter]:
-    segmenter: Any = Segmenter()
-    told: list[Outcome] = []
-    report = segment_photos(items, segmenter, ImageSink(output, "mask", items), told.append)
-    return report, told, segmenter
+def infer(batch: np.ndarray) -> np.ndarray:
+    return batch[..., 0]
 
 
-@given(st.lists(st.booleans(), max_size=8))
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_done_and_failed_add_up_whatever_fails(tmp_path: Path, good: list[bool]) -> None:
-    items = items_of(*(f"{'good' if ok else 'bad'}{i}" for i, ok in enumerate(good)))
-    report, told, _ = run(items, tmp_path)
-    assert report.done == sum(good)
-    assert report.done + len(report.failed) == len(items)
-    assert [outcome.item for outcome in told] == items
-    assert [outcome.failure is None for outcome in told] == good
+def write(source: int, photo: Photo, answer: np.ndarray) -> tuple[int, int]:
+    """The source, and the answer it got."""
+    if source % 10 == 3:
+        raise InputError(f"{source}: unwritable")
+    return source, int(answer[0, 0])
 
 
-def test_an_outcome_has_its_result_and_file_or_its_failure(tmp_path: Path) -> None:
-    _, (good, bad), _ = run(items_of("good", "bad"), tmp_path)
-    assert good.path == tmp_path / "good.png"
-    assert good.path.is_file()
-    assert good.result is not None
-    assert good.result.coverage == 1
-    assert (bad.path, bad.result, bad.failure) == (None, None, "bad: damaged")
+STEPS: Steps[int, tuple[int, int]] = Steps(read, infer, write)
 
 
-def test_failures_are_reported_in_their_own_words_and_leave_no_file(tmp_path: Path) -> None:
-    report, _, _ = run(items_of("bad1", "good", "bad2"), tmp_path)
-    assert report.failed == ["bad1: damaged", "bad2: damaged"]
-    assert [path.name for path in tmp_path.iterdir()] == ["good.png"]
+def threads() -> set[str]:
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith("petseg")}
 
 
-def test_a_problem_known_before_is_counted_without_trying(tmp_path: Path) -> None:
-    items = [Item(Path("secret"), PurePath("secret"), "secret: the folder cannot be listed"), *items_of("good")]
-    report, told, segmenter = run(items, tmp_path)
-    assert report.failed == ["secret: the folder cannot be listed"]
-    assert report.done == 1
-    assert len(told) == 2
-    assert segmenter.seen == [Path("good")]
+@given(st.integers(0, 60), st.integers(1, 3), st.integers(1, 5), st.integers(1, 3))
+@settings(max_examples=25)
+def test_every_source_comes_out_once_in_order_with_its_own_answer(
+    count: int, streams: int, batch: int, workers: int
+) -> None:
+    with Pipeline(STEPS, streams, batch, workers=workers) as pipeline:
+        outcomes = list(pipeline.run(range(count)))
+    assert [outcome.source for outcome in outcomes] == list(range(count))
+    for outcome in outcomes:
+        if outcome.source % 10 == 7:
+            assert str(outcome.error) == f"{outcome.source}: unreadable"
+            assert set(outcome.seconds) == {"read"}
+        elif outcome.source % 10 == 3:
+            assert str(outcome.error) == f"{outcome.source}: unwritable"
+            assert outcome.value is None
+        else:
+            assert outcome.value == (outcome.source, outcome.source % 251)
+            assert outcome.error is None
+            assert list(outcome.seconds) == ["read", "infer", "write"]
+    assert not threads()
 
 
-def test_a_name_too_long_is_a_counted_failure(tmp_path: Path) -> None:
-    report, told, _ = run(items_of("n" * 253, "good"), tmp_path)
-    assert report.done == 1
-    assert len(report.failed) == 1
-    assert "too long" in report.failed[0]
-    assert len(told) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["good.png"]
+def test_it_can_run_twice() -> None:
+    with Pipeline(STEPS, 1, workers=1) as pipeline:
+        assert [outcome.source for outcome in pipeline.run([1, 2])] == [1, 2]
+        assert [outcome.source for outcome in pipeline.run([4])] == [4]
 
 
-def test_a_full_disk_stops_the_run_and_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save, saved = Image.Image.save, 0
+def test_a_slow_photo_does_not_change_the_order() -> None:
+    def slow(source: int) -> Photo:
+        time.sleep(0.05 if source == 0 else 0)
+        return read(source)
 
-    def until_full(self: Image.Image, path: Path, **options: Any) -> None:
-        nonlocal saved
-        saved += 1
-        save(self, path, **options)
-        if saved > 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Image.Image, "save", until_full)
-    told: list[Outcome] = []
-    items = items_of("a", "b", "c", "d", "e")
-    segmenter: Any = Segmenter()
-    with pytest.raises(OutputError, match="No space left"):
-        segment_photos(items, segmenter, ImageSink(tmp_path, "mask", items), told.append)
-    assert [outcome.item.source.name for outcome in told] == ["a", "b"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+    with Pipeline(Steps(slow, infer, write), 2, workers=2) as pipeline:
+        assert [outcome.source for outcome in pipeline.run(range(6))] == list(range(6))
 
 
-def test_a_failing_engine_stops_the_run(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="out of memory"):
-        run(items_of("good", "broken", "never"), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["good.png"]
+def test_no_more_than_the_window_is_taken_ahead_of_what_was_asked_for() -> None:
+    taken = []
+
+    def sources() -> Iterator[int]:
+        for number in range(100):
+            taken.append(number)
+            yield number
+
+    with Pipeline(STEPS, 1, 2, workers=2) as pipeline:
+        results = pipeline.run(sources())
+        for asked in range(1, 20):
+            next(results)
+            assert len(taken) <= pipeline.window + asked - 1
+        assert len(taken) == pipeline.window + 18
 
 
-def test_only_errors_about_a_photo_are_counted_and_never_a_mistake_of_ours(tmp_path: Path) -> None:
-    items = items_of("good")
+def test_batches_are_what_waits_and_no_more_than_allowed() -> None:
+    sizes: list[int] = []
+    began = threading.Event()
 
-    def mistaken(source: Path) -> Segmentation:
-        raise ZeroDivisionError
+    def blocked(batch: np.ndarray) -> np.ndarray:
+        began.wait(10)  # until everything has been read
+        sizes.append(len(batch))
+        return infer(batch)
 
-    segmenter: Any = mistaken
-    with pytest.raises(ZeroDivisionError):
-        segment_photos(items, segmenter, ImageSink(tmp_path, "mask", items), lambda outcome: None)
+    def counted(source: int) -> Photo:
+        if source == 9:  # the last that fits in the window
+            began.set()
+        return read(source)
+
+    with Pipeline(Steps(counted, blocked, write), 1, 4, workers=1) as pipeline:
+        outcomes = list(pipeline.run(range(14)))
+    assert [outcome.source for outcome in outcomes] == list(range(14))
+    assert sum(sizes) == 13  # 7 cannot be read
+    assert max(sizes) == 4
 
 
-def test_no_photos_is_an_empty_report(tmp_path: Path) -> None:
-    report, told, _ = run([], tmp_path)
-    assert (report.done, report.failed, told) == (0, [], [])
+@pytest.mark.parametrize("step", ["read", "infer", "write"])
+def test_any_other_error_ends_the_run_and_all_threads(step: str) -> None:
+    def broken(*_: Any) -> Any:
+        raise EngineError("the engine broke")
+
+    steps = {"read": read, "infer": infer, "write": write, step: broken}
+    with pytest.raises(EngineError, match="broke"), Pipeline(Steps(**steps), 2, workers=2) as pipeline:
+        list(pipeline.run(range(1000)))
+    assert not threads()
 
 
-def test_the_time_is_measured(tmp_path: Path) -> None:
-    report, _, _ = run(items_of("good"), tmp_path)
-    assert report.seconds > 0
+def test_an_error_of_the_sources_ends_the_run() -> None:
+    def sources() -> Iterator[int]:
+        yield 1
+        raise LookupError("no more")
+
+    with pytest.raises(LookupError), Pipeline(STEPS, 1, workers=1) as pipeline:
+        list(pipeline.run(sources()))
+    assert not threads()
+
+
+def test_leaving_early_drops_what_has_not_begun() -> None:
+    written = []
+
+    def slow(source: int, photo: Photo, answer: np.ndarray) -> int:
+        time.sleep(0.01)
+        written.append(source)
+        return source
+
+    with Pipeline(Steps(read, infer, slow), 1, 8, workers=1) as pipeline:
+        next(pipeline.run(range(100)))
+    assert len(written) < pipeline.window
+    assert not threads()

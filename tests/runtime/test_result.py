@@ -1,21 +1,32 @@
-"""A probability map and what is made of it: mask, coverage, cutout, overlay."""
+"""A probability map and what is made of it: mask, pictures, polygons, run lengths, and whether there is a pet."""
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from petseg_runtime.result import Segmentation
+from petseg_runtime.errors import UnreadableImage
+from petseg_runtime.result import Polygon, Segmentation
 
 SHAPES = [(1, 1), (1, 2), (1, 40), (40, 1), (2, 2), (3, 5), (37, 61)]
 GREEN = (0, 200, 83)
 
 open_unit = st.floats(0, 1, exclude_min=True, exclude_max=True)
 maps = arrays.arrays(np.uint8, arrays.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=6))
+# Few values make regions; `maps` rarely has any.
+coarse = arrays.arrays(
+    np.uint8,
+    arrays.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=9),
+    elements=st.sampled_from([0, 90, 140, 255]),
+)
 
 
 def made(probability: np.ndarray, threshold: float = 0.5, cutout_threshold: float = 0.5) -> Segmentation:
@@ -27,6 +38,12 @@ def ellipse(shape: tuple[int, int]) -> np.ndarray:
     """A pet that touches no edge, if there is room for one."""
     y, x = (np.linspace(-1.5, 1.5, n) for n in shape)
     return np.where(y[:, None] ** 2 + x**2 < 1, 255, 0).astype(np.uint8)
+
+
+def blob(seed: int, shape: tuple[int, int] = (60, 80)) -> np.ndarray:
+    """Smooth shapes, some with holes, some cut by the edge, as a model's small map enlarged."""
+    small = np.random.default_rng(seed).integers(0, 256, (5, 6), dtype=np.uint8)
+    return np.array(Image.fromarray(small).resize(shape[::-1], Image.Resampling.BICUBIC))
 
 
 def every_probability(threshold: float = 0.5) -> Segmentation:
@@ -87,11 +104,14 @@ def test_cutout_is_half_transparent_at_its_threshold_with_soft_edges_around(thre
     assert np.count_nonzero((alpha > 0) & (alpha < 255)) > 40
 
 
-def test_cutout_keeps_the_photos_colours() -> None:
+def test_cutout_keeps_the_photos_colours_where_it_shows_them_and_nothing_of_what_is_cut_away() -> None:
     result = made(ellipse((37, 61)))
     cutout = result.cutout()
     assert (cutout.mode, cutout.size) == ("RGBA", (61, 37))
-    np.testing.assert_array_equal(np.array(cutout)[..., :3], result.pixels)
+    shown = np.array(cutout)[..., 3] > 0
+    assert shown.any()
+    assert not shown.all()
+    np.testing.assert_array_equal(np.array(cutout)[..., :3], np.where(shown[..., None], result.pixels, 0))
 
 
 @given(maps, open_unit)
@@ -158,7 +178,8 @@ def test_nothing_made_of_a_result_changes_it() -> None:
     pixels, probability = result.pixels.copy(), result.probability.copy()
     for picture in (result.overlay(), result.cutout(), result.mask_image(), result.probability_image()):
         picture.paste(7, (0, 0, *picture.size))
-    result.mask[:] = False
+    with pytest.raises(ValueError, match="read-only"):
+        result.mask[:] = False
     np.testing.assert_array_equal(result.pixels, pixels)
     np.testing.assert_array_equal(result.probability, probability)
 
@@ -167,3 +188,350 @@ def test_read_only_arrays_will_do() -> None:
     result = made(ellipse((37, 61)))
     result.pixels.flags.writeable = result.probability.flags.writeable = False
     assert result.overlay().size == result.cutout().size == (61, 37)
+
+
+def test_the_mask_is_computed_once() -> None:
+    result = made(ellipse((37, 61)))
+    assert result.mask is result.mask
+
+
+@given(coarse)
+def test_the_box_is_the_smallest_around_the_mask(probability: np.ndarray) -> None:
+    result = made(probability)
+    rows, columns = np.nonzero(result.mask)
+    if len(rows):
+        x, y = columns.min(), rows.min()
+        assert result.box == (x, y, columns.max() - x + 1, rows.max() - y + 1)
+        assert all(type(value) is int for value in result.box)
+    else:
+        assert result.box is None
+
+
+class TestWithoutThePhoto:
+    result = Segmentation(None, ellipse((37, 61)), 0.5, 0.5)
+
+    @pytest.mark.parametrize("picture", ["cutout", "overlay", "on_background"])
+    def test_pictures_of_it_say_why_there_are_none(self, picture: str) -> None:
+        arguments = [(0, 0, 0)] if picture == "on_background" else []
+        with pytest.raises(ValueError, match="decoded for its mask only"):
+            getattr(self.result, picture)(*arguments)
+
+    def test_all_else_is_there(self) -> None:
+        other = made(ellipse((37, 61)))
+        np.testing.assert_array_equal(self.result.mask, other.mask)
+        assert (self.result.box, self.result.coverage, self.result.found) == (other.box, other.coverage, True)
+        assert (self.result.rle(), self.result.coco()) == (other.rle(), other.coco())
+
+
+class TestOnBackground:
+    def test_a_colour_shows_through_as_much_as_the_cutout_is_transparent(self) -> None:
+        result = every_probability()
+        red, green, blue, alpha = np.moveaxis(np.array(result.cutout()).astype(float), -1, 0)
+        expected = [c * alpha / 255 + b * (1 - alpha / 255) for c, b in zip((red, green, blue), GREEN, strict=True)]
+        picture = result.on_background(GREEN)
+        assert (picture.mode, picture.size) == ("RGB", (16, 16))
+        assert np.abs(np.array(picture) - np.dstack(expected)).max() <= 1
+
+    def test_a_picture_is_scaled_to_cover_the_photo_and_cut_on_both_sides_alike(self) -> None:
+        wide = np.zeros((10, 60, 3), np.uint8)
+        wide[:, 20:40] = 200  # a third; twice as high, the photo shows just this
+        result = made(np.zeros((20, 40), np.uint8))
+        seen = np.array(result.on_background(Image.fromarray(wide)))
+        assert seen.shape == (20, 40, 3)
+        assert (seen[:, 4:-4] == 200).all()
+        np.testing.assert_array_equal(seen, seen[:, ::-1])
+
+    def test_a_picture_is_turned_upright_and_its_transparency_laid_over_white(self) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 3  # upside down
+        stored = Image.new("RGBA", (8, 8), (10, 20, 30, 255))
+        stored.paste((0, 0, 0, 0), (0, 0, 8, 4))
+        stored.info["exif"] = exif.tobytes()
+        seen = np.array(made(np.zeros((8, 8), np.uint8)).on_background(stored))
+        assert (seen[:4] == (10, 20, 30)).all()
+        assert (seen[4:] == 255).all()
+
+    def test_a_pet_that_fills_the_photo_hides_it(self) -> None:
+        result = made(np.full((5, 7), 255, np.uint8))
+        np.testing.assert_array_equal(np.array(result.on_background(result.pixels[::-1])), result.pixels)
+
+    def test_a_picture_that_cannot_be_used_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(UnreadableImage, match=re.escape("beach.jpg")):
+            made(ellipse((5, 7))).on_background(tmp_path / "beach.jpg")
+
+
+def rasterised(polygons: list[Polygon], shape: tuple[int, int]) -> np.ndarray:
+    """The pixels whose centres lie in a polygon: a ray to the right crosses an odd number of edges."""
+    y, x = np.mgrid[: shape[0], : shape[1]] + 0.5
+    inside = np.zeros(shape, np.bool_)
+    for ring in (ring for polygon in polygons for ring in (polygon.exterior, *polygon.holes)):
+        for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
+            if y0 != y1:
+                inside ^= ((y0 > y) != (y1 > y)) & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
+    return inside
+
+
+def distances(points: np.ndarray, polygons: list[Polygon]) -> np.ndarray:
+    """How far each point, [n, 2], is from the nearest outline."""
+    nearest = np.full(len(points), np.inf)
+    for ring in (ring for polygon in polygons for ring in (polygon.exterior, *polygon.holes)):
+        for start, end in zip(ring, np.roll(ring, -1, axis=0), strict=True):
+            along = end - start
+            share = ((points - start) @ along / (along @ along or 1)).clip(0, 1)
+            nearest = np.minimum(nearest, np.linalg.norm(points - start - share[:, None] * along, axis=1))
+    return nearest
+
+
+def area(ring: np.ndarray) -> float:
+    x, y = ring.T
+    return float(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1)) / 2)
+
+
+class TestPolygons:
+    @given(maps | coarse, open_unit)
+    def test_rasterised_they_are_the_mask(self, probability: np.ndarray, threshold: float) -> None:
+        result = made(probability, threshold)
+        np.testing.assert_array_equal(rasterised(result.polygons(tolerance=0), probability.shape), result.mask)
+
+    @given(coarse)
+    def test_they_stay_on_the_photo_and_each_is_a_ring_of_distinct_points(self, probability: np.ndarray) -> None:
+        for polygon in made(probability).polygons(0):
+            for ring in (polygon.exterior, *polygon.holes):
+                assert ring.dtype == np.float64
+                assert ring.shape[1:] == (2,)
+                assert (ring >= 0).all()
+                assert (ring <= probability.shape[::-1]).all()
+                assert (ring != np.roll(ring, 1, axis=0)).any(axis=1).all()
+
+    @settings(max_examples=25)
+    @given(st.integers(0, 10**6), st.floats(0.1, 3))
+    def test_thinned_nothing_moves_by_more_than_the_tolerance(self, seed: int, tolerance: float) -> None:
+        result = made(blob(seed))
+        exact, thinned = result.polygons(0), result.polygons(tolerance)
+        assert len(exact) == len(thinned)
+        points = np.concatenate([ring for p in exact for ring in (p.exterior, *p.holes)] or [np.zeros((0, 2))])
+        assert (distances(points, thinned) <= tolerance + 1e-9).all()
+        # What lies between an outline and a chord of it is nearer to the chord than the outline is.
+        rows, columns = np.nonzero(rasterised(thinned, result.mask.shape) != result.mask)
+        assert (distances(np.stack((columns, rows), 1) + 0.5, thinned) <= tolerance + 1e-9).all()
+
+    def test_thinning_leaves_few_points_of_a_round_outline_and_the_corners_of_a_straight_one(self) -> None:
+        result = made(ellipse((200, 300)))
+        (exact,), (thinned,) = result.polygons(0), result.polygons()
+        assert len(thinned.exterior) < len(exact.exterior) / 5
+        assert len(made(np.full((200, 300), 255, np.uint8)).polygons()[0].exterior) <= 5
+
+    def test_a_pixel_covers_from_its_number_to_the_next(self) -> None:
+        probability = np.zeros((4, 6), np.uint8)
+        probability[1:3, 2:5] = 255
+        (polygon,) = made(probability, 0.5).polygons(0)
+        assert np.allclose(polygon.exterior.min(axis=0), (2, 1), atol=0.01)
+        assert np.allclose(polygon.exterior.max(axis=0), (5, 3), atol=0.01)
+
+    def test_outlines_lie_between_pixels_where_the_probability_crosses_the_threshold(self) -> None:
+        ramp = np.tile(np.array([0, 100, 200], np.uint8), (3, 1))
+        (polygon,) = made(ramp, 0.5).polygons(0)  # at 127.5 of 255
+        assert polygon.exterior[:, 0].min() == pytest.approx(1.5 + 0.275, abs=0.01)
+
+    @pytest.mark.parametrize("faint", [128, 255])
+    def test_a_pet_cut_by_the_edge_is_closed_along_it(self, faint: int) -> None:
+        (polygon,) = made(np.full((4, 6), faint, np.uint8)).polygons(0)
+        assert not polygon.holes
+        assert abs(area(polygon.exterior)) == pytest.approx(24, abs=1)  # the corners are cut
+        for edge in ((0, 0), (0, 6), (1, 0), (1, 4)):
+            assert np.count_nonzero(polygon.exterior[:, edge[0]] == edge[1]) >= 2
+
+    def test_holes_belong_to_what_is_around_them_and_turn_the_other_way(self) -> None:
+        probability = np.zeros((30, 60), np.uint8)
+        probability[2:28, 2:28] = 255
+        probability[8:22, 8:22] = 0
+        probability[12:18, 12:18] = 255  # an island in the hole
+        probability[2:28, 40:50] = 255
+        polygons = made(probability).polygons(0)
+        assert sorted(len(polygon.holes) for polygon in polygons) == [0, 0, 1]
+        (ring,) = [polygon for polygon in polygons if polygon.holes]
+        assert area(ring.exterior) * area(ring.holes[0]) < 0
+        assert abs(area(ring.holes[0])) == pytest.approx(14 * 14, abs=2)
+
+    def test_a_single_pixel_survives_any_tolerance(self) -> None:
+        probability = np.zeros((5, 5), np.uint8)
+        probability[2, 3] = 255
+        (polygon,) = made(probability).polygons(tolerance=9)
+        np.testing.assert_array_equal(rasterised([polygon], (5, 5)), probability > 0)
+
+    def test_nothing_has_no_outline(self) -> None:
+        assert made(np.zeros((5, 5), np.uint8)).polygons() == []
+
+
+def decoded(rle: dict[str, object]) -> np.ndarray:
+    """COCO's run-length decoding, number by number, from its definition (``rleFrString`` and ``rleDecode``)."""
+    height, width = rle["size"]
+    counts: list[int] = []
+    characters = iter(rle["counts"])
+    for character in characters:
+        value, shift, bits = 0, 0, ord(character) - 48
+        while True:
+            value |= (bits & 31) << shift
+            shift += 5
+            if not bits & 32:
+                break
+            bits = ord(next(characters)) - 48
+        if bits & 16:
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+    pixels = [value for run, count in enumerate(counts) for value in [run % 2 == 1] * count]
+    return np.array(pixels, np.bool_).reshape(width, height).T
+
+
+class TestRunLengths:
+    @given(coarse, open_unit)
+    def test_decoded_they_are_the_mask(self, probability: np.ndarray, threshold: float) -> None:
+        result = made(probability, threshold)
+        rle = json.loads(json.dumps(result.rle()))
+        np.testing.assert_array_equal(decoded(rle), result.mask)
+
+    def test_a_mask_by_hand(self) -> None:
+        probability = np.array([[0, 255], [255, 255], [0, 0]], np.uint8)
+        # Down the columns 0 1 0 1 1 0: runs of 1, 1, 1, 2, 1. The fourth less the second is 1, the fifth less the
+        # third 0.
+        assert made(probability).rle() == {"size": [3, 2], "counts": "11110"}
+
+    @settings(max_examples=50)
+    @given(st.integers(0, 10**6), open_unit)
+    def test_they_are_those_of_pycocotools(self, seed: int, threshold: float) -> None:
+        coco = pytest.importorskip("pycocotools.mask")
+        result = made(blob(seed, (300, 200)), threshold)
+        theirs = coco.encode(np.asfortranarray(result.mask.astype(np.uint8)))
+        assert result.rle() == {"size": theirs["size"], "counts": theirs["counts"].decode()}
+
+    @pytest.mark.parametrize("fill", [0, 255])
+    def test_long_runs_take_several_characters(self, fill: int) -> None:
+        result = made(np.full((1000, 1100), fill, np.uint8))
+        np.testing.assert_array_equal(decoded(result.rle()), result.mask)
+
+
+class TestCoco:
+    def test_without_holes_it_has_polygons(self) -> None:
+        result = made(ellipse((40, 60)))
+        fields = json.loads(json.dumps(result.coco()))
+        (polygon,) = result.polygons()
+        assert fields["segmentation"] == [polygon.exterior.ravel().tolist()]
+        assert fields["bbox"] == list(result.box)
+        assert (fields["area"], fields["iscrowd"]) == (np.count_nonzero(result.mask), 0)
+
+    def test_a_hole_makes_it_run_lengths(self) -> None:
+        probability = ellipse((40, 60))
+        probability[18:22, 28:32] = 0
+        result = made(probability)
+        assert result.coco()["segmentation"] == result.rle()
+
+    def test_no_pet_is_run_lengths_of_nothing(self) -> None:
+        result = made(np.zeros((4, 5), np.uint8))
+        assert result.coco() == {"segmentation": result.rle(), "bbox": [0, 0, 0, 0], "area": 0, "iscrowd": 0}
+
+    def test_pycocotools_reads_both(self) -> None:
+        coco = pytest.importorskip("pycocotools.mask")
+        for seed in range(8):
+            result = made(blob(seed, (90, 120)))
+            segmentation = result.coco(tolerance=0)["segmentation"]
+            rles = coco.frPyObjects(segmentation, 90, 120) if isinstance(segmentation, list) else [segmentation]
+            merged = coco.merge(rles)
+            seen = decoded({"size": merged["size"], "counts": merged["counts"].decode()})
+            # It draws polygons a little differently: along the outline it may be off by a pixel.
+            assert (seen & result.mask).sum() / (seen | result.mask).sum() > 0.97
+
+
+def without_small_slowly(result: Segmentation, min_area: float) -> np.ndarray:
+    """Flood fill from each pixel that the cutout or the mask shows."""
+    probability = result.probability.copy()
+    shown = result.mask | (np.array(result.cutout())[..., 3] > 0)
+    todo = shown.copy()
+    for seed in np.argwhere(shown).tolist():
+        region, stack = [], [tuple(seed)]
+        while stack:
+            i, j = stack.pop()
+            if 0 <= i < todo.shape[0] and 0 <= j < todo.shape[1] and todo[i, j]:
+                todo[i, j] = False
+                region.append((i, j))
+                stack += [(i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)]
+        if sum(result.mask[pixel] for pixel in region) / probability.size < min_area:
+            for pixel in region:
+                probability[pixel] = 0
+    return probability
+
+
+class TestWithoutSmall:
+    @given(coarse, st.sampled_from([0.05, 0.3, 0.5, 0.9]), st.sampled_from([0.2, 0.45, 0.8]), st.floats(0, 0.9))
+    def test_it_drops_what_a_flood_fill_drops(
+        self, probability: np.ndarray, threshold: float, cutout_threshold: float, min_area: float
+    ) -> None:
+        result = made(probability, threshold, cutout_threshold)
+        cleaned = result.without_small(min_area)
+        np.testing.assert_array_equal(cleaned.probability, without_small_slowly(result, min_area))
+        assert cleaned.pixels is result.pixels
+
+    def test_a_region_goes_with_its_soft_edge_and_from_everything_that_is_made_of_it(self) -> None:
+        probability = np.zeros((40, 60), np.uint8)
+        probability[5:30, 5:30] = 255
+        probability[8:14, 45:55] = 90  # soft edge, and no mask
+        probability[10:12, 48:52] = 255  # 8 pixels of mask
+        result = made(probability, cutout_threshold=0.4)
+        cleaned = result.without_small(0.01)  # 24 pixels
+        assert (len(result.polygons()), len(cleaned.polygons())) == (2, 1)
+        assert cleaned.box == (5, 5, 25, 25)
+        assert np.array(cleaned.cutout())[:, 31:, 3].max() == 0
+        np.testing.assert_array_equal(decoded(cleaned.rle()), cleaned.mask)
+        assert cleaned.probability[:, :31].tolist() == probability[:, :31].tolist()
+
+    def test_the_area_asked_for_is_enough_and_a_pixel_less_is_not(self) -> None:
+        probability = np.zeros((10, 10), np.uint8)
+        probability[0, :5] = 255
+        probability[5, :4] = 255
+        kept = made(probability).without_small(0.05)
+        np.testing.assert_array_equal(np.flatnonzero(kept.mask), np.arange(5))
+
+    def test_corners_do_not_connect_and_long_ways_do(self) -> None:
+        board = np.indices((300, 301)).sum(axis=0) % 2 == 0
+        assert not made(np.where(board, 255, 0).astype(np.uint8)).without_small(1.5 / board.size).mask.any()
+        comb = np.zeros((300, 301), np.uint8)
+        comb[:, ::2] = 255
+        comb[-1] = 255
+        assert made(comb).without_small(0.5).mask.sum() == 300 * 151 + 150
+
+    def test_nothing_to_drop_gives_the_result_itself(self) -> None:
+        result = made(ellipse((37, 61)))
+        assert result.without_small(0.0) is result
+        assert result.without_small(0.01) is result
+
+    @pytest.mark.parametrize("min_area", [-0.1, 1.0, float("nan")])
+    def test_only_a_share_of_the_photo_will_do(self, min_area: float) -> None:
+        with pytest.raises(ValueError, match=f"min_area is {min_area}"):
+            made(ellipse((5, 5))).without_small(min_area)
+
+
+class TestFound:
+    @staticmethod
+    def with_certain(certain: int, likely: int = 100) -> Segmentation:
+        probability = np.zeros(400, np.uint8)
+        probability[:likely] = 160
+        probability[:certain] = 252
+        return made(probability.reshape(20, 20))
+
+    @pytest.mark.parametrize(("certain", "pet"), [(100, True), (25, True), (24, False), (0, False)])
+    def test_a_quarter_of_what_is_likely_must_be_certain(self, certain: int, pet: bool) -> None:
+        assert self.with_certain(certain).found is pet
+
+    def test_its_size_does_not_matter(self) -> None:
+        assert self.with_certain(certain=1, likely=3).found
+
+    def test_no_pet_here(self) -> None:
+        assert not made(np.zeros((20, 20), np.uint8)).found
+
+    def test_where_the_mask_is_empty_there_is_none(self) -> None:
+        result = self.with_certain(100)
+        assert not Segmentation(None, result.probability, 0.995, 0.5).found
+
+    def test_a_pet_that_is_dropped_for_its_size_is_not_found(self) -> None:
+        result = made(ellipse((40, 60)))
+        assert result.found
+        assert not result.without_small(0.9).found

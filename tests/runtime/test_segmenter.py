@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 
 from petseg_runtime import Segmenter, images, sample_photos
 from petseg_runtime.errors import EngineError, ModelError, UnreadableImage
+from petseg_runtime.result import Segmentation
 from petseg_runtime.spec import SPEC_KEY, ModelSpec
 
 H, W = 16, 32
@@ -57,6 +59,10 @@ def pixels() -> np.ndarray:
     """A photo, neither square nor of the model's size, whose channels differ."""
     y, x = np.mgrid[:45, :70]
     return np.dstack((x * 255 // 69, y * 255 // 44, 255 - x * 255 // 69)).astype(np.uint8)
+
+
+def noise(seed: int, height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def half_red(height: int, width: int) -> np.ndarray:
@@ -165,11 +171,184 @@ def test_a_photo_that_cannot_be_read_leaves_the_segmenter_usable(segmenter: Segm
     assert segmenter(half_red(20, 20)).coverage > 0.3
 
 
-def test_threads_may_share_it(segmenter: Segmenter) -> None:
-    photos = [np.full((10 + i, 20, 3), 10 * i, np.uint8) for i in range(24)]
+@pytest.mark.parametrize("streams", [1, 2, 8])
+def test_eight_threads_may_share_it_and_get_what_one_gets(red: Path, streams: int) -> None:
+    photos = [noise(seed, 10 + seed, 40 - seed) for seed in range(24)]
+    with Segmenter(red, threads=8, streams=streams) as segmenter, ThreadPoolExecutor(8) as pool:
+        alone = [segmenter(photo) for photo in photos]
+        kept = [result.probability.copy() for result in alone]
+        for _ in range(3):
+            for photo, one, other in zip(photos, alone, pool.map(segmenter, photos), strict=True):
+                np.testing.assert_array_equal(other.probability, one.probability)
+                np.testing.assert_array_equal(other.pixels, photo)
+    for result, before in zip(alone, kept, strict=True):
+        np.testing.assert_array_equal(result.probability, before)
+
+
+def test_eight_threads_share_the_model_that_ships(embedded: Segmenter) -> None:
+    photos = sample_photos()[:4] * 2
     with ThreadPoolExecutor(8) as pool:
-        for photo, result in zip(photos, pool.map(segmenter, photos), strict=True):
-            np.testing.assert_array_equal(result.probability, photo[..., 0])
+        results = list(pool.map(embedded, photos))
+    for photo, result in zip(photos, results, strict=True):
+        expected = embedded(photo)
+        assert np.abs(result.probability.astype(int) - expected.probability).max() <= 1  # kernels may round otherwise
+
+
+# ---------------------------------------------------------------------------------------------- several photos
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_list_of_photos_gives_a_list_of_results(
+    segmenter: Segmenter, pixels: np.ndarray, tmp_path: Path, kind: Any
+) -> None:
+    path = tmp_path / "photo.png"
+    Image.fromarray(pixels).save(path)
+    photos: list[Any] = [half_red(20, 30), path, path.read_bytes(), Image.fromarray(pixels), noise(1, 9, 8)]
+    results = segmenter(kind(photos))
+    assert isinstance(results, list)
+    assert len(results) == len(photos)
+    for photo, result in zip(photos, results, strict=True):
+        np.testing.assert_array_equal(result.probability, segmenter(photo).probability)
+        np.testing.assert_array_equal(result.pixels, segmenter(photo).pixels)
+
+
+def test_no_photos_give_no_results(segmenter: Segmenter) -> None:
+    assert segmenter([]) == []
+    assert list(segmenter.map([])) == []
+
+
+def test_a_list_with_a_bad_photo_raises_what_is_wrong_with_it(segmenter: Segmenter, tmp_path: Path) -> None:
+    with pytest.raises(UnreadableImage, match=r"missing\.jpg: no such file"):
+        segmenter([half_red(8, 8), tmp_path / "missing.jpg", half_red(8, 8)])
+
+
+def test_a_map_goes_on_after_a_bad_photo_and_keeps_the_order(segmenter: Segmenter, tmp_path: Path) -> None:
+    photos: list[Any] = [noise(seed, 20, 30) for seed in range(20)]
+    photos[3], photos[11] = tmp_path / "missing.jpg", b"no photo"
+    results = list(segmenter.map(iter(photos)))
+    assert len(results) == 20
+    for number, (photo, result) in enumerate(zip(photos, results, strict=True)):
+        if number in (3, 11):
+            assert isinstance(result, UnreadableImage)
+        else:
+            assert isinstance(result, Segmentation)
+            np.testing.assert_array_equal(result.pixels, photo)
+            np.testing.assert_array_equal(result.probability, segmenter(photo).probability)
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+def test_a_map_takes_from_a_generator_as_results_are_taken_from_it(red: Path, streams: int) -> None:
+    taken = []
+
+    def photos() -> Iterator[np.ndarray]:
+        for number in range(1000):
+            taken.append(number)
+            yield np.full((4, 4, 3), number % 256, np.uint8)
+
+    with Segmenter(red, threads=streams, streams=streams) as segmenter:
+        results = segmenter.map(photos())
+        assert taken == []
+        for number in range(20):
+            result = next(results)
+            assert isinstance(result, Segmentation)
+            assert (result.probability == number).all()
+            assert len(taken) <= number + 8 * streams, "memory is bounded"
+        results.close()  # type: ignore[attr-defined]
+    assert len(taken) < 20 + 8 * streams
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("petseg")]
+
+
+def test_an_error_of_the_engine_ends_a_map(red: Path) -> None:
+    segmenter = Segmenter(red, threads=1)
+    segmenter.close()
+    with pytest.raises(EngineError, match="closed"):
+        list(segmenter.map([half_red(8, 8)] * 50))
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("petseg")]
+
+
+# ------------------------------------------------------------------------------------------- step by step
+
+
+def test_its_steps_one_by_one_are_a_call(segmenter: Segmenter, pixels: np.ndarray) -> None:
+    prepared = segmenter.prepare(pixels)
+    assert (prepared.image.shape, prepared.image.dtype) == ((H, W, 3), np.uint8)
+    assert (prepared.height, prepared.width, prepared.notes) == (45, 70, ())
+    answer = segmenter.infer(np.stack([prepared.image] * 3))
+    assert (answer.shape, answer.dtype) == ((3, H, W), np.uint8)
+    result = segmenter.finish(prepared, answer[2])
+    np.testing.assert_array_equal(result.probability, segmenter(pixels).probability)
+    np.testing.assert_array_equal(result.pixels, pixels)
+
+
+def agreement(one: np.ndarray, two: np.ndarray) -> float:
+    """Intersection over union."""
+    return float((one & two).sum() / (one | two).sum())
+
+
+@pytest.mark.parametrize("larger", [1, 4])
+def test_a_photo_read_for_its_mask_only_has_the_same_mask(embedded: Segmenter, tmp_path: Path, larger: int) -> None:
+    shares = []
+    for path in sample_photos():
+        if path.name == "coffee.jpg":  # no pet: what the model makes of it is decided by next to nothing
+            continue
+        photo = tmp_path / path.name
+        with Image.open(path) as image:
+            image.resize((image.width * larger, image.height * larger)).save(photo, quality=90)
+            size = (image.height * larger, image.width * larger)
+        prepared = embedded.prepare(photo, mask_only=True)
+        assert prepared.pixels is None
+        assert (prepared.height, prepared.width) == size
+        quick = embedded.finish(prepared, embedded.infer(prepared.image[None])[0])
+        full = embedded(photo)
+        assert quick.mask.shape == full.mask.shape == size
+        shares.append(agreement(quick.mask, full.mask))
+    assert min(shares) >= 0.995
+
+
+# ------------------------------------------------------------------------------------------------ small regions
+
+
+def spotted() -> np.ndarray:
+    """A large red square, and a small one of 4 of 2048 pixels."""
+    photo = np.zeros((32, 64, 3), np.uint8)
+    photo[4:28, 4:36, 0] = 255
+    photo[10:12, 50:52, 0] = 255
+    return photo
+
+
+def test_regions_smaller_than_asked_for_are_dropped(free: Path) -> None:
+    for min_area, kept in ((0.0, True), (4 / 2048, True), (5 / 2048, False), (0.9, False)):
+        with Segmenter(free, threads=1, size=(32, 64), min_area=min_area) as segmenter:
+            (mapped,) = segmenter([spotted()])
+            result = segmenter(spotted())
+        np.testing.assert_array_equal(mapped.probability, result.probability)
+        assert result.mask[10:12, 50:52].all() == kept
+        assert result.mask[4:28, 4:36].all() == (min_area < 0.5)
+        assert np.count_nonzero(result.mask) == 24 * 32 * (min_area < 0.5) + 4 * kept
+
+
+@pytest.mark.parametrize("value", [-0.1, 1, 1.5, float("nan")])
+def test_an_area_outside_its_bounds_is_refused(red: Path, value: float) -> None:
+    with pytest.raises(ModelError, match=rf"^min_area is {value}"):
+        Segmenter(red, min_area=value)
+
+
+# --------------------------------------------------------------------------------------- engine and device
+
+
+def test_the_engine_and_the_device_are_those_asked_for(red: Path) -> None:
+    with Segmenter(red, backend="onnxruntime", device="cpu", threads=3, streams=2) as segmenter:
+        info = segmenter.describe()
+    assert (info.name, info.device, info.threads, info.streams) == ("onnxruntime", "cpu", 3, 2)
+
+
+def test_a_device_that_is_not_there_is_never_another_one(red: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("petseg_runtime.host.gpus", lambda: ())
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(EngineError):
+            Segmenter(red, device=device)
+    with pytest.raises(EngineError, match="there is no device 'tpu'"):
+        Segmenter(red, device="tpu")
 
 
 def test_it_closes_with_its_context(red: Path) -> None:
@@ -256,6 +435,9 @@ def test_a_compiled_model_is_a_model_too(
     toy: Callable[..., Any], ir: Callable[..., Any], tmp_path: Path, pixels: np.ndarray
 ) -> None:
     onnx_file = toy(tmp_path / "toy.onnx")
-    with Segmenter(onnx_file.path, threads=1) as one, Segmenter(ir(onnx_file).path, threads=1) as two:
-        assert (one.describe().name, two.describe().name) == ("onnxruntime", "openvino")
+    with (
+        Segmenter(onnx_file.path, backend="onnxruntime", threads=1) as one,
+        Segmenter(ir(onnx_file).path, threads=1) as two,
+    ):
+        assert two.describe().name == "openvino"
         np.testing.assert_array_equal(one(pixels).probability, two(pixels).probability)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import io
+import json
 import os
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from petseg_runtime.errors import InputError, OutputError
 from petseg_runtime.result import Segmentation
-from petseg_runtime.sinks import KINDS, ImageSink
-from petseg_runtime.sources import Item
+from petseg_runtime.sinks import KINDS, CocoSink, ImageSink, Picture, StreamSink, check_looks, picture
+from petseg_runtime.sources import STDIN, Item
 
 ITEM = Item(Path("photos/cat.jpg"), PurePath("cat"))
 
@@ -42,58 +47,175 @@ def fail_halfway(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     monkeypatch.setattr(Image.Image, "save", save)
 
 
+def hollow() -> Segmentation:
+    """A ring: a pet with a hole."""
+    y, x = np.mgrid[:40, :50]
+    radius = np.hypot(y - 20, x - 25)
+    return Segmentation(None, np.where((radius < 15) & (radius > 6), 255, 0).astype(np.uint8), 0.5, 0.3)
+
+
+def blob(seed: int, height: int = 160, width: int = 240) -> Segmentation:
+    """An ellipse somewhere."""
+    rng = np.random.default_rng(seed)
+    (cy, cx), (ry, rx) = rng.uniform(0.3, 0.7, 2) * (height, width), rng.uniform(0.1, 0.3, 2) * (height, width)
+    y, x = np.mgrid[:height, :width]
+    inside = ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2
+    return Segmentation(None, (255 * np.clip(1.5 - inside, 0, 1)).astype(np.uint8), 0.5, 0.3)
+
+
+PICTURES = [(kind, form) for kind, entry in KINDS.items() for form in entry.formats]
+MODES = {"mask": "L", "probability": "L", "cutout": "RGBA", "overlay": "RGB", "background": "RGB"}
+#: These are data, and written without loss in every format.
+EXACT = {"mask", "probability"}
+
+
+def looks(kind: str, form: str | None = None) -> Picture:
+    return picture(kind, form, "#102030" if kind == "background" else None)
+
+
+@pytest.mark.parametrize(("kind", "form"), PICTURES)
+def test_each_kind_in_each_format_decodes_to_what_it_is(
+    tmp_path: Path, result: Segmentation, kind: str, form: str
+) -> None:
+    out, wanted = tmp_path / "out", looks(kind, form)
+    sink = ImageSink(out, wanted, [ITEM])
+    path = sink.write(ITEM, result).path
+    assert path == sink.path_of(ITEM) == out / f"cat.{form}"
+    assert tree(out) == [f"cat.{form}"]
+    rendered = wanted.render(result)
+    assert rendered.mode == MODES[kind]
+    with Image.open(path) as saved:
+        assert (saved.format, saved.size) == ({"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[form], (30, 20))
+        assert saved.mode == (MODES[kind] if form != "webp" or kind == "cutout" else "RGB")  # WebP knows no grey
+        written = np.array(saved.convert(MODES[kind])).astype(int)
+    expected = np.array(rendered).astype(int)
+    if form == "png" or kind in EXACT:
+        np.testing.assert_array_equal(written, expected)
+    elif kind == "cutout":
+        np.testing.assert_array_equal(written[..., 3], expected[..., 3])
+        assert np.abs(written - expected)[expected[..., 3] > 0].mean() < 10
+    else:
+        assert np.abs(written - expected).mean() < 10
+
+
+@given(data=st.data())
+@settings(max_examples=20)
+def test_masks_and_probabilities_are_exact_in_every_format(data: st.DataObject) -> None:
+    height, width, seed = (data.draw(st.integers(1, 40)) for _ in range(3))
+    probability = np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8)
+    noise = Segmentation(None, probability, 0.5, 0.3)
+    for kind in EXACT:
+        expected = noise.mask * np.uint8(255) if kind == "mask" else probability
+        for form in KINDS[kind].formats:
+            stream = io.BytesIO()
+            picture(kind, form).save(noise, stream)
+            with Image.open(stream) as saved:
+                np.testing.assert_array_equal(np.array(saved.convert("L")), expected)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, entry in KINDS.items() if entry.formats])
+def test_the_usual_format_is_jpeg_only_where_nothing_is_transparent_or_exact(kind: str) -> None:
+    assert looks(kind).format == ("jpg" if kind in {"overlay", "background"} else "png")
+
+
+def test_only_the_kinds_with_the_photo_in_them_need_it(result: Segmentation) -> None:
+    bare = dataclasses.replace(result, pixels=None)
+    for kind, entry in KINDS.items():
+        if entry.formats and not entry.needs_photo:
+            looks(kind).render(bare)
+        elif entry.formats:
+            with pytest.raises(ValueError, match="mask only"):
+                looks(kind).render(bare)
+
+
+# ------------------------------------------------------------------------------------ what does not go together
+
+
 @pytest.mark.parametrize(
-    ("kind", "file", "mode"),
+    ("kind", "form"),
+    [(kind, form) for kind, entry in KINDS.items() for form in ("png", "jpg", "webp") if form not in entry.formats],
+)
+def test_a_format_that_cannot_hold_a_kind_is_refused_with_those_that_can(kind: str, form: str) -> None:
+    able = ", ".join(KINDS[kind].formats) or "JSON only"
+    with pytest.raises(OutputError, match=f"^a {kind} is not written as {form}; it can be: {able}$"):
+        check_looks(kind, form, "white" if kind == "background" else None)
+
+
+def test_a_transparent_cutout_is_never_a_jpeg() -> None:
+    with pytest.raises(OutputError, match="a cutout is not written as jpg; it can be: png, webp"):
+        picture("cutout", "jpg")
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_background_and_its_kind_belong_together(kind: str) -> None:
+    with pytest.raises(OutputError, match=r"--background .* and --as background belong together"):
+        check_looks(kind, background=None if kind == "background" else "white")
+
+
+# --------------------------------------------------------------------------------------------- backgrounds
+
+
+@pytest.mark.parametrize(
+    ("text", "colour"),
     [
-        ("mask", "cat.png", "L"),
-        ("probability", "cat.png", "L"),
-        ("cutout", "cat.png", "RGBA"),
-        ("overlay", "cat.jpg", "RGB"),
+        ("white", (255, 255, 255)),
+        ("#00ff00", (0, 255, 0)),
+        ("#0f08", (0, 255, 0)),
+        ("hsl(240, 100%, 50%)", (0, 0, 255)),
     ],
 )
-def test_each_kind_is_written_as_what_it_is(
-    tmp_path: Path, result: Segmentation, kind: str, file: str, mode: str
-) -> None:
-    out = tmp_path / "out"
-    path = ImageSink(out, kind, [ITEM]).write(ITEM, result)
-    assert path == out / file
-    assert tree(out) == [file]
-    expected = np.array(KINDS[kind].render(result)).astype(int)
-    with Image.open(path) as picture:
-        assert (picture.mode, picture.size) == (mode, (30, 20))
-        written = np.array(picture).astype(int)
-    if kind == "overlay":
-        assert np.abs(written - expected).mean() < 10  # JPEG
-    else:
-        np.testing.assert_array_equal(written, expected)
+def test_a_background_may_be_a_colour(result: Segmentation, text: str, colour: tuple[int, int, int]) -> None:
+    pixels = np.array(picture("background", "png", text).render(result))
+    assert pixels.shape == (20, 30, 3)
+    assert (pixels[0, 0] == colour).all()
+    assert (pixels[10, 12] == 90).all()  # the pet
 
 
-def test_every_kind_is_covered_above() -> None:
-    assert set(KINDS) == {"mask", "probability", "cutout", "overlay"}
+def test_a_background_may_be_a_picture_that_is_made_to_fit(tmp_path: Path, result: Segmentation) -> None:
+    beach = tmp_path / "beach.png"
+    halves = np.zeros((50, 40, 3), np.uint8)
+    halves[:, :20, 0] = halves[:, 20:, 2] = 200
+    Image.fromarray(halves).save(beach)
+    pixels = np.array(picture("background", "png", str(beach)).render(result))
+    assert pixels.shape == (20, 30, 3)
+    assert (pixels[0, 0] == (200, 0, 0)).all()
+    assert (pixels[0, -1] == (0, 0, 200)).all()
+    assert (pixels[10, 12] == 90).all()
+
+
+def test_a_background_that_is_neither_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"background 'chartruse': neither a colour \(white, #00ff00\) nor a file"):
+        picture("background", None, "chartruse")
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(InputError, match=r"notes\.txt: not an image"):
+        picture("background", None, str(tmp_path / "notes.txt"))
+
+
+# ------------------------------------------------------------------------------------------------- folders
 
 
 def test_results_lie_in_folders_like_the_photos_own(tmp_path: Path, result: Segmentation) -> None:
     item = Item(Path("cat.jpg"), PurePath("a/b/cat"))
-    assert ImageSink(tmp_path, "mask", [item]).write(item, result) == tmp_path / "a" / "b" / "cat.png"
+    assert ImageSink(tmp_path, picture("mask"), [item]).write(item, result).path == tmp_path / "a" / "b" / "cat.png"
     assert (tmp_path / "a" / "b" / "cat.png").is_file()
 
 
 def test_dots_in_a_name_are_kept(tmp_path: Path) -> None:
-    sink = ImageSink(tmp_path, "mask", [])
+    sink = ImageSink(tmp_path, picture("mask"), [])
     for name in ("cat.v2", "cat.jpg", "cat.", "1.5"):
         assert sink.path_of(Item(Path("x.jpg"), PurePath(name))) == tmp_path / f"{name}.png"
 
 
 def test_making_a_sink_leaves_an_empty_folder_and_no_probe(tmp_path: Path) -> None:
-    ImageSink(tmp_path / "new" / "out", "mask", [ITEM])
+    ImageSink(tmp_path / "new" / "out", picture("mask"), [ITEM])
     assert tree(tmp_path) == ["new", "new/out"]
 
 
 def test_an_earlier_result_is_replaced(tmp_path: Path, result: Segmentation) -> None:
     (tmp_path / "cat.png").write_bytes(b"old")
-    ImageSink(tmp_path, "mask", [ITEM]).write(ITEM, result)
-    with Image.open(tmp_path / "cat.png") as picture:
-        assert picture.size == (30, 20)
+    ImageSink(tmp_path, picture("mask"), [ITEM]).write(ITEM, result)
+    with Image.open(tmp_path / "cat.png") as saved:
+        assert saved.size == (30, 20)
     assert tree(tmp_path) == ["cat.png"]
 
 
@@ -107,7 +229,7 @@ def photos(folder: Path, *names: str) -> list[Item]:
 def test_a_result_that_would_replace_its_photo_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     items = photos(tmp_path / "in", "a.jpg", "b.png")
     with pytest.raises(OutputError, match=r"b\.png.* would replace a photo"):
-        ImageSink(tmp_path / "in", "cutout", items)
+        ImageSink(tmp_path / "in", picture("cutout"), items)
     assert tree(tmp_path) == ["in", "in/a.jpg", "in/b.png"]
     assert (tmp_path / "in" / "b.png").read_bytes() == b"a photo"
 
@@ -116,35 +238,35 @@ def test_a_result_that_would_replace_another_ones_photo_is_refused(tmp_path: Pat
     one = photos(tmp_path / "one", "cat.jpg")
     two = photos(tmp_path / "two", "cat.png")
     with pytest.raises(OutputError, match="would replace a photo"):
-        ImageSink(tmp_path / "two", "mask", [*one, Item(two[0].source, PurePath("dog"))])
+        ImageSink(tmp_path / "two", picture("mask"), [*one, Item(two[0].source, PurePath("dog"))])
 
 
 def test_a_photo_is_safe_also_when_it_is_reached_through_a_link(tmp_path: Path) -> None:
     items = photos(tmp_path / "in", "a.png")
     (tmp_path / "link").symlink_to(tmp_path / "in")
     with pytest.raises(OutputError, match="would replace a photo"):
-        ImageSink(tmp_path / "link", "mask", items)
+        ImageSink(tmp_path / "link", picture("mask"), items)
     linked = [Item(tmp_path / "link" / "a.png", PurePath("a"))]
     with pytest.raises(OutputError, match="would replace a photo"):
-        ImageSink(tmp_path / "in", "mask", linked)
+        ImageSink(tmp_path / "in", picture("mask"), linked)
 
 
 def test_the_photos_own_folder_will_do_where_nothing_is_replaced(tmp_path: Path, result: Segmentation) -> None:
     items = photos(tmp_path, "a.jpg")
-    assert ImageSink(tmp_path, "mask", items).write(items[0], result) == tmp_path / "a.png"
+    assert ImageSink(tmp_path, picture("mask"), items).write(items[0], result).path == tmp_path / "a.png"
     assert (tmp_path / "a.jpg").read_bytes() == b"a photo"
 
 
 def test_a_loop_of_links_among_the_photos_does_not_stop_the_others(tmp_path: Path) -> None:
     loop = tmp_path / "loop.jpg"
     loop.symlink_to(loop)
-    ImageSink(tmp_path / "out", "mask", [Item(loop, PurePath("loop"))])
+    ImageSink(tmp_path / "out", picture("mask"), [Item(loop, PurePath("loop"))])
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"precious")
     with pytest.raises(OutputError, match="choose another --output") as caught:
-        ImageSink(tmp_path / "file", "mask", [ITEM])
+        ImageSink(tmp_path / "file", picture("mask"), [ITEM])
     assert str(tmp_path / "file") in str(caught.value)
     assert (tmp_path / "file").read_bytes() == b"precious"
 
@@ -154,7 +276,7 @@ def test_an_output_that_cannot_be_made_is_refused(tmp_path: Path, below: str) ->
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(OutputError, match="cannot be written to"):
-        ImageSink(tmp_path / below, "mask", [ITEM])
+        ImageSink(tmp_path / below, picture("mask"), [ITEM])
     assert tree(tmp_path) == ["file", "loop"]
 
 
@@ -163,17 +285,17 @@ def test_a_read_only_output_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(OutputError, match="Permission denied"):
-            ImageSink(tmp_path, "mask", [ITEM])
+            ImageSink(tmp_path, picture("mask"), [ITEM])
     finally:
         tmp_path.chmod(0o700)
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", [kind for kind, entry in KINDS.items() if entry.formats])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS], ids=errno.errorcode.get)
 def test_a_full_disk_is_an_output_error_and_leaves_nothing_half_written(
     tmp_path: Path, result: Segmentation, monkeypatch: pytest.MonkeyPatch, kind: str, code: int
 ) -> None:
-    sink = ImageSink(tmp_path, kind, [ITEM])
+    sink = ImageSink(tmp_path, looks(kind), [ITEM])
     fail_halfway(monkeypatch, code)
     with pytest.raises(OutputError) as caught:
         sink.write(ITEM, result)
@@ -185,7 +307,7 @@ def test_a_full_disk_is_an_output_error_and_leaves_nothing_half_written(
 def test_a_full_disk_leaves_an_earlier_result_as_it_was(
     tmp_path: Path, result: Segmentation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sink = ImageSink(tmp_path, "mask", [ITEM])
+    sink = ImageSink(tmp_path, picture("mask"), [ITEM])
     (tmp_path / "cat.png").write_bytes(b"earlier")
     fail_halfway(monkeypatch, errno.ENOSPC)
     with pytest.raises(OutputError):
@@ -197,7 +319,7 @@ def test_a_full_disk_leaves_an_earlier_result_as_it_was(
 def test_another_failure_concerns_this_photo_alone(
     tmp_path: Path, result: Segmentation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sink = ImageSink(tmp_path, "mask", [ITEM])
+    sink = ImageSink(tmp_path, picture("mask"), [ITEM])
     fail_halfway(monkeypatch, errno.EIO)
     with pytest.raises(InputError) as caught:
         sink.write(ITEM, result)
@@ -207,10 +329,12 @@ def test_another_failure_concerns_this_photo_alone(
 
 def test_a_name_too_long_for_the_file_system_concerns_this_photo_alone(tmp_path: Path, result: Segmentation) -> None:
     fits, long = (Item(Path("x.jpg"), PurePath("n" * length)) for length in (251, 252))
-    sink = ImageSink(tmp_path, "mask", [fits, long])
+    sink = ImageSink(tmp_path, picture("mask"), [fits, long])
     with pytest.raises(InputError, match="too long"):
         sink.write(long, result)
-    assert sink.write(fits, result).is_file()
+    path = sink.write(fits, result).path
+    assert path is not None
+    assert path.is_file()
     assert tree(tmp_path) == ["n" * 251 + ".png"]
 
 
@@ -219,7 +343,7 @@ def test_a_result_whose_place_is_taken_by_a_folder_concerns_this_photo_alone(
 ) -> None:
     (tmp_path / "cat.png").mkdir()
     with pytest.raises(InputError, match=r"cat\.png"):
-        ImageSink(tmp_path, "mask", [ITEM]).write(ITEM, result)
+        ImageSink(tmp_path, picture("mask"), [ITEM]).write(ITEM, result)
     assert tree(tmp_path) == ["cat.png"]
 
 
@@ -228,7 +352,7 @@ def test_a_file_beside_the_photos_is_not_replaced(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     before = (tmp_path / "cat.jpg").read_bytes()
     with pytest.raises(OutputError, match="beside the photos"):
-        ImageSink(tmp_path, "overlay", [Item(tmp_path / "cat.png", PurePath("cat"))])
+        ImageSink(tmp_path, picture("overlay"), [Item(tmp_path / "cat.png", PurePath("cat"))])
     assert (tmp_path / "cat.jpg").read_bytes() == before
 
 
@@ -236,4 +360,158 @@ def test_an_earlier_runs_results_are_replaced_elsewhere(tmp_path: Path) -> None:
     items = [Item(tmp_path / "cat.png", PurePath("cat"))]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "cat.jpg").write_bytes(b"old")
-    ImageSink(tmp_path / "out", "overlay", items)
+    ImageSink(tmp_path / "out", picture("overlay"), items)
+
+
+def test_what_lies_beside_the_photos_is_a_resumed_runs_own(tmp_path: Path, result: Segmentation) -> None:
+    items = photos(tmp_path, "cat.png")
+    (tmp_path / "cat.jpg").write_bytes(b"by the run that was stopped")
+    sink = ImageSink(tmp_path, picture("overlay"), items, resume=True)
+    sink.write(items[0], result)
+    with Image.open(tmp_path / "cat.jpg") as written:
+        assert written.size == (30, 20)
+
+
+@pytest.mark.parametrize(("form", "limit"), [("jpg", 65_500), ("webp", 16_383)])
+def test_a_picture_that_is_too_large_for_its_format_concerns_this_photo_alone(
+    tmp_path: Path, form: str, limit: int
+) -> None:
+    wide = Segmentation(np.zeros((1, limit + 1, 3), np.uint8), np.zeros((1, limit + 1), np.uint8), 0.5, 0.3)
+    with pytest.raises(InputError, match=r"photos/cat\.jpg: its result .* cannot be written"):
+        ImageSink(tmp_path, picture("overlay", form), [ITEM]).write(ITEM, wide)
+    with pytest.raises(InputError, match=r"photos/cat\.jpg: its result cannot be written"):
+        StreamSink(io.BytesIO(), picture("overlay", form)).write(ITEM, wide)
+    assert tree(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------- a stream
+
+
+@pytest.mark.parametrize(("kind", "form"), PICTURES)
+def test_a_stream_gets_the_bytes_that_a_file_would(tmp_path: Path, result: Segmentation, kind: str, form: str) -> None:
+    stream = io.BytesIO()
+    sink = StreamSink(stream, looks(kind, form))
+    written = sink.write(Item(STDIN, PurePath("stdin"), data=b""), result)
+    assert (written.path, written.value, sink.path_of(ITEM), sink.finish([])) == (None, None, None, None)
+    path = ImageSink(tmp_path, looks(kind, form), [ITEM]).write(ITEM, result).path
+    assert path is not None
+    assert stream.getvalue() == path.read_bytes()
+
+
+def test_a_stream_that_is_full_is_an_output_error(result: Segmentation) -> None:
+    said = r"standard output cannot be written to \(No space left on device\)"
+    with Path("/dev/full").open("wb", buffering=0) as full, pytest.raises(OutputError, match=said):
+        StreamSink(full, picture("mask")).write(ITEM, result)
+
+
+def test_a_reader_of_the_stream_that_has_gone_away_is_no_error_of_ours(result: Segmentation) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb", buffering=0) as stream, pytest.raises(BrokenPipeError):
+        StreamSink(stream, picture("mask")).write(ITEM, result)
+
+
+# ------------------------------------------------------------------------------------------------- COCO
+
+
+def items_of(count: int) -> list[Item]:
+    return [Item(Path(f"photos/{index}.jpg"), PurePath(str(index))) for index in range(count)]
+
+
+def coco(folder: Path, kind: str, results: list[Segmentation]) -> dict[str, Any]:
+    """The file that a sink makes of results."""
+    sink = CocoSink(folder, kind)
+    values = []
+    for item, result in zip(items_of(len(results)), results, strict=True):
+        written = sink.write(item, result)
+        assert written.path is None
+        assert written.value is not None
+        values.append((item, json.loads(json.dumps(written.value))))  # as it comes back from a journal
+    path = sink.finish(values)
+    assert path == folder / "annotations.json"
+    assert tree(folder) == ["annotations.json"]
+    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return loaded
+
+
+def empty() -> Segmentation:
+    return Segmentation(None, np.zeros((7, 9), np.uint8), 0.5, 0.3)
+
+
+@pytest.mark.parametrize("kind", ["coco-polygons", "coco-rle"])
+def test_a_coco_file_has_every_photo_and_an_annotation_for_each_with_a_pet(tmp_path: Path, kind: str) -> None:
+    results = [blob(0), empty(), blob(1, 33, 44), hollow()]
+    file = coco(tmp_path, kind, results)
+    assert set(file) == {"images", "annotations", "categories"}
+    assert file["images"] == [
+        {"id": 1, "file_name": "photos/0.jpg", "height": 160, "width": 240},
+        {"id": 2, "file_name": "photos/1.jpg", "height": 7, "width": 9},
+        {"id": 3, "file_name": "photos/2.jpg", "height": 33, "width": 44},
+        {"id": 4, "file_name": "photos/3.jpg", "height": 40, "width": 50},
+    ]
+    assert file["categories"] == [{"id": 1, "name": "pet", "supercategory": "animal"}]
+    annotations = file["annotations"]
+    assert [(a["id"], a["image_id"], a["category_id"]) for a in annotations] == [(1, 1, 1), (2, 3, 1), (3, 4, 1)]
+    for annotation, result in zip(annotations, (results[0], results[2], results[3]), strict=True):
+        assert annotation["area"] == np.count_nonzero(result.mask)
+        assert annotation["bbox"] == list(result.box or ())
+        assert annotation["iscrowd"] == 0
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools with numpy 2
+@pytest.mark.parametrize("kind", ["coco-polygons", "coco-rle"])
+def test_cocos_own_tools_read_the_masks_back(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tools = pytest.importorskip("pycocotools.coco")
+    results = [*(blob(seed) for seed in range(8)), hollow()]
+    coco(tmp_path, kind, results)
+    read = tools.COCO(tmp_path / "annotations.json")
+    for number, result in enumerate(results, start=1):
+        (annotation,) = read.loadAnns(read.getAnnIds(imgIds=[number]))
+        is_rle = isinstance(annotation["segmentation"], dict)
+        assert is_rle is (kind == "coco-rle" or number == len(results))  # of the two, only RLE knows holes
+        mask = read.annToMask(annotation).astype(bool)
+        assert mask.shape == result.mask.shape
+        if is_rle:
+            np.testing.assert_array_equal(mask, result.mask)
+        else:
+            assert (mask & result.mask).sum() / (mask | result.mask).sum() > 0.95
+    assert "index created" in capsys.readouterr().out  # it reports on stdout
+
+
+def test_run_lengths_are_exact_by_a_decoder_of_our_own(tmp_path: Path) -> None:
+    results = [*(blob(seed) for seed in range(5)), hollow()]
+    for annotation, result in zip(coco(tmp_path, "coco-rle", results)["annotations"], results, strict=True):
+        height, width = annotation["segmentation"]["size"]
+        runs: list[int] = []
+        value = shift = 0
+        for byte in annotation["segmentation"]["counts"].encode():
+            value |= ((byte - 48) & 0x1F) << shift
+            shift += 5
+            if not (byte - 48) & 0x20:
+                if (byte - 48) & 0x10:
+                    value -= 1 << shift
+                runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+                value = shift = 0
+        flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+        np.testing.assert_array_equal(flat.reshape(width, height).T, result.mask)
+
+
+def test_a_coco_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coco(tmp_path, "coco-rle", [blob(0)])
+    before = (tmp_path / "annotations.json").read_bytes()
+
+    def replace(self: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    sink = CocoSink(tmp_path, "coco-rle")
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(OutputError, match=r"annotations\.json: cannot be written \(No space left on device\)"):
+        sink.finish([])
+    assert tree(tmp_path) == ["annotations.json"]
+    assert (tmp_path / "annotations.json").read_bytes() == before
+
+
+def test_a_coco_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"cannot be written to .*; choose another --output"):
+        CocoSink(tmp_path / "file", "coco-rle")

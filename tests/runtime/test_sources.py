@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 import tempfile
 from pathlib import Path, PurePath
 from typing import Any
@@ -11,7 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petseg_runtime.sources import IMAGE_SUFFIXES, Item, find_photos
+from petseg_runtime import sources
+from petseg_runtime.errors import InputError
+from petseg_runtime.sources import IMAGE_SUFFIXES, STDIN, Item, find_photos
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -218,6 +222,130 @@ def test_an_output_that_is_a_loop_of_links_does_not_stop_the_search(tmp_path: Pa
 
 def test_an_empty_folder_gives_nothing(tmp_path: Path) -> None:
     assert find_photos([tmp_path]) == []
+
+
+# ------------------------------------------------------------------------------------------------ patterns
+
+
+def test_a_pattern_finds_what_fits_and_keeps_the_structure_below_its_fixed_part(tmp_path: Path) -> None:
+    touch(tmp_path, "photos/top.jpg", "photos/a/one.jpg", "photos/a/b/two.jpg", "photos/a/one.png", "elsewhere.jpg")
+    items = find_photos([tmp_path / "photos" / "**" / "*.jpg"])
+    assert {item.source: str(item.name) for item in items} == {
+        tmp_path / "photos" / "top.jpg": "top",
+        tmp_path / "photos" / "a" / "one.jpg": "a/one",
+        tmp_path / "photos" / "a" / "b" / "two.jpg": "a/b/two",
+    }
+    assert all(item.problem is None for item in items)
+    assert items == sorted(items, key=lambda item: item.source)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("*.jpg", ["1", "2"]),
+        ("?.*", ["1.jpg", "1.png", "2"]),
+        ("[13].jpg", ["1"]),
+        ("a*/*.jpg", ["a/3", "ab/4"]),
+        ("a/*", ["3"]),
+        ("**/3.jpg", ["a/3"]),
+    ],
+)
+def test_patterns_are_a_shells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, found: list[str]) -> None:
+    touch(tmp_path, "1.jpg", "2.jpg", "1.png", "a/3.jpg", "ab/4.jpg", ".hidden.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert names(find_photos([Path(pattern)])) == found
+    assert names(find_photos([tmp_path / pattern])) == found
+
+
+def test_a_folder_that_fits_a_pattern_is_searched_and_each_photo_is_taken_once(tmp_path: Path) -> None:
+    touch(tmp_path, "2023/1.jpg", "2023/deep/2.jpg", "2023/notes.txt", "2024/1.jpg")
+    assert names(find_photos([tmp_path / "20*"])) == ["2023/1", "2023/deep/2", "2024/1"]
+    everything = find_photos([tmp_path / "2023" / "**"])  # the folders, and what is in them
+    assert sorted(item.source.name for item in everything) == ["1.jpg", "2.jpg", "notes.txt"]
+
+
+def test_a_pattern_that_nothing_fits_is_a_problem_that_is_counted(tmp_path: Path) -> None:
+    touch(tmp_path, "cat.jpg")
+    first, second, cat = find_photos([tmp_path / "*.png", tmp_path / "none" / "**" / "*.jpg", tmp_path / "cat.jpg"])
+    assert first.problem == f"{tmp_path / '*.png'}: no file fits this pattern"
+    assert second.problem == f"{tmp_path / 'none' / '**' / '*.jpg'}: no file fits this pattern"
+    assert cat == Item(tmp_path / "cat.jpg", PurePath("cat"))
+
+
+def test_a_file_or_folder_whose_name_looks_like_a_pattern_is_taken_as_it_is(tmp_path: Path) -> None:
+    touch(tmp_path, "cat[1].jpg", "cat1.jpg", "what?.jpg", "album [2024]/dog.jpg")
+    (tmp_path / "lost*.jpg").symlink_to("nowhere")
+    assert names(find_photos([tmp_path / "cat[1].jpg", tmp_path / "what?.jpg"])) == ["cat[1]", "what?"]
+    assert names(find_photos([tmp_path / "album [2024]"])) == ["dog"]
+    assert names(find_photos([tmp_path / "cat[[]1].jpg"])) == ["cat[1]"]
+    assert find_photos([tmp_path / "lost*.jpg"]) == [Item(tmp_path / "lost*.jpg", PurePath("lost*"))]
+
+
+@pytest.mark.parametrize("pattern", ["**/*.jpg", "**", "*", "*/*.jpg", "o*/*.jpg"])
+def test_the_output_is_passed_over_by_a_pattern_too(tmp_path: Path, pattern: str) -> None:
+    """Else a second run would segment the results of the first."""
+    touch(tmp_path, "in/cat.jpg", "in/out/cat.jpg", "in/out/deep/cat.jpg", "in/other/dog.jpg")
+    found = find_photos([tmp_path / "in" / pattern], tmp_path / "in" / "out")
+    assert found
+    assert not any("out" in item.source.parts for item in found)
+
+
+def test_an_output_that_a_pattern_names_is_searched(tmp_path: Path) -> None:
+    touch(tmp_path, "out/cat.jpg", "out/deep/cat.jpg")
+    assert names(find_photos([tmp_path / "out" / "*.jpg"], tmp_path / "out")) == ["cat"]
+    assert names(find_photos([tmp_path / "out" / "deep" / "*"], tmp_path / "out")) == ["cat"]
+
+
+def test_an_unreadable_folder_below_a_pattern_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a/1.jpg", "secret/2.jpg")
+    deny(monkeypatch, tmp_path / "secret")
+    found, problem = find_photos([tmp_path / "*"])
+    assert found.source == tmp_path / "a" / "1.jpg"
+    assert str(problem.problem) == f"{tmp_path / 'secret'}: the folder cannot be listed (Permission denied)"
+
+
+# ------------------------------------------------------------------------------------------ standard input
+
+
+def give(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    """Put bytes on standard input."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+def test_a_dash_is_what_comes_on_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "cat.jpg")
+    give(monkeypatch, b"\xff\xd8 encoded")
+    assert find_photos([tmp_path / "cat.jpg", STDIN]) == [
+        Item(tmp_path / "cat.jpg", PurePath("cat")),
+        Item(STDIN, PurePath("stdin"), data=b"\xff\xd8 encoded"),
+    ]
+
+
+def test_standard_input_is_read_only_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "cat.jpg")
+    monkeypatch.setattr(sys, "stdin", None)
+    assert names(find_photos([tmp_path])) == ["cat"]
+
+
+def test_a_second_dash_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    give(monkeypatch, b"one")
+    with pytest.raises(InputError, match=r"standard input .* once only"):
+        find_photos([STDIN, STDIN])
+
+
+def test_of_standard_input_no_more_is_read_than_shows_that_it_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_BYTES", 10)
+    give(monkeypatch, b"x" * 1000)
+    (item,) = find_photos([STDIN])
+    assert item.data == b"x" * 11
+
+
+def test_a_file_that_is_called_like_standard_input_keeps_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "stdin.jpg")
+    give(monkeypatch, b"one")
+    assert len(set(names(find_photos([tmp_path / "stdin.jpg", STDIN])))) == 2
 
 
 # Few stems and suffixes, so that they collide; ß and ss are one without case.

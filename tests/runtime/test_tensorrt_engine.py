@@ -6,6 +6,7 @@ is leaked, freed twice, used after it was freed or used on the wrong device is w
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import functools
 import gc
@@ -26,7 +27,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from petseg_runtime.engines.tensorrt import TensorRTEngine
+from petseg_runtime import cache, host
+from petseg_runtime.artifact import Artifact
+from petseg_runtime.engines import tensorrt, tensorrt_build
+from petseg_runtime.engines.base import Device, EngineOptions
+from petseg_runtime.engines.tensorrt import TensorRTEngine, load, load_rtx
+from petseg_runtime.engines.tensorrt_library import logger_of
 from petseg_runtime.errors import EngineError, EngineMissing, ModelError
 from petseg_runtime.spec import ModelSpec
 
@@ -679,8 +685,9 @@ def test_an_engine_says_what_is_really_running(library: str, tmp_path: Path) -> 
         assert engine.spec is SPEC
     assert (info.name, info.version, info.device) == (NAMES[library], VERSION, "cuda:1")
     assert (info.precision, info.threads) == ("tf32", 0)
-    graph = "CUDA graph left to the library" if library == "tensorrt_rtx" else "CUDA graph"
-    assert info.provider == f"NVIDIA Toy, {graph}"
+    rtx = "CUDA graph left to the library, kernels compiled"
+    assert info.provider == f"NVIDIA Toy, {rtx if library == 'tensorrt_rtx' else 'CUDA graph'}"
+    assert (info.batch, info.notes) == (4, ())
 
 
 # -------------------------------------------------------------------------------------------------------- CUDA graphs
@@ -736,47 +743,272 @@ def test_tensorrt_for_rtx_makes_its_own(fakes: None, tmp_path: Path, world: Worl
 # ------------------------------------------------------------------------------------------------- the cache of kernels
 
 
+def kernels() -> list[Any]:
+    """What the stand-in for TensorRT for RTX has compiled, as it lies in the cache."""
+    (entry,) = (entry for entry in cache.entries() if entry.path.suffix == ".kernels")
+    return list(json.loads(entry.path.read_bytes()))
+
+
 def test_kernels_are_kept_as_soon_as_they_are_compiled_and_used_again(fakes: None, tmp_path: Path) -> None:
-    cache = tmp_path / "cache" / "kernels.bin"
-    with open_engine(tmp_path, "tensorrt_rtx", cache=cache) as engine:
+    with open_engine(tmp_path, "tensorrt_rtx") as engine:
         assert engine.describe().provider.endswith(", kernels compiled")
-        assert json.loads(cache.read_bytes()) == [[1, H, W, 3]]
+        assert kernels() == [[1, H, W, 3]]
         engine.run(photos(3))
-    assert json.loads(cache.read_bytes()) == [[1, H, W, 3], [3, H, W, 3]]
-    before = cache.stat()
-    with open_engine(tmp_path, "tensorrt_rtx", cache=cache) as engine:
+    assert kernels() == [[1, H, W, 3], [3, H, W, 3]]
+    (entry,) = cache.entries()
+    before = entry.path.stat()
+    with open_engine(tmp_path, "tensorrt_rtx") as engine:
         assert engine.describe().provider.endswith(", kernels from the cache")
         engine.run(photos(3))
-    assert cache.stat() == before  # nothing new, nothing written
-    assert [path.name for path in cache.parent.iterdir()] == ["kernels.bin"]
+    assert entry.path.stat() == before  # nothing new, nothing written
+    assert len(cache.entries()) == 1
 
 
-def test_a_cache_that_does_not_fit_is_said_and_replaced(fakes: None, tmp_path: Path) -> None:
-    cache = tmp_path / "kernels.bin"
-    cache.write_bytes(b"of another driver")
-    with open_engine(tmp_path, "tensorrt_rtx", cache=cache) as engine:
-        assert engine.describe().provider.endswith(", kernels compiled again (the cache does not fit)")
-    assert json.loads(cache.read_bytes()) == [[1, H, W, 3]]
+def test_kernels_belong_to_an_engine_a_version_a_gpu_and_a_driver(
+    fakes: None, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count() -> int:
+        open_engine(
+            tmp_path, "tensorrt_rtx", made, environment={"version": "10", "compute_capability": "portable"}
+        ).close()
+        return len(cache.entries())
+
+    made = content()
+    assert [count(), count()] == [1, 1]
+    made = content((1, H, W, 3), (5, H, W, 3))
+    assert count() == 2
+    world.driver = 13010
+    assert count() == 3
+    world.capability = (12, 0)
+    assert count() == 4
+    monkeypatch.setattr(sys.modules["tensorrt_rtx"], "__version__", "10.14.1")
+    assert [count(), count()] == [5, 5]
+    keys = [entry.key for entry in cache.entries()]
+    assert {key.name for key in keys if key} == {"toy"}
 
 
-def test_a_cache_that_cannot_be_read_or_kept_costs_nothing_but_time_and_is_said(fakes: None, tmp_path: Path) -> None:
-    cache = tmp_path / "folder"
-    cache.mkdir()
-    with open_engine(tmp_path, "tensorrt_rtx", cache=cache) as engine:
+def test_kernels_that_the_library_refuses_are_said_and_replaced(fakes: None, tmp_path: Path) -> None:
+    open_engine(tmp_path, "tensorrt_rtx").close()
+    (entry,) = cache.entries()
+    assert entry.key
+    cache.Slot(entry.key, "kernels").write(b"of another driver")
+    with open_engine(tmp_path, "tensorrt_rtx") as engine:
+        note = "kernels compiled again: the library refuses those in the cache"
+        assert engine.describe().provider.endswith(f", {note}")
+    assert kernels() == [[1, H, W, 3]]
+
+
+def test_kernels_that_were_changed_never_reach_the_library(fakes: None, tmp_path: Path) -> None:
+    open_engine(tmp_path, "tensorrt_rtx").close()
+    (entry,) = cache.entries()
+    entry.path.write_text("[[2, 16, 32, 3]]")
+    with open_engine(tmp_path, "tensorrt_rtx") as engine:
+        assert engine.describe().provider.endswith(", kernels compiled again: the cached file's SHA-256 differs")
+    assert kernels() == [[1, H, W, 3]]
+
+
+def test_a_cache_that_cannot_be_used_costs_nothing_but_time_and_is_said(fakes: None, tmp_path: Path) -> None:
+    folder = cache.cache_folder()
+    assert folder
+    folder.parent.mkdir(parents=True)
+    folder.touch()
+    with open_engine(tmp_path, "tensorrt_rtx") as engine:
         provider = engine.describe().provider
-        assert "kernels compiled (their cache cannot be read: Is a directory)" in provider
-        assert "which cannot be kept (Is a directory)" in provider
+        assert provider.endswith(", kernels compiled, which cannot be kept (File exists)")
         np.testing.assert_array_equal(engine.run(photos(2)), photos(2)[..., 0])
         engine.run(photos(3))
     assert engine.describe().provider == provider
-    assert list(cache.iterdir()) == []
 
 
-def test_tensorrt_has_no_use_for_a_cache(fakes: None, tmp_path: Path) -> None:
-    cache = tmp_path / "kernels.bin"
-    with open_engine(tmp_path, "tensorrt", cache=cache) as engine:
+def test_without_a_cache_kernels_are_not_kept(
+    fakes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World
+) -> None:
+    monkeypatch.setenv(cache.VARIABLE, "")
+    with open_engine(tmp_path, "tensorrt_rtx") as engine:
+        assert engine.describe().provider == "NVIDIA Toy, CUDA graph left to the library"
+    assert "create_runtime_cache" not in world.calls
+
+
+def test_tensorrt_has_no_kernels_to_keep(fakes: None, tmp_path: Path) -> None:
+    with open_engine(tmp_path, "tensorrt") as engine:
         assert engine.describe().provider == "NVIDIA Toy, CUDA graph"
-    assert not cache.exists()
+    assert cache.entries() == []
+
+
+# ------------------------------------------------------------------------------------------------- compiling ONNX files
+
+
+class Factory:
+    """Stands in for the builder: writes down what it is asked for, and gives engines of the stand-in library."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.engine = json.dumps(content()).encode()
+
+    def build(self, graph: bytes, profile: Any, **asked: Any) -> tensorrt_build.Built:
+        trt = sys.modules[asked["library"].module]
+        asked["activate"]()
+        self.asked.append({"graph": graph, "profile": profile, "current": Stand.world.local.device, **asked})
+        capability = list(asked["compute_capabilities"]) or "8.9"
+        return tensorrt_build.Built(
+            engine=self.engine,
+            environment={
+                "library": asked["library"].module,
+                "version": trt.__version__,
+                "compute_capability": capability,
+            },
+            description={},
+            messages=("a warning of the library",),
+        )
+
+
+@pytest.fixture
+def factory(fakes: None, monkeypatch: pytest.MonkeyPatch) -> Factory:
+    factory = Factory()
+    monkeypatch.setattr(tensorrt_build, "build", factory.build)
+    for name in LIBRARIES:  # as far as the builder's place for its timings wants them
+        vars(sys.modules[name]).update(Builder=None, OnnxParser=None)
+    gpu = host.Gpu(index=0, name="NVIDIA Toy", compute_capability="8.9", memory=2**33, driver="CUDA 13.0")
+    monkeypatch.setattr(host, "gpus", lambda: (gpu, dataclasses.replace(gpu, index=1)))
+    return factory
+
+
+def opened(artifact: Artifact, library: str, **options: Any) -> TensorRTEngine:
+    asked = EngineOptions(**{"device": Device("cuda"), "notes": ("passed over",), **options})
+    return (load if library == "tensorrt" else load_rtx)(artifact, asked)
+
+
+TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
+
+
+def test_an_onnx_file_is_compiled_once_for_the_gpu_that_is_asked_for(
+    library: str, factory: Factory, toy: Callable[..., Artifact], tmp_path: Path, world: World
+) -> None:
+    artifact = toy(tmp_path / "toy.onnx")
+    with opened(artifact, library, device=Device("cuda", 1)) as engine:
+        np.testing.assert_array_equal(engine.run(photos(6)), photos(6)[..., 0])
+        info = engine.describe()
+    assert (info.name, info.device, info.precision, info.batch) == (NAMES[library], "cuda:1", "f32", 4)
+    passed, note, message = info.notes
+    assert (passed, message) == ("passed over", "a warning of the library")
+    assert re.fullmatch(rf"{TITLES[library]}: compiled in \d+\.\d s", note)
+    (asked,) = factory.asked
+    assert asked["graph"] == artifact.path.read_bytes()
+    assert asked["profile"].maximum == (8, H, W, 3)
+    assert (asked["device"], asked["current"]) == (1, 1)
+    assert asked["compute_capabilities"] == (("8.9",) if library == "tensorrt_rtx" else ())
+    assert (asked["timing_cache"] is None) == (library == "tensorrt_rtx")
+    with opened(artifact, library, device=Device("cuda", 1)) as engine:
+        np.testing.assert_array_equal(engine.run(photos(2)), photos(2)[..., 0])
+        assert engine.describe().notes == ("passed over",)
+    assert len(factory.asked) == 1
+
+
+def test_another_gpu_driver_version_or_model_is_compiled_for_itself(
+    library: str,
+    factory: Factory,
+    toy: Callable[..., Artifact],
+    tmp_path: Path,
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def compilations(artifact: Artifact) -> tuple[int, str]:
+        with opened(artifact, library) as engine:
+            notes = engine.describe().notes
+        return len(factory.asked), " ".join(notes[1:2])
+
+    artifact = toy(tmp_path / "toy.onnx")
+    assert compilations(artifact)[0] == 1
+    assert compilations(toy(tmp_path / "other.onnx", channel=1))[0] == 2
+    world.driver = 13010
+    count, note = compilations(artifact)
+    assert (count, note.partition(" s: ")[2]) == (3, "driver CUDA 13.1 instead of CUDA 13.0")
+    assert "compiled again in" in note
+    monkeypatch.setattr(sys.modules[library], "__version__", "10.14.1")
+    count, note = compilations(artifact)
+    assert (count, note.partition(" s: ")[2]) == (4, f"{NAMES[library]} 10.14.1 instead of {VERSION}")
+    assert compilations(artifact) == (4, "")
+
+
+def test_a_cached_engine_that_the_library_refuses_is_compiled_again(
+    library: str, factory: Factory, toy: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    artifact = toy(tmp_path / "toy.onnx")
+    good, factory.engine = factory.engine, b"of no use"
+    for _ in range(2):  # what is refused when it is new is not built a second time
+        with pytest.raises(EngineError, match=r"toy\.onnx: TensorRT.* cannot load it \(Serialization assertion"):
+            opened(artifact, library)
+        factory.engine = b"of no use either" if len(factory.asked) == 1 else good
+    assert len(factory.asked) == 2
+    with opened(artifact, library) as engine:
+        np.testing.assert_array_equal(engine.run(photos(2)), photos(2)[..., 0])
+        note = engine.describe().notes[1]
+    assert re.search(r"compiled again in .* s: .*toy\.onnx: TensorRT.* cannot load it \(Serialization", note)
+    with opened(artifact, library) as engine:
+        assert engine.describe().notes == ("passed over",)
+    assert len(factory.asked) == 3
+
+
+def test_without_its_gpu_nothing_is_compiled(
+    library: str, factory: Factory, toy: Callable[..., Artifact], tmp_path: Path, world: World
+) -> None:
+    artifact = toy(tmp_path / "toy.onnx")
+    with pytest.raises(EngineError, match=r"there is no GPU cuda:5; CUDA finds 2"):
+        opened(artifact, library, device=Device("cuda", 5))
+    world.devices = 0
+    with pytest.raises(EngineError, match="no NVIDIA GPU can be used"):
+        opened(artifact, library)
+    assert factory.asked == []
+
+
+def test_a_file_that_changes_while_it_is_loaded_is_not_compiled_under_a_wrong_name(
+    library: str, factory: Factory, toy: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    artifact = toy(tmp_path / "toy.onnx")
+    toy(tmp_path / "toy.onnx", channel=2)
+    with pytest.raises(ModelError, match=r"toy\.onnx: changed while it was loaded"):
+        opened(artifact, library)
+    artifact.path.unlink()
+    with pytest.raises(ModelError, match=r"toy\.onnx: cannot be read \(No such file"):
+        opened(artifact, library)
+    assert (factory.asked, cache.entries()) == ([], [])
+
+
+def test_a_compiled_file_is_loaded_as_it_is(library: str, factory: Factory, tmp_path: Path) -> None:
+    path = tmp_path / "toy.engine"
+    path.write_text(json.dumps(content()))
+    environment = {"library": library, "version": VERSION, "compute_capability": "8.9"}
+    artifact = Artifact(path, "trt", SPEC, {}, {}, "", 0, None, environment)
+    with opened(artifact, library) as engine:
+        assert engine.describe().notes == ("passed over",)
+    assert factory.asked == []
+
+
+@pytest.mark.tensorrt
+def test_the_builder_of_tensorrt_for_rtx_and_the_cache_fit_together(
+    fakes: None, toy: Callable[..., Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is real but the GPU: the engine is built for what it says it is, and what is loaded are the bytes kept."""
+    monkeypatch.delitem(sys.modules, "tensorrt_rtx")
+    trt = real("tensorrt_rtx")
+    loaded: list[bytes] = []
+
+    def refuse(self: Any, data: bytes) -> None:
+        loaded.append(data)
+        raise EngineError("far enough")
+
+    monkeypatch.setattr(tensorrt.TensorRTEngine, "_load", refuse)
+    artifact = toy(tmp_path / "float.onnx", nodes=red_in_float())
+    for _ in range(2):
+        with pytest.raises(EngineError, match="far enough"):
+            opened(artifact, "tensorrt_rtx")
+    (entry,) = cache.entries()
+    assert loaded == [entry.path.read_bytes()] * 2
+    assert entry.key
+    assert (entry.key.version, entry.key.device) == (trt.__version__, "NVIDIA Toy, compute capability 8.9")
+    assert entry.environment["compute_capability"] == ["8.9"]
+    assert entry.environment["profile"]["maximum"] == [8, H, W, 3]
+    assert entry.key.settings["profile"] == entry.environment["profile"]
 
 
 # ------------------------------------------------------------------------------------------------------------ freeing
@@ -784,7 +1016,7 @@ def test_tensorrt_has_no_use_for_a_cache(fakes: None, tmp_path: Path) -> None:
 
 def scenario(folder: Path, library: str) -> None:
     """Everything an engine does, once."""
-    with open_engine(folder, library, cache=folder / "kernels.bin") as engine:
+    with open_engine(folder, library) as engine:
         for count in (1, 3, 3, 6):
             np.testing.assert_array_equal(engine.run(photos(count)), photos(count)[..., 0])
         engine.describe()
@@ -804,7 +1036,7 @@ def test_whatever_fails_it_is_an_error_of_ours_and_all_is_freed(
         world = World()
         world.fail_at, world.raises = index, raises
         monkeypatch.setattr(Stand, "world", world)
-        (tmp_path / "kernels.bin").unlink(missing_ok=True)
+        cache.clear()
         try:
             scenario(tmp_path, library)
         except EngineError as error:
@@ -961,7 +1193,7 @@ def test_what_is_not_installed_is_named_with_its_extra(
         with pytest.raises(EngineMissing, match="cuda-bindings is not installed"):
             open_engine(tmp_path, library)
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(EngineMissing, match=rf"TensorRT.* is not installed: pip install 'petseg\[{extra}\]'"):
+    with pytest.raises(EngineMissing, match=rf"^{NAMES[library]} is not installed: pip install 'petseg\[{extra}\]'"):
         open_engine(tmp_path, library)
 
 
@@ -1130,19 +1362,24 @@ def test_the_properties_of_a_real_gpu_have_the_fields_that_are_used() -> None:
     assert (type(properties.name), type(properties.major), type(properties.minor)) == (bytes, int, int)
 
 
+def red_in_float() -> list[Any]:
+    """The nodes of a graph that returns the red channel; TensorRT takes uint8 only to cast it."""
+    onnx = real("onnx")
+    node = onnx.helper.make_node
+    return [
+        node("Cast", ["image"], ["float"], to=onnx.TensorProto.FLOAT),
+        node("Gather", ["float", "index"], ["red"], axis=3),
+        node("Cast", ["red"], ["probability"], to=onnx.TensorProto.UINT8),
+    ]
+
+
 def build(library: str, path: Path) -> Any:
     """A real engine that returns the red channel of 1 to 4 photos."""
     trt, onnx = real(library), real("onnx")
-    node, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
-    u8, f32 = onnx.TensorProto.UINT8, onnx.TensorProto.FLOAT
-    nodes = [
-        node("Cast", ["image"], ["float"], to=f32),
-        node("Gather", ["float", "index"], ["red"], axis=3),
-        node("Cast", ["red"], ["probability"], to=u8),
-    ]
+    value, u8 = onnx.helper.make_tensor_value_info, onnx.TensorProto.UINT8
     index = onnx.helper.make_tensor("index", onnx.TensorProto.INT64, [], [0])
     image, probability = value("image", u8, ["N", H, W, 3]), value("probability", u8, ["N", H, W])
-    graph = onnx.helper.make_graph(nodes, "toy", [image], [probability], [index])
+    graph = onnx.helper.make_graph(red_in_float(), "toy", [image], [probability], [index])
     model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 20)])
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
@@ -1174,15 +1411,13 @@ def test_without_a_gpu_the_real_library_is_an_error_that_says_so(library: str, t
 @pytest.mark.tensorrt
 def test_the_real_library_logs_to_us_and_gives_its_memory_as_bytes(tmp_path: Path) -> None:
     # What can be had of the real one without a GPU: its logger, a refused file, and the memory of a built engine.
-    from petseg_runtime.engines.tensorrt import _logger_of
-
     trt = build("tensorrt_rtx", tmp_path / "toy.engine")
     assert (tmp_path / "toy.engine").stat().st_size > 1000
-    logger = _logger_of(trt)
+    logger = logger_of(trt.ILogger)
     logger.heard.clear()
     assert trt.Runtime(logger).deserialize_cuda_engine(b"garbage" * 100) is None
     assert any("Serialization" in message and "\n" not in message for message in logger.heard)
-    assert _logger_of(trt) is logger
+    assert logger_of(trt.ILogger) is logger
 
 
 @pytest.mark.gpu
@@ -1190,11 +1425,11 @@ def test_the_real_library_logs_to_us_and_gives_its_memory_as_bytes(tmp_path: Pat
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.skipif(not has_gpu(), reason="no NVIDIA GPU")
 def test_a_real_engine_on_a_real_gpu(library: str, tmp_path: Path) -> None:
-    path, cache = tmp_path / "toy.engine", tmp_path / "kernels.bin"
+    path = tmp_path / "toy.engine"
     trt = build(library, path)
     environment = {"library": library, "version": trt.__version__, "compute_capability": "portable"}
     for _ in range(2):
-        with TensorRTEngine(path, SPEC, environment, precision="f32", cache=cache) as engine:
+        with TensorRTEngine(path, SPEC, environment, precision="f32") as engine:
             for count in (1, 1, 3, 3, 9):
                 np.testing.assert_array_equal(engine.run(photos(count)), photos(count)[..., 0])
             with ThreadPoolExecutor(4) as pool:
@@ -1202,7 +1437,7 @@ def test_a_real_engine_on_a_real_gpu(library: str, tmp_path: Path) -> None:
                     np.testing.assert_array_equal(result, photos(2)[..., 0])
             provider = engine.describe().provider
             assert "no CUDA graph" not in provider
-    assert ("kernels from the cache" in provider) == cache.exists() == (library == "tensorrt_rtx")
+    assert ("kernels from the cache" in provider) == bool(cache.entries()) == (library == "tensorrt_rtx")
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(EngineError, match="cannot load it"):
         TensorRTEngine(path, SPEC, environment, precision="f32")

@@ -98,6 +98,7 @@ def _plain(value: Any) -> str:
 @click.command()
 @click.argument("file", type=PATH, required=False)
 @click.option("--backend", default="auto", show_default=True, help="The engine that runs it.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, intel-gpu; never another one.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--proof", type=PATH, help="Photos and the checkpoint's answers.  [default: FILE.parity.npz]")
 @click.option("--output", type=PATH, help="Where the result goes.  [default: FILE.verified.json]")
@@ -106,6 +107,7 @@ def _plain(value: Any) -> str:
 def verify(
     file: Path | None,
     backend: str,
+    device: str,
     threads: int | None,
     proof: Path | None,
     output: Path | None,
@@ -124,7 +126,7 @@ def verify(
     place = output or (sidecar_of(artifact.path) if file else None)
     if place and place.exists() and any(place.samefile(part) for part in parts_of(artifact, proof) if part.exists()):
         raise OutputError(f"{place}: belongs to the model, which is not written to: give another file with --output")
-    receipt = verify_artifact(artifact, backend, threads, proof)
+    receipt = verify_artifact(artifact, backend, threads, proof, device)
     if as_json:
         click.echo(json.dumps(receipt.as_dict(), indent=2))
     elif not quiet:

@@ -56,7 +56,9 @@ class Device:
         """
         kind, colon, index = text.partition(":")
         if kind not in DEVICES or (colon and (kind == "cpu" or not (index.isascii() and index.isdecimal()))):
-            raise EngineError(f"there is no device {text!r}; there are: auto, cpu, cuda, cuda:N, intel-gpu, intel-gpu:N")
+            raise EngineError(
+                f"there is no device {text!r}; there are: auto, cpu, cuda, cuda:N, intel-gpu, intel-gpu:N"
+            )
         return cls(kind, int(index or 0))
 
 
@@ -70,6 +72,8 @@ class EngineOptions:
             are threads for the most photos a second.
         exact: Compute in float32 where the graph says so, even where the engine knows something faster (bf16, TF32).
         device: What to compute on.
+        cuda_graph: Launch the network as one CUDA graph, where the engine can (TensorRT); off only to measure it.
+        tell: Told, in a few words, before something that takes long (a compilation).
         notes: What was decided on the way to this engine, for :attr:`EngineInfo.notes`.
     """
 
@@ -77,6 +81,8 @@ class EngineOptions:
     streams: int = 1
     exact: bool = False
     device: Device = Device()
+    cuda_graph: bool = True
+    tell: Callable[[str], None] | None = None
     notes: tuple[str, ...] = ()
 
 

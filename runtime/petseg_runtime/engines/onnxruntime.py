@@ -233,13 +233,14 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
 
     Raises:
         EngineMissing: This ONNX Runtime was built without CUDA.
-        EngineError: It does not start on that GPU; says what may be wrong.
+        EngineError: It does not start on that GPU, or two packages of ONNX Runtime are in each other's way; says what
+            may be wrong.
     """
     if _CUDA not in onnxruntime.get_available_providers():
         both = [name for name in _PACKAGES if _installed(name)]
         remedy = f"pip uninstall {' '.join(both)}, then pip install 'petseg[gpu]'"
         if len(both) == 2:
-            raise EngineMissing(f"onnxruntime and onnxruntime-gpu are both installed and break each other: {remedy}")
+            raise EngineError(f"onnxruntime and onnxruntime-gpu are both installed and break each other: {remedy}")
         raise EngineMissing(f"the onnxruntime that is installed has no CUDA: {remedy}")
     said = io.StringIO()
     with contextlib.redirect_stdout(said):  # it prints what it cannot find

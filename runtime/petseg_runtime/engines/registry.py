@@ -87,8 +87,8 @@ class Choice:
 
 
 #: What ``auto`` takes: the first of these that runs the file, is installed, and works. Where a device or an engine is
-#: asked for, only its lines are left. In the order of speed, as far as we could measure it: OpenVINO is twice as fast as
-#: ONNX Runtime on a CPU that it computes on in less than float32, and slower elsewhere.
+#: asked for, only its lines are left. In the order of speed, as far as we could measure it: OpenVINO is twice as fast
+#: as ONNX Runtime on a CPU that it computes on in less than float32, and slower elsewhere.
 RULE: Final = (
     Choice("tensorrt", "cuda"),
     Choice("tensorrt-rtx", "cuda"),
@@ -113,6 +113,8 @@ def load_engine(
     device: str = "auto",
     streams: int = 1,
     exact: bool = False,
+    cuda_graph: bool = True,
+    tell: Callable[[str], None] | None = None,
 ) -> Engine:
     """Load a model in an engine, by the rule above.
 
@@ -124,6 +126,8 @@ def load_engine(
             is not there is an error, never another one.
         streams: See :class:`EngineOptions`.
         exact: Compute in float32 where the graph says so, even where the engine knows something faster.
+        cuda_graph: See :class:`EngineOptions`.
+        tell: See :class:`EngineOptions`.
 
     Raises:
         EngineMissing: Not installed; the message says what to install.
@@ -137,7 +141,13 @@ def load_engine(
     for choice in _choices(artifact, backend, wanted):
         notes = tuple(str(error) for error in passed if not isinstance(error, EngineMissing))
         options = EngineOptions(
-            threads=threads, streams=streams, exact=exact, device=wanted or Device(choice.kind), notes=notes
+            threads=threads,
+            streams=streams,
+            exact=exact,
+            device=wanted or Device(choice.kind),
+            cuda_graph=cuda_graph,
+            tell=tell,
+            notes=notes,
         )
         try:
             if choice.gain is None or _function(choice, choice.gain)(artifact.spec, options):
@@ -145,7 +155,7 @@ def load_engine(
                 return engine
         except EngineError as error:
             passed.append(error)
-    raise _failure(artifact, backend, passed)
+    raise _failure(artifact, backend, wanted, passed)
 
 
 def _choices(artifact: Artifact, backend: str, wanted: Device | None) -> list[Choice]:
@@ -195,14 +205,20 @@ def _function(choice: Choice, where: str) -> Callable[..., Any]:
     return function
 
 
-def _failure(artifact: Artifact, backend: str, passed: Sequence[EngineError]) -> EngineError:
+def _failure(artifact: Artifact, backend: str, wanted: Device | None, passed: Sequence[EngineError]) -> EngineError:
     """One error of all that was tried."""
+    if backend == "auto" and wanted and wanted.kind == "cuda" and not host.nvidia_gpus():
+        # What the engines lack is beside the point.
+        return EngineError(
+            f"{wanted} cannot be had: this machine shows no NVIDIA GPU: install its driver, or use --device cpu"
+        )
     reasons = list(dict.fromkeys(map(str, passed)))
     if len(reasons) == 1:
         return passed[0]
-    if all(isinstance(error, EngineMissing) for error in passed):
+    if not all(isinstance(error, EngineMissing) for error in passed):
+        return EngineError("; ".join(reasons))
+    if backend == "auto" and not wanted:
         able = [entry for entry in ENGINES.values() if artifact.format in entry.formats]
-        if backend == "auto":
-            extras = ", ".join(f"pip install 'petseg[{entry.extra}]'" for entry in able)
-            return EngineMissing(f"no inference engine for {artifact.format} files is installed: {extras}")
-    return EngineError("; ".join(reasons))
+        extras = ", ".join(f"pip install 'petseg[{entry.extra}]'" for entry in able)
+        return EngineMissing(f"no inference engine for {artifact.format} files is installed: {extras}")
+    return EngineMissing("; ".join(reasons))

@@ -1,66 +1,52 @@
 """TensorRT and TensorRT for RTX: a serialized engine on the NVIDIA GPU that it was built for.
 
+Of an ONNX file, the engine is compiled when it is first loaded on a GPU, and kept (:mod:`petseg_runtime.cache`): for
+batches of 1 to 8 photos if the file takes any, and for sizes up to twice its own if it takes any. TensorRT needs
+minutes for that, on a small board many. TensorRT for RTX takes a second, for the one kind of GPU that is here.
+
 Built from the two libraries' and CUDA's documentation, and tested against stand-ins for them: never run on a GPU by us.
 
 The two libraries have one API as far as it is used here. What differs: TensorRT for RTX compiles its kernels when the
-engine is loaded, which a file can keep for the next time, and makes CUDA graphs by itself.
+engine is loaded, which the cache keeps for the next time, and makes CUDA graphs by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
-import importlib
+import hashlib
 import math
+import platform
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from petseg_runtime import files
+from petseg_runtime import cache, onnx_metadata
 from petseg_runtime.artifact import INPUT, OUTPUT, Artifact
-from petseg_runtime.engines.base import EngineInfo, EngineOptions, check_batch, one_line
-from petseg_runtime.errors import EngineError, EngineMissing, ModelError
+from petseg_runtime.engines import tensorrt_build
+from petseg_runtime.engines.base import Engine, EngineInfo, EngineOptions, check_batch, one_line
+from petseg_runtime.engines.tensorrt_library import CUDART, LIBRARIES, RTX, TRT, Library, imported, logger_of
+from petseg_runtime.errors import EngineError, ModelError
 from petseg_runtime.spec import ModelSpec
 
-__all__ = ["TensorRTEngine", "load"]
+__all__ = ["TensorRTEngine", "load", "load_rtx"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 Dims: TypeAlias = tuple[int, ...]
 
-_CUDART: Final = "cuda.bindings.runtime"
+
+class _Refused(EngineError):
+    """The library does not load an engine's bytes."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Library:
-    """One of the two libraries: its module, and what people call it, its engine, its extra and its export format."""
-
-    module: str
-    title: str
-    engine: str
-    extra: str
-    format: str
-
-    @property
-    def remedy(self) -> str:
-        return f"build it again on this device: `petseg export CHECKPOINT --format {self.format}`"
-
-
-_TRT: Final = _Library(module="tensorrt", title="TensorRT", engine="tensorrt", extra="trt", format="trt")
-_RTX: Final = _Library(
-    module="tensorrt_rtx", title="TensorRT for RTX", engine="tensorrt-rtx", extra="rtx", format="trt-rtx"
-)
-_LIBRARIES: Final = {library.module: library for library in (_TRT, _RTX)}
-
-
-class TensorRTEngine:
+class TensorRTEngine(Engine):
     """One execution context, one stream, and buffers for the largest batch that the engine was built for.
 
     Calls from several threads take turns. Batches larger than the engine takes are run in pieces; smaller ones are
@@ -76,19 +62,22 @@ class TensorRTEngine:
         device: int = 0,
         *,
         precision: str,
-        cache: Path | None = None,
+        data: bytes | None = None,
+        cuda_graph: bool = True,
+        notes: tuple[str, ...] = (),
     ) -> None:
         """Load the engine and run it once, so that whatever can fail does so here.
 
         Args:
-            path: The serialized engine.
+            path: The serialized engine, or what it was compiled from.
             spec: What it expects and returns.
             environment: What it was built for: ``library`` ("tensorrt" or "tensorrt_rtx"), ``version`` of it, and
                 ``compute_capability``: of the GPU ("8.9"), a list of them, or "portable".
             device: Which GPU, as CUDA counts them.
             precision: What it computes in, for ``describe``: f32, tf32, fp16 or int8.
-            cache: Where TensorRT for RTX keeps the kernels that it compiles for this GPU; None: nowhere. TensorRT
-                compiles nothing here, and leaves it alone.
+            data: The serialized engine, if it is not what is in the file.
+            cuda_graph: Launch the network as one CUDA graph where that can be.
+            notes: For ``describe``.
 
         Raises:
             EngineMissing: The library, or cuda-bindings, is not installed.
@@ -96,13 +85,13 @@ class TensorRTEngine:
                 GPU, or the library or CUDA refuses it.
             ModelError: The file cannot be read, or breaks the contract.
         """
-        self._path, self._spec, self._precision = path, spec, precision
+        self._path, self._spec, self._precision, self._notes = path, spec, precision, notes
         self._library = _library_of(path, environment)
-        self._trt = _imported(self._library.module, self._library)
-        self._logger = _logger_of(self._trt)
-        self._gpu = _Gpu(_imported(_CUDART, self._library), device)
+        self._trt = imported(self._library.module, self._library)
+        self._logger = logger_of(self._trt.ILogger)
+        self._gpu = _Gpu(imported(CUDART, self._library), device)
         _check_built_for(path, self._library, environment, self._trt.__version__, self._gpu.capability)
-        self._kernels = _Kernels(cache)
+        self._kernels = _Kernels()
         self._lock = threading.Lock()
         self._runtime: Any = None
         self._engine: Any = None
@@ -110,11 +99,14 @@ class TensorRTEngine:
         self._context: Any = None
         self._shape: Dims = ()  # what the context is set to
         self._graph: Any = None  # and its launch as a CUDA graph, once there is one
-        self._may_capture = self._library is not _RTX
+        self._graphs = cuda_graph
+        self._may_capture = cuda_graph and self._library is not RTX
         self._graph_note = "CUDA graph" if self._may_capture else "CUDA graph left to the library"
+        if not cuda_graph:
+            self._graph_note = "no CUDA graph (as asked for)"
         try:
             self._gpu.activate()
-            self._load()
+            self._load(_contents(path) if data is None else data)
             self._allocate()
             self._run_once()
         except BaseException:
@@ -142,14 +134,16 @@ class TensorRTEngine:
 
     def describe(self) -> EngineInfo:
         """What is really running; the provider says whether as a CUDA graph, and why not."""
-        notes = [self._gpu.name, self._graph_note, *self._kernels.notes]
+        parts = [self._gpu.name, self._graph_note, *self._kernels.notes]
         return EngineInfo(
             name=self._library.engine,
             version=self._trt.__version__,
             device=f"cuda:{self._gpu.device}",
-            provider=", ".join(notes),
+            provider=", ".join(parts),
             precision=self._precision,
             threads=0,
+            batch=self._high[0],
+            notes=self._notes,
         )
 
     def close(self) -> None:
@@ -168,9 +162,6 @@ class TensorRTEngine:
         if failures:
             raise EngineError(f"{self._path}: {'; '.join(failures)}")
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -185,31 +176,32 @@ class TensorRTEngine:
         with contextlib.suppress(EngineError, AttributeError):
             self.close()
 
-    def _load(self) -> None:
-        try:
-            data = self._path.read_bytes()
-        except OSError as error:
-            raise ModelError(f"{self._path}: cannot be read ({error.strerror or error})") from error
+    def _load(self, data: bytes) -> None:
         self._runtime = self._ask("start", self._trt.Runtime, self._logger)
-        self._engine = self._ask("load it", self._runtime.deserialize_cuda_engine, data)
+        try:
+            self._engine = self._ask("load it", self._runtime.deserialize_cuda_engine, data)
+        except EngineError as error:
+            raise _Refused(str(error)) from error
         self._low, self._high = _check_contract(self._path, self._trt, self._engine)
         self._check_size(self._spec.height, self._spec.width)
-        if self._library is _RTX:
+        if self._library is RTX:
             self._config = self._ask("configure it", self._engine.create_runtime_config)
-            self._configure(self._config)
+            self._configure(self._config, data)
             self._context = self._ask("prepare it", self._engine.create_execution_context, self._config)
         else:
             self._context = self._ask("prepare it", self._engine.create_execution_context)
 
-    def _configure(self, config: Any) -> None:
+    def _configure(self, config: Any, data: bytes) -> None:
         """Set TensorRT for RTX to make CUDA graphs, and to use one set of kernels that it keeps in the cache."""
-        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        strategy = self._trt.CudaGraphStrategy
+        config.cuda_graph_strategy = strategy.WHOLE_GRAPH_CAPTURE if self._graphs else strategy.DISABLED
         # LAZY would change kernels, and with them the rounding of a pixel here and there, while a video runs.
         strategies = self._trt.DynamicShapesKernelSpecializationStrategy
         config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
-        if self._kernels.path is not None:
+        if cache.cache_folder() is not None:
             kernels = self._ask("make a cache", config.create_runtime_cache)
-            self._kernels.load_into(kernels)
+            key = _key(self._library, self._trt, self._gpu, hashlib.sha256(data).hexdigest(), self._spec.name)
+            self._kernels.load_into(kernels, cache.Slot(key, "kernels"))
             self._ask("use its cache", config.set_runtime_cache, kernels)
 
     def _allocate(self) -> None:
@@ -356,6 +348,11 @@ class _Gpu:
         if not 0 <= self.device < count:
             raise EngineError(f"there is no GPU cuda:{self.device}; CUDA finds {count}, counted from 0")
 
+    def driver(self) -> str:
+        """The newest CUDA that its driver can run, as in :class:`petseg_runtime.host.Gpu`."""
+        version = self.call("say the version of its driver", self.cudart.cudaDriverGetVersion)
+        return f"CUDA {version // 1000}.{version % 1000 // 10}"
+
     def call(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
         """What a CUDA function returns beside its status, or the ``EngineError`` with CUDA's own words."""
         status, *values = function(*args)
@@ -423,47 +420,40 @@ class _Buffers:
 
 
 class _Kernels:
-    """The kernels that TensorRT for RTX has compiled, and the file that keeps them.
+    """The kernels that TensorRT for RTX has compiled of an engine, and their place in the cache.
 
     A cache that cannot be used or kept costs time, not results: it is a note for ``describe``, not an error.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self) -> None:
         self.notes: list[str] = []
+        self._slot: cache.Slot | None = None
         self._cache: Any = None
         self._kept = b""
 
-    def load_into(self, cache: Any) -> None:
-        """Fill the library's cache from the file, if there is one that fits."""
-        self._cache = cache
-        assert self.path is not None
-        try:
-            self._kept = self.path.read_bytes()
-        except FileNotFoundError:
-            self.notes = ["kernels compiled"]
-            return
-        except OSError as error:
-            self.notes = [f"kernels compiled (their cache cannot be read: {error.strerror or error})"]
-            return
-        if cache.deserialize(self._kept):
-            self.notes = ["kernels from the cache"]
-        else:  # of another version, driver or GPU, or damaged
-            self.notes = ["kernels compiled again (the cache does not fit)"]
+    def load_into(self, kernels: Any, slot: cache.Slot) -> None:
+        """Fill the library's cache with what was kept, if there is anything that fits."""
+        self._cache, self._slot = kernels, slot
+        kept, why = slot.read()
+        if kept is None:
+            self.notes = [f"kernels compiled again: {why}" if why else "kernels compiled"]
+        elif kernels.deserialize(kept.data):
+            self._kept, self.notes = kept.data, ["kernels from the cache"]
+        else:
+            self.notes = ["kernels compiled again: the library refuses those in the cache"]
 
     def keep(self) -> None:
-        """Write what has been compiled to the file, if it is not there already."""
-        if self._cache is None or self.path is None:
+        """Put what has been compiled into the cache, if it is not there already."""
+        if self._cache is None or self._slot is None:
             return
         serialized = self._cache.serialize()
         data = b"" if serialized is None else bytes(memoryview(serialized))
         if data in (b"", self._kept):
             return
-        try:
-            files.write_atomic(self.path, data)
+        if problem := self._slot.write(data):
+            self.notes = [*self.notes[:1], f"which cannot be kept ({problem})"]
+        else:
             self._kept = data
-        except OSError as error:
-            self.notes = [*self.notes[:1], f"which cannot be kept ({error.strerror or error})"]
 
     def forget(self) -> None:
         """Let go of the library's cache; the notes stay."""
@@ -471,60 +461,111 @@ class _Kernels:
 
 
 def load(artifact: Artifact, options: EngineOptions) -> TensorRTEngine:
-    """What the registry calls; see :class:`TensorRTEngine`.
+    """What the registry calls for TensorRT; see :class:`TensorRTEngine`.
 
     Args:
-        artifact: A compiled file.
-        options: Nothing to choose: the threads are the GPU's, and ``exact`` was decided when the engine was built, with
-            TF32 off.
+        artifact: A compiled file, or ONNX.
+        options: Which GPU. The threads are the GPU's, and ``exact`` changes nothing: engines are built with TF32 off.
     """
+    return _loaded(artifact, options, TRT)
+
+
+def load_rtx(artifact: Artifact, options: EngineOptions) -> TensorRTEngine:
+    """The same for TensorRT for RTX."""
+    return _loaded(artifact, options, RTX)
+
+
+def _loaded(artifact: Artifact, options: EngineOptions, library: Library) -> TensorRTEngine:
     computed = {"fp32": "f32", "fp16": "fp16", "int8": "int8"}[artifact.spec.precision]
-    return TensorRTEngine(artifact.path, artifact.spec, artifact.environment, precision=computed)
+    opened = functools.partial(
+        TensorRTEngine,
+        artifact.path,
+        artifact.spec,
+        device=options.device.index,
+        precision=computed,
+        cuda_graph=options.cuda_graph,
+    )
+    if artifact.format != "onnx":
+        return opened(artifact.environment, notes=options.notes)
+    trt = imported(library.module, library)
+    gpu = _Gpu(imported(CUDART, library), options.device.index)  # without one, it ends before anything is built
+    targets = (gpu.capability,) if library is RTX else ()
+    profile = tensorrt_build.profile_of(artifact.spec)
+
+    def make() -> tuple[bytes, dict[str, Any]]:
+        if options.tell:
+            options.tell(f"{library.title} compiles {artifact.path.name} for {gpu.name}: it can take minutes, once")
+        built = tensorrt_build.build(
+            _graph(artifact),
+            profile,
+            library=library,
+            timing_cache=None if library is RTX else tensorrt_build.timings_slot(options.device.index),
+            compute_capabilities=targets,
+            device=options.device.index,
+            activate=gpu.activate,
+        )
+        return built.engine, built.record
+
+    key = _key(library, trt, gpu, artifact.identity, artifact.spec.name)
+    shapes = profile and dataclasses.asdict(profile)
+    slot = cache.Slot(dataclasses.replace(key, settings={**key.settings, "profile": shapes}), "engine")
+    engine = cache.compiled(slot, make)
+    try:
+        return opened(engine.environment, data=engine.data, notes=_notes(options, library, engine))
+    except _Refused as error:
+        if engine.seconds is not None:
+            raise
+        engine = cache.compiled(slot, make, again=one_line(error))
+    return opened(engine.environment, data=engine.data, notes=_notes(options, library, engine))
 
 
-def _library_of(path: Path, environment: Mapping[str, Any]) -> _Library:
-    name = environment.get("library")
-    if name not in _LIBRARIES:
-        raise ModelError(f"{path}: built with {name!r}; {' or '.join(_LIBRARIES)} is expected")
-    return _LIBRARIES[name]
+def _notes(options: EngineOptions, library: Library, engine: cache.Compiled) -> tuple[str, ...]:
+    """With what people should know of a compilation; an engine from the cache is nothing to speak of."""
+    if engine.seconds is None:
+        return options.notes
+    return (*options.notes, f"{library.title}: {engine.note}", *engine.environment["messages"])
 
 
-def _imported(module: str, library: _Library) -> Any:
-    """Import what an engine cannot do without.
+def _key(library: Library, trt: Any, gpu: _Gpu, model: str, name: str) -> cache.Key:
+    return cache.Key(
+        model=model,
+        name=name,
+        engine=library.engine,
+        version=trt.__version__,
+        device=f"{gpu.name}, compute capability {gpu.capability}",
+        driver=gpu.driver(),
+        settings={"machine": platform.machine()},
+    )
+
+
+def _graph(artifact: Artifact) -> bytes:
+    """An ONNX file's bytes.
 
     Raises:
-        EngineMissing: It is not installed.
-        EngineError: It is, but does not work.
+        ModelError: It cannot be read, or has changed since it was opened: its engine would be kept under a wrong name.
     """
+    graph = _contents(artifact.path)
+    if onnx_metadata.parse(graph, str(artifact.path)).identity != artifact.identity:
+        raise ModelError(f"{artifact.path}: changed while it was loaded: load it again")
+    return graph
+
+
+def _contents(path: Path) -> bytes:
     try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):  # a part of it, or something that it needs
-            raise EngineError(f"{module} is installed but cannot be imported ({one_line(error)})") from error
-        name = "cuda-bindings" if module == _CUDART else library.title
-        raise EngineMissing(f"{name} is not installed: pip install 'petseg[{library.extra}]'") from error
-    except Exception as error:  # whatever its search for shared libraries ends in
-        raise EngineError(f"{module} is installed but cannot be imported ({one_line(error)})") from error
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-@functools.cache
-def _logger_of(trt: Any) -> Any:
-    """A library's logger, which keeps the errors; one for all engines, because a library uses the first it is given."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)  # pybind11 wants it by name
-            self.heard: deque[str] = deque(maxlen=4)
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
-                self.heard.append(" ".join(msg.split()))
-
-    return Logger()
+def _library_of(path: Path, environment: Mapping[str, Any]) -> Library:
+    name = environment.get("library")
+    if name not in LIBRARIES:
+        raise ModelError(f"{path}: built with {name!r}; {' or '.join(LIBRARIES)} is expected")
+    return LIBRARIES[name]
 
 
 def _check_built_for(
-    path: Path, library: _Library, environment: Mapping[str, Any], version: str, capability: str
+    path: Path, library: Library, environment: Mapping[str, Any], version: str, capability: str
 ) -> None:
     """Hold what an engine was built for against what is here.
 

@@ -1,0 +1,229 @@
+"""``make gpu-check``: everything that only a machine with an NVIDIA GPU can tell, in one file to send back.
+
+    python -m benchmarks.gpu_check
+
+petseg's roads over NVIDIA's GPUs were built without one. What this writes, gpu-check.json, says what became of them:
+the x-ray of the machine, every test that needs a GPU or TensorRT, every engine's masks against the checkpoint's, and
+every engine's times. Names of people, machines and folders are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import getpass
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from petseg_runtime import doctor
+from petseg_runtime.engines.registry import ENGINES
+from petseg_runtime.errors import EngineError
+from petseg_runtime.files import write_atomic
+
+ROOT: Final = Path(__file__).parent.parent
+SCHEMA_VERSION: Final = 1
+BATCHES: Final = (1, 8, 32)
+WITHOUT_GRAPHS: Final = "without CUDA graphs"
+#: Of a program of ours: a build of TensorRT is minutes, all tests are more. A hang ends here.
+DEADLINE: Final = 3600
+
+# A path of at least two parts that is no part of a longer word, or of an address.
+_PATH: Final = re.compile(r"(?:(?<=file://)|(?<![\w/.)]))/(?!/)(?:[^\s/:'\"(),;]+/)+([^\s/:'\"(),;]*)")
+
+
+@click.command("gpu-check")
+@click.option("--output", type=click.Path(path_type=Path), default=Path("gpu-check.json"), show_default=True)
+def gpu_check(output: Path) -> int:
+    """Run every GPU test and benchmark; OUTPUT is the record to send back.
+
+    Exit code 0: all passed; 1: something did not, and the record says what; 5: no NVIDIA GPU, and no record.
+    """
+    gpus, problem = doctor.read_gpus()
+    if not gpus:
+        why = problem or "no driver, or none that this process may use"
+        click.echo(f"this machine shows no NVIDIA GPU ({why}): nothing was checked, {output} was not written", err=True)
+        return EngineError.exit_code
+    record = collect()
+    write_atomic(output, (json.dumps(without_names(record), indent=1) + "\n").encode())
+    for line in summary(record):
+        click.echo(line)
+    click.echo(f"the record is {output}; please send it back")
+    return 1 if record["failures"] else 0
+
+
+def collect() -> dict[str, Any]:
+    """Everything, and ``failures``: what did not pass, a line each."""
+    say("the x-ray of this machine")
+    found = doctor.x_ray(say)
+    record: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": ran(["git", "rev-parse", "HEAD"])["out"].strip(),
+        "doctor": {**dataclasses.asdict(found), "cache": ""},
+        "tests": tests(["-m", "gpu or tensorrt"]),
+        "parity": {name: command("verify", "--json", "--backend", name) for name in ENGINES},
+        "benchmarks": {
+            **{f"batch {size}": command("benchmark", "--json", "--batch", str(size)) for size in BATCHES},
+            WITHOUT_GRAPHS: command(
+                "benchmark", "--json", "--backend", "tensorrt", "--backend", "tensorrt-rtx", "--no-cuda-graph"
+            ),
+        },
+    }
+    return {**record, "failures": failures(record)}
+
+
+def tests(selection: Sequence[str]) -> list[dict[str, Any]]:
+    """Run pytest on a selection, each file in a process of its own: a crash on a GPU ends but one of them.
+
+    Returns:
+        For each test ``name``, ``outcome`` (passed, failed, error or skipped), ``seconds`` and ``why``; for a file that
+        pytest did not come to the end of, one error with the end of what it printed.
+    """
+    pytest = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *selection)
+    say("looking for tests")
+    collected = ran([*pytest, "--collect-only", "-q"])
+    files = sorted({line.partition("::")[0] for line in collected["out"].splitlines() if "::" in line})
+    cases = [] if files and not collected["exit_code"] else [_crash("collection", collected)]
+    for file in files:
+        say(f"testing {file}")
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "report.xml"
+            done = ran([*pytest, "-v", f"--junitxml={report}", file])
+            found = [_case(case) for case in ET.parse(report).iter("testcase")] if report.exists() else []
+        cases += found or [_crash(file, done)]
+    return cases
+
+
+def _crash(name: str, done: dict[str, Any]) -> dict[str, Any]:
+    said = f"exit code {done['exit_code']}\n{done['out'][-3000:]}\n{done['err'][-3000:]}"
+    return {"name": name, "outcome": "error", "seconds": 0.0, "why": said}
+
+
+def _case(case: ET.Element) -> dict[str, Any]:
+    found = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+    outcome = "passed" if found is None else {"failure": "failed"}.get(found.tag, found.tag)
+    return {
+        "name": f"{case.get('classname')}::{case.get('name')}",
+        "outcome": outcome,
+        "seconds": float(case.get("time", 0)),
+        # The message of a skip is its reason; of a failure, the traceback says more.
+        "why": ""
+        if found is None
+        else found.get("message", "")
+        if outcome == "skipped"
+        else (found.text or "")[-4000:],
+    }
+
+
+def command(*words: str) -> dict[str, Any]:
+    """Run petseg in a process of its own, which may crash.
+
+    Returns:
+        ``exit_code``, ``answer`` (its JSON; None if it gave none) and ``said`` (the end of its stderr).
+    """
+    say(f"petseg {' '.join(words)}")
+    done = ran([sys.executable, "-m", "petseg.cli", *words])
+    try:
+        answer = json.loads(done["out"])
+    except ValueError:
+        answer = None
+    return {"exit_code": done["exit_code"], "answer": answer, "said": done["err"].splitlines()[-10:]}
+
+
+def ran(words: Sequence[str]) -> dict[str, Any]:
+    """``exit_code`` (negative: the signal that ended it), ``out`` and ``err`` of a program; a hang is code -9."""
+    done = subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+    )
+    with done:
+        try:
+            out, err = done.communicate(timeout=DEADLINE)
+        except subprocess.TimeoutExpired:
+            done.kill()
+            out, err = done.communicate()
+            err += f"\nended: no end within {DEADLINE} s"
+        except BaseException:  # Ctrl-C
+            done.kill()
+            raise
+    return {"exit_code": done.returncode, "out": out, "err": err}
+
+
+def failures(record: dict[str, Any]) -> list[str]:
+    """What did not pass; an engine that is not installed is none, but that none works on the GPU is."""
+    checks = [check for check in record["doctor"]["engines"] if check["device"] == "cuda"]
+    there = {check["engine"] for check in checks if check["packages"]}
+    found = [f"{check['engine']} on cuda: {check['why']}" for check in checks if check["packages"] and check["why"]]
+    if not any(check["works"] for check in checks):
+        found.append("no engine works on the GPU")
+    cases = record["tests"]
+    found += [f"{case['name']}: {case['outcome']}" for case in cases if case["outcome"] in ("failed", "error")]
+    if not any(case["outcome"] == "passed" for case in cases):
+        found.append("no test passed")
+    commands = {f"verify in {name}": done for name, done in record["parity"].items() if name in there}
+    commands |= {
+        f"benchmark, {name}": done
+        for name, done in record["benchmarks"].items()
+        if name != WITHOUT_GRAPHS or there & {"tensorrt", "tensorrt-rtx"}
+    }
+    found += [f"{name}: exit code {done['exit_code']}" for name, done in commands.items() if done["exit_code"]]
+    return found
+
+
+def summary(record: dict[str, Any]) -> list[str]:
+    """What people want to know of a record."""
+    lines = [f"{gpu['name']}, {gpu['driver']}" for gpu in record["doctor"]["gpus"]]
+    lines += [
+        f"{check['engine']}: {check['precision'] + ', works' if check['works'] else check['why']}"
+        for check in record["doctor"]["engines"]
+        if check["device"] == "cuda"
+    ]
+    outcomes = [case["outcome"] for case in record["tests"]]
+    lines.append("tests: " + ", ".join(f"{outcomes.count(name)} {name}" for name in dict.fromkeys(sorted(outcomes))))
+    for name, done in record["benchmarks"].items():
+        for row in (done["answer"] or {"rows": ()})["rows"]:
+            speed = f"{row['latency_ms']['p50']:.2f} ms, {row['photos_per_second']['median']:.0f} photos/s"
+            lines.append(f"{name}: {row['name']} on {row['device']}, {row['precision']}: {speed}")
+    return lines + [f"FAILED {failure}" for failure in record["failures"]]
+
+
+def without_names(value: Any) -> Any:
+    """JSON values without folders (of a path its last part stays), and without the user's and the machine's name."""
+    if isinstance(value, dict):
+        return {without_names(key): without_names(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_names(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    for folder in (ROOT, Path.home()):  # first as they are: their names may hold spaces
+        value = value.replace(f"{folder}/", ".../") if len(folder.parts) > 1 else value
+    text = _PATH.sub(r".../\1", value)
+    for name, what in ((socket.gethostname(), "HOST"), (_user(), "USER")):
+        text = re.sub(rf"\b{re.escape(name)}\b", what, text) if name else text
+    return text
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return os.environ.get("USER", "")
+
+
+def say(what: str) -> None:
+    """Progress, for people."""
+    click.echo(f"gpu-check: {what}", err=True)
+
+
+if __name__ == "__main__":
+    sys.exit(gpu_check.main(standalone_mode=False))

@@ -1,0 +1,88 @@
+"""The embedded model in every CPU engine beside its checkpoint in PyTorch, one photo at a time, in alternation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from benchmarks import records
+from petseg.checkpoint import load_model
+from petseg_export.deploy import DeployedUNet
+from petseg_runtime.artifact import default_model, open_artifact
+from petseg_runtime.engines.base import usable_cpus
+from petseg_runtime.engines.registry import load_engine
+
+CHECKPOINT = records.ROOT / "petseg" / "weights" / "edge.safetensors"
+
+
+@click.command()
+@click.option("--int8", type=click.Path(path_type=Path), help="The same model in int8, as `petseg export` made it.")
+@click.option("--rounds", type=int, default=20, show_default=True)
+@click.option("--runs", type=int, default=20, show_default=True, help="Of each engine in each round.")
+def latency(int8: Path | None, rounds: int, runs: int) -> None:
+    """Milliseconds a photo of each engine, and how many times faster than PyTorch that is."""
+    artifacts = {"fp32": open_artifact(default_model())}
+    if int8:
+        artifacts["int8"] = open_artifact(int8)
+    spec = artifacts["fp32"].spec
+    image = np.random.default_rng(0).integers(0, 256, (1, spec.height, spec.width, 3), dtype=np.uint8)
+    engines = {
+        f"{name} {stored} {'exact' if exact else 'as it likes'}": load_engine(artifact, name, exact=exact)
+        for stored, artifact in artifacts.items()
+        for name in ("onnxruntime", "openvino")
+        for exact in (True, False)
+    }
+    functions: dict[str, Callable[[], Any]] = {"PyTorch eager f32": eager(image)}
+    functions |= {name: lambda engine=engine: engine.run(image) for name, engine in engines.items()}  # type: ignore[misc]
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            function()  # what the engine before it has left in the caches and pools
+            times[name].append(median(measured(function, runs)))
+    reference = times["PyTorch eager f32"]
+    rows = [
+        {
+            "name": name,
+            "engine": str(engines[name].describe()) if name in engines else f"PyTorch {torch.__version__}",
+            "milliseconds": values,
+            "median": median(values),
+            "times_faster_than_pytorch": median(a / b for a, b in zip(reference, values, strict=True)),
+        }
+        for name, values in times.items()
+    ]
+    for row in rows:
+        click.echo(f"{row['name']:>32} {row['median']:7.2f} ms {row['times_faster_than_pytorch']:6.2f}x", err=True)
+    command = f"python -m benchmarks latency --rounds {rounds} --runs {runs}" + (" --int8 FILE" if int8 else "")
+    size = [spec.height, spec.width]
+    records.write("latency", command, {"model": spec.name, "size": size, "threads": usable_cpus(), "rows": rows})
+
+
+def measured(function: Callable[[], Any], runs: int) -> list[float]:
+    """Milliseconds of each run; every engine has its answer in memory when it returns."""
+    found = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        function()
+        found.append(1e3 * (time.perf_counter() - start))
+    return found
+
+
+def eager(image: np.ndarray[Any, Any]) -> Callable[[], Any]:
+    """The checkpoint in PyTorch as people run it: eager, float32, from bytes to bytes."""
+    torch.set_num_threads(usable_cpus())
+    model, _ = load_model(CHECKPOINT)
+    deployed = DeployedUNet(model).eval()
+    tensor = torch.from_numpy(image)
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return deployed(tensor).numpy()
+
+    return run

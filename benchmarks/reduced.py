@@ -1,0 +1,125 @@
+"""Decoding a JPEG at a reduced size where only the mask is wanted: does the mask stay the same, and what is saved?
+
+    python -m benchmarks reduced --data data
+
+Photos are taken at their own size (about 500 x 375) and enlarged, with LANCZOS to a number of megapixels, and saved
+as JPEG with quality 90 and 4:2:0, as a stand-in for what a camera writes: it has a camera's size and coding, but no
+finer detail than the photo had. For each margin the model's answer to the reduced photo is held against its answer to
+the whole one, both at the model's size and threshold. A margin is as good as its masks of the photos that it really
+has reduced; the smallest one that is good enough at every size is ``petseg_runtime.images._MARGIN``.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+from unittest import mock
+
+import click
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from benchmarks import records
+from petseg_runtime import Segmenter, images
+
+MARGINS: Final = (1.0, 1.5, 2.0, 3.0, 4.0)
+#: Megapixels of the enlarged photos; None: as they are.
+SIZES: Final = {"as it is": None, "1.3 MP": 1.3, "2.4 MP": 2.4, "5 MP": 5.0, "12 MP": 12.0}
+#: Mean IoU of the reduced photos' masks with those of the whole ones.
+BAR: Final = 0.995
+ROUNDS: Final = 5
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
+@click.option("--photos", type=int, default=200, show_default=True)
+@click.option("--timed", type=int, default=6, show_default=True, help="Of these, how many are timed.")
+def reduced(data: Path, photos: int, timed: int) -> None:
+    """Masks from JPEGs decoded at 1/2, 1/4 and 1/8, and the time that saves."""
+    found = sorted((data / "oxford-iiit-pet-native" / "images").glob("*.jpg"))
+    paths = [found[index] for index in np.linspace(0, len(found) - 1, photos).astype(int)]
+    rows = []
+    with Segmenter(backend="onnxruntime") as segmenter:
+        for name, megapixels in SIZES.items():
+            for row in agreement(segmenter, paths, megapixels):
+                rows.append({"size": name, **row})
+                click.echo(rows[-1], err=True)
+        good = {m for m in MARGINS if all(row["good"] for row in rows if row["margin"] == m)}
+        saved = [{"size": name, **timing(segmenter, paths[:timed], SIZES[name])} for name in SIZES]
+        values = {"model": segmenter.artifact.spec.name, "input": segmenter.size, "photos": photos, "bar": BAR}
+    values |= {"agreement": rows, "smallest_good_margin": min(good, default=None), "margin_in_use": images._MARGIN}
+    command = f"python -m benchmarks reduced --data DATA --photos {photos} --timed {timed}"
+    click.echo(records.write("reduced-decoding", command, {**values, "milliseconds": saved}))
+
+
+def agreement(segmenter: Segmenter, paths: list[Path], megapixels: float | None) -> Iterator[dict[str, Any]]:
+    """A row for each margin: IoU of the masks of the photos that it reduced."""
+    ious: dict[float, list[float]] = {margin: [] for margin in MARGINS}
+    for path in paths:
+        data = enlarged(path, megapixels)
+        whole = images.read(data)
+        reference = mask(segmenter, whole.pixels)
+        for margin in MARGINS:
+            photo = read_with(margin, data, segmenter.size)
+            if photo.pixels.shape != whole.pixels.shape:
+                ious[margin].append(iou(mask(segmenter, photo.pixels), reference))
+    for margin, values in ious.items():
+        row: dict[str, Any] = {"margin": margin, "reduced": len(values), "good": True}
+        if values:
+            lowest, percentile = min(values), float(np.percentile(values, 1))
+            mean = float(np.mean(values))
+            row |= {"mean_iou": mean, "p1_iou": percentile, "min_iou": lowest, "good": mean >= BAR}
+        yield row
+
+
+def timing(segmenter: Segmenter, paths: list[Path], megapixels: float | None) -> dict[str, dict[str, float]]:
+    """Milliseconds from encoded bytes to the model's input, whole and reduced in alternation: medians.
+
+    Wall time, and this thread's CPU time, which other work on the machine disturbs less (the decoders have no threads).
+    """
+    clocks = {"wall": time.perf_counter, "cpu": time.thread_time}
+    taken: dict[str, dict[str, list[float]]] = {clock: {"whole": [], "reduced": []} for clock in clocks}
+    for path in paths:
+        data = enlarged(path, megapixels)
+        for _ in range(ROUNDS):
+            for name, at_least in (("whole", None), ("reduced", segmenter.size)):
+                start = {clock: now() for clock, now in clocks.items()}
+                images.to_model(images.read(data, at_least=at_least).pixels, *segmenter.size)
+                for clock, now in clocks.items():
+                    taken[clock][name].append(1000 * (now() - start[clock]))
+    medians = {clock: {name: median(values) for name, values in both.items()} for clock, both in taken.items()}
+    return {clock: {**both, "ratio": both["whole"] / both["reduced"]} for clock, both in medians.items()}
+
+
+def read_with(margin: float, data: bytes, size: tuple[int, int]) -> images.Photo:
+    with mock.patch.object(images, "_MARGIN", margin):
+        return images.read(data, at_least=size)
+
+
+def enlarged(path: Path, megapixels: float | None) -> bytes:
+    """A photo's JPEG file, as it is or made anew with that many megapixels."""
+    if megapixels is None:
+        return path.read_bytes()
+    photo = Image.fromarray(images.read(path).pixels)
+    factor = (megapixels * 1e6 / (photo.width * photo.height)) ** 0.5
+    size = 16 * round(photo.width * factor / 16), 16 * round(photo.height * factor / 16)  # as cameras' are
+    file = io.BytesIO()
+    photo.resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=90, subsampling="4:2:0")
+    return file.getvalue()
+
+
+def mask(segmenter: Segmenter, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """The mask at the model's size."""
+    probability = segmenter.infer(images.to_model(pixels, *segmenter.size)[None])[0]
+    pet: npt.NDArray[np.bool_] = probability >= 255 * segmenter.threshold
+    return pet
+
+
+def iou(one: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> float:
+    union = int((one | other).sum())
+    return float((one & other).sum() / union) if union else 1.0

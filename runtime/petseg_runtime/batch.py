@@ -1,0 +1,151 @@
+"""Many photos: find what is left to do, do it in a pipeline, note what is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from petseg_runtime.errors import InputError
+from petseg_runtime.journal import Journal
+from petseg_runtime.pipeline import Outcome, Pipeline, Steps
+from petseg_runtime.result import Segmentation
+from petseg_runtime.segmenter import Prepared, Segmenter
+from petseg_runtime.sinks import Sink
+from petseg_runtime.sources import Item
+
+__all__ = ["Done", "Report", "segment_photos", "steps_of"]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What is told of a photo when its result, which is large, is written and gone.
+
+    Attributes:
+        path: Its result, if that is a file of its own.
+        height: Of the photo.
+        width: Of the photo.
+        coverage: Share of the photo that is pet.
+        found: Whether there is a pet.
+        box: Its bounding box: x, y, width, height in pixels.
+        notes: What had to be decided while reading it.
+        value: Its part of a file that is written at the end.
+    """
+
+    path: Path | None
+    height: int
+    width: int
+    coverage: float
+    found: bool
+    box: tuple[int, int, int, int] | None
+    notes: tuple[str, ...]
+    value: dict[str, Any] | None
+
+
+#: Told of each photo, in order.
+Watch: TypeAlias = Callable[[Outcome[Item, Done]], None]
+
+
+@dataclass
+class Report:
+    """The whole run: ``done + failed + skipped`` is the number of photos.
+
+    Attributes:
+        done: Photos whose result was written.
+        failed: Why the others were not, a line each.
+        skipped: Photos whose result was there already.
+        seconds: Wall time.
+        steps: What each step took, over all photos: ``sum``, ``p50``, ``p95`` in seconds.
+        path: The file for all results, if there is one.
+    """
+
+    done: int = 0
+    failed: list[str] = field(default_factory=list)
+    skipped: int = 0
+    seconds: float = 0.0
+    steps: dict[str, dict[str, float]] = field(default_factory=dict)
+    path: Path | None = None
+
+
+def segment_photos(
+    items: Sequence[Item],
+    segmenter: Segmenter,
+    sink: Sink,
+    watch: Watch,
+    *,
+    journal: Journal | None = None,
+    mask_only: bool = False,
+) -> Report:
+    """Segment every photo and write every result; one bad photo never stops the rest.
+
+    Args:
+        items: The photos.
+        segmenter: The model.
+        sink: Where results go.
+        watch: Told of each photo as it is done or has failed.
+        journal: Where it is noted, and which photos are done already; a sink that writes at the end needs one.
+        mask_only: The photos themselves are not part of the results.
+
+    Raises:
+        OutputError: Nothing more can be written.
+        EngineError: The engine failed.
+    """
+    report, taken = Report(), []
+    start = time.perf_counter()
+    left = [item for item in items if not (journal and journal.finished(item, sink.path_of(item)))]
+    report.skipped = len(items) - len(left)
+    info = segmenter.describe()
+    workers = max(1, info.streams)
+    with Pipeline(_steps(segmenter, sink, mask_only), info.streams, info.batch, workers=workers) as pipeline:
+        for outcome in pipeline.run(left):
+            if outcome.value is None:
+                report.failed.append(str(outcome.error))
+            else:
+                report.done += 1
+                if journal:
+                    journal.add(outcome.source, outcome.value.path, outcome.value.value)
+            taken.append(outcome.seconds)
+            watch(outcome)
+    if journal:
+        values = [(item, value) for item in items if (value := journal.value(item))]
+        report.path = sink.finish(values)
+    report.steps = steps_of(taken)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _steps(segmenter: Segmenter, sink: Sink, mask_only: bool) -> Steps[Item, Done]:
+    def read(item: Item) -> Prepared:
+        if item.problem:
+            raise InputError(item.problem)
+        return segmenter.prepare(item.source if item.data is None else item.data, mask_only=mask_only)
+
+    def write(item: Item, photo: Prepared, answer: Any) -> Done:
+        result = segmenter.finish(photo, answer)
+        written = sink.write(item, result)
+        return _done(result, written.path, written.value)
+
+    return Steps(read, segmenter.infer, write)
+
+
+def _done(result: Segmentation, path: Path | None, value: dict[str, Any] | None) -> Done:
+    height, width = result.probability.shape
+    return Done(path, height, width, result.coverage, result.found, result.box, result.notes, value)
+
+
+def steps_of(taken: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """What each step took: the sum, the median and the 95th percentile, in seconds.
+
+    Args:
+        taken: :attr:`petseg_runtime.pipeline.Outcome.seconds` of each photo.
+    """
+    found = {}
+    for step in dict.fromkeys(name for seconds in taken for name in seconds):
+        values = [seconds[step] for seconds in taken if step in seconds]
+        p50, p95 = np.percentile(values, (50, 95))
+        found[step] = {"sum": float(np.sum(values)), "p50": float(p50), "p95": float(p95)}
+    return found

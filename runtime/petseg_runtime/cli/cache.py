@@ -1,0 +1,84 @@
+"""``petseg cache``: what engines have compiled and kept, and away with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from typing import Any
+
+import click
+
+from petseg_runtime.cli.text import SCHEMA_VERSION, shown
+
+__all__ = ["cache"]
+
+
+@click.command()
+@click.option("--clear", is_flag=True, help="Remove all of it.")
+@click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
+def cache(clear: bool, as_json: bool) -> int:
+    """List what engines have compiled at first use and kept, or remove it.
+
+    It lies in the user's cache folder; the environment variable PETSEG_CACHE names another one, and nothing is kept if
+    it is empty. Exit code 6: the folder cannot be read, or not all can be removed.
+    """
+    from petseg_runtime import cache as kept
+
+    folder = kept.cache_folder()
+    record: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "folder": None if folder is None else str(folder)}
+    if clear:
+        count, size = kept.clear()
+        record |= {"removed": count, "bytes": size}
+        lines = [f"{count} files removed, {_size(size)}"]
+    else:
+        found = kept.entries()
+        record |= {"bytes": sum(entry.size for entry in found), "entries": [_record(entry) for entry in found]}
+        lines = _lines([("model", "compiled for", "device", "size", "age", ""), *map(_row, found)]) if found else []
+        lines.append(f"{len(found)} {'entry' if len(found) == 1 else 'entries'}, {_size(record['bytes'])}")
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+        return 0
+    lines[-1] += f" in {shown(folder)}" if folder else f": nothing is kept, because {kept.VARIABLE} is empty"
+    click.echo("\n".join(lines))
+    return 0
+
+
+def _record(entry: Any) -> dict[str, Any]:
+    values = dataclasses.asdict(entry)
+    return {**values, "path": str(entry.path), "kind": entry.path.suffix.removeprefix(".")}
+
+
+def _row(entry: Any) -> tuple[str, ...]:
+    """Model, engine, device, size, age, and what is wrong with it."""
+    key = entry.key
+    kind = entry.path.suffix.removeprefix(".")
+    # A compiled model is what people expect; what else is kept is named.
+    engine = (
+        (f"{key.engine} {key.version.partition('-')[0]}" + ("" if kind in ("engine", "blob") else f" ({kind})"))
+        if key
+        else "?"
+    )
+    problem = f"will be compiled again: {entry.problem}" if entry.problem else ""
+    columns = (key.name if key else "?", engine, key.device if key else "?", _size(entry.size), _age(entry.created))
+    return (*map(shown, columns), shown(problem))
+
+
+def _lines(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def _age(created: str) -> str:
+    """In the largest unit that there is at least one of; "?" if it is not known."""
+    if not created:
+        return "?"
+    seconds = (datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(created)).total_seconds()
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"

@@ -1,0 +1,356 @@
+"""``petseg doctor``: what this machine has, which engines really work on it, and why the others do not.
+
+What may crash or hang (a driver, an engine, even numpy on a processor it was not built for) is asked in a process of
+its own, with a deadline; see :mod:`petseg_runtime.doctor_probe`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from petseg_runtime.artifact import default_model
+from petseg_runtime.errors import OutputError
+from petseg_runtime.host import Cpu, Gpu, Host, host
+
+__all__ = [
+    "EngineCheck",
+    "Ffmpeg",
+    "RuleLine",
+    "XRay",
+    "ask",
+    "check_engine",
+    "probe",
+    "read_gpus",
+    "read_rule",
+    "x_ray",
+]
+
+# Seconds. TensorRT compiles a model when it sees it for the first time on a GPU.
+_DEADLINE: Final = 60.0
+_DEADLINE_GPU: Final = 300.0
+
+_SIGNALS: Final = {
+    signal.SIGILL: "it uses instructions that this processor does not have: install another version or engine",
+    signal.SIGKILL: "the system ended it, most likely because memory ran out",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleLine:
+    """One line of the rule by which ``auto`` chooses, and what it needs.
+
+    Attributes:
+        engine: As ``--backend`` calls it.
+        device: A kind of device.
+        text: The line for people.
+        module: What the engine cannot do without.
+        extra: What to install for it.
+        run_by_us: Whether we have ever run that engine on that kind of device.
+    """
+
+    engine: str
+    device: str
+    text: str
+    module: str
+    extra: str
+    run_by_us: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineCheck:
+    """One engine on one kind of device.
+
+    Attributes:
+        engine: As ``--backend`` calls it.
+        device: What was asked for: a kind, or one device of it ("cuda:1").
+        packages: What is installed for it, with versions; empty: nothing, or nothing that pip knows.
+        works: It loaded the model, and its masks are right.
+        why: Why it does not work, and what to do about it; "" if it works.
+        run_by_us: Whether we have ever run it on that kind of device.
+        version: Of the library, as it says itself; "" if it does not work, as all that follows is empty then.
+        provider: What the library calls the part that does the work.
+        precision: What it computes in.
+        load_seconds: From file to engine.
+        milliseconds: Median of a run of one photo.
+        photos: How many were compared with the checkpoint's answers; 0: the model has no proof beside it.
+        mean_mask_iou: Over these photos.
+        notes: How it came about: compiled, or from the cache.
+    """
+
+    engine: str
+    device: str
+    packages: tuple[str, ...]
+    works: bool
+    why: str
+    run_by_us: bool
+    version: str = ""
+    provider: str = ""
+    precision: str = ""
+    load_seconds: float | None = None
+    milliseconds: float | None = None
+    photos: int = 0
+    mean_mask_iou: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ffmpeg:
+    """FFmpeg inside PyAV.
+
+    Attributes:
+        pyav: Version; "" if it cannot be used.
+        libraries: Versions of FFmpeg's libraries.
+        decoders: Those that matter, and whether they are there.
+        encoders: The same.
+        error: Why it cannot be used; "" if it can.
+    """
+
+    pyav: str = ""
+    libraries: dict[str, str] = dataclasses.field(default_factory=dict)
+    decoders: dict[str, bool] = dataclasses.field(default_factory=dict)
+    encoders: dict[str, bool] = dataclasses.field(default_factory=dict)
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class XRay:
+    """All that ``petseg doctor`` finds out.
+
+    Attributes:
+        host: The machine and its Python.
+        gpus: NVIDIA's.
+        openvino_devices: What OpenVINO sees, by its own names; an Intel GPU is "GPU".
+        rule: How ``auto`` chooses: the first line that is installed and works.
+        engines: Every engine on every kind of device that it could use.
+        auto: What ``auto`` takes here (:class:`petseg_runtime.engines.base.EngineInfo` as a dictionary); or ``error``.
+        ffmpeg: What reads and writes video.
+        cache: The folder that compiled engines are kept in; "" if they are not kept.
+        cache_bytes: What lies in it.
+        problems: What should be put right, each with the remedy.
+    """
+
+    host: Host
+    gpus: tuple[Gpu, ...]
+    openvino_devices: dict[str, str]
+    rule: tuple[RuleLine, ...]
+    engines: tuple[EngineCheck, ...]
+    auto: dict[str, Any]
+    ffmpeg: Ffmpeg
+    cache: str
+    cache_bytes: int
+    problems: tuple[str, ...]
+
+    @property
+    def works(self) -> bool:
+        """Whether any engine does."""
+        return any(check.works for check in self.engines)
+
+
+def x_ray(watch: Callable[[str], None] = lambda what: None) -> XRay:
+    """Examine this machine; takes a few seconds.
+
+    Args:
+        watch: Told what is about to be tried.
+    """
+    watch("NVIDIA's driver")
+    gpus, no_driver = read_gpus()
+    rule, no_rule = read_rule()
+    checks = []
+    for line in {(line.engine, line.device): line for line in rule}.values():
+        watch(f"{line.engine} on {line.device}")
+        checks.append(check_engine(line, gpus))
+    devices = {}
+    if _installed("openvino"):
+        watch("the devices of OpenVINO")
+        devices = probe("intel").get("devices", {})  # where it fails, so did the engine, which says why
+    watch("what auto takes")
+    auto = probe("auto", deadline=_DEADLINE_GPU)
+    watch("FFmpeg")
+    ffmpeg = Ffmpeg(**probe("ffmpeg"))
+    cache, cache_bytes, no_cache = _cache()
+    here = host()
+    problems = (no_driver, no_rule, no_cache, *_problems(here.cpu, gpus, checks, ffmpeg))
+    return XRay(
+        host=here,
+        gpus=gpus,
+        openvino_devices=devices,
+        rule=rule,
+        engines=tuple(checks),
+        auto=auto.get("info", auto),
+        ffmpeg=ffmpeg,
+        cache=cache,
+        cache_bytes=cache_bytes,
+        problems=tuple(filter(None, problems)),
+    )
+
+
+def read_gpus() -> tuple[tuple[Gpu, ...], str]:
+    """NVIDIA's GPUs, and why they cannot be told of ("" if they can)."""
+    answer = probe("gpus")
+    problem = f"NVIDIA's driver does not work: {answer['error']}: install it again" if "error" in answer else ""
+    return tuple(Gpu(**gpu) for gpu in answer.get("gpus", ())), problem
+
+
+def read_rule() -> tuple[tuple[RuleLine, ...], str]:
+    """The rule by which ``auto`` chooses, and why there is none (numpy does not work; "" if there is one)."""
+    answer = probe("rule")
+    lines = tuple(RuleLine(**line) for line in answer.get("rule", ()))
+    return lines, f"no engine can be tried: {answer['error']}" if "error" in answer else ""
+
+
+def check_engine(line: RuleLine, gpus: Sequence[Gpu], device: str = "", model: Path | None = None) -> EngineCheck:
+    """Load a model in one engine, and see whether its masks are right.
+
+    Args:
+        line: Which engine, on which kind of device.
+        gpus: NVIDIA's, of this machine; without one, what needs one is not tried.
+        device: One of that kind ("cuda:1"); "": the kind's first.
+        model: The file; None: the embedded model, which has a proof.
+    """
+    packages = _packages_of(line.module)
+    check = EngineCheck(
+        engine=line.engine,
+        device=device or line.device,
+        packages=tuple(f"{name} {importlib.metadata.version(name)}" for name in packages),
+        works=False,
+        why="",
+        run_by_us=line.run_by_us,
+    )
+    if line.device == "cuda" and not gpus:
+        there = "" if _installed(line.module) else ", and it is not installed"
+        return dataclasses.replace(check, why=f"not tried: this machine shows no NVIDIA GPU{there}")
+    if not _installed(line.module):
+        return dataclasses.replace(check, why=f"not installed: pip install 'petseg[{line.extra}]'")
+    deadline = _DEADLINE if line.device == "cpu" else _DEADLINE_GPU
+    answer = probe("engine", line.engine, check.device, os.fspath(model or default_model()), deadline=deadline)
+    if "error" in answer:
+        return dataclasses.replace(check, why=answer["error"])
+    info, parity = answer["info"], answer["parity"]
+    failures = parity["failures"] if parity else []
+    return dataclasses.replace(
+        check,
+        works=not failures,
+        why=f"its masks are wrong: {'; '.join(failures)}" if failures else "",
+        version=info["version"],
+        provider=info["provider"],
+        precision=info["precision"],
+        load_seconds=answer["load_seconds"],
+        milliseconds=answer["milliseconds"],
+        photos=answer["photos"],
+        mean_mask_iou=parity["mean_mask_iou"] if parity else None,
+        notes=tuple(info["notes"]),
+    )
+
+
+def probe(question: str, *words: str, deadline: float = _DEADLINE) -> dict[str, Any]:
+    """Ask one of :data:`petseg_runtime.doctor_probe.QUESTIONS` in a process of its own; see :func:`ask`."""
+    # -P: what lies in the current folder (a numpy.py, say) is not what petseg itself would import.
+    return ask((sys.executable, "-P", "-m", "petseg_runtime.doctor_probe", question, *words), deadline)
+
+
+def ask(command: Sequence[str], deadline: float) -> dict[str, Any]:
+    """Run a program that answers with a JSON object on stdout.
+
+    Args:
+        command: Program and arguments.
+        deadline: Seconds after which it is ended, with all that it started.
+
+    Returns:
+        Its answer; ``error`` says in one line why there is none, or that it crashed after it had answered.
+    """
+    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+    with subprocess.Popen(  # noqa: S603 (our own programs)
+        command, stdin=nothing, stdout=pipe, stderr=pipe, text=True, errors="replace", start_new_session=True
+    ) as process:
+        try:
+            out, said = process.communicate(timeout=deadline)
+        except subprocess.TimeoutExpired:
+            _end(process)
+            return {"error": f"no answer within {deadline:g} s: it hangs"}
+        except BaseException:  # Ctrl-C, which a session of its own does not hear
+            _end(process)
+            raise
+    last = next((f" ({' '.join(line.split())[:300]})" for line in reversed(said.splitlines()) if line.strip()), "")
+    try:
+        answer = json.loads(out)
+    except ValueError:
+        answer = None
+    code = process.returncode
+    if code < 0:
+        return {"error": f"it crashed: {_signal(-code)}{last}"}
+    if code or not isinstance(answer, dict):
+        return {"error": f"it ended with code {code} and " + (f"no answer{last}" if answer is None else "an answer")}
+    return answer
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a program and all that it started, which could otherwise keep its pipes open."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _signal(number: int) -> str:
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    return f"{name}, {_SIGNALS[signal.Signals(number)]}" if number in _SIGNALS else name
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _packages_of(module: str) -> list[str]:
+    """The installed packages that a module comes from; two of them have overwritten each other's files."""
+    return sorted(set(_packages().get(module, ())))
+
+
+@functools.cache
+def _packages() -> Mapping[str, list[str]]:
+    """The packages of every module that can be imported: a tenth of a second's search."""
+    return importlib.metadata.packages_distributions()
+
+
+def _cache() -> tuple[str, int, str]:
+    """The cache's folder ("": nothing is kept), the bytes in it, and what is wrong with it."""
+    from petseg_runtime.cache import cache_folder, entries
+
+    folder = cache_folder()
+    try:
+        size, problem = sum(entry.size for entry in entries()), ""
+    except OutputError as error:
+        size, problem = 0, str(error)
+    return "" if folder is None else str(folder), size, problem
+
+
+def _problems(cpu: Cpu, gpus: Sequence[Gpu], checks: Sequence[EngineCheck], ffmpeg: Ffmpeg) -> list[str]:
+    """What should be put right, each with the remedy."""
+    found = []
+    if cpu.quota is not None and cpu.quota < cpu.cores:
+        found.append(
+            f"the control group allows {cpu.quota:g} CPUs' worth of time on {cpu.cores} cores, which engines do not "
+            f"know: --threads {max(1, int(cpu.quota))}"
+        )
+    if len(both := _packages_of("onnxruntime")) > 1:
+        found.append(
+            f"{' and '.join(both)} are both installed and overwrite each other's files: pip uninstall "
+            f"{' '.join(both)}, then pip install 'petseg[gpu]' (NVIDIA GPU) or 'petseg[cpu]'"
+        )
+    if gpus and not any(check.works for check in checks if check.device == "cuda"):
+        found.append("there is an NVIDIA GPU, and no engine that uses it works: pip install 'petseg[gpu]' or [rtx]")
+    if checks and not any(check.works for check in checks):
+        found.append("no engine works: pip install 'petseg[cpu]'")
+    if ffmpeg.error:
+        found.append(f"video can neither be read nor written, PyAV does not work ({ffmpeg.error}): pip install av")
+    return found

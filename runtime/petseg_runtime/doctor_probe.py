@@ -1,0 +1,150 @@
+"""What ``petseg doctor`` asks of libraries that may crash or hang: ``python -m petseg_runtime.doctor_probe QUESTION``.
+
+One question a process. The answer is one JSON object on stdout, with ``error`` in it if there is no other answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from petseg_runtime import host
+
+__all__ = ["QUESTIONS", "main"]
+
+_RUNS: Final = 10
+
+# Decoders for what cameras, phones and the web deliver, and encoders for what is played everywhere.
+_DECODERS: Final = ("h264", "hevc", "vp8", "vp9", "libdav1d", "mjpeg", "mpeg4", "png")
+_ENCODERS: Final = ("libx264", "libx265", "libvpx", "libvpx-vp9", "libsvtav1", "mjpeg", "ffv1", "png")
+
+
+def gpus() -> dict[str, Any]:
+    """The NVIDIA GPUs that the driver shows."""
+    return {"gpus": [dataclasses.asdict(gpu) for gpu in host.gpus()]}
+
+
+def rule() -> dict[str, Any]:
+    """The lines of the rule by which ``auto`` chooses, and what each needs."""
+    from petseg_runtime.engines.registry import ENGINES, RULE  # numpy, which may be what is broken
+
+    lines = []
+    for choice in RULE:
+        entry = ENGINES[choice.engine]
+        extra = "gpu" if entry.extra == "cpu" and choice.kind == "cuda" else entry.extra
+        line = {"engine": choice.engine, "device": choice.kind, "text": str(choice), "module": entry.module}
+        lines.append({**line, "extra": extra, "run_by_us": choice.kind in entry.run_by_us})
+    return {"rule": lines}
+
+
+def auto() -> dict[str, Any]:
+    """The engine that ``auto`` loads the embedded model in."""
+    from petseg_runtime.artifact import default_model, open_artifact
+    from petseg_runtime.engines.registry import load_engine
+
+    with load_engine(open_artifact(default_model())) as engine:
+        return {"info": dataclasses.asdict(engine.describe())}
+
+
+def engine(name: str, device: str, model: str) -> dict[str, Any]:
+    """Load a model in one engine, run it on its proof (blank photos, if it has none), and time it.
+
+    Returns:
+        ``info`` (of :class:`petseg_runtime.engines.base.EngineInfo`), ``load_seconds``, ``milliseconds`` (median of
+        a run of one photo), ``parity`` (of :class:`petseg_runtime.parity.Comparison`, None without a proof), and
+        ``photos`` of the proof.
+    """
+    import numpy as np
+
+    from petseg_runtime.artifact import open_artifact
+    from petseg_runtime.engines.registry import load_engine
+    from petseg_runtime.parity import compare, load_proof, proof_of
+
+    artifact = open_artifact(Path(model))
+    spec, proof_path = artifact.spec, proof_of(artifact.path)
+    checkpoint = str(artifact.provenance.get("checkpoint_sha256", ""))
+    proof = load_proof(proof_path, spec, checkpoint) if proof_path.exists() else None
+    photo = proof.images[:1] if proof else np.zeros((1, spec.height, spec.width, 3), np.uint8)
+    start = time.perf_counter()
+    with load_engine(artifact, name, device=device) as loaded:
+        load_seconds = time.perf_counter() - start
+        info = loaded.describe()
+        parity = compare(loaded.run, info, proof, spec).as_dict() if proof else None
+        loaded.run(photo)
+        milliseconds = []
+        for _ in range(_RUNS):
+            start = time.perf_counter()
+            loaded.run(photo)
+            milliseconds.append(1000 * (time.perf_counter() - start))
+    return {
+        "info": dataclasses.asdict(info),
+        "load_seconds": load_seconds,
+        "milliseconds": statistics.median(milliseconds),
+        "parity": parity,
+        "photos": len(proof.names) if proof else 0,
+    }
+
+
+def intel() -> dict[str, Any]:
+    """The devices that OpenVINO sees, with their names."""
+    import openvino
+
+    core = openvino.Core()
+    return {"devices": {name: core.get_property(name, "FULL_DEVICE_NAME") for name in core.available_devices}}
+
+
+def ffmpeg() -> dict[str, Any]:
+    """PyAV, the FFmpeg libraries inside it, and which of the codecs that matter they have."""
+    import av
+    from av.codec import Codec
+
+    def has(name: str, mode: Any) -> bool:
+        try:
+            Codec(name, mode)
+        except ValueError:  # of which PyAV's UnknownCodecError is one
+            return False
+        return True
+
+    return {
+        "pyav": av.__version__,
+        "libraries": {name: ".".join(map(str, version)) for name, version in av.library_versions.items()},
+        "decoders": {name: has(name, "r") for name in _DECODERS},
+        "encoders": {name: has(name, "w") for name in _ENCODERS},
+    }
+
+
+QUESTIONS: Final[dict[str, Callable[..., dict[str, Any]]]] = {
+    question.__name__: question for question in (gpus, rule, auto, engine, intel, ffmpeg)
+}
+
+
+def main(words: list[str]) -> None:
+    """Answer the question ``words[0]`` about the rest of them."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # a crash leaves no file
+    # Libraries print to stdout as they like; from here on that is stderr, and the answer has its way to itself.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    try:
+        answer = QUESTIONS[words[0]](*words[1:])
+    except Exception as error:  # noqa: BLE001 (whatever a library raises is the answer, and its trace is on stderr)
+        from petseg_runtime.errors import PetsegError
+
+        if not isinstance(error, PetsegError):
+            traceback.print_exc()
+        text = " ".join(str(error).split())[:400]
+        answer = {"error": text if isinstance(error, PetsegError) else f"{type(error).__name__}: {text}"}
+    with answers:
+        answers.write(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

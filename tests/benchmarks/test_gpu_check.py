@@ -1,0 +1,198 @@
+"""The check of the owner's GPU, where there is none: it says so; what it would say elsewhere, from stand-ins."""
+
+from __future__ import annotations
+
+import getpass
+import importlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from petseg_runtime import doctor
+from petseg_runtime.host import Gpu, nvidia_gpus
+
+ROOT = Path(__file__).resolve().parents[2]
+GPU = Gpu(index=0, name="NVIDIA RTX", compute_capability="8.9", memory=2**34, driver="CUDA 13.0")
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module, which is not installed."""
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("benchmarks.gpu_check")
+
+
+@pytest.mark.skipif(nvidia_gpus() > 0, reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
+    output = tmp_path / "gpu-check.json"
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout) == (5, "")
+    assert done.stderr.startswith("this machine shows no NVIDIA GPU (")
+    assert not output.exists()
+
+
+@pytest.mark.skipif(nvidia_gpus() > 0, reason="there is a GPU")
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_installs_nothing_where_there_is_no_gpu(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "runtime" / "petseg_runtime", tmp_path / "runtime" / "petseg_runtime")
+    command = ["make", "-C", str(tmp_path), "gpu-check", f"PYTHON={sys.executable}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0
+    assert "this machine shows no NVIDIA GPU: nothing was installed or checked" in done.stderr
+    assert not (tmp_path / ".venv-gpu").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_takes_tensorrt_from_the_system_and_nothing_else(tmp_path: Path) -> None:
+    system, environment = tmp_path / "system", tmp_path / "environment"
+    for name in ("tensorrt", "tensorrt_libs", "numpy_of_the_system"):
+        (system / name).mkdir(parents=True)
+        (system / name / "__init__.py").touch()
+    (environment / "tensorrt_libs").mkdir(parents=True)  # installed with the trt extra
+    makefile = tmp_path / "Makefile"
+    makefile.write_text(f'include {ROOT / "Makefile"}\nlink:\n\t@$(PYTHON) -c "$$LINK_TENSORRT" {environment}\n')
+    command = ["make", "-f", str(makefile), "link", f"PYTHON={sys.executable}"]
+    said = []
+    for _ in range(2):
+        variables = {**os.environ, "PYTHONPATH": str(system)}
+        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert said == ["using the system's tensorrt\n", ""]
+    assert {path.name: path.is_symlink() for path in environment.iterdir()} == {
+        "tensorrt": True,
+        "tensorrt_libs": False,
+    }
+    assert (environment / "tensorrt").resolve() == system / "tensorrt"
+
+
+def test_tests_are_told_one_by_one(check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test_a.py").write_text(
+        "import pytest\n"
+        "pytestmark = pytest.mark.filterwarnings('ignore')\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 1 == 2\n"
+        "def test_idle(): pytest.skip('too tired')\n"
+        "@pytest.fixture\ndef broken(): raise RuntimeError('no')\n"
+        "def test_broken(broken): pass\n"
+    )
+    (tmp_path / "test_b.py").write_text("import os, signal\ndef test_crash(): os.kill(os.getpid(), signal.SIGSEGV)\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    cases = {case["name"].rpartition("::")[2]: case for case in check.tests([])}
+    assert {name: case["outcome"] for name, case in cases.items()} == {
+        "test_good": "passed",
+        "test_bad": "failed",
+        "test_idle": "skipped",
+        "test_broken": "error",
+        "test_b.py": "error",
+    }
+    assert cases["test_good"]["why"] == ""
+    assert "assert 1 == 2" in cases["test_bad"]["why"]
+    assert cases["test_idle"]["why"] == "too tired"
+    assert cases["test_b.py"]["why"].startswith("exit code -11")
+    assert "test_crash" in cases["test_b.py"]["why"]
+
+
+def test_no_tests_are_an_error(check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    (case,) = check.tests([])
+    assert (case["name"], case["outcome"]) == ("collection", "error")
+
+
+def test_a_hang_ends(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "DEADLINE", 1)
+    done = check.ran([sys.executable, "-c", "import time; time.sleep(600)"])
+    assert done["exit_code"] == -9
+    assert done["err"].endswith("no end within 1 s")
+
+
+def engine(name: str = "onnxruntime", **values: Any) -> dict[str, Any]:
+    return {"engine": name, "device": "cuda", "packages": [f"{name} 1"], "works": True, "why": "", **values}
+
+
+def record(**values: Any) -> dict[str, Any]:
+    speeds = {"latency_ms": {"p50": 1.234}, "photos_per_second": {"median": 900.4}}
+    row = {"name": "onnxruntime", "device": "cuda:0", "precision": "tf32", **speeds}
+    return {
+        "doctor": {"gpus": [{"name": "NVIDIA RTX", "driver": "CUDA 13.0"}], "engines": [engine(precision="tf32")]},
+        "tests": [{"name": "a::test", "outcome": "passed"}],
+        "parity": {"onnxruntime": {"exit_code": 0}, "tensorrt": {"exit_code": 5}},
+        "benchmarks": {"batch 1": {"exit_code": 0, "answer": {"rows": [row]}}},
+        "failures": [],
+        **values,
+    }
+
+
+def test_all_that_did_not_pass_is_listed(check: Any) -> None:
+    assert check.failures(record()) == [], "an engine that is not installed is no failure"
+    crash = {"gpus": [], "engines": [engine(works=False, why="it crashed: SIGSEGV")]}
+    assert check.failures(record(doctor=crash)) == [
+        "onnxruntime on cuda: it crashed: SIGSEGV",
+        "no engine works on the GPU",
+    ]
+    failed = [{"name": "a::test", "outcome": "failed"}, {"name": "b::test", "outcome": "skipped"}]
+    assert check.failures(record(tests=failed)) == ["a::test: failed", "no test passed"]
+    assert check.failures(record(parity={"onnxruntime": {"exit_code": 10}})) == ["verify in onnxruntime: exit code 10"]
+    broken = {"batch 8": {"exit_code": -11, "answer": None}}
+    assert check.failures(record(benchmarks=broken)) == ["benchmark, batch 8: exit code -11"]
+
+
+def test_people_get_a_summary(check: Any) -> None:
+    assert check.summary(record(failures=["this", "that"])) == [
+        "NVIDIA RTX, CUDA 13.0",
+        "onnxruntime: tf32, works",
+        "tests: 1 passed",
+        "batch 1: onnxruntime on cuda:0, tf32: 1.23 ms, 900 photos/s",
+        "FAILED this",
+        "FAILED that",
+    ]
+
+
+def test_names_and_folders_are_left_out(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "annes-box")
+    monkeypatch.setattr(getpass, "getuser", lambda: "anne")
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/anne b"))
+    value = {
+        "why": "/home/anne b/src/x.py:3: bad (file:///opt/secret/lib.so) from '/usr/lib/a.py'",
+        "list": ["anne on annes-box", "see https://example.org/a/b/c", "255/255, 16 x 32/8", 7, None, 1.5],
+        "anne": True,
+    }
+    assert check.without_names(value) == {
+        "why": ".../src/x.py:3: bad (file://.../lib.so) from '.../a.py'",
+        "list": ["USER on HOST", "see https://example.org/a/b/c", "255/255, 16 x 32/8", 7, None, 1.5],
+        "USER": True,
+    }
+
+
+@pytest.mark.skipif(nvidia_gpus() > 0, reason="there is a GPU, on which engines may work")
+def test_the_record_of_a_gpu_is_written_without_names(
+    check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole road, with everything that takes long in place of the GPU's; the GPU itself is a stand-in."""
+    monkeypatch.setattr(doctor, "read_gpus", lambda: ((GPU,), ""))
+    monkeypatch.setattr(check, "tests", lambda selection: [{"name": "a::test", "outcome": "passed"}])
+    monkeypatch.setattr(check, "command", lambda *words: {"exit_code": 0, "answer": None, "said": list(words)})
+    output = tmp_path / "gpu-check.json"
+    code = check.gpu_check.main(["--output", str(output)], standalone_mode=False)
+    text = output.read_text(encoding="utf-8")
+    written = json.loads(text)
+    assert code == 1, "with no GPU behind it, no engine works on it"
+    assert "no engine works on the GPU" in written["failures"]
+    assert written["schema_version"] == 1
+    assert written["doctor"]["gpus"][0]["name"] == "NVIDIA RTX"
+    assert set(written["benchmarks"]) == {"batch 1", "batch 8", "batch 32", "without CUDA graphs"}
+    assert set(written["parity"]) == {"onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"}
+    for private in (str(ROOT), sys.prefix, str(tmp_path), os.environ["XDG_CACHE_HOME"]):
+        assert private not in text
+    assert "FAILED no engine works on the GPU" in capsys.readouterr().out

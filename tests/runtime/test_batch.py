@@ -1,0 +1,512 @@
+"""Many photos: each accounted for; and however often a run is stopped, the results are those of one that was not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from petseg_runtime import Segmenter
+from petseg_runtime.batch import Done, Report, segment_photos, steps_of
+from petseg_runtime.errors import EngineError, OutputError
+from petseg_runtime.images import to_model
+from petseg_runtime.journal import JOURNAL, Journal
+from petseg_runtime.pipeline import Outcome
+from petseg_runtime.result import Segmentation
+from petseg_runtime.sinks import CocoSink, ImageSink, Sink, Written, picture
+from petseg_runtime.sources import STDIN, Item, find_photos
+
+COUNT = 30
+
+
+def draw_pet(index: int) -> np.ndarray:
+    """uint8 [48, 64, 3]: a warm ellipse on a cool, noisy ground."""
+    rng = np.random.default_rng(index)
+    (cy, cx), (ry, rx) = rng.uniform(0.4, 0.6, 2) * (48, 64), rng.uniform(0.18, 0.32, 2) * (48, 64)
+    y, x = np.mgrid[:48, :64]
+    inside = ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 < 1
+    colour = np.where(inside[..., None], (280, 140, 70), (50, 90, 130))
+    return np.clip(colour + rng.normal(0, 12, (48, 64, 3)), 0, 255).astype(np.uint8)
+
+
+def write_photos(folder: Path, count: int) -> Path:
+    for index in range(count):
+        path = folder / f"{'ab'[index % 2]}" / f"{index:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw_pet(index)).save(path, quality=90)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(toy: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It takes red for pet; and it is small, because here the network is not what is tested."""
+    path: Path = toy(tmp_path_factory.mktemp("model") / "toy.onnx", height=64, width=64).path
+    return path
+
+
+@pytest.fixture(scope="module")
+def segmenter(model: Path) -> Iterator[Segmenter]:
+    with Segmenter(model, backend="onnxruntime", threads=2, streams=2) as segmenter:
+        yield segmenter
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty photos in two folders. To be read only."""
+    return write_photos(tmp_path_factory.mktemp("batch") / "photos", COUNT)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """Eight photos, for a test to spoil."""
+    return write_photos(tmp_path / "photos", 8)
+
+
+class Counted(Segmenter):
+    """Notes what its engine was given; and fails on purpose after so many photos."""
+
+    def __init__(self, model: Path, fails_after: int | None = None) -> None:
+        super().__init__(model, backend="onnxruntime", threads=2, streams=2)
+        self.seen: list[bytes] = []
+        self._left = fails_after
+        self._counting = threading.Lock()
+
+    def infer(self, batch: np.ndarray) -> np.ndarray:
+        with self._counting:
+            for image in batch:
+                if self._left is not None and len(self.seen) >= self._left:
+                    raise EngineError("the engine broke")
+                self.seen.append(image.tobytes())
+        return super().infer(batch)
+
+
+def ignore(outcome: Outcome[Item, Done]) -> None:
+    """Nobody watches."""
+
+
+def make_sink(kind: str, out: Path, items: list[Item], resume: bool) -> Sink:
+    if kind.startswith("coco"):
+        return CocoSink(out, kind)
+    return ImageSink(out, picture(kind), items, resume=resume)
+
+
+def go(
+    segmenter: Segmenter,
+    folder: Path,
+    out: Path,
+    kind: str = "mask",
+    *,
+    resume: bool = False,
+    watch: Callable[[Outcome[Item, Done]], None] = ignore,
+    sink: Callable[[Sink], Sink] = lambda sink: sink,
+) -> Report:
+    """What `petseg infer FOLDER --as KIND` does."""
+    items = find_photos([folder], out)
+    to = sink(make_sink(kind, out, items, resume))
+    with Journal(out, {"as": kind}, resume=resume) as journal:
+        return segment_photos(items, segmenter, to, watch, journal=journal, mask_only=kind == "mask")
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below, also the hidden ones, without the journal; and what is in it."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != JOURNAL)
+    return {str(path.relative_to(folder)): hashlib.md5(path.read_bytes()).hexdigest() for path in files}
+
+
+# -------------------------------------------------------------------------------------------- one whole run
+
+
+def test_each_photo_is_answered_for_once_and_in_order(segmenter: Segmenter, photos: Path, tmp_path: Path) -> None:
+    told: list[Outcome[Item, Done]] = []
+    report = go(segmenter, photos, tmp_path / "out", watch=told.append)
+    items = find_photos([photos])
+    assert [outcome.source for outcome in told] == items
+    assert (report.done, report.failed, report.skipped, report.path) == (COUNT, [], 0, None)
+    assert set(tree(tmp_path / "out")) == {f"{item.name}.png" for item in items}
+
+
+def test_results_are_those_of_a_call(segmenter: Segmenter, photos: Path, tmp_path: Path) -> None:
+    told: list[Outcome[Item, Done]] = []
+    go(segmenter, photos, tmp_path / "out", "probability", watch=told.append)
+    for outcome in told:
+        expected = segmenter(outcome.source.source)
+        done = outcome.value
+        assert done is not None
+        assert done.path is not None
+        with Image.open(done.path) as saved:
+            np.testing.assert_array_equal(np.array(saved), expected.probability)
+        assert (done.height, done.width) == (48, 64)
+        assert (done.coverage, done.found, done.box) == (expected.coverage, True, expected.box)
+        assert (done.notes, done.value) == ((), None)
+
+
+def test_a_bad_photo_is_named_and_stops_no_other(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
+    (own / "a" / "002.jpg").write_bytes(b"no photo")
+    (own / "empty.jpg").touch()
+    report = go(segmenter, own, tmp_path / "out")
+    assert (report.done, len(report.failed), report.skipped) == (7, 2, 0)
+    assert sorted(line.partition(":")[0] for line in report.failed) == [str(own / "a/002.jpg"), str(own / "empty.jpg")]
+    assert len(tree(tmp_path / "out")) == 7
+
+
+def test_what_was_known_to_be_wrong_is_told_as_it_was_found(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
+    items = [Item(own / "a" / "000.jpg", PurePath("0"), problem="photos/*.png: no file fits this pattern")]
+    report = segment_photos(items, segmenter, ImageSink(tmp_path / "out", picture("mask"), items), ignore)
+    assert report.failed == ["photos/*.png: no file fits this pattern"]
+    assert tree(tmp_path / "out") == {}
+
+
+def test_a_result_that_cannot_be_written_stops_no_other(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "a" / "002.png").mkdir(parents=True)
+    report = go(segmenter, own, tmp_path / "out")
+    assert report.done == 7
+    (line,) = report.failed
+    assert line.startswith(f"{own / 'a/002.jpg'}: its result {tmp_path / 'out/a/002.png'} cannot be written")
+    assert len(tree(tmp_path / "out")) == 7
+
+
+def test_an_image_that_was_given_as_bytes_is_segmented(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
+    data = (own / "a" / "000.jpg").read_bytes()
+    item = Item(STDIN, PurePath("stdin"), data=data)
+    report = segment_photos([item], segmenter, ImageSink(tmp_path / "out", picture("mask"), [item]), ignore)
+    assert report.done == 1
+    with Image.open(tmp_path / "out" / "stdin.png") as saved:
+        np.testing.assert_array_equal(np.array(saved) == 255, segmenter(data).mask)
+
+
+def test_without_a_pet_nothing_is_found(segmenter: Segmenter, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (20, 10), "blue").save(tmp_path / "in" / "sky.png")
+    told: list[Outcome[Item, Done]] = []
+    go(segmenter, tmp_path / "in", tmp_path / "out", watch=told.append)
+    done = told[0].value
+    assert done is not None
+    assert (done.coverage, done.found, done.box) == (0.0, False, None)
+
+
+def test_no_photos_at_all_are_no_error(segmenter: Segmenter, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    report = go(segmenter, tmp_path / "in", tmp_path / "out")
+    assert (report.done, report.failed, report.skipped, report.steps) == (0, [], 0, {})
+
+
+def test_the_report_says_what_each_step_took(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
+    (own / "a" / "002.jpg").write_bytes(b"no photo")
+    report = go(segmenter, own, tmp_path / "out")
+    assert list(report.steps) == ["read", "infer", "write"]
+    for seconds in report.steps.values():
+        assert 0 < seconds["p50"] <= seconds["p95"] <= seconds["sum"]
+    assert report.seconds > 0
+
+
+def test_sum_median_and_percentile_are_over_the_photos_that_came_to_a_step() -> None:
+    taken = [{"read": 1.0, "infer": 10.0}, {"read": 3.0}, {"read": 2.0, "infer": 30.0}]
+    steps = steps_of(taken)
+    assert steps["read"] == {"sum": 6.0, "p50": 2.0, "p95": pytest.approx(2.9)}
+    assert steps["infer"] == {"sum": 40.0, "p50": 20.0, "p95": pytest.approx(29.0)}
+    assert steps_of([]) == {}
+
+
+def test_where_only_masks_are_wanted_the_photos_are_not_kept(
+    segmenter: Segmenter, photos: Path, tmp_path: Path
+) -> None:
+    kept = []
+
+    class Spy(ImageSink):
+        def write(self, item: Item, result: Segmentation) -> Written:
+            kept.append(result.pixels is not None)
+            return super().write(item, result)
+
+    items = find_photos([photos])
+    for mask_only in (True, False):
+        out = tmp_path / str(mask_only)
+        segment_photos(items, segmenter, Spy(out, picture("mask"), items), ignore, mask_only=mask_only)
+    assert kept == [False] * COUNT + [True] * COUNT
+
+
+# ------------------------------------------------------------------------------------------------ going on
+
+
+KINDS = ["mask", "overlay", "coco-polygons", "coco-rle"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(segmenter: Segmenter, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run that nobody stops leaves behind, of each kind."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    for kind in KINDS:
+        go(segmenter, photos, root / kind, kind)
+    return {kind: tree(root / kind) for kind in KINDS}
+
+
+class Stop(BaseException):
+    """Ctrl-C, in a test."""
+
+
+def stopping(after: int) -> Callable[[Outcome[Item, Done]], None]:
+    """Somebody who watches, and after so many photos stops the run."""
+    left = [after]
+
+    def watch(outcome: Outcome[Item, Done]) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Stop
+
+    return watch
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
+    model: Path, photos: Path, tmp_path: Path, undisturbed: dict[str, Any], kind: str
+) -> None:
+    out = tmp_path / "out"
+    with Counted(model) as first, pytest.raises(Stop):
+        go(first, photos, out, kind, watch=stopping(after=9))
+    with Counted(model) as second:
+        report = go(second, photos, out, kind, resume=True)
+    assert (report.done, report.failed, report.skipped) == (COUNT - 10, [], 10)
+    assert len(second.seen) == COUNT - 10, "nothing that was told of is done twice"
+    assert {*first.seen, *second.seen} == {image_of(path) for path in photos.rglob("*.jpg")}
+    assert tree(out) == undisturbed[kind]
+
+
+def image_of(path: Path) -> bytes:
+    """What the engine is given of a photo."""
+    with Image.open(path) as photo:
+        return to_model(np.array(photo), 64, 64).tobytes()
+
+
+@given(stops=st.lists(st.integers(0, 12), min_size=1, max_size=4), kind=st.sampled_from(["mask", "coco-rle"]))
+@settings(max_examples=12)
+def test_it_may_be_stopped_any_number_of_times_anywhere(
+    tmp_path_factory: pytest.TempPathFactory,
+    segmenter: Segmenter,
+    photos: Path,
+    undisturbed: dict[str, Any],
+    stops: list[int],
+    kind: str,
+) -> None:
+    out = tmp_path_factory.mktemp("stops") / "out"
+    behind = 0
+    for after in stops:
+        try:
+            go(segmenter, photos, out, kind, resume=True, watch=stopping(after))
+            behind = COUNT
+        except Stop:
+            behind += after + 1
+    report = go(segmenter, photos, out, kind, resume=True)
+    assert (report.done, report.failed, report.skipped) == (COUNT - behind, [], behind)
+    assert tree(out) == undisturbed[kind]
+
+
+def test_an_engine_that_fails_ends_the_run_and_the_next_goes_on(
+    model: Path, segmenter: Segmenter, photos: Path, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    with Counted(model, fails_after=15) as broken, pytest.raises(EngineError, match="the engine broke"):
+        go(broken, photos, tmp_path / "out")
+    report = go(segmenter, photos, tmp_path / "out", resume=True)
+    assert report.done + report.skipped == COUNT
+    assert 0 < report.skipped <= 15
+    assert tree(tmp_path / "out") == undisturbed["mask"]
+
+
+def test_a_full_disk_ends_the_run_and_the_next_goes_on(
+    segmenter: Segmenter, photos: Path, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    class Full:
+        """Has room for eleven results."""
+
+        def __init__(self, sink: Sink) -> None:
+            self._sink, self._room = sink, [None] * 11
+            self.path_of, self.finish = sink.path_of, sink.finish
+
+        def write(self, item: Item, result: Segmentation) -> Written:
+            try:
+                self._room.pop()
+            except IndexError:
+                raise OutputError("no space left on device") from None
+            return self._sink.write(item, result)
+
+    with pytest.raises(OutputError, match="no space left"):
+        go(segmenter, photos, tmp_path / "out", sink=Full)
+    assert len(tree(tmp_path / "out")) == 11
+    report = go(segmenter, photos, tmp_path / "out", resume=True)
+    assert report.done + report.skipped == COUNT
+    assert tree(tmp_path / "out") == undisturbed["mask"]
+
+
+def test_what_is_done_is_not_touched_again(model: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Counted(model) as segmenter:
+        go(segmenter, photos, out)
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+        segmenter.seen.clear()
+        report = go(segmenter, photos, out, resume=True)
+        assert (report.done, report.skipped, segmenter.seen) == (0, COUNT, [])
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.png")} == before
+
+
+def test_only_what_changed_is_done_again(model: Path, own: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Counted(model) as segmenter:
+        go(segmenter, own, out)
+        whole = tree(out)
+        Image.fromarray(draw_pet(99)).save(own / "a" / "000.jpg")  # changed
+        (out / "a" / "002.png").unlink()  # gone
+        cut = out / "b" / "003.png"
+        cut.write_bytes(cut.read_bytes()[:40])  # truncated
+        Image.fromarray(draw_pet(98)).save(own / "new.jpg")  # new
+        segmenter.seen.clear()
+        report = go(segmenter, own, out, resume=True)
+        assert (report.done, report.skipped) == (4, 5)
+        assert sorted(segmenter.seen) == sorted(
+            image_of(own / name) for name in ("a/000.jpg", "a/002.jpg", "b/003.jpg", "new.jpg")
+        )
+        after = tree(out)
+        assert {name for name in after if after[name] != whole.get(name)} == {"a/000.png", "new.png"}
+        with Image.open(out / "a" / "000.png") as saved:
+            np.testing.assert_array_equal(np.array(saved) == 255, segmenter(own / "a" / "000.jpg").mask)
+
+
+def test_what_failed_is_tried_again(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
+    good = (own / "a" / "002.jpg").read_bytes()
+    (own / "a" / "002.jpg").write_bytes(b"no photo")
+    for resume in (False, True):
+        report = go(segmenter, own, tmp_path / "out", resume=resume)
+        assert len(report.failed) == 1
+    assert (report.done, report.skipped) == (0, 7)
+    (own / "a" / "002.jpg").write_bytes(good)
+    report = go(segmenter, own, tmp_path / "out", resume=True)
+    assert (report.done, report.failed, report.skipped) == (1, [], 7)
+
+
+def annotated(out: Path) -> dict[str, Any]:
+    """Photo -> annotation, of a COCO file."""
+    file = json.loads((out / "annotations.json").read_text(encoding="utf-8"))
+    names = {image["id"]: Path(image["file_name"]).name for image in file["images"]}
+    return {names[annotation["image_id"]]: annotation["area"] for annotation in file["annotations"]}
+
+
+def test_a_coco_file_knows_only_photos_as_they_are_now(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = go(segmenter, own, out, "coco-rle")
+    assert report.path == out / "annotations.json"
+    first = annotated(out)
+    assert set(first) == {f"{index:03d}.jpg" for index in range(8)}
+    (own / "a" / "000.jpg").write_bytes(b"no photo any more")
+    (own / "a" / "002.jpg").unlink()
+    Image.fromarray(draw_pet(99)).save(own / "a" / "004.jpg")
+    report = go(segmenter, own, out, "coco-rle", resume=True)
+    assert (report.done, len(report.failed), report.skipped) == (1, 1, 5)
+    second = annotated(out)
+    assert set(second) == set(first) - {"000.jpg", "002.jpg"}
+    assert {name for name in second if second[name] != first[name]} == {"004.jpg"}
+
+
+# ------------------------------------------------------------------------------- the real thing, and kill -9
+
+PHOTOS = 500
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five hundred small photos."""
+    return write_photos(tmp_path_factory.mktemp("many") / "photos", PHOTOS)
+
+
+def command(model: Path, folder: Path, out: Path) -> list[str]:
+    # A shell that starts this test in the background makes its children ignore Ctrl-C.
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import petseg.cli as c; c.main()"
+    )
+    options = ["--as", "mask", "--resume", "--json", "--backend", "onnxruntime", "--model", str(model)]
+    return [sys.executable, "-c", program, "infer", str(folder), "--output", str(out), *options]
+
+
+def results(out: Path) -> int:
+    """How many results are in their place."""
+    return sum(
+        name.name.endswith(".png") and not name.name.startswith(".")
+        for part in ("a", "b")
+        if (out / part).is_dir()
+        for name in os.scandir(out / part)
+    )
+
+
+def stop_at(count: int, with_signal: int, call: list[str], out: Path) -> subprocess.CompletedProcess[str]:
+    """Start a run, and once so many results are there, stop it."""
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        # What it prints is taken from it, or it would wait for that.
+        printed: list[tuple[str, str]] = []
+        listener = threading.Thread(target=lambda: printed.append(process.communicate()))
+        listener.start()
+        while results(out) < count and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(with_signal)
+        listener.join(100)
+        process.wait(100)
+    return subprocess.CompletedProcess(call, process.returncode, *printed[0])
+
+
+def noted(out: Path) -> dict[Path, int]:
+    """The results that the journal knows of, and when they were written."""
+    lines = (out / JOURNAL).read_text(encoding="utf-8").splitlines()
+    found = {}
+    for text in lines:
+        try:
+            line = json.loads(text)
+        except ValueError:  # cut
+            continue
+        if "name" in line:
+            path = out / f"{line['name']}.png"
+            found[path] = path.stat().st_mtime_ns
+    return found
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
+    model: Path, many: Path, tmp_path: Path
+) -> None:
+    """Three times kill -9, once SIGTERM, once Ctrl-C, at five hundred photos."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    call = command(model, many, out)
+    codes = []
+    before: dict[Path, int] = {}
+    signals = [signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]
+    for round_, with_signal in enumerate(signals):
+        done = stop_at(60 + 80 * round_, with_signal, call, out)
+        assert "Traceback" not in done.stderr
+        codes.append(done.returncode)
+        for path in out.rglob("*.png"):
+            if not path.name.startswith("."):
+                with Image.open(path) as mask:
+                    mask.load()
+        now = noted(out)
+        assert now.items() >= before.items(), "what was noted is not written again"
+        assert len(before) < len(now) < PHOTOS
+        before = now
+        (out / "a" / ".left.0123abcd.part.png").write_bytes(b"half")  # a kill rarely falls between write and rename
+    assert codes == [-9, 130, -9, -15, -9]
+    last = subprocess.run(call, capture_output=True, text=True, timeout=100)
+    assert (last.returncode, last.stderr) == (0, "")
+    summary = json.loads(last.stdout.splitlines()[-1])
+    assert (summary["photos"], summary["failed"], summary["skipped"]) == (PHOTOS, 0, len(before))
+    assert summary["done"] == PHOTOS - len(before)
+    assert noted(out).items() >= before.items()
+    undisturbed = subprocess.run(command(model, many, whole), capture_output=True, text=True, timeout=100)
+    assert undisturbed.returncode == 0
+    assert len(tree(whole)) == PHOTOS
+    assert tree(out) == tree(whole)

@@ -1,0 +1,368 @@
+"""What a vendor's library does, doctor outlives and reports: crashes, hangs, rubbish, and masks that are wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from petseg.cli import run
+from petseg_runtime import doctor, doctor_probe, parity
+from petseg_runtime.artifact import Artifact
+from petseg_runtime.cli.doctor import cpu_lines
+from petseg_runtime.doctor import EngineCheck, Ffmpeg, RuleLine, XRay, ask, check_engine, probe, x_ray
+from petseg_runtime.engines.registry import ENGINES, RULE
+from petseg_runtime.host import Cpu, Gpu
+
+ORT = RuleLine(
+    engine="onnxruntime", device="cpu", text="onnxruntime on cpu", module="onnxruntime", extra="cpu", run_by_us=True
+)
+GPU = Gpu(index=0, name="NVIDIA RTX", compute_capability="8.9", memory=2**34, driver="CUDA 13.0")
+
+CPU = Cpu(name="CPU", machine="x86_64", cores=8, quota=None, memory=2**34, memory_limit=None, features=())
+
+
+def program(text: str, deadline: float = 60) -> dict[str, Any]:
+    """What is made of a program in a probe's place."""
+    return ask((sys.executable, "-c", "import os, signal, sys, time\n" + text), deadline)
+
+
+def test_an_answer_is_taken_and_what_else_is_said_is_not() -> None:
+    assert program("print('noise', file=sys.stderr); print('{\"a\": [1]}')") == {"a": [1]}
+
+
+@pytest.mark.parametrize("name", ["SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE"])
+def test_a_crash_is_reported_by_its_name_and_last_words(name: str) -> None:
+    answer = program(f"print('first\\nlast  words\\n', file=sys.stderr); os.kill(os.getpid(), signal.{name})")
+    assert answer == {"error": f"it crashed: {name} (last words)"}
+
+
+def test_an_instruction_that_the_processor_lacks_has_a_remedy() -> None:
+    error = program("os.kill(os.getpid(), signal.SIGILL)")["error"]
+    assert error.startswith("it crashed: SIGILL, it uses instructions that this processor does not have: install")
+
+
+def test_a_process_that_the_system_ended_ran_out_of_memory() -> None:
+    assert "SIGKILL, the system ended it, most likely because memory" in program("os.kill(os.getpid(), 9)")["error"]
+
+
+def test_a_crash_after_the_answer_is_a_crash() -> None:
+    """Libraries of GPUs fall over their own feet when a process ends; `petseg infer` would, too."""
+    crash = "os.kill(os.getpid(), signal.SIGSEGV)"
+    assert program(f"print('{{}}', flush=True); {crash}") == {"error": "it crashed: SIGSEGV"}
+
+
+def test_a_hang_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    text = (
+        "import subprocess\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"open({str(started)!r}, 'w').write(str(child.pid))\n"
+        "time.sleep(600)"
+    )
+    assert program(text, 5) == {"error": "no answer within 5 s: it hangs"}
+    child = int(started.read_text())
+    for _ in range(100):  # whoever inherits it collects it
+        if not Path(f"/proc/{child}").exists() or "State:\tZ" in Path(f"/proc/{child}/status").read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail("what the probe had started goes on")
+
+
+@pytest.mark.parametrize("rubbish", ["", "hello", "[1]", "null", "{", "7"])
+def test_rubbish_is_no_answer(rubbish: str) -> None:
+    assert program(f"print({rubbish!r})")["error"].startswith("it ended with code 0 and ")
+
+
+def test_an_answer_with_a_failure_is_none() -> None:
+    assert program("print('{}'); sys.exit(3)") == {"error": "it ended with code 3 and an answer"}
+
+
+def test_ctrl_c_ends_a_probe_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    real = os.killpg
+
+    def interrupted(self: Any, **_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def killed(group: int, number: int) -> None:
+        ended.append(group)
+        real(group, number)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    monkeypatch.setattr(os, "killpg", killed)
+    with pytest.raises(KeyboardInterrupt):
+        program("time.sleep(600)")
+    assert len(ended) == 1
+
+
+def test_what_a_library_prints_does_not_spoil_the_answer() -> None:
+    text = (
+        "from petseg_runtime import doctor_probe\n"
+        "def noisy():\n"
+        "    print('from Python'); sys.stdout.flush(); os.write(1, b'from C'); return {'a': 1}\n"
+        "doctor_probe.QUESTIONS['noisy'] = noisy\n"
+        "doctor_probe.main(['noisy'])"
+    )
+    assert program(text) == {"a": 1}
+
+
+def test_whatever_a_library_raises_is_the_answer() -> None:
+    text = "from petseg_runtime import doctor_probe\nasked = doctor_probe.QUESTIONS\n"
+    raises = "def odd():\n    raise {}\nasked['odd'] = odd\ndoctor_probe.main(['odd'])"
+    assert program(text + raises.format("AttributeError('no\\n  kernels')")) == {"error": "AttributeError: no kernels"}
+    ours = "from petseg_runtime.errors import EngineError\n" + text + raises.format("EngineError('not here: do this')")
+    assert program(ours) == {"error": "not here: do this"}
+
+
+def test_the_rule_is_the_registrys() -> None:
+    lines, problem = doctor.read_rule()
+    assert problem == ""
+    assert [(line.engine, line.device, line.text) for line in lines] == [(c.engine, c.kind, str(c)) for c in RULE]
+    for line in lines:
+        assert line.module == ENGINES[line.engine].module
+        assert line.run_by_us == (line.device in ENGINES[line.engine].run_by_us)
+    extras = {(line.engine, line.device): line.extra for line in lines}
+    assert (extras["onnxruntime", "cpu"], extras["onnxruntime", "cuda"]) == ("cpu", "gpu")
+
+
+def test_an_engine_works_if_its_masks_are_right() -> None:
+    check = check_engine(ORT, ())
+    assert check.works, check.why
+    assert (check.why, check.device, check.precision, check.run_by_us) == ("", "cpu", "f32", True)
+    assert check.packages[0].startswith("onnxruntime ")
+    assert check.version in check.packages[0]
+    assert check.photos == 16
+    assert check.mean_mask_iou is not None
+    assert check.mean_mask_iou > 0.999
+    assert check.milliseconds is not None
+    assert 0 < check.milliseconds < 10_000
+
+
+def test_an_engine_with_wrong_masks_does_not_work(proven: Artifact, toy: Any) -> None:
+    assert check_engine(ORT, (), model=proven.path).works
+    toy(proven.path, channel=1)
+    check = check_engine(ORT, (), model=proven.path)
+    assert not check.works
+    assert check.why.startswith("its masks are wrong: largest difference ")
+
+
+def test_a_model_without_a_proof_runs_unproven(proven: Artifact) -> None:
+    parity.proof_of(proven.path).unlink()
+    check = check_engine(ORT, (), model=proven.path)
+    assert (check.works, check.photos, check.mean_mask_iou) == (True, 0, None)
+
+
+def test_a_file_that_is_no_model_is_why() -> None:
+    check = check_engine(ORT, (), model=Path("/nowhere.onnx"))
+    assert not check.works
+    assert check.why.startswith("/nowhere.onnx: ")
+
+
+def test_what_is_not_installed_is_not_tried_and_has_a_remedy() -> None:
+    line = dataclasses.replace(ORT, engine="abacus", module="no_such_module", extra="abacus", run_by_us=False)
+    check = check_engine(line, ())
+    assert (check.works, check.packages, check.why) == (False, (), "not installed: pip install 'petseg[abacus]'")
+
+
+def test_without_a_gpu_what_needs_one_is_not_tried() -> None:
+    line = dataclasses.replace(ORT, device="cuda")
+    assert check_engine(line, ()).why == "not tried: this machine shows no NVIDIA GPU"
+    missing = dataclasses.replace(line, module="no_such_module")
+    assert check_engine(missing, ()).why == "not tried: this machine shows no NVIDIA GPU, and it is not installed"
+
+
+def test_an_engine_that_crashes_is_a_line_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "probe", lambda *words, **_: {"error": "it crashed: SIGSEGV"})
+    check = check_engine(dataclasses.replace(ORT, device="cuda"), (GPU,), "cuda:1")
+    assert (check.device, check.works, check.why) == ("cuda:1", False, "it crashed: SIGSEGV")
+
+
+def test_both_packages_of_onnx_runtime_are_a_problem_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert doctor._problems(CPU, (), (), Ffmpeg()) == []
+    about = tmp_path / "onnxruntime_gpu-1.23.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.23.0\n")
+    (about / "top_level.txt").write_text("onnxruntime\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    doctor._packages.cache_clear()
+    try:
+        (problem,) = doctor._problems(CPU, (), (), Ffmpeg())
+        assert "onnxruntime-gpu 1.23.0" in check_engine(dataclasses.replace(ORT, device="cuda"), ()).packages
+    finally:
+        doctor._packages.cache_clear()
+    assert problem.startswith("onnxruntime and onnxruntime-gpu are both installed")
+    assert "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'petseg[gpu]'" in problem
+
+
+def test_a_gpu_that_nothing_uses_is_a_problem() -> None:
+    check = EngineCheck(engine="a", device="cuda", packages=(), works=False, why="no", run_by_us=False)
+    working = dataclasses.replace(check, device="cpu", works=True)
+    (problem,) = doctor._problems(CPU, (GPU,), (check, working), Ffmpeg())
+    assert "no engine that uses it works" in problem
+    assert doctor._problems(CPU, (GPU,), (dataclasses.replace(check, works=True), working), Ffmpeg()) == []
+    assert doctor._problems(CPU, (), (check, working), Ffmpeg()) == []
+    assert "pip install 'petseg[cpu]'" in doctor._problems(CPU, (), (check,), Ffmpeg())[0]
+    assert "PyAV does not work (gone)" in doctor._problems(CPU, (), (), Ffmpeg(error="gone"))[0]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[XRay]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PETSEG_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield x_ray()
+
+
+def test_this_machine(found: XRay) -> None:
+    assert found.host.cpu.cores >= 1
+    assert {(check.engine, check.device) for check in found.engines} == {(c.engine, c.kind) for c in RULE}
+    assert found.works
+    assert {check.why != "" for check in found.engines if check.works} == {False}
+    assert all(check.why for check in found.engines if not check.works)
+    working = {(check.engine, check.device) for check in found.engines if check.works}
+    assert (found.auto["name"], found.auto["device"].partition(":")[0]) in working
+    assert found.ffmpeg.decoders["mjpeg"] is True
+    assert found.ffmpeg.encoders["png"] is True
+    assert "libavcodec" in found.ffmpeg.libraries
+    assert found.cache
+    if importlib.util.find_spec("openvino"):
+        assert "CPU" in found.openvino_devices
+
+
+def test_codecs_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_probe, "_DECODERS", ("h264", "no-such-codec"))
+    assert doctor_probe.ffmpeg()["decoders"] == {"h264": True, "no-such-codec": False}
+
+
+def texts(found: XRay, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> Any:
+    monkeypatch.setattr(doctor, "x_ray", lambda watch: found)
+    return (run(["doctor", *args]), *capsys.readouterr())
+
+
+def test_people_get_a_page(found: XRay, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = texts(dataclasses.replace(found, problems=("mend\nthis",)), monkeypatch, capsys)
+    assert code == 0
+    assert err == "petseg: mend\\nthis\n"
+    assert "     engines  " in out
+    assert f"works  onnxruntime on cpu (onnxruntime {found.host.packages['onnxruntime']}): f32, " in out
+    assert "never run there by us" in out
+    for number, choice in enumerate(RULE, 1):
+        assert f"{number}. {choice}" in out
+    assert "  auto takes  " in out
+    assert "decodes  h264 " in out
+
+
+def test_programs_get_all_of_it(
+    found: XRay, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = texts(found, monkeypatch, capsys, "--json")
+    assert (code, err) == (0, "".join(f"petseg: {problem}\n" for problem in found.problems))
+    record = json.loads(out)
+    assert record.pop("schema_version") == 1
+    assert record == json.loads(json.dumps(dataclasses.asdict(found)))
+    assert set(record) == {
+        "host",
+        "gpus",
+        "openvino_devices",
+        "rule",
+        "engines",
+        "auto",
+        "ffmpeg",
+        "cache",
+        "cache_bytes",
+        "problems",
+    }
+
+
+def test_where_nothing_works_the_code_is_5(
+    found: XRay, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = dataclasses.replace(
+        found,
+        gpus=(GPU,),
+        engines=tuple(dataclasses.replace(check, works=False, why="it crashed: SIGILL") for check in found.engines),
+        auto={"error": "it crashed: SIGILL"},
+        ffmpeg=Ffmpeg(error="gone"),
+        cache="",
+        host=dataclasses.replace(found.host, environment="", nvidia_driver="580.95.05"),
+    )
+    code, out, _ = texts(broken, monkeypatch, capsys)
+    assert code == 5
+    for line in (
+        "auto takes  none: it crashed: SIGILL",
+        "FFmpeg  none: gone",
+        "cuda:0 NVIDIA RTX, compute capability 8.9, 17.2 GB, driver for CUDA 13.0",
+        "driver 580.95.05",
+        "environment  none: ",
+        "cache  none: ",
+    ):
+        assert line in out
+    assert "works  " not in out
+
+
+def test_where_numpy_does_not_work_that_is_the_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stand_in(question: str, *words: str, **_: Any) -> dict[str, Any]:
+        return {"error": "it crashed: SIGILL"} if question in ("rule", "auto") else probe(question, *words)
+
+    monkeypatch.setattr(doctor, "probe", stand_in)
+    found = x_ray()
+    assert (found.works, found.rule, found.engines) == (False, (), ())
+    assert found.problems == ("no engine can be tried: it crashed: SIGILL",)
+
+
+def test_limits_of_the_control_group_are_shown() -> None:
+    cpu = dataclasses.replace(CPU, quota=1.5, memory=16 * 10**9, memory_limit=2 * 10**9)
+    lines = dict(cpu_lines(cpu))
+    assert lines["processor"] == "CPU, x86_64, 8 usable cores, of which the control group allows 1.5"
+    assert lines["memory"] == "16.0 GB, of which the control group allows 2.0"
+    assert lines[""].startswith("none of the features")
+
+
+@pytest.mark.parametrize(("quota", "remedy"), [(0.5, "--threads 1"), (6.9, "--threads 6")])
+def test_more_cores_than_the_control_group_allows_are_a_problem(quota: float, remedy: str) -> None:
+    (problem,) = doctor._problems(dataclasses.replace(CPU, quota=quota), (), (), Ffmpeg())
+    assert f"{quota} CPUs' worth of time on 8 cores" in problem
+    assert problem.endswith(remedy)
+    assert doctor._problems(dataclasses.replace(CPU, quota=8.0), (), (), Ffmpeg()) == []
+
+
+def test_doctor_itself_imports_neither_numpy_nor_an_engine() -> None:
+    text = (
+        "import sys\nfrom petseg.cli import run\ncode = run(['doctor', '--json'])\n"
+        "print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)\nsys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", text], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    modules = set(done.stderr.splitlines()[-1].split())
+    assert "petseg_runtime" in modules
+    assert modules & {"numpy", "PIL", "av", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "torch"} == set()
+    assert json.loads(done.stdout)["schema_version"] == 1
+
+
+def test_a_file_in_the_current_folder_is_not_taken_for_a_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "numpy.py").write_text("raise SystemExit('this is not numpy')")
+    monkeypatch.chdir(tmp_path)
+    assert "rule" in probe("rule")
+
+
+def test_a_crash_leaves_no_core_file() -> None:
+    text = (
+        "import resource\nfrom petseg_runtime import doctor_probe\n"
+        "asked = doctor_probe.QUESTIONS\n"
+        "asked['limit'] = lambda: {'core': resource.getrlimit(resource.RLIMIT_CORE)[0]}\n"
+        "doctor_probe.main(['limit'])"
+    )
+    assert program(text) == {"core": 0}

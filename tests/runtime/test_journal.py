@@ -1,0 +1,336 @@
+"""What is done is noted once it is in its place; what was cut, changed or made otherwise counts for nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path, PurePath
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from petseg_runtime.errors import OutputError
+from petseg_runtime.journal import JOURNAL, Journal
+from petseg_runtime.sources import STDIN, Item
+
+SETTINGS = {"as": "mask", "threshold": 0.5, "background": None}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where results go."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path: Path, folder: Path) -> Callable[..., Item]:
+    """Makes a photo, and a result that is in its place."""
+
+    def make(name: str = "cat") -> Item:
+        source = tmp_path / f"{name}.jpg"
+        if not source.exists():
+            source.write_bytes(b"photo")
+            result(folder, name).write_bytes(b"result")
+        return Item(source, PurePath(name))
+
+    return make
+
+
+def result(folder: Path, name: str = "cat") -> Path:
+    return folder / f"{name}.png"
+
+
+def note(folder: Path, *items: Item, **changes: Any) -> None:
+    """A first run that did these."""
+    with Journal(folder, SETTINGS | changes, resume=False) as journal:
+        for item in items:
+            assert journal.finished(item, result(folder, str(item.name))) is None
+            journal.add(item, result(folder, str(item.name)))
+
+
+def is_finished(folder: Path, item: Item, **changes: Any) -> bool:
+    """Whether a run that goes on there passes over an item."""
+    with Journal(folder, SETTINGS | changes, resume=True) as journal:
+        return journal.finished(item, result(folder, str(item.name))) is not None
+
+
+Photo = Callable[..., Item]
+
+
+# --------------------------------------------------------------------------------------------- going on
+
+
+def test_what_was_noted_is_finished_and_nothing_else_is(folder: Path, photo: Photo) -> None:
+    cat, dog = photo("cat"), photo("dog")
+    note(folder, cat)
+    assert is_finished(folder, cat)
+    assert not is_finished(folder, dog)
+
+
+def test_going_on_where_nothing_was_begun_begins(folder: Path, photo: Photo) -> None:
+    assert not is_finished(folder, photo())
+    with Journal(folder, SETTINGS, resume=True) as journal:
+        journal.add(photo(), result(folder))
+    assert is_finished(folder, photo())
+
+
+def test_what_a_resumed_run_adds_is_kept_with_what_was_there(folder: Path, photo: Photo) -> None:
+    cat, dog = photo("cat"), photo("dog")
+    note(folder, cat)
+    with Journal(folder, SETTINGS, resume=True) as journal:
+        journal.add(dog, result(folder, "dog"))
+    assert is_finished(folder, cat)
+    assert is_finished(folder, dog)
+
+
+def test_a_run_without_resume_forgets_what_was_there(folder: Path, photo: Photo) -> None:
+    cat = photo()
+    note(folder, cat)
+    note(folder)
+    assert not is_finished(folder, cat)
+
+
+def test_a_line_is_on_disk_as_soon_as_it_was_added(folder: Path, photo: Photo) -> None:
+    with Journal(folder, SETTINGS, resume=False) as journal:
+        journal.add(photo(), result(folder))
+        lines = (folder / JOURNAL).read_text().splitlines()
+    assert [json.loads(line).get("name") for line in lines] == [None, "cat"]
+
+
+def test_a_photo_that_changed_is_done_again(folder: Path, photo: Photo) -> None:
+    cat = photo()
+    note(folder, cat)
+    os.utime(cat.source, ns=(1, 1))
+    assert not is_finished(folder, cat)
+    note(folder, cat)
+    cat.source.write_bytes(b"another photo")
+    assert not is_finished(folder, cat)
+    cat.source.unlink()
+    assert not is_finished(folder, cat)
+
+
+def test_a_photo_that_changes_while_it_is_read_is_done_again(folder: Path, photo: Photo) -> None:
+    """Which of the two states was segmented, nobody knows."""
+    cat = photo()
+    with Journal(folder, SETTINGS, resume=False) as journal:
+        assert journal.finished(cat, result(folder)) is None
+        cat.source.write_bytes(b"another photo")
+        journal.add(cat, result(folder))
+    assert not is_finished(folder, cat)
+
+
+def test_the_same_name_of_another_photo_is_done_again(folder: Path, photo: Photo) -> None:
+    note(folder, photo("cat"))
+    other = photo("other")
+    assert not is_finished(folder, Item(other.source, PurePath("cat")))
+
+
+def test_a_result_that_is_gone_or_cut_is_done_again(folder: Path, photo: Photo) -> None:
+    cat = photo()
+    note(folder, cat)
+    result(folder).write_bytes(b"res")
+    assert not is_finished(folder, cat)
+    result(folder).unlink()
+    assert not is_finished(folder, cat)
+    result(folder).write_bytes(b"result")
+    assert is_finished(folder, cat)
+
+
+def test_standard_input_is_known_by_its_bytes_not_by_their_number(folder: Path, photo: Photo) -> None:
+    photo("stdin")
+    one, two = (Item(STDIN, PurePath("stdin"), data=data) for data in (b"one", b"two"))
+    note(folder, one)
+    assert is_finished(folder, one)
+    assert not is_finished(folder, two)
+
+
+# ------------------------------------------------------------------------------- results that go into one file
+
+
+def test_values_come_back_and_those_of_photos_that_changed_do_not(folder: Path, photo: Photo) -> None:
+    cat, dog = photo("cat"), photo("dog")
+    with Journal(folder, SETTINGS, resume=False) as journal:
+        journal.add(cat, None, {"height": 3, "name": "caf\udce9"})
+        journal.add(dog, None, {"height": 4})
+        assert journal.value(cat) == {"height": 3, "name": "caf\udce9"}
+    dog.source.write_bytes(b"no longer a photo")
+    with Journal(folder, SETTINGS, resume=True) as journal:
+        assert journal.finished(cat, None) is not None
+        assert journal.finished(dog, None) is None
+        assert journal.value(cat) == {"height": 3, "name": "caf\udce9"}
+        assert journal.value(dog) is None
+        assert journal.value(photo("bird")) is None
+
+
+# -------------------------------------------------------------------------------------------- other settings
+
+
+def test_other_settings_are_refused_with_both_values(folder: Path, photo: Photo) -> None:
+    cat = photo()
+    note(folder, cat)
+    before = (folder / JOURNAL).read_bytes()
+    with pytest.raises(OutputError) as caught:
+        is_finished(folder, cat, threshold=0.7, background="white")
+    message = str(caught.value)
+    assert message.startswith(f"{folder}: the run there was another")
+    assert "threshold was 0.5, now 0.7" in message
+    assert "background was None, now 'white'" in message
+    assert "as was" not in message
+    assert "--resume" in message
+    assert (folder / JOURNAL).read_bytes() == before
+    assert is_finished(folder, cat)
+
+
+def test_a_setting_that_one_of_them_does_not_know_is_another_setting(folder: Path, photo: Photo) -> None:
+    note(folder, photo())
+    with pytest.raises(OutputError, match="min_area was None, now 0"):
+        is_finished(folder, photo(), min_area=0.1)
+
+
+@pytest.mark.parametrize(
+    "header",
+    ['{"schema_version": 2, "settings": {}}', '{"schema_version": 1}', '{"schema_version": 1, "settings": 7}', "{}"],
+)
+def test_a_journal_of_another_version_is_refused(folder: Path, photo: Photo, header: str) -> None:
+    (folder / JOURNAL).write_text(header + "\n")
+    with pytest.raises(OutputError, match="not a journal of this version of petseg: start again without --resume"):
+        is_finished(folder, photo())
+    note(folder, photo())  # which is what the message says
+    assert is_finished(folder, photo())
+
+
+def test_lines_of_a_run_with_other_settings_count_for_nothing(folder: Path, photo: Photo) -> None:
+    """Two runs shared the folder; the one that began last has the header."""
+    cat, dog = photo("cat"), photo("dog")
+    with (
+        Journal(folder, SETTINGS | {"threshold": 0.9}, resume=False) as first,
+        Journal(folder, SETTINGS, resume=False) as second,
+    ):
+        second.add(dog, result(folder, "dog"))
+        first.add(cat, result(folder, "cat"))
+    assert is_finished(folder, dog)
+    assert not is_finished(folder, cat)
+
+
+# ----------------------------------------------------------------------------------------- after a crash
+
+
+def test_wherever_a_journal_is_cut_the_next_run_goes_on_and_the_one_after_it_too(folder: Path, photo: Photo) -> None:
+    cat, dog, bird = photo("cat"), photo("dog"), photo("bird")
+    note(folder, cat, dog)
+    path = folder / JOURNAL
+    whole = path.read_bytes()
+    ends = [index + 1 for index, byte in enumerate(whole) if byte == ord("\n")]
+    for length in sorted({*range(0, len(whole), 11), *(end - cut for end in ends for cut in (0, 1, 2))}):
+        path.write_bytes(whole[:length])
+        with Journal(folder, SETTINGS, resume=True) as journal:
+            assert (journal.finished(cat, result(folder, "cat")) is not None) is (length >= ends[1] - 1)
+            assert (journal.finished(dog, result(folder, "dog")) is not None) is (length >= ends[2] - 1)
+            journal.add(bird, result(folder, "bird"))
+        assert is_finished(folder, bird), f"cut after {length} bytes"
+        assert is_finished(folder, cat) is (length >= ends[1] - 1)
+
+
+@given(st.binary(max_size=60), st.booleans())
+@settings(max_examples=40)
+def test_any_bytes_at_its_end_cost_no_line_before_them(
+    tmp_path_factory: pytest.TempPathFactory, junk: bytes, deep: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("junk")
+    source = folder / "cat.jpg"
+    source.write_bytes(b"photo")
+    result(folder).write_bytes(b"result")
+    item = Item(source, PurePath("cat"))
+    note(folder, item)
+    with (folder / JOURNAL).open("ab") as file:
+        file.write(junk + b"[" * 100_000 * deep)
+    assert is_finished(folder, item)
+    assert is_finished(folder, item)
+
+
+def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else_is(folder: Path) -> None:
+    left = [
+        ".cat.0123abcd.part.png",
+        "deep/er/.cat.v2.0123abcd.part.webp",
+        ".annotations.0123abcd.part.json",
+        ".two\nlines.0123abcd.part.png",
+        "..petseg-probe.0123abcd.part",
+        ".caf\udce9.0123abcd.part.jpg",
+    ]
+    own = ["cat.part.png", ".cat.part.png", "cat.0123abcd.part.png", ".cat.0123abc.part.png", ".hidden", "deep/part"]
+    for name in (*left, *own):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    Journal(folder, SETTINGS, resume=False).close()
+    assert all((folder / name).exists() for name in (*left, *own)), "another run may be writing them"
+    Journal(folder, SETTINGS, resume=True).close()
+    assert [name for name in left if (folder / name).exists()] == []
+    assert all((folder / name).exists() for name in own)
+
+
+# ------------------------------------------------------------------------------------- two runs at a time
+
+
+def test_runs_without_resume_may_share_a_folder(folder: Path, photo: Photo) -> None:
+    with Journal(folder, SETTINGS, resume=False):  # its lock is another, also in one process
+        note(folder, photo())
+    assert is_finished(folder, photo())
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(False, True), (True, False), (True, True)])
+def test_a_run_that_goes_on_shares_the_folder_with_nobody(folder: Path, photo: Photo, theirs: bool, ours: bool) -> None:
+    cat = photo()
+    note(folder, cat)
+    part = folder / ".dog.0123abcd.part.png"
+    with Journal(folder, SETTINGS, resume=theirs):
+        before = (folder / JOURNAL).read_bytes()
+        part.touch()
+        with pytest.raises(OutputError, match="another run writes there; wait for it, or stop it") as caught:
+            Journal(folder, SETTINGS, resume=ours)
+        assert str(folder) in str(caught.value)
+        assert part.exists()
+        assert (folder / JOURNAL).read_bytes() == before
+    with Journal(folder, SETTINGS, resume=True) as journal:
+        assert (journal.finished(cat, result(folder)) is not None) is theirs  # else they began anew
+    assert not part.exists()
+
+
+# --------------------------------------------------------------------------------------- not writable
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_with_its_journal(tmp_path: Path) -> None:
+    (tmp_path / JOURNAL).mkdir()
+    for resume in (False, True):
+        with pytest.raises(OutputError, match=r"petseg-run\.ndjson: cannot be written \(Is a directory\)"):
+            Journal(tmp_path, SETTINGS, resume=resume)
+
+
+def test_a_disk_that_is_full_is_an_output_error_and_the_lines_before_it_count(folder: Path, photo: Photo) -> None:
+    cat, dog = photo("cat"), photo("dog")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    journal = Journal(folder, SETTINGS, resume=False)
+    journal.add(cat, result(folder, "cat"))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((folder / JOURNAL).stat().st_size + 5, hard))
+        with pytest.raises(OutputError, match=r"petseg-run\.ndjson: cannot be written"):
+            journal.add(dog, result(folder, "dog"))
+        journal.close()  # what it still holds is lost without another error
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert is_finished(folder, cat)
+    assert not is_finished(folder, dog)
+
+
+def test_a_file_system_without_locks_will_do(folder: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    note(folder, photo())
+    assert is_finished(folder, photo())

@@ -1,0 +1,139 @@
+"""What of building TensorRT's engines needs no graph: libraries that are missing or broken, GPUs, and profiles.
+
+The graphs that we export are built in tests/export/test_tensorrt.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from typing import Any
+
+import pytest
+
+from petseg_runtime import host
+from petseg_runtime.engines import tensorrt_build
+from petseg_runtime.engines.tensorrt_build import Profile, build, profile_of, timings_slot
+from petseg_runtime.engines.tensorrt_library import RTX, TRT, Library
+from petseg_runtime.errors import EngineError, EngineMissing, ModelError
+from petseg_runtime.spec import ModelSpec
+
+GPU = host.Gpu(index=1, name="NVIDIA Fake", compute_capability="8.7", memory=2**33, driver="CUDA 12.6")
+
+
+def install(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> None:
+    module = types.ModuleType(name)
+    vars(module).update(contents)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.parametrize(("library", "name"), [(TRT, "tensorrt"), (RTX, "tensorrt-rtx")])
+def test_a_library_that_is_not_installed_names_its_extra(
+    library: Library, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(EngineMissing, match=rf"^{name} is not installed: pip install 'petseg\[{library.extra}\]'$"):
+        build(b"", None, library=library)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'tensorrt_bindings'", name="tensorrt_bindings"),
+        ImportError("libnvinfer.so.10: cannot open shared object file"),
+        OSError("libnvinfer.so.10: cannot open shared object file"),
+        RuntimeError("the wheel was not built"),
+    ],
+)
+def test_a_library_that_cannot_be_imported_gives_the_reason(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(EngineError, match="tensorrt is installed but cannot be imported") as caught:
+        build(b"", None, library=TRT)
+    assert str(error) in str(caught.value)
+    assert not isinstance(caught.value, EngineMissing)
+
+
+def test_a_placeholder_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "tensorrt", __version__="0.0.1")
+    with pytest.raises(EngineError, match=r"holds no library \(a placeholder\): pip install 'petseg\[trt\]'"):
+        build(b"", None, library=TRT)
+
+
+def test_an_old_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "tensorrt", __version__="8.6.1", Builder=None, OnnxParser=None)
+    with pytest.raises(EngineError, match=r"TensorRT 8\.6\.1 is too old"):
+        build(b"", None, library=TRT)
+
+
+def test_tensorrt_needs_a_gpu_and_takes_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "tensorrt", __version__="10.9.0", Builder=None, OnnxParser=None)
+    monkeypatch.setattr(host, "gpus", tuple)
+    for ask in (lambda: build(b"", None, library=TRT), timings_slot):
+        with pytest.raises(EngineError, match=r"there is no cuda:0 \(there is: none\).*tensorrt_rtx"):
+            ask()
+    with pytest.raises(EngineError, match=r"cannot be asked to build for 8\.9"):
+        build(b"", None, library=TRT, compute_capabilities=("8.9",))
+    monkeypatch.setattr(host, "gpus", lambda: (GPU,))
+    with pytest.raises(EngineError, match=r"no cuda:2 \(there is: cuda:1 NVIDIA Fake\)"):
+        build(b"", None, library=TRT, device=2)
+    assert timings_slot(1).key.driver == "CUDA 12.6"
+
+
+@pytest.mark.parametrize(
+    ("minimum", "words"),
+    [
+        ((1, 30, 32, 3), r"minimum of the profile is \[1, 30, 32, 3\].* multiples of 16"),
+        ((1, 32, 32, 4), r"\[N, H, W, 3\] is expected"),
+        ((0, 32, 32, 3), "minimum of the profile"),
+        ((8, 32, 32, 3), r"\[8, 32, 32, 3\] to \[4, .*minimum <= optimum <= maximum"),
+    ],
+)
+def test_a_profile_that_makes_no_sense_is_refused(minimum: tuple[int, int, int, int], words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        Profile(minimum=minimum, optimum=(2, 32, 32, 3), maximum=(4, 64, 64, 3))
+
+
+@pytest.mark.parametrize(
+    ("spec", "arguments", "shapes"),
+    [
+        ({"batch": 4}, (), None),
+        ({}, (), ((1, 64, 48, 3), (1, 64, 48, 3), (8, 64, 48, 3))),
+        ({}, (2,), ((1, 64, 48, 3), (1, 64, 48, 3), (2, 64, 48, 3))),
+        ({"dynamic_size": True}, (), ((1, 16, 16, 3), (1, 64, 48, 3), (8, 128, 96, 3))),
+        ({"dynamic_size": True, "batch": 2}, (), ((2, 16, 16, 3), (2, 64, 48, 3), (2, 128, 96, 3))),
+        ({"dynamic_size": True}, (8, (64, 512)), ((1, 16, 16, 3), (1, 64, 48, 3), (8, 64, 512, 3))),
+    ],
+)
+def test_the_profile_follows_from_the_specification(
+    spec: dict[str, Any], arguments: tuple[Any, ...], shapes: tuple[tuple[int, ...], ...] | None
+) -> None:
+    profile = profile_of(ModelSpec(name="x", height=64, width=48, **spec), *arguments)
+    assert (profile and (profile.minimum, profile.optimum, profile.maximum)) == shapes
+
+
+def test_layers_are_read_in_the_words_of_tensorrt_10() -> None:
+    tensor = "{ Name: %s, Location: Device, Dimensions: [1,64,8,8], Format/Datatype: %s }"
+    text = "\n".join(
+        f"Name: {name}, LayerType: {kind}, Inputs: [ {tensor % ('x', reads)}], Outputs: [ {tensor % ('y', writes)}], "
+        "ParameterType: Convolution, Weights: { Type: Int8, Count: 9 }, TacticName: sm80"
+        for name, kind, reads, writes in (
+            (
+                "a",
+                "CaskConvolution",
+                "Thirty-two wide channel vectorized row major Int8 format",
+                "Row major linear FP32",
+            ),
+            ("b", "CaskPooling", "Channel major FP16 format where channel % 8 == 0", "Row major linear FP16 format"),
+        )
+    )
+    assert tensorrt_build._layers(f"Layers:\n{text}\n\nBindings:\nimage") == {
+        ("CaskConvolution", "int8", "fp32"): 1,
+        ("CaskPooling", "fp16", "fp16"): 1,
+    }
