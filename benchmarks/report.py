@@ -85,7 +85,46 @@ def receipt_row(row: dict[str, Any]) -> str:
     )
 
 
-SECTIONS: Final[dict[str, Callable[[], str]]] = {"accuracy": accuracy, "startup": startup, "receipts": receipts}
+def speed() -> str:
+    """One photo at a time in every engine; a folder against its steps and a plain loop."""
+    latency, folder = records.load("latency"), records.load("throughput")
+    height, width = latency["size"]
+    machine = latency["machine"]
+    lines = [
+        f"{latency['model']}, one photo of {height} × {width} at a time, {latency['threads']} threads of "
+        f"{machine['cpu']}; medians of rounds in alternation (`python -m benchmarks latency`):",
+        "",
+        "| engine | file | computes in | ms | times as fast as PyTorch |",
+        "|---|---|---|---|---|",
+    ]
+    for row in latency["rows"]:
+        lines.append(
+            f"| {row['engine']} | {row['stored']} | {row['precision']} | {row['median']:.2f} "
+            f"| {row['times_faster_than_pytorch']:.1f} |"
+        )
+    lines += [
+        "",
+        f"`petseg infer FOLDER` on {folder['photos']} photos, the whole process, start-up and all. Allowed: what the slowest "
+        "step alone reaches, or the cores over the CPU time of all steps, whichever is less (`python -m benchmarks throughput`):",
+        "",
+        "| engine | writes | photos/s | of what is allowed | a plain loop in the same engine | times as fast |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in folder["rows"]:
+        rate = row["photos_per_second"]
+        lines.append(
+            f"| {row['backend']} | {row['kind']} | {rate['command']:.0f} | {100 * row['share_of_allowed']:.0f} % "
+            f"| {rate['loop']:.0f} | {row['ratio_to_loop']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+SECTIONS: Final[dict[str, Callable[[], str]]] = {
+    "accuracy": accuracy,
+    "startup": startup,
+    "speed": speed,
+    "receipts": receipts,
+}
 
 
 def rendered(text: str) -> str:

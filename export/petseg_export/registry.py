@@ -15,7 +15,7 @@ from petseg_export.config import (
     TensorRTConfig,
     TensorRTRTXConfig,
 )
-from petseg_runtime.engines.registry import ENGINES
+from petseg_runtime.engines.registry import ENGINES, RULE
 from petseg_runtime.errors import DataError, EngineError, EngineMissing, MissingExtra, ModelError
 from petseg_runtime.host import nvidia_gpus
 
@@ -147,7 +147,9 @@ def _check_backend(name: str, backend: str) -> None:
     able = {engine: entry for engine, entry in ENGINES.items() if name in entry.formats}
     if backend != "auto" and backend not in able:
         raise EngineError(f"{name}: {backend!r} is no engine that runs such files; there are: auto, {', '.join(able)}")
-    entries = list(able.values()) if backend == "auto" else [able[backend]]
+    # `auto` compiles nothing for a GPU that is not there.
+    here = {line.engine for line in RULE if line.kind == "cpu" or nvidia_gpus()}
+    entries = [entry for engine, entry in able.items() if backend in ("auto", engine) and engine in here | {backend}]
     if name in ("onnx", "openvino") and not any(importlib.util.find_spec(entry.module) for entry in entries):
         remedies = " or ".join(f"pip install 'petseg[{entry.extra}]'" for entry in entries)
         raise EngineMissing(f"{name}: the parity test needs an engine that runs such files: {remedies}")

@@ -36,6 +36,7 @@ MAX_BYTES: Final = 500_000_000
 # which it decodes while opening, before anyone can ask how large the picture inside is.
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF")
 
+# A JPEG with more scans than this is refused (see ``_check_cost``); progressive ones have about ten.
 _MAX_SCANS: Final = 100
 
 # How many times the model's input, per side, a JPEG that is decoded at a reduced size must still have. The smallest

@@ -413,9 +413,15 @@ def require(receipt: Receipt) -> None:
         ParityTolerance: The receipt failed; the message says where and by how much.
     """
     if receipt.failures:
+        good = [f"{row.precision} in {row.engine}" for row in receipt.rows if not row.failures]
         raise ParityTolerance(
             f"the file does not do what its checkpoint does ({receipt.photos} photos, FAILED): "
             + "; ".join(receipt.failures)
+            + (
+                f". It does in {', '.join(good)}: --backend proves it in one engine only, to be run in that"
+                if good
+                else ""
+            )
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any, Generic, Self, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from petseg_runtime.errors import InputError
+from petseg_runtime.errors import EngineError, InputError
 
 __all__ = ["Outcome", "Pipeline", "Steps"]
 
@@ -175,6 +175,8 @@ class Pipeline(Generic[Source, Result]):
         start = time.perf_counter()
         try:
             answers = self._steps.infer(np.stack([job.value.image for job in jobs]))
+            if len(answers) != len(jobs):
+                raise EngineError(f"the engine was given {len(jobs)} photos, and answered {len(answers)}")
         except BaseException as error:  # noqa: BLE001 (raised again where results are asked for)
             for job in jobs:
                 job.future.set_exception(error)

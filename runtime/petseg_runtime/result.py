@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, TypeAlias
 
-import contourpy
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
@@ -184,6 +183,8 @@ class Segmentation:
         # The ring of copies carries outlines beyond the photo's edge, from where they are brought back onto it; the
         # ring of zeros closes them. Zeros alone would draw faint pixels at the edge half a pixel too short.
         level = np.pad(np.pad(near, 1, mode="edge"), 1).astype(np.float64)
+        import contourpy  # most results are never asked for their outlines
+
         fill_type = contourpy.FillType.ChunkCombinedOffsetOffset
         # Between two byte values: no pixel's centre is on an outline.
         filled: Any = contourpy.contour_generator(z=level, fill_type=fill_type).filled(self._lowest_pet - 0.5, 256)

@@ -178,7 +178,6 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["--precision", "bf16"], 2, "--precision"),
     (["--int8-budget", "-1"], 8, "budget of int8 is -1.0"),
     (["--backend", "nonsense"], 5, "'nonsense' is no engine that runs such files; there are: auto, onnxruntime"),
-    (["--backend", "tensorrt"], 5, "onnx: 'tensorrt' is no engine"),
     (["--split", "train"], 2, "--split"),
 ]
 
