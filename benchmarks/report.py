@@ -97,15 +97,16 @@ def speed() -> str:
         "| engine | file | computes in | ms | times as fast as PyTorch |",
         "|---|---|---|---|---|",
     ]
-    for row in latency["rows"]:
-        lines.append(
-            f"| {row['engine']} | {row['stored']} | {row['precision']} | {row['median']:.2f} "
-            f"| {row['times_faster_than_pytorch']:.1f} |"
-        )
+    lines += [
+        f"| {row['engine']} | {row['stored']} | {row['precision']} | {row['median']:.2f} "
+        f"| {row['times_faster_than_pytorch']:.1f} |"
+        for row in latency["rows"]
+    ]
     lines += [
         "",
-        f"`petseg infer FOLDER` on {folder['photos']} photos, the whole process, start-up and all. Allowed: what the slowest "
-        "step alone reaches, or the cores over the CPU time of all steps, whichever is less (`python -m benchmarks throughput`):",
+        f"`petseg infer FOLDER` on {folder['photos']} photos, the whole process, start-up and all. Allowed: what "
+        "the slowest step alone reaches, or the cores over the CPU time of all steps, whichever is less "
+        "(`python -m benchmarks throughput`):",
         "",
         "| engine | writes | photos/s | of what is allowed | a plain loop in the same engine | times as fast |",
         "|---|---|---|---|---|---|",

@@ -150,7 +150,7 @@ def _observer(epochs: int, progress: Progress, quiet: bool) -> Observer:
 @click.option("--data", "root", type=PATH, required=True, help="Labelled data folder.")
 @click.option("--split", type=click.Choice(["test", "val", "train", "trainval"]), default="test", show_default=True)
 @click.option("--threshold", type=UNIT, help="Pet from this probability on, 0 to 1.  [default: the model's own]")
-@click.option("--device", default="auto", show_default=True, help="For checkpoints: auto, cpu, cuda or cuda:N.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Photos per call.")
 @click.option("--val-fraction", type=float, default=0.05, show_default=True, help="Share of trainval that is val.")
 @click.option("--split-seed", type=int, default=0, show_default=True, help="Decides which photos are val.")

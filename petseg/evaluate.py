@@ -155,7 +155,7 @@ def open_model(path: Path, device: str = "auto") -> Iterator[OpenedModel]:
 
     Args:
         path: The file.
-        device: For a checkpoint; an exported file runs where its engine does.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
         ModelError: It cannot be read; CheckpointError if it is a checkpoint.
@@ -170,7 +170,7 @@ def open_model(path: Path, device: str = "auto") -> Iterator[OpenedModel]:
         yield OpenedModel(torch_run(model, where), spec["height"], spec["width"], spec["threshold"], about)
         return
     artifact = open_artifact(path)
-    with load_engine(artifact) as engine:
+    with load_engine(artifact, device=device) as engine:
         info = engine.describe()
         about = {
             "file": path.name,

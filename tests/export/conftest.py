@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -133,15 +132,6 @@ def tracer() -> Tracer:
 def known_graph(tracer: Tracer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spares a test the seconds of tracing a network that was traced before in this session."""
     monkeypatch.setattr(build, "graph_bytes", tracer)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def any_cpu() -> Iterator[None]:
-    """``auto`` takes ONNX Runtime, as on a CPU without bf16, so that receipts have the same rows on every machine."""
-    with pytest.MonkeyPatch.context() as patch:
-        if importlib.util.find_spec("openvino"):
-            patch.setattr("petseg_runtime.engines.openvino.computes_in_less", lambda spec, options: False)
-        yield
 
 
 #: (config, name of the file) -> the session's checkpoint, exported, with a receipt of 30 photos.
