@@ -15,6 +15,8 @@ import torch
 
 from benchmarks import records
 from petseg.checkpoint import load_model
+from petseg.evaluate import torch_run
+from petseg.model import AttentionUNet
 from petseg_export.deploy import DeployedUNet
 from petseg_runtime.artifact import default_model, open_artifact
 from petseg_runtime.engines.base import Engine, usable_cpus
@@ -40,18 +42,24 @@ def latency(int8: Path | None, rounds: int, runs: int) -> None:
         for name in ("onnxruntime", "openvino")
         for exact in ((True, False) if name == "openvino" else (True,))  # the other computes in float32 anyway
     }
-    functions: dict[str, Callable[[], Any]] = {"PyTorch eager f32": eager(image)}
+    model, _ = load_model(CHECKPOINT)
+    torch.set_num_threads(usable_cpus())
+    networks = {"as trained": torch_run(model), "BatchNorm folded": folded(model)}
+    functions: dict[str, Callable[[], Any]] = {
+        f"PyTorch {name}": lambda run=run: run(image)  # type: ignore[misc]
+        for name, run in networks.items()
+    }
     functions |= {name: lambda engine=engine: engine.run(image) for name, engine in engines.items()}  # type: ignore[misc]
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             function()  # what the engine before it has left in the caches and pools
             times[name].append(median(measured(function, runs)))
-    reference = times["PyTorch eager f32"]
+    reference = times["PyTorch as trained"]
     rows = [
         {
             "name": name,
-            **(told(engines[name]) if name in engines else EAGER),
+            **(told(engines[name]) if name in engines else eager(name)),
             "milliseconds": values,
             "median": median(values),
             "times_faster_than_pytorch": median(a / b for a, b in zip(reference, values, strict=True)),
@@ -65,8 +73,10 @@ def latency(int8: Path | None, rounds: int, runs: int) -> None:
     records.write("latency", command, {"model": spec.name, "size": size, "threads": usable_cpus(), "rows": rows})
 
 
-#: What is told of PyTorch, which has no description of its own.
-EAGER = {"engine": f"PyTorch {torch.__version__.partition('+')[0]}, eager", "stored": "checkpoint", "precision": "f32"}
+def eager(name: str) -> dict[str, str]:
+    """What is told of PyTorch, which has no description of its own."""
+    version = torch.__version__.partition("+")[0]
+    return {"engine": f"PyTorch {version}, eager", "stored": name.removeprefix("PyTorch "), "precision": "f32"}
 
 
 def told(engine: Engine) -> dict[str, str]:
@@ -87,15 +97,12 @@ def measured(function: Callable[[], Any], runs: int) -> list[float]:
     return found
 
 
-def eager(image: np.ndarray[Any, Any]) -> Callable[[], Any]:
-    """The checkpoint in PyTorch as people run it: eager, float32, from bytes to bytes."""
-    torch.set_num_threads(usable_cpus())
-    model, _ = load_model(CHECKPOINT)
-    deployed = DeployedUNet(model).eval()
-    tensor = torch.from_numpy(image)
+def folded(model: AttentionUNet) -> Callable[[Any], Any]:
+    """The network as it is exported: half of what a compiler does to it is done already."""
+    deployed = DeployedUNet(model)
 
-    def run() -> Any:
+    def run(batch: Any) -> Any:
         with torch.inference_mode():
-            return deployed(tensor).numpy()
+            return deployed(torch.from_numpy(batch)).numpy()
 
     return run

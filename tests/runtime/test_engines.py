@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -1055,7 +1056,7 @@ def test_in_openvino_a_failure_while_running_is_an_engine_error(compiled: Artifa
             raise RuntimeError("Exception from src/x.cpp:1:\nno memory\n")
 
     engine: Any = load_engine(compiled, threads=1)
-    engine._compiled = Broken()
+    engine._compiled, engine._local = Broken(), threading.local()
     with pytest.raises(EngineError, match=r"OpenVINO failed \(Exception from src/x.cpp:1: no memory\)"):
         engine.run(noise(1, 16, 32))
 
@@ -1066,6 +1067,10 @@ def pretend(monkeypatch: pytest.MonkeyPatch, computed: str) -> None:
     class Model:
         def get_property(self, name: str) -> Any:
             return types.SimpleNamespace(get_type_name=lambda: computed)
+
+        def create_infer_request(self) -> Any:
+            answer = types.SimpleNamespace(data=np.zeros((1, 16, 32), np.uint8))
+            return types.SimpleNamespace(infer=lambda inputs: None, get_output_tensor=lambda index: answer)
 
     core = types.SimpleNamespace(
         available_devices=["CPU"], get_property=lambda *_: ["FP32"], compile_model=lambda *_: Model()
@@ -1091,6 +1096,12 @@ def test_openvino_says_what_it_computes_in_and_in_int8_also_what_the_rest_is(
     plain, quantized = (load_engine(file).describe() for file in files)
     assert (plain.precision, plain.provider) == (name, "CPU plugin")
     assert (quantized.precision, quantized.provider) == ("int8", f"CPU plugin, {name} between the int8 layers")
+
+
+def test_openvino_has_run_once_before_several_threads_can_run_it_first(compiled: Artifact) -> None:
+    """Its Python binding can lock up for ever if two threads are the first to ask for a tensor's data."""
+    engine: Any = load_engine(compiled, threads=1)
+    assert hasattr(engine._local, "request"), "made by the first run of a thread, here that which has loaded it"
 
 
 def test_a_closed_openvino_engine_serves_no_thread_that_used_it_before(compiled: Artifact) -> None:

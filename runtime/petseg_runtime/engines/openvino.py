@@ -43,6 +43,11 @@ U8: TypeAlias = npt.NDArray[np.uint8]
 
 _NAMES: Final = {"f32": "f32", "f16": "fp16", "bf16": "bf16"}
 
+#: One model is loaded, and run for the first time, at a time. OpenVINO's Python binding looks up numpy when it is first
+#: asked for a tensor's data, in a C++ static: a second thread that comes then waits for it while it holds the GIL, and
+#: the first one waits for the GIL, for ever (2026.4.1; three of twelve processes with eight threads).
+_FIRST: Final = threading.Lock()
+
 #: Up to so many bytes of ONNX, the cache gains on a CPU.
 _SMALL: Final = 32 * 2**20
 
@@ -69,22 +74,24 @@ class OpenVINOEngine(Engine):
         cpu = options.device.kind == "cpu"
         self._threads = (options.threads or usable_cpus()) if cpu else 0
         self._streams = min(options.streams, self._threads) if cpu else options.streams
-        where = _plugin(options.device)
-        try:
-            self._compiled, note = _compiled(artifact, where, self._settings(options))
-            computed = self._compiled.get_property(properties.hint.inference_precision()).get_type_name()
-        except ModelError:
-            raise
-        except Exception as error:
-            raise EngineError(f"{artifact.path}: OpenVINO cannot load it ({one_line(error)})") from error
+        # An infer request serves one call at a time; each thread has its own.
+        self._local = threading.local()
+        with _FIRST:
+            where = _plugin(options.device)
+            try:
+                self._compiled, note = _compiled(artifact, where, self._settings(options))
+                computed = self._compiled.get_property(properties.hint.inference_precision()).get_type_name()
+                self.run(np.zeros((max(1, self._spec.batch), self._spec.height, self._spec.width, 3), np.uint8))
+            except ModelError:
+                raise
+            except Exception as error:
+                raise EngineError(f"{artifact.path}: OpenVINO cannot load it ({one_line(error)})") from error
         if computed not in _NAMES or (options.exact and computed != "f32"):
             raise EngineError(f"{artifact.path}: OpenVINO computes in {computed}, which is not what was asked for")
         self._precision = "int8" if artifact.spec.precision == "int8" else _NAMES[computed]
         rest = f", {_NAMES[computed]} between the int8 layers" if self._precision == "int8" else ""
         self._provider = f"{where.partition('.')[0]} plugin{rest}"
         self._notes = (*options.notes, f"OpenVINO: {note}") if note else options.notes
-        # An infer request serves one call at a time; each thread has its own.
-        self._local = threading.local()
 
     def _settings(self, options: EngineOptions) -> dict[Any, Any]:
         settings: dict[Any, Any] = {
