@@ -184,8 +184,12 @@ T = TypeVar("T")
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """The config as nested plain values, for JSON and for comparison."""
-    return dataclasses.asdict(config)
+    """The config as nested plain values, for JSON and for comparison; tuples are lists, as JSON gives them back."""
+
+    def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
+
+    return dataclasses.asdict(config, dict_factory=plain)
 
 
 def from_dict(cls: type[T], raw: Mapping[str, Any], where: str = "") -> T:
@@ -259,6 +263,10 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
         if value not in choices:
             raise TrainingError(f"{name} is {value!r}; one of {', '.join(map(str, choices))} is expected")
         return value
+    if typing.get_origin(hint) is tuple:  # tuple[X, ...]
+        if not isinstance(value, list | tuple):
+            raise TrainingError(f"{name} is {value!r}; a list is expected")
+        return tuple(_typed(typing.get_args(hint)[0], item, name) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, float) and not math.isfinite(value):

@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from petseg import checkpoint
-from petseg.config import ScheduleConfig, TrainConfig, to_dict
+from petseg.config import ScheduleConfig, TrainConfig, from_dict, to_dict
 from petseg.data import EpochSampler, Pair, Split, TrainSet, find, target_of
 from petseg.device import pick_precision
 from petseg.evaluate import Evaluation, evaluate, torch_run
@@ -127,7 +127,8 @@ class Trainer:
             root: The data folder.
             output: Where checkpoints and log go.
             device: CUDA or CPU.
-            init: A checkpoint to start from, instead of random weights.
+            init: A checkpoint to start from, instead of random weights. One of another shape gives the tensors that
+                fit, if those are half or more.
             resume: Go on from ``output/last.safetensors``.
             observer: Told what happens.
             provenance: Kept in the checkpoints as it is (the command, for example).
@@ -163,7 +164,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.state = RunState()
         self.meta: dict[str, Any] = {
-            "model": {"width": config.model.width},
+            "model": to_dict(config)["model"],
             "config": to_dict(config),
             "data": {
                 "folder": root.name,
@@ -317,7 +318,8 @@ class Trainer:
             raise CheckpointError(f"{path}: the state in it is damaged or not complete ({error!r})") from error
 
     def _take_up(self, saved: checkpoint.Checkpoint) -> None:
-        if differs := _differences(saved.meta["config"], to_dict(self.config)):
+        before = from_dict(TrainConfig, saved.meta["config"])  # a setting that is newer than the run has its default
+        if differs := _differences(to_dict(before), to_dict(self.config)):
             raise TrainingError(f"{self.output}: the run to resume has other settings: {'; '.join(differs)}")
         if saved.meta["data"]["names_sha256"] != self.meta["data"]["names_sha256"]:
             raise TrainingError(f"{self.output}: the run to resume was trained on other photos than these")
@@ -360,9 +362,19 @@ class Trainer:
     def _start_weights(self, init: Path | None) -> AttentionUNet:
         if init is None:
             return AttentionUNet(self.config.model)
-        model, loaded = checkpoint.load_model(init)
-        if loaded.model_config != self.config.model:
-            raise CheckpointError(f"{init}: a network of {loaded.model_config}, this run is of {self.config.model}")
+        given, loaded = checkpoint.load_model(init)
+        if loaded.model_config == self.config.model:
+            return given
+        model = AttentionUNet(self.config.model)
+        own = model.state_dict()
+        fits = {n: t for n, t in given.state_dict().items() if n in own and t.shape == own[n].shape}
+        if 2 * len(fits) < len(own):
+            raise CheckpointError(
+                f"{init}: a network of {loaded.model_config}, this run is of {self.config.model}: only {len(fits)} of "
+                f"{len(own)} tensors fit"
+            )
+        model.load_state_dict(fits, strict=False)
+        self.observer.started(f"of {init.name} {len(fits)} tensors; random: {', '.join(sorted(own.keys() - fits))}")
         return model
 
     def _check_output(self, resume: bool) -> None:

@@ -28,7 +28,7 @@ UNUSUAL = TrainConfig(
     seed=-5,
     ema=0.0,
     amp="bf16",
-    model=AttentionUNetConfig(width=16),
+    model=AttentionUNetConfig(width=16, levels=(2, 3, 5), stem="strided", ungated=(1,), decoder_convs=1),
     data=DataConfig(height=192, width=256, val_fraction=0.2, split_seed=3, border_target=0.5, workers=2),
     augment=AugmentConfig(flip=0.1, rotate=30, translate=0.1, scale_min=0.5, scale_max=2.0, hue=0.1),
     loss=LossConfig(bce=1.0, dice=0.0, epsilon=0.5),
@@ -98,6 +98,11 @@ def test_an_unknown_name_is_refused_with_the_known_ones(raw: dict[str, Any], nam
         ({"amp": 16}, "amp is 16; one of"),
         ({"schedule": {"name": "step"}}, "schedule.name is 'step'; one of cosine-restarts, one-cycle, cosine"),
         ({"model": 64}, "model is 64; a table"),
+        ({"model": {"levels": 5}}, "model.levels is 5; a list"),
+        ({"model": {"levels": "12"}}, "model.levels is '12'; a list"),
+        ({"model": {"levels": [1, "2"]}}, "model.levels is '2'; int"),
+        ({"model": {"ungated": [1.0]}}, "model.ungated is 1.0; int"),
+        ({"model": {"stem": "none"}}, "model.stem is 'none'; one of full, strided"),
         ({"data": [1]}, r"data is \[1\]; a table"),
     ],
 )
@@ -160,6 +165,7 @@ def test_no_loss_at_all_is_refused() -> None:
         {"loss": {"bce": 0.0, "dice": 1.0}},
         {"schedule": {"restart_epochs": 1, "restart_factor": 1}},
         {"optimizer": {"weight_decay": 0.0}},
+        {"model": {"levels": [1, 1], "ungated": [1], "decoder_convs": 1}},
     ],
 )
 def test_the_ends_of_the_ranges_are_allowed(raw: dict[str, Any]) -> None:

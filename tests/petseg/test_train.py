@@ -445,11 +445,46 @@ def test_init_of_another_width_or_damaged_is_refused(oxford_root: Path, tmp_path
     other = tmp_path / "other.safetensors"
     state = AttentionUNet(AttentionUNetConfig(width=2)).state_dict()
     save_checkpoint(other, state, {"kind": "model", "model": {"width": 2}})
-    with pytest.raises(CheckpointError, match=r"other\.safetensors: a network of .*width=2.*width=4"):
+    with pytest.raises(CheckpointError, match=r"other\.safetensors: a network of .*width=2.*width=4.*only \d+ of"):
         Trainer(tiny(), oxford_root, tmp_path / "out", device=CPU, init=other)
     other.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"other\.safetensors"):
         Trainer(tiny(), oxford_root, tmp_path / "out", device=CPU, init=other)
+
+
+def test_init_of_another_shape_gives_the_tensors_that_fit_and_says_which_do_not(
+    oxford_root: Path, tmp_path: Path, whole: Run
+) -> None:
+    observer = Recorder()
+    config = tiny("model.stem=strided")
+    trainer = Trainer(config, oxford_root, tmp_path, device=CPU, init=whole.folder / BEST, observer=observer)
+    state, given = trainer.model.state_dict(), whole.best.tensors
+    fits = {name for name in given if torch.equal(state[name], given[name])}
+    assert given.keys() - fits == {"head.weight", "head.bias"}
+    assert [m for m in observer.messages if f"{len(fits)} tensors; random: head.bias, head.weight" in m]
+    trainer.fit()
+    best = load(tmp_path / BEST)
+    assert best.model_config == config.model
+    assert best.meta["model"]["stem"] == "strided"
+
+
+def test_a_run_from_before_a_setting_was_there_goes_on_with_its_default(
+    oxford_root: Path, tmp_path: Path, whole: Run
+) -> None:
+    last = whole.last
+    config = {**last.meta["config"], "model": {"width": 4}}
+    save_checkpoint(tmp_path / LAST, last.tensors, {**last.meta, "config": config})
+    trainer = Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
+    assert trainer.state.step == EPOCHS * PER_EPOCH
+
+
+def test_a_strided_run_that_was_interrupted_goes_on(oxford_root: Path, tmp_path: Path) -> None:
+    settings = tiny("model.stem=strided", "model.levels=[1,2,3,4]", "epochs=1")
+    stopping = Recorder(at(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(settings, oxford_root, tmp_path, device=CPU, observer=stopping).fit()
+    Trainer(settings, oxford_root, tmp_path, device=CPU, resume=True).fit()
+    assert load(tmp_path / LAST).meta["state"]["step"] == PER_EPOCH
 
 
 def test_data_that_cannot_be_used_is_refused(oxford_root: Path, tmp_path: Path) -> None:
