@@ -94,17 +94,27 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """``bce * BCE + dice * L_Dice``; see :mod:`petseg.losses`. 0.5 and 0.5 are the published weights."""
+    """``bce * BCE + dice * L_Dice``; see :mod:`petseg.losses`. 0.5 and 0.5 are the published weights.
+
+    Attributes:
+        bce: Weight of the cross-entropy.
+        dice: Weight of the Dice loss.
+        epsilon: Of the Dice loss.
+        teacher: With a teacher, the share of the target that is its probability (Hinton et al. 2015,
+            arXiv:1503.02531, at temperature 1); the rest is the truth.
+    """
 
     bce: float = 0.5
     dice: float = 0.5
     epsilon: float = 1.0
+    teacher: float = 0.5
 
     def __post_init__(self) -> None:
         _require(self.bce >= 0, "loss.bce", self.bce, "0 or more")
         _require(self.dice >= 0, "loss.dice", self.dice, "0 or more")
         _require(self.bce + self.dice > 0, "loss.bce + loss.dice", self.bce + self.dice, "above 0")
         _require(self.epsilon > 0, "loss.epsilon", self.epsilon, "above 0")
+        _require(0 <= self.teacher <= 1, "loss.teacher", self.teacher, "between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,30 +15,34 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from petseg import checkpoint
-from petseg.config import ScheduleConfig, TrainConfig, from_dict, to_dict
+from petseg.config import DataConfig, ScheduleConfig, TrainConfig, from_dict, to_dict
 from petseg.data import EpochSampler, Pair, Split, TrainSet, find, target_of
 from petseg.device import pick_precision
-from petseg.evaluate import Evaluation, evaluate, torch_run
+from petseg.evaluate import Evaluation, evaluate, open_model, torch_run
 from petseg.losses import bce_dice
 from petseg.metrics import Border, best_threshold
 from petseg.model import AttentionUNet, normalize
-from petseg_runtime import __version__
+from petseg_runtime import __version__, images
 from petseg_runtime.errors import CheckpointError, NonFiniteLoss, OutputError, TrainingError
 from petseg_runtime.files import write_atomic
 
 __all__ = ["BEST", "LAST", "LOG", "Observer", "RunState", "Trainer", "learning_rate"]
+
+U8: TypeAlias = npt.NDArray[np.uint8]
 
 #: The best moving average so far: the checkpoint to evaluate and export.
 BEST = "best.safetensors"
@@ -116,6 +120,7 @@ class Trainer:
         *,
         device: torch.device,
         init: Path | None = None,
+        teacher: Path | None = None,
         resume: bool = False,
         observer: Observer | None = None,
         provenance: dict[str, Any] | None = None,
@@ -129,6 +134,8 @@ class Trainer:
             device: CUDA or CPU.
             init: A checkpoint to start from, instead of random weights. One of another shape gives the tensors that
                 fit, if those are half or more.
+            teacher: A checkpoint or exported file whose probabilities are part of the target; see
+                :class:`petseg.config.LossConfig`.
             resume: Go on from ``output/last.safetensors``.
             observer: Told what happens.
             provenance: Kept in the checkpoints as it is (the command, for example).
@@ -147,7 +154,8 @@ class Trainer:
             find(root, split, val_fraction=d.val_fraction, seed=d.split_seed) for split in (Split.TRAIN, Split.VAL)
         )
         self.observer.started(f"reading {len(train_pairs)} photos into memory")
-        self.train_set = TrainSet(train_pairs, d.height, d.width, config.augment, config.seed)
+        with _teacher(teacher, d, device) as (taught, about_teacher):
+            self.train_set = TrainSet(train_pairs, d.height, d.width, config.augment, config.seed, taught)
         self.sampler = EpochSampler(len(self.train_set), config.batch, config.seed)
         self.loader = DataLoader(
             self.train_set,
@@ -177,6 +185,7 @@ class Trainer:
             "precision": str(self.dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "provenance": provenance or {},
+            **({"teacher": about_teacher} if about_teacher else {}),
         }
         self._announce()
         if resume:
@@ -227,10 +236,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         image = normalize(photo.to(self.device, non_blocking=True))
-        target = target_of(trimap.to(self.device, non_blocking=True), self.config.data.border_target)
+        weights = self.config.loss
+        labels = trimap.to(self.device, non_blocking=True)
+        target = target_of(labels, self.config.data.border_target, weights.teacher)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             logits = self.model(image)
-        loss = bce_dice(logits, target, self.config.loss.bce, self.config.loss.dice, self.config.loss.epsilon)
+        loss = bce_dice(logits, target, weights.bce, weights.dice, weights.epsilon)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -323,6 +334,9 @@ class Trainer:
             raise TrainingError(f"{self.output}: the run to resume has other settings: {'; '.join(differs)}")
         if saved.meta["data"]["names_sha256"] != self.meta["data"]["names_sha256"]:
             raise TrainingError(f"{self.output}: the run to resume was trained on other photos than these")
+        if saved.meta.get("teacher") != self.meta.get("teacher"):
+            teachers = (m.get("teacher", {}).get("file", "none") for m in (saved.meta, self.meta))
+            raise TrainingError(f"{self.output}: the teacher of the run to resume was {', now '.join(teachers)}")
         t = saved.tensors
         ema = {n.removeprefix("ema/"): v for n, v in t.items() if n.startswith("ema/")}
         self.model.load_state_dict({n: v for n, v in t.items() if "/" not in n and n != "ema_updates"})
@@ -388,11 +402,38 @@ class Trainer:
 
     def _announce(self) -> None:
         parameters = sum(p.numel() for p in self.model.parameters())
-        say = self.observer.started
-        say(f"attention U-Net, width {self.config.model.width}, {parameters:,} parameters, {self.meta['precision']}")
+        say, shape = self.observer.started, self.config.model
+        size = f"width {shape.width}, {shape.stem} stem, {parameters:,} parameters"
+        say(f"attention U-Net, {size}, {self.meta['precision']}")
         say(f"{len(self.train_set)} photos to train on, {len(self.val_pairs)} for validation")
         if skipped := self.train_set.skipped_empty:
             say(f"left out, because their masks show no pet: {', '.join(skipped)}")
+
+
+@contextlib.contextmanager
+def _teacher(
+    path: Path | None, config: DataConfig, device: torch.device
+) -> Iterator[tuple[Callable[[U8], U8] | None, dict[str, str]]]:
+    """What another model says of a photo, at the training size, and which model it is; without a path nothing.
+
+    It is asked about the photo and its mirror image, and the mean is taken: a better teacher for twice the time, once.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
+    if path is None:
+        yield None, {}
+        return
+    with open_model(path, str(device)) as model:
+
+        def ask(photo: U8) -> U8:
+            inputs = images.to_model(photo, model.height, model.width)
+            straight, mirrored = model.run(np.stack((inputs, inputs[:, ::-1]))).astype(np.uint16)
+            mean = (straight + mirrored[:, ::-1] + 1) // 2
+            return images.from_model(mean.astype(np.uint8), config.height, config.width)
+
+        about = model.describe()
+        yield ask, {"file": path.name, "identity": about.get("sha256") or about["identity"]}
 
 
 def _ema_update(decay: float) -> Any:
