@@ -335,8 +335,8 @@ class Trainer:
         if saved.meta["data"]["names_sha256"] != self.meta["data"]["names_sha256"]:
             raise TrainingError(f"{self.output}: the run to resume was trained on other photos than these")
         if saved.meta.get("teacher") != self.meta.get("teacher"):
-            teachers = (m.get("teacher", {}).get("file", "none") for m in (saved.meta, self.meta))
-            raise TrainingError(f"{self.output}: the teacher of the run to resume was {', now '.join(teachers)}")
+            was, now = (meta.get("teacher", "none") for meta in (saved.meta, self.meta))
+            raise TrainingError(f"{self.output}: the teacher of the run to resume was {was}, now {now}")
         t = saved.tensors
         ema = {n.removeprefix("ema/"): v for n, v in t.items() if n.startswith("ema/")}
         self.model.load_state_dict({n: v for n, v in t.items() if "/" not in n and n != "ema_updates"})
@@ -403,8 +403,8 @@ class Trainer:
     def _announce(self) -> None:
         parameters = sum(p.numel() for p in self.model.parameters())
         say, shape = self.observer.started, self.config.model
-        size = f"width {shape.width}, {shape.stem} stem, {parameters:,} parameters"
-        say(f"attention U-Net, {size}, {self.meta['precision']}")
+        name = "attention U-Net" if shape.stem == "full" else "attention U-Net with a strided stem"
+        say(f"{name}, width {shape.width}, {parameters:,} parameters, {self.meta['precision']}")
         say(f"{len(self.train_set)} photos to train on, {len(self.val_pairs)} for validation")
         if skipped := self.train_set.skipped_empty:
             say(f"left out, because their masks show no pet: {', '.join(skipped)}")
