@@ -49,8 +49,9 @@ class Checkpoint:
             CheckpointError: The JSON does not describe one.
         """
         try:
-            return AttentionUNetConfig(**self.meta["model"])
-        except (KeyError, TypeError, ValueError) as error:
+            raw: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.meta["model"].items()}
+            return AttentionUNetConfig(**raw)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint does not say which network it is of ({error})") from error
 
 

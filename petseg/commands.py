@@ -50,7 +50,8 @@ def _progress(quiet: bool) -> Progress:
 @click.option("--width", type=int, help="Channels of the first level: 64 published, 16 edge.")
 @click.option("--seed", type=int, help="Of weights, order and augmentation.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--init", type=PATH, help="Start from this checkpoint's weights.")
+@click.option("--init", type=PATH, help="Start from this checkpoint's weights, as far as they fit.")
+@click.option("--teacher", type=PATH, help="Learn from this model's probabilities too (loss.teacher: how much).")
 @click.option("--resume", is_flag=True, help="Go on with the run in --output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="Only errors.")
@@ -66,6 +67,7 @@ def train(
     seed: int | None,
     device: str,
     init: Path | None,
+    teacher: Path | None,
     resume: bool,
     as_json: bool,
     quiet: bool,
@@ -99,6 +101,7 @@ def train(
             output,
             device=pick_device(device),
             init=init,
+            teacher=teacher,
             resume=resume,
             observer=_observer(config.epochs, progress, quiet),
             provenance={"command": shlex.join(["petseg", *sys.argv[1:]])},

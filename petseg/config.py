@@ -94,17 +94,27 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """``bce * BCE + dice * L_Dice``; see :mod:`petseg.losses`. 0.5 and 0.5 are the published weights."""
+    """``bce * BCE + dice * L_Dice``; see :mod:`petseg.losses`. 0.5 and 0.5 are the published weights.
+
+    Attributes:
+        bce: Weight of the cross-entropy.
+        dice: Weight of the Dice loss.
+        epsilon: Of the Dice loss.
+        teacher: With a teacher, the share of the target that is its probability (Hinton et al. 2015,
+            arXiv:1503.02531, at temperature 1); the rest is the truth.
+    """
 
     bce: float = 0.5
     dice: float = 0.5
     epsilon: float = 1.0
+    teacher: float = 0.5
 
     def __post_init__(self) -> None:
         _require(self.bce >= 0, "loss.bce", self.bce, "0 or more")
         _require(self.dice >= 0, "loss.dice", self.dice, "0 or more")
         _require(self.bce + self.dice > 0, "loss.bce + loss.dice", self.bce + self.dice, "above 0")
         _require(self.epsilon > 0, "loss.epsilon", self.epsilon, "above 0")
+        _require(0 <= self.teacher <= 1, "loss.teacher", self.teacher, "between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +194,12 @@ T = TypeVar("T")
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """The config as nested plain values, for JSON and for comparison."""
-    return dataclasses.asdict(config)
+    """The config as nested plain values, for JSON and for comparison; tuples are lists, as JSON gives them back."""
+
+    def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
+
+    return dataclasses.asdict(config, dict_factory=plain)
 
 
 def from_dict(cls: type[T], raw: Mapping[str, Any], where: str = "") -> T:
@@ -259,6 +273,10 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
         if value not in choices:
             raise TrainingError(f"{name} is {value!r}; one of {', '.join(map(str, choices))} is expected")
         return value
+    if typing.get_origin(hint) is tuple:  # tuple[X, ...]
+        if not isinstance(value, list | tuple):
+            raise TrainingError(f"{name} is {value!r}; a list is expected")
+        return tuple(_typed(typing.get_args(hint)[0], item, name) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, float) and not math.isfinite(value):

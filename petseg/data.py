@@ -305,8 +305,25 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
     alone: not on the order, nor on the number of workers, nor on whether the run was stopped in between.
     """
 
-    def __init__(self, pairs: Sequence[Pair], height: int, width: int, augment: AugmentConfig, seed: int) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        height: int,
+        width: int,
+        augment: AugmentConfig,
+        seed: int,
+        teacher: Callable[[U8], U8] | None = None,
+    ) -> None:
         """Decode everything.
+
+        Args:
+            pairs: Photos with their truth.
+            height: Training height.
+            width: Training width.
+            augment: The random changes.
+            seed: Theirs.
+            teacher: What another model says of a photo, uint8 [h, w, 3] to a probability uint8 [height, width]. It is
+                asked once for each photo; what it says is turned and moved with the photo.
 
         Raises:
             DataError: A file cannot be read, a mask is not of its photo's size, or no photo with a pet is left.
@@ -324,7 +341,8 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
                 continue
             self.names.append(pair.name)
             photos.append(images.to_model(photo, height, width))
-            trimaps.append(_resize_trimap(trimap, height, width))
+            labels = _resize_trimap(trimap, height, width)
+            trimaps.append(np.stack((labels, teacher(photo))) if teacher else labels)
         if not self.names:
             raise DataError("no photo with a pet in its mask: nothing to train on")
         self._photos = np.stack(photos)
@@ -336,7 +354,10 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
         return len(self.names)
 
     def __getitem__(self, draw: int) -> tuple[Tensor, Tensor, int]:
-        """Photo uint8 [H, W, 3], trimap uint8 [H, W], and the index of its name."""
+        """Photo uint8 [H, W, 3], trimap uint8 [H, W], and the index of its name.
+
+        With a teacher, trimap and probability as one uint8 [2, H, W] in place of the trimap.
+        """
         epoch, index = divmod(draw, len(self))
         image = tv_tensors.Image(torch.from_numpy(self._photos[index]).permute(2, 0, 1))
         mask = tv_tensors.Mask(torch.from_numpy(self._trimaps[index]))
@@ -367,9 +388,22 @@ class EpochSampler(Sampler[list[int]]):
             yield [self.epoch * self.size + index for index in order[i * self.batch : (i + 1) * self.batch]]
 
 
-def target_of(trimap: Tensor, border_target: float) -> Tensor:
-    """What the network is taught: trimap uint8 [N, H, W] to float32 [N, 1, H, W]; pet 1, background 0."""
+def target_of(labels: Tensor, border_target: float, teacher_share: float = 0.0) -> Tensor:
+    """What the network is taught; pet 1, background 0.
+
+    Args:
+        labels: What :class:`TrainSet` gives: trimaps, uint8 [N, H, W]; or trimaps and the teacher's probabilities,
+            uint8 [N, 2, H, W].
+        border_target: What the trimap's border is taught as.
+        teacher_share: How much of the target is the teacher's probability, where there is one.
+
+    Returns:
+        float32 [N, 1, H, W].
+    """
+    trimap = labels if labels.ndim == 3 else labels[:, 0]
     target = (trimap == PET).float() + border_target * (trimap == BORDER).float()
+    if labels.ndim == 4:
+        target = target.lerp(labels[:, 1].float() / 255, teacher_share)
     return target.unsqueeze(1)
 
 

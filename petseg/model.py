@@ -2,12 +2,15 @@
 
 A U-Net (Ronneberger et al. 2015, arXiv:1505.04597) whose skip connections pass through additive attention gates
 (Oktay et al. 2018, "Attention U-Net: Learning Where to Look for the Pancreas", arXiv:1804.03999, eq. 1 and 2).
-The published pet network is ``AttentionUNetConfig()``: 29,300,205 parameters.
+The published pet network is ``AttentionUNetConfig()``: 29,300,205 parameters. The edge network is the same code with
+another config, ``AttentionUNetConfig(width=16, stem="strided")``: 1,834,680 parameters, a 63rd of the arithmetic.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 
 __all__ = ["STRIDE", "AttentionGate", "AttentionUNet", "AttentionUNetConfig", "ConvBlock", "normalize"]
 
-#: Four 2x2 poolings: height and width must be divisible by this.
+#: Four halvings, by 2x2 poolings or the stem: height and width must be divisible by this.
 STRIDE = 16
 
 #: Channel means and standard deviations of ImageNet photos in [0, 1], RGB (the convention of torchvision).
@@ -27,41 +30,62 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 class AttentionUNetConfig:
     """Everything that decides the network's shape.
 
+    The defaults are the published network.
+
     Attributes:
-        width: Channels of the first level; each of the four levels below doubles them. 64 is the published
-            network (64-128-256-512-1024), 16 the edge size (1.83 M parameters). Even and positive.
+        width: The unit in which channels are counted. 64 is the published network. Even and positive.
+        levels: Channels of each level, finest first, in multiples of ``width``.
+        stem: ``full`` keeps the first level at the image's resolution (published). ``strided`` halves the image in
+            the first convolution, and the head gives four pixels for each place, a sub-pixel convolution (Shi et al.
+            2016, arXiv:1609.05158): a quarter of the cost at every level.
+        ungated: Levels whose skips pass without an attention gate, 1 the finest. Published: none.
+        decoder_convs: 3x3 convolutions in a block of the decoder, 1 or 2 (published).
     """
 
     width: int = 64
+    levels: tuple[int, ...] = (1, 2, 4, 8, 16)
+    stem: Literal["full", "strided"] = "full"
+    ungated: tuple[int, ...] = ()
+    decoder_convs: int = 2
 
     def __post_init__(self) -> None:
-        """Check the width.
+        """Check every field.
 
         Raises:
-            ValueError: The width is odd (the gates halve it) or not positive.
+            ValueError: The width is odd (the gates halve it) or not positive, or another field has a value that it
+                does not take.
         """
         if self.width < 2 or self.width % 2:
             raise ValueError(f"width is {self.width}; the attention gates halve it, so it must be even and positive")
+        if len(self.levels) < 2 or min(self.levels) < 1:
+            raise ValueError(f"levels are {list(self.levels)}; there must be 2 or more, each a multiple of 1 or more")
+        if self.stem not in ("full", "strided"):
+            raise ValueError(f"stem is {self.stem!r}; it must be 'full' or 'strided'")
+        skips = len(self.levels) - 1
+        if odd := [level for level in self.ungated if not 1 <= level <= skips]:
+            raise ValueError(f"ungated names level {odd[0]}; there are skips at levels 1 to {skips}")
+        if self.decoder_convs not in (1, 2):
+            raise ValueError(f"decoder_convs is {self.decoder_convs}; it must be 1 or 2")
 
     @property
-    def channels(self) -> tuple[int, int, int, int, int]:
-        """Channels of the five levels, from full resolution down."""
-        w = self.width
-        return w, 2 * w, 4 * w, 8 * w, 16 * w
+    def channels(self) -> tuple[int, ...]:
+        """Channels of the levels, from the finest down."""
+        return tuple(self.width * level for level in self.levels)
 
 
 class ConvBlock(nn.Sequential):
-    """(3x3 convolution without bias, BatchNorm, ReLU) twice; keeps height and width."""
+    """(3x3 convolution without bias, BatchNorm, ReLU), twice unless told otherwise.
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(
-            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(inplace=True),
-        )
+    Keeps height and width; with a stride, the first convolution divides them by it.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, convs: int = 2, stride: int = 1) -> None:
+        layers: list[nn.Module] = []
+        for i in range(convs):
+            into, step = (outputs, 1) if i else (inputs, stride)
+            conv = nn.Conv2d(into, outputs, 3, stride=step, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        super().__init__(*layers)
 
 
 class AttentionGate(nn.Module):
@@ -91,17 +115,31 @@ class Up(nn.Module):
     the order changes nothing but the cost, which falls to a quarter.
     """
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, *, gated: bool = True, convs: int = 2, crop: bool = False) -> None:
+        """Make the level.
+
+        Args:
+            inputs: Channels of the level below.
+            outputs: Channels of this level and of its skip.
+            gated: Whether the skip passes an attention gate.
+            convs: 3x3 convolutions in the block.
+            crop: Whether the level below was rounded up, so that twice its size can be a pixel too many.
+        """
         super().__init__()
         self.project = nn.Conv2d(inputs, outputs, 1)
-        self.gate = AttentionGate(outputs)
-        self.block = ConvBlock(2 * outputs, outputs)
+        self.gate = AttentionGate(outputs) if gated else None
+        self.block = ConvBlock(2 * outputs, outputs, convs=convs)
+        self.crop = crop
 
     def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
-        """``deep`` [N, 2C, H/2, W/2] and ``skip`` [N, C, H, W] to [N, C, H, W]."""
+        """``deep`` [N, D, H/2, W/2] and ``skip`` [N, C, H, W] to [N, C, H, W]."""
         up = self.project(deep)  # [N, C, H/2, W/2]
         up = F.interpolate(up, scale_factor=2, mode="bilinear", align_corners=False)  # [N, C, H, W]
-        return self.block(torch.cat((self.gate(up, skip), up), dim=1))  # type: ignore[no-any-return]
+        if self.crop:
+            up = up[:, :, : skip.shape[2], : skip.shape[3]]
+        if self.gate is not None:
+            skip = self.gate(up, skip)
+        return self.block(torch.cat((skip, up), dim=1))  # type: ignore[no-any-return]
 
 
 class AttentionUNet(nn.Module):
@@ -109,40 +147,45 @@ class AttentionUNet(nn.Module):
 
     Input: float [N, 3, H, W], normalised (see :func:`normalize`), H and W divisible by 16.
     Output: logits, float [N, 1, H, W]; ``sigmoid`` of them is the probability of pet.
+
+    Its modules, in order: ``down1``, ``down2``, ... (a level each), ``bottom`` (the coarsest), ..., ``up2``, ``up1``,
+    ``head``. The fifth halving and those after it, where there are any, round up.
     """
 
     def __init__(self, config: AttentionUNetConfig | None = None) -> None:
         super().__init__()
-        self.config = config or AttentionUNetConfig()
-        c1, c2, c3, c4, c5 = self.config.channels
-        self.down1 = ConvBlock(3, c1)
-        self.down2 = ConvBlock(c1, c2)
-        self.down3 = ConvBlock(c2, c3)
-        self.down4 = ConvBlock(c3, c4)
-        self.bottom = ConvBlock(c4, c5)
-        self.up4 = Up(c5, c4)
-        self.up3 = Up(c4, c3)
-        self.up2 = Up(c3, c2)
-        self.up1 = Up(c2, c1)
-        self.head = nn.Conv2d(c1, 1, 1)
+        self.config = c = config or AttentionUNetConfig()
+        self.factor = 2 if c.stem == "strided" else 1  # of the image's height to the first level's
+        exact = 4 if self.factor == 1 else 3  # poolings of a multiple of 16 that leave no remainder
+        self.rounds = [level > exact for level in range(1, len(c.channels))]
+        for level, (inputs, outputs) in enumerate(itertools.pairwise((3, *c.channels)), start=1):
+            name = f"down{level}" if level < len(c.channels) else "bottom"
+            self.add_module(name, ConvBlock(inputs, outputs, stride=self.factor if level == 1 else 1))
+        for level in range(len(c.channels) - 1, 0, -1):
+            outputs, inputs = c.channels[level - 1 : level + 1]
+            gated, crop = level not in c.ungated, self.rounds[level - 1]
+            self.add_module(f"up{level}", Up(inputs, outputs, gated=gated, convs=c.decoder_convs, crop=crop))
+        self.head = nn.Conv2d(c.channels[0], self.factor**2, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits [N, 1, H, W] of a normalised image [N, 3, H, W].
+
+        In the shapes below, H and W are the first level's: with a strided stem, half the image's.
 
         Raises:
             ValueError: H or W is not divisible by 16, or the image does not have 3 channels.
         """
         check_input(image.shape)
-        x1 = self.down1(image)  # [N, c1, H, W]
-        x2 = self.down2(F.max_pool2d(x1, 2))  # [N, c2, H/2, W/2]
-        x3 = self.down3(F.max_pool2d(x2, 2))  # [N, c3, H/4, W/4]
-        x4 = self.down4(F.max_pool2d(x3, 2))  # [N, c4, H/8, W/8]
-        deep = self.bottom(F.max_pool2d(x4, 2))  # [N, c5, H/16, W/16]
-        deep = self.up4(deep, x4)  # [N, c4, H/8, W/8]
-        deep = self.up3(deep, x3)  # [N, c3, H/4, W/4]
-        deep = self.up2(deep, x2)  # [N, c2, H/2, W/2]
-        deep = self.up1(deep, x1)  # [N, c1, H, W]
-        return self.head(deep)  # type: ignore[no-any-return]
+        deep, skips = image, []
+        for level, rounds in enumerate(self.rounds, start=1):
+            deep = self.get_submodule(f"down{level}")(deep)  # [N, c1, H, W], [N, c2, H/2, W/2], ...
+            skips.append(deep)
+            deep = F.max_pool2d(deep, 2, ceil_mode=rounds)
+        deep = self.get_submodule("bottom")(deep)  # [N, c5, H/16, W/16] where there are five levels
+        for level, skip in reversed([*enumerate(skips, start=1)]):
+            deep = self.get_submodule(f"up{level}")(deep, skip)  # ..., [N, c2, H/2, W/2], [N, c1, H, W]
+        logits = self.head(deep)  # [N, 1, H, W]; with a strided stem [N, 4, H, W], four pixels for each place
+        return logits if self.factor == 1 else F.pixel_shuffle(logits, self.factor)
 
 
 def check_input(shape: torch.Size) -> None:

@@ -15,30 +15,34 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from petseg import checkpoint
-from petseg.config import ScheduleConfig, TrainConfig, to_dict
+from petseg.config import DataConfig, ScheduleConfig, TrainConfig, from_dict, to_dict
 from petseg.data import EpochSampler, Pair, Split, TrainSet, find, target_of
 from petseg.device import pick_precision
-from petseg.evaluate import Evaluation, evaluate, torch_run
+from petseg.evaluate import Evaluation, evaluate, open_model, torch_run
 from petseg.losses import bce_dice
 from petseg.metrics import Border, best_threshold
 from petseg.model import AttentionUNet, normalize
-from petseg_runtime import __version__
+from petseg_runtime import __version__, images
 from petseg_runtime.errors import CheckpointError, NonFiniteLoss, OutputError, TrainingError
 from petseg_runtime.files import write_atomic
 
 __all__ = ["BEST", "LAST", "LOG", "Observer", "RunState", "Trainer", "learning_rate"]
+
+U8: TypeAlias = npt.NDArray[np.uint8]
 
 #: The best moving average so far: the checkpoint to evaluate and export.
 BEST = "best.safetensors"
@@ -116,6 +120,7 @@ class Trainer:
         *,
         device: torch.device,
         init: Path | None = None,
+        teacher: Path | None = None,
         resume: bool = False,
         observer: Observer | None = None,
         provenance: dict[str, Any] | None = None,
@@ -127,7 +132,10 @@ class Trainer:
             root: The data folder.
             output: Where checkpoints and log go.
             device: CUDA or CPU.
-            init: A checkpoint to start from, instead of random weights.
+            init: A checkpoint to start from, instead of random weights. One of another shape gives the tensors that
+                fit, if those are half or more.
+            teacher: A checkpoint or exported file whose probabilities are part of the target; see
+                :class:`petseg.config.LossConfig`.
             resume: Go on from ``output/last.safetensors``.
             observer: Told what happens.
             provenance: Kept in the checkpoints as it is (the command, for example).
@@ -146,7 +154,8 @@ class Trainer:
             find(root, split, val_fraction=d.val_fraction, seed=d.split_seed) for split in (Split.TRAIN, Split.VAL)
         )
         self.observer.started(f"reading {len(train_pairs)} photos into memory")
-        self.train_set = TrainSet(train_pairs, d.height, d.width, config.augment, config.seed)
+        with _teacher(teacher, d, device) as (taught, about_teacher):
+            self.train_set = TrainSet(train_pairs, d.height, d.width, config.augment, config.seed, taught)
         self.sampler = EpochSampler(len(self.train_set), config.batch, config.seed)
         self.loader = DataLoader(
             self.train_set,
@@ -163,7 +172,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.state = RunState()
         self.meta: dict[str, Any] = {
-            "model": {"width": config.model.width},
+            "model": to_dict(config)["model"],
             "config": to_dict(config),
             "data": {
                 "folder": root.name,
@@ -176,6 +185,7 @@ class Trainer:
             "precision": str(self.dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "provenance": provenance or {},
+            **({"teacher": about_teacher} if about_teacher else {}),
         }
         self._announce()
         if resume:
@@ -226,10 +236,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         image = normalize(photo.to(self.device, non_blocking=True))
-        target = target_of(trimap.to(self.device, non_blocking=True), self.config.data.border_target)
+        weights = self.config.loss
+        labels = trimap.to(self.device, non_blocking=True)
+        target = target_of(labels, self.config.data.border_target, weights.teacher)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             logits = self.model(image)
-        loss = bce_dice(logits, target, self.config.loss.bce, self.config.loss.dice, self.config.loss.epsilon)
+        loss = bce_dice(logits, target, weights.bce, weights.dice, weights.epsilon)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -317,10 +329,14 @@ class Trainer:
             raise CheckpointError(f"{path}: the state in it is damaged or not complete ({error!r})") from error
 
     def _take_up(self, saved: checkpoint.Checkpoint) -> None:
-        if differs := _differences(saved.meta["config"], to_dict(self.config)):
+        before = from_dict(TrainConfig, saved.meta["config"])  # a setting that is newer than the run has its default
+        if differs := _differences(to_dict(before), to_dict(self.config)):
             raise TrainingError(f"{self.output}: the run to resume has other settings: {'; '.join(differs)}")
         if saved.meta["data"]["names_sha256"] != self.meta["data"]["names_sha256"]:
             raise TrainingError(f"{self.output}: the run to resume was trained on other photos than these")
+        if saved.meta.get("teacher") != self.meta.get("teacher"):
+            was, now = (meta.get("teacher", "none") for meta in (saved.meta, self.meta))
+            raise TrainingError(f"{self.output}: the teacher of the run to resume was {was}, now {now}")
         t = saved.tensors
         ema = {n.removeprefix("ema/"): v for n, v in t.items() if n.startswith("ema/")}
         self.model.load_state_dict({n: v for n, v in t.items() if "/" not in n and n != "ema_updates"})
@@ -360,9 +376,19 @@ class Trainer:
     def _start_weights(self, init: Path | None) -> AttentionUNet:
         if init is None:
             return AttentionUNet(self.config.model)
-        model, loaded = checkpoint.load_model(init)
-        if loaded.model_config != self.config.model:
-            raise CheckpointError(f"{init}: a network of {loaded.model_config}, this run is of {self.config.model}")
+        given, loaded = checkpoint.load_model(init)
+        if loaded.model_config == self.config.model:
+            return given
+        model = AttentionUNet(self.config.model)
+        own = model.state_dict()
+        fits = {n: t for n, t in given.state_dict().items() if n in own and t.shape == own[n].shape}
+        if 2 * len(fits) < len(own):
+            raise CheckpointError(
+                f"{init}: a network of {loaded.model_config}, this run is of {self.config.model}: only {len(fits)} of "
+                f"{len(own)} tensors fit"
+            )
+        model.load_state_dict(fits, strict=False)
+        self.observer.started(f"of {init.name} {len(fits)} tensors; random: {', '.join(sorted(own.keys() - fits))}")
         return model
 
     def _check_output(self, resume: bool) -> None:
@@ -376,11 +402,38 @@ class Trainer:
 
     def _announce(self) -> None:
         parameters = sum(p.numel() for p in self.model.parameters())
-        say = self.observer.started
-        say(f"attention U-Net, width {self.config.model.width}, {parameters:,} parameters, {self.meta['precision']}")
+        say, shape = self.observer.started, self.config.model
+        name = "attention U-Net" if shape.stem == "full" else "attention U-Net with a strided stem"
+        say(f"{name}, width {shape.width}, {parameters:,} parameters, {self.meta['precision']}")
         say(f"{len(self.train_set)} photos to train on, {len(self.val_pairs)} for validation")
         if skipped := self.train_set.skipped_empty:
             say(f"left out, because their masks show no pet: {', '.join(skipped)}")
+
+
+@contextlib.contextmanager
+def _teacher(
+    path: Path | None, config: DataConfig, device: torch.device
+) -> Iterator[tuple[Callable[[U8], U8] | None, dict[str, str]]]:
+    """What another model says of a photo, at the training size, and which model it is; without a path nothing.
+
+    It is asked about the photo and its mirror image, and the mean is taken: a better teacher for twice the time, once.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
+    if path is None:
+        yield None, {}
+        return
+    with open_model(path, str(device)) as model:
+
+        def ask(photo: U8) -> U8:
+            inputs = images.to_model(photo, model.height, model.width)
+            straight, mirrored = model.run(np.stack((inputs, inputs[:, ::-1]))).astype(np.uint16)
+            mean = (straight + mirrored[:, ::-1] + 1) // 2
+            return images.from_model(mean.astype(np.uint8), config.height, config.width)
+
+        about = model.describe()
+        yield ask, {"file": path.name, "identity": about.get("sha256") or about["identity"]}
 
 
 def _ema_update(decay: float) -> Any:

@@ -185,10 +185,10 @@ def random_network() -> Callable[..., AttentionUNet]:
     return make_random
 
 
-def make_random(seed: int, width: int = 4, size: int = 32) -> AttentionUNet:
+def make_random(seed: int, width: int = 4, size: int = 32, **config: Any) -> AttentionUNet:
     """Random weights, BatchNorms as after much training, and a head under which probabilities spread over 0..1."""
     torch.manual_seed(seed)
-    model = AttentionUNet(AttentionUNetConfig(width=width)).eval()
+    model = AttentionUNet(AttentionUNetConfig(width=width, **config)).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 2.0)

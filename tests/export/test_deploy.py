@@ -58,6 +58,16 @@ def test_the_output_is_one_byte_for_each_pixel_whatever_the_batch(count: int, ma
     assert got.shape == (count, 16, 32)
 
 
+@pytest.mark.parametrize(("height", "width"), [(32, 64), (48, 16)])
+def test_so_it_is_for_the_edge_network(height: int, width: int, make: Make, random_images: Draw) -> None:
+    model = make(0, stem="strided", ungated=(1,), decoder_convs=1)
+    image = random_images(3, height, width, 0)
+    want, got = expected(model, image), deployed(model, image)
+    assert len(np.unique(want)) > 50, "a flat output would prove nothing"
+    assert np.abs(got - want).max() <= 1
+    assert (got == want).mean() > 0.99
+
+
 def test_an_image_gets_the_same_answer_alone_and_in_a_batch(make: Make, random_images: Draw) -> None:
     model, image = make(1), random_images(5, 32, 32)
     alone = np.concatenate([deployed(model, image[i : i + 1]) for i in range(5)])

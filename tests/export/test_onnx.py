@@ -17,7 +17,9 @@ import torch
 from onnx import TensorProto, checker, numpy_helper
 
 from petseg.checkpoint import Checkpoint, load, save_checkpoint
+from petseg.config import TrainConfig, to_dict
 from petseg.evaluate import torch_run
+from petseg.model import AttentionUNetConfig
 from petseg_export import OnnxConfig, build, export
 from petseg_export.deploy import DeployedUNet, activation_peaks
 from petseg_export.onnx import metadata_of, scan, spec_of
@@ -336,7 +338,7 @@ def test_the_provenance_leads_back_to_the_checkpoint(variant: Any, checkpoint_fi
     assert provenance["schema_version"] == 1
     assert provenance["checkpoint"] == checkpoint_file.name
     assert provenance["checkpoint_sha256"] == hashlib.sha256(checkpoint_file.read_bytes()).hexdigest()
-    assert provenance["model"] == meta["model"]
+    assert provenance["model"] == to_dict(TrainConfig(model=AttentionUNetConfig(**meta["model"])))["model"]
     assert provenance["data"] == meta["data"]
     assert provenance["validation"] == {"val_iou": 0.9123, "val_dice": 0.9543}
     assert provenance["training"] == meta["provenance"]

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from petseg.checkpoint import load, load_model, save_checkpoint
+from petseg.config import TrainConfig, to_dict
 from petseg.model import AttentionUNet, AttentionUNetConfig
 from petseg_runtime.errors import CheckpointError, OutputError
 
@@ -284,7 +285,23 @@ def test_a_weight_that_is_no_number_is_refused_by_name(tmp_path: Path, name: str
         load_model(path)
 
 
-@pytest.mark.parametrize("model", [None, 3, {}, {"width": 3}, {"width": "2"}, {"width": None}, {"height": 2}, [2]])
+def test_the_shape_of_another_member_of_the_family_comes_back(tmp_path: Path) -> None:
+    config = AttentionUNetConfig(width=2, levels=(1, 3, 2), stem="strided", ungated=(2,), decoder_convs=1)
+    edge = AttentionUNet(config).eval()
+    meta = {**META, "model": to_dict(TrainConfig(model=config))["model"]}
+    save_checkpoint(tmp_path / "x.safetensors", edge.state_dict(), meta)
+    model, checkpoint = load_model(tmp_path / "x.safetensors")
+    assert checkpoint.model_config == model.config == config
+    x = torch.randn(1, 3, 32, 48)
+    with torch.inference_mode():
+        assert torch.equal(model(x), edge(x))
+
+
+BAD = [None, 3, {}, {"width": 3}, {"width": "2"}, {"width": None}, {"height": 2}, [2]]
+BAD_SHAPES = [{"levels": 3}, {"levels": ["a", "b"]}, {"stem": 1}, {"ungated": [9]}, {"decoder_convs": [1]}]
+
+
+@pytest.mark.parametrize("model", [*BAD, *({"width": 2, **bad} for bad in BAD_SHAPES)])
 def test_a_header_without_a_network_is_refused(tmp_path: Path, model: Any) -> None:
     save_checkpoint(tmp_path / "x.safetensors", network().state_dict(), {**META, "model": model})
     with pytest.raises(CheckpointError, match="network"):

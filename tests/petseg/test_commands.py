@@ -24,8 +24,10 @@ from PIL import Image
 from petseg import checkpoint as checkpoints
 from petseg import train as training
 from petseg.cli import run
+from petseg.config import TrainConfig, to_dict
 from petseg.data import Split, find
 from petseg.evaluate import evaluate, open_model
+from petseg.model import AttentionUNetConfig
 from petseg_runtime.errors import TrainingError
 
 SMALL = ["--width", "2", "--size", "32", "--batch", "4", "--device", "cpu", "--set", "amp=fp32"]
@@ -106,7 +108,7 @@ def test_the_options_reach_the_run(trained: Run) -> None:
     meta = checkpoints.load(trained.folder / "best.safetensors").meta
     config = meta["config"]
     assert (config["epochs"], config["batch"], config["amp"]) == (2, 4, "fp32")
-    assert meta["model"] == {"width": 2}
+    assert meta["model"] == to_dict(TrainConfig(model=AttentionUNetConfig(width=2)))["model"]
     assert (meta["spec"]["height"], meta["spec"]["width"]) == (32, 32)
     assert meta["precision"] == "float32"
 
@@ -264,12 +266,25 @@ def test_a_file_gives_way_to_options_and_options_to_set(tmp_path: Path, asked: A
     assert (config.data.height, config.data.width) == (32, 64)
 
 
+def test_another_network_is_a_matter_of_settings(asked: Any) -> None:
+    (config, *_), _ = asked("--width", "8", "--set", "model.stem=strided", "--set", "model.levels=[1, 2, 3, 4]")
+    assert (config.model.channels, config.model.stem) == ((8, 16, 24, 32), "strided")
+
+
+def test_the_edge_networks_runs_are_of_one_network(asked: Any) -> None:
+    folder = Path(__file__).parents[2] / "benchmarks" / "embedded"
+    (first, *_), _ = asked("--config", str(folder / "edge1.toml"))
+    (second, *_), _ = asked("--config", str(folder / "edge2.toml"))
+    assert first.model == second.model == AttentionUNetConfig(width=16, stem="strided")
+
+
 def test_folders_device_start_and_command_reach_the_trainer(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/bin/petseg", "train", "--data", "my pets"])
-    (_, root, output), given = asked("--init", "start.safetensors")
+    (_, root, output), given = asked("--init", "start.safetensors", "--teacher", "t.onnx")
     assert (root, output) == (Path("d"), Path("o"))
     assert given["device"].type == "cpu"
     assert (given["init"], given["resume"]) == (Path("start.safetensors"), False)
+    assert given["teacher"] == Path("t.onnx")
     assert given["provenance"]["command"] == "petseg train --data 'my pets'"
 
 

@@ -404,6 +404,29 @@ def test_photo_and_mask_are_moved_as_one(folder_copy: Path) -> None:
     assert changed > 4 * len(moved), "the augmentation hardly moves anything"
 
 
+def test_what_a_teacher_says_is_moved_with_the_mask_and_never_coloured(oxford_root: Path) -> None:
+    """A teacher that says the trimap itself, 80 for each class: the two planes must stay the same thing."""
+    pairs = find(oxford_root, Split.TRAIN, val_fraction=0.1)
+    photos = [read_pair(pair)[0] for pair in pairs]
+    asked: list[int] = []
+
+    def teacher(photo: np.ndarray) -> np.ndarray:
+        (number,) = (i for i, known in enumerate(photos) if np.array_equal(known, photo))
+        asked.append(number)
+        mask = Image.fromarray(read_pair(pairs[number])[1])
+        return np.array(mask.resize((32, 32), Image.Resampling.NEAREST)) * np.uint8(80)
+
+    data = TrainSet(pairs, 32, 32, LIVELY, 0, teacher)
+    assert asked == list(range(len(pairs))), "once for each photo"
+    plain = train_set(oxford_root)
+    for draw in range(3 * len(data)):
+        photo, labels, index = data[draw]
+        assert same((photo, labels[0], index), plain[draw])
+        inside = labels[1] != BACKGROUND  # what was uncovered
+        assert torch.equal(labels[1][inside], 80 * labels[0][inside])
+    assert len(data) > 10
+
+
 def test_the_flip_comes_as_often_as_it_should(folder_root: Path) -> None:
     still, flips = train_set(folder_root, STILL), []
     for probability in (0.0, 0.5, 1.0):
@@ -535,3 +558,12 @@ def test_fewer_photos_than_a_batch_are_refused() -> None:
     with pytest.raises(DataError, match=r"3 photos.*batch takes 4.*--batch"):
         EpochSampler(3, 4, seed=0)
     assert len(EpochSampler(4, 4, seed=0)) == 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_target_with_a_teacher_lies_between_truth_and_teacher(share: float) -> None:
+    labels = torch.tensor([[[[PET, BACKGROUND, BORDER]], [[0, 255, 51]]]], dtype=torch.uint8)
+    target = target_of(labels, 0.4, share)
+    assert target.shape == (1, 1, 1, 3)
+    truth, said = torch.tensor([1.0, 0.0, 0.4]), torch.tensor([0.0, 1.0, 0.2])
+    torch.testing.assert_close(target[0, 0, 0], (1 - share) * truth + share * said)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +11,9 @@ import torch.nn.functional as F
 from petseg.model import AttentionGate, AttentionUNet, AttentionUNetConfig, ConvBlock, Up, normalize
 
 
-def small(seed: int = 0, width: int = 4) -> AttentionUNet:
+def small(seed: int = 0, width: int = 4, **config: Any) -> AttentionUNet:
     torch.manual_seed(seed)
-    return AttentionUNet(AttentionUNetConfig(width=width))
+    return AttentionUNet(AttentionUNetConfig(width=width, **config))
 
 
 def lively(module: torch.nn.Module) -> torch.nn.Module:
@@ -33,6 +35,31 @@ def test_parameter_count(width: int, parameters: int) -> None:
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
+#: Other members of the family, by what they change.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "strided": {"stem": "strided"},
+    "strided, four levels": {"stem": "strided", "levels": (1, 2, 6, 12)},
+    "six levels": {"levels": (1, 2, 3, 4, 5, 6)},
+    "two levels": {"levels": (1, 2)},
+    "wide above": {"levels": (3, 2, 2, 2, 1)},
+    "some gates": {"ungated": (1, 3)},
+    "no gates": {"ungated": (1, 2, 3, 4)},
+    "short decoder": {"decoder_convs": 1},
+    "all at once": {"stem": "strided", "levels": (1, 3, 2, 4, 5), "ungated": (2,), "decoder_convs": 1},
+}
+variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+
+
+def test_the_edge_network_is_width_16_with_another_stem_and_head() -> None:
+    with torch.device("meta"):
+        edge = AttentionUNet(AttentionUNetConfig(width=16, stem="strided"))
+        full = AttentionUNet(AttentionUNetConfig(width=16))
+    assert sum(p.numel() for p in edge.parameters()) == 1_834_629 + 3 * (16 + 1)
+    shapes = [{name: tensor.shape for name, tensor in net.state_dict().items()} for net in (edge, full)]
+    assert list(shapes[0]) == list(shapes[1])
+    assert {name for name, shape in shapes[0].items() if shape != shapes[1][name]} == {"head.weight", "head.bias"}
+
+
 def test_the_default_is_the_published_network() -> None:
     assert AttentionUNetConfig().channels == (64, 128, 256, 512, 1024)
     with torch.device("meta"):
@@ -47,6 +74,55 @@ def test_names_of_tensors_stay_what_checkpoints_hold() -> None:
     assert {name.split(".")[0] for name in names} == {
         *("down1", "down2", "down3", "down4", "bottom", "up4", "up3", "up2", "up1", "head")
     }
+
+
+def test_the_published_network_has_every_name_it_ever_had_in_the_same_order() -> None:
+    def conv_bn(conv: str, bias: bool = False) -> list[str]:
+        prefix, _, number = conv.rpartition(".")
+        tensors = [f"{conv}.weight", *([f"{conv}.bias"] if bias else [])]
+        norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        return [*tensors, *(f"{prefix}.{int(number) + 1}.{name}" for name in norm)]
+
+    def up(name: str) -> list[str]:
+        gate = [tensor for part in ("w_g", "w_x", "psi") for tensor in conv_bn(f"{name}.gate.{part}.0", bias=True)]
+        block = [*conv_bn(f"{name}.block.0"), *conv_bn(f"{name}.block.3")]
+        return [f"{name}.project.weight", f"{name}.project.bias", *gate, *block]
+
+    blocks = [f"{name}.{n}" for name in ("down1", "down2", "down3", "down4", "bottom") for n in (0, 3)]
+    encoder = [tensor for block in blocks for tensor in conv_bn(block)]
+    decoder = [tensor for name in ("up4", "up3", "up2", "up1") for tensor in up(name)]
+    assert list(small().state_dict()) == [*encoder, *decoder, "head.weight", "head.bias"]
+
+
+@variants
+@pytest.mark.parametrize("shape", [(2, 32, 48), (1, 80, 16), (1, 16, 16)])
+def test_every_variant_keeps_the_size_of_the_input(variant: dict[str, Any], shape: tuple[int, int, int]) -> None:
+    n, h, w = shape
+    with torch.inference_mode():
+        logits = small(width=2, **variant).eval()(torch.randn(n, 3, h, w))
+    assert logits.shape == (n, 1, h, w)
+
+
+@variants
+def test_gradients_reach_every_parameter_of_every_variant(variant: dict[str, Any]) -> None:
+    model = lively(small(width=8, **variant)).eval()  # in training BatchNorm cancels the biases before it
+    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+@variants
+def test_levels_have_the_channels_and_sizes_of_the_config(variant: dict[str, Any]) -> None:
+    model = small(**variant).eval()
+    seen: list[tuple[int, ...]] = []
+    for name in [f"down{level}" for level in range(1, len(model.config.levels))] + ["bottom"]:
+        model.get_submodule(name).register_forward_hook(lambda _, inputs, output: seen.append(tuple(output.shape[1:])))
+    with torch.inference_mode():
+        model(torch.zeros(1, 3, 48, 64))
+    first = 2 if model.config.stem == "strided" else 1
+    sizes = [first * 2**level for level in range(len(seen))]
+    channels = [4 * multiple for multiple in model.config.levels]
+    assert seen == [(c, math.ceil(48 / s), math.ceil(64 / s)) for c, s in zip(channels, sizes, strict=True)]
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 16), (2, 32, 48), (3, 48, 32), (5, 16, 64)])
@@ -90,6 +166,24 @@ def test_an_odd_or_not_positive_width_is_refused(width: int) -> None:
         AttentionUNetConfig(width=width)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("levels", (1,), r"levels are \[1\]; there must be 2 or more"),
+        ("levels", (), r"levels are \[\]"),
+        ("levels", (1, 2, 0), r"levels are \[1, 2, 0\]"),
+        ("stem", "patch", "stem is 'patch'; it must be 'full' or 'strided'"),
+        ("ungated", (5,), "ungated names level 5; there are skips at levels 1 to 4"),
+        ("ungated", (1, 0), "ungated names level 0"),
+        ("decoder_convs", 0, "decoder_convs is 0; it must be 1 or 2"),
+        ("decoder_convs", 3, "decoder_convs is 3"),
+    ],
+)
+def test_a_value_that_no_network_has_is_refused_by_name(field: str, value: object, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        AttentionUNetConfig(**{field: value})
+
+
 def test_the_config_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         AttentionUNetConfig().width = 16  # type: ignore[misc]
@@ -116,6 +210,34 @@ def test_projecting_before_interpolating_is_interpolating_before_projecting() ->
         wide = up.project(F.interpolate(deep, scale_factor=2, mode="bilinear", align_corners=False))
         expected = up.block(torch.cat((up.gate(wide, skip), wide), dim=1))
         torch.testing.assert_close(up(deep, skip), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_an_ungated_skip_comes_through_as_it_is() -> None:
+    torch.manual_seed(0)
+    up = lively(Up(8, 4, gated=False)).eval()
+    deep, skip = torch.randn(2, 8, 5, 3), torch.randn(2, 4, 10, 6)
+    with torch.inference_mode():
+        wide = F.interpolate(up.project(deep), scale_factor=2, mode="bilinear", align_corners=False)
+        torch.testing.assert_close(up(deep, skip), up.block(torch.cat((skip, wide), dim=1)))
+    assert not [name for name in up.state_dict() if "gate" in name]
+
+
+def test_where_the_level_below_was_rounded_up_the_last_row_and_column_are_cut_off() -> None:
+    torch.manual_seed(0)
+    up = lively(Up(8, 4, crop=True)).eval()
+    deep, skip = torch.randn(2, 8, 3, 4), torch.randn(2, 4, 5, 7)
+    with torch.inference_mode():
+        wide = F.interpolate(up.project(deep), scale_factor=2, mode="bilinear", align_corners=False)[:, :, :5, :7]
+        torch.testing.assert_close(up(deep, skip), up.block(torch.cat((up.gate(wide, skip), wide), dim=1)))
+
+
+def test_the_head_of_a_strided_network_gives_the_four_pixels_of_each_place() -> None:
+    model = small(stem="strided").eval()
+    with torch.inference_mode():
+        model.head.weight.zero_()
+        model.head.bias.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        logits = model(torch.randn(1, 3, 16, 32))
+    assert torch.equal(logits[0, 0], torch.tensor([[1.0, 2.0], [3.0, 4.0]]).repeat(8, 16))
 
 
 def test_attention_gate_is_the_published_formula() -> None:

@@ -445,11 +445,84 @@ def test_init_of_another_width_or_damaged_is_refused(oxford_root: Path, tmp_path
     other = tmp_path / "other.safetensors"
     state = AttentionUNet(AttentionUNetConfig(width=2)).state_dict()
     save_checkpoint(other, state, {"kind": "model", "model": {"width": 2}})
-    with pytest.raises(CheckpointError, match=r"other\.safetensors: a network of .*width=2.*width=4"):
+    with pytest.raises(CheckpointError, match=r"other\.safetensors: a network of .*width=2.*width=4.*only \d+ of"):
         Trainer(tiny(), oxford_root, tmp_path / "out", device=CPU, init=other)
     other.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"other\.safetensors"):
         Trainer(tiny(), oxford_root, tmp_path / "out", device=CPU, init=other)
+
+
+def test_init_of_another_shape_gives_the_tensors_that_fit_and_says_which_do_not(
+    oxford_root: Path, tmp_path: Path, whole: Run
+) -> None:
+    observer = Recorder()
+    config = tiny("model.stem=strided")
+    trainer = Trainer(config, oxford_root, tmp_path, device=CPU, init=whole.folder / BEST, observer=observer)
+    state, given = trainer.model.state_dict(), whole.best.tensors
+    fits = {name for name in given if torch.equal(state[name], given[name])}
+    assert given.keys() - fits == {"head.weight", "head.bias"}
+    assert [m for m in observer.messages if f"{len(fits)} tensors; random: head.bias, head.weight" in m]
+    trainer.fit()
+    best = load(tmp_path / BEST)
+    assert best.model_config == config.model
+    assert best.meta["model"]["stem"] == "strided"
+
+
+def test_a_run_from_before_a_setting_was_there_goes_on_with_its_default(
+    oxford_root: Path, tmp_path: Path, whole: Run
+) -> None:
+    last = whole.last
+    config = {**last.meta["config"], "model": {"width": 4}}
+    save_checkpoint(tmp_path / LAST, last.tensors, {**last.meta, "config": config})
+    trainer = Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
+    assert trainer.state.step == EPOCHS * PER_EPOCH
+
+
+def test_a_run_with_a_teacher_learns_from_it_and_names_it(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+    teacher = whole.folder / BEST
+    losses = []
+    for share in (0.0, 1.0):
+        folder, observer = tmp_path / str(share), Recorder()
+        config = tiny("epochs=1", f"loss.teacher={share}")
+        Trainer(config, oxford_root, folder, device=CPU, teacher=teacher, observer=observer).fit()
+        losses.append(observer.losses)
+        assert load(folder / BEST).meta["teacher"] == {"file": BEST, "identity": whole.best.sha256}
+    assert losses[0] == pytest.approx(whole.observer.losses[:PER_EPOCH], abs=1e-6), "no share, no difference"
+    assert losses[1] != pytest.approx(losses[0], abs=1e-2)
+    assert "teacher" not in whole.best.meta
+
+
+def test_the_target_is_the_mean_of_what_the_teacher_says_of_a_photo_and_its_mirror_image(
+    oxford_root: Path, tmp_path: Path, whole: Run
+) -> None:
+    still = ("augment.flip=0", "augment.rotate=0", "augment.brightness=0", "augment.contrast=0", "augment.saturation=0")
+    trainer = Trainer(tiny(*still), oxford_root, tmp_path, device=CPU, teacher=whole.folder / BEST)
+    run = torch_run(load_model(whole.folder / BEST)[0])
+    for draw in range(3):
+        photo, labels, _ = trainer.train_set[draw]
+        straight = run(photo.numpy()[None])[0].astype(float)
+        mirrored = run(photo.numpy()[None, :, ::-1].copy())[0, :, ::-1]
+        assert abs(labels[1].numpy() - (straight + mirrored) / 2).max() <= 0.5
+        assert straight.std() > 10
+
+
+def test_another_teacher_is_refused_on_resume(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+    with pytest.raises(TrainingError, match=r"the teacher of the run to resume was none, now .*best\.safetensors"):
+        Trainer(tiny(), oxford_root, whole.folder, device=CPU, teacher=whole.folder / BEST, resume=True)
+
+
+def test_a_teacher_that_is_no_model_is_refused(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+    with pytest.raises(CheckpointError, match=r"last\.safetensors: the state of a run"):
+        Trainer(tiny(), oxford_root, tmp_path, device=CPU, teacher=whole.folder / LAST)
+
+
+def test_a_strided_run_that_was_interrupted_goes_on(oxford_root: Path, tmp_path: Path) -> None:
+    settings = tiny("model.stem=strided", "model.levels=[1,2,3,4]", "epochs=1")
+    stopping = Recorder(at(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(settings, oxford_root, tmp_path, device=CPU, observer=stopping).fit()
+    Trainer(settings, oxford_root, tmp_path, device=CPU, resume=True).fit()
+    assert load(tmp_path / LAST).meta["state"]["step"] == PER_EPOCH
 
 
 def test_data_that_cannot_be_used_is_refused(oxford_root: Path, tmp_path: Path) -> None:

@@ -1,0 +1,111 @@
+"""The edge network, strided stem and rounded level and all, on every road that the published one takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from petseg.checkpoint import save_checkpoint
+from petseg.config import TrainConfig, to_dict
+from petseg.data import Split, find, read_pair
+from petseg.losses import bce_dice
+from petseg.model import AttentionUNet, AttentionUNetConfig, normalize
+from petseg_export import OnnxConfig, OpenVINOConfig, QuantizeConfig, TensorRTRTXConfig, build, export
+from petseg_runtime import images
+from petseg_runtime.artifact import open_artifact
+
+#: The fifth halving meets 3 x 3: it rounds up, and the decoder cuts off a row and a column.
+SIZE = 48
+STEPS = 60
+CONFIG = AttentionUNetConfig(width=4, stem="strided", ungated=(1,))
+QUANTIZE = QuantizeConfig(photos=6, judges=6, methods=("minmax",))
+
+
+@pytest.fixture(scope="module")
+def edge(oxford_root: Path, meta: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that finds the ellipses, with a quarter of the photos held back."""
+    pairs = [read_pair(pair) for pair in find(oxford_root, Split.TRAINVAL)]
+    photos = torch.from_numpy(np.stack([images.to_model(photo, SIZE, SIZE) for photo, _ in pairs]))
+    pets = [images.to_model(np.repeat((mask == 1)[..., None] * np.uint8(255), 3, 2), SIZE, SIZE) for _, mask in pairs]
+    target = torch.from_numpy(np.stack(pets))[..., 0].unsqueeze(1) / 255
+    torch.manual_seed(0)
+    model = AttentionUNet(CONFIG).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(STEPS):
+        chosen = torch.randperm(len(photos))[:8]
+        loss = bce_dice(model(normalize(photos[chosen])), target[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    path = tmp_path_factory.mktemp("edge") / "best.safetensors"
+    about = {
+        "model": to_dict(TrainConfig(model=CONFIG))["model"],
+        "spec": {**meta["spec"], "height": SIZE, "width": SIZE},
+        "config": {"data": {"val_fraction": 0.25, "split_seed": 7}},
+    }
+    save_checkpoint(path, model.eval().state_dict(), {**meta, **about})
+    return path
+
+
+@pytest.fixture(scope="module")
+def int8(edge: Path, oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> build.Exported:
+    file = tmp_path_factory.mktemp("edge-int8") / "edge.onnx"
+    backends = ("onnxruntime", "openvino")
+    return export(
+        edge, OnnxConfig(output=file, precision="int8", data=oxford_root, quantize=QUANTIZE, backends=backends)
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_onnx_file_passes_in_both_engines(precision: str, edge: Path, oxford_root: Path, tmp_path: Path) -> None:
+    config = OnnxConfig(
+        output=tmp_path / "x.onnx",
+        precision=precision,
+        data=oxford_root / "images",
+        backends=("onnxruntime", "openvino"),
+    )
+    done = export(edge, config)
+    assert done.receipt.passed
+    assert {row.engine.split()[0] for row in done.receipt.rows} == {"onnxruntime", "openvino"}
+    operators = {node.op_type for node in onnx.load(done.path).graph.node}
+    assert {"DepthToSpace", "Slice"} <= operators, "the head and the rounded level"
+    assert open_artifact(done.path).provenance["model"] == to_dict(TrainConfig(model=CONFIG))["model"]
+
+
+def test_a_graph_of_any_size_gives_what_one_of_a_fixed_size_gives(
+    edge: Path, oxford_root: Path, tmp_path: Path
+) -> None:
+    done = export(edge, OnnxConfig(output=tmp_path / "x.onnx", data=oxford_root / "images", dynamic_size=True))
+    assert done.receipt.passed
+
+
+def test_int8_passes_in_both_engines(int8: build.Exported) -> None:
+    assert int8.receipt.passed
+    assert int8.receipt.quantization is not None
+    assert int8.receipt.quantization["layers"] == 32  # a gate less than the published network
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_the_openvino_ir_passes(
+    precision: str, edge: Path, int8: build.Exported, oxford_root: Path, tmp_path: Path
+) -> None:
+    given = int8.path if precision == "int8" else None
+    config = OpenVINOConfig(
+        output=tmp_path / "x.xml", precision=precision, data=oxford_root / "images", photos=16, onnx=given
+    )
+    assert export(edge, config).receipt.passed
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_an_rtx_engine_is_built(precision: str, edge: Path, int8: build.Exported, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install 'petseg[rtx]'")
+    given = int8.path if precision == "int8" else None
+    done = export(edge, TensorRTRTXConfig(output=tmp_path / "x.engine", precision=precision, onnx=given))
+    computed = {kind for row in open_artifact(done.path).environment["engine"]["computed"] for kind in row["reads"]}
+    assert precision in computed
