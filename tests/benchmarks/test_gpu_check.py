@@ -61,7 +61,7 @@ def test_make_takes_tensorrt_from_the_system_and_nothing_else(tmp_path: Path) ->
     (environment / "tensorrt_libs").mkdir(parents=True)  # installed with the trt extra
     makefile = tmp_path / "Makefile"
     makefile.write_text(f'include {ROOT / "Makefile"}\nlink:\n\t@$(PYTHON) -c "$$LINK_TENSORRT" {environment}\n')
-    command = ["make", "-f", str(makefile), "link", f"PYTHON={sys.executable}"]
+    command = ["make", "--no-print-directory", "-f", str(makefile), "link", f"PYTHON={sys.executable}"]
     said = []
     for _ in range(2):
         variables = {**os.environ, "PYTHONPATH": str(system)}
