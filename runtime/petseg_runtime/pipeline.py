@@ -174,7 +174,9 @@ class Pipeline(Generic[Source, Result]):
     def _infer_some(self, jobs: list[_Job[Source, Result]]) -> None:
         start = time.perf_counter()
         try:
-            answers = self._steps.infer(np.stack([job.value.image for job in jobs]))
+            first = jobs[0].value.image
+            batch = first[None] if len(jobs) == 1 else np.stack([job.value.image for job in jobs])
+            answers = self._steps.infer(batch)
             if len(answers) != len(jobs):
                 raise EngineError(f"the engine was given {len(jobs)} photos, and answered {len(answers)}")
         except BaseException as error:  # noqa: BLE001 (raised again where results are asked for)
