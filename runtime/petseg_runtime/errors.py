@@ -4,7 +4,9 @@
     ├── InputError                   1   a photo that cannot be used (a batch goes on without it)
     │   ├── UnreadableImage              missing, truncated, not an image
     │   ├── UnsupportedImage             an image, but of a kind whose pixel values mean nothing to us
-    │   └── ImageTooLarge                more pixels or bytes than the limit allows
+    │   ├── ImageTooLarge                more pixels or bytes than the limit allows
+    │   ├── UnreadableVideo              missing, truncated, not a video, or a stream that sends nothing
+    │   └── UnsupportedVideo             a video, but of a kind or size that cannot be used
     ├── ModelError                   4   a model file that is damaged, foreign or breaks its contract
     │   └── CheckpointError              the same for a training checkpoint
     ├── EngineError                  5   an engine or device that was asked for cannot be had
@@ -19,8 +21,9 @@
         ├── ParityShapes                 shapes or types differ
         └── ParityTolerance              the values differ by more than the tolerance
 
-Two codes belong to no single error: ``EXIT_PARTIAL`` (3: some inputs failed, the rest is done) and
-``EXIT_INTERRUPTED`` (130: Ctrl-C). Click itself uses 2 for a command line it cannot parse.
+Three codes belong to no single error: ``EXIT_PARTIAL`` (3: some inputs failed, the rest is done),
+``EXIT_INTERRUPTED`` (130: Ctrl-C) and ``EXIT_TERMINATED`` (143: SIGTERM ended a video or stream in order). Click itself
+uses 2 for a command line it cannot parse.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from typing import ClassVar
 __all__ = [
     "EXIT_INTERRUPTED",
     "EXIT_PARTIAL",
+    "EXIT_TERMINATED",
     "CheckpointError",
     "DataError",
     "EngineError",
@@ -47,11 +51,14 @@ __all__ = [
     "PetsegError",
     "TrainingError",
     "UnreadableImage",
+    "UnreadableVideo",
     "UnsupportedImage",
+    "UnsupportedVideo",
 ]
 
 EXIT_PARTIAL = 3
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 class PetsegError(Exception):
@@ -74,6 +81,14 @@ class UnsupportedImage(InputError):
 
 class ImageTooLarge(InputError):
     """More pixels or bytes than the limit allows."""
+
+
+class UnreadableVideo(InputError):
+    """The video is missing, damaged or not one, or the stream sends nothing."""
+
+
+class UnsupportedVideo(InputError):
+    """A video without pictures, or with frames too large or of a kind that cannot be converted."""
 
 
 class ModelError(PetsegError):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import TracebackType
-from typing import Self, TypeAlias, overload
+from typing import TYPE_CHECKING, Self, TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,11 @@ from petseg_runtime.engines.base import EngineInfo
 from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.errors import InputError, ModelError
 from petseg_runtime.result import Segmentation
+from petseg_runtime.sources import Origin, stream_origin
+
+if TYPE_CHECKING:
+    from petseg_runtime.live import StateChange
+    from petseg_runtime.stream import Stream
 
 __all__ = ["Prepared", "Segmenter"]
 
@@ -143,6 +148,65 @@ class Segmenter:
                 result = outcome.error or outcome.value
                 assert result is not None
                 yield result
+
+    def stream(
+        self,
+        source: str | os.PathLike[str] | Origin,
+        *,
+        policy: str | None = None,
+        start: float = 0.0,
+        stride: int = 1,
+        max_frames: int | None = None,
+        mask_only: bool = False,
+        smooth: float = 0.0,
+        stall: float = 10.0,
+        patience: float | None = None,
+        tell: Callable[[StateChange], None] = lambda change: None,
+    ) -> Stream:
+        """Segment a video or a live stream, frame by frame, while the next ones are being decoded.
+
+        >>> with Segmenter().stream("clip.mp4") as stream:  # doctest: +SKIP
+        ...     for segmented in stream:
+        ...         print(segmented.frame.time, segmented.result.coverage)
+
+        Args:
+            source: A video file, a camera (``0``, ``/dev/video0``), a URL (RTSP, RTMP, HTTP, UDP, ...), or an
+                :class:`~petseg_runtime.sources.Origin` for more (options for FFmpeg).
+            policy: What becomes of a frame for which there is no time; None: ``block`` for what has an end, else
+                ``drop-oldest``. See :class:`~petseg_runtime.stream.Stream`.
+            start: Seconds to pass over, of what has an end.
+            stride: Take each so-many-th frame.
+            max_frames: End after so many.
+            mask_only: The frames' own pixels are not wanted.
+            smooth: Against flicker, in [0, 1); see :class:`~petseg_runtime.smoothing.Smoother`.
+            stall: Seconds without a frame after which a live source is connected anew.
+            patience: Seconds without a frame after which a live source is given up; None: half a minute until it has
+                sent one, and never after that.
+            tell: Told of each change of a live source's state.
+
+        Returns:
+            An iterator and context manager; its ``counts`` say where frames went.
+
+        Raises:
+            InputError: A source that has an end cannot be opened.
+        """
+        from petseg_runtime.live import open_frames  # FFmpeg is loaded for those who read videos
+        from petseg_runtime.stream import Stream
+
+        if isinstance(source, Origin):
+            origin = source
+        else:
+            text = os.fspath(source)
+            origin = stream_origin(text) or Origin(text, text, PurePath(Path(text).stem))
+        return Stream(
+            open_frames(origin, start=start, stall=stall, patience=patience, tell=tell),
+            self,
+            policy=policy or ("drop-oldest" if origin.endless else "block"),
+            stride=stride,
+            max_frames=max_frames,
+            mask_only=mask_only,
+            smooth=smooth,
+        )
 
     def prepare(self, source: images.ImageSource, *, mask_only: bool = False) -> Prepared:
         """The first step: read a photo, and bring it to the model's size.

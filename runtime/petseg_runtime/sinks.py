@@ -31,6 +31,7 @@ __all__ = [
     "Written",
     "check_looks",
     "picture",
+    "render_of",
 ]
 
 
@@ -131,6 +132,15 @@ def picture(kind: str, format: str | None = None, background: str | None = None)
         InputError: The background is neither a colour nor a readable picture.
     """
     check_looks(kind, format, background)
+    return Picture(kind, format or KINDS[kind].formats[0], render_of(kind, background))
+
+
+def render_of(kind: str, background: str | None = None) -> Callable[[Segmentation], Image.Image]:
+    """What makes a kind's pictures; see :func:`picture`.
+
+    Raises:
+        InputError: The background is neither a colour nor a readable picture.
+    """
     renders: dict[str, Callable[[Segmentation], Image.Image]] = {
         "mask": Segmentation.mask_image,
         "probability": Segmentation.probability_image,
@@ -140,7 +150,7 @@ def picture(kind: str, format: str | None = None, background: str | None = None)
     if background is not None:
         behind = _background(background)
         renders["background"] = lambda result: result.on_background(behind)
-    return Picture(kind, format or KINDS[kind].formats[0], renders[kind])
+    return renders[kind]
 
 
 def check_looks(kind: str, format: str | None = None, background: str | None = None) -> None:  # noqa: A002

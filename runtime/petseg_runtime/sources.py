@@ -1,20 +1,38 @@
-"""Where photos come from: files, folders, patterns, standard input; each with the name its result will bear."""
+"""Where photos and videos come from: files, folders, patterns, cameras, streams, standard input.
+
+Each has the name its result will bear. Nothing is opened here but the first bytes of what is named.
+"""
 
 from __future__ import annotations
 
 import glob
+import io
 import os
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Final
+from typing import IO, Final
+from urllib.parse import urlsplit
 
 from petseg_runtime.errors import InputError
 from petseg_runtime.images import MAX_BYTES
 
-__all__ = ["IMAGE_SUFFIXES", "STDIN", "Item", "find_photos"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "STDIN",
+    "VIDEO_SUFFIXES",
+    "Item",
+    "Origin",
+    "find_photos",
+    "from_pipe",
+    "is_video",
+    "raw_video",
+    "redacted",
+    "stream_origin",
+]
 
 #: Standard input, on the command line.
 STDIN: Final = Path("-")
@@ -24,10 +42,42 @@ IMAGE_SUFFIXES: Final = frozenset(
     {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
 
+#: The same for videos.
+VIDEO_SUFFIXES: Final = frozenset(
+    {
+        *(".3g2", ".3gp", ".asf", ".avi", ".dv", ".f4v", ".flv", ".h264", ".h265", ".hevc", ".m2ts", ".m4v", ".mkv"),
+        *(".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m"),
+    }
+)
+
+#: So much of a file's beginning tells whether it is a video.
+_HEAD: Final = 200
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One video or stream to segment.
+
+    Attributes:
+        target: What FFmpeg opens (it may hold a password), or a pipe.
+        shown: The same for people and logs, without user, password and query.
+        name: Its results' path relative to the output folder, without suffix.
+        container: FFmpeg's name of the format; None: found out.
+        options: For FFmpeg; None: a local file, which may open nothing else.
+        endless: A camera or a stream: frames may be lost, connections may break.
+    """
+
+    target: str | IO[bytes]
+    shown: str
+    name: PurePath
+    container: str | None = None
+    options: Mapping[str, str] | None = None
+    endless: bool = False
+
 
 @dataclass(frozen=True)
 class Item:
-    """One photo to segment.
+    """One photo, or video file, to segment.
 
     Attributes:
         source: Where it is; :data:`STDIN` for standard input.
@@ -42,7 +92,12 @@ class Item:
     data: bytes | None = None
 
 
-def find_photos(paths: Sequence[Path], output: Path | None = None) -> list[Item]:
+def find_photos(
+    paths: Sequence[Path],
+    output: Path | None = None,
+    suffixes: frozenset[str] = IMAGE_SUFFIXES,
+    pipe: bytes | None = None,
+) -> list[Item]:
     """What to segment, in a stable order, with names that keep the folders' structure and never collide.
 
     A result is named after its photo's stem. Photos whose stems collide (``cat.jpg`` and ``cat.png``) keep their
@@ -55,6 +110,8 @@ def find_photos(paths: Sequence[Path], output: Path | None = None) -> list[Item]
             one's own name is the first part of its results' names; below a pattern, the part without wildcards is
             left out of them.
         output: Where results will be written; a search passes over it.
+        suffixes: What is taken from folders.
+        pipe: What came on standard input; None: it is read here.
 
     Returns:
         One item per photo. What does not exist is an item too: it will fail and be counted.
@@ -71,28 +128,162 @@ def find_photos(paths: Sequence[Path], output: Path | None = None) -> list[Item]
         if _is_folder(path):
             own_name = PurePath(path.resolve().name or "root")
             prefix = own_name if several else PurePath()
-            for file, problem in _walk(path, skipped):
+            for file, problem in _walk(path, skipped, suffixes):
                 relative = prefix / file.relative_to(path)
                 found.append((file, relative if relative.name else own_name, problem))
         elif path == STDIN:
             found.append((path, PurePath("stdin"), None))
         elif glob.has_magic(str(path)) and not os.path.lexists(path):
-            found += _matching(path, skipped)
+            found += _matching(path, skipped, suffixes)
         else:
             found.append((path, PurePath(path.name), None))
     names = _unique([relative for _, relative, _ in found])
     return [
-        Item(file, name, problem, _standard_input() if file == STDIN else None)
+        Item(file, name, problem, (from_pipe()[1] if pipe is None else pipe) if file == STDIN else None)
         for (file, _, problem), name in zip(found, names, strict=True)
     ]
 
 
-def _standard_input() -> bytes:
-    """What comes on standard input; a byte more than the limit is enough to see that it is too much."""
-    return sys.stdin.buffer.read(MAX_BYTES + 1)
+def stream_origin(text: str, options: Mapping[str, str] | None = None) -> Origin | None:
+    """What is named by more than a file's path: a camera's number or device, a URL, or ``lavfi:GRAPH``.
+
+    Args:
+        text: As on the command line.
+        options: More for FFmpeg (``rtsp_transport=udp``, ``video_size=1280x720``); they win over ours.
+
+    Returns:
+        The source, endless but for a video file on a server; None: it is a path.
+    """
+    given = dict(options or {})
+    if text.startswith("lavfi:"):  # FFmpeg's own generator of pictures: a camera for tests
+        return Origin(text[6:], text, PurePath("lavfi"), "lavfi", given, endless=True)
+    device = f"/dev/video{text}" if text.isdecimal() and not os.path.lexists(text) else text
+    if re.fullmatch(r"/dev/video\d+", device):
+        return Origin(device, device, PurePath(Path(device).name), "v4l2", given, endless=True)
+    scheme = urlsplit(text).scheme.lower() if "://" in text else ""
+    if not scheme or scheme == "file":
+        return None
+    shown = redacted(text)
+    name = PurePath(_file_name(shown))
+    if scheme in ("http", "https") and PurePath(urlsplit(text).path).suffix.lower() in VIDEO_SUFFIXES - {".ts"}:
+        return Origin(text, shown, name.with_suffix(""), None, given)
+    usual = {"rtsp_transport": "tcp"} if scheme in ("rtsp", "rtsps") else {}
+    return Origin(text, shown, name, None, {"analyzeduration": "2000000", **usual, **given}, endless=True)
 
 
-def _matching(pattern: Path, skipped: Path | None) -> list[tuple[Path, PurePath, str | None]]:
+def redacted(url: str) -> str:
+    """A URL without user, password and query, any of which may be secret."""
+    scheme, _, rest = url.partition("://")
+    if not rest:
+        return url
+    rest, asked, _ = rest.partition("?")
+    authority, slash, path = rest.partition("/")
+    if "@" in authority:
+        authority = "***@" + authority.rpartition("@")[2]
+    return f"{scheme}://{authority}{slash}{path}" + ("?***" if asked else "")
+
+
+def _file_name(shown: str) -> str:
+    """A stream's results' name: its host and path."""
+    rest = shown.partition("://")[2].removeprefix("***@").removesuffix("?***")
+    return re.sub(r"[^\w.-]+", "-", rest).strip("-.")[:100] or "stream"
+
+
+def is_video(item: Item) -> bool:
+    """Whether to read a file as a video: by its suffix, or where that tells nothing, by its first bytes."""
+    suffix = item.source.suffix.lower()
+    if item.data is not None or item.problem or suffix in IMAGE_SUFFIXES:
+        return False
+    if suffix in VIDEO_SUFFIXES:
+        return True
+    try:
+        if not item.source.is_file():
+            return False
+        with item.source.open("rb") as file:
+            return _begins_a_video(file.read(_HEAD))
+    except OSError:  # reading it as a photo will say why
+        return False
+
+
+def _begins_a_video(head: bytes) -> bool:
+    """By the signatures of MP4 (but not HEIF and AVIF, which share it), Matroska, AVI, FLV, Ogg, MPEG and yuv4mpeg."""
+    if head[4:8] == b"ftyp":
+        return head[8:12] not in (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+    if head[:4] == b"RIFF":
+        return head[8:12] == b"AVI "
+    starts = (b"\x1a\x45\xdf\xa3", b"FLV", b"OggS", b"\x00\x00\x01\xba", b"YUV4MPEG2")
+    return head.startswith(starts) or (head[:1] == b"G" and head[188:189] == b"G")
+
+
+class Replayed(io.RawIOBase):
+    """A pipe whose first bytes have been looked at: they come again."""
+
+    def __init__(self, head: bytes, pipe: IO[bytes]) -> None:
+        """Take both.
+
+        Args:
+            head: What was read already.
+            pipe: The rest.
+        """
+        self._head, self._pipe = head, pipe
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """At most ``size`` bytes, as soon as there are any."""
+        if self._head and size >= 0:
+            taken, self._head = self._head[:size], self._head[size:]
+            return taken
+        head, self._head = self._head, b""
+        return head + (self._pipe.read(size) or b"")
+
+
+def from_pipe() -> tuple[Origin | None, bytes]:
+    """What comes on standard input: a video, which is not read yet, or else the bytes of a photo.
+
+    Of these, one more than the limit is enough to see that they are too many.
+    """
+    pipe = _standard_input()
+    head = b""
+    while len(head) < _HEAD and (more := pipe.read(_HEAD - len(head))):
+        head += more
+    if _begins_a_video(head):
+        return Origin(Replayed(head, pipe), "standard input", PurePath("stdin")), b""  # type: ignore[arg-type]
+    parts, size = [head], len(head)
+    while size <= MAX_BYTES and (more := pipe.read(min(2**20, MAX_BYTES + 1 - size))):
+        parts.append(more)
+        size += len(more)
+    return None, b"".join(parts)
+
+
+def raw_video(text: str) -> Origin:
+    """Raw frames on standard input.
+
+    Args:
+        text: ``WIDTHxHEIGHT@RATE``, and after a colon FFmpeg's name of the pixel format if that is not ``rgb24``.
+
+    Raises:
+        InputError: It is not of that form.
+    """
+    match = re.fullmatch(r"(\d+x\d+)@(\d+(?:/\d+|\.\d+)?)(?::(\w+))?", text)
+    if not match:
+        raise InputError(f"--raw {text}: WIDTHxHEIGHT@RATE is expected, for example 1280x720@30 or 640x480@25:yuv420p")
+    size, rate, pixels = match.groups()
+    options = {"video_size": size, "framerate": rate, "pixel_format": pixels or "rgb24"}
+    return Origin(_standard_input(), "standard input", PurePath("stdin"), "rawvideo", options)
+
+
+def _standard_input() -> IO[bytes]:
+    """Without a buffer, whose lock a thread that waits for more would still hold when the process ends."""
+    try:
+        return open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
+    except (AttributeError, OSError, ValueError):  # not a real one
+        return sys.stdin.buffer
+
+
+def _matching(pattern: Path, skipped: Path | None, suffixes: frozenset[str]) -> list[tuple[Path, PurePath, str | None]]:
     """Photos that fit a pattern, sorted, and those in folders that fit it; none is a problem, not a silence."""
     fixed = pattern
     while glob.has_magic(str(fixed)):
@@ -104,7 +295,7 @@ def _matching(pattern: Path, skipped: Path | None) -> list[tuple[Path, PurePath,
         path = Path(match)
         if skipped and Path(os.path.realpath(path)).is_relative_to(skipped):
             continue
-        files = _walk(path, skipped) if _is_folder(path) else [(path, None)]
+        files = _walk(path, skipped, suffixes) if _is_folder(path) else [(path, None)]
         # With `**` a folder and the files in it both fit: each photo is taken once.
         found += [(file, file.relative_to(fixed), problem) for file, problem in files]
     once = list({file: (file, relative, problem) for file, relative, problem in found}.values())
@@ -118,14 +309,14 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
-def _walk(folder: Path, skipped: Path | None) -> Iterator[tuple[Path, str | None]]:
+def _walk(folder: Path, skipped: Path | None, suffixes: frozenset[str]) -> Iterator[tuple[Path, str | None]]:
     """Photos below a folder, sorted; a folder that cannot be listed is a problem, not a silence."""
     problems: list[OSError] = []
     for where, folders, files in os.walk(folder, onerror=problems.append):
         here = Path(where)
         folders[:] = sorted(f for f in folders if not f.startswith(".") and (here / f).resolve() != skipped)
         for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
+            if not name.startswith(".") and Path(name).suffix.lower() in suffixes:
                 yield here / name, None
     for error in problems:
         yield Path(str(error.filename)), f"{error.filename}: the folder cannot be listed ({error.strerror})"

@@ -33,6 +33,7 @@ from petseg_runtime.journal import JOURNAL, Journal
 from petseg_runtime.parity import Proof, load_proof, proof_of
 from petseg_runtime.sinks import KINDS
 from petseg_runtime.verify import sidecar_of
+from petseg_runtime.video_sinks import VIDEO_FORMATS
 
 CHELSEA = next(path for path in sample_photos() if path.name == "chelsea.jpg")
 Toy: TypeAlias = Callable[..., Any]
@@ -229,7 +230,7 @@ def test_a_folder_without_photos_is_1_and_makes_no_output(tmp_path: Path, capsys
     empty.mkdir()
     (empty / "notes.txt").touch()
     assert run(["infer", str(empty), "--output", str(tmp_path / "out")]) == 1
-    assert capsys.readouterr() == ("", f"petseg: no photos in {empty}\n")
+    assert capsys.readouterr() == ("", f"petseg: no photos or videos in {empty}\n")
     assert not (tmp_path / "out").exists()
 
 
@@ -449,7 +450,7 @@ def test_an_area_outside_its_bounds_is_2(
 
 def test_the_kinds_that_are_offered_are_those_that_can_be_written() -> None:
     (option,) = (parameter for parameter in infer.params if parameter.name == "kind")
-    assert set(getattr(option.type, "choices", ())) == set(KINDS)
+    assert set(getattr(option.type, "choices", ())) == set(KINDS) | set(VIDEO_FORMATS)
 
 
 def test_results_go_to_a_folder_named_after_their_kind_by_default(

@@ -334,10 +334,10 @@ def test_a_second_dash_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_of_standard_input_no_more_is_read_than_shows_that_it_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_BYTES", 10)
-    give(monkeypatch, b"x" * 1000)
+    monkeypatch.setattr(sources, "MAX_BYTES", 1000)
+    give(monkeypatch, b"x" * 10_000)
     (item,) = find_photos([STDIN])
-    assert item.data == b"x" * 11
+    assert item.data == b"x" * 1001
 
 
 def test_a_file_that_is_called_like_standard_input_keeps_its_name(

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,44 +18,73 @@ from petseg_runtime.errors import EXIT_PARTIAL, InputError, OutputError
 
 if TYPE_CHECKING:
     from petseg_runtime.batch import Done, Report
+    from petseg_runtime.cli.infer_video import Videos
     from petseg_runtime.pipeline import Outcome
     from petseg_runtime.segmenter import Segmenter
     from petseg_runtime.sinks import Sink
-    from petseg_runtime.sources import Item
+    from petseg_runtime.sources import Item, Origin
 
 __all__ = ["infer"]
 
 AREA = click.FloatRange(0, 1, max_open=True)
+SECONDS = click.FloatRange(0, min_open=True)
+
+#: Without meaning for photos.
+VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio", "policy", "stall", "give_up")
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True, type=PATH, metavar="PATH...")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("--model", type=PATH, help="A file that `petseg export` made.  [default: the one that ships]")
-@click.option("--output", type=PATH, help="Folder for the results.  [default: petseg-output/KIND]")
+@click.option("--output", type=PATH, help="Folder for the results; - is stdout.  [default: petseg-output/KIND]")
 @click.option(
     "--as",
     "kind",
-    type=click.Choice(["mask", "probability", "cutout", "overlay", "background", "coco-polygons", "coco-rle"]),
-    help="What to write for each photo; COCO is one file for all.  [default: cutout]",
+    type=click.Choice(["mask", "probability", "cutout", "overlay", "background", "coco-polygons", "coco-rle", "lines"]),
+    help="What to write; COCO is one file for all photos, lines is one of JSON for each frame.  [default: cutout]",
 )
 @click.option(
     "--format",
-    type=click.Choice(["png", "jpg", "webp"]),
-    help="Of pictures.  [default: jpg where nothing is transparent or exact, else png]",
+    type=click.Choice(["png", "jpg", "webp", "mp4", "webm"]),
+    help="Of pictures and videos; png of a video: a picture for each frame.  [default: what is usual for the kind]",
 )
 @click.option("--background", metavar="COLOUR|FILE", help="What to put behind the pet: white, '#00ff00', beach.jpg.")
 @click.option("--threshold", type=UNIT, help="Pet from this probability on, 0 to 1.  [default: the model's own]")
-@click.option("--min-area", type=AREA, default=0.0, help="Drop regions below this share of the photo, 0 to 1.")
+@click.option("--min-area", type=AREA, default=0.0, help="Drop regions below this share of the picture, 0 to 1.")
 @click.option("--backend", default="auto", show_default=True, help="The engine: onnxruntime, openvino, ...")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, intel-gpu; never another one.")
 @click.option("--size", metavar="HxW", help="Of the model's input, if it takes any.  [default: the model's own]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
-@click.option("--resume", is_flag=True, help="Go on with a run of several photos that was stopped.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per photo on stdout, then a summary.")
+@click.option("--resume", is_flag=True, help="Go on with a run over several files that was stopped.")
+@click.option("--start", type=SECONDS, help="Videos: seconds to pass over.")
+@click.option("--stride", type=click.IntRange(min=1), help="Videos: take each so-many-th frame.")
+@click.option("--max-frames", type=click.IntRange(min=1), help="Videos: end after so many.")
+@click.option("--smooth", type=AREA, help="Videos: against flicker, 0 to 1: how much of a still place's past stays.")
+@click.option("--segment", type=SECONDS, help="Videos: begin a new file after so many seconds.")
+@click.option("--no-audio", is_flag=True, help="Videos: leave the sound out.")
+@click.option(
+    "--policy",
+    type=click.Choice(["block", "drop-oldest", "latest"]),
+    help="Frames for which there is no time wait, replace the oldest, or only the newest waits.  "
+    "[default: block for files, drop-oldest for streams]",
+)
+@click.option(
+    "--stall", type=SECONDS, help="Streams: connect anew after so many seconds without a frame.  [default: 10]"
+)
+@click.option(
+    "--give-up",
+    type=SECONDS,
+    help="Streams: end after so many seconds without a frame.  [default: 30 until the first one, then never]",
+)
+@click.option(
+    "--input-option", multiple=True, metavar="NAME=VALUE", help="Streams: for FFmpeg, like rtsp_transport=udp."
+)
+@click.option("--raw", metavar="WxH@RATE[:FORMAT]", help="Standard input is raw frames, rgb24 unless said otherwise.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per photo or frame on stdout, then a summary.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what runs it, and what each step took.")
 @click.option("-q", "--quiet", is_flag=True, help="Only errors.")
 def infer(
-    paths: tuple[Path, ...],
+    sources: tuple[str, ...],
     output: Path | None,
     kind: str | None,
     background: str | None,
@@ -62,43 +92,210 @@ def infer(
     as_json: bool,
     verbose: bool,
     quiet: bool,
+    raw: str | None,
+    input_option: tuple[str, ...],
     **options: Any,
 ) -> int:
-    """Segment photos: files, folders with their sub-folders, 'patterns/**/*.jpg'; - is stdin, and then stdout.
+    """Segment photos, videos and streams.
 
-    A photo that cannot be used is named, counted and passed over. Exit code 0: all done; 3: some failed; 1: all
-    failed.
+    A SOURCE is a file, a folder with its sub-folders, a pattern ('photos/**/*.jpg'), a camera (0, /dev/video0), a URL
+    (rtsp, rtmp, http, udp, ...) or - for standard input, whose result goes to standard output.
+
+    What cannot be used is named, counted and passed over. Ctrl-C and SIGTERM end a video in order: it can be played.
+    Exit code 0: all done; 3: some failed; 1: all failed; 130, 143: stopped by Ctrl-C or SIGTERM.
     """
     from petseg_runtime.batch import segment_photos
     from petseg_runtime.journal import Journal
-    from petseg_runtime.sinks import KINDS, check_looks
-    from petseg_runtime.sources import STDIN, find_photos
+    from petseg_runtime.sinks import KINDS
 
     kind = kind or ("background" if background else "cutout")
-    folder = None if paths == (STDIN,) and not output else output or Path("petseg-output") / kind
-    if folder is None and (as_json or resume or not KINDS[kind].formats):
+    to_stdout = output == Path("-") or (sources == ("-",) and output is None)
+    folder = None if to_stdout else output or Path("petseg-output") / kind
+    coco = kind.startswith("coco")
+    if folder is None and (as_json or resume or coco or kind == "lines"):
         raise OutputError(
-            "a picture goes to standard output: for --json, --resume or COCO, give a folder with --output"
+            "a picture goes to standard output: for --json, --resume, COCO or lines, give a folder with --output"
         )
-    items = find_photos(paths, folder)
-    if not items:
-        raise InputError(f"no photos in {', '.join(map(str, paths))}")
     looks = {"as": kind, "format": options.pop("format"), "background": background}
-    check_looks(kind, looks["format"], background)
+    of_video = {name: options.pop(name) for name in VIDEO_OPTIONS}
+    found = _find(sources, folder, raw, _pairs(input_option))
+    _check(found, of_video, kind, looks["format"], background)
     with contextlib.ExitStack() as stack:
-        segmenter = stack.enter_context(_segmenter(len(items), quiet, **options))
+        segmenter = stack.enter_context(_segmenter(len(found.photos), quiet, **options))
         _tell(segmenter, verbose, quiet)
-        sink = _sink(items, folder, resume, **looks)  # makes the folder, so not before there is something to write
+        videos = _videos(found, segmenter, folder, looks, of_video, (as_json, quiet, verbose))
+        # Makes the folder, so not before there is something to write.
+        sink = _sink(found.photos, folder, resume, **looks) if found.photos else None
         journal = None
-        if folder and (resume or len(items) > 1 or not KINDS[kind].formats):
-            journal = stack.enter_context(Journal(folder, looks | _settings(segmenter), resume=resume))
-        watch = stack.enter_context(_watcher(len(items), as_json, quiet or folder is None))
-        mask_only = not KINDS[kind].needs_photo
-        report = segment_photos(items, segmenter, sink, watch, journal=journal, mask_only=mask_only)
-    _print_report(report, folder, as_json, verbose, quiet)
-    if report.failed:
-        return EXIT_PARTIAL if report.done or report.skipped else InputError.exit_code
-    return 0
+        if folder and not found.live and (resume or len(found.items) > 1 or coco):
+            settings = looks | _settings(segmenter) | (of_video if found.videos else {})
+            folder.mkdir(parents=True, exist_ok=True)
+            journal = stack.enter_context(Journal(folder, settings, resume=resume))
+        report = None
+        if sink:
+            watch = stack.enter_context(_watcher(len(found.photos), as_json, quiet or folder is None))
+            mask_only = not KINDS[kind].needs_photo
+            report = segment_photos(found.photos, segmenter, sink, watch, journal=journal, mask_only=mask_only)
+        items = {str(item.name): item for item in found.videos}
+        stopped = videos.run(found.streams, items, journal) if videos else None
+    _print_report(report, videos, folder, as_json, verbose, quiet)
+    failed = (len(report.failed) if report else 0) + (len(videos.failed) if videos else 0)
+    done = (report.done + report.skipped if report else 0) + (videos.done + videos.skipped if videos else 0)
+    if stopped is not None:
+        return stopped
+    return 0 if not failed else EXIT_PARTIAL if done else InputError.exit_code
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What the sources are.
+
+    Attributes:
+        photos: Files, and a photo on standard input.
+        videos: Files.
+        streams: These, a video on standard input, cameras and network streams.
+    """
+
+    photos: list[Item]
+    videos: list[Item]
+    streams: list[Origin]
+
+    @property
+    def items(self) -> list[Item]:
+        return self.photos + self.videos
+
+    @property
+    def live(self) -> bool:
+        return any(origin.endless for origin in self.streams)
+
+
+def _find(sources: Sequence[str], folder: Path | None, raw: str | None, options: dict[str, str]) -> _Found:
+    """Tell photos, videos and streams apart.
+
+    Raises:
+        InputError: There is nothing, or standard input is asked for twice.
+        OutputError: More than one result for standard output.
+    """
+    from petseg_runtime.sources import (
+        IMAGE_SUFFIXES,
+        STDIN,
+        VIDEO_SUFFIXES,
+        Origin,
+        find_photos,
+        from_pipe,
+        is_video,
+        raw_video,
+        stream_origin,
+    )
+
+    named = [stream_origin(text, options) for text in sources]
+    streams = [origin for origin in named if origin]
+    paths = [Path(text) for text, origin in zip(sources, named, strict=True) if not origin]
+    pipe: bytes | None = None
+    if raw or paths.count(STDIN) == 1:
+        if raw and paths.count(STDIN) != 1:
+            raise InputError("--raw says what comes on standard input: give - as a source, once")
+        origin, pipe = (raw_video(raw), b"") if raw else from_pipe()
+        if origin:
+            streams.append(origin)
+            paths.remove(STDIN)
+    items = find_photos(paths, folder, IMAGE_SUFFIXES | VIDEO_SUFFIXES, pipe)
+    videos = [item for item in items if is_video(item)]
+    streams[:0] = [Origin(str(video.source), str(video.source), video.name) for video in videos]
+    if not items and not streams:
+        raise InputError(f"no photos or videos in {', '.join(sources)}")
+    found = _Found([item for item in items if item not in videos], videos, _distinct(streams))
+    if folder is None and len(found.photos) + len(found.streams) > 1:
+        raise OutputError("one result at a time goes to standard output: for more, give a folder with --output")
+    if (found.live and not all(origin.endless for origin in found.streams)) or (found.live and found.photos):
+        raise InputError("live sources run until they are stopped: give photos and videos to another run")
+    return found
+
+
+def _distinct(origins: list[Origin]) -> list[Origin]:
+    """No two of one name: cameras at the same address differ in what their names do not show."""
+    seen: Counter[str] = Counter()
+    named = []
+    for origin in origins:
+        key = str(origin.name).casefold()
+        seen[key] += 1
+        name = origin.name if seen[key] == 1 else origin.name.with_name(f"{origin.name.name}-{seen[key]}")
+        named.append(dataclasses.replace(origin, name=name))
+    return named
+
+
+def _check(found: _Found, given: dict[str, Any], kind: str, format: str | None, background: str | None) -> None:  # noqa: A002
+    """Refuse what cannot be, before anything is loaded.
+
+    Raises:
+        OutputError: The kind, the format and the background do not fit together, or not to the sources.
+        InputError: An option for videos, and there is none.
+    """
+    from petseg_runtime.sinks import KINDS, check_looks
+
+    if found.photos or not found.streams:
+        if kind == "lines":
+            raise OutputError("lines are of videos; for photos, --json prints the same")
+        check_looks(kind, format, background)
+    if found.streams:
+        from petseg_runtime.video_sinks import VIDEO_FORMATS
+
+        formats = VIDEO_FORMATS.get(kind, ())
+        if not formats:
+            raise OutputError(f"{kind} is of photos; a video can be: {', '.join(VIDEO_FORMATS)}")
+        if format and format not in formats:
+            raise OutputError(f"{kind} of a video is not written as {format}; it can be: {', '.join(formats)}")
+        if kind in KINDS:
+            check_looks(kind, None, background)
+    elif unused := [name for name, value in given.items() if value]:
+        raise InputError(f"--{unused[0].replace('_', '-')} is for videos and streams, and there is none")
+
+
+def _videos(
+    found: _Found,
+    segmenter: Segmenter,
+    folder: Path | None,
+    looks: dict[str, str | None],
+    given: dict[str, Any],
+    told: tuple[bool, bool, bool],
+) -> Videos | None:
+    if not found.streams:
+        return None
+    from petseg_runtime.cli.infer_video import Output, Videos, check_places
+    from petseg_runtime.video_batch import Reading
+    from petseg_runtime.video_sinks import VIDEO_FORMATS
+
+    kind = str(looks["as"])
+    usual = VIDEO_FORMATS[kind][0] if folder else "raw"
+    output = Output(
+        folder=folder,
+        kind=kind,
+        format=looks["format"] or usual,
+        background=looks["background"],
+        segment=given["segment"],
+        audio=not given["no_audio"],
+    )
+    check_places(output, found.streams)
+    reading = Reading(
+        start=given["start"] or 0.0,
+        stride=given["stride"] or 1,
+        max_frames=given["max_frames"],
+        policy=given["policy"],
+        stall=given["stall"] or 10.0,
+        patience=given["give_up"],
+        smooth=given["smooth"] or 0.0,
+    )
+    return Videos(segmenter, output, reading, *told)
+
+
+def _pairs(texts: Sequence[str]) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise click.BadParameter(f"{text!r}: NAME=VALUE is expected", param_hint="--input-option")
+        pairs[name] = value
+    return pairs
 
 
 def _sink(items: Sequence[Item], folder: Path | None, resume: bool, **looks: str | None) -> Sink:
@@ -125,7 +322,7 @@ def _segmenter(
     return Segmenter(
         **options,
         threads=threads,
-        streams=min(threads or usable_cpus(), photos),
+        streams=max(1, min(threads or usable_cpus(), photos)),
         size=None if size is None else parse_size(size),
         threshold=threshold,
         cutout_threshold=threshold,
@@ -208,14 +405,32 @@ def _record(outcome: Outcome[Item, Done]) -> dict[str, Any]:
     return {**record, "event": "result", "output": path and str(path), **done, **annotation}
 
 
-def _print_report(report: Report, folder: Path | None, as_json: bool, verbose: bool, quiet: bool) -> None:
-    total = report.done + len(report.failed) + report.skipped
+def _print_report(
+    report: Report | None, videos: Videos | None, folder: Path | None, as_json: bool, verbose: bool, quiet: bool
+) -> None:
     if as_json:
-        counts = {"photos": total, "done": report.done, "failed": len(report.failed), "skipped": report.skipped}
-        timing = {"seconds": round(report.seconds, 4), "steps": report.steps}
-        output = {"output": str(report.path)} if report.path else {}
-        click.echo(json.dumps({"schema_version": SCHEMA_VERSION, "event": "summary", **counts, **timing, **output}))
+        of_photos, of_videos = _summary(report), {"videos": videos.summary()} if videos else {}
+        click.echo(json.dumps({"schema_version": SCHEMA_VERSION, "event": "summary", **of_photos, **of_videos}))
         return
+    if report:
+        _print_photos(report, folder, verbose, quiet)
+    if videos and not quiet and folder and len(videos.reports) + videos.skipped > 1:
+        counts = videos.summary()
+        words = {"done": "done", "skipped": "there already", "stopped": "stopped", "failed": "failed"}
+        click.echo(f"{counts['count']} videos: " + ", ".join(f"{counts[n]} {w}" for n, w in words.items() if counts[n]))
+
+
+def _summary(report: Report | None) -> dict[str, Any]:
+    if report is None:
+        return {}
+    total = report.done + len(report.failed) + report.skipped
+    counts = {"photos": total, "done": report.done, "failed": len(report.failed), "skipped": report.skipped}
+    timing = {"seconds": round(report.seconds, 4), "steps": report.steps}
+    return {**counts, **timing, **({"output": str(report.path)} if report.path else {})}
+
+
+def _print_photos(report: Report, folder: Path | None, verbose: bool, quiet: bool) -> None:
+    total = report.done + len(report.failed) + report.skipped
     if folder and not quiet and (total > 1 or report.failed or verbose or report.path):
         failed = f", {len(report.failed)} failed" if report.failed else ""
         skipped = f", {report.skipped} there already" if report.skipped else ""

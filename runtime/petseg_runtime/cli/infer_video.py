@@ -1,0 +1,368 @@
+"""The part of ``petseg infer`` that is about videos, cameras and network streams."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from petseg_runtime.cli.text import SCHEMA_VERSION, shown
+from petseg_runtime.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, OutputError, PetsegError
+
+if TYPE_CHECKING:
+    from petseg_runtime.journal import Journal
+    from petseg_runtime.live import StateChange
+    from petseg_runtime.segmenter import Segmenter
+    from petseg_runtime.sources import Item, Origin
+    from petseg_runtime.stream import Segmented, Stream
+    from petseg_runtime.video_batch import Reading, VideoReport
+    from petseg_runtime.video_sinks import VideoSink
+
+__all__ = ["Output", "Videos", "check_places"]
+
+#: Seconds from one statistics event of a live source to the next.
+_STATISTICS: Final = 10.0
+
+_EXITS: Final = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What is made of each video.
+
+    Attributes:
+        folder: Where results go; None: raw frames to standard output.
+        kind: What ``--as`` asked for.
+        format: What ``--format`` asked for, or the kind's usual one.
+        background: What ``--background`` asked for.
+        segment: Seconds in one movie.
+        audio: Pass the sound through.
+    """
+
+    folder: Path | None
+    kind: str
+    format: str
+    background: str | None = None
+    segment: float | None = None
+    audio: bool = True
+
+    def of(self, origin: Origin) -> VideoSink:
+        """The sink of one source.
+
+        Raises:
+            OutputError: It would replace a source.
+        """
+        from petseg_runtime import video_sinks
+        from petseg_runtime.sinks import Picture, render_of
+
+        if self.format == "ndjson":
+            place = self.place(origin)
+            return video_sinks.LinesSink(self._free(origin, place), endless=origin.endless)
+        picture = Picture(self.kind, self.format, render_of(self.kind, self.background))
+        if self.folder is None:
+            return video_sinks.RawSink(sys.stdout.buffer, picture)
+        place = self.place(origin)
+        if self.format in video_sinks.MOVIES:
+            movies = self._movies(origin, place)
+            return video_sinks.MovieSink(
+                movies, picture, endless=origin.endless, segment=self.segment, audio=self.audio
+            )
+        folder = place / f"{video_sinks.next_number(place):04d}" if origin.endless else place
+        return video_sinks.PicturesSink(folder, picture)
+
+    def place(self, origin: Origin) -> Path:
+        """Where one source's results are: a file; a folder if there are several, or may be."""
+        assert self.folder is not None
+        name = self.folder / origin.name
+        return name if self._is_folder(origin) else name.with_name(f"{name.name}.{self.format}")
+
+    def _is_folder(self, origin: Origin) -> bool:
+        from petseg_runtime.video_sinks import MOVIES
+
+        return origin.endless or self.segment is not None or self.format not in (*MOVIES, "ndjson")
+
+    def _movies(self, origin: Origin, place: Path) -> Iterator[Path]:
+        from petseg_runtime.video_sinks import numbered
+
+        if self._is_folder(origin):
+            return numbered(place, self.format) if origin.endless else _named(place, self.format)
+        # Frames may change their size within a file, too.
+        more = (place.with_name(f"{place.stem}-{number}{place.suffix}") for number in itertools.count(2))
+        return itertools.chain([place], more)
+
+    def _free(self, origin: Origin, place: Path) -> Path:
+        from petseg_runtime.video_sinks import numbered
+
+        return next(numbered(place, "ndjson")) if self._is_folder(origin) else place
+
+
+def _named(folder: Path, suffix: str) -> Iterator[Path]:
+    """The pieces of a video that has an end: those of an earlier run are replaced."""
+    return (folder / f"{number:04d}.{suffix}" for number in itertools.count(1))
+
+
+@dataclass
+class Videos:
+    """A run over videos, one after the other, or over live sources, all at once.
+
+    Attributes:
+        segmenter: The model.
+        output: What is made of them.
+        reading: Which frames are taken.
+        as_json: Tell everything as JSON on standard output.
+        quiet: Tell errors only.
+        verbose: Tell what each step took.
+    """
+
+    segmenter: Segmenter
+    output: Output
+    reading: Reading
+    as_json: bool
+    quiet: bool
+    verbose: bool
+    reports: list[VideoReport] = field(default_factory=list)
+    skipped: int = 0
+    _streams: set[Stream] = field(default_factory=set, init=False)
+    _told: dict[str, float] = field(default_factory=dict)
+    _signal: int | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self, origins: Sequence[Origin], items: dict[str, Item], journal: Journal | None) -> int | None:
+        """Segment them all.
+
+        Args:
+            origins: The sources; live ones run all at once.
+            items: The files among them, by name, for the journal.
+            journal: Which of the files are done already.
+
+        Returns:
+            The exit code that a signal asks for; None: no signal came.
+
+        Raises:
+            OutputError: The results cannot be written.
+            EngineError: The engine failed.
+        """
+        with self._signals():
+            if origins and origins[0].endless:
+                self._all_at_once(origins)
+            else:
+                for origin in origins:
+                    if self._signal is None:
+                        self._file(origin, items.get(str(origin.name)), journal)
+        return None if self._signal is None else _EXITS[signal.Signals(self._signal)]
+
+    @property
+    def failed(self) -> list[VideoReport]:
+        """Those with an error; what was read of them is written."""
+        return [report for report in self.reports if report.error]
+
+    @property
+    def done(self) -> int:
+        """How many came to their end."""
+        return sum(not report.error and not report.stopped for report in self.reports)
+
+    def summary(self) -> dict[str, int]:
+        """Counts, as JSON values."""
+        stopped = sum(report.stopped and not report.error for report in self.reports)
+        counts = {"done": self.done, "failed": len(self.failed), "stopped": stopped, "skipped": self.skipped}
+        return {"count": len(self.reports) + self.skipped, **counts}
+
+    def _file(self, origin: Origin, item: Item | None, journal: Journal | None) -> None:
+        path = self.output.place(origin) if self.output.folder else None
+        result = path if path and path.suffix[1:] == self.output.format else None
+        if journal and item and journal.finished(item, result):
+            self.skipped += 1
+            return
+        report = self._one(origin)
+        if journal and item and not report.error and not report.stopped:
+            journal.add(item, result)
+
+    def _all_at_once(self, origins: Sequence[Origin]) -> None:
+        problems: list[PetsegError] = []
+
+        def work(origin: Origin) -> None:
+            try:
+                self._one(origin)
+            except PetsegError as error:  # said at the end: the others go on
+                problems.append(error)
+
+        threads = [threading.Thread(target=work, args=(o,), name=f"petseg-{o.name}") for o in origins]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if problems:
+            raise problems[0]
+
+    def _one(self, origin: Origin) -> VideoReport:
+        from petseg_runtime.sinks import KINDS
+        from petseg_runtime.video_batch import segment_video
+
+        mask_only = self.output.format == "ndjson" or not KINDS[self.output.kind].needs_photo
+        with _Progress(origin, self.quiet or self.output.folder is None or len(self._streams) > 0) as progress:
+
+            def watch(segmented: Segmented, report: VideoReport) -> None:
+                progress.advance(segmented)
+                self._tell_frame(origin, segmented, report)
+
+            report = segment_video(
+                origin,
+                self.segmenter,
+                self.output.of(origin),
+                self.reading,
+                watch=watch,
+                tell=lambda change: self._tell_state(origin, change),
+                begun=self._begin,
+                mask_only=mask_only,
+            )
+        self.reports.append(report)
+        self._tell_end(origin, report)
+        return report
+
+    def _begin(self, stream: Stream) -> None:
+        with self._lock:
+            self._streams.add(stream)
+        if self._signal is not None:
+            stream.stop()
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM ends all in order, the second one at once."""
+
+        def stop(number: int, frame: object) -> None:
+            if self._signal is not None:
+                raise KeyboardInterrupt
+            self._signal = number
+            # Elsewhere, because a handler runs between any two steps of this thread, which may hold a lock just now.
+            threading.Thread(target=self._stop_all, daemon=True).start()
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, stop) for number in _EXITS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop_all(self) -> None:
+        with self._lock:
+            streams = list(self._streams)
+        for stream in streams:
+            stream.stop()
+
+    def _tell(self, **event: Any) -> None:
+        line = json.dumps({"schema_version": SCHEMA_VERSION, **event})
+        with self._lock:
+            click.echo(line)
+
+    def _tell_frame(self, origin: Origin, segmented: Segmented, report: VideoReport) -> None:
+        if not self.as_json:
+            return
+        from petseg_runtime.video_sinks import frame_record
+
+        record = frame_record(segmented.frame, segmented.result)
+        latency = {"latency": round(time.monotonic() - segmented.frame.captured, 4)} if origin.endless else {}
+        self._tell(input=origin.shown, event="frame", **record, **latency)
+        if origin.endless and report.seconds - self._told.get(origin.shown, 0.0) >= _STATISTICS:
+            self._told[origin.shown] = report.seconds
+            self._tell(input=origin.shown, event="statistics", **report.as_json())
+
+    def _tell_state(self, origin: Origin, change: StateChange) -> None:
+        if self.as_json:
+            about = {name: value for name, value in vars(change).items() if value is not None}
+            self._tell(input=origin.shown, event="state", **about)
+        elif not self.quiet:
+            size = f", {change.width} x {change.height}" if change.width else ""
+            again = f"; again in {change.retry_in:.1f} s" if change.retry_in else ""
+            reason = f" ({shown(change.reason)})" if change.reason else ""
+            click.echo(f"petseg: {shown(origin.shown)}: {change.state}{size}{reason}{again}", err=True)
+
+    def _tell_end(self, origin: Origin, report: VideoReport) -> None:
+        if report.error:
+            click.echo(f"petseg: {shown(report.error)}", err=True)
+        for note in () if self.quiet else report.notes:
+            click.echo(f"petseg: {shown(origin.shown)}: {note}", err=True)
+        if self.as_json:
+            self._tell(input=origin.shown, event="video", **report.as_json())
+        elif not self.quiet:
+            click.echo(_line(report), err=self.output.folder is None)
+        if self.verbose:
+            for step, taken in report.steps.items():
+                p50, p95, p99 = (1e3 * taken[p] for p in ("p50", "p95", "p99"))
+                click.echo(
+                    f"{step:>8}: median {p50:.1f} ms, 95 % below {p95:.1f}, 99 % below {p99:.1f}; "
+                    f"{taken['sum']:.2f} s in all",
+                    err=True,
+                )
+
+
+def _line(report: VideoReport) -> str:
+    """What became of a video, for people."""
+    frames = report.frames
+    where = f" -> {shown(report.paths[0])}" if report.paths else ""
+    more = f" and {len(report.paths) - 1} more" if len(report.paths) > 1 else ""
+    lost = [f"{count} {word}" for count, word in ((frames.dropped, "dropped"), (frames.failed, "failed")) if count]
+    pet = f", {100 * report.found / report.written:.0f} % with a pet" if report.written else ""
+    ended = "stopped, " if report.stopped else ""
+    counts = "".join(f", {text}" for text in lost)
+    return (
+        f"{shown(report.source)}{where}{more}  {ended}{report.written} frames{counts}{pet}, {report.rate:.1f} frames/s"
+    )
+
+
+class _Progress:
+    """A bar where people watch: of the time that a video lasts, or just of frames."""
+
+    def __init__(self, origin: Origin, quiet: bool) -> None:
+        self._bar: Any = None
+        if sys.stderr.isatty() and not quiet and not origin.endless:
+            from rich.console import Console
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(shown(origin.shown))
+            self._name = shown(origin.shown)
+
+    def __enter__(self) -> _Progress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, segmented: Segmented) -> None:
+        """One frame more."""
+        if self._bar:
+            frame = segmented.frame
+            self._bar.update(self._task, description=f"{self._name}: {frame.number + 1} frames, {frame.time:.1f} s")
+
+
+def check_places(output: Output, origins: Sequence[Origin]) -> None:
+    """Refuse a result that would replace a source.
+
+    Raises:
+        OutputError: It would.
+    """
+    if output.folder is None:
+        return
+    sources = {os.path.realpath(o.target): o.target for o in origins if isinstance(o.target, str) and o.options is None}
+    for origin in origins:
+        path = output.place(origin)
+        if os.path.realpath(path) in sources:
+            raise OutputError(f"{path}: the result of {origin.shown} would replace a video; choose another --output")

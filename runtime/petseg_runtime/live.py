@@ -1,0 +1,211 @@
+"""Sources without an end: cameras and network streams, which fall silent, break and come back."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Final, TypeAlias
+
+from petseg_runtime.errors import InputError, UnreadableVideo
+from petseg_runtime.sources import Origin
+from petseg_runtime.video import Frame, Sound, VideoReader
+
+__all__ = ["LiveSource", "StateChange", "Tell", "open_frames"]
+
+#: The clock of MPEG transport streams, fine enough for any rate.
+_TIME_BASE: Final = Fraction(1, 90000)
+
+#: The first pause before trying again, and the longest, in seconds.
+_FIRST_PAUSE: Final = 0.5
+_LONGEST_PAUSE: Final = 30.0
+#: A connection that has lasted this long was a good one: the next pause is the first again.
+_GOOD: Final = 10.0
+#: So long a source that never sent anything is tried, in seconds.
+FIRST_PATIENCE: Final = 30.0
+
+
+@dataclass(frozen=True)
+class StateChange:
+    """What a live source has come to.
+
+    Attributes:
+        state: ``connecting``; ``live``, with the first frame; ``stalled``, no frame for too long; ``lost``, with the
+            connection; ``ended``, for good.
+        reason: In a few words.
+        attempt: Connections that were tried, this one included.
+        retry_in: Seconds until the next.
+        width: Of its frames.
+        height: Of its frames.
+    """
+
+    state: str
+    reason: str | None = None
+    attempt: int = 0
+    retry_in: float | None = None
+    width: int | None = None
+    height: int | None = None
+
+
+Tell: TypeAlias = Callable[[StateChange], None]
+
+
+class LiveSource:
+    """Frames of a live source across all its connections, on one time line.
+
+    A connection that breaks or falls silent is made anew, after pauses that double up to half a minute, with jitter, so
+    that many clients do not come back at once. Times go on with the wall clock: what was missed is a gap, not a jump.
+    Iterate over it once; :meth:`stop` may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        origin: Origin,
+        *,
+        stall: float = 10.0,
+        patience: float | None = None,
+        tell: Tell = lambda change: None,
+    ) -> None:
+        """Remember what to connect to.
+
+        Args:
+            origin: The source.
+            stall: Seconds without a frame after which the connection is given up and made anew.
+            patience: Seconds without a frame after which the source is given up for good; None: half a minute until
+                it has sent one, and never after that.
+            tell: Told of each change of state, from the thread that iterates.
+        """
+        self.origin = origin
+        self._stall, self._patience, self._tell = stall, patience, tell
+        self._stopped = threading.Event()
+        self._random = random.Random()
+        self._begun: float | None = None  # when the first frame came
+        self._last_seen = time.monotonic()
+        self._last_pts = -1
+        self._attempt = 0
+        self.connections = 0  #: that have sent frames
+        self.undecodable = 0  #: packets that the decoder refused
+
+    def stop(self) -> None:
+        """End soon; a wait between connections ends at once."""
+        self._stopped.set()
+
+    def __iter__(self) -> Iterator[Frame]:
+        """Frames, until the source is given up, stopped, or (a recording on a server) at its end.
+
+        Raises:
+            UnreadableVideo: It was given up.
+        """
+        pause = _FIRST_PAUSE
+        self._last_seen = time.monotonic()
+        while not self._stopped.is_set():
+            self._attempt += 1
+            self._tell(StateChange("connecting", attempt=self._attempt))
+            connected, state, reason = time.monotonic(), "lost", "the connection was closed"
+            seen = False
+            try:
+                with self._open() as reader:
+                    for frame in self._connection(reader):
+                        seen = True
+                        yield frame
+                    if seen and reader.info.duration is not None:
+                        self._tell(StateChange("ended", "its end", attempt=self._attempt))
+                        return
+            except InputError as error:
+                reason = str(error).removeprefix(f"{self.origin.shown}: ")
+                state = "stalled" if "too long" in reason else "lost"
+            if self._stopped.is_set():
+                break
+            if seen and time.monotonic() - connected > _GOOD:
+                pause = _FIRST_PAUSE
+            wait = pause * self._random.uniform(0.5, 1.0)
+            self._check_patience(reason)
+            self._tell(StateChange(state, reason, self._attempt, round(wait, 3)))
+            self._stopped.wait(wait)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        self._tell(StateChange("ended", "stopped", attempt=self._attempt))
+
+    def _open(self) -> VideoReader:
+        return VideoReader(
+            self.origin.target,
+            name=self.origin.shown,
+            container=self.origin.container,
+            options=self.origin.options,
+            timeout=(self._stall, self._stall),
+            low_delay=True,
+        )
+
+    def _connection(self, reader: VideoReader) -> Iterator[Frame]:
+        """One connection's frames, their times moved to where the wall clock says it began."""
+        offset: int | None = None
+        try:
+            for frame in reader:
+                now = time.monotonic()
+                if offset is None:
+                    self.connections += 1
+                    self._begun = now if self._begun is None else self._begun
+                    offset = round((now - self._begun) / _TIME_BASE)
+                    height, width = frame.size
+                    self._tell(StateChange("live", None, self._attempt, None, width, height))
+                self._last_seen = now
+                yield self._moved(frame, offset)
+                if self._stopped.is_set():
+                    return
+        finally:
+            self.undecodable += reader.undecodable
+
+    def _moved(self, frame: Frame, offset: int) -> Frame:
+        own = round(frame.pts * frame.time_base / _TIME_BASE) + offset
+        self._last_pts = max(own, self._last_pts + 1)
+        frame.duration = round(frame.duration * frame.time_base / _TIME_BASE)
+        frame.pts, frame.time_base = self._last_pts, _TIME_BASE
+        shift = offset * _TIME_BASE
+        frame.sound = [Sound(sound.packet, sound.shift + shift) for sound in frame.sound]
+        return frame
+
+    def _check_patience(self, reason: str) -> None:
+        patience = self._patience
+        if patience is None:
+            patience = FIRST_PATIENCE if self._begun is None else float("inf")
+        silent = time.monotonic() - self._last_seen
+        if silent >= patience:
+            self._tell(StateChange("ended", reason, attempt=self._attempt))
+            raise UnreadableVideo(
+                f"{self.origin.shown}: no frame for {silent:.0f} s in {self._attempt} attempts; the last: {reason}"
+            )
+
+
+def open_frames(
+    origin: Origin,
+    *,
+    start: float = 0.0,
+    stall: float = 10.0,
+    patience: float | None = None,
+    tell: Tell = lambda change: None,
+) -> VideoReader | LiveSource:
+    """The frames of any source, for a :class:`~petseg_runtime.stream.Stream`.
+
+    Args:
+        origin: The source.
+        start: Seconds to pass over, of one that has an end.
+        stall: As for :class:`LiveSource`; of a video on a server, for how long it may send nothing.
+        patience: As for :class:`LiveSource`.
+        tell: As for :class:`LiveSource`.
+
+    Raises:
+        InputError: One that has an end cannot be opened.
+    """
+    if origin.endless:
+        return LiveSource(origin, stall=stall, patience=patience, tell=tell)
+    remote = origin.options is not None and isinstance(origin.target, str)
+    return VideoReader(
+        origin.target,
+        name=origin.shown,
+        container=origin.container,
+        options=origin.options,
+        timeout=(stall, stall) if remote else None,
+        start=start,
+    )

@@ -1,0 +1,348 @@
+"""A video through the network: decoder, engine and consumer each in a thread, every frame accounted for."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from petseg_runtime.errors import InputError
+from petseg_runtime.images import from_model
+from petseg_runtime.result import Segmentation
+from petseg_runtime.smoothing import Smoother
+from petseg_runtime.video import Converter, Frame
+
+if TYPE_CHECKING:
+    from petseg_runtime.segmenter import Segmenter
+
+__all__ = ["POLICIES", "Counts", "Segmented", "Stream", "Timings"]
+
+U8: TypeAlias = npt.NDArray[np.uint8]
+
+#: What becomes of a frame for which there is no room: it waits; it replaces the one that has waited longest; or only
+#: the newest ever waits.
+POLICIES: Final = ("block", "drop-oldest", "latest")
+
+#: Frames that may wait for the engine, beside a batch.
+_ROOM: Final = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Segmented:
+    """A frame with its result.
+
+    Attributes:
+        frame: When it is shown and where it came from.
+        result: Its segmentation, at the frame's size.
+    """
+
+    frame: Frame
+    result: Segmentation
+
+
+@dataclass
+class Counts:
+    """Where frames went: ``decoded == delivered + dropped + failed`` once the stream has ended.
+
+    Attributes:
+        decoded: Frames out of the decoder, without those that a stride or a start passes over.
+        delivered: Frames with a result.
+        dropped: Frames of a live source that were overtaken by newer ones.
+        failed: Frames that could not be converted.
+        failure: Why the last one of these failed.
+    """
+
+    decoded: int = 0
+    delivered: int = 0
+    dropped: int = 0
+    failed: int = 0
+    failure: str | None = None
+
+
+class Timings:
+    """How long steps take, over hours in bounded memory: a histogram whose bins are 2 % wide."""
+
+    _WIDTH: Final = math.log(1.02)
+
+    def __init__(self) -> None:
+        self._bins: dict[str, Counter[int]] = {}
+        self._sums: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def add(self, step: str, seconds: float) -> None:
+        """Count one duration."""
+        with self._lock:
+            self._bins.setdefault(step, Counter())[math.floor(math.log(max(seconds, 1e-7)) / self._WIDTH)] += 1
+            self._sums[step] = self._sums.get(step, 0.0) + seconds
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Of each step: the sum, and ``p50``, ``p95``, ``p99`` to 1 %; in seconds."""
+        with self._lock:
+            return {
+                step: {"sum": self._sums[step]} | {f"p{p}": self._percentile(bins, p) for p in (50, 95, 99)}
+                for step, bins in self._bins.items()
+            }
+
+    def _percentile(self, bins: Counter[int], percent: int) -> float:
+        wanted, seen = math.ceil(bins.total() * percent / 100), 0
+        for index in sorted(bins):
+            seen += bins[index]
+            if seen >= wanted:
+                return math.exp((index + 0.5) * self._WIDTH)
+        return 0.0
+
+
+class _Inbox:
+    """A bounded queue of frames with a named policy for what does not fit."""
+
+    def __init__(self, policy: str, room: int, counts: Counts) -> None:
+        self._policy, self._room, self._counts = policy, 1 if policy == "latest" else room, counts
+        self._frames: deque[Frame] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def put(self, frame: Frame) -> bool:
+        """Add a frame, or as the policy says; False: nothing is taken any more."""
+        with self._changed:
+            if self._policy == "block":
+                self._changed.wait_for(lambda: self._closed or len(self._frames) < self._room)
+            if self._closed:
+                return False
+            self._counts.decoded += 1
+            if len(self._frames) >= self._room:
+                dropped = self._frames.popleft()
+                self._counts.dropped += 1
+                # Its sound goes on with the next frame.
+                heir = self._frames[0] if self._frames else frame
+                heir.sound[:0] = dropped.sound
+            self._frames.append(frame)
+            self._changed.notify_all()
+            return True
+
+    def take(self, most: int) -> list[Frame]:
+        """What waits, up to ``most`` frames, as soon as there is one; empty: the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._frames)
+            taken = [self._frames.popleft() for _ in range(min(most, len(self._frames)))]
+            self._changed.notify_all()
+            return taken
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+@dataclass
+class _Outbox:
+    """What is ready for the consumer, who sets the pace; None is the end."""
+
+    room: int
+    _items: deque[tuple[Frame, U8] | None] = field(default_factory=deque)
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _closed: bool = False
+
+    def put(self, item: tuple[Frame, U8] | None) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or item is None or len(self._items) < self.room)
+            if self._closed:
+                return False
+            self._items.append(item)
+            self._changed.notify_all()
+            return True
+
+    def take(self) -> tuple[Frame, U8] | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._items)
+            item = self._items.popleft()
+            self._changed.notify_all()
+            return item
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+class Stream:
+    """Frames in, segmented frames out, in order. Use it as a context manager, and iterate over it once.
+
+    The decoder and the engine have a thread each; who iterates is the third. :meth:`stop`, from any thread or a signal
+    handler, ends the source: what it has given is still delivered, then the iteration ends.
+    """
+
+    def __init__(
+        self,
+        frames: Iterable[Frame],
+        segmenter: Segmenter,
+        *,
+        policy: str = "block",
+        stride: int = 1,
+        max_frames: int | None = None,
+        mask_only: bool = False,
+        smooth: float = 0.0,
+    ) -> None:
+        """Start the threads.
+
+        Args:
+            frames: A :class:`~petseg_runtime.video.VideoReader`, or a :class:`~petseg_runtime.live.LiveSource`; it is
+                closed at the end, by the thread that reads it.
+            segmenter: The model; others may use it at the same time.
+            policy: One of :data:`POLICIES`. A file never loses a frame with ``block``.
+            stride: Take each so-many-th frame.
+            max_frames: End after so many.
+            mask_only: The frames' own pixels are not part of the results: they are converted at the model's size only.
+            smooth: How much of a mask's past is kept where the picture stands still, in [0, 1); see
+                :class:`~petseg_runtime.smoothing.Smoother`.
+
+        Raises:
+            ValueError: A policy that there is not, or a value out of range.
+        """
+        if policy not in POLICIES:
+            raise ValueError(f"policy {policy!r}; there are: {', '.join(POLICIES)}")
+        if stride < 1 or (max_frames is not None and max_frames < 1):
+            raise ValueError(f"stride {stride} and max_frames {max_frames} must be 1 or more")
+        self.counts, self.timings = Counts(), Timings()
+        self.stopped = False  #: whether :meth:`stop` was called before the end
+        self._frames, self._segmenter = frames, segmenter
+        self._stride, self._max_frames, self._mask_only = stride, max_frames, mask_only
+        # A live source's frames go one by one: a batch would make the first of them wait for the last.
+        self._batch = segmenter.describe().batch if policy == "block" else 1
+        self._smoother = Smoother(smooth) if smooth else None
+        self._inbox = _Inbox(policy, self._batch + _ROOM, self.counts)
+        self._outbox = _Outbox(self._batch + _ROOM if policy == "block" else 1)
+        self._error: BaseException | None = None
+        self._threads = [
+            # The first may hang in a read that nothing can interrupt; a process must be able to end all the same.
+            threading.Thread(target=self._decode, name="petseg-decode", daemon=True),
+            threading.Thread(target=self._infer, name="petseg-engine", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def __iter__(self) -> Iterator[Segmented]:
+        """The frames' results, in order.
+
+        Raises:
+            InputError: The source could not be read to its end; what was read has been delivered.
+            EngineError: The engine failed.
+        """
+        convert = Converter()
+        try:
+            while (item := self._outbox.take()) is not None:
+                frame, probability = item
+                if result := self._finish(frame, probability, convert):
+                    self.counts.delivered += 1
+                    yield Segmented(frame, result)
+                    self.timings.add("latency", time.monotonic() - frame.captured)
+        finally:
+            self.close()
+        if self._error:
+            raise self._error
+
+    def _finish(self, frame: Frame, probability: U8, convert: Converter) -> Segmentation | None:
+        start = time.perf_counter()
+        segmenter = self._segmenter
+        try:
+            pixels = None if self._mask_only else frame.pixels(convert)
+        except InputError as error:
+            self._fail(error)
+            return None
+        result = Segmentation(
+            pixels, from_model(probability, *frame.size), segmenter.threshold, segmenter.cutout_threshold
+        )
+        if segmenter.min_area:
+            result = result.without_small(segmenter.min_area)
+        self.timings.add("finish", time.perf_counter() - start)
+        return result
+
+    def _fail(self, error: InputError) -> None:
+        self.counts.failed += 1
+        self.counts.failure = str(error)
+
+    def stop(self) -> None:
+        """End the source; what it has given is still delivered."""
+        self.stopped = True
+        self._end_source()
+
+    def _end_source(self) -> None:
+        if stop := getattr(self._frames, "stop", None):
+            stop()
+        self._inbox.close()
+
+    def close(self) -> None:
+        """End everything; what has not been delivered is lost."""
+        self._end_source()
+        self._outbox.close()
+        self._threads[1].join()
+        self._threads[0].join(timeout=1.0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _decode(self) -> None:
+        try:
+            passed = 0
+            for number, frame in enumerate(self._frames):
+                if number % self._stride:
+                    continue
+                self.timings.add("decode", frame.decoding)
+                frame.number = passed
+                passed += 1
+                if not self._inbox.put(frame) or passed == self._max_frames:
+                    return
+        except BaseException as error:  # noqa: BLE001 (raised again where results are asked for)
+            self._error = self._error or error
+        finally:
+            self._inbox.close()
+            # Here, because closing what another thread is reading would crash the process.
+            if close := getattr(self._frames, "close", None):
+                close()
+
+    def _infer(self) -> None:
+        convert = Converter()
+        try:
+            while frames := self._inbox.take(self._batch):
+                prepared = [ready for frame in frames if (ready := self._prepare(frame, convert))]
+                if prepared and not self._infer_some(prepared):
+                    return
+        except BaseException as error:  # noqa: BLE001 (raised again where results are asked for)
+            self._error = self._error or error
+            self._inbox.close()
+        finally:
+            self._outbox.put(None)
+
+    def _prepare(self, frame: Frame, convert: Converter) -> tuple[Frame, U8] | None:
+        start = time.perf_counter()
+        try:
+            return frame, frame.pixels(convert, *self._segmenter.size)
+        except InputError as error:
+            self._fail(error)
+            return None
+        finally:
+            self.timings.add("convert", time.perf_counter() - start)
+
+    def _infer_some(self, prepared: list[tuple[Frame, U8]]) -> bool:
+        start = time.perf_counter()
+        images = [image for _, image in prepared]
+        answers = self._segmenter.infer(images[0][None] if len(images) == 1 else np.stack(images))
+        for _ in prepared:
+            self.timings.add("infer", (time.perf_counter() - start) / len(prepared))
+        for (frame, image), answer in zip(prepared, answers, strict=True):
+            smoothed = self._smoother(image, answer, frame.time) if self._smoother else answer
+            if not self._outbox.put((frame, smoothed)):
+                return False
+        return True

@@ -1,0 +1,167 @@
+"""One video or stream from its source to its sink, with a report of where its frames and its time went."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from petseg_runtime.errors import InputError
+from petseg_runtime.live import LiveSource, Tell, open_frames
+from petseg_runtime.segmenter import Segmenter
+from petseg_runtime.sources import Origin
+from petseg_runtime.stream import Counts, Segmented, Stream
+from petseg_runtime.video import VideoReader
+from petseg_runtime.video_sinks import VideoSink
+
+__all__ = ["Reading", "VideoReport", "segment_video"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Which frames are taken, and what becomes of those for which there is no time.
+
+    Attributes:
+        start: Seconds to pass over, of a source that has an end.
+        stride: Take each so-many-th frame.
+        max_frames: End after so many.
+        policy: See :class:`~petseg_runtime.stream.Stream`; None: ``block`` for what has an end, else ``drop-oldest``.
+        stall: See :class:`~petseg_runtime.live.LiveSource`.
+        patience: See :class:`~petseg_runtime.live.LiveSource`.
+        smooth: See :class:`~petseg_runtime.smoothing.Smoother`.
+    """
+
+    start: float = 0.0
+    stride: int = 1
+    max_frames: int | None = None
+    policy: str | None = None
+    stall: float = 10.0
+    patience: float | None = None
+    smooth: float = 0.0
+
+
+@dataclass
+class VideoReport:
+    """What became of one source; ``frames.decoded == written + frames.dropped + frames.failed``.
+
+    Attributes:
+        source: Its name, without secrets.
+        error: Why it ended before its end; None if it did not, or was stopped.
+        stopped: Whether it was told to stop.
+        frames: Where its frames went.
+        written: Frames in the results.
+        found: Frames with a pet.
+        undecodable: Packets that the decoder refused.
+        connections: Of a live source.
+        seconds: Wall time.
+        steps: What each step took: ``sum``, ``p50``, ``p95``, ``p99`` in seconds; ``latency`` is from the decoder to
+            the result in its place.
+        paths: The results.
+        notes: What had to be left out.
+    """
+
+    source: str
+    error: str | None = None
+    stopped: bool = False
+    frames: Counts = field(default_factory=Counts)
+    written: int = 0
+    found: int = 0
+    undecodable: int = 0
+    connections: int = 0
+    seconds: float = 0.0
+    steps: dict[str, dict[str, float]] = field(default_factory=dict)
+    paths: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Frames a second that were written."""
+        return self.written / self.seconds if self.seconds else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values."""
+        return dataclasses.asdict(self) | {"paths": [str(path) for path in self.paths], "rate": round(self.rate, 3)}
+
+
+#: Told of each frame when it is written, with the report so far.
+Watch: TypeAlias = Callable[[Segmented, VideoReport], None]
+
+
+def segment_video(
+    origin: Origin,
+    segmenter: Segmenter,
+    sink: VideoSink,
+    reading: Reading,
+    *,
+    watch: Watch = lambda segmented, report: None,
+    tell: Tell = lambda change: None,
+    begun: Callable[[Stream], None] = lambda stream: None,
+    mask_only: bool = False,
+) -> VideoReport:
+    """Segment every frame of a source that the policy lets through.
+
+    Args:
+        origin: The source.
+        segmenter: The model.
+        sink: Where results go; it is completed and closed.
+        reading: Which frames are taken.
+        watch: Told of each frame.
+        tell: Told of each change of a live source's state.
+        begun: Given the stream, whose :meth:`~petseg_runtime.stream.Stream.stop` ends it in order.
+        mask_only: The frames themselves are not part of the results.
+
+    Returns:
+        The report; a source that cannot be read, or not to its end, is an error in it.
+
+    Raises:
+        OutputError: The results cannot be written.
+        EngineError: The engine failed.
+    """
+    report = VideoReport(origin.shown)
+    start = time.perf_counter()
+    try:
+        frames = open_frames(origin, start=reading.start, stall=reading.stall, patience=reading.patience, tell=tell)
+    except InputError as error:
+        report.error = str(error)
+        return report
+    policy = reading.policy or ("drop-oldest" if origin.endless else "block")
+    stream = Stream(
+        frames,
+        segmenter,
+        policy=policy,
+        stride=reading.stride,
+        max_frames=reading.max_frames,
+        mask_only=mask_only,
+        smooth=reading.smooth,
+    )
+    begun(stream)
+    report.frames, report.paths, report.notes = stream.counts, sink.paths, sink.notes
+    with sink, stream:
+        try:
+            for segmented in stream:
+                before = time.perf_counter()
+                sink.write(segmented.frame, segmented.result)
+                stream.timings.add("write", time.perf_counter() - before)
+                report.written += 1
+                report.found += segmented.result.found
+                report.seconds = time.perf_counter() - start
+                watch(segmented, report)
+        except InputError as error:
+            report.error = str(error)
+    report.stopped = stream.stopped
+    report.undecodable = frames.undecodable
+    report.connections = frames.connections if isinstance(frames, LiveSource) else 1
+    report.steps = stream.timings.summary()
+    report.seconds = time.perf_counter() - start
+    if not report.written and not report.error and not report.stopped:
+        report.error = f"{origin.shown}: not one frame: {stream.counts.failure or _nothing(frames, reading)}"
+    return report
+
+
+def _nothing(frames: VideoReader | LiveSource, reading: Reading) -> str:
+    if isinstance(frames, VideoReader) and reading.start:
+        return f"it ends before {reading.start:g} s"
+    return "it is empty"

@@ -1,0 +1,447 @@
+"""Video out: MP4, WebM with transparency, numbered pictures, lines of JSON, raw frames for pipes."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Final, Protocol, Self, TypeAlias
+
+import av
+import av.error
+import numpy as np
+import numpy.typing as npt
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+
+from petseg_runtime.errors import OutputError
+from petseg_runtime.files import replacing
+from petseg_runtime.result import Segmentation
+from petseg_runtime.sinks import Picture
+from petseg_runtime.video import Colours, Frame, Sound
+
+__all__ = [
+    "MOVIES",
+    "VIDEO_FORMATS",
+    "LinesSink",
+    "Look",
+    "MovieSink",
+    "PicturesSink",
+    "RawSink",
+    "VideoSink",
+    "frame_record",
+    "next_number",
+]
+
+U8: TypeAlias = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """How a kind of movie is encoded.
+
+    Attributes:
+        container: FFmpeg's name.
+        codec: FFmpeg's name of the encoder.
+        pixels: FFmpeg's name of the encoder's input.
+        options: For the encoder.
+        live: More of them, where each frame must be out at once.
+    """
+
+    container: str
+    codec: str
+    pixels: str
+    options: dict[str, str]
+    live: dict[str, str]
+
+
+#: What ``--format`` offers for movies. The presets are the slowest that 2 cores encode in real time beside the network.
+MOVIES: Final = {
+    "mp4": Look(
+        container="mp4",
+        codec="libx264",
+        pixels="yuv420p",
+        options={"preset": "veryfast", "crf": "21"},
+        live={"tune": "zerolatency"},
+    ),
+    "webm": Look(
+        container="webm",
+        codec="libvpx-vp9",
+        pixels="yuva420p",
+        options={"deadline": "realtime", "cpu-used": "8", "row-mt": "1", "crf": "32", "b": "0", "auto-alt-ref": "0"},
+        live={"lag-in-frames": "0"},
+    ),
+}
+
+#: What each kind of result can be written as, the usual one first.
+VIDEO_FORMATS: Final = {
+    "mask": ("mp4", "png", "raw"),
+    "probability": ("mp4", "png", "raw"),
+    "overlay": ("mp4", "png", "jpg", "raw"),
+    "background": ("mp4", "png", "jpg", "raw"),
+    "cutout": ("webm", "png", "webp", "raw"),
+    "lines": ("ndjson",),
+}
+
+#: Seconds from a key frame to the next in what is written without an end: so much is lost at most when power fails.
+_FRAGMENT: Final = 2
+
+_FORMATS: Final = {2: "gray", 3: "rgb24", 4: "rgba"}
+
+
+class VideoSink(Protocol):
+    """Takes one source's frames, in order, from one thread. A context manager: leaving it completes the files."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What had to be left out, and why."""
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files that were begun."""
+
+    def write(self, frame: Frame, result: Segmentation) -> None:
+        """Write a frame.
+
+        Raises:
+            OutputError: It, and nothing after it, can be written.
+        """
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class _Base:
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.paths: list[Path] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Complete the files."""
+
+
+class MovieSink(_Base):
+    """One movie after the other: a new one when the size of the frames changes, and after each ``segment`` seconds.
+
+    A movie is written beside its place and renamed when it is complete, if the source has an end. Of an endless one it
+    is in its place from the start, and playable whatever happens, up to the last two seconds (fragmented MP4).
+    """
+
+    def __init__(
+        self,
+        paths: Iterable[Path],
+        picture: Picture,
+        *,
+        endless: bool,
+        segment: float | None = None,
+        audio: bool = True,
+    ) -> None:
+        """Remember what to write; the first file is made with the first frame.
+
+        Args:
+            paths: The movies' names, one after the other; the suffix decides the format.
+            picture: What each frame shows.
+            endless: The source has no end.
+            segment: Seconds.
+            audio: Pass the sound through.
+        """
+        super().__init__()
+        self._paths, self._picture, self._audio = iter(paths), picture, audio
+        self._endless, self._segment = endless, segment
+        self._movie: _Movie | None = None
+        self._place: Any = None
+
+    def write(self, frame: Frame, result: Segmentation) -> None:
+        """Write a frame; see :class:`VideoSink`."""
+        pixels = np.asarray(self._picture.render(result))
+        movie = self._movie
+        if movie and (movie.shape != pixels.shape[:2] or (self._segment and frame.time - movie.since >= self._segment)):
+            self.close()
+        with _errors_at(self.paths[-1] if self.paths else None):
+            if self._movie is None:
+                self._open(frame, pixels)
+            assert self._movie
+            self._movie.write(frame, pixels)
+
+    def _open(self, frame: Frame, pixels: U8) -> None:
+        path = next(self._paths)
+        self.paths.append(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self._endless:
+            beside = path
+        else:
+            self._place = replacing(path)
+            beside = self._place.__enter__()
+        sound = next((sound for sound in frame.sound), None) if self._audio else None
+        with _errors_at(path):
+            self._movie = _Movie(beside, MOVIES[path.suffix[1:]], frame, pixels, sound, self._endless)
+        if self._audio and self._movie.refused:
+            note = f"the sound ({self._movie.refused}) is left out: it does not fit into {path.suffix[1:].upper()}"
+            if note not in self.notes:
+                self.notes.append(note)
+
+    def close(self) -> None:
+        """Complete the movie."""
+        movie, place, self._movie, self._place = self._movie, self._place, None, None
+        with _errors_at(self.paths[-1] if self.paths else None):
+            try:
+                if movie:
+                    movie.close()
+            except BaseException as error:
+                if place:
+                    place.__exit__(type(error), error, error.__traceback__)
+                raise
+            if place:
+                place.__exit__(None, None, None)
+
+
+class _Movie:
+    """One file that is being encoded."""
+
+    def __init__(self, path: Path, look: Look, frame: Frame, pixels: U8, sound: Sound | None, endless: bool) -> None:
+        self.shape: tuple[int, ...] = pixels.shape[:2]
+        self.since = frame.time
+        self.refused: str | None = None
+        self._first, self._look = frame.pts, look
+        self._scaler = VideoReformatter()
+        self._file = av.open(str(path), "w", format=look.container, options=_muxing(look.container, endless))
+        try:
+            self._picture = self._picture_stream(frame, pixels, endless)
+            self._sound = self._sound_stream(sound)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _picture_stream(self, frame: Frame, pixels: U8, endless: bool) -> Any:
+        look = self._look
+        height, width = _even(pixels).shape[:2]
+        rate = _rate_of(frame)
+        options = look.options | (look.live if endless else {})
+        stream: Any = self._file.add_stream(look.codec, rate=rate, options=options)
+        context = stream.codec_context
+        context.width, context.height, context.pix_fmt = width, height, look.pixels
+        context.time_base = frame.time_base
+        context.gop_size = max(1, round(rate * (_FRAGMENT if endless else 10)))
+        ratio = frame.picture.sample_aspect_ratio if hasattr(frame.picture, "sample_aspect_ratio") else None
+        if ratio:
+            context.sample_aspect_ratio = 1 / ratio if frame.quarters % 2 else ratio
+        colours = Colours.of(frame.picture)
+        self._matrix = {1: Colorspace.ITU709, 9: Colorspace.BT2020}.get(colours.matrix, Colorspace.ITU601)
+        context.colorspace = {Colorspace.ITU709: 1, Colorspace.BT2020: 9}.get(self._matrix, 6)
+        context.color_range = ColorRange.MPEG
+        context.color_primaries, context.color_trc = colours.primaries, colours.transfer
+        if look.pixels == "yuva420p":
+            stream.metadata["alpha_mode"] = "1"
+        return stream
+
+    def _sound_stream(self, sound: Sound | None) -> Any:
+        if sound is None:
+            return None
+        codec = sound.packet.stream.codec_context.codec.canonical_name
+        if codec not in self._file.supported_codecs:
+            self.refused = codec
+            return None
+        return self._file.add_stream_from_template(sound.packet.stream)
+
+    def write(self, frame: Frame, pixels: U8) -> None:
+        start = self._first * frame.time_base
+        for sound in frame.sound if self._sound else ():
+            self._pass_through(sound, start)
+        picture = av.VideoFrame.from_ndarray(_even(pixels), format=_FORMATS[pixels.shape[2] if pixels.ndim == 3 else 2])
+        encoded = self._scaler.reformat(
+            picture,
+            format=self._look.pixels,
+            src_color_range=ColorRange.JPEG,
+            dst_color_range=ColorRange.MPEG,
+            dst_colorspace=self._matrix,
+        )
+        encoded.pts, encoded.time_base, encoded.duration = frame.pts - self._first, frame.time_base, frame.duration
+        self._file.mux(self._picture.encode(encoded))
+
+    def _pass_through(self, sound: Sound, start: Fraction) -> None:
+        packet: Any = sound.packet
+        # The same packet is never passed twice, so its times may be changed in place.
+        moved = round((sound.shift - start) / packet.time_base)
+        packet.dts = packet.dts + moved
+        packet.pts = packet.dts if packet.pts is None else packet.pts + moved
+        if packet.pts >= 0:
+            packet.stream = self._sound
+            self._file.mux(packet)
+
+    def close(self) -> None:
+        try:
+            self._file.mux(self._picture.encode(None))
+        finally:
+            self._file.close()
+
+
+class PicturesSink(_Base):
+    """A numbered picture for each frame, in a folder; each is whole or not there."""
+
+    def __init__(self, folder: Path, picture: Picture) -> None:
+        """Remember what to write.
+
+        Args:
+            folder: Where; it is made.
+            picture: What each frame shows, and in which format.
+        """
+        super().__init__()
+        self._folder, self._picture = folder, picture
+
+    def write(self, frame: Frame, result: Segmentation) -> None:
+        """Write a frame; see :class:`VideoSink`."""
+        if not self.paths:
+            self.paths.append(self._folder)
+        path = self._folder / f"{frame.number:06d}.{self._picture.format}"
+        with _errors_at(path), replacing(path) as beside:
+            self._picture.save(result, beside)
+
+
+class RawSink(_Base):
+    """The frames' bytes one after the other, for a pipe: ``gray``, ``rgb24`` or ``rgba`` (FFmpeg's names)."""
+
+    def __init__(self, stream: BinaryIO, picture: Picture) -> None:
+        """Take the stream.
+
+        Args:
+            stream: Open for writing bytes.
+            picture: What each frame shows.
+        """
+        super().__init__()
+        self._stream, self._picture = stream, picture
+        self._shape: tuple[int, ...] | None = None
+
+    def write(self, frame: Frame, result: Segmentation) -> None:
+        """Write a frame; see :class:`VideoSink`."""
+        pixels = np.ascontiguousarray(np.asarray(self._picture.render(result)))
+        if self._shape not in (None, pixels.shape):
+            raise OutputError(
+                f"frames change from {self._shape} to {pixels.shape}, which a pipe of raw frames cannot tell its reader"
+            )
+        self._shape = pixels.shape
+        try:
+            self._stream.write(pixels.data)
+            self._stream.flush()
+        except BrokenPipeError:
+            raise  # the reader has gone away, which is no error
+        except OSError as error:
+            raise OutputError(f"standard output cannot be written to ({error.strerror or error})") from error
+
+
+class LinesSink(_Base):
+    """A line of JSON for each frame; see :func:`frame_record`."""
+
+    def __init__(self, path: Path, *, endless: bool) -> None:
+        """Remember what to write; the file is made with the first frame.
+
+        Args:
+            path: The file.
+            endless: The source has no end: the file is in its place from the start.
+        """
+        super().__init__()
+        self._path, self._endless = path, endless
+        self._place: Any = None
+        self._file: Any = None
+
+    def write(self, frame: Frame, result: Segmentation) -> None:
+        """Write a frame; see :class:`VideoSink`."""
+        with _errors_at(self._path):
+            if self._file is None:
+                self.paths.append(self._path)
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._place = None if self._endless else replacing(self._path)
+                self._file = (self._place.__enter__() if self._place else self._path).open("x", encoding="utf-8")
+            self._file.write(json.dumps(frame_record(frame, result)) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Complete the file."""
+        file, place, self._file, self._place = self._file, self._place, None, None
+        with _errors_at(self._path):
+            if file:
+                file.close()
+            if place:
+                place.__exit__(None, None, None)
+
+
+def frame_record(frame: Frame, result: Segmentation) -> dict[str, Any]:
+    """What is said of a frame in JSON: its number, seconds from the first, size, and what was found in it."""
+    height, width = result.probability.shape
+    return {
+        "number": frame.number,
+        "time": round(frame.time, 6),
+        "height": height,
+        "width": width,
+        "coverage": round(result.coverage, 6),
+        "found": result.found,
+        "box": result.box,
+    }
+
+
+def next_number(folder: Path) -> int:
+    """The lowest number above all that files and folders in a folder begin with: what a run adds replaces nothing."""
+    try:
+        names = [entry.stem for entry in folder.iterdir()]
+    except FileNotFoundError:
+        return 1
+    return 1 + max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def numbered(folder: Path, suffix: str) -> Iterator[Path]:
+    """``0001.mp4``, ``0002.mp4``, ... after those that are there."""
+    for number in itertools.count(next_number(folder)):
+        yield folder / f"{number:04d}.{suffix}"
+
+
+def _rate_of(frame: Frame) -> Fraction:
+    """Frames a second, as far as one frame tells; for the encoder's choices only, since each frame has its time."""
+    if frame.duration:
+        return Fraction(1 / (frame.duration * frame.time_base)).limit_denominator(1001)
+    return Fraction(30)
+
+
+def _muxing(container: str, endless: bool) -> dict[str, str]:
+    if container == "mp4":
+        return {"movflags": "frag_keyframe+empty_moov+default_base_moof" if endless else "faststart"}
+    return {"cluster_time_limit": str(1000 * _FRAGMENT)} if endless else {}
+
+
+def _even(pixels: U8) -> U8:
+    """With sides that halve, as 4:2:0 needs: the last row or column is doubled where they do not."""
+    height, width = pixels.shape[:2]
+    if height % 2 == width % 2 == 0:
+        return np.ascontiguousarray(pixels)
+    more = [(0, height % 2), (0, width % 2), (0, 0)]
+    return np.pad(pixels, more[: pixels.ndim], mode="edge")
+
+
+class _errors_at:  # noqa: N801 (used like a function)
+    """Turns what goes wrong while writing into one error that names the file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (av.error.FFmpegError, OSError, ValueError)):
+            reason = os.strerror(errno.ENOSPC) if getattr(error, "errno", None) == errno.ENOSPC else None
+            reason = reason or getattr(error, "strerror", None) or str(error)
+            raise OutputError(f"{self._path}: cannot be written ({reason})") from error
