@@ -12,6 +12,7 @@ from benchmarks.receipts import receipts
 from benchmarks.reduced import reduced
 from benchmarks.report import report
 from benchmarks.throughput import throughput
+from benchmarks.video import video
 
 
 @click.group()
@@ -27,4 +28,5 @@ main.add_command(receipts)
 main.add_command(reduced)
 main.add_command(report)
 main.add_command(throughput)
+main.add_command(video)
 main(prog_name="python -m benchmarks")

@@ -26,6 +26,10 @@ Indices: TypeAlias = npt.NDArray[np.int64]
 #: threshold as at a high one.
 _SOFTNESS: Final = 1.0
 
+#: Green, as no pet is.
+OVERLAY_COLOR: Final = (0, 200, 83)
+OVERLAY_STRENGTH: Final = 0.5
+
 #: There is a pet if at least this share of the pixels that are likelier pet than not are all but certain. Chosen on
 #: validation photos for the model that ships: ``python -m benchmarks found``.
 CERTAIN_SHARE: Final = 0.25
@@ -145,7 +149,17 @@ class Segmentation:
             behind = ImageOps.fit(Image.fromarray(images.read(background).pixels), photo.size)
         return Image.composite(photo, behind, self._alpha())
 
-    def overlay(self, color: tuple[int, int, int] = (0, 200, 83), strength: float = 0.5) -> Image.Image:
+    @property
+    def opacity(self) -> U8:
+        """uint8 [H, W]: how opaque each pixel of a cutout is: soft around ``cutout_threshold``."""
+        return _opacity(self.cutout_threshold)[self.probability]
+
+    @property
+    def outline(self) -> Bool:
+        """bool [H, W]: the mask's own pixels along its edge, as thick as 1/250 of the photo's shorter side."""
+        return _outline(self.mask, max(1, round(min(self.mask.shape) / 250)))
+
+    def overlay(self, color: tuple[int, int, int] = OVERLAY_COLOR, strength: float = OVERLAY_STRENGTH) -> Image.Image:
         """The photo with the mask laid over it and its outline drawn.
 
         Args:
@@ -156,11 +170,9 @@ class Segmentation:
             ValueError: The photo was decoded for the mask only.
         """
         picture = self._photo()
-        mask = self.mask
         tinted = Image.blend(picture, Image.new("RGB", picture.size, color), strength)
-        picture.paste(tinted, mask=Image.fromarray(mask))
-        thickness = max(1, round(min(mask.shape) / 250))
-        picture.paste(color, mask=Image.fromarray(_outline(mask, thickness)))
+        picture.paste(tinted, mask=Image.fromarray(self.mask))
+        picture.paste(color, mask=Image.fromarray(self.outline))
         return picture
 
     def polygons(self, tolerance: float = 0.5) -> list[Polygon]:
@@ -272,8 +284,8 @@ class Segmentation:
         return Image.fromarray(self.pixels)
 
     def _alpha(self) -> Image.Image:
-        """How opaque each pixel of a cutout is, as a one-channel picture."""
-        return Image.fromarray(_opacity(self.cutout_threshold)[self.probability])
+        """:attr:`opacity` as a one-channel picture."""
+        return Image.fromarray(self.opacity)
 
 
 def _opacity(cutout_threshold: float) -> U8:

@@ -18,7 +18,7 @@ from petseg_runtime.errors import InputError
 from petseg_runtime.images import from_model
 from petseg_runtime.result import Segmentation
 from petseg_runtime.smoothing import Smoother
-from petseg_runtime.video import Converter, Frame
+from petseg_runtime.video import Converter, Frame, Sound
 
 if TYPE_CHECKING:
     from petseg_runtime.segmenter import Segmenter
@@ -296,9 +296,12 @@ class Stream:
     def _decode(self) -> None:
         try:
             passed = 0
+            sound: list[Sound] = []  # of frames that are passed over
             for number, frame in enumerate(self._frames):
                 if number % self._stride:
+                    sound += frame.sound
                     continue
+                frame.sound[:0], sound = sound, []
                 self.timings.add("decode", frame.decoding)
                 frame.number = passed
                 passed += 1

@@ -1,0 +1,165 @@
+"""A minute of video, end to end: frames a second of the whole command, and where the time goes.
+
+The clip is made from real photos (a slow pan and zoom over each for two seconds), 1280x720 at 30 frames a second, H.264
+with sound, so that decoding and encoding cost what they cost in practice.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from fractions import Fraction
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import av
+import click
+import numpy as np
+from PIL import Image
+
+from benchmarks import records
+from petseg_runtime.sources import find_photos
+
+WIDTH, HEIGHT, RATE, SOUND = 1280, 720, 30, 48000
+#: Frames of one photo.
+SHOT: Final = 60
+
+#: What people write without a pipeline: read a frame, segment it, draw, write it; in the same engine.
+LOOP = """
+import sys
+import av, numpy as np
+from petseg_runtime import Segmenter
+clip, backend, output = sys.argv[1:]
+with Segmenter(backend=backend) as segmenter, av.open(clip) as source, av.open(output, "w") as sink:
+    stream = sink.add_stream("libx264", rate=source.streams.video[0].average_rate)
+    stream.options = {"preset": "veryfast", "crf": "21"}
+    for frame in source.decode(video=0):
+        overlay = segmenter(frame.to_ndarray(format="rgb24")).overlay()
+        stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuv420p"
+        sink.mux(stream.encode(av.VideoFrame.from_image(overlay)))
+    sink.mux(stream.encode(None))
+"""
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
+@click.option("--seconds", type=int, default=60, show_default=True)
+@click.option("--rounds", type=int, default=3, show_default=True)
+def video(data: Path, seconds: int, rounds: int) -> None:
+    """Frames a second of `petseg infer CLIP`, per engine and kind, and of a plain loop."""
+    with tempfile.TemporaryDirectory() as scratch:
+        clip = Path(scratch) / "clip.mp4"
+        make_clip(clip, data, seconds * RATE)
+        cases = [("openvino", "overlay"), ("onnxruntime", "overlay"), ("openvino", "mask"), ("openvino", "cutout")]
+        runs: dict[tuple[str, str], list[dict[str, Any]]] = {case: [] for case in cases}
+        loops: dict[str, list[float]] = {"openvino": [], "onnxruntime": []}
+        for _ in range(rounds):
+            for backend, kind in cases:
+                runs[backend, kind].append(one(clip, Path(scratch) / "out", backend, kind))
+                click.echo(f"{backend} {kind}: {runs[backend, kind][-1]['seconds']:.1f} s", err=True)
+            for backend, taken in loops.items():
+                taken.append(seconds_of(["-c", LOOP, str(clip), backend, str(Path(scratch) / "loop.mp4")]))
+                click.echo(f"{backend} loop: {taken[-1]:.1f} s", err=True)
+    rows = [row(backend, kind, seconds, taken, loops) for (backend, kind), taken in runs.items()]
+    about = {"clip": f"{WIDTH}x{HEIGHT}, {RATE} frames/s, {seconds} s, H.264 and AAC", "frames": seconds * RATE}
+    command = f"python -m benchmarks video --data DATA --seconds {seconds} --rounds {rounds}"
+    records.write("video", command, {**about, "rows": rows, "loops": loops})
+
+
+def row(
+    backend: str, kind: str, seconds: int, taken: list[dict[str, Any]], loops: dict[str, list[float]]
+) -> dict[str, Any]:
+    """One engine and kind: medians, and the raw times."""
+    wall = [run["seconds"] for run in taken]
+    steps = {
+        step: {p: median(run["steps"][step][p] for run in taken) for p in ("p50", "p95", "p99")}
+        for step in taken[0]["steps"]
+    }
+    return {
+        "backend": backend,
+        "kind": kind,
+        "seconds": wall,
+        "frames_per_second": seconds * RATE / median(wall),
+        "times_real_time": seconds / median(wall),
+        "cpu_seconds_per_frame": median(run["cpu"] for run in taken) / (seconds * RATE),
+        "times_as_fast_as_loop": median(a / b for a, b in zip(loops[backend], wall, strict=True))
+        if kind == "overlay"
+        else None,
+        "steps": steps,
+    }
+
+
+def one(clip: Path, output: Path, backend: str, kind: str) -> dict[str, Any]:
+    """The whole process once: wall and CPU seconds, and what it says of its steps."""
+    command = ["-m", "petseg.cli", "infer", str(clip), "--as", kind, "--backend", backend, "--json"]
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", CPU, sys.executable, *command, "--output", str(output)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    wall = time.perf_counter() - start
+    *_, video_event, _, cpu = done.stdout.splitlines()
+    event = json.loads(video_event)
+    if event["written"] != event["frames"]["decoded"]:
+        raise SystemExit(f"frames were lost: {event}")
+    return {"seconds": wall, "cpu": float(cpu), "steps": event["steps"]}
+
+
+#: Runs a command, and prints the CPU seconds that it took.
+CPU = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime)
+"""
+
+
+def seconds_of(arguments: list[str]) -> float:
+    """Wall seconds of a Python process."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *arguments], check=True)
+    return time.perf_counter() - start
+
+
+def make_clip(path: Path, data: Path, frames: int) -> None:
+    """Photos, panned and zoomed; and a tone."""
+    photos = find_photos([data / "oxford-iiit-pet-native" / "images"])[:: max(1, 200 // max(1, frames // SHOT))]
+    with av.open(str(path), "w") as file:
+        stream: Any = file.add_stream("libx264", rate=RATE, options={"preset": "veryfast", "crf": "20"})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        tone: Any = file.add_stream("aac", rate=SOUND, layout="mono")
+        for number in range(frames):
+            if number % SHOT == 0:
+                with Image.open(photos[number // SHOT % len(photos)].source) as photo:
+                    picture = photo.convert("RGB")
+            frame = av.VideoFrame.from_image(view(picture, number % SHOT / SHOT))
+            frame.pts, frame.time_base = number, Fraction(1, RATE)
+            file.mux(stream.encode(frame))
+            file.mux(tone.encode(second_of_tone(number // RATE)) if number % RATE == 0 else [])
+        file.mux(stream.encode(None))
+        file.mux(tone.encode(None))
+
+
+def view(picture: Image.Image, progress: float) -> Image.Image:
+    """A part of a photo with the clip's shape, that grows smaller and moves."""
+    width, height = picture.size
+    scale = min(width / WIDTH, height / HEIGHT) * (1 - 0.25 * progress)
+    across, down = scale * WIDTH, scale * HEIGHT
+    left, top = (width - across) * progress, (height - down) / 2
+    box = (left, top, left + across, top + down)
+    return picture.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR, box=box)
+
+
+def second_of_tone(second: int) -> Any:
+    """One second of 440 Hz."""
+    times = np.arange(SOUND, dtype=np.float32) / SOUND
+    samples = (0.1 * np.sin(2 * np.pi * 440 * times)).astype(np.float32)[None]
+    sound = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+    sound.sample_rate, sound.pts, sound.time_base = SOUND, second * SOUND, Fraction(1, SOUND)
+    return sound

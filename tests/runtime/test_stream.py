@@ -1,0 +1,309 @@
+"""Every frame is accounted for, in order, whatever ends the stream; drops follow the policy; memory is bounded."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from types import SimpleNamespace
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from petseg_runtime.errors import EngineError, UnreadableVideo
+from petseg_runtime.stream import POLICIES, Segmented, Stream, Timings
+from petseg_runtime.video import Frame, Sound
+
+
+def picture(value: int, pixels: str = "gray") -> av.VideoFrame:
+    frame = av.VideoFrame(32, 16, pixels)
+    for plane in frame.planes:
+        plane.update(bytes([value]) * plane.buffer_size)
+    return frame
+
+
+def frame_of(number: int, sound: list[Any] | None = None) -> Frame:
+    return Frame(number, number, Fraction(1, 25), picture(number % 256), captured=time.monotonic(), sound=sound or [])
+
+
+@dataclass
+class Model:
+    """Answers with the red of what it sees; as slow as the test wants."""
+
+    batch: int = 1
+    before: Callable[[], None] = lambda: None
+    size: tuple[int, int] = (8, 8)
+    threshold: float = 0.5
+    cutout_threshold: float = 0.3
+    min_area: float = 0.0
+    batches: list[int] = field(default_factory=list)
+
+    def describe(self) -> Any:
+        return SimpleNamespace(batch=self.batch, streams=1)
+
+    def infer(self, images: np.ndarray) -> np.ndarray:
+        self.before()
+        self.batches.append(len(images))
+        return np.ascontiguousarray(images[..., 0])
+
+
+class Source:
+    """Frames from a list; remembers who closed it."""
+
+    def __init__(self, frames: Iterator[Frame]) -> None:
+        self._frames = frames
+        self.closed_by: str | None = None
+        self.stopped = False
+
+    def __iter__(self) -> Iterator[Frame]:
+        return self._frames
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def close(self) -> None:
+        self.closed_by = threading.current_thread().name
+
+
+def stream_of(frames: Any, model: Any = None, **options: Any) -> Stream:
+    return Stream(frames, model or Model(), **options)
+
+
+def numbers(segmented: list[Segmented]) -> list[int]:
+    return [s.frame.number for s in segmented]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_file_loses_nothing_and_keeps_its_order(batch: int) -> None:
+    source, model = Source(frame_of(n) for n in range(100)), Model(batch)
+    with stream_of(source, model) as stream:
+        done = list(stream)
+    assert numbers(done) == list(range(100))
+    assert [int(s.result.probability[0, 0]) for s in done] == list(range(100))
+    assert stream.counts.decoded == stream.counts.delivered == 100
+    assert stream.counts.dropped == stream.counts.failed == 0
+    assert max(model.batches) <= batch
+    assert sum(model.batches) == 100
+    assert source.closed_by == "petseg-decode"  # closed by another thread, a decoder would crash
+    assert not stream.stopped
+    assert set(stream.timings.summary()) == {"decode", "convert", "infer", "finish", "latency"}
+
+
+def test_results_have_the_frames_pixels_unless_only_the_mask_is_wanted() -> None:
+    (segmented,) = stream_of([frame_of(7)])
+    assert segmented.result.pixels is not None
+    assert segmented.result.pixels.shape == (16, 32, 3)
+    (segmented,) = stream_of([frame_of(7)], mask_only=True)
+    assert segmented.result.pixels is None
+    assert segmented.result.probability.shape == (16, 32)
+
+
+def test_a_stride_takes_each_so_many_th_frame_and_numbers_them_anew() -> None:
+    done = list(stream_of([frame_of(n) for n in range(10)], stride=3))
+    assert [s.frame.pts for s in done] == [0, 3, 6, 9]
+    assert numbers(done) == [0, 1, 2, 3]
+
+
+def test_sound_of_frames_that_a_stride_passes_over_is_kept() -> None:
+    sounds = [Sound(av.Packet(b"x"), Fraction(n)) for n in range(6)]
+    done = list(stream_of([frame_of(n, [sounds[n]]) for n in range(6)], stride=3))
+    assert [s.shift for d in done for s in d.frame.sound] == [0, 1, 2, 3]
+
+
+def test_it_ends_after_so_many_frames() -> None:
+    stream = stream_of((frame_of(n) for n in range(1000)), max_frames=5)
+    assert numbers(list(stream)) == [0, 1, 2, 3, 4]
+    assert stream.counts.decoded == 5
+
+
+@pytest.mark.parametrize("policy", ["latest", "drop-oldest"])
+def test_a_live_source_that_is_too_fast_loses_frames_that_are_counted(policy: str) -> None:
+    begun, all_decoded = threading.Event(), threading.Event()
+
+    def frames() -> Iterator[Frame]:
+        yield frame_of(0)
+        assert begun.wait(20)
+        for number in range(1, 50):
+            yield frame_of(number)
+        all_decoded.set()
+
+    def slow() -> None:
+        begun.set()
+        assert all_decoded.wait(20)
+
+    stream = stream_of(frames(), Model(before=slow), policy=policy)
+    done = numbers(list(stream))
+    assert done[0] == 0
+    assert done[-1] == 49  # the newest is never lost
+    assert done == sorted(done)
+    assert done == ([0, 49] if policy == "latest" else [0, *range(45, 50)])
+    assert stream.counts.decoded == 50
+    assert stream.counts.dropped == 50 - len(done)
+
+
+def test_the_sound_of_a_dropped_frame_goes_on_with_the_next() -> None:
+    begun, all_decoded = threading.Event(), threading.Event()
+    sounds = [Sound(av.Packet(b"x"), Fraction(n)) for n in range(10)]
+
+    def frames() -> Iterator[Frame]:
+        yield frame_of(0, [sounds[0]])
+        assert begun.wait(20)
+        for number in range(1, 10):
+            yield frame_of(number, [sounds[number]])
+        all_decoded.set()
+
+    def slow() -> None:
+        begun.set()
+        assert all_decoded.wait(20)
+
+    done = list(stream_of(frames(), Model(before=slow), policy="latest"))
+    assert [sound.shift for s in done for sound in s.frame.sound] == list(range(10))
+
+
+def test_a_source_that_breaks_has_delivered_what_came_before() -> None:
+    def frames() -> Iterator[Frame]:
+        yield from (frame_of(n) for n in range(3))
+        raise UnreadableVideo("clip.mp4: broken")
+
+    stream, done = stream_of(frames()), []
+    with pytest.raises(UnreadableVideo, match="broken"):
+        for segmented in stream:
+            done.append(segmented)  # noqa: PERF402 (it raises on the way)
+    assert numbers(done) == [0, 1, 2]
+
+
+def test_an_engine_that_fails_ends_the_stream_and_its_threads() -> None:
+    def fail() -> None:
+        raise EngineError("no memory")
+
+    endless = (frame_of(n) for n in iter(int, 1))
+    with stream_of(endless, Model(before=fail)) as stream, pytest.raises(EngineError, match="no memory"):
+        list(stream)
+    assert_no_threads()
+
+
+def test_a_frame_that_cannot_be_converted_is_counted_and_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pixels(self: Frame, *args: Any) -> np.ndarray:
+        if self.pts == 1:
+            raise UnreadableVideo("frames in odd: cannot be converted")
+        return np.zeros((8, 8, 3) if len(args) > 1 else (16, 32, 3), np.uint8)
+
+    monkeypatch.setattr(Frame, "pixels", pixels)
+    stream = stream_of([frame_of(n) for n in range(3)])
+    assert [s.frame.pts for s in stream] == [0, 2]
+    assert stream.counts.failed == 1
+    assert stream.counts.failure == "frames in odd: cannot be converted"
+    assert stream.counts.decoded == stream.counts.delivered + stream.counts.failed
+
+
+def test_stop_delivers_what_was_decoded() -> None:
+    source = Source(frame_of(n % 250) for n in iter(int, 1))
+    with stream_of(source) as stream:
+        done = []
+        for segmented in stream:
+            done.append(segmented)
+            if len(done) == 10:
+                threading.Thread(target=stream.stop).start()
+    assert stream.stopped
+    assert source.stopped
+    assert stream.counts.decoded == stream.counts.delivered == len(done)
+
+
+def test_leaving_early_ends_the_threads() -> None:
+    endless = (frame_of(n) for n in iter(int, 1))
+    with stream_of(endless) as stream:
+        assert next(iter(stream)).frame.number == 0
+    assert_no_threads()
+
+
+def test_a_source_that_hangs_does_not_keep_the_stream_from_ending() -> None:
+    hang = threading.Event()
+
+    def frames() -> Iterator[Frame]:
+        yield frame_of(0)
+        hang.wait(60)
+
+    with stream_of(frames()) as stream:
+        results = iter(stream)
+        assert next(results).frame.number == 0
+        stream.stop()
+        assert next(results, None) is None
+    hang.set()
+    assert_no_threads()
+
+
+def test_a_slow_consumer_bounds_what_is_decoded() -> None:
+    decoded = []
+
+    def frames() -> Iterator[Frame]:
+        for number in range(1000):
+            decoded.append(number)
+            yield frame_of(number)
+
+    with stream_of(frames()) as stream:
+        results = iter(stream)
+        next(results)
+        until(lambda: len(decoded) > 5)
+        time.sleep(0.05)
+        assert len(decoded) < 20
+
+
+@pytest.mark.parametrize("wrong", [{"policy": "newest"}, {"stride": 0}, {"max_frames": 0}, {"smooth": 1.0}])
+def test_values_out_of_range_are_refused_before_a_thread_starts(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong)).replace("smooth", "smoothing")):
+        stream_of([frame_of(0)], **wrong)
+    assert_no_threads()
+
+
+def test_smoothing_is_one_streams_own() -> None:
+    def frames() -> Iterator[Frame]:
+        return (frame_of(100 if n % 2 else 104) for n in range(20))
+
+    answers = [int(s.result.probability[0, 0]) for s in stream_of(frames(), smooth=0.9)]
+    plain = [int(s.result.probability[0, 0]) for s in stream_of(frames())]
+    assert np.ptp(answers[5:]) < np.ptp(plain)
+    again = [int(s.result.probability[0, 0]) for s in stream_of(frames(), smooth=0.9)]
+    assert again == answers
+
+
+def test_policies_are_named_in_one_place() -> None:
+    from petseg_runtime.cli.infer import infer
+
+    (option,) = (parameter for parameter in infer.params if parameter.name == "policy")
+    assert tuple(getattr(option.type, "choices", ())) == POLICIES
+
+
+@given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=200))
+def test_percentiles_are_those_of_numpy_to_two_per_cent(values: list[float]) -> None:
+    timings = Timings()
+    for value in values:
+        timings.add("step", value)
+    summary = timings.summary()["step"]
+    assert summary["sum"] == pytest.approx(sum(values))
+    for percent in (50, 95, 99):
+        wanted = np.percentile(values, percent, method="inverted_cdf")
+        assert summary[f"p{percent}"] == pytest.approx(wanted, rel=0.02)
+
+
+def test_timings_take_bounded_memory() -> None:
+    timings = Timings()
+    for value in np.random.default_rng(0).lognormal(-5, 2, 100_000):
+        timings.add("step", float(value))
+    assert len(timings._bins["step"]) < 1500
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def assert_no_threads() -> None:
+    until(lambda: not any(thread.name.startswith("petseg") for thread in threading.enumerate()))
