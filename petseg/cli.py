@@ -27,7 +27,7 @@ class Command:
 
 #: Named as strings, so that `petseg --help` and `petseg infer` import nothing of the others.
 COMMANDS = {
-    "infer": Command("petseg_runtime.cli.infer:infer", "Segment photos and folders of photos."),
+    "infer": Command("petseg_runtime.cli.infer:infer", "Segment photos, videos, cameras and streams."),
     "info": Command("petseg_runtime.cli.model:info", "Say what a model file is, expects and was measured at."),
     "verify": Command("petseg_runtime.cli.model:verify", "Compare a model file, on this device, with its checkpoint."),
     "cache": Command("petseg_runtime.cli.cache:cache", "List or clear what was compiled at first use and kept."),
@@ -77,7 +77,7 @@ def petseg() -> None:
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 3 some inputs failed, 4 bad model file, 5 engine or device not
     there, 6 output not writable, 7 an extra is missing, 8 bad data set, 9 training stopped, 10 parity failed,
-    130 interrupted.
+    130 and 143 stopped by Ctrl-C and SIGTERM.
     """
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "Sink",
     "StreamSink",
     "Written",
+    "background_of",
     "check_looks",
     "picture",
     "render_of",
@@ -148,7 +149,7 @@ def render_of(kind: str, background: str | None = None) -> Callable[[Segmentatio
         "overlay": Segmentation.overlay,
     }
     if background is not None:
-        behind = _background(background)
+        behind = background_of(background)
         renders["background"] = lambda result: result.on_background(behind)
     return renders[kind]
 
@@ -166,7 +167,12 @@ def check_looks(kind: str, format: str | None = None, background: str | None = N
         raise OutputError("--background COLOUR or FILE and --as background belong together")
 
 
-def _background(text: str) -> tuple[int, int, int] | Image.Image:
+def background_of(text: str) -> tuple[int, int, int] | Image.Image:
+    """What ``--background`` names: a colour, or a picture.
+
+    Raises:
+        InputError: Neither.
+    """
     try:
         return ImageColor.getrgb(text)[:3]
     except ValueError:

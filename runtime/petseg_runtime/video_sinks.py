@@ -11,19 +11,18 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Final, Protocol, Self, TypeAlias
+from typing import Any, BinaryIO, Final, Protocol, Self
 
 import av
 import av.error
 import numpy as np
-import numpy.typing as npt
-from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from petseg_runtime.errors import OutputError
 from petseg_runtime.files import replacing
 from petseg_runtime.result import Segmentation
 from petseg_runtime.sinks import Picture
 from petseg_runtime.video import Colours, Frame, Sound
+from petseg_runtime.video_looks import Painter
 
 __all__ = [
     "MOVIES",
@@ -38,8 +37,6 @@ __all__ = [
     "next_number",
 ]
 
-U8: TypeAlias = npt.NDArray[np.uint8]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
@@ -48,14 +45,12 @@ class Look:
     Attributes:
         container: FFmpeg's name.
         codec: FFmpeg's name of the encoder.
-        pixels: FFmpeg's name of the encoder's input.
         options: For the encoder.
         live: More of them, where each frame must be out at once.
     """
 
     container: str
     codec: str
-    pixels: str
     options: dict[str, str]
     live: dict[str, str]
 
@@ -65,14 +60,12 @@ MOVIES: Final = {
     "mp4": Look(
         container="mp4",
         codec="libx264",
-        pixels="yuv420p",
         options={"preset": "veryfast", "crf": "21"},
         live={"tune": "zerolatency"},
     ),
     "webm": Look(
         container="webm",
         codec="libvpx-vp9",
-        pixels="yuva420p",
         options={"deadline": "realtime", "cpu-used": "8", "row-mt": "1", "crf": "32", "b": "0", "auto-alt-ref": "0"},
         live={"lag-in-frames": "0"},
     ),
@@ -90,8 +83,6 @@ VIDEO_FORMATS: Final = {
 
 #: Seconds from a key frame to the next in what is written without an end: so much is lost at most when power fails.
 _FRAGMENT: Final = 2
-
-_FORMATS: Final = {2: "gray", 3: "rgb24", 4: "rgba"}
 
 
 class VideoSink(Protocol):
@@ -146,7 +137,7 @@ class MovieSink(_Base):
     def __init__(
         self,
         paths: Iterable[Path],
-        picture: Picture,
+        painter: Painter,
         *,
         endless: bool,
         segment: float | None = None,
@@ -156,30 +147,33 @@ class MovieSink(_Base):
 
         Args:
             paths: The movies' names, one after the other; the suffix decides the format.
-            picture: What each frame shows.
+            painter: Makes the frames.
             endless: The source has no end.
             segment: Seconds.
             audio: Pass the sound through.
         """
         super().__init__()
-        self._paths, self._picture, self._audio = iter(paths), picture, audio
+        self._paths, self._painter, self._audio = iter(paths), painter, audio
         self._endless, self._segment = endless, segment
         self._movie: _Movie | None = None
         self._place: Any = None
 
     def write(self, frame: Frame, result: Segmentation) -> None:
         """Write a frame; see :class:`VideoSink`."""
-        pixels = np.asarray(self._picture.render(result))
+        painted = self._painter(frame, result)
         movie = self._movie
-        if movie and (movie.shape != pixels.shape[:2] or (self._segment and frame.time - movie.since >= self._segment)):
+        if movie and (
+            movie.size != (painted.height, painted.width)
+            or (self._segment and frame.time - movie.since >= self._segment)
+        ):
             self.close()
         with _errors_at(self.paths[-1] if self.paths else None):
             if self._movie is None:
-                self._open(frame, pixels)
+                self._open(frame, painted)
             assert self._movie
-            self._movie.write(frame, pixels)
+            self._movie.write(frame, painted)
 
-    def _open(self, frame: Frame, pixels: U8) -> None:
+    def _open(self, frame: Frame, painted: av.VideoFrame) -> None:
         path = next(self._paths)
         self.paths.append(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +184,7 @@ class MovieSink(_Base):
             beside = self._place.__enter__()
         sound = next((sound for sound in frame.sound), None) if self._audio else None
         with _errors_at(path):
-            self._movie = _Movie(beside, MOVIES[path.suffix[1:]], frame, pixels, sound, self._endless)
+            self._movie = _Movie(beside, MOVIES[path.suffix[1:]], frame, painted, sound, self._endless)
         if self._audio and self._movie.refused:
             note = f"the sound ({self._movie.refused}) is left out: it does not fit into {path.suffix[1:].upper()}"
             if note not in self.notes:
@@ -214,39 +208,36 @@ class MovieSink(_Base):
 class _Movie:
     """One file that is being encoded."""
 
-    def __init__(self, path: Path, look: Look, frame: Frame, pixels: U8, sound: Sound | None, endless: bool) -> None:
-        self.shape: tuple[int, ...] = pixels.shape[:2]
+    def __init__(
+        self, path: Path, look: Look, frame: Frame, painted: av.VideoFrame, sound: Sound | None, endless: bool
+    ) -> None:
+        self.size = painted.height, painted.width
         self.since = frame.time
         self.refused: str | None = None
-        self._first, self._look = frame.pts, look
-        self._scaler = VideoReformatter()
+        self._first = frame.pts
         self._file = av.open(str(path), "w", format=look.container, options=_muxing(look.container, endless))
         try:
-            self._picture = self._picture_stream(frame, pixels, endless)
+            self._picture = self._picture_stream(look, frame, painted, endless)
             self._sound = self._sound_stream(sound)
         except BaseException:
             self._file.close()
             raise
 
-    def _picture_stream(self, frame: Frame, pixels: U8, endless: bool) -> Any:
-        look = self._look
-        height, width = _even(pixels).shape[:2]
+    def _picture_stream(self, look: Look, frame: Frame, painted: av.VideoFrame, endless: bool) -> Any:
         rate = _rate_of(frame)
         options = look.options | (look.live if endless else {})
         stream: Any = self._file.add_stream(look.codec, rate=rate, options=options)
         context = stream.codec_context
-        context.width, context.height, context.pix_fmt = width, height, look.pixels
+        context.width, context.height, context.pix_fmt = painted.width, painted.height, painted.format.name
         context.time_base = frame.time_base
         context.gop_size = max(1, round(rate * (_FRAGMENT if endless else 10)))
         ratio = frame.picture.sample_aspect_ratio if hasattr(frame.picture, "sample_aspect_ratio") else None
         if ratio:
             context.sample_aspect_ratio = 1 / ratio if frame.quarters % 2 else ratio
         colours = Colours.of(frame.picture)
-        self._matrix = {1: Colorspace.ITU709, 9: Colorspace.BT2020}.get(colours.matrix, Colorspace.ITU601)
-        context.colorspace = {Colorspace.ITU709: 1, Colorspace.BT2020: 9}.get(self._matrix, 6)
-        context.color_range = ColorRange.MPEG
+        context.colorspace, context.color_range = painted.colorspace, painted.color_range
         context.color_primaries, context.color_trc = colours.primaries, colours.transfer
-        if look.pixels == "yuva420p":
+        if painted.format.name == "yuva420p":
             stream.metadata["alpha_mode"] = "1"
         return stream
 
@@ -259,20 +250,12 @@ class _Movie:
             return None
         return self._file.add_stream_from_template(sound.packet.stream)
 
-    def write(self, frame: Frame, pixels: U8) -> None:
+    def write(self, frame: Frame, painted: av.VideoFrame) -> None:
         start = self._first * frame.time_base
         for sound in frame.sound if self._sound else ():
             self._pass_through(sound, start)
-        picture = av.VideoFrame.from_ndarray(_even(pixels), format=_FORMATS[pixels.shape[2] if pixels.ndim == 3 else 2])
-        encoded = self._scaler.reformat(
-            picture,
-            format=self._look.pixels,
-            src_color_range=ColorRange.JPEG,
-            dst_color_range=ColorRange.MPEG,
-            dst_colorspace=self._matrix,
-        )
-        encoded.pts, encoded.time_base, encoded.duration = frame.pts - self._first, frame.time_base, frame.duration
-        self._file.mux(self._picture.encode(encoded))
+        painted.pts, painted.time_base, painted.duration = frame.pts - self._first, frame.time_base, frame.duration
+        self._file.mux(self._picture.encode(painted))
 
     def _pass_through(self, sound: Sound, start: Fraction) -> None:
         packet: Any = sound.packet
@@ -321,7 +304,7 @@ class RawSink(_Base):
 
         Args:
             stream: Open for writing bytes.
-            picture: What each frame shows.
+            painter: Makes the frames.
         """
         super().__init__()
         self._stream, self._picture = stream, picture
@@ -420,15 +403,6 @@ def _muxing(container: str, endless: bool) -> dict[str, str]:
     if container == "mp4":
         return {"movflags": "frag_keyframe+empty_moov+default_base_moof" if endless else "faststart"}
     return {"cluster_time_limit": str(1000 * _FRAGMENT)} if endless else {}
-
-
-def _even(pixels: U8) -> U8:
-    """With sides that halve, as 4:2:0 needs: the last row or column is doubled where they do not."""
-    height, width = pixels.shape[:2]
-    if height % 2 == width % 2 == 0:
-        return np.ascontiguousarray(pixels)
-    more = [(0, height % 2), (0, width % 2), (0, 0)]
-    return np.pad(pixels, more[: pixels.ndim], mode="edge")
 
 
 class _errors_at:  # noqa: N801 (used like a function)

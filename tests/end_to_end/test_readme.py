@@ -9,8 +9,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import av
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,12 +34,25 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def home(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder with what the README speaks of: cat.jpg, photos/ and data/."""
+    """A user's folder with what the README speaks of: cat.jpg, beach.jpg, clip.mp4, photos/ and data/."""
     folder = tmp_path_factory.mktemp("home")
     shutil.copy(SAMPLES / "chelsea.jpg", folder / "cat.jpg")
+    shutil.copy(SAMPLES / "chelsea.jpg", folder / "beach.jpg")
+    write_clip(folder / "clip.mp4")
     shutil.copytree(SAMPLES, folder / "photos")
     shutil.copytree(oxford_root, folder / "data")
     return folder
+
+
+def write_clip(path: Path) -> None:
+    """A second and a half of a cat that comes nearer."""
+    with Image.open(SAMPLES / "chelsea.jpg") as photo, av.open(str(path), "w") as file:
+        stream: Any = file.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 192, 128, "yuv420p"
+        for number in range(45):
+            box = (number, number / 2, photo.width - number, photo.height - number / 2)
+            file.mux(stream.encode(av.VideoFrame.from_image(photo.convert("RGB").resize((192, 128), box=box))))
+        file.mux(stream.encode(None))
 
 
 def test_the_commands_run_in_their_order(home: Path) -> None:

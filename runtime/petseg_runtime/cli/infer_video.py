@@ -61,25 +61,33 @@ class Output:
         """The sink of one source.
 
         Raises:
-            OutputError: It would replace a source.
+            InputError: The background is neither a colour nor a readable picture.
         """
-        from petseg_runtime import video_sinks
-        from petseg_runtime.sinks import Picture, render_of
+        from petseg_runtime import sinks, video_sinks
+        from petseg_runtime.video_looks import Painter
 
+        place = self.place(origin) if self.folder else Path("-")
         if self.format == "ndjson":
-            place = self.place(origin)
             return video_sinks.LinesSink(self._free(origin, place), endless=origin.endless)
-        picture = Picture(self.kind, self.format, render_of(self.kind, self.background))
-        if self.folder is None:
-            return video_sinks.RawSink(sys.stdout.buffer, picture)
-        place = self.place(origin)
         if self.format in video_sinks.MOVIES:
+            painter = Painter(self.kind, sinks.background_of(self.background) if self.background else None)
             movies = self._movies(origin, place)
             return video_sinks.MovieSink(
-                movies, picture, endless=origin.endless, segment=self.segment, audio=self.audio
+                movies, painter, endless=origin.endless, segment=self.segment, audio=self.audio
             )
+        picture = sinks.Picture(self.kind, self.format, sinks.render_of(self.kind, self.background))
+        if self.folder is None:
+            return video_sinks.RawSink(sys.stdout.buffer, picture)
         folder = place / f"{video_sinks.next_number(place):04d}" if origin.endless else place
         return video_sinks.PicturesSink(folder, picture)
+
+    @property
+    def mask_only(self) -> bool:
+        """Whether frames are not needed in RGB: movies are painted on their YUV."""
+        from petseg_runtime.sinks import KINDS
+        from petseg_runtime.video_sinks import MOVIES
+
+        return self.format in (*MOVIES, "ndjson") or not KINDS[self.kind].needs_photo
 
     def place(self, origin: Origin) -> Path:
         """Where one source's results are: a file; a folder if there are several, or may be."""
@@ -206,10 +214,8 @@ class Videos:
             raise problems[0]
 
     def _one(self, origin: Origin) -> VideoReport:
-        from petseg_runtime.sinks import KINDS
         from petseg_runtime.video_batch import segment_video
 
-        mask_only = self.output.format == "ndjson" or not KINDS[self.output.kind].needs_photo
         with _Progress(origin, self.quiet or self.output.folder is None or len(self._streams) > 0) as progress:
 
             def watch(segmented: Segmented, report: VideoReport) -> None:
@@ -224,7 +230,7 @@ class Videos:
                 watch=watch,
                 tell=lambda change: self._tell_state(origin, change),
                 begun=self._begin,
-                mask_only=mask_only,
+                mask_only=self.output.mask_only,
             )
         self.reports.append(report)
         self._tell_end(origin, report)
