@@ -3,8 +3,8 @@
     python -m benchmarks.gpu_check
 
 petseg's roads over NVIDIA's GPUs were built without one. What this writes, gpu-check.json, says what became of them:
-the x-ray of the machine, every test that needs a GPU or TensorRT, every engine's masks against the checkpoint's, and
-every engine's times. Names of people, machines and folders are left out.
+the x-ray of the machine, every test that needs a GPU or TensorRT, every engine's masks against the checkpoint's,
+every engine's times, and where the time of a video goes. Names of people, machines and folders are left out.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ ROOT: Final = Path(__file__).parent.parent
 SCHEMA_VERSION: Final = 1
 BATCHES: Final = (1, 8, 32)
 WITHOUT_GRAPHS: Final = "without CUDA graphs"
+#: Drawn by FFmpeg, so that nothing has to be brought along.
+CLIP: Final = "lavfi:testsrc2=size=1280x720:rate=30"
 #: Of a program of ours: a build of TensorRT is minutes, all tests are more. A hang ends here.
 DEADLINE: Final = 3600
 
@@ -79,6 +81,7 @@ def collect() -> dict[str, Any]:
                 "benchmark", "--json", "--backend", "tensorrt", "--backend", "tensorrt-rtx", "--no-cuda-graph"
             ),
         },
+        "video": {kind: video(kind) for kind in ("lines", "overlay")},
     }
     return {**record, "failures": failures(record)}
 
@@ -141,6 +144,17 @@ def command(*words: str) -> dict[str, Any]:
     return {"exit_code": done["exit_code"], "answer": answer, "said": done["err"].splitlines()[-10:]}
 
 
+def video(kind: str) -> dict[str, Any]:
+    """A video end to end on the GPU, as fast as it goes; the answer is the event that ends it."""
+    say(f"a video, {kind}")
+    with tempfile.TemporaryDirectory() as folder:
+        words = [CLIP, "--as", kind, "--device", "cuda", "--policy", "block", "--max-frames", "900", "--json"]
+        done = ran([sys.executable, "-m", "petseg.cli", "infer", *words, "--output", folder])
+    events = [json.loads(line) for line in done["out"].splitlines() if '"event": "video"' in line]
+    answer = events[0] if events else None
+    return {"exit_code": done["exit_code"], "answer": answer, "said": done["err"].splitlines()[-10:]}
+
+
 def ran(words: Sequence[str]) -> dict[str, Any]:
     """``exit_code`` (negative: the signal that ended it), ``out`` and ``err`` of a program; a hang is code -9."""
     done = subprocess.Popen(
@@ -176,6 +190,7 @@ def failures(record: dict[str, Any]) -> list[str]:
         for name, done in record["benchmarks"].items()
         if name != WITHOUT_GRAPHS or there & {"tensorrt", "tensorrt-rtx"}
     }
+    commands |= {f"video as {kind}": done for kind, done in record["video"].items()}
     found += [f"{name}: exit code {done['exit_code']}" for name, done in commands.items() if done["exit_code"]]
     return found
 
@@ -194,6 +209,11 @@ def summary(record: dict[str, Any]) -> list[str]:
         for row in (done["answer"] or {"rows": ()})["rows"]:
             speed = f"{row['latency_ms']['p50']:.2f} ms, {row['photos_per_second']['median']:.0f} photos/s"
             lines.append(f"{name}: {row['name']} on {row['device']}, {row['precision']}: {speed}")
+    lines += [
+        f"video as {kind}: {done['answer']['rate']:.0f} frames/s"
+        for kind, done in record["video"].items()
+        if done["answer"]
+    ]
     return lines + [f"FAILED {failure}" for failure in record["failures"]]
 
 

@@ -129,6 +129,7 @@ def record(**values: Any) -> dict[str, Any]:
         "tests": [{"name": "a::test", "outcome": "passed"}],
         "parity": {"onnxruntime": {"exit_code": 0}, "tensorrt": {"exit_code": 5}},
         "benchmarks": {"batch 1": {"exit_code": 0, "answer": {"rows": [row]}}},
+        "video": {"overlay": {"exit_code": 0, "answer": {"rate": 311.2}}},
         "failures": [],
         **values,
     }
@@ -154,6 +155,7 @@ def test_people_get_a_summary(check: Any) -> None:
         "onnxruntime: tf32, works",
         "tests: 1 passed",
         "batch 1: onnxruntime on cuda:0, tf32: 1.23 ms, 900 photos/s",
+        "video as overlay: 311 frames/s",
         "FAILED this",
         "FAILED that",
     ]
