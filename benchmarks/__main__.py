@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from benchmarks.compare import compare
 from benchmarks.embedded.measure import embedded
 from benchmarks.found import found
 from benchmarks.gpu_check import gpu_check
@@ -20,6 +21,7 @@ def main() -> None:
     """What petseg measures of itself; records go to benchmarks/results."""
 
 
+main.add_command(compare)
 main.add_command(embedded)
 main.add_command(found)
 main.add_command(gpu_check)
