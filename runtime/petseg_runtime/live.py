@@ -121,8 +121,7 @@ class LiveSource:
                 break
             if seen and time.monotonic() - connected > _GOOD:
                 pause = _FIRST_PAUSE
-            wait = pause * self._random.uniform(0.5, 1.0)
-            self._check_patience(reason)
+            wait = min(pause * self._random.uniform(0.5, 1.0), self._patience_left(reason))
             self._tell(StateChange(state, reason, self._attempt, round(wait, 3)))
             self._stopped.wait(wait)
             pause = min(2 * pause, _LONGEST_PAUSE)
@@ -166,7 +165,12 @@ class LiveSource:
         frame.sound = [Sound(sound.packet, sound.shift + shift) for sound in frame.sound]
         return frame
 
-    def _check_patience(self, reason: str) -> None:
+    def _patience_left(self, reason: str) -> float:
+        """Seconds until the source is given up.
+
+        Raises:
+            UnreadableVideo: It is now.
+        """
         patience = self._patience
         if patience is None:
             patience = FIRST_PATIENCE if self._begun is None else float("inf")
@@ -176,6 +180,7 @@ class LiveSource:
             raise UnreadableVideo(
                 f"{self.origin.shown}: no frame for {silent:.0f} s in {self._attempt} attempts; the last: {reason}"
             )
+        return patience - silent
 
 
 def open_frames(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from petseg_runtime.errors import InputError
-from petseg_runtime.live import LiveSource, Tell, open_frames
+from petseg_runtime.live import LiveSource, StateChange, Tell, open_frames
 from petseg_runtime.segmenter import Segmenter
 from petseg_runtime.sources import Origin
 from petseg_runtime.stream import Counts, Segmented, Stream
@@ -122,8 +123,11 @@ def segment_video(
     """
     report = VideoReport(origin.shown)
     start = time.perf_counter()
+    states = _States(tell)
     try:
-        frames = open_frames(origin, start=reading.start, stall=reading.stall, patience=reading.patience, tell=tell)
+        frames = open_frames(
+            origin, start=reading.start, stall=reading.stall, patience=reading.patience, tell=states.tell
+        )
     except InputError as error:
         report.error = str(error)
         return report
@@ -151,6 +155,8 @@ def segment_video(
                 watch(segmented, report)
         except InputError as error:
             report.error = str(error)
+    if origin.endless:
+        states.tell(StateChange("ended", "stopped" if stream.stopped else "enough frames"))
     report.stopped = stream.stopped
     report.undecodable = frames.undecodable
     report.connections = frames.connections if isinstance(frames, LiveSource) else 1
@@ -159,6 +165,19 @@ def segment_video(
     if not report.written and not report.error and not report.stopped:
         report.error = f"{origin.shown}: not one frame: {stream.counts.failure or _nothing(frames, reading)}"
     return report
+
+
+class _States:
+    """Passes a source's states on, and nothing after its end: its thread may still be in a read that has no end."""
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell, self._ended, self._lock = tell, False, threading.Lock()
+
+    def tell(self, change: StateChange) -> None:
+        with self._lock:
+            if not self._ended:
+                self._ended = change.state == "ended"
+                self._tell(change)
 
 
 def _nothing(frames: VideoReader | LiveSource, reading: Reading) -> str:

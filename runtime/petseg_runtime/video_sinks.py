@@ -400,9 +400,12 @@ def _rate_of(frame: Frame) -> Fraction:
 
 
 def _muxing(container: str, endless: bool) -> dict[str, str]:
+    """Options of the file; of an endless one each piece goes to the disk when it is complete."""
+    if not endless:
+        return {"movflags": "faststart"} if container == "mp4" else {}
     if container == "mp4":
-        return {"movflags": "frag_keyframe+empty_moov+default_base_moof" if endless else "faststart"}
-    return {"cluster_time_limit": str(1000 * _FRAGMENT)} if endless else {}
+        return {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
+    return {"cluster_time_limit": str(1000 * _FRAGMENT), "flush_packets": "1"}
 
 
 class _errors_at:  # noqa: N801 (used like a function)
