@@ -12,7 +12,8 @@ from typing import Final, TypeAlias
 
 from petseg_runtime.errors import InputError, UnreadableVideo
 from petseg_runtime.sources import Origin
-from petseg_runtime.video import Frame, Sound, VideoReader
+from petseg_runtime.video import Frame, VideoReader
+from petseg_runtime.video_sound import Sound
 
 __all__ = ["LiveSource", "StateChange", "Tell", "open_frames"]
 

@@ -18,7 +18,8 @@ from petseg_runtime.errors import InputError
 from petseg_runtime.images import from_model
 from petseg_runtime.result import Segmentation
 from petseg_runtime.smoothing import Smoother
-from petseg_runtime.video import Converter, Frame, Sound
+from petseg_runtime.video import Converter, Frame
+from petseg_runtime.video_sound import Sound
 
 if TYPE_CHECKING:
     from petseg_runtime.segmenter import Segmenter
@@ -211,6 +212,7 @@ class Stream:
         if stride < 1 or (max_frames is not None and max_frames < 1):
             raise ValueError(f"stride {stride} and max_frames {max_frames} must be 1 or more")
         self.counts, self.timings = Counts(), Timings()
+        self.rest: list[Sound] = []  #: sound behind the last frame, at the end of a video
         self.stopped = False  #: whether :meth:`stop` was called before the end
         self._frames, self._segmenter = frames, segmenter
         self._stride, self._max_frames, self._mask_only = stride, max_frames, mask_only
@@ -307,6 +309,7 @@ class Stream:
                 passed += 1
                 if not self._inbox.put(frame) or passed == self._max_frames:
                     return
+            self.rest = sound + getattr(self._frames, "rest", [])
         except BaseException as error:  # noqa: BLE001 (raised again where results are asked for)
             self._error = self._error or error
         finally:

@@ -18,8 +18,9 @@ import numpy.typing as npt
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from petseg_runtime.errors import InputError, UnreadableVideo, UnsupportedVideo
+from petseg_runtime.video_sound import Sound, Track, track_of
 
-__all__ = ["MAX_FRAME_PIXELS", "Colours", "Converter", "Frame", "Sound", "VideoInfo", "VideoReader"]
+__all__ = ["MAX_FRAME_PIXELS", "Colours", "Converter", "Frame", "VideoInfo", "VideoReader"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
@@ -100,19 +101,6 @@ class Converter:
         return np.asarray(converted.to_ndarray(), np.uint8)
 
 
-@dataclass(frozen=True)
-class Sound:
-    """A packet of a source's sound, to be passed through as it is.
-
-    Attributes:
-        packet: Encoded, with the source's own times.
-        shift: Seconds to add to them.
-    """
-
-    packet: av.Packet[Any]
-    shift: Fraction
-
-
 @dataclass(eq=False)
 class Frame:
     """One frame of a video.
@@ -127,6 +115,7 @@ class Frame:
         decoding: Seconds that the decoder needed for it.
         duration: For how long it is shown, in units of ``time_base``; 0 if that is not known.
         sound: What came since the frame before.
+        track: What its packets belong to; None: the source has no sound.
     """
 
     number: int
@@ -138,6 +127,7 @@ class Frame:
     decoding: float = 0.0
     duration: int = 0
     sound: list[Sound] = field(default_factory=list)
+    track: Track | None = None
 
     @property
     def time(self) -> float:
@@ -223,6 +213,7 @@ class VideoReader:
         self.name = name or (os.fspath(source) if isinstance(source, (str, os.PathLike)) else "<stream>")
         self._start = start
         self.undecodable = 0  #: packets that the decoder refused
+        self.rest: list[Sound] = []  #: sound behind the last frame, once that has come
         if isinstance(source, os.PathLike):
             source = os.fspath(source)
         if options is None and isinstance(source, str):
@@ -250,9 +241,9 @@ class VideoReader:
         video.thread_type = "SLICE" if low_delay else "AUTO"
         if low_delay:
             video.codec_context.flags |= av.codec.context.Flags.low_delay
-        self.sound = next(iter(self._container.streams.audio), None)
-        if self.sound is not None and self.sound.codec_context is None:
-            self.sound = None
+        sound = next(iter(self._container.streams.audio), None)
+        self._track = track_of(sound)
+        self._sound = sound if self._track else None
         duration = self._container.duration
         self.info = VideoInfo(
             video.codec_context.width,
@@ -260,7 +251,7 @@ class VideoReader:
             video.average_rate or video.guessed_rate or None,
             duration / av.time_base if duration and duration > 0 else None,
             video.codec_context.name,
-            self.sound.codec_context.name if self.sound else None,
+            self._track.codec if self._track else None,
         )
         if self._start > 0:
             origin = self._container.start_time or 0
@@ -291,15 +282,17 @@ class VideoReader:
                     now - before,
                     duration,
                     [Sound(packet.packet, shift) for packet in sound],
+                    self._track,
                 )
                 sound.clear()
                 yield frame
             before = time.monotonic()
+        self.rest = [Sound(packet.packet, -clock.origin) for packet in sound]
         if not clock.count:
             raise UnreadableVideo(f"{self.name}: not one frame in it can be decoded: it is damaged or truncated")
 
     def _decoded(self, sound: list[Sound]) -> Iterator[av.VideoFrame]:
-        streams = [self.stream, *([self.sound] if self.sound else [])]
+        streams = [self.stream, *([self._sound] if self._sound else [])]
         # FFmpeg's own count of errors ends nothing: a file of refused packets ends with its last one.
         packets = self._container.demux(*streams)
         while True:

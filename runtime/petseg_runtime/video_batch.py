@@ -153,6 +153,7 @@ def segment_video(
                 report.found += segmented.result.found
                 report.seconds = time.perf_counter() - start
                 watch(segmented, report)
+            sink.end(stream.rest)
         except InputError as error:
             report.error = str(error)
     if origin.endless:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,8 +22,9 @@ from petseg_runtime.errors import OutputError
 from petseg_runtime.files import replacing
 from petseg_runtime.result import Segmentation
 from petseg_runtime.sinks import Picture
-from petseg_runtime.video import Colours, Frame, Sound
+from petseg_runtime.video import Colours, Frame
 from petseg_runtime.video_looks import Painter
+from petseg_runtime.video_sound import Sound, Track, written_to
 
 __all__ = [
     "MOVIES",
@@ -35,6 +37,7 @@ __all__ = [
     "VideoSink",
     "frame_record",
     "next_number",
+    "numbered",
 ]
 
 
@@ -103,6 +106,9 @@ class VideoSink(Protocol):
             OutputError: It, and nothing after it, can be written.
         """
 
+    def end(self, sound: Sequence[Sound]) -> None:
+        """Write the sound behind the last frame; as ``write``."""
+
     def __enter__(self) -> Self: ...
 
     def __exit__(
@@ -122,6 +128,9 @@ class _Base:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def end(self, sound: Sequence[Sound]) -> None:
+        """Sound has no place here."""
 
     def close(self) -> None:
         """Complete the files."""
@@ -156,16 +165,16 @@ class MovieSink(_Base):
         self._paths, self._painter, self._audio = iter(paths), painter, audio
         self._endless, self._segment = endless, segment
         self._movie: _Movie | None = None
-        self._place: Any = None
+        self._opened = contextlib.ExitStack()
 
     def write(self, frame: Frame, result: Segmentation) -> None:
         """Write a frame; see :class:`VideoSink`."""
         painted = self._painter(frame, result)
-        movie = self._movie
-        if movie and (
-            movie.size != (painted.height, painted.width)
-            or (self._segment and frame.time - movie.since >= self._segment)
-        ):
+        movie, size = self._movie, (painted.height, painted.width)
+        if movie and (movie.size != size or (self._segment and frame.time - movie.since >= self._segment)):
+            late = [sound for sound in frame.sound if sound.time < frame.time]
+            self.end(late)
+            frame.sound = [sound for sound in frame.sound if sound not in late]
             self.close()
         with _errors_at(self.paths[-1] if self.paths else None):
             if self._movie is None:
@@ -175,50 +184,43 @@ class MovieSink(_Base):
 
     def _open(self, frame: Frame, painted: av.VideoFrame) -> None:
         path = next(self._paths)
+        track = frame.track if self._audio else None
+        with _errors_at(path), contextlib.ExitStack() as stack:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path if self._endless else stack.enter_context(replacing(path))
+            movie = _Movie(beside, MOVIES[path.suffix[1:]], frame, painted, track, self._endless)
+            self._movie = stack.enter_context(contextlib.closing(movie))
+            self._opened = stack.pop_all()
         self.paths.append(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if self._endless:
-            beside = path
-        else:
-            self._place = replacing(path)
-            beside = self._place.__enter__()
-        sound = next((sound for sound in frame.sound), None) if self._audio else None
-        with _errors_at(path):
-            self._movie = _Movie(beside, MOVIES[path.suffix[1:]], frame, painted, sound, self._endless)
-        if self._audio and self._movie.refused:
-            note = f"the sound ({self._movie.refused}) is left out: it does not fit into {path.suffix[1:].upper()}"
-            if note not in self.notes:
-                self.notes.append(note)
+        if self._movie.note and self._movie.note not in self.notes:
+            self.notes.append(self._movie.note)
+
+    def end(self, sound: Sequence[Sound]) -> None:
+        """Write the sound behind the last frame; see :class:`VideoSink`."""
+        if self._movie:
+            with _errors_at(self.paths[-1]):
+                self._movie.write_sound(sound)
 
     def close(self) -> None:
         """Complete the movie."""
-        movie, place, self._movie, self._place = self._movie, self._place, None, None
+        opened, self._opened, self._movie = self._opened, contextlib.ExitStack(), None
         with _errors_at(self.paths[-1] if self.paths else None):
-            try:
-                if movie:
-                    movie.close()
-            except BaseException as error:
-                if place:
-                    place.__exit__(type(error), error, error.__traceback__)
-                raise
-            if place:
-                place.__exit__(None, None, None)
+            opened.close()
 
 
 class _Movie:
     """One file that is being encoded."""
 
     def __init__(
-        self, path: Path, look: Look, frame: Frame, painted: av.VideoFrame, sound: Sound | None, endless: bool
+        self, path: Path, look: Look, frame: Frame, painted: av.VideoFrame, track: Track | None, endless: bool
     ) -> None:
         self.size = painted.height, painted.width
         self.since = frame.time
-        self.refused: str | None = None
-        self._first = frame.pts
+        self._first, self._start = frame.pts, frame.pts * frame.time_base
         self._file = av.open(str(path), "w", format=look.container, options=_muxing(look.container, endless))
         try:
             self._picture = self._picture_stream(look, frame, painted, endless)
-            self._sound = self._sound_stream(sound)
+            self._sound = written_to(self._file, track) if track else None
         except BaseException:
             self._file.close()
             raise
@@ -241,35 +243,25 @@ class _Movie:
             stream.metadata["alpha_mode"] = "1"
         return stream
 
-    def _sound_stream(self, sound: Sound | None) -> Any:
-        if sound is None:
-            return None
-        codec = sound.packet.stream.codec_context.codec.canonical_name
-        if codec not in self._file.supported_codecs:
-            self.refused = codec
-            return None
-        return self._file.add_stream_from_template(sound.packet.stream)
-
     def write(self, frame: Frame, painted: av.VideoFrame) -> None:
-        start = self._first * frame.time_base
-        for sound in frame.sound if self._sound else ():
-            self._pass_through(sound, start)
+        self.write_sound(frame.sound)
         painted.pts, painted.time_base, painted.duration = frame.pts - self._first, frame.time_base, frame.duration
         self._file.mux(self._picture.encode(painted))
 
-    def _pass_through(self, sound: Sound, start: Fraction) -> None:
-        packet: Any = sound.packet
-        # The same packet is never passed twice, so its times may be changed in place.
-        moved = round((sound.shift - start) / packet.time_base)
-        packet.dts = packet.dts + moved
-        packet.pts = packet.dts if packet.pts is None else packet.pts + moved
-        if packet.pts >= 0:
-            packet.stream = self._sound
-            self._file.mux(packet)
+    def write_sound(self, sound: Sequence[Sound]) -> None:
+        if self._sound:
+            self._sound.write(sound, self._start)
+
+    @property
+    def note(self) -> str | None:
+        """What had to be changed."""
+        return self._sound.note if self._sound else None
 
     def close(self) -> None:
         try:
             self._file.mux(self._picture.encode(None))
+            if self._sound:
+                self._sound.close()
         finally:
             self._file.close()
 
@@ -339,28 +331,29 @@ class LinesSink(_Base):
         """
         super().__init__()
         self._path, self._endless = path, endless
-        self._place: Any = None
         self._file: Any = None
+        self._opened = contextlib.ExitStack()
 
     def write(self, frame: Frame, result: Segmentation) -> None:
         """Write a frame; see :class:`VideoSink`."""
         with _errors_at(self._path):
             if self._file is None:
-                self.paths.append(self._path)
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._place = None if self._endless else replacing(self._path)
-                self._file = (self._place.__enter__() if self._place else self._path).open("x", encoding="utf-8")
+                self._open()
             self._file.write(json.dumps(frame_record(frame, result)) + "\n")
             self._file.flush()
 
+    def _open(self) -> None:
+        with contextlib.ExitStack() as stack:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            beside = self._path if self._endless else stack.enter_context(replacing(self._path))
+            self._file = stack.enter_context(beside.open("x", encoding="utf-8"))
+            self._opened = stack.pop_all()
+        self.paths.append(self._path)
+
     def close(self) -> None:
         """Complete the file."""
-        file, place, self._file, self._place = self._file, self._place, None, None
         with _errors_at(self._path):
-            if file:
-                file.close()
-            if place:
-                place.__exit__(None, None, None)
+            self._opened.close()
 
 
 def frame_record(frame: Frame, result: Segmentation) -> dict[str, Any]:

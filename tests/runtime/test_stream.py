@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from petseg_runtime.errors import EngineError, UnreadableVideo
 from petseg_runtime.stream import POLICIES, Segmented, Stream, Timings
-from petseg_runtime.video import Frame, Sound
+from petseg_runtime.video import Frame
+from petseg_runtime.video_sound import Sound
 
 
 def picture(value: int, pixels: str = "gray") -> av.VideoFrame:

@@ -1,0 +1,165 @@
+"""A video's sound on its way through: passed on as it is, or encoded anew where the file cannot hold it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Final
+
+import av
+import av.error
+
+__all__ = ["Sound", "Track", "track_of", "written_to"]
+
+
+@dataclass(frozen=True, eq=False)
+class Track:
+    """What a file must know of a sound before its first packet comes.
+
+    Attributes:
+        stream: A copy of the source's stream, which outlives the source.
+        codec: FFmpeg's name.
+        holder: Owns the copy.
+    """
+
+    stream: Any
+    codec: str
+    holder: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Sound:
+    """A packet of a source's sound.
+
+    Attributes:
+        packet: Encoded, with the source's own times.
+        shift: Seconds to add to them.
+    """
+
+    packet: Any
+    shift: Fraction
+
+    @property
+    def time(self) -> float:
+        """Seconds from the first frame, before it is written."""
+        return float((self.packet.pts or 0) * self.packet.time_base + self.shift)
+
+
+def track_of(stream: Any) -> Track | None:
+    """A source's track; None: there is no sound in it, or none that FFmpeg knows."""
+    if stream is None or stream.codec_context is None:
+        return None
+    # A container that is never written: the source may be closed before the first file is begun.
+    holder = av.open(io.BytesIO(), "w", format="matroska")
+    try:
+        return Track(holder.add_stream_from_template(stream), stream.codec_context.codec.canonical_name, holder)
+    except (ValueError, av.error.FFmpegError):
+        return None
+
+
+def written_to(file: Any, track: Track) -> _Passed | _Encoded:
+    """A track's way into a file whose header is not written yet.
+
+    Args:
+        file: An output container.
+        track: Of the source.
+
+    Returns:
+        What takes the packets, as they are if the file can hold them, else encoded anew as the file's usual codec.
+    """
+    if track.codec in _FITS[file.format.name]:
+        return _Passed(file, track)
+    return _Encoded(file, track, _USUAL[file.format.name])
+
+
+#: What players take from these files. FFmpeg writes more into MP4, PCM among it, which few of them play.
+_FITS: Final = {"mp4": {"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus"}, "webm": {"opus", "vorbis"}}
+
+#: The codec of what does not fit, and its rates in Hz, the usual one first.
+_USUAL: Final[dict[str, tuple[str, tuple[int, ...]]]] = {
+    "mp4": ("aac", (48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)),
+    "webm": ("libopus", (48000, 24000, 16000, 12000, 8000)),
+}
+
+
+#: Seconds: what is shorter is no gap in the sound, but a rounded time.
+_GAP: Final = 0.03
+
+
+class _Passed:
+    """Packets as they are."""
+
+    note: str | None = None
+
+    def __init__(self, file: Any, track: Track) -> None:
+        self._file, self._stream = file, file.add_stream_from_template(track.stream)
+
+    def write(self, sounds: Sequence[Sound], start: Fraction) -> None:
+        """Write packets; what lies before ``start``, in seconds, is left out."""
+        for sound in sounds:
+            packet = sound.packet
+            # A packet is never passed twice, so its times may be changed in place.
+            moved = round((sound.shift - start) / packet.time_base)
+            packet.dts = packet.dts + moved
+            packet.pts = packet.dts if packet.pts is None else packet.pts + moved
+            # The packet before the first one that is heard goes along: decoders need it to begin with.
+            if packet.pts + (packet.duration or 0) >= 0:
+                packet.stream = self._stream
+                self._file.mux(packet)
+
+    def close(self) -> None:
+        """Nothing is left to write."""
+
+
+class _Encoded:
+    """Packets decoded, and encoded as something that the file can hold."""
+
+    def __init__(self, file: Any, track: Track, usual: tuple[str, tuple[int, ...]]) -> None:
+        codec, rates = usual
+        source = track.stream.codec_context
+        self._file = file
+        self._decoder: Any = av.CodecContext.create(source.codec.name, "r")
+        self._decoder.extradata = source.extradata
+        self._decoder.sample_rate, self._decoder.layout = source.sample_rate, source.layout
+        rate = source.sample_rate if source.sample_rate in rates else rates[0]
+        layout = "mono" if source.layout.nb_channels == 1 else "stereo"
+        self._stream = file.add_stream(codec, rate=rate, layout=layout)
+        encoder = self._stream.codec_context
+        encoder.open()
+        self._resampler = av.AudioResampler(encoder.format, layout, rate, encoder.frame_size)
+        self._next: int | None = None  # where the next frame should begin, in samples
+        self.note = f"the sound ({track.codec}) is encoded anew as {encoder.codec.canonical_name}"
+
+    def write(self, sounds: Sequence[Sound], start: Fraction) -> None:
+        """Write packets; what lies before ``start``, in seconds, is left out."""
+        for sound in sounds:
+            try:
+                decoded = self._decoder.decode(sound.packet)
+            except av.error.InvalidDataError:  # a click, where players of the source have one, too
+                continue
+            for frame in decoded:
+                if frame.pts is not None and self._place(frame, sound.shift - start):
+                    self._encode(self._resampler.resample(frame))
+
+    def _place(self, frame: Any, shift: Fraction) -> bool:
+        """Say where a frame lies, in samples; False: before the start, or on what is there already."""
+        base = Fraction(1, frame.sample_rate)
+        begins = round((frame.pts * frame.time_base + shift) / base)
+        # Containers round times, some to milliseconds; frames follow each other without a gap all the same.
+        if self._next is not None and abs(begins - self._next) < _GAP * frame.sample_rate:
+            begins = self._next
+        if begins < (self._next or 0):
+            return False
+        frame.pts, frame.time_base, self._next = begins, base, begins + frame.samples
+        return True
+
+    def _encode(self, frames: Sequence[Any]) -> None:
+        for frame in frames:
+            self._file.mux(self._stream.encode(frame))
+
+    def close(self) -> None:
+        """Write what the encoder still holds."""
+        self._encode(self._resampler.resample(None))
+        self._file.mux(self._stream.encode(None))

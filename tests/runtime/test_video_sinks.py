@@ -1,0 +1,413 @@
+"""What is written, as peers read it: times, sound, colours, transparency; whole files or none."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from petseg_runtime import video_sinks
+from petseg_runtime.errors import OutputError
+from petseg_runtime.result import Segmentation
+from petseg_runtime.sinks import Picture, render_of
+from petseg_runtime.sources import Origin
+from petseg_runtime.video import Converter, Frame, VideoReader
+from petseg_runtime.video_batch import Reading, VideoReport, segment_video
+from petseg_runtime.video_looks import Painter
+from petseg_runtime.video_sinks import LinesSink, MovieSink, PicturesSink, RawSink, next_number, numbered
+
+HEIGHT, WIDTH = 48, 64
+
+ffprobe = pytest.mark.skipif(shutil.which("ffprobe") is None, reason="ffprobe is not installed (Debian: ffmpeg)")
+
+
+class Model:
+    """Pet where the picture is red."""
+
+    size = (HEIGHT, WIDTH)
+    threshold, cutout_threshold, min_area = 0.5, 0.3, 0.0
+
+    def describe(self) -> Any:
+        return type("Info", (), {"batch": 4, "streams": 1})()
+
+    def infer(self, images: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(images[..., 0])
+
+
+def picture(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """A red square that moves over blue."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[...] = (20, 40, 160)
+    left = 4 + number % (width // 2)
+    pixels[height // 4 : height // 2 + 8, left : left + width // 3] = (230, 30, 40)
+    return pixels
+
+
+def write_clip(
+    path: Path,
+    *,
+    frames: int = 30,
+    rate: Fraction = Fraction(25),
+    times: list[int] | None = None,
+    sound: str | None = "aac",
+    size: tuple[int, int] = (HEIGHT, WIDTH),
+    codec: str = "libx264",
+    options: dict[str, str] | None = None,
+) -> Path:
+    """A clip with a tone; ``times`` are in milliseconds."""
+    with av.open(str(path), "w") as file:
+        stream: Any = file.add_stream(codec, rate=rate, options=options or {})
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        if times:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        tone: Any = file.add_stream(sound, rate=48000, layout="stereo") if sound else None
+        for number in range(frames):
+            frame = av.VideoFrame.from_ndarray(picture(number, *size))
+            frame.pts, frame.time_base = (times[number], Fraction(1, 1000)) if times else (number, 1 / rate)
+            file.mux(stream.encode(frame))
+        if tone:
+            count = int(48000 * (times[-1] / 1000 if times else frames / rate))
+            samples = (0.2 * np.sin(np.arange(count) * 2 * np.pi * 440 / 48000)).astype(np.float32)
+            samples[: 48000 // 10] = 0  # a silence whose end can be found again
+            for start in range(0, count, 1024):
+                chunk = np.repeat(samples[None, start : start + 1024], 2, axis=0)
+                formats = {"pcm_s16le": "s16p", "aac": "fltp", "libopus": "fltp"}
+                chunk = (chunk * 32767).astype(np.int16) if sound == "pcm_s16le" else chunk
+                audio = av.AudioFrame.from_ndarray(chunk, format=formats[sound or ""], layout="stereo")
+                audio.sample_rate, audio.pts, audio.time_base = 48000, start, Fraction(1, 48000)
+                file.mux(tone.encode(audio))
+            file.mux(tone.encode(None))
+        file.mux(stream.encode(None))
+    return path
+
+
+def run(clip: Path, sink: Any, **reading: Any) -> VideoReport:
+    origin = Origin(str(clip), str(clip), Path(clip.stem))
+    model: Any = Model()
+    report = segment_video(origin, model, sink, Reading(**reading))
+    assert report.error is None
+    frames = report.frames
+    assert frames.decoded == report.written + frames.dropped + frames.failed
+    return report
+
+
+def movie(path: Path, kind: str = "overlay", **options: Any) -> MovieSink:
+    return MovieSink(iter([path]), Painter(kind), **{"endless": False, **options})
+
+
+def probe(path: Path, kind: str = "v", *, count: bool = False) -> dict[str, Any]:
+    command = ["ffprobe", "-v", "error", "-select_streams", kind, "-show_streams", "-of", "json", str(path)]
+    found = json.loads(subprocess.check_output([*command, *(["-count_frames"] if count else [])]))
+    streams: list[dict[str, Any]] = found["streams"]
+    return streams[0] if streams else {}
+
+
+def packets(path: Path) -> list[tuple[float, bytes]]:
+    with av.open(str(path)) as file:
+        stream = file.streams.audio[0]
+        return [(float(p.pts * p.time_base), bytes(p)) for p in file.demux(stream) if p.pts is not None]
+
+
+def frame_times(path: Path) -> list[Fraction]:
+    with av.open(str(path)) as file:
+        return [frame.pts * frame.time_base for frame in file.decode(video=0)]
+
+
+def beginning_of_tone(path: Path) -> float:
+    """Seconds, from the first frame."""
+    with av.open(str(path)) as file:
+        for frame in file.decode(audio=0):
+            samples = np.abs(frame.to_ndarray().astype(np.float64)).reshape(-1)
+            loud = np.flatnonzero(samples > 0.05 * (32768 if samples.max() > 2 else 1))
+            if len(loud):
+                channels = 1 if frame.format.is_planar else 2
+                return float(frame.pts * frame.time_base) + loud[0] % (len(samples)) / channels / frame.sample_rate
+    raise AssertionError("no tone")
+
+
+@ffprobe
+@pytest.mark.parametrize("rate", [Fraction(30000, 1001), Fraction(24000, 1001), Fraction(25), Fraction(60)])
+def test_rates_and_counts_are_those_of_the_source(tmp_path: Path, rate: Fraction) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", frames=45, rate=rate)
+    report = run(clip, movie(tmp_path / "out.mp4"))
+    about = probe(tmp_path / "out.mp4", count=True)
+    assert Fraction(about["avg_frame_rate"]) == Fraction(about["r_frame_rate"]) == rate
+    assert int(about["nb_read_frames"]) == int(about["nb_frames"]) == report.written == 45
+    assert float(about["duration"]) == pytest.approx(float(45 / rate), abs=1e-3)
+    assert float(about["start_time"]) == 0
+    assert (about["codec_name"], about["pix_fmt"]) == ("h264", "yuv420p")
+
+
+def test_a_variable_rate_stays_variable_frame_by_frame(tmp_path: Path) -> None:
+    times = [0, 40, 50, 130, 131, 400, 1000, 1040]
+    clip = write_clip(tmp_path / "clip.mkv", frames=len(times), times=times, sound=None)
+    run(clip, movie(tmp_path / "out.mp4"))
+    assert [round(1000 * time) for time in frame_times(tmp_path / "out.mp4")] == times
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 3}])
+def test_sound_is_passed_through_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", frames=50)
+    run(clip, movie(tmp_path / "out.mp4"), **options)
+    assert [data for _, data in packets(tmp_path / "out.mp4")] == [data for _, data in packets(clip)]
+    for (before, _), (after, _) in zip(packets(clip), packets(tmp_path / "out.mp4"), strict=True):
+        assert after == pytest.approx(before, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "kind", "codec"),
+    [("mp4", "webm", "cutout", "opus"), ("mkv", "mp4", "overlay", "aac"), ("webm", "mp4", "overlay", "opus")],
+)
+def test_sound_that_does_not_fit_is_encoded_anew_and_stays_in_time(
+    tmp_path: Path, source: str, target: str, kind: str, codec: str
+) -> None:
+    codecs = {"mp4": ("libx264", "aac"), "mkv": ("libx264", "pcm_s16le"), "webm": ("libvpx-vp9", "libopus")}
+    video, sound = codecs[source]
+    clip = write_clip(tmp_path / f"clip.{source}", frames=50, codec=video, sound=sound)
+    report = run(clip, movie(tmp_path / f"out.{target}", kind))
+    with av.open(str(tmp_path / f"out.{target}")) as file:
+        assert file.streams.audio[0].codec_context.codec.canonical_name == codec
+    assert bool(report.notes) == (source != "webm")
+    assert beginning_of_tone(tmp_path / f"out.{target}") == pytest.approx(beginning_of_tone(clip), abs=0.03)
+    length = sum(1 for _ in packets(tmp_path / f"out.{target}")) * (0.02 if codec == "opus" else 1024 / 48000)
+    assert length == pytest.approx(2.0, abs=0.1)
+
+
+def test_sound_begins_and_ends_with_the_part_that_is_taken(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", frames=100)
+    run(clip, movie(tmp_path / "out.mp4"), start=1.0, max_frames=50)
+    times = [time for time, _ in packets(tmp_path / "out.mp4")]
+    assert times[0] == pytest.approx(0, abs=0.03)
+    assert 1.6 < times[-1] < 2.3
+    assert len(frame_times(tmp_path / "out.mp4")) == 50
+    assert frame_times(tmp_path / "out.mp4")[0] == 0
+
+
+def test_sound_that_comes_late_and_no_sound(tmp_path: Path) -> None:
+    run(write_clip(tmp_path / "silent.mp4", sound=None), movie(tmp_path / "a.mp4"))
+    run(write_clip(tmp_path / "clip.mp4"), movie(tmp_path / "b.mp4", audio=False))
+    for name in "ab":
+        with av.open(str(tmp_path / f"{name}.mp4")) as file:
+            assert not file.streams.audio
+
+
+@ffprobe
+def test_a_phones_portrait_video_is_upright_and_says_no_rotation(tmp_path: Path) -> None:
+    lying = write_clip(tmp_path / "lying.mp4", sound=None)
+    clip = tmp_path / "clip.mp4"
+    with av.open(str(lying)) as source, av.open(str(clip), "w") as file:
+        stream = file.add_stream_from_template(source.streams.video[0], opaque=True)
+        stream.set_display_rotation(90)
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                file.mux(packet)
+    run(clip, movie(tmp_path / "out.mp4"))
+    about = probe(tmp_path / "out.mp4")
+    assert (about["height"], about["width"]) == (WIDTH, HEIGHT)
+    assert "side_data_list" not in about
+    shown = tmp_path / "shown.png"  # FFmpeg turns what it shows
+    subprocess.run(["ffmpeg", "-v", "error", "-i", str(clip), "-frames:v", "1", str(shown)], check=True)
+    with VideoReader(tmp_path / "out.mp4") as reader:
+        first = next(iter(reader)).pixels(Converter())
+    with Image.open(shown) as wanted:
+        upright = np.asarray(wanted.convert("RGB")).astype(int)
+    blue = upright[..., 0] < 60  # not painted on
+    assert 0.5 < blue.mean() < 0.95
+    assert np.median(np.abs(first.astype(int) - upright)[blue]) < 4
+    assert first[~blue][:, 1].mean() > 80  # painted on, in green
+
+
+@ffprobe
+@pytest.mark.parametrize(("size", "space"), [((48, 64), "smpte170m"), ((720, 1280), "bt709")])
+def test_colours_are_tagged_and_what_is_not_painted_on_keeps_its_own(
+    tmp_path: Path, size: tuple[int, int], space: str
+) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", frames=3, size=size, sound=None, options={"crf": "5"})
+    run(clip, movie(tmp_path / "out.mp4"))
+    about = probe(tmp_path / "out.mp4")
+    assert (about["color_space"], about["color_range"]) == (space, "tv")
+    with VideoReader(clip) as before, VideoReader(tmp_path / "out.mp4") as after:
+        pairs = [(a.pixels(Converter()), b.pixels(Converter())) for a, b in zip(before, after, strict=True)]
+    blue = pairs[0][0][..., 0] < 60
+    for source, written in pairs[:1]:
+        difference = np.abs(source[blue].astype(int) - written[blue])
+        assert difference.mean() < 3
+
+
+def test_masks_survive_the_encoder(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", size=(240, 320), sound=None)
+    run(clip, movie(tmp_path / "out.mp4", "mask"))
+    with VideoReader(clip) as before, VideoReader(tmp_path / "out.mp4") as after:
+        for source, written in zip(before, after, strict=True):
+            small = source.pixels(Converter(), HEIGHT, WIDTH)[..., 0]
+            wanted = np.asarray(Image.fromarray(small).resize((320, 240), Image.Resampling.BILINEAR)) >= 128
+            got = written.pixels(Converter())[..., 0] >= 128
+            assert (wanted & got).sum() / (wanted | got).sum() > 0.99
+
+
+def test_cutouts_are_transparent(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", sound=None)
+    run(clip, movie(tmp_path / "out.webm", "cutout"))
+    with av.open(str(tmp_path / "out.webm")) as file:
+        stream = file.streams.video[0]
+        assert stream.metadata.get("ALPHA_MODE", stream.metadata.get("alpha_mode")) == "1"
+        decoder: Any = av.CodecContext.create("libvpx-vp9", "r")
+        frames = [frame for packet in file.demux(stream) for frame in decoder.decode(packet)]
+    assert len(frames) == 30
+    assert frames[0].format.name == "yuva420p"
+    alpha = np.frombuffer(frames[0].planes[3], np.uint8).reshape(HEIGHT, -1)[:, :WIDTH]
+    red = picture(0)[..., 0] > 200
+    assert alpha[red].mean() > 240
+    assert alpha[: HEIGHT // 4 - 4].max() < 16
+
+
+@pytest.mark.parametrize("size", [(49, 64), (48, 65), (49, 65)])
+def test_odd_sides_are_made_even(tmp_path: Path, size: tuple[int, int]) -> None:
+    clip = tmp_path / "clip.mkv"
+    with av.open(str(clip), "w") as file:
+        stream: Any = file.add_stream("ffv1", rate=25)
+        stream.height, stream.width, stream.pix_fmt = *size, "bgr0"
+        for number in range(5):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture(number, *size))))
+        file.mux(stream.encode(None))
+    run(clip, movie(tmp_path / "out.mp4"))
+    with av.open(str(tmp_path / "out.mp4")) as file:
+        video = file.streams.video[0]
+        assert (video.height, video.width) == (size[0] + size[0] % 2, size[1] + size[1] % 2)
+
+
+def test_pieces_have_their_length_their_sound_and_times_from_nought(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", frames=75)
+    sink = MovieSink(numbered(tmp_path / "out", "mp4"), Painter("overlay"), endless=True, segment=1.0)
+    report = run(clip, sink)
+    assert [path.name for path in report.paths] == ["0001.mp4", "0002.mp4", "0003.mp4"]
+    lengths = [len(frame_times(path)) for path in report.paths]
+    assert lengths == [25, 25, 25]
+    assert all(frame_times(path)[0] < Fraction(3, 100) for path in report.paths)
+    count = sum(len(packets(path)) for path in report.paths)
+    assert count == pytest.approx(len(packets(clip)), abs=1), "nothing is lost between pieces"
+
+
+def test_what_is_there_is_numbered_on_not_replaced(tmp_path: Path) -> None:
+    assert next_number(tmp_path / "nowhere") == 1
+    for name in ("0001.mp4", "0007.ndjson", "notes.txt", "0009"):
+        (tmp_path / name).touch()
+    assert next_number(tmp_path) == 10
+    assert next(numbered(tmp_path, "mp4")) == tmp_path / "0010.mp4"
+
+
+def test_frames_of_another_size_begin_another_file(tmp_path: Path) -> None:
+    frames = [frame_of(n, *((48, 64) if n < 5 else (64, 48))) for n in range(10)]
+    paths = (tmp_path / f"{n}.mp4" for n in itertools.count())
+    with MovieSink(paths, Painter("mask"), endless=False) as sink:
+        for frame in frames:
+            sink.write(frame, result_of(frame))
+    assert [len(frame_times(path)) for path in sink.paths] == [5, 5]
+    assert frame_times(sink.paths[1])[0] == 0
+
+
+def frame_of(number: int, height: int = HEIGHT, width: int = WIDTH) -> Frame:
+    return Frame(
+        number, number, Fraction(1, 25), av.VideoFrame.from_ndarray(picture(number, height, width)), duration=1
+    )
+
+
+def result_of(frame: Frame) -> Segmentation:
+    pixels = frame.pixels(Converter())
+    return Segmentation(pixels, np.ascontiguousarray(pixels[..., 0]), 0.5, 0.3)
+
+
+SINKS: dict[str, Callable[[Path], Any]] = {
+    "movie": lambda path: movie(path / "out.mp4"),
+    "lines": lambda path: LinesSink(path / "out.ndjson", endless=False),
+}
+
+
+@pytest.mark.parametrize("name", SINKS)
+def test_a_file_is_whole_or_not_there(tmp_path: Path, name: str) -> None:
+    with SINKS[name](tmp_path) as sink:
+        frame = frame_of(0)
+        sink.write(frame, result_of(frame))
+        assert all(path.name.startswith(".") for path in tmp_path.iterdir())
+    (path,) = tmp_path.iterdir()
+    assert path == sink.paths[0]
+
+
+def test_a_disk_that_is_full_is_an_output_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        def __init__(self, *_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(video_sinks, "_Movie", Full)
+    frame = frame_of(0)
+    full = pytest.raises(OutputError, match=r"out\.mp4: cannot be written \(No space left on device\)")
+    with full, movie(tmp_path / "out.mp4") as sink:
+        sink.write(frame, result_of(frame))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_encoder_that_fails_at_the_end_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any) -> None:
+        self._file.close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(video_sinks._Movie, "close", fail)
+    frame = frame_of(0)
+    with pytest.raises(OutputError, match="No space left"), movie(tmp_path / "out.mp4") as sink:
+        sink.write(frame, result_of(frame))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_may_not_be_made_is_an_output_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    frame = frame_of(0)
+    for sink in (movie(tmp_path / "file" / "out.mp4"), LinesSink(tmp_path / "file" / "x.ndjson", endless=True)):
+        with pytest.raises(OutputError, match="cannot be written"), sink:
+            sink.write(frame, result_of(frame))
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("mask", 0), ("overlay", 3), ("cutout", 4)])
+def test_raw_frames_are_those_of_the_numbered_pictures(tmp_path: Path, kind: str, channels: int) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", frames=4, sound=None)
+    with (tmp_path / "raw").open("wb") as stream:
+        run(clip, RawSink(stream, Picture(kind, "raw", render_of(kind))))
+    run(clip, PicturesSink(tmp_path / "out", Picture(kind, "png", render_of(kind))))
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [f"{n:06d}.png" for n in range(4)]
+    shape = (4, HEIGHT, WIDTH, *([channels] if channels else []))
+    raw = np.fromfile(tmp_path / "raw", np.uint8).reshape(shape)
+    for name, frame in zip(names, raw, strict=True):
+        with Image.open(tmp_path / "out" / name) as saved:
+            np.testing.assert_array_equal(np.asarray(saved), frame)
+
+
+def test_a_pipe_of_raw_frames_refuses_another_size(tmp_path: Path) -> None:
+    with (tmp_path / "raw").open("wb") as stream, RawSink(stream, Picture("mask", "raw", render_of("mask"))) as sink:
+        sink.write(frame_of(0), result_of(frame_of(0)))
+        other = frame_of(1, 20, 20)
+        with pytest.raises(OutputError, match="cannot tell its reader"):
+            sink.write(other, result_of(other))
+
+
+def test_lines_say_what_was_found(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", frames=5)
+    run(clip, LinesSink(tmp_path / "out.ndjson", endless=False))
+    lines = [json.loads(line) for line in (tmp_path / "out.ndjson").read_text().splitlines()]
+    assert [line["number"] for line in lines] == list(range(5))
+    assert [line["time"] for line in lines] == [0.0, 0.04, 0.08, 0.12, 0.16]
+    for line in lines:
+        assert set(line) == {"number", "time", "height", "width", "coverage", "found", "box"}
+        assert line["coverage"] == pytest.approx((picture(0)[..., 0] > 200).mean(), abs=0.05)
