@@ -213,6 +213,7 @@ class VideoReader:
         self.name = name or (os.fspath(source) if isinstance(source, (str, os.PathLike)) else "<stream>")
         self._start = start
         self.undecodable = 0  #: packets that the decoder refused
+        self._refused = ""  # why
         self.rest: list[Sound] = []  #: sound behind the last frame, once that has come
         if isinstance(source, os.PathLike):
             source = os.fspath(source)
@@ -220,7 +221,12 @@ class VideoReader:
             _check_file(Path(source))
         with _errors_of(self.name, "cannot be opened"):
             self._container = av.open(
-                source, "r", format=container, options=dict(_LOCAL if options is None else options), timeout=timeout
+                source,
+                "r",
+                format=container,
+                options=dict(_LOCAL if options is None else options),
+                timeout=timeout,
+                metadata_errors="replace",  # titles in old files are in any encoding
             )
         try:
             with _errors_of(self.name, "cannot be opened"):
@@ -264,7 +270,7 @@ class VideoReader:
             UnreadableVideo: Not a single frame could be decoded, or reading failed on the way; frames that were
                 delivered stay valid.
         """
-        clock = _Clock(self.stream, self._start)
+        clock = _Clock(self.stream, self._start, decoding_order=self._container.format.name == "avi")
         sound: list[Sound] = []
         before = time.monotonic()
         for decoded in self._decoded(sound):
@@ -289,31 +295,40 @@ class VideoReader:
             before = time.monotonic()
         self.rest = [Sound(packet.packet, -clock.origin) for packet in sound]
         if not clock.count:
-            raise UnreadableVideo(f"{self.name}: not one frame in it can be decoded: it is damaged or truncated")
+            why = f" ({self._refused})" if self._refused else ""
+            raise UnreadableVideo(f"{self.name}: not one frame in it can be decoded: it is damaged or truncated{why}")
 
     def _decoded(self, sound: list[Sound]) -> Iterator[av.VideoFrame]:
-        streams = [self.stream, *([self._sound] if self._sound else [])]
-        # FFmpeg's own count of errors ends nothing: a file of refused packets ends with its last one.
-        packets = self._container.demux(*streams)
-        while True:
-            with _errors_of(self.name, "reading it failed"):
-                packet = next(packets, None)
-            if packet is None:
-                return
+        for packet in self._packets():
             if packet.stream.type == "audio":
                 if packet.dts is not None:
                     sound.append(Sound(packet, Fraction(0)))
                 continue
             try:
                 frames: Any = packet.decode()
-            except (av.error.InvalidDataError, av.error.PatchWelcomeError):
+            except (
+                av.error.FFmpegError
+            ) as error:  # decoders say dozens of things of damage; the next packet may be whole
                 self.undecodable += 1
+                self._refused = _reason(error)
                 continue
-            except av.error.FFmpegError as error:
-                raise UnreadableVideo(f"{self.name}: decoding it failed ({_reason(error)})") from error
             for frame in frames:
                 _check_size(frame.width, frame.height, self.name)
                 yield frame
+
+    def _packets(self) -> Iterator[av.Packet[Any]]:
+        streams = [self.stream, *([self._sound] if self._sound else [])]
+        packets = self._container.demux(*streams)
+        while True:
+            try:
+                with _errors_of(self.name, "reading it failed"):
+                    packet = next(packets, None)
+            except IndexError:  # PyAV, of a stream that was not there when the file was opened; the packet is lost
+                packets = self._container.demux(*streams)
+                continue
+            if packet is None:
+                return
+            yield packet
 
     def close(self) -> None:
         """Close the file."""
@@ -331,7 +346,9 @@ class VideoReader:
 class _Clock:
     """When each frame is shown: the source's own times, counted from the first frame, and always growing."""
 
-    def __init__(self, stream: Any, start: float) -> None:
+    def __init__(self, stream: Any, start: float, *, decoding_order: bool = False) -> None:
+        # AVI says when a frame is decoded, never when it is shown; in order that is the same, but for a shift.
+        self._time = "dts" if decoding_order else "pts"
         self.time_base: Fraction = stream.time_base or Fraction(1, 90000)
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         self._step = max(1, round(1 / rate / self.time_base))  # where a frame does not say when it is shown
@@ -348,7 +365,7 @@ class _Clock:
 
     def at(self, picture: av.VideoFrame) -> tuple[int | None, int]:
         """When a frame is shown and for how long; None if that is before the start that was asked for."""
-        pts = picture.pts
+        pts = getattr(picture, self._time)
         if pts is not None and picture.time_base and picture.time_base != self.time_base:
             pts = round(pts * picture.time_base / self.time_base)
         if pts is not None and self._from is not None and pts < self._from:

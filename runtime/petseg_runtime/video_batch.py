@@ -99,7 +99,7 @@ def segment_video(
     *,
     watch: Watch = lambda segmented, report: None,
     tell: Tell = lambda change: None,
-    begun: Callable[[Stream], None] = lambda stream: None,
+    begun: Callable[[Stream, float | None], None] = lambda stream, seconds: None,
     mask_only: bool = False,
 ) -> VideoReport:
     """Segment every frame of a source that the policy lets through.
@@ -111,7 +111,8 @@ def segment_video(
         reading: Which frames are taken.
         watch: Told of each frame.
         tell: Told of each change of a live source's state.
-        begun: Given the stream, whose :meth:`~petseg_runtime.stream.Stream.stop` ends it in order.
+        begun: Given the stream, whose :meth:`~petseg_runtime.stream.Stream.stop` ends it in order; and how many
+            seconds of the source will be read, if that is known.
         mask_only: The frames themselves are not part of the results.
 
     Returns:
@@ -141,7 +142,7 @@ def segment_video(
         mask_only=mask_only,
         smooth=reading.smooth,
     )
-    begun(stream)
+    begun(stream, _seconds(frames, reading))
     report.frames, report.paths, report.notes = stream.counts, sink.paths, sink.notes
     with sink, stream:
         try:
@@ -179,6 +180,12 @@ class _States:
             if not self._ended:
                 self._ended = change.state == "ended"
                 self._tell(change)
+
+
+def _seconds(frames: VideoReader | LiveSource, reading: Reading) -> float | None:
+    if isinstance(frames, LiveSource) or frames.info.duration is None:
+        return None
+    return max(0.0, frames.info.duration - reading.start)
 
 
 def _nothing(frames: VideoReader | LiveSource, reading: Reading) -> str:

@@ -18,7 +18,7 @@ from petseg_runtime.errors import EXIT_PARTIAL, InputError, OutputError
 
 if TYPE_CHECKING:
     from petseg_runtime.batch import Done, Report
-    from petseg_runtime.cli.infer_video import Videos
+    from petseg_runtime.cli.infer_video import Output, Videos
     from petseg_runtime.pipeline import Outcome
     from petseg_runtime.segmenter import Segmenter
     from petseg_runtime.sinks import Sink
@@ -119,11 +119,12 @@ def infer(
     looks = {"as": kind, "format": options.pop("format"), "background": background}
     of_video = {name: options.pop(name) for name in VIDEO_OPTIONS}
     found = _find(sources, folder, raw, _pairs(input_option))
-    _check(found, of_video, kind, looks["format"], background)
+    _check(found, of_video | {"input_option": input_option}, kind, looks["format"], background)
+    made = _made(found, folder, looks, of_video, resume) if found.streams else None
     with contextlib.ExitStack() as stack:
         segmenter = stack.enter_context(_segmenter(len(found.photos), quiet, **options))
         _tell(segmenter, verbose, quiet)
-        videos = _videos(found, segmenter, folder, looks, of_video, (as_json, quiet, verbose))
+        videos = _videos(segmenter, made, of_video, (as_json, quiet, verbose)) if made else None
         # Makes the folder, so not before there is something to write.
         sink = _sink(found.photos, folder, resume, **looks) if found.photos else None
         journal = None
@@ -167,6 +168,11 @@ class _Found:
     @property
     def live(self) -> bool:
         return any(origin.endless for origin in self.streams)
+
+    @property
+    def remote(self) -> bool:
+        """Whether FFmpeg opens more than local files."""
+        return any(origin.options is not None and isinstance(origin.target, str) for origin in self.streams)
 
 
 def _find(sources: Sequence[str], folder: Path | None, raw: str | None, options: dict[str, str]) -> _Found:
@@ -229,53 +235,82 @@ def _check(found: _Found, given: dict[str, Any], kind: str, format: str | None, 
 
     Raises:
         OutputError: The kind, the format and the background do not fit together, or not to the sources.
-        InputError: An option for videos, and there is none.
+        InputError: An option for sources of which there is none, or the background cannot be read.
     """
-    from petseg_runtime.sinks import KINDS, check_looks
+    from petseg_runtime.sinks import KINDS, background_of, check_looks
 
     if found.photos or not found.streams:
         if kind == "lines":
             raise OutputError("lines are of videos; for photos, --json prints the same")
         check_looks(kind, format, background)
     if found.streams:
-        from petseg_runtime.video_sinks import VIDEO_FORMATS
-
-        formats = VIDEO_FORMATS.get(kind, ())
-        if not formats:
-            raise OutputError(f"{kind} is of photos; a video can be: {', '.join(VIDEO_FORMATS)}")
-        if format and format not in formats:
-            raise OutputError(f"{kind} of a video is not written as {format}; it can be: {', '.join(formats)}")
+        _check_videos(kind, format)
         if kind in KINDS:
             check_looks(kind, None, background)
-    elif unused := [name for name, value in given.items() if value]:
-        raise InputError(f"--{unused[0].replace('_', '-')} is for videos and streams, and there is none")
+    for what, names, there in (
+        ("videos and streams", VIDEO_OPTIONS, bool(found.streams)),
+        ("cameras and streams", ("give_up",), found.live),
+        ("cameras, streams and other URLs", ("stall", "input_option"), found.remote),
+        ("what has an end", ("start",), not found.live),
+    ):
+        if not there and (unused := [name for name in names if given[name]]):
+            raise InputError(f"--{unused[0].replace('_', '-')} is for {what}, and there is none")
+    if background is not None:
+        background_of(background)
 
 
-def _videos(
-    found: _Found,
-    segmenter: Segmenter,
-    folder: Path | None,
-    looks: dict[str, str | None],
-    given: dict[str, Any],
-    told: tuple[bool, bool, bool],
-) -> Videos | None:
-    if not found.streams:
-        return None
-    from petseg_runtime.cli.infer_video import Output, Videos, check_places
-    from petseg_runtime.video_batch import Reading
+def _check_videos(kind: str, format: str | None) -> None:  # noqa: A002
+    """Refuse what a video cannot become.
+
+    Raises:
+        OutputError: Says what it can become.
+    """
     from petseg_runtime.video_sinks import VIDEO_FORMATS
 
-    kind = str(looks["as"])
-    usual = VIDEO_FORMATS[kind][0] if folder else "raw"
+    formats = VIDEO_FORMATS.get(kind, ())
+    if not formats:
+        raise OutputError(f"{kind} is of photos; a video can be: {', '.join(VIDEO_FORMATS)}")
+    if format and format not in formats:
+        raise OutputError(f"{kind} of a video is not written as {format}; it can be: {', '.join(formats)}")
+
+
+def _made(
+    found: _Found, folder: Path | None, looks: dict[str, str | None], given: dict[str, Any], resume: bool
+) -> Output:
+    """What is made of the videos, and where.
+
+    Raises:
+        OutputError: It cannot go there, or would replace something.
+    """
+    from petseg_runtime.cli.infer_video import Output, check_places
+    from petseg_runtime.sinks import KINDS
+    from petseg_runtime.video_sinks import MOVIES, VIDEO_FORMATS
+
+    kind, asked = str(looks["as"]), looks["format"]
+    if folder is None and asked:
+        raise OutputError(f"raw frames go to standard output, not {asked}: give a folder with --output")
+    form = asked or (VIDEO_FORMATS[kind][0] if folder else "raw")
+    if given["segment"] and form not in MOVIES:
+        raise OutputError(f"--segment is for movies ({', '.join(MOVIES)}), not {form}")
+    if resume and found.live:
+        raise OutputError("--resume is for files: a stream's results are numbered on, and nothing is replaced")
     output = Output(
         folder=folder,
         kind=kind,
-        format=looks["format"] or usual,
+        format=form,
         background=looks["background"],
         segment=given["segment"],
         audio=not given["no_audio"],
     )
-    check_places(output, found.streams)
+    suffix = asked or next(iter(KINDS[kind].formats), "") if kind in KINDS else ""
+    photos = {str(i.source): str(folder / i.name) + f".{suffix}" for i in found.photos} if folder else {}
+    return check_places(output, found.streams, photos, resume=resume)
+
+
+def _videos(segmenter: Segmenter, made: Output, given: dict[str, Any], told: tuple[bool, bool, bool]) -> Videos:
+    from petseg_runtime.cli.infer_video import Videos
+    from petseg_runtime.video_batch import Reading
+
     reading = Reading(
         start=given["start"] or 0.0,
         stride=given["stride"] or 1,
@@ -285,7 +320,7 @@ def _videos(
         patience=given["give_up"],
         smooth=given["smooth"] or 0.0,
     )
-    return Videos(segmenter, output, reading, *told)
+    return Videos(segmenter, made, reading, *told)
 
 
 def _pairs(texts: Sequence[str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -10,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from petseg_runtime.cli.text import SCHEMA_VERSION, shown
-from petseg_runtime.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, OutputError, PetsegError
+from petseg_runtime.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, OutputError
 
 if TYPE_CHECKING:
     from petseg_runtime.journal import Journal
@@ -48,6 +49,7 @@ class Output:
         background: What ``--background`` asked for.
         segment: Seconds in one movie.
         audio: Pass the sound through.
+        reserved: Real paths that no further movie of a source may take.
     """
 
     folder: Path | None
@@ -56,6 +58,7 @@ class Output:
     background: str | None = None
     segment: float | None = None
     audio: bool = True
+    reserved: frozenset[str] = frozenset()
 
     def of(self, origin: Origin) -> VideoSink:
         """The sink of one source.
@@ -68,7 +71,8 @@ class Output:
 
         place = self.place(origin) if self.folder else Path("-")
         if self.format == "ndjson":
-            return video_sinks.LinesSink(self._free(origin, place), endless=origin.endless)
+            path = next(video_sinks.numbered(place, "ndjson")) if origin.endless else place
+            return video_sinks.LinesSink(path, endless=origin.endless)
         if self.format in video_sinks.MOVIES:
             painter = Painter(self.kind, sinks.background_of(self.background) if self.background else None)
             movies = self._movies(origin, place)
@@ -93,31 +97,25 @@ class Output:
         """Where one source's results are: a file; a folder if there are several, or may be."""
         assert self.folder is not None
         name = self.folder / origin.name
-        return name if self._is_folder(origin) else name.with_name(f"{name.name}.{self.format}")
+        return name.with_name(f"{name.name}.{self.format}") if self.is_one_file(origin) else name
 
-    def _is_folder(self, origin: Origin) -> bool:
+    def is_one_file(self, origin: Origin) -> bool:
+        """Whether a source's result is a file, not a folder of them."""
         from petseg_runtime.video_sinks import MOVIES
 
-        return origin.endless or self.segment is not None or self.format not in (*MOVIES, "ndjson")
+        return not origin.endless and self.segment is None and self.format in (*MOVIES, "ndjson")
 
     def _movies(self, origin: Origin, place: Path) -> Iterator[Path]:
+        """The names of a source's movies, one after the other."""
         from petseg_runtime.video_sinks import numbered
 
-        if self._is_folder(origin):
-            return numbered(place, self.format) if origin.endless else _named(place, self.format)
+        if origin.endless:
+            return numbered(place, self.format)
+        if self.segment is not None:  # those of an earlier run are replaced
+            return (place / f"{number:04d}.{self.format}" for number in itertools.count(1))
         # Frames may change their size within a file, too.
         more = (place.with_name(f"{place.stem}-{number}{place.suffix}") for number in itertools.count(2))
-        return itertools.chain([place], more)
-
-    def _free(self, origin: Origin, place: Path) -> Path:
-        from petseg_runtime.video_sinks import numbered
-
-        return next(numbered(place, "ndjson")) if self._is_folder(origin) else place
-
-
-def _named(folder: Path, suffix: str) -> Iterator[Path]:
-    """The pieces of a video that has an end: those of an earlier run are replaced."""
-    return (folder / f"{number:04d}.{suffix}" for number in itertools.count(1))
+        return itertools.chain([place], (path for path in more if os.path.realpath(path) not in self.reserved))
 
 
 @dataclass
@@ -145,6 +143,7 @@ class Videos:
     _told: dict[str, float] = field(default_factory=dict)
     _signal: int | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _printing: threading.Lock = field(default_factory=threading.Lock)  # may be held for long: a reader may be slow
 
     def run(self, origins: Sequence[Origin], items: dict[str, Item], journal: Journal | None) -> int | None:
         """Segment them all.
@@ -162,7 +161,7 @@ class Videos:
             EngineError: The engine failed.
         """
         with self._signals():
-            if origins and origins[0].endless:
+            if any(origin.endless for origin in origins):
                 self._all_at_once(origins)
             else:
                 for origin in origins:
@@ -187,25 +186,29 @@ class Videos:
         return {"count": len(self.reports) + self.skipped, **counts}
 
     def _file(self, origin: Origin, item: Item | None, journal: Journal | None) -> None:
-        path = self.output.place(origin) if self.output.folder else None
-        result = path if path and path.suffix[1:] == self.output.format else None
-        if journal and item and journal.finished(item, result):
+        if not journal or not item:
+            self._one(origin)
+            return
+        place = self.output.place(origin)
+        result = place if self.output.is_one_file(origin) else None
+        if journal.finished(item, result) and place.exists():
             self.skipped += 1
             return
         report = self._one(origin)
-        if journal and item and not report.error and not report.stopped:
+        if not report.error and not report.stopped:
             journal.add(item, result)
 
     def _all_at_once(self, origins: Sequence[Origin]) -> None:
-        problems: list[PetsegError] = []
+        problems: list[Exception] = []
 
         def work(origin: Origin) -> None:
             try:
                 self._one(origin)
-            except PetsegError as error:  # said at the end: the others go on
+            except Exception as error:  # noqa: BLE001 (raised at the end: the others go on)
                 problems.append(error)
 
-        threads = [threading.Thread(target=work, args=(o,), name=f"petseg-{o.name}") for o in origins]
+        # Daemons, because a second signal ends the process at once.
+        threads = [threading.Thread(target=work, args=(o,), name=f"petseg-{o.name}", daemon=True) for o in origins]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -216,7 +219,11 @@ class Videos:
     def _one(self, origin: Origin) -> VideoReport:
         from petseg_runtime.video_batch import segment_video
 
-        with _Progress(origin, self.quiet or self.output.folder is None or len(self._streams) > 0) as progress:
+        with self._stoppable() as begin, _Progress(origin, self.reading, self._silent) as progress:
+
+            def begun(stream: Stream, seconds: float | None) -> None:
+                progress.expect(seconds)
+                begin(stream)
 
             def watch(segmented: Segmented, report: VideoReport) -> None:
                 progress.advance(segmented)
@@ -229,18 +236,34 @@ class Videos:
                 self.reading,
                 watch=watch,
                 tell=lambda change: self._tell_state(origin, change),
-                begun=self._begin,
+                begun=begun,
                 mask_only=self.output.mask_only,
             )
         self.reports.append(report)
         self._tell_end(origin, report)
         return report
 
-    def _begin(self, stream: Stream) -> None:
-        with self._lock:
-            self._streams.add(stream)
-        if self._signal is not None:
-            stream.stop()
+    @property
+    def _silent(self) -> bool:
+        return self.quiet or self.output.folder is None
+
+    @contextlib.contextmanager
+    def _stoppable(self) -> Iterator[Callable[[Stream], None]]:
+        """Gives what must be told of the stream that a signal is to stop from then on."""
+        streams: list[Stream] = []
+
+        def begin(stream: Stream) -> None:
+            streams.append(stream)
+            with self._lock:
+                self._streams.add(stream)
+            if self._signal is not None:
+                stream.stop()
+
+        try:
+            yield begin
+        finally:
+            with self._lock:
+                self._streams.difference_update(streams)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -248,7 +271,7 @@ class Videos:
 
         def stop(number: int, frame: object) -> None:
             if self._signal is not None:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(EXIT_TERMINATED)
             self._signal = number
             # Elsewhere, because a handler runs between any two steps of this thread, which may hold a lock just now.
             threading.Thread(target=self._stop_all, daemon=True).start()
@@ -271,7 +294,7 @@ class Videos:
 
     def _tell(self, **event: Any) -> None:
         line = json.dumps({"schema_version": SCHEMA_VERSION, **event})
-        with self._lock:
+        with self._printing:
             click.echo(line)
 
     def _tell_frame(self, origin: Origin, segmented: Segmented, report: VideoReport) -> None:
@@ -330,18 +353,23 @@ def _line(report: VideoReport) -> str:
 
 
 class _Progress:
-    """A bar where people watch: of the time that a video lasts, or just of frames."""
+    """A bar where people watch: of the frames that are wanted or the time that a video lasts, as far as that is known.
 
-    def __init__(self, origin: Origin, quiet: bool) -> None:
+    Of live sources there is none: they have no end, and several would draw over each other.
+    """
+
+    def __init__(self, origin: Origin, reading: Reading, quiet: bool) -> None:
         self._bar: Any = None
+        self._frames = reading.max_frames
         if sys.stderr.isatty() and not quiet and not origin.endless:
             from rich.console import Console
-            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+            from rich.markup import escape
+            from rich.progress import Progress, TextColumn
 
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task(shown(origin.shown))
-            self._name = shown(origin.shown)
+            console = Console(stderr=True)
+            seen = TextColumn("{task.fields[frames]} frames")
+            self._bar = Progress(*Progress.get_default_columns(), seen, console=console, transient=True)
+            self._task = self._bar.add_task(escape(shown(origin.shown)), total=None, frames=0)
 
     def __enter__(self) -> _Progress:
         if self._bar:
@@ -352,23 +380,51 @@ class _Progress:
         if self._bar:
             self._bar.stop()
 
+    def expect(self, seconds: float | None) -> None:
+        """So long the video lasts; None: that is not known."""
+        if self._bar:
+            self._bar.update(self._task, total=self._frames or seconds)
+
     def advance(self, segmented: Segmented) -> None:
         """One frame more."""
         if self._bar:
             frame = segmented.frame
-            self._bar.update(self._task, description=f"{self._name}: {frame.number + 1} frames, {frame.time:.1f} s")
+            done = frame.number + 1 if self._frames else frame.time
+            self._bar.update(self._task, completed=done, frames=frame.number + 1)
 
 
-def check_places(output: Output, origins: Sequence[Origin]) -> None:
-    """Refuse a result that would replace a source.
+def check_places(output: Output, origins: Sequence[Origin], photos: Mapping[str, str], *, resume: bool) -> Output:
+    """Refuse results that would replace a source, each other, or what somebody may have put beside the sources.
+
+    Args:
+        output: What is made of the videos.
+        origins: The videos.
+        photos: The photos of the same run, and where each one's result goes.
+        resume: What lies there is this run's own.
+
+    Returns:
+        The output, with what its further movies must not replace.
 
     Raises:
-        OutputError: It would.
+        OutputError: They would; nothing is written yet.
     """
     if output.folder is None:
-        return
-    sources = {os.path.realpath(o.target): o.target for o in origins if isinstance(o.target, str) and o.options is None}
+        return output
+    files = [o.target for o in origins if isinstance(o.target, str) and o.options is None]
+    sources = {os.path.realpath(path) for path in (*files, *photos)}
+    folders = {os.path.dirname(source) for source in sources}  # noqa: PTH120 (a text is compared, not a path)
+    places = {os.path.realpath(output.place(origin)): origin.shown for origin in origins}
+    results = {os.path.realpath(result): photo for photo, result in photos.items()} | places
     for origin in origins:
-        path = output.place(origin)
-        if os.path.realpath(path) in sources:
-            raise OutputError(f"{path}: the result of {origin.shown} would replace a video; choose another --output")
+        place = output.place(origin)
+        real = os.path.realpath(place)
+        within = [other for path, other in results.items() if path.startswith(real + os.sep)]
+        if real in sources:
+            raise OutputError(f"{place}: the result of {origin.shown} would replace a source; choose another --output")
+        if within:
+            raise OutputError(
+                f"{place}: results of {origin.shown} and {within[0]} would mix; use one --output for each"
+            )
+        if not resume and not origin.endless and os.path.dirname(real) in folders and place.exists():  # noqa: PTH120
+            raise OutputError(f"{place}: there already, beside the videos; move it, or choose another --output")
+    return dataclasses.replace(output, reserved=frozenset(sources | results.keys()))

@@ -1,0 +1,585 @@
+"""``petseg infer`` with videos: every one answered for, stopped in order, resumed; wrong combinations refused at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from petseg.cli import run
+from petseg_runtime.journal import JOURNAL
+
+Toy: TypeAlias = Callable[..., Any]
+
+HEIGHT, WIDTH = 48, 64
+needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed (Debian: ffmpeg)")
+
+
+def picture(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """A red square, which the toy takes for a pet, that moves over blue."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[...] = (20, 40, 160)
+    left = 4 + number % (width // 2)
+    pixels[height // 4 : height // 2 + 8, left : left + width // 3] = (240, 30, 40)
+    return pixels
+
+
+def write_clip(path: Path, frames: int = 20, *, sound: bool = True, size: tuple[int, int] = (HEIGHT, WIDTH)) -> Path:
+    """25 frames a second, with a tone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as file:
+        stream: Any = file.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        tone: Any = file.add_stream("aac", rate=48000, layout="mono") if sound else None
+        pictures = [av.VideoFrame.from_ndarray(picture(number, *size)) for number in range(32)]
+        for number in range(frames):
+            frame = pictures[number % 32]
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            file.mux(stream.encode(frame))
+            if tone:
+                samples = np.sin(np.arange(1920 * number, 1920 * number + 1920) * 0.05)[None].astype(np.float32)
+                audio = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+                audio.sample_rate, audio.pts, audio.time_base = 48000, 1920 * number, Fraction(1, 48000)
+                file.mux(tone.encode(audio))
+        file.mux(stream.encode(None))
+        if tone:
+            file.mux(tone.encode(None))
+    return path
+
+
+def frames_in(path: Path) -> int:
+    with av.open(str(path)) as file:
+        return sum(1 for _ in file.decode(video=0))
+
+
+def tree(folder: Path) -> list[str]:
+    """All files below, hidden ones too."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="session")
+def model(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Pet is what is red."""
+    return str(toy(tmp_path_factory.mktemp("model") / "toy.onnx", height=HEIGHT, width=WIDTH).path)
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``short.mp4`` of 20 frames, ``long.mp4`` of 1500, ``cut.mp4``, which is damaged behind its half."""
+    folder = tmp_path_factory.mktemp("clips")
+    write_clip(folder / "short.mp4")
+    write_clip(folder / "long.mp4", 1500)
+    whole = write_clip(folder / "whole.ts", 100).read_bytes()
+    (folder / "cut.mp4").write_bytes(cut(write_clip(folder / "whole.mp4", 100)))
+    assert len(whole) > 0
+    return folder
+
+
+def cut(path: Path) -> bytes:
+    """An MP4 whose index is at its front, cut in the middle of its frames."""
+    front = path.with_name("front.mp4")
+    with av.open(str(path)) as source, av.open(str(front), "w", options={"movflags": "faststart"}) as file:
+        stream = file.add_stream_from_template(source.streams.video[0], opaque=True)
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                file.mux(packet)
+    data = front.read_bytes()
+    return data[: data.index(b"mdat") + (len(data) - data.index(b"mdat")) // 2]
+
+
+def infer(*args: object) -> int:
+    return run(["infer", *map(str, args)])
+
+
+@dataclass
+class Command:
+    """The real command in a process of its own."""
+
+    process: subprocess.Popen[str]
+
+    def lines(self, count: int) -> list[dict[str, Any]]:
+        assert self.process.stdout
+        return [json.loads(self.process.stdout.readline()) for _ in range(count)]
+
+    def end(self) -> tuple[list[dict[str, Any]], str, int]:
+        out, err = self.process.communicate(timeout=60)
+        return [json.loads(line) for line in out.splitlines()], err, self.process.returncode
+
+
+@pytest.fixture
+def start(model: str) -> Iterator[Callable[..., Command]]:
+    """Starts ``petseg infer``. Whoever does not read its standard output brings it to a halt: the pipe is full."""
+    begun: list[subprocess.Popen[str]] = []
+
+    def begin(*args: object, **options: Any) -> Command:
+        command = [sys.executable, "-m", "petseg.cli", "infer", "--model", model, *map(str, args)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+        begun.append(subprocess.Popen(command, **pipes))
+        return Command(begun[-1])
+
+    yield begin
+    for process in begun:
+        process.kill()
+        process.communicate()
+
+
+def events(out: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in out.splitlines()]
+    assert all(event["schema_version"] == 1 for event in found)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ folders
+
+
+def mixed(folder: Path, clips: Path) -> Path:
+    """Photos and videos with the same stems, broken ones, sub-folders."""
+    write = {"a/clip.mp4": "short.mp4", "a/clip.mov": "short.mp4", "b/x.mp4": "short.mp4", "cut.mp4": "cut.mp4"}
+    for name, source in write.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(clips / source, folder / name)
+    for name in ("a/clip.jpg", "b/x2.png"):
+        Image.fromarray(picture(0)).save(folder / name)
+    (folder / "bad.mp4").write_bytes(b"no video")
+    (folder / "bad.jpg").write_bytes(b"no photo")
+    (folder / "empty.webm").touch()
+    return folder
+
+
+def test_a_folder_of_photos_and_videos_and_broken_ones_is_answered_for(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = mixed(tmp_path / "in", clips), tmp_path / "out"
+    assert infer(source, "--as", "mask", "--model", model, "--output", out, "--json") == 3
+    shown = capsys.readouterr()
+    *told, summary = events(shown.out)
+    assert summary["event"] == "summary"
+    assert (summary["photos"], summary["done"], summary["failed"]) == (3, 2, 1)
+    assert summary["videos"] == {"count": 6, "done": 3, "failed": 3, "stopped": 0, "skipped": 0}
+    names = ["a/clip.jpg.png", "a/clip.mov.mp4", "a/clip.mp4.mp4", "b/x.mp4", "b/x2.png", "cut.mp4"]
+    assert tree(out) == sorted([JOURNAL, *names])
+    of_cut = next(event for event in told if event["event"] == "video" and event["input"].endswith("cut.mp4"))
+    assert of_cut["error"].startswith(f"{source / 'cut.mp4'}: ")
+    assert frames_in(out / "cut.mp4") == of_cut["written"] > 20
+    for name in ("bad.mp4", "bad.jpg", "empty.webm", "cut.mp4"):
+        assert shown.err.count(f"petseg: {source / name}: ") == 1
+    for event in told:
+        if event["event"] == "video":
+            frames = event["frames"]
+            assert frames["decoded"] == event["written"] + frames["dropped"] + frames["failed"]
+            assert sum(e["event"] == "frame" and e["input"] == event["input"] for e in told) == event["written"]
+
+
+def test_all_failed_is_1(tmp_path: Path, clips: Path, model: str) -> None:
+    assert infer(clips / "cut.mp4", "--model", model, "--output", tmp_path, "--as", "mask") == 1
+    assert frames_in(tmp_path / "cut.mp4") > 20
+    assert infer(tmp_path / "none.mp4", "--model", model, "--output", tmp_path, "--as", "mask") == 1
+
+
+def test_the_output_may_lie_in_the_source_which_is_not_read_again(tmp_path: Path, clips: Path, model: str) -> None:
+    shutil.copy(clips / "short.mp4", tmp_path / "clip.mov")
+    for _ in range(2):
+        assert infer(tmp_path, "--as", "mask", "--model", model, "--output", tmp_path / "out") == 0
+    assert tree(tmp_path) == ["clip.mov", "out/clip.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("options", "there", "said"),
+    [
+        (["--as", "mask"], "clip.mp4", "would replace a source"),
+        (["--as", "mask"], None, "would replace a source"),
+        (["--as", "cutout"], "clip.webm", "there already, beside the videos"),
+        (["--as", "mask", "--segment", "1"], "clip/0001.mp4", "there already, beside the videos"),
+        (["--as", "mask", "--format", "png"], "clip/000000.png", "there already, beside the videos"),
+    ],
+)
+def test_a_result_never_replaces_what_lies_beside_the_source(
+    tmp_path: Path, clips: Path, capsys: pytest.CaptureFixture[str], options: list[str], there: str | None, said: str
+) -> None:
+    clip = tmp_path / "clip.mp4"
+    shutil.copy(clips / "short.mp4", clip)
+    if there and there != "clip.mp4":
+        (tmp_path / there).parent.mkdir(exist_ok=True)
+        (tmp_path / there).write_text("mine")
+    before = {name: (tmp_path / name).read_bytes() for name in tree(tmp_path)}
+    assert infer(clip, *options, "--output", tmp_path, "--model", "none.onnx") == 6
+    assert said in capsys.readouterr().err
+    assert {name: (tmp_path / name).read_bytes() for name in tree(tmp_path)} == before
+
+
+def test_a_videos_pictures_are_not_mixed_with_those_of_photos(
+    tmp_path: Path, clips: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in"
+    (source / "clip").mkdir(parents=True)
+    shutil.copy(clips / "short.mp4", source / "clip.mp4")
+    Image.fromarray(picture(0)).save(source / "clip" / "000000.jpg")
+    assert infer(source, "--as", "mask", "--format", "png", "--output", tmp_path / "out", "--model", "none.onnx") == 6
+    assert "would mix; use one --output for each" in capsys.readouterr().err
+    assert tree(tmp_path / "out") == []
+
+
+def test_frames_that_change_their_size_never_replace_another_result(tmp_path: Path, model: str) -> None:
+    source = tmp_path / "in"
+    write_clip(source / "clip-2.mp4", 5, sound=False)
+    small, large = (
+        write_clip(tmp_path / f"{name}.ts", 10, sound=False, size=size)
+        for name, size in (("small", (48, 64)), ("large", (64, 96)))
+    )
+    (source / "clip.ts").write_bytes(small.read_bytes() + large.read_bytes())
+    assert infer(source, "--as", "mask", "--model", model, "--output", tmp_path / "out") == 0
+    assert tree(tmp_path / "out") == [JOURNAL, "clip-2.mp4", "clip-3.mp4", "clip.mp4"]
+    assert [frames_in(tmp_path / "out" / f"clip{n}.mp4") for n in ("", "-2", "-3")] == [10, 5, 10]
+
+
+# ------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_long_file_in_order(
+    tmp_path: Path, clips: Path, start: Callable[..., Command], number: int, code: int
+) -> None:
+    command = start(clips / "long.mp4", "--as", "overlay", "--output", tmp_path, "--json")
+    told = command.lines(5)
+    command.process.send_signal(number)
+    more, err, returned = command.end()
+    assert (returned, err) == (code, "")
+    *_, video, summary = told + more
+    assert video["stopped"] is True
+    assert video["error"] is None
+    assert summary["videos"] == {"count": 1, "done": 0, "failed": 0, "stopped": 1, "skipped": 0}
+    assert tree(tmp_path) == ["long.mp4"]
+    assert frames_in(tmp_path / "long.mp4") == video["written"] == video["frames"]["decoded"]
+    assert 5 <= video["written"] < 1500
+    with av.open(str(tmp_path / "long.mp4")) as file:
+        length = max(packet.pts * packet.time_base for packet in file.demux(audio=0) if packet.pts is not None)
+    assert abs(length - video["written"] / 25) < 0.1  # the sound ends with the picture
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_second_signal_ends_it_at_once_and_leaves_nothing(
+    tmp_path: Path, clips: Path, start: Callable[..., Command], number: int, code: int
+) -> None:
+    command = start(clips / "long.mp4", "--as", "overlay", "--output", tmp_path, "--json")
+    command.lines(5)
+    time.sleep(0.5)  # until it waits for its reader
+    command.process.send_signal(number)
+    time.sleep(0.3)
+    command.process.send_signal(number)
+    _, err, returned = command.end()
+    assert returned == code
+    assert "Traceback" not in err
+    assert tree(tmp_path) == []
+
+
+def test_a_run_that_was_killed_is_resumed(
+    tmp_path: Path, clips: Path, model: str, start: Callable[..., Command], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    for name, clip in {"a/one.mp4": "short.mp4", "b/two.mp4": "long.mp4", "b/three.mp4": "short.mp4"}.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(clips / clip, source / name)
+    Image.fromarray(picture(0)).save(source / "photo.png")
+    command = start(source, "--as", "mask", "--output", out, "--json")
+    assert command.process.stdout
+    for line in command.process.stdout:
+        event = json.loads(line)
+        if event["event"] == "frame" and event["input"].endswith("two.mp4"):
+            break
+    command.process.kill()
+    command.process.wait()
+    done = tree(out)
+    assert "b/two.mp4" not in done
+    assert {"a/one.mp4", "b/three.mp4", "photo.png"} < set(done)
+    assert any(".part" in name for name in done)
+    before = (out / "a" / "one.mp4").stat().st_mtime_ns
+    assert infer(source, "--as", "mask", "--output", out, "--model", model, "--json", "--resume") == 0
+    summary = events(capsys.readouterr().out)[-1]
+    assert (summary["done"], summary["skipped"]) == (0, 1)
+    assert summary["videos"] == {"count": 3, "done": 1, "failed": 0, "stopped": 0, "skipped": 2}
+    assert tree(out) == [JOURNAL, "a/one.mp4", "b/three.mp4", "b/two.mp4", "photo.png"]
+    assert (out / "a" / "one.mp4").stat().st_mtime_ns == before
+    assert [frames_in(out / name) for name in ("a/one.mp4", "b/two.mp4", "b/three.mp4")] == [20, 1500, 20]
+
+
+def test_a_folder_of_pictures_that_is_gone_is_made_again(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--as", "mask", "--format", "png", "--output", tmp_path, "--model", model, "--json", "--resume"]
+    for expected in ("done", "skipped", "done"):
+        assert infer(clips / "short.mp4", *options) == 0
+        assert events(capsys.readouterr().out)[-1]["videos"][expected] == 1
+        assert tree(tmp_path / "short") == [f"{number:06d}.png" for number in range(20)]
+        if expected == "skipped":
+            shutil.rmtree(tmp_path / "short")
+
+
+def test_a_shorter_run_leaves_no_pictures_of_a_longer_one(tmp_path: Path, clips: Path, model: str) -> None:
+    options = ["--as", "mask", "--format", "png", "--output", tmp_path, "--model", model]
+    assert infer(clips / "short.mp4", *options) == 0
+    (tmp_path / "short" / "notes.txt").write_text("mine")
+    assert infer(clips / "short.mp4", *options, "--max-frames", 3) == 0
+    assert tree(tmp_path / "short") == ["000000.png", "000001.png", "000002.png", "notes.txt"]
+
+
+def test_pieces_of_a_longer_run_are_gone_too(tmp_path: Path, clips: Path, model: str) -> None:
+    options = ["--as", "mask", "--output", tmp_path, "--model", model, "--segment"]
+    assert infer(clips / "short.mp4", *options, 0.2) == 0
+    assert tree(tmp_path / "short") == ["0001.mp4", "0002.mp4", "0003.mp4", "0004.mp4"]
+    assert infer(clips / "short.mp4", *options, 0.4) == 0
+    assert tree(tmp_path / "short") == ["0001.mp4", "0002.mp4"]
+    assert [frames_in(tmp_path / "short" / f"000{n}.mp4") for n in (1, 2)] == [10, 10]
+
+
+# ---------------------------------------------------------------------------------------------- full disks
+
+
+@pytest.mark.parametrize("options", [["--as", "overlay"], ["--as", "lines"], ["--as", "mask", "--format", "png"]])
+def test_a_full_disk_is_6_and_leaves_no_part(
+    tmp_path: Path, clips: Path, start: Callable[..., Command], options: list[str]
+) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150, 150) if "png" in options else (20000, 20000))
+
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    _, err, code = start(
+        clips / "long.mp4", *options, "--output", tmp_path / "out", preexec_fn=limit, env=environment
+    ).end()
+    assert code == 6
+    assert re.fullmatch(r"petseg: .*/out/long.*: cannot be written \(File too large\)\n", err)
+    assert tree(tmp_path / "out") == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_6(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert infer(clips / "short.mp4", "--output", tmp_path / "file" / "out", "--model", model) == 6
+    assert "cannot be written" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- pipes
+
+
+def test_raw_frames_come_out_of_a_pipe_as_they_are_in_pictures(
+    tmp_path: Path, clips: Path, model: str, start: Callable[..., Command]
+) -> None:
+    for kind, channels in (("mask", ()), ("overlay", (3,)), ("cutout", (4,))):
+        command = start(clips / "short.mp4", "--as", kind, "--output", "-", text=False)
+        out, err = command.process.communicate(timeout=60)
+        assert command.process.returncode == 0
+        frames = np.frombuffer(out, np.uint8).reshape(20, HEIGHT, WIDTH, *channels)  # type: ignore[call-overload]
+        assert infer(clips / "short.mp4", "--as", kind, "--format", "png", "--output", tmp_path, "--model", model) == 0
+        for number, frame in enumerate(frames):
+            with Image.open(tmp_path / "short" / f"{number:06d}.png") as saved:
+                np.testing.assert_array_equal(np.asarray(saved), frame)
+        assert b"20 frames" in err  # type: ignore[operator]
+
+
+def test_a_video_comes_and_goes_through_pipes(tmp_path: Path, clips: Path, start: Callable[..., Command]) -> None:
+    with (clips / "whole.ts").open("rb") as source:
+        out, _ = start("-", "--as", "mask", "-q", stdin=source, text=False).process.communicate(timeout=60)
+    assert len(out) == 100 * HEIGHT * WIDTH
+    raw = np.stack([picture(number) for number in range(7)]).tobytes()
+    command = start("-", "--raw", f"{WIDTH}x{HEIGHT}@25", "--as", "mask", stdin=subprocess.PIPE, text=False)
+    out, _ = command.process.communicate(raw, timeout=60)  # type: ignore[arg-type]
+    masks = np.frombuffer(out, np.uint8).reshape(7, HEIGHT, WIDTH)  # type: ignore[call-overload]
+    np.testing.assert_array_equal(masks[3], np.where(picture(3)[..., 0] > 128, 255, 0))
+
+
+@pytest.mark.parametrize("source", ["long.mp4", "lavfi:testsrc=size=64x48:rate=25"])
+def test_a_reader_that_goes_away_is_no_error_of_ours(clips: Path, start: Callable[..., Command], source: str) -> None:
+    given = source if ":" in source else clips / source
+    process = start(given, "--as", "overlay", "--output", "-", text=False).process
+    assert process.stdout
+    assert process.stderr
+    process.stdout.read(1000)
+    process.stdout.close()
+    process.wait(timeout=60)
+    assert b"Traceback" not in process.stderr.read()
+    assert b"Broken" not in process.stderr.read()
+    assert process.returncode == 1
+
+
+# ------------------------------------------------------------------------------------------- what is told
+
+
+def test_lines_are_a_file_of_json(tmp_path: Path, clips: Path, model: str) -> None:
+    assert infer(clips / "short.mp4", "--as", "lines", "--output", tmp_path, "--model", model) == 0
+    lines = [json.loads(line) for line in (tmp_path / "short.ndjson").read_text().splitlines()]
+    assert [line["number"] for line in lines] == list(range(20))
+    assert all(line["found"] and line["height"] == HEIGHT for line in lines)
+
+
+def test_events_of_a_stream_account_for_every_frame(start: Callable[..., Command], tmp_path: Path) -> None:
+    source = "lavfi:testsrc=size=64x48:rate=100,realtime"
+    options = ["--as", "mask", "--output", tmp_path, "--json", "--max-frames", 30, "--policy", "latest"]
+    told, _, code = start(source, *options).end()
+    assert code == 0
+    kinds = {event["event"] for event in told}
+    assert kinds == {"state", "frame", "video", "summary"}
+    video = next(event for event in told if event["event"] == "video")
+    assert [event["state"] for event in told if event["event"] == "state"] == ["connecting", "live", "ended"]
+    assert video["frames"]["decoded"] == video["written"] + video["frames"]["dropped"] + video["frames"]["failed"]
+    assert sum(event["event"] == "frame" for event in told) == video["written"]
+    assert all(event["latency"] >= 0 for event in told if event["event"] == "frame")
+
+
+def test_for_people_there_is_a_line_for_each_video_and_a_count(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in"
+    for name in ("a.mp4", "b.mp4"):
+        write_clip(source / name, 5)
+    options = ["--as", "mask", "--output", tmp_path / "out", "--model", model]
+    assert infer(source, *options) == 0
+    shown = capsys.readouterr()
+    *lines, count = shown.out.splitlines()
+    for name, line in zip("ab", lines, strict=True):
+        place = re.escape(f"{source / name}.mp4 -> {tmp_path / 'out' / name}.mp4")
+        assert re.fullmatch(place + r"  5 frames, 100 % with a pet, [\d.]+ frames/s", line)
+    assert count == "2 videos: 2 done"
+    assert shown.err == ""
+    assert infer(source, *options, "-q") == 0
+    assert capsys.readouterr() == ("", "")
+    assert infer(source, *options, "-v") == 0
+    assert {"decode:", "convert:", "infer:", "write:", "latency:"} <= set(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("options", "last"), [([], "100%"), (["--max-frames", "30"], "100%")])
+def test_on_a_terminal_there_is_a_bar_with_a_percentage(
+    tmp_path: Path, clips: Path, start: Callable[..., Command], options: list[str], last: str
+) -> None:
+    terminal, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    process = start(
+        clips / "long.mp4", "--as", "mask", "--output", tmp_path, *options, stderr=theirs, env=environment
+    ).process
+    os.close(theirs)
+    seen = b""
+    while chunk := read_terminal(terminal):
+        seen += chunk
+    os.close(terminal)
+    assert process.wait(timeout=60) == 0
+    text = seen.decode(errors="replace")
+    assert re.search(r"\d+%", text)
+    assert "long.mp4" in text
+    assert re.search(r"\d+ frames", text)
+
+
+def read_terminal(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # the other end is closed
+        return b""
+
+
+# ------------------------------------------------------------------------------------- what does not go together
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["{photo}", "--start", "1"], 1, "--start is for videos and streams, and there is none"),
+        (["{photo}", "--no-audio"], 1, "--no-audio is for videos and streams, and there is none"),
+        (["{photo}", "--as", "lines"], 6, "lines are of videos; for photos, --json prints the same"),
+        (["{photo}", "--input-option", "a=b"], 1, "--input-option is for cameras, streams and other URLs"),
+        (["{clip}", "--input-option", "a=b"], 1, "--input-option is for cameras, streams and other URLs"),
+        (["{clip}", "--input-option", "ab"], 2, "NAME=VALUE is expected"),
+        (["{clip}", "--stall", "3"], 1, "--stall is for cameras, streams and other URLs"),
+        (["{clip}", "--give-up", "3"], 1, "--give-up is for cameras and streams, and there is none"),
+        (["lavfi:testsrc", "--start", "3"], 1, "--start is for what has an end, and there is none"),
+        (["lavfi:testsrc", "--resume"], 6, "--resume is for files"),
+        (["lavfi:testsrc", "{clip}"], 1, "live sources run until they are stopped"),
+        (["lavfi:testsrc", "{photo}"], 1, "live sources run until they are stopped"),
+        (["{clip}", "--raw", "64x48@25"], 1, "give - as a source, once"),
+        (["-", "--raw", "64x48"], 1, "WIDTHxHEIGHT@RATE is expected"),
+        (["{clip}", "--as", "coco-rle"], 6, "coco-rle is of photos; a video can be: mask, "),
+        (["{clip}", "--as", "mask", "--format", "webm"], 6, "it can be: mp4, png, raw"),
+        (["{clip}", "--as", "cutout", "--format", "mp4"], 6, "it can be: webm, png, webp, raw"),
+        (["{clip}", "--as", "lines", "--segment", "2"], 6, "--segment is for movies (mp4, webm), not ndjson"),
+        (["{clip}", "--as", "mask", "--format", "png", "--segment", "2"], 6, "--segment is for movies"),
+        (["{clip}", "--as", "background"], 6, "--background COLOUR or FILE and --as background belong together"),
+        (["{clip}", "--background", "chartruse"], 1, "neither a colour"),
+        (["{clip}", "--background", "{clip}"], 1, "clip.mp4: "),
+        (["{clip}", "--smooth", "1"], 2, "--smooth"),
+        (["{clip}", "--stride", "0"], 2, "--stride"),
+        (["{clip}", "--as", "mask", "--output", "-", "--format", "mp4"], 6, "give a folder with --output"),
+        (["{clip}", "--as", "lines", "--output", "-"], 6, "give a folder with --output"),
+        (["{clip}", "--output", "-", "--json"], 6, "give a folder with --output"),
+        (["{clip}", "{clip}", "--output", "-"], 6, "one result at a time"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_is_loaded(
+    tmp_path: Path, clips: Path, capsys: pytest.CaptureFixture[str], options: list[str], code: int, said: str
+) -> None:
+    places = {"photo": tmp_path / "photo.png", "clip": clips / "short.mp4"}
+    places["clip"] = Path(shutil.copy(clips / "short.mp4", tmp_path / "clip.mp4"))
+    Image.fromarray(picture(0)).save(places["photo"])
+    given = [option.format(**places) for option in options]
+    output = [] if "--output" in options else ["--output", str(tmp_path / "out")]
+    assert infer(*given, *output, "--model", tmp_path / "none.onnx") == code
+    out, err = capsys.readouterr()
+    assert said in err
+    assert "none.onnx" not in err
+    assert out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_start_beyond_the_end_is_told(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert infer(clips / "short.mp4", "--start", 100, "--output", out, "--model", model) == 1
+    assert "it ends before 100 s" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_photos_need_no_video_library(tmp_path: Path, model: str) -> None:
+    Image.fromarray(picture(0)).save(tmp_path / "photo.png")
+    code = (
+        "import sys; from petseg.cli import run\n"
+        f"code = run(['infer', {str(tmp_path / 'photo.png')!r}, '--as', 'mask', '--output', {str(tmp_path / 'o')!r}, "
+        f"'--model', {model!r}])\n"
+        "assert code == 0; assert 'av' not in sys.modules; assert 'rich' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
+
+
+# ------------------------------------------------------------------------------------------------ an end that is none
+
+
+@needs_ffmpeg
+def test_pieces_of_a_stream_are_numbered_on_and_replace_nothing(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--as", "mask", "--output", tmp_path, "--model", model, "--segment", 1, "--policy", "block"]
+    for run_number in (1, 2):
+        assert infer("lavfi:testsrc=size=64x48:rate=25", *options, "--max-frames", 60) == 0
+        capsys.readouterr()
+        assert tree(tmp_path / "lavfi") == [f"{number:04d}.mp4" for number in range(1, 3 * run_number + 1)]
+    for number, frames in enumerate([25, 25, 10] * 2, start=1):
+        path = tmp_path / "lavfi" / f"{number:04d}.mp4"
+        told = subprocess.check_output(["ffprobe", "-v", "error", "-show_format", "-of", "json", str(path)])
+        about = json.loads(told)["format"]
+        assert float(about["start_time"]) == 0
+        assert float(about["duration"]) == pytest.approx(frames / 25, abs=0.05)
+        assert frames_in(path) == frames
