@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ from rich.table import Table
 from petseg_runtime.cli.text import parse_size
 
 if TYPE_CHECKING:
+    from petseg.data import Pair
     from petseg.train import Observer, RunState
+    from petseg_runtime.errors import DataError
 
 __all__ = ["data", "evaluate", "train"]
 
@@ -158,6 +161,7 @@ def _observer(epochs: int, progress: Progress, quiet: bool) -> Observer:
 @click.option("--val-fraction", type=float, default=0.05, show_default=True, help="Share of trainval that is val.")
 @click.option("--split-seed", type=int, default=0, show_default=True, help="Decides which photos are val.")
 @click.option("--output", type=PATH, help="Folder for evaluation.json, worst.png and per-photo images.csv.")
+@click.option("--report", type=PATH, help="Folder for report.html, one page that explains the result, and report.json.")
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="Only errors.")
 def evaluate(
@@ -170,21 +174,30 @@ def evaluate(
     val_fraction: float,
     split_seed: int,
     output: Path | None,
+    report: Path | None,
     as_json: bool,
     quiet: bool,
 ) -> int:
     """Measure MODEL, a checkpoint or an exported file, on a labelled split.
 
     Pixels are counted at each mask's own resolution and added up over the split. The headline counts the trimap's
-    border as background; the other two readings are below it.
+    border as background; the other two readings are below it. With --report, a photo that cannot be read is named and
+    left out, and the exit code is 3; without it, it ends the measurement.
     """
     from petseg.data import Split, find
     from petseg.evaluate import evaluate as measure
     from petseg.evaluate import open_model, write_report
+    from petseg_runtime.errors import EXIT_PARTIAL
+
+    failed: list[tuple[str, str]] = []  # name and reason
+
+    def leave_out(pair: Pair, error: DataError) -> None:
+        failed.append((pair.name, str(error)))
 
     if threshold is not None and math.isnan(threshold):  # click's range lets it through
         raise click.BadParameter("nan does not lie between 0 and 1", param_hint="--threshold")
     pairs = find(root, Split(split), val_fraction=val_fraction, seed=split_seed)
+    _check_writable(output, report)  # before minutes of measuring, not after them
     with open_model(model, device) as opened, _progress(quiet) as progress:
         task = progress.add_task("measuring", total=len(pairs), detail="")
         result = measure(
@@ -194,18 +207,42 @@ def evaluate(
             opened.width,
             batch=batch,
             watch=lambda done: progress.update(task, completed=done),
+            failed=leave_out if report else None,
         )
         cut = opened.threshold if threshold is None else threshold
         record = {**result.summary(cut), "model": opened.describe(), "split": split}
+        if failed:
+            record["photos_failed"] = [name for name, _ in failed]
+        kept = set(result.names)
+        measured = [pair for pair in pairs if pair.name in kept]
         if output:
-            write_report(result, record, opened, pairs, output)
+            write_report(result, record, opened, measured, output)
+        if report:
+            from petseg import report as pages  # matplotlib takes a second to import
+
+            source = pages.Source(root, Split(split), measured, failed, val_fraction, split_seed)
+            pages.write(result, record, opened, source, model, report)
+    for _, reason in failed:
+        click.echo(f"petseg: {reason}; left out", err=True)
     if as_json:
         click.echo(json.dumps(record, indent=2))
     elif not quiet:
         _print_metrics(record)
-        if output:
-            click.echo(f"{output}: evaluation.json, images.csv, worst.png")
-    return 0
+        written = ((output, "evaluation.json, images.csv, worst.png"), (report, "report.html, report.json"))
+        click.echo("".join(f"{folder}: {names}\n" for folder, names in written if folder), nl=False)
+    return EXIT_PARTIAL if failed else 0
+
+
+def _check_writable(*folders: Path | None) -> None:
+    """Raises OutputError where a folder, or the nearest one above it that is there, is no folder or not ours."""
+    from petseg_runtime.errors import OutputError
+
+    for folder in filter(None, folders):
+        there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        if not there.is_dir():
+            raise OutputError(f"{folder}: cannot be written to ({there} is not a folder)")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise OutputError(f"{folder}: cannot be written to ({there}: permission denied)")
 
 
 def _print_metrics(record: dict[str, Any]) -> None:
