@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from petseg_runtime.cli.text import parse_size
+from petseg_runtime.errors import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
+    from petseg.config import TrainConfig
     from petseg.data import Pair
-    from petseg.train import Observer, RunState
+    from petseg.train import Observer, RunState, Trainer
     from petseg_runtime.errors import DataError
 
 __all__ = ["data", "evaluate", "train"]
@@ -45,7 +49,16 @@ def _progress(quiet: bool) -> Progress:
 @click.command()
 @click.option("--data", "root", type=PATH, required=True, help="Data folder (see `petseg data check`).")
 @click.option("--output", type=PATH, required=True, help="Where checkpoints, log and pictures go.")
-@click.option("--config", "config_file", type=PATH, help="Settings as TOML; options override it.")
+@click.option(
+    "--recipe",
+    is_flag=False,
+    flag_value="",
+    is_eager=True,
+    callback=lambda ctx, option, value: _recipe(ctx, value),
+    metavar="NAME",
+    help="Settings by name; without a name, the list of them.",
+)
+@click.option("--config", "config_file", type=PATH, help="Settings as TOML; they override the recipe, options both.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="One setting, e.g. optimizer.lr=0.002.")
 @click.option("--epochs", type=int, help="Passes over the data.")
 @click.option("--batch", type=int, help="Photos per step.")
@@ -56,11 +69,13 @@ def _progress(quiet: bool) -> Progress:
 @click.option("--init", type=PATH, help="Start from this checkpoint's weights, as far as they fit.")
 @click.option("--teacher", type=PATH, help="Learn from this model's probabilities too (loss.teacher: how much).")
 @click.option("--resume", is_flag=True, help="Go on with the run in --output.")
+@click.option("--tensorboard", is_flag=True, help="Curves and pictures for TensorBoard in --output/tensorboard.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="Only errors.")
 def train(
     root: Path,
     output: Path,
+    recipe: str | None,
     config_file: Path | None,
     settings: tuple[str, ...],
     epochs: int | None,
@@ -72,22 +87,72 @@ def train(
     init: Path | None,
     teacher: Path | None,
     resume: bool,
+    tensorboard: bool,
     as_json: bool,
     quiet: bool,
 ) -> int:
     """Train the attention U-Net; the defaults are the published recipe.
 
-    Keeps best.safetensors (to evaluate and export), last.safetensors (to --resume), log.csv, curves.png and
-    predictions.png in --output.
+    Keeps best.safetensors (to evaluate and export), last.safetensors (to --resume), log.csv, curves.png,
+    predictions.png and run.json in --output. With several GPUs: torchrun --nproc-per-node N -m petseg.cli train ...
     """
-    from petseg import plots
-    from petseg.config import TrainConfig, from_dict, load_toml, override
-    from petseg.device import pick_device
-    from petseg.train import LOG, Trainer
-    from petseg_runtime.errors import OutputError
+    from petseg.distributed import join, local_device
+    from petseg.train import Trainer
+    from petseg_runtime.errors import NonFiniteLoss
 
-    raw = load_toml(config_file) if config_file else {}
-    for key, value in (("epochs", epochs), ("batch", batch), ("seed", seed), ("model.width", width)):
+    short = {"epochs": epochs, "batch": batch, "seed": seed, "model.width": width}
+    config = _train_config(recipe, config_file, short, size, settings)
+    command = shlex.join(["petseg", *sys.argv[1:]])
+    where = local_device(device)
+    with join(where) as ranks:
+        hushed = quiet or not ranks.first
+        with _progress(hushed) as progress, _board(config, output, tensorboard and ranks.first) as board:
+            observer = _observer(config.epochs, progress, hushed)
+            trainer = Trainer(
+                config,
+                root,
+                output,
+                device=where,
+                init=init,
+                teacher=teacher,
+                resume=resume,
+                observer=_both(observer, board),
+                provenance={"command": command, **({"recipe": recipe} if recipe else {})},
+                ranks=ranks,
+            )
+            try:
+                best = trainer.fit()
+            except (KeyboardInterrupt, NonFiniteLoss) as error:
+                if ranks.first:
+                    raise
+                return getattr(error, "exit_code", EXIT_INTERRUPTED)  # the first process says it for all
+    if ranks.first:
+        _finish(trainer, best, as_json, quiet)
+    return 0
+
+
+def _recipe(ctx: click.Context, name: str | None) -> str | None:
+    """The name, if there is such a recipe; if not, what there is."""
+    from petseg import recipes
+
+    if name is None or name in recipes.names():
+        return name
+    listed = "\n".join(f"  {known:<10} {recipes.describe(known)}" for known in recipes.names())
+    if name:
+        raise click.BadParameter(f"there is no recipe {name!r}; there are:\n{listed}", ctx, param_hint="--recipe")
+    click.echo(listed)
+    raise click.exceptions.Exit(0)
+
+
+def _train_config(
+    recipe: str | None, config_file: Path | None, short: dict[str, Any], size: str | None, settings: tuple[str, ...]
+) -> TrainConfig:
+    """Recipe, file, options, --set: the later has the last word."""
+    from petseg import recipes
+    from petseg.config import TrainConfig, from_dict, load_toml, merge, override
+
+    raw = merge(recipes.load(recipe) if recipe else {}, load_toml(config_file) if config_file else {})
+    for key, value in short.items():
         if value is not None:
             override(raw, f"{key}={value}")
     if size is not None:
@@ -96,32 +161,49 @@ def train(
         override(raw, f"data.width={wide}")
     for assignment in settings:
         override(raw, assignment)
-    config = from_dict(TrainConfig, raw)
-    with _progress(quiet) as progress:
-        trainer = Trainer(
-            config,
-            root,
-            output,
-            device=pick_device(device),
-            init=init,
-            teacher=teacher,
-            resume=resume,
-            observer=_observer(config.epochs, progress, quiet),
-            provenance={"command": shlex.join(["petseg", *sys.argv[1:]])},
-        )
-        best = trainer.fit()
+    return from_dict(TrainConfig, raw)
+
+
+def _finish(trainer: Trainer, best: Path, as_json: bool, quiet: bool) -> None:
+    """The pictures, the record, and what is printed at the end."""
+    from petseg import plots
+    from petseg.record import RUN, write_record
+    from petseg.train import LOG
+    from petseg_runtime.errors import OutputError
+
+    output, history = trainer.output, trainer.state.history
     try:
-        plots.curves(trainer.state.history, output / "curves.png")
-        plots.predictions(best, trainer.val_pairs[:6], output / "predictions.png")
+        plots.curves(history, output / "curves.png")
+        plots.predictions(best, trainer.good_val_pairs[:6], output / "predictions.png")
     except OSError as error:
         raise OutputError(f"{output}: the pictures cannot be written ({error.strerror or error})") from error
-    row = max(trainer.state.history, key=lambda r: r["val_iou"])
+    write_record(trainer)
+    row = max(history, key=lambda r: r["val_iou"])
     if as_json:
         click.echo(json.dumps({"schema_version": 1, "checkpoint": str(best), "best": row}))
     elif not quiet:
         click.echo(f"{best}: validation IoU {row['val_iou']:.4f} at threshold {row['val_threshold']:.2f}")
-        click.echo(f"{output / LOG}, curves.png and predictions.png beside it")
-    return 0
+        click.echo(f"{output / LOG}, {RUN}, curves.png and predictions.png beside it")
+
+
+@contextlib.contextmanager
+def _board(config: TrainConfig, output: Path, wanted: bool) -> Iterator[Observer | None]:
+    if not wanted:
+        yield None
+        return
+    from petseg.tensorboard import TensorBoard  # tensorboard takes seconds to import
+
+    board = TensorBoard(output / "tensorboard", config.data.height, config.data.width)
+    try:
+        yield board
+    finally:
+        board.close()
+
+
+def _both(observer: Observer, board: Observer | None) -> Observer:
+    from petseg.train import Observers
+
+    return Observers(observer, board) if board else observer
 
 
 def _observer(epochs: int, progress: Progress, quiet: bool) -> Observer:

@@ -33,7 +33,7 @@ from petseg_runtime.errors import TrainingError
 SMALL = ["--width", "2", "--size", "32", "--batch", "4", "--device", "cpu", "--set", "amp=fp32"]
 #: Each test's own cache folder is empty, and matplotlib would spend seconds on filling it.
 FONTS = matplotlib.get_cachedir()
-FILES = {"best.safetensors", "last.safetensors", "log.csv", "curves.png", "predictions.png"}
+FILES = {"best.safetensors", "last.safetensors", "log.csv", "run.json", "curves.png", "predictions.png"}
 
 
 @dataclass(frozen=True)
