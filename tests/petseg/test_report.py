@@ -192,6 +192,12 @@ def test_each_photo_and_the_ends(make: Maker, pairs: list[Pair]) -> None:
     assert len([s for s in made.page.all("src") if s.startswith("data:image/jpeg;base64,")]) == 3 * 18
 
 
+def test_a_photo_without_a_pet_is_never_among_the_best() -> None:
+    iou = np.array([1, 0.2, 0.9, 0.4, 0.8, 0.3])
+    assert report.ends(iou, np.array([False, True, True, True, True, True])) == ([2, 4], [1, 5, 3, 0])
+    assert report.ends(iou, np.full(6, fill_value=True)) == ([0, 2], [1, 5, 3, 4])
+
+
 def test_the_sweep_is_counting_at_every_threshold(make: Maker, pairs: list[Pair]) -> None:
     made = make(pairs)
     found = made.values["sweep"]
