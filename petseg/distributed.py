@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,12 +23,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from petseg.device import pick_device
-from petseg_runtime.errors import EngineError, PetsegError, TrainingError
+from petseg_runtime.errors import EngineError, TrainingError
 
 __all__ = ["Ranks", "SyncedBatchNorm", "join", "local_device", "lost", "synchronized"]
 
 #: How long a process waits for the others. The first one validates alone meanwhile, so it is not short.
 TIMEOUT: Final = timedelta(minutes=30)
+#: How gloo and NCCL say that another process is gone; gloo's errors have no class of their own.
+GONE: Final = re.compile(r"gloo|NCCL|pair closure|[Cc]onnection (closed|reset)|[Tt]imed out")
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def join(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
         timeout: After which a process that waits for the others gives up.
 
     Raises:
-        TrainingError: They do not find each other.
+        TrainingError: They do not find each other, or one of them ends or does not answer in time.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
@@ -109,7 +112,9 @@ def join(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"the processes of this run do not find each other ({error})") from error
-    yield Ranks(dist.get_rank(), dist.get_world_size())
+    ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    with lost(ranks):
+        yield ranks
     # After an error the others may be in the middle of an exchange, and leaving in order would wait for them.
     dist.destroy_process_group()
 
@@ -124,8 +129,7 @@ def lost(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        gone = isinstance(error, dist.DistError) or "gloo" in str(error)
-        if ranks.size == 1 or isinstance(error, PetsegError) or not gone:
+        if ranks.size == 1 or not (isinstance(error, dist.DistError) or GONE.search(str(error))):
             raise
         raise TrainingError(
             "another process of this run ended or did not answer; --resume goes on, with any number of processes"
