@@ -209,21 +209,12 @@ class Trainer:
         self._check_output(resume)
         self.dtype = pick_precision(config.amp, device)
         self.bad: list[str] = []
-        d = config.data
-        failed = self._leave_out if d.on_bad == "skip" else None
-        train_pairs, self.val_pairs = (
-            find(root, split, val_fraction=d.val_fraction, seed=d.split_seed) for split in (Split.TRAIN, Split.VAL)
-        )
-        self.observer.started(f"reading {len(train_pairs)} photos into memory")
-        if not sum(1 for _ in usable(self.val_pairs, failed)):  # found out now, not after the first epoch
-            raise DataError(f"{root}: none of the {len(self.val_pairs)} validation photos can be used")
-        with _teacher(teacher, d, device) as (taught, about_teacher):
-            self.train_set = TrainSet(train_pairs, d.height, d.width, config.augment, config.seed, taught, failed)
+        self.train_set, self.val_pairs, about_teacher = self._read(root, teacher)
         self.sampler = EpochSampler(len(self.train_set), config.batch, config.seed, self.ranks.rank, self.ranks.size)
         self.loader = DataLoader(
             self.train_set,
             batch_sampler=self.sampler,
-            num_workers=d.workers,
+            num_workers=config.data.workers,
             pin_memory=device.type == "cuda",
             worker_init_fn=_leave_signals_to_the_parent,
         )
@@ -235,23 +226,7 @@ class Trainer:
         self.optimizer = _optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.state = RunState()
-        self.meta: dict[str, Any] = {
-            "model": to_dict(config)["model"],
-            "config": to_dict(config),
-            "data": {
-                "folder": root.name,
-                "train_photos": len(self.train_set),
-                "val_photos": len(self.val_pairs),
-                "skipped_without_pet": self.train_set.skipped_empty,
-                "skipped_bad": self.bad,
-                "names_sha256": _digest(self.train_set.names, self.val_pairs),
-            },
-            "versions": {"petseg": __version__, "torch": torch.__version__},
-            "precision": str(self.dtype).removeprefix("torch."),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "provenance": provenance or {},
-            **({"teacher": about_teacher} if about_teacher else {}),
-        }
+        self.meta = self._about(root, provenance or {}, about_teacher)
         self._announce()
         if resume:
             self._restore()
@@ -283,6 +258,40 @@ class Trainer:
         """Whether the best epoch is ``early_stop`` epochs ago; a function of the log, so that a resumed run agrees."""
         ious = [row["val_iou"] for row in self.state.history]
         return bool(ious) and 0 < self.config.early_stop < len(ious) - ious.index(max(ious))
+
+    def _read(self, root: Path, teacher: Path | None) -> tuple[TrainSet, list[Pair], dict[str, str]]:
+        """The training photos in memory, the validation photos on the disk, and which model taught."""
+        d = self.config.data
+        failed = self._leave_out if d.on_bad == "skip" else None
+        train, val = (
+            find(root, split, val_fraction=d.val_fraction, seed=d.split_seed) for split in (Split.TRAIN, Split.VAL)
+        )
+        self.observer.started(f"reading {len(train)} photos into memory")
+        if not sum(1 for _ in usable(val, failed)):  # found out now, not after the first epoch
+            raise DataError(f"{root}: none of the {len(val)} validation photos can be used")
+        with _teacher(teacher, d, self.device) as (taught, about):
+            augment, seed = self.config.augment, self.config.seed
+            return TrainSet(train, d.height, d.width, augment, seed, taught, failed), val, about
+
+    def _about(self, root: Path, provenance: dict[str, Any], teacher: dict[str, str]) -> dict[str, Any]:
+        """What every checkpoint says of its run; JSON values."""
+        return {
+            "model": to_dict(self.config)["model"],
+            "config": to_dict(self.config),
+            "data": {
+                "folder": root.name,
+                "train_photos": len(self.train_set),
+                "val_photos": len(self.val_pairs),
+                "skipped_without_pet": self.train_set.skipped_empty,
+                "skipped_bad": self.bad,  # the list itself: it can grow at a validation
+                "names_sha256": _digest(self.train_set.names, self.val_pairs),
+            },
+            "versions": {"petseg": __version__, "torch": torch.__version__},
+            "precision": str(self.dtype).removeprefix("torch."),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "provenance": provenance,
+            **({"teacher": teacher} if teacher else {}),
+        }
 
     def _callable(self) -> Callable[[Tensor], Tensor]:
         """The network as the steps call it: gradients averaged over processes, compiled, or as it is."""
