@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from petseg_runtime.cli.text import parse_size
+from petseg_runtime.errors import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
-    from petseg.train import Observer, RunState
+    from petseg.config import TrainConfig
+    from petseg.data import Pair
+    from petseg.train import Observer, RunState, Trainer
+    from petseg_runtime.errors import DataError
 
 __all__ = ["data", "evaluate", "train"]
 
@@ -42,7 +49,16 @@ def _progress(quiet: bool) -> Progress:
 @click.command()
 @click.option("--data", "root", type=PATH, required=True, help="Data folder (see `petseg data check`).")
 @click.option("--output", type=PATH, required=True, help="Where checkpoints, log and pictures go.")
-@click.option("--config", "config_file", type=PATH, help="Settings as TOML; options override it.")
+@click.option(
+    "--recipe",
+    is_flag=False,
+    flag_value="",
+    is_eager=True,
+    callback=lambda ctx, option, value: _recipe(ctx, value),
+    metavar="NAME",
+    help="Settings by name; without a name, the list of them.",
+)
+@click.option("--config", "config_file", type=PATH, help="Settings as TOML; they override the recipe, options both.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="One setting, e.g. optimizer.lr=0.002.")
 @click.option("--epochs", type=int, help="Passes over the data.")
 @click.option("--batch", type=int, help="Photos per step.")
@@ -53,11 +69,13 @@ def _progress(quiet: bool) -> Progress:
 @click.option("--init", type=PATH, help="Start from this checkpoint's weights, as far as they fit.")
 @click.option("--teacher", type=PATH, help="Learn from this model's probabilities too (loss.teacher: how much).")
 @click.option("--resume", is_flag=True, help="Go on with the run in --output.")
+@click.option("--tensorboard", is_flag=True, help="Curves and pictures for TensorBoard in --output/tensorboard.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="Only errors.")
 def train(
     root: Path,
     output: Path,
+    recipe: str | None,
     config_file: Path | None,
     settings: tuple[str, ...],
     epochs: int | None,
@@ -69,22 +87,72 @@ def train(
     init: Path | None,
     teacher: Path | None,
     resume: bool,
+    tensorboard: bool,
     as_json: bool,
     quiet: bool,
 ) -> int:
     """Train the attention U-Net; the defaults are the published recipe.
 
-    Keeps best.safetensors (to evaluate and export), last.safetensors (to --resume), log.csv, curves.png and
-    predictions.png in --output.
+    Keeps best.safetensors (to evaluate and export), last.safetensors (to --resume), log.csv, curves.png,
+    predictions.png and run.json in --output. With several GPUs: torchrun --nproc-per-node N -m petseg.cli train ...
     """
-    from petseg import plots
-    from petseg.config import TrainConfig, from_dict, load_toml, override
-    from petseg.device import pick_device
-    from petseg.train import LOG, Trainer
-    from petseg_runtime.errors import OutputError
+    from petseg.distributed import join, local_device
+    from petseg.train import Trainer
+    from petseg_runtime.errors import NonFiniteLoss
 
-    raw = load_toml(config_file) if config_file else {}
-    for key, value in (("epochs", epochs), ("batch", batch), ("seed", seed), ("model.width", width)):
+    short = {"epochs": epochs, "batch": batch, "seed": seed, "model.width": width}
+    config = _train_config(recipe, config_file, short, size, settings)
+    command = shlex.join(["petseg", *sys.argv[1:]])
+    where = local_device(device)
+    with join(where) as ranks:
+        hushed = quiet or not ranks.first
+        with _progress(hushed) as progress, _board(config, output, tensorboard and ranks.first) as board:
+            observer = _observer(config.epochs, progress, hushed)
+            trainer = Trainer(
+                config,
+                root,
+                output,
+                device=where,
+                init=init,
+                teacher=teacher,
+                resume=resume,
+                observer=_both(observer, board),
+                provenance={"command": command, **({"recipe": recipe} if recipe else {})},
+                ranks=ranks,
+            )
+            try:
+                best = trainer.fit()
+            except (KeyboardInterrupt, NonFiniteLoss) as error:
+                if ranks.first:
+                    raise
+                return getattr(error, "exit_code", EXIT_INTERRUPTED)  # the first process says it for all
+    if ranks.first:
+        _finish(trainer, best, as_json, quiet)
+    return 0
+
+
+def _recipe(ctx: click.Context, name: str | None) -> str | None:
+    """The name, if there is such a recipe; if not, what there is."""
+    from petseg import recipes
+
+    if name is None or name in recipes.names():
+        return name
+    listed = "\n".join(f"  {known:<10} {recipes.describe(known)}" for known in recipes.names())
+    if name:
+        raise click.BadParameter(f"there is no recipe {name!r}; there are:\n{listed}", ctx, param_hint="--recipe")
+    click.echo(listed)
+    raise click.exceptions.Exit(0)
+
+
+def _train_config(
+    recipe: str | None, config_file: Path | None, short: dict[str, Any], size: str | None, settings: tuple[str, ...]
+) -> TrainConfig:
+    """Recipe, file, options, --set: the later has the last word."""
+    from petseg import recipes
+    from petseg.config import TrainConfig, from_dict, load_toml, merge, override
+
+    raw = merge(recipes.load(recipe) if recipe else {}, load_toml(config_file) if config_file else {})
+    for key, value in short.items():
         if value is not None:
             override(raw, f"{key}={value}")
     if size is not None:
@@ -93,32 +161,49 @@ def train(
         override(raw, f"data.width={wide}")
     for assignment in settings:
         override(raw, assignment)
-    config = from_dict(TrainConfig, raw)
-    with _progress(quiet) as progress:
-        trainer = Trainer(
-            config,
-            root,
-            output,
-            device=pick_device(device),
-            init=init,
-            teacher=teacher,
-            resume=resume,
-            observer=_observer(config.epochs, progress, quiet),
-            provenance={"command": shlex.join(["petseg", *sys.argv[1:]])},
-        )
-        best = trainer.fit()
+    return from_dict(TrainConfig, raw)
+
+
+def _finish(trainer: Trainer, best: Path, as_json: bool, quiet: bool) -> None:
+    """The pictures, the record, and what is printed at the end."""
+    from petseg import plots
+    from petseg.record import RUN, write_record
+    from petseg.train import LOG
+    from petseg_runtime.errors import OutputError
+
+    output, history = trainer.output, trainer.state.history
     try:
-        plots.curves(trainer.state.history, output / "curves.png")
-        plots.predictions(best, trainer.val_pairs[:6], output / "predictions.png")
+        plots.curves(history, output / "curves.png")
+        plots.predictions(best, trainer.good_val_pairs[:6], output / "predictions.png")
     except OSError as error:
         raise OutputError(f"{output}: the pictures cannot be written ({error.strerror or error})") from error
-    row = max(trainer.state.history, key=lambda r: r["val_iou"])
+    write_record(trainer)
+    row = max(history, key=lambda r: r["val_iou"])
     if as_json:
         click.echo(json.dumps({"schema_version": 1, "checkpoint": str(best), "best": row}))
     elif not quiet:
         click.echo(f"{best}: validation IoU {row['val_iou']:.4f} at threshold {row['val_threshold']:.2f}")
-        click.echo(f"{output / LOG}, curves.png and predictions.png beside it")
-    return 0
+        click.echo(f"{output / LOG}, {RUN}, curves.png and predictions.png beside it")
+
+
+@contextlib.contextmanager
+def _board(config: TrainConfig, output: Path, wanted: bool) -> Iterator[Observer | None]:
+    if not wanted:
+        yield None
+        return
+    from petseg.tensorboard import TensorBoard  # tensorboard takes seconds to import
+
+    board = TensorBoard(output / "tensorboard", config.data.height, config.data.width)
+    try:
+        yield board
+    finally:
+        board.close()
+
+
+def _both(observer: Observer, board: Observer | None) -> Observer:
+    from petseg.train import Observers
+
+    return Observers(observer, board) if board else observer
 
 
 def _observer(epochs: int, progress: Progress, quiet: bool) -> Observer:
@@ -158,6 +243,7 @@ def _observer(epochs: int, progress: Progress, quiet: bool) -> Observer:
 @click.option("--val-fraction", type=float, default=0.05, show_default=True, help="Share of trainval that is val.")
 @click.option("--split-seed", type=int, default=0, show_default=True, help="Decides which photos are val.")
 @click.option("--output", type=PATH, help="Folder for evaluation.json, worst.png and per-photo images.csv.")
+@click.option("--report", type=PATH, help="Folder for report.html, one page that explains the result, and report.json.")
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="Only errors.")
 def evaluate(
@@ -170,21 +256,30 @@ def evaluate(
     val_fraction: float,
     split_seed: int,
     output: Path | None,
+    report: Path | None,
     as_json: bool,
     quiet: bool,
 ) -> int:
     """Measure MODEL, a checkpoint or an exported file, on a labelled split.
 
     Pixels are counted at each mask's own resolution and added up over the split. The headline counts the trimap's
-    border as background; the other two readings are below it.
+    border as background; the other two readings are below it. With --report, a photo that cannot be read is named and
+    left out, and the exit code is 3; without it, it ends the measurement.
     """
     from petseg.data import Split, find
     from petseg.evaluate import evaluate as measure
     from petseg.evaluate import open_model, write_report
+    from petseg_runtime.errors import EXIT_PARTIAL
+
+    failed: list[tuple[str, str]] = []  # name and reason
+
+    def leave_out(pair: Pair, error: DataError) -> None:
+        failed.append((pair.name, str(error)))
 
     if threshold is not None and math.isnan(threshold):  # click's range lets it through
         raise click.BadParameter("nan does not lie between 0 and 1", param_hint="--threshold")
     pairs = find(root, Split(split), val_fraction=val_fraction, seed=split_seed)
+    _check_writable(output, report)  # before minutes of measuring, not after them
     with open_model(model, device) as opened, _progress(quiet) as progress:
         task = progress.add_task("measuring", total=len(pairs), detail="")
         result = measure(
@@ -194,18 +289,42 @@ def evaluate(
             opened.width,
             batch=batch,
             watch=lambda done: progress.update(task, completed=done),
+            failed=leave_out if report else None,
         )
         cut = opened.threshold if threshold is None else threshold
         record = {**result.summary(cut), "model": opened.describe(), "split": split}
+        if failed:
+            record["photos_failed"] = [name for name, _ in failed]
+        kept = set(result.names)
+        measured = [pair for pair in pairs if pair.name in kept]
         if output:
-            write_report(result, record, opened, pairs, output)
+            write_report(result, record, opened, measured, output)
+        if report:
+            from petseg import report as pages  # matplotlib takes a second to import
+
+            source = pages.Source(root, Split(split), measured, failed, val_fraction, split_seed)
+            pages.write(result, record, opened, source, model, report)
+    for _, reason in failed:
+        click.echo(f"petseg: {reason}; left out", err=True)
     if as_json:
         click.echo(json.dumps(record, indent=2))
     elif not quiet:
         _print_metrics(record)
-        if output:
-            click.echo(f"{output}: evaluation.json, images.csv, worst.png")
-    return 0
+        written = ((output, "evaluation.json, images.csv, worst.png"), (report, "report.html, report.json"))
+        click.echo("".join(f"{folder}: {names}\n" for folder, names in written if folder), nl=False)
+    return EXIT_PARTIAL if failed else 0
+
+
+def _check_writable(*folders: Path | None) -> None:
+    """Raises OutputError where a folder, or the nearest one above it that is there, is no folder or not ours."""
+    from petseg_runtime.errors import OutputError
+
+    for folder in filter(None, folders):
+        there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        if not there.is_dir():
+            raise OutputError(f"{folder}: cannot be written to ({there} is not a folder)")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise OutputError(f"{folder}: cannot be written to ({there}: permission denied)")
 
 
 def _print_metrics(record: dict[str, Any]) -> None:

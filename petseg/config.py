@@ -24,6 +24,8 @@ __all__ = [
     "TrainConfig",
     "from_dict",
     "load_toml",
+    "merge",
+    "override",
     "to_dict",
 ]
 
@@ -39,6 +41,8 @@ class DataConfig:
         split_seed: Seed of that choice; apart from the run's seed, so that runs can be compared.
         border_target: What the trimap's border is taught as: 0 background (published), 1 pet, between: soft.
         workers: Processes that augment; 0 does it in the training process.
+        on_bad: What a photo that cannot be read, or whose mask is not of its size, does: ``stop`` ends the run with its
+            name, ``skip`` leaves it out, and it is named and counted.
     """
 
     height: int = 256
@@ -47,6 +51,7 @@ class DataConfig:
     split_seed: int = 0
     border_target: float = 0.0
     workers: int = 0
+    on_bad: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
         _require(self.height > 0 and self.height % STRIDE == 0, "data.height", self.height, f"a multiple of {STRIDE}")
@@ -166,10 +171,14 @@ class TrainConfig:
 
     Attributes:
         epochs: Passes over the training part.
-        batch: Photos per step.
+        batch: Photos per step, in all processes together.
         seed: Of the weights, the order of the photos and their augmentation.
         ema: Decay of the exponential moving average of the weights, which is what is evaluated and kept; 0: none.
         amp: ``auto`` is bf16 where the device computes in it, fp16 with a gradient scaler on other GPUs, else fp32.
+        early_stop: Epochs without a better validation IoU after which the run ends; 0: never. The schedule does not
+            know of it: a one-cycle run that ends early has not come down from its peak.
+        compile: Whether ``torch.compile`` makes kernels of the network, a minute or more at the start. On our CPU it
+            did not pay.
     """
 
     epochs: int = 30
@@ -177,6 +186,8 @@ class TrainConfig:
     seed: int = 0
     ema: float = 0.998
     amp: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    early_stop: int = 0
+    compile: bool = False
     model: AttentionUNetConfig = field(default_factory=AttentionUNetConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -188,6 +199,7 @@ class TrainConfig:
         _require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
         _require(self.batch >= 2, "batch", self.batch, "2 or more (BatchNorm)")
         _require(0 <= self.ema < 1, "ema", self.ema, "at least 0 and below 1")
+        _require(self.early_stop >= 0, "early_stop", self.early_stop, "0 or more")
 
 
 T = TypeVar("T")
@@ -244,6 +256,17 @@ def load_toml(path: Path) -> dict[str, Any]:
         raise TrainingError(f"{path}: cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TrainingError(f"{path}: not valid TOML ({error})") from error
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings in which ``over`` has the last word, setting by setting; neither is changed."""
+    merged = {name: merge(value, {}) if isinstance(value, Mapping) else value for name, value in base.items()}
+    for name, value in over.items():
+        below = merged.get(name)
+        merged[name] = (
+            merge(below if isinstance(below, Mapping) else {}, value) if isinstance(value, Mapping) else value
+        )
+    return merged
 
 
 def override(raw: dict[str, Any], assignment: str) -> None:

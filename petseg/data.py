@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from petseg.config import AugmentConfig
 from petseg.metrics import BACKGROUND, BORDER, PET
 from petseg_runtime import images
-from petseg_runtime.errors import DataError, InputError
+from petseg_runtime.errors import DataError, InputError, TrainingError
 
 __all__ = [
     "CheckReport",
@@ -40,6 +40,7 @@ __all__ = [
     "read_pair",
     "read_trimap",
     "target_of",
+    "usable",
 ]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
@@ -226,6 +227,31 @@ def read_pair(pair: Pair) -> tuple[U8, U8]:
     return photo, read_trimap(pair)
 
 
+def usable(
+    pairs: Sequence[Pair], failed: Callable[[Pair, DataError], None] | None = None
+) -> Iterator[tuple[Pair, U8, U8]]:
+    """Each pair with its photo and trimap (uint8 [H, W, 3] and [H, W]), if they can be read and are of one size.
+
+    Args:
+        pairs: What to read.
+        failed: Called with each pair that cannot be used, which is then left out.
+
+    Raises:
+        DataError: A pair cannot be used, and ``failed`` was not given.
+    """
+    for pair in pairs:
+        try:
+            photo, trimap = read_pair(pair)
+            if photo.shape[:2] != trimap.shape:
+                raise DataError(f"{pair.name}: {_sizes(photo, trimap)} (`petseg data check` lists every such pair)")
+        except DataError as error:
+            if failed is None:
+                raise
+            failed(pair, error)
+        else:
+            yield pair, photo, trimap
+
+
 @dataclass
 class CheckReport:
     """What :func:`check` found, by kind; every list holds names (or ``name: reason``)."""
@@ -313,6 +339,7 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
         augment: AugmentConfig,
         seed: int,
         teacher: Callable[[U8], U8] | None = None,
+        failed: Callable[[Pair, DataError], None] | None = None,
     ) -> None:
         """Decode everything.
 
@@ -324,18 +351,17 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
             seed: Theirs.
             teacher: What another model says of a photo, uint8 [h, w, 3] to a probability uint8 [height, width]. It is
                 asked once for each photo; what it says is turned and moved with the photo.
+            failed: Called with each pair that cannot be used, which is then left out. Without it the first one raises.
 
         Raises:
-            DataError: A file cannot be read, a mask is not of its photo's size, or no photo with a pet is left.
+            DataError: A file cannot be read or a mask is not of its photo's size, and ``failed`` was not given; or no
+                photo with a pet is left.
         """
         self.names: list[str] = []
         self.skipped_empty: list[str] = []
         photos: list[U8] = []
         trimaps: list[U8] = []
-        for pair in pairs:
-            photo, trimap = read_pair(pair)
-            if photo.shape[:2] != trimap.shape:
-                raise DataError(f"{pair.name}: {_sizes(photo, trimap)} (`petseg data check` lists every such pair)")
+        for pair, photo, trimap in usable(pairs, failed):
             if not (trimap == PET).any():
                 self.skipped_empty.append(pair.name)  # a known flaw of the data set; it would teach "no pet"
                 continue
@@ -368,13 +394,24 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
 
 
 class EpochSampler(Sampler[list[int]]):
-    """Batches of draws for one epoch, from a given batch on; full batches only (BatchNorm dislikes remainders)."""
+    """Batches of draws for one epoch, from a given batch on; full batches only (BatchNorm dislikes remainders).
 
-    def __init__(self, size: int, batch: int, seed: int) -> None:
-        """Raises DataError if there are fewer photos than one batch takes."""
+    The order is that of the whole run, whatever the number of processes: each takes its part of every batch.
+    """
+
+    def __init__(self, size: int, batch: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
+        """Batches of ``batch`` draws of ``size`` photos, of which this is process ``rank`` of ``ranks``.
+
+        Raises:
+            DataError: There are fewer photos than one batch takes.
+            TrainingError: A batch cannot be split evenly over the processes.
+        """
         if size < batch:
             raise DataError(f"{size} photos to train on, but a batch takes {batch}: use a smaller --batch")
+        if batch % ranks:
+            raise TrainingError(f"batch is {batch}; it must be a multiple of the {ranks} processes that share it")
         self.size, self.batch, self.seed = size, batch, seed
+        self.rank, self.ranks = rank, ranks
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
@@ -382,10 +419,18 @@ class EpochSampler(Sampler[list[int]]):
         return self.size // self.batch
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch, -1))
-        order = torch.randperm(self.size, generator=generator).tolist()
+        order = self._order()
         for i in range(self.start, len(self)):
-            yield [self.epoch * self.size + index for index in order[i * self.batch : (i + 1) * self.batch]]
+            mine = order[i * self.batch : (i + 1) * self.batch][self.rank :: self.ranks]
+            yield [self.epoch * self.size + index for index in mine]
+
+    def photos(self, number: int) -> list[int]:
+        """Indices of the photos in a batch of this epoch, those of all processes."""
+        return self._order()[number * self.batch : (number + 1) * self.batch]
+
+    def _order(self) -> list[int]:
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch, -1))
+        return torch.randperm(self.size, generator=generator).tolist()
 
 
 def target_of(labels: Tensor, border_target: float, teacher_share: float = 0.0) -> Tensor:

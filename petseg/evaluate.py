@@ -8,7 +8,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,7 +24,7 @@ from petseg.model import AttentionUNet, normalize
 from petseg_runtime import images
 from petseg_runtime.artifact import open_artifact
 from petseg_runtime.engines.registry import load_engine
-from petseg_runtime.errors import CheckpointError, OutputError
+from petseg_runtime.errors import CheckpointError, DataError, OutputError
 from petseg_runtime.files import write_atomic
 
 __all__ = ["Evaluation", "OpenedModel", "Run", "evaluate", "open_model", "torch_run", "write_report"]
@@ -92,6 +92,7 @@ def evaluate(
     *,
     batch: int = 8,
     watch: Callable[[int], None] | None = None,
+    failed: Callable[[Pair, DataError], None] | None = None,
 ) -> Evaluation:
     """Segment every photo and count, at each trimap's own resolution.
 
@@ -101,23 +102,30 @@ def evaluate(
         height: The model's input height.
         width: The model's input width.
         batch: Photos per call of ``run``.
-        watch: Called with the number of photos done so far.
+        watch: Called with the number of photos done so far, those left out among them.
+        failed: Called with each pair that cannot be read, which is then left out. Without it, the first one ends the
+            measurement: a figure over fewer photos than were asked for is only for who asked for that, too.
 
     Raises:
-        DataError: A photo or mask cannot be read.
+        DataError: A photo or mask cannot be read, and ``failed`` was not given; or none can be.
     """
+    names: list[str] = []
     found: list[Histogram] = []
+    done = 0
     for chunk in _chunks(pairs, batch):
         truths, inputs = [], []
-        for pair in chunk:
-            photo, trimap = read_pair(pair)
+        for name, photo, trimap in _readable(chunk, failed):
+            names.append(name)
             inputs.append(images.to_model(photo, height, width))
             truths.append(trimap)
-        for probability, trimap in zip(run(np.stack(inputs)), truths, strict=True):
+        for probability, trimap in zip(run(np.stack(inputs)) if inputs else (), truths, strict=True):
             found.append(histogram(images.from_model(probability, *trimap.shape), trimap))
+        done += len(chunk)
         if watch:
-            watch(len(found))
-    return Evaluation(tuple(pair.name for pair in pairs), np.stack(found))
+            watch(done)
+    if not found:
+        raise DataError(f"none of the {len(pairs)} photos can be read with its mask (`petseg data check` says why)")
+    return Evaluation(tuple(names), np.stack(found))
 
 
 def torch_run(model: AttentionUNet, device: torch.device | str = "cpu") -> Run:
@@ -143,6 +151,9 @@ class OpenedModel:
     width: int
     threshold: float
     description: dict[str, Any]
+    #: The lower threshold at which the border belongs to the pet, and all that the file says of where it comes from.
+    cutout_threshold: float | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """What it is and what runs it; JSON values."""
@@ -167,7 +178,9 @@ def open_model(path: Path, device: str = "auto") -> Iterator[OpenedModel]:
             raise CheckpointError(f"{path}: the state of a run, not a model; evaluate best.safetensors beside it")
         where = pick_device(device)
         about = {"file": path.name, "sha256": loaded.sha256, "engine": f"PyTorch {torch.__version__} on {where}, f32"}
-        yield OpenedModel(torch_run(model, where), spec["height"], spec["width"], spec["threshold"], about)
+        run, origin = torch_run(model, where), _origin(model, loaded.meta)
+        cutout = spec.get("cutout_threshold")
+        yield OpenedModel(run, spec["height"], spec["width"], spec["threshold"], about, cutout, origin)
         return
     artifact = open_artifact(path)
     with load_engine(artifact, device=device) as engine:
@@ -178,7 +191,9 @@ def open_model(path: Path, device: str = "auto") -> Iterator[OpenedModel]:
             "engine": f"{info.name} {info.version} on {info.device}, {info.precision}",
         }
         spec_ = artifact.spec
-        yield OpenedModel(engine.run, spec_.height, spec_.width, spec_.threshold, about)
+        origin = {"precision": spec_.precision, "border_target": spec_.border_target, **artifact.provenance}
+        cutout = spec_.cutout_threshold
+        yield OpenedModel(engine.run, spec_.height, spec_.width, spec_.threshold, about, cutout, origin)
 
 
 def write_report(
@@ -205,6 +220,28 @@ def write_report(
         write_atomic(folder / "evaluation.json", (json.dumps(record, indent=2) + "\n").encode())
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written to ({error.strerror or error})") from error
+
+
+def _origin(model: AttentionUNet, meta: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of itself, less what is said elsewhere, and how large its network is."""
+    return {
+        "parameters": sum(tensor.numel() for tensor in model.parameters()),
+        **{name: value for name, value in meta.items() if name not in ("kind", "spec")},
+        "border_target": meta["spec"].get("border_target"),
+    }
+
+
+def _readable(pairs: Sequence[Pair], failed: Callable[[Pair, DataError], None] | None) -> Iterator[tuple[str, U8, U8]]:
+    """Name, photo and trimap of each pair that can be read."""
+    for pair in pairs:
+        try:
+            photo, trimap = read_pair(pair)
+        except DataError as error:
+            if failed is None:
+                raise
+            failed(pair, error)
+        else:
+            yield pair.name, photo, trimap
 
 
 def _json(ratio: float) -> float | None:

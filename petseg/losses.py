@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["bce_dice", "dice_loss"]
 
+#: Sums a tensor over the parts of a batch that other processes have, differentiably.
+Total: TypeAlias = Callable[[Tensor], Tensor]
 
-def dice_loss(logits: Tensor, target: Tensor, epsilon: float = 1.0) -> Tensor:
+
+def _here(part: Tensor) -> Tensor:
+    """Of a batch that is whole."""
+    return part
+
+
+def dice_loss(logits: Tensor, target: Tensor, epsilon: float = 1.0, total: Total = _here) -> Tensor:
     """``1 - (2 sum(p g) + epsilon) / (sum(p) + sum(g) + epsilon)``, the sums over the whole batch.
 
     Computed in float32 whatever the logits' type: a batch has millions of pixels, and float16 ends at 65504.
@@ -19,16 +30,25 @@ def dice_loss(logits: Tensor, target: Tensor, epsilon: float = 1.0) -> Tensor:
         logits: [N, 1, H, W], any float type.
         target: [N, 1, H, W] in [0, 1]; may be soft.
         epsilon: Keeps an all-empty batch defined (loss 0 there).
+        total: Where a batch is split over processes, their sum; the loss is that of the whole batch then.
 
     Returns:
         A float32 scalar in [0, 1].
     """
     p = torch.sigmoid(logits.float())
     g = target.float()
-    return 1 - (2 * (p * g).sum() + epsilon) / (p.sum() + g.sum() + epsilon)
+    both, predicted, true = total(torch.stack(((p * g).sum(), p.sum(), g.sum()))).unbind()
+    return 1 - (2 * both + epsilon) / (predicted + true + epsilon)
 
 
-def bce_dice(logits: Tensor, target: Tensor, bce: float = 0.5, dice: float = 0.5, epsilon: float = 1.0) -> Tensor:
+def bce_dice(
+    logits: Tensor,
+    target: Tensor,
+    bce: float = 0.5,
+    dice: float = 0.5,
+    epsilon: float = 1.0,
+    total: Total = _here,
+) -> Tensor:
     """``bce * BCE + dice * L_Dice``; the published network's loss at 0.5 and 0.5.
 
     BCE is taken from the logits in float32 (log-sum-exp), so that a confident mistake stays finite.
@@ -39,9 +59,10 @@ def bce_dice(logits: Tensor, target: Tensor, bce: float = 0.5, dice: float = 0.5
         bce: Weight of the cross-entropy, averaged over pixels.
         dice: Weight of the Dice loss.
         epsilon: See :func:`dice_loss`.
+        total: Likewise. The cross-entropy is that of this process's part: the mean of equal parts is that of the whole.
 
     Returns:
         A float32 scalar.
     """
     cross_entropy = F.binary_cross_entropy_with_logits(logits.float(), target.float())
-    return bce * cross_entropy + dice * dice_loss(logits, target, epsilon)
+    return bce * cross_entropy + dice * dice_loss(logits, target, epsilon, total)

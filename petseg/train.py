@@ -19,28 +19,29 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from petseg import checkpoint
 from petseg.config import DataConfig, ScheduleConfig, TrainConfig, from_dict, to_dict
-from petseg.data import EpochSampler, Pair, Split, TrainSet, find, target_of
+from petseg.data import EpochSampler, Pair, Split, TrainSet, find, target_of, usable
 from petseg.device import pick_precision
-from petseg.evaluate import Evaluation, evaluate, open_model, torch_run
+from petseg.distributed import Ranks, synchronized
+from petseg.ema import MovingAverage
+from petseg.evaluate import Evaluation, Run, evaluate, open_model, torch_run
 from petseg.losses import bce_dice
 from petseg.metrics import Border, best_threshold
 from petseg.model import AttentionUNet, normalize
 from petseg_runtime import __version__, images
-from petseg_runtime.errors import CheckpointError, NonFiniteLoss, OutputError, TrainingError
+from petseg_runtime.errors import CheckpointError, DataError, NonFiniteLoss, OutputError, TrainingError
 from petseg_runtime.files import write_atomic
 
-__all__ = ["BEST", "LAST", "LOG", "Observer", "RunState", "Trainer", "learning_rate"]
+__all__ = ["BEST", "LAST", "LOG", "Observer", "Observers", "RunState", "Trainer", "learning_rate"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
@@ -50,6 +51,9 @@ BEST = "best.safetensors"
 LAST = "last.safetensors"
 #: One line per epoch.
 LOG = "log.csv"
+
+#: Below this scale, fp16's smallest gradients are long lost; a scaler that gets here will not recover.
+LEAST_SCALE = 1e-4
 
 
 class Observer:
@@ -72,10 +76,53 @@ class Observer:
     def epoch(self, row: dict[str, float]) -> None:
         """An epoch is done and validated; the row is the log's."""
 
+    def validated(self, run: Run, pairs: Sequence[Pair], row: dict[str, float]) -> None:
+        """Told just before :meth:`epoch`: the moving average as a model, and the photos that it was measured on."""
+
+
+class Observers(Observer):
+    """Several in place of one."""
+
+    def __init__(self, *each: Observer) -> None:
+        self.each = each
+
+    def started(self, message: str) -> None:
+        """Tell each."""
+        for one in self.each:
+            one.started(message)
+
+    def step(self, state: RunState, loss: float, lr: float) -> None:
+        """Tell each."""
+        for one in self.each:
+            one.per_epoch, one.batch = self.per_epoch, self.batch
+            one.step(state, loss, lr)
+
+    def epoch(self, row: dict[str, float]) -> None:
+        """Tell each."""
+        for one in self.each:
+            one.epoch(row)
+
+    def validated(self, run: Run, pairs: Sequence[Pair], row: dict[str, float]) -> None:
+        """Tell each."""
+        for one in self.each:
+            one.validated(run, pairs, row)
+
 
 @dataclass
 class RunState:
-    """Where a run stands; saved in ``last.safetensors`` beside the tensors."""
+    """Where a run stands; saved in ``last.safetensors`` beside the tensors.
+
+    Attributes:
+        step: Steps taken.
+        best_iou: Of the best checkpoint, on validation; -1 before there is one.
+        loss_sum: Of this epoch's steps so far; likewise the next three.
+        steps_summed: How many.
+        seconds: Spent on them.
+        waited: Of these, seconds spent waiting for data.
+        history: The log's rows.
+        elapsed: Seconds of the whole run, all sessions, with reading the photos and validation.
+        peak_memory: Largest GPU memory in use so far, bytes; 0 on a CPU.
+    """
 
     step: int = 0
     best_iou: float = -1.0
@@ -84,6 +131,13 @@ class RunState:
     seconds: float = 0.0
     waited: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
+    elapsed: float = 0.0
+    peak_memory: int = 0
+
+    def next_epoch(self) -> None:
+        """Forget the sums of the epoch that is done."""
+        self.loss_sum = self.seconds = self.waited = 0.0
+        self.steps_summed = 0
 
 
 def learning_rate(config: ScheduleConfig, peak: float, step: int, steps_per_epoch: int, epochs: int) -> float:
@@ -124,6 +178,7 @@ class Trainer:
         resume: bool = False,
         observer: Observer | None = None,
         provenance: dict[str, Any] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Read the data, make the network, and take up a stopped run if ``resume``.
 
@@ -139,6 +194,7 @@ class Trainer:
             resume: Go on from ``output/last.safetensors``.
             observer: Told what happens.
             provenance: Kept in the checkpoints as it is (the command, for example).
+            ranks: Which of several processes this is; see :mod:`petseg.distributed`. By default the only one.
 
         Raises:
             DataError: The data cannot be used.
@@ -147,49 +203,34 @@ class Trainer:
         """
         self.config, self.output, self.device = config, output, device
         self.observer = observer or Observer()
+        self.ranks = ranks or Ranks()
+        self._clock = time.perf_counter()
+        self._stop, self._agreed = threading.Event(), False
         self._check_output(resume)
         self.dtype = pick_precision(config.amp, device)
-        d = config.data
-        train_pairs, self.val_pairs = (
-            find(root, split, val_fraction=d.val_fraction, seed=d.split_seed) for split in (Split.TRAIN, Split.VAL)
-        )
-        self.observer.started(f"reading {len(train_pairs)} photos into memory")
-        with _teacher(teacher, d, device) as (taught, about_teacher):
-            self.train_set = TrainSet(train_pairs, d.height, d.width, config.augment, config.seed, taught)
-        self.sampler = EpochSampler(len(self.train_set), config.batch, config.seed)
+        self.bad: list[str] = []
+        self.train_set, self.val_pairs, about_teacher = self._read(root, teacher)
+        self.sampler = EpochSampler(len(self.train_set), config.batch, config.seed, self.ranks.rank, self.ranks.size)
         self.loader = DataLoader(
             self.train_set,
             batch_sampler=self.sampler,
-            num_workers=d.workers,
+            num_workers=config.data.workers,
             pin_memory=device.type == "cuda",
             worker_init_fn=_leave_signals_to_the_parent,
         )
         self.observer.per_epoch, self.observer.batch = len(self.sampler), config.batch
         torch.manual_seed(config.seed)
         self.model = self._start_weights(init).to(device).to(memory_format=torch.channels_last)
-        self.ema = AveragedModel(self.model, multi_avg_fn=_ema_update(config.ema), use_buffers=True)
+        self.ema = MovingAverage(self.model, config.ema)
+        synchronized(self.model, self.ranks, device)
         self.optimizer = _optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.state = RunState()
-        self.meta: dict[str, Any] = {
-            "model": to_dict(config)["model"],
-            "config": to_dict(config),
-            "data": {
-                "folder": root.name,
-                "train_photos": len(self.train_set),
-                "val_photos": len(self.val_pairs),
-                "skipped_without_pet": self.train_set.skipped_empty,
-                "names_sha256": _digest(self.train_set.names, self.val_pairs),
-            },
-            "versions": {"petseg": __version__, "torch": torch.__version__},
-            "precision": str(self.dtype).removeprefix("torch."),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "provenance": provenance or {},
-            **({"teacher": about_teacher} if about_teacher else {}),
-        }
+        self.meta = self._about(root, provenance or {}, about_teacher)
         self._announce()
         if resume:
             self._restore()
+        self.forward = self._callable()
 
     def fit(self) -> Path:
         """Train to the last epoch.
@@ -201,25 +242,75 @@ class Trainer:
             NonFiniteLoss: The loss or the gradient became NaN or infinite; ``last.safetensors`` is untouched.
             KeyboardInterrupt: SIGINT or SIGTERM came; the state was saved first.
         """
-        with _stop_signals() as stop:
+        history = self.state.history
+        with _stop_signals(self._stop):
             # The log has one row per finished epoch: a run that was stopped after an epoch's last step, before its
             # validation, takes up at the validation.
-            for epoch in range(len(self.state.history), self.config.epochs):
-                self._epoch(epoch, stop)
+            while len(history) < self.config.epochs and not self.stopped_early:
+                self._epoch(len(history))
                 self._validate()
+                if self.stopped_early:
+                    self.observer.started(f"stopped: no better validation IoU for {self.config.early_stop} epochs")
         return self.output / BEST
 
-    def _epoch(self, epoch: int, stop: threading.Event) -> None:
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the best epoch is ``early_stop`` epochs ago; a function of the log, so that a resumed run agrees."""
+        ious = [row["val_iou"] for row in self.state.history]
+        return bool(ious) and 0 < self.config.early_stop < len(ious) - ious.index(max(ious))
+
+    def _read(self, root: Path, teacher: Path | None) -> tuple[TrainSet, list[Pair], dict[str, str]]:
+        """The training photos in memory, the validation photos on the disk, and which model taught."""
+        d = self.config.data
+        failed = self._leave_out if d.on_bad == "skip" else None
+        train, val = (
+            find(root, split, val_fraction=d.val_fraction, seed=d.split_seed) for split in (Split.TRAIN, Split.VAL)
+        )
+        self.observer.started(f"reading {len(train)} photos into memory")
+        if not sum(1 for _ in usable(val, failed)):  # found out now, not after the first epoch
+            raise DataError(f"{root}: none of the {len(val)} validation photos can be used")
+        with _teacher(teacher, d, self.device) as (taught, about):
+            augment, seed = self.config.augment, self.config.seed
+            return TrainSet(train, d.height, d.width, augment, seed, taught, failed), val, about
+
+    def _about(self, root: Path, provenance: dict[str, Any], teacher: dict[str, str]) -> dict[str, Any]:
+        """What every checkpoint says of its run; JSON values."""
+        return {
+            "model": to_dict(self.config)["model"],
+            "config": to_dict(self.config),
+            "data": {
+                "folder": root.name,
+                "train_photos": len(self.train_set),
+                "val_photos": len(self.val_pairs),
+                "skipped_without_pet": self.train_set.skipped_empty,
+                "skipped_bad": self.bad,  # the list itself: it can grow at a validation
+                "names_sha256": _digest(self.train_set.names, self.val_pairs),
+            },
+            "versions": {"petseg": __version__, "torch": torch.__version__},
+            "precision": str(self.dtype).removeprefix("torch."),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "provenance": provenance,
+            **({"teacher": teacher} if teacher else {}),
+        }
+
+    def _callable(self) -> Callable[[Tensor], Tensor]:
+        """The network as the steps call it: gradients averaged over processes, compiled, or as it is."""
+        forward = self.ranks.wrap(self.model, self.device)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # all batches are of one shape: try the algorithms once
+        return torch.compile(forward) if self.config.compile else forward
+
+    def _epoch(self, epoch: int) -> None:
         state, per_epoch = self.state, len(self.sampler)
         self.sampler.epoch, self.sampler.start = epoch, state.step - epoch * per_epoch
         self.model.train()
         mark = time.perf_counter()
-        for photo, trimap, index in self.loader:
+        for photo, trimap, _ in self.loader:
             got = time.perf_counter()
             lr = learning_rate(
                 self.config.schedule, self.config.optimizer.lr, state.step, per_epoch, self.config.epochs
             )
-            loss = self._step(photo, trimap, index, lr)
+            loss = self._step(photo, trimap, lr)
             state.step += 1
             state.loss_sum += loss
             state.steps_summed += 1
@@ -228,11 +319,12 @@ class Trainer:
             state.waited += got - mark
             mark = now
             self.observer.step(state, loss, lr)
-            if stop.is_set():
+            # Several processes stop after the same step, so each heeds what all have agreed on.
+            if self._agreed if self.ranks.size > 1 else self._stop.is_set():
                 self._save_last()
                 raise KeyboardInterrupt
 
-    def _step(self, photo: Tensor, trimap: Tensor, index: Tensor, lr: float) -> float:
+    def _step(self, photo: Tensor, trimap: Tensor, lr: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         image = normalize(photo.to(self.device, non_blocking=True))
@@ -240,32 +332,55 @@ class Trainer:
         labels = trimap.to(self.device, non_blocking=True)
         target = target_of(labels, self.config.data.border_target, weights.teacher)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-            logits = self.model(image)
-        loss = bce_dice(logits, target, weights.bce, weights.dice, weights.epsilon)
+            logits = self.forward(image)
+        loss = bce_dice(logits, target, weights.bce, weights.dice, weights.epsilon, self.ranks.sum)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
-        loss_value, norm_value = torch.stack((loss.detach(), norm)).tolist()  # one wait for the device
+        loss_value, norm_value = self._read_back(loss.detach(), norm)
         # An infinite gradient under fp16 is the scaler's business: it skips the step and scales less.
-        if not math.isfinite(loss_value) or not (math.isfinite(norm_value) or self.scaler.is_enabled()):
-            self._stop_non_finite(loss_value, norm_value, index)
+        overflow = self.scaler.is_enabled() and not math.isfinite(norm_value)
+        if not math.isfinite(loss_value) or not (math.isfinite(norm_value) or overflow):
+            self._give_up(f"loss {loss_value}, gradient norm {norm_value}")
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.ema.update_parameters(self.model)
-        return float(loss_value)
+        if overflow and (scale := self.scaler.get_scale()) < LEAST_SCALE:
+            self._give_up(f"gradients overflow in fp16 however small the scale (now {scale:.1e})")
+        self.ema.update(self.model)
+        return loss_value
 
-    def _stop_non_finite(self, loss: float, norm: float, index: Tensor) -> None:
+    def _read_back(self, loss: Tensor, norm: Tensor) -> tuple[float, float]:
+        """The loss of the whole batch and the gradient's norm, in one wait for the device.
+
+        With several processes the wish to stop travels along, so that all stop after the same step.
+        """
+        if self.ranks.size == 1:
+            loss_value, norm_value = torch.stack((loss, norm)).tolist()
+            return loss_value, norm_value
+        asked = torch.full_like(loss, float(self._stop.is_set()))
+        loss_value, norm_value, stops = self.ranks.sum(torch.stack((loss, norm, asked))).tolist()
+        self._agreed = stops > 0
+        return loss_value / self.ranks.size, norm_value / self.ranks.size
+
+    def _give_up(self, what: str) -> NoReturn:
         epoch, step = divmod(self.state.step, len(self.sampler))
-        names = ", ".join(self.train_set.names[i] for i in index.tolist())
+        names = ", ".join(self.train_set.names[i] for i in self.sampler.photos(step))
         last = self.output / LAST
         kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been written yet"
         raise NonFiniteLoss(
-            f"loss {loss}, gradient norm {norm} in epoch {epoch + 1}, batch {step + 1} ({names}); {kept}. "
-            "Try a lower optimizer.lr, amp=fp32, or look at those photos"
+            f"{what} in epoch {epoch + 1}, batch {step + 1} ({names}); {kept}. "
+            "Try a lower optimizer.lr, amp=bf16 or fp32, or look at those photos"
         )
 
     def _validate(self) -> None:
+        """One process measures, writes and tells; the others wait for what it found."""
+        iou = self.ranks.on_first(self._measure_and_keep, self.device)
+        if not self.ranks.first:
+            self.state.history.append({"val_iou": iou})
+            self.state.next_epoch()
+
+    def _measure_and_keep(self) -> float:
         state, per_epoch = self.state, len(self.sampler)
         result = self._evaluate_ema()
         threshold = best_threshold(result.total)
@@ -281,21 +396,46 @@ class Trainer:
             "seconds": state.seconds,
             "images_per_s": state.steps_summed * self.config.batch / max(state.seconds, 1e-9),
             "data_wait": state.waited / max(state.seconds, 1e-9),
+            "elapsed": self._elapsed(),
+            "skipped": len(self.bad),
         }
         state.history.append(row)
-        state.loss_sum = state.seconds = state.waited = 0.0
-        state.steps_summed = 0
+        state.next_epoch()
+        if self.device.type == "cuda":
+            state.peak_memory = max(state.peak_memory, torch.cuda.max_memory_allocated(self.device))
         if headline.iou > state.best_iou:
             state.best_iou = headline.iou
             self._save_best(result, threshold, row)
-        self._save_last()
+        self._write_last()
         self._write_log()
+        self.observer.validated(self._ema_run(), self.good_val_pairs, row)
         self.observer.epoch(row)
+        return headline.iou
+
+    @property
+    def good_val_pairs(self) -> list[Pair]:
+        """The validation photos, less those that ``data.on_bad`` left out."""
+        return [pair for pair in self.val_pairs if pair.name not in self.bad]
+
+    def _leave_out(self, pair: Pair, error: DataError) -> None:
+        self.bad.append(pair.name)
+        self.observer.started(f"left out: {error}")
+
+    def _elapsed(self) -> float:
+        """Seconds of the whole run up to now."""
+        now = time.perf_counter()
+        self.state.elapsed += now - self._clock
+        self._clock = now
+        return self.state.elapsed
+
+    def _ema_run(self) -> Run:
+        return torch_run(_network(self.ema), self.device)
 
     def _evaluate_ema(self) -> Evaluation:
         d = self.config.data
-        run = torch_run(_ema_module(self.ema), self.device)
-        return evaluate(run, self.val_pairs, d.height, d.width, batch=self.config.batch)
+        failed = self._leave_out if d.on_bad == "skip" else None  # a file can also go bad in the middle of a run
+        pairs = self.good_val_pairs
+        return evaluate(self._ema_run(), pairs, d.height, d.width, batch=self.config.batch, failed=failed)
 
     def _save_best(self, result: Evaluation, threshold: float, row: dict[str, float]) -> None:
         d = self.config.data
@@ -307,19 +447,28 @@ class Trainer:
             "border_target": d.border_target,
         }
         meta = {**self.meta, "kind": "model", "spec": spec, "epoch": row["epoch"], "validation": row}
-        checkpoint.save_checkpoint(self.output / BEST, _ema_module(self.ema).state_dict(), meta)
+        checkpoint.save_checkpoint(self.output / BEST, self.ema.module.state_dict(), meta)
 
     def _save_last(self) -> None:
+        self.ranks.on_first(self._write_last, self.device)
+
+    def _write_last(self) -> float:
+        self._elapsed()
         tensors = dict(self.model.state_dict())
-        tensors |= {f"ema/{name}": t for name, t in _ema_module(self.ema).state_dict().items()}
-        tensors["ema_updates"] = self.ema.n_averaged
+        tensors |= {f"ema/{name}": t for name, t in self.ema.module.state_dict().items()}
+        tensors["ema_updates"] = torch.tensor(self.ema.updates)
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{slot}": value for slot, value in slots.items()}
         meta = {**self.meta, "kind": "training", "state": vars(self.state), "scaler": self.scaler.state_dict()}
         checkpoint.save_checkpoint(self.output / LAST, tensors, meta)
+        return 0.0
 
     def _restore(self) -> None:
         path = self.output / LAST
+        if self.ranks.first:
+            for name in (BEST, LAST, LOG):  # what a killed run was writing
+                for part in self.output.glob(f".{Path(name).stem}.*.part*"):
+                    part.unlink(missing_ok=True)
         saved = checkpoint.load(path)
         if saved.meta.get("kind") != "training":
             raise CheckpointError(f"{path}: a model, not the state of a run; give it to --init")
@@ -340,8 +489,8 @@ class Trainer:
         t = saved.tensors
         ema = {n.removeprefix("ema/"): v for n, v in t.items() if n.startswith("ema/")}
         self.model.load_state_dict({n: v for n, v in t.items() if "/" not in n and n != "ema_updates"})
-        _ema_module(self.ema).load_state_dict(ema)
-        self.ema.n_averaged.copy_(t["ema_updates"])
+        self.ema.module.load_state_dict(ema)
+        self.ema.updates = int(t["ema_updates"])
         slots: dict[int, dict[str, Tensor]] = {}
         for name, value in t.items():
             if name.startswith("optimizer/"):
@@ -365,7 +514,8 @@ class Trainer:
 
     def _write_log(self) -> None:
         text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(self.state.history[0]))
+        # The last row has every column; rows from before a column was there, in a run of an older version, lack it.
+        writer = csv.DictWriter(text, fieldnames=list(self.state.history[-1]), restval="")
         writer.writeheader()
         writer.writerows(self.state.history)
         try:
@@ -405,6 +555,8 @@ class Trainer:
         say, shape = self.observer.started, self.config.model
         name = "attention U-Net" if shape.stem == "full" else "attention U-Net with a strided stem"
         say(f"{name}, width {shape.width}, {parameters:,} parameters, {self.meta['precision']}")
+        if self.ranks.size > 1:
+            say(f"{self.ranks.size} processes, {self.config.batch // self.ranks.size} photos of a batch each")
         say(f"{len(self.train_set)} photos to train on, {len(self.val_pairs)} for validation")
         if skipped := self.train_set.skipped_empty:
             say(f"left out, because their masks show no pet: {', '.join(skipped)}")
@@ -436,25 +588,9 @@ def _teacher(
         yield ask, {"file": path.name, "identity": about.get("sha256") or about["identity"]}
 
 
-def _ema_update(decay: float) -> Any:
-    """Exponential moving average whose decay grows to its value, so that random first weights are soon forgotten."""
-
-    def update(averages: Sequence[Tensor], currents: Sequence[Tensor], updates: Tensor | int) -> None:
-        n = int(updates)
-        weight = 1 - min(decay, (1 + n) / (10 + n))
-        for average, current in zip(averages, currents, strict=True):
-            if average.is_floating_point():
-                average.lerp_(current, weight)
-            else:
-                average.copy_(current)
-
-    return update
-
-
-def _ema_module(ema: AveragedModel) -> AttentionUNet:
-    module = ema.module
-    assert isinstance(module, AttentionUNet)
-    return module
+def _network(ema: MovingAverage) -> AttentionUNet:
+    assert isinstance(ema.module, AttentionUNet)
+    return ema.module
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -491,11 +627,10 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM set an event, which the loop looks at between two steps."""
-    stop = threading.Event()
+def _stop_signals(stop: threading.Event) -> Iterator[None]:
+    """SIGINT and SIGTERM set the event, which the loop looks at between two steps."""
     if threading.current_thread() is not threading.main_thread():  # signals cannot be handled elsewhere
-        yield stop
+        yield
         return
 
     def handler(number: int, frame: FrameType | None) -> None:
@@ -503,7 +638,7 @@ def _stop_signals() -> Iterator[threading.Event]:
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield
     finally:
         for number, old in before.items():
             signal.signal(number, old)

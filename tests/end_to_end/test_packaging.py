@@ -68,6 +68,9 @@ def test_the_wheel_holds_three_packages_and_nothing_else(names: set[str]) -> Non
 def test_the_wheel_has_model_samples_types_and_licence(names: set[str]) -> None:
     assert names >= {
         "petseg/py.typed",
+        "petseg/recipes/best.toml",
+        "petseg/recipes/edge.toml",
+        "petseg/recipes/published.toml",
         "petseg_export/py.typed",
         "petseg_runtime/py.typed",
         "petseg_runtime/models/edge.onnx",

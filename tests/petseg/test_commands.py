@@ -33,7 +33,7 @@ from petseg_runtime.errors import TrainingError
 SMALL = ["--width", "2", "--size", "32", "--batch", "4", "--device", "cpu", "--set", "amp=fp32"]
 #: Each test's own cache folder is empty, and matplotlib would spend seconds on filling it.
 FONTS = matplotlib.get_cachedir()
-FILES = {"best.safetensors", "last.safetensors", "log.csv", "curves.png", "predictions.png"}
+FILES = {"best.safetensors", "last.safetensors", "log.csv", "run.json", "curves.png", "predictions.png"}
 
 
 @dataclass(frozen=True)
@@ -264,6 +264,17 @@ def test_a_file_gives_way_to_options_and_options_to_set(tmp_path: Path, asked: A
     )
     assert (config.epochs, config.batch, config.seed) == (2, 6, 0)
     assert (config.data.height, config.data.width) == (32, 64)
+
+
+def test_a_recipe_gives_way_to_a_file(tmp_path: Path, asked: Any) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("batch = 8\nseed = 5\n[schedule]\nwarmup = 0.5\n[data]\nworkers = 3\n")
+    (config, *_), given = asked("--recipe", "best")
+    assert (config.epochs, config.batch, config.schedule.name, config.schedule.warmup) == (100, 32, "one-cycle", 0.1)
+    assert given["provenance"]["recipe"] == "best"
+    (config, *_), _ = asked("--recipe", "best", "--config", str(file), "--seed", "6", "--set", "data.workers=4")
+    assert (config.epochs, config.batch, config.seed, config.data.workers) == (100, 8, 6, 4)
+    assert (config.schedule.name, config.schedule.warmup) == ("one-cycle", 0.5)
 
 
 def test_another_network_is_a_matter_of_settings(asked: Any) -> None:

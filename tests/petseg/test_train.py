@@ -4,11 +4,13 @@ import csv
 import dataclasses
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +23,11 @@ from torch import Tensor
 
 from petseg.checkpoint import Checkpoint, load, load_model, save_checkpoint
 from petseg.config import ScheduleConfig, TrainConfig, from_dict, override, to_dict
-from petseg.data import EpochSampler
+from petseg.data import EpochSampler, Pair, Split, find
 from petseg.device import pick_device, pick_precision
 from petseg.evaluate import evaluate, torch_run
 from petseg.metrics import level
-from petseg.model import AttentionUNet, AttentionUNetConfig
+from petseg.model import AttentionUNet, AttentionUNetConfig, normalize
 from petseg.train import BEST, LAST, LOG, Observer, RunState, Trainer, learning_rate
 from petseg_runtime.errors import CheckpointError, DataError, EngineError, NonFiniteLoss, OutputError, TrainingError
 
@@ -106,7 +108,8 @@ def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def without_times(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s", "data_wait")} for row in history]
+    times = ("seconds", "images_per_s", "data_wait", "elapsed")
+    return [{k: v for k, v in row.items() if k not in times} for row in history]
 
 
 def assert_same_run(folder: Path, whole: Run) -> None:
@@ -342,6 +345,45 @@ def test_a_run_that_was_killed_in_another_process_goes_on(oxford_root: Path, tmp
     assert load(out / LAST).meta["state"]["step"] == PER_EPOCH
     Trainer(tiny(), oxford_root, out, device=CPU, resume=True).fit()
     assert_same_run(out, whole)
+
+
+SHOT = """
+import os, random, signal, sys, time, torch
+from pathlib import Path
+from petseg.config import TrainConfig, from_dict
+from petseg.train import LAST, Trainer
+torch.set_num_threads({threads})
+config, root, out, lot = from_dict(TrainConfig, {config!r}), Path({root!r}), Path({out!r}), random.Random({seed})
+kills = 0
+for number in range(1, 9):
+    child = os.fork()
+    if child == 0:
+        Trainer(config, root, out, device=torch.device("cpu"), resume=(out / LAST).exists()).fit()
+        os._exit(0)
+    time.sleep(lot.uniform(0, 0.15 * number))  # ever later, so that fast machines and slow ones see both ends
+    os.kill(child, signal.SIGKILL)
+    kills += os.waitpid(child, 0)[1] == signal.SIGKILL
+print(kills)
+"""
+
+
+def test_a_run_that_is_killed_again_and_again_at_any_moment_ends_the_same(
+    oxford_root: Path, tmp_path: Path, whole: Run
+) -> None:
+    out, code = tmp_path / "run", {"threads": torch.get_num_threads(), "config": to_dict(tiny()), "seed": 6}
+    text = SHOT.format(**code, root=str(oxford_root), out=str(out))
+    ended = subprocess.run([sys.executable, "-c", text], check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert int(ended.stdout) >= 2, ended.stderr
+    Trainer(tiny(), oxford_root, out, device=CPU, resume=(out / LAST).exists()).fit()
+    assert_same_run(out, whole)
+
+
+def test_what_a_killed_run_was_writing_is_removed(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+    folder = Path(shutil.copytree(whole.folder, tmp_path / "run"))
+    for name in (".last.0123abcd.part.safetensors", ".log.0123abcd.part.csv"):
+        (folder / name).write_bytes(b"half")
+    Trainer(tiny(), oxford_root, folder, device=CPU, resume=True)
+    assert {p.name for p in folder.iterdir()} == {BEST, LAST, LOG}
 
 
 def test_a_finished_run_resumed_stays_as_it_is(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
@@ -668,12 +710,12 @@ def test_an_overflow_in_fp16_skips_the_step_and_scales_less(oxford_root: Path, t
     before = trainer.model.head.weight.detach().clone()
     scale = trainer.scaler.get_scale()
     hook = trainer.model.head.weight.register_hook(lambda grad: grad * math.inf)
-    photo, trimap, index = next(iter(trainer.loader))
-    trainer._step(photo, trimap, index, 1e-2)
+    photo, trimap, _ = next(iter(trainer.loader))
+    trainer._step(photo, trimap, 1e-2)
     assert torch.equal(trainer.model.head.weight, before)
     assert trainer.scaler.get_scale() == scale / 2
     hook.remove()
-    trainer._step(photo, trimap, index, 1e-2)
+    trainer._step(photo, trimap, 1e-2)
     assert not torch.equal(trainer.model.head.weight, before)
 
 
@@ -742,7 +784,7 @@ def test_long_gradients_are_cut_and_short_ones_are_not(oxford_root: Path, tmp_pa
     def norm(clip: float, folder: str) -> float:
         config = tiny(f"optimizer.clip={clip}", "model.width=2")
         trainer = Trainer(config, oxford_root, tmp_path / folder, device=CPU)
-        trainer._step(*next(iter(trainer.loader)), 1e-3)
+        trainer._step(*next(iter(trainer.loader))[:2], 1e-3)
         return math.sqrt(sum(p.grad.square().sum().item() for p in trainer.model.parameters()))
 
     free = norm(1e9, "free")
@@ -787,7 +829,7 @@ def test_the_loss_settings_reach_the_loss(oxford_root: Path, tmp_path: Path) -> 
     def first_loss(folder: str, *settings: str) -> float:
         config = tiny("model.width=2", *settings)
         trainer = Trainer(config, oxford_root, tmp_path / folder, device=CPU)
-        return trainer._step(*next(iter(trainer.loader)), 1e-3)
+        return trainer._step(*next(iter(trainer.loader))[:2], 1e-3)
 
     bce, dice = first_loss("bce", "loss.bce=1", "loss.dice=0"), first_loss("dice", "loss.bce=0", "loss.dice=1")
     assert first_loss("both", "loss.bce=0.25", "loss.dice=2") == pytest.approx(0.25 * bce + 2 * dice, rel=1e-5)
@@ -807,3 +849,203 @@ def test_a_full_disk_keeps_the_state_of_the_last_epoch(
     assert load(tmp_path / LAST).meta["state"]["step"] == PER_EPOCH
     Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True).fit()
     assert_same_run(tmp_path, whole)
+
+
+def test_a_file_system_that_takes_no_more_keeps_the_state_of_the_last_epoch(
+    oxford_root: Path, tmp_path: Path, whole: Run
+) -> None:
+    """The kernel itself refuses, in the middle of a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+
+    trainer = Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=Recorder(at_step=at(PER_EPOCH + 1, fill)))
+    try:
+        with pytest.raises(OutputError, match="cannot be written"):
+            trainer.fit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {p.name for p in tmp_path.iterdir()} == {BEST, LAST, LOG}
+    assert load(tmp_path / LAST).meta["state"]["step"] == PER_EPOCH
+    Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True).fit()
+    assert_same_run(tmp_path, whole)
+
+
+# photos that are bad
+
+
+def spoil_photo(root: Path, split: Split, number: int) -> Pair:
+    pair = find(root, split, val_fraction=0.1)[number]
+    pair.image.write_bytes(pair.image.read_bytes()[:300])
+    return pair
+
+
+@pytest.mark.parametrize("split", [Split.TRAIN, Split.VAL])
+def test_a_bad_photo_stops_the_run_before_it_starts(oxford_copy: Path, tmp_path: Path, split: Split) -> None:
+    bad = spoil_photo(oxford_copy, split, 1)
+    with pytest.raises(DataError, match=str(bad.image)):
+        Trainer(tiny(), oxford_copy, tmp_path / "out", device=CPU)
+
+
+def test_a_bad_photo_can_be_skipped_and_is_named_and_counted(oxford_copy: Path, tmp_path: Path) -> None:
+    bad = spoil_photo(oxford_copy, Split.TRAIN, 3), spoil_photo(oxford_copy, Split.VAL, 0)
+    Image.new("L", (20, 10), 1).save((other := find(oxford_copy, Split.TRAIN, val_fraction=0.1)[5]).mask)
+    names, observer = {pair.name for pair in (*bad, other)}, Recorder()
+    config = tiny("data.on_bad=skip", "epochs=1", "model.width=2")
+    trainer = Trainer(config, oxford_copy, tmp_path / "out", device=CPU, observer=observer)
+    trainer.fit()
+    assert {m.partition(": ")[0] for m in observer.messages if "pet_" in m} == {"left out"}
+    assert all(any(name in m for m in observer.messages) for name in names)
+    assert (len(trainer.train_set), len(trainer.good_val_pairs)) == (20, 1)
+    assert trainer.state.history[-1]["skipped"] == 3
+    for file in (BEST, LAST):
+        assert set(load(tmp_path / "out" / file).meta["data"]["skipped_bad"]) == names
+    Trainer(config, oxford_copy, tmp_path / "out", device=CPU, resume=True).fit()
+
+
+def test_a_photo_that_goes_bad_in_the_middle_of_a_run(oxford_copy: Path, tmp_path: Path) -> None:
+    """Training photos are in memory; validation reads its files each time."""
+
+    def run(folder: str, *settings: str) -> Trainer:
+        good = {pair.image: pair.image.read_bytes() for pair in find(oxford_copy, Split.VAL, val_fraction=0.1)}
+        observer = Recorder(at_step=at(PER_EPOCH + 2, lambda: spoil_photo(oxford_copy, Split.VAL, 0)))
+        trainer = Trainer(tiny("epochs=2", *settings), oxford_copy, tmp_path / folder, device=CPU, observer=observer)
+        try:
+            trainer.fit()
+        finally:
+            for path, data in good.items():
+                path.write_bytes(data)
+        return trainer
+
+    assert [row["skipped"] for row in run("skip", "data.on_bad=skip").state.history] == [0, 1]
+    with pytest.raises(DataError, match="pet_"):
+        run("stop")
+    assert load(tmp_path / "stop" / LAST).meta["state"]["step"] == PER_EPOCH
+
+
+def test_no_validation_photo_that_can_be_used_is_refused(oxford_copy: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        spoil_photo(oxford_copy, Split.VAL, number)
+    with pytest.raises(DataError, match="none of the 2 validation photos"):
+        Trainer(tiny("data.on_bad=skip"), oxford_copy, tmp_path / "out", device=CPU)
+
+
+def test_a_batch_with_a_nan_stops_the_run_and_names_its_photos(
+    oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(image: Tensor) -> Tensor:
+        return normalize(image).index_fill(0, torch.tensor([2]), math.nan)
+
+    spoil = at(PER_EPOCH + 1, lambda: monkeypatch.setattr("petseg.train.normalize", spoilt))
+    trainer = Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=Recorder(at_step=spoil))
+    with pytest.raises(NonFiniteLoss, match="epoch 2, batch 2") as caught:
+        trainer.fit()
+    assert f"({', '.join(names_of_batch(trainer, 1, 1))})" in str(caught.value)
+    assert load(tmp_path / LAST).meta["state"]["step"] == PER_EPOCH
+
+
+def test_a_scaler_that_shrinks_for_ever_stops_the_run(oxford_root: Path, tmp_path: Path) -> None:
+    """fp16 is for GPUs, but the scaler works on a CPU: what it does about gradients that always overflow."""
+    trainer = Trainer(tiny("epochs=20"), oxford_root, tmp_path, device=CPU)
+    trainer.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    trainer.model.head.weight.register_hook(lambda grad: grad * math.inf)
+    before = trainer.model.head.weight.detach().clone()
+    with pytest.raises(
+        NonFiniteLoss, match=r"overflow in fp16 however small the scale \(now 6.1e-05\) .*pet_.*amp=bf16"
+    ):
+        trainer.fit()
+    assert trainer.state.step == 29  # 2 ** 16 halved thirty times
+    assert torch.equal(trainer.model.head.weight, before)
+
+
+# stopping early
+
+
+def test_a_run_without_progress_stops_early_and_resumed_stays_stopped(oxford_root: Path, tmp_path: Path) -> None:
+    config, observer = tiny("epochs=9", "early_stop=2", "optimizer.lr=1e-9", "ema=0", "model.width=2"), Recorder()
+    trainer = Trainer(config, oxford_root, tmp_path, device=CPU, observer=observer)
+    trainer.fit()
+    ious = [row["val_iou"] for row in trainer.state.history]
+    assert trainer.stopped_early
+    assert len(ious) < 9
+    assert max(ious[:-2]) >= max(ious[-2:])
+    assert "stopped: no better validation IoU for 2 epochs" in observer.messages
+    resumed = Trainer(config, oxford_root, tmp_path, device=CPU, resume=True)
+    resumed.fit()
+    assert resumed.state.history == trainer.state.history
+
+
+@pytest.mark.parametrize(
+    ("patience", "ious", "stops"),
+    [
+        (0, [0.5, 0.4, 0.3, 0.2], False),
+        (2, [], False),
+        (2, [0.5], False),
+        (2, [0.5, 0.4], False),
+        (2, [0.5, 0.4, 0.5], True),  # as good is not better
+        (2, [0.5, 0.4, 0.6], False),
+        (2, [0.5, 0.6, 0.4, 0.5], True),
+        (1, [0.5, 0.4], True),
+    ],
+)
+def test_when_a_run_stops_early(
+    oxford_root: Path, whole: Run, monkeypatch: pytest.MonkeyPatch, patience: int, ious: list[float], stops: bool
+) -> None:
+    monkeypatch.setattr(whole.trainer, "config", tiny(f"early_stop={patience}"))
+    monkeypatch.setattr(whole.trainer, "state", RunState(history=[{"val_iou": iou} for iou in ious]))
+    assert whole.trainer.stopped_early is stops
+
+
+# speed
+
+
+def test_a_compiled_network_takes_the_same_steps(
+    oxford_root: Path, tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the code generator, which takes minutes: that the compiled network is the one that learns."""
+    made = []
+
+    def eager(model: torch.nn.Module) -> Any:
+        made.append(model)
+        return lambda image: model(image)
+
+    monkeypatch.setattr(torch, "compile", eager)
+    trainer = Trainer(tiny("compile=true"), oxford_root, tmp_path, device=CPU)
+    trainer.fit()
+    assert made == [trainer.model]
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use")
+def test_a_network_compiled_for_a_gpu_learns(oxford_root: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tiny("compile=true"), oxford_root, tmp_path, device=torch.device("cuda"))
+    trainer.fit()
+    assert trainer.state.history[-1]["loss"] < trainer.state.history[0]["loss"]
+    assert trainer.state.peak_memory > 0
+
+
+def test_the_time_of_a_run_goes_on_where_it_was_left(oxford_root: Path, tmp_path: Path) -> None:
+    config = tiny("model.width=2")
+    stop = Recorder(at_step=at(7, lambda: signal.raise_signal(signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(config, oxford_root, tmp_path, device=CPU, observer=stop).fit()
+    before = load(tmp_path / LAST).meta["state"]["elapsed"]
+    start = time.perf_counter()
+    resumed = Trainer(config, oxford_root, tmp_path, device=CPU, resume=True)
+    resumed.fit()
+    times = [row["elapsed"] for row in resumed.state.history]
+    assert 0 < times[0] < before < times[1] < times[2] <= before + time.perf_counter() - start
+
+
+def test_a_log_of_an_older_version_goes_on_with_more_columns(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+    with pytest.raises(Crash):
+        Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=Recorder(at_step=at(PER_EPOCH + 1, crash))).fit()
+    last = load(tmp_path / LAST)
+    del last.meta["state"]["history"][0]["skipped"], last.meta["state"]["elapsed"], last.meta["state"]["peak_memory"]
+    save_checkpoint(tmp_path / LAST, last.tensors, last.meta)
+    Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True).fit()
+    with (tmp_path / LOG).open(newline="") as file:
+        assert [row["skipped"] for row in csv.DictReader(file)] == ["", "0", "0"]
+    assert same_tensors(load(tmp_path / LAST).tensors, whole.last.tensors)

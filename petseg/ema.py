@@ -1,0 +1,51 @@
+"""The exponential moving average of a network's weights, which is what is evaluated and kept."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MovingAverage"]
+
+
+class MovingAverage:
+    """An average whose decay grows to its value, so that random first weights are soon forgotten.
+
+    torch's AveragedModel counts its updates in a tensor and reads that back from the GPU at every step; this counts
+    in Python, so that an update never waits.
+
+    Attributes:
+        module: The averaged network; BatchNorm's statistics are averaged too, its counters copied.
+        updates: How many there were.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """Start as a copy of ``model``; with ``decay`` 0 it stays one."""
+        self.module = copy.deepcopy(model)
+        self.decay = decay
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take the weights that ``model`` has now into the average."""
+        n = self.updates
+        weight = 1 - min(self.decay, (1 + n) / (10 + n))
+        averages: list[Tensor] = []
+        currents: list[Tensor] = []
+        for average, current in zip(_tensors(self.module), _tensors(model), strict=True):
+            if n and average.is_floating_point():
+                averages.append(average)
+                currents.append(current)
+            else:
+                average.copy_(current)
+        if averages:
+            torch._foreach_lerp_(averages, currents, weight)  # a few kernels on a GPU, in place of one for each tensor
+        self.updates += 1
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(model.parameters(), model.buffers())

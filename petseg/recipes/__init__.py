@@ -1,0 +1,40 @@
+"""Training runs by name: TOML files beside this one, for ``petseg train --recipe NAME``."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.resources import files
+from typing import Any
+
+from petseg_runtime.errors import TrainingError
+
+__all__ = ["describe", "load", "names"]
+
+
+def names() -> list[str]:
+    """What there is, sorted."""
+    return sorted(file.name.removesuffix(".toml") for file in files(__name__).iterdir() if file.name.endswith(".toml"))
+
+
+def load(name: str) -> dict[str, Any]:
+    """The settings of a recipe, for :func:`petseg.config.from_dict`.
+
+    Raises:
+        TrainingError: There is none of that name; the message lists those that there are.
+    """
+    return tomllib.loads(_text(name))
+
+
+def describe(name: str) -> str:
+    """The first line of a recipe's comment.
+
+    Raises:
+        TrainingError: There is none of that name.
+    """
+    return _text(name).partition("\n")[0].removeprefix("# ")
+
+
+def _text(name: str) -> str:
+    if name not in (known := names()):
+        raise TrainingError(f"--recipe {name!r}: there is no such recipe; there are: {', '.join(known)}")
+    return (files(__name__) / f"{name}.toml").read_text(encoding="utf-8")

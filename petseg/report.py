@@ -1,0 +1,344 @@
+"""An evaluation as a page to read, ``report.html``, and as numbers to work with, ``report.json``.
+
+Nothing is measured anew: all numbers follow from the histograms that :func:`petseg.evaluate.evaluate` has counted. Only
+the best and worst photos are segmented once more, to be shown. The page says nothing that the JSON does not hold.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from petseg import report_page
+from petseg.data import Layout, Pair, Split, read_pair
+from petseg.evaluate import Evaluation, OpenedModel
+from petseg.metrics import BACKGROUND, BORDER, PET, Border, Histogram, best_threshold, counts
+from petseg.report_page import Case
+from petseg_runtime import __version__, images
+from petseg_runtime.errors import OutputError
+from petseg_runtime.files import write_atomic
+
+__all__ = ["PUBLISHED", "Source", "cases", "numbers", "write"]
+
+SCHEMA_VERSION: Final = 1
+HTML, JSON = "report.html", "report.json"
+
+#: The published attention U-Net on the test split of Oxford-IIIT Pet; its border counts as background.
+PUBLISHED: Final = {"iou": 0.8375, "dice": 0.9116, "accuracy": 0.9460, "precision": 0.8961, "recall": 0.9276}
+
+#: How many photos are shown of each end; of few photos fewer, so that none is shown twice.
+BEST, WORST = 6, 12
+BINS: Final = 20  # of the photos' IoU
+LEVELS: Final = 16  # probability bytes in one bin of the reliability curve: 16 bins
+THUMBNAIL: Final = 260  # pixels; 54 pictures of this size stay below a megabyte
+
+#: Breed and number, as in ``Maine_Coon_24``; cats are written with a capital letter, dogs without.
+NAME: Final = re.compile(r"([A-Za-z]+(?:_[A-Za-z]+)*)_\d+")
+SPECIES: Final = {"1": "cat", "2": "dog"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was measured on.
+
+    Attributes:
+        root: The data folder.
+        split: Which part of it.
+        pairs: The photos that were measured, in the evaluation's order.
+        failed: Name and reason of each photo that could not be read.
+        val_fraction: Share of trainval that is validation.
+        split_seed: Decides which.
+    """
+
+    root: Path
+    split: Split
+    pairs: Sequence[Pair]
+    failed: Sequence[tuple[str, str]] = ()
+    val_fraction: float = 0.05
+    split_seed: int = 0
+
+
+def write(
+    result: Evaluation, record: Mapping[str, Any], model: OpenedModel, source: Source, path: Path, to: Path
+) -> None:
+    """Write report.json and report.html.
+
+    Args:
+        result: The measurement.
+        record: Its summary, as ``evaluate --json`` prints it.
+        model: What was measured.
+        source: What it was measured on.
+        path: The model's file; a ``log.csv`` beside a checkpoint gives the training curves.
+        to: The folder, which is made if need be.
+
+    Raises:
+        DataError: A photo that was read before cannot be read again.
+        OutputError: The folder cannot be written to.
+    """
+    values = numbers(result, record, model, source, path)
+    page = report_page.page(values, cases(values, model, source.pairs))
+    try:
+        write_atomic(to / JSON, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
+        write_atomic(to / HTML, page.encode())
+    except OSError as error:
+        raise OutputError(f"{to}: cannot be written to ({error.strerror or error})") from error
+
+
+def numbers(
+    result: Evaluation, record: Mapping[str, Any], model: OpenedModel, source: Source, path: Path
+) -> dict[str, Any]:
+    """All that the page says, as JSON values; ``evaluation`` is the record as it is. See :func:`write`."""
+    threshold = record["threshold"]
+    ious = {str(border): result.image_ious(threshold, border) for border in Border}
+    headline = ious[str(Border.BACKGROUND)]
+    with_pet = np.asarray(result.histograms[:, 0].any(axis=1))
+    best, worst = ends(headline, with_pet)
+    breeds, left_out = _breeds(result, threshold, source.pairs)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "petseg": __version__,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "evaluation": dict(record),
+        "published": PUBLISHED,
+        "model": {
+            **model.describe(),
+            "height": model.height,
+            "width": model.width,
+            "thresholds": {"used": threshold, "own": model.threshold, "cutout": model.cutout_threshold},
+            "provenance": _finite(model.provenance),
+        },
+        "data": _data(result, source),
+        "species": _groups(result, threshold, [row["species"] for row in breeds]),
+        "breeds": _groups(result, threshold, [row["breed"] for row in breeds], [row["species"] for row in breeds]),
+        "breeds_left_out": left_out,
+        "photo_iou": photo_iou(headline),
+        "best": [result.names[i] for i in best],
+        "worst": [result.names[i] for i in worst],
+        "reliability": reliability(result.total),
+        "sweep": sweep(result.total),
+        "training": _training(path, model.provenance),
+        "without_pet": record["photos_without_pet"],
+        "missed": [name for name, iou, pet in zip(result.names, headline, with_pet, strict=True) if pet and iou == 0],
+        "failed": [{"name": name, "reason": reason} for name, reason in source.failed],
+        "photos": [
+            {"name": name, "iou": dict(zip(ious, map(float, row), strict=True))}
+            for name, *row in zip(result.names, *ious.values(), strict=True)
+        ],
+    }
+
+
+def ends(iou: npt.NDArray[np.float64], with_pet: npt.NDArray[np.bool_]) -> tuple[list[int], list[int]]:
+    """The best photos, best first, and the worst, worst first.
+
+    A photo without a pet is never among the best: finding none there is no feat to look at.
+    """
+    order = np.argsort(iou, kind="stable")
+    best = [int(i) for i in order[::-1] if with_pet[i]][: min(BEST, len(iou) // 3)]
+    return best, [int(i) for i in order if i not in best][:WORST]
+
+
+def photo_iou(iou: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """How the photos' IoU is spread: a histogram over [0, 1], mean, and percentiles."""
+    found, edges = np.histogram(iou, bins=BINS, range=(0, 1))
+    p5, p25, p50, p75, p95 = np.percentile(iou, (5, 25, 50, 75, 95)).tolist()
+    spread = {"p5": p5, "p25": p25, "median": p50, "p75": p75, "p95": p95}
+    return {"edges": edges.tolist(), "photos": found.tolist(), "mean": float(iou.mean()), **spread}
+
+
+def reliability(total: Histogram) -> dict[str, Any]:
+    """Predicted probability against the share of pixels that are pet, the border ignored.
+
+    Args:
+        total: int64 [3, 256], see :func:`petseg.metrics.histogram`.
+
+    Returns:
+        ``bins``, each with its limits, pixels, mean ``predicted`` and ``observed`` share (None without pixels); and
+        ``expected_calibration_error``, their mean distance weighted by pixels (Guo et al. 2017, arXiv:1706.04599).
+    """
+    pet, background, _ = total
+    bins: list[dict[str, Any]] = []
+    for low in range(0, 256, LEVELS):
+        part = slice(low, low + LEVELS)
+        pixels = pet[part] + background[part]
+        n = int(pixels.sum())
+        bins.append(
+            {
+                "from": low / 256,
+                "to": (low + LEVELS) / 256,
+                "pixels": n,
+                "predicted": float(pixels @ np.arange(256)[part] / 255 / n) if n else None,
+                "observed": float(pet[part].sum() / n) if n else None,
+            }
+        )
+    n = sum(row["pixels"] for row in bins)
+    apart = sum(row["pixels"] * abs(row["predicted"] - row["observed"]) for row in bins if row["pixels"])
+    return {"bins": bins, "pixels": n, "expected_calibration_error": apart / n if n else None}
+
+
+def sweep(total: Histogram) -> dict[str, Any]:
+    """The ratios at every threshold there is, 1/255 to 254/255, in each reading of the border; and the best one."""
+    thresholds = [cut / 255 for cut in range(1, 255)]
+    readings: dict[str, Any] = {}
+    for border in Border:
+        rows = [counts(total, threshold, border).ratios() for threshold in thresholds]
+        best = best_threshold(total, border)
+        readings[str(border)] = {
+            **{name: [_json(row[name]) for row in rows] for name in PUBLISHED},
+            "best": {"threshold": best, "iou": _json(counts(total, best, border).iou)},
+        }
+    return {"thresholds": thresholds, "readings": readings}
+
+
+def cases(values: Mapping[str, Any], model: OpenedModel, pairs: Sequence[Pair]) -> dict[str, list[Case]]:
+    """The best and worst photos, segmented and painted.
+
+    Raises:
+        DataError: One cannot be read.
+    """
+    named = {pair.name: pair for pair in pairs}
+    ious = {row["name"]: row["iou"][str(Border.BACKGROUND)] for row in values["photos"]}
+    threshold = values["model"]["thresholds"]["used"]
+    return {
+        end: [_case(named[name], ious[name], model, threshold, name in values["without_pet"]) for name in values[end]]
+        for end in ("best", "worst")
+    }
+
+
+def _case(pair: Pair, iou: float, model: OpenedModel, threshold: float, empty: bool) -> Case:
+    photo, trimap = read_pair(pair)
+    answer = model.run(images.to_model(photo, model.height, model.width)[None])[0]
+    mask = images.from_model(answer, *trimap.shape) >= 255 * threshold
+    small = Image.fromarray(photo)
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    pixels = np.asarray(small)
+    labels, found = (
+        np.asarray(Image.fromarray(plane).resize(small.size, Image.Resampling.NEAREST))
+        for plane in (trimap, mask.astype(np.uint8))
+    )
+    pet, border = labels == PET, labels == BORDER
+    truth = _paint(pixels, pet, (border, "border"))
+    wrong = (found == 1) & (labels == BACKGROUND)
+    seen = (pet | border) & (found == 1)
+    prediction = _paint(pixels, seen, (border & seen, "border"), (wrong, "false"), (pet & ~seen, "missed"))
+    return Case(pair.name, iou, empty, *(_jpeg(picture) for picture in (pixels, truth, prediction)))
+
+
+def _paint(photo: npt.NDArray[np.uint8], bright: npt.NDArray[np.bool_], *tints: Any) -> npt.NDArray[np.uint8]:
+    """The photo, dark but where it is ``bright``, and tinted where a mask of (mask, colour's name) says so."""
+    light = photo.astype(np.float32)
+    picture = np.where(bright[..., None], light, 0.28 * light)
+    for mask, name in tints:
+        picture[mask] = 0.4 * light[mask] + 0.6 * np.array(report_page.TINTS[name], np.float32)
+    return picture.astype(np.uint8)
+
+
+def _jpeg(pixels: npt.NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=82)
+    return file.getvalue()
+
+
+def _data(result: Evaluation, source: Source) -> dict[str, Any]:
+    pixels = dict(zip(("pet", "background", "border"), result.total.sum(axis=1).tolist(), strict=True))
+    known: dict[str, Any] = {
+        "folder": str(source.root),
+        "layout": str(source.pairs[0].layout),
+        "split": str(source.split),
+    }
+    if source.split in (Split.TRAIN, Split.VAL):
+        known |= {"val_fraction": source.val_fraction, "split_seed": source.split_seed}
+    return {**known, "photos": len(result.names), "failed": len(source.failed), "pixels": pixels}
+
+
+def _breeds(result: Evaluation, threshold: float, pairs: Sequence[Pair]) -> tuple[list[dict[str, str]], str | None]:
+    """Breed and species of each photo; or none, and why."""
+    if any(pair.layout is not Layout.OXFORD for pair in pairs):
+        return [], "This data set is a folder of photos and masks, which names no breeds."
+    matches = [NAME.fullmatch(name) for name in result.names]
+    if strange := [name for name, match in zip(result.names, matches, strict=True) if match is None]:
+        return [], f"Not every photo is named BREED_NUMBER, as in Oxford-IIIT Pet ({strange[0]}, for one)."
+    listed = _listed_species(pairs[0].mask.parent.parent)
+    rows = []
+    for name, match in zip(result.names, matches, strict=True):
+        assert match is not None
+        species = listed.get(name) or ("cat" if name[0].isupper() else "dog")
+        rows.append({"breed": match[1].replace("_", " "), "species": species})
+    return rows, None
+
+
+def _listed_species(annotations: Path) -> dict[str, str]:
+    """What the data set's lists say of each name (``NAME CLASS SPECIES BREED``); empty where they do not."""
+    found: dict[str, str] = {}
+    for listing in ("trainval.txt", "test.txt", "list.txt"):
+        try:
+            lines = (annotations / listing).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            continue
+        for words in map(str.split, lines):
+            if len(words) >= 3 and not words[0].startswith("#") and words[2] in SPECIES:
+                found[words[0]] = SPECIES[words[2]]
+    return found
+
+
+def _groups(
+    result: Evaluation, threshold: float, labels: Sequence[str], species: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """IoU of the photos with each label, best first: their pixels added up, and the mean of the photos."""
+    rows = []
+    each = result.image_ious(threshold)
+    for label in sorted(set(labels)):
+        mine = np.array([other == label for other in labels])
+        total = counts(result.histograms[mine].sum(axis=0), threshold)
+        kind = {"species": species[labels.index(label)]} if species else {}
+        values = {"iou": _json(total.iou), "dice": _json(total.dice), "mean_image_iou": float(each[mine].mean())}
+        rows.append({"name": label, **kind, "photos": int(mine.sum()), **values})
+    return sorted(rows, key=lambda row: (-row["iou"], row["name"]))
+
+
+def _training(path: Path, provenance: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The columns of the log beside a checkpoint, and the checkpoint's epoch; None if there is no such log."""
+    log = path.parent / "log.csv"
+    if path.suffix != ".safetensors" or not log.is_file():
+        return None
+    try:
+        with log.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        columns = {name: [_number(row[name]) for row in rows] for name in ("epoch", "loss", "val_iou", "val_dice")}
+        if not rows or None in columns["epoch"]:
+            raise ValueError("it has no epochs")
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        # The curves are an extra; a log that somebody has edited is no reason to lose the report.
+        return {"problem": f"log.csv beside the checkpoint is not a log of petseg train ({type(error).__name__})"}
+    epoch = provenance.get("epoch")
+    return {"log": columns, "checkpoint_epoch": epoch if isinstance(epoch, int | float) else None}
+
+
+def _number(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which a checkpoint's JSON may hold and no other reader takes."""
+    if isinstance(value, dict):
+        return {str(name): _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _json(ratio: float) -> float | None:
+    """JSON has no NaN: an undefined ratio is null."""
+    return None if math.isnan(ratio) else ratio

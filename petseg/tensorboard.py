@@ -1,0 +1,96 @@
+"""A run in TensorBoard: curves of every step and epoch, and what the network makes of some photos."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.tensorboard import SummaryWriter
+
+from petseg.data import Pair, read_pair
+from petseg.evaluate import Run
+from petseg.metrics import BORDER, PET
+from petseg.train import Observer, RunState
+from petseg_runtime import images
+from petseg_runtime.errors import OutputError
+
+__all__ = ["TensorBoard"]
+
+U8: TypeAlias = npt.NDArray[np.uint8]
+
+#: Columns of the log that are curves.
+CURVES: Final = ("val_iou", "val_dice", "val_threshold", "val_mean_iou_border_ignored", "images_per_s", "data_wait")
+#: Photos shown after each epoch.
+SHOWN: Final = 6
+
+
+class TensorBoard(Observer):
+    """Writes events to a folder, for ``tensorboard --logdir FOLDER``."""
+
+    def __init__(self, folder: Path, height: int, width: int) -> None:
+        """Open nothing yet: where a resumed run goes on is known at its first step.
+
+        Args:
+            folder: Where to.
+            height: The network's input height.
+            width: The network's input width.
+        """
+        self._folder, self._size = folder, (height, width)
+        self._writer: SummaryWriter | None = None
+
+    def step(self, state: RunState, loss: float, lr: float) -> None:
+        """Loss and learning rate."""
+        with self._writing(state.step) as board:
+            board.add_scalar("train/loss", loss, state.step)
+            board.add_scalar("train/lr", lr, state.step)
+
+    def epoch(self, row: dict[str, float]) -> None:
+        """Metrics and speed; they are on the disk afterwards."""
+        step = int(row["step"])
+        with self._writing(step) as board:
+            for name in CURVES:
+                board.add_scalar(f"epoch/{name}", row[name], step)
+            board.flush()
+
+    def validated(self, run: Run, pairs: Sequence[Pair], row: Mapping[str, float]) -> None:
+        """Photo, truth, probability and mask, side by side, a row for each of the first photos."""
+        rows = [self._row(run, pair, row["val_threshold"]) for pair in pairs[:SHOWN]]
+        with self._writing(int(row["step"])) as board:
+            board.add_image("validation", np.concatenate(rows), int(row["step"]), dataformats="HWC")
+
+    def close(self) -> None:
+        """Finish the file.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        if self._writer is not None:
+            with self._writing(0) as board:
+                board.close()
+
+    def _row(self, run: Run, pair: Pair, threshold: float) -> U8:
+        photo, trimap = (images.to_model(pixels, *self._size) for pixels in _as_rgb(*read_pair(pair)))
+        probability = run(photo[None])[0]
+        mask = np.where(probability >= 255 * threshold, 255, 0).astype(np.uint8)
+        grey = [np.repeat(picture[..., None], 3, axis=2) for picture in (probability, mask)]
+        return np.concatenate((photo, trimap, *grey), axis=1)
+
+    @contextmanager
+    def _writing(self, step: int) -> Iterator[SummaryWriter]:
+        try:
+            if self._writer is None:
+                # Of a run that was killed, the events after its last checkpoint are hidden.
+                self._writer = SummaryWriter(str(self._folder), purge_step=step)
+            yield self._writer
+        except OSError as error:
+            raise OutputError(f"{self._folder}: cannot be written to ({error.strerror or error})") from error
+
+
+def _as_rgb(photo: U8, trimap: U8) -> tuple[U8, U8]:
+    """The photo as it is, and the truth as a picture: pet white, border grey."""
+    truth = np.select([trimap == PET, trimap == BORDER], [255, 128], 0).astype(np.uint8)
+    return photo, np.repeat(truth[..., None], 3, axis=2)

@@ -1,0 +1,344 @@
+"""Two processes with gloo on one CPU: the steps of one, and one end for both."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from petseg.checkpoint import load
+from petseg.cli import run
+from petseg.config import TrainConfig, from_dict, to_dict
+from petseg.data import EpochSampler
+from petseg.distributed import Ranks, SyncedBatchNorm, join, local_device, synchronized
+from petseg.train import BEST, LAST, LOG, Trainer
+from petseg_runtime.errors import EngineError, TrainingError
+
+CPU = torch.device("cpu")
+#: Two levels: gloo needs a while for each BatchNorm.
+SETTINGS = ["model.width=4", "model.levels=[1,2]", "data.val_fraction=0.1", "amp=fp32", "optimizer.lr=0.01"]
+OPTIONS = ["--size", "32", "--batch", "4", "--epochs", "2", "--device", "cpu"]
+OPTIONS += [word for setting in SETTINGS for word in ("--set", setting)]
+#: A bias before a BatchNorm does nothing: its gradient is rounding noise, which Adam scales up; the mean follows it.
+IDLE = tuple(f"{conv}.{name}" for conv in ("w_g", "w_x", "psi") for name in ("0.bias", "1.running_mean"))
+
+
+def tiny(**more: Any) -> TrainConfig:
+    raw: dict[str, Any] = {
+        "epochs": 2,
+        "batch": 4,
+        "amp": "fp32",
+        "model": {"width": 4, "levels": [1, 2]},
+        "data": {"height": 32, "width": 32, "val_fraction": 0.1},
+        "optimizer": {"lr": 1e-2},
+    }
+    return from_dict(TrainConfig, {**raw, **more})
+
+
+@pytest.fixture(scope="module")
+def whole(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one process that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    Trainer(tiny(), oxford_root, folder, device=CPU).fit()
+    return folder
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / LOG).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_within_rounding(folder: Path, whole: Path) -> None:
+    for name in (BEST, LAST):
+        found, expected = load(folder / name).tensors, load(whole / name).tensors
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            if not key.endswith(IDLE) and "optimizer" not in key:
+                torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
+    for mine, other in zip(rows_of(folder), rows_of(whole), strict=True):
+        assert float(mine["loss"]) == pytest.approx(float(other["loss"]), abs=1e-5)
+        assert float(mine["val_iou"]) == pytest.approx(float(other["val_iou"]), abs=2e-3)
+        assert mine["step"] == other["step"]
+
+
+def test_torchrun_takes_the_steps_of_one_process_and_speaks_with_one_voice(
+    oxford_root: Path, tmp_path: Path, whole: Path
+) -> None:
+    out = tmp_path / "run"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    words = ["-m", "petseg.cli", "train", "--data", oxford_root, "--output", out, *OPTIONS, "--json"]
+    done = subprocess.run(
+        [*launch, *map(str, words)], capture_output=True, text=True, check=False, timeout=120, env=environment()
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["checkpoint"] == str(out / BEST)
+    assert done.stderr.count("2 processes, 2 photos of a batch each") == 1
+    assert done.stderr.count("epoch 2/2") == 1
+    assert {path.name for path in out.iterdir()} == {BEST, LAST, LOG, "run.json", "curves.png", "predictions.png"}
+    record = json.loads((out / "run.json").read_text())
+    assert record["processes"] == 2
+    assert record["images_per_s"] > 0
+    assert_same_within_rounding(out, whole)
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+SCRIPT = """
+import json, math, os, signal, sys, time, torch
+from datetime import timedelta
+from pathlib import Path
+import petseg.train as training
+from petseg.config import TrainConfig, from_dict
+from petseg.distributed import join, lost
+from petseg_runtime.errors import OutputError
+
+config, root, out = {config!r}, Path({root!r}), Path({out!r})
+torch.set_num_threads(1)
+done = {{}}
+
+class Acts(training.Observer):
+    def __init__(self, at, act):
+        self.at, self.act, self.steps = at, act, []
+    def step(self, state, loss, lr):
+        self.steps.append(state.step)
+        if state.step == self.at:
+            self.act()
+
+def attempt(name, ranks, act, at=3, **more):
+    observer, start = Acts(at, act), time.monotonic()
+    try:
+        trainer = training.Trainer(
+            from_dict(TrainConfig, {{**config, **more}}), root, out / name, device=torch.device("cpu"),
+            ranks=ranks, observer=observer, resume=(out / name).exists(),
+        )
+        with lost(ranks):
+            trainer.fit()
+        end = "done"
+    except BaseException as error:
+        end = type(error).__name__ + ": " + str(error)
+    done[name] = dict(end=end, steps=observer.steps, seconds=time.monotonic() - start)
+    (out / f"{{name}}.{{os.environ['RANK']}}.json").write_text(json.dumps(done[name]))
+
+def nothing(): pass
+
+with join(torch.device("cpu"), timeout=timedelta(seconds=8)) as ranks:
+    second = ranks.rank == 1
+{body}
+os._exit(0)  # the other is gone: leaving in order would wait for it
+"""
+
+IN_ORDER = """
+    attempt("odd", ranks, nothing, batch=5)
+    attempt("stopped", ranks, (lambda: signal.raise_signal(signal.SIGTERM)) if second else nothing)
+
+    normalize = training.normalize
+    def spoilt(image):
+        return normalize(image) * math.nan
+    def spoil():
+        training.normalize = spoilt
+    attempt("nan", ranks, spoil if second else nothing)
+    training.normalize = normalize
+
+    def full(*words):
+        raise OutputError("the disk is full")
+    write = training.checkpoint.save_checkpoint
+    training.checkpoint.save_checkpoint = full
+    attempt("full", ranks, nothing)
+    training.checkpoint.save_checkpoint = write
+
+    attempt("early", ranks, nothing, epochs=30, early_stop=1, optimizer=dict(lr=1e-9))
+    attempt("resumed", ranks, nothing)
+
+    def hang():
+        while not (out / "hangs.0.json").exists():
+            time.sleep(0.1)
+    attempt("hangs", ranks, hang if second else nothing)
+"""
+
+DIES = """
+    attempt("dies", ranks, (lambda: os._exit(3)) if second else nothing)
+"""
+
+
+def start(body: str, root: Path, out: Path) -> list[subprocess.Popen[str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = SCRIPT.format(config=to_dict(tiny()), root=str(root), out=str(out), body=body)
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **meet),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.fixture(scope="module")
+def ends(oxford_root: Path, whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What became of both processes, one JSON file for each process and mishap."""
+    out = tmp_path_factory.mktemp("ends")
+    stop_after(oxford_root, out / "resumed", step=7)
+    started = [process for body in (IN_ORDER, DIES) for process in start(body, oxford_root, out)]
+    said = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0, 3], said
+    return out
+
+
+def stop_after(root: Path, out: Path, step: int) -> None:
+    """One process, stopped."""
+    trainer = Trainer(tiny(), root, out, device=CPU)
+    take = trainer._step
+
+    def count(*batch: Any) -> float:
+        if trainer.state.step == step - 1:
+            trainer._stop.set()
+        return take(*batch)
+
+    trainer._step = count  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+
+
+def end_of(ends: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads((ends / f"{name}.{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(ends: Path) -> None:
+    for one in end_of(ends, "odd"):
+        assert one["end"] == "TrainingError: batch is 5; it must be a multiple of the 2 processes that share it"
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step_and_one_can_go_on(
+    ends: Path, oxford_root: Path, whole: Path
+) -> None:
+    first, second = end_of(ends, "stopped")
+    assert first["end"] == second["end"] == "KeyboardInterrupt: "
+    assert first["steps"] == second["steps"] == [1, 2, 3, 4]
+    Trainer(tiny(), oxford_root, ends / "stopped", device=CPU, resume=True).fit()
+    assert_same_within_rounding(ends / "stopped", whole)
+
+
+def test_a_run_of_one_process_goes_on_with_two(ends: Path, whole: Path) -> None:
+    assert [one["end"] for one in end_of(ends, "resumed")] == ["done", "done"]
+    assert [one["steps"] for one in end_of(ends, "resumed")] == [[8, 9, 10]] * 2
+    assert_same_within_rounding(ends / "resumed", whole)
+
+
+def test_a_nan_in_the_part_of_one_process_stops_both_and_names_the_whole_batch(ends: Path) -> None:
+    first, second = end_of(ends, "nan")
+    assert first["end"] == second["end"]
+    assert first["end"].startswith("NonFiniteLoss: loss nan")
+    assert first["end"].count("pet_") == 4
+
+
+def test_an_error_of_the_first_process_ends_the_other(ends: Path) -> None:
+    first, second = end_of(ends, "full")
+    assert first["end"] == "OutputError: the disk is full"
+    assert second["end"] == "TrainingError: the first process of this run could not go on; it says why"
+
+
+def test_both_stop_early_together(ends: Path) -> None:
+    first, second = end_of(ends, "early")
+    assert (first["end"], first["steps"]) == ("done", second["steps"])
+    assert len(first["steps"]) < 30
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_process_that_is_gone_ends_the_other_in_time(ends: Path, how: str) -> None:
+    first = json.loads((ends / f"{how}.0.json").read_text())
+    assert first["end"].startswith("TrainingError: another process of this run ended or did not answer; --resume")
+    assert first["seconds"] < 12
+
+
+# one process, pretending
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with join(CPU) as ranks:
+        assert ranks == Ranks()
+    assert ranks.first
+    assert ranks.on_first(lambda: 0.5, CPU) == 0.5
+    model = nn.Conv2d(1, 1, 1)
+    assert ranks.wrap(model, CPU) is model
+
+
+def test_processes_that_do_not_meet_say_so(monkeypatch: pytest.MonkeyPatch, oxford_root: Path, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(TrainingError, match="do not find each other"), join(CPU):
+        pass
+    args = ["train", "--data", str(oxford_root), "--output", str(tmp_path / "run"), *OPTIONS, "-q"]
+    assert run(args) == 9
+
+
+def test_each_process_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert local_device("cuda") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert local_device("cuda") == torch.device("cuda:1")
+    assert local_device("cpu") == CPU
+    with pytest.raises(EngineError, match="--device cuda:0 is one GPU, but there are several processes"):
+        local_device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(EngineError, match="cuda:2: PyTorch sees 2"):
+        local_device("cuda")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_parts_of_the_processes_are_the_batches_of_one(ranks: int) -> None:
+    whole = EpochSampler(22, 4, seed=7)
+    parts = [EpochSampler(22, 4, 7, rank, ranks) for rank in range(ranks)]
+    for epoch, start_at in ((0, 0), (3, 2)):
+        for sampler in (whole, *parts):
+            sampler.epoch, sampler.start = epoch, start_at
+        assert {len(sampler) for sampler in parts} == {5}
+        for number, (batch, *shares) in enumerate(zip(whole, *parts, strict=True), start=start_at):
+            assert sorted(draw for share in shares for draw in share) == sorted(batch)
+            assert {len(share) for share in shares} == {4 // ranks}
+            assert [draw - epoch * 22 for draw in batch] == parts[-1].photos(number)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_our_batch_norm_is_that_of_torch(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3)))
+    nn.init.uniform_(model[0].weight)
+    ours = nn.Sequential(SyncedBatchNorm(3), nn.Sequential(SyncedBatchNorm(3)))
+    ours.load_state_dict(model.state_dict())
+    image = (5 + torch.randn(4, 3, 8, 8)).to(dtype)
+    results = []
+    for network in (model, ours):
+        given = image.clone().requires_grad_()
+        answer = network(given)
+        (answer.float() * torch.linspace(0, 1, 8)).sum().backward()
+        still = network.eval()(image)
+        results.append((answer, given.grad, still, network[0].weight.grad, dict(network.state_dict())))
+    near = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 5e-2}
+    torch.testing.assert_close(results[1], results[0], **near)
+
+
+def test_a_gpu_takes_torchs_own_batch_norm() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    names = list(model.state_dict())
+    synchronized(model, Ranks(), torch.device("cuda"))
+    assert type(model[1]) is nn.BatchNorm2d
+    synchronized(model, Ranks(0, 2), torch.device("cuda"))
+    assert type(model[1]) is nn.SyncBatchNorm
+    assert list(model.state_dict()) == names
