@@ -59,7 +59,11 @@ VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio
 @click.option("--start", type=SECONDS, help="Videos: seconds to pass over.")
 @click.option("--stride", type=click.IntRange(min=1), help="Videos: take each so-many-th frame.")
 @click.option("--max-frames", type=click.IntRange(min=1), help="Videos: end after so many.")
-@click.option("--smooth", type=AREA, help="Videos: against flicker, 0 to 1: how much of a still place's past stays.")
+@click.option(
+    "--smooth",
+    type=AREA,
+    help="Videos: against flicker, 0 to 1: how much of a still place's past stays after 1/30 s; 0.85 is a good start.",
+)
 @click.option("--segment", type=SECONDS, help="Videos: begin a new file after so many seconds.")
 @click.option("--no-audio", is_flag=True, help="Videos: leave the sound out.")
 @click.option(
