@@ -6,6 +6,7 @@ import click
 
 from benchmarks.compare import compare
 from benchmarks.embedded.measure import embedded
+from benchmarks.flicker import flicker
 from benchmarks.found import found
 from benchmarks.gpu_check import gpu_check
 from benchmarks.latency import latency
@@ -14,6 +15,7 @@ from benchmarks.reduced import reduced
 from benchmarks.report import report
 from benchmarks.throughput import throughput
 from benchmarks.video import video
+from benchmarks.video_road import video_road
 
 
 @click.group()
@@ -23,6 +25,7 @@ def main() -> None:
 
 main.add_command(compare)
 main.add_command(embedded)
+main.add_command(flicker)
 main.add_command(found)
 main.add_command(gpu_check)
 main.add_command(latency)
@@ -31,4 +34,5 @@ main.add_command(reduced)
 main.add_command(report)
 main.add_command(throughput)
 main.add_command(video)
+main.add_command(video_road)
 main(prog_name="python -m benchmarks")

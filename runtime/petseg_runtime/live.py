@@ -27,6 +27,9 @@ _LONGEST_PAUSE: Final = 30.0
 _GOOD: Final = 10.0
 #: So long a source that never sent anything is tried, in seconds.
 FIRST_PATIENCE: Final = 30.0
+#: A source's own clock that goes back by more than this, or ahead of ours by more than that, was set anew; in seconds.
+_BACK: Final = 1.0
+_AHEAD: Final = 5.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class LiveSource:
 
     A connection that breaks or falls silent is made anew, after pauses that double up to half a minute, with jitter, so
     that many clients do not come back at once. Times go on with the wall clock: what was missed is a gap, not a jump.
+    So they do where the source's own clock is set anew, as when a sender behind the same address is restarted.
     Iterate over it once; :meth:`stop` may be called from any thread.
     """
 
@@ -83,12 +87,11 @@ class LiveSource:
         self._stall, self._patience, self._tell = stall, patience, tell
         self._stopped = threading.Event()
         self._random = random.Random()
-        self._begun: float | None = None  # when the first frame came
+        self._line = _Line()
         self._last_seen = time.monotonic()
-        self._last_pts = -1
         self._attempt = 0
         self.connections = 0  #: that have sent frames
-        self.undecodable = 0  #: packets that the decoder refused
+        self.undecodable = 0  #: packets that the decoder refused, of all connections that are over
 
     def stop(self) -> None:
         """End soon; a wait between connections ends at once."""
@@ -120,7 +123,7 @@ class LiveSource:
                 state = "stalled" if "too long" in reason else "lost"
             if self._stopped.is_set():
                 break
-            if seen and time.monotonic() - connected > _GOOD:
+            if seen and self._last_seen - connected > _GOOD:
                 pause = _FIRST_PAUSE
             wait = min(pause * self._random.uniform(0.5, 1.0), self._patience_left(reason))
             self._tell(StateChange(state, reason, self._attempt, round(wait, 3)))
@@ -129,42 +132,35 @@ class LiveSource:
         self._tell(StateChange("ended", "stopped", attempt=self._attempt))
 
     def _open(self) -> VideoReader:
+        first = self._stall if self._patience is None else min(self._stall, self._patience)
         return VideoReader(
             self.origin.target,
             name=self.origin.shown,
             container=self.origin.container,
             options=self.origin.options,
-            timeout=(self._stall, self._stall),
+            timeout=(first, self._stall),
             low_delay=True,
         )
 
     def _connection(self, reader: VideoReader) -> Iterator[Frame]:
-        """One connection's frames, their times moved to where the wall clock says it began."""
-        offset: int | None = None
+        """One connection's frames, on the time line of all."""
+        first = True
         try:
             for frame in reader:
-                now = time.monotonic()
-                if offset is None:
+                self._last_seen = time.monotonic()
+                if first:
                     self.connections += 1
-                    self._begun = now if self._begun is None else self._begun
-                    offset = round((now - self._begun) / _TIME_BASE)
+                    self._line.begin_again()
                     height, width = frame.size
                     self._tell(StateChange("live", None, self._attempt, None, width, height))
-                self._last_seen = now
-                yield self._moved(frame, offset)
+                    first = False
+                self._line.place(frame, self._last_seen)
+                yield frame
+                self._last_seen = time.monotonic()  # a consumer that let us wait is no silence of the source
                 if self._stopped.is_set():
                     return
         finally:
             self.undecodable += reader.undecodable
-
-    def _moved(self, frame: Frame, offset: int) -> Frame:
-        own = round(frame.pts * frame.time_base / _TIME_BASE) + offset
-        self._last_pts = max(own, self._last_pts + 1)
-        frame.duration = round(frame.duration * frame.time_base / _TIME_BASE)
-        frame.pts, frame.time_base = self._last_pts, _TIME_BASE
-        shift = offset * _TIME_BASE
-        frame.sound = [Sound(sound.packet, sound.shift + shift) for sound in frame.sound]
-        return frame
 
     def _patience_left(self, reason: str) -> float:
         """Seconds until the source is given up.
@@ -174,7 +170,7 @@ class LiveSource:
         """
         patience = self._patience
         if patience is None:
-            patience = FIRST_PATIENCE if self._begun is None else float("inf")
+            patience = float("inf") if self.connections else FIRST_PATIENCE
         silent = time.monotonic() - self._last_seen
         if silent >= patience:
             self._tell(StateChange("ended", reason, attempt=self._attempt))
@@ -182,6 +178,52 @@ class LiveSource:
                 f"{self.origin.shown}: no frame for {silent:.0f} s in {self._attempt} attempts; the last: {reason}"
             )
         return patience - silent
+
+
+class _Line:
+    """One time line for the frames of all connections, in step with the wall clock, on which times always grow."""
+
+    def __init__(self) -> None:
+        self._begun: float | None = None  # when the very first frame came
+        self._last_pts = -1
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """The next frame is the first of a connection."""
+        self._origin = Fraction(0)  # that frame's own time
+        self._before: tuple[Fraction, float] | None = None  # the last frame's own time, and when it came
+        self._offset = Fraction(0)  # from a connection's own time to the line's
+
+    def place(self, frame: Frame, now: float) -> None:
+        """Change a frame's times, and those of its sound.
+
+        Args:
+            frame: The frame.
+            now: When it came, in seconds.
+        """
+        self._begun = now if self._begun is None else self._begun
+        own = self._own(frame)
+        if self._before is None or self._is_set_anew(own, now, *self._before):
+            self._offset = round((now - self._begun) / _TIME_BASE) * _TIME_BASE - own
+        self._before = own, now
+        self._last_pts = max(round((own + self._offset) / _TIME_BASE), self._last_pts + 1)
+        frame.duration = round(frame.duration * frame.time_base / _TIME_BASE)
+        frame.pts, frame.time_base = self._last_pts, _TIME_BASE
+        frame.sound = [Sound(sound.packet, sound.shift + self._offset) for sound in frame.sound]
+
+    def _own(self, frame: Frame) -> Fraction:
+        """Seconds from the connection's first frame on, as the source says: the reader's never go back."""
+        picture = frame.picture
+        if picture.pts is None or not picture.time_base:
+            return frame.pts * frame.time_base
+        if self._before is None:
+            self._origin = picture.pts * picture.time_base
+        return picture.pts * picture.time_base - self._origin
+
+    @staticmethod
+    def _is_set_anew(own: Fraction, now: float, own_before: Fraction, before: float) -> bool:
+        step = float(own - own_before)
+        return step < -_BACK or step - (now - before) > _AHEAD
 
 
 def open_frames(

@@ -172,15 +172,22 @@ def stream_origin(text: str, options: Mapping[str, str] | None = None) -> Origin
 
 
 def redacted(url: str) -> str:
-    """A URL without user, password and query, any of which may be secret."""
+    """A URL without user, password, query and fragment, any of which may be secret.
+
+    Passwords with ``/``, ``?`` or ``#`` in them, which ought to be encoded, are recognised too; in doubt everything is
+    left out.
+    """
     scheme, _, rest = url.partition("://")
     if not rest:
         return url
-    rest, asked, _ = rest.partition("?")
-    authority, slash, path = rest.partition("/")
-    if "@" in authority:
-        authority = "***@" + authority.rpartition("@")[2]
-    return f"{scheme}://{authority}{slash}{path}" + ("?***" if asked else "")
+    shown, asked = re.match(r"([^?#]*)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr] # it always fits
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    clear = "/" in shown and re.fullmatch(r"(\[[^]]*\]|[^:]*)(:\d*)?", authority.rpartition("@")[2])
+    if "@" in asked and ":" in authority and not clear:  # user:pass?word@host
+        return f"{scheme}://***"
+    if "@" in authority or ":" in shown.rpartition("@")[0]:
+        shown = "***@" + shown.rpartition("@")[2]
+    return f"{scheme}://{shown}" + ("?***" if asked else "")
 
 
 def _file_name(shown: str) -> str:

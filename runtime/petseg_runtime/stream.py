@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
@@ -31,6 +32,9 @@ U8: TypeAlias = npt.NDArray[np.uint8]
 #: What becomes of a frame for which there is no room: it waits; it replaces the one that has waited longest; or only
 #: the newest ever waits.
 POLICIES: Final = ("block", "drop-oldest", "latest")
+
+#: So many seconds behind the picture sound may lie in a file.
+_LATE: Final = 2.0
 
 #: Frames that may wait for the engine, beside a batch.
 _ROOM: Final = 4
@@ -212,9 +216,10 @@ class Stream:
         if stride < 1 or (max_frames is not None and max_frames < 1):
             raise ValueError(f"stride {stride} and max_frames {max_frames} must be 1 or more")
         self.counts, self.timings = Counts(), Timings()
-        self.rest: list[Sound] = []  #: sound behind the last frame, at the end of a video
+        self.rest: list[Sound] = []  #: sound behind the last frame
+        self.whole = False  #: whether the source was read to its end
         self.stopped = False  #: whether :meth:`stop` was called before the end
-        self._frames, self._segmenter = frames, segmenter
+        self._frames, self._segmenter, self._policy = frames, segmenter, policy
         self._stride, self._max_frames, self._mask_only = stride, max_frames, mask_only
         # A live source's frames go one by one: a batch would make the first of them wait for the last.
         self._batch = segmenter.describe().batch if policy == "block" else 1
@@ -297,19 +302,22 @@ class Stream:
 
     def _decode(self) -> None:
         try:
-            passed = 0
-            sound: list[Sound] = []  # of frames that are passed over
-            for number, frame in enumerate(self._frames):
+            frames = iter(self._frames)
+            for number, frame in enumerate(frames):
                 if number % self._stride:
-                    sound += frame.sound
+                    self.rest += frame.sound
                     continue
-                frame.sound[:0], sound = sound, []
+                frame.sound[:0], self.rest = self.rest, []
                 self.timings.add("decode", frame.decoding)
-                frame.number = passed
-                passed += 1
-                if not self._inbox.put(frame) or passed == self._max_frames:
+                frame.number = number // self._stride
+                frame.duration *= self._stride
+                if not self._inbox.put(frame):
                     return
-            self.rest = sound + getattr(self._frames, "rest", [])
+                if frame.number + 1 == self._max_frames:
+                    self._hear_out(frame, frames)
+                    return
+            self.rest += getattr(self._frames, "rest", [])
+            self.whole = True
         except BaseException as error:  # noqa: BLE001 (raised again where results are asked for)
             self._error = self._error or error
         finally:
@@ -317,6 +325,18 @@ class Stream:
             # Here, because closing what another thread is reading would crash the process.
             if close := getattr(self._frames, "close", None):
                 close()
+
+    def _hear_out(self, last: Frame, frames: Iterator[Frame]) -> None:
+        """Read on to the end of the sound that belongs to the last frame: files may hold it behind later frames."""
+        end = (last.pts + last.duration) * last.time_base
+        if last.track is None or self._policy != "block" or any(sound.time >= end for sound in last.sound):
+            return
+        with contextlib.suppress(InputError):  # what is not wanted may be broken
+            for frame in frames:
+                self.rest += frame.sound
+                if frame.time > end + _LATE or any(sound.time >= end for sound in frame.sound):
+                    return
+            self.rest += getattr(self._frames, "rest", [])
 
     def _infer(self) -> None:
         convert = Converter()

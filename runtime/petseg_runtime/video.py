@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -27,14 +28,34 @@ U8: TypeAlias = npt.NDArray[np.uint8]
 #: A video whose frames have more pixels than this (8K has 33 million) is refused before one is decoded.
 MAX_FRAME_PIXELS: Final = 8192 * 4352
 
-# A local file must not make FFmpeg open others on the network: playlists and concatenations can name any.
-_LOCAL: Final = {"protocol_whitelist": "file,pipe"}
-
-# As the first and the only step from the decoder's YUV to the model's RGB, and as exact as swscale can: its fast roads
-# differ by several levels. "Bilinear" widens its filter where it shrinks, as Pillow's does.
-_EXACT: Final = (
-    Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP | Interpolation.FULL_CHR_H_INT
+# What names other files or addresses, to be opened in its place. A photo album's video must not be able to do that.
+_LISTS: Final = frozenset(
+    {
+        *("applehttp", "avisynth", "concat", "dash", "hls", "image2", "imf", "lavfi", "rtp", "rtsp", "sap", "sdp"),
+        *("vapoursynth", "webm_dash_manifest"),
+    }
 )
+_LOCAL: Final = {
+    "protocol_whitelist": "file,pipe",
+    "format_whitelist": ",".join(sorted(av.formats_available - _LISTS)),
+}
+
+#: Where a seek ends behind the start that was asked for, it is tried so many seconds before; then all is decoded.
+_BACK: Final = 10.0
+
+#: A transport stream's time that goes back by more than this many seconds has begun anew: parts were joined.
+_ANEW: Final = 0.1
+
+# As exact as swscale can: its fast roads are 15 times as fast, but up to 4 levels off, and darker by 1 on average.
+_EXACT: Final = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP | Interpolation.FULL_CHR_H_INT
+_SAME_SIZE: Final = Interpolation.BILINEAR | _EXACT
+# The only step from the decoder's YUV to the model's RGB. "Bilinear" widens its filter where it shrinks, as Pillow's
+# does: benchmarks/results/video-road.json.
+_SHRINKING: Final = Interpolation.BILINEAR | _EXACT
+# Where less than so many times the model's size is left per side, one step would blur the colours of 4:2:0 visibly to
+# the model: they are brought to the size of the brightness first.
+_MARGIN: Final = 3
+_WHOLE_CHROMA: Final = {"yuv420p": "yuv444p", "yuvj420p": "yuvj444p"}
 
 #: ``AVColorSpace``: what says nothing about how YUV was made (RGB, unspecified, reserved).
 _NO_MATRIX: Final = frozenset({0, 2, 3})
@@ -70,10 +91,13 @@ class Colours:
 
 
 class Converter:
-    """Turns decoded frames into RGB. For one thread: it keeps swscale's tables from frame to frame."""
+    """Turns decoded frames into RGB; transparency is left out.
+
+    For one thread: it keeps swscale's tables from frame to frame.
+    """
 
     def __init__(self) -> None:
-        self._scaler = VideoReformatter()
+        self._scaler, self._chroma = VideoReformatter(), VideoReformatter()
 
     def __call__(self, picture: av.VideoFrame, height: int, width: int) -> U8:
         """Convert and resize in one step.
@@ -88,17 +112,24 @@ class Converter:
         """
         colours = Colours.of(picture)
         known = picture.colorspace not in _NO_MATRIX
+        same = (height, width) == (picture.height, picture.width)
         converted = self._scaler.reformat(
-            picture,
+            picture if same else self._prepared(picture, height, width),
             width=width,
             height=height,
             format="rgb24",
             src_colorspace=None if known else (Colorspace.ITU709 if colours.matrix == _BT709 else Colorspace.ITU601),
             src_color_range=ColorRange.JPEG if colours.full_range else ColorRange.MPEG,
             dst_color_range=ColorRange.JPEG,
-            interpolation=_EXACT,
+            interpolation=_SAME_SIZE if same else _SHRINKING,
         )
         return np.asarray(converted.to_ndarray(), np.uint8)
+
+    def _prepared(self, picture: av.VideoFrame, height: int, width: int) -> av.VideoFrame:
+        whole = _WHOLE_CHROMA.get(picture.format.name)
+        if not whole or min(picture.height / height, picture.width / width) >= _MARGIN:
+            return picture
+        return self._chroma.reformat(picture, format=whole, interpolation=Interpolation.BILINEAR)
 
 
 @dataclass(eq=False)
@@ -156,7 +187,8 @@ class Frame:
             upright = convert(self.picture, *((w, h) if self.quarters % 2 else (h, w)))
         except (av.error.FFmpegError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise UnsupportedVideo(f"frames in {self.picture.format.name} cannot be converted ({reason})") from error
+            about = f"{self.picture.format.name} with the colour matrix {self.picture.colorspace:d}"
+            raise UnsupportedVideo(f"frames in {about} cannot be converted ({reason})") from error
         return np.ascontiguousarray(np.rot90(upright, self.quarters)) if self.quarters else upright
 
 
@@ -203,7 +235,8 @@ class VideoReader:
             container: FFmpeg's name of the format (``v4l2``, ``rawvideo``); None: found out.
             options: For FFmpeg's demuxer and protocol. None: those for a local file, which may open nothing else.
             timeout: Seconds to wait for the opening, and for each packet; None: for ever.
-            low_delay: Decode without the threads that each hold a frame back.
+            low_delay: It is live: decode without the threads that each hold a frame back, leave its times to itself
+                where they go back, and wait no longer for a frame than for a packet.
             start: Seconds of the video to pass over.
 
         Raises:
@@ -219,21 +252,29 @@ class VideoReader:
             source = os.fspath(source)
         if options is None and isinstance(source, str):
             _check_file(Path(source))
-        with _errors_of(self.name, "cannot be opened"):
+            source = f"file:{source}"  # else a name such as "http:cat.mp4" would be more than a name
+        self._source, self._low_delay = source, low_delay
+        self._longest = timeout[1] if timeout and low_delay else None  # seconds without a frame
+        self._how: dict[str, Any] = {"format": container, "timeout": timeout}
+        self._options = dict(_LOCAL if options is None else options)
+        self._open()
+
+    def _open(self) -> None:
+        with _errors_of(self.name, "cannot be opened", self._how["timeout"]):
             self._container = av.open(
-                source,
+                self._source,
                 "r",
-                format=container,
-                options=dict(_LOCAL if options is None else options),
-                timeout=timeout,
+                options=dict(self._options),
                 metadata_errors="replace",  # titles in old files are in any encoding
+                **self._how,
             )
         try:
             with _errors_of(self.name, "cannot be opened"):
-                self._open_streams(low_delay)
+                self._open_streams(self._low_delay)
         except BaseException:
             self._container.close()
             raise
+        self._joined = _Joined("" if self._low_delay else self._container.format.name)
 
     def _open_streams(self, low_delay: bool) -> None:
         pictures = [s for s in self._container.streams.video if not s.disposition & _COVER]
@@ -259,9 +300,6 @@ class VideoReader:
             video.codec_context.name,
             self._track.codec if self._track else None,
         )
-        if self._start > 0:
-            origin = self._container.start_time or 0
-            self._container.seek(origin + round(self._start * av.time_base))
 
     def __iter__(self) -> Iterator[Frame]:
         """All frames, in order.
@@ -273,7 +311,7 @@ class VideoReader:
         clock = _Clock(self.stream, self._start, decoding_order=self._container.format.name == "avi")
         sound: list[Sound] = []
         before = time.monotonic()
-        for decoded in self._decoded(sound):
+        for decoded in self._sought(clock, sound) if self._start > 0 else self._decoded(sound):
             now = time.monotonic()
             pts, duration = clock.at(decoded)
             if pts is not None:
@@ -294,12 +332,67 @@ class VideoReader:
                 yield frame
             before = time.monotonic()
         self.rest = [Sound(packet.packet, -clock.origin) for packet in sound]
+        if not clock.count and self._start and not self.undecodable:
+            raise UnreadableVideo(f"{self.name}: it ends before {self._start:g} s, where to start")
         if not clock.count:
             why = f" ({self._refused})" if self._refused else ""
             raise UnreadableVideo(f"{self.name}: not one frame in it can be decoded: it is damaged or truncated{why}")
+        if self._is_cut():
+            raise UnreadableVideo(f"{self.name}: truncated: its index names frames that lie behind its end")
+
+    def _is_cut(self) -> bool:
+        """Whether an MP4's index, which may come first, tells of more than the file holds; FFmpeg just ends there."""
+        if not self._container.format.name.startswith("mov") or self._container.size <= 0:
+            return False
+        last = max(self.stream.index_entries, key=lambda entry: entry.pos, default=None)
+        return last is not None and last.pos + last.size > self._container.size
+
+    def _sought(self, clock: _Clock, sound: list[Sound]) -> Iterator[av.VideoFrame]:
+        """Frames from at or before the start on.
+
+        Where the first frame lies is known when it is decoded only; and of MPEG streams and others without an index, a
+        seek ends anywhere, and what can be decoded begins behind that.
+        """
+        frames = self._decoded(sound)
+        first = next(frames, None)
+        if first is None:
+            return
+        clock.begin(first)
+        if isinstance(self._source, str):  # a pipe is read as it comes
+            # The first times behind a seek in an MPEG program stream are FFmpeg's guess, half a frame off.
+            for back in (_BACK,) if self._container.format.name == "mpeg" else (0.0, _BACK):
+                found = self._seek(clock.origin + Fraction(max(0.0, self._start - back)))
+                sound.clear()
+                frames = self._decoded(sound)
+                first = next(frames, None) if found else None
+                if first is not None and clock.is_early(first):
+                    break
+            else:
+                self.close()
+                self._open()
+                sound.clear()
+                first = None
+                frames = self._decoded(sound)
+        if first is not None:
+            yield first
+        yield from frames
+
+    def _seek(self, seconds: Fraction) -> bool:
+        """Go to a time; False: nothing more can be read from here."""
+        try:
+            self._container.seek(round(seconds * av.time_base))
+        except av.error.FFmpegError:
+            return False
+        self.undecodable, self._joined = 0, _Joined(self._container.format.name)
+        return True
 
     def _decoded(self, sound: list[Sound]) -> Iterator[av.VideoFrame]:
+        since = time.monotonic()
         for packet in self._packets():
+            # One that sends what nobody can decode, or sound alone, would keep FFmpeg content for ever.
+            if self._longest is not None and time.monotonic() - since > self._longest:
+                why = f": {self._refused}" if self._refused else ""
+                raise UnreadableVideo(f"{self.name}: no frame in what it sends for too long{why}")
             if packet.stream.type == "audio":
                 if packet.dts is not None:
                     sound.append(Sound(packet, Fraction(0)))
@@ -315,19 +408,24 @@ class VideoReader:
             for frame in frames:
                 _check_size(frame.width, frame.height, self.name)
                 yield frame
+                since = time.monotonic()
+
+    def _needs_index_first(self) -> bool:
+        return self._container.format.name.startswith("mov") and not isinstance(self._source, str)
 
     def _packets(self) -> Iterator[av.Packet[Any]]:
         streams = [self.stream, *([self._sound] if self._sound else [])]
         packets = self._container.demux(*streams)
         while True:
             try:
-                with _errors_of(self.name, "reading it failed"):
+                with _errors_of(self.name, _UNREAD_PIPE if self._needs_index_first() else "reading it failed"):
                     packet = next(packets, None)
             except IndexError:  # PyAV, of a stream that was not there when the file was opened; the packet is lost
                 packets = self._container.demux(*streams)
                 continue
             if packet is None:
                 return
+            self._joined.move(packet)
             yield packet
 
     def close(self) -> None:
@@ -343,6 +441,30 @@ class VideoReader:
         self.close()
 
 
+class _Joined:
+    """Puts the times of joined transport streams, each of which counts anew, one behind the other."""
+
+    def __init__(self, container: str) -> None:
+        self._may_be = container in ("mpegts", "mpeg")
+        self._offset = Fraction(0)
+        self._last: dict[int, Fraction] = {}  # the end of each stream's last packet, in seconds
+
+    def move(self, packet: av.Packet[Any]) -> None:
+        """Change a packet's times to where it belongs."""
+        if not self._may_be or packet.dts is None or packet.time_base is None:
+            return
+        index, base = packet.stream.index, packet.time_base
+        begins, last = packet.dts * base + self._offset, self._last.get(index)
+        if last is not None and begins < last - Fraction(_ANEW):
+            self._offset += last - begins
+            begins = last
+        if self._offset:
+            shift = round(self._offset / base)
+            packet.dts += shift
+            packet.pts = None if packet.pts is None else packet.pts + shift
+        self._last[index] = begins + (packet.duration or 0) * base
+
+
 class _Clock:
     """When each frame is shown: the source's own times, counted from the first frame, and always growing."""
 
@@ -352,48 +474,75 @@ class _Clock:
         self.time_base: Fraction = stream.time_base or Fraction(1, 90000)
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         self._step = max(1, round(1 / rate / self.time_base))  # where a frame does not say when it is shown
-        first = stream.start_time
-        self._from = None if not start or first is None else first + start / self.time_base
-        self._first: int | None = None
-        self._last = -1
+        # A start that was computed as n / rate, and rounded, means frame n.
+        self._start = math.ceil(Fraction(start) / self.time_base - Fraction(1, 1000)) if start > 0 else 0
+        self._first: int | None = None  # the source's first frame, in its own time
+        self._last = -1  # the last frame, counted from the first one
+        self._delivered = 0  # the first one from the start on, counted likewise
         self.count = 0
 
     @property
     def origin(self) -> Fraction:
-        """The first frame's time in the source, in seconds."""
-        return (self._first or 0) * self.time_base
+        """When, in the source's own time, what is delivered begins; in seconds."""
+        return ((self._first or 0) + self._delivered) * self.time_base
+
+    def begin(self, picture: av.VideoFrame) -> None:
+        """Take a frame for the source's first."""
+        self._first = self._own(picture) or 0
+
+    def is_early(self, picture: av.VideoFrame) -> bool:
+        """Whether a frame is known to be shown at the start or before it."""
+        own = self._own(picture)
+        return own is not None and own - (self._first or 0) <= self._start
 
     def at(self, picture: av.VideoFrame) -> tuple[int | None, int]:
         """When a frame is shown and for how long; None if that is before the start that was asked for."""
-        pts = getattr(picture, self._time)
-        if pts is not None and picture.time_base and picture.time_base != self.time_base:
-            pts = round(pts * picture.time_base / self.time_base)
-        if pts is not None and self._from is not None and pts < self._from:
-            return None, 0
+        own = self._own(picture)
         if self._first is None:
-            self._first = pts or 0
-        shown = self._last + self._step if pts is None and self.count else (pts or 0) - self._first
-        self._last = max(shown, self._last + 1)
+            self._first = own or 0
+        guess = self._last + self._step if self._last >= 0 else 0
+        self._last = max(guess if own is None else own - self._first, self._last + 1)
+        if self._last < self._start:
+            return None, 0
+        if not self.count:
+            self._delivered = self._last
         self.count += 1
-        return self._last, picture.duration or 0
+        return self._last - self._delivered, picture.duration or 0
 
+    def _own(self, picture: av.VideoFrame) -> int | None:
+        pts: int | None = getattr(picture, self._time)
+        if pts is not None and picture.time_base and picture.time_base != self.time_base:
+            return round(pts * picture.time_base / self.time_base)
+        return pts
+
+
+#: FFmpeg writes an MP4's index last, unless it is told otherwise; without it nothing before it can be read.
+_UNREAD_PIPE: Final = (
+    "reading it failed: an MP4 in a pipe needs its index first (ffmpeg -i IN.mp4 -c copy -movflags faststart OUT.mp4); "
+    "or give the file itself"
+)
 
 #: ``AV_DISPOSITION_ATTACHED_PIC``: a song's cover.
 _COVER: Final = 0x400
+
+_LATE: Final = "it sent nothing for too long"
 
 
 class _errors_of:  # noqa: N801 (used like a function)
     """Turns FFmpeg's errors into ours, with the source's name and without its credentials."""
 
-    def __init__(self, name: str, what: str) -> None:
-        self._name, self._what = name, what
+    def __init__(self, name: str, what: str, timeout: tuple[float, float] | None = None) -> None:
+        self._name, self._what, self._longest = name, what, timeout[0] if timeout else math.inf
 
     def __enter__(self) -> None:
-        pass
+        self._begun = time.monotonic()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, av.error.FFmpegError):
-            raise UnreadableVideo(f"{self._name}: {self._what} ({_reason(error)})") from error
+            # FFmpeg tells differently of time that is over. Not from it: it names the URL with the password, and a
+            # traceback would print that.
+            late = time.monotonic() - self._begun >= self._longest
+            raise UnreadableVideo(f"{self._name}: {self._what} ({_LATE if late else _reason(error)})") from None
         if isinstance(error, (OSError, ValueError, MemoryError)) and not isinstance(error, InputError):
             raise UnreadableVideo(f"{self._name}: {self._what} ({error})") from error
 
@@ -401,9 +550,11 @@ class _errors_of:  # noqa: N801 (used like a function)
 def _reason(error: av.error.FFmpegError) -> str:
     """FFmpeg's words, without the name, which may hold a password."""
     if isinstance(error, av.error.ExitError):
-        return "it sent nothing for too long"
+        return _LATE
     if isinstance(error, av.error.InvalidDataError):
         return "not a video, damaged or truncated"
+    if isinstance(error, av.error.ArgumentError):
+        return "not a video, or a list of other files, which are not opened"
     return error.strerror or type(error).__name__
 
 

@@ -154,9 +154,9 @@ def segment_video(
                 report.found += segmented.result.found
                 report.seconds = time.perf_counter() - start
                 watch(segmented, report)
-            sink.end(stream.rest)
         except InputError as error:
             report.error = str(error)
+        sink.end(stream.rest, whole=stream.whole or report.error is not None)
     if origin.endless:
         states.tell(StateChange("ended", "stopped" if stream.stopped else "enough frames"))
     report.stopped = stream.stopped
@@ -165,7 +165,7 @@ def segment_video(
     report.steps = stream.timings.summary()
     report.seconds = time.perf_counter() - start
     if not report.written and not report.error and not report.stopped:
-        report.error = f"{origin.shown}: not one frame: {stream.counts.failure or _nothing(frames, reading)}"
+        report.error = f"{origin.shown}: not one frame: {stream.counts.failure or 'it is empty'}"
     return report
 
 
@@ -186,9 +186,3 @@ def _seconds(frames: VideoReader | LiveSource, reading: Reading) -> float | None
     if isinstance(frames, LiveSource) or frames.info.duration is None:
         return None
     return max(0.0, frames.info.duration - reading.start)
-
-
-def _nothing(frames: VideoReader | LiveSource, reading: Reading) -> str:
-    if isinstance(frames, VideoReader) and reading.start:
-        return f"it ends before {reading.start:g} s"
-    return "it is empty"

@@ -88,6 +88,10 @@ VIDEO_FORMATS: Final = {
 _FRAGMENT: Final = 2
 
 
+#: So many seconds the sound of a piece may come after its last frame.
+_LATE: Final = 2.0
+
+
 class VideoSink(Protocol):
     """Takes one source's frames, in order, from one thread. A context manager: leaving it completes the files."""
 
@@ -106,8 +110,13 @@ class VideoSink(Protocol):
             OutputError: It, and nothing after it, can be written.
         """
 
-    def end(self, sound: Sequence[Sound]) -> None:
-        """Write the sound behind the last frame; as ``write``."""
+    def end(self, sound: Sequence[Sound], *, whole: bool) -> None:
+        """Write the sound behind the last frame; as ``write``.
+
+        Args:
+            sound: What came after it.
+            whole: The source is at its end; else the sound ends with the picture.
+        """
 
     def __enter__(self) -> Self: ...
 
@@ -117,9 +126,13 @@ class VideoSink(Protocol):
 
 
 class _Base:
-    def __init__(self) -> None:
+    """Leaving it completes the files that are open; an error removes them, unless the source is endless."""
+
+    def __init__(self, *, endless: bool = False) -> None:
         self.notes: list[str] = []
         self.paths: list[Path] = []
+        self._endless = endless
+        self._open: list[tuple[Path, contextlib.ExitStack]] = []  # where each file is written, and what closes it
 
     def __enter__(self) -> Self:
         return self
@@ -127,13 +140,33 @@ class _Base:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if kind is None or self._endless:
+            self.close()
+            return
+        opened, self._open = self._open, []
+        for path, file in opened:
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                path.unlink()  # before it is closed: putting the index of a long movie in front takes long
+                file.__exit__(kind, error, trace)
 
-    def end(self, sound: Sequence[Sound]) -> None:
+    def end(self, sound: Sequence[Sound], *, whole: bool) -> None:
         """Sound has no place here."""
 
     def close(self) -> None:
         """Complete the files."""
+        while self._open:
+            self._open.pop(0)[1].close()
+
+    @contextlib.contextmanager
+    def _begun(self, path: Path) -> Iterator[tuple[contextlib.ExitStack, Path]]:
+        """What closes a new file, and where to write it: beside its place, or of an endless source in it."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_errors_at(path))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path if self._endless else stack.enter_context(replacing(path))
+            yield stack, beside
+            self._open.append((beside, stack.pop_all()))
+            self.paths.append(path)
 
 
 class MovieSink(_Base):
@@ -161,51 +194,69 @@ class MovieSink(_Base):
             segment: Seconds.
             audio: Pass the sound through.
         """
-        super().__init__()
-        self._paths, self._painter, self._audio = iter(paths), painter, audio
-        self._endless, self._segment = endless, segment
-        self._movie: _Movie | None = None
-        self._opened = contextlib.ExitStack()
+        super().__init__(endless=endless)
+        self._paths, self._painter, self._audio, self._segment = iter(paths), painter, audio, segment
+        self._movies: list[_Movie] = []  # the last one is being written; those before it wait for late sound
+        self._waiting: list[Sound] = []  # of a time that the picture has not reached
 
     def write(self, frame: Frame, result: Segmentation) -> None:
         """Write a frame; see :class:`VideoSink`."""
         painted = self._painter(frame, result)
-        movie, size = self._movie, (painted.height, painted.width)
-        if movie and (movie.size != size or (self._segment and frame.time - movie.since >= self._segment)):
-            late = [sound for sound in frame.sound if sound.time < frame.time]
-            self.end(late)
-            frame.sound = [sound for sound in frame.sound if sound not in late]
-            self.close()
-        with _errors_at(self.paths[-1] if self.paths else None):
-            if self._movie is None:
-                self._open(frame, painted)
-            assert self._movie
-            self._movie.write(frame, painted)
-
-    def _open(self, frame: Frame, painted: av.VideoFrame) -> None:
-        path = next(self._paths)
         track = frame.track if self._audio else None
-        with _errors_at(path), contextlib.ExitStack() as stack:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path if self._endless else stack.enter_context(replacing(path))
-            movie = _Movie(beside, MOVIES[path.suffix[1:]], frame, painted, track, self._endless)
-            self._movie = stack.enter_context(contextlib.closing(movie))
-            self._opened = stack.pop_all()
-        self.paths.append(path)
-        if self._movie.note and self._movie.note not in self.notes:
-            self.notes.append(self._movie.note)
+        if not self._movies or self._turns(self._movies[-1], frame, painted, track):
+            if self._movies:
+                self._movies[-1].end = frame.time
+            self._begin(frame, painted, track)
+        with _errors_at(self.paths[-1]):
+            self._movies[-1].write(frame, painted)
+            self._hear(frame.sound, float((frame.pts + frame.duration) * frame.time_base))
+        while len(self._movies) > 1 and frame.time - self._movies[0].end > (_LATE if track else 0):
+            self._finish_first()
 
-    def end(self, sound: Sequence[Sound]) -> None:
+    def _turns(self, movie: _Movie, frame: Frame, painted: av.VideoFrame, track: Track | None) -> bool:
+        """Whether a frame begins another movie."""
+        return (
+            movie.size != (painted.height, painted.width)
+            or bool(self._segment and frame.time - movie.since >= self._segment)
+            or bool(track and not track.fits(movie.track))
+        )
+
+    def _begin(self, frame: Frame, painted: av.VideoFrame, track: Track | None) -> None:
+        path = next(self._paths)
+        with self._begun(path) as (stack, beside):
+            movie = _Movie(beside, MOVIES[path.suffix[1:]], frame, painted, track, self._endless)
+            stack.enter_context(contextlib.closing(movie))
+        self._movies.append(movie)
+        if movie.note and movie.note not in self.notes:
+            self.notes.append(movie.note)
+
+    def _hear(self, sound: Sequence[Sound], until: float) -> None:
+        """Give each movie its sound up to a time in seconds; the rest waits, for the picture may end before it."""
+        self._waiting += sound
+        ready = [sound for sound in self._waiting if sound.time < until]
+        self._waiting = [sound for sound in self._waiting if sound.time >= until]
+        for one in ready:
+            movie = next(movie for movie in self._movies if one.time < movie.end)
+            movie.write_sound(one)
+            while movie is not self._movies[0]:
+                self._finish_first()
+
+    def _finish_first(self) -> None:
+        self._movies.pop(0)
+        self._open.pop(0)[1].close()
+
+    def end(self, sound: Sequence[Sound], *, whole: bool) -> None:
         """Write the sound behind the last frame; see :class:`VideoSink`."""
-        if self._movie:
+        if self._movies:
             with _errors_at(self.paths[-1]):
-                self._movie.write_sound(sound)
+                self._hear(sound, float("inf") if whole else self._movies[-1].shown_until)
 
     def close(self) -> None:
-        """Complete the movie."""
-        opened, self._opened, self._movie = self._opened, contextlib.ExitStack(), None
-        with _errors_at(self.paths[-1] if self.paths else None):
-            opened.close()
+        """Complete the movies."""
+        self._movies.clear()
+        super().close()
+        if self._segment and self.paths and not self._endless:
+            _drop_later(self.paths[-1])
 
 
 class _Movie:
@@ -214,8 +265,8 @@ class _Movie:
     def __init__(
         self, path: Path, look: Look, frame: Frame, painted: av.VideoFrame, track: Track | None, endless: bool
     ) -> None:
-        self.size = painted.height, painted.width
-        self.since = frame.time
+        self.size, self.track = (painted.height, painted.width), track
+        self.since, self.shown_until, self.end = frame.time, frame.time, float("inf")
         self._first, self._start = frame.pts, frame.pts * frame.time_base
         self._file = av.open(str(path), "w", format=look.container, options=_muxing(look.container, endless))
         try:
@@ -244,11 +295,11 @@ class _Movie:
         return stream
 
     def write(self, frame: Frame, painted: av.VideoFrame) -> None:
-        self.write_sound(frame.sound)
+        self.shown_until = float((frame.pts + frame.duration) * frame.time_base)
         painted.pts, painted.time_base, painted.duration = frame.pts - self._first, frame.time_base, frame.duration
         self._file.mux(self._picture.encode(painted))
 
-    def write_sound(self, sound: Sequence[Sound]) -> None:
+    def write_sound(self, sound: Sound) -> None:
         if self._sound:
             self._sound.write(sound, self._start)
 
@@ -278,6 +329,7 @@ class PicturesSink(_Base):
         """
         super().__init__()
         self._folder, self._picture = folder, picture
+        self._last: Path | None = None
 
     def write(self, frame: Frame, result: Segmentation) -> None:
         """Write a frame; see :class:`VideoSink`."""
@@ -286,6 +338,12 @@ class PicturesSink(_Base):
         path = self._folder / f"{frame.number:06d}.{self._picture.format}"
         with _errors_at(path), replacing(path) as beside:
             self._picture.save(result, beside)
+        self._last = path
+
+    def close(self) -> None:
+        """Nothing is open, but there may be pictures of an earlier, longer run."""
+        if self._last:
+            _drop_later(self._last)
 
 
 class RawSink(_Base):
@@ -296,7 +354,7 @@ class RawSink(_Base):
 
         Args:
             stream: Open for writing bytes.
-            painter: Makes the frames.
+            picture: What each frame shows.
         """
         super().__init__()
         self._stream, self._picture = stream, picture
@@ -329,31 +387,18 @@ class LinesSink(_Base):
             path: The file.
             endless: The source has no end: the file is in its place from the start.
         """
-        super().__init__()
-        self._path, self._endless = path, endless
+        super().__init__(endless=endless)
+        self._path = path
         self._file: Any = None
-        self._opened = contextlib.ExitStack()
 
     def write(self, frame: Frame, result: Segmentation) -> None:
         """Write a frame; see :class:`VideoSink`."""
+        if self._file is None:
+            with self._begun(self._path) as (stack, beside):
+                self._file = stack.enter_context(beside.open("x", encoding="utf-8"))
         with _errors_at(self._path):
-            if self._file is None:
-                self._open()
             self._file.write(json.dumps(frame_record(frame, result)) + "\n")
             self._file.flush()
-
-    def _open(self) -> None:
-        with contextlib.ExitStack() as stack:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            beside = self._path if self._endless else stack.enter_context(replacing(self._path))
-            self._file = stack.enter_context(beside.open("x", encoding="utf-8"))
-            self._opened = stack.pop_all()
-        self.paths.append(self._path)
-
-    def close(self) -> None:
-        """Complete the file."""
-        with _errors_at(self._path):
-            self._opened.close()
 
 
 def frame_record(frame: Frame, result: Segmentation) -> dict[str, Any]:
@@ -383,6 +428,13 @@ def numbered(folder: Path, suffix: str) -> Iterator[Path]:
     """``0001.mp4``, ``0002.mp4``, ... after those that are there."""
     for number in itertools.count(next_number(folder)):
         yield folder / f"{number:04d}.{suffix}"
+
+
+def _drop_later(last: Path) -> None:
+    """Remove what a longer run has left behind the last picture or piece of this one: together they are one result."""
+    for path in last.parent.iterdir():
+        if path.stem.isdecimal() and path.suffix == last.suffix and int(path.stem) > int(last.stem):
+            path.unlink()
 
 
 def _rate_of(frame: Frame) -> Fraction:

@@ -28,6 +28,15 @@ class Track:
     codec: str
     holder: Any
 
+    def fits(self, other: Track | None) -> bool:
+        """Whether another track's packets may go on in the same file; a source that is connected anew may differ."""
+        return other is self or (other is not None and self._kind == other._kind)
+
+    @property
+    def _kind(self) -> tuple[object, ...]:
+        about = self.stream.codec_context
+        return self.codec, about.sample_rate, about.layout.name, about.extradata
+
 
 @dataclass(frozen=True, eq=False)
 class Sound:
@@ -44,7 +53,8 @@ class Sound:
     @property
     def time(self) -> float:
         """Seconds from the first frame, before it is written."""
-        return float((self.packet.pts or 0) * self.packet.time_base + self.shift)
+        pts = self.packet.dts if self.packet.pts is None else self.packet.pts
+        return float(pts * self.packet.time_base + self.shift)
 
 
 def track_of(stream: Any) -> Track | None:
@@ -95,19 +105,21 @@ class _Passed:
 
     def __init__(self, file: Any, track: Track) -> None:
         self._file, self._stream = file, file.add_stream_from_template(track.stream)
+        self._last: Fraction | None = None  # the decoding time of the last packet
 
-    def write(self, sounds: Sequence[Sound], start: Fraction) -> None:
-        """Write packets; what lies before ``start``, in seconds, is left out."""
-        for sound in sounds:
-            packet = sound.packet
-            # A packet is never passed twice, so its times may be changed in place.
-            moved = round((sound.shift - start) / packet.time_base)
-            packet.dts = packet.dts + moved
-            packet.pts = packet.dts if packet.pts is None else packet.pts + moved
-            # The packet before the first one that is heard goes along: decoders need it to begin with.
-            if packet.pts + (packet.duration or 0) >= 0:
-                packet.stream = self._stream
-                self._file.mux(packet)
+    def write(self, sound: Sound, start: Fraction) -> None:
+        """Write a packet; what lies before ``start``, in seconds, is left out."""
+        packet = sound.packet
+        # A packet is never passed twice, so its times may be changed in place.
+        moved = round((sound.shift - start) / packet.time_base)
+        packet.dts = packet.dts + moved
+        packet.pts = packet.dts if packet.pts is None else packet.pts + moved
+        time = packet.dts * packet.time_base
+        # The packet before the first one that is heard goes along: decoders need it to begin with. What a source that
+        # was connected anew sends once more is left out.
+        if packet.pts + (packet.duration or 0) >= 0 and (self._last is None or time > self._last):
+            packet.stream, self._last = self._stream, time
+            self._file.mux(packet)
 
     def close(self) -> None:
         """Nothing is left to write."""
@@ -132,16 +144,15 @@ class _Encoded:
         self._next: int | None = None  # where the next frame should begin, in samples
         self.note = f"the sound ({track.codec}) is encoded anew as {encoder.codec.canonical_name}"
 
-    def write(self, sounds: Sequence[Sound], start: Fraction) -> None:
-        """Write packets; what lies before ``start``, in seconds, is left out."""
-        for sound in sounds:
-            try:
-                decoded = self._decoder.decode(sound.packet)
-            except av.error.InvalidDataError:  # a click, where players of the source have one, too
-                continue
-            for frame in decoded:
-                if frame.pts is not None and self._place(frame, sound.shift - start):
-                    self._encode(self._resampler.resample(frame))
+    def write(self, sound: Sound, start: Fraction) -> None:
+        """Write a packet; what lies before ``start``, in seconds, is left out."""
+        try:
+            decoded = self._decoder.decode(sound.packet)
+        except av.error.InvalidDataError:  # a click, where players of the source have one, too
+            return
+        for frame in decoded:
+            if frame.pts is not None and self._place(frame, sound.shift - start):
+                self._encode(self._resampler.resample(frame))
 
     def _place(self, frame: Any, shift: Fraction) -> bool:
         """Say where a frame lies, in samples; False: before the start, or on what is there already."""

@@ -34,8 +34,16 @@ for line in sys.stdin:
             for frame in reader:
                 frame.pixels(convert, 16, 16)
                 frames += 1
+                if frames == 1:
+                    frame.pixels(convert)
     except InputError as problem:
         error = str(problem)
+    try:
+        with VideoReader(path, start=0.2) as reader:
+            for frame in reader:
+                assert frame.pts >= 0
+    except InputError as problem:
+        assert path in str(problem) or frames
     signal.alarm(0)
     print(json.dumps({"frames": frames, "error": error}), flush=True)
 """
@@ -69,7 +77,31 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         "avi": clip(folder / "a.avi", "mpeg4", sound=False),
         "ts": clip(folder / "a.ts", "mpeg2video", sound=False),
         "mov": clip(folder / "a.mov", "prores_ks", sound=False, pixels="yuv422p10le"),
+        "flv": clip(folder / "a.flv"),
     }
+
+
+def parameters(width: int, height: int) -> bytes:
+    """An H.264 sequence parameter set of so many macroblocks (16 x 16 pixels) a side."""
+
+    def code(value: int) -> str:
+        bits = f"{value + 1:b}"
+        return "0" * (len(bits) - 1) + bits
+
+    # Identity, frame number, order by number, references; no gaps; the size; progressive, not cropped, no more.
+    bits = (
+        code(0) + code(0) + code(2) + code(1) + "0" + code(width - 1) + code(height - 1) + "1" + "1" + "0" + "0" + "1"
+    )
+    bits += "0" * (-len(bits) % 8)
+    body = bytes(int(bits[at : at + 8], 2) for at in range(0, len(bits), 8))
+    return b"\0\0\0\1\x67\x42\0\x3e" + body
+
+
+def endless() -> bytes:
+    """A Matroska whose segments hold each other, a hundred deep, and say that they are as long as can be."""
+    return (
+        b"\x1a\x45\xdf\xa3\x84\x42\x82\x81\x77" + b"\x18\x53\x80\x67\x01" + b"\xff" * 7 + b"\x1f\x43\xb6\x75\xff" * 100
+    )
 
 
 def patched(data: bytes, what: bytes, offset: int, value: bytes) -> bytes:
@@ -81,8 +113,8 @@ def patched(data: bytes, what: bytes, offset: int, value: bytes) -> bytes:
     return bytes(changed)
 
 
-def malformed(good: dict[str, bytes]) -> dict[str, bytes]:
-    """By name: what is wrong with it."""
+def malformed(good: dict[str, bytes], folder: Path) -> dict[str, bytes]:
+    """By name: what is wrong with it. Good ones that are not among those given are made in a folder."""
     rng, found = random.Random(5), {}
     for suffix, data in good.items():
         for share in (0.01, 0.1, 0.3, 0.5, 0.8, 0.99):
@@ -96,6 +128,11 @@ def malformed(good: dict[str, bytes]) -> dict[str, bytes]:
                 changed[rng.randrange(len(data) if number % 2 else min(2000, len(data)))] = rng.randrange(256)
             found[f"flipped-{number}.{suffix}"] = bytes(changed)
     mp4, huge = good["mp4"], (2**31 - 1).to_bytes(4, "big")
+    nal, huge_side = b"\0\0\0\1", b"\xff\xfe"
+    raw = clip(folder / "good.h264", sound=False)
+    pictures = raw[raw.index(nal + b"\x68") :] if nal + b"\x68" in raw else raw[len(raw) // 20 :]
+    photos = clip(folder / "good.avi", "mjpeg", sound=False, pixels="yuvj420p")
+    old = clip(folder / "good.webm", "libvpx", sound=False)
     found |= {
         "index-lost.mp4": patched(mp4, b"moov", 0, b"free"),
         "data-lost.mp4": patched(mp4, b"mdat", 0, b"free"),
@@ -111,6 +148,23 @@ def malformed(good: dict[str, bytes]) -> dict[str, bytes]:
         "box-0.mp4": patched(mp4, b"trak", -4, bytes(4)),
         "box-huge.mp4": patched(mp4, b"trak", -4, huge),
         "parameters-wrong.mp4": patched(mp4, b"avcC", 8, bytes(24)),
+        "parameters-huge.h264": parameters(4095, 4095) + pictures,
+        "parameters-8k.h264": parameters(512, 270) + pictures,
+        "parameters-long.h264": parameters(65535, 1) + pictures,
+        "parameters-0.h264": parameters(2**32 - 1, 2**32 - 1) + pictures,
+        "parameters-change.h264": raw + parameters(4095, 4095) + pictures + parameters(4, 3) + pictures,
+        "photos-huge.avi": patched(photos, b"\xff\xc0", 5, huge_side * 2),
+        "photos-0.avi": patched(photos, b"\xff\xc0", 5, bytes(4)),
+        "vp8-huge.webm": patched(old, b"\x9d\x01\x2a", 3, b"\xff\x3f\xff\x3f"),
+        "vp8-0.webm": patched(old, b"\x9d\x01\x2a", 3, bytes(4)),
+        "mpeg2-huge.ts": patched(good["ts"], b"\0\0\1\xb3", 4, b"\xff\xff\xff"),
+        "mpeg2-0.ts": patched(good["ts"], b"\0\0\1\xb3", 4, bytes(3)),
+        "prores-huge.mov": patched(good["mov"], b"icpf", 12, huge_side * 2),
+        "flv-back.flv": good["flv"][:2000] + good["flv"] * 3,
+        "joined.ts": good["ts"] * 5,
+        "joined-back.ts": good["ts"][188 * 20 :] + good["ts"],
+        "endless.mkv": endless(),
+        "only-sound.mp4": patched(mp4, b"vide", 0, b"soun"),
         "empty.mp4": b"",
         "text.mp4": b"This is no video.\n" * 1000,
         "nothing-but-a-name.mkv": b"\x1a\x45\xdf\xa3",
@@ -120,6 +174,9 @@ def malformed(good: dict[str, bytes]) -> dict[str, bytes]:
         "itself.m3u8": b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nitself.m3u8\n#EXT-X-ENDLIST\n",
         "itself.mp4": b"ffconcat version 1.0\nfile itself.mp4\n",
         "secrets.mp4": b"ffconcat version 1.0\nfile /etc/passwd\n",
+        "secrets.m3u8": b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n",
+        "other.mp4": b"ffconcat version 1.0\nfile good.h264\n",
+        "other.m3u8": b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nflv-back.flv\n#EXT-X-ENDLIST\n",
         "network.mp4": b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:1/a.ts\n",
         "session.mp4": b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5000 RTP/AVP 96\n",
     }
@@ -146,7 +203,7 @@ def run(paths: list[Path]) -> dict[str, dict[str, Any]]:
 
 
 def test_each_gives_frames_or_an_error_in_one_line(tmp_path: Path, good: dict[str, bytes]) -> None:
-    files = malformed(good)
+    files = malformed(good, tmp_path)
     assert len(files) > 100
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
@@ -159,8 +216,10 @@ def test_each_gives_frames_or_an_error_in_one_line(tmp_path: Path, good: dict[st
             assert name in result["error"]
             assert "\n" not in result["error"]
         assert "root:" not in str(result)
-    for name in ("empty.mp4", "text.mp4", "y4m-huge.y4m", "y4m-0.y4m", "network.mp4", "secrets.mp4"):
+    lists = ("itself.m3u8", "itself.mp4", "network.mp4", "other.mp4", "other.m3u8", "secrets.mp4", "secrets.m3u8")
+    for name in ("empty.mp4", "text.mp4", "y4m-huge.y4m", "y4m-0.y4m", "parameters-huge.h264", *lists):
         assert results[name]["error"], name
+        assert not results[name]["frames"], name
     assert sum(result["frames"] > 0 for result in results.values()) > 30, "damage leaves most videos something to show"
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from petseg_runtime import sources
 from petseg_runtime.errors import InputError
-from petseg_runtime.sources import IMAGE_SUFFIXES, STDIN, Item, find_photos
+from petseg_runtime.sources import IMAGE_SUFFIXES, STDIN, Item, find_photos, is_video, redacted, stream_origin
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -370,3 +370,81 @@ def test_names_never_collide_and_no_photo_is_lost(tree: set[str], chosen: list[s
         assert len(set(keys)) == len(keys)
         assert all(item.name.name and not item.name.is_absolute() and ".." not in item.name.parts for item in items)
         assert find_photos(paths) == items
+
+
+# ------------------------------------------------------------------------------------------ videos and streams
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("rtsp://user:secret@cam:554/live?token=secret", "rtsp://***@cam:554/live?***"),
+        ("rtsp://user:se/cret@cam/live", "rtsp://***@cam/live"),
+        ("rtsp://user:se?cret@cam/live?x=1", "rtsp://***"),
+        ("rtsp://user:1234?5@cam/live", "rtsp://***"),
+        ("rtsp://user:se#cret@cam/live", "rtsp://***"),
+        ("rtsp://user:se@cret@cam/live", "rtsp://***@cam/live"),
+        ("http://proxy/http://user:secret@cam/live", "http://***@cam/live"),
+        ("http://cam/live#secret", "http://cam/live?***"),
+        ("http://cam:8080/live?mail=a@b", "http://cam:8080/live?***"),
+        ("srt://cam:9000?passphrase=secret", "srt://cam:9000?***"),
+        ("srt://cam:9000?passphrase=secret@secret", "srt://***"),
+        ("http://cam/@cats/live.mp4", "http://cam/@cats/live.mp4"),
+        ("rtsp://[fe80::1]:554/live", "rtsp://[fe80::1]:554/live"),
+        ("cat.mp4", "cat.mp4"),
+    ],
+)
+def test_what_is_shown_of_a_url(url: str, shown: str) -> None:
+    assert redacted(url) == shown
+    assert "secret" not in shown
+    assert redacted(shown) == shown
+
+
+part = st.text("abcXYZ019._-~%+!$&'()*,;=:@", min_size=1, max_size=10)
+#: Passwords are not always encoded as they ought to be.
+password = st.text("abcXYZ._-~%+!$&'()*,;=:@/?#", max_size=10)
+plain = st.text("abcxyz019.-", min_size=1, max_size=10)
+
+
+@given(part, password, plain, plain, part)
+def test_no_secret_of_a_url_is_shown(user: str, secret: str, host: str, path: str, token: str) -> None:
+    url = f"rtsp://Q{user}Q:Q{secret}Q@{host}/{path}?key=Q{token}Q"
+    origin = stream_origin(url)
+    assert origin is not None
+    for shown in (redacted(url), origin.shown, str(origin.name)):
+        assert "Q" not in shown, url
+
+
+@given(st.text(max_size=60).filter(lambda text: "Q" not in text))
+def test_any_text_can_be_shown(text: str) -> None:
+    assert isinstance(redacted(text), str)
+    assert "Q" not in redacted(f"rtsp://user:Q@{text}")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "video"),
+    [
+        ("cat.mp4", b"\xff\xd8\xff", True),  # named so, and then refused as one
+        ("cat.MKV", b"", True),
+        ("cat.jpg", b"\x1a\x45\xdf\xa3", False),
+        ("cat.gif", b"GIF89a", False),
+        ("cat", b"\x1a\x45\xdf\xa3", True),
+        ("cat", b"\0\0\0\x20ftypisom", True),
+        ("cat", b"\0\0\0\x20ftypavif", False),
+        ("cat.bin", b"YUV4MPEG2 W4 H4", True),
+        ("cat.bin", b"RIFF\0\0\0\0WEBP", False),
+        ("cat.bin", b"RIFF\0\0\0\0AVI ", True),
+        ("cat.bin", (b"G" + bytes(187)) * 2, True),
+        ("cat.bin", b"", False),
+    ],
+)
+def test_which_files_are_videos(tmp_path: Path, name: str, data: bytes, video: bool) -> None:
+    (tmp_path / name).write_bytes(data)
+    assert is_video(Item(tmp_path / name, PurePath("cat"))) is video
+
+
+def test_what_cannot_be_looked_into_is_no_video(tmp_path: Path) -> None:
+    assert not is_video(Item(tmp_path / "missing", PurePath("cat")))
+    assert not is_video(Item(tmp_path, PurePath("cat")))
+    assert not is_video(Item(tmp_path / "cat.mp4", PurePath("cat"), problem="no"))
+    assert not is_video(Item(STDIN, PurePath("stdin"), data=b"\x1a\x45\xdf\xa3"))

@@ -1,0 +1,357 @@
+"""Stream servers and senders on loopback, and `petseg infer` on them: for the soak, and for the tests of live sources.
+
+All are processes of their own, on free ports. What they need is in Debian: :func:`lacking` names the packages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final, Self
+
+__all__ = [
+    "Relay",
+    "Run",
+    "Server",
+    "free_port",
+    "hls_server",
+    "http_sender",
+    "lacking",
+    "rtmp_sender",
+    "rtmp_server",
+    "rtsp_server",
+    "udp_sender",
+    "until",
+]
+
+#: The system's Python, which has GStreamer's bindings.
+_PYTHON: Final = Path("/usr/bin/python3")
+
+_RTSP: Final = """
+import sys
+import gi
+gi.require_version("Gst", "1.0")
+gi.require_version("GstRtspServer", "1.0")
+from gi.repository import GLib, Gst, GstRtspServer
+Gst.init(None)
+port, width, height = sys.argv[1:]
+server = GstRtspServer.RTSPServer(service=port, address="127.0.0.1")
+factory = GstRtspServer.RTSPMediaFactory(shared=True)
+factory.set_launch(
+    f"( videotestsrc is-live=true pattern=ball ! video/x-raw,width={width},height={height},framerate=25/1 "
+    "! x264enc tune=zerolatency speed-preset=ultrafast key-int-max=12 ! rtph264pay name=pay0 pt=96 )"
+)
+server.get_mount_points().add_factory("/live", factory)
+server.attach(None)
+print("ready", flush=True)
+GLib.MainLoop().run()
+"""
+
+_NGINX: Final = """
+load_module {module};
+daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log stderr error;
+events {{ worker_connections 64; }}
+rtmp {{ server {{ listen 127.0.0.1:{port}; chunk_size 4096; application live {{ live on; record off; }} }} }}
+"""
+_NGINX_MODULE: Final = Path("/usr/lib/nginx/modules/ngx_rtmp_module.so")
+
+
+def lacking(*kinds: str) -> str | None:
+    """Why servers of these kinds cannot be started here: what is not installed, and its Debian package.
+
+    Args:
+        kinds: ``ffmpeg``, ``rtsp``, ``rtmp``.
+
+    Returns:
+        The reason; None: nothing is lacking.
+    """
+    needed: dict[str, dict[str, object]] = {
+        "ffmpeg": {"ffmpeg": shutil.which("ffmpeg")},
+        "rtmp": {"ffmpeg": shutil.which("ffmpeg"), "nginx": _nginx(), "libnginx-mod-rtmp": _NGINX_MODULE.exists()},
+        "rtsp": {
+            "python3-gi": _PYTHON.exists() and Path("/usr/lib/python3/dist-packages/gi").exists(),
+            "gir1.2-gst-rtsp-server-1.0": _installed("girepository-1.0/GstRtspServer-1.0.typelib"),
+            "gstreamer1.0-plugins-base": _installed("gstreamer-1.0/libgstvideotestsrc.so"),
+            "gstreamer1.0-plugins-good": _installed("gstreamer-1.0/libgstrtp.so"),
+            "gstreamer1.0-plugins-ugly": _installed("gstreamer-1.0/libgstx264.so"),
+        },
+    }
+    packages = [name for kind in kinds for name, there in needed[kind].items() if not there]
+    return f"not installed, of Debian: {', '.join(dict.fromkeys(packages))}" if packages else None
+
+
+def _nginx() -> str | None:
+    return shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+
+
+def _installed(library: str) -> bool:
+    return any(Path("/usr/lib").glob(f"*/{library}"))
+
+
+def free_port(kind: int = socket.SOCK_STREAM) -> int:
+    """A port of loopback that nobody uses now."""
+    with socket.socket(socket.AF_INET, kind) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def until(condition: Callable[[], Any], seconds: float = 40) -> Any:
+    """Wait for a condition, and give its value.
+
+    Raises:
+        AssertionError: It did not come true in so many seconds.
+    """
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        if time.monotonic() > end:
+            raise AssertionError(f"it did not happen in {seconds:g} s")
+        time.sleep(0.02)
+    return value
+
+
+def _listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+class Server:
+    """A program that is started, stopped, frozen, and gone at the end. Use it as a context manager."""
+
+    def __init__(self, *command: object, ready: str | int | None = None) -> None:
+        """Start it.
+
+        Args:
+            command: The program and its arguments.
+            ready: The line that it prints, or the port that it listens at, when it can be used; None: at once.
+        """
+        self._command, self._ready = [str(word) for word in command], ready
+        self.start()
+
+    def start(self) -> None:
+        """Start it, again too."""
+        pipe = subprocess.PIPE if isinstance(self._ready, str) else subprocess.DEVNULL
+        self.process = subprocess.Popen(self._command, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        if self.process.stdout:
+            line = self.process.stdout.readline()
+            assert line.strip() == self._ready, f"{self._command[0]} did not start: {line!r}"
+        elif isinstance(self._ready, int):
+            port = self._ready
+            until(lambda: _listens(port))
+
+    def stop(self) -> None:
+        """Kill it."""
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdout:
+            self.process.stdout.close()
+
+    def freeze(self) -> None:
+        """It keeps its connections, and sends nothing."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """It goes on."""
+        self.process.send_signal(signal.SIGCONT)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def rtsp_server(port: int, size: str = "160x120") -> Server:
+    """GStreamer's RTSP server, with a picture at ``rtsp://127.0.0.1:PORT/live``."""
+    return Server(_PYTHON, "-c", _RTSP, port, *size.split("x"), ready="ready")
+
+
+def rtmp_server(port: int, folder: Path) -> Server:
+    """nginx, to which one may publish."""
+    config = folder / "nginx.conf"
+    config.write_text(_NGINX.format(module=_NGINX_MODULE, folder=folder, port=port), encoding="utf-8")
+    return Server(_nginx(), "-c", config, "-p", folder, ready=port)
+
+
+def _pictures(size: str, seconds: float, sound: bool) -> list[str]:
+    """FFmpeg's words for a live picture, and a tone."""
+    inputs = ["-re", "-f", "lavfi", "-i", f"testsrc2=size={size}:rate=25:duration={seconds:g}"]
+    if sound:
+        inputs += ["-re", "-f", "lavfi", "-i", f"sine=sample_rate=48000:duration={seconds:g}", "-c:a", "aac"]
+    encoder = ["-c:v", "libx264", "-preset", "ultrafast", "-tune", "zerolatency", "-g", "12", "-pix_fmt", "yuv420p"]
+    return ["ffmpeg", "-v", "error", "-nostdin", *inputs, *encoder]
+
+
+def rtmp_sender(port: int, size: str = "160x120", *, sound: bool = False) -> Server:
+    """FFmpeg, which publishes to ``rtmp://127.0.0.1:PORT/live/cam``."""
+    return Server(*_pictures(size, 36000, sound), "-f", "flv", f"rtmp://127.0.0.1:{port}/live/cam")
+
+
+def udp_sender(port: int, size: str = "160x120", *, sound: bool = False) -> Server:
+    """FFmpeg, which sends an MPEG transport stream to a UDP port."""
+    return Server(*_pictures(size, 36000, sound), "-f", "mpegts", f"udp://127.0.0.1:{port}?pkt_size=1316")
+
+
+def http_sender(port: int, size: str = "160x120", *, seconds: float = 36000, sound: bool = False) -> Server:
+    """FFmpeg, which serves one client an MPEG transport stream at ``http://127.0.0.1:PORT/live.ts``, and ends."""
+    return Server(*_pictures(size, seconds, sound), "-f", "mpegts", "-listen", "1", f"http://127.0.0.1:{port}/live.ts")
+
+
+@contextlib.contextmanager
+def hls_server(port: int, folder: Path, size: str = "160x120") -> Iterator[Server]:
+    """A playlist of pieces of half a second at ``http://127.0.0.1:PORT/live.m3u8``; gives the sender."""
+    pieces = ["-f", "hls", "-hls_time", "0.5", "-hls_list_size", "4", "-hls_flags", "delete_segments"]
+    with (
+        Server(*_pictures(size, 36000, sound=False), *pieces, folder / "live.m3u8") as sender,
+        Server(sys.executable, "-m", "http.server", port, "--bind", "127.0.0.1", "-d", folder, ready=port),
+    ):
+        until((folder / "live.m3u8").exists)
+        yield sender
+
+
+class Relay:
+    """Passes UDP packets on, and loses or spoils some. Use it as a context manager.
+
+    Attributes:
+        loss: The share of packets that are lost.
+        spoilt: Whether what is passed on cannot be decoded, though its packets are whole.
+        lost: Packets that were.
+    """
+
+    def __init__(self, port: int, target: int, loss: float = 0.0) -> None:
+        """Listen at ``port``, and send to ``target``."""
+        self.loss, self.spoilt, self.lost = loss, False, 0
+        self._target, self._random = ("127.0.0.1", target), random.Random(1)
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind(("127.0.0.1", port))
+        self._socket.settimeout(0.2)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="relay")
+        self._thread.start()
+
+    def _work(self) -> None:
+        while not self._over.is_set():
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                packet = self._socket.recv(65536)
+                if self._random.random() < self.loss:
+                    self.lost += 1
+                else:
+                    self._socket.sendto(self._spoil_all(packet) if self.spoilt else packet, self._target)
+
+    def _spoil_all(self, packet: bytes) -> bytes:
+        """The picture's transport packets (FFmpeg numbers their stream 256) keep their headers, and no picture."""
+        parts = [packet[at : at + 188] for at in range(0, len(packet), 188)]
+        return b"".join(self._spoil(part) if int.from_bytes(part[1:3]) & 0x1FFF == 256 else part for part in parts)
+
+    def _spoil(self, part: bytes) -> bytes:
+        head = 4 + (1 + part[4] if part[3] & 0x20 else 0)
+        if part[1] & 0x40:  # the frame's header follows, and the 11 bytes by which H.264's parser tells where one begins
+            head += 9 + part[head + 8] + 11
+        return part[:head] + b"\2" * (len(part) - head)  # a kind of slice that there is not
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._socket.close()
+
+
+class Run:
+    """`petseg infer` as people run it; its events as they come. Use it as a context manager.
+
+    Attributes:
+        process: The process.
+        events: The lines of ``--json`` so far.
+        err: What it said on stderr, when it has ended.
+    """
+
+    def __init__(self, *words: object, keep_frames: bool = True) -> None:
+        """Start it.
+
+        Args:
+            words: Sources and options.
+            keep_frames: Keep the events of frames; else they are only counted.
+        """
+        command = [sys.executable, "-m", "petseg.cli", "infer", *map(str, words), "--json"]
+        self._keep_frames = keep_frames
+        self.events: list[dict[str, Any]] = []
+        self.times: list[float] = []  #: when each event came, ``time.monotonic()``
+        self.last: dict[str, dict[str, Any]] = {}  #: the last frame's event of each source
+        self.counts: dict[str, int] = {}  #: frames' events of each source
+        self.err = ""
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self._threads = [threading.Thread(target=read) for read in (self._read_events, self._read_err)]
+        for thread in self._threads:
+            thread.start()
+
+    def _read_events(self) -> None:
+        for line in self.process.stdout or ():
+            event = json.loads(line)
+            if event["event"] == "frame":
+                name = event["input"]
+                self.last[name], self.counts[name] = event, self.counts.get(name, 0) + 1
+                if not self._keep_frames:
+                    continue
+            self.times.append(time.monotonic())
+            self.events.append(event)
+
+    def _read_err(self) -> None:
+        self.err = self.process.stderr.read() if self.process.stderr else ""
+
+    def states(self, name: str = "") -> list[str]:
+        """The states so far, of the sources whose name contains a text."""
+        events = [e for e in list(self.events) if e["event"] == "state" and name in e["input"]]
+        return [event["state"] for event in events]
+
+    def frames(self, name: str = "") -> int:
+        """How many frames were written so far."""
+        return sum(count for source, count in list(self.counts.items()) if name in source)
+
+    def more_frames(self, count: int = 5, name: str = "") -> None:
+        """Wait for so many frames from now on."""
+        before = self.frames(name)
+        until(lambda: self.frames(name) >= before + count)
+
+    def end(self, number: signal.Signals = signal.SIGTERM, seconds: float = 20) -> int:
+        """Send a signal, and give the exit code."""
+        self.process.send_signal(number)
+        return self.wait(seconds)
+
+    def wait(self, seconds: float = 40) -> int:
+        """Wait for its end, and give the exit code."""
+        code = self.process.wait(seconds)
+        for thread in self._threads:
+            thread.join(10)
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe:
+                pipe.close()
+        return code
+
+    def report(self, name: str = "") -> dict[str, Any]:
+        """The event at the end of a source, of which every frame must be accounted for."""
+        (report,) = (e for e in self.events if e["event"] == "video" and name in e["input"])
+        frames = report["frames"]
+        assert frames["decoded"] == report["written"] + frames["dropped"] + frames["failed"], report
+        assert report["written"] == self.frames(name), report
+        return report
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.wait()

@@ -1,0 +1,180 @@
+"""What it costs a mask that FFmpeg brings a frame from YUV to the model's size in one step, and what that saves.
+
+The reference is the road of photos: the whole frame as RGB, then Pillow. Frames are made from real photos, as YUV 4:2:0
+of limited range, as videos hold them. Masks are compared at the frames' size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any, Final, TypeAlias
+from unittest import mock
+
+import av
+import click
+import numpy as np
+import numpy.typing as npt
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from PIL import Image, ImageOps
+
+from benchmarks import records
+from benchmarks.reduced import iou
+from petseg_runtime import Segmenter, images, video
+from petseg_runtime.video import Converter, Frame
+
+U8: TypeAlias = npt.NDArray[np.uint8]
+
+#: Frames' sizes; None: the photos' own.
+SIZES: Final = {"as it is": None, "1280x720": (720, 1280)}
+#: ``AVColorSpace``, and what swscale calls it.
+MATRICES: Final = {"BT.601": (6, Colorspace.ITU601), "BT.709": (1, Colorspace.ITU709)}
+_EXACT: Final = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP | Interpolation.FULL_CHR_H_INT
+#: Ways of swscale to get smaller, in one step or as we do it, with the colours brought to the brightness's size first.
+ONE_STEP: Final = "bilinear, exact, always in one step"
+SCALERS: Final = {
+    "bilinear, exact": Interpolation.BILINEAR | _EXACT,
+    ONE_STEP: Interpolation.BILINEAR | _EXACT,
+    "bilinear": Interpolation.BILINEAR,
+    "fast bilinear": Interpolation.FAST_BILINEAR,
+    "area, exact": Interpolation.AREA | _EXACT,
+    "area": Interpolation.AREA,
+    "bicubic, exact": Interpolation.BICUBIC | _EXACT,
+}
+#: Ways of swscale to RGB at the same size.
+COLOURS: Final = {
+    "exact": Interpolation.BILINEAR | _EXACT,
+    "without chroma interpolation": Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP,
+    "fast": Interpolation.BILINEAR,
+}
+#: Mean IoU with the reference's masks.
+BAR: Final = 0.995
+ROUNDS: Final = 20
+
+
+@click.command(name="video-road")
+@click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
+@click.option("--photos", type=int, default=200, show_default=True)
+@click.option("--timed", type=int, default=6, show_default=True, help="Of these, how many are timed.")
+def video_road(data: Path, photos: int, timed: int) -> None:
+    """Masks of frames that FFmpeg scales from YUV to the model's size, against RGB and Pillow."""
+    found = sorted((data / "oxford-iiit-pet-native" / "images").glob("*.jpg"))
+    paths = [found[index] for index in np.linspace(0, len(found) - 1, photos).astype(int)]
+    rows = []
+    with Segmenter(backend="onnxruntime") as segmenter:
+        for size, shape in SIZES.items():
+            for matrix in MATRICES:
+                for row in agreement(segmenter, paths, shape, matrix):
+                    rows.append({"size": size, "matrix": matrix, **row})
+                    click.echo(rows[-1], err=True)
+        times = timing(paths[:timed], segmenter.size)
+        values = {"model": segmenter.artifact.spec.name, "input": segmenter.size, "photos": photos, "bar": BAR}
+    in_use = next(name for name, flags in SCALERS.items() if flags == video._SHRINKING)
+    values |= {"agreement": rows, "in_use": in_use, "milliseconds_at_1280x720": times}
+    values |= {"rgb_at_1280x720": list(whole(paths[:24]))}
+    command = f"python -m benchmarks video-road --data DATA --photos {photos} --timed {timed}"
+    click.echo(records.write("video-road", command, values))
+
+
+def agreement(
+    segmenter: Segmenter, paths: list[Path], shape: tuple[int, int] | None, matrix: str
+) -> Iterator[dict[str, Any]]:
+    """A row for each scaler: IoU of the masks with those of the reference."""
+    ious: dict[str, list[float]] = {name: [] for name in SCALERS}
+    differences: dict[str, list[float]] = {name: [] for name in SCALERS}
+    for path in paths:
+        frame = frame_of(photo(path, shape), matrix)
+        reference = images.to_model(frame.pixels(Converter()), *segmenter.size)
+        wanted = mask(segmenter, reference, frame)
+        for name in SCALERS:
+            small = shrunk(name, frame, segmenter.size)
+            ious[name].append(iou(mask(segmenter, small, frame), wanted))
+            differences[name].append(float(np.abs(small.astype(int) - reference).mean()))
+    for name, values in ious.items():
+        mean = float(np.mean(values))
+        row = {"mean_iou": mean, "p1_iou": float(np.percentile(values, 1)), "min_iou": min(values)}
+        yield {"scaler": name, **row, "mean_difference": float(np.mean(differences[name])), "good": mean >= BAR}
+
+
+def timing(paths: list[Path], size: tuple[int, int]) -> dict[str, dict[str, float]]:
+    """Milliseconds from a decoded frame of 1280 x 720 to the model's input, all roads in alternation: medians.
+
+    Wall time, and the CPU time of all of swscale's threads.
+    """
+    frames = [frame_of(photo(path, SIZES["1280x720"]), "BT.709") for path in paths]
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ("reference", *SCALERS)}
+    converters = {name: Converter() for name in taken}
+    for frame in frames:
+        for _ in range(ROUNDS):
+            for name, convert in converters.items():
+                wall, cpu = time.perf_counter(), time.process_time()
+                if name == "reference":
+                    images.to_model(frame.pixels(convert), *size)
+                else:
+                    shrunk(name, frame, size, convert)
+                taken[name].append((1000 * (time.perf_counter() - wall), 1000 * (time.process_time() - cpu)))
+    return {
+        name: {"wall": median(wall for wall, _ in pairs), "cpu": median(cpu for _, cpu in pairs)}
+        for name, pairs in taken.items()
+    }
+
+
+def whole(paths: list[Path]) -> Iterator[dict[str, Any]]:
+    """The frame's own size as RGB: milliseconds, and how far from the photo that the frame was made of."""
+    for name, flags in COLOURS.items():
+        errors, milliseconds, convert = [], [], Converter()
+        for path in paths:
+            original = photo(path, SIZES["1280x720"])
+            frame = frame_of(original, "BT.709")
+            with mock.patch.object(video, "_SAME_SIZE", flags):
+                for _ in range(ROUNDS // 4):
+                    start = time.perf_counter()
+                    pixels = frame.pixels(convert)
+                    milliseconds.append(1000 * (time.perf_counter() - start))
+            errors.append(pixels.astype(float) - original)
+        error = np.stack(errors)
+        psnr = 10 * np.log10(255**2 / np.square(error).mean(axis=(1, 2, 3)).mean())
+        yield {
+            "flags": name,
+            "milliseconds": median(milliseconds),
+            "psnr_db": float(psnr),
+            "mean_error": float(error.mean()),
+            "mean_absolute_error": float(np.abs(error).mean()),
+        }
+
+
+def photo(path: Path, shape: tuple[int, int] | None) -> U8:
+    """A photo with even sides, or cropped and enlarged to height and width."""
+    pixels = images.read(path).pixels
+    if shape is None:
+        return np.ascontiguousarray(pixels[: pixels.shape[0] // 2 * 2, : pixels.shape[1] // 2 * 2])
+    return np.array(ImageOps.fit(Image.fromarray(pixels), (shape[1], shape[0]), Image.Resampling.LANCZOS))
+
+
+def frame_of(pixels: U8, matrix: str) -> Frame:
+    """A frame as decoders give it: yuv420p, limited range, tagged."""
+    tag, name = MATRICES[matrix]
+    picture = VideoReformatter().reformat(
+        av.VideoFrame.from_ndarray(pixels),
+        format="yuv420p",
+        dst_colorspace=name,
+        dst_color_range=ColorRange.MPEG,
+        interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP,
+    )
+    picture.colorspace, picture.color_range = tag, ColorRange.MPEG
+    return Frame(0, 0, video.Fraction(1, 30), picture)
+
+
+def shrunk(name: str, frame: Frame, size: tuple[int, int], convert: Converter | None = None) -> U8:
+    margin = 0 if name == ONE_STEP else video._MARGIN
+    with mock.patch.multiple(video, _SHRINKING=SCALERS[name], _MARGIN=margin):
+        return frame.pixels(convert or Converter(), *size)
+
+
+def mask(segmenter: Segmenter, small: U8, frame: Frame) -> npt.NDArray[np.bool_]:
+    """The mask at the frame's size."""
+    probability = images.from_model(segmenter.infer(small[None])[0], *frame.size)
+    pet: npt.NDArray[np.bool_] = probability >= 255 * segmenter.threshold
+    return pet
