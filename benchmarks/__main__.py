@@ -13,6 +13,7 @@ from benchmarks.latency import latency
 from benchmarks.receipts import receipts
 from benchmarks.reduced import reduced
 from benchmarks.report import report
+from benchmarks.soak import soak
 from benchmarks.throughput import throughput
 from benchmarks.video import video
 from benchmarks.video_road import video_road
@@ -32,6 +33,7 @@ main.add_command(latency)
 main.add_command(receipts)
 main.add_command(reduced)
 main.add_command(report)
+main.add_command(soak)
 main.add_command(throughput)
 main.add_command(video)
 main.add_command(video_road)

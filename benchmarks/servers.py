@@ -27,6 +27,7 @@ __all__ = [
     "hls_server",
     "http_sender",
     "lacking",
+    "motion_jpeg_sender",
     "rtmp_sender",
     "rtmp_server",
     "rtsp_server",
@@ -208,6 +209,14 @@ def http_sender(port: int, size: str = "160x120", *, seconds: float = 36000, sou
     return Server(*_pictures(size, seconds, sound), "-f", "mpegts", "-listen", "1", f"http://127.0.0.1:{port}/live.ts")
 
 
+def motion_jpeg_sender(port: int, rate: int) -> Server:
+    """FFmpeg, which serves one client JPEGs, as many cameras do, at ``http://127.0.0.1:PORT/live``."""
+    camera = ["-re", "-f", "lavfi", "-i", f"testsrc2=size=160x120:rate={rate}"]
+    jpegs = ["-c:v", "mjpeg", "-pix_fmt", "yuvj420p", "-f", "mpjpeg"]
+    over_http = ["-content_type", "multipart/x-mixed-replace;boundary=ffmpeg", "-listen", "1"]
+    return Server("ffmpeg", "-v", "error", "-nostdin", *camera, *jpegs, *over_http, f"http://127.0.0.1:{port}/live")
+
+
 @contextlib.contextmanager
 def hls_server(port: int, folder: Path, size: str = "160x120") -> Iterator[Server]:
     """A playlist of pieces of half a second at ``http://127.0.0.1:PORT/live.m3u8``; gives the sender."""
@@ -256,7 +265,7 @@ class Relay:
 
     def _spoil(self, part: bytes) -> bytes:
         head = 4 + (1 + part[4] if part[3] & 0x20 else 0)
-        if part[1] & 0x40:  # the frame's header follows, and the 11 bytes by which H.264's parser tells where one begins
+        if part[1] & 0x40:  # the frame's header, and 11 bytes by which the parser of H.264 tells where one begins
             head += 9 + part[head + 8] + 11
         return part[:head] + b"\2" * (len(part) - head)  # a kind of slice that there is not
 

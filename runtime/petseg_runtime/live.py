@@ -150,7 +150,7 @@ class LiveSource:
                 self._last_seen = time.monotonic()
                 if first:
                     self.connections += 1
-                    self._line.begin_again()
+                    self._line.begin_again(timed=reader.timed)
                     height, width = frame.size
                     self._tell(StateChange("live", None, self._attempt, None, width, height))
                     first = False
@@ -188,11 +188,17 @@ class _Line:
         self._last_pts = -1
         self.begin_again()
 
-    def begin_again(self) -> None:
-        """The next frame is the first of a connection."""
-        self._origin = Fraction(0)  # that frame's own time
+    def begin_again(self, *, timed: bool = True) -> None:
+        """The next frame is the first of a connection.
+
+        Args:
+            timed: The source says when its frames are shown; else that is when they come.
+        """
+        self._timed = timed
+        self._origin: Fraction | None = None  # that frame's own time
         self._before: tuple[Fraction, float] | None = None  # the last frame's own time, and when it came
         self._offset = Fraction(0)  # from a connection's own time to the line's
+        self._shift: Fraction | None = None  # of the last frame's sound
 
     def place(self, frame: Frame, now: float) -> None:
         """Change a frame's times, and those of its sound.
@@ -202,22 +208,34 @@ class _Line:
             now: When it came, in seconds.
         """
         self._begun = now if self._begun is None else self._begun
-        own = self._own(frame)
+        own = self._own(frame, now)
         if self._before is None or self._is_set_anew(own, now, *self._before):
-            self._offset = round((now - self._begun) / _TIME_BASE) * _TIME_BASE - own
+            here = max(round((now - self._begun) / _TIME_BASE), self._last_pts + 1)
+            self._offset = here * _TIME_BASE - own
         self._before = own, now
         self._last_pts = max(round((own + self._offset) / _TIME_BASE), self._last_pts + 1)
-        frame.duration = round(frame.duration * frame.time_base / _TIME_BASE)
+        frame.duration = round(frame.duration * frame.time_base / _TIME_BASE) if self._timed else 0
         frame.pts, frame.time_base = self._last_pts, _TIME_BASE
-        frame.sound = [Sound(sound.packet, sound.shift + self._offset) for sound in frame.sound]
+        self._place_sound(frame)
 
-    def _own(self, frame: Frame) -> Fraction:
+    def _place_sound(self, frame: Frame) -> None:
+        """Where the clock was set anew, what is nearer to the frame when it is counted as before came before that."""
+        shift = self._offset - (self._origin or 0)
+        shifts = (shift, shift if self._shift is None else self._shift)
+        placed = ([Sound(sound.packet, shift) for shift in shifts] for sound in frame.sound)
+        frame.sound = [min(both, key=lambda sound: abs(sound.time - frame.time)) for both in placed]
+        self._shift = shift
+
+    def _own(self, frame: Frame, now: float) -> Fraction:
         """Seconds from the connection's first frame on, as the source says: the reader's never go back."""
         picture = frame.picture
-        if picture.pts is None or not picture.time_base:
-            return frame.pts * frame.time_base
-        if self._before is None:
-            self._origin = picture.pts * picture.time_base
+        if not self._timed:
+            return Fraction(now)
+        if picture.pts is None or not picture.time_base:  # as long after the frame before as it came
+            own, before = self._before or (Fraction(0), now)
+            return own + Fraction(now - before)
+        if self._origin is None:
+            self._origin = picture.pts * picture.time_base - (self._before or (0,))[0]
         return picture.pts * picture.time_base - self._origin
 
     @staticmethod

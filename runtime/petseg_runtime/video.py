@@ -43,10 +43,11 @@ _LOCAL: Final = {
 #: Where a seek ends behind the start that was asked for, it is tried so many seconds before; then all is decoded.
 _BACK: Final = 10.0
 
-#: A transport stream's time that goes back by more than this many seconds has begun anew: parts were joined.
-_ANEW: Final = 0.1
+#: A transport stream's time that goes back by more than this many seconds, or on by more than that, counts anew: parts
+#: were joined, or a packet was damaged. (FFmpeg's own thresholds.)
+_ANEW, _LEAP = Fraction(1, 10), Fraction(10)
 
-# As exact as swscale can: its fast roads are 15 times as fast, but up to 4 levels off, and darker by 1 on average.
+# As exact as swscale can: its fast roads take a tenth of the time, but are up to 4 levels off, and darker by 1 or 2.
 _EXACT: Final = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP | Interpolation.FULL_CHR_H_INT
 _SAME_SIZE: Final = Interpolation.BILINEAR | _EXACT
 # The only step from the decoder's YUV to the model's RGB. "Bilinear" widens its filter where it shrinks, as Pillow's
@@ -274,6 +275,7 @@ class VideoReader:
         except BaseException:
             self._container.close()
             raise
+        self.timed = not self._container.format.flags & _NO_TIMES  #: whether its times are its own, not FFmpeg's guess
         self._joined = _Joined("" if self._low_delay else self._container.format.name)
 
     def _open_streams(self, low_delay: bool) -> None:
@@ -455,7 +457,7 @@ class _Joined:
             return
         index, base = packet.stream.index, packet.time_base
         begins, last = packet.dts * base + self._offset, self._last.get(index)
-        if last is not None and begins < last - Fraction(_ANEW):
+        if last is not None and not last - _ANEW <= begins <= last + _LEAP:
             self._offset += last - begins
             begins = last
         if self._offset:
@@ -501,6 +503,8 @@ class _Clock:
         if self._first is None:
             self._first = own or 0
         guess = self._last + self._step if self._last >= 0 else 0
+        if own is not None and own - self._first < self._last - _LEAP / self.time_base:  # one before was far too late
+            self._first = own - guess
         self._last = max(guess if own is None else own - self._first, self._last + 1)
         if self._last < self._start:
             return None, 0
@@ -524,6 +528,9 @@ _UNREAD_PIPE: Final = (
 
 #: ``AV_DISPOSITION_ATTACHED_PIC``: a song's cover.
 _COVER: Final = 0x400
+
+#: ``AVFMT_NOTIMESTAMPS``: bare H.264, and the MJPEG of cameras.
+_NO_TIMES: Final = 0x80
 
 _LATE: Final = "it sent nothing for too long"
 

@@ -27,6 +27,7 @@ from benchmarks.servers import (
     hls_server,
     http_sender,
     lacking,
+    motion_jpeg_sender,
     rtmp_sender,
     rtmp_server,
     rtsp_server,
@@ -74,12 +75,19 @@ def written_by(report: dict[str, Any]) -> int:
 # A source that is made up: the logic of time.
 
 
+def pictured(pts: int | None, time_base: Fraction) -> av.VideoFrame:
+    picture = av.VideoFrame(32, 16, "gray")
+    picture.pts, picture.time_base = pts, time_base
+    return picture
+
+
 class Reader:
     """In place of VideoReader: what each connection does, one after the other."""
 
     def __init__(self, script: list[Any]) -> None:
         self.script, self.opened, self.undecodable = script, 0, 0
         self.options: dict[str, Any] = {}
+        self.timed = True
         self.info = type("Info", (), {"duration": None})()
 
     def __call__(self, *args: object, **options: object) -> Reader:
@@ -94,7 +102,7 @@ class Reader:
         for item in self._now:
             if isinstance(item, Exception):
                 raise item
-            yield Frame(0, item, Fraction(1, 25), av.VideoFrame(32, 16, "gray"))
+            yield Frame(0, item, Fraction(1, 25), pictured(item, Fraction(1, 25)))
 
     def __enter__(self) -> Reader:
         return self
@@ -244,20 +252,28 @@ def test_a_connection_is_not_waited_for_longer_than_patience_lasts(
 
 
 def placed(steps: list[tuple[float, float]]) -> list[float]:
-    """Times on one connection's line of frames that are so many seconds apart: at the source, and here."""
+    """Times on one connection's line of frames so many seconds apart, at the source and here; sound goes with them."""
     line, own, now = live._Line(), 1000.0, 50.0
     times = []
     for own_step, step in [(0.0, 0.0), *steps]:
         own, now = own + own_step, now + step
-        picture = av.VideoFrame(32, 16, "gray")
-        picture.pts, picture.time_base = round(own * 1000), Fraction(1, 1000)
-        sound = Sound(av.Packet(b"x"), Fraction(-1000))
-        frame = Frame(0, 0, Fraction(1, 25), picture, sound=[sound])
+        # The first one came just after the frame before.
+        packets = [packet_at(own - own_step - 0.001), packet_at(own)]
+        frame = Frame(0, 0, Fraction(1, 25), pictured(round(own * 1000), Fraction(1, 1000)))
+        frame.sound = [Sound(packet, Fraction(-1)) for packet in packets]
         line.place(frame, now)
         times.append(frame.time)
-        if frame.time > (times[-2] if times[1:] else -1) + 0.001:  # not one that was moved to grow
-            assert float(frame.sound[0].shift) + own == pytest.approx(frame.time, abs=1e-3), "sound goes with it"
+        if -1 < own_step < 0:  # it was moved, lest times go back
+            return times
+        assert [sound.time for sound in frame.sound] == pytest.approx([times[-2:][0], frame.time], abs=2e-3)
     return times
+
+
+def packet_at(seconds: float) -> av.Packet:
+    packet = av.Packet(b"x")
+    packet.time_base = Fraction(1, 1000)
+    packet.pts = packet.dts = round(seconds * 1000)
+    return packet
 
 
 @pytest.mark.parametrize(
@@ -269,13 +285,25 @@ def placed(steps: list[tuple[float, float]]) -> list[float]:
         pytest.param([(8, 8), (0.04, 0.04)], [0, 8, 8.04], id="a gap is a gap"),
         pytest.param([(0.04, 8), *[(0.04, 0)] * 3], [0, 0.04, 0.08, 0.12, 0.16], id="late, and none is missing"),
         pytest.param([(4, 0.04), (0.04, 0.04)], [0, 4, 4.04], id="some were lost while it was late"),
-        pytest.param([(0.04, 0.04), (-0.04, 0.04), (0.08, 0.04)], [0, 0.04, 0.04, 0.08], id="out of order"),
+        pytest.param([(0.04, 0.04), (-0.04, 0.04)], [0, 0.04, 0.04], id="out of order"),
+        pytest.param([(4, 0.04), (-600, 0.04), (0.04, 0.04)], [0, 4, 4, 4.04], id="ahead, and then anew: never back"),
     ],
 )
 def test_times_follow_the_source_until_its_clock_is_set_anew(
     steps: list[tuple[float, float]], expected: list[float]
 ) -> None:
     assert placed(steps) == pytest.approx(expected, abs=1e-3)
+
+
+def test_what_says_no_times_is_shown_when_it_comes() -> None:
+    for timed, pts in ((False, 0), (True, None)):
+        line, times = live._Line(), []
+        line.begin_again(timed=timed)
+        for now in (50.0, 50.5, 51.5):
+            frame = Frame(0, 0, Fraction(1, 25), pictured(pts, Fraction(1, 25)))
+            line.place(frame, now)
+            times.append(frame.time)
+        assert times == pytest.approx([0, 0.5, 1.5], abs=1e-4)
 
 
 def test_a_recording_ends_at_its_end(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
@@ -512,6 +540,18 @@ def test_http_is_connected_anew_when_the_server_comes_back(tmp_path: Path, model
     assert report["connections"] == 3
     assert written_by(report) == report["written"]
     assert_wall_clock(run)
+
+
+@needs("ffmpeg")
+def test_motion_jpeg_which_says_no_times_is_shown_as_it_comes(tmp_path: Path, model: Path) -> None:
+    port = free_port()
+    words = ("--as", "overlay", "--model", model, "--output", tmp_path / "out")
+    with Run(f"http://127.0.0.1:{port}/live", *words) as run, motion_jpeg_sender(port, 10):
+        run.more_frames(20)
+        assert run.end() == 143
+    times = [e["time"] for e in run.events if e["event"] == "frame"]
+    assert (times[-1] - times[5]) / (len(times) - 6) == pytest.approx(0.1, rel=0.4), "FFmpeg would guess 0.04"
+    assert written_by(run.report()) == run.report()["written"]
 
 
 @needs("ffmpeg")

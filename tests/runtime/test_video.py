@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from petseg_runtime import sources, video
 from petseg_runtime.errors import InputError, UnreadableVideo, UnsupportedVideo
 from petseg_runtime.sources import Replayed, _begins_a_video, from_pipe, raw_video
-from petseg_runtime.video import Colours, Converter, Frame, VideoReader, _Clock
+from petseg_runtime.video import Colours, Converter, Frame, VideoReader, _Clock, _Joined
 
 #: Red and blue weights of luma.
 MATRICES = {"BT.601": (6, 0.299, 0.114), "BT.709": (1, 0.2126, 0.0722), "BT.2020": (9, 0.2627, 0.0593)}
@@ -496,6 +496,22 @@ def test_a_start_of_frame_n_is_frame_n(number: int, rate: Fraction) -> None:
     times = [clock.at(picture)[0] for picture in pictures]  # type: ignore[arg-type]
     assert times == [None] * number + list(range(300 - number))
     assert clock.origin == (7 + number) / rate
+
+
+def test_one_time_that_is_far_too_late_does_not_hold_up_all_behind_it() -> None:
+    clock = _Clock(FakeStream(average_rate=Fraction(25)), 0.0)
+    times = [clock.at(FakePicture(pts))[0] for pts in (0, 40, 9_000_000, 120, 160)]  # type: ignore[arg-type]
+    assert times == [0, 40, 9_000_000, 9_000_040, 9_000_080]
+
+
+def test_a_damaged_time_in_a_transport_stream_changes_no_other() -> None:
+    joined, stream, times = _Joined("mpegts"), SimpleNamespace(index=0), []
+    for number in range(20):
+        dts = (number + (90_000 if number == 7 else 0)) * 3600
+        packet = SimpleNamespace(dts=dts, pts=dts + 3600, time_base=Fraction(1, 90000), duration=3600, stream=stream)
+        joined.move(packet)  # type: ignore[arg-type]
+        times.append((packet.dts, packet.pts))
+    assert times == [(3600 * number, 3600 * number + 3600) for number in range(20)]
 
 
 def test_a_start_counts_frames_that_say_no_time() -> None:
