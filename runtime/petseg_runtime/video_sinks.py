@@ -271,7 +271,7 @@ class _Movie:
         self._file = av.open(str(path), "w", format=look.container, options=_muxing(look.container, endless))
         try:
             self._picture = self._picture_stream(look, frame, painted, endless)
-            self._sound = written_to(self._file, track) if track else None
+            self._sound = written_to(self._file, track, endless=endless) if track else None
         except BaseException:
             self._file.close()
             raise

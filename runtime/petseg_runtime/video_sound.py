@@ -69,17 +69,21 @@ def track_of(stream: Any) -> Track | None:
         return None
 
 
-def written_to(file: Any, track: Track) -> _Passed | _Encoded:
+def written_to(file: Any, track: Track, *, endless: bool) -> _Passed | _Encoded:
     """A track's way into a file whose header is not written yet.
 
     Args:
         file: An output container.
         track: Of the source.
+        endless: The header is written before the first packet is there, and nothing can be added to it.
 
     Returns:
         What takes the packets, as they are if the file can hold them, else encoded anew as the file's usual codec.
     """
-    if track.codec in _FITS[file.format.name]:
+    # The AAC of transport streams describes itself in its packets, and that of MP4 in the file's header: FFmpeg takes
+    # it from the packets to the header only where the header is written last.
+    untold = endless and track.codec == "aac" and not track.stream.codec_context.extradata
+    if track.codec in _FITS[file.format.name] and not untold:
         return _Passed(file, track)
     return _Encoded(file, track, _USUAL[file.format.name])
 
