@@ -80,10 +80,9 @@ def written_to(file: Any, track: Track, *, endless: bool) -> _Passed | _Encoded:
     Returns:
         What takes the packets, as they are if the file can hold them, else encoded anew as the file's usual codec.
     """
-    # The AAC of transport streams describes itself in its packets, and that of MP4 in the file's header: FFmpeg takes
-    # it from the packets to the header only where the header is written last.
-    untold = endless and track.codec == "aac" and not track.stream.codec_context.extradata
-    if track.codec in _FITS[file.format.name] and not untold:
+    # These describe themselves in their packets: AAC without a description of its own is that of transport streams.
+    untold = track.codec in {"ac3", "eac3"} or (track.codec == "aac" and not track.stream.codec_context.extradata)
+    if track.codec in _FITS[file.format.name] and not (endless and untold):
         return _Passed(file, track)
     return _Encoded(file, track, _USUAL[file.format.name])
 

@@ -81,9 +81,9 @@ def write_clip(
             samples[: 48000 // 10] = 0  # a silence whose end can be found again
             for start in range(0, count, 1024):
                 chunk = np.repeat(samples[None, start : start + 1024], 2, axis=0)
-                formats = {"pcm_s16le": "s16p", "aac": "fltp", "libopus": "fltp"}
-                chunk = (chunk * 32767).astype(np.int16) if sound == "pcm_s16le" else chunk
-                audio = av.AudioFrame.from_ndarray(chunk, format=formats[sound or ""], layout="stereo")
+                whole = sound == "pcm_s16le"
+                chunk = (chunk * 32767).astype(np.int16) if whole else chunk
+                audio = av.AudioFrame.from_ndarray(chunk, format="s16p" if whole else "fltp", layout="stereo")
                 audio.sample_rate, audio.pts, audio.time_base = 48000, start, Fraction(1, 48000)
                 file.mux(tone.encode(audio))
             file.mux(tone.encode(None))
@@ -181,6 +181,31 @@ def test_sound_that_does_not_fit_is_encoded_anew_and_stays_in_time(
     assert beginning_of_tone(tmp_path / f"out.{target}") == pytest.approx(beginning_of_tone(clip), abs=0.03)
     length = sum(1 for _ in packets(tmp_path / f"out.{target}")) * (0.02 if codec == "opus" else 1024 / 48000)
     assert length == pytest.approx(2.0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("source", "sound", "passed"),
+    [
+        ("mp4", "aac", True),
+        ("ts", "libmp3lame", True),
+        ("ts", "libopus", True),
+        ("ts", "aac", False),
+        ("ts", "ac3", False),
+        ("mkv", "eac3", False),
+    ],
+)
+def test_sound_of_which_only_its_packets_tell_is_encoded_anew_where_the_header_comes_first(
+    tmp_path: Path, source: str, sound: str, passed: bool
+) -> None:
+    clip = write_clip(tmp_path / f"clip.{source}", frames=50, sound=sound)
+    for endless in (False, True):
+        out = tmp_path / f"out-{endless}.mp4"
+        report = run(clip, movie(out, endless=endless))
+        assert bool(report.notes) == (endless and not passed)
+        assert beginning_of_tone(out) == pytest.approx(0.1, abs=0.05)
+        with av.open(str(out)) as file:
+            heard = sum(frame.samples for frame in file.decode(audio=0)) / 48000
+        assert heard == pytest.approx(2.0, abs=0.1)
 
 
 def test_sound_begins_and_ends_with_the_part_that_is_taken(tmp_path: Path) -> None:
