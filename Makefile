@@ -5,7 +5,7 @@ DEV    := .venv
 GPU    := .venv-gpu
 OUT    := demo-output
 
-.PHONY: help demo test check pytest format gpu-check gpu-there clean
+.PHONY: help demo test check pytest format bench gpu-check gpu-there clean
 .DELETE_ON_ERROR:
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test    install everything the tests need into $(DEV), then make check and the tests"
 	@echo "make check   formatting, lint, types, import contracts"
 	@echo "make format  let ruff rewrite what it can"
+	@echo "make bench   measure everything (half an hour; wants DATA=data), then write the README's tables and plots"
 	@echo "make gpu-check  on a machine with an NVIDIA GPU: all its tests and benchmarks, in one file to send back"
 	@echo "make clean   remove environments, caches and outputs"
 
@@ -36,6 +37,13 @@ pytest: $(DEV)/.installed
 format: $(DEV)/.installed
 	$(DEV)/bin/ruff format .
 	$(DEV)/bin/ruff check --fix .
+
+# Half an hour, once the peers' environments are there (benchmarks.peers makes them). A step that fails does not keep the
+# others from running; it is named at the end, and the exit code tells. ISNET=FILE adds the background remover.
+DATA  ?= data
+ISNET ?=
+bench: $(DEV)/.installed
+	@BIN="$(DEV)/bin" DATA="$(DATA)" ISNET="$(ISNET)" sh -c "$$BENCH"
 
 # Needs an NVIDIA GPU and its driver, and says so where there is none. CUDA and cuDNN come with the packages: `gpu` is ONNX
 # Runtime on CUDA, `rtx` TensorRT for RTX; `train` and `export` are there because the tests of training on a GPU, and of
@@ -68,6 +76,32 @@ $(GPU)/.installed: pyproject.toml | gpu-there
 	$(call make_venv,$(GPU))
 	$(GPU)/bin/python -m pip install --quiet --editable ".[$(GPU_EXTRAS)]" pytest pytest-timeout hypothesis
 	@touch $@
+
+# The int8 file is made once, for two steps; without it they make their own.
+define BENCH
+scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT || exit 1
+failed= && began=$$(date +%s)
+step() {
+    name=$$1 && shift && start=$$(date +%s) && echo "== $$name"
+    "$$@" || failed="$$failed $$name"
+    echo "== $$name took $$(($$(date +%s) - start)) s"
+}
+measure() { step "$$1" "$$BIN/python" -m benchmarks "$$@"; }
+step int8 "$$BIN/petseg" export petseg/weights/edge.safetensors --output "$$scratch/int8.onnx" --precision int8 \
+    --data "$$DATA/oxford-iiit-pet-native" --int8-data "$$DATA/oxford-iiit-pet-best"
+int8= && [ -f "$$scratch/int8.onnx" ] && int8="--int8 $$scratch/int8.onnx"
+measure latency --data "$$DATA" $$int8
+measure throughput --data "$$DATA" --photos 300
+measure video --data "$$DATA" --seconds 20 --rounds 2
+measure scaling
+measure training --data "$$DATA"
+measure accuracy --data "$$DATA" $$int8 $${ISNET:+--isnet "$$ISNET"}
+measure peers --data "$$DATA" $${ISNET:+--isnet "$$ISNET"}
+measure report
+echo "== all of it took $$(($$(date +%s) - began)) s"
+[ -z "$$failed" ] || { echo "FAILED:$$failed" >&2; exit 1; }
+endef
+export BENCH
 
 # The system's packages of TensorRT alone, linked into the environment: all of its packages could be of other versions.
 define LINK_TENSORRT

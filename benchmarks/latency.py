@@ -1,82 +1,307 @@
-"""The embedded model in every CPU engine beside its checkpoint in PyTorch, one photo at a time, in alternation."""
+"""The model alone in every engine that works here, beside PyTorch, and how near each comes to the machine's peak.
+
+Three networks: the one that ships, and two of the same family with random weights, of which only the speed is told.
+Each engine is first opened in a process of its own, for the time from the file to the first answer, and for its memory.
+Then all engines take turns with the same batch, round after round, and the machine's matmuls with them (roofline.py).
+
+torch is imported where it is used: a process that measures another engine must not carry it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
 import re
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import click
 import numpy as np
-import torch
+import numpy.typing as npt
 
 from benchmarks import records
-from petseg.checkpoint import load_model
-from petseg.evaluate import torch_run
-from petseg.model import AttentionUNet
-from petseg_export.deploy import DeployedUNet
-from petseg_runtime.artifact import default_model, open_artifact
+from petseg_runtime import cache, host
+from petseg_runtime.artifact import PROVENANCE_KEY, default_model, open_artifact, sample_photos
 from petseg_runtime.engines.base import Engine, usable_cpus
-from petseg_runtime.engines.registry import load_engine
+from petseg_runtime.engines.registry import ENGINES, RULE, load_engine
+from petseg_runtime.onnx_metadata import with_metadata
+from petseg_runtime.spec import SPEC_KEY, ModelSpec
+
+if TYPE_CHECKING:
+    from benchmarks.roofline import Matmul
+
+U8: TypeAlias = npt.NDArray[np.uint8]
+#: For each kind of device, operations a second of its matmuls, round by round.
+Rates: TypeAlias = "Mapping[str, dict[Matmul, list[float]]]"
 
 CHECKPOINT = records.ROOT / "petseg" / "weights" / "edge.safetensors"
+#: In the folder of a network, besides its exported files: fp32.onnx, int8.onnx, ...
+WEIGHTS: Final = "model.safetensors"
+PYTORCH: Final = "PyTorch"
+AS_TRAINED, FOLDED = "as trained", "BatchNorm folded"
+#: What PyTorch is measured as: precision, and whether compiled.
+FORMS: Final = {
+    AS_TRAINED: ("f32", False),
+    FOLDED: ("f32", False),
+    f"{FOLDED}, bf16": ("bf16", False),
+    f"{FOLDED}, compiled": ("f32", True),
+}
+#: Of these, with several photos at a time: each start of PyTorch takes seconds.
+FORMS_OF_BATCHES: Final = (AS_TRAINED, f"{FOLDED}, bf16")
+#: Seconds that an engine computes in a round, and the runs that this may be.
+TURN, FEWEST, MOST = 0.12, 3, 20
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is measured.
+
+    Attributes:
+        name: For people.
+        width: Of the family; 0: the model that ships, with its weights and its size.
+        stem: Likewise.
+        size: Height and width of the photo.
+        batches: Photos a run.
+        compiled: Whether torch.compile has its turn, half a minute each time.
+    """
+
+    name: str
+    width: int
+    stem: str
+    size: int
+    batches: tuple[int, ...]
+    compiled: bool = False
+
+
+NETWORKS: Final = (
+    Network("the model that ships", 0, "", 0, (1, 8), compiled=True),
+    Network("width 16, strided stem", 16, "strided", 256, (1, 8), compiled=True),
+    Network("width 64", 64, "full", 128, (1,)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One engine with one file.
+
+    Attributes:
+        folder: Of the network's files.
+        engine: One of the registry's, or :data:`PYTORCH`.
+        stored: What the file is stored in; for PyTorch, one of :data:`FORMS`.
+        exact: See :class:`petseg_runtime.engines.base.EngineOptions`.
+        device: ``cpu``, ``cuda``, ...
+        batch: Photos a run.
+        threads: CPU threads.
+    """
+
+    folder: str
+    engine: str
+    stored: str
+    exact: bool = True
+    device: str = "cpu"
+    batch: int = 1
+    threads: int = 1
+
+    @property
+    def name(self) -> str:
+        """What tells it from the other cases of a network and batch."""
+        manner = "" if self.engine == PYTORCH else " exact" if self.exact else " as it likes"
+        return f"{self.engine} {self.stored}{manner}" + (f" on {self.device}" if self.device != "cpu" else "")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A case at work: what runs a batch, what is told of it, and how it is closed."""
+
+    run: Callable[[U8], U8]
+    about: dict[str, str]
+    close: Callable[[], None]
 
 
 @click.command()
-@click.option("--int8", type=click.Path(path_type=Path), help="The same model in int8, as `petseg export` made it.")
-@click.option("--rounds", type=int, default=20, show_default=True)
-@click.option("--runs", type=int, default=20, show_default=True, help="Of each engine in each round.")
-def latency(int8: Path | None, rounds: int, runs: int) -> None:
-    """Milliseconds a photo of each engine, and how many times faster than PyTorch that is."""
-    artifacts = {"fp32": open_artifact(default_model())}
-    if int8:
-        artifacts["int8"] = open_artifact(int8)
-    spec = artifacts["fp32"].spec
-    image = np.random.default_rng(0).integers(0, 256, (1, spec.height, spec.width, 3), dtype=np.uint8)
-    engines = {
-        f"{name} {stored} {'exact' if exact else 'as it likes'}": load_engine(artifact, name, exact=exact)
-        for stored, artifact in artifacts.items()
-        for name in ("onnxruntime", "openvino")
-        for exact in ((True, False) if name == "openvino" else (True,))  # the other computes in float32 anyway
+@click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
+@click.option("--int8", type=click.Path(path_type=Path), help="The model that ships in int8.  [default: exported here]")
+@click.option("--rounds", type=int, default=7, show_default=True)
+@click.option("--threads", type=int, default=usable_cpus(), help="CPU threads.  [default: all]")
+@click.option("--compile/--no-compile", "compiled", default=True, help="With torch.compile, half a minute a network.")
+def latency(data: Path, int8: Path | None, rounds: int, threads: int, compiled: bool) -> None:
+    """Milliseconds of each engine, precision, batch and network; and the share of what the matmul peak allows."""
+    from benchmarks import roofline
+
+    kinds = ["cpu", *(["cuda"] if host.nvidia_gpus() else [])]
+    with scratch() as folder:
+        rates: Rates = {kind: {matmul: [] for matmul in roofline.matmuls(kind, threads)} for kind in kinds}
+        groups: list[dict[str, Any]] = []
+        failed: list[str] = []
+        for network in NETWORKS:
+            about = make_files(network, folder / network.name, data, int8)
+            for batch in network.batches:
+                found = cases(folder / network.name, batch, threads, compiled=compiled and network.compiled)
+                group, reasons = measure(worth_it(found, groups), rounds, rates, about)
+                groups.append(group)
+                failed += [f"{group['name']}: {reason}" for reason in reasons]
+    first, *others = groups
+    del first["name"]  # its rows keep the names that they always had, for `compare`
+    peaks = {kind: roofline.told(values) for kind, values in rates.items()}
+    rest = {"threads": threads, "matmul_peaks": peaks, "not_measured": failed, "networks": others}
+    command = f"python -m benchmarks latency --data DATA --rounds {rounds}" + (" --int8 FILE" if int8 else "")
+    # The model that ships, a photo at a time, is what the README's first table shows.
+    records.write("latency", command, {**first, **rest})
+
+
+def worth_it(found: Sequence[Case], groups: Sequence[Mapping[str, Any]]) -> list[Case]:
+    """Without the engines that were left out of the first group: what is not there, or has no choice, never will be."""
+    tried = {name for group in groups[:1] for name in group["tried"]}
+    measured = {row["name"] for group in groups[:1] for row in group["rows"]}
+    return [case for case in found if case.name not in tried - measured]
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for files, and for what engines and torch.compile keep: a first time is a first time."""
+    names = (cache.VARIABLE, "TORCHINDUCTOR_CACHE_DIR")
+    before = {name: os.environ.get(name) for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.update({name: str(Path(folder) / "caches" / name) for name in names})
+        try:
+            yield Path(folder)
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                os.environ.update({name: value} if value is not None else {})
+
+
+# What is measured: files
+
+
+def make_files(network: Network, folder: Path, data: Path, int8: Path | None = None) -> dict[str, Any]:
+    """The network's weights and ONNX files in a folder; what the record says of them."""
+    from petseg.checkpoint import load_model
+
+    folder.mkdir(parents=True)
+    if network.width:
+        spec = random_weights(network, folder / WEIGHTS)
+        write_onnx(folder, spec, ("fp32", "int8", *(("fp16",) if host.nvidia_gpus() else ())))
+        weights = "random, speed only; int8: all layers"
+    else:
+        spec = open_artifact(default_model()).spec
+        (folder / WEIGHTS).symlink_to(CHECKPOINT)
+        (folder / "fp32.onnx").symlink_to(default_model())
+        weights = "trained; " + ship_int8(folder, data, int8)
+    model, _ = load_model(folder / WEIGHTS)
+    return {
+        "model": spec.name,
+        "size": [spec.height, spec.width],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "weights": weights,
     }
-    model, _ = load_model(CHECKPOINT)
-    torch.set_num_threads(usable_cpus())
-    networks = {"as trained": torch_run(model), "BatchNorm folded": folded(model)}
-    functions: dict[str, Callable[[], Any]] = {
-        f"PyTorch {name}": lambda run=run: run(image)  # type: ignore[misc]
-        for name, run in networks.items()
+
+
+def random_weights(network: Network, path: Path) -> ModelSpec:
+    """A checkpoint with random weights; its specification, which is that of the exported file too."""
+    import torch
+
+    from petseg.checkpoint import save_checkpoint
+    from petseg.model import AttentionUNet, AttentionUNetConfig
+
+    torch.manual_seed(0)
+    config = AttentionUNetConfig(width=network.width, stem=network.stem)  # type: ignore[arg-type]
+    save_checkpoint(path, AttentionUNet(config).state_dict(), {"kind": "model", "model": dataclasses.asdict(config)})
+    return ModelSpec(name=f"attention U-Net, {network.name}", height=network.size, width=network.size)
+
+
+def ship_int8(folder: Path, data: Path, given: Path | None) -> str:
+    """The model that ships in int8: the file that was given, or exported as `petseg export` would; how."""
+    from petseg_export import OnnxConfig, QuantizeConfig, export
+
+    best, native = data / "oxford-iiit-pet-best", data / "oxford-iiit-pet-native"
+    if given:
+        (folder / "int8.onnx").symlink_to(given.resolve())
+        return "int8: as given"
+    if best.is_dir() and native.is_dir():
+        quantize = QuantizeConfig(data=best)
+        export(CHECKPOINT, OnnxConfig(output=folder / "int8.onnx", precision="int8", data=native, quantize=quantize))
+        return "int8: within 0.5 points of IoU"
+    write_onnx(folder, open_artifact(default_model()).spec, ("int8",))
+    return "int8: all layers, speed only (no data to judge it on)"
+
+
+def write_onnx(folder: Path, spec: ModelSpec, precisions: Sequence[str]) -> None:
+    """The network of a folder as ONNX files; int8 with every layer, calibrated on the samples, judged by nothing."""
+    from petseg.checkpoint import load_model
+    from petseg_export import parity
+    from petseg_export.deploy import DeployedUNet
+    from petseg_export.onnx import graph_bytes
+
+    model, _ = load_model(folder / WEIGHTS)
+    photos = parity.read(sample_photos(), spec).images
+    convolutions = {name.removesuffix(".weight") for name, p in model.named_parameters() if p.ndim == 4}
+    for precision in precisions:
+        half = convolutions if precision == "fp16" else frozenset()
+        graph = graph_bytes(DeployedUNet(model, half), spec)
+        if precision == "int8":
+            graph = all_int8(graph, photos)
+        text = dataclasses.replace(spec, precision=precision).to_json()
+        (folder / f"{precision}.onnx").write_bytes(with_metadata(graph, {SPEC_KEY: text, PROVENANCE_KEY: "{}"}))
+
+
+def all_int8(graph: bytes, photos: U8) -> bytes:
+    """Every convolution in int8."""
+    import onnx
+
+    from petseg_export.quantize import METHODS, calibrate, with_int8
+
+    proto = onnx.load_from_string(graph)
+    layers = {
+        node.input[1].removeprefix("network.").removesuffix(".weight")
+        for node in proto.graph.node
+        if node.op_type == "Conv"
     }
-    functions |= {name: lambda engine=engine: engine.run(image) for name, engine in engines.items()}  # type: ignore[misc]
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            function()  # what the engine before it has left in the caches and pools
-            times[name].append(median(measured(function, runs)))
-    reference = times["PyTorch as trained"]
-    rows = [
-        {
-            "name": name,
-            **(told(engines[name]) if name in engines else eager(name)),
-            "milliseconds": values,
-            "median": median(values),
-            "times_faster_than_pytorch": median(a / b for a, b in zip(reference, values, strict=True)),
-        }
-        for name, values in times.items()
+    seen = calibrate(proto, photos, lambda what, done, total: None)
+    return with_int8(proto, layers, {name: METHODS["minmax"](values) for name, values in seen.items()})
+
+
+def cases(folder: Path, batch: int, threads: int, *, compiled: bool) -> list[Case]:
+    """Every engine of the registry on every file, and PyTorch; whether they work is found out later."""
+    gpu = ("cuda",) if host.nvidia_gpus() else ()
+    common: dict[str, Any] = {"folder": str(folder), "batch": batch, "threads": threads}
+    found = [
+        Case(engine=PYTORCH, stored=stored, device=device, **common)
+        for device in ("cpu", *gpu)
+        for stored, (_, slow_to_make) in FORMS.items()
+        if (compiled or not slow_to_make) and (batch == 1 or stored in FORMS_OF_BATCHES)
     ]
-    for row in rows:
-        click.echo(f"{row['name']:>32} {row['median']:7.2f} ms {row['times_faster_than_pytorch']:6.2f}x", err=True)
-    command = f"python -m benchmarks latency --rounds {rounds} --runs {runs}" + (" --int8 FILE" if int8 else "")
-    size = [spec.height, spec.width]
-    records.write("latency", command, {"model": spec.name, "size": size, "threads": usable_cpus(), "rows": rows})
+    files = sorted(path.stem for path in folder.glob("*.onnx"))
+    lines = dict.fromkeys((line.engine, line.kind) for line in RULE if "onnx" in ENGINES[line.engine].formats)
+    return found + [
+        Case(engine=engine, stored=stored, exact=exact, device=kind, **common)
+        for stored in files
+        for engine, kind in lines
+        if kind in ("cpu", *gpu)
+        for exact in (True, False)
+    ]
 
 
-def eager(name: str) -> dict[str, str]:
-    """What is told of PyTorch, which has no description of its own."""
-    version = torch.__version__.partition("+")[0]
-    return {"engine": f"PyTorch {version}, eager", "stored": name.removeprefix("PyTorch "), "precision": "f32"}
+# One engine: opened, and opened in a process of its own
+
+
+def opened(case: Case) -> Opened:
+    """Load what a case says."""
+    if case.engine == PYTORCH:
+        return in_pytorch(case)
+    artifact = open_artifact(Path(case.folder) / f"{case.stored}.onnx")
+    engine = load_engine(artifact, case.engine, case.threads, device=case.device, exact=case.exact)
+    return Opened(engine.run, told(engine), engine.close)
 
 
 def told(engine: Engine) -> dict[str, str]:
@@ -87,22 +312,219 @@ def told(engine: Engine) -> dict[str, str]:
     return {"engine": f"{info.name} {info.version}", "stored": engine.spec.precision, "precision": precision}
 
 
-def measured(function: Callable[[], Any], runs: int) -> list[float]:
+def eager(name: str) -> dict[str, str]:
+    """What is told of PyTorch, which has no description of its own."""
+    import torch
+
+    version = torch.__version__.partition("+")[0]
+    return {"engine": f"PyTorch {version}, eager", "stored": name.removeprefix("PyTorch "), "precision": "f32"}
+
+
+def in_pytorch(case: Case) -> Opened:
+    """The network as it was trained, or as it is exported: half of what a compiler does to it is done then."""
+    import torch
+
+    from petseg.checkpoint import load_model
+
+    torch.set_num_threads(case.threads)
+    precision, compiled = FORMS[case.stored]
+    about = {**eager(f"{PYTORCH} {case.stored.partition(',')[0]}"), "precision": precision}
+    if compiled:
+        about["engine"] = about["engine"].replace("eager", "compiled")
+    model, _ = load_model(Path(case.folder) / WEIGHTS)
+    if case.stored == AS_TRAINED:
+        from petseg.evaluate import torch_run  # brings torchvision along
+
+        return Opened(torch_run(model, case.device), about, lambda: None)
+    from petseg_export.deploy import DeployedUNet
+
+    deployed: Any = DeployedUNet(model).to(case.device)
+    if precision == "bf16":
+        deployed.network.to(torch.bfloat16)
+        deployed.network.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(torch.bfloat16),))
+    called = torch.compile(deployed, dynamic=False) if compiled else deployed
+
+    def run(batch: U8) -> U8:
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            answer: U8 = called(torch.from_numpy(batch).to(case.device)).cpu().numpy()
+        return answer
+
+    return Opened(run, about, lambda: None)
+
+
+def cold_start(case: Case) -> dict[str, Any]:
+    """A case in a process of its own: its first times and its memory, or ``why`` it does not work."""
+    code = "from benchmarks.latency import cold; cold()"
+    words = [sys.executable, "-c", code, json.dumps(dataclasses.asdict(case))]
+    done = subprocess.run(words, cwd=records.ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return {"why": said.replace(f"{case.folder}{os.sep}", "")}
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def cold() -> None:
+    """What :func:`cold_start` runs; the import of a library belongs to the process, not to the model."""
+    case = Case(**json.loads(sys.argv[1]))
+    if case.engine == PYTORCH:
+        importlib.import_module("petseg.evaluate" if case.stored == AS_TRAINED else "petseg_export.deploy")
+    elif case.engine in ENGINES:
+        with contextlib.suppress(ImportError):  # that it is missing, the loading says better
+            importlib.import_module(ENGINES[case.engine].loader.partition(":")[0])
+    before = resident("VmRSS")
+    start = time.perf_counter()
+    engine = opened(case)
+    loaded = time.perf_counter()
+    batch = images_of(case)
+    engine.run(batch)
+    first = time.perf_counter()
+    later = timed(engine.run, batch, FEWEST + 2)
+    found = {
+        "load_ms": 1e3 * (loaded - start),
+        "first_run_ms": 1e3 * (first - loaded),
+        "later_run_ms": min(later),
+        "memory_mb": resident("VmRSS") - before,
+        "peak_memory_mb": resident("VmHWM") - before,
+    }
+    print(json.dumps({**engine.about, **found}))
+
+
+def resident(what: str) -> float:
+    """Megabytes of this process: ``VmRSS`` now, ``VmHWM`` at its highest."""
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.findall(rf"^{what}:\s+(\d+) kB", text, re.MULTILINE)[0]) * 1024 / 1e6
+
+
+def images_of(case: Case) -> U8:
+    """Noise in the size of the network."""
+    spec = open_artifact(Path(case.folder) / "fp32.onnx").spec
+    return np.random.default_rng(0).integers(0, 256, (case.batch, spec.height, spec.width, 3), dtype=np.uint8)
+
+
+def timed(run: Callable[[U8], U8], batch: U8, runs: int) -> list[float]:
     """Milliseconds of each run; every engine has its answer in memory when it returns."""
     found = []
     for _ in range(runs):
         start = time.perf_counter()
-        function()
+        run(batch)
         found.append(1e3 * (time.perf_counter() - start))
     return found
 
 
-def folded(model: AttentionUNet) -> Callable[[Any], Any]:
-    """The network as it is exported: half of what a compiler does to it is done already."""
-    deployed = DeployedUNet(model)
+# All engines, in turns
 
-    def run(batch: Any) -> Any:
-        with torch.inference_mode():
-            return deployed(torch.from_numpy(batch)).numpy()
 
-    return run
+def measure(
+    found: Sequence[Case], rounds: int, rates: Rates, about: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """A network with a batch: its rows, and what could not be measured.
+
+    Args:
+        found: The cases.
+        rounds: How often each has its turn.
+        rates: Matmuls of each kind of device; what they reach in each round is appended.
+        about: The network.
+    """
+    from benchmarks import roofline
+
+    starts = {case: start for case in found if (start := cold_start(case))}
+    working = distinct({case: start for case, start in starts.items() if "why" not in start})
+    failed = [f"{case.name}: {start['why']}" for case, start in starts.items() if "why" in start]
+    times = in_turns(working, rounds, rates)
+    latest = {kind: {m: values[-rounds:] for m, values in reached.items()} for kind, reached in rates.items()}
+    graphs = {case.stored: Path(case.folder) / f"{case.stored}.onnx" for case in working if case.engine != PYTORCH}
+    batch, (height, width) = found[0].batch, about["size"]
+    work = {stored: roofline.operations(path.read_bytes(), batch, height, width) for stored, path in graphs.items()}
+    reference = [median(values) for values in next(iter(times.values()))]
+    rows = []
+    for case, start in working.items():
+        peak = roofline.best(latest.get(case.device, {}))
+        counted = work.get(case.stored, work["fp32"])
+        rows.append({"name": case.name, **start, **row(times[case], reference, counted, start["precision"], peak)})
+        say(rows[-1])
+    name = f"{about['model']}, {height}x{width}, batch {batch}"
+    what = {"name": name, "batch": batch, **about, "operations": sum(work["fp32"].values())}
+    return {**what, "tried": [case.name for case in found], "rows": rows}, failed
+
+
+def distinct(starts: Mapping[Case, dict[str, Any]]) -> dict[Case, dict[str, Any]]:
+    """Without those that, left to choose, compute as they do when told to be exact."""
+    seen: dict[tuple[str, ...], Case] = {}
+    for case, start in starts.items():
+        seen.setdefault((start["engine"], case.device, case.stored, start["precision"]), case)
+    return {case: starts[case] for case in seen.values()}
+
+
+def in_turns(working: Mapping[Case, dict[str, Any]], rounds: int, rates: Rates) -> dict[Case, list[list[float]]]:
+    """Milliseconds of each run, a list for each round; before a turn one run that does not count.
+
+    It brings back what the engine before it has pushed out of caches and thread pools.
+    """
+    with contextlib.ExitStack() as stack:
+        runs: dict[Case, Callable[[U8], U8]] = {}
+        for case in working:
+            engine = opened(case)
+            stack.callback(engine.close)
+            runs[case] = engine.run
+        batch = images_of(next(iter(working)))
+        counts = {case: turns(start["later_run_ms"]) for case, start in working.items()}
+        times: dict[Case, list[list[float]]] = {case: [] for case in working}
+        for _ in range(rounds):
+            for case, run in runs.items():
+                run(batch)
+                times[case].append(timed(run, batch, counts[case]))
+            for values in rates.values():
+                for matmul, reached in values.items():
+                    reached.append(matmul.rate())
+    return times
+
+
+def turns(milliseconds: float) -> int:
+    """Runs in a round of something that takes so long."""
+    return max(FEWEST, min(MOST, int(1e3 * TURN / milliseconds)))
+
+
+def row(
+    times: Sequence[Sequence[float]],
+    reference: Sequence[float],
+    work: Mapping[str, int],
+    precision: str,
+    peak: Mapping[str, Sequence[float]],
+) -> dict[str, Any]:
+    """What the times of a case say; ratios are taken within a round.
+
+    Args:
+        times: Milliseconds of each run, a list for each round.
+        reference: PyTorch's median of each round.
+        work: Its operations; see :func:`benchmarks.roofline.operations`.
+        precision: What it computes in.
+        peak: Operations a second of each precision, round by round.
+    """
+    from benchmarks.roofline import least_ms
+
+    medians = [median(values) for values in times]
+    every = [value for values in times for value in values]
+    least = [least_ms(work, precision, {name: r[i] for name, r in peak.items()}) for i in range(len(medians))]
+    shares = [at_best / ms for at_best, ms in zip(least, medians, strict=True) if at_best]
+    return {
+        "milliseconds": medians,
+        "median": median(medians),
+        "lowest_and_highest": [min(medians), max(medians)],
+        **{f"p{share}": float(np.percentile(every, share)) for share in (50, 95, 99)},
+        "runs": len(every),
+        "times_faster_than_pytorch": median(a / b for a, b in zip(reference, medians, strict=True)),
+        "operations": dict(work),
+        "giga_operations_per_second": sum(work.values()) / median(medians) / 1e6,
+        "share_of_matmul_peak": median(shares) if shares else None,
+    }
+
+
+def say(found: Mapping[str, Any]) -> None:
+    share = found["share_of_matmul_peak"]
+    click.echo(
+        f"{found['name']:>34} {found['median']:8.2f} ms {found['times_faster_than_pytorch']:6.2f}x "
+        f"{f'{100 * share:3.0f} %' if share else '    ?'} of the peak, load {found['load_ms']:6.0f} ms, "
+        f"{found['memory_mb']:5.0f} MB",
+        err=True,
+    )

@@ -90,18 +90,21 @@ def speed() -> str:
     latency, folder = records.load("latency"), records.load("throughput")
     height, width = latency["size"]
     machine = latency["machine"]
+    wide = all("share_of_matmul_peak" in row for row in latency["rows"])
     lines = [
         f"{latency['model']}, one photo of {height} × {width} at a time, {latency['threads']} threads of "
         f"{machine['cpu']}; medians of rounds in alternation (`python -m benchmarks latency`):",
         "",
-        "| engine | file | computes in | ms | times as fast as PyTorch |",
-        "|---|---|---|---|---|",
+        "| engine | file | computes in | ms | times as fast as PyTorch |"
+        + (" p95, p99 ms | of the matmul peak | from file to first answer, ms | memory, MB |" if wide else ""),
+        "|---|---|---|---|---|" + ("---|---|---|---|" if wide else ""),
     ]
     lines += [
         f"| {row['engine']} | {row['stored']} | {row['precision']} | {row['median']:.2f} "
-        f"| {row['times_faster_than_pytorch']:.1f} |"
+        f"| {row['times_faster_than_pytorch']:.1f} |{engine_alone(row) if wide else ''}"
         for row in latency["rows"]
     ]
+    lines += ["", *relatives(latency)] if latency.get("networks") else []
     lines += [
         "",
         f"`petseg infer FOLDER` on {folder['photos']} photos, the whole process, start-up and all. Allowed: what "
@@ -117,6 +120,113 @@ def speed() -> str:
             f"| {row['backend']} | {row['kind']} | {rate['command']:.0f} | {100 * row['share_of_allowed']:.0f} % "
             f"| {rate['loop']:.0f} | {row['ratio_to_loop']:.1f} |"
         )
+    return "\n".join([*lines, *scaling(), *training()])
+
+
+def scaling() -> list[str]:
+    """Where the curves of cost bend, if they were measured."""
+    if not (records.RESULTS / "scaling.json").exists():
+        return []
+    record = records.load("scaling")
+    lines = ["", "More pixels, photos and minutes (`python -m benchmarks scaling`), cost by size and by batch:", ""]
+    lines += [f"- {curve['name']}: {curve['bend']['statement']}." for curve in record["curves"]]
+    for gain in record["threads"]:
+        ratios = gain["times_as_fast_as_one_thread"]
+        lines.append(f"- {gain['curve']}: {min(ratios):.2f} to {max(ratios):.2f} times as fast as 1 thread.")
+    memory = record["memory"]
+    return [*lines, f"- Memory of a whole `petseg infer CLIP` ({memory['clip']}) is {memory['statement']}."]
+
+
+def training() -> list[str]:
+    """How fast `petseg train` is, if it was measured."""
+    if not (records.RESULTS / "training.json").exists():
+        return []
+    lines = [
+        "",
+        "`petseg train` (`python -m benchmarks training`):",
+        "",
+        "| network | size | batch | on | in | photos/s (lowest, highest) | waiting for data |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in records.load("training")["rows"]:
+        low, high = row["lowest_and_highest"]
+        where = f"{row['threads']} threads" if row["device"] == "cpu" else row["device"]
+        lines.append(
+            f"| {row['name']} | {row['size']} × {row['size']} | {row['batch']} | {where} | {row['precision']} "
+            f"| {row['images_per_second']:.1f} ({low:.1f}, {high:.1f}) | {100 * row['share_waiting_for_data']:.1f} % |"
+        )
+    return lines
+
+
+def engine_alone(row: dict[str, Any]) -> str:
+    """The other columns of an engine: how its times spread, its share of the peak, its start, its memory."""
+    share, start = row["share_of_matmul_peak"], row["load_ms"] + row["first_run_ms"]
+    of_peak = f"{100 * share:.0f} %" if share else ""
+    return f" {row['p95']:.2f}, {row['p99']:.2f} | {of_peak} | {start:.0f} | {row['memory_mb']:.0f} |"
+
+
+def relatives(latency: dict[str, Any]) -> list[str]:
+    """The other networks and batches: milliseconds a run, and the share of the matmul peak."""
+    groups = [latency, *latency["networks"]]
+    found = [{(r["engine"], r["stored"], r["precision"]): r for r in group["rows"]} for group in groups]
+    heads = []
+    for group in groups:
+        name, (height, width) = group["model"].removeprefix("attention U-Net, "), group["size"]
+        work = group["operations"] / 1e9
+        heads.append(f"{name}, {height} × {width}, batch {group['batch']} ({work:.1f} GFLOP)")
+    lines = [
+        "Other sizes of the family, and several photos at a time: ms a run, and the share of what the machine's own "
+        "matmuls reach in the same precision in the same minutes; weights of networks that do not ship are random.",
+        "",
+        f"| engine | file | computes in | {' | '.join(heads)} |",
+        f"|---|---|---|{'---|' * len(heads)}",
+    ]
+    for key in dict.fromkeys(key for rows in found for key in rows):
+        cells = [milliseconds(rows[key]) if key in rows else "" for rows in found]
+        lines.append(f"| {' | '.join((*key, *cells))} |")
+    return lines
+
+
+def milliseconds(row: dict[str, Any]) -> str:
+    """A median, and its share of the peak where there is one."""
+    share = row["share_of_matmul_peak"]
+    return f"{row['median']:.1f}" + (f" ({100 * share:.0f} %)" if share else "")
+
+
+def video() -> str:
+    """A minute of video through the whole command; live sources that break, for half an hour."""
+    clip, live = records.load("video"), records.load("soak")
+    machine = clip["machine"]
+    steps = ("decode", "convert", "infer", "finish", "write")
+    lines = [
+        f"A clip of {clip['clip']}, `petseg infer CLIP`, the whole process on {machine['cores']} cores of "
+        f"{machine['cpu']}; medians of {len(clip['rows'][0]['seconds'])} rounds in alternation; the steps run beside "
+        "each other, in ms per frame, median and 99th percentile (`python -m benchmarks video`):",
+        "",
+        f"| engine | writes | frames/s | times real time | times a plain loop | {' | '.join(steps)} |",
+        f"|---|---|---|---|---|{'---|' * len(steps)}",
+    ]
+    for row in clip["rows"]:
+        times = (f"{1000 * row['steps'][step]['p50']:.1f}, {1000 * row['steps'][step]['p99']:.1f}" for step in steps)
+        loop = row["times_as_fast_as_loop"]
+        lines.append(
+            f"| {row['backend']} | {row['kind']} | {row['frames_per_second']:.0f} | {row['times_real_time']:.2f} "
+            f"| {f'{loop:.1f}' if loop else ''} | {' | '.join(times)} |"
+        )
+    frames = [source["frames"] for source in live["sources"]]
+    rss = live["memory"]["rss_mb"]
+    whole = all(source["accounted"] and source["all_in_files"] for source in live["sources"])
+    lines += [
+        "",
+        f"Live sources (RTSP, UDP, HTTP at once, {live['minutes']:.0f} minutes, overlays in pieces): "
+        f"{live['disconnects']} disconnects, {live['changes_of_size']} changes of size, "
+        f"{100 * live['packet_loss']:.0f} % of UDP's packets lost, one silence of {live['frozen_seconds']:.0f} s: "
+        f"{sum(f['decoded'] for f in frames)} frames decoded, {sum(f['delivered'] for f in frames)} written, "
+        f"{sum(f['dropped'] for f in frames)} dropped for want of time, {sum(f['failed'] for f in frames)} failed, "
+        f"{'all' if whole else 'not all'} accounted for; memory {rss['after_warm_up']:.0f} MB after "
+        f"{live['memory']['warm_up_seconds'] / 60:.0f} minutes, {rss['at_the_end']:.0f} MB at the end "
+        "(`python -m benchmarks soak`).",
+    ]
     return "\n".join(lines)
 
 
@@ -124,6 +234,7 @@ SECTIONS: Final[dict[str, Callable[[], str]]] = {
     "accuracy": accuracy,
     "startup": startup,
     "speed": speed,
+    "video": video,
     "receipts": receipts,
 }
 
@@ -142,10 +253,14 @@ def rendered(text: str) -> str:
 @click.command()
 @click.option("--check", is_flag=True, help="Only say whether the README is what the records say.")
 def report(check: bool) -> None:
-    """Write the README's tables from the records."""
+    """Write the README's tables, and the plots, from the records."""
     old = README.read_text(encoding="utf-8")
     new = rendered(old)
     if not check:
         README.write_text(new, encoding="utf-8")
+        from benchmarks import plots  # matplotlib takes a second to import, and --check needs none of it
+
+        for path in plots.write():
+            click.echo(path.relative_to(records.ROOT))
     elif old != new:
         sys.exit("README.md is not what the records say: run `python -m benchmarks report`")

@@ -1,0 +1,255 @@
+"""The model that ships, in every CPU engine and precision, on both test sets; beside it what others say or show.
+
+    python -m benchmarks accuracy --data data --isnet isnet.onnx
+
+The metrics are petseg's own (``petseg evaluate``), with all three readings of the border, at three thresholds that were
+chosen on validation photos, one for each reading: the model's own (border as background), its lower one for cutouts
+(border as pet), and one for an ignored border. The int8 file does not ship: it is exported here, unless
+``--int8`` gives it. ISNet (see benchmarks/peers/isnet.py) sees a seeded subset of each set, because it takes seconds a
+photo; the shipped model is told on the same subset. ISNet was not trained on these labels, so that it is given, beside
+0.5, the threshold that is best on the very photos it is measured on, for each reading: no fair choice of a threshold
+could do better.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import click
+import numpy as np
+import torch
+
+from benchmarks import records
+from benchmarks.embedded.measure import SETS, threshold_ignoring_border
+from benchmarks.latency import CHECKPOINT, told
+from benchmarks.peers.isnet import SIZE, ISNet
+from petseg.data import Pair, Split, find
+from petseg.evaluate import U8, Evaluation, Run, evaluate, open_model
+from petseg.metrics import Border, best_threshold, counts
+from petseg_export import OnnxConfig, QuantizeConfig, export
+from petseg_runtime.artifact import default_model, open_artifact
+from petseg_runtime.engines.registry import load_engine
+from petseg_runtime.spec import ModelSpec
+
+#: Of the parity test of the int8 export.
+PARITY_PHOTOS: Final = 200
+METRICS: Final = ("iou", "dice", "accuracy", "precision", "recall", "mean_image_iou")
+RESAMPLES: Final = 1000
+#: File, engine, and whether it has to compute as the file is stored. ONNX Runtime does so on a CPU in any case.
+COMPUTED: Final = (
+    ("fp32", "onnxruntime", True),
+    ("fp32", "openvino", True),
+    ("fp32", "openvino", False),
+    ("int8", "onnxruntime", True),
+    ("int8", "openvino", False),
+)
+
+#: Figures that we have not measured with this program: what, on which photos, and how the border is read.
+ELSEWHERE: Final = (
+    {
+        "name": "published attention U-Net, 29.3 M parameters, from scratch",
+        "source": "its publication",
+        "data": "test split, 3669 photos; the input size is not given",
+        "readings": {
+            "background": {"iou": 0.8375, "dice": 0.9116, "accuracy": 0.946, "precision": 0.8961, "recall": 0.9276}
+        },
+    },
+    {
+        "name": "FPN with ResNet-34 pretrained on ImageNet, 23.2 M",
+        "source": "segmentation_models.pytorch, pets example; the least and the best that it shows",
+        "data": "test split",
+        "readings": {"pet": {"iou": [0.9125, 0.9156]}},
+    },
+    {
+        "name": "the same FPN from scratch",
+        "source": "a public model card",
+        "data": "test split",
+        "readings": {"pet": {"iou": 0.7063}},
+    },
+    {
+        "name": "ISNet, by an earlier measurement of ours",
+        "source": "without this program",
+        "data": "100 original-size photos",
+        "readings": {"background": {"iou": 0.724}, "pet": {"iou": 0.778}, "ignored": {"iou": 0.86}},
+    },
+)
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
+@click.option(
+    "--int8", type=click.Path(path_type=Path, exists=True), help="The model in int8.  [default: exported here]"
+)
+@click.option(
+    "--isnet", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="See benchmarks.peers.isnet."
+)
+@click.option("--isnet-photos", type=click.IntRange(2), default=40, show_default=True, help="Of each set.")
+@click.option("--photos", type=click.IntRange(2), help="Of each set, for a trial.  [default: all]")
+def accuracy(data: Path, int8: Path | None, isnet: Path | None, isnet_photos: int, photos: int | None) -> None:
+    """IoU in every engine and precision, and that of a background remover."""
+    remover = ISNet(isnet) if isnet else None  # first: a wrong file should not be told after minutes
+    sets = {what: sample(find(data / folder, Split.TEST), photos) for folder, what in SETS.values()}
+    thresholds = thresholds_of(data)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        files = {"fp32": default_model(), "int8": int8 or exported(data, Path(scratch) / "int8.onnx")}
+        for about, run, model in variants(files):
+            measured = {what: all_thresholds(run, pairs, model, thresholds) for what, pairs in sets.items()}
+            rows.append({**about, "sets": measured})
+            click.echo(line(rows[-1]), err=True)
+    artifact = open_artifact(default_model())
+    chosen = {what: sample(pairs, isnet_photos) for what, pairs in sets.items()}
+    values = {
+        "model": {"name": artifact.spec.name, "identity": artifact.identity, "checkpoint": CHECKPOINT.name},
+        "thresholds": thresholds,
+        "photos": {what: len(pairs) for what, pairs in sets.items()},
+        "rows": with_losses(rows),
+        "isnet": remover and {what: beside(remover, pairs, thresholds) for what, pairs in chosen.items()},
+        "elsewhere": ELSEWHERE,
+    }
+    given = {"--int8 FILE": int8, f"--photos {photos}": photos, f"--isnet FILE --isnet-photos {isnet_photos}": isnet}
+    options = " ".join(["--data DATA", *(option for option, value in given.items() if value)])
+    click.echo(records.write("accuracy", f"python -m benchmarks accuracy {options}", values))
+
+
+def sample(pairs: Sequence[Pair], photos: int | None) -> list[Pair]:
+    """All, or a seeded choice of so many, in their order."""
+    if photos is None or photos >= len(pairs):
+        return list(pairs)
+    return [pairs[index] for index in sorted(random.Random(0).sample(range(len(pairs)), photos))]
+
+
+def exported(data: Path, output: Path) -> Path:
+    """The checkpoint in int8: calibrated on training photos, judged on validation photos, as it is for the receipts."""
+    quantize = QuantizeConfig(data=data / "oxford-iiit-pet-best")
+    parity: dict[str, Any] = {"data": data / "oxford-iiit-pet-native", "split": "test", "photos": PARITY_PHOTOS}
+    return export(CHECKPOINT, OnnxConfig(output=output, precision="int8", quantize=quantize, **parity)).path
+
+
+def variants(files: dict[str, Path]) -> Iterator[tuple[dict[str, str], Run, ModelSpec]]:
+    """The model in each engine and precision, opened while it is its turn; the checkpoint in PyTorch comes first."""
+    spec = open_artifact(files["fp32"]).spec
+    with open_model(CHECKPOINT, "cpu") as model:
+        version = torch.__version__.partition("+")[0]
+        about = {"engine": f"PyTorch {version}, eager", "stored": "checkpoint", "precision": "f32"}
+        yield {"name": "PyTorch fp32", **about}, model.run, spec
+    seen = set()
+    for stored, engine, exact in COMPUTED:
+        with load_engine(open_artifact(files[stored]), engine, device="cpu", exact=exact) as opened:
+            about = told(opened)
+            name = f"{engine} {stored}, {about['precision']}"
+            if name not in seen:  # a CPU without bf16 computes in float32 either way
+                yield {"name": name, **about}, opened.run, spec
+            seen.add(name)
+
+
+def thresholds_of(data: Path) -> dict[str, float]:
+    """The thresholds of the model that ships by the reading that they are for; of cutouts only if it has one."""
+    spec = open_artifact(default_model()).spec
+    found = {"background": spec.threshold, "pet": spec.cutout_threshold, "ignored": threshold_ignoring_border(data)}
+    return {border: threshold for border, threshold in found.items() if threshold is not None}
+
+
+def all_thresholds(run: Run, pairs: Sequence[Pair], spec: ModelSpec, thresholds: Mapping[str, float]) -> dict[str, Any]:
+    """Metrics at each threshold, by the reading that it is for."""
+    result = evaluate(run, pairs, spec.height, spec.width)
+    return {f"threshold_for_{border}": metrics(result, threshold) for border, threshold in thresholds.items()}
+
+
+def metrics(result: Evaluation, threshold: float) -> dict[str, Any]:
+    """All metrics in the three readings, and how far the IoU would move with other photos."""
+    readings = result.summary(threshold)["readings"]
+    return {
+        "threshold": threshold,
+        "readings": {
+            border: {
+                **{name: readings[border][name] for name in METRICS},
+                "iou_interval_95": interval(result, threshold, Border(border)),
+            }
+            for border in readings
+        },
+    }
+
+
+def interval(result: Evaluation, threshold: float, border: Border, seed: int = 0) -> list[float]:
+    """The 95 % interval of the IoU summed over the photos, by drawing the photos anew (bootstrap, Efron 1979)."""
+    each = [counts(one, threshold, border) for one in result.histograms]
+    pixels = np.array([(one.tp, one.tp + one.fp + one.fn) for one in each], np.float64)
+    # How often each photo is drawn, for each resample: a matrix product in place of a loop.
+    drawn = np.random.default_rng(seed).multinomial(len(each), np.full(len(each), 1 / len(each)), RESAMPLES)
+    both, either = (drawn @ pixels).T
+    return [round(float(value), 4) for value in np.percentile(both / np.maximum(either, 1), (2.5, 97.5))]
+
+
+def with_losses(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds to each row how many points of IoU the first one, the checkpoint in PyTorch, is ahead of it."""
+    for row in rows:
+        for what, thresholds in row["sets"].items():
+            for kind, found in thresholds.items():
+                for border, values in found["readings"].items():
+                    reference = rows[0]["sets"][what][kind]["readings"][border]["iou"]
+                    values["points_lost"] = round(100 * (reference - values["iou"]), 3)
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row, for people who wait."""
+    ious = (
+        f"{values['iou']:.4f}"
+        for found in row["sets"].values()
+        for values in found["threshold_for_background"]["readings"].values()
+    )
+    return f"{row['name']:>32} {' '.join(ious)}"
+
+
+def beside(remover: ISNet, pairs: Sequence[Pair], thresholds: Mapping[str, float]) -> dict[str, Any]:
+    """ISNet and the model that ships, in the engine that it chooses itself, on the same photos."""
+    theirs = Timed(remover)
+    result = evaluate(theirs, pairs, SIZE, SIZE, batch=1)
+    best = {border: best_threshold(result.total, border) for border in Border}
+    artifact = open_artifact(default_model())
+    with load_engine(artifact, device="cpu") as engine:
+        engine.warm_up()
+        ours = Timed(engine.run)
+        own = evaluate(ours, pairs, artifact.spec.height, artifact.spec.width, batch=1)
+        about = told(engine)
+    return {
+        "photos": list(result.names),
+        "isnet": {
+            "input": [SIZE, SIZE],
+            **theirs.told(),
+            "threshold_0.5": metrics(result, 0.5),
+            **{f"best_threshold_for_{border}": metrics(result, threshold) for border, threshold in best.items()},
+        },
+        "petseg": {
+            "input": [artifact.spec.height, artifact.spec.width],
+            **about,
+            **ours.told(),
+            **{f"threshold_for_{border}": metrics(own, threshold) for border, threshold in thresholds.items()},
+        },
+    }
+
+
+@dataclass(eq=False)
+class Timed:
+    """A model that remembers how long each call took: from the resized photo to the answer."""
+
+    run: Run
+    seconds: list[float] = field(default_factory=list)
+
+    def __call__(self, batch: U8) -> U8:
+        start = time.perf_counter()
+        answer = self.run(batch)
+        self.seconds.append(round(time.perf_counter() - start, 5))
+        return answer
+
+    def told(self) -> dict[str, Any]:
+        """Seconds of each call, and their median."""
+        return {"seconds": self.seconds, "median": median(self.seconds)}

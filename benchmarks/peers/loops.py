@@ -1,0 +1,102 @@
+"""A folder of photos to black and white masks, as the users of each library write it: one photo after the other.
+
+    python -m benchmarks.peers.loops rembg SESSION MODEL PHOTOS OUTPUT
+    python -m benchmarks.peers.loops torch NETWORK WEIGHTS PHOTOS OUTPUT
+    python -m benchmarks.peers.loops onnxruntime MODEL PHOTOS OUTPUT
+    python -m benchmarks.peers.loops openvino MODEL PHOTOS OUTPUT
+
+Run by the peers' interpreter. Each library is imported only where it is needed, and decides on its threads itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+F32: TypeAlias = npt.NDArray[np.float32]
+#: float32 [1, 3, H, W], normalised, to the probability, float32 [1, H, W].
+Network: TypeAlias = Callable[[F32], F32]
+
+#: As in networks.py, which would bring torch with it.
+SIZE: Final = 256
+#: ImageNet's, which every pretrained encoder of these libraries expects.
+MEAN: Final = np.array([0.485, 0.456, 0.406], np.float32)
+DEVIATION: Final = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+def rembg(session: str, model: Path, photos: Sequence[Path], output: Path) -> None:
+    """rembg's own pipeline, with one session for all photos."""
+    os.environ["REMBG_HOME"] = str(model.parent)  # it takes files from nowhere else
+    os.environ.pop("U2NET_HOME", None)  # which would win over that
+    library = importlib.import_module("rembg")
+    opened = library.new_session(session, model_path=str(model))
+    for photo in photos:
+        with Image.open(photo) as image:
+            library.remove(image, session=opened, only_mask=True).save(output / f"{photo.stem}.png")
+
+
+def plain(network: Network, photos: Sequence[Path], output: Path) -> None:
+    """Any network of one class: resize, normalise, run, resize the answer to the photo."""
+    for photo in photos:
+        with Image.open(photo) as image:
+            size, pixels = image.size, image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+        inputs = (np.asarray(pixels, np.float32) / 255 - MEAN) / DEVIATION
+        probability = network(np.ascontiguousarray(inputs.transpose(2, 0, 1)[None]))[0]
+        answer = Image.fromarray(np.round(255 * probability).astype(np.uint8))
+        mask = np.asarray(answer.resize(size, Image.Resampling.BILINEAR)) >= 128
+        Image.fromarray((255 * mask).astype(np.uint8)).save(output / f"{photo.stem}.png")
+
+
+def in_torch(name: str, weights: Path) -> Network:
+    """PyTorch, eager, as the libraries' pages show it."""
+    import torch
+
+    from benchmarks.peers.networks import opened
+
+    network = opened(name, weights)
+
+    def run(inputs: F32) -> F32:
+        with torch.inference_mode():
+            answer: F32 = network(torch.from_numpy(inputs)).numpy()
+        return answer
+
+    return run
+
+
+def in_onnxruntime(model: Path) -> Network:
+    """ONNX Runtime with its own defaults."""
+    session: Any = importlib.import_module("onnxruntime").InferenceSession(model, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda inputs: session.run(None, {name: inputs})[0]
+
+
+def in_openvino(model: Path) -> Network:
+    """OpenVINO with its own defaults: bf16 where the CPU has it."""
+    compiled: Any = importlib.import_module("openvino").Core().compile_model(model, "CPU")
+    return lambda inputs: compiled(inputs)[0]
+
+
+def main(library: str, *arguments: str) -> None:
+    """Run one of the four."""
+    *options, folder, output = arguments
+    photos = sorted(Path(folder).iterdir())
+    Path(output).mkdir(parents=True, exist_ok=True)
+    if library == "rembg":
+        rembg(options[0], Path(options[1]), photos, Path(output))
+    elif library == "torch":
+        plain(in_torch(options[0], Path(options[1])), photos, Path(output))
+    else:
+        opened = {"onnxruntime": in_onnxruntime, "openvino": in_openvino}[library]
+        plain(opened(Path(options[0])), photos, Path(output))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,97 @@
+"""The peers' networks with random weights, for speed only: as PyTorch weights and as ONNX files.
+
+    python -m benchmarks.peers.networks FOLDER
+
+Run by the peers' interpreter. Nothing is downloaded: no pretrained weights are asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.peers.u2net import SIZE as U2NET_SIZE
+from benchmarks.peers.u2net import U2Net
+
+#: Height and width of those with one mask: the largest size that petseg's own models have.
+SIZE: Final = 256
+
+
+def _smp(kind: str, encoder: str) -> nn.Module:
+    smp = importlib.import_module("segmentation_models_pytorch")
+    network: nn.Module = getattr(smp, kind)(encoder, encoder_weights=None, classes=1)
+    return network
+
+
+def _torchvision(name: str) -> nn.Module:
+    models = importlib.import_module("torchvision.models.segmentation")
+    network: nn.Module = getattr(models, name)(weights=None, weights_backbone=None, num_classes=1)
+    return network
+
+
+#: One mask, from a photo normalised as ImageNet's.
+NETWORKS: Final[dict[str, Callable[[], nn.Module]]] = {
+    "lraspp_mobilenet_v3_large": lambda: _torchvision("lraspp_mobilenet_v3_large"),
+    "deeplabv3_mobilenet_v3_large": lambda: _torchvision("deeplabv3_mobilenet_v3_large"),
+    "unet_mobilenet_v2": lambda: _smp("Unet", "mobilenet_v2"),
+    "fpn_resnet34": lambda: _smp("FPN", "resnet34"),
+}
+#: rembg runs these itself, from ONNX.
+U2NETS: Final[dict[str, Callable[[], nn.Module]]] = {"u2net": U2Net, "u2netp": lambda: U2Net(light=True)}
+
+
+class Probability(nn.Module):
+    """A network's answer as float32 [N, H, W], the probability of the one class."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Any = self.network(x)  # torchvision's give a dictionary
+        logits: Tensor = answer["out"] if isinstance(answer, dict) else answer
+        return torch.sigmoid(logits.squeeze(1))
+
+
+def opened(name: str, weights: Path) -> nn.Module:
+    """A network with its weights, ready to run."""
+    network = NETWORKS[name]()
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    return Probability(network).eval()
+
+
+def settled(network: nn.Module, size: int) -> nn.Module:
+    """Random weights whose activations are of a usual size, as after training.
+
+    BatchNorm takes its statistics from noise. Otherwise signals could fade, layer by layer, down to numbers so small
+    that processors are slow on them.
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None
+    with torch.no_grad():
+        network.train()(torch.randn(2, 3, size, size))
+    return network.eval()
+
+
+def write(folder: Path) -> None:
+    """``NAME.pt`` and ``NAME.onnx`` of every network."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, build in {**NETWORKS, **U2NETS}.items():
+        torch.manual_seed(0)
+        size = SIZE if name in NETWORKS else U2NET_SIZE
+        network = settled(build(), size)
+        torch.save(network.state_dict(), folder / f"{name}.pt")
+        whole = Probability(network).eval() if name in NETWORKS else network
+        example = torch.zeros(1, 3, size, size)
+        torch.onnx.export(whole, (example,), folder / f"{name}.onnx", dynamo=True, external_data=False, verbose=False)
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

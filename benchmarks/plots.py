@@ -1,0 +1,223 @@
+"""The README's plots, made from the records: IoU against milliseconds, and where the time of a photo or frame goes.
+
+They are files beside the records (SVG); `report --check` does not look at them. The same records give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Final, TypeAlias
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks import records
+from petseg_runtime.files import replacing
+
+ACCURACY: Final = "accuracy-against-time.svg"
+STAGES: Final = "time-per-stage.svg"
+#: Of petseg, of others with weights of their own, of figures that others published; for who cannot tell colours apart,
+#: their markers differ too.
+OURS, THEIRS, PUBLISHED = "#1565c0", "#d84315", "#616161"
+#: Of the steps of a photo's or a frame's road, whatever a record calls them.
+STEPS: Final = {
+    "read": "#90a4ae",
+    "decode": "#90a4ae",
+    "convert": "#ffb300",
+    "infer": "#1565c0",
+    "finish": "#43a047",
+    "write": "#d84315",
+}
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A model in an engine: what it costs, and what it reaches.
+
+    Attributes:
+        name: For people.
+        ms: Of the model alone, one photo at a time.
+        iou: The border as background.
+        ours: Whether it is petseg.
+    """
+
+    name: str
+    ms: float
+    iou: float
+    ours: bool
+
+
+def write() -> list[Path]:
+    """Every plot whose records are there; which ones."""
+    found = {name: loaded(name) for name in ("accuracy", "latency", "peers", "throughput", "video")}
+    made = []
+    if found["accuracy"] and found["latency"]:
+        made.append(save(accuracy_figure(found["accuracy"], found["latency"], found["peers"]), ACCURACY))
+    bars = {
+        "a photo of a folder: CPU ms of each step": photo_bars(found["throughput"]),
+        "a frame of a video: ms of each step, median; they run beside each other": frame_bars(found["video"]),
+    }
+    if there := {title: rows for title, rows in bars.items() if rows}:
+        made.append(save(stage_figure(there), STAGES))
+    return made
+
+
+def loaded(name: str) -> dict[str, Any]:
+    """A record; an empty one if there is none."""
+    try:
+        return records.load(name)
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+# IoU against milliseconds
+
+
+def dots(accuracy: Mapping[str, Any], latency: Mapping[str, Any], photos: str) -> Iterator[Dot]:
+    """Every row of the accuracy record whose time is known, on one set of photos.
+
+    Rows of petseg have their time in the latency record; of a remover both figures are in the one of accuracy.
+    """
+    for row in accuracy.get("rows", ()):
+        ms = row.get("milliseconds_per_photo") or time_of(row, latency.get("rows", ()))
+        if ms and photos in row.get("sets", {}):
+            name = f"{row['engine'].partition(' ')[0]} {row['precision']}"
+            yield Dot(name, ms, iou_of(row["sets"][photos]["own"]), ours=True)
+    remover = (accuracy.get("isnet") or {}).get(photos)
+    if remover:
+        theirs = remover["isnet"]
+        name = f"ISNet, 1024 × 1024 ({len(remover['photos'])} photos)"
+        yield Dot(name, 1e3 * theirs["median"], iou_of(theirs["at_0.5"]), ours=False)
+
+
+def time_of(row: Mapping[str, Any], times: Sequence[Mapping[str, Any]]) -> float | None:
+    """The median of the same engine, computing in the same precision on the same kind of file; None: not measured."""
+    for other in times:
+        same = other["engine"] == row["engine"] and other["precision"] == row["precision"]
+        if same and (other["stored"] == row["stored"] or "eager" in row["engine"]):
+            return float(other["median"])
+    return None
+
+
+def iou_of(found: Mapping[str, Any]) -> float:
+    return float(found["readings"]["background"]["iou"])
+
+
+def accuracy_figure(accuracy: Mapping[str, Any], latency: Mapping[str, Any], peers: Mapping[str, Any]) -> Figure:
+    """A panel for each set of photos, and one for the peers, whose weights are random: they have a time only."""
+    sets, others = list(accuracy["photos"]), peers.get("rows", [])
+    heights = [3.2] * len(sets) + ([0.8 + 0.2 * len(others)] if others else [])
+    figure = Figure(figsize=(11, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(heights), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    for axes, photos in zip(panels[: len(sets)], sets, strict=True):
+        numbered(axes, sorted(dots(accuracy, latency, photos), key=lambda dot: dot.ms))
+        for other in accuracy.get("elsewhere", ()):
+            line(axes, other)
+        axes.set_title(f"{photos}; the model alone, a photo at a time", fontsize=10)
+        axes.set_ylabel("IoU, border as background")
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=1)
+        axes.margins(y=0.15)
+    if others:
+        whole_road(panels[-1], others)
+    for axes in panels:
+        axes.set_xscale("log")
+        axes.grid(alpha=0.25)
+    panels[-1].set_xlabel("ms a photo (logarithmic)")
+    return figure
+
+
+def numbered(axes: Axes, found: Sequence[Dot]) -> None:
+    """The dots with numbers, and what each number is in the legend: engines differ little in IoU, and would collide."""
+    for number, dot in enumerate(found, start=1):
+        colour, marker = (OURS, "o") if dot.ours else (THEIRS, "D")
+        label = f"{number}  {dot.name}: {dot.ms:.{1 if dot.ms < 100 else 0}f} ms, {dot.iou:.4f}"
+        axes.plot([dot.ms], [dot.iou], marker, color=colour, label=label)
+        above = 7 if number % 2 else -14  # neighbours' numbers would collide, too
+        axes.annotate(
+            str(number),
+            (dot.ms, dot.iou),
+            (0, above),
+            textcoords="offset points",
+            fontsize=8,
+            ha="center",
+            color=colour,
+        )
+
+
+def line(axes: Axes, other: Mapping[str, Any]) -> None:
+    """A published figure, whose time is not known; of another reading of the border, none."""
+    iou = other["readings"].get("background", {}).get("iou")
+    if isinstance(iou, float):
+        axes.axhline(iou, color=PUBLISHED, linestyle="--", linewidth=0.8, label=f"{other['name']}: {iou}")
+
+
+def whole_road(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Milliseconds a photo from the file to the mask, once the process is running; the quickest first."""
+    times = sorted((1e3 / row["photos_per_second_once_running"]["median"], row["name"]) for row in rows)
+    for place, (ms, name) in enumerate(times):
+        colour, marker = (OURS, "o") if name.startswith("petseg") else (THEIRS, "D")
+        axes.plot([ms], [place], marker, color=colour)
+    axes.set_yticks(range(len(times)), [name for _, name in times], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_title("from the file to the mask, in a folder; peers' weights are random but for ISNet's", fontsize=10)
+
+
+# Stages
+
+
+#: For each bar, milliseconds of each step, in their order.
+Bars: TypeAlias = dict[str, dict[str, float]]
+
+
+def photo_bars(throughput: Mapping[str, Any]) -> Bars:
+    """Each step of a folder by itself, CPU milliseconds a photo; the median of the rounds."""
+    return {
+        f"{row['backend']}, {row['kind']}": {
+            name: 1e3 * median(step[name]["cpu_seconds"] for step in row["steps"]) for name in row["steps"][0]
+        }
+        for row in throughput.get("rows", ())
+    }
+
+
+def frame_bars(video: Mapping[str, Any]) -> Bars:
+    """The steps of a frame, which run beside each other: wall milliseconds, the median frame."""
+    return {
+        f"{row['backend']}, {row['kind']}": {
+            name: 1e3 * found["p50"] for name, found in row["steps"].items() if name in STEPS
+        }
+        for row in video.get("rows", ())
+    }
+
+
+def stage_figure(parts: Mapping[str, Bars]) -> Figure:
+    """A panel for each part, by its title; a bar for each engine and kind of output, its steps behind each other."""
+    figure = Figure(figsize=(9, sum(1.1 + 0.34 * len(bars) for bars in parts.values())), layout="constrained")
+    heights = [1 + len(bars) for bars in parts.values()]
+    panels = figure.subplots(len(parts), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (title, bars) in zip(panels, parts.items(), strict=True):
+        for place, steps in enumerate(bars.values()):
+            left = 0.0
+            for name, ms in steps.items():
+                axes.barh(place, ms, left=left, color=STEPS.get(name, PUBLISHED), label="_" if place else name)
+                left += ms
+            axes.annotate(f" {left:.1f}", (left, place), va="center", fontsize=8)
+        axes.set_yticks(range(len(bars)), list(bars))
+        axes.invert_yaxis()
+        axes.margins(x=0.08)
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.25, axis="x")
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def save(figure: Figure, name: str) -> Path:
+    """An SVG among the records, without a date or names by chance: the same records give the same bytes."""
+    path = records.RESULTS / name
+    with replacing(path) as beside, matplotlib.rc_context({"svg.hashsalt": "petseg"}):
+        figure.savefig(beside, format="svg", metadata={"Date": None})
+    return path

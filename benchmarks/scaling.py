@@ -1,0 +1,239 @@
+"""What more pixels, photos, threads and minutes of video cost, and from where on they cost in proportion.
+
+The network is that of the model that ships, at every size; the file is exported for each. Memory is the most that the
+whole process of `petseg infer CLIP` ever held: it must not depend on how long the clip is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from statistics import median
+from typing import Any, Final, NamedTuple
+
+import av
+import click
+import numpy as np
+from PIL import Image
+
+from benchmarks import records
+from benchmarks.latency import CHECKPOINT, WEIGHTS, scratch, timed, turns, write_onnx
+from petseg_runtime.artifact import default_model, open_artifact, sample_photos
+from petseg_runtime.engines.base import Engine, usable_cpus
+from petseg_runtime.engines.registry import load_engine
+
+ENGINES: Final = ("openvino", "onnxruntime")
+SIZES: Final = (96, 128, 160, 192, 256, 320, 384, 512)
+BATCHES: Final = (1, 2, 4, 8, 16)
+CLIP_SECONDS: Final = (5, 20, 60)
+CLIP_RATE: Final = 30
+#: A change of cost that counts; of memory likewise.
+TOLERANCE: Final = 0.05
+
+
+class Point(NamedTuple):
+    """What is measured: a square photo of so many pixels a side, so many at a time, on so many threads."""
+
+    size: int
+    batch: int
+    threads: int
+
+
+@click.command()
+@click.option("--rounds", type=int, default=7, show_default=True)
+@click.option("--clip-rounds", type=int, default=2, show_default=True, help="Of the three clips.")
+def scaling(rounds: int, clip_rounds: int) -> None:
+    """Cost against size, batch and threads; memory against the length of a video; where the curves bend."""
+    spec = open_artifact(default_model()).spec
+    threads = sorted({1, usable_cpus()})
+    with scratch() as folder:
+        for size in {*SIZES, spec.height}:
+            (folder / str(size)).mkdir()
+            (folder / str(size) / WEIGHTS).symlink_to(CHECKPOINT)
+            write_onnx(folder / str(size), dataclasses.replace(spec, height=size, width=size), ("fp32",))
+        by_size = [Point(size, 1, count) for count in threads for size in SIZES]
+        by_batch = [Point(spec.height, batch, count) for count in threads for batch in BATCHES]
+        curves = [curve for engine in ENGINES for curve in measured(engine, folder, by_size, by_batch, rounds)]
+        values = {"model": spec.name, "batch_at_size": spec.height, "curves": curves, "threads": gains(curves)}
+        memory = of_clips(folder, clip_rounds)
+    for name, statement in (*((c["name"], c["bend"]["statement"]) for c in curves), ("memory", memory["statement"])):
+        click.echo(f"{name}: {statement}", err=True)
+    command = f"python -m benchmarks scaling --rounds {rounds} --clip-rounds {clip_rounds}"
+    records.write("scaling", command, {**values, "memory": memory})
+
+
+def measured(
+    name: str, folder: Path, by_size: Sequence[Point], by_batch: Sequence[Point], rounds: int
+) -> list[dict[str, Any]]:
+    """The curves of an engine: cost a pixel over sizes, cost a photo over batches, for each number of threads."""
+    with contextlib.ExitStack() as stack:
+        engines: dict[tuple[int, int], Engine] = {}
+        for size, _, threads in (*by_size, *by_batch):
+            if (size, threads) not in engines:
+                artifact = open_artifact(folder / str(size) / "fp32.onnx")
+                engines[size, threads] = stack.enter_context(load_engine(artifact, name, threads))
+        times = in_turns(engines, dict.fromkeys((*by_size, *by_batch)), rounds)
+        computed = next(iter(engines.values())).describe().precision
+    found = []
+    for axis, points in (("size", by_size), ("batch", by_batch)):
+        for threads in dict.fromkeys(point.threads for point in points):
+            chosen = [point for point in points if point.threads == threads]
+            title = f"{name} {computed}, {axis}, {threads} thread{'s' * (threads > 1)}"
+            found.append({"name": title, "threads": threads, **curve(axis, {p: times[p] for p in chosen})})
+    return found
+
+
+def in_turns(
+    engines: Mapping[tuple[int, int], Engine], points: Iterable[Point], rounds: int
+) -> dict[Point, list[float]]:
+    """The median milliseconds of each round at each point, all points in turns."""
+    random = np.random.default_rng(0)
+    photos = {p: random.integers(0, 256, (p.batch, p.size, p.size, 3), dtype=np.uint8) for p in points}
+    # The first call of a shape makes what is the shape's own; the second says how often there is time for it.
+    for p, batch in photos.items():
+        engines[p.size, p.threads].run(batch)
+    counts = {p: turns(timed(engines[p.size, p.threads].run, batch, 1)[0]) for p, batch in photos.items()}
+    times: dict[Point, list[float]] = {p: [] for p in photos}
+    for _ in range(rounds):
+        for p, batch in photos.items():
+            run = engines[p.size, p.threads].run
+            run(batch)
+            times[p].append(median(timed(run, batch, counts[p])))
+    return times
+
+
+def curve(axis: str, times: Mapping[Point, Sequence[float]]) -> dict[str, Any]:
+    """The points of a curve, and where it bends; the cost is that of a pixel (ns) or of a photo (ms)."""
+    rows: list[dict[str, Any]] = []
+    costs: list[tuple[int, float]] = []
+    for point, values in times.items():
+        parts = point.size**2 / 1e6 if axis == "size" else point.batch
+        at = point.size if axis == "size" else point.batch
+        rows.append({"name": f"{axis} {at}", "at": at, "milliseconds": list(values), "cost": median(values) / parts})
+        costs.append((at, median(values) / parts))
+    unit = "ns a pixel" if axis == "size" else "ms a photo"
+    return {"axis": axis, "unit": unit, "points": rows, "bend": bend(costs, axis, unit)}
+
+
+def bend(points: Sequence[tuple[int, float]], axis: str, unit: str, tolerance: float = TOLERANCE) -> dict[str, Any]:
+    """Where the cost has fallen as far as it falls, and where it begins to rise again.
+
+    Args:
+        points: (size or batch, cost of one pixel or photo), ascending.
+        axis: ``size`` or ``batch``.
+        unit: Of the cost.
+        tolerance: A smaller change does not count.
+
+    Returns:
+        ``falls_until``: the first point after which no cost is lower by more than the tolerance. ``rises_from``: the
+        first point after the cheapest from which on every cost is higher than it by more than that; None: there is
+        none. ``statement``: both, for people.
+    """
+    costs = [cost for _, cost in points]
+    until = next(i for i in range(len(costs)) if min(costs[i:]) >= costs[i] * (1 - tolerance))
+    cheapest = costs.index(min(costs))
+    higher = [cost > costs[cheapest] * (1 + tolerance) for cost in costs]
+    rising = next((i for i in range(cheapest + 1, len(costs)) if all(higher[i:])), None)
+    falls_until, rises_from = points[until][0], None if rising is None else points[rising][0]
+    text = (
+        f"never falls by more than {100 * tolerance:.0f} % below that of {axis} {falls_until}"
+        if until == 0
+        else f"falls until {axis} {falls_until}"
+    )
+    text += f" ({short(costs[0])} to {short(costs[until])} {unit})"
+    if rises_from is not None:
+        text += f", and rises from {axis} {rises_from} on ({short(costs[-1])} at {points[-1][0]})"
+    return {"falls_until": falls_until, "rises_from": rises_from, "statement": f"the cost {text}"}
+
+
+def short(cost: float) -> str:
+    """Three digits, and no exponent."""
+    return f"{cost:.3g}" if cost < 100 else f"{cost:.0f}"
+
+
+def gains(curves: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """How many times as fast all threads are as one, point by point; the ratio is taken within each round."""
+    found = []
+    for one, many in itertools.pairwise(curves):
+        if one["threads"] == 1 < many["threads"] and one["axis"] == many["axis"]:
+            ratios = [
+                median(a / b for a, b in zip(p["milliseconds"], q["milliseconds"], strict=True))
+                for p, q in zip(one["points"], many["points"], strict=True)
+            ]
+            at = [point["at"] for point in one["points"]]
+            found.append({"curve": many["name"], "at": at, "times_as_fast_as_one_thread": ratios})
+    return found
+
+
+# Memory
+
+
+#: Runs a command; prints its wall seconds, and the most memory that it held (a process of its own between it and us:
+#: what a child starts with counts as its own, and ours is large).
+PEAK: Final = """
+import resource, subprocess, sys, time
+start = time.perf_counter()
+subprocess.run(sys.argv[1:], check=True)
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6)
+"""
+
+
+def of_clips(folder: Path, rounds: int) -> dict[str, Any]:
+    """The peak memory of `petseg infer CLIP` for clips of several lengths, in turns."""
+    for seconds in CLIP_SECONDS:
+        make_clip(folder / f"{seconds}.mp4", seconds * CLIP_RATE)
+    found: dict[int, list[tuple[float, float]]] = {seconds: [] for seconds in CLIP_SECONDS}
+    for _ in range(rounds):
+        for seconds, runs in found.items():
+            clip = folder / f"{seconds}.mp4"
+            command = ["-m", "petseg.cli", "infer", str(clip), "--as", "overlay", "--quiet", "--output"]
+            with tempfile.TemporaryDirectory() as output:
+                words = [sys.executable, "-c", PEAK, sys.executable, *command, output]
+                done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+            wall, peak = map(float, done.stdout.split()[-2:])
+            runs.append((wall, peak))
+    rows = [
+        {
+            "name": f"{seconds} s",
+            "seconds_of_video": seconds,
+            "seconds": [wall for wall, _ in runs],
+            "peak_mb": [peak for _, peak in runs],
+        }
+        for seconds, runs in found.items()
+    ]
+    return {"clip": f"640x360, {CLIP_RATE} frames/s, overlay", "rows": rows, **flatness(rows)}
+
+
+def flatness(rows: Sequence[Mapping[str, Any]], tolerance: float = TOLERANCE) -> dict[str, Any]:
+    """Whether the longest clip takes no more memory than the shortest, and how much each further minute adds."""
+    peaks = [median(row["peak_mb"]) for row in rows]
+    lengths = [row["seconds_of_video"] for row in rows]
+    growth = peaks[-1] / peaks[0] - 1
+    rate = 60 * (peaks[-1] - peaks[-2]) / (lengths[-1] - lengths[-2])
+    flat = growth <= tolerance
+    statement = (
+        f"{'flat' if flat else 'NOT flat'}: {peaks[-1]:.0f} MB at {lengths[-1]} s, {peaks[0]:.0f} MB at {lengths[0]} s "
+        f"({100 * growth:+.1f} %; {rate:+.1f} MB a minute from {lengths[-2]} s on)"
+    )
+    return {"growth": growth, "mb_per_minute": rate, "flat": flat, "statement": statement}
+
+
+def make_clip(path: Path, frames: int) -> None:
+    """A sample photo that moves, 640 x 360, H.264."""
+    with Image.open(sample_photos()[0]) as photo:
+        pixels = np.asarray(photo.convert("RGB").resize((640, 360)))
+    with av.open(str(path), "w") as file:
+        stream: Any = file.add_stream("libx264", rate=CLIP_RATE, options={"preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
+        for number in range(frames):
+            frame = av.VideoFrame.from_ndarray(np.roll(pixels, 2 * number, axis=1), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, CLIP_RATE)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))

@@ -1,0 +1,147 @@
+"""How fast `petseg train` trains here: photos a second, and the share of time that it waits for data.
+
+Short runs of the recipes' networks over a few photos, by the command that people type; the figures are those that it
+leaves in its own run.json and log.csv. The first epoch of each run warms up and is not counted.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import click
+
+from benchmarks import records
+from petseg import recipes
+from petseg_runtime.engines.base import usable_cpus
+from petseg_runtime.host import nvidia_gpus
+
+#: Share of the photos that a run validates on; each epoch ends with it, and it is not timed.
+VALIDATION: Final = 0.05
+#: Photos more than the steps take: some show no pet, and are left out.
+SPARE: Final = 8
+#: Of a GPU, which is so much faster that as few photos would be over before it is warm.
+GPU_PHOTOS: Final = 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """A network to train.
+
+    Attributes:
+        name: Tells it from the others.
+        recipe: Whose settings it has; the size is another where the recipe's would take a CPU too long.
+        width: Of the network.
+        stem: Likewise.
+        size: Height and width of a photo.
+        steps: In an epoch.
+    """
+
+    name: str
+    recipe: str
+    width: int
+    stem: str
+    size: int
+    steps: int
+
+    @property
+    def batch(self) -> int:
+        """Photos a step: the recipe's."""
+        return int(recipes.load(self.recipe)["batch"])
+
+
+RUNS: Final = (
+    Run("width 16", "edge", 16, "full", 192, 6),
+    Run("width 16, strided stem", "edge", 16, "strided", 256, 8),
+    Run("width 64", "published", 64, "full", 128, 3),
+)
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
+@click.option(
+    "--epochs", type=click.IntRange(min=2), default=4, show_default=True, help="Of each run; the first warms up."
+)
+@click.option("--device", default="auto", show_default=True)
+def training(data: Path, epochs: int, device: str) -> None:
+    """Photos a second of `petseg train` for each of the recipes' networks."""
+    rows = []
+    for run in RUNS:
+        rows.append(one(run, data / "oxford-iiit-pet-best", epochs, device))
+        rate, wait = rows[-1]["images_per_second"], rows[-1]["share_waiting_for_data"]
+        click.echo(
+            f"{run.name} at {run.size}: {rate:.1f} photos/s, {100 * wait:.1f} % of the time waiting for data", err=True
+        )
+    command = f"python -m benchmarks training --data DATA --epochs {epochs}" + (
+        f" --device {device}" if device != "auto" else ""
+    )
+    records.write("training", command, {"rows": rows})
+
+
+def one(run: Run, data: Path, epochs: int, device: str) -> dict[str, Any]:
+    """A row: the command over a few photos, and what it recorded."""
+    factor = GPU_PHOTOS if nvidia_gpus() and device != "cpu" else 1
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, output = Path(scratch) / data.name, Path(scratch) / "run"
+        few(data, folder, round(factor * run.steps * run.batch / (1 - VALIDATION)) + SPARE)
+        command = words(run, epochs, device, workers=min(8, usable_cpus()) if factor > 1 else 0)
+        subprocess.run([*command, "--data", str(folder), "--output", str(output)], cwd=records.ROOT, check=True)
+        record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+        with (output / "log.csv").open(encoding="utf-8", newline="") as file:
+            log = list(csv.DictReader(file))
+    return row(run, record, log)
+
+
+def words(run: Run, epochs: int, device: str, workers: int) -> list[str]:
+    """`petseg train` of a run, without its folders; without a teacher, whom the recipe does without, too."""
+    settings = {"model.stem": run.stem, "data.workers": workers, "data.val_fraction": VALIDATION}
+    command = [sys.executable, "-m", "petseg.cli", "train", "--quiet", "--recipe", run.recipe, "--device", device]
+    command += ["--width", str(run.width), "--size", str(run.size), "--epochs", str(epochs)]
+    for name, value in settings.items():
+        command += ["--set", f"{name}={value}"]
+    return command
+
+
+def few(data: Path, folder: Path, photos: int) -> None:
+    """A data folder with the first photos of another."""
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "images").symlink_to((data / "images").resolve())
+    (folder / "annotations" / "trimaps").symlink_to((data / "annotations" / "trimaps").resolve())
+    listing = (data / "annotations" / "trainval.txt").read_text(encoding="utf-8").splitlines()
+    names = [line for line in listing if line.strip() and not line.startswith("#")]
+    if len(names) < photos:
+        raise SystemExit(f"{data} has {len(names)} photos for training; {photos} are needed")
+    (folder / "annotations" / "trainval.txt").write_text("\n".join(names[:photos]) + "\n", encoding="utf-8")
+
+
+def row(run: Run, record: Mapping[str, Any], log: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """What run.json and log.csv say, without the first epoch."""
+    counted = log[1:]
+    rates = [float(epoch["images_per_s"]) for epoch in counted]
+    waits = [float(epoch["data_wait"]) for epoch in counted]
+    steps = [int(epoch["step"]) - int(before["step"]) for before, epoch in zip(log, counted, strict=False)]
+    return {
+        "name": run.name,
+        "recipe": run.recipe,
+        "size": run.size,
+        "batch": record["config"]["batch"],
+        "device": record["device"],
+        "precision": record["precision"],
+        "threads": record["threads"],
+        "workers": record["config"]["data"]["workers"],
+        "steps": sum(steps),
+        "seconds": [float(e["seconds"]) / count for e, count in zip(counted, steps, strict=True)],
+        "images_per_second": median(rates),
+        "lowest_and_highest": [min(rates), max(rates)],
+        "share_waiting_for_data": median(waits),
+        "whole_run": {key: record[key] for key in ("images_per_s", "data_wait", "seconds")},
+        "peak_gpu_memory_bytes": record["peak_gpu_memory_bytes"],
+    }

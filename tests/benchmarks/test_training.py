@@ -1,0 +1,70 @@
+"""The figures are those of the command's own records, the first epoch left out."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from petseg import recipes
+from petseg.config import TrainConfig, from_dict, override
+from petseg.data import Split, find
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module, which is not installed."""
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("benchmarks.training")
+
+
+def test_the_command_gives_the_network_that_is_named(training: Any) -> None:
+    for run in training.RUNS:
+        words = training.words(run, 4, "cpu", workers=0)
+        raw = recipes.load(run.recipe)
+        for name, value in itertools.pairwise(words):
+            if name == "--set":
+                override(raw, value)
+        config = from_dict(TrainConfig, raw)
+        assert config.model.stem == run.stem
+        assert config.batch == run.batch
+        assert words[words.index("--width") + 1] == str(run.width)
+
+
+def test_a_few_photos_are_a_data_folder(training: Any, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for name in ("images", "annotations/trimaps"):
+        (data / name).mkdir(parents=True)
+    (data / "annotations" / "trainval.txt").write_text("# names\n" + "".join(f"cat_{i} 1 1 1\n" for i in range(40)))
+    training.few(data, tmp_path / "few", 20)
+    parts = [find(tmp_path / "few", split, val_fraction=training.VALIDATION) for split in (Split.TRAIN, Split.VAL)]
+    assert [len(part) for part in parts] == [19, 1]
+    with pytest.raises(SystemExit, match="has 40 photos for training; 41 are needed"):
+        training.few(data, tmp_path / "more", 41)
+
+
+def test_the_first_epoch_is_not_counted(training: Any) -> None:
+    log = [
+        {"step": str(8 * (i + 1)), "seconds": str(s), "images_per_s": str(256 / s), "data_wait": str(w)}
+        for i, (s, w) in enumerate(((40, 0.5), (8, 0.1), (16, 0.2), (8, 0.1)))
+    ]
+    record = {
+        "config": {"batch": 32, "data": {"workers": 0}},
+        "device": "cpu",
+        "precision": "bfloat16",
+        "threads": 2,
+        "images_per_s": 14.2,
+        "data_wait": 0.3,
+        "seconds": 90.0,
+        "peak_gpu_memory_bytes": None,
+    }
+    row = training.row(training.RUNS[0], record, log)
+    assert row["steps"] == 24
+    assert row["seconds"] == [1.0, 2.0, 1.0]
+    assert (row["images_per_second"], row["lowest_and_highest"]) == (32.0, [16.0, 32.0])
+    assert row["share_waiting_for_data"] == 0.1
