@@ -151,16 +151,17 @@ def variants(files: dict[str, Path]) -> Iterator[tuple[dict[str, str], Run, Mode
 
 
 def thresholds_of(data: Path) -> dict[str, float]:
-    """The thresholds of the model that ships by the reading that they are for; of cutouts only if it has one."""
+    """The thresholds of the model that ships; that for cutouts only if it has one."""
     spec = open_artifact(default_model()).spec
-    found = {"background": spec.threshold, "pet": spec.cutout_threshold, "ignored": threshold_ignoring_border(data)}
-    return {border: threshold for border, threshold in found.items() if threshold is not None}
+    ignored = threshold_ignoring_border(data)
+    found = {"own": spec.threshold, "cutout": spec.cutout_threshold, "ignored_border": ignored}
+    return {name: threshold for name, threshold in found.items() if threshold is not None}
 
 
 def all_thresholds(run: Run, pairs: Sequence[Pair], spec: ModelSpec, thresholds: Mapping[str, float]) -> dict[str, Any]:
-    """Metrics at each threshold, by the reading that it is for."""
+    """Metrics at each threshold."""
     result = evaluate(run, pairs, spec.height, spec.width)
-    return {f"threshold_for_{border}": metrics(result, threshold) for border, threshold in thresholds.items()}
+    return {name: metrics(result, threshold) for name, threshold in thresholds.items()}
 
 
 def metrics(result: Evaluation, threshold: float) -> dict[str, Any]:
@@ -195,17 +196,13 @@ def with_losses(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for kind, found in thresholds.items():
                 for border, values in found["readings"].items():
                     reference = rows[0]["sets"][what][kind]["readings"][border]["iou"]
-                    values["points_lost"] = round(100 * (reference - values["iou"]), 3)
+                    values["points_lost"] = round(100 * (reference - values["iou"]), 3) + 0.0  # no minus before a zero
     return rows
 
 
 def line(row: dict[str, Any]) -> str:
     """A row, for people who wait."""
-    ious = (
-        f"{values['iou']:.4f}"
-        for found in row["sets"].values()
-        for values in found["threshold_for_background"]["readings"].values()
-    )
+    ious = (f"{values['iou']:.4f}" for found in row["sets"].values() for values in found["own"]["readings"].values())
     return f"{row['name']:>32} {' '.join(ious)}"
 
 
@@ -225,14 +222,14 @@ def beside(remover: ISNet, pairs: Sequence[Pair], thresholds: Mapping[str, float
         "isnet": {
             "input": [SIZE, SIZE],
             **theirs.told(),
-            "threshold_0.5": metrics(result, 0.5),
-            **{f"best_threshold_for_{border}": metrics(result, threshold) for border, threshold in best.items()},
+            "at_0.5": metrics(result, 0.5),
+            **{f"at_best_for_{border}": metrics(result, threshold) for border, threshold in best.items()},
         },
         "petseg": {
             "input": [artifact.spec.height, artifact.spec.width],
             **about,
             **ours.told(),
-            **{f"threshold_for_{border}": metrics(own, threshold) for border, threshold in thresholds.items()},
+            **{name: metrics(own, threshold) for name, threshold in thresholds.items()},
         },
     }
 

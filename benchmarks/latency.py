@@ -198,6 +198,7 @@ def make_files(network: Network, folder: Path, data: Path, int8: Path | None = N
         (folder / WEIGHTS).symlink_to(CHECKPOINT)
         (folder / "fp32.onnx").symlink_to(default_model())
         weights = "trained; " + ship_int8(folder, data, int8)
+        write_onnx(folder, spec, ("fp16",) if host.nvidia_gpus() else ())  # a CPU would compute it in something else
     model, _ = load_model(folder / WEIGHTS)
     return {
         "model": spec.name,

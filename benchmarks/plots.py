@@ -54,10 +54,12 @@ class Dot:
 
 def write() -> list[Path]:
     """Every plot whose records are there; which ones."""
-    found = {name: loaded(name) for name in ("accuracy", "latency", "peers", "throughput", "video")}
+    found = {name: loaded(name) for name in ("accuracy", "latency", "peers", "rival", "throughput", "video")}
     made = []
     if found["accuracy"] and found["latency"]:
-        made.append(save(accuracy_figure(found["accuracy"], found["latency"], found["peers"]), ACCURACY))
+        made.append(
+            save(accuracy_figure(*(found[name] for name in ("accuracy", "latency", "peers", "rival"))), ACCURACY)
+        )
     bars = {
         "a photo of a folder: CPU ms of each step": photo_bars(found["throughput"]),
         "a frame of a video: ms of each step, median; they run beside each other": frame_bars(found["video"]),
@@ -78,10 +80,12 @@ def loaded(name: str) -> dict[str, Any]:
 # IoU against milliseconds
 
 
-def dots(accuracy: Mapping[str, Any], latency: Mapping[str, Any], photos: str) -> Iterator[Dot]:
+def dots(
+    accuracy: Mapping[str, Any], latency: Mapping[str, Any], rival: Mapping[str, Any], photos: str
+) -> Iterator[Dot]:
     """Every row of the accuracy record whose time is known, on one set of photos.
 
-    Rows of petseg have their time in the latency record; of a remover both figures are in the one of accuracy.
+    Rows of petseg have their time in the latency record; a remover and the rival have both figures in their own.
     """
     for row in accuracy.get("rows", ()):
         ms = row.get("milliseconds_per_photo") or time_of(row, latency.get("rows", ()))
@@ -93,6 +97,9 @@ def dots(accuracy: Mapping[str, Any], latency: Mapping[str, Any], photos: str) -
         theirs = remover["isnet"]
         name = f"ISNet, 1024 × 1024 ({len(remover['photos'])} photos)"
         yield Dot(name, 1e3 * theirs["median"], iou_of(theirs["at_0.5"]), ours=False)
+    for time in rival.get("times", ()):
+        name = f"{rival['name']}, {time['engine'].partition(' ')[0]} {time['precision']}"
+        yield Dot(name, time["median"], iou_of(rival["sets"][photos]), ours=False)
 
 
 def time_of(row: Mapping[str, Any], times: Sequence[Mapping[str, Any]]) -> float | None:
@@ -108,14 +115,16 @@ def iou_of(found: Mapping[str, Any]) -> float:
     return float(found["readings"]["background"]["iou"])
 
 
-def accuracy_figure(accuracy: Mapping[str, Any], latency: Mapping[str, Any], peers: Mapping[str, Any]) -> Figure:
+def accuracy_figure(
+    accuracy: Mapping[str, Any], latency: Mapping[str, Any], peers: Mapping[str, Any], rival: Mapping[str, Any]
+) -> Figure:
     """A panel for each set of photos, and one for the peers, whose weights are random: they have a time only."""
     sets, others = list(accuracy["photos"]), peers.get("rows", [])
     heights = [3.2] * len(sets) + ([0.8 + 0.2 * len(others)] if others else [])
     figure = Figure(figsize=(11, sum(heights)), layout="constrained")
     panels = figure.subplots(len(heights), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     for axes, photos in zip(panels[: len(sets)], sets, strict=True):
-        numbered(axes, sorted(dots(accuracy, latency, photos), key=lambda dot: dot.ms))
+        numbered(axes, sorted(dots(accuracy, latency, rival, photos), key=lambda dot: dot.ms))
         for other in accuracy.get("elsewhere", ()):
             line(axes, other)
         axes.set_title(f"{photos}; the model alone, a photo at a time", fontsize=10)
@@ -150,10 +159,10 @@ def numbered(axes: Axes, found: Sequence[Dot]) -> None:
 
 
 def line(axes: Axes, other: Mapping[str, Any]) -> None:
-    """A published figure, whose time is not known; of another reading of the border, none."""
+    """A figure whose time is not known; where it is of another reading of the border, none."""
     iou = other["readings"].get("background", {}).get("iou")
     if isinstance(iou, float):
-        axes.axhline(iou, color=PUBLISHED, linestyle="--", linewidth=0.8, label=f"{other['name']}: {iou}")
+        axes.axhline(iou, color=PUBLISHED, linestyle="--", linewidth=0.8, label=f"{other['name']}: {iou:.4f}")
 
 
 def whole_road(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -45,7 +45,7 @@ def versions() -> dict[str, str]:
 
 
 def write(name: str, command: str, values: dict[str, Any]) -> Path:
-    """Write the record ``results/NAME.json``."""
+    """Write the record ``results/NAME.json``; a name may hold a folder."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     record = {
         "schema_version": 1,
@@ -57,6 +57,7 @@ def write(name: str, command: str, values: dict[str, Any]) -> Path:
         **values,
     }
     path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
     write_atomic(path, (json.dumps(record, indent=2) + "\n").encode())
     return path
 

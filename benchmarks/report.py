@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import click
@@ -34,7 +34,85 @@ def accuracy() -> str:
             )
             what = f"embedded model, 1.8 M, threshold {metrics['threshold']:.2f}; {record['data']}"
             lines.append(f"| {what} | {border} | {numbers} |")
+    if (records.RESULTS / "accuracy.json").exists():
+        record = records.load("accuracy")
+        lines += ["", *engines(record), "", *others(record)]
     return "\n".join(lines)
+
+
+#: For each reading of the border, the threshold that was chosen for it.
+CHOSEN: Final = {"background": "own", "pet": "cutout", "ignored": "ignored_border"}
+
+
+def engines(record: dict[str, Any]) -> list[str]:
+    """What each engine and precision really costs: IoU, and the points that the checkpoint is ahead."""
+    heads = [f"{what}; {border}" for what in record["photos"] for border in CHOSEN]
+    thresholds = ", ".join(f"{border}: {record['thresholds'][CHOSEN[border]]:.2f}" for border in CHOSEN)
+    lines = [
+        "The same file, and its int8 export, in each CPU engine: IoU, and points lost against the checkpoint in "
+        f"PyTorch, each reading of the border at the threshold that was chosen for it ({thresholds}; `python -m "
+        "benchmarks accuracy`):",
+        "",
+        f"| computed by | {' | '.join(heads)} |",
+        f"|---|{'---|' * len(heads)}",
+    ]
+    for row in record["rows"]:
+        found = [
+            row["sets"][what][kind]["readings"][border] for what in record["photos"] for border, kind in CHOSEN.items()
+        ]
+        cells = " | ".join(f"{values['iou']:.4f} ({0.0 - round(values['points_lost'], 2):+.2f})" for values in found)
+        lines.append(f"| {row['name']} | {cells} |")
+    return lines
+
+
+def others(record: dict[str, Any]) -> list[str]:
+    """Others, measured by us on photos that petseg is measured on, too; and figures that others published."""
+    lines = [
+        "Beside others. ISNet is a background remover, not trained on these labels: its threshold is 0.5, or the best "
+        "on these very photos. Times are of the network alone, one photo at a time, on the CPU:",
+        "",
+        "| model | photos | ms a photo | border background | pet | ignored |",
+        "|---|---|---|---|---|---|",
+    ]
+    for what, beside in (record["isnet"] or {}).items():
+        photos = f"{len(beside['photos'])} of: {what}"
+        ours, isnet = beside["petseg"], beside["isnet"]
+        best = {border: f"at_best_for_{border}" for border in CHOSEN}
+        for name, found, kinds in (
+            (f"petseg, {ours['engine']} {ours['precision']}", ours, CHOSEN),
+            ("ISNet, threshold 0.5", isnet, dict.fromkeys(CHOSEN, "at_0.5")),
+            ("ISNet, best threshold", isnet, best),
+        ):
+            ious = [found[kind]["readings"][border]["iou"] for border, kind in kinds.items()]
+            lines.append(other(name, photos, f"{1e3 * found['median']:.{0 if found is isnet else 1}f}", ious))
+    if (records.RESULTS / "rival.json").exists():
+        lines += rival(records.load("rival"))
+    for found in record["elsewhere"]:
+        ious = [found["readings"].get(border, {}).get("iou") for border in CHOSEN]
+        lines.append(other(f"{found['name']} ({found['source']})", found["data"], "", ious))
+    return lines
+
+
+def rival(record: dict[str, Any]) -> list[str]:
+    """LR-ASPP from scratch, by the same trainer: its rows."""
+    quickest = min(record["times"], key=lambda row: float(row["median"]))
+    name = (
+        f"{record['name']}, {record['parameters'] / 1e6:.1f} M, from scratch by petseg's trainer, {record['epochs']} "
+        f"epochs ({record['hours']:.1f} h), {quickest['engine']} {quickest['precision']}"
+    )
+    return [
+        other(name, what, f"{quickest['median']:.1f}", [found["readings"][border]["iou"] for border in CHOSEN])
+        for what, found in record["sets"].items()
+    ]
+
+
+def other(name: str, photos: str, time: str, ious: Sequence[Any]) -> str:
+    """A row; an IoU may be missing, or a list of the least and the best."""
+    cells = [
+        "" if iou is None else " to ".join(f"{value:.4f}" for value in (iou if isinstance(iou, list) else [iou]))
+        for iou in ious
+    ]
+    return f"| {name} | {photos} | {time} | {' | '.join(cells)} |"
 
 
 def startup() -> str:
@@ -193,6 +271,31 @@ def milliseconds(row: dict[str, Any]) -> str:
     return f"{row['median']:.1f}" + (f" ({100 * share:.0f} %)" if share else "")
 
 
+def peers() -> str:
+    """Whole processes of petseg and of its peers, on the same photos, in turns; if they were measured."""
+    if not (records.RESULTS / "peers.json").exists():
+        return ""
+    record = records.load("peers")
+    lines = [
+        f"A folder of {record['photos']} photos to masks (slow ones take the first few), and one photo from a cold "
+        f"start: whole processes, in turns, on {record['machine']['cores']} cores of {record['machine']['cpu']} "
+        "(`python -m benchmarks peers`). Rates are without the start; medians. Installed: the packages that this way "
+        "needs, CUDA's libraries apart. Weights of peers are random, good for speed only, but for ISNet's:",
+        "",
+        "| | network's input | photos/s | petseg is so many times as fast | start, s | memory, MB | installed, MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        size, disk = " × ".join(map(str, row["input"])), row["installed"]
+        rate, faster = row["photos_per_second_once_running"]["median"], row["petseg_times_as_fast"]["once_running"]
+        lines.append(
+            f"| {row['name']} ({row['engine'].partition(',')[0]}) | {size} | {rate:.{1 if rate >= 1 else 2}f} "
+            f"| {faster['median']:.1f} | {row['startup_seconds']['median']:.2f} | {row['memory_mb']['median']:.0f} "
+            f"| {disk['megabytes'] - disk['of_these_cuda']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def video() -> str:
     """A minute of video through the whole command; live sources that break, for half an hour."""
     clip, live = records.load("video"), records.load("soak")
@@ -234,6 +337,7 @@ SECTIONS: Final[dict[str, Callable[[], str]]] = {
     "accuracy": accuracy,
     "startup": startup,
     "speed": speed,
+    "peers": peers,
     "video": video,
     "receipts": receipts,
 }
@@ -246,7 +350,7 @@ def rendered(text: str) -> str:
         if not pattern.search(text):
             raise SystemExit(f"{README.name} has no section {name!r}")
         body = make()
-        text = pattern.sub(lambda match, body=body: match[1] + body + "\n" + match[2], text)  # type: ignore[misc]
+        text = pattern.sub(lambda match, body=body: match[1] + f"{body}\n".lstrip() + match[2], text)  # type: ignore[misc]
     return text
 
 

@@ -4,30 +4,45 @@
 
 It sees the same photos, targets, augmentation, schedule and teacher as the edge network (recipe ``edge``), for as many
 epochs as it is given. Its threshold is chosen on the same validation photos; the test photos are for the figure only.
+Its time is that of the same export in the same engines, in turns with the model that ships.
 """
 
 from __future__ import annotations
 
-import time
+import contextlib
+import csv
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import click
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 from benchmarks import records
 from benchmarks.embedded.measure import SETS
+from benchmarks.latency import timed, told, turns
 from petseg import checkpoint, recipes
 from petseg.config import TrainConfig, from_dict
 from petseg.data import Split, find
 from petseg.evaluate import evaluate, torch_run
 from petseg.model import AttentionUNet, AttentionUNetConfig
 from petseg.train import Observer, Trainer
+from petseg_export.deploy import DeployedUNet
+from petseg_export.onnx import graph_bytes
+from petseg_runtime.artifact import PROVENANCE_KEY, default_model, open_artifact
+from petseg_runtime.engines.registry import load_engine
+from petseg_runtime.onnx_metadata import with_metadata
+from petseg_runtime.spec import SPEC_KEY, ModelSpec
 
 NAME: Final = "LR-ASPP MobileNetV3-Large, torchvision"
+#: Engine, and whether it has to compute in float32 as the file is stored.
+ENGINES: Final = (("onnxruntime", True), ("openvino", True), ("openvino", False))
+ROUNDS: Final = 7
 
 
 class LrAspp(AttentionUNet):
@@ -69,14 +84,14 @@ class _Said(Observer):
 def rival(data: Path, folder: str, output: Path, teacher: Path | None, epochs: int, resume: bool) -> None:
     """Train LR-ASPP as the edge network was, and measure it on the same test photos."""
     config = replace(from_dict(TrainConfig, recipes.load("edge")), epochs=epochs)
-    begun = time.perf_counter()
     best = trained(config, data / folder, output, teacher, resume)
     values = measured(best, data)
+    with (output / "log.csv").open(encoding="utf-8") as log:
+        hours = sum(float(row["seconds"]) for row in csv.DictReader(log)) / 3600
     about = {"name": NAME, "epochs": epochs, "teacher": teacher.name if teacher else None, "size": [256, 256]}
     command = f"python -m benchmarks rival --data DATA --output OUTPUT --epochs {epochs}"
     command += f" --teacher {teacher.name}" if teacher else ""
-    seconds = None if resume else round(time.perf_counter() - begun, 1)
-    click.echo(f"{records.write('rival', command, {**about, 'seconds': seconds, **values})}")
+    click.echo(records.write("rival", command, {**about, "hours": round(hours, 3), **values}))
 
 
 def trained(config: TrainConfig, root: Path, output: Path, teacher: Path | None, resume: bool) -> Path:
@@ -99,4 +114,37 @@ def measured(path: Path, data: Path) -> dict[str, Any]:
         for folder, what in SETS.items()
     }
     parameters = sum(p.numel() for p in network.parameters())
-    return {"parameters": parameters, "validation": loaded.meta["validation"], "sets": sets}
+    times = timed_beside(network, ModelSpec(**spec))
+    return {"parameters": parameters, "validation": loaded.meta["validation"], "sets": sets, "times": times}
+
+
+def timed_beside(network: LrAspp, spec: ModelSpec, rounds: int = ROUNDS) -> list[dict[str, Any]]:
+    """Milliseconds a photo in each engine, exported as petseg exports, in turns with the model that ships."""
+    graph = graph_bytes(DeployedUNet(network), spec)
+    with contextlib.ExitStack() as stack:
+        file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "rival.onnx"
+        file.write_bytes(with_metadata(graph, {SPEC_KEY: spec.to_json(), PROVENANCE_KEY: "{}"}))
+        opened = [
+            stack.enter_context(load_engine(open_artifact(path), engine, device="cpu", exact=exact))
+            for engine, exact in ENGINES
+            for path in (file, default_model())
+        ]
+        random = np.random.default_rng(0)
+        shapes = [(1, engine.spec.height, engine.spec.width, 3) for engine in opened]
+        photos = [random.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
+        counts = [turns(min(timed(engine.run, photo, 3))) for engine, photo in zip(opened, photos, strict=True)]
+        times: list[list[float]] = [[] for _ in opened]
+        for _ in range(rounds):
+            for engine, photo, count, found in zip(opened, photos, counts, times, strict=True):
+                engine.run(photo)  # brings back what the one before has pushed out of caches
+                found.append(median(timed(engine.run, photo, count)))
+        return [
+            {
+                **told(engine),
+                "milliseconds": theirs,
+                "petseg_milliseconds": ours,
+                "median": median(theirs),
+                "petseg_times_as_fast": median(a / b for a, b in zip(theirs, ours, strict=True)),
+            }
+            for engine, theirs, ours in zip(opened[::2], times[::2], times[1::2], strict=True)
+        ]

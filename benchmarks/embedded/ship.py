@@ -1,27 +1,32 @@
 """Make a checkpoint the embedded model: export it, prove it, measure it, record it.
 
-    python -m benchmarks.embedded.ship runs/stage2/best.safetensors --data data
+    python -m benchmarks.embedded.ship runs/cycle3/best.safetensors --data data --run runs/cycle2 --run runs/cycle3
 
 The file is exported once, measured, and exported again with the measured figures in its provenance; its identity (the
-digest without metadata) must not have changed.
+digest without metadata) must not have changed. The runs that led to it, first to last, are recorded with what they took
+and reached (``results/training/edge.json``).
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
 from benchmarks import records
 from benchmarks.embedded.measure import SETS, embedded
+from petseg import checkpoint as checkpoints
 from petseg_export import OnnxConfig, export
 from petseg_runtime.artifact import default_model, open_artifact
 
-NAME = "petseg edge: attention U-Net, width 16"
+NAME = "petseg edge: attention U-Net, width 16, strided stem"
 PHOTOS = 200  # of the parity test
 WEIGHTS = records.ROOT / "petseg" / "weights" / "edge.safetensors"
 
@@ -29,8 +34,13 @@ WEIGHTS = records.ROOT / "petseg" / "weights" / "edge.safetensors"
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder of the data sets.")
+@click.option(
+    "--run", "runs", type=click.Path(path_type=Path, exists=True, file_okay=False), multiple=True, help="Led to it."
+)
 @click.pass_context
-def ship(context: click.Context, checkpoint: Path, data: Path) -> None:
+def ship(context: click.Context, checkpoint: Path, data: Path, runs: tuple[Path, ...]) -> None:
+    if runs:
+        records.write("training/edge", "python -m benchmarks.embedded.ship", {"runs": trained(runs)})
     WEIGHTS.parent.mkdir(exist_ok=True)
     if checkpoint.resolve() != WEIGHTS:
         shutil.copy(checkpoint, WEIGHTS)
@@ -57,6 +67,28 @@ def ship(context: click.Context, checkpoint: Path, data: Path) -> None:
         if open_artifact(default_model()).identity != open_artifact(first).identity:
             raise SystemExit("the two exports differ: the measured file is not the shipped one")
     print(json.dumps(receipt.as_dict(), indent=2))
+
+
+def trained(runs: Sequence[Path]) -> list[dict[str, Any]]:
+    """Each run, from its log and from what its best checkpoint says of it; seconds are those of the steps alone."""
+    found = []
+    for run in runs:
+        meta = checkpoints.load(run / "best.safetensors").meta
+        with (run / "log.csv").open(encoding="utf-8", newline="") as file:
+            log = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        told = ("config", "data", "teacher", "device", "precision", "versions")
+        found.append(
+            {
+                "name": run.name,
+                "command": meta["provenance"]["command"],
+                **{key: meta.get(key) for key in told},
+                "epochs": len(log),
+                "seconds": round(sum(row["seconds"] for row in log), 1),
+                "best": max(log, key=lambda row: row["val_iou"]),
+                "log": log,
+            }
+        )
+    return found
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def theirs(python: Path, isnet: Path | None) -> Iterator[Contender]:
             how, shape = "rembg.remove in a loop, one session", (size, size)
             yield Contender(f"rembg {name}", how, "ONNX Runtime", shape, weights, command, "peers", needs, model, share)
     for library, name, network in NETWORKS:
-        weights_file, graph = MODELS / f"{network}.pt", MODELS / f"{network}.onnx"
+        weights_file, graph = MODELS / f"{network}.safetensors", MODELS / f"{network}.onnx"
         for engine, command, model, needs in (
             ("PyTorch", loop(python, "torch", network, weights_file), weights_file, (library, "pillow")),
             ("ONNX Runtime", loop(python, "onnxruntime", graph), graph, ("onnxruntime", "numpy", "pillow")),

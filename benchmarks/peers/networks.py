@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.peers.u2net import SIZE as U2NET_SIZE
@@ -62,7 +63,7 @@ class Probability(nn.Module):
 def opened(name: str, weights: Path) -> nn.Module:
     """A network with its weights, ready to run."""
     network = NETWORKS[name]()
-    network.load_state_dict(torch.load(weights, weights_only=True))
+    network.load_state_dict(load_file(weights))
     return Probability(network).eval()
 
 
@@ -81,13 +82,13 @@ def settled(network: nn.Module, size: int) -> nn.Module:
 
 
 def write(folder: Path) -> None:
-    """``NAME.pt`` and ``NAME.onnx`` of every network."""
+    """``NAME.safetensors`` and ``NAME.onnx`` of every network."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, build in {**NETWORKS, **U2NETS}.items():
         torch.manual_seed(0)
         size = SIZE if name in NETWORKS else U2NET_SIZE
         network = settled(build(), size)
-        torch.save(network.state_dict(), folder / f"{name}.pt")
+        save_file(network.state_dict(), folder / f"{name}.safetensors")
         whole = Probability(network).eval() if name in NETWORKS else network
         example = torch.zeros(1, 3, size, size)
         torch.onnx.export(whole, (example,), folder / f"{name}.onnx", dynamo=True, external_data=False, verbose=False)

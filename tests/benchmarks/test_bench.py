@@ -64,3 +64,52 @@ def test_other_networks_are_columns(report: Any) -> None:
     lines = report.relatives({**group(), "networks": [other]})
     assert "petseg edge, 160 × 160, batch 1 (2.4 GFLOP) | width 64, 128 × 128, batch 1 (24.6 GFLOP)" in lines[2]
     assert lines[4:] == ["| openvino 1 | fp32 | bf16 | 7.0 (35 %) |  |", "| openvino 1 | fp32 | f32 |  | 130.0 |"]
+
+
+def test_another_model_may_have_no_iou_in_a_reading_or_a_range(report: Any) -> None:
+    assert report.other("FPN", "test split", "", [None, [0.9125, 0.9156], 0.5]) == (
+        "| FPN | test split |  |  | 0.9125 to 0.9156 | 0.5000 |"
+    )
+
+
+def readings(iou: float) -> dict[str, Any]:
+    return {"readings": {border: {"iou": iou, "points_lost": 0.04} for border in ("background", "pet", "ignored")}}
+
+
+def test_each_reading_is_told_at_its_own_threshold(report: Any) -> None:
+    kinds = {"own": readings(0.8), "cutout": readings(0.85), "ignored_border": readings(0.9)}
+    record = {
+        "photos": {"small": 3},
+        "thresholds": dict.fromkeys(kinds, 0.5),
+        "rows": [{"name": "openvino", "sets": {"small": kinds}}],
+    }
+    assert report.engines(record)[-1] == "| openvino | 0.8000 (-0.04) | 0.8500 (-0.04) | 0.9000 (-0.04) |"
+
+
+def test_beside_others_everyone_is_told_on_the_same_photos(
+    report: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(report.records, "RESULTS", tmp_path)  # where no rival is
+    ours = {"engine": "openvino 1", "precision": "bf16", "median": 0.0071}
+    ours |= {"own": readings(0.8), "cutout": readings(0.85), "ignored_border": readings(0.9)}
+    isnet = {"median": 1.8, "at_0.5": readings(0.7)}
+    isnet |= {f"at_best_for_{border}": readings(0.75) for border in report.CHOSEN}
+    record = {"isnet": {"small": {"photos": ["a", "b"], "petseg": ours, "isnet": isnet}}, "elsewhere": []}
+    assert report.others(record)[-3:] == [
+        "| petseg, openvino 1 bf16 | 2 of: small | 7.1 | 0.8000 | 0.8500 | 0.9000 |",
+        "| ISNet, threshold 0.5 | 2 of: small | 1800 | 0.7000 | 0.7000 | 0.7000 |",
+        "| ISNet, best threshold | 2 of: small | 1800 | 0.7500 | 0.7500 | 0.7500 |",
+    ]
+
+
+def test_the_rival_is_told_with_its_quickest_engine(report: Any) -> None:
+    times = [
+        {"engine": "onnxruntime 1", "precision": "f32", "median": 9.6},
+        {"engine": "openvino 1", "precision": "bf16", "median": 7.2},
+    ]
+    record = {"name": "LR-ASPP", "parameters": 3.2e6, "epochs": 8, "hours": 1.5, "times": times}
+    (row,) = report.rival({**record, "sets": {"small": readings(0.7)}})
+    assert row == (
+        "| LR-ASPP, 3.2 M, from scratch by petseg's trainer, 8 epochs (1.5 h), openvino 1 bf16 | small | 7.2 "
+        "| 0.7000 | 0.7000 | 0.7000 |"
+    )

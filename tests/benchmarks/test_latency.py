@@ -105,6 +105,18 @@ def test_a_choice_that_changes_nothing_is_left_out(latency: Any) -> None:
     assert list(latency.distinct({exact: one, free: other})) == [exact, free]
 
 
+def test_what_the_first_group_left_out_is_not_tried_again(latency: Any) -> None:
+    names = ("openvino fp32 exact", "openvino fp32 as it likes", "openvino fp16 exact")
+    one, two, three = (
+        latency.Case(folder="f", engine="openvino", stored=name.split()[1], exact=name.endswith("exact"))
+        for name in names
+    )
+    assert latency.worth_it([one, two], []) == [one, two]
+    first = {"tried": list(names[:2]), "rows": [{"name": names[0]}]}
+    later = {"tried": [], "rows": []}
+    assert latency.worth_it([one, two, three], [first, later]) == [one, three]
+
+
 def test_all_take_turns_with_the_matmuls(latency: Any, folder: Path) -> None:
     roofline = importlib.import_module("benchmarks.roofline")
     calls: list[str] = []

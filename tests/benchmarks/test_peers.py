@@ -111,6 +111,23 @@ def test_rates_leave_the_start_out(module: Any) -> None:
     assert pipeline.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
 
 
+def test_a_row_tells_times_memory_and_size(module: Any, tmp_path: Path) -> None:
+    model = tmp_path / "model.onnx"
+    model.write_bytes(bytes(2_000_000))
+    one = module("contenders").Contender(
+        "a", "a loop", "engine", (8, 8), "none", lambda _, __: [], "peers", ("numpy",), model
+    )
+    taken = [{"seconds": seconds, "cpu_seconds": 1.0, "memory_mb": 100.0} for seconds in (1.0, 11.0)]
+    row = module("pipeline").row(
+        one, {"folder": taken[1:], "startup": taken[:1]}, 101, {"numpy": package(size=3_000_000)}
+    )
+    assert (row["name"], row["how"], row["input"]) == ("a", "a loop", [8, 8])
+    assert row["folder"] == {"photos": 101, "seconds": [11.0], "cpu_seconds": [1.0], "memory_mb": [100.0]}
+    assert row["photos_per_second_once_running"]["median"] == 10.0
+    sizes = {"packages": 1, "megabytes": 3.0, "of_these_cuda": 0.0, "model_megabytes": 2.0}
+    assert row["installed"] == {"needs": ["numpy"], **sizes}
+
+
 def test_ratios_are_of_one_round(module: Any) -> None:
     pipeline = module("pipeline")
 

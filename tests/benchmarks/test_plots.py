@@ -46,10 +46,16 @@ ACCURACY = {
     "elsewhere": [{"name": "published", "readings": {"background": {"iou": 0.8375}}}, {"name": "b", "readings": {}}],
 }
 STEP = {name: {"cpu_seconds": 0.01, "seconds": 0.01} for name in ("read", "infer", "write")}
+RIVAL = {
+    "name": "LR-ASPP",
+    "sets": {"small": reached(0.8), "large": reached(0.7)},
+    "times": [{"engine": "openvino 1", "precision": "bf16", "median": 8.0}],
+}
 RECORDS = {
     "latency": LATENCY,
     "accuracy": ACCURACY,
     "peers": {"rows": [{"name": "petseg", "photos_per_second_once_running": {"median": 90}}]},
+    "rival": RIVAL,
     "throughput": {"rows": [{"backend": "openvino", "kind": "mask", "steps": [STEP, STEP]}]},
     "video": {
         "rows": [{"backend": "openvino", "kind": "mask", "steps": {"decode": {"p50": 0.002}, "total": {"p50": 1}}}]
@@ -58,13 +64,14 @@ RECORDS = {
 
 
 def test_a_dot_has_the_time_of_its_own_engine_and_precision(plots: Any) -> None:
-    found = list(plots.dots(ACCURACY, LATENCY, "small"))
+    found = list(plots.dots(ACCURACY, LATENCY, RIVAL, "small"))
     assert [(dot.name.partition(",")[0], dot.ms, dot.iou, dot.ours) for dot in found] == [
         ("PyTorch f32", 18.0, 0.83, True),
         ("openvino bf16", 7.0, 0.82, True),
         ("ISNet", 2000.0, 0.7, False),
+        ("LR-ASPP", 8.0, 0.8, False),
     ]
-    assert list(plots.dots({**ACCURACY, "isnet": None}, LATENCY, "large")) == []
+    assert list(plots.dots({**ACCURACY, "isnet": None}, LATENCY, {}, "large")) == []
 
 
 def test_bars_are_milliseconds_of_each_step(plots: Any) -> None:
