@@ -284,9 +284,9 @@ def test_another_network_is_a_matter_of_settings(asked: Any) -> None:
 
 def test_the_edge_networks_runs_are_of_one_network(asked: Any) -> None:
     folder = Path(__file__).parents[2] / "benchmarks" / "embedded"
-    (first, *_), _ = asked("--config", str(folder / "edge1.toml"))
-    (second, *_), _ = asked("--config", str(folder / "edge2.toml"))
-    assert first.model == second.model == AttentionUNetConfig(width=16, stem="strided")
+    runs = [asked("--config", str(file))[0][0] for file in sorted(folder.glob("edge?.toml"))]
+    assert [run.epochs for run in runs] == [2, 16, 24]
+    assert {run.model for run in runs} == {AttentionUNetConfig(width=16, stem="strided")}
 
 
 def test_folders_device_start_and_command_reach_the_trainer(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
