@@ -92,11 +92,11 @@ step int8 "$$BIN/petseg" export petseg/weights/edge.safetensors --output "$$scra
 int8= && [ -f "$$scratch/int8.onnx" ] && int8="--int8 $$scratch/int8.onnx"
 measure latency --data "$$DATA" $$int8
 measure throughput --data "$$DATA" --photos 300
-measure video --data "$$DATA" --seconds 20 --rounds 2
+measure video --data "$$DATA" --seconds 15 --rounds 2
 measure scaling
 measure training --data "$$DATA"
 measure accuracy --data "$$DATA" $$int8 $${ISNET:+--isnet "$$ISNET"}
-measure peers --data "$$DATA" $${ISNET:+--isnet "$$ISNET"}
+measure peers --data "$$DATA" --photos 240 --starts 3 $${ISNET:+--isnet "$$ISNET"}
 measure report
 echo "== all of it took $$(($$(date +%s) - began)) s"
 [ -z "$$failed" ] || { echo "FAILED:$$failed" >&2; exit 1; }
