@@ -28,6 +28,7 @@ from petseg.model import AttentionUNet, AttentionUNetConfig
 from petseg_export.deploy import DeployedUNet
 from petseg_export.onnx import graph_bytes
 from petseg_runtime import cache, host
+from petseg_runtime.artifact import open_artifact
 from petseg_runtime.engines import tensorrt_build
 from petseg_runtime.engines.tensorrt_build import Built, Profile, build, timings_slot
 from petseg_runtime.engines.tensorrt_library import RTX, TRT
@@ -190,7 +191,9 @@ def test_a_graph_becomes_an_engine_that_computes_in_its_types(
 
 @needs_rtx
 def test_the_embedded_model_compiles_and_says_what_for() -> None:
-    built = build(EDGE.read_bytes(), profile(160, 160, 8), library=RTX)
+    spec = open_artifact(EDGE).spec
+    one, eight = ([batch, spec.height, spec.width, 3] for batch in (1, 8))
+    built = build(EDGE.read_bytes(), profile(spec.height, spec.width, 8), library=RTX)
     version = importlib.import_module("tensorrt_rtx").__version__
     assert built.environment == {
         "library": "tensorrt_rtx",
@@ -199,7 +202,7 @@ def test_the_embedded_model_compiles_and_says_what_for() -> None:
         "gpu": None,
         "driver": None,
         "compute_capability": "portable",
-        "profile": {"minimum": [1, 160, 160, 3], "optimum": [1, 160, 160, 3], "maximum": [8, 160, 160, 3]},
+        "profile": {"minimum": one, "optimum": one, "maximum": eight},
         "flags": {"strongly_typed": True, "tf32": False},
     }
     assert convolutions(built) == {"fp32": CONVOLUTIONS}
