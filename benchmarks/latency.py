@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 import click
 import numpy as np
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from benchmarks.roofline import Matmul
 
 U8: TypeAlias = npt.NDArray[np.uint8]
+#: What runs, on what, and how often in a turn.
+Job: TypeAlias = tuple[Callable[[U8], U8], U8, int]
+Key = TypeVar("Key")
 #: For each kind of device, operations a second of its matmuls, round by round.
 Rates: TypeAlias = "Mapping[str, dict[Matmul, list[float]]]"
 
@@ -458,26 +461,36 @@ def distinct(starts: Mapping[Case, dict[str, Any]]) -> dict[Case, dict[str, Any]
 
 
 def in_turns(working: Mapping[Case, dict[str, Any]], rounds: int, rates: Rates) -> dict[Case, list[list[float]]]:
-    """Milliseconds of each run, a list for each round; before a turn one run that does not count.
-
-    It brings back what the engine before it has pushed out of caches and thread pools.
-    """
+    """Milliseconds of each run, a list for each round; the matmuls have their turn at the end of each."""
     with contextlib.ExitStack() as stack:
-        runs: dict[Case, Callable[[U8], U8]] = {}
-        for case in working:
+        batch = images_of(next(iter(working)))
+        jobs: dict[Case, Job] = {}
+        for case, start in working.items():
             engine = opened(case)
             stack.callback(engine.close)
-            runs[case] = engine.run
-        batch = images_of(next(iter(working)))
-        counts = {case: turns(start["later_run_ms"]) for case, start in working.items()}
-        times: dict[Case, list[list[float]]] = {case: [] for case in working}
-        for _ in range(rounds):
-            for case, run in runs.items():
-                run(batch)
-                times[case].append(timed(run, batch, counts[case]))
+            jobs[case] = engine.run, batch, turns(start["later_run_ms"])
+
+        def matmuls() -> None:
             for values in rates.values():
                 for matmul, reached in values.items():
                     reached.append(matmul.rate())
+
+        return alternated(jobs, rounds, matmuls)
+
+
+def alternated(
+    jobs: Mapping[Key, Job], rounds: int, at_end: Callable[[], None] = lambda: None
+) -> dict[Key, list[list[float]]]:
+    """Milliseconds of each run of each job, a list for each round; before a turn one run that does not count.
+
+    It brings back what the job before it has pushed out of caches and thread pools.
+    """
+    times: dict[Key, list[list[float]]] = {key: [] for key in jobs}
+    for _ in range(rounds):
+        for key, (run, batch, count) in jobs.items():
+            run(batch)
+            times[key].append(timed(run, batch, count))
+        at_end()
     return times
 
 

@@ -25,7 +25,7 @@ from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 from benchmarks import records
 from benchmarks.embedded.measure import SETS
-from benchmarks.latency import timed, told, turns
+from benchmarks.latency import alternated, timed, told, turns
 from petseg import checkpoint, recipes
 from petseg.config import TrainConfig, from_dict
 from petseg.data import Split, find
@@ -132,12 +132,11 @@ def timed_beside(network: LrAspp, spec: ModelSpec, rounds: int = ROUNDS) -> list
         random = np.random.default_rng(0)
         shapes = [(1, engine.spec.height, engine.spec.width, 3) for engine in opened]
         photos = [random.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
-        counts = [turns(min(timed(engine.run, photo, 3))) for engine, photo in zip(opened, photos, strict=True)]
-        times: list[list[float]] = [[] for _ in opened]
-        for _ in range(rounds):
-            for engine, photo, count, found in zip(opened, photos, counts, times, strict=True):
-                engine.run(photo)  # brings back what the one before has pushed out of caches
-                found.append(median(timed(engine.run, photo, count)))
+        jobs = {
+            number: (engine.run, photo, turns(min(timed(engine.run, photo, 3))))
+            for number, (engine, photo) in enumerate(zip(opened, photos, strict=True))
+        }
+        times = [[median(values) for values in found] for found in alternated(jobs, rounds).values()]
         return [
             {
                 **told(engine),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import json
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import records
-from benchmarks.latency import CHECKPOINT, WEIGHTS, scratch, timed, turns, write_onnx
+from benchmarks.latency import CHECKPOINT, WEIGHTS, alternated, scratch, timed, turns, write_onnx
+from benchmarks.peers.pipeline import WATCH
 from petseg_runtime.artifact import default_model, open_artifact, sample_photos
 from petseg_runtime.engines.base import Engine, usable_cpus
 from petseg_runtime.engines.registry import load_engine
@@ -100,13 +102,8 @@ def in_turns(
     for p, batch in photos.items():
         engines[p.size, p.threads].run(batch)
     counts = {p: turns(timed(engines[p.size, p.threads].run, batch, 1)[0]) for p, batch in photos.items()}
-    times: dict[Point, list[float]] = {p: [] for p in photos}
-    for _ in range(rounds):
-        for p, batch in photos.items():
-            run = engines[p.size, p.threads].run
-            run(batch)
-            times[p].append(median(timed(run, batch, counts[p])))
-    return times
+    jobs = {p: (engines[p.size, p.threads].run, batch, counts[p]) for p, batch in photos.items()}
+    return {p: [median(values) for values in found] for p, found in alternated(jobs, rounds).items()}
 
 
 def curve(axis: str, times: Mapping[Point, Sequence[float]]) -> dict[str, Any]:
@@ -175,16 +172,6 @@ def gains(curves: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 # Memory
 
 
-#: Runs a command; prints its wall seconds, and the most memory that it held (a process of its own between it and us:
-#: what a child starts with counts as its own, and ours is large).
-PEAK: Final = """
-import resource, subprocess, sys, time
-start = time.perf_counter()
-subprocess.run(sys.argv[1:], check=True)
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6)
-"""
-
-
 def of_clips(folder: Path, rounds: int) -> dict[str, Any]:
     """The peak memory of `petseg infer CLIP` for clips of several lengths, in turns."""
     for seconds in CLIP_SECONDS:
@@ -193,12 +180,12 @@ def of_clips(folder: Path, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         for seconds, runs in found.items():
             clip = folder / f"{seconds}.mp4"
-            command = ["-m", "petseg.cli", "infer", str(clip), "--as", "overlay", "--quiet", "--output"]
+            command = [sys.executable, "-m", "petseg.cli", "infer", str(clip), "--as", "overlay", "--quiet", "--output"]
             with tempfile.TemporaryDirectory() as output:
-                words = [sys.executable, "-c", PEAK, sys.executable, *command, output]
+                words = [sys.executable, "-I", "-S", str(WATCH), *command, output]
                 done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
-            wall, peak = map(float, done.stdout.split()[-2:])
-            runs.append((wall, peak))
+            taken = json.loads(done.stdout)
+            runs.append((taken["seconds"], taken["memory_mb"]))
     rows = [
         {
             "name": f"{seconds} s",

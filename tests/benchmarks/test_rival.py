@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
 import torch
 
+from benchmarks import latency, rival
 from benchmarks.rival import ENGINES, LrAspp, RivalTrainer, timed_beside
 from petseg import checkpoint
 from petseg.config import DataConfig, TrainConfig
+from petseg_runtime.artifact import default_model, open_artifact
 from petseg_runtime.spec import ModelSpec
 
 
@@ -22,8 +27,17 @@ def test_the_rival_learns_and_comes_back_from_its_file(tmp_path: Path, oxford_ro
     assert logits.shape == (1, 1, 64, 64)
 
 
-def test_its_time_is_taken_beside_the_model_that_ships() -> None:
+def test_its_time_is_taken_beside_the_model_that_ships(monkeypatch: pytest.MonkeyPatch) -> None:
+    height = open_artifact(default_model()).spec.height
+
+    def by_size(run: Any, batch: np.ndarray, runs: int) -> list[float]:
+        assert run(batch).shape == batch.shape[:3]
+        return [float(batch.shape[1])] * runs
+
+    for module in (rival, latency):
+        monkeypatch.setattr(module, "timed", by_size)
     rows = timed_beside(LrAspp().eval(), ModelSpec(name="rival", height=32, width=32), rounds=2)
     assert [row["engine"].split()[0] for row in rows] == [engine for engine, _ in ENGINES]
-    assert all(len(row["milliseconds"]) == len(row["petseg_milliseconds"]) == 2 for row in rows)
-    assert all(row["median"] > 0 and row["petseg_times_as_fast"] > 0 for row in rows)
+    for row in rows:
+        assert (row["milliseconds"], row["petseg_milliseconds"]) == ([32.0] * 2, [height] * 2)
+        assert (row["median"], row["petseg_times_as_fast"]) == (32.0, 32 / height)
