@@ -45,13 +45,14 @@ CHOSEN: Final = {"background": "own", "pet": "cutout", "ignored": "ignored_borde
 
 
 def engines(record: dict[str, Any]) -> list[str]:
-    """What each engine and precision really costs: IoU, and the points that the checkpoint is ahead."""
-    heads = [f"{what}; {border}" for what in record["photos"] for border in CHOSEN]
+    """What each engine and precision really costs: IoU, and how many points that is from the checkpoint's."""
+    heads = [f"set {number}: {border}" for number, _ in enumerate(record["photos"], 1) for border in CHOSEN]
+    sets = ". ".join(f"Set {number}: {what}" for number, what in enumerate(record["photos"], 1))
     thresholds = ", ".join(f"{border}: {record['thresholds'][CHOSEN[border]]:.2f}" for border in CHOSEN)
     lines = [
-        "The same file, and its int8 export, in each CPU engine: IoU, and points lost against the checkpoint in "
-        f"PyTorch, each reading of the border at the threshold that was chosen for it ({thresholds}; `python -m "
-        "benchmarks accuracy`):",
+        "The same file, and its int8 export, in each CPU engine: IoU, and in points how far that is from the "
+        f"checkpoint in PyTorch; each reading of the border at the threshold that was chosen for it ({thresholds}; "
+        f"`python -m benchmarks accuracy`). {sets}.",
         "",
         f"| computed by | {' | '.join(heads)} |",
         f"|---|{'---|' * len(heads)}",
