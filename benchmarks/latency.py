@@ -2,7 +2,8 @@
 
 Three networks: the one that ships, and two of the same family with random weights, of which only the speed is told.
 Each engine is first opened in a process of its own, for the time from the file to the first answer, and for its memory.
-Then all engines take turns with the same batch, round after round, and the machine's matmuls with them (roofline.py).
+Then all engines take turns (turns.py) with the same batch, round after round, and the machine's matmuls with them
+(roofline.py).
 
 torch is imported where it is used: a process that measures another engine must not carry it.
 """
@@ -23,13 +24,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import click
 import numpy as np
-import numpy.typing as npt
 
 from benchmarks import records
+from benchmarks.turns import FEWEST, U8, Job, Turns, alternated, count, timed
 from petseg_runtime import cache, host
 from petseg_runtime.artifact import PROVENANCE_KEY, default_model, open_artifact, sample_photos
 from petseg_runtime.engines.base import Engine, usable_cpus
@@ -40,10 +41,6 @@ from petseg_runtime.spec import SPEC_KEY, ModelSpec
 if TYPE_CHECKING:
     from benchmarks.roofline import Matmul
 
-U8: TypeAlias = npt.NDArray[np.uint8]
-#: What runs, on what, and how often in a turn.
-Job: TypeAlias = tuple[Callable[[U8], U8], U8, int]
-Key = TypeVar("Key")
 #: For each kind of device, operations a second of its matmuls, round by round.
 Rates: TypeAlias = "Mapping[str, dict[Matmul, list[float]]]"
 
@@ -61,8 +58,6 @@ FORMS: Final = {
 }
 #: Of these, with several photos at a time: each start of PyTorch takes seconds.
 FORMS_OF_BATCHES: Final = (AS_TRAINED, f"{FOLDED}, bf16")
-#: Seconds that an engine computes in a round, and the runs that this may be.
-TURN, FEWEST, MOST = 0.12, 3, 20
 
 
 @dataclass(frozen=True)
@@ -143,9 +138,10 @@ def latency(data: Path, int8: Path | None, rounds: int, threads: int, compiled: 
 
     kinds = ["cpu", *(["cuda"] if host.nvidia_gpus() else [])]
     with scratch() as folder:
-        rates: Rates = {kind: {matmul: [] for matmul in roofline.matmuls(kind, threads)} for kind in kinds}
         groups: list[dict[str, Any]] = []
-        failed: list[str] = []
+        made = {kind: roofline.matmuls(kind, threads) for kind in kinds}
+        rates: Rates = {kind: {matmul: [] for matmul in matmuls} for kind, (matmuls, _) in made.items()}
+        failed = [reason for _, reasons in made.values() for reason in reasons]
         for network in NETWORKS:
             about = make_files(network, folder / network.name, data, int8)
             for batch in network.batches:
@@ -406,16 +402,6 @@ def images_of(case: Case) -> U8:
     return np.random.default_rng(0).integers(0, 256, (case.batch, spec.height, spec.width, 3), dtype=np.uint8)
 
 
-def timed(run: Callable[[U8], U8], batch: U8, runs: int) -> list[float]:
-    """Milliseconds of each run; every engine has its answer in memory when it returns."""
-    found = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        run(batch)
-        found.append(1e3 * (time.perf_counter() - start))
-    return found
-
-
 # All engines, in turns
 
 
@@ -435,7 +421,8 @@ def measure(
     starts = {case: start for case in found if (start := cold_start(case))}
     working = distinct({case: start for case, start in starts.items() if "why" not in start})
     failed = [f"{case.name}: {start['why']}" for case, start in starts.items() if "why" in start]
-    times = in_turns(working, rounds, rates)
+    taken = in_turns(working, rounds, rates)
+    times = taken.times
     latest = {kind: {m: values[-rounds:] for m, values in reached.items()} for kind, reached in rates.items()}
     graphs = {case.stored: Path(case.folder) / f"{case.stored}.onnx" for case in working if case.engine != PYTORCH}
     batch, (height, width) = found[0].batch, about["size"]
@@ -449,6 +436,7 @@ def measure(
         say(rows[-1])
     name = f"{about['model']}, {height}x{width}, batch {batch}"
     what = {"name": name, "batch": batch, **about, "operations": sum(work["fp32"].values())}
+    what |= {"turns": rounds * len(times), "disturbed_turns": taken.disturbed}
     return {**what, "tried": [case.name for case in found], "rows": rows}, failed
 
 
@@ -460,15 +448,15 @@ def distinct(starts: Mapping[Case, dict[str, Any]]) -> dict[Case, dict[str, Any]
     return {case: starts[case] for case in seen.values()}
 
 
-def in_turns(working: Mapping[Case, dict[str, Any]], rounds: int, rates: Rates) -> dict[Case, list[list[float]]]:
-    """Milliseconds of each run, a list for each round; the matmuls have their turn at the end of each."""
+def in_turns(working: Mapping[Case, dict[str, Any]], rounds: int, rates: Rates) -> Turns[Case]:
+    """All cases in turns; the matmuls have theirs at the end of each round."""
     with contextlib.ExitStack() as stack:
         batch = images_of(next(iter(working)))
         jobs: dict[Case, Job] = {}
         for case, start in working.items():
             engine = opened(case)
             stack.callback(engine.close)
-            jobs[case] = engine.run, batch, turns(start["later_run_ms"])
+            jobs[case] = engine.run, batch, count(start["later_run_ms"])
 
         def matmuls() -> None:
             for values in rates.values():
@@ -476,27 +464,6 @@ def in_turns(working: Mapping[Case, dict[str, Any]], rounds: int, rates: Rates) 
                     reached.append(matmul.rate())
 
         return alternated(jobs, rounds, matmuls)
-
-
-def alternated(
-    jobs: Mapping[Key, Job], rounds: int, at_end: Callable[[], None] = lambda: None
-) -> dict[Key, list[list[float]]]:
-    """Milliseconds of each run of each job, a list for each round; before a turn one run that does not count.
-
-    It brings back what the job before it has pushed out of caches and thread pools.
-    """
-    times: dict[Key, list[list[float]]] = {key: [] for key in jobs}
-    for _ in range(rounds):
-        for key, (run, batch, count) in jobs.items():
-            run(batch)
-            times[key].append(timed(run, batch, count))
-        at_end()
-    return times
-
-
-def turns(milliseconds: float) -> int:
-    """Runs in a round of something that takes so long."""
-    return max(FEWEST, min(MOST, int(1e3 * TURN / milliseconds)))
 
 
 def row(

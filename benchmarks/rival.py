@@ -25,7 +25,8 @@ from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 from benchmarks import records
 from benchmarks.embedded.measure import SETS
-from benchmarks.latency import alternated, timed, told, turns
+from benchmarks.latency import told
+from benchmarks.turns import alternated, count, timed
 from petseg import checkpoint, recipes
 from petseg.config import TrainConfig, from_dict
 from petseg.data import Split, find
@@ -133,10 +134,10 @@ def timed_beside(network: LrAspp, spec: ModelSpec, rounds: int = ROUNDS) -> list
         shapes = [(1, engine.spec.height, engine.spec.width, 3) for engine in opened]
         photos = [random.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
         jobs = {
-            number: (engine.run, photo, turns(min(timed(engine.run, photo, 3))))
+            number: (engine.run, photo, count(min(timed(engine.run, photo, 3))))
             for number, (engine, photo) in enumerate(zip(opened, photos, strict=True))
         }
-        times = [[median(values) for values in found] for found in alternated(jobs, rounds).values()]
+        times = [[median(values) for values in found] for found in alternated(jobs, rounds).times.values()]
         return [
             {
                 **told(engine),

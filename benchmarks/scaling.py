@@ -25,8 +25,9 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import records
-from benchmarks.latency import CHECKPOINT, WEIGHTS, alternated, scratch, timed, turns, write_onnx
+from benchmarks.latency import CHECKPOINT, WEIGHTS, scratch, write_onnx
 from benchmarks.peers.pipeline import WATCH
+from benchmarks.turns import alternated, count, timed
 from petseg_runtime.artifact import default_model, open_artifact, sample_photos
 from petseg_runtime.engines.base import Engine, usable_cpus
 from petseg_runtime.engines.registry import load_engine
@@ -60,8 +61,8 @@ def scaling(rounds: int, clip_rounds: int) -> None:
             (folder / str(size)).mkdir()
             (folder / str(size) / WEIGHTS).symlink_to(CHECKPOINT)
             write_onnx(folder / str(size), dataclasses.replace(spec, height=size, width=size), ("fp32",))
-        by_size = [Point(size, 1, count) for count in threads for size in SIZES]
-        by_batch = [Point(spec.height, batch, count) for count in threads for batch in BATCHES]
+        by_size = [Point(size, 1, number) for number in threads for size in SIZES]
+        by_batch = [Point(spec.height, batch, number) for number in threads for batch in BATCHES]
         curves = [curve for engine in ENGINES for curve in measured(engine, folder, by_size, by_batch, rounds)]
         values = {"model": spec.name, "batch_at_size": spec.height, "curves": curves, "threads": gains(curves)}
         memory = of_clips(folder, clip_rounds)
@@ -101,9 +102,9 @@ def in_turns(
     # The first call of a shape makes what is the shape's own; the second says how often there is time for it.
     for p, batch in photos.items():
         engines[p.size, p.threads].run(batch)
-    counts = {p: turns(timed(engines[p.size, p.threads].run, batch, 1)[0]) for p, batch in photos.items()}
+    counts = {p: count(timed(engines[p.size, p.threads].run, batch, 1)[0]) for p, batch in photos.items()}
     jobs = {p: (engines[p.size, p.threads].run, batch, counts[p]) for p, batch in photos.items()}
-    return {p: [median(values) for values in found] for p, found in alternated(jobs, rounds).items()}
+    return {p: [median(values) for values in found] for p, found in alternated(jobs, rounds).times.items()}
 
 
 def curve(axis: str, times: Mapping[Point, Sequence[float]]) -> dict[str, Any]:

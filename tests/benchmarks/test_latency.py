@@ -146,11 +146,6 @@ def test_ratios_are_taken_within_a_round(latency: Any) -> None:
     assert latency.row(times, [4.0, 4.0], {"int8": 0, "others": 1}, "tf32", peak)["share_of_matmul_peak"] is None
 
 
-@pytest.mark.parametrize(("ms", "runs"), [(0.1, 20), (10.0, 12), (500.0, 3)])
-def test_slow_engines_run_less_often(latency: Any, ms: float, runs: int) -> None:
-    assert latency.turns(ms) == runs
-
-
 def test_caches_are_new_and_the_environment_is_put_back(latency: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PETSEG_CACHE", "mine")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)

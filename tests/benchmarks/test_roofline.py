@@ -116,7 +116,26 @@ def test_every_library_multiplies(roofline: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(roofline, "SIZE", 32)
     for int8 in (False, True):
         onnx.checker.check_model(onnx.load_from_string(roofline.matmul_graph(int8)), full_check=True)
-    found = roofline.matmuls("cpu", 1)
+    found, failed = roofline.matmuls("cpu", 1)
+    assert failed == []
     assert {matmul.library.partition(" ")[0] for matmul in found} == {"PyTorch", "openvino", "onnxruntime"}
     assert {"f32", "int8"} <= {matmul.precision for matmul in found}
     assert all(matmul.rate(runs=1) > 0 for matmul in found)
+
+
+def test_a_library_or_precision_that_fails_is_told_and_the_others_are_measured(
+    roofline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_cuda(threads: int) -> list[Any]:
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    def too_old() -> None:
+        raise RuntimeError("_int_mm wants compute capability 7.5")
+
+    good, bad = roofline.Matmul("fake", "f32", 1, lambda: None), roofline.Matmul("fake", "int8", 1, too_old)
+    monkeypatch.setattr(roofline, "_in_torch", without_cuda)
+    monkeypatch.setattr(roofline, "_in_openvino", lambda threads: [good, bad])
+    monkeypatch.setattr(roofline, "_in_onnxruntime", lambda threads: [])
+    found, failed = roofline.matmuls("cpu", 1)
+    assert found == [good]
+    assert ["CUDA enabled" in failed[0], "fake int8" in failed[1], len(failed)] == [True, True, 2]

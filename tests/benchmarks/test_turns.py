@@ -1,0 +1,85 @@
+"""Turns: counted runs, quiet before each, and a disturbed one is taken again."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BATCH = np.zeros((1, 1, 1, 3), np.uint8)
+
+
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module, which is not installed."""
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("benchmarks.turns")
+
+
+@pytest.fixture
+def alone(turns: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where nobody else is."""
+    monkeypatch.setattr(turns, "others", lambda: 0.0)
+
+
+@pytest.mark.parametrize(("ms", "runs"), [(0.1, 50), (10.0, 30), (500.0, 3)])
+def test_slow_jobs_run_less_often(turns: Any, ms: float, runs: int) -> None:
+    assert turns.count(ms) == runs
+
+
+@pytest.mark.usefixtures("alone")
+def test_jobs_take_turns_after_a_run_that_does_not_count(turns: Any) -> None:
+    calls: list[str] = []
+
+    def job(name: str, runs: int) -> Any:
+        return (lambda batch: calls.append(name) or batch), BATCH, runs
+
+    found = turns.alternated({"a": job("a", 2), "b": job("b", 1)}, 2, lambda: calls.append("end"))
+    assert calls == [*"aaabb", "end", *"aaabb", "end"]
+    assert {name: [len(one) for one in times] for name, times in found.times.items()} == {"a": [2, 2], "b": [1, 1]}
+    assert found.disturbed == 0
+
+
+def test_a_disturbed_turn_is_taken_again_and_the_quietest_counts(turns: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[float] = []
+    shares = iter([1e6, 1e3, 1e9, 1e4])  # far more than there is, so that the length of a turn does not matter
+    busy = iter([value for share in shares for value in (0.0, share)])
+    monkeypatch.setattr(turns, "others", lambda: next(busy))
+    monkeypatch.setattr(turns, "timed", lambda run, batch, runs: taken.append(float(len(taken))) or taken[-1:])
+    times, share = turns.turn((lambda batch: batch, BATCH, 1))
+    assert len(taken) == 1 + turns.AGAIN
+    assert times == [1.0]
+    assert share > turns.DISTURBED
+
+
+def test_what_others_take_is_seen(turns: Any) -> None:
+    if not Path("/proc/stat").exists():
+        pytest.skip("needs Linux's /proc/stat")
+    burn = "import time\nwhile time.process_time() < 0.3: pass"
+    before = turns.others()
+    subprocess.run([sys.executable, "-I", "-S", "-c", burn], check=True)
+    assert turns.others() - before > 0.2
+
+
+def test_rest_is_waited_for(turns: Any) -> None:
+    stop = time.perf_counter() + 0.15
+    spinning = threading.Thread(target=lambda: [None for _ in iter(lambda: time.perf_counter() < stop, False)])
+    spinning.start()
+    turns.rest()
+    assert time.perf_counter() >= stop
+    spinning.join()
+
+
+def test_a_thread_that_never_rests_is_not_waited_for_for_ever(turns: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10**6))
+    monkeypatch.setattr(turns.time, "process_time", lambda: float(next(clock)))
+    monkeypatch.setattr(turns, "PATIENCE", 0.05)
+    turns.rest()
