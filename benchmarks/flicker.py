@@ -33,7 +33,8 @@ from PIL import Image, ImageOps
 
 from benchmarks import records
 from benchmarks.found import crops
-from petseg.data import BORDER, PET, Pair, Split, find, read_pair
+from petseg.data import Pair, Split, find, read_pair
+from petseg.metrics import BORDER, PET
 from petseg_runtime import Segmenter, smoothing
 
 U8: TypeAlias = npt.NDArray[np.uint8]
@@ -204,7 +205,7 @@ def _coded(frames: list[Image.Image], crf: int) -> list[Image.Image]:
         sink.mux(stream.encode(None))
     file.seek(0)
     with av.open(file, "r") as source:
-        return [frame.to_image() for frame in source.decode(video=0)]
+        return [Image.fromarray(frame.to_ndarray(format="rgb24")) for frame in source.decode(video=0)]
 
 
 def scenes(folder: Path, split: Split, count: int) -> list[Scene]:
@@ -324,7 +325,7 @@ class Hysteresis:
 TENTH: Final = "10/s, "
 
 #: Alternatives to what is in use: its constants changed.
-CHANGED: Final[dict[str, dict[str, float]]] = {
+CHANGED: Final[dict[str, dict[str, Any]]] = {
     "still below 2": {"_STILL": 2.0},
     "still below 4": {"_STILL": 4.0},
     "still below 6": {"_STILL": 6.0},

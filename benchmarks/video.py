@@ -138,7 +138,7 @@ def make_clip(path: Path, data: Path, frames: int) -> None:
             if number % SHOT == 0:
                 with Image.open(photos[number // SHOT % len(photos)].source) as photo:
                     picture = photo.convert("RGB")
-            frame = av.VideoFrame.from_image(view(picture, number % SHOT / SHOT))
+            frame = av.VideoFrame.from_ndarray(np.asarray(view(picture, number % SHOT / SHOT)), format="rgb24")
             frame.pts, frame.time_base = number, Fraction(1, RATE)
             file.mux(stream.encode(frame))
             file.mux(tone.encode(second_of_tone(number // RATE)) if number % RATE == 0 else [])

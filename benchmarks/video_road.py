@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from statistics import median
 from typing import Any, Final, TypeAlias
@@ -164,7 +165,7 @@ def frame_of(pixels: U8, matrix: str) -> Frame:
         interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP,
     )
     picture.colorspace, picture.color_range = tag, ColorRange.MPEG
-    return Frame(0, 0, video.Fraction(1, 30), picture)
+    return Frame(0, 0, Fraction(1, 30), picture)
 
 
 def shrunk(name: str, frame: Frame, size: tuple[int, int], convert: Converter | None = None) -> U8:

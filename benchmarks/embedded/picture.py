@@ -5,7 +5,7 @@ from __future__ import annotations
 from PIL import Image
 
 from benchmarks import records
-from petseg_runtime import Segmenter, sample_photos
+from petseg_runtime import Segmenter, images, sample_photos
 
 HEIGHT, GAP = 230, 8
 SHOWN = ("Abyssinian_204", "american_bulldog_60", "Bengal_62", "chelsea")
@@ -23,12 +23,12 @@ def main() -> None:
     columns = []
     with Segmenter() as segmenter:
         for photo in (path for name in SHOWN for path in sample_photos() if path.stem == name):
-            result = segmenter(photo)
-            width = round(result.pixels.shape[1] * HEIGHT / result.pixels.shape[0])
+            result, pixels = segmenter(photo), images.read(photo).pixels
+            width = round(pixels.shape[1] * HEIGHT / pixels.shape[0])
             cutout = result.cutout().resize((width, HEIGHT), Image.Resampling.LANCZOS)
             board = checkerboard(width, HEIGHT)
             board.alpha_composite(cutout)
-            pictures = [Image.fromarray(result.pixels), result.overlay(), board.convert("RGB")]
+            pictures = [Image.fromarray(pixels), result.overlay(), board.convert("RGB")]
             columns.append([picture.resize((width, HEIGHT), Image.Resampling.LANCZOS) for picture in pictures])
     total = sum(column[0].width + GAP for column in columns) - GAP
     sheet = Image.new("RGB", (total, 3 * HEIGHT + 2 * GAP), "white")
