@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from petseg_runtime import host
+from petseg_runtime.artifact import default_model, open_artifact
 from petseg_runtime.files import write_atomic
 
 RESULTS: Final = Path(__file__).parent / "results"
@@ -20,7 +22,7 @@ _PACKAGES: Final = ("petseg", "numpy", "pillow", "onnxruntime", "openvino", "tor
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory, system, Python: what a number depends on."""
+    """Processor, cores, memory, GPUs, system, Python: what a number depends on."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -28,6 +30,7 @@ def machine() -> dict[str, Any]:
         "cpu": names[0] if names else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "gpus": [gpu.name for gpu in host.gpus()],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
@@ -46,12 +49,15 @@ def versions() -> dict[str, str]:
 
 def write(name: str, command: str, values: dict[str, Any]) -> Path:
     """Write the record ``results/NAME.json``; a name may hold a folder."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    artifact = open_artifact(default_model())
     record = {
         "schema_version": 1,
         "command": command,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip() or None,
+        "commit": git("rev-parse", "HEAD").strip() or None,
+        # Of what was measured, what the commit does not have; records and the README's tables are made on the way.
+        "uncommitted": git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md").splitlines(),
+        "shipped_model": f"{artifact.spec.name}, {artifact.identity[:12]}",
         "machine": machine(),
         "versions": versions(),
         **values,
@@ -60,6 +66,14 @@ def write(name: str, command: str, values: dict[str, Any]) -> Path:
     path.parent.mkdir(exist_ok=True)
     write_atomic(path, (json.dumps(record, indent=2) + "\n").encode())
     return path
+
+
+def git(*arguments: str) -> str:
+    """What git says; nothing where this is no checkout."""
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:
+        return ""
 
 
 def load(name: str) -> dict[str, Any]:
