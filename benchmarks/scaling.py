@@ -130,25 +130,27 @@ def bend(points: Sequence[tuple[int, float]], axis: str, unit: str, tolerance: f
         tolerance: A smaller change does not count.
 
     Returns:
-        ``falls_until``: the first point after which no cost is lower by more than the tolerance. ``rises_from``: the
-        first point after the cheapest from which on every cost is higher than it by more than that; None: there is
-        none. ``statement``: both, for people.
+        ``falls_until``: the first point that costs no more than the cheapest by more than the tolerance; None: the cost
+        rises on the way there, so that no bend can be told. ``rises_from``: the first point after the cheapest from
+        which on every cost is higher than it by more than that; None: there is none. ``statement``: both, for people.
     """
     costs = [cost for _, cost in points]
-    until = next(i for i in range(len(costs)) if min(costs[i:]) >= costs[i] * (1 - tolerance))
+    enough = min(costs) * (1 + tolerance)
+    until = next(i for i, cost in enumerate(costs) if cost <= enough)
+    if any(later > earlier * (1 + tolerance) for earlier, later in itertools.pairwise(costs[: until + 1])):
+        text = (
+            f"the cost goes up and down, between {short(min(costs))} and {short(max(costs))} {unit}: no bend to be told"
+        )
+        return {"falls_until": None, "rises_from": None, "statement": text}
     cheapest = costs.index(min(costs))
-    higher = [cost > costs[cheapest] * (1 + tolerance) for cost in costs]
-    rising = next((i for i in range(cheapest + 1, len(costs)) if all(higher[i:])), None)
-    falls_until, rises_from = points[until][0], None if rising is None else points[rising][0]
-    text = (
-        f"never falls by more than {100 * tolerance:.0f} % below that of {axis} {falls_until}"
-        if until == 0
-        else f"falls until {axis} {falls_until}"
-    )
-    text += f" ({short(costs[0])} to {short(costs[until])} {unit})"
-    if rises_from is not None:
-        text += f", and rises from {axis} {rises_from} on ({short(costs[-1])} at {points[-1][0]})"
-    return {"falls_until": falls_until, "rises_from": rises_from, "statement": f"the cost {text}"}
+    rising = next((i for i in range(cheapest + 1, len(costs)) if min(costs[i:]) > enough), None)
+    text = f"the cost falls until {axis} {points[until][0]} ({short(costs[0])} to {short(costs[until])} {unit})"
+    if until == 0:
+        text = f"the cost is lowest, or nearly so, at {axis} {points[0][0]} already ({short(costs[0])} {unit})"
+    if rising is not None:
+        text += f", and rises from {axis} {points[rising][0]} on ({short(costs[-1])} at {points[-1][0]})"
+    rises_from = None if rising is None else points[rising][0]
+    return {"falls_until": points[until][0], "rises_from": rises_from, "statement": text}
 
 
 def short(cost: float) -> str:

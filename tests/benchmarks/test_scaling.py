@@ -36,6 +36,13 @@ def test_a_curve_bends_where_it_stops_falling(scaling: Any, costs: list[float], 
     assert ("rises" in found["statement"]) == (rises is not None)
 
 
+def test_of_a_curve_that_goes_up_and_down_no_bend_is_told(scaling: Any) -> None:
+    measured = [140.0, 144.0, 185.0, 242.0, 164.0, 126.0, 121.0]
+    found = scaling.bend(list(zip((96, 128, 160, 192, 256, 320, 384), measured, strict=True)), "size", "ns a pixel")
+    assert (found["falls_until"], found["rises_from"]) == (None, None)
+    assert "between 121 and 242 ns a pixel: no bend to be told" in found["statement"]
+
+
 def test_a_curve_is_told_by_pixel_or_by_photo(scaling: Any) -> None:
     sizes = scaling.curve("size", {scaling.Point(100, 1, 2): [1.0, 3.0, 2.0], scaling.Point(200, 1, 2): [8.0] * 3})
     assert [point["cost"] for point in sizes["points"]] == pytest.approx([200, 200])
