@@ -25,6 +25,18 @@ with Segmenter(backend=sys.argv[1]) as segmenter:
 print(json.dumps([info.name, f"{info.name} {info.version}, {info.precision}"]))
 """
 
+#: petseg's Python API as the peers' loops are written (loops.py): one photo after the other.
+LOOP: Final = """
+import sys
+from pathlib import Path
+from petseg_runtime import Segmenter
+backend, photos, output = sys.argv[1:]
+with Segmenter(backend=backend) as segmenter:
+    for photo in sorted(Path(photos).iterdir()):
+        segmenter(photo).mask_image().save(Path(output) / f"{photo.stem}.png")
+"""
+PLAIN: Final = "a plain loop"
+
 #: The command that brings the photos of one folder to masks in another.
 Command: TypeAlias = Callable[[Path, Path], list[str]]
 
@@ -75,7 +87,7 @@ NETWORKS: Final = (
 
 
 def ours(python: Path) -> Iterator[Contender]:
-    """petseg's command, with the engine that it chooses itself and with ONNX Runtime."""
+    """petseg's command and its Python API in a plain loop, in the engine that it chooses itself and in ONNX Runtime."""
     spec = open_artifact(default_model()).spec
     for backend in ("auto", "onnxruntime"):
         told = subprocess.run([python, "-c", TELL, backend], check=True, capture_output=True, text=True).stdout
@@ -85,10 +97,13 @@ def ours(python: Path) -> Iterator[Contender]:
             arguments = ["infer", str(photos), "--as", "mask", "--backend", backend, "--output", str(output), "--quiet"]
             return [str(python.with_name("petseg")), *arguments]
 
+        def plain(photos: Path, output: Path, backend: str = backend) -> list[str]:
+            return [str(python), "-c", LOOP, backend, str(photos), str(output)]
+
         size, needs = (spec.height, spec.width), (f"petseg[{ENGINES[name].extra}]",)
-        yield Contender(
-            f"petseg, {backend}", "petseg infer FOLDER", engine, size, "the embedded model", command, "petseg", needs
-        )
+        for how, run in (("petseg infer FOLDER", command), (PLAIN, plain)):
+            title = f"petseg, {backend}" + (f", {how}" if how == PLAIN else "")
+            yield Contender(title, how, engine, size, "the embedded model", run, "petseg", needs)
 
 
 def theirs(python: Path, isnet: Path | None) -> Iterator[Contender]:
@@ -108,9 +123,7 @@ def theirs(python: Path, isnet: Path | None) -> Iterator[Contender]:
             ("OpenVINO", loop(python, "openvino", graph), graph, ("openvino", "numpy", "pillow")),
         ):
             title = f"{library} {name}, {engine}".replace("segmentation-models-pytorch", "smp")
-            yield Contender(
-                title, "a plain loop", engine, (256, 256), RANDOM, command, "peers", needs, model, share=1 / 4
-            )
+            yield Contender(title, PLAIN, engine, (256, 256), RANDOM, command, "peers", needs, model, share=1 / 4)
 
 
 def loop(python: Path, *arguments: str | Path) -> Command:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ import click
 
 from benchmarks import records
 from benchmarks.peers import environments
-from benchmarks.peers.contenders import MODELS, Contender, ours, theirs
+from benchmarks.peers.contenders import MODELS, PLAIN, Contender, ours, theirs
 from petseg_runtime.sources import find_photos
 
 WATCH: Final = Path(__file__).with_name("watch.py")
@@ -168,8 +169,13 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds how many times as fast as each row petseg, the first, is: round by round, once running and in starting."""
+    """Adds how many times as fast as each row petseg, the first, is: round by round, once running and in starting.
+
+    ``loop_once_running``: the same of petseg's plain loop in the row's engine, so that neither the engine nor the steps
+    that run beside each other count; None where petseg has no such engine.
+    """
     first = rows[0]
+    loops = {engine_of(row): row for row in rows if row["name"].startswith("petseg") and row["how"] == PLAIN}
     starts = {row["name"]: row["startup_seconds"]["median"] for row in rows}
 
     def rates(row: dict[str, Any]) -> list[float]:
@@ -178,8 +184,16 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         quicker = [a / b for a, b in zip(rates(first), rates(row), strict=True)]
         sooner = [b / a for a, b in zip(first["startup"]["seconds"], row["startup"]["seconds"], strict=True)]
-        row["petseg_times_as_fast"] = {"once_running": spread(quicker), "startup": spread(sooner)}
+        loop = loops.get(engine_of(row))
+        alike = loop and spread([a / b for a, b in zip(rates(loop), rates(row), strict=True)])
+        times = {"once_running": spread(quicker), "startup": spread(sooner), "loop_once_running": alike}
+        row["petseg_times_as_fast"] = times
     return rows
+
+
+def engine_of(row: Mapping[str, Any]) -> str:
+    """The engine's name alone, however a row writes it."""
+    return re.split(r"\d", str(row["engine"]).lower().replace(" ", ""), maxsplit=1)[0]
 
 
 def versions(packages: environments.Packages) -> dict[str, str]:

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from petseg_runtime.artifact import sample_photos
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / "benchmarks" / "peers"
@@ -131,12 +135,23 @@ def test_a_row_tells_times_memory_and_size(module: Any, tmp_path: Path) -> None:
 def test_ratios_are_of_one_round(module: Any) -> None:
     pipeline = module("pipeline")
 
-    def row(name: str, folder: list[float], start: list[float], photos: int) -> dict[str, Any]:
+    def row(
+        name: str, folder: list[float], start: list[float], photos: int, how: str = "", engine: str = "openvino 1, f32"
+    ) -> dict[str, Any]:
         startup = {"startup": {"seconds": start}, "startup_seconds": pipeline.spread(start)}
-        return {"name": name, "folder": {"photos": photos, "seconds": folder}, **startup}
+        about = {"name": name, "how": how, "engine": engine}
+        return {**about, "folder": {"photos": photos, "seconds": folder}, **startup}
 
-    ours, theirs = row("petseg", [2.0, 3.0], [1.0, 1.0], 11), row("peer", [12.0, 22.0], [2.0, 4.0], 11)
-    rows = pipeline.with_ratios([ours, theirs])
+    def loop(name: str, engine: str, folder: list[float], start: list[float]) -> dict[str, Any]:
+        return row(name, folder, start, 11, "a plain loop", engine)
+
+    ours = row("petseg, auto", [2.0, 3.0], [1.0, 1.0], 11)
+    own = loop("petseg, onnxruntime, a plain loop", "onnxruntime 1.2, f32", [3.0, 4.0], [1.0, 1.0])
+    theirs, other = (loop("peer", engine, [12.0, 22.0], [2.0, 4.0]) for engine in ("ONNX Runtime", "PyTorch"))
+    rows = pipeline.with_ratios([ours, theirs, own, other])
+    assert rows[1]["petseg_times_as_fast"]["loop_once_running"] == pipeline.spread([4.5, 19 / 3])
+    assert rows[2]["petseg_times_as_fast"]["loop_once_running"]["median"] == 1.0
+    assert rows[3]["petseg_times_as_fast"]["loop_once_running"] is None
     assert rows[0]["petseg_times_as_fast"]["once_running"]["median"] == 1.0
     assert rows[1]["petseg_times_as_fast"]["once_running"] == pipeline.spread([9.0, 9.5])
     assert rows[1]["petseg_times_as_fast"]["startup"] == pipeline.spread([2.0, 4.0])
@@ -163,6 +178,22 @@ def test_a_failure_of_a_contender_is_told_with_what_it_said(module: Any, tmp_pat
     (tmp_path / "photo.jpg").touch()
     with pytest.raises(SystemExit, match="a peer: exit code 1, 0 masks of 1 photos\nno such model"):
         module("pipeline").watched(contender, tmp_path)
+
+
+def test_our_own_loop_writes_the_masks_of_the_command(module: Any, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    shutil.copyfile(sample_photos()[0], photos / "a.jpg")
+    found = {}
+    for one in module("contenders").ours(Path(sys.executable)):
+        if one.name.startswith("petseg, onnxruntime"):
+            output = tmp_path / one.name
+            output.mkdir()
+            subprocess.run(one.command(photos, output), check=True, stdout=subprocess.DEVNULL)
+            (mask,) = output.rglob("*.png")
+            found[one.how] = np.asarray(Image.open(mask)) > 0
+    command, loop = found.values()
+    assert (command & loop).sum() > 0.98 * (command | loop).sum()  # the command decodes no more pixels than it needs
 
 
 def test_isnet_takes_part_only_if_its_file_is_given(module: Any, tmp_path: Path) -> None:
