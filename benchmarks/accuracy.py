@@ -24,6 +24,7 @@ from typing import Any, Final
 
 import click
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from benchmarks import records
@@ -38,6 +39,8 @@ from petseg_runtime.artifact import default_model, open_artifact
 from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.spec import ModelSpec
 
+#: For each reading of the border, which threshold was chosen for it.
+CHOSEN: Final = {Border.BACKGROUND: "own", Border.PET: "cutout", Border.IGNORED: "ignored_border"}
 #: Of the parity test of the int8 export.
 PARITY_PHOTOS: Final = 200
 METRICS: Final = ("iou", "dice", "accuracy", "precision", "recall", "mean_image_iou")
@@ -181,12 +184,28 @@ def metrics(result: Evaluation, threshold: float) -> dict[str, Any]:
 
 def interval(result: Evaluation, threshold: float, border: Border, seed: int = 0) -> list[float]:
     """The 95 % interval of the IoU summed over the photos, by drawing the photos anew (bootstrap, Efron 1979)."""
+    return percentiles(resampled(result, threshold, border, seed))
+
+
+def difference(ours: tuple[Evaluation, float], theirs: tuple[Evaluation, float], border: Border) -> list[float]:
+    """The 95 % interval of how much higher the IoU of one is, each at its threshold; both see the same draws."""
+    return percentiles(resampled(*ours, border) - resampled(*theirs, border))
+
+
+def resampled(result: Evaluation, threshold: float, border: Border, seed: int = 0) -> npt.NDArray[np.float64]:
+    """The IoU of each draw of as many photos."""
     each = [counts(one, threshold, border) for one in result.histograms]
     pixels = np.array([(one.tp, one.tp + one.fp + one.fn) for one in each], np.float64)
     # How often each photo is drawn, for each resample: a matrix product in place of a loop.
     drawn = np.random.default_rng(seed).multinomial(len(each), np.full(len(each), 1 / len(each)), RESAMPLES)
     both, either = (drawn @ pixels).T
-    return [round(float(value), 4) for value in np.percentile(both / np.maximum(either, 1), (2.5, 97.5))]
+    found: npt.NDArray[np.float64] = both / np.maximum(either, 1)
+    return found
+
+
+def percentiles(values: npt.NDArray[np.float64]) -> list[float]:
+    """Where the middle 95 % begin and end."""
+    return [round(float(value), 4) for value in np.percentile(values, (2.5, 97.5))]
 
 
 def with_losses(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -217,6 +236,7 @@ def beside(remover: ISNet, pairs: Sequence[Pair], thresholds: Mapping[str, float
         ours = Timed(engine.run)
         own = evaluate(ours, pairs, artifact.spec.height, artifact.spec.width, batch=1)
         about = told(engine)
+    mine = {border: thresholds.get(kind, artifact.spec.threshold) for border, kind in CHOSEN.items()}
     return {
         "photos": list(result.names),
         "isnet": {
@@ -231,6 +251,7 @@ def beside(remover: ISNet, pairs: Sequence[Pair], thresholds: Mapping[str, float
             **ours.told(),
             **{name: metrics(own, threshold) for name, threshold in thresholds.items()},
         },
+        "difference": {border: difference((own, mine[border]), (result, best[border]), border) for border in Border},
     }
 
 

@@ -36,8 +36,15 @@ def accuracy() -> str:
             lines.append(f"| {what} | {border} | {numbers} |")
     if (records.RESULTS / "accuracy.json").exists():
         record = records.load("accuracy")
-        lines += ["", *engines(record), "", *others(record)]
+        lines += ["", draws(record), "", *engines(record), "", *others(record)]
     return "\n".join(lines)
+
+
+def draws(record: dict[str, Any]) -> str:
+    """How far the first row of each set is from certain."""
+    found = record["rows"][0]["sets"]
+    told = [f"{within(found[what]['own']['readings']['background'])} on the {what}" for what in found]
+    return f"What other draws of photos would give, 95 %, border as background: {'; '.join(told)}."
 
 
 #: For each reading of the border, the threshold that was chosen for it.
@@ -70,7 +77,8 @@ def others(record: dict[str, Any]) -> list[str]:
     """Others, measured by us on photos that petseg is measured on, too; and figures that others published."""
     lines = [
         "Beside others. ISNet is a background remover, not trained on these labels: its threshold is 0.5, or the best "
-        "on these very photos. Times are of the network alone, one photo at a time, on the CPU:",
+        "on these very photos. In brackets what 95 % of other draws of photos would give. Times are of the network "
+        "alone, one photo at a time, on the CPU:",
         "",
         "| model | photos | ms a photo | border background | pet | ignored |",
         "|---|---|---|---|---|---|",
@@ -81,11 +89,14 @@ def others(record: dict[str, Any]) -> list[str]:
         best = {border: f"at_best_for_{border}" for border in CHOSEN}
         for name, found, kinds in (
             (f"petseg, {ours['engine']} {ours['precision']}", ours, CHOSEN),
-            ("ISNet, threshold 0.5", isnet, dict.fromkeys(CHOSEN, "at_0.5")),
-            ("ISNet, best threshold", isnet, best),
+            ("ISNet, ONNX Runtime f32, threshold 0.5", isnet, dict.fromkeys(CHOSEN, "at_0.5")),
+            ("ISNet, ONNX Runtime f32, best threshold", isnet, best),
         ):
-            ious = [found[kind]["readings"][border]["iou"] for border, kind in kinds.items()]
+            ious = [within(found[kind]["readings"][border]) for border, kind in kinds.items()]
             lines.append(other(name, photos, f"{1e3 * found['median']:.{0 if found is isnet else 1}f}", ious))
+        if "difference" in beside:
+            points = [f"{100 * low:+.1f} to {100 * high:+.1f} points" for low, high in beside["difference"].values()]
+            lines.append(other("petseg less ISNet at its best threshold, 95 %", photos, "", points))
     if (records.RESULTS / "rival.json").exists():
         lines += rival(records.load("rival"))
     for found in record["elsewhere"]:
@@ -108,12 +119,20 @@ def rival(record: dict[str, Any]) -> list[str]:
 
 
 def other(name: str, photos: str, time: str, ious: Sequence[Any]) -> str:
-    """A row; an IoU may be missing, or a list of the least and the best."""
-    cells = [
-        "" if iou is None else " to ".join(f"{value:.4f}" for value in (iou if isinstance(iou, list) else [iou]))
-        for iou in ious
-    ]
+    """A row; an IoU may be missing, a list of the least and the best, or a text."""
+    cells = [iou if isinstance(iou, str) else " to ".join(f"{value:.4f}" for value in numbers(iou)) for iou in ious]
     return f"| {name} | {photos} | {time} | {' | '.join(cells)} |"
+
+
+def numbers(iou: Any) -> list[float]:
+    """None, a number or a list of them as a list."""
+    return [] if iou is None else iou if isinstance(iou, list) else [iou]
+
+
+def within(values: dict[str, Any]) -> str:
+    """An IoU with its interval."""
+    low, high = values["iou_interval_95"]
+    return f"{values['iou']:.4f} ({low:.3f} to {high:.3f})"
 
 
 def startup() -> str:
@@ -278,23 +297,36 @@ def peers() -> str:
         return ""
     record = records.load("peers")
     lines = [
-        f"A folder of {record['photos']} photos to masks (slow ones take the first few), and one photo from a cold "
-        f"start: whole processes, in turns, on {record['machine']['cores']} cores of {record['machine']['cpu']} "
-        "(`python -m benchmarks peers`). Rates are without the start; medians. Installed: the packages that this way "
+        f"A folder of {record['photos']} photos to masks (slow ones take the first few), and one photo from a start "
+        "with files in the disk's cache, and OpenVINO's compiled model in petseg's: whole processes, in turns, on "
+        f"{record['machine']['cores']} cores of {record['machine']['cpu']} (`python -m benchmarks peers`). Peers are "
+        "called in a plain loop, one photo after the other, as their pages show it; `petseg infer` reads, computes and "
+        "writes beside each other, and petseg's own plain loop shows what that is worth. Rates are without the start; "
+        "medians, lowest and highest. Memory is the most that the process held. Installed: the packages that this way "
         "needs, CUDA's libraries apart. Weights of peers are random, good for speed only, but for ISNet's:",
         "",
-        "| | network's input | photos/s | petseg is so many times as fast | start, s | memory, MB | installed, MB |",
-        "|---|---|---|---|---|---|---|",
+        "| | network's input | photos/s | `petseg infer` is so many times as fast | petseg's plain loop in the same "
+        "engine is | start, s | memory, MB | installed, MB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
         size, disk = " × ".join(map(str, row["input"])), row["installed"]
-        rate, faster = row["photos_per_second_once_running"]["median"], row["petseg_times_as_fast"]["once_running"]
+        faster, alike = (row["petseg_times_as_fast"].get(name) for name in ("once_running", "loop_once_running"))
+        own_loop = f"{alike['median']:.2f}" if alike else ""
         lines.append(
-            f"| {row['name']} ({row['engine'].partition(',')[0]}) | {size} | {rate:.{1 if rate >= 1 else 2}f} "
-            f"| {faster['median']:.1f} | {row['startup_seconds']['median']:.2f} | {row['memory_mb']['median']:.0f} "
-            f"| {disk['megabytes'] - disk['of_these_cuda']:.0f} |"
+            f"| {row['name']} ({row['engine'].partition(',')[0]}) | {size} "
+            f"| {spread(row['photos_per_second_once_running'])} | {faster['median']:.1f} "
+            f"| {own_loop} | {row['startup_seconds']['median']:.2f} "
+            f"| {row['memory_mb']['median']:.0f} | {disk['megabytes'] - disk['of_these_cuda']:.0f} |"
         )
     return "\n".join(lines)
+
+
+def spread(rate: dict[str, float]) -> str:
+    """A median, with the lowest and the highest."""
+    digits = 0 if rate["median"] >= 20 else 1 if rate["median"] >= 1 else 2
+    median, low, high = (f"{rate[name]:.{digits}f}" for name in ("median", "min", "max"))
+    return f"{median} ({low} to {high})"
 
 
 def video() -> str:

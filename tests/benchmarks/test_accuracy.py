@@ -43,6 +43,16 @@ def test_the_interval_holds_the_iou_and_narrows_with_the_photos(accuracy: Any) -
     assert widths[0] > 3 * widths[1]
 
 
+def test_a_difference_is_told_on_the_same_draws(accuracy: Any) -> None:
+    result, other = evaluation(20), evaluation(20, seed=1)
+    at = (result, 0.6)
+    assert accuracy.difference(at, at, Border.BACKGROUND) == [0.0, 0.0]
+    low, high = accuracy.difference(at, (other, 0.6), Border.BACKGROUND)
+    back = accuracy.difference((other, 0.6), at, Border.BACKGROUND)
+    assert low < high
+    assert back == pytest.approx([-high, -low], abs=2e-4)
+
+
 def test_metrics_are_petsegs_own(accuracy: Any) -> None:
     result = evaluation(20)
     told = accuracy.metrics(result, 0.5)

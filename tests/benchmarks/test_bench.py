@@ -73,7 +73,8 @@ def test_another_model_may_have_no_iou_in_a_reading_or_a_range(report: Any) -> N
 
 
 def readings(iou: float) -> dict[str, Any]:
-    return {"readings": {border: {"iou": iou, "points_lost": 0.04} for border in ("background", "pet", "ignored")}}
+    values = {"iou": iou, "points_lost": 0.04, "iou_interval_95": [iou - 0.1, iou + 0.05]}
+    return {"readings": dict.fromkeys(("background", "pet", "ignored"), values)}
 
 
 def test_each_reading_is_told_at_its_own_threshold(report: Any) -> None:
@@ -94,12 +95,16 @@ def test_beside_others_everyone_is_told_on_the_same_photos(
     ours |= {"own": readings(0.8), "cutout": readings(0.85), "ignored_border": readings(0.9)}
     isnet = {"median": 1.8, "at_0.5": readings(0.7)}
     isnet |= {f"at_best_for_{border}": readings(0.75) for border in report.CHOSEN}
-    record = {"isnet": {"small": {"photos": ["a", "b"], "petseg": ours, "isnet": isnet}}, "elsewhere": []}
-    assert report.others(record)[-3:] == [
-        "| petseg, openvino 1 bf16 | 2 of: small | 7.1 | 0.8000 | 0.8500 | 0.9000 |",
-        "| ISNet, threshold 0.5 | 2 of: small | 1800 | 0.7000 | 0.7000 | 0.7000 |",
-        "| ISNet, best threshold | 2 of: small | 1800 | 0.7500 | 0.7500 | 0.7500 |",
-    ]
+    beside = {"photos": ["a", "b"], "petseg": ours, "isnet": isnet}
+    beside["difference"] = {"background": [-0.01, 0.11], "pet": [0.1, 0.2], "ignored": [-0.2, -0.1]}
+    own, worse, best, difference = report.others({"isnet": {"small": beside}, "elsewhere": []})[-4:]
+    assert own == (
+        "| petseg, openvino 1 bf16 | 2 of: small | 7.1 | 0.8000 (0.700 to 0.850) | 0.8500 (0.750 to 0.900) "
+        "| 0.9000 (0.800 to 0.950) |"
+    )
+    assert worse.startswith("| ISNet, ONNX Runtime f32, threshold 0.5 | 2 of: small | 1800 | 0.7000 (0.600 to 0.750) |")
+    assert best.startswith("| ISNet, ONNX Runtime f32, best threshold | 2 of: small | 1800 | 0.7500 (0.650 to 0.800) |")
+    assert "| -1.0 to +11.0 points | +10.0 to +20.0 points | -20.0 to -10.0 points |" in difference
 
 
 def test_the_rival_is_told_with_its_quickest_engine(report: Any) -> None:

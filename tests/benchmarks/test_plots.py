@@ -42,8 +42,18 @@ ACCURACY = {
         engine("openvino 1", "bf16", sets={"small": {"own": reached(0.82)}}),
         engine("onnxruntime 1", "f32", sets={"small": {"own": reached(0.83)}}),  # whose time is not known
     ],
-    "isnet": {"small": {"photos": ["a", "b"], "isnet": {"median": 2.0, "at_0.5": reached(0.7)}}},
-    "elsewhere": [{"name": "published", "readings": {"background": {"iou": 0.8375}}}, {"name": "b", "readings": {}}],
+    "isnet": {
+        "small": {
+            "photos": ["a", "b"],
+            "isnet": {"median": 2.0, "at_0.5": reached(0.7)},
+            "petseg": engine("openvino 1", "bf16", median=0.008, own=reached(0.75)),
+        }
+    },
+    "elsewhere": [
+        {"name": "published", "data": "test split, all", "readings": {"background": {"iou": 0.8375}}},
+        {"name": "b", "data": "test split", "readings": {}},
+        {"name": "c", "data": "100 photos", "readings": {"background": {"iou": 0.5}}},
+    ],
 }
 STEP = {name: {"cpu_seconds": 0.01, "seconds": 0.01} for name in ("read", "infer", "write")}
 RIVAL = {
@@ -69,9 +79,17 @@ def test_a_dot_has_the_time_of_its_own_engine_and_precision(plots: Any) -> None:
         ("PyTorch f32", 18.0, 0.83, True),
         ("openvino bf16", 7.0, 0.82, True),
         ("ISNet", 2000.0, 0.7, False),
+        ("openvino bf16", 8.0, 0.75, True),  # on the two photos that ISNet saw
         ("LR-ASPP", 8.0, 0.8, False),
     ]
     assert list(plots.dots({**ACCURACY, "isnet": None}, LATENCY, {}, "large")) == []
+
+
+def test_a_figure_of_a_few_photos_is_no_line(plots: Any) -> None:
+    figure = plots.accuracy_figure(ACCURACY, LATENCY, {}, {})
+    labels = [text.get_text() for axes in figure.axes if (legend := axes.get_legend()) for text in legend.get_texts()]
+    assert "published: 0.8375" in labels
+    assert not [label for label in labels if label.startswith("c:")]
 
 
 def test_bars_are_milliseconds_of_each_step(plots: Any) -> None:
