@@ -87,12 +87,13 @@ step() {
     echo "== $$name took $$(($$(date +%s) - start)) s"
 }
 measure() { step "$$1" "$$BIN/python" -m benchmarks "$$@"; }
+part() { for name in "$$DATA/oxford-iiit-pet$$1" "$$DATA/oxford-iiit-pet"; do [ -d "$$name" ] && break; done; echo "$$name"; }
 step int8 "$$BIN/petseg" export petseg/weights/edge.safetensors --output "$$scratch/int8.onnx" --precision int8 \
-    --data "$$DATA/oxford-iiit-pet-native" --int8-data "$$DATA/oxford-iiit-pet-best"
+    --data "$$(part -native)" --int8-data "$$(part -best)"
 int8= && [ -f "$$scratch/int8.onnx" ] && int8="--int8 $$scratch/int8.onnx"
 measure latency --data "$$DATA" $$int8
 measure throughput --data "$$DATA" --photos 300
-measure video --data "$$DATA" --seconds 15 --rounds 2
+measure video --data "$$DATA" --seconds 10 --rounds 3
 measure scaling
 measure training --data "$$DATA"
 measure accuracy --data "$$DATA" $$int8 $${ISNET:+--isnet "$$ISNET"}

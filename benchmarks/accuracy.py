@@ -27,8 +27,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from benchmarks import photos as folders
 from benchmarks import records
-from benchmarks.embedded.measure import SETS, threshold_ignoring_border
+from benchmarks.embedded.measure import threshold_ignoring_border
 from benchmarks.latency import CHECKPOINT, told
 from benchmarks.peers.isnet import SIZE, ISNet
 from petseg.data import Pair, Split, find
@@ -98,7 +99,7 @@ ELSEWHERE: Final = (
 def accuracy(data: Path, int8: Path | None, isnet: Path | None, isnet_photos: int, photos: int | None) -> None:
     """IoU in every engine and precision, and that of a background remover."""
     remover = ISNet(isnet) if isnet else None  # first: a wrong file should not be told after minutes
-    sets = {what: sample(find(data / folder, Split.TEST), photos) for folder, what in SETS.values()}
+    sets = {what: sample(find(root, Split.TEST), photos) for what, root in folders.test_sets(data).items()}
     thresholds = thresholds_of(data)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -131,8 +132,8 @@ def sample(pairs: Sequence[Pair], photos: int | None) -> list[Pair]:
 
 def exported(data: Path, output: Path) -> Path:
     """The checkpoint in int8: calibrated on training photos, judged on validation photos, as it is for the receipts."""
-    quantize = QuantizeConfig(data=data / "oxford-iiit-pet-best")
-    parity: dict[str, Any] = {"data": data / "oxford-iiit-pet-native", "split": "test", "photos": PARITY_PHOTOS}
+    quantize = QuantizeConfig(data=folders.training_set(data))
+    parity: dict[str, Any] = {"data": folders.original_size(data), "split": "test", "photos": PARITY_PHOTOS}
     return export(CHECKPOINT, OnnxConfig(output=output, precision="int8", quantize=quantize, **parity)).path
 
 

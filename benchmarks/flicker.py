@@ -33,6 +33,7 @@ from PIL import Image, ImageOps
 
 from benchmarks import records
 from benchmarks.found import crops
+from benchmarks.photos import original_size
 from petseg.data import Pair, Split, find, read_pair
 from petseg.metrics import BORDER, PET
 from petseg_runtime import Segmenter, smoothing
@@ -416,7 +417,7 @@ def milliseconds(clip: Clip) -> float:
 def flicker(data: Path, photos: int) -> None:
     """How much --smooth calms masks, and what that costs where something moves."""
     halves: dict[str, Any] = {}
-    folder = data / "oxford-iiit-pet-native"
+    folder = original_size(data)
     with Segmenter() as segmenter:
         about = {"model": segmenter.artifact.spec.name, "input": segmenter.size, "engine": segmenter.describe().name}
         for half, split in HALVES.items():

@@ -46,7 +46,7 @@ _PATH: Final = re.compile(r"(?:(?<=file://)|(?<![\w/.)]))/(?!/)(?:[^\s/:'\"(),;]
 
 @click.command("gpu-check")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("gpu-check.json"), show_default=True)
-def gpu_check(output: Path) -> int:
+def gpu_check(output: Path) -> None:
     """Run every GPU test and benchmark; OUTPUT is the record to send back.
 
     Exit code 0: all passed; 1: something did not, and the record says what; 5: no NVIDIA GPU, and no record.
@@ -55,13 +55,13 @@ def gpu_check(output: Path) -> int:
     if not gpus:
         why = problem or "no driver, or none that this process may use"
         click.echo(f"this machine shows no NVIDIA GPU ({why}): nothing was checked, {output} was not written", err=True)
-        return EngineError.exit_code
+        sys.exit(EngineError.exit_code)
     record = collect()
     write_atomic(output, (json.dumps(without_names(record), indent=1) + "\n").encode())
     for line in summary(record):
         click.echo(line)
     click.echo(f"the record is {output}; please send it back")
-    return 1 if record["failures"] else 0
+    sys.exit(1 if record["failures"] else 0)
 
 
 def collect() -> dict[str, Any]:
@@ -246,4 +246,4 @@ def say(what: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(gpu_check.main(standalone_mode=False))
+    gpu_check()

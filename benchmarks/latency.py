@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import click
 import numpy as np
 
-from benchmarks import records
+from benchmarks import photos, records
 from benchmarks.turns import FEWEST, U8, Job, Turns, alternated, count, timed
 from petseg_runtime import cache, host
 from petseg_runtime.artifact import PROVENANCE_KEY, default_model, open_artifact, sample_photos
@@ -224,16 +224,15 @@ def ship_int8(folder: Path, data: Path, given: Path | None) -> str:
     """The model that ships in int8: the file that was given, or exported as `petseg export` would; how."""
     from petseg_export import OnnxConfig, QuantizeConfig, export
 
-    best, native = data / "oxford-iiit-pet-best", data / "oxford-iiit-pet-native"
     if given:
         (folder / "int8.onnx").symlink_to(given.resolve())
         return "int8: as given"
-    if best.is_dir() and native.is_dir():
-        quantize = QuantizeConfig(data=best)
-        export(CHECKPOINT, OnnxConfig(output=folder / "int8.onnx", precision="int8", data=native, quantize=quantize))
-        return "int8: within 0.5 points of IoU"
-    write_onnx(folder, open_artifact(default_model()).spec, ("int8",))
-    return "int8: all layers, speed only (no data to judge it on)"
+    if not data.is_dir():
+        write_onnx(folder, open_artifact(default_model()).spec, ("int8",))
+        return "int8: all layers, speed only (no data to judge it on)"
+    quantize, judge = QuantizeConfig(data=photos.training_set(data)), photos.original_size(data)
+    export(CHECKPOINT, OnnxConfig(output=folder / "int8.onnx", precision="int8", data=judge, quantize=quantize))
+    return "int8: within 0.5 points of IoU"
 
 
 def write_onnx(folder: Path, spec: ModelSpec, precisions: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from benchmarks import records
+from benchmarks import photos, records
 from petseg_export import OnnxConfig, OpenVINOConfig, QuantizeConfig, TensorRTRTXConfig, export
 from petseg_export.config import CompiledConfig, ExportConfig
 
@@ -25,10 +25,10 @@ PHOTOS = 200
 def plan(data: Path, folder: Path) -> list[ExportConfig]:
     """In an order in which each compiled form finds the ONNX file that it is made from."""
     common: dict[str, Any] = {
-        "data": data / "oxford-iiit-pet-native",
+        "data": photos.original_size(data),
         "split": "test",
         "photos": PHOTOS,
-        "quantize": QuantizeConfig(data=data / "oxford-iiit-pet-best"),
+        "quantize": QuantizeConfig(data=photos.training_set(data)),
     }
     onnx = {p: folder / f"{p}.onnx" for p in ("fp32", "fp16", "int8")}
     both = ("onnxruntime", "openvino")

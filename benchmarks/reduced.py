@@ -25,6 +25,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks import records
+from benchmarks.photos import original_size
 from petseg_runtime import Segmenter, images
 
 MARGINS: Final = (1.0, 1.5, 2.0, 3.0, 4.0)
@@ -41,7 +42,7 @@ ROUNDS: Final = 5
 @click.option("--timed", type=int, default=6, show_default=True, help="Of these, how many are timed.")
 def reduced(data: Path, photos: int, timed: int) -> None:
     """Masks from JPEGs decoded at 1/2, 1/4 and 1/8, and the time that saves."""
-    found = sorted((data / "oxford-iiit-pet-native" / "images").glob("*.jpg"))
+    found = sorted((original_size(data) / "images").glob("*.jpg"))
     paths = [found[index] for index in np.linspace(0, len(found) - 1, photos).astype(int)]
     rows = []
     with Segmenter(backend="onnxruntime") as segmenter:

@@ -3,7 +3,8 @@
     python -m benchmarks rival --data data --output runs/rival --teacher petseg/weights/edge.safetensors --epochs 42
 
 It sees the same photos, targets, augmentation, schedule and teacher as the edge network (recipe ``edge``), for as many
-epochs as it is given. Its threshold is chosen on the same validation photos; the test photos are for the figure only.
+epochs as it is given. Its thresholds are chosen on the same validation photos, one for each reading of the border, as
+those of the model that ships; the test photos are for the figures only.
 Its time is that of the same export in the same engines, in turns with the model that ships.
 """
 
@@ -23,14 +24,14 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
-from benchmarks import records
-from benchmarks.embedded.measure import SETS
+from benchmarks import photos, records
 from benchmarks.latency import told
 from benchmarks.turns import alternated, count, timed
 from petseg import checkpoint, recipes
 from petseg.config import TrainConfig, from_dict
 from petseg.data import Split, find
-from petseg.evaluate import evaluate, torch_run
+from petseg.evaluate import Evaluation, evaluate, torch_run
+from petseg.metrics import Border, best_threshold
 from petseg.model import AttentionUNet, AttentionUNetConfig
 from petseg.train import Observer, Trainer
 from petseg_export.deploy import DeployedUNet
@@ -77,15 +78,14 @@ class _Said(Observer):
 
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
-@click.option("--train", "folder", default="oxford-iiit-pet-best", show_default=True, help="What it learns from.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Where its checkpoints go.")
 @click.option("--teacher", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--epochs", type=click.IntRange(1), default=42, show_default=True)
 @click.option("--resume", is_flag=True)
-def rival(data: Path, folder: str, output: Path, teacher: Path | None, epochs: int, resume: bool) -> None:
+def rival(data: Path, output: Path, teacher: Path | None, epochs: int, resume: bool) -> None:
     """Train LR-ASPP as the edge network was, and measure it on the same test photos."""
     config = replace(from_dict(TrainConfig, recipes.load("edge")), epochs=epochs)
-    best = trained(config, data / folder, output, teacher, resume)
+    best = trained(config, photos.training_set(data), output, teacher, resume)
     values = measured(best, data)
     with (output / "log.csv").open(encoding="utf-8") as log:
         hours = sum(float(row["seconds"]) for row in csv.DictReader(log)) / 3600
@@ -110,13 +110,22 @@ def measured(path: Path, data: Path) -> dict[str, Any]:
     network.load_state_dict(loaded.tensors)
     spec = loaded.meta["spec"]
     run, height, width = torch_run(network), spec["height"], spec["width"]
+    validated = evaluate(run, find(photos.training_set(data), Split.VAL), height, width).total
+    thresholds = {border: best_threshold(validated, border) for border in Border}
     sets = {
-        what: evaluate(run, find(data / folder, Split.TEST), height, width).summary(spec["threshold"])
-        for folder, what in SETS.items()
+        what: at_each(evaluate(run, find(root, Split.TEST), height, width), thresholds)
+        for what, root in photos.test_sets(data).items()
     }
     parameters = sum(p.numel() for p in network.parameters())
-    times = timed_beside(network, ModelSpec(**spec))
-    return {"parameters": parameters, "validation": loaded.meta["validation"], "sets": sets, "times": times}
+    times = timed_beside(network, ModelSpec(name=NAME, **spec))
+    about = {"parameters": parameters, "validation": loaded.meta["validation"], "thresholds": thresholds}
+    return {**about, "sets": sets, "times": times}
+
+
+def at_each(result: Evaluation, thresholds: dict[Border, float]) -> dict[str, Any]:
+    """Each reading of the border at the threshold that was chosen for it."""
+    readings = {border: result.summary(threshold)["readings"][border] for border, threshold in thresholds.items()}
+    return {"readings": readings}
 
 
 def timed_beside(network: LrAspp, spec: ModelSpec, rounds: int = ROUNDS) -> list[dict[str, Any]]:

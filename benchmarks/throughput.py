@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from benchmarks import records
+from benchmarks.photos import of_any_use
 from petseg_runtime import Segmenter
 from petseg_runtime.engines.base import usable_cpus
 from petseg_runtime.sinks import KINDS, ImageSink, picture
@@ -45,7 +46,7 @@ with Segmenter(backend=backend) as segmenter:
 @click.option("--rounds", type=int, default=3, show_default=True)
 def throughput(data: Path, photos: int, rounds: int) -> None:
     """Photos a second of `petseg infer FOLDER`, against its own steps and against a plain loop."""
-    folders = [data / "oxford-iiit-pet-native" / "images", data / "oxford-iiit-pet-extra-images" / "images"]
+    folders = of_any_use(data)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "photos"
         folder.mkdir()

@@ -20,6 +20,7 @@ from typing import Any, Final
 import click
 
 from benchmarks import records
+from benchmarks.photos import training_set
 from petseg import recipes
 from petseg_runtime.engines.base import usable_cpus
 from petseg_runtime.host import nvidia_gpus
@@ -75,7 +76,7 @@ def training(data: Path, epochs: int, device: str) -> None:
     """Photos a second of `petseg train` for each of the recipes' networks."""
     rows = []
     for run in RUNS:
-        rows.append(one(run, data / "oxford-iiit-pet-best", epochs, device))
+        rows.append(one(run, training_set(data), epochs, device))
         rate, wait = rows[-1]["images_per_second"], rows[-1]["share_waiting_for_data"]
         click.echo(
             f"{run.name} at {run.size}: {rate:.1f} photos/s, {100 * wait:.1f} % of the time waiting for data", err=True

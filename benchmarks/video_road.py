@@ -22,6 +22,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from PIL import Image, ImageOps
 
 from benchmarks import records
+from benchmarks.photos import original_size
 from benchmarks.reduced import iou
 from petseg_runtime import Segmenter, images, video
 from petseg_runtime.video import Converter, Frame
@@ -61,7 +62,7 @@ ROUNDS: Final = 20
 @click.option("--timed", type=int, default=6, show_default=True, help="Of these, how many are timed.")
 def video_road(data: Path, photos: int, timed: int) -> None:
     """Masks of frames that FFmpeg scales from YUV to the model's size, against RGB and Pillow."""
-    found = sorted((data / "oxford-iiit-pet-native" / "images").glob("*.jpg"))
+    found = sorted((original_size(data) / "images").glob("*.jpg"))
     paths = [found[index] for index in np.linspace(0, len(found) - 1, photos).astype(int)]
     rows = []
     with Segmenter(backend="onnxruntime") as segmenter:

@@ -19,15 +19,14 @@ from pathlib import Path
 import click
 
 from benchmarks import records
+from benchmarks.photos import COPIES, NATIVE, TEST_SETS, training_set
 from petseg.data import Split, find
 from petseg.evaluate import evaluate, open_model
 from petseg.metrics import Border
 from petseg_runtime.artifact import default_model, sample_photos
 
-SETS = {
-    "embedded-test-128": ("oxford-iiit-pet-128", "3000 of 3669 test images, 128×128 copies"),
-    "embedded-test-native": ("oxford-iiit-pet-native", "242 test images at their original size (three breeds)"),
-}
+#: For each record, the photos that it tells of.
+RECORDS = {"embedded-test-128": COPIES, "embedded-test-native": NATIVE}
 STARTS = 11
 
 
@@ -37,12 +36,12 @@ def embedded(data: Path) -> None:
     """Accuracy and start-up of the embedded model."""
     command = "python -m benchmarks embedded --data DATA"
     lower = threshold_ignoring_border(data)
-    for name, (folder, what) in SETS.items():
+    for name, folder in RECORDS.items():
         pairs = find(data / folder, Split.TEST)
         with open_model(default_model()) as model:
             result = evaluate(model.run, pairs, model.height, model.width)
             values = {
-                "data": what,
+                "data": TEST_SETS[folder],
                 "model": model.describe(),
                 "metrics": result.summary(model.threshold),
                 "metrics_at_threshold_for_ignored_border": result.summary(lower),
@@ -53,7 +52,7 @@ def embedded(data: Path) -> None:
 
 def threshold_ignoring_border(data: Path) -> float:
     """The threshold, in steps of 0.05, with the best mean IoU per validation photo when the border is ignored."""
-    pairs = find(data / "oxford-iiit-pet-best", Split.VAL)
+    pairs = find(training_set(data), Split.VAL)
     with open_model(default_model()) as model:
         result = evaluate(model.run, pairs, model.height, model.width)
     return max((k / 20 for k in range(1, 20)), key=lambda t: float(result.image_ious(t, Border.IGNORED).mean()))

@@ -21,7 +21,8 @@ from typing import Any
 import click
 
 from benchmarks import records
-from benchmarks.embedded.measure import SETS, embedded
+from benchmarks.embedded.measure import RECORDS, embedded
+from benchmarks.photos import TEST_SETS, original_size
 from petseg import checkpoint as checkpoints
 from petseg_export import OnnxConfig, export
 from petseg_runtime.artifact import default_model, open_artifact
@@ -46,12 +47,12 @@ def ship(context: click.Context, checkpoint: Path, data: Path, runs: tuple[Path,
         shutil.copy(checkpoint, WEIGHTS)
     with tempfile.TemporaryDirectory() as folder:
         first = Path(folder) / "edge.onnx"
-        config = OnnxConfig(output=first, name=NAME, data=data / "oxford-iiit-pet-native", split="test", photos=PHOTOS)
+        config = OnnxConfig(output=first, name=NAME, data=original_size(data), split="test", photos=PHOTOS)
         export(WEIGHTS, config)
         shutil.copy(first, default_model())
         context.invoke(embedded, data=data)
         measured = {}
-        for name, (_, what) in SETS.items():
+        for name, what in ((name, TEST_SETS[folder]) for name, folder in RECORDS.items()):
             record = records.load(name)
             ratios = ("iou", "dice", "accuracy", "precision", "recall", "mean_image_iou")
             measured[what] = {

@@ -27,6 +27,7 @@ import click
 from benchmarks import records
 from benchmarks.peers import environments
 from benchmarks.peers.contenders import MODELS, PLAIN, Contender, ours, theirs
+from benchmarks.photos import of_any_use
 from petseg_runtime.sources import find_photos
 
 WATCH: Final = Path(__file__).with_name("watch.py")
@@ -88,8 +89,7 @@ def chosen(data: Path, photos: int, counts: Sequence[int], scratch: Path) -> dic
     Raises:
         SystemExit: There are not so many.
     """
-    sources = [data / "oxford-iiit-pet-native" / "images", data / "oxford-iiit-pet-extra-images" / "images"]
-    found = [item.source for item in find_photos([folder for folder in sources if folder.is_dir()])]
+    found = [item.source for item in find_photos(of_any_use(data))]
     if len(found) < photos:
         sys.exit(f"{data}: {len(found)} photos at their own size; {photos} are wanted: give fewer with --photos")
     picked = random.Random(0).sample(found, photos)  # mixed, so that the first few are like the rest

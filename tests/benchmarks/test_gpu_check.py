@@ -30,9 +30,10 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.skipif(nvidia_gpus() > 0, reason="there is a GPU")
-def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [["benchmarks.gpu_check"], ["benchmarks", "gpu-check"]])
+def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path, words: list[str]) -> None:
     output = tmp_path / "gpu-check.json"
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--output", str(output)]
+    command = [sys.executable, "-m", *words, "--output", str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout) == (5, "")
     assert done.stderr.startswith("this machine shows no NVIDIA GPU (")
@@ -186,10 +187,11 @@ def test_the_record_of_a_gpu_is_written_without_names(
     monkeypatch.setattr(check, "tests", lambda selection: [{"name": "a::test", "outcome": "passed"}])
     monkeypatch.setattr(check, "command", lambda *words: {"exit_code": 0, "answer": None, "said": list(words)})
     output = tmp_path / "gpu-check.json"
-    code = check.gpu_check.main(["--output", str(output)], standalone_mode=False)
+    with pytest.raises(SystemExit) as ended:
+        check.gpu_check.main(["--output", str(output)])
     text = output.read_text(encoding="utf-8")
     written = json.loads(text)
-    assert code == 1, "with no GPU behind it, no engine works on it"
+    assert ended.value.code == 1, "with no GPU behind it, no engine works on it"
     assert "no engine works on the GPU" in written["failures"]
     assert written["schema_version"] == 1
     assert written["doctor"]["gpus"][0]["name"] == "NVIDIA RTX"

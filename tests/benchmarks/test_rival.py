@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import latency, rival
-from benchmarks.rival import ENGINES, LrAspp, RivalTrainer, timed_beside
+from benchmarks import photos, rival, turns
+from benchmarks.rival import ENGINES, LrAspp, RivalTrainer, measured, timed_beside
 from petseg import checkpoint
 from petseg.config import DataConfig, TrainConfig
 from petseg_runtime.artifact import default_model, open_artifact
@@ -27,6 +28,22 @@ def test_the_rival_learns_and_comes_back_from_its_file(tmp_path: Path, oxford_ro
     assert logits.shape == (1, 1, 64, 64)
 
 
+def test_it_is_measured_on_every_test_set_that_is_there(
+    tmp_path: Path, oxford_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rival, "timed_beside", lambda network, spec: [])  # has a test of its own
+    config = TrainConfig(epochs=1, batch=2, data=DataConfig(height=64, width=64))
+    best = RivalTrainer(config, oxford_root, tmp_path / "run", device=torch.device("cpu")).fit()
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in (photos.NATIVE, photos.OFFICIAL):
+        (data / name).symlink_to(oxford_root)
+    found = json.loads(json.dumps(measured(best, data)))
+    assert list(found["sets"]) == [photos.TEST_SETS[photos.NATIVE], photos.TEST_SETS[photos.OFFICIAL]]
+    assert all(0 <= values["readings"]["pet"]["iou"] <= 1 for values in found["sets"].values())
+    assert found["parameters"] == 3_218_138
+
+
 def test_its_time_is_taken_beside_the_model_that_ships(monkeypatch: pytest.MonkeyPatch) -> None:
     height = open_artifact(default_model()).spec.height
 
@@ -34,7 +51,7 @@ def test_its_time_is_taken_beside_the_model_that_ships(monkeypatch: pytest.Monke
         assert run(batch).shape == batch.shape[:3]
         return [float(batch.shape[1])] * runs
 
-    for module in (rival, latency):
+    for module in (rival, turns):
         monkeypatch.setattr(module, "timed", by_size)
     rows = timed_beside(LrAspp().eval(), ModelSpec(name="rival", height=32, width=32), rounds=2)
     assert [row["engine"].split()[0] for row in rows] == [engine for engine, _ in ENGINES]

@@ -32,7 +32,6 @@ def test_the_command_gives_the_network_that_is_named(training: Any) -> None:
                 override(raw, value)
         config = from_dict(TrainConfig, raw)
         assert config.model.stem == run.stem
-        assert config.batch == run.batch
         assert words[words.index("--width") + 1] == str(run.width)
 
 
