@@ -141,7 +141,8 @@ def startup() -> str:
     machine = record["machine"]
     times = record["seconds"]
     return (
-        f"One photo, whole process, cold: **{record['median']:.2f} s** (median of {len(times)}, "
+        "One photo, whole process, with files and OpenVINO's compiled model in caches: "
+        f"**{record['median']:.2f} s** (median of {len(times)}, "
         f"{min(times):.2f} to {max(times):.2f}; {machine['cores']} cores of {machine['cpu']})."
     )
 
@@ -194,7 +195,7 @@ def speed() -> str:
         f"{machine['cpu']}; medians of rounds in alternation (`python -m benchmarks latency`):",
         "",
         "| engine | file | computes in | ms | times as fast as PyTorch |"
-        + (" p95, p99 ms | of the matmul peak | from file to first answer, ms | memory, MB |" if wide else ""),
+        + (" p95, p99 ms (runs) | of a matmul's speed | from file to first answer, ms | memory, MB |" if wide else ""),
         "|---|---|---|---|---|" + ("---|---|---|---|" if wide else ""),
     ]
     lines += [
@@ -202,6 +203,7 @@ def speed() -> str:
         f"| {row['times_faster_than_pytorch']:.1f} |{engine_alone(row) if wide else ''}"
         for row in latency["rows"]
     ]
+    lines += ["", BESIDE_THE_TIME] if wide else []
     lines += ["", *relatives(latency)] if latency.get("networks") else []
     lines += [
         "",
@@ -219,6 +221,15 @@ def speed() -> str:
             f"| {rate['loop']:.0f} | {row['ratio_to_loop']:.1f} |"
         )
     return "\n".join([*lines, *scaling(), *training()])
+
+
+#: What the columns of the first table mean.
+BESIDE_THE_TIME: Final = (
+    "Of a matmul's speed: the network's multiplications at the rate of the machine's fastest 1024 × 1024 matmul in the "
+    "same precision and the same minutes, over its time; that is a yardstick, which a wide convolution can pass. First "
+    "answer and memory are those of a process that has imported the library; a process as a whole is told "
+    "[below](#whole-processes)."
+)
 
 
 def scaling() -> list[str]:
@@ -260,7 +271,7 @@ def engine_alone(row: dict[str, Any]) -> str:
     """The other columns of an engine: how its times spread, its share of the peak, its start, its memory."""
     share, start = row["share_of_matmul_peak"], row["load_ms"] + row["first_run_ms"]
     of_peak = f"{100 * share:.0f} %" if share else ""
-    return f" {row['p95']:.2f}, {row['p99']:.2f} | {of_peak} | {start:.0f} | {row['memory_mb']:.0f} |"
+    return f" {row['p95']:.2f}, {row['p99']:.2f} ({row['runs']}) | {of_peak} | {start:.0f} | {row['memory_mb']:.0f} |"
 
 
 def relatives(latency: dict[str, Any]) -> list[str]:
@@ -273,8 +284,8 @@ def relatives(latency: dict[str, Any]) -> list[str]:
         work = group["operations"] / 1e9
         heads.append(f"{name}, {height} × {width}, batch {group['batch']} ({work:.1f} GFLOP)")
     lines = [
-        "Other sizes of the family, and several photos at a time: ms a run, and the share of what the machine's own "
-        "matmuls reach in the same precision in the same minutes; weights of networks that do not ship are random.",
+        "Other sizes of the family, and several photos at a time: ms a run, and the share of a matmul's speed; weights "
+        "of networks that do not ship are random.",
         "",
         f"| engine | file | computes in | {' | '.join(heads)} |",
         f"|---|---|---|{'---|' * len(heads)}",

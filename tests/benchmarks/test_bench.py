@@ -47,15 +47,23 @@ def report(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def group(**values: Any) -> dict[str, Any]:
     row = {"engine": "openvino 1", "stored": "fp32", "precision": "bf16", "median": 7.04}
-    wide = {"share_of_matmul_peak": 0.351, "load_ms": 90, "first_run_ms": 11, "memory_mb": 51.2, "p95": 8, "p99": 9}
+    wide = {
+        "share_of_matmul_peak": 0.351,
+        "load_ms": 90,
+        "first_run_ms": 11,
+        "memory_mb": 51.2,
+        "p95": 8,
+        "p99": 9,
+        "runs": 140,
+    }
     rows = [{**row, **wide, "times_faster_than_pytorch": 2.5}]
     return {"model": "petseg edge", "size": [160, 160], "batch": 1, "operations": 2.4e9, "rows": rows, **values}
 
 
 def test_the_other_columns_of_an_engine(report: Any) -> None:
     (row,) = group()["rows"]
-    assert report.engine_alone(row) == " 8.00, 9.00 | 35 % | 101 | 51 |"
-    assert report.engine_alone({**row, "share_of_matmul_peak": None}) == " 8.00, 9.00 |  | 101 | 51 |"
+    assert report.engine_alone(row) == " 8.00, 9.00 (140) | 35 % | 101 | 51 |"
+    assert report.engine_alone({**row, "share_of_matmul_peak": None}) == " 8.00, 9.00 (140) |  | 101 | 51 |"
 
 
 def test_other_networks_are_columns(report: Any) -> None:
