@@ -49,7 +49,6 @@ def versions() -> dict[str, str]:
 
 def write(name: str, command: str, values: dict[str, Any]) -> Path:
     """Write the record ``results/NAME.json``; a name may hold a folder."""
-    artifact = open_artifact(default_model())
     record = {
         "schema_version": 1,
         "command": command,
@@ -57,7 +56,7 @@ def write(name: str, command: str, values: dict[str, Any]) -> Path:
         "commit": git("rev-parse", "HEAD").strip() or None,
         # Of what was measured, what the commit does not have; records and the README's tables are made on the way.
         "uncommitted": git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md").splitlines(),
-        "shipped_model": f"{artifact.spec.name}, {artifact.identity[:12]}",
+        "shipped_model": shipped_model(),
         "machine": machine(),
         "versions": versions(),
         **values,
@@ -66,6 +65,12 @@ def write(name: str, command: str, values: dict[str, Any]) -> Path:
     path.parent.mkdir(exist_ok=True)
     write_atomic(path, (json.dumps(record, indent=2) + "\n").encode())
     return path
+
+
+def shipped_model() -> str:
+    """The model in the package: its name, and the beginning of its digest."""
+    artifact = open_artifact(default_model())
+    return f"{artifact.spec.name}, {artifact.identity[:12]}"
 
 
 def git(*arguments: str) -> str:

@@ -363,9 +363,10 @@ def video() -> str:
     frames = [source["frames"] for source in live["sources"]]
     rss = live["memory"]["rss_mb"]
     whole = all(source["accounted"] and source["all_in_files"] for source in live["sources"])
+    model = "" if live.get("shipped_model") == records.shipped_model() else ", with an earlier embedded model"
     lines += [
         "",
-        f"Live sources (RTSP, UDP, HTTP at once, {live['minutes']:.0f} minutes, overlays in pieces): "
+        f"Live sources (RTSP, UDP, HTTP at once, {live['minutes']:.0f} minutes, overlays in pieces{model}): "
         f"{live['disconnects']} disconnects, {live['changes_of_size']} changes of size, "
         f"{100 * live['packet_loss']:.0f} % of UDP's packets lost, one silence of {live['frozen_seconds']:.0f} s: "
         f"{sum(f['decoded'] for f in frames)} frames decoded, {sum(f['delivered'] for f in frames)} written, "
