@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from petseg_runtime.artifact import default_model, sample_photos
-    from petseg_runtime.errors import PetsegError
+    from petseg_runtime.errors import EngineError, InputError, ModelError, PetsegError
     from petseg_runtime.images import Photo
     from petseg_runtime.result import Segmentation
     from petseg_runtime.segmenter import Segmenter
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "EngineError",
+    "InputError",
+    "ModelError",
     "ModelSpec",
     "PetsegError",
     "Photo",
@@ -32,6 +35,9 @@ __all__ = [
 
 # Imported when first used, so that `petseg --help` and `--version` load neither numpy nor pillow.
 _HOMES = {
+    "EngineError": "errors",
+    "InputError": "errors",
+    "ModelError": "errors",
     "ModelSpec": "spec",
     "PetsegError": "errors",
     "Photo": "images",

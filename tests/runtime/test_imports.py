@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -168,6 +169,22 @@ def test_every_name_a_module_offers_exists(name: str) -> None:
     assert len(set(offered)) == len(offered)
     for item in offered:
         assert getattr(module, item) is not None
+
+
+READMES = ("README.md", "runtime/README.md")
+
+
+def readme_imports() -> list[str]:
+    """The import lines of all Python that the READMEs show."""
+    root = Path(__file__).parents[2]
+    shown = (re.findall(r"```python\n(.*?)```", (root / name).read_text(encoding="utf-8"), re.S) for name in READMES)
+    lines = (line for blocks in shown for block in blocks for line in block.splitlines())
+    return sorted({line for line in lines if line.startswith(("import ", "from "))})
+
+
+@pytest.mark.parametrize("line", readme_imports())
+def test_what_the_readmes_import_can_be_imported(line: str) -> None:
+    exec(line, {})
 
 
 def test_the_package_refuses_a_name_it_does_not_have() -> None:
