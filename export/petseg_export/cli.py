@@ -13,13 +13,12 @@ import click
 
 from petseg_export.config import QuantizeConfig
 from petseg_export.registry import FORMATS, why_not
-from petseg_runtime.cli.text import parse_size
+from petseg_runtime.cli.text import PATH, parse_size
 from petseg_runtime.errors import DataError
 from petseg_runtime.spec import PRECISIONS
 
 __all__ = ["export"]
 
-PATH = click.Path(path_type=Path)
 SCHEMA_VERSION = 2
 
 

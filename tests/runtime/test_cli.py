@@ -448,6 +448,29 @@ def test_an_area_outside_its_bounds_is_2(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["infer", ""],
+        ["infer", "cat.jpg", ""],
+        *(["infer", "cat.jpg", option, ""] for option in ("--output", "--model", "--background")),
+        ["info", ""],
+        ["benchmark", ""],
+        ["verify", "--output", ""],
+    ],
+    ids=" ".join,
+)
+def test_a_name_that_is_empty_is_2_and_never_the_current_folder(
+    photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str]
+) -> None:
+    monkeypatch.chdir(photo.parent)
+    assert run(args) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith("it is empty; is a variable not set?\n")
+    assert files(photo.parent) == {"cat.jpg"}
+
+
 def test_the_kinds_that_are_offered_are_those_that_can_be_written() -> None:
     (option,) = (parameter for parameter in infer.params if parameter.name == "kind")
     assert set(getattr(option.type, "choices", ())) == set(KINDS) | set(VIDEO_FORMATS)

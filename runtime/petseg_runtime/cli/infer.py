@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from petseg_runtime.cli.text import PATH, SCHEMA_VERSION, UNIT, parse_size, shown
+from petseg_runtime.cli.text import NAME, PATH, SCHEMA_VERSION, UNIT, parse_size, shown
 from petseg_runtime.errors import EXIT_PARTIAL, InputError, OutputError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio
 
 
 @click.command()
-@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.argument("sources", nargs=-1, required=True, type=NAME, metavar="SOURCE...")
 @click.option("--model", type=PATH, help="A file that `petseg export` made.  [default: the one that ships]")
 @click.option("--output", type=PATH, help="Folder for the results; - is stdout.  [default: petseg-output/KIND]")
 @click.option(
@@ -48,7 +48,9 @@ VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio
     type=click.Choice(["png", "jpg", "webp", "mp4", "webm"]),
     help="Of pictures and videos; png of a video: a picture for each frame.  [default: what is usual for the kind]",
 )
-@click.option("--background", metavar="COLOUR|FILE", help="What to put behind the pet: white, '#00ff00', beach.jpg.")
+@click.option(
+    "--background", type=NAME, metavar="COLOUR|FILE", help="What to put behind the pet: white, '#00ff00', beach.jpg."
+)
 @click.option("--threshold", type=UNIT, help="Pet from this probability on, 0 to 1.  [default: the model's own]")
 @click.option("--min-area", type=AREA, default=0.0, help="Drop regions below this share of the picture, 0 to 1.")
 @click.option("--backend", default="auto", show_default=True, help="The engine: onnxruntime, openvino, ...")

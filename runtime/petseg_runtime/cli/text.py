@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 
-__all__ = ["PATH", "SCHEMA_VERSION", "UNIT", "parse_size", "shown"]
+__all__ = ["NAME", "PATH", "SCHEMA_VERSION", "UNIT", "parse_size", "shown"]
 
 #: Of everything that is printed as JSON.
 SCHEMA_VERSION: Final = 1
 
-PATH: Final = click.Path(path_type=Path)
+_EMPTY: Final = "it is empty; is a variable not set?"
+
+
+class _Path(click.Path):
+    """A path, but no empty one: that of a variable that is not set would be the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does; what is empty is wrong usage."""
+        if not os.fspath(value):
+            self.fail(_EMPTY, param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class _Name(click.types.StringParamType):
+    """The same for what may be more than a path: a URL, a camera's number, a colour."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does; what is empty is wrong usage."""
+        if not value:
+            self.fail(_EMPTY, param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH: Final = _Path(path_type=Path)
+NAME: Final = _Name()
 UNIT: Final = click.FloatRange(0, 1, min_open=True, max_open=True)
 
 
