@@ -6,6 +6,7 @@ nothing to get wrong between the machine that trained a model and the device tha
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -116,9 +117,7 @@ def read(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: tuple[i
     except Image.DecompressionBombError as error:
         raise ImageTooLarge(f"{name}: {error} (limit of Pillow): make it smaller first") from error
     except UnidentifiedImageError as error:
-        raise UnreadableImage(
-            f"{name}: not an image that can be read (its contents fit none of {', '.join(_formats())})"
-        ) from error
+        raise UnreadableImage(f"{name}: {_what_else(source)}") from error
     except InputError:
         raise
     except MemoryError as error:
@@ -227,6 +226,18 @@ def _opened(source: Any, name: str) -> Any:
 def _formats() -> tuple[str, ...]:
     """``_FORMATS``, and what phones take photos in, where a plug-in for it has been registered with Pillow."""
     return (*_FORMATS, "HEIF") if "HEIF" in Image.OPEN else _FORMATS
+
+
+def _what_else(source: Any) -> str:
+    """Why what fits no format cannot be read; there is a remedy for what phones take photos in."""
+    head = source[:12] if isinstance(source, bytes) else b""
+    if isinstance(source, (str, os.PathLike)):
+        with contextlib.suppress(OSError), Path(source).open("rb") as file:
+            head = file.read(12)
+    kind = head[8:10] if head[4:8] == b"ftyp" else b""  # of heic, heix, hevc, ..., mif1, msf1
+    if kind in (b"he", b"mi", b"ms") and "HEIF" not in _formats():
+        return "HEIC, which cannot be read: convert it to JPEG, or in Python install and register pillow-heif"
+    return f"not an image that can be read (its contents fit none of {', '.join(_formats())})"
 
 
 def _check_pixels(width: int, height: int, name: str, max_pixels: int) -> None:

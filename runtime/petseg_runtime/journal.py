@@ -18,11 +18,10 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from petseg_runtime.errors import OutputError
-from petseg_runtime.sources import Item
+from petseg_runtime.sources import JOURNAL, Item
 
 __all__ = ["JOURNAL", "Journal"]
 
-JOURNAL: Final = ".petseg-run.ndjson"
 SCHEMA_VERSION: Final = 1
 
 #: What :func:`petseg_runtime.files.replacing` leaves behind when the process is killed.

@@ -11,8 +11,8 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import IO, Final
 from urllib.parse import urlsplit
@@ -22,6 +22,8 @@ from petseg_runtime.images import MAX_BYTES
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "JOURNAL",
+    "RESULTS",
     "STDIN",
     "VIDEO_SUFFIXES",
     "Item",
@@ -37,9 +39,18 @@ __all__ = [
 #: Standard input, on the command line.
 STDIN: Final = Path("-")
 
-#: What is taken from a folder; a file that is named outright is tried whatever its suffix.
+#: Where results go unless another folder is named, and what a run over several files notes there. Searches pass over
+#: such folders: else a second run would segment the results of the first.
+RESULTS: Final = "petseg-output"
+JOURNAL: Final = ".petseg-run.ndjson"
+
+#: What is taken from a folder; a file that is named outright is tried whatever its suffix. HEIC, the photos of phones,
+#: cannot be read without a plug-in for Pillow: taken all the same, they are named and counted.
 IMAGE_SUFFIXES: Final = frozenset(
-    {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+    {
+        *(".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".png", ".ppm"),
+        *(".tif", ".tiff", ".webp"),
+    }
 )
 
 #: The same for videos.
@@ -97,6 +108,7 @@ def find_photos(
     output: Path | None = None,
     suffixes: frozenset[str] = IMAGE_SUFFIXES,
     pipe: bytes | None = None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> list[Item]:
     """What to segment, in a stable order, with names that keep the folders' structure and never collide.
 
@@ -108,10 +120,12 @@ def find_photos(
         paths: Files, folders to be searched with all their sub-folders, patterns such as ``photos/**/*.jpg`` (for
             shells that do not expand them), and ``-`` for an image on standard input. With several folders, each
             one's own name is the first part of its results' names; below a pattern, the part without wildcards is
-            left out of them.
+            left out of them. While searching, links to folders are not followed, and folders with results of petseg
+            are passed over; one that is named is taken whatever it is.
         output: Where results will be written; a search passes over it.
         suffixes: What is taken from folders.
         pipe: What came on standard input; None: it is read here.
+        tell: Told of each folder that was passed over and may be missed.
 
     Returns:
         One item per photo. What does not exist is an item too: it will fail and be counted.
@@ -122,21 +136,23 @@ def find_photos(
     if sum(path == STDIN for path in paths) > 1:
         raise InputError("standard input (-) can be read once only")
     several = sum(_is_folder(path) for path in paths) > 1
-    skipped = Path(os.path.realpath(output)) if output else None  # Path.resolve raises on a loop of links
+    search = _Search(os.path.realpath(output) if output else None, suffixes)  # Path.resolve raises on a loop of links
     found: list[tuple[Path, PurePath, str | None]] = []
     for path in paths:
         if _is_folder(path):
             own_name = PurePath(path.resolve().name or "root")
             prefix = own_name if several else PurePath()
-            for file, problem in _walk(path, skipped, suffixes):
+            for file, problem in search.below(path):
                 relative = prefix / file.relative_to(path)
                 found.append((file, relative if relative.name else own_name, problem))
         elif path == STDIN:
             found.append((path, PurePath("stdin"), None))
         elif glob.has_magic(str(path)) and not os.path.lexists(path):
-            found += _matching(path, skipped, suffixes)
+            found += search.matching(path)
         else:
             found.append((path, PurePath(path.name), None))
+    for folder, why in sorted(search.passed.items()):
+        tell(f"{folder}: {why}")
     names = _unique([relative for _, relative, _ in found])
     return [
         Item(file, name, problem, (from_pipe()[1] if pipe is None else pipe) if file == STDIN else None)
@@ -290,23 +306,91 @@ def _standard_input() -> IO[bytes]:
         return sys.stdin.buffer
 
 
-def _matching(pattern: Path, skipped: Path | None, suffixes: frozenset[str]) -> list[tuple[Path, PurePath, str | None]]:
-    """Photos that fit a pattern, sorted, and those in folders that fit it; none is a problem, not a silence."""
-    fixed = pattern
-    while glob.has_magic(str(fixed)):
-        fixed = fixed.parent
-    if skipped and Path(os.path.realpath(fixed)).is_relative_to(skipped):  # it is asked for by name
-        skipped = None
-    found: list[tuple[Path, PurePath, str | None]] = []
-    for match in sorted(glob.glob(str(pattern), recursive=True)):  # noqa: PTH207 (Path.glob takes relative ones only)
-        path = Path(match)
-        if skipped and Path(os.path.realpath(path)).is_relative_to(skipped):
-            continue
-        files = _walk(path, skipped, suffixes) if _is_folder(path) else [(path, None)]
-        # With `**` a folder and the files in it both fit: each photo is taken once.
-        found += [(file, file.relative_to(fixed), problem) for file, problem in files]
-    once = list({file: (file, relative, problem) for file, relative, problem in found}.values())
-    return once or [(pattern, PurePath("pattern"), f"{pattern}: no file fits this pattern")]
+@dataclass
+class _Search:
+    """What is taken from folders and patterns.
+
+    Attributes:
+        output: Where results will be written, a real path; it is passed over.
+        suffixes: What is taken from folders.
+        passed: Folders that were passed over and may be missed, and why.
+    """
+
+    output: str | None
+    suffixes: frozenset[str]
+    passed: dict[Path, str] = field(default_factory=dict)
+
+    def below(self, top: Path) -> Iterator[tuple[Path, str | None]]:
+        """Photos below a folder, sorted; a folder that cannot be listed is a problem, not a silence."""
+        for folder, files, problem in self._folders(top):
+            if problem:
+                yield folder, problem
+            yield from ((folder / name, None) for name in files if Path(name).suffix.lower() in self.suffixes)
+
+    def matching(self, pattern: Path) -> list[tuple[Path, PurePath, str | None]]:
+        """Photos that fit a pattern, sorted, and those in folders that fit it; none is a problem, not a silence."""
+        fixed = pattern
+        while glob.has_magic(str(fixed)):
+            fixed = fixed.parent
+        matches = sorted(set(self._fitting(fixed, pattern.relative_to(fixed).parts)), key=str)
+        # The folders that wildcards stand for: what comes before these is asked for by name.
+        ways = [
+            {way for way in (match, *match.parents) if way != fixed and way.is_relative_to(fixed)} for match in matches
+        ]
+        passed = {folder for folder in set().union(*ways) if not self._is_searched(folder)}
+        found: list[tuple[Path, PurePath, str | None]] = []
+        for match in (match for match, way in zip(matches, ways, strict=True) if way.isdisjoint(passed)):
+            files = self.below(match) if _is_folder(match) else [(match, None)]
+            # With `**` a folder and the files in it both fit: each photo is taken once.
+            found += [(file, file.relative_to(fixed), problem) for file, problem in files]
+        once = list({file: (file, relative, problem) for file, relative, problem in found}.values())
+        return once or [(pattern, PurePath("pattern"), f"{pattern}: no file fits this pattern")]
+
+    def _fitting(self, base: Path, parts: tuple[str, ...]) -> Iterator[Path]:
+        """What fits the parts of a pattern, below a folder.
+
+        ``**`` is ours: that of ``glob`` follows links to folders, for ever if two lead to each other, and that of
+        ``pathlib`` takes hidden ones, and files at its end from Python 3.13 on only.
+        """
+        if "**" not in parts:
+            yield from (base / match for match in glob.glob(str(PurePath(*parts)), root_dir=base))  # noqa: PTH207
+            return
+        before, after = parts[: parts.index("**")], parts[parts.index("**") + 1 :]
+        for start in filter(_is_folder, self._fitting(base, before) if before else [base]):
+            for folder, files, problem in self._folders(start):
+                if problem:
+                    yield folder  # searching it will say so
+                yield from self._fitting(folder, after) if after else (folder / name for name in files)
+
+    def _folders(self, top: Path) -> Iterator[tuple[Path, list[str], str | None]]:
+        """A folder and those below it, sorted, with the files in them; last those that cannot be listed, and why."""
+        problems: list[OSError] = []
+        for where, folders, files in os.walk(top, onerror=problems.append):
+            here = Path(where)
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and self._is_searched(here / name))
+            yield here, sorted(name for name in files if not name.startswith(".")), None
+        for error in problems:
+            yield Path(str(error.filename)), [], f"{error.filename}: the folder cannot be listed ({error.strerror})"
+
+    def _is_searched(self, folder: Path) -> bool:
+        """Whether a search that comes by goes into a folder."""
+        return not self._is_link(folder) and not self._is_results(folder)
+
+    def _is_link(self, folder: Path) -> bool:
+        """Links to folders are not followed: they may lead in circles, and to photos that were taken already."""
+        if not folder.is_symlink() or not _is_folder(folder):
+            return False
+        self.passed[folder] = "a link to a folder, which is not followed: to take its photos, name it"
+        return True
+
+    def _is_results(self, folder: Path) -> bool:
+        """What petseg has written, or is about to, is not what to segment next."""
+        if folder.name == RESULTS or os.path.realpath(folder) == self.output:
+            return True
+        if not os.path.lexists(folder / JOURNAL):
+            return False
+        self.passed[folder] = "results of an earlier run, which are passed over: to take them, name it"
+        return True
 
 
 def _is_folder(path: Path) -> bool:
@@ -314,19 +398,6 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir()
     except OSError:  # a name that is too long, or a folder on the way that may not be entered: reading it will say so
         return False
-
-
-def _walk(folder: Path, skipped: Path | None, suffixes: frozenset[str]) -> Iterator[tuple[Path, str | None]]:
-    """Photos below a folder, sorted; a folder that cannot be listed is a problem, not a silence."""
-    problems: list[OSError] = []
-    for where, folders, files in os.walk(folder, onerror=problems.append):
-        here = Path(where)
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and (here / f).resolve() != skipped)
-        for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in suffixes:
-                yield here / name, None
-    for error in problems:
-        yield Path(str(error.filename)), f"{error.filename}: the folder cannot be listed ({error.strerror})"
 
 
 def _unique(relatives: Sequence[PurePath]) -> list[PurePath]:

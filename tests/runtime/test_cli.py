@@ -858,6 +858,28 @@ def test_standard_input_twice_is_1(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not (tmp_path / "out").exists()
 
 
+def test_what_a_search_passes_over_is_named_on_stderr(
+    reds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    (photos / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    (photos / "more").symlink_to(tmp_path)
+    assert run([*reds, str(tmp_path / "out")]) == 3
+    link, heic = capsys.readouterr().err.splitlines()
+    assert link == f"petseg: {photos / 'more'}: a link to a folder, which is not followed: to take its photos, name it"
+    assert heic.startswith(f"petseg: {photos / 'phone.heic'}: HEIC, which cannot be read: convert it to JPEG")
+    assert run([*reds, str(tmp_path / "quiet"), "--quiet"]) == 3
+    assert capsys.readouterr().err == heic + "\n"
+
+
+def test_the_results_of_one_kind_are_no_sources_of_another(reds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(reds[1])
+    monkeypatch.chdir(folder)
+    for kind in ("overlay", "cutout", "mask"):
+        assert run(["infer", ".", *reds[2:4], "--as", kind]) == 0
+        assert len(files(folder / "petseg-output" / kind) - {JOURNAL}) == 5
+
+
 # ------------------------------------------------------------------------------------- hard names, hard sizes
 
 

@@ -944,3 +944,16 @@ def test_a_16_bit_pgm_is_scaled_like_any_16_bit_grey(tmp_path: Path) -> None:
     photo = images.read(path)
     assert photo.pixels[0, :, 0].tolist() == [0, 128, 255]
     assert any("16-bit" in note for note in photo.notes)
+
+
+HEIC = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic"
+
+
+def test_heic_has_a_remedy_whatever_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for source in (HEIC, tmp_path / "phone.heic", str(tmp_path / "renamed.jpg")):
+        if not isinstance(source, bytes):
+            Path(source).write_bytes(HEIC)
+        with pytest.raises(
+            UnreadableImage, match=r"HEIC, which cannot be read: convert it to JPEG, or .* pillow-heif$"
+        ):
+            read(source)

@@ -304,6 +304,83 @@ def test_an_unreadable_folder_below_a_pattern_is_a_problem(tmp_path: Path, monke
     assert str(problem.problem) == f"{tmp_path / 'secret'}: the folder cannot be listed (Permission denied)"
 
 
+# --------------------------------------------------------------------------- what a search passes over
+
+
+def told(paths: list[Path], output: Path | None = None) -> tuple[list[str], list[str]]:
+    """The names of what is found, and what is told of what was passed over."""
+    notes: list[str] = []
+    return names(find_photos(paths, output, tell=notes.append)), notes
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.jpg", "**", "*"])
+def test_results_of_earlier_runs_are_passed_over(tmp_path: Path, pattern: str) -> None:
+    """Of other kinds, too, which lie in other folders than this run's."""
+    touch(tmp_path, "cat.jpg", "petseg-output/overlay/cat.jpg", "a/petseg-output/mask/dog.jpg", "a/dog.jpg")
+    touch(tmp_path, "masks/.petseg-run.ndjson", "masks/cat.jpg", "masks/deep/cat.jpg")
+    found, notes = told([tmp_path / pattern], tmp_path / "petseg-output" / "cutout")
+    assert sorted(found) == ["a/dog", "cat"]
+    assert notes == [f"{tmp_path / 'masks'}: results of an earlier run, which are passed over: to take them, name it"]
+
+
+def test_of_this_runs_own_output_nothing_is_told(tmp_path: Path) -> None:
+    touch(tmp_path, "cat.jpg", "out/.petseg-run.ndjson", "out/cat.jpg")
+    assert told([tmp_path], tmp_path / "out") == (["cat"], [])
+    assert told([tmp_path / "**"], tmp_path / "out") == (["cat"], [])
+
+
+def test_results_that_are_named_are_taken(tmp_path: Path) -> None:
+    touch(tmp_path, "petseg-output/overlay/cat.jpg", "petseg-output/overlay/.petseg-run.ndjson")
+    for named in ("overlay", "overlay/*.jpg", "overlay/**/*.jpg", "overlay/**"):
+        assert told([tmp_path / "petseg-output" / named]) == (["cat"], []), named
+
+
+def links(root: Path) -> list[str]:
+    """A folder with two photos, and links to folders: in a circle, to each other, and to elsewhere."""
+    touch(root, "in/cat.jpg", "in/a/dog.jpg", "else/bird.jpg")
+    (root / "in" / "a" / "up").symlink_to("..", target_is_directory=True)
+    (root / "in" / "a" / "again").symlink_to("..", target_is_directory=True)
+    (root / "in" / "b").symlink_to(root / "else", target_is_directory=True)
+    why = "a link to a folder, which is not followed: to take its photos, name it"
+    return [f"{root / 'in' / name}: {why}" for name in ("a/again", "a/up", "b")]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "photos"),
+    [
+        *((pattern, ["a/dog", "cat"]) for pattern in ("", "*", "**", "**/*", "**/*.jpg", "**/**/*.jpg")),
+        *((pattern, ["a/dog"]) for pattern in ("*/*.jpg", "[ab]/**", "*/**/*", "**/*/*.jpg")),
+    ],
+)
+def test_links_to_folders_are_told_of_and_not_followed(tmp_path: Path, pattern: str, photos: list[str]) -> None:
+    possible = links(tmp_path)
+    found, notes = told([tmp_path / "in" / pattern])
+    assert sorted(found) == photos
+    assert notes
+    assert set(notes) <= set(possible)
+
+
+def test_a_link_to_a_folder_that_is_named_is_followed(tmp_path: Path) -> None:
+    links(tmp_path)
+    assert told([tmp_path / "in" / "b"]) == (["bird"], [])
+    assert told([tmp_path / "in" / "b" / "**" / "*.jpg"]) == (["bird"], [])
+
+
+def test_links_to_files_are_taken(tmp_path: Path) -> None:
+    touch(tmp_path, "else/cat.jpg", "in/dog.jpg")
+    (tmp_path / "in" / "cat.jpg").symlink_to(tmp_path / "else" / "cat.jpg")
+    for pattern in ("", "**", "*.jpg"):
+        assert told([tmp_path / "in" / pattern]) == (["cat", "dog"], [])
+
+
+def test_a_pattern_says_what_it_cannot_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a/1.jpg", "secret/2.jpg")
+    deny(monkeypatch, tmp_path / "secret")
+    found, problem = find_photos([tmp_path / "**" / "*.jpg"])
+    assert found.source == tmp_path / "a" / "1.jpg"
+    assert str(problem.problem) == f"{tmp_path / 'secret'}: the folder cannot be listed (Permission denied)"
+
+
 # ------------------------------------------------------------------------------------------ standard input
 
 

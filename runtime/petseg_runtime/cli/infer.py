@@ -113,10 +113,11 @@ def infer(
     from petseg_runtime.batch import segment_photos
     from petseg_runtime.journal import Journal
     from petseg_runtime.sinks import KINDS
+    from petseg_runtime.sources import RESULTS
 
     kind = kind or ("background" if background else "cutout")
     to_stdout = output == Path("-") or (sources == ("-",) and output is None)
-    folder = None if to_stdout else output or Path("petseg-output") / kind
+    folder = None if to_stdout else output or Path(RESULTS) / kind
     coco = kind.startswith("coco")
     if folder is None and (as_json or resume or coco or kind == "lines"):
         raise OutputError(
@@ -124,7 +125,7 @@ def infer(
         )
     looks = {"as": kind, "format": options.pop("format"), "background": background}
     of_video = {name: options.pop(name) for name in VIDEO_OPTIONS}
-    found = _find(sources, folder, raw, _pairs(input_option))
+    found = _find(sources, folder, raw, _pairs(input_option), quiet)
     _check(found, of_video | {"input_option": input_option}, kind, looks["format"], background)
     made = _made(found, folder, looks, of_video, resume) if found.streams else None
     with contextlib.ExitStack() as stack:
@@ -181,7 +182,7 @@ class _Found:
         return any(origin.options is not None and isinstance(origin.target, str) for origin in self.streams)
 
 
-def _find(sources: Sequence[str], folder: Path | None, raw: str | None, options: dict[str, str]) -> _Found:
+def _find(sources: Sequence[str], folder: Path | None, raw: str | None, options: dict[str, str], quiet: bool) -> _Found:
     """Tell photos, videos and streams apart.
 
     Raises:
@@ -211,7 +212,7 @@ def _find(sources: Sequence[str], folder: Path | None, raw: str | None, options:
         if origin:
             streams.append(origin)
             paths.remove(STDIN)
-    items = find_photos(paths, folder, IMAGE_SUFFIXES | VIDEO_SUFFIXES, pipe)
+    items = find_photos(paths, folder, IMAGE_SUFFIXES | VIDEO_SUFFIXES, pipe, lambda what: _say(what, quiet))
     videos = [item for item in items if is_video(item)]
     streams[:0] = [Origin(str(video.source), str(video.source), video.name) for video in videos]
     if not items and not streams:
@@ -367,7 +368,7 @@ def _segmenter(
         size=None if size is None else parse_size(size),
         threshold=threshold,
         cutout_threshold=threshold,
-        tell=None if quiet else lambda what: click.echo(f"petseg: {shown(what)}", err=True),
+        tell=lambda what: _say(what, quiet),
     )
 
 
@@ -386,14 +387,19 @@ def _settings(segmenter: Segmenter) -> dict[str, Any]:
 
 def _tell(segmenter: Segmenter, verbose: bool, quiet: bool) -> None:
     engine = segmenter.describe()
-    for note in () if quiet else engine.notes:
-        click.echo(f"petseg: {shown(note)}", err=True)
+    for note in engine.notes:
+        _say(note, quiet)
     if verbose:
         click.echo(
             f"{shown(segmenter.artifact.spec.name)} in {engine.name} {engine.version} on {engine.device}, "
             f"{engine.precision}, {engine.threads} threads",
             err=True,
         )
+
+
+def _say(note: str, quiet: bool) -> None:
+    if not quiet:
+        click.echo(f"petseg: {shown(note)}", err=True)
 
 
 class _watcher:  # noqa: N801 (used like a function)
