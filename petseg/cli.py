@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import io
 import sys
@@ -11,9 +13,12 @@ from typing import Any
 import click
 
 from petseg_runtime import __version__
-from petseg_runtime.errors import EXIT_INTERRUPTED, MissingExtra, PetsegError
+from petseg_runtime.errors import EXIT_INTERRUPTED, MissingExtra, OutputError, PetsegError
 
 __all__ = ["COMMANDS", "main"]
+
+#: What a disk says that is full, or that this user may write no more to.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,14 @@ def run(args: list[str]) -> int:
         # The reader of our output went away (`| head`): not an error of ours, and nobody is left to tell.
         sys.stderr.close()
         return 1
+    except OSError as error:
+        # Whoever writes a file tells which one cannot be written; what is left is standard output.
+        if error.errno not in FULL or error.filename is not None:
+            raise
+        click.echo(f"petseg: standard output cannot be written to ({error.strerror})", err=True)
+        with contextlib.suppress(OSError):
+            sys.stdout.close()  # else Python would try again at the end, and say so
+        return OutputError.exit_code
 
 
 if __name__ == "__main__":

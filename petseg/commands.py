@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from petseg_runtime.cli.text import parse_size
+from petseg_runtime.cli.text import UNIT, parse_size
 from petseg_runtime.errors import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["data", "evaluate", "train"]
 
 PATH = click.Path(path_type=Path)
-UNIT = click.FloatRange(0, 1, min_open=True, max_open=True)
 
 
 def _progress(quiet: bool) -> Progress:

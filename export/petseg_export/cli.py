@@ -13,7 +13,7 @@ import click
 
 from petseg_export.config import QuantizeConfig
 from petseg_export.registry import FORMATS, why_not
-from petseg_runtime.cli.text import PATH, parse_size
+from petseg_runtime.cli.text import PATH, Finite, parse_size
 from petseg_runtime.errors import DataError
 from petseg_runtime.spec import PRECISIONS
 
@@ -45,7 +45,7 @@ def _list(context: click.Context, _: click.Parameter, asked: bool) -> None:
 @click.option("--backend", "backends", multiple=True, help="Engine of the parity test; may be repeated.")
 @click.option("--onnx", type=PATH, help="Compile this file, exported from CHECKPOINT before, instead of a new one.")
 @click.option("--int8-data", type=PATH, help="Labelled photos for int8.  [default: those of --data]")
-@click.option("--int8-budget", type=float, metavar="POINTS", help="Largest loss of IoU.  [default: 0.5]")
+@click.option("--int8-budget", type=Finite(), metavar="POINTS", help="Largest loss of IoU.  [default: 0.5]")
 @click.option("--int8-photos", type=int, metavar="N", help="Training photos to calibrate on.  [default: 64]")
 @click.option("--int8-judges", type=int, metavar="N", help="Validation photos needed to judge it.  [default: 100]")
 @click.option("--max-batch", type=int, help="trt, trt-rtx: largest batch of a dynamic one.  [default: 8]")

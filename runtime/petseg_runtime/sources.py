@@ -131,7 +131,7 @@ def find_photos(
         One item per photo. What does not exist is an item too: it will fail and be counted.
 
     Raises:
-        InputError: Standard input is asked for twice.
+        InputError: Standard input is asked for twice, or closed.
     """
     if sum(path == STDIN for path in paths) > 1:
         raise InputError("standard input (-) can be read once only")
@@ -267,6 +267,9 @@ def from_pipe() -> tuple[Origin | None, bytes]:
     """What comes on standard input: a video, which is not read yet, or else the bytes of a photo.
 
     Of these, one more than the limit is enough to see that they are too many.
+
+    Raises:
+        InputError: It is closed.
     """
     pipe = _standard_input()
     head = b""
@@ -288,7 +291,7 @@ def raw_video(text: str) -> Origin:
         text: ``WIDTHxHEIGHT@RATE``, and after a colon FFmpeg's name of the pixel format if that is not ``rgb24``.
 
     Raises:
-        InputError: It is not of that form.
+        InputError: It is not of that form, or standard input is closed.
     """
     match = re.fullmatch(r"(\d+x\d+)@(\d+(?:/\d+|\.\d+)?)(?::(\w+))?", text)
     if not match:
@@ -299,7 +302,13 @@ def raw_video(text: str) -> Origin:
 
 
 def _standard_input() -> IO[bytes]:
-    """Without a buffer, whose lock a thread that waits for more would still hold when the process ends."""
+    """Without a buffer, whose lock a thread that waits for more would still hold when the process ends.
+
+    Raises:
+        InputError: There is none (``<&-`` in a shell, or a service).
+    """
+    if sys.stdin is None:
+        raise InputError("standard input (-) is closed: pipe something into it, or name a file")
     try:
         return open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
     except (AttributeError, OSError, ValueError):  # not a real one

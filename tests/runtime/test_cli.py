@@ -471,6 +471,25 @@ def test_a_name_that_is_empty_is_2_and_never_the_current_folder(
     assert files(photo.parent) == {"cat.jpg"}
 
 
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        *(["infer", "a.mp4", f"--{name}"] for name in ("start", "smooth", "segment", "stall", "give-up")),
+        *(["infer", "a.jpg", f"--{name}"] for name in ("threshold", "min-area")),
+        ["benchmark", "--seconds"],
+        ["evaluate", "a.onnx", "--data", ".", "--threshold"],
+        ["export", "a.safetensors", "--int8-budget"],
+    ],
+    ids=" ".join,
+)
+def test_a_number_that_is_none_is_2(args: list[str], value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*args, value]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"Invalid value for '{args[-1]}': {value} is not" in err
+
+
 def test_the_kinds_that_are_offered_are_those_that_can_be_written() -> None:
     (option,) = (parameter for parameter in infer.params if parameter.name == "kind")
     assert set(getattr(option.type, "choices", ())) == set(KINDS) | set(VIDEO_FORMATS)
@@ -816,6 +835,36 @@ def test_a_full_disk_behind_standard_output_is_6(reds: list[str], tmp_path: Path
         done = piped(data, "infer", "-", *reds[2:4], capture_output=False, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 6
     assert done.stderr == b"petseg: standard output cannot be written to (No space left on device)\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "args", [["--version"], ["info", str(default_model())], ["infer"], ["infer", "--json"]], ids=" ".join
+)
+def test_a_full_disk_behind_what_is_told_is_6(
+    reds: list[str], tmp_path: Path, args: list[str], unbuffered: str
+) -> None:
+    if args[0] == "infer":
+        args = [*reds, str(tmp_path / "out"), *args[1:]]
+    command = [sys.executable, "-m", "petseg.cli", *args]
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=env, timeout=100)
+    assert done.stderr == b"petseg: standard output cannot be written to (No space left on device)\n"
+    assert done.returncode == 6
+
+
+@pytest.mark.parametrize(
+    ("closed", "code", "said"),
+    [
+        ("<&-", 1, "petseg: standard input (-) is closed: pipe something into it, or name a file\n"),
+        (">&-", 6, "petseg: standard output is closed: give a folder with --output\n"),
+    ],
+)
+def test_a_closed_standard_stream_is_told_in_one_line(closed: str, code: int, said: str) -> None:
+    shell = ["sh", "-c", f'exec "$0" -m petseg.cli infer - {closed}', sys.executable]
+    done = subprocess.run(shell, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (code, said)
 
 
 class Stdin:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from petseg_runtime.cli.text import PATH, SCHEMA_VERSION, shown
+from petseg_runtime.cli.text import PATH, SCHEMA_VERSION, SECONDS, shown
 from petseg_runtime.errors import EngineError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _METHOD = (
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Photos a run.")
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=SECONDS,
     default=15,
     show_default=True,
     help="Of measuring, in all; loading comes on top.",

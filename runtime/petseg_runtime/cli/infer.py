@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from petseg_runtime.cli.text import NAME, PATH, SCHEMA_VERSION, UNIT, parse_size, shown
+from petseg_runtime.cli.text import NAME, PATH, SCHEMA_VERSION, SECONDS, SHARE, UNIT, parse_size, shown
 from petseg_runtime.errors import EXIT_PARTIAL, InputError, OutputError
 
 if TYPE_CHECKING:
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from petseg_runtime.sources import Item, Origin
 
 __all__ = ["infer"]
-
-AREA = click.FloatRange(0, 1, max_open=True)
-SECONDS = click.FloatRange(0, min_open=True)
 
 #: Without meaning for photos.
 VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio", "policy", "stall", "give_up")
@@ -52,7 +49,7 @@ VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio
     "--background", type=NAME, metavar="COLOUR|FILE", help="What to put behind the pet: white, '#00ff00', beach.jpg."
 )
 @click.option("--threshold", type=UNIT, help="Pet from this probability on, 0 to 1.  [default: the model's own]")
-@click.option("--min-area", type=AREA, default=0.0, help="Drop regions below this share of the picture, 0 to 1.")
+@click.option("--min-area", type=SHARE, default=0.0, help="Drop regions below this share of the picture, 0 to 1.")
 @click.option("--backend", default="auto", show_default=True, help="The engine: onnxruntime, openvino, ...")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, intel-gpu; never another one.")
 @click.option("--size", metavar="HxW", help="Of the model's input, if it takes any.  [default: the model's own]")
@@ -63,7 +60,7 @@ VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio
 @click.option("--max-frames", type=click.IntRange(min=1), help="Videos: end after so many.")
 @click.option(
     "--smooth",
-    type=AREA,
+    type=SHARE,
     help="Videos: against flicker, 0 to 1: how much of a still place's past stays after 1/30 s; 0.85 is a good start.",
 )
 @click.option("--segment", type=SECONDS, help="Videos: begin a new file after so many seconds.")
@@ -123,6 +120,8 @@ def infer(
         raise OutputError(
             "a picture goes to standard output: for --json, --resume, COCO or lines, give a folder with --output"
         )
+    if folder is None and sys.stdout is None:
+        raise OutputError("standard output is closed: give a folder with --output")
     looks = {"as": kind, "format": options.pop("format"), "background": background}
     of_video = {name: options.pop(name) for name in VIDEO_OPTIONS}
     found = _find(sources, folder, raw, _pairs(input_option), quiet)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
-__all__ = ["NAME", "PATH", "SCHEMA_VERSION", "UNIT", "parse_size", "shown"]
+__all__ = ["NAME", "PATH", "SCHEMA_VERSION", "SECONDS", "SHARE", "UNIT", "Finite", "parse_size", "shown"]
 
 #: Of everything that is printed as JSON.
 SCHEMA_VERSION: Final = 1
@@ -36,9 +37,22 @@ class _Name(click.types.StringParamType):
         return super().convert(value, param, ctx)
 
 
+class Finite(click.FloatRange):
+    """A number within bounds, which NaN and infinity, where there is no upper one, are not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does; what is not finite is wrong usage."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
+
+
 PATH: Final = _Path(path_type=Path)
 NAME: Final = _Name()
-UNIT: Final = click.FloatRange(0, 1, min_open=True, max_open=True)
+UNIT: Final = Finite(0, 1, min_open=True, max_open=True)
+SHARE: Final = Finite(0, 1, max_open=True)
+SECONDS: Final = Finite(0, min_open=True)
 
 
 def parse_size(text: str) -> tuple[int, int]:
