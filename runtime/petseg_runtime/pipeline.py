@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
@@ -87,7 +88,11 @@ class Pipeline(Generic[Source, Result]):
         self._read = ThreadPoolExecutor(workers, "petseg-read")
         self._write = ThreadPoolExecutor(workers, "petseg-write")
         self._ready: queue.SimpleQueue[_Job[Source, Result] | None] = queue.SimpleQueue()
-        self._infer = [threading.Thread(target=self._infer_ready, name=f"petseg-infer-{n}") for n in range(streams)]
+        # A script may end while results are left, and nobody closes then. Python waits for threads that are no daemons
+        # before it calls what is registered here, and these would wait for ever.
+        names = [f"petseg-infer-{number}" for number in range(streams)]
+        self._infer = [threading.Thread(target=self._infer_ready, name=name, daemon=True) for name in names]
+        atexit.register(self.close)
         for thread in self._infer:
             thread.start()
 
@@ -116,6 +121,7 @@ class Pipeline(Generic[Source, Result]):
     def close(self) -> None:
         """Stop all threads; what has not begun is dropped."""
         self._stopping = True
+        atexit.unregister(self.close)
         # In this order, because each step hands its work to the next.
         self._read.shutdown(cancel_futures=True)
         for _ in self._infer:
@@ -186,7 +192,10 @@ class Pipeline(Generic[Source, Result]):
         share = (time.perf_counter() - start) / len(jobs)
         for job, answer in zip(jobs, answers, strict=True):
             job.outcome.seconds["infer"] = share
-            self._write.submit(self._write_one, job, answer)
+            try:
+                self._write.submit(self._write_one, job, answer)
+            except RuntimeError as error:  # Python is ending, and takes no more work
+                job.future.set_exception(error)
 
 
 def _finished(job: _Job[Source, Result]) -> Outcome[Source, Result]:

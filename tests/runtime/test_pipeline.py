@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -154,3 +156,32 @@ def test_leaving_early_drops_what_has_not_begun() -> None:
         next(pipeline.run(range(100)))
     assert len(written) < pipeline.window
     assert not threads()
+
+
+UNFINISHED = """
+import sys, time
+import numpy as np
+from types import SimpleNamespace
+from petseg_runtime.pipeline import Pipeline, Steps
+
+def infer(batch):
+    time.sleep(0.05)
+    return batch[..., 0]
+
+def results():
+    read = lambda source: SimpleNamespace(image=np.zeros((1, 1, 3), np.uint8))
+    with Pipeline(Steps(read, infer, lambda *all: 1), 2, workers=2) as pipeline:
+        yield from pipeline.run(range(int(sys.argv[1])))
+
+left = results()
+next(left)
+time.sleep(float(sys.argv[2]))
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("args", [("100", "0"), ("100", "1"), ("2", "0.2")], ids=" ".join)
+def test_a_script_may_end_while_results_are_left(args: tuple[str, str]) -> None:
+    """The threads are busy then, or wait for what nobody will ask for."""
+    done = subprocess.run([sys.executable, "-c", UNFINISHED, *args], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "", "")
