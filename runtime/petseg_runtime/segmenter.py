@@ -16,7 +16,7 @@ from petseg_runtime import images, pipeline
 from petseg_runtime.artifact import default_model, open_artifact
 from petseg_runtime.engines.base import EngineInfo
 from petseg_runtime.engines.registry import load_engine
-from petseg_runtime.errors import InputError, ModelError
+from petseg_runtime.errors import InputError, ModelError, UsageError
 from petseg_runtime.result import Segmentation
 from petseg_runtime.sources import Origin, stream_origin
 
@@ -85,19 +85,22 @@ class Segmenter:
             tell: Told, in a few words, before something that takes long (a compilation for this GPU).
 
         Raises:
-            ModelError: The file is missing, damaged or not petseg's, a threshold or an area is out of range, or it
-                does not take that size.
+            UsageError: A threshold or an area is out of range, or the model does not take that size.
+            ModelError: The file is missing, damaged or not petseg's.
             EngineError: The engine or the device cannot be had, or cannot load the model.
         """
         for name, value in (("threshold", threshold), ("cutout_threshold", cutout_threshold)):
             if value is not None and not 0 < value < 1:
-                raise ModelError(f"{name} is {value}; it must lie between 0 and 1, both excluded")
+                raise UsageError(f"{name} is {value}; it must lie between 0 and 1, both excluded")
         if not 0 <= min_area < 1:
-            raise ModelError(f"min_area is {min_area}; it is a share of the photo, from 0 to below 1")
+            raise UsageError(f"min_area is {min_area}; it is a share of the photo, from 0 to below 1")
         self.artifact = open_artifact(Path(model) if model is not None else default_model())
         spec = self.artifact.spec
         self.size = size or (spec.height, spec.width)
-        spec.sized(*self.size)
+        try:
+            spec.sized(*self.size)
+        except ModelError as error:  # the model is well; it is the size that is not
+            raise UsageError(str(error)) from error
         self.threshold = threshold if threshold is not None else spec.threshold
         self.cutout_threshold = cutout_threshold if cutout_threshold is not None else spec.cutout_threshold
         self.min_area = min_area

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Final, Protocol
 from PIL import Image, ImageColor
 
 from petseg_runtime import images
-from petseg_runtime.errors import InputError, OutputError
+from petseg_runtime.errors import InputError, OutputError, UsageError
 from petseg_runtime.files import replacing, write_atomic
 from petseg_runtime.result import Segmentation
 from petseg_runtime.sources import Item
@@ -129,7 +129,7 @@ def picture(kind: str, format: str | None = None, background: str | None = None)
         background: A colour (``white``, ``#00ff00``) or a picture's file, for the kind ``background``.
 
     Raises:
-        OutputError: They do not fit together.
+        UsageError: They do not fit together.
         InputError: The background is neither a colour nor a readable picture.
     """
     check_looks(kind, format, background)
@@ -158,13 +158,13 @@ def check_looks(kind: str, format: str | None = None, background: str | None = N
     """Refuse what does not fit together, of any kind; see :func:`picture`.
 
     Raises:
-        OutputError: It does not; says what would.
+        UsageError: It does not; says what would.
     """
     formats = KINDS[kind].formats
     if format is not None and format not in formats:
-        raise OutputError(f"a {kind} is not written as {format}; it can be: {', '.join(formats) or 'JSON only'}")
+        raise UsageError(f"a {kind} is not written as {format}; it can be: {', '.join(formats) or 'JSON only'}")
     if (kind == "background") != (background is not None):
-        raise OutputError("--background COLOUR or FILE and --as background belong together")
+        raise UsageError("--background COLOUR or FILE and --as background belong together")
 
 
 def background_of(text: str) -> tuple[int, int, int] | Image.Image:

@@ -17,7 +17,7 @@ from pathlib import Path, PurePath
 from typing import IO, Final
 from urllib.parse import urlsplit
 
-from petseg_runtime.errors import InputError
+from petseg_runtime.errors import InputError, UsageError
 from petseg_runtime.images import MAX_BYTES
 
 __all__ = [
@@ -131,10 +131,11 @@ def find_photos(
         One item per photo. What does not exist is an item too: it will fail and be counted.
 
     Raises:
-        InputError: Standard input is asked for twice, or closed.
+        UsageError: Standard input is asked for twice.
+        InputError: Standard input is closed.
     """
     if sum(path == STDIN for path in paths) > 1:
-        raise InputError("standard input (-) can be read once only")
+        raise UsageError("standard input (-) can be read once only")
     several = sum(_is_folder(path) for path in paths) > 1
     search = _Search(os.path.realpath(output) if output else None, suffixes)  # Path.resolve raises on a loop of links
     found: list[tuple[Path, PurePath, str | None]] = []
@@ -291,11 +292,12 @@ def raw_video(text: str) -> Origin:
         text: ``WIDTHxHEIGHT@RATE``, and after a colon FFmpeg's name of the pixel format if that is not ``rgb24``.
 
     Raises:
-        InputError: It is not of that form, or standard input is closed.
+        UsageError: It is not of that form.
+        InputError: Standard input is closed.
     """
     match = re.fullmatch(r"(\d+x\d+)@(\d+(?:/\d+|\.\d+)?)(?::(\w+))?", text)
     if not match:
-        raise InputError(f"--raw {text}: WIDTHxHEIGHT@RATE is expected, for example 1280x720@30 or 640x480@25:yuv420p")
+        raise UsageError(f"--raw {text}: WIDTHxHEIGHT@RATE is expected, for example 1280x720@30 or 640x480@25:yuv420p")
     size, rate, pixels = match.groups()
     options = {"video_size": size, "framerate": rate, "pixel_format": pixels or "rgb24"}
     return Origin(_standard_input(), "standard input", PurePath("stdin"), "rawvideo", options)

@@ -397,6 +397,9 @@ def test_the_format_can_be_chosen(photo: Path, tmp_path: Path, kind: str, form: 
     [
         (["--format", "jpg"], "a cutout is not written as jpg; it can be: png, webp"),
         (["--as", "mask", "--format", "jpg"], "a mask is not written as jpg; it can be: png, webp"),
+        (["--format", "mp4"], "a cutout is not written as mp4; it can be: png, webp"),
+        (["--as", "lines"], "lines are of videos; for photos, --json prints the same"),
+        (["--start", "1"], "--start is for videos and streams, and there is none"),
         (["--as", "coco-rle", "--format", "png"], "a coco-rle is not written as png; it can be: JSON only"),
         (["--as", "background"], "--background COLOUR or FILE and --as background belong together"),
         (["--as", "mask", "--background", "white"], "--background COLOUR or FILE and --as background belong together"),
@@ -404,10 +407,10 @@ def test_the_format_can_be_chosen(photo: Path, tmp_path: Path, kind: str, form: 
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_does_not_go_together_is_6_and_makes_no_folder(
+def test_what_does_not_go_together_is_2_and_makes_no_folder(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
 ) -> None:
-    assert run(["infer", str(photo), *options, "--output", str(tmp_path / "out")]) == 6
+    assert run(["infer", str(photo), *options, "--output", str(tmp_path / "out")]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert said in err
@@ -891,18 +894,18 @@ def test_with_an_output_standard_input_becomes_a_file(
 
 
 @pytest.mark.parametrize("options", [["--json"], ["--resume"], ["--as", "coco-rle"]], ids=" ".join)
-def test_what_needs_a_folder_is_6_on_standard_output(
+def test_what_needs_a_folder_is_2_on_standard_output(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", None)  # it is not even read
-    assert run(["infer", "-", *options]) == 6
+    assert run(["infer", "-", *options]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert "give a folder with --output" in err
 
 
-def test_standard_input_twice_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["infer", "-", "-", "--output", str(tmp_path / "out")]) == 1
+def test_standard_input_twice_is_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["infer", "-", "-", "--output", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == "petseg: standard input (-) can be read once only\n"
     assert not (tmp_path / "out").exists()
 
@@ -1182,10 +1185,10 @@ def test_infer_takes_the_size_that_is_asked_for(toy: Toy, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("size", "said"), [("64", "only, not 64 x 64"), ("0", "only, not 0 x 0")])
-def test_a_size_that_the_model_does_not_take_is_4(
+def test_a_size_that_the_model_does_not_take_is_2(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str, said: str
 ) -> None:
-    assert run(["infer", str(photo), "--size", size, "--output", str(tmp_path / "out")]) == 4
+    assert run(["infer", str(photo), "--size", size, "--output", str(tmp_path / "out")]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert said in err
@@ -1193,11 +1196,11 @@ def test_a_size_that_the_model_does_not_take_is_4(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_size_that_no_network_takes_is_4(
+def test_a_size_that_no_network_takes_is_2(
     toy: Toy, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = str(toy(tmp_path / "toy.onnx", dynamic_size=True).path)
-    assert run(["infer", str(photo), "--model", model, "--size", "16x30", "--output", str(tmp_path / "out")]) == 4
+    assert run(["infer", str(photo), "--model", model, "--size", "16x30", "--output", str(tmp_path / "out")]) == 2
     assert "multiple of 16" in capsys.readouterr().err
 
 

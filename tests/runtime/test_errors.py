@@ -52,7 +52,8 @@ def test_every_family_has_a_code_of_its_own_that_nothing_else_uses() -> None:
     families = errors.PetsegError.__subclasses__()
     codes = [family.exit_code for family in families if family is not errors.InputError]
     assert errors.InputError.exit_code == errors.PetsegError.exit_code == 1
-    taken = [0, 1, 2, errors.EXIT_PARTIAL, errors.EXIT_INTERRUPTED]  # 2 is Click's
+    assert errors.UsageError.exit_code == 2  # Click's, too
+    taken = [0, 1, errors.EXIT_PARTIAL, errors.EXIT_INTERRUPTED]
     assert len({*codes, *taken}) == len(codes) + len(taken)
     assert all(0 < code < 126 for code in codes)  # above, shells have meanings of their own
 

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from petseg_runtime import Segmenter, images, sample_photos
-from petseg_runtime.errors import EngineError, ModelError, UnreadableImage
+from petseg_runtime.errors import EngineError, ModelError, UnreadableImage, UsageError
 from petseg_runtime.result import Segmentation
 from petseg_runtime.spec import SPEC_KEY, ModelSpec
 
@@ -126,7 +126,7 @@ def test_each_threshold_may_be_overridden_alone(red: Path) -> None:
 @pytest.mark.parametrize("value", [0, 0.0, 1, 1.5, -0.1, float("nan"), float("inf")])
 def test_a_threshold_outside_its_bounds_is_refused(red: Path, name: str, value: float) -> None:
     keywords: dict[str, Any] = {name: value}
-    with pytest.raises(ModelError, match=rf"^{name} is {value}"):
+    with pytest.raises(UsageError, match=rf"^{name} is {value}"):
         Segmenter(red, **keywords)
 
 
@@ -329,7 +329,7 @@ def test_regions_smaller_than_asked_for_are_dropped(free: Path) -> None:
 
 @pytest.mark.parametrize("value", [-0.1, 1, 1.5, float("nan")])
 def test_an_area_outside_its_bounds_is_refused(red: Path, value: float) -> None:
-    with pytest.raises(ModelError, match=rf"^min_area is {value}"):
+    with pytest.raises(UsageError, match=rf"^min_area is {value}"):
         Segmenter(red, min_area=value)
 
 
@@ -409,7 +409,7 @@ def test_without_a_size_a_model_of_free_size_uses_the_one_it_was_proven_at(free:
 
 @pytest.mark.parametrize("size", [(0, 0), (17, 32), (16, -32), (24, 32)])
 def test_a_size_that_the_network_cannot_take_is_refused(free: Path, size: tuple[int, int]) -> None:
-    with pytest.raises(ModelError, match="multiple of 16"):
+    with pytest.raises(UsageError, match="multiple of 16"):
         Segmenter(free, size=size)
 
 
@@ -417,12 +417,12 @@ def test_a_model_of_one_size_takes_no_other(red: Path) -> None:
     with Segmenter(red, threads=1, size=(H, W)) as segmenter:
         assert segmenter(half_red(20, 20)).mask.shape == (20, 20)
     for size in ((W, H), (0, 0), (32, 32)):
-        with pytest.raises(ModelError, match=f"{H} x {W} only, not {size[0]} x {size[1]}"):
+        with pytest.raises(UsageError, match=f"{H} x {W} only, not {size[0]} x {size[1]}"):
             Segmenter(red, size=size)
 
 
 def test_the_size_is_looked_at_before_an_engine_is(red: Path) -> None:
-    with pytest.raises(ModelError, match="only"):
+    with pytest.raises(UsageError, match="only"):
         Segmenter(red, size=(64, 64), backend="abacus")
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from petseg_runtime.errors import InputError, OutputError
+from petseg_runtime.errors import InputError, OutputError, UsageError
 from petseg_runtime.result import Segmentation
 from petseg_runtime.sinks import KINDS, CocoSink, ImageSink, Picture, StreamSink, check_looks, picture
 from petseg_runtime.sources import STDIN, Item
@@ -137,18 +137,18 @@ def test_only_the_kinds_with_the_photo_in_them_need_it(result: Segmentation) -> 
 )
 def test_a_format_that_cannot_hold_a_kind_is_refused_with_those_that_can(kind: str, form: str) -> None:
     able = ", ".join(KINDS[kind].formats) or "JSON only"
-    with pytest.raises(OutputError, match=f"^a {kind} is not written as {form}; it can be: {able}$"):
+    with pytest.raises(UsageError, match=f"^a {kind} is not written as {form}; it can be: {able}$"):
         check_looks(kind, form, "white" if kind == "background" else None)
 
 
 def test_a_transparent_cutout_is_never_a_jpeg() -> None:
-    with pytest.raises(OutputError, match="a cutout is not written as jpg; it can be: png, webp"):
+    with pytest.raises(UsageError, match="a cutout is not written as jpg; it can be: png, webp"):
         picture("cutout", "jpg")
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_a_background_and_its_kind_belong_together(kind: str) -> None:
-    with pytest.raises(OutputError, match=r"--background .* and --as background belong together"):
+    with pytest.raises(UsageError, match=r"--background .* and --as background belong together"):
         check_looks(kind, background=None if kind == "background" else "white")
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petseg_runtime import sources
-from petseg_runtime.errors import InputError
+from petseg_runtime.errors import UsageError
 from petseg_runtime.sources import IMAGE_SUFFIXES, STDIN, Item, find_photos, is_video, redacted, stream_origin
 
 
@@ -406,7 +406,7 @@ def test_standard_input_is_read_only_where_it_is_asked_for(tmp_path: Path, monke
 
 def test_a_second_dash_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     give(monkeypatch, b"one")
-    with pytest.raises(InputError, match=r"standard input .* once only"):
+    with pytest.raises(UsageError, match=r"standard input .* once only"):
         find_photos([STDIN, STDIN])
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from petseg_runtime.cli.text import NAME, PATH, SCHEMA_VERSION, SECONDS, SHARE, UNIT, parse_size, shown
-from petseg_runtime.errors import EXIT_PARTIAL, InputError, OutputError
+from petseg_runtime.errors import EXIT_PARTIAL, InputError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from petseg_runtime.batch import Done, Report
@@ -117,7 +117,7 @@ def infer(
     folder = None if to_stdout else output or Path(RESULTS) / kind
     coco = kind.startswith("coco")
     if folder is None and (as_json or resume or coco or kind == "lines"):
-        raise OutputError(
+        raise UsageError(
             "a picture goes to standard output: for --json, --resume, COCO or lines, give a folder with --output"
         )
     if folder is None and sys.stdout is None:
@@ -185,8 +185,9 @@ def _find(sources: Sequence[str], folder: Path | None, raw: str | None, options:
     """Tell photos, videos and streams apart.
 
     Raises:
-        InputError: There is nothing, or standard input is asked for twice.
-        OutputError: More than one result for standard output.
+        InputError: There is nothing.
+        UsageError: Standard input is asked for twice, more than one result for standard output, or what is live
+            together with what has an end.
     """
     from petseg_runtime.sources import (
         IMAGE_SUFFIXES,
@@ -206,7 +207,7 @@ def _find(sources: Sequence[str], folder: Path | None, raw: str | None, options:
     pipe: bytes | None = None
     if raw or paths.count(STDIN) == 1:
         if raw and paths.count(STDIN) != 1:
-            raise InputError("--raw says what comes on standard input: give - as a source, once")
+            raise UsageError("--raw says what comes on standard input: give - as a source, once")
         origin, pipe = (raw_video(raw), b"") if raw else from_pipe()
         if origin:
             streams.append(origin)
@@ -218,9 +219,9 @@ def _find(sources: Sequence[str], folder: Path | None, raw: str | None, options:
         raise InputError(f"no photos or videos in {', '.join(sources)}")
     found = _Found([item for item in items if item not in videos], videos, _distinct(streams))
     if folder is None and len(found.photos) + len(found.streams) > 1:
-        raise OutputError("one result at a time goes to standard output: for more, give a folder with --output")
+        raise UsageError("one result at a time goes to standard output: for more, give a folder with --output")
     if (found.live and not all(origin.endless for origin in found.streams)) or (found.live and found.photos):
-        raise InputError("live sources run until they are stopped: give photos and videos to another run")
+        raise UsageError("live sources run until they are stopped: give photos and videos to another run")
     return found
 
 
@@ -240,14 +241,15 @@ def _check(found: _Found, given: dict[str, Any], kind: str, format: str | None, 
     """Refuse what cannot be, before anything is loaded.
 
     Raises:
-        OutputError: The kind, the format and the background do not fit together, or not to the sources.
-        InputError: An option for sources of which there is none, or the background cannot be read.
+        UsageError: The kind, the format and the background do not fit together, or not to the sources; or an option is
+            for sources of which there is none.
+        InputError: The background cannot be read.
     """
     from petseg_runtime.sinks import KINDS, background_of, check_looks
 
     if found.photos or not found.streams:
         if kind == "lines":
-            raise OutputError("lines are of videos; for photos, --json prints the same")
+            raise UsageError("lines are of videos; for photos, --json prints the same")
         check_looks(kind, format, background)
     if found.streams:
         _check_videos(kind, format)
@@ -260,7 +262,7 @@ def _check(found: _Found, given: dict[str, Any], kind: str, format: str | None, 
         ("what has an end", ("start",), not found.live),
     ):
         if not there and (unused := [name for name in names if given[name]]):
-            raise InputError(f"--{unused[0].replace('_', '-')} is for {what}, and there is none")
+            raise UsageError(f"--{unused[0].replace('_', '-')} is for {what}, and there is none")
     if background is not None:
         background_of(background)
 
@@ -269,15 +271,15 @@ def _check_videos(kind: str, format: str | None) -> None:  # noqa: A002
     """Refuse what a video cannot become.
 
     Raises:
-        OutputError: Says what it can become.
+        UsageError: Says what it can become.
     """
     from petseg_runtime.video_sinks import VIDEO_FORMATS
 
     formats = VIDEO_FORMATS.get(kind, ())
     if not formats:
-        raise OutputError(f"{kind} is of photos; a video can be: {', '.join(VIDEO_FORMATS)}")
+        raise UsageError(f"{kind} is of photos; a video can be: {', '.join(VIDEO_FORMATS)}")
     if format and format not in formats:
-        raise OutputError(f"{kind} of a video is not written as {format}; it can be: {', '.join(formats)}")
+        raise UsageError(f"{kind} of a video is not written as {format}; it can be: {', '.join(formats)}")
 
 
 def _made(
@@ -286,6 +288,7 @@ def _made(
     """What is made of the videos, and where.
 
     Raises:
+        UsageError: It cannot be made of them.
         OutputError: It cannot go there, or would replace something.
     """
     from petseg_runtime.cli.infer_video import Output, check_places
@@ -294,12 +297,12 @@ def _made(
 
     kind, asked = str(looks["as"]), looks["format"]
     if folder is None and asked:
-        raise OutputError(f"raw frames go to standard output, not {asked}: give a folder with --output")
+        raise UsageError(f"raw frames go to standard output, not {asked}: give a folder with --output")
     form = asked or (VIDEO_FORMATS[kind][0] if folder else "raw")
     if given["segment"] and form not in MOVIES:
-        raise OutputError(f"--segment is for movies ({', '.join(MOVIES)}), not {form}")
+        raise UsageError(f"--segment is for movies ({', '.join(MOVIES)}), not {form}")
     if resume and found.live:
-        raise OutputError("--resume is for files: a stream's results are numbered on, and nothing is replaced")
+        raise UsageError("--resume is for files: a stream's results are numbered on, and nothing is replaced")
     output = Output(
         folder=folder,
         kind=kind,
