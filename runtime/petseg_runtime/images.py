@@ -22,10 +22,10 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from petseg_runtime.errors import ImageTooLarge, InputError, UnreadableImage, UnsupportedImage
 
-__all__ = ["MAX_BYTES", "MAX_PIXELS", "ImageSource", "Photo", "from_model", "read", "to_model"]
+__all__ = ["MAX_BYTES", "MAX_PIXELS", "ImageSource", "Photo", "from_model", "is_photo", "read", "to_model"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
-ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | U8 | Image.Image"
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | U8 | Image.Image"
 
 #: A photo with more pixels than this is refused before it is decoded (a decompression bomb, or a satellite image).
 #: It is about where Pillow itself refuses, too (twice ``Image.MAX_IMAGE_PIXELS``, which is left as it is).
@@ -99,11 +99,12 @@ def read(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: tuple[i
 
     Raises:
         UnreadableImage: Missing, truncated, or not an image.
-        UnsupportedImage: Pixel values without an agreed meaning as RGB.
+        UnsupportedImage: Pixel values without an agreed meaning as RGB, or not of a type that is taken.
         ImageTooLarge: More than ``max_pixels`` or ``MAX_BYTES``.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
+    source = _taken(source)
     name = _name_of(source)
     try:
         with _PILLOW_MUTED:
@@ -126,6 +127,15 @@ def read(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: tuple[i
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, IndexError... on damage;
         # whatever it is, this one image is unreadable and its reason is kept.
         raise UnreadableImage(f"{name}: damaged or truncated ({_one_line(error)})") from error
+
+
+def is_photo(source: object) -> bool:
+    """Whether something is of a type that :func:`read` takes as one photo; an array of four axes is several."""
+    if isinstance(source, np.ndarray):
+        return source.ndim < 4
+    if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
+        return True
+    return hasattr(source, "read") and not isinstance(source, io.TextIOBase)
 
 
 def to_model(pixels: U8, height: int, width: int) -> U8:
@@ -194,6 +204,21 @@ class _Muted:
 
 
 _PILLOW_MUTED: Final = _Muted()
+
+
+def _taken(source: Any) -> Any:
+    """A photo that is no array, as it was given; bytes of any kind as ``bytes``.
+
+    Raises:
+        UnsupportedImage: Not of a type that is taken.
+    """
+    if not is_photo(source):
+        why = " (which is what cv2.imread returns for a file that it cannot read)" if source is None else ""
+        raise UnsupportedImage(
+            "a photo is a path, bytes, an open binary file, a uint8 array or a PIL image, not "
+            f"{type(source).__name__}{why}"
+        )
+    return bytes(source) if isinstance(source, (bytearray, memoryview)) else source
 
 
 def _name_of(source: Any) -> str:

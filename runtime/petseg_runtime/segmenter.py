@@ -138,12 +138,21 @@ class Segmenter:
         Args:
             sources: Photos, as for a call; a generator is taken from as results are.
 
-        Yields:
+        Returns:
             For each photo its result, or the :class:`InputError` that says why there is none.
 
         Raises:
+            UsageError: It is one photo.
             EngineError: The engine failed.
         """
+        if images.is_photo(sources):  # a path's letters, a file's lines and an array's rows are no photos
+            kind = type(sources).__name__
+            raise UsageError(
+                f"map takes many photos, and was given one ({kind}): call the segmenter with it, or map([it])"
+            )
+        return self._map(sources)
+
+    def _map(self, sources: Iterable[images.ImageSource]) -> Iterator[Segmentation | InputError]:
         info = self.describe()
         steps = pipeline.Steps(self.prepare, self.infer, lambda _, prepared, answer: self.finish(prepared, answer))
         with pipeline.Pipeline(steps, info.streams, info.batch, workers=info.streams) as running:

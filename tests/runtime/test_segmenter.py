@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from petseg_runtime import Segmenter, images, sample_photos
-from petseg_runtime.errors import EngineError, ModelError, UnreadableImage, UsageError
+from petseg_runtime.errors import EngineError, InputError, ModelError, UnreadableImage, UsageError
 from petseg_runtime.result import Segmentation
 from petseg_runtime.spec import SPEC_KEY, ModelSpec
 
@@ -77,12 +77,24 @@ def test_all_forms_of_a_photo_give_the_same(segmenter: Segmenter, pixels: np.nda
     path = tmp_path / "photo.png"
     Image.fromarray(pixels).save(path)
     forms: list[Any] = [path, str(path), path.read_bytes(), io.BytesIO(path.read_bytes()), pixels]
-    forms.append(Image.fromarray(pixels))
+    forms += [Image.fromarray(pixels), bytearray(path.read_bytes()), memoryview(path.read_bytes())]
     expected = images.from_model(images.to_model(pixels, H, W)[..., 0], *pixels.shape[:2])
     for form in forms:
         result = segmenter(form)
         np.testing.assert_array_equal(result.pixels, pixels)
         np.testing.assert_array_equal(result.probability, expected)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, ("cat.jpg",), {"cat.jpg"}, io.StringIO("text")], ids=repr)
+def test_what_is_no_photo_is_told_by_its_type(segmenter: Segmenter, wrong: Any) -> None:
+    for take in (segmenter.prepare, lambda source: next(segmenter.map([source]))):
+        try:
+            error = take(wrong)
+        except InputError as raised:
+            error = raised
+        said = "a photo is a path, bytes, an open binary file, a uint8 array or a PIL image, not "
+        assert str(error).startswith(said + type(wrong).__name__)
+        assert ("cv2.imread" in str(error)) == (wrong is None)
 
 
 @pytest.mark.parametrize("shape", [(45, 70), (H, W), (W, H), (1, 1), (1, 200), (200, 1), (3, 500)])
@@ -234,6 +246,21 @@ def test_a_map_goes_on_after_a_bad_photo_and_keeps_the_order(segmenter: Segmente
             assert isinstance(result, Segmentation)
             np.testing.assert_array_equal(result.pixels, photo)
             np.testing.assert_array_equal(result.probability, segmenter(photo).probability)
+
+
+@pytest.mark.parametrize(
+    "one",
+    ["cat.jpg", Path("cat.jpg"), b"bytes", bytearray(2), memoryview(b""), io.BytesIO(), Image.new("L", (1, 1))],
+    ids=lambda one: type(one).__name__,
+)
+def test_a_map_of_one_photo_is_refused_at_once(segmenter: Segmenter, one: Any, pixels: np.ndarray) -> None:
+    for source in (one, pixels):
+        with pytest.raises(UsageError, match=rf"was given one \({type(source).__name__}\): call the segmenter with it"):
+            segmenter.map(source)
+
+
+def test_a_map_of_an_array_of_photos_takes_each(segmenter: Segmenter, pixels: np.ndarray) -> None:
+    assert len(list(segmenter.map(np.stack([pixels, pixels])))) == 2
 
 
 @pytest.mark.parametrize("streams", [1, 4])
