@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from petseg_runtime import __version__
+from petseg_runtime.cli.text import shown
 from petseg_runtime.errors import EXIT_INTERRUPTED, MissingExtra, OutputError, PetsegError
 
 __all__ = ["COMMANDS", "main"]
@@ -100,7 +101,7 @@ def run(args: list[str]) -> int:
         result: Any = petseg.main(args=args, prog_name="petseg", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except PetsegError as error:
-        click.echo(f"petseg: {error}", err=True)
+        click.echo(f"petseg: {shown(error)}", err=True)
         return error.exit_code
     except ModuleNotFoundError as error:
         # A command whose heavy imports happen when it runs, not when it is found.

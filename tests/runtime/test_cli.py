@@ -1527,6 +1527,12 @@ def test_beside_the_model_that_ships_a_result_is_written_only_where_it_is_told_t
     assert run(["verify", "-q"]) == 10
 
 
+@pytest.mark.parametrize("command", [["info"], ["infer", "cat.jpg", "--model"], ["verify"]], ids=" ".join)
+def test_a_fatal_error_shows_names_escaped(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*command, "no\x1b]0;title\x07\nmodel.onnx"]) == 4
+    assert capsys.readouterr().err.startswith("petseg: no\\x1b]0;title\\x07\\nmodel.onnx: ")
+
+
 def test_names_that_would_break_the_line_are_escaped(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     odd = proven.path.with_name("two\nlines.onnx")
     proof_of(proven.path).rename(proof_of(odd))
