@@ -166,7 +166,9 @@ class _Outbox:
 
     def take(self) -> tuple[Frame, U8] | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._items)
+            self._changed.wait_for(lambda: self._closed or self._items)
+            if self._closed:  # nothing comes any more, not even the end
+                return None
             item = self._items.popleft()
             self._changed.notify_all()
             return item
@@ -179,6 +181,8 @@ class _Outbox:
 
 class Stream:
     """Frames in, segmented frames out, in order. Use it as a context manager, and iterate over it once.
+
+    When the iteration has ended, was left, or was closed by another thread, there is nothing more: the next is empty.
 
     The decoder and the engine have a thread each; who iterates is the third. :meth:`stop`, from any thread or a signal
     handler, ends the source: what it has given is still delivered, then the iteration ends.

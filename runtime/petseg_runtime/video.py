@@ -241,9 +241,12 @@ class VideoReader:
             start: Seconds of the video to pass over.
 
         Raises:
+            ValueError: ``start`` is no number of seconds.
             UnreadableVideo: There is nothing, it is damaged, or it sends nothing.
             UnsupportedVideo: No picture in it, or one that is too large.
         """
+        if not math.isfinite(start):
+            raise ValueError(f"start {start} must be a number of seconds")
         self.name = name or (os.fspath(source) if isinstance(source, (str, os.PathLike)) else "<stream>")
         self._start = start
         self.undecodable = 0  #: packets that the decoder refused

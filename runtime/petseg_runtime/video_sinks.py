@@ -88,6 +88,10 @@ VIDEO_FORMATS: Final = {
 _FRAGMENT: Final = 2
 
 
+#: In a folder of numbered files of one video: they are petseg's own, which the next run replaces, and of which a
+#: shorter one removes the rest. Without it nothing is touched that is there already.
+OWN: Final = ".petseg-numbered"
+
 #: So many seconds the sound of a piece may come after its last frame.
 _LATE: Final = 2.0
 
@@ -334,6 +338,7 @@ class PicturesSink(_Base):
     def write(self, frame: Frame, result: Segmentation) -> None:
         """Write a frame; see :class:`VideoSink`."""
         if not self.paths:
+            claim(self._folder)
             self.paths.append(self._folder)
         path = self._folder / f"{frame.number:06d}.{self._picture.format}"
         with _errors_at(path), replacing(path) as beside:
@@ -430,10 +435,43 @@ def numbered(folder: Path, suffix: str) -> Iterator[Path]:
         yield folder / f"{number:04d}.{suffix}"
 
 
+def pieces(folder: Path, suffix: str) -> Iterator[Path]:
+    """``0001.mp4``, ``0002.mp4``, ..., in place of those of an earlier run.
+
+    Raises:
+        OutputError: See :func:`claim`.
+    """
+    claim(folder)
+    for number in itertools.count(1):
+        yield folder / f"{number:04d}.{suffix}"
+
+
+def claim(folder: Path) -> None:
+    """Make a folder for numbered files that may be replaced and removed, and say in it that they are petseg's.
+
+    Raises:
+        OutputError: It holds files that are not, or it cannot be made.
+    """
+    claimable(folder)
+    with _errors_at(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / OWN).touch()
+
+
+def claimable(folder: Path) -> None:
+    """Refuse a folder with files that petseg did not write; see :func:`claim`."""
+    if folder.is_dir() and not (folder / OWN).exists() and any(folder.iterdir()):
+        raise OutputError(
+            f"{folder}: holds files that petseg did not write, and numbered ones could be replaced; "
+            "choose another --output, or move them"
+        )
+
+
 def _drop_later(last: Path) -> None:
     """Remove what a longer run has left behind the last picture or piece of this one: together they are one result."""
     for path in last.parent.iterdir():
-        if path.stem.isdecimal() and path.suffix == last.suffix and int(path.stem) > int(last.stem):
+        alike = path.suffix == last.suffix and len(path.stem) == len(last.stem)
+        if alike and path.stem.isdecimal() and int(path.stem) > int(last.stem):
             path.unlink()
 
 

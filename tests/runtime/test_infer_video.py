@@ -26,6 +26,7 @@ from PIL import Image
 
 from petseg.cli import run
 from petseg_runtime.journal import JOURNAL
+from petseg_runtime.video_sinks import OWN
 
 Toy: TypeAlias = Callable[..., Any]
 
@@ -71,8 +72,9 @@ def frames_in(path: Path) -> int:
 
 
 def tree(folder: Path) -> list[str]:
-    """All files below, hidden ones too."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """All files below, hidden ones too, but for the mark that a folder of numbered files is petseg's."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != OWN)
+    return sorted(str(path.relative_to(folder)) for path in files)
 
 
 @pytest.fixture(scope="session")
@@ -341,6 +343,39 @@ def test_a_shorter_run_leaves_no_pictures_of_a_longer_one(tmp_path: Path, clips:
     (tmp_path / "short" / "notes.txt").write_text("mine")
     assert infer(clips / "short.mp4", *options, "--max-frames", 3) == 0
     assert tree(tmp_path / "short") == ["000000.png", "000001.png", "000002.png", "notes.txt"]
+
+
+@pytest.mark.parametrize("options", [["--as", "mask", "--format", "png"], ["--as", "overlay", "--segment", 0.2]])
+def test_numbered_files_that_are_not_petsegs_are_never_touched(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str], options: list[Any]
+) -> None:
+    (tmp_path / "short").mkdir()
+    mine = [f"000{n}.mp4" for n in (1, 2, 9)] + ["000000.png", "000009.png", "003.png", "20240512.png"]
+    for name in mine:
+        (tmp_path / "short" / name).write_text("mine")
+    assert infer(clips / "short.mp4", *options, "--output", tmp_path, "--model", model) == 6
+    assert "holds files that petseg did not write" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in (tmp_path / "short").iterdir()} == dict.fromkeys(mine, "mine")
+
+
+def test_other_numbers_in_a_folder_of_petsegs_stay(tmp_path: Path, clips: Path, model: str) -> None:
+    options = ["--as", "mask", "--format", "png", "--output", tmp_path, "--model", model]
+    assert infer(clips / "short.mp4", *options) == 0
+    for name in ("999.png", "20240512.png"):
+        (tmp_path / "short" / name).write_text("mine")
+    assert infer(clips / "short.mp4", *options, "--max-frames", 1) == 0
+    assert tree(tmp_path / "short") == ["000000.png", "20240512.png", "999.png"]
+
+
+def test_numbered_files_never_go_among_the_sources(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--as", "mask", "--format", "png", "--output", tmp_path, "--model", model]
+    assert infer(clips / "short.mp4", *options) == 0  # so that the folder is petseg's own
+    photos = {path: path.read_bytes() for path in (tmp_path / "short").glob("*.png")}
+    assert infer(clips / "short.mp4", tmp_path / "short", *options, "--max-frames", 3) == 6
+    assert "would go among the sources" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "short").glob("*.png")} == photos
 
 
 def test_pieces_of_a_longer_run_are_gone_too(tmp_path: Path, clips: Path, model: str) -> None:

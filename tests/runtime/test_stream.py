@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -224,6 +225,40 @@ def test_leaving_early_ends_the_threads() -> None:
     assert_no_threads()
 
 
+@pytest.mark.timeout(30)
+def test_after_the_end_there_is_nothing_more() -> None:
+    stream = stream_of([frame_of(0), frame_of(1)])
+    assert numbers(list(stream)) == [0, 1]
+    assert list(stream) == []
+    left = stream_of(frame_of(n) for n in range(100))
+    for _ in left:
+        break
+    left.close()
+    assert list(left) == []
+    with stream_of([frame_of(0)]) as closed:
+        pass
+    assert list(closed) == []
+
+
+@pytest.mark.timeout(30)
+def test_another_thread_may_close_it() -> None:
+    hang = threading.Event()
+
+    def frames() -> Iterator[Frame]:
+        yield frame_of(0)
+        hang.wait(60)
+
+    stream, seen = stream_of(frames()), []
+    consumer = threading.Thread(target=lambda: seen.extend(numbers(list(stream))))
+    consumer.start()
+    until(lambda: stream.counts.delivered == 1)
+    stream.close()
+    consumer.join(timeout=10)
+    assert not consumer.is_alive()
+    assert seen == [0]
+    hang.set()
+
+
 def test_a_source_that_hangs_does_not_keep_the_stream_from_ending() -> None:
     hang = threading.Event()
 
@@ -256,7 +291,9 @@ def test_a_slow_consumer_bounds_what_is_decoded() -> None:
         assert len(decoded) < 20
 
 
-@pytest.mark.parametrize("wrong", [{"policy": "newest"}, {"stride": 0}, {"max_frames": 0}, {"smooth": 1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"policy": "newest"}, {"stride": 0}, {"max_frames": 0}, {"smooth": 1.0}, {"smooth": math.nan}]
+)
 def test_values_out_of_range_are_refused_before_a_thread_starts(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)).replace("smooth", "smoothing")):
         stream_of([frame_of(0)], **wrong)

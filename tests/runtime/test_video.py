@@ -657,3 +657,10 @@ def test_it_works_with_warnings_as_errors_in_a_process_of_its_own(tmp_path: Path
     done = subprocess.run([sys.executable, "-W", "error", "-c", ORDER, str(clip)], capture_output=True, text=True)
     assert done.stderr == ""
     assert len(json.loads(done.stdout)) == 10
+
+
+@pytest.mark.parametrize("start", [float("inf"), float("nan")])
+def test_a_start_that_is_no_number_of_seconds_is_refused(tmp_path: Path, start: float) -> None:
+    clip = write(tmp_path / "clip.mp4")
+    with pytest.raises(ValueError, match=f"start {start} must be a number of seconds"):
+        VideoReader(clip, start=start)

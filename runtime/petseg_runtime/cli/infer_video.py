@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -107,12 +107,12 @@ class Output:
 
     def _movies(self, origin: Origin, place: Path) -> Iterator[Path]:
         """The names of a source's movies, one after the other."""
-        from petseg_runtime.video_sinks import numbered
+        from petseg_runtime.video_sinks import numbered, pieces
 
         if origin.endless:
             return numbered(place, self.format)
-        if self.segment is not None:  # those of an earlier run are replaced
-            return (place / f"{number:04d}.{self.format}" for number in itertools.count(1))
+        if self.segment is not None:
+            return pieces(place, self.format)
         # Frames may change their size within a file, too.
         more = (place.with_name(f"{place.stem}-{number}{place.suffix}") for number in itertools.count(2))
         return itertools.chain([place], (path for path in more if os.path.realpath(path) not in self.reserved))
@@ -427,4 +427,18 @@ def check_places(output: Output, origins: Sequence[Origin], photos: Mapping[str,
             )
         if not resume and not origin.endless and os.path.dirname(real) in folders and place.exists():  # noqa: PTH120
             raise OutputError(f"{place}: there already, beside the videos; move it, or choose another --output")
+        if not origin.endless and not output.is_one_file(origin):
+            _check_numbered(place, origin, sources)
     return dataclasses.replace(output, reserved=frozenset(sources | results.keys()))
+
+
+def _check_numbered(place: Path, origin: Origin, sources: Set[str]) -> None:
+    """Refuse a folder of numbered files that holds sources, or files that petseg did not write."""
+    from petseg_runtime.video_sinks import claimable
+
+    real = os.path.realpath(place)
+    if among := [path for path in sources if path.startswith(real + os.sep)]:
+        raise OutputError(
+            f"{place}: results of {origin.shown} would go among the sources, as {among[0]}; choose another --output"
+        )
+    claimable(place)
