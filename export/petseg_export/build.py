@@ -60,11 +60,13 @@ class Exported:
         path: The file.
         files: All files that were written, that one first.
         receipt: What its parity test measured.
+        notes: What the parity test cannot show, a line each.
     """
 
     path: Path
     files: tuple[Path, ...]
     receipt: Receipt
+    notes: tuple[str, ...] = ()
 
 
 def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch: Watch | None = None) -> Exported:
@@ -112,7 +114,18 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
                 others = sorted(file.name for file in folder.iterdir() if file.name != output.name)
         except OSError as error:
             raise OutputError(f"{output}: cannot be written ({error.strerror or error})") from error
-    return Exported(output, (output, *(output.with_name(other) for other in others)), receipt)
+    files = (output, *(output.with_name(other) for other in others))
+    return Exported(output, files, receipt, _of_size(path, loaded, spec))
+
+
+def _of_size(path: Path, loaded: checkpoint.Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
+    """A word on a size that the network was not trained at, where the file does no worse than its checkpoint: badly."""
+    trained = loaded.meta.get("spec")
+    if not isinstance(trained, dict) or (trained.get("height"), trained.get("width")) == (spec.height, spec.width):
+        return ()
+    own, asked = f"{trained.get('height')} x {trained.get('width')}", f"{spec.height} x {spec.width}"
+    remedy = "measure them with `petseg evaluate`, or train at that size"
+    return (f"{path}: trained at {own}; at {asked} its masks may be much worse: {remedy}",)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import click
 
 from petseg_export.config import QuantizeConfig
 from petseg_export.registry import FORMATS, why_not
-from petseg_runtime.cli.text import PATH, Finite, parse_size
+from petseg_runtime.cli.text import PATH, Finite, parse_size, shown
 from petseg_runtime.errors import DataError
 from petseg_runtime.spec import PRECISIONS
 
@@ -70,6 +70,8 @@ def export(checkpoint: Path, format_name: str, as_json: bool, quiet: bool, **opt
     with _progress(quiet) as watch:
         done = build(checkpoint, config, watch)
     receipt = done.receipt
+    for note in () if quiet else done.notes:
+        click.echo(f"petseg: {shown(note)}", err=True)
     if as_json:
         files = [str(file) for file in done.files]
         click.echo(json.dumps({"file": str(done.path), "files": files, **receipt.as_dict()}, indent=2))

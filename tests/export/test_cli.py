@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -76,7 +77,7 @@ def test_quiet_says_nothing(checkpoint: Path, known_graph: None, capsys: pytest.
 
 
 def test_every_option_reaches_the_file(
-    checkpoint: Path, notes_file: Path, photos: list[Path], known_graph: None
+    checkpoint: Path, notes_file: Path, photos: list[Path], known_graph: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["export", str(checkpoint), "--size", "16x32", "--notes", str(notes_file), "--photos", "2", "--batch", "3"]
     assert run([*args, "--data", str(photos[0].parent), "--precision", "fp16", "--seed", "5"]) == 0
@@ -85,6 +86,11 @@ def test_every_option_reaches_the_file(
     assert (spec.height, spec.width, spec.batch, spec.precision, spec.dynamic_size) == (16, 32, 3, "fp16", False)
     assert artifact.provenance["measured"] == {"iou": 0.9}
     assert artifact.receipt["photos"] == 2
+    # The file does what the checkpoint does, which was never trained for that.
+    assert re.fullmatch(
+        rf"petseg: {checkpoint}: trained at \d+ x \d+; at 16 x 32 its masks may be much worse: .*\n",
+        capsys.readouterr().err,
+    )
 
 
 def test_an_ir_from_an_onnx_file_in_two_steps(

@@ -1171,7 +1171,7 @@ def segmented(photo: Path, out: Path, *options: str) -> np.ndarray:
         return np.array(picture)
 
 
-def test_infer_takes_the_size_that_is_asked_for(toy: Toy, tmp_path: Path) -> None:
+def test_infer_takes_the_size_that_is_asked_for(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The toy's answer is the photo's red, which a larger input keeps and a smaller one blurs."""
     model = str(toy(tmp_path / "toy.onnx", dynamic_size=True).path)
     pixels = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
@@ -1179,8 +1179,11 @@ def test_infer_takes_the_size_that_is_asked_for(toy: Toy, tmp_path: Path) -> Non
     Image.fromarray(pixels).save(photo)
     exact = segmented(photo, tmp_path / "a", "--model", model, "--size", "48x80")
     np.testing.assert_array_equal(exact, pixels[..., 0])
+    said = "petseg: --size 48 x 80: the model's own is 16 x 32; at another its masks may be much worse\n"
+    assert capsys.readouterr().err == said
     own = segmented(photo, tmp_path / "b", "--model", model)
     np.testing.assert_array_equal(own, segmented(photo, tmp_path / "c", "--model", model, "--size", "16x32"))
+    assert capsys.readouterr().err == ""
     assert np.std(own) < 0.8 * np.std(exact)
 
 

@@ -279,7 +279,8 @@ def _check_videos(kind: str, format: str | None) -> None:  # noqa: A002
     if not formats:
         raise UsageError(f"{kind} is of photos; a video can be: {', '.join(VIDEO_FORMATS)}")
     if format and format not in formats:
-        raise UsageError(f"{kind} of a video is not written as {format}; it can be: {', '.join(formats)}")
+        files = ", ".join(name for name in formats if name != "raw")  # which is for --output - only
+        raise UsageError(f"{kind} of a video is not written as {format}; it can be: {files}")
 
 
 def _made(
@@ -388,12 +389,15 @@ def _settings(segmenter: Segmenter) -> dict[str, Any]:
 
 
 def _tell(segmenter: Segmenter, verbose: bool, quiet: bool) -> None:
-    engine = segmenter.describe()
+    engine, spec = segmenter.describe(), segmenter.artifact.spec
     for note in engine.notes:
         _say(note, quiet)
+    if segmenter.size != (spec.height, spec.width):
+        own, asked = f"{spec.height} x {spec.width}", "{} x {}".format(*segmenter.size)
+        _say(f"--size {asked}: the model's own is {own}; at another its masks may be much worse", quiet)
     if verbose:
         click.echo(
-            f"{shown(segmenter.artifact.spec.name)} in {engine.name} {engine.version} on {engine.device}, "
+            f"{shown(spec.name)} in {engine.name} {engine.version} on {engine.device}, "
             f"{engine.precision}, {engine.threads} threads",
             err=True,
         )
