@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petseg_runtime import sources, video
-from petseg_runtime.errors import InputError, UnreadableVideo, UnsupportedVideo
+from petseg_runtime.errors import InputError, UnreadableVideo, UnsupportedVideo, UsageError
 from petseg_runtime.sources import Replayed, _begins_a_video, from_pipe, raw_video
 from petseg_runtime.video import Colours, Converter, Frame, VideoReader, _Clock, _Joined
 
@@ -607,7 +607,7 @@ def test_raw_frames(monkeypatch: pytest.MonkeyPatch, rate: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "64x48", "64x48@", "64@25", "64x48@25:", "ax48@25", "64x48@25/0:x y"])
 def test_raw_frames_of_another_form_are_refused(text: str) -> None:
-    with pytest.raises(InputError, match="WIDTHxHEIGHT@RATE is expected"):
+    with pytest.raises(UsageError, match="WIDTHxHEIGHT@RATE is expected"):
         raw_video(text)
 
 
