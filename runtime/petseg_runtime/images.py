@@ -91,8 +91,8 @@ def read(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: tuple[i
             the photo shares no memory with it.
         max_pixels: Refuse anything larger, before decoding; counted at the photo's own size.
         at_least: The height and width that ``to_model`` will bring the pixels to, where nothing else is wanted of
-            them: an encoded JPEG may then be decoded at 1/2, 1/4 or 1/8 of its size, which gives the same mask
-            (see ``_MARGIN``). None: the pixels at the photo's own size.
+            them: an encoded JPEG may then be decoded at 1/2, 1/4 or 1/8 of its size, which gives nearly the
+            same mask (see ``_MARGIN``). None: the pixels at the photo's own size.
 
     Returns:
         The photo: uint8 [H, W, 3] RGB, its own size, and notes on what was decided.
