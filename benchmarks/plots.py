@@ -1,10 +1,12 @@
 """The README's plots, made from the records: IoU against milliseconds, and where the time of a photo or frame goes.
 
-They are files beside the records (SVG); `report --check` does not look at them. The same records give the same bytes.
+They are files beside the records (SVG). The same records give the same bytes in the same matplotlib; the digest of the
+records is in each, so that `report --check` sees whether it is of the records that are there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from petseg_runtime.files import replacing
 
 ACCURACY: Final = "accuracy-against-time.svg"
 STAGES: Final = "time-per-stage.svg"
+#: What each plot is made from.
+RECORDS: Final = {ACCURACY: ("accuracy", "latency", "peers", "rival"), STAGES: ("throughput", "video")}
 #: Of petseg, of others with weights of their own, of figures that others published; for who cannot tell colours apart,
 #: their markers differ too.
 OURS, THEIRS, PUBLISHED = "#1565c0", "#d84315", "#616161"
@@ -58,19 +62,30 @@ class Dot:
 
 def write() -> list[Path]:
     """Every plot whose records are there; which ones."""
-    found = {name: loaded(name) for name in ("accuracy", "latency", "peers", "rival", "throughput", "video")}
     made = []
-    if found["accuracy"] and found["latency"]:
-        made.append(
-            save(accuracy_figure(*(found[name] for name in ("accuracy", "latency", "peers", "rival"))), ACCURACY)
-        )
+    accuracy, latency, peers, rival = (loaded(name) for name in RECORDS[ACCURACY])
+    if accuracy and latency:
+        made.append(save(accuracy_figure(accuracy, latency, peers, rival), ACCURACY))
+    throughput, video = (loaded(name) for name in RECORDS[STAGES])
     bars = {
-        "a photo of a folder: CPU ms of each step": photo_bars(found["throughput"]),
-        "a frame of a video: ms of each step, median; they run beside each other": frame_bars(found["video"]),
+        "a photo of a folder: CPU ms of each step": photo_bars(throughput),
+        "a frame of a video: ms of each step, median; they run beside each other": frame_bars(video),
     }
     if there := {title: rows for title, rows in bars.items() if rows}:
         made.append(save(stage_figure(there), STAGES))
     return made
+
+
+def stale() -> list[str]:
+    """The plots that are not of the records that are there, or are missing."""
+    paths = {name: records.RESULTS / name for name in RECORDS}
+    return [name for name, path in paths.items() if not path.exists() or digest(name) not in path.read_text("utf-8")]
+
+
+def digest(plot: str) -> str:
+    """Of the records that a plot is made from."""
+    found = [loaded(name) for name in RECORDS[plot]]
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def loaded(name: str) -> dict[str, Any]:
@@ -236,5 +251,6 @@ def save(figure: Figure, name: str) -> Path:
     """An SVG among the records, without a date or names by chance: the same records give the same bytes."""
     path = records.RESULTS / name
     with replacing(path) as beside, matplotlib.rc_context({"svg.hashsalt": "petseg"}):
-        figure.savefig(beside, format="svg", metadata={"Date": None})
+        about = {"Date": None, "Description": f"records sha256 {digest(name)}"}
+        figure.savefig(beside, format="svg", metadata=about)
     return path

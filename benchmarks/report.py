@@ -1,4 +1,4 @@
-"""The README's tables, made from the records; ``--check`` fails where they have drifted apart."""
+"""The README's tables and plots, made from the records; ``--check`` fails where they have drifted apart."""
 
 from __future__ import annotations
 
@@ -400,16 +400,16 @@ def rendered(text: str) -> str:
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Only say whether the README is what the records say.")
+@click.option("--check", is_flag=True, help="Only say whether README and plots are what the records say.")
 def report(check: bool) -> None:
     """Write the README's tables, and the plots, from the records."""
+    from benchmarks import plots  # matplotlib takes a second to import
+
     old = README.read_text(encoding="utf-8")
     new = rendered(old)
-    if not check:
-        README.write_text(new, encoding="utf-8")
-        from benchmarks import plots  # matplotlib takes a second to import, and --check needs none of it
-
-        for path in plots.write():
-            click.echo(path.relative_to(records.ROOT))
-    elif old != new:
-        sys.exit("README.md is not what the records say: run `python -m benchmarks report`")
+    if check:
+        drifted = ([README.name] if old != new else []) + plots.stale()
+        sys.exit(f"not what the records say: {', '.join(drifted)}; `python -m benchmarks report`" if drifted else 0)
+    README.write_text(new, encoding="utf-8")
+    for path in plots.write():
+        click.echo(path.relative_to(records.ROOT))

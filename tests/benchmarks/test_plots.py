@@ -113,3 +113,13 @@ def test_the_same_records_give_the_same_bytes(plots: Any, tmp_path: Path) -> Non
     assert len(first) == 2
     assert first == second
     assert all(text.startswith(b"<?xml") for text in first)
+
+
+def test_a_plot_of_other_records_is_told(plots: Any, tmp_path: Path) -> None:
+    for name, record in RECORDS.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    assert plots.stale() == [plots.ACCURACY, plots.STAGES], "they are missing"
+    plots.write()
+    assert plots.stale() == []
+    (tmp_path / "peers.json").unlink()
+    assert plots.stale() == [plots.ACCURACY]
