@@ -97,12 +97,13 @@ def others(record: dict[str, Any]) -> list[str]:
         if "difference" in beside:
             points = [f"{100 * low:+.1f} to {100 * high:+.1f} points" for low, high in beside["difference"].values()]
             lines.append(other("petseg less ISNet at its best threshold, 95 %", photos, "", points))
-    if (records.RESULTS / "rival.json").exists():
-        lines += rival(records.load("rival"))
+    against = records.load("rival") if (records.RESULTS / "rival.json").exists() else None
+    if against:
+        lines += rival(against)
     for found in record["elsewhere"]:
         ious = [found["readings"].get(border, {}).get("iou") for border in CHOSEN]
         lines.append(other(f"{found['name']} ({found['source']})", found["data"], "", ious))
-    return lines
+    return [*lines, "", in_turns(against)] if against else lines
 
 
 def rival(record: dict[str, Any]) -> list[str]:
@@ -110,12 +111,22 @@ def rival(record: dict[str, Any]) -> list[str]:
     quickest = min(record["times"], key=lambda row: float(row["median"]))
     name = (
         f"{record['name']}, {record['parameters'] / 1e6:.1f} M, from scratch by petseg's trainer, {record['epochs']} "
-        f"epochs ({record['hours']:.1f} h), {quickest['engine']} {quickest['precision']}"
+        f"epochs ({record['hours']:.1f} h), teacher: {record['teacher'] or 'none'}, "
+        f"{quickest['engine']} {quickest['precision']}"
     )
     return [
         other(name, what, f"{quickest['median']:.1f}", [found["readings"][border]["iou"] for border in CHOSEN])
         for what, found in record["sets"].items()
     ]
+
+
+def in_turns(record: dict[str, Any]) -> str:
+    """Its speed beside the embedded model's."""
+    each = [
+        f"{row['petseg_times_as_fast']:.2f} times as fast in {row['engine'].partition(' ')[0]} {row['precision']}"
+        for row in record["times"]
+    ]
+    return f"The embedded model beside {record['name']}, the networks alone, in turns: {', '.join(each)}."
 
 
 def other(name: str, photos: str, time: str, ious: Sequence[Any]) -> str:
