@@ -92,12 +92,12 @@ step int8 "$$BIN/petseg" export petseg/weights/edge.safetensors --output "$$scra
     --data "$$(part -native)" --int8-data "$$(part -best)"
 int8= && [ -f "$$scratch/int8.onnx" ] && int8="--int8 $$scratch/int8.onnx"
 measure latency --data "$$DATA" $$int8
-measure throughput --data "$$DATA" --photos 300
+measure throughput --data "$$DATA" --photos 240
 measure video --data "$$DATA" --seconds 10 --rounds 3
-measure scaling
-measure training --data "$$DATA"
+measure scaling --clip-rounds 1
+measure training --data "$$DATA" --epochs 3
 measure accuracy --data "$$DATA" $$int8 $${ISNET:+--isnet "$$ISNET"}
-measure peers --data "$$DATA" --photos 240 --starts 3 $${ISNET:+--isnet "$$ISNET"}
+measure peers --data "$$DATA" --photos 200 --starts 3 $${ISNET:+--isnet "$$ISNET"}
 measure report
 echo "== all of it took $$(($$(date +%s) - began)) s"
 [ -z "$$failed" ] || { echo "FAILED:$$failed" >&2; exit 1; }
