@@ -83,7 +83,7 @@ class Network:
 
 NETWORKS: Final = (
     Network("the model that ships", 0, "", 0, (1, 8), compiled=True),
-    Network("width 16", 16, "full", 256, (1, 8)),
+    Network("width 16", 16, "full", 256, (1,)),
     Network("width 64", 64, "full", 128, (1,)),
 )
 

@@ -323,9 +323,10 @@ def peers() -> str:
         "with files in the disk's cache, and OpenVINO's compiled model in petseg's: whole processes, in turns, on "
         f"{record['machine']['cores']} cores of {record['machine']['cpu']} (`python -m benchmarks peers`). Peers are "
         "called in a plain loop, one photo after the other, as their pages show it; `petseg infer` reads, computes and "
-        "writes beside each other, and petseg's own plain loop shows what that is worth. Rates are without the start; "
-        "medians, lowest and highest. Memory is the most that the process held. Installed: the packages that this way "
-        "needs, CUDA's libraries apart. Weights of peers are random, good for speed only, but for ISNet's:",
+        "writes beside each other, and petseg's own plain loop shows what that is worth. Rates are from the first mask "
+        "to the last; medians, lowest and highest. Memory is the most that the process held. Installed: the packages "
+        "that this way needs, CUDA's libraries apart. Weights of peers are random, good for speed only, but for "
+        "ISNet's:",
         "",
         "| | network's input | photos/s | `petseg infer` is so many times as fast | petseg's plain loop in the same "
         "engine is | start, s | memory, MB | installed, MB |",

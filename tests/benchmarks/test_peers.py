@@ -109,9 +109,23 @@ def test_each_takes_its_turn_in_every_round(module: Any, monkeypatch: pytest.Mon
     assert [len(results["b"][kind]) for kind in ("folder", "startup")] == [1, 2]
 
 
-def test_rates_leave_the_start_out(module: Any) -> None:
+def test_rates_leave_the_start_out(module: Any, tmp_path: Path) -> None:
     pipeline = module("pipeline")
-    assert pipeline.running([12.0, 22.0], 2.0, 101) == [10.0, 5.0]
+    assert pipeline.running([10.0, 20.0], 101) == [10.0, 5.0]
+    script = (
+        "import pathlib, sys, time; time.sleep(0.5); folder = pathlib.Path(sys.argv[1]);"
+        "(folder / 'a.png').touch(); time.sleep(0.2); (folder / 'b.png').touch(); time.sleep(0.3)"
+    )
+    one = module("contenders").Contender(
+        *("a", "a loop", "engine", (8, 8), "none"),
+        lambda _, output: [sys.executable, "-S", "-c", script, str(output)],
+        *("peers", ()),
+    )
+    for name in "ab":
+        (tmp_path / f"{name}.jpg").touch()
+    taken = pipeline.watched(one, tmp_path)
+    assert taken["seconds"] > 1
+    assert 0.1 < taken["first_to_last"] < taken["seconds"] - 0.7
     assert pipeline.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
 
 
@@ -121,12 +135,16 @@ def test_a_row_tells_times_memory_and_size(module: Any, tmp_path: Path) -> None:
     one = module("contenders").Contender(
         "a", "a loop", "engine", (8, 8), "none", lambda _, __: [], "peers", ("numpy",), model
     )
-    taken = [{"seconds": seconds, "cpu_seconds": 1.0, "memory_mb": 100.0} for seconds in (1.0, 11.0)]
+    taken = [
+        {"seconds": seconds, "cpu_seconds": 1.0, "memory_mb": 100.0, "first_to_last": seconds - 1}
+        for seconds in (1.0, 11.0)
+    ]
     row = module("pipeline").row(
         one, {"folder": taken[1:], "startup": taken[:1]}, 101, {"numpy": package(size=3_000_000)}
     )
     assert (row["name"], row["how"], row["input"]) == ("a", "a loop", [8, 8])
-    assert row["folder"] == {"photos": 101, "seconds": [11.0], "cpu_seconds": [1.0], "memory_mb": [100.0]}
+    times = {"seconds": [11.0], "cpu_seconds": [1.0], "memory_mb": [100.0], "first_to_last": [10.0]}
+    assert row["folder"] == {"photos": 101, **times}
     assert row["photos_per_second_once_running"]["median"] == 10.0
     sizes = {"packages": 1, "megabytes": 3.0, "of_these_cuda": 0.0, "model_megabytes": 2.0}
     assert row["installed"] == {"needs": ["numpy"], **sizes}
@@ -140,14 +158,14 @@ def test_ratios_are_of_one_round(module: Any) -> None:
     ) -> dict[str, Any]:
         startup = {"startup": {"seconds": start}, "startup_seconds": pipeline.spread(start)}
         about = {"name": name, "how": how, "engine": engine}
-        return {**about, "folder": {"photos": photos, "seconds": folder}, **startup}
+        return {**about, "folder": {"photos": photos, "first_to_last": folder}, **startup}
 
     def loop(name: str, engine: str, folder: list[float], start: list[float]) -> dict[str, Any]:
         return row(name, folder, start, 11, "a plain loop", engine)
 
-    ours = row("petseg, auto", [2.0, 3.0], [1.0, 1.0], 11)
-    own = loop("petseg, onnxruntime, a plain loop", "onnxruntime 1.2, f32", [3.0, 4.0], [1.0, 1.0])
-    theirs, other = (loop("peer", engine, [12.0, 22.0], [2.0, 4.0]) for engine in ("ONNX Runtime", "PyTorch"))
+    ours = row("petseg, auto", [1.0, 2.0], [1.0, 1.0], 11)
+    own = loop("petseg, onnxruntime, a plain loop", "onnxruntime 1.2, f32", [2.0, 3.0], [1.0, 1.0])
+    theirs, other = (loop("peer", engine, [9.0, 19.0], [2.0, 4.0]) for engine in ("ONNX Runtime", "PyTorch"))
     rows = pipeline.with_ratios([ours, theirs, own, other])
     assert rows[1]["petseg_times_as_fast"]["loop_once_running"] == pipeline.spread([4.5, 19 / 3])
     assert rows[2]["petseg_times_as_fast"]["loop_once_running"]["median"] == 1.0
