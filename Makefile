@@ -91,10 +91,10 @@ part() { for name in "$$DATA/oxford-iiit-pet$$1" "$$DATA/oxford-iiit-pet"; do [ 
 step int8 "$$BIN/petseg" export petseg/weights/edge.safetensors --output "$$scratch/int8.onnx" --precision int8 \
     --data "$$(part -native)" --int8-data "$$(part -best)"
 int8= && [ -f "$$scratch/int8.onnx" ] && int8="--int8 $$scratch/int8.onnx"
-measure latency --data "$$DATA" $$int8
+measure latency --data "$$DATA" --rounds 5 $$int8
 measure throughput --data "$$DATA" --photos 240
 measure video --data "$$DATA" --seconds 8 --rounds 3
-measure scaling --clip-rounds 1
+measure scaling --rounds 5 --clip-rounds 1
 measure training --data "$$DATA" --epochs 3
 measure accuracy --data "$$DATA" $$int8 $${ISNET:+--isnet "$$ISNET"}
 measure peers --data "$$DATA" --photos 200 --starts 3 $${ISNET:+--isnet "$$ISNET"}

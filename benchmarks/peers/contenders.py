@@ -123,7 +123,18 @@ def theirs(python: Path, isnet: Path | None) -> Iterator[Contender]:
             ("OpenVINO", loop(python, "openvino", graph), graph, ("openvino", "numpy", "pillow")),
         ):
             title = f"{library} {name}, {engine}".replace("segmentation-models-pytorch", "smp")
-            yield Contender(title, PLAIN, engine, (256, 256), RANDOM, command, "peers", needs, model, share=1 / 4)
+            yield Contender(
+                title,
+                PLAIN,
+                engine,
+                (256, 256),
+                RANDOM,
+                command,
+                "peers",
+                needs,
+                model,
+                share=1 / 4 if engine == "PyTorch" else 1 / 2,
+            )
 
 
 def loop(python: Path, *arguments: str | Path) -> Command:

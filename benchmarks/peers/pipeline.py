@@ -2,10 +2,12 @@
 
     python -m benchmarks peers --data data --isnet isnet.onnx
 
-Every figure is of a whole process, run by watch.py, in one session, in alternation: round by round each contender takes
-its turn. Photos are the same; slow contenders take the first few of them only, and their rate is that from the first
-mask on the disk to the last, so that the start does not weigh on them more. The environments are made in
-``.venv-peers`` at the first run (about 6 GB, from the package index that pip is set up for).
+Every figure is of a whole process, run by watch.py, in one session, in alternation: A B A C A D A, round by round,
+where A is `petseg infer`. How many times as fast it is is told by its own runs right before and after a contender's:
+machines change their speed from one minute to the next. Photos are the same; slow contenders take the first few of them
+only, and their rate is that from the first mask on the disk to the last, so that the start does not weigh on them more.
+The environments are made in ``.venv-peers`` at the first run (about 6 GB, from the package index that pip is set up
+for).
 """
 
 from __future__ import annotations
@@ -105,16 +107,32 @@ def chosen(data: Path, photos: int, counts: Sequence[int], scratch: Path) -> dic
 def measured(
     contenders: Sequence[Contender], folders: Mapping[int, Path], photos: int, rounds: int, starts: int
 ) -> dict[str, dict[str, list[Taken]]]:
-    """Every run of every contender: ``folder`` and ``startup``. The first start of each is not counted."""
-    results: dict[str, dict[str, list[Taken]]] = {one.name: {"folder": [], "startup": []} for one in contenders}
+    """Every run of every contender: ``folder`` and ``startup``. The first start of each is not counted.
+
+    The first of them runs before and after each of the others; these runs are the others' ``before`` and ``after``.
+    """
+    kinds = ("folder", "before", "after", "startup")
+    results: dict[str, dict[str, list[Taken]]] = {one.name: {kind: [] for kind in kinds} for one in contenders}
+
+    def run(one: Contender, kind: str) -> Taken:
+        taken = watched(one, folders[count(one, photos) if kind == "folder" else 1])
+        results[one.name][kind].append(taken)
+        click.echo(f"{kind:>7} {one.name}: {taken}", err=True)
+        return taken
+
+    first, *others = contenders
     for one in contenders:
         watched(one, folders[1])  # compiles bytecode and kernels, fills the disk cache
     for number in range(max(rounds, starts)):
-        for kind, times in (("folder", rounds), ("startup", starts)):
-            for one in contenders if number < times else ():
-                taken = watched(one, folders[count(one, photos) if kind == "folder" else 1])
-                results[one.name][kind].append(taken)
-                click.echo(f"{number + 1} {kind:>7} {one.name}: {taken}", err=True)
+        if number < rounds:
+            beside = run(first, "folder")
+            for one in others:
+                results[one.name]["before"].append(beside)
+                run(one, "folder")
+                beside = run(first, "folder")
+                results[one.name]["after"].append(beside)
+        for one in contenders if number < starts else ():
+            run(one, "startup")
     return results
 
 
@@ -143,6 +161,7 @@ def row(
     folder, startup = (
         {key: [taken[key] for taken in results[kind]] for key in results[kind][0]} for kind in ("folder", "startup")
     )
+    beside = {kind: [taken["first_to_last"] for taken in results[kind]] for kind in ("before", "after")}
     model = {"model_megabytes": round(one.model.stat().st_size / 1e6, 1)} if one.model else {}
     return {
         "name": one.name,
@@ -151,6 +170,7 @@ def row(
         "input": list(one.size),
         "weights": one.weights,
         "folder": {"photos": photos, **folder},
+        "first_to_last_of_petseg": beside,
         "startup": startup,
         "installed": {"needs": list(one.needs), **environments.size_of(packages, one.needs), **model},
         "photos_per_second": spread([photos / seconds for seconds in folder["seconds"]]),
@@ -177,20 +197,24 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Adds how many times as fast as each row petseg, the first, is: round by round, once running and in starting.
 
-    ``loop_once_running``: the same of petseg's plain loop in the row's engine, so that neither the engine nor the steps
-    that run beside each other count; None where petseg has no such engine.
+    Once running: the mean rate of its runs before and after that of the row. ``loop_once_running``: the same of
+    petseg's plain loop in the row's engine, by way of the first row, so that neither the engine nor the steps that run
+    beside each other count; None where petseg has no such engine.
     """
     first = rows[0]
-    loops = {engine_of(row): row for row in rows if row["name"].startswith("petseg") and row["how"] == PLAIN}
 
-    def rates(row: dict[str, Any]) -> list[float]:
-        return running(row["folder"]["first_to_last"], row["folder"]["photos"])
+    def faster(row: dict[str, Any]) -> list[float]:
+        if row is first:
+            return [1.0]
+        before, after = (running(times, first["folder"]["photos"]) for times in row["first_to_last_of_petseg"].values())
+        rates = running(row["folder"]["first_to_last"], row["folder"]["photos"])
+        return [(a + b) / 2 / rate for a, b, rate in zip(before, after, rates, strict=True)]
 
+    loops = {engine_of(row): faster(row) for row in rows if row["name"].startswith("petseg") and row["how"] == PLAIN}
     for row in rows:
-        quicker = [a / b for a, b in zip(rates(first), rates(row), strict=True)]
+        quicker, loop = faster(row), loops.get(engine_of(row))
         sooner = [b / a for a, b in zip(first["startup"]["seconds"], row["startup"]["seconds"], strict=True)]
-        loop = loops.get(engine_of(row))
-        alike = loop and spread([a / b for a, b in zip(rates(loop), rates(row), strict=True)])
+        alike = spread([a / b for a, b in zip(quicker, loop, strict=True)]) if loop and row is not first else None
         times = {"once_running": spread(quicker), "startup": spread(sooner), "loop_once_running": alike}
         row["petseg_times_as_fast"] = times
     return rows

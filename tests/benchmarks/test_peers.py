@@ -91,22 +91,29 @@ def test_watch_tells_time_and_memory_of_the_command_alone() -> None:
 
 def test_each_takes_its_turn_in_every_round(module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pipeline, contenders = module("pipeline"), module("contenders")
-    a, b = (
+    a, b, c = (
         contenders.Contender(name, "a loop", "engine", (8, 8), "none", lambda _, __: [], "peers", (), share=share)
-        for name, share in (("a", 1.0), ("b", 0.1))
+        for name, share in (("a", 1.0), ("b", 0.1), ("c", 0.1))
     )
     runs: list[tuple[str, int]] = []
 
     def watched(one: Any, photos: Path) -> dict[str, float]:
         runs.append((one.name, int(photos.name)))
-        return {"seconds": 1.0}
+        return {"number": len(runs)}
 
     monkeypatch.setattr(pipeline, "watched", watched)
     folders = {number: tmp_path / str(number) for number in (1, 4, 40)}
-    results = pipeline.measured([a, b], folders, 40, rounds=1, starts=2)
-    warm = once = [("a", 1), ("b", 1)]
-    assert runs == [*warm, ("a", 40), ("b", 4), *once, *once]
-    assert [len(results["b"][kind]) for kind in ("folder", "startup")] == [1, 2]
+    results = pipeline.measured([a, b, c], folders, 40, rounds=1, starts=2)
+    warm = once = [("a", 1), ("b", 1), ("c", 1)]
+    assert runs == [*warm, ("a", 40), ("b", 4), ("a", 40), ("c", 4), ("a", 40), *once, *once]
+    assert {kind: [run["number"] for run in found] for kind, found in results["b"].items()} == {
+        "before": [4],
+        "folder": [5],
+        "after": [6],
+        "startup": [10, 13],
+    }
+    assert [run["number"] for run in results["a"]["folder"]] == [4, 6, 8]
+    assert results["a"]["before"] == results["a"]["after"] == []
 
 
 def test_rates_leave_the_start_out(module: Any, tmp_path: Path) -> None:
@@ -139,40 +146,48 @@ def test_a_row_tells_times_memory_and_size(module: Any, tmp_path: Path) -> None:
         {"seconds": seconds, "cpu_seconds": 1.0, "memory_mb": 100.0, "first_to_last": seconds - 1}
         for seconds in (1.0, 11.0)
     ]
-    row = module("pipeline").row(
-        one, {"folder": taken[1:], "startup": taken[:1]}, 101, {"numpy": package(size=3_000_000)}
-    )
+    results = {"folder": taken[1:], "before": taken[1:], "after": taken[1:], "startup": taken[:1]}
+    row = module("pipeline").row(one, results, 101, {"numpy": package(size=3_000_000)})
     assert (row["name"], row["how"], row["input"]) == ("a", "a loop", [8, 8])
     times = {"seconds": [11.0], "cpu_seconds": [1.0], "memory_mb": [100.0], "first_to_last": [10.0]}
     assert row["folder"] == {"photos": 101, **times}
+    assert row["first_to_last_of_petseg"] == {"before": [10.0], "after": [10.0]}
     assert row["photos_per_second_once_running"]["median"] == 10.0
     sizes = {"packages": 1, "megabytes": 3.0, "of_these_cuda": 0.0, "model_megabytes": 2.0}
     assert row["installed"] == {"needs": ["numpy"], **sizes}
 
 
-def test_ratios_are_of_one_round(module: Any) -> None:
+def test_ratios_are_of_neighbours(module: Any) -> None:
     pipeline = module("pipeline")
 
     def row(
-        name: str, folder: list[float], start: list[float], photos: int, how: str = "", engine: str = "openvino 1, f32"
+        name: str, engine: str, folder: list[float], before: list[float], after: list[float], start: list[float]
     ) -> dict[str, Any]:
-        startup = {"startup": {"seconds": start}, "startup_seconds": pipeline.spread(start)}
-        about = {"name": name, "how": how, "engine": engine}
-        return {**about, "folder": {"photos": photos, "first_to_last": folder}, **startup}
+        return {
+            "name": name,
+            "how": "a plain loop" if "auto" not in name else "",
+            "engine": engine,
+            "folder": {"photos": 11, "first_to_last": folder},
+            "first_to_last_of_petseg": {"before": before, "after": after},
+            "startup": {"seconds": start},
+        }
 
-    def loop(name: str, engine: str, folder: list[float], start: list[float]) -> dict[str, Any]:
-        return row(name, folder, start, 11, "a plain loop", engine)
-
-    ours = row("petseg, auto", [1.0, 2.0], [1.0, 1.0], 11)
-    own = loop("petseg, onnxruntime, a plain loop", "onnxruntime 1.2, f32", [2.0, 3.0], [1.0, 1.0])
-    theirs, other = (loop("peer", engine, [9.0, 19.0], [2.0, 4.0]) for engine in ("ONNX Runtime", "PyTorch"))
+    ours = row("petseg, auto", "openvino 1, f32", [1.0] * 5, [], [], [1.0, 1.0])
+    own = row(
+        "petseg, onnxruntime, a plain loop", "onnxruntime 1.2, f32", [2.0, 4.0], [1.0, 2.0], [1.0, 2.0], [1.0, 1.0]
+    )
+    theirs, other = (
+        row("peer", engine, [9.0, 20.0], [1.0, 2.0], [2.0, 1.0], [2.0, 4.0]) for engine in ("ONNX Runtime", "PyTorch")
+    )
     rows = pipeline.with_ratios([ours, theirs, own, other])
-    assert rows[1]["petseg_times_as_fast"]["loop_once_running"] == pipeline.spread([4.5, 19 / 3])
-    assert rows[2]["petseg_times_as_fast"]["loop_once_running"]["median"] == 1.0
-    assert rows[3]["petseg_times_as_fast"]["loop_once_running"] is None
-    assert rows[0]["petseg_times_as_fast"]["once_running"]["median"] == 1.0
-    assert rows[1]["petseg_times_as_fast"]["once_running"] == pipeline.spread([9.0, 9.5])
-    assert rows[1]["petseg_times_as_fast"]["startup"] == pipeline.spread([2.0, 4.0])
+    times = [found["petseg_times_as_fast"] for found in rows]
+    assert times[0]["once_running"]["median"] == 1.0
+    assert times[1]["once_running"] == pipeline.spread([6.75, 15.0]), "7.5 photos a second, over 10 / 9 and 10 / 20"
+    assert times[2]["once_running"] == pipeline.spread([2.0, 2.0])
+    assert times[1]["loop_once_running"] == pipeline.spread([6.75 / 2, 15.0 / 2])
+    assert times[2]["loop_once_running"]["median"] == 1.0
+    assert times[3]["loop_once_running"] is None
+    assert times[1]["startup"] == pipeline.spread([2.0, 4.0])
 
 
 def test_the_photos_of_a_small_folder_are_among_those_of_a_large_one(module: Any, tmp_path: Path) -> None:
