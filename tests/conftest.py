@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from PIL import Image
 
 hypothesis.settings.register_profile("petseg", deadline=None, database=None, derandomize=True)
 hypothesis.settings.load_profile("petseg")
+
+# A shell's background job is started deaf to Ctrl-C, and so would be every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SIZE = 64
 TRAINVAL, TEST = 24, 6
