@@ -97,7 +97,7 @@ measure video --data "$$DATA" --seconds 8 --rounds 3
 measure scaling --rounds 5 --clip-rounds 1
 measure training --data "$$DATA" --epochs 3
 measure accuracy --data "$$DATA" $$int8 $${ISNET:+--isnet "$$ISNET"}
-measure peers --data "$$DATA" --photos 200 --starts 3 $${ISNET:+--isnet "$$ISNET"}
+measure peers --data "$$DATA" --photos 200 --starts 5 $${ISNET:+--isnet "$$ISNET"}
 measure report
 echo "== all of it took $$(($$(date +%s) - began)) s"
 [ -z "$$failed" ] || { echo "FAILED:$$failed" >&2; exit 1; }

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -109,10 +110,10 @@ def measured(
 ) -> dict[str, dict[str, list[Taken]]]:
     """Every run of every contender: ``folder`` and ``startup``. The first start of each is not counted.
 
-    The first of them runs before and after each of the others; these runs are the others' ``before`` and ``after``.
+    The first of them runs before and after each of the others; these runs are the others' ``folder before``, ``folder
+    after``, ``startup before`` and ``startup after``.
     """
-    kinds = ("folder", "before", "after", "startup")
-    results: dict[str, dict[str, list[Taken]]] = {one.name: {kind: [] for kind in kinds} for one in contenders}
+    results: dict[str, dict[str, list[Taken]]] = {one.name: defaultdict(list) for one in contenders}
 
     def run(one: Contender, kind: str) -> Taken:
         taken = watched(one, folders[count(one, photos) if kind == "folder" else 1])
@@ -123,16 +124,15 @@ def measured(
     first, *others = contenders
     for one in contenders:
         watched(one, folders[1])  # compiles bytecode and kernels, fills the disk cache
+    wanted = {"folder": rounds, "startup": starts}
     for number in range(max(rounds, starts)):
-        if number < rounds:
-            beside = run(first, "folder")
+        for kind in (kind for kind, times in wanted.items() if number < times):
+            beside = run(first, kind)
             for one in others:
-                results[one.name]["before"].append(beside)
-                run(one, "folder")
-                beside = run(first, "folder")
-                results[one.name]["after"].append(beside)
-        for one in contenders if number < starts else ():
-            run(one, "startup")
+                results[one.name][f"{kind} before"].append(beside)
+                run(one, kind)
+                beside = run(first, kind)
+                results[one.name][f"{kind} after"].append(beside)
     return results
 
 
@@ -161,7 +161,10 @@ def row(
     folder, startup = (
         {key: [taken[key] for taken in results[kind]] for key in results[kind][0]} for kind in ("folder", "startup")
     )
-    beside = {kind: [taken["first_to_last"] for taken in results[kind]] for kind in ("before", "after")}
+
+    def beside(kind: str, key: str) -> dict[str, list[float]]:
+        return {when: [taken[key] for taken in results[f"{kind} {when}"]] for when in ("before", "after")}
+
     model = {"model_megabytes": round(one.model.stat().st_size / 1e6, 1)} if one.model else {}
     return {
         "name": one.name,
@@ -170,8 +173,9 @@ def row(
         "input": list(one.size),
         "weights": one.weights,
         "folder": {"photos": photos, **folder},
-        "first_to_last_of_petseg": beside,
+        "first_to_last_of_petseg": beside("folder", "first_to_last"),
         "startup": startup,
+        "startup_seconds_of_petseg": beside("startup", "seconds"),
         "installed": {"needs": list(one.needs), **environments.size_of(packages, one.needs), **model},
         "photos_per_second": spread([photos / seconds for seconds in folder["seconds"]]),
         "photos_per_second_once_running": spread(running(folder["first_to_last"], photos)),
@@ -197,9 +201,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Adds how many times as fast as each row petseg, the first, is: round by round, once running and in starting.
 
-    Once running: the mean rate of its runs before and after that of the row. ``loop_once_running``: the same of
-    petseg's plain loop in the row's engine, by way of the first row, so that neither the engine nor the steps that run
-    beside each other count; None where petseg has no such engine.
+    Its own rate, or time to start, is the mean of those before and after the run of the row. ``loop_once_running``:
+    the same of petseg's plain loop in the row's engine, by way of the first row, so that neither the engine nor the
+    steps that run beside each other count; None where petseg has no such engine.
     """
     first = rows[0]
 
@@ -210,12 +214,17 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rates = running(row["folder"]["first_to_last"], row["folder"]["photos"])
         return [(a + b) / 2 / rate for a, b, rate in zip(before, after, rates, strict=True)]
 
+    def sooner(row: dict[str, Any]) -> list[float]:
+        if row is first:
+            return [1.0]
+        before, after = row["startup_seconds_of_petseg"].values()
+        return [2 * b / (a + c) for a, b, c in zip(before, row["startup"]["seconds"], after, strict=True)]
+
     loops = {engine_of(row): faster(row) for row in rows if row["name"].startswith("petseg") and row["how"] == PLAIN}
     for row in rows:
         quicker, loop = faster(row), loops.get(engine_of(row))
-        sooner = [b / a for a, b in zip(first["startup"]["seconds"], row["startup"]["seconds"], strict=True)]
         alike = spread([a / b for a, b in zip(quicker, loop, strict=True)]) if loop and row is not first else None
-        times = {"once_running": spread(quicker), "startup": spread(sooner), "loop_once_running": alike}
+        times = {"once_running": spread(quicker), "startup": spread(sooner(row)), "loop_once_running": alike}
         row["petseg_times_as_fast"] = times
     return rows
 

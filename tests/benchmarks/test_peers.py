@@ -104,16 +104,20 @@ def test_each_takes_its_turn_in_every_round(module: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(pipeline, "watched", watched)
     folders = {number: tmp_path / str(number) for number in (1, 4, 40)}
     results = pipeline.measured([a, b, c], folders, 40, rounds=1, starts=2)
-    warm = once = [("a", 1), ("b", 1), ("c", 1)]
+    warm, once = [("a", 1), ("b", 1), ("c", 1)], [("a", 1), ("b", 1), ("a", 1), ("c", 1), ("a", 1)]
     assert runs == [*warm, ("a", 40), ("b", 4), ("a", 40), ("c", 4), ("a", 40), *once, *once]
     assert {kind: [run["number"] for run in found] for kind, found in results["b"].items()} == {
-        "before": [4],
+        "folder before": [4],
         "folder": [5],
-        "after": [6],
-        "startup": [10, 13],
+        "folder after": [6],
+        "startup before": [9, 14],
+        "startup": [10, 15],
+        "startup after": [11, 16],
     }
-    assert [run["number"] for run in results["a"]["folder"]] == [4, 6, 8]
-    assert results["a"]["before"] == results["a"]["after"] == []
+    assert {kind: [run["number"] for run in found] for kind, found in results["a"].items()} == {
+        "folder": [4, 6, 8],
+        "startup": [9, 11, 13, 14, 16, 18],
+    }
 
 
 def test_rates_leave_the_start_out(module: Any, tmp_path: Path) -> None:
@@ -146,12 +150,14 @@ def test_a_row_tells_times_memory_and_size(module: Any, tmp_path: Path) -> None:
         {"seconds": seconds, "cpu_seconds": 1.0, "memory_mb": 100.0, "first_to_last": seconds - 1}
         for seconds in (1.0, 11.0)
     ]
-    results = {"folder": taken[1:], "before": taken[1:], "after": taken[1:], "startup": taken[:1]}
+    beside = {f"{kind} {when}": taken[1:] for kind in ("folder", "startup") for when in ("before", "after")}
+    results = {"folder": taken[1:], "startup": taken[:1], **beside}
     row = module("pipeline").row(one, results, 101, {"numpy": package(size=3_000_000)})
     assert (row["name"], row["how"], row["input"]) == ("a", "a loop", [8, 8])
     times = {"seconds": [11.0], "cpu_seconds": [1.0], "memory_mb": [100.0], "first_to_last": [10.0]}
     assert row["folder"] == {"photos": 101, **times}
     assert row["first_to_last_of_petseg"] == {"before": [10.0], "after": [10.0]}
+    assert row["startup_seconds_of_petseg"] == {"before": [11.0], "after": [11.0]}
     assert row["photos_per_second_once_running"]["median"] == 10.0
     sizes = {"packages": 1, "megabytes": 3.0, "of_these_cuda": 0.0, "model_megabytes": 2.0}
     assert row["installed"] == {"needs": ["numpy"], **sizes}
@@ -170,6 +176,7 @@ def test_ratios_are_of_neighbours(module: Any) -> None:
             "folder": {"photos": 11, "first_to_last": folder},
             "first_to_last_of_petseg": {"before": before, "after": after},
             "startup": {"seconds": start},
+            "startup_seconds_of_petseg": {"before": before, "after": after},
         }
 
     ours = row("petseg, auto", "openvino 1, f32", [1.0] * 5, [], [], [1.0, 1.0])
@@ -187,7 +194,7 @@ def test_ratios_are_of_neighbours(module: Any) -> None:
     assert times[1]["loop_once_running"] == pipeline.spread([6.75 / 2, 15.0 / 2])
     assert times[2]["loop_once_running"]["median"] == 1.0
     assert times[3]["loop_once_running"] is None
-    assert times[1]["startup"] == pipeline.spread([2.0, 4.0])
+    assert times[1]["startup"] == pipeline.spread([2.0 / 1.5, 4.0 / 1.5])
 
 
 def test_the_photos_of_a_small_folder_are_among_those_of_a_large_one(module: Any, tmp_path: Path) -> None:
