@@ -8,7 +8,7 @@ chosen on validation photos, one for each reading: the model's own (border as ba
 ``--int8`` gives it. ISNet (see benchmarks/peers/isnet.py) sees a seeded subset of each set, because it takes seconds a
 photo; the shipped model is told on the same subset. ISNet was not trained on these labels, so that it is given, beside
 0.5, the threshold that is best on the very photos it is measured on, for each reading: no fair choice of a threshold
-could do better.
+could do better. LR-ASPP (rival.py), whose figures are in a record of their own, is timed beside the model.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from benchmarks import records
 from benchmarks.embedded.measure import threshold_ignoring_border
 from benchmarks.latency import CHECKPOINT, told
 from benchmarks.peers.isnet import SIZE, ISNet
+from benchmarks.rival import timed_beside
 from petseg.data import Pair, Split, find
 from petseg.evaluate import U8, Evaluation, Run, evaluate, open_model
 from petseg.metrics import Border, best_threshold, counts
@@ -116,6 +117,7 @@ def accuracy(data: Path, int8: Path | None, isnet: Path | None, isnet_photos: in
         "photos": {what: len(pairs) for what, pairs in sets.items()},
         "rows": with_losses(rows),
         "isnet": remover and {what: beside(remover, pairs, thresholds) for what, pairs in chosen.items()},
+        "rival_times": timed_beside(),
         "elsewhere": ELSEWHERE,
     }
     given = {"--int8 FILE": int8, f"--photos {photos}": photos, f"--isnet FILE --isnet-photos {isnet_photos}": isnet}

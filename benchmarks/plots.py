@@ -104,8 +104,8 @@ def dots(
 ) -> Iterator[Dot]:
     """Every row of the accuracy record whose time is known, on one set of photos.
 
-    Rows of petseg have their time in the latency record; a remover and the rival have both figures in their own. The
-    remover saw a few of the photos only, so that petseg's dot on the same few stands beside it.
+    Rows of petseg have their time in the latency record; those of a remover and the rival are of the accuracy record.
+    The remover saw a few of the photos only, so that petseg's dot on the same few stands beside it.
     """
     for row in accuracy.get("rows", ()):
         ms = row.get("milliseconds_per_photo") or time_of(row, latency.get("rows", ()))
@@ -119,7 +119,7 @@ def dots(
         yield Dot(f"ISNet, 1024 × 1024, {some}", 1e3 * theirs["median"], iou_of(theirs["at_0.5"]), ours=False)
         name = f"{same['engine'].partition(' ')[0]} {same['precision']}, the same {some}"
         yield Dot(name, 1e3 * same["median"], iou_of(same["own"]), ours=True)
-    for time in rival.get("times", ()):
+    for time in accuracy.get("rival_times", ()) if rival else ():
         name = f"{rival['name']}, {time['engine'].partition(' ')[0]} {time['precision']}"
         yield Dot(name, time["median"], iou_of(rival["sets"][photos]), ours=False)
 

@@ -99,16 +99,16 @@ def others(record: dict[str, Any]) -> list[str]:
             lines.append(other("petseg less ISNet at its best threshold, 95 %", photos, "", points))
     against = records.load("rival") if (records.RESULTS / "rival.json").exists() else None
     if against:
-        lines += rival(against)
+        lines += rival(against, record["rival_times"])
     for found in record["elsewhere"]:
         ious = [found["readings"].get(border, {}).get("iou") for border in CHOSEN]
         lines.append(other(f"{found['name']} ({found['source']})", found["data"], "", ious))
-    return [*lines, "", in_turns(against)] if against else lines
+    return [*lines, "", in_turns(against["name"], record["rival_times"])] if against else lines
 
 
-def rival(record: dict[str, Any]) -> list[str]:
+def rival(record: dict[str, Any], times: Sequence[dict[str, Any]]) -> list[str]:
     """LR-ASPP from scratch, by the same trainer: its rows."""
-    quickest = min(record["times"], key=lambda row: float(row["median"]))
+    quickest = min(times, key=lambda row: float(row["median"]))
     name = (
         f"{record['name']}, {record['parameters'] / 1e6:.1f} M, from scratch by petseg's trainer, {record['epochs']} "
         f"epochs ({record['hours']:.1f} h), teacher: {record['teacher'] or 'none'}, "
@@ -120,13 +120,13 @@ def rival(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def in_turns(record: dict[str, Any]) -> str:
+def in_turns(rival: str, times: Sequence[dict[str, Any]]) -> str:
     """Its speed beside the embedded model's."""
     each = [
         f"{row['petseg_times_as_fast']:.2f} times as fast in {row['engine'].partition(' ')[0]} {row['precision']}"
-        for row in record["times"]
+        for row in times
     ]
-    return f"The embedded model beside {record['name']}, the networks alone, in turns: {', '.join(each)}."
+    return f"The embedded model beside {rival}, the networks alone, in turns: {', '.join(each)}."
 
 
 def other(name: str, photos: str, time: str, ious: Sequence[Any]) -> str:

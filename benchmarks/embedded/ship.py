@@ -1,10 +1,10 @@
 """Make a checkpoint the embedded model: export it, prove it, measure it, record it.
 
-    python -m benchmarks.embedded.ship runs/cycle3/best.safetensors --data data --run runs/cycle2 --run runs/cycle3
+    python -m benchmarks.embedded.ship runs/edge3/best.safetensors --data data --run runs/edge2 --run runs/edge3
 
 The file is exported once, measured, and exported again with the measured figures in its provenance; its identity (the
 digest without metadata) must not have changed. The runs that led to it, first to last, are recorded with what they took
-and reached (``results/training/edge.json``).
+and reached (``results/training/edge.json``); with ``--on-from-shipped`` behind those of the model that ships now.
 """
 
 from __future__ import annotations
@@ -38,10 +38,14 @@ WEIGHTS = records.ROOT / "petseg" / "weights" / "edge.safetensors"
 @click.option(
     "--run", "runs", type=click.Path(path_type=Path, exists=True, file_okay=False), multiple=True, help="Led to it."
 )
+@click.option("--on-from-shipped", is_flag=True, help="These runs began with the model that ships now.")
 @click.pass_context
-def ship(context: click.Context, checkpoint: Path, data: Path, runs: tuple[Path, ...]) -> None:
+def ship(context: click.Context, checkpoint: Path, data: Path, runs: tuple[Path, ...], on_from_shipped: bool) -> None:
     if runs:
-        records.write("training/edge", "python -m benchmarks.embedded.ship", {"runs": trained(runs)})
+        before = records.load("training/edge")["runs"] if on_from_shipped else []
+        options = "".join(f" --run {run.name}" for run in runs) + (" --on-from-shipped" if on_from_shipped else "")
+        command = f"python -m benchmarks.embedded.ship CHECKPOINT --data DATA{options}"
+        records.write("training/edge", command, {"runs": [*before, *trained(runs)]})
     WEIGHTS.parent.mkdir(exist_ok=True)
     if checkpoint.resolve() != WEIGHTS:
         shutil.copy(checkpoint, WEIGHTS)

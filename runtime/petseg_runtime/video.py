@@ -241,12 +241,12 @@ class VideoReader:
             start: Seconds of the video to pass over.
 
         Raises:
-            ValueError: ``start`` is no number of seconds.
+            ValueError: ``start`` is no number of seconds, or less than 0.
             UnreadableVideo: There is nothing, it is damaged, or it sends nothing.
             UnsupportedVideo: No picture in it, or one that is too large.
         """
-        if not math.isfinite(start):
-            raise ValueError(f"start {start} must be a number of seconds")
+        if not 0 <= start < math.inf:
+            raise ValueError(f"start {start} must be a number of seconds, 0 or more")
         self.name = name or (os.fspath(source) if isinstance(source, (str, os.PathLike)) else "<stream>")
         self._start = start
         self.undecodable = 0  #: packets that the decoder refused

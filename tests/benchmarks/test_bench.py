@@ -120,11 +120,11 @@ def test_the_rival_is_told_with_its_quickest_engine(report: Any) -> None:
         {"engine": "onnxruntime 1", "precision": "f32", "median": 9.6, "petseg_times_as_fast": 0.95},
         {"engine": "openvino 1", "precision": "bf16", "median": 7.2, "petseg_times_as_fast": 1.25},
     ]
-    record = {"name": "LR-ASPP", "parameters": 3.2e6, "epochs": 8, "hours": 1.5, "times": times, "teacher": None}
-    (row,) = report.rival({**record, "sets": {"small": readings(0.7)}})
+    record = {"name": "LR-ASPP", "parameters": 3.2e6, "epochs": 8, "hours": 1.5, "teacher": None}
+    (row,) = report.rival({**record, "sets": {"small": readings(0.7)}}, times)
     assert row == (
         "| LR-ASPP, 3.2 M, from scratch by petseg's trainer, 8 epochs (1.5 h), teacher: none, openvino 1 bf16 | small "
         "| 7.2 | 0.7000 | 0.7000 | 0.7000 |"
     )
-    said = report.in_turns(record)
+    said = report.in_turns("LR-ASPP", times)
     assert said.endswith("in turns: 0.95 times as fast in onnxruntime f32, 1.25 times as fast in openvino bf16.")

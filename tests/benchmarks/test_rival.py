@@ -15,7 +15,6 @@ from benchmarks.rival import ENGINES, LrAspp, RivalTrainer, measured, timed_besi
 from petseg import checkpoint
 from petseg.config import DataConfig, TrainConfig
 from petseg_runtime.artifact import default_model, open_artifact
-from petseg_runtime.spec import ModelSpec
 
 
 def test_the_rival_learns_and_comes_back_from_its_file(tmp_path: Path, oxford_root: Path) -> None:
@@ -28,10 +27,7 @@ def test_the_rival_learns_and_comes_back_from_its_file(tmp_path: Path, oxford_ro
     assert logits.shape == (1, 1, 64, 64)
 
 
-def test_it_is_measured_on_every_test_set_that_is_there(
-    tmp_path: Path, oxford_root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rival, "timed_beside", lambda network, spec: [])  # has a test of its own
+def test_it_is_measured_on_every_test_set_that_is_there(tmp_path: Path, oxford_root: Path) -> None:
     config = TrainConfig(epochs=1, batch=2, data=DataConfig(height=64, width=64))
     best = RivalTrainer(config, oxford_root, tmp_path / "run", device=torch.device("cpu")).fit()
     data = tmp_path / "data"
@@ -53,7 +49,7 @@ def test_its_time_is_taken_beside_the_model_that_ships(monkeypatch: pytest.Monke
 
     for module in (rival, turns):
         monkeypatch.setattr(module, "timed", by_size)
-    rows = timed_beside(LrAspp().eval(), ModelSpec(name="rival", height=32, width=32), rounds=2)
+    rows = timed_beside(32, rounds=2)
     assert [row["engine"].split()[0] for row in rows] == [engine for engine, _ in ENGINES]
     for row in rows:
         assert (row["milliseconds"], row["petseg_milliseconds"]) == ([32.0] * 2, [height] * 2)

@@ -592,6 +592,13 @@ def test_a_start_beyond_the_end_is_told(
     assert not out.exists()
 
 
+def test_a_start_at_the_beginning_passes_over_nothing(tmp_path: Path, clips: Path, model: str) -> None:
+    pictures = ("--as", "mask", "--format", "png", "--model", model)
+    assert infer(clips / "short.mp4", "--start", 0, "--output", tmp_path / "from", *pictures) == 0
+    assert infer(clips / "short.mp4", "--output", tmp_path / "whole", *pictures) == 0
+    assert tree(tmp_path / "from") == tree(tmp_path / "whole") != []
+
+
 def test_photos_need_no_video_library(tmp_path: Path, model: str) -> None:
     Image.fromarray(picture(0)).save(tmp_path / "photo.png")
     code = (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from petseg_runtime.cli.text import NAME, PATH, SCHEMA_VERSION, SECONDS, SHARE, UNIT, parse_size, shown
+from petseg_runtime.cli.text import NAME, PATH, SCHEMA_VERSION, SECONDS, SHARE, UNIT, Finite, parse_size, shown
 from petseg_runtime.errors import EXIT_PARTIAL, InputError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio
 @click.option("--size", metavar="HxW", help="Of the model's input, if it takes any.  [default: the model's own]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--resume", is_flag=True, help="Go on with a run over several files that was stopped.")
-@click.option("--start", type=SECONDS, help="Videos: seconds to pass over.")
+@click.option("--start", type=Finite(0), help="Videos: seconds to pass over.")
 @click.option("--stride", type=click.IntRange(min=1), help="Videos: take each so-many-th frame.")
 @click.option("--max-frames", type=click.IntRange(min=1), help="Videos: end after so many.")
 @click.option(
