@@ -75,6 +75,8 @@ class AugmentConfig:
         contrast: See brightness.
         saturation: See brightness.
         hue: Shift drawn from +- this, in turns of the colour circle (at most 0.5).
+        paste: Probability that the pet of another photo, changed on its own, is laid over this one (Ghiasi et al. 2021,
+            "Simple Copy-Paste", arXiv:2012.07177).
     """
 
     flip: float = 0.5
@@ -86,6 +88,7 @@ class AugmentConfig:
     contrast: float = 0.2
     saturation: float = 0.2
     hue: float = 0.0
+    paste: float = 0.0
 
     def __post_init__(self) -> None:
         _require(0 <= self.flip <= 1, "augment.flip", self.flip, "between 0 and 1")
@@ -95,6 +98,7 @@ class AugmentConfig:
         for name in ("brightness", "contrast", "saturation"):
             _require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "between 0 and 1")
         _require(0 <= self.hue <= 0.5, "augment.hue", self.hue, "between 0 and 0.5")
+        _require(0 <= self.paste <= 1, "augment.paste", self.paste, "between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)

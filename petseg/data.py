@@ -374,6 +374,7 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
         self._photos = np.stack(photos)
         self._trimaps = np.stack(trimaps)
         self._augment = augmentation(augment)
+        self._paste = augment.paste
         self._seed = seed
 
     def __len__(self) -> int:
@@ -385,12 +386,22 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
         With a teacher, trimap and probability as one uint8 [2, H, W] in place of the trimap.
         """
         epoch, index = divmod(draw, len(self))
-        image = tv_tensors.Image(torch.from_numpy(self._photos[index]).permute(2, 0, 1))
-        mask = tv_tensors.Mask(torch.from_numpy(self._trimaps[index]))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_mix(self._seed, epoch, index))
-            image, mask = self._augment(image, mask)
-        return image.as_subclass(Tensor).permute(1, 2, 0), mask.as_subclass(Tensor), index
+            image, mask = self._changed(index)
+            if self._paste and torch.rand(()) < self._paste:
+                other, its_mask = self._changed(int(torch.randint(len(self), ())))
+                # The border goes with the pet: its fur is there, and a cut along its inside would show the network where.
+                pet = (its_mask if its_mask.ndim == 2 else its_mask[0]) != BACKGROUND
+                image, mask = torch.where(pet, other, image), torch.where(pet, its_mask, mask)
+        return image.permute(1, 2, 0), mask, index
+
+    def _changed(self, index: int) -> tuple[Tensor, Tensor]:
+        """A photo, uint8 [3, H, W], and what is known of it, changed alike by the next random numbers."""
+        image = tv_tensors.Image(torch.from_numpy(self._photos[index]).permute(2, 0, 1))
+        mask = tv_tensors.Mask(torch.from_numpy(self._trimaps[index]))
+        image, mask = self._augment(image, mask)
+        return image.as_subclass(Tensor), mask.as_subclass(Tensor)
 
 
 class EpochSampler(Sampler[list[int]]):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -425,6 +426,43 @@ def test_what_a_teacher_says_is_moved_with_the_mask_and_never_coloured(oxford_ro
         inside = labels[1] != BACKGROUND  # what was uncovered
         assert torch.equal(labels[1][inside], 80 * labels[0][inside])
     assert len(data) > 10
+
+
+def test_a_pasted_pet_comes_with_its_mask_and_its_teacher(folder_copy: Path) -> None:
+    """Photos of one grey each, and a teacher that says that grey: all three must come from the same photo everywhere."""
+    folder = folder_copy / "masks"
+    for number, path in enumerate(sorted(folder.iterdir())):
+        mask = np.zeros((64, 64), np.uint8)
+        mask[10:40, 30:58] = 255
+        Image.fromarray(mask).save(path)
+        grey = np.where(mask, 100, 10).astype(np.uint8) + np.uint8(number)
+        Image.fromarray(np.repeat(grey[..., None], 3, axis=2)).save(folder_copy / "images" / path.name)
+    pairs = find(folder_copy, Split.TRAIN)
+    config = AugmentConfig(flip=0, rotate=0, translate=0.3, brightness=0, contrast=0, saturation=0, paste=0.5)
+    data = TrainSet(pairs, 64, 64, config, 0, lambda photo: photo[..., 0])
+    pasted = 0
+    for draw in range(20 * len(data)):
+        photo, labels, index = data[draw]
+        shown, moved = photo[..., 0], photo.amax(2) > 0  # black: what the shift uncovered
+        assert torch.equal(labels[1][moved], shown[moved])
+        assert torch.equal(labels[0] == PET, shown >= 100)
+        own = int(read_pair(pairs[index])[0][0, 0, 0]) - 10
+        background = shown[moved & (shown < 100)]
+        assert set(background.tolist()) <= {10 + own}, "the photo behind is the one that was drawn"
+        pasted += bool((set(shown[shown >= 100].tolist()) - {100 + own}))
+    # Half of the draws paste, and now and then a photo's own pet.
+    assert 0.3 < pasted / (20 * len(data)) < 0.6
+
+
+def test_the_border_is_pasted_with_the_pet(oxford_root: Path) -> None:
+    data = train_set(oxford_root, dataclasses.replace(STILL, paste=1.0))
+    still = train_set(oxford_root, STILL)
+    trimaps = torch.stack([still[i][1] for i in range(len(still))])
+    for draw in range(len(data)):
+        photo, trimap, index = data[draw]
+        behind = trimaps[index]
+        candidates = [torch.equal(trimap, torch.where(t != BACKGROUND, t, behind)) for t in trimaps]
+        assert any(candidates)
 
 
 def test_the_flip_comes_as_often_as_it_should(folder_root: Path) -> None:
