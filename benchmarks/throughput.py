@@ -1,17 +1,16 @@
 """A folder of photos: how near the whole command comes to what its steps alone allow, and to a plain loop.
 
 What the steps alone allow is the smaller of two: the photos a second of the slowest step by itself, and the number of
-cores over the CPU seconds that all steps need for a photo.
+cores over the CPU seconds that all steps need for a photo. Rates are from the first result on the disk to the last, as
+start-up is no step; that of the whole process stands beside them.
 """
 
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
@@ -21,6 +20,7 @@ import click
 
 from benchmarks import records
 from benchmarks.photos import of_any_use
+from benchmarks.processes import first_to_last, seconds_of
 from petseg_runtime import Segmenter
 from petseg_runtime.engines.base import usable_cpus
 from petseg_runtime.sinks import KINDS, ImageSink, picture
@@ -64,27 +64,43 @@ def throughput(data: Path, photos: int, rounds: int) -> None:
 def one(folder: Path, scratch: Path, kind: str, backend: str, rounds: int) -> dict[str, Any]:
     """A row: the command and the loop in alternation, and between them each step alone."""
     photos = sorted(folder.iterdir())
-    command = ["infer", str(folder), "--as", kind, "--backend", backend, "--quiet"]
-    loop = ["-c", LOOP, kind, backend]
+    command: list[str | Path] = [
+        "-m",
+        "petseg.cli",
+        "infer",
+        folder,
+        "--as",
+        kind,
+        "--backend",
+        backend,
+        "--quiet",
+        "--output",
+    ]
     taken: dict[str, list[float]] = {"command": [], "loop": []}
+    rate: dict[str, list[float]] = {"command": [], "loop": []}
     steps: list[dict[str, dict[str, float]]] = []
     for number in range(rounds):
         output = scratch / f"{kind}-{backend}-{number}"
-        (output / "loop").mkdir(parents=True)
-        taken["command"].append(timed(["-m", "petseg.cli", *command, "--output", str(output / "command")]))
-        taken["loop"].append(timed([*loop, str(output / "loop"), *map(str, photos)]))
+        for name in taken:
+            results = output / name
+            results.mkdir(parents=True)
+            arguments: list[str | Path] = (
+                [*command, results] if name == "command" else ["-c", LOOP, kind, backend, results, *photos]
+            )
+            taken[name].append(seconds_of(arguments))
+            written, span = first_to_last(results)
+            rate[name].append((written - 1) / span)
         steps.append(alone(folder, output / "alone", kind, backend))
         shutil.rmtree(output)
-    slowest = [min(1 / step["seconds"] for step in each.values()) for each in steps]
-    cores = [usable_cpus() / sum(step["cpu_seconds"] for step in each.values()) for each in steps]
-    bounds = [min(pair) for pair in zip(slowest, cores, strict=True)]
-    rate = {name: [len(photos) / seconds for seconds in values] for name, values in taken.items()}
+    bounds = [allowed(each, usable_cpus()) for each in steps]
     row = {
         "kind": kind,
         "backend": backend,
         "seconds": taken,
+        "rates": rate,
         "steps": steps,
         "photos_per_second": {name: median(values) for name, values in rate.items()},
+        "photos_per_second_with_start": len(photos) / median(taken["command"]),
         "allowed_by_steps": median(bounds),
         "share_of_allowed": median(got / bound for got, bound in zip(rate["command"], bounds, strict=True)),
         "ratio_to_loop": median(a / b for a, b in zip(rate["command"], rate["loop"], strict=True)),
@@ -94,11 +110,10 @@ def one(folder: Path, scratch: Path, kind: str, backend: str, rounds: int) -> di
     return row
 
 
-def timed(arguments: list[str]) -> float:
-    """Wall seconds of a whole Python process."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], check=True)
-    return time.perf_counter() - start
+def allowed(steps: Mapping[str, Mapping[str, float]], cores: int) -> float:
+    """Photos a second that the steps alone allow."""
+    slowest = max(step["seconds"] for step in steps.values())
+    return min(1 / slowest, cores / sum(step["cpu_seconds"] for step in steps.values()))
 
 
 def alone(folder: Path, output: Path, kind: str, backend: str) -> dict[str, dict[str, float]]:

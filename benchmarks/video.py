@@ -1,7 +1,9 @@
 """A minute of video, end to end: frames a second of the whole command, and where the time goes.
 
 The clip is made from real photos (a slow pan and zoom over each for two seconds), 1280x720 at 30 frames a second, H.264
-with sound, so that decoding and encoding cost what they cost in practice.
+with sound, so that decoding and encoding cost what they cost in practice. Beside it, in alternation, plain loops over
+its frames: petseg's Python API, and the network of a peer in the engines that petseg uses, too, in the environment of
+benchmarks.peers, with the same decoder, encoder and settings.
 """
 
 from __future__ import annotations
@@ -22,12 +24,21 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import records
+from benchmarks.peers import environments
+from benchmarks.peers.contenders import MODELS
+from benchmarks.peers.pipeline import make_models
 from benchmarks.photos import original_size
+from benchmarks.processes import seconds_of
 from petseg_runtime.sources import find_photos
 
 WIDTH, HEIGHT, RATE, SOUND = 1280, 720, 30, 48000
 #: Frames of one photo.
 SHOT: Final = 60
+
+#: Engine and kind of output of `petseg infer`.
+CASES: Final = (("openvino", "overlay"), ("onnxruntime", "overlay"), ("openvino", "mask"), ("openvino", "cutout"))
+#: The network that comes nearest to petseg's in speed (``python -m benchmarks peers``).
+PEER: Final = "lraspp_mobilenet_v3_large"
 
 #: What people write without a pipeline: read a frame, segment it, draw, write it; in the same engine.
 LOOP = """
@@ -56,25 +67,38 @@ def video(data: Path, seconds: int, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         clip = Path(scratch) / "clip.mp4"
         make_clip(clip, data, seconds * RATE)
-        cases = [("openvino", "overlay"), ("onnxruntime", "overlay"), ("openvino", "mask"), ("openvino", "cutout")]
-        runs: dict[tuple[str, str], list[dict[str, Any]]] = {case: [] for case in cases}
-        loops: dict[str, list[float]] = {"openvino": [], "onnxruntime": []}
+        loops = plain_loops(clip, Path(scratch) / "loop.mp4")
+        runs: dict[tuple[str, str], list[dict[str, Any]]] = {case: [] for case in CASES}
+        taken: dict[tuple[str, str], list[float]] = {loop: [] for loop in loops}
         for _ in range(rounds):
-            for backend, kind in cases:
+            for backend, kind in CASES:
                 runs[backend, kind].append(one(clip, Path(scratch) / "out", backend, kind))
                 click.echo(f"{backend} {kind}: {runs[backend, kind][-1]['seconds']:.1f} s", err=True)
-            for backend, taken in loops.items():
-                taken.append(seconds_of(["-c", LOOP, str(clip), backend, str(Path(scratch) / "loop.mp4")]))
-                click.echo(f"{backend} loop: {taken[-1]:.1f} s", err=True)
-    rows = [row(backend, kind, seconds, taken, loops) for (backend, kind), taken in runs.items()]
-    about = {"clip": f"{WIDTH}x{HEIGHT}, {RATE} frames/s, {seconds} s, H.264 and AAC", "frames": seconds * RATE}
+            for loop, (python, arguments) in loops.items():
+                taken[loop].append(seconds_of(arguments, python))
+                click.echo(f"{' in '.join(loop)}: {taken[loop][-1]:.1f} s", err=True)
+    frames = seconds * RATE
+    about = {"clip": f"{WIDTH}x{HEIGHT}, {RATE} frames/s, {seconds} s, H.264 and AAC", "frames": frames}
+    rows = [row(backend, kind, seconds, several) for (backend, kind), several in runs.items()]
+    ours = {backend: [run["seconds"] for run in runs[backend, "overlay"]] for backend, _ in CASES}
+    beside = [loop_row(name, backend, frames, taken[name, backend], ours[backend]) for name, backend in loops]
     command = f"python -m benchmarks video --data DATA --seconds {seconds} --rounds {rounds}"
-    records.write("video", command, {**about, "rows": rows, "loops": loops})
+    records.write("video", command, {**about, "rows": rows, "loops": beside})
 
 
-def row(
-    backend: str, kind: str, seconds: int, taken: list[dict[str, Any]], loops: dict[str, list[float]]
-) -> dict[str, Any]:
+def plain_loops(clip: Path, output: Path) -> dict[tuple[str, str], tuple[str | Path, list[str | Path]]]:
+    """By name and engine, the interpreter and what it is run with."""
+    peers = environments.peers_environment()
+    make_models(peers)
+    loops: dict[tuple[str, str], tuple[str | Path, list[str | Path]]] = {}
+    for backend in ("openvino", "onnxruntime"):
+        loops["petseg's Python API", backend] = (sys.executable, ["-c", LOOP, clip, backend, output])
+        arguments = ["-m", "benchmarks.peers.loops", backend, MODELS / f"{PEER}.onnx", clip, output]
+        loops[f"torchvision {PEER}", backend] = (peers, arguments)
+    return loops
+
+
+def row(backend: str, kind: str, seconds: int, taken: list[dict[str, Any]]) -> dict[str, Any]:
     """One engine and kind: medians, and the raw times."""
     wall = [run["seconds"] for run in taken]
     steps = {
@@ -88,10 +112,17 @@ def row(
         "frames_per_second": seconds * RATE / median(wall),
         "times_real_time": seconds / median(wall),
         "cpu_seconds_per_frame": median(run["cpu"] for run in taken) / (seconds * RATE),
-        "times_as_fast_as_loop": median(a / b for a, b in zip(loops[backend], wall, strict=True))
-        if kind == "overlay"
-        else None,
         "steps": steps,
+    }
+
+
+def loop_row(name: str, backend: str, frames: int, taken: list[float], ours: list[float]) -> dict[str, Any]:
+    """A plain loop: its raw times, and how many times as fast `petseg infer` is in the same engine, round by round."""
+    return {
+        "name": f"{name}, {backend}",
+        "seconds": taken,
+        "frames_per_second": frames / median(taken),
+        "petseg_times_as_fast": median(a / b for a, b in zip(taken, ours, strict=True)),
     }
 
 
@@ -120,13 +151,6 @@ subprocess.run(sys.argv[1:], check=True)
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
 print(used.ru_utime + used.ru_stime)
 """
-
-
-def seconds_of(arguments: list[str]) -> float:
-    """Wall seconds of a Python process."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], check=True)
-    return time.perf_counter() - start
 
 
 def make_clip(path: Path, data: Path, frames: int) -> None:

@@ -1,9 +1,11 @@
 """A folder of photos to black and white masks, as the users of each library write it: one photo after the other.
+A clip, with the last two, to one with the masks laid over it.
 
     python -m benchmarks.peers.loops rembg SESSION MODEL PHOTOS OUTPUT
     python -m benchmarks.peers.loops torch NETWORK WEIGHTS PHOTOS OUTPUT
     python -m benchmarks.peers.loops onnxruntime MODEL PHOTOS OUTPUT
     python -m benchmarks.peers.loops openvino MODEL PHOTOS OUTPUT
+    python -m benchmarks.peers.loops openvino MODEL CLIP OUTPUT
 
 Run by the peers' interpreter. Each library is imported only where it is needed, and decides on its threads itself.
 """
@@ -47,12 +49,34 @@ def plain(network: Network, photos: Sequence[Path], output: Path) -> None:
     """Any network of one class: resize, normalise, run, resize the answer to the photo."""
     for photo in photos:
         with Image.open(photo) as image:
-            size, pixels = image.size, image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-        inputs = (np.asarray(pixels, np.float32) / 255 - MEAN) / DEVIATION
-        probability = network(np.ascontiguousarray(inputs.transpose(2, 0, 1)[None]))[0]
-        answer = Image.fromarray(np.round(255 * probability).astype(np.uint8))
-        mask = np.asarray(answer.resize(size, Image.Resampling.BILINEAR)) >= 128
+            mask = mask_of(network, image.convert("RGB"))
         Image.fromarray((255 * mask).astype(np.uint8)).save(output / f"{photo.stem}.png")
+
+
+def mask_of(network: Network, image: Image.Image) -> npt.NDArray[np.bool_]:
+    """bool [H, W] of an RGB picture of that size."""
+    pixels = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    inputs = (np.asarray(pixels, np.float32) / 255 - MEAN) / DEVIATION
+    probability = network(np.ascontiguousarray(inputs.transpose(2, 0, 1)[None]))[0]
+    answer = Image.fromarray(np.round(255 * probability).astype(np.uint8))
+    mask: npt.NDArray[np.bool_] = np.asarray(answer.resize(image.size, Image.Resampling.BILINEAR)) >= 128
+    return mask
+
+
+def clip(network: Network, source: Path, output: Path) -> None:
+    """A clip with the masks laid over it in blue, half transparent; encoded as `petseg infer` does by default."""
+    av: Any = importlib.import_module("av")
+    with av.open(source) as opened, av.open(output, "w") as sink:
+        picture = opened.streams.video[0]
+        options = {"preset": "veryfast", "crf": "21"}
+        stream = sink.add_stream("libx264", rate=picture.average_rate, options=options)
+        stream.width, stream.height, stream.pix_fmt = picture.width, picture.height, "yuv420p"
+        for frame in opened.decode(video=0):
+            pixels = frame.to_ndarray(format="rgb24")
+            mask = mask_of(network, Image.fromarray(pixels))
+            pixels[mask] = pixels[mask] // 2 + np.array([15, 50, 96], np.uint8)
+            sink.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        sink.mux(stream.encode(None))
 
 
 def in_torch(name: str, weights: Path) -> Network:
@@ -85,17 +109,20 @@ def in_openvino(model: Path) -> Network:
 
 
 def main(library: str, *arguments: str) -> None:
-    """Run one of the four."""
-    *options, folder, output = arguments
-    photos = sorted(Path(folder).iterdir())
-    Path(output).mkdir(parents=True, exist_ok=True)
+    """Run one of the four over a folder, or one of the last two over a clip."""
+    *options, source, result = arguments
+    output, engines = Path(result), {"onnxruntime": in_onnxruntime, "openvino": in_openvino}
+    if Path(source).is_file():
+        clip(engines[library](Path(options[0])), Path(source), output)
+        return
+    photos = sorted(Path(source).iterdir())
+    output.mkdir(parents=True, exist_ok=True)
     if library == "rembg":
-        rembg(options[0], Path(options[1]), photos, Path(output))
+        rembg(options[0], Path(options[1]), photos, output)
     elif library == "torch":
-        plain(in_torch(options[0], Path(options[1])), photos, Path(output))
+        plain(in_torch(options[0], Path(options[1])), photos, output)
     else:
-        opened = {"onnxruntime": in_onnxruntime, "openvino": in_openvino}[library]
-        plain(opened(Path(options[0])), photos, Path(output))
+        plain(engines[library](Path(options[0])), photos, output)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,47 @@
+"""What others published, and how the border is read: for the programs that measure and those that tell."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+#: For each reading of the border, which threshold was chosen for it.
+CHOSEN: Final = {"background": "own", "pet": "cutout", "ignored": "ignored_border"}
+
+#: How a record tells that a figure is of the official test photos.
+TEST_SPLIT: Final = "test split"
+
+#: The network that petseg trains, exports and runs, as it was published.
+PUBLISHED: Final[dict[str, Any]] = {
+    "name": "published attention U-Net, 29.3 M parameters, from scratch",
+    "source": "its publication",
+    "data": f"{TEST_SPLIT}, 3669 photos; the input size is not given",
+    "readings": {
+        "background": {"iou": 0.8375, "dice": 0.9116, "accuracy": 0.946, "precision": 0.8961, "recall": 0.9276}
+    },
+}
+
+#: The strongest figures that we know of, with an encoder that has seen ImageNet.
+PRETRAINED: Final[dict[str, Any]] = {
+    "name": "FPN with ResNet-34 pretrained on ImageNet, 23.2 M",
+    "source": "segmentation_models.pytorch, pets example; the least and the best that it shows",
+    "data": TEST_SPLIT,
+    "readings": {"pet": {"iou": [0.9125, 0.9156]}},
+}
+
+#: Figures that we have not measured with this program: what, on which photos, and how the border is read.
+ELSEWHERE: Final[tuple[dict[str, Any], ...]] = (
+    PUBLISHED,
+    PRETRAINED,
+    {
+        "name": "the same FPN from scratch",
+        "source": "a public model card",
+        "data": TEST_SPLIT,
+        "readings": {"pet": {"iou": 0.7063}},
+    },
+    {
+        "name": "ISNet, by an earlier measurement of ours",
+        "source": "without this program",
+        "data": "100 original-size photos",
+        "readings": {"background": {"iou": 0.724}, "pet": {"iou": 0.778}, "ignored": {"iou": 0.86}},
+    },
+)

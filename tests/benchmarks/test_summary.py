@@ -1,0 +1,94 @@
+"""Who is ahead is told by the records, where petseg is behind, too."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def summary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The module, which is not installed; its records are in a folder of their own."""
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr(importlib.import_module("benchmarks.records"), "RESULTS", tmp_path)
+    return importlib.import_module("benchmarks.summary")
+
+
+def readings(iou: float) -> dict[str, Any]:
+    values = {"iou": iou, "dice": iou + 0.05, "iou_interval_95": [iou - 0.1, iou + 0.05]}
+    return {"readings": dict.fromkeys(("background", "pet", "ignored"), values)}
+
+
+def peer(name: str, *, faster: float, start: float, installed: float) -> dict[str, Any]:
+    return {
+        "name": name,
+        "photos_per_second_once_running": {"median": 10.0, "min": 9.0, "max": 11.0},
+        "petseg_times_as_fast": {"once_running": {"median": faster}, "startup": {"median": start / 0.4}},
+        "startup": {"seconds": [start, start, start]},
+        "startup_seconds": {"median": start},
+        "memory_mb": {"median": 100.0},
+        "installed": {"megabytes": installed + 50, "of_these_cuda": 50},
+    }
+
+
+def write(folder: Path, **values: dict[str, Any]) -> None:
+    for name, record in values.items():
+        (folder / f"{name}.json").write_text(json.dumps(record))
+
+
+@pytest.fixture
+def figures(tmp_path: Path) -> None:
+    kinds = {"own": readings(0.85), "cutout": readings(0.86), "ignored_border": readings(0.92)}
+    times = [{"engine": "onnxruntime 1", "precision": "f32", "petseg_times_as_fast": 0.96}]
+    accuracy = {"rows": [{"sets": {"small": kinds}}], "isnet": None, "rival_times": times}
+    native = {"readings": {"ignored": {"mean_image_iou": 0.9039}}}
+    write(
+        tmp_path,
+        accuracy=accuracy,
+        rival={"epochs": 8, "sets": {"small": readings(0.86)}},
+        peers={
+            "rows": [
+                peer("petseg, auto", faster=1, start=0.4, installed=400),
+                peer("quick", faster=0.9, start=0.3, installed=200),
+                peer("slow", faster=30, start=3, installed=900),
+            ]
+        },
+        **{"embedded-test-native": {"metrics_at_threshold_for_ignored_border": native}},
+    )
+
+
+@pytest.mark.usefixtures("figures")
+def test_leads_and_shortfalls_have_their_sign(summary: Any) -> None:
+    published, rival, pretrained, aim, folders, alone, start, size = summary.ahead().splitlines()
+    assert "+1.2 points of IoU (0.8500, 95 %: 0.750 to 0.900" in published
+    assert "-1.0 points" in rival
+    assert "0.8600; its example shows 0.9125 to 0.9156" in pretrained
+    assert "0.9039, not 0.92" in aim
+    assert "0.90 to 30 times as fast as each of 2 ways to run a peer; the next is quick." in folders
+    assert alone.endswith("0.96 in onnxruntime f32.")
+    assert "takes 0.40 s; 1 of the peers' plain loops take less, the quickest 0.30 s" in start
+    assert "400 MB installed" in size
+    assert "need 200 MB" in size
+
+
+@pytest.mark.usefixtures("figures")
+def test_what_petseg_is_not_behind_in_is_not_told(summary: Any, tmp_path: Path) -> None:
+    own = peer("petseg, auto", faster=1, start=0.4, installed=400)
+    write(tmp_path, peers={"rows": [own, peer("slow", faster=30, start=3, installed=900)]})
+    assert "Behind in" not in summary.ahead()
+    native = {"readings": {"ignored": {"mean_image_iou": 0.93}}}
+    write(tmp_path, **{"embedded-test-native": {"metrics_at_threshold_for_ignored_border": native}})
+    assert "Short of our aim" not in summary.ahead()
+
+
+@pytest.mark.usefixtures("figures")
+def test_each_reading_is_told_at_its_own_threshold(summary: Any) -> None:
+    ours, theirs = summary.quality().splitlines()[-2:]
+    assert ours.endswith("| small | 0.8500 | 0.9000 | 0.8600 | 0.9200 |")
+    assert theirs.endswith("| small | 0.8600 | 0.9100 | 0.8600 | 0.8600 |")

@@ -1,0 +1,128 @@
+"""The tables of RESULTS.md say what the records say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The module, which is not installed; its records are in a folder of their own."""
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr(importlib.import_module("benchmarks.records"), "RESULTS", tmp_path)
+    return importlib.import_module("benchmarks.tables")
+
+
+def group(**values: Any) -> dict[str, Any]:
+    row = {"engine": "openvino 1", "stored": "fp32", "precision": "bf16", "median": 7.04}
+    wide = {
+        "share_of_matmul_peak": 0.351,
+        "load_ms": 90,
+        "first_run_ms": 11,
+        "memory_mb": 51.2,
+        "p95": 8,
+        "p99": 9,
+        "runs": 140,
+    }
+    rows = [{**row, **wide, "times_faster_than_pytorch": 2.5}]
+    return {"model": "petseg edge", "size": [160, 160], "batch": 1, "operations": 2.4e9, "rows": rows, **values}
+
+
+def test_the_other_columns_of_an_engine(tables: Any) -> None:
+    (row,) = group()["rows"]
+    assert tables.engine_alone(row) == " 8.00, 9.00 (140) | 35 % | 101 | 51 |"
+    assert tables.engine_alone({**row, "share_of_matmul_peak": None}) == " 8.00, 9.00 (140) |  | 101 | 51 |"
+
+
+def test_other_networks_are_columns(tables: Any) -> None:
+    other = group(model="attention U-Net, width 64", size=[128, 128], operations=24.6e9)
+    other["rows"] = [{**other["rows"][0], "precision": "f32", "median": 130.0, "share_of_matmul_peak": None}]
+    lines = tables.relatives({**group(), "networks": [other]})
+    assert "petseg edge, 160 × 160, batch 1 (2.4 GFLOP) | width 64, 128 × 128, batch 1 (24.6 GFLOP)" in lines[2]
+    assert lines[4:] == ["| openvino 1 | fp32 | bf16 | 7.0 (35 %) |  |", "| openvino 1 | fp32 | f32 |  | 130.0 |"]
+
+
+def test_another_model_may_have_no_iou_in_a_reading_or_a_range(tables: Any) -> None:
+    assert tables.other("FPN", "test split", [None, [0.9125, 0.9156], 0.5]) == (
+        "| FPN | test split |  | 0.9125 to 0.9156 | 0.5000 |"
+    )
+
+
+def readings(iou: float) -> dict[str, Any]:
+    values = {"iou": iou, "points_lost": 0.04, "iou_interval_95": [iou - 0.1, iou + 0.05]}
+    return {"readings": dict.fromkeys(("background", "pet", "ignored"), values)}
+
+
+def test_each_reading_is_told_at_its_own_threshold(tables: Any, tmp_path: Path) -> None:
+    kinds = {"own": readings(0.8), "cutout": readings(0.85), "ignored_border": readings(0.9)}
+    record = {
+        "photos": {"small": 3},
+        "thresholds": dict.fromkeys(kinds, 0.5),
+        "rows": [{"name": "openvino", "sets": {"small": kinds}}],
+    }
+    (tmp_path / "accuracy.json").write_text(json.dumps(record))
+    assert tables.engines().splitlines()[-1] == "| openvino | 0.8000 (-0.04) | 0.8500 (-0.04) | 0.9000 (-0.04) |"
+
+
+def test_a_remover_is_told_on_the_same_photos(tables: Any) -> None:
+    ours = {"engine": "openvino 1", "precision": "bf16", "median": 0.0071}
+    ours |= {"own": readings(0.8), "cutout": readings(0.85), "ignored_border": readings(0.9)}
+    isnet = {"median": 1.8, "at_0.5": readings(0.7)}
+    isnet |= {f"at_best_for_{border}": readings(0.75) for border in tables.CHOSEN}
+    beside = {"photos": ["a", "b"], "petseg": ours, "isnet": isnet}
+    beside["difference"] = {"background": [-0.01, 0.11], "pet": [0.1, 0.2], "ignored": [-0.2, -0.1]}
+    own, worse, best, difference = tables.isnet({"small": beside}).splitlines()[-4:]
+    assert own == (
+        "| petseg, openvino 1 bf16 | 2 of the small | 7.1 | 0.8000 (0.700 to 0.850) | 0.8500 (0.750 to 0.900) "
+        "| 0.9000 (0.800 to 0.950) |"
+    )
+    assert worse.startswith("| ISNet, ONNX Runtime f32, threshold 0.5 | 2 of the small | 1800 | 0.7000 (0.600 to")
+    assert best.startswith("| ISNet, ONNX Runtime f32, best threshold | 2 of the small | 1800 | 0.7500 (0.650 to")
+    assert "| -1.0 to +11.0 points | +10.0 to +20.0 points | -20.0 to -10.0 points |" in difference
+
+
+def test_the_rival_is_told_on_all_photos_and_in_every_engine(tables: Any) -> None:
+    times = [
+        {
+            "engine": "onnxruntime 1",
+            "precision": "f32",
+            "petseg_milliseconds": [9.0, 10.0, 11.0],
+            "median": 9.6,
+            "petseg_times_as_fast": 0.95,
+        },
+    ]
+    kinds = {"own": readings(0.8), "cutout": readings(0.85), "ignored_border": readings(0.9)}
+    record = {"photos": {"small": 3}, "rows": [{"sets": {"small": kinds}}], "rival_times": times}
+    about = {"name": "LR-ASPP", "parameters": 3.2e6, "epochs": 8, "hours": 1.5, "teacher": None}
+    text = tables.rival(record, {**about, "sets": {"small": readings(0.7)}})
+    assert (
+        "LR-ASPP, 3.2 M parameters, from scratch by petseg's trainer, 8 epochs (1.5 h of steps), teacher: none" in text
+    )
+    assert "| petseg's embedded model | small | 0.8000 (0.700 to 0.850) | 0.8500 (0.750" in text
+    assert "| LR-ASPP | small | 0.7000 | 0.7000 | 0.7000 |" in text
+    assert text.endswith("onnxruntime f32: 10.00 against 9.60 ms, 0.95 times as fast.")
+
+
+def test_a_folder_has_its_rate_with_and_without_the_start(tables: Any, tmp_path: Path) -> None:
+    row = {
+        "kind": "mask",
+        "backend": "openvino",
+        "photos_per_second": {"command": 150.4, "loop": 100.4},
+        "photos_per_second_with_start": 120.4,
+        "share_of_allowed": 0.876,
+        "ratio_to_loop": 1.498,
+    }
+    (tmp_path / "throughput.json").write_text(json.dumps({"photos": 240, "rows": [row]}))
+    assert tables.folders().splitlines()[-1] == "| openvino | mask | 150 | 88 % | 100 | 1.50 | 120 |"
+
+
+def test_an_engine_is_named_once(tables: Any) -> None:
+    assert tables.title({"name": "lraspp, PyTorch", "engine": "PyTorch"}) == "lraspp, PyTorch"
+    assert tables.title({"name": "petseg, auto", "engine": "openvino 1, bf16"}) == "petseg, auto (openvino 1)"
