@@ -1,4 +1,4 @@
-"""Records of one benchmark: what became slower, or faster, beyond the noise.
+"""Records of one benchmark, or folders of records: what became slower, or faster, beyond the noise.
 
     python -m benchmarks compare OLD [OLD ...] NEW
 
@@ -8,8 +8,13 @@ too, on a shared machine by more than a tenth. So several OLD can be given: NEW 
 slowest of them, and faster if it is faster than the fastest. A change counts if the whole interval is beyond the
 tolerance.
 
-Records of different work (photos, clip, size, threads, ...) are refused; another machine, other versions, another
-model or other options are said first. What OLD has and NEW has not counts as slower: what fails takes for ever.
+What should come out alike in every session, whatever the machine's mood, are ratios that were measured side by side
+(times as fast as PyTorch, as a plain loop, as a peer). How many of them are, and of the times, is told at the end.
+
+Records of different work (photos, clip, size, threads, ...) are refused; another machine, one that is itself slower
+or faster by the matmul in each record, other versions, another model or other options are said first. What OLD has and
+NEW has not counts as slower: what fails takes for ever. Of folders all records are compared, each with those of its
+name; of different work, they are left out, and said.
 """
 
 from __future__ import annotations
@@ -19,42 +24,78 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import click
 import numpy as np
 
+from petseg_runtime.files import write_atomic
+
+Record: TypeAlias = dict[str, Any]
+#: Those of a folder by their names; a file's has none ("").
+Records: TypeAlias = dict[str, Record]
 #: Keys of lists that hold times.
 TIMES: Final = frozenset({"seconds", "milliseconds"})
+#: Keys of ratios (a number, a list or a table of them) whose two sides took turns.
+RATIOS: Final = frozenset(
+    {
+        "times_faster_than_pytorch",
+        "share_of_matmul_peak",
+        "ratio_to_loop",
+        "share_of_allowed",
+        "petseg_times_as_fast",
+        "times_as_fast_as_loop",
+        "times_as_fast_as_one_thread",
+    }
+)
+#: Of a ratio that is told with its spread: the keys of the latter.
+SPREAD: Final = frozenset({"min", "max"})
 #: What tells one row of a record from another; where there is a name, that alone (engines' versions change).
-LABELS: Final = ("backend", "kind", "engine", "stored", "precision")
+LABELS: Final = ("backend", "kind", "engine", "stored", "precision", "device", "curve")
 #: What has to be the same, or times say nothing about each other.
 WORK: Final = ("photos", "clip", "frames", "size", "batch", "threads", "batch_at_size", "minutes")
 #: What a difference may come from.
 CONDITIONS: Final = ("machine", "versions", "shipped_model", "command")
+#: In a machine: its speed when the record was made, which is never quite the same.
+CALIBRATION: Final = "calibration"
 RESAMPLES: Final = 4000
 #: Of fewer, an interval is not to be trusted: of two alike sets of two times it parts one in five.
 FEWEST: Final = 5
 TOO_FEW: Final = f"fewer than {FEWEST} times"
+#: How far a repeated figure, or the speed of the machine, may be from the first to be called alike.
+ALIKE: Final = 0.1
 
 
 @dataclass(frozen=True)
-class Change:
-    """One list of times in all records.
+class Figure:
+    """Something that all records hold.
 
     Attributes:
         what: Which.
-        ratio: Of the medians, new over old: above 1 is slower.
-        low: Of the 95 % interval of the ratio to the slowest OLD.
-        high: Of that to the fastest OLD.
-        enough: Whether there are enough times for an interval.
+        ratio: The new one over the old; of times that of the medians: above 1 is slower.
     """
 
     what: str
     ratio: float
+
+
+@dataclass(frozen=True)
+class Change(Figure):
+    """One list of times.
+
+    Attributes:
+        low: Of the 95 % interval of the ratio to the slowest OLD.
+        high: Of that to the fastest OLD.
+        enough: Whether there are enough times for an interval.
+        old: Median (of the medians), least and most of all OLD.
+        new: Likewise of NEW.
+    """
+
     low: float
     high: float
-    enough: bool = True
+    enough: bool
+    old: dict[str, float]
+    new: dict[str, float]
 
     def verdict(self, tolerance: float) -> str:
         """``slower``, ``faster``, nothing (the interval is not beyond the tolerance), or that it cannot be told."""
@@ -65,48 +106,96 @@ class Change:
         return "faster" if self.high < 1 / (1 + tolerance) else ""
 
 
+@dataclass(frozen=True)
+class Ratio(Figure):
+    """A ratio that was measured side by side: the median of all OLD, and NEW."""
+
+    old: float
+    new: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that was found; ``said`` is what has to be known first, ``refused`` what is of different work."""
+
+    changes: list[Change]
+    ratios: list[Ratio]
+    gone: list[str]
+    said: list[str]
+    refused: list[str]
+
+    def fails(self, tolerance: float) -> bool:
+        """Whether NEW is slower at something, or lacks it, or cannot be compared in it."""
+        slower = any(change.verdict(tolerance) == "slower" for change in self.changes)
+        return slower or bool(self.gone or self.refused)
+
+
 @click.command()
 @click.argument("old", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.argument("new", type=click.Path(path_type=Path))
 @click.option("--tolerance", type=float, default=0.05, show_default=True, help="A smaller change does not matter.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def compare(old: Sequence[Path], new: Path, tolerance: float, as_json: bool) -> None:
-    """Say what NEW, a record, is slower at than every OLD. Exit code 1: something is, or is gone."""
+@click.option("--output", type=click.Path(path_type=Path), help="A file for the JSON, besides what is printed.")
+def compare(old: Sequence[Path], new: Path, tolerance: float, as_json: bool, output: Path | None) -> None:
+    """Say what NEW, a record or a folder, is slower at than every OLD. Exit code 1: something is, or is gone."""
     before, after = [read(path) for path in old], read(new)
-    for path, record in zip(old, before, strict=True):
-        if other := differences(record, after, WORK):
-            sys.exit(f"{path} and {new} are of different work: {'; '.join(other)}")
-    for line in dict.fromkeys(line for record in before for line in differences(record, after, CONDITIONS)):
+    found = comparison(before, after)
+    if not found.changes and not found.ratios:
+        why = "; ".join(found.refused) or "no times in common"
+        sys.exit(f"{', '.join(map(str, old))} and {new}: {why}")
+    for line in (*(f"left out: {why}" for why in found.refused), *found.said):
         click.echo(line, err=True)
-    changes, gone = changes_of(before, after), gone_from(before, after)
-    if not changes:
-        sys.exit(f"{', '.join(map(str, old))} and {new} have no times in common")
-    if as_json:
-        rows = [{**vars(change), "verdict": change.verdict(tolerance)} for change in changes]
-        click.echo(json.dumps({"schema_version": 2, "tolerance": tolerance, "rows": rows, "gone": gone}))
-    else:
-        for change in changes:
-            interval = f"{change.low:.3f} to {change.high:.3f}" if change.enough else "?"
-            click.echo(f"{change.ratio:6.3f}  ({interval:>14})  {change.verdict(tolerance):6}  {change.what}")
-        for what in gone:
-            click.echo(f"  gone  {what}")
-    if gone or any(change.verdict(tolerance) == "slower" for change in changes):
+    answer = as_record(found, tolerance)
+    if output:
+        names = " ".join(path.name for path in (*old, new))
+        command = f"python -m benchmarks compare {names} --tolerance {tolerance:g}"
+        about = {"command": command, "sessions": [session(records) for records in (*before, after)]}
+        write_atomic(output, (json.dumps({**about, **answer}, indent=1) + "\n").encode())
+    for line in [json.dumps(answer)] if as_json else table(found, tolerance):
+        click.echo(line)
+    if found.fails(tolerance):
         sys.exit(1)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A record.
+# What is compared
+
+
+def read(path: Path) -> Records:
+    """A record, or those of a folder.
 
     Raises:
-        SystemExit: The file cannot be read, or is none.
+        SystemExit: A file cannot be read, or is none.
     """
+    if path.is_dir():
+        return {file.stem: one for file in sorted(path.glob("*.json")) for one in read(file).values()}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         sys.exit(f"{path}: {error}")
     if not isinstance(record, dict):
         sys.exit(f"{path}: no record of a benchmark")
-    return record
+    return {"": record}
+
+
+def comparison(old: Sequence[Records], new: Records) -> Comparison:
+    """All records, each with the earlier ones of its name."""
+    said: dict[str, None] = {}
+    refused = {}
+    for name, after in new.items():
+        before = [records[name] for records in old if name in records]
+        if other := [line for record in before for line in differences(record, after, WORK)]:
+            refused[name] = f"{f'{name} ' if name else ''}of different work: {'; '.join(dict.fromkeys(other))}"
+            continue
+        for record in before:
+            said |= dict.fromkeys([*differences(record, after, CONDITIONS), *own_speed(name, record, after)])
+    kept_old, kept_new = [without(records, refused) for records in old], without(new, refused)
+    changes, ratios = changes_of(kept_old, kept_new), ratios_of(kept_old, kept_new)
+    return Comparison(changes, ratios, gone_from(kept_old, kept_new), list(said), list(refused.values()))
+
+
+def without(records: Records, names: Mapping[str, str]) -> Records:
+    """Records without those of some names."""
+    return {name: record for name, record in records.items() if name not in names}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
@@ -115,10 +204,31 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], keys: Sequence[s
     for key in keys:
         before, now = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
-            found += [f"{key} {line}" for line in differences(before, now, list(now))]
+            inner = [name for name in now if name != CALIBRATION]
+            found += [f"{key} {line}" for line in differences(before, now, inner)]
         elif _is_plain(before) and _is_plain(now) and before != now:
             found.append(f"{key}: {before} before, {now} now")
     return found
+
+
+def own_speed(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """That the machine itself was slower or faster at its matmul, when the record of that name was made."""
+    before, now = gflops(old), gflops(new)
+    if not before or not now or alike(now / before):
+        return []
+    change = f"{100 * abs(now / before - 1):.0f} % {'slower' if now < before else 'faster'}"
+    return [f"{f'{name}: ' if name else ''}the machine itself is {change}: {before:.0f} GFLOP/s before, {now:.0f} now"]
+
+
+def gflops(record: Mapping[str, Any]) -> float | None:
+    """Of the machine, when it made the record; older records do not tell."""
+    value = record.get("machine", {}).get(CALIBRATION, {}).get("gflops")
+    return float(value) if _is_number(value) else None
+
+
+def alike(ratio: float) -> bool:
+    """Whether the larger one of two figures is within :data:`ALIKE` of the other."""
+    return ratio > 0 and max(ratio, 1 / ratio) <= 1 + ALIKE
 
 
 def gone_from(old: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> list[str]:
@@ -140,25 +250,58 @@ def changes_of(old: Sequence[Mapping[str, Any]], new: Mapping[str, Any], seed: i
 
 def change_of(what: str, old: Sequence[Sequence[float]], new: Sequence[float], rng: np.random.Generator) -> Change:
     """The ratio to all OLD, and how far from 1 it may be at the 95 % level."""
-    ratio = float(np.median(new) / np.median([np.median(times) for times in old]))
+    before, now = spread(old), spread([new])
     enough = min(map(len, (*old, new))) >= FEWEST
     slowest, fastest = (chosen(old, key=np.median) for chosen in (max, min))
     low, high = interval(slowest, new, rng)[0], interval(fastest, new, rng)[1]
-    return Change(what, ratio, low, high, enough)
+    return Change(what, now["median"] / before["median"], low, high, enough, before, now)
 
 
-def times_in(value: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[str, list[float]]]:
+def spread(sessions: Sequence[Sequence[float]]) -> dict[str, float]:
+    """The median (of the sessions' medians), the least and the most."""
+    every = np.concatenate(sessions)
+    middle = float(np.median([np.median(times) for times in sessions]))
+    return {"median": middle, "min": float(every.min()), "max": float(every.max())}
+
+
+def ratios_of(old: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> list[Ratio]:
+    """Every ratio that all records hold, but for those that are 1 because a side is held against itself."""
+    before = [dict(ratios_in(record)) for record in old]
+    common = {what: now for what, now in ratios_in(new) if all(found.get(what) for found in before)}
+    middle = {what: float(np.median([found[what] for found in before])) for what in common}
+    real = {what: now for what, now in common.items() if not now == middle[what] == 1}
+    return [Ratio(what, now / middle[what], middle[what], now) for what, now in real.items()]
+
+
+def times_in(value: Any) -> Iterator[tuple[str, list[float]]]:
     """Each list of two times or more, with the path that leads to it."""
+    for where, numbers in numbers_in(value):
+        if TIMES & set(where) and len(numbers) > 1:
+            yield " ".join(where), numbers
+
+
+def ratios_in(value: Any) -> Iterator[tuple[str, float]]:
+    """Each ratio of two sides that took turns, with the path that leads to it; of a list, with its place."""
+    for where, numbers in numbers_in(value):
+        if RATIOS & set(where) and where[-1] not in SPREAD:
+            for place, number in enumerate(numbers, start=1):
+                yield " ".join([*where, str(place)] if len(numbers) > 1 else where), number
+
+
+def numbers_in(value: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], list[float]]]:
+    """Each list of numbers, and each number as a list of one, with the keys and labels that lead to it."""
     if isinstance(value, dict):
         keys = ("name",) if "name" in value else LABELS
         label = tuple(value[key] for key in keys if isinstance(value.get(key), str))
         for key, item in value.items():
-            yield from times_in(item, (*where, *label, key))
-    elif isinstance(value, list) and TIMES & set(where) and len(value) > 1 and all(map(_is_number, value)):
-        yield " ".join(where), value
+            yield from numbers_in(item, tuple(filter(None, (*where, *label, key))))
+    elif isinstance(value, list) and value and all(map(_is_number, value)):
+        yield where, value
     elif isinstance(value, list):
         for item in value:
-            yield from times_in(item, where)
+            yield from numbers_in(item, where)
+    elif _is_number(value):
+        yield where, [value]
 
 
 def interval(old: Sequence[float], new: Sequence[float], rng: np.random.Generator) -> tuple[float, float]:
@@ -176,3 +319,66 @@ def _is_plain(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# How it is told
+
+
+def as_record(found: Comparison, tolerance: float) -> dict[str, Any]:
+    """All of it, for programs; the summary tells how many figures came out alike, of times and of ratios."""
+    return {
+        "schema_version": 2,
+        "tolerance": tolerance,
+        "said": found.said,
+        "refused": found.refused,
+        "summary": {"times": repeated(found.changes), "ratios": repeated(found.ratios)},
+        "rows": [{**vars(change), "verdict": change.verdict(tolerance)} for change in found.changes],
+        "ratios": [vars(ratio) for ratio in found.ratios],
+        "gone": found.gone,
+    }
+
+
+def repeated(rows: Sequence[Figure]) -> dict[str, Any]:
+    """How many are within a tenth (:data:`ALIKE`) of the earlier figure, and which is farthest from it."""
+    worst = max(rows, key=lambda row: abs(np.log(row.ratio)), default=None)
+    return {
+        "within": ALIKE,
+        "alike": sum(alike(row.ratio) for row in rows),
+        "of": len(rows),
+        "worst": {"what": worst.what, "ratio": worst.ratio} if worst else None,
+    }
+
+
+def table(found: Comparison, tolerance: float) -> Iterator[str]:
+    """All of it, for people: of ratios only those that did not repeat."""
+    for change in found.changes:
+        interval = f"{change.low:.3f} to {change.high:.3f}" if change.enough else "?"
+        yield f"{change.ratio:6.3f}  ({interval:>14})  {change.verdict(tolerance):6}  {change.what}"
+    for what in found.gone:
+        yield f"  gone  {what}"
+    if found.ratios:
+        for ratio in found.ratios:
+            if not alike(ratio.ratio):
+                yield f"{ratio.ratio:6.3f}  side by side: {ratio.old:.3g} before, {ratio.new:.3g} now  {ratio.what}"
+        yield f"times: {in_words(found.changes)}"
+        yield f"ratios that were measured side by side: {in_words(found.ratios)}"
+
+
+def in_words(rows: Sequence[Figure]) -> str:
+    """How many repeated, and the worst."""
+    told = repeated(rows)
+    worst = f"; the worst: {told['worst']['ratio']:.3f}, {told['worst']['what']}" if told["worst"] else ""
+    return f"{told['alike']} of {told['of']} within {100 * ALIKE:.0f} % of each other{worst}"
+
+
+def session(records: Records) -> dict[str, Any]:
+    """When, from which commits and on what the records of one session were made."""
+    about: dict[str, Any] = {}
+    for name, values in (
+        ("dates", [record.get("date") for record in records.values()]),
+        ("commits", [record.get("commit") for record in records.values()]),
+        ("cpus", [record.get("machine", {}).get("cpu") for record in records.values()]),
+    ):
+        about[name] = sorted({value for value in values if value})
+    speeds = [speed for record in records.values() if (speed := gflops(record))]
+    return {**about, "gflops": [min(speeds), max(speeds)] if speeds else None}

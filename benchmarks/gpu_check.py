@@ -4,7 +4,8 @@
 
 petseg's roads over NVIDIA's GPUs were built without one. What this writes, gpu-check.json, says what became of them:
 the x-ray of the machine, every test that needs a GPU or TensorRT, every engine's masks against the checkpoint's,
-every engine's times, and where the time of a video goes. Names of people, machines and folders are left out.
+every engine's times, alone and in turns with PyTorch's (the record of `python -m benchmarks latency`), and where the
+time of a video goes. Names of people, machines and folders are left out.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ BATCHES: Final = (1, 8, 32)
 WITHOUT_GRAPHS: Final = "without CUDA graphs"
 #: Drawn by FFmpeg, so that nothing has to be brought along.
 CLIP: Final = "lavfi:testsrc2=size=1280x720:rate=30"
+#: Rounds of the latency benchmark, whose engines TensorRT has to build first.
+ROUNDS: Final = 3
 #: Of a program of ours: a build of TensorRT is minutes, all tests are more. A hang ends here.
 DEADLINE: Final = 3600
 
@@ -81,6 +84,7 @@ def collect() -> dict[str, Any]:
                 "benchmark", "--json", "--backend", "tensorrt", "--backend", "tensorrt-rtx", "--no-cuda-graph"
             ),
         },
+        "latency": latency(),
         "video": {kind: video(kind) for kind in ("lines", "overlay")},
     }
     return {**record, "failures": failures(record)}
@@ -144,6 +148,27 @@ def command(*words: str) -> dict[str, Any]:
     return {"exit_code": done["exit_code"], "answer": answer, "said": done["err"].splitlines()[-10:]}
 
 
+def latency() -> dict[str, Any]:
+    """The model that ships in every engine and in PyTorch, on CPU and GPU, in turns; the answer is that record."""
+    say(f"latency, {ROUNDS} rounds")
+    # Not by `python -m benchmarks`, which imports what only others need. Without photos, int8 is for its speed only.
+    code = "from benchmarks.latency import latency; latency()"
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "latency.json"
+        options = [
+            "--no-family",
+            "--rounds",
+            str(ROUNDS),
+            "--data",
+            str(Path(folder) / "none"),
+            "--output",
+            str(output),
+        ]
+        done = ran([sys.executable, "-c", code, *options])
+        answer = json.loads(output.read_text(encoding="utf-8")) if output.exists() else None
+    return {"exit_code": done["exit_code"], "answer": answer, "said": done["err"].splitlines()[-10:]}
+
+
 def video(kind: str) -> dict[str, Any]:
     """A video end to end on the GPU, as fast as it goes; the answer is the event that ends it."""
     say(f"a video, {kind}")
@@ -190,8 +215,12 @@ def failures(record: dict[str, Any]) -> list[str]:
         for name, done in record["benchmarks"].items()
         if name != WITHOUT_GRAPHS or there & {"tensorrt", "tensorrt-rtx"}
     }
+    commands |= {"latency": record["latency"]}
     commands |= {f"video as {kind}": done for kind, done in record["video"].items()}
     found += [f"{name}: exit code {done['exit_code']}" for name, done in commands.items() if done["exit_code"]]
+    measured = record["latency"]["answer"]
+    if measured and not any(row["device"] == "cuda" for row in measured["rows"]):
+        found.append("latency: nothing was measured on the GPU")
     return found
 
 
@@ -209,12 +238,25 @@ def summary(record: dict[str, Any]) -> list[str]:
         for row in (done["answer"] or {"rows": ()})["rows"]:
             speed = f"{row['latency_ms']['p50']:.2f} ms, {row['photos_per_second']['median']:.0f} photos/s"
             lines.append(f"{name}: {row['name']} on {row['device']}, {row['precision']}: {speed}")
+    lines += in_turns(record["latency"]["answer"] or {"rows": (), "networks": ()})
     lines += [
         f"video as {kind}: {done['answer']['rate']:.0f} frames/s"
         for kind, done in record["video"].items()
         if done["answer"]
     ]
     return lines + [f"FAILED {failure}" for failure in record["failures"]]
+
+
+def in_turns(measured: dict[str, Any]) -> list[str]:
+    """A line for each row on the GPU of a record of latency."""
+    lines = []
+    for group in (measured, *measured["networks"]):
+        for row in group["rows"]:
+            faster = row["times_faster_than_pytorch"]
+            told = f", {faster:.1f} times as fast as PyTorch" if faster else ""
+            what = f"{row['name']}, {row['precision']}: {row['median']:.2f} ms{told}"
+            lines += [f"in turns, batch {group['batch']}: {what}"] if row["device"] == "cuda" else []
+    return lines
 
 
 def without_names(value: Any) -> Any:

@@ -3,7 +3,8 @@
 Three networks: the one that ships, and two of the same family with random weights, of which only the speed is told.
 Each engine is first opened in a process of its own, for the time from the file to the first answer, and for its memory.
 Then all engines take turns (turns.py) with the same batch, round after round, and the machine's matmuls with them
-(roofline.py).
+(roofline.py). Where there is an NVIDIA GPU, engines and matmuls have their turns on it, too. PyTorch on the same device
+is what an engine is held against; every run ends with its answer in the CPU's memory, which waits for the GPU.
 
 torch is imported where it is used: a process that measures another engine must not carry it.
 """
@@ -33,7 +34,7 @@ from benchmarks import photos, records
 from benchmarks.turns import FEWEST, U8, Job, Turns, alternated, count, timed
 from petseg_runtime import cache, host
 from petseg_runtime.artifact import PROVENANCE_KEY, default_model, open_artifact, sample_photos
-from petseg_runtime.engines.base import Engine, usable_cpus
+from petseg_runtime.engines.base import Engine, one_line, usable_cpus
 from petseg_runtime.engines.registry import ENGINES, RULE, load_engine
 from petseg_runtime.onnx_metadata import with_metadata
 from petseg_runtime.spec import SPEC_KEY, ModelSpec
@@ -54,10 +55,15 @@ FORMS: Final = {
     AS_TRAINED: ("f32", False),
     FOLDED: ("f32", False),
     f"{FOLDED}, bf16": ("bf16", False),
+    f"{FOLDED}, fp16": ("fp16", False),
     f"{FOLDED}, compiled": ("f32", True),
 }
 #: Of these, with several photos at a time: each start of PyTorch takes seconds.
-FORMS_OF_BATCHES: Final = (AS_TRAINED, f"{FOLDED}, bf16")
+FORMS_OF_BATCHES: Final = (AS_TRAINED, f"{FOLDED}, bf16", f"{FOLDED}, fp16")
+#: Which no CPU of ours computes in faster than in float32.
+GPU_PRECISION: Final = "fp16"
+#: What the record says of its p50, p95 and p99.
+PERCENTILES: Final = "of the runs of each round, then the median of the rounds; disturbed turns are taken again"
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,11 @@ class Case:
         manner = "" if self.engine == PYTORCH else " exact" if self.exact else " as it likes"
         return f"{self.engine} {self.stored}{manner}" + (f" on {self.device}" if self.device != "cpu" else "")
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether it is what the other cases on its device are held against."""
+        return (self.engine, self.stored) == (PYTORCH, AS_TRAINED)
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -132,7 +143,11 @@ class Opened:
 @click.option("--rounds", type=int, default=7, show_default=True)
 @click.option("--threads", type=int, default=usable_cpus(), help="CPU threads.  [default: all]")
 @click.option("--compile/--no-compile", "compiled", default=True, help="With torch.compile, half a minute a network.")
-def latency(data: Path, int8: Path | None, rounds: int, threads: int, compiled: bool) -> None:
+@click.option("--family/--no-family", default=True, help="With the networks that do not ship.")
+@click.option("--output", type=click.Path(path_type=Path), help="The record.  [default: among the results]")
+def latency(
+    data: Path, int8: Path | None, rounds: int, threads: int, compiled: bool, family: bool, output: Path | None
+) -> None:
     """Milliseconds of each engine, precision, batch and network; and the share of what the matmul peak allows."""
     from benchmarks import roofline
 
@@ -142,7 +157,7 @@ def latency(data: Path, int8: Path | None, rounds: int, threads: int, compiled: 
         made = {kind: roofline.matmuls(kind, threads) for kind in kinds}
         rates: Rates = {kind: {matmul: [] for matmul in matmuls} for kind, (matmuls, _) in made.items()}
         failed = [reason for _, reasons in made.values() for reason in reasons]
-        for network in NETWORKS:
+        for network in NETWORKS if family else NETWORKS[:1]:
             about = make_files(network, folder / network.name, data, int8)
             for batch in network.batches:
                 found = cases(folder / network.name, batch, threads, compiled=compiled and network.compiled)
@@ -152,10 +167,12 @@ def latency(data: Path, int8: Path | None, rounds: int, threads: int, compiled: 
     first, *others = groups
     del first["name"]  # its rows keep the names that they always had, for `compare`
     peaks = {kind: roofline.told(values) for kind, values in rates.items()}
-    rest = {"threads": threads, "matmul_peaks": peaks, "not_measured": failed, "networks": others}
-    command = f"python -m benchmarks latency --data DATA --rounds {rounds}" + (" --int8 FILE" if int8 else "")
+    rest = {"threads": threads, "percentiles": PERCENTILES, "matmul_peaks": peaks, "not_measured": failed}
+    command = f"python -m benchmarks latency --data DATA --rounds {rounds}"
+    options = {"--int8 FILE": int8, "--no-compile": not compiled, "--no-family": not family}
+    command = " ".join([command, *(option for option, given in options.items() if given)])
     # The model that ships, a photo at a time, is what the README's first table shows.
-    records.write("latency", command, {**first, **rest})
+    records.write("latency", command, {**first, **rest, "networks": others}, output)
 
 
 def worth_it(found: Sequence[Case], groups: Sequence[Mapping[str, Any]]) -> list[Case]:
@@ -277,8 +294,9 @@ def cases(folder: Path, batch: int, threads: int, *, compiled: bool) -> list[Cas
     found = [
         Case(engine=PYTORCH, stored=stored, device=device, **common)
         for device in ("cpu", *gpu)
-        for stored, (_, slow_to_make) in FORMS.items()
+        for stored, (precision, slow_to_make) in FORMS.items()
         if (compiled or not slow_to_make) and (batch == 1 or stored in FORMS_OF_BATCHES)
+        if device != "cpu" or precision != GPU_PRECISION
     ]
     files = sorted(path.stem for path in folder.glob("*.onnx"))
     lines = dict.fromkeys((line.engine, line.kind) for line in RULE if "onnx" in ENGINES[line.engine].formats)
@@ -338,14 +356,14 @@ def in_pytorch(case: Case) -> Opened:
     from petseg_export.deploy import DeployedUNet
 
     deployed: Any = DeployedUNet(model).to(case.device)
-    if precision == "bf16":
-        deployed.network.to(torch.bfloat16)
-        deployed.network.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(torch.bfloat16),))
+    if dtype := {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision):
+        deployed.network.to(dtype)
+        deployed.network.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(dtype),))
     called = torch.compile(deployed, dynamic=False) if compiled else deployed
 
     def run(batch: U8) -> U8:
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            answer: U8 = called(torch.from_numpy(batch).to(case.device)).cpu().numpy()
+            answer: U8 = called(torch.from_numpy(batch).to(case.device)).cpu().numpy()  # waits for a GPU, too
         return answer
 
     return Opened(run, about, lambda: None)
@@ -371,7 +389,7 @@ def cold() -> None:
     elif case.engine in ENGINES:
         with contextlib.suppress(ImportError):  # that it is missing, the loading says better
             importlib.import_module(ENGINES[case.engine].loader.partition(":")[0])
-    before = resident("VmRSS")
+    before, before_on_gpu = resident("VmRSS"), gpu_memory() if case.device == "cuda" else None
     start = time.perf_counter()
     engine = opened(case)
     loaded = time.perf_counter()
@@ -385,8 +403,35 @@ def cold() -> None:
         "later_run_ms": min(later),
         "memory_mb": resident("VmRSS") - before,
         "peak_memory_mb": resident("VmHWM") - before,
+        **on_gpu(case, before_on_gpu),
     }
     print(json.dumps({**engine.about, **found}))
+
+
+def on_gpu(case: Case, before: float | None) -> dict[str, float | None]:
+    """GPU memory of a case: all that it holds, CUDA's own too, and the most that PyTorch's tensors took; None: unknown.
+
+    The first is what is in use more than before, whoever uses it: it takes GPUs that nobody else is at.
+    """
+    found: dict[str, float | None] = {"gpu_memory_mb": None, "gpu_tensors_peak_mb": None}
+    after = gpu_memory() if before is not None else None
+    if before is not None and after is not None:
+        found["gpu_memory_mb"] = after - before
+    if case.device == "cuda" and case.engine == PYTORCH:
+        import torch
+
+        found["gpu_tensors_peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
+    return found
+
+
+def gpu_memory() -> float | None:
+    """Megabytes in use on all GPUs (nvidia-smi may count them in another order than CUDA does); None: unknown."""
+    words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        return sum(map(float, said.split())) * 2**20 / 1e6
+    except (OSError, subprocess.CalledProcessError, ValueError):  # a Jetson has none, or it says "[N/A]"
+        return None
 
 
 def resident(what: str) -> float:
@@ -420,23 +465,26 @@ def measure(
     starts = {case: start for case in found if (start := cold_start(case))}
     working = distinct({case: start for case, start in starts.items() if "why" not in start})
     failed = [f"{case.name}: {start['why']}" for case, start in starts.items() if "why" in start]
-    taken = in_turns(working, rounds, rates)
-    times = taken.times
+    taken, lost = in_turns(working, rounds, rates)
     latest = {kind: {m: values[-rounds:] for m, values in reached.items()} for kind, reached in rates.items()}
-    graphs = {case.stored: Path(case.folder) / f"{case.stored}.onnx" for case in working if case.engine != PYTORCH}
-    batch, (height, width) = found[0].batch, about["size"]
-    work = {stored: roofline.operations(path.read_bytes(), batch, height, width) for stored, path in graphs.items()}
-    reference = [median(values) for values in next(iter(times.values()))]
+    batch, (height, width), folder = found[0].batch, about["size"], Path(found[0].folder)
+    stored_in = {"fp32", *(case.stored for case in working if case.engine != PYTORCH)}
+    work = {
+        stored: roofline.operations((folder / f"{stored}.onnx").read_bytes(), batch, height, width)
+        for stored in stored_in
+    }
+    pytorch = {case.device: list(map(median, times)) for case, times in taken.times.items() if case.is_reference}
     rows = []
-    for case, start in working.items():
-        peak = roofline.best(latest.get(case.device, {}))
+    for case, times in taken.times.items():
+        start, peak = working[case], roofline.best(latest.get(case.device, {}))
         counted = work.get(case.stored, work["fp32"])
-        rows.append({"name": case.name, **start, **row(times[case], reference, counted, start["precision"], peak)})
+        figures = row(times, pytorch.get(case.device), counted, start["precision"], peak)
+        rows.append({"name": case.name, "device": case.device, **start, **figures})
         say(rows[-1])
     name = f"{about['model']}, {height}x{width}, batch {batch}"
     what = {"name": name, "batch": batch, **about, "operations": sum(work["fp32"].values())}
-    what |= {"turns": rounds * len(times), "disturbed_turns": taken.disturbed}
-    return {**what, "tried": [case.name for case in found], "rows": rows}, failed
+    what |= {"turns": rounds * len(rows), "disturbed_turns": taken.disturbed}
+    return {**what, "tried": [case.name for case in found], "rows": rows}, failed + lost
 
 
 def distinct(starts: Mapping[Case, dict[str, Any]]) -> dict[Case, dict[str, Any]]:
@@ -447,13 +495,18 @@ def distinct(starts: Mapping[Case, dict[str, Any]]) -> dict[Case, dict[str, Any]
     return {case: starts[case] for case in seen.values()}
 
 
-def in_turns(working: Mapping[Case, dict[str, Any]], rounds: int, rates: Rates) -> Turns[Case]:
-    """All cases in turns; the matmuls have theirs at the end of each round."""
+def in_turns(working: Mapping[Case, dict[str, Any]], rounds: int, rates: Rates) -> tuple[Turns[Case], list[str]]:
+    """All cases in turns; the matmuls have theirs at the end of each round. What cannot be opened beside the others."""
+    lost: list[str] = []
     with contextlib.ExitStack() as stack:
         batch = images_of(next(iter(working)))
         jobs: dict[Case, Job] = {}
         for case, start in working.items():
-            engine = opened(case)
+            try:
+                engine = opened(case)
+            except Exception as error:  # noqa: BLE001 - two libraries with a CUDA of their own: whatever they end in
+                lost.append(f"{case.name}, beside the others: {one_line(error)}")
+                continue
             stack.callback(engine.close)
             jobs[case] = engine.run, batch, count(start["later_run_ms"])
 
@@ -462,21 +515,21 @@ def in_turns(working: Mapping[Case, dict[str, Any]], rounds: int, rates: Rates) 
                 for matmul, reached in values.items():
                     reached.append(matmul.rate())
 
-        return alternated(jobs, rounds, matmuls)
+        return alternated(jobs, rounds, matmuls), lost
 
 
 def row(
     times: Sequence[Sequence[float]],
-    reference: Sequence[float],
+    reference: Sequence[float] | None,
     work: Mapping[str, int],
     precision: str,
     peak: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
-    """What the times of a case say; ratios are taken within a round.
+    """What the times of a case say; ratios and percentiles are taken within a round: a slow round does not set them.
 
     Args:
         times: Milliseconds of each run, a list for each round.
-        reference: PyTorch's median of each round.
+        reference: PyTorch's median of each round on the same device; None: it does not work there.
         work: Its operations; see :func:`benchmarks.roofline.operations`.
         precision: What it computes in.
         peak: Operations a second of each precision, round by round.
@@ -484,16 +537,16 @@ def row(
     from benchmarks.roofline import least_ms
 
     medians = [median(values) for values in times]
-    every = [value for values in times for value in values]
+    faster = [a / b for a, b in zip(reference, medians, strict=True)] if reference else []
     least = [least_ms(work, precision, {name: r[i] for name, r in peak.items()}) for i in range(len(medians))]
     shares = [at_best / ms for at_best, ms in zip(least, medians, strict=True) if at_best]
     return {
         "milliseconds": medians,
         "median": median(medians),
         "lowest_and_highest": [min(medians), max(medians)],
-        **{f"p{share}": float(np.percentile(every, share)) for share in (50, 95, 99)},
-        "runs": len(every),
-        "times_faster_than_pytorch": median(a / b for a, b in zip(reference, medians, strict=True)),
+        **{f"p{share}": median(float(np.percentile(values, share)) for values in times) for share in (50, 95, 99)},
+        "runs": sum(map(len, times)),
+        "times_faster_than_pytorch": median(faster) if faster else None,
         "operations": dict(work),
         "giga_operations_per_second": sum(work.values()) / median(medians) / 1e6,
         "share_of_matmul_peak": median(shares) if shares else None,
@@ -501,9 +554,9 @@ def row(
 
 
 def say(found: Mapping[str, Any]) -> None:
-    share = found["share_of_matmul_peak"]
+    share, faster = found["share_of_matmul_peak"], found["times_faster_than_pytorch"]
     click.echo(
-        f"{found['name']:>34} {found['median']:8.2f} ms {found['times_faster_than_pytorch']:6.2f}x "
+        f"{found['name']:>34} {found['median']:8.2f} ms {f'{faster:6.2f}x' if faster else '      ?'} "
         f"{f'{100 * share:3.0f} %' if share else '    ?'} of the peak, load {found['load_ms']:6.0f} ms, "
         f"{found['memory_mb']:5.0f} MB",
         err=True,

@@ -134,7 +134,8 @@ def dots(
 def time_of(row: Mapping[str, Any], times: Sequence[Mapping[str, Any]]) -> float | None:
     """The median of the same engine, computing in the same precision on the same kind of file; None: not measured."""
     for other in times:
-        same = other["engine"] == row["engine"] and other["precision"] == row["precision"]
+        same = all(other[key] == row[key] for key in ("engine", "precision"))
+        same = same and other.get("device", "cpu") == row.get("device", "cpu")
         if same and (other["stored"] == row["stored"] or "eager" in row["engine"]):
             return float(other["median"])
     return None

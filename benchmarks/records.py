@@ -1,15 +1,23 @@
-"""Records: what was measured, on which machine, with which command. One JSON file each, in ``results/``."""
+"""Records: what was measured, on which machine, with which command. One JSON file each, in ``results/``.
+
+The name of a processor says little of a virtual machine: two that are called "AMD EPYC" differ twofold in speed. So a
+record tells its family, model, caches and instructions, and how fast it multiplied matrices when the record was made.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
+import re
 import subprocess
+import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
+
+import numpy as np
 
 from petseg_runtime import host
 from petseg_runtime.artifact import default_model, open_artifact
@@ -18,21 +26,84 @@ from petseg_runtime.files import write_atomic
 RESULTS: Final = Path(__file__).parent / "results"
 ROOT: Final = Path(__file__).parent.parent
 
-_PACKAGES: Final = ("petseg", "numpy", "pillow", "onnxruntime", "openvino", "torch", "torchvision", "onnx")
+#: Where Linux tells of the processor.
+CPUINFO: Final = Path("/proc/cpuinfo")
+#: What short names end with, the best first: what it is called, and the kernel's flag.
+BEST_INSTRUCTIONS: Final = {
+    "AMX": "amx_bf16",
+    "AVX-512 with bf16": "avx512_bf16",
+    "AVX-512 with VNNI": "avx512_vnni",
+    "AVX-512": "avx512f",
+    "AVX2": "avx2",
+}
+#: Of the matmul by which machines are compared: rows and columns, and how long it is repeated. Tests take less.
+CALIBRATION_SIZE, CALIBRATION_SECONDS = 1024, 1.0
+
+_PACKAGES: Final = (
+    *("petseg", "numpy", "pillow", "onnxruntime", "openvino", "torch", "torchvision", "onnx"),
+    *("onnxruntime-gpu", "tensorrt", "tensorrt-rtx"),
+)
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory, GPUs, system, Python: what a number depends on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    """Processor, cores, memory, GPUs, system, Python: what a number depends on; and how fast it is just now."""
+    cpu = host.host().cpu
+    about = processor(cpu)
     return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "cpu": short_name(about),
+        "cores": cpu.cores,
+        "memory_gb": round(cpu.memory / 1e9, 1),
         "gpus": [gpu.name for gpu in host.gpus()],
         "system": f"{platform.system()} {platform.machine()}",
+        "kernel": platform.release(),
         "python": platform.python_version(),
+        "processor": about,
+        "calibration": calibration(),
+    }
+
+
+def processor(cpu: host.Cpu) -> dict[str, Any]:
+    """What the kernel tells of the first core (None: it does not), and the instructions that engines make use of."""
+    fields: dict[str, str] = {}
+    for line in CPUINFO.read_text(encoding="utf-8").splitlines() if CPUINFO.exists() else ():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    keys = {"vendor": "vendor_id", "family": "cpu family", "model": "model", "stepping": "stepping"}
+    found = {name: fields.get(key) for name, key in keys.items()}
+    return {"name": cpu.name, **found, "cache": fields.get("cache size"), "instructions": list(cpu.features)}
+
+
+def short_name(about: Mapping[str, Any]) -> str:
+    """The processor in a few words: its product, or, where a virtual machine hides that, what it can be known by."""
+    name = " ".join(re.sub(r"\((R|TM)\)|\bProcessor\b|\bCPU\b|@.*", " ", str(about["name"])).split())
+    if about["family"] is None or re.search(r"\d", name):
+        return name
+    best = next((told for told, flag in BEST_INSTRUCTIONS.items() if flag in about["instructions"]), "no AVX2")
+    return f"{name} (family {about['family']}, model {about['model']}, {best})"
+
+
+def calibration() -> dict[str, Any]:
+    """The best of as many float32 matmuls of 1024 x 1024 in numpy as there is time for: how fast the machine is.
+
+    ``threads``: the cores that they kept busy, all in all, which is fewer than there are if others compute meanwhile.
+    """
+    a, b = np.random.default_rng(0).random((2, CALIBRATION_SIZE, CALIBRATION_SIZE), dtype=np.float32)
+    product = np.empty_like(a)
+    times: list[float] = []
+    start, busy = time.perf_counter(), time.process_time()
+    while not times or time.perf_counter() < start + CALIBRATION_SECONDS:
+        began = time.perf_counter()
+        np.matmul(a, b, out=product)
+        times.append(time.perf_counter() - began)
+    threads = (time.process_time() - busy) / (time.perf_counter() - start)
+    built: Any = np.show_config(mode="dicts")
+    blas = built.get("Build Dependencies", {}).get("blas", {})
+    return {
+        "what": f"numpy matmul, float32, {CALIBRATION_SIZE} x {CALIBRATION_SIZE}",
+        "gflops": round(2 * CALIBRATION_SIZE**3 / min(times) / 1e9, 1),
+        "matmuls": len(times),
+        "threads": round(threads, 1),
+        "blas": f"{blas.get('name', 'unknown')} {blas.get('version', '')}".strip(),
     }
 
 
@@ -47,8 +118,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write(name: str, command: str, values: dict[str, Any]) -> Path:
-    """Write the record ``results/NAME.json``; a name may hold a folder."""
+def write(name: str, command: str, values: dict[str, Any], output: Path | None = None) -> Path:
+    """Write a record to ``output``, or to ``results/NAME.json``; a name may hold a folder."""
     record = {
         "schema_version": 1,
         "command": command,
@@ -61,8 +132,8 @@ def write(name: str, command: str, values: dict[str, Any]) -> Path:
         "versions": versions(),
         **values,
     }
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+    path = output or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, (json.dumps(record, indent=2) + "\n").encode())
     return path
 

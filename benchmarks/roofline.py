@@ -168,14 +168,14 @@ def told(rates: Mapping[Matmul, Sequence[float]]) -> list[dict[str, Any]]:
 def matmuls(device: str, threads: int) -> tuple[list[Matmul], list[str]]:
     """Every precision that a device (``cpu`` or ``cuda``) has, in every library that computes in it; what failed.
 
-    A library may be built without CUDA, a GPU may be too old for a precision: the others are measured all the same.
+    A library may be missing or built without CUDA, a GPU too old for a precision: the others are measured all the same.
     """
     makers = (_on_cuda,) if device == "cuda" else (_in_torch, _in_openvino, _in_onnxruntime)
     found, failed = [], []
     for make in makers:
         try:
             made = make(threads)
-        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        except (ImportError, RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
             failed.append(f"matmuls on {device}: {one_line(error)}")
             continue
         for matmul in made:

@@ -39,6 +39,8 @@ CLIP_SECONDS: Final = (5, 20, 60)
 CLIP_RATE: Final = 30
 #: A change of cost that counts; of memory likewise.
 TOLERANCE: Final = 0.05
+#: Of each clip, before a slope of its memory is told.
+RUNS_FOR_SLOPE: Final = 3
 
 
 class Point(NamedTuple):
@@ -202,17 +204,23 @@ def of_clips(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def flatness(rows: Sequence[Mapping[str, Any]], tolerance: float = TOLERANCE) -> dict[str, Any]:
-    """Whether the longest clip takes no more memory than the shortest, and how much each further minute adds."""
+    """Whether the longest clip takes no more memory than the shortest; of enough runs, what each further minute adds.
+
+    Runs of the same clip differ by several megabytes: one of each length tells of no slope.
+    """
     peaks = [median(row["peak_mb"]) for row in rows]
     lengths = [row["seconds_of_video"] for row in rows]
+    runs = min(len(row["peak_mb"]) for row in rows)
     growth = peaks[-1] / peaks[0] - 1
-    rate = 60 * (peaks[-1] - peaks[-2]) / (lengths[-1] - lengths[-2])
     flat = growth <= tolerance
+    rate = 60 * (peaks[-1] - peaks[-2]) / (lengths[-1] - lengths[-2]) if runs >= RUNS_FOR_SLOPE else None
+    slope = "" if rate is None else f"; {rate:+.1f} MB a minute from {lengths[-2]} s on"
+    of_each = f"medians of {runs} runs" if runs > 1 else "one run"
     statement = (
-        f"{'flat' if flat else 'NOT flat'}: {peaks[-1]:.0f} MB at {lengths[-1]} s, {peaks[0]:.0f} MB at {lengths[0]} s "
-        f"({100 * growth:+.1f} %; {rate:+.1f} MB a minute from {lengths[-2]} s on)"
+        f"{'flat' if flat else 'NOT flat'}: {peaks[-1]:.0f} MB at {lengths[-1]} s, {peaks[0]:.0f} MB at {lengths[0]} s,"
+        f" a difference of {peaks[-1] - peaks[0]:+.0f} MB ({100 * growth:+.1f} %; {of_each} of each{slope})"
     )
-    return {"growth": growth, "mb_per_minute": rate, "flat": flat, "statement": statement}
+    return {"growth": growth, "runs_of_each": runs, "mb_per_minute": rate, "flat": flat, "statement": statement}
 
 
 def make_clip(path: Path, frames: int) -> None:

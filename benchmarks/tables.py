@@ -220,8 +220,8 @@ def latency() -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['engine']} | {row['stored']} | {row['precision']} | {row['median']:.2f} "
-        f"| {row['times_faster_than_pytorch']:.1f} |{engine_alone(row)}"
+        f"| {engine_of(row)} | {row['stored']} | {row['precision']} | {row['median']:.2f} "
+        f"| {'' if (faster := row['times_faster_than_pytorch']) is None else f'{faster:.1f}'} |{engine_alone(row)}"
         for row in record["rows"]
     ]
     return "\n".join([*lines, "", BESIDE_THE_TIME, "", *relatives(record)])
@@ -250,7 +250,7 @@ def folders() -> str:
 
 #: What the columns of the first table mean.
 BESIDE_THE_TIME: Final = (
-    "Of a matmul's speed: the network's multiplications at the rate of the machine's fastest 1024 × 1024 matmul in the "
+    "Of a matmul's speed: the network's multiplications at the rate of the machine's fastest 1024 × 1024 matmul (8192 × 8192 on a GPU) in the "
     "same precision and the same minutes, over its time; that is a yardstick, which a wide convolution can pass. "
     "Percentiles are of each round, then the median of the rounds; a turn that other work disturbed is taken again. "
     "First answer and memory are those of a process that has imported the library."
@@ -287,6 +287,12 @@ def training() -> str:
     return "\n".join(lines)
 
 
+def engine_of(row: dict[str, Any]) -> str:
+    """The engine, and what it computes on where that is no CPU; older records know nothing else."""
+    device = row.get("device", "cpu")
+    return str(row["engine"]) + (f" on {device}" if device != "cpu" else "")
+
+
 def engine_alone(row: dict[str, Any]) -> str:
     """The other columns of an engine: how its times spread, its share of the peak, its start, its memory."""
     share, start = row["share_of_matmul_peak"], row["load_ms"] + row["first_run_ms"]
@@ -297,7 +303,7 @@ def engine_alone(row: dict[str, Any]) -> str:
 def relatives(latency: dict[str, Any]) -> list[str]:
     """The other networks and batches: milliseconds a run, and the share of the matmul peak."""
     groups = [latency, *latency["networks"]]
-    found = [{(r["engine"], r["stored"], r["precision"]): r for r in group["rows"]} for group in groups]
+    found = [{(engine_of(r), r["stored"], r["precision"]): r for r in group["rows"]} for group in groups]
     heads = []
     for group in groups:
         name, (height, width) = group["model"].removeprefix("attention U-Net, "), group["size"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 from pathlib import Path
@@ -140,10 +141,155 @@ def test_a_file_that_is_no_record_is_named(compare: Any, tmp_path: Path) -> None
 
 @pytest.mark.skipif(not (ROOT / "benchmarks" / "results").is_dir(), reason="benchmarks/results is not in the sdist")
 @pytest.mark.parametrize("name", ["latency", "throughput", "embedded-startup"])
-def test_our_own_records_hold_times(compare: Any, name: str) -> None:
+def test_in_our_own_records_what_became_slower_is_named_and_nothing_else(compare: Any, name: str) -> None:
     saved = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    changes = compare.changes_of([saved], saved)
-    assert changes
-    assert all(change.ratio == 1 for change in changes)
-    assert {change.verdict(0.05) for change in changes} <= {"", compare.TOO_FEW}
-    assert len({change.what for change in changes}) == len(changes)
+    slowed = copy.deepcopy(saved)
+    lists = dict(compare.times_in(slowed))
+    enough = {what for what, times in lists.items() if len(times) >= compare.FEWEST}
+    slower = min(enough or lists, key=lambda what: max(lists[what]) / min(lists[what]))  # noise hides it in others
+    lists[slower][:] = [1.3 * ms for ms in lists[slower]]
+    changes = compare.changes_of([saved], slowed)
+    assert {change.what: change.ratio for change in changes} == {
+        what: pytest.approx(1.3 if what == slower else 1) for what in lists
+    }
+    verdicts = {change.what: change.verdict(0.05) for change in changes}
+    assert verdicts == {
+        what: compare.TOO_FEW if what not in enough else "slower" if what == slower else "" for what in lists
+    }
+    assert len(verdicts) == len(changes)
+
+
+def test_of_five_times_few_are_called_slower_by_chance(compare: Any) -> None:
+    """At most 4 % where nothing changed, though every change counts; the interval's own bound is 2.5 %."""
+    rng = np.random.default_rng(0)
+
+    def slower(scale: float, draws: int = 400) -> float:
+        verdicts = []
+        for _ in range(draws):
+            old, new = (np.exp(0.2 * rng.standard_normal((2, compare.FEWEST))) * [[1], [scale]]).tolist()
+            verdicts.append(compare.change_of("a", [old], new, rng).verdict(0))
+        return verdicts.count("slower") / draws
+
+    assert slower(1.0) <= 0.04
+    assert slower(2.0) >= 0.9
+
+
+@pytest.mark.parametrize(("now", "told"), [(80.0, "20 % slower"), (125.0, "25 % faster"), (91.0, ""), (110.0, "")])
+def test_a_machine_that_is_itself_slower_is_said(compare: Any, tmp_path: Path, now: float, told: str) -> None:
+    old, new = (record(machine={"cpu": "EPYC", "calibration": {"gflops": speed}}) for speed in (100.0, now))
+    done = run(compare, tmp_path, old, new)
+    assert done.exit_code == 0
+    assert done.stderr == (f"the machine itself is {told}: 100 GFLOP/s before, {now:.0f} now\n" if told else ""), (
+        "a calibration is never twice the same: that alone is not said"
+    )
+    assert run(compare, tmp_path, record(), new).stderr == "", "an older record has none"
+
+
+def test_other_instructions_are_said(compare: Any, tmp_path: Path) -> None:
+    old, new = (
+        record(machine={"cpu": "EPYC", "processor": {"family": "25", "instructions": list(flags)}})
+        for flags in (("avx2",), ("avx2", "avx512f"))
+    )
+    said = run(compare, tmp_path, old, new).stderr
+    assert said == "machine processor instructions: ['avx2'] before, ['avx2', 'avx512f'] now\n"
+
+
+def side_by_side(ratio: float) -> dict[str, Any]:
+    """Ratios in each of the forms that records have them in; one is 1 because it is the reference."""
+    table = {"once_running": {"median": 2.0, "min": ratio, "max": 9 * ratio}, "startup": None}
+    rows = [
+        {"name": "PyTorch", "times_faster_than_pytorch": 1.0, "median": 5.0},
+        {"name": "openvino", "times_faster_than_pytorch": 3 * ratio, "share_of_matmul_peak": None},
+        {"name": "peer", "petseg_times_as_fast": table},
+    ]
+    return {"rows": rows, "threads": [{"curve": "size", "times_as_fast_as_one_thread": [1.5, 1.6]}]}
+
+
+def test_ratios_that_were_measured_side_by_side_are_counted_apart(compare: Any, tmp_path: Path) -> None:
+    old, new = (record(**side_by_side(ratio)) for ratio in (1.0, 1.2))
+    done = run(compare, tmp_path, old, new)
+    assert done.exit_code == 0, "of times nothing changed"
+    assert done.stderr == ""
+    *rows, ratios = done.stdout.splitlines()
+    row = "rows openvino times_faster_than_pytorch"
+    assert [line for line in rows if "side by side" in line] == [f" 1.200  side by side: 3 before, 3.6 now  {row}"]
+    told = "ratios that were measured side by side: 3 of 4 within 10 % of each other; the worst:"
+    assert ratios == f"{told} 1.200, {row}"
+    found = json.loads(run(compare, tmp_path, old, new, "--json").stdout)
+    assert {ratio["what"]: (ratio["old"], ratio["new"]) for ratio in found["ratios"]} == {
+        row: (3.0, pytest.approx(3.6)),
+        "rows peer petseg_times_as_fast once_running median": (2.0, 2.0),
+        "threads size times_as_fast_as_one_thread 1": (1.5, 1.5),
+        "threads size times_as_fast_as_one_thread 2": (1.6, 1.6),
+    }
+    assert found["summary"]["ratios"] == {
+        "within": 0.1,
+        "alike": 3,
+        "of": 4,
+        "worst": {"what": row, "ratio": pytest.approx(1.2)},
+    }
+
+
+def test_the_result_can_be_put_on_the_record(compare: Any, tmp_path: Path) -> None:
+    output = tmp_path / "repeat.json"
+    machine = {"cpu": "EPYC", "calibration": {"gflops": 50.0}}
+    old, new = record(1, 1, date="2026-11-23", commit="abc", machine=machine), record(1.3, 2, date="2026-11-24")
+    done = run(compare, tmp_path, old, new, "--output", str(output))
+    assert done.exit_code == 1
+    assert "slower" in done.stdout, "what is printed stays as it is"
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert found["command"] == "python -m benchmarks compare 0 1 --tolerance 0.05"
+    assert found["sessions"] == [
+        {"dates": ["2026-11-23"], "commits": ["abc"], "cpus": ["EPYC"], "gflops": [50.0, 50.0]},
+        {"dates": ["2026-11-24"], "commits": [], "cpus": ["EPYC"], "gflops": None},
+    ]
+    first = found["rows"][0]
+    for what, saved in (("old", old), ("new", new)):
+        times = saved["rows"][0]["seconds"]["command"]
+        assert first[what] == {"median": pytest.approx(np.median(times)), "min": min(times), "max": max(times)}
+    assert first["ratio"] == pytest.approx(first["new"]["median"] / first["old"]["median"])
+    assert [row["verdict"] for row in found["rows"]] == ["slower", "slower", ""]
+    assert (found["summary"]["times"]["alike"], found["summary"]["times"]["of"]) == (1, 3)
+    assert found["summary"]["times"]["worst"]["ratio"] == pytest.approx(1.3, rel=0.05)
+
+
+def folder(path: Path, **saved: dict[str, Any]) -> str:
+    path.mkdir()
+    for name, value in saved.items():
+        (path / f"{name}.json").write_text(json.dumps(value))
+    return str(path)
+
+
+def test_folders_are_compared_record_by_record(compare: Any, tmp_path: Path) -> None:
+    fast, slow = ({"machine": {"calibration": {"gflops": speed}}} for speed in (100, 70))
+    old = folder(
+        tmp_path / "old", video=record(1, 1, **fast), peers=record(1, 1), soak=record(minutes=30), ours=record()
+    )
+    new = folder(
+        tmp_path / "new",
+        video=record(1.3, 2, **slow),
+        peers=record(1, 2),
+        soak=record(minutes=5, machine={"cpu": "Xeon"}),
+    )
+    done = CliRunner().invoke(compare.compare, [old, new])
+    assert done.exit_code == 1
+    assert done.stderr.splitlines() == [
+        "left out: soak of different work: minutes: 30 before, 5 now",
+        "video: the machine itself is 30 % slower: 100 GFLOP/s before, 70 now",
+    ]
+    slower = [line.split("slower  ")[1] for line in done.stdout.splitlines() if "slower  " in line]
+    assert slower == [f"video rows openvino mask seconds {kind}" for kind in ("command", "loop")]
+    gone = [line for line in done.stdout.splitlines() if line.startswith("  gone")]
+    assert gone[0] == "  gone  ours rows openvino mask seconds command"
+    assert len(gone) == 3
+    assert "peers rows PyTorch milliseconds" in done.stdout
+    assert "soak" not in done.stdout
+
+
+@pytest.mark.parametrize(("minutes", "code"), [(30, 0), (5, 1)])
+def test_folders_that_repeat_pass_but_not_what_is_of_different_work(
+    compare: Any, tmp_path: Path, minutes: int, code: int
+) -> None:
+    old = folder(tmp_path / "old", peers=record(1, 1), soak=record(minutes=30))
+    new = folder(tmp_path / "new", peers=record(1, 2), soak=record(minutes=minutes))
+    assert CliRunner().invoke(compare.compare, [old, new]).exit_code == code

@@ -125,11 +125,16 @@ def engine(name: str = "onnxruntime", **values: Any) -> dict[str, Any]:
 def record(**values: Any) -> dict[str, Any]:
     speeds = {"latency_ms": {"p50": 1.234}, "photos_per_second": {"median": 900.4}}
     row = {"name": "onnxruntime", "device": "cuda:0", "precision": "tf32", **speeds}
+    alone = {"device": "cuda", "precision": "fp16", "median": 0.5, "times_faster_than_pytorch": 4.04}
+    rows = [{**alone, "name": "tensorrt fp16 exact on cuda"}, {**alone, "name": "PyTorch as trained", "device": "cpu"}]
+    bare = {**alone, "name": "tensorrt int8 exact on cuda", "precision": "int8", "times_faster_than_pytorch": None}
+    measured = {"batch": 1, "rows": rows, "networks": [{"batch": 8, "rows": [bare]}]}
     return {
         "doctor": {"gpus": [{"name": "NVIDIA RTX", "driver": "CUDA 13.0"}], "engines": [engine(precision="tf32")]},
         "tests": [{"name": "a::test", "outcome": "passed"}],
         "parity": {"onnxruntime": {"exit_code": 0}, "tensorrt": {"exit_code": 5}},
         "benchmarks": {"batch 1": {"exit_code": 0, "answer": {"rows": [row]}}},
+        "latency": {"exit_code": 0, "answer": measured},
         "video": {"overlay": {"exit_code": 0, "answer": {"rate": 311.2}}},
         "failures": [],
         **values,
@@ -148,6 +153,9 @@ def test_all_that_did_not_pass_is_listed(check: Any) -> None:
     assert check.failures(record(parity={"onnxruntime": {"exit_code": 10}})) == ["verify in onnxruntime: exit code 10"]
     broken = {"batch 8": {"exit_code": -11, "answer": None}}
     assert check.failures(record(benchmarks=broken)) == ["benchmark, batch 8: exit code -11"]
+    assert check.failures(record(latency={"exit_code": 1, "answer": None})) == ["latency: exit code 1"]
+    on_cpu = {"exit_code": 0, "answer": {"rows": [{"device": "cpu"}]}}
+    assert check.failures(record(latency=on_cpu)) == ["latency: nothing was measured on the GPU"]
 
 
 def test_people_get_a_summary(check: Any) -> None:
@@ -156,10 +164,32 @@ def test_people_get_a_summary(check: Any) -> None:
         "onnxruntime: tf32, works",
         "tests: 1 passed",
         "batch 1: onnxruntime on cuda:0, tf32: 1.23 ms, 900 photos/s",
+        "in turns, batch 1: tensorrt fp16 exact on cuda, fp16: 0.50 ms, 4.0 times as fast as PyTorch",
+        "in turns, batch 8: tensorrt int8 exact on cuda, int8: 0.50 ms",
         "video as overlay: 311 frames/s",
         "FAILED this",
         "FAILED that",
     ]
+
+
+def test_the_record_of_latency_is_part_of_the_check(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+
+    def runs(words: list[str]) -> dict[str, Any]:
+        ran.append(words)
+        Path(words[words.index("--output") + 1]).write_text('{"rows": []}')
+        return {"exit_code": 0, "out": "", "err": "\n".join(map(str, range(12)))}
+
+    monkeypatch.setattr(check, "ran", runs)
+    assert check.latency() == {"exit_code": 0, "answer": {"rows": []}, "said": [str(n) for n in range(2, 12)]}
+    monkeypatch.setattr(check, "ran", lambda words: {"exit_code": 1, "out": "", "err": "no torch"})
+    assert check.latency() == {"exit_code": 1, "answer": None, "said": ["no torch"]}
+    # The command's own options, as far as they can be tried without measuring.
+    helped = subprocess.run([*ran[0], "--help"], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert helped.returncode == 0, helped.stderr
+    assert [words for words in ran[0] if words.startswith("--") and words.lstrip("-") not in helped.stdout] == []
+    refused = subprocess.run([*ran[0], "--rounds", "few"], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert "'few' is not a valid integer" in refused.stderr, "the options before it were understood"
 
 
 def test_names_and_folders_are_left_out(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +216,8 @@ def test_the_record_of_a_gpu_is_written_without_names(
     monkeypatch.setattr(doctor, "read_gpus", lambda: ((GPU,), ""))
     monkeypatch.setattr(check, "tests", lambda selection: [{"name": "a::test", "outcome": "passed"}])
     monkeypatch.setattr(check, "command", lambda *words: {"exit_code": 0, "answer": None, "said": list(words)})
+    machine = {"rows": [], "networks": [], "folder": str(ROOT / "x")}
+    monkeypatch.setattr(check, "latency", lambda: {"exit_code": 0, "answer": machine, "said": []})
     output = tmp_path / "gpu-check.json"
     with pytest.raises(SystemExit) as ended:
         check.gpu_check.main(["--output", str(output)])
@@ -193,6 +225,8 @@ def test_the_record_of_a_gpu_is_written_without_names(
     written = json.loads(text)
     assert ended.value.code == 1, "with no GPU behind it, no engine works on it"
     assert "no engine works on the GPU" in written["failures"]
+    assert "latency: nothing was measured on the GPU" in written["failures"]
+    assert written["latency"]["answer"]["folder"] == ".../x"
     assert written["schema_version"] == 1
     assert written["doctor"]["gpus"][0]["name"] == "NVIDIA RTX"
     assert set(written["benchmarks"]) == {"batch 1", "batch 8", "batch 32", "without CUDA graphs"}

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from click.testing import CliRunner
 
 from petseg_runtime import host
 from petseg_runtime.artifact import open_artifact
@@ -44,12 +48,14 @@ def test_the_engines_are_those_of_the_registry(latency: Any, tmp_path: Path, mon
     found = latency.cases(tmp_path, 4, 2, compiled=False)
     assert {case.engine for case in found} == {"PyTorch", "onnxruntime", "openvino"}
     assert {case.device for case in found} == {"cpu"}
-    assert not [case for case in found if "compiled" in case.stored]
+    assert not [case for case in found if "compiled" in case.stored or "fp16" in case.stored]
     monkeypatch.setattr(host, "nvidia_gpus", lambda: 1)
     with_gpu = latency.cases(tmp_path, 4, 2, compiled=True)
     assert {case.engine for case in with_gpu if case.device == "cuda"} == {
         *("PyTorch", "onnxruntime", "tensorrt", "tensorrt-rtx")
     }
+    on_gpu = {case.stored for case in with_gpu if (case.engine, case.device) == ("PyTorch", "cuda")}
+    assert on_gpu == {"as trained", "BatchNorm folded, bf16", "BatchNorm folded, fp16"}
     assert {(case.batch, case.threads) for case in with_gpu} == {(4, 2)}
     assert len({case.name for case in with_gpu}) == len(with_gpu)
 
@@ -68,8 +74,12 @@ def test_what_does_not_work_says_why_without_folders(latency: Any, folder: Path)
     assert str(folder) not in why
 
 
-@pytest.mark.parametrize("form", ["as trained", "BatchNorm folded", "BatchNorm folded, bf16"])
-def test_pytorch_answers_as_the_file_does(latency: Any, folder: Path, form: str) -> None:
+@pytest.mark.parametrize("form", ["as trained", *(f"BatchNorm folded{more}" for more in ("", ", bf16", ", fp16"))])
+def test_pytorch_answers_as_the_file_does(
+    latency: Any, folder: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed, forward = set(), torch.nn.Conv2d.forward
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda self, x: computed.add(self.weight.dtype) or forward(self, x))
     case = latency.Case(folder=str(folder), engine="PyTorch", stored=form)
     opened, other = (
         latency.opened(case),
@@ -77,7 +87,9 @@ def test_pytorch_answers_as_the_file_does(latency: Any, folder: Path, form: str)
     )
     batch = latency.images_of(case)
     assert np.abs(opened.run(batch).astype(int) - other.run(batch)).max() <= (8 if "bf16" in form else 1)
-    assert opened.about["precision"] == ("bf16" if "bf16" in form else "f32")
+    types = {"f32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    assert computed == {types[opened.about["precision"]]}
+    assert opened.about["precision"] == (form[-4:] if form[-4:] in ("bf16", "fp16") else "f32")
     assert opened.about["stored"] == form.partition(",")[0]
     other.close()
 
@@ -144,6 +156,148 @@ def test_ratios_are_taken_within_a_round(latency: Any) -> None:
     assert found["share_of_matmul_peak"] == pytest.approx((0.5 + 0.125) / 2)
     assert found["runs"] == 6
     assert latency.row(times, [4.0, 4.0], {"int8": 0, "others": 1}, "tf32", peak)["share_of_matmul_peak"] is None
+
+
+def test_percentiles_are_of_a_round_so_that_a_slow_one_does_not_set_them(latency: Any) -> None:
+    quiet, disturbed = [[1.0, 2.0, 3.0]] * 2, [[90.0] * 3]
+    found = latency.row([*quiet, *disturbed], None, {"int8": 0, "others": 1}, "f32", {})
+    assert [found[name] for name in ("p50", "p95", "p99")] == pytest.approx([2.0, 2.9, 2.98])
+    assert found["times_faster_than_pytorch"] is None
+
+
+#: Milliseconds of a run of stand-ins, by device and engine; what is not here does not work.
+FAKES = {
+    ("cpu", "PyTorch"): 40.0,
+    ("cpu", "onnxruntime"): 10.0,
+    ("cuda", "PyTorch"): 4.0,
+    ("cuda", "onnxruntime"): 2.0,
+    ("cuda", "tensorrt"): 0.5,
+}
+
+
+@pytest.fixture
+def fakes(latency: Any, monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], float]:
+    """A machine with a GPU and without OpenVINO, where nothing is run; what works there, and can be changed."""
+    roofline = importlib.import_module("benchmarks.roofline")
+    works = dict(FAKES)
+
+    def cold_start(case: Any) -> dict[str, Any]:
+        if (case.device, case.engine) not in works:
+            return {"why": "not installed"}
+        memory = {"load_ms": 1.0, "first_run_ms": 1.0, "later_run_ms": 1.0, "memory_mb": 1.0}
+        precision = {"fp32": "f32"}.get(case.stored, "fp16")
+        return {"engine": f"{case.engine} 1", "stored": case.stored, "precision": precision, **memory}
+
+    def alternated(jobs: Any, rounds: int, at_end: Any) -> Any:
+        for _ in range(rounds):
+            at_end()
+        return latency.Turns({case: [[works[case.device, case.engine]] * 3] * rounds for case in jobs}, 0)
+
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setattr(host, "nvidia_gpus", lambda: 1)
+    monkeypatch.setattr(roofline, "SIZE", 32)
+    peak = roofline.Matmul("PyTorch 1 on a GPU", "fp16", 10**9, lambda: None)
+    monkeypatch.setattr(roofline, "_on_cuda", lambda threads: [peak])
+    monkeypatch.setattr(latency, "NETWORKS", (latency.Network("tiny", 2, "strided", 32, (1, 2)),))
+    monkeypatch.setattr(latency, "cold_start", cold_start)
+    monkeypatch.setattr(latency, "opened", lambda case: latency.Opened(lambda batch: batch, {}, lambda: None))
+    monkeypatch.setattr(latency, "alternated", alternated)
+    monkeypatch.setattr(latency.records, "CALIBRATION_SECONDS", 0)
+    return works
+
+
+@pytest.mark.usefixtures("fakes")
+def test_a_gpu_has_rows_and_a_peak_of_its_own(latency: Any, tmp_path: Path) -> None:
+    output = tmp_path / "mine.json"
+    done = CliRunner().invoke(latency.latency, ["--output", str(output), "--rounds", "2", "--data", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    record = json.loads(output.read_text(encoding="utf-8"))
+    assert [network["batch"] for network in (record, *record["networks"])] == [1, 2]
+    for group in (record, *record["networks"]):
+        found = {(row["device"], row["engine"]): row["times_faster_than_pytorch"] for row in group["rows"]}
+        assert {key: found[key] for key in found if key[1] == "PyTorch 1"} == {
+            ("cpu", "PyTorch 1"): 1.0,
+            ("cuda", "PyTorch 1"): 1.0,
+        }
+        assert found["cpu", "onnxruntime 1"] == 4.0
+        assert (found["cuda", "onnxruntime 1"], found["cuda", "tensorrt 1"]) == (2.0, 8.0)
+        assert len({row["name"] for row in group["rows"]}) == len(group["rows"])
+        shares = {(row["device"], row["precision"]): row["share_of_matmul_peak"] for row in group["rows"]}
+        assert shares["cuda", "fp16"] > 0
+        assert ("cpu", "fp16") not in shares or shares["cpu", "fp16"] is None, "the GPU's peak says nothing of the CPU"
+    assert [row["name"] for row in record["matmul_peaks"]["cuda"]] == ["PyTorch 1 on a GPU fp16"]
+    assert {row["name"].split()[0] for row in record["matmul_peaks"]["cpu"]} == {"PyTorch", "onnxruntime"}
+    assert [reason for reason in record["not_measured"] if "matmuls on cpu" in reason and "openvino" in reason]
+
+
+@pytest.mark.usefixtures("fakes")
+def test_the_networks_that_do_not_ship_can_be_left_out(
+    latency: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(network: Any, target: Path, *_: Any) -> dict[str, Any]:
+        target.symlink_to(folder)
+        return {"model": network.name, "size": [32, 32]}
+
+    monkeypatch.setattr(latency, "make_files", made)
+    monkeypatch.setattr(latency, "NETWORKS", [latency.Network(f"{n}", 2, "strided", 32, (1,)) for n in range(2)])
+    for options, others in (([], 1), (["--no-family"], 0)):
+        words = ["--output", str(tmp_path / "mine.json"), "--rounds", "1", "--data", str(tmp_path), *options]
+        assert CliRunner().invoke(latency.latency, words).exit_code == 0
+        record = json.loads((tmp_path / "mine.json").read_text(encoding="utf-8"))
+        assert len(record["networks"]) == others
+        assert record["command"].endswith(" ".join(["--rounds 1", *options]))
+
+
+def test_without_pytorch_on_a_device_its_rows_have_no_ratio(
+    latency: Any, folder: Path, fakes: dict[tuple[str, str], float]
+) -> None:
+    del fakes["cuda", "PyTorch"]
+    cases = [latency.Case(folder=str(folder), engine=engine, stored="fp32", device=device) for device, engine in FAKES]
+    group, failed = latency.measure(cases[1:], 1, {}, {"model": "tiny", "size": [32, 32]})
+    assert {row["device"]: row["times_faster_than_pytorch"] for row in group["rows"]} == {"cpu": None, "cuda": None}
+    assert failed == ["PyTorch fp32 on cuda: not installed"]
+
+
+@pytest.mark.usefixtures("fakes")
+def test_what_cannot_be_opened_beside_the_others_is_told(
+    latency: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(case: Any) -> Any:
+        if case.engine == "tensorrt":
+            raise OSError("libcudart: version mismatch")
+        return latency.Opened(lambda batch: batch, {}, lambda: None)
+
+    monkeypatch.setattr(latency, "opened", opened)
+    cases = [latency.Case(folder=str(folder), engine=engine, stored="fp32", device=device) for device, engine in FAKES]
+    group, failed = latency.measure(cases, 1, {}, {"model": "tiny", "size": [32, 32]})
+    assert failed == ["tensorrt fp32 exact on cuda, beside the others: libcudart: version mismatch"]
+    assert len(group["rows"]) == len(cases) - 1
+
+
+@pytest.mark.parametrize(("said", "mb"), [("1000\n24\n", 1024 * 2**20 / 1e6), ("[N/A]\n", None), ("", None)])
+def test_memory_of_gpus_is_what_nvidia_smi_tells(
+    latency: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, mb: float | None
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '{said}'\n[ -n '{said}' ]\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert latency.gpu_memory() == mb
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    assert latency.gpu_memory() is None
+
+
+def test_a_case_on_a_gpu_tells_what_it_holds_there(latency: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3_000_000)
+    monkeypatch.setattr(latency, "gpu_memory", lambda: 700.0)
+    pytorch, other, cpu = (
+        latency.Case(folder="f", engine=engine, stored="as trained", device=device)
+        for engine, device in (("PyTorch", "cuda"), ("tensorrt", "cuda"), ("PyTorch", "cpu"))
+    )
+    assert latency.on_gpu(pytorch, 200.0) == {"gpu_memory_mb": 500.0, "gpu_tensors_peak_mb": 3.0}
+    assert latency.on_gpu(other, 200.0) == {"gpu_memory_mb": 500.0, "gpu_tensors_peak_mb": None}
+    assert latency.on_gpu(other, None) == {"gpu_memory_mb": None, "gpu_tensors_peak_mb": None}
+    assert latency.on_gpu(cpu, None) == {"gpu_memory_mb": None, "gpu_tensors_peak_mb": None}
 
 
 def test_caches_are_new_and_the_environment_is_put_back(latency: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,10 +68,19 @@ def test_threads_are_compared_round_by_round(scaling: Any) -> None:
 
 @pytest.mark.parametrize(("peaks", "flat", "rate"), [((200, 204, 203), True, -1.5), ((200, 220, 300), False, 120.0)])
 def test_memory_is_flat_or_not(scaling: Any, peaks: tuple[float, ...], flat: bool, rate: float) -> None:
-    rows = [{"peak_mb": [peak] * 2, "seconds_of_video": s} for peak, s in zip(peaks, (5, 20, 60), strict=True)]
+    rows = [{"peak_mb": [peak] * 3, "seconds_of_video": s} for peak, s in zip(peaks, (5, 20, 60), strict=True)]
     found = scaling.flatness(rows)
     assert (found["flat"], found["mb_per_minute"]) == (flat, pytest.approx(rate))
     assert found["statement"].startswith("flat" if flat else "NOT flat")
+    assert f"{rate:+.1f} MB a minute from 20 s on" in found["statement"]
+
+
+@pytest.mark.parametrize(("runs", "told"), [(1, "one run of each"), (2, "medians of 2 runs of each")])
+def test_of_a_few_runs_no_slope_is_told_but_the_difference_is(scaling: Any, runs: int, told: str) -> None:
+    rows = [{"peak_mb": [195.0] * 3, "seconds_of_video": 5}, {"peak_mb": [201.0] * runs, "seconds_of_video": 60}]
+    found = scaling.flatness(rows)
+    assert (found["flat"], found["mb_per_minute"], found["runs_of_each"]) == (True, None, runs)
+    assert found["statement"] == f"flat: 201 MB at 60 s, 195 MB at 5 s, a difference of +6 MB (+3.1 %; {told})"
 
 
 def test_clips_are_as_long_as_they_say(scaling: Any, tmp_path: Path) -> None:
