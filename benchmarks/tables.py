@@ -250,10 +250,10 @@ def folders() -> str:
 
 #: What the columns of the first table mean.
 BESIDE_THE_TIME: Final = (
-    "Of a matmul's speed: the network's multiplications at the rate of the machine's fastest 1024 × 1024 matmul (8192 × 8192 on a GPU) in the "
-    "same precision and the same minutes, over its time; that is a yardstick, which a wide convolution can pass. "
-    "Percentiles are of each round, then the median of the rounds; a turn that other work disturbed is taken again. "
-    "First answer and memory are those of a process that has imported the library."
+    "Of a matmul's speed: the network's multiplications at the rate of the machine's fastest 1024 × 1024 matmul "
+    "(8192 × 8192 on a GPU) in the same precision and the same minutes, over its time; that is a yardstick, which a "
+    "wide convolution can pass. Percentiles are of each round, then the median of the rounds; a turn that other work "
+    "disturbed is taken again. First answer and memory are those of a process that has imported the library."
 )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from petseg_runtime.cli.text import UNIT, parse_size
-from petseg_runtime.errors import EXIT_INTERRUPTED
+from petseg_runtime.cli.text import UNIT, parse_size, shown
+from petseg_runtime.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 
 if TYPE_CHECKING:
     from petseg.config import TrainConfig
-    from petseg.data import Pair
+    from petseg.data import Pair, Split
+    from petseg.evaluate import OpenedModel
     from petseg.train import Observer, RunState, Trainer
     from petseg_runtime.errors import DataError
 
@@ -94,10 +95,14 @@ def train(
 
     Keeps best.safetensors (to evaluate and export), last.safetensors (to --resume), log.csv, curves.png,
     predictions.png and run.json in --output. With several GPUs: torchrun --nproc-per-node N -m petseg.cli train ...
+
+    Exit code 3: done, but without photos that could not be used (data.on_bad=skip); they are named. 130, 143: stopped
+    by Ctrl-C or SIGTERM, to be resumed.
     """
     from petseg.distributed import join, local_device
+    from petseg.record import commit
     from petseg.train import Trainer
-    from petseg_runtime.errors import NonFiniteLoss
+    from petseg_runtime.errors import EXIT_PARTIAL, NonFiniteLoss
 
     short = {"epochs": epochs, "batch": batch, "seed": seed, "model.width": width}
     config = _train_config(recipe, config_file, short, size, settings)
@@ -106,7 +111,7 @@ def train(
     with join(where) as ranks:
         hushed = quiet or not ranks.first
         with _progress(hushed) as progress, _board(config, output, tensorboard and ranks.first) as board:
-            observer = _observer(config.epochs, progress, hushed)
+            observer = _observer(config.epochs, progress, hushed, ranks.first)
             trainer = Trainer(
                 config,
                 root,
@@ -116,18 +121,23 @@ def train(
                 teacher=teacher,
                 resume=resume,
                 observer=_both(observer, board),
-                provenance={"command": command, **({"recipe": recipe} if recipe else {})},
+                provenance={"command": command, "commit": commit(), **({"recipe": recipe} if recipe else {})},
                 ranks=ranks,
             )
             try:
                 best = trainer.fit()
-            except (KeyboardInterrupt, NonFiniteLoss) as error:
+            except KeyboardInterrupt:
+                if ranks.first:
+                    click.echo("petseg: interrupted", err=True)
+                return EXIT_TERMINATED if trainer.stopped_by == signal.SIGTERM else EXIT_INTERRUPTED
+            except NonFiniteLoss as error:
                 if ranks.first:
                     raise
-                return getattr(error, "exit_code", EXIT_INTERRUPTED)  # the first process says it for all
-    if ranks.first:
-        _finish(trainer, best, as_json, quiet)
-    return 0
+                return error.exit_code  # the first process says it for all
+    if not ranks.first:
+        return 0  # torchrun would end the first one, which still has pictures to make, for any other
+    _finish(trainer, best, as_json, quiet)
+    return EXIT_PARTIAL if trainer.bad else 0
 
 
 def _recipe(ctx: click.Context, name: str | None) -> str | None:
@@ -205,7 +215,8 @@ def _both(observer: Observer, board: Observer | None) -> Observer:
     return Observers(observer, board) if board else observer
 
 
-def _observer(epochs: int, progress: Progress, quiet: bool) -> Observer:
+def _observer(epochs: int, progress: Progress, quiet: bool, first: bool) -> Observer:
+    """Prints what happens to stderr; if quiet, only what is missing from the result."""
     from petseg.train import Observer
 
     class Printer(Observer):
@@ -214,6 +225,10 @@ def _observer(epochs: int, progress: Progress, quiet: bool) -> Observer:
         def started(self, message: str) -> None:
             if not quiet:
                 progress.console.print(message, highlight=False)
+
+        def left_out(self, message: str) -> None:
+            if first:  # a file's name is neither broken into lines nor read as markup
+                progress.console.print(shown(message), highlight=False, markup=False, soft_wrap=True)
 
         def step(self, state: RunState, loss: float, lr: float) -> None:
             if self.task is None:
@@ -239,8 +254,8 @@ def _observer(epochs: int, progress: Progress, quiet: bool) -> Observer:
 @click.option("--threshold", type=UNIT, help="Pet from this probability on, 0 to 1.  [default: the model's own]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Photos per call.")
-@click.option("--val-fraction", type=float, default=0.05, show_default=True, help="Share of trainval that is val.")
-@click.option("--split-seed", type=int, default=0, show_default=True, help="Decides which photos are val.")
+@click.option("--val-fraction", type=UNIT, help="Share of trainval that is val.  [default: the run's own, or 0.05]")
+@click.option("--split-seed", type=int, help="Decides which photos are val.  [default: the run's own, or 0]")
 @click.option("--output", type=PATH, help="Folder for evaluation.json, worst.png and per-photo images.csv.")
 @click.option("--report", type=PATH, help="Folder for report.html, one page that explains the result, and report.json.")
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON on stdout.")
@@ -252,8 +267,8 @@ def evaluate(
     threshold: float | None,
     device: str,
     batch: int,
-    val_fraction: float,
-    split_seed: int,
+    val_fraction: float | None,
+    split_seed: int | None,
     output: Path | None,
     report: Path | None,
     as_json: bool,
@@ -264,8 +279,10 @@ def evaluate(
     Pixels are counted at each mask's own resolution and added up over the split. The headline counts the trimap's
     border as background; the other two readings are below it. With --report, a photo that cannot be read is named and
     left out, and the exit code is 3; without it, it ends the measurement.
+
+    A checkpoint knows which photos of trainval it was validated on. An exported file knows only whether these are they.
     """
-    from petseg.data import Split, find
+    from petseg.data import Split
     from petseg.evaluate import evaluate as measure
     from petseg.evaluate import open_model, write_report
     from petseg_runtime.errors import EXIT_PARTIAL
@@ -275,11 +292,9 @@ def evaluate(
     def leave_out(pair: Pair, error: DataError) -> None:
         failed.append((pair.name, str(error)))
 
-    if threshold is not None and math.isnan(threshold):  # click's range lets it through
-        raise click.BadParameter("nan does not lie between 0 and 1", param_hint="--threshold")
-    pairs = find(root, Split(split), val_fraction=val_fraction, seed=split_seed)
     _check_writable(output, report)  # before minutes of measuring, not after them
     with open_model(model, device) as opened, _progress(quiet) as progress:
+        pairs, val_fraction, split_seed = _measured_pairs(root, Split(split), opened, val_fraction, split_seed)
         task = progress.add_task("measuring", total=len(pairs), detail="")
         result = measure(
             opened.run,
@@ -312,6 +327,35 @@ def evaluate(
         written = ((output, "evaluation.json, images.csv, worst.png"), (report, "report.html, report.json"))
         click.echo("".join(f"{folder}: {names}\n" for folder, names in written if folder), nl=False)
     return EXIT_PARTIAL if failed else 0
+
+
+def _measured_pairs(
+    root: Path, split: Split, model: OpenedModel, val_fraction: float | None, split_seed: int | None
+) -> tuple[list[Pair], float, int]:
+    """The photos, and which part of trainval is validation: as asked, or else as in the run that made the model.
+
+    A line on stderr says so where that part may hold photos that the model was trained on.
+    """
+    from petseg.data import Split, find
+    from petseg.evaluate import is_split_of, split_of
+
+    own = split_of(model.provenance)
+    fraction, seed = own or (0.05, 0)
+    fraction = fraction if val_fraction is None else val_fraction
+    seed = seed if split_seed is None else split_seed
+    if split not in (Split.TRAIN, Split.VAL):
+        return find(root, split), fraction, seed
+    train, val = (find(root, part, val_fraction=fraction, seed=seed) for part in (Split.TRAIN, Split.VAL))
+    differs = None
+    if own and own != (fraction, seed):
+        differs = (
+            f"the model was trained with {own[0]:g} of trainval as val by seed {own[1]}, not {fraction:g} by {seed}"
+        )
+    elif is_split_of(model.provenance, train, val) is False:
+        differs = f"val, {fraction:g} of trainval by seed {seed}, is not what the model was validated on"
+    if differs:
+        click.echo(f"petseg: {differs}: photos that it was trained on may be among val", err=True)
+    return (train if split is Split.TRAIN else val), fraction, seed
 
 
 def _check_writable(*folders: Path | None) -> None:

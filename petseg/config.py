@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import tomllib
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, Union
 
 from petseg.model import STRIDE, AttentionUNetConfig
 from petseg_runtime.errors import TrainingError
@@ -40,7 +39,8 @@ class DataConfig:
         val_fraction: Share of trainval that is kept for validation; checkpoint and threshold are chosen on it.
         split_seed: Seed of that choice; apart from the run's seed, so that runs can be compared.
         border_target: What the trimap's border is taught as: 0 background (published), 1 pet, between: soft.
-        workers: Processes that augment; 0 does it in the training process.
+        workers: Processes that augment; 0 does it in the training process. ``auto``: for a GPU all cores but two (with
+            several GPUs, of each one's share), at most 16; for a CPU, whose cores they would only take away, none.
         on_bad: What a photo that cannot be read, or whose mask is not of its size, does: ``stop`` ends the run with its
             name, ``skip`` leaves it out, and it is named and counted.
     """
@@ -50,7 +50,7 @@ class DataConfig:
     val_fraction: float = 0.05
     split_seed: int = 0
     border_target: float = 0.0
-    workers: int = 0
+    workers: int | Literal["auto"] = "auto"
     on_bad: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class DataConfig:
         _require(self.width > 0 and self.width % STRIDE == 0, "data.width", self.width, f"a multiple of {STRIDE}")
         _require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "between 0 and 1, both excluded")
         _require(0 <= self.border_target <= 1, "data.border_target", self.border_target, "between 0 and 1")
-        _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        _require(self.workers == "auto" or self.workers >= 0, "data.workers", self.workers, "auto, or 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +295,12 @@ def override(raw: dict[str, Any], assignment: str) -> None:
 
 
 def _typed(hint: Any, value: Any, name: str) -> Any:
+    if typing.get_origin(hint) is Union:  # X | Literal["word", ...]
+        kind, words = typing.get_args(hint)
+        if isinstance(value, str) and value not in typing.get_args(words):
+            expected = " or ".join((kind.__name__, *typing.get_args(words)))
+            raise TrainingError(f"{name} is {value!r}; {expected} is expected")
+        hint = words if isinstance(value, str) else kind
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         if value not in choices:
@@ -308,9 +314,8 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
         return float(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise TrainingError(f"{name} is {value}; a finite number is expected")
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise TrainingError(f"{name} is {value!r}; {getattr(hint, '__name__', hint)} is expected")
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise TrainingError(f"{name} is {value!r}; {hint.__name__} is expected")
     return value
 
 

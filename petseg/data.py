@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import http.client
+import math
+import os
 import random
+import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -23,7 +28,9 @@ from torchvision.transforms import v2
 from petseg.config import AugmentConfig
 from petseg.metrics import BACKGROUND, BORDER, PET
 from petseg_runtime import images
-from petseg_runtime.errors import DataError, InputError, TrainingError
+from petseg_runtime.engines.base import usable_cpus
+from petseg_runtime.errors import DataError, InputError, OutputError, TrainingError
+from petseg_runtime.host import cgroup_limits
 
 __all__ = [
     "CheckReport",
@@ -34,9 +41,11 @@ __all__ = [
     "TrainSet",
     "augmentation",
     "check",
+    "decoded_size",
     "download",
     "find",
     "find_listed",
+    "memory",
     "read_pair",
     "read_trimap",
     "target_of",
@@ -46,6 +55,9 @@ __all__ = [
 U8: TypeAlias = npt.NDArray[np.uint8]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+#: Threads that decode photos; disks and the memory gain nothing from more.
+MAX_READERS = 16
 
 
 class Split(StrEnum):
@@ -232,6 +244,8 @@ def usable(
 ) -> Iterator[tuple[Pair, U8, U8]]:
     """Each pair with its photo and trimap (uint8 [H, W, 3] and [H, W]), if they can be read and are of one size.
 
+    They come in the order of ``pairs``; those next in line are decoded in threads meanwhile.
+
     Args:
         pairs: What to read.
         failed: Called with each pair that cannot be used, which is then left out.
@@ -239,17 +253,35 @@ def usable(
     Raises:
         DataError: A pair cannot be used, and ``failed`` was not given.
     """
-    for pair in pairs:
+    for pair, reading in _being_read(pairs):
         try:
-            photo, trimap = read_pair(pair)
-            if photo.shape[:2] != trimap.shape:
-                raise DataError(f"{pair.name}: {_sizes(photo, trimap)} (`petseg data check` lists every such pair)")
+            photo, trimap = reading.result()
         except DataError as error:
             if failed is None:
                 raise
             failed(pair, error)
         else:
             yield pair, photo, trimap
+
+
+def _being_read(pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Future[tuple[U8, U8]]]]:
+    """Each pair with its reading, in order. So few are ahead that photos at their full size do not fill the memory."""
+    readers = min(usable_cpus(), MAX_READERS)
+    ahead: deque[tuple[Pair, Future[tuple[U8, U8]]]] = deque()
+    with ThreadPoolExecutor(readers) as pool:
+        for pair in pairs:
+            ahead.append((pair, pool.submit(_read_equal, pair)))
+            if len(ahead) > 2 * readers:
+                yield ahead.popleft()
+        yield from ahead
+
+
+def _read_equal(pair: Pair) -> tuple[U8, U8]:
+    """As :func:`read_pair`; a mask of another size than its photo is a DataError, too."""
+    photo, trimap = read_pair(pair)
+    if photo.shape[:2] != trimap.shape:
+        raise DataError(f"{pair.name}: {_sizes(photo, trimap)} (`petseg data check` lists every such pair)")
+    return photo, trimap
 
 
 @dataclass
@@ -325,7 +357,7 @@ def augmentation(config: AugmentConfig) -> v2.Transform:
 
 
 class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
-    """Photos and trimaps decoded once, kept as bytes in memory, augmented anew each time they are drawn.
+    """Photos and trimaps decoded once, kept as bytes in memory or in a file, augmented anew each time they are drawn.
 
     An item is drawn by ``epoch * len(self) + index``, and its random changes depend on that number and the seed
     alone: not on the order, nor on the number of workers, nor on whether the run was stopped in between.
@@ -340,6 +372,7 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
         seed: int,
         teacher: Callable[[U8], U8] | None = None,
         failed: Callable[[Pair, DataError], None] | None = None,
+        folder: Path | None = None,
     ) -> None:
         """Decode everything.
 
@@ -352,27 +385,28 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
             teacher: What another model says of a photo, uint8 [h, w, 3] to a probability uint8 [height, width]. It is
                 asked once for each photo; what it says is turned and moved with the photo.
             failed: Called with each pair that cannot be used, which is then left out. Without it the first one raises.
+            folder: Where to keep what is decoded, in a file that goes with this process, in place of the memory.
 
         Raises:
             DataError: A file cannot be read or a mask is not of its photo's size, and ``failed`` was not given; or no
                 photo with a pet is left.
+            OutputError: ``folder`` has no room for them.
         """
         self.names: list[str] = []
         self.skipped_empty: list[str] = []
-        photos: list[U8] = []
-        trimaps: list[U8] = []
+        planes = (len(pairs), 2, height, width) if teacher else (len(pairs), height, width)
+        self._photos = _room((len(pairs), height, width, 3), folder)  # as many as there are at most
+        self._trimaps = _room(planes, folder)
         for pair, photo, trimap in usable(pairs, failed):
             if not (trimap == PET).any():
                 self.skipped_empty.append(pair.name)  # a known flaw of the data set; it would teach "no pet"
                 continue
-            self.names.append(pair.name)
-            photos.append(images.to_model(photo, height, width))
+            self._photos[len(self)] = images.to_model(photo, height, width)
             labels = _resize_trimap(trimap, height, width)
-            trimaps.append(np.stack((labels, teacher(photo))) if teacher else labels)
+            self._trimaps[len(self)] = (labels, teacher(photo)) if teacher else labels
+            self.names.append(pair.name)
         if not self.names:
             raise DataError("no photo with a pet in its mask: nothing to train on")
-        self._photos = np.stack(photos)
-        self._trimaps = np.stack(trimaps)
         self._augment = augmentation(augment)
         self._paste = augment.paste
         self._seed = seed
@@ -391,7 +425,7 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
             image, mask = self._changed(index)
             if self._paste and torch.rand(()) < self._paste:
                 other, its_mask = self._changed(int(torch.randint(len(self), ())))
-                # The border goes with the pet: its fur is there, and a cut along its inside would show the network where.
+                # The border goes with the pet: its fur is there, and a cut along its inside would show where.
                 pet = (its_mask if its_mask.ndim == 2 else its_mask[0]) != BACKGROUND
                 image, mask = torch.where(pet, other, image), torch.where(pet, its_mask, mask)
         return image.permute(1, 2, 0), mask, index
@@ -402,6 +436,41 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
         mask = tv_tensors.Mask(torch.from_numpy(self._trimaps[index]))
         image, mask = self._augment(image, mask)
         return image.as_subclass(Tensor), mask.as_subclass(Tensor)
+
+
+def decoded_size(photos: int, height: int, width: int, taught: bool) -> int:
+    """Bytes that a :class:`TrainSet` takes, with a teacher's probabilities or without."""
+    return photos * height * width * (5 if taught else 4)
+
+
+def memory() -> int:
+    """Bytes of memory that this machine has, or that the control group of this process allows of it."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    membership = Path("/proc/self/cgroup")
+    _, limit = cgroup_limits(Path("/sys/fs/cgroup"), membership.read_text() if membership.exists() else "")
+    return min(machine, limit or machine)
+
+
+def _room(shape: tuple[int, ...], folder: Path | None) -> U8:
+    """Bytes to be filled, in memory or in a file in ``folder``. The file has no name, so it goes with its process.
+
+    Raises:
+        OutputError: The folder cannot be written to, or its disk has too little room.
+    """
+    if folder is None:
+        return np.empty(shape, np.uint8)
+    size = math.prod(shape)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:  # the mapping keeps it
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)  # else a disk that fills up would kill the process
+            return np.asarray(np.memmap(file, np.uint8, "r+", shape=shape))
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: no place for {size / 1e9:.1f} GB of decoded photos, which are too many for the memory "
+            f"({error.strerror or error}): use a smaller --size, or an --output with more room"
+        ) from error
 
 
 class EpochSampler(Sampler[list[int]]):

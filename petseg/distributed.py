@@ -2,7 +2,7 @@
 
 Each process (a rank) computes on its own device with its own part of every batch, so that N processes take the steps
 of one, up to rounding: BatchNorm's statistics and the sums of the Dice loss are over the whole batch, and gradients are
-averaged by DistributedDataParallel. Each holds all photos in memory and asks the teacher itself.
+averaged by DistributedDataParallel. Each holds all photos and asks the teacher itself.
 
 Built and tested on the CPU with gloo and two processes; never run on several GPUs by us.
 """
@@ -48,6 +48,15 @@ class Ranks:
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, of the same shape; gradients flow back to each of them."""
         return tensor if self.size == 1 else _Sum.apply(tensor)
+
+    def same(self, digest: str, device: torch.device) -> bool:
+        """Whether all processes give the same digest, in hexadecimal digits and of one length; all of them learn it."""
+        if self.size == 1:
+            return True
+        mine = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=device)
+        all_ = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(all_, mine)
+        return all(torch.equal(one, mine) for one in all_)
 
     def on_first(self, action: Callable[[], float], device: torch.device) -> float:
         """What ``action`` gives in the first process, in all of them; they wait for it.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,7 +28,17 @@ from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.errors import CheckpointError, DataError, OutputError
 from petseg_runtime.files import write_atomic
 
-__all__ = ["Evaluation", "OpenedModel", "Run", "evaluate", "open_model", "torch_run", "write_report"]
+__all__ = [
+    "Evaluation",
+    "OpenedModel",
+    "Run",
+    "evaluate",
+    "is_split_of",
+    "open_model",
+    "split_of",
+    "torch_run",
+    "write_report",
+]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 #: What every model is here: uint8 [N, H, W, 3] RGB in, uint8 [N, H, W] probability out.
@@ -194,6 +205,30 @@ def open_model(path: Path, device: str = "auto") -> Iterator[OpenedModel]:
         origin = {"precision": spec_.precision, "border_target": spec_.border_target, **artifact.provenance}
         cutout = spec_.cutout_threshold
         yield OpenedModel(engine.run, spec_.height, spec_.width, spec_.threshold, about, cutout, origin)
+
+
+def split_of(provenance: Mapping[str, Any]) -> tuple[float, int] | None:
+    """Share of trainval that a checkpoint's run kept for validation, and the seed that chose it; None if untold."""
+    try:
+        data = provenance["config"]["data"]
+        fraction, seed = float(data["val_fraction"]), int(data["split_seed"])
+    except (KeyError, TypeError, ValueError, OverflowError):  # an exported file; or edited by somebody
+        return None
+    return (fraction, seed) if 0 < fraction < 1 else None
+
+
+def is_split_of(provenance: Mapping[str, Any], train: Sequence[Pair], val: Sequence[Pair]) -> bool | None:
+    """Whether a model, also an exported one, was trained and validated on these photos; None if it does not say.
+
+    The run left out of ``train``, and names, the photos that show no pet or could not be read.
+    """
+    try:
+        data = provenance["data"]
+        digest, left_out = data["names_sha256"], {*data["skipped_without_pet"], *data.get("skipped_bad", ())}
+    except (AttributeError, KeyError, TypeError):
+        return None
+    names = [*(pair.name for pair in train if pair.name not in left_out), "--", *(pair.name for pair in val)]
+    return bool(hashlib.sha256("\n".join(names).encode()).hexdigest() == digest)
 
 
 def write_report(

@@ -8,6 +8,7 @@ another config, ``AttentionUNetConfig(width=16, stem="strided")``: 1,834,680 par
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import Literal
@@ -199,7 +200,17 @@ def check_input(shape: torch.Size) -> None:
 
 def normalize(image: Tensor) -> Tensor:
     """uint8 [N, H, W, 3] RGB to what the network takes: float32 [N, 3, H, W], ImageNet mean 0 and deviation 1."""
-    mean = torch.tensor(IMAGE_MEAN, device=image.device)
-    std = torch.tensor(IMAGE_STD, device=image.device)
+    # What is made while a graph is traced belongs to that graph, and must not be kept for others.
+    mean, std = _statistics(image.device) if torch.compiler.is_compiling() else _kept_statistics(image.device)
     scaled = (image.to(torch.float32) / 255 - mean) / std
     return scaled.permute(0, 3, 1, 2)  # channels_last in memory
+
+
+@torch.inference_mode(False)  # made in a validation, they must do in a training step, too
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """:data:`IMAGE_MEAN` and :data:`IMAGE_STD` on a device, float32 [3]."""
+    return torch.tensor(IMAGE_MEAN, device=device), torch.tensor(IMAGE_STD, device=device)
+
+
+#: Once for each device: copying them to a GPU would wait for all that it still has to do, at every step.
+_kept_statistics = functools.cache(_statistics)

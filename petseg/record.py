@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,9 +17,9 @@ from petseg.train import Trainer
 from petseg_runtime.errors import OutputError
 from petseg_runtime.files import write_atomic
 
-__all__ = ["PUBLISHED_IOU", "RUN", "record", "write_record"]
+__all__ = ["PUBLISHED_IOU", "RUN", "commit", "reached", "record", "write_record"]
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 #: Beside the checkpoints.
 RUN: Final = "run.json"
 #: What the published network reached on the test split: the mark to which times are taken, on validation.
@@ -26,31 +27,21 @@ PUBLISHED_IOU: Final = 0.8375
 
 
 def record(trainer: Trainer) -> dict[str, Any]:
-    """The run so far, all sessions together; JSON values.
+    """The run so far, all sessions together; JSON values. See :func:`reached`.
 
-    ``seconds`` are those of the wall clock, with reading the photos and validation; what a killed session did after its
-    last checkpoint is not in them. ``seconds_to_published_iou`` is null where validation never reached it, and
-    ``peak_gpu_memory_bytes`` on a CPU. ``images_per_s`` and ``data_wait`` (a share) are of the steps alone.
+    ``commit`` is that of the run's start: people commit while it runs. ``elapsed`` is without what a killed session did
+    after its last checkpoint, and ``peak_gpu_memory_bytes`` is null on a CPU.
     """
     state, meta = trainer.state, trainer.meta
-    rows = state.history
-    steps = sum(row["seconds"] for row in rows)
-    reached = [row for row in rows if row["val_iou"] >= PUBLISHED_IOU]
     return {
         "schema_version": SCHEMA_VERSION,
-        "recipe": meta["provenance"].get("recipe"),
-        "command": meta["provenance"].get("command"),
-        "commit": commit(),
+        **{name: meta["provenance"].get(name) for name in ("recipe", "command", "commit")},
         "config": meta["config"],
         "data": meta["data"],
         "teacher": meta.get("teacher"),
-        "best": max(rows, key=lambda row: row["val_iou"]),
-        "epochs": len(rows),
+        **reached(state.history, trainer.config.batch),
+        "elapsed": state.elapsed,
         "stopped_early": trainer.stopped_early,
-        "seconds": state.elapsed,
-        "seconds_to_published_iou": reached[0].get("elapsed") if reached else None,
-        "images_per_s": state.step * trainer.config.batch / max(steps, 1e-9),
-        "data_wait": sum(row["data_wait"] * row["seconds"] for row in rows) / max(steps, 1e-9),
         "peak_gpu_memory_bytes": state.peak_memory or None,
         "processes": trainer.ranks.size,
         "device": meta["device"],
@@ -63,6 +54,35 @@ def record(trainer: Trainer) -> dict[str, Any]:
             "python": platform.python_version(),
             "cuda": torch.version.cuda if trainer.device.type == "cuda" else None,
         },
+    }
+
+
+def reached(rows: Sequence[Mapping[str, float]], batch: int) -> dict[str, Any]:
+    """What the rows of a log come to; JSON values.
+
+    Args:
+        rows: One for each epoch, at least one.
+        batch: Photos per step.
+
+    Returns:
+        ``epochs``; ``best``, the row with the highest validation IoU; ``elapsed``, seconds of the wall clock up to the
+        last validation, with reading the photos, validating and saving; ``seconds``, those of the steps alone, which
+        ``images_per_s`` and ``data_wait`` (the share of waiting for photos) are of; ``validation_reached_published``,
+        the first epoch at which the IoU on *validation* photos was the published one, which was measured on test
+        photos, or null. Elapsed seconds are null where the log is of a version that did not take them.
+    """
+    seconds = sum(row["seconds"] for row in rows)
+    first = next((row for row in rows if row["val_iou"] >= PUBLISHED_IOU), None)
+    return {
+        "epochs": len(rows),
+        "best": max(rows, key=lambda row: row["val_iou"]),
+        "elapsed": rows[-1].get("elapsed"),
+        "seconds": seconds,
+        "images_per_s": rows[-1]["step"] * batch / max(seconds, 1e-9),
+        "data_wait": sum(row["data_wait"] * row["seconds"] for row in rows) / max(seconds, 1e-9),
+        "validation_reached_published": None
+        if first is None
+        else {"val_iou_at_least": PUBLISHED_IOU, "epoch": first["epoch"], "elapsed": first.get("elapsed")},
     }
 
 

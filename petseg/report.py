@@ -99,7 +99,10 @@ def write(
 def numbers(
     result: Evaluation, record: Mapping[str, Any], model: OpenedModel, source: Source, path: Path
 ) -> dict[str, Any]:
-    """All that the page says, as JSON values; ``evaluation`` is the record as it is. See :func:`write`."""
+    """All that the page says, as JSON values. See :func:`write`.
+
+    ``evaluation`` is the record as it is; ``published`` is None if those figures are of other photos.
+    """
     threshold = record["threshold"]
     ious = {str(border): result.image_ious(threshold, border) for border in Border}
     headline = ious[str(Border.BACKGROUND)]
@@ -111,7 +114,7 @@ def numbers(
         "petseg": __version__,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "evaluation": dict(record),
-        "published": PUBLISHED,
+        "published": PUBLISHED if _comparable(source) else None,
         "model": {
             **model.describe(),
             "height": model.height,
@@ -248,6 +251,11 @@ def _jpeg(pixels: npt.NDArray[np.uint8]) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=82)
     return file.getvalue()
+
+
+def _comparable(source: Source) -> bool:
+    """Whether these are photos that the published figures are of: the data set's test split, whole or in part."""
+    return source.split is Split.TEST and all(pair.layout is Layout.OXFORD for pair in source.pairs)
 
 
 def _data(result: Evaluation, source: Source) -> dict[str, Any]:

@@ -22,12 +22,20 @@ RATIOS: Final = {
     "precision": "precision",
     "recall": "recall",
 }
+#: Of Oxford-IIIT Pet, all of which the published figures are of.
+TEST_PHOTOS: Final = 3669
+#: Why the figures of a split are better than those of new photos would be.
+FLATTERS: Final = {
+    "train": "The model may have been trained on these photos",
+    "trainval": "The model may have been trained on most of these photos",
+    "val": "The checkpoint and its threshold are those that were best on validation photos, such as these",
+}
 #: Rows or names that a page shows at most; report.json has them all.
 LIMIT: Final = 150
 BREEDS: Final = 60
 
 READINGS: Final = {
-    "background": "background: the headline, and how the published figures count",
+    "background": "background: the headline, and how published figures count",
     "pet": "pet: fur and outline belong to the animal",
     "ignored": "ignored: only pixels that the annotators were sure of",
 }
@@ -101,15 +109,18 @@ def _header(values: Mapping[str, Any]) -> str:
         f"{model['width']} × {model['height']} pixels into the network, pet from a probability of "
         f"<b>{record['threshold']:.3f}</b> on.",
     ]
-    if data["split"] in ("train", "trainval"):
-        lines.append("<b>Most of these photos may be training photos: the figures flatter the model.</b>")
+    if data["split"] in FLATTERS:
+        lines.append(f"<b>{FLATTERS[data['split']]}: the figures flatter the model.</b>")
+    if values["published"] and data["photos"] < TEST_PHOTOS:
+        part = f"{data['photos']} of {TEST_PHOTOS} test photos"
+        lines.append(f"These figures are of <b>{part}</b>, the published ones of all.")
     if data["failed"]:
         lines.append(
             f'<b>{_count(data["failed"], "photo")} could not be read</b> and <a href="#look">are left out</a>.'
         )
     tiles = "".join(
         f'<div class="tile"><div class="what">{title}</div><div class="value">{_ratio(record[name], name)}</div>'
-        f'<div class="than">{_delta(record[name], values["published"][name])}</div></div>'
+        f'<div class="than">{_delta(record[name], values["published"], name)}</div></div>'
         for name, title in RATIOS.items()
     )
     return (
@@ -121,8 +132,16 @@ def _header(values: Mapping[str, Any]) -> str:
 def _metrics(values: Mapping[str, Any]) -> str:
     record, published = values["evaluation"], values["published"]
     head = "".join(f"<th>{title}</th>" for title in (*RATIOS.values(), "mean IoU of the photos"))
-    rows = [_row("published attention U-Net", "background", {**published, "mean_image_iou": None}, "published")]
-    rows += [_row("this model", READINGS[b], reading, b) for b, reading in record["readings"].items()]
+    rows = [_row("this model", READINGS[b], reading, b) for b, reading in record["readings"].items()]
+    note = "No published figures are beside these: they are of the test photos of Oxford-IIIT Pet."
+    if published:
+        theirs = {**published, "mean_image_iou": None}
+        rows.insert(0, _row("published attention U-Net", "background", theirs, "published"))
+        note = (
+            f"The published figures are of a network of 29.3 M parameters on all {TEST_PHOTOS} test photos of "
+            "Oxford-IIIT Pet, at an input size that its source does not give. Compare with them only what was measured "
+            "on photos like those."
+        )
     counted = "".join(
         f'<tr><th scope="row">{reading}</th>' + "".join(f"<td>{n:,}</td>" for n in body["pixels"].values()) + "</tr>"
         for reading, body in record["readings"].items()
@@ -135,9 +154,7 @@ def _metrics(values: Mapping[str, Any]) -> str:
         "outline); what it counts as moves every figure, so all three readings are given.</p>"
         f'<div class="wide"><table><thead><tr><th></th><th class="words">border counts as</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
-        '<p class="note">The published figures are of a network of 29.3 M parameters on all 3669 test photos of '
-        "Oxford-IIIT Pet, at an input size that its source does not give. Compare with them only what was measured on "
-        "photos like those.</p>"
+        f'<p class="note">{note}</p>'
         '<div class="wide"><table><thead><tr><th>pixels, border counts as</th><th>pet, found</th>'
         f"<th>not pet, found</th><th>pet, missed</th><th>not pet, not found</th></tr></thead>"
         f"<tbody>{counted}</tbody></table></div>"
@@ -334,10 +351,12 @@ def _ratio(value: float | None, name: str) -> str:
     return f"{value:.2%}".replace("%", " %") if name in ("accuracy", "precision", "recall") else f"{value:.4f}"
 
 
-def _delta(value: float | None, published: float) -> str:
+def _delta(value: float | None, published: Mapping[str, float] | None, name: str) -> str:
     if value is None:
         return "undefined: nothing to divide by"
-    points = 100 * (value - published)
+    if published is None:
+        return ""
+    points = 100 * (value - published[name])
     return f"{abs(points):.2f} points {'higher' if points >= 0 else 'lower'} than published"
 
 

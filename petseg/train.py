@@ -12,14 +12,15 @@ import csv
 import hashlib
 import io
 import math
+import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, Final, Literal, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from petseg import checkpoint
 from petseg.config import DataConfig, ScheduleConfig, TrainConfig, from_dict, to_dict
-from petseg.data import EpochSampler, Pair, Split, TrainSet, find, target_of, usable
+from petseg.data import EpochSampler, Pair, Split, TrainSet, decoded_size, find, memory, target_of, usable
 from petseg.device import pick_precision
 from petseg.distributed import Ranks, synchronized
 from petseg.ema import MovingAverage
@@ -38,11 +39,13 @@ from petseg.losses import bce_dice
 from petseg.metrics import Border, best_threshold
 from petseg.model import AttentionUNet, normalize
 from petseg_runtime import __version__, images
+from petseg_runtime.engines.base import usable_cpus
 from petseg_runtime.errors import CheckpointError, DataError, NonFiniteLoss, OutputError, TrainingError
 from petseg_runtime.files import write_atomic
 
-__all__ = ["BEST", "LAST", "LOG", "Observer", "Observers", "RunState", "Trainer", "learning_rate"]
+__all__ = ["BEST", "LAST", "LOG", "Observer", "Observers", "RunState", "Trainer", "learning_rate", "workers_of"]
 
+T = TypeVar("T")
 U8: TypeAlias = npt.NDArray[np.uint8]
 
 #: The best moving average so far: the checkpoint to evaluate and export.
@@ -54,6 +57,15 @@ LOG = "log.csv"
 
 #: Below this scale, fp16's smallest gradients are long lost; a scaler that gets here will not recover.
 LEAST_SCALE = 1e-4
+
+#: A ``last.safetensors`` that took no longer than this many seconds is written after every epoch.
+QUICK_SAVE = 0.1
+
+#: Settings that ``--resume`` takes anew: they decide where and how long a run goes, not which steps it takes.
+FREE: Final = ("compile", "data.on_bad", "data.workers", "early_stop")
+
+#: Most processes that ``data.workers = "auto"`` starts.
+MAX_WORKERS: Final = 16
 
 
 class Observer:
@@ -69,6 +81,10 @@ class Observer:
 
     def started(self, message: str) -> None:
         """Something worth knowing before the first step."""
+
+    def left_out(self, message: str) -> None:
+        """A photo cannot be used, and the run goes on without it."""
+        self.started(message)
 
     def step(self, state: RunState, loss: float, lr: float) -> None:
         """A step is done."""
@@ -90,6 +106,11 @@ class Observers(Observer):
         """Tell each."""
         for one in self.each:
             one.started(message)
+
+    def left_out(self, message: str) -> None:
+        """Tell each."""
+        for one in self.each:
+            one.left_out(message)
 
     def step(self, state: RunState, loss: float, lr: float) -> None:
         """Tell each."""
@@ -140,6 +161,36 @@ class RunState:
         self.steps_summed = 0
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step that the device has been told to take, perhaps before it has.
+
+    Attributes:
+        numbers: float32 [4] on the CPU, once ``arrived``: loss, norm of the gradient, whether a process wishes to stop,
+            all three summed over the processes, and the scaler's scale after the step.
+        arrived: On a GPU, when the numbers are there.
+        lr: Its learning rate.
+    """
+
+    numbers: Tensor
+    arrived: torch.cuda.Event | None
+    lr: float
+
+    def read(self) -> tuple[float, float, float, float]:
+        """The numbers; waits for them."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss, norm, stops, scale = self.numbers.tolist()
+        return loss, norm, stops, scale
+
+
+def workers_of(setting: int | Literal["auto"], device: torch.device, processes: int = 1) -> int:
+    """How many processes augment for each process of a run on this machine; see :class:`petseg.config.DataConfig`."""
+    if isinstance(setting, int):
+        return setting
+    return max(0, min(usable_cpus() // processes - 2, MAX_WORKERS)) if device.type == "cuda" else 0
+
+
 def learning_rate(config: ScheduleConfig, peak: float, step: int, steps_per_epoch: int, epochs: int) -> float:
     """The rate at a step, counted from 0.
 
@@ -164,7 +215,13 @@ def learning_rate(config: ScheduleConfig, peak: float, step: int, steps_per_epoc
 
 
 class Trainer:
-    """One run: built once, then :meth:`fit`."""
+    """One run: built once, then :meth:`fit`.
+
+    Attributes:
+        late: Whether a step's loss is read when the next step is under way, so that a GPU always has work; a CPU has
+            done a step when it has been told to. Before anything is saved, validated or ended, all have been read.
+        stopped_by: The signal that ended the run, if one did.
+    """
 
     def __init__(
         self,
@@ -198,26 +255,25 @@ class Trainer:
 
         Raises:
             DataError: The data cannot be used.
-            TrainingError: The folder already holds a run, or holds none to resume, or one of another config.
+            TrainingError: The folder already holds a run, or holds none to resume, or one of another config; or another
+                process has other photos.
+            OutputError: ``output`` has no room for photos that are too many for the memory.
             CheckpointError: ``init`` or the state to resume is damaged, or of another network.
         """
         self.config, self.output, self.device = config, output, device
         self.observer = observer or Observer()
         self.ranks = ranks or Ranks()
-        self._clock = time.perf_counter()
+        self.late, self.stopped_by = device.type == "cuda", signal.SIGINT
+        self._clock = self._mark = time.perf_counter()
+        self._saved = self._save_took = 0.0
         self._stop, self._agreed = threading.Event(), False
         self._check_output(resume)
         self.dtype = pick_precision(config.amp, device)
         self.bad: list[str] = []
         self.train_set, self.val_pairs, about_teacher = self._read(root, teacher)
+        self._agree_on_photos()
         self.sampler = EpochSampler(len(self.train_set), config.batch, config.seed, self.ranks.rank, self.ranks.size)
-        self.loader = DataLoader(
-            self.train_set,
-            batch_sampler=self.sampler,
-            num_workers=config.data.workers,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=_leave_signals_to_the_parent,
-        )
+        self.loader = self._loader()
         self.observer.per_epoch, self.observer.batch = len(self.sampler), config.batch
         torch.manual_seed(config.seed)
         self.model = self._start_weights(init).to(device).to(memory_format=torch.channels_last)
@@ -242,16 +298,24 @@ class Trainer:
             NonFiniteLoss: The loss or the gradient became NaN or infinite; ``last.safetensors`` is untouched.
             KeyboardInterrupt: SIGINT or SIGTERM came; the state was saved first.
         """
-        history = self.state.history
-        with _stop_signals(self._stop):
-            # The log has one row per finished epoch: a run that was stopped after an epoch's last step, before its
-            # validation, takes up at the validation.
-            while len(history) < self.config.epochs and not self.stopped_early:
-                self._epoch(len(history))
-                self._validate()
-                if self.stopped_early:
-                    self.observer.started(f"stopped: no better validation IoU for {self.config.early_stop} epochs")
+        try:
+            with _signals_to(self._stop_for):
+                # The log has one row per finished epoch: a run that was stopped after an epoch's last step, before its
+                # validation, takes up at the validation.
+                while not self.finished:
+                    self._epoch(len(self.state.history))
+                    self._validate()
+                    if self.stopped_early:
+                        self.observer.started(f"stopped: no better validation IoU for {self.config.early_stop} epochs")
+        finally:
+            # Workers end with their loader. They heed no SIGTERM, so Python would wait for them at its own end.
+            self.loader = self._loader()
         return self.output / BEST
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last epoch is done; a function of the log."""
+        return len(self.state.history) >= self.config.epochs or self.stopped_early
 
     @property
     def stopped_early(self) -> bool:
@@ -266,12 +330,46 @@ class Trainer:
         train, val = (
             find(root, split, val_fraction=d.val_fraction, seed=d.split_seed) for split in (Split.TRAIN, Split.VAL)
         )
-        self.observer.started(f"reading {len(train)} photos into memory")
+        folder = self._place_for(len(train), teacher is not None)
         if not sum(1 for _ in usable(val, failed)):  # found out now, not after the first epoch
             raise DataError(f"{root}: none of the {len(val)} validation photos can be used")
         with _teacher(teacher, d, self.device) as (taught, about):
             augment, seed = self.config.augment, self.config.seed
-            return TrainSet(train, d.height, d.width, augment, seed, taught, failed), val, about
+            return TrainSet(train, d.height, d.width, augment, seed, taught, failed, folder), val, about
+
+    def _place_for(self, photos: int, taught: bool) -> Path | None:
+        """The folder for the decoded photos, if all processes of the run together would fill the memory with them."""
+        size = self.ranks.size * decoded_size(photos, self.config.data.height, self.config.data.width, taught)
+        if 2 * size <= memory():
+            self.observer.started(f"reading {photos} photos into memory")
+            return None
+        why = f"decoded, they are {size / 1e9:.1f} GB, more than half of the memory"
+        self.observer.started(f"reading {photos} photos into a file in {self.output}: {why}")
+        return self.output
+
+    def _agree_on_photos(self) -> None:
+        """Raises TrainingError if a process has other photos than another: their batches would not be of one order."""
+        if not self.ranks.same(_digest(self.train_set.names, self.val_pairs), self.device):
+            bad = f"left out {', '.join(self.bad)}" if self.bad else "could read all that it found"
+            raise TrainingError(
+                "the processes of this run have different photos, so they cannot share batches; process "
+                f"{self.ranks.rank} {bad} (`petseg data check` lists what cannot be read)"
+            )
+
+    def _loader(self) -> DataLoader[tuple[Tensor, Tensor, int]]:
+        """Batches of the epoch that the sampler is set to, from this process or from workers that outlive the epoch."""
+        workers = workers_of(self.config.data.workers, self.device, self.ranks.size)
+        # A forked worker sees the photos where they are; one started anew, as from Python 3.14 on, would get a copy.
+        fork = workers > 0 and "fork" in multiprocessing.get_all_start_methods()
+        return DataLoader(
+            self.train_set,
+            batch_sampler=self.sampler,
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_leave_signals_to_the_parent,
+            multiprocessing_context="fork" if fork else None,
+            persistent_workers=workers > 0,
+        )
 
     def _about(self, root: Path, provenance: dict[str, Any], teacher: dict[str, str]) -> dict[str, Any]:
         """What every checkpoint says of its run; JSON values."""
@@ -300,31 +398,45 @@ class Trainer:
             torch.backends.cudnn.benchmark = True  # all batches are of one shape: try the algorithms once
         return torch.compile(forward) if self.config.compile else forward
 
-    def _epoch(self, epoch: int) -> None:
-        state, per_epoch = self.state, len(self.sampler)
-        self.sampler.epoch, self.sampler.start = epoch, state.step - epoch * per_epoch
-        self.model.train()
-        mark = time.perf_counter()
-        for photo, trimap, _ in self.loader:
-            got = time.perf_counter()
-            lr = learning_rate(
-                self.config.schedule, self.config.optimizer.lr, state.step, per_epoch, self.config.epochs
-            )
-            loss = self._step(photo, trimap, lr)
-            state.step += 1
-            state.loss_sum += loss
-            state.steps_summed += 1
-            now = time.perf_counter()
-            state.seconds += now - mark
-            state.waited += got - mark
-            mark = now
-            self.observer.step(state, loss, lr)
-            # Several processes stop after the same step, so each heeds what all have agreed on.
-            if self._agreed if self.ranks.size > 1 else self._stop.is_set():
-                self._save_last()
-                raise KeyboardInterrupt
+    def _stop_for(self, number: int) -> None:
+        self.stopped_by = signal.Signals(number)
+        self._stop.set()
 
-    def _step(self, photo: Tensor, trimap: Tensor, lr: float) -> float:
+    @property
+    def _stopping(self) -> bool:
+        """Several processes stop after the same step, so each heeds what all have agreed on."""
+        return self._agreed if self.ranks.size > 1 else self._stop.is_set()
+
+    def _epoch(self, epoch: int) -> None:
+        """The rest of an epoch's steps.
+
+        Raises:
+            NonFiniteLoss: See :meth:`fit`.
+            KeyboardInterrupt: Likewise.
+        """
+        self.sampler.epoch, self.sampler.start = epoch, self.state.step - epoch * len(self.sampler)
+        self.model.train()
+        self._mark = time.perf_counter()
+        with contextlib.closing(self._steps()) as steps:
+            for step in _one_behind(steps) if self.late else steps:
+                self._settle(step)
+        if self._stopping:
+            self._save_last()
+            raise KeyboardInterrupt
+
+    def _steps(self) -> Generator[Step, None, None]:
+        """The rest of an epoch's steps, to be settled in this order, until the run is to stop."""
+        schedule, peak, epochs = self.config.schedule, self.config.optimizer.lr, self.config.epochs
+        asked = time.perf_counter()
+        for number, (photo, trimap, _) in enumerate(self.loader, self.state.step):
+            self.state.waited += time.perf_counter() - asked
+            yield self._step(photo, trimap, learning_rate(schedule, peak, number, len(self.sampler), epochs))
+            if self._stopping:
+                return
+            asked = time.perf_counter()
+
+    def _step(self, photo: Tensor, trimap: Tensor, lr: float) -> Step:
+        """Tell the device to take a step; nothing here waits until it has."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         image = normalize(photo.to(self.device, non_blocking=True))
@@ -338,39 +450,63 @@ class Trainer:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
-        loss_value, norm_value = self._read_back(loss.detach(), norm)
-        # An infinite gradient under fp16 is the scaler's business: it skips the step and scales less.
-        overflow = self.scaler.is_enabled() and not math.isfinite(norm_value)
-        if not math.isfinite(loss_value) or not (math.isfinite(norm_value) or overflow):
-            self._give_up(f"loss {loss_value}, gradient norm {norm_value}")
+        stop = torch.full_like(norm, float(self._stop.is_set()))
+        numbers = self.ranks.sum(torch.stack((loss.detach(), norm, stop)))
+        if not self.scaler.is_enabled():
+            # Where this is 1, the fused AdamW leaves the weights alone: the run ends, once the loss has been read.
+            # (A scaler, where there is one, sets it.)
+            self.optimizer.found_inf = 1 - numbers[:2].isfinite().all().float()  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if overflow and (scale := self.scaler.get_scale()) < LEAST_SCALE:
-            self._give_up(f"gradients overflow in fp16 however small the scale (now {scale:.1e})")
         self.ema.update(self.model)
-        return loss_value
+        scale = self.scaler.scale(torch.ones_like(norm))
+        return self._sent(torch.cat((numbers, scale[None])), lr)
 
-    def _read_back(self, loss: Tensor, norm: Tensor) -> tuple[float, float]:
-        """The loss of the whole batch and the gradient's norm, in one wait for the device.
+    def _sent(self, numbers: Tensor, lr: float) -> Step:
+        """A step whose numbers are on their way to the CPU."""
+        if self.device.type == "cpu":
+            return Step(numbers, None, lr)
+        # Reading a tensor of the GPU waits for all that it has been told to do up to then, the next step too; an event
+        # comes when this copy is done. Until then, the core is left to the workers.
+        numbers, arrived = numbers.to("cpu", non_blocking=True), torch.cuda.Event(blocking=True)
+        arrived.record(torch.cuda.current_stream(self.device))
+        return Step(numbers, arrived, lr)
 
-        With several processes the wish to stop travels along, so that all stop after the same step.
+    def _settle(self, step: Step) -> None:
+        """Read a step's numbers, count them, and tell the observer, whose time is not counted.
+
+        Raises:
+            NonFiniteLoss: They are none.
         """
-        if self.ranks.size == 1:
-            loss_value, norm_value = torch.stack((loss, norm)).tolist()
-            return loss_value, norm_value
-        asked = torch.full_like(loss, float(self._stop.is_set()))
-        loss_value, norm_value, stops = self.ranks.sum(torch.stack((loss, norm, asked))).tolist()
+        loss, norm, stops, scale = step.read()
+        loss, norm = loss / self.ranks.size, norm / self.ranks.size
         self._agreed = stops > 0
-        return loss_value / self.ranks.size, norm_value / self.ranks.size
+        # An infinite gradient under fp16 is the scaler's business: it skips the step and scales less.
+        overflow = self.scaler.is_enabled() and not math.isfinite(norm)
+        if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
+            self._give_up(f"loss {loss}, gradient norm {norm}")
+        if overflow and scale < LEAST_SCALE:
+            self._give_up(f"gradients overflow in fp16 however small the scale (now {scale:.1e})")
+        state = self.state
+        state.step += 1
+        state.loss_sum += loss
+        state.steps_summed += 1
+        state.seconds += time.perf_counter() - self._mark
+        self.observer.step(state, loss, step.lr)
+        self._mark = time.perf_counter()
 
     def _give_up(self, what: str) -> NoReturn:
         epoch, step = divmod(self.state.step, len(self.sampler))
         names = ", ".join(self.train_set.names[i] for i in self.sampler.photos(step))
-        last = self.output / LAST
-        kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been written yet"
+        last, change = self.output / LAST, "a lower optimizer.lr or another amp (amp=bf16 or fp32)"
+        remedy = (
+            f"the last good checkpoint is {last}. --resume would take the same steps: start from it (--init {last}) in "
+            f"another --output, with {change}"
+            if last.exists()
+            else f"no checkpoint had been written yet. Start again with {change}"
+        )
         raise NonFiniteLoss(
-            f"{what} in epoch {epoch + 1}, batch {step + 1} ({names}); {kept}. "
-            "Try a lower optimizer.lr, amp=bf16 or fp32, or look at those photos"
+            f"{what} in epoch {epoch + 1}, batch {step + 1} ({names}); {remedy}, or look at those photos"
         )
 
     def _validate(self) -> None:
@@ -382,9 +518,13 @@ class Trainer:
 
     def _measure_and_keep(self) -> float:
         state, per_epoch = self.state, len(self.sampler)
+        if not (self.output / LAST).exists():
+            self._write_last()  # what is killed while it writes the first best checkpoint can be resumed, too
         result = self._evaluate_ema()
         threshold = best_threshold(result.total)
         headline = result.counts(threshold)
+        if self.device.type == "cuda":
+            state.peak_memory = max(state.peak_memory, torch.cuda.max_memory_allocated(self.device))
         row = {
             "epoch": state.step // per_epoch,
             "step": state.step,
@@ -398,15 +538,15 @@ class Trainer:
             "data_wait": state.waited / max(state.seconds, 1e-9),
             "elapsed": self._elapsed(),
             "skipped": len(self.bad),
+            "gpu_memory": state.peak_memory,
         }
         state.history.append(row)
         state.next_epoch()
-        if self.device.type == "cuda":
-            state.peak_memory = max(state.peak_memory, torch.cuda.max_memory_allocated(self.device))
         if headline.iou > state.best_iou:
             state.best_iou = headline.iou
             self._save_best(result, threshold, row)
-        self._write_last()
+        if self.finished or self._save_pays:
+            self._write_last()
         self._write_log()
         self.observer.validated(self._ema_run(), self.good_val_pairs, row)
         self.observer.epoch(row)
@@ -419,7 +559,7 @@ class Trainer:
 
     def _leave_out(self, pair: Pair, error: DataError) -> None:
         self.bad.append(pair.name)
-        self.observer.started(f"left out: {error}")
+        self.observer.left_out(f"left out: {error}")
 
     def _elapsed(self) -> float:
         """Seconds of the whole run up to now."""
@@ -449,10 +589,20 @@ class Trainer:
         meta = {**self.meta, "kind": "model", "spec": spec, "epoch": row["epoch"], "validation": row}
         checkpoint.save_checkpoint(self.output / BEST, self.ema.module.state_dict(), meta)
 
+    @property
+    def _save_pays(self) -> bool:
+        """Whether the state is worth its saving after an epoch: all saving takes a tenth of the time at most.
+
+        The published network's is half a gigabyte, flushed to the disk, and an epoch on a fast GPU may take seconds. A
+        crash then costs up to ten times what a save takes; a stop in order always saves.
+        """
+        return self._save_took <= QUICK_SAVE or time.perf_counter() - self._saved >= 10 * self._save_took
+
     def _save_last(self) -> None:
         self.ranks.on_first(self._write_last, self.device)
 
     def _write_last(self) -> float:
+        start = time.perf_counter()
         self._elapsed()
         tensors = dict(self.model.state_dict())
         tensors |= {f"ema/{name}": t for name, t in self.ema.module.state_dict().items()}
@@ -461,6 +611,8 @@ class Trainer:
             tensors |= {f"optimizer/{index}/{slot}": value for slot, value in slots.items()}
         meta = {**self.meta, "kind": "training", "state": vars(self.state), "scaler": self.scaler.state_dict()}
         checkpoint.save_checkpoint(self.output / LAST, tensors, meta)
+        self._saved = time.perf_counter()
+        self._save_took = self._saved - start
         return 0.0
 
     def _restore(self) -> None:
@@ -545,7 +697,7 @@ class Trainer:
         last = self.output / LAST
         if resume and not last.exists():
             raise TrainingError(f"{last}: nothing to resume; leave out --resume to start")
-        if not resume and last.exists():
+        if not resume and any((self.output / name).exists() for name in (BEST, LAST, LOG)):
             raise TrainingError(
                 f"{self.output} already holds a run: --resume goes on with it, or choose another folder"
             )
@@ -558,6 +710,8 @@ class Trainer:
         if self.ranks.size > 1:
             say(f"{self.ranks.size} processes, {self.config.batch // self.ranks.size} photos of a batch each")
         say(f"{len(self.train_set)} photos to train on, {len(self.val_pairs)} for validation")
+        if workers := self.loader.num_workers:
+            say(f"{workers} processes augment them")
         if skipped := self.train_set.skipped_empty:
             say(f"left out, because their masks show no pet: {', '.join(skipped)}")
 
@@ -610,12 +764,13 @@ def _digest(train: Sequence[str], val: Sequence[Pair]) -> str:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:
+    """Settings that are not the same, but for those that are :data:`FREE`."""
     found = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += _differences(a, b, f"{where}{key}.")
-        elif a != b:
+        elif a != b and where + key not in FREE:
             found.append(f"{where}{key} was {a!r}, now {b!r}")
     return found
 
@@ -626,15 +781,24 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def _one_behind(items: Iterable[T]) -> Iterator[T]:
+    """Each item when the next one is there, and the last one at the end."""
+    waiting: list[T] = []
+    for item in items:
+        yield from waiting
+        waiting = [item]
+    yield from waiting
+
+
 @contextlib.contextmanager
-def _stop_signals(stop: threading.Event) -> Iterator[None]:
-    """SIGINT and SIGTERM set the event, which the loop looks at between two steps."""
+def _signals_to(heed: Callable[[int], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM call a function with their number, in place of ending the process."""
     if threading.current_thread() is not threading.main_thread():  # signals cannot be handled elsewhere
         yield
         return
 
     def handler(number: int, frame: FrameType | None) -> None:
-        stop.set()
+        heed(number)
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -24,6 +24,8 @@ from benchmarks import records
 from benchmarks.embedded.measure import RECORDS, embedded
 from benchmarks.photos import TEST_SETS, original_size
 from petseg import checkpoint as checkpoints
+from petseg.record import RUN, reached
+from petseg.train import LOG
 from petseg_export import OnnxConfig, export
 from petseg_runtime.artifact import default_model, open_artifact
 
@@ -41,11 +43,7 @@ WEIGHTS = records.ROOT / "petseg" / "weights" / "edge.safetensors"
 @click.option("--on-from-shipped", is_flag=True, help="These runs began with the model that ships now.")
 @click.pass_context
 def ship(context: click.Context, checkpoint: Path, data: Path, runs: tuple[Path, ...], on_from_shipped: bool) -> None:
-    if runs:
-        before = records.load("training/edge")["runs"] if on_from_shipped else []
-        options = "".join(f" --run {run.name}" for run in runs) + (" --on-from-shipped" if on_from_shipped else "")
-        command = f"python -m benchmarks.embedded.ship CHECKPOINT --data DATA{options}"
-        records.write("training/edge", command, {"runs": [*before, *trained(runs)]})
+    taken = trained(runs)  # before anything is replaced: a folder that holds no run ends it here
     WEIGHTS.parent.mkdir(exist_ok=True)
     if checkpoint.resolve() != WEIGHTS:
         shutil.copy(checkpoint, WEIGHTS)
@@ -71,25 +69,31 @@ def ship(context: click.Context, checkpoint: Path, data: Path, runs: tuple[Path,
         receipt = export(WEIGHTS, noted).receipt
         if open_artifact(default_model()).identity != open_artifact(first).identity:
             raise SystemExit("the two exports differ: the measured file is not the shipped one")
+    if taken:  # at the end: a record says which model ships
+        before = records.load("training/edge")["runs"] if on_from_shipped else []
+        options = "".join(f" --run {run.name}" for run in runs) + (" --on-from-shipped" if on_from_shipped else "")
+        command = f"python -m benchmarks.embedded.ship CHECKPOINT --data DATA{options}"
+        records.write("training/edge", command, {"runs": [*({"commit": None, **run} for run in before), *taken]})
     print(json.dumps(receipt.as_dict(), indent=2))
 
 
 def trained(runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """Each run, from its log and from what its best checkpoint says of it; seconds are those of the steps alone."""
+    """Each run, from its log, from what its best checkpoint says of it, and from its run.json if it came to its end."""
     found = []
     for run in runs:
         meta = checkpoints.load(run / "best.safetensors").meta
-        with (run / "log.csv").open(encoding="utf-8", newline="") as file:
-            log = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        with (run / LOG).open(encoding="utf-8", newline="") as file:
+            # Rows from before a column was there, in a run of an older version, have nothing in it.
+            log = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+        ended = json.loads((run / RUN).read_text(encoding="utf-8")) if (run / RUN).exists() else {}
         told = ("config", "data", "teacher", "device", "precision", "versions")
         found.append(
             {
                 "name": run.name,
-                "command": meta["provenance"]["command"],
+                **{key: meta["provenance"].get(key) for key in ("command", "commit")},
                 **{key: meta.get(key) for key in told},
-                "epochs": len(log),
-                "seconds": round(sum(row["seconds"] for row in log), 1),
-                "best": max(log, key=lambda row: row["val_iou"]),
+                **reached(log, meta["config"]["batch"]),
+                **{key: ended.get(key) for key in ("peak_gpu_memory_bytes", "processes", "threads")},
                 "log": log,
             }
         )

@@ -22,12 +22,14 @@ import pytest
 from PIL import Image
 
 from petseg import checkpoint as checkpoints
+from petseg import record as records
 from petseg import train as training
 from petseg.cli import run
 from petseg.config import TrainConfig, to_dict
 from petseg.data import Split, find
 from petseg.evaluate import evaluate, open_model
 from petseg.model import AttentionUNetConfig
+from petseg_export import OnnxConfig, export
 from petseg_runtime.errors import TrainingError
 
 SMALL = ["--width", "2", "--size", "32", "--batch", "4", "--device", "cpu", "--set", "amp=fp32"]
@@ -285,7 +287,7 @@ def test_another_network_is_a_matter_of_settings(asked: Any) -> None:
 def test_the_edge_networks_runs_are_of_one_network(asked: Any) -> None:
     folder = Path(__file__).parents[2] / "benchmarks" / "embedded"
     runs = [asked("--config", str(file))[0][0] for file in sorted(folder.glob("edge?.toml"))]
-    assert [run.epochs for run in runs] == [2, 16, 24]
+    assert [run.epochs for run in runs] == [2, 16, 24, 36, 40]
     assert {run.model for run in runs} == {AttentionUNetConfig(width=16, stem="strided")}
 
 
@@ -297,6 +299,23 @@ def test_folders_device_start_and_command_reach_the_trainer(asked: Any, monkeypa
     assert (given["init"], given["resume"]) == (Path("start.safetensors"), False)
     assert given["teacher"] == Path("t.onnx")
     assert given["provenance"]["command"] == "petseg train --data 'my pets'"
+
+
+def test_the_commit_on_record_is_that_of_the_start(
+    oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Committed(training.Trainer):
+        def fit(self) -> Path:
+            monkeypatch.setattr(records, "commit", lambda: "somebody else's")
+            return super().fit()
+
+    monkeypatch.setattr(records, "commit", lambda: "of the start")
+    monkeypatch.setattr(training, "Trainer", Committed)
+    out = tmp_path / "run"
+    assert run(["train", "--data", str(oxford_root), "--output", str(out), *SMALL, "--epochs", "1", "-q"]) == 0
+    assert json.loads((out / "run.json").read_text())["commit"] == "of the start"
+    for name in ("best", "last"):
+        assert checkpoints.load(out / f"{name}.safetensors").meta["provenance"]["commit"] == "of the start"
 
 
 @pytest.mark.parametrize("text", ["epochs = ", "epochs = 'two'", "[nonsense]\nx = 1", "model = 3", "\xff"])
@@ -401,6 +420,65 @@ def test_the_validation_photos_are_those_of_the_run(
     assert (got["iou"], got["dice"]) == pytest.approx((row["val_iou"], row["val_dice"]))
 
 
+@pytest.fixture(scope="module")
+def unusual(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose run kept a quarter of trainval, six photos, by another seed."""
+    folder = tmp_path_factory.mktemp("unusual") / "run"
+    split = ["--set", "data.val_fraction=0.25", "--set", "data.split_seed=3"]
+    args = ["train", "--data", str(oxford_root), "--output", str(folder), *SMALL, "--epochs", "1", "-q", *split]
+    assert run(args) == 0
+    return folder / "best.safetensors"
+
+
+def test_val_is_what_the_checkpoints_own_run_kept(
+    unusual: Path, oxford_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = checkpoints.load(unusual).meta["validation"]
+    options = ["--data", oxford_root, "--split", "val", "--report", tmp_path]
+    got = measured(capsys, unusual, *options)
+    assert (got["photos"], got["iou"]) == (6, pytest.approx(row["val_iou"]))
+    assert measured(capsys, unusual, "--data", oxford_root, "--split", "train")["photos"] == 18
+    about = json.loads((tmp_path / "report.json").read_text())["data"]
+    assert (about["val_fraction"], about["split_seed"]) == (0.25, 3)
+    same = ["--val-fraction", "0.25", "--split-seed", "3"]
+    assert measured(capsys, unusual, *options, *same) == got
+
+
+@pytest.mark.parametrize(
+    ("options", "photos", "said"),
+    [
+        (["--val-fraction", "0.5"], 12, "by seed 3, not 0.5 by 3: photos that it was trained on may be among val"),
+        (["--split-seed", "0"], 6, "0.25 of trainval as val by seed 3, not 0.25 by 0"),
+    ],
+)
+def test_another_val_than_the_runs_is_warned_of(
+    unusual: Path, oxford_root: Path, options: list[str], photos: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["evaluate", str(unusual), "--data", str(oxford_root), "--json", *options]
+    assert run([*args, "--split", "val"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["photos"] == photos
+    assert len(err.splitlines()) == 1
+    assert said in err
+    assert run([*args, "--split", "test"]) == 0
+    assert not capsys.readouterr().err, "the test photos are the same by any seed"
+
+
+def test_an_exported_file_knows_whether_val_is_what_it_was_validated_on(
+    unusual: Path, oxford_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = OnnxConfig(output=tmp_path / "m.onnx", data=oxford_root, split="test", photos=4)
+    export(unusual, config)
+    args = ["evaluate", str(tmp_path / "m.onnx"), "--data", str(oxford_root), "--split", "val", "--json"]
+    assert run(args) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["photos"] == 1
+    assert "val, 0.05 of trainval by seed 0, is not what the model was validated on" in err
+    assert run([*args, "--val-fraction", "0.25", "--split-seed", "3"]) == 0
+    out, err = capsys.readouterr()
+    assert (json.loads(out)["photos"], err) == (6, "")
+
+
 def test_people_get_a_table_and_the_report(
     trained: Run, oxford_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -434,6 +512,8 @@ def test_an_undefined_ratio_and_an_empty_mask_are_said_in_the_table(
         (["--threshold", "1.5"], 2, "--threshold"),
         (["--threshold", "0"], 2, "--threshold"),
         (["--threshold", "nan"], 2, "--threshold"),
+        (["--split", "val", "--val-fraction", "nan"], 2, "--val-fraction"),
+        (["--split", "val", "--val-fraction", "1"], 2, "--val-fraction"),
         (["--split", "all"], 2, "--split"),
         (["--batch", "0"], 2, "--batch"),
         (["--data", "/nowhere"], 8, "/nowhere"),

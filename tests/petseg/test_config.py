@@ -106,6 +106,9 @@ def test_an_unknown_name_is_refused_with_the_known_ones(raw: dict[str, Any], nam
         ({"model": {"ungated": [1.0]}}, "model.ungated is 1.0; int"),
         ({"model": {"stem": "none"}}, "model.stem is 'none'; one of full, strided"),
         ({"data": [1]}, r"data is \[1\]; a table"),
+        ({"data": {"workers": "many"}}, "data.workers is 'many'; int or auto is expected"),
+        ({"data": {"workers": 2.0}}, "data.workers is 2.0; int"),
+        ({"data": {"workers": True}}, "data.workers is True; int"),
     ],
 )
 def test_a_wrong_type_is_refused_by_name(raw: dict[str, Any], said: str) -> None:
@@ -162,6 +165,7 @@ def test_no_loss_at_all_is_refused() -> None:
     "raw",
     [
         {"epochs": 1, "batch": 2, "ema": 0.0},
+        {"data": {"workers": 0}},
         {"data": {"height": 16, "width": 4096, "border_target": 1.0}},
         {"augment": {"flip": 1.0, "rotate": 180.0, "hue": 0.5, "brightness": 1.0, "scale_min": 1.0, "scale_max": 1.0}},
         {"augment": {"flip": 0.0, "rotate": 0.0, "hue": 0.0, "brightness": 0.0}},
@@ -174,6 +178,14 @@ def test_no_loss_at_all_is_refused() -> None:
 )
 def test_the_ends_of_the_ranges_are_allowed(raw: dict[str, Any]) -> None:
     from_dict(TrainConfig, raw)
+
+
+@pytest.mark.parametrize(("text", "workers"), [("auto", "auto"), ('"auto"', "auto"), ("3", 3), ("0", 0)])
+def test_workers_are_a_number_or_auto(text: str, workers: int | str) -> None:
+    raw: dict[str, Any] = {}
+    override(raw, f"data.workers={text}")
+    assert from_dict(TrainConfig, raw).data.workers == workers
+    assert DataConfig().workers == "auto"
 
 
 @pytest.mark.parametrize("amp", ["auto", "bf16", "fp16", "fp32"])

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import threading
+import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from petseg import data as data_module
 from petseg.config import AugmentConfig
 from petseg.data import (
     EpochSampler,
@@ -18,17 +23,20 @@ from petseg.data import (
     Split,
     TrainSet,
     check,
+    decoded_size,
     find,
     find_listed,
     locate,
+    memory,
     read_pair,
     read_trimap,
     target_of,
+    usable,
     validation_names,
 )
 from petseg.metrics import BACKGROUND, BORDER, PET
 from petseg_runtime import images
-from petseg_runtime.errors import DataError
+from petseg_runtime.errors import DataError, OutputError
 
 STILL = AugmentConfig(flip=0, rotate=0, brightness=0, contrast=0, saturation=0)
 GEOMETRIC = AugmentConfig(
@@ -243,6 +251,40 @@ def test_read_pair_names_the_photo_and_the_remedy(oxford_copy: Path) -> None:
         read_pair(pair)
 
 
+def test_photos_are_decoded_at_the_same_time_and_come_in_order(
+    oxford_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, together, read = find(oxford_root, Split.TRAINVAL), threading.Barrier(3), images.read
+    started: list[Path] = []
+
+    def slow(path: Path) -> images.Photo:
+        started.append(path)
+        together.wait(10)  # none is done before three have begun
+        return read(path)
+
+    monkeypatch.setattr(data_module, "usable_cpus", lambda: 3)
+    monkeypatch.setattr(data_module.images, "read", slow)
+    found = usable(pairs)
+    first = next(found)
+    time.sleep(0.3)  # for readers to go on, who should not
+    assert len(started) <= 7, "all at their full size would fill the memory"
+    rest = list(found)
+    assert names([pair for pair, *_ in (first, *rest)]) == names(pairs)
+    for pair, photo, trimap in rest[::5]:
+        assert np.array_equal(photo, read(pair.image).pixels)
+        assert np.array_equal(trimap, read_trimap(pair))
+
+
+def test_what_cannot_be_used_is_told_in_order_by_the_thread_that_asks(oxford_copy: Path) -> None:
+    pairs = find(oxford_copy, Split.TRAINVAL)
+    for number in (3, 4, 20):
+        pairs[number].image.write_bytes(b"no photo")
+    told: list[tuple[str, threading.Thread]] = []
+    found = usable(pairs, lambda pair, error: told.append((pair.name, threading.current_thread())))
+    assert names([pair for pair, *_ in found]) == [p.name for i, p in enumerate(pairs) if i not in (3, 4, 20)]
+    assert told == [(pairs[number].name, threading.current_thread()) for number in (3, 4, 20)]
+
+
 # checking
 
 
@@ -363,12 +405,16 @@ def test_the_number_of_workers_changes_nothing(oxford_root: Path) -> None:
     data = train_set(oxford_root)
 
     def batches(workers: int) -> list[list[torch.Tensor]]:
+        """Of one epoch and the end of the next, by the same workers."""
         sampler = EpochSampler(len(data), 4, seed=0)
-        sampler.epoch = 1
-        return list(DataLoader(data, batch_sampler=sampler, num_workers=workers))
+        loader = DataLoader(data, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
+        found = []
+        for sampler.epoch, sampler.start in ((1, 0), (2, 3)):
+            found += list(loader)
+        return found
 
     alone, helped = batches(0), batches(2)
-    assert len(alone) == len(helped) == 5
+    assert len(alone) == len(helped) == 5 + 2
     for a, b in zip(alone, helped, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -429,7 +475,7 @@ def test_what_a_teacher_says_is_moved_with_the_mask_and_never_coloured(oxford_ro
 
 
 def test_a_pasted_pet_comes_with_its_mask_and_its_teacher(folder_copy: Path) -> None:
-    """Photos of one grey each, and a teacher that says that grey: all three must come from the same photo everywhere."""
+    """Photos of one grey each, and a teacher that says that grey: all three come from the same photo everywhere."""
     folder = folder_copy / "masks"
     for number, path in enumerate(sorted(folder.iterdir())):
         mask = np.zeros((64, 64), np.uint8)
@@ -449,7 +495,7 @@ def test_a_pasted_pet_comes_with_its_mask_and_its_teacher(folder_copy: Path) -> 
         own = int(read_pair(pairs[index])[0][0, 0, 0]) - 10
         background = shown[moved & (shown < 100)]
         assert set(background.tolist()) <= {10 + own}, "the photo behind is the one that was drawn"
-        pasted += bool((set(shown[shown >= 100].tolist()) - {100 + own}))
+        pasted += bool(set(shown[shown >= 100].tolist()) - {100 + own})
     # Half of the draws paste, and now and then a photo's own pet.
     assert 0.3 < pasted / (20 * len(data)) < 0.6
 
@@ -459,7 +505,7 @@ def test_the_border_is_pasted_with_the_pet(oxford_root: Path) -> None:
     still = train_set(oxford_root, STILL)
     trimaps = torch.stack([still[i][1] for i in range(len(still))])
     for draw in range(len(data)):
-        photo, trimap, index = data[draw]
+        _, trimap, index = data[draw]
         behind = trimaps[index]
         candidates = [torch.equal(trimap, torch.where(t != BACKGROUND, t, behind)) for t in trimaps]
         assert any(candidates)
@@ -532,6 +578,43 @@ def test_a_mask_of_another_size_than_its_photo_is_refused_by_name(oxford_copy: P
     Image.fromarray(np.ones((32, 64), np.uint8)).save(oxford_copy / "annotations" / "trimaps" / "pet_05.png")
     with pytest.raises(DataError, match="pet_05"):
         TrainSet(find(oxford_copy, Split.TRAINVAL), 32, 32, STILL, 0)
+
+
+def teach_black(photo: np.ndarray) -> np.ndarray:
+    return np.full((32, 32), photo[0, 0, 0], np.uint8)
+
+
+@pytest.mark.parametrize("teacher", [None, teach_black])
+def test_photos_in_a_file_are_those_in_memory(oxford_copy: Path, tmp_path: Path, teacher: Any) -> None:
+    pairs, folder = find(oxford_copy, Split.TRAIN, val_fraction=0.1), tmp_path / "new" / "run"
+    Image.new("L", (64, 64), 2).save(pairs[4].mask)
+    kept, mapped = (TrainSet(pairs, 32, 32, LIVELY, 0, teacher, None, place) for place in (None, folder))
+    assert kept.names == mapped.names
+    assert len(mapped) == len(pairs) - 1
+    assert all(same(kept[draw], mapped[draw]) for draw in range(2 * len(kept)))
+    assert isinstance(mapped._photos.base, np.memmap)
+    assert isinstance(mapped._trimaps.base, np.memmap)
+    assert list(folder.iterdir()) == [], "a killed process would leave it there"
+    size = kept._photos.nbytes + kept._trimaps.nbytes
+    assert decoded_size(len(pairs), 32, 32, teacher is not None) == size
+
+
+def test_a_disk_without_room_for_the_photos_is_an_output_error(
+    oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: int, start: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OutputError, match=rf"{tmp_path}: no place for 0\.0 GB .*No space left on device.*--size"):
+        TrainSet(find(oxford_root, Split.TRAIN), 32, 32, STILL, 0, folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_memory_is_that_of_the_machine_or_of_its_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in (None, 2**60, 10**9):
+        monkeypatch.setattr(data_module, "cgroup_limits", lambda root, text, limit=limit: (None, limit))
+        assert memory() == (10**9 if limit == 10**9 else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 # targets and batches

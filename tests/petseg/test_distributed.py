@@ -20,7 +20,7 @@ from petseg.cli import run
 from petseg.config import TrainConfig, from_dict, to_dict
 from petseg.data import EpochSampler
 from petseg.distributed import Ranks, SyncedBatchNorm, join, local_device, synchronized
-from petseg.train import BEST, LAST, LOG, Trainer
+from petseg.train import BEST, LAST, LOG, Step, Trainer
 from petseg_runtime.errors import EngineError, TrainingError
 
 CPU = torch.device("cpu")
@@ -98,10 +98,11 @@ SCRIPT = """
 import json, math, os, signal, sys, time, torch
 from datetime import timedelta
 from pathlib import Path
+import petseg.data as data
 import petseg.train as training
 from petseg.config import TrainConfig, from_dict
 from petseg.distributed import join, lost
-from petseg_runtime.errors import OutputError
+from petseg_runtime.errors import InputError, OutputError
 
 config, root, out = {config!r}, Path({root!r}), Path({out!r})
 torch.set_num_threads(1)
@@ -115,13 +116,14 @@ class Acts(training.Observer):
         if state.step == self.at:
             self.act()
 
-def attempt(name, ranks, act, at=3, **more):
+def attempt(name, ranks, act, at=3, late=False, **more):
     observer, start = Acts(at, act), time.monotonic()
     try:
         trainer = training.Trainer(
             from_dict(TrainConfig, {{**config, **more}}), root, out / name, device=torch.device("cpu"),
             ranks=ranks, observer=observer, resume=(out / name).exists(),
         )
+        trainer.late = late
         with lost(ranks):
             trainer.fit()
         end = "done"
@@ -141,6 +143,17 @@ os._exit(0)  # the other is gone: leaving in order would wait for it
 IN_ORDER = """
     attempt("odd", ranks, nothing, batch=5)
     attempt("stopped", ranks, (lambda: signal.raise_signal(signal.SIGTERM)) if second else nothing)
+
+    attempt("late", ranks, (lambda: signal.raise_signal(signal.SIGTERM)) if second else nothing, late=True)
+
+    read = data.images.read
+    def unlike(path):
+        if path.stem == "pet_07":
+            raise InputError(f"{path}: cannot be read by this one")
+        return read(path)
+    data.images.read = unlike if second else read
+    attempt("unlike", ranks, nothing, data={**config["data"], "on_bad": "skip"})
+    data.images.read = read
 
     normalize = training.normalize
     def spoilt(image):
@@ -204,7 +217,7 @@ def stop_after(root: Path, out: Path, step: int) -> None:
     trainer = Trainer(tiny(), root, out, device=CPU)
     take = trainer._step
 
-    def count(*batch: Any) -> float:
+    def count(*batch: Any) -> Step:
         if trainer.state.step == step - 1:
             trainer._stop.set()
         return take(*batch)
@@ -231,6 +244,25 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step_and_one_can_go_o
     assert first["steps"] == second["steps"] == [1, 2, 3, 4]
     Trainer(tiny(), oxford_root, ends / "stopped", device=CPU, resume=True).fit()
     assert_same_within_rounding(ends / "stopped", whole)
+
+
+def test_two_processes_that_read_their_losses_late_stop_after_the_same_step(
+    ends: Path, oxford_root: Path, whole: Path
+) -> None:
+    first, second = end_of(ends, "late")
+    assert first["end"] == second["end"] == "KeyboardInterrupt: "
+    # Told at step 3, when 4 is under way; 5 carries it, and is read when 6 is under way, but the epoch ends with 5.
+    assert first["steps"] == second["steps"] == [1, 2, 3, 4, 5]
+    assert load(ends / "late" / LAST).meta["state"]["step"] == 5
+    Trainer(tiny(), oxford_root, ends / "late", device=CPU, resume=True).fit()
+    assert_same_within_rounding(ends / "late", whole)
+
+
+def test_processes_with_other_photos_than_each_other_do_not_start(ends: Path) -> None:
+    for one, bad in zip(end_of(ends, "unlike"), ("0 could read all that it found", "1 left out pet_07"), strict=True):
+        assert one["end"].startswith("TrainingError: the processes of this run have different photos")
+        assert f"process {bad} (`petseg data check`" in one["end"]
+        assert one["steps"] == []
 
 
 def test_a_run_of_one_process_goes_on_with_two(ends: Path, whole: Path) -> None:

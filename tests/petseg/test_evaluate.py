@@ -18,7 +18,16 @@ from torch import nn
 from petseg import plots
 from petseg.checkpoint import save_checkpoint
 from petseg.data import Layout, Pair, Split, find
-from petseg.evaluate import Evaluation, OpenedModel, evaluate, open_model, torch_run, write_report
+from petseg.evaluate import (
+    Evaluation,
+    OpenedModel,
+    evaluate,
+    is_split_of,
+    open_model,
+    split_of,
+    torch_run,
+    write_report,
+)
 from petseg.metrics import Border
 from petseg.model import AttentionUNet, AttentionUNetConfig, normalize
 from petseg_export import OnnxConfig, export
@@ -255,6 +264,27 @@ def test_an_exported_file_is_closed_afterwards(exported: Path) -> None:
         assert opened.run(np.zeros((1, 32, 48, 3), np.uint8)).shape == (1, 32, 48)
     with pytest.raises(EngineError, match="closed"):
         opened.run(np.zeros((1, 32, 48, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [None, 3, [], {}, {"data": None}, {"data": {"val_fraction": 0.1}}]
+    + [{"data": {"val_fraction": f, "split_seed": s}} for f, s in ((2, 0), ("x", 0), (math.nan, 0), (0.1, math.inf))],
+)
+def test_a_split_that_is_not_told_or_nonsense_is_none(config: object) -> None:
+    assert split_of({} if config is None else {"config": config}) is None
+
+
+def test_the_split_of_a_run_is_known_by_its_photos(oxford_root: Path) -> None:
+    train, val = (find(oxford_root, split, val_fraction=0.2) for split in (Split.TRAIN, Split.VAL))
+    names = "\n".join([*(pair.name for pair in train[2:]), "--", *(pair.name for pair in val)])
+    data = {"names_sha256": hashlib.sha256(names.encode()).hexdigest(), "skipped_without_pet": [train[0].name]}
+    told = {"data": {**data, "skipped_bad": [train[1].name]}}
+    assert is_split_of(told, train, val) is True
+    assert is_split_of(told, val, train) is False
+    assert is_split_of({"data": data}, train, val) is False
+    for untold in ({}, {"data": None}, {"data": {}}, {"data": {"names_sha256": "x"}}):
+        assert is_split_of(untold, train, val) is None
 
 
 def opening(path: Path, device: str = "cpu") -> None:

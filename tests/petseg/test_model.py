@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from petseg import model as model_module
 from petseg.model import AttentionGate, AttentionUNet, AttentionUNetConfig, ConvBlock, Up, normalize
 
 
@@ -339,3 +340,39 @@ def test_normalize_keeps_rows_and_columns_and_the_cheap_layout() -> None:
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     bytes_back = (out.permute(0, 2, 3, 1) * std + mean) * 255
     assert torch.equal(bytes_back.round().to(torch.uint8), image)
+
+
+def test_normalize_copies_its_constants_to_a_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8)
+    expected = normalize(image)
+
+    def copies(*words: object, **more: object) -> None:
+        raise AssertionError("a copy to a GPU waits for all that it has to do")
+
+    monkeypatch.setattr(torch, "tensor", copies)
+    assert torch.equal(normalize(image), expected)
+
+
+def test_normalize_has_gradients_after_a_validation() -> None:
+    model_module._kept_statistics.cache_clear()
+    with torch.inference_mode():
+        normalize(torch.zeros(1, 16, 16, 3))
+    image = torch.rand(1, 16, 16, 3, requires_grad=True)
+    normalize(image).sum().backward()
+    assert image.grad is not None
+    torch.testing.assert_close(image.grad[0, 0, 0], 1 / (255 * torch.tensor([0.229, 0.224, 0.225])))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_normalize_can_be_traced_and_keeps_nothing_of_it(strict: bool) -> None:
+    class Normalize(torch.nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return normalize(image)
+
+    image = torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8)
+    model_module._kept_statistics.cache_clear()
+    traced = torch.export.export(Normalize(), (image,), strict=strict).module()
+    compiled = torch.compile(normalize, fullgraph=True, backend="aot_eager")
+    for answer in (traced(image), compiled(image), normalize(image)):
+        assert type(answer) is torch.Tensor
+        assert torch.equal(answer, normalize(image))

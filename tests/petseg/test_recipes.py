@@ -55,6 +55,10 @@ def test_best_and_edge_are_of_the_networks_they_name() -> None:
         assert (config_of(name).data.height, config_of(name).data.width) == (256, 256)
 
 
+def test_none_takes_a_number_of_workers_for_granted() -> None:
+    assert {config_of(name).data.workers for name in recipes.names()} == {"auto"}
+
+
 def test_what_has_not_been_run_says_so() -> None:
     assert "never run" in recipes.describe("best")
     for name in recipes.names():

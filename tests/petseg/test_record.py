@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from petseg import record as records
+from petseg.checkpoint import load
 from petseg.config import TrainConfig, from_dict, to_dict
-from petseg.record import PUBLISHED_IOU, commit, record, write_record
-from petseg.train import Trainer
+from petseg.record import PUBLISHED_IOU, commit, reached, record, write_record
+from petseg.train import BEST, Trainer
 from petseg_runtime import __version__
 from petseg_runtime.errors import OutputError
 
@@ -35,7 +36,7 @@ def finished(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Tra
         oxford_root,
         tmp_path_factory.mktemp("record") / "run",
         device=torch.device("cpu"),
-        provenance={"command": "petseg train", "recipe": "edge"},
+        provenance={"command": "petseg train", "recipe": "edge", "commit": "abc+"},
     )
     trainer.fit()
     return trainer
@@ -46,13 +47,16 @@ def test_a_record_says_what_was_run_and_what_it_reached(finished: Trainer) -> No
     found = json.loads((finished.output / records.RUN).read_text())
     assert found == record(finished)
     rows = finished.state.history
-    assert (found["schema_version"], found["recipe"], found["command"]) == (1, "edge", "petseg train")
+    assert (found["schema_version"], found["recipe"], found["command"]) == (2, "edge", "petseg train")
+    assert found["commit"] == "abc+", "that of the start, which the checkpoints keep"
+    assert load(finished.output / BEST).meta["provenance"]["commit"] == "abc+"
     assert found["config"] == to_dict(finished.config)
     assert found["data"]["train_photos"] == 22
     assert found["data"]["names_sha256"] == finished.meta["data"]["names_sha256"]
     assert found["best"] == max(rows, key=lambda row: row["val_iou"])
     assert (found["epochs"], found["stopped_early"], found["processes"]) == (2, False, 1)
-    assert found["seconds"] >= rows[-1]["elapsed"] > rows[0]["elapsed"] > rows[0]["seconds"] > 0
+    assert found["elapsed"] >= rows[-1]["elapsed"] > rows[0]["elapsed"] > rows[0]["seconds"] > 0
+    assert found["seconds"] == rows[0]["seconds"] + rows[1]["seconds"] < rows[-1]["elapsed"]
     assert found["images_per_s"] == pytest.approx(40 / sum(row["seconds"] for row in rows))
     assert 0 < found["data_wait"] < 1
     assert (found["device"], found["precision"]) == ("cpu", "float32")
@@ -66,7 +70,19 @@ def test_the_time_to_the_published_figure(
 ) -> None:
     rows = [{**row, "val_iou": iou} for row, iou in zip(finished.state.history, ious, strict=True)]
     monkeypatch.setattr(finished.state, "history", rows)
-    assert record(finished)["seconds_to_published_iou"] == (None if epoch is None else rows[epoch]["elapsed"])
+    want = (
+        {"val_iou_at_least": 0.8375, "epoch": float(epoch + 1), "elapsed": rows[epoch]["elapsed"]}
+        if epoch is not None
+        else None
+    )
+    assert record(finished)["validation_reached_published"] == want
+
+
+def test_a_log_of_a_version_without_the_wall_clock_is_read_all_the_same(finished: Trainer) -> None:
+    rows = [{k: v for k, v in row.items() if k != "elapsed"} for row in finished.state.history]
+    found = reached([{**row, "val_iou": 0.9} for row in rows], 4)
+    assert (found["elapsed"], found["validation_reached_published"]["elapsed"]) == (None, None)
+    assert found["images_per_s"] == record(finished)["images_per_s"]
 
 
 def test_the_share_of_waiting_is_over_the_whole_run(finished: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:

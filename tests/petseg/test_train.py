@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import math
+import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -16,10 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from petseg.checkpoint import Checkpoint, load, load_model, save_checkpoint
 from petseg.config import ScheduleConfig, TrainConfig, from_dict, override, to_dict
@@ -28,7 +33,19 @@ from petseg.device import pick_device, pick_precision
 from petseg.evaluate import evaluate, torch_run
 from petseg.metrics import level
 from petseg.model import AttentionUNet, AttentionUNetConfig, normalize
-from petseg.train import BEST, LAST, LOG, Observer, RunState, Trainer, learning_rate
+from petseg.train import (
+    BEST,
+    LAST,
+    LOG,
+    QUICK_SAVE,
+    Observer,
+    Observers,
+    RunState,
+    Step,
+    Trainer,
+    learning_rate,
+    workers_of,
+)
 from petseg_runtime.errors import CheckpointError, DataError, EngineError, NonFiniteLoss, OutputError, TrainingError
 
 CPU = torch.device("cpu")
@@ -92,6 +109,17 @@ class Run:
     @property
     def last(self) -> Checkpoint:
         return load(self.folder / LAST)
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state is saved after every epoch, however busy the disk of this machine is."""
+    monkeypatch.setattr("petseg.train.QUICK_SAVE", math.inf)
+
+
+@pytest.fixture
+def usual_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("petseg.train.QUICK_SAVE", QUICK_SAVE)
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +249,48 @@ def test_workers_change_nothing(oxford_root: Path, tmp_path: Path, whole: Run) -
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_workers_are_forked_once_and_end_with_the_run(oxford_root: Path, tmp_path: Path) -> None:
+    seen: list[set[int | None]] = []
+
+    def look(step: int) -> None:
+        seen.append({child.pid for child in multiprocessing.active_children()} - before)
+        if step == 2 * PER_EPOCH + 1:
+            raise Crash
+
+    before = {child.pid for child in multiprocessing.active_children()}
+    observer = Recorder(at_step=look)
+    trainer = Trainer(tiny("data.workers=2", "model.width=2"), oxford_root, tmp_path, device=CPU, observer=observer)
+    assert trainer.loader.multiprocessing_context is not None
+    assert trainer.loader.multiprocessing_context.get_start_method() == "fork"
+    assert "2 processes augment them" in observer.messages
+    with pytest.raises(Crash):
+        trainer.fit()
+    assert {len(pids) for pids in seen} == {2}
+    assert len(set.union(*seen)) == 2, "others in another epoch"
+    assert {child.pid for child in multiprocessing.active_children()} == before, "they are deaf to SIGTERM"
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "processes", "cores", "workers"),
+    [
+        ("auto", "cuda", 1, 8, 6),
+        ("auto", "cuda", 1, 2, 0),
+        ("auto", "cuda", 1, 1, 0),
+        ("auto", "cuda", 1, 64, 16),
+        ("auto", "cuda", 4, 32, 6),
+        ("auto", "cpu", 1, 64, 0),
+        (3, "cpu", 1, 2, 3),
+        (0, "cuda", 1, 64, 0),
+    ],
+)
+def test_how_many_workers_there_are(
+    monkeypatch: pytest.MonkeyPatch, setting: Any, device: str, processes: int, cores: int, workers: int
+) -> None:
+    monkeypatch.setattr("petseg.train.usable_cpus", lambda: cores)
+    assert workers_of(setting, torch.device(device), processes) == workers
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_stopped_run_with_workers_goes_on(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
     config = tiny("data.workers=1")
     stop = Recorder(at_step=at(8, lambda: signal.raise_signal(signal.SIGINT)))
@@ -322,6 +392,178 @@ def test_a_run_that_crashed_while_writing_goes_on(
     assert {p.name for p in folder.iterdir()} == {BEST, LAST, LOG}
 
 
+def test_a_run_that_crashed_while_writing_its_first_best_checkpoint_goes_on(
+    oxford_root: Path, tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(trainer: Trainer, *words: Any) -> None:
+        (trainer.output / BEST).write_bytes(b"of this run, which is not to be taken for another's")
+        raise Crash
+
+    trainer = Trainer(tiny(), oxford_root, tmp_path, device=CPU)
+    monkeypatch.setattr(trainer, "_save_best", functools.partial(dies, trainer))
+    with pytest.raises(Crash):
+        trainer.fit()
+    Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True).fit()
+    assert_same_run(tmp_path, whole)
+
+
+# saving that takes long
+
+
+@pytest.mark.usefixtures("usual_disk")
+@pytest.mark.parametrize(
+    ("took", "since", "pays"), [(0.05, 0.0, True), (1.0, 9.0, False), (1.0, 11.0, True), (0.2, 1.5, False)]
+)
+def test_saving_takes_a_tenth_of_the_time_at_most(
+    whole: Run, monkeypatch: pytest.MonkeyPatch, took: float, since: float, pays: bool
+) -> None:
+    monkeypatch.setattr(whole.trainer, "_save_took", took)
+    monkeypatch.setattr(whole.trainer, "_saved", time.perf_counter() - since)
+    assert whole.trainer._save_pays is pays
+
+
+def with_slow_saving(trainer: Trainer) -> tuple[Trainer, list[int]]:
+    """One whose every save took an hour; and the steps at which it saved."""
+    write, saved = trainer._write_last, []
+
+    def slow() -> float:
+        saved.append(trainer.state.step)
+        write()
+        assert 0 < trainer._save_took < 60
+        assert 0 <= time.perf_counter() - trainer._saved < 60
+        trainer._save_took = 3600.0
+        return 0.0
+
+    trainer._write_last = slow  # type: ignore[method-assign]
+    return trainer, saved
+
+
+@pytest.mark.usefixtures("usual_disk")
+def test_a_state_whose_saving_takes_long_is_saved_at_the_end(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+    trainer, saved = with_slow_saving(Trainer(tiny(), oxford_root, tmp_path, device=CPU))
+    trainer.fit()
+    assert saved == [PER_EPOCH, EPOCHS * PER_EPOCH]
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.usefixtures("usual_disk")
+@pytest.mark.parametrize("orderly", [False, True])
+def test_a_run_whose_state_is_not_saved_after_each_epoch_goes_on(
+    oxford_root: Path, tmp_path: Path, whole: Run, orderly: bool
+) -> None:
+    act = functools.partial(signal.raise_signal, signal.SIGTERM) if orderly else crash
+    observer, end = Recorder(at_step=at(2 * PER_EPOCH + 2, act)), 2 * PER_EPOCH + 2
+    trainer, saved = with_slow_saving(Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=observer))
+    with pytest.raises(KeyboardInterrupt if orderly else Crash):
+        trainer.fit()
+    assert saved == ([PER_EPOCH, end] if orderly else [PER_EPOCH])
+    go_on = Recorder()
+    Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True, observer=go_on).fit()
+    assert go_on.losses == whole.observer.losses[end if orderly else PER_EPOCH :]
+    assert_same_run(tmp_path, whole)
+
+
+# losses that are read when the next step is under way, as on a GPU
+
+
+def late(trainer: Trainer) -> Trainer:
+    trainer.late = True
+    return trainer
+
+
+def test_only_a_gpu_is_told_the_next_step_before_the_last_one_is_read(
+    oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def order(folder: str, behind: bool) -> list[str]:
+        trainer, said = Trainer(tiny("epochs=2"), oxford_root, tmp_path / folder, device=CPU), []
+        trainer.late |= behind
+        step, settle, validate = trainer._step, trainer._settle, trainer._validate
+        monkeypatch.setattr(trainer, "_step", lambda *words: said.append("told") or step(*words))
+        monkeypatch.setattr(trainer, "_settle", lambda one: said.append("read") or settle(one))
+        monkeypatch.setattr(trainer, "_validate", lambda: said.append("validated") or validate())
+        trainer.fit()
+        return said
+
+    assert order("cpu", behind=False) == ([*["told", "read"] * 5, "validated"]) * 2
+    assert order("gpu", behind=True) == (["told", *["told", "read"] * 4, "read", "validated"]) * 2
+
+
+def test_a_late_run_is_the_same_run(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+    observer = Recorder()
+    late(Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=observer)).fit()
+    assert observer.losses == whole.observer.losses
+    assert observer.rates == whole.observer.rates
+    assert without_times(observer.rows) == without_times(whole.observer.rows)
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize(
+    ("step", "number", "end"),
+    [(1, signal.SIGINT, 2), (7, signal.SIGTERM, 8), (PER_EPOCH, signal.SIGINT, 5), (PER_EPOCH - 1, signal.SIGINT, 5)],
+)
+def test_a_late_run_is_stopped_with_all_its_steps_read(
+    oxford_root: Path, tmp_path: Path, whole: Run, step: int, number: int, end: int
+) -> None:
+    stop = Recorder(at_step=at(step, lambda: signal.raise_signal(number)))
+    trainer = late(Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=stop))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert (len(stop.losses), trainer.stopped_by) == (end, number)
+    assert load(tmp_path / LAST).meta["state"]["step"] == end
+    late(Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)).fit()
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("batch", [2, PER_EPOCH])
+def test_a_late_loss_that_is_no_number_names_its_own_batch_and_saves_nothing(
+    oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    trainer = late(Trainer(tiny(), oxford_root, tmp_path, device=CPU))
+    step, told = trainer._step, []
+
+    def spoil(photo: Tensor, trimap: Tensor, lr: float) -> Step:
+        told.append(lr)
+        spoilt = len(told) == PER_EPOCH + batch
+        with monkeypatch.context() as patch:
+            if spoilt:
+                patch.setattr("petseg.train.normalize", lambda image: normalize(image) * math.nan)
+            return step(photo, trimap, lr)
+
+    monkeypatch.setattr(trainer, "_step", spoil)
+    with pytest.raises(NonFiniteLoss, match=f"loss nan.*epoch 2, batch {batch} ") as caught:
+        trainer.fit()
+    assert f"({', '.join(names_of_batch(trainer, 1, batch - 1))})" in str(caught.value)
+    assert len(told) == min(PER_EPOCH + batch + 1, 2 * PER_EPOCH)
+    last = load(tmp_path / LAST)
+    assert last.meta["state"]["step"] == PER_EPOCH
+    assert load(tmp_path / BEST).meta["epoch"] == 1
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters()), "the weights had moved"
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the CPU wait for a GPU: numbers that are read back."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_reads_nothing_back(oxford_root: Path, tmp_path: Path, scaled: bool) -> None:
+    trainer = Trainer(tiny("model.width=2"), oxford_root, tmp_path, device=CPU)
+    trainer.scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    batches = list(trainer.loader)
+    trainer._step(*batches[0][:2], 1e-3).read()
+    with Waits() as waits:
+        step = trainer._step(*batches[1][:2], 1e-3)
+    assert waits.found == 0
+    with waits:
+        step.numbers.sum().item()
+    assert waits.found == 1, "the count works"
+
+
 KILLED = """
 import os, sys, torch
 from pathlib import Path
@@ -419,6 +661,23 @@ def test_other_settings_are_refused_on_resume(oxford_root: Path, whole: Run, set
     assert (whole.folder / LAST).read_bytes() == before
 
 
+@pytest.mark.parametrize("setting", ["data.workers=0", "data.on_bad=skip", "early_stop=7", "compile=true"])
+def test_settings_that_say_where_and_how_long_are_taken_anew(
+    oxford_root: Path, tmp_path: Path, whole: Run, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    stop = Recorder(at_step=at(7, lambda: signal.raise_signal(signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=stop).fit()
+    config = tiny(setting)
+    assert config != tiny()
+    Trainer(config, oxford_root, tmp_path, device=CPU, resume=True).fit()
+    assert_same_run(tmp_path, whole)
+    assert load(tmp_path / LAST).meta["config"] == to_dict(config)
+    with pytest.raises(TrainingError, match=r"other settings: seed was 0, now 1$"):
+        Trainer(tiny("seed=1"), oxford_root, tmp_path, device=CPU, resume=True)
+
+
 def test_every_other_setting_is_named(oxford_root: Path, whole: Run) -> None:
     with pytest.raises(TrainingError, match=r"batch was 4, now 5; .*seed was 0, now 1"):
         Trainer(tiny("seed=1", "batch=5"), oxford_root, whole.folder, device=CPU, resume=True)
@@ -436,6 +695,16 @@ def test_a_folder_that_holds_a_run_is_refused(oxford_root: Path, whole: Run) -> 
     with pytest.raises(TrainingError, match=r"already holds a run.*--resume"):
         Trainer(tiny(), oxford_root, whole.folder, device=CPU)
     assert {p.name: p.read_bytes() for p in whole.folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", [BEST, LAST, LOG])
+def test_a_folder_that_holds_a_part_of_a_run_is_refused(
+    oxford_root: Path, tmp_path: Path, whole: Run, name: str
+) -> None:
+    shutil.copy(whole.folder / name, tmp_path)
+    with pytest.raises(TrainingError, match=r"already holds a run.*--resume"):
+        Trainer(tiny(), oxford_root, tmp_path, device=CPU)
+    assert (tmp_path / name).read_bytes() == (whole.folder / name).read_bytes()
 
 
 def test_nothing_to_resume_is_refused(oxford_root: Path, tmp_path: Path) -> None:
@@ -599,13 +868,20 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_photos(oxford_root
     assert (tmp_path / LAST).read_bytes() == kept[0]
     assert load(tmp_path / LAST).meta["state"]["step"] == PER_EPOCH
     Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
+    # What it says to do can be done.
+    assert f"--init {tmp_path / LAST}" in str(caught.value)
+    assert re.search(r"another --output.*lower optimizer\.lr or another amp", str(caught.value))
+    again = Trainer(tiny("optimizer.lr=0.001"), oxford_root, tmp_path / "new", device=CPU, init=tmp_path / LAST)
+    average = {n: t for n, t in load(tmp_path / LAST).tensors.items() if n.startswith("ema/")}
+    assert same_tensors({f"ema/{n}": t for n, t in again.model.state_dict().items()}, average)
 
 
 def test_a_first_loss_that_is_no_number_says_that_nothing_is_kept(oxford_root: Path, tmp_path: Path) -> None:
     trainer = Trainer(tiny(), oxford_root, tmp_path / "out", device=CPU)
     trainer.model.head.bias.data.fill_(math.inf)
-    with pytest.raises(NonFiniteLoss, match="no checkpoint had been written yet"):
+    with pytest.raises(NonFiniteLoss, match=r"no checkpoint had been written yet\. Start again with a lower") as caught:
         trainer.fit()
+    assert "--init" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -829,7 +1105,7 @@ def test_the_loss_settings_reach_the_loss(oxford_root: Path, tmp_path: Path) -> 
     def first_loss(folder: str, *settings: str) -> float:
         config = tiny("model.width=2", *settings)
         trainer = Trainer(config, oxford_root, tmp_path / folder, device=CPU)
-        return trainer._step(*next(iter(trainer.loader))[:2], 1e-3)
+        return trainer._step(*next(iter(trainer.loader))[:2], 1e-3).read()[0]
 
     bce, dice = first_loss("bce", "loss.bce=1", "loss.dice=0"), first_loss("dice", "loss.bce=0", "loss.dice=1")
     assert first_loss("both", "loss.bce=0.25", "loss.dice=2") == pytest.approx(0.25 * bce + 2 * dice, rel=1e-5)
@@ -922,6 +1198,40 @@ def test_a_photo_that_goes_bad_in_the_middle_of_a_run(oxford_copy: Path, tmp_pat
     with pytest.raises(DataError, match="pet_"):
         run("stop")
     assert load(tmp_path / "stop" / LAST).meta["state"]["step"] == PER_EPOCH
+
+
+def test_a_run_that_a_bad_validation_photo_ended_goes_on_without_it(oxford_copy: Path, tmp_path: Path) -> None:
+    out, bad = tmp_path / "out", find(oxford_copy, Split.VAL, val_fraction=0.1)[0]
+    spoil = Recorder(at_step=at(PER_EPOCH + 2, lambda: spoil_photo(oxford_copy, Split.VAL, 0)))
+    with pytest.raises(DataError, match=bad.name):
+        Trainer(tiny(), oxford_copy, out, device=CPU, observer=spoil).fit()
+    observer = Recorder()
+    Trainer(tiny("data.on_bad=skip"), oxford_copy, out, device=CPU, observer=observer, resume=True).fit()
+    assert [row["skipped"] for row in observer.rows] == [1, 1]
+    spoil_photo(oxford_copy, Split.TRAIN, 0)  # the order of the photos would be another
+    with pytest.raises(TrainingError, match="other photos"):
+        Trainer(tiny("data.on_bad=skip"), oxford_copy, out, device=CPU, resume=True)
+
+
+def test_each_observer_is_told_what_is_left_out() -> None:
+    one, two = Recorder(), Recorder()
+    Observers(one, two).left_out("left out: pet")
+    assert one.messages == two.messages == ["left out: pet"]
+
+
+def test_photos_too_many_for_the_memory_are_kept_in_a_file(
+    oxford_root: Path, tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 22 * 32 * 32 * 4
+    for room, place in ((2 * size - 1, f"a file in {tmp_path / 'file'}: decoded, they are"), (2 * size, "memory")):
+        monkeypatch.setattr("petseg.train.memory", lambda room=room: room)
+        observer, folder = Recorder(), tmp_path / place.split()[-1 if place == "memory" else 1]
+        trainer = Trainer(tiny(), oxford_root, folder, device=CPU, observer=observer)
+        trainer.fit()
+        assert observer.messages[0].startswith(f"reading 22 photos into {place}")
+        assert isinstance(trainer.train_set._photos.base, np.memmap) is (place != "memory")
+        assert_same_run(folder, whole)
+        assert {path.name for path in folder.iterdir()} == {BEST, LAST, LOG}
 
 
 def test_no_validation_photo_that_can_be_used_is_refused(oxford_copy: Path, tmp_path: Path) -> None:
@@ -1017,6 +1327,31 @@ def test_a_compiled_network_takes_the_same_steps(
     assert_same_run(tmp_path, whole)
 
 
+def test_a_network_that_is_really_compiled_goes_on_and_ends_near_the_other(
+    oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of torch.compile but its code generator, which takes minutes."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    settings, compiled = ("amp=bf16", "model.width=2", "epochs=2"), tmp_path / "compiled"
+    plain = Trainer(tiny(*settings), oxford_root, tmp_path / "plain", device=CPU)
+    plain.fit()
+    stop = Recorder(at_step=at(7, lambda: signal.raise_signal(signal.SIGINT)))
+    before = dict(torch._dynamo.utils.counters["stats"])
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(tiny("compile=true", *settings), oxford_root, compiled, device=CPU, observer=stop).fit()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before.get("unique_graphs", 0)
+    Trainer(tiny("compile=true", *settings), oxford_root, compiled, device=CPU, resume=True).fit()
+    for name in (BEST, LAST):
+        found, expected = load(compiled / name).tensors, load(tmp_path / "plain" / name).tensors
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            if not key.startswith("optimizer"):
+                torch.testing.assert_close(found[key], tensor, rtol=0.05, atol=0.02, msg=key)
+    assert [row["loss"] for row in load(compiled / LAST).meta["state"]["history"]] == pytest.approx(
+        [row["loss"] for row in plain.state.history], abs=5e-3
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use")
 def test_a_network_compiled_for_a_gpu_learns(oxford_root: Path, tmp_path: Path) -> None:
@@ -1024,6 +1359,35 @@ def test_a_network_compiled_for_a_gpu_learns(oxford_root: Path, tmp_path: Path) 
     trainer.fit()
     assert trainer.state.history[-1]["loss"] < trainer.state.history[0]["loss"]
     assert trainer.state.peak_memory > 0
+
+
+def test_what_the_observer_takes_is_no_time_of_the_steps(oxford_root: Path, tmp_path: Path) -> None:
+    observer = Recorder(at_step=lambda step: time.sleep(0.4))
+    trainer = Trainer(tiny("epochs=1", "model.width=2"), oxford_root, tmp_path, device=CPU, observer=observer)
+    trainer.fit()
+    (row,) = trainer.state.history
+    assert row["elapsed"] > 2
+    assert 0 < row["data_wait"] * row["seconds"] < row["seconds"] < 1.6
+
+
+def test_the_log_has_the_memory_of_the_gpu(
+    whole: Run, oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [row["gpu_memory"] for row in whole.observer.rows] == [0, 0, 0]
+    trainer = Trainer(tiny("epochs=1", "model.width=2"), oxford_root, tmp_path, device=CPU)
+    validate = trainer._measure_and_keep
+
+    def on_a_gpu() -> float:
+        trainer.device = torch.device("cuda")
+        return validate()
+
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12345)
+    monkeypatch.setattr(trainer, "_measure_and_keep", on_a_gpu)
+    monkeypatch.setattr(trainer, "_ema_run", lambda: torch_run(trainer.ema.module, CPU))
+    trainer.fit()
+    with (tmp_path / LOG).open(newline="") as file:
+        assert [row["gpu_memory"] for row in csv.DictReader(file)] == ["12345"]
+    assert load(tmp_path / LAST).meta["state"]["peak_memory"] == 12345
 
 
 def test_the_time_of_a_run_goes_on_where_it_was_left(oxford_root: Path, tmp_path: Path) -> None:

@@ -1,0 +1,282 @@
+"""Train a recipe, round its weights, measure the rounded file and pack it: all that one lease of a GPU has time for.
+
+    python -m benchmarks.lease published --data data --out lease --size 256x256 --minutes 9
+    python -m benchmarks.lease join lease/published.manifest.json petseg/weights/published.safetensors
+
+The run is `petseg train`'s own, in a folder that is thrown away with its optimizer. What stays in OUT is small: the
+weights in pieces of at most 16 MiB with their manifest, and RECIPE.json, a record as those in ``results/training``.
+
+Kernels are rounded to float16. Biases and BatchNorm's scales, shifts and statistics stay in float32: they are a few
+thousandths of the bytes, and a variance can lie outside of what float16 holds. So does a kernel that would overflow.
+The figures in the record are those of the rounded file, which is the original from then on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import torch
+from torch import Tensor
+
+from benchmarks import photos, records
+from benchmarks.embedded.ship import trained
+from benchmarks.training import SPARE, few
+from petseg import checkpoint, recipes
+from petseg.config import TrainConfig, from_dict, override
+from petseg.data import Pair, Split, find
+from petseg.device import pick_device
+from petseg.evaluate import Evaluation, evaluate, open_model, torch_run
+from petseg.metrics import Border, best_threshold
+from petseg.train import BEST, Observer, RunState, Trainer
+from petseg_runtime.cli.text import PATH, parse_size
+from petseg_runtime.files import write_atomic
+
+PIECE: Final = 16 * 2**20
+#: Steps of a warm-up epoch, of which the later half is timed: the batches that were made before the first are used up.
+STEPS: Final = 60
+#: Seconds from `petseg train` to its first photo: Python, torch, CUDA.
+START: Final = 20.0
+MARGIN: Final = 0.06  # share of the time that is kept back
+BATCH: Final = 16  # photos at a time, in the measurement
+FILE: Final = click.Path(path_type=Path, exists=True, dir_okay=False)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained: `petseg train`'s options."""
+
+    recipe: str
+    root: Path
+    device: str
+    settings: tuple[str, ...]
+    files: Mapping[str, Path]
+
+    def config(self) -> TrainConfig:
+        """The run, as `petseg train` will see it."""
+        raw = recipes.load(self.recipe)
+        for setting in self.settings:
+            override(raw, setting)
+        return from_dict(TrainConfig, raw)
+
+    def words(self, output: Path) -> list[str]:
+        """The command line."""
+        words = [sys.executable, "-m", "petseg.cli", "train", "--recipe", self.recipe, "--device", self.device]
+        words += ["--data", str(self.root), "--output", str(output)]
+        words += [word for name, file in self.files.items() for word in (f"--{name}", str(file))]
+        return words + [word for setting in self.settings for word in ("--set", setting)]
+
+
+@click.command()
+@click.argument("recipe", type=click.Choice(recipes.names()))
+@click.option("--data", type=PATH, required=True, help="Folder of the data sets.")
+@click.option("--out", type=PATH, required=True, help="Where the pieces and the record go.")
+@click.option("--teacher", type=FILE)
+@click.option("--init", type=FILE)
+@click.option("--size", metavar="HxW")
+@click.option("--epochs", type=click.IntRange(min=1), help="With --minutes, at most.  [default: the recipe's]")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="As many epochs as end in this time.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="As of `petseg train`.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--commit", help="Of this checkout, where git cannot tell.")
+def lease(
+    recipe: str,
+    data: Path,
+    out: Path,
+    teacher: Path | None,
+    init: Path | None,
+    size: str | None,
+    epochs: int | None,
+    minutes: float | None,
+    settings: tuple[str, ...],
+    device: str,
+    commit: str | None,
+) -> None:
+    """Train RECIPE, and leave in OUT what is to be brought home."""
+    began = time.perf_counter()
+    files = {name: file.absolute() for name, file in (("teacher", teacher), ("init", init)) if file}
+    asked = {"size": size, "epochs": epochs, "minutes": minutes, **{name: file.name for name, file in files.items()}}
+    words = [f"--{name} {value}" for name, value in asked.items() if value] + [f"--set {each}" for each in settings]
+    command = " ".join([f"python -m benchmarks.lease {recipe} --data DATA --out OUT", *words])
+    sides = zip(("height", "width"), parse_size(size), strict=True) if size else ()
+    settings += (*(f"data.{name}={value}" for name, value in sides), *([f"epochs={epochs}"] if epochs else ()))
+    root = photos.first(data.absolute(), photos.BEST, photos.OFFICIAL, photos.COPIES)
+    job = Job(recipe, root, device, settings, files)
+    # What is wrong is found now, not after the run.
+    tests = {what: find(folder, Split.TEST) for what, folder in photos.test_sets(data).items()}
+    out.mkdir(parents=True, exist_ok=True)
+    record = out / f"{recipe}.json"
+    with tempfile.TemporaryDirectory() as scratch:
+        plan = planned(job, Path(scratch), tests, 60 * minutes, began) if minutes else None
+        if plan:
+            job = replace(job, settings=(*settings, f"epochs={plan['epochs']}"))
+        run, weights = Path(scratch) / recipe, Path(scratch) / f"{recipe}.safetensors"
+        code = train(job, run, began + plan["deadline"] - time.perf_counter() if plan else None)
+        told = {"commit": commit} if commit else {}
+        values: dict[str, Any] = {**told, "runs": [{**trained([run])[0], **told}], "exit_code": code, "plan": plan}
+        values["weights"] = pack(rounded(run / BEST, weights, commit), out)
+        records.write(recipe, command, values, record)  # whatever becomes of the measurement
+        values |= measured(weights, job, tests)
+    records.write(recipe, command, {**values, "seconds": time.perf_counter() - began}, record)
+    for what, found in values["tests"].items():
+        click.echo(f"{what}: IoU {found['iou']:.4f}, Dice {found['dice']:.4f}")
+    sys.exit(code)
+
+
+class Clock(Observer):
+    """Seconds from the start of the latest epoch to the end of each of its steps, without validation."""
+
+    def __init__(self) -> None:
+        self.marks = [0.0]
+
+    def step(self, state: RunState, loss: float, lr: float) -> None:
+        self.marks = [*self.marks[: state.steps_summed], state.seconds]
+
+
+def planned(
+    job: Job, folder: Path, tests: Mapping[str, Sequence[Pair]], seconds: float, began: float
+) -> dict[str, Any]:
+    """How many epochs fit, what that follows from, and the second at which the run is stopped if it does not."""
+    config = job.config()
+    fraction, seed = config.data.val_fraction, config.data.split_seed
+    train, val = (len(find(job.root, part, val_fraction=fraction, seed=seed)) for part in (Split.TRAIN, Split.VAL))
+    costs = warmed_up(job, config, folder, train, val)
+    left = seconds * (1 - MARGIN) - (time.perf_counter() - began)
+    after = costs["measure_a_photo"] * (sum(map(len, tests.values())) + val)
+    before = START + costs["read_a_photo"] * (train + val) + costs["first_epoch_more"]
+    epoch = costs["epoch_start"] + costs["step"] * (train // config.batch) + costs["validate_and_save"]
+    epochs = min(config.epochs, int((left - before - after) / epoch))
+    said = f"an epoch takes {epoch:.1f} s, all before them {before:.0f} s, and the measurement {after:.0f} s"
+    if epochs < 1:
+        sys.exit(f"no epoch fits into the {left:.0f} s that are left: {said}")
+    click.echo(f"{epochs} epochs: {said}", err=True)
+    deadline = seconds * (1 - MARGIN / 2) - after
+    return {"epochs": epochs, "epoch": epoch, "before": before, "after": after, "deadline": deadline, **costs}
+
+
+def warmed_up(job: Job, config: TrainConfig, folder: Path, train: int, val: int) -> dict[str, float]:
+    """Seconds that the parts of a run take here, from two epochs over some of the photos and as many of validation."""
+    some = min(train + val, STEPS * config.batch + val + SPARE)
+    few(job.root, folder / "few", some)
+    short = replace(config, epochs=2, early_stop=0, data=replace(config.data, val_fraction=val / some))
+    device, clock = pick_device(job.device), Clock()
+    torch.zeros(1, device=device)  # CUDA's own start is in START
+    begin = time.perf_counter()
+    init, teacher = job.files.get("init"), job.files.get("teacher")
+    trainer = Trainer(
+        short, folder / "few", folder / "warm-up", device=device, init=init, teacher=teacher, observer=clock
+    )
+    read = time.perf_counter() - begin
+    trainer.fit()
+    begin = time.perf_counter()
+    side = (config.data.height, config.data.width)
+    evaluate(torch_run(trainer.model, device), trainer.good_val_pairs, *side, batch=BATCH)
+    measure = time.perf_counter() - begin
+    first, second = trainer.state.history
+    steps = len(clock.marks) - 1
+    step = (clock.marks[-1] - clock.marks[steps // 2]) / (steps - steps // 2)  # of the later half, in full swing
+    return {
+        "read_a_photo": read / some,
+        "first_epoch_more": max(0.0, first["seconds"] - second["seconds"]),
+        "epoch_start": max(0.0, second["seconds"] - step * steps),
+        "step": step,
+        "validate_and_save": second["elapsed"] - first["elapsed"] - second["seconds"],
+        "measure_a_photo": measure / val,
+    }
+
+
+def train(job: Job, run: Path, seconds: float | None) -> int:
+    """Run `petseg train`; one that is not done in time is stopped, and its best checkpoint so far counts."""
+    with subprocess.Popen(job.words(run), cwd=records.ROOT) as process:
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            code = process.wait()
+    if not (run / BEST).exists():
+        sys.exit(f"`petseg train` ended with exit code {code}, and left no checkpoint")
+    return code
+
+
+def rounded(best: Path, to: Path, commit: str | None = None) -> Path:
+    """Write a checkpoint's kernels in float16, and all else as it is."""
+    loaded = checkpoint.load(best)
+    origin = {**loaded.meta["provenance"], **({"commit": commit} if commit else {})}
+    meta = {**loaded.meta, "provenance": origin, "rounded": {"kernels": "float16", "from_sha256": loaded.sha256}}
+    checkpoint.save_checkpoint(to, {name: _half(tensor) for name, tensor in loaded.tensors.items()}, meta)
+    return to
+
+
+def _half(tensor: Tensor) -> Tensor:
+    half = tensor.half()
+    return half if tensor.ndim > 1 and bool(half.isfinite().all()) else tensor
+
+
+def measured(weights: Path, job: Job, tests: Mapping[str, Sequence[Pair]]) -> dict[str, Any]:
+    """Each set of test photos at the file's own threshold, and each reading of the border at that of validation."""
+    split = job.config().data
+    failed: list[str] = []
+    with open_model(weights, job.device) as model:
+
+        def measure(pairs: Sequence[Pair]) -> Evaluation:
+            side = (model.height, model.width)
+            return evaluate(model.run, pairs, *side, batch=BATCH, failed=lambda pair, _: failed.append(pair.name))
+
+        val = measure(find(job.root, Split.VAL, val_fraction=split.val_fraction, seed=split.split_seed))
+        thresholds = {border: best_threshold(val.total, border) for border in Border}
+        found = {}
+        for what, pairs in tests.items():
+            result = measure(pairs)
+            best = {border: result.summary(cut)["readings"][border] for border, cut in thresholds.items()}
+            found[what] = {**result.summary(model.threshold), "at_thresholds_of_validation": best}
+        about = {"model": model.describe(), "validation": val.summary(model.threshold), "thresholds": thresholds}
+    return {**about, "tests": found, "photos_failed": failed}
+
+
+def pack(weights: Path, out: Path) -> dict[str, Any]:
+    """Write a file in pieces, and their manifest, which :func:`join` reads."""
+    data = weights.read_bytes()
+    pieces: list[dict[str, Any]] = []
+    for at in range(0, len(data), PIECE):
+        piece = data[at : at + PIECE]
+        pieces.append({"file": f"{weights.name}.{len(pieces):02d}", **_told(piece)})
+        write_atomic(out / pieces[-1]["file"], piece)
+    manifest = {"file": weights.name, **_told(data), "pieces": pieces}
+    write_atomic(out / f"{weights.stem}.manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+    return manifest
+
+
+@click.command()
+@click.argument("manifest", type=FILE)
+@click.argument("out", type=PATH)
+def join(manifest: Path, out: Path) -> None:
+    """Put the pieces that MANIFEST names, and lie beside it, together to the file OUT."""
+    told = json.loads(manifest.read_text(encoding="utf-8"))
+    parts = [(manifest.parent / row["file"]).read_bytes() for row in told["pieces"]]
+    whole = b"".join(parts)
+    for row, part in zip((*told["pieces"], told), (*parts, whole), strict=True):
+        if row != row | _told(part):
+            sys.exit(f"{manifest.parent / row['file']}: not what {manifest.name} says it is; bring it once more")
+    write_atomic(out, whole)
+    click.echo(f"{out}: {told['sha256']}")
+
+
+def _told(data: bytes) -> dict[str, Any]:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["join"]:
+        join(sys.argv[2:])
+    else:
+        lease(sys.argv[1:])

@@ -1,0 +1,278 @@
+"""A lease leaves the rounded weights in pieces, and what that very file reaches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import lease, photos, records
+from benchmarks.lease import Job
+from petseg import checkpoint
+from petseg.data import Split, find
+from petseg.evaluate import evaluate, open_model, torch_run
+from petseg.model import AttentionUNet, AttentionUNetConfig
+from petseg_runtime.errors import DataError
+
+#: width 4, and as fast as it gets
+SMALL = ["model.width=4", "batch=4", "amp=fp32", "data.val_fraction=0.25", "data.split_seed=3", "data.workers=0"]
+SET = [word for setting in SMALL for word in ("--set", setting)]
+KINDS = ("background", "pet", "ignored")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data sets of two names."""
+    folder = tmp_path_factory.mktemp("data")
+    for name in (photos.COPIES, photos.NATIVE):
+        (folder / name).symlink_to(oxford_root)
+    return folder
+
+
+def leased(data: Path, out: Path, *words: str) -> dict[str, Any]:
+    """What a lease of two epochs at 32 x 32 left on record."""
+    options = ["published", "--data", str(data), "--out", str(out), "--size", "32", "--device", "cpu", *SET, *words]
+    with pytest.raises(SystemExit) as ended:
+        lease.lease(options, standalone_mode=False)
+    assert ended.value.code == 0
+    return dict(json.loads((out / "published.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def out(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a whole lease left, in pieces of 100 kB."""
+    folder = tmp_path_factory.mktemp("lease") / "out"
+    teacher = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    spec = {"height": 32, "width": 32, "threshold": 0.5}
+    meta = {"kind": "model", "model": {"width": 2}, "spec": spec}
+    checkpoint.save_checkpoint(teacher, AttentionUNet(AttentionUNetConfig(width=2)).state_dict(), meta)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lease, "PIECE", 100_000)
+        leased(data, folder, "--epochs", "2", "--teacher", str(teacher), "--commit", "abc")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights, put together again by the command."""
+    path = tmp_path_factory.mktemp("joined") / "published.safetensors"
+    command = [sys.executable, "-m", "benchmarks.lease", "join", str(out / "published.manifest.json"), str(path)]
+    said = subprocess.run(command, cwd=records.ROOT, check=True, capture_output=True, text=True).stdout
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in said
+    return path
+
+
+def test_what_comes_home_is_small_and_whole(out: Path, weights: Path) -> None:
+    manifest = json.loads((out / "published.manifest.json").read_text())
+    names = [row["file"] for row in manifest["pieces"]]
+    assert {path.name for path in out.iterdir()} == {"published.json", "published.manifest.json", *names}
+    assert len(names) > 2
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
+    assert [(out / name).stat().st_size for name in names[:-1]] == [100_000] * (len(names) - 1)
+    assert 0 < (out / names[-1]).stat().st_size <= 100_000
+    assert manifest["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert lease.PIECE == 16 * 2**20
+    record = json.loads((out / "published.json").read_text())
+    assert record["weights"] == manifest
+    assert record["model"]["sha256"] == manifest["sha256"]
+
+
+def test_the_record_says_what_was_run(out: Path) -> None:
+    record = json.loads((out / "published.json").read_text())
+    (run,) = record["runs"]
+    config = run["config"]
+    assert (config["epochs"], config["model"]["width"], config["data"]["height"], config["data"]["width"]) == (
+        2,
+        4,
+        32,
+        32,
+    )
+    assert (run["epochs"], run["data"]["val_photos"], run["teacher"]["file"]) == (2, 6, "teacher.safetensors")
+    assert "--recipe published" in run["command"]
+    assert (record["commit"], run["commit"], record["exit_code"], record["plan"]) == ("abc", "abc", 0, None)
+    said = (
+        "python -m benchmarks.lease published --data DATA --out OUT --size 32 --epochs 2 --teacher teacher.safetensors"
+    )
+    assert record["command"] == f"{said} {' '.join(SET)}"
+    assert record["seconds"] > run["elapsed"] > run["seconds"] > 0
+    assert {"images_per_s", "data_wait", "peak_gpu_memory_bytes", "validation_reached_published", "versions"} <= set(
+        run
+    )
+    assert {"machine", "versions", "uncommitted", "shipped_model"} <= set(record)
+
+
+def test_the_figures_are_those_of_the_rounded_file(out: Path, weights: Path, data: Path) -> None:
+    record = json.loads((out / "published.json").read_text())
+    assert list(record["tests"]) == [photos.TEST_SETS[photos.COPIES], photos.TEST_SETS[photos.NATIVE]]
+    with open_model(weights, "cpu") as model:
+        result = evaluate(model.run, find(data / photos.NATIVE, Split.TEST), 32, 32)
+        val = evaluate(model.run, find(data / photos.COPIES, Split.VAL, val_fraction=0.25, seed=3), 32, 32)
+    found = record["tests"][photos.TEST_SETS[photos.NATIVE]]
+    at_validation = found.pop("at_thresholds_of_validation")
+    assert found == result.summary(model.threshold)
+    assert set(found["readings"]) == set(at_validation) == set(KINDS)
+    for border in KINDS:
+        cut = record["thresholds"][border]
+        assert at_validation[border] == result.summary(cut)["readings"][border]
+        ious = [val.summary(k / 255)["readings"][border]["iou"] for k in range(1, 255)]
+        assert val.summary(cut)["readings"][border]["iou"] == max(ious)
+    assert record["validation"] == val.summary(model.threshold)
+    assert record["photos_failed"] == []
+
+
+def test_kernels_are_rounded_and_nothing_else_is(weights: Path, tmp_path: Path) -> None:
+    loaded = checkpoint.load(weights)
+    assert {t.dtype for t in loaded.tensors.values() if t.ndim > 1} == {torch.float16}
+    assert {t.dtype for t in loaded.tensors.values() if t.ndim == 1} == {torch.float32}
+    assert loaded.meta["provenance"]["commit"] == "abc"
+    assert loaded.meta["rounded"]["kernels"] == "float16"
+
+    torch.manual_seed(0)
+    network = AttentionUNet(AttentionUNetConfig(width=2))
+    state = network.state_dict()
+    state["head.weight"] = state["head.weight"] + 1e6  # as a kernel never is
+    statistics = [name for name in state if name.endswith("running_var")]
+    for name in statistics:
+        state[name] = torch.full_like(state[name], 1e-9)
+    spec = {"height": 32, "width": 32, "threshold": 0.5}
+    meta = {"kind": "model", "model": {"width": 2}, "spec": spec, "provenance": {}}
+    digest = checkpoint.save_checkpoint(tmp_path / "best.safetensors", state, meta)
+    lease.rounded(tmp_path / "best.safetensors", tmp_path / "half.safetensors")
+    model, loaded = checkpoint.load_model(tmp_path / "half.safetensors")
+    assert loaded.meta["rounded"]["from_sha256"] == digest
+    got = model.state_dict()
+    for name, tensor in state.items():
+        whole = tensor.ndim <= 1 or name == "head.weight"
+        assert torch.equal(got[name], tensor if whole else tensor.half().float()), name
+    expected = AttentionUNet(AttentionUNetConfig(width=2))
+    expected.load_state_dict(got)
+    batch = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    with open_model(tmp_path / "half.safetensors", "cpu") as opened:
+        assert np.array_equal(opened.run(batch), torch_run(expected)(batch))
+
+
+@pytest.mark.parametrize("spoil", ["change", "cut", "swap"])
+def test_pieces_that_are_not_what_was_sent_are_not_joined(out: Path, tmp_path: Path, spoil: str) -> None:
+    for path in out.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    first, second = (tmp_path / f"published.safetensors.0{i}" for i in (0, 1))
+    data = first.read_bytes()
+    if spoil == "swap":
+        manifest = json.loads((tmp_path / "published.manifest.json").read_text())
+        manifest["pieces"][:2] = manifest["pieces"][1::-1]
+        (tmp_path / "published.manifest.json").write_text(json.dumps(manifest))
+    else:
+        second.write_bytes(data if spoil == "change" else second.read_bytes()[:-1])
+    name = "published.safetensors: not" if spoil == "swap" else "published.safetensors.01: not"
+    with pytest.raises(SystemExit, match=name):
+        lease.join([str(tmp_path / "published.manifest.json"), str(tmp_path / "joined")], standalone_mode=False)
+    assert not (tmp_path / "joined").exists()
+
+
+# ------------------------------------------------------------------------------------------------ the time there is
+
+
+def job(data: Path, *settings: str) -> Job:
+    return Job("published", data / photos.COPIES, "cpu", (*SMALL, "data.height=32", "data.width=32", *settings), {})
+
+
+def test_in_minutes_there_are_as_many_epochs_as_fit(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = {"read_a_photo": 0.5, "first_epoch_more": 3, "epoch_start": 1, "step": 2, "validate_and_save": 4}
+    monkeypatch.setattr(lease, "warmed_up", lambda *_: {**costs, "measure_a_photo": 0.25})
+    monkeypatch.setattr(lease.time, "perf_counter", lambda: 107.0)
+    tests = {"a": find(data / photos.COPIES, Split.TEST), "b": []}
+    # 18 photos to train on are 4 steps of 4; before: START + 24 / 2 + 3; after: (6 of val + 6 of test) / 4
+    one, rest = 1 + 4 * 2 + 4, lease.START + 15 + 3
+    for epochs, left in ((1, rest + 1.01 * one), (5, rest + 5.9 * one), (7, 1e6)):
+        seconds = (left + 7) / (1 - lease.MARGIN)  # seven are gone
+        plan = lease.planned(job(data, "epochs=7"), tmp_path, tests, seconds, 100)
+        assert plan["epochs"] == epochs
+        assert plan["deadline"] == pytest.approx(seconds * (1 - lease.MARGIN / 2) - 3)
+    with pytest.raises(SystemExit, match=r"no epoch fits .* an epoch takes 13\.0 s"):
+        lease.planned(job(data), tmp_path, tests, (rest + 0.99 * one + 7) / (1 - lease.MARGIN), 100)
+
+
+def test_the_warm_up_tells_what_each_part_costs(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "STEPS", 1)
+    short = job(data)
+    costs = lease.warmed_up(short, short.config(), tmp_path, 18, 6)
+    assert all(value >= 0 for value in costs.values())
+    assert min(costs[name] for name in ("read_a_photo", "step", "validate_and_save", "measure_a_photo")) > 0
+    seen = checkpoint.load(tmp_path / "warm-up" / "best.safetensors").meta["data"]
+    assert (seen["train_photos"], seen["val_photos"]) == (12, 6), "as many photos of validation as the run has"
+
+
+def test_the_later_half_of_an_epoch_is_timed() -> None:
+    clock = lease.Clock()
+    for seconds in ((9.0, 18.0), (5.0, 6.0, 7.0, 8.0)):
+        state = lease.RunState()
+        for mark in seconds:
+            state.steps_summed, state.seconds = state.steps_summed + 1, mark
+            clock.step(state, 0.0, 0.0)
+    assert clock.marks == [0.0, 5.0, 6.0, 7.0, 8.0]
+
+
+def test_a_lease_by_the_clock(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[dict[str, Any]] = []
+    planned = lease.planned
+
+    def one_less(*args: Any) -> dict[str, Any]:
+        plans.append(planned(*args))
+        return {**plans[0], "epochs": plans[0]["epochs"] - 1}
+
+    monkeypatch.setattr(lease, "planned", one_less)
+    record = leased(data, tmp_path, "--epochs", "2", "--minutes", "5")
+    (run,) = record["runs"]
+    assert plans[0]["epochs"] == 2
+    assert record["plan"]["epochs"] == run["epochs"] == run["config"]["epochs"] == 1
+    assert record["command"].count("--minutes 5.0") == 1
+
+
+def test_a_run_that_takes_longer_is_stopped_and_its_best_so_far_counts(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Popen(subprocess.Popen[bytes]):
+        def wait(self, timeout: float | None = None) -> int:
+            while timeout == 1.5 and not (tmp_path / "run" / "best.safetensors").exists():
+                assert self.poll() is None
+                time.sleep(0.05)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    endless = job(data, "epochs=100000")
+    assert lease.train(endless, tmp_path / "run", 1.5) == 130
+    (told,) = lease.trained([tmp_path / "run"])
+    assert 1 <= told["epochs"] < 100_000
+    with pytest.raises(SystemExit, match="left no checkpoint"):
+        lease.train(replace(endless, settings=(*endless.settings, "batch=1")), tmp_path / "other", None)
+
+
+def test_what_is_missing_is_found_before_the_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "train", lambda *_: pytest.fail("trained for nothing"))
+    (tmp_path / photos.COPIES / "annotations" / "trimaps").mkdir(parents=True)
+    (tmp_path / photos.COPIES / "images").mkdir()
+    with pytest.raises(DataError, match=r"test\.txt"):
+        lease.lease(["published", "--data", str(tmp_path), "--out", str(tmp_path)], standalone_mode=False)

@@ -1,0 +1,63 @@
+"""How `petseg train` ends, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+#: The validation photo of these 24, and one to train on.
+VALIDATION, TRAINING = "pet_12", "pet_03"
+OPTIONS = ["--width", "2", "--size", "32", "--batch", "4", "--device", "cpu", "--set", "amp=fp32"]
+
+
+def command(root: Path, output: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "petseg.cli", "train", "--data", str(root), "--output", str(output), *OPTIONS, *more]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_photos_that_are_left_out_are_named_and_make_the_run_a_partial_one(
+    oxford_copy: Path, tmp_path: Path, quiet: bool
+) -> None:
+    for name in (VALIDATION, TRAINING):
+        photo = oxford_copy / "images" / f"{name}.jpg"
+        photo.write_bytes(photo.read_bytes()[:300])
+    split = ["--set", "data.val_fraction=0.1", "--epochs", "1", "--json", *(["-q"] if quiet else [])]
+    skip = command(oxford_copy, tmp_path / "run", *split, "--set", "data.on_bad=skip")
+    done = subprocess.run(skip, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 3, done.stderr
+    assert json.loads(done.stdout)["best"]["skipped"] == 2
+    lines = done.stderr.splitlines()
+    told = [line for line in lines if line.startswith("left out: ")]
+    assert [name for line in told for name in (VALIDATION, TRAINING) if f"{name}.jpg" in line] == [VALIDATION, TRAINING]
+    assert all("petseg data check" in line for line in told), "broken into several lines"
+    assert (lines == told) is quiet
+    stopped = subprocess.run(
+        command(oxford_copy, tmp_path / "stopped", *split), capture_output=True, text=True, timeout=240, check=False
+    )
+    assert stopped.returncode == 8, stopped.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_has_its_exit_code(oxford_root: Path, tmp_path: Path, number: int, code: int) -> None:
+    output = tmp_path / "run"
+    process = subprocess.Popen(
+        command(oxford_root, output, "--epochs", "1000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while not (output / "log.csv").exists():
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=200)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == code, err
+    assert err.splitlines()[-1] == "petseg: interrupted"
+    assert not out
