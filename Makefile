@@ -92,8 +92,8 @@ step int8 "$$BIN/petseg" export petseg/weights/edge.safetensors --output "$$scra
     --data "$$(part -native)" --int8-data "$$(part -best)"
 int8= && [ -f "$$scratch/int8.onnx" ] && int8="--int8 $$scratch/int8.onnx"
 measure latency --data "$$DATA" --rounds 5 $$int8
-measure throughput --data "$$DATA" --photos 240
-measure video --data "$$DATA" --seconds 8 --rounds 3
+measure throughput --data "$$DATA" --photos 240 --rounds 5
+measure video --data "$$DATA" --seconds 8 --rounds 5
 measure scaling --rounds 5 --clip-rounds 1
 measure training --data "$$DATA" --epochs 3
 measure accuracy --data "$$DATA" $$int8 $${ISNET:+--isnet "$$ISNET"}
