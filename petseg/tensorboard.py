@@ -23,7 +23,15 @@ __all__ = ["TensorBoard"]
 U8: TypeAlias = npt.NDArray[np.uint8]
 
 #: Columns of the log that are curves.
-CURVES: Final = ("val_iou", "val_dice", "val_threshold", "val_mean_iou_border_ignored", "images_per_s", "data_wait")
+CURVES: Final = (
+    "val_iou",
+    "val_dice",
+    "val_threshold",
+    "val_mean_iou_border_ignored",
+    "images_per_s",
+    "data_wait",
+    "gpu_memory",
+)
 #: Photos shown after each epoch.
 SHOWN: Final = 6
 
