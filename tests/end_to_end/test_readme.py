@@ -24,7 +24,7 @@ SAMPLES = ROOT / "runtime" / "petseg_runtime" / "models" / "samples"
 #: The training is just long enough for masks that mean something: a receipt of nothing is refused.
 SHORTER = {
     "train": ["--epochs", "24", "--width", "4", "--size", "64x64", "--batch", "4", "--device", "cpu"],
-    # Points of IoU; one toy photo is a coarse judge, and of 32 x 32 pixels so is one pixel, whatever the CPU computes in.
+    # Points of IoU; one toy photo is a coarse judge, and so is one pixel of 32 x 32, whatever the CPU computes in.
     "export": ["--int8-judges", "1", "--int8-budget", "5", "--split", "test"],
 }
 
