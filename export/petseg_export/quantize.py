@@ -8,6 +8,10 @@ An activation is rounded where it is made, and what lies behind it takes the rou
 too: it is then kept in one byte only. Convolutions that are left in float are the exception: they take what they
 always took.
 
+Weights have seven bits, -64 to 64: x86 CPUs without VNNI add two products of bytes in 16 bits and cut off what is too
+large, and the masks of a file with eight were ruined there while it passed its parity test on newer ones. What the bit
+costs is lost in chance (benchmarks/LOG.md).
+
 Two things are there for OpenVINO alone, and change no value (but -128, which becomes -127). It forgets the scale of
 int8 activations where a MaxPool or a Concat lies between the rounding and the convolution, or a Concat right before
 the rounding: 2025.3 and 2026.4 do, without a word, and the masks are ruined. So what comes out of a MaxPool is rounded
@@ -42,8 +46,11 @@ Judge: TypeAlias = Callable[[bytes], float]
 #: Called with what is being done, how far it is, and of how much (0: not known).
 Watch: TypeAlias = Callable[[str, int, int], None]
 
-#: The largest int8 of a symmetric scale; -128 is not used.
+#: The largest int8 of an activation's symmetric scale; -128 is not used.
 LARGEST: Final = 127
+#: The largest int8 of a weight: two products of it and an unsigned byte fit 16 bits, 2 x 255 x 64 = 32,640. ("Saturation
+#: (overflow) issue workaround", OpenVINO's documentation; "Nuances of int8 computations", oneDNN's.)
+LARGEST_WEIGHT: Final = 64
 #: Bins of a histogram of magnitudes; at least half of them lie below the largest magnitude.
 BINS: Final = 4096
 #: What never exceeds this is taken for zero: the product of two scales must stay a normal float32.
@@ -378,7 +385,7 @@ def with_int8(proto: ModelProto, layers: Set[str], ranges: Mapping[str, float]) 
                 copy.input[i] = f"{name}_rounded"
         parts.append(copy)
         for name in rounded.intersection(node.output):
-            scale = _scale(np.float32(ranges[_source(proto, name)]))
+            scale = _scale(np.float32(ranges[_source(proto, name)]), LARGEST)
             parts += _clipped_and_rounded(name, scale) if node.op_type == "Concat" else _rounded(name, name, scale)
     return _rebuilt(proto, parts)
 
@@ -390,16 +397,16 @@ def int8_weight(weight: F32) -> tuple[I8, F32]:
         weight: float32 [O, I, h, w].
 
     Returns:
-        int8 [O, I, h, w], from -127 to 127, and its scales, float32 [O].
+        int8 [O, I, h, w], from -64 to 64, and its scales, float32 [O].
     """
-    scales = _scale(np.abs(weight).max(axis=(1, 2, 3)))
+    scales = _scale(np.abs(weight).max(axis=(1, 2, 3)), LARGEST_WEIGHT)
     values = np.rint(weight / scales.reshape(-1, 1, 1, 1))
-    return np.clip(values, -LARGEST, LARGEST).astype(np.int8), scales
+    return np.clip(values, -LARGEST_WEIGHT, LARGEST_WEIGHT).astype(np.int8), scales
 
 
-def _scale(largest: Any) -> F32:
-    """The scale for a largest magnitude, or for an array of them: float32, always above zero."""
-    return np.where(largest > NOTHING, largest / np.float32(LARGEST), np.float32(1)).astype(np.float32)
+def _scale(largest: Any, levels: int) -> F32:
+    """The scale that gives a largest magnitude that many levels; of an array, each: float32, always above zero."""
+    return np.where(largest > NOTHING, largest / np.float32(levels), np.float32(1)).astype(np.float32)
 
 
 def _convolutions(proto: ModelProto) -> list[NodeProto]:

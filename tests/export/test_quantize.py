@@ -215,7 +215,7 @@ def test_weights_are_within_half_a_step(seed: int, channels: int, size: float, f
     assert values.shape == weight.shape
     assert scales.shape == (channels,)
     assert (scales > 0).all()
-    assert values.min() >= -127
+    assert np.abs(values.astype(int)).max() * 255 * 2 < 2**15  # two products fit the 16 bits of CPUs without VNNI
     steps = scales.reshape(-1, 1, 1, 1).astype(np.float64)
     assert (np.abs(values * steps - weight) <= 0.5001 * steps).all()
 
