@@ -13,7 +13,8 @@ help:
 	@echo "make test    install everything the tests need into $(DEV), then make check and the tests"
 	@echo "make check   formatting, lint, types, import contracts"
 	@echo "make format  let ruff rewrite what it can"
-	@echo "make bench   measure everything (half an hour; wants DATA=data), then write the README's tables and plots"
+	@echo "make bench   measure everything (half an hour; wants DATA=data), then write the README's tables and plots;"
+	@echo "             with RESULTS=folder the records go there, and the tables stay"
 	@echo "make gpu-check  on a machine with an NVIDIA GPU: all its tests and benchmarks, in one file to send back"
 	@echo "make clean   remove environments, caches and outputs"
 
@@ -39,11 +40,13 @@ format: $(DEV)/.installed
 	$(DEV)/bin/ruff check --fix .
 
 # Half an hour, once the peers' environments are there (benchmarks.peers makes them). A step that fails does not keep the
-# others from running; it is named at the end, and the exit code tells. ISNET=FILE adds the background remover.
-DATA  ?= data
-ISNET ?=
+# others from running; it is named at the end, and the exit code tells. ISNET=FILE adds the background remover. RESULTS=FOLDER
+# takes the records, to compare them with ours, or as those of another machine (benchmarks/results/machines/NAME).
+DATA    ?= data
+ISNET   ?=
+RESULTS ?=
 bench: $(DEV)/.installed
-	@BIN="$(DEV)/bin" DATA="$(DATA)" ISNET="$(ISNET)" sh -c "$$BENCH"
+	@BIN="$(DEV)/bin" DATA="$(DATA)" ISNET="$(ISNET)" PETSEG_RESULTS="$(RESULTS)" sh -c "$$BENCH"
 
 # Needs an NVIDIA GPU and its driver, and says so where there is none. CUDA and cuDNN come with the packages: `gpu` is ONNX
 # Runtime on CUDA, `rtx` TensorRT for RTX; `train` and `export` are there because the tests of training on a GPU, and of
@@ -98,7 +101,8 @@ measure scaling --rounds 5 --clip-rounds 1
 measure training --data "$$DATA" --epochs 3
 measure accuracy --data "$$DATA" $$int8 $${ISNET:+--isnet "$$ISNET"}
 measure peers --data "$$DATA" --photos 200 --starts 5 $${ISNET:+--isnet "$$ISNET"}
-measure report
+if [ -z "$$PETSEG_RESULTS" ]; then measure report
+else echo "$$BIN/python -m benchmarks compare benchmarks/results $$PETSEG_RESULTS tells what differs"; fi
 echo "== all of it took $$(($$(date +%s) - began)) s"
 [ -z "$$failed" ] || { echo "FAILED:$$failed" >&2; exit 1; }
 endef

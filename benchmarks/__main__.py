@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from benchmarks.accuracy import accuracy
+from benchmarks.budget import budget
 from benchmarks.compare import compare
 from benchmarks.embedded.measure import embedded
 from benchmarks.flicker import flicker
@@ -30,6 +31,7 @@ def main() -> None:
 
 
 main.add_command(accuracy)
+main.add_command(budget)
 main.add_command(compare)
 main.add_command(embedded)
 main.add_command(flicker)

@@ -50,7 +50,7 @@ def plan(data: Path, folder: Path) -> list[ExportConfig]:
 @click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder of the data sets.")
 @click.option("--output", type=click.Path(path_type=Path), help="Where the files go.  [default: runs/receipts/NAME]")
-@click.option("--about", default="", help="What the checkpoint is, for the record.")
+@click.option("--about", required=True, help="What the checkpoint is, for the record.")
 def receipts(name: str, checkpoint: Path, data: Path, output: Path | None, about: str) -> None:
     """Export CHECKPOINT to everything that can be made here; the record is results/receipts-NAME.json."""
     folder = output or records.ROOT / "runs" / "receipts" / name

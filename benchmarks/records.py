@@ -1,5 +1,8 @@
 """Records: what was measured, on which machine, with which command. One JSON file each, in ``results/``.
 
+Those of other machines are in ``results/machines/NAME/``; new ones go to the folder that ``PETSEG_RESULTS`` in the
+environment names, where it is set.
+
 The name of a processor says little of a virtual machine: two that are called "AMD EPYC" differ twofold in speed. So a
 record tells its family, model, caches and instructions, and how fast it multiplied matrices when the record was made.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import subprocess
@@ -23,8 +27,13 @@ from petseg_runtime import host
 from petseg_runtime.artifact import default_model, open_artifact
 from petseg_runtime.files import write_atomic
 
+#: The records that the pages are made of.
 RESULTS: Final = Path(__file__).parent / "results"
+#: In the environment: another folder for new records.
+ELSEWHERE: Final = "PETSEG_RESULTS"
 ROOT: Final = Path(__file__).parent.parent
+#: Records, and the pages that are made of them, change while others are measured: pathspecs that leave them out.
+MADE: Final = (":!benchmarks/results", ":!benchmarks/RESULTS.md", ":!README.md")
 
 #: Where Linux tells of the processor.
 CPUINFO: Final = Path("/proc/cpuinfo")
@@ -119,20 +128,20 @@ def versions() -> dict[str, str]:
 
 
 def write(name: str, command: str, values: dict[str, Any], output: Path | None = None) -> Path:
-    """Write a record to ``output``, or to ``results/NAME.json``; a name may hold a folder."""
+    """Write a record to ``output``, or as ``NAME.json`` where new records go; a name may hold a folder."""
     record = {
         "schema_version": 1,
         "command": command,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": git("rev-parse", "HEAD").strip() or None,
-        # Of what was measured, what the commit does not have; records and the README's tables are made on the way.
-        "uncommitted": git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md").splitlines(),
+        # Of what was measured, what the commit does not have.
+        "uncommitted": git("status", "--porcelain", "--", ".", *MADE).splitlines(),
         "shipped_model": shipped_model(),
         "machine": machine(),
         "versions": versions(),
         **values,
     }
-    path = output or RESULTS / f"{name}.json"
+    path = output or Path(os.environ.get(ELSEWHERE) or RESULTS) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, (json.dumps(record, indent=2) + "\n").encode())
     return path
@@ -152,7 +161,12 @@ def git(*arguments: str) -> str:
         return ""
 
 
-def load(name: str) -> dict[str, Any]:
-    """The record of that name."""
-    record: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+def load(name: str, folder: Path | None = None) -> dict[str, Any]:
+    """The record of that name: of those that the pages are made of, or of another folder."""
+    record: dict[str, Any] = json.loads(((folder or RESULTS) / f"{name}.json").read_text(encoding="utf-8"))
     return record
+
+
+def machines() -> list[Path]:
+    """The folders of records of other machines."""
+    return sorted(path for path in (RESULTS / "machines").glob("*") if path.is_dir())

@@ -11,7 +11,7 @@ from typing import Final
 
 import click
 
-from benchmarks import plots, records, summary, tables
+from benchmarks import machines, plots, records, summary, tables
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ PAGES: Final[Mapping[Path, Mapping[str, Section]]] = {
         "latency": Section(tables.latency, ("latency",)),
         "folders": Section(tables.folders, ("throughput",)),
         "peers": Section(tables.peers, ("peers",)),
+        "machines": Section(machines.machines, ("latency", "peers", "video", "accuracy")),
         "startup": Section(tables.startup, ("embedded-startup",)),
         "video": Section(tables.video, ("video",)),
         "live": Section(tables.live, ("soak",)),

@@ -71,7 +71,9 @@ class RivalTrainer(Trainer):
         return LrAspp(self.config.model)
 
 
-class _Said(Observer):
+class Said(Observer):
+    """A line for each epoch."""
+
     def started(self, message: str) -> None:
         click.echo(message, err=True)
 
@@ -88,28 +90,32 @@ class _Said(Observer):
 def rival(data: Path, output: Path, teacher: Path | None, epochs: int, resume: bool) -> None:
     """Train LR-ASPP as the edge network was, and measure it on the same test photos."""
     config = replace(from_dict(TrainConfig, recipes.load("edge")), epochs=epochs)
-    best = trained(config, photos.training_set(data), output, teacher, resume)
-    values = measured(best, data)
-    with (output / "log.csv").open(encoding="utf-8") as log:
-        hours = sum(float(row["seconds"]) for row in csv.DictReader(log)) / 3600
+    trainer = RivalTrainer(
+        config,
+        photos.training_set(data),
+        output,
+        device=torch.device("cpu"),
+        teacher=teacher,
+        resume=resume,
+        observer=Said(),
+    )
+    values = measured(trainer.fit(), LrAspp, data)
     about = {"name": NAME, "epochs": epochs, "teacher": teacher.name if teacher else None, "size": [SIZE, SIZE]}
     command = f"python -m benchmarks rival --data DATA --output OUTPUT --epochs {epochs}"
     command += f" --teacher {teacher.name}" if teacher else ""
-    click.echo(records.write("rival", command, {**about, "hours": round(hours, 3), **values}))
+    click.echo(records.write("rival", command, {**about, "hours": round(seconds_of(output) / 3600, 3), **values}))
 
 
-def trained(config: TrainConfig, root: Path, output: Path, teacher: Path | None, resume: bool) -> Path:
-    """Its best checkpoint."""
-    trainer = RivalTrainer(
-        config, root, output, device=torch.device("cpu"), teacher=teacher, resume=resume, observer=_Said()
-    )
-    return trainer.fit()
+def seconds_of(run: Path) -> float:
+    """What its steps took, all in all."""
+    with (run / "log.csv").open(encoding="utf-8") as log:
+        return sum(float(row["seconds"]) for row in csv.DictReader(log))
 
 
-def measured(path: Path, data: Path) -> dict[str, Any]:
-    """Its parameters, its validation, and what it reaches on both test sets."""
+def measured(path: Path, kind: type[AttentionUNet], data: Path) -> dict[str, Any]:
+    """A checkpoint's parameters, its validation, and what it reaches on both test sets."""
     loaded = checkpoint.load(path)
-    network = LrAspp(loaded.model_config)
+    network = kind(loaded.model_config)
     network.load_state_dict(loaded.tensors)
     spec = loaded.meta["spec"]
     run, height, width = torch_run(network), spec["height"], spec["width"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any, Final
 
-from benchmarks import records
+from benchmarks import machines, records
 from benchmarks.photos import COPIES, NATIVE, TEST_SETS
 from benchmarks.published import CHOSEN, PRETRAINED, PUBLISHED
 from benchmarks.tables import spread
@@ -164,8 +164,19 @@ def fast() -> str:
             "",
             f"The network alone, one photo: {alone}. A clip of {clip['clip']}, to an overlay with `petseg infer`: "
             f"{overlay['times_real_time']:.2f} times real time.",
+            *elsewhere(),
         ]
     )
+
+
+def elsewhere() -> list[str]:
+    """The machines beside the one of the table, a line each."""
+    return [
+        f"\nThe same on {machine['peers']['machine']['cpu']}: {machines.folder(machine)} photos/s in a folder, "
+        f"{machines.over_peers(machine)} times as fast as the peers; the network alone "
+        f"{', '.join(f'{ms} ms in {engine}' for engine, ms in machines.alone(machine).items())}."
+        for machine in machines.every()[1:]
+    ]
 
 
 def faster(row: dict[str, Any], kind: str) -> float:

@@ -69,7 +69,12 @@ def engines() -> str:
 def others() -> str:
     """Others, measured by us on photos that petseg is measured on, too; and figures that others published."""
     record, against = records.load("accuracy"), records.load("rival")
-    parts = [rival(record, against), isnet(record["isnet"]) if record["isnet"] else "", published(record["elsewhere"])]
+    parts = [
+        rival(record, against),
+        alike(records.load("budget")),
+        isnet(record["isnet"]) if record["isnet"] else "",
+        published(record["elsewhere"]),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -94,6 +99,26 @@ def rival(record: dict[str, Any], against: dict[str, Any]) -> str:
         for row in record["rival_times"]
     ]
     return "\n".join([*lines, "", f"The networks alone, in turns, petseg against LR-ASPP: {'; '.join(each)}."])
+
+
+def alike(record: dict[str, Any]) -> str:
+    """The two networks after the same short training."""
+    size, what = f"{record['size'][0]} × {record['size'][1]}", list(record["networks"][0]["sets"])
+    lines = [
+        f"The two networks trained alike from random weights, {record['epochs']} epochs at {size}, no teacher "
+        "(`python -m benchmarks budget`): IoU, border as background:",
+        "",
+        f"| network | M parameters | minutes of steps | validation photos | {' | '.join(what)} |",
+        f"|---|---|---|---|{'---|' * len(what)}",
+    ]
+    for network in record["networks"]:
+        ious = [network["validation"]["val_iou"]]
+        ious += [found["readings"]["background"]["iou"] for found in network["sets"].values()]
+        cells = " | ".join(f"{iou:.4f}" for iou in ious)
+        lines.append(
+            f"| {network['name']} | {network['parameters'] / 1e6:.2f} | {60 * network['hours']:.0f} | {cells} |"
+        )
+    return "\n".join(lines)
 
 
 def isnet(found: dict[str, Any]) -> str:

@@ -48,7 +48,7 @@ Watch: TypeAlias = Callable[[str, int, int], None]
 
 #: The largest int8 of an activation's symmetric scale; -128 is not used.
 LARGEST: Final = 127
-#: The largest int8 of a weight: two products of it and an unsigned byte fit 16 bits, 2 x 255 x 64 = 32,640. ("Saturation
+#: The largest int8 of a weight: two products with an unsigned byte fit 16 bits, 2 x 255 x 64 = 32,640. ("Saturation
 #: (overflow) issue workaround", OpenVINO's documentation; "Nuances of int8 computations", oneDNN's.)
 LARGEST_WEIGHT: Final = 64
 #: Bins of a histogram of magnitudes; at least half of them lie below the largest magnitude.

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = ["latency", "throughput", "video", "scaling", "training", "accuracy", "peers", "report"]
 
 
-def made(tmp_path: Path, fails: str) -> subprocess.CompletedProcess[str]:
+def made(tmp_path: Path, fails: str, *options: str) -> subprocess.CompletedProcess[str]:
     """``make bench`` with a Python and a petseg that only write down what they are called with."""
     binaries = tmp_path / "venv" / "bin"
     binaries.mkdir(parents=True)
@@ -21,7 +21,7 @@ def made(tmp_path: Path, fails: str) -> subprocess.CompletedProcess[str]:
     for program in binaries.iterdir():
         program.chmod(0o755)
     (tmp_path / "venv" / ".installed").touch()  # newer than pyproject.toml: nothing is installed
-    command = ["make", "-C", str(ROOT), "bench", f"DEV={tmp_path / 'venv'}", "DATA=photos"]
+    command = ["make", "-C", str(ROOT), "bench", f"DEV={tmp_path / 'venv'}", "DATA=photos", *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
@@ -34,3 +34,12 @@ def test_every_step_runs_and_the_failed_ones_are_named(tmp_path: Path, fails: st
     assert "--int8" in calls[1]
     assert done.returncode == code, done.stderr
     assert ("FAILED: throughput report" in done.stderr) == bool(code)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_records_of_another_machine_leave_the_pages_alone(tmp_path: Path) -> None:
+    done = made(tmp_path, "nothing", "RESULTS=there")
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [call.split()[2] for call in calls[1:]] == STEPS[:-1]
+    assert done.returncode == 0, done.stderr
+    assert "compare benchmarks/results there" in done.stdout

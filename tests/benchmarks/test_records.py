@@ -39,6 +39,17 @@ def test_a_record_says_which_model_commit_and_machine(tmp_path: Path, monkeypatc
     assert not (tmp_path / "mine.json").exists()
 
 
+def test_records_of_another_machine_are_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    (tmp_path / "machines" / "other").mkdir(parents=True)
+    monkeypatch.setenv(records.ELSEWHERE, str(tmp_path / "machines" / "other"))
+    path = records.write("mine", "x", {"milliseconds": [1.5]})
+    assert path == tmp_path / "machines" / "other" / "mine.json"
+    assert records.machines() == [path.parent]
+    assert records.load("mine", path.parent)["milliseconds"] == [1.5]
+    assert not (tmp_path / "mine.json").exists()
+
+
 def test_without_git_a_record_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(records, "RESULTS", tmp_path)

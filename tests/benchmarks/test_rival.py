@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
-from benchmarks import photos, rival, turns
+from benchmarks import photos, records, rival, turns
+from benchmarks.budget import budget
 from benchmarks.rival import ENGINES, LrAspp, RivalTrainer, measured, timed_beside
-from petseg import checkpoint
+from petseg import checkpoint, recipes
 from petseg.config import DataConfig, TrainConfig
 from petseg_runtime.artifact import default_model, open_artifact
 
@@ -34,7 +36,7 @@ def test_it_is_measured_on_every_test_set_that_is_there(tmp_path: Path, oxford_r
     data.mkdir()
     for name in (photos.NATIVE, photos.OFFICIAL):
         (data / name).symlink_to(oxford_root)
-    found = json.loads(json.dumps(measured(best, data)))
+    found = json.loads(json.dumps(measured(best, LrAspp, data)))
     assert list(found["sets"]) == [photos.TEST_SETS[photos.NATIVE], photos.TEST_SETS[photos.OFFICIAL]]
     assert all(0 <= values["readings"]["pet"]["iou"] <= 1 for values in found["sets"].values())
     assert found["parameters"] == 3_218_138
@@ -54,3 +56,22 @@ def test_its_time_is_taken_beside_the_model_that_ships(monkeypatch: pytest.Monke
     for row in rows:
         assert (row["milliseconds"], row["petseg_milliseconds"]) == ([32.0] * 2, [height] * 2)
         assert (row["median"], row["petseg_times_as_fast"]) == (32.0, 32 / height)
+
+
+def test_both_networks_learn_alike_and_go_on_after_a_stop(
+    tmp_path: Path, oxford_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / photos.OFFICIAL).symlink_to(oxford_root)
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(recipes, "load", lambda name: {"batch": 2, "model": {"width": 2}})
+    options = ["--data", str(data), "--output", str(tmp_path / "runs"), "--size", "32", "--epochs"]
+    for last in (["1"], ["1", "--resume"]):
+        done = CliRunner().invoke(budget, [*options, *last])
+        assert done.exit_code == 0, done.output
+    record = records.load("budget")
+    assert [network["parameters"] for network in record["networks"]] == [29_168, 3_218_138]
+    for network in record["networks"]:
+        assert network["hours"] > 0
+        assert list(network["sets"]) == [photos.TEST_SETS[photos.OFFICIAL]]

@@ -110,6 +110,25 @@ def test_the_rival_is_told_on_all_photos_and_in_every_engine(tables: Any) -> Non
     assert text.endswith("onnxruntime f32: 10.00 against 9.60 ms, 0.95 times as fast.")
 
 
+def test_what_was_trained_alike_stands_side_by_side(tables: Any) -> None:
+    rows = [
+        {
+            "name": name,
+            "parameters": millions * 1e6,
+            "hours": hours,
+            "validation": {"val_iou": iou - 0.1},
+            "sets": {"small": readings(iou)},
+        }
+        for name, millions, hours, iou in (("edge", 1.8, 0.5, 0.8), ("LR-ASPP", 3.2, 0.75, 0.79))
+    ]
+    text = tables.alike({"epochs": 16, "size": [160, 160], "networks": rows})
+    assert "16 epochs at 160 × 160, no teacher" in text
+    assert text.splitlines()[-2:] == [
+        "| edge | 1.80 | 30 | 0.7000 | 0.8000 |",
+        "| LR-ASPP | 3.20 | 45 | 0.6900 | 0.7900 |",
+    ]
+
+
 def test_a_folder_has_its_rate_with_and_without_the_start(tables: Any, tmp_path: Path) -> None:
     row = {
         "kind": "mask",

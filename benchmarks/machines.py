@@ -1,0 +1,112 @@
+"""The same figures of every machine that ``make bench`` has run on: which of them hold on all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from statistics import median
+from typing import Any, Final, TypeAlias
+
+from benchmarks import records
+from benchmarks.compare import gflops
+
+#: A machine's records by their names.
+Machine: TypeAlias = Mapping[str, Mapping[str, Any]]
+#: What a column is made of.
+NEEDED: Final = ("latency", "peers", "video", "accuracy")
+
+
+def machines() -> str:
+    """A column for each machine, that of the other tables first."""
+    columns = every()
+    heads = " | ".join(f"{column['peers']['machine']['cpu']}, {column['peers']['date']}" for column in columns)
+    lines = [line(what, [tell(column) for column in columns]) for what, tell in SINGLE.items()]
+    for what, tell in SEVERAL.items():
+        found = [tell(column) for column in columns]
+        names = dict.fromkeys(name for cells in found for name in cells)
+        lines += [line(f"{what} {name}", [cells.get(name, "") for cells in found]) for name in names]
+    return "\n".join(
+        [
+            "What `make bench` gave, two cores each (`make bench RESULTS=benchmarks/results/machines/NAME` adds a "
+            "machine); medians:",
+            "",
+            f"| | {heads} |",
+            f"|---|{'---|' * len(columns)}",
+            *lines,
+        ]
+    )
+
+
+def every() -> list[Machine]:
+    """The records of each machine, that of the other tables first."""
+    return [{name: records.load(name, folder) for name in NEEDED} for folder in (records.RESULTS, *records.machines())]
+
+
+def line(what: str, cells: Iterable[str]) -> str:
+    """A row of the table."""
+    return f"| {what} | {' | '.join(cells)} |"
+
+
+def speed(machine: Machine) -> str:
+    """Of the machine itself."""
+    found = gflops(machine["latency"])
+    return "" if found is None else f"{found:.0f}"
+
+
+def folder(machine: Machine) -> str:
+    """Photos a second, and the engine that was chosen."""
+    first = machine["peers"]["rows"][0]
+    return f"{first['photos_per_second_once_running']['median']:.0f} ({first['engine']})"
+
+
+def over_peers(machine: Machine) -> str:
+    """How many times as fast as the peers `petseg infer` is on a folder, and which is the nearest."""
+    rows = peers(machine)
+    found = {row["name"]: row["petseg_times_as_fast"]["once_running"]["median"] for row in rows}
+    nearest = min(found, key=lambda name: found[name])
+    return f"{found[nearest]:.2f} ({nearest}) to {max(found.values()):.0f}"
+
+
+def start(machine: Machine) -> str:
+    """Seconds from a cold start, and those of the quickest peer."""
+    own = machine["peers"]["rows"][0]["startup_seconds"]["median"]
+    return f"{own:.2f} ({min(median(row['startup']['seconds']) for row in peers(machine)):.2f})"
+
+
+def overlay(machine: Machine) -> str:
+    """A video in the engine that `auto` takes."""
+    return f"{next(row['times_real_time'] for row in machine['video']['rows'] if row['kind'] == 'overlay'):.2f}"
+
+
+def peers(machine: Machine) -> list[Mapping[str, Any]]:
+    """The rows that are not petseg's."""
+    return [row for row in machine["peers"]["rows"] if not row["name"].startswith("petseg")]
+
+
+def alone(machine: Machine) -> dict[str, str]:
+    """Milliseconds of the network, by engine and what it computes in."""
+    rows = machine["latency"]["rows"]
+    return {
+        f"{row['engine'].split()[0]}, {row['precision']}": f"{row['median']:.1f}"
+        for row in rows
+        if row["stored"] in ("as trained", "fp32", "int8")
+    }
+
+
+def rival(machine: Machine) -> dict[str, str]:
+    """How many times as fast as LR-ASPP it is, the networks alone in turns."""
+    rows = machine["accuracy"]["rival_times"]
+    return {f"{row['engine'].split()[0]}, {row['precision']}": f"{row['petseg_times_as_fast']:.2f}" for row in rows}
+
+
+#: What has one figure, and what has one for each engine.
+SINGLE: Final[Mapping[str, Callable[[Machine], str]]] = {
+    "numpy's matmul in float32, GFLOP/s": speed,
+    "`petseg infer` on a folder, photos/s": folder,
+    "times as fast as the peers on that folder": over_peers,
+    "one photo from a cold start, s (the quickest peer)": start,
+    "a video to an overlay, times real time": overlay,
+}
+SEVERAL: Final[Mapping[str, Callable[[Machine], Mapping[str, str]]]] = {
+    "the network alone, ms:": alone,
+    "times as fast as LR-ASPP's, alone:": rival,
+}

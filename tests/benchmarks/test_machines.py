@@ -1,0 +1,84 @@
+"""What each machine gave stands side by side, and what one of them lacks is left empty."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The module, which is not installed; its records are in a folder of their own."""
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr(importlib.import_module("benchmarks.records"), "RESULTS", tmp_path)
+    return importlib.import_module("benchmarks.machines")
+
+
+def one(folder: Path, cpu: str, ms: dict[tuple[str, str], float], rate: float) -> None:
+    """The records of a machine: the network's times by engine and precision, and the rate on a folder."""
+
+    def row(name: str, faster: float, seconds: float) -> dict[str, Any]:
+        return {
+            "name": name,
+            "engine": "openvino 1, f32",
+            "photos_per_second_once_running": {"median": rate / faster},
+            "petseg_times_as_fast": {"once_running": {"median": faster}},
+            "startup_seconds": {"median": seconds},
+            "startup": {"seconds": [seconds]},
+        }
+
+    made: dict[str, dict[str, Any]] = {
+        "latency": {
+            "machine": {"calibration": {"gflops": 123.4}},
+            "rows": [
+                {"engine": f"{engine} 1", "stored": "fp32", "precision": precision, "median": median}
+                for (engine, precision), median in ms.items()
+            ],
+        },
+        "peers": {
+            "machine": {"cpu": cpu},
+            "date": "2026-01-02",
+            "rows": [row("petseg, auto", 1, 0.4), row("quick", 1.9, 0.2), row("slow", 30, 3)],
+        },
+        "video": {"rows": [{"kind": "mask", "times_real_time": 9}, {"kind": "overlay", "times_real_time": 1.5}]},
+        "accuracy": {"rival_times": [{"engine": "openvino 1", "precision": "f32", "petseg_times_as_fast": 1.12}]},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, record in made.items():
+        (folder / f"{name}.json").write_text(json.dumps(record))
+
+
+def cells(text: str, what: str) -> list[str]:
+    """Of the row that begins with that."""
+    return next(line for line in text.splitlines() if line.startswith(f"| {what}")).removesuffix(" |").split(" | ")[1:]
+
+
+def test_a_column_for_each_machine(machines: Any, tmp_path: Path) -> None:
+    one(tmp_path, "Fast", {("openvino", "f32"): 6.0, ("openvino", "bf16"): 2.5}, 174)
+    one(tmp_path / "machines" / "old", "Old", {("openvino", "f32"): 12.0}, 55)
+    text = machines.machines()
+    assert text.splitlines()[2] == "| | Fast, 2026-01-02 | Old, 2026-01-02 |"
+    assert cells(text, "the network alone, ms: openvino, f32") == ["6.0", "12.0"]
+    assert "| the network alone, ms: openvino, bf16 | 2.5 |  |" in text.splitlines()
+    assert cells(text, "`petseg infer` on a folder")[1] == "55 (openvino 1, f32)"
+    assert cells(text, "times as fast as the peers")[0] == "1.90 (quick) to 30"
+    assert cells(text, "one photo from a cold start")[0] == "0.40 (0.20)"
+    assert cells(text, "times as fast as LR-ASPP's, alone: openvino, f32") == ["1.12", "1.12"]
+
+
+def test_the_readme_tells_of_the_other_machines_only(machines: Any, tmp_path: Path) -> None:
+    summary = importlib.import_module("benchmarks.summary")
+    one(tmp_path, "Fast", {("openvino", "f32"): 6.0}, 174)
+    assert summary.elsewhere() == []
+    one(tmp_path / "machines" / "old", "Old", {("openvino", "f32"): 12.0}, 55)
+    [told] = summary.elsewhere()
+    assert told.strip().startswith(
+        "The same on Old: 55 (openvino 1, f32) photos/s in a folder, 1.90 (quick) to 30 times"
+    )
+    assert told.endswith("the network alone 12.0 ms in openvino, f32.")
