@@ -71,7 +71,7 @@ def others() -> str:
     record, against = records.load("accuracy"), records.load("rival")
     parts = [
         rival(record, against),
-        alike(records.load("budget")),
+        alike(records.load("budget")) if (records.RESULTS / "budget.json").exists() else "",
         isnet(record["isnet"]) if record["isnet"] else "",
         published(record["elsewhere"]),
     ]
