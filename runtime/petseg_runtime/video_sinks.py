@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import heapq
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -94,6 +95,10 @@ OWN: Final = ".petseg-numbered"
 
 #: So many seconds the sound of a piece may come after its last frame.
 _LATE: Final = 2.0
+
+#: So many seconds the sound of a source without an end may be ahead of the picture. Where its clock is another, and it
+#: is further ahead, it would be kept in memory for ever.
+_AHEAD: Final = 5.0
 
 
 class VideoSink(Protocol):
@@ -201,7 +206,8 @@ class MovieSink(_Base):
         super().__init__(endless=endless)
         self._paths, self._painter, self._audio, self._segment = iter(paths), painter, audio, segment
         self._movies: list[_Movie] = []  # the last one is being written; those before it wait for late sound
-        self._waiting: list[Sound] = []  # of a time that the picture has not reached
+        self._waiting: list[tuple[float, int, Sound]] = []  # a heap by time: sound that the picture has not reached
+        self._heard = itertools.count()  # for sound of the same time: as it came
 
     def write(self, frame: Frame, result: Segmentation) -> None:
         """Write a frame; see :class:`VideoSink`."""
@@ -228,19 +234,26 @@ class MovieSink(_Base):
     def _begin(self, frame: Frame, painted: av.VideoFrame, track: Track | None) -> None:
         path = next(self._paths)
         with self._begun(path) as (stack, beside):
-            movie = _Movie(beside, MOVIES[path.suffix[1:]], frame, painted, track, self._endless)
+            movie = _Movie(beside, MOVIES[path.suffix[1:]], frame, painted, track, self._endless, self._note)
             stack.enter_context(contextlib.closing(movie))
         self._movies.append(movie)
-        if movie.note and movie.note not in self.notes:
-            self.notes.append(movie.note)
+
+    def _note(self, note: str) -> None:
+        """Say something once."""
+        if note not in self.notes:
+            self.notes.append(note)
 
     def _hear(self, sound: Sequence[Sound], until: float) -> None:
         """Give each movie its sound up to a time in seconds; the rest waits, for the picture may end before it."""
-        self._waiting += sound
-        ready = [sound for sound in self._waiting if sound.time < until]
-        self._waiting = [sound for sound in self._waiting if sound.time >= until]
-        for one in ready:
-            movie = next(movie for movie in self._movies if one.time < movie.end)
+        latest = self._movies[-1].shown_until + _AHEAD if self._endless else float("inf")
+        for one in sound:
+            if (time := one.time) <= latest:
+                heapq.heappush(self._waiting, (time, next(self._heard), one))
+            else:
+                self._note(f"sound that is more than {_AHEAD:.0f} s ahead of the picture is left out")
+        while self._waiting and self._waiting[0][0] < until:
+            time, _, one = heapq.heappop(self._waiting)
+            movie = next(movie for movie in self._movies if time < movie.end)
             movie.write_sound(one)
             while movie is not self._movies[0]:
                 self._finish_first()
@@ -267,15 +280,22 @@ class _Movie:
     """One file that is being encoded."""
 
     def __init__(
-        self, path: Path, look: Look, frame: Frame, painted: av.VideoFrame, track: Track | None, endless: bool
+        self,
+        path: Path,
+        look: Look,
+        frame: Frame,
+        painted: av.VideoFrame,
+        track: Track | None,
+        endless: bool,
+        note: Callable[[str], None],
     ) -> None:
-        self.size, self.track = (painted.height, painted.width), track
+        self.size, self.track, self._note = (painted.height, painted.width), track, note
         self.since, self.shown_until, self.end = frame.time, frame.time, float("inf")
         self._first, self._start = frame.pts, frame.pts * frame.time_base
         self._file = av.open(str(path), "w", format=look.container, options=_muxing(look.container, endless))
         try:
             self._picture = self._picture_stream(look, frame, painted, endless)
-            self._sound = written_to(self._file, track, endless=endless) if track else None
+            self._sound = written_to(self._file, track, note, endless=endless) if track else None
         except BaseException:
             self._file.close()
             raise
@@ -301,24 +321,38 @@ class _Movie:
     def write(self, frame: Frame, painted: av.VideoFrame) -> None:
         self.shown_until = float((frame.pts + frame.duration) * frame.time_base)
         painted.pts, painted.time_base, painted.duration = frame.pts - self._first, frame.time_base, frame.duration
-        self._file.mux(self._picture.encode(painted))
+        self._mux(self._picture.encode(painted))
 
     def write_sound(self, sound: Sound) -> None:
         if self._sound:
-            self._sound.write(sound, self._start)
+            with self._damage_left_out():
+                self._sound.write(sound, self._start)
 
-    @property
-    def note(self) -> str | None:
-        """What had to be changed."""
-        return self._sound.note if self._sound else None
+    def _mux(self, packets: Iterable[Any]) -> None:
+        for packet in packets:
+            with self._damage_left_out():
+                self._file.mux(packet)
+
+    @contextlib.contextmanager
+    def _damage_left_out(self) -> Iterator[None]:
+        """Go on where a packet is refused for what is in it: damaged sound that is passed on as it is.
+
+        Packets wait in the file until those of other streams have come: the refused one need not be the one just given.
+        """
+        try:
+            yield
+        except (av.error.InvalidDataError, av.error.PatchWelcomeError):
+            self._file.start_encoding()  # does nothing, or raises again what was wrong with the whole file
+            self._note("a part of the sound is damaged and is left out")
 
     def close(self) -> None:
         try:
-            self._file.mux(self._picture.encode(None))
+            self._mux(self._picture.encode(None))
             if self._sound:
                 self._sound.close()
         finally:
-            self._file.close()
+            with self._damage_left_out():
+                self._file.close()
 
 
 class PicturesSink(_Base):
