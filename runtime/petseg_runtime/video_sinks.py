@@ -20,7 +20,7 @@ import av.error
 import numpy as np
 
 from petseg_runtime.errors import OutputError
-from petseg_runtime.files import replacing
+from petseg_runtime.files import replacing, synced, synced_folder
 from petseg_runtime.result import Segmentation
 from petseg_runtime.sinks import Picture
 from petseg_runtime.video import Colours, Frame
@@ -85,9 +85,12 @@ VIDEO_FORMATS: Final = {
     "lines": ("ndjson",),
 }
 
-#: Seconds from a key frame to the next in what is written without an end: so much is lost at most when power fails.
-_FRAGMENT: Final = 2
+#: Seconds in a fragment of what is written without an end, and for which it waits for late sound at most: together so
+#: much of it is lost when the process is killed, and a frame or two: less than two seconds.
+_FRAGMENT: Final = 0.75
 
+#: Seconds from a key frame to the next; the first is for what is written without an end.
+_LIVE_KEY, _KEY = 2, 10
 
 #: In a folder of numbered files of one video: they are petseg's own, which the next run replaces, and of which a
 #: shorter one removes the rest. Without it nothing is touched that is there already.
@@ -172,7 +175,9 @@ class _Base:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_errors_at(path))
             path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(synced_folder(path.parent))
             beside = path if self._endless else stack.enter_context(replacing(path))
+            stack.enter_context(synced(beside))
             yield stack, beside
             self._open.append((beside, stack.pop_all()))
             self.paths.append(path)
@@ -182,7 +187,8 @@ class MovieSink(_Base):
     """One movie after the other: a new one when the size of the frames changes, and after each ``segment`` seconds.
 
     A movie is written beside its place and renamed when it is complete, if the source has an end. Of an endless one it
-    is in its place from the start, and playable whatever happens, up to the last two seconds (fragmented MP4).
+    is in its place from the start, and playable up to the last two seconds if the process is killed (fragmented MP4).
+    When a movie is complete, the disk itself holds it.
     """
 
     def __init__(
@@ -307,7 +313,7 @@ class _Movie:
         context = stream.codec_context
         context.width, context.height, context.pix_fmt = painted.width, painted.height, painted.format.name
         context.time_base = frame.time_base
-        context.gop_size = max(1, round(rate * (_FRAGMENT if endless else 10)))
+        context.gop_size = max(1, round(rate * (_LIVE_KEY if endless else _KEY)))
         ratio = frame.picture.sample_aspect_ratio if hasattr(frame.picture, "sample_aspect_ratio") else None
         if ratio:
             context.sample_aspect_ratio = 1 / ratio if frame.quarters % 2 else ratio
@@ -517,12 +523,19 @@ def _rate_of(frame: Frame) -> Fraction:
 
 
 def _muxing(container: str, endless: bool) -> dict[str, str]:
-    """Options of the file; of an endless one each piece goes to the disk when it is complete."""
+    """Options of the file; of an endless one each fragment goes to the system when it is complete."""
     if not endless:
         return {"movflags": "faststart"} if container == "mp4" else {}
+    # FFmpeg waits ten seconds for sound that stays away, and ends a fragment where a key frame comes, which takes long
+    # where frames are fewer than the source promised.
+    common = {"flush_packets": "1", "max_interleave_delta": str(round(1e6 * _FRAGMENT))}
     if container == "mp4":
-        return {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
-    return {"cluster_time_limit": str(1000 * _FRAGMENT), "flush_packets": "1"}
+        fragments = {
+            "movflags": "frag_keyframe+empty_moov+default_base_moof",
+            "frag_duration": str(round(1e6 * _FRAGMENT)),
+        }
+        return common | fragments
+    return common | {"cluster_time_limit": str(round(1e3 * _FRAGMENT))}
 
 
 class _errors_at:  # noqa: N801 (used like a function)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
+import stat
 import subprocess
 from collections.abc import Callable
 from fractions import Fraction
@@ -427,6 +429,62 @@ def test_pieces_have_their_length_their_sound_and_times_from_nought(tmp_path: Pa
     assert all(frame_times(path)[0] < Fraction(3, 100) for path in report.paths)
     count = sum(len(packets(path)) for path in report.paths)
     assert count == pytest.approx(len(packets(clip)), abs=1), "nothing is lost between pieces"
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [("mp4", "overlay"), ("webm", "cutout")])
+@pytest.mark.parametrize("slower", [1, 5])
+def test_two_seconds_are_lost_at_most_when_the_process_is_killed(
+    tmp_path: Path, suffix: str, kind: str, slower: int
+) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", frames=110 if slower == 1 else 30)
+    with VideoReader(clip) as reader, movie(tmp_path / f"out.{suffix}", kind, endless=True) as sink:
+        still = None
+        for frame in reader:
+            still = still or frame.picture  # or the encoder begins anew by itself
+            frame.picture, frame.pts, frame.sound = still, frame.pts * slower, []  # sound that stays away is waited for
+            sink.write(frame, result_of(frame))
+        shutil.copy(sink.paths[0], tmp_path / f"left.{suffix}")
+    assert frame.time > 4
+    assert frame_times(tmp_path / f"left.{suffix}")[-1] >= frame.time - 2
+
+
+@pytest.fixture
+def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """What the disk was told to hold: inodes and sizes."""
+    told: list[tuple[int, int]] = []
+
+    def fsync(descriptor: int) -> None:
+        about = os.fstat(descriptor)
+        told.append((about.st_ino, 0 if stat.S_ISDIR(about.st_mode) else about.st_size))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return told
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere folders cannot be flushed")
+@pytest.mark.parametrize("endless", [False, True])
+def test_what_is_finished_is_on_the_disk(tmp_path: Path, on_disk: list[tuple[int, int]], endless: bool) -> None:
+    frames = [frame_of(n) for n in range(50)]
+    paths = (tmp_path / f"{n}.mp4" for n in itertools.count())
+    lines = LinesSink(tmp_path / "out.ndjson", endless=endless)
+    with MovieSink(paths, Painter("mask"), endless=endless, segment=1.0) as sink, lines:
+        for frame in frames[:25]:
+            sink.write(frame, result_of(frame))
+            lines.write(frame, result_of(frame))
+        assert not on_disk, "with each frame it would be slow"
+        for frame in frames[25:]:
+            sink.write(frame, result_of(frame))
+        folder = tmp_path.stat().st_ino, 0
+        first, second, text = tmp_path / "0.mp4", tmp_path / "1.mp4", tmp_path / "out.ndjson"
+        assert on_disk == [(first.stat().st_ino, first.stat().st_size), folder]
+    rest = [(path.stat().st_ino, path.stat().st_size) for path in (text, second)]
+    assert on_disk[2:] == [rest[0], folder, rest[1], folder]
+
+
+def test_of_each_numbered_picture_the_disk_is_not_told(tmp_path: Path, on_disk: list[tuple[int, int]]) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", frames=3, sound=None)
+    run(clip, PicturesSink(tmp_path / "out", Picture("mask", "png", render_of("mask"))))
+    assert not on_disk
 
 
 def test_what_is_there_is_numbered_on_not_replaced(tmp_path: Path) -> None:
