@@ -180,7 +180,7 @@ class _Encoded:
     def _place(self, frame: Any, shift: Fraction) -> bool:
         """Say where a frame lies, in samples; False: before the start, or on what is there already."""
         base = Fraction(1, frame.sample_rate)
-        begins = frame.pts * frame.time_base + shift
+        begins = round((frame.pts * frame.time_base + shift) / base) * base
         # Containers round times, some to milliseconds; frames follow each other without a gap all the same.
         if self._next is not None and abs(begins - self._next) < _GAP:
             begins = self._next
