@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["replacing", "staging", "write_atomic"]
+__all__ = ["replacing", "staging", "synced", "synced_folder", "write_atomic"]
 
 
 @contextlib.contextmanager
@@ -82,6 +82,30 @@ def _restore(before: Path, place: Path, occupied: bool) -> None:
         place.unlink(missing_ok=True)
     elif os.path.lexists(before):
         before.replace(place)
+
+
+@contextlib.contextmanager
+def synced(path: Path) -> Iterator[None]:
+    """Have the disk itself hold a file that is written and closed in between; after an error nothing is done.
+
+    Raises:
+        OSError: The disk does not take it.
+    """
+    yield
+    with path.open("rb+") as file:  # Windows flushes only what is open for writing
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def synced_folder(folder: Path) -> Iterator[None]:
+    """Have the disk itself hold the names that files are given in between, as far as the system can do that."""
+    yield
+    with contextlib.suppress(OSError):  # neither Windows nor every network's file system can
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol
@@ -200,13 +200,12 @@ class ImageSink:
             OutputError: The folder cannot be written to, or a result would replace a photo or a file beside one.
         """
         self._output, self._picture = output, picture
-        photos = {os.path.realpath(item.source) for item in items}  # Path.resolve raises on a loop of links
-        folders = {str(Path(photo).parent) for photo in photos}
+        photos = _real_paths(items)
         for item in items:
             if os.path.realpath(path := self.path_of(item)) in photos:
                 raise OutputError(f"{path}: the result of {item.source} would replace a photo; choose another --output")
-            if not resume and os.path.realpath(path.parent) in folders and path.exists():
-                raise OutputError(f"{path}: there already, beside the photos; move it, or choose another --output")
+        if not resume:
+            _refuse_beside(photos, map(self.path_of, items))
         _probe(output)
 
     def path_of(self, item: Item) -> Path:
@@ -234,17 +233,21 @@ class ImageSink:
 class CocoSink:
     """Writes ``annotations.json`` in COCO's format: one category, and one annotation for each photo with a pet."""
 
-    def __init__(self, output: Path, kind: str) -> None:
-        """Make the folder.
+    def __init__(self, output: Path, kind: str, items: Sequence[Item], *, resume: bool = False) -> None:
+        """Make the folder. A file of an earlier run is replaced, except beside the photos: see :class:`ImageSink`.
 
         Args:
             output: The folder.
             kind: ``coco-polygons`` (pets with holes, which polygons cannot have, in RLE), or ``coco-rle``, exact.
+            items: What will be written.
+            resume: What lies there is this run's own.
 
         Raises:
-            OutputError: The folder cannot be written to.
+            OutputError: The folder cannot be written to, or a file beside the photos would be replaced.
         """
-        self._output, self._rle = output, kind == "coco-rle"
+        self._path, self._rle = output / "annotations.json", kind == "coco-rle"
+        if not resume:
+            _refuse_beside(_real_paths(items), [self._path])
         _probe(output)
 
     def path_of(self, item: Item) -> None:
@@ -275,7 +278,7 @@ class CocoSink:
                 )
         category = {"id": 1, "name": "pet", "supercategory": "animal"}
         coco = {"images": pictures, "annotations": annotations, "categories": [category]}
-        path = self._output / "annotations.json"
+        path = self._path
         try:
             write_atomic(path, (json.dumps(coco) + "\n").encode())
         except OSError as error:
@@ -316,6 +319,22 @@ class StreamSink:
 
     def finish(self, values: Sequence[tuple[Item, Mapping[str, Any]]]) -> None:
         """Nothing is left to write."""
+
+
+def _real_paths(items: Sequence[Item]) -> set[str]:
+    return {os.path.realpath(item.source) for item in items}  # Path.resolve raises on a loop of links
+
+
+def _refuse_beside(photos: Set[str], results: Iterable[Path]) -> None:
+    """Refuse results that would replace what lies beside the photos, which may be somebody's.
+
+    Raises:
+        OutputError: One would.
+    """
+    folders = {str(Path(photo).parent) for photo in photos}
+    for path in results:
+        if os.path.realpath(path.parent) in folders and path.exists():
+            raise OutputError(f"{path}: there already, beside the photos; move it, or choose another --output")
 
 
 def _probe(output: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import heapq
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +20,7 @@ import av.error
 import numpy as np
 
 from petseg_runtime.errors import OutputError
-from petseg_runtime.files import replacing
+from petseg_runtime.files import replacing, synced, synced_folder
 from petseg_runtime.result import Segmentation
 from petseg_runtime.sinks import Picture
 from petseg_runtime.video import Colours, Frame
@@ -84,9 +85,12 @@ VIDEO_FORMATS: Final = {
     "lines": ("ndjson",),
 }
 
-#: Seconds from a key frame to the next in what is written without an end: so much is lost at most when power fails.
-_FRAGMENT: Final = 2
+#: Seconds in a fragment of what is written without an end, and for which it waits for late sound at most: together so
+#: much of it is lost when the process is killed, and a frame or two: less than two seconds.
+_FRAGMENT: Final = 0.75
 
+#: Seconds from a key frame to the next; the first is for what is written without an end.
+_LIVE_KEY, _KEY = 2, 10
 
 #: In a folder of numbered files of one video: they are petseg's own, which the next run replaces, and of which a
 #: shorter one removes the rest. Without it nothing is touched that is there already.
@@ -94,6 +98,10 @@ OWN: Final = ".petseg-numbered"
 
 #: So many seconds the sound of a piece may come after its last frame.
 _LATE: Final = 2.0
+
+#: So many seconds the sound of a source without an end may be ahead of the picture. Where its clock is another, and it
+#: is further ahead, it would be kept in memory for ever.
+_AHEAD: Final = 5.0
 
 
 class VideoSink(Protocol):
@@ -167,7 +175,9 @@ class _Base:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_errors_at(path))
             path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(synced_folder(path.parent))
             beside = path if self._endless else stack.enter_context(replacing(path))
+            stack.enter_context(synced(beside))
             yield stack, beside
             self._open.append((beside, stack.pop_all()))
             self.paths.append(path)
@@ -177,7 +187,8 @@ class MovieSink(_Base):
     """One movie after the other: a new one when the size of the frames changes, and after each ``segment`` seconds.
 
     A movie is written beside its place and renamed when it is complete, if the source has an end. Of an endless one it
-    is in its place from the start, and playable whatever happens, up to the last two seconds (fragmented MP4).
+    is in its place from the start, and playable up to the last two seconds if the process is killed (fragmented MP4).
+    When a movie is complete, the disk itself holds it.
     """
 
     def __init__(
@@ -201,7 +212,8 @@ class MovieSink(_Base):
         super().__init__(endless=endless)
         self._paths, self._painter, self._audio, self._segment = iter(paths), painter, audio, segment
         self._movies: list[_Movie] = []  # the last one is being written; those before it wait for late sound
-        self._waiting: list[Sound] = []  # of a time that the picture has not reached
+        self._waiting: list[tuple[float, int, Sound]] = []  # a heap by time: sound that the picture has not reached
+        self._heard = itertools.count()  # for sound of the same time: as it came
 
     def write(self, frame: Frame, result: Segmentation) -> None:
         """Write a frame; see :class:`VideoSink`."""
@@ -228,19 +240,26 @@ class MovieSink(_Base):
     def _begin(self, frame: Frame, painted: av.VideoFrame, track: Track | None) -> None:
         path = next(self._paths)
         with self._begun(path) as (stack, beside):
-            movie = _Movie(beside, MOVIES[path.suffix[1:]], frame, painted, track, self._endless)
+            movie = _Movie(beside, MOVIES[path.suffix[1:]], frame, painted, track, self._endless, self._note)
             stack.enter_context(contextlib.closing(movie))
         self._movies.append(movie)
-        if movie.note and movie.note not in self.notes:
-            self.notes.append(movie.note)
+
+    def _note(self, note: str) -> None:
+        """Say something once."""
+        if note not in self.notes:
+            self.notes.append(note)
 
     def _hear(self, sound: Sequence[Sound], until: float) -> None:
         """Give each movie its sound up to a time in seconds; the rest waits, for the picture may end before it."""
-        self._waiting += sound
-        ready = [sound for sound in self._waiting if sound.time < until]
-        self._waiting = [sound for sound in self._waiting if sound.time >= until]
-        for one in ready:
-            movie = next(movie for movie in self._movies if one.time < movie.end)
+        latest = self._movies[-1].shown_until + _AHEAD if self._endless else float("inf")
+        for one in sound:
+            if (time := one.time) <= latest:
+                heapq.heappush(self._waiting, (time, next(self._heard), one))
+            else:
+                self._note(f"sound that is more than {_AHEAD:.0f} s ahead of the picture is left out")
+        while self._waiting and self._waiting[0][0] < until:
+            time, _, one = heapq.heappop(self._waiting)
+            movie = next(movie for movie in self._movies if time < movie.end)
             movie.write_sound(one)
             while movie is not self._movies[0]:
                 self._finish_first()
@@ -267,15 +286,22 @@ class _Movie:
     """One file that is being encoded."""
 
     def __init__(
-        self, path: Path, look: Look, frame: Frame, painted: av.VideoFrame, track: Track | None, endless: bool
+        self,
+        path: Path,
+        look: Look,
+        frame: Frame,
+        painted: av.VideoFrame,
+        track: Track | None,
+        endless: bool,
+        note: Callable[[str], None],
     ) -> None:
-        self.size, self.track = (painted.height, painted.width), track
+        self.size, self.track, self._note = (painted.height, painted.width), track, note
         self.since, self.shown_until, self.end = frame.time, frame.time, float("inf")
         self._first, self._start = frame.pts, frame.pts * frame.time_base
         self._file = av.open(str(path), "w", format=look.container, options=_muxing(look.container, endless))
         try:
             self._picture = self._picture_stream(look, frame, painted, endless)
-            self._sound = written_to(self._file, track, endless=endless) if track else None
+            self._sound = written_to(self._file, track, note, endless=endless) if track else None
         except BaseException:
             self._file.close()
             raise
@@ -287,7 +313,7 @@ class _Movie:
         context = stream.codec_context
         context.width, context.height, context.pix_fmt = painted.width, painted.height, painted.format.name
         context.time_base = frame.time_base
-        context.gop_size = max(1, round(rate * (_FRAGMENT if endless else 10)))
+        context.gop_size = max(1, round(rate * (_LIVE_KEY if endless else _KEY)))
         ratio = frame.picture.sample_aspect_ratio if hasattr(frame.picture, "sample_aspect_ratio") else None
         if ratio:
             context.sample_aspect_ratio = 1 / ratio if frame.quarters % 2 else ratio
@@ -301,24 +327,38 @@ class _Movie:
     def write(self, frame: Frame, painted: av.VideoFrame) -> None:
         self.shown_until = float((frame.pts + frame.duration) * frame.time_base)
         painted.pts, painted.time_base, painted.duration = frame.pts - self._first, frame.time_base, frame.duration
-        self._file.mux(self._picture.encode(painted))
+        self._mux(self._picture.encode(painted))
 
     def write_sound(self, sound: Sound) -> None:
         if self._sound:
-            self._sound.write(sound, self._start)
+            with self._damage_left_out():
+                self._sound.write(sound, self._start)
 
-    @property
-    def note(self) -> str | None:
-        """What had to be changed."""
-        return self._sound.note if self._sound else None
+    def _mux(self, packets: Iterable[Any]) -> None:
+        for packet in packets:
+            with self._damage_left_out():
+                self._file.mux(packet)
+
+    @contextlib.contextmanager
+    def _damage_left_out(self) -> Iterator[None]:
+        """Go on where a packet is refused for what is in it: damaged sound that is passed on as it is.
+
+        Packets wait in the file until those of other streams have come: the refused one need not be the one just given.
+        """
+        try:
+            yield
+        except (av.error.InvalidDataError, av.error.PatchWelcomeError):
+            self._file.start_encoding()  # does nothing, or raises again what was wrong with the whole file
+            self._note("a part of the sound is damaged and is left out")
 
     def close(self) -> None:
         try:
-            self._file.mux(self._picture.encode(None))
+            self._mux(self._picture.encode(None))
             if self._sound:
                 self._sound.close()
         finally:
-            self._file.close()
+            with self._damage_left_out():
+                self._file.close()
 
 
 class PicturesSink(_Base):
@@ -483,12 +523,19 @@ def _rate_of(frame: Frame) -> Fraction:
 
 
 def _muxing(container: str, endless: bool) -> dict[str, str]:
-    """Options of the file; of an endless one each piece goes to the disk when it is complete."""
+    """Options of the file; of an endless one each fragment goes to the system when it is complete."""
     if not endless:
         return {"movflags": "faststart"} if container == "mp4" else {}
+    # FFmpeg waits ten seconds for sound that stays away, and ends a fragment where a key frame comes, which takes long
+    # where frames are fewer than the source promised.
+    common = {"flush_packets": "1", "max_interleave_delta": str(round(1e6 * _FRAGMENT))}
     if container == "mp4":
-        return {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
-    return {"cluster_time_limit": str(1000 * _FRAGMENT), "flush_packets": "1"}
+        fragments = {
+            "movflags": "frag_keyframe+empty_moov+default_base_moof",
+            "frag_duration": str(round(1e6 * _FRAGMENT)),
+        }
+        return common | fragments
+    return common | {"cluster_time_limit": str(round(1e3 * _FRAGMENT))}
 
 
 class _errors_at:  # noqa: N801 (used like a function)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Final
@@ -69,12 +69,13 @@ def track_of(stream: Any) -> Track | None:
         return None
 
 
-def written_to(file: Any, track: Track, *, endless: bool) -> _Passed | _Encoded:
+def written_to(file: Any, track: Track, note: Callable[[str], None], *, endless: bool) -> _Passed | _Encoded:
     """A track's way into a file whose header is not written yet.
 
     Args:
         file: An output container.
         track: Of the source.
+        note: Told of what is changed or left out.
         endless: The header is written before the first packet is there, and nothing can be added to it.
 
     Returns:
@@ -84,7 +85,7 @@ def written_to(file: Any, track: Track, *, endless: bool) -> _Passed | _Encoded:
     untold = track.codec in {"ac3", "eac3"} or (track.codec == "aac" and not track.stream.codec_context.extradata)
     if track.codec in _FITS[file.format.name] and not (endless and untold):
         return _Passed(file, track)
-    return _Encoded(file, track, _USUAL[file.format.name])
+    return _Encoded(file, track, _USUAL[file.format.name], note)
 
 
 #: What players take from these files. FFmpeg writes more into MP4, PCM among it, which few of them play.
@@ -103,8 +104,6 @@ _GAP: Final = 0.03
 
 class _Passed:
     """Packets as they are."""
-
-    note: str | None = None
 
     def __init__(self, file: Any, track: Track) -> None:
         self._file, self._stream = file, file.add_stream_from_template(track.stream)
@@ -131,10 +130,12 @@ class _Passed:
 class _Encoded:
     """Packets decoded, and encoded as something that the file can hold."""
 
-    def __init__(self, file: Any, track: Track, usual: tuple[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self, file: Any, track: Track, usual: tuple[str, tuple[int, ...]], note: Callable[[str], None]
+    ) -> None:
         codec, rates = usual
         source = track.stream.codec_context
-        self._file = file
+        self._file, self._codec, self._note = file, track.codec, note
         self._decoder: Any = av.CodecContext.create(source.codec.name, "r")
         self._decoder.extradata = source.extradata
         self._decoder.sample_rate, self._decoder.layout = source.sample_rate, source.layout
@@ -143,37 +144,57 @@ class _Encoded:
         self._stream = file.add_stream(codec, rate=rate, layout=layout)
         encoder = self._stream.codec_context
         encoder.open()
-        self._resampler = av.AudioResampler(encoder.format, layout, rate, encoder.frame_size)
-        self._next: int | None = None  # where the next frame should begin, in samples
-        self.note = f"the sound ({track.codec}) is encoded anew as {encoder.codec.canonical_name}"
+        self._resampler: Any = None
+        self._kind: tuple[str, str, int] | None = None  # of the frames that it takes
+        self._next: Fraction | None = None  # where the next frame should begin, in seconds
+        note(f"the sound ({track.codec}) is encoded anew as {encoder.codec.canonical_name}")
 
     def write(self, sound: Sound, start: Fraction) -> None:
         """Write a packet; what lies before ``start``, in seconds, is left out."""
-        try:
-            decoded = self._decoder.decode(sound.packet)
-        except av.error.InvalidDataError:  # a click, where players of the source have one, too
-            return
-        for frame in decoded:
+        for frame in self._tried(self._decoder.decode, sound.packet):
             if frame.pts is not None and self._place(frame, sound.shift - start):
-                self._encode(self._resampler.resample(frame))
+                self._fit(frame)
+                self._encode(self._tried(self._resampler.resample, frame))
+
+    def _fit(self, frame: Any) -> None:
+        """Have a resampler for frames of this kind: in one broadcast mono, stereo and 5.1 may follow each other."""
+        kind = frame.format.name, frame.layout.name, frame.sample_rate
+        if self._resampler is None or kind != self._kind:
+            self._encode(self._tried(self._rest))
+            encoder, self._kind = self._stream.codec_context, kind
+            self._resampler = av.AudioResampler(encoder.format, encoder.layout, encoder.sample_rate)
+
+    def _rest(self) -> list[Any]:
+        """What the resampler still holds; one that changes nothing returns what it is given, here None."""
+        return [frame for frame in self._resampler.resample(None) if frame] if self._resampler else []
+
+    def _tried(self, step: Callable[..., list[Any]], *given: Any) -> list[Any]:
+        """What a step makes; where it fails, nothing and a note: sound may be damaged, and the picture goes on."""
+        try:
+            return step(*given)
+        except (av.error.FFmpegError, ValueError):
+            self._note(f"a part of the sound ({self._codec}) cannot be decoded and is left out")
+            self._resampler = None  # one that has failed may be half made
+            return []
 
     def _place(self, frame: Any, shift: Fraction) -> bool:
         """Say where a frame lies, in samples; False: before the start, or on what is there already."""
         base = Fraction(1, frame.sample_rate)
-        begins = round((frame.pts * frame.time_base + shift) / base)
+        begins = round((frame.pts * frame.time_base + shift) / base) * base
         # Containers round times, some to milliseconds; frames follow each other without a gap all the same.
-        if self._next is not None and abs(begins - self._next) < _GAP * frame.sample_rate:
+        if self._next is not None and abs(begins - self._next) < _GAP:
             begins = self._next
         if begins < (self._next or 0):
             return False
-        frame.pts, frame.time_base, self._next = begins, base, begins + frame.samples
+        frame.pts, frame.time_base = round(begins / base), base
+        self._next = (frame.pts + frame.samples) * base
         return True
 
-    def _encode(self, frames: Sequence[Any]) -> None:
+    def _encode(self, frames: Iterable[Any]) -> None:
         for frame in frames:
             self._file.mux(self._stream.encode(frame))
 
     def close(self) -> None:
         """Write what the encoder still holds."""
-        self._encode(self._resampler.resample(None))
+        self._encode(self._tried(self._rest))
         self._file.mux(self._stream.encode(None))

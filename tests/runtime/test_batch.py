@@ -100,7 +100,7 @@ def ignore(outcome: Outcome[Item, Done]) -> None:
 
 def make_sink(kind: str, out: Path, items: list[Item], resume: bool) -> Sink:
     if kind.startswith("coco"):
-        return CocoSink(out, kind)
+        return CocoSink(out, kind, items, resume=resume)
     return ImageSink(out, picture(kind), items, resume=resume)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from petseg_runtime.files import replacing, staging, write_atomic
+from petseg_runtime.files import replacing, staging, synced, synced_folder, write_atomic
 
 
 @pytest.fixture(params=["absent", "present"])
@@ -324,3 +324,22 @@ def test_two_that_stage_the_same_do_not_mix_while_they_write(tmp_path: Path) -> 
         for folder in (one, two):
             (folder / "model.xml").write_text(folder.name)
     assert everything(tmp_path) == {"model.xml": one.name}
+
+
+def test_a_file_that_failed_is_not_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    with pytest.raises(KeyError), synced_folder(tmp_path), synced(tmp_path / "never-written"):
+        raise KeyError
+    assert not flushed
+
+
+def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with synced_folder(tmp_path):
+        (tmp_path / "a").touch()
+    with pytest.raises(OSError, match="Invalid argument"), synced(tmp_path / "a"):
+        pass

@@ -646,7 +646,7 @@ def test_what_was_written_before_kill_9_can_be_played(tmp_path: Path, model: Pat
         run.process.kill()
         run.wait()
     count, height, width = frames_in(tmp_path / "lavfi" / "0001.mp4")
-    assert count >= 50, "two seconds and what the encoder holds may be missing"
+    assert count >= 70, "two seconds may be missing"
     assert (height, width) == (120, 160)
 
 

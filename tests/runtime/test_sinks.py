@@ -356,6 +356,18 @@ def test_a_file_beside_the_photos_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "cat.jpg").read_bytes() == before
 
 
+def test_annotations_beside_the_photos_are_not_replaced(tmp_path: Path) -> None:
+    items = photos(tmp_path / "in", "cat.jpg")
+    for folder in ("in", "out"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "annotations.json").write_text("weeks of work")
+    with pytest.raises(OutputError, match=r"annotations\.json: there already, beside the photos"):
+        CocoSink(tmp_path / "in", "coco-rle", items)
+    CocoSink(tmp_path / "in", "coco-rle", items, resume=True).finish([])
+    CocoSink(tmp_path / "out", "coco-rle", items).finish([])
+    assert all("categories" in path.read_text() for path in tmp_path.rglob("annotations.json"))
+
+
 def test_an_earlier_runs_results_are_replaced_elsewhere(tmp_path: Path) -> None:
     items = [Item(tmp_path / "cat.png", PurePath("cat"))]
     (tmp_path / "out").mkdir()
@@ -420,7 +432,7 @@ def items_of(count: int) -> list[Item]:
 
 def coco(folder: Path, kind: str, results: list[Segmentation]) -> dict[str, Any]:
     """The file that a sink makes of results."""
-    sink = CocoSink(folder, kind)
+    sink = CocoSink(folder, kind, [])
     values = []
     for item, result in zip(items_of(len(results)), results, strict=True):
         written = sink.write(item, result)
@@ -503,7 +515,7 @@ def test_a_coco_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch
     def replace(self: Path, target: Path) -> Path:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    sink = CocoSink(tmp_path, "coco-rle")
+    sink = CocoSink(tmp_path, "coco-rle", [])
     monkeypatch.setattr(Path, "replace", replace)
     with pytest.raises(OutputError, match=r"annotations\.json: cannot be written \(No space left on device\)"):
         sink.finish([])
@@ -514,4 +526,4 @@ def test_a_coco_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch
 def test_a_coco_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=r"cannot be written to .*; choose another --output"):
-        CocoSink(tmp_path / "file", "coco-rle")
+        CocoSink(tmp_path / "file", "coco-rle", [])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
+import stat
 import subprocess
 from collections.abc import Callable
 from fractions import Fraction
@@ -25,6 +27,7 @@ from petseg_runtime.video import Converter, Frame, VideoReader
 from petseg_runtime.video_batch import Reading, VideoReport, segment_video
 from petseg_runtime.video_looks import Painter
 from petseg_runtime.video_sinks import OWN, LinesSink, MovieSink, PicturesSink, RawSink, next_number, numbered
+from petseg_runtime.video_sound import Sound
 
 HEIGHT, WIDTH = 48, 64
 
@@ -208,6 +211,110 @@ def test_sound_of_which_only_its_packets_tell_is_encoded_anew_where_the_header_c
         assert heard == pytest.approx(2.0, abs=0.1)
 
 
+def write_broadcast(path: Path, codec: str, kinds: list[tuple[str, int]]) -> Path:
+    """A transport stream of a second of a tone in each layout and rate, one after the other in one stream."""
+    with av.open(str(path), "w", format="mpegts") as file:
+        stream: Any = file.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        tone: Any = file.add_stream(codec, rate=kinds[0][1], layout=kinds[0][0])
+        for number in range(25 * len(kinds)):
+            frame = av.VideoFrame.from_ndarray(picture(number))
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+        for second, (layout, rate) in enumerate(kinds):
+            encoder: Any = av.CodecContext.create(codec, "w")
+            encoder.format, encoder.layout, encoder.sample_rate = tone.codec_context.format, layout, rate
+            samples = (8000 * np.sin(np.arange(rate) * 2 * np.pi * 440 / rate)).astype(np.int16)
+            both = np.repeat(samples[:, None], encoder.layout.nb_channels, axis=1).reshape(1, -1)
+            audio = av.AudioFrame.from_ndarray(both, format="s16", layout=layout)
+            audio.sample_rate, audio.pts, audio.time_base = rate, 0, Fraction(1, rate)
+            for packet in [*encoder.encode(audio), *encoder.encode(None)]:
+                packet.stream = tone
+                packet.time_base = Fraction(1, rate)
+                packet.pts, packet.dts = packet.pts + second * rate, packet.dts + second * rate
+                file.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("endless", [False, True])
+@pytest.mark.parametrize(
+    ("codec", "kinds"),
+    [
+        ("mp2", [("mono", 48000), ("stereo", 48000)]),
+        ("mp2", [("stereo", 48000), ("mono", 32000), ("stereo", 44100)]),
+        ("ac3", [("stereo", 48000), ("5.1", 48000)]),
+    ],
+)
+def test_sound_that_changes_its_layout_or_rate_goes_on(
+    tmp_path: Path, codec: str, kinds: list[tuple[str, int]], endless: bool
+) -> None:
+    clip = write_broadcast(tmp_path / "clip.ts", codec, kinds)
+    report = run(clip, movie(tmp_path / "out.mp4", endless=endless))
+    assert len(frame_times(tmp_path / "out.mp4")) == 25 * len(kinds)
+    assert not [note for note in report.notes if "left out" in note]
+    with av.open(str(tmp_path / "out.mp4")) as file:
+        heard = [(frame.samples / frame.sample_rate, frame.to_ndarray()) for frame in file.decode(audio=0)]
+    assert sum(seconds for seconds, _ in heard) == pytest.approx(len(kinds), abs=0.15)
+    loud = sum(seconds for seconds, samples in heard if np.abs(samples).max() > 0.1)
+    assert loud == pytest.approx(len(kinds), abs=0.15)
+
+
+@pytest.mark.parametrize("codec", ["aac", "ac3", "mp2"])
+@pytest.mark.parametrize("endless", [False, True])
+def test_damaged_sound_never_costs_the_picture(tmp_path: Path, codec: str, endless: bool) -> None:
+    clip = write_clip(tmp_path / "clip.ts", frames=50, sound=codec)
+    packet_numbers = itertools.count()
+
+    def damaged(sound: Sound) -> Sound:
+        packet = sound.packet
+        if next(packet_numbers) % 10 == 5:
+            packet = av.Packet(b"\x55" * packet.size)
+            packet.time_base, packet.pts, packet.dts = sound.packet.time_base, sound.packet.pts, sound.packet.dts
+        return Sound(packet, sound.shift)
+
+    with VideoReader(clip) as reader, movie(tmp_path / "out.mp4", endless=endless) as sink:
+        for frame in reader:
+            frame.sound = [damaged(sound) for sound in frame.sound]
+            sink.write(frame, result_of(frame))
+        sink.end([damaged(sound) for sound in reader.rest], whole=True)
+    assert [note for note in sink.notes if note.startswith("a part of the sound") and note.endswith("is left out")]
+    assert len(frame_times(tmp_path / "out.mp4")) == 50
+    with av.open(str(tmp_path / "out.mp4")) as file:
+        heard = sum(frame.samples for frame in file.decode(audio=0)) / 48000
+    assert 1.6 < heard < 2.1
+
+
+def with_sound_ahead(clip: Path, sink: MovieSink, seconds: int) -> MovieSink:
+    """Write a clip whose sound's clock is so much ahead of the picture's."""
+    with VideoReader(clip) as reader, sink:
+        for frame in reader:
+            frame.sound = [Sound(sound.packet, sound.shift + seconds) for sound in frame.sound]
+            sink.write(frame, result_of(frame))
+        sink.end([], whole=True)
+    return sink
+
+
+def test_sound_far_ahead_of_a_picture_without_an_end_is_left_out(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", frames=50)
+    near = with_sound_ahead(clip, movie(tmp_path / "near.mp4", endless=True), 3)
+    assert not near.notes
+    assert packets(tmp_path / "near.mp4")[1][0] == pytest.approx(3, abs=0.05)  # the first fills what is before it
+    far = with_sound_ahead(clip, movie(tmp_path / "far.mp4", endless=True), 3600)
+    assert far.notes == ["sound that is more than 5 s ahead of the picture is left out"]
+    assert not packets(tmp_path / "far.mp4")
+    assert len(frame_times(tmp_path / "far.mp4")) == 50
+
+
+def test_sound_that_waits_is_not_looked_at_with_each_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = itertools.count()
+    time: Any = Sound.time
+    monkeypatch.setattr(Sound, "time", property(lambda sound: (next(asked), time.fget(sound))[1]))
+    clip = write_clip(tmp_path / "clip.mp4", frames=50)
+    with_sound_ahead(clip, movie(tmp_path / "out.mp4"), 3600)
+    assert next(asked) <= 2 * len(packets(clip))
+
+
 def test_sound_begins_and_ends_with_the_part_that_is_taken(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", frames=100)
     run(clip, movie(tmp_path / "out.mp4"), start=1.0, max_frames=50)
@@ -322,6 +429,62 @@ def test_pieces_have_their_length_their_sound_and_times_from_nought(tmp_path: Pa
     assert all(frame_times(path)[0] < Fraction(3, 100) for path in report.paths)
     count = sum(len(packets(path)) for path in report.paths)
     assert count == pytest.approx(len(packets(clip)), abs=1), "nothing is lost between pieces"
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [("mp4", "overlay"), ("webm", "cutout")])
+@pytest.mark.parametrize("slower", [1, 5])
+def test_two_seconds_are_lost_at_most_when_the_process_is_killed(
+    tmp_path: Path, suffix: str, kind: str, slower: int
+) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", frames=110 if slower == 1 else 30)
+    with VideoReader(clip) as reader, movie(tmp_path / f"out.{suffix}", kind, endless=True) as sink:
+        still = None
+        for frame in reader:
+            still = still or frame.picture  # or the encoder begins anew by itself
+            frame.picture, frame.pts, frame.sound = still, frame.pts * slower, []  # sound that stays away is waited for
+            sink.write(frame, result_of(frame))
+        shutil.copy(sink.paths[0], tmp_path / f"left.{suffix}")
+    assert frame.time > 4
+    assert frame_times(tmp_path / f"left.{suffix}")[-1] >= frame.time - 2
+
+
+@pytest.fixture
+def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """What the disk was told to hold: inodes and sizes."""
+    told: list[tuple[int, int]] = []
+
+    def fsync(descriptor: int) -> None:
+        about = os.fstat(descriptor)
+        told.append((about.st_ino, 0 if stat.S_ISDIR(about.st_mode) else about.st_size))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return told
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere folders cannot be flushed")
+@pytest.mark.parametrize("endless", [False, True])
+def test_what_is_finished_is_on_the_disk(tmp_path: Path, on_disk: list[tuple[int, int]], endless: bool) -> None:
+    frames = [frame_of(n) for n in range(50)]
+    paths = (tmp_path / f"{n}.mp4" for n in itertools.count())
+    lines = LinesSink(tmp_path / "out.ndjson", endless=endless)
+    with MovieSink(paths, Painter("mask"), endless=endless, segment=1.0) as sink, lines:
+        for frame in frames[:25]:
+            sink.write(frame, result_of(frame))
+            lines.write(frame, result_of(frame))
+        assert not on_disk, "with each frame it would be slow"
+        for frame in frames[25:]:
+            sink.write(frame, result_of(frame))
+        folder = tmp_path.stat().st_ino, 0
+        first, second, text = tmp_path / "0.mp4", tmp_path / "1.mp4", tmp_path / "out.ndjson"
+        assert on_disk == [(first.stat().st_ino, first.stat().st_size), folder]
+    rest = [(path.stat().st_ino, path.stat().st_size) for path in (text, second)]
+    assert on_disk[2:] == [rest[0], folder, rest[1], folder]
+
+
+def test_of_each_numbered_picture_the_disk_is_not_told(tmp_path: Path, on_disk: list[tuple[int, int]]) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", frames=3, sound=None)
+    run(clip, PicturesSink(tmp_path / "out", Picture("mask", "png", render_of("mask"))))
+    assert not on_disk
 
 
 def test_what_is_there_is_numbered_on_not_replaced(tmp_path: Path) -> None:

@@ -349,13 +349,14 @@ def _sink(items: Sequence[Item], folder: Path | None, resume: bool, **looks: str
     from petseg_runtime.journal import JOURNAL
 
     kind = str(looks.pop("as"))
+    # Without a journal, no run was here, and what lies there is not its own.
+    resume = resume and folder is not None and (folder / JOURNAL).exists()
     if folder and not sinks.KINDS[kind].formats:
-        return sinks.CocoSink(folder, kind)
+        return sinks.CocoSink(folder, kind, items, resume=resume)
     picture = sinks.picture(kind, **looks)
     if folder is None:
         return sinks.StreamSink(sys.stdout.buffer, picture)
-    # Without a journal, no run was here, and what lies there is not its own.
-    return sinks.ImageSink(folder, picture, items, resume=resume and (folder / JOURNAL).exists())
+    return sinks.ImageSink(folder, picture, items, resume=resume)
 
 
 def _segmenter(
