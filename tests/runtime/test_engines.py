@@ -734,6 +734,20 @@ def test_an_engine_that_cannot_be_imported_is_passed_over_with_a_note(
     )
 
 
+def test_of_onnx_runtime_only_an_empty_folder_is_left(toy: Toy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(host, "gpus", lambda: ())
+    monkeypatch.setitem(sys.modules, "onnxruntime", types.ModuleType("onnxruntime"))
+    monkeypatch.delitem(sys.modules, module_of("onnxruntime"), raising=False)
+    artifact = toy(tmp_path / "toy.onnx")
+    with load_engine(artifact, threads=1, exact=True) as engine:
+        info = engine.describe()
+    assert info.name == "openvino"
+    assert info.notes[0].startswith("onnxruntime is installed but cannot be imported (only its empty folder is left: ")
+    with pytest.raises(EngineError, match="pip uninstall onnxruntime onnxruntime-gpu, then pip install"):
+        load_engine(artifact, "onnxruntime")
+
+
 # ------------------------------------------------------------------------------------- ONNX Runtime on CUDA
 
 
@@ -926,6 +940,7 @@ def test_the_session_is_told_which_gpu_and_whether_it_may_use_tf32(
             "pip uninstall onnxruntime onnxruntime-gpu, then",
             False,
         ),
+        (set(), "the onnxruntime that is installed has no CUDA: uninstall it, then", True),
     ],
 )
 def test_a_package_without_cuda_says_what_to_do(

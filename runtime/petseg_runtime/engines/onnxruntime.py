@@ -35,6 +35,12 @@ from petseg_runtime.spec import ModelSpec
 
 __all__ = ["OnnxRuntimeCudaEngine", "OnnxRuntimeEngine", "load"]
 
+if not hasattr(onnxruntime, "InferenceSession"):  # a folder without its files is imported as an empty package
+    raise ImportError(
+        "only its empty folder is left: pip uninstall onnxruntime onnxruntime-gpu, then pip install 'petseg[cpu]', or "
+        "'petseg[gpu]' for an NVIDIA GPU"
+    )
+
 U8: TypeAlias = npt.NDArray[np.uint8]
 
 _ERRORS_ONLY: Final = 3  # ONNX Runtime's log severity
@@ -238,7 +244,9 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
     """
     if _CUDA not in onnxruntime.get_available_providers():
         both = [name for name in _PACKAGES if _installed(name)]
-        remedy = f"pip uninstall {' '.join(both)}, then pip install 'petseg[gpu]'"
+        # None: a package of another name, which conda and boards have.
+        away = f"pip uninstall {' '.join(both)}" if both else "uninstall it"
+        remedy = f"{away}, then pip install 'petseg[gpu]'"
         if len(both) == 2:
             raise EngineError(f"onnxruntime and onnxruntime-gpu are both installed and break each other: {remedy}")
         raise EngineMissing(f"the onnxruntime that is installed has no CUDA: {remedy}")
