@@ -6,6 +6,7 @@ The graphs that we export are built in tests/export/test_tensorrt.py.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import types
 from typing import Any
@@ -66,9 +67,10 @@ def test_a_placeholder_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
         build(b"", None, library=TRT)
 
 
-def test_an_old_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, "tensorrt", __version__="8.6.1", Builder=None, OnnxParser=None)
-    with pytest.raises(EngineError, match=r"TensorRT 8\.6\.1 is too old"):
+@pytest.mark.parametrize("version", ["8.6.1", "10.3.0", "10.8.0.43"])
+def test_an_old_library_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "tensorrt", __version__=version, Builder=None, OnnxParser=None)
+    with pytest.raises(EngineError, match=rf"TensorRT {re.escape(version)} is too old: 10\.9 or newer is needed"):
         build(b"", None, library=TRT)
 
 
