@@ -33,7 +33,9 @@ from petseg_runtime.engines import tensorrt, tensorrt_build
 from petseg_runtime.engines.base import Device, EngineOptions
 from petseg_runtime.engines.tensorrt import TensorRTEngine, load, load_rtx
 from petseg_runtime.engines.tensorrt_library import logger_of
+from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.errors import EngineError, EngineMissing, ModelError
+from petseg_runtime.segmenter import Segmenter
 from petseg_runtime.spec import ModelSpec
 
 H, W = 16, 32
@@ -972,6 +974,44 @@ def test_a_file_that_changes_while_it_is_loaded_is_not_compiled_under_a_wrong_na
     with pytest.raises(ModelError, match=r"toy\.onnx: cannot be read \(No such file"):
         opened(artifact, library)
     assert (factory.asked, cache.entries()) == ([], [])
+
+
+def test_a_graph_that_tensorrt_cannot_take_goes_to_the_next_engine(
+    factory: Factory, toy: Callable[..., Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(graph: bytes, profile: Any, *, library: Any, **_: Any) -> None:
+        raise ModelError(f"{library.title} {VERSION} cannot read the graph (Gather /x: no importer)")
+
+    monkeypatch.setattr(tensorrt_build, "build", refuse)
+    artifact = toy(tmp_path / "toy.onnx")
+    with load_engine(artifact, threads=1) as engine:
+        np.testing.assert_array_equal(engine.run(photos(2)), photos(2)[..., 0])
+        info = engine.describe()
+    assert info.device == "cpu"
+    for title, note in zip(TITLES.values(), info.notes, strict=False):
+        assert note == f"{artifact.path}: {title} {VERSION} cannot read the graph (Gather /x: no importer)"
+    for name in NAMES.values():
+        with pytest.raises(EngineError, match=r"toy\.onnx: TensorRT.* cannot read the graph"):
+            load_engine(artifact, name)
+
+
+def test_an_engine_is_compiled_for_the_size_that_is_asked_for(
+    library: str, factory: Factory, toy: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    artifact = toy(tmp_path / "toy.onnx", dynamic_size=True)
+    factory.engine = json.dumps(content((1, 16, 16, 3), (8, 96, 64, 3))).encode()
+    for size, largest in (((96, 16), (96, 64)), ((32, 48), (32, 64)), (None, (32, 64))):
+        with Segmenter(artifact.path, backend=NAMES[library], device="cuda", size=size) as segmenter:
+            batch = photos(2, *(size or (H, W)))
+            np.testing.assert_array_equal(segmenter.infer(batch), batch[..., 0])
+        assert factory.asked[-1]["profile"].maximum == (8, *largest, 3)
+    assert len(factory.asked) == 2, "what lies within the usual room shares an engine"
+
+
+def test_a_compiled_file_that_is_too_small_says_so_when_it_is_loaded(library: str, tmp_path: Path) -> None:
+    spec = ModelSpec(name="toy", height=H, width=W, dynamic_size=True)
+    with pytest.raises(ModelError, match="64 x 64 photos are not what it was built for, which is 16 x 16 to 48 x 64"):
+        open_engine(tmp_path, library, content((1, 16, 16, 3), (2, 48, 64, 3)), spec, size=(64, 64))
 
 
 def test_a_compiled_file_is_loaded_as_it_is(library: str, factory: Factory, tmp_path: Path) -> None:
