@@ -16,6 +16,7 @@ from petseg_export.config import (
     TensorRTRTXConfig,
 )
 from petseg_runtime.engines.registry import ENGINES, RULE
+from petseg_runtime.engines.tensorrt_library import bindings
 from petseg_runtime.errors import DataError, EngineError, EngineMissing, MissingExtra, ModelError
 from petseg_runtime.host import nvidia_gpus
 
@@ -121,7 +122,7 @@ def why_not(form: Format) -> EngineError | MissingExtra | None:
             "compile that file there (or use trt-rtx, whose engines are built anywhere)"
         )
     if form.cuda and nvidia_gpus() and not _cuda_bindings():  # or it would fail after the minutes of building
-        return MissingExtra("cuda-bindings is not installed, which the parity test needs: pip install cuda-bindings")
+        return MissingExtra(f"cuda-bindings is not installed, which the parity test needs: pip install {bindings()}")
     return None
 
 

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from petseg_runtime.artifact import default_model
 from petseg_runtime.errors import OutputError
-from petseg_runtime.host import Cpu, Gpu, Host, host
+from petseg_runtime.host import ONNXRUNTIME_CUDA12, Cpu, Gpu, Host, host, old_driver
 
 __all__ = [
     "EngineCheck",
@@ -348,7 +348,8 @@ def _problems(cpu: Cpu, gpus: Sequence[Gpu], checks: Sequence[EngineCheck], ffmp
             f"{' '.join(both)}, then pip install 'petseg[gpu]' (NVIDIA GPU) or 'petseg[cpu]'"
         )
     if gpus and not any(check.works for check in checks if check.device == "cuda"):
-        found.append("there is an NVIDIA GPU, and no engine that uses it works: pip install 'petseg[gpu]' or [rtx]")
+        remedy = old_driver(gpus[0].driver, ONNXRUNTIME_CUDA12) or "pip install 'petseg[gpu]' or [rtx]"
+        found.append(f"there is an NVIDIA GPU, and no engine that uses it works: {remedy}")
     if checks and not any(check.works for check in checks):
         found.append("no engine works: pip install 'petseg[cpu]'")
     if ffmpeg.error:

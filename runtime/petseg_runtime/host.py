@@ -17,7 +17,18 @@ from typing import Final
 
 from petseg_runtime import __version__
 
-__all__ = ["Cpu", "Gpu", "Host", "cgroup_limits", "gpus", "host", "nvidia_gpus", "parse_cpuinfo", "versions"]
+__all__ = [
+    "Cpu",
+    "Gpu",
+    "Host",
+    "cgroup_limits",
+    "gpus",
+    "host",
+    "nvidia_gpus",
+    "old_driver",
+    "parse_cpuinfo",
+    "versions",
+]
 
 # What inference engines have kernels for, in the kernel's spelling: x86-64, then ARM.
 FEATURES: Final = (
@@ -44,6 +55,10 @@ _PACKAGES: Final = (
     *("numpy", "pillow", "av", "onnxruntime", "onnxruntime-gpu", "openvino"),
     *("tensorrt", "tensorrt-rtx", "cuda-bindings"),
 )
+
+
+#: ONNX Runtime for CUDA 12 with its libraries: from 1.27 on, that on PyPI is for CUDA 13.
+ONNXRUNTIME_CUDA12: Final = "'onnxruntime-gpu[cuda,cudnn]<1.27'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +256,25 @@ def gpus() -> tuple[Gpu, ...]:
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return ()
     return tuple(_gpu(driver, index) for index in range(count.value))
+
+
+def old_driver(driver: str, packages: str) -> str:
+    """What to do about a driver that does not run CUDA 13, which pip's packages are for unless others are asked for.
+
+    Args:
+        driver: As in :class:`Gpu`.
+        packages: What to install, with pip, for CUDA 12.
+
+    Returns:
+        "" if the driver runs CUDA 13, or is not known.
+    """
+    found = re.match(r"CUDA (\d+)\.", driver)
+    major = int(found[1]) if found else 0
+    if not 0 < major < 13:
+        return ""
+    update = f"the driver is for {driver}, and what pip installs by itself for CUDA 13: update it to 580 or newer"
+    builds = f", or install builds for CUDA 12 in a new environment: pip install petseg {packages}"
+    return update + (builds if major == 12 else "")
 
 
 def _gpu(driver: ctypes.CDLL, index: int) -> Gpu:

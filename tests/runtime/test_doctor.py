@@ -210,7 +210,9 @@ def test_a_gpu_that_nothing_uses_is_a_problem() -> None:
     check = EngineCheck(engine="a", device="cuda", packages=(), works=False, why="no", run_by_us=False)
     working = dataclasses.replace(check, device="cpu", works=True)
     (problem,) = doctor._problems(CPU, (GPU,), (check, working), Ffmpeg())
-    assert "no engine that uses it works" in problem
+    assert problem.endswith("no engine that uses it works: pip install 'petseg[gpu]' or [rtx]")
+    old = dataclasses.replace(GPU, driver="CUDA 12.4")
+    assert "works: the driver is for CUDA 12.4" in doctor._problems(CPU, (old,), (check, working), Ffmpeg())[0]
     assert doctor._problems(CPU, (GPU,), (dataclasses.replace(check, works=True), working), Ffmpeg()) == []
     assert doctor._problems(CPU, (), (check, working), Ffmpeg()) == []
     assert "pip install 'petseg[cpu]'" in doctor._problems(CPU, (), (check,), Ffmpeg())[0]

@@ -869,7 +869,9 @@ def gpu_package(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     onnxruntime = pytest.importorskip("onnxruntime")
     assert "providers" in inspect.signature(onnxruntime.InferenceSession.__init__).parameters
 
-    def make(providers: list[str] | Exception, *, gpus: int = 1, says: str = "") -> list[Any]:
+    def make(
+        providers: list[str] | Exception, *, gpus: int = 1, says: str = "", driver: str = "CUDA 13.0"
+    ) -> list[Any]:
         calls: list[Any] = []
 
         class Session:
@@ -883,7 +885,7 @@ def gpu_package(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
                 return outcome
 
         outcome = providers
-        gpu = Gpu(index=0, name="Stand-in", compute_capability="9.0", memory=2**34, driver="CUDA 12.4")
+        gpu = Gpu(index=0, name="Stand-in", compute_capability="9.0", memory=2**34, driver=driver)
         monkeypatch.setattr(host, "gpus", lambda: (gpu,) * gpus)
         there = ["CUDAExecutionProvider", "CPUExecutionProvider"]
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: there)
@@ -903,10 +905,20 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused_with_the_remedy(
     message = str(caught.value)
     assert message.startswith("cuda:0 cannot be had: ")
     assert "would run it with CPUExecutionProvider instead of CUDAExecutionProvider" in message
-    assert "its GPUs: cuda:0 Stand-in, CUDA 12.4; CUDA and cuDNN of the version" in message
+    assert "its GPUs: cuda:0 Stand-in, CUDA 13.0; CUDA and cuDNN of the version" in message
     assert "pip install 'petseg[gpu]'" in message
     assert "Failed to load libcudnn.so.9: no such file" in message
     assert capsys.readouterr() == ("", ""), "what it prints is part of the message"
+
+
+def test_a_session_that_does_not_start_with_an_old_driver_is_not_sent_to_the_same_package(
+    artifact: Artifact, gpu_package: Callable[..., list[Any]]
+) -> None:
+    gpu_package(RuntimeError("CUDA failure 35"), driver="CUDA 12.4")
+    with pytest.raises(EngineError, match="update it to 580 or newer, or install builds for CUDA 12") as caught:
+        load_engine(artifact, "onnxruntime", device="cuda")
+    assert "pip install petseg 'onnxruntime-gpu[cuda,cudnn]<1.27'" in str(caught.value)
+    assert "petseg[gpu]" not in str(caught.value)
 
 
 def test_a_session_that_does_not_start_without_a_gpu_says_that_there_is_none(

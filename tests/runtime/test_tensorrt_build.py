@@ -5,6 +5,7 @@ The graphs that we export are built in tests/export/test_tensorrt.py.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 import sys
@@ -86,6 +87,25 @@ def test_tensorrt_needs_a_gpu_and_takes_no_other(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(EngineError, match=r"no cuda:2 \(there is: cuda:1 NVIDIA Fake\)"):
         build(b"", None, library=TRT, device=2)
     assert timings_slot(1).key.driver == "CUDA 12.6"
+
+
+@pytest.mark.parametrize(("driver", "old"), [("CUDA 12.6", True), ("CUDA 13.0", False)])
+def test_a_library_that_does_not_start_with_an_old_driver_says_what_to_do(
+    driver: str, old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Logger:
+        Severity = types.SimpleNamespace(INTERNAL_ERROR=0, ERROR=1, WARNING=2)
+
+    def refuse(logger: Any) -> None:
+        logger.log(1, "CUDA initialization failure with error: 35")
+        raise TypeError
+
+    install(monkeypatch, "tensorrt", __version__="10.9.0", Builder=refuse, OnnxParser=None, ILogger=Logger)
+    monkeypatch.setattr(host, "gpus", lambda: (dataclasses.replace(GPU, driver=driver),))
+    with pytest.raises(EngineError, match=r"does not start \(CUDA initialization failure with error: 35") as caught:
+        build(b"", None, library=TRT, device=1)
+    assert ("update it to 580" in str(caught.value)) is old
+    assert ("pip install petseg tensorrt-cu12 'cuda-bindings<13'" in str(caught.value)) is old
 
 
 @pytest.mark.parametrize(

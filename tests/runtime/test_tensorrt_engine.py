@@ -1200,7 +1200,7 @@ def test_a_library_that_is_neither_is_refused(fakes: None, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("driver", "devices", "device", "message"),
     [
-        (0, 1, 0, "no NVIDIA GPU can be used: .*InsufficientDriver .there is no driver"),
+        (0, 1, 0, "no NVIDIA GPU can be used: .*InsufficientDriver .there is no driver: install it"),
         (12040, 0, 0, "no NVIDIA GPU can be used: .*NoDevice .the driver is for CUDA 12.4"),
         (13000, 2, 2, "there is no GPU cuda:2; CUDA finds 2"),
         (13000, 2, -1, "there is no GPU cuda:-1"),
@@ -1212,6 +1212,19 @@ def test_no_such_gpu(
     world.driver, world.devices = driver, devices
     with pytest.raises(EngineError, match=message):
         open_engine(tmp_path, library, device=device)
+
+
+def test_a_driver_that_is_too_old_has_two_remedies(
+    library: str, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def insufficient(self: FakeCudart) -> tuple[Any, None]:
+        return cudaError_t.cudaErrorInsufficientDriver, None
+
+    monkeypatch.setattr(FakeCudart, "cudaGetDeviceCount", insufficient)
+    world.driver = 12040
+    with pytest.raises(EngineError, match=r"the driver is for CUDA 12\.4.*: update it to 580 or newer, or") as caught:
+        open_engine(tmp_path, library)
+    assert f"pip install petseg {NAMES[library]}-cu12 'cuda-bindings<13'" in str(caught.value)
 
 
 def test_no_memory_is_said_with_its_size(library: str, tmp_path: Path, world: World) -> None:
@@ -1226,8 +1239,11 @@ def test_what_is_not_installed_is_named_with_its_extra(
     extra = "trt" if library == "tensorrt" else "rtx"
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, CUDART, None)
-        with pytest.raises(EngineMissing, match=rf"cuda-bindings is not installed: pip install 'petseg\[{extra}\]'"):
-            open_engine(tmp_path, library)
+        for driver, package in (("CUDA 13.0", "cuda-bindings"), ("CUDA 12.6", "'cuda-bindings<13'")):
+            gpu = host.Gpu(index=0, name="Toy", compute_capability="8.7", memory=2**33, driver=driver)
+            patch.setattr(host, "gpus", lambda gpu=gpu: (gpu,))
+            with pytest.raises(EngineMissing, match=f"^cuda-bindings is not installed: pip install {package}$"):
+                open_engine(tmp_path, library)
         patch.delitem(sys.modules, CUDART)
         patch.setitem(sys.modules, "cuda.bindings", None)
         with pytest.raises(EngineMissing, match="cuda-bindings is not installed"):

@@ -258,12 +258,13 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
         return _session(artifact, _CUDA, settings, 0)
     except EngineError as error:
         there = host.gpus()
-        why = (
-            f"its GPUs: {', '.join(f'cuda:{gpu.index} {gpu.name}, {gpu.driver}' for gpu in there)}; CUDA and cuDNN of "
-            "the version that this onnxruntime-gpu wants are needed: pip install 'petseg[gpu]'"
-            if there
-            else "this machine shows no NVIDIA GPU: install its driver, or use --device cpu"
-        )
+        why = "this machine shows no NVIDIA GPU: install its driver, or use --device cpu"
+        if there:
+            shown = ", ".join(f"cuda:{gpu.index} {gpu.name}, {gpu.driver}" for gpu in there)
+            remedy = host.old_driver(there[0].driver, host.ONNXRUNTIME_CUDA12) or (
+                "CUDA and cuDNN of the version that this onnxruntime-gpu wants are needed: pip install 'petseg[gpu]'"
+            )
+            why = f"its GPUs: {shown}; {remedy}"
         heard = f"; {one_line(Exception(said.getvalue()))}" if said.getvalue() else ""
         raise EngineError(f"{device} cannot be had: {error} ({why}{heard})") from error
 

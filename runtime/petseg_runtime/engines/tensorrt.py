@@ -28,7 +28,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from petseg_runtime import cache, onnx_metadata
+from petseg_runtime import cache, host, onnx_metadata
 from petseg_runtime.artifact import INPUT, OUTPUT, Artifact
 from petseg_runtime.engines import tensorrt_build
 from petseg_runtime.engines.base import Engine, EngineInfo, EngineOptions, check_batch, one_line
@@ -92,7 +92,7 @@ class TensorRTEngine(Engine):
         self._library = _library_of(path, environment)
         self._trt = imported(self._library.module, self._library)
         self._logger = logger_of(self._trt.ILogger)
-        self._gpu = _Gpu(imported(CUDART, self._library), device)
+        self._gpu = _Gpu(imported(CUDART, self._library), device, self._library)
         _check_built_for(path, self._library, environment, self._trt.__version__, self._gpu.capability)
         self._kernels = _Kernels()
         self._lock = threading.Lock()
@@ -332,8 +332,8 @@ class TensorRTEngine(Engine):
 class _Gpu:
     """One GPU through the CUDA runtime: every status is checked, and what was taken from it is on a list."""
 
-    def __init__(self, cudart: Any, device: int) -> None:
-        self.cudart, self.device = cudart, device
+    def __init__(self, cudart: Any, device: int, library: Library) -> None:
+        self.cudart, self.device, self.library = cudart, device, library
         self.stream: Any = None
         self._taken: list[tuple[str, Callable[..., Any], Any]] = []
         self._check_there()
@@ -344,8 +344,11 @@ class _Gpu:
     def _check_there(self) -> None:
         status, count = self.cudart.cudaGetDeviceCount()
         if status != self.cudart.cudaError_t.cudaSuccess:
-            _, driver = self.cudart.cudaDriverGetVersion()
-            has = f"the driver is for CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "there is no driver"
+            _, number = self.cudart.cudaDriverGetVersion()
+            driver = f"CUDA {number // 1000}.{number % 1000 // 10}"
+            has = f"the driver is for {driver}" if number else "there is no driver: install it"
+            if status == self.cudart.cudaError_t.cudaErrorInsufficientDriver:
+                has = host.old_driver(driver, self.library.cuda12) or has
             raise EngineError(f"no NVIDIA GPU can be used: {_words(self.cudart, status)} ({has})")
         if not 0 <= self.device < count:
             raise EngineError(f"there is no GPU cuda:{self.device}; CUDA finds {count}, counted from 0")
@@ -491,7 +494,7 @@ def _loaded(artifact: Artifact, options: EngineOptions, library: Library) -> Ten
     if artifact.format != "onnx":
         return opened(artifact.environment, notes=options.notes)
     trt = imported(library.module, library)
-    gpu = _Gpu(imported(CUDART, library), options.device.index)  # without one, it ends before anything is built
+    gpu = _Gpu(imported(CUDART, library), options.device.index, library)  # without one, it ends before anything is built
     targets = (gpu.capability,) if library is RTX else ()
     profile = tensorrt_build.profile_of(artifact.spec, max_size=_largest(artifact.spec, options))
 

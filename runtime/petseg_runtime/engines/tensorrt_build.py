@@ -328,7 +328,9 @@ def _builder(compiler: _Compiler, record: Record) -> Any:
     try:
         return compiler.trt.Builder(logger)
     except (TypeError, RuntimeError) as error:  # TypeError: how the bindings say that the library returned nothing
-        raise EngineError(f"{compiler.title} does not start ({_reason(record)})") from error
+        old = (host.old_driver(gpu.driver, compiler.library.cuda12) for gpu in host.gpus())
+        remedy = next((f"; {what}" for what in old if what), "")
+        raise EngineError(f"{compiler.title} does not start ({_reason(record)}{remedy})") from error
 
 
 def _parse(compiler: _Compiler, builder: Any, graph: bytes, record: Record) -> tuple[Any, Any]:
