@@ -876,7 +876,7 @@ def gpu_package(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
 
         class Session:
             def __init__(self, path: str, options: Any, *, providers: list[Any], enable_fallback: int) -> None:
-                calls.append(providers)
+                calls.append((providers, options.intra_op_num_threads))
                 if isinstance(outcome, Exception):
                     raise outcome
 
@@ -933,13 +933,15 @@ def test_a_session_that_does_not_start_without_a_gpu_says_that_there_is_none(
 
 
 @pytest.mark.parametrize(("exact", "tf32"), [(False, "1"), (True, "0")])
-def test_the_session_is_told_which_gpu_and_whether_it_may_use_tf32(
+def test_the_session_is_told_which_gpu_and_whether_it_may_use_tf32_and_no_threads(
     artifact: Artifact, gpu_package: Callable[..., list[Any]], exact: bool, tf32: str
 ) -> None:
     calls = gpu_package(["CPUExecutionProvider"])
     with pytest.raises(EngineError, match="cuda:3 cannot be had"):
         load_engine(artifact, "onnxruntime", device="cuda:3", exact=exact)
-    assert calls == [[("CUDAExecutionProvider", {"device_id": "3", "use_tf32": tf32})]]
+    providers, threads = calls[0]
+    assert providers == [("CUDAExecutionProvider", {"device_id": "3", "use_tf32": tf32})]
+    assert threads == 1, "more would only wait, each pinned to a core"
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,8 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
         onnxruntime.preload_dlls()
     try:
         settings = {"device_id": str(device.index), "use_tf32": str(int(tf32))}
-        return _session(artifact, _CUDA, settings, 0)
+        # The GPU computes; 0 would be a thread for each core, pinned to it, with errors where it may not be used.
+        return _session(artifact, _CUDA, settings, 1)
     except EngineError as error:
         there = host.gpus()
         why = "this machine shows no NVIDIA GPU: install its driver, or use --device cpu"
