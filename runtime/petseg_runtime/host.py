@@ -22,6 +22,8 @@ __all__ = [
     "Gpu",
     "Host",
     "cgroup_limits",
+    "cores",
+    "features",
     "gpus",
     "host",
     "nvidia_gpus",
@@ -162,19 +164,29 @@ def _nvidia_driver(text: str) -> str:
     return found[1] if found else ""
 
 
+def cores() -> int:
+    """How many cores the scheduler may put this process on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def features() -> tuple[str, ...]:
+    """Those of :data:`FEATURES` that the processor has; none where the kernel does not say."""
+    return parse_cpuinfo(_text("/proc/cpuinfo"))[1]
+
+
 def _cpu() -> Cpu:
-    name, features = parse_cpuinfo(_text("/proc/cpuinfo"))
+    name, has = parse_cpuinfo(_text("/proc/cpuinfo"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     quota, limit = cgroup_limits(Path("/sys/fs/cgroup"), _text("/proc/self/cgroup"))
     board = _text("/proc/device-tree/model").rstrip("\0")
     return Cpu(
         name=", ".join(filter(None, (name or platform.processor(), board))) or "unknown",
         machine=platform.machine(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=cores(),
         quota=quota,
         memory=memory,
         memory_limit=limit if limit is not None and limit < memory else None,
-        features=features,
+        features=has,
     )
 
 

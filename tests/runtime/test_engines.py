@@ -678,11 +678,12 @@ def test_a_device_is_a_kind_and_a_number(text: str, device: Device) -> None:
 def test_auto_on_this_machine_is_what_the_rule_says(
     artifact: Artifact, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     monkeypatch.setattr(host, "gpus", lambda: ())
-    able = set(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    with load_engine(artifact, "openvino", threads=1) as engine:
+        less = engine.describe().precision != "f32"
     for files, exact, expected in [
-        (artifact, False, "openvino" if able & {"BF16", "FP16"} else "onnxruntime"),
+        (artifact, False, "openvino" if less else "onnxruntime"),
         (artifact, True, "onnxruntime"),
         (toy(tmp_path / "int8.onnx", precision="int8"), False, "openvino"),
     ]:
@@ -697,20 +698,25 @@ def test_auto_on_this_machine_is_what_the_rule_says(
 
 
 @pytest.mark.parametrize(
-    ("able", "precision", "exact", "gains"),
+    ("machine", "able", "precision", "exact", "gains"),
     [
-        ({"FP32", "INT8"}, "fp32", False, False),
-        ({"FP32", "BF16"}, "fp32", False, True),
-        ({"FP32", "FP16"}, "fp16", False, True),
-        ({"FP32", "BF16"}, "fp32", True, False),
-        ({"FP32"}, "int8", False, True),
-        ({"FP32"}, "int8", True, True),
+        ("x86", {"FP32", "INT8"}, "fp32", False, False),
+        ("x86 avx512_bf16", {"FP32", "BF16"}, "fp32", False, True),
+        ("x86 avx512_bf16", {"FP32", "BF16"}, "fp32", True, False),
+        ("x86 avx512_bf16", {"FP32"}, "fp32", False, False),  # the plugin was told to do without
+        ("x86 avx_ne_convert", {"FP32", "BF16", "FP16"}, "fp32", False, False),  # it can, but only when told
+        ("arm", {"FP32", "FP16"}, "fp16", False, True),
+        ("arm", {"FP32"}, "fp32", False, False),
+        ("x86", {"FP32"}, "int8", False, True),
+        ("x86", {"FP32"}, "int8", True, True),
     ],
 )
 def test_openvino_gains_where_it_computes_in_less_than_float32(
-    monkeypatch: pytest.MonkeyPatch, able: set[str], precision: Any, exact: bool, gains: bool
+    monkeypatch: pytest.MonkeyPatch, machine: str, able: set[str], precision: Any, exact: bool, gains: bool
 ) -> None:
     module = pytest.importorskip("petseg_runtime.engines.openvino")
+    monkeypatch.setattr(module, "_X86", machine.startswith("x86"))
+    monkeypatch.setattr(host, "features", lambda: machine.split())
     core = types.SimpleNamespace(get_property=lambda where, name: sorted(able))
     monkeypatch.setattr(module, "_core", lambda: core)
     spec = ModelSpec(name="m", height=16, width=32, precision=precision)
@@ -1125,6 +1131,46 @@ def test_openvino_says_what_it_computes_in_and_in_int8_also_what_the_rest_is(
     plain, quantized = (load_engine(file).describe() for file in files)
     assert (plain.precision, plain.provider) == (name, "CPU plugin")
     assert (quantized.precision, quantized.provider) == ("int8", f"CPU plugin, {name} between the int8 layers")
+
+
+@pytest.mark.parametrize(
+    ("largest", "exact", "note"),
+    [(8189.0, False, True), (8188.0, False, False), (None, False, False), (8189.0, True, False)],
+)
+def test_openvino_does_not_compute_in_half_what_half_cannot_hold(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: float | None, exact: bool, note: bool
+) -> None:
+    """As on ARM's CPUs and on GPUs, where float16 is what it computes in unless told otherwise."""
+    module = pytest.importorskip("petseg_runtime.engines.openvino")
+    receipt = {} if largest is None else {"scan": {"largest": largest}}
+    artifact = dataclasses.replace(toy(tmp_path / "toy.onnx"), receipt=receipt)
+    asked: list[dict[str, Any]] = []
+
+    def compile_model(path: str, where: str, settings: dict[str, Any]) -> Any:
+        asked.append(settings)
+        return real.compile_model(path, where, settings)
+
+    real = module._core()
+    core = types.SimpleNamespace(
+        available_devices=["CPU"], get_property=lambda *_: ["FP32", "FP16"], compile_model=compile_model
+    )
+    monkeypatch.setattr(module, "_core", lambda: core)
+    monkeypatch.setattr(module, "_X86", False)
+    with load_engine(artifact, "openvino", threads=1, exact=exact) as engine:
+        notes = engine.describe().notes
+    assert notes == (("OpenVINO: in float32, as some activations are too large for float16",) if note else ())
+    assert ("INFERENCE_PRECISION_HINT" in asked[0]) is (note or exact)
+
+
+@pytest.mark.parametrize(("cores", "pinned"), [({0}, True), ({0, 1, 2}, False)])
+def test_openvino_with_fewer_threads_than_cores_leaves_the_cores_to_the_scheduler(
+    compiled: Artifact, monkeypatch: pytest.MonkeyPatch, cores: set[int], pinned: bool
+) -> None:
+    """Pinned, all processes with one thread run on the first core."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores, raising=False)
+    engine: Any = load_engine(compiled, threads=1)
+    with engine:
+        assert engine._compiled.get_property("ENABLE_CPU_PINNING") is pinned
 
 
 def test_openvino_has_run_once_before_several_threads_can_run_it_first(compiled: Artifact) -> None:
