@@ -740,7 +740,9 @@ def test_an_engine_that_cannot_be_imported_is_passed_over_with_a_note(
     )
 
 
-def test_of_onnx_runtime_only_an_empty_folder_is_left(toy: Toy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_of_onnx_runtime_only_an_empty_folder_is_left(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     pytest.importorskip("openvino")
     monkeypatch.setattr(host, "gpus", lambda: ())
     monkeypatch.setitem(sys.modules, "onnxruntime", types.ModuleType("onnxruntime"))

@@ -31,9 +31,9 @@ from petseg_runtime import cache, host
 from petseg_runtime.artifact import Artifact
 from petseg_runtime.engines import tensorrt, tensorrt_build
 from petseg_runtime.engines.base import Device, EngineOptions
+from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.engines.tensorrt import TensorRTEngine, load, load_rtx
 from petseg_runtime.engines.tensorrt_library import logger_of
-from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.errors import EngineError, EngineMissing, ModelError
 from petseg_runtime.segmenter import Segmenter
 from petseg_runtime.spec import ModelSpec

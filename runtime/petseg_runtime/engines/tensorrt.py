@@ -1,8 +1,9 @@
 """TensorRT and TensorRT for RTX: a serialized engine on the NVIDIA GPU that it was built for.
 
 Of an ONNX file, the engine is compiled when it is first loaded on a GPU, and kept (:mod:`petseg_runtime.cache`): for
-batches of 1 to 8 photos if the file takes any, and, if it takes any size, for those up to twice its own or the one asked
-for. TensorRT needs minutes for that, on a small board many. TensorRT for RTX takes a second, for the one kind of GPU that is here.
+batches of 1 to 8 photos if the file takes any, and, if it takes any size, for those up to twice its own or the one
+asked for. TensorRT needs minutes for that, on a small board many. TensorRT for RTX takes a second, for the one kind of
+GPU that is here.
 
 Built from the two libraries' and CUDA's documentation, and tested against stand-ins for them: never run on a GPU by us.
 
@@ -470,7 +471,8 @@ def load(artifact: Artifact, options: EngineOptions) -> TensorRTEngine:
 
     Args:
         artifact: A compiled file, or ONNX.
-        options: Which GPU, and the size to be ready for. The threads are the GPU's, and ``exact`` changes nothing: engines are built with TF32 off.
+        options: Which GPU, and the size to be ready for. The threads are the GPU's, and ``exact`` changes nothing:
+            engines are built with TF32 off.
     """
     return _loaded(artifact, options, TRT)
 
@@ -494,7 +496,9 @@ def _loaded(artifact: Artifact, options: EngineOptions, library: Library) -> Ten
     if artifact.format != "onnx":
         return opened(artifact.environment, notes=options.notes)
     trt = imported(library.module, library)
-    gpu = _Gpu(imported(CUDART, library), options.device.index, library)  # without one, it ends before anything is built
+    gpu = _Gpu(
+        imported(CUDART, library), options.device.index, library
+    )  # without one, it ends before anything is built
     targets = (gpu.capability,) if library is RTX else ()
     profile = tensorrt_build.profile_of(artifact.spec, max_size=_largest(artifact.spec, options))
 
