@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Set
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from petseg.model import IMAGE_MEAN, IMAGE_STD, AttentionUNet
+from petseg_runtime.spec import HALF_LIMIT
 
 __all__ = ["HALF_LIMIT", "DeployedUNet", "activation_peaks", "fold_batchnorm"]
-
-#: A convolution is left in float32 if the scan finds more than this in, around or behind it: an eighth of the largest
-#: float16, because photos that the scan did not see may go higher, and the gates add two results up.
-HALF_LIMIT: Final = 65504 / 8
 
 
 class DeployedUNet(nn.Module):

@@ -16,6 +16,7 @@ from petseg_export.config import (
     TensorRTRTXConfig,
 )
 from petseg_runtime.engines.registry import ENGINES, RULE
+from petseg_runtime.engines.tensorrt_library import bindings
 from petseg_runtime.errors import DataError, EngineError, EngineMissing, MissingExtra, ModelError
 from petseg_runtime.host import nvidia_gpus
 
@@ -41,6 +42,7 @@ class Format:
         precisions: That it comes in.
         needs: Packages that build it, beside torch and onnx.
         gpu: Whether it is built on an NVIDIA GPU.
+        cuda: Whether what runs it on one needs cuda-bindings, which a system's own TensorRT does not bring.
         compiler: ``module:function`` that makes it from ONNX; None for ONNX itself.
         sources: The precision of the ONNX it is compiled from, where that is not its own.
         proven: Where we have run such files.
@@ -52,6 +54,7 @@ class Format:
     precisions: tuple[str, ...] = ("fp32", "fp16", "int8")
     needs: tuple[Needs, ...] = ()
     gpu: bool = False
+    cuda: bool = False
     compiler: str | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
     proven: str
@@ -80,6 +83,7 @@ FORMATS: Final = {
         config=TensorRTConfig,
         needs=(Needs(module="tensorrt", extra="trt"),),
         gpu=True,
+        cuda=True,
         compiler="petseg_export.tensorrt:compile_tensorrt",
         proven="never built or run by us",
     ),
@@ -88,6 +92,7 @@ FORMATS: Final = {
         suffix=".engine",
         config=TensorRTRTXConfig,
         needs=(Needs(module="tensorrt_rtx", extra="rtx"),),
+        cuda=True,
         compiler="petseg_export.tensorrt:compile_tensorrt",
         proven="built in our tests, never run by us",
     ),
@@ -116,7 +121,13 @@ def why_not(form: Format) -> EngineError | MissingExtra | None:
             "no NVIDIA GPU here: such an engine is built on the GPU that will run it, so export to ONNX here and "
             "compile that file there (or use trt-rtx, whose engines are built anywhere)"
         )
+    if form.cuda and nvidia_gpus() and not _cuda_bindings():  # or it would fail after the minutes of building
+        return MissingExtra(f"cuda-bindings is not installed, which the parity test needs: pip install {bindings()}")
     return None
+
+
+def _cuda_bindings() -> bool:
+    return bool(importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings"))
 
 
 def check(config: ExportConfig) -> None:

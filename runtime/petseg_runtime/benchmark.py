@@ -158,7 +158,7 @@ def measure(
     with contextlib.ExitStack() as stack:
         load = functools.partial(_load, stack, artifact, threads=threads, batch=batch, cuda_graph=cuda_graph)
         for line in _lines(backends, device):
-            watch(f"trying {line.engine} on {line.device}")
+            watch(f"trying {line.trying}")
             which = "" if device == "auto" else device
             check = doctor.check_engine(line, gpus, which, artifact.path)
             if not check.works:

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from petseg_runtime.artifact import default_model
 from petseg_runtime.errors import OutputError
-from petseg_runtime.host import Cpu, Gpu, Host, host
+from petseg_runtime.host import ONNXRUNTIME_CUDA12, Cpu, Gpu, Host, host, old_driver
 
 __all__ = [
     "EngineCheck",
@@ -38,9 +38,10 @@ __all__ = [
     "x_ray",
 ]
 
-# Seconds. TensorRT compiles a model when it sees it for the first time on a GPU.
+# Seconds. TensorRT compiles a model when it sees it for the first time on a GPU: for minutes, on a small board many.
 _DEADLINE: Final = 60.0
 _DEADLINE_GPU: Final = 300.0
+_DEADLINE_COMPILING: Final = 1800.0
 
 _SIGNALS: Final = {
     signal.SIGILL: "it uses instructions that this processor does not have: install another version or engine",
@@ -59,6 +60,7 @@ class RuleLine:
         module: What the engine cannot do without.
         extra: What to install for it.
         run_by_us: Whether we have ever run that engine on that kind of device.
+        compiles: Whether it may compile for minutes when it loads a file for the first time.
     """
 
     engine: str
@@ -67,6 +69,12 @@ class RuleLine:
     module: str
     extra: str
     run_by_us: bool
+    compiles: bool = False
+
+    @property
+    def trying(self) -> str:
+        """What is done when it is tried, for people who wait."""
+        return f"{self.engine} on {self.device}{', which may compile for minutes' if self.compiles else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,14 +178,14 @@ def x_ray(watch: Callable[[str], None] = lambda what: None) -> XRay:
     rule, no_rule = read_rule()
     checks = []
     for line in {(line.engine, line.device): line for line in rule}.values():
-        watch(f"{line.engine} on {line.device}")
+        watch(line.trying)
         checks.append(check_engine(line, gpus))
     devices = {}
     if _installed("openvino"):
         watch("the devices of OpenVINO")
         devices = probe("intel").get("devices", {})  # where it fails, so did the engine, which says why
     watch("what auto takes")
-    auto = probe("auto", deadline=_DEADLINE_GPU)
+    auto = probe("auto", deadline=_DEADLINE_COMPILING if gpus else _DEADLINE_GPU)
     watch("FFmpeg")
     ffmpeg = Ffmpeg(**probe("ffmpeg"))
     cache, cache_bytes, no_cache = _cache()
@@ -234,8 +242,13 @@ def check_engine(line: RuleLine, gpus: Sequence[Gpu], device: str = "", model: P
         return dataclasses.replace(check, why=f"not tried: this machine shows no NVIDIA GPU{there}")
     if not _installed(line.module):
         return dataclasses.replace(check, why=f"not installed: pip install 'petseg[{line.extra}]'")
-    deadline = _DEADLINE if line.device == "cpu" else _DEADLINE_GPU
-    answer = probe("engine", line.engine, check.device, os.fspath(model or default_model()), deadline=deadline)
+    deadline, late = _DEADLINE if line.device == "cpu" else _DEADLINE_GPU, "it hangs"
+    if line.compiles:
+        asked = f"--backend {line.engine} --device {check.device}" + (f" --model {model}" if model else "")
+        deadline = _DEADLINE_COMPILING
+        late = f"it was still compiling, or hangs: `petseg infer PHOTO {asked}` compiles as long as it takes, once"
+    file = os.fspath(model or default_model())
+    answer = probe("engine", line.engine, check.device, file, deadline=deadline, late=late)
     if "error" in answer:
         return dataclasses.replace(check, why=answer["error"])
     info, parity = answer["info"], answer["parity"]
@@ -255,18 +268,19 @@ def check_engine(line: RuleLine, gpus: Sequence[Gpu], device: str = "", model: P
     )
 
 
-def probe(question: str, *words: str, deadline: float = _DEADLINE) -> dict[str, Any]:
+def probe(question: str, *words: str, deadline: float = _DEADLINE, late: str = "it hangs") -> dict[str, Any]:
     """Ask one of :data:`petseg_runtime.doctor_probe.QUESTIONS` in a process of its own; see :func:`ask`."""
     # -P: what lies in the current folder (a numpy.py, say) is not what petseg itself would import.
-    return ask((sys.executable, "-P", "-m", "petseg_runtime.doctor_probe", question, *words), deadline)
+    return ask((sys.executable, "-P", "-m", "petseg_runtime.doctor_probe", question, *words), deadline, late)
 
 
-def ask(command: Sequence[str], deadline: float) -> dict[str, Any]:
+def ask(command: Sequence[str], deadline: float, late: str = "it hangs") -> dict[str, Any]:
     """Run a program that answers with a JSON object on stdout.
 
     Args:
         command: Program and arguments.
         deadline: Seconds after which it is ended, with all that it started.
+        late: What is to be said if it is.
 
     Returns:
         Its answer; ``error`` says in one line why there is none, or that it crashed after it had answered.
@@ -279,7 +293,7 @@ def ask(command: Sequence[str], deadline: float) -> dict[str, Any]:
             out, said = process.communicate(timeout=deadline)
         except subprocess.TimeoutExpired:
             _end(process)
-            return {"error": f"no answer within {deadline:g} s: it hangs"}
+            return {"error": f"no answer within {deadline:g} s: {late}"}
         except BaseException:  # Ctrl-C, which a session of its own does not hear
             _end(process)
             raise
@@ -348,7 +362,8 @@ def _problems(cpu: Cpu, gpus: Sequence[Gpu], checks: Sequence[EngineCheck], ffmp
             f"{' '.join(both)}, then pip install 'petseg[gpu]' (NVIDIA GPU) or 'petseg[cpu]'"
         )
     if gpus and not any(check.works for check in checks if check.device == "cuda"):
-        found.append("there is an NVIDIA GPU, and no engine that uses it works: pip install 'petseg[gpu]' or [rtx]")
+        remedy = old_driver(gpus[0].driver, ONNXRUNTIME_CUDA12) or "pip install 'petseg[gpu]' or [rtx]"
+        found.append(f"there is an NVIDIA GPU, and no engine that uses it works: {remedy}")
     if checks and not any(check.works for check in checks):
         found.append("no engine works: pip install 'petseg[cpu]'")
     if ffmpeg.error:

@@ -42,7 +42,8 @@ def rule() -> dict[str, Any]:
         entry = ENGINES[choice.engine]
         extra = "gpu" if entry.extra == "cpu" and choice.kind == "cuda" else entry.extra
         line = {"engine": choice.engine, "device": choice.kind, "text": str(choice), "module": entry.module}
-        lines.append({**line, "extra": extra, "run_by_us": choice.kind in entry.run_by_us})
+        compiles = choice.kind == "cuda" and len(entry.formats) > 1  # ONNX, and what it makes of it
+        lines.append({**line, "extra": extra, "run_by_us": choice.kind in entry.run_by_us, "compiles": compiles})
     return {"rule": lines}
 
 

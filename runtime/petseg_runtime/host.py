@@ -17,7 +17,20 @@ from typing import Final
 
 from petseg_runtime import __version__
 
-__all__ = ["Cpu", "Gpu", "Host", "cgroup_limits", "gpus", "host", "nvidia_gpus", "parse_cpuinfo", "versions"]
+__all__ = [
+    "Cpu",
+    "Gpu",
+    "Host",
+    "cgroup_limits",
+    "cores",
+    "features",
+    "gpus",
+    "host",
+    "nvidia_gpus",
+    "old_driver",
+    "parse_cpuinfo",
+    "versions",
+]
 
 # What inference engines have kernels for, in the kernel's spelling: x86-64, then ARM.
 FEATURES: Final = (
@@ -44,6 +57,10 @@ _PACKAGES: Final = (
     *("numpy", "pillow", "av", "onnxruntime", "onnxruntime-gpu", "openvino"),
     *("tensorrt", "tensorrt-rtx", "cuda-bindings"),
 )
+
+
+#: ONNX Runtime for CUDA 12 with its libraries: from 1.27 on, that on PyPI is for CUDA 13.
+ONNXRUNTIME_CUDA12: Final = "'onnxruntime-gpu[cuda,cudnn]<1.27'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,19 +164,29 @@ def _nvidia_driver(text: str) -> str:
     return found[1] if found else ""
 
 
+def cores() -> int:
+    """How many cores the scheduler may put this process on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def features() -> tuple[str, ...]:
+    """Those of :data:`FEATURES` that the processor has; none where the kernel does not say."""
+    return parse_cpuinfo(_text("/proc/cpuinfo"))[1]
+
+
 def _cpu() -> Cpu:
-    name, features = parse_cpuinfo(_text("/proc/cpuinfo"))
+    name, has = parse_cpuinfo(_text("/proc/cpuinfo"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     quota, limit = cgroup_limits(Path("/sys/fs/cgroup"), _text("/proc/self/cgroup"))
     board = _text("/proc/device-tree/model").rstrip("\0")
     return Cpu(
         name=", ".join(filter(None, (name or platform.processor(), board))) or "unknown",
         machine=platform.machine(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=cores(),
         quota=quota,
         memory=memory,
         memory_limit=limit if limit is not None and limit < memory else None,
-        features=features,
+        features=has,
     )
 
 
@@ -241,6 +268,25 @@ def gpus() -> tuple[Gpu, ...]:
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return ()
     return tuple(_gpu(driver, index) for index in range(count.value))
+
+
+def old_driver(driver: str, packages: str) -> str:
+    """What to do about a driver that does not run CUDA 13, which pip's packages are for unless others are asked for.
+
+    Args:
+        driver: As in :class:`Gpu`.
+        packages: What to install, with pip, for CUDA 12.
+
+    Returns:
+        "" if the driver runs CUDA 13, or is not known.
+    """
+    found = re.match(r"CUDA (\d+)\.", driver)
+    major = int(found[1]) if found else 0
+    if not 0 < major < 13:
+        return ""
+    update = f"the driver is for {driver}, and what pip installs by itself for CUDA 13: update it to 580 or newer"
+    builds = f", or install builds for CUDA 12 in a new environment: pip install petseg {packages}"
+    return update + (builds if major == 12 else "")
 
 
 def _gpu(driver: ctypes.CDLL, index: int) -> Gpu:

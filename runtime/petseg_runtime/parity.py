@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
-#: uint8 [1, H, W, 3] RGB in, uint8 [1, H, W] probability out.
+#: uint8 [N, H, W, 3] RGB in, uint8 [N, H, W] probability out.
 Run: TypeAlias = Callable[[U8], U8]
 
 SCHEMA_VERSION: Final = 2
@@ -123,6 +123,12 @@ class Proof:
             self.names[:count], self.images[:count], self.expected[:count], self.checkpoint_sha256, self.reference
         )
 
+    def repeated(self, count: int) -> Proof:
+        """The same with exactly ``count`` photos: the first, or all again and again."""
+        index = np.arange(count) % len(self.names)
+        names = tuple(self.names[i] for i in index)
+        return replace(self, names=names, images=self.images[index], expected=self.expected[index])
+
     def to_bytes(self) -> bytes:
         """As an ``.npz`` file; the same proof gives the same bytes."""
         about = {"schema_version": 1, "checkpoint_sha256": self.checkpoint_sha256, "reference": self.reference}
@@ -197,6 +203,8 @@ class Comparison:
         task: IoU on the labels, where there are any: ``photos``, ``reference``, ``this``, ``loss`` in points.
         tolerance: What was allowed.
         failures: What was not as it should be; empty if it passed.
+        batch: So many photos were run at a time, too, within the same tolerance; 1: none but one by one, from which
+            all numbers are.
     """
 
     engine: str
@@ -211,6 +219,7 @@ class Comparison:
     task: dict[str, Any] | None
     tolerance: Tolerance
     failures: tuple[str, ...]
+    batch: int = 1
 
     @property
     def passed(self) -> bool:
@@ -320,6 +329,9 @@ def compare(
 ) -> Comparison:
     """Run a model on every photo of a proof, one by one, and measure how far it is from the reference.
 
+    Where the engine gains from batches, which photos and videos are then run in, the first photos are run once more as
+    such a batch, within the same tolerance.
+
     Args:
         run: The model, in the engine that will run it.
         info: That engine.
@@ -340,33 +352,22 @@ def compare(
         answers[i] = got[0]
         if watch:
             watch(i + 1)
-    counts = np.zeros(256, np.int64)  # how often each difference occurs
-    largest = []
-    for expected, got in zip(proof.expected, answers, strict=True):
-        difference = np.abs(got.astype(np.int16) - expected)
-        counts += np.bincount(difference.ravel(), minlength=256)
-        largest.append(int(difference.max()))
-    level = 255 * spec.threshold
-    ious = [_iou(got >= level, expected >= level) for expected, got in zip(proof.expected, answers, strict=True)]
-    measured: dict[str, Any] = {
-        "max_difference": max(largest),
-        "mean_difference": float((np.arange(256) * counts).sum() / counts.sum()),
-        "p99_difference": int(np.searchsorted(counts.cumsum(), 0.99 * counts.sum())),
-        "min_mask_iou": min(ious),
-        "mean_mask_iou": float(np.mean(ious)),
-        "registration": _registration(proof.expected, answers),
-        "task": task(answers) if task else None,
-    }
     tolerance = tolerance_for(spec.precision, info.precision)
     if budget is not None and tolerance.task_loss is not None:
         tolerance = replace(tolerance, task_loss=budget)
-    worst = _worst(proof, answers, int(np.argmax(largest)))
+    measured, failures = _judged(proof, answers, spec, tolerance, task)
+    if info.batch > 1:
+        batch = proof.repeated(info.batch)
+        got = run(batch.images)
+        _check_output(got, batch.expected)
+        _, wrong = _judged(batch, got, spec, tolerance)
+        failures += [f"{info.batch} at a time: {failure}" for failure in wrong]
     return Comparison(
         engine=f"{info.name} {info.version} ({info.device}, {info.provider})",
         precision=info.precision,
-        worst=worst,
         tolerance=tolerance,
-        failures=tuple(_failures(measured, tolerance, worst, proof.names[int(np.argmin(ious))])),
+        failures=tuple(failures),
+        batch=info.batch,
         **measured,
     )
 
@@ -423,6 +424,32 @@ def require(receipt: Receipt) -> None:
                 else ""
             )
         )
+
+
+def _judged(
+    proof: Proof, answers: U8, spec: ModelSpec, allowed: Tolerance, task: Callable[[U8], dict[str, Any]] | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """What is measured of the answers to a proof's photos (:class:`Comparison`), and what exceeds its tolerance."""
+    counts = np.zeros(256, np.int64)  # how often each difference occurs
+    largest = []
+    for expected, got in zip(proof.expected, answers, strict=True):
+        difference = np.abs(got.astype(np.int16) - expected)
+        counts += np.bincount(difference.ravel(), minlength=256)
+        largest.append(int(difference.max()))
+    level = 255 * spec.threshold
+    ious = [_iou(got >= level, expected >= level) for expected, got in zip(proof.expected, answers, strict=True)]
+    worst = _worst(proof, answers, int(np.argmax(largest)))
+    measured: dict[str, Any] = {
+        "max_difference": max(largest),
+        "mean_difference": float((np.arange(256) * counts).sum() / counts.sum()),
+        "p99_difference": int(np.searchsorted(counts.cumsum(), 0.99 * counts.sum())),
+        "min_mask_iou": min(ious),
+        "mean_mask_iou": float(np.mean(ious)),
+        "registration": _registration(proof.expected, answers),
+        "worst": worst,
+        "task": task(answers) if task else None,
+    }
+    return measured, list(_failures(measured, allowed, worst, proof.names[int(np.argmin(ious))]))
 
 
 def _failures(measured: dict[str, Any], allowed: Tolerance, worst: dict[str, Any], name: str) -> Iterable[str]:

@@ -104,7 +104,9 @@ class Segmenter:
         self.threshold = threshold if threshold is not None else spec.threshold
         self.cutout_threshold = cutout_threshold if cutout_threshold is not None else spec.cutout_threshold
         self.min_area = min_area
-        self._engine = load_engine(self.artifact, backend, threads, device=device, streams=streams, tell=tell)
+        self._engine = load_engine(
+            self.artifact, backend, threads, device=device, streams=streams, size=self.size, tell=tell
+        )
 
     @overload
     def __call__(self, source: images.ImageSource) -> Segmentation: ...  # type: ignore[overload-overlap] # str, bytes

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from petseg_runtime.errors import ModelError
 
-__all__ = ["PRECISIONS", "SPEC_KEY", "STRIDE", "ModelSpec"]
+__all__ = ["HALF_LIMIT", "PRECISIONS", "SPEC_KEY", "STRIDE", "ModelSpec"]
 
 SPEC_KEY: Final = "petseg.spec"
 SCHEMA_VERSION: Final = 1
@@ -20,6 +20,11 @@ STRIDE: Final = 16
 
 #: What a graph's numbers can be stored in. int8: the operands of most convolutions, the rest is fp32.
 PRECISIONS: Final = ("fp32", "fp16", "int8")
+
+
+#: What is computed in float32 if a scan finds more than this in it: an eighth of the largest float16, because photos
+#: that the scan did not see may go higher, and the gates add two results up.
+HALF_LIMIT: Final = 65504 / 8
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,6 +113,18 @@ def test_a_gpu_that_is_not_there_is_named_with_two_ways_out(everything: None, mo
         check(config)
 
 
+@pytest.mark.parametrize("gone", ["cuda", "cuda.bindings"])
+@pytest.mark.parametrize("name", ["trt", "trt-rtx"])
+def test_where_an_engine_will_be_run_it_is_not_built_without_what_runs_it(
+    everything: None, missing: set[str], name: str, gone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing.add(gone)
+    with pytest.raises(MissingExtra, match=f"{name}: cuda-bindings is not installed.*: pip install cuda-bindings$"):
+        check(FORMATS[name].config())
+    monkeypatch.setattr(registry, "nvidia_gpus", lambda: 0)
+    check(TensorRTRTXConfig())  # which builds without a GPU, and runs nothing
+
+
 @pytest.mark.parametrize(("config", "extras"), [(OnnxConfig, ("cpu", "openvino")), (OpenVINOConfig, ("openvino",))])
 def test_a_machine_without_an_engine_for_the_parity_test_is_told_what_to_install(
     missing: set[str], config: type[ExportConfig], extras: tuple[str, ...], monkeypatch: pytest.MonkeyPatch

@@ -131,6 +131,7 @@ def test_the_rule_is_the_registrys() -> None:
     for line in lines:
         assert line.module == ENGINES[line.engine].module
         assert line.run_by_us == (line.device in ENGINES[line.engine].run_by_us)
+    assert {line.engine for line in lines if line.compiles} == {"tensorrt", "tensorrt-rtx"}
     extras = {(line.engine, line.device): line.extra for line in lines}
     assert (extras["onnxruntime", "cpu"], extras["onnxruntime", "cuda"]) == ("cpu", "gpu")
 
@@ -187,6 +188,25 @@ def test_an_engine_that_crashes_is_a_line_and_not_the_end(monkeypatch: pytest.Mo
     assert (check.device, check.works, check.why) == ("cuda:1", False, "it crashed: SIGSEGV")
 
 
+def test_an_engine_that_compiles_has_its_time_and_is_not_said_to_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    deadlines: list[float] = []
+
+    def slow(command: Any, deadline: float, late: str = "") -> dict[str, Any]:
+        deadlines.append(deadline)
+        return ask((sys.executable, "-c", "import time; time.sleep(600)"), 0.2, late)
+
+    monkeypatch.setattr(doctor, "ask", slow)
+    line = dataclasses.replace(ORT, engine="abacus", device="cuda", compiles=True)
+    check = check_engine(line, (GPU,), "cuda:1", Path("edge.onnx"))
+    assert check.why == (
+        "no answer within 0.2 s: it was still compiling, or hangs: `petseg infer PHOTO --backend abacus --device "
+        "cuda:1 --model edge.onnx` compiles as long as it takes, once"
+    )
+    assert check_engine(dataclasses.replace(line, compiles=False), (GPU,)).why.endswith(": it hangs")
+    assert deadlines == [1800, 300]
+    assert line.trying == "abacus on cuda, which may compile for minutes"
+
+
 def test_both_packages_of_onnx_runtime_are_a_problem_with_a_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +230,9 @@ def test_a_gpu_that_nothing_uses_is_a_problem() -> None:
     check = EngineCheck(engine="a", device="cuda", packages=(), works=False, why="no", run_by_us=False)
     working = dataclasses.replace(check, device="cpu", works=True)
     (problem,) = doctor._problems(CPU, (GPU,), (check, working), Ffmpeg())
-    assert "no engine that uses it works" in problem
+    assert problem.endswith("no engine that uses it works: pip install 'petseg[gpu]' or [rtx]")
+    old = dataclasses.replace(GPU, driver="CUDA 12.4")
+    assert "works: the driver is for CUDA 12.4" in doctor._problems(CPU, (old,), (check, working), Ffmpeg())[0]
     assert doctor._problems(CPU, (GPU,), (dataclasses.replace(check, works=True), working), Ffmpeg()) == []
     assert doctor._problems(CPU, (), (check, working), Ffmpeg()) == []
     assert "pip install 'petseg[cpu]'" in doctor._problems(CPU, (), (check,), Ffmpeg())[0]

@@ -678,11 +678,12 @@ def test_a_device_is_a_kind_and_a_number(text: str, device: Device) -> None:
 def test_auto_on_this_machine_is_what_the_rule_says(
     artifact: Artifact, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     monkeypatch.setattr(host, "gpus", lambda: ())
-    able = set(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    with load_engine(artifact, "openvino", threads=1) as engine:
+        less = engine.describe().precision != "f32"
     for files, exact, expected in [
-        (artifact, False, "openvino" if able & {"BF16", "FP16"} else "onnxruntime"),
+        (artifact, False, "openvino" if less else "onnxruntime"),
         (artifact, True, "onnxruntime"),
         (toy(tmp_path / "int8.onnx", precision="int8"), False, "openvino"),
     ]:
@@ -697,20 +698,25 @@ def test_auto_on_this_machine_is_what_the_rule_says(
 
 
 @pytest.mark.parametrize(
-    ("able", "precision", "exact", "gains"),
+    ("machine", "able", "precision", "exact", "gains"),
     [
-        ({"FP32", "INT8"}, "fp32", False, False),
-        ({"FP32", "BF16"}, "fp32", False, True),
-        ({"FP32", "FP16"}, "fp16", False, True),
-        ({"FP32", "BF16"}, "fp32", True, False),
-        ({"FP32"}, "int8", False, True),
-        ({"FP32"}, "int8", True, True),
+        ("x86", {"FP32", "INT8"}, "fp32", False, False),
+        ("x86 avx512_bf16", {"FP32", "BF16"}, "fp32", False, True),
+        ("x86 avx512_bf16", {"FP32", "BF16"}, "fp32", True, False),
+        ("x86 avx512_bf16", {"FP32"}, "fp32", False, False),  # the plugin was told to do without
+        ("x86 avx_ne_convert", {"FP32", "BF16", "FP16"}, "fp32", False, False),  # it can, but only when told
+        ("arm", {"FP32", "FP16"}, "fp16", False, True),
+        ("arm", {"FP32"}, "fp32", False, False),
+        ("x86", {"FP32"}, "int8", False, True),
+        ("x86", {"FP32"}, "int8", True, True),
     ],
 )
 def test_openvino_gains_where_it_computes_in_less_than_float32(
-    monkeypatch: pytest.MonkeyPatch, able: set[str], precision: Any, exact: bool, gains: bool
+    monkeypatch: pytest.MonkeyPatch, machine: str, able: set[str], precision: Any, exact: bool, gains: bool
 ) -> None:
     module = pytest.importorskip("petseg_runtime.engines.openvino")
+    monkeypatch.setattr(module, "_X86", machine.startswith("x86"))
+    monkeypatch.setattr(host, "features", lambda: machine.split())
     core = types.SimpleNamespace(get_property=lambda where, name: sorted(able))
     monkeypatch.setattr(module, "_core", lambda: core)
     spec = ModelSpec(name="m", height=16, width=32, precision=precision)
@@ -732,6 +738,22 @@ def test_an_engine_that_cannot_be_imported_is_passed_over_with_a_note(
     assert info.notes == (
         "onnxruntime is installed but cannot be imported (libgomp.so.1: cannot open shared object file)",
     )
+
+
+def test_of_onnx_runtime_only_an_empty_folder_is_left(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(host, "gpus", lambda: ())
+    monkeypatch.setitem(sys.modules, "onnxruntime", types.ModuleType("onnxruntime"))
+    monkeypatch.delitem(sys.modules, module_of("onnxruntime"), raising=False)
+    artifact = toy(tmp_path / "toy.onnx")
+    with load_engine(artifact, threads=1, exact=True) as engine:
+        info = engine.describe()
+    assert info.name == "openvino"
+    assert info.notes[0].startswith("onnxruntime is installed but cannot be imported (only its empty folder is left: ")
+    with pytest.raises(EngineError, match="pip uninstall onnxruntime onnxruntime-gpu, then pip install"):
+        load_engine(artifact, "onnxruntime")
 
 
 # ------------------------------------------------------------------------------------- ONNX Runtime on CUDA
@@ -855,12 +877,14 @@ def gpu_package(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     onnxruntime = pytest.importorskip("onnxruntime")
     assert "providers" in inspect.signature(onnxruntime.InferenceSession.__init__).parameters
 
-    def make(providers: list[str] | Exception, *, gpus: int = 1, says: str = "") -> list[Any]:
+    def make(
+        providers: list[str] | Exception, *, gpus: int = 1, says: str = "", driver: str = "CUDA 13.0"
+    ) -> list[Any]:
         calls: list[Any] = []
 
         class Session:
             def __init__(self, path: str, options: Any, *, providers: list[Any], enable_fallback: int) -> None:
-                calls.append(providers)
+                calls.append((providers, options.intra_op_num_threads))
                 if isinstance(outcome, Exception):
                     raise outcome
 
@@ -869,7 +893,7 @@ def gpu_package(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
                 return outcome
 
         outcome = providers
-        gpu = Gpu(index=0, name="Stand-in", compute_capability="9.0", memory=2**34, driver="CUDA 12.4")
+        gpu = Gpu(index=0, name="Stand-in", compute_capability="9.0", memory=2**34, driver=driver)
         monkeypatch.setattr(host, "gpus", lambda: (gpu,) * gpus)
         there = ["CUDAExecutionProvider", "CPUExecutionProvider"]
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: there)
@@ -889,10 +913,20 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused_with_the_remedy(
     message = str(caught.value)
     assert message.startswith("cuda:0 cannot be had: ")
     assert "would run it with CPUExecutionProvider instead of CUDAExecutionProvider" in message
-    assert "its GPUs: cuda:0 Stand-in, CUDA 12.4; CUDA and cuDNN of the version" in message
+    assert "its GPUs: cuda:0 Stand-in, CUDA 13.0; CUDA and cuDNN of the version" in message
     assert "pip install 'petseg[gpu]'" in message
     assert "Failed to load libcudnn.so.9: no such file" in message
     assert capsys.readouterr() == ("", ""), "what it prints is part of the message"
+
+
+def test_a_session_that_does_not_start_with_an_old_driver_is_not_sent_to_the_same_package(
+    artifact: Artifact, gpu_package: Callable[..., list[Any]]
+) -> None:
+    gpu_package(RuntimeError("CUDA failure 35"), driver="CUDA 12.4")
+    with pytest.raises(EngineError, match="update it to 580 or newer, or install builds for CUDA 12") as caught:
+        load_engine(artifact, "onnxruntime", device="cuda")
+    assert "pip install petseg 'onnxruntime-gpu[cuda,cudnn]<1.27'" in str(caught.value)
+    assert "petseg[gpu]" not in str(caught.value)
 
 
 def test_a_session_that_does_not_start_without_a_gpu_says_that_there_is_none(
@@ -907,13 +941,15 @@ def test_a_session_that_does_not_start_without_a_gpu_says_that_there_is_none(
 
 
 @pytest.mark.parametrize(("exact", "tf32"), [(False, "1"), (True, "0")])
-def test_the_session_is_told_which_gpu_and_whether_it_may_use_tf32(
+def test_the_session_is_told_which_gpu_and_whether_it_may_use_tf32_and_no_threads(
     artifact: Artifact, gpu_package: Callable[..., list[Any]], exact: bool, tf32: str
 ) -> None:
     calls = gpu_package(["CPUExecutionProvider"])
     with pytest.raises(EngineError, match="cuda:3 cannot be had"):
         load_engine(artifact, "onnxruntime", device="cuda:3", exact=exact)
-    assert calls == [[("CUDAExecutionProvider", {"device_id": "3", "use_tf32": tf32})]]
+    providers, threads = calls[0]
+    assert providers == [("CUDAExecutionProvider", {"device_id": "3", "use_tf32": tf32})]
+    assert threads == 1, "more would only wait, each pinned to a core"
 
 
 @pytest.mark.parametrize(
@@ -926,6 +962,7 @@ def test_the_session_is_told_which_gpu_and_whether_it_may_use_tf32(
             "pip uninstall onnxruntime onnxruntime-gpu, then",
             False,
         ),
+        (set(), "the onnxruntime that is installed has no CUDA: uninstall it, then", True),
     ],
 )
 def test_a_package_without_cuda_says_what_to_do(
@@ -1096,6 +1133,46 @@ def test_openvino_says_what_it_computes_in_and_in_int8_also_what_the_rest_is(
     plain, quantized = (load_engine(file).describe() for file in files)
     assert (plain.precision, plain.provider) == (name, "CPU plugin")
     assert (quantized.precision, quantized.provider) == ("int8", f"CPU plugin, {name} between the int8 layers")
+
+
+@pytest.mark.parametrize(
+    ("largest", "exact", "note"),
+    [(8189.0, False, True), (8188.0, False, False), (None, False, False), (8189.0, True, False)],
+)
+def test_openvino_does_not_compute_in_half_what_half_cannot_hold(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: float | None, exact: bool, note: bool
+) -> None:
+    """As on ARM's CPUs and on GPUs, where float16 is what it computes in unless told otherwise."""
+    module = pytest.importorskip("petseg_runtime.engines.openvino")
+    receipt = {} if largest is None else {"scan": {"largest": largest}}
+    artifact = dataclasses.replace(toy(tmp_path / "toy.onnx"), receipt=receipt)
+    asked: list[dict[str, Any]] = []
+
+    def compile_model(path: str, where: str, settings: dict[str, Any]) -> Any:
+        asked.append(settings)
+        return real.compile_model(path, where, settings)
+
+    real = module._core()
+    core = types.SimpleNamespace(
+        available_devices=["CPU"], get_property=lambda *_: ["FP32", "FP16"], compile_model=compile_model
+    )
+    monkeypatch.setattr(module, "_core", lambda: core)
+    monkeypatch.setattr(module, "_X86", False)
+    with load_engine(artifact, "openvino", threads=1, exact=exact) as engine:
+        notes = engine.describe().notes
+    assert notes == (("OpenVINO: in float32, as some activations are too large for float16",) if note else ())
+    assert ("INFERENCE_PRECISION_HINT" in asked[0]) is (note or exact)
+
+
+@pytest.mark.parametrize(("cores", "pinned"), [({0}, True), ({0, 1, 2}, False)])
+def test_openvino_with_fewer_threads_than_cores_leaves_the_cores_to_the_scheduler(
+    compiled: Artifact, monkeypatch: pytest.MonkeyPatch, cores: set[int], pinned: bool
+) -> None:
+    """Pinned, all processes with one thread run on the first core."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores, raising=False)
+    engine: Any = load_engine(compiled, threads=1)
+    with engine:
+        assert engine._compiled.get_property("ENABLE_CPU_PINNING") is pinned
 
 
 def test_openvino_has_run_once_before_several_threads_can_run_it_first(compiled: Artifact) -> None:

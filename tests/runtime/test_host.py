@@ -225,6 +225,22 @@ def test_the_driver_is_asked_what_they_are(monkeypatch: pytest.MonkeyPatch) -> N
     assert gpus()[1] == expected
 
 
+@pytest.mark.parametrize(
+    ("driver", "update", "builds"),
+    [
+        ("CUDA 11.4", True, False),
+        ("CUDA 12.9", True, True),
+        ("CUDA 13.0", False, False),
+        ("CUDA 0.0", False, False),
+        ("unknown", False, False),
+    ],
+)
+def test_an_old_driver_is_to_be_updated_or_gets_packages_that_it_runs(driver: str, update: bool, builds: bool) -> None:
+    remedy = host.old_driver(driver, "abacus-cu12")
+    assert ("update it to 580 or newer" in remedy, "pip install petseg abacus-cu12" in remedy) == (update, builds)
+    assert update or remedy == ""
+
+
 def test_without_a_driver_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise OSError(f"{name}: cannot open shared object file")

@@ -147,6 +147,36 @@ def test_answers_are_taken_before_the_model_can_change_them(noisy: np.ndarray) -
     assert parity.compare(run, INFO, proof_with(noisy), SPEC).max_difference == 0
 
 
+@pytest.mark.parametrize("photos", [20, 3])
+def test_an_engine_that_takes_batches_is_held_to_one_too(noisy: np.ndarray, photos: int) -> None:
+    proof, batches = proof_with(noisy[:photos]), []
+    info = dataclasses.replace(INFO, batch=8)
+
+    def run(batch: np.ndarray) -> np.ndarray:
+        batches.append(batch)
+        if len(batch) == 1:
+            return noisy[len(batches) - 1][None]
+        return np.roll(answers, shift, axis=0)
+
+    answers, shift = np.resize(noisy[:photos], (8, H, W)), 0
+    row = parity.compare(run, info, proof, SPEC)
+    assert (row.passed, row.batch) == (True, 8)
+    assert [len(batch) for batch in batches] == [1] * photos + [8]
+    np.testing.assert_array_equal(batches[-1], np.resize(proof.images, (8, H, W, 3)))
+
+    batches.clear()
+    shift = 1  # each photo gets the answer to its neighbour
+    row = parity.compare(run, info, proof, SPEC)
+    assert (row.passed, row.max_difference) == (False, 0), "what is measured is measured one by one"
+    assert all(failure.startswith("8 at a time: ") for failure in row.failures)
+    assert "8 at a time: largest difference 25" in row.failures[0]
+
+
+def test_an_engine_whose_batch_has_another_shape_breaks_the_contract(noisy: np.ndarray) -> None:
+    with pytest.raises(ParityShapes):
+        parity.compare(answering(noisy), dataclasses.replace(INFO, batch=2), proof_with(noisy[:19]), SPEC)
+
+
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1), count=st.integers(1, 3), threshold=st.floats(0.05, 0.95))
 def test_every_number_is_what_brute_force_finds(data: st.DataObject, seed: int, count: int, threshold: float) -> None:
     rng = np.random.default_rng(seed)

@@ -5,7 +5,9 @@ The graphs that we export are built in tests/export/test_tensorrt.py.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import re
 import sys
 import types
 from typing import Any
@@ -66,9 +68,10 @@ def test_a_placeholder_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
         build(b"", None, library=TRT)
 
 
-def test_an_old_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, "tensorrt", __version__="8.6.1", Builder=None, OnnxParser=None)
-    with pytest.raises(EngineError, match=r"TensorRT 8\.6\.1 is too old"):
+@pytest.mark.parametrize("version", ["8.6.1", "10.3.0", "10.8.0.43"])
+def test_an_old_library_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "tensorrt", __version__=version, Builder=None, OnnxParser=None)
+    with pytest.raises(EngineError, match=rf"TensorRT {re.escape(version)} is too old: 10\.9 or newer is needed"):
         build(b"", None, library=TRT)
 
 
@@ -84,6 +87,25 @@ def test_tensorrt_needs_a_gpu_and_takes_no_other(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(EngineError, match=r"no cuda:2 \(there is: cuda:1 NVIDIA Fake\)"):
         build(b"", None, library=TRT, device=2)
     assert timings_slot(1).key.driver == "CUDA 12.6"
+
+
+@pytest.mark.parametrize(("driver", "old"), [("CUDA 12.6", True), ("CUDA 13.0", False)])
+def test_a_library_that_does_not_start_with_an_old_driver_says_what_to_do(
+    driver: str, old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Logger:
+        Severity = types.SimpleNamespace(INTERNAL_ERROR=0, ERROR=1, WARNING=2)
+
+    def refuse(logger: Any) -> None:
+        logger.log(1, "CUDA initialization failure with error: 35")
+        raise TypeError
+
+    install(monkeypatch, "tensorrt", __version__="10.9.0", Builder=refuse, OnnxParser=None, ILogger=Logger)
+    monkeypatch.setattr(host, "gpus", lambda: (dataclasses.replace(GPU, driver=driver),))
+    with pytest.raises(EngineError, match=r"does not start \(CUDA initialization failure with error: 35") as caught:
+        build(b"", None, library=TRT, device=1)
+    assert ("update it to 580" in str(caught.value)) is old
+    assert ("pip install petseg tensorrt-cu12 'cuda-bindings<13'" in str(caught.value)) is old
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,11 @@ from petseg_runtime import cache, host
 from petseg_runtime.artifact import Artifact
 from petseg_runtime.engines import tensorrt, tensorrt_build
 from petseg_runtime.engines.base import Device, EngineOptions
+from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.engines.tensorrt import TensorRTEngine, load, load_rtx
 from petseg_runtime.engines.tensorrt_library import logger_of
 from petseg_runtime.errors import EngineError, EngineMissing, ModelError
+from petseg_runtime.segmenter import Segmenter
 from petseg_runtime.spec import ModelSpec
 
 H, W = 16, 32
@@ -974,6 +976,44 @@ def test_a_file_that_changes_while_it_is_loaded_is_not_compiled_under_a_wrong_na
     assert (factory.asked, cache.entries()) == ([], [])
 
 
+def test_a_graph_that_tensorrt_cannot_take_goes_to_the_next_engine(
+    factory: Factory, toy: Callable[..., Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(graph: bytes, profile: Any, *, library: Any, **_: Any) -> None:
+        raise ModelError(f"{library.title} {VERSION} cannot read the graph (Gather /x: no importer)")
+
+    monkeypatch.setattr(tensorrt_build, "build", refuse)
+    artifact = toy(tmp_path / "toy.onnx")
+    with load_engine(artifact, threads=1) as engine:
+        np.testing.assert_array_equal(engine.run(photos(2)), photos(2)[..., 0])
+        info = engine.describe()
+    assert info.device == "cpu"
+    for title, note in zip(TITLES.values(), info.notes, strict=False):
+        assert note == f"{artifact.path}: {title} {VERSION} cannot read the graph (Gather /x: no importer)"
+    for name in NAMES.values():
+        with pytest.raises(EngineError, match=r"toy\.onnx: TensorRT.* cannot read the graph"):
+            load_engine(artifact, name)
+
+
+def test_an_engine_is_compiled_for_the_size_that_is_asked_for(
+    library: str, factory: Factory, toy: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    artifact = toy(tmp_path / "toy.onnx", dynamic_size=True)
+    factory.engine = json.dumps(content((1, 16, 16, 3), (8, 96, 64, 3))).encode()
+    for size, largest in (((96, 16), (96, 64)), ((32, 48), (32, 64)), (None, (32, 64))):
+        with Segmenter(artifact.path, backend=NAMES[library], device="cuda", size=size) as segmenter:
+            batch = photos(2, *(size or (H, W)))
+            np.testing.assert_array_equal(segmenter.infer(batch), batch[..., 0])
+        assert factory.asked[-1]["profile"].maximum == (8, *largest, 3)
+    assert len(factory.asked) == 2, "what lies within the usual room shares an engine"
+
+
+def test_a_compiled_file_that_is_too_small_says_so_when_it_is_loaded(library: str, tmp_path: Path) -> None:
+    spec = ModelSpec(name="toy", height=H, width=W, dynamic_size=True)
+    with pytest.raises(ModelError, match="64 x 64 photos are not what it was built for, which is 16 x 16 to 48 x 64"):
+        open_engine(tmp_path, library, content((1, 16, 16, 3), (2, 48, 64, 3)), spec, size=(64, 64))
+
+
 def test_a_compiled_file_is_loaded_as_it_is(library: str, factory: Factory, tmp_path: Path) -> None:
     path = tmp_path / "toy.engine"
     path.write_text(json.dumps(content()))
@@ -1160,7 +1200,7 @@ def test_a_library_that_is_neither_is_refused(fakes: None, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("driver", "devices", "device", "message"),
     [
-        (0, 1, 0, "no NVIDIA GPU can be used: .*InsufficientDriver .there is no driver"),
+        (0, 1, 0, "no NVIDIA GPU can be used: .*InsufficientDriver .there is no driver: install it"),
         (12040, 0, 0, "no NVIDIA GPU can be used: .*NoDevice .the driver is for CUDA 12.4"),
         (13000, 2, 2, "there is no GPU cuda:2; CUDA finds 2"),
         (13000, 2, -1, "there is no GPU cuda:-1"),
@@ -1172,6 +1212,19 @@ def test_no_such_gpu(
     world.driver, world.devices = driver, devices
     with pytest.raises(EngineError, match=message):
         open_engine(tmp_path, library, device=device)
+
+
+def test_a_driver_that_is_too_old_has_two_remedies(
+    library: str, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def insufficient(self: FakeCudart) -> tuple[Any, None]:
+        return cudaError_t.cudaErrorInsufficientDriver, None
+
+    monkeypatch.setattr(FakeCudart, "cudaGetDeviceCount", insufficient)
+    world.driver = 12040
+    with pytest.raises(EngineError, match=r"the driver is for CUDA 12\.4.*: update it to 580 or newer, or") as caught:
+        open_engine(tmp_path, library)
+    assert f"pip install petseg {NAMES[library]}-cu12 'cuda-bindings<13'" in str(caught.value)
 
 
 def test_no_memory_is_said_with_its_size(library: str, tmp_path: Path, world: World) -> None:
@@ -1186,8 +1239,11 @@ def test_what_is_not_installed_is_named_with_its_extra(
     extra = "trt" if library == "tensorrt" else "rtx"
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, CUDART, None)
-        with pytest.raises(EngineMissing, match=rf"cuda-bindings is not installed: pip install 'petseg\[{extra}\]'"):
-            open_engine(tmp_path, library)
+        for driver, package in (("CUDA 13.0", "cuda-bindings"), ("CUDA 12.6", "'cuda-bindings<13'")):
+            gpu = host.Gpu(index=0, name="Toy", compute_capability="8.7", memory=2**33, driver=driver)
+            patch.setattr(host, "gpus", lambda gpu=gpu: (gpu,))
+            with pytest.raises(EngineMissing, match=f"^cuda-bindings is not installed: pip install {package}$"):
+                open_engine(tmp_path, library)
         patch.delitem(sys.modules, CUDART)
         patch.setitem(sys.modules, "cuda.bindings", None)
         with pytest.raises(EngineMissing, match="cuda-bindings is not installed"):

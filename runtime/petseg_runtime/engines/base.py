@@ -73,6 +73,7 @@ class EngineOptions:
         exact: Compute in float32 where the graph says so, even where the engine knows something faster (bf16, TF32).
         device: What to compute on.
         cuda_graph: Launch the network as one CUDA graph, where the engine can (TensorRT); off only to measure it.
+        size: Height and width of the photos to come, for a model that takes any; None: the specification's.
         tell: Told, in a few words, before something that takes long (a compilation).
         notes: What was decided on the way to this engine, for :attr:`EngineInfo.notes`.
     """
@@ -82,6 +83,7 @@ class EngineOptions:
     exact: bool = False
     device: Device = Device()
     cuda_graph: bool = True
+    size: tuple[int, int] | None = None
     tell: Callable[[str], None] | None = None
     notes: tuple[str, ...] = ()
 

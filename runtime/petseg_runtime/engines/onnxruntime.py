@@ -35,6 +35,12 @@ from petseg_runtime.spec import ModelSpec
 
 __all__ = ["OnnxRuntimeCudaEngine", "OnnxRuntimeEngine", "load"]
 
+if not hasattr(onnxruntime, "InferenceSession"):  # a folder without its files is imported as an empty package
+    raise ImportError(
+        "only its empty folder is left: pip uninstall onnxruntime onnxruntime-gpu, then pip install 'petseg[cpu]', or "
+        "'petseg[gpu]' for an NVIDIA GPU"
+    )
+
 U8: TypeAlias = npt.NDArray[np.uint8]
 
 _ERRORS_ONLY: Final = 3  # ONNX Runtime's log severity
@@ -238,7 +244,9 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
     """
     if _CUDA not in onnxruntime.get_available_providers():
         both = [name for name in _PACKAGES if _installed(name)]
-        remedy = f"pip uninstall {' '.join(both)}, then pip install 'petseg[gpu]'"
+        # None: a package of another name, which conda and boards have.
+        away = f"pip uninstall {' '.join(both)}" if both else "uninstall it"
+        remedy = f"{away}, then pip install 'petseg[gpu]'"
         if len(both) == 2:
             raise EngineError(f"onnxruntime and onnxruntime-gpu are both installed and break each other: {remedy}")
         raise EngineMissing(f"the onnxruntime that is installed has no CUDA: {remedy}")
@@ -247,15 +255,17 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
         onnxruntime.preload_dlls()
     try:
         settings = {"device_id": str(device.index), "use_tf32": str(int(tf32))}
-        return _session(artifact, _CUDA, settings, 0)
+        # The GPU computes; 0 would be a thread for each core, pinned to it, with errors where it may not be used.
+        return _session(artifact, _CUDA, settings, 1)
     except EngineError as error:
         there = host.gpus()
-        why = (
-            f"its GPUs: {', '.join(f'cuda:{gpu.index} {gpu.name}, {gpu.driver}' for gpu in there)}; CUDA and cuDNN of "
-            "the version that this onnxruntime-gpu wants are needed: pip install 'petseg[gpu]'"
-            if there
-            else "this machine shows no NVIDIA GPU: install its driver, or use --device cpu"
-        )
+        why = "this machine shows no NVIDIA GPU: install its driver, or use --device cpu"
+        if there:
+            shown = ", ".join(f"cuda:{gpu.index} {gpu.name}, {gpu.driver}" for gpu in there)
+            remedy = host.old_driver(there[0].driver, host.ONNXRUNTIME_CUDA12) or (
+                "CUDA and cuDNN of the version that this onnxruntime-gpu wants are needed: pip install 'petseg[gpu]'"
+            )
+            why = f"its GPUs: {shown}; {remedy}"
         heard = f"; {one_line(Exception(said.getvalue()))}" if said.getvalue() else ""
         raise EngineError(f"{device} cannot be had: {error} ({why}{heard})") from error
 

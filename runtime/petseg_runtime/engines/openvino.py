@@ -22,7 +22,7 @@ import numpy.typing as npt
 import openvino
 from openvino import properties
 
-from petseg_runtime import cache, onnx_metadata
+from petseg_runtime import cache, host, onnx_metadata
 from petseg_runtime.artifact import INPUT, Artifact
 from petseg_runtime.engines.base import (
     Device,
@@ -35,13 +35,16 @@ from petseg_runtime.engines.base import (
     usable_cpus,
 )
 from petseg_runtime.errors import EngineError, ModelError
-from petseg_runtime.spec import ModelSpec
+from petseg_runtime.spec import HALF_LIMIT, ModelSpec
 
 __all__ = ["OpenVINOEngine", "computes_in_less", "load"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
 _NAMES: Final = {"f32": "f32", "f16": "fp16", "bf16": "bf16"}
+
+#: Of x86 CPUs and of all others, what is computed in unless told otherwise is known in different words.
+_X86: Final = platform.machine().lower() in ("x86_64", "amd64")
 
 #: One model is loaded, and run for the first time, at a time. OpenVINO's Python binding looks up numpy when it is first
 #: asked for a tensor's data, in a C++ static: a second thread that comes then waits for it while it holds the GIL, and
@@ -56,7 +59,7 @@ class OpenVINOEngine(Engine):
     """A compiled OpenVINO model.
 
     On devices that have it, OpenVINO computes float32 models in bf16 or fp16 unless told otherwise; ``describe`` says
-    which.
+    which. Not in fp16 where the receipt says that activations come near its end.
     """
 
     def __init__(self, artifact: Artifact, options: EngineOptions) -> None:
@@ -79,7 +82,8 @@ class OpenVINOEngine(Engine):
         with _FIRST:
             where = _plugin(options.device)
             try:
-                self._compiled, note = _compiled(artifact, where, self._settings(options))
+                wide = not options.exact and _too_wide(artifact, where)
+                self._compiled, note = _compiled(artifact, where, self._settings(options, exact=options.exact or wide))
                 computed = self._compiled.get_property(properties.hint.inference_precision()).get_type_name()
                 self.run(np.zeros((max(1, self._spec.batch), self._spec.height, self._spec.width, 3), np.uint8))
             except ModelError:
@@ -91,16 +95,19 @@ class OpenVINOEngine(Engine):
         self._precision = "int8" if artifact.spec.precision == "int8" else _NAMES[computed]
         rest = f", {_NAMES[computed]} between the int8 layers" if self._precision == "int8" else ""
         self._provider = f"{where.partition('.')[0]} plugin{rest}"
-        self._notes = (*options.notes, f"OpenVINO: {note}") if note else options.notes
+        notes = (note, "in float32, as some activations are too large for float16" if wide else "")
+        self._notes = (*options.notes, *(f"OpenVINO: {note}" for note in notes if note))
 
-    def _settings(self, options: EngineOptions) -> dict[Any, Any]:
+    def _settings(self, options: EngineOptions, *, exact: bool) -> dict[Any, Any]:
         settings: dict[Any, Any] = {
             properties.hint.performance_mode(): properties.hint.PerformanceMode.LATENCY,
             properties.num_streams(): self._streams,
         }
         if options.device.kind == "cpu":
             settings[properties.inference_num_threads()] = self._threads
-        if options.exact:
+            if self._threads < host.cores():  # else every process with so many threads runs on the same, first cores
+                settings[properties.hint.enable_cpu_pinning()] = False
+        if exact:
             settings[properties.hint.inference_precision()] = openvino.Type.f32
         return settings
 
@@ -187,7 +194,7 @@ def _compiled(artifact: Artifact, where: str, settings: dict[Any, Any]) -> tuple
     gains = artifact.format == "onnx" and (where != "CPU" or artifact.size <= _SMALL)
     if not gains or cache.cache_folder() is None:
         return compile_model(), ""
-    able = set(_core().get_property(where, properties.device.capabilities()))
+    able = _capabilities(where)
     if "EXPORT_IMPORT" not in able:
         return compile_model(), ""
     slot = cache.Slot(_key(artifact, where, able, settings), "blob")
@@ -219,8 +226,28 @@ def computes_in_less(spec: ModelSpec, options: EngineOptions) -> bool:
     """Whether it would compute in less than float32 on this CPU, and so be the fastest there is."""
     if spec.precision == "int8":
         return True
-    able = _core().get_property("CPU", properties.device.capabilities())
-    return not options.exact and bool({"BF16", "FP16"} & set(able))
+    return not options.exact and (_in_half("CPU") or _in_bfloat())
+
+
+def _in_bfloat() -> bool:
+    """Whether it computes in bf16 on this CPU: it can on some with AVX2 only, too, but does so only when told."""
+    return "BF16" in _capabilities("CPU") and "avx512_bf16" in host.features()
+
+
+def _in_half(where: str) -> bool:
+    """Whether it computes in fp16 on a device unless told otherwise: on GPUs, and on CPUs that are not x86."""
+    return not (where == "CPU" and _X86) and "FP16" in _capabilities(where)
+
+
+def _too_wide(artifact: Artifact, where: str) -> bool:
+    """Whether a device would compute in fp16 what the scan at export found too large for it."""
+    scan = artifact.receipt.get("scan")
+    largest = scan.get("largest") if isinstance(scan, dict) else None
+    return isinstance(largest, int | float) and largest > HALF_LIMIT and _in_half(where)
+
+
+def _capabilities(where: str) -> set[str]:
+    return set(_core().get_property(where, properties.device.capabilities()))
 
 
 def load(artifact: Artifact, options: EngineOptions) -> OpenVINOEngine:

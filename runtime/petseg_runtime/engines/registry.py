@@ -114,6 +114,7 @@ def load_engine(
     streams: int = 1,
     exact: bool = False,
     cuda_graph: bool = True,
+    size: tuple[int, int] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Engine:
     """Load a model in an engine, by the rule above.
@@ -127,6 +128,7 @@ def load_engine(
         streams: See :class:`EngineOptions`.
         exact: Compute in float32 where the graph says so, even where the engine knows something faster.
         cuda_graph: See :class:`EngineOptions`.
+        size: See :class:`EngineOptions`.
         tell: See :class:`EngineOptions`.
 
     Raises:
@@ -146,6 +148,7 @@ def load_engine(
             exact=exact,
             device=wanted or Device(choice.kind),
             cuda_graph=cuda_graph,
+            size=size,
             tell=tell,
             notes=notes,
         )

@@ -1,8 +1,9 @@
 """TensorRT and TensorRT for RTX: a serialized engine on the NVIDIA GPU that it was built for.
 
 Of an ONNX file, the engine is compiled when it is first loaded on a GPU, and kept (:mod:`petseg_runtime.cache`): for
-batches of 1 to 8 photos if the file takes any, and for sizes up to twice its own if it takes any. TensorRT needs
-minutes for that, on a small board many. TensorRT for RTX takes a second, for the one kind of GPU that is here.
+batches of 1 to 8 photos if the file takes any, and, if it takes any size, for those up to twice its own or the one
+asked for. TensorRT needs minutes for that, on a small board many. TensorRT for RTX takes a second, for the one kind of
+GPU that is here.
 
 Built from the two libraries' and CUDA's documentation, and tested against stand-ins for them: never run on a GPU by us.
 
@@ -28,7 +29,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from petseg_runtime import cache, onnx_metadata
+from petseg_runtime import cache, host, onnx_metadata
 from petseg_runtime.artifact import INPUT, OUTPUT, Artifact
 from petseg_runtime.engines import tensorrt_build
 from petseg_runtime.engines.base import Engine, EngineInfo, EngineOptions, check_batch, one_line
@@ -64,6 +65,7 @@ class TensorRTEngine(Engine):
         precision: str,
         data: bytes | None = None,
         cuda_graph: bool = True,
+        size: tuple[int, int] | None = None,
         notes: tuple[str, ...] = (),
     ) -> None:
         """Load the engine and run it once, so that whatever can fail does so here.
@@ -77,19 +79,21 @@ class TensorRTEngine(Engine):
             precision: What it computes in, for ``describe``: f32, tf32, fp16 or int8.
             data: The serialized engine, if it is not what is in the file.
             cuda_graph: Launch the network as one CUDA graph where that can be.
+            size: Height and width that it will be run at; None: the specification's.
             notes: For ``describe``.
 
         Raises:
             EngineMissing: The library, or cuda-bindings, is not installed.
             EngineError: One of them is broken, there is no such GPU, the engine was built for another version or
                 GPU, or the library or CUDA refuses it.
-            ModelError: The file cannot be read, or breaks the contract.
+            ModelError: The file cannot be read, breaks the contract, or was not built for that size.
         """
         self._path, self._spec, self._precision, self._notes = path, spec, precision, notes
+        self._size = size or (spec.height, spec.width)
         self._library = _library_of(path, environment)
         self._trt = imported(self._library.module, self._library)
         self._logger = logger_of(self._trt.ILogger)
-        self._gpu = _Gpu(imported(CUDART, self._library), device)
+        self._gpu = _Gpu(imported(CUDART, self._library), device, self._library)
         _check_built_for(path, self._library, environment, self._trt.__version__, self._gpu.capability)
         self._kernels = _Kernels()
         self._lock = threading.Lock()
@@ -183,7 +187,7 @@ class TensorRTEngine(Engine):
         except EngineError as error:
             raise _Refused(str(error)) from error
         self._low, self._high = _check_contract(self._path, self._trt, self._engine)
-        self._check_size(self._spec.height, self._spec.width)
+        self._check_size(*self._size)
         if self._library is RTX:
             self._config = self._ask("configure it", self._engine.create_runtime_config)
             self._configure(self._config, data)
@@ -215,8 +219,7 @@ class TensorRTEngine(Engine):
 
     def _run_once(self) -> None:
         """Compile, capture and fail now rather than in the first frame."""
-        count, height, width = self._low[0], self._spec.height, self._spec.width
-        blank = np.zeros((count, height, width, 3), np.uint8)
+        blank = np.zeros((self._low[0], *self._size, 3), np.uint8)
         for _ in range(2):  # the second time as a CUDA graph
             self._run_piece(blank, np.empty(blank.shape[:3], np.uint8))
         self._kernels.keep()  # a program that is killed later has them all the same
@@ -330,8 +333,8 @@ class TensorRTEngine(Engine):
 class _Gpu:
     """One GPU through the CUDA runtime: every status is checked, and what was taken from it is on a list."""
 
-    def __init__(self, cudart: Any, device: int) -> None:
-        self.cudart, self.device = cudart, device
+    def __init__(self, cudart: Any, device: int, library: Library) -> None:
+        self.cudart, self.device, self.library = cudart, device, library
         self.stream: Any = None
         self._taken: list[tuple[str, Callable[..., Any], Any]] = []
         self._check_there()
@@ -342,8 +345,11 @@ class _Gpu:
     def _check_there(self) -> None:
         status, count = self.cudart.cudaGetDeviceCount()
         if status != self.cudart.cudaError_t.cudaSuccess:
-            _, driver = self.cudart.cudaDriverGetVersion()
-            has = f"the driver is for CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "there is no driver"
+            _, number = self.cudart.cudaDriverGetVersion()
+            driver = f"CUDA {number // 1000}.{number % 1000 // 10}"
+            has = f"the driver is for {driver}" if number else "there is no driver: install it"
+            if status == self.cudart.cudaError_t.cudaErrorInsufficientDriver:
+                has = host.old_driver(driver, self.library.cuda12) or has
             raise EngineError(f"no NVIDIA GPU can be used: {_words(self.cudart, status)} ({has})")
         if not 0 <= self.device < count:
             raise EngineError(f"there is no GPU cuda:{self.device}; CUDA finds {count}, counted from 0")
@@ -465,7 +471,8 @@ def load(artifact: Artifact, options: EngineOptions) -> TensorRTEngine:
 
     Args:
         artifact: A compiled file, or ONNX.
-        options: Which GPU. The threads are the GPU's, and ``exact`` changes nothing: engines are built with TF32 off.
+        options: Which GPU, and the size to be ready for. The threads are the GPU's, and ``exact`` changes nothing:
+            engines are built with TF32 off.
     """
     return _loaded(artifact, options, TRT)
 
@@ -484,26 +491,33 @@ def _loaded(artifact: Artifact, options: EngineOptions, library: Library) -> Ten
         device=options.device.index,
         precision=computed,
         cuda_graph=options.cuda_graph,
+        size=options.size,
     )
     if artifact.format != "onnx":
         return opened(artifact.environment, notes=options.notes)
     trt = imported(library.module, library)
-    gpu = _Gpu(imported(CUDART, library), options.device.index)  # without one, it ends before anything is built
+    gpu = _Gpu(
+        imported(CUDART, library), options.device.index, library
+    )  # without one, it ends before anything is built
     targets = (gpu.capability,) if library is RTX else ()
-    profile = tensorrt_build.profile_of(artifact.spec)
+    profile = tensorrt_build.profile_of(artifact.spec, max_size=_largest(artifact.spec, options))
 
     def make() -> tuple[bytes, dict[str, Any]]:
         if options.tell:
             options.tell(f"{library.title} compiles {artifact.path.name} for {gpu.name}: it can take minutes, once")
-        built = tensorrt_build.build(
-            _graph(artifact),
-            profile,
-            library=library,
-            timing_cache=None if library is RTX else tensorrt_build.timings_slot(options.device.index),
-            compute_capabilities=targets,
-            device=options.device.index,
-            activate=gpu.activate,
-        )
+        graph = _graph(artifact)
+        try:
+            built = tensorrt_build.build(
+                graph,
+                profile,
+                library=library,
+                timing_cache=None if library is RTX else tensorrt_build.timings_slot(options.device.index),
+                compute_capabilities=targets,
+                device=options.device.index,
+                activate=gpu.activate,
+            )
+        except ModelError as error:  # the file is well; what this library cannot take, `auto` gives to another
+            raise EngineError(f"{artifact.path}: {error}") from error
         return built.engine, built.record
 
     key = _key(library, trt, gpu, artifact.identity, artifact.spec.name)
@@ -517,6 +531,12 @@ def _loaded(artifact: Artifact, options: EngineOptions, library: Library) -> Ten
             raise
         engine = cache.compiled(slot, make, again=one_line(error))
     return opened(engine.environment, data=engine.data, notes=_notes(options, library, engine))
+
+
+def _largest(spec: ModelSpec, options: EngineOptions) -> tuple[int, int]:
+    """The largest height and width that an engine is compiled for: room for other sizes, and for the one asked for."""
+    height, width = options.size or (0, 0)
+    return max(2 * spec.height, height), max(2 * spec.width, width)
 
 
 def _notes(options: EngineOptions, library: Library, engine: cache.Compiled) -> tuple[str, ...]:

@@ -43,6 +43,9 @@ Watch: TypeAlias = Callable[[str, int, int], None]
 #: Of a graph that takes any batch, unless another is asked for.
 MAX_BATCH: Final = 8
 
+#: Of TensorRT; the first that takes uint8 inputs in a strongly typed network.
+_OLDEST: Final = (10, 9)
+
 #: How the libraries write the type of a tensor, and how we do.
 _TYPES: Final = {"float": "fp32", "half": "fp16", "bfloat16": "bf16"}
 _TYPE_WORD: Final = re.compile(r"\b(float|fp32|half|fp16|bfloat16|bf16|fp8|u?int8|int32|int64|bool)\b", re.IGNORECASE)
@@ -303,8 +306,8 @@ def _load(library: Library, compute_capabilities: tuple[str, ...], device: int) 
         )
     if library is RTX:
         return _Compiler(trt, library, None, compute_capabilities)
-    if int(trt.__version__.partition(".")[0]) < 10:
-        raise EngineError(f"TensorRT {trt.__version__} is too old: 10 or newer is needed")
+    if tuple(map(int, trt.__version__.split(".")[:2])) < _OLDEST:
+        raise EngineError(f"TensorRT {trt.__version__} is too old: {'.'.join(map(str, _OLDEST))} or newer is needed")
     if compute_capabilities:
         raise EngineError(
             f"TensorRT cannot be asked to build for {', '.join(compute_capabilities)}; it builds for its own GPU"
@@ -325,7 +328,9 @@ def _builder(compiler: _Compiler, record: Record) -> Any:
     try:
         return compiler.trt.Builder(logger)
     except (TypeError, RuntimeError) as error:  # TypeError: how the bindings say that the library returned nothing
-        raise EngineError(f"{compiler.title} does not start ({_reason(record)})") from error
+        old = (host.old_driver(gpu.driver, compiler.library.cuda12) for gpu in host.gpus())
+        remedy = next((f"; {what}" for what in old if what), "")
+        raise EngineError(f"{compiler.title} does not start ({_reason(record)}{remedy})") from error
 
 
 def _parse(compiler: _Compiler, builder: Any, graph: bytes, record: Record) -> tuple[Any, Any]:

@@ -8,10 +8,11 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from petseg_runtime import host
 from petseg_runtime.engines.base import one_line
 from petseg_runtime.errors import EngineError, EngineMissing
 
-__all__ = ["CUDART", "LIBRARIES", "RTX", "TRT", "Library", "Record", "imported", "logger_of"]
+__all__ = ["CUDART", "LIBRARIES", "RTX", "TRT", "Library", "Record", "bindings", "imported", "logger_of"]
 
 CUDART: Final = "cuda.bindings.runtime"
 
@@ -30,6 +31,11 @@ class Library:
     def remedy(self) -> str:
         """What to do about an engine that does not fit."""
         return f"build it again on this device: `petseg export CHECKPOINT --format {self.format}`"
+
+    @property
+    def cuda12(self) -> str:
+        """Its packages for CUDA 12, for pip."""
+        return f"{self.engine}-cu12 'cuda-bindings<13'"
 
 
 TRT: Final = Library(module="tensorrt", title="TensorRT", engine="tensorrt", extra="trt", format="trt")
@@ -61,10 +67,17 @@ def imported(module: str, library: Library) -> Any:
     except ModuleNotFoundError as error:
         if not f"{module}.".startswith(f"{error.name}."):  # a part of it, or something that it needs
             raise EngineError(f"{module} is installed but cannot be imported ({one_line(error)})") from error
-        name = "cuda-bindings" if module == CUDART else library.engine
-        raise EngineMissing(f"{name} is not installed: pip install 'petseg[{library.extra}]'") from error
+        if module == CUDART:  # its extra brings it; without it, the library is the system's own
+            raise EngineMissing(f"cuda-bindings is not installed: pip install {bindings()}") from error
+        raise EngineMissing(f"{library.engine} is not installed: pip install 'petseg[{library.extra}]'") from error
     except Exception as error:  # whatever its search for shared libraries ends in
         raise EngineError(f"{module} is installed but cannot be imported ({one_line(error)})") from error
+
+
+def bindings() -> str:
+    """The cuda-bindings that run with this machine's driver, for pip."""
+    old = any(host.old_driver(gpu.driver, "") for gpu in host.gpus())
+    return "'cuda-bindings<13'" if old else "cuda-bindings"
 
 
 @functools.cache
