@@ -32,6 +32,7 @@ __all__ = [
     "background_of",
     "check_looks",
     "picture",
+    "probe",
     "render_of",
 ]
 
@@ -207,7 +208,7 @@ class ImageSink:
                 raise OutputError(f"{path}: the result of {item.source} would replace a photo; choose another --output")
             if not resume and os.path.realpath(path.parent) in folders and path.exists():
                 raise OutputError(f"{path}: there already, beside the photos; move it, or choose another --output")
-        _probe(output)
+        probe(output)
 
     def path_of(self, item: Item) -> Path:
         """Where an item's result goes."""
@@ -245,7 +246,7 @@ class CocoSink:
             OutputError: The folder cannot be written to.
         """
         self._output, self._rle = output, kind == "coco-rle"
-        _probe(output)
+        probe(output)
 
     def path_of(self, item: Item) -> None:
         """No item has a file of its own."""
@@ -318,15 +319,15 @@ class StreamSink:
         """Nothing is left to write."""
 
 
-def _probe(output: Path) -> None:
+def probe(output: Path) -> None:
     """Make a folder, and see that it can be written to.
 
     Raises:
         OutputError: It cannot.
     """
     try:
-        with replacing(output / ".petseg-probe") as probe:
-            probe.touch()
+        with replacing(output / ".petseg-probe") as beside:
+            beside.touch()
         (output / ".petseg-probe").unlink()
     except OSError as error:
         raise OutputError(f"{output}: cannot be written to ({error.strerror}); choose another --output") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -569,11 +570,17 @@ def _reason(error: av.error.FFmpegError) -> str:
 
 
 def _check_file(path: Path) -> None:
-    if path.is_dir():
+    try:
+        about = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UnreadableVideo(f"{path}: no such file") from None
+    except OSError as error:  # a name that is too long, a folder on the way that may not be entered
+        raise UnreadableVideo(f"{path}: cannot be opened ({error.strerror})") from error
+    except ValueError as error:  # a name that no file can have
+        raise UnreadableVideo(f"{path}: cannot be opened ({error})") from error
+    if stat.S_ISDIR(about.st_mode):
         raise UnreadableVideo(f"{path}: a folder, not a video")
-    if not path.exists():
-        raise UnreadableVideo(f"{path}: no such file")
-    if path.is_file() and path.stat().st_size == 0:
+    if stat.S_ISREG(about.st_mode) and about.st_size == 0:
         raise UnreadableVideo(f"{path}: empty (0 bytes)")
 
 

@@ -197,6 +197,18 @@ def test_all_failed_is_1(tmp_path: Path, clips: Path, model: str) -> None:
     assert infer(tmp_path / "nowhere" / "none.mp4", "--model", model, "--output", tmp_path, "--as", "mask") == 1
 
 
+def test_a_name_that_is_too_long_is_counted_and_passed_over(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, good = "a" * 300 + ".mp4", clips / "short.mp4"
+    for long in (name, f"{good}/{name}", tmp_path / name / "clip.mp4"):
+        assert infer(long, good, "--as", "mask", "--model", model, "--output", tmp_path / "out", "--json") == 3
+        out, err = capsys.readouterr()
+        assert err.startswith(f"petseg: {long}: ")
+        assert len(err.splitlines()) == 1
+        assert events(out)[-1]["videos"] == {"count": 2, "done": 1, "failed": 1, "stopped": 0, "skipped": 0}
+
+
 def test_the_output_may_lie_in_the_source_which_is_not_read_again(tmp_path: Path, clips: Path, model: str) -> None:
     shutil.copy(clips / "short.mp4", tmp_path / "clip.mov")
     for _ in range(2):
@@ -413,6 +425,16 @@ def test_a_folder_that_cannot_be_written_to_is_6(
     (tmp_path / "file").touch()
     assert infer(clips / "short.mp4", "--output", tmp_path / "file" / "out", "--model", model) == 6
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_an_output_for_several_videos_that_is_a_file_is_6(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    both = [shutil.copy(clips / "short.mp4", tmp_path / name) for name in ("a.mp4", "b.mp4")]
+    for output in (tmp_path / "file", tmp_path / "file" / "out"):
+        assert infer(*both, "--as", "mask", "--output", output, "--model", model) == 6
+        assert f"petseg: {output}: cannot be written to (" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------- pipes

@@ -109,7 +109,7 @@ def infer(
     """
     from petseg_runtime.batch import segment_photos
     from petseg_runtime.journal import Journal
-    from petseg_runtime.sinks import KINDS
+    from petseg_runtime.sinks import KINDS, probe
     from petseg_runtime.sources import RESULTS
 
     kind = kind or ("background" if background else "cutout")
@@ -136,7 +136,7 @@ def infer(
         journal = None
         if folder and not found.live and (resume or len(found.items) > 1 or coco):
             settings = looks | _settings(segmenter) | (of_video if found.videos else {})
-            folder.mkdir(parents=True, exist_ok=True)
+            probe(folder)
             journal = stack.enter_context(Journal(folder, settings, resume=resume))
         report = None
         if sink:
