@@ -60,7 +60,8 @@ class VideoReport:
         seconds: Wall time.
         steps: What each step took: ``sum``, ``p50``, ``p95``, ``p99`` in seconds; ``latency`` is from the decoder to
             the result in its place.
-        paths: The results.
+        paths: The results; of an endless source the newest thousand.
+        files: How many there are.
         notes: What had to be left out.
     """
 
@@ -75,6 +76,7 @@ class VideoReport:
     seconds: float = 0.0
     steps: dict[str, dict[str, float]] = field(default_factory=dict)
     paths: list[Path] = field(default_factory=list)
+    files: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -85,6 +87,12 @@ class VideoReport:
     def as_json(self) -> dict[str, Any]:
         """JSON values."""
         return dataclasses.asdict(self) | {"paths": [str(path) for path in self.paths], "rate": round(self.rate, 3)}
+
+    def so_far(self) -> dict[str, Any]:
+        """The same while it goes on, as JSON values: of the results only the newest, since they only become more."""
+        values = self.as_json()
+        paths = values.pop("paths")
+        return values | {"newest": paths[-1] if paths else None}
 
 
 #: Told of each frame when it is written, with the report so far.
@@ -152,6 +160,7 @@ def segment_video(
                 stream.timings.add("write", time.perf_counter() - before)
                 report.written += 1
                 report.found += segmented.result.found
+                report.files = sink.files
                 report.seconds = time.perf_counter() - start
                 watch(segmented, report)
         except InputError as error:

@@ -92,6 +92,9 @@ _FRAGMENT: Final = 2
 #: shorter one removes the rest. Without it nothing is touched that is there already.
 OWN: Final = ".petseg-numbered"
 
+#: So many files of an endless source are remembered: in a year of minutes there are half a million.
+_NEWEST: Final = 1000
+
 #: So many seconds the sound of a piece may come after its last frame.
 _LATE: Final = 2.0
 
@@ -105,7 +108,11 @@ class VideoSink(Protocol):
 
     @property
     def paths(self) -> list[Path]:
-        """The files that were begun."""
+        """The files that were begun; of an endless source the newest ones."""
+
+    @property
+    def files(self) -> int:
+        """How many were begun."""
 
     def write(self, frame: Frame, result: Segmentation) -> None:
         """Write a frame.
@@ -135,6 +142,7 @@ class _Base:
     def __init__(self, *, endless: bool = False) -> None:
         self.notes: list[str] = []
         self.paths: list[Path] = []
+        self.files = 0
         self._endless = endless
         self._open: list[tuple[Path, contextlib.ExitStack]] = []  # where each file is written, and what closes it
 
@@ -170,7 +178,13 @@ class _Base:
             beside = path if self._endless else stack.enter_context(replacing(path))
             yield stack, beside
             self._open.append((beside, stack.pop_all()))
-            self.paths.append(path)
+            self._note(path)
+
+    def _note(self, path: Path) -> None:
+        self.files += 1
+        self.paths.append(path)
+        if self._endless:
+            del self.paths[:-_NEWEST]
 
 
 class MovieSink(_Base):
@@ -339,7 +353,7 @@ class PicturesSink(_Base):
         """Write a frame; see :class:`VideoSink`."""
         if not self.paths:
             claim(self._folder)
-            self.paths.append(self._folder)
+            self._note(self._folder)
         path = self._folder / f"{frame.number:06d}.{self._picture.format}"
         with _errors_at(path), replacing(path) as beside:
             self._picture.save(result, beside)

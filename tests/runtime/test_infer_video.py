@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import fcntl
 import json
 import os
@@ -25,7 +27,9 @@ import pytest
 from PIL import Image
 
 from petseg.cli import run
+from petseg_runtime.cli import infer_video
 from petseg_runtime.journal import JOURNAL
+from petseg_runtime.sources import stream_origin
 from petseg_runtime.video_sinks import OWN
 
 Toy: TypeAlias = Callable[..., Any]
@@ -502,6 +506,35 @@ def test_events_of_a_stream_account_for_every_frame(start: Callable[..., Command
     assert video["frames"]["decoded"] == video["written"] + video["frames"]["dropped"] + video["frames"]["failed"]
     assert sum(event["event"] == "frame" for event in told) == video["written"]
     assert all(event["latency"] >= 0 for event in told if event["event"] == "frame")
+
+
+def test_sources_that_are_shown_alike_have_names_and_statistics_of_their_own(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(infer_video, "_STATISTICS", 0.0)
+    sources = [f"lavfi:testsrc=size={size}:rate=25" for size in ("64x48", "80x60", "96x72")]
+    monkeypatch.setattr(
+        "petseg_runtime.sources.stream_origin",
+        lambda text, options: dataclasses.replace(stream_origin(text, options), shown="rtsp://cam/live?***"),
+    )
+    options = ["--as", "mask", "--output", tmp_path, "--model", model, "--json", "--max-frames", 30, "--segment", 0.4]
+    assert infer(*sources, *options) == 0
+    told = events(capsys.readouterr().out)[:-1]
+    assert {event["input"] for event in told} == {"rtsp://cam/live?***"}
+    by_name = {event["name"]: event for event in told if event["event"] == "video"}
+    assert set(by_name) == {"lavfi", "lavfi-2", "lavfi-3"}
+    for name, video in by_name.items():
+        own = [event for event in told if event["name"] == name]
+        kinds = collections.Counter(event["event"] for event in own)
+        assert kinds == {"state": 3, "frame": video["written"], "statistics": video["written"], "video": 1}
+        assert {event["width"] for event in own if event["event"] == "frame"} == {
+            WIDTH + 16 * sorted(by_name).index(name)
+        }
+        assert {Path(path).parent.name for path in video["paths"]} == {name}
+        assert len(video["paths"]) == video["files"]
+        last = [event for event in own if event["event"] == "statistics"][-1]
+        assert "paths" not in last
+        assert (last["files"], last["newest"]) == (video["files"], video["paths"][-1])
 
 
 def test_for_people_there_is_a_line_for_each_video_and_a_count(

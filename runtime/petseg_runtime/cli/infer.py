@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,14 +226,10 @@ def _find(sources: Sequence[str], folder: Path | None, raw: str | None, options:
 
 def _distinct(origins: list[Origin]) -> list[Origin]:
     """No two of one name: cameras at the same address differ in what their names do not show."""
-    seen: Counter[str] = Counter()
-    named = []
-    for origin in origins:
-        key = str(origin.name).casefold()
-        seen[key] += 1
-        name = origin.name if seen[key] == 1 else origin.name.with_name(f"{origin.name.name}-{seen[key]}")
-        named.append(dataclasses.replace(origin, name=name))
-    return named
+    from petseg_runtime.sources import distinct
+
+    names = distinct(origin.name for origin in origins)
+    return [dataclasses.replace(origin, name=name) for origin, name in zip(origins, names, strict=True)]
 
 
 def _check(found: _Found, given: dict[str, Any], kind: str, format: str | None, background: str | None) -> None:  # noqa: A002

@@ -140,7 +140,7 @@ class Videos:
     reports: list[VideoReport] = field(default_factory=list)
     skipped: int = 0
     _streams: set[Stream] = field(default_factory=set, init=False)
-    _told: dict[str, float] = field(default_factory=dict)
+    _told: dict[str, float] = field(default_factory=dict)  # by name: when statistics were told last
     _signal: int | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _printing: threading.Lock = field(default_factory=threading.Lock)  # may be held for long: a reader may be slow
@@ -292,8 +292,10 @@ class Videos:
         for stream in streams:
             stream.stop()
 
-    def _tell(self, **event: Any) -> None:
-        line = json.dumps({"schema_version": SCHEMA_VERSION, **event})
+    def _tell(self, origin: Origin, event: str, **about: Any) -> None:
+        # The name, because URLs without their secrets may be alike.
+        source = {"input": origin.shown, "name": str(origin.name)}
+        line = json.dumps({"schema_version": SCHEMA_VERSION, **source, "event": event, **about})
         with self._printing:
             click.echo(line)
 
@@ -304,15 +306,16 @@ class Videos:
 
         record = frame_record(segmented.frame, segmented.result)
         latency = {"latency": round(time.monotonic() - segmented.frame.captured, 4)} if origin.endless else {}
-        self._tell(input=origin.shown, event="frame", **record, **latency)
-        if origin.endless and report.seconds - self._told.get(origin.shown, 0.0) >= _STATISTICS:
-            self._told[origin.shown] = report.seconds
-            self._tell(input=origin.shown, event="statistics", **report.as_json())
+        self._tell(origin, "frame", **record, **latency)
+        name = str(origin.name)
+        if origin.endless and report.seconds - self._told.get(name, 0.0) >= _STATISTICS:
+            self._told[name] = report.seconds
+            self._tell(origin, "statistics", **report.so_far())
 
     def _tell_state(self, origin: Origin, change: StateChange) -> None:
         if self.as_json:
             about = {name: value for name, value in vars(change).items() if value is not None}
-            self._tell(input=origin.shown, event="state", **about)
+            self._tell(origin, "state", **about)
         elif not self.quiet:
             size = f", {change.width} x {change.height}" if change.width else ""
             again = f"; again in {change.retry_in:.1f} s" if change.retry_in else ""
@@ -325,7 +328,7 @@ class Videos:
         for note in () if self.quiet else report.notes:
             click.echo(f"petseg: {shown(origin.shown)}: {note}", err=True)
         if self.as_json:
-            self._tell(input=origin.shown, event="video", **report.as_json())
+            self._tell(origin, "video", **report.as_json())
         elif not self.quiet:
             click.echo(_line(report), err=self.output.folder is None)
         if self.verbose:
@@ -342,7 +345,7 @@ def _line(report: VideoReport) -> str:
     """What became of a video, for people."""
     frames = report.frames
     where = f" -> {shown(report.paths[0])}" if report.paths else ""
-    more = f" and {len(report.paths) - 1} more" if len(report.paths) > 1 else ""
+    more = f" and {report.files - 1} more" if report.files > 1 else ""
     lost = [f"{count} {word}" for count, word in ((frames.dropped, "dropped"), (frames.failed, "failed")) if count]
     pet = f", {100 * report.found / report.written:.0f} % with a pet" if report.written else ""
     ended = "stopped, " if report.stopped else ""
