@@ -152,30 +152,41 @@ def segment_video(
     )
     begun(stream, _seconds(frames, reading))
     report.frames, report.paths, report.notes = stream.counts, sink.paths, sink.notes
-    with sink, stream:
-        try:
-            for segmented in stream:
-                before = time.perf_counter()
-                sink.write(segmented.frame, segmented.result)
-                stream.timings.add("write", time.perf_counter() - before)
-                report.written += 1
-                report.found += segmented.result.found
-                report.files = sink.files
-                report.seconds = time.perf_counter() - start
-                watch(segmented, report)
-        except InputError as error:
-            report.error = str(error)
-        sink.end(stream.rest, whole=stream.whole or report.error is not None)
+    try:
+        with sink, stream:
+            _write(stream, sink, report, watch, start)
+    except Exception as error:
+        if origin.endless:
+            states.tell(StateChange("ended", str(error)))
+        raise
+    finally:
+        report.stopped = stream.stopped
+        report.undecodable = frames.undecodable
+        report.connections = frames.connections if isinstance(frames, LiveSource) else 1
+        report.steps = stream.timings.summary()
+        report.seconds = time.perf_counter() - start
     if origin.endless:
         states.tell(StateChange("ended", "stopped" if stream.stopped else "enough frames"))
-    report.stopped = stream.stopped
-    report.undecodable = frames.undecodable
-    report.connections = frames.connections if isinstance(frames, LiveSource) else 1
-    report.steps = stream.timings.summary()
-    report.seconds = time.perf_counter() - start
     if not report.written and not report.error and not report.stopped:
         report.error = f"{origin.shown}: not one frame: {stream.counts.failure or 'it is empty'}"
     return report
+
+
+def _write(stream: Stream, sink: VideoSink, report: VideoReport, watch: Watch, start: float) -> None:
+    """Write all that a stream gives, and say so in the report, whose time is counted from ``start`` on."""
+    try:
+        for segmented in stream:
+            before = time.perf_counter()
+            sink.write(segmented.frame, segmented.result)
+            stream.timings.add("write", time.perf_counter() - before)
+            report.written += 1
+            report.found += segmented.result.found
+            report.files = sink.files
+            report.seconds = time.perf_counter() - start
+            watch(segmented, report)
+    except InputError as error:
+        report.error = str(error)
+    sink.end(stream.rest, whole=stream.whole or report.error is not None)
 
 
 class _States:

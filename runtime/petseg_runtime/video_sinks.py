@@ -435,16 +435,23 @@ def frame_record(frame: Frame, result: Segmentation) -> dict[str, Any]:
 
 
 def next_number(folder: Path) -> int:
-    """The lowest number above all that files and folders in a folder begin with: what a run adds replaces nothing."""
-    try:
+    """The lowest number above all that files and folders in a folder begin with: what a run adds replaces nothing.
+
+    Raises:
+        OutputError: It is no folder, or cannot be listed.
+    """
+    names = []
+    with _errors_at(folder), contextlib.suppress(FileNotFoundError):
         names = [entry.stem for entry in folder.iterdir()]
-    except FileNotFoundError:
-        return 1
     return 1 + max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def numbered(folder: Path, suffix: str) -> Iterator[Path]:
-    """``0001.mp4``, ``0002.mp4``, ... after those that are there."""
+    """``0001.mp4``, ``0002.mp4``, ... after those that are there.
+
+    Raises:
+        OutputError: See :func:`next_number`.
+    """
     for number in itertools.count(next_number(folder)):
         yield folder / f"{number:04d}.{suffix}"
 
@@ -474,7 +481,9 @@ def claim(folder: Path) -> None:
 
 def claimable(folder: Path) -> None:
     """Refuse a folder with files that petseg did not write; see :func:`claim`."""
-    if folder.is_dir() and not (folder / OWN).exists() and any(folder.iterdir()):
+    with _errors_at(folder):
+        foreign = folder.is_dir() and not (folder / OWN).exists() and any(folder.iterdir())
+    if foreign:
         raise OutputError(
             f"{folder}: holds files that petseg did not write, and numbered ones could be replaced; "
             "choose another --output, or move them"
@@ -483,10 +492,11 @@ def claimable(folder: Path) -> None:
 
 def _drop_later(last: Path) -> None:
     """Remove what a longer run has left behind the last picture or piece of this one: together they are one result."""
-    for path in last.parent.iterdir():
-        alike = path.suffix == last.suffix and len(path.stem) == len(last.stem)
-        if alike and path.stem.isdecimal() and int(path.stem) > int(last.stem):
-            path.unlink()
+    with _errors_at(last.parent):
+        for path in last.parent.iterdir():
+            alike = path.suffix == last.suffix and len(path.stem) == len(last.stem)
+            if alike and path.stem.isdecimal() and int(path.stem) > int(last.stem):
+                path.unlink()
 
 
 def _rate_of(frame: Frame) -> Fraction:

@@ -27,7 +27,9 @@ import pytest
 from PIL import Image
 
 from petseg.cli import run
+from petseg_runtime import video_sinks
 from petseg_runtime.cli import infer_video
+from petseg_runtime.errors import OutputError
 from petseg_runtime.journal import JOURNAL
 from petseg_runtime.sources import stream_origin
 from petseg_runtime.video_sinks import OWN
@@ -684,3 +686,59 @@ def test_pieces_of_a_stream_are_numbered_on_and_replace_nothing(
         assert float(about["start_time"]) == 0
         assert float(about["duration"]) == pytest.approx(frames / 25, abs=0.05)
         assert frames_in(path) == frames
+
+
+def test_a_live_source_that_cannot_be_written_is_told_at_once_and_the_others_go_on(
+    tmp_path: Path, start: Callable[..., Command]
+) -> None:
+    """Of two, the folder of the second is a file; the first goes on until it is stopped."""
+    (tmp_path / "lavfi-2").touch()
+    sources = ["lavfi:testsrc=size=64x48:rate=50,realtime"] * 2
+    command = start(*sources, "--as", "mask", "--output", tmp_path, "--json", "--policy", "block")
+    told: list[dict[str, Any]] = []
+    while sum(event["event"] == "frame" for event in told) < 20:
+        told += command.lines(1)
+    (video,) = (event for event in told if event["event"] == "video")
+    assert video["name"] == "lavfi-2"
+    assert video["error"] == f"{sources[0]}: {tmp_path / 'lavfi-2'}: cannot be written (Not a directory)"
+    command.process.send_signal(signal.SIGINT)
+    more, err, code = command.end()
+    assert code == 130
+    assert err == f"petseg: {video['error']}\n"
+    assert more[-1]["videos"] == {"count": 2, "done": 0, "failed": 1, "stopped": 1, "skipped": 0}
+
+
+def test_a_live_source_that_fails_on_the_way_says_what_it_has_written(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(sink: Any, frame: Any, result: Any) -> None:
+        if frame.number == 5 and frame.picture.width == WIDTH:
+            raise OutputError("the disk is full")
+        real(sink, frame, result)
+
+    real = video_sinks.MovieSink.write
+    monkeypatch.setattr(video_sinks.MovieSink, "write", write)
+    sources = [f"lavfi:testsrc=size={size}:rate=25" for size in ("64x48", "80x60")]
+    options = ["--as", "mask", "--output", tmp_path, "--model", model, "--json", "--max-frames", 30]
+    assert infer(*sources, *options, "--policy", "block") == OutputError.exit_code
+    out, err = capsys.readouterr()
+    *told, summary = events(out)
+    assert err == f"petseg: {sources[0]}: the disk is full\n"
+    own = [event for event in told if event["name"] == "lavfi" and event["event"] != "frame"]
+    assert [event.get("state") for event in own] == ["connecting", "live", "ended", None]
+    assert own[2]["reason"] == "the disk is full"
+    assert (own[3]["error"], own[3]["written"], own[3]["connections"]) == (f"{sources[0]}: the disk is full", 5, 1)
+    assert next(e for e in told if e["event"] == "video" and e["name"] == "lavfi-2")["written"] == 30
+    assert summary["videos"] == {"count": 2, "done": 1, "failed": 1, "stopped": 0, "skipped": 0}
+
+
+def test_a_defect_in_one_live_source_is_told_at_once_and_raised_at_the_end(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(video_sinks.MovieSink, "write", lambda *_: {}["none"])
+    options = ["--as", "mask", "--output", tmp_path, "--model", model, "--json", "--max-frames", 3]
+    with pytest.raises(KeyError):
+        infer("lavfi:testsrc=size=64x48:rate=25", *options)
+    out, err = capsys.readouterr()
+    assert "petseg: lavfi:testsrc=size=64x48:rate=25: KeyError: 'none'" in err
+    assert events(out)[-1]["videos"]["failed"] == 1

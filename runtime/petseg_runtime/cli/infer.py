@@ -149,6 +149,8 @@ def infer(
     done = (report.done + report.skipped if report else 0) + (videos.done + videos.skipped if videos else 0)
     if stopped is not None:
         return stopped
+    if videos and (code := videos.problem_code()) is not None:
+        return code
     return 0 if not failed else EXIT_PARTIAL if done else InputError.exit_code
 
 

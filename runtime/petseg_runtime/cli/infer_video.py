@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from petseg_runtime.cli.text import SCHEMA_VERSION, shown
-from petseg_runtime.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, OutputError
+from petseg_runtime.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, OutputError, PetsegError
 
 if TYPE_CHECKING:
     from petseg_runtime.journal import Journal
@@ -140,6 +140,8 @@ class Videos:
     reports: list[VideoReport] = field(default_factory=list)
     skipped: int = 0
     _streams: set[Stream] = field(default_factory=set, init=False)
+    _running: dict[str, VideoReport] = field(default_factory=dict)  # by name: what is known so far
+    _problems: list[Exception] = field(default_factory=list)
     _told: dict[str, float] = field(default_factory=dict)  # by name: when statistics were told last
     _signal: int | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -157,7 +159,7 @@ class Videos:
             The exit code that a signal asks for; None: no signal came.
 
         Raises:
-            OutputError: The results cannot be written.
+            OutputError: The results of a file cannot be written. Of live sources see :meth:`problem_code`.
             EngineError: The engine failed.
         """
         with self._signals():
@@ -168,6 +170,18 @@ class Videos:
                     if self._signal is None:
                         self._file(origin, items.get(str(origin.name)), journal)
         return None if self._signal is None else _EXITS[signal.Signals(self._signal)]
+
+    def problem_code(self) -> int | None:
+        """The exit code that the first live source to fail asks for, of which was told when it did; None: none did.
+
+        Raises:
+            Exception: It is no error of ours, or the reader of our output has gone away.
+        """
+        if not self._problems:
+            return None
+        if isinstance(self._problems[0], PetsegError):
+            return self._problems[0].exit_code
+        raise self._problems[0]
 
     @property
     def failed(self) -> list[VideoReport]:
@@ -199,22 +213,22 @@ class Videos:
             journal.add(item, result)
 
     def _all_at_once(self, origins: Sequence[Origin]) -> None:
-        problems: list[Exception] = []
-
-        def work(origin: Origin) -> None:
-            try:
-                self._one(origin)
-            except Exception as error:  # noqa: BLE001 (raised at the end: the others go on)
-                problems.append(error)
-
         # Daemons, because a second signal ends the process at once.
-        threads = [threading.Thread(target=work, args=(o,), name=f"petseg-{o.name}", daemon=True) for o in origins]
+        threads = [
+            threading.Thread(target=self._live, args=(o,), name=f"petseg-{o.name}", daemon=True) for o in origins
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        if problems:
-            raise problems[0]
+
+    def _live(self, origin: Origin) -> None:
+        try:
+            self._one(origin)
+        except Exception as error:  # noqa: BLE001 (told now, raised at the end: the others go on, maybe for months)
+            self._problems.append(error)
+            with contextlib.suppress(OSError):  # whoever was to be told has gone away
+                self._tell_failure(origin, error)
 
     def _one(self, origin: Origin) -> VideoReport:
         from petseg_runtime.video_batch import segment_video
@@ -226,6 +240,7 @@ class Videos:
                 begin(stream)
 
             def watch(segmented: Segmented, report: VideoReport) -> None:
+                self._running[str(origin.name)] = report
                 progress.advance(segmented)
                 self._tell_frame(origin, segmented, report)
 
@@ -321,6 +336,18 @@ class Videos:
             again = f"; again in {change.retry_in:.1f} s" if change.retry_in else ""
             reason = f" ({shown(change.reason)})" if change.reason else ""
             click.echo(f"petseg: {shown(origin.shown)}: {change.state}{size}{reason}{again}", err=True)
+
+    def _tell_failure(self, origin: Origin, error: Exception) -> None:
+        """Count and tell of a live source that could not go on, for a reason that does not lie in it."""
+        if isinstance(error, BrokenPipeError):
+            return  # the reader has gone away, which is no error, and nobody is left to tell
+        from petseg_runtime.video_batch import VideoReport
+
+        report = self._running.get(str(origin.name)) or VideoReport(origin.shown)
+        what = str(error) if isinstance(error, PetsegError) else f"{type(error).__name__}: {error}"
+        report.error = f"{origin.shown}: {what}"
+        self.reports.append(report)
+        self._tell_end(origin, report)
 
     def _tell_end(self, origin: Origin, report: VideoReport) -> None:
         if report.error:
