@@ -50,7 +50,7 @@ class VideoReport:
 
     Attributes:
         source: Its name, without secrets.
-        error: Why it ended before its end; None if it did not, or was stopped.
+        error: Why it ended before its end, or what of a file is lost; None if nothing is, or it was stopped.
         stopped: Whether it was told to stop.
         frames: Where its frames went.
         written: Frames in the results.
@@ -124,7 +124,8 @@ def segment_video(
         mask_only: The frames themselves are not part of the results.
 
     Returns:
-        The report; a source that cannot be read, or not to its end, is an error in it.
+        The report; a source that cannot be read, or not to its end, or a file of which something is lost, is an error
+        in it.
 
     Raises:
         OutputError: The results cannot be written.
@@ -167,9 +168,21 @@ def segment_video(
         report.seconds = time.perf_counter() - start
     if origin.endless:
         states.tell(StateChange("ended", "stopped" if stream.stopped else "enough frames"))
-    if not report.written and not report.error and not report.stopped:
-        report.error = f"{origin.shown}: not one frame: {stream.counts.failure or 'it is empty'}"
+    if not report.error and not report.stopped and (why := _lost(report, stream, origin)):
+        report.error = f"{origin.shown}: {why}"
     return report
+
+
+def _lost(report: VideoReport, stream: Stream, origin: Origin) -> str | None:
+    """What is missing in the results of a source that was read to its end; None: nothing that should be there."""
+    counts = stream.counts
+    if not report.written:
+        return f"not one frame: {counts.failure or 'it is empty'}"
+    if origin.endless:  # there is always something
+        return None
+    failed = f"{counts.failed} of {counts.decoded} frames could not be converted ({counts.failure})"
+    lost = [what for what in (stream.damage, failed if counts.failed else None) if what]
+    return f"{', '.join(lost)}; the rest was written" if lost else None
 
 
 def _write(stream: Stream, sink: VideoSink, report: VideoReport, watch: Watch, start: float) -> None:

@@ -29,9 +29,10 @@ from PIL import Image
 from petseg.cli import run
 from petseg_runtime import video_sinks
 from petseg_runtime.cli import infer_video
-from petseg_runtime.errors import OutputError
+from petseg_runtime.errors import OutputError, UnsupportedVideo
 from petseg_runtime.journal import JOURNAL
 from petseg_runtime.sources import stream_origin
+from petseg_runtime.video import Frame
 from petseg_runtime.video_sinks import OWN
 
 Toy: TypeAlias = Callable[..., Any]
@@ -201,6 +202,80 @@ def test_all_failed_is_1(tmp_path: Path, clips: Path, model: str) -> None:
     assert infer(clips / "cut.mp4", "--model", model, "--output", tmp_path, "--as", "mask") == 1
     assert frames_in(tmp_path / "cut.mp4") > 20
     assert infer(tmp_path / "nowhere" / "none.mp4", "--model", model, "--output", tmp_path, "--as", "mask") == 1
+
+
+def spoil(path: Path, damaged: range) -> Path:
+    """Overwrite some of the packets with pictures."""
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as file:
+        packets = [bytes(packet) for packet in file.demux(video=0) if packet.size]
+    for number in damaged:
+        at = data.index(packets[number])
+        data[at : at + len(packets[number])] = b"\xff" * len(packets[number])
+    path.write_bytes(data)
+    return path
+
+
+def test_a_damaged_video_has_failed_is_written_as_far_as_can_be_and_is_tried_again(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    write_clip(source / "good.mp4")
+    bad = spoil(write_clip(source / "bad.mp4", 40), range(10, 20))
+    options = ["--as", "mask", "--model", model, "--output", out, "--json"]
+    for resume, done, skipped in (([], 1, 0), (["--resume"], 0, 1)):
+        assert infer(source, *options, *resume) == 3
+        shown = capsys.readouterr()
+        assert shown.err == f"petseg: {bad}: 10 of 40 packets could not be decoded; the rest was written\n"
+        *told, summary = events(shown.out)
+        (video,) = (event for event in told if event["event"] == "video" and event["input"] == str(bad))
+        assert (video["error"], video["undecodable"]) == (shown.err[len("petseg: ") : -1], 10)
+        assert 20 <= video["written"] == frames_in(out / "bad.mp4") <= 30
+        assert summary["videos"] == {"count": 2, "done": done, "failed": 1, "stopped": 0, "skipped": skipped}
+    shutil.copy(source / "good.mp4", bad)
+    assert infer(source, *options, "--resume") == 0
+    assert frames_in(out / "bad.mp4") == 20
+
+
+def test_damage_behind_what_is_taken_is_none(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    clip = spoil(write_clip(tmp_path / "clip.mp4", 40), range(10, 20))
+    options = ["--as", "mask", "--model", model, "--output", tmp_path / "out"]
+    assert infer(clip, *options, "--max-frames", 5) == 0
+    assert infer(clip, *options, "--max-frames", 25) == 1
+    assert "packets could not be decoded; the rest was written" in capsys.readouterr().err
+
+
+def test_frames_that_cannot_be_converted_are_told(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pixels(frame: Any, *size: Any) -> Any:
+        if frame.number in (3, 4):
+            raise UnsupportedVideo("frames in odd colours cannot be converted")
+        return real(frame, *size)
+
+    real = Frame.pixels
+    monkeypatch.setattr(Frame, "pixels", pixels)
+    assert infer(clips / "short.mp4", "--as", "mask", "--model", model, "--output", tmp_path) == 1
+    assert capsys.readouterr().err == (
+        f"petseg: {clips / 'short.mp4'}: 2 of 20 frames could not be converted (frames in odd colours cannot be "
+        "converted); the rest was written\n"
+    )
+    assert frames_in(tmp_path / "short.mp4") == 18
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "avi"])
+def test_a_video_that_is_cut_short_has_failed_and_what_it_holds_is_written(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    clip = write_clip(tmp_path / f"clip.{suffix}", 200, sound=suffix == "mkv")
+    options = ["--as", "mask", "--model", model, "--output", tmp_path / "out"]
+    assert infer(clip, *options) == 0
+    clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
+    assert infer(clip, *options) == 1
+    assert f"petseg: {clip}: truncated: it says that it lasts 8.0 s, but ends after " in capsys.readouterr().err
+    assert 50 < frames_in(tmp_path / "out" / "clip.mp4") < 150
+    assert infer(clip, *options, "--max-frames", 50) == 0
+    assert infer(clip, *options, "--stride", 3) == 1
 
 
 def test_a_name_that_is_too_long_is_counted_and_passed_over(
