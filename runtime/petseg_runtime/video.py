@@ -50,7 +50,8 @@ _BACK: Final = 10.0
 #: were joined, or a packet was damaged. (FFmpeg's own thresholds.)
 _ANEW, _LEAP = Fraction(1, 10), Fraction(10)
 
-#: What recorders and receivers may begin anywhere, FFmpeg's names: the first pictures may need some that came before.
+#: What recorders and receivers may begin and end anywhere, FFmpeg's names: the first pictures may need some that came
+#: before, and the last one may be half.
 _ANYWHERE: Final = frozenset({"h264", "hevc", "m4v", "mpeg", "mpegts", "mpegvideo"})
 
 #: A file that lacks more than this share of what it says it lasts, and more than a second, was cut.
@@ -261,7 +262,7 @@ class VideoReader:
         self._path: Path | None = None  # of a local file
         self.undecodable = 0  #: packets that the decoder refused
         self._refused = ""  # why
-        self._unmissed = 0  # of these: what comes before the first picture, where reading begins in the middle
+        self._unmissed = 0  # of these: before the first picture and at the very end, where it may be cut anywhere
         self._packets_read = 0  # with pictures
         self.rest: list[Sound] = []  #: sound behind the last frame, once that has come
         if isinstance(source, os.PathLike):
@@ -441,7 +442,8 @@ class VideoReader:
     def _decoded(self, sound: list[Sound]) -> Iterator[av.VideoFrame]:
         since = time.monotonic()
         self.undecodable = self._unmissed = self._packets_read = 0
-        in_the_middle = self._start > 0 or self._container.format.name in _ANYWHERE
+        anywhere = self._container.format.name in _ANYWHERE
+        in_the_middle, cut = self._start > 0 or anywhere, False
         for packet in self._packets():
             # One that sends what nobody can decode, or sound alone, would keep FFmpeg content for ever.
             if self._longest is not None and time.monotonic() - since > self._longest:
@@ -459,13 +461,16 @@ class VideoReader:
             ) as error:  # decoders say dozens of things of damage; the next packet may be whole
                 self.undecodable += 1
                 self._unmissed += in_the_middle
+                cut = anywhere and not in_the_middle
                 self._refused = _reason(error)
                 continue
+            cut = cut and not packet.size  # the last one, of size 0, stands for the end
             for frame in frames:
                 in_the_middle = False
                 _check_size(frame.width, frame.height, self.name)
                 yield frame
                 since = time.monotonic()
+        self._unmissed += cut
 
     def _needs_index_first(self) -> bool:
         return self._container.format.name.startswith("mov") and not isinstance(self._source, str)

@@ -583,6 +583,18 @@ def test_a_transport_stream_that_begins_in_the_middle_is_not_damaged(tmp_path: P
         assert reader.damage is None
 
 
+def test_a_program_stream_that_ends_in_the_middle_of_a_picture_is_not_damaged(tmp_path: Path) -> None:
+    whole, clip, refused = lively(tmp_path / "clip.mpg", "mpeg2video"), tmp_path / "part.mpg", 0
+    begins = whole.index(b"\0\0\1\0", len(whole) // 2)
+    for length in range(10, 40):
+        clip.write_bytes(whole[: begins + length])
+        with VideoReader(clip) as reader:
+            assert len(list(reader)) > 40
+            assert reader.damage is None
+            refused += reader.undecodable
+    assert refused
+
+
 # The clock.
 
 
