@@ -32,6 +32,7 @@ __all__ = [
     "background_of",
     "check_looks",
     "picture",
+    "probe",
     "render_of",
 ]
 
@@ -206,7 +207,7 @@ class ImageSink:
                 raise OutputError(f"{path}: the result of {item.source} would replace a photo; choose another --output")
         if not resume:
             _refuse_beside(photos, map(self.path_of, items))
-        _probe(output)
+        probe(output)
 
     def path_of(self, item: Item) -> Path:
         """Where an item's result goes."""
@@ -248,7 +249,7 @@ class CocoSink:
         self._path, self._rle = output / "annotations.json", kind == "coco-rle"
         if not resume:
             _refuse_beside(_real_paths(items), [self._path])
-        _probe(output)
+        probe(output)
 
     def path_of(self, item: Item) -> None:
         """No item has a file of its own."""
@@ -337,15 +338,15 @@ def _refuse_beside(photos: Set[str], results: Iterable[Path]) -> None:
             raise OutputError(f"{path}: there already, beside the photos; move it, or choose another --output")
 
 
-def _probe(output: Path) -> None:
+def probe(output: Path) -> None:
     """Make a folder, and see that it can be written to.
 
     Raises:
         OutputError: It cannot.
     """
     try:
-        with replacing(output / ".petseg-probe") as probe:
-            probe.touch()
+        with replacing(output / ".petseg-probe") as beside:
+            beside.touch()
         (output / ".petseg-probe").unlink()
     except OSError as error:
         raise OutputError(f"{output}: cannot be written to ({error.strerror}); choose another --output") from error

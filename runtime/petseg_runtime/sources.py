@@ -28,6 +28,7 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "Item",
     "Origin",
+    "distinct",
     "find_photos",
     "from_pipe",
     "is_video",
@@ -415,10 +416,11 @@ def _unique(relatives: Sequence[PurePath]) -> list[PurePath]:
     """Names without collisions, also where upper and lower case are one (macOS, Windows, exFAT cards)."""
     by_stem = Counter(_key(relative.with_suffix("")) for relative in relatives)
     wanted = [r.with_suffix("") if by_stem[_key(r.with_suffix(""))] == 1 else r for r in relatives]
-    return list(_numbered(wanted))
+    return list(distinct(wanted))
 
 
-def _numbered(wanted: Iterable[PurePath]) -> Iterator[PurePath]:
+def distinct(wanted: Iterable[PurePath]) -> Iterator[PurePath]:
+    """Names as they are wanted; those that were taken already get a number that makes them a name of their own."""
     wanted = list(wanted)
     taken: set[str] = set()
     reserved = Counter(_key(name) for name in wanted)

@@ -222,6 +222,7 @@ class Stream:
         self.counts, self.timings = Counts(), Timings()
         self.rest: list[Sound] = []  #: sound behind the last frame
         self.whole = False  #: whether the source was read to its end
+        self.damage: str | None = None  #: what of the pictures up to the last frame could not be decoded, of a file
         self.stopped = False  #: whether :meth:`stop` was called before the end
         self._frames, self._segmenter, self._policy = frames, segmenter, policy
         self._stride, self._max_frames, self._mask_only = stride, max_frames, mask_only
@@ -318,9 +319,11 @@ class Stream:
                 if not self._inbox.put(frame):
                     return
                 if frame.number + 1 == self._max_frames:
+                    self.damage = getattr(self._frames, "damage", None)
                     self._hear_out(frame, frames)
                     return
             self.rest += getattr(self._frames, "rest", [])
+            self.damage = getattr(self._frames, "damage", None)
             self.whole = True
         except BaseException as error:  # noqa: BLE001 (raised again where results are asked for)
             self._error = self._error or error

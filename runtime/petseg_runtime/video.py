@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import re
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -46,6 +49,13 @@ _BACK: Final = 10.0
 #: A transport stream's time that goes back by more than this many seconds, or on by more than that, counts anew: parts
 #: were joined, or a packet was damaged. (FFmpeg's own thresholds.)
 _ANEW, _LEAP = Fraction(1, 10), Fraction(10)
+
+#: What recorders and receivers may begin and end anywhere, FFmpeg's names: the first pictures may need some that came
+#: before, and the last one may be half.
+_ANYWHERE: Final = frozenset({"h264", "hevc", "m4v", "mpeg", "mpegts", "mpegvideo"})
+
+#: A file that lacks more than this share of what it says it lasts, and more than a second, was cut.
+_SHORTER: Final = Fraction(1, 20)
 
 # As exact as swscale can: its fast roads take a tenth of the time, but are up to 4 levels off, and darker by 1 or 2.
 _EXACT: Final = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP | Interpolation.FULL_CHR_H_INT
@@ -249,13 +259,17 @@ class VideoReader:
             raise ValueError(f"start {start} must be a number of seconds, 0 or more")
         self.name = name or (os.fspath(source) if isinstance(source, (str, os.PathLike)) else "<stream>")
         self._start = start
+        self._path: Path | None = None  # of a local file
         self.undecodable = 0  #: packets that the decoder refused
         self._refused = ""  # why
+        self._unmissed = 0  # of these: before the first picture and at the very end, where it may be cut anywhere
+        self._packets_read = 0  # with pictures
         self.rest: list[Sound] = []  #: sound behind the last frame, once that has come
         if isinstance(source, os.PathLike):
             source = os.fspath(source)
         if options is None and isinstance(source, str):
-            _check_file(Path(source))
+            self._path = Path(source)
+            _check_file(self._path)
             source = f"file:{source}"  # else a name such as "http:cat.mp4" would be more than a name
         self._source, self._low_delay = source, low_delay
         self._longest = timeout[1] if timeout and low_delay else None  # seconds without a frame
@@ -342,15 +356,49 @@ class VideoReader:
         if not clock.count:
             why = f" ({self._refused})" if self._refused else ""
             raise UnreadableVideo(f"{self.name}: not one frame in it can be decoded: it is damaged or truncated{why}")
-        if self._is_cut():
-            raise UnreadableVideo(f"{self.name}: truncated: its index names frames that lie behind its end")
+        if cut := self._cut(clock.end):
+            raise UnreadableVideo(f"{self.name}: truncated: {cut}")
 
-    def _is_cut(self) -> bool:
-        """Whether an MP4's index, which may come first, tells of more than the file holds; FFmpeg just ends there."""
-        if not self._container.format.name.startswith("mov") or self._container.size <= 0:
-            return False
-        last = max(self.stream.index_entries, key=lambda entry: entry.pos, default=None)
-        return last is not None and last.pos + last.size > self._container.size
+    @property
+    def damage(self) -> str | None:
+        """What of its pictures could not be decoded so far, for people; None: all could, or nothing is missed."""
+        lost = self.undecodable - self._unmissed
+        return f"{lost} of {self._packets_read} packets could not be decoded" if lost else None
+
+    def _cut(self, end: Fraction) -> str | None:
+        """How it is known that a file ends before its end, where FFmpeg just ends; None: it is not known to.
+
+        Of streams that were made to be cut anywhere (MPEG-TS, bare H.264, ...) nobody can tell.
+
+        Args:
+            end: Up to when there are pictures, in seconds.
+        """
+        kind, size = self._container.format.name, self._container.size
+        if size <= 0:
+            return None
+        if kind.startswith("mov"):  # its index may come first
+            last = max(self.stream.index_entries, key=lambda entry: entry.pos, default=None)
+            beyond = last is not None and last.pos + last.size > size
+            return "its index names frames that lie behind its end" if beyond else None
+        said = self._said_end()
+        if said is None or said - end <= max(Fraction(1), said * _SHORTER):
+            return None
+        return f"it says that it lasts {float(said):.1f} s, but ends after {float(end):.1f} s"
+
+    def _said_end(self) -> Fraction | None:
+        """Up to when a file says that it has pictures, in seconds; None: it says nothing that can be relied upon."""
+        kind, whole = self._container.format.name, self._container.duration
+        if self._path is None or self._start > 0:
+            return None
+        if kind == "avi":  # which may end with frames that are empty: they are counted, and never decoded
+            return self.stream.frames * self.stream.time_base if _is_cut_riff(self._path) else None
+        if not kind.startswith("matroska") or not whole:
+            return None
+        # Sound may last longer. The tag may be that of the file from which this one was cut.
+        own = _seconds_of(self.stream.metadata.get("DURATION", ""))
+        if own is None:
+            return Fraction(whole, av.time_base) if len(self._container.streams) == 1 else None
+        return min(own, Fraction(whole, av.time_base))
 
     def _sought(self, clock: _Clock, sound: list[Sound]) -> Iterator[av.VideoFrame]:
         """Frames from at or before the start on.
@@ -388,11 +436,14 @@ class VideoReader:
             self._container.seek(round(seconds * av.time_base))
         except av.error.FFmpegError:
             return False
-        self.undecodable, self._joined = 0, _Joined(self._container.format.name)
+        self._joined = _Joined(self._container.format.name)
         return True
 
     def _decoded(self, sound: list[Sound]) -> Iterator[av.VideoFrame]:
         since = time.monotonic()
+        self.undecodable = self._unmissed = self._packets_read = 0
+        anywhere = self._container.format.name in _ANYWHERE
+        in_the_middle, cut = self._start > 0 or anywhere, False
         for packet in self._packets():
             # One that sends what nobody can decode, or sound alone, would keep FFmpeg content for ever.
             if self._longest is not None and time.monotonic() - since > self._longest:
@@ -402,18 +453,24 @@ class VideoReader:
                 if packet.dts is not None:
                     sound.append(Sound(packet, Fraction(0)))
                 continue
+            self._packets_read += packet.size > 0
             try:
                 frames: Any = packet.decode()
             except (
                 av.error.FFmpegError
             ) as error:  # decoders say dozens of things of damage; the next packet may be whole
                 self.undecodable += 1
+                self._unmissed += in_the_middle
+                cut = anywhere and not in_the_middle
                 self._refused = _reason(error)
                 continue
+            cut = cut and not packet.size  # the last one, of size 0, stands for the end
             for frame in frames:
+                in_the_middle = False
                 _check_size(frame.width, frame.height, self.name)
                 yield frame
                 since = time.monotonic()
+        self._unmissed += cut
 
     def _needs_index_first(self) -> bool:
         return self._container.format.name.startswith("mov") and not isinstance(self._source, str)
@@ -484,12 +541,18 @@ class _Clock:
         self._first: int | None = None  # the source's first frame, in its own time
         self._last = -1  # the last frame, counted from the first one
         self._delivered = 0  # the first one from the start on, counted likewise
+        self._end = 0  # of the last frame, in the source's own time
         self.count = 0
 
     @property
     def origin(self) -> Fraction:
         """When, in the source's own time, what is delivered begins; in seconds."""
         return ((self._first or 0) + self._delivered) * self.time_base
+
+    @property
+    def end(self) -> Fraction:
+        """Up to when there are frames, in the source's own time or from the first one on, whichever is more."""
+        return (self._end - min(self._first or 0, 0)) * self.time_base
 
     def begin(self, picture: av.VideoFrame) -> None:
         """Take a frame for the source's first."""
@@ -509,6 +572,7 @@ class _Clock:
         if own is not None and own - self._first < self._last - _LEAP / self.time_base:  # one before was far too late
             self._first = own - guess
         self._last = max(guess if own is None else own - self._first, self._last + 1)
+        self._end = max(self._end, self._first + self._last + (picture.duration or self._step))
         if self._last < self._start:
             return None, 0
         if not self.count:
@@ -569,12 +633,31 @@ def _reason(error: av.error.FFmpegError) -> str:
 
 
 def _check_file(path: Path) -> None:
-    if path.is_dir():
+    try:
+        about = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UnreadableVideo(f"{path}: no such file") from None
+    except OSError as error:  # a name that is too long, a folder on the way that may not be entered
+        raise UnreadableVideo(f"{path}: cannot be opened ({error.strerror})") from error
+    except ValueError as error:  # a name that no file can have
+        raise UnreadableVideo(f"{path}: cannot be opened ({error})") from error
+    if stat.S_ISDIR(about.st_mode):
         raise UnreadableVideo(f"{path}: a folder, not a video")
-    if not path.exists():
-        raise UnreadableVideo(f"{path}: no such file")
-    if path.is_file() and path.stat().st_size == 0:
+    if stat.S_ISREG(about.st_mode) and about.st_size == 0:
         raise UnreadableVideo(f"{path}: empty (0 bytes)")
+
+
+def _is_cut_riff(path: Path) -> bool:
+    """Whether an AVI says at its beginning that it is longer than it is."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return int.from_bytes(file.read(8)[4:], "little") + 8 > path.stat().st_size
+    return False
+
+
+def _seconds_of(text: str) -> Fraction | None:
+    """What Matroska's tags say as 00:00:04.021000000."""
+    match = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", text)
+    return match and 3600 * Fraction(match[1]) + 60 * Fraction(match[2]) + Fraction(match[3])
 
 
 def _check_size(width: int, height: int, name: str) -> None:

@@ -50,7 +50,7 @@ class VideoReport:
 
     Attributes:
         source: Its name, without secrets.
-        error: Why it ended before its end; None if it did not, or was stopped.
+        error: Why it ended before its end, or what of a file is lost; None if nothing is, or it was stopped.
         stopped: Whether it was told to stop.
         frames: Where its frames went.
         written: Frames in the results.
@@ -60,7 +60,8 @@ class VideoReport:
         seconds: Wall time.
         steps: What each step took: ``sum``, ``p50``, ``p95``, ``p99`` in seconds; ``latency`` is from the decoder to
             the result in its place.
-        paths: The results.
+        paths: The results; of an endless source the newest thousand.
+        files: How many there are.
         notes: What had to be left out.
     """
 
@@ -75,6 +76,7 @@ class VideoReport:
     seconds: float = 0.0
     steps: dict[str, dict[str, float]] = field(default_factory=dict)
     paths: list[Path] = field(default_factory=list)
+    files: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -85,6 +87,12 @@ class VideoReport:
     def as_json(self) -> dict[str, Any]:
         """JSON values."""
         return dataclasses.asdict(self) | {"paths": [str(path) for path in self.paths], "rate": round(self.rate, 3)}
+
+    def so_far(self) -> dict[str, Any]:
+        """The same while it goes on, as JSON values: of the results only the newest, since they only become more."""
+        values = self.as_json()
+        paths = values.pop("paths")
+        return values | {"newest": paths[-1] if paths else None}
 
 
 #: Told of each frame when it is written, with the report so far.
@@ -116,7 +124,8 @@ def segment_video(
         mask_only: The frames themselves are not part of the results.
 
     Returns:
-        The report; a source that cannot be read, or not to its end, is an error in it.
+        The report; a source that cannot be read, or not to its end, or a file of which something is lost, is an error
+        in it.
 
     Raises:
         OutputError: The results cannot be written.
@@ -144,29 +153,53 @@ def segment_video(
     )
     begun(stream, _seconds(frames, reading))
     report.frames, report.paths, report.notes = stream.counts, sink.paths, sink.notes
-    with sink, stream:
-        try:
-            for segmented in stream:
-                before = time.perf_counter()
-                sink.write(segmented.frame, segmented.result)
-                stream.timings.add("write", time.perf_counter() - before)
-                report.written += 1
-                report.found += segmented.result.found
-                report.seconds = time.perf_counter() - start
-                watch(segmented, report)
-        except InputError as error:
-            report.error = str(error)
-        sink.end(stream.rest, whole=stream.whole or report.error is not None)
+    try:
+        with sink, stream:
+            _write(stream, sink, report, watch, start)
+    except Exception as error:
+        if origin.endless:
+            states.tell(StateChange("ended", str(error)))
+        raise
+    finally:
+        report.stopped = stream.stopped
+        report.undecodable = frames.undecodable
+        report.connections = frames.connections if isinstance(frames, LiveSource) else 1
+        report.steps = stream.timings.summary()
+        report.seconds = time.perf_counter() - start
     if origin.endless:
         states.tell(StateChange("ended", "stopped" if stream.stopped else "enough frames"))
-    report.stopped = stream.stopped
-    report.undecodable = frames.undecodable
-    report.connections = frames.connections if isinstance(frames, LiveSource) else 1
-    report.steps = stream.timings.summary()
-    report.seconds = time.perf_counter() - start
-    if not report.written and not report.error and not report.stopped:
-        report.error = f"{origin.shown}: not one frame: {stream.counts.failure or 'it is empty'}"
+    if not report.error and not report.stopped and (why := _lost(report, stream, origin)):
+        report.error = f"{origin.shown}: {why}"
     return report
+
+
+def _lost(report: VideoReport, stream: Stream, origin: Origin) -> str | None:
+    """What is missing in the results of a source that was read to its end; None: nothing that should be there."""
+    counts = stream.counts
+    if not report.written:
+        return f"not one frame: {counts.failure or 'it is empty'}"
+    if origin.endless:  # there is always something
+        return None
+    failed = f"{counts.failed} of {counts.decoded} frames could not be converted ({counts.failure})"
+    lost = [what for what in (stream.damage, failed if counts.failed else None) if what]
+    return f"{', '.join(lost)}; the rest was written" if lost else None
+
+
+def _write(stream: Stream, sink: VideoSink, report: VideoReport, watch: Watch, start: float) -> None:
+    """Write all that a stream gives, and say so in the report, whose time is counted from ``start`` on."""
+    try:
+        for segmented in stream:
+            before = time.perf_counter()
+            sink.write(segmented.frame, segmented.result)
+            stream.timings.add("write", time.perf_counter() - before)
+            report.written += 1
+            report.found += segmented.result.found
+            report.files = sink.files
+            report.seconds = time.perf_counter() - start
+            watch(segmented, report)
+    except InputError as error:
+        report.error = str(error)
+    sink.end(stream.rest, whole=stream.whole or report.error is not None)
 
 
 class _States:

@@ -96,6 +96,9 @@ _LIVE_KEY, _KEY = 2, 10
 #: shorter one removes the rest. Without it nothing is touched that is there already.
 OWN: Final = ".petseg-numbered"
 
+#: So many files of an endless source are remembered: in a year of minutes there are half a million.
+_NEWEST: Final = 1000
+
 #: So many seconds the sound of a piece may come after its last frame.
 _LATE: Final = 2.0
 
@@ -113,7 +116,11 @@ class VideoSink(Protocol):
 
     @property
     def paths(self) -> list[Path]:
-        """The files that were begun."""
+        """The files that were begun; of an endless source the newest ones."""
+
+    @property
+    def files(self) -> int:
+        """How many were begun."""
 
     def write(self, frame: Frame, result: Segmentation) -> None:
         """Write a frame.
@@ -143,6 +150,7 @@ class _Base:
     def __init__(self, *, endless: bool = False) -> None:
         self.notes: list[str] = []
         self.paths: list[Path] = []
+        self.files = 0
         self._endless = endless
         self._open: list[tuple[Path, contextlib.ExitStack]] = []  # where each file is written, and what closes it
 
@@ -180,7 +188,13 @@ class _Base:
             stack.enter_context(synced(beside))
             yield stack, beside
             self._open.append((beside, stack.pop_all()))
-            self.paths.append(path)
+            self._note(path)
+
+    def _note(self, path: Path) -> None:
+        self.files += 1
+        self.paths.append(path)
+        if self._endless:
+            del self.paths[:-_NEWEST]
 
 
 class MovieSink(_Base):
@@ -379,7 +393,7 @@ class PicturesSink(_Base):
         """Write a frame; see :class:`VideoSink`."""
         if not self.paths:
             claim(self._folder)
-            self.paths.append(self._folder)
+            self._note(self._folder)
         path = self._folder / f"{frame.number:06d}.{self._picture.format}"
         with _errors_at(path), replacing(path) as beside:
             self._picture.save(result, beside)
@@ -461,16 +475,23 @@ def frame_record(frame: Frame, result: Segmentation) -> dict[str, Any]:
 
 
 def next_number(folder: Path) -> int:
-    """The lowest number above all that files and folders in a folder begin with: what a run adds replaces nothing."""
-    try:
+    """The lowest number above all that files and folders in a folder begin with: what a run adds replaces nothing.
+
+    Raises:
+        OutputError: It is no folder, or cannot be listed.
+    """
+    names = []
+    with _errors_at(folder), contextlib.suppress(FileNotFoundError):
         names = [entry.stem for entry in folder.iterdir()]
-    except FileNotFoundError:
-        return 1
     return 1 + max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def numbered(folder: Path, suffix: str) -> Iterator[Path]:
-    """``0001.mp4``, ``0002.mp4``, ... after those that are there."""
+    """``0001.mp4``, ``0002.mp4``, ... after those that are there.
+
+    Raises:
+        OutputError: See :func:`next_number`.
+    """
     for number in itertools.count(next_number(folder)):
         yield folder / f"{number:04d}.{suffix}"
 
@@ -500,7 +521,9 @@ def claim(folder: Path) -> None:
 
 def claimable(folder: Path) -> None:
     """Refuse a folder with files that petseg did not write; see :func:`claim`."""
-    if folder.is_dir() and not (folder / OWN).exists() and any(folder.iterdir()):
+    with _errors_at(folder):
+        foreign = folder.is_dir() and not (folder / OWN).exists() and any(folder.iterdir())
+    if foreign:
         raise OutputError(
             f"{folder}: holds files that petseg did not write, and numbered ones could be replaced; "
             "choose another --output, or move them"
@@ -509,10 +532,11 @@ def claimable(folder: Path) -> None:
 
 def _drop_later(last: Path) -> None:
     """Remove what a longer run has left behind the last picture or piece of this one: together they are one result."""
-    for path in last.parent.iterdir():
-        alike = path.suffix == last.suffix and len(path.stem) == len(last.stem)
-        if alike and path.stem.isdecimal() and int(path.stem) > int(last.stem):
-            path.unlink()
+    with _errors_at(last.parent):
+        for path in last.parent.iterdir():
+            alike = path.suffix == last.suffix and len(path.stem) == len(last.stem)
+            if alike and path.stem.isdecimal() and int(path.stem) > int(last.stem):
+                path.unlink()
 
 
 def _rate_of(frame: Frame) -> Fraction:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import fcntl
 import json
 import os
@@ -25,7 +27,12 @@ import pytest
 from PIL import Image
 
 from petseg.cli import run
+from petseg_runtime import video_sinks
+from petseg_runtime.cli import infer_video
+from petseg_runtime.errors import OutputError, UnsupportedVideo
 from petseg_runtime.journal import JOURNAL
+from petseg_runtime.sources import stream_origin
+from petseg_runtime.video import Frame
 from petseg_runtime.video_sinks import OWN
 
 Toy: TypeAlias = Callable[..., Any]
@@ -195,6 +202,92 @@ def test_all_failed_is_1(tmp_path: Path, clips: Path, model: str) -> None:
     assert infer(clips / "cut.mp4", "--model", model, "--output", tmp_path, "--as", "mask") == 1
     assert frames_in(tmp_path / "cut.mp4") > 20
     assert infer(tmp_path / "nowhere" / "none.mp4", "--model", model, "--output", tmp_path, "--as", "mask") == 1
+
+
+def spoil(path: Path, damaged: range) -> Path:
+    """Overwrite some of the packets with pictures."""
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as file:
+        packets = [bytes(packet) for packet in file.demux(video=0) if packet.size]
+    for number in damaged:
+        at = data.index(packets[number])
+        data[at : at + len(packets[number])] = b"\xff" * len(packets[number])
+    path.write_bytes(data)
+    return path
+
+
+def test_a_damaged_video_has_failed_is_written_as_far_as_can_be_and_is_tried_again(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    write_clip(source / "good.mp4")
+    bad = spoil(write_clip(source / "bad.mp4", 40), range(10, 20))
+    options = ["--as", "mask", "--model", model, "--output", out, "--json"]
+    for resume, done, skipped in (([], 1, 0), (["--resume"], 0, 1)):
+        assert infer(source, *options, *resume) == 3
+        shown = capsys.readouterr()
+        assert shown.err == f"petseg: {bad}: 10 of 40 packets could not be decoded; the rest was written\n"
+        *told, summary = events(shown.out)
+        (video,) = (event for event in told if event["event"] == "video" and event["input"] == str(bad))
+        assert (video["error"], video["undecodable"]) == (shown.err[len("petseg: ") : -1], 10)
+        assert 20 <= video["written"] == frames_in(out / "bad.mp4") <= 30
+        assert summary["videos"] == {"count": 2, "done": done, "failed": 1, "stopped": 0, "skipped": skipped}
+    shutil.copy(source / "good.mp4", bad)
+    assert infer(source, *options, "--resume") == 0
+    assert frames_in(out / "bad.mp4") == 20
+
+
+def test_damage_behind_what_is_taken_is_none(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    clip = spoil(write_clip(tmp_path / "clip.mp4", 40), range(10, 20))
+    options = ["--as", "mask", "--model", model, "--output", tmp_path / "out"]
+    assert infer(clip, *options, "--max-frames", 5) == 0
+    assert infer(clip, *options, "--max-frames", 25) == 1
+    assert "packets could not be decoded; the rest was written" in capsys.readouterr().err
+
+
+def test_frames_that_cannot_be_converted_are_told(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pixels(frame: Any, *size: Any) -> Any:
+        if frame.number in (3, 4):
+            raise UnsupportedVideo("frames in odd colours cannot be converted")
+        return real(frame, *size)
+
+    real = Frame.pixels
+    monkeypatch.setattr(Frame, "pixels", pixels)
+    assert infer(clips / "short.mp4", "--as", "mask", "--model", model, "--output", tmp_path) == 1
+    assert capsys.readouterr().err == (
+        f"petseg: {clips / 'short.mp4'}: 2 of 20 frames could not be converted (frames in odd colours cannot be "
+        "converted); the rest was written\n"
+    )
+    assert frames_in(tmp_path / "short.mp4") == 18
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "avi"])
+def test_a_video_that_is_cut_short_has_failed_and_what_it_holds_is_written(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    clip = write_clip(tmp_path / f"clip.{suffix}", 200, sound=suffix == "mkv")
+    options = ["--as", "mask", "--model", model, "--output", tmp_path / "out"]
+    assert infer(clip, *options) == 0
+    clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
+    assert infer(clip, *options) == 1
+    assert f"petseg: {clip}: truncated: it says that it lasts 8.0 s, but ends after " in capsys.readouterr().err
+    assert 50 < frames_in(tmp_path / "out" / "clip.mp4") < 150
+    assert infer(clip, *options, "--max-frames", 50) == 0
+    assert infer(clip, *options, "--stride", 3) == 1
+
+
+def test_a_name_that_is_too_long_is_counted_and_passed_over(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, good = "a" * 300 + ".mp4", clips / "short.mp4"
+    for long in (name, f"{good}/{name}", tmp_path / name / "clip.mp4"):
+        assert infer(long, good, "--as", "mask", "--model", model, "--output", tmp_path / "out", "--json") == 3
+        out, err = capsys.readouterr()
+        assert err.startswith(f"petseg: {long}: ")
+        assert len(err.splitlines()) == 1
+        assert events(out)[-1]["videos"] == {"count": 2, "done": 1, "failed": 1, "stopped": 0, "skipped": 0}
 
 
 def test_the_output_may_lie_in_the_source_which_is_not_read_again(tmp_path: Path, clips: Path, model: str) -> None:
@@ -415,6 +508,16 @@ def test_a_folder_that_cannot_be_written_to_is_6(
     assert "cannot be written" in capsys.readouterr().err
 
 
+def test_an_output_for_several_videos_that_is_a_file_is_6(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    both = [shutil.copy(clips / "short.mp4", tmp_path / name) for name in ("a.mp4", "b.mp4")]
+    for output in (tmp_path / "file", tmp_path / "file" / "out"):
+        assert infer(*both, "--as", "mask", "--output", output, "--model", model) == 6
+        assert f"petseg: {output}: cannot be written to (" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------- pipes
 
 
@@ -480,6 +583,35 @@ def test_events_of_a_stream_account_for_every_frame(start: Callable[..., Command
     assert video["frames"]["decoded"] == video["written"] + video["frames"]["dropped"] + video["frames"]["failed"]
     assert sum(event["event"] == "frame" for event in told) == video["written"]
     assert all(event["latency"] >= 0 for event in told if event["event"] == "frame")
+
+
+def test_sources_that_are_shown_alike_have_names_and_statistics_of_their_own(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(infer_video, "_STATISTICS", 0.0)
+    sources = [f"lavfi:testsrc=size={size}:rate=25" for size in ("64x48", "80x60", "96x72")]
+    monkeypatch.setattr(
+        "petseg_runtime.sources.stream_origin",
+        lambda text, options: dataclasses.replace(stream_origin(text, options), shown="rtsp://cam/live?***"),
+    )
+    options = ["--as", "mask", "--output", tmp_path, "--model", model, "--json", "--max-frames", 30, "--segment", 0.4]
+    assert infer(*sources, *options) == 0
+    told = events(capsys.readouterr().out)[:-1]
+    assert {event["input"] for event in told} == {"rtsp://cam/live?***"}
+    by_name = {event["name"]: event for event in told if event["event"] == "video"}
+    assert set(by_name) == {"lavfi", "lavfi-2", "lavfi-3"}
+    for name, video in by_name.items():
+        own = [event for event in told if event["name"] == name]
+        kinds = collections.Counter(event["event"] for event in own)
+        assert kinds == {"state": 3, "frame": video["written"], "statistics": video["written"], "video": 1}
+        assert {event["width"] for event in own if event["event"] == "frame"} == {
+            WIDTH + 16 * sorted(by_name).index(name)
+        }
+        assert {Path(path).parent.name for path in video["paths"]} == {name}
+        assert len(video["paths"]) == video["files"]
+        last = [event for event in own if event["event"] == "statistics"][-1]
+        assert "paths" not in last
+        assert (last["files"], last["newest"]) == (video["files"], video["paths"][-1])
 
 
 def test_for_people_there_is_a_line_for_each_video_and_a_count(
@@ -629,3 +761,59 @@ def test_pieces_of_a_stream_are_numbered_on_and_replace_nothing(
         assert float(about["start_time"]) == 0
         assert float(about["duration"]) == pytest.approx(frames / 25, abs=0.05)
         assert frames_in(path) == frames
+
+
+def test_a_live_source_that_cannot_be_written_is_told_at_once_and_the_others_go_on(
+    tmp_path: Path, start: Callable[..., Command]
+) -> None:
+    """Of two, the folder of the second is a file; the first goes on until it is stopped."""
+    (tmp_path / "lavfi-2").touch()
+    sources = ["lavfi:testsrc=size=64x48:rate=50,realtime"] * 2
+    command = start(*sources, "--as", "mask", "--output", tmp_path, "--json", "--policy", "block")
+    told: list[dict[str, Any]] = []
+    while sum(event["event"] == "frame" for event in told) < 20:
+        told += command.lines(1)
+    (video,) = (event for event in told if event["event"] == "video")
+    assert video["name"] == "lavfi-2"
+    assert video["error"] == f"{sources[0]}: {tmp_path / 'lavfi-2'}: cannot be written (Not a directory)"
+    command.process.send_signal(signal.SIGINT)
+    more, err, code = command.end()
+    assert code == 130
+    assert err == f"petseg: {video['error']}\n"
+    assert more[-1]["videos"] == {"count": 2, "done": 0, "failed": 1, "stopped": 1, "skipped": 0}
+
+
+def test_a_live_source_that_fails_on_the_way_says_what_it_has_written(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(sink: Any, frame: Any, result: Any) -> None:
+        if frame.number == 5 and frame.picture.width == WIDTH:
+            raise OutputError("the disk is full")
+        real(sink, frame, result)
+
+    real = video_sinks.MovieSink.write
+    monkeypatch.setattr(video_sinks.MovieSink, "write", write)
+    sources = [f"lavfi:testsrc=size={size}:rate=25" for size in ("64x48", "80x60")]
+    options = ["--as", "mask", "--output", tmp_path, "--model", model, "--json", "--max-frames", 30]
+    assert infer(*sources, *options, "--policy", "block") == OutputError.exit_code
+    out, err = capsys.readouterr()
+    *told, summary = events(out)
+    assert err == f"petseg: {sources[0]}: the disk is full\n"
+    own = [event for event in told if event["name"] == "lavfi" and event["event"] != "frame"]
+    assert [event.get("state") for event in own] == ["connecting", "live", "ended", None]
+    assert own[2]["reason"] == "the disk is full"
+    assert (own[3]["error"], own[3]["written"], own[3]["connections"]) == (f"{sources[0]}: the disk is full", 5, 1)
+    assert next(e for e in told if e["event"] == "video" and e["name"] == "lavfi-2")["written"] == 30
+    assert summary["videos"] == {"count": 2, "done": 1, "failed": 1, "stopped": 0, "skipped": 0}
+
+
+def test_a_defect_in_one_live_source_is_told_at_once_and_raised_at_the_end(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(video_sinks.MovieSink, "write", lambda *_: {}["none"])
+    options = ["--as", "mask", "--output", tmp_path, "--model", model, "--json", "--max-frames", 3]
+    with pytest.raises(KeyError):
+        infer("lavfi:testsrc=size=64x48:rate=25", *options)
+    out, err = capsys.readouterr()
+    assert "petseg: lavfi:testsrc=size=64x48:rate=25: KeyError: 'none'" in err
+    assert events(out)[-1]["videos"]["failed"] == 1

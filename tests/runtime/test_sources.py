@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from petseg_runtime import sources
 from petseg_runtime.errors import UsageError
-from petseg_runtime.sources import IMAGE_SUFFIXES, STDIN, Item, find_photos, is_video, redacted, stream_origin
+from petseg_runtime.sources import IMAGE_SUFFIXES, STDIN, Item, distinct, find_photos, is_video, redacted, stream_origin
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -525,3 +525,15 @@ def test_what_cannot_be_looked_into_is_no_video(tmp_path: Path) -> None:
     assert not is_video(Item(tmp_path, PurePath("cat")))
     assert not is_video(Item(tmp_path / "cat.mp4", PurePath("cat"), problem="no"))
     assert not is_video(Item(STDIN, PurePath("stdin"), data=b"\x1a\x45\xdf\xa3"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given_names"),
+    [
+        (["a", "a", "a-2"], ["a", "a-3", "a-2"]),
+        (["a-2", "a", "a"], ["a-2", "a", "a-3"]),
+        (["cam", "Cam", "x/cam"], ["cam", "Cam-2", "x/cam"]),
+    ],
+)
+def test_a_number_never_makes_a_name_that_another_has(wanted: list[str], given_names: list[str]) -> None:
+    assert list(map(str, distinct(map(PurePath, wanted)))) == given_names

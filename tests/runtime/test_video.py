@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Container
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,7 +159,7 @@ def write(
         stream.height, stream.width = size
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         for number in range(count):
-            pixels = np.full((*size, 3), 20 + 2 * number, np.uint8)
+            pixels = np.full((*size, 3), 20 + 2 * (number % 100), np.uint8)
             pixels[: size[0] // 3, : size[1] // 3] = 255
             frame = av.VideoFrame.from_ndarray(pixels)
             frame.pts, frame.time_base = first + number, 1 / rate
@@ -454,14 +455,144 @@ def test_a_name_is_only_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert len(read(Path(name))) == 10
 
 
-@pytest.mark.parametrize("cut", [0.6, 0.9])
-def test_a_truncated_file_gives_what_is_there(tmp_path: Path, cut: float) -> None:
-    whole = write(tmp_path / "clip.mkv", 50).read_bytes()
-    path = tmp_path / "cut.mkv"
-    path.write_bytes(whole[: int(cut * len(whole))])
-    with VideoReader(path) as reader:
-        count = sum(1 for _ in reader)
-    assert 0 < count < 50
+def read_until_error(path: Path, **options: Any) -> tuple[int, str | None, str | None]:
+    """How many frames there are, what is said at the end, and what is damaged."""
+    count = 0
+    with VideoReader(path, **options) as reader:
+        try:
+            for _ in reader:
+                count += 1
+        except UnreadableVideo as error:
+            return count, str(error), reader.damage
+        return count, None, reader.damage
+
+
+def lively(path: Path, codec: str, *, sound: bool = False) -> bytes:
+    """Four seconds of noise, whose frames are all about as large, and with them sound."""
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as file:
+        stream: Any = file.add_stream(codec, rate=25, options={"g": "5"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        tone: Any = file.add_stream("aac", rate=48000, layout="mono") if sound else None
+        for number in range(100):
+            noise = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(noise)))
+            if tone:
+                samples = av.AudioFrame.from_ndarray(np.zeros((1, 1920), np.float32), format="fltp", layout="mono")
+                samples.sample_rate, samples.pts = 48000, 1920 * number
+                file.mux(tone.encode(samples))
+        file.mux([*stream.encode(None), *(tone.encode(None) if tone else [])])
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "sound"),
+    [("mkv", "libx264", False), ("mkv", "libx264", True), ("webm", "libvpx-vp9", False), ("avi", "mpeg4", False)],
+)
+def test_a_file_that_lacks_more_than_a_second_is_truncated_but_gives_what_is_there(
+    tmp_path: Path, suffix: str, codec: str, sound: bool
+) -> None:
+    clip, cut = tmp_path / f"clip.{suffix}", tmp_path / f"cut.{suffix}"
+    whole = lively(clip, codec, sound=sound)
+    assert read_until_error(clip) == (100, None, None)
+    cut.write_bytes(whole[: len(whole) // 2])
+    count, error, _ = read_until_error(cut)
+    assert 30 < count < 60
+    assert error
+    assert error.startswith(f"{cut}: truncated: it says that it lasts 4.0 s, but ends after ")
+    assert read_until_error(cut, start=0.04)[1] is None  # what is left out is not missed
+    with cut.open("rb") as pipe, VideoReader(pipe) as reader:
+        assert len(list(reader)) == count
+    cut.write_bytes(whole[: round(0.85 * len(whole))])
+    assert read_until_error(cut)[1] is None  # too little to be sure
+
+
+@pytest.mark.parametrize("sound", [0, 20])
+@pytest.mark.parametrize("first", [0, 5000])
+@pytest.mark.parametrize(("suffix", "codec"), [("mkv", "libx264"), ("webm", "libvpx-vp9"), ("mp4", "libx264")])
+def test_a_rate_that_varies_and_sound_that_lasts_longer_are_no_loss(
+    tmp_path: Path, suffix: str, codec: str, first: int, sound: int
+) -> None:
+    """The last frame is shown for ten seconds."""
+    with av.open(str(tmp_path / f"clip.{suffix}"), "w") as file:
+        stream: Any = file.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        tone: Any = file.add_stream("libopus" if suffix == "webm" else "aac", rate=48000) if sound else None
+        packets = []
+        for pts in (0, 40, 80, 500, 510, 1000, 3000):
+            frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8))
+            frame.pts, frame.time_base = first + pts, Fraction(1, 1000)
+            packets += stream.encode(frame)
+        for packet in [*packets, *stream.encode(None)]:
+            packet.duration = 10_000 if packet.pts == first + 3000 else packet.duration
+            file.mux(packet)
+        if tone:
+            samples = av.AudioFrame.from_ndarray(np.zeros((2, 48000 * sound), np.float32), "fltp", "stereo")
+            samples.sample_rate = 48000
+            file.mux([*tone.encode(samples), *tone.encode(None)])
+    assert read_until_error(tmp_path / f"clip.{suffix}") == (7, None, None)
+
+
+def test_an_avi_that_ends_with_frames_that_are_empty_is_whole(tmp_path: Path) -> None:
+    """They say: as before. They are in the index, and in the count of frames, but never decoded."""
+    data = bytearray(write(tmp_path / "clip.avi", 100, codec="mpeg4").read_bytes())
+    at, number = data.index(b"movi") + 4, 0
+    while data[at : at + 4] == b"00dc":
+        size = int.from_bytes(data[at + 4 : at + 8], "little")
+        data[at : at + 4] = b"00dc" if number < 30 else b"JUNK"
+        at, number = at + 8 + size + size % 2, number + 1
+    index = data.index(b"idx1")
+    data[index:] = data[index:].replace(b"00dc", b"JUNK").replace(b"JUNK", b"00dc", 30)
+    (tmp_path / "clip.avi").write_bytes(data)
+    with av.open(str(tmp_path / "clip.avi")) as file:
+        assert file.streams.video[0].frames == 100
+    assert read_until_error(tmp_path / "clip.avi") == (30, None, None)
+
+
+def spoil(path: Path, damaged: Container[int]) -> Path:
+    """Overwrite some of the packets of a file in which each is in one piece."""
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as file:
+        packets = [bytes(packet) for packet in file.demux(video=0) if packet.size]
+    for number, packet in enumerate(packets):
+        if number in damaged:
+            at = data.index(packet)
+            data[at : at + len(packet)] = b"\xff" * len(packet)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [("mp4", "libx264"), ("mkv", "libx264"), ("avi", "mpeg4")])
+def test_packets_that_cannot_be_decoded_are_damage(tmp_path: Path, suffix: str, codec: str) -> None:
+    clip = write(tmp_path / f"clip.{suffix}", 40, codec=codec, g="1")
+    assert read_until_error(clip) == (40, None, None)
+    count, error, damage = read_until_error(spoil(clip, range(10, 20)))
+    assert (count, error, damage) == (30, None, "10 of 40 packets could not be decoded")
+
+
+def test_a_transport_stream_that_begins_in_the_middle_is_not_damaged(tmp_path: Path) -> None:
+    """So far from the next key frame that the decoder refuses what comes before it."""
+    options = {"g": "700", "bf": "0", "sc_threshold": "0", "preset": "ultrafast"}
+    whole = write(tmp_path / "clip.ts", 800, **options).read_bytes()
+    clip = tmp_path / "rest.ts"
+    clip.write_bytes(whole[len(whole) // 188 // 20 * 188 :])
+    with VideoReader(clip) as reader:
+        assert len(list(reader)) == 100
+        assert reader.undecodable > 500
+        assert reader.damage is None
+
+
+def test_a_program_stream_that_ends_in_the_middle_of_a_picture_is_not_damaged(tmp_path: Path) -> None:
+    whole, clip, refused = lively(tmp_path / "clip.mpg", "mpeg2video"), tmp_path / "part.mpg", 0
+    begins = whole.index(b"\0\0\1\0", len(whole) // 2)
+    for length in range(10, 40):
+        clip.write_bytes(whole[: begins + length])
+        with VideoReader(clip) as reader:
+            assert len(list(reader)) > 40
+            assert reader.damage is None
+            refused += reader.undecodable
+    assert refused
 
 
 # The clock.

@@ -495,6 +495,18 @@ def test_what_is_there_is_numbered_on_not_replaced(tmp_path: Path) -> None:
     assert next(numbered(tmp_path, "mp4")) == tmp_path / "0010.mp4"
 
 
+def test_of_an_endless_sources_files_the_newest_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_sinks, "_NEWEST", 2)
+    for endless in (True, False):
+        paths = (tmp_path / f"{n}.mp4" for n in range(5))
+        with MovieSink(paths, Painter("mask"), endless=endless) as sink:
+            for number in range(5):
+                frame = frame_of(number, 48 + 16 * (number % 2))
+                sink.write(frame, result_of(frame))
+        assert sink.files == 5
+        assert [path.name for path in sink.paths] == [f"{n}.mp4" for n in range(5)][3 if endless else 0 :]
+
+
 def test_frames_of_another_size_begin_another_file(tmp_path: Path) -> None:
     frames = [frame_of(n, *((48, 64) if n < 5 else (64, 48))) for n in range(10)]
     paths = (tmp_path / f"{n}.mp4" for n in itertools.count())

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +108,7 @@ def infer(
     """
     from petseg_runtime.batch import segment_photos
     from petseg_runtime.journal import Journal
-    from petseg_runtime.sinks import KINDS
+    from petseg_runtime.sinks import KINDS, probe
     from petseg_runtime.sources import RESULTS
 
     kind = kind or ("background" if background else "cutout")
@@ -136,7 +135,7 @@ def infer(
         journal = None
         if folder and not found.live and (resume or len(found.items) > 1 or coco):
             settings = looks | _settings(segmenter) | (of_video if found.videos else {})
-            folder.mkdir(parents=True, exist_ok=True)
+            probe(folder)
             journal = stack.enter_context(Journal(folder, settings, resume=resume))
         report = None
         if sink:
@@ -150,6 +149,8 @@ def infer(
     done = (report.done + report.skipped if report else 0) + (videos.done + videos.skipped if videos else 0)
     if stopped is not None:
         return stopped
+    if videos and (code := videos.problem_code()) is not None:
+        return code
     return 0 if not failed else EXIT_PARTIAL if done else InputError.exit_code
 
 
@@ -227,14 +228,10 @@ def _find(sources: Sequence[str], folder: Path | None, raw: str | None, options:
 
 def _distinct(origins: list[Origin]) -> list[Origin]:
     """No two of one name: cameras at the same address differ in what their names do not show."""
-    seen: Counter[str] = Counter()
-    named = []
-    for origin in origins:
-        key = str(origin.name).casefold()
-        seen[key] += 1
-        name = origin.name if seen[key] == 1 else origin.name.with_name(f"{origin.name.name}-{seen[key]}")
-        named.append(dataclasses.replace(origin, name=name))
-    return named
+    from petseg_runtime.sources import distinct
+
+    names = distinct(origin.name for origin in origins)
+    return [dataclasses.replace(origin, name=name) for origin, name in zip(origins, names, strict=True)]
 
 
 def _check(found: _Found, given: dict[str, Any], kind: str, format: str | None, background: str | None) -> None:  # noqa: A002

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from petseg_runtime.cli.text import SCHEMA_VERSION, shown
-from petseg_runtime.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, OutputError
+from petseg_runtime.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, OutputError, PetsegError
 
 if TYPE_CHECKING:
     from petseg_runtime.journal import Journal
@@ -140,7 +140,9 @@ class Videos:
     reports: list[VideoReport] = field(default_factory=list)
     skipped: int = 0
     _streams: set[Stream] = field(default_factory=set, init=False)
-    _told: dict[str, float] = field(default_factory=dict)
+    _running: dict[str, VideoReport] = field(default_factory=dict)  # by name: what is known so far
+    _problems: list[Exception] = field(default_factory=list)
+    _told: dict[str, float] = field(default_factory=dict)  # by name: when statistics were told last
     _signal: int | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _printing: threading.Lock = field(default_factory=threading.Lock)  # may be held for long: a reader may be slow
@@ -157,7 +159,7 @@ class Videos:
             The exit code that a signal asks for; None: no signal came.
 
         Raises:
-            OutputError: The results cannot be written.
+            OutputError: The results of a file cannot be written. Of live sources see :meth:`problem_code`.
             EngineError: The engine failed.
         """
         with self._signals():
@@ -168,6 +170,18 @@ class Videos:
                     if self._signal is None:
                         self._file(origin, items.get(str(origin.name)), journal)
         return None if self._signal is None else _EXITS[signal.Signals(self._signal)]
+
+    def problem_code(self) -> int | None:
+        """The exit code that the first live source to fail asks for, of which was told when it did; None: none did.
+
+        Raises:
+            Exception: It is no error of ours, or the reader of our output has gone away.
+        """
+        if not self._problems:
+            return None
+        if isinstance(self._problems[0], PetsegError):
+            return self._problems[0].exit_code
+        raise self._problems[0]
 
     @property
     def failed(self) -> list[VideoReport]:
@@ -199,22 +213,22 @@ class Videos:
             journal.add(item, result)
 
     def _all_at_once(self, origins: Sequence[Origin]) -> None:
-        problems: list[Exception] = []
-
-        def work(origin: Origin) -> None:
-            try:
-                self._one(origin)
-            except Exception as error:  # noqa: BLE001 (raised at the end: the others go on)
-                problems.append(error)
-
         # Daemons, because a second signal ends the process at once.
-        threads = [threading.Thread(target=work, args=(o,), name=f"petseg-{o.name}", daemon=True) for o in origins]
+        threads = [
+            threading.Thread(target=self._live, args=(o,), name=f"petseg-{o.name}", daemon=True) for o in origins
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        if problems:
-            raise problems[0]
+
+    def _live(self, origin: Origin) -> None:
+        try:
+            self._one(origin)
+        except Exception as error:  # noqa: BLE001 (told now, raised at the end: the others go on, maybe for months)
+            self._problems.append(error)
+            with contextlib.suppress(OSError):  # whoever was to be told has gone away
+                self._tell_failure(origin, error)
 
     def _one(self, origin: Origin) -> VideoReport:
         from petseg_runtime.video_batch import segment_video
@@ -226,6 +240,7 @@ class Videos:
                 begin(stream)
 
             def watch(segmented: Segmented, report: VideoReport) -> None:
+                self._running[str(origin.name)] = report
                 progress.advance(segmented)
                 self._tell_frame(origin, segmented, report)
 
@@ -292,8 +307,10 @@ class Videos:
         for stream in streams:
             stream.stop()
 
-    def _tell(self, **event: Any) -> None:
-        line = json.dumps({"schema_version": SCHEMA_VERSION, **event})
+    def _tell(self, origin: Origin, event: str, **about: Any) -> None:
+        # The name, because URLs without their secrets may be alike.
+        source = {"input": origin.shown, "name": str(origin.name)}
+        line = json.dumps({"schema_version": SCHEMA_VERSION, **source, "event": event, **about})
         with self._printing:
             click.echo(line)
 
@@ -304,20 +321,33 @@ class Videos:
 
         record = frame_record(segmented.frame, segmented.result)
         latency = {"latency": round(time.monotonic() - segmented.frame.captured, 4)} if origin.endless else {}
-        self._tell(input=origin.shown, event="frame", **record, **latency)
-        if origin.endless and report.seconds - self._told.get(origin.shown, 0.0) >= _STATISTICS:
-            self._told[origin.shown] = report.seconds
-            self._tell(input=origin.shown, event="statistics", **report.as_json())
+        self._tell(origin, "frame", **record, **latency)
+        name = str(origin.name)
+        if origin.endless and report.seconds - self._told.get(name, 0.0) >= _STATISTICS:
+            self._told[name] = report.seconds
+            self._tell(origin, "statistics", **report.so_far())
 
     def _tell_state(self, origin: Origin, change: StateChange) -> None:
         if self.as_json:
             about = {name: value for name, value in vars(change).items() if value is not None}
-            self._tell(input=origin.shown, event="state", **about)
+            self._tell(origin, "state", **about)
         elif not self.quiet:
             size = f", {change.width} x {change.height}" if change.width else ""
             again = f"; again in {change.retry_in:.1f} s" if change.retry_in else ""
             reason = f" ({shown(change.reason)})" if change.reason else ""
             click.echo(f"petseg: {shown(origin.shown)}: {change.state}{size}{reason}{again}", err=True)
+
+    def _tell_failure(self, origin: Origin, error: Exception) -> None:
+        """Count and tell of a live source that could not go on, for a reason that does not lie in it."""
+        if isinstance(error, BrokenPipeError):
+            return  # the reader has gone away, which is no error, and nobody is left to tell
+        from petseg_runtime.video_batch import VideoReport
+
+        report = self._running.get(str(origin.name)) or VideoReport(origin.shown)
+        what = str(error) if isinstance(error, PetsegError) else f"{type(error).__name__}: {error}"
+        report.error = f"{origin.shown}: {what}"
+        self.reports.append(report)
+        self._tell_end(origin, report)
 
     def _tell_end(self, origin: Origin, report: VideoReport) -> None:
         if report.error:
@@ -325,7 +355,7 @@ class Videos:
         for note in () if self.quiet else report.notes:
             click.echo(f"petseg: {shown(origin.shown)}: {note}", err=True)
         if self.as_json:
-            self._tell(input=origin.shown, event="video", **report.as_json())
+            self._tell(origin, "video", **report.as_json())
         elif not self.quiet:
             click.echo(_line(report), err=self.output.folder is None)
         if self.verbose:
@@ -342,7 +372,7 @@ def _line(report: VideoReport) -> str:
     """What became of a video, for people."""
     frames = report.frames
     where = f" -> {shown(report.paths[0])}" if report.paths else ""
-    more = f" and {len(report.paths) - 1} more" if len(report.paths) > 1 else ""
+    more = f" and {report.files - 1} more" if report.files > 1 else ""
     lost = [f"{count} {word}" for count, word in ((frames.dropped, "dropped"), (frames.failed, "failed")) if count]
     pet = f", {100 * report.found / report.written:.0f} % with a pet" if report.written else ""
     ended = "stopped, " if report.stopped else ""
