@@ -7,7 +7,8 @@
     │   ├── ImageTooLarge                more pixels or bytes than the limit allows
     │   ├── UnreadableVideo              missing, truncated, not a video, or a stream that sends nothing
     │   └── UnsupportedVideo             a video, but of a kind or size that cannot be used
-    ├── UsageError                   2   what was asked for does not go together, or not with this input or model
+    ├── UsageError                   2   what was asked for does not go together, or not with this input or model;
+    │                                    a ValueError, too
     ├── ModelError                   4   a model file that is damaged, foreign or breaks its contract
     │   └── CheckpointError              the same for a training checkpoint
     ├── EngineError                  5   an engine or device that was asked for cannot be had
@@ -93,8 +94,11 @@ class UnsupportedVideo(InputError):
     """A video without pictures, or with frames too large or of a kind that cannot be converted."""
 
 
-class UsageError(PetsegError):
-    """What was asked for does not go together, or cannot be had of this input or model: ask for something else."""
+class UsageError(PetsegError, ValueError):
+    """What was asked for does not go together, or cannot be had of this input or model: ask for something else.
+
+    Also a ``ValueError``, which is what Python programs expect of a value that is out of range.
+    """
 
     exit_code = 2
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from petseg_runtime import images
+from petseg_runtime.errors import UsageError
 
 __all__ = ["Polygon", "Segmentation"]
 
@@ -123,7 +124,7 @@ class Segmentation:
         What is cut away is black, not only invisible: a file would keep it, and be twice as large.
 
         Raises:
-            ValueError: The photo was decoded for the mask only.
+            UsageError: The photo was decoded for the mask only.
         """
         alpha = self._alpha()
         shown = alpha.point([0] + [255] * 255)
@@ -139,7 +140,7 @@ class Segmentation:
                 covers the photo, and what stands out is cut off on both sides alike.
 
         Raises:
-            ValueError: The photo was decoded for the mask only.
+            UsageError: The photo was decoded for the mask only.
             InputError: The picture cannot be used.
         """
         photo = self._photo()
@@ -167,7 +168,7 @@ class Segmentation:
             strength: How much of it, in [0, 1].
 
         Raises:
-            ValueError: The photo was decoded for the mask only.
+            UsageError: The photo was decoded for the mask only.
         """
         picture = self._photo()
         tinted = Image.blend(picture, Image.new("RGB", picture.size, color), strength)
@@ -253,10 +254,10 @@ class Segmentation:
             min_area: Share of the photo, in [0, 1).
 
         Raises:
-            ValueError: It is out of range.
+            UsageError: It is out of range.
         """
         if not 0 <= min_area < 1:
-            raise ValueError(f"min_area is {min_area}; it is a share of the photo, from 0 to below 1")
+            raise UsageError(f"min_area is {min_area}; it is a share of the photo, from 0 to below 1")
         shown = int(np.argmax(_opacity(self.cutout_threshold) > 0))
         starts, ends = _runs(self.probability >= min(shown, self._lowest_pet))
         pet_starts, pet_ends = _runs(self.mask)
@@ -280,7 +281,7 @@ class Segmentation:
     def _photo(self) -> Image.Image:
         """A copy of the photo to work on."""
         if self.pixels is None:
-            raise ValueError("this photo was decoded for its mask only, so no picture can be made of it")
+            raise UsageError("this photo was decoded for its mask only, so no picture can be made of it")
         return Image.fromarray(self.pixels)
 
     def _alpha(self) -> Image.Image:

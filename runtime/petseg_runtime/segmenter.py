@@ -163,7 +163,7 @@ class Segmenter:
 
     def stream(
         self,
-        source: str | os.PathLike[str] | Origin,
+        source: str | int | os.PathLike[str] | Origin,
         *,
         policy: str | None = None,
         start: float = 0.0,
@@ -182,8 +182,8 @@ class Segmenter:
         ...         print(segmented.frame.time, segmented.result.coverage)
 
         Args:
-            source: A video file, a camera (``0``, ``/dev/video0``), a URL (RTSP, RTMP, HTTP, UDP, ...), or an
-                :class:`~petseg_runtime.sources.Origin` for more (options for FFmpeg).
+            source: A video file, a camera (``0``, ``"0"``, ``/dev/video0``), a URL (RTSP, RTMP, HTTP, UDP, ...), or
+                an :class:`~petseg_runtime.sources.Origin` for more (options for FFmpeg).
             policy: What becomes of a frame for which there is no time; None: ``block`` for what has an end, else
                 ``drop-oldest``. See :class:`~petseg_runtime.stream.Stream`.
             start: Seconds to pass over, of what has an end.
@@ -200,6 +200,7 @@ class Segmenter:
             An iterator and context manager; its ``counts`` say where frames went.
 
         Raises:
+            UsageError: A policy that there is not, or a value out of range.
             InputError: A source that has an end cannot be opened.
         """
         from petseg_runtime.live import open_frames  # FFmpeg is loaded for those who read videos
@@ -208,7 +209,8 @@ class Segmenter:
         if isinstance(source, Origin):
             origin = source
         else:
-            text = os.fspath(source)
+            # A number is a camera, even where a file is called so.
+            text = f"/dev/video{source}" if isinstance(source, int) else os.fspath(source)
             origin = stream_origin(text) or Origin(text, text, PurePath(Path(text).stem))
         return Stream(
             open_frames(origin, start=start, stall=stall, patience=patience, tell=tell),
