@@ -17,7 +17,7 @@ from typing import Final
 
 from petseg_runtime import __version__
 
-__all__ = ["Cpu", "Gpu", "Host", "cgroup_limits", "gpus", "host", "nvidia_gpus", "parse_cpuinfo", "versions"]
+__all__ = ["Cpu", "Gpu", "Host", "cgroup_limits", "gpus", "host", "limits", "nvidia_gpus", "parse_cpuinfo", "versions"]
 
 # What inference engines have kernels for, in the kernel's spelling: x86-64, then ARM.
 FEATURES: Final = (
@@ -54,8 +54,7 @@ class Cpu:
         name: As the kernel calls it; "unknown" if it does not.
         machine: The architecture ("x86_64", "aarch64").
         cores: That the scheduler may put this process on.
-        quota: CPUs' worth of time that the control group allows, None if it sets no limit. Engines do not know it:
-            more threads than this wait for each other.
+        quota: CPUs' worth of time that the control group allows, None if it sets no limit.
         memory: Of the machine, in bytes.
         memory_limit: Of the control group, in bytes, None if it sets no limit below ``memory``.
         features: Those of :data:`FEATURES` that it has.
@@ -150,7 +149,7 @@ def _nvidia_driver(text: str) -> str:
 def _cpu() -> Cpu:
     name, features = parse_cpuinfo(_text("/proc/cpuinfo"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    quota, limit = cgroup_limits(Path("/sys/fs/cgroup"), _text("/proc/self/cgroup"))
+    quota, limit = limits()
     board = _text("/proc/device-tree/model").rstrip("\0")
     return Cpu(
         name=", ".join(filter(None, (name or platform.processor(), board))) or "unknown",
@@ -187,6 +186,11 @@ def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
     flags = [set(value.split()) for value in fields.get("flags", fields.get("Features", []))]
     everywhere = set.intersection(*flags) if flags else set()
     return " + ".join(dict.fromkeys(names)), tuple(feature for feature in FEATURES if feature in everywhere)
+
+
+def limits() -> tuple[float | None, int | None]:
+    """:func:`cgroup_limits` of this process."""
+    return cgroup_limits(Path("/sys/fs/cgroup"), _text("/proc/self/cgroup"))
 
 
 def cgroup_limits(root: Path, membership: str) -> tuple[float | None, int | None]:
