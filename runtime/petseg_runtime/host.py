@@ -17,7 +17,19 @@ from typing import Final
 
 from petseg_runtime import __version__
 
-__all__ = ["Cpu", "Gpu", "Host", "cgroup_limits", "gpus", "host", "limits", "nvidia_gpus", "parse_cpuinfo", "versions"]
+__all__ = [
+    "Cpu",
+    "Gpu",
+    "Host",
+    "available_memory",
+    "cgroup_limits",
+    "gpus",
+    "host",
+    "limits",
+    "nvidia_gpus",
+    "parse_cpuinfo",
+    "versions",
+]
 
 # What inference engines have kernels for, in the kernel's spelling: x86-64, then ARM.
 FEATURES: Final = (
@@ -188,9 +200,18 @@ def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
     return " + ".join(dict.fromkeys(names)), tuple(feature for feature in FEATURES if feature in everywhere)
 
 
+@functools.cache
 def limits() -> tuple[float | None, int | None]:
-    """:func:`cgroup_limits` of this process."""
+    """:func:`cgroup_limits` of this process, as they were when it was first asked."""
     return cgroup_limits(Path("/sys/fs/cgroup"), _text("/proc/self/cgroup"))
+
+
+def available_memory() -> int:
+    """Bytes of memory that this process can take: what is available now, or all that its control group allows."""
+    line = re.search(r"^MemAvailable:\s*(\d+) kB$", _text("/proc/meminfo"), re.MULTILINE)
+    available = 1024 * int(line[1]) if line else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    _, limit = limits()
+    return available if limit is None else min(available, limit)
 
 
 def cgroup_limits(root: Path, membership: str) -> tuple[float | None, int | None]:

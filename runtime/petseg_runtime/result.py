@@ -64,6 +64,9 @@ class Segmentation:
         threshold: Where the mask is cut, in (0, 1).
         cutout_threshold: Where a cutout is half transparent, in (0, 1); lower, so that the fur stays.
         notes: What had to be decided while reading the photo.
+        icc_profile: Of the photo's colours, and so of the pictures with the photo in them, whose
+            ``info["icc_profile"]`` it is; None: none. PNG files get it from there, JPEG and WebP when it is given:
+            ``picture.save("x.jpg", icc_profile=result.icc_profile)``.
     """
 
     pixels: U8 | None
@@ -71,6 +74,7 @@ class Segmentation:
     threshold: float
     cutout_threshold: float
     notes: tuple[str, ...] = ()
+    icc_profile: bytes | None = None
 
     @cached_property
     def mask(self) -> Bool:
@@ -130,7 +134,7 @@ class Segmentation:
         shown = alpha.point([0] + [255] * 255)
         picture = Image.composite(self._photo(), Image.new("RGB", alpha.size), shown)
         picture.putalpha(alpha)
-        return picture
+        return self._in_its_colours(picture)
 
     def on_background(self, background: images.ImageSource | tuple[int, int, int]) -> Image.Image:
         """The pet before another background, as an RGB picture of the photo's size, with the edges of the cutout.
@@ -148,7 +152,7 @@ class Segmentation:
             behind = Image.new("RGB", photo.size, background)
         else:
             behind = ImageOps.fit(Image.fromarray(images.read(background).pixels), photo.size)
-        return Image.composite(photo, behind, self._alpha())
+        return self._in_its_colours(Image.composite(photo, behind, self._alpha()))
 
     @property
     def opacity(self) -> U8:
@@ -174,7 +178,7 @@ class Segmentation:
         tinted = Image.blend(picture, Image.new("RGB", picture.size, color), strength)
         picture.paste(tinted, mask=Image.fromarray(self.mask))
         picture.paste(color, mask=Image.fromarray(self.outline))
-        return picture
+        return self._in_its_colours(picture)
 
     def polygons(self, tolerance: float = 0.5) -> list[Polygon]:
         """The outlines of the mask, between the pixels: where the interpolated probability crosses the threshold.
@@ -283,6 +287,12 @@ class Segmentation:
         if self.pixels is None:
             raise UsageError("this photo was decoded for its mask only, so no picture can be made of it")
         return Image.fromarray(self.pixels)
+
+    def _in_its_colours(self, picture: Image.Image) -> Image.Image:
+        """The same picture, with the photo's profile."""
+        if self.icc_profile:
+            picture.info["icc_profile"] = self.icc_profile
+        return picture
 
     def _alpha(self) -> Image.Image:
         """:attr:`opacity` as a one-channel picture."""

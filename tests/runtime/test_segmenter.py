@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from PIL import Image
+from PIL import Image, ImageCms
 
 from petseg_runtime import Segmenter, images, sample_photos
 from petseg_runtime.errors import EngineError, InputError, ModelError, UnreadableImage, UsageError
@@ -83,6 +83,20 @@ def test_a_number_is_a_camera_as_its_text_is(
         (f"/dev/video{number}", "v4l2") for number in (0, 0, 12, 0)
     ]
     assert all(origin.endless for origin in opened)
+
+
+def test_results_have_the_photos_profile(segmenter: Segmenter, tmp_path: Path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.new("RGB", (70, 45), "red").save(tmp_path / "photo.jpg", icc_profile=profile)
+    mapped = next(segmenter.map([tmp_path / "photo.jpg"]))
+    assert isinstance(mapped, Segmentation)
+    for result in (segmenter(tmp_path / "photo.jpg"), mapped, mapped.without_small(0.1)):
+        for picture in (result.cutout(), result.overlay(), result.on_background((1, 2, 3))):
+            assert picture.info["icc_profile"] == profile
+        assert "icc_profile" not in result.mask_image().info | result.probability_image().info
+        result.cutout().save(tmp_path / "cutout.png")
+        with Image.open(tmp_path / "cutout.png") as picture:
+            assert picture.info["icc_profile"] == profile
 
 
 def noise(seed: int, height: int, width: int) -> np.ndarray:
