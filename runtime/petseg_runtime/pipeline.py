@@ -80,15 +80,15 @@ class _Room:
     """
 
     def __init__(self, size: int) -> None:
-        self._size, self._taken, self._closed = size, 0, False
+        self._size, self._taken, self._waiting, self._closed = size, 0, 0, False
         self._changed = threading.Condition()
 
     def take(self, job: _Job[Any, Any], size: int) -> None:
         start = time.perf_counter()
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._closed or job.left or job.awaited or not self._taken or self._taken + size <= self._size
-            )
+            self._waiting += 1
+            self._changed.wait_for(lambda: self._closed or job.left or job.awaited or self._fits(size))
+            self._waiting -= 1
             if self._closed or job.left:
                 raise CancelledError
             job.size += size
@@ -105,7 +105,12 @@ class _Room:
             for job in jobs:
                 job.left = True
                 self._taken -= job.size
-            self._changed.notify_all()
+            if self._waiting:  # else it is quicker to keep it
+                host.give_back_memory()
+                self._changed.notify_all()
+
+    def _fits(self, size: int) -> bool:
+        return not self._taken or self._taken + size <= self._size
 
     def close(self) -> None:
         with self._changed:

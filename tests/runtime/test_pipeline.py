@@ -205,6 +205,16 @@ def test_many_large_photos_behind_a_slow_one_wait() -> None:
     assert most <= 18, "all of the window would be 20 photos, 77"
 
 
+@pytest.mark.parametrize(("room", "short"), [(10, True), (1000, False)])
+def test_freed_memory_goes_back_to_the_system_where_it_is_short(
+    room: int, short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr("petseg_runtime.host.give_back_memory", lambda: calls.append(None))
+    crowd([4] * 20, room=room, slow=0)
+    assert bool(calls) is short
+
+
 def test_a_photo_larger_than_the_room_comes_through() -> None:
     order, most = crowd([3, 3, 1000, 3, 3], room=10)
     assert order == list(range(5))
