@@ -202,7 +202,7 @@ def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def give_back_memory() -> None:
-    """Give the system what glibc keeps of freed memory: some 64 MB for each thread that has worked on large pictures."""
+    """Give the system what glibc keeps of freed memory: some 64 MB for each thread that worked on large pictures."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
