@@ -119,10 +119,10 @@ def segment_photos(
 
 
 def _steps(segmenter: Segmenter, sink: Sink, mask_only: bool) -> Steps[Item, Done]:
-    def read(item: Item) -> Prepared:
+    def read(item: Item, take: Callable[[int], None]) -> Prepared:
         if item.problem:
             raise InputError(item.problem)
-        return segmenter.prepare(item.source if item.data is None else item.data, mask_only=mask_only)
+        return segmenter.prepare(item.source if item.data is None else item.data, mask_only=mask_only, take=take)
 
     def write(item: Item, photo: Prepared, answer: Any) -> Done:
         result = segmenter.finish(photo, answer)

@@ -351,11 +351,6 @@ def _cache() -> tuple[str, int, str]:
 def _problems(cpu: Cpu, gpus: Sequence[Gpu], checks: Sequence[EngineCheck], ffmpeg: Ffmpeg) -> list[str]:
     """What should be put right, each with the remedy."""
     found = []
-    if cpu.quota is not None and cpu.quota < cpu.cores:
-        found.append(
-            f"the control group allows {cpu.quota:g} CPUs' worth of time on {cpu.cores} cores, which engines do not "
-            f"know: --threads {max(1, int(cpu.quota))}"
-        )
     if len(both := _packages_of("onnxruntime")) > 1:
         found.append(
             f"{' and '.join(both)} are both installed and overwrite each other's files: pip uninstall "

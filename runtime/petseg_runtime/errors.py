@@ -7,7 +7,8 @@
     │   ├── ImageTooLarge                more pixels or bytes than the limit allows
     │   ├── UnreadableVideo              missing, truncated, not a video, or a stream that sends nothing
     │   └── UnsupportedVideo             a video, but of a kind or size that cannot be used
-    ├── UsageError                   2   what was asked for does not go together, or not with this input or model
+    ├── UsageError                   2   what was asked for does not go together, or not with this input or model;
+    │                                    a ValueError, too
     ├── ModelError                   4   a model file that is damaged, foreign or breaks its contract
     │   └── CheckpointError              the same for a training checkpoint
     ├── EngineError                  5   an engine or device that was asked for cannot be had
@@ -23,7 +24,8 @@
         └── ParityTolerance              the values differ by more than the tolerance
 
 Three codes belong to no single error: ``EXIT_PARTIAL`` (3: some inputs failed, the rest is done),
-``EXIT_INTERRUPTED`` (130: Ctrl-C) and ``EXIT_TERMINATED`` (143: SIGTERM ended a video, stream or training in order).
+``EXIT_INTERRUPTED`` (130: Ctrl-C) and ``EXIT_TERMINATED`` (143: SIGTERM ended photos, a video, a stream or training in
+order).
 Click, too, uses 2: for a command line it cannot parse.
 """
 
@@ -93,8 +95,11 @@ class UnsupportedVideo(InputError):
     """A video without pictures, or with frames too large or of a kind that cannot be converted."""
 
 
-class UsageError(PetsegError):
-    """What was asked for does not go together, or cannot be had of this input or model: ask for something else."""
+class UsageError(PetsegError, ValueError):
+    """What was asked for does not go together, or cannot be had of this input or model: ask for something else.
+
+    Also a ``ValueError``, which is what Python programs expect of a value that is out of range.
+    """
 
     exit_code = 2
 

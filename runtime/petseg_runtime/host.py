@@ -21,11 +21,14 @@ __all__ = [
     "Cpu",
     "Gpu",
     "Host",
+    "available_memory",
     "cgroup_limits",
     "cores",
     "features",
+    "give_back_memory",
     "gpus",
     "host",
+    "limits",
     "nvidia_gpus",
     "old_driver",
     "parse_cpuinfo",
@@ -71,8 +74,7 @@ class Cpu:
         name: As the kernel calls it; "unknown" if it does not.
         machine: The architecture ("x86_64", "aarch64").
         cores: That the scheduler may put this process on.
-        quota: CPUs' worth of time that the control group allows, None if it sets no limit. Engines do not know it:
-            more threads than this wait for each other.
+        quota: CPUs' worth of time that the control group allows, None if it sets no limit.
         memory: Of the machine, in bytes.
         memory_limit: Of the control group, in bytes, None if it sets no limit below ``memory``.
         features: Those of :data:`FEATURES` that it has.
@@ -177,7 +179,7 @@ def features() -> tuple[str, ...]:
 def _cpu() -> Cpu:
     name, has = parse_cpuinfo(_text("/proc/cpuinfo"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    quota, limit = cgroup_limits(Path("/sys/fs/cgroup"), _text("/proc/self/cgroup"))
+    quota, limit = limits()
     board = _text("/proc/device-tree/model").rstrip("\0")
     return Cpu(
         name=", ".join(filter(None, (name or platform.processor(), board))) or "unknown",
@@ -214,6 +216,26 @@ def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
     flags = [set(value.split()) for value in fields.get("flags", fields.get("Features", []))]
     everywhere = set.intersection(*flags) if flags else set()
     return " + ".join(dict.fromkeys(names)), tuple(feature for feature in FEATURES if feature in everywhere)
+
+
+def give_back_memory() -> None:
+    """Give the system what glibc keeps of freed memory: some 64 MB for each thread that worked on large pictures."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@functools.cache
+def limits() -> tuple[float | None, int | None]:
+    """:func:`cgroup_limits` of this process, as they were when it was first asked."""
+    return cgroup_limits(Path("/sys/fs/cgroup"), _text("/proc/self/cgroup"))
+
+
+def available_memory() -> int:
+    """Bytes of memory that this process can take: what is available now, or all that its control group allows."""
+    line = re.search(r"^MemAvailable:\s*(\d+) kB$", _text("/proc/meminfo"), re.MULTILINE)
+    available = 1024 * int(line[1]) if line else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    _, limit = limits()
+    return available if limit is None else min(available, limit)
 
 
 def cgroup_limits(root: Path, membership: str) -> tuple[float | None, int | None]:

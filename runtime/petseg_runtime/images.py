@@ -12,6 +12,7 @@ import os
 import re
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeAlias
@@ -40,9 +41,17 @@ _FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF")
 # A JPEG with more scans than this is refused (see ``_check_cost``); progressive ones have about ten.
 _MAX_SCANS: Final = 100
 
+# An ICC profile with more bytes is left out: those of cameras and screens have 0.5 to 4 kB, and each result has it.
+_MAX_PROFILE: Final = 1_000_000
+
 # How many times the model's input, per side, a JPEG that is decoded at a reduced size must still have. The smallest
 # margin whose masks agree with those of the whole photo: benchmarks/results/reduced-decoding.json.
 _MARGIN: Final = 3.0
+
+# Bytes a pixel that photos on their way to cutouts or masks take, as measured at 12 megapixels: decoded, with Pillow's
+# copies; and their results, of the photo's own size.
+_DECODED: Final = 12
+_RESULT: Final = 4
 
 # What undoes each EXIF orientation (TIFF 6.0, tag 274; 1 is upright), and which of these swap height and width.
 _TURNS: Final = {
@@ -66,12 +75,14 @@ class Photo:
         notes: What had to be decided on the way, each in a few words ("transparency laid over white").
         height: Of the whole photo, upright; 0 stands for that of ``pixels``.
         width: Of the whole photo, upright; 0 stands for that of ``pixels``.
+        icc_profile: What its RGB values mean as colours, if it says so; None: sRGB, as nearly all.
     """
 
     pixels: U8
     notes: tuple[str, ...] = ()
     height: int = 0
     width: int = 0
+    icc_profile: bytes | None = None
 
     def __post_init__(self) -> None:
         """Without a size of its own the photo is as large as its pixels."""
@@ -79,7 +90,13 @@ class Photo:
         object.__setattr__(self, "width", self.width or self.pixels.shape[1])
 
 
-def read(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: tuple[int, int] | None = None) -> Photo:
+def read(
+    source: ImageSource,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    at_least: tuple[int, int] | None = None,
+    take: Callable[[int], None] = lambda size: None,
+) -> Photo:
     """Decode an image to upright RGB. Safe to call from many threads; they decode at the same time.
 
     EXIF orientation is applied; transparency is laid over white; 16-bit grey is scaled to 8 bits; CMYK is
@@ -93,6 +110,8 @@ def read(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: tuple[i
         at_least: The height and width that ``to_model`` will bring the pixels to, where nothing else is wanted of
             them: an encoded JPEG may then be decoded at 1/2, 1/4 or 1/8 of its size, which gives nearly the
             same mask (see ``_MARGIN``). None: the pixels at the photo's own size.
+        take: Called with about how many bytes the photo and its result will take, once that is known and before it is
+            decoded; may wait.
 
     Returns:
         The photo: uint8 [H, W, 3] RGB, its own size, and notes on what was decided.
@@ -103,16 +122,16 @@ def read(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: tuple[i
         ImageTooLarge: More than ``max_pixels`` or ``MAX_BYTES``.
     """
     if isinstance(source, np.ndarray):
-        return _from_array(source, max_pixels)
+        return _from_array(source, max_pixels, take)
     source = _taken(source)
     name = _name_of(source)
     try:
         with _PILLOW_MUTED:
             if isinstance(source, Image.Image):
-                return _convert(source, name, max_pixels)
+                return _convert(source, name, max_pixels, take)
             with Image.open(_opened(source, name), formats=_formats()) as image:
                 _check_cost(image, name, max_pixels)
-                return _convert(image, name, max_pixels, at_least)
+                return _convert(image, name, max_pixels, take, at_least)
     except PermissionError as error:
         raise UnreadableImage(f"{name}: no permission to read it") from error
     except Image.DecompressionBombError as error:
@@ -306,7 +325,13 @@ def _count_scans(file: Any) -> tuple[int, int]:
     return scans, size
 
 
-def _convert(image: Image.Image, name: str, max_pixels: int, at_least: tuple[int, int] | None = None) -> Photo:
+def _convert(
+    image: Image.Image,
+    name: str,
+    max_pixels: int,
+    take: Callable[[int], None],
+    at_least: tuple[int, int] | None = None,
+) -> Photo:
     _check_pixels(image.width, image.height, name, max_pixels)
     notes: list[str] = []
     if getattr(image, "is_animated", False):
@@ -316,10 +341,20 @@ def _convert(image: Image.Image, name: str, max_pixels: int, at_least: tuple[int
     # Pillow decodes a 16-bit PGM to 32-bit integers, scaled to 0..65535 (and forgets the format when it is turned).
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
     height, width = _reduce(image, *at_least) if at_least else (0, 0)
+    take(_DECODED * image.width * image.height + _RESULT * (height * width or image.width * image.height))
     image.load()
     turn = _turn(image)
     pixels = _to_rgb(image if turn is None else image.transpose(turn), sixteen, name, notes)
-    return Photo(pixels, tuple(notes), height, width)
+    return Photo(pixels, tuple(notes), height, width, _profile(image))
+
+
+def _profile(image: Image.Image) -> bytes | None:
+    """The ICC profile of an image whose pixels are kept as they are; of CMYK or grey it means nothing for RGB."""
+    profile = image.info.get("icc_profile")
+    if image.mode not in ("RGB", "RGBA") or not isinstance(profile, bytes) or len(profile) > _MAX_PROFILE:
+        return None
+    # Of its header: the colours that it is for, and the mark of every profile.
+    return profile if profile[16:20] == b"RGB " and profile[36:40] == b"acsp" else None
 
 
 def _reduce(image: Image.Image, height: int, width: int) -> tuple[int, int]:
@@ -372,16 +407,17 @@ def _to_rgb(image: Image.Image, sixteen: bool, name: str, notes: list[str]) -> U
     return np.array(image.convert("RGB"))
 
 
-def _from_array(array: npt.NDArray[Any], max_pixels: int) -> Photo:
+def _from_array(array: npt.NDArray[Any], max_pixels: int, take: Callable[[int], None]) -> Photo:
     if array.dtype != np.uint8:
         raise UnsupportedImage(f"array of {array.dtype}; uint8 with values 0 to 255 is expected")
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
         raise UnsupportedImage(f"array of shape {array.shape}; [H, W], [H, W, 3] or [H, W, 4] is expected")
     _check_pixels(array.shape[1], array.shape[0], "array", max_pixels)
+    if array.ndim == 3 and array.shape[2] == 4:
+        return _convert(Image.fromarray(np.ascontiguousarray(array)), "array", max_pixels, take)
+    take((_DECODED + _RESULT) * array.shape[0] * array.shape[1])
     if array.ndim == 2:
         return Photo(np.repeat(array[..., None], 3, axis=2))
-    if array.shape[2] == 4:
-        return _convert(Image.fromarray(np.ascontiguousarray(array)), "array", max_pixels)
     return Photo(np.array(array, order="C"))
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Generic, Self, TypeAlias, TypeVar
@@ -16,6 +17,7 @@ from typing import Any, Generic, Self, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from petseg_runtime import host
 from petseg_runtime.errors import EngineError, InputError
 
 __all__ = ["Outcome", "Pipeline", "Steps"]
@@ -31,12 +33,13 @@ class Steps(Generic[Source, Result]):
 
     Attributes:
         read: A source to a photo that has been read, whose ``image`` is uint8 [H, W, 3]. What it raises of
-            :class:`InputError` is the photo's own failure.
+            :class:`InputError` is the photo's own failure. It is also given what to call with the number of bytes that
+            the photo and its result will take, before they are taken: that waits until there is room.
         infer: uint8 [N, H, W, 3] to uint8 [N, H, W].
         write: The source, the photo and its answer uint8 [H, W] to what becomes of it; as ``read``.
     """
 
-    read: Callable[[Source], Any]
+    read: Callable[[Source, Callable[[int], None]], Any]
     infer: Callable[[U8], U8]
     write: Callable[[Source, Any, U8], Result]
 
@@ -63,17 +66,70 @@ class _Job(Generic[Source, Result]):
     outcome: Outcome[Source, Result]
     future: Future[None] = field(default_factory=Future)
     value: Any = None  # what the latest step returned
+    size: int = 0  # bytes of the room that it has
+    waited: float = 0.0  # for them, in seconds
+    awaited: bool = False  # who asks for results waits for this one
+    left: bool = False  # nobody will
+
+
+class _Room:
+    """The memory that photos may take at once; who finds too little left waits until others have gone.
+
+    The photo whose result is waited for gets as much as it wants, and so does one that is alone: those behind it go
+    after it, and would wait for ever.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size, self._taken, self._waiting, self._closed = size, 0, 0, False
+        self._changed = threading.Condition()
+
+    def take(self, job: _Job[Any, Any], size: int) -> None:
+        start = time.perf_counter()
+        with self._changed:
+            self._waiting += 1
+            self._changed.wait_for(lambda: self._closed or job.left or job.awaited or self._fits(size))
+            self._waiting -= 1
+            if self._closed or job.left:
+                raise CancelledError
+            job.size += size
+            self._taken += size
+        job.waited += time.perf_counter() - start
+
+    def hurry(self, job: _Job[Any, Any]) -> None:
+        with self._changed:
+            job.awaited = True
+            self._changed.notify_all()
+
+    def leave(self, *jobs: _Job[Any, Any]) -> None:
+        with self._changed:
+            for job in jobs:
+                job.left = True
+                self._taken -= job.size
+            if self._waiting:  # else it is quicker to keep it
+                host.give_back_memory()
+                self._changed.notify_all()
+
+    def _fits(self, size: int) -> bool:
+        return not self._taken or self._taken + size <= self._size
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
 
 class Pipeline(Generic[Source, Result]):
     """Threads that read, threads that infer, threads that write, and queues between them.
 
-    All queues together hold at most ``window`` photos: who asks for results sets the pace, and a photo that takes long
-    makes the others wait once so many are ahead of it. Use it as a context manager: leaving it waits for what is being
+    All queues together hold at most ``window`` photos, and fewer where these would take more than half of the memory
+    that is there: who asks for results sets the pace, and a photo that takes long makes the others wait once so many
+    are ahead of it. Use it as a context manager: leaving it waits for what is being
     done, and drops what has not begun.
     """
 
-    def __init__(self, steps: Steps[Source, Result], streams: int, batch: int = 1, *, workers: int) -> None:
+    def __init__(
+        self, steps: Steps[Source, Result], streams: int, batch: int = 1, *, workers: int, room: int | None = None
+    ) -> None:
         """Start the threads.
 
         Args:
@@ -81,19 +137,21 @@ class Pipeline(Generic[Source, Result]):
             streams: Threads that infer.
             batch: Photos in one run of the network, at most: as many as wait for one.
             workers: Threads that read, and as many that write.
+            room: Bytes that photos may take at once, but for one that is larger by itself; None: half of what is there.
         """
         self._steps, self._batch = steps, batch
         self._stopping = False
         self.window = 2 * (workers + streams * batch)
-        self._read = ThreadPoolExecutor(workers, "petseg-read")
+        self._room = _Room(host.available_memory() // 2 if room is None else room)
+        self._unread: queue.SimpleQueue[_Job[Source, Result] | None] = queue.SimpleQueue()
         self._write = ThreadPoolExecutor(workers, "petseg-write")
         self._ready: queue.SimpleQueue[_Job[Source, Result] | None] = queue.SimpleQueue()
         # A script may end while results are left, and nobody closes then. Python waits for threads that are no daemons
         # before it calls what is registered here, and these would wait for ever.
-        names = [f"petseg-infer-{number}" for number in range(streams)]
-        self._infer = [threading.Thread(target=self._infer_ready, name=name, daemon=True) for name in names]
+        self._read = [_daemon(self._read_next, f"petseg-read-{number}") for number in range(workers)]
+        self._infer = [_daemon(self._infer_ready, f"petseg-infer-{number}") for number in range(streams)]
         atexit.register(self.close)
-        for thread in self._infer:
+        for thread in (*self._read, *self._infer):
             thread.start()
 
     def run(self, sources: Iterable[Source]) -> Iterator[Outcome[Source, Result]]:
@@ -109,25 +167,29 @@ class Pipeline(Generic[Source, Result]):
             Exception: Whatever a step raises that is not an :class:`InputError`.
         """
         jobs: deque[_Job[Source, Result]] = deque()
-        for source in sources:
-            job: _Job[Source, Result] = _Job(Outcome(source))
-            jobs.append(job)
-            self._read.submit(self._read_one, job)
-            if len(jobs) == self.window:
-                yield _finished(jobs.popleft())
-        while jobs:
-            yield _finished(jobs.popleft())
+        try:
+            for source in sources:
+                job: _Job[Source, Result] = _Job(Outcome(source))
+                jobs.append(job)
+                self._unread.put(job)
+                if len(jobs) == self.window:
+                    yield self._finished(jobs.popleft())
+            while jobs:
+                yield self._finished(jobs.popleft())
+        finally:
+            self._room.leave(*jobs)
 
     def close(self) -> None:
         """Stop all threads; what has not begun is dropped."""
         self._stopping = True
         atexit.unregister(self.close)
+        self._room.close()
         # In this order, because each step hands its work to the next.
-        self._read.shutdown(cancel_futures=True)
-        for _ in self._infer:
-            self._ready.put(None)
-        for thread in self._infer:
-            thread.join()
+        for threads, work in ((self._read, self._unread), (self._infer, self._ready)):
+            for _ in threads:
+                work.put(None)
+            for thread in threads:
+                thread.join()
         self._write.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Self:
@@ -138,8 +200,23 @@ class Pipeline(Generic[Source, Result]):
     ) -> None:
         self.close()
 
+    def _finished(self, job: _Job[Source, Result]) -> Outcome[Source, Result]:
+        self._room.hurry(job)
+        try:
+            job.future.result()
+        finally:
+            self._room.leave(job)
+        return job.outcome
+
+    def _read_next(self) -> None:
+        """Read what is next, until told to stop."""
+        while (job := self._unread.get()) is not None:
+            if not self._stopping:
+                self._read_one(job)
+
     def _read_one(self, job: _Job[Source, Result]) -> None:
-        if self._attempt(job, "read", lambda: self._steps.read(job.outcome.source)):
+        take = functools.partial(self._room.take, job)
+        if self._attempt(job, "read", lambda: self._steps.read(job.outcome.source, take)):
             self._ready.put(job)
 
     def _write_one(self, job: _Job[Source, Result], answer: U8) -> None:
@@ -160,7 +237,8 @@ class Pipeline(Generic[Source, Result]):
         except BaseException as error:  # noqa: BLE001 (raised again where results are asked for)
             failure = error
         finally:
-            job.outcome.seconds[step] = time.perf_counter() - start
+            job.outcome.seconds[step] = time.perf_counter() - start - job.waited
+            job.waited = 0.0
         job.future.set_exception(failure) if failure else job.future.set_result(None)
         return False
 
@@ -198,6 +276,5 @@ class Pipeline(Generic[Source, Result]):
                 job.future.set_exception(error)
 
 
-def _finished(job: _Job[Source, Result]) -> Outcome[Source, Result]:
-    job.future.result()
-    return job.outcome
+def _daemon(work: Callable[[], None], name: str) -> threading.Thread:
+    return threading.Thread(target=work, name=name, daemon=True)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from petseg_runtime import images
+from petseg_runtime.errors import UsageError
 
 __all__ = ["Polygon", "Segmentation"]
 
@@ -63,6 +64,9 @@ class Segmentation:
         threshold: Where the mask is cut, in (0, 1).
         cutout_threshold: Where a cutout is half transparent, in (0, 1); lower, so that the fur stays.
         notes: What had to be decided while reading the photo.
+        icc_profile: Of the photo's colours, and so of the pictures with the photo in them, whose
+            ``info["icc_profile"]`` it is; None: none. PNG files get it from there, JPEG and WebP when it is given:
+            ``picture.save("x.jpg", icc_profile=result.icc_profile)``.
     """
 
     pixels: U8 | None
@@ -70,6 +74,7 @@ class Segmentation:
     threshold: float
     cutout_threshold: float
     notes: tuple[str, ...] = ()
+    icc_profile: bytes | None = None
 
     @cached_property
     def mask(self) -> Bool:
@@ -123,13 +128,13 @@ class Segmentation:
         What is cut away is black, not only invisible: a file would keep it, and be twice as large.
 
         Raises:
-            ValueError: The photo was decoded for the mask only.
+            UsageError: The photo was decoded for the mask only.
         """
         alpha = self._alpha()
         shown = alpha.point([0] + [255] * 255)
         picture = Image.composite(self._photo(), Image.new("RGB", alpha.size), shown)
         picture.putalpha(alpha)
-        return picture
+        return self._in_its_colours(picture)
 
     def on_background(self, background: images.ImageSource | tuple[int, int, int]) -> Image.Image:
         """The pet before another background, as an RGB picture of the photo's size, with the edges of the cutout.
@@ -139,7 +144,7 @@ class Segmentation:
                 covers the photo, and what stands out is cut off on both sides alike.
 
         Raises:
-            ValueError: The photo was decoded for the mask only.
+            UsageError: The photo was decoded for the mask only.
             InputError: The picture cannot be used.
         """
         photo = self._photo()
@@ -147,7 +152,7 @@ class Segmentation:
             behind = Image.new("RGB", photo.size, background)
         else:
             behind = ImageOps.fit(Image.fromarray(images.read(background).pixels), photo.size)
-        return Image.composite(photo, behind, self._alpha())
+        return self._in_its_colours(Image.composite(photo, behind, self._alpha()))
 
     @property
     def opacity(self) -> U8:
@@ -167,13 +172,13 @@ class Segmentation:
             strength: How much of it, in [0, 1].
 
         Raises:
-            ValueError: The photo was decoded for the mask only.
+            UsageError: The photo was decoded for the mask only.
         """
         picture = self._photo()
         tinted = Image.blend(picture, Image.new("RGB", picture.size, color), strength)
         picture.paste(tinted, mask=Image.fromarray(self.mask))
         picture.paste(color, mask=Image.fromarray(self.outline))
-        return picture
+        return self._in_its_colours(picture)
 
     def polygons(self, tolerance: float = 0.5) -> list[Polygon]:
         """The outlines of the mask, between the pixels: where the interpolated probability crosses the threshold.
@@ -253,10 +258,10 @@ class Segmentation:
             min_area: Share of the photo, in [0, 1).
 
         Raises:
-            ValueError: It is out of range.
+            UsageError: It is out of range.
         """
         if not 0 <= min_area < 1:
-            raise ValueError(f"min_area is {min_area}; it is a share of the photo, from 0 to below 1")
+            raise UsageError(f"min_area is {min_area}; it is a share of the photo, from 0 to below 1")
         shown = int(np.argmax(_opacity(self.cutout_threshold) > 0))
         starts, ends = _runs(self.probability >= min(shown, self._lowest_pet))
         pet_starts, pet_ends = _runs(self.mask)
@@ -280,8 +285,14 @@ class Segmentation:
     def _photo(self) -> Image.Image:
         """A copy of the photo to work on."""
         if self.pixels is None:
-            raise ValueError("this photo was decoded for its mask only, so no picture can be made of it")
+            raise UsageError("this photo was decoded for its mask only, so no picture can be made of it")
         return Image.fromarray(self.pixels)
+
+    def _in_its_colours(self, picture: Image.Image) -> Image.Image:
+        """The same picture, with the photo's profile."""
+        if self.icc_profile:
+            picture.info["icc_profile"] = self.icc_profile
+        return picture
 
     def _alpha(self) -> Image.Image:
         """:attr:`opacity` as a one-channel picture."""

@@ -39,6 +39,7 @@ class Prepared:
         height: Of the photo, upright.
         width: Of the photo, upright.
         notes: What had to be decided while reading it.
+        icc_profile: Of the photo's colours; None: none.
     """
 
     image: U8
@@ -46,6 +47,7 @@ class Prepared:
     height: int
     width: int
     notes: tuple[str, ...]
+    icc_profile: bytes | None = None
 
 
 class Segmenter:
@@ -156,7 +158,11 @@ class Segmenter:
 
     def _map(self, sources: Iterable[images.ImageSource]) -> Iterator[Segmentation | InputError]:
         info = self.describe()
-        steps = pipeline.Steps(self.prepare, self.infer, lambda _, prepared, answer: self.finish(prepared, answer))
+        steps: pipeline.Steps[images.ImageSource, Segmentation] = pipeline.Steps(
+            lambda source, take: self.prepare(source, take=take),
+            self.infer,
+            lambda _, prepared, answer: self.finish(prepared, answer),
+        )
         with pipeline.Pipeline(steps, info.streams, info.batch, workers=info.streams) as running:
             for outcome in running.run(sources):
                 result = outcome.error or outcome.value
@@ -165,7 +171,7 @@ class Segmenter:
 
     def stream(
         self,
-        source: str | os.PathLike[str] | Origin,
+        source: str | int | os.PathLike[str] | Origin,
         *,
         policy: str | None = None,
         start: float = 0.0,
@@ -184,8 +190,8 @@ class Segmenter:
         ...         print(segmented.frame.time, segmented.result.coverage)
 
         Args:
-            source: A video file, a camera (``0``, ``/dev/video0``), a URL (RTSP, RTMP, HTTP, UDP, ...), or an
-                :class:`~petseg_runtime.sources.Origin` for more (options for FFmpeg).
+            source: A video file, a camera (``0``, ``"0"``, ``/dev/video0``), a URL (RTSP, RTMP, HTTP, UDP, ...), or
+                an :class:`~petseg_runtime.sources.Origin` for more (options for FFmpeg).
             policy: What becomes of a frame for which there is no time; None: ``block`` for what has an end, else
                 ``drop-oldest``. See :class:`~petseg_runtime.stream.Stream`.
             start: Seconds to pass over, of what has an end.
@@ -202,6 +208,7 @@ class Segmenter:
             An iterator and context manager; its ``counts`` say where frames went.
 
         Raises:
+            UsageError: A policy that there is not, or a value out of range.
             InputError: A source that has an end cannot be opened.
         """
         from petseg_runtime.live import open_frames  # FFmpeg is loaded for those who read videos
@@ -210,7 +217,8 @@ class Segmenter:
         if isinstance(source, Origin):
             origin = source
         else:
-            text = os.fspath(source)
+            # A number is a camera, even where a file is called so.
+            text = f"/dev/video{source}" if isinstance(source, int) else os.fspath(source)
             origin = stream_origin(text) or Origin(text, text, PurePath(Path(text).stem))
         return Stream(
             open_frames(origin, start=start, stall=stall, patience=patience, tell=tell),
@@ -222,19 +230,23 @@ class Segmenter:
             smooth=smooth,
         )
 
-    def prepare(self, source: images.ImageSource, *, mask_only: bool = False) -> Prepared:
+    def prepare(
+        self, source: images.ImageSource, *, mask_only: bool = False, take: Callable[[int], None] = lambda size: None
+    ) -> Prepared:
         """The first step: read a photo, and bring it to the model's size.
 
         Args:
             source: As for a call.
             mask_only: The photo itself is not wanted: it may be decoded at a reduced size, and is not kept.
+            take: As of :func:`petseg_runtime.images.read`.
 
         Raises:
             InputError: The photo cannot be used.
         """
-        photo = images.read(source, at_least=self.size if mask_only else None)
+        photo = images.read(source, at_least=self.size if mask_only else None, take=take)
         image = images.to_model(photo.pixels, *self.size)
-        return Prepared(image, None if mask_only else photo.pixels, photo.height, photo.width, photo.notes)
+        pixels = None if mask_only else photo.pixels
+        return Prepared(image, pixels, photo.height, photo.width, photo.notes, photo.icc_profile)
 
     def infer(self, batch: U8) -> U8:
         """The second step: uint8 [N, H, W, 3] RGB at the model's size to uint8 [N, H, W], ``round(255 * p(pet))``.
@@ -252,6 +264,7 @@ class Segmenter:
             self.threshold,
             self.cutout_threshold,
             prepared.notes,
+            prepared.icc_profile,
         )
         return result.without_small(self.min_area) if self.min_area else result
 

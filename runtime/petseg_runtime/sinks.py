@@ -118,7 +118,8 @@ class Picture:
         options = dict(_OPTIONS[self.format])
         if self.format == "webp" and not KINDS[self.kind].needs_photo:
             options["lossless"] = True
-        self.render(result).save(file, **options)
+        picture = self.render(result)
+        picture.save(file, icc_profile=picture.info.get("icc_profile"), **options)  # only PNG takes it from the picture
 
 
 def picture(kind: str, format: str | None = None, background: str | None = None) -> Picture:  # noqa: A002

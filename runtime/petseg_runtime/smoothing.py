@@ -7,6 +7,8 @@ from typing import Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from petseg_runtime.errors import UsageError
+
 __all__ = ["Smoother"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
@@ -55,10 +57,10 @@ class Smoother:
             strength: In [0, 1); 0 changes nothing, 0.85 is recommended.
 
         Raises:
-            ValueError: It is out of range.
+            UsageError: It is out of range.
         """
         if not 0 <= strength < 1:
-            raise ValueError(f"smoothing {strength} must be from 0 to below 1")
+            raise UsageError(f"smoothing {strength} must be from 0 to below 1")
         self._strength = strength
         self._image: F32 | None = None
         self._past: F32 | None = None

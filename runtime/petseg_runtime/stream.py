@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from petseg_runtime.errors import InputError
+from petseg_runtime.errors import InputError, UsageError
 from petseg_runtime.images import from_model
 from petseg_runtime.result import Segmentation
 from petseg_runtime.smoothing import Smoother
@@ -213,12 +213,12 @@ class Stream:
                 :class:`~petseg_runtime.smoothing.Smoother`.
 
         Raises:
-            ValueError: A policy that there is not, or a value out of range.
+            UsageError: A policy that there is not, or a value out of range.
         """
         if policy not in POLICIES:
-            raise ValueError(f"policy {policy!r}; there are: {', '.join(POLICIES)}")
+            raise UsageError(f"policy {policy!r}; there are: {', '.join(POLICIES)}")
         if stride < 1 or (max_frames is not None and max_frames < 1):
-            raise ValueError(f"stride {stride} and max_frames {max_frames} must be 1 or more")
+            raise UsageError(f"stride {stride} and max_frames {max_frames} must be 1 or more")
         self.counts, self.timings = Counts(), Timings()
         self.rest: list[Sound] = []  #: sound behind the last frame
         self.whole = False  #: whether the source was read to its end

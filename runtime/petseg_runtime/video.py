@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-from petseg_runtime.errors import InputError, UnreadableVideo, UnsupportedVideo
+from petseg_runtime.errors import InputError, UnreadableVideo, UnsupportedVideo, UsageError
 from petseg_runtime.video_sound import Sound, Track, track_of
 
 __all__ = ["MAX_FRAME_PIXELS", "Colours", "Converter", "Frame", "VideoInfo", "VideoReader"]
@@ -251,12 +251,12 @@ class VideoReader:
             start: Seconds of the video to pass over.
 
         Raises:
-            ValueError: ``start`` is no number of seconds, or less than 0.
+            UsageError: ``start`` is no number of seconds, or less than 0.
             UnreadableVideo: There is nothing, it is damaged, or it sends nothing.
             UnsupportedVideo: No picture in it, or one that is too large.
         """
         if not 0 <= start < math.inf:
-            raise ValueError(f"start {start} must be a number of seconds, 0 or more")
+            raise UsageError(f"start {start} must be a number of seconds, 0 or more")
         self.name = name or (os.fspath(source) if isinstance(source, (str, os.PathLike)) else "<stream>")
         self._start = start
         self._path: Path | None = None  # of a local file

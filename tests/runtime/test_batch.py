@@ -477,6 +477,21 @@ def noted(out: Path) -> dict[Path, int]:
     return found
 
 
+@pytest.mark.parametrize(("number", "code", "said"), [(2, 130, "interrupted"), (15, 143, "terminated")])
+def test_a_signal_leaves_whole_photos_and_a_whole_journal(
+    model: Path, many: Path, tmp_path: Path, number: int, code: int, said: str
+) -> None:
+    done = stop_at(30, number, command(model, many, tmp_path / "out"), tmp_path / "out")
+    assert (done.returncode, done.stderr.strip()) == (code, f"petseg: {said}")
+    assert json.loads(done.stdout.splitlines()[-1])["event"] == "result"
+    there = {path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != JOURNAL}
+    assert all(path.suffix == ".png" and not path.name.startswith(".") for path in there), "nothing is half-written"
+    lines = (tmp_path / "out" / JOURNAL).read_text(encoding="utf-8").splitlines()
+    assert all(json.loads(line) for line in lines)
+    assert noted(tmp_path / "out").keys() <= there
+    assert 20 < len(there) < PHOTOS
+
+
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
     model: Path, many: Path, tmp_path: Path
 ) -> None:
@@ -499,7 +514,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
         assert len(before) < len(now) < PHOTOS
         before = now
         (out / "a" / ".left.0123abcd.part.png").write_bytes(b"half")  # a kill rarely falls between write and rename
-    assert codes == [-9, 130, -9, -15, -9]
+    assert codes == [-9, 130, -9, 143, -9]
     last = subprocess.run(call, capture_output=True, text=True, timeout=100)
     assert (last.returncode, last.stderr) == (0, "")
     summary = json.loads(last.stdout.splitlines()[-1])

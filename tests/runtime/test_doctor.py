@@ -351,14 +351,6 @@ def test_limits_of_the_control_group_are_shown() -> None:
     assert lines[""].startswith("none of the features")
 
 
-@pytest.mark.parametrize(("quota", "remedy"), [(0.5, "--threads 1"), (6.9, "--threads 6")])
-def test_more_cores_than_the_control_group_allows_are_a_problem(quota: float, remedy: str) -> None:
-    (problem,) = doctor._problems(dataclasses.replace(CPU, quota=quota), (), (), Ffmpeg())
-    assert f"{quota} CPUs' worth of time on 8 cores" in problem
-    assert problem.endswith(remedy)
-    assert doctor._problems(dataclasses.replace(CPU, quota=8.0), (), (), Ffmpeg()) == []
-
-
 def test_doctor_itself_imports_neither_numpy_nor_an_engine() -> None:
     text = (
         "import sys\nfrom petseg.cli import run\ncode = run(['doctor', '--json'])\n"

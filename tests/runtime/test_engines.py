@@ -37,6 +37,7 @@ from petseg_runtime.engines.base import (
     EngineOptions,
     check_batch,
     in_batches,
+    usable_cpus,
 )
 from petseg_runtime.engines.registry import ENGINES, RULE, load_engine
 from petseg_runtime.errors import EngineError, EngineMissing, ModelError
@@ -1188,3 +1189,12 @@ def test_a_closed_openvino_engine_serves_no_thread_that_used_it_before(compiled:
         engine.close()
         with pytest.raises(EngineError, match="closed"):
             pool.submit(engine.run, noise(1, 16, 32)).result()
+
+
+@pytest.mark.parametrize(("quota", "cpus"), [(None, 8), (0.5, 1), (2.0, 2), (2.5, 3), (64.0, 8), (0.0, 1)])
+def test_no_more_cpus_are_used_than_a_containers_quota_pays_for(
+    quota: float | None, cpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr(host, "limits", lambda: (quota, None))
+    assert usable_cpus() == cpus

@@ -84,6 +84,18 @@ def group(folder: Path, **files: str) -> None:
         (folder / name.replace("__", ".")).write_text(text + "\n")
 
 
+def test_available_memory_is_what_the_group_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = host.available_memory()
+    assert 2**26 < free <= host.host().cpu.memory
+    monkeypatch.setattr(host, "limits", lambda: (None, 2**26))
+    assert host.available_memory() == 2**26
+    monkeypatch.setattr(host, "_text", lambda path: "MemTotal: 8 kB\nMemAvailable:    4 kB\n")
+    assert host.available_memory() == 4096
+    monkeypatch.setattr(host, "_text", lambda path: "")
+    monkeypatch.setattr(host, "limits", lambda: (None, None))
+    assert host.available_memory() == host.os.sysconf("SC_PAGE_SIZE") * host.os.sysconf("SC_PHYS_PAGES")
+
+
 def test_no_control_group_is_no_limit(tmp_path: Path) -> None:
     assert cgroup_limits(tmp_path, "") == (None, None)
     assert cgroup_limits(tmp_path, "0::/\n") == (None, None)
@@ -247,3 +259,9 @@ def test_without_a_driver_there_are_none(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
     assert nvidia_gpus() == 0
+
+
+def test_giving_memory_back_works_or_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    host.give_back_memory()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # a C library without it
+    host.give_back_memory()

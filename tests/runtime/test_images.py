@@ -957,3 +957,65 @@ def test_heic_has_a_remedy_whatever_it_is_called(tmp_path: Path, monkeypatch: py
             UnreadableImage, match=r"HEIC, which cannot be read: convert it to JPEG, or .* pillow-heif$"
         ):
             read(source)
+
+
+def profile(colours: bytes = b"RGB ", size: int = 400) -> bytes:
+    """As much of an ICC profile as is looked at."""
+    return (bytes(16) + colours + bytes(16) + b"acsp").ljust(size, b"\x01")
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_the_profile_of_a_photos_colours_is_kept(form: str, mode: str) -> None:
+    if (form, mode) == ("JPEG", "RGBA"):
+        mode = "RGB"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    encoded = io.BytesIO()
+    Image.new(mode, (20, 10), "red").save(encoded, form, icc_profile=profile(), exif=exif)
+    assert images.read(encoded.getvalue()).icc_profile == profile()
+    assert images.read(encoded.getvalue(), at_least=(1, 1)).icc_profile == profile()
+    assert images.read(Image.open(encoded)).icc_profile == profile()
+
+
+@pytest.mark.parametrize(
+    ("mode", "icc"),
+    [
+        pytest.param("CMYK", profile(b"CMYK"), id="CMYK"),
+        pytest.param("CMYK", profile(), id="CMYK that says RGB"),
+        pytest.param("L", profile(b"GRAY"), id="grey"),
+        pytest.param("RGB", profile(b"GRAY"), id="a profile for grey"),
+        pytest.param("RGB", b"nonsense" * 100, id="no profile"),
+        pytest.param("RGB", b"x", id="too short"),
+        pytest.param("RGB", profile(size=1_000_001), id="absurdly large"),
+    ],
+)
+def test_a_profile_that_means_nothing_for_the_pixels_is_not(mode: str, icc: bytes) -> None:
+    encoded = io.BytesIO()
+    Image.new(mode, (20, 10)).save(encoded, "JPEG", icc_profile=icc)
+    with Image.open(encoded) as image:
+        assert image.info["icc_profile"] == icc
+    assert images.read(encoded.getvalue()).icc_profile is None
+
+
+def test_what_a_photo_will_take_is_told_before_it_is_decoded(tmp_path: Path) -> None:
+    class Stop(InputError):
+        pass
+
+    told: list[int] = []
+
+    def refuse(size: int) -> None:
+        told.append(size)
+        raise Stop
+
+    path = tmp_path / "photo.jpg"
+    Image.new("RGB", (640, 320)).save(path)
+    path.write_bytes(path.read_bytes()[:-50])  # whose decoding would fail
+    pixels = np.zeros((320, 640, 3), np.uint8)
+    for source in (path, path.read_bytes(), pixels, pixels[..., 0], Image.fromarray(pixels)):
+        with pytest.raises(Stop):
+            images.read(source, take=refuse)
+    assert told == [16 * 640 * 320] * 5
+    with pytest.raises(Stop):
+        images.read(path, at_least=(10, 10), take=refuse)
+    assert told[-1] == 12 * 80 * 40 + 4 * 640 * 320, "decoded at 1/8; its result has its own size"

@@ -192,6 +192,21 @@ def test_the_package_refuses_a_name_it_does_not_have() -> None:
         _ = petseg_runtime.nonsense
 
 
+def test_a_type_checker_refuses_a_misspelt_name(tmp_path: Path) -> None:
+    """And knows every right one."""
+    pytest.importorskip("mypy")
+    names = ", ".join(petseg_runtime.__all__)
+    program = f"from petseg_runtime import {names}\nfrom petseg_runtime import Segmentr\n"
+    (tmp_path / "program.py").write_text(program, encoding="utf-8")
+    options = ("--strict", "--follow-imports=skip", "--config-file=", f"--cache-dir={tmp_path / 'cache'}")
+    command = [sys.executable, "-m", "mypy", *options, str(tmp_path / "program.py"), str(petseg_runtime.__file__)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    errors = [line for line in done.stdout.splitlines() if ": error: " in line]
+    assert len(errors) == 1, done.stdout + done.stderr
+    assert "program.py:2:" in errors[0]
+    assert '"petseg_runtime" has no attribute "Segmentr"' in errors[0]
+
+
 CALLS = {
     "train": ["train", "--data", "{folder}", "--output", "{folder}/run"],
     "evaluate": ["evaluate", "{folder}/model.safetensors", "--data", "{folder}"],

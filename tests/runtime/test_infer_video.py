@@ -31,7 +31,7 @@ from petseg_runtime import video_sinks
 from petseg_runtime.cli import infer_video
 from petseg_runtime.errors import OutputError, UnsupportedVideo
 from petseg_runtime.journal import JOURNAL
-from petseg_runtime.sources import stream_origin
+from petseg_runtime.sources import Item, stream_origin
 from petseg_runtime.video import Frame
 from petseg_runtime.video_sinks import OWN
 
@@ -368,6 +368,38 @@ def test_a_signal_ends_a_long_file_in_order(
     with av.open(str(tmp_path / "long.mp4")) as file:
         length = max(packet.pts * packet.time_base for packet in file.demux(audio=0) if packet.pts is not None)
     assert abs(length - video["written"] / 25) < 0.1  # the sound ends with the picture
+
+
+def test_photos_and_videos_are_told_apart_without_comparing_all_with_all(
+    tmp_path: Path, clips: Path, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compare(item: Item, other: object) -> bool:
+        raise AssertionError("a folder of thousands of each would take minutes")
+
+    monkeypatch.setattr(Item, "__eq__", compare)
+    source = tmp_path / "in"
+    source.mkdir()
+    shutil.copy(clips / "short.mp4", source / "clip.mp4")
+    Image.fromarray(picture(0)).save(source / "photo.png")
+    assert infer(source, "--as", "mask", "--output", tmp_path / "out", "--model", model) == 0
+    assert tree(tmp_path / "out") == [JOURNAL, "clip.mp4", "photo.png"]
+
+
+def test_photos_that_are_stopped_take_the_videos_with_them(
+    tmp_path: Path, clips: Path, start: Callable[..., Command]
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for number in range(300):
+        Image.fromarray(picture(0)).save(source / f"{number:03d}.png")
+    shutil.copy(clips / "short.mp4", source / "clip.mp4")
+    command = start(source, "--as", "mask", "--output", tmp_path / "out", "--json")
+    told = command.lines(1)
+    command.process.send_signal(signal.SIGTERM)
+    more, err, returned = command.end()
+    assert (returned, err) == (143, "petseg: terminated\n")
+    assert {event["event"] for event in told + more} == {"result"}
+    assert {name.rpartition(".")[2] for name in tree(tmp_path / "out") if name != JOURNAL} == {"png"}
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

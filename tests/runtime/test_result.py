@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from petseg_runtime.errors import UnreadableImage
+from petseg_runtime.errors import UnreadableImage, UsageError
 from petseg_runtime.result import Polygon, Segmentation
 
 SHAPES = [(1, 1), (1, 2), (1, 40), (40, 1), (2, 2), (3, 5), (37, 61)]
@@ -213,7 +213,7 @@ class TestWithoutThePhoto:
     @pytest.mark.parametrize("picture", ["cutout", "overlay", "on_background"])
     def test_pictures_of_it_say_why_there_are_none(self, picture: str) -> None:
         arguments = [(0, 0, 0)] if picture == "on_background" else []
-        with pytest.raises(ValueError, match="decoded for its mask only"):
+        with pytest.raises(UsageError, match="decoded for its mask only"):
             getattr(self.result, picture)(*arguments)
 
     def test_all_else_is_there(self) -> None:
@@ -505,7 +505,7 @@ class TestWithoutSmall:
 
     @pytest.mark.parametrize("min_area", [-0.1, 1.0, float("nan")])
     def test_only_a_share_of_the_photo_will_do(self, min_area: float) -> None:
-        with pytest.raises(ValueError, match=f"min_area is {min_area}"):
+        with pytest.raises(UsageError, match=f"min_area is {min_area}"):
             made(ellipse((5, 5))).without_small(min_area)
 
 

@@ -13,11 +13,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from PIL import Image
+from PIL import Image, ImageCms
 
 from petseg_runtime import Segmenter, images, sample_photos
 from petseg_runtime.errors import EngineError, InputError, ModelError, UnreadableImage, UsageError
 from petseg_runtime.result import Segmentation
+from petseg_runtime.sources import Origin
 from petseg_runtime.spec import SPEC_KEY, ModelSpec
 
 H, W = 16, 32
@@ -59,6 +60,43 @@ def pixels() -> np.ndarray:
     """A photo, neither square nor of the model's size, whose channels differ."""
     y, x = np.mgrid[:45, :70]
     return np.dstack((x * 255 // 69, y * 255 // 44, 255 - x * 255 // 69)).astype(np.uint8)
+
+
+def test_a_number_is_a_camera_as_its_text_is(
+    segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    def open_frames(origin: Origin, **options: Any) -> list[Any]:
+        opened.append(origin)
+        return []
+
+    monkeypatch.setattr("petseg_runtime.live.open_frames", open_frames)
+    monkeypatch.chdir(tmp_path)
+    for source in (0, "0", 12):
+        with segmenter.stream(source) as stream:
+            assert list(stream) == []
+    (tmp_path / "0").touch()
+    with segmenter.stream(0):
+        pass
+    assert [(origin.target, origin.container) for origin in opened] == [
+        (f"/dev/video{number}", "v4l2") for number in (0, 0, 12, 0)
+    ]
+    assert all(origin.endless for origin in opened)
+
+
+def test_results_have_the_photos_profile(segmenter: Segmenter, tmp_path: Path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.new("RGB", (70, 45), "red").save(tmp_path / "photo.jpg", icc_profile=profile)
+    mapped = next(segmenter.map([tmp_path / "photo.jpg"]))
+    assert isinstance(mapped, Segmentation)
+    for result in (segmenter(tmp_path / "photo.jpg"), mapped, mapped.without_small(0.1)):
+        for picture in (result.cutout(), result.overlay(), result.on_background((1, 2, 3))):
+            assert picture.info["icc_profile"] == profile
+        assert "icc_profile" not in result.mask_image().info | result.probability_image().info
+        result.cutout().save(tmp_path / "cutout.png")
+        with Image.open(tmp_path / "cutout.png") as picture:
+            assert picture.info["icc_profile"] == profile
 
 
 def noise(seed: int, height: int, width: int) -> np.ndarray:

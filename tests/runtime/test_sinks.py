@@ -118,6 +118,18 @@ def test_the_usual_format_is_jpeg_only_where_nothing_is_transparent_or_exact(kin
     assert looks(kind).format == ("jpg" if kind in {"overlay", "background"} else "png")
 
 
+@pytest.mark.parametrize(("kind", "form"), PICTURES)
+def test_pictures_with_the_photo_in_them_have_its_profile(
+    tmp_path: Path, result: Segmentation, kind: str, form: str
+) -> None:
+    profile = bytes(16) + b"RGB " + bytes(200)
+    for icc_profile, expected in ((None, None), (profile, profile if KINDS[kind].needs_photo else None)):
+        made = dataclasses.replace(result, icc_profile=icc_profile)
+        looks(kind, form).save(made, tmp_path / f"result.{form}")
+        with Image.open(tmp_path / f"result.{form}") as picture:
+            assert picture.info.get("icc_profile") == expected
+
+
 def test_only_the_kinds_with_the_photo_in_them_need_it(result: Segmentation) -> None:
     bare = dataclasses.replace(result, pixels=None)
     for kind, entry in KINDS.items():

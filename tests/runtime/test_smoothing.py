@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from petseg_runtime.errors import UsageError
 from petseg_runtime.smoothing import Smoother
 
 U8 = npt.NDArray[np.uint8]
@@ -200,5 +201,5 @@ def test_two_streams_share_nothing() -> None:
 
 @pytest.mark.parametrize("strength", [-0.1, 1.0, 2.0, math.nan, math.inf])
 def test_a_strength_out_of_range_is_refused(strength: float) -> None:
-    with pytest.raises(ValueError, match=f"smoothing {strength} must be from 0 to below 1"):
+    with pytest.raises(UsageError, match=f"smoothing {strength} must be from 0 to below 1"):
         Smoother(strength)

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petseg_runtime.errors import EngineError, UnreadableVideo
+from petseg_runtime.errors import EngineError, UnreadableVideo, UsageError
 from petseg_runtime.stream import POLICIES, Segmented, Stream, Timings
 from petseg_runtime.video import Frame
 from petseg_runtime.video_sound import Sound
@@ -295,7 +295,7 @@ def test_a_slow_consumer_bounds_what_is_decoded() -> None:
     "wrong", [{"policy": "newest"}, {"stride": 0}, {"max_frames": 0}, {"smooth": 1.0}, {"smooth": math.nan}]
 )
 def test_values_out_of_range_are_refused_before_a_thread_starts(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong)).replace("smooth", "smoothing")):
+    with pytest.raises(UsageError, match=next(iter(wrong)).replace("smooth", "smoothing")):
         stream_of([frame_of(0)], **wrong)
     assert_no_threads()
 

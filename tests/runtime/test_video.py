@@ -793,5 +793,5 @@ def test_it_works_with_warnings_as_errors_in_a_process_of_its_own(tmp_path: Path
 @pytest.mark.parametrize("start", [float("inf"), float("nan"), -1.0])
 def test_a_start_that_is_no_number_of_seconds_is_refused(tmp_path: Path, start: float) -> None:
     clip = write(tmp_path / "clip.mp4")
-    with pytest.raises(ValueError, match=f"start {start} must be a number of seconds"):
+    with pytest.raises(UsageError, match=f"start {start} must be a number of seconds"):
         VideoReader(clip, start=start)

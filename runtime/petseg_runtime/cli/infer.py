@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from petseg_runtime.cli.text import NAME, PATH, SCHEMA_VERSION, SECONDS, SHARE, UNIT, Finite, parse_size, shown
-from petseg_runtime.errors import EXIT_PARTIAL, InputError, OutputError, UsageError
+from petseg_runtime.errors import EXIT_PARTIAL, EXIT_TERMINATED, InputError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from petseg_runtime.batch import Done, Report
@@ -27,6 +29,28 @@ __all__ = ["infer"]
 
 #: Without meaning for photos.
 VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio", "policy", "stall", "give_up")
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends this thread's work as Ctrl-C does. It would end the process in the middle of it; or, where that is
+    the first of a container, not at all.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(EXIT_TERMINATED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except SystemExit:
+        click.echo("petseg: terminated", err=True)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @click.command()
@@ -85,6 +109,7 @@ VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per photo or frame on stdout, then a summary.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what runs it, and what each step took.")
 @click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+@_terminable()
 def infer(
     sources: tuple[str, ...],
     output: Path | None,
@@ -103,7 +128,8 @@ def infer(
     A SOURCE is a file, a folder with its sub-folders, a pattern ('photos/**/*.jpg'), a camera (0, /dev/video0), a URL
     (rtsp, rtmp, http, udp, ...) or - for standard input, whose result goes to standard output.
 
-    What cannot be used is named, counted and passed over. Ctrl-C and SIGTERM end a video in order: it can be played.
+    What cannot be used is named, counted and passed over. Ctrl-C and SIGTERM end a run in order: a video can be
+    played, photos that are not whole are not there, and --resume goes on.
     Exit code 0: all done; 3: some failed; 1: all failed; 130, 143: stopped by Ctrl-C or SIGTERM.
     """
     from petseg_runtime.batch import segment_photos
@@ -214,11 +240,14 @@ def _find(sources: Sequence[str], folder: Path | None, raw: str | None, options:
             streams.append(origin)
             paths.remove(STDIN)
     items = find_photos(paths, folder, IMAGE_SUFFIXES | VIDEO_SUFFIXES, pipe, lambda what: _say(what, quiet))
-    videos = [item for item in items if is_video(item)]
+    photos: list[Item] = []
+    videos: list[Item] = []
+    for item in items:
+        (videos if is_video(item) else photos).append(item)
     streams[:0] = [Origin(str(video.source), str(video.source), video.name) for video in videos]
     if not items and not streams:
         raise InputError(f"no photos or videos in {', '.join(sources)}")
-    found = _Found([item for item in items if item not in videos], videos, _distinct(streams))
+    found = _Found(photos, videos, _distinct(streams))
     if folder is None and len(found.photos) + len(found.streams) > 1:
         raise UsageError("one result at a time goes to standard output: for more, give a folder with --output")
     if (found.live and not all(origin.endless for origin in found.streams)) or (found.live and found.photos):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Final, Protocol, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from petseg_runtime import host
 from petseg_runtime.errors import EngineError, ModelError
 from petseg_runtime.spec import ModelSpec
 
@@ -188,8 +190,10 @@ def in_batches(run: Callable[[U8], U8], images: U8, size: int) -> U8:
 
 
 def usable_cpus() -> int:
-    """CPUs this process may run on, which a container or taskset can make fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPUs this process may use: those it may run on, or those whose time a container's quota allows, rounded up."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _ = host.limits()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
 def one_line(error: Exception) -> str:
