@@ -188,9 +188,9 @@ class _Base:
             stack.enter_context(synced(beside))
             yield stack, beside
             self._open.append((beside, stack.pop_all()))
-            self._note(path)
+            self._remember(path)
 
-    def _note(self, path: Path) -> None:
+    def _remember(self, path: Path) -> None:
         self.files += 1
         self.paths.append(path)
         if self._endless:
@@ -393,7 +393,7 @@ class PicturesSink(_Base):
         """Write a frame; see :class:`VideoSink`."""
         if not self.paths:
             claim(self._folder)
-            self._note(self._folder)
+            self._remember(self._folder)
         path = self._folder / f"{frame.number:06d}.{self._picture.format}"
         with _errors_at(path), replacing(path) as beside:
             self._picture.save(result, beside)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -191,9 +190,8 @@ def in_batches(run: Callable[[U8], U8], images: U8, size: int) -> U8:
 
 def usable_cpus() -> int:
     """CPUs this process may use: those it may run on, or those whose time a container's quota allows, rounded up."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _ = host.limits()
-    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+    return host.cores() if quota is None else max(1, min(host.cores(), math.ceil(quota)))
 
 
 def one_line(error: Exception) -> str:
