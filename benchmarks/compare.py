@@ -12,16 +12,16 @@ What should come out alike in every session, whatever the machine's mood, are ra
 (times as fast as PyTorch, as a plain loop, as a peer). How many of them are, and of the times, is told at the end.
 
 Records of different work (photos, clip, size, threads, ...) are refused; another machine, one that is itself slower
-or faster by the matmul in each record, other versions, another model or other options are said first. What OLD has and
-NEW has not counts as slower: what fails takes for ever. Of folders all records are compared, each with those of its
-name; of different work, they are left out, and said.
+or faster by the matmul in each record, other versions, another model or other options are said first. What a record of
+OLD has and that of NEW has not counts as slower: what fails takes for ever. Of folders all records are compared, each
+with those of its name; of different work, they are left out, and said, and so is what was not measured anew at all.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -188,12 +188,15 @@ def comparison(old: Sequence[Records], new: Records) -> Comparison:
             continue
         for record in before:
             said |= dict.fromkeys([*differences(record, after, CONDITIONS), *own_speed(name, record, after)])
-    kept_old, kept_new = [without(records, refused) for records in old], without(new, refused)
+    missing = {name for records in old for name in records} - new.keys()
+    if missing:
+        said[f"not measured anew: {', '.join(sorted(missing))}"] = None
+    kept_old, kept_new = [without(records, {*refused, *missing}) for records in old], without(new, refused)
     changes, ratios = changes_of(kept_old, kept_new), ratios_of(kept_old, kept_new)
     return Comparison(changes, ratios, gone_from(kept_old, kept_new), list(said), list(refused.values()))
 
 
-def without(records: Records, names: Mapping[str, str]) -> Records:
+def without(records: Records, names: Container[str]) -> Records:
     """Records without those of some names."""
     return {name: record for name, record in records.items() if name not in names}
 
