@@ -61,4 +61,4 @@ def reached(
         resume=resume and (output / LAST).exists(),
         observer=Said(),
     )
-    return {**measured(run.fit(), kind, data), "hours": round(seconds_of(output) / 3600, 3)}
+    return {**measured(run.fit(), kind, data), "steps_took_seconds": round(seconds_of(output), 1)}

@@ -116,7 +116,7 @@ def alike(record: dict[str, Any]) -> str:
         ious += [found["readings"]["background"]["iou"] for found in network["sets"].values()]
         cells = " | ".join(f"{iou:.4f}" for iou in ious)
         lines.append(
-            f"| {network['name']} | {network['parameters'] / 1e6:.2f} | {60 * network['hours']:.0f} | {cells} |"
+            f"| {network['name']} | {network['parameters'] / 1e6:.2f} | {network['steps_took_seconds'] / 60:.0f} | {cells} |"
         )
     return "\n".join(lines)
 
