@@ -11,17 +11,20 @@ from benchmarks.compare import gflops
 
 #: A machine's records by their names.
 Machine: TypeAlias = Mapping[str, Mapping[str, Any]]
-#: What a column is made of.
-NEEDED: Final = ("latency", "peers", "video", "accuracy")
+#: What a column is made of; a record that is not there leaves its cells empty.
+MADE_OF: Final = ("latency", "peers", "video", "accuracy")
 
 
 def machines() -> str:
     """A column for each machine, that of the other tables first."""
     columns = every()
-    heads = " | ".join(f"{column['peers']['machine']['cpu']}, {column['peers']['date']}" for column in columns)
-    lines = [line(what, [tell(column) for column in columns]) for what, tell in SINGLE.items()]
-    for what, tell in SEVERAL.items():
-        found = [tell(column) for column in columns]
+    heads = " | ".join(name_of(column) for column in columns)
+    lines = [
+        line(what, [tell(column) if needs in column else "" for column in columns])
+        for what, (needs, tell) in SINGLE.items()
+    ]
+    for what, (needs, several) in SEVERAL.items():
+        found = [several(column) if needs in column else {} for column in columns]
         names = dict.fromkeys(name for cells in found for name in cells)
         lines += [line(f"{what} {name}", [cells.get(name, "") for cells in found]) for name in names]
     return "\n".join(
@@ -38,7 +41,17 @@ def machines() -> str:
 
 def every() -> list[Machine]:
     """The records of each machine, that of the other tables first."""
-    return [{name: records.load(name, folder) for name in NEEDED} for folder in (records.RESULTS, *records.machines())]
+    folders = (records.RESULTS, *records.machines())
+    return [
+        {name: records.load(name, folder) for name in MADE_OF if (folder / f"{name}.json").exists()}
+        for folder in folders
+    ]
+
+
+def name_of(machine: Machine) -> str:
+    """Its processor, and when it was measured."""
+    record = machine[next(iter(machine))]
+    return f"{record['machine']['cpu']}, {record['date']}"
 
 
 def line(what: str, cells: Iterable[str]) -> str:
@@ -98,15 +111,15 @@ def rival(machine: Machine) -> dict[str, str]:
     return {f"{row['engine'].split()[0]}, {row['precision']}": f"{row['petseg_times_as_fast']:.2f}" for row in rows}
 
 
-#: What has one figure, and what has one for each engine.
-SINGLE: Final[Mapping[str, Callable[[Machine], str]]] = {
-    "numpy's matmul in float32, GFLOP/s": speed,
-    "`petseg infer` on a folder, photos/s": folder,
-    "times as fast as the peers on that folder": over_peers,
-    "one photo from a cold start, s (the quickest peer)": start,
-    "a video to an overlay, times real time": overlay,
+#: What has one figure, and what has one for each engine: the record, and the figure.
+SINGLE: Final[Mapping[str, tuple[str, Callable[[Machine], str]]]] = {
+    "numpy's matmul in float32, GFLOP/s": ("latency", speed),
+    "`petseg infer` on a folder, photos/s": ("peers", folder),
+    "times as fast as the peers on that folder": ("peers", over_peers),
+    "one photo from a cold start, s (the quickest peer)": ("peers", start),
+    "a video to an overlay, times real time": ("video", overlay),
 }
-SEVERAL: Final[Mapping[str, Callable[[Machine], Mapping[str, str]]]] = {
-    "the network alone, ms:": alone,
-    "times as fast as LR-ASPP's, alone:": rival,
+SEVERAL: Final[Mapping[str, tuple[str, Callable[[Machine], Mapping[str, str]]]]] = {
+    "the network alone, ms:": ("latency", alone),
+    "times as fast as LR-ASPP's, alone:": ("accuracy", rival),
 }

@@ -172,10 +172,11 @@ def fast() -> str:
 def elsewhere() -> list[str]:
     """The machines beside the one of the table, a line each."""
     return [
-        f"\nThe same on {machine['peers']['machine']['cpu']}: {machines.folder(machine)} photos/s in a folder, "
+        f"\nThe same on {machines.name_of(machine)}: {machines.folder(machine)} photos/s in a folder, "
         f"{machines.over_peers(machine)} times as fast as the peers; the network alone "
         f"{', '.join(f'{ms} ms in {engine}' for engine, ms in machines.alone(machine).items())}."
         for machine in machines.every()[1:]
+        if {"peers", "latency"} <= machine.keys()
     ]
 
 

@@ -103,9 +103,9 @@ def rival(record: dict[str, Any], against: dict[str, Any]) -> str:
 
 def alike(record: dict[str, Any]) -> str:
     """The two networks after the same short training."""
-    size, what = f"{record['size'][0]} × {record['size'][1]}", list(record["networks"][0]["sets"])
+    side, what = f"{record['size'][0]} × {record['size'][1]}", list(record["networks"][0]["sets"])
     lines = [
-        f"The two networks trained alike from random weights, {record['epochs']} epochs at {size}, no teacher "
+        f"The two networks trained alike from random weights, {record['epochs']} epochs at {side}, no teacher "
         "(`python -m benchmarks budget`): IoU, border as background:",
         "",
         f"| network | M parameters | minutes of steps | validation photos | {' | '.join(what)} |",
@@ -114,10 +114,9 @@ def alike(record: dict[str, Any]) -> str:
     for network in record["networks"]:
         ious = [network["validation"]["val_iou"]]
         ious += [found["readings"]["background"]["iou"] for found in network["sets"].values()]
+        size, minutes = network["parameters"] / 1e6, network["steps_took_seconds"] / 60
         cells = " | ".join(f"{iou:.4f}" for iou in ious)
-        lines.append(
-            f"| {network['name']} | {network['parameters'] / 1e6:.2f} | {network['steps_took_seconds'] / 60:.0f} | {cells} |"
-        )
+        lines.append(f"| {network['name']} | {size:.2f} | {minutes:.0f} | {cells} |")
     return "\n".join(lines)
 
 

@@ -35,7 +35,8 @@ def one(folder: Path, cpu: str, ms: dict[tuple[str, str], float], rate: float) -
 
     made: dict[str, dict[str, Any]] = {
         "latency": {
-            "machine": {"calibration": {"gflops": 123.4}},
+            "machine": {"cpu": cpu, "calibration": {"gflops": 123.4}},
+            "date": "2026-01-02",
             "rows": [
                 {"engine": f"{engine} 1", "stored": "fp32", "precision": precision, "median": median}
                 for (engine, precision), median in ms.items()
@@ -79,6 +80,17 @@ def test_the_readme_tells_of_the_other_machines_only(machines: Any, tmp_path: Pa
     one(tmp_path / "machines" / "old", "Old", {("openvino", "f32"): 12.0}, 55)
     [told] = summary.elsewhere()
     assert told.strip().startswith(
-        "The same on Old: 55 (openvino 1, f32) photos/s in a folder, 1.90 (quick) to 30 times"
+        "The same on Old, 2026-01-02: 55 (openvino 1, f32) photos/s in a folder, 1.90 (quick) to 30 times"
     )
     assert told.endswith("the network alone 12.0 ms in openvino, f32.")
+
+
+def test_what_was_not_measured_on_a_machine_is_left_empty(machines: Any, tmp_path: Path) -> None:
+    one(tmp_path, "Fast", {("openvino", "f32"): 6.0}, 174)
+    one(tmp_path / "machines" / "old", "Old", {("openvino", "f32"): 12.0}, 55)
+    for name in ("peers", "accuracy"):
+        (tmp_path / "machines" / "old" / f"{name}.json").unlink()
+    lines = machines.machines().splitlines()
+    assert "| one photo from a cold start, s (the quickest peer) | 0.40 (0.20) |  |" in lines
+    assert "| times as fast as LR-ASPP's, alone: openvino, f32 | 1.12 |  |" in lines
+    assert importlib.import_module("benchmarks.summary").elsewhere() == []
