@@ -357,8 +357,8 @@ def peers() -> str:
     record = records.load("peers")
     lines = [
         f"A folder of {record['photos']} photos to masks (slow ones take the first few), and one photo from a start "
-        "with files in the disk's cache, and OpenVINO's compiled model in petseg's: whole processes, `petseg infer` "
-        "right before and after each other, on "
+        "with files in the disk's cache, and OpenVINO's compiled model in petseg's: whole processes in turns, with "
+        "`petseg infer` around the others, on "
         f"{record['machine']['cores']} cores of {record['machine']['cpu']} (`python -m benchmarks peers`). Peers are "
         "called in a plain loop, one photo after the other, as their pages show it; `petseg infer` reads, computes and "
         "writes beside each other, and packs PNG with zlib's quickest level, where the loops leave that to Pillow; "

@@ -2,12 +2,12 @@
 
     python -m benchmarks peers --data data --isnet isnet.onnx
 
-Every figure is of a whole process, run by watch.py, in one session, in alternation: A B A C A D A, round by round,
-where A is `petseg infer`. How many times as fast it is is told by its own runs right before and after a contender's:
-machines change their speed from one minute to the next. Photos are the same; slow contenders take the first few of them
-only, and their rate is that from the first mask on the disk to the last, so that the start does not weigh on them more.
-The environments are made in ``.venv-peers`` at the first run (about 6 GB, from the package index that pip is set up
-for).
+Every figure is of a whole process, run by watch.py, in one session, in alternation: A B C A D E A, round by round,
+where A is `petseg infer`. How many times as fast it is is told by its own runs around a contender's, one of them right
+beside it: machines change their speed from one minute to the next. Photos are the same; slow contenders take the first
+few of them only, and their rate is that from the first mask on the disk to the last, so that the start does not weigh
+on them more. The environments are made in ``.venv-peers`` at the first run (about 6 GB, from the package index that pip
+is set up for).
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def measured(
 ) -> dict[str, dict[str, list[Taken]]]:
     """Every run of every contender: ``folder`` and ``startup``. The first start of each is not counted.
 
-    The first of them runs before and after each of the others; these runs are the others' ``folder before``, ``folder
-    after``, ``startup before`` and ``startup after``.
+    The first of them runs before and after each two of the others; these runs are the others' ``folder before``,
+    ``folder after``, ``startup before`` and ``startup after``.
     """
     results: dict[str, dict[str, list[Taken]]] = {one.name: defaultdict(list) for one in contenders}
 
@@ -128,11 +128,13 @@ def measured(
     for number in range(max(rounds, starts)):
         for kind in (kind for kind, times in wanted.items() if number < times):
             beside = run(first, kind)
-            for one in others:
-                results[one.name][f"{kind} before"].append(beside)
-                run(one, kind)
+            for pair in (others[start : start + 2] for start in range(0, len(others), 2)):
+                for one in pair:
+                    results[one.name][f"{kind} before"].append(beside)
+                    run(one, kind)
                 beside = run(first, kind)
-                results[one.name][f"{kind} after"].append(beside)
+                for one in pair:
+                    results[one.name][f"{kind} after"].append(beside)
     return results
 
 

@@ -179,7 +179,7 @@ def background_of(text: str) -> tuple[int, int, int] | Image.Image:
         return ImageColor.getrgb(text)[:3]
     except ValueError:
         pass
-    if not Path(text).exists():
+    if not os.path.exists(text):  # noqa: PTH110 - of a text too long for a name, Path.exists raises
         raise InputError(f"background {text!r}: neither a colour (white, #00ff00) nor a file")
     return Image.fromarray(images.read(text).pixels)
 
@@ -335,7 +335,7 @@ def _refuse_beside(photos: Set[str], results: Iterable[Path]) -> None:
     """
     folders = {str(Path(photo).parent) for photo in photos}
     for path in results:
-        if os.path.realpath(path.parent) in folders and path.exists():
+        if os.path.realpath(path.parent) in folders and os.path.lexists(path):
             raise OutputError(f"{path}: there already, beside the photos; move it, or choose another --output")
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from petseg import device
 from petseg_runtime import host
 from petseg_runtime.artifact import open_artifact
 
@@ -58,6 +59,16 @@ def test_the_engines_are_those_of_the_registry(latency: Any, tmp_path: Path, mon
     assert on_gpu == {"as trained", "BatchNorm folded, bf16", "BatchNorm folded, fp16"}
     assert {(case.batch, case.threads) for case in with_gpu} == {(4, 2)}
     assert len({case.name for case in with_gpu}) == len(with_gpu)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_is_measured_where_the_cpu_multiplies_it(
+    latency: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    monkeypatch.setattr(device, "_cpu_has_bf16", lambda: native)
+    monkeypatch.setattr(host, "nvidia_gpus", lambda: 0)
+    stored = {case.stored for case in latency.cases(tmp_path, 1, 2, compiled=False)}
+    assert stored == {"as trained", "BatchNorm folded", *(["BatchNorm folded, bf16"] if native else [])}
 
 
 def test_a_cold_start_tells_times_and_memory(latency: Any, folder: Path) -> None:

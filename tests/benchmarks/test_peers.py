@@ -91,9 +91,9 @@ def test_watch_tells_time_and_memory_of_the_command_alone() -> None:
 
 def test_each_takes_its_turn_in_every_round(module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pipeline, contenders = module("pipeline"), module("contenders")
-    a, b, c = (
+    a, b, c, d = (
         contenders.Contender(name, "a loop", "engine", (8, 8), "none", lambda _, __: [], "peers", (), share=share)
-        for name, share in (("a", 1.0), ("b", 0.1), ("c", 0.1))
+        for name, share in (("a", 1.0), ("b", 0.1), ("c", 0.1), ("d", 0.1))
     )
     runs: list[tuple[str, int]] = []
 
@@ -103,20 +103,21 @@ def test_each_takes_its_turn_in_every_round(module: Any, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(pipeline, "watched", watched)
     folders = {number: tmp_path / str(number) for number in (1, 4, 40)}
-    results = pipeline.measured([a, b, c], folders, 40, rounds=1, starts=2)
-    warm, once = [("a", 1), ("b", 1), ("c", 1)], [("a", 1), ("b", 1), ("a", 1), ("c", 1), ("a", 1)]
-    assert runs == [*warm, ("a", 40), ("b", 4), ("a", 40), ("c", 4), ("a", 40), *once, *once]
-    assert {kind: [run["number"] for run in found] for kind, found in results["b"].items()} == {
-        "folder before": [4],
-        "folder": [5],
-        "folder after": [6],
-        "startup before": [9, 14],
-        "startup": [10, 15],
-        "startup after": [11, 16],
+    results = pipeline.measured([a, b, c, d], folders, 40, rounds=1, starts=2)
+    warm, once = [(name, 1) for name in "abcd"], [(name, 1) for name in "abcada"]
+    over_the_folder = [(name, 40 if name == "a" else 4) for name in "abcada"]
+    assert runs == [*warm, *over_the_folder, *once, *once]
+    assert {kind: [run["number"] for run in found] for kind, found in results["c"].items()} == {
+        "folder before": [5],
+        "folder": [7],
+        "folder after": [8],
+        "startup before": [11, 17],
+        "startup": [13, 19],
+        "startup after": [14, 20],
     }
     assert {kind: [run["number"] for run in found] for kind, found in results["a"].items()} == {
-        "folder": [4, 6, 8],
-        "startup": [9, 11, 13, 14, 16, 18],
+        "folder": [5, 8, 10],
+        "startup": [11, 14, 16, 17, 20, 22],
     }
 
 

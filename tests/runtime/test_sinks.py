@@ -368,6 +368,17 @@ def test_a_file_beside_the_photos_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "cat.jpg").read_bytes() == before
 
 
+def test_a_name_too_long_for_the_result_alone_waits_for_its_turn_beside_the_photos(tmp_path: Path) -> None:
+    source = tmp_path / f"{'a' * 251}.jpg"
+    Image.new("RGB", (8, 8)).save(source)
+    ImageSink(tmp_path, picture("mask", "webp"), [Item(source, PurePath("a" * 251))])
+
+
+def test_a_text_too_long_for_a_name_is_no_background() -> None:
+    with pytest.raises(InputError, match="neither a colour"):
+        picture("background", background="a" * 300)
+
+
 def test_annotations_beside_the_photos_are_not_replaced(tmp_path: Path) -> None:
     items = photos(tmp_path / "in", "cat.jpg")
     for folder in ("in", "out"):

@@ -455,7 +455,7 @@ def check_places(output: Output, origins: Sequence[Origin], photos: Mapping[str,
             raise OutputError(
                 f"{place}: results of {origin.shown} and {within[0]} would mix; use one --output for each"
             )
-        if not resume and not origin.endless and os.path.dirname(real) in folders and place.exists():  # noqa: PTH120
+        if not resume and not origin.endless and os.path.dirname(real) in folders and os.path.lexists(place):  # noqa: PTH120
             raise OutputError(f"{place}: there already, beside the videos; move it, or choose another --output")
         if not origin.endless and not output.is_one_file(origin):
             _check_numbered(place, origin, sources)
