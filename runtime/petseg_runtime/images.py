@@ -23,7 +23,17 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from petseg_runtime.errors import ImageTooLarge, InputError, UnreadableImage, UnsupportedImage
 
-__all__ = ["MAX_BYTES", "MAX_PIXELS", "ImageSource", "Photo", "from_model", "is_photo", "read", "to_model"]
+__all__ = [
+    "MAX_BYTES",
+    "MAX_PIXELS",
+    "ImageSource",
+    "Photo",
+    "from_model",
+    "in_profile",
+    "is_photo",
+    "read",
+    "to_model",
+]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | U8 | Image.Image"
@@ -355,6 +365,32 @@ def _profile(image: Image.Image) -> bytes | None:
         return None
     # Of its header: the colours that it is for, and the mark of every profile.
     return profile if profile[16:20] == b"RGB " and profile[36:40] == b"acsp" else None
+
+
+def in_profile(picture: Image.Image, profile: bytes | None, wanted: bytes | None) -> Image.Image:
+    """The same colours as the values of another profile.
+
+    Args:
+        picture: RGB.
+        profile: What its values mean; None: sRGB.
+        wanted: What the new ones are to mean; None: sRGB.
+
+    Returns:
+        The picture itself where both are the same, or where one of them is no profile that can be used: its values then
+        mean what they did in programs that cannot use it either.
+    """
+    if profile == wanted:
+        return picture
+    from PIL import ImageCms  # for few pictures only
+
+    try:
+        before, after = (
+            ImageCms.ImageCmsProfile(io.BytesIO(one) if one else ImageCms.createProfile("sRGB"))
+            for one in (profile, wanted)
+        )
+        return ImageCms.profileToProfile(picture, before, after) or picture
+    except (ImageCms.PyCMSError, OSError):
+        return picture
 
 
 def _reduce(image: Image.Image, height: int, width: int) -> tuple[int, int]:

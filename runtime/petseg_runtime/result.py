@@ -140,8 +140,9 @@ class Segmentation:
         """The pet before another background, as an RGB picture of the photo's size, with the edges of the cutout.
 
         Args:
-            background: A colour, RGB; or a picture, in any form that can be segmented. A picture is scaled until it
-                covers the photo, and what stands out is cut off on both sides alike.
+            background: A colour, RGB, in the photo's own values; or a picture, in any form that can be segmented. A
+                picture is scaled until it covers the photo, what stands out is cut off on both sides alike, and its
+                colours are brought to the photo's profile.
 
         Raises:
             UsageError: The photo was decoded for the mask only.
@@ -151,7 +152,9 @@ class Segmentation:
         if isinstance(background, tuple):
             behind = Image.new("RGB", photo.size, background)
         else:
-            behind = ImageOps.fit(Image.fromarray(images.read(background).pixels), photo.size)
+            read = images.read(background)
+            fitted = ImageOps.fit(Image.fromarray(read.pixels), photo.size)
+            behind = images.in_profile(fitted, read.icc_profile, self.icc_profile)
         return self._in_its_colours(Image.composite(photo, behind, self._alpha()))
 
     @property

@@ -170,7 +170,7 @@ def check_looks(kind: str, format: str | None = None, background: str | None = N
 
 
 def background_of(text: str) -> tuple[int, int, int] | Image.Image:
-    """What ``--background`` names: a colour, or a picture.
+    """What ``--background`` names: a colour, or a picture, in sRGB.
 
     Raises:
         InputError: Neither.
@@ -181,7 +181,8 @@ def background_of(text: str) -> tuple[int, int, int] | Image.Image:
         pass
     if not os.path.exists(text):  # noqa: PTH110 - of a text too long for a name, Path.exists raises
         raise InputError(f"background {text!r}: neither a colour (white, #00ff00) nor a file")
-    return Image.fromarray(images.read(text).pixels)
+    photo = images.read(text)
+    return images.in_profile(Image.fromarray(photo.pixels), photo.icc_profile, None)
 
 
 class ImageSink:

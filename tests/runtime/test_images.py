@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import struct
@@ -20,11 +21,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from PIL import Image
+from PIL import Image, ImageCms
 
 from petseg_runtime import images
 from petseg_runtime.errors import ImageTooLarge, InputError, UnreadableImage, UnsupportedImage
 from petseg_runtime.images import Photo, from_model, read, to_model
+from petseg_runtime.result import Segmentation
+from petseg_runtime.sinks import background_of
 
 U8 = npt.NDArray[np.uint8]
 
@@ -1019,3 +1022,30 @@ def test_what_a_photo_will_take_is_told_before_it_is_decoded(tmp_path: Path) -> 
     with pytest.raises(Stop):
         images.read(path, at_least=(10, 10), take=refuse)
     assert told[-1] == 12 * 80 * 40 + 4 * 640 * 320, "decoded at 1/8; its result has its own size"
+
+
+def swapped() -> bytes:
+    """The profile of a screen whose red is sRGB's blue, and the other way round: sRGB's, with two tags renamed."""
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    tags = {icc[at : at + 4]: at for at in range(132, 132 + 12 * int.from_bytes(icc[128:132]), 12)}
+    renamed = bytearray(icc)
+    renamed[tags[b"rXYZ"] : tags[b"rXYZ"] + 4], renamed[tags[b"bXYZ"] : tags[b"bXYZ"] + 4] = b"bXYZ", b"rXYZ"
+    return bytes(renamed)
+
+
+def test_colours_are_brought_to_another_profile() -> None:
+    red, there, back = Image.new("RGB", (3, 2), "red"), (swapped(), None), (None, swapped())
+    for profiles in (there, back):
+        assert np.abs(np.array(images.in_profile(red, *profiles), int) - (0, 0, 255)).max() <= 1
+    for profiles in ((None, None), (swapped(), swapped()), (profile(), None), (None, b"nonsense")):
+        assert images.in_profile(red, *profiles) is red
+
+
+def test_a_background_has_its_own_colours_behind_a_photo_with_a_profile(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "beach.png", icc_profile=swapped())
+    nothing = Segmentation(np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6), np.uint8), 0.5, 0.3)
+    for photo, expected in ((None, (0, 0, 255)), (swapped(), (255, 0, 0))):
+        result = dataclasses.replace(nothing, icc_profile=photo)
+        for behind in (tmp_path / "beach.png", background_of(str(tmp_path / "beach.png"))):
+            assert np.abs(np.array(result.on_background(behind), int) - expected).max() <= 1
+        np.testing.assert_array_equal(np.array(result.on_background((9, 8, 7))), np.full((4, 6, 3), (9, 8, 7)))
