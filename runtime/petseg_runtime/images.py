@@ -33,6 +33,7 @@ __all__ = [
     "is_photo",
     "read",
     "to_model",
+    "with_profile",
 ]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
@@ -367,18 +368,25 @@ def _profile(image: Image.Image) -> bytes | None:
     return profile if profile[16:20] == b"RGB " and profile[36:40] == b"acsp" else None
 
 
-def in_profile(picture: Image.Image, profile: bytes | None, wanted: bytes | None) -> Image.Image:
+def with_profile(picture: Image.Image, profile: bytes | None) -> Image.Image:
+    """The picture, which says from now on what its values mean; None: sRGB."""
+    picture.info.pop("icc_profile", None)
+    picture.info |= {"icc_profile": profile} if profile else {}
+    return picture
+
+
+def in_profile(picture: Image.Image, wanted: bytes | None) -> Image.Image:
     """The same colours as the values of another profile.
 
     Args:
-        picture: RGB.
-        profile: What its values mean; None: sRGB.
-        wanted: What the new ones are to mean; None: sRGB.
+        picture: RGB; ``info["icc_profile"]`` is its profile, without it sRGB.
+        wanted: What the new values are to mean; None: sRGB.
 
     Returns:
-        The picture itself where both are the same, or where one of them is no profile that can be used: its values then
-        mean what they did in programs that cannot use it either.
+        A picture with that profile. The picture itself where it has it already, or where one of the two is none that
+        can be used: its values then mean what they do in programs that cannot use it either.
     """
+    profile = picture.info.get("icc_profile")
     if profile == wanted:
         return picture
     from PIL import ImageCms  # for few pictures only
@@ -388,8 +396,8 @@ def in_profile(picture: Image.Image, profile: bytes | None, wanted: bytes | None
             ImageCms.ImageCmsProfile(io.BytesIO(one) if one else ImageCms.createProfile("sRGB"))
             for one in (profile, wanted)
         )
-        return ImageCms.profileToProfile(picture, before, after) or picture
-    except (ImageCms.PyCMSError, OSError):
+        return with_profile(ImageCms.profileToProfile(picture, before, after) or picture, wanted)
+    except (ImageCms.PyCMSError, OSError, ImportError):  # the last: Pillow was built without LittleCMS
         return picture
 
 

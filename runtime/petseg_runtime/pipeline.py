@@ -105,9 +105,11 @@ class _Room:
             for job in jobs:
                 job.left = True
                 self._taken -= job.size
-            if self._waiting:  # else it is quicker to keep it
-                host.give_back_memory()
-                self._changed.notify_all()
+            if not self._waiting:
+                return  # it is quicker to keep it
+        host.give_back_memory()
+        with self._changed:
+            self._changed.notify_all()
 
     def _fits(self, size: int) -> bool:
         return not self._taken or self._taken + size <= self._size

@@ -154,7 +154,7 @@ class Segmentation:
         else:
             read = images.read(background)
             fitted = ImageOps.fit(Image.fromarray(read.pixels), photo.size)
-            behind = images.in_profile(fitted, read.icc_profile, self.icc_profile)
+            behind = images.in_profile(images.with_profile(fitted, read.icc_profile), self.icc_profile)
         return self._in_its_colours(Image.composite(photo, behind, self._alpha()))
 
     @property

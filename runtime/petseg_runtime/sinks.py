@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import json
 import os
@@ -151,9 +152,16 @@ def render_of(kind: str, background: str | None = None) -> Callable[[Segmentatio
         "overlay": Segmentation.overlay,
     }
     if background is not None:
-        behind = background_of(background)
-        renders["background"] = lambda result: result.on_background(behind)
+        renders["background"] = _before(background_of(background))
     return renders[kind]
+
+
+def _before(background: tuple[int, int, int] | Image.Image) -> Callable[[Segmentation], Image.Image]:
+    if isinstance(background, tuple):
+        return lambda result: result.on_background(background)
+    # A picture's colours are converted once for each of the profiles that photos have, not for each photo.
+    converted = functools.lru_cache(4)(functools.partial(images.in_profile, background))
+    return lambda result: result.on_background(converted(result.icc_profile))
 
 
 def check_looks(kind: str, format: str | None = None, background: str | None = None) -> None:  # noqa: A002
@@ -170,7 +178,7 @@ def check_looks(kind: str, format: str | None = None, background: str | None = N
 
 
 def background_of(text: str) -> tuple[int, int, int] | Image.Image:
-    """What ``--background`` names: a colour, or a picture, in sRGB.
+    """What ``--background`` names: a colour, or a picture, with its profile.
 
     Raises:
         InputError: Neither.
@@ -182,13 +190,21 @@ def background_of(text: str) -> tuple[int, int, int] | Image.Image:
     if not os.path.exists(text):  # noqa: PTH110 - of a text too long for a name, Path.exists raises
         raise InputError(f"background {text!r}: neither a colour (white, #00ff00) nor a file")
     photo = images.read(text)
-    return images.in_profile(Image.fromarray(photo.pixels), photo.icc_profile, None)
+    return images.with_profile(Image.fromarray(photo.pixels), photo.icc_profile)
 
 
 class ImageSink:
     """Writes one picture per photo below a folder; each is whole or not there."""
 
-    def __init__(self, output: Path, picture: Picture, items: Sequence[Item], *, resume: bool = False) -> None:
+    def __init__(
+        self,
+        output: Path,
+        picture: Picture,
+        items: Sequence[Item],
+        *,
+        beside: Sequence[Item] = (),
+        resume: bool = False,
+    ) -> None:
         """Make the folder, and make sure that it can be written to and that no photo would be overwritten.
 
         An earlier run's results are replaced, except beside the photos: there a file of that name may be somebody's.
@@ -197,13 +213,14 @@ class ImageSink:
             output: The folder.
             picture: What to write.
             items: What will be written.
+            beside: The run's other sources, as safe as the photos.
             resume: What lies there is this run's own.
 
         Raises:
             OutputError: The folder cannot be written to, or a result would replace a photo or a file beside one.
         """
         self._output, self._picture = output, picture
-        photos = _real_paths(items)
+        photos = _real_paths([*items, *beside])
         for item in items:
             if os.path.realpath(path := self.path_of(item)) in photos:
                 raise OutputError(f"{path}: the result of {item.source} would replace a photo; choose another --output")
@@ -242,7 +259,7 @@ class CocoSink:
         Args:
             output: The folder.
             kind: ``coco-polygons`` (pets with holes, which polygons cannot have, in RLE), or ``coco-rle``, exact.
-            items: What will be written.
+            items: What will be written, and the run's other sources.
             resume: What lies there is this run's own.
 
         Raises:
@@ -349,6 +366,6 @@ def probe(output: Path) -> None:
     try:
         with replacing(output / ".petseg-probe") as beside:
             beside.touch()
-        (output / ".petseg-probe").unlink()
+        (output / ".petseg-probe").unlink(missing_ok=True)  # another run may just do the same
     except OSError as error:
         raise OutputError(f"{output}: cannot be written to ({error.strerror}); choose another --output") from error

@@ -19,6 +19,7 @@ import av
 import av.error
 import numpy as np
 import numpy.typing as npt
+from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from petseg_runtime.errors import InputError, UnreadableVideo, UnsupportedVideo, UsageError
@@ -53,6 +54,12 @@ _ANEW, _LEAP = Fraction(1, 10), Fraction(10)
 #: What recorders and receivers may begin and end anywhere, FFmpeg's names: the first pictures may need some that came
 #: before, and the last one may be half.
 _ANYWHERE: Final = frozenset({"h264", "hevc", "m4v", "mpeg", "mpegts", "mpegvideo"})
+
+#: Packets of so many bytes and more are taken to hold a picture.
+_SMALL: Final = 4096
+
+#: By codec, what keeps of a packet only the units that are (parts of) pictures (H.264, table 7-1; H.265, table 7-1).
+_PICTURES: Final = {"h264": "filter_units=pass_types=1-5", "hevc": "filter_units=pass_types=0-31"}
 
 #: A file that lacks more than this share of what it says it lasts, and more than a second, was cut.
 _SHORTER: Final = Fraction(1, 20)
@@ -444,6 +451,7 @@ class VideoReader:
         self.undecodable = self._unmissed = self._packets_read = 0
         anywhere = self._container.format.name in _ANYWHERE
         in_the_middle, cut = self._start > 0 or anywhere, False
+        settings = _Settings(self.stream)
         for packet in self._packets():
             # One that sends what nobody can decode, or sound alone, would keep FFmpeg content for ever.
             if self._longest is not None and time.monotonic() - since > self._longest:
@@ -452,6 +460,8 @@ class VideoReader:
             if packet.stream.type == "audio":
                 if packet.dts is not None:
                     sound.append(Sound(packet, Fraction(0)))
+                continue
+            if (packet := settings.join(packet)) is None:
                 continue
             self._packets_read += packet.size > 0
             try:
@@ -619,6 +629,40 @@ class _errors_of:  # noqa: N801 (used like a function)
             raise UnreadableVideo(f"{self._name}: {self._what} ({_LATE if late else _reason(error)})") from None
         if isinstance(error, (OSError, ValueError, MemoryError)) and not isinstance(error, InputError):
             raise UnreadableVideo(f"{self._name}: {self._what} ({error})") from error
+
+
+class _Settings:
+    """Puts packets that hold settings and no picture (SPS, PPS, SEI) into the next one.
+
+    Some recorders keep them in packets of their own. FFmpeg's decoders take the settings, but call the packet damaged.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._pictures: BitStreamFilterContext | None = None
+        self._waiting = b""
+        if only := _PICTURES.get(stream.codec_context.name):
+            with contextlib.suppress(av.error.FFmpegError):  # what the stream says of itself is damaged
+                self._pictures = BitStreamFilterContext(only, stream)
+
+    def join(self, packet: Any) -> Any:
+        """The packet with the settings that came before it; None: it waits for the next."""
+        if self._pictures and 0 < packet.size < _SMALL and not _any_left(packet, self._pictures):
+            self._waiting += bytes(packet)
+            return None
+        if not self._waiting or not packet.size:
+            return packet
+        joined = av.Packet(self._waiting + bytes(packet))
+        self._waiting = b""
+        for name in ("stream", "time_base", "pts", "dts", "duration"):
+            setattr(joined, name, getattr(packet, name))
+        return joined
+
+
+def _any_left(packet: Any, only: BitStreamFilterContext) -> bool:
+    try:
+        return bool(only.filter(av.Packet(bytes(packet))))  # a copy: the filter takes what it is given
+    except av.error.FFmpegError:
+        return True  # that it is damaged, the decoder says
 
 
 def _reason(error: av.error.FFmpegError) -> str:

@@ -107,7 +107,7 @@ def segment_video(
     *,
     watch: Watch = lambda segmented, report: None,
     tell: Tell = lambda change: None,
-    begun: Callable[[Stream, float | None], None] = lambda stream, seconds: None,
+    begun: Callable[[Stream, VideoReport, float | None], None] = lambda stream, report, seconds: None,
     mask_only: bool = False,
 ) -> VideoReport:
     """Segment every frame of a source that the policy lets through.
@@ -119,8 +119,8 @@ def segment_video(
         reading: Which frames are taken.
         watch: Told of each frame.
         tell: Told of each change of a live source's state.
-        begun: Given the stream, whose :meth:`~petseg_runtime.stream.Stream.stop` ends it in order; and how many
-            seconds of the source will be read, if that is known.
+        begun: Given the stream, whose :meth:`~petseg_runtime.stream.Stream.stop` ends it in order; the report, which
+            is filled in also where an error ends it; and how many seconds of the source will be read, if that is known.
         mask_only: The frames themselves are not part of the results.
 
     Returns:
@@ -151,7 +151,7 @@ def segment_video(
         mask_only=mask_only,
         smooth=reading.smooth,
     )
-    begun(stream, _seconds(frames, reading))
+    begun(stream, report, _seconds(frames, reading))
     report.frames, report.paths, report.notes = stream.counts, sink.paths, sink.notes
     try:
         with sink, stream:
@@ -165,6 +165,7 @@ def segment_video(
         report.undecodable = frames.undecodable
         report.connections = frames.connections if isinstance(frames, LiveSource) else 1
         report.steps = stream.timings.summary()
+        report.files = sink.files
         report.seconds = time.perf_counter() - start
     if origin.endless:
         states.tell(StateChange("ended", "stopped" if stream.stopped else "enough frames"))

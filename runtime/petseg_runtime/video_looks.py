@@ -16,6 +16,7 @@ import numpy.typing as npt
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from PIL import Image, ImageOps
 
+from petseg_runtime.images import in_profile
 from petseg_runtime.result import OVERLAY_COLOR, OVERLAY_STRENGTH, Segmentation
 from petseg_runtime.video import Colours, Frame
 
@@ -56,7 +57,7 @@ class Painter:
 
         Args:
             kind: ``mask``, ``probability``, ``overlay``, ``background`` or ``cutout``.
-            background: For the kind ``background``.
+            background: For the kind ``background``; a picture with a profile is brought to sRGB.
         """
         self._paint: Callable[[_Canvas, Segmentation], None] = {
             "mask": _paint_mask,
@@ -67,7 +68,7 @@ class Painter:
         }[kind]
         self._transparent = kind == "cutout"
         self._empty = kind in ("mask", "probability")
-        self._background = background
+        self._background = in_profile(background, None) if isinstance(background, Image.Image) else background
         self._behind: tuple[tuple[int, ...], Planes] | None = None  # for frames of that size
         self._scaler, self._other = VideoReformatter(), VideoReformatter()
 

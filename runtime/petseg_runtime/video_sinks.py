@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -153,6 +154,8 @@ class _Base:
         self.files = 0
         self._endless = endless
         self._open: list[tuple[Path, contextlib.ExitStack]] = []  # where each file is written, and what closes it
+        self._disk: ThreadPoolExecutor | None = None
+        self._syncing: list[tuple[Path, Future[None]]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -174,8 +177,25 @@ class _Base:
 
     def close(self) -> None:
         """Complete the files."""
-        while self._open:
-            self._open.pop(0)[1].close()
+        try:
+            while self._open:
+                self._open.pop(0)[1].close()
+            self._check_disk(wait=True)
+        finally:
+            if self._disk:
+                self._disk.shutdown()
+
+    def _to_disk(self, path: Path) -> None:
+        """Have the disk hold a file that is complete, beside what goes on: slow disks take longer than a frame."""
+        self._disk = self._disk or ThreadPoolExecutor(1, "petseg-disk")
+        self._syncing.append((path, self._disk.submit(_synced_where_it_is, path)))
+        self._check_disk(wait=False)
+
+    def _check_disk(self, *, wait: bool) -> None:
+        while self._syncing and (wait or self._syncing[0][1].done()):
+            path, done = self._syncing.pop(0)
+            with _errors_at(path):
+                done.result()
 
     @contextlib.contextmanager
     def _begun(self, path: Path) -> Iterator[tuple[contextlib.ExitStack, Path]]:
@@ -183,9 +203,13 @@ class _Base:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_errors_at(path))
             path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(synced_folder(path.parent))
-            beside = path if self._endless else stack.enter_context(replacing(path))
-            stack.enter_context(synced(beside))
+            if self._endless:
+                stack.callback(self._to_disk, path)
+                beside = path
+            else:
+                stack.enter_context(synced_folder(path.parent))
+                beside = stack.enter_context(replacing(path))
+                stack.enter_context(synced(beside))
             yield stack, beside
             self._open.append((beside, stack.pop_all()))
             self._remember(path)
@@ -195,6 +219,12 @@ class _Base:
         self.paths.append(path)
         if self._endless:
             del self.paths[:-_NEWEST]
+
+
+def _synced_where_it_is(path: Path) -> None:
+    # That it is not there: somebody has moved it on, or taken it away.
+    with contextlib.suppress(FileNotFoundError), synced_folder(path.parent), synced(path):
+        pass
 
 
 class MovieSink(_Base):

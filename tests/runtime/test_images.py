@@ -27,7 +27,7 @@ from petseg_runtime import images
 from petseg_runtime.errors import ImageTooLarge, InputError, UnreadableImage, UnsupportedImage
 from petseg_runtime.images import Photo, from_model, read, to_model
 from petseg_runtime.result import Segmentation
-from petseg_runtime.sinks import background_of
+from petseg_runtime.sinks import background_of, render_of
 
 U8 = npt.NDArray[np.uint8]
 
@@ -1036,9 +1036,13 @@ def swapped() -> bytes:
 def test_colours_are_brought_to_another_profile() -> None:
     red, there, back = Image.new("RGB", (3, 2), "red"), (swapped(), None), (None, swapped())
     for profiles in (there, back):
-        assert np.abs(np.array(images.in_profile(red, *profiles), int) - (0, 0, 255)).max() <= 1
+        picture = images.with_profile(red.copy(), profiles[0])
+        blue = images.in_profile(picture, profiles[1])
+        assert np.abs(np.array(blue, int) - (0, 0, 255)).max() <= 1
+        assert blue.info.get("icc_profile") == profiles[1]
     for profiles in ((None, None), (swapped(), swapped()), (profile(), None), (None, b"nonsense")):
-        assert images.in_profile(red, *profiles) is red
+        picture = images.with_profile(red.copy(), profiles[0])
+        assert images.in_profile(picture, profiles[1]) is picture
 
 
 def test_a_background_has_its_own_colours_behind_a_photo_with_a_profile(tmp_path: Path) -> None:
@@ -1049,3 +1053,17 @@ def test_a_background_has_its_own_colours_behind_a_photo_with_a_profile(tmp_path
         for behind in (tmp_path / "beach.png", background_of(str(tmp_path / "beach.png"))):
             assert np.abs(np.array(result.on_background(behind), int) - expected).max() <= 1
         np.testing.assert_array_equal(np.array(result.on_background((9, 8, 7))), np.full((4, 6, 3), (9, 8, 7)))
+
+
+def test_a_backgrounds_colours_are_converted_once_for_all_photos_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted = []
+    real = ImageCms.profileToProfile
+    monkeypatch.setattr(ImageCms, "profileToProfile", lambda *args: converted.append(args) or real(*args))
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "beach.png", icc_profile=swapped())
+    render = render_of("background", str(tmp_path / "beach.png"))
+    nothing = Segmentation(np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6), np.uint8), 0.5, 0.3)
+    for _ in range(3):
+        assert np.abs(np.array(render(nothing), int) - (0, 0, 255)).max() <= 1
+    assert len(converted) == 1

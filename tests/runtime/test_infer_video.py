@@ -808,9 +808,11 @@ def test_a_live_source_that_cannot_be_written_is_told_at_once_and_the_others_go_
     (video,) = (event for event in told if event["event"] == "video")
     assert video["name"] == "lavfi-2"
     assert video["error"] == f"{sources[0]}: {tmp_path / 'lavfi-2'}: cannot be written (Not a directory)"
+    assert video["connections"] == 1
+    assert video["frames"]["decoded"] >= 1
     command.process.send_signal(signal.SIGINT)
     more, err, code = command.end()
-    assert code == 130
+    assert code == OutputError.exit_code  # and not 130, which would hide it
     assert err == f"petseg: {video['error']}\n"
     assert more[-1]["videos"] == {"count": 2, "done": 0, "failed": 1, "stopped": 1, "skipped": 0}
 

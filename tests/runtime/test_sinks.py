@@ -368,6 +368,14 @@ def test_a_file_beside_the_photos_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "cat.jpg").read_bytes() == before
 
 
+def test_a_file_beside_the_runs_videos_is_not_replaced_either(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "cat.png").write_text("somebody's")
+    videos = [Item(tmp_path / "videos" / "clip.mp4", PurePath("clip"))]
+    with pytest.raises(OutputError, match="beside the photos"):
+        ImageSink(tmp_path / "videos", picture("mask"), photos(tmp_path / "in", "cat.jpg"), beside=videos)
+
+
 def test_a_name_too_long_for_the_result_alone_waits_for_its_turn_beside_the_photos(tmp_path: Path) -> None:
     source = tmp_path / f"{'a' * 251}.jpg"
     Image.new("RGB", (8, 8)).save(source)

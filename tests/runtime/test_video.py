@@ -571,6 +571,34 @@ def test_packets_that_cannot_be_decoded_are_damage(tmp_path: Path, suffix: str, 
     assert (count, error, damage) == (30, None, "10 of 40 packets could not be decoded")
 
 
+#: Without length or start code: SEI (user data of one byte), and the delimiter of an access unit; H.264, H.265.
+SETTINGS = {"libx264": ["0605010080", "09f0"], "libx265": ["4e0105010080", "460150"]}
+
+
+@pytest.mark.parametrize("codec", SETTINGS)
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
+def test_settings_in_packets_of_their_own_are_no_damage(tmp_path: Path, codec: str, suffix: str) -> None:
+    """As some recorders write them: in the middle, behind each other, and at the end, where no picture follows."""
+    options = {"bf": "0"} if codec == "libx264" else {"x265-params": "bframes=0:log-level=none"}
+    clip, odd = write(tmp_path / f"clip.{suffix}", 20, codec=codec, **options), tmp_path / f"odd.{suffix}"
+    with av.open(str(clip)) as source, av.open(str(odd), "w") as sink:
+        stream = source.streams.video[0]
+        copied = sink.add_stream_from_template(stream)
+        packets = [packet for packet in source.demux(stream) if packet.size]
+        for number, packet in enumerate(packets):
+            payloads = [bytes(packet)]
+            if number in (5, 6, 19):
+                units = [bytes.fromhex(unit) for unit in SETTINGS[codec]]
+                payloads = [*(len(unit).to_bytes(4) + unit for unit in units), *payloads]
+                payloads = payloads[::-1] if number == 19 else payloads
+            for place, payload in enumerate(payloads):
+                part = av.Packet(payload)
+                part.stream, part.time_base = copied, packet.time_base
+                part.pts = part.dts = packet.pts - len(payloads) + 1 + place
+                sink.mux(part)
+    assert read_until_error(odd) == (20, None, None)
+
+
 def test_a_transport_stream_that_begins_in_the_middle_is_not_damaged(tmp_path: Path) -> None:
     """So far from the next key frame that the decoder refuses what comes before it."""
     options = {"g": "700", "bf": "0", "sc_threshold": "0", "preset": "ultrafast"}

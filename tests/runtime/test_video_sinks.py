@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
 import shutil
 import stat
 import subprocess
+import threading
+import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -476,9 +479,42 @@ def test_what_is_finished_is_on_the_disk(tmp_path: Path, on_disk: list[tuple[int
             sink.write(frame, result_of(frame))
         folder = tmp_path.stat().st_ino, 0
         first, second, text = tmp_path / "0.mp4", tmp_path / "1.mp4", tmp_path / "out.ndjson"
+        while endless and len(on_disk) < 2:  # beside what goes on
+            time.sleep(0.01)
         assert on_disk == [(first.stat().st_ino, first.stat().st_size), folder]
     rest = [(path.stat().st_ino, path.stat().st_size) for path in (text, second)]
     assert on_disk[2:] == [rest[0], folder, rest[1], folder]
+
+
+def test_a_slow_disk_does_not_hold_up_live_frames_and_its_failure_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        assert written.wait(20), "the frames wait for the disk"
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    written = threading.Event()
+    monkeypatch.setattr(os, "fsync", fsync)
+    paths = (tmp_path / f"{n}.mp4" for n in itertools.count())
+    sink = MovieSink(paths, Painter("mask"), endless=True, segment=0.5)
+    for number in range(40):
+        sink.write(frame := frame_of(number), result_of(frame))
+    written.set()
+    with pytest.raises(OutputError, match=r"0\.mp4: cannot be written \(Input/output error\)"):
+        sink.close()
+    assert {path.name for path in tmp_path.iterdir()} >= {"0.mp4", "1.mp4"}
+
+
+def test_a_live_file_may_be_moved_away_while_it_is_written(tmp_path: Path) -> None:
+    paths = (tmp_path / f"{n}.mp4" for n in itertools.count())
+    with MovieSink(paths, Painter("mask"), endless=True, segment=0.5) as sink:
+        for number in range(40):
+            sink.write(frame := frame_of(number), result_of(frame))
+            if number == 5:
+                (tmp_path / "0.mp4").rename(tmp_path / "elsewhere.mp4")
+    assert sink.files >= 2
+    assert {"1.mp4", "elsewhere.mp4"} <= {path.name for path in tmp_path.iterdir()}
+    assert frame_times(tmp_path / "elsewhere.mp4")
 
 
 def test_of_each_numbered_picture_the_disk_is_not_told(tmp_path: Path, on_disk: list[tuple[int, int]]) -> None:

@@ -157,7 +157,7 @@ def infer(
         _tell(segmenter, verbose, quiet)
         videos = _videos(segmenter, made, of_video, (as_json, quiet, verbose)) if made else None
         # Makes the folder, so not before there is something to write.
-        sink = _sink(found.photos, folder, resume, **looks) if found.photos else None
+        sink = _sink(found, folder, resume, **looks) if found.photos else None
         journal = None
         if folder and not found.live and (resume or len(found.items) > 1 or coco):
             settings = looks | _settings(segmenter) | (of_video if found.videos else {})
@@ -173,10 +173,10 @@ def infer(
     _print_report(report, videos, folder, as_json, verbose, quiet)
     failed = (len(report.failed) if report else 0) + (len(videos.failed) if videos else 0)
     done = (report.done + report.skipped if report else 0) + (videos.done + videos.skipped if videos else 0)
-    if stopped is not None:
-        return stopped
     if videos and (code := videos.problem_code()) is not None:
         return code
+    if stopped is not None:
+        return stopped
     return 0 if not failed else EXIT_PARTIAL if done else InputError.exit_code
 
 
@@ -369,7 +369,7 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-def _sink(items: Sequence[Item], folder: Path | None, resume: bool, **looks: str | None) -> Sink:
+def _sink(found: _Found, folder: Path | None, resume: bool, **looks: str | None) -> Sink:
     """Where the results go."""
     from petseg_runtime import sinks
     from petseg_runtime.journal import JOURNAL
@@ -378,11 +378,11 @@ def _sink(items: Sequence[Item], folder: Path | None, resume: bool, **looks: str
     # Without a journal, no run was here, and what lies there is not its own.
     resume = resume and folder is not None and (folder / JOURNAL).exists()
     if folder and not sinks.KINDS[kind].formats:
-        return sinks.CocoSink(folder, kind, items, resume=resume)
+        return sinks.CocoSink(folder, kind, found.items, resume=resume)
     picture = sinks.picture(kind, **looks)
     if folder is None:
         return sinks.StreamSink(sys.stdout.buffer, picture)
-    return sinks.ImageSink(folder, picture, items, resume=resume)
+    return sinks.ImageSink(folder, picture, found.photos, beside=found.videos, resume=resume)
 
 
 def _segmenter(

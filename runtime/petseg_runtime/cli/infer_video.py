@@ -235,12 +235,12 @@ class Videos:
 
         with self._stoppable() as begin, _Progress(origin, self.reading, self._silent) as progress:
 
-            def begun(stream: Stream, seconds: float | None) -> None:
+            def begun(stream: Stream, report: VideoReport, seconds: float | None) -> None:
+                self._running[str(origin.name)] = report
                 progress.expect(seconds)
                 begin(stream)
 
             def watch(segmented: Segmented, report: VideoReport) -> None:
-                self._running[str(origin.name)] = report
                 progress.advance(segmented)
                 self._tell_frame(origin, segmented, report)
 
