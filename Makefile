@@ -95,12 +95,12 @@ step int8 "$$BIN/petseg" export petseg/weights/edge.safetensors --output "$$scra
     --data "$$(part -native)" --int8-data "$$(part -best)"
 int8= && [ -f "$$scratch/int8.onnx" ] && int8="--int8 $$scratch/int8.onnx"
 measure latency --data "$$DATA" --rounds 5 $$int8
-measure throughput --data "$$DATA" --photos 160 --rounds 5
-measure video --data "$$DATA" --seconds 4 --rounds 5
+measure throughput --data "$$DATA" --photos 240 --rounds 5
+measure video --data "$$DATA" --seconds 8 --rounds 5
 measure scaling --rounds 5 --clip-rounds 1
 measure training --data "$$DATA" --epochs 3
-measure accuracy --data "$$DATA" $$int8 $${ISNET:+--isnet "$$ISNET" --isnet-photos 24}
-measure peers --data "$$DATA" --photos 120 --starts 5 $${ISNET:+--isnet "$$ISNET"}
+measure accuracy --data "$$DATA" $$int8 $${ISNET:+--isnet "$$ISNET"}
+measure peers --data "$$DATA" --photos 200 --starts 5 $${ISNET:+--isnet "$$ISNET"}
 if [ -z "$$PETSEG_RESULTS" ]; then measure report
 else echo "$$BIN/python -m benchmarks compare benchmarks/results $$PETSEG_RESULTS tells what differs"; fi
 echo "== all of it took $$(($$(date +%s) - began)) s"

@@ -14,6 +14,7 @@ from benchmarks.gpu_check import gpu_check
 from benchmarks.latency import latency
 from benchmarks.peers.pipeline import peers
 from benchmarks.receipts import receipts
+from benchmarks.records import checkout
 from benchmarks.reduced import reduced
 from benchmarks.report import report
 from benchmarks.rival import rival
@@ -30,6 +31,7 @@ def main() -> None:
     """What petseg measures of itself; records go to benchmarks/results."""
 
 
+checkout()  # of the code that runs, before others commit more
 main.add_command(accuracy)
 main.add_command(budget)
 main.add_command(compare)

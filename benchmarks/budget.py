@@ -8,19 +8,21 @@ one's thresholds are chosen on the same validation photos. ``--resume`` goes on 
 
 from __future__ import annotations
 
+import csv
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import click
 import torch
 
 from benchmarks import photos, records
-from benchmarks.rival import NAME, LrAspp, RivalTrainer, Said, measured, seconds_of
+from benchmarks.rival import NAME, LrAspp, RivalTrainer, Said, measured
 from petseg import recipes
 from petseg.config import TrainConfig, from_dict
 from petseg.model import AttentionUNet
-from petseg.train import LAST, Trainer
+from petseg.train import LAST, LOG, Trainer
 
 #: Folder of each run: what the network is called, its class, what trains it.
 NETWORKS: Final[dict[str, tuple[str, type[AttentionUNet], type[Trainer]]]] = {
@@ -61,4 +63,11 @@ def reached(
         resume=resume and (output / LAST).exists(),
         observer=Said(),
     )
-    return {**measured(run.fit(), kind, data), "steps_took_seconds": round(seconds_of(output), 1)}
+    found = measured(run.fit(), kind, data)
+    return {**found, "precision": run.meta["precision"], "epoch_took_seconds": round(typical_epoch(output), 1)}
+
+
+def typical_epoch(run: Path) -> float:
+    """What the steps of an epoch took, the median: a machine that is shared is slow at times."""
+    with (run / LOG).open(encoding="utf-8") as log:
+        return median(float(row["seconds"]) for row in csv.DictReader(log))

@@ -1,7 +1,13 @@
 """Train a recipe, round its weights, measure the rounded file and pack it: all that one lease of a GPU has time for.
 
-    python -m benchmarks.lease published --data data --out lease --size 256x256 --minutes 9
+    python -m benchmarks.lease photos data lease-data --size 256x256
+    python -m benchmarks.lease published --data lease-data --out lease --minutes 9 --set data.height=256 ... --no-tests
     python -m benchmarks.lease join lease/published.manifest.json petseg/weights/published.safetensors
+    python -m benchmarks.lease measure lease/published.json petseg/weights/published.safetensors --data data
+
+The first and the last two run at home: what is sent are the photos to train on, at the size they are trained at, and
+the very file that came back is measured on all test photos here. Where all of ``data`` is at hand, neither is needed.
+petseg need not be installed there: ``PYTHONPATH=.:export:runtime``.
 
 The run is `petseg train`'s own, in a folder that is thrown away with its optimizer. What stays in OUT is small: the
 weights in pieces of at most 16 MiB with their manifest, and RECIPE.json, a record as those in ``results/training``.
@@ -15,18 +21,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import click
 import torch
+from PIL import Image
 from torch import Tensor
 
 from benchmarks import photos, records
@@ -34,12 +42,14 @@ from benchmarks.embedded.ship import trained
 from benchmarks.training import SPARE, few
 from petseg import checkpoint, recipes
 from petseg.config import TrainConfig, from_dict, override
-from petseg.data import Pair, Split, find
+from petseg.data import Pair, Split, find, read_pair, resize_trimap
 from petseg.device import pick_device
-from petseg.evaluate import Evaluation, evaluate, open_model, torch_run
+from petseg.evaluate import Evaluation, OpenedModel, evaluate, open_model, torch_run
 from petseg.metrics import Border, best_threshold
-from petseg.train import BEST, Observer, RunState, Trainer
+from petseg.train import BEST, QUICK_SAVE, Observer, RunState, Trainer
+from petseg_runtime import images
 from petseg_runtime.cli.text import PATH, parse_size
+from petseg_runtime.errors import DataError
 from petseg_runtime.files import write_atomic
 
 PIECE: Final = 16 * 2**20
@@ -47,6 +57,10 @@ PIECE: Final = 16 * 2**20
 STEPS: Final = 60
 #: Seconds from `petseg train` to its first photo: Python, torch, CUDA.
 START: Final = 20.0
+#: Seconds from its last photo to its end: curves, pictures.
+FINISH: Final = 10.0
+#: What saving adds to the time of a run at most, where a state takes longer than QUICK_SAVE (petseg.train).
+SAVING: Final = 1.1
 MARGIN: Final = 0.06  # share of the time that is kept back
 BATCH: Final = 16  # photos at a time, in the measurement
 FILE: Final = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -89,6 +103,7 @@ class Job:
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="As of `petseg train`.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--commit", help="Of this checkout, where git cannot tell.")
+@click.option("--no-tests", is_flag=True, help="Test photos are elsewhere: see `measure`.")
 def lease(
     recipe: str,
     data: Path,
@@ -101,19 +116,22 @@ def lease(
     settings: tuple[str, ...],
     device: str,
     commit: str | None,
+    no_tests: bool,
 ) -> None:
     """Train RECIPE, and leave in OUT what is to be brought home."""
     began = time.perf_counter()
+    records.checkout()  # of the code that runs, before others commit more
     files = {name: file.absolute() for name, file in (("teacher", teacher), ("init", init)) if file}
     asked = {"size": size, "epochs": epochs, "minutes": minutes, **{name: file.name for name, file in files.items()}}
     words = [f"--{name} {value}" for name, value in asked.items() if value] + [f"--set {each}" for each in settings]
+    words += ["--no-tests"] if no_tests else []
     command = " ".join([f"python -m benchmarks.lease {recipe} --data DATA --out OUT", *words])
     sides = zip(("height", "width"), parse_size(size), strict=True) if size else ()
     settings += (*(f"data.{name}={value}" for name, value in sides), *([f"epochs={epochs}"] if epochs else ()))
     root = photos.first(data.absolute(), photos.BEST, photos.OFFICIAL, photos.COPIES)
     job = Job(recipe, root, device, settings, files)
     # What is wrong is found now, not after the run.
-    tests = {what: find(folder, Split.TEST) for what, folder in photos.test_sets(data).items()}
+    tests = {} if no_tests else tests_in(data)
     out.mkdir(parents=True, exist_ok=True)
     record = out / f"{recipe}.json"
     with tempfile.TemporaryDirectory() as scratch:
@@ -126,11 +144,22 @@ def lease(
         values: dict[str, Any] = {**told, "runs": [{**trained([run])[0], **told}], "exit_code": code, "plan": plan}
         values["weights"] = pack(rounded(run / BEST, weights, commit), out)
         records.write(recipe, command, values, record)  # whatever becomes of the measurement
-        values |= measured(weights, job, tests)
+        values |= validated(weights, job)
+        values |= measured(weights, device, values["thresholds"], tests)
     records.write(recipe, command, {**values, "seconds": time.perf_counter() - began}, record)
-    for what, found in values["tests"].items():
-        click.echo(f"{what}: IoU {found['iou']:.4f}, Dice {found['dice']:.4f}")
+    say(values["tests"])
     sys.exit(code)
+
+
+def tests_in(data: Path) -> dict[str, list[Pair]]:
+    """Test photos with their truth, by what is told of them."""
+    return {what: find(folder, Split.TEST) for what, folder in photos.test_sets(data).items()}
+
+
+def say(tests: Mapping[str, Mapping[str, Any]]) -> None:
+    """The headline of each set of test photos."""
+    for what, found in tests.items():
+        click.echo(f"{what}: IoU {found['iou']:.4f}, Dice {found['dice']:.4f}")
 
 
 class Clock(Observer):
@@ -153,10 +182,11 @@ def planned(
     costs = warmed_up(job, config, folder, train, val)
     left = seconds * (1 - MARGIN) - (time.perf_counter() - began)
     after = costs["measure_a_photo"] * (sum(map(len, tests.values())) + val)
-    before = START + costs["read_a_photo"] * (train + val) + costs["first_epoch_more"]
+    before = START + costs["read_a_photo"] * (train + val) + costs["first_epoch_more"] + FINISH + costs["save"]
     epoch = costs["epoch_start"] + costs["step"] * (train // config.batch) + costs["validate_and_save"]
+    epoch *= SAVING if costs["save"] > QUICK_SAVE else 1
     epochs = min(config.epochs, int((left - before - after) / epoch))
-    said = f"an epoch takes {epoch:.1f} s, all before them {before:.0f} s, and the measurement {after:.0f} s"
+    said = f"an epoch takes {epoch:.1f} s, all around them {before:.0f} s, and the measurement {after:.0f} s"
     if epochs < 1:
         sys.exit(f"no epoch fits into the {left:.0f} s that are left: {said}")
     click.echo(f"{epochs} epochs: {said}", err=True)
@@ -191,6 +221,7 @@ def warmed_up(job: Job, config: TrainConfig, folder: Path, train: int, val: int)
         "epoch_start": max(0.0, second["seconds"] - step * steps),
         "step": step,
         "validate_and_save": second["elapsed"] - first["elapsed"] - second["seconds"],
+        "save": trainer.save_took,
         "measure_a_photo": measure / val,
     }
 
@@ -222,25 +253,76 @@ def _half(tensor: Tensor) -> Tensor:
     return half if tensor.ndim > 1 and bool(half.isfinite().all()) else tensor
 
 
-def measured(weights: Path, job: Job, tests: Mapping[str, Sequence[Pair]]) -> dict[str, Any]:
-    """Each set of test photos at the file's own threshold, and each reading of the border at that of validation."""
+def validated(weights: Path, job: Job) -> dict[str, Any]:
+    """The validation photos, and for each reading of the border the threshold that is best there."""
     split = job.config().data
-    failed: list[str] = []
+    pairs = find(job.root, Split.VAL, val_fraction=split.val_fraction, seed=split.split_seed)
     with open_model(weights, job.device) as model:
+        result = evaluated(model, pairs)
+        thresholds = {border.value: best_threshold(result.total, border) for border in Border}
+        return {"model": model.describe(), "validation": result.summary(model.threshold), "thresholds": thresholds}
 
-        def measure(pairs: Sequence[Pair]) -> Evaluation:
-            side = (model.height, model.width)
-            return evaluate(model.run, pairs, *side, batch=BATCH, failed=lambda pair, _: failed.append(pair.name))
 
-        val = measure(find(job.root, Split.VAL, val_fraction=split.val_fraction, seed=split.split_seed))
-        thresholds = {border: best_threshold(val.total, border) for border in Border}
-        found = {}
+def measured(
+    weights: Path, device: str, thresholds: Mapping[str, float], tests: Mapping[str, Sequence[Pair]]
+) -> dict[str, Any]:
+    """Each set of test photos at the file's own threshold, and each reading of the border at that of validation."""
+    found, failed = {}, []
+    with open_model(weights, device) as model:
         for what, pairs in tests.items():
-            result = measure(pairs)
+            result = evaluated(model, pairs, lambda pair, _: failed.append(pair.name))
             best = {border: result.summary(cut)["readings"][border] for border, cut in thresholds.items()}
             found[what] = {**result.summary(model.threshold), "at_thresholds_of_validation": best}
-        about = {"model": model.describe(), "validation": val.summary(model.threshold), "thresholds": thresholds}
-    return {**about, "tests": found, "photos_failed": failed}
+    return {"tests": found, "photos_failed": failed}
+
+
+def evaluated(
+    model: OpenedModel, pairs: Sequence[Pair], failed: Callable[[Pair, DataError], None] | None = None
+) -> Evaluation:
+    """What it makes of the photos; see :func:`petseg.evaluate.evaluate`."""
+    return evaluate(model.run, pairs, model.height, model.width, batch=BATCH, failed=failed)
+
+
+@click.command()
+@click.argument("record", type=FILE)
+@click.argument("weights", type=FILE)
+@click.option("--data", type=PATH, required=True, help="Folder of the data sets.")
+@click.option("--device", default="auto", show_default=True)
+def measure(record: Path, weights: Path, data: Path, device: str) -> None:
+    """Put into RECORD, of a lease without test photos, what its WEIGHTS reach on them."""
+    values = json.loads(record.read_text(encoding="utf-8"))
+    if values["weights"] != values["weights"] | _told(weights.read_bytes()):
+        sys.exit(f"{weights}: not the file that {record.name} is of")
+    values |= measured(weights, device, values["thresholds"], tests_in(data))
+    values["tests_measured_on"] = {"machine": records.machine(), "versions": records.versions()}
+    write_atomic(record, (json.dumps(values, indent=2) + "\n").encode())
+    say(values["tests"])
+
+
+@click.command(name="photos")
+@click.argument("data", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--size", metavar="HxW", required=True, help="At which they will be trained on.")
+@click.option("--quality", type=click.IntRange(1, 95), default=85, show_default=True, help="Of JPEG.")
+def send(data: Path, out: Path, size: str, quality: int) -> None:
+    """Write the photos to train on, of DATA, to OUT as data set of the same name, none larger than SIZE."""
+    root = photos.first(data.absolute(), photos.BEST, photos.OFFICIAL, photos.COPIES)
+    height, width = parse_size(size)
+    folder = out / root.name
+    (folder / "images").mkdir(parents=True)
+    (folder / "annotations" / "trimaps").mkdir(parents=True)
+    for pair in find(root, Split.TRAINVAL):
+        photo, trimap = read_pair(pair)
+        image, mask = folder / "images" / f"{pair.name}.jpg", folder / "annotations" / "trimaps" / f"{pair.name}.png"
+        if photo.shape[0] <= height and photo.shape[1] <= width:
+            shutil.copyfile(pair.image, image)
+        else:  # as training would
+            Image.fromarray(images.to_model(photo, height, width)).save(image, quality=quality)
+            trimap = resize_trimap(trimap, height, width)
+        Image.fromarray(trimap).save(mask, optimize=True)
+    shutil.copyfile(root / "annotations" / "trainval.txt", folder / "annotations" / "trainval.txt")
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    click.echo(f"{folder}: {len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB")
 
 
 def pack(weights: Path, out: Path) -> dict[str, Any]:
@@ -276,7 +358,8 @@ def _told(data: bytes) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["join"]:
-        join(sys.argv[2:])
+    commands = {"join": join, "measure": measure, "photos": send}
+    if command := commands.get("".join(sys.argv[1:2])):
+        command(sys.argv[2:])
     else:
         lease(sys.argv[1:])

@@ -9,6 +9,7 @@ photos of the merged set (see benchmarks/embedded/merge.py).
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ def plan(data: Path, folder: Path) -> list[ExportConfig]:
 @click.option("--about", required=True, help="What the checkpoint is, for the record.")
 def receipts(name: str, checkpoint: Path, data: Path, output: Path | None, about: str) -> None:
     """Export CHECKPOINT to everything that can be made here; the record is results/receipts-NAME.json."""
+    if not about.strip():
+        raise click.UsageError("--about is empty: say what the checkpoint is, for the table's title")
     folder = output or records.ROOT / "runs" / "receipts" / name
     rows = []
     for config in plan(data, folder):
@@ -74,4 +77,5 @@ def receipts(name: str, checkpoint: Path, data: Path, output: Path | None, about
         )
         click.echo(f"{done.path.name}: {size / 1e6:.1f} MB, {seconds:.0f} s: {done.receipt.summary}")
     values = {"about": about, "photos": dataclasses.asdict(plan(data, folder)[0])["photos"], "exports": rows}
-    records.write(f"receipts-{name}", f"python -m benchmarks receipts {name} CHECKPOINT --data DATA", values)
+    command = f"python -m benchmarks receipts {name} CHECKPOINT --data DATA --about {shlex.quote(about)}"
+    records.write(f"receipts-{name}", command, values)

@@ -9,6 +9,7 @@ record tells its family, model, caches and instructions, and how fast it multipl
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -133,9 +134,7 @@ def write(name: str, command: str, values: dict[str, Any], output: Path | None =
         "schema_version": 1,
         "command": command,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": git("rev-parse", "HEAD").strip() or None,
-        # Of what was measured, what the commit does not have.
-        "uncommitted": git("status", "--porcelain", "--", ".", *MADE).splitlines(),
+        **checkout(),
         "shipped_model": shipped_model(),
         "machine": machine(),
         "versions": versions(),
@@ -145,6 +144,13 @@ def write(name: str, command: str, values: dict[str, Any], output: Path | None =
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, (json.dumps(record, indent=2) + "\n").encode())
     return path
+
+
+@functools.cache
+def checkout() -> dict[str, Any]:
+    """The commit, and of what is measured what it does not have; when first asked, as people commit while it runs."""
+    uncommitted = git("status", "--porcelain", "--", ".", *MADE).splitlines()
+    return {"commit": git("rev-parse", "HEAD").strip() or None, "uncommitted": uncommitted}
 
 
 def shipped_model() -> str:

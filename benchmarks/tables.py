@@ -105,18 +105,19 @@ def alike(record: dict[str, Any]) -> str:
     """The two networks after the same short training."""
     side, what = f"{record['size'][0]} × {record['size'][1]}", list(record["networks"][0]["sets"])
     lines = [
-        f"The two networks trained alike from random weights, {record['epochs']} epochs at {side}, no teacher "
-        "(`python -m benchmarks budget`): IoU, border as background:",
+        f"The two networks trained alike from random weights, {record['epochs']} epochs at {side}, no teacher, one "
+        "seed, with the settings of the edge network's recipe (`python -m benchmarks budget`): IoU, border as "
+        "background:",
         "",
-        f"| network | M parameters | minutes of steps | validation photos | {' | '.join(what)} |",
+        f"| network | M parameters | an epoch's steps, s | validation photos | {' | '.join(what)} |",
         f"|---|---|---|---|{'---|' * len(what)}",
     ]
     for network in record["networks"]:
         ious = [network["validation"]["val_iou"]]
         ious += [found["readings"]["background"]["iou"] for found in network["sets"].values()]
-        size, minutes = network["parameters"] / 1e6, network["steps_took_seconds"] / 60
+        size, seconds = network["parameters"] / 1e6, network["epoch_took_seconds"]
         cells = " | ".join(f"{iou:.4f}" for iou in ious)
-        lines.append(f"| {network['name']} | {size:.2f} | {minutes:.0f} | {cells} |")
+        lines.append(f"| {network['name']} | {size:.2f} | {seconds:.0f} | {cells} |")
     return "\n".join(lines)
 
 
@@ -355,10 +356,11 @@ def milliseconds(row: dict[str, Any]) -> str:
 def peers() -> str:
     """Whole processes of petseg and of its peers, on the same photos, in turns."""
     record = records.load("peers")
+    others = "every other one" if record.get("between", 1) == 1 else f"every {record['between']} others"
     lines = [
         f"A folder of {record['photos']} photos to masks (slow ones take the first few), and one photo from a start "
-        "with files in the disk's cache, and OpenVINO's compiled model in petseg's: whole processes in turns, with "
-        "`petseg infer` around the others, on "
+        "with files in the disk's cache, and OpenVINO's compiled model in petseg's: whole processes in turns, "
+        f"`petseg infer` before and after {others}, on "
         f"{record['machine']['cores']} cores of {record['machine']['cpu']} (`python -m benchmarks peers`). Peers are "
         "called in a plain loop, one photo after the other, as their pages show it; `petseg infer` reads, computes and "
         "writes beside each other, and packs PNG with zlib's quickest level, where the loops leave that to Pillow; "

@@ -48,6 +48,7 @@ __all__ = [
     "memory",
     "read_pair",
     "read_trimap",
+    "resize_trimap",
     "target_of",
     "usable",
 ]
@@ -402,7 +403,7 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
                 self.skipped_empty.append(pair.name)  # a known flaw of the data set; it would teach "no pet"
                 continue
             self._photos[len(self)] = images.to_model(photo, height, width)
-            labels = _resize_trimap(trimap, height, width)
+            labels = resize_trimap(trimap, height, width)
             self._trimaps[len(self)] = (labels, teacher(photo)) if teacher else labels
             self.names.append(pair.name)
         if not self.names:
@@ -532,8 +533,8 @@ def target_of(labels: Tensor, border_target: float, teacher_share: float = 0.0) 
     return target.unsqueeze(1)
 
 
-def _resize_trimap(trimap: U8, height: int, width: int) -> U8:
-    """Nearest: a class is not a quantity."""
+def resize_trimap(trimap: U8, height: int, width: int) -> U8:
+    """A trimap, uint8 [h, w], at another size, [height, width]; nearest: a class is not a quantity."""
     return np.array(Image.fromarray(trimap).resize((width, height), Image.Resampling.NEAREST))
 
 

@@ -265,7 +265,7 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.late, self.stopped_by = device.type == "cuda", signal.SIGINT
         self._clock = self._mark = time.perf_counter()
-        self._saved = self._save_took = 0.0
+        self._saved = self.save_took = 0.0  # the second: seconds that the latest state took
         self._stop, self._agreed = threading.Event(), False
         self._check_output(resume)
         self.dtype = pick_precision(config.amp, device)
@@ -280,7 +280,7 @@ class Trainer:
         self.ema = MovingAverage(self.model, config.ema)
         synchronized(self.model, self.ranks, device)
         self.optimizer = _optimizer(self.model, config)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
+        self.scaler = self._scaler()
         self.state = RunState()
         self.meta = self._about(root, provenance or {}, about_teacher)
         self._announce()
@@ -596,7 +596,7 @@ class Trainer:
         The published network's is half a gigabyte, flushed to the disk, and an epoch on a fast GPU may take seconds. A
         crash then costs up to ten times what a save takes; a stop in order always saves.
         """
-        return self._save_took <= QUICK_SAVE or time.perf_counter() - self._saved >= 10 * self._save_took
+        return self.save_took <= QUICK_SAVE or time.perf_counter() - self._saved >= 10 * self.save_took
 
     def _save_last(self) -> None:
         self.ranks.on_first(self._write_last, self.device)
@@ -612,7 +612,7 @@ class Trainer:
         meta = {**self.meta, "kind": "training", "state": vars(self.state), "scaler": self.scaler.state_dict()}
         checkpoint.save_checkpoint(self.output / LAST, tensors, meta)
         self._saved = time.perf_counter()
-        self._save_took = self._saved - start
+        self.save_took = self._saved - start
         return 0.0
 
     def _restore(self) -> None:
@@ -652,10 +652,28 @@ class Trainer:
             if missing := {"step", "exp_avg", "exp_avg_sq"} - slots.get(index, {}).keys():
                 raise ValueError(f"optimizer state {index} lacks {', '.join(sorted(missing))}")
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
-        self.scaler.load_state_dict(saved.meta["scaler"])
+        self._go_on_in(saved.meta["precision"])
+        if saved.meta["scaler"]:  # empty: what it was computed in needs none
+            self.scaler.load_state_dict(saved.meta["scaler"])
         self.state = RunState(**saved.meta["state"])
         self.meta["provenance"] = saved.meta["provenance"]
         self.observer.started(f"resumed at step {self.state.step}")
+
+    def _scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+
+    def _go_on_in(self, before: str) -> None:
+        """Compute as the run did so far, where this device can: with ``amp=auto`` it would choose for itself."""
+        chosen = self.meta["precision"]
+        if before == chosen:
+            return
+        if before == "float32" or (before == "float16" and self.device.type == "cuda"):
+            self.dtype, self.meta["precision"] = getattr(torch, before), before
+            self.scaler = self._scaler()
+            self.observer.started(f"in {before} as so far, where this device would choose {chosen}")
+        else:
+            why = f"this device does not compute in {before}, as so far"
+            self.observer.started(f"in {chosen} from here on ({why}): not quite the weights of a run in one piece")
 
     def _laid_out(self, index: int, value: Tensor) -> Tensor:
         """A moment in the memory layout of its weight: the fused AdamW walks both as they lie (channels_last)."""

@@ -39,6 +39,9 @@ PACKAGES: Final = (
     *("onnxruntime", "openvino", "numpy", "pillow"),
 )
 
+#: Contenders from one run of petseg's to its next.
+BETWEEN: Final = 2
+
 #: What watch.py says of a process.
 Taken: TypeAlias = dict[str, float]
 
@@ -64,6 +67,7 @@ def peers(data: Path, photos: int, rounds: int, starts: int, isnet: Path | None)
     command = f"python -m benchmarks peers --data DATA --photos {photos} --rounds {rounds} --starts {starts}"
     values = {
         "photos": photos,
+        "between": BETWEEN,
         "environments": {name: versions(packages) for name, packages in installed.items()},
         "rows": with_ratios(rows),
     }
@@ -128,7 +132,7 @@ def measured(
     for number in range(max(rounds, starts)):
         for kind in (kind for kind, times in wanted.items() if number < times):
             beside = run(first, kind)
-            for pair in (others[start : start + 2] for start in range(0, len(others), 2)):
+            for pair in (others[start : start + BETWEEN] for start in range(0, len(others), BETWEEN)):
                 for one in pair:
                     results[one.name][f"{kind} before"].append(beside)
                     run(one, kind)

@@ -20,7 +20,7 @@ import torch
 from benchmarks import lease, photos, records
 from benchmarks.lease import Job
 from petseg import checkpoint
-from petseg.data import Split, find
+from petseg.data import Split, find, read_pair, resize_trimap
 from petseg.evaluate import evaluate, open_model, torch_run
 from petseg.model import AttentionUNet, AttentionUNetConfig
 from petseg_runtime.errors import DataError
@@ -141,6 +141,40 @@ def test_the_figures_are_those_of_the_rounded_file(out: Path, weights: Path, dat
     assert record["photos_failed"] == []
 
 
+def test_test_photos_may_be_measured_at_home(
+    out: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sent are the photos to train on alone, and smaller; what comes back is the same as with all of them there."""
+    lease.send([str(data), str(tmp_path / "sent"), "--size", "24x40"], standalone_mode=False)
+    assert re.search(r"oxford-iiit-pet-128: 49 files, 0\.\d MiB", capsys.readouterr().out)
+    sent = find(tmp_path / "sent" / photos.COPIES, Split.TRAINVAL)
+    for pair, whole in zip(sent, find(data / photos.COPIES, Split.TRAINVAL), strict=True):
+        (photo, trimap), (before, truth) = read_pair(pair), read_pair(whole)
+        small = before.shape[0] <= 24 and before.shape[1] <= 40
+        expected = truth if small else resize_trimap(truth, 24, 40)
+        assert photo.shape[:2] == trimap.shape == expected.shape
+        assert np.array_equal(trimap, expected)
+    with pytest.raises(DataError, match=r"test\.txt"):
+        find(tmp_path / "sent" / photos.COPIES, Split.TEST)
+
+    record = leased(tmp_path / "sent", tmp_path / "out", "--epochs", "2", "--no-tests")
+    assert (record["tests"], record["photos_failed"]) == ({}, [])
+    assert "--no-tests" in record["command"]
+    joined = tmp_path / "joined.safetensors"
+    lease.join([str(tmp_path / "out" / "published.manifest.json"), str(joined)], standalone_mode=False)
+    words = [str(tmp_path / "out" / "published.json"), str(joined), "--data", str(data), "--device", "cpu"]
+    lease.measure(words, standalone_mode=False)
+    completed = json.loads((tmp_path / "out" / "published.json").read_text())
+    with open_model(joined, "cpu") as model:
+        result = evaluate(model.run, find(data / photos.NATIVE, Split.TEST), 32, 32)
+        expected = result.summary(model.threshold)
+    found = completed["tests"][photos.TEST_SETS[photos.NATIVE]]
+    assert found == found | expected
+    words[1] = str(out / "published.safetensors.00")
+    with pytest.raises(SystemExit, match=r"not the file that published\.json is of"):
+        lease.measure(words, standalone_mode=False)
+
+
 def test_kernels_are_rounded_and_nothing_else_is(weights: Path, tmp_path: Path) -> None:
     loaded = checkpoint.load(weights)
     assert {t.dtype for t in loaded.tensors.values() if t.ndim > 1} == {torch.float16}
@@ -201,11 +235,13 @@ def test_in_minutes_there_are_as_many_epochs_as_fit(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     costs = {"read_a_photo": 0.5, "first_epoch_more": 3, "epoch_start": 1, "step": 2, "validate_and_save": 4}
-    monkeypatch.setattr(lease, "warmed_up", lambda *_: {**costs, "measure_a_photo": 0.25})
+    saved = {"save": 2.0}
+    monkeypatch.setattr(lease, "warmed_up", lambda *_: {**costs, **saved, "measure_a_photo": 0.25})
+    monkeypatch.setattr(lease, "QUICK_SAVE", 3.0)
     monkeypatch.setattr(lease.time, "perf_counter", lambda: 107.0)
     tests = {"a": find(data / photos.COPIES, Split.TEST), "b": []}
     # 18 photos to train on are 4 steps of 4; before: START + 24 / 2 + 3; after: (6 of val + 6 of test) / 4
-    one, rest = 1 + 4 * 2 + 4, lease.START + 15 + 3
+    one, rest = 1 + 4 * 2 + 4, lease.START + 15 + 3 + lease.FINISH + 2
     for epochs, left in ((1, rest + 1.01 * one), (5, rest + 5.9 * one), (7, 1e6)):
         seconds = (left + 7) / (1 - lease.MARGIN)  # seven are gone
         plan = lease.planned(job(data, "epochs=7"), tmp_path, tests, seconds, 100)
@@ -213,6 +249,10 @@ def test_in_minutes_there_are_as_many_epochs_as_fit(
         assert plan["deadline"] == pytest.approx(seconds * (1 - lease.MARGIN / 2) - 3)
     with pytest.raises(SystemExit, match=r"no epoch fits .* an epoch takes 13\.0 s"):
         lease.planned(job(data), tmp_path, tests, (rest + 0.99 * one + 7) / (1 - lease.MARGIN), 100)
+    saved["save"] = 4.0  # no longer quick: a tenth of the time goes into it
+    seconds = (rest + 2 + 5.9 * one + 7) / (1 - lease.MARGIN)
+    assert lease.planned(job(data, "epochs=7"), tmp_path, tests, seconds, 100)["epochs"] == 5
+    assert lease.planned(job(data, "epochs=7"), tmp_path, tests, seconds, 100)["epoch"] == pytest.approx(1.1 * one)
 
 
 def test_the_warm_up_tells_what_each_part_costs(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,16 +16,21 @@ from petseg_runtime.artifact import default_model, open_artifact
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A calibration of one small matmul."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A calibration of one small matmul; each test is a program that has just begun."""
     monkeypatch.setattr(records, "CALIBRATION_SECONDS", 0)
     monkeypatch.setattr(records, "CALIBRATION_SIZE", 256)
+    records.checkout.cache_clear()
+    yield
+    records.checkout.cache_clear()
 
 
 def test_a_record_says_which_model_commit_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {"rev-parse": "abc\n", "status": " M runtime/petseg_runtime/live.py\n"}
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     monkeypatch.setattr(records, "git", lambda *words: answers[words[0]])
+    records.checkout()  # as it was when the program began
+    answers |= {"rev-parse": "later\n", "status": ""}
     path = records.write("training/mine", "python -m benchmarks mine", {"milliseconds": [1.5]})
     found = json.loads(path.read_text(encoding="utf-8"))
     assert path == tmp_path / "training" / "mine.json"

@@ -73,5 +73,5 @@ def test_both_networks_learn_alike_and_go_on_after_a_stop(
     record = records.load("budget")
     assert [network["parameters"] for network in record["networks"]] == [29_168, 3_218_138]
     for network in record["networks"]:
-        assert network["steps_took_seconds"] > 0
+        assert network["epoch_took_seconds"] > 0
         assert list(network["sets"]) == [photos.TEST_SETS[photos.OFFICIAL]]

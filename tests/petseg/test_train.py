@@ -335,6 +335,38 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_run(
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.parametrize(
+    ("amp", "other", "said"),
+    [
+        ("fp32", torch.bfloat16, "in float32 as so far, where this device would choose bfloat16"),
+        ("bf16", torch.float32, "in float32 from here on (this device does not compute in bfloat16, as so far)"),
+    ],
+)
+def test_a_run_goes_on_in_the_precision_it_began_in_where_the_device_has_it(
+    oxford_root: Path,
+    tmp_path: Path,
+    whole: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    amp: str,
+    other: torch.dtype,
+    said: str,
+) -> None:
+    """On another machine, with ``amp=auto``."""
+    first = {"fp32": torch.float32, "bf16": torch.bfloat16}[amp]
+    monkeypatch.setattr("petseg.train.pick_precision", lambda amp, device: first)
+    stop = Recorder(at_step=at(7, lambda: signal.raise_signal(signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(tiny("amp=auto"), oxford_root, tmp_path, device=CPU, observer=stop).fit()
+    monkeypatch.setattr("petseg.train.pick_precision", lambda amp, device: other)
+    go_on = Recorder()
+    resumed = Trainer(tiny("amp=auto"), oxford_root, tmp_path, device=CPU, resume=True, observer=go_on)
+    assert any(message.startswith(said) for message in go_on.messages)
+    resumed.fit()
+    assert load(tmp_path / LAST).meta["precision"] == "float32"
+    if amp == "fp32":
+        assert_same_run(tmp_path, whole)
+
+
 def test_a_run_stopped_at_every_other_step_is_still_the_same_run(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
     for resume in (False, True, True):
         stop = Recorder()
@@ -417,7 +449,7 @@ def test_a_run_that_crashed_while_writing_its_first_best_checkpoint_goes_on(
 def test_saving_takes_a_tenth_of_the_time_at_most(
     whole: Run, monkeypatch: pytest.MonkeyPatch, took: float, since: float, pays: bool
 ) -> None:
-    monkeypatch.setattr(whole.trainer, "_save_took", took)
+    monkeypatch.setattr(whole.trainer, "save_took", took)
     monkeypatch.setattr(whole.trainer, "_saved", time.perf_counter() - since)
     assert whole.trainer._save_pays is pays
 
@@ -429,9 +461,9 @@ def with_slow_saving(trainer: Trainer) -> tuple[Trainer, list[int]]:
     def slow() -> float:
         saved.append(trainer.state.step)
         write()
-        assert 0 < trainer._save_took < 60
+        assert 0 < trainer.save_took < 60
         assert 0 <= time.perf_counter() - trainer._saved < 60
-        trainer._save_took = 3600.0
+        trainer.save_took = 3600.0
         return 0.0
 
     trainer._write_last = slow  # type: ignore[method-assign]
