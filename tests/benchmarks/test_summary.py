@@ -66,7 +66,7 @@ def figures(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("figures")
 def test_leads_and_shortfalls_have_their_sign(summary: Any) -> None:
     published, rival, pretrained, aim, folders, alone, start, size = summary.ahead().splitlines()
-    assert "+1.2 points of IoU (0.8500, 95 %: 0.750 to 0.900" in published
+    assert published.endswith(": +1.2 points of IoU on small (0.8500, 95 %: 0.750 to 0.900).")
     assert "-1.0 points" in rival
     assert "0.8600; its example shows 0.9125 to 0.9156" in pretrained
     assert "0.9039, not 0.92" in aim
