@@ -1,7 +1,7 @@
 """Train a recipe, round its weights, measure the rounded file and pack it: all that one lease of a GPU has time for.
 
     python -m benchmarks.lease photos data lease-data --size 256x256
-    python -m benchmarks.lease published --data lease-data --out lease --minutes 9 --set data.height=256 ... --no-tests
+    python -m benchmarks.lease published --data lease-data --out lease --size 256x256 --minutes 9 --no-tests
     python -m benchmarks.lease join lease/published.manifest.json petseg/weights/published.safetensors
     python -m benchmarks.lease measure lease/published.json petseg/weights/published.safetensors --data data
 
