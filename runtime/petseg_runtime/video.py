@@ -58,8 +58,8 @@ _ANYWHERE: Final = frozenset({"h264", "hevc", "m4v", "mpeg", "mpegts", "mpegvide
 #: Packets of so many bytes and more are taken to hold a picture.
 _SMALL: Final = 4096
 
-#: By codec, what keeps of a packet only the units that are (parts of) pictures (H.264, table 7-1; H.265, table 7-1).
-_PICTURES: Final = {"h264": "filter_units=pass_types=1-5", "hevc": "filter_units=pass_types=0-31"}
+#: What keeps of a packet of H.264 only the units that are (parts of) pictures (its table 7-1).
+_PICTURES: Final = "filter_units=pass_types=1-5"
 
 #: A file that lacks more than this share of what it says it lasts, and more than a second, was cut.
 _SHORTER: Final = Fraction(1, 20)
@@ -634,15 +634,16 @@ class _errors_of:  # noqa: N801 (used like a function)
 class _Settings:
     """Puts packets that hold settings and no picture (SPS, PPS, SEI) into the next one.
 
-    Some recorders keep them in packets of their own. FFmpeg's decoders take the settings, but call the packet damaged.
+    Some recorders keep them in packets of their own. FFmpeg's decoder of H.264 takes the settings, but calls the packet
+    damaged; that of H.265 does not.
     """
 
     def __init__(self, stream: Any) -> None:
         self._pictures: BitStreamFilterContext | None = None
         self._waiting = b""
-        if only := _PICTURES.get(stream.codec_context.name):
+        if stream.codec_context.name == "h264":
             with contextlib.suppress(av.error.FFmpegError):  # what the stream says of itself is damaged
-                self._pictures = BitStreamFilterContext(only, stream)
+                self._pictures = BitStreamFilterContext(_PICTURES, stream)
 
     def join(self, packet: Any) -> Any:
         """The packet with the settings that came before it; None: it waits for the next."""
