@@ -32,8 +32,10 @@ check: $(DEV)/.installed
 	$(DEV)/bin/mypy
 	$(DEV)/bin/lint-imports
 
+# On as many cores as there are; most tests use one. `-n 0`, or plain pytest, runs them one after the other.
+JOBS ?= auto
 pytest: $(DEV)/.installed
-	$(DEV)/bin/python -m pytest
+	$(DEV)/bin/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
 format: $(DEV)/.installed
 	$(DEV)/bin/ruff format .

@@ -68,7 +68,7 @@ class LrAspp(AttentionUNet):
 class RivalTrainer(Trainer):
     """The same trainer, another network."""
 
-    def _start_weights(self, init: Path | None) -> AttentionUNet:
+    def _start_weights(self, init: Path | None, root: Path) -> AttentionUNet:
         return LrAspp(self.config.model)
 
 

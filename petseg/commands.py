@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from petseg_runtime.cli.text import UNIT, parse_size, shown
+from petseg_runtime.cli.text import PATH, UNIT, parse_size, shown
 from petseg_runtime.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from petseg_runtime.errors import DataError
 
 __all__ = ["data", "evaluate", "train"]
-
-PATH = click.Path(path_type=Path)
 
 
 def _progress(quiet: bool) -> Progress:
@@ -108,6 +106,7 @@ def train(
     config = _train_config(recipe, config_file, short, size, settings)
     command = shlex.join(["petseg", *sys.argv[1:]])
     where = local_device(device)
+    _check_writable(output)  # before an epoch, which may take hours, not after it
     with join(where) as ranks:
         hushed = quiet or not ranks.first
         with _progress(hushed) as progress, _board(config, output, tensorboard and ranks.first) as board:
@@ -224,10 +223,11 @@ def _observer(epochs: int, progress: Progress, quiet: bool, first: bool) -> Obse
 
         def started(self, message: str) -> None:
             if not quiet:
-                progress.console.print(message, highlight=False)
+                # A file's name is neither broken into lines nor read as markup.
+                progress.console.print(shown(message), highlight=False, markup=False, soft_wrap=True)
 
         def left_out(self, message: str) -> None:
-            if first:  # a file's name is neither broken into lines nor read as markup
+            if first:
                 progress.console.print(shown(message), highlight=False, markup=False, soft_wrap=True)
 
         def step(self, state: RunState, loss: float, lr: float) -> None:
@@ -409,11 +409,12 @@ def download(folder: Path) -> int:
 @click.option("-q", "--quiet", is_flag=True, help="Only the exit code.")
 def check(folder: Path, split: str, as_json: bool, quiet: bool) -> int:
     """Open every photo and mask of FOLDER and name what is wrong. Exit code 0: usable; 8: not."""
-    from petseg.data import Split, find_listed
+    from petseg.data import Split, find_listed, find_unused
     from petseg.data import check as look
     from petseg_runtime.errors import DataError
 
-    pairs = find_listed(folder, [Split.TRAINVAL, Split.TEST] if split == "all" else [Split(split)])
+    listed = find_listed(folder, [Split.TRAINVAL, Split.TEST] if split == "all" else [Split(split)])
+    pairs = [pair for part in listed.values() for pair in part]
     with _progress(quiet) as progress:
         task = progress.add_task("checking", total=len(pairs), detail="")
         report = look(pairs, watch=lambda done: progress.update(task, completed=done))
@@ -422,13 +423,17 @@ def check(folder: Path, split: str, as_json: bool, quiet: bool) -> int:
         "unreadable": report.unreadable,
         "wrong_size": report.wrong_size,
         "empty": report.empty,
+        "unused": [str(path) for path in find_unused(folder)],
     }
+    splits = {str(name): len(part) for name, part in listed.items()}
     if as_json:
-        click.echo(json.dumps({"schema_version": 1, "pairs": report.pairs, "usable": report.usable, **findings}))
+        about = {"pairs": report.pairs, "splits": splits, "usable": report.usable}
+        click.echo(json.dumps({"schema_version": 1, **about, **findings}))
     elif not quiet:
         for kind, names in findings.items():
             for name in names:
-                click.echo(f"{kind.replace('_', ' ')}: {name}")
+                click.echo(f"{kind.replace('_', ' ')}: {shown(name)}")
         counted = ", ".join(f"{len(names)} {kind.replace('_', ' ')}" for kind, names in findings.items())
+        click.echo(", ".join(f"{number} pairs in {name}" for name, number in splits.items()))
         click.echo(f"{report.pairs} pairs: {counted}: {'usable' if report.usable else 'not usable'}")
     return 0 if report.usable else DataError.exit_code

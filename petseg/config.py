@@ -204,6 +204,7 @@ class TrainConfig:
         _require(self.batch >= 2, "batch", self.batch, "2 or more (BatchNorm)")
         _require(0 <= self.ema < 1, "ema", self.ema, "at least 0 and below 1")
         _require(self.early_stop >= 0, "early_stop", self.early_stop, "0 or more")
+        _require(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a number of 64 bits")
 
 
 T = TypeVar("T")

@@ -1,61 +1,51 @@
-"""Photos and masks: the Oxford-IIIT Pet layout, or a folder of your own; image and mask augmented as one."""
+"""Photos and masks: the Oxford-IIIT Pet layout, or a folder of your own. Neither torch nor torchvision is imported."""
 
 from __future__ import annotations
 
+import errno
 import http.client
-import math
-import os
 import random
-import tempfile
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TypeAlias
+from typing import Final, TypeAlias
+from urllib.error import URLError
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset, Sampler
-from torchvision import tv_tensors
-from torchvision.datasets import OxfordIIITPet
-from torchvision.transforms import v2
 
-from petseg.config import AugmentConfig
 from petseg.metrics import BACKGROUND, BORDER, PET
 from petseg_runtime import images
 from petseg_runtime.engines.base import usable_cpus
-from petseg_runtime.errors import DataError, InputError, OutputError, TrainingError
-from petseg_runtime.host import cgroup_limits
+from petseg_runtime.errors import DataError, InputError, OutputError
 
 __all__ = [
     "CheckReport",
-    "EpochSampler",
     "Layout",
     "Pair",
     "Split",
-    "TrainSet",
-    "augmentation",
     "check",
-    "decoded_size",
     "download",
     "find",
     "find_listed",
-    "memory",
+    "find_unused",
     "read_pair",
     "read_trimap",
     "resize_trimap",
-    "target_of",
     "usable",
 ]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+#: Errors of a disk, not of a network.
+LOCAL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 #: Threads that decode photos; disks and the memory gain nothing from more.
 MAX_READERS = 16
@@ -77,8 +67,8 @@ class Layout(StrEnum):
     ``annotations/{trainval,test}.txt`` with the name first on each line.
 
     ``FOLDER``: ``images/`` and ``masks/`` with equal stems; a mask is any image in which black is background and
-    white is pet (a two-valued 0/1 mask is taken as such). The stems in ``test.txt``, if it is there, are the test
-    split; the rest is trainval.
+    white is pet (a two-valued 0/1 mask is taken as such). The stems in ``test.txt``, if it is there, one on each line,
+    are the test split; the rest is trainval.
     """
 
     OXFORD = "oxford"
@@ -99,13 +89,16 @@ def locate(root: Path) -> tuple[Path, Layout]:
     """The data folder itself and its layout (torchvision downloads into a sub-folder ``oxford-iiit-pet``).
 
     Raises:
-        DataError: Neither layout is there.
+        DataError: Neither layout is there, or it cannot be looked for.
     """
-    for folder in (root, root / "oxford-iiit-pet"):
-        if (folder / "annotations" / "trimaps").is_dir() and (folder / "images").is_dir():
-            return folder, Layout.OXFORD
-        if (folder / "masks").is_dir() and (folder / "images").is_dir():
-            return folder, Layout.FOLDER
+    try:
+        for folder in (root, root / "oxford-iiit-pet"):
+            if (folder / "annotations" / "trimaps").is_dir() and (folder / "images").is_dir():
+                return folder, Layout.OXFORD
+            if (folder / "masks").is_dir() and (folder / "images").is_dir():
+                return folder, Layout.FOLDER
+    except OSError as error:
+        raise DataError(f"{root}: cannot be looked into ({error.strerror or error})") from error
     raise DataError(
         f"{root}: no data set here. Expected images/ with annotations/trimaps/ (Oxford-IIIT Pet; "
         "`petseg data download` fetches it) or images/ with masks/ (your own)"
@@ -135,34 +128,80 @@ def find(root: Path, split: Split, *, val_fraction: float = 0.05, seed: int = 0)
     return pairs
 
 
-def find_listed(root: Path, splits: Sequence[Split]) -> list[Pair]:
-    """The pairs of several of the data set's own splits; one that it does not have is passed over.
+def find_listed(root: Path, splits: Sequence[Split]) -> dict[Split, list[Pair]]:
+    """The pairs of several of the data set's own splits (trainval, test); one that it does not have is passed over.
 
     Raises:
-        DataError: No data set, or none of the splits.
+        DataError: No data set, none of the splits, or a listing that is there and cannot be read.
     """
-    pairs: list[Pair] = []
-    problems: list[DataError] = []
+    folder, layout = locate(root)
+    found: dict[Split, list[Pair]] = {}
     for split in splits:
-        try:
-            pairs += find(root, split)
-        except DataError as error:
-            problems.append(error)
-    if not pairs:
-        raise problems[0]
-    return pairs
+        if layout is Layout.FOLDER or _listing(folder, split).exists():
+            found[split] = _oxford(folder, split) if layout is Layout.OXFORD else _folder(folder, split)
+    found = {split: pairs for split, pairs in found.items() if pairs}
+    if not found:
+        raise DataError(f"{root}: no photos are listed for {' or '.join(splits)}")
+    return found
+
+
+def find_unused(root: Path) -> list[Path]:
+    """Files of a data set in the folder layout that nothing is made of: masks without a photo, and what is no picture.
+
+    Raises:
+        DataError: No data set.
+    """
+    folder, layout = locate(root)
+    if layout is Layout.OXFORD:  # its listings say which photos are meant, and others lie beside them
+        return []
+    photos, masks = _by_stem(folder / "images"), _by_stem(folder / "masks")
+    used = {*photos.values(), *(path for stem, path in masks.items() if stem in photos)}
+    files = (path for part in ("images", "masks") for path in sorted((folder / part).iterdir()))
+    return [path for path in files if path not in used and not path.name.startswith(".")]
 
 
 def download(folder: Path) -> None:
     """Fetch the Oxford-IIIT Pet data set through torchvision, which verifies the archives' checksums.
 
+    It is unpacked beside its place, so that what is at ``folder/oxford-iiit-pet`` is whole. Archives that have come in
+    an earlier try are kept, and not fetched again.
+
     Raises:
-        DataError: The server cannot be reached, or what it sent is not the data set.
+        DataError: The server cannot be reached, what it sent is not the data set, or what is there is not whole.
+        OutputError: The folder cannot be written to.
     """
+    from torchvision.datasets import OxfordIIITPet  # seconds to import, and nothing else here needs it
+
+    place, beside = folder / "oxford-iiit-pet", folder / ".oxford-iiit-pet.part"
+    if place.exists():
+        _check_whole(place)
+        return
+    unpacked = beside / place.name
     try:
-        OxfordIIITPet(folder, download=True)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        for part in ("images", "annotations"):  # torchvision takes a folder that is there for a whole one
+            if (unpacked / part).exists():
+                shutil.rmtree(unpacked / part)
+        OxfordIIITPet(beside, download=True)
+        _check_whole(unpacked)
+        unpacked.replace(place)
+        beside.rmdir()
+    except (RuntimeError, http.client.HTTPException, URLError) as error:
         raise DataError(f"{folder}: the data set could not be downloaded ({error}); try again later") from error
+    except OSError as error:
+        if error.errno in LOCAL:
+            raise OutputError(f"{folder}: the data set cannot be written there ({error.strerror})") from error
+        raise DataError(f"{folder}: the data set could not be downloaded ({error}); try again later") from error
+
+
+def _check_whole(folder: Path) -> None:
+    """Raises DataError if a photo or a mask that a listing of the data set names is not there."""
+    pairs = [pair for split in (Split.TRAINVAL, Split.TEST) for pair in find(folder, split)]
+    gone = [path for pair in pairs for path in (pair.image, pair.mask) if not path.exists()]
+    if gone:
+        raise DataError(
+            f"{folder}: {len(gone)} of the data set's files are missing, {gone[0].name} among them: move the folder "
+            "away, and download again"
+        )
 
 
 def validation_names(names: Sequence[str], fraction: float, seed: int) -> set[str]:
@@ -171,13 +210,25 @@ def validation_names(names: Sequence[str], fraction: float, seed: int) -> set[st
     return set(random.Random(seed).sample(ordered, min(len(ordered), max(1, round(fraction * len(ordered))))))
 
 
-def _oxford(folder: Path, split: Split) -> list[Pair]:
-    listing = folder / "annotations" / f"{split}.txt"
+def _listing(folder: Path, split: Split) -> Path:
+    return folder / "annotations" / f"{split}.txt"
+
+
+def _lines(listing: Path) -> list[str]:
+    """A listing's lines, without blank ones and comments.
+
+    Raises:
+        DataError: It cannot be read.
+    """
     try:
-        lines = listing.read_text(encoding="utf-8").splitlines()
+        lines = listing.read_text(encoding="utf-8-sig").splitlines()  # some editors begin with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{listing}: cannot be read ({error})") from error
-    names = sorted({line.split()[0] for line in lines if line.strip() and not line.startswith("#")})
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def _oxford(folder: Path, split: Split) -> list[Pair]:
+    names = sorted({line.split()[0] for line in _lines(_listing(folder, split))})
     trimaps = folder / "annotations" / "trimaps"
     return [Pair(n, folder / "images" / f"{n}.jpg", trimaps / f"{n}.png", Layout.OXFORD) for n in names]
 
@@ -186,18 +237,29 @@ def _folder(folder: Path, split: Split) -> list[Pair]:
     photos = _by_stem(folder / "images")
     masks = _by_stem(folder / "masks")
     listing = folder / "test.txt"
-    try:
-        test = set(listing.read_text(encoding="utf-8").split()) if listing.exists() else set()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{listing}: cannot be read ({error})") from error
+    test = set(_lines(listing)) if listing.exists() else set()
+    if strange := sorted(test - photos.keys()):  # as a photo of trainval it would be trained on
+        raise DataError(
+            f"{listing}: {len(strange)} lines name no photo in images/, the first is {strange[0]!r}: one name on each "
+            "line is expected, without its suffix"
+        )
     names = [n for n in sorted(photos) if (n in test) is (split is Split.TEST)]
     # A photo without a mask stays in the list, with the path where its mask should be: `check` will name it.
     return [Pair(n, photos[n], masks.get(n, folder / "masks" / f"{n}.png"), Layout.FOLDER) for n in names]
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
+    """The pictures in a folder.
+
+    Raises:
+        DataError: Two have one stem, or the folder cannot be read.
+    """
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror or error})") from error
+    for path in paths:
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
             if path.stem in found:
                 raise DataError(f"{path} and {found[path.stem]} have the same stem; names must be unique")
@@ -216,28 +278,49 @@ def read_trimap(pair: Pair) -> U8:
     """
     try:
         with Image.open(pair.mask) as image:
-            mask = np.array(image if pair.layout is Layout.OXFORD else image.convert("L"))
-    except (OSError, SyntaxError, ValueError) as error:
+            if pair.layout is Layout.FOLDER:
+                return _black_and_white(image, pair.mask)
+            mask = np.array(image)
+    except DataError:
+        raise
+    except Exception as error:
         raise DataError(f"{pair.mask}: cannot be read as a mask ({error})") from error
-    if pair.layout is Layout.FOLDER:
-        pet = mask > (0 if mask.max() <= 1 else 127)
-        return np.where(pet, PET, BACKGROUND).astype(np.uint8)
     if mask.ndim != 2 or mask.size == 0 or mask.min() < PET or mask.max() > BORDER:
         raise DataError(f"{pair.mask}: not a trimap (expected one channel of 1, 2 and 3)")
     return mask.astype(np.uint8)
 
 
+def _black_and_white(image: Image.Image, path: Path) -> U8:
+    """A mask of the folder layout as a trimap; one of numbered classes, or one in the alpha channel, is refused."""
+    expected = "black for background and white for the pet are expected, or 0 and 1"
+    if "A" in image.getbands() and (least := image.getchannel("A").getextrema()[0]) != 255:
+        raise DataError(f"{path}: a mask that is partly transparent (alpha {least}); {expected}, without alpha")
+    mask = np.array(image.convert("L"))
+    if 1 < (most := int(mask.max(initial=0))) <= 127:
+        raise DataError(f"{path}: nothing in this mask is white, and its brightest value is {most}; {expected}")
+    return np.where(mask > (0 if most <= 1 else 127), PET, BACKGROUND).astype(np.uint8)
+
+
 def read_pair(pair: Pair) -> tuple[U8, U8]:
-    """Photo (uint8 [H, W, 3]) and trimap (uint8 [h, w]) at their own sizes.
+    """Photo (uint8 [H, W, 3]) and trimap (uint8 [h, w]) at their own sizes, which have one shape.
 
     Raises:
-        DataError: Either cannot be read.
+        DataError: Either cannot be read, or the mask is of another shape than the photo, so that it is not of it.
     """
+    photo, trimap = _read_photo(pair), read_trimap(pair)
+    (high, wide), (rows, columns) = photo.shape[:2], trimap.shape
+    if abs(high * columns - wide * rows) > max(
+        high, wide, rows, columns
+    ):  # a copy at another size is off by a pixel at most
+        raise DataError(f"{pair.mask}: {_sizes(photo, trimap)}, which is of another shape")
+    return photo, trimap
+
+
+def _read_photo(pair: Pair) -> U8:
     try:
-        photo = images.read(pair.image).pixels
+        return images.read(pair.image).pixels
     except InputError as error:
         raise DataError(f"{error} (`petseg data check` lists every such file)") from error
-    return photo, read_trimap(pair)
 
 
 def usable(
@@ -279,7 +362,7 @@ def _being_read(pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Future[tuple[U8, 
 
 def _read_equal(pair: Pair) -> tuple[U8, U8]:
     """As :func:`read_pair`; a mask of another size than its photo is a DataError, too."""
-    photo, trimap = read_pair(pair)
+    photo, trimap = _read_photo(pair), read_trimap(pair)
     if photo.shape[:2] != trimap.shape:
         raise DataError(f"{pair.name}: {_sizes(photo, trimap)} (`petseg data check` lists every such pair)")
     return photo, trimap
@@ -297,7 +380,7 @@ class CheckReport:
 
     @property
     def usable(self) -> bool:
-        """Whether training would start: nothing missing, unreadable or of the wrong size. Empty masks are left out
+        """Whether all of it can be used: nothing missing, unreadable or of the wrong size. Empty masks are left out
         of training by name, and counted in an evaluation.
         """
         return self.pairs > 0 and not (self.missing or self.unreadable or self.wrong_size)
@@ -324,7 +407,7 @@ def check(pairs: Sequence[Pair], watch: Callable[[int], None] | None = None) -> 
 
 def _check_pair(pair: Pair, report: CheckReport) -> None:
     try:
-        photo, trimap = read_pair(pair)
+        photo, trimap = _read_photo(pair), read_trimap(pair)
     except DataError as error:
         report.unreadable.append(str(error))
         return
@@ -338,209 +421,6 @@ def _sizes(photo: U8, trimap: U8) -> str:
     return f"photo {photo.shape[1]} x {photo.shape[0]}, mask {trimap.shape[1]} x {trimap.shape[0]}"
 
 
-def augmentation(config: AugmentConfig) -> v2.Transform:
-    """The random changes as one torchvision v2 transform over (Image, Mask); a mask is never interpolated."""
-    fill = {tv_tensors.Image: 0, tv_tensors.Mask: BACKGROUND}
-    steps: list[v2.Transform] = [v2.RandomHorizontalFlip(config.flip)]
-    if config.rotate or config.translate or (config.scale_min, config.scale_max) != (1.0, 1.0):
-        steps.append(
-            v2.RandomAffine(
-                degrees=config.rotate,
-                translate=(config.translate, config.translate) if config.translate else None,
-                scale=(config.scale_min, config.scale_max),
-                interpolation=v2.InterpolationMode.BILINEAR,
-                fill=fill,
-            )
-        )
-    if config.brightness or config.contrast or config.saturation or config.hue:
-        steps.append(v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue))
-    return v2.Compose(steps)
-
-
-class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
-    """Photos and trimaps decoded once, kept as bytes in memory or in a file, augmented anew each time they are drawn.
-
-    An item is drawn by ``epoch * len(self) + index``, and its random changes depend on that number and the seed
-    alone: not on the order, nor on the number of workers, nor on whether the run was stopped in between.
-    """
-
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        height: int,
-        width: int,
-        augment: AugmentConfig,
-        seed: int,
-        teacher: Callable[[U8], U8] | None = None,
-        failed: Callable[[Pair, DataError], None] | None = None,
-        folder: Path | None = None,
-    ) -> None:
-        """Decode everything.
-
-        Args:
-            pairs: Photos with their truth.
-            height: Training height.
-            width: Training width.
-            augment: The random changes.
-            seed: Theirs.
-            teacher: What another model says of a photo, uint8 [h, w, 3] to a probability uint8 [height, width]. It is
-                asked once for each photo; what it says is turned and moved with the photo.
-            failed: Called with each pair that cannot be used, which is then left out. Without it the first one raises.
-            folder: Where to keep what is decoded, in a file that goes with this process, in place of the memory.
-
-        Raises:
-            DataError: A file cannot be read or a mask is not of its photo's size, and ``failed`` was not given; or no
-                photo with a pet is left.
-            OutputError: ``folder`` has no room for them.
-        """
-        self.names: list[str] = []
-        self.skipped_empty: list[str] = []
-        planes = (len(pairs), 2, height, width) if teacher else (len(pairs), height, width)
-        self._photos = _room((len(pairs), height, width, 3), folder)  # as many as there are at most
-        self._trimaps = _room(planes, folder)
-        for pair, photo, trimap in usable(pairs, failed):
-            if not (trimap == PET).any():
-                self.skipped_empty.append(pair.name)  # a known flaw of the data set; it would teach "no pet"
-                continue
-            self._photos[len(self)] = images.to_model(photo, height, width)
-            labels = resize_trimap(trimap, height, width)
-            self._trimaps[len(self)] = (labels, teacher(photo)) if teacher else labels
-            self.names.append(pair.name)
-        if not self.names:
-            raise DataError("no photo with a pet in its mask: nothing to train on")
-        self._augment = augmentation(augment)
-        self._paste = augment.paste
-        self._seed = seed
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, draw: int) -> tuple[Tensor, Tensor, int]:
-        """Photo uint8 [H, W, 3], trimap uint8 [H, W], and the index of its name.
-
-        With a teacher, trimap and probability as one uint8 [2, H, W] in place of the trimap.
-        """
-        epoch, index = divmod(draw, len(self))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_mix(self._seed, epoch, index))
-            image, mask = self._changed(index)
-            if self._paste and torch.rand(()) < self._paste:
-                other, its_mask = self._changed(int(torch.randint(len(self), ())))
-                # The border goes with the pet: its fur is there, and a cut along its inside would show where.
-                pet = (its_mask if its_mask.ndim == 2 else its_mask[0]) != BACKGROUND
-                image, mask = torch.where(pet, other, image), torch.where(pet, its_mask, mask)
-        return image.permute(1, 2, 0), mask, index
-
-    def _changed(self, index: int) -> tuple[Tensor, Tensor]:
-        """A photo, uint8 [3, H, W], and what is known of it, changed alike by the next random numbers."""
-        image = tv_tensors.Image(torch.from_numpy(self._photos[index]).permute(2, 0, 1))
-        mask = tv_tensors.Mask(torch.from_numpy(self._trimaps[index]))
-        image, mask = self._augment(image, mask)
-        return image.as_subclass(Tensor), mask.as_subclass(Tensor)
-
-
-def decoded_size(photos: int, height: int, width: int, taught: bool) -> int:
-    """Bytes that a :class:`TrainSet` takes, with a teacher's probabilities or without."""
-    return photos * height * width * (5 if taught else 4)
-
-
-def memory() -> int:
-    """Bytes of memory that this machine has, or that the control group of this process allows of it."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    membership = Path("/proc/self/cgroup")
-    _, limit = cgroup_limits(Path("/sys/fs/cgroup"), membership.read_text() if membership.exists() else "")
-    return min(machine, limit or machine)
-
-
-def _room(shape: tuple[int, ...], folder: Path | None) -> U8:
-    """Bytes to be filled, in memory or in a file in ``folder``. The file has no name, so it goes with its process.
-
-    Raises:
-        OutputError: The folder cannot be written to, or its disk has too little room.
-    """
-    if folder is None:
-        return np.empty(shape, np.uint8)
-    size = math.prod(shape)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:  # the mapping keeps it
-            if hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(file.fileno(), 0, size)  # else a disk that fills up would kill the process
-            return np.asarray(np.memmap(file, np.uint8, "r+", shape=shape))
-    except OSError as error:
-        raise OutputError(
-            f"{folder}: no place for {size / 1e9:.1f} GB of decoded photos, which are too many for the memory "
-            f"({error.strerror or error}): use a smaller --size, or an --output with more room"
-        ) from error
-
-
-class EpochSampler(Sampler[list[int]]):
-    """Batches of draws for one epoch, from a given batch on; full batches only (BatchNorm dislikes remainders).
-
-    The order is that of the whole run, whatever the number of processes: each takes its part of every batch.
-    """
-
-    def __init__(self, size: int, batch: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
-        """Batches of ``batch`` draws of ``size`` photos, of which this is process ``rank`` of ``ranks``.
-
-        Raises:
-            DataError: There are fewer photos than one batch takes.
-            TrainingError: A batch cannot be split evenly over the processes.
-        """
-        if size < batch:
-            raise DataError(f"{size} photos to train on, but a batch takes {batch}: use a smaller --batch")
-        if batch % ranks:
-            raise TrainingError(f"batch is {batch}; it must be a multiple of the {ranks} processes that share it")
-        self.size, self.batch, self.seed = size, batch, seed
-        self.rank, self.ranks = rank, ranks
-        self.epoch, self.start = 0, 0
-
-    def __len__(self) -> int:
-        """Batches in a whole epoch."""
-        return self.size // self.batch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = self._order()
-        for i in range(self.start, len(self)):
-            mine = order[i * self.batch : (i + 1) * self.batch][self.rank :: self.ranks]
-            yield [self.epoch * self.size + index for index in mine]
-
-    def photos(self, number: int) -> list[int]:
-        """Indices of the photos in a batch of this epoch, those of all processes."""
-        return self._order()[number * self.batch : (number + 1) * self.batch]
-
-    def _order(self) -> list[int]:
-        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch, -1))
-        return torch.randperm(self.size, generator=generator).tolist()
-
-
-def target_of(labels: Tensor, border_target: float, teacher_share: float = 0.0) -> Tensor:
-    """What the network is taught; pet 1, background 0.
-
-    Args:
-        labels: What :class:`TrainSet` gives: trimaps, uint8 [N, H, W]; or trimaps and the teacher's probabilities,
-            uint8 [N, 2, H, W].
-        border_target: What the trimap's border is taught as.
-        teacher_share: How much of the target is the teacher's probability, where there is one.
-
-    Returns:
-        float32 [N, 1, H, W].
-    """
-    trimap = labels if labels.ndim == 3 else labels[:, 0]
-    target = (trimap == PET).float() + border_target * (trimap == BORDER).float()
-    if labels.ndim == 4:
-        target = target.lerp(labels[:, 1].float() / 255, teacher_share)
-    return target.unsqueeze(1)
-
-
 def resize_trimap(trimap: U8, height: int, width: int) -> U8:
     """A trimap, uint8 [h, w], at another size, [height, width]; nearest: a class is not a quantity."""
     return np.array(Image.fromarray(trimap).resize((width, height), Image.Resampling.NEAREST))
-
-
-def _mix(seed: int, epoch: int, index: int) -> int:
-    """One number for the generator from three, well spread (the finaliser of SplitMix64)."""
-    x = (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + (index + 1) * 0x94D049BB133111EB) & (2**64 - 1)
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-    return (x ^ (x >> 31)) >> 1

@@ -39,6 +39,8 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    #: How many of them share this machine's cores and memory.
+    here: int = 1
 
     @property
     def first(self) -> bool:
@@ -94,11 +96,22 @@ def local_device(name: str) -> torch.device:
         EngineError: It is not there, or one GPU was named for several processes.
     """
     device = pick_device(name)
-    if device.type == "cpu" or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
+    if device.type == "cpu" or _world() == 1:
         return device
-    if device.index is not None:
+    if device.index is None:  # what comes next wants a number, also where a machine has one process only
+        return pick_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    if _here() > 1:
         raise EngineError(f"--device {name} is one GPU, but there are several processes: use --device cuda")
-    return pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    return device
+
+
+def _world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _here() -> int:
+    """Processes of the run on this machine; where whoever started them does not say, all of them may be."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(_world())))
 
 
 @contextlib.contextmanager
@@ -112,7 +125,7 @@ def join(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
     Raises:
         TrainingError: They do not find each other, or one of them ends or does not answer in time.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _world() == 1:
         yield Ranks()
         return
     if device.type == "cuda":
@@ -121,7 +134,7 @@ def join(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"the processes of this run do not find each other ({error})") from error
-    ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), _here())
     with lost(ranks):
         yield ranks
     # After an error the others may be in the middle of an exchange, and leaving in order would wait for them.

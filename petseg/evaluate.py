@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 
 from petseg.checkpoint import load_model
-from petseg.data import Pair, read_pair
-from petseg.device import pick_device
+from petseg.data import Pair, Split, find, read_pair
+from petseg.device import enough_memory, pick_device
 from petseg.metrics import Border, Histogram, PixelCounts, counts, histogram
 from petseg.model import AttentionUNet, normalize
 from petseg_runtime import images
@@ -37,6 +37,7 @@ __all__ = [
     "open_model",
     "split_of",
     "torch_run",
+    "trained_on",
     "write_report",
 ]
 
@@ -145,7 +146,8 @@ def torch_run(model: AttentionUNet, device: torch.device | str = "cpu") -> Run:
 
     def run(batch: U8) -> U8:
         # On a GPU, convolutions would use TF32 unless told otherwise: not float32, and not the reference.
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        exactly = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with enough_memory(f"use a smaller --batch than {len(batch)}"), torch.inference_mode(), exactly:
             logits = model(normalize(torch.from_numpy(batch).to(device)))
             probability = torch.round(255 * torch.sigmoid(logits.float().squeeze(1)))
         return probability.to(torch.uint8).cpu().numpy()
@@ -187,6 +189,7 @@ def open_model(path: Path, device: str = "auto") -> Iterator[OpenedModel]:
         model, loaded = load_model(path)
         if not isinstance(spec := loaded.meta.get("spec"), dict):
             raise CheckpointError(f"{path}: the state of a run, not a model; evaluate best.safetensors beside it")
+        _check_spec(path, spec)
         where = pick_device(device)
         about = {"file": path.name, "sha256": loaded.sha256, "engine": f"PyTorch {torch.__version__} on {where}, f32"}
         run, origin = torch_run(model, where), _origin(model, loaded.meta)
@@ -231,6 +234,29 @@ def is_split_of(provenance: Mapping[str, Any], train: Sequence[Pair], val: Seque
     return bool(hashlib.sha256("\n".join(names).encode()).hexdigest() == digest)
 
 
+def trained_on(provenance: Mapping[str, Any], root: Path, pairs: Sequence[Pair]) -> list[Pair]:
+    """Those of some photos of a data folder on which a model was certainly trained.
+
+    Args:
+        provenance: What its file says of itself.
+        root: The data folder.
+        pairs: Photos of it.
+
+    Returns:
+        None of them where the file does not say, or is of other photos than those of the folder.
+    """
+    if (split := split_of(provenance)) is None:
+        return []
+    try:
+        train, val = (find(root, part, val_fraction=split[0], seed=split[1]) for part in (Split.TRAIN, Split.VAL))
+    except DataError:  # its share of these photos is none: it is of others
+        return []
+    if not is_split_of(provenance, train, val):
+        return []
+    names = {pair.name for pair in train}
+    return [pair for pair in pairs if pair.name in names]
+
+
 def write_report(
     result: Evaluation, record: dict[str, Any], model: OpenedModel, pairs: Sequence[Pair], folder: Path
 ) -> None:
@@ -255,6 +281,13 @@ def write_report(
         write_atomic(folder / "evaluation.json", (json.dumps(record, indent=2) + "\n").encode())
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written to ({error.strerror or error})") from error
+
+
+def _check_spec(path: Path, spec: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if what a model is used with is not in its file."""
+    for name, kind in (("height", int), ("width", int), ("threshold", float)):
+        if not isinstance(spec.get(name), kind) or not spec[name] > 0:
+            raise CheckpointError(f"{path}: its header gives {spec.get(name)!r} as the model's {name}: it is damaged")
 
 
 def _origin(model: AttentionUNet, meta: dict[str, Any]) -> dict[str, Any]:

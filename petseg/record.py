@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import platform
 import subprocess
@@ -11,8 +12,8 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-import torchvision
 
+import petseg_runtime
 from petseg.train import Trainer
 from petseg_runtime.errors import OutputError
 from petseg_runtime.files import write_atomic
@@ -49,7 +50,7 @@ def record(trainer: Trainer) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {
             **meta["versions"],
-            "torchvision": torchvision.__version__,
+            "torchvision": importlib.metadata.version("torchvision"),
             "numpy": np.__version__,
             "python": platform.python_version(),
             "cuda": torch.version.cuda if trainer.device.type == "cuda" else None,
@@ -104,8 +105,13 @@ def commit() -> str | None:
     here = Path(__file__).resolve().parent
     if _git(here, "ls-files", "--error-unmatch", Path(__file__).name) is None:  # a checkout of something else
         return None
-    head = _git(here, "rev-parse", "HEAD")
-    return head and head + ("+" if _git(here, "status", "--porcelain", "--untracked-files=no", ".") else "")
+    head, top = _git(here, "rev-parse", "HEAD"), _git(here, "rev-parse", "--show-toplevel")
+    if not head or not top:
+        return None
+    # Photos are decoded and resized by the runtime: a change there makes another run, too.
+    ours = (here, Path(petseg_runtime.__file__).resolve().parent)
+    folders = [str(folder) for folder in ours if folder.is_relative_to(Path(top).resolve())]
+    return head + ("+" if _git(here, "status", "--porcelain", "--untracked-files=no", "--", *folders) else "")
 
 
 def _git(folder: Path, *words: str) -> str | None:

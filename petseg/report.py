@@ -47,6 +47,16 @@ THUMBNAIL: Final = 260  # pixels; 54 pictures of this size stay below a megabyte
 #: Breed and number, as in ``Maine_Coon_24``; cats are written with a capital letter, dogs without.
 NAME: Final = re.compile(r"([A-Za-z]+(?:_[A-Za-z]+)*)_\d+")
 SPECIES: Final = {"1": "cat", "2": "dog"}
+#: The breeds of Oxford-IIIT Pet, cats and dogs.
+BREEDS: Final = frozenset(
+    """
+    Abyssinian Bengal Birman Bombay British_Shorthair Egyptian_Mau Maine_Coon Persian Ragdoll Russian_Blue Siamese
+    Sphynx american_bulldog american_pit_bull_terrier basset_hound beagle boxer chihuahua english_cocker_spaniel
+    english_setter german_shorthaired great_pyrenees havanese japanese_chin keeshond leonberger miniature_pinscher
+    newfoundland pomeranian pug saint_bernard samoyed scottish_terrier shiba_inu staffordshire_bull_terrier
+    wheaten_terrier yorkshire_terrier
+    """.split()  # noqa: SIM905 (37 lines otherwise)
+)
 
 
 @dataclass(frozen=True)
@@ -254,8 +264,13 @@ def _jpeg(pixels: npt.NDArray[np.uint8]) -> bytes:
 
 
 def _comparable(source: Source) -> bool:
-    """Whether these are photos that the published figures are of: the data set's test split, whole or in part."""
-    return source.split is Split.TEST and all(pair.layout is Layout.OXFORD for pair in source.pairs)
+    """Whether these are photos that the published figures are of: the data set's test split, whole or in part.
+
+    Others may lie in the same layout; they are told by their names.
+    """
+    names = [NAME.fullmatch(pair.name) for pair in source.pairs]
+    known = all(match and match[1] in BREEDS for match in names) and len(names) <= report_page.TEST_PHOTOS
+    return known and source.split is Split.TEST and all(pair.layout is Layout.OXFORD for pair in source.pairs)
 
 
 def _data(result: Evaluation, source: Source) -> dict[str, Any]:

@@ -30,14 +30,15 @@ from torch.utils.data import DataLoader
 
 from petseg import checkpoint
 from petseg.config import DataConfig, ScheduleConfig, TrainConfig, from_dict, to_dict
-from petseg.data import EpochSampler, Pair, Split, TrainSet, decoded_size, find, memory, target_of, usable
-from petseg.device import pick_precision
+from petseg.data import Pair, Split, find, usable
+from petseg.device import enough_memory, pick_precision
 from petseg.distributed import Ranks, synchronized
 from petseg.ema import MovingAverage
-from petseg.evaluate import Evaluation, Run, evaluate, open_model, torch_run
+from petseg.evaluate import Evaluation, Run, evaluate, open_model, split_of, torch_run, trained_on
 from petseg.losses import bce_dice
-from petseg.metrics import Border, best_threshold
+from petseg.metrics import PET, Border, best_threshold
 from petseg.model import AttentionUNet, normalize
+from petseg.train_set import EpochSampler, TrainSet, decoded_size, memory, target_of
 from petseg_runtime import __version__, images
 from petseg_runtime.engines.base import usable_cpus
 from petseg_runtime.errors import CheckpointError, DataError, NonFiniteLoss, OutputError, TrainingError
@@ -255,8 +256,8 @@ class Trainer:
 
         Raises:
             DataError: The data cannot be used.
-            TrainingError: The folder already holds a run, or holds none to resume, or one of another config; or another
-                process has other photos.
+            TrainingError: The folder already holds a run, or holds none to resume, or one of another config; ``init``
+                was trained on photos that this run validates on; or another process has other photos.
             OutputError: ``output`` has no room for photos that are too many for the memory.
             CheckpointError: ``init`` or the state to resume is damaged, or of another network.
         """
@@ -276,7 +277,10 @@ class Trainer:
         self.loader = self._loader()
         self.observer.per_epoch, self.observer.batch = len(self.sampler), config.batch
         torch.manual_seed(config.seed)
-        self.model = self._start_weights(init).to(device).to(memory_format=torch.channels_last)
+        if init and resume:
+            self.observer.started(f"resumed, so that {init} is not read: the run has weights of its own")
+        network = self._start_weights(None if resume else init, root)
+        self.model = network.to(device).to(memory_format=torch.channels_last)
         self.ema = MovingAverage(self.model, config.ema)
         synchronized(self.model, self.ranks, device)
         self.optimizer = _optimizer(self.model, config)
@@ -296,10 +300,12 @@ class Trainer:
 
         Raises:
             NonFiniteLoss: The loss or the gradient became NaN or infinite; ``last.safetensors`` is untouched.
+            EngineError: The device, or a process that prepares photos, had too little memory.
             KeyboardInterrupt: SIGINT or SIGTERM came; the state was saved first.
         """
         try:
-            with _signals_to(self._stop_for):
+            remedy = f"use a smaller --batch than {self.config.batch}, or a smaller --size"
+            with _signals_to(self._stop_for), enough_memory(remedy):
                 # The log has one row per finished epoch: a run that was stopped after an epoch's last step, before its
                 # validation, takes up at the validation.
                 while not self.finished:
@@ -331,15 +337,24 @@ class Trainer:
             find(root, split, val_fraction=d.val_fraction, seed=d.split_seed) for split in (Split.TRAIN, Split.VAL)
         )
         folder = self._place_for(len(train), teacher is not None)
-        if not sum(1 for _ in usable(val, failed)):  # found out now, not after the first epoch
-            raise DataError(f"{root}: none of the {len(val)} validation photos can be used")
-        with _teacher(teacher, d, self.device) as (taught, about):
+        with_pet = [(trimap == PET).any() for _, _, trimap in usable(val, failed)]  # now, not after the first epoch
+        if not any(with_pet):
+            raise DataError(
+                f"{root}: of the {len(val)} validation photos {len(with_pet)} can be used, and none of those shows a "
+                "pet, so that no threshold can be chosen: set another data.val_fraction or data.split_seed"
+            )
+        with _teacher(teacher, d, self.device) as (taught, about, origin):
+            if seen := trained_on(origin, root, val):
+                self.observer.started(
+                    f"the teacher was trained on {len(seen)} of the {len(val)} validation photos: what is measured on "
+                    "them flatters this run a little"
+                )
             augment, seed = self.config.augment, self.config.seed
             return TrainSet(train, d.height, d.width, augment, seed, taught, failed, folder), val, about
 
     def _place_for(self, photos: int, taught: bool) -> Path | None:
-        """The folder for the decoded photos, if all processes of the run together would fill the memory with them."""
-        size = self.ranks.size * decoded_size(photos, self.config.data.height, self.config.data.width, taught)
+        """The folder for the decoded photos, if this machine's processes together would fill its memory with them."""
+        size = self.ranks.here * decoded_size(photos, self.config.data.height, self.config.data.width, taught)
         if 2 * size <= memory():
             self.observer.started(f"reading {photos} photos into memory")
             return None
@@ -358,7 +373,7 @@ class Trainer:
 
     def _loader(self) -> DataLoader[tuple[Tensor, Tensor, int]]:
         """Batches of the epoch that the sampler is set to, from this process or from workers that outlive the epoch."""
-        workers = workers_of(self.config.data.workers, self.device, self.ranks.size)
+        workers = workers_of(self.config.data.workers, self.device, self.ranks.here)
         # A forked worker sees the photos where they are; one started anew, as from Python 3.14 on, would get a copy.
         fork = workers > 0 and "fork" in multiprocessing.get_all_start_methods()
         return DataLoader(
@@ -693,10 +708,16 @@ class Trainer:
         except OSError as error:
             raise OutputError(f"{self.output / LOG}: cannot be written ({error.strerror or error})") from error
 
-    def _start_weights(self, init: Path | None) -> AttentionUNet:
+    def _start_weights(self, init: Path | None, root: Path) -> AttentionUNet:
         if init is None:
             return AttentionUNet(self.config.model)
         given, loaded = checkpoint.load_model(init)
+        if (seen := trained_on(loaded.meta, root, self.val_pairs)) and (split := split_of(loaded.meta)):
+            raise TrainingError(
+                f"{init}: it was trained on {len(seen)} of the {len(self.val_pairs)} photos that this run would be "
+                f"validated on; validate on its own: --set data.val_fraction={split[0]:g} "
+                f"--set data.split_seed={split[1]}"
+            )
         if loaded.model_config == self.config.model:
             return given
         model = AttentionUNet(self.config.model)
@@ -737,16 +758,17 @@ class Trainer:
 @contextlib.contextmanager
 def _teacher(
     path: Path | None, config: DataConfig, device: torch.device
-) -> Iterator[tuple[Callable[[U8], U8] | None, dict[str, str]]]:
-    """What another model says of a photo, at the training size, and which model it is; without a path nothing.
+) -> Iterator[tuple[Callable[[U8], U8] | None, dict[str, str], dict[str, Any]]]:
+    """What another model says of a photo, at the training size, which model it is, and what it says of its origin.
 
-    It is asked about the photo and its mirror image, and the mean is taken: a better teacher for twice the time, once.
+    Without a path nothing. It is asked about the photo and its mirror image, and the mean is taken: a better teacher
+    for twice the time, once.
 
     Raises:
         ModelError: It cannot be read.
     """
     if path is None:
-        yield None, {}
+        yield None, {}, {}
         return
     with open_model(path, str(device)) as model:
 
@@ -757,7 +779,7 @@ def _teacher(
             return images.from_model(mean.astype(np.uint8), config.height, config.width)
 
         about = model.describe()
-        yield ask, {"file": path.name, "identity": about.get("sha256") or about["identity"]}
+        yield ask, {"file": path.name, "identity": about.get("sha256") or about["identity"]}, model.provenance
 
 
 def _network(ema: MovingAverage) -> AttentionUNet:

@@ -554,13 +554,31 @@ def checked(capsys: pytest.CaptureFixture[str], *args: object, code: int = 0) ->
 
 
 def test_a_good_data_set_is_usable(oxford_root: Path, folder_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    nothing: dict[str, list[str]] = {"missing": [], "unreadable": [], "wrong_size": [], "empty": []}
+    nothing: dict[str, list[str]] = {"missing": [], "unreadable": [], "wrong_size": [], "empty": [], "unused": []}
     good = {"schema_version": 1, "usable": True, **nothing}
-    assert checked(capsys, oxford_root) == {**good, "pairs": 30}
-    assert checked(capsys, oxford_root, "--split", "test") == {**good, "pairs": 6}
-    assert checked(capsys, folder_root) == {**good, "pairs": 12}
+    assert checked(capsys, oxford_root) == {**good, "pairs": 30, "splits": {"trainval": 24, "test": 6}}
+    assert checked(capsys, oxford_root, "--split", "test") == {**good, "pairs": 6, "splits": {"test": 6}}
+    assert checked(capsys, folder_root) == {**good, "pairs": 12, "splits": {"trainval": 9, "test": 3}}
     assert run(["data", "check", str(oxford_root)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("30 pairs: 0 missing")
+    *_, splits, last = capsys.readouterr().out.splitlines()
+    assert splits == "24 pairs in trainval, 6 pairs in test"
+    assert last.startswith("30 pairs: 0 missing")
+
+
+def test_what_a_folder_holds_for_nothing_is_named(folder_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder_copy / "images" / "own_04.png").rename(folder_copy / "images" / "own_04.gif")
+    (folder_copy / "images" / ".hidden").touch()
+    found = checked(capsys, folder_copy)
+    assert (found["pairs"], found["usable"]) == (11, True)
+    assert found["unused"] == [str(folder_copy / part) for part in ("images/own_04.gif", "masks/own_04.png")]
+
+
+def test_a_listing_that_cannot_be_read_is_no_absent_split(
+    oxford_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (oxford_copy / "annotations" / "trainval.txt").write_bytes(b"pet_00 1 1 1\n\xe9")
+    assert run(["data", "check", str(oxford_copy)]) == 8
+    assert "trainval.txt: cannot be read" in capsys.readouterr().err
 
 
 def test_everything_that_is_wrong_is_named(oxford_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -581,7 +599,7 @@ def test_everything_that_is_wrong_is_named(oxford_copy: Path, capsys: pytest.Cap
     out, err = capsys.readouterr()
     assert f"missing: {first.image}" in out
     assert f"empty: {fourth.name}" in out
-    assert out.splitlines()[-1] == "30 pairs: 1 missing, 1 unreadable, 1 wrong size, 1 empty: not usable"
+    assert out.splitlines()[-1] == "30 pairs: 1 missing, 1 unreadable, 1 wrong size, 1 empty, 0 unused: not usable"
     assert not err
     assert run(["data", "check", str(oxford_copy), "-q"]) == 8
     assert capsys.readouterr() == ("", "")

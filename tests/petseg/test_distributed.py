@@ -18,9 +18,9 @@ from torch import nn
 from petseg.checkpoint import load
 from petseg.cli import run
 from petseg.config import TrainConfig, from_dict, to_dict
-from petseg.data import EpochSampler
 from petseg.distributed import Ranks, SyncedBatchNorm, join, local_device, synchronized
 from petseg.train import BEST, LAST, LOG, Step, Trainer
+from petseg.train_set import EpochSampler
 from petseg_runtime.errors import EngineError, TrainingError
 
 CPU = torch.device("cpu")
@@ -322,6 +322,10 @@ def test_processes_that_do_not_meet_say_so(monkeypatch: pytest.MonkeyPatch, oxfo
 def test_each_process_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert local_device("cuda") == torch.device("cuda")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert local_device("cuda") == torch.device("cuda:0"), "one on each of two machines"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert local_device("cuda:1") == torch.device("cuda:1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert local_device("cuda") == torch.device("cuda:1")

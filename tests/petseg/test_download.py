@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import http.client
 import io
+import os
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -14,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torchvision.datasets import OxfordIIITPet
+from torchvision.datasets import OxfordIIITPet, utils
 
 from petseg.cli import run
 from petseg.data import Split, download, find, read_pair
-from petseg_runtime.errors import DataError
+from petseg_runtime.errors import DataError, OutputError
 
 pytestmark = [
     # torchvision unpacks without naming a filter
@@ -102,6 +104,45 @@ def test_what_is_there_is_not_downloaded_again(server: Server, tmp_path: Path) -
     download(tmp_path)
 
 
+def test_what_was_not_unpacked_to_its_end_is_unpacked_anew(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(source: str, to: str, remove: bool = False) -> str:
+        if "annotations" in source:
+            (Path(to) / "annotations" / "trimaps").mkdir(parents=True)
+            raise KeyboardInterrupt
+        return unpack(source, to, remove)
+
+    unpack = utils.extract_archive
+    monkeypatch.setattr(utils, "extract_archive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        download(tmp_path)
+    monkeypatch.setattr(utils, "extract_archive", unpack)
+    with pytest.raises(DataError, match="no data set here"):
+        find(tmp_path, Split.TEST)
+    server.stop()  # both archives have come
+    download(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["oxford-iiit-pet"]
+    assert len(find(tmp_path, Split.TEST)) == 6
+
+
+def test_a_data_set_that_lacks_a_file_is_not_called_ready(server: Server, tmp_path: Path) -> None:
+    download(tmp_path)
+    gone = find(tmp_path, Split.TEST)[0].mask
+    gone.unlink()
+    with pytest.raises(DataError, match=rf"1 of the data set's files are missing, {gone.name}.* download again"):
+        download(tmp_path)
+
+
+def test_a_full_disk_is_not_the_servers_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("torchvision.datasets.OxfordIIITPet", full)
+    with pytest.raises(OutputError, match=r"cannot be written there \(No space left on device\)"):
+        download(tmp_path)
+
+
 def test_another_file_than_the_official_one_is_refused_and_a_second_try_mends_it(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +208,6 @@ def test_a_server_that_does_not_speak_http_is_named(tmp_path: Path, monkeypatch:
     def garbage(*args: object, **options: object) -> None:
         raise http.client.BadStatusLine("garbage")
 
-    monkeypatch.setattr("petseg.data.OxfordIIITPet", garbage)
+    monkeypatch.setattr("torchvision.datasets.OxfordIIITPet", garbage)
     with pytest.raises(DataError, match="could not be downloaded"):
         download(tmp_path)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import petseg_runtime
 from petseg import record as records
 from petseg.checkpoint import load
 from petseg.config import TrainConfig, from_dict, to_dict
@@ -115,7 +116,17 @@ def test_the_commit_is_that_of_a_checkout_of_petseg_only(tmp_path: Path, monkeyp
     git("add", ".")
     git("commit", "-q", "-m", "one")
     assert commit() == git("rev-parse", "HEAD")
-    copy.write_text("changed")
-    assert commit() == git("rev-parse", "HEAD") + "+"
+    runtime = tmp_path / "runtime" / "petseg_runtime" / "images.py"
+    for changed in (runtime, copy):
+        before = changed.read_bytes() if changed.exists() else b""
+        changed.parent.mkdir(parents=True, exist_ok=True)
+        changed.write_bytes(before)
+        git("add", ".")
+        git("commit", "-q", "--allow-empty", "-m", "two")
+        monkeypatch.setattr(petseg_runtime, "__file__", str(runtime.with_name("__init__.py")))
+        assert commit() == git("rev-parse", "HEAD")
+        changed.write_bytes(b"changed")
+        assert commit() == git("rev-parse", "HEAD") + "+", changed
+        changed.write_bytes(before)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert commit() is None, "no git"

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from petseg.checkpoint import Checkpoint, load, load_model, save_checkpoint
 from petseg.config import ScheduleConfig, TrainConfig, from_dict, override, to_dict
-from petseg.data import EpochSampler, Pair, Split, find
+from petseg.data import Pair, Split, find
 from petseg.device import pick_device, pick_precision
 from petseg.evaluate import evaluate, torch_run
 from petseg.metrics import level
@@ -46,6 +46,7 @@ from petseg.train import (
     learning_rate,
     workers_of,
 )
+from petseg.train_set import EpochSampler
 from petseg_runtime.errors import CheckpointError, DataError, EngineError, NonFiniteLoss, OutputError, TrainingError
 
 CPU = torch.device("cpu")
@@ -1269,8 +1270,69 @@ def test_photos_too_many_for_the_memory_are_kept_in_a_file(
 def test_no_validation_photo_that_can_be_used_is_refused(oxford_copy: Path, tmp_path: Path) -> None:
     for number in range(2):
         spoil_photo(oxford_copy, Split.VAL, number)
-    with pytest.raises(DataError, match="none of the 2 validation photos"):
+    with pytest.raises(DataError, match="of the 2 validation photos 0 can be used"):
         Trainer(tiny("data.on_bad=skip"), oxford_copy, tmp_path / "out", device=CPU)
+
+
+def test_validation_photos_without_a_pet_are_refused(oxford_copy: Path, tmp_path: Path) -> None:
+    for pair in find(oxford_copy, Split.VAL, val_fraction=0.1):
+        Image.fromarray(np.full((64, 64), 2, np.uint8)).save(pair.mask)
+    with pytest.raises(DataError, match="of the 2 validation photos 2 can be used, and none of those shows a pet"):
+        Trainer(tiny(), oxford_copy, tmp_path / "out", device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), "smaller --batch than 4"),
+        (MemoryError(), "too little memory: use a smaller --batch"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "or a smaller --size"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "--set data.workers=0"),
+    ],
+)
+def test_too_little_memory_is_told_with_what_takes_less(
+    oxford_root: Path, tmp_path: Path, error: Exception, said: str
+) -> None:
+    def fails(image: Tensor) -> Tensor:
+        raise error
+
+    trainer = Trainer(tiny(), oxford_root, tmp_path / "out", device=CPU)
+    trainer.forward = fails
+    with pytest.raises(EngineError, match=said) as told:
+        trainer.fit()
+    assert "\n" not in str(told.value)
+
+
+def test_another_error_of_the_device_is_left_as_it_is(oxford_root: Path, tmp_path: Path) -> None:
+    def fails(image: Tensor) -> Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    trainer = Trainer(tiny(), oxford_root, tmp_path / "out", device=CPU)
+    trainer.forward = fails
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        trainer.fit()
+
+
+def test_weights_that_have_seen_the_validation_photos_are_refused_with_their_own_split(
+    oxford_root: Path, folder_root: Path, tmp_path: Path, whole: Run
+) -> None:
+    best = whole.folder / BEST
+    other = tiny("data.split_seed=1")
+    with pytest.raises(TrainingError, match=r"trained on 2 of the 2 photos.*data\.val_fraction=0\.1 .*split_seed=0"):
+        Trainer(other, oxford_root, tmp_path / "out", device=CPU, init=best)
+    Trainer(other, folder_root, tmp_path / "out", device=CPU, init=best)  # photos of which it knows nothing
+    observer = Recorder()
+    Trainer(other, oxford_root, tmp_path / "out", device=CPU, teacher=best, observer=observer)
+    assert any("teacher was trained on 2 of the 2 validation photos" in message for message in observer.messages)
+
+
+def test_a_resumed_run_does_not_read_the_weights_that_it_began_with(
+    oxford_root: Path, tmp_path: Path, whole: Run
+) -> None:
+    folder = shutil.copytree(whole.folder, tmp_path / "out")
+    observer, gone = Recorder(), tmp_path / "gone.safetensors"
+    Trainer(tiny(), oxford_root, folder, device=CPU, init=gone, resume=True, observer=observer)
+    assert any(f"{gone} is not read" in message for message in observer.messages)
 
 
 def test_a_batch_with_a_nan_stops_the_run_and_names_its_photos(

@@ -210,13 +210,20 @@ def test_a_type_checker_refuses_a_misspelt_name(tmp_path: Path) -> None:
 CALLS = {
     "train": ["train", "--data", "{folder}", "--output", "{folder}/run"],
     "evaluate": ["evaluate", "{folder}/model.safetensors", "--data", "{folder}"],
-    "data": ["data", "check", "{folder}"],
+    "data": ["data", "download", "{folder}"],
     "export": ["export", "{folder}/model.safetensors"],
 }
 
 
 def test_every_command_that_needs_an_extra_is_tried_below() -> None:
     assert set(CALLS) == {name for name, command in COMMANDS.items() if command.extra}
+
+
+def test_photos_and_masks_are_checked_without_an_extra(folder_root: Path) -> None:
+    packages = {"torch", "torchvision", "safetensors", "tensorboard", "matplotlib", "onnx", "onnxscript"}
+    done = python(CLI, "data", "check", str(folder_root), blocked=packages)
+    assert done.returncode == 0, done.stderr
+    assert "12 pairs: 0 missing" in done.stdout
 
 
 @pytest.mark.parametrize("command", sorted(CALLS))

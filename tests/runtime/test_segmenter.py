@@ -123,7 +123,9 @@ def test_all_forms_of_a_photo_give_the_same(segmenter: Segmenter, pixels: np.nda
         np.testing.assert_array_equal(result.probability, expected)
 
 
-@pytest.mark.parametrize("wrong", [None, 3, ("cat.jpg",), {"cat.jpg"}, io.StringIO("text")], ids=repr)
+@pytest.mark.parametrize(
+    "wrong", [None, 3, ("cat.jpg",), {"cat.jpg"}, io.StringIO("text")], ids=lambda wrong: type(wrong).__name__
+)
 def test_what_is_no_photo_is_told_by_its_type(segmenter: Segmenter, wrong: Any) -> None:
     for take in (segmenter.prepare, lambda source: next(segmenter.map([source]))):
         try:

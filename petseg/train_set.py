@@ -1,0 +1,232 @@
+"""Photos as training draws them: decoded once, image and mask augmented as one, in an order of the run's own."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from petseg.config import AugmentConfig
+from petseg.data import Pair, resize_trimap, usable
+from petseg.metrics import BACKGROUND, BORDER, PET
+from petseg_runtime import images
+from petseg_runtime.errors import DataError, OutputError, TrainingError
+from petseg_runtime.host import cgroup_limits
+
+__all__ = ["EpochSampler", "TrainSet", "augmentation", "decoded_size", "memory", "target_of"]
+
+U8: TypeAlias = npt.NDArray[np.uint8]
+
+
+def augmentation(config: AugmentConfig) -> v2.Transform:
+    """The random changes as one torchvision v2 transform over (Image, Mask); a mask is never interpolated."""
+    fill = {tv_tensors.Image: 0, tv_tensors.Mask: BACKGROUND}
+    steps: list[v2.Transform] = [v2.RandomHorizontalFlip(config.flip)]
+    if config.rotate or config.translate or (config.scale_min, config.scale_max) != (1.0, 1.0):
+        steps.append(
+            v2.RandomAffine(
+                degrees=config.rotate,
+                translate=(config.translate, config.translate) if config.translate else None,
+                scale=(config.scale_min, config.scale_max),
+                interpolation=v2.InterpolationMode.BILINEAR,
+                fill=fill,
+            )
+        )
+    if config.brightness or config.contrast or config.saturation or config.hue:
+        steps.append(v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue))
+    return v2.Compose(steps)
+
+
+class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
+    """Photos and trimaps decoded once, kept as bytes in memory or in a file, augmented anew each time they are drawn.
+
+    An item is drawn by ``epoch * len(self) + index``, and its random changes depend on that number and the seed
+    alone: not on the order, nor on the number of workers, nor on whether the run was stopped in between.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        height: int,
+        width: int,
+        augment: AugmentConfig,
+        seed: int,
+        teacher: Callable[[U8], U8] | None = None,
+        failed: Callable[[Pair, DataError], None] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """Decode everything.
+
+        Args:
+            pairs: Photos with their truth.
+            height: Training height.
+            width: Training width.
+            augment: The random changes.
+            seed: Theirs.
+            teacher: What another model says of a photo, uint8 [h, w, 3] to a probability uint8 [height, width]. It is
+                asked once for each photo; what it says is turned and moved with the photo.
+            failed: Called with each pair that cannot be used, which is then left out. Without it the first one raises.
+            folder: Where to keep what is decoded, in a file that goes with this process, in place of the memory.
+
+        Raises:
+            DataError: A file cannot be read or a mask is not of its photo's size, and ``failed`` was not given; or no
+                photo with a pet is left.
+            OutputError: ``folder`` has no room for them.
+        """
+        self.names: list[str] = []
+        self.skipped_empty: list[str] = []
+        planes = (len(pairs), 2, height, width) if teacher else (len(pairs), height, width)
+        self._photos = _room((len(pairs), height, width, 3), folder)  # as many as there are at most
+        self._trimaps = _room(planes, folder)
+        for pair, photo, trimap in usable(pairs, failed):
+            if not (trimap == PET).any():
+                self.skipped_empty.append(pair.name)  # a known flaw of the data set; it would teach "no pet"
+                continue
+            self._photos[len(self)] = images.to_model(photo, height, width)
+            labels = resize_trimap(trimap, height, width)
+            self._trimaps[len(self)] = (labels, teacher(photo)) if teacher else labels
+            self.names.append(pair.name)
+        if not self.names:
+            raise DataError("no photo with a pet in its mask: nothing to train on")
+        self._augment = augmentation(augment)
+        self._paste = augment.paste
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, draw: int) -> tuple[Tensor, Tensor, int]:
+        """Photo uint8 [H, W, 3], trimap uint8 [H, W], and the index of its name.
+
+        With a teacher, trimap and probability as one uint8 [2, H, W] in place of the trimap.
+        """
+        epoch, index = divmod(draw, len(self))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_mix(self._seed, epoch, index))
+            image, mask = self._changed(index)
+            if self._paste and torch.rand(()) < self._paste:
+                other, its_mask = self._changed(int(torch.randint(len(self), ())))
+                # The border goes with the pet: its fur is there, and a cut along its inside would show where.
+                pet = (its_mask if its_mask.ndim == 2 else its_mask[0]) != BACKGROUND
+                image, mask = torch.where(pet, other, image), torch.where(pet, its_mask, mask)
+        return image.permute(1, 2, 0), mask, index
+
+    def _changed(self, index: int) -> tuple[Tensor, Tensor]:
+        """A photo, uint8 [3, H, W], and what is known of it, changed alike by the next random numbers."""
+        image = tv_tensors.Image(torch.from_numpy(self._photos[index]).permute(2, 0, 1))
+        mask = tv_tensors.Mask(torch.from_numpy(self._trimaps[index]))
+        image, mask = self._augment(image, mask)
+        return image.as_subclass(Tensor), mask.as_subclass(Tensor)
+
+
+def decoded_size(photos: int, height: int, width: int, taught: bool) -> int:
+    """Bytes that a :class:`TrainSet` takes, with a teacher's probabilities or without."""
+    return photos * height * width * (5 if taught else 4)
+
+
+def memory() -> int:
+    """Bytes of memory that this machine has, or that the control group of this process allows of it."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    membership = Path("/proc/self/cgroup")
+    _, limit = cgroup_limits(Path("/sys/fs/cgroup"), membership.read_text() if membership.exists() else "")
+    return min(machine, limit or machine)
+
+
+def _room(shape: tuple[int, ...], folder: Path | None) -> U8:
+    """Bytes to be filled, in memory or in a file in ``folder``. The file has no name, so it goes with its process.
+
+    Raises:
+        OutputError: The folder cannot be written to, or its disk has too little room.
+    """
+    if folder is None:
+        return np.empty(shape, np.uint8)
+    size = math.prod(shape)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:  # the mapping keeps it
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)  # else a disk that fills up would kill the process
+            return np.asarray(np.memmap(file, np.uint8, "r+", shape=shape))
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: no place for {size / 1e9:.1f} GB of decoded photos, which are too many for the memory "
+            f"({error.strerror or error}): use a smaller --size, or an --output with more room"
+        ) from error
+
+
+class EpochSampler(Sampler[list[int]]):
+    """Batches of draws for one epoch, from a given batch on; full batches only (BatchNorm dislikes remainders).
+
+    The order is that of the whole run, whatever the number of processes: each takes its part of every batch.
+    """
+
+    def __init__(self, size: int, batch: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
+        """Batches of ``batch`` draws of ``size`` photos, of which this is process ``rank`` of ``ranks``.
+
+        Raises:
+            DataError: There are fewer photos than one batch takes.
+            TrainingError: A batch cannot be split evenly over the processes.
+        """
+        if size < batch:
+            raise DataError(f"{size} photos to train on, but a batch takes {batch}: use a smaller --batch")
+        if batch % ranks:
+            raise TrainingError(f"batch is {batch}; it must be a multiple of the {ranks} processes that share it")
+        self.size, self.batch, self.seed = size, batch, seed
+        self.rank, self.ranks = rank, ranks
+        self.epoch, self.start = 0, 0
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return self.size // self.batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self._order()
+        for i in range(self.start, len(self)):
+            mine = order[i * self.batch : (i + 1) * self.batch][self.rank :: self.ranks]
+            yield [self.epoch * self.size + index for index in mine]
+
+    def photos(self, number: int) -> list[int]:
+        """Indices of the photos in a batch of this epoch, those of all processes."""
+        return self._order()[number * self.batch : (number + 1) * self.batch]
+
+    def _order(self) -> list[int]:
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch, -1))
+        return torch.randperm(self.size, generator=generator).tolist()
+
+
+def target_of(labels: Tensor, border_target: float, teacher_share: float = 0.0) -> Tensor:
+    """What the network is taught; pet 1, background 0.
+
+    Args:
+        labels: What :class:`TrainSet` gives: trimaps, uint8 [N, H, W]; or trimaps and the teacher's probabilities,
+            uint8 [N, 2, H, W].
+        border_target: What the trimap's border is taught as.
+        teacher_share: How much of the target is the teacher's probability, where there is one.
+
+    Returns:
+        float32 [N, 1, H, W].
+    """
+    trimap = labels if labels.ndim == 3 else labels[:, 0]
+    target = (trimap == PET).float() + border_target * (trimap == BORDER).float()
+    if labels.ndim == 4:
+        target = target.lerp(labels[:, 1].float() / 255, teacher_share)
+    return target.unsqueeze(1)
+
+
+def _mix(seed: int, epoch: int, index: int) -> int:
+    """One number for the generator from three, well spread (the finaliser of SplitMix64)."""
+    x = (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + (index + 1) * 0x94D049BB133111EB) & (2**64 - 1)
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return (x ^ (x >> 31)) >> 1
