@@ -16,20 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+import numpy as np
+
 from petseg import checkpoint
 from petseg.model import AttentionUNet
 from petseg_export import parity, registry
 from petseg_export.config import CompiledConfig, ExportConfig
 from petseg_export.deploy import HALF_LIMIT, DeployedUNet, activation_peaks
 from petseg_export.onnx import graph_bytes, metadata_of, scan, spec_of
-from petseg_runtime import onnx_metadata
+from petseg_runtime import images, onnx_metadata
 from petseg_runtime.artifact import INPUT, OUTPUT, RECEIPT_KEY, Artifact, open_artifact, sidecar_of, sidecar_text
 from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.errors import (
     CheckpointError,
     DataError,
-    EngineError,
-    EngineMissing,
+    EngineForeign,
     ModelError,
     OutputError,
     ParityNames,
@@ -38,8 +39,8 @@ from petseg_runtime.errors import (
 from petseg_runtime.files import staging
 from petseg_runtime.host import nvidia_gpus
 from petseg_runtime.onnx_metadata import with_metadata
-from petseg_runtime.parity import SMOKE, Comparison, Proof, Receipt, measure, proof_of, require
-from petseg_runtime.spec import ModelSpec
+from petseg_runtime.parity import SMOKE, Comparison, Proof, Receipt, measure, proof_of, require, spread
+from petseg_runtime.spec import STRIDE, ModelSpec
 
 __all__ = ["Exported", "export"]
 
@@ -50,6 +51,8 @@ Watch: TypeAlias = Callable[[str, int, int], None]
 TRAVELLING: Final = SMOKE
 #: Photos of the activation scans, whose outputs are all of a network's activations at once.
 SCANNED: Final = 8
+#: Photos that a graph of any size is run on at another size than its specification's.
+ANOTHER_SIZE: Final = 3
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
         CheckpointError: The checkpoint cannot be used.
         ModelError: The network does not take that size, or the ONNX file that was given is not of this checkpoint.
         DataError: The data cannot be used.
+        UsageError: A setting has nothing to act on.
         InputError: A photo of the parity test cannot be read.
         ParityError: The file does not do what the checkpoint does; nothing is left of it.
         OutputError: It cannot be written.
@@ -115,7 +119,7 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
         except OSError as error:
             raise OutputError(f"{output}: cannot be written ({error.strerror or error})") from error
     files = (output, *(output.with_name(other) for other in others))
-    return Exported(output, files, receipt, _of_size(path, loaded, spec))
+    return Exported(output, files, receipt, (*_of_size(path, loaded, spec), *_of_receipt(receipt)))
 
 
 def _of_size(path: Path, loaded: checkpoint.Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
@@ -126,6 +130,21 @@ def _of_size(path: Path, loaded: checkpoint.Checkpoint, spec: ModelSpec) -> tupl
     own, asked = f"{trained.get('height')} x {trained.get('width')}", f"{spec.height} x {spec.width}"
     remedy = "measure them with `petseg evaluate`, or train at that size"
     return (f"{path}: trained at {own}; at {asked} its masks may be much worse: {remedy}",)
+
+
+def _of_receipt(receipt: Receipt) -> tuple[str, ...]:
+    """Words on what a receipt does not say as loudly as it should be known."""
+    notes = []
+    if receipt.scan is None:
+        notes.append(
+            "activations were not searched for NaN and infinity, which onnxruntime does: pip install 'petseg[cpu]'"
+        )
+    if shared := (receipt.quantization or {}).get("judged_on_photos_of_the_receipt"):
+        notes.append(
+            f"int8 was chosen on {shared} of the {receipt.photos} photos of the parity test, whose loss of IoU is so "
+            "flattered: --split test takes others"
+        )
+    return tuple(notes)
 
 
 @contextlib.contextmanager
@@ -159,7 +178,7 @@ class _Job:
         source, quantization = self._source(file.with_name("source.onnx") if compiled else file)
         target = self._compile(source, file) if compiled else source
         proof = parity.prove(self.model, self.loaded, photos, self._progress("reference in PyTorch"))
-        rows, note = self._rows(target, proof, quantization["budget"] if quantization else None)
+        rows, note = self._rows(target, proof, _budget(quantization))
         receipt = Receipt(
             photos=len(photos.names),
             photos_sha256=proof.sha256,
@@ -179,21 +198,21 @@ class _Job:
         else:
             metadata = {**_metadata(source), RECEIPT_KEY: json.dumps(receipt.as_dict())}
             file.write_bytes(with_metadata(file.read_bytes(), metadata))
-        proof_of(file).write_bytes(proof.first(TRAVELLING).to_bytes())
+        proof_of(file).write_bytes(proof.spread(TRAVELLING).to_bytes())
         return receipt
 
     def _source(self, file: Path) -> tuple[Artifact, dict[str, Any] | None]:
         """The ONNX file that everything else is made from, and how its int8 was chosen."""
         if self.given:
             file.write_bytes(self.given.path.read_bytes())
-            return open_artifact(file), self.given.receipt.get("quantization")
+            return open_artifact(file), self._quantization_of(self.given)
         precision = self.form.sources.get(self.spec.precision, self.spec.precision)
         spec = dataclasses.replace(self.spec, precision=precision)
         metadata = metadata_of(self.path.name, self.loaded, spec, self.config)  # before the long part: it may refuse
         self.tell("tracing the network", 0, 0)
         half: set[str] = set()
         if precision == "fp16":
-            peaks = activation_peaks(self.model, self.photos.images[:SCANNED])
+            peaks = activation_peaks(self.model, self.photos.images[spread(len(self.photos.images), SCANNED)])
             half = {name for name, peak in peaks.items() if peak <= HALF_LIMIT}
         graph, quantization = graph_bytes(DeployedUNet(self.model, half), spec), None
         if precision == "int8":
@@ -217,9 +236,27 @@ class _Job:
         calibration = parity.read(parity.sample(train, config.photos, config.seed), spec)
         judges = parity.read(val, spec)
         result = quantize(graph, calibration.images, judge_on(judges), config, self.tell)
-        about = {"calibrated_on": calibration.about, "judged_on": judges.about}
-        trained_on = self.loaded.meta.get("data", {}).get("val_photos")
-        return result.graph, {**result.choice, **about, "as_many_as_in_training": trained_on == len(val)}
+        about: dict[str, Any] = {"calibrated_on": calibration.about, "judged_on": judges.about}
+        of_run = self.loaded.meta.get("data")
+        trained_on = of_run.get("val_photos") if isinstance(of_run, dict) else None
+        about |= {
+            "as_many_as_in_training": trained_on == len(val),
+            "judged_on_photos_of_the_receipt": len({*judges.names} & {*self.photos.names}),
+        }
+        return result.graph, {**result.choice, **about}
+
+    def _quantization_of(self, given: Artifact) -> dict[str, Any] | None:
+        """How the int8 of the ONNX file that was given was chosen; None if it is not int8.
+
+        Raises:
+            ModelError: Its receipt does not say it as we write it.
+        """
+        found = given.receipt.get("quantization")
+        if found is not None and _budget(found) is None:
+            raise ModelError(
+                f"{given.path}: its receipt is damaged (quantization {str(found)[:40]!r}): export it again"
+            )
+        return found if isinstance(found, dict) else None
 
     def _compile(self, source: Artifact, file: Path) -> Artifact:
         assert self.form.compiler is not None
@@ -240,31 +277,46 @@ class _Job:
         if self.name == "trt-rtx" and (reason := _refused(target)):
             return (), f"the GPU where it was made does not load it ({reason}); `petseg verify` on the device does"
         rows: list[Comparison] = []
+        other = self._at_another_size()
         for backend in self.config.backends:
-            rows += measure(target, proof, backend, None, task, self._progress("parity test"), budget)
+            rows += measure(target, proof, backend, None, task, self._progress("parity test"), budget, also=other)
         return tuple(rows), ""
+
+    def _at_another_size(self) -> Proof | None:
+        """A few photos at a size that is not the specification's, for a graph that takes any."""
+        height, width = (max(STRIDE, size - less) for size, less in ((self.spec.height, 16), (self.spec.width, 32)))
+        if not self.spec.dynamic_size or (height, width) == (self.spec.height, self.spec.width):
+            return None
+        chosen = spread(len(self.photos.names), ANOTHER_SIZE)
+        resized = np.stack([images.to_model(photo, height, width) for photo in self.photos.images[chosen]])
+        names = tuple(self.photos.names[i] for i in chosen)
+        return parity.prove(self.model, self.loaded, parity.Photos(names, resized, None))
 
     def _scan(self, source: Artifact) -> dict[str, Any] | None:
         if importlib.util.find_spec("onnxruntime") is None:
             return None
         self.tell("scanning activations", 0, 0)
-        return scan(source.path.read_bytes(), list(self.photos.images[:SCANNED]))
+        return scan(source.path.read_bytes(), list(self.photos.images[spread(len(self.photos.images), SCANNED)]))
 
     def _progress(self, what: str) -> Callable[[int], None]:
         return lambda done: self.tell(what, done, len(self.photos.names))
 
 
+def _budget(quantization: Any) -> float | None:
+    """The loss of IoU, in points, that int8 was allowed."""
+    budget = quantization.get("budget") if isinstance(quantization, dict) else None
+    return float(budget) if isinstance(budget, int | float) else None
+
+
 def _refused(artifact: Artifact) -> str:
-    """Why this GPU does not load an engine that may be for another; empty if it does.
+    """Why this GPU is none of those that an engine was built for; empty if it is one.
 
     Raises:
-        EngineMissing: What loads it is not installed.
+        EngineError: It is, and yet the engine cannot be loaded or run, which is a failed export.
     """
     try:
         load_engine(artifact).close()
-    except EngineMissing:
-        raise
-    except EngineError as error:
+    except EngineForeign as error:
         return str(error)
     return ""
 

@@ -2,7 +2,8 @@
 
 The result is a graph with QuantizeLinear and DequantizeLinear nodes ("Q/DQ") that every compiler takes as it is:
 symmetric int8 with zero points of 0, weights per output channel, activations per tensor, and biases in float, because
-TensorRT dequantizes no int32.
+TensorRT dequantizes no int32. ONNX Runtime does: it makes an int32 of a bias, in steps of the two scales' product, and
+does not look whether it fits. So where a channel's weights are next to nothing, its scale is what its bias wants.
 
 An activation is rounded where it is made, and what lies behind it takes the rounded one, gates and concatenations
 too: it is then kept in one byte only. Convolutions that are left in float are the exception: they take what they
@@ -51,6 +52,8 @@ LARGEST: Final = 127
 #: The largest int8 of a weight: two products with an unsigned byte fit 16 bits, 2 x 255 x 64 = 32,640. ("Saturation
 #: (overflow) issue workaround", OpenVINO's documentation; "Nuances of int8 computations", oneDNN's.)
 LARGEST_WEIGHT: Final = 64
+#: The largest int32 that a bias becomes; the products that are added to it have room above.
+LARGEST_BIAS: Final = 2**30
 #: Bins of a histogram of magnitudes; at least half of them lie below the largest magnitude.
 BINS: Final = 4096
 #: What never exceeds this is taken for zero: the product of two scales must stay a normal float32.
@@ -227,8 +230,8 @@ def quantize(
 def judge_on(photos: Photos) -> Judge:
     """The headline metric on labelled photos, in ONNX Runtime on the CPU.
 
-    It computes a Q/DQ graph whose biases are float in float32, with all operands of the quantized convolutions on
-    the int8 grid: no rounding of its own comes on top, and none is hidden.
+    It computes a Q/DQ graph in float32 with all operands of the quantized convolutions on the int8 grid, and biases in
+    such fine steps (see above) that no rounding of its own counts beside that.
 
     Raises:
         DataError: They are not labelled.
@@ -376,8 +379,9 @@ def with_int8(proto: ModelProto, layers: Set[str], ranges: Mapping[str, float]) 
     stored = {tensor.name: tensor for tensor in proto.graph.initializer}
     takes_rounded = _takers(proto, chosen)
     parts: list[NodeProto | TensorProto] = []
+    least = _least_scales(proto, convolutions, stored, ranges)
     for weight in dict.fromkeys(conv.input[1] for conv in convolutions):
-        parts += _dequantized(weight, numpy_helper.to_array(stored[weight]))
+        parts += _dequantized(weight, numpy_helper.to_array(stored[weight]), least[weight])
     for node in proto.graph.node:
         copy = NodeProto.FromString(node.SerializeToString())
         for i, name in enumerate(node.input):
@@ -385,21 +389,25 @@ def with_int8(proto: ModelProto, layers: Set[str], ranges: Mapping[str, float]) 
                 copy.input[i] = f"{name}_rounded"
         parts.append(copy)
         for name in rounded.intersection(node.output):
-            scale = _scale(np.float32(ranges[_source(proto, name)]), LARGEST)
+            scale = _activation_scale(proto, name, ranges)
             parts += _clipped_and_rounded(name, scale) if node.op_type == "Concat" else _rounded(name, name, scale)
     return _rebuilt(proto, parts)
 
 
-def int8_weight(weight: F32) -> tuple[I8, F32]:
-    """A convolution's weights in int8 with a scale per output channel; a channel of zeros has the scale 1.
+def int8_weight(weight: F32, least: F32 | None = None) -> tuple[I8, F32]:
+    """A convolution's weights in int8 with a scale per output channel.
 
     Args:
         weight: float32 [O, I, h, w].
+        least: What the scale of each channel is at least, float32 [O]. A channel of zeros has that, or 1.
 
     Returns:
         int8 [O, I, h, w], from -64 to 64, and its scales, float32 [O].
     """
-    scales = _scale(np.abs(weight).max(axis=(1, 2, 3)), LARGEST_WEIGHT)
+    largest = np.abs(weight).max(axis=(1, 2, 3))
+    scales = _scale(largest, LARGEST_WEIGHT)
+    if least is not None:
+        scales = np.where(largest > NOTHING, np.maximum(scales, least), np.where(least > 0, least, scales))
     values = np.rint(weight / scales.reshape(-1, 1, 1, 1))
     return np.clip(values, -LARGEST_WEIGHT, LARGEST_WEIGHT).astype(np.int8), scales
 
@@ -407,6 +415,25 @@ def int8_weight(weight: F32) -> tuple[I8, F32]:
 def _scale(largest: Any, levels: int) -> F32:
     """The scale that gives a largest magnitude that many levels; of an array, each: float32, always above zero."""
     return np.where(largest > NOTHING, largest / np.float32(levels), np.float32(1)).astype(np.float32)
+
+
+def _activation_scale(proto: ModelProto, name: str, ranges: Mapping[str, float]) -> F32:
+    return _scale(np.float32(ranges[_source(proto, name)]), LARGEST)
+
+
+def _least_scales(
+    proto: ModelProto, convolutions: Sequence[NodeProto], stored: Mapping[str, TensorProto], ranges: Mapping[str, float]
+) -> dict[str, F32]:
+    """For each weight, the scales of its channels, float32 [O], below which a bias would not fit an int32."""
+    least: dict[str, F32] = {}
+    for conv in convolutions:
+        source, weight, *rest = conv.input
+        channels = stored[weight].dims[0]
+        bias = numpy_helper.to_array(stored[rest[0]]) if rest else np.zeros(channels, np.float32)
+        sizes = np.abs(bias).astype(np.float32)
+        needed = np.where(sizes > NOTHING, sizes / (_activation_scale(proto, source, ranges) * LARGEST_BIAS), 0)
+        least[weight] = np.maximum(least.get(weight, np.float32(0)), needed).astype(np.float32)
+    return least
 
 
 def _convolutions(proto: ModelProto) -> list[NodeProto]:
@@ -448,9 +475,9 @@ def _takers(proto: ModelProto, chosen: Set[str]) -> Callable[[NodeProto], bool]:
     return takes
 
 
-def _dequantized(weight: str, values: F32) -> Iterator[NodeProto | TensorProto]:
+def _dequantized(weight: str, values: F32, least: F32) -> Iterator[NodeProto | TensorProto]:
     """Weights, float32 [O, I, h, w], in int8, and the node that makes ``{weight}_rounded`` of them."""
-    stored, scales = int8_weight(values)
+    stored, scales = int8_weight(values, least)
     yield numpy_helper.from_array(stored, f"{weight}_int8")
     yield from _parameters(weight, scales)
     yield _linear("Dequantize", f"{weight}_int8", weight, f"{weight}_rounded", axis=0)

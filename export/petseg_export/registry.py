@@ -12,12 +12,13 @@ from petseg_export.config import (
     ExportConfig,
     OnnxConfig,
     OpenVINOConfig,
+    QuantizeConfig,
     TensorRTConfig,
     TensorRTRTXConfig,
 )
 from petseg_runtime.engines.registry import ENGINES, RULE
 from petseg_runtime.engines.tensorrt_library import bindings
-from petseg_runtime.errors import DataError, EngineError, EngineMissing, MissingExtra, ModelError
+from petseg_runtime.errors import DataError, EngineError, EngineMissing, MissingExtra, ModelError, UsageError
 from petseg_runtime.host import nvidia_gpus
 
 __all__ = ["FORMATS", "Format", "Needs", "check", "format_of", "why_not"]
@@ -138,8 +139,10 @@ def check(config: ExportConfig) -> None:
         EngineError: A GPU that is needed is not there; EngineMissing: no engine for the parity test.
         ModelError: The format does not come in that precision, or an option fights the ONNX file that was given.
         DataError: int8 without labelled data.
+        UsageError: A setting has nothing to act on.
     """
     name, form = format_of(config)
+    _check_applies(config)
     if config.precision not in form.precisions:
         raise ModelError(f"{name} comes in {', '.join(form.precisions)}, not in {config.precision}")
     if error := why_not(form):
@@ -151,6 +154,22 @@ def check(config: ExportConfig) -> None:
             raise MissingExtra("int8 is calibrated in onnxruntime, which is not installed: pip install 'petseg[cpu]'")
     for backend in config.backends:
         _check_backend(name, backend)
+
+
+def _check_applies(config: ExportConfig) -> None:
+    """Refuse settings that would be passed over in silence."""
+    given = isinstance(config, CompiledConfig) and config.onnx is not None
+    if config.quantize != QuantizeConfig() and (config.precision != "int8" or given):
+        made = "an ONNX file is compiled as it is" if given else f"this is {config.precision}"
+        raise UsageError(f"settings of int8 (--int8-...) are of an export that makes int8, and {made}")
+    if config.split != ExportConfig().split and config.data is None:
+        raise UsageError(f"split {config.split} is of labelled photos: give their folder with --data")
+    if not isinstance(config, TensorRTConfig) or given:
+        return
+    if config.batch and config.max_batch != TensorRTConfig().max_batch:
+        raise UsageError(f"max_batch is of a graph that takes any batch, and this one takes {config.batch}")
+    if config.max_size and not config.dynamic_size:
+        raise UsageError("max_size is of a graph that takes any size: ask for that with --dynamic-size")
 
 
 def _check_backend(name: str, backend: str) -> None:

@@ -224,7 +224,7 @@ def _load(
             exact=exact,
             cuda_graph=cuda_graph,
         )
-        stack.callback(engine.close)
+        stack.callback(_closed, engine)
         return engine
 
     start = time.perf_counter()
@@ -242,6 +242,12 @@ def _load(
         callers=shared.describe().streams,
     )
     return _Runner(check, row, alone, shared)
+
+
+def _closed(engine: Engine) -> None:
+    """Close an engine; one whose GPU has failed cannot be, which must not cost the others their results."""
+    with contextlib.suppress(EngineError):
+        engine.close()
 
 
 def _rounds(

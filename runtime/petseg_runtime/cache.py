@@ -284,6 +284,8 @@ def clear() -> tuple[int, int]:
         for file in _ours(folder):
             try:
                 size_of = file.stat(follow_symlinks=False).st_size
+                if file.name.endswith(".lock") and _held(Path(file.path)):
+                    continue  # somebody compiles; without its lock, the next one would do the same at the same time
                 Path(file.path).unlink()
             except FileNotFoundError:  # somebody else was quicker
                 continue
@@ -412,12 +414,45 @@ def _alone(path: Path) -> Iterator[None]:
     import fcntl  # POSIX only
 
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    lock = os.open(path.with_name(f"{path.name}.lock"), flags, 0o600)
+    file = path.with_name(f"{path.name}.lock")
+    while True:
+        lock = os.open(file, flags, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_at(lock, file):  # somebody cleared the cache meanwhile: this one keeps nobody out
+                continue
+            yield
+            return
+        finally:
+            os.close(lock)
+
+
+def _held(file: Path) -> bool:
+    """Whether somebody holds a lock.
+
+    Raises:
+        OSError: It cannot be looked at.
+    """
+    import fcntl  # POSIX only
+
+    if file.is_symlink():  # none of ours is one
+        return False
+    lock = os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
     finally:
         os.close(lock)
+    return False
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is what now lies at a path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def _words(error: Exception) -> str:

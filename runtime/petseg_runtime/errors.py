@@ -124,6 +124,10 @@ class EngineMissing(EngineError):
     """No inference engine is installed."""
 
 
+class EngineForeign(EngineError):
+    """A compiled engine is for another GPU than the one that is here."""
+
+
 class OutputError(PetsegError):
     """A result cannot be written where it should go."""
 

@@ -38,6 +38,7 @@ __all__ = [
     "measure",
     "proof_of",
     "require",
+    "spread",
     "tolerance_for",
 ]
 
@@ -49,6 +50,9 @@ SCHEMA_VERSION: Final = 2
 
 #: With fewer photos than this, a receipt calls itself "smoke": it shows that the file works, not how well.
 SMOKE: Final = 16
+
+#: Photos that a model which takes any number of them is run on together.
+FEW: Final = 3
 
 #: Bytes that a proof may take in memory; a file that claims more is refused unread.
 MAX_PROOF: Final = 2**30
@@ -117,15 +121,15 @@ class Proof:
         """Digest over the photos' pixels, in order."""
         return hashlib.sha256(np.ascontiguousarray(self.images).tobytes()).hexdigest()
 
-    def first(self, count: int) -> Proof:
-        """The same with at most ``count`` photos."""
-        return Proof(
-            self.names[:count], self.images[:count], self.expected[:count], self.checkpoint_sha256, self.reference
-        )
+    def spread(self, count: int) -> Proof:
+        """The same with at most ``count`` photos; see :func:`spread`."""
+        return self._of(spread(len(self.names), count))
 
     def repeated(self, count: int) -> Proof:
         """The same with exactly ``count`` photos: the first, or all again and again."""
-        index = np.arange(count) % len(self.names)
+        return self._of(np.arange(count) % len(self.names))
+
+    def _of(self, index: npt.NDArray[np.int64]) -> Proof:
         names = tuple(self.names[i] for i in index)
         return replace(self, names=names, images=self.images[index], expected=self.expected[index])
 
@@ -318,6 +322,11 @@ class Receipt:
         }
 
 
+def spread(photos: int, count: int) -> npt.NDArray[np.int64]:
+    """Indices of at most ``count`` of so many photos, int64, ascending; from all over: a data set has an order."""
+    return np.unique(np.linspace(0, photos - 1, min(count, photos)).round().astype(np.int64))
+
+
 def compare(
     run: Run,
     info: EngineInfo,
@@ -326,11 +335,12 @@ def compare(
     task: Callable[[U8], dict[str, Any]] | None = None,
     watch: Callable[[int], None] | None = None,
     budget: float | None = None,
+    also: Proof | None = None,
 ) -> Comparison:
     """Run a model on every photo of a proof, one by one, and measure how far it is from the reference.
 
     Where the engine gains from batches, which photos and videos are then run in, the first photos are run once more as
-    such a batch, within the same tolerance.
+    such a batch, within the same tolerance; and so are three, of a model that takes any number.
 
     Args:
         run: The model, in the engine that will run it.
@@ -341,6 +351,8 @@ def compare(
             :attr:`Comparison.task`.
         watch: Called with the number of photos done so far.
         budget: The loss of IoU that is allowed instead of the tolerance's own, where that limits it.
+        also: Photos at another size, for a model that takes any: within the same tolerance, but for int8, whose
+            differences are told from many photos only.
 
     Raises:
         ParityShapes: An output's shape or type is not the contract's.
@@ -356,12 +368,16 @@ def compare(
     if budget is not None and tolerance.task_loss is not None:
         tolerance = replace(tolerance, task_loss=budget)
     measured, failures = _judged(proof, answers, spec, tolerance, task)
-    if info.batch > 1:
-        batch = proof.repeated(info.batch)
-        got = run(batch.images)
-        _check_output(got, batch.expected)
-        _, wrong = _judged(batch, got, spec, tolerance)
-        failures += [f"{info.batch} at a time: {failure}" for failure in wrong]
+    together = info.batch if info.batch > 1 or spec.batch else FEW
+    for what, batch in (
+        (f"{together} at a time", proof.repeated(together) if together > 1 else None),
+        ("at another size", also if info.precision != "int8" else None),
+    ):
+        if batch is not None:
+            got = run(batch.images)
+            _check_output(got, batch.expected)
+            _, wrong = _judged(batch, got, spec, tolerance)
+            failures += [f"{what}: {failure}" for failure in wrong]
     return Comparison(
         engine=f"{info.name} {info.version} ({info.device}, {info.provider})",
         precision=info.precision,
@@ -381,6 +397,7 @@ def measure(
     watch: Callable[[int], None] | None = None,
     budget: float | None = None,
     device: str = "auto",
+    also: Proof | None = None,
 ) -> tuple[Comparison, ...]:
     """The rows of one engine: in float32 where the file is float32, and in what the engine chooses if left alone.
 
@@ -393,6 +410,7 @@ def measure(
         watch: Called with the number of photos done so far, from 1 in each row.
         budget: See :func:`compare`.
         device: What it runs on, or ``auto``.
+        also: See :func:`compare`.
 
     Raises:
         EngineError: The engine cannot be had, or cannot load or run the file.
@@ -403,7 +421,7 @@ def measure(
         with load_engine(artifact, backend, threads, device=device, exact=exact) as engine:
             info = engine.describe()
             if info not in rows:
-                rows[info] = compare(engine.run, info, proof, artifact.spec, task, watch, budget)
+                rows[info] = compare(engine.run, info, proof, artifact.spec, task, watch, budget, also)
     return tuple(rows.values())
 
 

@@ -282,4 +282,4 @@ class Segmenter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._engine.__exit__(kind, error, trace)

@@ -24,9 +24,10 @@ SAMPLES = ROOT / "runtime" / "petseg_runtime" / "models" / "samples"
 #: The training is just long enough for masks that mean something: a receipt of nothing is refused.
 SHORTER = {
     "train": ["--epochs", "24", "--width", "4", "--size", "64x64", "--batch", "4", "--device", "cpu"],
-    # Points of IoU; one toy photo is a coarse judge, and so is one pixel of 32 x 32, whatever the CPU computes in.
-    "export": ["--int8-judges", "1", "--int8-budget", "5", "--split", "test"],
+    "export": ["--split", "test"],
 }
+#: Points of IoU; one toy photo is a coarse judge, and so is one pixel of 32 x 32, whatever the CPU computes in.
+INT8 = ["--int8-judges", "1", "--int8-budget", "5"]
 
 
 def blocks(language: str) -> list[str]:
@@ -65,6 +66,7 @@ def test_the_commands_run_in_their_order(home: Path) -> None:
         if words[1:3] == ["data", "download"]:
             continue  # 0.8 GB from the network; tests/petseg/test_download.py runs it against a local server
         shorter = [] if "--list" in words else SHORTER.get(words[1], [])
+        shorter = [*shorter, *(INT8 if "int8" in words else [])]
         command = [sys.executable, "-m", "petseg.cli", *words[1:], *shorter]
         done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, checker, numpy_helper
+from onnx import TensorProto, checker, helper, numpy_helper
 
 from petseg.data import Split, find
 from petseg_export import QuantizeConfig, parity
@@ -286,6 +286,48 @@ def test_a_dead_channel_and_a_dead_layer_are_no_obstacle(graph: bytes, labelled:
     dead = changed(graph, kill)
     made = with_int8(onnx.load_from_string(dead), set(all_layers(graph)), ranges_of(dead, labelled))
     assert np.abs(run_onnxruntime(made, labelled.images[:4]) - run_onnxruntime(dead, labelled.images[:4])).mean() < 8
+
+
+def convolutions(*parts: tuple[np.ndarray, np.ndarray]) -> bytes:
+    """A float graph of 1x1 convolutions, weights [O, I] and biases [O], one after the other: float32 in and out."""
+    nodes, constants = [helper.make_node("Identity", ["image"], ["x0"])], []
+    for number, (weight, bias) in enumerate(parts):
+        constants += [
+            numpy_helper.from_array(weight[..., None, None].astype(np.float32), f"{number}.weight"),
+            numpy_helper.from_array(bias.astype(np.float32), f"{number}.bias"),
+        ]
+        nodes.append(helper.make_node("Conv", [f"x{number}", f"{number}.weight", f"{number}.bias"], [f"x{number + 1}"]))
+    shapes = [len(parts[0][0][0]), *(len(weight) for weight, _ in parts)]
+    ends = [
+        helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1, c, 4, 4])
+        for n, c in (("image", shapes[0]), (f"x{len(parts)}", shapes[-1]))
+    ]
+    graph = helper.make_graph(nodes, "convolutions", ends[:1], ends[1:], constants)
+    opsets = [helper.make_opsetid("", 20)]
+    return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString())
+
+
+@pytest.mark.parametrize("tiny", [0.0, 1e-10, 1e-6, 1e-3])
+@pytest.mark.parametrize("bias", [0.05, -0.5, 3.0])
+def test_a_bias_is_what_it_was_in_onnxruntime_however_small_the_weights(tiny: float, bias: float) -> None:
+    """ONNX Runtime makes an int32 of it, in steps of the scales, without a look at whether it fits."""
+    weights = np.array([[tiny, -tiny], [0.5, 0.25]])
+    float_graph = convolutions((weights, np.array([bias, 0.1])), (np.array([[1.0, 1.0]]), np.array([0.0])))
+    made = with_int8(onnx.load_from_string(float_graph), {"0", "1"}, {"x0": 20.0, "x1": 20.0})
+    photo = np.random.default_rng(0).uniform(-20, 20, (1, 2, 4, 4)).astype(np.float32)
+    answers = []
+    for level in (
+        onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    ):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = level
+        session = onnxruntime.InferenceSession(made, options, providers=["CPUExecutionProvider"])
+        answers.append(session.run(None, {"image": photo})[0])
+    np.testing.assert_allclose(answers[1], answers[0], atol=20 / 127 + 1e-5)  # a step of the activation in between
+    assert np.abs(answers[1] - answers[0]).mean() < 0.03
+    exact = onnxruntime.InferenceSession(float_graph, providers=["CPUExecutionProvider"]).run(None, {"image": photo})[0]
+    assert np.abs(answers[1] - exact).mean() < 0.15
 
 
 # --- what the engines make of it ---

@@ -23,7 +23,15 @@ from petseg_export import (
 from petseg_export.registry import FORMATS, check, format_of, why_not
 from petseg_runtime.artifact import COMPILED
 from petseg_runtime.engines.registry import ENGINES
-from petseg_runtime.errors import DataError, EngineError, EngineMissing, MissingExtra, ModelError, PetsegError
+from petseg_runtime.errors import (
+    DataError,
+    EngineError,
+    EngineMissing,
+    MissingExtra,
+    ModelError,
+    PetsegError,
+    UsageError,
+)
 from petseg_runtime.spec import PRECISIONS
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -211,3 +219,32 @@ def test_requests_are_checked_without_importing_what_would_do_the_work() -> None
 
 def test_every_refusal_is_an_error_of_petseg() -> None:
     assert issubclass(EngineMissing, PetsegError)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (OnnxConfig(quantize=QuantizeConfig(budget=0.1)), "of int8 .* and this is fp32"),
+        (OpenVINOConfig(precision="int8", onnx=Path("x.onnx"), quantize=QuantizeConfig(photos=7)), "compiled as it is"),
+        (OnnxConfig(split="test"), "give their folder with --data"),
+        (TensorRTRTXConfig(batch=1, max_batch=4), "this one takes 1"),
+        (TensorRTConfig(max_size=(64, 64)), "--dynamic-size"),
+    ],
+)
+@pytest.mark.usefixtures("everything")
+def test_a_setting_that_has_nothing_to_act_on_is_refused(config: ExportConfig, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        check(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TensorRTRTXConfig(max_batch=4, max_size=(64, 64), dynamic_size=True),
+        TensorRTRTXConfig(onnx=Path("x.onnx"), max_batch=4, max_size=(64, 64)),
+        OnnxConfig(precision="int8", data=Path("x"), quantize=QuantizeConfig(budget=0.1), split="test"),
+    ],
+)
+@pytest.mark.usefixtures("everything")
+def test_a_setting_that_has_is_not(config: ExportConfig) -> None:
+    check(config)

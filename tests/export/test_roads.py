@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -28,7 +29,15 @@ from petseg_export import (
 )
 from petseg_export.tensorrt import profile_of
 from petseg_runtime.artifact import open_artifact, sidecar_of
-from petseg_runtime.errors import DataError, EngineError, EngineMissing, ModelError, OutputError, ParityTolerance
+from petseg_runtime.errors import (
+    DataError,
+    EngineError,
+    EngineForeign,
+    EngineMissing,
+    ModelError,
+    OutputError,
+    ParityTolerance,
+)
 from petseg_runtime.onnx_metadata import with_metadata
 from petseg_runtime.spec import ModelSpec
 from petseg_runtime.verify import verify_artifact
@@ -99,6 +108,20 @@ def test_calibration_judgement_and_receipt_are_on_different_photos(
     assert choice["judged_on"] == parity.read(parts["val"], spec).about
     assert {pair.name for pair in calibrated} <= {pair.name for pair in parts["train"]}
     assert set(int8.receipt.names) == {pair.name for pair in parts["test"]}
+    assert choice["judged_on_photos_of_the_receipt"] == 0
+    assert not any("--split test" in note for note in int8.notes)
+
+
+def test_a_receipt_on_the_photos_that_int8_was_chosen_on_says_so(int8: build.Exported) -> None:
+    choice = {**(int8.receipt.quantization or {}), "judged_on_photos_of_the_receipt": 6}
+    (note,) = build._of_receipt(dataclasses.replace(int8.receipt, quantization=choice))
+    assert "chosen on 6 of the 6 photos of the parity test" in note
+    assert "--split test takes others" in note
+
+
+def test_a_receipt_without_a_search_for_nan_says_so(int8: build.Exported) -> None:
+    (note,) = build._of_receipt(dataclasses.replace(int8.receipt, scan=None))
+    assert "not searched for NaN" in note
 
 
 def test_the_loss_in_the_receipt_is_that_of_evaluate(int8: build.Exported, quarter: Path, oxford_root: Path) -> None:
@@ -257,7 +280,14 @@ def test_a_larger_budget_counts_in_the_receipt_too(int8: build.Exported) -> None
     assert {row.tolerance.task_loss for row in int8.receipt.rows} == {QUANTIZE.budget}
 
 
-@pytest.mark.parametrize("error", [EngineMissing("cuda-bindings is not installed"), EngineError("built for 8.9")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        EngineMissing("cuda-bindings is not installed"),
+        EngineError("cannot run it: an illegal memory access"),
+        EngineForeign("built for 8.9"),
+    ],
+)
 def test_only_an_engine_for_another_gpu_is_left_unrun(
     error: EngineError, quarter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,9 +300,10 @@ def test_only_an_engine_for_another_gpu_is_left_unrun(
     monkeypatch.setattr(build, "nvidia_gpus", lambda: 1)
     monkeypatch.setattr(build, "load_engine", refuse)
     config = TensorRTRTXConfig(output=tmp_path / "x.engine", photos=1)
-    if isinstance(error, EngineMissing):
-        with pytest.raises(EngineMissing, match="cuda-bindings"):
+    if not isinstance(error, EngineForeign):
+        with pytest.raises(type(error), match=str(error)[:13]):
             export(quarter, config)
+        assert list(tmp_path.iterdir()) == []
     else:
         receipt = export(quarter, config).receipt
         assert receipt.kind == "built, not run"

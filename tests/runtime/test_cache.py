@@ -24,7 +24,7 @@ import pytest
 
 from petseg.cli import run
 from petseg_runtime import cache
-from petseg_runtime.cache import Compiled, Key, Slot, cache_folder, clear, compiled, entries
+from petseg_runtime.cache import Compiled, Key, Slot, _alone, cache_folder, clear, compiled, entries
 from petseg_runtime.cli.cache import _age
 from petseg_runtime.errors import OutputError
 
@@ -507,6 +507,35 @@ def test_clearing_removes_what_is_ours_and_follows_no_link(filled: Path) -> None
     assert (filled.parent / "outside" / "precious").read_text() == "precious"
     assert clear() == (0, 0)
     assert entries() == []
+
+
+def test_clearing_leaves_the_lock_of_who_compiles(filled: Path) -> None:
+    path = filled / f"{'4' * 64}.engine"
+    with _alone(path):
+        clear()
+        assert [file.name for file in filled.iterdir() if file.name.endswith(".lock")] == [f"{path.name}.lock"]
+    assert clear()[0] == 1
+
+
+def test_who_waited_for_a_lock_that_was_cleared_takes_the_new_one(filled: Path) -> None:
+    path = filled / f"{'4' * 64}.engine"
+    lock = path.with_name(f"{path.name}.lock")
+    entered, order = threading.Event(), []
+
+    def wait() -> None:
+        with _alone(path):
+            entered.set()
+            order.append("second")
+
+    with _alone(path):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        assert not entered.wait(0.2)
+        lock.unlink()  # by somebody who does not know better
+        order.append("first")
+    waiting.join(10)
+    assert order == ["first", "second"]
+    assert lock.exists(), "held by the one that is to keep others out"
 
 
 def test_what_cannot_be_removed_is_said_and_the_rest_is(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:

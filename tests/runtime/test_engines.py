@@ -724,6 +724,42 @@ def test_openvino_gains_where_it_computes_in_less_than_float32(
     assert module.computes_in_less(spec, EngineOptions(exact=exact)) is gains
 
 
+@pytest.mark.parametrize("broken", ["core", "plugin"])
+def test_an_openvino_that_does_not_work_leaves_auto_to_the_next(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, broken: str
+) -> None:
+    module = pytest.importorskip("petseg_runtime.engines.openvino")
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("Device with 'CPU' name is not registered in the OpenVINO Runtime\nmore")
+
+    if broken == "core":
+        module._core.cache_clear()
+        monkeypatch.setattr(module.openvino, "Core", fails)
+    else:
+        monkeypatch.setattr(module, "_core", lambda: types.SimpleNamespace(get_property=fails))
+    artifact = toy(tmp_path / "toy.onnx")
+    try:
+        with load_engine(artifact, device="cpu") as engine:
+            assert engine.describe().name == "onnxruntime"
+            assert "OpenVINO cannot" in engine.describe().notes[0]
+        with pytest.raises(EngineError, match="is not registered"):
+            load_engine(artifact, "openvino", device="cpu")
+    finally:
+        if broken == "core":
+            module._core.cache_clear()
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(("batch", "told"), [(0, 1), (1, 1), (8, 8)])
+def test_a_graph_of_a_fixed_batch_is_run_in_batches_on_a_cpu_too(
+    toy: Toy, tmp_path: Path, engine: str, batch: int, told: int
+) -> None:
+    pytest.importorskip(engine)
+    with load_engine(toy(tmp_path / "toy.onnx", batch=batch), engine, device="cpu") as opened:
+        assert opened.describe().batch == told
+
+
 def test_an_engine_that_cannot_be_imported_is_passed_over_with_a_note(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -861,7 +897,9 @@ def test_on_cuda_it_says_which_gpu_computes_and_in_what(
         info = engine.describe()
     index = device.partition(":")[2] or "0"
     assert (info.name, info.device, info.precision) == ("onnxruntime", f"cuda:{index}", precision)
-    assert info.provider == f"CUDAExecutionProvider, Stand-in {index}"
+    wide = "tf32" if not exact and index == "0" else "f32"
+    rest = "" if stored == "fp32" else f", {wide} in what is float32 in the file"
+    assert info.provider == f"CUDAExecutionProvider, Stand-in {index}{rest}"
     assert (info.threads, info.streams, info.batch) == (0, 1, 8)
 
 

@@ -39,7 +39,7 @@ from petseg_runtime.parity import (
 from petseg_runtime.spec import PRECISIONS, ModelSpec
 
 H, W = 16, 32
-SPEC = ModelSpec(name="test", height=H, width=W, threshold=0.5)
+SPEC = ModelSpec(name="test", height=H, width=W, threshold=0.5, batch=1)
 INFO = EngineInfo(name="fake", version="1.2", device="cpu", provider="none", precision="f32", threads=1)
 CHECKPOINT = "ab" * 32
 Run: TypeAlias = Callable[[np.ndarray], np.ndarray]
@@ -145,6 +145,45 @@ def test_answers_are_taken_before_the_model_can_change_them(noisy: np.ndarray) -
         return buffer
 
     assert parity.compare(run, INFO, proof_with(noisy), SPEC).max_difference == 0
+
+
+@pytest.mark.parametrize("photos", [20, 3])
+def test_a_model_that_takes_any_number_is_run_on_three_too(noisy: np.ndarray, photos: int) -> None:
+    proof, batches = proof_with(noisy[:photos]), []
+    any_number = dataclasses.replace(SPEC, batch=0)
+
+    def run(batch: np.ndarray) -> np.ndarray:
+        batches.append(batch)
+        return noisy[len(batches) - 1][None] if len(batch) == 1 else np.roll(noisy[:3], shift, axis=0)
+
+    shift = 0
+    assert parity.compare(run, INFO, proof, any_number).passed
+    assert [len(batch) for batch in batches] == [1] * photos + [3]
+    batches.clear()
+    shift = 1
+    row = parity.compare(run, INFO, proof, any_number)
+    assert (row.passed, row.batch) == (False, 1)
+    assert all(failure.startswith("3 at a time: ") for failure in row.failures)
+    batches.clear()
+    assert parity.compare(run, INFO, proof, SPEC).passed
+    assert [len(batch) for batch in batches] == [1] * photos
+
+
+def test_a_model_of_any_size_is_held_to_another_size_too(noisy: np.ndarray) -> None:
+    proof = proof_with(noisy[:3])
+    other = dataclasses.replace(proof, images=proof.images[:, :, :16], expected=proof.expected[:, :, :16])
+
+    def run(batch: np.ndarray) -> np.ndarray:
+        here = proof if batch.shape[1:] == proof.images.shape[1:] else other
+        right = here.expected[: len(batch)] if len(batch) > 1 else here.expected[next(calls) % 3][None]
+        return np.roll(right, shift, axis=2) if here is other else right
+
+    calls, shift = iter(range(99)), 0
+    assert parity.compare(run, INFO, proof, SPEC, also=other).passed
+    shift = 1
+    row = parity.compare(run, INFO, proof, SPEC, also=other)
+    assert (row.passed, row.max_difference) == (False, 0)
+    assert all(failure.startswith("at another size: ") for failure in row.failures)
 
 
 @pytest.mark.parametrize("photos", [20, 3])
@@ -675,10 +714,11 @@ def test_a_proof_holds_three_arrays_and_no_more(file: Path) -> None:
 
 
 def test_the_first_photos_are_a_proof_too(proof: Proof, file: Path) -> None:
-    first = proof.first(1)
+    first = proof.spread(1)
     assert (first.names, len(first.images), len(first.expected)) == (proof.names[:1], 1, 1)
     assert first.sha256 != proof.sha256
-    assert_same(proof.first(99), proof)
+    assert_same(proof.spread(99), proof)
+    assert proof.spread(2).names == (proof.names[0], proof.names[-1]), "photos of a data set are in its order"
     file.write_bytes(first.to_bytes())
     assert_same(load_proof(file, SPEC, CHECKPOINT), first)
 
@@ -902,7 +942,7 @@ def test_names_that_do_not_match_the_photos_are_refused(names: list[str], file: 
 
 
 def test_a_proof_of_no_photos_proves_nothing(proof: Proof, file: Path) -> None:
-    file.write_bytes(proof.first(0).to_bytes())
+    file.write_bytes(proof.spread(0).to_bytes())
     assert "expected" in refused(file)
 
 

@@ -687,9 +687,9 @@ def test_an_engine_says_what_is_really_running(library: str, tmp_path: Path) -> 
         assert engine.spec is SPEC
     assert (info.name, info.version, info.device) == (NAMES[library], VERSION, "cuda:1")
     assert (info.precision, info.threads) == ("tf32", 0)
-    rtx = "CUDA graph left to the library, kernels compiled"
-    assert info.provider == f"NVIDIA Toy, {rtx if library == 'tensorrt_rtx' else 'CUDA graph'}"
-    assert (info.batch, info.notes) == (4, ())
+    rtx = library == "tensorrt_rtx"
+    assert info.provider == f"NVIDIA Toy, {'CUDA graph left to the library' if rtx else 'CUDA graph'}"
+    assert (info.batch, info.notes) == (4, ("TensorRT for RTX: kernels compiled",) if rtx else ())
 
 
 # -------------------------------------------------------------------------------------------------------- CUDA graphs
@@ -753,14 +753,14 @@ def kernels() -> list[Any]:
 
 def test_kernels_are_kept_as_soon_as_they_are_compiled_and_used_again(fakes: None, tmp_path: Path) -> None:
     with open_engine(tmp_path, "tensorrt_rtx") as engine:
-        assert engine.describe().provider.endswith(", kernels compiled")
+        assert engine.describe().notes == ("TensorRT for RTX: kernels compiled",)
         assert kernels() == [[1, H, W, 3]]
         engine.run(photos(3))
     assert kernels() == [[1, H, W, 3], [3, H, W, 3]]
     (entry,) = cache.entries()
     before = entry.path.stat()
     with open_engine(tmp_path, "tensorrt_rtx") as engine:
-        assert engine.describe().provider.endswith(", kernels from the cache")
+        assert engine.describe().notes == ()
         engine.run(photos(3))
     assert entry.path.stat() == before  # nothing new, nothing written
     assert len(cache.entries()) == 1
@@ -796,7 +796,7 @@ def test_kernels_that_the_library_refuses_are_said_and_replaced(fakes: None, tmp
     cache.Slot(entry.key, "kernels").write(b"of another driver")
     with open_engine(tmp_path, "tensorrt_rtx") as engine:
         note = "kernels compiled again: the library refuses those in the cache"
-        assert engine.describe().provider.endswith(f", {note}")
+        assert engine.describe().notes == (f"TensorRT for RTX: {note}",)
     assert kernels() == [[1, H, W, 3]]
 
 
@@ -805,7 +805,8 @@ def test_kernels_that_were_changed_never_reach_the_library(fakes: None, tmp_path
     (entry,) = cache.entries()
     entry.path.write_text("[[2, 16, 32, 3]]")
     with open_engine(tmp_path, "tensorrt_rtx") as engine:
-        assert engine.describe().provider.endswith(", kernels compiled again: the cached file's SHA-256 differs")
+        (note,) = engine.describe().notes
+        assert note == "TensorRT for RTX: kernels compiled again: the cached file's SHA-256 differs"
     assert kernels() == [[1, H, W, 3]]
 
 
@@ -815,11 +816,11 @@ def test_a_cache_that_cannot_be_used_costs_nothing_but_time_and_is_said(fakes: N
     folder.parent.mkdir(parents=True)
     folder.touch()
     with open_engine(tmp_path, "tensorrt_rtx") as engine:
-        provider = engine.describe().provider
-        assert provider.endswith(", kernels compiled, which cannot be kept (File exists)")
+        notes = engine.describe().notes
+        assert notes == ("TensorRT for RTX: kernels compiled, which cannot be kept (File exists)",)
         np.testing.assert_array_equal(engine.run(photos(2)), photos(2)[..., 0])
         engine.run(photos(3))
-    assert engine.describe().provider == provider
+    assert engine.describe().notes == notes
 
 
 def test_without_a_cache_kernels_are_not_kept(
@@ -891,7 +892,8 @@ def test_an_onnx_file_is_compiled_once_for_the_gpu_that_is_asked_for(
         np.testing.assert_array_equal(engine.run(photos(6)), photos(6)[..., 0])
         info = engine.describe()
     assert (info.name, info.device, info.precision, info.batch) == (NAMES[library], "cuda:1", "f32", 4)
-    passed, note, message = info.notes
+    passed, note, message, *kernels = info.notes
+    assert kernels == (["TensorRT for RTX: kernels compiled"] if library == "tensorrt_rtx" else [])
     assert (passed, message) == ("passed over", "a warning of the library")
     assert re.fullmatch(rf"{TITLES[library]}: compiled in \d+\.\d s", note)
     (asked,) = factory.asked
@@ -1020,7 +1022,8 @@ def test_a_compiled_file_is_loaded_as_it_is(library: str, factory: Factory, tmp_
     environment = {"library": library, "version": VERSION, "compute_capability": "8.9"}
     artifact = Artifact(path, "trt", SPEC, {}, {}, "", 0, None, environment)
     with opened(artifact, library) as engine:
-        assert engine.describe().notes == ("passed over",)
+        assert engine.describe().notes[0] == "passed over"
+        assert not any("compiled in" in note for note in engine.describe().notes)
     assert factory.asked == []
 
 
@@ -1484,16 +1487,16 @@ def test_a_real_engine_on_a_real_gpu(library: str, tmp_path: Path) -> None:
     path = tmp_path / "toy.engine"
     trt = build(library, path)
     environment = {"library": library, "version": trt.__version__, "compute_capability": "portable"}
-    for _ in range(2):
+    for turn in range(2):
         with TensorRTEngine(path, SPEC, environment, precision="f32") as engine:
             for count in (1, 1, 3, 3, 9):
                 np.testing.assert_array_equal(engine.run(photos(count)), photos(count)[..., 0])
             with ThreadPoolExecutor(4) as pool:
                 for result in pool.map(engine.run, [photos(2)] * 20):
                     np.testing.assert_array_equal(result, photos(2)[..., 0])
-            provider = engine.describe().provider
-            assert "no CUDA graph" not in provider
-    assert ("kernels from the cache" in provider) == bool(cache.entries()) == (library == "tensorrt_rtx")
+            assert "no CUDA graph" not in engine.describe().provider
+            assert not any("kernels compiled" in note for note in engine.describe().notes) or turn == 0
+    assert bool(cache.entries()) == (library == "tensorrt_rtx")
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(EngineError, match="cannot load it"):
         TensorRTEngine(path, SPEC, environment, precision="f32")

@@ -1,7 +1,8 @@
 """ONNX Runtime: on the CPU the embedded default, on any laptop and board; on an NVIDIA GPU through CUDA.
 
 **The road over CUDA was built from the documentation and has never been run on a GPU by us**; that a session which
-silently fell back to the CPU is refused was tested with the real GPU package.
+silently fell back to the CPU is refused was tested with the real GPU package. Single nodes for which CUDA has no code
+run on the CPU all the same; whether our graphs have any is not known.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ class OnnxRuntimeEngine(Engine):
             precision=computed[self._spec.precision],
             threads=self._threads,
             streams=self._streams,
+            batch=self._spec.batch or 1,
             notes=self._notes,
         )
 
@@ -164,12 +166,15 @@ class OnnxRuntimeCudaEngine(Engine):
         there = {gpu.index: gpu for gpu in host.gpus()}
         gpu = there.get(self._device.index)
         ampere = gpu is not None and int(gpu.compute_capability.partition(".")[0]) >= 8  # the first with TF32
-        computed = {"fp32": "tf32" if self._tf32 and ampere else "f32", "fp16": "fp16", "int8": "int8"}
+        wide = "tf32" if self._tf32 and ampere else "f32"
+        computed = {"fp32": wide, "fp16": "fp16", "int8": "int8"}
+        # Layers that are left in float, and convolutions between QuantizeLinear and DequantizeLinear.
+        rest = "" if self._spec.precision == "fp32" else f", {wide} in what is float32 in the file"
         return EngineInfo(
             name="onnxruntime",
             version=onnxruntime.__version__,
             device=str(self._device),
-            provider=f"{_CUDA}, {gpu.name if gpu else 'unknown GPU'}",
+            provider=f"{_CUDA}, {gpu.name if gpu else 'unknown GPU'}{rest}",
             precision=computed[self._spec.precision],
             threads=0,
             batch=self._spec.batch or 8,

@@ -10,11 +10,13 @@ On Intel's GPUs it was never run by us.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
 import platform
 import threading
+from collections.abc import Iterator
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -143,6 +145,7 @@ class OpenVINOEngine(Engine):
             precision=self._precision,
             threads=self._threads,
             streams=self._streams,
+            batch=self._spec.batch or 1,
             notes=self._notes,
         )
 
@@ -154,8 +157,22 @@ class OpenVINOEngine(Engine):
 
 @functools.cache
 def _core() -> Any:
-    """OpenVINO itself, once for all models: it takes a tenth of a second to start."""
-    return openvino.Core()
+    """OpenVINO itself, once for all models: it takes a tenth of a second to start.
+
+    Raises:
+        EngineError: It does not start.
+    """
+    with _asking("start"):
+        return openvino.Core()
+
+
+@contextlib.contextmanager
+def _asking(what: str) -> Iterator[None]:
+    """Turns whatever OpenVINO raises into an ``EngineError`` that says what was asked of it."""
+    try:
+        yield
+    except Exception as error:
+        raise EngineError(f"OpenVINO cannot {what} ({one_line(error)})") from error
 
 
 def _plugin(device: Device) -> str:
@@ -164,9 +181,10 @@ def _plugin(device: Device) -> str:
     Raises:
         EngineError: It sees no such device.
     """
-    there: list[str] = _core().available_devices
     if device.kind == "cpu":
         return "CPU"
+    with _asking("look for devices"):
+        there: list[str] = _core().available_devices
     names = [name for name in there if name.partition(".")[0] == "GPU"]
     for name in names:
         if int(name.partition(".")[2] or 0) == device.index:
@@ -247,7 +265,8 @@ def _too_wide(artifact: Artifact, where: str) -> bool:
 
 
 def _capabilities(where: str) -> set[str]:
-    return set(_core().get_property(where, properties.device.capabilities()))
+    with _asking(f"compute on {where} here"):
+        return set(_core().get_property(where, properties.device.capabilities()))
 
 
 def load(artifact: Artifact, options: EngineOptions) -> OpenVINOEngine:

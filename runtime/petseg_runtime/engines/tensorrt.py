@@ -34,7 +34,7 @@ from petseg_runtime.artifact import INPUT, OUTPUT, Artifact
 from petseg_runtime.engines import tensorrt_build
 from petseg_runtime.engines.base import Engine, EngineInfo, EngineOptions, check_batch, one_line
 from petseg_runtime.engines.tensorrt_library import CUDART, LIBRARIES, RTX, TRT, Library, imported, logger_of
-from petseg_runtime.errors import EngineError, ModelError
+from petseg_runtime.errors import EngineError, EngineForeign, ModelError
 from petseg_runtime.spec import ModelSpec
 
 __all__ = ["TensorRTEngine", "load", "load_rtx"]
@@ -43,8 +43,8 @@ U8: TypeAlias = npt.NDArray[np.uint8]
 Dims: TypeAlias = tuple[int, ...]
 
 
-class _Refused(EngineError):
-    """The library does not load an engine's bytes."""
+class _Refused(EngineForeign):
+    """The library does not load an engine's bytes, as on a GPU that it does not know."""
 
 
 class TensorRTEngine(Engine):
@@ -138,16 +138,17 @@ class TensorRTEngine(Engine):
 
     def describe(self) -> EngineInfo:
         """What is really running; the provider says whether as a CUDA graph, and why not."""
-        parts = [self._gpu.name, self._graph_note, *self._kernels.notes]
+        kernels = self._kernels.notes
         return EngineInfo(
             name=self._library.engine,
             version=self._trt.__version__,
             device=f"cuda:{self._gpu.device}",
-            provider=", ".join(parts),
+            provider=f"{self._gpu.name}, {self._graph_note}",
             precision=self._precision,
             threads=0,
             batch=self._high[0],
-            notes=self._notes,
+            # Notes do not tell engines apart: the same one compiles its kernels the first time, and not the next.
+            notes=(*self._notes, f"{self._library.title}: {', '.join(kernels)}") if kernels else self._notes,
         )
 
     def close(self) -> None:
@@ -444,7 +445,7 @@ class _Kernels:
         if kept is None:
             self.notes = [f"kernels compiled again: {why}" if why else "kernels compiled"]
         elif kernels.deserialize(kept.data):
-            self._kept, self.notes = kept.data, ["kernels from the cache"]
+            self._kept, self.notes = kept.data, []  # nothing to speak of
         else:
             self.notes = ["kernels compiled again: the library refuses those in the cache"]
 
@@ -579,7 +580,7 @@ def _contents(path: Path) -> bytes:
 
 def _library_of(path: Path, environment: Mapping[str, Any]) -> Library:
     name = environment.get("library")
-    if name not in LIBRARIES:
+    if not isinstance(name, str) or name not in LIBRARIES:
         raise ModelError(f"{path}: built with {name!r}; {' or '.join(LIBRARIES)} is expected")
     return LIBRARIES[name]
 
@@ -591,7 +592,8 @@ def _check_built_for(
 
     Raises:
         ModelError: The environment does not say.
-        EngineError: They differ.
+        EngineForeign: The GPU is another.
+        EngineError: The version is another.
     """
     built, target = environment.get("version"), environment.get("compute_capability")
     targets = [target] if isinstance(target, str) else target
@@ -604,7 +606,7 @@ def _check_built_for(
             f"install {built}, or {library.remedy}"
         )
     if "portable" not in targets and capability not in targets:
-        raise EngineError(
+        raise EngineForeign(
             f"{path}: built for GPUs of compute capability {', '.join(map(str, targets))}, and this one has "
             f"{capability}: {library.remedy}"
         )
