@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from petseg_runtime.errors import InputError
+from petseg_runtime.errors import ImageTooLarge, InputError
 from petseg_runtime.journal import Journal
 from petseg_runtime.pipeline import Outcome, Pipeline, Steps
 from petseg_runtime.result import Segmentation
@@ -79,6 +80,7 @@ def segment_photos(
     *,
     journal: Journal | None = None,
     mask_only: bool = False,
+    spare: int = 0,
 ) -> Report:
     """Segment every photo and write every result; one bad photo never stops the rest.
 
@@ -89,6 +91,7 @@ def segment_photos(
         watch: Told of each photo as it is done or has failed.
         journal: Where it is noted, and which photos are done already; a sink that writes at the end needs one.
         mask_only: The photos themselves are not part of the results.
+        spare: Bytes for each pixel of a photo that making its result takes; see :class:`petseg_runtime.sinks.Kind`.
 
     Raises:
         OutputError: Nothing more can be written.
@@ -100,7 +103,7 @@ def segment_photos(
     report.skipped = len(items) - len(left)
     info = segmenter.describe()
     workers = max(1, info.streams)
-    with Pipeline(_steps(segmenter, sink, mask_only), info.streams, info.batch, workers=workers) as pipeline:
+    with Pipeline(_steps(segmenter, sink, mask_only, spare), info.streams, info.batch, workers=workers) as pipeline:
         for outcome in pipeline.run(left):
             if outcome.value is None:
                 report.failed.append(str(outcome.error))
@@ -118,18 +121,34 @@ def segment_photos(
     return report
 
 
-def _steps(segmenter: Segmenter, sink: Sink, mask_only: bool) -> Steps[Item, Done]:
+def _steps(segmenter: Segmenter, sink: Sink, mask_only: bool, spare: int) -> Steps[Item, Done]:
     def read(item: Item, take: Callable[[int], None]) -> Prepared:
         if item.problem:
             raise InputError(item.problem)
-        return segmenter.prepare(item.source if item.data is None else item.data, mask_only=mask_only, take=take)
+        source = item.source if item.data is None else item.data
+        with _enough_memory(item):
+            return segmenter.prepare(source, mask_only=mask_only, spare=spare, take=take)
 
     def write(item: Item, photo: Prepared, answer: Any) -> Done:
-        result = segmenter.finish(photo, answer)
-        written = sink.write(item, result)
+        with _enough_memory(item):
+            result = segmenter.finish(photo, answer)
+            written = sink.write(item, result)
         return _done(result, written.path, written.value)
 
     return Steps(read, segmenter.infer, write)
+
+
+@contextlib.contextmanager
+def _enough_memory(item: Item) -> Iterator[None]:
+    """One photo that is too large for the memory that is left is one that fails, not the end of all.
+
+    Raises:
+        InputError: It is.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise ImageTooLarge(f"{item.source}: not enough memory for it: make it smaller first") from error
 
 
 def _done(result: Segmentation, path: Path | None, value: dict[str, Any] | None) -> Done:

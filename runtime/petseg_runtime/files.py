@@ -9,8 +9,13 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
-__all__ = ["replacing", "staging", "synced", "synced_folder", "write_atomic"]
+__all__ = ["STEM", "replacing", "staging", "synced", "synced_folder", "write_atomic"]
+
+#: So many letters of a file's stem are in the name that it has while it is written: a name has at most 255 bytes, and a
+#: letter up to four.
+STEM: Final = 35
 
 
 @contextlib.contextmanager
@@ -23,9 +28,9 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: The folder cannot be made or written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name has at most 255 bytes, and a letter up to four. Writers may go by the suffix, so it stays if it is one.
+    # Writers may go by the suffix, so it stays if it is one.
     suffix = path.suffix if len(path.suffix) <= 20 else ""
-    beside = path.with_name(f".{path.stem[:35]}.{secrets.token_hex(4)}.part{suffix}")
+    beside = path.with_name(f".{path.stem[:STEM]}.{secrets.token_hex(4)}.part{suffix}")
     try:
         yield beside
         beside.replace(path)
@@ -46,7 +51,7 @@ def staging(path: Path) -> Iterator[Path]:
     """
     missing = [parent for parent in (path.parent, *path.parent.parents) if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.with_name(f".{path.stem[:35]}.{secrets.token_hex(4)}.part")
+    folder = path.with_name(f".{path.stem[:STEM]}.{secrets.token_hex(4)}.part")
     folder.mkdir()
     try:
         yield folder

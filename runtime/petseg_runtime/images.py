@@ -106,6 +106,7 @@ def read(
     *,
     max_pixels: int = MAX_PIXELS,
     at_least: tuple[int, int] | None = None,
+    spare: int = 0,
     take: Callable[[int], None] = lambda size: None,
 ) -> Photo:
     """Decode an image to upright RGB. Safe to call from many threads; they decode at the same time.
@@ -121,6 +122,7 @@ def read(
         at_least: The height and width that ``to_model`` will bring the pixels to, where nothing else is wanted of
             them: an encoded JPEG may then be decoded at 1/2, 1/4 or 1/8 of its size, which gives nearly the
             same mask (see ``_MARGIN``). None: the pixels at the photo's own size.
+        spare: Bytes that making its result takes for each of its pixels, beside the result itself.
         take: Called with about how many bytes the photo and its result will take, once that is known and before it is
             decoded; may wait.
 
@@ -133,16 +135,16 @@ def read(
         ImageTooLarge: More than ``max_pixels`` or ``MAX_BYTES``.
     """
     if isinstance(source, np.ndarray):
-        return _from_array(source, max_pixels, take)
+        return _from_array(source, max_pixels, spare, take)
     source = _taken(source)
     name = _name_of(source)
     try:
         with _PILLOW_MUTED:
             if isinstance(source, Image.Image):
-                return _convert(source, name, max_pixels, take)
+                return _convert(source, name, max_pixels, spare, take)
             with Image.open(_opened(source, name), formats=_formats()) as image:
                 _check_cost(image, name, max_pixels)
-                return _convert(image, name, max_pixels, take, at_least)
+                return _convert(image, name, max_pixels, spare, take, at_least)
     except PermissionError as error:
         raise UnreadableImage(f"{name}: no permission to read it") from error
     except Image.DecompressionBombError as error:
@@ -270,12 +272,23 @@ def _opened(source: Any, name: str) -> Any:
             raise UnreadableImage(f"{name}: {kind if path.exists() else 'no such file'}")
         size, opened = path.stat().st_size, path  # type: ignore[assignment]
     else:
-        return source
+        size, opened = _size_of_stream(source), source
     if size == 0:
         raise UnreadableImage(f"{name}: empty (0 bytes)")
     if size > MAX_BYTES:
         raise ImageTooLarge(f"{name}: {size / 1e6:.0f} MB; the limit is {MAX_BYTES / 1e6:.0f} MB")
     return opened
+
+
+def _size_of_stream(file: Any) -> int:
+    """Bytes from here to a file's end; of a pipe 1: they are not known, and it is not empty."""
+    try:
+        position = file.tell()
+        size = file.seek(0, os.SEEK_END) - position
+        file.seek(position)
+    except (AttributeError, OSError, TypeError):
+        return 1
+    return int(size)
 
 
 def _formats() -> tuple[str, ...]:
@@ -340,6 +353,7 @@ def _convert(
     image: Image.Image,
     name: str,
     max_pixels: int,
+    spare: int,
     take: Callable[[int], None],
     at_least: tuple[int, int] | None = None,
 ) -> Photo:
@@ -352,17 +366,23 @@ def _convert(
     # Pillow decodes a 16-bit PGM to 32-bit integers, scaled to 0..65535 (and forgets the format when it is turned).
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
     height, width = _reduce(image, *at_least) if at_least else (0, 0)
-    take(_DECODED * image.width * image.height + _RESULT * (height * width or image.width * image.height))
+    whole = height * width or image.width * image.height
+    take(_DECODED * image.width * image.height + (_RESULT + spare) * whole)
     image.load()
     turn = _turn(image)
-    pixels = _to_rgb(image if turn is None else image.transpose(turn), sixteen, name, notes)
+    upright = image if turn is None else image.transpose(turn)
+    pixels = _from_sixteen(image, upright, notes) if sixteen else _to_rgb(upright, name, notes)
     return Photo(pixels, tuple(notes), height, width, _profile(image))
 
 
 def _profile(image: Image.Image) -> bytes | None:
-    """The ICC profile of an image whose pixels are kept as they are; of CMYK or grey it means nothing for RGB."""
+    """The ICC profile of an image whose colours are kept as they are; of CMYK or grey it means nothing for RGB."""
     profile = image.info.get("icc_profile")
-    if image.mode not in ("RGB", "RGBA") or not isinstance(profile, bytes) or len(profile) > _MAX_PROFILE:
+    if (
+        image.mode not in ("RGB", "RGBA", "RGBX", "P", "PA")
+        or not isinstance(profile, bytes)
+        or len(profile) > _MAX_PROFILE
+    ):
         return None
     # Of its header: the colours that it is for, and the mark of every profile.
     return profile if profile[16:20] == b"RGB " and profile[36:40] == b"acsp" else None
@@ -433,17 +453,30 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _to_rgb(image: Image.Image, sixteen: bool, name: str, notes: list[str]) -> U8:
+def _from_sixteen(image: Image.Image, upright: Image.Image, notes: list[str]) -> U8:
+    """Grey in two bytes as uint8 [H, W, 3]; ``image`` is what was opened, and says how its values are meant."""
+    tags: Any = getattr(image, "tag_v2", {})  # of a TIFF
+    bits = tags.get(258, (16,))
+    bits = bits[0] if isinstance(bits, tuple) else bits
+    values = np.asarray(upright, dtype=np.uint32)
+    transparent = image.info.get("transparency")  # of a PNG: the one value that is
+    grey = (values >> max(0, bits - 8)).astype(np.uint8)
+    if tags.get(262) == 0:  # white is zero; Pillow minds that in 8 bits only
+        grey = 255 - grey
+    notes.append(f"{bits}-bit grey, scaled to 8 bits")
+    if isinstance(transparent, int) and (values == transparent).any():
+        grey = np.where(values == transparent, np.uint8(255), grey)
+        notes.append("transparency laid over white")
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def _to_rgb(image: Image.Image, name: str, notes: list[str]) -> U8:
     """The pixels of a decoded image as uint8 [H, W, 3], the caller's own; what was decided is added to ``notes``."""
-    if sixteen:
-        notes.append("16-bit grey, scaled to 8 bits")
-        grey = (np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise UnsupportedImage(
             f"{name}: 32-bit pixels (mode {image.mode}) have no agreed range; save it as 8- or 16-bit first"
         )
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.has_transparency_data:
         rgba = image.convert("RGBA")
         if rgba.getchannel("A").getextrema() != (255, 255):
             notes.append("transparency laid over white")
@@ -451,15 +484,15 @@ def _to_rgb(image: Image.Image, sixteen: bool, name: str, notes: list[str]) -> U
     return np.array(image.convert("RGB"))
 
 
-def _from_array(array: npt.NDArray[Any], max_pixels: int, take: Callable[[int], None]) -> Photo:
+def _from_array(array: npt.NDArray[Any], max_pixels: int, spare: int, take: Callable[[int], None]) -> Photo:
     if array.dtype != np.uint8:
         raise UnsupportedImage(f"array of {array.dtype}; uint8 with values 0 to 255 is expected")
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
         raise UnsupportedImage(f"array of shape {array.shape}; [H, W], [H, W, 3] or [H, W, 4] is expected")
     _check_pixels(array.shape[1], array.shape[0], "array", max_pixels)
     if array.ndim == 3 and array.shape[2] == 4:
-        return _convert(Image.fromarray(np.ascontiguousarray(array)), "array", max_pixels, take)
-    take((_DECODED + _RESULT) * array.shape[0] * array.shape[1])
+        return _convert(Image.fromarray(np.ascontiguousarray(array)), "array", max_pixels, spare, take)
+    take((_DECODED + _RESULT + spare) * array.shape[0] * array.shape[1])
     if array.ndim == 2:
         return Photo(np.repeat(array[..., None], 3, axis=2))
     return Photo(np.array(array, order="C"))

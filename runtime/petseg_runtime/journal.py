@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from petseg_runtime.errors import OutputError
+from petseg_runtime.files import STEM
 from petseg_runtime.sources import JOURNAL, Item
 
 __all__ = ["JOURNAL", "Journal"]
@@ -25,7 +26,7 @@ __all__ = ["JOURNAL", "Journal"]
 SCHEMA_VERSION: Final = 1
 
 #: What :func:`petseg_runtime.files.replacing` leaves behind when the process is killed.
-_PART: Final = re.compile(r"\..+\.[0-9a-f]{8}\.part(\.\w+)?", re.DOTALL)
+_PART: Final = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part(?:\.\w+)?", re.DOTALL)
 
 
 class Journal:
@@ -37,7 +38,8 @@ class Journal:
         Args:
             folder: Where results go; it exists.
             settings: What decides how they look; JSON values.
-            resume: Go on with what is there. What a killed run left half-written is removed.
+            resume: Go on with what is there. What a killed run left half-written of an item is removed when the item
+                is asked about (:meth:`finished`); what others are writing there is left alone.
 
         Raises:
             OutputError: It cannot be written, is being written by another run, or belongs to other settings.
@@ -45,6 +47,7 @@ class Journal:
         self._folder, self._path = folder, folder / JOURNAL
         self._done: dict[str, dict[str, Any]] = {}
         self._sources: dict[str, list[Any]] = {}  # the photos as they were when they were asked about
+        self._parts: dict[tuple[Path, str], list[Path]] = {}  # by folder and the result's stem, as far as it is in them
         header = {"schema_version": SCHEMA_VERSION, "settings": dict(settings)}
         # On each line, because runs that share the folder share the file.
         self._run = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
@@ -55,7 +58,7 @@ class Journal:
         try:
             self._lock(exclusive=resume)
             if resume:
-                self._clear_parts()
+                self._find_parts()
                 self._go_on(header)
             else:
                 self._file.truncate(0)
@@ -73,6 +76,7 @@ class Journal:
             item: The photo.
             path: Where its result is, if it is a file of its own.
         """
+        self._clear_parts_of(self._folder / item.name)
         # What is noted later is this state: if the photo changes while it is read, it is done again next time.
         source = self._sources[str(item.name)] = _identity(item)
         line = self._done.get(str(item.name))
@@ -160,11 +164,20 @@ class Journal:
                 "again without --resume"
             )
 
-    def _clear_parts(self) -> None:
+    def _find_parts(self) -> None:
         for where, _, names in os.walk(self._folder):
-            for name in names:
-                if _PART.fullmatch(name):
-                    (Path(where) / name).unlink(missing_ok=True)
+            for match in filter(None, map(_PART.fullmatch, names)):
+                self._parts.setdefault((Path(where), match[1]), []).append(Path(where, match[0]))
+        self._clear_parts_of(self._folder / "annotations")  # of all items
+
+    def _clear_parts_of(self, name: Path) -> None:
+        """Remove what was left half-written of a result, by its name without suffix: a file, several, or a folder."""
+        files = re.compile(re.escape(name.name[:STEM]) + r"(-\d+)?")
+        for key in [
+            (at, stem) for at, stem in self._parts if at == name or (at == name.parent and files.fullmatch(stem))
+        ]:
+            for part in self._parts.pop(key):
+                part.unlink(missing_ok=True)
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         try:

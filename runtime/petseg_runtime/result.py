@@ -229,7 +229,7 @@ class Segmentation:
         counts[3:] -= counts[1:-2].copy()
         return {"size": [height, width], "counts": _in_groups_of_5_bits(counts)}
 
-    def coco(self, tolerance: float = 0.5) -> dict[str, Any]:
+    def coco(self, tolerance: float = 0.5, *, exact: bool = False) -> dict[str, Any]:
         """The fields of a COCO annotation that a mask decides.
 
         COCO's list of polygons knows no holes. It is used where there are none; the exact mask, as of :meth:`rle`,
@@ -237,12 +237,13 @@ class Segmentation:
 
         Args:
             tolerance: As for :meth:`polygons`.
+            exact: The exact mask in any case; outlines, which take most of the time and memory, are not looked for.
 
         Returns:
             ``segmentation`` (a list of ``[x1, y1, x2, y2, ...]``, or a run-length encoding), ``bbox`` (x, y, width,
             height), ``area`` (in pixels of the mask) and ``iscrowd`` (0).
         """
-        polygons = self.polygons(tolerance)
+        polygons = [] if exact else self.polygons(tolerance)
         holes = any(polygon.holes for polygon in polygons)
         return {
             "segmentation": [p.exterior.ravel().tolist() for p in polygons] if polygons and not holes else self.rle(),

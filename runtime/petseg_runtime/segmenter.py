@@ -231,19 +231,25 @@ class Segmenter:
         )
 
     def prepare(
-        self, source: images.ImageSource, *, mask_only: bool = False, take: Callable[[int], None] = lambda size: None
+        self,
+        source: images.ImageSource,
+        *,
+        mask_only: bool = False,
+        spare: int = 0,
+        take: Callable[[int], None] = lambda size: None,
     ) -> Prepared:
         """The first step: read a photo, and bring it to the model's size.
 
         Args:
             source: As for a call.
             mask_only: The photo itself is not wanted: it may be decoded at a reduced size, and is not kept.
-            take: As of :func:`petseg_runtime.images.read`.
+            spare: As of :func:`petseg_runtime.images.read`.
+            take: Likewise.
 
         Raises:
             InputError: The photo cannot be used.
         """
-        photo = images.read(source, at_least=self.size if mask_only else None, take=take)
+        photo = images.read(source, at_least=self.size if mask_only else None, spare=spare, take=take)
         image = images.to_model(photo.pixels, *self.size)
         pixels = None if mask_only else photo.pixels
         return Prepared(image, pixels, photo.height, photo.width, photo.notes, photo.icc_profile)

@@ -45,10 +45,12 @@ class Kind:
     Attributes:
         formats: What it can be written as, the usual one first; none: not a picture.
         needs_photo: Whether the photo itself is in it; where not, photos may be decoded at a reduced size.
+        spare: Bytes for each pixel of the photo that making it takes, beside the mask and the picture; as measured.
     """
 
     formats: tuple[str, ...] = ()
     needs_photo: bool = False
+    spare: int = 0
 
 
 #: What ``--as`` offers.
@@ -58,7 +60,7 @@ KINDS: Final = {
     "cutout": Kind(formats=("png", "webp"), needs_photo=True),
     "overlay": Kind(formats=("jpg", "png", "webp"), needs_photo=True),
     "background": Kind(formats=("jpg", "png", "webp"), needs_photo=True),
-    "coco-polygons": Kind(),
+    "coco-polygons": Kind(spare=30),
     "coco-rle": Kind(),
 }
 
@@ -184,9 +186,13 @@ def background_of(text: str) -> tuple[int, int, int] | Image.Image:
         InputError: Neither.
     """
     try:
-        return ImageColor.getrgb(text)[:3]
+        red, green, blue, *alpha = ImageColor.getrgb(text)
     except ValueError:
         pass
+    else:
+        if alpha and alpha != [255]:
+            raise InputError(f"background {text!r}: a colour without transparency is expected; `--as cutout` has none")
+        return red, green, blue
     if not os.path.exists(text):  # noqa: PTH110 - of a text too long for a name, Path.exists raises
         raise InputError(f"background {text!r}: neither a colour (white, #00ff00) nor a file")
     photo = images.read(text)
@@ -278,7 +284,7 @@ class CocoSink:
         height, width = result.probability.shape
         value: dict[str, Any] = {"height": height, "width": width, "annotation": None}
         if result.box is not None:
-            value["annotation"] = result.coco() | ({"segmentation": result.rle()} if self._rle else {})
+            value["annotation"] = result.coco(exact=self._rle)
         return Written(value=value)
 
     def finish(self, values: Sequence[tuple[Item, Mapping[str, Any]]]) -> Path:

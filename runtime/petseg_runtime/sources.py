@@ -62,8 +62,8 @@ VIDEO_SUFFIXES: Final = frozenset(
     }
 )
 
-#: So much of a file's beginning tells whether it is a video.
-_HEAD: Final = 200
+#: So much of a file's beginning tells whether it is a video: three packets of MPEG-TS begin in it.
+_HEAD: Final = 400
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ def find_photos(
             one's own name is the first part of its results' names; below a pattern, the part without wildcards is
             left out of them. While searching, links to folders are not followed, and folders with results of petseg
             are passed over; one that is named is taken whatever it is.
-        output: Where results will be written; a search passes over it.
+        output: Where results will be written; a search passes over it. It is none of the folders that are searched, and
+            below them holds nothing but results.
         suffixes: What is taken from folders.
         pipe: What came on standard input; None: it is read here.
         tell: Told of each folder that was passed over and may be missed.
@@ -132,7 +133,8 @@ def find_photos(
         One item per photo. What does not exist is an item too: it will fail and be counted.
 
     Raises:
-        UsageError: Standard input is asked for twice.
+        UsageError: Standard input is asked for twice; or ``output`` lies where it would be taken for photos the next
+            time, or photos for its results.
         InputError: Standard input is closed.
     """
     if sum(path == STDIN for path in paths) > 1:
@@ -142,6 +144,7 @@ def find_photos(
     found: list[tuple[Path, PurePath, str | None]] = []
     for path in paths:
         if _is_folder(path):
+            search.refuse_as_output(path)
             own_name = PurePath(path.resolve().name or "root")
             prefix = own_name if several else PurePath()
             for file, problem in search.below(path):
@@ -237,7 +240,7 @@ def _begins_a_video(head: bytes) -> bool:
     if head[:4] == b"RIFF":
         return head[8:12] == b"AVI "
     starts = (b"\x1a\x45\xdf\xa3", b"FLV", b"OggS", b"\x00\x00\x01\xba", b"YUV4MPEG2")
-    return head.startswith(starts) or (head[:1] == b"G" and head[188:189] == b"G")
+    return head.startswith(starts) or head[:377:188] == b"GGG"  # packets of MPEG-TS; a GIF may have two by chance
 
 
 class Replayed(io.RawIOBase):
@@ -332,6 +335,18 @@ class _Search:
     suffixes: frozenset[str]
     passed: dict[Path, str] = field(default_factory=dict)
 
+    def refuse_as_output(self, folder: Path) -> None:
+        """Refuse to write into a folder whose photos are taken: the next run would take the results for photos.
+
+        Raises:
+            UsageError: That is asked for.
+        """
+        if os.path.realpath(folder) == self.output:
+            raise UsageError(
+                f"--output {folder}: it is searched for photos, and the next search would find the results: choose a "
+                "folder of their own, such as one in it"
+            )
+
     def below(self, top: Path) -> Iterator[tuple[Path, str | None]]:
         """Photos below a folder, sorted; a folder that cannot be listed is a problem, not a silence."""
         for folder, files, problem in self._folders(top):
@@ -341,9 +356,10 @@ class _Search:
 
     def matching(self, pattern: Path) -> list[tuple[Path, PurePath, str | None]]:
         """Photos that fit a pattern, sorted, and those in folders that fit it; none is a problem, not a silence."""
-        fixed = pattern
-        while glob.has_magic(str(fixed)):
-            fixed = fixed.parent
+        fixed = next(path for path in pattern.parents if not glob.has_magic(str(path)) or os.path.lexists(path))
+        if ".." in pattern.relative_to(fixed).parts:
+            why = f"{pattern}: behind a wildcard, .. leads out of what is searched: name the folder that is meant"
+            return [(pattern, PurePath("pattern"), why)]
         matches = sorted(set(self._fitting(fixed, pattern.relative_to(fixed).parts)), key=str)
         # The folders that wildcards stand for: what comes before these is asked for by name.
         ways = [
@@ -396,10 +412,22 @@ class _Search:
         return True
 
     def _is_results(self, folder: Path) -> bool:
-        """What petseg has written, or is about to, is not what to segment next."""
-        if folder.name == RESULTS or os.path.realpath(folder) == self.output:
+        """What petseg has written, or is about to, is not what to segment next.
+
+        Raises:
+            UsageError: The output holds what nobody knows to be results: it would be passed over, and replaced.
+        """
+        if folder.name == RESULTS:
             return True
-        if not os.path.lexists(folder / JOURNAL):
+        noted = os.path.lexists(folder / JOURNAL)
+        if os.path.realpath(folder) == self.output:
+            if not noted and (photo := next((file for file, problem in self.below(folder) if not problem), None)):
+                raise UsageError(
+                    f"--output {folder}: it lies in what is searched, and holds photos that are no known results "
+                    f"({photo.name}, for one): choose a new folder"
+                )
+            return True
+        if not noted:
             return False
         self.passed[folder] = "results of an earlier run, which are passed over: to take them, name it"
         return True

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from petseg_runtime import Segmenter
+from petseg_runtime import Segmenter, sinks
 from petseg_runtime.batch import Done, Report, segment_photos, steps_of
 from petseg_runtime.errors import EngineError, OutputError
 from petseg_runtime.images import to_model
@@ -513,7 +513,11 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
         assert now.items() >= before.items(), "what was noted is not written again"
         assert len(before) < len(now) < PHOTOS
         before = now
-        (out / "a" / ".left.0123abcd.part.png").write_bytes(b"half")  # a kill rarely falls between write and rename
+        left = next(
+            path.relative_to(many) for path in sorted(many.rglob("a/*")) if str(path.relative_to(many)) not in now
+        )
+        # A kill rarely falls between write and rename.
+        (out / left.with_name(f".{left.stem}.0123abcd.part.png")).write_bytes(b"half")
     assert codes == [-9, 130, -9, 143, -9]
     last = subprocess.run(call, capture_output=True, text=True, timeout=100)
     assert (last.returncode, last.stderr) == (0, "")
@@ -525,3 +529,37 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
     assert undisturbed.returncode == 0
     assert len(tree(whole)) == PHOTOS
     assert tree(out) == tree(whole)
+
+
+@pytest.mark.parametrize("step", ["prepare", "finish"])
+def test_a_photo_that_does_not_fit_into_the_memory_fails_alone(
+    model: Path, own: Path, tmp_path: Path, step: str
+) -> None:
+    class Small(Segmenter):
+        """Has no memory for the third photo."""
+
+        calls = 0
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == step:
+                Small.calls += 1
+                if Small.calls == 3:
+                    raise MemoryError
+            return super().__getattribute__(name)
+
+    with Small(model, backend="onnxruntime", threads=1) as segmenter:
+        report = go(segmenter, own, tmp_path / "out", "mask")
+    assert report.done == 7
+    assert len(report.failed) == 1
+    assert "not enough memory for it: make it smaller first" in report.failed[0]
+
+
+@pytest.mark.parametrize("kind", sorted(sinks.KINDS))
+def test_what_a_result_takes_in_memory_is_counted(own: Path, segmenter: Segmenter, kind: str) -> None:
+    asked: list[int] = []
+    photo = next(own.rglob("*.jpg"))
+    segmenter.prepare(photo, mask_only=True, take=asked.append)
+    segmenter.prepare(photo, mask_only=True, spare=sinks.KINDS[kind].spare, take=asked.append)
+    with Image.open(photo) as image:
+        assert asked[1] - asked[0] == sinks.KINDS[kind].spare * image.width * image.height
+    assert (sinks.KINDS[kind].spare > 0) == (kind == "coco-polygons")

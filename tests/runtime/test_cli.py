@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -718,10 +719,10 @@ def test_where_some_were_there_already_a_failure_is_3(reds: list[str], tmp_path:
     ("options", "said"),
     [
         (["--as", "mask"], "as was 'cutout', now 'mask'"),
-        (["--format", "webp"], "format was None, now 'webp'"),
+        (["--format", "webp"], "format was 'png', now 'webp'"),
         (["--threshold", "0.9"], "threshold was 0.5, now 0.9"),
         (["--min-area", "0.25"], "min_area was 0.0, now 0.25"),
-        (["--background", "white"], "background was None, now 'white'"),
+        (["--background", "white"], "background was None, now [255, 255, 255]"),
         (["--backend", "openvino"], "engine was 'onnxruntime "),
         (["--model", "other.onnx"], "model was '"),
     ],
@@ -750,6 +751,85 @@ def test_another_run_than_the_one_that_was_stopped_is_6_and_changes_nothing(
     assert err.endswith("resume it with its own settings, or start again without --resume\n")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     assert run([*command, "--resume"]) == 0
+
+
+def test_what_means_the_same_is_no_other_run(
+    photo: Path, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8), "blue").save("beach.png")
+    command = ["infer", str(photo.parent), "--model", str(toy(tmp_path / "toy.onnx").path), "--output", "out"]
+    assert run([*command, "--background", "beach.png"]) == 0
+    for same in (["--background", "./beach.png"], ["--background", "beach.png", "--format", "jpg"]):
+        assert run([*command, "--resume", *same]) == 0
+    Image.new("RGB", (8, 8), "red").save("beach.png")
+    assert run([*command, "--resume", "--background", "beach.png"]) == 6
+
+
+def test_a_video_that_has_come_since_is_no_other_run(
+    photo: Path, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("av")
+    folder = photo.parent
+    command = ["infer", str(folder), "--as", "mask", "--model", str(toy(tmp_path / "toy.onnx").path)]
+    command += ["--output", str(tmp_path / "out")]
+    assert run(command) == 0
+    (folder / "clip.mp4").write_bytes(b"no video, as it turns out")
+    capsys.readouterr()
+    assert run([*command, "--resume"]) == 3
+    assert "clip.mp4" in capsys.readouterr().err
+
+
+def test_on_a_terminal_lines_stand_above_the_bar(reds: list[str], tmp_path: Path) -> None:
+    """And are whole: nothing of the bar is before them."""
+    pty = pytest.importorskip("pty")
+    mine, theirs = pty.openpty()
+    command = [sys.executable, "-m", "petseg.cli", *reds, str(tmp_path / "out")]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
+    running = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, close_fds=True)
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # what Linux raises at the end
+        while part := os.read(mine, 65536):
+            said += part
+    os.close(mine)
+    assert running.wait(60) == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode())
+    lines = re.split(r"[\r\n]+", text)
+    for number in range(1, 5):
+        source, result = tmp_path / "photos" / f"{number}.png", tmp_path / "out" / f"{number}.png"
+        assert any(line.startswith(f"{source} -> {result}  ") for line in lines), text
+    assert any("segmenting" in line for line in lines)
+
+
+def test_results_do_not_go_among_the_photos_that_are_searched(
+    reds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    before = files(photos)
+    assert run([*reds, str(photos)]) == 2
+    assert "the next search would find the results" in capsys.readouterr().err
+    sub = photos / "sub"
+    sub.mkdir()
+    Image.new("RGB", (20, 30), "red").save(sub / "1.png")
+    assert run([*reds, str(sub)]) == 2
+    assert "holds photos that are no known results (1.png, for one)" in capsys.readouterr().err
+    with Image.open(sub / "1.png") as kept:
+        assert kept.getpixel((0, 0)) == (255, 0, 0)
+    (sub / "1.png").unlink()
+    for _ in range(2):  # its own results it knows
+        assert run([*reds, str(sub)]) == 0
+    assert files(sub) == {*before, JOURNAL}
+
+
+def test_the_result_of_the_only_photo_in_a_folder_is_not_searched_the_next_time(
+    photo: Path, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["infer", str(photo.parent), "--model", str(toy(tmp_path / "toy.onnx").path), "--json"]
+    command += ["--output", str(photo.parent / "out")]
+    for _ in range(2):
+        assert run(command) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["photos"] == 1
 
 
 def test_more_or_fewer_threads_are_no_other_run(reds: list[str], tmp_path: Path) -> None:

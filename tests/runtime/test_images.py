@@ -1067,3 +1067,65 @@ def test_a_backgrounds_colours_are_converted_once_for_all_photos_alike(
     for _ in range(3):
         assert np.abs(np.array(render(nothing), int) - (0, 0, 255)).max() <= 1
     assert len(converted) == 1
+
+
+# ------------------------------------------------------------------------------------------- grey of two bytes
+
+
+@pytest.mark.parametrize(("bits", "white", "white_is_zero"), [(12, 4095, False), (16, 65535, False), (16, 65535, True)])
+def test_a_tiffs_grey_is_as_deep_and_as_bright_as_it_says(
+    tmp_path: Path, bits: int, white: int, white_is_zero: bool
+) -> None:
+    values = np.array([[0, white // 2, white]] * 2, np.uint16)
+    stored = white - values if white_is_zero else values
+    if bits == 12:  # two values in three bytes; a row of three takes five, padded
+        rows = b"".join(
+            bytes((r[0] >> 4, (r[0] & 15) << 4 | r[1] >> 8, r[1] & 255, r[2] >> 4, (r[2] & 15) << 4))
+            for r in stored.tolist()
+        )
+    else:
+        rows = stored.astype("<u2").tobytes()
+    (tmp_path / "grey.tif").write_bytes(tiff(rows, width=3, height=2, bits=bits, photometric=int(not white_is_zero)))
+    photo = read(tmp_path / "grey.tif")
+    assert [abs(int(a) - b) <= 1 for a, b in zip(photo.pixels[0, :, 0], (0, 127, 255), strict=True)] == [True] * 3
+    assert photo.notes == (f"{bits}-bit grey, scaled to 8 bits",)
+
+
+def tiff(rows: bytes, width: int, height: int, bits: int, photometric: int) -> bytes:
+    """A grey TIFF of one strip, without compression, little-endian (TIFF 6.0)."""
+    entries = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8 + 2 + 9 * 12 + 4)]
+    entries += [(277, 1), (278, height), (279, len(rows))]
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4) + rows
+
+
+def test_the_transparent_grey_of_a_16_bit_png_is_laid_over_white(tmp_path: Path) -> None:
+    values = np.array([[0, 40000, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "grey.png", transparency=40000)
+    photo = read(tmp_path / "grey.png")
+    assert photo.pixels[0, :, 0].tolist() == [0, 255, 255]
+    assert photo.notes == ("16-bit grey, scaled to 8 bits", "transparency laid over white")
+
+
+def test_a_palette_with_transparency_of_its_own_is_laid_over_white() -> None:
+    rgba = Image.new("RGBA", (4, 4), (9, 0, 0, 0))
+    rgba.putpixel((0, 0), (200, 10, 20, 255))
+    photo = read(rgba.quantize(4))
+    assert (photo.pixels[1, 1] == 255).all()
+    assert photo.notes == ("transparency laid over white",)
+
+
+def test_a_palettes_colours_keep_their_profile(tmp_path: Path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.new("RGB", (8, 8), "red").quantize(4).save(tmp_path / "p.png", icc_profile=profile)
+    assert read(tmp_path / "p.png").icc_profile == profile
+
+
+def test_an_open_file_that_is_too_large_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "p.png")
+    monkeypatch.setattr(images, "MAX_BYTES", 50)
+    with (tmp_path / "p.png").open("rb") as file, pytest.raises(ImageTooLarge, match="the limit is"):
+        read(file)
+    monkeypatch.undo()
+    with (tmp_path / "p.png").open("rb") as file:
+        assert read(file).pixels.shape == (64, 64, 3)

@@ -294,7 +294,7 @@ def test_the_output_may_lie_in_the_source_which_is_not_read_again(tmp_path: Path
     shutil.copy(clips / "short.mp4", tmp_path / "clip.mov")
     for _ in range(2):
         assert infer(tmp_path, "--as", "mask", "--model", model, "--output", tmp_path / "out") == 0
-    assert tree(tmp_path) == ["clip.mov", "out/clip.mp4"]
+    assert tree(tmp_path) == ["clip.mov", "out/.petseg-run.ndjson", "out/clip.mp4"]
 
 
 @pytest.mark.parametrize(

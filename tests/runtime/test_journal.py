@@ -255,22 +255,30 @@ def test_any_bytes_at_its_end_cost_no_line_before_them(
 
 
 def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else_is(folder: Path) -> None:
-    left = [
-        ".cat.0123abcd.part.png",
-        "deep/er/.cat.v2.0123abcd.part.webp",
-        ".annotations.0123abcd.part.json",
-        ".two\nlines.0123abcd.part.png",
-        "..petseg-probe.0123abcd.part",
-        ".caf\udce9.0123abcd.part.jpg",
-    ]
+    long = "x" * 60
+    left = {
+        "cat": [".cat.0123abcd.part.png", ".cat-2.0123abcd.part.mp4", "cat/.0001.0123abcd.part.png"],
+        "deep/er/cat.v2": ["deep/er/.cat.v2.0123abcd.part.webp"],
+        "two\nlines": [".two\nlines.0123abcd.part.png"],
+        "caf\udce9": [".caf\udce9.0123abcd.part.jpg"],
+        long: [f".{long[:35]}.0123abcd.part.png"],
+    }
+    whole = [".annotations.0123abcd.part.json"]  # of all items
     own = ["cat.part.png", ".cat.part.png", "cat.0123abcd.part.png", ".cat.0123abc.part.png", ".hidden", "deep/part"]
-    for name in (*left, *own):
+    # Another run, over one video or photo, has no journal and may be at work.
+    own += [".movie.0123abcd.part.mp4", ".catalogue.0123abcd.part.png", "deep/.cat.0123abcd.part.png"]
+    parts = [name for names in left.values() for name in names]
+    for name in (*parts, *whole, *own):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     Journal(folder, SETTINGS, resume=False).close()
-    assert all((folder / name).exists() for name in (*left, *own)), "another run may be writing them"
-    Journal(folder, SETTINGS, resume=True).close()
-    assert [name for name in left if (folder / name).exists()] == []
+    assert all((folder / name).exists() for name in (*parts, *whole, *own)), "another run may be writing them"
+    with Journal(folder, SETTINGS, resume=True) as journal:
+        assert not any((folder / name).exists() for name in whole)
+        assert all((folder / name).exists() for name in parts), "nobody has asked for these items"
+        for name in left:
+            journal.finished(Item(folder / "photo.jpg", PurePath(name)), None)
+            assert not any((folder / part).exists() for part in left[name])
     assert all((folder / name).exists() for name in own)
 
 
@@ -287,7 +295,7 @@ def test_runs_without_resume_may_share_a_folder(folder: Path, photo: Photo) -> N
 def test_a_run_that_goes_on_shares_the_folder_with_nobody(folder: Path, photo: Photo, theirs: bool, ours: bool) -> None:
     cat = photo()
     note(folder, cat)
-    part = folder / ".dog.0123abcd.part.png"
+    part = folder / ".cat.0123abcd.part.png"
     with Journal(folder, SETTINGS, resume=theirs):
         before = (folder / JOURNAL).read_bytes()
         part.touch()

@@ -429,6 +429,12 @@ class TestCoco:
         result = made(np.zeros((4, 5), np.uint8))
         assert result.coco() == {"segmentation": result.rle(), "bbox": [0, 0, 0, 0], "area": 0, "iscrowd": 0}
 
+    def test_exact_is_the_mask_itself_and_looks_for_no_outlines(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        result = made(blob(0, (90, 120)))
+        expected = {**result.coco(), "segmentation": result.rle()}
+        monkeypatch.setattr(Segmentation, "polygons", lambda *_: pytest.fail("they take most of the memory"))
+        assert result.coco(exact=True) == expected
+
     def test_pycocotools_reads_both(self) -> None:
         coco = pytest.importorskip("pycocotools.mask")
         for seed in range(8):

@@ -18,7 +18,16 @@ from PIL import Image
 
 from petseg_runtime.errors import InputError, OutputError, UsageError
 from petseg_runtime.result import Segmentation
-from petseg_runtime.sinks import KINDS, CocoSink, ImageSink, Picture, StreamSink, check_looks, picture
+from petseg_runtime.sinks import (
+    KINDS,
+    CocoSink,
+    ImageSink,
+    Picture,
+    StreamSink,
+    background_of,
+    check_looks,
+    picture,
+)
 from petseg_runtime.sources import STDIN, Item
 
 ITEM = Item(Path("photos/cat.jpg"), PurePath("cat"))
@@ -172,7 +181,7 @@ def test_a_background_and_its_kind_belong_together(kind: str) -> None:
     [
         ("white", (255, 255, 255)),
         ("#00ff00", (0, 255, 0)),
-        ("#0f08", (0, 255, 0)),
+        ("#0f0f", (0, 255, 0)),
         ("hsl(240, 100%, 50%)", (0, 0, 255)),
     ],
 )
@@ -193,6 +202,11 @@ def test_a_background_may_be_a_picture_that_is_made_to_fit(tmp_path: Path, resul
     assert (pixels[0, 0] == (200, 0, 0)).all()
     assert (pixels[0, -1] == (0, 0, 200)).all()
     assert (pixels[10, 12] == 90).all()
+
+
+def test_a_background_that_is_partly_transparent_is_refused() -> None:
+    with pytest.raises(InputError, match="'#0f08': a colour without transparency"):
+        background_of("#0f08")
 
 
 def test_a_background_that_is_neither_is_refused(tmp_path: Path) -> None:

@@ -162,21 +162,46 @@ def test_a_file_named_twice_gives_two_results_that_do_not_share_a_name(tmp_path:
 
 
 def test_the_output_inside_the_input_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    touch(tmp_path, "cat.jpg", "out/cat.png", "out/deep/cat.png", "other/out/dog.jpg")
+    touch(tmp_path, "cat.jpg", "out/.petseg-run.ndjson", "out/cat.png", "out/deep/cat.png", "other/out/dog.jpg")
     assert names(find_photos([tmp_path], tmp_path / "out")) == ["cat", "other/out/dog"]
     monkeypatch.chdir(tmp_path)
     assert names(find_photos([tmp_path], Path("other") / ".." / "out")) == ["cat", "other/out/dog"]
 
 
 def test_an_output_reached_through_a_link_is_passed_over_too(tmp_path: Path) -> None:
-    touch(tmp_path, "in/cat.jpg", "in/out/cat.png")
+    touch(tmp_path, "in/cat.jpg", "in/out/.petseg-run.ndjson", "in/out/cat.png")
     (tmp_path / "link").symlink_to(tmp_path / "in" / "out")
     assert names(find_photos([tmp_path / "in"], tmp_path / "link")) == ["cat"]
 
 
-def test_an_output_that_is_named_as_input_is_searched(tmp_path: Path) -> None:
+def test_an_output_that_is_searched_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "out/cat.png")
-    assert names(find_photos([tmp_path / "out"], tmp_path / "out")) == ["cat"]
+    for output in (tmp_path / "out", tmp_path / "in" / ".." / "out"):
+        with pytest.raises(UsageError, match="the next search would find the results"):
+            find_photos([tmp_path / "out"], output)
+    (item,) = find_photos([tmp_path / "out" / "cat.png"], tmp_path / "out")  # named, not searched for
+    assert str(item.name) == "cat"
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.jpg", "*"])
+def test_an_output_in_what_is_searched_holds_nothing_but_results(tmp_path: Path, pattern: str) -> None:
+    touch(tmp_path, "in/cat.jpg", "in/out/notes.txt", "in/out/deep/dog.jpg")
+    with pytest.raises(UsageError, match=r"out: it lies in what is searched, and holds photos .*\(dog.jpg, for one\)"):
+        find_photos([tmp_path / "in" / pattern], tmp_path / "in" / "out")
+    (tmp_path / "in" / "out" / "deep" / "dog.jpg").unlink()
+    assert names(find_photos([tmp_path / "in" / pattern], tmp_path / "in" / "out")) == ["cat"]
+
+
+def test_a_wildcard_does_not_lead_out_of_the_output(tmp_path: Path) -> None:
+    touch(tmp_path, "in/p/a.jpg", "dest/c.jpg")
+    (item,) = find_photos([tmp_path / "in" / "*" / ".." / ".." / "dest" / "*.jpg"], tmp_path / "o")
+    assert "behind a wildcard, .. leads out" in (item.problem or "")
+    assert names(find_photos([tmp_path / "in" / ".." / "dest" / "*.jpg"], tmp_path / "o")) == ["c"]
+
+
+def test_a_pattern_below_a_folder_with_brackets_in_its_name(tmp_path: Path) -> None:
+    touch(tmp_path, "cats [2020]/a.jpg", "cats [2020]/b.png")
+    assert names(find_photos([tmp_path / "cats [2020]" / "*.jpg"])) == ["a"]
 
 
 def test_an_unreadable_folder_is_a_problem_and_its_neighbours_are_still_found(
@@ -285,6 +310,7 @@ def test_a_file_or_folder_whose_name_looks_like_a_pattern_is_taken_as_it_is(tmp_
 def test_the_output_is_passed_over_by_a_pattern_too(tmp_path: Path, pattern: str) -> None:
     """Else a second run would segment the results of the first."""
     touch(tmp_path, "in/cat.jpg", "in/out/cat.jpg", "in/out/deep/cat.jpg", "in/other/dog.jpg")
+    touch(tmp_path, "in/out/.petseg-run.ndjson")
     found = find_photos([tmp_path / "in" / pattern], tmp_path / "in" / "out")
     assert found
     assert not any("out" in item.source.parts for item in found)
@@ -511,7 +537,8 @@ def test_any_text_can_be_shown(text: str) -> None:
         ("cat.bin", b"YUV4MPEG2 W4 H4", True),
         ("cat.bin", b"RIFF\0\0\0\0WEBP", False),
         ("cat.bin", b"RIFF\0\0\0\0AVI ", True),
-        ("cat.bin", (b"G" + bytes(187)) * 2, True),
+        ("cat.bin", (b"G" + bytes(187)) * 3, True),
+        ("cat.bin", b"GIF89a" + bytes(182) + b"G" + bytes(300), False),  # in its palette, by chance
         ("cat.bin", b"", False),
     ],
 )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
+import hashlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -159,15 +162,24 @@ def infer(
         # Makes the folder, so not before there is something to write.
         sink = _sink(found, folder, resume, **looks) if found.photos else None
         journal = None
-        if folder and not found.live and (resume or len(found.items) > 1 or coco):
-            settings = looks | _settings(segmenter) | (of_video if found.videos else {})
+        # The next search must know the results for what they are, if it is one photo's only.
+        searched = found.items and any(os.path.isdir(source) or glob.has_magic(source) for source in sources)  # noqa: PTH112
+        if folder and not found.live and (resume or searched or len(found.items) > 1 or coco):
+            settings = _looks(kind, looks) | _settings(segmenter) | {n: of_video[n] or None for n in VIDEO_OPTIONS}
             probe(folder)
             journal = stack.enter_context(Journal(folder, settings, resume=resume))
         report = None
         if sink:
-            watch = stack.enter_context(_watcher(len(found.photos), as_json, quiet or folder is None))
-            mask_only = not KINDS[kind].needs_photo
-            report = segment_photos(found.photos, segmenter, sink, watch, journal=journal, mask_only=mask_only)
+            watch = stack.enter_context(_watcher(len(found.photos), as_json, quiet, folder is not None))
+            report = segment_photos(
+                found.photos,
+                segmenter,
+                sink,
+                watch,
+                journal=journal,
+                mask_only=not KINDS[kind].needs_photo,
+                spare=KINDS[kind].spare,
+            )
         items = {str(item.name): item for item in found.videos}
         stopped = videos.run(found.streams, items, journal) if videos else None
     _print_report(report, videos, folder, as_json, verbose, quiet)
@@ -402,6 +414,22 @@ def _segmenter(
     )
 
 
+def _looks(kind: str, looks: dict[str, str | None]) -> dict[str, Any]:
+    """What is asked of the results' looks, as it is meant: with the format that is usual, and the background itself."""
+    from petseg_runtime.sinks import KINDS, background_of
+
+    formats = KINDS[kind].formats if kind in KINDS else ()
+    asked: dict[str, Any] = looks | {"format": looks["format"] or (formats[0] if formats else None)}
+    if looks["background"] is not None:
+        background = background_of(looks["background"])
+        asked["background"] = (
+            list(background)
+            if isinstance(background, tuple)
+            else f"a picture, SHA-256 {hashlib.sha256(background.tobytes()).hexdigest()}"
+        )
+    return asked
+
+
 def _settings(segmenter: Segmenter) -> dict[str, Any]:
     """What decides how results look, beside their kind."""
     engine = segmenter.describe()
@@ -438,14 +466,16 @@ def _say(note: str, quiet: bool) -> None:
 class _watcher:  # noqa: N801 (used like a function)
     """Prints what becomes of each photo; a progress bar where people watch a batch."""
 
-    def __init__(self, total: int, as_json: bool, quiet: bool) -> None:
-        self._as_json, self._quiet = as_json, quiet
+    def __init__(self, total: int, as_json: bool, quiet: bool, to_files: bool) -> None:
+        self._as_json, self._quiet, self._to_files = as_json, quiet, to_files
         self._progress: Any = None
         if total > 1 and sys.stderr.isatty() and not quiet:
             from rich.console import Console
             from rich.progress import Progress
 
-            self._progress = Progress(console=Console(stderr=True), transient=True)
+            # It would redirect what is printed, of which click writes a part past it; see `_print`.
+            console = Console(stderr=True)
+            self._progress = Progress(console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
             self._task = self._progress.add_task("segmenting", total=total)
 
     def __enter__(self) -> Callable[[Outcome[Item, Done]], None]:
@@ -460,18 +490,25 @@ class _watcher:  # noqa: N801 (used like a function)
     def _watch(self, outcome: Outcome[Item, Done]) -> None:
         source, done = shown(outcome.source.source), outcome.value
         if done is None:
-            click.echo(f"petseg: {shown(outcome.error)}", err=True)
+            self._print(f"petseg: {shown(outcome.error)}", err=True)
         else:
             for note in () if self._quiet else done.notes:
-                click.echo(f"petseg: {source}: {note}", err=True)
-            if not self._as_json and not self._quiet:
+                self._print(f"petseg: {source}: {note}", err=True)
+            if self._to_files and not self._as_json and not self._quiet:
                 where = f" -> {shown(done.path)}" if done.path else ""
                 pet = f"{100 * done.coverage:.0f} % pet" if done.found else "no pet, it seems"
-                click.echo(f"{source}{where}  {pet}")
+                self._print(f"{source}{where}  {pet}")
         if self._as_json:
-            click.echo(json.dumps(_record(outcome)))
+            self._print(json.dumps(_record(outcome)))
         if self._progress:
             self._progress.advance(self._task)
+
+    def _print(self, line: str, err: bool = False) -> None:
+        """Print a line; above the bar, where both are seen on one terminal."""
+        if self._progress and (err or sys.stdout.isatty()):
+            self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        else:
+            click.echo(line, err=err)
 
 
 def _record(outcome: Outcome[Item, Done]) -> dict[str, Any]:
