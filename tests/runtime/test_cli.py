@@ -796,7 +796,7 @@ def test_on_a_terminal_lines_stand_above_the_bar(reds: list[str], tmp_path: Path
     assert running.wait(60) == 0
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode())
     lines = re.split(r"[\r\n]+", text)
-    for number in range(1, 5):
+    for number in range(5):
         source, result = tmp_path / "photos" / f"{number}.png", tmp_path / "out" / f"{number}.png"
         assert any(line.startswith(f"{source} -> {result}  ") for line in lines), text
     assert any("segmenting" in line for line in lines)
