@@ -207,7 +207,7 @@ def receipts_wide() -> str:
 def receipts_of(record: dict[str, Any]) -> str:
     """A table for one checkpoint."""
     lines = [
-        f"**{record['about']}**, {record['photos']} original-size test photos:",
+        f"**{record['about'] or record['shipped_model']}**, {record['photos']} original-size test photos:",
         "",
         "| file | MB | engine, computed in | difference max, mean, p99 (of 255) | mask IoU min, mean | task IoU |",
         "|---|---|---|---|---|---|",

@@ -45,7 +45,7 @@ def _list(context: click.Context, _: click.Parameter, asked: bool) -> None:
 @click.option("--backend", "backends", multiple=True, help="Engine of the parity test; may be repeated.")
 @click.option("--onnx", type=PATH, help="Compile this file, exported from CHECKPOINT before, instead of a new one.")
 @click.option("--int8-data", type=PATH, help="Labelled photos for int8.  [default: those of --data]")
-@click.option("--int8-budget", type=Finite(), metavar="POINTS", help="Largest loss of IoU.  [default: 0.5]")
+@click.option("--int8-budget", type=Finite(0), metavar="POINTS", help="Largest loss of IoU.  [default: 0.5]")
 @click.option("--int8-photos", type=int, metavar="N", help="Training photos to calibrate on.  [default: 64]")
 @click.option("--int8-judges", type=int, metavar="N", help="Validation photos needed to judge it.  [default: 100]")
 @click.option("--max-batch", type=int, help="trt, trt-rtx: largest batch of a dynamic one.  [default: 8]")

@@ -69,7 +69,7 @@ FORMATS: Final = {
         proven="run on CPUs",
     ),
     "openvino": Format(
-        help="OpenVINO IR: the fastest on Intel, AMD and ARM CPUs",
+        help="OpenVINO IR: for CPUs, the fastest where they compute in bf16, fp16 or int8",
         suffix=".xml",
         config=OpenVINOConfig,
         needs=(Needs(module="openvino", extra="openvino"),),
@@ -79,7 +79,7 @@ FORMATS: Final = {
         proven="run on CPUs",
     ),
     "trt": Format(
-        help="TensorRT engine: the fastest on NVIDIA GPUs, built on the GPU that runs it",
+        help="TensorRT engine: for NVIDIA GPUs, built on the GPU that runs it",
         suffix=".engine",
         config=TensorRTConfig,
         needs=(Needs(module="tensorrt", extra="trt"),),

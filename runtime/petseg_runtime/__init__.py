@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from petseg_runtime.artifact import default_model, sample_photos
-    from petseg_runtime.errors import EngineError, InputError, ModelError, PetsegError
+    from petseg_runtime.errors import EngineError, InputError, ModelError, OutputError, PetsegError, UsageError
     from petseg_runtime.images import Photo
     from petseg_runtime.result import Segmentation
     from petseg_runtime.segmenter import Segmenter
     from petseg_runtime.spec import ModelSpec
+    from petseg_runtime.stream import Stream
 
 __version__ = "0.1.0"
 
@@ -24,10 +25,13 @@ __all__ = [
     "InputError",
     "ModelError",
     "ModelSpec",
+    "OutputError",
     "PetsegError",
     "Photo",
     "Segmentation",
     "Segmenter",
+    "Stream",
+    "UsageError",
     "__version__",
     "default_model",
     "sample_photos",
@@ -39,10 +43,13 @@ _HOMES = {
     "InputError": "errors",
     "ModelError": "errors",
     "ModelSpec": "spec",
+    "OutputError": "errors",
     "PetsegError": "errors",
     "Photo": "images",
     "Segmentation": "result",
     "Segmenter": "segmenter",
+    "Stream": "stream",
+    "UsageError": "errors",
     "default_model": "artifact",
     "sample_photos": "artifact",
 }
