@@ -224,11 +224,14 @@ def _observer(epochs: int, progress: Progress, quiet: bool, first: bool) -> Obse
         def started(self, message: str) -> None:
             if not quiet:
                 # A file's name is neither broken into lines nor read as markup.
-                progress.console.print(shown(message), highlight=False, markup=False, soft_wrap=True)
+                self._print(message)
+
+        def _print(self, message: str) -> None:
+            progress.console.print(shown(message), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
         def left_out(self, message: str) -> None:
             if first:
-                progress.console.print(shown(message), highlight=False, markup=False, soft_wrap=True)
+                self._print(message)
 
         def step(self, state: RunState, loss: float, lr: float) -> None:
             if self.task is None:
@@ -283,6 +286,7 @@ def evaluate(
     A checkpoint knows which photos of trainval it was validated on. An exported file knows only whether these are they.
     """
     from petseg.data import Split
+    from petseg.device import enough_memory
     from petseg.evaluate import evaluate as measure
     from petseg.evaluate import open_model, write_report
     from petseg_runtime.errors import EXIT_PARTIAL
@@ -296,15 +300,16 @@ def evaluate(
     with open_model(model, device) as opened, _progress(quiet) as progress:
         pairs, val_fraction, split_seed = _measured_pairs(root, Split(split), opened, val_fraction, split_seed)
         task = progress.add_task("measuring", total=len(pairs), detail="")
-        result = measure(
-            opened.run,
-            pairs,
-            opened.height,
-            opened.width,
-            batch=batch,
-            watch=lambda done: progress.update(task, completed=done),
-            failed=leave_out if report else None,
-        )
+        with enough_memory(f"use a smaller --batch than {batch}"):
+            result = measure(
+                opened.run,
+                pairs,
+                opened.height,
+                opened.width,
+                batch=batch,
+                watch=lambda done: progress.update(task, completed=done),
+                failed=leave_out if report else None,
+            )
         cut = opened.threshold if threshold is None else threshold
         record = {**result.summary(cut), "model": opened.describe(), "split": split}
         if failed:

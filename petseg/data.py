@@ -47,6 +47,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 #: Errors of a disk, not of a network.
 LOCAL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
+#: A mask with so few values between black and grey is one of numbered classes, if they are more than its white.
+MOST_CLASSES: Final = 3
+
 #: Threads that decode photos; disks and the memory gain nothing from more.
 MAX_READERS = 16
 
@@ -195,7 +198,12 @@ def download(folder: Path) -> None:
 
 def _check_whole(folder: Path) -> None:
     """Raises DataError if a photo or a mask that a listing of the data set names is not there."""
-    pairs = [pair for split in (Split.TRAINVAL, Split.TEST) for pair in find(folder, split)]
+    try:
+        pairs = [pair for split in (Split.TRAINVAL, Split.TEST) for pair in find(folder, split)]
+    except DataError as error:
+        raise DataError(
+            f"{folder}: not a whole data set: move the folder away, and download again ({error})"
+        ) from error
     gone = [path for pair in pairs for path in (pair.image, pair.mask) if not path.exists()]
     if gone:
         raise DataError(
@@ -293,11 +301,15 @@ def read_trimap(pair: Pair) -> U8:
 def _black_and_white(image: Image.Image, path: Path) -> U8:
     """A mask of the folder layout as a trimap; one of numbered classes, or one in the alpha channel, is refused."""
     expected = "black for background and white for the pet are expected, or 0 and 1"
-    if "A" in image.getbands() and (least := image.getchannel("A").getextrema()[0]) != 255:
-        raise DataError(f"{path}: a mask that is partly transparent (alpha {least}); {expected}, without alpha")
+    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
+        raise DataError(f"{path}: a mask that is partly transparent; {expected}, without transparency")
     mask = np.array(image.convert("L"))
     if 1 < (most := int(mask.max(initial=0))) <= 127:
         raise DataError(f"{path}: nothing in this mask is white, and its brightest value is {most}; {expected}")
+    # Soft edges and what JPEG leaves have many values; classes are few, and often within an outline of 255.
+    classes = np.unique(dark := mask[(mask > 0) & (mask <= 127)]).tolist() if most > 1 else []
+    if 0 < len(classes) <= MOST_CLASSES and dark.size > (mask > 127).sum():
+        raise DataError(f"{path}: most of this mask that is not black is {', '.join(map(str, classes))}; {expected}")
     return np.where(mask > (0 if most <= 1 else 127), PET, BACKGROUND).astype(np.uint8)
 
 

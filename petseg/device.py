@@ -72,9 +72,10 @@ def enough_memory(remedy: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if WORKER_GONE.search(str(error)):
+            more = "more shared memory (docker run --shm-size=2g)" if "Bus error" in str(error) else "more memory"
             raise EngineError(
-                f"a process that prepares photos is gone ({said}): give it more shared memory (docker run "
-                "--shm-size=2g), or do without such processes (--set data.workers=0)"
+                f"a process that prepares photos is gone ({said}): give it {more}, or do with fewer such processes or "
+                "none (--set data.workers=0)"
             ) from error
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_MEMORY.search(str(error)):
             raise EngineError(f"too little memory: {remedy} ({said})") from error

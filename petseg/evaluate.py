@@ -19,7 +19,7 @@ import torch
 
 from petseg.checkpoint import load_model
 from petseg.data import Pair, Split, find, read_pair
-from petseg.device import enough_memory, pick_device
+from petseg.device import pick_device
 from petseg.metrics import Border, Histogram, PixelCounts, counts, histogram
 from petseg.model import AttentionUNet, normalize
 from petseg_runtime import images
@@ -147,7 +147,7 @@ def torch_run(model: AttentionUNet, device: torch.device | str = "cpu") -> Run:
     def run(batch: U8) -> U8:
         # On a GPU, convolutions would use TF32 unless told otherwise: not float32, and not the reference.
         exactly = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with enough_memory(f"use a smaller --batch than {len(batch)}"), torch.inference_mode(), exactly:
+        with torch.inference_mode(), exactly:
             logits = model(normalize(torch.from_numpy(batch).to(device)))
             probability = torch.round(255 * torch.sigmoid(logits.float().squeeze(1)))
         return probability.to(torch.uint8).cpu().numpy()

@@ -343,7 +343,8 @@ class Trainer:
                 f"{root}: of the {len(val)} validation photos {len(with_pet)} can be used, and none of those shows a "
                 "pet, so that no threshold can be chosen: set another data.val_fraction or data.split_seed"
             )
-        with _teacher(teacher, d, self.device) as (taught, about, origin):
+        remedy = "train without --teacher, or with a smaller one"
+        with enough_memory(remedy), _teacher(teacher, d, self.device) as (taught, about, origin):
             if seen := trained_on(origin, root, val):
                 self.observer.started(
                     f"the teacher was trained on {len(seen)} of the {len(val)} validation photos: what is measured on "

@@ -51,6 +51,8 @@ Watch: TypeAlias = Callable[[str, int, int], None]
 TRAVELLING: Final = SMOKE
 #: Photos of the activation scans, whose outputs are all of a network's activations at once.
 SCANNED: Final = 8
+#: In what a receipt says of int8: how many of its own photos judged it.
+SHARED: Final = "judged_on_photos_of_the_receipt"
 #: Photos that a graph of any size is run on at another size than its specification's.
 ANOTHER_SIZE: Final = 3
 
@@ -139,7 +141,7 @@ def _of_receipt(receipt: Receipt) -> tuple[str, ...]:
         notes.append(
             "activations were not searched for NaN and infinity, which onnxruntime does: pip install 'petseg[cpu]'"
         )
-    if shared := (receipt.quantization or {}).get("judged_on_photos_of_the_receipt"):
+    if shared := (receipt.quantization or {}).get(SHARED):
         notes.append(
             f"int8 was chosen on {shared} of the {receipt.photos} photos of the parity test, whose loss of IoU is so "
             "flattered: --split test takes others"
@@ -241,7 +243,7 @@ class _Job:
         trained_on = of_run.get("val_photos") if isinstance(of_run, dict) else None
         about |= {
             "as_many_as_in_training": trained_on == len(val),
-            "judged_on_photos_of_the_receipt": len({*judges.names} & {*self.photos.names}),
+            SHARED: len({*judges.names} & {*self.photos.names}),
         }
         return result.graph, {**result.choice, **about}
 
@@ -256,7 +258,9 @@ class _Job:
             raise ModelError(
                 f"{given.path}: its receipt is damaged (quantization {str(found)[:40]!r}): export it again"
             )
-        return found if isinstance(found, dict) else None
+        if not isinstance(found, dict):
+            return None
+        return {name: value for name, value in found.items() if name != SHARED}  # this receipt is of other photos
 
     def _compile(self, source: Artifact, file: Path) -> Artifact:
         assert self.form.compiler is not None

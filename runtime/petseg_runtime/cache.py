@@ -284,9 +284,8 @@ def clear() -> tuple[int, int]:
         for file in _ours(folder):
             try:
                 size_of = file.stat(follow_symlinks=False).st_size
-                if file.name.endswith(".lock") and _held(Path(file.path)):
-                    continue  # somebody compiles; without its lock, the next one would do the same at the same time
-                Path(file.path).unlink()
+                if not _removed(Path(file.path)):
+                    continue
             except FileNotFoundError:  # somebody else was quicker
                 continue
             except OSError as error:
@@ -427,24 +426,28 @@ def _alone(path: Path) -> Iterator[None]:
             os.close(lock)
 
 
-def _held(file: Path) -> bool:
-    """Whether somebody holds a lock.
+def _removed(file: Path) -> bool:
+    """Remove a file, but no lock that somebody holds: the next one would compile the same at the same time.
 
     Raises:
-        OSError: It cannot be looked at.
+        OSError: It cannot be removed.
     """
     import fcntl  # POSIX only
 
-    if file.is_symlink():  # none of ours is one
-        return False
+    if file.suffix != ".lock" or file.is_symlink():  # no lock of ours is a link
+        file.unlink()
+        return True
     lock = os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        file.unlink()  # while it is held: who waits for it will see that it is gone
         return True
     finally:
         os.close(lock)
-    return False
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -12,7 +12,8 @@
     ├── ModelError                   4   a model file that is damaged, foreign or breaks its contract
     │   └── CheckpointError              the same for a training checkpoint
     ├── EngineError                  5   an engine or device that was asked for cannot be had
-    │   └── EngineMissing                no inference engine is installed
+    │   ├── EngineMissing                no inference engine is installed
+    │   └── EngineForeign                compiled for another GPU, or the one here cannot be used
     ├── OutputError                  6   a result cannot be written where it should go
     ├── MissingExtra                 7   a command needs packages that are not installed
     ├── DataError                    8   a data set that cannot be used
@@ -40,6 +41,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "EngineError",
+    "EngineForeign",
     "EngineMissing",
     "ImageTooLarge",
     "InputError",
@@ -125,7 +127,7 @@ class EngineMissing(EngineError):
 
 
 class EngineForeign(EngineError):
-    """A compiled engine is for another GPU than the one that is here."""
+    """A compiled engine is for another GPU than the one that is here, or that one cannot be used at all."""
 
 
 class OutputError(PetsegError):

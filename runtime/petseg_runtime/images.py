@@ -281,10 +281,10 @@ def _opened(source: Any, name: str) -> Any:
 
 
 def _size_of_stream(file: Any) -> int:
-    """Bytes from here to a file's end; of a pipe 1: they are not known, and it is not empty."""
+    """Bytes of a file, which is read from its beginning; of a pipe 1: they are not known, and it is not empty."""
     try:
         position = file.tell()
-        size = file.seek(0, os.SEEK_END) - position
+        size = file.seek(0, os.SEEK_END)
         file.seek(position)
     except (AttributeError, OSError, TypeError):
         return 1

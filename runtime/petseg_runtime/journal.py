@@ -23,7 +23,10 @@ from petseg_runtime.sources import JOURNAL, Item
 
 __all__ = ["JOURNAL", "Journal"]
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
+
+#: Settings of photos or of videos alone, which a run without such does not have: where it is lacking, it may be anything.
+_OF_SOME: Final = ("format", "video_format")
 
 #: What :func:`petseg_runtime.files.replacing` leaves behind when the process is killed.
 _PART: Final = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part(?:\.\w+)?", re.DOTALL)
@@ -156,7 +159,9 @@ class Journal:
         before, now = found.get("settings"), header["settings"]
         if found.get("schema_version") != SCHEMA_VERSION or not isinstance(before, dict):
             raise OutputError(f"{self._path}: not a journal of this version of petseg: start again without --resume")
-        differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        everything = {**before, **now}
+        compared = (key for key in everything if key not in _OF_SOME or (key in before and key in now))
+        differing = [key for key in compared if before.get(key) != now.get(key)]
         if differing:
             changes = "; ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in differing)
             raise OutputError(

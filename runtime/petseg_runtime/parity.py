@@ -123,13 +123,7 @@ class Proof:
 
     def spread(self, count: int) -> Proof:
         """The same with at most ``count`` photos; see :func:`spread`."""
-        return self._of(spread(len(self.names), count))
-
-    def repeated(self, count: int) -> Proof:
-        """The same with exactly ``count`` photos: the first, or all again and again."""
-        return self._of(np.arange(count) % len(self.names))
-
-    def _of(self, index: npt.NDArray[np.int64]) -> Proof:
+        index = spread(len(self.names), count)
         names = tuple(self.names[i] for i in index)
         return replace(self, names=names, images=self.images[index], expected=self.expected[index])
 
@@ -340,7 +334,7 @@ def compare(
     """Run a model on every photo of a proof, one by one, and measure how far it is from the reference.
 
     Where the engine gains from batches, which photos and videos are then run in, the first photos are run once more as
-    such a batch, within the same tolerance; and so are three, of a model that takes any number.
+    such a batch, and so are three, of a model that takes any number: each must get what it got alone.
 
     Args:
         run: The model, in the engine that will run it.
@@ -351,8 +345,8 @@ def compare(
             :attr:`Comparison.task`.
         watch: Called with the number of photos done so far.
         budget: The loss of IoU that is allowed instead of the tolerance's own, where that limits it.
-        also: Photos at another size, for a model that takes any: within the same tolerance, but for int8, whose
-            differences are told from many photos only.
+        also: A few photos at another size, for a model that takes any. Of such, and of a batch, the differences of
+            probabilities count, within the same tolerance; IoUs are of many photos.
 
     Raises:
         ParityShapes: An output's shape or type is not the contract's.
@@ -369,15 +363,13 @@ def compare(
         tolerance = replace(tolerance, task_loss=budget)
     measured, failures = _judged(proof, answers, spec, tolerance, task)
     together = info.batch if info.batch > 1 or spec.batch else FEW
-    for what, batch in (
-        (f"{together} at a time", proof.repeated(together) if together > 1 else None),
-        ("at another size", also if info.precision != "int8" else None),
-    ):
-        if batch is not None:
-            got = run(batch.images)
-            _check_output(got, batch.expected)
-            _, wrong = _judged(batch, got, spec, tolerance)
-            failures += [f"{what}: {failure}" for failure in wrong]
+    if together > 1:
+        index = np.arange(together) % len(proof.names)
+        got = run(proof.images[index])
+        failures += [f"{together} at a time: {failure}" for failure in _too_far(answers[index], got, tolerance)]
+    if also is not None:
+        got = run(also.images)
+        failures += [f"at another size: {failure}" for failure in _too_far(also.expected, got, tolerance)]
     return Comparison(
         engine=f"{info.name} {info.version} ({info.device}, {info.provider})",
         precision=info.precision,
@@ -468,6 +460,25 @@ def _judged(
         "task": task(answers) if task else None,
     }
     return measured, list(_failures(measured, allowed, worst, proof.names[int(np.argmin(ious))]))
+
+
+def _too_far(expected: U8, got: U8, allowed: Tolerance) -> list[str]:
+    """Where probabilities of a few photos differ by more than a tolerance has for probabilities.
+
+    Raises:
+        ParityShapes: The answers are not even of one shape.
+    """
+    _check_output(got, expected)
+    differences = np.abs(got.astype(np.int16) - expected)
+    return [
+        f"{what} {found:.4g}/255, allowed {limit}/255"
+        for what, found, limit in (
+            ("largest difference", differences.max(), allowed.max_difference),
+            ("mean difference", differences.mean(), allowed.mean_difference),
+            ("99th percentile of the differences", np.percentile(differences, 99), allowed.p99_difference),
+        )
+        if limit is not None and found > limit
+    ]
 
 
 def _failures(measured: dict[str, Any], allowed: Tolerance, worst: dict[str, Any], name: str) -> Iterable[str]:

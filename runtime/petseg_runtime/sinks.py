@@ -23,6 +23,7 @@ from petseg_runtime.sources import Item
 
 __all__ = [
     "KINDS",
+    "VIDEO_FORMATS",
     "CocoSink",
     "ImageSink",
     "Kind",
@@ -62,6 +63,16 @@ KINDS: Final = {
     "background": Kind(formats=("jpg", "png", "webp"), needs_photo=True),
     "coco-polygons": Kind(spare=30),
     "coco-rle": Kind(),
+}
+
+#: What each kind of result of a video can be written as, the usual one first. (Here: its sinks load FFmpeg.)
+VIDEO_FORMATS: Final = {
+    "mask": ("mp4", "png", "raw"),
+    "probability": ("mp4", "png", "raw"),
+    "overlay": ("mp4", "png", "jpg", "raw"),
+    "background": ("mp4", "png", "jpg", "raw"),
+    "cutout": ("webm", "png", "webp", "raw"),
+    "lines": ("ndjson",),
 }
 
 #: How each format is written. PNG at level 1 takes a third of the time of level 6, for files a few per cent larger.

@@ -336,15 +336,16 @@ class _Search:
     passed: dict[Path, str] = field(default_factory=dict)
 
     def refuse_as_output(self, folder: Path) -> None:
-        """Refuse to write into a folder whose photos are taken: the next run would take the results for photos.
+        """Refuse to write into a folder whose photos are searched for: the next run would take the results for photos,
+        or pass over all that is there.
 
         Raises:
             UsageError: That is asked for.
         """
         if os.path.realpath(folder) == self.output:
             raise UsageError(
-                f"--output {folder}: it is searched for photos, and the next search would find the results: choose a "
-                "folder of their own, such as one in it"
+                f"--output {folder}: it is searched for photos, and later searches pass over folders with results: "
+                "choose a folder of their own, such as one in it"
             )
 
     def below(self, top: Path) -> Iterator[tuple[Path, str | None]]:
@@ -368,6 +369,7 @@ class _Search:
         passed = {folder for folder in set().union(*ways) if not self._is_searched(folder)}
         found: list[tuple[Path, PurePath, str | None]] = []
         for match in (match for match, way in zip(matches, ways, strict=True) if way.isdisjoint(passed)):
+            self.refuse_as_output(match if _is_folder(match) else match.parent)
             files = self.below(match) if _is_folder(match) else [(match, None)]
             # With `**` a folder and the files in it both fit: each photo is taken once.
             found += [(file, file.relative_to(fixed), problem) for file, problem in files]
@@ -424,7 +426,7 @@ class _Search:
             if not noted and (photo := next((file for file, problem in self.below(folder) if not problem), None)):
                 raise UsageError(
                     f"--output {folder}: it lies in what is searched, and holds photos that are no known results "
-                    f"({photo.name}, for one): choose a new folder"
+                    f"({photo.name}, for one): choose a new folder, or remove them if they are results"
                 )
             return True
         if not noted:

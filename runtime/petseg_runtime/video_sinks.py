@@ -30,7 +30,6 @@ from petseg_runtime.video_sound import Sound, Track, written_to
 
 __all__ = [
     "MOVIES",
-    "VIDEO_FORMATS",
     "LinesSink",
     "Look",
     "MovieSink",
@@ -74,16 +73,6 @@ MOVIES: Final = {
         options={"deadline": "realtime", "cpu-used": "8", "row-mt": "1", "crf": "32", "b": "0", "auto-alt-ref": "0"},
         live={"lag-in-frames": "0"},
     ),
-}
-
-#: What each kind of result can be written as, the usual one first.
-VIDEO_FORMATS: Final = {
-    "mask": ("mp4", "png", "raw"),
-    "probability": ("mp4", "png", "raw"),
-    "overlay": ("mp4", "png", "jpg", "raw"),
-    "background": ("mp4", "png", "jpg", "raw"),
-    "cutout": ("webm", "png", "webp", "raw"),
-    "lines": ("ndjson",),
 }
 
 #: Seconds in a fragment of what is written without an end, and for which it waits for late sound at most: together so

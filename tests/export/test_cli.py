@@ -182,7 +182,9 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["--format", "trt-rtx", "--max-batch", "0"], 4, "max_batch is 0"),
     (["--precision", "int8"], 8, "labelled photos: give a folder of them with --data"),
     (["--precision", "bf16"], 2, "--precision"),
-    (["--int8-budget", "-1"], 8, "budget of int8 is -1.0"),
+    (["--int8-budget", "-1"], 2, "--int8-budget"),
+    (["--int8-photos", "7"], 2, "settings of int8 (--int8-...) are of an export that makes int8, and this is fp32"),
+    (["--format", "trt-rtx", "--batch", "1", "--max-batch", "4"], 2, "max_batch is of a graph that takes any batch"),
     (["--backend", "nonsense"], 5, "'nonsense' is no engine that runs such files; there are: auto, onnxruntime"),
     (["--split", "train"], 2, "--split"),
 ]

@@ -251,11 +251,33 @@ def test_a_mask_of_numbered_classes_is_refused(tmp_path: Path, values: list[int]
         read_trimap(pair)
 
 
+def test_a_mask_of_classes_within_a_white_outline_is_refused(tmp_path: Path) -> None:
+    mask = np.zeros((40, 40), np.uint8)
+    mask[9:31, 9:31] = 255
+    mask[10:30, 10:30] = 1
+    pair = trimap_pair(tmp_path, mask, Layout.FOLDER)
+    with pytest.raises(DataError, match=r"mask\.png: most of this mask that is not black is 1; black for"):
+        read_trimap(pair)
+
+
+def test_soft_edges_and_what_jpeg_leaves_are_no_classes(tmp_path: Path) -> None:
+    mask = np.zeros((64, 64), np.uint8)
+    mask[30:34, 20:44] = 255
+    soft = Image.fromarray(mask).resize((50, 50), Image.Resampling.BICUBIC)
+    for name, options in (("soft.png", {}), ("soft.jpg", {"quality": 30})):
+        soft.save(tmp_path / name, **options)
+        pair = Pair("soft", tmp_path / "photo.png", tmp_path / name, Layout.FOLDER)
+        assert 40 < (read_trimap(pair) == PET).sum() < 120
+
+
 def test_a_mask_in_the_alpha_channel_is_refused_and_an_opaque_one_is_taken(tmp_path: Path) -> None:
     mask = np.zeros((2, 2, 4), np.uint8)
     mask[0] = 255
     pair = trimap_pair(tmp_path, mask, Layout.FOLDER)
-    with pytest.raises(DataError, match=r"mask\.png: a mask that is partly transparent \(alpha 0\)"):
+    with pytest.raises(DataError, match=r"mask\.png: a mask that is partly transparent; black for"):
+        read_trimap(pair)
+    Image.fromarray(mask).quantize(4).save(pair.mask)  # as in small PNGs: in the palette
+    with pytest.raises(DataError, match=r"mask\.png: a mask that is partly transparent"):
         read_trimap(pair)
     mask[..., 3] = 255
     assert np.array_equal(read_trimap(trimap_pair(tmp_path, mask, Layout.FOLDER)), [[1, 1], [2, 2]])

@@ -517,25 +517,41 @@ def test_clearing_leaves_the_lock_of_who_compiles(filled: Path) -> None:
     assert clear()[0] == 1
 
 
-def test_who_waited_for_a_lock_that_was_cleared_takes_the_new_one(filled: Path) -> None:
+def test_who_waited_for_a_lock_that_was_cleared_takes_the_new_one(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = filled / f"{'4' * 64}.engine"
     lock = path.with_name(f"{path.name}.lock")
-    entered, order = threading.Event(), []
+    asks, order, real = threading.Event(), [], fcntl.flock
+
+    def flock(descriptor: int, how: int) -> None:
+        asks.set()
+        real(descriptor, how)
 
     def wait() -> None:
         with _alone(path):
-            entered.set()
             order.append("second")
 
     with _alone(path):
+        monkeypatch.setattr(fcntl, "flock", flock)
         waiting = threading.Thread(target=wait)
         waiting.start()
-        assert not entered.wait(0.2)
+        assert asks.wait(10)
         lock.unlink()  # by somebody who does not know better
         order.append("first")
     waiting.join(10)
     assert order == ["first", "second"]
     assert lock.exists(), "held by the one that is to keep others out"
+
+
+def test_locks_are_cleared_where_the_file_system_has_none(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    (filled / f"{'4' * 64}.engine.lock").touch()
+    monkeypatch.setattr(fcntl, "flock", none)
+    clear()
+    assert not [file for file in filled.iterdir() if file.name.endswith(".lock")]
 
 
 def test_what_cannot_be_removed_is_said_and_the_rest_is(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,9 +32,8 @@ from petseg_runtime.cli.text import parse_size
 from petseg_runtime.errors import EngineError
 from petseg_runtime.journal import JOURNAL, Journal
 from petseg_runtime.parity import Proof, load_proof, proof_of
-from petseg_runtime.sinks import KINDS
+from petseg_runtime.sinks import KINDS, VIDEO_FORMATS
 from petseg_runtime.verify import sidecar_of
-from petseg_runtime.video_sinks import VIDEO_FORMATS
 
 CHELSEA = next(path for path in sample_photos() if path.name == "chelsea.jpg")
 Toy: TypeAlias = Callable[..., Any]
@@ -780,6 +779,19 @@ def test_a_video_that_has_come_since_is_no_other_run(
     assert "clip.mp4" in capsys.readouterr().err
 
 
+def test_a_format_of_videos_counts_where_there_are_some(
+    photo: Path, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("av")
+    (photo.parent / "clip.mp4").write_bytes(b"no video, as it turns out")
+    command = ["infer", str(photo.parent), "--as", "mask", "--model", str(toy(tmp_path / "toy.onnx").path)]
+    command += ["--output", str(tmp_path / "out")]
+    assert run(command) == 3
+    capsys.readouterr()
+    assert run([*command, "--resume", "--format", "png"]) == 6  # of photos the usual one, of videos not
+    assert "video_format was 'mp4', now 'png'" in capsys.readouterr().err
+
+
 def test_on_a_terminal_lines_stand_above_the_bar(reds: list[str], tmp_path: Path) -> None:
     """And are whole: nothing of the bar is before them."""
     pty = pytest.importorskip("pty")
@@ -808,7 +820,7 @@ def test_results_do_not_go_among_the_photos_that_are_searched(
     photos = tmp_path / "photos"
     before = files(photos)
     assert run([*reds, str(photos)]) == 2
-    assert "the next search would find the results" in capsys.readouterr().err
+    assert "later searches pass over folders with results" in capsys.readouterr().err
     sub = photos / "sub"
     sub.mkdir()
     Image.new("RGB", (20, 30), "red").save(sub / "1.png")
@@ -842,6 +854,27 @@ def test_one_photo_leaves_no_journal_unless_it_may_be_resumed(photo: Path, tmp_p
     assert files(tmp_path / "out") == {"cat.png"}
     assert run(["infer", str(photo), "--output", str(tmp_path / "out"), "--resume"]) == 0
     assert files(tmp_path / "out") == {"cat.png", JOURNAL}
+
+
+def test_a_file_whose_name_is_like_a_pattern_is_no_search(photo: Path, toy: Toy, tmp_path: Path) -> None:
+    odd = photo.rename(photo.with_name("cat[1].png"))
+    command = ["--as", "overlay", "--model", str(toy(tmp_path / "toy.onnx").path), "--output", str(odd.parent)]
+    assert run(["infer", str(odd), *command]) == 0
+    assert files(odd.parent) == {odd.name, "cat[1].jpg"}
+
+
+def test_a_closed_standard_output_and_a_terminal(reds: list[str], tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty")
+    mine, theirs = pty.openpty()
+    command = [sys.executable, "-m", "petseg.cli", *reds, str(tmp_path / "out")]
+    running = subprocess.Popen(["sh", "-c", 'exec "$@" >&-', "sh", *command], stdin=theirs, stderr=theirs)
+    os.close(theirs)
+    with contextlib.suppress(OSError):
+        while os.read(mine, 65536):
+            pass
+    os.close(mine)
+    assert running.wait(60) == 0
+    assert len(files(tmp_path / "out")) == 6
 
 
 def test_beside_an_active_run_another_may_begin_but_none_may_go_on(

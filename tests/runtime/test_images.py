@@ -1128,4 +1128,6 @@ def test_an_open_file_that_is_too_large_is_refused_unread(tmp_path: Path, monkey
         read(file)
     monkeypatch.undo()
     with (tmp_path / "p.png").open("rb") as file:
-        assert read(file).pixels.shape == (64, 64, 3)
+        for place in (0, 5, file.seek(0, os.SEEK_END)):  # as after writing it
+            file.seek(place)
+            assert read(file).pixels.shape == (64, 64, 3)

@@ -195,7 +195,7 @@ def test_a_setting_that_one_of_them_does_not_know_is_another_setting(folder: Pat
 
 @pytest.mark.parametrize(
     "header",
-    ['{"schema_version": 2, "settings": {}}', '{"schema_version": 1}', '{"schema_version": 1, "settings": 7}', "{}"],
+    ['{"schema_version": 1, "settings": {}}', '{"schema_version": 2}', '{"schema_version": 2, "settings": 7}', "{}"],
 )
 def test_a_journal_of_another_version_is_refused(folder: Path, photo: Photo, header: str) -> None:
     (folder / JOURNAL).write_text(header + "\n")

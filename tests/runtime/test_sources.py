@@ -177,7 +177,7 @@ def test_an_output_reached_through_a_link_is_passed_over_too(tmp_path: Path) -> 
 def test_an_output_that_is_searched_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "out/cat.png")
     for output in (tmp_path / "out", tmp_path / "in" / ".." / "out"):
-        with pytest.raises(UsageError, match="the next search would find the results"):
+        with pytest.raises(UsageError, match="later searches pass over folders with results"):
             find_photos([tmp_path / "out"], output)
     (item,) = find_photos([tmp_path / "out" / "cat.png"], tmp_path / "out")  # named, not searched for
     assert str(item.name) == "cat"
@@ -316,9 +316,11 @@ def test_the_output_is_passed_over_by_a_pattern_too(tmp_path: Path, pattern: str
     assert not any("out" in item.source.parts for item in found)
 
 
-def test_an_output_that_a_pattern_names_is_searched(tmp_path: Path) -> None:
+def test_an_output_that_a_pattern_searches_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "out/cat.jpg", "out/deep/cat.jpg")
-    assert names(find_photos([tmp_path / "out" / "*.jpg"], tmp_path / "out")) == ["cat"]
+    for pattern in ("*.jpg", "*", "**", "**/*.jpg", "c*"):
+        with pytest.raises(UsageError, match="later searches pass over folders with results"):
+            find_photos([tmp_path / "out" / pattern], tmp_path / "out")
     assert names(find_photos([tmp_path / "out" / "deep" / "*"], tmp_path / "out")) == ["cat"]
 
 

@@ -162,10 +162,10 @@ def infer(
         # Makes the folder, so not before there is something to write.
         sink = _sink(found, folder, resume, **looks) if found.photos else None
         journal = None
-        # The next search must know the results for what they are, if it is one photo's only.
-        searched = found.items and any(os.path.isdir(source) or glob.has_magic(source) for source in sources)  # noqa: PTH112
-        if folder and not found.live and (resume or searched or len(found.items) > 1 or coco):
-            settings = _looks(kind, looks) | _settings(segmenter) | {n: of_video[n] or None for n in VIDEO_OPTIONS}
+        # Of one photo that was searched for, too: the next search must know the result for what it is.
+        if folder and not found.live and (resume or _searched(sources) or len(found.items) > 1 or coco):
+            settings = _looks(kind, looks, found) | _settings(segmenter)
+            settings |= {name: of_video[name] or None for name in VIDEO_OPTIONS}
             probe(folder)
             journal = stack.enter_context(Journal(folder, settings, resume=resume))
         report = None
@@ -190,6 +190,15 @@ def infer(
     if stopped is not None:
         return stopped
     return 0 if not failed else EXIT_PARTIAL if done else InputError.exit_code
+
+
+def _searched(sources: Sequence[str]) -> bool:
+    """Whether files are found in folders, not all named."""
+    return any(
+        os.path.isdir(source)  # noqa: PTH112 - of a text too long for a name, Path.is_dir raises
+        or (glob.has_magic(source) and "://" not in source and not os.path.lexists(source))
+        for source in sources
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,7 +320,7 @@ def _check_videos(kind: str, format: str | None) -> None:  # noqa: A002
     Raises:
         UsageError: Says what it can become.
     """
-    from petseg_runtime.video_sinks import VIDEO_FORMATS
+    from petseg_runtime.sinks import VIDEO_FORMATS
 
     formats = VIDEO_FORMATS.get(kind, ())
     if not formats:
@@ -331,8 +340,8 @@ def _made(
         OutputError: It cannot go there, or would replace something.
     """
     from petseg_runtime.cli.infer_video import Output, check_places
-    from petseg_runtime.sinks import KINDS
-    from petseg_runtime.video_sinks import MOVIES, VIDEO_FORMATS
+    from petseg_runtime.sinks import KINDS, VIDEO_FORMATS
+    from petseg_runtime.video_sinks import MOVIES
 
     kind, asked = str(looks["as"]), looks["format"]
     if folder is None and asked:
@@ -414,12 +423,15 @@ def _segmenter(
     )
 
 
-def _looks(kind: str, looks: dict[str, str | None]) -> dict[str, Any]:
-    """What is asked of the results' looks, as it is meant: with the format that is usual, and the background itself."""
-    from petseg_runtime.sinks import KINDS, background_of
+def _looks(kind: str, looks: dict[str, str | None], found: _Found) -> dict[str, Any]:
+    """What is asked of the results' looks, as it is meant: with the usual formats, and the background itself."""
+    from petseg_runtime.sinks import KINDS, VIDEO_FORMATS, background_of
 
-    formats = KINDS[kind].formats if kind in KINDS else ()
-    asked: dict[str, Any] = looks | {"format": looks["format"] or (formats[0] if formats else None)}
+    asked: dict[str, Any] = {"as": kind, "background": looks["background"]}
+    if found.photos and kind in KINDS:
+        asked["format"] = looks["format"] or next(iter(KINDS[kind].formats), None)
+    if found.videos and kind in VIDEO_FORMATS:
+        asked["video_format"] = looks["format"] or VIDEO_FORMATS[kind][0]
     if looks["background"] is not None:
         background = background_of(looks["background"])
         asked["background"] = (
@@ -505,8 +517,8 @@ class _watcher:  # noqa: N801 (used like a function)
 
     def _print(self, line: str, err: bool = False) -> None:
         """Print a line; above the bar, where both are seen on one terminal."""
-        if self._progress and (err or sys.stdout.isatty()):
-            self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if self._progress and (err or (sys.stdout is not None and sys.stdout.isatty())):
+            self._progress.console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
         else:
             click.echo(line, err=err)
 

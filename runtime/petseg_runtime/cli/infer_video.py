@@ -261,7 +261,11 @@ class Videos:
     @property
     def _silent(self) -> bool:
         # Nor a bar among lines of JSON on the same terminal.
-        return self.quiet or self.output.folder is None or (self.as_json and sys.stdout.isatty())
+        return (
+            self.quiet
+            or self.output.folder is None
+            or (self.as_json and sys.stdout is not None and sys.stdout.isatty())
+        )
 
     @contextlib.contextmanager
     def _stoppable(self) -> Iterator[Callable[[Stream], None]]:

@@ -351,7 +351,7 @@ class _Gpu:
             has = f"the driver is for {driver}" if number else "there is no driver: install it"
             if status == self.cudart.cudaError_t.cudaErrorInsufficientDriver:
                 has = host.old_driver(driver, self.library.cuda12) or has
-            raise EngineError(f"no NVIDIA GPU can be used: {_words(self.cudart, status)} ({has})")
+            raise EngineForeign(f"no NVIDIA GPU can be used: {_words(self.cudart, status)} ({has})")
         if not 0 <= self.device < count:
             raise EngineError(f"there is no GPU cuda:{self.device}; CUDA finds {count}, counted from 0")
 
