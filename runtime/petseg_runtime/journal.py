@@ -25,7 +25,7 @@ __all__ = ["JOURNAL", "Journal"]
 
 SCHEMA_VERSION: Final = 2
 
-#: Settings of photos or of videos alone, which a run without such does not have: where it is lacking, it may be anything.
+#: Settings of photos or of videos alone: a run without such has none, and may go on with any.
 _OF_SOME: Final = ("format", "video_format")
 
 #: What :func:`petseg_runtime.files.replacing` leaves behind when the process is killed.

@@ -87,10 +87,35 @@ def test_the_two_commands_of_the_readme_are_targets_of_the_makefile() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_every_local_link_leads_somewhere() -> None:
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        if not link.startswith("http"):
-            assert (ROOT / link).exists(), link
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "petseg/README.md",
+    "export/README.md",
+    "runtime/README.md",
+    "benchmarks/RESULTS.md",
+]
+
+
+def heading(line: str) -> str:
+    """The anchor that readers of the page have for a heading."""
+    return re.sub(r"[^\w -]", "", line.lstrip("#").strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_local_link_leads_somewhere(page: str) -> None:
+    here = ROOT / page
+    if not here.exists():
+        pytest.skip(f"{page} is not in the sdist")
+    for link in re.findall(r"\]\(([^)]+)\)", here.read_text(encoding="utf-8")):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        there = here.parent / path if path else here
+        assert there.exists(), link
+        if anchor:
+            lines = there.read_text(encoding="utf-8").splitlines()
+            assert anchor in [heading(line) for line in lines if line.startswith("#")], link
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks" / "results").is_dir(), reason="benchmarks/results is not in the sdist")
