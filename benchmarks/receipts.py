@@ -29,12 +29,13 @@ def plan(data: Path, folder: Path) -> list[ExportConfig]:
         "data": photos.original_size(data),
         "split": "test",
         "photos": PHOTOS,
-        "quantize": QuantizeConfig(data=photos.training_set(data)),
     }
+    quantize = {"int8": QuantizeConfig(data=photos.training_set(data))}
     onnx = {p: folder / f"{p}.onnx" for p in ("fp32", "fp16", "int8")}
     both = ("onnxruntime", "openvino")
     made: list[ExportConfig] = [
-        OnnxConfig(output=file, precision=p, backends=both, **common) for p, file in onnx.items()
+        OnnxConfig(output=file, precision=p, backends=both, quantize=quantize.get(p, QuantizeConfig()), **common)
+        for p, file in onnx.items()
     ]
     made += [
         OpenVINOConfig(output=folder / f"{p}.xml", precision=p, onnx=onnx[source], **common)

@@ -321,9 +321,8 @@ def read_pair(pair: Pair) -> tuple[U8, U8]:
     """
     photo, trimap = _read_photo(pair), read_trimap(pair)
     (high, wide), (rows, columns) = photo.shape[:2], trimap.shape
-    if abs(high * columns - wide * rows) > max(
-        high, wide, rows, columns
-    ):  # a copy at another size is off by a pixel at most
+    # A copy at another size is off by a pixel at most.
+    if abs(high * columns - wide * rows) > max(high, wide, rows, columns):
         raise DataError(f"{pair.mask}: {_sizes(photo, trimap)}, which is of another shape")
     return photo, trimap
 

@@ -61,7 +61,7 @@ KINDS: Final = {
     "cutout": Kind(formats=("png", "webp"), needs_photo=True),
     "overlay": Kind(formats=("jpg", "png", "webp"), needs_photo=True),
     "background": Kind(formats=("jpg", "png", "webp"), needs_photo=True),
-    "coco-polygons": Kind(spare=30),
+    "coco-polygons": Kind(spare=30),  # 28 bytes a pixel of the pet's box, at 12 megapixels
     "coco-rle": Kind(),
 }
 

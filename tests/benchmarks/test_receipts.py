@@ -1,0 +1,31 @@
+"""The exports that are put on record can all be asked for."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from petseg_export import registry
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def receipts(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module, which is not installed."""
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("benchmarks.receipts")
+
+
+def test_no_export_has_a_setting_that_another_would_need(receipts: Any, tmp_path: Path) -> None:
+    for name in ("native", "best"):
+        (tmp_path / f"oxford-iiit-pet-{name}").mkdir()
+    made = receipts.plan(tmp_path, tmp_path)
+    assert len(made) == 9
+    for config in made:
+        registry._check_applies(config)
+    calibrated = [config for config in made if config.quantize.data]
+    assert [(type(config).__name__, config.precision) for config in calibrated] == [("OnnxConfig", "int8")]
