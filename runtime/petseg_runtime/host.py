@@ -18,6 +18,7 @@ from typing import Final
 from petseg_runtime import __version__
 
 __all__ = [
+    "LOOK_UP",
     "Cpu",
     "Gpu",
     "Host",
@@ -34,6 +35,10 @@ __all__ = [
     "parse_cpuinfo",
     "versions",
 ]
+
+#: A signal that comes just when Python's main thread begins to wait for another thread does not wake it: its handler
+#: would wait, too. So what may wait for long looks up this often, in seconds.
+LOOK_UP: Final = 0.5
 
 # What inference engines have kernels for, in the kernel's spelling: x86-64, then ARM.
 FEATURES: Final = (

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from petseg_runtime.errors import InputError, UsageError
+from petseg_runtime.host import LOOK_UP
 from petseg_runtime.images import from_model
 from petseg_runtime.result import Segmentation
 from petseg_runtime.smoothing import Smoother
@@ -166,7 +167,8 @@ class _Outbox:
 
     def take(self) -> tuple[Frame, U8] | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._items)
+            while not self._changed.wait_for(lambda: self._closed or self._items, LOOK_UP):
+                pass
             if self._closed:  # nothing comes any more, not even the end
                 return None
             item = self._items.popleft()

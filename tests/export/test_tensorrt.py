@@ -335,7 +335,11 @@ def test_what_the_watcher_raises_cancels_the_build(error: BaseException, capfd: 
 
 
 @needs_rtx
-def test_ctrl_c_cancels_the_build(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("wakes", [True, False])
+def test_ctrl_c_cancels_the_build(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], wakes: bool
+) -> None:
+    """Also where it comes while nothing wakes the thread that waits, as where another thread gets it."""
     graph()  # traced before, so that Ctrl-C meets the build
     made: list[tensorrt_build._Progress] = []
     news: list[str] = []
@@ -347,7 +351,10 @@ def test_ctrl_c_cancels_the_build(monkeypatch: pytest.MonkeyPatch, capfd: pytest
 
     def watch(phase: str, done: int, total: int) -> None:
         news.append(phase)
-        os.kill(os.getpid(), signal.SIGINT)
+        if wakes:
+            os.kill(os.getpid(), signal.SIGINT)
+        else:
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
         assert made[0].stop.wait(60)
 
     monkeypatch.setattr(tensorrt_build, "_Progress", Progress)

@@ -433,6 +433,38 @@ def assert_ends_in_order(run: Run, number: signal.Signals) -> None:
     assert run.report()["stopped"]
 
 
+#: A signal that another thread gets, so that nothing wakes the first one, which waits for a silent source.
+UNAWARE = """
+import signal, sys, threading, time
+def work():
+    while not any(thread.name == "petseg-decode" for thread in threading.enumerate()):
+        time.sleep(0.05)
+    time.sleep(1)
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+    time.sleep(60)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+threading.Thread(target=work, daemon=True).start()
+"""
+OF_A_COMMAND = "from petseg.cli import main; main()"
+OF_A_PROGRAM = """
+from petseg_runtime import Segmenter
+try:
+    with Segmenter(sys.argv[3]) as segmenter, segmenter.stream(sys.argv[4], stall=60) as stream:
+        next(iter(stream))
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("how", [OF_A_COMMAND, OF_A_PROGRAM], ids=["command", "program"])
+def test_a_signal_is_heard_though_it_does_not_wake_the_first_thread(tmp_path: Path, model: Path, how: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"rtsp://127.0.0.1:{silent.getsockname()[1]}/live"
+        words = ["infer", "--model", model, url, "--as", "overlay", "--stall", "60", "--output", tmp_path / "out"]
+        done = subprocess.run([sys.executable, "-c", UNAWARE + how, *words], capture_output=True, timeout=40)
+    assert done.returncode == 130, done.stderr
+
+
 #: Leaves a stream whose decoder hangs in a read, and ends.
 LEAVES = """
 import sys, threading

@@ -20,6 +20,7 @@ import click
 
 from petseg_runtime.cli.text import SCHEMA_VERSION, shown
 from petseg_runtime.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, OutputError, PetsegError
+from petseg_runtime.host import LOOK_UP
 
 if TYPE_CHECKING:
     from petseg_runtime.journal import Journal
@@ -220,7 +221,8 @@ class Videos:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            while thread.is_alive():
+                thread.join(LOOK_UP)
 
     def _live(self, origin: Origin) -> None:
         try:

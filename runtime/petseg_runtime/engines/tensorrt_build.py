@@ -20,7 +20,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -202,6 +202,8 @@ def build(
         try:
             future = pool.submit(_build, compiler, graph, profile, timing_cache, progress, activate)
             progress.start.set()
+            while not wait([future], host.LOOK_UP).done:
+                pass
             return future.result()
         finally:
             progress.stop.set()
