@@ -140,7 +140,8 @@ class Segmenter:
         """Segment many photos, while others are being read: results come in order, and lazily.
 
         Args:
-            sources: Photos, as for a call; a generator is taken from as results are.
+            sources: Photos, as for a call; a generator is taken from as results are, some photos ahead of them. An
+                array (or a buffer of bytes) is copied, so that it may be filled with the next photo.
 
         Returns:
             For each photo its result, or the :class:`InputError` that says why there is none.
@@ -164,7 +165,7 @@ class Segmenter:
             lambda _, prepared, answer: self.finish(prepared, answer),
         )
         with pipeline.Pipeline(steps, info.streams, info.batch, workers=info.streams) as running:
-            for outcome in running.run(sources):
+            for outcome in running.run(map(_kept, sources)):
                 result = outcome.error or outcome.value
                 assert result is not None
                 yield result
@@ -289,3 +290,10 @@ class Segmenter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._engine.__exit__(kind, error, trace)
+
+
+def _kept(source: images.ImageSource) -> images.ImageSource:
+    """What a photo is read from later, though the caller fills the same buffer anew, as cameras' loops do."""
+    if isinstance(source, np.ndarray):
+        return source.copy()
+    return bytes(source) if isinstance(source, (bytearray, memoryview)) else source

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from petseg_runtime.errors import InputError
 from petseg_runtime.live import LiveSource, StateChange, Tell, open_frames
@@ -19,6 +19,9 @@ from petseg_runtime.video import VideoReader
 from petseg_runtime.video_sinks import VideoSink
 
 __all__ = ["Reading", "VideoReport", "segment_video"]
+
+#: Seconds after which the percentiles of the steps are told anew, while a source goes on.
+_SUMMING_UP: Final = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,20 +156,24 @@ def segment_video(
     )
     begun(stream, report, _seconds(frames, reading))
     report.frames, report.paths, report.notes = stream.counts, sink.paths, sink.notes
+
+    def bring_up_to_date() -> None:
+        report.undecodable = frames.undecodable
+        report.connections = frames.connections if isinstance(frames, LiveSource) else 1
+        report.files = sink.files
+        report.seconds = time.perf_counter() - start
+
     try:
         with sink, stream:
-            _write(stream, sink, report, watch, start)
+            _write(stream, sink, report, watch, bring_up_to_date)
     except Exception as error:
         if origin.endless:
             states.tell(StateChange("ended", str(error)))
         raise
     finally:
         report.stopped = stream.stopped
-        report.undecodable = frames.undecodable
-        report.connections = frames.connections if isinstance(frames, LiveSource) else 1
         report.steps = stream.timings.summary()
-        report.files = sink.files
-        report.seconds = time.perf_counter() - start
+        bring_up_to_date()
     if origin.endless:
         states.tell(StateChange("ended", "stopped" if stream.stopped else "enough frames"))
     if not report.error and not report.stopped and (why := _lost(report, stream, origin)):
@@ -186,8 +193,11 @@ def _lost(report: VideoReport, stream: Stream, origin: Origin) -> str | None:
     return f"{', '.join(lost)}; the rest was written" if lost else None
 
 
-def _write(stream: Stream, sink: VideoSink, report: VideoReport, watch: Watch, start: float) -> None:
-    """Write all that a stream gives, and say so in the report, whose time is counted from ``start`` on."""
+def _write(
+    stream: Stream, sink: VideoSink, report: VideoReport, watch: Watch, bring_up_to_date: Callable[[], None]
+) -> None:
+    """Write all that a stream gives, and say so in the report."""
+    summed_up = time.monotonic()
     try:
         for segmented in stream:
             before = time.perf_counter()
@@ -195,8 +205,10 @@ def _write(stream: Stream, sink: VideoSink, report: VideoReport, watch: Watch, s
             stream.timings.add("write", time.perf_counter() - before)
             report.written += 1
             report.found += segmented.result.found
-            report.files = sink.files
-            report.seconds = time.perf_counter() - start
+            bring_up_to_date()
+            if time.monotonic() - summed_up >= _SUMMING_UP:  # of all frames so far, which takes longer
+                report.steps = stream.timings.summary()
+                summed_up = time.monotonic()
             watch(segmented, report)
     except InputError as error:
         report.error = str(error)

@@ -27,7 +27,7 @@ import pytest
 from PIL import Image
 
 from petseg.cli import run
-from petseg_runtime import video_sinks
+from petseg_runtime import video_batch, video_sinks
 from petseg_runtime.cli import infer_video
 from petseg_runtime.errors import OutputError, UnsupportedVideo
 from petseg_runtime.journal import JOURNAL
@@ -621,6 +621,7 @@ def test_sources_that_are_shown_alike_have_names_and_statistics_of_their_own(
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(infer_video, "_STATISTICS", 0.0)
+    monkeypatch.setattr(video_batch, "_SUMMING_UP", 0.0)
     sources = [f"lavfi:testsrc=size={size}:rate=25" for size in ("64x48", "80x60", "96x72")]
     monkeypatch.setattr(
         "petseg_runtime.sources.stream_origin",
@@ -644,6 +645,9 @@ def test_sources_that_are_shown_alike_have_names_and_statistics_of_their_own(
         last = [event for event in own if event["event"] == "statistics"][-1]
         assert "paths" not in last
         assert (last["files"], last["newest"]) == (video["files"], video["paths"][-1])
+        assert last["connections"] == 1
+        assert set(last["steps"]) == set(video["steps"])
+        assert 0 < last["steps"]["write"]["sum"] <= video["steps"]["write"]["sum"]
 
 
 def test_for_people_there_is_a_line_for_each_video_and_a_count(

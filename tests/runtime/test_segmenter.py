@@ -62,6 +62,13 @@ def pixels() -> np.ndarray:
     return np.dstack((x * 255 // 69, y * 255 // 44, 255 - x * 255 // 69)).astype(np.uint8)
 
 
+def encoded(pixels: np.ndarray) -> bytes:
+    """As PNG."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
 def test_a_number_is_a_camera_as_its_text_is(
     segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,6 +308,26 @@ def test_a_map_of_one_photo_is_refused_at_once(segmenter: Segmenter, one: Any, p
 
 def test_a_map_of_an_array_of_photos_takes_each(segmenter: Segmenter, pixels: np.ndarray) -> None:
     assert len(list(segmenter.map(np.stack([pixels, pixels])))) == 2
+
+
+@pytest.mark.parametrize("kind", [np.ndarray, bytearray, memoryview])
+def test_a_map_keeps_what_a_buffer_held_that_is_filled_anew(
+    segmenter: Segmenter, pixels: np.ndarray, kind: Any
+) -> None:
+    """As the loop over a camera does, while photos wait for their turn."""
+    photos = [np.roll(pixels, shift, axis=1) for shift in range(12)]
+    array, buffer = np.empty_like(pixels), bytearray(max(len(encoded(photo)) for photo in photos))
+
+    def taken() -> Iterator[Any]:
+        for photo in photos:
+            array[:] = photo
+            file = encoded(photo)  # what a longer one has left behind it is no part of a PNG
+            buffer[: len(file)] = file
+            yield array if kind is np.ndarray else buffer if kind is bytearray else memoryview(buffer)
+
+    for photo, result in zip(photos, segmenter.map(taken()), strict=True):
+        assert isinstance(result, Segmentation)
+        np.testing.assert_array_equal(result.pixels, photo)
 
 
 @pytest.mark.parametrize("streams", [1, 4])
