@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -84,7 +85,8 @@ class Segmenter:
             threshold: In (0, 1); None: the model's own, chosen on validation photos.
             cutout_threshold: In (0, 1); None: the model's own.
             min_area: Regions smaller than this share of the photo are dropped; in [0, 1).
-            tell: Told, in a few words, before something that takes long (a compilation for this GPU).
+            tell: Told, in a few words, before something that takes long (a compilation for this GPU), and of an engine
+                that ``auto`` passes over because it does not work; None: of the latter, a :class:`RuntimeWarning` tells.
 
         Raises:
             UsageError: A threshold or an area is out of range, or the model does not take that size.
@@ -107,7 +109,14 @@ class Segmenter:
         self.cutout_threshold = cutout_threshold if cutout_threshold is not None else spec.cutout_threshold
         self.min_area = min_area
         self._engine = load_engine(
-            self.artifact, backend, threads, device=device, streams=streams, size=self.size, tell=tell
+            self.artifact,
+            backend,
+            threads,
+            device=device,
+            streams=streams,
+            size=self.size,
+            tell=tell,
+            warn=tell or (lambda why: warnings.warn(f"passed over: {why}", RuntimeWarning, stacklevel=4)),
         )
 
     @overload

@@ -568,6 +568,13 @@ def test_what_fails_is_passed_over_and_that_is_noted(furnish: Furnish) -> None:
     assert info.notes == ("tensorrt on cuda:0 fails", "onnxruntime on cuda:0 fails")
 
 
+def test_who_asks_is_told_of_what_is_passed_over_when_it_has_come_to_an_engine(furnish: Furnish) -> None:
+    told: list[str] = []
+    house = furnish({"tensorrt on cuda": "fails", "tensorrt-rtx on cuda": "missing"}, gpus=1)
+    house.choose(warn=told.append)
+    assert told == ["tensorrt on cuda:0 fails"]
+
+
 def test_openvino_goes_first_only_where_it_gains_which_exact_answers_do_not_allow(furnish: Furnish) -> None:
     house = furnish(gain=True)
     assert house.choose().name == "openvino"

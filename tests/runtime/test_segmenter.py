@@ -16,6 +16,9 @@ from onnx import TensorProto, helper
 from PIL import Image, ImageCms
 
 from petseg_runtime import Segmenter, images, sample_photos
+from petseg_runtime.artifact import Artifact
+from petseg_runtime.engines import onnxruntime, registry
+from petseg_runtime.engines.base import EngineOptions
 from petseg_runtime.errors import EngineError, InputError, ModelError, UnreadableImage, UsageError
 from petseg_runtime.result import Segmentation
 from petseg_runtime.sources import Origin
@@ -293,6 +296,33 @@ def test_a_map_goes_on_after_a_bad_photo_and_keeps_the_order(segmenter: Segmente
             assert isinstance(result, Segmentation)
             np.testing.assert_array_equal(result.pixels, photo)
             np.testing.assert_array_equal(result.probability, segmenter(photo).probability)
+
+
+def test_an_engine_that_is_passed_over_is_no_secret(red: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program of one's own would run on another device than it was meant to, and nobody would know."""
+    monkeypatch.setattr("petseg_runtime.host.nvidia_gpus", lambda: 1)
+    monkeypatch.setattr(registry, "RULE", [line for line in registry.RULE if line.engine == "onnxruntime"])
+    monkeypatch.setattr("petseg_runtime.engines.onnxruntime.load", broken := Broken(onnxruntime.load))
+    with pytest.warns(RuntimeWarning, match="passed over: the library of cuda is broken") as caught:
+        Segmenter(red).close()
+    assert {warning.filename for warning in caught} == {__file__}
+    assert broken.asked == ["cuda", "cpu"]
+    told: list[str] = []
+    Segmenter(red, tell=told.append).close()
+    assert told == ["the library of cuda is broken"]
+
+
+class Broken:
+    """ONNX Runtime's loader, on a machine where it does not work on the GPU."""
+
+    def __init__(self, load: Any) -> None:
+        self.load, self.asked = load, []
+
+    def __call__(self, artifact: Artifact, options: EngineOptions) -> Any:
+        self.asked.append(options.device.kind)
+        if options.device.kind == "cuda":
+            raise EngineError("the library of cuda is broken")
+        return self.load(artifact, options)
 
 
 @pytest.mark.parametrize(

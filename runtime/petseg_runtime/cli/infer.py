@@ -412,15 +412,25 @@ def _segmenter(
     from petseg_runtime.engines.base import usable_cpus
     from petseg_runtime.segmenter import Segmenter
 
-    return Segmenter(
+    told = []
+
+    def tell(what: str) -> None:
+        told.append(what)
+        _say(what, quiet)
+
+    segmenter = Segmenter(
         **options,
         threads=threads,
         streams=max(1, min(threads or usable_cpus(), photos)),
         size=None if size is None else parse_size(size),
         threshold=threshold,
         cutout_threshold=threshold,
-        tell=lambda what: _say(what, quiet),
+        tell=tell,
     )
+    for note in segmenter.describe().notes:
+        if note not in told:
+            _say(note, quiet)
+    return segmenter
 
 
 def _looks(kind: str, looks: dict[str, str | None], found: _Found) -> dict[str, Any]:
@@ -457,8 +467,6 @@ def _settings(segmenter: Segmenter) -> dict[str, Any]:
 
 def _tell(segmenter: Segmenter, verbose: bool, quiet: bool) -> None:
     engine, spec = segmenter.describe(), segmenter.artifact.spec
-    for note in engine.notes:
-        _say(note, quiet)
     if segmenter.size != (spec.height, spec.width):
         own, asked = f"{spec.height} x {spec.width}", "{} x {}".format(*segmenter.size)
         _say(f"--size {asked}: the model's own is {own}; at another its masks may be much worse", quiet)

@@ -116,6 +116,7 @@ def load_engine(
     cuda_graph: bool = True,
     size: tuple[int, int] | None = None,
     tell: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] = lambda why: None,
 ) -> Engine:
     """Load a model in an engine, by the rule above.
 
@@ -130,6 +131,8 @@ def load_engine(
         cuda_graph: See :class:`EngineOptions`.
         size: See :class:`EngineOptions`.
         tell: See :class:`EngineOptions`.
+        warn: Told of each engine that is installed and was passed over, because it does not work;
+            :attr:`EngineInfo.notes` say so, too.
 
     Raises:
         EngineMissing: Not installed; the message says what to install.
@@ -155,6 +158,8 @@ def load_engine(
         try:
             if choice.gain is None or _function(choice, choice.gain)(artifact.spec, options):
                 engine: Engine = _function(choice, ENGINES[choice.engine].loader)(artifact, options)
+                for why in notes:
+                    warn(why)
                 return engine
         except EngineError as error:
             passed.append(error)
