@@ -181,7 +181,10 @@ class _Job:
         target = self._compile(source, file) if compiled else source
         proof = parity.prove(self.model, self.loaded, photos, self._progress("reference in PyTorch"))
         rows, note = self._rows(target, proof, _budget(quantization))
+        travelling = proof.spread(TRAVELLING)
         receipt = Receipt(
+            identity=source.identity,
+            proof=travelling.identity,
             photos=len(photos.names),
             photos_sha256=proof.sha256,
             names=photos.names,
@@ -200,7 +203,7 @@ class _Job:
         else:
             metadata = {**_metadata(source), RECEIPT_KEY: json.dumps(receipt.as_dict())}
             file.write_bytes(with_metadata(file.read_bytes(), metadata))
-        proof_of(file).write_bytes(proof.spread(TRAVELLING).to_bytes())
+        proof_of(file).write_bytes(travelling.to_bytes())
         return receipt
 
     def _source(self, file: Path) -> tuple[Artifact, dict[str, Any] | None]:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from petseg_runtime import onnx_metadata
 from petseg_runtime.errors import ModelError
+from petseg_runtime.files import read_text
 from petseg_runtime.spec import SPEC_KEY, ModelSpec
 
 __all__ = [
@@ -92,8 +93,9 @@ def open_artifact(path: Path) -> Artifact:
     """Read what a model file says of itself, and hold its graph, or its digests, against that.
 
     Raises:
-        ModelError: Missing, damaged, not exported by petseg, without the files that belong to it, or with inputs and
-            outputs other than ``image`` uint8 [N, H, W, 3] and ``probability`` uint8 [N, H, W].
+        ModelError: Missing, damaged, not exported by petseg, without the files that belong to it, other than what its
+            receipt certifies, or with inputs and outputs other than ``image`` uint8 [N, H, W, 3] and ``probability``
+            uint8 [N, H, W].
     """
     if path.suffix in {suffix for suffix, _ in COMPILED.values()}:
         return _open_compiled(path)
@@ -107,6 +109,11 @@ def open_artifact(path: Path) -> Artifact:
     except ModelError as error:
         raise ModelError(f"{path}: {_short(error)}") from error
     _check_contract(path, onnx, spec)
+    if receipt.get("identity", onnx.identity) != onnx.identity:
+        raise ModelError(
+            f"{path}: damaged, or changed since it was exported: its graph is not the one that its receipt certifies "
+            "(their SHA-256 differ): copy it again, or export it again"
+        )
     return Artifact(path, "onnx", spec, provenance, receipt, onnx.identity, onnx.size, onnx, {})
 
 
@@ -160,9 +167,7 @@ def _open_compiled(path: Path) -> Artifact:
 
 def _read_sidecar(path: Path, sidecar: Path) -> dict[str, Any]:
     try:
-        if sidecar.stat().st_size > MAX_SIDECAR:
-            raise ModelError(f"{sidecar}: larger than {MAX_SIDECAR} bytes; not what petseg writes beside a model")
-        raw = json.loads(sidecar.read_text(encoding="utf-8"))
+        raw = json.loads(read_text(sidecar, MAX_SIDECAR))
     except FileNotFoundError as error:
         raise ModelError(
             f"{path}: {sidecar.name} is not beside it; that file says what the model expects, so copy both"

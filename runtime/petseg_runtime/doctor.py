@@ -42,6 +42,7 @@ __all__ = [
 _DEADLINE: Final = 60.0
 _DEADLINE_GPU: Final = 300.0
 _DEADLINE_COMPILING: Final = 1800.0
+_WRONG: Final = "its masks are wrong"
 
 _SIGNALS: Final = {
     signal.SIGILL: "it uses instructions that this processor does not have: install another version or engine",
@@ -163,8 +164,8 @@ class XRay:
 
     @property
     def works(self) -> bool:
-        """Whether any engine does."""
-        return any(check.works for check in self.engines)
+        """Whether any engine does, and what ``auto`` takes is none whose masks are wrong."""
+        return any(check.works for check in self.engines) and not _wrong(self.auto, self.engines)
 
 
 def x_ray(watch: Callable[[str], None] = lambda what: None) -> XRay:
@@ -190,7 +191,13 @@ def x_ray(watch: Callable[[str], None] = lambda what: None) -> XRay:
     ffmpeg = Ffmpeg(**probe("ffmpeg"))
     cache, cache_bytes, no_cache = _cache()
     here = host()
-    problems = (no_driver, no_rule, no_cache, *_problems(here.cpu, gpus, checks, ffmpeg))
+    problems = (
+        no_driver,
+        no_rule,
+        no_cache,
+        *_problems(here.cpu, gpus, checks, ffmpeg),
+        *_wrong(auto.get("info", auto), checks),
+    )
     return XRay(
         host=here,
         gpus=gpus,
@@ -256,7 +263,7 @@ def check_engine(line: RuleLine, gpus: Sequence[Gpu], device: str = "", model: P
     return dataclasses.replace(
         check,
         works=not failures,
-        why=f"its masks are wrong: {'; '.join(failures)}" if failures else "",
+        why=f"{_WRONG}: {'; '.join(failures)}" if failures else "",
         version=info["version"],
         provider=info["provider"],
         precision=info["precision"],
@@ -346,6 +353,18 @@ def _cache() -> tuple[str, int, str]:
     except OutputError as error:
         size, problem = 0, str(error)
     return "" if folder is None else str(folder), size, problem
+
+
+def _wrong(auto: Mapping[str, Any], checks: Sequence[EngineCheck]) -> list[str]:
+    """That ``auto``, which looks whether an engine loads, takes one whose masks are wrong."""
+    taken = auto.get("name"), str(auto.get("device")).partition(":")[0]
+    right = next((check for check in checks if check.works), None)
+    remedy = f"give --backend {right.engine} --device {right.device}" if right else "install another version"
+    return [
+        f"auto takes {check.engine} on {check.device}, and {check.why}: {remedy}"
+        for check in checks
+        if (check.engine, check.device.partition(":")[0]) == taken and check.why.startswith(_WRONG)
+    ]
 
 
 def _problems(cpu: Cpu, gpus: Sequence[Gpu], checks: Sequence[EngineCheck], ffmpeg: Ffmpeg) -> list[str]:

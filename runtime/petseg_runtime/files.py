@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written beside their place, then renamed."""
+"""Files that are either whole or not there: written beside their place, then renamed; and small ones that are read."""
 
 from __future__ import annotations
 
@@ -7,15 +7,37 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-__all__ = ["STEM", "replacing", "staging", "synced", "synced_folder", "write_atomic"]
+__all__ = ["STEM", "read_text", "replacing", "staging", "synced", "synced_folder", "write_atomic"]
 
 #: So many letters of a file's stem are in the name that it has while it is written: a name has at most 255 bytes, and a
 #: letter up to four.
 STEM: Final = 35
+
+
+def read_text(path: Path, most: int) -> str:
+    """A file's text, where somebody else may have put there what never ends: a pipe, a device.
+
+    Args:
+        path: The file.
+        most: Bytes that it may have.
+
+    Raises:
+        OSError: It cannot be read, is no regular file, or is larger.
+        UnicodeDecodeError: It is not UTF-8.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)  # a pipe would be waited for
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"larger than {most} bytes", str(path))
+    return data.decode()
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ class Segmentation:
 
     Attributes:
         pixels: uint8 [H, W, 3], the photo: RGB, upright; None if it was decoded for the mask only.
-        probability: uint8 [H, W], ``round(255 * p(pet))``.
+        probability: uint8 [H, W], ``round(255 * p(pet))``; read-only, since the mask is made of it once.
         threshold: Where the mask is cut, in (0, 1).
         cutout_threshold: Where a cutout is half transparent, in (0, 1); lower, so that the fur stays.
         notes: What had to be decided while reading the photo.
@@ -75,6 +75,12 @@ class Segmentation:
     cutout_threshold: float
     notes: tuple[str, ...] = ()
     icc_profile: bytes | None = None
+
+    def __post_init__(self) -> None:
+        """Keep a view of the probability that nobody writes through."""
+        probability = self.probability.view()
+        probability.flags.writeable = False
+        object.__setattr__(self, "probability", probability)
 
     @cached_property
     def mask(self) -> Bool:

@@ -86,7 +86,7 @@ class Segmenter:
             cutout_threshold: In (0, 1); None: the model's own.
             min_area: Regions smaller than this share of the photo are dropped; in [0, 1).
             tell: Told, in a few words, before something that takes long (a compilation for this GPU), and of an engine
-                that ``auto`` passes over because it does not work; None: of the latter, a :class:`RuntimeWarning` tells.
+                that ``auto`` passes over because it does not work; None: of the latter, a ``RuntimeWarning`` tells.
 
         Raises:
             UsageError: A threshold or an area is out of range, or the model does not take that size.

@@ -130,6 +130,7 @@ def test_the_proof_travels_and_proves(exported: Any, checkpoint_file: Path, trai
     chosen = np.linspace(0, len(photos) - 1, 16).round().astype(int)  # from all over: a data set has an order
     assert proof.names == tuple(photos[i].name for i in chosen), "as many as a full receipt needs"
     assert (proof.expected == torch_run(trained.model)(proof.images)).all()
+    assert (artifact.receipt["identity"], artifact.receipt["proof"]) == (artifact.identity, proof.identity)
     receipt = verify_artifact(artifact)
     assert receipt.passed
     assert receipt.kind == "full"

@@ -24,7 +24,7 @@ from petseg.cli import run
 from petseg.evaluate import torch_run
 from petseg_export import OnnxConfig, OpenVINOConfig, export
 from petseg_export.openvino import compile_openvino
-from petseg_runtime.artifact import open_artifact, sidecar_of
+from petseg_runtime.artifact import RECEIPT_KEY, open_artifact, sidecar_of
 from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.errors import ModelError, OutputError, ParityTolerance
 from petseg_runtime.parity import Proof, load_proof, proof_of
@@ -272,10 +272,18 @@ def test_what_is_no_onnx_file_of_petseg_is_refused(
 def test_a_file_whose_weights_were_changed_behind_its_back_fails(
     checkpoint_file: Path, exported: Any, oxford_root: Path, tmp_path: Path
 ) -> None:
-    """It still says that it is of this checkpoint; the receipt is a new one."""
+    """It still says that it is of this checkpoint; the receipt is a new one.
+
+    With the old one, which certifies another graph, it is not even opened.
+    """
     proto = onnx.load(exported.file)
     weight = next(tensor for tensor in proto.graph.initializer if tensor.name == "network.head.bias")
     weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) + 0.3, weight.name))
+    onnx.save(proto, tmp_path / "changed.onnx")
+    with pytest.raises(ModelError, match="not the one that its receipt certifies"):
+        open_artifact(tmp_path / "changed.onnx")
+    kept = {entry.key: entry.value for entry in proto.metadata_props if entry.key != RECEIPT_KEY}
+    onnx.helper.set_model_props(proto, kept)
     onnx.save(proto, tmp_path / "changed.onnx")
     config = OpenVINOConfig(output=tmp_path / "out.xml", onnx=tmp_path / "changed.onnx", data=oxford_root / "images")
     with pytest.raises(ParityTolerance, match="FAILED"):
@@ -404,6 +412,8 @@ def test_verify_finds_answers_that_are_not_the_files(copied: Path) -> None:
     proof: Proof = load_proof(proof_of(copied), artifact.spec, artifact.provenance["checkpoint_sha256"])
     moved = dataclasses.replace(proof, expected=np.roll(proof.expected, 1, axis=2))
     proof_of(copied).write_bytes(moved.to_bytes())
-    receipt = verify_artifact(artifact)
+    with pytest.raises(ModelError, match="not the proof that"):
+        verify_artifact(artifact)
+    receipt = verify_artifact(artifact, proof=proof_of(copied))
     assert receipt.passed is False
     assert any("not aligned" in failure for failure in receipt.failures)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,6 +27,7 @@ from petseg_runtime.artifact import (
     sidecar_text,
 )
 from petseg_runtime.errors import ModelError
+from petseg_runtime.parity import load_proof, proof_of, spread
 from petseg_runtime.spec import SPEC_KEY, ModelSpec
 
 Tensors: TypeAlias = list[tuple[str, int, list[int | str]]]
@@ -245,6 +247,16 @@ def test_the_model_that_ships_keeps_the_contract() -> None:
     assert artifact.spec.name
     assert artifact.receipt["passed"] is True
     assert artifact.provenance
+    assert artifact.receipt["identity"] == artifact.identity, "or damage would go unnoticed"
+
+
+def test_the_proof_that_ships_is_of_photos_from_all_over_the_receipts() -> None:
+    """A data set has an order: the first sixteen are of one breed."""
+    artifact = open_artifact(default_model())
+    proof = load_proof(proof_of(artifact.path), artifact.spec, artifact.provenance["checkpoint_sha256"])
+    names = artifact.receipt["names"]
+    assert proof.names == tuple(names[index] for index in spread(len(names), 16))
+    assert proof.identity == artifact.receipt["proof"]
 
 
 def test_sample_photos_ship_sorted() -> None:
@@ -366,6 +378,17 @@ def test_a_sidecar_that_is_too_large_is_refused_unread(openvino: Artifact, monke
     monkeypatch.setattr(artifacts, "MAX_SIDECAR", sidecar.stat().st_size - 1)
     monkeypatch.delattr(Path, "read_text")
     assert "larger than" in refused_for(openvino.path, sidecar)
+
+
+@pytest.mark.parametrize("what", ["pipe", "link to a device without an end"])
+def test_a_sidecar_that_is_no_file_is_neither_waited_for_nor_read_without_end(openvino: Artifact, what: str) -> None:
+    sidecar = sidecar_of(openvino.path)
+    sidecar.unlink()
+    if what == "pipe":
+        os.mkfifo(sidecar)
+    else:
+        sidecar.symlink_to("/dev/zero")
+    assert "not a regular file" in refused_for(openvino.path, sidecar)
 
 
 def test_a_folder_for_a_sidecar_is_refused(openvino: Artifact) -> None:

@@ -236,7 +236,7 @@ def test_people_get_two_tables(capsys: pytest.CaptureFixture[str]) -> None:
     lines = out.splitlines()
     assert lines[0].startswith("edge.onnx: petseg edge")
     rows = [line.split() for line in lines if line.startswith("onnxruntime on cpu  f32")]
-    assert [len(row) for row in rows] == [13, 9]
+    assert [len(row) for row in rows] == [14, 9]
     assert all(float(word) > 0 for word in rows[1][4:])
     assert any(line.startswith("not measured: onnxruntime on cuda: ") for line in lines) or "cuda:0" in out
     assert f"petseg: round {ROUNDS} of {ROUNDS}: " in err

@@ -24,11 +24,12 @@ import pytest
 from PIL import Image
 
 from petseg.cli import COMMANDS, run
-from petseg_runtime import __version__, default_model, sample_photos
+from petseg_runtime import __version__, default_model, host, onnx_metadata, sample_photos
 from petseg_runtime.artifact import RECEIPT_KEY, Artifact, open_artifact, sidecar_text
 from petseg_runtime.artifact import sidecar_of as beside
 from petseg_runtime.cli.infer import infer
 from petseg_runtime.cli.text import parse_size
+from petseg_runtime.engines import onnxruntime, registry
 from petseg_runtime.errors import EngineError
 from petseg_runtime.journal import JOURNAL, Journal
 from petseg_runtime.parity import Proof, load_proof, proof_of
@@ -1372,7 +1373,9 @@ def test_the_result_says_what_was_found_of_which_file_where_and_when(proven: Art
     assert (result["identity"], result["format"], result["passed"]) == (proven.identity, "onnx", True)
     assert result["petseg"] == __version__
     assert result["date"].endswith("+00:00")
-    assert set(result["host"]) == {"system", "machine", "cores"}
+    assert result["host"]["cpu"] == json.loads(json.dumps(dataclasses.asdict(host.host().cpu)))
+    assert result["host"]["nvidia_gpus"] == host.nvidia_gpus()
+    assert result["spec"] == json.loads(proven.spec.to_json())
     assert [row["precision"] for row in result["rows"]] == ["f32"]
     assert "schema_version" in result
 
@@ -1408,21 +1411,9 @@ def test_a_file_that_does_something_else_is_10_and_the_result_is_kept(
 def test_as_json_the_receipt_is_all_there_is_on_stdout(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(proven.path), "--json", *IN_ONNXRUNTIME]) == 0
     good = json.loads(capsys.readouterr().out)
-    assert set(good) == {
-        "schema_version",
-        "kind",
-        "passed",
-        "summary",
-        "photos",
-        "photos_sha256",
-        "names",
-        "reference",
-        "stored",
-        "rows",
-        "scan",
-        "quantization",
-        "note",
-    }
+    assert good == json.loads(sidecar_of(proven.path).read_text(encoding="utf-8"))
+    of_receipt = "kind passed summary identity proof photos photos_sha256 names reference stored rows scan quantization"
+    assert set(good) == {*of_receipt.split(), *"note schema_version format spec files date petseg host".split()}  # noqa: SIM905
     assert (good["schema_version"], good["kind"], good["passed"], good["photos"]) == (2, "smoke", True, 4)
     assert (good["stored"], good["reference"], good["names"][0]) == ("fp32", "numpy", "00.png")
     (row,) = good["rows"]
@@ -1489,6 +1480,93 @@ def test_the_result_may_go_elsewhere(proven: Artifact, tmp_path: Path) -> None:
     assert files(result.parent) == {"a.json"}
 
 
+def test_a_file_that_does_something_else_is_10_though_the_result_cannot_be_written(
+    proven: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tampered(proven)
+    sidecar_of(proven.path).mkdir()
+    assert run(["verify", str(proven.path), "-q"]) == 10
+    assert f"petseg: {sidecar_of(proven.path)}: cannot be written" in capsys.readouterr().err
+
+
+def test_what_was_verified_with_another_threshold_or_on_another_machine_is_not_shown(
+    proven: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["verify", str(proven.path), "-q"]) == 0
+    path = sidecar_of(proven.path)
+    result = json.loads(path.read_text(encoding="utf-8"))
+    for key, change, said in (
+        ("spec", {"threshold": 0.9}, "of another file"),
+        ("host", {"cpu": {**result["host"]["cpu"], "name": "Cortex-A76"}}, "on another machine (Cortex-A76, "),
+        ("host", {"cpu": None}, "on another machine (unknown, "),
+    ):
+        path.write_text(json.dumps({**result, key: {**result[key], **change}}))
+        assert run(["info", str(proven.path)]) == 0
+        assert f"verified here  {path.name}: {said}" in capsys.readouterr().out
+
+
+def test_verifying_tells_of_an_engine_that_was_passed_over(
+    proven: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or a script would take exit code 0 for a proof of the GPU."""
+    monkeypatch.setattr(host, "nvidia_gpus", lambda: 1)
+    monkeypatch.setattr(registry, "RULE", [line for line in registry.RULE if line.engine == "onnxruntime"])
+    load = onnxruntime.load
+
+    def broken(artifact: Artifact, options: Any) -> Any:
+        if options.device.kind == "cuda":
+            raise EngineError("cuda is broken")
+        return load(artifact, options)
+
+    monkeypatch.setattr(onnxruntime, "load", broken)
+    assert run(["verify", str(proven.path), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "petseg: cuda is broken\n"
+    assert [row["notes"] for row in json.loads(out)["rows"]] == [["cuda is broken"]]
+
+
+def test_a_file_that_is_not_what_its_receipt_certifies_is_4(
+    proven: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A lost page of a flash drive, in the weights: it loads, and runs, and finds nothing."""
+    metadata = onnx_metadata.read(proven.path).metadata
+    receipt = json.dumps({"identity": proven.identity, "rows": []})
+    proven.path.write_bytes(onnx_metadata.with_metadata(proven.path.read_bytes(), {**metadata, RECEIPT_KEY: receipt}))
+    assert open_artifact(proven.path).identity == proven.identity
+    data = bytearray(proven.path.read_bytes())
+    at = data.index(b"toy")  # the graph's name: no engine minds
+    data[at : at + 3] = b"lot"
+    proven.path.write_bytes(data)
+    for command in (["info"], ["verify"], ["infer", "cat.jpg", "--model"]):
+        assert run([*command, str(proven.path)]) == 4
+        assert f"petseg: {proven.path}: damaged, or changed since" in capsys.readouterr().err
+
+
+def test_a_proof_of_this_checkpoint_that_is_not_this_files_is_4_unless_it_is_named(
+    proven: Artifact, prove: Callable[..., Proof], capsys: pytest.CaptureFixture[str]
+) -> None:
+    metadata = onnx_metadata.read(proven.path).metadata
+    receipt = json.dumps({"proof": prove(proven.spec, 7).identity})
+    proven.path.write_bytes(onnx_metadata.with_metadata(proven.path.read_bytes(), {**metadata, RECEIPT_KEY: receipt}))
+    assert run(["verify", str(proven.path), "-q"]) == 4
+    assert "not the proof that toy.onnx was exported with" in capsys.readouterr().err
+    assert run(["verify", str(proven.path), "-q", "--proof", str(proof_of(proven.path))]) == 0
+    proof_of(proven.path).write_bytes(prove(proven.spec, 7).to_bytes())
+    assert run(["verify", str(proven.path), "-q"]) == 0
+
+
+def test_what_a_model_says_of_itself_does_not_reach_the_terminal_as_it_is(
+    proven: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metadata = onnx_metadata.read(proven.path).metadata
+    spoilt = {key: text.replace("toy", "\\u001b[2Jtoy\\nidentity") for key, text in metadata.items()}
+    proven.path.write_bytes(onnx_metadata.with_metadata(proven.path.read_bytes(), spoilt))
+    assert run(["info", str(proven.path)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\\x1b[2Jtoy\\nidentity" in out
+
+
 def test_a_result_that_cannot_be_written_is_6(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     sidecar_of(proven.path).mkdir()
     assert run(["verify", str(proven.path), "-q"]) == 6
@@ -1542,7 +1620,8 @@ def test_odd_rows_in_a_receipt_do_not_keep_info_from_its_work(
         )
         onnx.save(model, proven.path)
     else:
-        odd = {"identity": proven.identity, "format": "onnx", "files": {}, "rows": rows}
+        spec, machine = json.loads(proven.spec.to_json()), dataclasses.asdict(host.host())
+        odd = {"identity": proven.identity, "format": "onnx", "spec": spec, "files": {}, "host": machine, "rows": rows}
         sidecar_of(proven.path).write_text(json.dumps(odd))
     assert run(["info", str(proven.path)]) in (0, 4)
     out, err = capsys.readouterr()

@@ -333,6 +333,28 @@ def test_where_nothing_works_the_code_is_5(
     assert "works  " not in out
 
 
+@pytest.mark.parametrize("others", [True, False])
+def test_an_engine_with_wrong_masks_that_auto_takes_is_a_problem_and_5(
+    found: XRay, monkeypatch: pytest.MonkeyPatch, others: bool
+) -> None:
+    """That it loads is all that the rule asks; who infers then gets its masks."""
+    taken = found.auto["name"]
+    checks = tuple(
+        dataclasses.replace(check, works=False, why="its masks are wrong: mean mask IoU 0.31")
+        if (check.engine, check.device) == (taken, "cpu")
+        else dataclasses.replace(check, works=others and check.engine == "openvino", why="")
+        for check in found.engines
+        if others or check.engine == taken
+    )
+    spoilt = {(check.engine, check.device): check for check in checks}
+    monkeypatch.setattr(doctor, "check_engine", lambda line, gpus: spoilt.get((line.engine, line.device), checks[0]))
+    result = doctor.x_ray()
+    remedy = "give --backend openvino --device cpu" if others else "install another version"
+    (problem,) = [text for text in result.problems if text.startswith("auto takes")]
+    assert problem == f"auto takes {taken} on cpu, and its masks are wrong: mean mask IoU 0.31: {remedy}"
+    assert not result.works
+
+
 def test_where_numpy_does_not_work_that_is_the_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     def stand_in(question: str, *words: str, **_: Any) -> dict[str, Any]:
         return {"error": "it crashed: SIGILL"} if question in ("rule", "auto") else probe(question, *words)

@@ -10,7 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from petseg_runtime.files import replacing, staging, synced, synced_folder, write_atomic
+from petseg_runtime.files import read_text, replacing, staging, synced, synced_folder, write_atomic
+
+
+def test_a_text_is_read_up_to_so_many_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("Ärger", encoding="utf-8")
+    assert read_text(path, 6) == "Ärger"
+    with pytest.raises(OSError, match="larger than 5 bytes"):
+        read_text(path, 5)
+    path.write_bytes(b"\xff")
+    with pytest.raises(UnicodeDecodeError):
+        read_text(path, 5)
+    with pytest.raises(FileNotFoundError):
+        read_text(tmp_path / "b.json", 5)
 
 
 @pytest.fixture(params=["absent", "present"])

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import struct
 import warnings
 import zipfile
@@ -162,7 +163,7 @@ def test_a_model_that_takes_any_number_is_run_on_three_too(noisy: np.ndarray, ph
     batches.clear()
     shift = 1
     row = parity.compare(run, INFO, proof, any_number)
-    assert (row.passed, row.batch) == (False, 1)
+    assert (row.passed, row.batch) == (False, 3)
     assert all(failure.startswith("3 at a time: ") for failure in row.failures)
     batches.clear()
     assert parity.compare(run, INFO, proof, SPEC).passed
@@ -220,6 +221,7 @@ def test_an_engine_whose_batch_has_another_shape_breaks_the_contract(noisy: np.n
 def test_every_number_is_what_brute_force_finds(data: st.DataObject, seed: int, count: int, threshold: float) -> None:
     rng = np.random.default_rng(seed)
     spread = data.draw(st.sampled_from([0, 1, 2, 5, 30, 255]))
+    cutout_threshold = data.draw(st.floats(0.05, 0.95))
     share = data.draw(st.sampled_from([0.001, 0.02, 0.5, 1.0]))
     stored, computed = data.draw(st.sampled_from(PRECISIONS)), data.draw(st.sampled_from(list(TOLERANCES)))
     loss = data.draw(st.none() | st.sampled_from([-3.0, 0.5, 0.51]))
@@ -231,7 +233,7 @@ def test_every_number_is_what_brute_force_finds(data: st.DataObject, seed: int, 
         answering(got),
         dataclasses.replace(INFO, precision=computed),
         proof_with(expected),
-        dataclasses.replace(SPEC, threshold=threshold, precision=stored),
+        dataclasses.replace(SPEC, threshold=threshold, cutout_threshold=cutout_threshold, precision=stored),
         task and (lambda answers: task),
     )
 
@@ -241,14 +243,20 @@ def test_every_number_is_what_brute_force_finds(data: st.DataObject, seed: int, 
     assert row.mean_difference == pytest.approx(sum(difference) / len(difference))
     assert row.p99_difference == difference[-(-99 * len(difference) // 100) - 1], "99 of 100 are no larger"
 
-    ious = []
-    for a, b in zip(expected.tolist(), got.tolist(), strict=True):
-        pet_a, pet_b = (
-            {(y, x) for y in range(H) for x in range(W) if answer[y][x] >= 255 * threshold} for answer in (a, b)
-        )
-        ious.append(len(pet_a & pet_b) / len(pet_a | pet_b) if pet_a | pet_b else 1.0)
+    def ious_at(threshold: float) -> list[float]:
+        found = []
+        for a, b in zip(expected.tolist(), got.tolist(), strict=True):
+            pet_a, pet_b = (
+                {(y, x) for y in range(H) for x in range(W) if answer[y][x] >= 255 * threshold} for answer in (a, b)
+            )
+            found.append(len(pet_a & pet_b) / len(pet_a | pet_b) if pet_a | pet_b else 1.0)
+        return found
+
+    ious = ious_at(threshold)
+    mean, of_cutouts = (sum(found) / count for found in (ious, ious_at(cutout_threshold)))
     assert row.min_mask_iou == pytest.approx(min(ious))
-    assert row.mean_mask_iou == pytest.approx(sum(ious) / count)
+    assert row.mean_mask_iou == pytest.approx(mean)
+    assert row.mean_cutout_iou == pytest.approx(of_cutouts)
 
     inside = expected[:, 1:-1, 1:-1].astype(int)
     rolled = {f"{dy},{dx}": np.roll(got, (dy, dx), (1, 2)) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if not dy * dx}
@@ -268,8 +276,11 @@ def test_every_number_is_what_brute_force_finds(data: st.DataObject, seed: int, 
     coarser = max(("f32" if stored == "fp32" else stored), computed, key=list(TOLERANCES).index)
     within = {
         "f32": difference[-1] <= 1 and min(ious) >= 0.999,
-        "int8": row.mean_difference <= 2 and sum(ious) / count >= 0.97 and (loss is None or loss <= 0.5),
-    }.get(coarser, row.p99_difference <= 4 and sum(ious) / count >= 0.995)
+        "int8": row.mean_difference <= 2
+        and min(ious) >= 0.5
+        and (mean >= 0.97 and of_cutouts >= 0.93)
+        and (loss is None or loss <= 0.5),
+    }.get(coarser, row.p99_difference <= 4 and min(ious) >= 0.85 and min(mean, of_cutouts) >= 0.995)
     aligned = all(means["0,0"] < mean for where, mean in means.items() if where != "0,0")
     assert row.passed == (within and aligned)
     assert bool(row.failures) is not row.passed
@@ -350,18 +361,16 @@ def test_the_task_gets_all_answers_and_its_words_are_kept(noisy: np.ndarray) -> 
 
 
 def test_the_tolerances_are_these() -> None:
-    half = Tolerance(mean_mask_iou=0.995, p99_difference=4)
+    half = Tolerance(p99_difference=4, min_mask_iou=0.85, mean_mask_iou=0.995, mean_cutout_iou=0.995)
     expected = {
         "f32": Tolerance(max_difference=1, min_mask_iou=0.999),
         "tf32": half,
         "fp16": half,
         "bf16": half,
-        "int8": Tolerance(mean_difference=2, mean_mask_iou=0.97, task_loss=0.5),
+        "int8": Tolerance(mean_difference=2, min_mask_iou=0.5, mean_mask_iou=0.97, mean_cutout_iou=0.93, task_loss=0.5),
     }
     assert expected == TOLERANCES
-    assert Tolerance() == Tolerance(
-        max_difference=None, p99_difference=None, min_mask_iou=None, mean_mask_iou=None, task_loss=None
-    )
+    assert set(vars(Tolerance()).values()) == {None}
 
 
 @pytest.mark.parametrize(
@@ -478,11 +487,42 @@ def test_a_failure_names_photo_place_numbers_and_what_is_allowed() -> None:
     difference, iou = compare(expected, got).failures
     assert difference == "largest difference 92/255, allowed 1/255 (pet 1.jpg at y 40, x 50: 99 instead of 7)"
     assert iou == "smallest mask IoU 0.90000, allowed 0.999 (pet 2.jpg)"
-    (mean,) = compare(expected, got, "fp16").failures
+    mean, of_cutouts = compare(expected, got, "fp16").failures
     assert mean == "mean mask IoU 0.96667, allowed 0.995 (smallest in pet 2.jpg)"
+    assert of_cutouts == "mean mask IoU at the threshold of cutouts 0.96667, allowed 0.995"
     got[0] += 50
     percentile = compare(expected, got, "fp16").failures[0]
     assert percentile.startswith("99th percentile of the differences 50/255, allowed 4/255 (largest in pet 1.jpg at")
+
+
+@pytest.mark.parametrize(("precision", "lost"), [("fp16", 160), ("int8", 510)])
+def test_one_photo_that_is_broken_among_many_good_ones_fails(precision: str, lost: int) -> None:
+    """The means of many photos do not see it."""
+    expected = np.concatenate([pet(1000)] * 200)
+    got = expected.copy()
+    got[17] = without(got[17], lost)
+    (told,) = compare(expected, got, precision).failures
+    assert told.startswith(f"smallest mask IoU {1 - lost / 1000:.5f}, allowed ")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_haze_around_the_pet_that_only_cutouts_show_fails(precision: str) -> None:
+    proof = proof_with(expected := np.concatenate([disc(radius=30)] * 16))
+    spec = dataclasses.replace(spec_of(proof, precision=precision), cutout_threshold=0.05)
+    rows, columns = np.nonzero(expected[0] < 3)
+    got = expected.copy()
+    got[:, rows[::8], columns[::8]] = 14
+    told = parity.compare(answering(got), INFO, proof, spec).failures
+    assert [line for line in told if line.startswith("mean mask IoU at the threshold of cutouts 0.")]
+    assert not [line for line in told if "smallest" in line]
+
+
+def test_a_row_says_how_its_engine_came_about(noisy: np.ndarray) -> None:
+    """Another one may have been meant to run."""
+    info = dataclasses.replace(INFO, notes=("cuda is broken",))
+    row = parity.compare(answering(noisy), info, proof_with(noisy), SPEC)
+    assert row.notes == ("cuda is broken",)
+    assert row.as_dict()["notes"] == ["cuda is broken"]
 
 
 # ------------------------------------------------------------------------------------------------ registration
@@ -548,7 +588,7 @@ def test_one_photo_that_shows_nothing_among_others_does_no_harm(noisy: np.ndarra
 def receipt_of(*rows: Comparison, photos: int = SMOKE, **changes: Any) -> Receipt:
     names = tuple(f"{index}.jpg" for index in range(photos))
     about: dict[str, Any] = {"photos_sha256": "aa", "names": names, "reference": "torch", "stored": "fp32", **changes}
-    return Receipt(photos=photos, rows=rows, **about)
+    return Receipt(identity="1d", proof="b0", photos=photos, rows=rows, **about)
 
 
 @pytest.fixture(scope="module")
@@ -616,14 +656,14 @@ def test_a_receipt_is_json(good: Comparison, bad: Comparison) -> None:
     receipt = receipt_of(*rows, scan={"non_finite": []}, quantization={"layers": 3}, note="")
     raw = json.loads(json.dumps(receipt.as_dict(), allow_nan=False))
     assert raw == receipt.as_dict()
-    assert raw.pop("schema_version") == 2
+    assert raw.pop("schema_version") == 3
     for field in ("kind", "passed", "summary"):
         assert raw.pop(field) == getattr(receipt, field)
     read = []
     for row, original in zip(raw.pop("rows"), rows, strict=True):
         assert (row.pop("passed"), row.pop("summary")) == (original.passed, original.summary)
         tolerance, failures = Tolerance(**row.pop("tolerance")), tuple(row.pop("failures"))
-        read.append(Comparison(**row, tolerance=tolerance, failures=failures))
+        read.append(Comparison(**row | {"notes": tuple(row["notes"])}, tolerance=tolerance, failures=failures))
     assert Receipt(**{**raw, "names": tuple(raw["names"])}, rows=tuple(read)) == receipt
 
 
@@ -736,7 +776,7 @@ def test_what_is_no_proof_is_refused(content: bytes, tmp_path: Path) -> None:
 
 
 def test_a_folder_is_no_proof(tmp_path: Path) -> None:
-    assert "not a proof" in refused(tmp_path)
+    assert "not a regular file" in refused(tmp_path)
 
 
 def test_a_lone_array_is_no_proof(tmp_path: Path) -> None:
@@ -820,6 +860,18 @@ def test_parts_that_are_too_large_only_together_are_refused(file: Path, monkeypa
     load_proof(file, SPEC, CHECKPOINT)
     monkeypatch.setattr(parity, "MAX_PROOF", sum(sizes) - 1)
     assert "claims more" in refused(file)
+
+
+def test_a_proof_whose_text_would_fill_the_memory_is_refused_unread(file: Path) -> None:
+    """A megabyte of zeros and ones on the disk, gigabytes of lists in lists once it is read as JSON."""
+    text = b"[" + b"[]," * (parity.MAX_ABOUT // 3) + b"[]]"
+    with_member(file, "about.npy", array_file((len(text),), text))
+    assert f"or {parity.MAX_ABOUT} of text" in refused(file)
+
+
+def test_a_pipe_is_no_proof_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.onnx.parity.npz")
+    assert "not a regular file" in refused(tmp_path / "model.onnx.parity.npz")
 
 
 def array_file(shape: tuple[int, ...], data: bytes = b"", descr: str = "|u1") -> bytes:

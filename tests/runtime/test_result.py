@@ -541,3 +541,16 @@ class TestFound:
         result = made(ellipse((40, 60)))
         assert result.found
         assert not result.without_small(0.9).found
+
+
+def test_a_result_is_not_changed_through_what_it_gives_away() -> None:
+    """A mask that has been made would not follow."""
+    own = np.full((4, 4), 200, np.uint8)
+    result = made(own)
+    assert result.mask.all()
+    with pytest.raises(ValueError, match="read-only"):
+        result.probability[0, 0] = 0
+    picture = result.probability_image()
+    picture.putpixel((1, 1), 7)
+    assert result.probability.min() == 200
+    own[2, 2] = 7  # whose array it was keeps the right to write

@@ -120,7 +120,10 @@ def _text(artifact: Artifact, done: Benchmark) -> Iterable[str]:
         summaries = [row.summary() for row in done.rows]
         yield ""
         yield from _table(
-            ("engine", "computes", "load", "first", "p50", "p95", "p99 ms", "rounds", "photos/s", "rounds", "callers"),
+            (
+                *("engine", "computes", "load", "first", "p50", "p95", "p99 ms", "runs", "rounds"),
+                *("photos/s", "rounds", "callers"),
+            ),
             [_speed(row, summary) for row, summary in zip(done.rows, summaries, strict=True)],
         )
         yield ""
@@ -139,12 +142,17 @@ def _title(row: Row) -> tuple[str, str]:
 
 
 def _speed(row: Row, summary: dict[str, Any]) -> tuple[str, ...]:
+    """A line of the table; the 95th percentile of ten runs, or the 99th of fifty, is about the slowest of them."""
     latency, photos = summary["latency_ms"], summary["photos_per_second"]
     return (
         *_title(row),
         f"{row.load:.0f}",
         f"{row.first:.1f}",
-        *(f"{latency[name]:.2f}" for name in ("p50", "p95", "p99")),
+        *(
+            f"{latency[name]:.2f}" if latency["runs"] >= least else "-"
+            for name, least in (("p50", 1), ("p95", 20), ("p99", 100))
+        ),
+        str(latency["runs"]),
         "{:.2f}-{:.2f}".format(*latency["median_of_rounds"]),
         f"{photos['median']:.1f}",
         "{:.1f}-{:.1f}".format(*photos["range"]),

@@ -26,7 +26,7 @@ def doctor(as_json: bool) -> int:
     """Say what this machine has, and try every engine on it.
 
     Each engine loads the model that ships with petseg, and works if its masks are those of the checkpoint. Exit
-    code 0: at least one works; 5: none does.
+    code 0: at least one works; 5: none does, or the one that is taken by itself has wrong masks.
     """
     from petseg_runtime.doctor import x_ray
 

@@ -43,7 +43,7 @@ def info(file: Path, as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps(record, indent=2))
     else:
-        click.echo("\n".join(f"{name:>22}  {value}" for name, value in _lines(record)))
+        click.echo("\n".join(f"{name:>22}  {shown(value)}" for name, value in _lines(record)))
     return 0
 
 
@@ -102,7 +102,7 @@ def _plain(value: Any) -> str:
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--proof", type=PATH, help="Photos and the checkpoint's answers.  [default: FILE.parity.npz]")
 @click.option("--output", type=PATH, help="Where the result goes.  [default: FILE.verified.json]")
-@click.option("--json", "as_json", is_flag=True, help="Print the receipt as JSON on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="Only errors.")
 def verify(
     file: Path | None,
@@ -117,23 +117,32 @@ def verify(
     """Run FILE on this device and compare it with what its checkpoint said when it was exported.
 
     Without FILE, the model that ships with petseg (whose result is written only where --output says). Exit code 0: it
-    does what the checkpoint does; 10: it does not, and the report says where and by how much.
+    does what the checkpoint does; 10: it does not, and the report says where and by how much. Scripts for one device
+    name it with --device, or another may be what is verified.
     """
     from petseg_runtime.artifact import default_model, open_artifact
-    from petseg_runtime.verify import parts_of, save, sidecar_of, verify_artifact
+    from petseg_runtime.verify import parts_of, record, save, sidecar_of, verify_artifact
 
     artifact = open_artifact(file or default_model())
     place = output or (sidecar_of(artifact.path) if file else None)
     if place and place.exists() and any(place.samefile(part) for part in parts_of(artifact, proof) if part.exists()):
         raise OutputError(f"{place}: belongs to the model, which is not written to: give another file with --output")
     receipt = verify_artifact(artifact, backend, threads, proof, device)
+    result = record(artifact, receipt)
     if as_json:
-        click.echo(json.dumps(receipt.as_dict(), indent=2))
+        click.echo(json.dumps(result, indent=2))
     elif not quiet:
         for row in receipt.rows:
-            click.echo(f"{shown(artifact.path)}: {receipt.kind}, {receipt.photos} photos, {row.summary}")
+            click.echo(shown(f"{artifact.path}: {receipt.kind}, {receipt.photos} photos, {row.summary}"))
+    for note in () if quiet else dict.fromkeys(note for row in receipt.rows for note in row.notes):
+        click.echo(f"petseg: {shown(note)}", err=True)
     for failure in receipt.failures:
-        click.echo(f"petseg: {failure}", err=True)
-    if place:
-        save(artifact, receipt, place)  # last: what was found is not lost with it
+        click.echo(f"petseg: {shown(failure)}", err=True)
+    try:
+        if place:
+            save(result, place)  # last: what was found is not lost with it
+    except OutputError as error:
+        if receipt.passed:
+            raise
+        click.echo(f"petseg: {shown(error)}", err=True)  # a file that is not as it should be matters more
     return 0 if receipt.passed else ParityError.exit_code
