@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, TypeAlias
@@ -151,12 +153,12 @@ class Segmentation:
                 colours are brought to the photo's profile.
 
         Raises:
-            UsageError: The photo was decoded for the mask only.
+            UsageError: The photo was decoded for the mask only, or that is no colour.
             InputError: The picture cannot be used.
         """
         photo = self._photo()
         if isinstance(background, tuple):
-            behind = Image.new("RGB", photo.size, background)
+            behind = Image.new("RGB", photo.size, _colour(background))
         else:
             read = images.read(background)
             fitted = ImageOps.fit(Image.fromarray(read.pixels), photo.size)
@@ -181,8 +183,11 @@ class Segmentation:
             strength: How much of it, in [0, 1].
 
         Raises:
-            UsageError: The photo was decoded for the mask only.
+            UsageError: The photo was decoded for the mask only, or a value is out of range.
         """
+        if not 0 <= strength <= 1:
+            raise UsageError(f"strength is {strength}; it must lie between 0 and 1")
+        color = _colour(color)
         picture = self._photo()
         tinted = Image.blend(picture, Image.new("RGB", picture.size, color), strength)
         picture.paste(tinted, mask=Image.fromarray(self.mask))
@@ -201,7 +206,12 @@ class Segmentation:
 
         Returns:
             One for each piece of the mask; none if nothing is pet.
+
+        Raises:
+            UsageError: The tolerance is negative, or no number.
         """
+        if not tolerance >= 0:
+            raise UsageError(f"tolerance is {tolerance}; it is in pixels, from 0")
         if (box := self.box) is None:
             return []
         x, y = max(box[0] - 1, 0), max(box[1] - 1, 0)
@@ -399,6 +409,21 @@ def _in_groups_of_5_bits(numbers: Indices) -> str:
         used.append(active)
         active = active & more
     return np.stack(characters, axis=1)[np.stack(used, axis=1)].astype(np.uint8).tobytes().decode("ascii")
+
+
+def _colour(color: Sequence[int]) -> tuple[int, int, int]:
+    """As Pillow wants it.
+
+    Raises:
+        UsageError: Not three whole numbers from 0 to 255.
+    """
+    try:
+        red, green, blue = map(operator.index, color)
+    except (TypeError, ValueError):
+        red = green = blue = -1
+    if not 0 <= min(red, green, blue) <= max(red, green, blue) <= 255:
+        raise UsageError(f"colour {color!r}; red, green and blue are expected, each a whole number from 0 to 255")
+    return red, green, blue
 
 
 def _runs(mask: Bool) -> tuple[Indices, Indices]:

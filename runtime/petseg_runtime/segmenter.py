@@ -89,7 +89,7 @@ class Segmenter:
                 that ``auto`` passes over because it does not work; None: of the latter, a ``RuntimeWarning`` tells.
 
         Raises:
-            UsageError: A threshold or an area is out of range, or the model does not take that size.
+            UsageError: A number is out of range, or the model does not take that size.
             ModelError: The file is missing, damaged or not petseg's.
             EngineError: The engine or the device cannot be had, or cannot load the model.
         """
@@ -100,9 +100,12 @@ class Segmenter:
             raise UsageError(f"min_area is {min_area}; it is a share of the photo, from 0 to below 1")
         self.artifact = open_artifact(Path(model) if model is not None else default_model())
         spec = self.artifact.spec
-        self.size = size or (spec.height, spec.width)
+        self.size = (spec.height, spec.width) if size is None else size
         try:
-            spec.sized(*self.size)
+            height, width = self.size
+            spec.sized(height, width)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"size is {size!r}; (height, width) is expected") from error
         except ModelError as error:  # the model is well; it is the size that is not
             raise UsageError(str(error)) from error
         self.threshold = threshold if threshold is not None else spec.threshold
@@ -221,6 +224,13 @@ class Segmenter:
             UsageError: A policy that there is not, or a value out of range.
             InputError: A source that has an end cannot be opened.
         """
+        for name, value, fits in (
+            ("start", start, start >= 0),
+            ("stall", stall, stall > 0),
+            ("patience", patience, patience is None or patience >= 0),
+        ):
+            if not fits:  # as NaN does not
+                raise UsageError(f"{name} is {value}; it is in seconds, {'above' if name == 'stall' else 'from'} 0")
         from petseg_runtime.live import open_frames  # FFmpeg is loaded for those who read videos
         from petseg_runtime.stream import Stream
 
@@ -268,6 +278,7 @@ class Segmenter:
         """The second step: uint8 [N, H, W, 3] RGB at the model's size to uint8 [N, H, W], ``round(255 * p(pet))``.
 
         Raises:
+            UsageError: The batch is of another shape or type.
             EngineError: The engine failed.
         """
         return self._engine.run(batch)

@@ -40,7 +40,7 @@ from petseg_runtime.engines.base import (
     usable_cpus,
 )
 from petseg_runtime.engines.registry import ENGINES, RULE, load_engine
-from petseg_runtime.errors import EngineError, EngineMissing, ModelError
+from petseg_runtime.errors import EngineError, EngineMissing, ModelError, UsageError
 from petseg_runtime.host import Gpu
 from petseg_runtime.spec import ModelSpec
 
@@ -151,12 +151,12 @@ def test_a_batch_that_does_not_fit_is_refused_with_both_shapes(engine: Engine) -
         np.zeros((1, 3, h, w), np.uint8),
     ]
     for batch in wrong:
-        with pytest.raises(ModelError) as caught:
+        with pytest.raises(UsageError) as caught:
             engine.run(batch)
         assert f"{batch.dtype} {list(batch.shape)}" in str(caught.value)
         assert f"uint8 [N, {h}, {w}, 3] is expected" in str(caught.value)
     for size in ((h + 16, w), (h, w - 1), (16, 16)):
-        with pytest.raises(ModelError, match=f"{h} x {w} only, not {size[0]} x {size[1]}"):
+        with pytest.raises(UsageError, match=f"{h} x {w} only, not {size[0]} x {size[1]}"):
             engine.run(np.zeros((1, *size, 3), np.uint8))
 
 
@@ -186,7 +186,7 @@ def test_leaving_the_context_closes(backend: str, toy: Toy, tmp_path: Path) -> N
 
 def test_an_error_inside_the_context_closes_it_and_goes_on(backend: str, toy: Toy, tmp_path: Path) -> None:
     engine = load_engine(toy(tmp_path / "toy.onnx", 0), backend, threads=1)
-    with pytest.raises(ModelError), engine:
+    with pytest.raises(UsageError), engine:
         engine.run(np.zeros((1, 1, 1, 3), np.uint8))
     with pytest.raises(EngineError, match="closed"):
         engine.run(np.zeros((1, 16, 32, 3), np.uint8))
@@ -217,13 +217,13 @@ def test_it_uses_as_many_threads_as_it_is_told(backend: str, toy: Toy, tmp_path:
 
 @pytest.mark.parametrize("threads", [0, -1])
 def test_less_than_one_thread_is_refused(artifact: Artifact, backend: str, threads: int) -> None:
-    with pytest.raises(EngineError, match=f"threads is {threads}"):
+    with pytest.raises(UsageError, match=f"threads is {threads}"):
         load_engine(artifact, backend, threads=threads)
 
 
 @pytest.mark.parametrize("streams", [0, -1])
 def test_less_than_one_stream_is_refused(artifact: Artifact, backend: str, streams: int) -> None:
-    with pytest.raises(EngineError, match=f"streams is {streams}; it must be 1 or more"):
+    with pytest.raises(UsageError, match=f"streams is {streams}; it must be a whole number, 1 or more"):
         load_engine(artifact, backend, streams=streams)
 
 
@@ -376,9 +376,9 @@ def test_threads_may_use_a_graph_of_free_size_each_at_its_own(backend: str, toy:
 @pytest.mark.parametrize("size", [(16, 33), (17, 32), (8, 32), (0, 32)])
 def test_a_graph_of_free_size_takes_nothing_else(backend: str, toy: Toy, tmp_path: Path, size: tuple[int, int]) -> None:
     with load_engine(toy(tmp_path / "toy.onnx", dynamic_size=True), backend, 1) as engine:
-        with pytest.raises(ModelError, match="multiple of 16"):
+        with pytest.raises(UsageError, match="multiple of 16"):
             engine.run(np.zeros((1, *size, 3), np.uint8))
-        with pytest.raises(ModelError, match="uint8"):
+        with pytest.raises(UsageError, match="uint8"):
             engine.run(np.zeros((1, 16, 32, 3), np.float32))
 
 
@@ -386,7 +386,7 @@ def test_a_batch_is_checked_against_the_spec_alone() -> None:
     fixed = ModelSpec(name="m", height=16, width=32, batch=3)
     for count in (1, 3, 7):
         check_batch(np.zeros((count, 16, 32, 3), np.uint8), fixed)  # the engine makes batches of three
-    with pytest.raises(ModelError, match=r"uint8 \[0, 16, 32, 3\]"):
+    with pytest.raises(UsageError, match=r"uint8 \[0, 16, 32, 3\]"):
         check_batch(np.zeros((0, 16, 32, 3), np.uint8), fixed)
 
 
@@ -883,7 +883,7 @@ def test_on_cuda_a_graph_for_three_photos_takes_any_number(
 ) -> None:
     with on_cuda(toy(tmp_path / "toy.onnx", batch=3)) as engine:
         np.testing.assert_array_equal(engine.run(noise(count, 16, 32)), noise(count, 16, 32)[..., 0])
-        with pytest.raises(ModelError, match="16 x 32 only"):
+        with pytest.raises(UsageError, match="16 x 32 only"):
             engine.run(noise(1, 32, 16))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -554,3 +556,25 @@ def test_a_result_is_not_changed_through_what_it_gives_away() -> None:
     picture.putpixel((1, 1), 7)
     assert result.probability.min() == 200
     own[2, 2] = 7  # whose array it was keeps the right to write
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda result: result.overlay(strength=1.5), "strength is 1.5"),
+        (lambda result: result.overlay(strength=float("nan")), "strength is nan"),
+        (lambda result: result.overlay(color=(0, 256, 0)), r"colour \(0, 256, 0\); red, green and blue"),
+        (lambda result: result.overlay(color=(0.5, 0, 0)), "colour"),
+        (lambda result: result.on_background((1, 2)), "colour"),
+        (lambda result: result.polygons(-1), "tolerance is -1"),
+        (lambda result: result.polygons(float("nan")), "tolerance is nan"),
+    ],
+)
+def test_a_value_that_is_out_of_range_is_wrong_usage(call: Callable[[Segmentation], Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        call(every_probability())
+
+
+def test_a_list_is_a_colour_too() -> None:
+    result = every_probability()
+    assert result.overlay(color=[1, 2, 3]).tobytes() == result.overlay(color=(1, 2, 3)).tobytes()  # type: ignore[arg-type]

@@ -298,6 +298,35 @@ def test_a_map_goes_on_after_a_bad_photo_and_keeps_the_order(segmenter: Segmente
             np.testing.assert_array_equal(result.probability, segmenter(photo).probability)
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"threads": 0}, "threads is 0"),
+        ({"threads": 1.5}, "threads is 1.5"),
+        ({"streams": 0}, "streams is 0"),
+        ({"size": 256}, r"size is 256; \(height, width\) is expected"),
+        ({"size": ()}, r"size is \(\)"),
+        ({"size": "16x32"}, "size is '16x32'"),
+    ],
+)
+def test_what_is_out_of_range_is_wrong_usage(red: Path, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        Segmenter(red, **asked)
+
+
+@pytest.mark.parametrize("asked", [{"start": -1.0}, {"stall": 0.0}, {"stall": float("nan")}, {"patience": -3.0}])
+def test_a_time_that_is_none_is_wrong_usage(segmenter: Segmenter, asked: dict[str, float]) -> None:
+    ((name, value),) = asked.items()
+    with pytest.raises(UsageError, match=f"{name} is {value}; it is in seconds"):
+        segmenter.stream("clip.mp4", **asked)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batch", [np.zeros((1, H, W, 3), np.float32), np.zeros((1, H, W + 16, 3), np.uint8)])
+def test_a_batch_that_is_none_of_this_models_is_wrong_usage(segmenter: Segmenter, batch: np.ndarray) -> None:
+    with pytest.raises(UsageError, match=rf"{H}(, | x ){W}"):
+        segmenter.infer(batch)
+
+
 def test_an_engine_that_is_passed_over_is_no_secret(red: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program of one's own would run on another device than it was meant to, and nobody would know."""
     monkeypatch.setattr("petseg_runtime.host.nvidia_gpus", lambda: 1)

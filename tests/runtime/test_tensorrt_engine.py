@@ -34,7 +34,7 @@ from petseg_runtime.engines.base import Device, EngineOptions
 from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.engines.tensorrt import TensorRTEngine, load, load_rtx
 from petseg_runtime.engines.tensorrt_library import logger_of
-from petseg_runtime.errors import EngineError, EngineMissing, ModelError
+from petseg_runtime.errors import EngineError, EngineMissing, ModelError, UsageError
 from petseg_runtime.segmenter import Segmenter
 from petseg_runtime.spec import ModelSpec
 
@@ -666,7 +666,7 @@ def test_memory_layout_does_not_matter_and_the_input_stays(library: str, tmp_pat
 def test_a_batch_that_does_not_fit_is_refused(library: str, tmp_path: Path) -> None:
     with open_engine(tmp_path, library) as engine:
         for batch in (photos(1).astype(np.float32), photos(1)[0], photos(0), photos(1, 32, 32), photos(1, 15, 32)):
-            with pytest.raises(ModelError):
+            with pytest.raises(UsageError):
                 engine.run(batch)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from petseg_runtime import host
-from petseg_runtime.errors import EngineError, ModelError
+from petseg_runtime.errors import EngineError, ModelError, UsageError
 from petseg_runtime.spec import ModelSpec
 
 __all__ = [
@@ -135,7 +135,7 @@ class Engine(Protocol):
             uint8 [N, H, W], ``round(255 * p(pet))``; the caller's own array, which no later call changes.
 
         Raises:
-            ModelError: The batch does not fit the spec.
+            UsageError: The batch does not fit the spec.
             EngineError: The engine failed.
         """
 
@@ -164,13 +164,16 @@ class Engine(Protocol):
 
 
 def check_batch(images: U8, spec: ModelSpec) -> None:
-    """Raise the ``ModelError`` that names both shapes if a batch does not fit a spec."""
+    """Raise the ``UsageError`` that names both shapes if a batch does not fit a spec."""
     fits = images.ndim == 4 and images.shape[0] >= 1 and images.shape[3] == 3 and images.dtype == np.uint8
     if not fits:
-        raise ModelError(
+        raise UsageError(
             f"batch is {images.dtype} {list(images.shape)}; uint8 [N, {spec.height}, {spec.width}, 3] is expected"
         )
-    spec.sized(images.shape[1], images.shape[2])
+    try:
+        spec.sized(images.shape[1], images.shape[2])
+    except ModelError as error:  # the model is well; it is the size that is not
+        raise UsageError(str(error)) from error
 
 
 def in_batches(run: Callable[[U8], U8], images: U8, size: int) -> U8:

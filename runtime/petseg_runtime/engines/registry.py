@@ -10,7 +10,7 @@ from typing import Any, Final
 from petseg_runtime import host
 from petseg_runtime.artifact import Artifact
 from petseg_runtime.engines.base import Device, Engine, EngineOptions, one_line
-from petseg_runtime.errors import EngineError, EngineMissing
+from petseg_runtime.errors import EngineError, EngineMissing, UsageError
 
 __all__ = ["ENGINES", "RULE", "Choice", "EngineEntry", "load_engine"]
 
@@ -135,12 +135,13 @@ def load_engine(
             :attr:`EngineInfo.notes` say so, too.
 
     Raises:
+        UsageError: No such number of threads or streams.
         EngineMissing: Not installed; the message says what to install.
         EngineError: No such engine or device, or it cannot load the model.
     """
     for name, value in (("threads", threads), ("streams", streams)):
-        if value is not None and value < 1:
-            raise EngineError(f"{name} is {value}; it must be 1 or more")
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise UsageError(f"{name} is {value}; it must be a whole number, 1 or more")
     wanted = None if device == "auto" else Device.parse(device)
     passed: list[EngineError] = []
     for choice in _choices(artifact, backend, wanted):
