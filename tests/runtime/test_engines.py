@@ -40,7 +40,7 @@ from petseg_runtime.engines.base import (
     usable_cpus,
 )
 from petseg_runtime.engines.registry import ENGINES, RULE, load_engine
-from petseg_runtime.errors import EngineError, EngineMissing, ModelError, UsageError
+from petseg_runtime.errors import EngineError, EngineMissing, UsageError
 from petseg_runtime.host import Gpu
 from petseg_runtime.spec import ModelSpec
 
