@@ -28,6 +28,8 @@ SHORTER = {
 }
 #: Points of IoU; one toy photo is a coarse judge, and so is one pixel of 32 x 32, whatever the CPU computes in.
 INT8 = ["--int8-judges", "1", "--int8-budget", "5"]
+#: Of a training whose result nothing is made of.
+ONE_EPOCH = ["--epochs", "1"]
 
 
 def blocks(language: str) -> list[str]:
@@ -57,8 +59,17 @@ def write_clip(path: Path) -> None:
         file.mux(stream.encode(None))
 
 
-def test_the_commands_run_in_their_order(home: Path) -> None:
-    lines = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+def of_training(block: str) -> bool:
+    """Whether a block is about models of one's own; what one such block makes, the next ones use."""
+    return "data" in block or "mine" in block
+
+
+@pytest.mark.timeout(1500)  # thirty processes, half of which import torch: on a slow and busy machine, minutes
+@pytest.mark.parametrize("training", [False, True], ids=["the model that ships", "models of one's own"])
+def test_the_commands_run_in_their_order(home: Path, training: bool) -> None:
+    lines = [
+        line for block in blocks("sh") if of_training(block) == training for line in block.splitlines() if line.strip()
+    ]
     assert len(lines) > 10
     for line in lines:
         words = shlex.split(line, comments=True)
@@ -66,9 +77,9 @@ def test_the_commands_run_in_their_order(home: Path) -> None:
         if words[1:3] == ["data", "download"]:
             continue  # 0.8 GB from the network; tests/petseg/test_download.py runs it against a local server
         shorter = [] if "--list" in words else SHORTER.get(words[1], [])
-        shorter = [*shorter, *(INT8 if "int8" in words else [])]
+        shorter = [*shorter, *(INT8 if "int8" in words else []), *(ONE_EPOCH if "runs/edge" in words else [])]
         command = [sys.executable, "-m", "petseg.cli", *words[1:], *shorter]
-        done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=240, check=False)
+        done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 
 
