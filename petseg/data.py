@@ -282,17 +282,16 @@ def read_trimap(pair: Pair) -> U8:
         uint8 [H, W] of 1 (pet), 2 (background), 3 (border; only in the Oxford layout).
 
     Raises:
-        DataError: Missing, unreadable, or with values that are not a mask's.
+        DataError: Missing, unreadable, too large, or with values that are not a mask's.
     """
     try:
-        with Image.open(pair.mask) as image:
+        with images.opened(pair.mask) as image:
             if pair.layout is Layout.FOLDER:
                 return _black_and_white(image, pair.mask)
             mask = np.array(image)
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(f"{pair.mask}: cannot be read as a mask ({error})") from error
+    except InputError as error:
+        why = str(error).removeprefix(f"{pair.mask}: ")
+        raise DataError(f"{pair.mask}: cannot be read as a mask ({why})") from error
     if mask.ndim != 2 or mask.size == 0 or mask.min() < PET or mask.max() > BORDER:
         raise DataError(f"{pair.mask}: not a trimap (expected one channel of 1, 2 and 3)")
     return mask.astype(np.uint8)

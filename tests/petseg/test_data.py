@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import os
 import threading
 import time
 import warnings
@@ -8,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from petseg import data as data_module
 from petseg.config import AugmentConfig
@@ -287,12 +290,49 @@ def test_a_mask_in_the_alpha_channel_is_refused_and_an_opaque_one_is_taken(tmp_p
 def test_whatever_pillow_raises_of_a_mask_is_a_data_error(
     tmp_path: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def bomb(path: Path) -> Image.Image:
+    def bomb(path: Path, **options: object) -> Image.Image:
         raise Image.DecompressionBombError("too large")
 
+    pair = trimap_pair(tmp_path, np.ones((2, 2), np.uint8), layout)
     monkeypatch.setattr(Image, "open", bomb)
-    with pytest.raises(DataError, match=r"mask\.png: cannot be read as a mask \(too large\)"):
-        read_trimap(trimap_pair(tmp_path, None, layout))
+    with pytest.raises(DataError, match=r"mask\.png: cannot be read as a mask \(too large \(limit of Pillow"):
+        read_trimap(pair)
+
+
+@pytest.mark.parametrize("layout", list(Layout))
+def test_a_mask_that_is_no_regular_file_is_refused_and_nobody_waits_for_it(
+    oxford_copy: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = dataclasses.replace(find(oxford_copy, Split.TEST)[0], layout=layout)
+    pair.mask.unlink()
+    os.mkfifo(pair.mask)
+    # Without it, opening the pipe would wait for ever for somebody who writes into it.
+    keep = os.open(pair.mask, os.O_RDWR | os.O_NONBLOCK)
+    monkeypatch.setattr(Image, "open", lambda *args, **options: pytest.fail("it was opened"))
+    try:
+        with pytest.raises(DataError, match=r"\.png: cannot be read as a mask \(not a regular file\)"):
+            read_trimap(pair)
+    finally:
+        os.close(keep)
+
+
+@pytest.mark.parametrize("layout", list(Layout))
+def test_a_mask_comes_in_the_formats_of_photos_and_no_other(tmp_path: Path, layout: Layout) -> None:
+    """Of the others, EPS is the worst: Pillow hands it to Ghostscript, whatever the file is called."""
+    pair = trimap_pair(tmp_path, None, layout)
+    Image.fromarray(np.ones((8, 8), np.uint8)).save(pair.mask, "EPS")
+    with pytest.raises(DataError, match=r"mask\.png: cannot be read as a mask \(not an image that can be read \(its"):
+        read_trimap(pair)
+
+
+def test_a_mask_with_too_many_pixels_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = trimap_pair(tmp_path, None)
+    Image.new("1", (13370, 13350)).save(pair.mask)  # fewer than Pillow's own limit
+    monkeypatch.setattr(PngImageFile, "load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(DataError, match=r"mask\.png: cannot be read as a mask \(13370 x 13350 is 178 megapixels; the"):
+        read_trimap(pair)
 
 
 def test_a_two_valued_or_coloured_mask_is_taken(tmp_path: Path) -> None:
