@@ -336,8 +336,10 @@ class Trainer:
         train, val = (
             find(root, split, val_fraction=d.val_fraction, seed=d.split_seed) for split in (Split.TRAIN, Split.VAL)
         )
-        folder = self._place_for(len(train), teacher is not None)
-        with_pet = [(trimap == PET).any() for _, _, trimap in usable(val, failed)]  # now, not after the first epoch
+        folder, here = self._place_for(len(train), teacher is not None), self.ranks.here
+        with_pet = [
+            (trimap == PET).any() for _, _, trimap in usable(val, failed, here)
+        ]  # now, not after the first epoch
         if not any(with_pet):
             raise DataError(
                 f"{root}: of the {len(val)} validation photos {len(with_pet)} can be used, and none of those shows a "
@@ -351,7 +353,7 @@ class Trainer:
                     "them flatters this run a little"
                 )
             augment, seed = self.config.augment, self.config.seed
-            return TrainSet(train, d.height, d.width, augment, seed, taught, failed, folder), val, about
+            return TrainSet(train, d.height, d.width, augment, seed, taught, failed, folder, here), val, about
 
     def _place_for(self, photos: int, taught: bool) -> Path | None:
         """The folder for the decoded photos, if this machine's processes together would fill its memory with them."""

@@ -137,12 +137,12 @@ def read(
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels, spare, take)
-    source = _taken(source)
-    name = _name_of(source)
-    if isinstance(source, Image.Image):
-        with _reading(source, name):
-            return _convert(source, name, max_pixels, spare, take)
-    with opened(source, max_pixels=max_pixels) as image:
+    given = _taken(source)
+    name = _name_of(given)
+    if isinstance(given, Image.Image):
+        with _reading(given, name):
+            return _convert(given, name, max_pixels, spare, take)
+    with opened(given, max_pixels=max_pixels) as image:
         return _convert(image, name, max_pixels, spare, take, at_least)
 
 

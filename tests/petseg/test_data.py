@@ -5,7 +5,9 @@ import os
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -383,7 +385,7 @@ def test_photos_are_decoded_at_the_same_time_and_come_in_order(
     pairs, together, read = find(oxford_root, Split.TRAINVAL), threading.Barrier(3), images.read
     started: list[Path] = []
 
-    def slow(path: Path) -> images.Photo:
+    def slow(path: Path, **options: Any) -> images.Photo:
         started.append(path)
         together.wait(10)  # none is done before three have begun
         return read(path)
@@ -399,6 +401,40 @@ def test_photos_are_decoded_at_the_same_time_and_come_in_order(
     for pair, photo, trimap in rest[::5]:
         assert np.array_equal(photo, read(pair.image).pixels)
         assert np.array_equal(trimap, read_trimap(pair))
+
+
+@pytest.mark.parametrize(("photos_of_room", "processes", "most"), [(6, 1, 8), (6, 2, 5), (0, 1, 2)])
+def test_photos_wait_for_memory_and_none_for_ever(
+    oxford_root: Path, monkeypatch: pytest.MonkeyPatch, photos_of_room: int, processes: int, most: int
+) -> None:
+    pairs, read, begun = find(oxford_root, Split.TRAINVAL), images.read, []
+
+    def counted(path: Path, take: Callable[[int], None]) -> images.Photo:
+        def take_and_begin(wanted: int) -> None:
+            take(wanted)
+            begun.append(path)
+
+        return read(path, take=take_and_begin)
+
+    monkeypatch.setattr(data_module, "available_memory", lambda: 2 * 64 * 64 * 16 * photos_of_room)
+    monkeypatch.setattr(data_module, "usable_cpus", lambda: 6)
+    monkeypatch.setattr(data_module.images, "read", counted)
+    found = usable(pairs, processes=processes)
+    first = next(found)
+    time.sleep(0.2)  # for readers to go on, who should not
+    # The one that was asked for gets what it wants, and so does one that is alone; the others find room, or wait.
+    assert len(begun) <= most, "without a limit 13 would be ahead"
+    assert names([pair for pair, *_ in (first, *found)]) == names(pairs)
+
+
+def test_who_stops_asking_keeps_no_reader_waiting(oxford_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_module, "available_memory", lambda: 0)
+    monkeypatch.setattr(data_module, "usable_cpus", lambda: 6)
+    before = {*threading.enumerate()}
+    found = usable(find(oxford_root, Split.TRAINVAL))
+    next(found)
+    found.close()  # type: ignore[attr-defined] # it is a generator
+    assert {*threading.enumerate()} <= before
 
 
 def test_what_cannot_be_used_is_told_in_order_by_the_thread_that_asks(oxford_copy: Path) -> None:
