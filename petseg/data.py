@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
 import http.client
 import random
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -35,9 +36,11 @@ __all__ = [
     "Split",
     "check",
     "download",
+    "encoded",
     "find",
     "find_listed",
     "find_unused",
+    "names_sha256",
     "read_pair",
     "read_trimap",
     "resize_trimap",
@@ -223,6 +226,16 @@ def validation_names(names: Sequence[str], fraction: float, seed: int) -> set[st
     """Which names are validation: at least one, chosen by seed from the sorted names."""
     ordered = sorted(names)
     return set(random.Random(seed).sample(ordered, min(len(ordered), max(1, round(fraction * len(ordered))))))
+
+
+def encoded(names: str) -> bytes:
+    """Names of files as UTF-8; bytes of a name that are none, which Python keeps as half a surrogate, are escaped."""
+    return names.encode(errors="backslashreplace")
+
+
+def names_sha256(train: Iterable[str], val: Iterable[Pair]) -> str:
+    """What tells whether two runs have the same photos."""
+    return hashlib.sha256(encoded("\n".join([*train, "--", *(pair.name for pair in val)]))).hexdigest()
 
 
 def _listing(folder: Path, split: Split) -> Path:

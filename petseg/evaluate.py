@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import io
 import json
 import math
@@ -18,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from petseg.checkpoint import load_model
-from petseg.data import Pair, Split, find, read_pair
+from petseg.data import Pair, Split, encoded, find, names_sha256, read_pair
 from petseg.device import pick_device
 from petseg.metrics import Border, Histogram, PixelCounts, counts, histogram
 from petseg.model import AttentionUNet, normalize
@@ -230,8 +229,7 @@ def is_split_of(provenance: Mapping[str, Any], train: Sequence[Pair], val: Seque
         digest, left_out = data["names_sha256"], {*data["skipped_without_pet"], *data.get("skipped_bad", ())}
     except (AttributeError, KeyError, TypeError):
         return None
-    names = [*(pair.name for pair in train if pair.name not in left_out), "--", *(pair.name for pair in val)]
-    return bool(hashlib.sha256("\n".join(names).encode()).hexdigest() == digest)
+    return bool(names_sha256((pair.name for pair in train if pair.name not in left_out), val) == digest)
 
 
 def trained_on(provenance: Mapping[str, Any], root: Path, pairs: Sequence[Pair]) -> list[Pair]:
@@ -276,7 +274,7 @@ def write_report(
         writer.writerow([name, *(f"{iou:.6f}" for iou in row)])
     worst = [pairs[i] for i in np.argsort(ious[Border.BACKGROUND], kind="stable")[:8]]
     try:
-        write_atomic(folder / "images.csv", text.getvalue().encode())
+        write_atomic(folder / "images.csv", encoded(text.getvalue()))
         plots.grid(model.run, worst, model.height, model.width, threshold, folder / "worst.png")
         write_atomic(folder / "evaluation.json", (json.dumps(record, indent=2) + "\n").encode())
     except OSError as error:
