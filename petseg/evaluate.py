@@ -186,14 +186,13 @@ def open_model(path: Path, device: str = "auto") -> Iterator[OpenedModel]:
     """
     if path.suffix == ".safetensors":
         model, loaded = load_model(path)
-        if not isinstance(spec := loaded.meta.get("spec"), dict):
+        if (spec := loaded.spec()) is None:
             raise CheckpointError(f"{path}: the state of a run, not a model; evaluate best.safetensors beside it")
-        _check_spec(path, spec)
         where = pick_device(device)
         about = {"file": path.name, "sha256": loaded.sha256, "engine": f"PyTorch {torch.__version__} on {where}, f32"}
         run, origin = torch_run(model, where), _origin(model, loaded.meta)
-        cutout = spec.get("cutout_threshold")
-        yield OpenedModel(run, spec["height"], spec["width"], spec["threshold"], about, cutout, origin)
+        cutout = loaded.meta["spec"].get("cutout_threshold")  # older ones have none
+        yield OpenedModel(run, spec.height, spec.width, spec.threshold, about, cutout, origin)
         return
     artifact = open_artifact(path)
     with load_engine(artifact, device=device) as engine:
@@ -279,13 +278,6 @@ def write_report(
         write_atomic(folder / "evaluation.json", (json.dumps(record, indent=2) + "\n").encode())
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written to ({error.strerror or error})") from error
-
-
-def _check_spec(path: Path, spec: Mapping[str, Any]) -> None:
-    """Raises CheckpointError if what a model is used with is not in its file."""
-    for name, kind in (("height", int), ("width", int), ("threshold", float)):
-        if not isinstance(spec.get(name), kind) or not spec[name] > 0:
-            raise CheckpointError(f"{path}: its header gives {spec.get(name)!r} as the model's {name}: it is damaged")
 
 
 def _origin(model: AttentionUNet, meta: dict[str, Any]) -> dict[str, Any]:
