@@ -15,9 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from petseg.config import MOST_LEVELS, is_deep
 from petseg.model import AttentionUNet, AttentionUNetConfig
-from petseg_runtime.errors import CheckpointError, OutputError
+from petseg_runtime.errors import CheckpointError, ModelError, OutputError
 from petseg_runtime.files import write_atomic
+from petseg_runtime.spec import ModelSpec
 
 __all__ = ["Checkpoint", "load", "load_model", "save_checkpoint"]
 
@@ -53,6 +55,21 @@ class Checkpoint:
             return AttentionUNetConfig(**raw)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint does not say which network it is of ({error})") from error
+
+    def spec(self) -> ModelSpec | None:
+        """What a model is used with: its input size and thresholds; None: it is the state of a run, which has none.
+
+        Raises:
+            CheckpointError: One of them is missing, or none that can be.
+        """
+        raw = self.meta.get("spec")
+        if raw is None:
+            return None
+        try:
+            # Thresholds have a default, but one that nobody chose is no model's.
+            return ModelSpec(**{"name": "", **raw, "threshold": raw["threshold"]})
+        except (KeyError, TypeError, ModelError) as error:
+            raise CheckpointError(f"its specification is damaged ({error})") from error
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
@@ -100,7 +117,9 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         meta = json.loads(metadata[KEY])
         version = meta.pop("schema_version")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        if is_deep(meta):
+            raise ValueError(f"more than {MOST_LEVELS} levels of lists and objects in each other")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its JSON header is damaged ({error})") from error
     if version != SCHEMA_VERSION:
         raise CheckpointError(
@@ -115,12 +134,14 @@ def load_model(path: str | os.PathLike[str]) -> tuple[AttentionUNet, Checkpoint]
     Of a training state it is the moving average, which is what would be deployed.
 
     Raises:
-        CheckpointError: As :func:`load`; or tensors are missing, left over, or of another width.
+        CheckpointError: As :func:`load`; or tensors are missing, left over, or of another width; or what the model is
+            used with (:meth:`Checkpoint.spec`) is damaged.
     """
     checkpoint = load(path)
     prefix = "ema/" if checkpoint.meta.get("kind") == "training" else ""
     state = {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
     try:
+        checkpoint.spec()
         # Shapes only, then the file's own tensors: a header that asks for an absurd width allocates nothing.
         with torch.device("meta"):
             model = AttentionUNet(checkpoint.model_config)

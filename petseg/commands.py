@@ -324,7 +324,7 @@ def evaluate(
             source = pages.Source(root, Split(split), measured, failed, val_fraction, split_seed)
             pages.write(result, record, opened, source, model, report)
     for _, reason in failed:
-        click.echo(f"petseg: {reason}; left out", err=True)
+        click.echo(f"petseg: {shown(reason)}; left out", err=True)
     if as_json:
         click.echo(json.dumps(record, indent=2))
     elif not quiet:
@@ -385,7 +385,8 @@ def _print_metrics(record: dict[str, Any]) -> None:
         table.add_row(border, *("-" if values[name] is None else f"{values[name]:.4f}" for name in names))
     Console().print(table)
     if record["photos_without_pet"]:
-        click.echo(f"masks without any pet, counted all the same: {', '.join(record['photos_without_pet'])}")
+        without = ", ".join(map(shown, record["photos_without_pet"]))
+        click.echo(f"masks without any pet, counted all the same: {without}")
 
 
 @click.group()

@@ -9,12 +9,13 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Final, Literal, TypeVar, Union
 
 from petseg.model import STRIDE, AttentionUNetConfig
 from petseg_runtime.errors import TrainingError
 
 __all__ = [
+    "MOST_LEVELS",
     "AugmentConfig",
     "DataConfig",
     "LossConfig",
@@ -22,6 +23,7 @@ __all__ = [
     "ScheduleConfig",
     "TrainConfig",
     "from_dict",
+    "is_deep",
     "load_toml",
     "merge",
     "override",
@@ -209,6 +211,10 @@ class TrainConfig:
 
 T = TypeVar("T")
 
+#: Of tables and lists in each other; ours have two, and the JSON of a checkpoint four.
+MOST_LEVELS: Final = 30
+_DEEP: Final = f"more than {MOST_LEVELS} levels of tables and lists in each other; a setting is section.name = value"
+
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """The config as nested plain values, for JSON and for comparison; tuples are lists, as JSON gives them back."""
@@ -253,14 +259,26 @@ def load_toml(path: Path) -> dict[str, Any]:
     """The settings in a TOML file, for :func:`from_dict`.
 
     Raises:
-        TrainingError: The file cannot be read or is not TOML.
+        TrainingError: The file cannot be read, is not TOML, or has tables and lists nested too deeply.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise TrainingError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise TrainingError(f"{path}: not valid TOML ({error})") from error
+    if is_deep(settings):
+        raise TrainingError(f"{path}: {_DEEP}")
+    return settings
+
+
+def is_deep(values: Any) -> bool:
+    """Whether plain values are nested so deeply that who goes through them might come to the end of the stack."""
+    level = [values]
+    for _ in range(MOST_LEVELS):
+        nested = [value for value in level if isinstance(value, dict | list)]
+        level = [inner for value in nested for inner in (value.values() if isinstance(value, dict) else value)]
+    return bool(level)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,16 +296,20 @@ def override(raw: dict[str, Any], assignment: str) -> None:
     """Put one ``section.name=value`` (value as TOML, or a bare word) into nested settings, in place.
 
     Raises:
-        TrainingError: The text is not of that form.
+        TrainingError: The text is not of that form, or nests too deeply.
     """
     key, equals, text = assignment.partition("=")
     if not equals or not key.strip():
         raise TrainingError(f"--set {assignment!r}: NAME=VALUE is expected, for example optimizer.lr=0.002")
+    *sections, name = key.strip().split(".")
     try:
         value: Any = tomllib.loads(f"x = {text}")["x"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    *sections, name = key.strip().split(".")
+    except RecursionError as error:
+        raise TrainingError(f"--set {assignment[:60]!r}: {_DEEP}") from error
+    if len(sections) >= MOST_LEVELS or is_deep(value):
+        raise TrainingError(f"--set {assignment[:60]!r}: {_DEEP}")
     for section in sections:
         raw = raw.setdefault(section, {})
         if not isinstance(raw, dict):

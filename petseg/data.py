@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
+import hashlib
 import http.client
 import random
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -23,6 +26,8 @@ from petseg.metrics import BACKGROUND, BORDER, PET
 from petseg_runtime import images
 from petseg_runtime.engines.base import usable_cpus
 from petseg_runtime.errors import DataError, InputError, OutputError
+from petseg_runtime.host import available_memory
+from petseg_runtime.room import Room, Share
 
 __all__ = [
     "CheckReport",
@@ -31,9 +36,11 @@ __all__ = [
     "Split",
     "check",
     "download",
+    "encoded",
     "find",
     "find_listed",
     "find_unused",
+    "names_sha256",
     "read_pair",
     "read_trimap",
     "resize_trimap",
@@ -52,6 +59,9 @@ MOST_CLASSES: Final = 3
 
 #: Threads that decode photos; disks and the memory gain nothing from more.
 MAX_READERS = 16
+
+#: Bytes a pixel that a mask takes while it is read: one in colour, with Pillow's copies and what is looked for in it.
+MASK_DECODED: Final = 12
 
 
 class Split(StrEnum):
@@ -218,6 +228,16 @@ def validation_names(names: Sequence[str], fraction: float, seed: int) -> set[st
     return set(random.Random(seed).sample(ordered, min(len(ordered), max(1, round(fraction * len(ordered))))))
 
 
+def encoded(names: str) -> bytes:
+    """Names of files as UTF-8; bytes of a name that are none, which Python keeps as half a surrogate, are escaped."""
+    return names.encode(errors="backslashreplace")
+
+
+def names_sha256(train: Iterable[str], val: Iterable[Pair]) -> str:
+    """What tells whether two runs have the same photos."""
+    return hashlib.sha256(encoded("\n".join([*train, "--", *(pair.name for pair in val)]))).hexdigest()
+
+
 def _listing(folder: Path, split: Split) -> Path:
     return folder / "annotations" / f"{split}.txt"
 
@@ -275,24 +295,28 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     return found
 
 
-def read_trimap(pair: Pair) -> U8:
+def read_trimap(pair: Pair, take: Callable[[int], None] = lambda size: None) -> U8:
     """The truth of a pair as a trimap.
+
+    Args:
+        pair: The photo and its mask.
+        take: As of :func:`petseg_runtime.images.read`.
 
     Returns:
         uint8 [H, W] of 1 (pet), 2 (background), 3 (border; only in the Oxford layout).
 
     Raises:
-        DataError: Missing, unreadable, or with values that are not a mask's.
+        DataError: Missing, unreadable, too large, or with values that are not a mask's.
     """
     try:
-        with Image.open(pair.mask) as image:
+        with images.opened(pair.mask) as image:
+            take(MASK_DECODED * image.width * image.height)
             if pair.layout is Layout.FOLDER:
                 return _black_and_white(image, pair.mask)
             mask = np.array(image)
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(f"{pair.mask}: cannot be read as a mask ({error})") from error
+    except InputError as error:
+        why = str(error).removeprefix(f"{pair.mask}: ")
+        raise DataError(f"{pair.mask}: cannot be read as a mask ({why})") from error
     if mask.ndim != 2 or mask.size == 0 or mask.min() < PET or mask.max() > BORDER:
         raise DataError(f"{pair.mask}: not a trimap (expected one channel of 1, 2 and 3)")
     return mask.astype(np.uint8)
@@ -310,7 +334,7 @@ def _black_and_white(image: Image.Image, path: Path) -> U8:
     classes = np.unique(dark := mask[(mask > 0) & (mask <= 127)]).tolist() if most > 1 else []
     if 0 < len(classes) <= MOST_CLASSES and dark.size > (mask > 127).sum():
         raise DataError(f"{path}: most of this mask that is not black is {', '.join(map(str, classes))}; {expected}")
-    return np.where(mask > (0 if most <= 1 else 127), PET, BACKGROUND).astype(np.uint8)
+    return np.where(mask > (0 if most <= 1 else 127), np.uint8(PET), np.uint8(BACKGROUND))
 
 
 def read_pair(pair: Pair) -> tuple[U8, U8]:
@@ -327,15 +351,15 @@ def read_pair(pair: Pair) -> tuple[U8, U8]:
     return photo, trimap
 
 
-def _read_photo(pair: Pair) -> U8:
+def _read_photo(pair: Pair, take: Callable[[int], None] = lambda size: None) -> U8:
     try:
-        return images.read(pair.image).pixels
+        return images.read(pair.image, take=take).pixels
     except InputError as error:
         raise DataError(f"{error} (`petseg data check` lists every such file)") from error
 
 
 def usable(
-    pairs: Sequence[Pair], failed: Callable[[Pair, DataError], None] | None = None
+    pairs: Sequence[Pair], failed: Callable[[Pair, DataError], None] | None = None, processes: int = 1
 ) -> Iterator[tuple[Pair, U8, U8]]:
     """Each pair with its photo and trimap (uint8 [H, W, 3] and [H, W]), if they can be read and are of one size.
 
@@ -344,11 +368,12 @@ def usable(
     Args:
         pairs: What to read.
         failed: Called with each pair that cannot be used, which is then left out.
+        processes: How many of this machine read at the same time, this one among them.
 
     Raises:
         DataError: A pair cannot be used, and ``failed`` was not given.
     """
-    for pair, reading in _being_read(pairs):
+    for pair, reading in _being_read(pairs, processes):
         try:
             photo, trimap = reading.result()
         except DataError as error:
@@ -359,21 +384,35 @@ def usable(
             yield pair, photo, trimap
 
 
-def _being_read(pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Future[tuple[U8, U8]]]]:
-    """Each pair with its reading, in order. So few are ahead that photos at their full size do not fill the memory."""
+def _being_read(pairs: Sequence[Pair], processes: int) -> Iterator[tuple[Pair, Future[tuple[U8, U8]]]]:
+    """Each pair with its reading, in order.
+
+    Those ahead are two for each reader at most, and fewer where they would take more than half of the memory that is
+    there: a pair that finds too little left waits, unless it is the one that is asked for.
+    """
     readers = min(usable_cpus(), MAX_READERS)
-    ahead: deque[tuple[Pair, Future[tuple[U8, U8]]]] = deque()
-    with ThreadPoolExecutor(readers) as pool:
+    room = Room(available_memory() // (2 * processes))
+    ahead: deque[tuple[Pair, Share, Future[tuple[U8, U8]]]] = deque()
+
+    def first() -> Iterator[tuple[Pair, Future[tuple[U8, U8]]]]:
+        pair, share, reading = ahead.popleft()
+        room.hurry(share)
+        yield pair, reading
+        room.leave(share)
+
+    with ThreadPoolExecutor(readers) as pool, contextlib.closing(room):  # first the room, in which readers may wait
         for pair in pairs:
-            ahead.append((pair, pool.submit(_read_equal, pair)))
+            share = Share()
+            ahead.append((pair, share, pool.submit(_read_equal, pair, functools.partial(room.take, share))))
             if len(ahead) > 2 * readers:
-                yield ahead.popleft()
-        yield from ahead
+                yield from first()
+        while ahead:
+            yield from first()
 
 
-def _read_equal(pair: Pair) -> tuple[U8, U8]:
+def _read_equal(pair: Pair, take: Callable[[int], None]) -> tuple[U8, U8]:
     """As :func:`read_pair`; a mask of another size than its photo is a DataError, too."""
-    photo, trimap = _read_photo(pair), read_trimap(pair)
+    photo, trimap = _read_photo(pair, take), read_trimap(pair, take)
     if photo.shape[:2] != trimap.shape:
         raise DataError(f"{pair.name}: {_sizes(photo, trimap)} (`petseg data check` lists every such pair)")
     return photo, trimap

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import io
 import json
 import math
@@ -18,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from petseg.checkpoint import load_model
-from petseg.data import Pair, Split, find, read_pair
+from petseg.data import Pair, Split, encoded, find, names_sha256, read_pair
 from petseg.device import pick_device
 from petseg.metrics import Border, Histogram, PixelCounts, counts, histogram
 from petseg.model import AttentionUNet, normalize
@@ -187,14 +186,13 @@ def open_model(path: Path, device: str = "auto") -> Iterator[OpenedModel]:
     """
     if path.suffix == ".safetensors":
         model, loaded = load_model(path)
-        if not isinstance(spec := loaded.meta.get("spec"), dict):
+        if (spec := loaded.spec()) is None:
             raise CheckpointError(f"{path}: the state of a run, not a model; evaluate best.safetensors beside it")
-        _check_spec(path, spec)
         where = pick_device(device)
         about = {"file": path.name, "sha256": loaded.sha256, "engine": f"PyTorch {torch.__version__} on {where}, f32"}
         run, origin = torch_run(model, where), _origin(model, loaded.meta)
-        cutout = spec.get("cutout_threshold")
-        yield OpenedModel(run, spec["height"], spec["width"], spec["threshold"], about, cutout, origin)
+        cutout = loaded.meta["spec"].get("cutout_threshold")  # older ones have none
+        yield OpenedModel(run, spec.height, spec.width, spec.threshold, about, cutout, origin)
         return
     artifact = open_artifact(path)
     with load_engine(artifact, device=device) as engine:
@@ -230,8 +228,7 @@ def is_split_of(provenance: Mapping[str, Any], train: Sequence[Pair], val: Seque
         digest, left_out = data["names_sha256"], {*data["skipped_without_pet"], *data.get("skipped_bad", ())}
     except (AttributeError, KeyError, TypeError):
         return None
-    names = [*(pair.name for pair in train if pair.name not in left_out), "--", *(pair.name for pair in val)]
-    return bool(hashlib.sha256("\n".join(names).encode()).hexdigest() == digest)
+    return bool(names_sha256((pair.name for pair in train if pair.name not in left_out), val) == digest)
 
 
 def trained_on(provenance: Mapping[str, Any], root: Path, pairs: Sequence[Pair]) -> list[Pair]:
@@ -276,18 +273,11 @@ def write_report(
         writer.writerow([name, *(f"{iou:.6f}" for iou in row)])
     worst = [pairs[i] for i in np.argsort(ious[Border.BACKGROUND], kind="stable")[:8]]
     try:
-        write_atomic(folder / "images.csv", text.getvalue().encode())
+        write_atomic(folder / "images.csv", encoded(text.getvalue()))
         plots.grid(model.run, worst, model.height, model.width, threshold, folder / "worst.png")
         write_atomic(folder / "evaluation.json", (json.dumps(record, indent=2) + "\n").encode())
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written to ({error.strerror or error})") from error
-
-
-def _check_spec(path: Path, spec: Mapping[str, Any]) -> None:
-    """Raises CheckpointError if what a model is used with is not in its file."""
-    for name, kind in (("height", int), ("width", int), ("threshold", float)):
-        if not isinstance(spec.get(name), kind) or not spec[name] > 0:
-            raise CheckpointError(f"{path}: its header gives {spec.get(name)!r} as the model's {name}: it is damaged")
 
 
 def _origin(model: AttentionUNet, meta: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from petseg.data import Pair, read_pair
 from petseg.evaluate import Run, torch_run
 from petseg.metrics import counts, histogram
 from petseg_runtime import images
+from petseg_runtime.cli.text import shown
 from petseg_runtime.files import replacing
 
 __all__ = ["curves", "grid", "predictions"]
@@ -69,7 +70,7 @@ def grid(run: Run, pairs: Sequence[Pair], height: int, width: int, threshold: fl
         iou = counts(histogram(probability, trimap), threshold).iou
         truth = np.choose(trimap - 1, (255, 0, 128)).astype(np.uint8)
         mask = np.where(probability >= 255 * threshold, 255, 0).astype(np.uint8)
-        titles = (pair.name, "truth (border grey)", "probability", f"prediction, IoU {iou:.3f}")
+        titles = (shown(pair.name), "truth (border grey)", "probability", f"prediction, IoU {iou:.3f}")
         for axis, picture, title in zip(axes, (photo, truth, probability, mask), titles, strict=True):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=255, aspect="auto")
             axis.set_title(title, fontsize=8, parse_math=False)  # a name may have dollar signs

@@ -345,7 +345,8 @@ def _training(path: Path, provenance: Mapping[str, Any]) -> dict[str, Any] | Non
         # The curves are an extra; a log that somebody has edited is no reason to lose the report.
         return {"problem": f"log.csv beside the checkpoint is not a log of petseg train ({type(error).__name__})"}
     epoch = provenance.get("epoch")
-    return {"log": columns, "checkpoint_epoch": epoch if isinstance(epoch, int | float) else None}
+    drawn = isinstance(epoch, int | float) and 0 < epoch < 1e9  # NaN and infinity, which no JSON has, are not
+    return {"log": columns, "checkpoint_epoch": epoch if drawn else None}
 
 
 def _number(text: str) -> float | None:

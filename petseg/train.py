@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import io
 import math
 import multiprocessing
@@ -30,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from petseg import checkpoint
 from petseg.config import DataConfig, ScheduleConfig, TrainConfig, from_dict, to_dict
-from petseg.data import Pair, Split, find, usable
+from petseg.data import Pair, Split, find, names_sha256, usable
 from petseg.device import enough_memory, pick_precision
 from petseg.distributed import Ranks, synchronized
 from petseg.ema import MovingAverage
@@ -336,8 +335,10 @@ class Trainer:
         train, val = (
             find(root, split, val_fraction=d.val_fraction, seed=d.split_seed) for split in (Split.TRAIN, Split.VAL)
         )
-        folder = self._place_for(len(train), teacher is not None)
-        with_pet = [(trimap == PET).any() for _, _, trimap in usable(val, failed)]  # now, not after the first epoch
+        folder, here = self._place_for(len(train), teacher is not None), self.ranks.here
+        with_pet = [
+            (trimap == PET).any() for _, _, trimap in usable(val, failed, here)
+        ]  # now, not after the first epoch
         if not any(with_pet):
             raise DataError(
                 f"{root}: of the {len(val)} validation photos {len(with_pet)} can be used, and none of those shows a "
@@ -351,7 +352,7 @@ class Trainer:
                     "them flatters this run a little"
                 )
             augment, seed = self.config.augment, self.config.seed
-            return TrainSet(train, d.height, d.width, augment, seed, taught, failed, folder), val, about
+            return TrainSet(train, d.height, d.width, augment, seed, taught, failed, folder, here), val, about
 
     def _place_for(self, photos: int, taught: bool) -> Path | None:
         """The folder for the decoded photos, if this machine's processes together would fill its memory with them."""
@@ -365,7 +366,7 @@ class Trainer:
 
     def _agree_on_photos(self) -> None:
         """Raises TrainingError if a process has other photos than another: their batches would not be of one order."""
-        if not self.ranks.same(_digest(self.train_set.names, self.val_pairs), self.device):
+        if not self.ranks.same(names_sha256(self.train_set.names, self.val_pairs), self.device):
             bad = f"left out {', '.join(self.bad)}" if self.bad else "could read all that it found"
             raise TrainingError(
                 "the processes of this run have different photos, so they cannot share batches; process "
@@ -398,7 +399,7 @@ class Trainer:
                 "val_photos": len(self.val_pairs),
                 "skipped_without_pet": self.train_set.skipped_empty,
                 "skipped_bad": self.bad,  # the list itself: it can grow at a validation
-                "names_sha256": _digest(self.train_set.names, self.val_pairs),
+                "names_sha256": names_sha256(self.train_set.names, self.val_pairs),
             },
             "versions": {"petseg": __version__, "torch": torch.__version__},
             "precision": str(self.dtype).removeprefix("torch."),
@@ -797,11 +798,6 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": others, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.optimizer.lr, fused=True)
-
-
-def _digest(train: Sequence[str], val: Sequence[Pair]) -> str:
-    names = "\n".join([*train, "--", *(pair.name for pair in val)])
-    return hashlib.sha256(names.encode()).hexdigest()
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:

@@ -65,6 +65,7 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
         teacher: Callable[[U8], U8] | None = None,
         failed: Callable[[Pair, DataError], None] | None = None,
         folder: Path | None = None,
+        processes: int = 1,
     ) -> None:
         """Decode everything.
 
@@ -78,6 +79,7 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
                 asked once for each photo; what it says is turned and moved with the photo.
             failed: Called with each pair that cannot be used, which is then left out. Without it the first one raises.
             folder: Where to keep what is decoded, in a file that goes with this process, in place of the memory.
+            processes: How many of this machine do this at the same time, this one among them.
 
         Raises:
             DataError: A file cannot be read or a mask is not of its photo's size, and ``failed`` was not given; or no
@@ -89,7 +91,7 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
         planes = (len(pairs), 2, height, width) if teacher else (len(pairs), height, width)
         self._photos = _room((len(pairs), height, width, 3), folder)  # as many as there are at most
         self._trimaps = _room(planes, folder)
-        for pair, photo, trimap in usable(pairs, failed):
+        for pair, photo, trimap in usable(pairs, failed, processes):
             if not (trimap == PET).any():
                 self.skipped_empty.append(pair.name)  # a known flaw of the data set; it would teach "no pet"
                 continue

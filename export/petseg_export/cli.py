@@ -123,7 +123,7 @@ def _batch(text: str) -> int:
 def _notes(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"--notes {path}: not readable as JSON ({error})") from error
     if not isinstance(value, dict):
         raise DataError(f"--notes {path}: a JSON object is expected")

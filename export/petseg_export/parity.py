@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from petseg.checkpoint import Checkpoint
-from petseg.data import Pair, Split, find, read_pair
+from petseg.data import Pair, Split, encoded, find, read_pair
 from petseg.evaluate import torch_run
 from petseg.metrics import counts, histogram
 from petseg.model import AttentionUNet
@@ -81,7 +81,7 @@ class Photos:
     @property
     def about(self) -> dict[str, Any]:
         """How many, and a digest over their names and pixels; JSON values."""
-        digest = hashlib.sha256("\n".join(self.names).encode())
+        digest = hashlib.sha256(encoded("\n".join(self.names)))
         digest.update(self.images.tobytes())
         return {"photos": len(self.names), "sha256": digest.hexdigest()}
 

@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeAlias
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from petseg_runtime.errors import ImageTooLarge, InputError, UnreadableImage, UnsupportedImage
+from petseg_runtime.errors import ImageTooLarge, PetsegError, UnreadableImage, UnsupportedImage
 
 __all__ = [
     "MAX_BYTES",
@@ -31,6 +31,7 @@ __all__ = [
     "from_model",
     "in_profile",
     "is_photo",
+    "opened",
     "read",
     "to_model",
     "with_profile",
@@ -136,22 +137,50 @@ def read(
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels, spare, take)
-    source = _taken(source)
+    given = _taken(source)
+    name = _name_of(given)
+    if isinstance(given, Image.Image):
+        with _reading(given, name):
+            return _convert(given, name, max_pixels, spare, take)
+    with opened(given, max_pixels=max_pixels) as image:
+        return _convert(image, name, max_pixels, spare, take, at_least)
+
+
+@contextlib.contextmanager
+def opened(source: str | os.PathLike[str] | bytes | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """An encoded image that is known to be worth decoding, for those who want its values as they are stored (masks).
+
+    Args:
+        source: A path, bytes, or an open binary file.
+        max_pixels: Refuse anything larger.
+
+    Yields:
+        The image as Pillow opens it: not decoded yet. What Pillow raises while it is used is turned into ours.
+
+    Raises:
+        UnreadableImage: Missing, no regular file, of no format that photos come in, truncated.
+        ImageTooLarge: More than ``max_pixels`` or ``MAX_BYTES``.
+    """
     name = _name_of(source)
+    with _reading(source, name), Image.open(_opened(source, name), formats=_formats()) as image:
+        _check_cost(image, name, max_pixels)
+        _check_pixels(image.width, image.height, name, max_pixels)
+        yield image
+
+
+@contextlib.contextmanager
+def _reading(source: Any, name: str) -> Iterator[None]:
+    """Mutes Pillow's warnings, and turns its errors into ours."""
     try:
         with _PILLOW_MUTED:
-            if isinstance(source, Image.Image):
-                return _convert(source, name, max_pixels, spare, take)
-            with Image.open(_opened(source, name), formats=_formats()) as image:
-                _check_cost(image, name, max_pixels)
-                return _convert(image, name, max_pixels, spare, take, at_least)
+            yield
     except PermissionError as error:
         raise UnreadableImage(f"{name}: no permission to read it") from error
     except Image.DecompressionBombError as error:
         raise ImageTooLarge(f"{name}: {error} (limit of Pillow): make it smaller first") from error
     except UnidentifiedImageError as error:
         raise UnreadableImage(f"{name}: {_what_else(source)}") from error
-    except InputError:
+    except PetsegError:
         raise
     except MemoryError as error:
         raise ImageTooLarge(f"{name}: not enough memory to decode it") from error

@@ -12,10 +12,11 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TextIO
 
 from petseg_runtime.errors import OutputError
 from petseg_runtime.files import STEM
@@ -27,6 +28,9 @@ SCHEMA_VERSION: Final = 2
 
 #: Settings of photos or of videos alone: a run without such has none, and may go on with any.
 _OF_SOME: Final = ("format", "video_format")
+
+#: The beginning of every journal.
+_BEGINS: Final = '{"schema_version": '
 
 #: What :func:`petseg_runtime.files.replacing` leaves behind when the process is killed.
 _PART: Final = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part(?:\.\w+)?", re.DOTALL)
@@ -45,7 +49,8 @@ class Journal:
                 is asked about (:meth:`finished`); what others are writing there is left alone.
 
         Raises:
-            OutputError: It cannot be written, is being written by another run, or belongs to other settings.
+            OutputError: It cannot be written, is being written by another run, belongs to other settings, or is
+                something else: a link, no regular file, or a file that no run has begun.
         """
         self._folder, self._path = folder, folder / JOURNAL
         self._done: dict[str, dict[str, Any]] = {}
@@ -54,12 +59,10 @@ class Journal:
         header = {"schema_version": SCHEMA_VERSION, "settings": dict(settings)}
         # On each line, because runs that share the folder share the file.
         self._run = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
-        try:
-            self._file = self._path.open("a+", encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise OutputError(f"{self._path}: cannot be written ({error.strerror or error})") from error
+        self._file = _opened(self._path)
         try:
             self._lock(exclusive=resume)
+            self._check_own()
             if resume:
                 self._find_parts()
                 self._go_on(header)
@@ -133,16 +136,27 @@ class Journal:
         except OSError:  # a file system without locks
             return
 
+    def _check_own(self) -> None:
+        """What a run has begun may be emptied or added to, and what is empty; cut by a crash, it is less than begun."""
+        self._file.seek(0)
+        begun = self._file.read(len(_BEGINS))
+        if not _BEGINS.startswith(begun):
+            raise OutputError(
+                f"{self._path}: not a journal of petseg, so it is left as it is: move it away, or choose another "
+                "--output"
+            )
+
     def _go_on(self, header: dict[str, Any]) -> None:
         lines = self._lines()
         if lines:
             self._check(lines[0], header)
             own = (line for line in lines[1:] if line.get("run") == self._run)
             self._done = {line["name"]: line for line in own if isinstance(line.get("name"), str)}
-        if self._file.seek(0, os.SEEK_END):
-            self._file.write("\n")  # ends a line that was cut
         if not lines:
+            self._file.truncate(0)  # so that a journal begins as one, whatever was cut
             self._write([header])
+        elif self._file.seek(0, os.SEEK_END):
+            self._file.write("\n")  # ends a line that was cut
 
     def _lines(self) -> list[dict[str, Any]]:
         """The lines that are whole."""
@@ -190,6 +204,27 @@ class Journal:
             self._file.flush()
         except OSError as error:
             raise OutputError(f"{self._path}: cannot be written ({error.strerror or error})") from error
+
+
+def _opened(path: Path) -> TextIO:
+    """The journal, made if it is not there. It may lie in a folder that came from elsewhere, so no link is followed: it
+    would lead to a file of the user's, to be emptied.
+
+    Raises:
+        OutputError: It cannot be written, or is a link or no regular file.
+    """
+    # Without O_NONBLOCK, a pipe would be waited for.
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if path.is_symlink():
+            raise OutputError(f"{path}: a link, which is not written through: remove it") from error
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OutputError(f"{path}: not a regular file: remove it")
+    return os.fdopen(descriptor, "a+", encoding="utf-8", errors="replace")
 
 
 def _identity(item: Item) -> list[Any]:

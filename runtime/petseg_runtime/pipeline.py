@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Generic, Self, TypeAlias, TypeVar
@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from petseg_runtime import host
 from petseg_runtime.errors import EngineError, InputError
+from petseg_runtime.room import Room, Share
 
 __all__ = ["Outcome", "Pipeline", "Steps"]
 
@@ -66,58 +67,7 @@ class _Job(Generic[Source, Result]):
     outcome: Outcome[Source, Result]
     future: Future[None] = field(default_factory=Future)
     value: Any = None  # what the latest step returned
-    size: int = 0  # bytes of the room that it has
-    waited: float = 0.0  # for them, in seconds
-    awaited: bool = False  # who asks for results waits for this one
-    left: bool = False  # nobody will
-
-
-class _Room:
-    """The memory that photos may take at once; who finds too little left waits until others have gone.
-
-    The photo whose result is waited for gets as much as it wants, and so does one that is alone: those behind it go
-    after it, and would wait for ever.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size, self._taken, self._waiting, self._closed = size, 0, 0, False
-        self._changed = threading.Condition()
-
-    def take(self, job: _Job[Any, Any], size: int) -> None:
-        start = time.perf_counter()
-        with self._changed:
-            self._waiting += 1
-            self._changed.wait_for(lambda: self._closed or job.left or job.awaited or self._fits(size))
-            self._waiting -= 1
-            if self._closed or job.left:
-                raise CancelledError
-            job.size += size
-            self._taken += size
-        job.waited += time.perf_counter() - start
-
-    def hurry(self, job: _Job[Any, Any]) -> None:
-        with self._changed:
-            job.awaited = True
-            self._changed.notify_all()
-
-    def leave(self, *jobs: _Job[Any, Any]) -> None:
-        with self._changed:
-            for job in jobs:
-                job.left = True
-                self._taken -= job.size
-            if not self._waiting:
-                return  # it is quicker to keep it
-        host.give_back_memory()
-        with self._changed:
-            self._changed.notify_all()
-
-    def _fits(self, size: int) -> bool:
-        return not self._taken or self._taken + size <= self._size
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+    share: Share = field(default_factory=Share)  # of the room
 
 
 class Pipeline(Generic[Source, Result]):
@@ -144,7 +94,7 @@ class Pipeline(Generic[Source, Result]):
         self._steps, self._batch = steps, batch
         self._stopping = False
         self.window = 2 * (workers + streams * batch)
-        self._room = _Room(host.available_memory() // 2 if room is None else room)
+        self._room = Room(host.available_memory() // 2 if room is None else room)
         self._unread: queue.SimpleQueue[_Job[Source, Result] | None] = queue.SimpleQueue()
         self._write = ThreadPoolExecutor(workers, "petseg-write")
         self._ready: queue.SimpleQueue[_Job[Source, Result] | None] = queue.SimpleQueue()
@@ -179,7 +129,7 @@ class Pipeline(Generic[Source, Result]):
             while jobs:
                 yield self._finished(jobs.popleft())
         finally:
-            self._room.leave(*jobs)
+            self._room.leave(*(job.share for job in jobs))
 
     def close(self) -> None:
         """Stop all threads; what has not begun is dropped."""
@@ -203,11 +153,11 @@ class Pipeline(Generic[Source, Result]):
         self.close()
 
     def _finished(self, job: _Job[Source, Result]) -> Outcome[Source, Result]:
-        self._room.hurry(job)
+        self._room.hurry(job.share)
         try:
             job.future.result()
         finally:
-            self._room.leave(job)
+            self._room.leave(job.share)
         return job.outcome
 
     def _read_next(self) -> None:
@@ -217,7 +167,7 @@ class Pipeline(Generic[Source, Result]):
                 self._read_one(job)
 
     def _read_one(self, job: _Job[Source, Result]) -> None:
-        take = functools.partial(self._room.take, job)
+        take = functools.partial(self._room.take, job.share)
         if self._attempt(job, "read", lambda: self._steps.read(job.outcome.source, take)):
             self._ready.put(job)
 
@@ -239,8 +189,8 @@ class Pipeline(Generic[Source, Result]):
         except BaseException as error:  # noqa: BLE001 (raised again where results are asked for)
             failure = error
         finally:
-            job.outcome.seconds[step] = time.perf_counter() - start - job.waited
-            job.waited = 0.0
+            job.outcome.seconds[step] = time.perf_counter() - start - job.share.waited
+            job.share.waited = 0.0
         job.future.set_exception(failure) if failure else job.future.set_result(None)
         return False
 

@@ -9,6 +9,7 @@ import glob
 import io
 import os
 import re
+import stat
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -72,7 +73,7 @@ class Origin:
 
     Attributes:
         target: What FFmpeg opens (it may hold a password), or a pipe.
-        shown: The same for people and logs, without user, password and query.
+        shown: The same for people and logs, without user, password and query; see :func:`redacted`.
         name: Its results' path relative to the output folder, without suffix.
         container: FFmpeg's name of the format; None: found out.
         options: For FFmpeg; None: a local file, which may open nothing else.
@@ -94,7 +95,8 @@ class Item:
     Attributes:
         source: Where it is; :data:`STDIN` for standard input.
         name: Its result's path relative to the output folder, without suffix; no two items share one.
-        problem: Why it cannot be read, where that is known before trying (a folder that may not be listed).
+        problem: Why it cannot be read, where that is known before trying (a folder that may not be listed, a pipe that
+            was found).
         data: The encoded image, where it does not lie at ``source``.
     """
 
@@ -192,8 +194,15 @@ def stream_origin(text: str, options: Mapping[str, str] | None = None) -> Origin
     return Origin(text, shown, name, None, {"analyzeduration": "2000000", **usual, **given}, endless=True)
 
 
+#: What some cameras want in the path of a URL: ``user=admin&password=secret&channel=1``, ``/token=secret/live``. A
+#: value with a slash in it is taken up to the next ``&``.
+_SECRET: Final = re.compile(
+    r"((?:user|usr|login|pass|pwd|token|key|auth|secret)[\w-]*(?:=|%3d))[^&/]*(?:/[^&]*(?=&))?", re.IGNORECASE
+)
+
+
 def redacted(url: str) -> str:
-    """A URL without user, password, query and fragment, any of which may be secret.
+    """A URL without user, password, query and fragment, any of which may be secret; in the path those that are named.
 
     Passwords with ``/``, ``?`` or ``#`` in them, which ought to be encoded, are recognised too; in doubt everything is
     left out.
@@ -206,9 +215,11 @@ def redacted(url: str) -> str:
     clear = "/" in shown and re.fullmatch(r"(\[[^]]*\]|[^:]*)(:\d*)?", authority.rpartition("@")[2])
     if "@" in asked and ":" in authority and not clear:  # user:pass?word@host
         return f"{scheme}://***"
+    if _SECRET.search(shown[len(authority) :].rpartition("@")[0]):  # what is behind the @ may be the password's end
+        return f"{scheme}://***"
     if "@" in authority or ":" in shown.rpartition("@")[0]:
         shown = "***@" + shown.rpartition("@")[2]
-    return f"{scheme}://{shown}" + ("?***" if asked else "")
+    return f"{scheme}://" + _SECRET.sub(r"\1***", shown) + ("?***" if asked else "")
 
 
 def _file_name(shown: str) -> str:
@@ -353,7 +364,8 @@ class _Search:
         for folder, files, problem in self._folders(top):
             if problem:
                 yield folder, problem
-            yield from ((folder / name, None) for name in files if Path(name).suffix.lower() in self.suffixes)
+            found = (folder / name for name in files if Path(name).suffix.lower() in self.suffixes)
+            yield from ((file, _irregular(file)) for file in found)
 
     def matching(self, pattern: Path) -> list[tuple[Path, PurePath, str | None]]:
         """Photos that fit a pattern, sorted, and those in folders that fit it; none is a problem, not a silence."""
@@ -370,7 +382,7 @@ class _Search:
         found: list[tuple[Path, PurePath, str | None]] = []
         for match in (match for match, way in zip(matches, ways, strict=True) if way.isdisjoint(passed)):
             self.refuse_as_output(match if _is_folder(match) else match.parent)
-            files = self.below(match) if _is_folder(match) else [(match, None)]
+            files = self.below(match) if _is_folder(match) else [(match, _irregular(match))]
             # With `**` a folder and the files in it both fit: each photo is taken once.
             found += [(file, file.relative_to(fixed), problem) for file, problem in files]
         once = list({file: (file, relative, problem) for file, relative, problem in found}.values())
@@ -440,6 +452,18 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir()
     except OSError:  # a name that is too long, or a folder on the way that may not be entered: reading it will say so
         return False
+
+
+def _irregular(file: Path) -> str | None:
+    """Why a file that was found, not named, is not read; None: it is a file like any other, or reading it says why not.
+
+    A pipe or a device may keep who reads it waiting for ever; who names one knows who writes into it.
+    """
+    try:
+        regular = stat.S_ISREG(file.stat().st_mode)
+    except OSError:
+        return None
+    return None if regular else f"{file}: not a regular file, which a search does not read: a pipe must be named itself"
 
 
 def _unique(relatives: Sequence[PurePath]) -> list[PurePath]:

@@ -20,7 +20,8 @@ from petseg.config import TrainConfig, to_dict
 from petseg.model import AttentionUNet, AttentionUNetConfig
 from petseg_runtime.errors import CheckpointError, OutputError
 
-META = {"kind": "model", "model": {"width": 2}, "spec": {"threshold": 0.5}}
+SPEC = {"height": 32, "width": 48, "threshold": 0.5}
+META = {"kind": "model", "model": {"width": 2}, "spec": SPEC}
 
 
 def network(seed: int = 0, width: int = 2) -> AttentionUNet:
@@ -242,6 +243,13 @@ def test_a_damaged_header_is_refused(tmp_path: Path, header: str) -> None:
     refused(raw_header(tmp_path / "bad.safetensors", header), "JSON header is damaged")
 
 
+@pytest.mark.parametrize("levels", [40, 100_000])
+@pytest.mark.parametrize(("opens", "closes"), [('{"a": ', "}"), ("[", "]")])
+def test_a_header_that_is_nested_too_deeply_is_refused(tmp_path: Path, levels: int, opens: str, closes: str) -> None:
+    deep = f'{{"schema_version": 1, "note": {opens * levels}1{closes * levels}}}'
+    refused(raw_header(tmp_path / "deep.safetensors", deep), "JSON header is damaged")
+
+
 def test_a_header_that_is_a_list_is_refused(tmp_path: Path) -> None:
     refused(raw_header(tmp_path / "bad.safetensors", "[1]"), "JSON header is damaged")
 
@@ -312,6 +320,38 @@ def test_a_header_without_a_network_is_refused_by_file(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "x.safetensors", network().state_dict(), {"kind": "model"})
     with pytest.raises(CheckpointError, match=r"x\.safetensors"):
         load_model(tmp_path / "x.safetensors")
+
+
+INFINITE, NO_NUMBER = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(
+            {name: value}
+            for name in ("threshold", "cutout_threshold")
+            for value in (INFINITE, NO_NUMBER, 0, 7, "x", [])
+        ),
+        *({name: value} for name in ("height", "width") for value in (33, 0, -16, 32.0, True, None, "32")),
+        *({"border_target": value} for value in (NO_NUMBER, "soft")),
+        {"colour": "red"},
+    ],
+    ids=str,
+)
+def test_what_a_model_is_used_with_is_looked_at_when_it_is_loaded(tmp_path: Path, damage: dict[str, Any]) -> None:
+    path = tmp_path / "x.safetensors"
+    save_checkpoint(path, network().state_dict(), {**META, "spec": {**SPEC, **damage}})
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: its specification is damaged"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("spec", [{}, {"height": 32, "width": 32}, {"width": 32, "threshold": 0.5}, 5, [1], "spec"])
+def test_a_model_without_a_size_or_a_threshold_is_refused(tmp_path: Path, spec: Any) -> None:
+    path = tmp_path / "x.safetensors"
+    save_checkpoint(path, network().state_dict(), {**META, "spec": spec})
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: its specification is damaged"):
+        load_model(path)
 
 
 @pytest.mark.parametrize("width", [2.0, 10**12])

@@ -505,6 +505,27 @@ def test_an_undefined_ratio_and_an_empty_mask_are_said_in_the_table(
     assert "masks without any pet, counted all the same: pet_24, pet_25" in out
 
 
+def test_names_that_are_no_utf8_or_command_the_terminal_are_trained_on_measured_and_shown_escaped(
+    folder_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in ("images", "masks"):
+        for path in (folder_copy / part).iterdir():
+            path.rename(path.with_name(f"caf\udce9\x1b[31m{path.name}"))
+    (folder_copy / "test.txt").unlink()
+    args = ["--data", str(folder_copy)]
+    assert run(["train", *args, "--output", str(tmp_path / "run"), *SMALL, "--epochs", "1", "-q"]) == 0
+    Image.new("L", (64, 64)).save(folder_copy / "masks" / "caf\udce9\x1b[31mown_00.png")
+    (folder_copy / "masks" / "caf\udce9\x1b[31mown_01.png").write_bytes(b"no mask")
+    args += ["--split", "trainval", "--output", str(tmp_path), "--report", str(tmp_path)]
+    assert run(["evaluate", str(tmp_path / "run" / "best.safetensors"), *args]) == 3
+    out, err = capsys.readouterr()
+    assert r"counted all the same: caf\udce9\x1b[31mown_00" in out
+    assert r"caf\udce9\x1b[31mown_01.png: cannot be read as a mask" in err
+    assert "\x1b" not in out + err
+    assert r"caf\udce9" in (tmp_path / "images.csv").read_text(encoding="utf-8")
+    assert run(["evaluate", str(tmp_path / "run" / "best.safetensors"), *args[:2], "--split", "val", "-q"]) == 0
+
+
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [

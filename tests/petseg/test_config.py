@@ -256,6 +256,31 @@ def test_override_without_a_name_or_a_value_is_refused(assignment: str) -> None:
         override({}, assignment)
 
 
+@pytest.mark.parametrize(
+    "assignment", ["epochs=" + "[" * 5000, "epochs=" + "[" * 50 + "]" * 50, "model.width" + ".a" * 5000 + "=1"]
+)
+def test_a_setting_that_nests_too_deeply_is_refused_in_one_short_line(assignment: str) -> None:
+    with pytest.raises(
+        TrainingError, match=r"^--set '.{60}': more than 30 levels of tables and lists in each other; a"
+    ):
+        override({}, assignment)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x = " + "[" * 5000, "not valid TOML"),
+        ("epochs = " + "[" * 50 + "]" * 50, "more than 30 levels of tables and lists"),
+        ("[model]\nwidth" + ".a" * 5000 + " = 1", "more than 30 levels of tables and lists"),
+    ],
+)
+def test_a_file_that_nests_too_deeply_is_refused_by_name(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(TrainingError, match=rf"run\.toml: {said}"):
+        load_toml(path)
+
+
 def test_override_inside_a_plain_setting_is_refused() -> None:
     with pytest.raises(TrainingError, match="'epochs' is a setting"):
         override({"epochs": 3}, "epochs.lr=3")

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import dataclasses
+import os
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from petseg import data as data_module
 from petseg.config import AugmentConfig
@@ -287,12 +292,49 @@ def test_a_mask_in_the_alpha_channel_is_refused_and_an_opaque_one_is_taken(tmp_p
 def test_whatever_pillow_raises_of_a_mask_is_a_data_error(
     tmp_path: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def bomb(path: Path) -> Image.Image:
+    def bomb(path: Path, **options: object) -> Image.Image:
         raise Image.DecompressionBombError("too large")
 
+    pair = trimap_pair(tmp_path, np.ones((2, 2), np.uint8), layout)
     monkeypatch.setattr(Image, "open", bomb)
-    with pytest.raises(DataError, match=r"mask\.png: cannot be read as a mask \(too large\)"):
-        read_trimap(trimap_pair(tmp_path, None, layout))
+    with pytest.raises(DataError, match=r"mask\.png: cannot be read as a mask \(too large \(limit of Pillow"):
+        read_trimap(pair)
+
+
+@pytest.mark.parametrize("layout", list(Layout))
+def test_a_mask_that_is_no_regular_file_is_refused_and_nobody_waits_for_it(
+    oxford_copy: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = dataclasses.replace(find(oxford_copy, Split.TEST)[0], layout=layout)
+    pair.mask.unlink()
+    os.mkfifo(pair.mask)
+    # Without it, opening the pipe would wait for ever for somebody who writes into it.
+    keep = os.open(pair.mask, os.O_RDWR | os.O_NONBLOCK)
+    monkeypatch.setattr(Image, "open", lambda *args, **options: pytest.fail("it was opened"))
+    try:
+        with pytest.raises(DataError, match=r"\.png: cannot be read as a mask \(not a regular file\)"):
+            read_trimap(pair)
+    finally:
+        os.close(keep)
+
+
+@pytest.mark.parametrize("layout", list(Layout))
+def test_a_mask_comes_in_the_formats_of_photos_and_no_other(tmp_path: Path, layout: Layout) -> None:
+    """Of the others, EPS is the worst: Pillow hands it to Ghostscript, whatever the file is called."""
+    pair = trimap_pair(tmp_path, None, layout)
+    Image.fromarray(np.ones((8, 8), np.uint8)).save(pair.mask, "EPS")
+    with pytest.raises(DataError, match=r"mask\.png: cannot be read as a mask \(not an image that can be read \(its"):
+        read_trimap(pair)
+
+
+def test_a_mask_with_too_many_pixels_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = trimap_pair(tmp_path, None)
+    Image.new("1", (13370, 13350)).save(pair.mask)  # fewer than Pillow's own limit
+    monkeypatch.setattr(PngImageFile, "load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(DataError, match=r"mask\.png: cannot be read as a mask \(13370 x 13350 is 178 megapixels; the"):
+        read_trimap(pair)
 
 
 def test_a_two_valued_or_coloured_mask_is_taken(tmp_path: Path) -> None:
@@ -343,7 +385,7 @@ def test_photos_are_decoded_at_the_same_time_and_come_in_order(
     pairs, together, read = find(oxford_root, Split.TRAINVAL), threading.Barrier(3), images.read
     started: list[Path] = []
 
-    def slow(path: Path) -> images.Photo:
+    def slow(path: Path, **options: Any) -> images.Photo:
         started.append(path)
         together.wait(10)  # none is done before three have begun
         return read(path)
@@ -359,6 +401,40 @@ def test_photos_are_decoded_at_the_same_time_and_come_in_order(
     for pair, photo, trimap in rest[::5]:
         assert np.array_equal(photo, read(pair.image).pixels)
         assert np.array_equal(trimap, read_trimap(pair))
+
+
+@pytest.mark.parametrize(("photos_of_room", "processes", "most"), [(6, 1, 8), (6, 2, 5), (0, 1, 2)])
+def test_photos_wait_for_memory_and_none_for_ever(
+    oxford_root: Path, monkeypatch: pytest.MonkeyPatch, photos_of_room: int, processes: int, most: int
+) -> None:
+    pairs, read, begun = find(oxford_root, Split.TRAINVAL), images.read, []
+
+    def counted(path: Path, take: Callable[[int], None]) -> images.Photo:
+        def take_and_begin(wanted: int) -> None:
+            take(wanted)
+            begun.append(path)
+
+        return read(path, take=take_and_begin)
+
+    monkeypatch.setattr(data_module, "available_memory", lambda: 2 * 64 * 64 * 16 * photos_of_room)
+    monkeypatch.setattr(data_module, "usable_cpus", lambda: 6)
+    monkeypatch.setattr(data_module.images, "read", counted)
+    found = usable(pairs, processes=processes)
+    first = next(found)
+    time.sleep(0.2)  # for readers to go on, who should not
+    # The one that was asked for gets what it wants, and so does one that is alone; the others find room, or wait.
+    assert len(begun) <= most, "without a limit 13 would be ahead"
+    assert names([pair for pair, *_ in (first, *found)]) == names(pairs)
+
+
+def test_who_stops_asking_keeps_no_reader_waiting(oxford_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_module, "available_memory", lambda: 0)
+    monkeypatch.setattr(data_module, "usable_cpus", lambda: 6)
+    before = {*threading.enumerate()}
+    found = usable(find(oxford_root, Split.TRAINVAL))
+    next(found)
+    found.close()  # type: ignore[attr-defined] # it is a generator
+    assert {*threading.enumerate()} <= before
 
 
 def test_what_cannot_be_used_is_told_in_order_by_the_thread_that_asks(oxford_copy: Path) -> None:

@@ -147,10 +147,10 @@ IN_ORDER = """
     attempt("late", ranks, (lambda: signal.raise_signal(signal.SIGTERM)) if second else nothing, late=True)
 
     read = data.images.read
-    def unlike(path):
+    def unlike(path, **options):
         if path.stem == "pet_07":
             raise InputError(f"{path}: cannot be read by this one")
-        return read(path)
+        return read(path, **options)
     data.images.read = unlike if second else read
     attempt("unlike", ranks, nothing, data={**config["data"], "on_bad": "skip"})
     data.images.read = read

@@ -476,6 +476,13 @@ def test_the_log_beside_a_checkpoint_is_drawn(make: Maker, pairs: list[Pair], tm
     assert "This checkpoint is of epoch 2" in made.page.text
 
 
+@pytest.mark.parametrize("epoch", [float("nan"), float("inf"), 10**400, -1, "2", [2]], ids=lambda epoch: str(epoch)[:9])
+def test_an_epoch_that_can_be_none_is_left_out(make: Maker, pairs: list[Pair], tmp_path: Path, epoch: object) -> None:
+    path = write_log(tmp_path, [{"epoch": 1, "loss": 1, "val_iou": 1, "val_dice": 1}])
+    made = make(pairs[:2], path=path, model=dataclasses.replace(MODEL, provenance={"epoch": epoch}))
+    assert made.values["training"]["checkpoint_epoch"] is None
+
+
 def test_of_an_exported_file_or_without_a_log_there_is_no_training(
     make: Maker, pairs: list[Pair], tmp_path: Path
 ) -> None:

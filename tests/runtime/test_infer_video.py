@@ -178,18 +178,19 @@ def test_a_folder_of_photos_and_videos_and_broken_ones_is_answered_for(
     tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = mixed(tmp_path / "in", clips), tmp_path / "out"
+    os.mkfifo(source / "pipe.mp4")  # nobody writes into it
     assert infer(source, "--as", "mask", "--model", model, "--output", out, "--json") == 3
     shown = capsys.readouterr()
     *told, summary = events(shown.out)
     assert summary["event"] == "summary"
-    assert (summary["photos"], summary["done"], summary["failed"]) == (3, 2, 1)
+    assert (summary["photos"], summary["done"], summary["failed"]) == (4, 2, 2)
     assert summary["videos"] == {"count": 6, "done": 3, "failed": 3, "stopped": 0, "skipped": 0}
     names = ["a/clip.jpg.png", "a/clip.mov.mp4", "a/clip.mp4.mp4", "b/x.mp4", "b/x2.png", "cut.mp4"]
     assert tree(out) == sorted([JOURNAL, *names])
     of_cut = next(event for event in told if event["event"] == "video" and event["input"].endswith("cut.mp4"))
     assert of_cut["error"].startswith(f"{source / 'cut.mp4'}: ")
     assert frames_in(out / "cut.mp4") == of_cut["written"] > 20
-    for name in ("bad.mp4", "bad.jpg", "empty.webm", "cut.mp4"):
+    for name in ("bad.mp4", "bad.jpg", "empty.webm", "cut.mp4", "pipe.mp4"):
         assert shown.err.count(f"petseg: {source / name}: ") == 1
     for event in told:
         if event["event"] == "video":

@@ -195,7 +195,7 @@ def test_a_setting_that_one_of_them_does_not_know_is_another_setting(folder: Pat
 
 @pytest.mark.parametrize(
     "header",
-    ['{"schema_version": 1, "settings": {}}', '{"schema_version": 2}', '{"schema_version": 2, "settings": 7}', "{}"],
+    ['{"schema_version": 1, "settings": {}}', '{"schema_version": 2}', '{"schema_version": 2, "settings": 7}'],
 )
 def test_a_journal_of_another_version_is_refused(folder: Path, photo: Photo, header: str) -> None:
     (folder / JOURNAL).write_text(header + "\n")
@@ -203,6 +203,44 @@ def test_a_journal_of_another_version_is_refused(folder: Path, photo: Photo, hea
         is_finished(folder, photo())
     note(folder, photo())  # which is what the message says
     assert is_finished(folder, photo())
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("text", ["{}\n", "export PATH=/bin\n", '{"schema_version"', "\n", "\0" * 30])
+def test_a_file_that_is_no_journal_is_left_as_it_is(folder: Path, text: str, resume: bool) -> None:
+    begun = '{"schema_version": '.startswith(text)
+    (folder / JOURNAL).write_text(text)
+    if begun:  # cut by a crash
+        Journal(folder, SETTINGS, resume=resume).close()
+        assert json.loads((folder / JOURNAL).read_text())["settings"] == SETTINGS
+        return
+    with pytest.raises(OutputError, match=r"ndjson: not a journal of petseg, so it is left .* move it away, or choose"):
+        Journal(folder, SETTINGS, resume=resume)
+    assert (folder / JOURNAL).read_text() == text
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_in_the_journals_place_is_not_followed(
+    folder: Path, tmp_path: Path, photo: Photo, there: bool, resume: bool
+) -> None:
+    """In a folder that was unpacked it may lead to any file of the user's."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    mine = elsewhere / JOURNAL
+    if there:
+        note(elsewhere, photo())  # even if that is a journal
+    before = mine.read_bytes() if there else None
+    (folder / JOURNAL).symlink_to(mine)
+    with pytest.raises(OutputError, match=r"ndjson: a link, which is not written through: remove it"):
+        Journal(folder, SETTINGS, resume=resume)
+    assert (mine.read_bytes() if mine.exists() else None) == before
+
+
+def test_a_pipe_in_the_journals_place_is_refused_and_not_waited_for(folder: Path) -> None:
+    os.mkfifo(folder / JOURNAL)
+    with pytest.raises(OutputError, match=r"ndjson: not a regular file: remove it"):
+        Journal(folder, SETTINGS, resume=False)
 
 
 def test_lines_of_a_run_with_other_settings_count_for_nothing(folder: Path, photo: Photo) -> None:

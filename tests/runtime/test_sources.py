@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import sys
 import tempfile
 from pathlib import Path, PurePath
@@ -226,6 +227,27 @@ def test_the_only_folder_being_unreadable_is_a_problem_with_a_name(
     assert problem.source == tmp_path / "secret"
     assert str(problem.name) == "secret"
     assert "cannot be listed" in str(problem.problem)
+
+
+@pytest.mark.parametrize("pattern", ["", "*.*", "**/*.jpg", "**"])
+def test_pipes_and_sockets_that_are_found_are_problems_and_those_that_are_named_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    touch(tmp_path, "a.jpg")
+    os.mkfifo(tmp_path / "b.jpg")
+    (tmp_path / "c.jpg").symlink_to("b.jpg")
+    (tmp_path / "d.jpg").symlink_to("nowhere")  # reading it will say so
+    with socket.socket(socket.AF_UNIX) as ear:
+        monkeypatch.chdir(tmp_path)  # a socket's name has about 100 letters at most
+        ear.bind("e.jpg")
+    found = find_photos([tmp_path / pattern] if pattern else [tmp_path])
+    assert names(found) == ["a", "b", "c", "d", "e"]
+    problems = [item.problem for item in found]
+    for number in (1, 2, 4):
+        assert str(problems[number]).startswith(f"{found[number].source}: not a regular file, which a search does not")
+    assert problems[0] is problems[3] is None
+    (named,) = find_photos([tmp_path / "b.jpg"])
+    assert named.problem is None
 
 
 def test_what_does_not_exist_is_kept_so_that_it_fails_and_is_counted(tmp_path: Path) -> None:
@@ -496,6 +518,16 @@ def test_names_never_collide_and_no_photo_is_lost(tree: set[str], chosen: list[s
         ("srt://cam:9000?passphrase=secret@secret", "srt://***"),
         ("http://cam/@cats/live.mp4", "http://cam/@cats/live.mp4"),
         ("rtsp://[fe80::1]:554/live", "rtsp://[fe80::1]:554/live"),
+        (
+            "rtsp://10.0.0.7:554/user=admin&password=secret&channel=1&stream=0.sdp?real_stream",
+            "rtsp://10.0.0.7:554/user=***&password=***&channel=1&stream=0.sdp?***",
+        ),
+        ("rtsp://cam/user=admin_password=secret_channel=1_stream=0.sdp", "rtsp://cam/user=***"),
+        ("rtsp://cam/ch=1&PassWd=se/cret&stream=0", "rtsp://cam/ch=1&PassWd=***&stream=0"),
+        ("rtsp://cam/user%3Dadmin%26pwd%3Dsecret/live", "rtsp://cam/user%3D***/live"),
+        ("http://cam/api_key=secret/live", "http://cam/api_key=***/live"),
+        ("rtsp://cam:554/user=admin&password=a@secret&channel=1", "rtsp://***"),
+        ("http://cam/key/user/live=1", "http://cam/key/user/live=1"),
         ("cat.mp4", "cat.mp4"),
     ],
 )
@@ -518,6 +550,18 @@ def test_no_secret_of_a_url_is_shown(user: str, secret: str, host: str, path: st
     assert origin is not None
     for shown in (redacted(url), origin.shown, str(origin.name)):
         assert "Q" not in shown, url
+
+
+@given(
+    st.sampled_from(["user", "username", "password", "pass", "Passwd", "pwd", "token", "key", "auth", "AUTH_TOKEN"]),
+    st.text("abcXYZ._-~%+!$'()*,;=:@/", max_size=10),
+)
+def test_no_secret_in_the_path_of_a_url_is_shown(name: str, secret: str) -> None:
+    origin = stream_origin(f"rtsp://10.0.0.7:554/a/{name}=Q{secret}Q&channel=1&stream=0.sdp?real_stream")
+    assert origin is not None
+    for shown in (origin.shown, str(origin.name)):
+        assert "Q" not in shown
+        assert "channel" in shown or "@" in secret, "cameras differ in it"
 
 
 @given(st.text(max_size=60).filter(lambda text: "Q" not in text))
