@@ -267,7 +267,7 @@ class Trainer:
         self.late, self.stopped_by = device.type == "cuda", signal.SIGINT
         self._clock = self._mark = time.perf_counter()
         self._saved = self.save_took = 0.0  # the second: seconds that the latest state took
-        self._stop, self._agreed = threading.Event(), False
+        self._stop = self._agreed = False  # no Event: its lock would hold up a signal that interrupts another's handler
         self._check_output(resume)
         self.dtype = pick_precision(config.amp, device)
         self.bad: list[str] = []
@@ -416,12 +416,12 @@ class Trainer:
 
     def _stop_for(self, number: int) -> None:
         self.stopped_by = signal.Signals(number)
-        self._stop.set()
+        self._stop = True
 
     @property
     def _stopping(self) -> bool:
         """Several processes stop after the same step, so each heeds what all have agreed on."""
-        return self._agreed if self.ranks.size > 1 else self._stop.is_set()
+        return self._agreed if self.ranks.size > 1 else self._stop
 
     def _epoch(self, epoch: int) -> None:
         """The rest of an epoch's steps.
@@ -466,7 +466,7 @@ class Trainer:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
-        stop = torch.full_like(norm, float(self._stop.is_set()))
+        stop = torch.full_like(norm, float(self._stop))
         numbers = self.ranks.sum(torch.stack((loss.detach(), norm, stop)))
         if not self.scaler.is_enabled():
             # Where this is 1, the fused AdamW leaves the weights alone: the run ends, once the loss has been read.
@@ -533,6 +533,11 @@ class Trainer:
             self.state.next_epoch()
 
     def _measure_and_keep(self) -> float:
+        """The moving average's IoU on the validation photos, once it is in the log and what is best is saved.
+
+        Raises:
+            KeyboardInterrupt: See :meth:`fit`.
+        """
         state, per_epoch = self.state, len(self.sampler)
         if not (self.output / LAST).exists():
             self._write_last()  # what is killed while it writes the first best checkpoint can be resumed, too
@@ -591,7 +596,17 @@ class Trainer:
         d = self.config.data
         failed = self._leave_out if d.on_bad == "skip" else None  # a file can also go bad in the middle of a run
         pairs = self.good_val_pairs
-        return evaluate(self._ema_run(), pairs, d.height, d.width, batch=self.config.batch, failed=failed)
+        run, watch = self._ema_run(), lambda done: self._heed_in_validation()
+        return evaluate(run, pairs, d.height, d.width, batch=self.config.batch, watch=watch, failed=failed)
+
+    def _heed_in_validation(self) -> None:
+        """End a run that is to stop: it takes up at its validation, which may take longer than a scheduler waits.
+
+        Of several processes, the others wait for this one's figure, and all heed the signal with the next step.
+        """
+        if self._stop and self.ranks.size == 1:
+            self._write_last()
+            raise KeyboardInterrupt
 
     def _save_best(self, result: Evaluation, threshold: float, row: dict[str, float]) -> None:
         d = self.config.data

@@ -219,7 +219,7 @@ def stop_after(root: Path, out: Path, step: int) -> None:
 
     def count(*batch: Any) -> Step:
         if trainer.state.step == step - 1:
-            trainer._stop.set()
+            trainer._stop = True
         return take(*batch)
 
     trainer._step = count  # type: ignore[method-assign]
