@@ -16,6 +16,7 @@ import multiprocessing
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ from petseg.device import enough_memory, pick_precision
 from petseg.distributed import Ranks, synchronized
 from petseg.ema import MovingAverage
 from petseg.evaluate import Evaluation, Run, evaluate, open_model, split_of, torch_run, trained_on
+from petseg.lock import keep_others_out
 from petseg.losses import bce_dice
 from petseg.metrics import PET, Border, best_threshold
 from petseg.model import AttentionUNet, normalize
@@ -256,8 +258,9 @@ class Trainer:
 
         Raises:
             DataError: The data cannot be used.
-            TrainingError: The folder already holds a run, or holds none to resume, or one of another config; ``init``
-                was trained on photos that this run validates on; or another process has other photos.
+            TrainingError: The folder already holds a run, or holds none to resume, or one of another config, or another
+                process trains there; ``init`` was trained on photos that this run validates on; or another process has
+                other photos.
             OutputError: ``output`` has no room for photos that are too many for the memory.
             CheckpointError: ``init`` or the state to resume is damaged, or of another network.
         """
@@ -269,6 +272,8 @@ class Trainer:
         self._saved = self.save_took = 0.0  # the second: seconds that the latest state took
         self._stop = self._agreed = False  # no Event: its lock would hold up a signal that interrupts another's handler
         self._check_output(resume)
+        # Until the end of `fit`, or of a trainer that does not come to it.
+        self._let_others_in = weakref.finalize(self, keep_others_out(output) if self.ranks.first else lambda: None)
         self.dtype = pick_precision(config.amp, device)
         self.bad: list[str] = []
         self.train_set, self.val_pairs, about_teacher = self._read(root, teacher)
@@ -316,6 +321,7 @@ class Trainer:
         finally:
             # Workers end with their loader. They heed no SIGTERM, so Python would wait for them at its own end.
             self.loader = self._loader()
+            self._let_others_in()
         return self.output / BEST
 
     @property

@@ -121,7 +121,7 @@ def attempt(name, ranks, act, at=3, late=False, **more):
     try:
         trainer = training.Trainer(
             from_dict(TrainConfig, {{**config, **more}}), root, out / name, device=torch.device("cpu"),
-            ranks=ranks, observer=observer, resume=(out / name).exists(),
+            ranks=ranks, observer=observer, resume=(out / name / training.LAST).exists(),
         )
         trainer.late = late
         with lost(ranks):

@@ -718,6 +718,33 @@ def test_a_run_that_is_killed_again_and_again_at_any_moment_ends_the_same(
     assert_same_run(out, whole)
 
 
+#: Has a run's folder until it is killed.
+HOLDS = (
+    "import sys, time; from pathlib import Path; from petseg.lock import *; let_in = keep_others_out(Path(sys.argv[1]))"
+)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_that_another_process_trains_into_is_refused_and_left_alone(
+    oxford_root: Path, tmp_path: Path, whole: Run, resume: bool
+) -> None:
+    folder = tmp_path / "run"
+    if resume:
+        shutil.copytree(whole.folder, folder)
+    command = [sys.executable, "-c", f"{HOLDS}; print(flush=True); time.sleep(600)", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout
+            other.stdout.readline()
+            part = folder / ".last.0123abcd.part.safetensors"
+            part.write_bytes(b"what it is just writing")
+            with pytest.raises(TrainingError, match=r"run: another process is training there"):
+                Trainer(tiny(), oxford_root, folder, device=CPU, resume=resume)
+            assert part.exists()
+        finally:
+            other.kill()
+
+
 def test_what_a_killed_run_was_writing_is_removed(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
     folder = Path(shutil.copytree(whole.folder, tmp_path / "run"))
     for name in (".last.0123abcd.part.safetensors", ".log.0123abcd.part.csv"):
