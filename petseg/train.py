@@ -15,6 +15,7 @@ import multiprocessing
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ from petseg.device import enough_memory, pick_precision
 from petseg.distributed import Ranks, synchronized
 from petseg.ema import MovingAverage
 from petseg.evaluate import Evaluation, Run, evaluate, open_model, split_of, torch_run, trained_on
+from petseg.lock import keep_others_out
 from petseg.losses import bce_dice
 from petseg.metrics import PET, Border, best_threshold
 from petseg.model import AttentionUNet, normalize
@@ -255,8 +257,9 @@ class Trainer:
 
         Raises:
             DataError: The data cannot be used.
-            TrainingError: The folder already holds a run, or holds none to resume, or one of another config; ``init``
-                was trained on photos that this run validates on; or another process has other photos.
+            TrainingError: The folder already holds a run, or holds none to resume, or one of another config, or another
+                process trains there; ``init`` was trained on photos that this run validates on; or another process has
+                other photos.
             OutputError: ``output`` has no room for photos that are too many for the memory.
             CheckpointError: ``init`` or the state to resume is damaged, or of another network.
         """
@@ -266,8 +269,10 @@ class Trainer:
         self.late, self.stopped_by = device.type == "cuda", signal.SIGINT
         self._clock = self._mark = time.perf_counter()
         self._saved = self.save_took = 0.0  # the second: seconds that the latest state took
-        self._stop, self._agreed = threading.Event(), False
+        self._stop = self._agreed = False  # no Event: its lock would hold up a signal that interrupts another's handler
         self._check_output(resume)
+        # Until the end of `fit`, or of a trainer that does not come to it.
+        self._let_others_in = weakref.finalize(self, keep_others_out(output) if self.ranks.first else lambda: None)
         self.dtype = pick_precision(config.amp, device)
         self.bad: list[str] = []
         self.train_set, self.val_pairs, about_teacher = self._read(root, teacher)
@@ -315,6 +320,7 @@ class Trainer:
         finally:
             # Workers end with their loader. They heed no SIGTERM, so Python would wait for them at its own end.
             self.loader = self._loader()
+            self._let_others_in()
         return self.output / BEST
 
     @property
@@ -417,12 +423,12 @@ class Trainer:
 
     def _stop_for(self, number: int) -> None:
         self.stopped_by = signal.Signals(number)
-        self._stop.set()
+        self._stop = True
 
     @property
     def _stopping(self) -> bool:
         """Several processes stop after the same step, so each heeds what all have agreed on."""
-        return self._agreed if self.ranks.size > 1 else self._stop.is_set()
+        return self._agreed if self.ranks.size > 1 else self._stop
 
     def _epoch(self, epoch: int) -> None:
         """The rest of an epoch's steps.
@@ -467,7 +473,7 @@ class Trainer:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
-        stop = torch.full_like(norm, float(self._stop.is_set()))
+        stop = torch.full_like(norm, float(self._stop))
         numbers = self.ranks.sum(torch.stack((loss.detach(), norm, stop)))
         if not self.scaler.is_enabled():
             # Where this is 1, the fused AdamW leaves the weights alone: the run ends, once the loss has been read.
@@ -534,6 +540,11 @@ class Trainer:
             self.state.next_epoch()
 
     def _measure_and_keep(self) -> float:
+        """The moving average's IoU on the validation photos, once it is in the log and what is best is saved.
+
+        Raises:
+            KeyboardInterrupt: See :meth:`fit`.
+        """
         state, per_epoch = self.state, len(self.sampler)
         if not (self.output / LAST).exists():
             self._write_last()  # what is killed while it writes the first best checkpoint can be resumed, too
@@ -592,7 +603,17 @@ class Trainer:
         d = self.config.data
         failed = self._leave_out if d.on_bad == "skip" else None  # a file can also go bad in the middle of a run
         pairs = self.good_val_pairs
-        return evaluate(self._ema_run(), pairs, d.height, d.width, batch=self.config.batch, failed=failed)
+        run, watch = self._ema_run(), lambda done: self._heed_in_validation()
+        return evaluate(run, pairs, d.height, d.width, batch=self.config.batch, watch=watch, failed=failed)
+
+    def _heed_in_validation(self) -> None:
+        """End a run that is to stop: it takes up at its validation, which may take longer than a scheduler waits.
+
+        Of several processes, the others wait for this one's figure, and all heed the signal with the next step.
+        """
+        if self._stop and self.ranks.size == 1:
+            self._write_last()
+            raise KeyboardInterrupt
 
     def _save_best(self, result: Evaluation, threshold: float, row: dict[str, float]) -> None:
         d = self.config.data

@@ -25,8 +25,8 @@
         └── ParityTolerance              the values differ by more than the tolerance
 
 Three codes belong to no single error: ``EXIT_PARTIAL`` (3: some inputs failed, the rest is done),
-``EXIT_INTERRUPTED`` (130: Ctrl-C) and ``EXIT_TERMINATED`` (143: SIGTERM ended photos, a video, a stream or training in
-order).
+``EXIT_INTERRUPTED`` (130: Ctrl-C) and ``EXIT_TERMINATED`` (143: SIGTERM ended photos, a video, a stream, training, the
+doctor or a benchmark in order).
 Click, too, uses 2: for a command line it cannot parse.
 """
 

@@ -63,7 +63,7 @@ class LiveSource:
     A connection that breaks or falls silent is made anew, after pauses that double up to half a minute, with jitter, so
     that many clients do not come back at once. Times go on with the wall clock: what was missed is a gap, not a jump.
     So they do where the source's own clock is set anew, as when a sender behind the same address is restarted.
-    Iterate over it once; :meth:`stop` may be called from any thread.
+    Iterate over it once; :meth:`stop` may be called from any thread or a signal handler.
     """
 
     def __init__(
@@ -85,7 +85,9 @@ class LiveSource:
         """
         self.origin = origin
         self._stall, self._patience, self._tell = stall, patience, tell
-        self._stopped = threading.Event()
+        # No Event: a second signal may come while the first one's handler is in `stop`, and would wait for its lock. A
+        # condition's can be taken again by the thread that has it.
+        self._stopped, self._changed = False, threading.Condition()
         self._random = random.Random()
         self._line = _Line()
         self._last_seen = time.monotonic()
@@ -95,7 +97,13 @@ class LiveSource:
 
     def stop(self) -> None:
         """End soon; a wait between connections ends at once."""
-        self._stopped.set()
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _wait(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped, seconds)
 
     def __iter__(self) -> Iterator[Frame]:
         """Frames, until the source is given up, stopped, or (a recording on a server) at its end.
@@ -105,7 +113,7 @@ class LiveSource:
         """
         pause = _FIRST_PAUSE
         self._last_seen = time.monotonic()
-        while not self._stopped.is_set():
+        while not self._stopped:
             self._attempt += 1
             self._tell(StateChange("connecting", attempt=self._attempt))
             connected, state, reason = time.monotonic(), "lost", "the connection was closed"
@@ -121,13 +129,13 @@ class LiveSource:
             except InputError as error:
                 reason = str(error).removeprefix(f"{self.origin.shown}: ")
                 state = "stalled" if "too long" in reason else "lost"
-            if self._stopped.is_set():
+            if self._stopped:
                 break
             if seen and self._last_seen - connected > _GOOD:
                 pause = _FIRST_PAUSE
             wait = min(pause * self._random.uniform(0.5, 1.0), self._patience_left(reason))
             self._tell(StateChange(state, reason, self._attempt, round(wait, 3)))
-            self._stopped.wait(wait)
+            self._wait(wait)
             pause = min(2 * pause, _LONGEST_PAUSE)
         self._tell(StateChange("ended", "stopped", attempt=self._attempt))
 
@@ -157,7 +165,7 @@ class LiveSource:
                 self._line.place(frame, self._last_seen)
                 yield frame
                 self._last_seen = time.monotonic()  # a consumer that let us wait is no silence of the source
-                if self._stopped.is_set():
+                if self._stopped:
                     return
         finally:
             self.undecodable += reader.undecodable

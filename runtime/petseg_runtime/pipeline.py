@@ -132,9 +132,8 @@ class Pipeline(Generic[Source, Result]):
             self._room.leave(*(job.share for job in jobs))
 
     def close(self) -> None:
-        """Stop all threads; what has not begun is dropped."""
+        """Stop all threads; what has not begun is dropped. A second time, it finishes what a Ctrl-C cut short."""
         self._stopping = True
-        atexit.unregister(self.close)
         self._room.close()
         # In this order, because each step hands its work to the next.
         for threads, work in ((self._read, self._unread), (self._infer, self._ready)):
@@ -143,6 +142,7 @@ class Pipeline(Generic[Source, Result]):
             for thread in threads:
                 thread.join()
         self._write.shutdown(cancel_futures=True)
+        atexit.unregister(self.close)  # last: a Ctrl-C may come before, and what is left is done when Python ends
 
     def __enter__(self) -> Self:
         return self
@@ -198,8 +198,11 @@ class Pipeline(Generic[Source, Result]):
         """Infer what is ready, in batches of what is waiting, until told to stop."""
         while (job := self._ready.get()) is not None:
             jobs = [job]
-            while len(jobs) < self._batch and not self._ready.empty():
-                another = self._ready.get()
+            while len(jobs) < self._batch:
+                try:  # not `empty` first: another thread may take what was there, and this one would wait with its job
+                    another = self._ready.get_nowait()
+                except queue.Empty:
+                    break
                 if another is None:
                     self._ready.put(None)
                     break

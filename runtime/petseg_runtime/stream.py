@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import threading
@@ -39,6 +40,10 @@ _LATE: Final = 2.0
 
 #: Frames that may wait for the engine, beside a batch.
 _ROOM: Final = 4
+
+#: Packets of sound that dropped frames may leave to the next: a minute of most codecs. Who takes nothing for longer
+#: gets the newest; without a bound, the sound of an endless source would fill the memory.
+_SOUNDS: Final = 3000
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +134,7 @@ class _Inbox:
                 # Its sound goes on with the next frame.
                 heir = self._frames[0] if self._frames else frame
                 heir.sound[:0] = dropped.sound
+                del heir.sound[:-_SOUNDS]
             self._frames.append(frame)
             self._changed.notify_all()
             return True
@@ -239,6 +245,9 @@ class Stream:
             threading.Thread(target=self._decode, name="petseg-decode", daemon=True),
             threading.Thread(target=self._infer, name="petseg-engine", daemon=True),
         ]
+        # A program may end while a stream goes on, and nobody closes it then: a thread that is in an engine's code
+        # while Python is taken down aborts the process.
+        atexit.register(self.close)
         for thread in self._threads:
             thread.start()
 
@@ -293,11 +302,12 @@ class Stream:
         self._inbox.close()
 
     def close(self) -> None:
-        """End everything; what has not been delivered is lost."""
+        """End everything; what has not been delivered is lost. A second time, it finishes what a Ctrl-C cut short."""
         self._end_source()
         self._outbox.close()
         self._threads[1].join()
         self._threads[0].join(timeout=1.0)
+        atexit.unregister(self.close)  # last: a Ctrl-C may come before
 
     def __enter__(self) -> Self:
         return self

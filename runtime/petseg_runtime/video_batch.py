@@ -154,7 +154,6 @@ def segment_video(
         mask_only=mask_only,
         smooth=reading.smooth,
     )
-    begun(stream, report, _seconds(frames, reading))
     report.frames, report.paths, report.notes = stream.counts, sink.paths, sink.notes
 
     def bring_up_to_date() -> None:
@@ -165,6 +164,7 @@ def segment_video(
 
     try:
         with sink, stream:
+            begun(stream, report, _seconds(frames, reading))
             _write(stream, sink, report, watch, bring_up_to_date)
     except Exception as error:
         if origin.endless:

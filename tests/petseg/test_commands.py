@@ -339,7 +339,7 @@ def test_ctrl_c_in_the_middle_of_a_run_keeps_it_and_resume_finishes_it(
         env={**os.environ, "MPLCONFIGDIR": FONTS},
     )
     try:
-        while not (folder / "last.safetensors").exists():
+        while not (folder / "log.csv").exists():
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)

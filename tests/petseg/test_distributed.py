@@ -121,7 +121,7 @@ def attempt(name, ranks, act, at=3, late=False, **more):
     try:
         trainer = training.Trainer(
             from_dict(TrainConfig, {{**config, **more}}), root, out / name, device=torch.device("cpu"),
-            ranks=ranks, observer=observer, resume=(out / name).exists(),
+            ranks=ranks, observer=observer, resume=(out / name / training.LAST).exists(),
         )
         trainer.late = late
         with lost(ranks):
@@ -219,7 +219,7 @@ def stop_after(root: Path, out: Path, step: int) -> None:
 
     def count(*batch: Any) -> Step:
         if trainer.state.step == step - 1:
-            trainer._stop.set()
+            trainer._stop = True
         return take(*batch)
 
     trainer._step = count  # type: ignore[method-assign]

@@ -30,7 +30,7 @@ from petseg.checkpoint import Checkpoint, load, load_model, save_checkpoint
 from petseg.config import ScheduleConfig, TrainConfig, from_dict, override, to_dict
 from petseg.data import Pair, Split, find
 from petseg.device import pick_device, pick_precision
-from petseg.evaluate import evaluate, torch_run
+from petseg.evaluate import Evaluation, evaluate, torch_run
 from petseg.metrics import level
 from petseg.model import AttentionUNet, AttentionUNetConfig, normalize
 from petseg.train import (
@@ -334,6 +334,71 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_run(
     assert stop.losses + go_on.losses == whole.observer.losses
     assert stop.rates + go_on.rates == whole.observer.rates
     assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("epoch", [0, 1, EPOCHS - 1])
+def test_a_run_that_is_stopped_in_a_validation_takes_up_there(
+    oxford_root: Path, tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch, epoch: int
+) -> None:
+    """It may take longer than a scheduler waits before it kills."""
+    begun: list[None] = []
+
+    def stopped(*args: Any, **options: Any) -> Evaluation:
+        begun.append(None)
+        if len(begun) == epoch + 1:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr("petseg.train.evaluate", stopped)
+    observer = Recorder()
+    trainer = Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=observer)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert (len(observer.losses), len(observer.rows)) == ((epoch + 1) * PER_EPOCH, epoch)
+    state = load(tmp_path / LAST).meta["state"]
+    assert (state["step"], len(state["history"])) == ((epoch + 1) * PER_EPOCH, epoch)
+    resumed = Recorder()
+    Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True, observer=resumed).fit()
+    assert observer.losses + resumed.losses == whole.observer.losses
+    assert_same_run(tmp_path, whole)
+
+
+#: A second signal comes while the first one's handler is about to wake whoever waits.
+NESTED = """
+import signal, threading, torch
+from pathlib import Path
+from petseg.config import TrainConfig, from_dict
+from petseg.train import Observer, Trainer
+torch.set_num_threads({threads})
+notify_all, signals = threading.Condition.notify_all, []
+
+def interrupted(self):
+    if signals:
+        signal.raise_signal(signals.pop())
+    notify_all(self)
+
+threading.Condition.notify_all = interrupted
+
+class Stops(Observer):
+    def step(self, state, loss, lr):
+        signals.append(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        signals.clear()
+
+config = from_dict(TrainConfig, {config!r})
+try:
+    Trainer(config, Path({root!r}), Path({out!r}), device=torch.device("cpu"), observer=Stops()).fit()
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+def test_a_signal_that_interrupts_the_handler_of_another_stops_the_run(oxford_root: Path, tmp_path: Path) -> None:
+    about = {"threads": torch.get_num_threads(), "config": to_dict(tiny()), "root": str(oxford_root)}
+    code = NESTED.format(**about, out=str(tmp_path))
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.stdout, ended.stderr) == ("stopped\n", "")
+    assert load(tmp_path / LAST).meta["state"]["step"] == 1
 
 
 @pytest.mark.parametrize(
@@ -651,6 +716,33 @@ def test_a_run_that_is_killed_again_and_again_at_any_moment_ends_the_same(
     assert int(ended.stdout) >= 2, ended.stderr
     Trainer(tiny(), oxford_root, out, device=CPU, resume=(out / LAST).exists()).fit()
     assert_same_run(out, whole)
+
+
+#: Has a run's folder until it is killed.
+HOLDS = (
+    "import sys, time; from pathlib import Path; from petseg.lock import *; let_in = keep_others_out(Path(sys.argv[1]))"
+)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_that_another_process_trains_into_is_refused_and_left_alone(
+    oxford_root: Path, tmp_path: Path, whole: Run, resume: bool
+) -> None:
+    folder = tmp_path / "run"
+    if resume:
+        shutil.copytree(whole.folder, folder)
+    command = [sys.executable, "-c", f"{HOLDS}; print(flush=True); time.sleep(600)", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout
+            other.stdout.readline()
+            part = folder / ".last.0123abcd.part.safetensors"
+            part.write_bytes(b"what it is just writing")
+            with pytest.raises(TrainingError, match=r"run: another process is training there"):
+                Trainer(tiny(), oxford_root, folder, device=CPU, resume=resume)
+            assert part.exists()
+        finally:
+            other.kill()
 
 
 def test_what_a_killed_run_was_writing_is_removed(oxford_root: Path, tmp_path: Path, whole: Run) -> None:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from petseg_runtime import __version__, default_model, host, onnx_metadata, samp
 from petseg_runtime.artifact import RECEIPT_KEY, Artifact, open_artifact, sidecar_text
 from petseg_runtime.artifact import sidecar_of as beside
 from petseg_runtime.cli.infer import infer
+from petseg_runtime.cli.signals import terminable
 from petseg_runtime.cli.text import parse_size
 from petseg_runtime.engines import onnxruntime, registry
 from petseg_runtime.errors import EngineError
@@ -1148,6 +1150,57 @@ def test_ctrl_c_ends_with_130_and_leaves_only_whole_results(tmp_path: Path) -> N
     for result in results:
         with Image.open(result) as picture:
             picture.load()
+
+
+def test_a_sigterm_that_is_sent_twice_does_not_cut_short_what_the_first_one_cleans_up() -> None:
+    """As `timeout` sends it."""
+    before, cleaned_up = signal.getsignal(signal.SIGTERM), []
+
+    @terminable()
+    def work() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            cleaned_up.append(True)
+
+    with pytest.raises(SystemExit) as end:
+        work()
+    assert end.value.code == 143
+    assert cleaned_up
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+#: A probe that says who it is, and hangs.
+HANGS = """
+import sys
+from petseg.cli import main
+from petseg_runtime import doctor
+
+probe = "import os, time; open({path!r}, 'w').write(str(os.getpid()) + chr(10)); time.sleep(600)"
+doctor.probe = lambda *words, **options: doctor.ask([sys.executable, "-c", probe], 600)
+main()
+"""
+
+
+@pytest.mark.parametrize("command", ["doctor", "benchmark"])
+def test_sigterm_ends_what_a_command_has_started(tmp_path: Path, command: str) -> None:
+    """It has a session of its own, and would hear of nothing."""
+    path = tmp_path / "pid"
+    program = HANGS.format(path=str(path))
+    with subprocess.Popen([sys.executable, "-c", program, command], stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 60
+        while not (path.exists() and path.read_text().endswith("\n")):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+    probe = int(path.read_text())
+    gone = not Path(f"/proc/{probe}").exists()
+    if not gone:
+        os.kill(probe, signal.SIGKILL)
+    assert gone
+    assert (process.returncode, err) == (143, "petseg: terminated\n")
 
 
 # ----------------------------------------------------------------------------------------- help, version, info

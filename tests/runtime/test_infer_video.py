@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -413,12 +414,77 @@ def test_the_second_signal_ends_it_at_once_and_leaves_nothing(
     command.lines(5)
     time.sleep(0.5)  # until it waits for its reader
     command.process.send_signal(number)
-    time.sleep(0.3)
+    time.sleep(1)
     command.process.send_signal(number)
     _, err, returned = command.end()
     assert returned == code
     assert "Traceback" not in err
     assert tree(tmp_path) == []
+
+
+#: A camera for every machine.
+CAMERA = "lavfi:testsrc=size=64x48:rate=50,realtime"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("live", [True, False], ids=["live", "file"])
+def test_the_second_signal_ends_it_at_once_though_nobody_reads_what_it_says(
+    tmp_path: Path, clips: Path, start: Callable[..., Command], live: bool, number: int, code: int
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    source = CAMERA if live else clips / "long.mp4"
+    process = start(source, "--as", "overlay", "--output", tmp_path, "--json", env=environment).process
+    assert process.stdout
+    fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+    wait_until_full(process.stdout.fileno())
+    process.send_signal(number)
+    time.sleep(1)
+    process.send_signal(number)
+    assert process.wait(10) == code
+    assert process.stderr
+    assert process.stderr.read() == ""
+    assert tree(tmp_path) == (["lavfi/0001.mp4"] if live else [])
+
+
+def wait_until_full(pipe: int) -> None:
+    """Until a pipe of a page holds most of that, and no more comes."""
+    before, end = -1, time.monotonic() + 60
+    while (
+        held := int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+    ) != before or held < 3000:
+        assert time.monotonic() < end
+        before = held
+        time.sleep(0.5)
+
+
+#: The same signal comes twice, as `timeout` sends it, at the fifth frame.
+TWICE = """
+import signal
+from petseg.cli import main
+from petseg_runtime.cli.infer_video import Videos
+
+tell = Videos._tell_frame
+
+def interrupted(self, origin, segmented, report):
+    tell(self, origin, segmented, report)
+    if report.written == 5:
+        signal.raise_signal({number})
+        signal.raise_signal({number})
+
+Videos._tell_frame = interrupted
+main()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_is_sent_twice_is_one(tmp_path: Path, clips: Path, model: str, number: int, code: int) -> None:
+    program = TWICE.format(number=int(number))
+    words = ["infer", str(clips / "long.mp4"), "--as", "overlay", "--output", str(tmp_path), "--model", model, "--json"]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (code, "")
+    *_, video, summary = events(done.stdout)
+    assert summary["videos"]["stopped"] == 1
+    assert frames_in(tmp_path / "long.mp4") == video["written"] >= 5
 
 
 def test_a_run_that_was_killed_is_resumed(

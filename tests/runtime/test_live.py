@@ -121,10 +121,9 @@ class Clock:
     def monotonic(self) -> float:
         return self.now
 
-    def wait(self, seconds: float) -> bool:
+    def wait(self, seconds: float) -> None:
         self.waits.append(seconds)
         self.now += seconds
-        return False
 
 
 @pytest.fixture
@@ -140,7 +139,7 @@ def source(
     reader, changes = Reader(script), []
     monkeypatch.setattr(live, "VideoReader", reader)
     made = LiveSource(Origin("cam", "cam", PurePath("cam"), endless=True), tell=changes.append, **options)
-    monkeypatch.setattr(made._stopped, "wait", clock.wait)
+    monkeypatch.setattr(made, "_wait", clock.wait)
     return made, changes, reader
 
 
@@ -331,6 +330,33 @@ def test_stop_ends_a_wait_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     thread.join(10)
     assert not thread.is_alive()
     assert changes[-1] == "ended"
+
+
+#: The second signal comes while the first one's handler, which stops the source, is about to wake who waits.
+NESTED = """
+import signal, threading
+from pathlib import PurePath
+from petseg_runtime.live import LiveSource
+from petseg_runtime.sources import Origin
+
+notify_all, signals = threading.Condition.notify_all, [signal.SIGTERM]
+
+def interrupted(self):
+    if signals:
+        signal.raise_signal(signals.pop())
+    notify_all(self)
+
+threading.Condition.notify_all = interrupted
+source = LiveSource(Origin("cam", "cam", PurePath("cam"), endless=True))
+signal.signal(signal.SIGTERM, lambda *_: source.stop())
+source.stop()
+print("stopped", *source)
+"""
+
+
+def test_stop_may_be_called_by_a_signal_handler_that_interrupts_another_one() -> None:
+    done = subprocess.run([sys.executable, "-c", NESTED], capture_output=True, text=True, timeout=30)
+    assert (done.stdout, done.stderr) == ("stopped\n", "")
 
 
 def test_secrets_of_urls_are_not_shown() -> None:

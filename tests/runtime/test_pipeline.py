@@ -278,3 +278,62 @@ def test_a_script_may_end_while_results_are_left(args: tuple[str, ...]) -> None:
     """The threads are busy then, or wait for room, or for what nobody will ask for."""
     done = subprocess.run([sys.executable, "-c", UNFINISHED, *args], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (7, "", "")
+
+
+#: What a thread sees that another one overtakes: there is something, and when it takes it, it is gone.
+OVERTAKEN = """
+import queue
+import numpy as np
+from types import SimpleNamespace
+from petseg_runtime import pipeline
+
+class Overtaken(queue.SimpleQueue):
+    def empty(self):
+        return False
+
+pipeline.queue.SimpleQueue = Overtaken
+photo = SimpleNamespace(image=np.zeros((1, 1, 3), np.uint8))
+steps = pipeline.Steps(lambda source, take: photo, lambda batch: batch[..., 0], lambda *all: "written")
+with pipeline.Pipeline(steps, 1, 2, workers=1) as running:
+    print(*(outcome.value for outcome in running.run([0])))
+"""
+
+
+def test_a_batch_does_not_wait_for_what_another_thread_has_taken() -> None:
+    done = subprocess.run([sys.executable, "-c", OVERTAKEN], capture_output=True, text=True, timeout=30)
+    assert (done.stdout, done.stderr) == ("written\n", "")
+
+
+#: A Ctrl-C comes while `close` waits for the first thread.
+CUT_SHORT = """
+import atexit, threading
+import numpy as np
+from petseg_runtime.pipeline import Pipeline, Steps
+
+def alive():
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("petseg")]
+
+running = Pipeline(Steps(None, None, None), 1, workers=1)
+reader = next(thread for thread in threading.enumerate() if thread.name == "petseg-read-0")
+join = reader.join
+
+def interrupted():
+    reader.join = join
+    raise KeyboardInterrupt
+
+reader.join = interrupted
+try:
+    running.close()
+except KeyboardInterrupt:
+    print("left", *alive())
+atexit._run_exitfuncs()
+print("at exit", *alive())
+"""
+
+
+def test_a_close_that_was_cut_short_is_finished_when_python_ends() -> None:
+    """Else a thread may be in native code while Python is taken down, which aborts the process."""
+    done = subprocess.run([sys.executable, "-c", CUT_SHORT], capture_output=True, text=True, timeout=30)
+    left, at_exit = done.stdout.splitlines()
+    assert "petseg-infer-0" in left
+    assert (at_exit, done.stderr) == ("at exit", "")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import math
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petseg_runtime.errors import EngineError, UnreadableVideo, UsageError
-from petseg_runtime.stream import POLICIES, Segmented, Stream, Timings
+from petseg_runtime.stream import _SOUNDS, POLICIES, Counts, Segmented, Stream, Timings, _Inbox
 from petseg_runtime.video import Frame
 from petseg_runtime.video_sound import Sound
 
@@ -169,6 +171,17 @@ def test_the_sound_of_a_dropped_frame_goes_on_with_the_next() -> None:
     assert [sound.shift for s in done for sound in s.frame.sound] == list(range(10))
 
 
+@pytest.mark.parametrize("policy", ["latest", "drop-oldest"])
+def test_who_takes_nothing_for_long_gets_the_newest_sound(policy: str) -> None:
+    """An hour of it would be a hundred megabytes."""
+    inbox, packet = _Inbox(policy, 5, Counts()), av.Packet(b"x")
+    for number in range(10_000):
+        assert inbox.put(frame_of(number, [Sound(packet, Fraction(number))]))
+    kept = [sound.shift for frame in inbox.take(5) for sound in frame.sound]
+    assert _SOUNDS <= len(kept) < _SOUNDS + 5
+    assert kept == list(range(10_000 - len(kept), 10_000))
+
+
 def test_a_source_that_breaks_has_delivered_what_came_before() -> None:
     def frames() -> Iterator[Frame]:
         yield from (frame_of(n) for n in range(3))
@@ -289,6 +302,39 @@ def test_a_slow_consumer_bounds_what_is_decoded() -> None:
         until(lambda: len(decoded) > 5)
         time.sleep(0.05)
         assert len(decoded) < 20
+
+
+#: Takes one frame of a source without an end, and ends.
+LEAVES = """
+import atexit, itertools, sys, threading, time
+from fractions import Fraction
+from types import SimpleNamespace
+import av
+from petseg_runtime.stream import Stream
+from petseg_runtime.video import Frame
+
+def infer(images):
+    time.sleep(0.05)
+    return images[..., 0]
+
+alive = lambda: [thread.name for thread in threading.enumerate() if thread.name == "petseg-engine"]
+atexit.register(lambda: print("at exit", *alive()))  # what is registered first is called last
+model = SimpleNamespace(
+    infer=infer, size=(8, 8), threshold=0.5, cutout_threshold=0.3, min_area=0.0,
+    describe=lambda: SimpleNamespace(batch=1),
+)
+frames = (Frame(n, n, Fraction(1, 25), av.VideoFrame(32, 16, "gray"), captured=0.0) for n in itertools.count())
+results = iter(Stream(frames, model, policy=sys.argv[1]))
+next(results)
+print("before", *alive())
+"""
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_thread_is_in_the_engine_when_python_is_taken_down(policy: str) -> None:
+    """It would abort the process."""
+    done = subprocess.run([sys.executable, "-c", LEAVES, policy], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "before petseg-engine\nat exit\n", "")
 
 
 @pytest.mark.parametrize(

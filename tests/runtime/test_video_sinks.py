@@ -647,3 +647,17 @@ def test_lines_say_what_was_found(tmp_path: Path) -> None:
     for line in lines:
         assert set(line) == {"number", "time", "height", "width", "coverage", "found", "box"}
         assert line["coverage"] == pytest.approx((picture(0)[..., 0] > 200).mean(), abs=0.05)
+
+
+def test_who_is_told_that_a_stream_has_begun_and_fails_leaves_nothing_running(tmp_path: Path) -> None:
+    def begun(*_: object) -> None:
+        raise LookupError("no place for it")
+
+    clip = write_clip(tmp_path / "clip.mp4", sound=None)
+    model: Any = Model()
+    with pytest.raises(LookupError, match="no place"):
+        segment_video(
+            Origin(str(clip), str(clip), Path("clip")), model, movie(tmp_path / "out.mp4"), Reading(), begun=begun
+        )
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("petseg")] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]

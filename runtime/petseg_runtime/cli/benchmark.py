@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from petseg_runtime.cli.signals import terminable
 from petseg_runtime.cli.text import PATH, SCHEMA_VERSION, SECONDS, shown
 from petseg_runtime.errors import EngineError
 
@@ -44,6 +45,7 @@ _METHOD = (
 @click.option("--no-cuda-graph", is_flag=True, help="TensorRT without CUDA graphs, to see what they gain.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, every time too, as one JSON object.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@terminable()
 def benchmark(
     model: Path | None,
     backends: tuple[str, ...],

@@ -8,17 +8,16 @@ import glob
 import hashlib
 import json
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from petseg_runtime.cli.signals import terminable
 from petseg_runtime.cli.text import NAME, PATH, SCHEMA_VERSION, SECONDS, SHARE, UNIT, Finite, parse_size, shown
-from petseg_runtime.errors import EXIT_PARTIAL, EXIT_TERMINATED, InputError, OutputError, UsageError
+from petseg_runtime.errors import EXIT_PARTIAL, InputError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from petseg_runtime.batch import Done, Report
@@ -32,28 +31,6 @@ __all__ = ["infer"]
 
 #: Without meaning for photos.
 VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio", "policy", "stall", "give_up")
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends this thread's work as Ctrl-C does. It would end the process in the middle of it; or, where that is
-    the first of a container, not at all.
-    """
-
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(EXIT_TERMINATED)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except SystemExit:
-        click.echo("petseg: terminated", err=True)
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @click.command()
@@ -112,7 +89,7 @@ def _terminable() -> Iterator[None]:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per photo or frame on stdout, then a summary.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what runs it, and what each step took.")
 @click.option("-q", "--quiet", is_flag=True, help="Only errors.")
-@_terminable()
+@terminable()
 def infer(
     sources: tuple[str, ...],
     output: Path | None,

@@ -36,6 +36,10 @@ __all__ = ["Output", "Videos", "check_places"]
 #: Seconds from one statistics event of a live source to the next.
 _STATISTICS: Final = 10.0
 
+#: Seconds after the first signal in which a further one is the same: `timeout` sends its own to the process, and then
+#: to the group that this belongs to.
+_ECHO: Final = 0.25
+
 _EXITS: Final = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
 
 
@@ -145,6 +149,7 @@ class Videos:
     _problems: list[Exception] = field(default_factory=list)
     _told: dict[str, float] = field(default_factory=dict)  # by name: when statistics were told last
     _signal: int | None = None
+    _since: float = 0.0  # when that came
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _printing: threading.Lock = field(default_factory=threading.Lock)  # may be held for long: a reader may be slow
 
@@ -292,9 +297,12 @@ class Videos:
         """The first Ctrl-C or SIGTERM ends all in order, the second one at once."""
 
         def stop(number: int, frame: object) -> None:
+            now = time.monotonic()
             if self._signal is not None:
+                if now - self._since < _ECHO:
+                    return
                 raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(EXIT_TERMINATED)
-            self._signal = number
+            self._since, self._signal = now, number
             # Elsewhere, because a handler runs between any two steps of this thread, which may hold a lock just now.
             threading.Thread(target=self._stop_all, daemon=True).start()
 
@@ -304,6 +312,10 @@ class Videos:
         before = {number: signal.signal(number, stop) for number in _EXITS}
         try:
             yield
+        except (KeyboardInterrupt, SystemExit) as end:  # what of a file was written so far is removed by now
+            # Python's own end would write what standard output still holds: where nobody reads that, it waits for ever,
+            # and where another thread is writing there, it aborts.
+            os._exit(EXIT_TERMINATED if isinstance(end, SystemExit) else EXIT_INTERRUPTED)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
