@@ -342,9 +342,8 @@ class Trainer:
             find(root, split, val_fraction=d.val_fraction, seed=d.split_seed) for split in (Split.TRAIN, Split.VAL)
         )
         folder, here = self._place_for(len(train), teacher is not None), self.ranks.here
-        with_pet = [
-            (trimap == PET).any() for _, _, trimap in usable(val, failed, here)
-        ]  # now, not after the first epoch
+        # Now, not after the first epoch.
+        with_pet = [(trimap == PET).any() for _, _, trimap in usable(val, failed, here)]
         if not any(with_pet):
             raise DataError(
                 f"{root}: of the {len(val)} validation photos {len(with_pet)} can be used, and none of those shows a "
