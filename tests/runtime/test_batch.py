@@ -434,6 +434,7 @@ def command(model: Path, folder: Path, out: Path) -> list[str]:
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import petseg.cli as c; c.main()"
     )
     options = ["--as", "mask", "--resume", "--json", "--backend", "onnxruntime", "--model", str(model)]
+    options += ["--threads", "2"]  # on many cores it would be done before it is stopped
     return [sys.executable, "-c", program, "infer", str(folder), "--output", str(out), *options]
 
 

@@ -380,7 +380,7 @@ def test_secrets_of_urls_are_not_shown() -> None:
 def test_rtsp_survives_restarts_another_size_and_silence(tmp_path: Path, model: Path) -> None:
     port = free_port()
     url = f"rtsp://me:{SECRET}@127.0.0.1:{port}/live"
-    words = (url, "--as", "overlay", "--model", model, "--output", tmp_path / "out", "--stall", "2", "--verbose")
+    words = (url, "--as", "overlay", "--model", model, "--output", tmp_path / "out", "--stall", "4", "--verbose")
     with rtsp_server(port) as server, Run(*words) as run:
         run.more_frames()
         server.stop()
@@ -391,8 +391,9 @@ def test_rtsp_survives_restarts_another_size_and_silence(tmp_path: Path, model: 
         until(lambda: run.states()[-3:] == ["lost", "connecting", "lost"])
         with rtsp_server(port, "320x240") as larger:
             run.more_frames()
+            seen = len(run.states())
             larger.freeze()
-            until(lambda: "stalled" in run.states())
+            until(lambda: "stalled" in run.states()[seen:])
             larger.thaw()
             run.more_frames()
             assert run.end() == 143
@@ -520,8 +521,8 @@ def test_a_wrong_path_and_a_server_that_is_not_there_are_given_up(tmp_path: Path
             f"127.0.0.1:{silent.getsockname()[1]}/live": "it sent nothing for too long",
         }
         urls = [f"rtsp://me:{SECRET}@{address}" for address in reasons]
-        with Run(*urls, "--as", "lines", "--model", model, "--output", tmp_path, "--give-up", "1") as run:
-            assert run.wait(20) == 1
+        with Run(*urls, "--as", "lines", "--model", model, "--output", tmp_path, "--give-up", "4") as run:
+            assert run.wait(40) == 1
     for address, reason in reasons.items():
         report = run.report(address)
         assert report["written"] == 0
@@ -545,7 +546,7 @@ def test_a_dead_source_does_not_disturb_the_others(tmp_path: Path, model: Path) 
     port, dead = free_port(), free_port()
     with rtsp_server(port):
         urls = [f"rtsp://127.0.0.1:{port}/live", f"rtsp://127.0.0.1:{dead}/live", CAMERA]
-        with Run(*urls, "--as", "lines", "--model", model, "--output", tmp_path / "out", "--give-up", "2") as run:
+        with Run(*urls, "--as", "lines", "--model", model, "--output", tmp_path / "out", "--give-up", "8") as run:
             until(lambda: any(e["event"] == "video" for e in list(run.events)))
             run.more_frames(10, str(port))
             run.more_frames(10, "lavfi")
@@ -571,8 +572,9 @@ def test_rtmp_through_nginx_survives_its_publisher_and_keeps_its_sound(tmp_path:
         Run(f"rtmp://127.0.0.1:{port}/live/cam", *words) as run,
     ):
         run.more_frames()
+        seen = len(run.states())
         publisher.stop()
-        until(lambda: {"lost", "stalled"} & set(run.states()))
+        until(lambda: {"lost", "stalled"} & set(run.states()[seen:]))
         publisher.start()
         run.more_frames()
         assert run.end(signal.SIGINT) == 130
