@@ -198,7 +198,8 @@ def whole_road(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         axes.plot([ms], [place], marker, color=colour)
     axes.set_yticks(range(len(times)), [name for _, name in times], fontsize=7)
     axes.invert_yaxis()
-    axes.set_title("from the file to the mask, in a folder; peers' weights are random but for ISNet's", fontsize=10)
+    but_one = " but for ISNet's" if any("isnet" in name for _, name in times) else ""
+    axes.set_title(f"from the file to the mask, in a folder; peers' weights are random{but_one}", fontsize=10)
 
 
 # Stages

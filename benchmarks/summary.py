@@ -15,6 +15,7 @@ from benchmarks.tables import spread
 SHOWN: Final = (
     "petseg, auto",
     "petseg, onnxruntime",
+    "petseg, openvino",
     "torchvision lraspp mobilenet_v3_large, OpenVINO",
     "torchvision lraspp mobilenet_v3_large, ONNX Runtime",
     "smp FPN resnet34, OpenVINO",

@@ -356,9 +356,10 @@ def milliseconds(row: dict[str, Any]) -> str:
 def peers() -> str:
     """Whole processes of petseg and of its peers, on the same photos, in turns."""
     record = records.load("peers")
+    but_one = ", but for ISNet's" if any("isnet" in row["name"] for row in record["rows"]) else ""
     others = "every other one" if record.get("between", 1) == 1 else f"every {record['between']} others"
     lines = [
-        f"A folder of {record['photos']} photos to masks (slow ones take the first few), and one photo from a start "
+        f"A folder of {record['photos']} photos to masks ({few(record)}), and one photo from a start "
         "with files in the disk's cache, and OpenVINO's compiled model in petseg's: whole processes in turns, "
         f"`petseg infer` before and after {others}, on "
         f"{record['machine']['cores']} cores of {record['machine']['cpu']} (`python -m benchmarks peers`). Peers are "
@@ -366,8 +367,7 @@ def peers() -> str:
         "writes beside each other, and packs PNG with zlib's quickest level, where the loops leave that to Pillow; "
         "petseg's own plain loop shows what both are worth. Rates are from the first mask "
         "to the last; medians, lowest and highest. Memory is the most that the process held. Installed: the packages "
-        "that this way needs, CUDA's libraries apart. Weights of peers are random, good for speed only, but for "
-        "ISNet's:",
+        f"that this way needs, CUDA's libraries apart. Weights of peers are random, good for speed only{but_one}:",
         "",
         "| | network's input | photos/s | `petseg infer` is N times as fast: N | petseg's plain loop in the same "
         "engine is N times as fast: N | start, s | memory, MB | installed, MB |",
@@ -384,6 +384,16 @@ def peers() -> str:
             f"| {row['memory_mb']['median']:.0f} | {disk['megabytes'] - disk['of_these_cuda']:.0f} |"
         )
     return "\n".join(lines)
+
+
+def few(record: dict[str, Any]) -> str:
+    """What slow peers take in place of a whole folder; records before told petseg's rate on all photos beside it."""
+    if "photos_of_petseg" not in record["rows"][0]:
+        return "slow ones take the first few"
+    fewer = sorted({row["folder"]["photos"] for row in record["rows"]} - {record["photos"]}, reverse=True)
+    if not fewer:
+        return "all of them the same"
+    return f"slow ones take the first {' or '.join(map(str, fewer))}, and petseg beside them the same, several times"
 
 
 def title(row: dict[str, Any]) -> str:
