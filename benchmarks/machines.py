@@ -20,7 +20,7 @@ def machines() -> str:
     columns = every()
     heads = " | ".join(name_of(column) for column in columns)
     lines = [
-        line(what, [tell(column) if needs in column else "" for column in columns])
+        line(what, with_work(needs, columns, [tell(column) if needs in column else "" for column in columns]))
         for what, (needs, tell) in SINGLE.items()
     ]
     for what, (needs, several) in SEVERAL.items():
@@ -30,7 +30,7 @@ def machines() -> str:
     return "\n".join(
         [
             "What `make bench` gave, two cores each (`make bench RESULTS=benchmarks/results/machines/NAME` adds a "
-            "machine); medians:",
+            "machine); medians; where its work was not the same for all, it is in brackets:",
             "",
             f"| | {heads} |",
             f"|---|{'---|' * len(columns)}",
@@ -57,6 +57,14 @@ def name_of(machine: Machine) -> str:
 def line(what: str, cells: Iterable[str]) -> str:
     """A row of the table."""
     return f"| {what} | {' | '.join(cells)} |"
+
+
+def with_work(needs: str, columns: Iterable[Machine], cells: Iterable[str]) -> list[str]:
+    """The cells of a row, each with the work that its record is of if they are not of the same."""
+    pairs = list(zip(columns, cells, strict=True))
+    works = [WORK[needs](column[needs]) if needs in WORK and needs in column else "" for column, _ in pairs]
+    differ = len(set(filter(None, works))) > 1
+    return [f"{cell} ({work})" if differ and work else cell for (_, cell), work in zip(pairs, works, strict=True)]
 
 
 def speed(machine: Machine) -> str:
@@ -111,6 +119,11 @@ def rival(machine: Machine) -> dict[str, str]:
     return {f"{row['engine'].split()[0]}, {row['precision']}": f"{row['petseg_times_as_fast']:.2f}" for row in rows}
 
 
+#: What a record's work is, in a few words; "" if it does not say.
+WORK: Final[Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
+    "peers": lambda record: f"{record['photos']} photos" if "photos" in record else "",
+    "video": lambda record: f"{record['frames']} frames" if "frames" in record else "",
+}
 #: What has one figure, and what has one for each engine: the record, and the figure.
 SINGLE: Final[Mapping[str, tuple[str, Callable[[Machine], str]]]] = {
     "numpy's matmul in float32, GFLOP/s": ("latency", speed),

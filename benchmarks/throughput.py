@@ -114,7 +114,7 @@ def words(name: str, folder: Path, results: Path, kind: str, backend: str) -> li
     """What the interpreter is called with: for ``command`` or ``loop``, from the photos of a folder to another."""
     if name == "loop":
         return ["-c", LOOP, kind, backend, results, *sorted(folder.iterdir())]
-    options = ["--as", kind, "--backend", backend, "--quiet", "--output", results]
+    options: list[str | Path] = ["--as", kind, "--backend", backend, "--quiet", "--output", results]
     return ["-m", "petseg.cli", "infer", folder, *options]
 
 

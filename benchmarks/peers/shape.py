@@ -31,6 +31,8 @@ def outline(size: int) -> Tensor:
 class Smooth(nn.Module):
     """Logits [N, 1, size, size] to a probability; costs one addition."""
 
+    shape: Tensor
+
     def __init__(self, size: int) -> None:
         super().__init__()
         self.register_buffer("shape", outline(size), persistent=False)  # it is no weight of the network's
