@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any, Final, TypeAlias
 
@@ -20,7 +20,7 @@ def machines() -> str:
     columns = every()
     heads = " | ".join(name_of(column) for column in columns)
     lines = [
-        line(what, with_work(needs, columns, [tell(column) if needs in column else "" for column in columns]))
+        line(what, with_work(what, columns, [tell(column) if needs in column else "" for column in columns]))
         for what, (needs, tell) in SINGLE.items()
     ]
     for what, (needs, several) in SEVERAL.items():
@@ -59,12 +59,11 @@ def line(what: str, cells: Iterable[str]) -> str:
     return f"| {what} | {' | '.join(cells)} |"
 
 
-def with_work(needs: str, columns: Iterable[Machine], cells: Iterable[str]) -> list[str]:
-    """The cells of a row, each with the work that its record is of if they are not of the same."""
-    pairs = list(zip(columns, cells, strict=True))
-    works = [WORK[needs](column[needs]) if needs in WORK and needs in column else "" for column, _ in pairs]
+def with_work(what: str, columns: Sequence[Machine], cells: Sequence[str]) -> list[str]:
+    """The cells of a row, each with its work if they are not all of the same."""
+    works = [WORK[what](column) if what in WORK else "" for column in columns]
     differ = len(set(filter(None, works))) > 1
-    return [f"{cell} ({work})" if differ and work else cell for (_, cell), work in zip(pairs, works, strict=True)]
+    return [f"{cell} ({work})" if differ and work else cell for cell, work in zip(cells, works, strict=True)]
 
 
 def speed(machine: Machine) -> str:
@@ -98,6 +97,24 @@ def overlay(machine: Machine) -> str:
     return f"{next(row['times_real_time'] for row in machine['video']['rows'] if row['kind'] == 'overlay'):.2f}"
 
 
+def photos(machine: Machine) -> str:
+    """In the folder of the peers' record."""
+    number = machine.get("peers", {}).get("photos")
+    return f"{number} photos" if number else ""
+
+
+def ways(machine: Machine) -> str:
+    """How many of the peers' loops there are, and how large their folder."""
+    number = photos(machine)
+    return f"{len(peers(machine))} of them, {number}" if number else ""
+
+
+def frames(machine: Machine) -> str:
+    """Of the clip."""
+    number = machine.get("video", {}).get("frames")
+    return f"{number} frames" if number else ""
+
+
 def peers(machine: Machine) -> list[Mapping[str, Any]]:
     """The rows that are not petseg's."""
     return [row for row in machine["peers"]["rows"] if not row["name"].startswith("petseg")]
@@ -119,11 +136,6 @@ def rival(machine: Machine) -> dict[str, str]:
     return {f"{row['engine'].split()[0]}, {row['precision']}": f"{row['petseg_times_as_fast']:.2f}" for row in rows}
 
 
-#: What a record's work is, in a few words; "" if it does not say.
-WORK: Final[Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
-    "peers": lambda record: f"{record['photos']} photos" if "photos" in record else "",
-    "video": lambda record: f"{record['frames']} frames" if "frames" in record else "",
-}
 #: What has one figure, and what has one for each engine: the record, and the figure.
 SINGLE: Final[Mapping[str, tuple[str, Callable[[Machine], str]]]] = {
     "numpy's matmul in float32, GFLOP/s": ("latency", speed),
@@ -135,4 +147,10 @@ SINGLE: Final[Mapping[str, tuple[str, Callable[[Machine], str]]]] = {
 SEVERAL: Final[Mapping[str, tuple[str, Callable[[Machine], Mapping[str, str]]]]] = {
     "the network alone, ms:": ("latency", alone),
     "times as fast as LR-ASPP's, alone:": ("accuracy", rival),
+}
+#: Of those with one figure, the work that it is of, in a few words; "" if a record does not say.
+WORK: Final[Mapping[str, Callable[[Machine], str]]] = {
+    "`petseg infer` on a folder, photos/s": photos,
+    "times as fast as the peers on that folder": ways,
+    "a video to an overlay, times real time": frames,
 }
