@@ -28,6 +28,7 @@ from statistics import median
 from typing import Any, Final, TypeAlias
 
 import click
+from PIL import Image
 
 from benchmarks import records
 from benchmarks.peers import environments
@@ -107,7 +108,7 @@ class Folders:
         if len(found) < photos:
             sys.exit(f"{data}: {len(found)} photos at their own size; {photos} are wanted: give fewer with --photos")
         self.photos = photos
-        picked = random.Random(0).sample(found, photos)  # mixed, so that the first few are like the rest
+        picked = mixed(random.Random(0).sample(found, photos))
         self._scratch = scratch
         for number in set(counts):
             self._fill(self.of(number), picked[:number])
@@ -134,6 +135,23 @@ class Folders:
         folder.mkdir()
         for index, source in enumerate(photos):
             shutil.copyfile(source, folder / f"{index:04d}{source.suffix}")
+
+
+def mixed(photos: Sequence[Path]) -> list[Path]:
+    """Photos in an order in which the first few are of all sizes: one in the middle, two quarters, the eighths, ...
+
+    Chance alone gave the first ten of two hundred 0.12 megapixels in the mean, the first hundred 0.18, all 0.16.
+    """
+    by_size = sorted(photos, key=pixels)
+    bits = (len(photos) - 1).bit_length()
+    places = (int(f"{number:0{bits}b}"[::-1], 2) for number in (*range(1, 2**bits), 0))
+    return [by_size[place] for place in places if place < len(photos)]
+
+
+def pixels(photo: Path) -> int:
+    """How many a photo has."""
+    with Image.open(photo) as image:
+        return image.width * image.height
 
 
 def measured(

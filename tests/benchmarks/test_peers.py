@@ -95,7 +95,7 @@ def of_folders(module: Any, data: Path, photos: int, counts: list[int]) -> Any:
     if not images.exists():
         images.mkdir(parents=True)
         for number in range(50):
-            (images / f"cat_{number}.jpg").write_bytes(bytes([number]))
+            Image.new("RGB", (number + 1, 1), (number, 0, 0)).save(images / f"cat_{number}.jpg")
     scratch = data / f"scratch-{photos}"
     scratch.mkdir()
     return module("pipeline").Folders(data, photos, counts, scratch)
@@ -236,6 +236,10 @@ def test_the_photos_of_a_small_folder_are_among_those_of_a_large_one(module: Any
     assert folders.beside(1) == folders.of(1)
     assert contents(folders.beside(3)) == folders.times(3) * contents(folders.of(3))
     assert folders.times(3) == 3
+    ordered = module("pipeline").mixed(sorted(tmp_path.rglob("cat_*.jpg")))
+    widths = [module("pipeline").pixels(photo) for photo in ordered]
+    assert sorted(widths) == list(range(1, 51))
+    assert widths[:3] == [33, 17, 49], "of all sizes, however few"
     with pytest.raises(SystemExit, match=r"50 photos at their own size; 51 are wanted"):
         of_folders(module, tmp_path, 51, [1])
 
