@@ -425,7 +425,7 @@ def video() -> str:
     steps = ("decode", "convert", "infer", "finish", "write")
     lines = [
         f"A clip of {clip['clip']}, `petseg infer CLIP`, the whole process on {machine['cores']} cores of "
-        f"{machine['cpu']}; medians of {len(clip['rows'][0]['seconds'])} rounds in alternation; the steps run beside "
+        f"{machine['cpu']}; medians of {rounds_of(clip['rows'])} rounds in alternation; the steps run beside "
         "each other, in ms per frame, median and 99th percentile (`python -m benchmarks video`):",
         "",
         f"| engine | writes | frames/s | times real time | {' | '.join(steps)} |",
@@ -450,6 +450,11 @@ def video() -> str:
         for row in clip["loops"]
     ]
     return "\n".join(lines)
+
+
+def rounds_of(rows: Sequence[dict[str, Any]]) -> str:
+    """How many rounds each row has; the first may have more than others."""
+    return " to ".join(map(str, sorted({len(row["seconds"]) for row in rows})))
 
 
 def live() -> str:

@@ -4,7 +4,7 @@ The clip is made from real photos (a slow pan and zoom over each for two seconds
 with sound, so that decoding and encoding cost what they cost in practice. Right before and after its run in the engine
 that it chooses itself are plain loops over the same frames in the same engine: petseg's Python API, and the network of
 a peer in the environment of benchmarks.peers. They decode on all cores, as petseg does, encode as it does by default,
-and draw with Pillow, a picture at a time.
+and draw with Pillow, a picture at a time. Its other runs, which nothing is held against, are in every second round.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ SHOT: Final = 60
 ENGINES: Final = ("openvino", "onnxruntime")
 #: Seconds of the clip of the runs before the first, which do not count.
 WARM: Final = 1
+#: Rounds from one run to the next of those cases that no loop is held against.
+BETWEEN: Final = 2
 #: The network that comes nearest to petseg's in speed (``python -m benchmarks peers``).
 PEER: Final = "lraspp_mobilenet_v3_large"
 
@@ -89,15 +91,15 @@ def video(data: Path, seconds: int, rounds: int) -> None:
         for name in loops:
             loop(name, short)
         before, after = loops
-        for _ in range(rounds):
-            for case in cases:
-                if case == cases[0]:  # it runs between the loops, which are held against it
-                    taken[before].append(loop(before, clip))
+        for number in range(rounds):
+            taken[before].append(loop(before, clip))
+            runs[cases[0]].append(one(clip, Path(scratch) / "out", *cases[0]))
+            taken[after].append(loop(after, clip))
+            click.echo(f"loops in {first}: {taken[before][-1]:.1f}, {taken[after][-1]:.1f} s", err=True)
+            for case in cases[1:] if number % BETWEEN == 0 else ():
                 runs[case].append(one(clip, Path(scratch) / "out", *case))
+            for case in cases:
                 click.echo(f"{' '.join(case)}: {runs[case][-1]['seconds']:.1f} s", err=True)
-                if case == cases[0]:
-                    taken[after].append(loop(after, clip))
-                    click.echo(f"loops in {first}: {taken[before][-1]:.1f}, {taken[after][-1]:.1f} s", err=True)
     frames = seconds * RATE
     about = {"clip": f"{WIDTH}x{HEIGHT}, {RATE} frames/s, {seconds} s, H.264 and AAC", "frames": frames}
     rows = [row(backend, kind, seconds, several) for (backend, kind), several in runs.items()]

@@ -15,6 +15,7 @@ from petseg_runtime.engines.registry import ENGINES
 
 MODELS: Final = environments.FOLDER / "models"
 RANDOM: Final = "random, for speed only"
+PYTORCH: Final = "PyTorch"
 
 #: Which engine petseg takes, asked in its own environment.
 TELL: Final = """
@@ -72,19 +73,25 @@ class Contender:
     every: int = 1
 
 
+#: Of the photos, for the slowest, and for PyTorch.
+FEW, SOME = 0.1, 0.3
 #: Name and file of rembg's models. Their session is the one that takes a file, and does with it what the built-in ones
 #: of that network do.
 REMBG: Final = (("u2netp", "u2netp.onnx"), ("u2net, its default", "u2net.onnx"))
-#: Library, name, what ``networks`` calls it, its share of the photos, and whether PyTorch has its turn with it. Left
-#: out are those that say nothing new and take minutes, all of them far behind: rembg's ISNet, a Unet on MobileNetV2
-#: (between DeepLabV3 and FPN), and the larger ones in PyTorch.
+#: Library, name, what ``networks`` calls it, its share of the photos, and where it is run. Left out are those that say
+#: nothing new and take minutes, all of them far behind: rembg's ISNet, a Unet on MobileNetV2 (between DeepLabV3 and
+#: FPN), and the larger ones in slower engines.
 NETWORKS: Final = (
-    ("torchvision", "lraspp mobilenet_v3_large", "lraspp_mobilenet_v3_large", 1.0, True),
-    ("torchvision", "deeplabv3 mobilenet_v3_large", "deeplabv3_mobilenet_v3_large", 0.3, False),
-    ("segmentation-models-pytorch", "FPN resnet34", "fpn_resnet34", 0.3, False),
+    (
+        "torchvision",
+        "lraspp mobilenet_v3_large",
+        "lraspp_mobilenet_v3_large",
+        1.0,
+        (PYTORCH, "ONNX Runtime", "OpenVINO"),
+    ),
+    ("torchvision", "deeplabv3 mobilenet_v3_large", "deeplabv3_mobilenet_v3_large", SOME, ("ONNX Runtime", "OpenVINO")),
+    ("segmentation-models-pytorch", "FPN resnet34", "fpn_resnet34", SOME, ("OpenVINO",)),
 )
-#: Of the photos, for the slowest.
-FEW: Final = 0.1
 #: The engines that petseg has for CPUs.
 ENGINES_OF_CPUS: Final = ("onnxruntime", "openvino")
 
@@ -125,14 +132,14 @@ def theirs(python: Path) -> Iterator[Contender]:
         yield Contender(
             f"rembg {name}", how, "ONNX Runtime", size, RANDOM, command, "peers", needs, model, share=FEW, every=2
         )
-    for library, name, network, share, in_pytorch in NETWORKS:
+    for library, name, network, share, engines in NETWORKS:
         weights_file, graph = MODELS / f"{network}.safetensors", MODELS / f"{network}.onnx"
         for engine, command, model, needs in (
-            ("PyTorch", loop(python, "torch", network, weights_file), weights_file, (library, "pillow")),
+            (PYTORCH, loop(python, "torch", network, weights_file), weights_file, (library, "pillow")),
             ("ONNX Runtime", loop(python, "onnxruntime", graph), graph, ("onnxruntime", "numpy", "pillow")),
             ("OpenVINO", loop(python, "openvino", graph), graph, ("openvino", "numpy", "pillow")),
         ):
-            if engine == "PyTorch" and not in_pytorch:
+            if engine not in engines:
                 continue
             title = f"{library} {name}, {engine}".replace("segmentation-models-pytorch", "smp")
             yield Contender(
@@ -145,8 +152,8 @@ def theirs(python: Path) -> Iterator[Contender]:
                 "peers",
                 needs,
                 model,
-                share=0.3 if engine == "PyTorch" else share,
-                every=2 if engine == "PyTorch" else 1,
+                share=SOME if engine == PYTORCH else share,
+                every=2 if engine == PYTORCH else 1,
             )
 
 
