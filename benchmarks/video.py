@@ -96,9 +96,9 @@ def video(data: Path, seconds: int, rounds: int) -> None:
             runs[cases[0]].append(one(clip, Path(scratch) / "out", *cases[0]))
             taken[after].append(loop(after, clip))
             click.echo(f"loops in {first}: {taken[before][-1]:.1f}, {taken[after][-1]:.1f} s", err=True)
+            click.echo(f"{' '.join(cases[0])}: {runs[cases[0]][-1]['seconds']:.1f} s", err=True)
             for case in cases[1:] if number % BETWEEN == 0 else ():
                 runs[case].append(one(clip, Path(scratch) / "out", *case))
-            for case in cases:
                 click.echo(f"{' '.join(case)}: {runs[case][-1]['seconds']:.1f} s", err=True)
     frames = seconds * RATE
     about = {"clip": f"{WIDTH}x{HEIGHT}, {RATE} frames/s, {seconds} s, H.264 and AAC", "frames": frames}

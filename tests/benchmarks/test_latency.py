@@ -154,7 +154,7 @@ def test_all_take_turns_with_the_matmuls(latency: Any, folder: Path) -> None:
     for row in group["rows"]:
         assert len(row["milliseconds"]) == 2
         assert row["share_of_matmul_peak"] > 0
-        assert row["p50"] <= row["p95"]
+        assert (row["p95"] is None) == (row["runs"] < 20), "a slow machine has fewer runs in its turns"
     assert group["rows"][0]["times_faster_than_pytorch"] == 1
     assert group["name"] == "tiny, 32x32, batch 1"
 
