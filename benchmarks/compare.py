@@ -313,9 +313,9 @@ def highest(rounds: Sequence[Sequence[float]], rng: np.random.Generator) -> floa
 
 
 def times_in(value: Any) -> Iterator[tuple[str, list[float]]]:
-    """Each list of two times or more, with the path that leads to it."""
+    """Each list of two times or more, with the path that leads to it; from the first of one photo to it is none."""
     for where, numbers in numbers_in(value):
-        if TIMES & set(where) and len(numbers) > 1:
+        if TIMES & set(where) and len(numbers) > 1 and min(numbers) > 0:
             yield " ".join(where), numbers
 
 
