@@ -99,7 +99,7 @@ step int8 "$$BIN/petseg" export petseg/weights/edge.safetensors --output "$$scra
 int8= && [ -f "$$scratch/int8.onnx" ] && int8="--int8 $$scratch/int8.onnx"
 measure latency --data "$$DATA" --rounds 5 --no-compile $$int8
 measure throughput --data "$$DATA" --photos 100 --rounds 5
-measure video --data "$$DATA" --seconds 4 --rounds 5
+measure video --data "$$DATA" --seconds 3 --rounds 5
 measure scaling --rounds 5 --clip-rounds 1
 measure training --data "$$DATA" --epochs 3
 measure accuracy --data "$$DATA" $$int8 $${ISNET:+--isnet "$$ISNET"}
