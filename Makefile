@@ -13,7 +13,7 @@ help:
 	@echo "make test    install everything the tests need into $(DEV), then make check and the tests"
 	@echo "make check   formatting, lint, types, import contracts"
 	@echo "make format  let ruff rewrite what it can"
-	@echo "make bench   measure everything (half an hour, or more than one; wants DATA=data), then write the README's tables;"
+	@echo "make bench   measure everything (a quarter to half an hour; wants DATA=data), then write the README's tables;"
 	@echo "             with RESULTS=folder the records go there, and the tables stay"
 	@echo "make gpu-check  on a machine with an NVIDIA GPU: all its tests and benchmarks, in one file to send back"
 	@echo "make clean   remove environments, caches and outputs"
@@ -41,9 +41,10 @@ format: $(DEV)/.installed
 	$(DEV)/bin/ruff format .
 	$(DEV)/bin/ruff check --fix .
 
-# Half an hour, once the peers' environments are there (benchmarks.peers makes them). A step that fails does not keep the
-# others from running; it is named at the end, and the exit code tells. ISNET=FILE adds the background remover. RESULTS=FOLDER
-# takes the records, to compare them with ours, or as those of another machine (benchmarks/results/machines/NAME).
+# A quarter of an hour, or half an hour on a CPU with AVX2 alone, once the peers' environments are there (benchmarks.peers
+# makes them). A step that fails does not keep the others from running; it is named at the end, and the exit code tells.
+# ISNET=FILE adds the background remover's quality. RESULTS=FOLDER takes the records, to compare them with ours, or as
+# those of another machine (benchmarks/results/machines/NAME).
 DATA    ?= data
 ISNET   ?=
 RESULTS ?=
@@ -96,13 +97,13 @@ part() { for name in "$$DATA/oxford-iiit-pet$$1" "$$DATA/oxford-iiit-pet"; do [ 
 step int8 "$$BIN/petseg" export petseg/weights/edge.safetensors --output "$$scratch/int8.onnx" --precision int8 \
     --data "$$(part -native)" --int8-data "$$(part -best)"
 int8= && [ -f "$$scratch/int8.onnx" ] && int8="--int8 $$scratch/int8.onnx"
-measure latency --data "$$DATA" --rounds 5 $$int8
-measure throughput --data "$$DATA" --photos 240 --rounds 5
-measure video --data "$$DATA" --seconds 8 --rounds 5
+measure latency --data "$$DATA" --rounds 5 --no-compile $$int8
+measure throughput --data "$$DATA" --photos 100 --rounds 5
+measure video --data "$$DATA" --seconds 3 --rounds 5
 measure scaling --rounds 5 --clip-rounds 1
 measure training --data "$$DATA" --epochs 3
 measure accuracy --data "$$DATA" $$int8 $${ISNET:+--isnet "$$ISNET"}
-measure peers --data "$$DATA" --photos 200 --starts 5 $${ISNET:+--isnet "$$ISNET"}
+measure peers --data "$$DATA" --photos 100 --rounds 5 --starts 5
 if [ -z "$$PETSEG_RESULTS" ]; then measure report
 else echo "$$BIN/python -m benchmarks compare benchmarks/results $$PETSEG_RESULTS tells what differs"; fi
 echo "== all of it took $$(($$(date +%s) - began)) s"

@@ -9,17 +9,21 @@ slowest of them, and faster if it is faster than the fastest. A change counts if
 tolerance.
 
 What should come out alike in every session, whatever the machine's mood, are ratios that were measured side by side
-(times as fast as PyTorch, as a plain loop, as a peer). How many of them are, and of the times, is told at the end.
+(times as fast as PyTorch, as a plain loop, as a peer). Where a record holds the ratio of each round, it is judged as
+times are: lost if it is smaller than the smallest OLD, its whole interval beyond the tolerance. How many of them came
+out alike, and of the times, is told at the end, and how many of both could not be judged.
 
-Records of different work (photos, clip, size, threads, ...) are refused; another machine, one that is itself slower
-or faster by the matmul in each record, other versions, another model or other options are said first. What a record of
-OLD has and that of NEW has not counts as slower: what fails takes for ever. Of folders all records are compared, each
-with those of its name; of different work, they are left out, and said, and so is what was not measured anew at all.
+Records of different work (photos, clip, size, threads, ...) are refused; another machine, one that is itself slower or
+faster by the matmul in each record, other versions, another model or other options are said first. What a record of OLD
+has and that of NEW has not, a time or a ratio, counts as slower: what fails takes for ever. Of folders all records are
+compared, each with those of its name; of different work, they are left out, and said, and so is what was not measured
+anew at all.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +39,7 @@ Record: TypeAlias = dict[str, Any]
 #: Those of a folder by their names; a file's has none ("").
 Records: TypeAlias = dict[str, Record]
 #: Keys of lists that hold times.
-TIMES: Final = frozenset({"seconds", "milliseconds"})
+TIMES: Final = frozenset({"seconds", "milliseconds", "first_to_last"})
 #: Keys of ratios (a number, a list or a table of them) whose two sides took turns.
 RATIOS: Final = frozenset(
     {
@@ -48,9 +52,10 @@ RATIOS: Final = frozenset(
         "times_as_fast_as_one_thread",
     }
 )
-#: Of a ratio that is told with its spread: the keys of the latter.
-SPREAD: Final = frozenset({"min", "max"})
-#: What tells one row of a record from another; where there is a name, that alone (engines' versions change).
+#: Of a ratio that is told with its spread: the keys of the latter, and that of the list with each round's.
+EACH: Final = "each"
+SPREAD: Final = frozenset({"min", "max", EACH})
+#: What tells one row of a record from another; where there is a name, that alone. Versions are left out: they change.
 LABELS: Final = ("backend", "kind", "engine", "stored", "precision", "device", "curve")
 #: What has to be the same, or times say nothing about each other.
 WORK: Final = ("photos", "clip", "frames", "size", "batch", "threads", "batch_at_size", "minutes")
@@ -108,10 +113,23 @@ class Change(Figure):
 
 @dataclass(frozen=True)
 class Ratio(Figure):
-    """A ratio that was measured side by side: the median of all OLD, and NEW."""
+    """A ratio that was measured side by side: the median of all OLD, and NEW.
+
+    Attributes:
+        old: The former.
+        new: The latter.
+        high: Of the 95 % interval of the ratio to the smallest OLD; None: a record does not hold enough rounds of it.
+    """
 
     old: float
     new: float
+    high: float | None = None
+
+    def verdict(self, tolerance: float) -> str:
+        """``lost``, nothing, or that it cannot be told."""
+        if self.high is None:
+            return TOO_FEW
+        return "lost" if self.high < 1 / (1 + tolerance) else ""
 
 
 @dataclass(frozen=True)
@@ -125,9 +143,10 @@ class Comparison:
     refused: list[str]
 
     def fails(self, tolerance: float) -> bool:
-        """Whether NEW is slower at something, or lacks it, or cannot be compared in it."""
+        """Whether NEW is slower at something, or less far ahead, or lacks it, or cannot be compared in it."""
         slower = any(change.verdict(tolerance) == "slower" for change in self.changes)
-        return slower or bool(self.gone or self.refused)
+        lost = any(ratio.verdict(tolerance) == "lost" for ratio in self.ratios)
+        return slower or lost or bool(self.gone or self.refused)
 
 
 @click.command()
@@ -235,9 +254,13 @@ def alike(ratio: float) -> bool:
 
 
 def gone_from(old: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> list[str]:
-    """The lists of times that every OLD has and NEW has not."""
-    there = {what for what, _ in times_in(new)}
-    first, *others = [dict.fromkeys(what for what, _ in times_in(record)) for record in old]
+    """The lists of times, and the ratios, that every OLD has and NEW has not."""
+
+    def figures(record: Mapping[str, Any]) -> dict[str, None]:
+        return dict.fromkeys([*dict(times_in(record)), *dict(ratios_in(record))])
+
+    there = figures(new)
+    first, *others = map(figures, old)
     return [what for what in first if what not in there and all(what in other for other in others)]
 
 
@@ -267,19 +290,32 @@ def spread(sessions: Sequence[Sequence[float]]) -> dict[str, float]:
     return {"median": middle, "min": float(every.min()), "max": float(every.max())}
 
 
-def ratios_of(old: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> list[Ratio]:
+def ratios_of(old: Sequence[Mapping[str, Any]], new: Mapping[str, Any], seed: int = 0) -> list[Ratio]:
     """Every ratio that all records hold, but for those that are 1 because a side is held against itself."""
+    rng, rounds = np.random.default_rng(seed), [dict(rounds_in(record)) for record in (*old, new)]
     before = [dict(ratios_in(record)) for record in old]
     common = {what: now for what, now in ratios_in(new) if all(found.get(what) for found in before)}
     middle = {what: float(np.median([found[what] for found in before])) for what in common}
     real = {what: now for what, now in common.items() if not now == middle[what] == 1}
-    return [Ratio(what, now / middle[what], middle[what], now) for what, now in real.items()]
+    return [
+        Ratio(what, now / middle[what], middle[what], now, highest([found.get(what, ()) for found in rounds], rng))
+        for what, now in real.items()
+    ]
+
+
+def highest(rounds: Sequence[Sequence[float]], rng: np.random.Generator) -> float | None:
+    """Of a ratio's rounds in all OLD and NEW: how far NEW's may be above the smallest OLD at the 95 % level."""
+    if min(map(len, rounds)) < FEWEST:
+        return None
+    *before, now = rounds
+    smallest = min(before, key=np.median)
+    return interval(smallest, now, rng)[1]
 
 
 def times_in(value: Any) -> Iterator[tuple[str, list[float]]]:
-    """Each list of two times or more, with the path that leads to it."""
+    """Each list of two times or more, with the path that leads to it; from the first of one photo to it is none."""
     for where, numbers in numbers_in(value):
-        if TIMES & set(where) and len(numbers) > 1:
+        if TIMES & set(where) and len(numbers) > 1 and min(numbers) > 0:
             yield " ".join(where), numbers
 
 
@@ -291,11 +327,21 @@ def ratios_in(value: Any) -> Iterator[tuple[str, float]]:
                 yield " ".join([*where, str(place)] if len(numbers) > 1 else where), number
 
 
+def rounds_in(value: Any) -> Iterator[tuple[str, list[float]]]:
+    """Of each ratio whose rounds are told, all of them, with the path that leads to the ratio."""
+    for where, numbers in numbers_in(value):
+        *there, last = where
+        if last == EACH and RATIOS & set(there):
+            yield " ".join([*there, "median"]), numbers
+        elif last.removesuffix(f"_{EACH}") in RATIOS:
+            yield " ".join([*there, last.removesuffix(f"_{EACH}")]), numbers
+
+
 def numbers_in(value: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], list[float]]]:
     """Each list of numbers, and each number as a list of one, with the keys and labels that lead to it."""
     if isinstance(value, dict):
         keys = ("name",) if "name" in value else LABELS
-        label = tuple(value[key] for key in keys if isinstance(value.get(key), str))
+        label = tuple(without_version(value[key]) for key in keys if isinstance(value.get(key), str))
         for key, item in value.items():
             yield from numbers_in(item, tuple(filter(None, (*where, *label, key))))
     elif isinstance(value, list) and value and all(map(_is_number, value)):
@@ -305,6 +351,11 @@ def numbers_in(value: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
             yield from numbers_in(item, where)
     elif _is_number(value):
         yield where, [value]
+
+
+def without_version(label: str) -> str:
+    """``onnxruntime 1.32.0, f32`` as ``onnxruntime, f32``; "width 64" and "at 1.5" stay: a version has two dots."""
+    return re.sub(r"(?<=\w) \d+(\.\d+){2,}\b", "", label)
 
 
 def interval(old: Sequence[float], new: Sequence[float], rng: np.random.Generator) -> tuple[float, float]:
@@ -334,9 +385,12 @@ def as_record(found: Comparison, tolerance: float) -> dict[str, Any]:
         "tolerance": tolerance,
         "said": found.said,
         "refused": found.refused,
-        "summary": {"times": repeated(found.changes), "ratios": repeated(found.ratios)},
+        "summary": {
+            name: {**repeated(rows), "not_judged": sum(row.verdict(tolerance) == TOO_FEW for row in rows)}
+            for name, rows in (("times", found.changes), ("ratios", found.ratios))
+        },
         "rows": [{**vars(change), "verdict": change.verdict(tolerance)} for change in found.changes],
-        "ratios": [vars(ratio) for ratio in found.ratios],
+        "ratios": [{**vars(ratio), "verdict": ratio.verdict(tolerance)} for ratio in found.ratios],
         "gone": found.gone,
     }
 
@@ -353,7 +407,7 @@ def repeated(rows: Sequence[Figure]) -> dict[str, Any]:
 
 
 def table(found: Comparison, tolerance: float) -> Iterator[str]:
-    """All of it, for people: of ratios only those that did not repeat."""
+    """All of it, for people: of ratios only those that did not repeat, or are lost."""
     for change in found.changes:
         interval = f"{change.low:.3f} to {change.high:.3f}" if change.enough else "?"
         yield f"{change.ratio:6.3f}  ({interval:>14})  {change.verdict(tolerance):6}  {change.what}"
@@ -361,10 +415,15 @@ def table(found: Comparison, tolerance: float) -> Iterator[str]:
         yield f"  gone  {what}"
     if found.ratios:
         for ratio in found.ratios:
-            if not alike(ratio.ratio):
-                yield f"{ratio.ratio:6.3f}  side by side: {ratio.old:.3g} before, {ratio.new:.3g} now  {ratio.what}"
+            lost = ratio.verdict(tolerance) == "lost"
+            if lost or not alike(ratio.ratio):
+                told = f"side by side{', lost' if lost else ''}: {ratio.old:.3g} before, {ratio.new:.3g} now"
+                yield f"{ratio.ratio:6.3f}  {told}  {ratio.what}"
         yield f"times: {in_words(found.changes)}"
         yield f"ratios that were measured side by side: {in_words(found.ratios)}"
+    every: list[Change | Ratio] = [*found.changes, *found.ratios]
+    if unknown := sum(row.verdict(tolerance) == TOO_FEW for row in every):
+        yield f"{unknown} of {len(every)} figures could not be judged: {TOO_FEW}, or none of single rounds"
 
 
 def in_words(rows: Sequence[Figure]) -> str:

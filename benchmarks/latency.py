@@ -1,7 +1,8 @@
 """The model alone in every engine that works here, beside PyTorch, and how near each comes to the machine's peak.
 
-Three networks: the one that ships, and two of the same family with random weights, of which only the speed is told.
-Each engine is first opened in a process of its own, for the time from the file to the first answer, and for its memory.
+Two networks: the one that ships, and the published width with random weights, of which only the speed is told. With
+the one that ships, a photo at a time, each engine is first opened in a process of its own, for the time from the file
+to the first answer, and for its memory.
 Then all engines take turns (turns.py) with the same batch, round after round, and the machine's matmuls with them
 (roofline.py). Where there is an NVIDIA GPU, engines and matmuls have their turns on it, too. PyTorch on the same device
 is what an engine is held against; every run ends with its answer in the CPU's memory, which waits for the GPU.
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -60,8 +61,10 @@ FORMS: Final = {
 }
 #: Of these, with several photos at a time: each start of PyTorch takes seconds.
 FORMS_OF_BATCHES: Final = (AS_TRAINED, f"{FOLDED}, bf16", f"{FOLDED}, fp16")
-#: What the record says of its p50, p95 and p99.
-PERCENTILES: Final = "of the runs of each round, then the median of the rounds; disturbed turns are taken again"
+#: Percentiles, and the runs of all rounds that each takes: of fewer it is the largest but by name.
+OF_RUNS: Final = {50: 1, 95: 20, 99: 100}
+#: What the record says of them.
+PERCENTILES: Final = "of the runs of all rounds, p95 of 20 or more, p99 of 100 or more; disturbed turns are taken again"
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,6 @@ class Network:
 
 NETWORKS: Final = (
     Network("the model that ships", 0, "", 0, (1, 8), compiled=True),
-    Network("width 16", 16, "full", 256, (1,)),
     Network("width 64", 64, "full", 128, (1,)),
 )
 
@@ -159,7 +161,7 @@ def latency(
             about = make_files(network, folder / network.name, data, int8)
             for batch in network.batches:
                 found = cases(folder / network.name, batch, threads, compiled=compiled and network.compiled)
-                group, reasons = measure(worth_it(found, groups), rounds, rates, about)
+                group, reasons = measure(worth_it(found, groups), rounds, rates, about, cold=not groups)
                 groups.append(group)
                 failed += [f"{group['name']}: {reason}" for reason in reasons]
     first, *others = groups
@@ -461,7 +463,7 @@ def images_of(case: Case) -> U8:
 
 
 def measure(
-    found: Sequence[Case], rounds: int, rates: Rates, about: dict[str, Any]
+    found: Sequence[Case], rounds: int, rates: Rates, about: dict[str, Any], *, cold: bool = True
 ) -> tuple[dict[str, Any], list[str]]:
     """A network with a batch: its rows, and what could not be measured.
 
@@ -470,16 +472,17 @@ def measure(
         rounds: How often each has its turn.
         rates: Matmuls of each kind of device; what they reach in each round is appended.
         about: The network.
+        cold: Whether each is opened in a process of its own first; if not, no start and no memory is told.
     """
     from benchmarks import roofline
 
-    starts = {case: start for case in found if (start := cold_start(case))}
-    working = distinct({case: start for case, start in starts.items() if "why" not in start})
+    starts = {case: start for case in found if (start := cold_start(case))} if cold else {}
     failed = [f"{case.name}: {start['why']}" for case, start in starts.items() if "why" in start]
-    taken, lost = in_turns(working, rounds, rates)
+    working = distinct({case: start for case, start in starts.items() if "why" not in start}) if cold else found
+    told_of, taken, lost = in_turns(working, starts, rounds, rates)
     latest = {kind: {m: values[-rounds:] for m, values in reached.items()} for kind, reached in rates.items()}
     batch, (height, width), folder = found[0].batch, about["size"], Path(found[0].folder)
-    stored_in = {"fp32", *(case.stored for case in working if case.engine != PYTORCH)}
+    stored_in = {"fp32", *(case.stored for case in told_of if case.engine != PYTORCH)}
     work = {
         stored: roofline.operations((folder / f"{stored}.onnx").read_bytes(), batch, height, width)
         for stored in stored_in
@@ -487,7 +490,7 @@ def measure(
     pytorch = {case.device: list(map(median, times)) for case, times in taken.times.items() if case.is_reference}
     rows = []
     for case, times in taken.times.items():
-        start, peak = working[case], roofline.best(latest.get(case.device, {}))
+        start, peak = told_of[case], roofline.best(latest.get(case.device, {}))
         counted = work.get(case.stored, work["fp32"])
         figures = row(times, pytorch.get(case.device), counted, start["precision"], peak)
         rows.append({"name": case.name, "device": case.device, **start, **figures})
@@ -506,27 +509,46 @@ def distinct(starts: Mapping[Case, dict[str, Any]]) -> dict[Case, dict[str, Any]
     return {case: starts[case] for case in seen.values()}
 
 
-def in_turns(working: Mapping[Case, dict[str, Any]], rounds: int, rates: Rates) -> tuple[Turns[Case], list[str]]:
-    """All cases in turns; the matmuls have theirs at the end of each round. What cannot be opened beside the others."""
+def in_turns(
+    working: Iterable[Case], starts: Mapping[Case, dict[str, Any]], rounds: int, rates: Rates
+) -> tuple[dict[Case, dict[str, Any]], Turns[Case], list[str]]:
+    """All cases in turns; the matmuls have theirs at the end of each round.
+
+    Args:
+        working: The cases; of those that compute alike, which is known when they are open, the first one stays.
+        starts: What their cold starts told, if they had any.
+        rounds: How often each has its turn.
+        rates: See :func:`measure`.
+
+    Returns:
+        What is told of each, their times, and what cannot be opened beside the others.
+    """
     lost: list[str] = []
+    told_of: dict[Case, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
-        batch = images_of(next(iter(working)))
         jobs: dict[Case, Job] = {}
-        for case, start in working.items():
+        for case in working:
             try:
                 engine = opened(case)
             except Exception as error:  # noqa: BLE001 - two libraries with a CUDA of their own: whatever they end in
                 lost.append(f"{case.name}, beside the others: {one_line(error)}")
                 continue
+            start = starts.get(case, engine.about)
+            if case not in distinct({**told_of, case: start}):
+                engine.close()
+                continue
             stack.callback(engine.close)
-            jobs[case] = engine.run, batch, count(start["later_run_ms"])
+            told_of[case] = start
+            batch = images_of(case)
+            later = start.get("later_run_ms") or min(timed(engine.run, batch, FEWEST))
+            jobs[case] = engine.run, batch, count(later)
 
         def matmuls() -> None:
             for values in rates.values():
                 for matmul, reached in values.items():
                     reached.append(matmul.rate())
 
-        return alternated(jobs, rounds, matmuls), lost
+        return told_of, alternated(jobs, rounds, matmuls), lost
 
 
 def row(
@@ -536,7 +558,7 @@ def row(
     precision: str,
     peak: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
-    """What the times of a case say; ratios and percentiles are taken within a round: a slow round does not set them.
+    """What the times of a case say; ratios are taken within a round: a slow round does not set them.
 
     Args:
         times: Milliseconds of each run, a list for each round.
@@ -547,7 +569,7 @@ def row(
     """
     from benchmarks.roofline import least_ms
 
-    medians = [median(values) for values in times]
+    medians, every = [median(values) for values in times], [ms for values in times for ms in values]
     faster = [a / b for a, b in zip(reference, medians, strict=True)] if reference else []
     least = [least_ms(work, precision, {name: r[i] for name, r in peak.items()}) for i in range(len(medians))]
     shares = [at_best / ms for at_best, ms in zip(least, medians, strict=True) if at_best]
@@ -555,9 +577,13 @@ def row(
         "milliseconds": medians,
         "median": median(medians),
         "lowest_and_highest": [min(medians), max(medians)],
-        **{f"p{share}": median(float(np.percentile(values, share)) for values in times) for share in (50, 95, 99)},
-        "runs": sum(map(len, times)),
+        **{
+            f"p{share}": float(np.percentile(every, share)) if len(every) >= fewest else None
+            for share, fewest in OF_RUNS.items()
+        },
+        "runs": len(every),
         "times_faster_than_pytorch": median(faster) if faster else None,
+        "times_faster_than_pytorch_each": faster,
         "operations": dict(work),
         "giga_operations_per_second": sum(work.values()) / median(medians) / 1e6,
         "share_of_matmul_peak": median(shares) if shares else None,
@@ -566,9 +592,9 @@ def row(
 
 def say(found: Mapping[str, Any]) -> None:
     share, faster = found["share_of_matmul_peak"], found["times_faster_than_pytorch"]
+    start = f", load {found['load_ms']:6.0f} ms, {found['memory_mb']:5.0f} MB" if "load_ms" in found else ""
     click.echo(
         f"{found['name']:>34} {found['median']:8.2f} ms {f'{faster:6.2f}x' if faster else '      ?'} "
-        f"{f'{100 * share:3.0f} %' if share else '    ?'} of the peak, load {found['load_ms']:6.0f} ms, "
-        f"{found['memory_mb']:5.0f} MB",
+        f"{f'{100 * share:3.0f} %' if share else '    ?'} of the peak{start}",
         err=True,
     )

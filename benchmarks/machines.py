@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any, Final, TypeAlias
 
@@ -20,7 +20,7 @@ def machines() -> str:
     columns = every()
     heads = " | ".join(name_of(column) for column in columns)
     lines = [
-        line(what, [tell(column) if needs in column else "" for column in columns])
+        line(what, with_work(what, columns, [tell(column) if needs in column else "" for column in columns]))
         for what, (needs, tell) in SINGLE.items()
     ]
     for what, (needs, several) in SEVERAL.items():
@@ -30,7 +30,7 @@ def machines() -> str:
     return "\n".join(
         [
             "What `make bench` gave, two cores each (`make bench RESULTS=benchmarks/results/machines/NAME` adds a "
-            "machine); medians:",
+            "machine); medians; where its work was not the same for all, it is in brackets:",
             "",
             f"| | {heads} |",
             f"|---|{'---|' * len(columns)}",
@@ -57,6 +57,13 @@ def name_of(machine: Machine) -> str:
 def line(what: str, cells: Iterable[str]) -> str:
     """A row of the table."""
     return f"| {what} | {' | '.join(cells)} |"
+
+
+def with_work(what: str, columns: Sequence[Machine], cells: Sequence[str]) -> list[str]:
+    """The cells of a row, each with its work if they are not all of the same."""
+    works = [WORK[what](column) if what in WORK else "" for column in columns]
+    differ = len(set(filter(None, works))) > 1
+    return [f"{cell} ({work})" if differ and work else cell for cell, work in zip(cells, works, strict=True)]
 
 
 def speed(machine: Machine) -> str:
@@ -88,6 +95,24 @@ def start(machine: Machine) -> str:
 def overlay(machine: Machine) -> str:
     """A video in the engine that `auto` takes."""
     return f"{next(row['times_real_time'] for row in machine['video']['rows'] if row['kind'] == 'overlay'):.2f}"
+
+
+def photos(machine: Machine) -> str:
+    """In the folder of the peers' record."""
+    number = machine.get("peers", {}).get("photos")
+    return f"{number} photos" if number else ""
+
+
+def ways(machine: Machine) -> str:
+    """How many of the peers' loops there are, and how large their folder."""
+    number = photos(machine)
+    return f"{len(peers(machine))} of them, {number}" if number else ""
+
+
+def frames(machine: Machine) -> str:
+    """Of the clip."""
+    number = machine.get("video", {}).get("frames")
+    return f"{number} frames" if number else ""
 
 
 def peers(machine: Machine) -> list[Mapping[str, Any]]:
@@ -122,4 +147,10 @@ SINGLE: Final[Mapping[str, tuple[str, Callable[[Machine], str]]]] = {
 SEVERAL: Final[Mapping[str, tuple[str, Callable[[Machine], Mapping[str, str]]]]] = {
     "the network alone, ms:": ("latency", alone),
     "times as fast as LR-ASPP's, alone:": ("accuracy", rival),
+}
+#: Of those with one figure, the work that it is of, in a few words; "" if a record does not say.
+WORK: Final[Mapping[str, Callable[[Machine], str]]] = {
+    "`petseg infer` on a folder, photos/s": photos,
+    "times as fast as the peers on that folder": ways,
+    "a video to an overlay, times real time": frames,
 }

@@ -101,17 +101,20 @@ def dots(
 ) -> Iterator[Dot]:
     """Every row of the accuracy record whose time is known, on one set of photos.
 
-    Rows of petseg have their time in the latency record; those of a remover and the rival are of the accuracy record.
-    The remover saw a few of the photos only, so that petseg's dot on the same few stands beside it. Machines change
-    their speed: the rival's times are brought to the latency record's by petseg's own in the same turns.
+    An engine that saw some of the photos stands as far below the checkpoint on all of them as it is on these. Rows of
+    petseg have their time in the latency record; those of a remover and the rival are of the accuracy record. The
+    remover saw a few of the photos only, so that petseg's dot on the same few stands beside it. Machines change their
+    speed: the rival's times are brought to the latency record's by petseg's own in the same turns.
     """
     own: dict[tuple[str, str], float] = {}
-    for row in accuracy.get("rows", ()):
+    compared = accuracy.get("compared", accuracy)
+    for row in compared.get("rows", ()):
         ms = time_of(row, latency.get("rows", ()))
         if ms and photos in row["sets"]:
             own[row["engine"], row["precision"]] = ms
             name = f"{row['engine'].partition(' ')[0]} {row['precision']}"
-            yield Dot(name, ms, iou_of(row["sets"][photos]["own"]), ours=True)
+            first, this = (iou_of(one["rows"][0]["sets"][photos]["own"]) for one in (accuracy, compared))
+            yield Dot(name, ms, first - this + iou_of(row["sets"][photos]["own"]), ours=True)
     remover = (accuracy.get("isnet") or {}).get(photos)
     if remover:
         theirs, same = remover["isnet"], remover["petseg"]
@@ -159,7 +162,11 @@ def accuracy_figure(
             published = NETWORK["readings"]["background"]["iou"]
             label = f"{NETWORK['name']}, at a size not told: {published:.4f}"
             axes.axhline(published, color=GREY, linestyle="--", linewidth=0.8, label=label)
-        axes.set_title(f"{photos}; the model alone, a photo at a time", fontsize=10)
+        some = accuracy.get("compared", accuracy)["photos"][photos]
+        less = (
+            f"; engines: PyTorch's, less what they lose on {some} of them" if some < accuracy["photos"][photos] else ""
+        )
+        axes.set_title(f"{photos}; the model alone, a photo at a time{less}", fontsize=10)
         axes.set_ylabel("IoU, border as background")
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=1)
         axes.margins(y=0.15)
@@ -198,7 +205,8 @@ def whole_road(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         axes.plot([ms], [place], marker, color=colour)
     axes.set_yticks(range(len(times)), [name for _, name in times], fontsize=7)
     axes.invert_yaxis()
-    axes.set_title("from the file to the mask, in a folder; peers' weights are random but for ISNet's", fontsize=10)
+    but_one = " but for ISNet's" if any("isnet" in name for _, name in times) else ""
+    axes.set_title(f"from the file to the mask, in a folder; peers' weights are random{but_one}", fontsize=10)
 
 
 # Stages

@@ -33,9 +33,9 @@ from petseg_runtime.engines.base import Engine, usable_cpus
 from petseg_runtime.engines.registry import load_engine
 
 ENGINES: Final = ("openvino", "onnxruntime")
-SIZES: Final = (96, 128, 160, 192, 256, 320, 384, 512)
-BATCHES: Final = (1, 2, 4, 8, 16)
-CLIP_SECONDS: Final = (5, 20, 60)
+SIZES: Final = (96, 160, 256, 384)
+BATCHES: Final = (1, 2, 4, 8)
+CLIP_SECONDS: Final = (5, 30)
 CLIP_RATE: Final = 30
 #: A change of cost that counts; of memory likewise.
 TOLERANCE: Final = 0.05
@@ -52,8 +52,8 @@ class Point(NamedTuple):
 
 
 @click.command()
-@click.option("--rounds", type=int, default=7, show_default=True)
-@click.option("--clip-rounds", type=int, default=2, show_default=True, help="Of the three clips.")
+@click.option("--rounds", type=int, default=5, show_default=True)
+@click.option("--clip-rounds", type=int, default=2, show_default=True, help="Of both clips.")
 def scaling(rounds: int, clip_rounds: int) -> None:
     """Cost against size, batch and threads; memory against the length of a video; where the curves bend."""
     spec = open_artifact(default_model()).spec

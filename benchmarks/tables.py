@@ -46,8 +46,12 @@ def draws(record: dict[str, Any]) -> str:
 def engines() -> str:
     """What each engine and precision really costs: IoU, and how many points that is from the checkpoint's."""
     record = records.load("accuracy")
-    heads = [f"set {number}: {border}" for number, _ in enumerate(record["photos"], 1) for border in CHOSEN]
-    sets = ". ".join(f"Set {number}: {what}" for number, what in enumerate(record["photos"], 1))
+    compared = record.get("compared", record)  # older records have every engine on all photos
+    heads = [f"set {number}: {border}" for number, _ in enumerate(compared["photos"], 1) for border in CHOSEN]
+    sets = ". ".join(
+        f"Set {number}: {f'{photos} of the ' if photos < record['photos'][what] else ''}{what}"
+        for number, (what, photos) in enumerate(compared["photos"].items(), 1)
+    )
     thresholds = ", ".join(f"{border}: {record['thresholds'][CHOSEN[border]]:.2f}" for border in CHOSEN)
     lines = [
         "The same file, and its int8 export, in each CPU engine: IoU, and in points how far that is from the "
@@ -57,9 +61,11 @@ def engines() -> str:
         f"| computed by | {' | '.join(heads)} |",
         f"|---|{'---|' * len(heads)}",
     ]
-    for row in record["rows"]:
+    for row in compared["rows"]:
         found = [
-            row["sets"][what][kind]["readings"][border] for what in record["photos"] for border, kind in CHOSEN.items()
+            row["sets"][what][kind]["readings"][border]
+            for what in compared["photos"]
+            for border, kind in CHOSEN.items()
         ]
         cells = " | ".join(f"{values['iou']:.4f} ({0.0 - round(values['points_lost'], 2):+.2f})" for values in found)
         lines.append(f"| {row['name']} | {cells} |")
@@ -249,7 +255,8 @@ def latency() -> str:
         f"| {'' if (faster := row['times_faster_than_pytorch']) is None else f'{faster:.1f}'} |{engine_alone(row)}"
         for row in record["rows"]
     ]
-    return "\n".join([*lines, "", BESIDE_THE_TIME, "", *relatives(record)])
+    beside = BESIDE_THE_TIME.format(percentiles=record["percentiles"])
+    return "\n".join([*lines, "", beside, "", *relatives(record)])
 
 
 def folders() -> str:
@@ -277,8 +284,8 @@ def folders() -> str:
 BESIDE_THE_TIME: Final = (
     "Of a matmul's speed: the network's multiplications at the rate of the machine's fastest 1024 × 1024 matmul "
     "(8192 × 8192 on a GPU) in the same precision and the same minutes, over its time; that is a yardstick, which a "
-    "wide convolution can pass. Percentiles are of each round, then the median of the rounds; a turn that other work "
-    "disturbed is taken again. First answer and memory are those of a process that has imported the library."
+    "wide convolution can pass. Percentiles are {percentiles}. First answer and memory are those of a process that has "
+    "imported the library."
 )
 
 
@@ -322,7 +329,9 @@ def engine_alone(row: dict[str, Any]) -> str:
     """The other columns of an engine: how its times spread, its share of the peak, its start, its memory."""
     share, start = row["share_of_matmul_peak"], row["load_ms"] + row["first_run_ms"]
     of_peak = f"{100 * share:.0f} %" if share else ""
-    return f" {row['p95']:.2f}, {row['p99']:.2f} ({row['runs']}) | {of_peak} | {start:.0f} | {row['memory_mb']:.0f} |"
+    spread = ", ".join(f"{row[name]:.2f}" for name in ("p95", "p99") if row[name] is not None)
+    spread += f" ({row['runs']})" if spread else ""
+    return f" {spread} | {of_peak} | {start:.0f} | {row['memory_mb']:.0f} |"
 
 
 def relatives(latency: dict[str, Any]) -> list[str]:
@@ -356,9 +365,10 @@ def milliseconds(row: dict[str, Any]) -> str:
 def peers() -> str:
     """Whole processes of petseg and of its peers, on the same photos, in turns."""
     record = records.load("peers")
+    but_one = ", but for ISNet's" if any("isnet" in row["name"] for row in record["rows"]) else ""
     others = "every other one" if record.get("between", 1) == 1 else f"every {record['between']} others"
     lines = [
-        f"A folder of {record['photos']} photos to masks (slow ones take the first few), and one photo from a start "
+        f"A folder of {record['photos']} photos to masks ({few(record)}), and one photo from a start "
         "with files in the disk's cache, and OpenVINO's compiled model in petseg's: whole processes in turns, "
         f"`petseg infer` before and after {others}, on "
         f"{record['machine']['cores']} cores of {record['machine']['cpu']} (`python -m benchmarks peers`). Peers are "
@@ -366,8 +376,7 @@ def peers() -> str:
         "writes beside each other, and packs PNG with zlib's quickest level, where the loops leave that to Pillow; "
         "petseg's own plain loop shows what both are worth. Rates are from the first mask "
         "to the last; medians, lowest and highest. Memory is the most that the process held. Installed: the packages "
-        "that this way needs, CUDA's libraries apart. Weights of peers are random, good for speed only, but for "
-        "ISNet's:",
+        f"that this way needs, CUDA's libraries apart. Weights of peers are random, good for speed only{but_one}:",
         "",
         "| | network's input | photos/s | `petseg infer` is N times as fast: N | petseg's plain loop in the same "
         "engine is N times as fast: N | start, s | memory, MB | installed, MB |",
@@ -384,6 +393,16 @@ def peers() -> str:
             f"| {row['memory_mb']['median']:.0f} | {disk['megabytes'] - disk['of_these_cuda']:.0f} |"
         )
     return "\n".join(lines)
+
+
+def few(record: dict[str, Any]) -> str:
+    """What slow peers take in place of a whole folder; records before told petseg's rate on all photos beside it."""
+    if "photos_of_petseg" not in record["rows"][0]:
+        return "slow ones take the first few"
+    fewer = sorted({row["folder"]["photos"] for row in record["rows"]} - {record["photos"]}, reverse=True)
+    if not fewer:
+        return "all of them the same"
+    return f"slow ones take the first {' or '.join(map(str, fewer))}, and petseg beside them the same, several times"
 
 
 def title(row: dict[str, Any]) -> str:
@@ -406,7 +425,7 @@ def video() -> str:
     steps = ("decode", "convert", "infer", "finish", "write")
     lines = [
         f"A clip of {clip['clip']}, `petseg infer CLIP`, the whole process on {machine['cores']} cores of "
-        f"{machine['cpu']}; medians of {len(clip['rows'][0]['seconds'])} rounds in alternation; the steps run beside "
+        f"{machine['cpu']}; medians of {rounds_of(clip['rows'])} rounds in alternation; the steps run beside "
         "each other, in ms per frame, median and 99th percentile (`python -m benchmarks video`):",
         "",
         f"| engine | writes | frames/s | times real time | {' | '.join(steps)} |",
@@ -431,6 +450,11 @@ def video() -> str:
         for row in clip["loops"]
     ]
     return "\n".join(lines)
+
+
+def rounds_of(rows: Sequence[dict[str, Any]]) -> str:
+    """How many rounds each row has; the first may have more than others."""
+    return " to ".join(map(str, sorted({len(row["seconds"]) for row in rows})))
 
 
 def live() -> str:

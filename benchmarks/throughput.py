@@ -2,7 +2,8 @@
 
 What the steps alone allow is the smaller of two: the photos a second of the slowest step by itself, and the number of
 cores over the CPU seconds that all steps need for a photo. Rates are from the first result on the disk to the last, as
-start-up is no step; that of the whole process stands beside them.
+start-up is no step; that of the whole process stands beside them. The steps alone have their turn in every second
+round.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -25,6 +26,13 @@ from petseg_runtime import Segmenter
 from petseg_runtime.engines.base import usable_cpus
 from petseg_runtime.sinks import KINDS, ImageSink, picture
 from petseg_runtime.sources import Item, find_photos
+
+#: Backend and kind of output. Both engines, and the output that costs most to write.
+CASES: Final = (("openvino", "mask"), ("openvino", "cutout"), ("onnxruntime", "mask"))
+#: Photos of a run before the first, which does not count: it compiles kernels and bytecode, and fills the disk's cache.
+WARM: Final = 8
+#: Rounds from one turn of the steps alone to the next.
+BETWEEN: Final = 2
 
 #: What people write without a pipeline: one photo after the other, in the same engine, with all its threads.
 LOOP = """
@@ -42,8 +50,8 @@ with Segmenter(backend=backend) as segmenter:
 
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
-@click.option("--photos", type=int, default=1000, show_default=True)
-@click.option("--rounds", type=int, default=3, show_default=True)
+@click.option("--photos", type=click.IntRange(2), default=100, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 def throughput(data: Path, photos: int, rounds: int) -> None:
     """Photos a second of `petseg infer FOLDER`, against its own steps and against a plain loop."""
     folders = of_any_use(data)
@@ -52,62 +60,62 @@ def throughput(data: Path, photos: int, rounds: int) -> None:
         folder.mkdir()
         for item in find_photos(folders)[:photos]:
             shutil.copyfile(item.source, folder / f"{len(list(folder.iterdir())):04d}{item.source.suffix}")
-        rows = [
-            one(folder, Path(scratch), kind, backend, rounds)
-            for backend in ("openvino", "onnxruntime")
-            for kind in ("mask", "cutout")
-        ]
+        rows = [one(folder, Path(scratch), kind, backend, rounds) for backend, kind in CASES]
     command = f"python -m benchmarks throughput --data DATA --photos {photos} --rounds {rounds}"
     records.write("throughput", command, {"photos": photos, "rows": rows})
 
 
 def one(folder: Path, scratch: Path, kind: str, backend: str, rounds: int) -> dict[str, Any]:
-    """A row: the command and the loop in alternation, and between them each step alone."""
+    """A row: the command and the loop in alternation, and between them, in some rounds, each step alone."""
     photos = sorted(folder.iterdir())
-    command: list[str | Path] = [
-        "-m",
-        "petseg.cli",
-        "infer",
-        folder,
-        "--as",
-        kind,
-        "--backend",
-        backend,
-        "--quiet",
-        "--output",
-    ]
+    few = scratch / "few"
+    few.mkdir(exist_ok=True)
+    for photo in photos[:WARM]:
+        shutil.copyfile(photo, few / photo.name)
     taken: dict[str, list[float]] = {"command": [], "loop": []}
     rate: dict[str, list[float]] = {"command": [], "loop": []}
-    steps: list[dict[str, dict[str, float]]] = []
-    for number in range(rounds):
+    steps: dict[int, dict[str, dict[str, float]]] = {}
+    for number in (None, *range(rounds)):
         output = scratch / f"{kind}-{backend}-{number}"
         for name in taken:
             results = output / name
             results.mkdir(parents=True)
-            arguments: list[str | Path] = (
-                [*command, results] if name == "command" else ["-c", LOOP, kind, backend, results, *photos]
-            )
-            taken[name].append(seconds_of(arguments))
-            written, span = first_to_last(results)
-            rate[name].append((written - 1) / span)
-        steps.append(alone(folder, output / "alone", kind, backend))
+            seconds = seconds_of(words(name, few if number is None else folder, results, kind, backend))
+            written, span = first_to_last(results, f".{picture(kind).format}")
+            if number is not None:
+                taken[name].append(seconds)
+                rate[name].append((written - 1) / span)
+        if number is not None and number % BETWEEN == 0:
+            steps[number] = alone(folder, output / "alone", kind, backend)
         shutil.rmtree(output)
-    bounds = [allowed(each, usable_cpus()) for each in steps]
+    bounds = {number: allowed(each, usable_cpus()) for number, each in steps.items()}
+    shares = [rate["command"][number] / bound for number, bound in bounds.items()]
+    ratios = [a / b for a, b in zip(rate["command"], rate["loop"], strict=True)]
     row = {
         "kind": kind,
         "backend": backend,
         "seconds": taken,
         "rates": rate,
-        "steps": steps,
+        "steps": list(steps.values()),
         "photos_per_second": {name: median(values) for name, values in rate.items()},
         "photos_per_second_with_start": len(photos) / median(taken["command"]),
-        "allowed_by_steps": median(bounds),
-        "share_of_allowed": median(got / bound for got, bound in zip(rate["command"], bounds, strict=True)),
-        "ratio_to_loop": median(a / b for a, b in zip(rate["command"], rate["loop"], strict=True)),
+        "allowed_by_steps": median(bounds.values()),
+        "share_of_allowed": median(shares),
+        "share_of_allowed_each": shares,
+        "ratio_to_loop": median(ratios),
+        "ratio_to_loop_each": ratios,
     }
     told = {name: row[name] for name in ("photos_per_second", "allowed_by_steps", "share_of_allowed", "ratio_to_loop")}
     click.echo(f"{kind} {backend}: {told}", err=True)
     return row
+
+
+def words(name: str, folder: Path, results: Path, kind: str, backend: str) -> list[str | Path]:
+    """What the interpreter is called with: for ``command`` or ``loop``, from the photos of a folder to another."""
+    if name == "loop":
+        return ["-c", LOOP, kind, backend, results, *sorted(folder.iterdir())]
+    options: list[str | Path] = ["--as", kind, "--backend", backend, "--quiet", "--output", results]
+    return ["-m", "petseg.cli", "infer", folder, *options]
 
 
 def allowed(steps: Mapping[str, Mapping[str, float]], cores: int) -> float:

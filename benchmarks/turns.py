@@ -28,7 +28,7 @@ TURN, FEWEST, MOST = 0.3, 3, 50
 #: Of the machine's time: what others may take of a turn. /proc/stat counts in hundredths of a second.
 DISTURBED: Final = 0.1
 #: How often a disturbed turn is taken again.
-AGAIN: Final = 3
+AGAIN: Final = 1
 #: Seconds between two looks at whether threads still run, CPU seconds between them that count as rest, and the longest
 #: wait: a process may have a thread that never rests.
 LOOK, REST, PATIENCE = 0.01, 0.002, 1.0

@@ -1,9 +1,10 @@
-"""A minute of video, end to end: frames a second of the whole command, and where the time goes.
+"""A video, end to end: frames a second of the whole command, and where the time goes.
 
 The clip is made from real photos (a slow pan and zoom over each for two seconds), 1280x720 at 30 frames a second, H.264
-with sound, so that decoding and encoding cost what they cost in practice. Beside it, in alternation, plain loops over
-its frames: petseg's Python API, and the network of a peer in the engines that petseg uses, too, in the environment of
-benchmarks.peers, with the same decoder, encoder and settings.
+with sound, so that decoding and encoding cost what they cost in practice. Right before and after its run in the engine
+that it chooses itself are plain loops over the same frames in the same engine: petseg's Python API, and the network of
+a peer in the environment of benchmarks.peers. They decode on all cores, as petseg does, encode as it does by default,
+and draw with Pillow, a picture at a time. Its other runs, which nothing is held against, are in every second round.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from statistics import median
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import av
 import click
@@ -29,14 +31,19 @@ from benchmarks.peers.contenders import MODELS
 from benchmarks.peers.pipeline import make_models
 from benchmarks.photos import original_size
 from benchmarks.processes import seconds_of
+from petseg_runtime import Segmenter
 from petseg_runtime.sources import find_photos
 
 WIDTH, HEIGHT, RATE, SOUND = 1280, 720, 30, 48000
 #: Frames of one photo.
 SHOT: Final = 60
 
-#: Engine and kind of output of `petseg infer`.
-CASES: Final = (("openvino", "overlay"), ("onnxruntime", "overlay"), ("openvino", "mask"), ("openvino", "cutout"))
+#: petseg's engines for CPUs.
+ENGINES: Final = ("openvino", "onnxruntime")
+#: Seconds of the clip of the runs before the first, which do not count.
+WARM: Final = 1
+#: Rounds from one run to the next of those cases that no loop is held against.
+BETWEEN: Final = 2
 #: The network that comes nearest to petseg's in speed (``python -m benchmarks peers``).
 PEER: Final = "lraspp_mobilenet_v3_large"
 
@@ -48,6 +55,7 @@ from petseg_runtime import Segmenter
 clip, backend, output = sys.argv[1:]
 with Segmenter(backend=backend) as segmenter, av.open(clip) as source, av.open(output, "w") as sink:
     picture = source.streams.video[0]
+    picture.thread_type = "AUTO"
     options = {"preset": "veryfast", "crf": "21"}
     stream = sink.add_stream("libx264", rate=picture.average_rate, options=options)
     stream.width, stream.height, stream.pix_fmt = picture.width, picture.height, "yuv420p"
@@ -60,42 +68,68 @@ with Segmenter(backend=backend) as segmenter, av.open(clip) as source, av.open(o
 
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
-@click.option("--seconds", type=int, default=60, show_default=True)
-@click.option("--rounds", type=int, default=3, show_default=True)
+@click.option("--seconds", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 def video(data: Path, seconds: int, rounds: int) -> None:
     """Frames a second of `petseg infer CLIP`, per engine and kind, and of a plain loop."""
+    first, other = engines()
+    cases = [(first, "overlay"), (other, "overlay"), (first, "mask"), (first, "cutout")]
     with tempfile.TemporaryDirectory() as scratch:
-        clip = Path(scratch) / "clip.mp4"
+        clip, short = Path(scratch) / "clip.mp4", Path(scratch) / "short.mp4"
         make_clip(clip, data, seconds * RATE)
-        loops = plain_loops(clip, Path(scratch) / "loop.mp4")
-        runs: dict[tuple[str, str], list[dict[str, Any]]] = {case: [] for case in CASES}
-        taken: dict[tuple[str, str], list[float]] = {loop: [] for loop in loops}
-        for _ in range(rounds):
-            for backend, kind in CASES:
-                runs[backend, kind].append(one(clip, Path(scratch) / "out", backend, kind))
-                click.echo(f"{backend} {kind}: {runs[backend, kind][-1]['seconds']:.1f} s", err=True)
-            for loop, (python, arguments) in loops.items():
-                taken[loop].append(seconds_of(arguments, python))
-                click.echo(f"{' in '.join(loop)}: {taken[loop][-1]:.1f} s", err=True)
+        make_clip(short, data, WARM * RATE)
+        runs: dict[tuple[str, str], list[dict[str, Any]]] = {case: [] for case in cases}
+        loops = plain_loops(first, Path(scratch) / "loop.mp4")
+        taken: dict[str, list[float]] = {name: [] for name in loops}
+
+        def loop(name: str, source: Path) -> float:
+            python, words = loops[name]
+            return seconds_of(words(source), python)
+
+        for case in cases:
+            one(short, Path(scratch) / "out", *case)
+        for name in loops:
+            loop(name, short)
+        before, after = loops
+        for number in range(rounds):
+            taken[before].append(loop(before, clip))
+            runs[cases[0]].append(one(clip, Path(scratch) / "out", *cases[0]))
+            taken[after].append(loop(after, clip))
+            click.echo(f"loops in {first}: {taken[before][-1]:.1f}, {taken[after][-1]:.1f} s", err=True)
+            click.echo(f"{' '.join(cases[0])}: {runs[cases[0]][-1]['seconds']:.1f} s", err=True)
+            for case in cases[1:] if number % BETWEEN == 0 else ():
+                runs[case].append(one(clip, Path(scratch) / "out", *case))
+                click.echo(f"{' '.join(case)}: {runs[case][-1]['seconds']:.1f} s", err=True)
     frames = seconds * RATE
     about = {"clip": f"{WIDTH}x{HEIGHT}, {RATE} frames/s, {seconds} s, H.264 and AAC", "frames": frames}
     rows = [row(backend, kind, seconds, several) for (backend, kind), several in runs.items()]
-    ours = {backend: [run["seconds"] for run in runs[backend, "overlay"]] for backend, _ in CASES}
-    beside = [loop_row(name, backend, frames, taken[name, backend], ours[backend]) for name, backend in loops]
+    ours = [run["seconds"] for run in runs[cases[0]]]
+    beside = [loop_row(name, first, frames, times, ours) for name, times in taken.items()]
     command = f"python -m benchmarks video --data DATA --seconds {seconds} --rounds {rounds}"
     records.write("video", command, {**about, "rows": rows, "loops": beside})
 
 
-def plain_loops(clip: Path, output: Path) -> dict[tuple[str, str], tuple[str | Path, list[str | Path]]]:
-    """By name and engine, the interpreter and what it is run with."""
+def engines() -> tuple[str, str]:
+    """petseg's engines for CPUs, the one that it chooses itself first."""
+    with Segmenter(device="cpu") as segmenter:
+        chosen = segmenter.describe().name
+    first = chosen if chosen in ENGINES else ENGINES[0]
+    return first, next(name for name in ENGINES if name != first)
+
+
+#: The interpreter, and what it is run with for a clip.
+Loop: TypeAlias = tuple[str | Path, Callable[[Path], list[str | Path]]]
+
+
+def plain_loops(backend: str, output: Path) -> dict[str, Loop]:
+    """Both loops, by name: petseg's own and the peer's."""
     peers = environments.peers_environment()
     make_models(peers)
-    loops: dict[tuple[str, str], tuple[str | Path, list[str | Path]]] = {}
-    for backend in ("openvino", "onnxruntime"):
-        loops["petseg's Python API", backend] = (sys.executable, ["-c", LOOP, clip, backend, output])
-        arguments = ["-m", "benchmarks.peers.loops", backend, MODELS / f"{PEER}.onnx", clip, output]
-        loops[f"torchvision {PEER}", backend] = (peers, arguments)
-    return loops
+    model = MODELS / f"{PEER}.onnx"
+    return {
+        "petseg's Python API": (sys.executable, lambda clip: ["-c", LOOP, clip, backend, output]),
+        f"torchvision {PEER}": (peers, lambda clip: ["-m", "benchmarks.peers.loops", backend, model, clip, output]),
+    }
 
 
 def row(backend: str, kind: str, seconds: int, taken: list[dict[str, Any]]) -> dict[str, Any]:
@@ -118,11 +152,13 @@ def row(backend: str, kind: str, seconds: int, taken: list[dict[str, Any]]) -> d
 
 def loop_row(name: str, backend: str, frames: int, taken: list[float], ours: list[float]) -> dict[str, Any]:
     """A plain loop: its raw times, and how many times as fast `petseg infer` is in the same engine, round by round."""
+    ratios = [a / b for a, b in zip(taken, ours, strict=True)]
     return {
         "name": f"{name}, {backend}",
         "seconds": taken,
         "frames_per_second": frames / median(taken),
-        "petseg_times_as_fast": median(a / b for a, b in zip(taken, ours, strict=True)),
+        "petseg_times_as_fast": median(ratios),
+        "petseg_times_as_fast_each": ratios,
     }
 
 

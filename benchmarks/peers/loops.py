@@ -1,5 +1,6 @@
 """A folder of photos to black and white masks, as the users of each library write it: one photo after the other.
-A clip, with the last two, to one with the masks laid over it.
+A clip, with the last two, to one with the masks laid over it, drawn and decoded as those do who know Pillow and PyAV:
+whole pictures at a time, frames on all cores.
 
     python -m benchmarks.peers.loops rembg SESSION MODEL PHOTOS OUTPUT
     python -m benchmarks.peers.loops torch NETWORK WEIGHTS PHOTOS OUTPUT
@@ -32,6 +33,9 @@ SIZE: Final = 256
 #: ImageNet's, which every pretrained encoder of these libraries expects.
 MEAN: Final = np.array([0.485, 0.456, 0.406], np.float32)
 DEVIATION: Final = np.array([0.229, 0.224, 0.225], np.float32)
+#: A byte of the answer to one of the mask.
+HALF: Final = [255 * (level >= 128) for level in range(256)]
+BLUE: Final = (30, 100, 192)
 
 
 def rembg(session: str, model: Path, photos: Sequence[Path], output: Path) -> None:
@@ -49,18 +53,16 @@ def plain(network: Network, photos: Sequence[Path], output: Path) -> None:
     """Any network of one class: resize, normalise, run, resize the answer to the photo."""
     for photo in photos:
         with Image.open(photo) as image:
-            mask = mask_of(network, image.convert("RGB"))
-        Image.fromarray((255 * mask).astype(np.uint8)).save(output / f"{photo.stem}.png")
+            mask_of(network, image.convert("RGB")).save(output / f"{photo.stem}.png")
 
 
-def mask_of(network: Network, image: Image.Image) -> npt.NDArray[np.bool_]:
-    """bool [H, W] of an RGB picture of that size."""
+def mask_of(network: Network, image: Image.Image) -> Image.Image:
+    """Black and white, in the size of an RGB picture."""
     pixels = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     inputs = (np.asarray(pixels, np.float32) / 255 - MEAN) / DEVIATION
     probability = network(np.ascontiguousarray(inputs.transpose(2, 0, 1)[None]))[0]
     answer = Image.fromarray(np.round(255 * probability).astype(np.uint8))
-    mask: npt.NDArray[np.bool_] = np.asarray(answer.resize(image.size, Image.Resampling.BILINEAR)) >= 128
-    return mask
+    return answer.resize(image.size, Image.Resampling.BILINEAR).point(HALF)
 
 
 def clip(network: Network, source: Path, output: Path) -> None:
@@ -68,14 +70,15 @@ def clip(network: Network, source: Path, output: Path) -> None:
     av: Any = importlib.import_module("av")
     with av.open(source) as opened, av.open(output, "w") as sink:
         picture = opened.streams.video[0]
+        picture.thread_type = "AUTO"  # as petseg's; PyAV's own default decodes slices, of which frames have one
         options = {"preset": "veryfast", "crf": "21"}
         stream = sink.add_stream("libx264", rate=picture.average_rate, options=options)
         stream.width, stream.height, stream.pix_fmt = picture.width, picture.height, "yuv420p"
+        blue = Image.new("RGB", (stream.width, stream.height), BLUE)
         for frame in opened.decode(video=0):
-            pixels = frame.to_ndarray(format="rgb24")
-            mask = mask_of(network, Image.fromarray(pixels))
-            pixels[mask] = pixels[mask] // 2 + np.array([15, 50, 96], np.uint8)
-            sink.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+            image.paste(Image.blend(image, blue, 0.5), mask=mask_of(network, image))
+            sink.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(image), format="rgb24")))
         sink.mux(stream.encode(None))
 
 

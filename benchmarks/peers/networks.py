@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from benchmarks.peers.shape import Smooth
 from benchmarks.peers.u2net import SIZE as U2NET_SIZE
 from benchmarks.peers.u2net import U2Net
 
@@ -40,7 +41,6 @@ def _torchvision(name: str) -> nn.Module:
 NETWORKS: Final[dict[str, Callable[[], nn.Module]]] = {
     "lraspp_mobilenet_v3_large": lambda: _torchvision("lraspp_mobilenet_v3_large"),
     "deeplabv3_mobilenet_v3_large": lambda: _torchvision("deeplabv3_mobilenet_v3_large"),
-    "unet_mobilenet_v2": lambda: _smp("Unet", "mobilenet_v2"),
     "fpn_resnet34": lambda: _smp("FPN", "resnet34"),
 }
 #: rembg runs these itself, from ONNX.
@@ -48,16 +48,16 @@ U2NETS: Final[dict[str, Callable[[], nn.Module]]] = {"u2net": U2Net, "u2netp": l
 
 
 class Probability(nn.Module):
-    """A network's answer as float32 [N, H, W], the probability of the one class."""
+    """A network's answer as float32 [N, H, W], the probability of the one class; see shape.py for what it shows."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.smooth = network, Smooth(SIZE)
 
     def forward(self, x: Tensor) -> Tensor:
         answer: Any = self.network(x)  # torchvision's give a dictionary
-        logits: Tensor = answer["out"] if isinstance(answer, dict) else answer
-        return torch.sigmoid(logits.squeeze(1))
+        probability: Tensor = self.smooth(answer["out"] if isinstance(answer, dict) else answer)
+        return probability.squeeze(1)
 
 
 def opened(name: str, weights: Path) -> nn.Module:

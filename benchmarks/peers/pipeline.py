@@ -1,13 +1,15 @@
 """``python -m benchmarks peers``: a folder of photos to masks, and one photo from a cold start, in petseg and peers.
 
-    python -m benchmarks peers --data data --isnet isnet.onnx
+    python -m benchmarks peers --data data
 
 Every figure is of a whole process, run by watch.py, in one session, in alternation: A B C A D E A, round by round,
 where A is `petseg infer`. How many times as fast it is is told by its own runs around a contender's, one of them right
-beside it: machines change their speed from one minute to the next. Photos are the same; slow contenders take the first
-few of them only, and their rate is that from the first mask on the disk to the last, so that the start does not weigh
-on them more. The environments are made in ``.venv-peers`` at the first run (about 6 GB, from the package index that pip
-is set up for).
+beside it: machines change their speed from one minute to the next. Both see the very same photos: slow contenders take
+the first few, and the runs of petseg's around theirs are of copies of those few, each as many times as make a folder of
+full length. (Photos differ in size, and a rate of ten photos, a fifth of a second of petseg's, would be noise.) Rates
+are from the first mask on the disk to the last, so that the start, of a length of its own, does not weigh on them.
+Those that take long take part in every second round. The environments are made in ``.venv-peers`` at the first run
+(about 6 GB, from the package index that pip is set up for).
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Final, TypeAlias
 
 import click
+from PIL import Image
 
 from benchmarks import records
 from benchmarks.peers import environments
@@ -48,22 +51,19 @@ Taken: TypeAlias = dict[str, float]
 
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
-@click.option("--photos", type=click.IntRange(40), default=300, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Over the folder.")
+@click.option("--photos", type=click.IntRange(20), default=100, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Over the folder.")
 @click.option("--starts", type=click.IntRange(1), default=5, show_default=True, help="Cold starts with one photo.")
-@click.option(
-    "--isnet", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="See benchmarks.peers.isnet."
-)
-def peers(data: Path, photos: int, rounds: int, starts: int, isnet: Path | None) -> None:
+def peers(data: Path, photos: int, rounds: int, starts: int) -> None:
     """Throughput, start-up, memory and size of petseg beside rembg, smp and torchvision."""
     pythons = {"petseg": environments.petseg_environment(), "peers": environments.peers_environment()}
     make_models(pythons["peers"])
-    contenders = [*ours(pythons["petseg"]), *theirs(pythons["peers"], isnet)]
+    contenders = [*ours(pythons["petseg"]), *theirs(pythons["peers"])]
     with tempfile.TemporaryDirectory() as scratch:
-        folders = chosen(data, photos, [1, *(count(one, photos) for one in contenders)], Path(scratch))
-        results = measured(contenders, folders, photos, rounds, starts)
+        folders = Folders(data, photos, [1, *(count(one, photos) for one in contenders)], Path(scratch))
+        results = measured(contenders, folders, rounds, starts)
     installed = {name: environments.packages_of(python) for name, python in pythons.items()}
-    rows = [row(one, results[one.name], count(one, photos), installed[one.environment]) for one in contenders]
+    rows = [row(one, results[one.name], folders, installed[one.environment]) for one in contenders]
     command = f"python -m benchmarks peers --data DATA --photos {photos} --rounds {rounds} --starts {starts}"
     values = {
         "photos": photos,
@@ -71,12 +71,12 @@ def peers(data: Path, photos: int, rounds: int, starts: int, isnet: Path | None)
         "environments": {name: versions(packages) for name, packages in installed.items()},
         "rows": with_ratios(rows),
     }
-    click.echo(records.write("peers", command + (" --isnet FILE" if isnet else ""), values))
+    click.echo(records.write("peers", command, values))
 
 
 def make_models(python: Path) -> None:
     """The files of the networks with random weights, once for each state of the code that makes them."""
-    sources = [Path(__file__).with_name(name) for name in ("networks.py", "u2net.py", "requirements.txt")]
+    sources = [Path(__file__).with_name(name) for name in ("networks.py", "shape.py", "u2net.py", "requirements.txt")]
     stamp, wanted = MODELS / "stamp", environments.stamp_of(sources)
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         return
@@ -90,56 +90,114 @@ def count(contender: Contender, photos: int) -> int:
     return max(2, round(photos * contender.share))
 
 
-def chosen(data: Path, photos: int, counts: Sequence[int], scratch: Path) -> dict[int, Path]:
-    """A folder with the first photos for each count; those of one are among those of another.
+class Folders:
+    """The first few photos for each count, and for petseg beside who takes so many, the same ones several times.
+
+    Args:
+        data: Where photos are looked for.
+        photos: Most that anybody takes.
+        counts: All numbers of photos that somebody takes.
+        scratch: Where the folders are made.
 
     Raises:
         SystemExit: There are not so many.
     """
-    found = [item.source for item in find_photos(of_any_use(data))]
-    if len(found) < photos:
-        sys.exit(f"{data}: {len(found)} photos at their own size; {photos} are wanted: give fewer with --photos")
-    picked = random.Random(0).sample(found, photos)  # mixed, so that the first few are like the rest
-    folders = {}
-    for number in set(counts):
-        folders[number] = scratch / f"photos-{number}"
-        folders[number].mkdir()
-        for index, source in enumerate(picked[:number]):
-            shutil.copyfile(source, folders[number] / f"{index:04d}{source.suffix}")
-    return folders
+
+    def __init__(self, data: Path, photos: int, counts: Sequence[int], scratch: Path) -> None:
+        found = [item.source for item in find_photos(of_any_use(data))]
+        if len(found) < photos:
+            sys.exit(f"{data}: {len(found)} photos at their own size; {photos} are wanted: give fewer with --photos")
+        self.photos = photos
+        picked = mixed(random.Random(0).sample(found, photos))
+        self._scratch = scratch
+        for number in set(counts):
+            self._fill(self.of(number), picked[:number])
+            if number > 1:
+                self._fill(self.beside(number), self.times(number) * picked[:number])
+
+    def of(self, count: int) -> Path:
+        """The first few photos."""
+        return self._scratch / f"photos-{count}"
+
+    def times(self, count: int) -> int:
+        """How often petseg takes each of so many photos; one photo is for starts, and taken once."""
+        return max(1, round(self.photos / count)) if count > 1 else 1
+
+    def beside(self, count: int) -> Path:
+        """The same photos for petseg, as often as makes a folder of full length; all their rates are as steady."""
+        times = self.times(count)
+        return self.of(count) if times == 1 else self._scratch / f"photos-{count}-times-{times}"
+
+    @staticmethod
+    def _fill(folder: Path, photos: Sequence[Path]) -> None:
+        if folder.exists():
+            return
+        folder.mkdir()
+        for index, source in enumerate(photos):
+            shutil.copyfile(source, folder / f"{index:04d}{source.suffix}")
+
+
+def mixed(photos: Sequence[Path]) -> list[Path]:
+    """Photos in an order in which the first few are of all sizes: one in the middle, two quarters, the eighths, ...
+
+    Chance alone gave the first ten of two hundred 0.12 megapixels in the mean, the first hundred 0.18, all 0.16.
+    """
+    by_size = sorted(photos, key=pixels)
+    bits = (len(photos) - 1).bit_length()
+    places = (int(f"{number:0{bits}b}"[::-1], 2) for number in (*range(1, 2**bits), 0))
+    return [by_size[place] for place in places if place < len(photos)]
+
+
+def pixels(photo: Path) -> int:
+    """How many a photo has."""
+    with Image.open(photo) as image:
+        return image.width * image.height
 
 
 def measured(
-    contenders: Sequence[Contender], folders: Mapping[int, Path], photos: int, rounds: int, starts: int
+    contenders: Sequence[Contender], folders: Folders, rounds: int, starts: int
 ) -> dict[str, dict[str, list[Taken]]]:
     """Every run of every contender: ``folder`` and ``startup``. The first start of each is not counted.
 
-    The first of them runs before and after each two of the others; these runs are the others' ``folder before``,
-    ``folder after``, ``startup before`` and ``startup after``.
+    The first of them, `petseg infer`, runs before and after each two of the others, on their photos; these runs are the
+    others' ``folder before``, ``folder after``, ``startup before`` and ``startup after``. Its own are those on all
+    photos.
     """
     results: dict[str, dict[str, list[Taken]]] = {one.name: defaultdict(list) for one in contenders}
 
-    def run(one: Contender, kind: str) -> Taken:
-        taken = watched(one, folders[count(one, photos) if kind == "folder" else 1])
-        results[one.name][kind].append(taken)
-        click.echo(f"{kind:>7} {one.name}: {taken}", err=True)
+    def run(one: Contender, kind: str, photos: Path) -> Taken:
+        taken = watched(one, photos)
+        click.echo(f"{kind:>7} {one.name}, {photos.name}: {taken}", err=True)
         return taken
 
     first, *others = contenders
     for one in contenders:
-        watched(one, folders[1])  # compiles bytecode and kernels, fills the disk cache
+        watched(one, folders.of(1))  # compiles bytecode and kernels, fills the disk cache
     wanted = {"folder": rounds, "startup": starts}
     for number in range(max(rounds, starts)):
         for kind in (kind for kind, times in wanted.items() if number < times):
-            beside = run(first, kind)
-            for pair in (others[start : start + BETWEEN] for start in range(0, len(others), BETWEEN)):
-                for one in pair:
-                    results[one.name][f"{kind} before"].append(beside)
-                    run(one, kind)
-                beside = run(first, kind)
-                for one in pair:
-                    results[one.name][f"{kind} after"].append(beside)
+            taking_part = [one for one in others if number % one.every == 0]
+            for photos, pairs in in_pairs(taking_part, folders.photos if kind == "folder" else None):
+                beside = [run(first, kind, folders.beside(photos))]
+                for pair in pairs:
+                    for one in pair:
+                        results[one.name][f"{kind} before"].append(beside[-1])
+                        results[one.name][kind].append(run(one, kind, folders.of(photos)))
+                    beside.append(run(first, kind, folders.beside(photos)))
+                    for one in pair:
+                        results[one.name][f"{kind} after"].append(beside[-1])
+                if kind == "startup" or photos == folders.photos:
+                    results[first.name][kind] += beside
     return results
+
+
+def in_pairs(contenders: Sequence[Contender], photos: int | None) -> Iterator[tuple[int, list[Sequence[Contender]]]]:
+    """For each number of photos (None: one photo for all), those that take so many, as many as go between two runs."""
+    alike: dict[int, list[Contender]] = defaultdict(list)
+    for one in contenders:
+        alike[1 if photos is None else count(one, photos)].append(one)
+    for number, group in alike.items():
+        yield number, [group[start : start + BETWEEN] for start in range(0, len(group), BETWEEN)]
 
 
 def watched(contender: Contender, photos: Path) -> Taken:
@@ -161,9 +219,10 @@ def watched(contender: Contender, photos: Path) -> Taken:
 
 
 def row(
-    one: Contender, results: dict[str, list[Taken]], photos: int, packages: environments.Packages
+    one: Contender, results: dict[str, list[Taken]], folders: Folders, packages: environments.Packages
 ) -> dict[str, Any]:
     """A contender's row of the record."""
+    photos = count(one, folders.photos)
     folder, startup = (
         {key: [taken[key] for taken in results[kind]] for key in results[kind][0]} for kind in ("folder", "startup")
     )
@@ -179,6 +238,7 @@ def row(
         "input": list(one.size),
         "weights": one.weights,
         "folder": {"photos": photos, **folder},
+        "photos_of_petseg": {"photos": photos, "times": folders.times(photos)},
         "first_to_last_of_petseg": beside("folder", "first_to_last"),
         "startup": startup,
         "startup_seconds_of_petseg": beside("startup", "seconds"),
@@ -194,7 +254,8 @@ def running(first_to_last: Sequence[float], photos: int) -> list[float]:
     """Photos a second from the first mask to the last, whose seconds these are.
 
     Taking the start with one photo from the whole would do if starts were alike: of a few photos behind a start of four
-    seconds it leaves noise. `petseg infer` has read a few photos more by its first mask than a plain loop has.
+    seconds it leaves noise. `petseg infer` has read a few photos more by its first mask than a plain loop has: those of
+    its pipeline's window, at most (eight on two cores), which favours it by that reading.
     """
     return [(photos - 1) / max(seconds, 1e-3) for seconds in first_to_last]
 
@@ -209,14 +270,15 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Its own rate, or time to start, is the mean of those before and after the run of the row. ``loop_once_running``:
     the same of petseg's plain loop in the row's engine, by way of the first row, so that neither the engine nor the
-    steps that run beside each other count; None where petseg has no such engine.
+    steps that run beside each other count; None where petseg has no such engine, or its loop took other photos.
     """
     first = rows[0]
 
     def faster(row: dict[str, Any]) -> list[float]:
         if row is first:
             return [1.0]
-        before, after = (running(times, first["folder"]["photos"]) for times in row["first_to_last_of_petseg"].values())
+        photos = row["photos_of_petseg"]["photos"] * row["photos_of_petseg"]["times"]
+        before, after = (running(times, photos) for times in row["first_to_last_of_petseg"].values())
         rates = running(row["folder"]["first_to_last"], row["folder"]["photos"])
         return [(a + b) / 2 / rate for a, b, rate in zip(before, after, rates, strict=True)]
 
@@ -226,13 +288,22 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         before, after = row["startup_seconds_of_petseg"].values()
         return [2 * b / (a + c) for a, b, c in zip(before, row["startup"]["seconds"], after, strict=True)]
 
-    loops = {engine_of(row): faster(row) for row in rows if row["name"].startswith("petseg") and row["how"] == PLAIN}
+    loops = {engine_of(row): row for row in rows if row["name"].startswith("petseg") and row["how"] == PLAIN}
     for row in rows:
         quicker, loop = faster(row), loops.get(engine_of(row))
-        alike = spread([a / b for a, b in zip(quicker, loop, strict=True)]) if loop and row is not first else None
-        times = {"once_running": spread(quicker), "startup": spread(sooner(row)), "loop_once_running": alike}
-        row["petseg_times_as_fast"] = times
+        same = loop is not None and row is not first and loop["photos_of_petseg"] == row["photos_of_petseg"]
+        alike = [a / b for a, b in zip(quicker, faster(loop), strict=True)] if loop and same else None
+        row["petseg_times_as_fast"] = {
+            "once_running": with_rounds(quicker),
+            "startup": with_rounds(sooner(row)),
+            "loop_once_running": alike and with_rounds(alike),
+        }
     return rows
+
+
+def with_rounds(ratios: Sequence[float]) -> dict[str, Any]:
+    """Median, smallest, largest, and that of each round, by which ``compare`` judges."""
+    return {**spread(ratios), "each": [round(ratio, 4) for ratio in ratios]}
 
 
 def engine_of(row: Mapping[str, Any]) -> str:

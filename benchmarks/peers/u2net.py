@@ -1,7 +1,7 @@
 """U²-Net (Qin et al. 2020), the network behind rembg's default model, and U²-Net-p, its light one.
 
 rembg downloads its weights; these are random: good for measuring speed, and for nothing else. All seven outputs are
-computed, as in the files that rembg downloads.
+computed, as in the files that rembg downloads; the first, which is the one that it writes, is as smooth as theirs.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from benchmarks.peers.shape import Smooth
 
 SIZE = 320
 
@@ -75,6 +77,7 @@ class U2Net(nn.Module):
         )
         self.sides = nn.ModuleList(nn.Conv2d(channels, 1, 3, padding=1) for channels in (*back, outside[5]))
         self.fuse = nn.Conv2d(6, 1, 1)
+        self.smooth = Smooth(SIZE)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         levels: list[Tensor] = []
@@ -86,7 +89,7 @@ class U2Net(nn.Module):
             skip = levels[number]
             levels[number] = self.up[number](torch.cat([_as_large_as(levels[number + 1], skip), skip], 1))
         masks = [_as_large_as(side(level), x) for side, level in zip(self.sides, levels, strict=True)]
-        return tuple(torch.sigmoid(mask) for mask in (self.fuse(torch.cat(masks, 1)), *masks))
+        return (self.smooth(self.fuse(torch.cat(masks, 1))), *(torch.sigmoid(mask) for mask in masks))
 
 
 def _halved(x: Tensor) -> Tensor:

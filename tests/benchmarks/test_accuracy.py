@@ -92,3 +92,14 @@ def test_each_call_is_timed(accuracy: Any) -> None:
     told = timed.told()
     assert len(told["seconds"]) == 2
     assert min(told["seconds"]) <= told["median"] <= max(told["seconds"])
+
+
+def test_engines_are_told_beside_the_checkpoint_on_the_same_photos(accuracy: Any) -> None:
+    whole = evaluation(20)
+    pairs = [Pair(f"photo {number}", Path(), Path(), Layout.OXFORD) for number in (3, 7, 19)]
+    some = accuracy.part(whole, pairs)
+    assert some.names == ("photo 3", "photo 7", "photo 19")
+    assert np.array_equal(some.histograms, whole.histograms[[3, 7, 19]])
+    told = accuracy.all_thresholds({"test": some}, {"own": 0.5, "cutout": 0.1})
+    assert told["test"]["own"] == accuracy.metrics(some, 0.5)
+    assert list(told["test"]) == ["own", "cutout"]

@@ -210,11 +210,12 @@ def test_ratios_that_were_measured_side_by_side_are_counted_apart(compare: Any, 
     done = run(compare, tmp_path, old, new)
     assert done.exit_code == 0, "of times nothing changed"
     assert done.stderr == ""
-    *rows, ratios = done.stdout.splitlines()
+    *rows, ratios, unknown = done.stdout.splitlines()
     row = "rows openvino times_faster_than_pytorch"
     assert [line for line in rows if "side by side" in line] == [f" 1.200  side by side: 3 before, 3.6 now  {row}"]
     told = "ratios that were measured side by side: 3 of 4 within 10 % of each other; the worst:"
     assert ratios == f"{told} 1.200, {row}"
+    assert unknown == "4 of 4 figures could not be judged: fewer than 5 times, or none of single rounds"
     found = json.loads(run(compare, tmp_path, old, new, "--json").stdout)
     assert {ratio["what"]: (ratio["old"], ratio["new"]) for ratio in found["ratios"]} == {
         row: (3.0, pytest.approx(3.6)),
@@ -227,7 +228,59 @@ def test_ratios_that_were_measured_side_by_side_are_counted_apart(compare: Any, 
         "alike": 3,
         "of": 4,
         "worst": {"what": row, "ratio": pytest.approx(1.2)},
+        "not_judged": 4,
     }
+
+
+def with_rounds(scale: float) -> dict[str, Any]:
+    """A ratio whose rounds are told, in both forms that records have them in."""
+    each = [scale * ratio for ratio in (1.98, 2.0, 2.01, 2.02, 1.99)]
+    table = {"median": 2 * scale, "min": min(each), "max": max(each), "each": each}
+    rows = [
+        {"name": "loop", "ratio_to_loop": 2 * scale, "ratio_to_loop_each": each},
+        {"name": "peer", "petseg_times_as_fast": {"once_running": table}},
+    ]
+    return record(rows=rows)
+
+
+@pytest.mark.parametrize(("scale", "verdict"), [(0.8, "lost"), (0.97, ""), (1.3, "")])
+def test_a_lead_that_is_lost_fails(compare: Any, tmp_path: Path, scale: float, verdict: str) -> None:
+    done = run(compare, tmp_path, with_rounds(1), with_rounds(scale))
+    assert done.exit_code == (verdict == "lost")
+    found = json.loads(run(compare, tmp_path, with_rounds(1), with_rounds(scale), "--json").stdout)
+    assert {ratio["what"]: ratio["verdict"] for ratio in found["ratios"]} == {
+        "rows loop ratio_to_loop": verdict,
+        "rows peer petseg_times_as_fast once_running median": verdict,
+    }
+    told = [line for line in done.stdout.splitlines() if "side by side, lost: 2 before, 1.6 now" in line]
+    assert len(told) == (2 if verdict else 0)
+    assert run(compare, tmp_path, with_rounds(1), with_rounds(0.78), with_rounds(0.8)).exit_code == 0, "as low before"
+
+
+def test_a_ratio_that_is_gone_fails(compare: Any, tmp_path: Path) -> None:
+    new = with_rounds(1)
+    new["rows"][1]["petseg_times_as_fast"]["once_running"] = None
+    done = run(compare, tmp_path, with_rounds(1), new)
+    assert done.exit_code == 1
+    assert "gone  rows peer petseg_times_as_fast once_running median" in done.stdout
+
+
+def test_another_version_of_an_engine_is_the_same_row(compare: Any, tmp_path: Path) -> None:
+    old, new = (
+        {"rows": [{"engine": f"PyTorch {version}, eager", "precision": "f32", "milliseconds": [1.0] * 5}]}
+        for version in ("2.9.1", "2.15.0")
+    )
+    done = run(compare, tmp_path, old, new)
+    assert done.exit_code == 0
+    assert done.stdout.splitlines()[0].endswith("rows PyTorch, eager f32 milliseconds")
+    assert compare.without_version("width 64, at 1.5") == "width 64, at 1.5"
+
+
+def test_the_way_from_the_first_mask_to_the_last_is_a_time(compare: Any) -> None:
+    folder = {"photos": 100, "first_to_last": [1.0, 2.0], "first_to_last_of_petseg": [3.0, 4.0]}
+    one_photo = {"first_to_last": [0.0, 0.0]}
+    found = dict(compare.times_in({"name": "a", "folder": folder, "startup": one_photo}))
+    assert found == {"a folder first_to_last": [1.0, 2.0]}
 
 
 def test_the_result_can_be_put_on_the_record(compare: Any, tmp_path: Path) -> None:

@@ -73,6 +73,18 @@ def test_a_column_for_each_machine(machines: Any, tmp_path: Path) -> None:
     assert cells(text, "times as fast as LR-ASPP's, alone: openvino, f32") == ["1.12", "1.12"]
 
 
+def test_work_that_differs_is_told(machines: Any, tmp_path: Path) -> None:
+    for folder, frames in ((tmp_path, 240), (tmp_path / "machines" / "old", 180)):
+        one(folder, "CPU", {("openvino", "f32"): 6.0}, 174)
+        record = json.loads((folder / "video.json").read_text())
+        (folder / "video.json").write_text(json.dumps({**record, "frames": frames}))
+    assert cells(machines.machines(), "a video to an overlay") == ["1.50 (240 frames)", "1.50 (180 frames)"]
+    assert cells(machines.machines(), "`petseg infer` on a folder")[0] == "174 (openvino 1, f32)", "it does not say"
+    record["frames"] = 240
+    (folder / "video.json").write_text(json.dumps(record))
+    assert cells(machines.machines(), "a video to an overlay") == ["1.50", "1.50"]
+
+
 def test_the_readme_tells_of_the_other_machines_only(machines: Any, tmp_path: Path) -> None:
     summary = importlib.import_module("benchmarks.summary")
     one(tmp_path, "Fast", {("openvino", "f32"): 6.0}, 174)

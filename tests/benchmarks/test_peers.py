@@ -34,7 +34,7 @@ def package(*requires: str, size: int = 0, cuda: int = 0) -> dict[str, Any]:
     return {"version": "1", "requires": list(requires), "bytes": size, "cuda_bytes": cuda}
 
 
-@pytest.mark.parametrize("name", ["installed", "loops", "networks", "u2net", "watch"])
+@pytest.mark.parametrize("name", ["installed", "loops", "networks", "shape", "u2net", "watch"])
 def test_what_the_peers_interpreter_runs_never_imports_petseg(name: str) -> None:
     tree = ast.parse((PEERS / f"{name}.py").read_text(encoding="utf-8"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -89,35 +89,52 @@ def test_watch_tells_time_and_memory_of_the_command_alone() -> None:
     assert held[0] == 1
 
 
+def of_folders(module: Any, data: Path, photos: int, counts: list[int]) -> Any:
+    """Of photos that are numbers."""
+    images = data / "oxford-iiit-pet-native" / "images"
+    if not images.exists():
+        images.mkdir(parents=True)
+        for number in range(50):
+            Image.new("RGB", (number + 1, 1), (number, 0, 0)).save(images / f"cat_{number}.jpg")
+    scratch = data / f"scratch-{photos}"
+    scratch.mkdir()
+    return module("pipeline").Folders(data, photos, counts, scratch)
+
+
 def test_each_takes_its_turn_in_every_round(module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pipeline, contenders = module("pipeline"), module("contenders")
     a, b, c, d = (
-        contenders.Contender(name, "a loop", "engine", (8, 8), "none", lambda _, __: [], "peers", (), share=share)
-        for name, share in (("a", 1.0), ("b", 0.1), ("c", 0.1), ("d", 0.1))
+        contenders.Contender(
+            name, "a loop", "engine", (8, 8), "none", lambda _, __: [], "peers", (), share=share, every=every
+        )
+        for name, share, every in (("a", 1.0, 1), ("b", 1.0, 1), ("c", 0.1, 1), ("d", 0.1, 2))
     )
-    runs: list[tuple[str, int]] = []
+    runs: list[str] = []
 
     def watched(one: Any, photos: Path) -> dict[str, float]:
-        runs.append((one.name, int(photos.name)))
+        runs.append(f"{one.name} {photos.name.removeprefix('photos-')}")
         return {"number": len(runs)}
 
     monkeypatch.setattr(pipeline, "watched", watched)
-    folders = {number: tmp_path / str(number) for number in (1, 4, 40)}
-    results = pipeline.measured([a, b, c, d], folders, 40, rounds=1, starts=2)
-    warm, once = [(name, 1) for name in "abcd"], [(name, 1) for name in "abcada"]
-    over_the_folder = [(name, 40 if name == "a" else 4) for name in "abcada"]
-    assert runs == [*warm, *over_the_folder, *once, *once]
+    results = pipeline.measured([a, b, c, d], of_folders(module, tmp_path, 40, [1, 4, 40]), rounds=2, starts=1)
+    warm = [f"{name} 1" for name in "abcd"]
+    assert runs == [
+        *warm,
+        *("a 40", "b 40", "a 40", "a 4-times-10", "c 4", "d 4", "a 4-times-10"),
+        *("a 1", "b 1", "c 1", "a 1", "d 1", "a 1"),
+        *("a 40", "b 40", "a 40", "a 4-times-10", "c 4", "a 4-times-10"),
+    ], "the same photos, petseg's as often as makes a whole folder; d in each second round"
     assert {kind: [run["number"] for run in found] for kind, found in results["c"].items()} == {
-        "folder before": [5],
-        "folder": [7],
-        "folder after": [8],
-        "startup before": [11, 17],
-        "startup": [13, 19],
-        "startup after": [14, 20],
+        "folder before": [8, 21],
+        "folder": [9, 22],
+        "folder after": [11, 23],
+        "startup before": [12],
+        "startup": [14],
+        "startup after": [15],
     }
     assert {kind: [run["number"] for run in found] for kind, found in results["a"].items()} == {
-        "folder": [5, 8, 10],
-        "startup": [11, 14, 16, 17, 20, 22],
+        "folder": [5, 7, 18, 20],
+        "startup": [12, 15, 17],
     }
 
 
@@ -153,13 +170,15 @@ def test_a_row_tells_times_memory_and_size(module: Any, tmp_path: Path) -> None:
     ]
     beside = {f"{kind} {when}": taken[1:] for kind in ("folder", "startup") for when in ("before", "after")}
     results = {"folder": taken[1:], "startup": taken[:1], **beside}
-    row = module("pipeline").row(one, results, 101, {"numpy": package(size=3_000_000)})
+    folders = of_folders(module, tmp_path, 41, [1, 41])
+    row = module("pipeline").row(one, results, folders, {"numpy": package(size=3_000_000)})
     assert (row["name"], row["how"], row["input"]) == ("a", "a loop", [8, 8])
     times = {"seconds": [11.0], "cpu_seconds": [1.0], "memory_mb": [100.0], "first_to_last": [10.0]}
-    assert row["folder"] == {"photos": 101, **times}
+    assert row["folder"] == {"photos": 41, **times}
+    assert row["photos_of_petseg"] == {"photos": 41, "times": 1}
     assert row["first_to_last_of_petseg"] == {"before": [10.0], "after": [10.0]}
     assert row["startup_seconds_of_petseg"] == {"before": [11.0], "after": [11.0]}
-    assert row["photos_per_second_once_running"]["median"] == 10.0
+    assert row["photos_per_second_once_running"]["median"] == 4.0
     sizes = {"packages": 1, "megabytes": 3.0, "of_these_cuda": 0.0, "model_megabytes": 2.0}
     assert row["installed"] == {"needs": ["numpy"], **sizes}
 
@@ -175,6 +194,7 @@ def test_ratios_are_of_neighbours(module: Any) -> None:
             "how": "a plain loop" if "auto" not in name else "",
             "engine": engine,
             "folder": {"photos": 11, "first_to_last": folder},
+            "photos_of_petseg": {"photos": 11, "times": 1},
             "first_to_last_of_petseg": {"before": before, "after": after},
             "startup": {"seconds": start},
             "startup_seconds_of_petseg": {"before": before, "after": after},
@@ -187,28 +207,41 @@ def test_ratios_are_of_neighbours(module: Any) -> None:
     theirs, other = (
         row("peer", engine, [9.0, 20.0], [1.0, 2.0], [2.0, 1.0], [2.0, 4.0]) for engine in ("ONNX Runtime", "PyTorch")
     )
-    rows = pipeline.with_ratios([ours, theirs, own, other])
+    slow = row("slow", "ONNX Runtime", [9.0], [2.0], [2.0], [4.0])
+    slow["photos_of_petseg"] = {"photos": 11, "times": 11}
+    rows = pipeline.with_ratios([ours, theirs, own, other, slow])
     times = [found["petseg_times_as_fast"] for found in rows]
     assert times[0]["once_running"]["median"] == 1.0
-    assert times[1]["once_running"] == pipeline.spread([6.75, 15.0]), "7.5 photos a second, over 10 / 9 and 10 / 20"
-    assert times[2]["once_running"] == pipeline.spread([2.0, 2.0])
-    assert times[1]["loop_once_running"] == pipeline.spread([6.75 / 2, 15.0 / 2])
+    assert times[1]["once_running"] == pipeline.with_rounds([6.75, 15.0]), (
+        "7.5 photos a second, over 10 / 9 and 10 / 20"
+    )
+    assert times[2]["once_running"] == {"median": 2.0, "min": 2.0, "max": 2.0, "each": [2.0, 2.0]}
+    assert times[1]["loop_once_running"] == pipeline.with_rounds([6.75 / 2, 15.0 / 2])
     assert times[2]["loop_once_running"]["median"] == 1.0
     assert times[3]["loop_once_running"] is None
-    assert times[1]["startup"] == pipeline.spread([2.0 / 1.5, 4.0 / 1.5])
+    assert times[1]["startup"] == pipeline.with_rounds([2.0 / 1.5, 4.0 / 1.5])
+    assert times[4]["once_running"]["median"] == 54.0, "120 files in 2 s, over 10 in 9"
+    assert times[4]["loop_once_running"] is None, "petseg's loop took other photos"
 
 
 def test_the_photos_of_a_small_folder_are_among_those_of_a_large_one(module: Any, tmp_path: Path) -> None:
-    images = tmp_path / "oxford-iiit-pet-native" / "images"
-    images.mkdir(parents=True)
-    for number in range(10):
-        (images / f"cat_{number}.jpg").write_bytes(bytes([number]))
-    folders = module("pipeline").chosen(tmp_path, 8, [1, 3, 8], tmp_path)
-    contents = {n: [path.read_bytes() for path in sorted(folder.iterdir())] for n, folder in folders.items()}
-    assert {n: len(photos) for n, photos in contents.items()} == {1: 1, 3: 3, 8: 8}
-    assert contents[8][:3] == contents[3]
-    with pytest.raises(SystemExit, match=r"10 photos at their own size; 11 are wanted"):
-        module("pipeline").chosen(tmp_path, 11, [1], tmp_path / "other")
+    folders = of_folders(module, tmp_path, 8, [1, 3, 8])
+
+    def contents(folder: Path) -> list[bytes]:
+        return [path.read_bytes() for path in sorted(folder.iterdir())]
+
+    assert {n: len(contents(folders.of(n))) for n in (1, 3, 8)} == {1: 1, 3: 3, 8: 8}
+    assert contents(folders.of(8))[:3] == contents(folders.of(3))
+    assert folders.beside(8) == folders.of(8)
+    assert folders.beside(1) == folders.of(1)
+    assert contents(folders.beside(3)) == folders.times(3) * contents(folders.of(3))
+    assert folders.times(3) == 3
+    ordered = module("pipeline").mixed(sorted(tmp_path.rglob("cat_*.jpg")))
+    widths = [module("pipeline").pixels(photo) for photo in ordered]
+    assert sorted(widths) == list(range(1, 51))
+    assert widths[:3] == [33, 17, 49], "of all sizes, however few"
+    with pytest.raises(SystemExit, match=r"50 photos at their own size; 51 are wanted"):
+        of_folders(module, tmp_path, 51, [1])
 
 
 def test_a_failure_of_a_contender_is_told_with_what_it_said(module: Any, tmp_path: Path) -> None:
@@ -227,7 +260,7 @@ def test_our_own_loop_writes_the_masks_of_the_command(module: Any, tmp_path: Pat
     shutil.copyfile(sample_photos()[0], photos / "a.jpg")
     found = {}
     for one in module("contenders").ours(Path(sys.executable)):
-        if one.name.startswith("petseg, onnxruntime"):
+        if one.engine.startswith("onnxruntime"):
             output = tmp_path / one.name
             output.mkdir()
             subprocess.run(one.command(photos, output), check=True, stdout=subprocess.DEVNULL)
@@ -237,13 +270,34 @@ def test_our_own_loop_writes_the_masks_of_the_command(module: Any, tmp_path: Pat
     assert (command & loop).sum() > 0.98 * (command | loop).sum()  # the command decodes no more pixels than it needs
 
 
-def test_isnet_takes_part_only_if_its_file_is_given(module: Any, tmp_path: Path) -> None:
-    theirs = module("contenders").theirs
-    without, among = (list(theirs(tmp_path / "python", isnet)) for isnet in (None, tmp_path / "isnet.onnx"))
-    assert [one.name for one in among if one not in without and "isnet" in one.name] == ["rembg isnet"]
-    assert not [one for one in without if "isnet" in one.name]
-    assert len({one.name for one in among}) == len(among)
-    assert {one.weights for one in without} == {"random, for speed only"}
+def test_names_differ_and_the_slow_take_few_photos(module: Any, tmp_path: Path) -> None:
+    found = list(module("contenders").theirs(tmp_path / "python"))
+    assert len({one.name for one in found}) == len(found)
+    assert {one.weights for one in found} == {"random, for speed only"}
+    assert {one.name for one in found if one.every > 1} == {
+        *("rembg u2netp", "rembg u2net, its default", "torchvision lraspp mobilenet_v3_large, PyTorch")
+    }
+    assert [one.share for one in found if "lraspp" in one.name and "PyTorch" not in one.name] == [1.0, 1.0]
+
+
+def test_petseg_has_its_turn_in_both_engines_whichever_it_chooses(
+    module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    contenders = module("contenders")
+    for chosen, other in (("onnxruntime", "openvino"), ("openvino", "onnxruntime")):
+
+        def told(words: list[Any], chosen: str = chosen, **_: Any) -> Any:
+            name = chosen if words[-1] == "auto" else words[-1]
+            return subprocess.CompletedProcess(words, 0, json.dumps([name, f"{name} 1.2, f32"]))
+
+        monkeypatch.setattr(contenders.subprocess, "run", told)
+        names = {one.name: one.engine for one in contenders.ours(tmp_path / "python")}
+        assert names == {
+            "petseg, auto": f"{chosen} 1.2, f32",
+            "petseg, auto, a plain loop": f"{chosen} 1.2, f32",
+            f"petseg, {other}": f"{other} 1.2, f32",
+            f"petseg, {other}, a plain loop": f"{other} 1.2, f32",
+        }
 
 
 @pytest.mark.parametrize(("light", "parameters"), [(False, 44.01), (True, 1.13)])
@@ -299,3 +353,35 @@ def test_a_file_that_is_no_model_is_refused(module: Any, tmp_path: Path) -> None
     file.write_bytes(b"no model")
     with pytest.raises(SystemExit, match="ONNX Runtime cannot open it"):
         module("isnet").ISNet(file)
+
+
+def test_an_answer_of_random_weights_is_as_smooth_as_a_pet(module: Any) -> None:
+    """Whatever the network answers: white in the middle, black at the edge, one outline; and it is still computed."""
+    smooth = module("shape").Smooth(256)
+    logits = torch.randn(1, 1, 256, 256, generator=torch.Generator().manual_seed(0))
+    mask = smooth(logits)[0, 0].numpy() > 0.5
+    assert 0.25 < mask.mean() < 0.4
+    changes = np.abs(np.diff(mask.astype(int), axis=1)).sum()
+    noise = np.abs(np.diff((logits[0, 0].numpy() > 0).astype(int), axis=1)).sum()
+    assert changes < noise / 20
+    assert not np.array_equal(smooth(logits).numpy(), smooth(2 * logits).numpy())
+    assert not list(smooth.state_dict()), "it is no weight"
+
+
+def test_a_clip_is_drawn_in_blue_where_the_mask_is(module: Any, tmp_path: Path) -> None:
+    loops, av = module("loops"), pytest.importorskip("av")
+    with av.open(str(tmp_path / "grey.mp4"), "w") as file:
+        stream = file.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for _ in range(3):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), 128, np.uint8), format="rgb24")))
+        file.mux(stream.encode(None))
+    answer = np.zeros((1, 256, 256), np.float32)
+    answer[:, :, :128] = 1
+    loops.clip(lambda inputs: answer, tmp_path / "grey.mp4", tmp_path / "drawn.mp4")
+    with av.open(str(tmp_path / "drawn.mp4")) as file:
+        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    assert len(frames) == 3
+    left, right = (frames[0][16:48, part].mean(axis=(0, 1)) for part in (slice(8, 24), slice(40, 56)))
+    assert np.allclose(left, (128 + np.array(loops.BLUE)) / 2, atol=12)
+    assert np.allclose(right, 128, atol=6)

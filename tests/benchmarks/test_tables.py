@@ -39,6 +39,8 @@ def test_the_other_columns_of_an_engine(tables: Any) -> None:
     (row,) = group()["rows"]
     assert tables.engine_alone(row) == " 8.00, 9.00 (140) | 35 % | 101 | 51 |"
     assert tables.engine_alone({**row, "share_of_matmul_peak": None}) == " 8.00, 9.00 (140) |  | 101 | 51 |"
+    assert tables.engine_alone({**row, "p99": None, "runs": 99}) == " 8.00 (99) | 35 % | 101 | 51 |"
+    assert tables.engine_alone({**row, "p95": None, "p99": None, "runs": 15}) == "  | 35 % | 101 | 51 |"
 
 
 def test_other_networks_are_columns(tables: Any) -> None:
@@ -69,6 +71,23 @@ def test_each_reading_is_told_at_its_own_threshold(tables: Any, tmp_path: Path) 
     }
     (tmp_path / "accuracy.json").write_text(json.dumps(record))
     assert tables.engines().splitlines()[-1] == "| openvino | 0.8000 (-0.04) | 0.8500 (-0.04) | 0.9000 (-0.04) |"
+
+
+def test_engines_on_some_of_the_photos_say_so(tables: Any, tmp_path: Path) -> None:
+    kinds = {"own": readings(0.8), "cutout": readings(0.85), "ignored_border": readings(0.9)}
+    record = {
+        "photos": {"small": 3000, "large": 242},
+        "thresholds": dict.fromkeys(kinds, 0.5),
+        "rows": [{"name": "PyTorch", "sets": {"small": {}, "large": {}}}],
+        "compared": {
+            "photos": {"small": 600, "large": 242},
+            "rows": [{"name": "openvino", "sets": {"small": kinds, "large": kinds}}],
+        },
+    }
+    (tmp_path / "accuracy.json").write_text(json.dumps(record))
+    text = tables.engines()
+    assert "Set 1: 600 of the small. Set 2: large." in text
+    assert text.splitlines()[-1].startswith("| openvino | 0.8000 (-0.04) |")
 
 
 def test_a_remover_is_told_on_the_same_photos(tables: Any) -> None:

@@ -31,10 +31,11 @@ def test_the_slowest_step_or_the_cores_are_what_allows_the_least(modules: Any) -
 
 def test_a_rate_begins_with_the_first_file(modules: Any, tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
-    for name, when in {"a.png": 100.0, "below/b.png": 100.5, "c.png": 102.0}.items():
+    times = {".petseg-run.ndjson": 103.0, "a.png": 100.0, "below/b.png": 100.5, "c.png": 102.0}
+    for name, when in times.items():
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (when, when))
-    assert modules("benchmarks.processes").first_to_last(tmp_path) == (3, 2.0)
+    assert modules("benchmarks.processes").first_to_last(tmp_path, ".png") == (3, 2.0)
 
 
 def test_a_loop_is_compared_round_by_round(modules: Any) -> None:
