@@ -395,9 +395,14 @@ def peers() -> str:
     return "\n".join(lines)
 
 
+def is_unfair(record: dict[str, Any]) -> bool:
+    """Whether a record of peers is of before petseg's rate beside a peer was of that peer's photos."""
+    return "photos_of_petseg" not in record["rows"][0]
+
+
 def few(record: dict[str, Any]) -> str:
-    """What slow peers take in place of a whole folder; records before told petseg's rate on all photos beside it."""
-    if "photos_of_petseg" not in record["rows"][0]:
+    """What slow peers take in place of a whole folder."""
+    if is_unfair(record):
         return "slow ones take the first few"
     fewer = sorted({row["folder"]["photos"] for row in record["rows"]} - {record["photos"]}, reverse=True)
     if not fewer:
