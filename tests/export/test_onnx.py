@@ -26,7 +26,7 @@ from petseg_export.onnx import metadata_of, scan, spec_of
 from petseg_runtime import __version__, images
 from petseg_runtime.artifact import PROVENANCE_KEY, RECEIPT_KEY, open_artifact
 from petseg_runtime.engines.registry import load_engine
-from petseg_runtime.errors import CheckpointError, DataError, ModelError, ParityTolerance
+from petseg_runtime.errors import CheckpointError, DataError, ParityTolerance, UsageError
 from petseg_runtime.onnx_metadata import with_metadata
 from petseg_runtime.spec import SPEC_KEY
 
@@ -186,7 +186,7 @@ def test_a_size_that_is_no_multiple_of_16_is_refused_by_a_file_for_any_size(
 ) -> None:
     with (
         load_engine(open_artifact(exported_any.file), threads=1) as engine,
-        pytest.raises(ModelError, match="multiple of 16"),
+        pytest.raises(UsageError, match="multiple of 16"),
     ):
         engine.run(random_images(1, 40, 32))
 

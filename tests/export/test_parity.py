@@ -197,6 +197,8 @@ class Gate:
 
     def receipt(self, row: Comparison) -> Receipt:
         return Receipt(
+            identity="1d",
+            proof=self.proof.identity,
             photos=len(self.proof.names),
             photos_sha256=self.proof.sha256,
             names=self.proof.names,
