@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, Final
 
@@ -194,12 +195,13 @@ def elsewhere() -> list[str]:
         f"\nThe same on {machines.name_of(machine)}: {machines.folder(machine)} photos/s in a folder, "
         f"{machines.over_peers(machine)} times as fast as the peers; the network alone "
         f"{', '.join(f'{ms} ms in {engine}' for engine, ms in machines.alone(machine).items())}."
+        + plainly(machines.peers(machine))
         for machine in machines.every()[1:]
         if {"peers", "latency"} <= machine.keys()
     ]
 
 
-def plainly(peers: list[dict[str, Any]]) -> str:
+def plainly(peers: Sequence[Mapping[str, Any]]) -> str:
     """How a plain loop of petseg's compares with the nearest peer of each engine: neither threads nor files count."""
     of_engines: dict[str, float] = {}
     for row in peers:
