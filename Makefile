@@ -13,7 +13,7 @@ help:
 	@echo "make test    install everything the tests need into $(DEV), then make check and the tests"
 	@echo "make check   formatting, lint, types, import contracts"
 	@echo "make format  let ruff rewrite what it can"
-	@echo "make bench   measure everything (a quarter to half an hour; wants DATA=data), then write the README's tables;"
+	@echo "make bench   measure everything (half an hour or less; wants DATA=data), then write the README's tables;"
 	@echo "             with RESULTS=folder the records go there, and the tables stay"
 	@echo "make gpu-check  on a machine with an NVIDIA GPU: all its tests and benchmarks, in one file to send back"
 	@echo "make clean   remove environments, caches and outputs"
@@ -41,10 +41,10 @@ format: $(DEV)/.installed
 	$(DEV)/bin/ruff format .
 	$(DEV)/bin/ruff check --fix .
 
-# A quarter of an hour, or half an hour on a CPU with AVX2 alone, once the peers' environments are there (benchmarks.peers
-# makes them). A step that fails does not keep the others from running; it is named at the end, and the exit code tells.
-# ISNET=FILE adds the background remover's quality. RESULTS=FOLDER takes the records, to compare them with ours, or as
-# those of another machine (benchmarks/results/machines/NAME).
+# 27 minutes on two cores with AVX2 alone, once the peers' environments are there (benchmarks.peers makes them). A step that
+# fails does not keep the others from running; it is named at the end, and the exit code tells. ISNET=FILE adds the background
+# remover's quality. RESULTS=FOLDER takes the records, to compare them with ours, or as those of another machine
+# (benchmarks/results/machines/NAME).
 DATA    ?= data
 ISNET   ?=
 RESULTS ?=
