@@ -49,7 +49,7 @@ PARITY_PHOTOS: Final = 200
 METRICS: Final = ("iou", "dice", "accuracy", "precision", "recall", "mean_image_iou")
 RESAMPLES: Final = 1000
 #: Of each set, for the engines.
-ENGINE_PHOTOS: Final = 600
+ENGINE_PHOTOS: Final = 400
 #: File, engine, and whether it has to compute as the file is stored. ONNX Runtime does so on a CPU in any case.
 COMPUTED: Final = (
     ("fp32", "onnxruntime", True),

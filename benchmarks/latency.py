@@ -140,7 +140,7 @@ class Opened:
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
 @click.option("--int8", type=click.Path(path_type=Path), help="The model that ships in int8.  [default: exported here]")
-@click.option("--rounds", type=int, default=7, show_default=True)
+@click.option("--rounds", type=int, default=11, show_default=True)
 @click.option("--threads", type=int, default=usable_cpus(), help="CPU threads.  [default: all]")
 @click.option("--compile/--no-compile", "compiled", default=True, help="With torch.compile, half a minute a network.")
 @click.option("--family/--no-family", default=True, help="With the networks that do not ship.")

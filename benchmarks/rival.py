@@ -48,7 +48,7 @@ NAME: Final = "LR-ASPP MobileNetV3-Large, torchvision"
 ENGINES: Final = (("onnxruntime", True), ("openvino", True), ("openvino", False))
 #: Height and width of its photos, which are those of the recipe.
 SIZE: Final = 256
-ROUNDS: Final = 5
+ROUNDS: Final = 15
 
 
 class LrAspp(AttentionUNet):

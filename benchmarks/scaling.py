@@ -52,7 +52,7 @@ class Point(NamedTuple):
 
 
 @click.command()
-@click.option("--rounds", type=int, default=5, show_default=True)
+@click.option("--rounds", type=int, default=11, show_default=True)
 @click.option("--clip-rounds", type=int, default=2, show_default=True, help="Of both clips.")
 def scaling(rounds: int, clip_rounds: int) -> None:
     """Cost against size, batch and threads; memory against the length of a video; where the curves bend."""
@@ -84,7 +84,8 @@ def measured(
             if (size, threads) not in engines:
                 artifact = open_artifact(folder / str(size) / "fp32.onnx")
                 engines[size, threads] = stack.enter_context(load_engine(artifact, name, threads))
-        times = in_turns(engines, dict.fromkeys((*by_size, *by_batch)), rounds)
+        # One thread and all of them beside each other, as they are held against each other.
+        times = in_turns(engines, sorted({*by_size, *by_batch}), rounds)
         computed = next(iter(engines.values())).describe().precision
     found = []
     for axis, points in (("size", by_size), ("batch", by_batch)):

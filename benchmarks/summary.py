@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any, Final
 
 from benchmarks import machines, records
-from benchmarks.peers.pipeline import engine_of
+from benchmarks.peers.contenders import engine_of
 from benchmarks.photos import COPIES, NATIVE, TEST_SETS
 from benchmarks.published import CHOSEN, PRETRAINED, PUBLISHED
 from benchmarks.tables import few, is_unfair, spread
@@ -206,7 +206,7 @@ def plainly(peers: Sequence[Mapping[str, Any]]) -> str:
     of_engines: dict[str, float] = {}
     for row in peers:
         if alike := row["petseg_times_as_fast"].get("loop_once_running"):
-            name = engine_of(row)
+            name = engine_of(row["engine"])
             of_engines[name] = min(of_engines.get(name, alike["median"]), alike["median"])
     if not of_engines:
         return ""

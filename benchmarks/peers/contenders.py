@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -57,7 +58,6 @@ class Contender:
         needs: The packages that a user of it alone installs.
         model: Its file, where it is not in a package.
         share: Of the photos; a slow one takes the first few, and petseg beside it takes those.
-        every: Of the rounds: one that takes long takes part in each second one.
     """
 
     name: str
@@ -70,17 +70,21 @@ class Contender:
     needs: tuple[str, ...]
     model: Path | None = None
     share: float = 1.0
-    every: int = 1
+
+    @property
+    def every(self) -> int:
+        """Rounds from one of its turns to the next: the nearest, which take all photos, have theirs in each."""
+        return 1 if self.share == 1 else 2
 
 
 #: Of the photos, for the slowest, and for PyTorch.
-FEW, SOME = 0.1, 0.3
+FEW, SOME = 0.06, 0.3
 #: Name and file of rembg's models. Their session is the one that takes a file, and does with it what the built-in ones
 #: of that network do.
 REMBG: Final = (("u2netp", "u2netp.onnx"), ("u2net, its default", "u2net.onnx"))
 #: Library, name, what ``networks`` calls it, its share of the photos, and where it is run. Left out are those that say
 #: nothing new and take minutes, all of them far behind: rembg's ISNet, a Unet on MobileNetV2 (between DeepLabV3 and
-#: FPN), and the larger ones in slower engines.
+#: FPN), and the larger ones in a second engine. The nearest, on all photos, have their turn in every round.
 NETWORKS: Final = (
     (
         "torchvision",
@@ -89,7 +93,7 @@ NETWORKS: Final = (
         1.0,
         (PYTORCH, "ONNX Runtime", "OpenVINO"),
     ),
-    ("torchvision", "deeplabv3 mobilenet_v3_large", "deeplabv3_mobilenet_v3_large", SOME, ("ONNX Runtime", "OpenVINO")),
+    ("torchvision", "deeplabv3 mobilenet_v3_large", "deeplabv3_mobilenet_v3_large", SOME, ("ONNX Runtime",)),
     ("segmentation-models-pytorch", "FPN resnet34", "fpn_resnet34", SOME, ("OpenVINO",)),
 )
 #: The engines that petseg has for CPUs.
@@ -130,7 +134,7 @@ def theirs(python: Path) -> Iterator[Contender]:
         command = loop(python, "rembg", "u2net_custom", model.resolve())
         how, size = "rembg.remove in a loop, one session", (320, 320)
         yield Contender(
-            f"rembg {name}", how, "ONNX Runtime", size, RANDOM, command, "peers", needs, model, share=FEW, every=2
+            f"rembg {name}", how, "ONNX Runtime", size, RANDOM, command, "peers", needs, model, share=FEW
         )
     for library, name, network, share, engines in NETWORKS:
         weights_file, graph = MODELS / f"{network}.safetensors", MODELS / f"{network}.onnx"
@@ -153,8 +157,12 @@ def theirs(python: Path) -> Iterator[Contender]:
                 needs,
                 model,
                 share=SOME if engine == PYTORCH else share,
-                every=2 if engine == PYTORCH else 1,
             )
+
+
+def engine_of(engine: str) -> str:
+    """The engine's name alone, however a contender writes it."""
+    return re.split(r"\d", engine.lower().replace(" ", ""), maxsplit=1)[0]
 
 
 def loop(python: Path, *arguments: str | Path) -> Command:

@@ -8,7 +8,7 @@ beside it: machines change their speed from one minute to the next. Both see the
 the first few, and the runs of petseg's around theirs are of copies of those few, each as many times as make a folder of
 full length. (Photos differ in size, and a rate of ten photos, a fifth of a second of petseg's, would be noise.) Rates
 are from the first mask on the disk to the last, so that the start, of a length of its own, does not weigh on them.
-Those that take long take part in every second round. The environments are made in ``.venv-peers`` at the first run
+All but the nearest take part in every second round. The environments are made in ``.venv-peers`` at the first run
 (about 6 GB, from the package index that pip is set up for).
 """
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from PIL import Image
 
 from benchmarks import records
 from benchmarks.peers import environments
-from benchmarks.peers.contenders import MODELS, PLAIN, Contender, ours, theirs
+from benchmarks.peers.contenders import MODELS, PLAIN, Contender, engine_of, ours, theirs
 from benchmarks.photos import of_any_use
 from petseg_runtime.sources import find_photos
 
@@ -52,8 +51,8 @@ Taken: TypeAlias = dict[str, float]
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
 @click.option("--photos", type=click.IntRange(20), default=100, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Over the folder.")
-@click.option("--starts", type=click.IntRange(1), default=5, show_default=True, help="Cold starts with one photo.")
+@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Over the folder.")
+@click.option("--starts", type=click.IntRange(1), default=7, show_default=True, help="Cold starts with one photo.")
 def peers(data: Path, photos: int, rounds: int, starts: int) -> None:
     """Throughput, start-up, memory and size of petseg beside rembg, smp and torchvision."""
     pythons = {"petseg": environments.petseg_environment(), "peers": environments.peers_environment()}
@@ -192,9 +191,12 @@ def measured(
 
 
 def in_pairs(contenders: Sequence[Contender], photos: int | None) -> Iterator[tuple[int, list[Sequence[Contender]]]]:
-    """For each number of photos (None: one photo for all), those that take so many, as many as go between two runs."""
+    """For each number of photos (None: one photo for all), those that take so many, as many as go between two runs.
+
+    Plain loops in the same engine run one after the other: they are held against each other, too.
+    """
     alike: dict[int, list[Contender]] = defaultdict(list)
-    for one in contenders:
+    for one in sorted(contenders, key=lambda one: (one.how != PLAIN, engine_of(one.engine))):
         alike[1 if photos is None else count(one, photos)].append(one)
     for number, group in alike.items():
         yield number, [group[start : start + BETWEEN] for start in range(0, len(group), BETWEEN)]
@@ -269,8 +271,8 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Adds how many times as fast as each row petseg, the first, is: round by round, once running and in starting.
 
     Its own rate, or time to start, is the mean of those before and after the run of the row. ``loop_once_running``:
-    the same of petseg's plain loop in the row's engine, by way of the first row, so that neither the engine nor the
-    steps that run beside each other count; None where petseg has no such engine, or its loop took other photos.
+    the same of petseg's plain loop in the row's engine, in the same round, so that neither the engine nor the steps that
+    run beside each other count; None where petseg has no such engine, or its loop took other photos.
     """
     first = rows[0]
 
@@ -288,27 +290,27 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         before, after = row["startup_seconds_of_petseg"].values()
         return [2 * b / (a + c) for a, b, c in zip(before, row["startup"]["seconds"], after, strict=True)]
 
-    loops = {engine_of(row): row for row in rows if row["name"].startswith("petseg") and row["how"] == PLAIN}
+    loops = {engine_of(row["engine"]): row for row in rows if row["name"].startswith("petseg") and row["how"] == PLAIN}
     for row in rows:
-        quicker, loop = faster(row), loops.get(engine_of(row))
+        loop = loops.get(engine_of(row["engine"]))
         same = loop is not None and row is not first and loop["photos_of_petseg"] == row["photos_of_petseg"]
-        alike = [a / b for a, b in zip(quicker, faster(loop), strict=True)] if loop and same else None
+        alike = ratios(row["folder"]["first_to_last"], loop["folder"]["first_to_last"]) if loop and same else None
         row["petseg_times_as_fast"] = {
-            "once_running": with_rounds(quicker),
+            "once_running": with_rounds(faster(row)),
             "startup": with_rounds(sooner(row)),
             "loop_once_running": alike and with_rounds(alike),
         }
     return rows
 
 
-def with_rounds(ratios: Sequence[float]) -> dict[str, Any]:
+def ratios(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:
+    """How many times as long one took as the other over the same photos, round by round."""
+    return [a / b for a, b in zip(theirs, ours, strict=True)]
+
+
+def with_rounds(each: Sequence[float]) -> dict[str, Any]:
     """Median, smallest, largest, and that of each round, by which ``compare`` judges."""
-    return {**spread(ratios), "each": [round(ratio, 4) for ratio in ratios]}
-
-
-def engine_of(row: Mapping[str, Any]) -> str:
-    """The engine's name alone, however a row writes it."""
-    return re.split(r"\d", str(row["engine"]).lower().replace(" ", ""), maxsplit=1)[0]
+    return {**spread(each), "each": [round(ratio, 4) for ratio in each]}
 
 
 def versions(packages: environments.Packages) -> dict[str, str]:

@@ -104,10 +104,8 @@ def of_folders(module: Any, data: Path, photos: int, counts: list[int]) -> Any:
 def test_each_takes_its_turn_in_every_round(module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pipeline, contenders = module("pipeline"), module("contenders")
     a, b, c, d = (
-        contenders.Contender(
-            name, "a loop", "engine", (8, 8), "none", lambda _, __: [], "peers", (), share=share, every=every
-        )
-        for name, share, every in (("a", 1.0, 1), ("b", 1.0, 1), ("c", 0.1, 1), ("d", 0.1, 2))
+        contenders.Contender(name, "a loop", "engine", (8, 8), "none", lambda _, __: [], "peers", (), share=share)
+        for name, share in (("a", 1.0), ("b", 1.0), ("c", 0.1), ("d", 0.1))
     )
     runs: list[str] = []
 
@@ -116,24 +114,25 @@ def test_each_takes_its_turn_in_every_round(module: Any, monkeypatch: pytest.Mon
         return {"number": len(runs)}
 
     monkeypatch.setattr(pipeline, "watched", watched)
-    results = pipeline.measured([a, b, c, d], of_folders(module, tmp_path, 40, [1, 4, 40]), rounds=2, starts=1)
+    results = pipeline.measured([a, b, c, d], of_folders(module, tmp_path, 40, [1, 4, 40]), rounds=3, starts=1)
     warm = [f"{name} 1" for name in "abcd"]
     assert runs == [
         *warm,
         *("a 40", "b 40", "a 40", "a 4-times-10", "c 4", "d 4", "a 4-times-10"),
         *("a 1", "b 1", "c 1", "a 1", "d 1", "a 1"),
-        *("a 40", "b 40", "a 40", "a 4-times-10", "c 4", "a 4-times-10"),
-    ], "the same photos, petseg's as often as makes a whole folder; d in each second round"
+        *("a 40", "b 40", "a 40"),
+        *("a 40", "b 40", "a 40", "a 4-times-10", "c 4", "d 4", "a 4-times-10"),
+    ], "the same photos, petseg's as often as makes a whole folder; c and d in each second round"
     assert {kind: [run["number"] for run in found] for kind, found in results["c"].items()} == {
-        "folder before": [8, 21],
-        "folder": [9, 22],
-        "folder after": [11, 23],
+        "folder before": [8, 24],
+        "folder": [9, 25],
+        "folder after": [11, 27],
         "startup before": [12],
         "startup": [14],
         "startup after": [15],
     }
     assert {kind: [run["number"] for run in found] for kind, found in results["a"].items()} == {
-        "folder": [5, 7, 18, 20],
+        "folder": [5, 7, 18, 20, 21, 23],
         "startup": [12, 15, 17],
     }
 
@@ -216,7 +215,7 @@ def test_ratios_are_of_neighbours(module: Any) -> None:
         "7.5 photos a second, over 10 / 9 and 10 / 20"
     )
     assert times[2]["once_running"] == {"median": 2.0, "min": 2.0, "max": 2.0, "each": [2.0, 2.0]}
-    assert times[1]["loop_once_running"] == pipeline.with_rounds([6.75 / 2, 15.0 / 2])
+    assert times[1]["loop_once_running"] == pipeline.with_rounds([9.0 / 2, 20.0 / 4]), "in the same round"
     assert times[2]["loop_once_running"]["median"] == 1.0
     assert times[3]["loop_once_running"] is None
     assert times[1]["startup"] == pipeline.with_rounds([2.0 / 1.5, 4.0 / 1.5])
@@ -274,10 +273,25 @@ def test_names_differ_and_the_slow_take_few_photos(module: Any, tmp_path: Path) 
     found = list(module("contenders").theirs(tmp_path / "python"))
     assert len({one.name for one in found}) == len(found)
     assert {one.weights for one in found} == {"random, for speed only"}
-    assert {one.name for one in found if one.every > 1} == {
-        *("rembg u2netp", "rembg u2net, its default", "torchvision lraspp mobilenet_v3_large, PyTorch")
+    assert {one.name for one in found if one.every == 1} == {
+        *("torchvision lraspp mobilenet_v3_large, ONNX Runtime", "torchvision lraspp mobilenet_v3_large, OpenVINO")
     }
-    assert [one.share for one in found if "lraspp" in one.name and "PyTorch" not in one.name] == [1.0, 1.0]
+    assert all(one.share < 1 for one in found if one.every > 1)
+
+
+def test_loops_in_the_same_engine_run_one_after_the_other(module: Any) -> None:
+    def contender(name: str, how: str, engine: str) -> Any:
+        return module("contenders").Contender(name, how, engine, (8, 8), "none", lambda _, __: [], "peers", ())
+
+    several = [
+        contender("own", module("contenders").PLAIN, "onnxruntime 1.32.0, f32"),
+        contender("command", "petseg infer FOLDER", "openvino 2026.4.1, f32"),
+        contender("other own", module("contenders").PLAIN, "openvino 2026.4.1, f32"),
+        contender("theirs", module("contenders").PLAIN, "ONNX Runtime"),
+        contender("others", module("contenders").PLAIN, "OpenVINO"),
+    ]
+    ((_, pairs),) = module("pipeline").in_pairs(several, 40)
+    assert [[one.name for one in pair] for pair in pairs] == [["own", "theirs"], ["other own", "others"], ["command"]]
 
 
 def test_petseg_has_its_turn_in_both_engines_whichever_it_chooses(
