@@ -147,9 +147,9 @@ def in_speed() -> list[str]:
 
 #: Of records that were made before; see benchmarks/LOG.md.
 FAVOURED: Final = (
-    "The ratios in this table favour petseg: its photos were others than those of its nearest peers (by 6 %), and "
-    "masks of random weights were noise, which smp's and U²-Net's loops took 5 to 15 ms a photo to write. In newer "
-    "records all take the same photos, and masks are as smooth as real ones."
+    "These ratios favour petseg: its photos were others than those of its nearest peers (by 6 %), and masks of random "
+    "weights were noise, which smp's and U²-Net's loops took 5 to 15 ms a photo to write. In newer records all take "
+    "the same photos, and masks are as smooth as real ones."
 )
 
 
@@ -196,6 +196,7 @@ def elsewhere() -> list[str]:
         f"{machines.over_peers(machine)} times as fast as the peers; the network alone "
         f"{', '.join(f'{ms} ms in {engine}' for engine, ms in machines.alone(machine).items())}."
         + plainly(machines.peers(machine))
+        + (f" {FAVOURED}" if is_unfair(machine["peers"]) else "")
         for machine in machines.every()[1:]
         if {"peers", "latency"} <= machine.keys()
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, Final
 
@@ -395,7 +395,7 @@ def peers() -> str:
     return "\n".join(lines)
 
 
-def is_unfair(record: dict[str, Any]) -> bool:
+def is_unfair(record: Mapping[str, Any]) -> bool:
     """Whether a record of peers is of before petseg's rate beside a peer was of that peer's photos."""
     return "photos_of_petseg" not in record["rows"][0]
 

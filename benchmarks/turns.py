@@ -23,8 +23,8 @@ U8: TypeAlias = npt.NDArray[np.uint8]
 Job: TypeAlias = tuple[Callable[[U8], U8], U8, int]
 Key = TypeVar("Key")
 
-#: Seconds that a job computes in a turn, and the runs that this may be. Many short turns tell more than few long ones: a
-#: shared machine changes its speed from one second to the next, and with it all runs of a turn.
+#: Seconds that a job computes in a turn, and the runs that this may be. Many short turns tell more than few long ones:
+#: a shared machine changes its speed from one second to the next, and with it all runs of a turn.
 TURN, FEWEST, MOST = 0.15, 2, 50
 #: Of the machine's time: what others may take of a turn. /proc/stat counts in hundredths of a second.
 DISTURBED: Final = 0.1

@@ -133,9 +133,7 @@ def theirs(python: Path) -> Iterator[Contender]:
         model = MODELS / file
         command = loop(python, "rembg", "u2net_custom", model.resolve())
         how, size = "rembg.remove in a loop, one session", (320, 320)
-        yield Contender(
-            f"rembg {name}", how, "ONNX Runtime", size, RANDOM, command, "peers", needs, model, share=FEW
-        )
+        yield Contender(f"rembg {name}", how, "ONNX Runtime", size, RANDOM, command, "peers", needs, model, share=FEW)
     for library, name, network, share, engines in NETWORKS:
         weights_file, graph = MODELS / f"{network}.safetensors", MODELS / f"{network}.onnx"
         for engine, command, model, needs in (

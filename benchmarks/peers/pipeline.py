@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Final, TypeAlias
@@ -271,8 +271,8 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Adds how many times as fast as each row petseg, the first, is: round by round, once running and in starting.
 
     Its own rate, or time to start, is the mean of those before and after the run of the row. ``loop_once_running``:
-    the same of petseg's plain loop in the row's engine, in the same round, so that neither the engine nor the steps that
-    run beside each other count; None where petseg has no such engine, or its loop took other photos.
+    the same of petseg's plain loop in the row's engine, in the same round, so that neither the engine nor the steps
+    that run beside each other count; None where petseg has no such engine, or its loop took other photos.
     """
     first = rows[0]
 

@@ -26,6 +26,7 @@ def one(folder: Path, cpu: str, ms: dict[tuple[str, str], float], rate: float) -
     def row(name: str, faster: float, seconds: float) -> dict[str, Any]:
         return {
             "name": name,
+            "photos_of_petseg": {"photos": 10, "times": 1},
             "engine": "openvino 1, f32",
             "photos_per_second_once_running": {"median": rate / faster},
             "petseg_times_as_fast": {"once_running": {"median": faster}},
@@ -95,6 +96,20 @@ def test_the_readme_tells_of_the_other_machines_only(machines: Any, tmp_path: Pa
         "The same on Old, 2026-01-02: 55 (openvino 1, f32) photos/s in a folder, 1.90 (quick) to 30 times"
     )
     assert told.endswith("the network alone 12.0 ms in openvino, f32.")
+
+
+def test_a_comparison_that_favours_petseg_is_told(machines: Any, tmp_path: Path) -> None:
+    summary = importlib.import_module("benchmarks.summary")
+    for folder in (tmp_path, tmp_path / "machines" / "old"):
+        one(folder, "CPU", {("openvino", "f32"): 6.0}, 174)
+    record = json.loads((folder / "peers.json").read_text())
+    for row in record["rows"]:
+        del row["photos_of_petseg"]
+    (folder / "peers.json").write_text(json.dumps(record))
+    told = "1.90 (quick) to 30"
+    assert cells(machines.machines(), "times as fast as the peers") == [told, f"{told}; favours petseg, see the README"]
+    [told] = summary.elsewhere()
+    assert told.endswith(f"6.0 ms in openvino, f32. {summary.FAVOURED}")
 
 
 def test_what_was_not_measured_on_a_machine_is_left_empty(machines: Any, tmp_path: Path) -> None:
