@@ -11,6 +11,7 @@ from benchmarks.embedded.measure import embedded
 from benchmarks.flicker import flicker
 from benchmarks.found import found
 from benchmarks.gpu_check import gpu_check
+from benchmarks.large import large
 from benchmarks.latency import latency
 from benchmarks.peers.pipeline import peers
 from benchmarks.receipts import receipts
@@ -39,6 +40,7 @@ main.add_command(embedded)
 main.add_command(flicker)
 main.add_command(found)
 main.add_command(gpu_check)
+main.add_command(large)
 main.add_command(latency)
 main.add_command(peers)
 main.add_command(receipts)

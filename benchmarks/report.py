@@ -43,6 +43,7 @@ PAGES: Final[Mapping[Path, Mapping[str, Section]]] = {
         "receipts-wide": Section(tables.receipts_wide),
         "latency": Section(tables.latency, ("latency",)),
         "folders": Section(tables.folders, ("throughput",)),
+        "large": Section(tables.large, ("large",)),
         "peers": Section(tables.peers, ("peers",)),
         "machines": Section(machines.machines, ("latency", "peers", "video", "accuracy")),
         "startup": Section(tables.startup, ("embedded-startup",)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any, Final
 
@@ -81,16 +81,8 @@ def in_quality() -> list[str]:
         f"teacher ({against['epochs']} epochs; the embedded model had more): "
         f"{' and '.join(f'{value:+.1f}' for value in lead.values())} points on the two sets; see below.",
     ]
-    for what, beside in (record["isnet"] or {}).items():
-        low, high = beside["difference"]["background"]
-        left_out = " to ".join(f"{100 * value:+.1f}" for value in beside["difference"]["ignored"])
-        longer = beside["isnet"]["median"] / beside["petseg"]["median"]
-        lines.append(
-            f"- **ISNet** (a background remover, at the threshold best for it) on {len(beside['photos'])} of "
-            f"{SHORT.get(what, what)}: {100 * low:+.1f} to {100 * high:+.1f} points (95 %), "
-            f"with the border left out {left_out}; it takes {longer:.0f} times as long (in ONNX Runtime f32, "
-            f"petseg in {beside['petseg']['engine'].partition(' ')[0]} {beside['petseg']['precision']})."
-        )
+    if record["isnet"]:
+        lines.append(isnet(record["isnet"]))
     pet = first[copies]["cutout"]["readings"]["pet"]["iou"]
     least, best = PRETRAINED["readings"]["pet"]["iou"]
     return [
@@ -98,6 +90,26 @@ def in_quality() -> list[str]:
         f"- **Behind {PRETRAINED['name']}**: with the border as pet {pet:.4f}; its example shows {least:.4f} to "
         f"{best:.4f}.",
     ]
+
+
+def isnet(found: Mapping[str, Any]) -> str:
+    """Against the background remover, which sees few photos: intervals."""
+
+    def lead(beside: Mapping[str, Any], border: str) -> str:
+        return " to ".join(f"{100 * value:+.1f}" for value in beside["difference"][border])
+
+    each = "; ".join(
+        f"on {len(beside['photos'])} of {SHORT.get(what, what)} {lead(beside, 'background')} points, with the border "
+        f"left out {lead(beside, 'ignored')}"
+        for what, beside in found.items()
+    )
+    longer = [beside["isnet"]["median"] / beside["petseg"]["median"] for beside in found.values()]
+    ours = next(iter(found.values()))["petseg"]
+    return (
+        f"- **ISNet** (a background remover, at its best threshold), intervals of 95 %: {each}. It takes "
+        f"{min(longer):.0f} times as long (in ONNX Runtime f32, petseg in {ours['engine'].partition(' ')[0]} "
+        f"{ours['precision']})."
+    )
 
 
 #: Of the mean IoU of an original-size photo, the border left out.
@@ -126,9 +138,10 @@ def in_speed() -> list[str]:
         for row in records.load("accuracy")["rival_times"]
     ]
     lines = [
-        f"- **Folders of photos to masks**: `petseg infer` is {faster(nearest, 'once_running'):.2f} to "
-        f"{max(faster(row, 'once_running') for row in peers):.0f} times as fast as each of {len(peers)} ways to run a "
-        f"peer, each a plain loop; the next is {nearest['name']}.{plainly(peers)}",
+        f"- **Speed, a folder of small photos to masks**: `petseg infer` is {faster(nearest, 'once_running'):.2f} "
+        f"times as fast as the nearest of {len(peers)} plain loops over other networks ({nearest['name']}), "
+        f"{max(faster(row, 'once_running') for row in peers):.0f} times as fast as the slowest: it reads, computes and "
+        f"writes side by side.{plainly(peers)}",
         f"- **The network alone** against LR-ASPP's, times as fast: {', '.join(each)}.",
     ]
     if sooner:
@@ -147,7 +160,7 @@ def in_speed() -> list[str]:
 
 #: Of records that were made before; see benchmarks/LOG.md.
 FAVOURED: Final = (
-    "These ratios favour petseg: its photos were others than those of its nearest peers (by 6 %), and masks of random "
+    "the ratios favour petseg: its photos were others than those of its nearest peers (by 6 %), and masks of random "
     "weights were noise, which smp's and U²-Net's loops took 5 to 15 ms a photo to write. In newer records all take "
     "the same photos, and masks are as smooth as real ones."
 )
@@ -155,7 +168,7 @@ FAVOURED: Final = (
 
 def fast() -> str:
     """The embedded model, in whole processes, beside some of its peers."""
-    record, clip = records.load("peers"), records.load("video")
+    record = records.load("peers")
     named = {row["name"]: row for row in record["rows"]}
     lines = [
         f"Photos to masks, whole processes on {record['machine']['cores']} cores of {record['machine']['cpu']}; "
@@ -171,34 +184,43 @@ def fast() -> str:
         f"| {row['startup_seconds']['median']:.2f} | {row['memory_mb']['median']:.0f} | {size_of(row):.0f} |"
         for row in (named[name] for name in SHOWN if name in named)
     ]
-    alone = ", ".join(
-        f"{row['median']:.1f} ms in {row['engine']} ({row['precision']})"
-        for row in records.load("latency")["rows"]
-        if row["stored"] == "fp32" and row.get("device", "cpu") == "cpu"
+    return "\n".join([*lines, "", of_a_camera(), "", *everywhere()])
+
+
+def of_a_camera() -> str:
+    """How many large photos a second, and what their results take."""
+    record = records.load("large")
+    each = "; ".join(
+        f"{row['name']}: {row['photos_per_second']:.1f} a second, {row['megabytes']:.2g} MB each"
+        for row in record["rows"]
     )
-    overlay = next(row for row in clip["rows"] if row["kind"] == "overlay")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"The network alone, one photo: {alone}. A clip of {clip['clip']}, to an overlay with `petseg infer`: "
-            f"{overlay['times_real_time']:.2f} times real time.",
-            *([f"\n{FAVOURED}"] if is_unfair(record) else []),
-            *elsewhere(),
-        ]
+    return (
+        f"Those photos are small. Of {record['megapixels']:.0f} megapixels, as telephones make them, on "
+        f"{record['machine']['cores']} cores of {record['machine']['cpu']}: {each}."
     )
 
 
-def elsewhere() -> list[str]:
-    """The machines beside the one of the table, a line each."""
+#: The figures of each machine: rows of the README's second table.
+OF_MACHINES: Final[Mapping[str, Callable[[machines.Machine], str]]] = {
+    "photos to masks in a folder, a second": machines.folder,
+    "times as fast as the nearest and the farthest peer": machines.over_peers,
+    "the network alone, ms": lambda machine: "; ".join(
+        f"{ms} ({engine})" for engine, ms in machines.alone(machine).items() if "PyTorch" not in engine
+    ),
+    "a video of 1280 × 720 to an overlay, times real time": machines.overlay,
+}
+
+
+def everywhere() -> list[str]:
+    """A column for each machine, that of the table above first; and which comparisons are not fair."""
+    columns = [machine for machine in machines.every() if {"peers", "latency", "video"} <= machine.keys()]
+    names = [machines.name_of(column) for column in columns]
+    unfair = [name for name, column in zip(names, columns, strict=True) if is_unfair(column["peers"])]
     return [
-        f"\nThe same on {machines.name_of(machine)}: {machines.folder(machine)} photos/s in a folder, "
-        f"{machines.over_peers(machine)} times as fast as the peers; the network alone "
-        f"{', '.join(f'{ms} ms in {engine}' for engine, ms in machines.alone(machine).items())}."
-        + plainly(machines.peers(machine))
-        + (f" {FAVOURED}" if is_unfair(machine["peers"]) else "")
-        for machine in machines.every()[1:]
-        if {"peers", "latency"} <= machine.keys()
+        f"| | {' | '.join(names)} |",
+        f"|---|{'---|' * len(columns)}",
+        *(f"| {what} | {' | '.join(map(tell, columns))} |" for what, tell in OF_MACHINES.items()),
+        *(f"\nOf {name}: {FAVOURED}" for name in unfair),
     ]
 
 
@@ -212,7 +234,7 @@ def plainly(peers: Sequence[Mapping[str, Any]]) -> str:
     if not of_engines:
         return ""
     told = ", ".join(f"{times:.2f} in {name}" for name, times in of_engines.items())
-    return f" Petseg's own plain loop against the fastest of theirs in the same engine, times as fast: {told}."
+    return f" In a plain loop of its own, against the fastest of theirs in the same engine, times as fast: {told}."
 
 
 def faster(row: dict[str, Any], kind: str) -> float:

@@ -280,6 +280,21 @@ def folders() -> str:
     return "\n".join(lines)
 
 
+def large() -> str:
+    """`petseg infer FOLDER` on photos of a camera's size."""
+    record = records.load("large")
+    lines = [
+        f"`petseg infer FOLDER` on {record['photos']} photos of {record['megapixels']:.0f} megapixels (small ones, "
+        f"enlarged), from the first result to the last, {record['machine']['cores']} cores of "
+        f"{record['machine']['cpu']} (`python -m benchmarks large`):",
+        "",
+        "| writes | photos/s | MB a photo |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {row['name']} | {row['photos_per_second']:.1f} | {row['megabytes']:.2f} |" for row in record["rows"]]
+    return "\n".join(lines)
+
+
 #: What the columns of the first table mean.
 BESIDE_THE_TIME: Final = (
     "Of a matmul's speed: the network's multiplications at the rate of the machine's fastest 1024 × 1024 matmul "

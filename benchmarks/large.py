@@ -1,0 +1,100 @@
+"""Photos as cameras and telephones make them: how many a second, and how large the results are.
+
+    python -m benchmarks large --data data
+
+The data set's photos are small. Here some are enlarged to twelve megapixels and saved as JPEG, as in reduced.py: a
+camera's size and coding, but no finer detail than the photo had. `petseg infer` brings a folder of them to each kind of
+result, the kinds in turns; rates are from the first result on the disk to the last.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import click
+import numpy as np
+
+from benchmarks import records
+from benchmarks.photos import original_size
+from benchmarks.processes import first_to_last, seconds_of
+from benchmarks.reduced import enlarged
+
+MEGAPIXELS: Final = 12.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is written.
+
+    Attributes:
+        name: For people, and its row.
+        options: Of `petseg infer`.
+        suffix: Of the results.
+    """
+
+    name: str
+    options: tuple[str, ...]
+    suffix: str
+
+
+KINDS: Final = (
+    Kind("mask", ("--as", "mask"), ".png"),
+    Kind("mask, --fast-decode", ("--as", "mask", "--fast-decode"), ".png"),
+    Kind("overlay", ("--as", "overlay"), ".jpg"),
+    Kind("cutout", ("--as", "cutout"), ".png"),
+    Kind("cutout, --format webp", ("--as", "cutout", "--format", "webp"), ".webp"),
+)
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
+@click.option("--photos", type=click.IntRange(2), default=12, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+def large(data: Path, photos: int, rounds: int) -> None:
+    """Photos a second of `petseg infer FOLDER` on photos of twelve megapixels."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "photos"
+        folder.mkdir()
+        for number, photo in enumerate(chosen(data, photos)):
+            (folder / f"{number:04d}.jpg").write_bytes(enlarged(photo, MEGAPIXELS))
+        taken: dict[Kind, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+        for kind in KINDS:
+            one(folder, Path(scratch) / "out", kind)  # compiles bytecode and kernels, fills the disk's cache
+        for _ in range(rounds):
+            for kind in KINDS:
+                taken[kind].append(one(folder, Path(scratch) / "out", kind))
+                click.echo(f"{kind.name}: {taken[kind][-1]}", err=True)
+    rows = [{"name": kind.name, **row(runs)} for kind, runs in taken.items()]
+    command = f"python -m benchmarks large --data DATA --photos {photos} --rounds {rounds}"
+    click.echo(records.write("large", command, {"photos": photos, "megapixels": MEGAPIXELS, "rows": rows}))
+
+
+def chosen(data: Path, photos: int) -> list[Path]:
+    """So many of the photos at their original size, from all over the set."""
+    found = sorted((original_size(data) / "images").glob("*.jpg"))
+    return [found[index] for index in np.linspace(0, len(found) - 1, photos).astype(int)]
+
+
+def one(folder: Path, output: Path, kind: Kind) -> dict[str, float]:
+    """A run: seconds from the first result to the last, photos a second between them, and megabytes of a result."""
+    words: list[str | Path] = ["-m", "petseg.cli", "infer", folder, *kind.options, "--quiet", "--output", output]
+    seconds_of(words)
+    written, span = first_to_last(output, kind.suffix)
+    size = sum(path.stat().st_size for path in output.rglob(f"*{kind.suffix}")) / written / 1e6
+    shutil.rmtree(output)
+    return {"first_to_last": span, "photos_per_second": (written - 1) / span, "megabytes": size}
+
+
+def row(runs: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Medians, and the raw times."""
+    return {
+        "first_to_last": [run["first_to_last"] for run in runs],
+        "photos_per_second": median(run["photos_per_second"] for run in runs),
+        "megabytes": median(run["megabytes"] for run in runs),
+    }

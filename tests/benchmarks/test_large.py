@@ -1,0 +1,63 @@
+"""Photos of a camera's size: what a run tells, and what the pages make of it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module, which is not installed."""
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("benchmarks.large")
+
+
+def test_a_run_counts_its_results_alone(large: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kind = next(kind for kind in large.KINDS if kind.name == "cutout")
+
+    def seconds_of(words: list[str | Path]) -> float:
+        assert words[2:6] == ["infer", tmp_path, "--as", "cutout"]
+        output = Path(words[-1])
+        output.mkdir()
+        for number in range(3):
+            path = output / f"{number}.png"
+            path.write_bytes(bytes(2_000_000))
+            os.utime(path, ns=(0, 500_000_000 * number))
+        (output / "journal.jsonl").write_bytes(b"{}")
+        return 9.0
+
+    monkeypatch.setattr(large, "seconds_of", seconds_of)
+    found = large.one(tmp_path, tmp_path / "out", kind)
+    assert found == {"first_to_last": 1.0, "photos_per_second": 2.0, "megabytes": 2.0}
+    assert not (tmp_path / "out").exists()
+    runs = [found, {**found, "first_to_last": 2.0, "photos_per_second": 1.0}, found]
+    assert large.row(runs) == {"first_to_last": [1.0, 2.0, 1.0], "photos_per_second": 2.0, "megabytes": 2.0}
+
+
+def test_photos_are_from_all_over_the_set(large: Any, tmp_path: Path) -> None:
+    images = tmp_path / "oxford-iiit-pet-native" / "images"
+    images.mkdir(parents=True)
+    for number in range(9):
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(images / f"cat_{number}.jpg")
+    assert [path.stem for path in large.chosen(tmp_path, 3)] == ["cat_0", "cat_4", "cat_8"]
+
+
+def test_the_pages_tell_of_each_kind(large: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = [{"name": "mask", "photos_per_second": 6.04, "megabytes": 0.012}]
+    record = {"photos": 12, "megapixels": 12.0, "machine": {"cores": 2, "cpu": "CPU"}, "rows": rows}
+    (tmp_path / "large.json").write_text(json.dumps(record))
+    monkeypatch.setattr(importlib.import_module("benchmarks.records"), "RESULTS", tmp_path)
+    assert importlib.import_module("benchmarks.tables").large().splitlines()[-1] == "| mask | 6.0 | 0.01 |"
+    told = importlib.import_module("benchmarks.summary").of_a_camera()
+    assert "Of 12 megapixels" in told
+    assert told.endswith("on 2 cores of CPU: mask: 6.0 a second, 0.012 MB each.")
