@@ -34,7 +34,7 @@ from benchmarks import records
 from benchmarks.embedded.measure import threshold_ignoring_border
 from benchmarks.latency import CHECKPOINT, told
 from benchmarks.peers.isnet import SIZE, ISNet
-from benchmarks.published import CHOSEN, ELSEWHERE
+from benchmarks.published import CHOSEN
 from benchmarks.rival import timed_beside
 from petseg.data import Pair, Split, find
 from petseg.evaluate import U8, Evaluation, Run, evaluate, open_model
@@ -103,7 +103,6 @@ def accuracy(
         "compared": {"photos": {what: len(pairs) for what, pairs in some.items()}, "rows": with_losses(compared)},
         "isnet": remover and {what: beside(remover, pairs, thresholds) for what, pairs in chosen.items()},
         "rival_times": timed_beside(),
-        "elsewhere": ELSEWHERE,
     }
     given = {"--int8 FILE": int8, f"--photos {photos}": photos, f"--isnet FILE --isnet-photos {isnet_photos}": isnet}
     given |= {f"--engine-photos {engine_photos}": engine_photos != ENGINE_PHOTOS}

@@ -46,7 +46,6 @@ PAGES: Final[Mapping[Path, Mapping[str, Section]]] = {
         "large": Section(tables.large, ("large",)),
         "peers": Section(tables.peers, ("peers",)),
         "machines": Section(machines.machines, ("latency", "peers", "video", "accuracy")),
-        "startup": Section(tables.startup, ("embedded-startup",)),
         "video": Section(tables.video, ("video",)),
         "live": Section(tables.live, ("soak",)),
         "scaling": Section(tables.scaling, ("scaling",)),

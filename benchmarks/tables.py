@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any, Final
 
 from benchmarks import records
-from benchmarks.published import CHOSEN, PUBLISHED
+from benchmarks.published import CHOSEN, ELSEWHERE, PUBLISHED
 
 
 def accuracy() -> str:
@@ -79,7 +79,7 @@ def others() -> str:
         rival(record, against),
         alike(records.load("budget")) if (records.RESULTS / "budget.json").exists() else "",
         isnet(record["isnet"]) if record["isnet"] else "",
-        published(record["elsewhere"]),
+        published(ELSEWHERE),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -182,18 +182,6 @@ def within(values: dict[str, Any]) -> str:
     """An IoU with its interval."""
     low, high = values["iou_interval_95"]
     return f"{values['iou']:.4f} ({low:.3f} to {high:.3f})"
-
-
-def startup() -> str:
-    """One photo, whole process."""
-    record = records.load("embedded-startup")
-    machine = record["machine"]
-    times = record["seconds"]
-    return (
-        "One photo, whole process, with files and OpenVINO's compiled model in caches: "
-        f"**{record['median']:.2f} s** (median of {len(times)}, "
-        f"{min(times):.2f} to {max(times):.2f}; {machine['cores']} cores of {machine['cpu']})."
-    )
 
 
 #: The formats, as people write them.

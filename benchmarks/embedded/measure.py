@@ -1,4 +1,4 @@
-"""Measure the model that ships, the very file: accuracy on both test sets, and the cold start of one photo.
+"""Measure the model that ships, the very file: accuracy on both test sets.
 
     python -m benchmarks embedded --data data
 
@@ -9,11 +9,6 @@ lower one is better; it is chosen here on the validation photos, and both are re
 
 from __future__ import annotations
 
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
 
 import click
@@ -23,17 +18,16 @@ from benchmarks.photos import COPIES, NATIVE, TEST_SETS, training_set
 from petseg.data import Split, find
 from petseg.evaluate import evaluate, open_model
 from petseg.metrics import Border
-from petseg_runtime.artifact import default_model, sample_photos
+from petseg_runtime.artifact import default_model
 
 #: For each record, the photos that it tells of.
 RECORDS = {"embedded-test-128": COPIES, "embedded-test-native": NATIVE}
-STARTS = 11
 
 
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder of the two data sets.")
 def embedded(data: Path) -> None:
-    """Accuracy and start-up of the embedded model."""
+    """Accuracy of the embedded model."""
     command = "python -m benchmarks embedded --data DATA"
     lower = threshold_ignoring_border(data)
     for name, folder in RECORDS.items():
@@ -47,7 +41,6 @@ def embedded(data: Path) -> None:
                 "metrics_at_threshold_for_ignored_border": result.summary(lower),
             }
         print(records.write(name, command, values))
-    print(records.write("embedded-startup", command, startup()))
 
 
 def threshold_ignoring_border(data: Path) -> float:
@@ -56,20 +49,3 @@ def threshold_ignoring_border(data: Path) -> float:
     with open_model(default_model()) as model:
         result = evaluate(model.run, pairs, model.height, model.width)
     return max((k / 20 for k in range(1, 20)), key=lambda t: float(result.image_ious(t, Border.IGNORED).mean()))
-
-
-def startup() -> dict[str, object]:
-    """Wall time of whole processes that segment one photo, the first of them not counted."""
-    photo = next(path for path in sample_photos() if path.stem == "chelsea")
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = [sys.executable, "-m", "petseg.cli", "infer", str(photo), "--output", folder, "--quiet"]
-        seconds = []
-        for _ in range(STARTS + 1):
-            start = time.perf_counter()
-            subprocess.run(arguments, check=True)
-            seconds.append(round(time.perf_counter() - start, 4))
-    return {
-        "what": "petseg infer chelsea.jpg, whole process",
-        "seconds": seconds[1:],
-        "median": statistics.median(seconds[1:]),
-    }

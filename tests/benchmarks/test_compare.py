@@ -140,7 +140,7 @@ def test_a_file_that_is_no_record_is_named(compare: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks" / "results").is_dir(), reason="benchmarks/results is not in the sdist")
-@pytest.mark.parametrize("name", ["latency", "throughput", "embedded-startup"])
+@pytest.mark.parametrize("name", ["latency", "throughput", "peers"])
 def test_in_our_own_records_what_became_slower_is_named_and_nothing_else(compare: Any, name: str) -> None:
     saved = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
     slowed = copy.deepcopy(saved)
