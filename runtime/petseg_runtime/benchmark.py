@@ -28,7 +28,7 @@ from petseg_runtime.engines.registry import ENGINES, load_engine
 from petseg_runtime.errors import EngineError
 from petseg_runtime.host import Gpu, Host, host
 
-__all__ = ["ROUNDS", "STAGES", "Benchmark", "Row", "measure"]
+__all__ = ["ROUNDS", "STAGES", "Benchmark", "Row", "measure", "sample_batch"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
@@ -259,7 +259,7 @@ def _rounds(
     watch: Callable[[str], None],
 ) -> tuple[Row, ...]:
     """Let the engines take turns; one that fails leaves, with its reason, for ``failed``."""
-    photos = _photos(artifact, batch)
+    photos = sample_batch(artifact, batch)
     for number in range(ROUNDS if runners else 0):
         watch(f"round {number + 1} of {ROUNDS}: {len(runners)} engines")
         for runner in list(runners):
@@ -277,7 +277,7 @@ def _rounds(
     return tuple(runner.row for runner in runners)
 
 
-def _photos(artifact: Artifact, batch: int) -> U8:
+def sample_batch(artifact: Artifact, batch: int) -> U8:
     """Sample photos as the model takes them, repeated if need be: uint8 [batch, H, W, 3]."""
     spec, paths = artifact.spec, sample_photos()
     ready = [images.to_model(images.read(path).pixels, spec.height, spec.width) for path in paths[:batch]]

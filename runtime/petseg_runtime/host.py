@@ -26,6 +26,7 @@ __all__ = [
     "cgroup_limits",
     "cores",
     "features",
+    "frequencies",
     "give_back_memory",
     "gpus",
     "host",
@@ -33,6 +34,7 @@ __all__ = [
     "nvidia_gpus",
     "old_driver",
     "parse_cpuinfo",
+    "temperatures",
     "versions",
 ]
 
@@ -221,6 +223,25 @@ def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
     flags = [set(value.split()) for value in fields.get("flags", fields.get("Features", []))]
     everywhere = set.intersection(*flags) if flags else set()
     return " + ".join(dict.fromkeys(names)), tuple(feature for feature in FEATURES if feature in everywhere)
+
+
+def temperatures(root: Path = Path("/sys/class/thermal")) -> dict[str, float]:
+    """How warm the kernel's thermal zones are now, in degrees Celsius by their type ("cpu-thermal", "x86_pkg_temp").
+
+    Of several zones of one type the warmest; of a machine that shows none, as virtual ones do, nothing.
+    """
+    zones: dict[str, float] = {}
+    for zone in root.glob("thermal_zone*"):
+        with contextlib.suppress(ValueError):  # "": a sensor that is switched off
+            kind, degrees = _text(f"{zone}/type").strip() or zone.name, int(_text(f"{zone}/temp")) / 1000
+            zones[kind] = max(degrees, zones.get(kind, degrees))
+    return dict(sorted(zones.items()))
+
+
+def frequencies(root: Path = Path("/sys/devices/system/cpu")) -> tuple[float, ...]:
+    """How fast each core runs now, in MHz, in the order of their numbers; nothing where the kernel does not say."""
+    cores = {int(core.name[3:]): _text(f"{core}/cpufreq/scaling_cur_freq").strip() for core in root.glob("cpu[0-9]*")}
+    return tuple(int(khz) / 1000 for _, khz in sorted(cores.items()) if khz.isdecimal())
 
 
 def give_back_memory() -> None:

@@ -35,6 +35,7 @@ __all__ = [
     "Tolerance",
     "compare",
     "load_proof",
+    "mask_iou",
     "measure",
     "proof_of",
     "require",
@@ -572,10 +573,10 @@ def _check_output(got: U8, expected: U8) -> None:
 
 def _ious(expected: U8, got: U8, threshold: float) -> list[float]:
     """IoU of the two masks of each photo."""
-    return [_iou(a >= 255 * threshold, b >= 255 * threshold) for a, b in zip(expected, got, strict=True)]
+    return [mask_iou(a >= 255 * threshold, b >= 255 * threshold) for a, b in zip(expected, got, strict=True)]
 
 
-def _iou(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
+def mask_iou(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
     """IoU of two masks; 1 where both are empty."""
     union = int((a | b).sum())
     return float((a & b).sum() / union) if union else 1.0

@@ -24,8 +24,9 @@ from petseg_runtime.sources import Origin, stream_origin
 if TYPE_CHECKING:
     from petseg_runtime.live import StateChange
     from petseg_runtime.stream import Stream
+    from petseg_runtime.verify import Verification
 
-__all__ = ["Prepared", "Segmenter"]
+__all__ = ["Prepared", "Segmenter", "finish", "prepare"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
@@ -49,6 +50,33 @@ class Prepared:
     width: int
     notes: tuple[str, ...]
     icc_profile: bytes | None = None
+
+
+def prepare(
+    source: images.ImageSource,
+    size: tuple[int, int],
+    *,
+    mask_only: bool = False,
+    spare: int = 0,
+    take: Callable[[int], None] = lambda size: None,
+) -> Prepared:
+    """Read a photo, and bring it to a model's height and width; see :meth:`Segmenter.prepare`."""
+    photo = images.read(source, at_least=size if mask_only else None, spare=spare, take=take)
+    image = images.to_model(photo.pixels, *size)
+    pixels = None if mask_only else photo.pixels
+    return Prepared(image, pixels, photo.height, photo.width, photo.notes, photo.icc_profile)
+
+
+def finish(prepared: Prepared, probability: U8, threshold: float, cutout_threshold: float) -> Segmentation:
+    """Bring a model's answer, uint8 [H, W], to the photo's size; see :meth:`Segmenter.finish`."""
+    return Segmentation(
+        prepared.pixels,
+        images.from_model(probability, prepared.height, prepared.width),
+        threshold,
+        cutout_threshold,
+        prepared.notes,
+        prepared.icc_profile,
+    )
 
 
 class Segmenter:
@@ -269,10 +297,7 @@ class Segmenter:
         Raises:
             InputError: The photo cannot be used.
         """
-        photo = images.read(source, at_least=self.size if mask_only else None, spare=spare, take=take)
-        image = images.to_model(photo.pixels, *self.size)
-        pixels = None if mask_only else photo.pixels
-        return Prepared(image, pixels, photo.height, photo.width, photo.notes, photo.icc_profile)
+        return prepare(source, self.size, mask_only=mask_only, spare=spare, take=take)
 
     def infer(self, batch: U8) -> U8:
         """The second step: uint8 [N, H, W, 3] RGB at the model's size to uint8 [N, H, W], ``round(255 * p(pet))``.
@@ -285,15 +310,34 @@ class Segmenter:
 
     def finish(self, prepared: Prepared, probability: U8) -> Segmentation:
         """The last step: bring the answer, uint8 [H, W], to the photo's size."""
-        result = Segmentation(
-            prepared.pixels,
-            images.from_model(probability, prepared.height, prepared.width),
-            self.threshold,
-            self.cutout_threshold,
-            prepared.notes,
-            prepared.icc_profile,
-        )
+        result = finish(prepared, probability, self.threshold, self.cutout_threshold)
         return result.without_small(self.min_area) if self.min_area else result
+
+    def verify(self, proof: str | os.PathLike[str] | None = None) -> Verification:
+        """Prove, in some seconds, that what is loaded does here what it did where it was made.
+
+        This very engine must say of the proof's photos what the model's checkpoint said, and the sample photos must be
+        read, resized and given masks of their size as where petseg was made.
+
+        >>> Segmenter().verify().passed  # doctest: +SKIP
+
+        Args:
+            proof: The photos and answers; None: ``FILE.parity.npz`` beside the model.
+
+        Raises:
+            UsageError: Photos are brought to another size than the proof's.
+            ModelError: No proof, or one that is damaged or of another model.
+            ParityShapes: The outputs' shapes or types are not the contract's.
+        """
+        spec = self.artifact.spec
+        if self.size != (spec.height, spec.width):
+            raise UsageError(
+                f"photos are brought to {self.size[0]} x {self.size[1]} here, and the proof is of {spec.height} x "
+                f"{spec.width}: verify with a Segmenter without a size"
+            )
+        from petseg_runtime.verify import verify_engine  # a few programs need it
+
+        return verify_engine(self.artifact, self._engine, Path(proof) if proof is not None else None)
 
     def describe(self) -> EngineInfo:
         """What is really running."""

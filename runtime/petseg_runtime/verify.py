@@ -1,9 +1,14 @@
-"""``petseg verify``: the parity test once more, on the device, with what travelled beside the model file."""
+"""``petseg verify``: the parity test once more, on the device, with what travelled beside the model file.
+
+Two proofs make it whole: of the network, from photos that are decoded and resized already, and of the road around it
+(:mod:`petseg_runtime.road`), which is the same for every model.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,18 +21,98 @@ from petseg_runtime.errors import ModelError, OutputError
 from petseg_runtime.files import read_text, write_atomic
 
 if TYPE_CHECKING:
-    from petseg_runtime.parity import Receipt
+    from petseg_runtime.engines.base import Engine
+    from petseg_runtime.parity import Comparison, Proof, Receipt
+    from petseg_runtime.road import RoadReceipt
 
-__all__ = ["parts_of", "record", "save", "sidecar_of", "verified", "verify_artifact"]
+__all__ = [
+    "Verification",
+    "parts_of",
+    "record",
+    "save",
+    "sidecar_of",
+    "verified",
+    "verify_artifact",
+    "verify_engine",
+    "verify_file",
+]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+#: What is read, too: results of the network alone.
+WITHOUT_ROAD = 2
 #: Bytes of a result, which has a line or two for each engine.
 MAX_RESULT = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What was found on this device.
+
+    Attributes:
+        network: A model file in an engine, against its checkpoint.
+        road: Reading, resizing and bringing back, against the record in the package.
+    """
+
+    network: Receipt
+    road: RoadReceipt
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Everything that was not as it should be."""
+        return (*self.network.failures, *(f"the road around the network: {failure}" for failure in self.road.failures))
+
+    @property
+    def passed(self) -> bool:
+        """The verdict."""
+        return not self.failures
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        return f"{self.network.summary}; the road around the network: {self.road.summary}"
 
 
 def sidecar_of(path: Path) -> Path:
     """Where the result for a model file goes: its whole name and ``.verified.json``. Never into the model."""
     return path.with_name(f"{path.name}.verified.json")
+
+
+def verify_file(
+    artifact: Artifact,
+    backend: str = "auto",
+    threads: int | None = None,
+    proof: Path | None = None,
+    device: str = "auto",
+) -> Verification:
+    """Both proofs, as ``petseg verify`` makes them; see :func:`verify_artifact`.
+
+    Raises:
+        ModelError: Also, the record of the road or a sample photo is missing or damaged.
+    """
+    from petseg_runtime.road import verify_road
+
+    return Verification(network=verify_artifact(artifact, backend, threads, proof, device), road=verify_road())
+
+
+def verify_engine(artifact: Artifact, engine: Engine, proof: Path | None = None) -> Verification:
+    """Both proofs, in an engine that is loaded already and computes as it will.
+
+    Args:
+        artifact: What the engine runs.
+        engine: That engine, at the size of the artifact's specification.
+        proof: See :func:`verify_artifact`.
+
+    Raises:
+        ModelError: No proof, or one that is damaged or of another model.
+        EngineError: The engine failed.
+        ParityShapes: The outputs' shapes or types are not the contract's.
+    """
+    from petseg_runtime.parity import compare
+    from petseg_runtime.road import verify_road
+
+    photos = _proof(artifact, proof)
+    row = compare(engine.run, engine.describe(), photos, artifact.spec)
+    return Verification(network=_receipt(artifact, photos, (row,)), road=verify_road())
 
 
 def verify_artifact(
@@ -55,7 +140,19 @@ def verify_artifact(
         EngineError: The engine cannot be had, or cannot run the file.
         ParityShapes: The outputs' shapes or types are not the contract's.
     """
-    from petseg_runtime.parity import Receipt, load_proof, measure, proof_of  # numpy: `petseg info` needs none
+    from petseg_runtime.parity import measure  # numpy: `petseg info` needs none
+
+    photos = _proof(artifact, proof)
+    return _receipt(artifact, photos, measure(artifact, photos, backend, threads, device=device))
+
+
+def _proof(artifact: Artifact, proof: Path | None) -> Proof:
+    """The photos and answers that a file is held against.
+
+    Raises:
+        ModelError: None, or damaged, of another model, or not those that the file was exported with.
+    """
+    from petseg_runtime.parity import load_proof, proof_of
 
     checkpoint = str(artifact.provenance.get("checkpoint_sha256", ""))
     path = proof or proof_of(artifact.path)
@@ -65,6 +162,12 @@ def verify_artifact(
             f"{path}: not the proof that {artifact.path.name} was exported with (their SHA-256 differ): copy that one, "
             "or name this one with --proof"
         )
+    return photos
+
+
+def _receipt(artifact: Artifact, photos: Proof, rows: tuple[Comparison, ...]) -> Receipt:
+    from petseg_runtime.parity import Receipt
+
     return Receipt(
         identity=artifact.identity,
         proof=photos.identity,
@@ -73,7 +176,7 @@ def verify_artifact(
         names=photos.names,
         reference=photos.reference,
         stored=artifact.spec.precision,
-        rows=measure(artifact, photos, backend, threads, device=device),
+        rows=rows,
     )
 
 
@@ -85,10 +188,16 @@ def parts_of(artifact: Artifact, proof: Path | None) -> list[Path]:
     return [path, path.with_suffix(".bin"), artifacts.sidecar_of(path), proof or proof_of(path)]
 
 
-def record(artifact: Artifact, receipt: Receipt) -> dict[str, Any]:
-    """The result, with the file and the device that it was measured on; JSON values."""
+def record(artifact: Artifact, done: Verification) -> dict[str, Any]:
+    """The result, with the file and the device that it was measured on; JSON values.
+
+    ``rows`` and what they are of are the network's, ``road`` is the road's; ``passed`` and ``summary`` are of both.
+    """
     return {
-        **receipt.as_dict(),
+        **done.network.as_dict(),
+        "road": done.road.as_dict(),
+        "passed": done.passed,
+        "summary": done.summary,
         **_this(artifact),
         "schema_version": SCHEMA_VERSION,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -112,8 +221,11 @@ def save(result: dict[str, Any], path: Path) -> None:
 
 
 def verified(artifact: Artifact) -> dict[str, Any]:
-    """What was verified of this very file, on such a processor; empty: nothing, or a ``summary`` that says why not."""
-    path = sidecar_of(artifact.path)
+    """What was verified of this very file, on such a processor; empty: nothing, or a ``summary`` that says why not.
+
+    A result of an earlier version, of the network alone, is one without ``road``.
+    """
+    path, again = sidecar_of(artifact.path), "run `petseg verify` again"
     try:
         value = json.loads(read_text(path, MAX_RESULT))
     except FileNotFoundError:
@@ -121,10 +233,12 @@ def verified(artifact: Artifact) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         return {"summary": f"{path.name}: cannot be read ({error})"}
     if not isinstance(value, dict) or any(value.get(key) != known for key, known in _this(artifact).items()):
-        return {"summary": f"{path.name}: of another file; run `petseg verify` again"}
+        return {"summary": f"{path.name}: of another file; {again}"}
+    if (version := value.get("schema_version")) not in (WITHOUT_ROAD, SCHEMA_VERSION):
+        return {"summary": f"{path.name}: its schema_version is {version!r}, not {SCHEMA_VERSION}; {again}"}
     there, here = _processor(value.get("host")), _processor(dataclasses.asdict(hosts.host()))
     if there != here:
-        return {"summary": f"{path.name}: on another machine ({there}, this is {here}); run `petseg verify` again"}
+        return {"summary": f"{path.name}: on another machine ({there}, this is {here}); {again}"}
     return value
 
 

@@ -80,6 +80,7 @@ def test_the_wheel_has_model_samples_types_and_licence(names: set[str]) -> None:
         "petseg_runtime/models/edge.onnx",
         "petseg_runtime/models/edge.onnx.parity.npz",
         "petseg_runtime/models/README.md",
+        "petseg_runtime/models/road.npz",
         "petseg_runtime/models/samples/chelsea.jpg",
     }
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
@@ -125,6 +126,7 @@ def test_the_light_install_proves_its_model_and_lists_the_formats(light: Path, t
     receipt = json.loads(sh(light / "bin" / "petseg", "verify", "--json", cwd=tmp_path))
     assert receipt["passed"] is True
     assert receipt["kind"] == "full"
+    assert receipt["road"]["passed"] is True
     listed = sh(light / "bin" / "petseg", "export", "--list", cwd=tmp_path)
     assert "pip install 'petseg[export]'" in listed
 

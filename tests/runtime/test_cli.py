@@ -1414,8 +1414,9 @@ def test_a_file_that_does_what_its_checkpoint_does_is_0(proven: Artifact, capsys
     assert run(["verify", str(proven.path), *IN_ONNXRUNTIME]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    (line,) = out.splitlines()
+    line, way = out.splitlines()
     assert line.startswith(f"{proven.path}: smoke, 4 photos, passed, f32 in onnxruntime ")
+    assert way.startswith("the road around the network: passed, 9 photos with Pillow ")
     assert proven.path.read_bytes() == before, "what is learnt on a device never goes into the model"
     assert files(proven.path.parent) == {"toy.onnx", "toy.onnx.parity.npz", "toy.onnx.verified.json"}
 
@@ -1440,6 +1441,7 @@ def test_info_shows_what_was_verified(proven: Artifact, capsys: pytest.CaptureFi
     assert run(["info", str(proven.path)]) == 0
     out = capsys.readouterr().out
     assert "verified here  smoke, 4 photos, passed, f32 in onnxruntime" in out
+    assert "verified here  the road around the network: passed, 9 photos with Pillow " in out
     assert run(["info", str(proven.path), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["verified"] == json.loads(sidecar_of(proven.path).read_text(encoding="utf-8"))
@@ -1466,8 +1468,9 @@ def test_as_json_the_receipt_is_all_there_is_on_stdout(proven: Artifact, capsys:
     good = json.loads(capsys.readouterr().out)
     assert good == json.loads(sidecar_of(proven.path).read_text(encoding="utf-8"))
     of_receipt = "kind passed summary identity proof photos photos_sha256 names reference stored rows scan quantization"
-    assert set(good) == {*of_receipt.split(), *"note schema_version format spec files date petseg host".split()}  # noqa: SIM905
-    assert (good["schema_version"], good["kind"], good["passed"], good["photos"]) == (2, "smoke", True, 4)
+    assert set(good) == {*of_receipt.split(), *"note schema_version format spec files date petseg host road".split()}  # noqa: SIM905
+    assert (good["schema_version"], good["kind"], good["passed"], good["photos"]) == (3, "smoke", True, 4)
+    assert (good["road"]["passed"], len(good["road"]["rows"]), good["road"]["failures"]) == (True, 9, [])
     assert (good["stored"], good["reference"], good["names"][0]) == ("fp32", "numpy", "00.png")
     (row,) = good["rows"]
     assert (row["precision"], row["passed"], row["failures"], row["max_difference"]) == ("f32", True, [], 0)
@@ -1556,6 +1559,33 @@ def test_what_was_verified_with_another_threshold_or_on_another_machine_is_not_s
         path.write_text(json.dumps({**result, key: {**result[key], **change}}))
         assert run(["info", str(proven.path)]) == 0
         assert f"verified here  {path.name}: {said}" in capsys.readouterr().out
+
+
+def test_a_result_of_before_is_shown_as_what_it_is_of_the_network_alone(
+    proven: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["verify", str(proven.path), "-q"]) == 0
+    path = sidecar_of(proven.path)
+    result = json.loads(path.read_text(encoding="utf-8"))
+    del result["road"]
+    path.write_text(json.dumps({**result, "schema_version": 2}))
+    assert run(["info", str(proven.path)]) == 0
+    out = capsys.readouterr().out
+    assert "verified here  smoke, 4 photos, passed, f32 in onnxruntime" in out
+    assert "verified here  not yet the road around the network, from a photo's file to its mask: run `petseg v" in out
+
+
+@pytest.mark.parametrize("version", [1, 4, "3", None, []])
+def test_a_result_of_a_version_that_is_not_known_is_not_shown(
+    proven: Artifact, capsys: pytest.CaptureFixture[str], version: object
+) -> None:
+    assert run(["verify", str(proven.path), "-q"]) == 0
+    path = sidecar_of(proven.path)
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "schema_version": version}))
+    assert run(["info", str(proven.path)]) == 0
+    out = capsys.readouterr().out
+    assert f"{path.name}: its schema_version is {version!r}, not 3; run `petseg verify` again" in out
+    assert "passed" not in out
 
 
 def test_verifying_tells_of_an_engine_that_was_passed_over(
@@ -1657,6 +1687,18 @@ def test_a_result_that_cannot_be_read_does_not_keep_info_from_its_work(
     assert proven.identity in out
 
 
+@pytest.mark.parametrize("road", [None, 7, [], {}, {"summary": ["passed"]}], ids=json.dumps)
+def test_an_odd_road_in_a_result_does_not_keep_info_from_its_work(
+    proven: Artifact, capsys: pytest.CaptureFixture[str], road: object
+) -> None:
+    """Any program may have written it."""
+    assert run(["verify", str(proven.path), "-q"]) == 0
+    path = sidecar_of(proven.path)
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "road": road}))
+    assert run(["info", str(proven.path)]) == 0
+    assert "the road around the network" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "rows", [[{}], [7], ["passed"], {"a": 1}, "rows", [{"summary": "passed"}]], ids=lambda rows: json.dumps(rows)
 )
@@ -1675,7 +1717,7 @@ def test_odd_rows_in_a_receipt_do_not_keep_info_from_its_work(
     else:
         spec, machine = json.loads(proven.spec.to_json()), dataclasses.asdict(host.host())
         odd = {"identity": proven.identity, "format": "onnx", "spec": spec, "files": {}, "host": machine, "rows": rows}
-        sidecar_of(proven.path).write_text(json.dumps(odd))
+        sidecar_of(proven.path).write_text(json.dumps({**odd, "schema_version": 3}))
     assert run(["info", str(proven.path)]) in (0, 4)
     out, err = capsys.readouterr()
     assert proven.identity in out or str(proven.path) in err
@@ -1694,12 +1736,13 @@ def test_a_compiled_model_is_verified_in_its_own_engine(
 ) -> None:
     proof_of(toy_ir.path).write_bytes(prove(toy_ir.spec).to_bytes())
     assert run(["verify", str(toy_ir.path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    *lines, way = capsys.readouterr().out.splitlines()
+    assert way.startswith("the road around the network: passed, ")
     assert all(f"{toy_ir.path}: smoke, 4 photos, passed, " in line and " in openvino " in line for line in lines)
     assert ", f32 in " in lines[0]
     assert json.loads(sidecar_of(toy_ir.path).read_text(encoding="utf-8"))["format"] == "openvino"
     assert run(["info", str(toy_ir.path)]) == 0
-    assert capsys.readouterr().out.count("verified here") == len(lines)
+    assert capsys.readouterr().out.count("verified here") == len(lines) + 1
     shutil.copy(sidecar_of(toy_ir.path), sidecar_of(toy_ir.path.with_suffix(".onnx")))
     assert run(["info", str(toy_ir.path.with_suffix(".onnx"))]) == 0
     assert "of another file" in capsys.readouterr().out, "what one engine did with the IR says nothing of the ONNX"
@@ -1788,4 +1831,4 @@ def test_names_that_would_break_the_line_are_escaped(proven: Artifact, capsys: p
     proof_of(proven.path).rename(proof_of(odd))
     proven.path.rename(odd)
     assert run(["verify", str(odd), *IN_ONNXRUNTIME]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 2

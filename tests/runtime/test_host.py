@@ -133,6 +133,30 @@ def test_the_name_of_another_groups_folder_does_not_lead_out_of_the_mount(tmp_pa
     assert cgroup_limits(tmp_path / "mount", "0::/a/b\n") == (None, None)
 
 
+def test_thermal_zones_are_told_by_their_type(tmp_path: Path) -> None:
+    assert host.temperatures(tmp_path / "none") == {}
+    group(tmp_path / "thermal_zone0", type="gpu-thermal", temp="58500")
+    group(tmp_path / "thermal_zone1", type="cpu-thermal", temp="61250")
+    group(tmp_path / "thermal_zone2", type="cpu-thermal", temp="60000")
+    group(tmp_path / "thermal_zone3", type="outside", temp="-5000")
+    group(tmp_path / "thermal_zone4", type="switched off")
+    group(tmp_path / "thermal_zone5", temp="40000")
+    group(tmp_path / "cooling_device0", type="fan")
+    expected = {"cpu-thermal": 61.25, "gpu-thermal": 58.5, "outside": -5.0, "thermal_zone5": 40.0}
+    assert host.temperatures(tmp_path) == expected
+    assert list(host.temperatures(tmp_path)) == sorted(expected)
+
+
+def test_the_cores_frequencies_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    assert host.frequencies(tmp_path / "none") == ()
+    for core, khz in ((10, "1000000"), (2, "1800000"), (0, "600000")):
+        group(tmp_path / f"cpu{core}" / "cpufreq", scaling_cur_freq=khz)
+    group(tmp_path / "cpu1" / "cpufreq", scaling_cur_freq="<unknown>")
+    group(tmp_path / "cpu3", online="0")
+    group(tmp_path / "cpufreq", scaling_cur_freq="7")
+    assert host.frequencies(tmp_path) == (600.0, 1800.0, 1000.0)
+
+
 def test_the_drivers_version_is_in_the_words_of_its_module() -> None:
     text = (
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (dvs-builder)  Tue\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from petseg_runtime.artifact import Artifact
 from petseg_runtime.engines import onnxruntime, registry
 from petseg_runtime.engines.base import EngineOptions
 from petseg_runtime.errors import EngineError, InputError, ModelError, UnreadableImage, UsageError
+from petseg_runtime.parity import Proof
 from petseg_runtime.result import Segmentation
 from petseg_runtime.sources import Origin
 from petseg_runtime.spec import SPEC_KEY, ModelSpec
@@ -594,3 +596,41 @@ def test_a_compiled_model_is_a_model_too(
     ):
         assert two.describe().name == "openvino"
         np.testing.assert_array_equal(one(pixels).probability, two(pixels).probability)
+
+
+# ------------------------------------------------------------------------------------------------------ verify
+
+
+def test_what_is_loaded_can_be_proven_here(proven: Artifact, prove: Callable[..., Proof], tmp_path: Path) -> None:
+    with Segmenter(proven.path, backend="onnxruntime", threads=1) as segmenter:
+        done = segmenter.verify()
+        assert done.passed
+        (row,) = done.network.rows
+        assert row.engine.startswith("onnxruntime ")
+        assert (done.network.photos, done.network.identity) == (4, proven.identity)
+        assert done.summary.endswith(done.road.summary)
+        other = dataclasses.replace(prove(proven.spec), expected=np.zeros((4, H, W), np.uint8))
+        (tmp_path / "other.npz").write_bytes(other.to_bytes())
+        done = segmenter.verify(tmp_path / "other.npz")
+        assert not done.passed
+        assert done.road.passed
+        assert all(failure.startswith("f32 in onnxruntime ") for failure in done.failures)
+
+
+def test_a_broken_road_is_found_through_a_segmenter(proven: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_turn", lambda image: None)
+    with Segmenter(proven.path, backend="onnxruntime", threads=1) as segmenter:
+        done = segmenter.verify()
+    assert done.network.passed
+    assert not done.passed
+    assert "chelsea.jpg on its side by EXIF: is 300 x 451 here, 451 x 300 where" in "\n".join(done.failures)
+
+
+def test_at_another_size_there_is_no_proof(free: Path) -> None:
+    with Segmenter(free, threads=1, size=(32, 48)) as segmenter, pytest.raises(UsageError, match="without a size"):
+        segmenter.verify()
+
+
+def test_a_model_without_its_proof_cannot_be_proven(red: Path) -> None:
+    with Segmenter(red, threads=1) as segmenter, pytest.raises(ModelError, match=r"parity\.npz: not there"):
+        segmenter.verify()

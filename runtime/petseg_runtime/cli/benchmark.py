@@ -1,10 +1,12 @@
-"""``petseg benchmark``: how fast every engine is that works here."""
+"""``petseg benchmark``: how fast every engine is that works here, and how fast one stays."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,18 +14,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from petseg_runtime.cli.signals import terminable
-from petseg_runtime.cli.text import PATH, SCHEMA_VERSION, SECONDS, shown
+from petseg_runtime.cli.text import MINUTES, PATH, SCHEMA_VERSION, SECONDS, shown
 from petseg_runtime.errors import EngineError
 
 if TYPE_CHECKING:
     from petseg_runtime.artifact import Artifact
     from petseg_runtime.benchmark import Benchmark, Row
+    from petseg_runtime.host import Gpu, Host
+    from petseg_runtime.sustained import Sustained
 
 __all__ = ["benchmark"]
 
 _METHOD = (
     "run takes and returns host memory, so its time is that of the whole run, on a GPU too; engines take turns in "
     "rounds, each run before it is timed; percentiles are over all runs; ranges are those of the rounds' medians"
+)
+_SUSTAINED_METHOD = (
+    "all callers run without pause, one interval after the other; a rate is that of the runs that end in an interval; "
+    "temperatures and frequencies are the kernel's, at its end"
 )
 
 
@@ -35,12 +43,12 @@ _METHOD = (
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, intel-gpu.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Photos a run.")
+@click.option("--seconds", type=SECONDS, help="Of measuring, in all; loading comes on top.  [default: 15]")
 @click.option(
-    "--seconds",
-    type=SECONDS,
-    default=15,
-    show_default=True,
-    help="Of measuring, in all; loading comes on top.",
+    "--sustained",
+    type=MINUTES,
+    metavar="MINUTES",
+    help="For so long one engine at full load, with its rate in each tenth of that time.",
 )
 @click.option("--no-cuda-graph", is_flag=True, help="TensorRT without CUDA graphs, to see what they gain.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, every time too, as one JSON object.")
@@ -52,7 +60,8 @@ def benchmark(
     device: str,
     threads: int | None,
     batch: int,
-    seconds: float,
+    seconds: float | None,
+    sustained: float | None,
     no_cuda_graph: bool,
     as_json: bool,
     quiet: bool,
@@ -61,39 +70,107 @@ def benchmark(
 
     Latency: one caller, all threads. Throughput: as many callers as threads. Stages: the sample photos, from file to
     mask. Engines that cannot run it are listed with the reason. Exit code 0: something was measured; 5: nothing.
+
+    With --sustained, whether the machine keeps its pace: the engine that is taken by itself, or one that is named, with
+    as many callers as threads. Ctrl-C ends it, and what was measured so far is told.
     """
     from petseg_runtime.artifact import default_model, open_artifact
-    from petseg_runtime.benchmark import measure
 
-    artifact = open_artifact(model or default_model())
-    done = measure(
-        artifact,
-        backends,
-        device,
+    def tell(what: str) -> None:
+        if not quiet:
+            click.echo(f"petseg: {shown(what)}", err=True)
+
+    if sustained is not None and (seconds is not None or len(backends) > 1):
+        raise click.UsageError("--sustained is for one engine, and has its own time: give one --backend, no --seconds")
+    asked = _Asked(
+        artifact=open_artifact(model or default_model()),
+        device=device,
         threads=threads,
         batch=batch,
-        seconds=seconds,
         cuda_graph=not no_cuda_graph,
-        watch=lambda what: None if quiet else click.echo(f"petseg: {what}", err=True),
+        as_json=as_json,
+        tell=tell,
     )
-    if as_json:
-        click.echo(json.dumps(_rounded(_record(artifact, done)), indent=1))
-    else:
-        click.echo("\n".join(map(shown, _text(artifact, done))))
+    if sustained is not None:
+        return _sustain(asked, next(iter(backends), "auto"), 60 * sustained)
+    return _measure(asked, backends, 15 if seconds is None else seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What every measurement is of, and how it is told; as the command's options say it."""
+
+    artifact: Artifact
+    device: str
+    threads: int | None
+    batch: int
+    cuda_graph: bool
+    as_json: bool
+    tell: Callable[[str], None]
+
+
+def _measure(asked: _Asked, backends: tuple[str, ...], seconds: float) -> int:
+    """Let all engines take turns, and print what was measured; returns the exit code."""
+    from petseg_runtime.benchmark import measure
+
+    done = measure(
+        asked.artifact,
+        backends,
+        asked.device,
+        threads=asked.threads,
+        batch=asked.batch,
+        seconds=seconds,
+        cuda_graph=asked.cuda_graph,
+        watch=asked.tell,
+    )
+    _print(_record(asked.artifact, done) if asked.as_json else _text(asked.artifact, done))
     return 0 if done.rows else EngineError.exit_code
+
+
+def _sustain(asked: _Asked, backend: str, seconds: float) -> int:
+    """Keep one engine at work, and print what was measured until the end, however that comes; returns the exit code."""
+    from petseg_runtime import doctor, host
+    from petseg_runtime.benchmark import sample_batch
+    from petseg_runtime.engines.base import usable_cpus
+    from petseg_runtime.engines.registry import load_engine
+    from petseg_runtime.sustained import INTERVALS, Sustained, sustain
+
+    artifact, threads = asked.artifact, asked.threads or usable_cpus()
+    with load_engine(
+        artifact,
+        backend,
+        threads,
+        device=asked.device,
+        streams=threads,
+        cuda_graph=asked.cuda_graph,
+        tell=asked.tell,
+        warn=lambda why: asked.tell(f"passed over: {why}"),
+    ) as engine:
+        done = Sustained(
+            info=engine.describe(), batch=asked.batch, seconds=seconds, host=host.host(), gpus=doctor.read_gpus()[0]
+        )
+        try:
+            with contextlib.closing(sustain(engine, sample_batch(artifact, asked.batch), seconds)) as intervals:
+                for number, interval in enumerate(intervals, 1):
+                    done.intervals.append(interval)
+                    asked.tell(f"interval {number} of {INTERVALS}: {interval.summary}")
+        finally:
+            if done.intervals:
+                _print(_sustained_record(artifact, done) if asked.as_json else _sustained_text(artifact, done))
+    return 0
+
+
+def _print(told: dict[str, Any] | Iterable[str]) -> None:
+    """A record as JSON, or lines for people."""
+    if isinstance(told, dict):
+        click.echo(json.dumps(_rounded(told), indent=1))
+    else:
+        click.echo("\n".join(map(shown, told)))
 
 
 def _record(artifact: Artifact, done: Benchmark) -> dict[str, Any]:
     return {
-        "schema_version": SCHEMA_VERSION,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "method": _METHOD,
-        "model": {
-            "file": artifact.path.name,
-            "identity": artifact.identity,
-            "format": artifact.format,
-            "spec": dataclasses.asdict(artifact.spec),
-        },
+        **_about(artifact, _METHOD),
         "threads": done.threads,
         "batch": done.batch,
         "seconds": done.seconds,
@@ -104,20 +181,36 @@ def _record(artifact: Artifact, done: Benchmark) -> dict[str, Any]:
     }
 
 
+def _sustained_record(artifact: Artifact, done: Sustained) -> dict[str, Any]:
+    return {**_about(artifact, _SUSTAINED_METHOD), **done.as_dict()}
+
+
+def _about(artifact: Artifact, method: str) -> dict[str, Any]:
+    """What records begin with."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "method": method,
+        "model": {
+            "file": artifact.path.name,
+            "identity": artifact.identity,
+            "format": artifact.format,
+            "spec": dataclasses.asdict(artifact.spec),
+        },
+    }
+
+
 def _rounded(value: Any) -> Any:
     """Floats to a tenth of a microsecond, if milliseconds: what is finer is noise."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_rounded(item) for item in value]
     return round(value, 4) if isinstance(value, float) else value
 
 
 def _text(artifact: Artifact, done: Benchmark) -> Iterable[str]:
-    spec = artifact.spec
-    batch = f", batches of {done.batch}" if done.batch > 1 else ""
-    yield f"{artifact.path.name}: {spec.name}, {spec.height} x {spec.width}, {spec.precision}{batch}"
-    yield f"{done.host.cpu.name}, {done.threads} threads" + "".join(f", {gpu.name}" for gpu in done.gpus)
+    yield from _head(artifact, done.batch, done.host, done.threads, done.gpus)
     if done.rows:
         summaries = [row.summary() for row in done.rows]
         yield ""
@@ -137,6 +230,36 @@ def _text(artifact: Artifact, done: Benchmark) -> Iterable[str]:
         yield ""
     for check in done.failed:
         yield f"not measured: {check.engine} on {check.device}: {check.why}"
+
+
+def _sustained_text(artifact: Artifact, done: Sustained) -> Iterable[str]:
+    info, first = done.info, done.intervals[0].photos_per_second
+    yield from _head(artifact, done.batch, done.host, info.threads, done.gpus)
+    yield f"{info.name} {info.version} on {info.device}, {info.precision}, {info.streams} callers at work without pause"
+    yield ""
+    yield from _table(
+        ("seconds", "photos/s", "of the first", ""),
+        [
+            (
+                f"{interval.start:.0f} to {interval.end:.0f}",
+                f"{interval.photos_per_second:.1f}",
+                f"{100 * interval.photos_per_second / first:.0f} %" if first else "-",
+                interval.state,
+            )
+            for interval in done.intervals
+        ],
+        words=1,
+    )
+    yield ""
+    yield done.verdict
+
+
+def _head(artifact: Artifact, batch: int, host: Host, threads: int, gpus: Iterable[Gpu]) -> Iterable[str]:
+    """The model, and the machine."""
+    spec = artifact.spec
+    batches = f", batches of {batch}" if batch > 1 else ""
+    yield f"{artifact.path.name}: {spec.name}, {spec.height} x {spec.width}, {spec.precision}{batches}"
+    yield f"{host.cpu.name}, {threads} threads" + "".join(f", {gpu.name}" for gpu in gpus)
 
 
 def _title(row: Row) -> tuple[str, str]:
@@ -162,9 +285,11 @@ def _speed(row: Row, summary: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> Iterable[str]:
-    """Columns as wide as their widest cell; words to the left, numbers to the right."""
+def _table(header: tuple[str, ...], lines: list[tuple[str, ...]], words: int = 2) -> Iterable[str]:
+    """Columns as wide as their widest cell; the first ones, of words, to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
     for line in (header, *lines):
         cells = zip(line, widths, range(len(widths)), strict=True)
-        yield "  ".join(cell.ljust(width) if index < 2 else cell.rjust(width) for cell, width, index in cells).rstrip()
+        yield "  ".join(
+            cell.ljust(width) if index < words else cell.rjust(width) for cell, width, index in cells
+        ).rstrip()

@@ -79,7 +79,7 @@ def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _parity_lines(record: dict[str, Any]) -> list[tuple[str, str]]:
     """What was proven where the file was made, and what on this device."""
-    lines = []
+    lines: list[tuple[str, str]] = []
     for title, receipt in (("parity", record["receipt"]), ("verified here", record["verified"])):
         if rows := receipt.get("rows"):
             try:
@@ -88,7 +88,17 @@ def _parity_lines(record: dict[str, Any]) -> list[tuple[str, str]]:
                 lines.append((title, "not a receipt that this version of petseg can read"))
         elif receipt:
             lines.append((title, receipt.get("summary", "")))
+    if record["verified"].get("rows"):
+        lines.append(("verified here", _road_line(record["verified"])))
     return lines or [("parity", "no receipt: this file was never compared with its checkpoint")]
+
+
+def _road_line(verified: dict[str, Any]) -> str:
+    """What a result says of the road around the network, if it does; any program may have written it."""
+    road = verified.get("road")
+    if not isinstance(road, dict):
+        return "not yet the road around the network, from a photo's file to its mask: run `petseg verify` again"
+    return f"the road around the network: {road.get('summary', 'not a result that this version of petseg can read')}"
 
 
 def _plain(value: Any) -> str:
@@ -116,33 +126,35 @@ def verify(
 ) -> int:
     """Run FILE on this device and compare it with what its checkpoint said when it was exported.
 
-    Without FILE, the model that ships with petseg (whose result is written only where --output says). Exit code 0: it
-    does what the checkpoint does; 10: it does not, and the report says where and by how much. Scripts for one device
-    name it with --device, or another may be what is verified.
+    Then the road around the network: sample photos are decoded and resized, and an answer is brought back to their
+    size, as where petseg was made. Without FILE, the model that ships with petseg (whose result is written only where
+    --output says). Exit code 0: all is as it should be; 10: it is not, and the report says where and by how much.
+    Scripts for one device name it with --device, or another may be what is verified.
     """
     from petseg_runtime.artifact import default_model, open_artifact
-    from petseg_runtime.verify import parts_of, record, save, sidecar_of, verify_artifact
+    from petseg_runtime.verify import parts_of, record, save, sidecar_of, verify_file
 
     artifact = open_artifact(file or default_model())
     place = output or (sidecar_of(artifact.path) if file else None)
     if place and place.exists() and any(place.samefile(part) for part in parts_of(artifact, proof) if part.exists()):
         raise OutputError(f"{place}: belongs to the model, which is not written to: give another file with --output")
-    receipt = verify_artifact(artifact, backend, threads, proof, device)
-    result = record(artifact, receipt)
+    done = verify_file(artifact, backend, threads, proof, device)
+    receipt, result = done.network, record(artifact, done)
     if as_json:
         click.echo(json.dumps(result, indent=2))
     elif not quiet:
         for row in receipt.rows:
             click.echo(shown(f"{artifact.path}: {receipt.kind}, {receipt.photos} photos, {row.summary}"))
+        click.echo(shown(f"the road around the network: {done.road.summary}"))
     for note in () if quiet else dict.fromkeys(note for row in receipt.rows for note in row.notes):
         click.echo(f"petseg: {shown(note)}", err=True)
-    for failure in receipt.failures:
+    for failure in done.failures:
         click.echo(f"petseg: {shown(failure)}", err=True)
     try:
         if place:
             save(result, place)  # last: what was found is not lost with it
     except OutputError as error:
-        if receipt.passed:
+        if done.passed:
             raise
         click.echo(f"petseg: {shown(error)}", err=True)  # a file that is not as it should be matters more
-    return 0 if receipt.passed else ParityError.exit_code
+    return 0 if done.passed else ParityError.exit_code

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import click
 
-__all__ = ["NAME", "PATH", "SCHEMA_VERSION", "SECONDS", "SHARE", "UNIT", "Finite", "parse_size", "shown"]
+__all__ = ["MINUTES", "NAME", "PATH", "SCHEMA_VERSION", "SECONDS", "SHARE", "UNIT", "Finite", "parse_size", "shown"]
 
 #: Of everything that is printed as JSON.
 SCHEMA_VERSION: Final = 1
@@ -53,6 +53,7 @@ NAME: Final = _Name()
 UNIT: Final = Finite(0, 1, min_open=True, max_open=True)
 SHARE: Final = Finite(0, 1, max_open=True)
 SECONDS: Final = Finite(0, min_open=True)
+MINUTES: Final = SECONDS
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -1,0 +1,297 @@
+"""The road around the network: what it gives here is what the package says, and what is wrong with it is found."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.embedded.road import answer
+from petseg.cli import run
+from petseg_runtime import Segmenter, images, road, sample_photos
+from petseg_runtime.errors import ModelError, UnreadableImage
+from petseg_runtime.images import Photo
+from petseg_runtime.road import LIMITS, RECORD, SIZE, load_road, record_road, verify_road
+
+NAMES = [path.name for path in sample_photos()]
+ON_ITS_SIDE, HALVED, TRANSPARENT = (
+    "chelsea.jpg on its side by EXIF",
+    "coffee.jpg decoded at half its size",
+    "a PNG with transparency",
+)
+
+
+def test_the_record_is_what_the_code_makes_here() -> None:
+    """To the last bit with the libraries that it was made with, within the limits with others."""
+    kept, made = load_road(), record_road(answer())
+    assert kept.photos == made.photos
+    assert list(kept.passages) == list(made.passages) == [*NAMES, ON_ITS_SIDE, HALVED, TRANSPARENT]
+    np.testing.assert_array_equal(kept.probability, made.probability)
+    assert verify_road(made).failures == verify_road(kept).failures == ()
+    if kept.recorded_with == made.recorded_with:
+        for name, passage in kept.passages.items():
+            for part in ("image", "answer", "mask"):
+                np.testing.assert_array_equal(getattr(passage, part), getattr(made.passages[name], part), err_msg=name)
+
+
+def test_the_same_record_is_the_same_bytes_and_small(tmp_path: Path) -> None:
+    data = record_road(answer()).to_bytes()
+    assert data == record_road(answer()).to_bytes()
+    (tmp_path / "road.npz").write_bytes(data)
+    assert load_road(tmp_path / "road.npz").to_bytes() == data
+    assert RECORD.stat().st_size < 150_000
+
+
+def test_with_the_recorded_libraries_nothing_differs() -> None:
+    receipt = verify_road()
+    assert receipt.passed
+    assert len(receipt.rows) == 9
+    if receipt.here == receipt.recorded_with:
+        assert {(row.max_difference, row.mean_difference, row.answer_difference) for row in receipt.rows} == {(0, 0, 0)}
+        assert {row.mask_iou for row in receipt.rows} == {1}
+    assert receipt.here.startswith(f"Pillow {Image.__version__}, libjpeg")
+    assert receipt.summary.startswith(f"passed, 9 photos with {receipt.here}: read and resized, difference max ")
+    told = json.loads(json.dumps(receipt.as_dict()))
+    assert (told["passed"], told["failures"], len(told["rows"])) == (True, [], 9)
+    assert told["limits"] == dataclasses.asdict(LIMITS)
+
+
+def test_a_segmenter_takes_the_same_road() -> None:
+    """What is proven is what photos go through, not a copy of it."""
+    proof = load_road()
+    with Segmenter(threads=1, threshold=0.5) as segmenter:
+        segmenter.size = (SIZE, SIZE)
+        for path in sample_photos():
+            prepared = segmenter.prepare(path)
+            passage = proof.passages[path.name]
+            assert np.abs(prepared.image.astype(int) - passage.image).max() <= LIMITS.max_difference
+            assert segmenter.finish(prepared, proof.probability).mask.shape == passage.mask.shape
+
+
+def test_the_photos_beside_the_samples_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, notes, sizes = images.read, [], []
+
+    def spy(*args: Any, **options: Any) -> Photo:
+        photo = read(*args, **options)
+        notes.append(photo.notes)
+        sizes.append((photo.pixels.shape[:2], (photo.height, photo.width)))
+        return photo
+
+    monkeypatch.setattr(images, "read", spy)
+    verify_road()
+    whole = dict(zip(NAMES, sizes, strict=False))["chelsea.jpg"][0]
+    assert sizes[-3:] == [(whole[::-1], whole[::-1]), ((200, 300), (400, 600)), ((80, 120), (80, 120))]
+    assert notes[-1] == ("transparency laid over white",)
+
+
+# What could go wrong on a device, or in our own code. Each takes the function that it is put in the place of.
+
+
+def swapped(read: Any) -> Any:
+    """Blue for red, as OpenCV has them."""
+
+    def broken(*args: Any, **options: Any) -> Photo:
+        photo = read(*args, **options)
+        return dataclasses.replace(photo, pixels=np.ascontiguousarray(photo.pixels[..., ::-1]))
+
+    return broken
+
+
+def without_last_row(read: Any) -> Any:
+    """A decoder that loses the last row, and the last column: off by one."""
+
+    def broken(*args: Any, **options: Any) -> Photo:
+        photo = read(*args, **options)
+        return dataclasses.replace(photo, pixels=np.ascontiguousarray(photo.pixels[:-1, :-1]))
+
+    return broken
+
+
+def limited(read: Any) -> Any:
+    """Limited range, as videos have it, taken for full."""
+
+    def broken(*args: Any, **options: Any) -> Photo:
+        photo = read(*args, **options)
+        return dataclasses.replace(photo, pixels=(16 + photo.pixels.astype(int) * 219 // 255).astype(np.uint8))
+
+    return broken
+
+
+def resampled(method: Image.Resampling) -> Callable[[Any], Any]:
+    """Another filter."""
+
+    def broken(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+        return np.array(Image.fromarray(pixels).resize((width, height), method))
+
+    return lambda function: broken
+
+
+def moved(function: Any) -> Any:
+    """By one pixel."""
+    return lambda *args: np.roll(function(*args), 1, axis=1)
+
+
+def mirrored(function: Any) -> Any:
+    return lambda *args: np.ascontiguousarray(function(*args)[:, ::-1])
+
+
+def unturned(function: Any) -> Any:
+    return lambda image: None
+
+
+def opaque(function: Any) -> Any:
+    return lambda image, name, notes: np.array(image.convert("RGB"))
+
+
+RESIZED, BROUGHT_BACK = "read and resized: ", "an answer brought back: "
+
+
+@pytest.mark.parametrize(
+    ("where", "defect", "photos", "said"),
+    [
+        ("read", swapped, [*NAMES, ON_ITS_SIDE, HALVED, TRANSPARENT], RESIZED + "mean difference"),
+        ("read", without_last_row, [*NAMES, ON_ITS_SIDE], RESIZED + "largest difference"),
+        ("read", limited, [*NAMES, TRANSPARENT], RESIZED + "mean difference"),
+        ("_turn", unturned, [ON_ITS_SIDE], "is 300 x 451 here, 451 x 300 where the road was recorded"),
+        ("_turn", unturned, [ON_ITS_SIDE], RESIZED + "largest difference"),
+        ("_to_rgb", opaque, [TRANSPARENT], RESIZED + "largest difference"),
+        *(
+            ("to_model", resampled(method), NAMES, RESIZED + "largest difference")
+            for method in Image.Resampling
+            if method != Image.Resampling.BILINEAR
+        ),
+        ("to_model", moved, NAMES, RESIZED + "largest difference"),
+        *(
+            ("from_model", resampled(method), NAMES, BROUGHT_BACK + "largest difference")
+            for method in Image.Resampling
+            if method != Image.Resampling.BILINEAR
+        ),
+        ("from_model", moved, [*NAMES, ON_ITS_SIDE, HALVED, TRANSPARENT], BROUGHT_BACK + "mask IoU"),
+        ("from_model", mirrored, NAMES, BROUGHT_BACK + "mask IoU"),
+    ],
+)
+def test_a_defect_is_found_in_each_photo_that_shows_it(
+    where: str, defect: Callable[[Any], Any], photos: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, where, defect(getattr(images, where)))
+    receipt = verify_road()
+    assert not receipt.passed
+    assert receipt.summary.startswith("FAILED")
+    found = {row.photo for row in receipt.rows for failure in row.failures if failure.startswith(said)}
+    assert found >= set(photos)
+    *failures, remedy = receipt.failures
+    assert all(" allowed " in failure or " is " in failure for failure in failures)
+    assert remedy.startswith("look at Pillow and its JPEG library (`python -m PIL` lists them): here Pillow ")
+
+
+def test_what_rounds_otherwise_by_one_level_is_no_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+    to_model, from_model = images.to_model, images.from_model
+    monkeypatch.setattr(images, "to_model", lambda *args: np.clip(to_model(*args), 0, 254) + np.uint8(1))
+    monkeypatch.setattr(images, "from_model", lambda *args: np.clip(from_model(*args), 0, 254) + np.uint8(1))
+    receipt = verify_road()
+    assert receipt.failures == ()
+    assert {row.answer_difference for row in receipt.rows} == {1}
+    assert 0.995 < min(row.mask_iou for row in receipt.rows) < 1
+
+
+def test_a_photo_that_cannot_be_read_here_is_a_failure_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a Pillow that was built without a JPEG library."""
+
+    def read(source: bytes, **options: Any) -> Photo:
+        if source[:2] == b"\xff\xd8":
+            raise UnreadableImage("decoder jpeg not available")
+        return whole(source, **options)
+
+    whole = images.read
+    monkeypatch.setattr(images, "read", read)
+    receipt = verify_road()
+    assert receipt.failures[0] == f"{NAMES[0]}: cannot be read here (decoder jpeg not available)"
+    assert [row.photo for row in receipt.rows if not row.failures] == [TRANSPARENT]
+
+
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The record in a folder of the test's own, with the samples beside it."""
+    shutil.copytree(RECORD.with_name("samples"), tmp_path / "samples")
+    shutil.copy(RECORD, tmp_path / "road.npz")
+    monkeypatch.setattr(road, "RECORD", tmp_path / "road.npz")
+    return tmp_path / "road.npz"
+
+
+def test_a_sample_photo_that_is_another_one_is_named(copied: Path) -> None:
+    path = copied.with_name("samples") / NAMES[1]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(
+        ModelError, match=f"{NAMES[1]}: not the photo that road.npz was made with: install petseg again"
+    ):
+        verify_road()
+    path.unlink()
+    with pytest.raises(ModelError, match=f"{NAMES[1]}: cannot be read .* install petseg again"):
+        verify_road()
+
+
+def test_a_damaged_record_is_named(copied: Path) -> None:
+    data = copied.read_bytes()
+    for spoilt in (data[:-99], b"", b"PK", data.replace(b"PK\x03\x04", b"PK\x03\x05", 1)):
+        copied.write_bytes(spoilt)
+        with pytest.raises(ModelError, match=r"road\.npz: missing or damaged \(.*\): install petseg again"):
+            load_road(copied)
+    copied.unlink()
+    with pytest.raises(ModelError, match=r"road\.npz: missing or damaged"):
+        load_road(copied)
+
+
+def test_a_record_of_another_version_is_refused(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proof = load_road()
+    passages = dict(list(proof.passages.items())[1:])
+    with pytest.raises(ModelError, match="of another version of petseg"):
+        verify_road(dataclasses.replace(proof, passages=passages))
+    monkeypatch.setattr(road, "SCHEMA_VERSION", 7)
+    with pytest.raises(ModelError, match="schema_version 1 instead of 7"):
+        load_road(copied)
+
+
+def test_the_road_imports_neither_ffmpeg_nor_an_engine() -> None:
+    program = (
+        "import sys; from petseg_runtime.road import verify_road; assert verify_road().passed; print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    modules = {name.partition(".")[0] for name in done.stdout.split()}
+    assert modules & {"torch", "onnx", "av", "onnxruntime", "openvino", "click"} == set()
+
+
+# ------------------------------------------------------------------------------------------------------ petseg verify
+
+
+def test_verify_fails_where_the_network_is_right_and_the_road_is_not(
+    proven: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(images, "read", swapped(images.read))
+    assert run(["verify", str(proven.path), "--backend", "onnxruntime"]) == 10
+    out, err = capsys.readouterr()
+    network, way = out.splitlines()
+    assert ", 4 photos, passed, f32 in onnxruntime " in network
+    assert way.startswith("the road around the network: FAILED, 9 photos with Pillow ")
+    lines = err.splitlines()
+    assert all(line.startswith("petseg: the road around the network: ") for line in lines)
+    assert any(
+        "chelsea.jpg: read and resized: largest difference" in line and "allowed 8/255" in line for line in lines
+    )
+    assert "look at Pillow and its JPEG library" in lines[-1]
+    result = json.loads(proven.path.with_name("toy.onnx.verified.json").read_text(encoding="utf-8"))
+    assert (result["passed"], result["road"]["passed"], result["rows"][0]["passed"]) == (False, False, True)
+    assert "; the road around the network: FAILED" in result["summary"]
+    assert run(["info", str(proven.path)]) == 0
+    assert "verified here  the road around the network: FAILED, 9 photos" in capsys.readouterr().out
+    assert run(["verify", str(proven.path), "-q"]) == 10
+    assert capsys.readouterr().out == ""
