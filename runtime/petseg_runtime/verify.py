@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from petseg_runtime import __version__
 from petseg_runtime import artifact as artifacts
@@ -40,6 +40,8 @@ __all__ = [
 SCHEMA_VERSION = 3
 #: What is read, too: results of the network alone.
 WITHOUT_ROAD = 2
+#: Packages whose other versions may give other answers.
+_PROVEN: Final = ("pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")
 #: Bytes of a result, which has a line or two for each engine.
 MAX_RESULT = 2**20
 
@@ -203,6 +205,7 @@ def record(artifact: Artifact, done: Verification) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "petseg": __version__,
         "host": {**dataclasses.asdict(hosts.host()), "nvidia_gpus": hosts.nvidia_gpus()},
+        "device": hosts.identity(),
     }
 
 
@@ -221,7 +224,9 @@ def save(result: dict[str, Any], path: Path) -> None:
 
 
 def verified(artifact: Artifact) -> dict[str, Any]:
-    """What was verified of this very file, on such a processor; empty: nothing, or a ``summary`` that says why not.
+    """What was verified of this very file, on this device, with what is installed now; empty: nothing.
+
+    Where there is a result that does not hold, a ``summary`` says why not.
 
     A result of an earlier version, of the network alone, is one without ``road``.
     """
@@ -236,10 +241,28 @@ def verified(artifact: Artifact) -> dict[str, Any]:
         return {"summary": f"{path.name}: of another file; {again}"}
     if (version := value.get("schema_version")) not in (WITHOUT_ROAD, SCHEMA_VERSION):
         return {"summary": f"{path.name}: its schema_version is {version!r}, not {SCHEMA_VERSION}; {again}"}
-    there, here = _processor(value.get("host")), _processor(dataclasses.asdict(hosts.host()))
-    if there != here:
-        return {"summary": f"{path.name}: on another machine ({there}, this is {here}); {again}"}
+    if change := _change(value):
+        return {"summary": f"{path.name}: {change}; {again}"}
     return value
+
+
+def _change(result: dict[str, Any]) -> str:
+    """What is another here than where a result was found; "" if nothing that matters is."""
+    told, now = result.get("host"), dataclasses.asdict(hosts.host())
+    was: dict[str, Any] = told if isinstance(told, dict) else {}
+    there, here = _processor(was), _processor(now)
+    if there != here:
+        return f"on another machine ({there}, this is {here})"
+    if result.get("device", "") not in ("", hosts.identity()):
+        return "on another machine of this kind"
+    packages = was.get("packages")
+    then = packages if isinstance(packages, dict) else now["packages"]  # a result of before does not tell
+    pairs = [(name, then.get(name), now["packages"].get(name)) for name in _PROVEN]
+    pairs.append(("NVIDIA's driver", was.get("nvidia_driver"), now["nvidia_driver"]))
+    for name, before, installed in pairs:
+        if (before or "none") != (installed or "none"):
+            return f"with {name} {before or 'none'}, and now it is {installed or 'none'}"
+    return ""
 
 
 def _processor(host: Any) -> str:

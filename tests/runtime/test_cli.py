@@ -246,7 +246,7 @@ def test_a_folder_without_photos_is_1_and_makes_no_output(tmp_path: Path, capsys
         ["infer", "cat.jpg", "--as", "painting"],
         ["infer", "cat.jpg", "--threads", "0"],
         ["infer", "cat.jpg", "--threads", "two"],
-        ["info"],
+        ["info", "one.onnx", "two.onnx"],
         ["verify", "one.onnx", "two.onnx"],
         ["verify", "--threads", "0"],
     ],
@@ -1236,7 +1236,7 @@ def test_info_tells_people_what_a_model_is(capsys: pytest.CaptureFixture[str]) -
         artifact.identity,
         f"image: uint8 [N, {artifact.spec.height}, {artifact.spec.width}, 3]",
         f"probability: uint8 [N, {artifact.spec.height}, {artifact.spec.width}]",
-        f"{artifact.spec.threshold} for masks, {artifact.spec.cutout_threshold} for cutouts",
+        f"{artifact.spec.threshold:.2g} for masks, {artifact.spec.cutout_threshold:.2g} for cutouts",
         *(row["summary"] for row in artifact.receipt["rows"]),
     ):
         assert told in out
@@ -1414,9 +1414,18 @@ def test_a_file_that_does_what_its_checkpoint_does_is_0(proven: Artifact, capsys
     assert run(["verify", str(proven.path), *IN_ONNXRUNTIME]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    line, way = out.splitlines()
-    assert line.startswith(f"{proven.path}: smoke, 4 photos, passed, f32 in onnxruntime ")
-    assert way.startswith("the road around the network: passed, 9 photos with Pillow ")
+    said = dict(line.strip().split("  ", 1) for line in out.splitlines())
+    assert (
+        said["PASSED"] == f"{proven.path} gives what its checkpoint gives, on 4 photos, a smoke test: 16 make a proof"
+    )
+    assert said["model"] == f"sha256 {proven.identity}"
+    assert said["machine"].startswith(host.host().cpu.name)
+    assert said["engine"].startswith("onnxruntime ")
+    assert said["engine"].endswith(", computes in f32: passed")
+    assert "at most 0/255 (1/255 is the limit), in the mean 0.0000/255" in said["difference"]
+    assert said["masks"] == "IoU at least 1.0000 (0.999 is the limit), in the mean 1.0000"
+    assert said["photo road"].startswith("passed, 9 photos with Pillow ")
+    assert said["result"] == f"in {sidecar_of(proven.path)}"
     assert proven.path.read_bytes() == before, "what is learnt on a device never goes into the model"
     assert files(proven.path.parent) == {"toy.onnx", "toy.onnx.parity.npz", "toy.onnx.verified.json"}
 
@@ -1453,7 +1462,8 @@ def test_a_file_that_does_something_else_is_10_and_the_result_is_kept(
     tampered(proven)
     assert run(["verify", str(proven.path), *IN_ONNXRUNTIME]) == 10
     out, err = capsys.readouterr()
-    assert "FAILED, f32 in onnxruntime" in out
+    assert f"FAILED  {proven.path} does NOT give what its checkpoint gives" in out
+    assert "computes in f32: FAILED" in out
     lines = err.splitlines()
     assert len(lines) >= 2
     assert all(line.startswith("petseg: f32 in onnxruntime") for line in lines)
@@ -1468,7 +1478,10 @@ def test_as_json_the_receipt_is_all_there_is_on_stdout(proven: Artifact, capsys:
     good = json.loads(capsys.readouterr().out)
     assert good == json.loads(sidecar_of(proven.path).read_text(encoding="utf-8"))
     of_receipt = "kind passed summary identity proof photos photos_sha256 names reference stored rows scan quantization"
-    assert set(good) == {*of_receipt.split(), *"note schema_version format spec files date petseg host road".split()}  # noqa: SIM905
+    assert set(good) == {
+        *of_receipt.split(),
+        *["note", "schema_version", "format", "spec", "files", "date", "petseg", "host", "device", "road"],
+    }
     assert (good["schema_version"], good["kind"], good["passed"], good["photos"]) == (3, "smoke", True, 4)
     assert (good["road"]["passed"], len(good["road"]["rows"]), good["road"]["failures"]) == (True, 9, [])
     assert (good["stored"], good["reference"], good["names"][0]) == ("fp32", "numpy", "00.png")
@@ -1551,14 +1564,36 @@ def test_what_was_verified_with_another_threshold_or_on_another_machine_is_not_s
     assert run(["verify", str(proven.path), "-q"]) == 0
     path = sidecar_of(proven.path)
     result = json.loads(path.read_text(encoding="utf-8"))
+    packages = result["host"]["packages"]
     for key, change, said in (
         ("spec", {"threshold": 0.9}, "of another file"),
         ("host", {"cpu": {**result["host"]["cpu"], "name": "Cortex-A76"}}, "on another machine (Cortex-A76, "),
         ("host", {"cpu": None}, "on another machine (unknown, "),
+        ("host", {"packages": {**packages, "onnxruntime": "1.20.0"}}, "with onnxruntime 1.20.0, and now it is 1."),
+        ("host", {"packages": {**packages, "tensorrt": "10.9"}}, "with tensorrt 10.9, and now it is "),
+        ("host", {"nvidia_driver": "570.1"}, "with NVIDIA's driver 570.1, and now it is "),
     ):
         path.write_text(json.dumps({**result, key: {**result[key], **change}}))
         assert run(["info", str(proven.path)]) == 0
         assert f"verified here  {path.name}: {said}" in capsys.readouterr().out
+
+
+def test_what_was_verified_on_another_machine_of_the_same_kind_is_not_shown(
+    proven: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for there, here, shown in (("a", "b", False), ("a", "a", True), ("", "b", True)):
+        monkeypatch.setattr(host, "identity", lambda there=there: there)
+        assert run(["verify", str(proven.path), "-q"]) == 0
+        monkeypatch.setattr(host, "identity", lambda here=here: here)
+        assert run(["info", str(proven.path)]) == 0
+        out = capsys.readouterr().out
+        assert ("verified here  smoke, 4 photos, passed" in out) is shown
+        assert ("on another machine of this kind; run `petseg verify` again" in out) is not shown
+
+
+def test_without_a_name_the_model_that_ships_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["info"]) == 0
+    assert open_artifact(default_model()).identity in capsys.readouterr().out
 
 
 def test_a_result_of_before_is_shown_as_what_it_is_of_the_network_alone(
@@ -1736,10 +1771,11 @@ def test_a_compiled_model_is_verified_in_its_own_engine(
 ) -> None:
     proof_of(toy_ir.path).write_bytes(prove(toy_ir.spec).to_bytes())
     assert run(["verify", str(toy_ir.path)]) == 0
-    *lines, way = capsys.readouterr().out.splitlines()
-    assert way.startswith("the road around the network: passed, ")
-    assert all(f"{toy_ir.path}: smoke, 4 photos, passed, " in line and " in openvino " in line for line in lines)
-    assert ", f32 in " in lines[0]
+    out = capsys.readouterr().out
+    assert f"PASSED  {toy_ir.path} gives" in out
+    lines = [line for line in out.splitlines() if " engine  " in line]
+    assert all("engine  openvino " in line and line.endswith(": passed") for line in lines)
+    assert ", computes in f32: " in lines[0]
     assert json.loads(sidecar_of(toy_ir.path).read_text(encoding="utf-8"))["format"] == "openvino"
     assert run(["info", str(toy_ir.path)]) == 0
     assert capsys.readouterr().out.count("verified here") == len(lines) + 1
@@ -1793,17 +1829,13 @@ def test_a_backend_that_cannot_be_had_is_5_and_no_other_steps_in(
 
 
 def test_without_a_file_the_model_that_ships_is_verified(capsys: pytest.CaptureFixture[str]) -> None:
-    """Once its proof ships, too; until then, that is what is said. Nothing is written beside it."""
+    """Nothing is written beside it."""
     before = files(default_model().parent)
-    code = run(["verify"])
-    out, err = capsys.readouterr()
-    if proof_of(default_model()).exists():
-        assert code == 0, err
-        assert out.startswith(f"{default_model()}: ")
-        assert "passed, f32 in onnxruntime" in out
-    else:
-        assert code == 4
-        assert err.startswith(f"petseg: {proof_of(default_model())}: not there")
+    assert run(["verify"]) == 0
+    out = capsys.readouterr().out
+    assert out.strip().startswith(f"PASSED  {default_model()} gives what its checkpoint gives, on 16 photos\n")
+    assert "computes in f32: passed" in out
+    assert "result  in" not in out
     assert files(default_model().parent) == before
 
 

@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from petseg_runtime.cli.text import PATH, SCHEMA_VERSION, shown
 from petseg_runtime.errors import OutputError, ParityError
 
+if TYPE_CHECKING:
+    from petseg_runtime.artifact import Artifact
+    from petseg_runtime.verify import Verification
+
 __all__ = ["info", "verify"]
 
 
 @click.command()
-@click.argument("file", type=PATH)
+@click.argument("file", type=PATH, required=False)
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
-def info(file: Path, as_json: bool) -> int:
-    """Say what a model file is, what it expects, where it comes from and how it was proven."""
-    from petseg_runtime.artifact import open_artifact
+def info(file: Path | None, as_json: bool) -> int:
+    """Say what FILE is, what it expects, where it comes from and how it was proven.
+
+    Without FILE, the model that ships with petseg.
+    """
+    from petseg_runtime.artifact import default_model, open_artifact
     from petseg_runtime.verify import verified
 
-    artifact = open_artifact(file)
+    artifact = open_artifact(file or default_model())
     header = artifact.onnx
     record = {
         "schema_version": SCHEMA_VERSION,
-        "file": str(file),
+        "file": str(artifact.path),
         "format": artifact.format,
         "bytes": artifact.size,
         "identity": artifact.identity,
@@ -63,7 +71,7 @@ def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("identity", f"sha256 {record['identity']}"),
         *((kind[:-1], text) for kind, text in tensors),
         ("resize", f"{spec['resize']} to {size}, {spec['filter']}, antialiased"),
-        ("threshold", f"{spec['threshold']} for masks, {spec['cutout_threshold']} for cutouts"),
+        ("threshold", f"{spec['threshold']:.2g} for masks, {spec['cutout_threshold']:.2g} for cutouts"),
     ]
     environment = record["environment"].items()  # its lists of layers and messages are for programs
     lines += [("built for", f"{k}: {_plain(v)}") for k, v in environment if v and k not in ("engine", "messages")]
@@ -72,9 +80,16 @@ def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
         (name, f"{key}: {_plain(value)}")
         for name in ("training", "measured")
         if isinstance(provenance.get(name), dict)
-        for key, value in provenance[name].items()
+        for key, value in _flat(provenance[name])
     ]
     return lines + _parity_lines(record)
+
+
+def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What is told of each thing that was measured, a line for each reading of the border."""
+    for key, value in values.items():
+        readings = isinstance(value, dict) and all(isinstance(inner, dict) for inner in value.values())
+        yield from ((f"{key}; {name}", inner) for name, inner in value.items()) if readings else ((key, value),)
 
 
 def _parity_lines(record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -103,6 +118,43 @@ def _road_line(verified: dict[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     return json.dumps(value).replace('"', "")
+
+
+def _verdict(artifact: Artifact, done: Verification, place: Path | None) -> list[tuple[str, str]]:
+    """What was found, what was allowed, of which file and where: for people, and whom they show it to."""
+    from petseg_runtime.host import host
+    from petseg_runtime.parity import SMOKE
+
+    here, receipt = host(), done.network
+    does = "gives what its checkpoint gives" if receipt.passed else "does NOT give what its checkpoint gives"
+    few = f", a smoke test: {SMOKE} make a proof" if receipt.kind == "smoke" else ""
+    lines = [
+        ("PASSED" if done.passed else "FAILED", f"{artifact.path} {does}, on {receipt.photos} photos{few}"),
+        ("model", f"sha256 {artifact.identity}"),
+        ("machine", f"{here.cpu.name}, {here.cpu.machine}, {here.system}"),
+    ]
+    for row in receipt.rows:
+        allowed = row.tolerance
+        steps = (
+            ("at most", row.max_difference, allowed.max_difference),
+            ("in the mean", f"{row.mean_difference:.4f}", allowed.mean_difference),
+            ("99 % of pixels within", row.p99_difference, allowed.p99_difference),
+        )
+        ious = (
+            ("at least", row.min_mask_iou, allowed.min_mask_iou),
+            ("in the mean", row.mean_mask_iou, allowed.mean_mask_iou),
+        )
+        lines += [
+            ("engine", f"{row.engine}, computes in {row.precision}: {'passed' if row.passed else 'FAILED'}"),
+            ("difference", ", ".join(f"{what} {found}/255{_limit(limit, '/255')}" for what, found, limit in steps)),
+            ("masks", "IoU " + ", ".join(f"{what} {found:.4f}{_limit(limit)}" for what, found, limit in ious)),
+        ]
+    lines.append(("photo road", done.road.summary))
+    return [*lines, ("result", f"in {place}")] if place else lines
+
+
+def _limit(allowed: float | None, unit: str = "") -> str:
+    return "" if allowed is None else f" ({allowed:g}{unit} is the limit)"
 
 
 @click.command()
@@ -143,9 +195,7 @@ def verify(
     if as_json:
         click.echo(json.dumps(result, indent=2))
     elif not quiet:
-        for row in receipt.rows:
-            click.echo(shown(f"{artifact.path}: {receipt.kind}, {receipt.photos} photos, {row.summary}"))
-        click.echo(shown(f"the road around the network: {done.road.summary}"))
+        click.echo("\n".join(f"{name:>10}  {shown(value)}" for name, value in _verdict(artifact, done, place)))
     for note in () if quiet else dict.fromkeys(note for row in receipt.rows for note in row.notes):
         click.echo(f"petseg: {shown(note)}", err=True)
     for failure in done.failures:
