@@ -85,7 +85,8 @@ class Choice:
     asked_only: bool = False
 
     def __str__(self) -> str:
-        return f"{self.engine} on {self.kind}" + (f", {self.when}" if self.when else "")
+        when = "only when asked for" if self.asked_only else self.when
+        return f"{self.engine} on {self.kind}" + (f", {when}" if when else "")
 
 
 #: What ``auto`` takes: the first of these that runs the file, is installed, and works. Where a device or an engine is
@@ -105,7 +106,7 @@ RULE: Final = (
     Choice("openvino", "cpu"),
     # Never run by us, and no help where the lines above fail: OpenVINO has refused the file by then. TensorRT and CUDA
     # were not run either, but there the gain is worth a try, and what does not load is passed over.
-    Choice("openvino", "intel-gpu", when="only when asked for", asked_only=True),
+    Choice("openvino", "intel-gpu", asked_only=True),
 )
 
 
