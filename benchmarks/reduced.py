@@ -1,4 +1,4 @@
-"""Decoding a JPEG at a reduced size where only the mask is wanted: does the mask stay the same, and what is saved?
+"""``petseg infer --fast-decode``, a JPEG decoded at a reduced size: how much do masks change, and what is saved?
 
     python -m benchmarks reduced --data data
 
@@ -6,7 +6,9 @@ Photos are taken at their own size (about 500 x 375) and enlarged, with LANCZOS 
 as JPEG with quality 90 and 4:2:0, as a stand-in for what a camera writes: it has a camera's size and coding, but no
 finer detail than the photo had. For each margin the model's answer to the reduced photo is held against its answer to
 the whole one, both at the model's size and threshold. A margin is as good as its masks of the photos that it really
-has reduced; the smallest one that is good enough at every size is ``petseg_runtime.images._MARGIN``.
+has reduced, and good enough with a mean IoU of :data:`BAR`; single masks may be far off it, and a larger margin is not
+always the better one, which is why this is off unless it is asked for. ``petseg_runtime.images._MARGIN`` is the
+smallest that is good enough at every size.
 """
 
 from __future__ import annotations

@@ -29,8 +29,9 @@ from benchmarks.latency import CHECKPOINT, WEIGHTS, scratch, write_onnx
 from benchmarks.peers.pipeline import WATCH
 from benchmarks.turns import alternated, count, timed
 from petseg_runtime.artifact import default_model, open_artifact, sample_photos
-from petseg_runtime.engines.base import Engine, usable_cpus
+from petseg_runtime.engines.base import Engine
 from petseg_runtime.engines.registry import load_engine
+from petseg_runtime.host import usable_cpus
 
 ENGINES: Final = ("openvino", "onnxruntime")
 SIZES: Final = (96, 160, 256, 384)

@@ -23,7 +23,7 @@ from benchmarks import records
 from benchmarks.photos import of_any_use
 from benchmarks.processes import first_to_last, seconds_of
 from petseg_runtime import Segmenter
-from petseg_runtime.engines.base import usable_cpus
+from petseg_runtime.host import usable_cpus
 from petseg_runtime.sinks import KINDS, ImageSink, picture
 from petseg_runtime.sources import Item, find_photos
 

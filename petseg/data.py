@@ -24,10 +24,9 @@ from PIL import Image
 
 from petseg.metrics import BACKGROUND, BORDER, PET
 from petseg_runtime import images
-from petseg_runtime.engines.base import usable_cpus
 from petseg_runtime.errors import DataError, InputError, OutputError
-from petseg_runtime.host import available_memory
-from petseg_runtime.room import Room, Share
+from petseg_runtime.host import available_memory, usable_cpus
+from petseg_runtime.memory_budget import MemoryBudget, Reservation
 
 __all__ = [
     "CheckReport",
@@ -300,7 +299,7 @@ def read_trimap(pair: Pair, take: Callable[[int], None] = lambda size: None) -> 
 
     Args:
         pair: The photo and its mask.
-        take: As of :func:`petseg_runtime.images.read`.
+        take: Called with about how many bytes decoding it takes, before it is decoded; may wait.
 
     Returns:
         uint8 [H, W] of 1 (pet), 2 (background), 3 (border; only in the Oxford layout).
@@ -353,7 +352,9 @@ def read_pair(pair: Pair) -> tuple[U8, U8]:
 
 def _read_photo(pair: Pair, take: Callable[[int], None] = lambda size: None) -> U8:
     try:
-        return images.read(pair.image, take=take).pixels
+        with images.open_photo(pair.image) as photo:
+            take(photo.memory)
+            return photo.decode().pixels
     except InputError as error:
         raise DataError(f"{error} (`petseg data check` lists every such file)") from error
 
@@ -391,19 +392,20 @@ def _being_read(pairs: Sequence[Pair], processes: int) -> Iterator[tuple[Pair, F
     there: a pair that finds too little left waits, unless it is the one that is asked for.
     """
     readers = min(usable_cpus(), MAX_READERS)
-    room = Room(available_memory() // (2 * processes))
-    ahead: deque[tuple[Pair, Share, Future[tuple[U8, U8]]]] = deque()
+    budget = MemoryBudget(available_memory() // (2 * processes))
+    ahead: deque[tuple[Pair, Reservation, Future[tuple[U8, U8]]]] = deque()
 
     def first() -> Iterator[tuple[Pair, Future[tuple[U8, U8]]]]:
-        pair, share, reading = ahead.popleft()
-        room.hurry(share)
+        pair, reservation, reading = ahead.popleft()
+        budget.expedite(reservation)
         yield pair, reading
-        room.leave(share)
+        budget.release(reservation)
 
-    with ThreadPoolExecutor(readers) as pool, contextlib.closing(room):  # first the room, in which readers may wait
+    with ThreadPoolExecutor(readers) as pool, contextlib.closing(budget):  # first the budget, on which readers may wait
         for pair in pairs:
-            share = Share()
-            ahead.append((pair, share, pool.submit(_read_equal, pair, functools.partial(room.take, share))))
+            reservation = Reservation()
+            take = functools.partial(budget.reserve, reservation)
+            ahead.append((pair, reservation, pool.submit(_read_equal, pair, take)))
             if len(ahead) > 2 * readers:
                 yield from first()
         while ahead:

@@ -41,9 +41,9 @@ from petseg.metrics import PET, Border, best_threshold
 from petseg.model import AttentionUNet, normalize
 from petseg.train_set import EpochSampler, TrainSet, decoded_size, memory, target_of
 from petseg_runtime import __version__, images
-from petseg_runtime.engines.base import usable_cpus
 from petseg_runtime.errors import CheckpointError, DataError, NonFiniteLoss, OutputError, TrainingError
 from petseg_runtime.files import write_atomic
+from petseg_runtime.host import usable_cpus
 
 __all__ = ["BEST", "LAST", "LOG", "Observer", "Observers", "RunState", "Trainer", "learning_rate", "workers_of"]
 

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from petseg_runtime import images
 from petseg_runtime.errors import ImageTooLarge, InputError
 from petseg_runtime.journal import Journal
 from petseg_runtime.pipeline import Outcome, Pipeline, Steps
@@ -24,7 +25,7 @@ __all__ = ["Done", "Report", "segment_photos", "steps_of"]
 
 @dataclass(frozen=True)
 class Done:
-    """What is told of a photo when its result, which is large, is written and gone.
+    """What is kept of a photo once its result is written; the result itself is too large to keep.
 
     Attributes:
         path: Its result, if that is a file of its own.
@@ -47,7 +48,7 @@ class Done:
     value: dict[str, Any] | None
 
 
-#: Told of each photo, in order.
+#: Called with the outcome of each photo, in order.
 Watch: TypeAlias = Callable[[Outcome[Item, Done]], None]
 
 
@@ -80,6 +81,7 @@ def segment_photos(
     *,
     journal: Journal | None = None,
     mask_only: bool = False,
+    fast_decode: bool = False,
     spare: int = 0,
 ) -> Report:
     """Segment every photo and write every result; one bad photo never stops the rest.
@@ -91,6 +93,7 @@ def segment_photos(
         watch: Told of each photo as it is done or has failed.
         journal: Where it is noted, and which photos are done already; a sink that writes at the end needs one.
         mask_only: The photos themselves are not part of the results.
+        fast_decode: Decode large JPEGs at a reduced size, which changes masks a little; with ``mask_only``.
         spare: Bytes for each pixel of a photo that making its result takes; see :class:`petseg_runtime.sinks.Kind`.
 
     Raises:
@@ -102,8 +105,9 @@ def segment_photos(
     left = [item for item in items if not (journal and journal.finished(item, sink.path_of(item)))]
     report.skipped = len(items) - len(left)
     info = segmenter.describe()
-    workers = max(1, info.streams)
-    with Pipeline(_steps(segmenter, sink, mask_only, spare), info.streams, info.batch, workers=workers) as pipeline:
+    steps = _steps(segmenter, sink, mask_only, fast_decode, spare)
+    workers = max(1, min(segmenter.workers, len(left)))
+    with Pipeline(steps, info.streams, info.batch, workers=workers) as pipeline:
         for outcome in pipeline.run(left):
             if outcome.value is None:
                 report.failed.append(str(outcome.error))
@@ -121,13 +125,16 @@ def segment_photos(
     return report
 
 
-def _steps(segmenter: Segmenter, sink: Sink, mask_only: bool, spare: int) -> Steps[Item, Done]:
-    def read(item: Item, take: Callable[[int], None]) -> Prepared:
+def _steps(segmenter: Segmenter, sink: Sink, mask_only: bool, fast_decode: bool, spare: int) -> Steps[Item, Done]:
+    at_least = segmenter.size if fast_decode else None
+
+    def read(item: Item, reserve: Callable[[int], None]) -> Prepared:
         if item.problem:
             raise InputError(item.problem)
         source = item.source if item.data is None else item.data
-        with _enough_memory(item):
-            return segmenter.prepare(source, mask_only=mask_only, spare=spare, take=take)
+        with _enough_memory(item), images.open_photo(source, at_least=at_least) as photo:
+            reserve(photo.memory + spare * photo.pixels)
+            return segmenter.prepare_opened(photo, mask_only=mask_only)
 
     def write(item: Item, photo: Prepared, answer: Any) -> Done:
         with _enough_memory(item):
@@ -140,10 +147,10 @@ def _steps(segmenter: Segmenter, sink: Sink, mask_only: bool, spare: int) -> Ste
 
 @contextlib.contextmanager
 def _enough_memory(item: Item) -> Iterator[None]:
-    """One photo that is too large for the memory that is left is one that fails, not the end of all.
+    """Turn a ``MemoryError`` into the failure of this one photo, so that the run goes on.
 
     Raises:
-        InputError: It is.
+        ImageTooLarge: There was one.
     """
     try:
         yield

@@ -23,10 +23,10 @@ import numpy.typing as npt
 from petseg_runtime import doctor, images
 from petseg_runtime.artifact import Artifact, sample_photos
 from petseg_runtime.doctor import EngineCheck
-from petseg_runtime.engines.base import Device, Engine, EngineInfo, usable_cpus
+from petseg_runtime.engines.base import Device, Engine, EngineInfo
 from petseg_runtime.engines.registry import ENGINES, load_engine
 from petseg_runtime.errors import EngineError
-from petseg_runtime.host import Gpu, Host, host
+from petseg_runtime.host import Gpu, Host, host, usable_cpus
 
 __all__ = ["ROUNDS", "STAGES", "Benchmark", "Row", "measure", "sample_batch"]
 

@@ -1,4 +1,4 @@
-"""What engines have compiled, kept for the next time.
+"""Compiled models, kept for the next time.
 
 An entry is two files, ``DIGEST.KIND`` and ``DIGEST.KIND.json``. DIGEST is the SHA-256 of a :class:`Key`, which names
 all that a compiled file depends on; the JSON has the key in clear, and the file's own SHA-256.
@@ -32,7 +32,7 @@ from typing import Any, Final
 import platformdirs
 
 from petseg_runtime.errors import OutputError
-from petseg_runtime.files import write_atomic
+from petseg_runtime.files import is_at, write_atomic
 
 __all__ = ["KINDS", "VARIABLE", "Compiled", "Entry", "Key", "Slot", "cache_folder", "clear", "compiled", "entries"]
 
@@ -109,7 +109,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """A compiled file, and how it was come by.
+    """A compiled file, and whether it came from the cache.
 
     Attributes:
         data: The file.
@@ -127,7 +127,7 @@ class Compiled:
 
     @property
     def note(self) -> str:
-        """The same in words."""
+        """Where it came from, for people."""
         if self.seconds is None:
             return "from the cache"
         again, reason = (" again", f": {self.why}") if self.why else ("", "")
@@ -418,7 +418,7 @@ def _alone(path: Path) -> Iterator[None]:
         lock = os.open(file, flags, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _is_at(lock, file):  # somebody cleared the cache meanwhile: this one keeps nobody out
+            if not is_at(lock, file):  # somebody cleared the cache meanwhile: this one keeps nobody out
                 continue
             yield
             return
@@ -448,14 +448,6 @@ def _removed(file: Path) -> bool:
         return True
     finally:
         os.close(lock)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is what now lies at a path."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.lstat())
-    except FileNotFoundError:
-        return False
 
 
 def _words(error: Exception) -> str:

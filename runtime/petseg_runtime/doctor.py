@@ -42,7 +42,6 @@ __all__ = [
 _DEADLINE: Final = 60.0
 _DEADLINE_GPU: Final = 300.0
 _DEADLINE_COMPILING: Final = 1800.0
-_WRONG: Final = "its masks are wrong"
 
 _SIGNALS: Final = {
     signal.SIGILL: "it uses instructions that this processor does not have: install another version or engine",
@@ -89,6 +88,7 @@ class EngineCheck:
         works: It loaded the model, and its masks are right.
         why: Why it does not work, and what to do about it; "" if it works.
         run_by_us: Whether we have ever run it on that kind of device.
+        wrong: It ran, and its masks are wrong.
         version: Of the library, as it says itself; "" if it does not work, as all that follows is empty then.
         provider: What the library calls the part that does the work.
         precision: What it computes in.
@@ -105,6 +105,7 @@ class EngineCheck:
     works: bool
     why: str
     run_by_us: bool
+    wrong: bool = False
     version: str = ""
     provider: str = ""
     precision: str = ""
@@ -263,7 +264,8 @@ def check_engine(line: RuleLine, gpus: Sequence[Gpu], device: str = "", model: P
     return dataclasses.replace(
         check,
         works=not failures,
-        why=f"{_WRONG}: {'; '.join(failures)}" if failures else "",
+        wrong=bool(failures),
+        why=f"its masks are wrong: {'; '.join(failures)}" if failures else "",
         version=info["version"],
         provider=info["provider"],
         precision=info["precision"],
@@ -287,7 +289,7 @@ def ask(command: Sequence[str], deadline: float, late: str = "it hangs") -> dict
     Args:
         command: Program and arguments.
         deadline: Seconds after which it is ended, with all that it started.
-        late: What is to be said if it is.
+        late: What the error says in that case.
 
     Returns:
         Its answer; ``error`` says in one line why there is none, or that it crashed after it had answered.
@@ -363,7 +365,7 @@ def _wrong(auto: Mapping[str, Any], checks: Sequence[EngineCheck]) -> list[str]:
     return [
         f"auto takes {check.engine} on {check.device}, and {check.why}: {remedy}"
         for check in checks
-        if (check.engine, check.device.partition(":")[0]) == taken and check.why.startswith(_WRONG)
+        if (check.engine, check.device.partition(":")[0]) == taken and check.wrong
     ]
 
 

@@ -5,8 +5,10 @@
     │   ├── UnreadableImage              missing, truncated, not an image
     │   ├── UnsupportedImage             an image, but of a kind whose pixel values mean nothing to us
     │   ├── ImageTooLarge                more pixels or bytes than the limit allows
-    │   ├── UnreadableVideo              missing, truncated, not a video, or a stream that sends nothing
-    │   └── UnsupportedVideo             a video, but of a kind or size that cannot be used
+    │   └── VideoError                   a video or stream that cannot be used
+    │       ├── UnreadableVideo          missing, truncated, not a video, or a stream that breaks
+    │       │   └── SilentVideo          a stream that sends nothing, or nothing that can be decoded, for too long
+    │       └── UnsupportedVideo         a video, but of a kind or size that cannot be used
     ├── UsageError                   2   what was asked for does not go together, or not with this input or model;
     │                                    a ValueError, too
     ├── ModelError                   4   a model file that is damaged, foreign or breaks its contract
@@ -54,12 +56,15 @@ __all__ = [
     "ParityShapes",
     "ParityTolerance",
     "PetsegError",
+    "SilentVideo",
     "TrainingError",
     "UnreadableImage",
     "UnreadableVideo",
     "UnsupportedImage",
     "UnsupportedVideo",
     "UsageError",
+    "VideoError",
+    "one_line",
 ]
 
 EXIT_PARTIAL = 3
@@ -89,16 +94,34 @@ class ImageTooLarge(InputError):
     """More pixels or bytes than the limit allows."""
 
 
-class UnreadableVideo(InputError):
-    """The video is missing, damaged or not one, or the stream sends nothing."""
+class VideoError(InputError):
+    """A video or stream cannot be used.
+
+    Attributes:
+        reason: Why, without the source's name.
+        name: The source's name, without secrets; "" where the error does not know it.
+    """
+
+    def __init__(self, reason: str, name: str = "") -> None:
+        """The message is both: ``NAME: REASON``."""
+        super().__init__(f"{name}: {reason}" if name else reason)
+        self.reason, self.name = reason, name
 
 
-class UnsupportedVideo(InputError):
+class UnreadableVideo(VideoError):
+    """The video is missing, damaged or not one, or the stream breaks."""
+
+
+class SilentVideo(UnreadableVideo):
+    """The stream sends nothing, or nothing that can be decoded, for longer than is waited for."""
+
+
+class UnsupportedVideo(VideoError):
     """A video without pictures, or with frames too large or of a kind that cannot be converted."""
 
 
 class UsageError(PetsegError, ValueError):
-    """What was asked for does not go together, or cannot be had of this input or model: ask for something else.
+    """Options or values contradict each other, are out of range, or do not fit this input or model.
 
     Also a ``ValueError``, which is what Python programs expect of a value that is out of range.
     """
@@ -174,3 +197,8 @@ class ParityShapes(ParityError):
 
 class ParityTolerance(ParityError):
     """Values differ by more than the tolerance."""
+
+
+def one_line(error: object) -> str:
+    """A library's message in one line of at most 300 characters; the name of its type if it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-__all__ = ["STEM", "read_text", "replacing", "staging", "synced", "synced_folder", "write_atomic"]
+__all__ = ["STEM", "is_at", "read_text", "replacing", "staging", "synced", "synced_folder", "write_atomic"]
 
 #: So many letters of a file's stem are in the name that it has while it is written: a name has at most 255 bytes, and a
 #: letter up to four.
@@ -38,6 +38,14 @@ def read_text(path: Path, most: int) -> str:
     if len(data) > most:
         raise OSError(errno.EFBIG, f"larger than {most} bytes", str(path))
     return data.decode()
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is what now lies at a path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""An x-ray of this machine: what it can run. Needs nothing but the standard library."""
+"""What this machine has, and what this process may use of it. Needs nothing but the standard library."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -25,6 +26,7 @@ __all__ = [
     "Host",
     "available_memory",
     "cgroup_limits",
+    "cgroup_memory_left",
     "cores",
     "features",
     "frequencies",
@@ -37,6 +39,7 @@ __all__ = [
     "old_driver",
     "parse_cpuinfo",
     "temperatures",
+    "usable_cpus",
     "versions",
 ]
 
@@ -63,6 +66,9 @@ _ARM: Final = {
     "0xd49": "Neoverse-N2",
     "0xd4f": "Neoverse-V2",
 }
+
+#: Where Linux mounts control groups.
+_CGROUPS: Final = Path("/sys/fs/cgroup")
 
 #: The packages whose versions results depend on.
 _PACKAGES: Final = (
@@ -189,6 +195,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def usable_cpus() -> int:
+    """CPUs this process may use: those it may run on, or those whose time a container's quota allows, rounded up."""
+    quota, _ = limits()
+    return cores() if quota is None else max(1, min(cores(), math.ceil(quota)))
+
+
 def features() -> tuple[str, ...]:
     """Those of :data:`FEATURES` that the processor has; none where the kernel does not say."""
     return parse_cpuinfo(_text("/proc/cpuinfo"))[1]
@@ -264,15 +276,15 @@ def give_back_memory() -> None:
 @functools.cache
 def limits() -> tuple[float | None, int | None]:
     """:func:`cgroup_limits` of this process, as they were when it was first asked."""
-    return cgroup_limits(Path("/sys/fs/cgroup"), _text("/proc/self/cgroup"))
+    return cgroup_limits(_CGROUPS, _text("/proc/self/cgroup"))
 
 
 def available_memory() -> int:
-    """Bytes of memory that this process can take: what is available now, or all that its control group allows."""
+    """Bytes of memory that this process can take now: of what the machine has left, and its control groups allow."""
     line = re.search(r"^MemAvailable:\s*(\d+) kB$", _text("/proc/meminfo"), re.MULTILINE)
     available = 1024 * int(line[1]) if line else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    _, limit = limits()
-    return available if limit is None else min(available, limit)
+    left = cgroup_memory_left(_CGROUPS, _text("/proc/self/cgroup"))
+    return available if left is None else min(available, left)
 
 
 def cgroup_limits(root: Path, membership: str) -> tuple[float | None, int | None]:
@@ -293,12 +305,43 @@ def cgroup_limits(root: Path, membership: str) -> tuple[float | None, int | None
         ]
         if len(words) == 2 and all(word.isdecimal() for word in words) and int(words[1]):
             cpus.append(int(words[0]) / int(words[1]))
-    memory: list[int] = []
-    for folder in _groups(root, membership, "memory"):
-        word = _text(f"{folder}/memory.max").strip() or _text(f"{folder}/memory.limit_in_bytes").strip()
-        if word.isdecimal() and int(word) < 2**60:  # version 1 says "no limit" with a number near 2**63
-            memory.append(int(word))
+    memory = [limit for folder in _groups(root, membership, "memory") if (limit := _memory_limit(folder)) is not None]
     return min(cpus, default=None), min(memory, default=None)
+
+
+def cgroup_memory_left(root: Path, membership: str) -> int | None:
+    """Bytes of memory that the control groups of this process have left, of the one that has the least; None: no limit.
+
+    What a group uses counts without the files' contents that the kernel drops as soon as memory is wanted.
+
+    Args:
+        root: As for :func:`cgroup_limits`.
+        membership: Likewise.
+    """
+    left = (
+        max(0, limit - _memory_used(folder))
+        for folder in _groups(root, membership, "memory")
+        if (limit := _memory_limit(folder)) is not None
+    )
+    return min(left, default=None)
+
+
+def _memory_limit(folder: Path) -> int | None:
+    """Of one control group, in bytes."""
+    word = _text(f"{folder}/memory.max").strip() or _text(f"{folder}/memory.limit_in_bytes").strip()
+    # Version 1 says "no limit" with a number near 2**63.
+    return int(word) if word.isdecimal() and int(word) < 2**60 else None
+
+
+def _memory_used(folder: Path) -> int:
+    """Of one control group and those in it, in bytes, without files' contents that were not used lately."""
+    used = _text(f"{folder}/memory.current").strip() or _text(f"{folder}/memory.usage_in_bytes").strip()
+    if not used.isdecimal():
+        return 0
+    statistics = dict(line.split(" ", 1) for line in _text(f"{folder}/memory.stat").splitlines() if " " in line)
+    # In version 1 the plain number is that of the group alone, without those in it.
+    files = statistics.get("total_inactive_file") or statistics.get("inactive_file") or "0"
+    return int(used) - (int(files) if files.isdecimal() else 0)
 
 
 def _groups(root: Path, membership: str, controller: str) -> Iterator[Path]:

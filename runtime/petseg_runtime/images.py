@@ -1,7 +1,13 @@
-"""Photo in, model input out, mask back: the only such code in the project.
+"""Photo in, model input out, mask back.
 
-Training, parity and runtime all go through ``to_model`` and ``from_model``, so that there is one resize and
-nothing to get wrong between the machine that trained a model and the device that runs it.
+Training, evaluation, parity and the runtime bring photos to the model's size with ``to_model``, and all masks back to
+a photo's or frame's size with ``from_model``. Two roads to the model's size are other than that of a whole photo, and
+how much their masks differ is measured:
+
+- frames of videos are converted and resized by FFmpeg's swscale (:class:`petseg_runtime.video.Converter`):
+  ``benchmarks/results/video-road.json``;
+- a large JPEG is decoded at a reduced size before ``to_model``, where that is asked for (``at_least``; ``petseg infer
+  --fast-decode``): ``benchmarks/results/reduced-decoding.json``.
 """
 
 from __future__ import annotations
@@ -21,16 +27,18 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from petseg_runtime.errors import ImageTooLarge, PetsegError, UnreadableImage, UnsupportedImage
+from petseg_runtime.errors import ImageTooLarge, PetsegError, UnreadableImage, UnsupportedImage, one_line
 
 __all__ = [
     "MAX_BYTES",
     "MAX_PIXELS",
     "ImageSource",
+    "OpenPhoto",
     "Photo",
     "from_model",
     "in_profile",
     "is_photo",
+    "open_photo",
     "opened",
     "read",
     "to_model",
@@ -56,8 +64,9 @@ _MAX_SCANS: Final = 100
 # An ICC profile with more bytes is left out: those of cameras and screens have 0.5 to 4 kB, and each result has it.
 _MAX_PROFILE: Final = 1_000_000
 
-# How many times the model's input, per side, a JPEG that is decoded at a reduced size must still have. The smallest
-# margin whose masks agree with those of the whole photo: benchmarks/results/reduced-decoding.json.
+# How many times the model's input, per side, a JPEG that is decoded at a reduced size must still have. Of the margins
+# measured, the smallest whose masks agree with those of the whole photo in the mean (IoU 0.995), which single masks may
+# not: benchmarks/results/reduced-decoding.json.
 _MARGIN: Final = 3.0
 
 # Bytes a pixel that photos on their way to cutouts or masks take, as measured at 12 megapixels: decoded, with Pillow's
@@ -102,14 +111,22 @@ class Photo:
         object.__setattr__(self, "width", self.width or self.pixels.shape[1])
 
 
-def read(
-    source: ImageSource,
-    *,
-    max_pixels: int = MAX_PIXELS,
-    at_least: tuple[int, int] | None = None,
-    spare: int = 0,
-    take: Callable[[int], None] = lambda size: None,
-) -> Photo:
+@dataclass(frozen=True, eq=False)
+class OpenPhoto:
+    """A photo that is open and measured, but not decoded; see :func:`open_photo`.
+
+    Attributes:
+        pixels: How many the whole photo has.
+        memory: About how many bytes decoding it takes, and a result of the whole photo's size.
+        decode: Decodes it; returns and raises what :func:`read` does.
+    """
+
+    pixels: int
+    memory: int
+    decode: Callable[[], Photo]
+
+
+def read(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: tuple[int, int] | None = None) -> Photo:
     """Decode an image to upright RGB. Safe to call from many threads; they decode at the same time.
 
     EXIF orientation is applied; transparency is laid over white; 16-bit grey is scaled to 8 bits; CMYK is
@@ -123,9 +140,6 @@ def read(
         at_least: The height and width that ``to_model`` will bring the pixels to, where nothing else is wanted of
             them: an encoded JPEG may then be decoded at 1/2, 1/4 or 1/8 of its size, which gives nearly the
             same mask (see ``_MARGIN``). None: the pixels at the photo's own size.
-        spare: Bytes that making its result takes for each of its pixels, beside the result itself.
-        take: Called with about how many bytes the photo and its result will take, once that is known and before it is
-            decoded; may wait.
 
     Returns:
         The photo: uint8 [H, W, 3] RGB, its own size, and notes on what was decided.
@@ -135,15 +149,40 @@ def read(
         UnsupportedImage: Pixel values without an agreed meaning as RGB, or not of a type that is taken.
         ImageTooLarge: More than ``max_pixels`` or ``MAX_BYTES``.
     """
+    with open_photo(source, max_pixels=max_pixels, at_least=at_least) as photo:
+        return photo.decode()
+
+
+@contextlib.contextmanager
+def open_photo(
+    source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: tuple[int, int] | None = None
+) -> Iterator[OpenPhoto]:
+    """The first half of :func:`read`, for callers that make sure of the memory before a photo is decoded.
+
+    Args:
+        source: As for :func:`read`.
+        max_pixels: Likewise.
+        at_least: Likewise.
+
+    Yields:
+        The photo, to be decoded before this is left.
+
+    Raises:
+        InputError: As of :func:`read`.
+    """
     if isinstance(source, np.ndarray):
-        return _from_array(source, max_pixels, spare, take)
+        yield _of_array(source, max_pixels)
+        return
     given = _taken(source)
     name = _name_of(given)
-    if isinstance(given, Image.Image):
+    with contextlib.ExitStack() as file:
         with _reading(given, name):
-            return _convert(given, name, max_pixels, spare, take)
-    with opened(given, max_pixels=max_pixels) as image:
-        return _convert(image, name, max_pixels, spare, take, at_least)
+            image = given
+            if not isinstance(given, Image.Image):
+                image = file.enter_context(Image.open(_opened(given, name), formats=_formats()))
+                _check_cost(image, name, max_pixels)
+            photo = _of_image(image, name, max_pixels, at_least if image is not given else None)
+        yield photo
 
 
 @contextlib.contextmanager
@@ -187,7 +226,7 @@ def _reading(source: Any, name: str) -> Iterator[None]:
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, IndexError... on damage;
         # whatever it is, this one image is unreadable and its reason is kept.
-        raise UnreadableImage(f"{name}: damaged or truncated ({_one_line(error)})") from error
+        raise UnreadableImage(f"{name}: damaged or truncated ({one_line(error)})") from error
 
 
 def is_photo(source: object) -> bool:
@@ -378,15 +417,20 @@ def _count_scans(file: Any) -> tuple[int, int]:
     return scans, size
 
 
-def _convert(
-    image: Image.Image,
-    name: str,
-    max_pixels: int,
-    spare: int,
-    take: Callable[[int], None],
-    at_least: tuple[int, int] | None = None,
-) -> Photo:
+def _of_image(image: Image.Image, name: str, max_pixels: int, at_least: tuple[int, int] | None = None) -> OpenPhoto:
     _check_pixels(image.width, image.height, name, max_pixels)
+    pixels = image.width * image.height
+    height, width = _reduce(image, *at_least) if at_least else (0, 0)
+
+    def decode() -> Photo:
+        with _reading(image, name):
+            return _decoded(image, name, height, width)
+
+    return OpenPhoto(pixels, _DECODED * image.width * image.height + _RESULT * pixels, decode)
+
+
+def _decoded(image: Image.Image, name: str, height: int, width: int) -> Photo:
+    """Decode an open image; ``height`` and ``width`` are those of :class:`Photo`."""
     notes: list[str] = []
     if getattr(image, "is_animated", False):
         # How many there are is not asked: Pillow walks through a TIFF's or a GIF's to count them, for minutes if a file
@@ -394,9 +438,6 @@ def _convert(
         notes.append("animated: the first frame was used")
     # Pillow decodes a 16-bit PGM to 32-bit integers, scaled to 0..65535 (and forgets the format when it is turned).
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
-    height, width = _reduce(image, *at_least) if at_least else (0, 0)
-    whole = height * width or image.width * image.height
-    take(_DECODED * image.width * image.height + (_RESULT + spare) * whole)
     image.load()
     turn = _turn(image)
     upright = image if turn is None else image.transpose(turn)
@@ -418,22 +459,21 @@ def _profile(image: Image.Image) -> bytes | None:
 
 
 def with_profile(picture: Image.Image, profile: bytes | None) -> Image.Image:
-    """The picture, which says from now on what its values mean; None: sRGB."""
+    """Set a picture's ICC profile, and return the picture; None: without one, which means sRGB."""
     picture.info.pop("icc_profile", None)
     picture.info |= {"icc_profile": profile} if profile else {}
     return picture
 
 
 def in_profile(picture: Image.Image, wanted: bytes | None) -> Image.Image:
-    """The same colours as the values of another profile.
+    """Convert a picture to another ICC profile.
 
     Args:
         picture: RGB; ``info["icc_profile"]`` is its profile, without it sRGB.
-        wanted: What the new values are to mean; None: sRGB.
+        wanted: The new profile; None: sRGB.
 
     Returns:
-        A picture with that profile. The picture itself where it has it already, or where one of the two is none that
-        can be used: its values then mean what they do in programs that cannot use it either.
+        A picture with that profile. The picture itself where it has it already, or where either profile is damaged.
     """
     profile = picture.info.get("icc_profile")
     if profile == wanted:
@@ -451,7 +491,9 @@ def in_profile(picture: Image.Image, wanted: bytes | None) -> Image.Image:
 
 
 def _reduce(image: Image.Image, height: int, width: int) -> tuple[int, int]:
-    """Have a JPEG decoded at 1/2, 1/4 or 1/8, if that is ``_MARGIN`` times the size or more; nothing else can be.
+    """Make Pillow decode a JPEG at 1/8, 1/4 or 1/2, if that leaves ``_MARGIN`` times ``height`` and ``width``.
+
+    Files of other formats cannot be decoded so, and are left as they are.
 
     Only a part that divides both sides is taken (cameras' sides are multiples of 16): libjpeg rounds up, and the last
     column would stand for less than the others. That stretch of half a pixel changes masks more than the reduction.
@@ -464,8 +506,8 @@ def _reduce(image: Image.Image, height: int, width: int) -> tuple[int, int]:
     turned = _turn(image) in _SIDEWAYS
     across, down = image.size
     wanted = (height, width) if turned else (width, height)
-    room = min(across / wanted[0], down / wanted[1]) / _MARGIN
-    parts = [part for part in (8, 4, 2) if part <= room and across % part == down % part == 0]
+    most = min(across / wanted[0], down / wanted[1]) / _MARGIN
+    parts = [part for part in (8, 4, 2) if part <= most and across % part == down % part == 0]
     if parts:
         # Without a mode: one would let libjpeg, not ``_to_rgb``, convert the colours.
         image.draft(None, (across // parts[0], down // parts[0]))
@@ -513,19 +555,17 @@ def _to_rgb(image: Image.Image, name: str, notes: list[str]) -> U8:
     return np.array(image.convert("RGB"))
 
 
-def _from_array(array: npt.NDArray[Any], max_pixels: int, spare: int, take: Callable[[int], None]) -> Photo:
+def _of_array(array: npt.NDArray[Any], max_pixels: int) -> OpenPhoto:
     if array.dtype != np.uint8:
         raise UnsupportedImage(f"array of {array.dtype}; uint8 with values 0 to 255 is expected")
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
         raise UnsupportedImage(f"array of shape {array.shape}; [H, W], [H, W, 3] or [H, W, 4] is expected")
     _check_pixels(array.shape[1], array.shape[0], "array", max_pixels)
     if array.ndim == 3 and array.shape[2] == 4:
-        return _convert(Image.fromarray(np.ascontiguousarray(array)), "array", max_pixels, spare, take)
-    take((_DECODED + _RESULT + spare) * array.shape[0] * array.shape[1])
-    if array.ndim == 2:
-        return Photo(np.repeat(array[..., None], 3, axis=2))
-    return Photo(np.array(array, order="C"))
+        return _of_image(Image.fromarray(np.ascontiguousarray(array)), "array", max_pixels)
+    pixels = array.shape[0] * array.shape[1]
 
+    def decode() -> Photo:
+        return Photo(np.repeat(array[..., None], 3, axis=2) if array.ndim == 2 else np.array(array, order="C"))
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return OpenPhoto(pixels, (_DECODED + _RESULT) * pixels, decode)

@@ -128,7 +128,11 @@ class Journal:
         self.close()
 
     def _lock(self, *, exclusive: bool) -> None:
-        """Runs with several photos may share a folder; one that removes what was left half-written may not."""
+        """Lock the folder: several runs may share it, but not with one that removes half-written files (``exclusive``).
+
+        Raises:
+            OutputError: Another run is in the way.
+        """
         try:
             fcntl.flock(self._file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -137,7 +141,11 @@ class Journal:
             return
 
     def _check_own(self) -> None:
-        """What a run has begun may be emptied or added to, and what is empty; cut by a crash, it is less than begun."""
+        """Refuse a file that no run has begun. An empty one is fine, and so is a beginning that a crash has cut.
+
+        Raises:
+            OutputError: It is such a file.
+        """
         self._file.seek(0)
         begun = self._file.read(len(_BEGINS))
         if not _BEGINS.startswith(begun):
@@ -228,7 +236,7 @@ def _opened(path: Path) -> TextIO:
 
 
 def _identity(item: Item) -> list[Any]:
-    """What changes when the photo does."""
+    """JSON values that differ once the photo has changed: path, size and time, or the SHA-256 of its data."""
     if item.data is not None:
         return ["-", hashlib.sha256(item.data).hexdigest()]
     try:

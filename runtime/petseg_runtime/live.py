@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final, TypeAlias
 
-from petseg_runtime.errors import InputError, UnreadableVideo
+from petseg_runtime.errors import SilentVideo, UnreadableVideo, VideoError
 from petseg_runtime.sources import Origin
+from petseg_runtime.stream import Reading
 from petseg_runtime.video import Frame, VideoReader
 from petseg_runtime.video_sound import Sound
 
@@ -34,7 +35,7 @@ _AHEAD: Final = 5.0
 
 @dataclass(frozen=True)
 class StateChange:
-    """What a live source has come to.
+    """A change of a live source's state.
 
     Attributes:
         state: ``connecting``; ``live``, with the first frame; ``stalled``, no frame for too long; ``lost``, with the
@@ -126,9 +127,9 @@ class LiveSource:
                     if seen and reader.info.duration is not None:
                         self._tell(StateChange("ended", "its end", attempt=self._attempt))
                         return
-            except InputError as error:
-                reason = str(error).removeprefix(f"{self.origin.shown}: ")
-                state = "stalled" if "too long" in reason else "lost"
+            except VideoError as error:
+                reason = error.reason
+                state = "stalled" if isinstance(error, SilentVideo) else "lost"
             if self._stopped:
                 break
             if seen and self._last_seen - connected > _GOOD:
@@ -183,7 +184,7 @@ class LiveSource:
         if silent >= patience:
             self._tell(StateChange("ended", reason, attempt=self._attempt))
             raise UnreadableVideo(
-                f"{self.origin.shown}: no frame for {silent:.0f} s in {self._attempt} attempts; the last: {reason}"
+                f"no frame for {silent:.0f} s in {self._attempt} attempts; the last: {reason}", self.origin.shown
             )
         return patience - silent
 
@@ -252,34 +253,26 @@ class _Line:
         return step < -_BACK or step - (now - before) > _AHEAD
 
 
-def open_frames(
-    origin: Origin,
-    *,
-    start: float = 0.0,
-    stall: float = 10.0,
-    patience: float | None = None,
-    tell: Tell = lambda change: None,
-) -> VideoReader | LiveSource:
+def open_frames(origin: Origin, reading: Reading, *, tell: Tell = lambda change: None) -> VideoReader | LiveSource:
     """The frames of any source, for a :class:`~petseg_runtime.stream.Stream`.
 
     Args:
         origin: The source.
-        start: Seconds to pass over, of one that has an end.
-        stall: As for :class:`LiveSource`; of a video on a server, for how long it may send nothing.
-        patience: As for :class:`LiveSource`.
+        reading: Its ``start``, of one that has an end; ``stall`` and ``patience`` of a live one. Of a video on a
+            server, ``stall`` is for how long it may send nothing.
         tell: As for :class:`LiveSource`.
 
     Raises:
         InputError: One that has an end cannot be opened.
     """
     if origin.endless:
-        return LiveSource(origin, stall=stall, patience=patience, tell=tell)
+        return LiveSource(origin, stall=reading.stall, patience=reading.patience, tell=tell)
     remote = origin.options is not None and isinstance(origin.target, str)
     return VideoReader(
         origin.target,
         name=origin.shown,
         container=origin.container,
         options=origin.options,
-        timeout=(stall, stall) if remote else None,
-        start=start,
+        timeout=(reading.stall, reading.stall) if remote else None,
+        start=reading.start,
     )

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from petseg_runtime import host
 from petseg_runtime.errors import EngineError, InputError
-from petseg_runtime.room import Room, Share
+from petseg_runtime.memory_budget import MemoryBudget, Reservation
 
 __all__ = ["Outcome", "Pipeline", "Steps"]
 
@@ -34,8 +34,9 @@ class Steps(Generic[Source, Result]):
 
     Attributes:
         read: A source to a photo that has been read, whose ``image`` is uint8 [H, W, 3]. What it raises of
-            :class:`InputError` is the photo's own failure. It is also given what to call with the number of bytes that
-            the photo and its result will take, before they are taken: that waits until there is room.
+            :class:`InputError` is the photo's own failure. Its second argument is a function to be called with the
+            number of bytes that the photo and its result will take, before they are allocated; it waits until the
+            memory budget has them.
         infer: uint8 [N, H, W, 3] to uint8 [N, H, W].
         write: The source, the photo and its answer uint8 [H, W] to what becomes of it; as ``read``.
     """
@@ -67,34 +68,34 @@ class _Job(Generic[Source, Result]):
     outcome: Outcome[Source, Result]
     future: Future[None] = field(default_factory=Future)
     value: Any = None  # what the latest step returned
-    share: Share = field(default_factory=Share)  # of the room
+    reservation: Reservation = field(default_factory=Reservation)  # of memory
 
 
 class Pipeline(Generic[Source, Result]):
     """Threads that read, threads that infer, threads that write, and queues between them.
 
     All queues together hold at most ``window`` photos, and fewer where these would take more than half of the memory
-    that is there: who asks for results sets the pace, and a photo that takes long makes the others wait once so many
-    are ahead of it. Use it as a context manager: leaving it waits for what is being
-    done, and drops what has not begun.
+    that is there: the consumer sets the pace, and a slow photo makes the others wait once so many are ahead of it.
+    Use it as a context manager: leaving it waits for what is being done, and drops what has not begun.
     """
 
     def __init__(
-        self, steps: Steps[Source, Result], streams: int, batch: int = 1, *, workers: int, room: int | None = None
+        self, steps: Steps[Source, Result], streams: int, batch: int = 1, *, workers: int, memory: int | None = None
     ) -> None:
         """Start the threads.
 
         Args:
             steps: What to do.
             streams: Threads that infer.
-            batch: Photos in one run of the network, at most: as many as wait for one.
+            batch: Most photos in one run of the network; a run takes those that are ready, and waits for no more.
             workers: Threads that read, and as many that write.
-            room: Bytes that photos may take at once, but for one that is larger by itself; None: half of what is there.
+            memory: Bytes that photos may take at once (one that is larger by itself is done alone); None: half of what
+                is available.
         """
         self._steps, self._batch = steps, batch
         self._stopping = False
         self.window = 2 * (workers + streams * batch)
-        self._room = Room(host.available_memory() // 2 if room is None else room)
+        self._memory = MemoryBudget(host.available_memory() // 2 if memory is None else memory)
         self._unread: queue.SimpleQueue[_Job[Source, Result] | None] = queue.SimpleQueue()
         self._write = ThreadPoolExecutor(workers, "petseg-write")
         self._ready: queue.SimpleQueue[_Job[Source, Result] | None] = queue.SimpleQueue()
@@ -129,12 +130,12 @@ class Pipeline(Generic[Source, Result]):
             while jobs:
                 yield self._finished(jobs.popleft())
         finally:
-            self._room.leave(*(job.share for job in jobs))
+            self._memory.release(*(job.reservation for job in jobs))
 
     def close(self) -> None:
         """Stop all threads; what has not begun is dropped. A second time, it finishes what a Ctrl-C cut short."""
         self._stopping = True
-        self._room.close()
+        self._memory.close()
         # In this order, because each step hands its work to the next.
         for threads, work in ((self._read, self._unread), (self._infer, self._ready)):
             for _ in threads:
@@ -153,11 +154,11 @@ class Pipeline(Generic[Source, Result]):
         self.close()
 
     def _finished(self, job: _Job[Source, Result]) -> Outcome[Source, Result]:
-        self._room.hurry(job.share)
+        self._memory.expedite(job.reservation)
         try:
             job.future.result()
         finally:
-            self._room.leave(job.share)
+            self._memory.release(job.reservation)
         return job.outcome
 
     def _read_next(self) -> None:
@@ -167,8 +168,8 @@ class Pipeline(Generic[Source, Result]):
                 self._read_one(job)
 
     def _read_one(self, job: _Job[Source, Result]) -> None:
-        take = functools.partial(self._room.take, job.share)
-        if self._attempt(job, "read", lambda: self._steps.read(job.outcome.source, take)):
+        reserve = functools.partial(self._memory.reserve, job.reservation)
+        if self._attempt(job, "read", lambda: self._steps.read(job.outcome.source, reserve)):
             self._ready.put(job)
 
     def _write_one(self, job: _Job[Source, Result], answer: U8) -> None:
@@ -189,8 +190,8 @@ class Pipeline(Generic[Source, Result]):
         except BaseException as error:  # noqa: BLE001 (raised again where results are asked for)
             failure = error
         finally:
-            job.outcome.seconds[step] = time.perf_counter() - start - job.share.waited
-            job.share.waited = 0.0
+            job.outcome.seconds[step] = time.perf_counter() - start - job.reservation.waited
+            job.reservation.waited = 0.0
         job.future.set_exception(failure) if failure else job.future.set_result(None)
         return False
 

@@ -1,10 +1,9 @@
-"""What a segmentation is: a probability map at the photo's size, and what people make of it."""
+"""The result for one photo: a probability map at its size, and the masks, pictures and outlines made of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from PIL import Image, ImageOps
 
 from petseg_runtime import images
 from petseg_runtime.errors import UsageError
+from petseg_runtime.spec import lowest_pet
 
 __all__ = ["Polygon", "Segmentation"]
 
@@ -300,7 +300,7 @@ class Segmentation:
     @property
     def _lowest_pet(self) -> int:
         """The lowest probability, 1 to 255, that is in the mask."""
-        return math.ceil(255 * self.threshold)
+        return max(1, lowest_pet(self.threshold))
 
     def _photo(self) -> Image.Image:
         """A copy of the photo to work on."""

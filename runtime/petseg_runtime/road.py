@@ -22,11 +22,11 @@ import numpy.typing as npt
 import PIL
 from PIL import Image, features
 
+from petseg_runtime import images
 from petseg_runtime.artifact import sample_photos
-from petseg_runtime.engines.base import one_line
-from petseg_runtime.errors import InputError, ModelError
+from petseg_runtime.errors import InputError, ModelError, one_line
 from petseg_runtime.parity import mask_iou
-from petseg_runtime.segmenter import finish, prepare
+from petseg_runtime.segmenter import finish, prepare_opened
 
 __all__ = [
     "LIMITS",
@@ -92,12 +92,12 @@ class Case:
     Attributes:
         name: For the report.
         source: The encoded photo.
-        mask_only: It may be decoded at a reduced size, as photos are of which masks alone are wanted.
+        reduced: It may be decoded at a reduced size, as by ``petseg infer --fast-decode``.
     """
 
     name: str
     source: bytes
-    mask_only: bool = False
+    reduced: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,7 +306,7 @@ def _cases(samples: Mapping[str, bytes]) -> Iterator[Case]:
     """The sample photos, and what none of them has: an EXIF orientation, a size that is halved, transparency."""
     yield from (Case(name, data) for name, data in samples.items())
     yield Case("chelsea.jpg on its side by EXIF", _on_its_side(samples["chelsea.jpg"]))
-    yield Case("coffee.jpg decoded at half its size", samples["coffee.jpg"], mask_only=True)
+    yield Case("coffee.jpg decoded at half its size", samples["coffee.jpg"], reduced=True)
     yield Case("a PNG with transparency", _transparent())
 
 
@@ -332,7 +332,9 @@ def _sent(case: Case, probability: U8) -> Passage:
     Raises:
         InputError: It cannot be read.
     """
-    prepared = prepare(case.source, (SIZE, SIZE), mask_only=case.mask_only)
+    size = (SIZE, SIZE)
+    with images.open_photo(case.source, at_least=size if case.reduced else None) as photo:
+        prepared = prepare_opened(photo, size)
     result = finish(prepared, probability, _THRESHOLD, _THRESHOLD)
     places = [np.linspace(0, length - 1, SIZE).round().astype(np.int64) for length in result.probability.shape]
     return Passage(prepared.image, result.probability[np.ix_(*places)], result.mask)

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeAlias, overload
+from typing import TYPE_CHECKING, Final, Self, TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from petseg_runtime import images, pipeline
+from petseg_runtime import host, images, pipeline
 from petseg_runtime.artifact import default_model, open_artifact
 from petseg_runtime.engines.base import EngineInfo
 from petseg_runtime.engines.registry import load_engine
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 __all__ = ["Prepared", "Segmenter", "finish", "prepare"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
+
+#: Threads that read photos beside a GPU, at most, and as many that write; disks and the memory gain nothing from more.
+MAX_WORKERS: Final = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,19 +55,13 @@ class Prepared:
     icc_profile: bytes | None = None
 
 
-def prepare(
-    source: images.ImageSource,
-    size: tuple[int, int],
-    *,
-    mask_only: bool = False,
-    spare: int = 0,
-    take: Callable[[int], None] = lambda size: None,
-) -> Prepared:
-    """Read a photo, and bring it to a model's height and width; see :meth:`Segmenter.prepare`."""
-    photo = images.read(source, at_least=size if mask_only else None, spare=spare, take=take)
-    image = images.to_model(photo.pixels, *size)
-    pixels = None if mask_only else photo.pixels
-    return Prepared(image, pixels, photo.height, photo.width, photo.notes, photo.icc_profile)
+def prepare_opened(photo: images.OpenPhoto, size: tuple[int, int], *, mask_only: bool = False) -> Prepared:
+    """Decode a photo, and bring it to a model's height and width; see :meth:`Segmenter.prepare_opened`."""
+    read = photo.decode()
+    image = images.to_model(read.pixels, *size)
+    whole = read.pixels.shape[:2] == (read.height, read.width)
+    pixels = read.pixels if whole and not mask_only else None
+    return Prepared(image, pixels, read.height, read.width, read.notes, read.icc_profile)
 
 
 def finish(prepared: Prepared, probability: U8, threshold: float, cutout_threshold: float) -> Segmentation:
@@ -139,6 +136,7 @@ class Segmenter:
         self.threshold = threshold if threshold is not None else spec.threshold
         self.cutout_threshold = cutout_threshold if cutout_threshold is not None else spec.cutout_threshold
         self.min_area = min_area
+        self._threads = threads
         self._engine = load_engine(
             self.artifact,
             backend,
@@ -198,13 +196,16 @@ class Segmenter:
         return self._map(sources)
 
     def _map(self, sources: Iterable[images.ImageSource]) -> Iterator[Segmentation | InputError]:
+        def read(source: images.ImageSource, reserve: Callable[[int], None]) -> Prepared:
+            with images.open_photo(source) as photo:
+                reserve(photo.memory)
+                return self.prepare_opened(photo)
+
         info = self.describe()
         steps: pipeline.Steps[images.ImageSource, Segmentation] = pipeline.Steps(
-            lambda source, take: self.prepare(source, take=take),
-            self.infer,
-            lambda _, prepared, answer: self.finish(prepared, answer),
+            read, self.infer, lambda _, prepared, answer: self.finish(prepared, answer)
         )
-        with pipeline.Pipeline(steps, info.streams, info.batch, workers=info.streams) as running:
+        with pipeline.Pipeline(steps, info.streams, info.batch, workers=self.workers) as running:
             for outcome in running.run(map(_kept, sources)):
                 result = outcome.error or outcome.value
                 assert result is not None
@@ -252,15 +253,8 @@ class Segmenter:
             UsageError: A policy that there is not, or a value out of range.
             InputError: A source that has an end cannot be opened.
         """
-        for name, value, fits in (
-            ("start", start, start >= 0),
-            ("stall", stall, stall > 0),
-            ("patience", patience, patience is None or patience >= 0),
-        ):
-            if not fits:  # as NaN does not
-                raise UsageError(f"{name} is {value}; it is in seconds, {'above' if name == 'stall' else 'from'} 0")
         from petseg_runtime.live import open_frames  # FFmpeg is loaded for those who read videos
-        from petseg_runtime.stream import Stream
+        from petseg_runtime.stream import Reading, Stream
 
         if isinstance(source, Origin):
             origin = source
@@ -268,36 +262,33 @@ class Segmenter:
             # A number is a camera, even where a file is called so.
             text = f"/dev/video{source}" if isinstance(source, int) else os.fspath(source)
             origin = stream_origin(text) or Origin(text, text, PurePath(Path(text).stem))
-        return Stream(
-            open_frames(origin, start=start, stall=stall, patience=patience, tell=tell),
-            self,
-            policy=policy or ("drop-oldest" if origin.endless else "block"),
+        reading = Reading(
+            start=start,
             stride=stride,
             max_frames=max_frames,
-            mask_only=mask_only,
+            policy=policy or ("drop-oldest" if origin.endless else "block"),
+            stall=stall,
+            patience=patience,
             smooth=smooth,
         )
+        return Stream(open_frames(origin, reading, tell=tell), self, reading, mask_only=mask_only)
 
-    def prepare(
-        self,
-        source: images.ImageSource,
-        *,
-        mask_only: bool = False,
-        spare: int = 0,
-        take: Callable[[int], None] = lambda size: None,
-    ) -> Prepared:
+    def prepare(self, source: images.ImageSource, *, mask_only: bool = False) -> Prepared:
         """The first step: read a photo, and bring it to the model's size.
 
         Args:
             source: As for a call.
-            mask_only: The photo itself is not wanted: it may be decoded at a reduced size, and is not kept.
-            spare: As of :func:`petseg_runtime.images.read`.
-            take: Likewise.
+            mask_only: The photo's own pixels are not kept: no picture can be made of the result.
 
         Raises:
             InputError: The photo cannot be used.
         """
-        return prepare(source, self.size, mask_only=mask_only, spare=spare, take=take)
+        with images.open_photo(source) as photo:
+            return self.prepare_opened(photo, mask_only=mask_only)
+
+    def prepare_opened(self, photo: images.OpenPhoto, *, mask_only: bool = False) -> Prepared:
+        """As :meth:`prepare`, of a photo that is open already; of one decoded at a reduced size no pixels are kept."""
+        return prepare_opened(photo, self.size, mask_only=mask_only)
 
     def infer(self, batch: U8) -> U8:
         """The second step: uint8 [N, H, W, 3] RGB at the model's size to uint8 [N, H, W], ``round(255 * p(pet))``.
@@ -343,6 +334,18 @@ class Segmenter:
         """What is really running."""
         return self._engine.describe()
 
+    @property
+    def workers(self) -> int:
+        """How many threads read photos, and how many write results, where there are many photos.
+
+        An engine on the CPU shares its threads with them: as many as it has streams. Beside one on a GPU the CPU is
+        theirs, and a GPU is fed by several: as many as there are CPU threads, up to :data:`MAX_WORKERS`.
+        """
+        info = self.describe()
+        if info.device == "cpu":
+            return info.streams
+        return min(self._threads or host.usable_cpus(), MAX_WORKERS)
+
     def close(self) -> None:
         """Free the model."""
         self._engine.close()
@@ -357,7 +360,7 @@ class Segmenter:
 
 
 def _kept(source: images.ImageSource) -> images.ImageSource:
-    """What a photo is read from later, though the caller fills the same buffer anew, as cameras' loops do."""
+    """A source that can be read later: arrays and buffers are copied, since camera loops fill the same one again."""
     if isinstance(source, np.ndarray):
         return source.copy()
     return bytes(source) if isinstance(source, (bytearray, memoryview)) else source

@@ -109,7 +109,7 @@ class Sink(Protocol):
         """
 
     def finish(self, values: Sequence[tuple[Item, Mapping[str, Any]]]) -> Path | None:
-        """Write what is written at the end, of all values in order; returns the file, if there is one."""
+        """Write the one file for all results, if there is one, from all values in order; returns its path."""
 
 
 @dataclass(frozen=True)

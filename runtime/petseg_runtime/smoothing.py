@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from petseg_runtime.errors import UsageError
 
-__all__ = ["Smoother"]
+__all__ = ["Smoother", "check_strength"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 F32: TypeAlias = npt.NDArray[np.float32]
@@ -59,8 +59,7 @@ class Smoother:
         Raises:
             UsageError: It is out of range.
         """
-        if not 0 <= strength < 1:
-            raise UsageError(f"smoothing {strength} must be from 0 to below 1")
+        check_strength(strength)
         self._strength = strength
         self._image: F32 | None = None
         self._past: F32 | None = None
@@ -86,6 +85,12 @@ class Smoother:
         self._image, self._past, self._time = now, fresh, time
         smoothed: U8 = np.rint(fresh).astype(np.uint8)
         return smoothed
+
+
+def check_strength(strength: float) -> None:
+    """Raise the ``UsageError`` of a strength that is not in [0, 1)."""
+    if not 0 <= strength < 1:
+        raise UsageError(f"smoothing {strength} must be from 0 to below 1")
 
 
 def _light(before: F32, now: F32) -> np.float32:

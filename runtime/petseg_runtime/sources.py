@@ -1,6 +1,6 @@
 """Where photos and videos come from: files, folders, patterns, cameras, streams, standard input.
 
-Each has the name its result will bear. Nothing is opened here but the first bytes of what is named.
+Each has the name that its result gets. Of files only the first bytes are read here, to tell videos from photos.
 """
 
 from __future__ import annotations
@@ -419,14 +419,14 @@ class _Search:
         return not self._is_link(folder) and not self._is_results(folder)
 
     def _is_link(self, folder: Path) -> bool:
-        """Links to folders are not followed: they may lead in circles, and to photos that were taken already."""
+        """Whether a folder is a link, which is not followed: it may lead in circles, or to photos taken already."""
         if not folder.is_symlink() or not _is_folder(folder):
             return False
         self.passed[folder] = "a link to a folder, which is not followed: to take its photos, name it"
         return True
 
     def _is_results(self, folder: Path) -> bool:
-        """What petseg has written, or is about to, is not what to segment next.
+        """Whether a folder holds results of petseg, or is about to; a search passes over it.
 
         Raises:
             UsageError: The output holds what nobody knows to be results: it would be passed over, and replaced.
@@ -474,7 +474,7 @@ def _unique(relatives: Sequence[PurePath]) -> list[PurePath]:
 
 
 def distinct(wanted: Iterable[PurePath]) -> Iterator[PurePath]:
-    """Names as they are wanted; those that were taken already get a number that makes them a name of their own."""
+    """The same names, with a number added to each that was taken already, so that no two are equal."""
     wanted = list(wanted)
     taken: set[str] = set()
     reserved = Counter(_key(name) for name in wanted)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from petseg_runtime.errors import ModelError
 
-__all__ = ["HALF_LIMIT", "PRECISIONS", "SPEC_KEY", "STRIDE", "ModelSpec"]
+__all__ = ["HALF_LIMIT", "PRECISIONS", "SPEC_KEY", "STRIDE", "ModelSpec", "lowest_pet"]
 
 SPEC_KEY: Final = "petseg.spec"
 SCHEMA_VERSION: Final = 1
@@ -25,6 +26,11 @@ PRECISIONS: Final = ("fp32", "fp16", "int8")
 #: What is computed in float32 if a scan finds more than this in it: an eighth of the largest float16, because photos
 #: that the scan did not see may go higher, and the gates add two results up.
 HALF_LIMIT: Final = 65504 / 8
+
+
+def lowest_pet(threshold: float) -> int:
+    """The smallest byte of a probability, round(255 p), that counts as pet from ``threshold`` on."""
+    return math.ceil(255 * threshold - 1e-9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +51,8 @@ class ModelSpec:
             engine may compute in something else, and says so.
         resize: How a photo becomes H x W; ``"stretch"`` ignores its aspect ratio.
         filter: Resampling filter; ``"bilinear"``, with support scaled when shrinking (antialiasing).
-        threshold: A pixel is pet where ``probability >= 255 * threshold``; chosen on validation photos for the
+        threshold: A pixel is pet where ``probability >= 255 * threshold``; a product that rounding leaves a billionth
+            above a whole number counts as that number (:func:`lowest_pet`). Chosen on validation photos for the
             headline metric, which counts the trimap's border (fur, outline) as background. In (0, 1).
         cutout_threshold: The lower threshold at which the border belongs to the pet: the one for cutouts. In (0, 1).
         border_target: What the network was taught to say on the trimap's border; in [0, 1].

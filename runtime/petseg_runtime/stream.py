@@ -11,28 +11,28 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self, TypeAlias
+from typing import Final, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from petseg_runtime.errors import InputError, UsageError
 from petseg_runtime.host import LOOK_UP
-from petseg_runtime.images import from_model
 from petseg_runtime.result import Segmentation
-from petseg_runtime.smoothing import Smoother
+from petseg_runtime.segmenter import Prepared, Segmenter
+from petseg_runtime.smoothing import Smoother, check_strength
 from petseg_runtime.video import Converter, Frame
 from petseg_runtime.video_sound import Sound
 
-if TYPE_CHECKING:
-    from petseg_runtime.segmenter import Segmenter
-
-__all__ = ["POLICIES", "Counts", "Segmented", "Stream", "Timings"]
+__all__ = ["POLICIES", "Counts", "Reading", "Segmented", "Stream", "Timings"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
-#: What becomes of a frame for which there is no room: it waits; it replaces the one that has waited longest; or only
-#: the newest ever waits.
+#: A frame, the model's input uint8 [H, W, 3] that was made of it, and its answer uint8 [H, W].
+_Answered: TypeAlias = tuple[Frame, U8, U8]
+
+#: What becomes of a frame while the queue before the engine is full: it waits; it replaces the one that has waited
+#: longest; or only the newest ever waits.
 POLICIES: Final = ("block", "drop-oldest", "latest")
 
 #: So many seconds behind the picture sound may lie in a file.
@@ -44,6 +44,49 @@ _ROOM: Final = 4
 #: Packets of sound that dropped frames may leave to the next: a minute of most codecs. Who takes nothing for longer
 #: gets the newest; without a bound, the sound of an endless source would fill the memory.
 _SOUNDS: Final = 3000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Which frames of a source are taken, and what becomes of those for which there is no time.
+
+    Attributes:
+        start: Seconds to pass over, of a source that has an end.
+        stride: Take each so-many-th frame.
+        max_frames: End after so many; None: at the source's end.
+        policy: One of :data:`POLICIES`; None: ``block`` for what has an end, else ``drop-oldest``.
+        stall: Seconds without a frame after which a live source is connected anew.
+        patience: Seconds without a frame after which a live source is given up; None: half a minute until it has sent
+            one, and never after that.
+        smooth: See :class:`~petseg_runtime.smoothing.Smoother`.
+    """
+
+    start: float = 0.0
+    stride: int = 1
+    max_frames: int | None = None
+    policy: str | None = None
+    stall: float = 10.0
+    patience: float | None = None
+    smooth: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check every value, before a source is opened.
+
+        Raises:
+            UsageError: A policy that there is not, or a value out of range.
+        """
+        for name, value, fits in (
+            ("start", self.start, 0 <= self.start < math.inf),
+            ("stall", self.stall, self.stall > 0),
+            ("patience", self.patience, self.patience is None or self.patience >= 0),
+        ):
+            if not fits:  # as NaN does not
+                raise UsageError(f"{name} is {value}; it is in seconds, {'above' if name == 'stall' else 'from'} 0")
+        if self.policy is not None and self.policy not in POLICIES:
+            raise UsageError(f"policy {self.policy!r}; there are: {', '.join(POLICIES)}")
+        if self.stride < 1 or (self.max_frames is not None and self.max_frames < 1):
+            raise UsageError(f"stride {self.stride} and max_frames {self.max_frames} must be 1 or more")
+        check_strength(self.smooth)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +190,12 @@ class _Inbox:
             self._changed.notify_all()
             return taken
 
+    def fail(self, error: InputError) -> None:
+        """Count a frame that was taken and could not be converted; from any thread."""
+        with self._changed:
+            self._counts.failed += 1
+            self._counts.failure = str(error)
+
     def close(self) -> None:
         with self._changed:
             self._closed = True
@@ -155,14 +204,14 @@ class _Inbox:
 
 @dataclass
 class _Outbox:
-    """What is ready for the consumer, who sets the pace; None is the end."""
+    """Frames with the model's input and answer, ready for the consumer, who sets the pace; None is the end."""
 
     room: int
-    _items: deque[tuple[Frame, U8] | None] = field(default_factory=deque)
+    _items: deque[_Answered | None] = field(default_factory=deque)
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _closed: bool = False
 
-    def put(self, item: tuple[Frame, U8] | None) -> bool:
+    def put(self, item: _Answered | None) -> bool:
         with self._changed:
             self._changed.wait_for(lambda: self._closed or item is None or len(self._items) < self.room)
             if self._closed:
@@ -171,7 +220,7 @@ class _Outbox:
             self._changed.notify_all()
             return True
 
-    def take(self) -> tuple[Frame, U8] | None:
+    def take(self) -> _Answered | None:
         with self._changed:
             while not self._changed.wait_for(lambda: self._closed or self._items, LOOK_UP):
                 pass
@@ -200,56 +249,52 @@ class Stream:
         self,
         frames: Iterable[Frame],
         segmenter: Segmenter,
+        reading: Reading | None = None,
         *,
-        policy: str = "block",
-        stride: int = 1,
-        max_frames: int | None = None,
         mask_only: bool = False,
-        smooth: float = 0.0,
     ) -> None:
         """Start the threads.
 
         Args:
             frames: A :class:`~petseg_runtime.video.VideoReader`, or a :class:`~petseg_runtime.live.LiveSource`; it is
-                closed at the end, by the thread that reads it.
+                closed at the end, by the thread that reads it, or here if the stream cannot start.
             segmenter: The model; others may use it at the same time.
-            policy: One of :data:`POLICIES`. A file never loses a frame with ``block``.
-            stride: Take each so-many-th frame.
-            max_frames: End after so many.
+            reading: Which frames are taken; None: all. ``start``, ``stall`` and ``patience`` are of the source, not of
+                the stream. Without a policy it is ``block``: a file never loses a frame.
             mask_only: The frames' own pixels are not part of the results: they are converted at the model's size only.
-            smooth: How much of a mask's past is kept where the picture stands still, in [0, 1); see
-                :class:`~petseg_runtime.smoothing.Smoother`.
-
-        Raises:
-            UsageError: A policy that there is not, or a value out of range.
         """
-        if policy not in POLICIES:
-            raise UsageError(f"policy {policy!r}; there are: {', '.join(POLICIES)}")
-        if stride < 1 or (max_frames is not None and max_frames < 1):
-            raise UsageError(f"stride {stride} and max_frames {max_frames} must be 1 or more")
+        try:
+            self._set_up(frames, segmenter, reading or Reading(), mask_only)
+        except BaseException:
+            if close := getattr(frames, "close", None):
+                close()
+            raise
+        # A program may end while a stream goes on, and nobody closes it then: a thread that is in an engine's code
+        # while Python is taken down aborts the process.
+        atexit.register(self.close)
+        for thread in self._threads:
+            thread.start()
+
+    def _set_up(self, frames: Iterable[Frame], segmenter: Segmenter, reading: Reading, mask_only: bool) -> None:
         self.counts, self.timings = Counts(), Timings()
         self.rest: list[Sound] = []  #: sound behind the last frame
         self.whole = False  #: whether the source was read to its end
         self.damage: str | None = None  #: what of the pictures up to the last frame could not be decoded, of a file
         self.stopped = False  #: whether :meth:`stop` was called before the end
-        self._frames, self._segmenter, self._policy = frames, segmenter, policy
-        self._stride, self._max_frames, self._mask_only = stride, max_frames, mask_only
+        self._frames, self._segmenter, self._policy = frames, segmenter, reading.policy or "block"
+        self._stride, self._max_frames, self._mask_only = reading.stride, reading.max_frames, mask_only
         # A live source's frames go one by one: a batch would make the first of them wait for the last.
-        self._batch = segmenter.describe().batch if policy == "block" else 1
-        self._smoother = Smoother(smooth) if smooth else None
-        self._inbox = _Inbox(policy, self._batch + _ROOM, self.counts)
-        self._outbox = _Outbox(self._batch + _ROOM if policy == "block" else 1)
+        waits = self._policy == "block"
+        self._batch = segmenter.describe().batch if waits else 1
+        self._smoother = Smoother(reading.smooth) if reading.smooth else None
+        self._inbox = _Inbox(self._policy, self._batch + _ROOM, self.counts)
+        self._outbox = _Outbox(self._batch + _ROOM if waits else 1)
         self._error: BaseException | None = None
         self._threads = [
             # The first may hang in a read that nothing can interrupt; a process must be able to end all the same.
             threading.Thread(target=self._decode, name="petseg-decode", daemon=True),
             threading.Thread(target=self._infer, name="petseg-engine", daemon=True),
         ]
-        # A program may end while a stream goes on, and nobody closes it then: a thread that is in an engine's code
-        # while Python is taken down aborts the process.
-        atexit.register(self.close)
-        for thread in self._threads:
-            thread.start()
 
     def __iter__(self) -> Iterator[Segmented]:
         """The frames' results, in order.
@@ -261,8 +306,8 @@ class Stream:
         convert = Converter()
         try:
             while (item := self._outbox.take()) is not None:
-                frame, probability = item
-                if result := self._finish(frame, probability, convert):
+                frame, image, probability = item
+                if result := self._finish(frame, image, probability, convert):
                     self.counts.delivered += 1
                     yield Segmented(frame, result)
                     self.timings.add("latency", time.monotonic() - frame.captured)
@@ -271,25 +316,16 @@ class Stream:
         if self._error:
             raise self._error
 
-    def _finish(self, frame: Frame, probability: U8, convert: Converter) -> Segmentation | None:
+    def _finish(self, frame: Frame, image: U8, probability: U8, convert: Converter) -> Segmentation | None:
         start = time.perf_counter()
-        segmenter = self._segmenter
         try:
             pixels = None if self._mask_only else frame.pixels(convert)
         except InputError as error:
-            self._fail(error)
+            self._inbox.fail(error)
             return None
-        result = Segmentation(
-            pixels, from_model(probability, *frame.size), segmenter.threshold, segmenter.cutout_threshold
-        )
-        if segmenter.min_area:
-            result = result.without_small(segmenter.min_area)
+        result = self._segmenter.finish(Prepared(image, pixels, *frame.size, notes=()), probability)
         self.timings.add("finish", time.perf_counter() - start)
         return result
-
-    def _fail(self, error: InputError) -> None:
-        self.counts.failed += 1
-        self.counts.failure = str(error)
 
     def stop(self) -> None:
         """End the source; what it has given is still delivered."""
@@ -375,7 +411,7 @@ class Stream:
         try:
             return frame, frame.pixels(convert, *self._segmenter.size)
         except InputError as error:
-            self._fail(error)
+            self._inbox.fail(error)
             return None
         finally:
             self.timings.add("convert", time.perf_counter() - start)
@@ -388,6 +424,6 @@ class Stream:
             self.timings.add("infer", (time.perf_counter() - start) / len(prepared))
         for (frame, image), answer in zip(prepared, answers, strict=True):
             smoothed = self._smoother(image, answer, frame.time) if self._smoother else answer
-            if not self._outbox.put((frame, smoothed)):
+            if not self._outbox.put((frame, image, smoothed)):
                 return False
         return True

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-from petseg_runtime.errors import InputError, UnreadableVideo, UnsupportedVideo, UsageError
+from petseg_runtime.errors import InputError, SilentVideo, UnreadableVideo, UnsupportedVideo, UsageError
 from petseg_runtime.video_sound import Sound, Track, track_of
 
 __all__ = ["MAX_FRAME_PIXELS", "Colours", "Converter", "Frame", "VideoInfo", "VideoReader"]
@@ -259,7 +259,8 @@ class VideoReader:
 
         Raises:
             UsageError: ``start`` is no number of seconds, or less than 0.
-            UnreadableVideo: There is nothing, it is damaged, or it sends nothing.
+            UnreadableVideo: There is nothing, or it is damaged.
+            SilentVideo: It sends nothing.
             UnsupportedVideo: No picture in it, or one that is too large.
         """
         if not 0 <= start < math.inf:
@@ -305,10 +306,10 @@ class VideoReader:
     def _open_streams(self, low_delay: bool) -> None:
         pictures = [s for s in self._container.streams.video if not s.disposition & _COVER]
         if not pictures:
-            raise UnsupportedVideo(f"{self.name}: no picture in it, only {_kinds(self._container) or 'nothing'}")
+            raise UnsupportedVideo(f"no picture in it, only {_kinds(self._container) or 'nothing'}", self.name)
         self.stream = video = pictures[0]
         if video.codec_context is None:
-            raise UnsupportedVideo(f"{self.name}: its pictures are in a codec that this FFmpeg does not know")
+            raise UnsupportedVideo("its pictures are in a codec that this FFmpeg does not know", self.name)
         _check_size(video.codec_context.width, video.codec_context.height, self.name)
         video.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # a later header may say another size
         video.thread_type = "SLICE" if low_delay else "AUTO"
@@ -332,7 +333,7 @@ class VideoReader:
 
         Raises:
             UnreadableVideo: Not a single frame could be decoded, or reading failed on the way; frames that were
-                delivered stay valid.
+                delivered stay valid. A :class:`SilentVideo` where it has sent nothing for too long.
         """
         clock = _Clock(self.stream, self._start, decoding_order=self._container.format.name == "avi")
         sound: list[Sound] = []
@@ -359,12 +360,12 @@ class VideoReader:
             before = time.monotonic()
         self.rest = [Sound(packet.packet, -clock.origin) for packet in sound]
         if not clock.count and self._start and not self.undecodable:
-            raise UnreadableVideo(f"{self.name}: it ends before {self._start:g} s, where to start")
+            raise UnreadableVideo(f"it ends before {self._start:g} s, where to start", self.name)
         if not clock.count:
             why = f" ({self._refused})" if self._refused else ""
-            raise UnreadableVideo(f"{self.name}: not one frame in it can be decoded: it is damaged or truncated{why}")
+            raise UnreadableVideo(f"not one frame in it can be decoded: it is damaged or truncated{why}", self.name)
         if cut := self._cut(clock.end):
-            raise UnreadableVideo(f"{self.name}: truncated: {cut}")
+            raise UnreadableVideo(f"truncated: {cut}", self.name)
 
     @property
     def damage(self) -> str | None:
@@ -456,7 +457,7 @@ class VideoReader:
             # One that sends what nobody can decode, or sound alone, would keep FFmpeg content for ever.
             if self._longest is not None and time.monotonic() - since > self._longest:
                 why = f": {self._refused}" if self._refused else ""
-                raise UnreadableVideo(f"{self.name}: no frame in what it sends for too long{why}")
+                raise SilentVideo(f"no frame in what it sends for too long{why}", self.name)
             if packet.stream.type == "audio":
                 if packet.dts is not None:
                     sound.append(Sound(packet, Fraction(0)))
@@ -609,8 +610,6 @@ _COVER: Final = 0x400
 #: ``AVFMT_NOTIMESTAMPS``: bare H.264, and the MJPEG of cameras.
 _NO_TIMES: Final = 0x80
 
-_LATE: Final = "it sent nothing for too long"
-
 
 class _errors_of:  # noqa: N801 (used like a function)
     """Turns FFmpeg's errors into ours, with the source's name and without its credentials."""
@@ -625,10 +624,11 @@ class _errors_of:  # noqa: N801 (used like a function)
         if isinstance(error, av.error.FFmpegError):
             # FFmpeg tells differently of time that is over. Not from it: it names the URL with the password, and a
             # traceback would print that.
-            late = time.monotonic() - self._begun >= self._longest
-            raise UnreadableVideo(f"{self._name}: {self._what} ({_LATE if late else _reason(error)})") from None
+            if isinstance(error, av.error.ExitError) or time.monotonic() - self._begun >= self._longest:
+                raise SilentVideo(f"{self._what} (it sent nothing for too long)", self._name) from None
+            raise UnreadableVideo(f"{self._what} ({_reason(error)})", self._name) from None
         if isinstance(error, (OSError, ValueError, MemoryError)) and not isinstance(error, InputError):
-            raise UnreadableVideo(f"{self._name}: {self._what} ({error})") from error
+            raise UnreadableVideo(f"{self._what} ({error})", self._name) from error
 
 
 class _Settings:
@@ -668,8 +668,6 @@ def _any_left(packet: Any, only: BitStreamFilterContext) -> bool:
 
 def _reason(error: av.error.FFmpegError) -> str:
     """FFmpeg's words, without the name, which may hold a password."""
-    if isinstance(error, av.error.ExitError):
-        return _LATE
     if isinstance(error, av.error.InvalidDataError):
         return "not a video, damaged or truncated"
     if isinstance(error, av.error.ArgumentError):
@@ -681,15 +679,15 @@ def _check_file(path: Path) -> None:
     try:
         about = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise UnreadableVideo(f"{path}: no such file") from None
+        raise UnreadableVideo("no such file", str(path)) from None
     except OSError as error:  # a name that is too long, a folder on the way that may not be entered
-        raise UnreadableVideo(f"{path}: cannot be opened ({error.strerror})") from error
+        raise UnreadableVideo(f"cannot be opened ({error.strerror})", str(path)) from error
     except ValueError as error:  # a name that no file can have
-        raise UnreadableVideo(f"{path}: cannot be opened ({error})") from error
+        raise UnreadableVideo(f"cannot be opened ({error})", str(path)) from error
     if stat.S_ISDIR(about.st_mode):
-        raise UnreadableVideo(f"{path}: a folder, not a video")
+        raise UnreadableVideo("a folder, not a video", str(path))
     if stat.S_ISREG(about.st_mode) and about.st_size == 0:
-        raise UnreadableVideo(f"{path}: empty (0 bytes)")
+        raise UnreadableVideo("empty (0 bytes)", str(path))
 
 
 def _is_cut_riff(path: Path) -> bool:
@@ -708,8 +706,9 @@ def _seconds_of(text: str) -> Fraction | None:
 def _check_size(width: int, height: int, name: str) -> None:
     if width * height > MAX_FRAME_PIXELS:
         raise UnsupportedVideo(
-            f"{name}: frames of {width} x {height} are {width * height / 1e6:.0f} megapixels; the limit is "
-            f"{MAX_FRAME_PIXELS / 1e6:.0f}: make it smaller first"
+            f"frames of {width} x {height} are {width * height / 1e6:.0f} megapixels; the limit is "
+            f"{MAX_FRAME_PIXELS / 1e6:.0f}: make it smaller first",
+            name,
         )
 
 

@@ -206,13 +206,13 @@ def _yuv(color: tuple[int, int, int], matrix: int) -> tuple[int, int, int]:
 
 
 def _view(plane: Any) -> U8:
-    """A plane's pixels, without what its rows are padded with."""
+    """A plane's pixels, without the padding of its rows."""
     rows: U8 = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
     return rows[:, : plane.width]
 
 
 def _fill(plane: U8, source: U8) -> None:
-    """Copy; a last row or column that the source lacks is that before it."""
+    """Copy; a last row or column that the source lacks repeats the one before it."""
     height, width = source.shape
     plane[:height, :width] = source
     plane[:height, width:] = plane[:height, width - 1 : width]

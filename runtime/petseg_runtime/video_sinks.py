@@ -82,8 +82,8 @@ _FRAGMENT: Final = 0.75
 #: Seconds from a key frame to the next; the first is for what is written without an end.
 _LIVE_KEY, _KEY = 2, 10
 
-#: In a folder of numbered files of one video: they are petseg's own, which the next run replaces, and of which a
-#: shorter one removes the rest. Without it nothing is touched that is there already.
+#: Marks a folder of one video's numbered files as petseg's own: the next run replaces them, and removes those that are
+#: left of a longer run. In a folder without it, nothing that is there is touched.
 OWN: Final = ".petseg-numbered"
 
 #: So many files of an endless source are remembered: in a year of minutes there are half a million.
@@ -135,7 +135,7 @@ class VideoSink(Protocol):
 
 
 class _Base:
-    """Leaving it completes the files that are open; an error removes them, unless the source is endless."""
+    """A sink's files. Leaving it completes those that are open; an error removes them, if the source has an end."""
 
     def __init__(self, *, endless: bool = False) -> None:
         self.notes: list[str] = []
@@ -162,7 +162,7 @@ class _Base:
                 file.__exit__(kind, error, trace)
 
     def end(self, sound: Sequence[Sound], *, whole: bool) -> None:
-        """Sound has no place here."""
+        """Nothing: these files have no sound."""
 
     def close(self) -> None:
         """Complete the files."""
@@ -175,7 +175,7 @@ class _Base:
                 self._disk.shutdown()
 
     def _to_disk(self, path: Path) -> None:
-        """Have the disk hold a file that is complete, beside what goes on: slow disks take longer than a frame."""
+        """Bring a complete file to the disk, in another thread: slow disks take longer than a frame."""
         self._disk = self._disk or ThreadPoolExecutor(1, "petseg-disk")
         self._syncing.append((path, self._disk.submit(_synced_where_it_is, path)))
         self._check_disk(wait=False)
@@ -188,7 +188,7 @@ class _Base:
 
     @contextlib.contextmanager
     def _begun(self, path: Path) -> Iterator[tuple[contextlib.ExitStack, Path]]:
-        """What closes a new file, and where to write it: beside its place, or of an endless source in it."""
+        """Begin a file; yields what closes it, and where to write: beside its place, or in it if it is endless."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(_errors_at(path))
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -407,18 +407,18 @@ def test_photos_are_decoded_at_the_same_time_and_come_in_order(
 def test_photos_wait_for_memory_and_none_for_ever(
     oxford_root: Path, monkeypatch: pytest.MonkeyPatch, photos_of_room: int, processes: int, most: int
 ) -> None:
-    pairs, read, begun = find(oxford_root, Split.TRAINVAL), images.read, []
+    pairs, read, begun = find(oxford_root, Split.TRAINVAL), data_module._read_photo, []
 
-    def counted(path: Path, take: Callable[[int], None]) -> images.Photo:
+    def counted(pair: data_module.Pair, take: Callable[[int], None]) -> np.ndarray:
         def take_and_begin(wanted: int) -> None:
             take(wanted)
-            begun.append(path)
+            begun.append(pair)
 
-        return read(path, take=take_and_begin)
+        return read(pair, take_and_begin)
 
     monkeypatch.setattr(data_module, "available_memory", lambda: 2 * 64 * 64 * 16 * photos_of_room)
     monkeypatch.setattr(data_module, "usable_cpus", lambda: 6)
-    monkeypatch.setattr(data_module.images, "read", counted)
+    monkeypatch.setattr(data_module, "_read_photo", counted)
     found = usable(pairs, processes=processes)
     first = next(found)
     time.sleep(0.2)  # for readers to go on, who should not

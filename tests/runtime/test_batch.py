@@ -20,15 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from petseg_runtime import Segmenter, sinks
+from petseg_runtime import Segmenter, batch, images, sinks
 from petseg_runtime.batch import Done, Report, segment_photos, steps_of
+from petseg_runtime.engines.base import Engine, EngineInfo
 from petseg_runtime.errors import EngineError, OutputError
 from petseg_runtime.images import to_model
 from petseg_runtime.journal import JOURNAL, Journal
 from petseg_runtime.pipeline import Outcome
 from petseg_runtime.result import Segmentation
+from petseg_runtime.segmenter import MAX_WORKERS, Prepared
 from petseg_runtime.sinks import CocoSink, ImageSink, Sink, Written, picture
 from petseg_runtime.sources import STDIN, Item, find_photos
+from petseg_runtime.spec import ModelSpec
 
 COUNT = 30
 
@@ -236,6 +239,101 @@ def test_where_only_masks_are_wanted_the_photos_are_not_kept(
         out = tmp_path / str(mask_only)
         segment_photos(items, segmenter, Spy(out, picture("mask"), items), ignore, mask_only=mask_only)
     assert kept == [False] * COUNT + [True] * COUNT
+
+
+# ------------------------------------------------------------------------------------------------ beside a GPU
+
+
+class Gpu(Engine):
+    """In place of an engine on a GPU: one run at a time, of up to eight photos; red is pet."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        self.sizes: list[int] = []
+        self.before = lambda: None
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        if not self.sizes:
+            self.before()
+        self.sizes.append(len(images))
+        return np.ascontiguousarray(images[..., 0])
+
+    def describe(self) -> EngineInfo:
+        return EngineInfo(
+            name="tensorrt", version="1", device="cuda:0", provider="", precision="f32", threads=0, batch=8
+        )
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class Watched(Segmenter):
+    """With an engine on a GPU; each photo is watched when it has been read, and before it is written."""
+
+    def __init__(self, model: Path, monkeypatch: pytest.MonkeyPatch, threads: int | None) -> None:
+        monkeypatch.setattr("petseg_runtime.segmenter.load_engine", lambda artifact, *_, **__: Gpu(artifact.spec))
+        super().__init__(model, threads=threads)
+        self.reading = self.writing = lambda: None
+
+    @property
+    def gpu(self) -> Gpu:
+        assert isinstance(self._engine, Gpu)
+        return self._engine
+
+    def prepare_opened(self, photo: images.OpenPhoto, *, mask_only: bool = False) -> Prepared:
+        prepared = super().prepare_opened(photo, mask_only=mask_only)
+        self.reading()
+        return prepared
+
+    def finish(self, prepared: Prepared, probability: np.ndarray) -> Segmentation:
+        self.writing()
+        return super().finish(prepared, probability)
+
+
+def test_beside_a_gpu_several_photos_are_read_and_written_at_a_time(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = find_photos([photos])[:8]
+    readers, writers = threading.Barrier(4), threading.Barrier(4)
+    with Watched(model, monkeypatch, threads=4) as segmenter:
+        # Nobody passes before four are there.
+        segmenter.reading, segmenter.writing = lambda: readers.wait(20), lambda: writers.wait(20)
+        report = segment_photos(items, segmenter, ImageSink(tmp_path, picture("mask"), items), ignore)
+        assert report.done == 8
+        assert all(isinstance(result, Segmentation) for result in segmenter.map(item.source for item in items))
+
+
+def test_beside_a_gpu_batches_fill(model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items, ahead = find_photos([photos]), threading.Semaphore(0)
+
+    def all_ahead() -> None:
+        for _ in range(20):  # of which the first run may have eight, and four readers hold one each
+            assert ahead.acquire(timeout=20)
+
+    with Watched(model, monkeypatch, threads=4) as segmenter:
+        segmenter.reading, segmenter.gpu.before = ahead.release, all_ahead
+        segment_photos(items, segmenter, ImageSink(tmp_path, picture("mask"), items), ignore)
+        assert segmenter.gpu.sizes[1] == 8
+        assert sum(segmenter.gpu.sizes) == COUNT
+
+
+@pytest.mark.parametrize(("threads", "cpus", "workers"), [(None, 6, 6), (3, 6, 3), (None, 64, MAX_WORKERS)])
+def test_beside_a_gpu_the_cpus_are_for_reading_and_writing(
+    model: Path, monkeypatch: pytest.MonkeyPatch, threads: int | None, cpus: int, workers: int
+) -> None:
+    monkeypatch.setattr("petseg_runtime.host.usable_cpus", lambda: cpus)
+    with Watched(model, monkeypatch, threads) as segmenter:
+        assert segmenter.workers == workers
+
+
+def test_on_the_cpu_as_many_photos_are_read_at_a_time_as_are_inferred(model: Path) -> None:
+    for streams in (1, 2):
+        with Segmenter(model, backend="onnxruntime", threads=3, streams=streams) as segmenter:
+            assert segmenter.workers == streams
 
 
 # ------------------------------------------------------------------------------------------------ going on
@@ -531,7 +629,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
     assert tree(out) == tree(whole)
 
 
-@pytest.mark.parametrize("step", ["prepare", "finish"])
+@pytest.mark.parametrize("step", ["prepare_opened", "finish"])
 def test_a_photo_that_does_not_fit_into_the_memory_fails_alone(
     model: Path, own: Path, tmp_path: Path, step: str
 ) -> None:
@@ -555,11 +653,13 @@ def test_a_photo_that_does_not_fit_into_the_memory_fails_alone(
 
 
 @pytest.mark.parametrize("kind", sorted(sinks.KINDS))
-def test_what_a_result_takes_in_memory_is_counted(own: Path, segmenter: Segmenter, kind: str) -> None:
+def test_what_a_result_takes_in_memory_is_counted(own: Path, segmenter: Segmenter, tmp_path: Path, kind: str) -> None:
     asked: list[int] = []
-    photo = next(own.rglob("*.jpg"))
-    segmenter.prepare(photo, mask_only=True, take=asked.append)
-    segmenter.prepare(photo, mask_only=True, spare=sinks.KINDS[kind].spare, take=asked.append)
-    with Image.open(photo) as image:
+    items = [Item(next(own.rglob("*.jpg")), PurePath("one"))]
+    for spare in (0, sinks.KINDS[kind].spare):
+        sink = ImageSink(tmp_path / str(spare), picture("mask"), items)
+        read = batch._steps(segmenter, sink, True, False, spare).read
+        read(items[0], asked.append)
+    with Image.open(items[0].source) as image:
         assert asked[1] - asked[0] == sinks.KINDS[kind].spare * image.width * image.height
     assert (sinks.KINDS[kind].spare > 0) == (kind == "coco-polygons")

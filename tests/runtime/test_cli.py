@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 from petseg.cli import COMMANDS, run
-from petseg_runtime import __version__, default_model, host, onnx_metadata, sample_photos
+from petseg_runtime import Segmenter, __version__, default_model, host, onnx_metadata, sample_photos
 from petseg_runtime.artifact import RECEIPT_KEY, Artifact, open_artifact, sidecar_text
 from petseg_runtime.artifact import sidecar_of as beside
 from petseg_runtime.cli.infer import infer
@@ -409,6 +409,11 @@ def test_the_format_can_be_chosen(photo: Path, tmp_path: Path, kind: str, form: 
         (["--as", "background"], "--background COLOUR or FILE and --as background belong together"),
         (["--as", "mask", "--background", "white"], "--background COLOUR or FILE and --as background belong together"),
         (["--as", "coco-rle", "--background", "white"], "--as background belong together"),
+        (["--threshold", "0.6"], "--threshold is for masks, and a cutout has --cutout-threshold"),
+        (["--background", "white", "--threshold", "0.6"], "and a background has --cutout-threshold"),
+        (["--as", "mask", "--cutout-threshold", "0.1"], "--cutout-threshold is for cutouts and backgrounds; mask has"),
+        (["--fast-decode"], "--fast-decode is for photos of which only the mask is written (--as mask, probability, "),
+        (["--as", "overlay", "--fast-decode"], "--fast-decode is for photos of which only the mask is written"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -484,7 +489,7 @@ def test_a_name_that_is_empty_is_2_and_never_the_current_folder(
     "args",
     [
         *(["infer", "a.mp4", f"--{name}"] for name in ("start", "smooth", "segment", "stall", "give-up")),
-        *(["infer", "a.jpg", f"--{name}"] for name in ("threshold", "min-area")),
+        *(["infer", "a.jpg", f"--{name}"] for name in ("threshold", "cutout-threshold", "min-area")),
         ["benchmark", "--seconds"],
         ["evaluate", "a.onnx", "--data", ".", "--threshold"],
         ["export", "a.safetensors", "--int8-budget"],
@@ -511,18 +516,72 @@ def test_results_go_to_a_folder_named_after_their_kind_by_default(
     assert (tmp_path / "petseg-output" / "overlay" / "cat.jpg").is_file()
 
 
-def test_the_threshold_moves_the_mask_and_the_cutout(photo: Path, tmp_path: Path) -> None:
+def test_masks_and_cutouts_have_each_their_threshold(photo: Path, tmp_path: Path) -> None:
     pictures = {}
-    for kind in ("mask", "cutout"):
+    for kind, option in (("mask", "--threshold"), ("cutout", "--cutout-threshold")):
         for threshold in ("0.02", "0.98"):
             out = tmp_path / kind / threshold
-            assert run(["infer", str(photo), "--as", kind, "--output", str(out), "--threshold", threshold]) == 0
+            assert run(["infer", str(photo), "--as", kind, "--output", str(out), option, threshold]) == 0
             with Image.open(out / "cat.png") as picture:
                 pictures[kind, threshold] = np.array(picture)
     low, high = (pictures["mask", threshold] == 255 for threshold in ("0.02", "0.98"))
     assert (low | ~high).all()
     assert low.sum() > high.sum()
     assert pictures["cutout", "0.02"][..., 3].sum() > pictures["cutout", "0.98"][..., 3].sum()
+
+
+def test_with_both_thresholds_a_cutout_and_what_is_said_of_it_have_each_their_own(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cutouts, coverage = [], []
+    for threshold in ("0.02", "0.98"):
+        out = tmp_path / threshold
+        both = ["--threshold", threshold, "--cutout-threshold", "0.2"]
+        assert run(["infer", str(photo), "--json", "--output", str(out), *both]) == 0
+        coverage.append(json.loads(capsys.readouterr().out.splitlines()[0])["coverage"])
+        cutouts.append((out / "cat.png").read_bytes())
+    assert cutouts[0] == cutouts[1]
+    assert coverage[0] > coverage[1]
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A JPEG that may be decoded at an eighth of its size for the toy's 16 x 32, full of what is lost by that."""
+    pixels = np.random.default_rng(0).integers(0, 256, (480, 960, 3), dtype=np.uint8)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "in" / "large.jpg", quality=95)
+    return tmp_path / "in" / "large.jpg"
+
+
+@pytest.mark.parametrize("kind", ["mask", "probability"])
+def test_masks_are_those_of_the_api_unless_faster_ones_are_asked_for(
+    large: Path, toy: Toy, tmp_path: Path, kind: str
+) -> None:
+    model = toy(tmp_path / "toy.onnx").path
+    command = ["infer", str(large), "--model", str(model), "--backend", "onnxruntime", "--as", kind, "--output"]
+    with Segmenter(model, backend="onnxruntime") as segmenter:
+        result = segmenter(large)
+    assert run([*command, str(tmp_path / "exact")]) == 0
+    assert run([*command, str(tmp_path / "fast"), "--fast-decode"]) == 0
+    written = {}
+    for name in ("exact", "fast"):
+        with Image.open(tmp_path / name / "large.png") as picture:
+            written[name] = np.array(picture)
+    expected = result.probability if kind == "probability" else 255 * result.mask.astype(np.uint8)
+    np.testing.assert_array_equal(written["exact"], expected)
+    assert written["fast"].shape == expected.shape
+    assert (written["fast"] != expected).any()
+
+
+def test_a_run_with_faster_masks_is_another_one(
+    large: Path, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["infer", str(large.parent), "--model", str(toy(tmp_path / "toy.onnx").path), "--as", "mask"]
+    command += ["--output", str(tmp_path / "out")]
+    assert run([*command, "--fast-decode"]) == 0
+    assert run([*command, "--resume"]) == 6
+    assert "fast_decode was True, now False" in capsys.readouterr().err
+    assert run([*command, "--resume", "--fast-decode"]) == 0
 
 
 def test_without_a_threshold_the_models_own_is_used(photo: Path, tmp_path: Path) -> None:
@@ -722,7 +781,7 @@ def test_where_some_were_there_already_a_failure_is_3(reds: list[str], tmp_path:
     [
         (["--as", "mask"], "as was 'cutout', now 'mask'"),
         (["--format", "webp"], "format was 'png', now 'webp'"),
-        (["--threshold", "0.9"], "threshold was 0.5, now 0.9"),
+        (["--cutout-threshold", "0.9"], "cutout_threshold was 0.5, now 0.9"),
         (["--min-area", "0.25"], "min_area was 0.0, now 0.25"),
         (["--background", "white"], "background was None, now [255, 255, 255]"),
         (["--backend", "openvino"], "engine was 'onnxruntime "),

@@ -343,7 +343,7 @@ def test_an_engine_with_wrong_masks_that_auto_takes_is_a_problem_and_5(
     """That it loads is all that the rule asks; who infers then gets its masks."""
     taken = found.auto["name"]
     checks = tuple(
-        dataclasses.replace(check, works=False, why="its masks are wrong: mean mask IoU 0.31")
+        dataclasses.replace(check, works=False, wrong=True, why="its masks are wrong: mean mask IoU 0.31")
         if (check.engine, check.device) == (taken, "cpu")
         else dataclasses.replace(check, works=others and check.engine == "openvino", why="")
         for check in found.engines

@@ -37,7 +37,6 @@ from petseg_runtime.engines.base import (
     EngineOptions,
     check_batch,
     in_batches,
-    usable_cpus,
 )
 from petseg_runtime.engines.registry import ENGINES, RULE, load_engine
 from petseg_runtime.errors import EngineError, EngineMissing, UsageError
@@ -542,7 +541,6 @@ TENSORRT_LESS = {"tensorrt on cuda": "missing", "tensorrt-rtx on cuda": "missing
         (0, False, {}, "onnxruntime cpu"),
         (0, True, {"openvino on cpu": "missing"}, "onnxruntime cpu"),
         (0, False, {"onnxruntime on cpu": "missing"}, "openvino cpu"),
-        (0, True, {"onnxruntime on cpu": "missing", "openvino on cpu": "missing"}, "openvino intel-gpu:0"),
     ],
 )
 def test_auto_takes_the_fastest_that_is_installed(
@@ -623,15 +621,27 @@ def test_a_gpu_that_is_asked_for_where_there_is_none_is_an_error_with_the_remedy
     assert [f"{name} on cuda is not installed" in str(missing.value) for name in ENGINES] == [True, False, True, True]
 
 
+@pytest.mark.parametrize("backend", ["auto", "openvino"])
+def test_intels_gpu_is_taken_only_where_it_is_asked_for(furnish: Furnish, backend: str) -> None:
+    house = furnish({"openvino on cpu": "fails", "onnxruntime on cpu": "fails"})
+    with pytest.raises(EngineError, match="openvino on cpu fails"):
+        house.choose(backend)
+    assert ("openvino", "intel-gpu") not in house.tried
+    assert house.choose(backend, device="intel-gpu").device == "intel-gpu:0"
+
+
 def test_every_failure_is_told_once_if_nothing_works(furnish: Furnish) -> None:
     house = furnish(
-        {"onnxruntime on cpu": "fails", "openvino on cpu": "fails", "openvino on intel-gpu": "missing"}, gain=True
+        {"tensorrt on cuda": "missing", "tensorrt-rtx on cuda": "missing", "onnxruntime on cuda": "missing"}
+        | {"onnxruntime on cpu": "fails", "openvino on cpu": "fails"},
+        gpus=1,
+        gain=True,
     )
     with pytest.raises(EngineError) as caught:
         house.choose()
-    assert str(caught.value) == (
-        "openvino on cpu fails; onnxruntime on cpu fails; openvino on intel-gpu is not installed: pip install it"
-    )
+    missing = "tensorrt on cuda is not installed: pip install it"
+    assert str(caught.value).endswith("openvino on cpu fails; onnxruntime on cpu fails")
+    assert str(caught.value).count(missing) == 1
     assert not isinstance(caught.value, EngineMissing)
 
 
@@ -642,9 +652,7 @@ def test_on_any_machine_it_is_the_first_line_that_works(furnish: Furnish, data: 
     behaviour = {line: data.draw(st.sampled_from(["works", "fails", "missing"]), line) for line in lines}
     gpus, gain = data.draw(st.integers(0, 1), "gpus"), data.draw(st.booleans(), "gain")
     order = ["openvino on cpu", "onnxruntime on cpu"] if gain else ["onnxruntime on cpu", "openvino on cpu"]
-    order = (
-        ["tensorrt on cuda", "tensorrt-rtx on cuda", "onnxruntime on cuda"] * gpus + order + ["openvino on intel-gpu"]
-    )
+    order = ["tensorrt on cuda", "tensorrt-rtx on cuda", "onnxruntime on cuda"] * gpus + order
     working = [line for line in order if behaviour[line] == "works"]
     house = furnish(behaviour, gpus=gpus, gain=gain)
     if not working:
@@ -1234,12 +1242,3 @@ def test_a_closed_openvino_engine_serves_no_thread_that_used_it_before(compiled:
         engine.close()
         with pytest.raises(EngineError, match="closed"):
             pool.submit(engine.run, noise(1, 16, 32)).result()
-
-
-@pytest.mark.parametrize(("quota", "cpus"), [(None, 8), (0.5, 1), (2.0, 2), (2.5, 3), (64.0, 8), (0.0, 1)])
-def test_no_more_cpus_are_used_than_a_containers_quota_pays_for(
-    quota: float | None, cpus: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
-    monkeypatch.setattr(host, "limits", lambda: (quota, None))
-    assert usable_cpus() == cpus

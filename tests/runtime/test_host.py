@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from petseg_runtime import __version__, host
-from petseg_runtime.host import Gpu, cgroup_limits, gpus, nvidia_gpus, parse_cpuinfo, versions
+from petseg_runtime.host import Gpu, cgroup_limits, cgroup_memory_left, gpus, nvidia_gpus, parse_cpuinfo, versions
 
 X86 = """\
 processor\t: 0
@@ -84,16 +84,45 @@ def group(folder: Path, **files: str) -> None:
         (folder / name.replace("__", ".")).write_text(text + "\n")
 
 
-def test_available_memory_is_what_the_group_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = host.available_memory()
-    assert 2**26 < free <= host.host().cpu.memory
-    monkeypatch.setattr(host, "limits", lambda: (None, 2**26))
+def test_available_memory_is_what_the_machine_and_the_group_have_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: int | None = None
+    monkeypatch.setattr(host, "cgroup_memory_left", lambda root, membership: left)
+    assert 2**26 < host.available_memory() <= host.host().cpu.memory
+    left = 2**26
     assert host.available_memory() == 2**26
     monkeypatch.setattr(host, "_text", lambda path: "MemTotal: 8 kB\nMemAvailable:    4 kB\n")
     assert host.available_memory() == 4096
+    left = None
     monkeypatch.setattr(host, "_text", lambda path: "")
-    monkeypatch.setattr(host, "limits", lambda: (None, None))
     assert host.available_memory() == host.os.sysconf("SC_PAGE_SIZE") * host.os.sysconf("SC_PHYS_PAGES")
+
+
+def test_what_a_group_of_version_2_uses_is_not_left(tmp_path: Path) -> None:
+    statistics = "anon 500\nfile 300\ninactive_file 250\nactive_file 50"
+    group(tmp_path / "user", memory__max="1000", memory__current="900", memory__stat=statistics)
+    assert cgroup_memory_left(tmp_path, "0::/user\n") == 1000 - (900 - 250)
+
+
+def test_what_a_group_of_version_1_uses_is_not_left(tmp_path: Path) -> None:
+    statistics = "inactive_file 10\ntotal_inactive_file 250\ntotal_active_file 50"
+    folder = tmp_path / "memory" / "docker"
+    group(folder, memory__limit_in_bytes="1000", memory__usage_in_bytes="900", memory__stat=statistics)
+    assert cgroup_memory_left(tmp_path, "1:memory:/docker\n") == 1000 - (900 - 250)
+
+
+def test_the_group_with_the_least_left_counts_not_that_with_the_lowest_limit(tmp_path: Path) -> None:
+    group(tmp_path / "outer", memory__max="2000", memory__current="1900")
+    group(tmp_path / "outer" / "inner", memory__max="1000", memory__current="100", memory__stat="inactive_file 50")
+    assert cgroup_memory_left(tmp_path, "0::/outer/inner\n") == 100
+
+
+def test_a_group_beyond_its_limit_has_nothing_left_and_one_that_tells_no_use_all(tmp_path: Path) -> None:
+    group(tmp_path, memory__max="1000", memory__current="1100")
+    assert cgroup_memory_left(tmp_path, "0::/\n") == 0
+    (tmp_path / "memory.current").unlink()
+    assert cgroup_memory_left(tmp_path, "0::/\n") == 1000
+    group(tmp_path, memory__max="max")
+    assert cgroup_memory_left(tmp_path, "0::/\n") is None
 
 
 def test_no_control_group_is_no_limit(tmp_path: Path) -> None:
@@ -289,3 +318,12 @@ def test_giving_memory_back_works_or_does_nothing(monkeypatch: pytest.MonkeyPatc
     host.give_back_memory()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # a C library without it
     host.give_back_memory()
+
+
+@pytest.mark.parametrize(("quota", "cpus"), [(None, 8), (0.5, 1), (2.0, 2), (2.5, 3), (64.0, 8), (0.0, 1)])
+def test_no_more_cpus_are_used_than_a_containers_quota_pays_for(
+    quota: float | None, cpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr(host, "limits", lambda: (quota, None))
+    assert host.usable_cpus() == cpus

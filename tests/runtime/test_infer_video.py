@@ -28,7 +28,7 @@ import pytest
 from PIL import Image
 
 from petseg.cli import run
-from petseg_runtime import video_batch, video_sinks
+from petseg_runtime import video_run, video_sinks
 from petseg_runtime.cli import infer_video
 from petseg_runtime.errors import OutputError, UnsupportedVideo
 from petseg_runtime.journal import JOURNAL
@@ -688,7 +688,7 @@ def test_sources_that_are_shown_alike_have_names_and_statistics_of_their_own(
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(infer_video, "_STATISTICS", 0.0)
-    monkeypatch.setattr(video_batch, "_SUMMING_UP", 0.0)
+    monkeypatch.setattr(video_run, "_SUMMING_UP", 0.0)
     sources = [f"lavfi:testsrc=size={size}:rate=25" for size in ("64x48", "80x60", "96x72")]
     monkeypatch.setattr(
         "petseg_runtime.sources.stream_origin",

@@ -35,7 +35,7 @@ from benchmarks.servers import (
     until,
 )
 from petseg_runtime import Segmenter, live
-from petseg_runtime.errors import UnreadableVideo
+from petseg_runtime.errors import SilentVideo, UnreadableVideo
 from petseg_runtime.live import LiveSource, StateChange
 from petseg_runtime.sources import Origin, redacted, stream_origin
 from petseg_runtime.stream import POLICIES
@@ -93,7 +93,7 @@ class Reader:
     def __call__(self, *args: object, **options: object) -> Reader:
         self.opened += 1
         self.options = options
-        self._now = self.script.pop(0) if self.script else UnreadableVideo("cam: cannot be opened (refused)")
+        self._now = self.script.pop(0) if self.script else UnreadableVideo("cannot be opened (refused)", "cam")
         if isinstance(self._now, Exception):
             raise self._now
         return self
@@ -177,7 +177,7 @@ def test_pauses_double_with_jitter_up_to_the_longest(monkeypatch: pytest.MonkeyP
 
 
 def test_a_connection_that_lasted_makes_the_next_pause_short(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    refused = UnreadableVideo("cam: refused")
+    refused = UnreadableVideo("refused", "cam")
 
     class Long(list[int]):
         def __iter__(self) -> Iterator[int]:
@@ -207,7 +207,7 @@ def test_without_patience_said_half_a_minute_is_tried_at_first_and_for_ever_late
     made, _, _ = source([], monkeypatch, clock)
     with pytest.raises(UnreadableVideo, match="no frame for 3"):
         list(made)
-    refused = UnreadableVideo("cam: refused")
+    refused = UnreadableVideo("refused", "cam")
     made, _, reader = source([[0], *[refused] * 200, [1]], monkeypatch, clock)
     frames = iter(made)
     assert next(frames).pts == 0
@@ -216,12 +216,20 @@ def test_without_patience_said_half_a_minute_is_tried_at_first_and_for_ever_late
 
 
 def test_silence_is_called_stalled(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    silent = UnreadableVideo("cam: reading it failed (it sent nothing for too long)")
+    silent = SilentVideo("reading it failed (it sent nothing for too long)", "cam")
     made, changes, _ = source([[0, silent], [1]], monkeypatch, clock, patience=3)
     with pytest.raises(UnreadableVideo):
         list(made)
     assert [c.state for c in changes][:5] == ["connecting", "live", "stalled", "connecting", "live"]
     assert changes[2].reason == "reading it failed (it sent nothing for too long)"
+
+
+def test_a_failure_is_no_silence_whatever_its_words_are(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    failed = UnreadableVideo("cannot be opened (file name too long)", "cam")
+    made, changes, _ = source([failed], monkeypatch, clock, patience=1)
+    with pytest.raises(UnreadableVideo):
+        list(made)
+    assert [(c.state, c.reason) for c in changes][1] == ("lost", "cannot be opened (file name too long)")
 
 
 def test_times_that_jump_back_within_a_connection_still_grow(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:

@@ -24,7 +24,7 @@ class Photo:
     image: np.ndarray
 
 
-def read(source: int, take: Callable[[int], None]) -> Photo:
+def read(source: int, reserve: Callable[[int], None]) -> Photo:
     """A photo whose one pixel is the source; odd ones that end in 7 cannot be read."""
     if source % 10 == 7:
         raise UnreadableImage(f"{source}: unreadable")
@@ -78,9 +78,9 @@ def test_it_can_run_twice() -> None:
 
 
 def test_a_slow_photo_does_not_change_the_order() -> None:
-    def slow(source: int, take: Callable[[int], None]) -> Photo:
+    def slow(source: int, reserve: Callable[[int], None]) -> Photo:
         time.sleep(0.05 if source == 0 else 0)
-        return read(source, take)
+        return read(source, reserve)
 
     with Pipeline(Steps(slow, infer, write), 2, workers=2) as pipeline:
         assert [outcome.source for outcome in pipeline.run(range(6))] == list(range(6))
@@ -111,10 +111,10 @@ def test_batches_are_what_waits_and_no_more_than_allowed() -> None:
         sizes.append(len(batch))
         return infer(batch)
 
-    def counted(source: int, take: Callable[[int], None]) -> Photo:
+    def counted(source: int, reserve: Callable[[int], None]) -> Photo:
         if source == 9:  # the last that fits in the window
             began.set()
-        return read(source, take)
+        return read(source, reserve)
 
     with Pipeline(Steps(counted, blocked, write), 1, 4, workers=1) as pipeline:
         outcomes = list(pipeline.run(range(14)))
@@ -164,13 +164,13 @@ class Heavy:
     size: int
 
 
-def crowd(sizes: list[int], room: int, *, streams: int = 3, slow: int = -1) -> tuple[list[int], int]:
-    """Photos of these sizes through a room; in which order they came out, and the most that was in it at once."""
+def crowd(sizes: list[int], memory: int, *, streams: int = 3, slow: int = -1) -> tuple[list[int], int]:
+    """Photos of these sizes with so much memory; in which order they came out, and the most that was taken at once."""
     lock, held, most = threading.Lock(), 0, 0
 
-    def read_sized(source: int, take: Callable[[int], None]) -> Heavy:
+    def read_sized(source: int, reserve: Callable[[int], None]) -> Heavy:
         nonlocal held, most
-        take(sizes[source])
+        reserve(sizes[source])
         with lock:
             held += sizes[source]
             most = max(most, held)
@@ -181,7 +181,7 @@ def crowd(sizes: list[int], room: int, *, streams: int = 3, slow: int = -1) -> t
         return photo
 
     out = []
-    with Pipeline(Steps(read_sized, infer, keep), streams, 2, workers=4, room=room) as pipeline:
+    with Pipeline(Steps(read_sized, infer, keep), streams, 2, workers=4, memory=memory) as pipeline:
         for outcome in pipeline.run(range(len(sizes))):
             with lock:
                 held -= outcome.value.size if outcome.value else 0
@@ -192,56 +192,56 @@ def crowd(sizes: list[int], room: int, *, streams: int = 3, slow: int = -1) -> t
 
 @given(st.lists(st.integers(0, 12), max_size=30), st.integers(1, 3))
 @settings(max_examples=25, deadline=None)
-def test_photos_wait_for_room_and_none_for_ever(sizes: list[int], streams: int) -> None:
-    order, most = crowd(sizes, room=10, streams=streams)
+def test_photos_wait_for_memory_and_none_for_ever(sizes: list[int], streams: int) -> None:
+    order, most = crowd(sizes, memory=10, streams=streams)
     assert order == list(range(len(sizes)))
     # Beside the others there may be the one that is waited for, and the one that has just come out.
     assert most <= 10 + 2 * max(sizes, default=0)
 
 
 def test_many_large_photos_behind_a_slow_one_wait() -> None:
-    order, most = crowd([1, *[4] * 19], room=10, slow=0)
+    order, most = crowd([1, *[4] * 19], memory=10, slow=0)
     assert order == list(range(20))
     assert most <= 18, "all of the window would be 20 photos, 77"
 
 
-@pytest.mark.parametrize(("room", "short"), [(10, True), (1000, False)])
+@pytest.mark.parametrize(("memory", "short"), [(10, True), (1000, False)])
 def test_freed_memory_goes_back_to_the_system_where_it_is_short(
-    room: int, short: bool, monkeypatch: pytest.MonkeyPatch
+    memory: int, short: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[None] = []
     monkeypatch.setattr("petseg_runtime.host.give_back_memory", lambda: calls.append(None))
-    crowd([4] * 20, room=room, slow=0)
+    crowd([4] * 20, memory=memory, slow=0)
     assert bool(calls) is short
 
 
-def test_a_photo_larger_than_the_room_comes_through() -> None:
-    order, most = crowd([3, 3, 1000, 3, 3], room=10)
+def test_a_photo_larger_than_the_memory_comes_through() -> None:
+    order, most = crowd([3, 3, 1000, 3, 3], memory=10)
     assert order == list(range(5))
     assert most <= 1000 + 10 + 3
 
 
-def test_who_leaves_while_photos_wait_for_room_is_not_kept() -> None:
-    def want(source: int, take: Callable[[int], None]) -> Photo:
-        take(6)
-        return read(source, take)
+def test_who_leaves_while_photos_wait_for_memory_is_not_kept() -> None:
+    def want(source: int, reserve: Callable[[int], None]) -> Photo:
+        reserve(6)
+        return read(source, reserve)
 
-    with Pipeline(Steps(want, infer, write), 1, workers=3, room=10) as pipeline:
+    with Pipeline(Steps(want, infer, write), 1, workers=3, memory=10) as pipeline:
         assert next(pipeline.run(range(100))).source == 0
-        assert [outcome.source for outcome in pipeline.run(range(4))] == list(range(4)), "what was left has no room"
+        assert [outcome.source for outcome in pipeline.run(range(4))] == list(range(4)), "what was left has no memory"
     assert not threads()
 
 
-def test_the_wait_for_room_is_not_counted_as_reading() -> None:
+def test_the_wait_for_memory_is_not_counted_as_reading() -> None:
     def slow_write(source: int, photo: Photo, answer: np.ndarray) -> int:
         time.sleep(0.1)
         return source
 
-    def want(source: int, take: Callable[[int], None]) -> Photo:
-        take(10)
-        return read(source, take)
+    def want(source: int, reserve: Callable[[int], None]) -> Photo:
+        reserve(10)
+        return read(source, reserve)
 
-    with Pipeline(Steps(want, infer, slow_write), 1, workers=2, room=10) as pipeline:
+    with Pipeline(Steps(want, infer, slow_write), 1, workers=2, memory=10) as pipeline:
         outcomes = list(pipeline.run(range(4)))
     # Each but the first has waited for 0.1 s; one of them may have been held up by something else.
     assert min(outcome.seconds["read"] for outcome in outcomes[1:]) < 0.05
@@ -258,11 +258,11 @@ def infer(batch):
     return batch[..., 0]
 
 def results():
-    def read(source, take):
-        take(6)
+    def read(source, reserve):
+        reserve(6)
         return SimpleNamespace(image=np.zeros((1, 1, 3), np.uint8))
 
-    with Pipeline(Steps(read, infer, lambda *all: 1), 2, workers=2, room=int(sys.argv[3])) as pipeline:
+    with Pipeline(Steps(read, infer, lambda *all: 1), 2, workers=2, memory=int(sys.argv[3])) as pipeline:
         yield from pipeline.run(range(int(sys.argv[1])))
 
 left = results()
@@ -276,7 +276,7 @@ sys.exit(7)
     "args", [("100", "0", "1000"), ("100", "1", "1000"), ("2", "0.2", "1000"), ("100", "0.2", "10")], ids=" ".join
 )
 def test_a_script_may_end_while_results_are_left(args: tuple[str, ...]) -> None:
-    """The threads are busy then, or wait for room, or for what nobody will ask for."""
+    """The threads are busy then, or wait for memory, or for what nobody will ask for."""
     done = subprocess.run([sys.executable, "-c", UNFINISHED, *args], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (7, "", "")
 
@@ -294,7 +294,7 @@ class Overtaken(queue.SimpleQueue):
 
 pipeline.queue.SimpleQueue = Overtaken
 photo = SimpleNamespace(image=np.zeros((1, 1, 3), np.uint8))
-steps = pipeline.Steps(lambda source, take: photo, lambda batch: batch[..., 0], lambda *all: "written")
+steps = pipeline.Steps(lambda source, reserve: photo, lambda batch: batch[..., 0], lambda *all: "written")
 with pipeline.Pipeline(steps, 1, 2, workers=1) as running:
     print(*(outcome.value for outcome in running.run([0])))
 """

@@ -56,7 +56,7 @@ def every_probability(threshold: float = 0.5) -> Segmentation:
 def test_the_mask_is_where_probability_reaches_the_threshold(probability: np.ndarray, threshold: float) -> None:
     mask = made(probability, threshold).mask
     assert mask.dtype == np.bool_
-    assert mask.tolist() == [[int(p) >= 255 * threshold for p in row] for row in probability]
+    assert mask.tolist() == [[p > 0 and int(p) >= 255 * threshold - 1e-9 for p in row] for row in probability]
 
 
 @pytest.mark.parametrize(("value", "pet"), [(50, False), (51, True), (52, True)])

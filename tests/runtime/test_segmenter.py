@@ -79,7 +79,7 @@ def test_a_number_is_a_camera_as_its_text_is(
 ) -> None:
     opened = []
 
-    def open_frames(origin: Origin, **options: Any) -> list[Any]:
+    def open_frames(origin: Origin, reading: Any, **options: Any) -> list[Any]:
         opened.append(origin)
         return []
 
@@ -95,6 +95,19 @@ def test_a_number_is_a_camera_as_its_text_is(
         (f"/dev/video{number}", "v4l2") for number in (0, 0, 12, 0)
     ]
     assert all(origin.endless for origin in opened)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"policy": "newest"}, {"stride": 0}, {"max_frames": 0}, {"smooth": 1.0}, {"stall": 0}], ids=str
+)
+def test_a_stream_that_is_asked_for_wrongly_opens_nothing(
+    segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
+) -> None:
+    opened: list[Any] = []
+    monkeypatch.setattr("petseg_runtime.live.open_frames", lambda *given, **_: opened.append(given))
+    with pytest.raises(UsageError, match=next(iter(wrong)).replace("smooth", "smoothing")):
+        segmenter.stream("clip.mp4", **wrong)
+    assert opened == []
 
 
 def test_results_have_the_photos_profile(segmenter: Segmenter, tmp_path: Path) -> None:
@@ -441,7 +454,9 @@ def agreement(one: np.ndarray, two: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("larger", [1, 4])
-def test_a_photo_read_for_its_mask_only_has_the_same_mask(embedded: Segmenter, tmp_path: Path, larger: int) -> None:
+def test_a_photo_read_for_its_mask_only_has_the_same_mask_and_decoded_smaller_nearly(
+    embedded: Segmenter, tmp_path: Path, larger: int
+) -> None:
     shares = []
     for path in sample_photos():
         if path.name == "coffee.jpg":  # no pet: what the model makes of it is decided by next to nothing
@@ -450,11 +465,16 @@ def test_a_photo_read_for_its_mask_only_has_the_same_mask(embedded: Segmenter, t
         with Image.open(path) as image:
             image.resize((image.width * larger, image.height * larger)).save(photo, quality=90)
             size = (image.height * larger, image.width * larger)
+        full = embedded(photo)
         prepared = embedded.prepare(photo, mask_only=True)
         assert prepared.pixels is None
+        same = embedded.finish(prepared, embedded.infer(prepared.image[None])[0])
+        np.testing.assert_array_equal(same.probability, full.probability)
+        with images.open_photo(photo, at_least=embedded.size) as opened:
+            prepared = embedded.prepare_opened(opened)
         assert (prepared.height, prepared.width) == size
+        assert (prepared.pixels is None) == (prepared.image != embedded.prepare(photo).image).any()
         quick = embedded.finish(prepared, embedded.infer(prepared.image[None])[0])
-        full = embedded(photo)
         assert quick.mask.shape == full.mask.shape == size
         shares.append(agreement(quick.mask, full.mask))
     assert min(shares) >= 0.995

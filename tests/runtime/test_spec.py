@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petseg_runtime.errors import ModelError
-from petseg_runtime.spec import PRECISIONS, SCHEMA_VERSION, SPEC_KEY, ModelSpec
+from petseg_runtime.spec import PRECISIONS, SCHEMA_VERSION, SPEC_KEY, ModelSpec, lowest_pet
 
 GOOD = ModelSpec(name="edge", height=128, width=160, threshold=0.4, cutout_threshold=0.25, border_target=0.5)
 FREE = dataclasses.replace(GOOD, dynamic_size=True)
@@ -243,3 +243,11 @@ def test_a_fixed_spec_takes_its_own_size_only_and_names_both_and_the_remedy() ->
     for size in ((160, 128), (128, 176), (0, 0)):
         with pytest.raises(ModelError, match=rf"128 x 160 only, not {size[0]} x {size[1]}: .*--dynamic-size"):
             GOOD.sized(*size)
+
+
+@given(st.integers(0, 255))
+def test_a_threshold_that_rounding_leaves_beside_a_byte_is_that_byte(byte: int) -> None:
+    for threshold in (byte / 255, math.nextafter(byte / 255, 0), math.nextafter(byte / 255, 1)):
+        assert lowest_pet(threshold) == byte
+    if byte < 255:
+        assert lowest_pet((byte + 0.001) / 255) == byte + 1

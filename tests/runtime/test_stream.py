@@ -21,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petseg_runtime.errors import EngineError, UnreadableVideo, UsageError
-from petseg_runtime.stream import _SOUNDS, POLICIES, Counts, Segmented, Stream, Timings, _Inbox
+from petseg_runtime.segmenter import Segmenter
+from petseg_runtime.stream import _SOUNDS, POLICIES, Counts, Reading, Segmented, Stream, Timings, _Inbox
 from petseg_runtime.video import Frame
 from petseg_runtime.video_sound import Sound
 
@@ -52,6 +53,8 @@ class Model:
     def describe(self) -> Any:
         return SimpleNamespace(batch=self.batch, streams=1)
 
+    finish = Segmenter.finish
+
     def infer(self, images: np.ndarray) -> np.ndarray:
         self.before()
         self.batches.append(len(images))
@@ -76,8 +79,8 @@ class Source:
         self.closed_by = threading.current_thread().name
 
 
-def stream_of(frames: Any, model: Any = None, **options: Any) -> Stream:
-    return Stream(frames, model or Model(), **options)
+def stream_of(frames: Any, model: Any = None, *, mask_only: bool = False, **reading: Any) -> Stream:
+    return Stream(frames, model or Model(), Reading(**reading), mask_only=mask_only)
 
 
 def numbers(segmented: list[Segmented]) -> list[int]:
@@ -306,11 +309,12 @@ def test_a_slow_consumer_bounds_what_is_decoded() -> None:
 
 #: Takes one frame of a source without an end, and ends.
 LEAVES = """
-import atexit, itertools, sys, threading, time
+import atexit, functools, itertools, sys, threading, time
 from fractions import Fraction
 from types import SimpleNamespace
 import av
-from petseg_runtime.stream import Stream
+from petseg_runtime.segmenter import Segmenter
+from petseg_runtime.stream import Reading, Stream
 from petseg_runtime.video import Frame
 
 def infer(images):
@@ -323,8 +327,9 @@ model = SimpleNamespace(
     infer=infer, size=(8, 8), threshold=0.5, cutout_threshold=0.3, min_area=0.0,
     describe=lambda: SimpleNamespace(batch=1),
 )
+model.finish = functools.partial(Segmenter.finish, model)
 frames = (Frame(n, n, Fraction(1, 25), av.VideoFrame(32, 16, "gray"), captured=0.0) for n in itertools.count())
-results = iter(Stream(frames, model, policy=sys.argv[1]))
+results = iter(Stream(frames, model, Reading(policy=sys.argv[1])))
 next(results)
 print("before", *alive())
 """
@@ -338,12 +343,41 @@ def test_no_thread_is_in_the_engine_when_python_is_taken_down(policy: str) -> No
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"policy": "newest"}, {"stride": 0}, {"max_frames": 0}, {"smooth": 1.0}, {"smooth": math.nan}]
+    "wrong",
+    [
+        *({"policy": "newest"}, {"stride": 0}, {"max_frames": 0}, {"smooth": 1.0}, {"smooth": math.nan}),
+        *({"start": -1}, {"start": math.nan}, {"start": math.inf}, {"stall": 0}, {"patience": -1}),
+    ],
+    ids=str,
 )
-def test_values_out_of_range_are_refused_before_a_thread_starts(wrong: dict[str, Any]) -> None:
+def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong)).replace("smooth", "smoothing")):
-        stream_of([frame_of(0)], **wrong)
+        Reading(**wrong)
+
+
+def test_a_source_is_closed_where_its_stream_cannot_start() -> None:
+    class Closed(Model):
+        def describe(self) -> Any:
+            raise EngineError("the engine is closed")
+
+    source = Source(iter([frame_of(0)]))
+    with pytest.raises(EngineError, match="closed"):
+        stream_of(source, Closed())
+    assert source.closed_by is not None
     assert_no_threads()
+
+
+def test_failures_are_counted_under_the_lock_of_all_counts() -> None:
+    """Both the thread of the engine and the consumer count them."""
+    counts = Counts()
+    inbox = _Inbox("block", 5, counts)
+    failing = threading.Thread(target=inbox.fail, args=(UnreadableVideo("odd"),))
+    with inbox._changed:
+        failing.start()
+        failing.join(0.05)
+        assert (failing.is_alive(), counts.failed) == (True, 0)
+    failing.join(10)
+    assert (counts.failed, counts.failure) == (1, "odd")
 
 
 def test_smoothing_is_one_streams_own() -> None:

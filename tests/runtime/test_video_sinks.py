@@ -24,11 +24,13 @@ from PIL import Image
 from petseg_runtime import video_sinks
 from petseg_runtime.errors import OutputError
 from petseg_runtime.result import Segmentation
+from petseg_runtime.segmenter import Segmenter
 from petseg_runtime.sinks import Picture, render_of
 from petseg_runtime.sources import Origin
+from petseg_runtime.stream import Reading
 from petseg_runtime.video import Converter, Frame, VideoReader
-from petseg_runtime.video_batch import Reading, VideoReport, segment_video
 from petseg_runtime.video_looks import Painter
+from petseg_runtime.video_run import VideoReport, segment_video
 from petseg_runtime.video_sinks import OWN, LinesSink, MovieSink, PicturesSink, RawSink, next_number, numbered
 from petseg_runtime.video_sound import Sound
 
@@ -48,6 +50,8 @@ class Model:
 
     def infer(self, images: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(images[..., 0])
+
+    finish = Segmenter.finish
 
 
 def picture(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""``petseg cache``: what engines have compiled and kept, and away with it."""
+"""``petseg cache``: list or clear compiled models."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import click
 
-from petseg_runtime.cli.text import SCHEMA_VERSION, shown
+from petseg_runtime.cli.text import HELP, SCHEMA_VERSION, shown
 
 __all__ = ["cache"]
 
 
 @click.command()
 @click.option("--clear", is_flag=True, help="Remove all of it.")
-@click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help=HELP["json"])
 def cache(clear: bool, as_json: bool) -> int:
     """List what engines have compiled at first use and kept, or remove it.
 

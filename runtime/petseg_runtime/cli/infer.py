@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from petseg_runtime.cli.signals import terminable
-from petseg_runtime.cli.text import NAME, PATH, SCHEMA_VERSION, SECONDS, SHARE, UNIT, Finite, parse_size, shown
+from petseg_runtime.cli.text import HELP, NAME, PATH, SCHEMA_VERSION, SECONDS, SHARE, UNIT, Finite, parse_size, shown
 from petseg_runtime.errors import EXIT_PARTIAL, InputError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -51,12 +51,24 @@ VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio
 @click.option(
     "--background", type=NAME, metavar="COLOUR|FILE", help="What to put behind the pet: white, '#00ff00', beach.jpg."
 )
-@click.option("--threshold", type=UNIT, help="Pet from this probability on, 0 to 1.  [default: the model's own]")
+@click.option(
+    "--threshold", type=UNIT, help="Of masks: pet from this probability on, 0 to 1.  [default: the model's own]"
+)
+@click.option(
+    "--cutout-threshold",
+    type=UNIT,
+    help="Of cutouts and backgrounds: half transparent at this probability, 0 to 1.  [default: the model's own]",
+)
 @click.option("--min-area", type=SHARE, default=0.0, help="Drop regions below this share of the picture, 0 to 1.")
-@click.option("--backend", default="auto", show_default=True, help="The engine: onnxruntime, openvino, ...")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, intel-gpu; never another one.")
+@click.option(
+    "--fast-decode",
+    is_flag=True,
+    help="Decode large JPEGs at a reduced size where only masks are written: faster, and the masks differ a little.",
+)
+@click.option("--backend", default="auto", show_default=True, help=HELP["backend"])
+@click.option("--device", default="auto", show_default=True, help=HELP["device"])
 @click.option("--size", metavar="HxW", help="Of the model's input, if it takes any.  [default: the model's own]")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@click.option("--threads", type=click.IntRange(min=1), help=HELP["threads"])
 @click.option("--resume", is_flag=True, help="Go on with a run over several files that was stopped.")
 @click.option("--start", type=Finite(0), help="Videos: seconds to pass over.")
 @click.option("--stride", type=click.IntRange(min=1), help="Videos: take each so-many-th frame.")
@@ -88,13 +100,14 @@ VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio
 @click.option("--raw", metavar="WxH@RATE[:FORMAT]", help="Standard input is raw frames, rgb24 unless said otherwise.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per photo or frame on stdout, then a summary.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what runs it, and what each step took.")
-@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+@click.option("-q", "--quiet", is_flag=True, help=HELP["quiet"])
 @terminable()
 def infer(
     sources: tuple[str, ...],
     output: Path | None,
     kind: str | None,
     background: str | None,
+    fast_decode: bool,
     resume: bool,
     as_json: bool,
     verbose: bool,
@@ -131,6 +144,7 @@ def infer(
     of_video = {name: options.pop(name) for name in VIDEO_OPTIONS}
     found = _find(sources, folder, raw, _pairs(input_option), quiet)
     _check(found, of_video | {"input_option": input_option}, kind, looks["format"], background)
+    _check_masks(found, kind, options["threshold"], options["cutout_threshold"], fast_decode)
     made = _made(found, folder, looks, of_video, resume) if found.streams else None
     with contextlib.ExitStack() as stack:
         segmenter = stack.enter_context(_segmenter(len(found.photos), quiet, **options))
@@ -142,7 +156,7 @@ def infer(
         # Of one photo that was searched for, too: the next search must know the result for what it is.
         if folder and not found.live and (resume or _searched(sources) or len(found.items) > 1 or coco):
             settings = _looks(kind, looks, found) | _settings(segmenter)
-            settings |= {name: of_video[name] or None for name in VIDEO_OPTIONS}
+            settings |= {name: of_video[name] or None for name in VIDEO_OPTIONS} | {"fast_decode": fast_decode}
             probe(folder)
             journal = stack.enter_context(Journal(folder, settings, resume=resume))
         report = None
@@ -155,6 +169,7 @@ def infer(
                 watch,
                 journal=journal,
                 mask_only=not KINDS[kind].needs_photo,
+                fast_decode=fast_decode,
                 spare=KINDS[kind].spare,
             )
         items = {str(item.name): item for item in found.videos}
@@ -291,6 +306,29 @@ def _check(found: _Found, given: dict[str, Any], kind: str, format: str | None, 
         background_of(background)
 
 
+def _check_masks(
+    found: _Found, kind: str, threshold: float | None, cutout_threshold: float | None, fast_decode: bool
+) -> None:
+    """Refuse what would have no effect on this kind of result.
+
+    Raises:
+        UsageError: It would have none; says what would.
+    """
+    from petseg_runtime.sinks import KINDS
+
+    cut_out = kind in ("cutout", "background")
+    if cut_out and threshold is not None and cutout_threshold is None:
+        raise UsageError(
+            f"--threshold is for masks, and a {kind} has --cutout-threshold (with both, --threshold is what counts "
+            "as pet, for --json and --min-area)"
+        )
+    if cutout_threshold is not None and not cut_out:
+        raise UsageError(f"--cutout-threshold is for cutouts and backgrounds; {kind} has --threshold")
+    if fast_decode and (not found.photos or kind not in KINDS or KINDS[kind].needs_photo):
+        alone = ", ".join(name for name, one in KINDS.items() if not one.needs_photo)
+        raise UsageError(f"--fast-decode is for photos of which only the mask is written (--as {alone})")
+
+
 def _check_videos(kind: str, format: str | None) -> None:  # noqa: A002
     """Refuse what a video cannot become.
 
@@ -343,7 +381,7 @@ def _made(
 
 def _videos(segmenter: Segmenter, made: Output, given: dict[str, Any], told: tuple[bool, bool, bool]) -> Videos:
     from petseg_runtime.cli.infer_video import Videos
-    from petseg_runtime.video_batch import Reading
+    from petseg_runtime.stream import Reading
 
     reading = Reading(
         start=given["start"] or 0.0,
@@ -383,10 +421,8 @@ def _sink(found: _Found, folder: Path | None, resume: bool, **looks: str | None)
     return sinks.ImageSink(folder, picture, found.photos, beside=found.videos, resume=resume)
 
 
-def _segmenter(
-    photos: int, quiet: bool, threshold: float | None, threads: int | None, size: str | None, **options: Any
-) -> Segmenter:
-    from petseg_runtime.engines.base import usable_cpus
+def _segmenter(photos: int, quiet: bool, threads: int | None, size: str | None, **options: Any) -> Segmenter:
+    from petseg_runtime.host import usable_cpus
     from petseg_runtime.segmenter import Segmenter
 
     told = []
@@ -400,8 +436,6 @@ def _segmenter(
         threads=threads,
         streams=max(1, min(threads or usable_cpus(), photos)),
         size=None if size is None else parse_size(size),
-        threshold=threshold,
-        cutout_threshold=threshold,
         tell=tell,
     )
     for note in segmenter.describe().notes:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from petseg_runtime.live import StateChange
     from petseg_runtime.segmenter import Segmenter
     from petseg_runtime.sources import Item, Origin
-    from petseg_runtime.stream import Segmented, Stream
-    from petseg_runtime.video_batch import Reading, VideoReport
+    from petseg_runtime.stream import Reading, Segmented, Stream
+    from petseg_runtime.video_run import VideoReport
     from petseg_runtime.video_sinks import VideoSink
 
 __all__ = ["Output", "Videos", "check_places"]
@@ -238,7 +238,7 @@ class Videos:
                 self._tell_failure(origin, error)
 
     def _one(self, origin: Origin) -> VideoReport:
-        from petseg_runtime.video_batch import segment_video
+        from petseg_runtime.video_run import segment_video
 
         with self._stoppable() as begin, _Progress(origin, self.reading, self._silent) as progress:
 
@@ -360,7 +360,7 @@ class Videos:
         """Count and tell of a live source that could not go on, for a reason that does not lie in it."""
         if isinstance(error, BrokenPipeError):
             return  # the reader has gone away, which is no error, and nobody is left to tell
-        from petseg_runtime.video_batch import VideoReport
+        from petseg_runtime.video_run import VideoReport
 
         report = self._running.get(str(origin.name)) or VideoReport(origin.shown)
         what = str(error) if isinstance(error, PetsegError) else f"{type(error).__name__}: {error}"

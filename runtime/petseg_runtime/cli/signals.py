@@ -1,4 +1,4 @@
-"""What the commands share of signals."""
+"""Signals, as the commands handle them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ __all__ = ["terminable"]
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM ends this thread's work as Ctrl-C does. It would end the process in the middle of it, and leave processes
-    that it has started; or, where that is the first of a container, it would not end it at all.
+    """Make SIGTERM raise ``SystemExit``, so that cleanup runs; by default it would kill the process at once.
+
+    Child processes would then be left behind; and the first process of a container would ignore the signal.
     """
     ending = False
 

@@ -1,4 +1,4 @@
-"""What the commands share: how they read values and print what is not theirs."""
+"""What the commands share: types and texts of options, and how untrusted text is printed."""
 
 from __future__ import annotations
 
@@ -9,16 +9,28 @@ from typing import Any, Final
 
 import click
 
-__all__ = ["MINUTES", "NAME", "PATH", "SCHEMA_VERSION", "SECONDS", "SHARE", "UNIT", "Finite", "parse_size", "shown"]
+__all__ = [
+    *("HELP", "MINUTES", "NAME", "PATH", "SCHEMA_VERSION", "SECONDS", "SHARE", "UNIT"),
+    *("Finite", "parse_size", "shown"),
+]
 
 #: Of everything that is printed as JSON.
 SCHEMA_VERSION: Final = 1
+
+#: What the options that several commands have in common say of themselves.
+HELP: Final = {
+    "backend": "The engine: onnxruntime, openvino, ...",
+    "device": "cpu, cuda, cuda:N, intel-gpu; never another one.",
+    "threads": "CPU threads.  [default: all]",
+    "json": "Everything, as one JSON object.",
+    "quiet": "Only errors.",
+}
 
 _EMPTY: Final = "it is empty; is a variable not set?"
 
 
 class _Path(click.Path):
-    """A path, but no empty one: that of a variable that is not set would be the current folder."""
+    """A path that is not empty: a shell variable that is not set would else mean the current folder."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """As click does; what is empty is wrong usage."""

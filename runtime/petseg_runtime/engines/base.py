@@ -1,8 +1,7 @@
-"""What an engine is, whoever's library does the work."""
+"""What all engines have in common: their interface, their options, and what they say of themselves."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -11,8 +10,7 @@ from typing import Final, Protocol, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from petseg_runtime import host
-from petseg_runtime.errors import EngineError, ModelError, UsageError
+from petseg_runtime.errors import EngineError, ModelError, UsageError, one_line
 from petseg_runtime.spec import ModelSpec
 
 __all__ = [
@@ -24,7 +22,6 @@ __all__ = [
     "check_batch",
     "in_batches",
     "one_line",
-    "usable_cpus",
 ]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
@@ -101,8 +98,8 @@ class EngineInfo:
         precision: What it computes in (f32, tf32, bf16, fp16, int8), which can differ from what the file is stored in.
             int8: the operands of the quantized convolutions are on the int8 grid, whatever multiplies them.
         threads: CPU threads it may use; 0 if it decides by itself.
-        streams: Runs at a time that gain from each other; more wait for one another.
-        batch: Photos a run from which on larger batches gain nothing.
+        streams: Concurrent ``run`` calls that increase throughput.
+        batch: Photos in one ``run`` beyond which throughput does not increase.
         notes: What people should know of how it came about: an engine passed over and why, a compilation.
     """
 
@@ -189,14 +186,3 @@ def in_batches(run: Callable[[U8], U8], images: U8, size: int) -> U8:
         missing = size - len(part)
         results.append(run(np.concatenate([part, *[part[-1:]] * missing]))[: len(part)])
     return np.concatenate(results)
-
-
-def usable_cpus() -> int:
-    """CPUs this process may use: those it may run on, or those whose time a container's quota allows, rounded up."""
-    quota, _ = host.limits()
-    return host.cores() if quota is None else max(1, min(host.cores(), math.ceil(quota)))
-
-
-def one_line(error: Exception) -> str:
-    """A library's message without its line breaks and stack traces."""
-    return " ".join(str(error).split())[:300]

@@ -28,10 +28,8 @@ from petseg_runtime.engines.base import (
     EngineOptions,
     check_batch,
     in_batches,
-    one_line,
-    usable_cpus,
 )
-from petseg_runtime.errors import EngineError, EngineMissing
+from petseg_runtime.errors import EngineError, EngineMissing, one_line
 from petseg_runtime.spec import ModelSpec
 
 __all__ = ["OnnxRuntimeCudaEngine", "OnnxRuntimeEngine", "load"]
@@ -70,7 +68,7 @@ class OnnxRuntimeEngine(Engine):
             EngineError: ONNX Runtime refuses the file, or runs it with another provider than asked for.
         """
         self._spec = artifact.spec
-        self._threads = options.threads or usable_cpus()
+        self._threads = options.threads or host.usable_cpus()
         self._streams = min(options.streams, self._threads)
         self._notes = options.notes
         self._session: Any = _session(artifact, _CPU, {}, self._threads // self._streams)

@@ -33,10 +33,8 @@ from petseg_runtime.engines.base import (
     EngineOptions,
     check_batch,
     in_batches,
-    one_line,
-    usable_cpus,
 )
-from petseg_runtime.errors import EngineError, ModelError
+from petseg_runtime.errors import EngineError, ModelError, one_line
 from petseg_runtime.spec import HALF_LIMIT, ModelSpec
 
 __all__ = ["OpenVINOEngine", "computes_in_less", "load"]
@@ -77,7 +75,7 @@ class OpenVINOEngine(Engine):
         """
         self._spec, self._device = artifact.spec, options.device
         cpu = options.device.kind == "cpu"
-        self._threads = (options.threads or usable_cpus()) if cpu else 0
+        self._threads = (options.threads or host.usable_cpus()) if cpu else 0
         self._streams = min(options.streams, self._threads) if cpu else options.streams
         # An infer request serves one call at a time; each thread has its own.
         self._local = threading.local()

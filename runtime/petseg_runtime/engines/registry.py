@@ -9,8 +9,8 @@ from typing import Any, Final
 
 from petseg_runtime import host
 from petseg_runtime.artifact import Artifact
-from petseg_runtime.engines.base import Device, Engine, EngineOptions, one_line
-from petseg_runtime.errors import EngineError, EngineMissing, UsageError
+from petseg_runtime.engines.base import Device, Engine, EngineOptions
+from petseg_runtime.errors import EngineError, EngineMissing, UsageError, one_line
 
 __all__ = ["ENGINES", "RULE", "Choice", "EngineEntry", "load_engine"]
 
@@ -74,16 +74,19 @@ class Choice:
         engine: A name in :data:`ENGINES`.
         kind: Of device.
         gain: ``module:function`` that takes (spec, options) and says whether the choice stands at this place.
-        when: The same for people.
+        when: The condition, for people.
+        asked_only: Taken only where its kind of device is asked for.
     """
 
     engine: str
     kind: str
     gain: str | None = None
     when: str = ""
+    asked_only: bool = False
 
     def __str__(self) -> str:
-        return f"{self.engine} on {self.kind}" + (f", {self.when}" if self.when else "")
+        when = "only when asked for" if self.asked_only else self.when
+        return f"{self.engine} on {self.kind}" + (f", {when}" if when else "")
 
 
 #: What ``auto`` takes: the first of these that runs the file, is installed, and works. Where a device or an engine is
@@ -101,7 +104,9 @@ RULE: Final = (
     ),
     Choice("onnxruntime", "cpu"),
     Choice("openvino", "cpu"),
-    Choice("openvino", "intel-gpu"),
+    # Never run by us, and no help where the lines above fail: OpenVINO has refused the file by then. TensorRT and CUDA
+    # were not run either, but there the gain is worth a try, and what does not load is passed over.
+    Choice("openvino", "intel-gpu", asked_only=True),
 )
 
 
@@ -189,6 +194,7 @@ def _choices(artifact: Artifact, backend: str, wanted: Device | None) -> list[Ch
                 f"{wanted}; what can: {'; '.join(map(str, lines))}"
             )
         return fitting
+    lines = [line for line in lines if not line.asked_only]
     there = [line for line in lines if line.kind != "cuda" or host.nvidia_gpus()]
     return there or lines  # without a GPU, what needs one says so itself
 

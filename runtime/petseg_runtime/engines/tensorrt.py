@@ -32,9 +32,9 @@ import numpy.typing as npt
 from petseg_runtime import cache, host, onnx_metadata
 from petseg_runtime.artifact import INPUT, OUTPUT, Artifact
 from petseg_runtime.engines import tensorrt_build
-from petseg_runtime.engines.base import Engine, EngineInfo, EngineOptions, check_batch, one_line
+from petseg_runtime.engines.base import Engine, EngineInfo, EngineOptions, check_batch
 from petseg_runtime.engines.tensorrt_library import CUDART, LIBRARIES, RTX, TRT, Library, imported, logger_of
-from petseg_runtime.errors import EngineError, EngineForeign, ModelError
+from petseg_runtime.errors import EngineError, EngineForeign, ModelError, one_line
 from petseg_runtime.spec import ModelSpec
 
 __all__ = ["TensorRTEngine", "load", "load_rtx"]

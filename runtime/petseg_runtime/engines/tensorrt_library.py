@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from petseg_runtime import host
-from petseg_runtime.engines.base import one_line
-from petseg_runtime.errors import EngineError, EngineMissing
+from petseg_runtime.errors import EngineError, EngineMissing, one_line
 
 __all__ = ["CUDART", "LIBRARIES", "RTX", "TRT", "Library", "Record", "bindings", "imported", "logger_of"]
 

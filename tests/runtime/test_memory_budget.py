@@ -1,4 +1,4 @@
-"""What photos take of a room is counted, and nobody waits in it for ever."""
+"""What photos take of the budget is counted, and nobody waits for ever."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from concurrent.futures import CancelledError
 
 import pytest
 
-from petseg_runtime.room import Room, Share
+from petseg_runtime.memory_budget import MemoryBudget, Reservation
 
 
-def waiting(room: Room, share: Share, size: int) -> tuple[threading.Thread, list[str]]:
+def waiting(budget: MemoryBudget, reservation: Reservation, size: int) -> tuple[threading.Thread, list[str]]:
     """Somebody who finds too little left."""
     came: list[str] = []
 
     def take() -> None:
         try:
-            room.take(share, size)
+            budget.reserve(reservation, size)
             came.append("taken")
         except CancelledError:
             came.append("cancelled")
@@ -29,10 +29,10 @@ def waiting(room: Room, share: Share, size: int) -> tuple[threading.Thread, list
 
 
 def test_who_finds_too_little_left_waits_until_others_have_gone() -> None:
-    room, first, second = Room(10), Share(), Share()
-    room.take(first, 6)
-    thread, came = waiting(room, second, 5)
-    room.leave(first)
+    budget, first, second = MemoryBudget(10), Reservation(), Reservation()
+    budget.reserve(first, 6)
+    thread, came = waiting(budget, second, 5)
+    budget.release(first)
     thread.join(10)
     assert came == ["taken"]
     assert second.size == 5
@@ -40,27 +40,27 @@ def test_who_finds_too_little_left_waits_until_others_have_gone() -> None:
 
 
 def test_who_is_waited_for_takes_what_it_wants() -> None:
-    room, first, second = Room(10), Share(), Share()
-    room.take(first, 6)
-    thread, came = waiting(room, second, 50)
-    room.hurry(second)
+    budget, first, second = MemoryBudget(10), Reservation(), Reservation()
+    budget.reserve(first, 6)
+    thread, came = waiting(budget, second, 50)
+    budget.expedite(second)
     thread.join(10)
     assert came == ["taken"]
 
 
-def test_one_that_is_alone_may_be_larger_than_the_room() -> None:
-    Room(10).take(Share(), 1000)
+def test_one_that_is_alone_may_be_larger_than_the_budget() -> None:
+    MemoryBudget(10).reserve(Reservation(), 1000)
 
 
 @pytest.mark.parametrize("closed", [True, False])
 def test_whom_nobody_waits_for_any_more_waits_no_longer(closed: bool) -> None:
-    room, first, second = Room(10), Share(), Share()
-    room.take(first, 6)
-    thread, came = waiting(room, second, 5)
+    budget, first, second = MemoryBudget(10), Reservation(), Reservation()
+    budget.reserve(first, 6)
+    thread, came = waiting(budget, second, 5)
     if closed:
-        room.close()
+        budget.close()
     else:
-        room.leave(second)
+        budget.release(second)
     thread.join(10)
     assert came == ["cancelled"]
     assert second.size == 0

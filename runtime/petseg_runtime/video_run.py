@@ -14,37 +14,14 @@ from petseg_runtime.errors import InputError
 from petseg_runtime.live import LiveSource, StateChange, Tell, open_frames
 from petseg_runtime.segmenter import Segmenter
 from petseg_runtime.sources import Origin
-from petseg_runtime.stream import Counts, Segmented, Stream
+from petseg_runtime.stream import Counts, Reading, Segmented, Stream
 from petseg_runtime.video import VideoReader
 from petseg_runtime.video_sinks import VideoSink
 
-__all__ = ["Reading", "VideoReport", "segment_video"]
+__all__ = ["VideoReport", "segment_video"]
 
-#: Seconds after which the percentiles of the steps are told anew, while a source goes on.
+#: Seconds from one computation of the steps' percentiles to the next, while a source goes on.
 _SUMMING_UP: Final = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """Which frames are taken, and what becomes of those for which there is no time.
-
-    Attributes:
-        start: Seconds to pass over, of a source that has an end.
-        stride: Take each so-many-th frame.
-        max_frames: End after so many.
-        policy: See :class:`~petseg_runtime.stream.Stream`; None: ``block`` for what has an end, else ``drop-oldest``.
-        stall: See :class:`~petseg_runtime.live.LiveSource`.
-        patience: See :class:`~petseg_runtime.live.LiveSource`.
-        smooth: See :class:`~petseg_runtime.smoothing.Smoother`.
-    """
-
-    start: float = 0.0
-    stride: int = 1
-    max_frames: int | None = None
-    policy: str | None = None
-    stall: float = 10.0
-    patience: float | None = None
-    smooth: float = 0.0
 
 
 @dataclass
@@ -92,7 +69,7 @@ class VideoReport:
         return dataclasses.asdict(self) | {"paths": [str(path) for path in self.paths], "rate": round(self.rate, 3)}
 
     def so_far(self) -> dict[str, Any]:
-        """The same while it goes on, as JSON values: of the results only the newest, since they only become more."""
+        """The report of a run that is still going on, as JSON values; of its paths only the newest."""
         values = self.as_json()
         paths = values.pop("paths")
         return values | {"newest": paths[-1] if paths else None}
@@ -138,22 +115,12 @@ def segment_video(
     start = time.perf_counter()
     states = _States(tell)
     try:
-        frames = open_frames(
-            origin, start=reading.start, stall=reading.stall, patience=reading.patience, tell=states.tell
-        )
+        frames = open_frames(origin, reading, tell=states.tell)
     except InputError as error:
         report.error = str(error)
         return report
     policy = reading.policy or ("drop-oldest" if origin.endless else "block")
-    stream = Stream(
-        frames,
-        segmenter,
-        policy=policy,
-        stride=reading.stride,
-        max_frames=reading.max_frames,
-        mask_only=mask_only,
-        smooth=reading.smooth,
-    )
+    stream = Stream(frames, segmenter, dataclasses.replace(reading, policy=policy), mask_only=mask_only)
     report.frames, report.paths, report.notes = stream.counts, sink.paths, sink.notes
 
     def bring_up_to_date() -> None:
@@ -216,7 +183,7 @@ def _write(
 
 
 class _States:
-    """Passes a source's states on, and nothing after its end: its thread may still be in a read that has no end."""
+    """Passes a source's state changes on until it has ended; a thread that hangs in a read may report more later."""
 
     def __init__(self, tell: Tell) -> None:
         self._tell, self._ended, self._lock = tell, False, threading.Lock()
