@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from petseg_runtime.errors import ModelError
 
-__all__ = ["HALF_LIMIT", "PRECISIONS", "SPEC_KEY", "STRIDE", "ModelSpec"]
+__all__ = ["HALF_LIMIT", "PRECISIONS", "SPEC_KEY", "STRIDE", "ModelSpec", "lowest_pet"]
 
 SPEC_KEY: Final = "petseg.spec"
 SCHEMA_VERSION: Final = 1
@@ -25,6 +26,11 @@ PRECISIONS: Final = ("fp32", "fp16", "int8")
 #: What is computed in float32 if a scan finds more than this in it: an eighth of the largest float16, because photos
 #: that the scan did not see may go higher, and the gates add two results up.
 HALF_LIMIT: Final = 65504 / 8
+
+
+def lowest_pet(threshold: float) -> int:
+    """The smallest byte of probability that counts as pet at a threshold in [0, 1]."""
+    return math.ceil(255 * threshold - 1e-9)
 
 
 @dataclass(frozen=True, kw_only=True)
