@@ -29,7 +29,7 @@ HALF_LIMIT: Final = 65504 / 8
 
 
 def lowest_pet(threshold: float) -> int:
-    """The smallest byte of probability that counts as pet at a threshold in [0, 1]."""
+    """The smallest byte of a probability, round(255 p), that counts as pet from ``threshold`` on."""
     return math.ceil(255 * threshold - 1e-9)
 
 
