@@ -14,19 +14,19 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import numpy as np
 
 from petseg import checkpoint
 from petseg.model import AttentionUNet
 from petseg_export import parity, registry
-from petseg_export.config import CompiledConfig, ExportConfig
+from petseg_export.config import CompiledConfig, EngineConfig, ExportConfig
 from petseg_export.deploy import HALF_LIMIT, DeployedUNet, activation_peaks
 from petseg_export.onnx import graph_bytes, metadata_of, scan, spec_of
+from petseg_export.registry import Compiler, Watch
 from petseg_runtime import images, onnx_metadata
 from petseg_runtime.artifact import INPUT, OUTPUT, RECEIPT_KEY, Artifact, open_artifact, sidecar_of, sidecar_text
-from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.errors import (
     CheckpointError,
     DataError,
@@ -35,6 +35,7 @@ from petseg_runtime.errors import (
     OutputError,
     ParityNames,
     ParityShapes,
+    UsageError,
 )
 from petseg_runtime.files import staging
 from petseg_runtime.host import nvidia_gpus
@@ -44,14 +45,11 @@ from petseg_runtime.spec import STRIDE, ModelSpec
 
 __all__ = ["Exported", "export"]
 
-#: Called with what is being done, how far it is, and of how much (0: not known).
-Watch: TypeAlias = Callable[[str, int, int], None]
-
 #: Photos that travel beside the file for `petseg verify`: as many as a full receipt needs.
 TRAVELLING: Final = SMOKE
 #: Photos of the activation scans, whose outputs are all of a network's activations at once.
 SCANNED: Final = 8
-#: In what a receipt says of int8: how many of its own photos judged it.
+#: A field of what a receipt says of int8: how many photos of the receipt were among those that judged it.
 SHARED: Final = "judged_on_photos_of_the_receipt"
 #: Photos that a graph of any size is run on at another size than its specification's.
 ANOTHER_SIZE: Final = 3
@@ -65,7 +63,7 @@ class Exported:
         path: The file.
         files: All files that were written, that one first.
         receipt: What its parity test measured.
-        notes: What the parity test cannot show, a line each.
+        notes: Warnings for people, a line each: what the parity test cannot show.
     """
 
     path: Path
@@ -82,16 +80,16 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
 
     Args:
         checkpoint_path: What ``petseg train`` wrote.
-        config: The format is that of its class.
+        config: Its class says which format.
         watch: Told about progress.
 
     Raises:
+        UsageError: What is asked for does not go together, with that checkpoint, or with the ONNX file that was given.
         MissingExtra: A package that is needed is not installed.
         EngineError: A device or engine that is needed is not there, or fails.
         CheckpointError: The checkpoint cannot be used.
-        ModelError: The network does not take that size, or the ONNX file that was given is not of this checkpoint.
+        ModelError: The ONNX file that was given is not of this checkpoint, or the compiler cannot read the graph.
         DataError: The data cannot be used.
-        UsageError: A setting has nothing to act on.
         InputError: A photo of the parity test cannot be read.
         ParityError: The file does not do what the checkpoint does; nothing is left of it.
         OutputError: It cannot be written.
@@ -101,8 +99,6 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
     path = Path(checkpoint_path)
     name, form = registry.format_of(config)
     output = config.output or path.with_suffix(form.suffix)
-    if output.suffix != form.suffix:
-        raise OutputError(f"{output}: {name} files end in {form.suffix}; another --format has another suffix")
     for kept in (path, getattr(config, "onnx", None)):
         if kept and output.exists() and kept.exists() and output.samefile(kept):
             raise OutputError(f"{output}: that is what is exported; give another file with --output")
@@ -111,6 +107,7 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
     given = _given(config, loaded)
     with _naming(path):
         spec = dataclasses.replace(given.spec, precision=config.precision) if given else spec_of(loaded, config)
+        _check_limits(config, spec)
         chosen = parity.choose(config.data, config.split, config.photos, config.seed, loaded)
         photos = parity.read(chosen, spec)
         job = _Job(name, form, config, path, model, loaded, spec, given, photos, tell)
@@ -121,11 +118,14 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
         except OSError as error:
             raise OutputError(f"{output}: cannot be written ({error.strerror or error})") from error
     files = (output, *(output.with_name(other) for other in others))
-    return Exported(output, files, receipt, (*_of_size(path, loaded, spec), *_of_receipt(receipt)))
+    return Exported(output, files, receipt, (*_size_notes(path, loaded, spec), *_receipt_notes(receipt)))
 
 
-def _of_size(path: Path, loaded: checkpoint.Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
-    """A word on a size that the network was not trained at, where the file does no worse than its checkpoint: badly."""
+def _size_notes(path: Path, loaded: checkpoint.Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
+    """A warning where the file has another size than the network was trained at.
+
+    The parity test cannot show it: at that size, the checkpoint itself does no better.
+    """
     trained = loaded.meta.get("spec")
     if not isinstance(trained, dict) or (trained.get("height"), trained.get("width")) == (spec.height, spec.width):
         return ()
@@ -134,8 +134,8 @@ def _of_size(path: Path, loaded: checkpoint.Checkpoint, spec: ModelSpec) -> tupl
     return (f"{path}: trained at {own}; at {asked} its masks may be much worse: {remedy}",)
 
 
-def _of_receipt(receipt: Receipt) -> tuple[str, ...]:
-    """Words on what a receipt does not say as loudly as it should be known."""
+def _receipt_notes(receipt: Receipt) -> tuple[str, ...]:
+    """What people should know of a receipt, and may overlook in it."""
     notes = []
     if receipt.scan is None:
         notes.append(
@@ -149,9 +149,23 @@ def _of_receipt(receipt: Receipt) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def _check_limits(config: ExportConfig, spec: ModelSpec) -> None:
+    """Hold the largest batch and size that are asked for against what the graph takes, before the minutes of work.
+
+    Raises:
+        UsageError: They contradict it.
+    """
+    if not isinstance(config, EngineConfig):
+        return
+    registry.check_limits(config, batch=spec.batch, dynamic_size=spec.dynamic_size)
+    if config.max_size and (config.max_size[0] < spec.height or config.max_size[1] < spec.width):
+        largest = " x ".join(map(str, config.max_size))
+        raise UsageError(f"max_size is {largest}, less than the {spec.height} x {spec.width} of the model itself")
+
+
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """What is wrong inside a checkpoint is found where its file is not known."""
+    """Name the file in errors about what is inside a checkpoint, which are raised where its name is not known."""
     try:
         yield
     except CheckpointError as error:
@@ -269,7 +283,7 @@ class _Job:
         assert self.form.compiler is not None
         module, _, function = self.form.compiler.partition(":")
         self.tell(f"compiling with {self.form.needs[0].module}", 0, 0)
-        compiler: Callable[..., dict[str, Any]] = getattr(importlib.import_module(module), function)
+        compiler: Compiler = getattr(importlib.import_module(module), function)
         environment = compiler(source, file, self.config, self.tell)
         spec = dataclasses.replace(source.spec, precision=self.spec.precision)
         return dataclasses.replace(
@@ -277,17 +291,36 @@ class _Job:
         )
 
     def _rows(self, target: Artifact, proof: Proof, budget: float | None) -> tuple[tuple[Comparison, ...], str]:
-        """A row for each engine and precision, or why there is none."""
-        task = self.photos.labels.task(proof.expected) if self.photos.labels else None
+        """A row for each engine and precision, or why there is none.
+
+        Raises:
+            EngineError: An engine cannot be had, or does not run the file, which is a failed export.
+        """
         if self.name in ("trt", "trt-rtx") and not nvidia_gpus():
             return (), "no NVIDIA GPU where it was made; `petseg verify` on the device completes this"
-        if self.name == "trt-rtx" and (reason := _refused(target)):
-            return (), f"the GPU where it was made does not load it ({reason}); `petseg verify` on the device does"
-        rows: list[Comparison] = []
+        try:
+            return tuple(self._measured(target, proof, budget)), ""
+        except EngineForeign as error:
+            if self.name != "trt-rtx":  # only those may be built for other GPUs than the one that is here
+                raise
+            return (), f"the GPU where it was made does not load it ({error}); `petseg verify` on the device does"
+
+    def _measured(self, target: Artifact, proof: Proof, budget: float | None) -> Iterator[Comparison]:
+        """The rows of all engines that are asked for."""
+        task = self.photos.labels.task(proof.expected) if self.photos.labels else None
         other = self._at_another_size()
         for backend in self.config.backends:
-            rows += measure(target, proof, backend, None, task, self._progress("parity test"), budget, also=other)
-        return tuple(rows), ""
+            yield from measure(
+                target,
+                proof,
+                backend,
+                self.config.threads,
+                task,
+                self._progress("parity test"),
+                budget,
+                self.config.device,
+                other,
+            )
 
     def _at_another_size(self) -> Proof | None:
         """A few photos at a size that is not the specification's, for a graph that takes any."""
@@ -315,24 +348,12 @@ def _budget(quantization: Any) -> float | None:
     return float(budget) if isinstance(budget, int | float) else None
 
 
-def _refused(artifact: Artifact) -> str:
-    """Why this GPU is none of those that an engine was built for; empty if it is one.
-
-    Raises:
-        EngineError: It is, and yet the engine cannot be loaded or run, which is a failed export.
-    """
-    try:
-        load_engine(artifact).close()
-    except EngineForeign as error:
-        return str(error)
-    return ""
-
-
 def _given(config: ExportConfig, loaded: checkpoint.Checkpoint) -> Artifact | None:
     """The ONNX file that is to be compiled as it is, if one was given.
 
     Raises:
-        ModelError: Not an ONNX file of this checkpoint and precision, or something else is asked than what it is.
+        ModelError: Not an ONNX file, or not one of this checkpoint.
+        UsageError: Something else is asked for than what it is.
     """
     if not isinstance(config, CompiledConfig) or config.onnx is None:
         return None
@@ -343,12 +364,12 @@ def _given(config: ExportConfig, loaded: checkpoint.Checkpoint) -> Artifact | No
     if given.provenance.get("checkpoint_sha256") != loaded.sha256:
         raise ModelError(f"{config.onnx}: exported from another checkpoint than the one given")
     if given.spec.precision not in (config.precision, form.sources.get(config.precision)):
-        raise ModelError(f"{config.onnx}: it is {given.spec.precision}, not {config.precision} as asked")
+        raise UsageError(f"{config.onnx}: it is {given.spec.precision}, not {config.precision} as asked")
     standard = type(config)()
     for name in ("name", "height", "width", "dynamic_size", "batch", "notes"):
         asked = getattr(config, name)
         if asked not in (getattr(standard, name), getattr(given.spec, name, None)):
-            raise ModelError(f"{config.onnx}: it is compiled as it is, so {name} {asked!r} cannot be asked for with it")
+            raise UsageError(f"{config.onnx}: it is compiled as it is, so {name} {asked!r} cannot be asked for with it")
     return given
 
 

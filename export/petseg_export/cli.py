@@ -7,19 +7,20 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from petseg_export.config import QuantizeConfig
-from petseg_export.registry import FORMATS, why_not
+from petseg_export.registry import FORMATS, check, why_not
 from petseg_runtime.cli.text import PATH, Finite, parse_size, shown
 from petseg_runtime.errors import DataError
 from petseg_runtime.spec import PRECISIONS
 
 __all__ = ["export"]
 
-SCHEMA_VERSION = 2
+#: Options that are called otherwise than the fields of the configs.
+_OPTIONS: Final = {"compute_capabilities": "--compute-capability"}
 
 
 def _list(context: click.Context, _: click.Parameter, asked: bool) -> None:
@@ -43,6 +44,13 @@ def _list(context: click.Context, _: click.Parameter, asked: bool) -> None:
 @click.option("--photos", type=click.IntRange(min=1), default=200, show_default=True, help="At most this many.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of photos.")
 @click.option("--backend", "backends", multiple=True, help="Engine of the parity test; may be repeated.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Of the parity test: cpu, cuda, cuda:N, intel-gpu; never another one.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of the parity test.  [default: all]")
 @click.option("--onnx", type=PATH, help="Compile this file, exported from CHECKPOINT before, instead of a new one.")
 @click.option("--int8-data", type=PATH, help="Labelled photos for int8.  [default: those of --data]")
 @click.option("--int8-budget", type=Finite(0), metavar="POINTS", help="Largest loss of IoU.  [default: 0.5]")
@@ -50,8 +58,8 @@ def _list(context: click.Context, _: click.Parameter, asked: bool) -> None:
 @click.option("--int8-judges", type=int, metavar="N", help="Validation photos needed to judge it.  [default: 100]")
 @click.option("--max-batch", type=int, help="trt, trt-rtx: largest batch of a dynamic one.  [default: 8]")
 @click.option("--max-size", metavar="HxW", help="trt, trt-rtx: largest dynamic size.  [default: twice the size]")
-@click.option("--timing-cache", type=PATH, help="trt, trt-rtx: where the builder keeps its measurements.")
-@click.option("--gpu", "gpus", multiple=True, metavar="CC", help="trt-rtx: compute capability to build for.")
+@click.option("--timing-cache", type=PATH, help="trt: where the builder keeps its measurements.")
+@click.option("--compute-capability", "capabilities", multiple=True, metavar="N.N", help="trt-rtx: GPUs to build for.")
 @click.option("--notes", type=PATH, help="A JSON object to keep in the file's provenance (measured metrics).")
 @click.option("--json", "as_json", is_flag=True, help="Print the receipt as JSON on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="Only errors.")
@@ -61,8 +69,6 @@ def export(checkpoint: Path, format_name: str, as_json: bool, quiet: bool, **opt
     The file says what it expects (`petseg info FILE`) and carries the receipt of that comparison; what cannot be run
     here is built, says so, and is proven on the device by `petseg verify FILE`.
     """
-    from petseg_export.registry import check
-
     config = FORMATS[format_name].config(**_settings(format_name, options))
     check(config)
     from petseg_export.build import export as build  # torch, onnx: only when the request can be met
@@ -85,21 +91,28 @@ def export(checkpoint: Path, format_name: str, as_json: bool, quiet: bool, **opt
 
 
 def _settings(format_name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options as fields of the format's config; one that the format does not have is wrong usage."""
+    """The options as fields of the format's config.
+
+    Raises:
+        click.UsageError: A value cannot be read, or the format does not have such an option.
+        UsageError: A value makes no sense.
+        DataError: The notes cannot be read.
+    """
     values = {key: value for key, value in options.items() if value is not None and value != ()}
-    fields = {field.name for field in dataclasses.fields(FORMATS[format_name].config)}
-    for option, field in {"size": "height", "max_size": "max_size", "gpus": "compute_capabilities"}.items():
-        if option in values:
-            values[field] = _size(values.pop(option), option) if "size" in option else values.pop(option)
-    if "height" in values:
-        values["height"], values["width"] = values["height"]
+    if "size" in values:
+        values["height"], values["width"] = _size(values.pop("size"), "--size")
+    if "max_size" in values:
+        values["max_size"] = _size(values["max_size"], "--max-size")
+    if "capabilities" in values:
+        values["compute_capabilities"] = values.pop("capabilities")
     values["batch"] = _batch(values["batch"])
     if "notes" in values:
         values["notes"] = _notes(values["notes"])
     int8 = {key: values.pop(f"int8_{key}") for key in ("data", "budget", "photos", "judges") if f"int8_{key}" in values}
     values["quantize"] = QuantizeConfig(**int8)
-    if odd := values.keys() - fields:
-        names = ", ".join("--gpu" if name == "compute_capabilities" else f"--{name.replace('_', '-')}" for name in odd)
+    fields = {field.name for field in dataclasses.fields(FORMATS[format_name].config)}
+    if odd := sorted(values.keys() - fields):
+        names = ", ".join(_OPTIONS.get(name, f"--{name.replace('_', '-')}") for name in odd)
         raise click.UsageError(f"{names}: does not apply to --format {format_name}")
     return values
 
@@ -108,7 +121,7 @@ def _size(text: str, option: str) -> tuple[int, int]:
     try:
         return parse_size(text)
     except click.BadParameter as error:
-        error.param_hint = f"--{option.replace('_', '-')}"
+        error.param_hint = option
         raise
 
 

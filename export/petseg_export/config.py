@@ -1,16 +1,19 @@
 """What may be asked of an export: one frozen config per format, so that a knob which does not apply cannot be passed.
 
-Light on purpose: a request is put together and checked before torch is imported.
+Light on purpose: a request is put together and checked before torch is imported. Every value that cannot be is a
+:class:`petseg_runtime.errors.UsageError`.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from petseg_runtime.errors import DataError, ModelError
+from petseg_runtime.errors import UsageError
 from petseg_runtime.spec import PRECISIONS, STRIDE
 
 __all__ = [
@@ -21,6 +24,9 @@ __all__ = [
     "TensorRTConfig",
     "TensorRTRTXConfig",
 ]
+
+_METHODS: Final = ("minmax", "percentile", "entropy")
+_CAPABILITY: Final = re.compile(r"\d+\.\d", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +39,13 @@ class QuantizeConfig:
         methods: Ways to choose the ranges of activations, of ``minmax``, ``percentile`` and ``entropy``; the one that
             loses least IoU is kept.
         photos: Training photos to calibrate on.
-        judges: At least this many labelled photos of the validation part judge it.
+        judges: The validation part must have at least so many labelled photos; all of them judge.
         seed: Of the choice of the calibration photos.
     """
 
     data: Path | None = None
     budget: float = 0.5
-    methods: tuple[str, ...] = ("minmax", "percentile", "entropy")
+    methods: tuple[str, ...] = _METHODS
     photos: int = 64
     judges: int = 100
     seed: int = 0
@@ -48,15 +54,15 @@ class QuantizeConfig:
         """Check every field.
 
         Raises:
-            DataError: One of them makes no sense.
+            UsageError: One of them makes no sense.
         """
         if not (math.isfinite(self.budget) and self.budget >= 0):
-            raise DataError(f"the budget of int8 is {self.budget}; a number of IoU points, 0 or more, is expected")
-        known = ("minmax", "percentile", "entropy")
-        if not self.methods or (odd := set(self.methods) - set(known)):
-            raise DataError(f"calibration methods {sorted(odd) if self.methods else 'none'}; there are {known}")
-        if self.photos < 1 or self.judges < 1:
-            raise DataError(f"int8 on {self.photos} calibration photos, judged on {self.judges}: 1 or more of each")
+            raise UsageError(f"the budget of int8 is {self.budget}; a number of IoU points, 0 or more, is expected")
+        if not self.methods or (odd := set(self.methods) - set(_METHODS)):
+            given = ", ".join(sorted(odd)) if self.methods else "none"
+            raise UsageError(f"calibration methods: {given}; there are {', '.join(_METHODS)}")
+        _check_count("the number of calibration photos of int8", self.photos)
+        _check_count("the number of photos that judge int8", self.judges)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +82,9 @@ class ExportConfig:
         photos: At most so many photos in the parity test.
         seed: Of the choice of those photos.
         backends: Engines of the parity test; ``auto`` is the one that would run the file here.
+        device: What they run on: ``cpu``, ``cuda``, ``cuda:N``, ``intel-gpu``, ``intel-gpu:N`` or ``auto``. A TensorRT
+            engine is built for the GPU that it names.
+        threads: CPU threads of these engines; None: as many as this process may use.
         quantize: How int8 is chosen.
         notes: Kept in the file's provenance as they are (measured metrics, for example). JSON values.
     """
@@ -92,27 +101,35 @@ class ExportConfig:
     photos: int = 200
     seed: int = 0
     backends: tuple[str, ...] = ("auto",)
+    device: str = "auto"
+    threads: int | None = None
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     notes: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """Check what can be checked without a checkpoint.
+        """Check what can be checked without a checkpoint and without numpy.
 
         Raises:
-            ModelError: No such precision, or a size or batch that the network does not take.
-            DataError: int8 without data, or no photos.
+            UsageError: A value that cannot be, or that the network does not take.
         """
         if self.precision not in PRECISIONS:
-            raise ModelError(f"precision is {self.precision!r}; there are {', '.join(PRECISIONS)}")
-        for name, value in (("height", self.height), ("width", self.width)):
-            if value is not None and (value < STRIDE or value % STRIDE):
-                raise ModelError(f"model {name} is {value}; it must be a positive multiple of {STRIDE}")
-        if self.batch < 0:
-            raise ModelError(f"batch is {self.batch}; a number of photos is expected, or 0 for any")
-        if self.photos < 1 or not self.backends:
-            raise DataError("a parity test needs at least one photo and one engine")
+            raise UsageError(f"precision is {self.precision!r}; there are {', '.join(PRECISIONS)}")
+        for name, size in (("height", self.height), ("width", self.width)):
+            if size is not None:
+                _check_size(name, size)
+        if not isinstance(self.dynamic_size, bool):
+            raise UsageError(f"dynamic_size is {self.dynamic_size!r}; True or False is expected")
+        if not _is_count(self.batch, 0):
+            raise UsageError(f"batch is {self.batch!r}; a number of photos is expected, or 0 for any")
+        _check_count("the number of photos of the parity test", self.photos)
+        if self.threads is not None:
+            _check_count("threads", self.threads)
+        if isinstance(self.backends, str) or not self.backends:
+            raise UsageError(f"backends is {self.backends!r}; a tuple of at least one engine is expected")
         if self.split not in ("val", "test"):
-            raise DataError(f"split is {self.split!r}; val or test is expected")
+            raise UsageError(f"split is {self.split!r}; val or test is expected")
+        if self.notes is not None:
+            _check_notes(self.notes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,31 +155,39 @@ class OpenVINOConfig(CompiledConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorRTConfig(CompiledConfig):
-    """A TensorRT engine, for the GPU and the library it is built with.
+class EngineConfig(CompiledConfig):
+    """What TensorRT and TensorRT for RTX both take.
 
     Attributes:
         max_batch: Largest batch of a graph that takes any.
         max_size: Largest height and width of a graph that takes any; None: twice the specification's.
-        timing_cache: File in which TensorRT keeps what it measured, to build faster the next time; None: one in the
-            user's cache folder. TensorRT for RTX measures nothing, and has none.
     """
 
     max_batch: int = 8
     max_size: tuple[int, int] | None = None
-    timing_cache: Path | None = None
 
     def __post_init__(self) -> None:
         """See :class:`ExportConfig`."""
         super().__post_init__()
-        if self.max_batch < 1:
-            raise ModelError(f"max_batch is {self.max_batch}; it must be 1 or more")
-        if self.max_size and any(value < STRIDE or value % STRIDE for value in self.max_size):
-            raise ModelError(f"max_size is {self.max_size}; both must be positive multiples of {STRIDE}")
+        _check_count("max_batch", self.max_batch)
+        if self.max_size is not None and not (len(self.max_size) == 2 and all(map(_is_size, self.max_size))):
+            raise UsageError(f"max_size is {self.max_size}; two positive multiples of {STRIDE} are expected")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorRTRTXConfig(TensorRTConfig):
+class TensorRTConfig(EngineConfig):
+    """A TensorRT engine, for the GPU and the library it is built with.
+
+    Attributes:
+        timing_cache: File in which TensorRT keeps what it measured, to build faster the next time; None: one in the
+            user's cache folder.
+    """
+
+    timing_cache: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRTRTXConfig(EngineConfig):
     """A TensorRT for RTX engine; it is finished on the device, and needs no GPU to be built.
 
     Attributes:
@@ -171,3 +196,38 @@ class TensorRTRTXConfig(TensorRTConfig):
     """
 
     compute_capabilities: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """See :class:`ExportConfig`."""
+        super().__post_init__()
+        for capability in self.compute_capabilities:
+            if not _CAPABILITY.fullmatch(capability):
+                raise UsageError(f"compute capability {capability!r}: one such as 8.9 is expected")
+
+
+def _is_count(value: object, least: int = 1) -> bool:
+    """Whether it is a whole number, and not too small. True and False are integers, too, and no numbers."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and value >= STRIDE and value % STRIDE == 0
+
+
+def _check_count(name: str, value: object) -> None:
+    if not _is_count(value):
+        raise UsageError(f"{name} is {value!r}; a whole number, 1 or more, is expected")
+
+
+def _check_size(name: str, value: object) -> None:
+    if not _is_size(value):
+        raise UsageError(f"{name} is {value!r}; it must be a positive multiple of {STRIDE}")
+
+
+def _check_notes(notes: object) -> None:
+    if not isinstance(notes, dict):
+        raise UsageError(f"notes are {type(notes).__name__}; a dict of JSON values is expected")
+    try:
+        json.dumps(notes, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"notes are no JSON: {error}") from error

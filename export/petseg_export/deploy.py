@@ -68,14 +68,14 @@ class TypedConv(nn.Module):
 
 
 def activation_peaks(model: AttentionUNet, images: Iterable[npt.NDArray[np.uint8]]) -> dict[str, float]:
-    """The largest absolute value in, around and behind each convolution, over some photos: what float16 must hold.
+    """The largest absolute value that float16 would have to hold in each convolution, over some photos.
 
     Args:
         model: The network, float32.
         images: uint8 [H, W, 3] each.
 
     Returns:
-        By the convolution's name in the network, in its order: the largest of input, weights, bias and output.
+        The largest of input, weights, bias and output, by the convolution's name in the network, in its order.
     """
     deployed = DeployedUNet(model)
     peaks = {

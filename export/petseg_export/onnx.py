@@ -22,7 +22,7 @@ from petseg_export.config import ExportConfig
 from petseg_export.deploy import DeployedUNet
 from petseg_runtime import __version__
 from petseg_runtime.artifact import INPUT, OUTPUT, PROVENANCE_KEY
-from petseg_runtime.errors import CheckpointError, DataError, ModelError
+from petseg_runtime.errors import CheckpointError, ModelError, UsageError
 from petseg_runtime.spec import SPEC_KEY, STRIDE, ModelSpec
 
 __all__ = ["OPSET", "Session", "graph_bytes", "metadata_of", "scan", "spec_of"]
@@ -99,7 +99,7 @@ def metadata_of(name: str, loaded: checkpoint.Checkpoint, spec: ModelSpec, confi
 
     Raises:
         CheckpointError: What the checkpoint says of its training is damaged.
-        DataError: The notes would replace what the provenance says by itself.
+        UsageError: The notes would replace what the provenance says by itself.
     """
     meta = loaded.meta
     try:
@@ -119,7 +119,7 @@ def metadata_of(name: str, loaded: checkpoint.Checkpoint, spec: ModelSpec, confi
     }
     notes = config.notes or {}
     if taken := sorted(own.keys() & notes.keys()):
-        raise DataError(f"the notes may not replace what the file says of itself: {', '.join(taken)}")
+        raise UsageError(f"the notes may not replace what the file says of itself: {', '.join(taken)}")
     return {SPEC_KEY: spec.to_json(), PROVENANCE_KEY: json.dumps({**own, **notes})}
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import openvino
 
-from petseg_export.config import ExportConfig
+from petseg_export.config import OpenVINOConfig
+from petseg_export.registry import Watch
 from petseg_runtime.artifact import Artifact
 from petseg_runtime.engines.base import one_line
 from petseg_runtime.errors import ModelError
@@ -17,16 +17,15 @@ from petseg_runtime.errors import ModelError
 __all__ = ["compile_openvino"]
 
 
-def compile_openvino(
-    onnx: Artifact, output: Path, config: ExportConfig, watch: Callable[[str, int, int], None] | None = None
-) -> dict[str, Any]:
-    """Write the IR of an ONNX file. fp16 is how the weights are stored; the device computes in what it prefers.
+def compile_openvino(onnx: Artifact, output: Path, config: OpenVINOConfig, _: Watch, /) -> dict[str, Any]:
+    """Write the IR of an ONNX file: a :class:`petseg_export.registry.Compiler`, with no progress to tell of.
+
+    fp16 is how the weights are stored; the device computes in what it prefers.
 
     Args:
         onnx: The ONNX file.
         output: The ``.xml``; the ``.bin`` goes beside it.
-        config: Its precision; an IR is the same for every device.
-        watch: Unused: it takes a moment.
+        config: For its precision; an IR is the same for every device.
 
     Returns:
         What the IR was made with and needs; JSON values.

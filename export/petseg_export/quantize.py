@@ -34,6 +34,7 @@ from onnx import ModelProto, NodeProto, TensorProto, checker, helper, numpy_help
 from petseg_export.config import QuantizeConfig
 from petseg_export.onnx import Session
 from petseg_export.parity import Photos
+from petseg_export.registry import Watch
 from petseg_runtime.artifact import OUTPUT
 from petseg_runtime.errors import DataError, ModelError, ParityTolerance
 
@@ -44,8 +45,6 @@ I8: TypeAlias = npt.NDArray[np.int8]
 F32: TypeAlias = npt.NDArray[np.float32]
 #: IoU in [0, 1] of a serialised graph on labelled photos.
 Judge: TypeAlias = Callable[[bytes], float]
-#: Called with what is being done, how far it is, and of how much (0: not known).
-Watch: TypeAlias = Callable[[str, int, int], None]
 
 #: The largest int8 of an activation's symmetric scale; -128 is not used.
 LARGEST: Final = 127

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeAlias
 
 from petseg_export.config import (
     CompiledConfig,
+    EngineConfig,
     ExportConfig,
     OnnxConfig,
     OpenVINOConfig,
@@ -16,12 +18,34 @@ from petseg_export.config import (
     TensorRTConfig,
     TensorRTRTXConfig,
 )
-from petseg_runtime.engines.registry import ENGINES, RULE
+from petseg_runtime.artifact import Artifact
+from petseg_runtime.engines.base import Device
+from petseg_runtime.engines.registry import ENGINES, RULE, Choice
 from petseg_runtime.engines.tensorrt_library import bindings
-from petseg_runtime.errors import DataError, EngineError, EngineMissing, MissingExtra, ModelError, UsageError
+from petseg_runtime.errors import EngineError, EngineMissing, MissingExtra, UsageError
 from petseg_runtime.host import nvidia_gpus
 
-__all__ = ["FORMATS", "Format", "Needs", "check", "format_of", "why_not"]
+__all__ = ["FORMATS", "Compiler", "Format", "Needs", "Watch", "check", "check_limits", "format_of", "why_not"]
+
+#: Called with what is being done, how far it is, and of how much (0: not known).
+Watch: TypeAlias = Callable[[str, int, int], None]
+
+
+class Compiler(Protocol):
+    """Makes a format's file from ONNX."""
+
+    def __call__(self, onnx: Artifact, output: Path, config: Any, watch: Watch, /) -> dict[str, Any]:
+        """Write ``output``, and what belongs to it beside it.
+
+        Args:
+            onnx: The ONNX file.
+            output: The file to write.
+            config: The format's own config.
+            watch: Told about progress.
+
+        Returns:
+            What the file was made with and needs on a device; JSON values.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +68,7 @@ class Format:
         needs: Packages that build it, beside torch and onnx.
         gpu: Whether it is built on an NVIDIA GPU.
         cuda: Whether what runs it on one needs cuda-bindings, which a system's own TensorRT does not bring.
-        compiler: ``module:function`` that makes it from ONNX; None for ONNX itself.
+        compiler: ``module:function`` of its :class:`Compiler`; None for ONNX itself.
         sources: The precision of the ONNX it is compiled from, where that is not its own.
         proven: Where we have run such files.
     """
@@ -94,7 +118,7 @@ FORMATS: Final = {
         config=TensorRTRTXConfig,
         needs=(Needs(module="tensorrt_rtx", extra="rtx"),),
         cuda=True,
-        compiler="petseg_export.tensorrt:compile_tensorrt",
+        compiler="petseg_export.tensorrt:compile_tensorrt_rtx",
         proven="built in our tests, never run by us",
     ),
 }
@@ -137,23 +161,24 @@ def check(config: ExportConfig) -> None:
     Raises:
         MissingExtra: A package that is needed is not installed.
         EngineError: A GPU that is needed is not there; EngineMissing: no engine for the parity test.
-        ModelError: The format does not come in that precision, or an option fights the ONNX file that was given.
-        DataError: int8 without labelled data.
-        UsageError: A setting has nothing to act on.
+        UsageError: The format has another suffix, or does not come in that precision; int8 has no data; a setting has
+            nothing to act on.
     """
     name, form = format_of(config)
     _check_applies(config)
+    if config.output is not None and config.output.suffix != form.suffix:
+        raise UsageError(f"{config.output}: {name} files end in {form.suffix}; another --format has another suffix")
     if config.precision not in form.precisions:
-        raise ModelError(f"{name} comes in {', '.join(form.precisions)}, not in {config.precision}")
+        raise UsageError(f"{name} comes in {', '.join(form.precisions)}, not in {config.precision}")
     if error := why_not(form):
         raise type(error)(f"{name}: {error}")
     if config.precision == "int8" and not (isinstance(config, CompiledConfig) and config.onnx):
         if (config.quantize.data or config.data) is None:
-            raise DataError("int8 is calibrated and judged on labelled photos: give a folder of them with --data")
+            raise UsageError("int8 is calibrated and judged on labelled photos: give a folder of them with --data")
         if importlib.util.find_spec("onnxruntime") is None:
             raise MissingExtra("int8 is calibrated in onnxruntime, which is not installed: pip install 'petseg[cpu]'")
     for backend in config.backends:
-        _check_backend(name, backend)
+        _check_engine(name, backend, config.device)
 
 
 def _check_applies(config: ExportConfig) -> None:
@@ -164,22 +189,55 @@ def _check_applies(config: ExportConfig) -> None:
         raise UsageError(f"settings of int8 (--int8-...) are of an export that makes int8, and {made}")
     if config.split != ExportConfig().split and config.data is None:
         raise UsageError(f"split {config.split} is of labelled photos: give their folder with --data")
-    if not isinstance(config, TensorRTConfig) or given:
+    if not isinstance(config, EngineConfig) or given:
         return
-    if config.batch and config.max_batch != TensorRTConfig().max_batch:
-        raise UsageError(f"max_batch is of a graph that takes any batch, and this one takes {config.batch}")
-    if config.max_size and not config.dynamic_size:
+    check_limits(config, batch=config.batch, dynamic_size=config.dynamic_size)
+
+
+def check_limits(config: EngineConfig, *, batch: int, dynamic_size: bool) -> None:
+    """Refuse limits of what a graph takes where it takes one thing only.
+
+    Args:
+        config: Has ``max_batch`` and ``max_size``.
+        batch: Of the graph; 0: any.
+        dynamic_size: Of the graph.
+
+    Raises:
+        UsageError: Names the limit.
+    """
+    if batch and config.max_batch != EngineConfig().max_batch:
+        raise UsageError(f"max_batch is of a graph that takes any batch, and this one takes {batch}")
+    if config.max_size and not dynamic_size:
         raise UsageError("max_size is of a graph that takes any size: ask for that with --dynamic-size")
 
 
-def _check_backend(name: str, backend: str) -> None:
-    """Refuse an engine that cannot run the parity test of a format."""
-    able = {engine: entry for engine, entry in ENGINES.items() if name in entry.formats}
-    if backend != "auto" and backend not in able:
-        raise EngineError(f"{name}: {backend!r} is no engine that runs such files; there are: auto, {', '.join(able)}")
+def _check_engine(name: str, backend: str, device: str) -> None:
+    """Refuse an engine, or a device, that the parity test of a format cannot be run in."""
+    lines, gpu = _lines(name, backend, device), nvidia_gpus() > 0
     # `auto` compiles nothing for a GPU that is not there.
-    here = {line.engine for line in RULE if line.kind == "cpu" or nvidia_gpus()}
-    entries = [entry for engine, entry in able.items() if backend in ("auto", engine) and engine in here | {backend}]
+    here = [line for line in lines if device != "auto" or line.kind == "cpu" or gpu] or lines
+    entries = {line.engine: ENGINES[line.engine] for line in here}.values()
     if name in ("onnx", "openvino") and not any(importlib.util.find_spec(entry.module) for entry in entries):
         remedies = " or ".join(f"pip install 'petseg[{entry.extra}]'" for entry in entries)
         raise EngineMissing(f"{name}: the parity test needs an engine that runs such files: {remedies}")
+
+
+def _lines(name: str, backend: str, device: str) -> list[Choice]:
+    """What `auto` may take to run a format's files, as far as an engine and a device that are asked for leave it.
+
+    Raises:
+        EngineError: Nothing, or the device is not there.
+    """
+    able = [engine for engine, entry in ENGINES.items() if name in entry.formats]
+    if backend != "auto" and backend not in able:
+        raise EngineError(f"{name}: {backend!r} is no engine that runs such files; there are: auto, {', '.join(able)}")
+    lines = [line for line in RULE if line.engine in able and backend in ("auto", line.engine)]
+    if device == "auto":
+        return lines
+    wanted = Device.parse(device)
+    fitting = [line for line in lines if line.kind == wanted.kind]
+    if not fitting:
+        raise EngineError(f"{name}: nothing runs such files on {wanted}; there are: {'; '.join(map(str, lines))}")
+    if wanted.kind == "cuda" and not nvidia_gpus():
+        raise EngineError(f"{name}: {wanted} cannot be had: this machine shows no NVIDIA GPU")
+    return fitting

@@ -1,51 +1,66 @@
-"""An ONNX file as a TensorRT engine; what builds it is the runtime's, which compiles at first use with it as well."""
+"""An ONNX file as a TensorRT engine. The builder is the runtime's, which uses it to compile at first use, too."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 from petseg_export.config import TensorRTConfig, TensorRTRTXConfig
+from petseg_export.registry import Watch
 from petseg_runtime.artifact import Artifact
-from petseg_runtime.engines import tensorrt_build
-from petseg_runtime.engines.tensorrt_build import Profile, Watch
-from petseg_runtime.engines.tensorrt_library import RTX, TRT
-from petseg_runtime.spec import ModelSpec
+from petseg_runtime.engines.base import Device
+from petseg_runtime.engines.tensorrt_build import build, profile_of, timings_slot
+from petseg_runtime.engines.tensorrt_library import CUDART, RTX, TRT, imported
+from petseg_runtime.errors import EngineError
 
-__all__ = ["compile_tensorrt", "profile_of"]
+__all__ = ["compile_tensorrt", "compile_tensorrt_rtx"]
 
 
-def compile_tensorrt(
-    onnx: Artifact, output: Path, config: TensorRTConfig, watch: Watch | None = None
-) -> dict[str, Any]:
-    """Write the engine of an ONNX file.
-
-    Args:
-        onnx: The ONNX file.
-        output: The engine.
-        config: Its class decides between TensorRT and TensorRT for RTX.
-        watch: Told about progress.
+def compile_tensorrt(onnx: Artifact, output: Path, config: TensorRTConfig, watch: Watch, /) -> dict[str, Any]:
+    """Write a TensorRT engine, for the GPU that the config names: a :class:`petseg_export.registry.Compiler`.
 
     Returns:
-        :attr:`Built.record`; JSON values.
+        :attr:`petseg_runtime.engines.tensorrt_build.Built.record`; JSON values.
 
     Raises:
         EngineMissing: As for :func:`petseg_runtime.engines.tensorrt_build.build`; likewise EngineError and ModelError.
     """
-    rtx = isinstance(config, TensorRTRTXConfig)
-    built = tensorrt_build.build(
+    gpu = 0 if config.device == "auto" else Device.parse(config.device).index
+    built = build(
         onnx.path.read_bytes(),
-        profile_of(onnx.spec, config),
-        library=RTX if rtx else TRT,
-        # Touching it in the library for RTX, where it does nothing, is a deprecation warning.
-        timing_cache=config.timing_cache or (None if rtx else tensorrt_build.timings_slot()),
+        profile_of(onnx.spec, config.max_batch, config.max_size),
+        library=TRT,
+        timing_cache=config.timing_cache or timings_slot(gpu),
         watch=watch,
-        compute_capabilities=config.compute_capabilities if isinstance(config, TensorRTRTXConfig) else (),
+        device=gpu,
+        activate=functools.partial(_activate, gpu),
     )
     output.write_bytes(built.engine)
     return built.record
 
 
-def profile_of(spec: ModelSpec, config: TensorRTConfig) -> Profile | None:
-    """The shapes that an engine is built for; None for a graph without free dimensions."""
-    return tensorrt_build.profile_of(spec, config.max_batch, config.max_size)
+def compile_tensorrt_rtx(onnx: Artifact, output: Path, config: TensorRTRTXConfig, watch: Watch, /) -> dict[str, Any]:
+    """The same for TensorRT for RTX, which needs no GPU."""
+    built = build(
+        onnx.path.read_bytes(),
+        profile_of(onnx.spec, config.max_batch, config.max_size),
+        library=RTX,
+        watch=watch,
+        compute_capabilities=config.compute_capabilities,
+    )
+    output.write_bytes(built.engine)
+    return built.record
+
+
+def _activate(gpu: int) -> None:
+    """Make a GPU the current one of the thread that calls it.
+
+    Raises:
+        EngineMissing: cuda-bindings is not installed.
+        EngineError: CUDA has no such GPU.
+    """
+    cudart = imported(CUDART, TRT)
+    (status,) = cudart.cudaSetDevice(gpu)
+    if status != cudart.cudaError_t.cudaSuccess:
+        raise EngineError(f"cuda:{gpu} cannot be used to build an engine ({status.name})")

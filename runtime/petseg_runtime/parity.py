@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -23,7 +23,7 @@ from petseg_runtime.artifact import Artifact
 from petseg_runtime.engines.base import EngineInfo, one_line
 from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.errors import ModelError, ParityShapes, ParityTolerance
-from petseg_runtime.spec import ModelSpec
+from petseg_runtime.spec import ModelSpec, lowest_pet
 
 __all__ = [
     "MAX_PROOF",
@@ -55,8 +55,8 @@ SMOKE: Final = 16
 #: Photos that a model which takes any number of them is run on together.
 FEW: Final = 3
 
-#: Bytes that a proof may take in memory, and its text: as objects, it takes twenty times as many. A file that claims
-#: more is refused unread.
+#: Bytes that a proof may take in memory, and of these its text, which takes twenty times as many once it is objects. A
+#: file that claims more is refused unread.
 MAX_PROOF: Final = 2**30
 MAX_ABOUT: Final = 2**20
 
@@ -84,8 +84,8 @@ class Tolerance:
     task_loss: float | None = None
 
 
-#: The smallest IoU is no measure of a precision: of a photo with a small pet, or none, it is low soon. Its limit is
-#: there for what goes wrong in one photo alone.
+#: The smallest IoU says little of a precision: in a photo with a small pet, or none, a few pixels make it low. Its
+#: limit is there for what goes wrong in one photo alone.
 _HALF: Final = Tolerance(p99_difference=4, min_mask_iou=0.85, mean_mask_iou=0.995, mean_cutout_iou=0.995)
 
 #: By the precision that was really computed in, from the finest down.
@@ -100,7 +100,7 @@ TOLERANCES: Final = {
 
 
 def tolerance_for(stored: str, computed: str) -> Tolerance:
-    """What is allowed: the row of the coarser of what the file is stored in and what the engine computes in."""
+    """What is allowed: the tolerance of the coarser of what the file is stored in and what the engine computes in."""
     order = list(TOLERANCES)
     return TOLERANCES[max("f32" if stored == "fp32" else stored, computed, key=order.index)]
 
@@ -219,8 +219,8 @@ class Comparison:
         task: IoU on the labels, where there are any: ``photos``, ``reference``, ``this``, ``loss`` in points.
         tolerance: What was allowed.
         failures: What was not as it should be; empty if it passed.
-        batch: So many photos were run at a time, too, within the same tolerance; 1: none but one by one, from which
-            all numbers are.
+        batch: How many photos were run at a time as well, within the same tolerance; 1: only one by one. All numbers
+            are of the runs one by one.
         notes: How the engine came about; see :class:`petseg_runtime.engines.base.EngineInfo`.
     """
 
@@ -269,8 +269,8 @@ class Receipt:
 
     Attributes:
         identity: Of the ONNX graph that it certifies; see :attr:`petseg_runtime.artifact.Artifact.identity`.
-        proof: :attr:`Proof.identity` of what travels beside the file, for `petseg verify`; of a receipt of such a
-            verification, of what it was held against.
+        proof: :attr:`Proof.identity` of what travels beside the file, for `petseg verify`; in a receipt of such a
+            verification, of what the file was held against.
         photos: How many photos were compared.
         photos_sha256: Digest over their pixels as the model saw them, in order.
         names: Of these photos.
@@ -362,8 +362,8 @@ def compare(
 ) -> Comparison:
     """Run a model on every photo of a proof, one by one, and measure how far it is from the reference.
 
-    Where the engine gains from batches, which photos and videos are then run in, the first photos are run once more as
-    such a batch, and so are three, of a model that takes any number: each must get what it got alone.
+    If the engine gains from batches, the first photos are run once more as one of them; otherwise, if the model takes
+    any number of photos, three are. Each must get what it got alone.
 
     Args:
         run: The model, in the engine that will run it.
@@ -374,8 +374,8 @@ def compare(
             :attr:`Comparison.task`.
         watch: Called with the number of photos done so far.
         budget: The loss of IoU that is allowed instead of the tolerance's own, where that limits it.
-        also: A few photos at another size, for a model that takes any. Of such, and of a batch, the differences of
-            probabilities count, within the same tolerance; IoUs are of many photos.
+        also: A few photos at another size, for a model that takes any. Of these, as of a batch, only the differences
+            of probabilities are held to the tolerance: they are too few for IoUs.
 
     Raises:
         ParityShapes: An output's shape or type is not the contract's.
@@ -421,7 +421,7 @@ def measure(
     device: str = "auto",
     also: Proof | None = None,
 ) -> tuple[Comparison, ...]:
-    """The rows of one engine: in float32 where the file is float32, and in what the engine chooses if left alone.
+    """The rows of one engine: one as it computes if left alone; before it, if that narrows float32, one that does not.
 
     Args:
         artifact: The file.
@@ -429,7 +429,7 @@ def measure(
         backend: The engine, or ``auto``.
         threads: CPU threads; None: as many as this process may use.
         task: See :func:`compare`.
-        watch: Called with the number of photos done so far, from 1 in each row.
+        watch: Called with the number of photos done so far, from 1 for each row.
         budget: See :func:`compare`.
         device: What it runs on, or ``auto``.
         also: See :func:`compare`.
@@ -438,13 +438,17 @@ def measure(
         EngineError: The engine cannot be had, or cannot load or run the file.
         ParityShapes: An output's shape or type is not the contract's.
     """
-    rows: dict[EngineInfo, Comparison] = {}
-    for exact in (True, False):
+
+    def row(exact: bool) -> tuple[EngineInfo, Comparison]:
         with load_engine(artifact, backend, threads, device=device, exact=exact) as engine:
             info = engine.describe()
-            if info not in rows:
-                rows[info] = compare(engine.run, info, proof, artifact.spec, task, watch, budget, also)
-    return tuple(rows.values())
+            return info, compare(engine.run, info, proof, artifact.spec, task, watch, budget, also)
+
+    info, left_alone = row(exact=False)
+    if not info.narrowed:  # a second load would be the same again, and in TensorRT it takes its time
+        return (left_alone,)
+    _, exact = row(exact=True)
+    return exact, left_alone
 
 
 def require(receipt: Receipt) -> None:
@@ -470,26 +474,17 @@ def _judged(
     proof: Proof, answers: U8, spec: ModelSpec, allowed: Tolerance, task: Callable[[U8], dict[str, Any]] | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """What is measured of the answers to a proof's photos (:class:`Comparison`), and what exceeds its tolerance."""
-    counts = np.zeros(256, np.int64)  # how often each difference occurs
-    largest = []
-    for expected, got in zip(proof.expected, answers, strict=True):
-        difference = np.abs(got.astype(np.int16) - expected)
-        counts += np.bincount(difference.ravel(), minlength=256)
-        largest.append(int(difference.max()))
     ious = _ious(proof.expected, answers, spec.threshold)
-    worst = _worst(proof, answers, int(np.argmax(largest)))
     measured: dict[str, Any] = {
-        "max_difference": max(largest),
-        "mean_difference": float((np.arange(256) * counts).sum() / counts.sum()),
-        "p99_difference": int(np.searchsorted(counts.cumsum(), 0.99 * counts.sum())),
+        **_differences(proof.expected, answers),
         "min_mask_iou": min(ious),
         "mean_mask_iou": float(np.mean(ious)),
         "mean_cutout_iou": float(np.mean(_ious(proof.expected, answers, spec.cutout_threshold))),
         "registration": _registration(proof.expected, answers),
-        "worst": worst,
+        "worst": _worst(proof, answers),
         "task": task(answers) if task else None,
     }
-    return measured, list(_failures(measured, allowed, worst, proof.names[int(np.argmin(ious))]))
+    return measured, list(_failures(measured, allowed, proof.names[int(np.argmin(ious))]))
 
 
 def _too_far(expected: U8, got: U8, allowed: Tolerance) -> list[str]:
@@ -499,29 +494,47 @@ def _too_far(expected: U8, got: U8, allowed: Tolerance) -> list[str]:
         ParityShapes: The answers are not even of one shape.
     """
     _check_output(got, expected)
-    differences = np.abs(got.astype(np.int16) - expected)
-    return [
-        f"{what} {found:.4g}/255, allowed {limit}/255"
-        for what, found, limit in (
-            ("largest difference", differences.max(), allowed.max_difference),
-            ("mean difference", differences.mean(), allowed.mean_difference),
-            ("99th percentile of the differences", np.percentile(differences, 99), allowed.p99_difference),
-        )
-        if limit is not None and found > limit
-    ]
+    return [text for _, text in _exceeded(_differences(expected, got), allowed)]
 
 
-def _failures(measured: dict[str, Any], allowed: Tolerance, worst: dict[str, Any], name: str) -> Iterable[str]:
-    """What exceeds its tolerance, each with the numbers and the place."""
-    place = f"{worst['photo']} at y {worst['y']}, x {worst['x']}: {worst['got']} instead of {worst['expected']}"
-    for field, text, where in (
-        ("max_difference", "largest difference", f" ({place})"),
-        ("mean_difference", "mean difference", f" (largest in {place})"),
-        ("p99_difference", "99th percentile of the differences", f" (largest in {place})"),
+def _differences(expected: U8, got: U8) -> dict[str, Any]:
+    """The numbers of a :class:`Comparison` that are of differences alone, over all pixels of uint8 [N, H, W]."""
+    counts = np.zeros(256, np.int64)  # how often each difference occurs
+    for one, other in zip(expected, got, strict=True):
+        counts += np.bincount(_apart(one, other).ravel(), minlength=256)
+    total = counts.sum()
+    return {
+        "max_difference": int(np.flatnonzero(counts)[-1]),
+        "mean_difference": float((np.arange(256) * counts).sum() / total),
+        # The smallest that 99 of 100 pixels do not exceed, in integers: 0.99 is no number in binary.
+        "p99_difference": int(np.searchsorted(100 * counts.cumsum(), 99 * total)),
+    }
+
+
+def _apart(expected: U8, got: U8) -> npt.NDArray[np.int16]:
+    """How far probabilities are apart, in steps of 1/255."""
+    apart: npt.NDArray[np.int16] = np.abs(got.astype(np.int16) - expected)
+    return apart
+
+
+def _exceeded(measured: dict[str, Any], allowed: Tolerance) -> Iterator[tuple[str, str]]:
+    """The differences that exceed their tolerance: the field of each, and what is to be said of it."""
+    for field, text in (
+        ("max_difference", "largest difference"),
+        ("mean_difference", "mean difference"),
+        ("p99_difference", "99th percentile of the differences"),
     ):
         limit = getattr(allowed, field)
         if limit is not None and measured[field] > limit:
-            yield f"{text} {measured[field]:.4g}/255, allowed {limit}/255{where}"
+            yield field, f"{text} {measured[field]:.4g}/255, allowed {limit}/255"
+
+
+def _failures(measured: dict[str, Any], allowed: Tolerance, name: str) -> Iterator[str]:
+    """What exceeds its tolerance, each with the numbers and the place; ``name`` is the photo of the smallest IoU."""
+    worst = measured["worst"]
+    place = f"{worst['photo']} at y {worst['y']}, x {worst['x']}: {worst['got']} instead of {worst['expected']}"
+    for field, text in _exceeded(measured, allowed):
+        yield f"{text} ({place})" if field == "max_difference" else f"{text} (largest in {place})"
     for field, text, where in (
         ("min_mask_iou", "smallest mask IoU", f" ({name})"),
         ("mean_mask_iou", "mean mask IoU", f" (smallest in {name})"),
@@ -533,13 +546,20 @@ def _failures(measured: dict[str, Any], allowed: Tolerance, worst: dict[str, Any
     task = measured["task"]
     if task and allowed.task_loss is not None and not task["loss"] <= allowed.task_loss:
         yield f"IoU on {task['photos']} labelled photos falls by {task['loss']:.2f} points, allowed {allowed.task_loss}"
-    aligned, *moved = measured["registration"].items()
-    if better := [where for where, difference in moved if not difference > aligned[1]]:
-        yield (
-            f"not aligned: moved by (dy, dx) = ({better[0]}) it agrees no worse than as it is "
-            f"({dict(moved)[better[0]]:.3f}/255 against {aligned[1]:.3f}/255 mean difference); if "
-            "that is 0, the photos show the model nothing"
-        )
+    yield from _misaligned(measured["registration"])
+
+
+def _misaligned(registration: dict[str, float]) -> Iterator[str]:
+    """What to say where the result agrees no worse if it is moved by a pixel."""
+    (_, as_it_is), *moved = registration.items()
+    for where, difference in moved:
+        if not difference > as_it_is:
+            yield (
+                f"not aligned: moved by (dy, dx) = ({where}) it agrees no worse than as it is "
+                f"({difference:.3f}/255 against {as_it_is:.3f}/255 mean difference); if "
+                "that is 0, the photos show the model nothing"
+            )
+            return
 
 
 def _registration(expected: U8, got: U8) -> dict[str, float]:
@@ -552,9 +572,12 @@ def _registration(expected: U8, got: U8) -> dict[str, float]:
     }
 
 
-def _worst(proof: Proof, answers: U8, index: int) -> dict[str, Any]:
+def _worst(proof: Proof, answers: U8) -> dict[str, Any]:
+    """See :class:`Comparison`; the first of several."""
+    largest = [int(_apart(*pair).max()) for pair in zip(proof.expected, answers, strict=True)]
+    index = int(np.argmax(largest))
     expected, got = proof.expected[index], answers[index]
-    y, x = np.unravel_index(int(np.abs(got.astype(np.int16) - expected).argmax()), got.shape)
+    y, x = np.unravel_index(int(_apart(expected, got).argmax()), got.shape)
     return {
         "photo": proof.names[index],
         "y": int(y),
@@ -573,7 +596,8 @@ def _check_output(got: U8, expected: U8) -> None:
 
 def _ious(expected: U8, got: U8, threshold: float) -> list[float]:
     """IoU of the two masks of each photo."""
-    return [mask_iou(a >= 255 * threshold, b >= 255 * threshold) for a, b in zip(expected, got, strict=True)]
+    lowest = lowest_pet(threshold)
+    return [mask_iou(a >= lowest, b >= lowest) for a, b in zip(expected, got, strict=True)]
 
 
 def mask_iou(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:

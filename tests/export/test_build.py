@@ -23,7 +23,9 @@ from petseg.data import Split, find
 from petseg.evaluate import evaluate, open_model, torch_run
 from petseg_export import ExportConfig, OnnxConfig, OpenVINOConfig, build, export
 from petseg_runtime import parity
-from petseg_runtime.artifact import open_artifact
+from petseg_runtime.artifact import Artifact, open_artifact
+from petseg_runtime.engines.base import Engine
+from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.errors import (
     CheckpointError,
     DataError,
@@ -36,6 +38,7 @@ from petseg_runtime.errors import (
     ParityTolerance,
     PetsegError,
     UnreadableImage,
+    UsageError,
 )
 from petseg_runtime.parity import Proof, Tolerance, load_proof, proof_of
 from petseg_runtime.verify import verify_artifact
@@ -153,6 +156,20 @@ def test_each_engine_that_is_asked_for_has_its_rows(beside: Path, oxford_root: P
     assert all(row.passed for row in rows)
 
 
+def test_the_parity_test_has_the_device_and_the_threads_that_are_asked_for(
+    beside: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def load(artifact: Artifact, backend: str, threads: int | None, *, device: str, exact: bool) -> Engine:
+        asked.append((backend, threads, device))
+        return load_engine(artifact, backend, threads, device=device, exact=exact)
+
+    monkeypatch.setattr(parity, "load_engine", load)
+    export(beside, OnnxConfig(photos=1, backends=("onnxruntime",), threads=3, device="cpu"))
+    assert asked == [("onnxruntime", 3, "cpu")], "loaded once: it computes float32 in nothing less"
+
+
 def test_progress_is_told_stage_by_stage(beside: Path, known_graph: None) -> None:
     told: list[tuple[str, int, int]] = []
     export(beside, OpenVINOConfig(photos=2), lambda *step: told.append(step))
@@ -196,9 +213,10 @@ def test_what_auto_would_run_has_a_row_beside_the_exact_one(beside: Path, oxford
     engine = pytest.importorskip("petseg_runtime.engines.openvino")
     with pytest.MonkeyPatch.context() as patch:  # undone before `any_cpu` of tests/conftest.py is
         patch.setattr(engine, "computes_in_less", lambda spec, options: not options.exact)
+        patch.setattr(engine, "_NAMES", {"f32": "bf16", "bf16": "bf16"})  # as on a CPU that has it
         exact, left_alone = export(beside, OnnxConfig(data=oxford_root / "images")).receipt.rows
     assert (exact.engine.split()[0], exact.precision) == ("onnxruntime", "f32")
-    assert left_alone.engine.split()[0] == "openvino"
+    assert (left_alone.engine.split()[0], left_alone.precision) == ("openvino", "bf16")
 
 
 def test_photos_without_labels_have_no_iou(exported: Any) -> None:
@@ -297,7 +315,7 @@ def test_a_header_that_makes_no_sense_is_one_line_that_names_the_file(
 def test_an_output_with_another_suffix_is_refused_at_once(
     config: type[ExportConfig], suffix: str, name: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(OutputError, match=f"{name}: .* files end in {suffix}"):
+    with pytest.raises(UsageError, match=f"{name}: .* files end in {suffix}"):
         export(tmp_path / "there_is_none.safetensors", config(output=tmp_path / name))
     assert not list(tmp_path.iterdir())
 
@@ -477,7 +495,7 @@ def test_a_graph_that_breaks_the_contract_is_a_parity_error(
 @pytest.mark.parametrize(
     ("config", "error"),
     [
-        (OnnxConfig(precision="int8"), DataError),
+        (OnnxConfig(precision="int8"), UsageError),
         (OnnxConfig(backends=("nonsense",)), EngineError),
         (OpenVINOConfig(backends=("onnxruntime",)), EngineError),
     ],
@@ -490,7 +508,7 @@ def test_a_request_that_cannot_be_met_is_refused_before_the_checkpoint_is_read(
 
 
 def test_notes_that_would_replace_what_the_file_says_of_itself_leave_nothing(beside: Path, known_graph: None) -> None:
-    with pytest.raises(DataError, match="checkpoint_sha256"):
+    with pytest.raises(UsageError, match="checkpoint_sha256"):
         export(beside, OnnxConfig(notes={"checkpoint_sha256": "0" * 64}))
     assert list(content(beside.parent)) == ["best.safetensors"]
 

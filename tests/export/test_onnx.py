@@ -26,7 +26,7 @@ from petseg_export.onnx import metadata_of, scan, spec_of
 from petseg_runtime import __version__, images
 from petseg_runtime.artifact import PROVENANCE_KEY, RECEIPT_KEY, open_artifact
 from petseg_runtime.engines.registry import load_engine
-from petseg_runtime.errors import CheckpointError, DataError, ParityTolerance, UsageError
+from petseg_runtime.errors import CheckpointError, ParityTolerance, UsageError
 from petseg_runtime.onnx_metadata import with_metadata
 from petseg_runtime.spec import SPEC_KEY
 
@@ -403,7 +403,7 @@ def test_a_checkpoint_that_tells_nonsense_of_its_training_is_refused(
 def test_what_petseg_itself_says_of_a_file_is_not_replaced_by_notes(checkpoint_file: Path, key: str) -> None:
     config = OnnxConfig(notes={key: "mine"})
     loaded = load(checkpoint_file)
-    with pytest.raises(DataError, match=key):
+    with pytest.raises(UsageError, match=key):
         metadata_of("small.safetensors", loaded, spec_of(loaded, config), config)
 
 

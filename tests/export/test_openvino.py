@@ -26,7 +26,7 @@ from petseg_export import OnnxConfig, OpenVINOConfig, export
 from petseg_export.openvino import compile_openvino
 from petseg_runtime.artifact import RECEIPT_KEY, open_artifact, sidecar_of
 from petseg_runtime.engines.registry import load_engine
-from petseg_runtime.errors import ModelError, OutputError, ParityTolerance
+from petseg_runtime.errors import ModelError, OutputError, ParityTolerance, PetsegError, UsageError
 from petseg_runtime.parity import Proof, load_proof, proof_of
 from petseg_runtime.verify import sidecar_of as verified_of
 from petseg_runtime.verify import verify_artifact
@@ -220,7 +220,7 @@ def test_the_ir_keeps_what_the_onnx_file_says_of_itself(checkpoint_file: Path, e
 def test_what_an_onnx_file_does_not_have_is_not_asked_of_it_silently(
     asked: dict[str, Any], told: str, checkpoint_file: Path, exported: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelError, match=r"small\.onnx: it is compiled as it is") as caught:
+    with pytest.raises(UsageError, match=r"small\.onnx: it is compiled as it is") as caught:
         export(checkpoint_file, OpenVINOConfig(output=tmp_path / "out.xml", onnx=exported.file, **asked))
     assert told in str(caught.value)
     assert not list(tmp_path.iterdir())
@@ -231,9 +231,11 @@ def test_what_it_has_may_be_asked_for(checkpoint_file: Path, exported: Any, tmp_
     assert export(checkpoint_file, config).receipt.passed
 
 
-def refused(checkpoint: Path, folder: Path, onnx: Path, precision: str = "fp32") -> str:
+def refused(
+    checkpoint: Path, folder: Path, onnx: Path, precision: str = "fp32", error: type[PetsegError] = ModelError
+) -> str:
     before = names(folder)
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(error) as caught:
         export(checkpoint, OpenVINOConfig(output=folder / "out.xml", onnx=onnx, precision=precision))
     assert onnx.name in str(caught.value)
     assert names(folder) == before
@@ -250,8 +252,8 @@ def test_a_file_of_another_checkpoint_is_refused(
 def test_a_file_of_another_precision_is_refused(
     checkpoint_file: Path, exported: Any, exported_half: Any, tmp_path: Path
 ) -> None:
-    assert "it is fp16, not fp32" in refused(checkpoint_file, tmp_path, exported_half.file)
-    assert "it is fp32, not int8" in refused(checkpoint_file, tmp_path, exported.file, "int8")
+    assert "it is fp16, not fp32" in refused(checkpoint_file, tmp_path, exported_half.file, error=UsageError)
+    assert "it is fp32, not int8" in refused(checkpoint_file, tmp_path, exported.file, "int8", UsageError)
 
 
 def test_what_is_no_onnx_file_of_petseg_is_refused(
@@ -299,7 +301,7 @@ def test_a_compiler_that_cannot_read_the_graph_says_so(
 
     monkeypatch.setattr(openvino.Core, "read_model", unreadable)
     with pytest.raises(ModelError, match=r"OpenVINO cannot read the graph .*no such operator"):
-        compile_openvino(open_artifact(exported.file), tmp_path / "out.xml", OpenVINOConfig())
+        compile_openvino(open_artifact(exported.file), tmp_path / "out.xml", OpenVINOConfig(), lambda *_: None)
 
 
 @pytest.mark.parametrize("room", [0, 50_000, 300_000])

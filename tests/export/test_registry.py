@@ -24,11 +24,9 @@ from petseg_export.registry import FORMATS, check, format_of, why_not
 from petseg_runtime.artifact import COMPILED
 from petseg_runtime.engines.registry import ENGINES
 from petseg_runtime.errors import (
-    DataError,
     EngineError,
     EngineMissing,
     MissingExtra,
-    ModelError,
     PetsegError,
     UsageError,
 )
@@ -167,12 +165,37 @@ def test_an_engine_that_does_not_run_the_format_is_refused_before_the_work(confi
     assert caught.value.exit_code == 5
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (OnnxConfig(device="gpu"), "there is no device 'gpu'"),
+        (OnnxConfig(device="cpu:1"), "there is no device 'cpu:1'"),
+        (OnnxConfig(device="intel-gpu", backends=("onnxruntime",)), "on intel-gpu:0; there are: onnxruntime on cuda"),
+        (OpenVINOConfig(device="cuda:1"), "on cuda:1; there are: openvino on cpu.*openvino on intel-gpu"),
+        (TensorRTRTXConfig(device="cpu"), "trt-rtx: nothing runs such files on cpu; there are: tensorrt-rtx on cuda"),
+    ],
+)
+@pytest.mark.usefixtures("everything")
+def test_a_device_that_runs_no_such_files_is_refused_before_the_work(config: ExportConfig, said: str) -> None:
+    with pytest.raises(EngineError, match=said):
+        check(config)
+
+
+@pytest.mark.usefixtures("everything")
+def test_a_device_that_does_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for config in (OnnxConfig(device="cpu"), OnnxConfig(device="cuda:1"), OpenVINOConfig(device="intel-gpu")):
+        check(config)
+    monkeypatch.setattr(registry, "nvidia_gpus", lambda: 0)
+    with pytest.raises(EngineError, match="trt-rtx: cuda:0 cannot be had: this machine shows no NVIDIA GPU"):
+        check(TensorRTRTXConfig(device="cuda"))
+
+
 # ------------------------------------------------------------------------------------------------ what is asked
 
 
 @pytest.mark.parametrize("config", [OnnxConfig, OpenVINOConfig, TensorRTRTXConfig])
 def test_int8_needs_labelled_photos(config: type[ExportConfig]) -> None:
-    with pytest.raises(DataError, match="--data"):
+    with pytest.raises(UsageError, match="--data"):
         check(config(precision="int8"))
     check(config(precision="int8", data=Path("pets")))
     check(config(precision="int8", quantize=QuantizeConfig(data=Path("pets"))))
@@ -190,7 +213,7 @@ def test_int8_is_calibrated_in_onnxruntime(missing: set[str]) -> None:
 
 def test_a_precision_that_a_format_does_not_come_in_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS, "openvino", dataclasses.replace(FORMATS["openvino"], precisions=("fp32",)))
-    with pytest.raises(ModelError, match="openvino comes in fp32, not in fp16"):
+    with pytest.raises(UsageError, match="openvino comes in fp32, not in fp16"):
         check(OpenVINOConfig(precision="fp16"))
 
 
@@ -214,7 +237,7 @@ assert not heavy, heavy
 def test_requests_are_checked_without_importing_what_would_do_the_work() -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", LIGHT], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(error.exit_code) for error in (DataError, EngineError)]
+    assert done.stdout.split() == [str(error.exit_code) for error in (UsageError, EngineError)]
 
 
 def test_every_refusal_is_an_error_of_petseg() -> None:

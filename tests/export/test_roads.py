@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import hashlib
 import json
 import random
@@ -26,9 +27,12 @@ from petseg_export import (
     build,
     export,
     parity,
+    registry,
+    tensorrt,
 )
-from petseg_export.tensorrt import profile_of
+from petseg_export.config import EngineConfig
 from petseg_runtime.artifact import RECEIPT_KEY, Artifact, open_artifact, sidecar_of
+from petseg_runtime.engines.tensorrt_build import Built, Profile, profile_of
 from petseg_runtime.errors import (
     DataError,
     EngineError,
@@ -37,6 +41,7 @@ from petseg_runtime.errors import (
     ModelError,
     OutputError,
     ParityTolerance,
+    UsageError,
 )
 from petseg_runtime.onnx_metadata import with_metadata
 from petseg_runtime.spec import ModelSpec
@@ -114,13 +119,13 @@ def test_calibration_judgement_and_receipt_are_on_different_photos(
 
 def test_a_receipt_on_the_photos_that_int8_was_chosen_on_says_so(int8: build.Exported) -> None:
     choice = {**(int8.receipt.quantization or {}), build.SHARED: 6}
-    (note,) = build._of_receipt(dataclasses.replace(int8.receipt, quantization=choice))
+    (note,) = build._receipt_notes(dataclasses.replace(int8.receipt, quantization=choice))
     assert "chosen on 6 of the 6 photos of the parity test" in note
     assert "--split test takes others" in note
 
 
 def test_a_receipt_without_a_search_for_nan_says_so(int8: build.Exported) -> None:
-    (note,) = build._of_receipt(dataclasses.replace(int8.receipt, scan=None))
+    (note,) = build._receipt_notes(dataclasses.replace(int8.receipt, scan=None))
     assert "not searched for NaN" in note
 
 
@@ -265,14 +270,82 @@ def test_an_engine_that_was_changed_is_refused(quarter: Path, tmp_path: Path) ->
 def test_the_profile_follows_from_the_specification(
     spec: dict[str, Any], config: dict[str, Any], shapes: tuple[tuple[int, ...], ...] | None
 ) -> None:
-    profile = profile_of(ModelSpec(name="x", height=64, width=48, **spec), TensorRTConfig(**config))
+    asked = TensorRTConfig(**config)
+    profile = profile_of(ModelSpec(name="x", height=64, width=48, **spec), asked.max_batch, asked.max_size)
     assert (profile and (profile.minimum, profile.optimum, profile.maximum)) == shapes
 
 
-def test_a_largest_size_below_the_specified_one_is_refused() -> None:
-    spec = ModelSpec(name="x", height=64, width=48, dynamic_size=True)
-    with pytest.raises(ModelError, match="minimum <= optimum <= maximum"):
-        profile_of(spec, TensorRTConfig(max_size=(32, 48)))
+@pytest.mark.parametrize("kind", [TensorRTConfig, TensorRTRTXConfig])
+@pytest.mark.parametrize(
+    ("spec", "asked", "said"),
+    [
+        ({"dynamic_size": True}, {"max_size": (16, 512)}, "max_size is 16 x 512, less than the 64 x 48 of the model"),
+        ({"dynamic_size": True}, {"max_size": (64, 32)}, "max_size is 64 x 32, less"),
+        ({}, {"max_size": (64, 48)}, "max_size is of a graph that takes any size"),
+        ({"batch": 1}, {"max_batch": 2}, "any batch, and this one takes 1"),
+    ],
+)
+def test_limits_that_contradict_the_graph_are_wrong_usage(
+    kind: type[EngineConfig], spec: dict[str, Any], asked: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        build._check_limits(kind(**asked), ModelSpec(name="x", height=64, width=48, **spec))
+
+
+def test_limits_are_checked_before_the_work(
+    checkpoint_file: Path, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "why_not", lambda form: None)
+    for asked in ({"dynamic_size": True, "max_size": (16, 64)}, {"onnx": exported.file, "max_size": (64, 64)}):
+        with pytest.raises(UsageError, match="max_size is"):
+            export(checkpoint_file, TensorRTConfig(output=tmp_path / "x.engine", **asked))
+    assert not list(tmp_path.iterdir())
+
+
+class Cudart:
+    """CUDA's runtime with two GPUs, as far as choosing one goes."""
+
+    class cudaError_t(enum.Enum):
+        cudaSuccess = 0
+        cudaErrorInvalidDevice = 101
+
+    def __init__(self) -> None:
+        self.chosen: list[int] = []
+
+    def cudaSetDevice(self, gpu: int) -> tuple[cudaError_t]:
+        self.chosen.append(gpu)
+        return (self.cudaError_t.cudaSuccess if gpu < 2 else self.cudaError_t.cudaErrorInvalidDevice,)
+
+
+@pytest.mark.parametrize(("device", "gpu"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_an_engine_is_built_for_the_gpu_that_is_asked_for(
+    device: str, gpu: int, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    cudart = Cudart()
+
+    def record(graph: bytes, profile: Profile | None, **more: Any) -> Built:
+        asked.update(more, profile=profile)
+        return Built(engine=b"engine", environment={}, description={}, messages=())
+
+    monkeypatch.setattr(tensorrt, "build", record)
+    monkeypatch.setattr(tensorrt, "timings_slot", lambda gpu: f"timings of {gpu}")
+    monkeypatch.setattr(tensorrt, "imported", lambda module, library: cudart)
+    output = tmp_path / "x.engine"
+    config = TensorRTConfig(device=device, max_batch=2)
+    record_of = tensorrt.compile_tensorrt(open_artifact(exported.file), output, config, lambda *_: None)
+    assert record_of == {"engine": {}, "messages": []}
+    assert output.read_bytes() == b"engine"
+    assert (asked["device"], asked["timing_cache"]) == (gpu, f"timings of {gpu}")
+    assert asked["profile"].maximum == (2, 32, 32, 3)
+    asked["activate"]()
+    assert cudart.chosen == [gpu], "CUDA knows a current GPU per thread, and the library builds for that one"
+
+
+def test_a_gpu_that_cuda_does_not_have_cannot_be_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "imported", lambda module, library: Cudart())
+    with pytest.raises(EngineError, match=r"cuda:2 cannot be used to build an engine \(cudaErrorInvalidDevice\)"):
+        tensorrt._activate(2)
 
 
 def test_a_checkpoint_is_never_written_over(checkpoint_file: Path, tmp_path: Path) -> None:
@@ -305,7 +378,7 @@ def test_only_an_engine_for_another_gpu_is_left_unrun(
         raise error
 
     monkeypatch.setattr(build, "nvidia_gpus", lambda: 1)
-    monkeypatch.setattr(build, "load_engine", refuse)
+    monkeypatch.setattr("petseg_runtime.parity.load_engine", refuse)
     config = TensorRTRTXConfig(output=tmp_path / "x.engine", photos=1)
     if not isinstance(error, EngineForeign):
         with pytest.raises(type(error), match=str(error)[:13]):

@@ -913,6 +913,7 @@ def test_on_cuda_it_says_which_gpu_computes_and_in_what(
     index = device.partition(":")[2] or "0"
     assert (info.name, info.device, info.precision) == ("onnxruntime", f"cuda:{index}", precision)
     wide = "tf32" if not exact and index == "0" else "f32"
+    assert (info.float32, info.narrowed) == (wide, wide == "tf32")
     rest = "" if stored == "fp32" else f", {wide} in what is float32 in the file"
     assert info.provider == f"CUDAExecutionProvider, Stand-in {index}{rest}"
     assert (info.threads, info.streams, info.batch) == (0, 1, 8)

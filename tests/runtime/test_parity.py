@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from petseg_runtime import parity
 from petseg_runtime.artifact import Artifact
-from petseg_runtime.engines.base import EngineInfo
+from petseg_runtime.engines.base import Engine, EngineInfo
 from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.errors import EngineError, ModelError, ParityError, ParityShapes, ParityTolerance
 from petseg_runtime.parity import (
@@ -170,6 +170,21 @@ def test_a_model_that_takes_any_number_is_run_on_three_too(noisy: np.ndarray, ph
     assert [len(batch) for batch in batches] == [1] * photos
 
 
+def test_the_99th_percentile_of_a_batch_is_that_of_a_row(noisy: np.ndarray) -> None:
+    """Sixteen of 1536 pixels are more than a hundredth; half-way between two pixels, it would be 3.25."""
+    proof = proof_with(np.minimum(noisy, 250))
+    together = proof.expected[:3].copy()
+    together.reshape(-1)[:16] += 5
+    left = iter(proof.expected)
+
+    def run(batch: np.ndarray) -> np.ndarray:
+        return next(left)[None] if len(batch) == 1 else together
+
+    half = dataclasses.replace(INFO, precision="fp16")
+    row = parity.compare(run, half, proof, dataclasses.replace(SPEC, batch=0))
+    assert row.failures == ("3 at a time: 99th percentile of the differences 5/255, allowed 4/255",)
+
+
 def test_a_model_of_any_size_is_held_to_another_size_too(noisy: np.ndarray) -> None:
     proof = proof_with(noisy[:3])
     other = dataclasses.replace(proof, images=proof.images[:, :, :16], expected=proof.expected[:, :, :16])
@@ -247,7 +262,8 @@ def test_every_number_is_what_brute_force_finds(data: st.DataObject, seed: int, 
         found = []
         for a, b in zip(expected.tolist(), got.tolist(), strict=True):
             pet_a, pet_b = (
-                {(y, x) for y in range(H) for x in range(W) if answer[y][x] >= 255 * threshold} for answer in (a, b)
+                {(y, x) for y in range(H) for x in range(W) if answer[y][x] + 1e-9 >= 255 * threshold}
+                for answer in (a, b)
             )
             found.append(len(pet_a & pet_b) / len(pet_a | pet_b) if pet_a | pet_b else 1.0)
         return found
@@ -1048,6 +1064,62 @@ def test_in_openvino_there_is_a_row_in_f32_and_one_in_what_it_prefers(
     assert [row.precision for row in rows] == ["f32", *([preferred] if preferred != "f32" else [])]
     assert all(row.passed for row in rows)
     assert [row.tolerance for row in rows] == [TOLERANCES[row.precision] for row in rows]
+
+
+class Abacus(Engine):
+    """Computes float32 in something else, unless told otherwise, and gives the right answers."""
+
+    def __init__(self, proof: Proof, info: EngineInfo) -> None:
+        self.left, self.info = iter(proof.expected), info
+
+    @property
+    def spec(self) -> ModelSpec:
+        return SPEC
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        return next(self.left)[None]
+
+    def describe(self) -> EngineInfo:
+        return self.info
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("alone", "exact", "loads"),
+    [
+        ({"precision": "f32"}, {}, [False]),
+        ({"precision": "fp16"}, {}, [False]),
+        ({"precision": "int8"}, {}, [False]),
+        ({"precision": "bf16", "float32": "bf16"}, {"precision": "f32"}, [False, True]),
+        ({"precision": "fp16", "float32": "tf32"}, {"precision": "fp16"}, [False, True]),
+        ({"precision": "int8", "float32": "bf16"}, {"precision": "int8"}, [False, True]),
+    ],
+    ids=str,
+)
+def test_a_file_is_loaded_once_more_only_where_exact_changes_what_is_computed(
+    alone: dict[str, str],
+    exact: dict[str, str],
+    loads: list[bool],
+    noisy: np.ndarray,
+    toy: Toy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """TensorRT takes its time to load, and never computes float32 in less."""
+    proof, loaded = proof_with(noisy), []
+
+    def load(*_: object, exact: bool, **__: object) -> Abacus:
+        loaded.append(exact)
+        return Abacus(proof, dataclasses.replace(INFO, **(precise if exact else {**alone, "provider": "as it likes"})))
+
+    precise = exact
+    monkeypatch.setattr(parity, "load_engine", load)
+    rows = parity.measure(toy(tmp_path / "toy.onnx", batch=1), proof, "abacus", 1)
+    assert loaded == loads
+    assert [row.engine for row in rows] == ["fake 1.2 (cpu, none)"] * (len(loads) - 1) + ["fake 1.2 (cpu, as it likes)"]
+    assert all(row.passed for row in rows)
 
 
 def test_a_file_that_does_something_else_is_found_out(toy: Toy, prove: Toy, tmp_path: Path) -> None:

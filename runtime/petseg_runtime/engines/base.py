@@ -101,6 +101,8 @@ class EngineInfo:
         streams: Concurrent ``run`` calls that increase throughput.
         batch: Photos in one ``run`` beyond which throughput does not increase.
         notes: What people should know of how it came about: an engine passed over and why, a compilation.
+        float32: What it computes in where :attr:`EngineOptions.exact` asks for float32: with it f32, without it f32,
+            tf32, bf16 or fp16.
     """
 
     name: str
@@ -112,6 +114,12 @@ class EngineInfo:
     streams: int = 1
     batch: int = 1
     notes: tuple[str, ...] = field(default=(), compare=False)
+    float32: str = "f32"
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether :attr:`EngineOptions.exact` would change what it computes: only then is that worth a second load."""
+        return self.float32 != "f32"
 
 
 class Engine(Protocol):

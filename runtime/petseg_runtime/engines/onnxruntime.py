@@ -177,6 +177,7 @@ class OnnxRuntimeCudaEngine(Engine):
             threads=0,
             batch=self._spec.batch or 8,
             notes=self._notes,
+            float32=wide,
         )
 
     def close(self) -> None:

@@ -92,8 +92,9 @@ class OpenVINOEngine(Engine):
                 raise EngineError(f"{artifact.path}: OpenVINO cannot load it ({one_line(error)})") from error
         if computed not in _NAMES or (options.exact and computed != "f32"):
             raise EngineError(f"{artifact.path}: OpenVINO computes in {computed}, which is not what was asked for")
-        self._precision = "int8" if artifact.spec.precision == "int8" else _NAMES[computed]
-        rest = f", {_NAMES[computed]} between the int8 layers" if self._precision == "int8" else ""
+        self._float32 = _NAMES[computed]
+        self._precision = "int8" if artifact.spec.precision == "int8" else self._float32
+        rest = f", {self._float32} between the int8 layers" if self._precision == "int8" else ""
         self._provider = f"{where.partition('.')[0]} plugin{rest}"
         notes = (note, "in float32, as some activations are too large for float16" if wide else "")
         self._notes = (*options.notes, *(f"OpenVINO: {note}" for note in notes if note))
@@ -145,6 +146,7 @@ class OpenVINOEngine(Engine):
             streams=self._streams,
             batch=self._spec.batch or 1,
             notes=self._notes,
+            float32=self._float32,
         )
 
     def close(self) -> None:
