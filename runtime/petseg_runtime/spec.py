@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from petseg_runtime.errors import ModelError
+from petseg_runtime.errors import ModelError, UsageError
 
-__all__ = ["HALF_LIMIT", "PRECISIONS", "SPEC_KEY", "STRIDE", "ModelSpec"]
+__all__ = ["HALF_LIMIT", "PRECISIONS", "SPEC_KEY", "STRIDE", "ModelSpec", "lowest_pet"]
 
 SPEC_KEY: Final = "petseg.spec"
 SCHEMA_VERSION: Final = 1
@@ -131,6 +132,26 @@ class ModelSpec:
                 f"{SCHEMA_VERSION}: upgrade petseg, or export the model again"
             )
         return cls(**_checked(raw))
+
+
+def lowest_pet(threshold: float) -> int:
+    """The smallest byte of a model's output that counts as pet: pet is ``probability >= 255 * threshold``.
+
+    At a threshold of k / 255 that is k, also where the threshold was computed (as 1 - j / 255) and 255 times it comes
+    out a rounding error above k: what is less than a thousand-millionth above a whole number is that number.
+
+    Args:
+        threshold: Between 0 and 1, both included.
+
+    Returns:
+        0 to 255.
+
+    Raises:
+        UsageError: It is outside, or NaN.
+    """
+    if not 0 <= threshold <= 1:
+        raise UsageError(f"threshold is {threshold}; it must lie between 0 and 1")
+    return math.ceil(255 * threshold - 1e-9)
 
 
 def _checked(raw: Mapping[str, Any]) -> dict[str, Any]:
