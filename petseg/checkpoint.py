@@ -57,10 +57,10 @@ class Checkpoint:
             raise CheckpointError(f"the checkpoint does not say which network it is of ({error})") from error
 
     def spec(self) -> ModelSpec | None:
-        """What a model is used with: its input size and thresholds; None: it is the state of a run, which has none.
+        """A model's input size and thresholds; None where this is the state of a run, which has none.
 
         Raises:
-            CheckpointError: One of them is missing, or none that can be.
+            CheckpointError: The height, the width or the threshold is missing, or a value is out of range.
         """
         raw = self.meta.get("spec")
         if raw is None:
@@ -107,7 +107,8 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as whole:
+            digest = hashlib.file_digest(whole, "sha256").hexdigest()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except (OSError, SafetensorError, ValueError) as error:

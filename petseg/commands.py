@@ -8,8 +8,9 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -97,6 +98,7 @@ def train(
     Exit code 3: done, but without photos that could not be used (data.on_bad=skip); they are named. 130, 143: stopped
     by Ctrl-C or SIGTERM, to be resumed.
     """
+    from petseg.config import refuse_idle
     from petseg.distributed import join, local_device
     from petseg.record import commit
     from petseg.train import Trainer
@@ -104,6 +106,8 @@ def train(
 
     short = {"epochs": epochs, "batch": batch, "seed": seed, "model.width": width}
     config = _train_config(recipe, config_file, short, size, settings)
+    if not resume:  # an older version, which did not look, may have begun the run
+        refuse_idle(config, _train_config(recipe), taught=teacher is not None)
     command = shlex.join(["petseg", *sys.argv[1:]])
     where = local_device(device)
     _check_writable(output)  # before an epoch, which may take hours, not after it
@@ -153,9 +157,18 @@ def _recipe(ctx: click.Context, name: str | None) -> str | None:
 
 
 def _train_config(
-    recipe: str | None, config_file: Path | None, short: dict[str, Any], size: str | None, settings: tuple[str, ...]
+    recipe: str | None,
+    config_file: Path | None = None,
+    short: Mapping[str, Any] = MappingProxyType({}),
+    size: str | None = None,
+    settings: Sequence[str] = (),
 ) -> TrainConfig:
-    """Recipe, file, options, --set: the later has the last word."""
+    """Recipe, file, options, --set: the later has the last word.
+
+    Raises:
+        UsageError: There is no such setting, or one has a value that it cannot have.
+        TrainingError: The file cannot be read.
+    """
     from petseg import recipes
     from petseg.config import TrainConfig, from_dict, load_toml, merge, override
 
@@ -173,25 +186,40 @@ def _train_config(
 
 
 def _finish(trainer: Trainer, best: Path, as_json: bool, quiet: bool) -> None:
-    """The pictures, the record, and what is printed at the end."""
-    from petseg import plots
+    """The record, the pictures, and what is printed at the end."""
     from petseg.record import RUN, write_record
     from petseg.train import LOG
-    from petseg_runtime.errors import OutputError
 
-    output, history = trainer.output, trainer.state.history
-    try:
-        plots.curves(history, output / "curves.png")
-        plots.predictions(best, trainer.good_val_pairs[:6], output / "predictions.png")
-    except OSError as error:
-        raise OutputError(f"{output}: the pictures cannot be written ({error.strerror or error})") from error
-    write_record(trainer)
-    row = max(history, key=lambda r: r["val_iou"])
+    write_record(trainer)  # first: a picture that cannot be made is no reason to lose it
+    drawn = _draw(trainer, best)
+    output, row = trainer.output, max(trainer.state.history, key=lambda r: r["val_iou"])
     if as_json:
         click.echo(json.dumps({"schema_version": 1, "checkpoint": str(best), "best": row}))
     elif not quiet:
         click.echo(f"{best}: validation IoU {row['val_iou']:.4f} at threshold {row['val_threshold']:.2f}")
-        click.echo(f"{output / LOG}, {RUN}, curves.png and predictions.png beside it")
+        click.echo(f"{output / LOG}; beside it {', '.join((RUN, *drawn))}")
+
+
+def _draw(trainer: Trainer, best: Path) -> list[str]:
+    """Make the pictures of a run; returns the names of those that could be made. The others are named on stderr."""
+    from petseg import plots
+    from petseg_runtime.errors import PetsegError
+
+    output, drawn = trainer.output, []
+    pictures: dict[str, Callable[[Path], None]] = {
+        "curves.png": lambda path: plots.curves(trainer.state.history, path),
+        "predictions.png": lambda path: plots.predictions(best, trainer.good_val_pairs[:6], path),
+    }
+    for name, draw in pictures.items():
+        try:
+            draw(output / name)
+        except OSError as error:
+            click.echo(f"petseg: {shown(output / name)}: cannot be written ({error.strerror or error})", err=True)
+        except PetsegError as error:
+            click.echo(f"petseg: {shown(output / name)}: cannot be made ({shown(error)})", err=True)
+        else:
+            drawn.append(name)
+    return drawn
 
 
 @contextlib.contextmanager
@@ -219,7 +247,9 @@ def _observer(epochs: int, progress: Progress, quiet: bool, first: bool) -> Obse
     from petseg.train import Observer
 
     class Printer(Observer):
-        task: Any = None
+        def begin(self, per_epoch: int, batch: int) -> None:
+            self.batch = batch
+            self.task = progress.add_task("training", total=epochs * per_epoch, detail="", visible=False)
 
         def started(self, message: str) -> None:
             if not quiet:
@@ -234,10 +264,9 @@ def _observer(epochs: int, progress: Progress, quiet: bool, first: bool) -> Obse
                 self._print(message)
 
         def step(self, state: RunState, loss: float, lr: float) -> None:
-            if self.task is None:
-                self.task = progress.add_task("training", total=epochs * self.per_epoch, detail="")
             rate = state.steps_summed * self.batch / max(state.seconds, 1e-9)
-            progress.update(self.task, completed=state.step, detail=f"loss {loss:.3f}  {rate:.0f} images/s")
+            detail = f"loss {loss:.3f}  {rate:.0f} images/s"
+            progress.update(self.task, completed=state.step, detail=detail, visible=True)
 
         def epoch(self, row: dict[str, float]) -> None:
             if not quiet:
@@ -283,7 +312,8 @@ def evaluate(
     border as background; the other two readings are below it. With --report, a photo that cannot be read is named and
     left out, and the exit code is 3; without it, it ends the measurement.
 
-    A checkpoint knows which photos of trainval it was validated on. An exported file knows only whether these are they.
+    With --split val or train, the photos are those that the model's own run validated or trained on. An exported file
+    of an older version does not say which those were, and can only confirm that a split given here was its own.
     """
     from petseg.data import Split
     from petseg.device import enough_memory
@@ -337,9 +367,10 @@ def evaluate(
 def _measured_pairs(
     root: Path, split: Split, model: OpenedModel, val_fraction: float | None, split_seed: int | None
 ) -> tuple[list[Pair], float, int]:
-    """The photos, and which part of trainval is validation: as asked, or else as in the run that made the model.
+    """The photos of a split, and the share of trainval and the seed that divide it into train and val.
 
-    A line on stderr says so where that part may hold photos that the model was trained on.
+    Both are as asked, or else as in the run that made the model. A line on stderr says so where val may hold photos
+    that the model was trained on.
     """
     from petseg.data import Split, find
     from petseg.evaluate import is_split_of, split_of

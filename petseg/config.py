@@ -1,9 +1,14 @@
-"""A training run as data: what the command line, a TOML file and a checkpoint share."""
+"""A training run as data: what the command line, a TOML file and a checkpoint share.
+
+A setting that cannot be is a UsageError, whoever gave it: an option, ``--set``, or a file that could be read. A file
+that could not is a TrainingError, and settings in a checkpoint that cannot be are damage to it, a CheckpointError.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -11,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, Union
 
-from petseg.model import STRIDE, AttentionUNetConfig
-from petseg_runtime.errors import TrainingError
+from petseg.model import AttentionUNetConfig
+from petseg_runtime.errors import TrainingError, UsageError
+from petseg_runtime.spec import STRIDE
 
 __all__ = [
     "MOST_LEVELS",
@@ -27,6 +33,7 @@ __all__ = [
     "load_toml",
     "merge",
     "override",
+    "refuse_idle",
     "to_dict",
 ]
 
@@ -40,7 +47,9 @@ class DataConfig:
         width: Training width in pixels, a multiple of 16.
         val_fraction: Share of trainval that is kept for validation; checkpoint and threshold are chosen on it.
         split_seed: Seed of that choice; apart from the run's seed, so that runs can be compared.
-        border_target: What the trimap's border is taught as: 0 background (published), 1 pet, between: soft.
+        border_target: What the trimap's border is taught as: 0 background (published), 1 pet, between: soft. What the
+            network comes to say there is not quite that: the Dice loss pushes soft targets below half of the Dice
+            coefficient to 0, and others to 1 (see :func:`petseg.losses.dice_loss`).
         workers: Processes that augment; 0 does it in the training process. ``auto``: for a GPU all cores but two (with
             several GPUs, of each one's share), at most 16; for a CPU, whose cores they would only take away, none.
         on_bad: What a photo that cannot be read, or whose mask is not of its size, does: ``stop`` ends the run with its
@@ -73,9 +82,9 @@ class AugmentConfig:
         translate: Largest shift, as a share of the size.
         scale_min: Smallest scale (below 1 shrinks; the uncovered edge is black and background).
         scale_max: Largest scale (above 1 crops).
-        brightness: Factor drawn from 1 +- this; likewise ``contrast``, ``saturation``.
-        contrast: See brightness.
-        saturation: See brightness.
+        brightness: Factor drawn from 1 +- this; 0 changes nothing.
+        contrast: As for ``brightness``.
+        saturation: As for ``brightness``.
         hue: Shift drawn from +- this, in turns of the colour circle (at most 0.5).
         paste: Probability that the pet of another photo, changed on its own, is laid over this one (Ghiasi et al. 2021,
             "Simple Copy-Paste", arXiv:2012.07177).
@@ -110,9 +119,11 @@ class LossConfig:
     Attributes:
         bce: Weight of the cross-entropy.
         dice: Weight of the Dice loss.
-        epsilon: Of the Dice loss.
+        epsilon: Added above and below the fraction of the Dice loss, so that it is defined without a pet.
         teacher: With a teacher, the share of the target that is its probability (Hinton et al. 2015,
-            arXiv:1503.02531, at temperature 1); the rest is the truth.
+            arXiv:1503.02531, at temperature 1); the rest is the truth. The Dice half of the loss is not least at such
+            soft targets: it pushes a pixel to 1 where its target is above half of the Dice coefficient, else to 0, so
+            that only the cross-entropy teaches the probability itself (see :func:`petseg.losses.dice_loss`).
     """
 
     bce: float = 0.5
@@ -178,7 +189,7 @@ class TrainConfig:
     Attributes:
         epochs: Passes over the training part.
         batch: Photos per step, in all processes together.
-        seed: Of the weights, the order of the photos and their augmentation.
+        seed: Seed of the weights, the order of the photos and their augmentation.
         ema: Decay of the exponential moving average of the weights, which is what is evaluated and kept; 0: none.
         amp: ``auto`` is bf16 where the device computes in it, fp16 with a gradient scaler on other GPUs, else fp32.
         early_stop: Epochs without a better validation IoU after which the run ends; 0: never. The schedule does not
@@ -234,25 +245,27 @@ def from_dict(cls: type[T], raw: Mapping[str, Any], where: str = "") -> T:
         where: Prefix for messages.
 
     Raises:
-        TrainingError: An unknown name (with the known ones), a wrong type, or a value out of range.
+        UsageError: An unknown name (with the known ones), a wrong type, or a value out of range.
     """
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for name, value in raw.items():
         if name not in known:
-            raise TrainingError(f"unknown setting {where + name!r}; there are: {', '.join(sorted(known))}")
+            raise UsageError(f"unknown setting {where + name!r}; there are: {', '.join(sorted(known))}")
         hint = hints[name]
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
-                raise TrainingError(f"{where + name} is {value!r}; a table of settings is expected")
+                raise UsageError(f"{where + name} is {value!r}; a table of settings is expected")
             values[name] = from_dict(hint, value, f"{where}{name}.")
         else:
             values[name] = _typed(hint, value, where + name)
     try:
         return cls(**values)
+    except UsageError:  # says which setting by its whole name
+        raise
     except ValueError as error:
-        raise TrainingError(f"{where}{error}") from error
+        raise UsageError(f"{where}{error}") from error
 
 
 def load_toml(path: Path) -> dict[str, Any]:
@@ -270,6 +283,32 @@ def load_toml(path: Path) -> dict[str, Any]:
     if is_deep(settings):
         raise TrainingError(f"{path}: {_DEEP}")
     return settings
+
+
+def refuse_idle(config: TrainConfig, start: TrainConfig, taught: bool) -> None:
+    """Refuse settings that were changed and that nothing uses.
+
+    Args:
+        config: The run's settings.
+        start: What they were before they were changed: the defaults, or a recipe's.
+        taught: Whether there is a teacher.
+
+    Raises:
+        UsageError: There is one; the message says what would use it.
+    """
+    schedule, restarts = config.schedule, "schedule.name=cosine-restarts"
+    for name, used, user in (
+        ("schedule.warmup", schedule.name == "one-cycle", "schedule.name=one-cycle"),
+        ("schedule.restart_epochs", schedule.name == "cosine-restarts", restarts),
+        ("schedule.restart_factor", schedule.name == "cosine-restarts", restarts),
+        ("loss.epsilon", config.loss.dice > 0, "loss.dice above 0"),
+        ("loss.teacher", taught, "--teacher FILE"),
+    ):
+        value, before = (operator.attrgetter(name)(settings) for settings in (config, start))
+        if not used and value != before:
+            raise UsageError(
+                f"{name} is {value!r}, which has no effect without {user}: add that, or leave it at {before!r}"
+            )
 
 
 def is_deep(values: Any) -> bool:
@@ -296,24 +335,24 @@ def override(raw: dict[str, Any], assignment: str) -> None:
     """Put one ``section.name=value`` (value as TOML, or a bare word) into nested settings, in place.
 
     Raises:
-        TrainingError: The text is not of that form, or nests too deeply.
+        UsageError: The text is not of that form, or nests too deeply.
     """
     key, equals, text = assignment.partition("=")
     if not equals or not key.strip():
-        raise TrainingError(f"--set {assignment!r}: NAME=VALUE is expected, for example optimizer.lr=0.002")
+        raise UsageError(f"--set {assignment!r}: NAME=VALUE is expected, for example optimizer.lr=0.002")
     *sections, name = key.strip().split(".")
     try:
         value: Any = tomllib.loads(f"x = {text}")["x"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
     except RecursionError as error:
-        raise TrainingError(f"--set {assignment[:60]!r}: {_DEEP}") from error
+        raise UsageError(f"--set {assignment[:60]!r}: {_DEEP}") from error
     if len(sections) >= MOST_LEVELS or is_deep(value):
-        raise TrainingError(f"--set {assignment[:60]!r}: {_DEEP}")
+        raise UsageError(f"--set {assignment[:60]!r}: {_DEEP}")
     for section in sections:
         raw = raw.setdefault(section, {})
         if not isinstance(raw, dict):
-            raise TrainingError(f"--set {assignment!r}: {section!r} is a setting, not a section")
+            raise UsageError(f"--set {assignment!r}: {section!r} is a setting, not a section")
     raw[name] = value
 
 
@@ -322,26 +361,26 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
         kind, words = typing.get_args(hint)
         if isinstance(value, str) and value not in typing.get_args(words):
             expected = " or ".join((kind.__name__, *typing.get_args(words)))
-            raise TrainingError(f"{name} is {value!r}; {expected} is expected")
+            raise UsageError(f"{name} is {value!r}; {expected} is expected")
         hint = words if isinstance(value, str) else kind
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         if value not in choices:
-            raise TrainingError(f"{name} is {value!r}; one of {', '.join(map(str, choices))} is expected")
+            raise UsageError(f"{name} is {value!r}; one of {', '.join(map(str, choices))} is expected")
         return value
     if typing.get_origin(hint) is tuple:  # tuple[X, ...]
         if not isinstance(value, list | tuple):
-            raise TrainingError(f"{name} is {value!r}; a list is expected")
+            raise UsageError(f"{name} is {value!r}; a list is expected")
         return tuple(_typed(typing.get_args(hint)[0], item, name) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, float) and not math.isfinite(value):
-        raise TrainingError(f"{name} is {value}; a finite number is expected")
+        raise UsageError(f"{name} is {value}; a finite number is expected")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise TrainingError(f"{name} is {value!r}; {hint.__name__} is expected")
+        raise UsageError(f"{name} is {value!r}; {hint.__name__} is expected")
     return value
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
-        raise TrainingError(f"{name} is {value!r}; it must be {expected}")
+        raise UsageError(f"{name} is {value!r}; it must be {expected}")

@@ -1,4 +1,7 @@
-"""Photos and masks: the Oxford-IIIT Pet layout, or a folder of your own. Neither torch nor torchvision is imported."""
+"""Photos and masks: the Oxford-IIIT Pet layout, or a folder of your own.
+
+Nothing here imports torch but :func:`download`, which fetches the data set with torchvision.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ import http.client
 import random
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypeVar
 from urllib.error import URLError
 
 import numpy as np
@@ -27,12 +30,14 @@ from petseg_runtime import images
 from petseg_runtime.errors import DataError, InputError, OutputError
 from petseg_runtime.host import available_memory, usable_cpus
 from petseg_runtime.memory_budget import MemoryBudget, Reservation
+from petseg_runtime.sources import IMAGE_SUFFIXES
 
 __all__ = [
     "CheckReport",
     "Layout",
     "Pair",
     "Split",
+    "being_read",
     "check",
     "download",
     "encoded",
@@ -46,9 +51,10 @@ __all__ = [
     "usable",
 ]
 
+T = TypeVar("T")
 U8: TypeAlias = npt.NDArray[np.uint8]
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+#: Called with the bytes that a picture will take, before it is decoded; may wait.
+Take: TypeAlias = Callable[[int], None]
 
 #: Errors of a disk, not of a network.
 LOCAL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -294,7 +300,11 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     return found
 
 
-def read_trimap(pair: Pair, take: Callable[[int], None] = lambda size: None) -> U8:
+def _at_once(size: int) -> None:
+    """Takes memory without waiting for it."""
+
+
+def read_trimap(pair: Pair, take: Take = _at_once) -> U8:
     """The truth of a pair as a trimap.
 
     Args:
@@ -314,8 +324,7 @@ def read_trimap(pair: Pair, take: Callable[[int], None] = lambda size: None) -> 
                 return _black_and_white(image, pair.mask)
             mask = np.array(image)
     except InputError as error:
-        why = str(error).removeprefix(f"{pair.mask}: ")
-        raise DataError(f"{pair.mask}: cannot be read as a mask ({why})") from error
+        raise DataError(f"{error} (a mask; `petseg data check` lists every such file)") from error
     if mask.ndim != 2 or mask.size == 0 or mask.min() < PET or mask.max() > BORDER:
         raise DataError(f"{pair.mask}: not a trimap (expected one channel of 1, 2 and 3)")
     return mask.astype(np.uint8)
@@ -336,13 +345,17 @@ def _black_and_white(image: Image.Image, path: Path) -> U8:
     return np.where(mask > (0 if most <= 1 else 127), np.uint8(PET), np.uint8(BACKGROUND))
 
 
-def read_pair(pair: Pair) -> tuple[U8, U8]:
+def read_pair(pair: Pair, take: Take = _at_once) -> tuple[U8, U8]:
     """Photo (uint8 [H, W, 3]) and trimap (uint8 [h, w]) at their own sizes, which have one shape.
+
+    Args:
+        pair: The photo and its mask.
+        take: As of :func:`petseg_runtime.images.read`.
 
     Raises:
         DataError: Either cannot be read, or the mask is of another shape than the photo, so that it is not of it.
     """
-    photo, trimap = _read_photo(pair), read_trimap(pair)
+    photo, trimap = _read_photo(pair, take), read_trimap(pair, take)
     (high, wide), (rows, columns) = photo.shape[:2], trimap.shape
     # A copy at another size is off by a pixel at most.
     if abs(high * columns - wide * rows) > max(high, wide, rows, columns):
@@ -350,7 +363,7 @@ def read_pair(pair: Pair) -> tuple[U8, U8]:
     return photo, trimap
 
 
-def _read_photo(pair: Pair, take: Callable[[int], None] = lambda size: None) -> U8:
+def _read_photo(pair: Pair, take: Take = _at_once) -> U8:
     try:
         with images.open_photo(pair.image) as photo:
             take(photo.memory)
@@ -360,7 +373,10 @@ def _read_photo(pair: Pair, take: Callable[[int], None] = lambda size: None) -> 
 
 
 def usable(
-    pairs: Sequence[Pair], failed: Callable[[Pair, DataError], None] | None = None, processes: int = 1
+    pairs: Sequence[Pair],
+    failed: Callable[[Pair, DataError], None] | None = None,
+    processes: int = 1,
+    promised: int = 0,
 ) -> Iterator[tuple[Pair, U8, U8]]:
     """Each pair with its photo and trimap (uint8 [H, W, 3] and [H, W]), if they can be read and are of one size.
 
@@ -369,12 +385,13 @@ def usable(
     Args:
         pairs: What to read.
         failed: Called with each pair that cannot be used, which is then left out.
-        processes: How many of this machine read at the same time, this one among them.
+        processes: As of :func:`being_read`.
+        promised: As of :func:`being_read`.
 
     Raises:
         DataError: A pair cannot be used, and ``failed`` was not given.
     """
-    for pair, reading in _being_read(pairs, processes):
+    for pair, reading in being_read(pairs, _read_equal, processes, promised):
         try:
             photo, trimap = reading.result()
         except DataError as error:
@@ -385,17 +402,26 @@ def usable(
             yield pair, photo, trimap
 
 
-def _being_read(pairs: Sequence[Pair], processes: int) -> Iterator[tuple[Pair, Future[tuple[U8, U8]]]]:
-    """Each pair with its reading, in order.
+def being_read(
+    pairs: Sequence[Pair], read: Callable[[Pair, Take], T], processes: int = 1, promised: int = 0
+) -> Generator[tuple[Pair, Future[T]], None, None]:
+    """Each pair with its reading, in order; those next in line are read in threads.
 
-    Those ahead are two for each reader at most, and fewer where they would take more than half of the memory that is
-    there: a pair that finds too little left waits, unless it is the one that is asked for.
+    A reading has to be awaited before the next one is asked for. Those ahead are two for each reader at most, and fewer
+    where they would take more than half of the memory that is there: a pair that finds too little left waits, unless it
+    is the one that is asked for.
+
+    Args:
+        pairs: What to read.
+        read: Reads one in a thread, and takes the memory for it first.
+        processes: How many of this machine read at the same time, this one among them.
+        promised: Bytes that each of them has allocated but not used so far, so that the system still calls them free.
     """
     readers = min(usable_cpus(), MAX_READERS)
-    budget = MemoryBudget(available_memory() // (2 * processes))
-    ahead: deque[tuple[Pair, Reservation, Future[tuple[U8, U8]]]] = deque()
+    budget = MemoryBudget(max(0, available_memory() - processes * promised) // (2 * processes))
+    ahead: deque[tuple[Pair, Reservation, Future[T]]] = deque()
 
-    def first() -> Iterator[tuple[Pair, Future[tuple[U8, U8]]]]:
+    def first() -> Iterator[tuple[Pair, Future[T]]]:
         pair, reservation, reading = ahead.popleft()
         budget.expedite(reservation)
         yield pair, reading
@@ -404,15 +430,15 @@ def _being_read(pairs: Sequence[Pair], processes: int) -> Iterator[tuple[Pair, F
     with ThreadPoolExecutor(readers) as pool, contextlib.closing(budget):  # first the budget, on which readers may wait
         for pair in pairs:
             reservation = Reservation()
-            take = functools.partial(budget.reserve, reservation)
-            ahead.append((pair, reservation, pool.submit(_read_equal, pair, take)))
+            reading = pool.submit(read, pair, functools.partial(budget.reserve, reservation))
+            ahead.append((pair, reservation, reading))
             if len(ahead) > 2 * readers:
                 yield from first()
         while ahead:
             yield from first()
 
 
-def _read_equal(pair: Pair, take: Callable[[int], None]) -> tuple[U8, U8]:
+def _read_equal(pair: Pair, take: Take) -> tuple[U8, U8]:
     """As :func:`read_pair`; a mask of another size than its photo is a DataError, too."""
     photo, trimap = _read_photo(pair, take), read_trimap(pair, take)
     if photo.shape[:2] != trimap.shape:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 import torch
 
-from petseg_runtime.errors import EngineError, TrainingError
+from petseg_runtime.errors import EngineError, UsageError
+from petseg_runtime.host import features
 
 __all__ = ["enough_memory", "pick_device", "pick_precision"]
 
@@ -45,7 +45,7 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype:
     """What to compute in: bf16 where the hardware has it, fp16 on other GPUs, fp32 on other CPUs.
 
     Raises:
-        TrainingError: fp16 was asked for on a CPU, whose gradients would underflow unscaled.
+        UsageError: fp16 was asked for on a CPU, whose gradients would underflow unscaled.
     """
     if amp == "auto":
         if device.type == "cuda":
@@ -53,7 +53,7 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if _cpu_has_bf16() else torch.float32
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[amp]
     if dtype is torch.float16 and device.type == "cpu":
-        raise TrainingError("amp is fp16 on a CPU: gradients would underflow; use bf16 or fp32")
+        raise UsageError("amp is fp16 on a CPU: gradients would underflow; use bf16 or fp32")
     return dtype
 
 
@@ -84,8 +84,4 @@ def enough_memory(remedy: str) -> Iterator[None]:
 
 def _cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 natively; emulated bf16 is slower than fp32."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(features())

@@ -13,6 +13,7 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
@@ -25,12 +26,17 @@ from torch.nn.parallel import DistributedDataParallel
 from petseg.device import pick_device
 from petseg_runtime.errors import EngineError, TrainingError
 
-__all__ = ["Ranks", "SyncedBatchNorm", "join", "local_device", "lost", "synchronized"]
+__all__ = ["Ranks", "SyncedBatchNorm", "join", "local_device", "synchronized"]
 
 #: How long a process waits for the others. The first one validates alone meanwhile, so it is not short.
 TIMEOUT: Final = timedelta(minutes=30)
-#: How gloo and NCCL say that another process is gone; gloo's errors have no class of their own.
-GONE: Final = re.compile(r"gloo|NCCL|pair closure|[Cc]onnection (closed|reset)|[Tt]imed out")
+#: How gloo and NCCL say that another process is gone; such errors have no class of their own. What is wrong with this
+#: process or machine, as no network interface or one GPU for two processes, is said in other words.
+GONE: Final = re.compile(
+    r"gloo/transport/\w+/(pair|buffer|unbound_buffer)\.|pair closure|Connection (closed|reset) by peer"
+    r"|ncclRemoteError|NCCL communicator was aborted|NCCL operations have failed or timed out"
+    r"|collective operation timeout"
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,8 @@ class Ranks:
             return True
         mine = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=device)
         all_ = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(all_, mine)
+        with _exchange():
+            dist.all_gather(all_, mine)
         return all(torch.equal(one, mine) for one in all_)
 
     def on_first(self, action: Callable[[], float], device: torch.device) -> float:
@@ -70,7 +77,8 @@ class Ranks:
             return action()
         answer = torch.zeros(2, dtype=torch.float64, device=device)  # done or not, value
         if not self.first:
-            dist.broadcast(answer, 0)
+            with _exchange():
+                dist.broadcast(answer, 0)
             done, value = answer.tolist()
             if not done:
                 raise TrainingError("the first process of this run could not go on; it says why")
@@ -79,14 +87,24 @@ class Ranks:
             answer[1] = action()
             answer[0] = 1
         finally:
-            dist.broadcast(answer, 0)
+            with _exchange():
+                dist.broadcast(answer, 0)
         return float(answer[1])
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
         """The network as it is called in training; its weights and their names stay those of ``model``."""
         if self.size == 1:
             return model
-        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        with _exchange():
+            return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+    def exchanging(self) -> AbstractContextManager[None]:
+        """Around calls of a wrapped network, forwards and backwards, in which PyTorch itself exchanges.
+
+        Raises:
+            TrainingError: Another process ended, or did not answer in time.
+        """
+        return _exchange() if self.size > 1 else contextlib.nullcontext()
 
 
 def local_device(name: str) -> torch.device:
@@ -123,7 +141,7 @@ def join(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
         timeout: After which a process that waits for the others gives up.
 
     Raises:
-        TrainingError: They do not find each other, or one of them ends or does not answer in time.
+        TrainingError: They do not find each other.
     """
     if _world() == 1:
         yield Ranks()
@@ -134,16 +152,14 @@ def join(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"the processes of this run do not find each other ({error})") from error
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), _here())
-    with lost(ranks):
-        yield ranks
+    yield Ranks(dist.get_rank(), dist.get_world_size(), _here())
     # After an error the others may be in the middle of an exchange, and leaving in order would wait for them.
     dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def lost(ranks: Ranks) -> Iterator[None]:
-    """Turns the error of an exchange with a process that is gone into one line.
+def _exchange() -> Iterator[None]:
+    """Turns the error of an exchange with a process that is gone into one line; others are left as they are.
 
     Raises:
         TrainingError: Another process ended, or did not answer in time.
@@ -151,10 +167,12 @@ def lost(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if ranks.size == 1 or not (isinstance(error, dist.DistError) or GONE.search(str(error))):
+        if not (isinstance(error, dist.DistNetworkError | dist.DistStoreError) or GONE.search(str(error))):
             raise
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TrainingError(
-            "another process of this run ended or did not answer; --resume goes on, with any number of processes"
+            "another process of this run ended or did not answer; --resume goes on, with any number of processes "
+            f"({said})"
         ) from error
 
 
@@ -210,11 +228,13 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         total = tensor.detach().clone()
-        dist.all_reduce(total)
+        with _exchange():
+            dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         total = grad.contiguous().clone()
-        dist.all_reduce(total)
+        with _exchange():
+            dist.all_reduce(total)
         return total

@@ -20,7 +20,7 @@ class MovingAverage:
 
     Attributes:
         module: The averaged network; BatchNorm's statistics are averaged too, its counters copied.
-        updates: How many there were.
+        updates: Updates so far.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -31,7 +31,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take the weights that ``model`` has now into the average."""
+        """Average in the weights that ``model`` has now."""
         n = self.updates
         weight = 1 - min(self.decay, (1 + n) / (10 + n))
         averages: list[Tensor] = []

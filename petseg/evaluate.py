@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import itertools
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 
 from petseg.checkpoint import load_model
-from petseg.data import Pair, Split, encoded, find, names_sha256, read_pair
+from petseg.data import Pair, Split, Take, being_read, encoded, find, names_sha256, read_pair
 from petseg.device import pick_device
-from petseg.metrics import Border, Histogram, PixelCounts, counts, histogram
+from petseg.metrics import Border, Histogram, PixelCounts, counts, histogram, json_ratio
 from petseg.model import AttentionUNet, normalize
 from petseg_runtime import images
 from petseg_runtime.artifact import open_artifact
@@ -74,8 +74,8 @@ class Evaluation:
         """The headline reading at the top level, the others below; JSON values."""
         readings = {
             str(border): {
-                **{name: _json(value) for name, value in self.counts(threshold, border).ratios().items()},
-                "mean_image_iou": _json(float(self.image_ious(threshold, border).mean())),
+                **{name: json_ratio(value) for name, value in self.counts(threshold, border).ratios().items()},
+                "mean_image_iou": json_ratio(float(self.image_ious(threshold, border).mean())),
                 "pixels": self.counts(threshold, border).as_dict(),
             }
             for border in Border
@@ -107,6 +107,8 @@ def evaluate(
 ) -> Evaluation:
     """Segment every photo and count, at each trimap's own resolution.
 
+    Photos are read in threads, ahead of the model, and in order; see :func:`petseg.data.being_read`.
+
     Args:
         run: The model.
         pairs: Photos with their truth.
@@ -122,18 +124,15 @@ def evaluate(
     """
     names: list[str] = []
     found: list[Histogram] = []
-    done = 0
-    for chunk in _chunks(pairs, batch):
-        truths, inputs = [], []
-        for name, photo, trimap in _readable(chunk, failed):
-            names.append(name)
-            inputs.append(images.to_model(photo, height, width))
-            truths.append(trimap)
-        for probability, trimap in zip(run(np.stack(inputs)) if inputs else (), truths, strict=True):
-            found.append(histogram(images.from_model(probability, *trimap.shape), trimap))
-        done += len(chunk)
-        if watch:
-            watch(done)
+    with contextlib.closing(_inputs(pairs, height, width, failed)) as each:
+        for start in range(0, len(pairs), batch):
+            chunk = [one for one in itertools.islice(each, batch) if one]
+            answers = run(np.stack([photo for _, photo, _ in chunk])) if chunk else ()
+            for probability, (name, _, trimap) in zip(answers, chunk, strict=True):
+                names.append(name)
+                found.append(histogram(images.from_model(probability, *trimap.shape), trimap))
+            if watch:
+                watch(min(start + batch, len(pairs)))
     if not found:
         raise DataError(f"none of the {len(pairs)} photos can be read with its mask (`petseg data check` says why)")
     return Evaluation(tuple(names), np.stack(found))
@@ -156,20 +155,34 @@ def torch_run(model: AttentionUNet, device: torch.device | str = "cpu") -> Run:
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model of either kind, ready to be measured."""
+    """A model of either kind, ready to be measured.
+
+    Attributes:
+        run: The model itself.
+        height: Its input height, pixels.
+        width: Its input width, pixels.
+        threshold: Its own, chosen with the border as background.
+        file: The file's name.
+        identity: SHA-256, in hex: of a checkpoint's file; of an exported one, what
+            :attr:`petseg_runtime.artifact.Artifact.identity` is.
+        engine: What runs it, where, and in which precision.
+        cutout_threshold: The lower threshold at which the border belongs to the pet; None: the file has none.
+        provenance: All that the file says of where it comes from.
+    """
 
     run: Run
     height: int
     width: int
     threshold: float
-    description: dict[str, Any]
-    #: The lower threshold at which the border belongs to the pet, and all that the file says of where it comes from.
+    file: str
+    identity: str
+    engine: str
     cutout_threshold: float | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, str]:
         """What it is and what runs it; JSON values."""
-        return self.description
+        return {"file": self.file, "identity": self.identity, "engine": self.engine}
 
 
 @contextlib.contextmanager
@@ -189,33 +202,50 @@ def open_model(path: Path, device: str = "auto") -> Iterator[OpenedModel]:
         if (spec := loaded.spec()) is None:
             raise CheckpointError(f"{path}: the state of a run, not a model; evaluate best.safetensors beside it")
         where = pick_device(device)
-        about = {"file": path.name, "sha256": loaded.sha256, "engine": f"PyTorch {torch.__version__} on {where}, f32"}
-        run, origin = torch_run(model, where), _origin(model, loaded.meta)
-        cutout = loaded.meta["spec"].get("cutout_threshold")  # older ones have none
-        yield OpenedModel(run, spec.height, spec.width, spec.threshold, about, cutout, origin)
+        yield OpenedModel(
+            run=torch_run(model, where),
+            height=spec.height,
+            width=spec.width,
+            threshold=spec.threshold,
+            file=path.name,
+            identity=loaded.sha256,
+            engine=f"PyTorch {torch.__version__} on {where}, f32",
+            cutout_threshold=loaded.meta["spec"].get("cutout_threshold"),  # older ones have none
+            provenance=_origin(model, loaded.meta),
+        )
         return
     artifact = open_artifact(path)
     with load_engine(artifact, device=device) as engine:
-        info = engine.describe()
-        about = {
-            "file": path.name,
-            "identity": artifact.identity,
-            "engine": f"{info.name} {info.version} on {info.device}, {info.precision}",
-        }
-        spec_ = artifact.spec
-        origin = {"precision": spec_.precision, "border_target": spec_.border_target, **artifact.provenance}
-        cutout = spec_.cutout_threshold
-        yield OpenedModel(engine.run, spec_.height, spec_.width, spec_.threshold, about, cutout, origin)
+        info, known = engine.describe(), artifact.spec
+        yield OpenedModel(
+            run=engine.run,
+            height=known.height,
+            width=known.width,
+            threshold=known.threshold,
+            file=path.name,
+            identity=artifact.identity,
+            engine=f"{info.name} {info.version} on {info.device}, {info.precision}",
+            cutout_threshold=known.cutout_threshold,
+            provenance={"precision": known.precision, "border_target": known.border_target, **artifact.provenance},
+        )
 
 
 def split_of(provenance: Mapping[str, Any]) -> tuple[float, int] | None:
-    """Share of trainval that a checkpoint's run kept for validation, and the seed that chose it; None if untold."""
-    try:
-        data = provenance["config"]["data"]
-        fraction, seed = float(data["val_fraction"]), int(data["split_seed"])
-    except (KeyError, TypeError, ValueError, OverflowError):  # an exported file; or edited by somebody
-        return None
-    return (fraction, seed) if 0 < fraction < 1 else None
+    """Share of trainval that a model's run kept for validation, and the seed that chose it; None if untold.
+
+    Runs of older versions tell it in their settings alone, which exported files do not have.
+    """
+    for where in (("data",), ("config", "data")):
+        try:
+            data: Any = provenance
+            for name in where:
+                data = data[name]
+            fraction, seed = float(data["val_fraction"]), int(data["split_seed"])
+        except (KeyError, TypeError, ValueError, OverflowError):  # not there; or edited by somebody
+            continue
+        if 0 < fraction < 1:
+            return fraction, seed
+    return None
 
 
 def is_split_of(provenance: Mapping[str, Any], train: Sequence[Pair], val: Sequence[Pair]) -> bool | None:
@@ -289,23 +319,26 @@ def _origin(model: AttentionUNet, meta: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _readable(pairs: Sequence[Pair], failed: Callable[[Pair, DataError], None] | None) -> Iterator[tuple[str, U8, U8]]:
-    """Name, photo and trimap of each pair that can be read."""
-    for pair in pairs:
-        try:
-            photo, trimap = read_pair(pair)
-        except DataError as error:
-            if failed is None:
-                raise
-            failed(pair, error)
-        else:
-            yield pair.name, photo, trimap
+def _inputs(
+    pairs: Sequence[Pair], height: int, width: int, failed: Callable[[Pair, DataError], None] | None
+) -> Generator[tuple[str, U8, U8] | None, None, None]:
+    """For each pair its name, its photo as the model takes it (uint8 [height, width, 3]) and its trimap (uint8 [h, w]).
 
+    None for one that cannot be read, once ``failed`` has been called.
+    """
 
-def _json(ratio: float) -> float | None:
-    """JSON has no NaN: an undefined ratio is null."""
-    return None if math.isnan(ratio) else ratio
+    def read(pair: Pair, take: Take) -> tuple[U8, U8]:
+        photo, trimap = read_pair(pair, take)
+        return images.to_model(photo, height, width), trimap
 
-
-def _chunks(pairs: Sequence[Pair], size: int) -> Iterable[Sequence[Pair]]:
-    return (pairs[i : i + size] for i in range(0, len(pairs), size))
+    with contextlib.closing(being_read(pairs, read)) as readings:
+        for pair, reading in readings:
+            try:
+                photo, trimap = reading.result()
+            except DataError as error:
+                if failed is None:
+                    raise
+                failed(pair, error)
+                yield None
+            else:
+                yield pair.name, photo, trimap

@@ -19,10 +19,10 @@ LOCK: Final = ".petseg-train.lock"
 def keep_others_out(folder: Path) -> Callable[[], None]:
     """Let no other process train into a folder, which is made if need be.
 
-    Where that cannot be had (Windows, a file system without locks), nobody is kept out.
+    Where there are no locks (Windows, some file systems), nobody is kept out.
 
     Returns:
-        What lets them in again; so does the end of this process.
+        A function that releases the folder; the end of this process releases it, too.
 
     Raises:
         TrainingError: Another process has it.

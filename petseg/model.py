@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["STRIDE", "AttentionGate", "AttentionUNet", "AttentionUNetConfig", "ConvBlock", "normalize"]
+from petseg_runtime.spec import STRIDE
 
-#: Four halvings, by 2x2 poolings or the stem: height and width must be divisible by this.
-STRIDE = 16
+__all__ = ["AttentionGate", "AttentionUNet", "AttentionUNetConfig", "ConvBlock", "normalize"]
 
 #: Channel means and standard deviations of ImageNet photos in [0, 1], RGB (the convention of torchvision).
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -94,6 +93,13 @@ class AttentionGate(nn.Module):
 
     ``alpha = sigmoid(psi(relu(W_g g + W_x x)))``, one value per pixel; returns ``alpha * x``.
     W_g, W_x and psi are 1x1 convolutions, each followed by BatchNorm; half the channels inside.
+
+    This differs from Oktay et al., who compute alpha at the coarser level's resolution and resample it to the skip's:
+    here g is what :class:`Up` has upsampled and projected already, so that alpha has the skip's full resolution at
+    once. Nor does their equation have BatchNorm in it, or a bias of W_x.
+
+    BatchNorm takes the mean off, so that the biases of the three convolutions have no effect. They stay because the
+    count of the published network, 29,300,205 parameters, includes them: without those 964 it would be 29,299,241.
     """
 
     def __init__(self, channels: int) -> None:

@@ -15,6 +15,7 @@ from petseg.metrics import counts, histogram
 from petseg_runtime import images
 from petseg_runtime.cli.text import shown
 from petseg_runtime.files import replacing
+from petseg_runtime.spec import lowest_pet
 
 __all__ = ["curves", "grid", "predictions"]
 
@@ -55,8 +56,8 @@ def grid(run: Run, pairs: Sequence[Pair], height: int, width: int, threshold: fl
         pairs: What to show.
         height: The model's input height.
         width: The model's input width.
-        threshold: Pet is ``probability >= 255 * threshold``.
-        path: Where to.
+        threshold: See :func:`petseg_runtime.spec.lowest_pet`.
+        path: The PNG.
 
     Raises:
         DataError: A pair cannot be read.
@@ -69,7 +70,7 @@ def grid(run: Run, pairs: Sequence[Pair], height: int, width: int, threshold: fl
         probability = images.from_model(run(images.to_model(photo, height, width)[None])[0], *trimap.shape)
         iou = counts(histogram(probability, trimap), threshold).iou
         truth = np.choose(trimap - 1, (255, 0, 128)).astype(np.uint8)
-        mask = np.where(probability >= 255 * threshold, 255, 0).astype(np.uint8)
+        mask = np.where(probability >= lowest_pet(threshold), 255, 0).astype(np.uint8)
         titles = (shown(pair.name), "truth (border grey)", "probability", f"prediction, IoU {iou:.3f}")
         for axis, picture, title in zip(axes, (photo, truth, probability, mask), titles, strict=True):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=255, aspect="auto")

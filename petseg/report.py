@@ -24,19 +24,17 @@ from PIL import Image
 from petseg import report_page
 from petseg.data import Layout, Pair, Split, read_pair
 from petseg.evaluate import Evaluation, OpenedModel
-from petseg.metrics import BACKGROUND, BORDER, PET, Border, Histogram, best_threshold, counts
+from petseg.metrics import BACKGROUND, BORDER, PET, PUBLISHED, Border, Histogram, best_threshold, counts, json_ratio
 from petseg.report_page import Case
 from petseg_runtime import __version__, images
 from petseg_runtime.errors import OutputError
 from petseg_runtime.files import write_atomic
+from petseg_runtime.spec import lowest_pet
 
 __all__ = ["PUBLISHED", "Source", "cases", "numbers", "write"]
 
 SCHEMA_VERSION: Final = 1
 HTML, JSON = "report.html", "report.json"
-
-#: The published attention U-Net on the test split of Oxford-IIIT Pet; its border counts as background.
-PUBLISHED: Final = {"iou": 0.8375, "dice": 0.9116, "accuracy": 0.9460, "precision": 0.8961, "recall": 0.9276}
 
 #: How many photos are shown of each end; of few photos fewer, so that none is shown twice.
 BEST, WORST = 6, 12
@@ -69,7 +67,7 @@ class Source:
         pairs: The photos that were measured, in the evaluation's order.
         failed: Name and reason of each photo that could not be read.
         val_fraction: Share of trainval that is validation.
-        split_seed: Decides which.
+        split_seed: Seed of the choice of those photos.
     """
 
     root: Path
@@ -208,8 +206,8 @@ def sweep(total: Histogram) -> dict[str, Any]:
         rows = [counts(total, threshold, border).ratios() for threshold in thresholds]
         best = best_threshold(total, border)
         readings[str(border)] = {
-            **{name: [_json(row[name]) for row in rows] for name in PUBLISHED},
-            "best": {"threshold": best, "iou": _json(counts(total, best, border).iou)},
+            **{name: [json_ratio(row[name]) for row in rows] for name in PUBLISHED},
+            "best": {"threshold": best, "iou": json_ratio(counts(total, best, border).iou)},
         }
     return {"thresholds": thresholds, "readings": readings}
 
@@ -232,7 +230,7 @@ def cases(values: Mapping[str, Any], model: OpenedModel, pairs: Sequence[Pair]) 
 def _case(pair: Pair, iou: float, model: OpenedModel, threshold: float, empty: bool) -> Case:
     photo, trimap = read_pair(pair)
     answer = model.run(images.to_model(photo, model.height, model.width)[None])[0]
-    mask = images.from_model(answer, *trimap.shape) >= 255 * threshold
+    mask = images.from_model(answer, *trimap.shape) >= lowest_pet(threshold)
     small = Image.fromarray(photo)
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     pixels = np.asarray(small)
@@ -325,7 +323,11 @@ def _groups(
         mine = np.array([other == label for other in labels])
         total = counts(result.histograms[mine].sum(axis=0), threshold)
         kind = {"species": species[labels.index(label)]} if species else {}
-        values = {"iou": _json(total.iou), "dice": _json(total.dice), "mean_image_iou": float(each[mine].mean())}
+        values = {
+            "iou": json_ratio(total.iou),
+            "dice": json_ratio(total.dice),
+            "mean_image_iou": float(each[mine].mean()),
+        }
         rows.append({"name": label, **kind, "photos": int(mine.sum()), **values})
     return sorted(rows, key=lambda row: (-row["iou"], row["name"]))
 
@@ -361,8 +363,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _json(ratio: float) -> float | None:
-    """JSON has no NaN: an undefined ratio is null."""
-    return None if math.isnan(ratio) else ratio

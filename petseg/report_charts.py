@@ -94,7 +94,7 @@ def sweep(thresholds: Sequence[float], values: Mapping[str, Any], marks: Mapping
     """IoU, Dice, precision and recall against the threshold.
 
     Args:
-        thresholds: Of the curves.
+        thresholds: The thresholds at which the ratios are given.
         values: Each ratio by name, at every threshold; None where it is undefined.
         marks: Thresholds to be marked, by name.
         label: What the chart is, for who cannot see it.

@@ -296,7 +296,7 @@ def _facts(values: Mapping[str, Any]) -> str:
     pixels = sum(data["pixels"].values())
     facts = {
         "file": model["file"],
-        **{name: model[name] for name in ("sha256", "identity") if name in model},
+        "identity": model["identity"],
         "engine": model["engine"],
         "input": f"{model['width']} × {model['height']} (width × height)",
         "threshold used": f"{thresholds['used']:.4f}",

@@ -17,6 +17,7 @@ from petseg.metrics import BORDER, PET
 from petseg.train import Observer, RunState
 from petseg_runtime import images
 from petseg_runtime.errors import OutputError
+from petseg_runtime.spec import lowest_pet
 
 __all__ = ["TensorBoard"]
 
@@ -27,7 +28,7 @@ CURVES: Final = (
     "val_iou",
     "val_dice",
     "val_threshold",
-    "val_mean_iou_border_ignored",
+    "val_mean_iou_border_ignored_at_0.5",
     "images_per_s",
     "data_wait",
     "gpu_memory",
@@ -43,7 +44,7 @@ class TensorBoard(Observer):
         """Open nothing yet: where a resumed run goes on is known at its first step.
 
         Args:
-            folder: Where to.
+            folder: The folder for the events, which is made if need be.
             height: The network's input height.
             width: The network's input width.
         """
@@ -83,7 +84,7 @@ class TensorBoard(Observer):
     def _row(self, run: Run, pair: Pair, threshold: float) -> U8:
         photo, trimap = (images.to_model(pixels, *self._size) for pixels in _as_rgb(*read_pair(pair)))
         probability = run(photo[None])[0]
-        mask = np.where(probability >= 255 * threshold, 255, 0).astype(np.uint8)
+        mask = np.where(probability >= lowest_pet(threshold), 255, 0).astype(np.uint8)
         grey = [np.repeat(picture[..., None], 3, axis=2) for picture in (probability, mask)]
         return np.concatenate((photo, trimap, *grey), axis=1)
 

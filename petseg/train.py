@@ -39,11 +39,11 @@ from petseg.lock import keep_others_out
 from petseg.losses import bce_dice
 from petseg.metrics import PET, Border, best_threshold
 from petseg.model import AttentionUNet, normalize
-from petseg.train_set import EpochSampler, TrainSet, decoded_size, memory, target_of
+from petseg.train_set import EpochSampler, TrainSet, decoded_size, target_of
 from petseg_runtime import __version__, images
 from petseg_runtime.errors import CheckpointError, DataError, NonFiniteLoss, OutputError, TrainingError
 from petseg_runtime.files import write_atomic
-from petseg_runtime.host import usable_cpus
+from petseg_runtime.host import available_memory, usable_cpus
 
 __all__ = ["BEST", "LAST", "LOG", "Observer", "Observers", "RunState", "Trainer", "learning_rate", "workers_of"]
 
@@ -66,26 +66,24 @@ QUICK_SAVE = 0.1
 #: Settings that ``--resume`` takes anew: they decide where and how long a run goes, not which steps it takes.
 FREE: Final = ("compile", "data.on_bad", "data.workers", "early_stop")
 
+#: Columns of the log by their names in older versions.
+RENAMED: Final = {"val_mean_iou_border_ignored": "val_mean_iou_border_ignored_at_0.5"}
+
 #: Most processes that ``data.workers = "auto"`` starts.
 MAX_WORKERS: Final = 16
 
 
 class Observer:
-    """Told what happens during a run; the command line prints it, the default does nothing.
+    """Told what happens during a run; the command line prints it, the default does nothing."""
 
-    Attributes:
-        per_epoch: Steps in an epoch; set before the first step.
-        batch: Photos per step; likewise.
-    """
-
-    per_epoch: int = 0
-    batch: int = 0
+    def begin(self, per_epoch: int, batch: int) -> None:
+        """Told once, before the first step: steps in an epoch, and photos per step, those of all processes."""
 
     def started(self, message: str) -> None:
-        """Something worth knowing before the first step."""
+        """Something worth knowing, in words: most of it before the first step."""
 
     def left_out(self, message: str) -> None:
-        """A photo cannot be used, and the run goes on without it."""
+        """A photo cannot be used, and the run goes on without it. Unless overridden, :meth:`started` is told."""
         self.started(message)
 
     def step(self, state: RunState, loss: float, lr: float) -> None:
@@ -99,10 +97,15 @@ class Observer:
 
 
 class Observers(Observer):
-    """Several in place of one."""
+    """Several observers in place of one; each is told everything, in this order."""
 
     def __init__(self, *each: Observer) -> None:
         self.each = each
+
+    def begin(self, per_epoch: int, batch: int) -> None:
+        """Tell each."""
+        for one in self.each:
+            one.begin(per_epoch, batch)
 
     def started(self, message: str) -> None:
         """Tell each."""
@@ -117,7 +120,6 @@ class Observers(Observer):
     def step(self, state: RunState, loss: float, lr: float) -> None:
         """Tell each."""
         for one in self.each:
-            one.per_epoch, one.batch = self.per_epoch, self.batch
             one.step(state, loss, lr)
 
     def epoch(self, row: dict[str, float]) -> None:
@@ -136,14 +138,14 @@ class RunState:
     """Where a run stands; saved in ``last.safetensors`` beside the tensors.
 
     Attributes:
-        step: Steps taken.
-        best_iou: Of the best checkpoint, on validation; -1 before there is one.
-        loss_sum: Of this epoch's steps so far; likewise the next three.
-        steps_summed: How many.
-        seconds: Spent on them.
-        waited: Of these, seconds spent waiting for data.
-        history: The log's rows.
-        elapsed: Seconds of the whole run, all sessions, with reading the photos and validation.
+        step: Steps taken since the run began.
+        best_iou: The IoU of the best checkpoint on the validation photos; -1 before there is one.
+        loss_sum: The losses of this epoch's steps so far, added up.
+        steps_summed: How many steps those are.
+        seconds: Seconds that those steps took, with waiting for photos, without validation.
+        waited: The part of ``seconds`` that was spent waiting for photos.
+        history: The log's rows, one for each finished epoch.
+        elapsed: Seconds of the whole run, all sessions added up, with reading the photos and validation.
         peak_memory: Largest GPU memory in use so far, bytes; 0 on a CPU.
     """
 
@@ -257,6 +259,7 @@ class Trainer:
 
         Raises:
             DataError: The data cannot be used.
+            UsageError: The precision is not for this device, or a batch cannot be split over the processes.
             TrainingError: The folder already holds a run, or holds none to resume, or one of another config, or another
                 process trains there; ``init`` was trained on photos that this run validates on; or another process has
                 other photos.
@@ -279,7 +282,7 @@ class Trainer:
         self._agree_on_photos()
         self.sampler = EpochSampler(len(self.train_set), config.batch, config.seed, self.ranks.rank, self.ranks.size)
         self.loader = self._loader()
-        self.observer.per_epoch, self.observer.batch = len(self.sampler), config.batch
+        self.observer.begin(len(self.sampler), config.batch)
         torch.manual_seed(config.seed)
         if init and resume:
             self.observer.started(f"resumed, so that {init} is not read: the run has weights of its own")
@@ -360,12 +363,12 @@ class Trainer:
             return TrainSet(train, d.height, d.width, augment, seed, taught, failed, folder, here), val, about
 
     def _place_for(self, photos: int, taught: bool) -> Path | None:
-        """The folder for the decoded photos, if this machine's processes together would fill its memory with them."""
+        """The folder for the decoded photos, if those of all processes here take more than half of the free memory."""
         size = self.ranks.here * decoded_size(photos, self.config.data.height, self.config.data.width, taught)
-        if 2 * size <= memory():
+        if 2 * size <= available_memory():
             self.observer.started(f"reading {photos} photos into memory")
             return None
-        why = f"decoded, they are {size / 1e9:.1f} GB, more than half of the memory"
+        why = f"decoded, they are {size / 1e9:.1f} GB, more than half of the memory that is free"
         self.observer.started(f"reading {photos} photos into a file in {self.output}: {why}")
         return self.output
 
@@ -394,12 +397,15 @@ class Trainer:
         )
 
     def _about(self, root: Path, provenance: dict[str, Any], teacher: dict[str, str]) -> dict[str, Any]:
-        """What every checkpoint says of its run; JSON values."""
+        """What every checkpoint says of its run; JSON values. Exported files keep ``data``, but not ``config``."""
+        d = self.config.data
         return {
             "model": to_dict(self.config)["model"],
             "config": to_dict(self.config),
             "data": {
                 "folder": root.name,
+                "val_fraction": d.val_fraction,
+                "split_seed": d.split_seed,
                 "train_photos": len(self.train_set),
                 "val_photos": len(self.val_pairs),
                 "skipped_without_pet": self.train_set.skipped_empty,
@@ -434,7 +440,7 @@ class Trainer:
 
         Raises:
             NonFiniteLoss: See :meth:`fit`.
-            KeyboardInterrupt: Likewise.
+            KeyboardInterrupt: See :meth:`fit`.
         """
         self.sampler.epoch, self.sampler.start = epoch, self.state.step - epoch * len(self.sampler)
         self.model.train()
@@ -465,11 +471,13 @@ class Trainer:
         weights = self.config.loss
         labels = trimap.to(self.device, non_blocking=True)
         target = target_of(labels, self.config.data.border_target, weights.teacher)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+        mixed = torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
+        with self.ranks.exchanging(), mixed:
             logits = self.forward(image)
         loss = bce_dice(logits, target, weights.bce, weights.dice, weights.epsilon, self.ranks.sum)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        with self.ranks.exchanging():
+            self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
         stop = torch.full_like(norm, float(self._stop))
@@ -559,7 +567,7 @@ class Trainer:
             "val_iou": headline.iou,
             "val_dice": headline.dice,
             "val_threshold": threshold,
-            "val_mean_iou_border_ignored": float(result.image_ious(0.5, Border.IGNORED).mean()),
+            "val_mean_iou_border_ignored_at_0.5": float(result.image_ious(0.5, Border.IGNORED).mean()),
             "seconds": state.seconds,
             "images_per_s": state.steps_summed * self.config.batch / max(state.seconds, 1e-9),
             "data_wait": state.waited / max(state.seconds, 1e-9),
@@ -693,6 +701,7 @@ class Trainer:
         if saved.meta["scaler"]:  # empty: what it was computed in needs none
             self.scaler.load_state_dict(saved.meta["scaler"])
         self.state = RunState(**saved.meta["state"])
+        self.state.history = [{RENAMED.get(n, n): v for n, v in row.items()} for row in self.state.history]
         self.meta["provenance"] = saved.meta["provenance"]
         self.observer.started(f"resumed at step {self.state.step}")
 
@@ -800,8 +809,7 @@ def _teacher(
             mean = (straight + mirrored[:, ::-1] + 1) // 2
             return images.from_model(mean.astype(np.uint8), config.height, config.width)
 
-        about = model.describe()
-        yield ask, {"file": path.name, "identity": about.get("sha256") or about["identity"]}, model.provenance
+        yield ask, {"file": model.file, "identity": model.identity}, model.provenance
 
 
 def _network(ema: MovingAverage) -> AttentionUNet:

@@ -21,16 +21,18 @@ from petseg.config import AugmentConfig
 from petseg.data import Pair, resize_trimap, usable
 from petseg.metrics import BACKGROUND, BORDER, PET
 from petseg_runtime import images
-from petseg_runtime.errors import DataError, OutputError, TrainingError
-from petseg_runtime.host import cgroup_limits
+from petseg_runtime.errors import DataError, OutputError, UsageError
 
-__all__ = ["EpochSampler", "TrainSet", "augmentation", "decoded_size", "memory", "target_of"]
+__all__ = ["EpochSampler", "TrainSet", "colours", "decoded_size", "moves", "target_of"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
 
-def augmentation(config: AugmentConfig) -> v2.Transform:
-    """The random changes as one torchvision v2 transform over (Image, Mask); a mask is never interpolated."""
+def moves(config: AugmentConfig) -> v2.Transform:
+    """The random changes of place, the same for all that they are given; the nearest pixel for masks, else bilinear.
+
+    What is uncovered becomes black, or background.
+    """
     fill = {tv_tensors.Image: 0, tv_tensors.Mask: BACKGROUND}
     steps: list[v2.Transform] = [v2.RandomHorizontalFlip(config.flip)]
     if config.rotate or config.translate or (config.scale_min, config.scale_max) != (1.0, 1.0):
@@ -43,9 +45,14 @@ def augmentation(config: AugmentConfig) -> v2.Transform:
                 fill=fill,
             )
         )
-    if config.brightness or config.contrast or config.saturation or config.hue:
-        steps.append(v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue))
     return v2.Compose(steps)
+
+
+def colours(config: AugmentConfig) -> v2.Transform:
+    """The random changes of a photo's colours."""
+    if config.brightness or config.contrast or config.saturation or config.hue:
+        return v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)
+    return v2.Identity()
 
 
 class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
@@ -74,9 +81,9 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
             height: Training height.
             width: Training width.
             augment: The random changes.
-            seed: Theirs.
+            seed: Seed of the random changes.
             teacher: What another model says of a photo, uint8 [h, w, 3] to a probability uint8 [height, width]. It is
-                asked once for each photo; what it says is turned and moved with the photo.
+                asked once for each photo; what it says is moved with the photo, as a grey picture would be.
             failed: Called with each pair that cannot be used, which is then left out. Without it the first one raises.
             folder: Where to keep what is decoded, in a file that goes with this process, in place of the memory.
             processes: How many of this machine do this at the same time, this one among them.
@@ -91,7 +98,9 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
         planes = (len(pairs), 2, height, width) if teacher else (len(pairs), height, width)
         self._photos = _room((len(pairs), height, width, 3), folder)  # as many as there are at most
         self._trimaps = _room(planes, folder)
-        for pair, photo, trimap in usable(pairs, failed, processes):
+        # Nothing of it has been touched so far, so that the system still counts it as free.
+        promised = 0 if folder else self._photos.nbytes + self._trimaps.nbytes
+        for pair, photo, trimap in usable(pairs, failed, processes, promised):
             if not (trimap == PET).any():
                 self.skipped_empty.append(pair.name)  # a known flaw of the data set; it would teach "no pet"
                 continue
@@ -101,7 +110,7 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
             self.names.append(pair.name)
         if not self.names:
             raise DataError("no photo with a pet in its mask: nothing to train on")
-        self._augment = augmentation(augment)
+        self._move, self._colour = moves(augment), colours(augment)
         self._paste = augment.paste
         self._seed = seed
 
@@ -127,22 +136,17 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
     def _changed(self, index: int) -> tuple[Tensor, Tensor]:
         """A photo, uint8 [3, H, W], and what is known of it, changed alike by the next random numbers."""
         image = tv_tensors.Image(torch.from_numpy(self._photos[index]).permute(2, 0, 1))
-        mask = tv_tensors.Mask(torch.from_numpy(self._trimaps[index]))
-        image, mask = self._augment(image, mask)
-        return image.as_subclass(Tensor), mask.as_subclass(Tensor)
+        known = torch.from_numpy(self._trimaps[index])
+        trimap, *said = known.unbind() if known.ndim == 3 else (known,)
+        # What a teacher says is a quantity, and nothing outside of the photo: as of a grey picture.
+        image, mask, *maps = self._move(image, tv_tensors.Mask(trimap), *map(tv_tensors.Image, said))
+        planes = [plane.as_subclass(Tensor) for plane in (mask, *(grey[0] for grey in maps))]
+        return self._colour(image).as_subclass(Tensor), torch.stack(planes) if maps else planes[0]
 
 
 def decoded_size(photos: int, height: int, width: int, taught: bool) -> int:
     """Bytes that a :class:`TrainSet` takes, with a teacher's probabilities or without."""
     return photos * height * width * (5 if taught else 4)
-
-
-def memory() -> int:
-    """Bytes of memory that this machine has, or that the control group of this process allows of it."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    membership = Path("/proc/self/cgroup")
-    _, limit = cgroup_limits(Path("/sys/fs/cgroup"), membership.read_text() if membership.exists() else "")
-    return min(machine, limit or machine)
 
 
 def _room(shape: tuple[int, ...], folder: Path | None) -> U8:
@@ -178,12 +182,12 @@ class EpochSampler(Sampler[list[int]]):
 
         Raises:
             DataError: There are fewer photos than one batch takes.
-            TrainingError: A batch cannot be split evenly over the processes.
+            UsageError: A batch cannot be split evenly over the processes.
         """
         if size < batch:
             raise DataError(f"{size} photos to train on, but a batch takes {batch}: use a smaller --batch")
         if batch % ranks:
-            raise TrainingError(f"batch is {batch}; it must be a multiple of the {ranks} processes that share it")
+            raise UsageError(f"batch is {batch}; it must be a multiple of the {ranks} processes that share it")
         self.size, self.batch, self.seed = size, batch, seed
         self.rank, self.ranks = rank, ranks
         self.epoch, self.start = 0, 0

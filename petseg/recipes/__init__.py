@@ -6,7 +6,7 @@ import tomllib
 from importlib.resources import files
 from typing import Any
 
-from petseg_runtime.errors import TrainingError
+from petseg_runtime.errors import UsageError
 
 __all__ = ["describe", "load", "names"]
 
@@ -20,7 +20,7 @@ def load(name: str) -> dict[str, Any]:
     """The settings of a recipe, for :func:`petseg.config.from_dict`.
 
     Raises:
-        TrainingError: There is none of that name; the message lists those that there are.
+        UsageError: There is none of that name; the message lists those that there are.
     """
     return tomllib.loads(_text(name))
 
@@ -29,12 +29,12 @@ def describe(name: str) -> str:
     """The first line of a recipe's comment.
 
     Raises:
-        TrainingError: There is none of that name.
+        UsageError: There is none of that name.
     """
     return _text(name).partition("\n")[0].removeprefix("# ")
 
 
 def _text(name: str) -> str:
     if name not in (known := names()):
-        raise TrainingError(f"--recipe {name!r}: there is no such recipe; there are: {', '.join(known)}")
+        raise UsageError(f"--recipe {name!r}: there is no such recipe; there are: {', '.join(known)}")
     return (files(__name__) / f"{name}.toml").read_text(encoding="utf-8")

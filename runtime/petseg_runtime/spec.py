@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from petseg_runtime.errors import ModelError
+from petseg_runtime.errors import ModelError, UsageError
 
 __all__ = ["HALF_LIMIT", "PRECISIONS", "SPEC_KEY", "STRIDE", "ModelSpec", "lowest_pet"]
 
@@ -26,11 +26,6 @@ PRECISIONS: Final = ("fp32", "fp16", "int8")
 #: What is computed in float32 if a scan finds more than this in it: an eighth of the largest float16, because photos
 #: that the scan did not see may go higher, and the gates add two results up.
 HALF_LIMIT: Final = 65504 / 8
-
-
-def lowest_pet(threshold: float) -> int:
-    """The smallest byte of a probability, round(255 p), that counts as pet from ``threshold`` on."""
-    return math.ceil(255 * threshold - 1e-9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +50,8 @@ class ModelSpec:
             above a whole number counts as that number (:func:`lowest_pet`). Chosen on validation photos for the
             headline metric, which counts the trimap's border (fur, outline) as background. In (0, 1).
         cutout_threshold: The lower threshold at which the border belongs to the pet: the one for cutouts. In (0, 1).
-        border_target: What the network was taught to say on the trimap's border; in [0, 1].
+        border_target: What the network was taught to say on the trimap's border; in [0, 1]. What it came to say there is
+            not quite that: the Dice loss pushes soft targets below half of the Dice coefficient to 0, and others to 1.
     """
 
     name: str
@@ -138,6 +134,26 @@ class ModelSpec:
                 f"{SCHEMA_VERSION}: upgrade petseg, or export the model again"
             )
         return cls(**_checked(raw))
+
+
+def lowest_pet(threshold: float) -> int:
+    """The smallest byte of a model's output that counts as pet: pet is ``probability >= 255 * threshold``.
+
+    At a threshold of k / 255 that is k, also where the threshold was computed (as 1 - j / 255) and 255 times it comes
+    out a rounding error above k: what is less than a thousand-millionth above a whole number is that number.
+
+    Args:
+        threshold: Between 0 and 1, both included.
+
+    Returns:
+        0 to 255.
+
+    Raises:
+        UsageError: It is outside, or NaN.
+    """
+    if not 0 <= threshold <= 1:
+        raise UsageError(f"threshold is {threshold}; it must lie between 0 and 1")
+    return math.ceil(255 * threshold - 1e-9)
 
 
 def _checked(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def test_what_comes_home_is_small_and_whole(out: Path, weights: Path) -> None:
     assert lease.PIECE == 16 * 2**20
     record = json.loads((out / "published.json").read_text())
     assert record["weights"] == manifest
-    assert record["model"]["sha256"] == manifest["sha256"]
+    assert record["model"]["identity"] == manifest["sha256"]
 
 
 def test_the_record_says_what_was_run(out: Path) -> None:

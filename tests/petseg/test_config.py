@@ -17,10 +17,11 @@ from petseg.config import (
     from_dict,
     load_toml,
     override,
+    refuse_idle,
     to_dict,
 )
 from petseg.model import AttentionUNetConfig
-from petseg_runtime.errors import TrainingError
+from petseg_runtime.errors import TrainingError, UsageError
 
 UNUSUAL = TrainConfig(
     epochs=7,
@@ -82,7 +83,7 @@ def test_a_whole_number_is_a_float_where_one_is_wanted() -> None:
     ],
 )
 def test_an_unknown_name_is_refused_with_the_known_ones(raw: dict[str, Any], named: str, offered: str) -> None:
-    with pytest.raises(TrainingError, match=rf"unknown setting {named}.*\b{offered}\b"):
+    with pytest.raises(UsageError, match=rf"unknown setting {named}.*\b{offered}\b"):
         from_dict(TrainConfig, raw)
 
 
@@ -112,7 +113,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(raw: dict[str, Any], nam
     ],
 )
 def test_a_wrong_type_is_refused_by_name(raw: dict[str, Any], said: str) -> None:
-    with pytest.raises(TrainingError, match=said):
+    with pytest.raises(UsageError, match=said):
         from_dict(TrainConfig, raw)
 
 
@@ -152,12 +153,12 @@ NAN = float("nan")
 def test_a_value_out_of_range_is_refused_by_name(name: str, value: float) -> None:
     *section, key = name.split(".")
     raw: dict[str, Any] = {section[0]: {key: value}} if section else {key: value}
-    with pytest.raises(TrainingError, match=f"{name} is {value}"):
+    with pytest.raises(UsageError, match=f"{name} is {value}"):
         from_dict(TrainConfig, raw)
 
 
 def test_no_loss_at_all_is_refused() -> None:
-    with pytest.raises(TrainingError, match=r"loss\.bce \+ loss\.dice"):
+    with pytest.raises(UsageError, match=r"loss\.bce \+ loss\.dice"):
         LossConfig(bce=0, dice=0)
 
 
@@ -178,6 +179,57 @@ def test_no_loss_at_all_is_refused() -> None:
 )
 def test_the_ends_of_the_ranges_are_allowed(raw: dict[str, Any]) -> None:
     from_dict(TrainConfig, raw)
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({"data": {"height": 33}}, "data.height is 33; it must be a multiple of 16"),
+        ({"model": {"width": 3}}, "model.width is 3; the attention gates halve it, so it must be even and positive"),
+    ],
+)
+def test_a_setting_is_named_once(raw: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        from_dict(TrainConfig, raw)
+    assert str(caught.value) == said
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("raw", "taught", "said"),
+    [
+        ({"schedule": {"warmup": 0.1}}, False, "schedule.warmup is 0.1, .*without schedule.name=one-cycle.* at 0.3$"),
+        ({"schedule": {"name": "cosine", "warmup": 0.1}}, False, "schedule.warmup is 0.1"),
+        ({"schedule": {"name": "one-cycle", "restart_epochs": 5}}, False, "schedule.restart_epochs is 5, .*at 10$"),
+        ({"schedule": {"name": "constant", "restart_factor": 1}}, False, "restart_factor is 1, .*name=cosine-restarts"),
+        ({"loss": {"dice": 0.0, "epsilon": 2.0}}, False, "loss.epsilon is 2.0, .*loss.dice above 0"),
+        (
+            {"loss": {"teacher": 0.3}},
+            False,
+            "loss.teacher is 0.3, which has no effect without --teacher FILE: add that",
+        ),
+    ],
+)
+def test_a_setting_that_nothing_uses_is_refused_with_what_would(raw: dict[str, Any], taught: bool, said: str) -> None:
+    config = from_dict(TrainConfig, raw)
+    with pytest.raises(UsageError, match=said):
+        refuse_idle(config, TrainConfig(), taught)
+    refuse_idle(config, config, taught)  # as a recipe has it
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {},
+        {"schedule": {"restart_epochs": 5, "restart_factor": 1}},
+        {"schedule": {"name": "one-cycle", "warmup": 0.1}},
+        {"schedule": {"name": "cosine", "warmup": 0.3}},
+        {"loss": {"teacher": 0.3}},
+        {"loss": {"epsilon": 2.0}},
+    ],
+)
+def test_a_setting_that_is_used_or_at_its_default_is_let_pass(raw: dict[str, Any]) -> None:
+    refuse_idle(from_dict(TrainConfig, raw), TrainConfig(), taught=True)
 
 
 @pytest.mark.parametrize(("text", "workers"), [("auto", "auto"), ('"auto"', "auto"), ("3", 3), ("0", 0)])
@@ -252,7 +304,7 @@ def test_override_replaces_one_value_and_keeps_its_neighbours() -> None:
 
 @pytest.mark.parametrize("assignment", ["epochs", "", "=3", "  =3", "epochs:3"])
 def test_override_without_a_name_or_a_value_is_refused(assignment: str) -> None:
-    with pytest.raises(TrainingError, match="NAME=VALUE"):
+    with pytest.raises(UsageError, match="NAME=VALUE"):
         override({}, assignment)
 
 
@@ -260,9 +312,7 @@ def test_override_without_a_name_or_a_value_is_refused(assignment: str) -> None:
     "assignment", ["epochs=" + "[" * 5000, "epochs=" + "[" * 50 + "]" * 50, "model.width" + ".a" * 5000 + "=1"]
 )
 def test_a_setting_that_nests_too_deeply_is_refused_in_one_short_line(assignment: str) -> None:
-    with pytest.raises(
-        TrainingError, match=r"^--set '.{60}': more than 30 levels of tables and lists in each other; a"
-    ):
+    with pytest.raises(UsageError, match=r"^--set '.{60}': more than 30 levels of tables and lists in each other; a"):
         override({}, assignment)
 
 
@@ -282,5 +332,5 @@ def test_a_file_that_nests_too_deeply_is_refused_by_name(tmp_path: Path, text: s
 
 
 def test_override_inside_a_plain_setting_is_refused() -> None:
-    with pytest.raises(TrainingError, match="'epochs' is a setting"):
+    with pytest.raises(UsageError, match="'epochs' is a setting"):
         override({"epochs": 3}, "epochs.lr=3")

@@ -9,7 +9,7 @@ import torch
 
 from petseg import device as device_module
 from petseg.device import pick_device, pick_precision
-from petseg_runtime.errors import EngineError, TrainingError
+from petseg_runtime.errors import EngineError, UsageError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -65,7 +65,7 @@ def test_a_precision_that_was_asked_for_is_what_is_computed_in(
 
 def test_fp16_is_for_gpus_alone() -> None:
     assert pick_precision("fp16", GPU) is torch.float16
-    with pytest.raises(TrainingError, match="bf16 or fp32"):
+    with pytest.raises(UsageError, match="bf16 or fp32"):
         pick_precision("fp16", CPU)
 
 
@@ -86,3 +86,22 @@ def test_auto_on_a_cpu_is_bf16_only_where_the_cpu_has_it(
 ) -> None:
     monkeypatch.setattr(device_module, "_cpu_has_bf16", lambda: has)
     assert pick_precision("auto", CPU) is dtype
+
+
+@pytest.mark.parametrize(
+    ("flags", "has"),
+    [
+        ("flags\t\t: avx2 avx512f avx512_bf16", True),
+        ("flags\t\t: avx2 amx_bf16 amx_int8", True),
+        ("Features\t: asimd asimddp bf16", True),
+        ("flags\t\t: avx2 avx512f", False),
+        ("model name\t: Example bf16 Processor\nflags\t\t: avx2", False),
+        ("flags\t\t: avx2 amx_bf16\nflags\t\t: avx2", False),
+        ("", False),
+    ],
+)
+def test_bf16_is_looked_for_among_the_features_of_all_cores(
+    monkeypatch: pytest.MonkeyPatch, flags: str, has: bool
+) -> None:
+    monkeypatch.setattr("petseg_runtime.host._text", lambda path: flags)
+    assert device_module._cpu_has_bf16() is has

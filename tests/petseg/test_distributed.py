@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from petseg import distributed
 from petseg.checkpoint import load
 from petseg.cli import run
 from petseg.config import TrainConfig, from_dict, to_dict
@@ -101,7 +102,7 @@ from pathlib import Path
 import petseg.data as data
 import petseg.train as training
 from petseg.config import TrainConfig, from_dict
-from petseg.distributed import join, lost
+from petseg.distributed import join
 from petseg_runtime.errors import InputError, OutputError
 
 config, root, out = {config!r}, Path({root!r}), Path({out!r})
@@ -124,8 +125,7 @@ def attempt(name, ranks, act, at=3, late=False, **more):
             ranks=ranks, observer=observer, resume=(out / name / training.LAST).exists(),
         )
         trainer.late = late
-        with lost(ranks):
-            trainer.fit()
+        trainer.fit()
         end = "done"
     except BaseException as error:
         end = type(error).__name__ + ": " + str(error)
@@ -233,7 +233,7 @@ def end_of(ends: Path, name: str) -> list[dict[str, Any]]:
 
 def test_a_batch_that_cannot_be_shared_is_refused(ends: Path) -> None:
     for one in end_of(ends, "odd"):
-        assert one["end"] == "TrainingError: batch is 5; it must be a multiple of the 2 processes that share it"
+        assert one["end"] == "UsageError: batch is 5; it must be a multiple of the 2 processes that share it"
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step_and_one_can_go_on(
@@ -335,6 +335,79 @@ def test_each_process_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(EngineError, match="cuda:2: PyTorch sees 2"):
         local_device("cuda")
+
+
+GLOO_GONE = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4"
+NCCL_GONE = (
+    "NCCL error in: X.cpp:1, remote process exited\nncclRemoteError: A call failed possibly due to a remote process"
+)
+HERE = (
+    RuntimeError("cuDNN error: timed out"),
+    RuntimeError("NCCL error: unhandled cuda error"),
+    RuntimeError("gloo is not built in"),
+    torch.distributed.DistBackendError(
+        "ncclInvalidUsage: Duplicate GPU detected : rank 0 and rank 1 both on CUDA device"
+    ),
+    torch.distributed.DistBackendError("ncclSystemError: Bootstrap : no socket interface found"),
+)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(GLOO_GONE),
+        torch.distributed.DistBackendError(NCCL_GONE),
+        torch.distributed.DistStoreError("wait timeout after 12000ms"),
+    ],
+)
+def test_an_exchange_with_a_process_that_is_gone_says_so_and_keeps_the_words(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(tensor: torch.Tensor, *words: Any) -> None:
+        raise error
+
+    ranks, first = Ranks(0, 2, 2), str(error).splitlines()[0]
+    for name in ("all_reduce", "all_gather", "broadcast"):
+        monkeypatch.setattr(distributed.dist, name, fails)
+    x = torch.ones(2, requires_grad=True)
+    for act in (
+        lambda: ranks.sum(x),
+        lambda: ranks.same("00", CPU),
+        lambda: ranks.on_first(lambda: 0.5, CPU),
+        lambda: Ranks(1, 2, 2).on_first(lambda: 0.5, CPU),
+    ):
+        with pytest.raises(TrainingError, match="another process of this run ended") as caught:
+            act()
+        assert str(caught.value).endswith(f"({first})")
+    with pytest.raises(TrainingError, match="--resume"), ranks.exchanging():
+        raise error
+    with pytest.raises(type(error)), Ranks().exchanging():
+        raise error
+
+
+@pytest.mark.parametrize("error", HERE, ids=str)
+def test_what_is_wrong_with_this_process_is_not_blamed_on_another(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(tensor: torch.Tensor) -> None:
+        raise error
+
+    monkeypatch.setattr(distributed.dist, "all_reduce", fails)
+    with pytest.raises(type(error)) as caught:
+        Ranks(0, 2, 2).sum(torch.ones(2))
+    assert caught.value is error
+    with pytest.raises(type(error)), Ranks(0, 2, 2).exchanging():
+        raise error
+
+
+def test_an_error_outside_of_an_exchange_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *words, **options: None)
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="gloo") as caught, join(CPU):
+        raise RuntimeError(GLOO_GONE)
+    assert type(caught.value) is RuntimeError
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from petseg.evaluate import (
 from petseg.metrics import Border
 from petseg.model import AttentionUNet, AttentionUNetConfig, normalize
 from petseg_export import OnnxConfig, export
+from petseg_runtime import images
 from petseg_runtime.artifact import open_artifact
 from petseg_runtime.errors import CheckpointError, DataError, EngineError, ModelError, OutputError
 
@@ -155,10 +157,10 @@ def test_the_batch_changes_nothing(pairs: list[Pair], batch: int) -> None:
     shapes: list[tuple[int, ...]] = []
     watched: list[int] = []
 
-    def run(images: np.ndarray) -> np.ndarray:
-        assert images.dtype == np.uint8
-        shapes.append(images.shape)
-        return red(images)
+    def run(photos: np.ndarray) -> np.ndarray:
+        assert photos.dtype == np.uint8
+        shapes.append(photos.shape)
+        return red(photos)
 
     result = evaluate(run, pairs, H, W, batch=batch, watch=watched.append)
     assert (result.histograms == evaluate(red, pairs, H, W).histograms).all()
@@ -166,6 +168,60 @@ def test_the_batch_changes_nothing(pairs: list[Pair], batch: int) -> None:
     steps = [*range(batch, len(pairs), batch), len(pairs)]
     assert watched == steps
     assert shapes == [(b - a, H, W, 3) for a, b in zip([0, *steps], steps, strict=False)]
+
+
+def test_photos_are_read_at_the_same_time_ahead_of_the_model(
+    pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want, together, read = evaluate(red, pairs, H, W, batch=1), threading.Barrier(len(pairs)), images.read
+
+    def slow(path: Path, **options: Any) -> images.Photo:
+        together.wait(20)  # none is done before all have begun
+        return read(path, **options)
+
+    monkeypatch.setattr("petseg.data.usable_cpus", lambda: len(pairs))
+    monkeypatch.setattr(images, "read", slow)
+    got = evaluate(red, pairs, H, W, batch=1)
+    assert got.names == want.names
+    assert (got.histograms == want.histograms).all()
+
+
+def test_photos_wait_for_memory_and_none_for_ever(pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    want = evaluate(red, pairs, H, W).histograms
+    monkeypatch.setattr("petseg.data.available_memory", lambda: 0)
+    assert (evaluate(red, pairs, H, W).histograms == want).all()
+
+
+def test_photos_that_cannot_be_read_are_told_in_order_by_the_thread_that_asks(
+    pairs: list[Pair], tmp_path: Path
+) -> None:
+    bad = [Pair(f"bad {i}", tmp_path / f"{i}.jpg", pairs[0].mask, Layout.OXFORD) for i in range(2)]
+    told: list[tuple[str, threading.Thread]] = []
+    watched: list[int] = []
+    result = evaluate(
+        red,
+        [bad[0], *pairs, bad[1]],
+        H,
+        W,
+        batch=2,
+        watch=watched.append,
+        failed=lambda pair, error: told.append((pair.name, threading.current_thread())),
+    )
+    assert told == [(pair.name, threading.current_thread()) for pair in bad]
+    assert result.names == tuple(pair.name for pair in pairs)
+    assert (result.histograms == evaluate(red, pairs, H, W).histograms).all()
+    assert watched == [2, 4, 6, 7]
+
+
+def test_a_measurement_that_is_ended_leaves_no_reader(pairs: list[Pair]) -> None:
+    before = {*threading.enumerate()}
+
+    def end(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(red, pairs, H, W, batch=1, watch=end)
+    assert {*threading.enumerate()} <= before
 
 
 def test_a_photo_that_cannot_be_read_is_named(pairs: list[Pair], tmp_path: Path) -> None:
@@ -249,7 +305,7 @@ def test_a_model_says_what_it_is_and_what_runs_it(checkpoint: Path, exported: Pa
     with open_model(checkpoint, "cpu") as opened:
         about = opened.describe()
     assert about["file"] == "best.safetensors"
-    assert about["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert about["identity"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert "PyTorch" in about["engine"]
     assert "cpu" in about["engine"]
     with open_model(exported) as opened:
@@ -273,6 +329,8 @@ def test_an_exported_file_is_closed_afterwards(exported: Path) -> None:
 )
 def test_a_split_that_is_not_told_or_nonsense_is_none(config: object) -> None:
     assert split_of({} if config is None else {"config": config}) is None
+    told = {"data": {"val_fraction": 0.2, "split_seed": 4}}
+    assert split_of({**told, **({} if config is None else {"config": config})}) == (0.2, 4)
 
 
 def test_the_split_of_a_run_is_known_by_its_photos(oxford_root: Path) -> None:
@@ -321,7 +379,7 @@ def test_a_model_that_is_missing_or_damaged_is_named(tmp_path: Path, name: str, 
 def report(pairs: list[Pair], folder: Path, threshold: float = 0.5) -> tuple[Evaluation, dict[str, Any]]:
     result = evaluate(red, pairs, H, W)
     record = {**result.summary(threshold), "split": "test"}
-    write_report(result, record, OpenedModel(red, H, W, 0.9, {}), pairs, folder)
+    write_report(result, record, OpenedModel(red, H, W, 0.9, "m.onnx", "ab" * 32, "red"), pairs, folder)
     return result, record
 
 

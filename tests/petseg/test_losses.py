@@ -134,3 +134,30 @@ def test_the_gradient_is_that_of_the_plain_formula(pair: tuple[np.ndarray, np.nd
     over, under = 2 * (p * g).sum() + 2.0, p.sum() + g.sum() + 2.0
     expected = 0.7 * (p - g) / p.size + 0.3 * (over - 2 * g * under) / under**2 * p * (1 - p)
     np.testing.assert_allclose(z.grad.numpy(), expected, atol=1e-5)
+
+
+def test_the_dice_loss_makes_soft_targets_hard_as_its_docstring_says() -> None:
+    """300 pixels of pet, 580 of background, and 120 of border that are taught as 0.2."""
+    truth = torch.cat((torch.ones(300), torch.full((120,), 0.2), torch.zeros(580)))
+
+    def loss(border: float) -> float:
+        p = torch.where(truth == 0.2, border, truth)
+        return dice_loss(torch.logit(p, 1e-6)[None, None, None], truth[None, None, None]).item()
+
+    assert loss(0.0) == pytest.approx(0.0384, abs=1e-4)
+    assert loss(0.2) == pytest.approx(0.0592, abs=1e-4)
+    # By each p the gradient is (D - 2 g) / S: where it changes its sign is half of D, whatever g is.
+    p = torch.rand(1000, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    targets = torch.linspace(0, 1, 1000)
+    both, total = (p * targets).sum(), p.sum() + targets.sum()
+    value = 1 - (2 * both + 1) / (total + 1)
+    value.backward()
+    coefficient = 1 - value.item()
+    expected = (coefficient - 2 * targets) / (total.item() + 1)
+    assert p.grad is not None
+    torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-8)
+    z = torch.logit(p.detach())[None, None, None].requires_grad_()
+    dice_loss(z, targets[None, None, None]).backward()
+    assert z.grad is not None
+    sure = (targets - coefficient / 2).abs() > 1e-3
+    assert torch.equal(z.grad.flatten()[sure] < 0, targets[sure] > coefficient / 2)

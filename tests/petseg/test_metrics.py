@@ -17,8 +17,8 @@ from petseg.metrics import (
     best_threshold,
     counts,
     histogram,
-    level,
 )
+from petseg_runtime.spec import lowest_pet
 
 SHAPES = hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=9)
 BYTES = st.one_of(st.integers(0, 255), st.sampled_from([0, 1, 127, 128, 254, 255]))
@@ -102,21 +102,23 @@ def test_a_trimap_with_another_value_is_refused(value: int) -> None:
         histogram(np.zeros((1, 2), np.uint8), np.array([[2, value]], np.uint8))
 
 
-def test_level_of_every_byte_is_that_byte() -> None:
-    assert [level(k / 255) for k in range(256)] == list(range(256))
+def test_the_lowest_pet_at_every_byte_is_that_byte() -> None:
+    assert [lowest_pet(k / 255) for k in range(256)] == list(range(256))
+    assert [lowest_pet(1 - k / 255) for k in range(256)] == list(range(255, -1, -1))
+    assert any(255 * (1 - k / 255) > 255 - k for k in range(256)), "the rounding is there for a reason"
 
 
 @pytest.mark.parametrize(
     ("threshold", "cut"), [(0, 0), (1e-6, 1), (0.1, 26), (0.2, 51), (0.5, 128), (0.6, 153), (0.999, 255), (1, 255)]
 )
-def test_level_is_the_first_byte_that_reaches_the_threshold(threshold: float, cut: int) -> None:
-    assert level(threshold) == cut
+def test_the_lowest_pet_is_the_first_byte_that_reaches_the_threshold(threshold: float, cut: int) -> None:
+    assert lowest_pet(threshold) == cut
 
 
 @pytest.mark.parametrize("threshold", [-0.001, 1.001, 255, math.nan, math.inf, -math.inf])
 def test_a_threshold_outside_0_and_1_is_refused(threshold: float) -> None:
     with pytest.raises(ValueError, match="threshold"):
-        level(threshold)
+        lowest_pet(threshold)
     with pytest.raises(ValueError, match="threshold"):
         counts(np.zeros((3, 256), np.int64), threshold)
 

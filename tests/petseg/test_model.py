@@ -36,6 +36,21 @@ def test_parameter_count(width: int, parameters: int) -> None:
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
+def test_the_published_count_has_the_biases_that_batch_norm_takes_off() -> None:
+    with torch.device("meta"):
+        model = AttentionUNet()
+    dead = [p.numel() for n, p in model.named_parameters() if ".gate." in n and n.endswith(".0.bias")]
+    assert (len(dead), sum(dead)) == (3 * 4, 964)
+    assert sum(p.numel() for p in model.parameters()) - 964 == 29_299_241
+    gate = lively(AttentionGate(8)).train()
+    g, x = torch.randn(2, 8, 6, 6), torch.randn(2, 8, 6, 6)
+    before = gate(g, x)
+    with torch.no_grad():
+        for part in (gate.w_g, gate.w_x, gate.psi):
+            part[0].bias.add_(3.0)
+    torch.testing.assert_close(gate(g, x), before, rtol=1e-4, atol=1e-4)
+
+
 #: Other members of the family, by what they change.
 VARIANTS: dict[str, dict[str, Any]] = {
     "strided": {"stem": "strided"},

@@ -12,7 +12,7 @@ from petseg.checkpoint import load
 from petseg.cli import run
 from petseg.config import TrainConfig, from_dict
 from petseg.model import AttentionUNetConfig
-from petseg_runtime.errors import TrainingError
+from petseg_runtime.errors import UsageError
 
 #: A few steps of anything.
 SHORT = ["--epochs", "1", "--batch", "4", "--size", "32", "--device", "cpu"]
@@ -66,7 +66,7 @@ def test_what_has_not_been_run_says_so() -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(TrainingError, match=r"'bset'.*best, edge, published"):
+    with pytest.raises(UsageError, match=r"'bset'.*best, edge, published"):
         recipes.load("bset")
     assert run(["train", "--data", "d", "--output", "o", "--recipe", "bset"]) == 2
     out, err = capsys.readouterr()

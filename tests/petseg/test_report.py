@@ -106,7 +106,7 @@ class Written:
         return Page(self.html)
 
 
-MODEL = OpenedModel(red, H, W, 0.6, {"file": "m.safetensors", "sha256": "ab" * 32, "engine": "red"}, 0.3, {"epoch": 2})
+MODEL = OpenedModel(red, H, W, 0.6, "m.safetensors", "ab" * 32, "red", 0.3, {"epoch": 2})
 Maker = Callable[..., Written]
 
 
@@ -350,7 +350,7 @@ def test_a_hostile_name_is_only_a_name(make: Maker, tmp_path: Path, name: str) -
     (tmp_path / "photos").mkdir()
     hostile = write_pair(tmp_path / "photos", name, 0)
     empty = write_pair(tmp_path / "photos", f"empty {name}", 1, pet=False)
-    model = dataclasses.replace(MODEL, description={**MODEL.description, "file": name}, provenance={name: [name, name]})
+    model = dataclasses.replace(MODEL, file=name, provenance={name: [name, name]})
     made = make([hostile, empty], 0.999, model, root=Path(f"data {name}"), failed=[(name, f"{name}: broken")])
     page = made.page
     assert {tag for tag, _ in page.tags} & {"script", "iframe"} == set()

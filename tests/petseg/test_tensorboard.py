@@ -33,7 +33,11 @@ def test_curves_and_pictures(oxford_root: Path, tmp_path: Path, capsys: pytest.C
     assert [event.step for event in found.Scalars("train/loss")] == list(range(1, 11))
     assert found.Scalars("train/lr")[0].value == pytest.approx(1e-3)
     assert [event.step for event in found.Scalars("epoch/val_iou")] == [5, 10]
-    assert set(found.Tags()["scalars"]) >= {"epoch/val_dice", "epoch/images_per_s"}
+    assert set(found.Tags()["scalars"]) >= {
+        "epoch/val_dice",
+        "epoch/images_per_s",
+        "epoch/val_mean_iou_border_ignored_at_0.5",
+    }
     pictures = found.Images("validation")
     assert [event.step for event in pictures] == [5, 10]
     with Image.open(io.BytesIO(pictures[-1].encoded_image_string)) as image:

@@ -31,7 +31,6 @@ from petseg.config import ScheduleConfig, TrainConfig, from_dict, override, to_d
 from petseg.data import Pair, Split, find
 from petseg.device import pick_device, pick_precision
 from petseg.evaluate import Evaluation, evaluate, torch_run
-from petseg.metrics import level
 from petseg.model import AttentionUNet, AttentionUNetConfig, normalize
 from petseg.train import (
     BEST,
@@ -47,7 +46,17 @@ from petseg.train import (
     workers_of,
 )
 from petseg.train_set import EpochSampler
-from petseg_runtime.errors import CheckpointError, DataError, EngineError, NonFiniteLoss, OutputError, TrainingError
+from petseg_export import OnnxConfig, export
+from petseg_runtime.errors import (
+    CheckpointError,
+    DataError,
+    EngineError,
+    NonFiniteLoss,
+    OutputError,
+    TrainingError,
+    UsageError,
+)
+from petseg_runtime.spec import lowest_pet
 
 CPU = torch.device("cpu")
 EPOCHS, PER_EPOCH = 3, 5  # 24 photos, of which 2 validate; batches of 4
@@ -72,11 +81,16 @@ class Recorder(Observer):
     """Keeps what it is told, and calls `at_step` and `at_epoch`, if given, in the middle of the run."""
 
     def __init__(self, at_step: Callable[[int], None] | None = None, at_epoch: Callable[[int], None] | None = None):
+        self.begun: list[tuple[int, int]] = []
         self.messages: list[str] = []
         self.losses: list[float] = []
         self.rates: list[float] = []
         self.rows: list[dict[str, float]] = []
         self.at_step, self.at_epoch = at_step, at_epoch
+
+    def begin(self, per_epoch: int, batch: int) -> None:
+        assert not self.losses
+        self.begun.append((per_epoch, batch))
 
     def started(self, message: str) -> None:
         self.messages.append(message)
@@ -168,7 +182,7 @@ def test_the_network_learns(whole: Run) -> None:
     assert whole.observer.rates == [
         learning_rate(whole.trainer.config.schedule, 1e-2, step, PER_EPOCH, EPOCHS) for step in range(15)
     ]
-    assert (whole.observer.per_epoch, whole.observer.batch) == (PER_EPOCH, 4)
+    assert whole.observer.begun == [(PER_EPOCH, 4)]
 
 
 def test_the_best_checkpoint_is_the_model_of_the_best_epoch(whole: Run, oxford_root: Path) -> None:
@@ -185,6 +199,7 @@ def test_the_best_checkpoint_is_the_model_of_the_best_epoch(whole: Run, oxford_r
     assert best.meta["provenance"] == {"command": "tests"}
     assert best.meta["data"]["train_photos"] == 22
     assert best.meta["data"]["val_photos"] == 2
+    assert (best.meta["data"]["val_fraction"], best.meta["data"]["split_seed"]) == (0.1, 0)
     assert best.meta["precision"] == "float32"
 
 
@@ -195,7 +210,7 @@ def test_the_threshold_of_the_checkpoint_is_the_one_that_was_measured(
     monkeypatch.setattr("petseg.train.best_threshold", lambda *a: byte / 255)
     Trainer(tiny("epochs=1", "model.width=2"), oxford_root, tmp_path, device=CPU).fit()
     spec = load(tmp_path / BEST).meta["spec"]
-    assert level(spec["threshold"]) == level(spec["cutout_threshold"]) == byte
+    assert lowest_pet(spec["threshold"]) == lowest_pet(spec["cutout_threshold"]) == byte
 
 
 def test_last_holds_weights_average_and_optimizer(whole: Run) -> None:
@@ -864,6 +879,16 @@ def test_a_state_that_lacks_a_part_is_refused_by_name(
         Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
 
 
+@pytest.mark.parametrize("config", [{"epochs": 0}, {"epochs": "many"}, {"no_such_setting": 1}])
+def test_settings_in_a_state_that_cannot_be_are_damage_to_it(
+    oxford_root: Path, tmp_path: Path, whole: Run, config: dict[str, Any]
+) -> None:
+    last = whole.last
+    save_checkpoint(tmp_path / LAST, last.tensors, {**last.meta, "config": {**last.meta["config"], **config}})
+    with pytest.raises(CheckpointError, match=rf"last\.safetensors: the state in it is damaged.*{next(iter(config))}"):
+        Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
+
+
 # where a run starts
 
 
@@ -1026,9 +1051,9 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_the_weights_move(
 
 
 def test_fp16_on_a_cpu_is_refused(oxford_root: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="fp16 on a CPU"):
+    with pytest.raises(UsageError, match="fp16 on a CPU"):
         pick_precision("fp16", CPU)
-    with pytest.raises(TrainingError, match="fp16 on a CPU"):
+    with pytest.raises(UsageError, match="fp16 on a CPU"):
         Trainer(tiny("amp=fp16"), oxford_root, tmp_path, device=CPU)
 
 
@@ -1338,10 +1363,14 @@ def test_a_run_that_a_bad_validation_photo_ended_goes_on_without_it(oxford_copy:
         Trainer(tiny("data.on_bad=skip"), oxford_copy, out, device=CPU, resume=True)
 
 
-def test_each_observer_is_told_what_is_left_out() -> None:
+def test_each_observer_is_told_what_is_left_out_and_once_how_long_an_epoch_is() -> None:
     one, two = Recorder(), Recorder()
-    Observers(one, two).left_out("left out: pet")
+    both = Observers(one, two)
+    both.begin(7, 4)
+    both.left_out("left out: pet")
+    both.step(RunState(), 0.5, 0.1)
     assert one.messages == two.messages == ["left out: pet"]
+    assert one.begun == two.begun == [(7, 4)]
 
 
 def test_photos_too_many_for_the_memory_are_kept_in_a_file(
@@ -1349,7 +1378,7 @@ def test_photos_too_many_for_the_memory_are_kept_in_a_file(
 ) -> None:
     size = 22 * 32 * 32 * 4
     for room, place in ((2 * size - 1, f"a file in {tmp_path / 'file'}: decoded, they are"), (2 * size, "memory")):
-        monkeypatch.setattr("petseg.train.memory", lambda room=room: room)
+        monkeypatch.setattr("petseg.train.available_memory", lambda room=room: room)
         observer, folder = Recorder(), tmp_path / place.split()[-1 if place == "memory" else 1]
         trainer = Trainer(tiny(), oxford_root, folder, device=CPU, observer=observer)
         trainer.fit()
@@ -1413,9 +1442,19 @@ def test_weights_that_have_seen_the_validation_photos_are_refused_with_their_own
     with pytest.raises(TrainingError, match=r"trained on 2 of the 2 photos.*data\.val_fraction=0\.1 .*split_seed=0"):
         Trainer(other, oxford_root, tmp_path / "out", device=CPU, init=best)
     Trainer(other, folder_root, tmp_path / "out", device=CPU, init=best)  # photos of which it knows nothing
-    observer = Recorder()
-    Trainer(other, oxford_root, tmp_path / "out", device=CPU, teacher=best, observer=observer)
-    assert any("teacher was trained on 2 of the 2 validation photos" in message for message in observer.messages)
+
+
+def test_a_teacher_that_has_seen_the_validation_photos_is_told_of_checkpoint_or_exported(
+    oxford_root: Path, tmp_path: Path, whole: Run
+) -> None:
+    best, exported = whole.folder / BEST, tmp_path / "teacher.onnx"
+    export(best, OnnxConfig(output=exported, data=oxford_root, split="test", photos=4))
+    for teacher in (best, exported):
+        for seed, said in ((1, True), (0, False)):
+            observer, config = Recorder(), tiny(f"data.split_seed={seed}")
+            Trainer(config, oxford_root, tmp_path / "out", device=CPU, teacher=teacher, observer=observer)
+            warned = [m for m in observer.messages if "teacher was trained on 2 of the 2 validation photos" in m]
+            assert len(warned) == said, (teacher, seed)
 
 
 def test_a_resumed_run_does_not_read_the_weights_that_it_began_with(
@@ -1594,8 +1633,13 @@ def test_a_log_of_an_older_version_goes_on_with_more_columns(oxford_root: Path, 
         Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=Recorder(at_step=at(PER_EPOCH + 1, crash))).fit()
     last = load(tmp_path / LAST)
     del last.meta["state"]["history"][0]["skipped"], last.meta["state"]["elapsed"], last.meta["state"]["peak_memory"]
+    row = last.meta["state"]["history"][0]
+    mean = row["val_mean_iou_border_ignored"] = row.pop("val_mean_iou_border_ignored_at_0.5")
     save_checkpoint(tmp_path / LAST, last.tensors, last.meta)
     Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True).fit()
     with (tmp_path / LOG).open(newline="") as file:
-        assert [row["skipped"] for row in csv.DictReader(file)] == ["", "0", "0"]
+        rows = list(csv.DictReader(file))
+    assert [row["skipped"] for row in rows] == ["", "0", "0"]
+    assert "val_mean_iou_border_ignored" not in rows[0]
+    assert float(rows[0]["val_mean_iou_border_ignored_at_0.5"]) == mean
     assert same_tensors(load(tmp_path / LAST).tensors, whole.last.tensors)

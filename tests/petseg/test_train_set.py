@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 
 from petseg import train_set as train_set_module
 from petseg.config import AugmentConfig
-from petseg.data import Split, find, read_pair
+from petseg.data import Split, find, read_pair, usable
 from petseg.metrics import BACKGROUND, BORDER, PET
-from petseg.train_set import EpochSampler, TrainSet, decoded_size, memory, target_of
+from petseg.train_set import EpochSampler, TrainSet, decoded_size, target_of
 from petseg_runtime import images
 from petseg_runtime.errors import DataError, OutputError
 
@@ -126,27 +126,43 @@ def test_photo_and_mask_are_moved_as_one(folder_copy: Path) -> None:
     assert changed > 4 * len(moved), "the augmentation hardly moves anything"
 
 
-def test_what_a_teacher_says_is_moved_with_the_mask_and_never_coloured(oxford_root: Path) -> None:
-    """A teacher that says the trimap itself, 80 for each class: the two planes must stay the same thing."""
+def test_what_a_teacher_says_is_moved_with_the_photo_and_never_coloured(oxford_root: Path) -> None:
+    """A teacher that says the photo's red: after any move it must be the red of the moved photo, to the bit."""
     pairs = find(oxford_root, Split.TRAIN, val_fraction=0.1)
-    photos = [read_pair(pair)[0] for pair in pairs]
-    asked: list[int] = []
+    asked: list[np.ndarray] = []
 
     def teacher(photo: np.ndarray) -> np.ndarray:
-        (number,) = (i for i, known in enumerate(photos) if np.array_equal(known, photo))
-        asked.append(number)
-        mask = Image.fromarray(read_pair(pairs[number])[1])
-        return np.array(mask.resize((32, 32), Image.Resampling.NEAREST)) * np.uint8(80)
+        asked.append(photo)
+        return images.to_model(photo, 32, 32)[..., 0]
 
-    data = TrainSet(pairs, 32, 32, LIVELY, 0, teacher)
-    assert asked == list(range(len(pairs))), "once for each photo"
-    plain = train_set(oxford_root)
+    data = TrainSet(pairs, 32, 32, GEOMETRIC, 0, teacher)
+    assert len(asked) == len(pairs) > 10, "once for each photo"
+    assert all(np.array_equal(photo, read_pair(pair)[0]) for photo, pair in zip(asked, pairs, strict=True))
+    plain = train_set(oxford_root, GEOMETRIC)
+    coloured = TrainSet(pairs, 32, 32, dataclasses.replace(GEOMETRIC, brightness=0.3, hue=0.1), 0, teacher)
     for draw in range(3 * len(data)):
         photo, labels, index = data[draw]
         assert same((photo, labels[0], index), plain[draw])
-        inside = labels[1] != BACKGROUND  # what was uncovered
-        assert torch.equal(labels[1][inside], 80 * labels[0][inside])
-    assert len(data) > 10
+        assert torch.equal(labels[1], photo[..., 0])
+        assert torch.equal(coloured[draw][1], labels)
+        assert not torch.equal(coloured[draw][0], photo)
+
+
+def test_what_a_teacher_says_is_interpolated_and_nothing_outside_of_the_photo(oxford_root: Path) -> None:
+    pairs = find(oxford_root, Split.TRAIN, val_fraction=0.1)
+    ramp = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))
+    turned = AugmentConfig(flip=0, rotate=30, brightness=0, contrast=0, saturation=0)
+    data = TrainSet(pairs, 32, 32, turned, 0, lambda photo: ramp)
+    values = {v for draw in range(len(data)) for v in data[draw][1][1].unique().tolist()}
+    assert len(values) > 100, "the nearest pixel has 32 values"
+    shrunk = AugmentConfig(flip=0, rotate=0, scale_min=0.5, scale_max=0.5, brightness=0, contrast=0, saturation=0)
+    data = TrainSet(pairs, 32, 32, shrunk, 0, lambda photo: np.full((32, 32), 200, np.uint8))
+    for draw in range(3):
+        trimap, said = data[draw][1]
+        for corner in (np.s_[:4, :4], np.s_[-4:, -4:]):
+            assert (trimap[corner] == BACKGROUND).all()
+            assert not said[corner].any()
+        assert (said[12:20, 12:20] == 200).all()
 
 
 def test_a_pasted_pet_comes_with_its_mask_and_its_teacher(folder_copy: Path) -> None:
@@ -286,10 +302,21 @@ def test_a_disk_without_room_for_the_photos_is_an_output_error(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_memory_is_that_of_the_machine_or_of_its_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit in (None, 2**60, 10**9):
-        monkeypatch.setattr(train_set_module, "cgroup_limits", lambda root, text, limit=limit: (None, limit))
-        assert memory() == (10**9 if limit == 10**9 else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+@pytest.mark.parametrize("teacher", [None, teach_black])
+def test_readers_leave_the_memory_that_the_decoded_photos_will_take(
+    oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: Any
+) -> None:
+    """What is allocated and not touched so far is still free, as the system sees it."""
+    pairs, told = find(oxford_root, Split.TRAIN, val_fraction=0.1), []
+
+    def spied(*words: Any) -> Any:
+        told.append(words[2:])
+        return usable(*words)
+
+    monkeypatch.setattr(train_set_module, "usable", spied)
+    for folder in (None, tmp_path):
+        TrainSet(pairs, 32, 32, STILL, 0, teacher, None, folder, processes=2)
+    assert told == [(2, decoded_size(len(pairs), 32, 32, teacher is not None)), (2, 0)]
 
 
 # targets and batches
