@@ -35,8 +35,9 @@ from benchmarks import photos, records
 from benchmarks.turns import FEWEST, U8, Job, Turns, alternated, count, timed
 from petseg_runtime import cache, host
 from petseg_runtime.artifact import PROVENANCE_KEY, default_model, open_artifact, sample_photos
-from petseg_runtime.engines.base import Engine, one_line
+from petseg_runtime.engines.base import Engine
 from petseg_runtime.engines.registry import ENGINES, RULE, load_engine
+from petseg_runtime.errors import one_line
 from petseg_runtime.host import usable_cpus
 from petseg_runtime.onnx_metadata import with_metadata
 from petseg_runtime.spec import SPEC_KEY, ModelSpec

@@ -24,7 +24,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from benchmarks.turns import rest
-from petseg_runtime.engines.base import one_line
+from petseg_runtime.errors import one_line
 
 #: Of the matrices: large enough for the peak, small enough for the caches.
 SIZE: Final = 1024

@@ -11,8 +11,7 @@ import openvino
 from petseg_export.config import OpenVINOConfig
 from petseg_export.registry import Watch
 from petseg_runtime.artifact import Artifact
-from petseg_runtime.engines.base import one_line
-from petseg_runtime.errors import ModelError
+from petseg_runtime.errors import ModelError, one_line
 
 __all__ = ["compile_openvino"]
 

@@ -166,7 +166,7 @@ def measure(
                 continue
             try:
                 runners.append(load(check, exact=False))
-                if artifact.spec.precision == "fp32" and runners[-1].row.info.precision != "f32":
+                if artifact.spec.precision == "fp32" and runners[-1].row.info.narrowed:
                     runners.append(load(check, exact=True))
             except EngineError as error:
                 failed.append(dataclasses.replace(check, works=False, why=str(error)))

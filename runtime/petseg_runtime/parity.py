@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from petseg_runtime.artifact import Artifact
-from petseg_runtime.engines.base import EngineInfo, one_line
+from petseg_runtime.engines.base import EngineInfo
 from petseg_runtime.engines.registry import load_engine
-from petseg_runtime.errors import ModelError, ParityShapes, ParityTolerance
+from petseg_runtime.errors import ModelError, ParityShapes, ParityTolerance, one_line
 from petseg_runtime.spec import ModelSpec, lowest_pet
 
 __all__ = [

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from petseg_runtime.stream import Stream
     from petseg_runtime.verify import Verification
 
-__all__ = ["Prepared", "Segmenter", "finish", "prepare"]
+__all__ = ["Prepared", "Segmenter", "finish", "prepare_opened"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 

@@ -50,8 +50,8 @@ class ModelSpec:
             above a whole number counts as that number (:func:`lowest_pet`). Chosen on validation photos for the
             headline metric, which counts the trimap's border (fur, outline) as background. In (0, 1).
         cutout_threshold: The lower threshold at which the border belongs to the pet: the one for cutouts. In (0, 1).
-        border_target: What the network was taught to say on the trimap's border; in [0, 1]. What it came to say there is
-            not quite that: the Dice loss pushes soft targets below half of the Dice coefficient to 0, and others to 1.
+        border_target: What the network was taught to say on the trimap's border; in [0, 1]. What it came to say there
+            is not quite that: the Dice loss pushes soft targets below half of the Dice coefficient to 0, others to 1.
     """
 
     name: str

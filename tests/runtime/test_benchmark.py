@@ -96,7 +96,7 @@ class Abacus(Engine):
 
     def describe(self) -> EngineInfo:
         precision = "f32" if self.options.exact else "bf16"
-        return dataclasses.replace(INFO, precision=precision, streams=self.options.streams)
+        return dataclasses.replace(INFO, precision=precision, float32=precision, streams=self.options.streams)
 
     def close(self) -> None:
         self.closed = True

@@ -131,8 +131,8 @@ def _sustain(asked: _Asked, backend: str, seconds: float) -> int:
     """Keep one engine at work, and print what was measured until the end, however that comes; returns the exit code."""
     from petseg_runtime import doctor, host
     from petseg_runtime.benchmark import sample_batch
-    from petseg_runtime.engines.base import usable_cpus
     from petseg_runtime.engines.registry import load_engine
+    from petseg_runtime.host import usable_cpus
     from petseg_runtime.sustained import INTERVALS, Sustained, sustain
 
     artifact, threads = asked.artifact, asked.threads or usable_cpus()

@@ -10,7 +10,7 @@ from typing import Final, Protocol, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from petseg_runtime.errors import EngineError, ModelError, UsageError, one_line
+from petseg_runtime.errors import EngineError, ModelError, UsageError
 from petseg_runtime.spec import ModelSpec
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "EngineOptions",
     "check_batch",
     "in_batches",
-    "one_line",
 ]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
