@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import importlib.util
+import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
+
+from petseg_runtime.files import write_atomic
 
 hypothesis.settings.register_profile("petseg", deadline=None, database=None, derandomize=True)
 hypothesis.settings.load_profile("petseg")
@@ -20,6 +26,10 @@ hypothesis.settings.load_profile("petseg")
 # A shell's background job is started deaf to Ctrl-C, and so would be every process that a test starts and interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# As many tests run at once as there are cores, and what they start would take all cores each: threads would wait for
+# each other. Who wants more says so; what is about threads sets them itself.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SIZE = 64
 TRAINVAL, TEST = 24, 6
@@ -64,6 +74,44 @@ def isolated_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setenv("PETSEG_CACHE", str(cache / "petseg"))
     return cache
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all of pytest-xdist's workers share, for what is dear to make. Lock what two could make at once."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+class Tracer:
+    """The exporter's `graph_bytes` with a memory: tracing takes seconds, and the same network gives the same graph.
+
+    The memory is a folder, which all workers share: each network is traced once, by whoever needs it first.
+    """
+
+    def __init__(self, folder: Path, trace: Callable[[Any, Any], bytes]) -> None:
+        self.folder, self.trace = folder, trace
+        folder.mkdir(exist_ok=True)
+
+    def __call__(self, deployed: Any, spec: Any) -> bytes:
+        digest = hashlib.sha256(repr((deployed, spec.height, spec.width, spec.dynamic_size, spec.batch)).encode())
+        for name, tensor in deployed.state_dict().items():
+            digest.update(f"{name} {tensor.dtype}".encode() + tensor.numpy().tobytes())
+        known = self.folder / f"{digest.hexdigest()}.onnx"
+        with known.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+            if not known.exists():
+                write_atomic(known, self.trace(deployed, spec))
+        return known.read_bytes()
+
+
+@pytest.fixture(scope="session")
+def tracer(shared_folder: Path) -> Tracer:
+    from petseg_export.onnx import graph_bytes
+
+    return Tracer(shared_folder / "graphs", graph_bytes)
 
 
 def draw_pet(index: int, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:

@@ -29,13 +29,16 @@ def latency(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tracer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of a network that is small enough to make in a test."""
+    made: Path = tmp_path_factory.mktemp("latency") / "tiny"
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
+        patch.setattr(host, "nvidia_gpus", lambda: 1)  # fp16, which a CPU would compute in something else
+        patch.setattr("petseg_export.onnx.graph_bytes", tracer)
         latency = importlib.import_module("benchmarks.latency")
-    made: Path = tmp_path_factory.mktemp("latency") / "tiny"
-    about = latency.make_files(latency.Network("tiny", 2, "strided", 32, (1,)), made, made)
+        about = latency.make_files(latency.Network("tiny", 2, "strided", 32, (1,)), made, made)
+    assert {path.name for path in made.glob("*.onnx")} == {"fp32.onnx", "fp16.onnx", "int8.onnx"}
     assert about["size"] == [32, 32]
     assert about["weights"].startswith("random")
     assert about["parameters"] > 0
@@ -80,8 +83,8 @@ def test_a_cold_start_tells_times_and_memory(latency: Any, folder: Path) -> None
 
 
 def test_what_does_not_work_says_why_without_folders(latency: Any, folder: Path) -> None:
-    why = latency.cold_start(latency.Case(folder=str(folder), engine="onnxruntime", stored="fp16"))["why"]
-    assert "fp16.onnx" in why
+    why = latency.cold_start(latency.Case(folder=str(folder), engine="onnxruntime", stored="fp8"))["why"]
+    assert "fp8.onnx" in why
     assert str(folder) not in why
 
 
@@ -236,7 +239,18 @@ def fakes(latency: Any, monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str]
     return works
 
 
-@pytest.mark.usefixtures("fakes")
+@pytest.fixture
+def made(latency: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every network's files are those of `folder`, which `make_files` has made."""
+
+    def copied(network: Any, target: Path, *_: Any) -> dict[str, Any]:
+        target.symlink_to(folder)
+        return {"model": network.name, "size": [32, 32]}
+
+    monkeypatch.setattr(latency, "make_files", copied)
+
+
+@pytest.mark.usefixtures("fakes", "made")
 def test_a_gpu_has_rows_and_a_peak_of_its_own(latency: Any, tmp_path: Path) -> None:
     output = tmp_path / "mine.json"
     done = CliRunner().invoke(latency.latency, ["--output", str(output), "--rounds", "2", "--data", str(tmp_path)])
@@ -260,15 +274,10 @@ def test_a_gpu_has_rows_and_a_peak_of_its_own(latency: Any, tmp_path: Path) -> N
     assert [reason for reason in record["not_measured"] if "matmuls on cpu" in reason and "openvino" in reason]
 
 
-@pytest.mark.usefixtures("fakes")
+@pytest.mark.usefixtures("fakes", "made")
 def test_the_networks_that_do_not_ship_can_be_left_out(
-    latency: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    latency: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def made(network: Any, target: Path, *_: Any) -> dict[str, Any]:
-        target.symlink_to(folder)
-        return {"model": network.name, "size": [32, 32]}
-
-    monkeypatch.setattr(latency, "make_files", made)
     monkeypatch.setattr(latency, "NETWORKS", [latency.Network(f"{n}", 2, "strided", 32, (1,)) for n in range(2)])
     for options, others in (([], 1), (["--no-family"], 0)):
         words = ["--output", str(tmp_path / "mine.json"), "--rounds", "1", "--data", str(tmp_path), *options]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -17,9 +20,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import lease, photos, records
+from benchmarks import lease, photos
 from benchmarks.lease import Job
-from petseg import checkpoint
+from petseg import checkpoint, cli
 from petseg.data import Split, find, read_pair, resize_trimap
 from petseg.evaluate import evaluate, open_model, torch_run
 from petseg.model import AttentionUNet, AttentionUNetConfig
@@ -50,6 +53,20 @@ def data(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`petseg train` runs in this process, which has imported PyTorch already; that of `out` has one of its own."""
+
+    def train(job: Job, run: Path, seconds: float | None) -> int:
+        _, _, program, *words = job.words(run)
+        assert program == "petseg.cli"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["petseg", *words])
+            return cli.run(words)
+
+    monkeypatch.setattr(lease, "train", train)
+
+
 def leased(data: Path, out: Path, *words: str) -> dict[str, Any]:
     """What a lease of two epochs at 32 x 32 left on record."""
     options = ["published", "--data", str(data), "--out", str(out), "--size", "32", "--device", "cpu", *SET, *words]
@@ -75,11 +92,15 @@ def out(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weights, put together again by the command."""
+    """The weights, put together again by `python -m benchmarks.lease join`, in this process."""
     path = tmp_path_factory.mktemp("joined") / "published.safetensors"
-    command = [sys.executable, "-m", "benchmarks.lease", "join", str(out / "published.manifest.json"), str(path)]
-    said = subprocess.run(command, cwd=records.ROOT, check=True, capture_output=True, text=True).stdout
-    assert hashlib.sha256(path.read_bytes()).hexdigest() in said
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(sys, "argv", ["lease", "join", str(out / "published.manifest.json"), str(path)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(lease.__file__, run_name="__main__")
+    assert ended.value.code == 0
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in said.getvalue()
     return path
 
 
@@ -141,6 +162,7 @@ def test_the_figures_are_those_of_the_rounded_file(out: Path, weights: Path, dat
     assert record["photos_failed"] == []
 
 
+@pytest.mark.usefixtures("here")
 def test_test_photos_may_be_measured_at_home(
     out: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,6 +297,7 @@ def test_the_later_half_of_an_epoch_is_timed() -> None:
     assert clock.marks == [0.0, 5.0, 6.0, 7.0, 8.0]
 
 
+@pytest.mark.usefixtures("here")
 def test_a_lease_by_the_clock(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plans: list[dict[str, Any]] = []
     planned = lease.planned

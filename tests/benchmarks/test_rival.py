@@ -19,9 +19,14 @@ from petseg.config import DataConfig, TrainConfig
 from petseg_runtime.artifact import default_model, open_artifact
 
 
-def test_the_rival_learns_and_comes_back_from_its_file(tmp_path: Path, oxford_root: Path) -> None:
+@pytest.fixture(scope="module")
+def best(tmp_path_factory: pytest.TempPathFactory, oxford_root: Path) -> Path:
+    """What an epoch leaves."""
     config = TrainConfig(epochs=1, batch=2, data=DataConfig(height=64, width=64))
-    best = RivalTrainer(config, oxford_root, tmp_path / "run", device=torch.device("cpu")).fit()
+    return RivalTrainer(config, oxford_root, tmp_path_factory.mktemp("rival"), device=torch.device("cpu")).fit()
+
+
+def test_the_rival_learns_and_comes_back_from_its_file(best: Path) -> None:
     network = LrAspp()
     network.load_state_dict(checkpoint.load(best).tensors)
     with torch.inference_mode():
@@ -29,9 +34,7 @@ def test_the_rival_learns_and_comes_back_from_its_file(tmp_path: Path, oxford_ro
     assert logits.shape == (1, 1, 64, 64)
 
 
-def test_it_is_measured_on_every_test_set_that_is_there(tmp_path: Path, oxford_root: Path) -> None:
-    config = TrainConfig(epochs=1, batch=2, data=DataConfig(height=64, width=64))
-    best = RivalTrainer(config, oxford_root, tmp_path / "run", device=torch.device("cpu")).fit()
+def test_it_is_measured_on_every_test_set_that_is_there(best: Path, tmp_path: Path, oxford_root: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     for name in (photos.NATIVE, photos.OFFICIAL):

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
 from PIL import Image
 
+#: The words of a command line to its standard output.
+Petseg: TypeAlias = Callable[..., str]
 
-def petseg(*args: object, code: int = 0) -> str:
-    """Run the command line in a process of its own; returns its stdout."""
-    command = [sys.executable, "-m", "petseg.cli", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == code, f"{command} gave {done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert "Traceback" not in done.stderr
-    return done.stdout
+
+@pytest.fixture(scope="session")
+def petseg(forks: Any) -> Petseg:
+    """Run the command line in a process of its own, which has to end well."""
+
+    def run(*args: object) -> str:
+        done = forks(*args)
+        assert done.returncode == 0, f"{args} gave {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+        return str(done.stdout)
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def run(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(petseg: Petseg, oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a tiny network that learns the synthetic pets well enough to be worth exporting."""
     output = tmp_path_factory.mktemp("run")
     settings = ["optimizer.lr=0.01", "schedule.name=one-cycle", "data.val_fraction=0.2", "augment.rotate=0"]
@@ -35,7 +42,7 @@ def run(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(run: Path, oxford_root: Path) -> Path:
+def exported(petseg: Petseg, run: Path, oxford_root: Path) -> Path:
     file = run / "model.onnx"
     photos = oxford_root / "images"  # all 30: the validation part alone would be a smoke test
     receipt = json.loads(petseg("export", run / "best.safetensors", "-o", file, "--data", photos, "--json"))
@@ -55,7 +62,7 @@ def test_training_leaves_its_checkpoints_log_and_pictures(run: Path) -> None:
     }
 
 
-def test_what_was_trained_finds_the_pets(exported: Path, oxford_root: Path) -> None:
+def test_what_was_trained_finds_the_pets(petseg: Petseg, exported: Path, oxford_root: Path) -> None:
     metrics = json.loads(petseg("evaluate", exported, "--data", oxford_root, "--json"))
     assert metrics["schema_version"] == 1
     assert metrics["photos"] == 6
@@ -63,7 +70,9 @@ def test_what_was_trained_finds_the_pets(exported: Path, oxford_root: Path) -> N
     assert metrics["iou"] > 0.6
 
 
-def test_checkpoint_and_exported_file_score_the_same(run: Path, exported: Path, oxford_root: Path) -> None:
+def test_checkpoint_and_exported_file_score_the_same(
+    petseg: Petseg, run: Path, exported: Path, oxford_root: Path
+) -> None:
     of_file = json.loads(petseg("evaluate", exported, "--data", oxford_root, "--json"))
     of_checkpoint = json.loads(petseg("evaluate", run / "best.safetensors", "--data", oxford_root, "--json"))
     assert of_file["threshold"] == of_checkpoint["threshold"]
@@ -71,7 +80,7 @@ def test_checkpoint_and_exported_file_score_the_same(run: Path, exported: Path, 
         assert of_file[name] == pytest.approx(of_checkpoint[name], abs=2e-3)
 
 
-def test_the_exported_file_segments_a_folder(exported: Path, oxford_root: Path, tmp_path: Path) -> None:
+def test_the_exported_file_segments_a_folder(petseg: Petseg, exported: Path, oxford_root: Path, tmp_path: Path) -> None:
     out = petseg("infer", oxford_root / "images", "--model", exported, "--as", "mask", "--output", tmp_path, "--json")
     *results, summary = map(json.loads, out.splitlines())
     assert summary["failed"] == 0
@@ -82,7 +91,7 @@ def test_the_exported_file_segments_a_folder(exported: Path, oxford_root: Path, 
             assert set(np.unique(np.array(mask))) <= {0, 255}
 
 
-def test_the_file_says_where_it_comes_from(exported: Path) -> None:
+def test_the_file_says_where_it_comes_from(petseg: Petseg, exported: Path) -> None:
     info = json.loads(petseg("info", exported, "--json"))
     assert info["spec"]["height"] == info["spec"]["width"] == 64
     assert info["receipt"]["passed"]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,20 +17,27 @@ VALIDATION, TRAINING = "pet_12", "pet_03"
 OPTIONS = ["--width", "2", "--size", "32", "--batch", "4", "--device", "cpu", "--set", "amp=fp32"]
 
 
-def command(root: Path, output: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "petseg.cli", "train", "--data", str(root), "--output", str(output), *OPTIONS, *more]
+def words(root: Path, output: Path, *more: str) -> list[str]:
+    return ["train", "--data", str(root), "--output", str(output), *OPTIONS, *more]
+
+
+@pytest.fixture
+def broken(oxford_copy: Path) -> Path:
+    for name in (VALIDATION, TRAINING):
+        photo = oxford_copy / "images" / f"{name}.jpg"
+        photo.write_bytes(photo.read_bytes()[:300])
+    return oxford_copy
+
+
+SPLIT = ["--set", "data.val_fraction=0.1", "--epochs", "1", "--json"]
 
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_photos_that_are_left_out_are_named_and_make_the_run_a_partial_one(
-    oxford_copy: Path, tmp_path: Path, quiet: bool
+    broken: Path, tmp_path: Path, forks: Any, quiet: bool
 ) -> None:
-    for name in (VALIDATION, TRAINING):
-        photo = oxford_copy / "images" / f"{name}.jpg"
-        photo.write_bytes(photo.read_bytes()[:300])
-    split = ["--set", "data.val_fraction=0.1", "--epochs", "1", "--json", *(["-q"] if quiet else [])]
-    skip = command(oxford_copy, tmp_path / "run", *split, "--set", "data.on_bad=skip")
-    done = subprocess.run(skip, capture_output=True, text=True, timeout=240, check=False)
+    more = ["--set", "data.on_bad=skip", *(["-q"] if quiet else [])]
+    done = forks(*words(broken, tmp_path / "run", *SPLIT, *more))
     assert done.returncode == 3, done.stderr
     assert json.loads(done.stdout)["best"]["skipped"] == 2
     lines = done.stderr.splitlines()
@@ -37,9 +45,12 @@ def test_photos_that_are_left_out_are_named_and_make_the_run_a_partial_one(
     assert [name for line in told for name in (VALIDATION, TRAINING) if f"{name}.jpg" in line] == [VALIDATION, TRAINING]
     assert all("petseg data check" in line for line in told), "broken into several lines"
     assert (lines == told) is quiet
-    stopped = subprocess.run(
-        command(oxford_copy, tmp_path / "stopped", *split), capture_output=True, text=True, timeout=240, check=False
-    )
+
+
+def test_photos_that_cannot_be_read_end_a_run_that_is_not_told_to_skip_them(
+    broken: Path, tmp_path: Path, forks: Any
+) -> None:
+    stopped = forks(*words(broken, tmp_path / "stopped", *SPLIT))
     assert stopped.returncode == 8, stopped.stderr
 
 
@@ -47,7 +58,10 @@ def test_photos_that_are_left_out_are_named_and_make_the_run_a_partial_one(
 def test_a_signal_has_its_exit_code(oxford_root: Path, tmp_path: Path, number: int, code: int) -> None:
     output = tmp_path / "run"
     process = subprocess.Popen(
-        command(oxford_root, output, "--epochs", "1000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "petseg.cli", *words(oxford_root, output, "--epochs", "1000")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         while not (output / "log.csv").exists():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,11 +19,8 @@ from petseg.data import Split, find, read_pair
 from petseg.losses import bce_dice
 from petseg.model import AttentionUNet, AttentionUNetConfig, normalize
 from petseg_export import ExportConfig, OnnxConfig, OpenVINOConfig, build, export
-from petseg_export.deploy import DeployedUNet
-from petseg_export.onnx import graph_bytes
 from petseg_runtime import images
 from petseg_runtime.parity import Receipt
-from petseg_runtime.spec import ModelSpec
 
 SIZE = 32
 STEPS = 90
@@ -54,22 +50,6 @@ class Trained:
 class Exported:
     file: Path
     receipt: Receipt
-
-
-class Tracer:
-    """`graph_bytes` with a memory: tracing takes seconds, and the same weights and size give the same graph."""
-
-    def __init__(self) -> None:
-        self.known: dict[str, bytes] = {}
-
-    def __call__(self, deployed: DeployedUNet, spec: ModelSpec) -> bytes:
-        digest = hashlib.sha256(repr((spec.height, spec.width, spec.dynamic_size, spec.batch)).encode())
-        for name, tensor in deployed.state_dict().items():
-            digest.update(f"{name} {tensor.dtype}".encode() + tensor.numpy().tobytes())
-        key = digest.hexdigest()
-        if key not in self.known:
-            self.known[key] = graph_bytes(deployed, spec)
-        return self.known[key]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -123,14 +103,9 @@ def checkpoint_file(trained: Trained, tmp_path_factory: pytest.TempPathFactory) 
     return path
 
 
-@pytest.fixture(scope="session")
-def tracer() -> Tracer:
-    return Tracer()
-
-
 @pytest.fixture
-def known_graph(tracer: Tracer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spares a test the seconds of tracing a network that was traced before in this session."""
+def known_graph(tracer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares a test the seconds of tracing a network that another one has traced."""
     monkeypatch.setattr(build, "graph_bytes", tracer)
 
 
@@ -140,7 +115,7 @@ Make = Callable[[ExportConfig], Exported]
 
 @pytest.fixture(scope="session")
 def make_export(
-    checkpoint_file: Path, oxford_root: Path, tracer: Tracer, tmp_path_factory: pytest.TempPathFactory
+    checkpoint_file: Path, oxford_root: Path, tracer: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Make:
     def make(config: ExportConfig) -> Exported:
         with pytest.MonkeyPatch.context() as patch:

@@ -19,6 +19,8 @@ from petseg_export import OnnxConfig, OpenVINOConfig, QuantizeConfig, TensorRTRT
 from petseg_runtime import images
 from petseg_runtime.artifact import open_artifact
 
+pytestmark = pytest.mark.usefixtures("known_graph")
+
 #: The fifth halving meets 3 x 3: it rounds up, and the decoder cuts off a row and a column.
 SIZE = 48
 STEPS = 60
@@ -53,12 +55,14 @@ def edge(oxford_root: Path, meta: dict[str, Any], tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="module")
-def int8(edge: Path, oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> build.Exported:
+def int8(edge: Path, oxford_root: Path, tracer: Any, tmp_path_factory: pytest.TempPathFactory) -> build.Exported:
     file = tmp_path_factory.mktemp("edge-int8") / "edge.onnx"
     backends = ("onnxruntime", "openvino")
-    return export(
-        edge, OnnxConfig(output=file, precision="int8", data=oxford_root, quantize=QUANTIZE, backends=backends)
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "graph_bytes", tracer)
+        return export(
+            edge, OnnxConfig(output=file, precision="int8", data=oxford_root, quantize=QUANTIZE, backends=backends)
+        )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -33,6 +33,8 @@ from petseg_runtime.spec import SPEC_KEY
 if TYPE_CHECKING:
     from petseg.model import AttentionUNet
 
+pytestmark = pytest.mark.usefixtures("known_graph")
+
 REPOSITORY = Path(__file__).parents[2]
 VARIANTS = ["exported", "exported_half", "exported_any"]
 
@@ -359,7 +361,7 @@ def test_the_file_carries_nothing_but_the_three_entries(variant: Any) -> None:
 
 
 def test_notes_leave_the_graph_and_the_identity_alone(
-    exported: Any, checkpoint_file: Path, oxford_root: Path, tmp_path: Path, known_graph: None
+    exported: Any, checkpoint_file: Path, oxford_root: Path, tmp_path: Path
 ) -> None:
     """That tracing again gives the same bytes is proven across processes; see `test_cli`."""
     noted = {"measured": {"iou": 0.9}}

@@ -104,11 +104,17 @@ def test_a_single_epoch_can_be_seen(tmp_path: Path, drawn: list[Figure]) -> None
             assert line.get_marker() not in (None, "None", ""), "a line through one point has no length"
 
 
-def test_an_undefined_value_leaves_a_gap(tmp_path: Path) -> None:
+def test_an_undefined_value_leaves_a_gap(tmp_path: Path, drawn: list[Figure]) -> None:
     rows = history(5)
     rows[2]["val_dice"] = math.nan
     plots.curves(rows, tmp_path / "curves.png")
     opened(tmp_path / "curves.png")
+    _, dice = drawn[0].axes[1].lines
+    assert list(dice.get_xdata()) == [1, 2, 3, 4, 5]
+    assert np.flatnonzero(np.isnan(np.asarray(dice.get_ydata(), float))).tolist() == [2], "no line across it"
+    low, high = drawn[0].axes[1].get_ylim()
+    assert math.isfinite(low)
+    assert high < 1, "the others decide what is shown"
 
 
 @pytest.mark.parametrize("count", [1, 5])
@@ -144,9 +150,13 @@ def test_a_grid_shows_photo_truth_probability_and_mask(tmp_path: Path, pairs: li
 
 
 @pytest.mark.parametrize("name", ["a_b_c", "$x$", "$\\frac$", "50%", "{x}", "émile"])
-def test_a_name_is_shown_as_it_is(tmp_path: Path, name: str) -> None:
+def test_a_name_is_shown_as_it_is(tmp_path: Path, drawn: list[Figure], name: str) -> None:
+    """As these very letters: none of them begins a formula."""
     plots.grid(red, [write_pair(tmp_path, name, 20, 20)], 16, 16, 0.5, tmp_path / "grid.png")
     opened(tmp_path / "grid.png")
+    title = drawn[0].axes[0].title
+    assert title.get_text() == name
+    assert not title.get_parse_math()
 
 
 def test_predictions_are_a_checkpoints_own_at_its_size_and_threshold(

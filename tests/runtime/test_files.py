@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import resource
 import stat
 import threading
 from collections.abc import Iterator
@@ -107,20 +110,28 @@ def test_writing_nothing_is_an_error_and_changes_nothing(path: Path) -> None:
 
 @pytest.mark.parametrize("step", ["fsync", "write"])
 def test_a_full_disk_leaves_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     before = content(path)
-    if step == "fsync":
-
-        def full(*args):
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space"):
-            write_atomic(path, b"new")
-    else:
-        with pytest.raises(TypeError):
-            write_atomic(path, "not bytes")  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        if step == "fsync":
+            patch.setattr(os, "fsync", full)
+        with room_for(1000 if step == "fsync" else 10), pytest.raises(OSError, match=r"No space|File too large"):
+            write_atomic(path, b"more than that" * 10)
     assert content(path) == before
     assert listed(path.parent) == ([path.name] if before else [])
+
+
+@contextlib.contextmanager
+def room_for(most: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes: the rest of a write fails, as on a disk that fills up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_the_bytes_are_on_the_disk_before_the_name_is(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import pty
@@ -33,6 +34,7 @@ from petseg_runtime.cli import infer_video
 from petseg_runtime.errors import OutputError, UnsupportedVideo
 from petseg_runtime.journal import JOURNAL
 from petseg_runtime.sources import Item, stream_origin
+from petseg_runtime.stream import Segmented, Stream
 from petseg_runtime.video import Frame
 from petseg_runtime.video_sinks import OWN
 
@@ -582,21 +584,45 @@ def test_pieces_of_a_longer_run_are_gone_too(tmp_path: Path, clips: Path, model:
 # ---------------------------------------------------------------------------------------------- full disks
 
 
-@pytest.mark.parametrize("options", [["--as", "overlay"], ["--as", "lines"], ["--as", "mask", "--format", "png"]])
-def test_a_full_disk_is_6_and_leaves_no_part(
-    tmp_path: Path, clips: Path, start: Callable[..., Command], options: list[str]
-) -> None:
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40, 40) if "png" in options else (20000, 20000))
-
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    _, err, code = start(
-        clips / "long.mp4", *options, "--output", tmp_path / "out", preexec_fn=limit, env=environment
-    ).end()
+def assert_full(command: Command, out: Path, name: str) -> None:
+    _, err, code = command.end()
     assert code == 6
     # The engine's cache is full, too, which is a note.
-    assert re.fullmatch(r"petseg: .*/out/long.*: cannot be written \(File too large\)", err.splitlines()[-1])
+    last = err.splitlines()[-1]
+    assert re.fullmatch(rf"petseg: {re.escape(str(out / name))}: cannot be written \(File too large\)", last)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("overlay", "long.mp4"), ("lines", "long.ndjson")])
+def test_a_full_disk_is_6_and_leaves_no_part(
+    tmp_path: Path, clips: Path, start: Callable[..., Command], kind: str, name: str
+) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    options = ["--as", kind, "--output", tmp_path / "out"]
+    assert_full(start(clips / "long.mp4", *options, preexec_fn=limit, env=environment), tmp_path / "out", name)
     assert tree(tmp_path / "out") == []
+    assert (tmp_path / "out").is_dir(), "it had begun"
+
+
+def test_a_disk_that_fills_up_keeps_the_pictures_that_are_whole(
+    tmp_path: Path, clips: Path, model: str, start: Callable[..., Command]
+) -> None:
+    options = [clips / "short.mp4", "--as", "cutout", "--format", "png", "--output"]
+    assert infer(*options, tmp_path / "all", "--model", model) == 0
+    sizes = {path: (tmp_path / "all" / path).stat().st_size for path in tree(tmp_path / "all")}
+    room = next(iter(sizes.values()))
+    whole = list(itertools.takewhile(lambda path: sizes[path] <= room, sizes))
+    assert 0 < len(whole) < len(sizes), "one of them is larger than the first"
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    out = tmp_path / "out"
+    assert_full(start(*options, out, preexec_fn=limit, env=environment), out, list(sizes)[len(whole)])
+    assert tree(out) == whole
 
 
 def test_a_folder_that_cannot_be_written_to_is_6(
@@ -666,22 +692,53 @@ def test_a_reader_that_goes_away_is_no_error_of_ours(clips: Path, start: Callabl
 def test_lines_are_a_file_of_json(tmp_path: Path, clips: Path, model: str) -> None:
     assert infer(clips / "short.mp4", "--as", "lines", "--output", tmp_path, "--model", model) == 0
     lines = [json.loads(line) for line in (tmp_path / "short.ndjson").read_text().splitlines()]
-    assert [line["number"] for line in lines] == list(range(20))
-    assert all(line["found"] and line["height"] == HEIGHT for line in lines)
+    assert infer(clips / "short.mp4", "--as", "mask", "--format", "png", "--output", tmp_path, "--model", model) == 0
+    for number, line in enumerate(lines):
+        with Image.open(tmp_path / "short" / f"{number:06d}.png") as saved:
+            rows, columns = np.nonzero(np.asarray(saved))
+        box = [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
+        assert line == {
+            "number": number,
+            "time": number / 25,
+            "height": HEIGHT,
+            "width": WIDTH,
+            "coverage": round(len(rows) / HEIGHT / WIDTH, 6),
+            "found": True,
+            "box": box,
+        }
+    assert len(lines) == 20
+    assert len({line["box"][0] for line in lines}) > 10, "the pet moves"
 
 
-def test_events_of_a_stream_account_for_every_frame(start: Callable[..., Command], tmp_path: Path) -> None:
-    source = "lavfi:testsrc=size=64x48:rate=100,realtime"
+def test_events_of_a_stream_account_for_every_frame(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(Stream):
+        """Nothing is taken until frames have been dropped."""
+
+        def __iter__(self) -> Iterator[Segmented]:
+            while not self.counts.dropped and self.counts.decoded < 30:
+                time.sleep(0.01)
+            return super().__iter__()
+
+    monkeypatch.setattr(video_batch, "Stream", Slow)
     options = ["--as", "mask", "--output", tmp_path, "--json", "--max-frames", 30, "--policy", "latest"]
-    told, _, code = start(source, *options).end()
-    assert code == 0
+    assert infer("lavfi:testsrc=size=64x48:rate=100,realtime", *options, "--model", model) == 0
+    told = events(capsys.readouterr().out)
     kinds = {event["event"] for event in told}
     assert kinds == {"state", "frame", "video", "summary"}
     video = next(event for event in told if event["event"] == "video")
     assert [event["state"] for event in told if event["event"] == "state"] == ["connecting", "live", "ended"]
-    assert video["frames"]["decoded"] == video["written"] + video["frames"]["dropped"] + video["frames"]["failed"]
-    assert sum(event["event"] == "frame" for event in told) == video["written"]
-    assert all(event["latency"] >= 0 for event in told if event["event"] == "frame")
+    assert (video["frames"]["decoded"], video["frames"]["failed"]) == (30, 0)
+    assert video["frames"]["dropped"] == 30 - video["written"] > 0
+    frames = [event for event in told if event["event"] == "frame"]
+    numbers = [event["number"] for event in frames]
+    assert len(numbers) == video["written"]
+    assert numbers == sorted(set(numbers))
+    assert numbers[-1] == 29, "the latest is never dropped"
+    assert all(event["latency"] >= 0 for event in frames)
+    (file,) = video["paths"]
+    assert frames_in(Path(file)) == video["written"]
 
 
 def test_sources_that_are_shown_alike_have_names_and_statistics_of_their_own(

@@ -378,7 +378,11 @@ def test_secrets_of_urls_are_not_shown() -> None:
     }.items():
         assert redacted(url) == shown
         origin = stream_origin(url)
-        assert origin is None or SECRET not in f"{origin.shown} {origin.name}"
+        assert origin is not None
+        assert SECRET not in f"{origin.shown} {origin.name}"
+        if "://" in url:
+            assert origin.shown == shown
+            assert origin.target == url, "what is opened has them all"
 
 
 # Real servers.

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from petseg_runtime.errors import EngineError, InputError, UnreadableImage
 from petseg_runtime.pipeline import Pipeline, Steps
+from petseg_runtime.room import Room
 
 
 @dataclass(frozen=True)
@@ -144,17 +146,42 @@ def test_an_error_of_the_sources_ends_the_run() -> None:
     assert not threads()
 
 
-def test_leaving_early_drops_what_has_not_begun() -> None:
-    written = []
+@pytest.mark.parametrize(("held", "before"), [("read", None), ("infer", "read"), ("write", "infer")])
+def test_leaving_early_drops_what_has_not_begun(held: str, before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second photo is held up in a step until the pipeline is being left, and the third waits for that step."""
+    begun = dict.fromkeys(("read", "infer", "write"), 0)
+    second, third, leaving = threading.Event(), threading.Event(), threading.Event()
 
-    def slow(source: int, photo: Photo, answer: np.ndarray) -> int:
-        time.sleep(0.01)
-        written.append(source)
-        return source
+    def counted(step: str, action: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*given: Any) -> Any:
+            begun[step] += 1
+            if step == held and begun[step] == 2:
+                second.set()
+                assert leaving.wait(10)
+            done = action(*given)
+            if step == before and begun[step] == 3:
+                third.set()
+            return done
 
-    with Pipeline(Steps(read, infer, slow), 1, 8, workers=1) as pipeline:
-        next(pipeline.run(range(100)))
-    assert len(written) < pipeline.window
+        return act
+
+    # What waits to be written is cancelled by its executor, which is told last; the others see that they are to stop.
+    told, name = (Future, "cancel") if held == "write" else (Room, "close")
+    tell = getattr(told, name)
+
+    def tell_and_let_go(self: Any) -> Any:
+        try:
+            return tell(self)
+        finally:
+            leaving.set()
+
+    monkeypatch.setattr(told, name, tell_and_let_go)
+    steps = {name: counted(name, step) for name, step in {"read": read, "infer": infer, "write": write}.items()}
+    with Pipeline(Steps(**steps), 1, workers=1) as pipeline:
+        assert next(pipeline.run([0, 1, 2])).source == 0
+        assert second.wait(10)
+        assert before is None or third.wait(10)
+    assert begun[held] == 2
     assert not threads()
 
 
@@ -252,6 +279,7 @@ import sys, time
 import numpy as np
 from types import SimpleNamespace
 from petseg_runtime.pipeline import Pipeline, Steps
+from petseg_runtime.room import Room
 
 def infer(batch):
     time.sleep(0.05)
@@ -310,6 +338,7 @@ CUT_SHORT = """
 import atexit, threading
 import numpy as np
 from petseg_runtime.pipeline import Pipeline, Steps
+from petseg_runtime.room import Room
 
 def alive():
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("petseg")]

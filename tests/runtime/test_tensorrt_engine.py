@@ -1344,7 +1344,7 @@ def test_importing_it_imports_neither_the_library_nor_cuda() -> None:
 
 
 def real(name: str) -> Any:
-    """The real module."""
+    """The real module. TensorRT itself is where `make gpu-check` is run, and nowhere else: nothing installs it here."""
     return pytest.importorskip(name, reason=f"{name} is not installed")
 
 
