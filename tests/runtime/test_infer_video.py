@@ -721,7 +721,7 @@ def test_events_of_a_stream_account_for_every_frame(
                 time.sleep(0.01)
             return super().__iter__()
 
-    monkeypatch.setattr(video_batch, "Stream", Slow)
+    monkeypatch.setattr(video_run, "Stream", Slow)
     options = ["--as", "mask", "--output", tmp_path, "--json", "--max-frames", 30, "--policy", "latest"]
     assert infer("lavfi:testsrc=size=64x48:rate=100,realtime", *options, "--model", model) == 0
     told = events(capsys.readouterr().out)

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petseg_runtime.errors import EngineError, InputError, UnreadableImage
+from petseg_runtime.memory_budget import MemoryBudget
 from petseg_runtime.pipeline import Pipeline, Steps
-from petseg_runtime.room import Room
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def test_leaving_early_drops_what_has_not_begun(held: str, before: str | None, m
         return act
 
     # What waits to be written is cancelled by its executor, which is told last; the others see that they are to stop.
-    told, name = (Future, "cancel") if held == "write" else (Room, "close")
+    told, name = (Future, "cancel") if held == "write" else (MemoryBudget, "close")
     tell = getattr(told, name)
 
     def tell_and_let_go(self: Any) -> Any:
@@ -279,7 +279,7 @@ import sys, time
 import numpy as np
 from types import SimpleNamespace
 from petseg_runtime.pipeline import Pipeline, Steps
-from petseg_runtime.room import Room
+from petseg_runtime.memory_budget import MemoryBudget
 
 def infer(batch):
     time.sleep(0.05)
@@ -338,7 +338,7 @@ CUT_SHORT = """
 import atexit, threading
 import numpy as np
 from petseg_runtime.pipeline import Pipeline, Steps
-from petseg_runtime.room import Room
+from petseg_runtime.memory_budget import MemoryBudget
 
 def alive():
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("petseg")]
