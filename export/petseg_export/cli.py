@@ -48,7 +48,7 @@ def _list(context: click.Context, _: click.Parameter, asked: bool) -> None:
     "--device",
     default="auto",
     show_default=True,
-    help="Of the parity test: cpu, cuda, cuda:N, intel-gpu; never another one.",
+    help="Of the parity test: cpu, cuda, cuda:N, intel-gpu; no other device stands in.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of the parity test.  [default: all]")
 @click.option("--onnx", type=PATH, help="Compile this file, exported from CHECKPOINT before, instead of a new one.")

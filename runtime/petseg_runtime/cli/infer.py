@@ -71,28 +71,28 @@ VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio
 @click.option("--threads", type=click.IntRange(min=1), help=HELP["threads"])
 @click.option("--resume", is_flag=True, help="Go on with a run over several files that was stopped.")
 @click.option("--start", type=Finite(0), help="Videos: seconds to pass over.")
-@click.option("--stride", type=click.IntRange(min=1), help="Videos: take each so-many-th frame.")
-@click.option("--max-frames", type=click.IntRange(min=1), help="Videos: end after so many.")
+@click.option("--stride", type=click.IntRange(min=1), help="Videos: use every Nth frame.")
+@click.option("--max-frames", type=click.IntRange(min=1), help="Videos: stop after this many frames.")
 @click.option(
     "--smooth",
     type=SHARE,
     help="Videos: against flicker, 0 to 1: how much of a still place's past stays after 1/30 s; 0.85 is a good start.",
 )
-@click.option("--segment", type=SECONDS, help="Videos: begin a new file after so many seconds.")
+@click.option("--segment", type=SECONDS, help="Videos: begin a new file after this many seconds.")
 @click.option("--no-audio", is_flag=True, help="Videos: leave the sound out.")
 @click.option(
     "--policy",
     type=click.Choice(["block", "drop-oldest", "latest"]),
-    help="Frames for which there is no time wait, replace the oldest, or only the newest waits.  "
+    help="Frames that come too fast wait, replace the oldest, or only the newest waits.  "
     "[default: block for files, drop-oldest for streams]",
 )
 @click.option(
-    "--stall", type=SECONDS, help="Streams: connect anew after so many seconds without a frame.  [default: 10]"
+    "--stall", type=SECONDS, help="Streams: reconnect after this many seconds without a frame.  [default: 10]"
 )
 @click.option(
     "--give-up",
     type=SECONDS,
-    help="Streams: end after so many seconds without a frame.  [default: 30 until the first one, then never]",
+    help="Streams: give up after this many seconds without a frame.  [default: 30 until the first one, then never]",
 )
 @click.option(
     "--input-option", multiple=True, metavar="NAME=VALUE", help="Streams: for FFmpeg, like rtsp_transport=udp."

@@ -160,7 +160,9 @@ def _limit(allowed: float | None, unit: str = "") -> str:
 @click.command()
 @click.argument("file", type=PATH, required=False)
 @click.option("--backend", default="auto", show_default=True, help="The engine that runs it.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, intel-gpu; never another one.")
+@click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, intel-gpu; no other device stands in."
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--proof", type=PATH, help="Photos and the checkpoint's answers.  [default: FILE.parity.npz]")
 @click.option("--output", type=PATH, help="Where the result goes.  [default: FILE.verified.json]")
