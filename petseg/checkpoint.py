@@ -17,6 +17,7 @@ from torch import Tensor
 
 from petseg.config import MOST_LEVELS, is_deep
 from petseg.model import AttentionUNet, AttentionUNetConfig
+from petseg_runtime.artifact import COMPILED
 from petseg_runtime.errors import CheckpointError, ModelError, OutputError
 from petseg_runtime.files import write_atomic
 from petseg_runtime.spec import ModelSpec
@@ -25,6 +26,8 @@ __all__ = ["Checkpoint", "load", "load_model", "save_checkpoint"]
 
 KEY: Final = "petseg"
 SCHEMA_VERSION: Final = 1
+#: Of files that are made from a checkpoint.
+EXPORTED: Final = (".onnx", *(suffix for suffix, _ in COMPILED.values()))
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,9 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors checkpoint ({error})") from error
+        exported = "; an exported file is no checkpoint: give the .safetensors file that it was made from"
+        hint = exported if path.suffix in EXPORTED else ""
+        raise CheckpointError(f"{path}: not a readable safetensors checkpoint ({error}){hint}") from error
     if KEY not in metadata:
         raise CheckpointError(f"{path}: a safetensors file, but not a petseg checkpoint")
     try:

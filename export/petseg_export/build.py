@@ -101,7 +101,7 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
     output = config.output or path.with_suffix(form.suffix)
     for kept in (path, getattr(config, "onnx", None)):
         if kept and output.exists() and kept.exists() and output.samefile(kept):
-            raise OutputError(f"{output}: that is what is exported; give another file with --output")
+            raise OutputError(f"{output}: would be written over what it is made from; give another file with --output")
     tell("reading", 0, 0)
     model, loaded = checkpoint.load_model(path)
     given = _given(config, loaded)

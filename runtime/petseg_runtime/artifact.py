@@ -34,6 +34,8 @@ __all__ = [
 
 PROVENANCE_KEY: Final = "petseg.provenance"
 RECEIPT_KEY: Final = "petseg.receipt"
+#: Of what `petseg export` makes models from.
+CHECKPOINT_SUFFIX: Final = ".safetensors"
 #: The names of the graph's one input and one output.
 INPUT: Final = "image"
 OUTPUT: Final = "probability"
@@ -99,6 +101,8 @@ def open_artifact(path: Path) -> Artifact:
     """
     if path.suffix in {suffix for suffix, _ in COMPILED.values()}:
         return _open_compiled(path)
+    if path.suffix == CHECKPOINT_SUFFIX and path.exists():
+        raise ModelError(f"{path}: a checkpoint, which has to be exported first: `petseg export {path}`")
     onnx = onnx_metadata.read(path)
     if SPEC_KEY not in onnx.metadata:
         raise ModelError(f"{path}: an ONNX file, but not one that petseg exported (it has no {SPEC_KEY!r} metadata)")

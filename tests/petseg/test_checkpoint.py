@@ -174,6 +174,13 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
     refused(tmp_path)
 
 
+def test_an_exported_file_is_no_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"\x08\x0a")
+    with pytest.raises(CheckpointError, match=r"give the \.safetensors file that it was made from"):
+        load(path)
+
+
 def test_a_truncated_file_is_refused_at_every_length(good: Path) -> None:
     whole = good.read_bytes()
     header = 8 + struct.unpack("<Q", whole[:8])[0]

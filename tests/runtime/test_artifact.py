@@ -448,6 +448,15 @@ def test_weights_that_are_missing_are_named(openvino: Artifact, as_folder: bool)
     assert refused_for(openvino.path, weights) == f"missing; it belongs to {openvino.path.name}"
 
 
+def test_a_checkpoint_is_told_from_a_model(tmp_path: Path) -> None:
+    path = tmp_path / "best.safetensors"
+    with pytest.raises(ModelError, match="no such file"):
+        open_artifact(path)
+    path.write_bytes(bytes(9))
+    with pytest.raises(ModelError, match=r"a checkpoint, which has to be exported first: `petseg export "):
+        open_artifact(path)
+
+
 def test_a_file_that_cannot_be_read_is_a_model_error(openvino: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Path.open
 
