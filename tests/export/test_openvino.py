@@ -334,7 +334,7 @@ def test_verify_on_the_device_accepts_it_and_leaves_its_result(
     assert run(["verify", str(copied)]) == 0
     out, err = capsys.readouterr()
     assert not err
-    assert "passed, f32 in openvino" in out
+    assert "engine  openvino " in out
     result = json.loads(verified_of(copied).read_text())
     assert result["passed"] is True
     assert result["photos"] == 16

@@ -146,14 +146,14 @@ IN_ORDER = """
 
     attempt("late", ranks, (lambda: signal.raise_signal(signal.SIGTERM)) if second else nothing, late=True)
 
-    read = data.images.read
+    open_photo = data.images.open_photo
     def unlike(path, **options):
         if path.stem == "pet_07":
             raise InputError(f"{path}: cannot be read by this one")
-        return read(path, **options)
-    data.images.read = unlike if second else read
+        return open_photo(path, **options)
+    data.images.open_photo = unlike if second else open_photo
     attempt("unlike", ranks, nothing, data={**config["data"], "on_bad": "skip"})
-    data.images.read = read
+    data.images.open_photo = open_photo
 
     normalize = training.normalize
     def spoilt(image):

@@ -1922,4 +1922,6 @@ def test_names_that_would_break_the_line_are_escaped(proven: Artifact, capsys: p
     proof_of(proven.path).rename(proof_of(odd))
     proven.path.rename(odd)
     assert run(["verify", str(odd), *IN_ONNXRUNTIME]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    out = capsys.readouterr().out
+    assert "two\\nlines.onnx gives what its checkpoint gives" in out
+    assert all("  " in line for line in out.splitlines()), "a name and what is told, in each line"
