@@ -37,9 +37,9 @@ __all__ = [
     "Layout",
     "Pair",
     "Split",
-    "being_read",
     "check",
     "download",
+    "each_read",
     "encoded",
     "find",
     "find_listed",
@@ -385,37 +385,57 @@ def usable(
     Args:
         pairs: What to read.
         failed: Called with each pair that cannot be used, which is then left out.
-        processes: As of :func:`being_read`.
-        promised: As of :func:`being_read`.
+        processes: As of :func:`each_read`.
+        promised: Likewise.
 
     Raises:
         DataError: A pair cannot be used, and ``failed`` was not given.
     """
-    for pair, reading in being_read(pairs, _read_equal, processes, promised):
-        try:
-            photo, trimap = reading.result()
-        except DataError as error:
-            if failed is None:
-                raise
-            failed(pair, error)
-        else:
-            yield pair, photo, trimap
+    for pair, found in each_read(pairs, _read_equal, failed, processes, promised):
+        if found:
+            yield pair, *found
 
 
-def being_read(
-    pairs: Sequence[Pair], read: Callable[[Pair, Take], T], processes: int = 1, promised: int = 0
+def each_read(
+    pairs: Sequence[Pair],
+    read: Callable[[Pair, Take], T],
+    failed: Callable[[Pair, DataError], None] | None = None,
+    processes: int = 1,
+    promised: int = 0,
+) -> Generator[tuple[Pair, T | None], None, None]:
+    """Each pair with what ``read`` makes of it in a thread, in order; None once ``failed`` was called with it.
+
+    Args:
+        pairs: What to read.
+        read: Reads one, and takes the memory for it first.
+        failed: Called with each pair that cannot be used.
+        processes: How many of this machine read at the same time, this one among them.
+        promised: Bytes that each of them has allocated but not used so far, so that the system still calls them free.
+
+    Raises:
+        DataError: A pair cannot be used, and ``failed`` was not given.
+    """
+    with contextlib.closing(_being_read(pairs, read, processes, promised)) as readings:
+        for pair, reading in readings:
+            try:
+                found = reading.result()
+            except DataError as error:
+                if failed is None:
+                    raise
+                failed(pair, error)
+                yield pair, None
+            else:
+                yield pair, found
+
+
+def _being_read(
+    pairs: Sequence[Pair], read: Callable[[Pair, Take], T], processes: int, promised: int
 ) -> Generator[tuple[Pair, Future[T]], None, None]:
     """Each pair with its reading, in order; those next in line are read in threads.
 
     A reading has to be awaited before the next one is asked for. Those ahead are two for each reader at most, and fewer
     where they would take more than half of the memory that is there: a pair that finds too little left waits, unless it
-    is the one that is asked for.
-
-    Args:
-        pairs: What to read.
-        read: Reads one in a thread, and takes the memory for it first.
-        processes: How many of this machine read at the same time, this one among them.
-        promised: Bytes that each of them has allocated but not used so far, so that the system still calls them free.
+    is the one that is asked for. The arguments are those of :func:`each_read`.
     """
     readers = min(usable_cpus(), MAX_READERS)
     budget = MemoryBudget(max(0, available_memory() - processes * promised) // (2 * processes))

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from petseg.checkpoint import load_model
-from petseg.data import Pair, Split, Take, being_read, encoded, find, names_sha256, read_pair
+from petseg.data import Pair, Split, Take, each_read, encoded, find, names_sha256, read_pair
 from petseg.device import pick_device
 from petseg.metrics import Border, Histogram, PixelCounts, counts, histogram, json_ratio
 from petseg.model import AttentionUNet, normalize
@@ -107,7 +107,7 @@ def evaluate(
 ) -> Evaluation:
     """Segment every photo and count, at each trimap's own resolution.
 
-    Photos are read in threads, ahead of the model, and in order; see :func:`petseg.data.being_read`.
+    Photos are read in threads, ahead of the model, and in order; see :func:`petseg.data.each_read`.
 
     Args:
         run: The model.
@@ -331,14 +331,6 @@ def _inputs(
         photo, trimap = read_pair(pair, take)
         return images.to_model(photo, height, width), trimap
 
-    with contextlib.closing(being_read(pairs, read)) as readings:
-        for pair, reading in readings:
-            try:
-                photo, trimap = reading.result()
-            except DataError as error:
-                if failed is None:
-                    raise
-                failed(pair, error)
-                yield None
-            else:
-                yield pair.name, photo, trimap
+    with contextlib.closing(each_read(pairs, read, failed)) as each:
+        for pair, found in each:
+            yield (pair.name, *found) if found else None

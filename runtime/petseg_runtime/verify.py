@@ -253,7 +253,8 @@ def _change(result: dict[str, Any]) -> str:
     there, here = _processor(was), _processor(now)
     if there != here:
         return f"on another machine ({there}, this is {here})"
-    if result.get("device", "") not in ("", hosts.identity()):
+    device, this = result.get("device"), hosts.identity()
+    if device and this and device != this:  # systems that say nothing may be the same one
         return "on another machine of this kind"
     packages = was.get("packages")
     then = packages if isinstance(packages, dict) else now["packages"]  # a result of before does not tell

@@ -1640,7 +1640,7 @@ def test_what_was_verified_with_another_threshold_or_on_another_machine_is_not_s
 def test_what_was_verified_on_another_machine_of_the_same_kind_is_not_shown(
     proven: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for there, here, shown in (("a", "b", False), ("a", "a", True), ("", "b", True)):
+    for there, here, shown in (("a", "b", False), ("a", "a", True), ("", "b", True), ("a", "", True)):
         monkeypatch.setattr(host, "identity", lambda there=there: there)
         assert run(["verify", str(proven.path), "-q"]) == 0
         monkeypatch.setattr(host, "identity", lambda here=here: here)
