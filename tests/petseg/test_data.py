@@ -396,24 +396,26 @@ def test_a_mask_of_the_photo_before_its_camera_turned_it_is_refused(oxford_copy:
 def test_photos_are_decoded_at_the_same_time_and_come_in_order(
     oxford_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pairs, together, read = find(oxford_root, Split.TRAINVAL), threading.Barrier(3), images.read
+    pairs, together, open_photo = find(oxford_root, Split.TRAINVAL), threading.Barrier(3), images.open_photo
     started: list[Path] = []
 
-    def slow(path: Path, **options: Any) -> images.Photo:
+    def slow(path: Path, **options: Any) -> Any:
         started.append(path)
         together.wait(10)  # none is done before three have begun
-        return read(path)
+        return open_photo(path, **options)
 
     monkeypatch.setattr(data_module, "usable_cpus", lambda: 3)
-    monkeypatch.setattr(data_module.images, "read", slow)
+    monkeypatch.setattr(images, "open_photo", slow)
     found = usable(pairs)
     first = next(found)
     time.sleep(0.3)  # for readers to go on, who should not
     assert len(started) <= 7, "all at their full size would fill the memory"
     rest = list(found)
+    assert len(started) == len(pairs)
+    monkeypatch.undo()
     assert names([pair for pair, *_ in (first, *rest)]) == names(pairs)
     for pair, photo, trimap in rest[::5]:
-        assert np.array_equal(photo, read(pair.image).pixels)
+        assert np.array_equal(photo, images.read(pair.image).pixels)
         assert np.array_equal(trimap, read_trimap(pair))
 
 

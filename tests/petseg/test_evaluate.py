@@ -173,15 +173,18 @@ def test_the_batch_changes_nothing(pairs: list[Pair], batch: int) -> None:
 def test_photos_are_read_at_the_same_time_ahead_of_the_model(
     pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    want, together, read = evaluate(red, pairs, H, W, batch=1), threading.Barrier(len(pairs)), images.read
+    want, together, open_photo = evaluate(red, pairs, H, W, batch=1), threading.Barrier(len(pairs)), images.open_photo
+    begun: list[Path] = []
 
-    def slow(path: Path, **options: Any) -> images.Photo:
+    def slow(path: Path, **options: Any) -> Any:
         together.wait(20)  # none is done before all have begun
-        return read(path, **options)
+        begun.append(path)
+        return open_photo(path, **options)
 
     monkeypatch.setattr("petseg.data.usable_cpus", lambda: len(pairs))
-    monkeypatch.setattr(images, "read", slow)
+    monkeypatch.setattr(images, "open_photo", slow)
     got = evaluate(red, pairs, H, W, batch=1)
+    assert len(begun) == len(pairs)
     assert got.names == want.names
     assert (got.histograms == want.histograms).all()
 
@@ -211,6 +214,18 @@ def test_photos_that_cannot_be_read_are_told_in_order_by_the_thread_that_asks(
     assert result.names == tuple(pair.name for pair in pairs)
     assert (result.histograms == evaluate(red, pairs, H, W).histograms).all()
     assert watched == [2, 4, 6, 7]
+
+
+def test_a_photo_that_cannot_be_read_is_done_when_its_turn_has_come(pairs: list[Pair], tmp_path: Path) -> None:
+    bad = Pair("bad", tmp_path / "bad.jpg", pairs[0].mask, Layout.OXFORD)
+    done: list[object] = []
+
+    def run(batch: np.ndarray) -> np.ndarray:
+        done.append("run")
+        return red(batch)
+
+    evaluate(run, [bad, *pairs[:2]], H, W, batch=1, watch=done.append, failed=lambda pair, error: None)
+    assert done == [1, "run", 2, "run", 3]
 
 
 def test_a_measurement_that_is_ended_leaves_no_reader(pairs: list[Pair]) -> None:
