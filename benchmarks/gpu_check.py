@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -59,16 +59,19 @@ def gpu_check(output: Path) -> None:
         why = problem or "no driver, or none that this process may use"
         click.echo(f"this machine shows no NVIDIA GPU ({why}): nothing was checked, {output} was not written", err=True)
         sys.exit(EngineError.exit_code)
-    record = collect()
-    write_atomic(output, (json.dumps(without_names(record), indent=1) + "\n").encode())
+    record = collect(lambda part: write_atomic(output, (json.dumps(without_names(part), indent=1) + "\n").encode()))
     for line in summary(record):
         click.echo(line)
     click.echo(f"the record is {output}; please send it back")
     sys.exit(1 if record["failures"] else 0)
 
 
-def collect() -> dict[str, Any]:
-    """Everything, and ``failures``: what did not pass, a line each."""
+def collect(keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Everything, and ``failures``: what did not pass, a line each.
+
+    Args:
+        keep: Given the record when each part is done: one that was interrupted has no ``failures``.
+    """
     say("the x-ray of this machine")
     found = doctor.x_ray(say)
     record: dict[str, Any] = {
@@ -76,18 +79,39 @@ def collect() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": ran(["git", "rev-parse", "HEAD"])["out"].strip(),
         "doctor": {**dataclasses.asdict(found), "cache": ""},
-        "tests": tests(["-m", "gpu or tensorrt"]),
-        "parity": {name: command("verify", "--json", "--backend", name) for name in ENGINES},
-        "benchmarks": {
-            **{f"batch {size}": command("benchmark", "--json", "--batch", str(size)) for size in BATCHES},
-            WITHOUT_GRAPHS: command(
-                "benchmark", "--json", "--backend", "tensorrt", "--backend", "tensorrt-rtx", "--no-cuda-graph"
-            ),
-        },
-        "latency": latency(),
-        "video": {kind: video(kind) for kind in ("lines", "overlay")},
     }
-    return {**record, "failures": failures(record)}
+    parts: dict[str, Callable[[], Any]] = {
+        "tests": lambda: tests(["-m", "gpu or tensorrt"]),
+        "parity": parity,
+        "benchmarks": speeds,
+        "latency": latency,
+        "video": videos,
+    }
+    for name, part in parts.items():
+        keep(record)
+        record[name] = part()
+    record["failures"] = failures(record)
+    keep(record)
+    return record
+
+
+def parity() -> dict[str, Any]:
+    """Each engine's masks against those of the checkpoint."""
+    return {name: command("verify", "--json", "--backend", name) for name in ENGINES}
+
+
+def speeds() -> dict[str, Any]:
+    """`petseg benchmark` with each size of batch, and TensorRT without CUDA graphs."""
+    engines = ("--backend", "tensorrt", "--backend", "tensorrt-rtx")
+    return {
+        **{f"batch {size}": command("benchmark", "--json", "--batch", str(size)) for size in BATCHES},
+        WITHOUT_GRAPHS: command("benchmark", "--json", *engines, "--no-cuda-graph"),
+    }
+
+
+def videos() -> dict[str, Any]:
+    """A video to lines of JSON, and to an overlay."""
+    return {kind: video(kind) for kind in ("lines", "overlay")}
 
 
 def tests(selection: Sequence[str]) -> list[dict[str, Any]]:
@@ -97,7 +121,8 @@ def tests(selection: Sequence[str]) -> list[dict[str, Any]]:
         For each test ``name``, ``outcome`` (passed, failed, error or skipped), ``seconds`` and ``why``; for a file that
         pytest did not come to the end of, one error with the end of what it printed.
     """
-    pytest = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *selection)
+    # Warnings are no failures here: other versions of PyTorch have deprecated other things.
+    pytest = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "default", *selection)
     say("looking for tests")
     collected = ran([*pytest, "--collect-only", "-q"])
     files = sorted({line.partition("::")[0] for line in collected["out"].splitlines() if "::" in line})

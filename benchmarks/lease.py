@@ -1,7 +1,7 @@
 """Train a recipe, round its weights, measure the rounded file and pack it: all that one lease of a GPU has time for.
 
     python -m benchmarks.lease photos data lease-data --size 256x256
-    python -m benchmarks.lease published --data lease-data --out lease --size 256x256 --minutes 9 --no-tests
+    python -m benchmarks.lease published --data lease-data --out lease --size 256x256 --minutes 8 --no-tests
     python -m benchmarks.lease join lease/published.manifest.json petseg/weights/published.safetensors
     python -m benchmarks.lease measure lease/published.json petseg/weights/published.safetensors --data data
 
@@ -10,7 +10,8 @@ the very file that came back is measured on all test photos here. Where all of `
 petseg need not be installed there: ``PYTHONPATH=.:export:runtime``.
 
 The run is `petseg train`'s own, in a folder that is thrown away with its optimizer. What stays in OUT is small: the
-weights in pieces of at most 16 MiB with their manifest, and RECIPE.json, a record as those in ``results/training``.
+weights in pieces of at most 15 MiB with their manifest, and RECIPE.json, a record as those in ``results/training``. The
+pieces are there from the first validation on, and replaced by better ones: a lease that is cut off has left those.
 
 Kernels are rounded to float16. Biases and BatchNorm's scales, shifts and statistics stay in float32: they are a few
 thousandths of the bytes, and a variance can lie outside of what float16 holds. So does a kernel that would overflow.
@@ -19,8 +20,11 @@ The figures in the record are those of the rounded file, which is the original f
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -52,13 +56,16 @@ from petseg_runtime.cli.text import PATH, parse_size
 from petseg_runtime.errors import DataError
 from petseg_runtime.files import write_atomic
 
-PIECE: Final = 16 * 2**20
+PIECE: Final = 15 * 2**20  # what brings files home may take less than 16 MiB
+#: Seconds between looks at whether a run has a better checkpoint; those that one which is told to stop has for it.
+LOOK: Final = 20.0
+STOPPING: Final = 45.0
 #: Steps of a warm-up epoch, of which the later half is timed: the batches that were made before the first are used up.
 STEPS: Final = 60
 #: Seconds from `petseg train` to its first photo: Python, torch, CUDA.
 START: Final = 20.0
 #: Seconds from its last photo to its end: curves, pictures.
-FINISH: Final = 10.0
+FINISH: Final = 15.0
 #: What saving adds to the time of a run at most, where a state takes longer than QUICK_SAVE (petseg.train).
 SAVING: Final = 1.1
 MARGIN: Final = 0.06  # share of the time that is kept back
@@ -137,12 +144,14 @@ def lease(
     with tempfile.TemporaryDirectory() as scratch:
         plan = planned(job, Path(scratch), tests, 60 * minutes, began) if minutes else None
         if plan:
-            job = replace(job, settings=(*settings, f"epochs={plan['epochs']}"))
+            job = replace(job, settings=(*settings, *shortened(job.config(), plan["epochs"])))
         run, weights = Path(scratch) / recipe, Path(scratch) / f"{recipe}.safetensors"
-        code = train(job, run, began + plan["deadline"] - time.perf_counter() if plan else None)
+        left = began + plan["deadline"] - time.perf_counter() if plan else math.inf
+        code = train(job, run, left, lambda best: pack(rounded(best, weights, commit), out))
         told = {"commit": commit} if commit else {}
-        values: dict[str, Any] = {**told, "runs": [{**trained([run])[0], **told}], "exit_code": code, "plan": plan}
+        values: dict[str, Any] = {**told, "exit_code": code, "plan": plan}
         values["weights"] = pack(rounded(run / BEST, weights, commit), out)
+        values["runs"] = [{**trained([run])[0], **told}]
         records.write(recipe, command, values, record)  # whatever becomes of the measurement
         values |= validated(weights, job)
         values |= measured(weights, device, values["thresholds"], tests)
@@ -190,8 +199,15 @@ def planned(
     if epochs < 1:
         sys.exit(f"no epoch fits into the {left:.0f} s that are left: {said}")
     click.echo(f"{epochs} epochs: {said}", err=True)
+    click.echo(", ".join(f"{name} {value:.3g} s" for name, value in costs.items()), err=True)
     deadline = seconds * (1 - MARGIN / 2) - after
     return {"epochs": epochs, "epoch": epoch, "before": before, "after": after, "deadline": deadline, **costs}
+
+
+def shortened(config: TrainConfig, epochs: int) -> list[str]:
+    """The settings of a run of fewer epochs than its recipe's: restarts would leave its rate high at its end."""
+    restarts = epochs < config.epochs and config.schedule.name == "cosine-restarts"
+    return [f"epochs={epochs}", *([f"schedule.restart_epochs={epochs}"] if restarts else [])]
 
 
 def warmed_up(job: Job, config: TrainConfig, folder: Path, train: int, val: int) -> dict[str, float]:
@@ -215,28 +231,49 @@ def warmed_up(job: Job, config: TrainConfig, folder: Path, train: int, val: int)
     first, second = trainer.state.history
     steps = len(clock.marks) - 1
     step = (clock.marks[-1] - clock.marks[steps // 2]) / (steps - steps // 2)  # of the later half, in full swing
+    save = trainer.save_took
+    del trainer  # what it holds of the GPU's memory is the run's
+    gc.collect()
+    torch.cuda.empty_cache()
     return {
         "read_a_photo": read / some,
         "first_epoch_more": max(0.0, first["seconds"] - second["seconds"]),
         "epoch_start": max(0.0, second["seconds"] - step * steps),
         "step": step,
         "validate_and_save": second["elapsed"] - first["elapsed"] - second["seconds"],
-        "save": trainer.save_took,
+        "save": save,
         "measure_a_photo": measure / val,
     }
 
 
-def train(job: Job, run: Path, seconds: float | None) -> int:
-    """Run `petseg train`; one that is not done in time is stopped, and its best checkpoint so far counts."""
+def train(job: Job, run: Path, seconds: float, keep: Callable[[Path], object]) -> int:
+    """Run `petseg train`; one that is not done in time is stopped, and its best checkpoint so far counts.
+
+    ``keep`` is given that of a run under way whenever it is found to be another one.
+    """
+    end, kept = time.monotonic() + seconds, 0
     with subprocess.Popen(job.words(run), cwd=records.ROOT) as process:
-        try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-            code = process.wait()
+        while process.poll() is None and (left := end - time.monotonic()) > 0:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(min(LOOK, left))
+            if (run / BEST).exists() and (now := (run / BEST).stat().st_mtime_ns) != kept:
+                keep(run / BEST)
+                kept = now
+        code = stopped(process)
     if not (run / BEST).exists():
         sys.exit(f"`petseg train` ended with exit code {code}, and left no checkpoint")
     return code
+
+
+def stopped(process: subprocess.Popen[bytes]) -> int:
+    """The exit code of a run, which is told to stop if it has not ended; one that hangs is killed: files are whole."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(STOPPING)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return process.wait()
 
 
 def rounded(best: Path, to: Path, commit: str | None = None) -> Path:

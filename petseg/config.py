@@ -51,7 +51,8 @@ class DataConfig:
             network comes to say there is not quite that: the Dice loss pushes soft targets below half of the Dice
             coefficient to 0, and others to 1 (see :func:`petseg.losses.dice_loss`).
         workers: Processes that augment; 0 does it in the training process. ``auto``: for a GPU all cores but two (with
-            several GPUs, of each one's share), at most 16; for a CPU, whose cores they would only take away, none.
+            several GPUs, of each one's share), at most 16, and no more than have room for their batches in /dev/shm;
+            for a CPU, whose cores they would only take away, none.
         on_bad: What a photo that cannot be read, or whose mask is not of its size, does: ``stop`` ends the run with its
             name, ``skip`` leaves it out, and it is named and counted.
     """

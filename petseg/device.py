@@ -14,8 +14,9 @@ from petseg_runtime.host import features
 
 __all__ = ["enough_memory", "pick_device", "pick_precision"]
 
-#: What PyTorch says on a CPU without memory, where the error has no class of its own; and of a worker that is gone.
-NO_MEMORY: Final = re.compile(r"can't allocate memory")
+#: What PyTorch, cuDNN, cuBLAS and CUDA say where there is no memory and the error has no class of its own; and of a
+#: worker that is gone.
+NO_MEMORY: Final = re.compile(r"can't allocate memory|CU(DNN|BLAS)_STATUS_ALLOC_FAILED|CUDA error: out of memory")
 WORKER_GONE: Final = re.compile(r"DataLoader worker \(pid")
 
 

@@ -12,6 +12,7 @@ import csv
 import io
 import math
 import multiprocessing
+import shutil
 import signal
 import threading
 import time
@@ -69,6 +70,10 @@ FREE: Final = ("compile", "data.on_bad", "data.workers", "early_stop")
 #: Columns of the log by their names in older versions.
 RENAMED: Final = {"val_mean_iou_border_ignored": "val_mean_iou_border_ignored_at_0.5"}
 
+#: Where forked workers put their batches; containers give it 64 MB unless told otherwise.
+SHARED: Final = Path("/dev/shm")  # noqa: S108
+#: Batches that a worker has there: two made ahead, one being made, one being read.
+SHARED_BATCHES: Final = 4
 #: Most processes that ``data.workers = "auto"`` starts.
 MAX_WORKERS: Final = 16
 
@@ -188,11 +193,21 @@ class Step:
         return loss, norm, stops, scale
 
 
-def workers_of(setting: int | Literal["auto"], device: torch.device, processes: int = 1) -> int:
-    """How many processes augment for each process of a run on this machine; see :class:`petseg.config.DataConfig`."""
+def workers_of(setting: int | Literal["auto"], device: torch.device, batch: int, processes: int = 1) -> int:
+    """How many processes augment for each process of a run on this machine; see :class:`petseg.config.DataConfig`.
+
+    Args:
+        setting: ``data.workers``.
+        device: What computes.
+        batch: Bytes of a batch.
+        processes: Of the run, on this machine.
+    """
     if isinstance(setting, int):
         return setting
-    return max(0, min(usable_cpus() // processes - 2, MAX_WORKERS)) if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    fit = shutil.disk_usage(SHARED).free // (SHARED_BATCHES * batch) if SHARED.is_dir() else MAX_WORKERS
+    return max(0, min(usable_cpus() // processes - 2, fit // processes, MAX_WORKERS))
 
 
 def learning_rate(config: ScheduleConfig, peak: float, step: int, steps_per_epoch: int, epochs: int) -> float:
@@ -287,10 +302,11 @@ class Trainer:
         if init and resume:
             self.observer.started(f"resumed, so that {init} is not read: the run has weights of its own")
         network = self._start_weights(None if resume else init, root)
-        self.model = network.to(device).to(memory_format=torch.channels_last)
-        self.ema = MovingAverage(self.model, config.ema)
-        synchronized(self.model, self.ranks, device)
-        self.optimizer = _optimizer(self.model, config)
+        with enough_memory("use a network of a smaller --width"):
+            self.model = network.to(device).to(memory_format=torch.channels_last)
+            self.ema = MovingAverage(self.model, config.ema)
+            synchronized(self.model, self.ranks, device)
+            self.optimizer = _optimizer(self.model, config)
         self.scaler = self._scaler()
         self.state = RunState()
         self.meta = self._about(root, provenance or {}, about_teacher)
@@ -383,7 +399,9 @@ class Trainer:
 
     def _loader(self) -> DataLoader[tuple[Tensor, Tensor, int]]:
         """Batches of the epoch that the sampler is set to, from this process or from workers that outlive the epoch."""
-        workers = workers_of(self.config.data.workers, self.device, self.ranks.here)
+        d, own = self.config.data, self.config.batch // self.ranks.size
+        batch = decoded_size(own, d.height, d.width, taught=True)  # at most
+        workers = workers_of(d.workers, self.device, batch, self.ranks.here)
         # A forked worker sees the photos where they are; one started anew, as from Python 3.14 on, would get a copy.
         fork = workers > 0 and "fork" in multiprocessing.get_all_start_methods()
         return DataLoader(

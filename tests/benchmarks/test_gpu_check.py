@@ -248,3 +248,21 @@ def test_the_record_of_a_gpu_is_written_without_names(
     for private in (str(ROOT), sys.prefix, str(tmp_path), os.environ["XDG_CACHE_HOME"]):
         assert private not in text
     assert "FAILED no engine works on the GPU" in capsys.readouterr().out
+
+
+def test_one_that_is_interrupted_leaves_what_was_done(
+    check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "read_gpus", lambda: ((GPU,), ""))
+    monkeypatch.setattr(doctor, "x_ray", lambda say: GPU)
+    monkeypatch.setattr(check, "tests", lambda selection: [{"name": "a::test", "outcome": "passed"}])
+    monkeypatch.setattr(check, "parity", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        check.gpu_check.main(["--output", str(tmp_path / "gpu-check.json")], standalone_mode=False)
+    written = json.loads((tmp_path / "gpu-check.json").read_text(encoding="utf-8"))
+    assert written["tests"][0]["outcome"] == "passed"
+    assert written["doctor"]["name"] == "NVIDIA RTX"
+    assert "failures" not in written

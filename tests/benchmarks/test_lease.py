@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import re
 import runpy
 import subprocess
@@ -26,6 +27,7 @@ from petseg import checkpoint, cli
 from petseg.data import Split, find, read_pair, resize_trimap
 from petseg.evaluate import evaluate, open_model, torch_run
 from petseg.model import AttentionUNet, AttentionUNetConfig
+from petseg.train import learning_rate
 from petseg_runtime.errors import DataError
 
 #: width 4, and as fast as it gets
@@ -57,7 +59,7 @@ def data(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """`petseg train` runs in this process, which has imported PyTorch already; that of `out` has one of its own."""
 
-    def train(job: Job, run: Path, seconds: float | None) -> int:
+    def train(job: Job, run: Path, seconds: float, keep: object) -> int:
         _, _, program, *words = job.words(run)
         assert program == "petseg.cli"
         with pytest.MonkeyPatch.context() as patch:
@@ -113,7 +115,7 @@ def test_what_comes_home_is_small_and_whole(out: Path, weights: Path) -> None:
     assert [(out / name).stat().st_size for name in names[:-1]] == [100_000] * (len(names) - 1)
     assert 0 < (out / names[-1]).stat().st_size <= 100_000
     assert manifest["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert lease.PIECE == 16 * 2**20
+    assert lease.PIECE < 16 * 2**20
     record = json.loads((out / "published.json").read_text())
     assert record["weights"] == manifest
     assert record["model"]["identity"] == manifest["sha256"]
@@ -297,6 +299,16 @@ def test_the_later_half_of_an_epoch_is_timed() -> None:
     assert clock.marks == [0.0, 5.0, 6.0, 7.0, 8.0]
 
 
+def test_a_run_of_fewer_epochs_ends_at_a_low_rate(data: Path) -> None:
+    config = job(data, "epochs=30").config()
+    assert lease.shortened(config, 30) == ["epochs=30"]
+    short = job(data, *lease.shortened(config, 25)).config()
+    assert (short.epochs, short.schedule.restart_epochs) == (25, 25)
+    assert learning_rate(short.schedule, 1.0, 25 * 9 - 1, 9, 25) < 0.01
+    other = job(data, "epochs=30", "schedule.name=cosine").config()
+    assert lease.shortened(other, 25) == ["epochs=25"]
+
+
 @pytest.mark.usefixtures("here")
 def test_a_lease_by_the_clock(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plans: list[dict[str, Any]] = []
@@ -317,20 +329,47 @@ def test_a_lease_by_the_clock(data: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_run_that_takes_longer_is_stopped_and_its_best_so_far_counts(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    best, kept = tmp_path / "run" / "best.safetensors", []
+
     class Popen(subprocess.Popen[bytes]):
+        """Its first wait ends with the first checkpoint, whatever the time."""
+
         def wait(self, timeout: float | None = None) -> int:
-            while timeout == 1.5 and not (tmp_path / "run" / "best.safetensors").exists():
+            while not best.exists() and not kept:
                 assert self.poll() is None
                 time.sleep(0.05)
             return super().wait(timeout)
 
     monkeypatch.setattr(subprocess, "Popen", Popen)
     endless = job(data, "epochs=100000")
-    assert lease.train(endless, tmp_path / "run", 1.5) == 130
+    assert lease.train(endless, tmp_path / "run", 1.5, lambda path: kept.append(checkpoint.load(path).meta)) == 130
     (told,) = lease.trained([tmp_path / "run"])
     assert 1 <= told["epochs"] < 100_000
+    assert kept[0]["spec"]["height"] == 32
+    kept.append({})
     with pytest.raises(SystemExit, match="left no checkpoint"):
-        lease.train(replace(endless, settings=(*endless.settings, "batch=1")), tmp_path / "other", None)
+        lease.train(replace(endless, settings=(*endless.settings, "batch=1")), tmp_path / "other", math.inf, print)
+
+
+def test_better_checkpoints_are_kept_while_a_run_goes_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a lease that is cut off leaves. The run is a shell's, which hangs when it is told to stop."""
+    run = tmp_path / "run"
+    run.mkdir()
+    better = "echo $i > new; mv new best.safetensors; until [ -e seen$i ]; do sleep 0.05; done"
+    script = f"trap : INT; cd {run}; for i in 1 2 3; do {better}; done; while :; do sleep 0.1; done"
+    kept: list[str] = []
+
+    def keep(path: Path) -> None:
+        kept.append(path.read_text().strip())
+        (run / f"seen{kept[-1]}").touch()
+
+    monkeypatch.setattr(Job, "words", lambda *_: ["bash", "-c", script])
+    monkeypatch.setattr(lease, "LOOK", 0.1)
+    monkeypatch.setattr(lease, "STOPPING", 0.3)
+    assert lease.train(job(data), run, 5, keep) == -9
+    assert kept == ["1", "2", "3"]
 
 
 def test_what_is_missing_is_found_before_the_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -303,7 +304,18 @@ def test_how_many_workers_there_are(
     monkeypatch: pytest.MonkeyPatch, setting: Any, device: str, processes: int, cores: int, workers: int
 ) -> None:
     monkeypatch.setattr("petseg.train.usable_cpus", lambda: cores)
-    assert workers_of(setting, torch.device(device), processes) == workers
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2**40))
+    assert workers_of(setting, torch.device(device), 2**20, processes) == workers
+
+
+@pytest.mark.parametrize(("free", "workers"), [(64, 16), (63, 15), (4, 1), (3, 0)])
+def test_workers_have_room_for_their_batches(monkeypatch: pytest.MonkeyPatch, free: int, workers: int) -> None:
+    """A container's /dev/shm has 64 MB: a worker that finds no room there dies of a bus error."""
+    monkeypatch.setattr("petseg.train.usable_cpus", lambda: 64)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free * 2**20))
+    assert workers_of("auto", torch.device("cuda"), 2**20) == workers
+    assert workers_of("auto", torch.device("cuda"), 2**20, 2) == workers // 2
+    assert workers_of(5, torch.device("cuda"), 2**20) == 5
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -1115,6 +1127,7 @@ def test_bf16_trains_with_weights_in_float32(oxford_root: Path, tmp_path: Path) 
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # of forks beside CUDA's threads, of TF32: they differ between versions
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use")
 @pytest.mark.parametrize("amp", ["fp16", "bf16", "fp32"])
 def test_training_on_a_gpu_and_going_on(oxford_root: Path, tmp_path: Path, amp: str) -> None:
@@ -1134,6 +1147,7 @@ def test_training_on_a_gpu_and_going_on(oxford_root: Path, tmp_path: Path, amp: 
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # of forks beside CUDA's threads, of TF32: they differ between versions
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use")
 def test_an_overflow_in_fp16_skips_the_step_and_scales_less(oxford_root: Path, tmp_path: Path) -> None:
     trainer = Trainer(tiny("amp=fp16", "epochs=1"), oxford_root, tmp_path, device=torch.device("cuda"))
@@ -1412,6 +1426,9 @@ def test_validation_photos_without_a_pet_are_refused(oxford_copy: Path, tmp_path
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), "smaller --batch than 4"),
         (MemoryError(), "too little memory: use a smaller --batch"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "or a smaller --size"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "smaller --batch than 4"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "smaller --batch"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), "smaller --batch than 4"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "--set data.workers=0"),
     ],
 )
@@ -1582,6 +1599,7 @@ def test_a_network_that_is_really_compiled_goes_on_and_ends_near_the_other(
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # of forks beside CUDA's threads, of TF32: they differ between versions
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use")
 def test_a_network_compiled_for_a_gpu_learns(oxford_root: Path, tmp_path: Path) -> None:
     trainer = Trainer(tiny("compile=true"), oxford_root, tmp_path, device=torch.device("cuda"))
