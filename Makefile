@@ -41,7 +41,8 @@ format: $(DEV)/.installed
 	$(DEV)/bin/ruff format .
 	$(DEV)/bin/ruff check --fix .
 
-# About half an hour on two cores with AVX2 alone (1927 s with more rounds than these), once the peers' environments are there (benchmarks.peers makes them). A step that
+# About half an hour on two cores with AVX2 alone (1927 s were measured, with more rounds than these), once the peers'
+# environments are there (benchmarks.peers makes them). A step that
 # fails does not keep the others from running; it is named at the end, and the exit code tells. ISNET=FILE adds the background
 # remover's quality. RESULTS=FOLDER takes the records, to compare them with ours, or as those of another machine
 # (benchmarks/results/machines/NAME).
@@ -97,13 +98,13 @@ part() { for name in "$$DATA/oxford-iiit-pet$$1" "$$DATA/oxford-iiit-pet"; do [ 
 step int8 "$$BIN/petseg" export petseg/weights/edge.safetensors --output "$$scratch/int8.onnx" --precision int8 \
     --data "$$(part -native)" --int8-data "$$(part -best)"
 int8= && [ -f "$$scratch/int8.onnx" ] && int8="--int8 $$scratch/int8.onnx"
-measure latency --data "$$DATA" --rounds 9 --no-compile $$int8
+measure latency --data "$$DATA" --rounds 7 --no-compile $$int8
 measure throughput --data "$$DATA" --photos 100 --rounds 5
 measure video --data "$$DATA" --seconds 3 --rounds 5
-measure scaling --rounds 9 --clip-rounds 1
+measure scaling --rounds 7 --clip-rounds 1
 measure training --data "$$DATA" --epochs 3
 measure accuracy --data "$$DATA" $$int8 $${ISNET:+--isnet "$$ISNET"}
-measure peers --data "$$DATA" --photos 100 --rounds 7 --starts 5
+measure peers --data "$$DATA" --photos 100 --rounds 5 --starts 5
 if [ -z "$$PETSEG_RESULTS" ]; then measure report
 else echo "$$BIN/python -m benchmarks compare benchmarks/results $$PETSEG_RESULTS tells what differs"; fi
 echo "== all of it took $$(($$(date +%s) - began)) s"

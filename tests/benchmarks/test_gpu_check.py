@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from petseg_runtime import doctor
@@ -260,7 +261,7 @@ def test_one_that_is_interrupted_leaves_what_was_done(
     monkeypatch.setattr(doctor, "x_ray", lambda say: GPU)
     monkeypatch.setattr(check, "tests", lambda selection: [{"name": "a::test", "outcome": "passed"}])
     monkeypatch.setattr(check, "parity", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(click.Abort):
         check.gpu_check.main(["--output", str(tmp_path / "gpu-check.json")], standalone_mode=False)
     written = json.loads((tmp_path / "gpu-check.json").read_text(encoding="utf-8"))
     assert written["tests"][0]["outcome"] == "passed"
