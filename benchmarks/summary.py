@@ -160,9 +160,9 @@ def in_speed() -> list[str]:
 
 #: Of records that were made before; see benchmarks/LOG.md.
 FAVOURED: Final = (
-    "the ratios favour petseg: it and its nearest peers were timed on different photos (worth 6 %), and masks of random "
-    "weights were noise, which smp's and U²-Net's loops took 5 to 15 ms a photo to write. In newer records all take "
-    "the same photos, and masks are as smooth as real ones."
+    "the ratios favour petseg: it and its nearest peers were timed on different photos (worth 6 %), and masks of "
+    "random weights were noise, which smp's and U²-Net's loops took 5 to 15 ms a photo to write. In newer records all "
+    "take the same photos, and masks are as smooth as real ones."
 )
 
 
@@ -234,7 +234,7 @@ def plainly(peers: Sequence[Mapping[str, Any]]) -> str:
     if not of_engines:
         return ""
     told = ", ".join(f"{times:.2f} in {name}" for name, times in of_engines.items())
-    return f" Without that, in a plain loop of its own, it is so many times as fast as the fastest of theirs in that engine: {told}."
+    return f" Without that, in a plain loop of its own, it is this many times as fast as the fastest of theirs: {told}."
 
 
 def faster(row: dict[str, Any], kind: str) -> float:

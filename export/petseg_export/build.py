@@ -37,6 +37,7 @@ from petseg_runtime.errors import (
     ParityShapes,
     UsageError,
 )
+from petseg_runtime.extras import install
 from petseg_runtime.files import staging
 from petseg_runtime.host import nvidia_gpus
 from petseg_runtime.onnx_metadata import with_metadata
@@ -138,9 +139,7 @@ def _receipt_notes(receipt: Receipt) -> tuple[str, ...]:
     """What people should know of a receipt, and may overlook in it."""
     notes = []
     if receipt.scan is None:
-        notes.append(
-            "activations were not searched for NaN and infinity, which onnxruntime does: pip install 'petseg[cpu]'"
-        )
+        notes.append(f"activations were not searched for NaN and infinity, which onnxruntime does: {install('cpu')}")
     if shared := (receipt.quantization or {}).get(SHARED):
         notes.append(
             f"int8 was chosen on {shared} of the {receipt.photos} photos of the parity test, whose loss of IoU is so "

@@ -13,7 +13,7 @@ import click
 
 from petseg_export.config import QuantizeConfig
 from petseg_export.registry import FORMATS, check, why_not
-from petseg_runtime.cli.text import PATH, Finite, parse_size, shown
+from petseg_runtime.cli.text import BACKEND, HELP, PATH, SCHEMA_VERSION, Finite, parse_size, shown
 from petseg_runtime.errors import DataError
 from petseg_runtime.spec import PRECISIONS
 
@@ -23,15 +23,9 @@ __all__ = ["export"]
 _OPTIONS: Final = {"compute_capabilities": "--compute-capability"}
 
 
-def _list(context: click.Context, _: click.Parameter, asked: bool) -> None:
-    if asked and not context.resilient_parsing:
-        click.echo(_table())
-        context.exit()
-
-
 @click.command()
-@click.argument("checkpoint", type=PATH)
-@click.option("--list", is_flag=True, is_eager=True, expose_value=False, callback=_list, help="Show the formats.")
+@click.argument("checkpoint", type=PATH, required=False)
+@click.option("--list", "listed", is_flag=True, help="Show the formats; needs no CHECKPOINT.")
 @click.option("--format", "format_name", type=click.Choice(list(FORMATS)), default="onnx", show_default=True)
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True)
 @click.option("-o", "--output", type=PATH, help="The file to write.  [default: the checkpoint's name beside it]")
@@ -43,7 +37,7 @@ def _list(context: click.Context, _: click.Parameter, asked: bool) -> None:
 @click.option("--split", type=click.Choice(["val", "test"]), default="val", show_default=True, help="Of labelled data.")
 @click.option("--photos", type=click.IntRange(min=1), default=200, show_default=True, help="At most this many.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of photos.")
-@click.option("--backend", "backends", multiple=True, help="Engine of the parity test; may be repeated.")
+@click.option("--backend", "backends", type=BACKEND, multiple=True, help="Engine of the parity test; may be repeated.")
 @click.option(
     "--device",
     default="auto",
@@ -61,14 +55,19 @@ def _list(context: click.Context, _: click.Parameter, asked: bool) -> None:
 @click.option("--timing-cache", type=PATH, help="trt: where the builder keeps its measurements.")
 @click.option("--compute-capability", "capabilities", multiple=True, metavar="N.N", help="trt-rtx: GPUs to build for.")
 @click.option("--notes", type=PATH, help="A JSON object to keep in the file's provenance (measured metrics).")
-@click.option("--json", "as_json", is_flag=True, help="Print the receipt as JSON on stdout.")
-@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
-def export(checkpoint: Path, format_name: str, as_json: bool, quiet: bool, **options: Any) -> int:
+@click.option("--json", "as_json", is_flag=True, help="The receipt, or the list, as JSON on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help=HELP["quiet"])
+def export(checkpoint: Path | None, listed: bool, format_name: str, as_json: bool, quiet: bool, **options: Any) -> int:
     """Export CHECKPOINT, compare the file with it on real photos, and write it only if it does the same.
 
     The file says what it expects (`petseg info FILE`) and carries the receipt of that comparison; what cannot be run
     here is built, says so, and is proven on the device by `petseg verify FILE`.
     """
+    if listed:
+        click.echo(json.dumps(_listed(), indent=2) if as_json else _table())
+        return 0
+    if checkpoint is None:
+        raise click.UsageError("Missing argument 'CHECKPOINT'.")
     config = FORMATS[format_name].config(**_settings(format_name, options))
     check(config)
     from petseg_export.build import export as build  # torch, onnx: only when the request can be met
@@ -143,14 +142,24 @@ def _notes(path: Path) -> dict[str, Any]:
     return value
 
 
-def _table() -> str:
-    """The formats, and what this machine can make of them."""
-    lines = []
+def _listed() -> dict[str, Any]:
+    """The formats, and what this machine can make of them; ``why_not`` is None where it can."""
+    formats = []
     for name, form in FORMATS.items():
         reason = why_not(form)
+        about = {"name": name, "help": form.help, "suffix": form.suffix, "precisions": form.precisions}
+        formats.append({**about, "proven": form.proven, "why_not": None if reason is None else str(reason)})
+    return {"schema_version": SCHEMA_VERSION, "formats": formats}
+
+
+def _table() -> str:
+    """The same for people."""
+    lines = []
+    for form in _listed()["formats"]:
+        reason = form["why_not"]
         lines += [
-            f"{name:10} {form.help}",
-            f"{'':10} files {form.suffix}; {', '.join(form.precisions)}; {form.proven}",
+            f"{form['name']:10} {form['help']}",
+            f"{'':10} files {form['suffix']}; {', '.join(form['precisions'])}; {form['proven']}",
             f"{'':10} {'available here' if reason is None else f'not here: {reason}'}",
         ]
     return "\n".join(lines)

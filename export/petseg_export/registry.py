@@ -23,6 +23,7 @@ from petseg_runtime.engines.base import Device
 from petseg_runtime.engines.registry import ENGINES, RULE, Choice
 from petseg_runtime.engines.tensorrt_library import bindings
 from petseg_runtime.errors import EngineError, EngineMissing, MissingExtra, UsageError
+from petseg_runtime.extras import install
 from petseg_runtime.host import nvidia_gpus
 
 __all__ = ["FORMATS", "Compiler", "Format", "Needs", "Watch", "check", "check_limits", "format_of", "why_not"]
@@ -140,7 +141,7 @@ def why_not(form: Format) -> EngineError | MissingExtra | None:
     """Why this machine cannot build a format, with the remedy; None if it can."""
     for need in (*form.needs, Needs(module="torch", extra="export"), Needs(module="onnxscript", extra="export")):
         if importlib.util.find_spec(need.module) is None:
-            return MissingExtra(f"{need.module} is not installed: pip install 'petseg[{need.extra}]'")
+            return MissingExtra(f"{need.module} is not installed: {install(need.extra)}")
     if form.gpu and not nvidia_gpus():
         return EngineError(
             "no NVIDIA GPU here: such an engine is built on the GPU that will run it, so export to ONNX here and "
@@ -176,7 +177,7 @@ def check(config: ExportConfig) -> None:
         if (config.quantize.data or config.data) is None:
             raise UsageError("int8 is calibrated and judged on labelled photos: give a folder of them with --data")
         if importlib.util.find_spec("onnxruntime") is None:
-            raise MissingExtra("int8 is calibrated in onnxruntime, which is not installed: pip install 'petseg[cpu]'")
+            raise MissingExtra(f"int8 is calibrated in onnxruntime, which is not installed: {install('cpu')}")
     for backend in config.backends:
         _check_engine(name, backend, config.device)
 
@@ -218,7 +219,7 @@ def _check_engine(name: str, backend: str, device: str) -> None:
     here = [line for line in lines if device != "auto" or line.kind == "cpu" or gpu] or lines
     entries = {line.engine: ENGINES[line.engine] for line in here}.values()
     if name in ("onnx", "openvino") and not any(importlib.util.find_spec(entry.module) for entry in entries):
-        remedies = " or ".join(f"pip install 'petseg[{entry.extra}]'" for entry in entries)
+        remedies = " or ".join(install(entry.extra) for entry in entries)
         raise EngineMissing(f"{name}: the parity test needs an engine that runs such files: {remedies}")
 
 

@@ -105,7 +105,10 @@ def open_artifact(path: Path) -> Artifact:
         raise ModelError(f"{path}: a checkpoint, which has to be exported first: `petseg export {path}`")
     onnx = onnx_metadata.read(path)
     if SPEC_KEY not in onnx.metadata:
-        raise ModelError(f"{path}: an ONNX file, but not one that petseg exported (it has no {SPEC_KEY!r} metadata)")
+        raise ModelError(
+            f"{path}: an ONNX file, but not one that petseg exported (it has no {SPEC_KEY!r} metadata): name one that "
+            "`petseg export` made"
+        )
     try:
         spec = ModelSpec.from_json(onnx.metadata[SPEC_KEY])
         provenance = _object(onnx.metadata, PROVENANCE_KEY)

@@ -17,7 +17,7 @@ from petseg_runtime.journal import Journal
 from petseg_runtime.pipeline import Outcome, Pipeline, Steps
 from petseg_runtime.result import Segmentation
 from petseg_runtime.segmenter import Prepared, Segmenter
-from petseg_runtime.sinks import Sink
+from petseg_runtime.sinks import Sink, Written
 from petseg_runtime.sources import Item
 
 __all__ = ["Done", "Report", "segment_photos", "steps_of"]
@@ -36,6 +36,7 @@ class Done:
         box: Its bounding box: x, y, width, height in pixels.
         notes: What had to be decided while reading it.
         value: Its part of a file that is written at the end.
+        left_out: Nothing was written, because there is no pet; see :class:`petseg_runtime.sinks.OnlyFound`.
     """
 
     path: Path | None
@@ -46,6 +47,7 @@ class Done:
     box: tuple[int, int, int, int] | None
     notes: tuple[str, ...]
     value: dict[str, Any] | None
+    left_out: bool = False
 
 
 #: Called with the outcome of each photo, in order.
@@ -57,7 +59,8 @@ class Report:
     """The whole run: ``done + failed + skipped`` is the number of photos.
 
     Attributes:
-        done: Photos whose result was written.
+        done: Photos that were segmented, and whose result was written but for ``left_out``.
+        left_out: Of these, the photos without a pet of which nothing was to be written.
         failed: Why the others were not, a line each.
         skipped: Photos whose result was there already.
         seconds: Wall time.
@@ -66,6 +69,7 @@ class Report:
     """
 
     done: int = 0
+    left_out: int = 0
     failed: list[str] = field(default_factory=list)
     skipped: int = 0
     seconds: float = 0.0
@@ -113,6 +117,7 @@ def segment_photos(
                 report.failed.append(str(outcome.error))
             else:
                 report.done += 1
+                report.left_out += outcome.value.left_out
                 if journal:
                     journal.add(outcome.source, outcome.value.path, outcome.value.value)
             taken.append(outcome.seconds)
@@ -140,7 +145,7 @@ def _steps(segmenter: Segmenter, sink: Sink, mask_only: bool, fast_decode: bool,
         with _enough_memory(item):
             result = segmenter.finish(photo, answer)
             written = sink.write(item, result)
-        return _done(result, written.path, written.value)
+        return _done(result, written)
 
     return Steps(read, segmenter.infer, write)
 
@@ -158,9 +163,10 @@ def _enough_memory(item: Item) -> Iterator[None]:
         raise ImageTooLarge(f"{item.source}: not enough memory for it: make it smaller first") from error
 
 
-def _done(result: Segmentation, path: Path | None, value: dict[str, Any] | None) -> Done:
+def _done(result: Segmentation, written: Written) -> Done:
     height, width = result.probability.shape
-    return Done(path, height, width, result.coverage, result.found, result.box, result.notes, value)
+    seen = (result.coverage, result.found, result.box, result.notes)
+    return Done(written.path, height, width, *seen, written.value, written.left_out)
 
 
 def steps_of(taken: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:

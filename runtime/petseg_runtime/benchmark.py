@@ -33,8 +33,9 @@ __all__ = ["ROUNDS", "STAGES", "Benchmark", "Row", "measure", "sample_batch"]
 U8: TypeAlias = npt.NDArray[np.uint8]
 
 ROUNDS: Final = 5
-#: The road of a photo; "total" is measured over all of it.
-STAGES: Final = ("read", "to_model", "run", "from_model", "total")
+#: The road of a photo, in the words of `petseg infer --json` on videos. (On photos it has "read" for "decode" and
+#: "convert", and "write" for "finish" and the encoding of the result.) "total" is measured over all of it.
+STAGES: Final = ("decode", "convert", "infer", "finish", "total")
 
 # How an engine's turn is divided.
 _LATENCY, _THROUGHPUT, _PHOTOS = 0.45, 0.35, 0.2

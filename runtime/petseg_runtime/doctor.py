@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from petseg_runtime.artifact import default_model
+from petseg_runtime.cameras import Camera, cameras
 from petseg_runtime.errors import OutputError
+from petseg_runtime.extras import install
 from petseg_runtime.host import ONNXRUNTIME_CUDA12, Cpu, Gpu, Host, host, old_driver
 
 __all__ = [
@@ -147,6 +149,8 @@ class XRay:
         engines: Every engine on every kind of device that it could use.
         auto: What ``auto`` takes here (:class:`petseg_runtime.engines.base.EngineInfo` as a dictionary); or ``error``.
         ffmpeg: What reads and writes video.
+        cameras: What the system lists.
+        heic: The version of what reads HEIC, as iPhones take photos; "" if nothing does.
         cache: The folder that compiled engines are kept in; "" if they are not kept.
         cache_bytes: What lies in it.
         problems: What should be put right, each with the remedy.
@@ -159,6 +163,8 @@ class XRay:
     engines: tuple[EngineCheck, ...]
     auto: dict[str, Any]
     ffmpeg: Ffmpeg
+    cameras: tuple[Camera, ...]
+    heic: str
     cache: str
     cache_bytes: int
     problems: tuple[str, ...]
@@ -207,6 +213,8 @@ def x_ray(watch: Callable[[str], None] = lambda what: None) -> XRay:
         engines=tuple(checks),
         auto=auto.get("info", auto),
         ffmpeg=ffmpeg,
+        cameras=cameras(),
+        heic=_version("pillow-heif"),
         cache=cache,
         cache_bytes=cache_bytes,
         problems=tuple(filter(None, problems)),
@@ -249,7 +257,7 @@ def check_engine(line: RuleLine, gpus: Sequence[Gpu], device: str = "", model: P
         there = "" if _installed(line.module) else ", and it is not installed"
         return dataclasses.replace(check, why=f"not tried: this machine shows no NVIDIA GPU{there}")
     if not _installed(line.module):
-        return dataclasses.replace(check, why=f"not installed: pip install 'petseg[{line.extra}]'")
+        return dataclasses.replace(check, why=f"not installed: {install(line.extra)}")
     deadline, late = _DEADLINE if line.device == "cpu" else _DEADLINE_GPU, "it hangs"
     if line.compiles:
         asked = f"--backend {line.engine} --device {check.device}" + (f" --model {model}" if model else "")
@@ -334,6 +342,13 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def _packages_of(module: str) -> list[str]:
     """The installed packages that a module comes from; two of them have overwritten each other's files."""
     return sorted(set(_packages().get(module, ())))
@@ -375,13 +390,15 @@ def _problems(cpu: Cpu, gpus: Sequence[Gpu], checks: Sequence[EngineCheck], ffmp
     if len(both := _packages_of("onnxruntime")) > 1:
         found.append(
             f"{' and '.join(both)} are both installed and overwrite each other's files: pip uninstall "
-            f"{' '.join(both)}, then pip install 'petseg[gpu]' (NVIDIA GPU) or 'petseg[cpu]'"
+            f"{' '.join(both)}, then {install('gpu')} (NVIDIA GPU) or {install('cpu')}"
         )
     if gpus and not any(check.works for check in checks if check.device == "cuda"):
-        remedy = old_driver(gpus[0].driver, ONNXRUNTIME_CUDA12) or "pip install 'petseg[gpu]' or [rtx]"
+        # Of two packages of ONNX Runtime the one that is not for GPUs has to go first.
+        away = "pip uninstall onnxruntime, then " if "onnxruntime" in _packages_of("onnxruntime") else ""
+        remedy = old_driver(gpus[0].driver, ONNXRUNTIME_CUDA12) or f"{install('rtx')}, or {away}{install('gpu')}"
         found.append(f"there is an NVIDIA GPU, and no engine that uses it works: {remedy}")
     if checks and not any(check.works for check in checks):
-        found.append("no engine works: pip install 'petseg[cpu]'")
+        found.append(f"no engine works: {install('cpu')}")
     if ffmpeg.error:
         found.append(f"video can neither be read nor written, PyAV does not work ({ffmpeg.error}): pip install av")
     return found

@@ -387,7 +387,7 @@ def old_driver(driver: str, packages: str) -> str:
     if not 0 < major < 13:
         return ""
     update = f"the driver is for {driver}, and what pip installs by itself for CUDA 13: update it to 580 or newer"
-    builds = f", or install builds for CUDA 12 in a new environment: pip install petseg {packages}"
+    builds = f", or install builds for CUDA 12 beside petseg in a new environment: pip install {packages}"
     return update + (builds if major == 12 else "")
 
 

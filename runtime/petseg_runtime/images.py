@@ -28,8 +28,10 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from petseg_runtime.errors import ImageTooLarge, PetsegError, UnreadableImage, UnsupportedImage, one_line
+from petseg_runtime.extras import install
 
 __all__ = [
+    "HEIF_BRANDS",
     "MAX_BYTES",
     "MAX_PIXELS",
     "ImageSource",
@@ -57,6 +59,16 @@ MAX_BYTES: Final = 500_000_000
 # What photos come in. Pillow would open forty more formats, among them EPS, which it hands to Ghostscript, and icons,
 # which it decodes while opening, before anyone can ask how large the picture inside is.
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF")
+
+#: What HEIC, as iPhones take photos, and its kin call themselves in bytes 8 to 12 (ISO/IEC 23008-12). Pillow reads them
+#: with a plug-in, pillow-heif.
+HEIF_BRANDS: Final = frozenset(
+    {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
+)
+# AVIF may call itself mif1 and msf1, too; then one of these is among the brands that it is compatible with.
+_AVIF_BRANDS: Final = frozenset({b"avif", b"avis"})
+# So much of a file's beginning holds its brands.
+_HEAD: Final = 64
 
 # A JPEG with more scans than this is refused (see ``_check_cost``); progressive ones have about ten.
 _MAX_SCANS: Final = 100
@@ -130,7 +142,7 @@ def read(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: tuple[i
     """Decode an image to upright RGB. Safe to call from many threads; they decode at the same time.
 
     EXIF orientation is applied; transparency is laid over white; 16-bit grey is scaled to 8 bits; CMYK is
-    converted; of an animation the first frame is taken.
+    converted; of an animation the first frame is taken. HEIC needs the package pillow-heif.
 
     Args:
         source: A path, the bytes of an encoded image, an open binary file, an array, or a PIL image. An array is
@@ -145,7 +157,7 @@ def read(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: tuple[i
         The photo: uint8 [H, W, 3] RGB, its own size, and notes on what was decided.
 
     Raises:
-        UnreadableImage: Missing, truncated, or not an image.
+        UnreadableImage: Missing, truncated, not an image, or HEIC without pillow-heif; the message names the remedy.
         UnsupportedImage: Pixel values without an agreed meaning as RGB, or not of a type that is taken.
         ImageTooLarge: More than ``max_pixels`` or ``MAX_BYTES``.
     """
@@ -176,10 +188,10 @@ def open_photo(
     given = _taken(source)
     name = _name_of(given)
     with contextlib.ExitStack() as file:
-        with _reading(given, name):
+        with _reading(name):
             image = given
             if not isinstance(given, Image.Image):
-                image = file.enter_context(Image.open(_opened(given, name), formats=_formats()))
+                image = file.enter_context(_encoded(given, name))
                 _check_cost(image, name, max_pixels)
             photo = _of_image(image, name, max_pixels, at_least if image is not given else None)
         yield photo
@@ -201,14 +213,14 @@ def opened(source: str | os.PathLike[str] | bytes | BinaryIO, *, max_pixels: int
         ImageTooLarge: More than ``max_pixels`` or ``MAX_BYTES``.
     """
     name = _name_of(source)
-    with _reading(source, name), Image.open(_opened(source, name), formats=_formats()) as image:
+    with _reading(name), _encoded(source, name) as image:
         _check_cost(image, name, max_pixels)
         _check_pixels(image.width, image.height, name, max_pixels)
         yield image
 
 
 @contextlib.contextmanager
-def _reading(source: Any, name: str) -> Iterator[None]:
+def _reading(name: str) -> Iterator[None]:
     """Mutes Pillow's warnings, and turns its errors into ours."""
     try:
         with _PILLOW_MUTED:
@@ -218,7 +230,8 @@ def _reading(source: Any, name: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise ImageTooLarge(f"{name}: {error} (limit of Pillow): make it smaller first") from error
     except UnidentifiedImageError as error:
-        raise UnreadableImage(f"{name}: {_what_else(source)}") from error
+        formats = ", ".join((*_FORMATS, "HEIC"))
+        raise UnreadableImage(f"{name}: not an image that can be read (its contents fit none of {formats})") from error
     except PetsegError:
         raise
     except MemoryError as error:
@@ -329,8 +342,60 @@ def _name_of(source: Any) -> str:
     return str(getattr(source, "filename", "") or getattr(source, "name", "") or "<image>")
 
 
+def _encoded(source: Any, name: str) -> Image.Image:
+    """An encoded image as Pillow opens it, with its size in bytes checked first.
+
+    Raises:
+        InputError: It cannot be opened; what Pillow raises beside that is for :func:`_reading`.
+    """
+    opened = _opened(source, name)
+    if not _is_heif(_head(opened)):
+        return Image.open(opened, formats=_FORMATS)
+    _register_heif(name)
+    try:
+        return Image.open(opened, formats=("HEIF",))
+    except UnidentifiedImageError as error:  # the plug-in says no more
+        raise UnreadableImage(f"{name}: a HEIC photo that is damaged or truncated") from error
+
+
+def _head(opened: Any) -> bytes:
+    """The first bytes of what ``Image.open`` will take, and read from its beginning."""
+    if isinstance(opened, Path):
+        with opened.open("rb") as file:
+            return file.read(_HEAD)
+    opened.seek(0)
+    head = opened.read(_HEAD)
+    return head if isinstance(head, bytes) else b""
+
+
+def _is_heif(head: bytes) -> bool:
+    """Whether a file that begins like this is HEIC or its kin; not AVIF, which shares the container."""
+    length = min(int.from_bytes(head[:4], "big"), len(head))
+    compatible = {head[at : at + 4] for at in range(16, length, 4)}
+    return head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS and not compatible & _AVIF_BRANDS
+
+
+def _register_heif(name: str) -> None:
+    """Have Pillow read HEIC, once a photo needs that: nobody else waits for the plug-in.
+
+    Raises:
+        UnreadableImage: It is not installed, or does not work.
+    """
+    if "HEIF" in Image.OPEN:
+        return
+    try:
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    except ImportError as error:
+        why = "" if isinstance(error, ModuleNotFoundError) else f", and that fails ({one_line(error)})"
+        raise UnreadableImage(
+            f"{name}: a HEIC photo, which needs pillow-heif{why}: {install('heic')}, or convert the photo to JPEG"
+        ) from error
+
+
 def _opened(source: Any, name: str) -> Any:
-    """What ``Image.open`` takes, with the size in bytes checked first."""
+    """What ``Image.open`` takes, and can be read from its beginning, with the size in bytes checked first."""
     if isinstance(source, bytes):
         size, opened = len(source), io.BytesIO(source)
     elif isinstance(source, (str, os.PathLike)):
@@ -340,7 +405,9 @@ def _opened(source: Any, name: str) -> Any:
             raise UnreadableImage(f"{name}: {kind if path.exists() else 'no such file'}")
         size, opened = path.stat().st_size, path  # type: ignore[assignment]
     else:
-        size, opened = _size_of_stream(source), source
+        opened = _rewindable(source)
+        opened.seek(0, os.SEEK_END)
+        size = opened.tell()
     if size == 0:
         raise UnreadableImage(f"{name}: empty (0 bytes)")
     if size > MAX_BYTES:
@@ -348,32 +415,16 @@ def _opened(source: Any, name: str) -> Any:
     return opened
 
 
-def _size_of_stream(file: Any) -> int:
-    """Bytes of a file, which is read from its beginning; of a pipe 1: they are not known, and it is not empty."""
+def _rewindable(file: Any) -> Any:
+    """An open file; of a pipe, which cannot go back to its beginning, what comes out of it, up to a byte too many."""
     try:
-        position = file.tell()
-        size = file.seek(0, os.SEEK_END)
-        file.seek(position)
-    except (AttributeError, OSError, TypeError):
-        return 1
-    return int(size)
-
-
-def _formats() -> tuple[str, ...]:
-    """``_FORMATS``, and what phones take photos in, where a plug-in for it has been registered with Pillow."""
-    return (*_FORMATS, "HEIF") if "HEIF" in Image.OPEN else _FORMATS
-
-
-def _what_else(source: Any) -> str:
-    """Why what fits no format cannot be read; there is a remedy for what phones take photos in."""
-    head = source[:12] if isinstance(source, bytes) else b""
-    if isinstance(source, (str, os.PathLike)):
-        with contextlib.suppress(OSError), Path(source).open("rb") as file:
-            head = file.read(12)
-    kind = head[8:10] if head[4:8] == b"ftyp" else b""  # of heic, heix, hevc, ..., mif1, msf1
-    if kind in (b"he", b"mi", b"ms") and "HEIF" not in _formats():
-        return "HEIC, which cannot be read: convert it to JPEG, or in Python install and register pillow-heif"
-    return f"not an image that can be read (its contents fit none of {', '.join(_formats())})"
+        file.seek(0)
+        return file
+    except (AttributeError, OSError):
+        data = bytearray()
+        while len(data) <= MAX_BYTES and (more := file.read(min(2**20, MAX_BYTES + 1 - len(data)))):
+            data += more
+        return io.BytesIO(data)
 
 
 def _check_pixels(width: int, height: int, name: str, max_pixels: int) -> None:
@@ -423,7 +474,7 @@ def _of_image(image: Image.Image, name: str, max_pixels: int, at_least: tuple[in
     height, width = _reduce(image, *at_least) if at_least else (0, 0)
 
     def decode() -> Photo:
-        with _reading(image, name):
+        with _reading(name):
             return _decoded(image, name, height, width)
 
     return OpenPhoto(pixels, _DECODED * image.width * image.height + _RESULT * pixels, decode)
@@ -432,7 +483,9 @@ def _of_image(image: Image.Image, name: str, max_pixels: int, at_least: tuple[in
 def _decoded(image: Image.Image, name: str, height: int, width: int) -> Photo:
     """Decode an open image; ``height`` and ``width`` are those of :class:`Photo`."""
     notes: list[str] = []
-    if getattr(image, "is_animated", False):
+    if getattr(image, "is_animated", False) and image.format == "HEIF":
+        notes.append("several photos in it: the main one was used")
+    elif getattr(image, "is_animated", False):
         # How many there are is not asked: Pillow walks through a TIFF's or a GIF's to count them, for minutes if a file
         # of a few MB is made for that.
         notes.append("animated: the first frame was used")

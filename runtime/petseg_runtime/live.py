@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final, TypeAlias
 
+from petseg_runtime import cameras
 from petseg_runtime.errors import SilentVideo, UnreadableVideo, VideoError
 from petseg_runtime.sources import Origin
 from petseg_runtime.stream import Reading
@@ -81,7 +82,7 @@ class LiveSource:
             origin: The source.
             stall: Seconds without a frame after which the connection is given up and made anew.
             patience: Seconds without a frame after which the source is given up for good; None: half a minute until
-                it has sent one, and never after that.
+                it has sent one (a camera that is not there: at once), and never after that.
             tell: Told of each change of state, from the thread that iterates.
         """
         self.origin = origin
@@ -110,8 +111,9 @@ class LiveSource:
         """Frames, until the source is given up, stopped, or (a recording on a server) at its end.
 
         Raises:
-            UnreadableVideo: It was given up.
+            UnreadableVideo: It was given up; or it is a camera that is not there, or may not be used.
         """
+        self._check_camera()
         pause = _FIRST_PAUSE
         self._last_seen = time.monotonic()
         while not self._stopped:
@@ -139,6 +141,21 @@ class LiveSource:
             self._wait(wait)
             pause = min(2 * pause, _LONGEST_PAUSE)
         self._tell(StateChange("ended", "stopped", attempt=self._attempt))
+
+    def _check_camera(self) -> None:
+        """Give up at once where nobody asked to wait: a camera that was not there at first will hardly come.
+
+        One that has worked and is gone was unplugged, or has a loose contact: that is waited for.
+
+        Raises:
+            UnreadableVideo: It is a camera that is not there, or may not be used.
+        """
+        target = self.origin.target
+        if self._patience is not None or self.origin.container != "v4l2" or not isinstance(target, str):
+            return
+        if why := cameras.why_not(target):
+            self._tell(StateChange("ended", why))
+            raise UnreadableVideo(why, self.origin.shown)
 
     def _open(self) -> VideoReader:
         first = self._stall if self._patience is None else min(self._stall, self._patience)

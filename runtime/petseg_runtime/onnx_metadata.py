@@ -200,7 +200,8 @@ class _Wire:
         self.text_left = MAX_TEXT
 
     def error(self, reason: str) -> ModelError:
-        return ModelError(f"{self.name}: not an ONNX model, or a damaged one: {reason}")
+        remedy = "a file that `petseg export` made is expected: name one, or copy it again"
+        return ModelError(f"{self.name}: not an ONNX model, or a damaged one ({reason}); {remedy}")
 
     def fields(self, message: _Field | None = None) -> Iterator[_Field]:
         """The fields of one message (None: of the whole file), each checked to lie inside it."""

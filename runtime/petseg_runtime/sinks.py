@@ -27,6 +27,7 @@ __all__ = [
     "CocoSink",
     "ImageSink",
     "Kind",
+    "OnlyFound",
     "Picture",
     "Sink",
     "StreamSink",
@@ -88,10 +89,14 @@ _HOPELESS: Final = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 @dataclass(frozen=True)
 class Written:
-    """What a sink made of a result: a file of its own, or a value that goes into a file for all (JSON values)."""
+    """What a sink made of a result: a file of its own, or a value that goes into a file for all (JSON values).
+
+    ``left_out``: neither, because there is no pet; see :class:`OnlyFound`.
+    """
 
     path: Path | None = None
     value: dict[str, Any] | None = None
+    left_out: bool = False
 
 
 class Sink(Protocol):
@@ -108,8 +113,42 @@ class Sink(Protocol):
             OutputError: Nothing more can be written.
         """
 
+    def leave_out(self, result: Segmentation) -> dict[str, Any] | None:
+        """What the file for all results says of a photo without a pet; None: there is no such file."""
+
     def finish(self, values: Sequence[tuple[Item, Mapping[str, Any]]]) -> Path | None:
         """Write the one file for all results, if there is one, from all values in order; returns its path."""
+
+
+@dataclass(frozen=True)
+class OnlyFound:
+    """A sink that writes nothing of photos in which no pet is found; the others go to the sink behind it.
+
+    What an earlier run wrote of such a photo stays: it is not this run's to remove.
+
+    Attributes:
+        sink: Where results with a pet go.
+    """
+
+    sink: Sink
+
+    def path_of(self, item: Item) -> Path | None:
+        """Where an item's result goes, if it has a pet."""
+        return self.sink.path_of(item)
+
+    def write(self, item: Item, result: Segmentation) -> Written:
+        """Write an item's result, if it has a pet; see :class:`Sink`."""
+        if result.found:
+            return self.sink.write(item, result)
+        return Written(value=self.leave_out(result), left_out=True)
+
+    def leave_out(self, result: Segmentation) -> dict[str, Any] | None:
+        """See :class:`Sink`."""
+        return self.sink.leave_out(result)
+
+    def finish(self, values: Sequence[tuple[Item, Mapping[str, Any]]]) -> Path | None:
+        """See :class:`Sink`."""
+        return self.sink.finish(values)
 
 
 @dataclass(frozen=True)
@@ -263,6 +302,9 @@ class ImageSink:
             raise InputError(f"{item.source}: its result {path} cannot be written ({reason})") from error
         return Written(path)
 
+    def leave_out(self, result: Segmentation) -> None:
+        """There is no file for all results."""
+
     def finish(self, values: Sequence[tuple[Item, Mapping[str, Any]]]) -> None:
         """Nothing is left to write."""
 
@@ -292,11 +334,13 @@ class CocoSink:
 
     def write(self, item: Item, result: Segmentation) -> Written:
         """Measure an item's result; see :class:`Sink`."""
+        annotation = None if result.box is None else result.coco(exact=self._rle)
+        return Written(value=self.leave_out(result) | {"annotation": annotation})
+
+    def leave_out(self, result: Segmentation) -> dict[str, Any]:
+        """A photo that was looked at, and has no annotation."""
         height, width = result.probability.shape
-        value: dict[str, Any] = {"height": height, "width": width, "annotation": None}
-        if result.box is not None:
-            value["annotation"] = result.coco(exact=self._rle)
-        return Written(value=value)
+        return {"height": height, "width": width, "annotation": None}
 
     def finish(self, values: Sequence[tuple[Item, Mapping[str, Any]]]) -> Path:
         """Write the file.
@@ -353,6 +397,9 @@ class StreamSink:
         except OSError as error:
             raise OutputError(f"standard output cannot be written to ({error.strerror or error})") from error
         return Written()
+
+    def leave_out(self, result: Segmentation) -> None:
+        """There is no file for all results."""
 
     def finish(self, values: Sequence[tuple[Item, Mapping[str, Any]]]) -> None:
         """Nothing is left to write."""

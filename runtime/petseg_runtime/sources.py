@@ -19,7 +19,7 @@ from typing import IO, Final
 from urllib.parse import urlsplit
 
 from petseg_runtime.errors import InputError, UsageError
-from petseg_runtime.images import MAX_BYTES
+from petseg_runtime.images import HEIF_BRANDS, MAX_BYTES
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -46,7 +46,7 @@ STDIN: Final = Path("-")
 RESULTS: Final = "petseg-output"
 JOURNAL: Final = ".petseg-run.ndjson"
 
-#: What is taken from a folder; a file that is named outright is tried whatever its suffix. HEIC, the photos of phones,
+#: What is taken from a folder; a file that is named outright is tried whatever its suffix. HEIC, the photos of iPhones,
 #: cannot be read without a plug-in for Pillow: taken all the same, they are named and counted.
 IMAGE_SUFFIXES: Final = frozenset(
     {
@@ -247,7 +247,7 @@ def is_video(item: Item) -> bool:
 def _begins_a_video(head: bytes) -> bool:
     """By the signatures of MP4 (but not HEIF and AVIF, which share it), Matroska, AVI, FLV, Ogg, MPEG and yuv4mpeg."""
     if head[4:8] == b"ftyp":
-        return head[8:12] not in (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+        return head[8:12] not in (b"avif", b"avis", *HEIF_BRANDS)
     if head[:4] == b"RIFF":
         return head[8:12] == b"AVI "
     starts = (b"\x1a\x45\xdf\xa3", b"FLV", b"OggS", b"\x00\x00\x01\xba", b"YUV4MPEG2")

@@ -18,6 +18,7 @@ from petseg.cli import run
 from petseg_export import registry
 from petseg_runtime import parity
 from petseg_runtime.artifact import open_artifact, sample_photos
+from petseg_runtime.extras import install
 from petseg_runtime.onnx_metadata import with_metadata
 
 COMMAND = [sys.executable, "-m", "petseg.cli", "export"]
@@ -249,8 +250,22 @@ def test_the_list_says_what_is_missing_here(
     verdicts = {lines[i].split()[0]: lines[i + 2].strip() for i in range(0, len(lines), 3)}
     assert list(verdicts) == list(registry.FORMATS)
     assert verdicts["onnx"] == verdicts["trt-rtx"] == "available here"
-    assert verdicts["openvino"] == "not here: openvino is not installed: pip install 'petseg[openvino]'"
+    assert verdicts["openvino"] == f"not here: openvino is not installed: {install('openvino')}"
     assert verdicts["trt"].startswith("available" if gpus else "not here: no NVIDIA GPU")
+    assert run(["export", "--list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert listed["schema_version"] == 1
+    formats = {form["name"]: form for form in listed["formats"]}
+    assert list(formats) == list(registry.FORMATS)
+    assert formats["onnx"]["why_not"] is None
+    assert verdicts["openvino"] == f"not here: {formats['openvino']['why_not']}"
+    assert (formats["trt"]["suffix"], formats["trt"]["precisions"]) == (".engine", ["fp32", "fp16", "int8"])
+    assert {"help", "proven"} <= formats["trt"].keys()
+
+
+def test_without_a_checkpoint_that_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["export"]) == 2
+    assert "Missing argument 'CHECKPOINT'" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ failures
@@ -272,7 +287,7 @@ def test_tensorrt_without_its_package_or_without_a_gpu(
     monkeypatch.setattr(registry, "nvidia_gpus", lambda: 0)
     monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: object() if name != "tensorrt" else None)
     code, message = failed(args, capsys)
-    assert (code, message) == (7, "petseg: trt: tensorrt is not installed: pip install 'petseg[trt]'\n")
+    assert (code, message) == (7, f"petseg: trt: tensorrt is not installed: {install('trt')}\n")
     monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: object())
     code, message = failed(args, capsys)
     assert code == 5

@@ -21,9 +21,11 @@ from petseg.cli import run
 from petseg_runtime import benchmark, doctor
 from petseg_runtime.artifact import Artifact
 from petseg_runtime.benchmark import ROUNDS, STAGES, Benchmark, Row, measure
+from petseg_runtime.cli.benchmark import _text
 from petseg_runtime.doctor import EngineCheck, RuleLine
 from petseg_runtime.engines.base import Engine, EngineInfo, EngineOptions
 from petseg_runtime.errors import EngineError
+from petseg_runtime.host import host
 from petseg_runtime.spec import ModelSpec
 
 SHORT = 0.01
@@ -229,17 +231,39 @@ def test_what_there_is_not_is_refused(proven: Artifact, args: list[Any], said: s
         measure(proven, *args, seconds=SHORT)
 
 
-def test_people_get_two_tables(capsys: pytest.CaptureFixture[str]) -> None:
+def test_people_get_a_table_of_each_thing_that_fits_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--backend", "onnxruntime", "--threads", "1", "--seconds", str(SHORT)]
     assert run(["benchmark", *args]) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0].startswith("edge.onnx: petseg edge")
-    rows = [line.split() for line in lines if line.startswith("onnxruntime on cpu  f32")]
-    assert [len(row) for row in rows] == [14, 9]
-    assert all(float(word) > 0 for word in rows[1][4:])
+    titles = [line.partition(":")[0] for line in lines if line.startswith(("Latency", "Throughput", "Start", "Stages"))]
+    assert titles == ["Latency", "Throughput", "Start", "Stages"]
+    headers = [line.split() for line in lines if line.startswith("engine ")]
+    assert headers[3][2:] == list(STAGES)
+    rows = [line.split()[4:] for line in lines if line.startswith("onnxruntime on cpu  f32")]
+    assert [len(row) for row in rows] == [7, 5, 2, len(STAGES)]
+    assert all(float(word) > 0 for row in rows for word in row if word not in ("to", "-"))
     assert any(line.startswith("not measured: onnxruntime on cuda: ") for line in lines) or "cuda:0" in out
     assert f"petseg: round {ROUNDS} of {ROUNDS}: " in err
+
+
+def test_the_tables_fit_100_columns_with_long_names_and_large_numbers(proven: Artifact) -> None:
+    info = dataclasses.replace(INFO, name="tensorrt-rtx", device="cuda:0", precision="f32", float32="f32")
+    row = Row(
+        info=info,
+        exact=True,
+        load=123456,
+        first=12345.6,
+        callers=128,
+        latency=[[1234.56] * 200] * ROUNDS,
+        throughput=[12345.6] * ROUNDS,
+        stages={stage: [1234.56] for stage in STAGES},
+    )
+    done = Benchmark(rows=(row,), failed=(), host=host(), gpus=(), threads=128, batch=64, seconds=15)
+    lines = list(_text(proven, done))
+    assert any("a batch of 64 takes" in line for line in lines)
+    assert max(map(len, lines[2:])) <= 100, "behind the model's name and the machine's"
 
 
 def test_programs_get_every_time(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,7 @@ from petseg_runtime.cli.signals import terminable
 from petseg_runtime.cli.text import parse_size
 from petseg_runtime.engines import onnxruntime, registry
 from petseg_runtime.errors import EngineError
+from petseg_runtime.extras import install
 from petseg_runtime.journal import JOURNAL, Journal
 from petseg_runtime.parity import Proof, load_proof, proof_of
 from petseg_runtime.sinks import KINDS, VIDEO_FORMATS
@@ -277,6 +278,7 @@ def test_a_missing_or_damaged_model_is_4(photo: Path, tmp_path: Path, capsys: py
         assert run(["infer", str(photo), "--model", str(model), "--output", str(tmp_path / "out")]) == 4
         out, err = capsys.readouterr()
         assert out == ""
+        assert ("a file that `petseg export` made is expected" in err) == (model.name != "missing.onnx")
         assert err.startswith(f"petseg: {model}: ")
         assert len(err.splitlines()) == 1
 
@@ -293,8 +295,8 @@ def test_no_engine_is_5_and_says_what_to_install(
         uninstall(engine, monkeypatch)
     assert run(["infer", str(photo), "--output", str(tmp_path / "out")]) == 5
     err = capsys.readouterr().err
-    assert "pip install 'petseg[cpu]'" in err
-    assert "pip install 'petseg[openvino]'" in err
+    assert install("cpu") in err
+    assert install("openvino") in err
     assert not (tmp_path / "out").exists()
 
 
@@ -731,6 +733,83 @@ def test_where_there_is_no_pet_there_is_no_box(toy: Toy, tmp_path: Path, capsys:
     assert capsys.readouterr().out.endswith("sky.png  no pet, it seems\n")
 
 
+# ------------------------------------------------------------------------------------------- photos without a pet
+
+
+@pytest.fixture
+def some(reds: list[str], tmp_path: Path) -> list[str]:
+    """The five red photos, and two blue ones without a pet between and behind them."""
+    for name in ("1-blue.png", "9-blue.png"):
+        Image.new("RGB", (30, 20), "blue").save(tmp_path / "photos" / name)
+    return reds
+
+
+def test_of_photos_without_a_pet_nothing_is_written_where_that_is_asked(
+    some: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run([*some, str(out), "--only-found"]) == 0
+    assert files(out) == {JOURNAL, *(f"{index}.png" for index in range(5))}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"{tmp_path / 'photos' / '1-blue.png'}  no pet: nothing written"
+    assert lines[-1] == f"7 photos: 5 written to {out}, 2 without a pet"
+    assert run([*some, str(tmp_path / "json"), "--only-found", "--json"]) == 0
+    *records, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    left_out = [record for record in records if record["left_out"]]
+    assert [(record["event"], record["found"], record["output"]) for record in left_out] == [
+        ("result", False, None)
+    ] * 2
+    assert all(Path(record["output"]).exists() for record in records if not record["left_out"])
+    assert {name: summary[name] for name in ("photos", "done", "failed", "skipped", "left_out")} == {
+        "photos": 7,
+        "done": 7,
+        "failed": 0,
+        "skipped": 0,
+        "left_out": 2,
+    }
+
+
+def test_a_run_that_goes_on_knows_what_was_left_out_and_what_was_asked(
+    some: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run([*some, str(out), "--only-found"]) == 0
+    (out / "3.png").unlink()
+    capsys.readouterr()
+    assert run([*some, str(out), "--only-found", "--resume"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"7 photos: 1 written to {out}, 6 there already"
+    assert run([*some, str(out), "--resume"]) == 6
+    assert "only_found was True, now None" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["coco-polygons", "coco-rle"])
+def test_in_coco_a_photo_without_a_pet_is_one_that_was_looked_at(
+    some: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr("petseg_runtime.result.Segmentation.found", property(lambda result: result.coverage > 0.2))
+    assert run([*some, str(tmp_path / "out"), "--only-found", "--as", kind]) == 0
+    file = json.loads((tmp_path / "out" / "annotations.json").read_text(encoding="utf-8"))
+    assert len(file["images"]) == 7
+    large = [4 + index for index in range(5) if (6 + index) * 15 / 600 > 0.2]
+    assert len(file["annotations"]) == len(large) < 5, "of a mask that is no pet by the rule there is none either"
+
+
+def test_what_is_there_already_stays_though_there_is_no_pet(some: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run([*some, str(out)]) == 0
+    before = (out / "9-blue.png").read_bytes()
+    assert run([*some, str(out), "--only-found"]) == 0
+    assert (out / "9-blue.png").read_bytes() == before
+
+
+def test_without_a_pet_standard_output_stays_empty_and_stderr_says_why(some: list[str], tmp_path: Path) -> None:
+    blue = tmp_path / "photos" / "9-blue.png"
+    done = petseg("infer", blue, *some[2:4], "--output", "-", "--only-found")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == f"petseg: {blue}: no pet: nothing written\n"
+    assert petseg("infer", blue, *some[2:4], "--output", "-", "--only-found", "-q").stderr == ""
+
+
 def test_a_second_run_passes_over_the_results_of_the_first(
     photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1088,15 +1167,20 @@ def test_standard_input_twice_is_2(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_what_a_search_passes_over_is_named_on_stderr(
-    reds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    reds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
     photos = tmp_path / "photos"
     (photos / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     (photos / "more").symlink_to(tmp_path)
     assert run([*reds, str(tmp_path / "out")]) == 3
     link, heic = capsys.readouterr().err.splitlines()
     assert link == f"petseg: {photos / 'more'}: a link to a folder, which is not followed: to take its photos, name it"
-    assert heic.startswith(f"petseg: {photos / 'phone.heic'}: HEIC, which cannot be read: convert it to JPEG")
+    assert heic == (
+        f"petseg: {photos / 'phone.heic'}: a HEIC photo, which needs pillow-heif: {install('heic')}, or convert the "
+        "photo to JPEG"
+    )
     assert run([*reds, str(tmp_path / "quiet"), "--quiet"]) == 3
     assert capsys.readouterr().err == heic + "\n"
 
@@ -1868,7 +1952,8 @@ def test_the_backend_that_is_asked_for_verifies(proven: Artifact, capsys: pytest
 @pytest.mark.parametrize(
     ("backend", "said"),
     [
-        ("openvino", "pip install 'petseg[openvino]'"),
+        ("openvino", install("openvino")),
+        ("ov", install("openvino")),
         ("abacus", "there is no engine 'abacus'"),
     ],
 )

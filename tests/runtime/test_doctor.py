@@ -21,6 +21,7 @@ from petseg_runtime.artifact import Artifact
 from petseg_runtime.cli.doctor import cpu_lines
 from petseg_runtime.doctor import EngineCheck, Ffmpeg, RuleLine, XRay, ask, check_engine, probe, x_ray
 from petseg_runtime.engines.registry import ENGINES, RULE
+from petseg_runtime.extras import install
 from petseg_runtime.host import Cpu, Gpu
 
 ORT = RuleLine(
@@ -175,7 +176,7 @@ def test_a_file_that_is_no_model_is_why() -> None:
 def test_what_is_not_installed_is_not_tried_and_has_a_remedy() -> None:
     line = dataclasses.replace(ORT, engine="abacus", module="no_such_module", extra="abacus", run_by_us=False)
     check = check_engine(line, ())
-    assert (check.works, check.packages, check.why) == (False, (), "not installed: pip install 'petseg[abacus]'")
+    assert (check.works, check.packages, check.why) == (False, (), f"not installed: {install('abacus')}")
 
 
 def test_without_a_gpu_what_needs_one_is_not_tried() -> None:
@@ -226,19 +227,24 @@ def test_both_packages_of_onnx_runtime_are_a_problem_with_a_remedy(
     finally:
         doctor._packages.cache_clear()
     assert problem.startswith("onnxruntime and onnxruntime-gpu are both installed")
-    assert "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'petseg[gpu]'" in problem
+    assert f"pip uninstall onnxruntime onnxruntime-gpu, then {install('gpu')}" in problem
 
 
-def test_a_gpu_that_nothing_uses_is_a_problem() -> None:
+def test_a_gpu_that_nothing_uses_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed: list[str] = []
+    monkeypatch.setattr(doctor, "_packages_of", lambda module: installed)
     check = EngineCheck(engine="a", device="cuda", packages=(), works=False, why="no", run_by_us=False)
     working = dataclasses.replace(check, device="cpu", works=True)
     (problem,) = doctor._problems(CPU, (GPU,), (check, working), Ffmpeg())
-    assert problem.endswith("no engine that uses it works: pip install 'petseg[gpu]' or [rtx]")
+    assert problem.endswith(f"no engine that uses it works: {install('rtx')}, or {install('gpu')}")
+    installed.append("onnxruntime")
+    (problem,) = doctor._problems(CPU, (GPU,), (check, working), Ffmpeg())
+    assert problem.endswith(f", or pip uninstall onnxruntime, then {install('gpu')}"), "or they break each other"
     old = dataclasses.replace(GPU, driver="CUDA 12.4")
     assert "works: the driver is for CUDA 12.4" in doctor._problems(CPU, (old,), (check, working), Ffmpeg())[0]
     assert doctor._problems(CPU, (GPU,), (dataclasses.replace(check, works=True), working), Ffmpeg()) == []
     assert doctor._problems(CPU, (), (check, working), Ffmpeg()) == []
-    assert "pip install 'petseg[cpu]'" in doctor._problems(CPU, (), (check,), Ffmpeg())[0]
+    assert install("cpu") in doctor._problems(CPU, (), (check,), Ffmpeg())[0]
     assert "PyAV does not work (gone)" in doctor._problems(CPU, (), (), Ffmpeg(error="gone"))[0]
 
 
@@ -304,6 +310,8 @@ def test_programs_get_all_of_it(
         "engines",
         "auto",
         "ffmpeg",
+        "cameras",
+        "heic",
         "cache",
         "cache_bytes",
         "problems",

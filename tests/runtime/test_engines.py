@@ -40,6 +40,7 @@ from petseg_runtime.engines.base import (
 )
 from petseg_runtime.engines.registry import ENGINES, RULE, load_engine
 from petseg_runtime.errors import EngineError, EngineMissing, UsageError
+from petseg_runtime.extras import install
 from petseg_runtime.host import Gpu
 from petseg_runtime.spec import ModelSpec
 
@@ -59,7 +60,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     """Every engine that runs ONNX files on a CPU and is installed."""
     name = str(request.param)
     if importlib.util.find_spec(ENGINES[name].module) is None:
-        pytest.skip(f"{name} is not installed: pip install 'petseg[{ENGINES[name].extra}]'")
+        pytest.skip(f"{name} is not installed: {install(ENGINES[name].extra)}")
     return name
 
 
@@ -406,7 +407,7 @@ def test_an_unknown_backend_is_answered_with_those_there_are(artifact: Artifact)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_missing_engine_says_what_to_install(artifact: Artifact, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     uninstall(name, monkeypatch)
-    with pytest.raises(EngineMissing, match=rf"{name} is not installed: pip install 'petseg\[{ENGINES[name].extra}\]'"):
+    with pytest.raises(EngineMissing, match=re.escape(f"{name} is not installed: {install(ENGINES[name].extra)}")):
         load_engine(artifact, name)
 
 
@@ -416,7 +417,7 @@ def test_without_any_engine_all_that_would_do_are_named(artifact: Artifact, monk
         uninstall(name, monkeypatch)
     with pytest.raises(EngineMissing, match="no inference engine for onnx files is installed: ") as caught:
         load_engine(artifact)
-    assert all(f"pip install 'petseg[{entry.extra}]'" in str(caught.value) for entry in ENGINES.values())
+    assert all(install(entry.extra) in str(caught.value) for entry in ENGINES.values())
 
 
 def test_an_engine_that_is_installed_but_broken_is_an_error_of_ours(
@@ -969,7 +970,7 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused_with_the_remedy(
     assert message.startswith("cuda:0 cannot be had: ")
     assert "would run it with CPUExecutionProvider instead of CUDAExecutionProvider" in message
     assert "its GPUs: cuda:0 Stand-in, CUDA 13.0; CUDA and cuDNN of the version" in message
-    assert "pip install 'petseg[gpu]'" in message
+    assert install("gpu") in message
     assert "Failed to load libcudnn.so.9: no such file" in message
     assert capsys.readouterr() == ("", ""), "what it prints is part of the message"
 
@@ -980,8 +981,8 @@ def test_a_session_that_does_not_start_with_an_old_driver_is_not_sent_to_the_sam
     gpu_package(RuntimeError("CUDA failure 35"), driver="CUDA 12.4")
     with pytest.raises(EngineError, match="update it to 580 or newer, or install builds for CUDA 12") as caught:
         load_engine(artifact, "onnxruntime", device="cuda")
-    assert "pip install petseg 'onnxruntime-gpu[cuda,cudnn]<1.27'" in str(caught.value)
-    assert "petseg[gpu]" not in str(caught.value)
+    assert "pip install 'onnxruntime-gpu[cuda,cudnn]<1.27'" in str(caught.value)
+    assert install("gpu") not in str(caught.value)
 
 
 def test_a_session_that_does_not_start_without_a_gpu_says_that_there_is_none(
@@ -1025,14 +1026,18 @@ def test_a_package_without_cuda_says_what_to_do(
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
 
+    real = importlib.metadata.distribution
+
     def distribution(name: str) -> object:
+        if name == "petseg":
+            return real(name)
         if name not in installed:
             raise importlib.metadata.PackageNotFoundError(name)
         return object()
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     monkeypatch.setattr(importlib.metadata, "distribution", distribution)
-    with pytest.raises(EngineError, match=f"^{said} pip install 'petseg\\[gpu\\]'$") as caught:
+    with pytest.raises(EngineError, match=f"^{said} {re.escape(install('gpu'))}$") as caught:
         load_engine(artifact, "onnxruntime", device="cuda")
     assert isinstance(caught.value, EngineMissing) is missing, "a quarrel of packages is worth a note"
 
@@ -1112,7 +1117,7 @@ def test_other_engines_do_not_run_openvinos_files(compiled: Artifact, name: str)
 def test_without_openvino_its_files_say_what_to_install(compiled: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     uninstall("openvino", monkeypatch)
     for name in ("auto", "openvino"):
-        with pytest.raises(EngineMissing, match=r"pip install 'petseg\[openvino\]'") as caught:
+        with pytest.raises(EngineMissing, match=re.escape(install("openvino"))) as caught:
             load_engine(compiled, name)
         assert "cpu" not in str(caught.value)
 

@@ -302,7 +302,7 @@ def test_the_driver_is_asked_what_they_are(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_an_old_driver_is_to_be_updated_or_gets_packages_that_it_runs(driver: str, update: bool, builds: bool) -> None:
     remedy = host.old_driver(driver, "abacus-cu12")
-    assert ("update it to 580 or newer" in remedy, "pip install petseg abacus-cu12" in remedy) == (update, builds)
+    assert ("update it to 580 or newer" in remedy, "pip install abacus-cu12" in remedy) == (update, builds)
     assert update or remedy == ""
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import os
 import struct
+import subprocess
+import sys
 import threading
 import tracemalloc
 import warnings
@@ -25,6 +28,7 @@ from PIL import Image, ImageCms
 
 from petseg_runtime import images
 from petseg_runtime.errors import ImageTooLarge, InputError, UnreadableImage, UnsupportedImage
+from petseg_runtime.extras import install
 from petseg_runtime.images import Photo, from_model, read, to_model
 from petseg_runtime.result import Segmentation
 from petseg_runtime.sinks import background_of, render_of
@@ -47,6 +51,18 @@ def encoded(image: Image.Image | U8, kind: str = "PNG", **options) -> bytes:
     out = io.BytesIO()
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(out, kind, **options)
     return out.getvalue()
+
+
+def heic(image: Image.Image | U8, *more: Image.Image, **options) -> bytes:
+    """As pillow-heif writes it, which stores an EXIF orientation as a turn of the picture, too, as iPhones do."""
+    pillow_heif = pytest.importorskip("pillow_heif", reason=f"needs pillow-heif: {install('heic')}")
+    file = io.BytesIO()
+    first = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    made = pillow_heif.from_pillow(first)
+    for another in more:
+        made.add_from_pillow(another)
+    made.save(file, **{"quality": 100, "chroma": 444, **options})
+    return file.getvalue()
 
 
 def chunk(kind: bytes, payload: bytes) -> bytes:
@@ -813,6 +829,7 @@ def small_files() -> dict[str, bytes]:
         "bmp": encoded(picture, "BMP"),
         "ppm": encoded(picture, "PPM"),
         "avif": encoded(picture, "AVIF"),
+        **({"heic": heic(picture)} if importlib.util.find_spec("pillow_heif") else {}),
     }
 
 
@@ -949,17 +966,143 @@ def test_a_16_bit_pgm_is_scaled_like_any_16_bit_grey(tmp_path: Path) -> None:
     assert any("16-bit" in note for note in photo.notes)
 
 
+# -------------------------------------------------------------------------------------------------------------- HEIC
+
 HEIC = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic"
 
 
-def test_heic_has_a_remedy_whatever_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for source in (HEIC, tmp_path / "phone.heic", str(tmp_path / "renamed.jpg")):
-        if not isinstance(source, bytes):
-            Path(source).write_bytes(HEIC)
-        with pytest.raises(
-            UnreadableImage, match=r"HEIC, which cannot be read: convert it to JPEG, or .* pillow-heif$"
-        ):
-            read(source)
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1", b"msf1"])
+def test_heic_without_its_plug_in_has_a_remedy_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, brand: bytes
+) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    data = HEIC.replace(b"ftypheic", b"ftyp" + brand)
+    for source in (data, io.BytesIO(data), Unrewindable(data), tmp_path / "phone.heic", str(tmp_path / "renamed.jpg")):
+        if isinstance(source, (str, Path)):
+            Path(source).write_bytes(data)
+        with pytest.raises(UnreadableImage) as caught:
+            read(source)  # type: ignore[arg-type]
+        assert str(caught.value).endswith(
+            f": a HEIC photo, which needs pillow-heif: {install('heic')}, or convert the photo to JPEG"
+        )
+
+
+def test_a_plug_in_that_does_not_work_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pillow_heif.py").write_text("raise ImportError('libheif.so.1: no such file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "pillow_heif", raising=False)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    with pytest.raises(UnreadableImage, match=r"needs pillow-heif, and that fails \(libheif.so.1: no such file\): "):
+        read(HEIC)
+
+
+class Unrewindable(io.RawIOBase):
+    """A pipe: it gives a little at a time, and cannot go back."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = io.BytesIO(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        return self._data.read(min(size, 1000) if size >= 0 else size)
+
+
+def test_heic_is_read_from_files_bytes_and_pipes(tmp_path: Path) -> None:
+    pixels, data = smooth(), heic(smooth())
+    (tmp_path / "IMG_0001.HEIC").write_bytes(data)
+    (tmp_path / "renamed.jpg").write_bytes(data)
+    paths = (tmp_path / "IMG_0001.HEIC", str(tmp_path / "renamed.jpg"))
+    for source in (data, bytearray(data), io.BytesIO(data), Unrewindable(data), *paths):
+        photo = read(source)  # type: ignore[arg-type]
+        assert photo.pixels.shape == pixels.shape
+        assert np.abs(photo.pixels.astype(int) - pixels).max() <= 8
+        assert photo.notes == ()
+    with images.opened(data) as image:
+        assert image.size == (128, 96)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_of_heic_is_applied_once(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = read(encoded(Image.fromarray(smooth()), "JPEG", quality=100, subsampling=0, exif=exif)).pixels
+    data = heic(smooth(), exif=exif.tobytes())
+    assert (b"irot" in data or b"imir" in data) == (orientation > 1), "it says it twice, as those of iPhones do"
+    assert exif.tobytes()[6:] in data
+    pixels = read(data).pixels
+    assert pixels.shape == upright.shape
+    assert np.abs(pixels.astype(int) - upright).max() <= 12
+
+
+def test_transparency_grey_and_colours_of_heic_are_those_of_other_formats() -> None:
+    clear = Image.fromarray(smooth()).convert("RGBA")
+    clear.putalpha(0)
+    photo = read(heic(clear))
+    assert photo.pixels.min() >= 250
+    assert "transparency laid over white" in photo.notes
+    grey = read(heic(Image.fromarray(smooth()).convert("L"))).pixels
+    assert np.abs(grey.astype(int) - read(Image.fromarray(smooth()).convert("L")).pixels).max() <= 8
+    assert read(heic(smooth(), icc_profile=profile())).icc_profile == profile()
+
+
+def test_of_several_photos_in_one_heic_the_main_one_is_used() -> None:
+    photo = read(heic(smooth(), Image.new("RGB", (20, 10), "red")))
+    assert photo.pixels.shape == smooth().shape
+    assert photo.notes == ("several photos in it: the main one was used",)
+
+
+def test_heic_that_is_damaged_or_too_large_is_refused_as_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = heic(smooth())
+    for keep in (40, 200, len(data) // 2, len(data) - 20):
+        with pytest.raises(UnreadableImage, match="damaged or truncated"):
+            read(data[:keep])
+    with pytest.raises(ImageTooLarge, match=r"128 x 96 is 0 megapixels; the limit is 0"):
+        read(data, max_pixels=12_000)
+    monkeypatch.setattr(images, "MAX_BYTES", len(data) - 1)
+    for source in (data, Unrewindable(data)):
+        with pytest.raises(ImageTooLarge, match="the limit is"):
+            read(source)  # type: ignore[arg-type]
+
+
+def test_heic_whose_picture_is_larger_than_it_says_is_refused() -> None:
+    data = heic(smooth(640, 640))
+    small = struct.pack(">II", 64, 64)
+    assert data.count(b"ispe\0\0\0\0" + struct.pack(">II", 640, 640)) == 1
+    lying = data.replace(b"ispe\0\0\0\0" + struct.pack(">II", 640, 640), b"ispe\0\0\0\0" + small)
+    with pytest.raises(InputError):
+        read(lying, max_pixels=100_000)
+
+
+def test_avif_that_calls_itself_by_the_containers_name_is_avif() -> None:
+    data = encoded(smooth(), "AVIF", quality=100)
+    assert data[8:12] == b"avif"
+    assert read(data[:8] + b"mif1" + data[12:]).pixels.shape == smooth().shape
+
+
+HEIC_IS_LAZY = """
+import io, sys
+from PIL import Image
+from petseg_runtime import images
+file = io.BytesIO()
+Image.new("RGB", (20, 10)).save(file, "JPEG")
+images.read(file.getvalue())
+assert "pillow_heif" not in sys.modules and "HEIF" not in Image.OPEN
+assert images.read(open(sys.argv[1], "rb").read()).pixels.shape == (96, 128, 3)
+assert "pillow_heif" in sys.modules
+"""
+
+
+def test_nobody_waits_for_the_plug_in_who_has_no_heic(tmp_path: Path) -> None:
+    (tmp_path / "photo.heic").write_bytes(heic(smooth()))
+    command = [sys.executable, "-W", "error", "-c", HEIC_IS_LAZY, str(tmp_path / "photo.heic")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------ colours
 
 
 def profile(colours: bytes = b"RGB ", size: int = 400) -> bytes:

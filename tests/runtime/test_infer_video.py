@@ -843,6 +843,8 @@ def read_terminal(terminal: int) -> bytes:
         (["lavfi:testsrc", "{photo}"], 2, "live sources run until they are stopped"),
         (["{clip}", "--raw", "64x48@25"], 2, "give - as a source, once"),
         (["-", "--raw", "64x48"], 2, "WIDTHxHEIGHT@RATE is expected"),
+        (["{clip}", "--only-found"], 2, "--only-found is for photos: give videos and streams to another run"),
+        (["{photo}", "{clip}", "--only-found"], 2, "--only-found is for photos"),
         (["{clip}", "--as", "coco-rle"], 2, "coco-rle is of photos; a video can be: mask, "),
         (["{clip}", "--as", "mask", "--format", "webm"], 2, "it can be: mp4, png"),
         (["{clip}", "--as", "cutout", "--format", "mp4"], 2, "it can be: webm, png, webp"),

@@ -320,6 +320,18 @@ def test_a_recording_ends_at_its_end(monkeypatch: pytest.MonkeyPatch, clock: Clo
     assert changes[-1] == StateChange("ended", "its end", attempt=1)
 
 
+def test_a_camera_that_has_worked_is_waited_for(monkeypatch: pytest.MonkeyPatch, clock: Clock, tmp_path: Path) -> None:
+    (tmp_path / "video0").touch()
+    made, changes, reader = source([[0, 1], UnreadableVideo("gone", "cam"), [0]], monkeypatch, clock)
+    made.origin = Origin(str(tmp_path / "video0"), "cam", PurePath("cam"), "v4l2", {}, endless=True)
+    frames = iter(made)
+    next(frames)
+    (tmp_path / "video0").unlink()
+    assert len([next(frames) for _ in range(2)]) == 2, "one more, and one after it came back"
+    assert reader.opened == 3
+    assert [change.state for change in changes].count("lost") == 2
+
+
 def test_stop_ends_a_wait_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "VideoReader", Reader([]))
     monkeypatch.setattr(live, "_FIRST_PAUSE", 600.0)
@@ -723,7 +735,17 @@ def test_what_was_written_before_kill_9_can_be_played(tmp_path: Path, model: Pat
 
 
 @pytest.mark.skipif(os.path.lexists("/dev/video7"), reason="a camera is there")
-def test_a_camera_that_is_not_there_is_named(tmp_path: Path, model: Path) -> None:
-    with Run("/dev/video7", "--as", "lines", "--model", model, "--output", tmp_path, "--give-up", "0.1") as run:
+def test_a_camera_that_is_not_there_is_told_at_once_and_waited_for_where_that_is_asked(
+    tmp_path: Path, model: Path
+) -> None:
+    command = ("7", "--as", "lines", "--model", model, "--output", tmp_path)
+    begun = time.monotonic()
+    with Run(*command) as run:
+        assert run.wait() == 1
+    assert time.monotonic() - begun < live.FIRST_PATIENCE / 2
+    assert run.err.startswith("petseg: /dev/video7: there is no such camera; ")
+    assert len(run.err.splitlines()) == 1
+    assert [event["state"] for event in run.events if event["event"] == "state"] == ["ended"]
+    with Run(*command, "--give-up", "0.1") as run:
         assert run.wait() == 1
     assert run.err.startswith("petseg: /dev/video7: no frame for")

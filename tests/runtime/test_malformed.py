@@ -12,6 +12,7 @@ import argparse
 import faulthandler
 import functools
 import gzip
+import importlib.util
 import io
 import json
 import os
@@ -144,7 +145,25 @@ def photos() -> dict[str, bytes]:
     if features.check("avif"):
         files["avif"] = encoded(picture, "AVIF", exif=exif)
         files["avif animated"] = encoded(picture, "AVIF", frames=(turned, turned))
+    if importlib.util.find_spec("pillow_heif"):
+        files |= heic(picture, turned, exif)
     return files
+
+
+def heic(picture: Image.Image, turned: Image.Image, exif: Image.Exif) -> dict[str, bytes]:
+    """One photo, several, and one in tiles, as iPhones write it."""
+    import pillow_heif
+
+    def written(*photos: Image.Image, **options) -> bytes:
+        made = pillow_heif.from_pillow(photos[0])
+        for photo in photos[1:]:
+            made.add_from_pillow(photo)
+        file = io.BytesIO()
+        made.save(file, **options)
+        return file.getvalue()
+
+    files = {"heic": written(picture, exif=exif.tobytes()), "heic several": written(picture, turned, turned)}
+    return {**files, "heic alpha": written(picture.convert("RGBA")), "heic tiles": written(picture, tile_size=16)}
 
 
 @functools.cache

@@ -35,6 +35,7 @@ from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.engines.tensorrt import TensorRTEngine, load, load_rtx
 from petseg_runtime.engines.tensorrt_library import logger_of
 from petseg_runtime.errors import EngineError, EngineMissing, ModelError, UsageError
+from petseg_runtime.extras import install
 from petseg_runtime.segmenter import Segmenter
 from petseg_runtime.spec import ModelSpec
 
@@ -1227,7 +1228,7 @@ def test_a_driver_that_is_too_old_has_two_remedies(
     world.driver = 12040
     with pytest.raises(EngineError, match=r"the driver is for CUDA 12\.4.*: update it to 580 or newer, or") as caught:
         open_engine(tmp_path, library)
-    assert f"pip install petseg {NAMES[library]}-cu12 'cuda-bindings<13'" in str(caught.value)
+    assert f"pip install {NAMES[library]}-cu12 'cuda-bindings<13'" in str(caught.value)
 
 
 def test_no_memory_is_said_with_its_size(library: str, tmp_path: Path, world: World) -> None:
@@ -1252,7 +1253,7 @@ def test_what_is_not_installed_is_named_with_its_extra(
         with pytest.raises(EngineMissing, match="cuda-bindings is not installed"):
             open_engine(tmp_path, library)
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(EngineMissing, match=rf"^{NAMES[library]} is not installed: pip install 'petseg\[{extra}\]'"):
+    with pytest.raises(EngineMissing, match="^" + re.escape(f"{NAMES[library]} is not installed: {install(extra)}")):
         open_engine(tmp_path, library)
 
 

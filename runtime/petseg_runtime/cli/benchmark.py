@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from petseg_runtime.cli.signals import terminable
-from petseg_runtime.cli.text import MINUTES, PATH, SCHEMA_VERSION, SECONDS, shown
+from petseg_runtime.cli.text import BACKEND, HELP, MINUTES, PATH, SCHEMA_VERSION, SECONDS, shown
 from petseg_runtime.errors import EngineError
 
 if TYPE_CHECKING:
@@ -38,10 +38,15 @@ _SUSTAINED_METHOD = (
 @click.command()
 @click.argument("model", type=PATH, required=False)
 @click.option(
-    "--backend", "backends", multiple=True, metavar="NAME", help="An engine; may be repeated.  [default: all]"
+    "--backend",
+    "backends",
+    type=BACKEND,
+    multiple=True,
+    metavar="NAME",
+    help=f"{HELP['backend']} May be repeated.  [default: all]",
 )
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, intel-gpu.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@click.option("--device", default="auto", show_default=True, help=HELP["device"])
+@click.option("--threads", type=click.IntRange(min=1), help=HELP["threads"])
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Photos a run.")
 @click.option("--seconds", type=SECONDS, help="Of measuring, in all; loading comes on top.  [default: 15]")
 @click.option(
@@ -69,7 +74,9 @@ def benchmark(
     """Time MODEL (the one that ships, if none is named) in every engine that works here.
 
     Latency: one caller, all threads. Throughput: as many callers as threads. Stages: the sample photos, from file to
-    mask. Engines that cannot run it are listed with the reason. Exit code 0: something was measured; 5: nothing.
+    mask: decode, convert (to the model's size), infer, finish (back to the photo's size). Engines take turns in rounds;
+    the range of the rounds' medians says how steady the machine is. Engines that cannot run it are listed with the
+    reason. Exit code 0: something was measured; 5: nothing.
 
     With --sustained, whether the machine keeps its pace: the engine that is taken by itself, or one that is named, with
     as many callers as threads. Ctrl-C ends it, and what was measured so far is told.
@@ -212,24 +219,26 @@ def _rounded(value: Any) -> Any:
 def _text(artifact: Artifact, done: Benchmark) -> Iterable[str]:
     yield from _head(artifact, done.batch, done.host, done.threads, done.gpus)
     if done.rows:
-        summaries = [row.summary() for row in done.rows]
         yield ""
-        yield from _table(
-            (
-                *("engine", "computes", "load", "first", "p50", "p95", "p99 ms", "runs", "rounds"),
-                *("photos/s", "rounds", "callers"),
-            ),
-            [_speed(row, summary) for row, summary in zip(done.rows, summaries, strict=True)],
-        )
-        yield ""
-        stages = [[f"{value:.2f}" for value in summary["stages_p50_ms"].values()] for summary in summaries]
-        yield from _table(
-            ("one photo, p50 ms", "computes", *summaries[0]["stages_p50_ms"]),
-            [(*_title(row), *values) for row, values in zip(done.rows, stages, strict=True)],
-        )
-        yield ""
+        for title, header, cells in _tables(done):
+            yield title
+            yield from _table(("engine", "computes", *header), [(*_title(row), *cells(row)) for row in done.rows])
+            yield ""
     for check in done.failed:
         yield f"not measured: {check.engine} on {check.device}: {check.why}"
+
+
+def _tables(done: Benchmark) -> Iterable[tuple[str, tuple[str, ...], Callable[[Row], Iterable[str]]]]:
+    """Of each table its title, its columns behind the engine, and what makes an engine's cells."""
+    from petseg_runtime.benchmark import ROUNDS, STAGES
+
+    spread = f"range of {ROUNDS} rounds"
+    batch = f"a batch of {done.batch}" if done.batch > 1 else "a photo"
+    latency = ("median", "95 % below", "99 % below", spread, "runs")
+    yield f"Latency: milliseconds that {batch} takes, one at a time with all threads", latency, _latency
+    yield "Throughput: photos a second of several callers at a time", ("median", spread, "callers"), _throughput
+    yield "Start: milliseconds that loading takes, and the first run after it", ("load", "first run"), _start
+    yield "Stages: milliseconds of one photo from its file to its mask, medians", STAGES, _stages
 
 
 def _sustained_text(artifact: Artifact, done: Sustained) -> Iterable[str]:
@@ -266,23 +275,29 @@ def _title(row: Row) -> tuple[str, str]:
     return f"{row.info.name} on {row.info.device}", row.info.precision + (", asked for" if row.exact else "")
 
 
-def _speed(row: Row, summary: dict[str, Any]) -> tuple[str, ...]:
-    """A line of the table; the 95th percentile of ten runs, or the 99th of fifty, is about the slowest of them."""
-    latency, photos = summary["latency_ms"], summary["photos_per_second"]
-    return (
-        *_title(row),
-        f"{row.load:.0f}",
-        f"{row.first:.1f}",
-        *(
-            f"{latency[name]:.2f}" if latency["runs"] >= least else "-"
-            for name, least in (("p50", 1), ("p95", 20), ("p99", 100))
-        ),
-        str(latency["runs"]),
-        "{:.2f}-{:.2f}".format(*latency["median_of_rounds"]),
-        f"{photos['median']:.1f}",
-        "{:.1f}-{:.1f}".format(*photos["range"]),
-        str(photos["callers"]),
-    )
+def _latency(row: Row) -> Iterable[str]:
+    """Cells; the 95th percentile of ten runs, or the 99th of fifty, would be about the slowest of them."""
+    latency = row.summary()["latency_ms"]
+    for name, least in (("p50", 1), ("p95", 20), ("p99", 100)):
+        yield f"{latency[name]:.2f}" if latency["runs"] >= least else "-"
+    yield "{:.2f} to {:.2f}".format(*latency["median_of_rounds"])
+    yield str(latency["runs"])
+
+
+def _throughput(row: Row) -> Iterable[str]:
+    photos = row.summary()["photos_per_second"]
+    yield f"{photos['median']:.1f}"
+    yield "{:.1f} to {:.1f}".format(*photos["range"])
+    yield str(photos["callers"])
+
+
+def _start(row: Row) -> Iterable[str]:
+    yield f"{row.load:.0f}"
+    yield f"{row.first:.1f}"
+
+
+def _stages(row: Row) -> Iterable[str]:
+    return (f"{value:.2f}" for value in row.summary()["stages_p50_ms"].values())
 
 
 def _table(header: tuple[str, ...], lines: list[tuple[str, ...]], words: int = 2) -> Iterable[str]:

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from petseg_runtime.cameras import why_not
 from petseg_runtime.cli.signals import terminable
 from petseg_runtime.cli.text import HELP, SCHEMA_VERSION, shown
 from petseg_runtime.errors import EngineError
+from petseg_runtime.extras import install
 
 if TYPE_CHECKING:
+    from petseg_runtime.cameras import Camera
     from petseg_runtime.doctor import EngineCheck, XRay
     from petseg_runtime.host import Cpu, Gpu
 
@@ -62,6 +65,8 @@ def _lines(found: XRay) -> Iterable[tuple[str, str]]:
         yield "auto takes", f"{auto['name']} {auto['version']} on {auto['device']}, {auto['precision']}"
     for index, line in enumerate(found.rule):
         yield "" if index else "the first of", f"{index + 1}. {line.text}"
+    yield "cameras", "; ".join(map(_camera, found.cameras)) or "none"
+    yield "HEIC", f"pillow-heif {found.heic}" if found.heic else f"not read (photos of iPhones): {install('heic')}"
     yield from _ffmpeg_lines(found)
     yield "cache", f"{found.cache} ({found.cache_bytes / 1e6:.1f} MB)" if found.cache else "none: nothing is kept"
 
@@ -80,6 +85,11 @@ def _gpu(gpu: Gpu) -> str:
         f"cuda:{gpu.index} {gpu.name}, compute capability {gpu.compute_capability}, {gpu.memory / 1e9:.1f} GB, "
         f"driver for {gpu.driver}"
     )
+
+
+def _camera(camera: Camera) -> str:
+    why = why_not(camera.device)
+    return f"{camera}: {why}" if why else str(camera)
 
 
 def _check(check: EngineCheck) -> str:

@@ -16,7 +16,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from petseg_runtime.cli.signals import terminable
-from petseg_runtime.cli.text import HELP, NAME, PATH, SCHEMA_VERSION, SECONDS, SHARE, UNIT, Finite, parse_size, shown
+from petseg_runtime.cli.text import (
+    BACKEND,
+    HELP,
+    NAME,
+    PATH,
+    SCHEMA_VERSION,
+    SECONDS,
+    SHARE,
+    UNIT,
+    Finite,
+    parse_size,
+    shown,
+)
 from petseg_runtime.errors import EXIT_PARTIAL, InputError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -60,12 +72,13 @@ VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio
     help="Of cutouts and backgrounds: half transparent at this probability, 0 to 1.  [default: the model's own]",
 )
 @click.option("--min-area", type=SHARE, default=0.0, help="Drop regions below this share of the picture, 0 to 1.")
+@click.option("--only-found", is_flag=True, help="Photos: write nothing where no pet is found.")
 @click.option(
     "--fast-decode",
     is_flag=True,
     help="Decode large JPEGs at a reduced size where only masks are written: faster, and the masks differ a little.",
 )
-@click.option("--backend", default="auto", show_default=True, help=HELP["backend"])
+@click.option("--backend", type=BACKEND, default="auto", show_default=True, help=HELP["backend"])
 @click.option("--device", default="auto", show_default=True, help=HELP["device"])
 @click.option("--size", metavar="HxW", help="Of the model's input, if it takes any.  [default: the model's own]")
 @click.option("--threads", type=click.IntRange(min=1), help=HELP["threads"])
@@ -107,6 +120,7 @@ def infer(
     output: Path | None,
     kind: str | None,
     background: str | None,
+    only_found: bool,
     fast_decode: bool,
     resume: bool,
     as_json: bool,
@@ -143,7 +157,8 @@ def infer(
     looks = {"as": kind, "format": options.pop("format"), "background": background}
     of_video = {name: options.pop(name) for name in VIDEO_OPTIONS}
     found = _find(sources, folder, raw, _pairs(input_option), quiet)
-    _check(found, of_video | {"input_option": input_option}, kind, looks["format"], background)
+    given = of_video | {"input_option": input_option, "only_found": only_found}
+    _check(found, given, kind, looks["format"], background)
     _check_masks(found, kind, options["threshold"], options["cutout_threshold"], fast_decode)
     made = _made(found, folder, looks, of_video, resume) if found.streams else None
     with contextlib.ExitStack() as stack:
@@ -151,12 +166,13 @@ def infer(
         _tell(segmenter, verbose, quiet)
         videos = _videos(segmenter, made, of_video, (as_json, quiet, verbose)) if made else None
         # Makes the folder, so not before there is something to write.
-        sink = _sink(found, folder, resume, **looks) if found.photos else None
+        sink = _sink(found, folder, resume, only_found, **looks) if found.photos else None
         journal = None
         # Of one photo that was searched for, too: the next search must know the result for what it is.
         if folder and not found.live and (resume or _searched(sources) or len(found.items) > 1 or coco):
             settings = _looks(kind, looks, found) | _settings(segmenter)
-            settings |= {name: of_video[name] or None for name in VIDEO_OPTIONS} | {"fast_decode": fast_decode}
+            settings |= {name: of_video[name] or None for name in VIDEO_OPTIONS}
+            settings |= {"fast_decode": fast_decode, "only_found": only_found or None}
             probe(folder)
             journal = stack.enter_context(Journal(folder, settings, resume=resume))
         report = None
@@ -291,7 +307,7 @@ def _check(found: _Found, given: dict[str, Any], kind: str, format: str | None, 
             raise UsageError("lines are of videos; for photos, --json prints the same")
         check_looks(kind, format, background)
     if found.streams:
-        _check_videos(kind, format)
+        _check_videos(kind, format, given["only_found"])
         if kind in KINDS:
             check_looks(kind, None, background)
     for what, names, there in (
@@ -329,7 +345,7 @@ def _check_masks(
         raise UsageError(f"--fast-decode is for photos of which only the mask is written (--as {alone})")
 
 
-def _check_videos(kind: str, format: str | None) -> None:  # noqa: A002
+def _check_videos(kind: str, format: str | None, only_found: bool) -> None:  # noqa: A002
     """Refuse what a video cannot become.
 
     Raises:
@@ -337,6 +353,8 @@ def _check_videos(kind: str, format: str | None) -> None:  # noqa: A002
     """
     from petseg_runtime.sinks import VIDEO_FORMATS
 
+    if only_found:
+        raise UsageError("--only-found is for photos: give videos and streams to another run")
     formats = VIDEO_FORMATS.get(kind, ())
     if not formats:
         raise UsageError(f"{kind} is of photos; a video can be: {', '.join(VIDEO_FORMATS)}")
@@ -405,8 +423,15 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-def _sink(found: _Found, folder: Path | None, resume: bool, **looks: str | None) -> Sink:
+def _sink(found: _Found, folder: Path | None, resume: bool, only_found: bool, **looks: str | None) -> Sink:
     """Where the results go."""
+    from petseg_runtime.sinks import OnlyFound
+
+    sink = _sink_of_all(found, folder, resume, **looks)
+    return OnlyFound(sink) if only_found else sink
+
+
+def _sink_of_all(found: _Found, folder: Path | None, resume: bool, **looks: str | None) -> Sink:
     from petseg_runtime import sinks
     from petseg_runtime.journal import JOURNAL
 
@@ -526,9 +551,9 @@ class _watcher:  # noqa: N801 (used like a function)
             for note in () if self._quiet else done.notes:
                 self._print(f"petseg: {source}: {note}", err=True)
             if self._to_files and not self._as_json and not self._quiet:
-                where = f" -> {shown(done.path)}" if done.path else ""
-                pet = f"{100 * done.coverage:.0f} % pet" if done.found else "no pet, it seems"
-                self._print(f"{source}{where}  {pet}")
+                self._print(f"{source}{_became(done)}")
+            elif done.left_out and not self._to_files and not self._quiet:  # an empty standard output says too little
+                self._print(f"petseg: {source}: no pet: nothing written", err=True)
         if self._as_json:
             self._print(json.dumps(_record(outcome)))
         if self._progress:
@@ -540,6 +565,14 @@ class _watcher:  # noqa: N801 (used like a function)
             self._progress.console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
         else:
             click.echo(line, err=err)
+
+
+def _became(done: Done) -> str:
+    """What became of a photo, for people."""
+    if done.left_out:
+        return "  no pet: nothing written"
+    where = f" -> {shown(done.path)}" if done.path else ""
+    return f"{where}  " + (f"{100 * done.coverage:.0f} % pet" if done.found else "no pet, it seems")
 
 
 def _record(outcome: Outcome[Item, Done]) -> dict[str, Any]:
@@ -573,6 +606,7 @@ def _summary(report: Report | None) -> dict[str, Any]:
         return {}
     total = report.done + len(report.failed) + report.skipped
     counts = {"photos": total, "done": report.done, "failed": len(report.failed), "skipped": report.skipped}
+    counts["left_out"] = report.left_out
     timing = {"seconds": round(report.seconds, 4), "steps": report.steps}
     return {**counts, **timing, **({"output": str(report.path)} if report.path else {})}
 
@@ -582,9 +616,11 @@ def _print_photos(report: Report, folder: Path | None, verbose: bool, quiet: boo
     if folder and not quiet and (total > 1 or report.failed or verbose or report.path):
         failed = f", {len(report.failed)} failed" if report.failed else ""
         skipped = f", {report.skipped} there already" if report.skipped else ""
+        left_out = f", {report.left_out} without a pet" if report.left_out else ""
         photos = "photo" if total == 1 else "photos"
         where = shown(report.path or folder)
-        click.echo(f"{total} {photos}: {report.done} written to {where}{skipped}{failed}{_took(report, verbose)}")
+        written = f"{report.done - report.left_out} written to {where}"
+        click.echo(f"{total} {photos}: {written}{left_out}{skipped}{failed}{_took(report, verbose)}")
     if verbose:
         for step, seconds in report.steps.items():
             p50, p95 = 1e3 * seconds["p50"], 1e3 * seconds["p95"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from petseg_runtime.cli.text import PATH, SCHEMA_VERSION, shown
+from petseg_runtime.cli.text import BACKEND, HELP, PATH, SCHEMA_VERSION, shown
 from petseg_runtime.errors import OutputError, ParityError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ __all__ = ["info", "verify"]
 
 @click.command()
 @click.argument("file", type=PATH, required=False)
-@click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help=HELP["json"])
 def info(file: Path | None, as_json: bool) -> int:
     """Say what FILE is, what it expects, where it comes from and how it was proven.
 
@@ -159,15 +159,13 @@ def _limit(allowed: float | None, unit: str = "") -> str:
 
 @click.command()
 @click.argument("file", type=PATH, required=False)
-@click.option("--backend", default="auto", show_default=True, help="The engine that runs it.")
-@click.option(
-    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, intel-gpu; no other device stands in."
-)
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@click.option("--backend", type=BACKEND, default="auto", show_default=True, help=HELP["backend"])
+@click.option("--device", default="auto", show_default=True, help=HELP["device"])
+@click.option("--threads", type=click.IntRange(min=1), help=HELP["threads"])
 @click.option("--proof", type=PATH, help="Photos and the checkpoint's answers.  [default: FILE.parity.npz]")
 @click.option("--output", type=PATH, help="Where the result goes.  [default: FILE.verified.json]")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+@click.option("--json", "as_json", is_flag=True, help=HELP["json"])
+@click.option("-q", "--quiet", is_flag=True, help=HELP["quiet"])
 def verify(
     file: Path | None,
     backend: str,

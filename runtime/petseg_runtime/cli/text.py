@@ -10,7 +10,7 @@ from typing import Any, Final
 import click
 
 __all__ = [
-    *("HELP", "MINUTES", "NAME", "PATH", "SCHEMA_VERSION", "SECONDS", "SHARE", "UNIT"),
+    *("BACKEND", "HELP", "MINUTES", "NAME", "PATH", "SCHEMA_VERSION", "SECONDS", "SHARE", "UNIT"),
     *("Finite", "parse_size", "shown"),
 ]
 
@@ -19,11 +19,20 @@ SCHEMA_VERSION: Final = 1
 
 #: What the options that several commands have in common say of themselves.
 HELP: Final = {
-    "backend": "The engine: onnxruntime, openvino, ...",
+    "backend": "The engine: onnxruntime (ort), openvino (ov), tensorrt (trt), tensorrt-rtx (rtx).",
     "device": "cpu, cuda, cuda:N, intel-gpu; no other device stands in.",
     "threads": "CPU threads.  [default: all]",
     "json": "Everything, as one JSON object.",
     "quiet": "Only errors.",
+}
+
+#: What engines are called for short.
+_SHORT: Final = {
+    "ort": "onnxruntime",
+    "ov": "openvino",
+    "trt": "tensorrt",
+    "rtx": "tensorrt-rtx",
+    "trt-rtx": "tensorrt-rtx",
 }
 
 _EMPTY: Final = "it is empty; is a variable not set?"
@@ -49,6 +58,15 @@ class _Name(click.types.StringParamType):
         return super().convert(value, param, ctx)
 
 
+class _Backend(_Name):
+    """An engine by its name, or by what people and export formats call it for short."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does; a name that there is not is refused by who loads the engine, and knows them."""
+        name = super().convert(value, param, ctx)
+        return _SHORT.get(name, name)
+
+
 class Finite(click.FloatRange):
     """A number within bounds, which NaN and infinity, where there is no upper one, are not."""
 
@@ -62,6 +80,7 @@ class Finite(click.FloatRange):
 
 PATH: Final = _Path(path_type=Path)
 NAME: Final = _Name()
+BACKEND: Final = _Backend()
 UNIT: Final = Finite(0, 1, min_open=True, max_open=True)
 SHARE: Final = Finite(0, 1, max_open=True)
 SECONDS: Final = Finite(0, min_open=True)

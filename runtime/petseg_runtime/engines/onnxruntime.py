@@ -30,14 +30,15 @@ from petseg_runtime.engines.base import (
     in_batches,
 )
 from petseg_runtime.errors import EngineError, EngineMissing, one_line
+from petseg_runtime.extras import install
 from petseg_runtime.spec import ModelSpec
 
 __all__ = ["OnnxRuntimeCudaEngine", "OnnxRuntimeEngine", "load"]
 
 if not hasattr(onnxruntime, "InferenceSession"):  # a folder without its files is imported as an empty package
     raise ImportError(
-        "only its empty folder is left: pip uninstall onnxruntime onnxruntime-gpu, then pip install 'petseg[cpu]', or "
-        "'petseg[gpu]' for an NVIDIA GPU"
+        f"only its empty folder is left: pip uninstall onnxruntime onnxruntime-gpu, then {install('cpu')}, or "
+        f"{install('gpu')} for an NVIDIA GPU"
     )
 
 U8: TypeAlias = npt.NDArray[np.uint8]
@@ -250,7 +251,7 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
         both = [name for name in _PACKAGES if _installed(name)]
         # None: a package of another name, which conda and boards have.
         away = f"pip uninstall {' '.join(both)}" if both else "uninstall it"
-        remedy = f"{away}, then pip install 'petseg[gpu]'"
+        remedy = f"{away}, then {install('gpu')}"
         if len(both) == 2:
             raise EngineError(f"onnxruntime and onnxruntime-gpu are both installed and break each other: {remedy}")
         raise EngineMissing(f"the onnxruntime that is installed has no CUDA: {remedy}")
@@ -267,7 +268,7 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
         if there:
             shown = ", ".join(f"cuda:{gpu.index} {gpu.name}, {gpu.driver}" for gpu in there)
             remedy = host.old_driver(there[0].driver, host.ONNXRUNTIME_CUDA12) or (
-                "CUDA and cuDNN of the version that this onnxruntime-gpu wants are needed: pip install 'petseg[gpu]'"
+                f"CUDA and cuDNN of the version that this onnxruntime-gpu wants are needed: {install('gpu')}"
             )
             why = f"its GPUs: {shown}; {remedy}"
         heard = f"; {one_line(Exception(said.getvalue()))}" if said.getvalue() else ""

@@ -11,6 +11,7 @@ from petseg_runtime import host
 from petseg_runtime.artifact import Artifact
 from petseg_runtime.engines.base import Device, Engine, EngineOptions
 from petseg_runtime.errors import EngineError, EngineMissing, UsageError, one_line
+from petseg_runtime.extras import install
 
 __all__ = ["ENGINES", "RULE", "Choice", "EngineEntry", "load_engine"]
 
@@ -214,7 +215,7 @@ def _function(choice: Choice, where: str) -> Callable[..., Any]:
         if (error.name or "").partition(".")[0] != entry.module:
             raise
         extra = "gpu" if entry.extra == "cpu" and choice.kind == "cuda" else entry.extra
-        raise EngineMissing(f"{choice.engine} is not installed: pip install 'petseg[{extra}]'") from error
+        raise EngineMissing(f"{choice.engine} is not installed: {install(extra)}") from error
     except ImportError as error:  # a shared library that it needs, or one of another version
         raise EngineError(f"{choice.engine} is installed but cannot be imported ({one_line(error)})") from error
     return function
@@ -234,6 +235,6 @@ def _failure(artifact: Artifact, backend: str, wanted: Device | None, passed: Se
         return EngineError("; ".join(reasons))
     if backend == "auto" and not wanted:
         able = [entry for entry in ENGINES.values() if artifact.format in entry.formats]
-        extras = ", ".join(f"pip install 'petseg[{entry.extra}]'" for entry in able)
-        return EngineMissing(f"no inference engine for {artifact.format} files is installed: {extras}")
+        remedies = " or ".join(install(entry.extra) for entry in able)
+        return EngineMissing(f"no inference engine for {artifact.format} files is installed: {remedies}")
     return EngineMissing("; ".join(reasons))

@@ -30,6 +30,7 @@ from petseg_runtime.artifact import INPUT, OUTPUT
 from petseg_runtime.cache import Key, Slot
 from petseg_runtime.engines.tensorrt_library import RTX, TRT, Library, Record, imported, logger_of
 from petseg_runtime.errors import EngineError, ModelError
+from petseg_runtime.extras import install
 from petseg_runtime.files import write_atomic
 from petseg_runtime.spec import STRIDE, ModelSpec
 
@@ -303,8 +304,7 @@ def _load(library: Library, compute_capabilities: tuple[str, ...], device: int) 
     trt = imported(library.module, library)
     if not all(hasattr(trt, name) for name in ("__version__", "Builder", "OnnxParser")):
         raise EngineError(
-            f"{library.module} is installed, but holds no library (a placeholder): "
-            f"pip install 'petseg[{library.extra}]'"
+            f"{library.module} is installed, but holds no library (a placeholder): {install(library.extra)}"
         )
     if library is RTX:
         return _Compiler(trt, library, None, compute_capabilities)

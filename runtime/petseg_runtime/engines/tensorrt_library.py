@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from petseg_runtime import host
 from petseg_runtime.errors import EngineError, EngineMissing, one_line
+from petseg_runtime.extras import install
 
 __all__ = ["CUDART", "LIBRARIES", "RTX", "TRT", "Library", "Record", "bindings", "imported", "logger_of"]
 
@@ -68,7 +69,7 @@ def imported(module: str, library: Library) -> Any:
             raise EngineError(f"{module} is installed but cannot be imported ({one_line(error)})") from error
         if module == CUDART:  # its extra brings it; without it, the library is the system's own
             raise EngineMissing(f"cuda-bindings is not installed: pip install {bindings()}") from error
-        raise EngineMissing(f"{library.engine} is not installed: pip install 'petseg[{library.extra}]'") from error
+        raise EngineMissing(f"{library.engine} is not installed: {install(library.extra)}") from error
     except Exception as error:  # whatever its search for shared libraries ends in
         raise EngineError(f"{module} is installed but cannot be imported ({one_line(error)})") from error
 
