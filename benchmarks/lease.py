@@ -48,8 +48,9 @@ from petseg import checkpoint, recipes
 from petseg.config import TrainConfig, from_dict, override
 from petseg.data import Pair, Split, find, read_pair, resize_trimap
 from petseg.device import pick_device
-from petseg.evaluate import Evaluation, OpenedModel, evaluate, open_model, torch_run
+from petseg.evaluate import Evaluation, OpenedModel, evaluate, open_model
 from petseg.metrics import Border, best_threshold
+from petseg.reference import torch_run
 from petseg.train import BEST, QUICK_SAVE, Observer, RunState, Trainer
 from petseg_runtime import images
 from petseg_runtime.cli.text import PATH, parse_size

@@ -31,9 +31,10 @@ from benchmarks.turns import alternated, count, timed
 from petseg import checkpoint, recipes
 from petseg.config import TrainConfig, from_dict
 from petseg.data import Split, find
-from petseg.evaluate import Evaluation, evaluate, torch_run
+from petseg.evaluate import Evaluation, evaluate
 from petseg.metrics import Border, best_threshold
 from petseg.model import AttentionUNet, AttentionUNetConfig
+from petseg.reference import torch_run
 from petseg.train import Observer, Trainer
 from petseg_export.deploy import DeployedUNet
 from petseg_export.onnx import graph_bytes

@@ -24,7 +24,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Command:
-    """Where a subcommand is, what the overview says of it, and the extra whose packages it needs."""
+    """Where a subcommand is, what the overview says of it, and the extra that has the packages it may lack."""
 
     where: str
     help: str

@@ -19,12 +19,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from petseg_runtime.cli.text import PATH, UNIT, parse_size, shown
-from petseg_runtime.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
+from petseg_runtime.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    MissingExtra,
+    OutputError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from petseg.config import TrainConfig
     from petseg.data import Pair, Split
-    from petseg.evaluate import OpenedModel
+    from petseg.evaluate import Evaluation, OpenedModel
     from petseg.train import Observer, RunState, Trainer
     from petseg_runtime.errors import DataError
 
@@ -46,19 +52,19 @@ def _progress(quiet: bool) -> Progress:
 
 
 @click.command()
-@click.option("--data", "root", type=PATH, required=True, help="Data folder (see `petseg data check`).")
-@click.option("--output", type=PATH, required=True, help="Where checkpoints, log and pictures go.")
+@click.option("--data", "root", type=PATH, help="Data folder (see `petseg data check`).  [required]")
+@click.option("--output", type=PATH, help="Where checkpoints, log and pictures go.  [required]")
 @click.option(
     "--recipe",
     is_flag=False,
     flag_value="",
-    is_eager=True,
-    callback=lambda ctx, option, value: _recipe(ctx, value),
+    callback=lambda ctx, option, value: _known_recipe(ctx, value),
     metavar="NAME",
     help="Settings by name; without a name, the list of them.",
 )
 @click.option("--config", "config_file", type=PATH, help="Settings as TOML; they override the recipe, options both.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="One setting, e.g. optimizer.lr=0.002.")
+@click.option("--settings", "show", is_flag=True, help="Print the run's settings as TOML for --config; train nothing.")
 @click.option("--epochs", type=int, help="Passes over the data.")
 @click.option("--batch", type=int, help="Photos per step.")
 @click.option("--size", metavar="HxW", help="Training size, multiples of 16 (192 means 192x192).")
@@ -69,14 +75,15 @@ def _progress(quiet: bool) -> Progress:
 @click.option("--teacher", type=PATH, help="Learn from this model's probabilities too (loss.teacher: how much).")
 @click.option("--resume", is_flag=True, help="Go on with the run in --output.")
 @click.option("--tensorboard", is_flag=True, help="Curves and pictures for TensorBoard in --output/tensorboard.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result, or the recipes, as JSON on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="Only errors.")
 def train(
-    root: Path,
-    output: Path,
+    root: Path | None,
+    output: Path | None,
     recipe: str | None,
     config_file: Path | None,
     settings: tuple[str, ...],
+    show: bool,
     epochs: int | None,
     batch: int | None,
     size: str | None,
@@ -98,16 +105,48 @@ def train(
     Exit code 3: done, but without photos that could not be used (data.on_bad=skip); they are named. 130, 143: stopped
     by Ctrl-C or SIGTERM, to be resumed.
     """
-    from petseg.config import refuse_idle
-    from petseg.distributed import join, local_device
-    from petseg.record import commit
-    from petseg.train import Trainer
-    from petseg_runtime.errors import EXIT_PARTIAL, NonFiniteLoss
+    if recipe == "":
+        _list_recipes(as_json)
+        return 0
+    if show and as_json:
+        raise UsageError("--settings prints TOML: leave out --json")
+    for option, path in (("--data", root), ("--output", output)):
+        if path is None and not show:
+            raise click.MissingParameter(ctx=click.get_current_context(), param_hint=option, param_type="option")
+
+    from petseg.config import refuse_idle, to_toml
 
     short = {"epochs": epochs, "batch": batch, "seed": seed, "model.width": width}
     config = _train_config(recipe, config_file, short, size, settings)
     if not resume:  # an older version, which did not look, may have begun the run
         refuse_idle(config, _train_config(recipe), taught=teacher is not None)
+    if show:
+        click.echo(to_toml(config, taught=teacher is not None), nl=False)
+        return 0
+    assert root is not None
+    assert output is not None
+    return _train(config, root, output, recipe, device, init, teacher, resume, tensorboard, as_json, quiet)
+
+
+def _train(
+    config: TrainConfig,
+    root: Path,
+    output: Path,
+    recipe: str | None,
+    device: str,
+    init: Path | None,
+    teacher: Path | None,
+    resume: bool,
+    tensorboard: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Train with settings that are complete; returns the exit code. The arguments are those of :func:`train`."""
+    from petseg.distributed import join, local_device
+    from petseg.record import commit
+    from petseg.train import Trainer
+    from petseg_runtime.errors import EXIT_PARTIAL, NonFiniteLoss
+
     command = shlex.join(["petseg", *sys.argv[1:]])
     where = local_device(device)
     _check_writable(output)  # before an epoch, which may take hours, not after it
@@ -143,17 +182,30 @@ def train(
     return EXIT_PARTIAL if trainer.bad else 0
 
 
-def _recipe(ctx: click.Context, name: str | None) -> str | None:
-    """The name, if there is such a recipe; if not, what there is."""
+def _known_recipe(ctx: click.Context, name: str | None) -> str | None:
+    """The name, if there is such a recipe, or an empty one."""
     from petseg import recipes
 
-    if name is None or name in recipes.names():
+    if not name or name in recipes.names():
         return name
-    listed = "\n".join(f"  {known:<10} {recipes.describe(known)}" for known in recipes.names())
-    if name:
-        raise click.BadParameter(f"there is no recipe {name!r}; there are:\n{listed}", ctx, param_hint="--recipe")
-    click.echo(listed)
-    raise click.exceptions.Exit(0)
+    listed = "\n".join(_recipe_lines())
+    raise click.BadParameter(f"there is no recipe {name!r}; there are:\n{listed}", ctx, param_hint="--recipe")
+
+
+def _recipe_lines() -> list[str]:
+    from petseg import recipes
+
+    return [f"  {name:<10} {recipes.describe(name)}" for name in recipes.names()]
+
+
+def _list_recipes(as_json: bool) -> None:
+    from petseg import recipes
+
+    if as_json:
+        each = [{"name": n, "about": recipes.describe(n), "settings": recipes.load(n)} for n in recipes.names()]
+        click.echo(json.dumps({"schema_version": 1, "recipes": each}))
+    else:
+        click.echo("\n".join(_recipe_lines()))
 
 
 def _train_config(
@@ -313,12 +365,16 @@ def evaluate(
     left out, and the exit code is 3; without it, it ends the measurement.
 
     With --split val or train, the photos are those that the model's own run validated or trained on. An exported file
-    of an older version does not say which those were, and can only confirm that a split given here was its own.
+    of an older version does not say which those were, and can only confirm that a split given here was its own. Where
+    the data folder lists its validation photos in val.txt, val is these, and --val-fraction is wrong usage.
+
+    An exported file needs no PyTorch, a checkpoint does; --report and worst.png need matplotlib. The extra `train` has
+    both.
     """
     from petseg.data import Split
-    from petseg.device import enough_memory
     from petseg.evaluate import evaluate as measure
-    from petseg.evaluate import open_model, write_report
+    from petseg.evaluate import open_model
+    from petseg.memory import enough_memory
     from petseg_runtime.errors import EXIT_PARTIAL
 
     failed: list[tuple[str, str]] = []  # name and reason
@@ -327,6 +383,9 @@ def evaluate(
         failed.append((pair.name, str(error)))
 
     _check_writable(output, report)  # before minutes of measuring, not after them
+    if report:
+        _check_drawable()
+    written = []
     with open_model(model, device) as opened, _progress(quiet) as progress:
         pairs, val_fraction, split_seed = _measured_pairs(root, Split(split), opened, val_fraction, split_seed)
         task = progress.add_task("measuring", total=len(pairs), detail="")
@@ -347,57 +406,106 @@ def evaluate(
         kept = set(result.names)
         measured = [pair for pair in pairs if pair.name in kept]
         if output:
-            write_report(result, record, opened, measured, output)
+            written.append(f"{output}: {', '.join(_write_output(result, record, opened, measured, output))}")
         if report:
             from petseg import report as pages  # matplotlib takes a second to import
 
             source = pages.Source(root, Split(split), measured, failed, val_fraction, split_seed)
             pages.write(result, record, opened, source, model, report)
+            written.append(f"{report}: report.html, report.json")
     for _, reason in failed:
         click.echo(f"petseg: {shown(reason)}; left out", err=True)
     if as_json:
         click.echo(json.dumps(record, indent=2))
     elif not quiet:
         _print_metrics(record)
-        written = ((output, "evaluation.json, images.csv, worst.png"), (report, "report.html, report.json"))
-        click.echo("".join(f"{folder}: {names}\n" for folder, names in written if folder), nl=False)
+        click.echo("".join(f"{line}\n" for line in written), nl=False)
     return EXIT_PARTIAL if failed else 0
 
 
 def _measured_pairs(
     root: Path, split: Split, model: OpenedModel, val_fraction: float | None, split_seed: int | None
-) -> tuple[list[Pair], float, int]:
+) -> tuple[list[Pair], float | None, int | None]:
     """The photos of a split, and the share of trainval and the seed that divide it into train and val.
 
-    Both are as asked, or else as in the run that made the model. A line on stderr says so where val may hold photos
-    that the model was trained on.
-    """
-    from petseg.data import Split, find
-    from petseg.evaluate import is_split_of, split_of
+    Both are as asked, or else as in the run that made the model; they are None where they divide nothing. A line on
+    stderr says so where val may hold photos that the model was trained on.
 
-    own = split_of(model.provenance)
-    fraction, seed = own or (0.05, 0)
-    fraction = fraction if val_fraction is None else val_fraction
-    seed = seed if split_seed is None else split_seed
+    Raises:
+        UsageError: They were asked for, and val.txt divides.
+    """
+    from petseg.data import VAL_LISTING, Split, find, listed_validation
+    from petseg.evaluate import split_of
+
     if split not in (Split.TRAIN, Split.VAL):
-        return find(root, split), fraction, seed
-    train, val = (find(root, part, val_fraction=fraction, seed=seed) for part in (Split.TRAIN, Split.VAL))
-    differs = None
-    if own and own != (fraction, seed):
-        differs = (
-            f"the model was trained with {own[0]:g} of trainval as val by seed {own[1]}, not {fraction:g} by {seed}"
-        )
-    elif is_split_of(model.provenance, train, val) is False:
-        differs = f"val, {fraction:g} of trainval by seed {seed}, is not what the model was validated on"
-    if differs:
+        return find(root, split), None, None
+    fraction, seed = None, None
+    if listed_validation(root) is None:
+        own = split_of(model.provenance) or (0.05, 0)
+        fraction = own[0] if val_fraction is None else val_fraction
+        seed = own[1] if split_seed is None else split_seed
+    elif (val_fraction, split_seed) != (None, None):
+        raise UsageError(f"{root}: {VAL_LISTING} says which photos are val: leave out --val-fraction and --split-seed")
+    train, val = (find(root, part, val_fraction=fraction or 0.05, seed=seed or 0) for part in (Split.TRAIN, Split.VAL))
+    if differs := _difference(model, train, val, fraction, seed):
         click.echo(f"petseg: {differs}: photos that it was trained on may be among val", err=True)
     return (train if split is Split.TRAIN else val), fraction, seed
 
 
+def _difference(
+    model: OpenedModel, train: Sequence[Pair], val: Sequence[Pair], fraction: float | None, seed: int | None
+) -> str | None:
+    """How train and val differ from those of the model's own run, in words; None if they do not, or it does not say."""
+    from petseg.data import VAL_LISTING
+    from petseg.evaluate import is_split_of, split_of
+
+    own = split_of(model.provenance)
+    if fraction is not None and own and own != (fraction, seed):
+        return f"the model was trained with {own[0]:g} of trainval as val by seed {own[1]}, not {fraction:g} by {seed}"
+    if is_split_of(model.provenance, train, val) is False:
+        which = f"as {VAL_LISTING} lists it" if fraction is None else f"{fraction:g} of trainval by seed {seed}"
+        return f"val, {which}, is not what the model was validated on"
+    return None
+
+
+def _check_drawable() -> None:
+    """Raises MissingExtra where matplotlib is not installed; importing it takes a second."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            f"`petseg evaluate --report` needs {error.name} for its charts, which is not installed: pip install "
+            f"{error.name}; or leave out --report"
+        ) from error
+
+
+def _write_output(
+    result: Evaluation, record: dict[str, Any], model: OpenedModel, pairs: Sequence[Pair], folder: Path
+) -> list[str]:
+    """Write what --output is for; returns the files' names. Without matplotlib the picture is not drawn, and told of.
+
+    Raises:
+        OutputError: The folder cannot be written to.
+    """
+    from petseg.evaluate import write_report
+
+    write_report(result, record, folder)
+    names, picture = ["evaluation.json", "images.csv"], "worst.png"
+    try:
+        from petseg import plots  # matplotlib takes a second to import
+    except ModuleNotFoundError as error:
+        said = f"not drawn, which needs {error.name}: pip install {error.name}"
+        click.echo(f"petseg: {shown(folder / picture)}: {said}", err=True)
+        return names
+    try:
+        plots.worst(result, model, pairs, record["threshold"], folder / picture)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written to ({error.strerror or error})") from error
+    return [*names, picture]
+
+
 def _check_writable(*folders: Path | None) -> None:
     """Raises OutputError where a folder, or the nearest one above it that is there, is no folder or not ours."""
-    from petseg_runtime.errors import OutputError
-
     for folder in filter(None, folders):
         there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
         if not there.is_dir():
@@ -407,14 +515,19 @@ def _check_writable(*folders: Path | None) -> None:
 
 
 def _print_metrics(record: dict[str, Any]) -> None:
+    readings = record["readings"]
+    # Ignoring the border leaves as many pixels where there is none, as in masks of black and white.
+    bordered = sum(readings["ignored"]["pixels"].values()) < sum(readings["background"]["pixels"].values())
     table = Table(title=f"{record['photos']} photos, threshold {record['threshold']:.3f}")
-    table.add_column("border counts as")
+    table.add_column("border counts as" if bordered else "")
     names = ("iou", "dice", "accuracy", "precision", "recall", "mean_image_iou")
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
-    for border, values in record["readings"].items():
+    for border, values in readings.items() if bordered else [("no border", record)]:
         table.add_row(border, *("-" if values[name] is None else f"{values[name]:.4f}" for name in names))
     Console().print(table)
+    if not bordered:
+        click.echo("the masks have no border: every reading of it gives these figures")
     if record["photos_without_pet"]:
         without = ", ".join(map(shown, record["photos_without_pet"]))
         click.echo(f"masks without any pet, counted all the same: {without}")
@@ -445,12 +558,18 @@ def download(folder: Path) -> int:
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="Only the exit code.")
 def check(folder: Path, split: str, as_json: bool, quiet: bool) -> int:
-    """Open every photo and mask of FOLDER and name what is wrong. Exit code 0: usable; 8: not."""
-    from petseg.data import Split, find_listed, find_unused
+    """Open every photo and mask of FOLDER and name what is wrong. Exit code 0: usable; 8: not.
+
+    Photos are counted for each part that the data set lists itself: test, and trainval, or train and val where there is
+    a val.txt.
+    """
+    from petseg.data import Split, find_listed, find_unused, listed_validation
     from petseg.data import check as look
     from petseg_runtime.errors import DataError
 
-    listed = find_listed(folder, [Split.TRAINVAL, Split.TEST] if split == "all" else [Split(split)])
+    halves = [Split.TRAINVAL] if listed_validation(folder) is None else [Split.TRAIN, Split.VAL]
+    parts = {"all": [*halves, Split.TEST], "trainval": halves, "test": [Split.TEST]}[split]
+    listed = find_listed(folder, parts)
     pairs = [pair for part in listed.values() for pair in part]
     with _progress(quiet) as progress:
         task = progress.add_task("checking", total=len(pairs), detail="")

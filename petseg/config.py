@@ -7,6 +7,7 @@ that could not is a TrainingError, and settings in a checkpoint that cannot be a
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import operator
 import tomllib
@@ -35,6 +36,7 @@ __all__ = [
     "override",
     "refuse_idle",
     "to_dict",
+    "to_toml",
 ]
 
 
@@ -45,7 +47,8 @@ class DataConfig:
     Attributes:
         height: Training height in pixels, a multiple of 16. (The published source gives no input size.)
         width: Training width in pixels, a multiple of 16.
-        val_fraction: Share of trainval that is kept for validation; checkpoint and threshold are chosen on it.
+        val_fraction: Share of trainval that is kept for validation; checkpoint and threshold are chosen on it. Where
+            ``val.txt`` in the data folder lists the validation photos, this and ``split_seed`` have no effect.
         split_seed: Seed of that choice; apart from the run's seed, so that runs can be compared.
         border_target: What the trimap's border is taught as: 0 background (published), 1 pet, between: soft. What the
             network comes to say there is not quite that: the Dice loss pushes soft targets below half of the Dice
@@ -269,6 +272,28 @@ def from_dict(cls: type[T], raw: Mapping[str, Any], where: str = "") -> T:
         raise UsageError(f"{where}{error}") from error
 
 
+def to_toml(config: TrainConfig, taught: bool) -> str:
+    """The settings as TOML for :func:`load_toml`; those that nothing uses are comments.
+
+    Args:
+        config: The run's settings.
+        taught: Whether there is a teacher.
+    """
+    idle = _idle(config, taught)
+
+    def line(name: str, value: Any, where: str = "") -> str:
+        setting = f"{name} = {json.dumps(value)}"  # of numbers, words and lists of numbers, JSON is TOML
+        user = idle.get(where + name)
+        return f"# {setting}  # no effect without {user}" if user else setting
+
+    settings = to_dict(config)
+    lines = [line(name, value) for name, value in settings.items() if not isinstance(value, dict)]
+    for section, values in settings.items():
+        if isinstance(values, dict):
+            lines += ["", f"[{section}]", *(line(name, value, f"{section}.") for name, value in values.items())]
+    return "\n".join(lines) + "\n"
+
+
 def load_toml(path: Path) -> dict[str, Any]:
     """The settings in a TOML file, for :func:`from_dict`.
 
@@ -297,19 +322,25 @@ def refuse_idle(config: TrainConfig, start: TrainConfig, taught: bool) -> None:
     Raises:
         UsageError: There is one; the message says what would use it.
     """
+    for name, user in _idle(config, taught).items():
+        value, before = (operator.attrgetter(name)(settings) for settings in (config, start))
+        if value != before:
+            raise UsageError(
+                f"{name} is {value!r}, which has no effect without {user}: add that, or leave it at {before!r}"
+            )
+
+
+def _idle(config: TrainConfig, taught: bool) -> dict[str, str]:
+    """Settings that nothing uses, each with what would use it."""
     schedule, restarts = config.schedule, "schedule.name=cosine-restarts"
-    for name, used, user in (
+    settings = (
         ("schedule.warmup", schedule.name == "one-cycle", "schedule.name=one-cycle"),
         ("schedule.restart_epochs", schedule.name == "cosine-restarts", restarts),
         ("schedule.restart_factor", schedule.name == "cosine-restarts", restarts),
         ("loss.epsilon", config.loss.dice > 0, "loss.dice above 0"),
         ("loss.teacher", taught, "--teacher FILE"),
-    ):
-        value, before = (operator.attrgetter(name)(settings) for settings in (config, start))
-        if not used and value != before:
-            raise UsageError(
-                f"{name} is {value!r}, which has no effect without {user}: add that, or leave it at {before!r}"
-            )
+    )
+    return {name: user for name, used, user in settings if not used}
 
 
 def is_deep(values: Any) -> bool:

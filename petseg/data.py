@@ -13,7 +13,7 @@ import http.client
 import random
 import shutil
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -33,6 +33,8 @@ from petseg_runtime.memory_budget import MemoryBudget, Reservation
 from petseg_runtime.sources import IMAGE_SUFFIXES
 
 __all__ = [
+    "TEST_LISTING",
+    "VAL_LISTING",
     "CheckReport",
     "Layout",
     "Pair",
@@ -44,17 +46,23 @@ __all__ = [
     "find",
     "find_listed",
     "find_unused",
+    "listed_validation",
     "names_sha256",
     "read_pair",
     "read_trimap",
     "resize_trimap",
     "usable",
+    "validation_names",
 ]
 
 T = TypeVar("T")
 U8: TypeAlias = npt.NDArray[np.uint8]
 #: Called with the bytes that a picture will take, before it is decoded; may wait.
 Take: TypeAlias = Callable[[int], None]
+
+#: In the folder layout: the names of the test photos, and of the validation photos.
+TEST_LISTING: Final = "test.txt"
+VAL_LISTING: Final = "val.txt"
 
 #: Errors of a disk, not of a network.
 LOCAL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -86,7 +94,8 @@ class Layout(StrEnum):
 
     ``FOLDER``: ``images/`` and ``masks/`` with equal stems; a mask is any image in which black is background and
     white is pet (a two-valued 0/1 mask is taken as such). The stems in ``test.txt``, if it is there, one on each line,
-    are the test split; the rest is trainval.
+    are the test split; the rest is trainval. Those in ``val.txt``, if it is there, are the validation part of trainval;
+    without it a seed chooses that part.
     """
 
     OXFORD = "oxford"
@@ -129,25 +138,56 @@ def find(root: Path, split: Split, *, val_fraction: float = 0.05, seed: int = 0)
     Args:
         root: The data folder.
         split: Which part. ``TRAIN`` and ``VAL`` divide trainval.
-        val_fraction: Share of trainval that is validation.
+        val_fraction: Share of trainval that is validation; without effect where ``val.txt`` lists that part.
         seed: Decides which; the same names, fraction and seed give the same parts on every machine.
 
     Raises:
-        DataError: No data set, or no photo in that split.
+        DataError: No data set, no photo in that split, or a listing that does not go with the photos.
     """
     folder, layout = locate(root)
-    listed = Split.TEST if split is Split.TEST else Split.TRAINVAL
-    pairs = _oxford(folder, listed) if layout is Layout.OXFORD else _folder(folder, listed)
-    if split in (Split.TRAIN, Split.VAL):
-        held = validation_names([pair.name for pair in pairs], val_fraction, seed)
-        pairs = [pair for pair in pairs if (pair.name in held) is (split is Split.VAL)]
+    pairs = _find(folder, layout, split, val_fraction, seed)
     if not pairs:
-        raise DataError(f"{root}: the {split} split has no photos")
+        raise DataError(f"{root}: the {split} split has no photos{_remedy(folder, layout, split)}")
     return pairs
 
 
+def _find(folder: Path, layout: Layout, split: Split, val_fraction: float = 0.05, seed: int = 0) -> list[Pair]:
+    """As :func:`find`, for the data folder itself; may be empty."""
+    listed = Split.TEST if split is Split.TEST else Split.TRAINVAL
+    pairs = _oxford(folder, listed) if layout is Layout.OXFORD else _folder(folder, listed)
+    if split in (Split.TEST, Split.TRAINVAL):
+        return pairs
+    held = listed_validation(folder)
+    if held is None:
+        held = validation_names([pair.name for pair in pairs], val_fraction, seed)
+    return [pair for pair in pairs if (pair.name in held) is (split is Split.VAL)]
+
+
+def _remedy(folder: Path, layout: Layout, split: Split) -> str:
+    """What gives photos to a split that has none."""
+    if split is Split.TEST:
+        listing = _listing(folder, split) if layout is Layout.OXFORD else folder / TEST_LISTING
+        return f": name some in {listing}, one on each line, without suffix; or take another split (val, trainval)"
+    if split in (Split.TRAIN, Split.VAL) and listed_validation(folder) is not None:
+        return f": {folder / VAL_LISTING} names the validation photos, and the rest of trainval is for training"
+    return ""
+
+
+def listed_validation(root: Path) -> set[str] | None:
+    """Names in ``val.txt`` of a data set in the folder layout; None where there is no such listing.
+
+    Raises:
+        DataError: No data set, or a listing that cannot be read.
+    """
+    folder, layout = locate(root)
+    listing = folder / VAL_LISTING
+    return set(_lines(listing)) if layout is Layout.FOLDER and listing.exists() else None
+
+
 def find_listed(root: Path, splits: Sequence[Split]) -> dict[Split, list[Pair]]:
-    """The pairs of several of the data set's own splits (trainval, test); one that it does not have is passed over.
+    """The pairs of several of the data set's own splits (trainval, test; train and val where ``val.txt`` divides them).
+
+    One that it does not have is passed over.
 
     Raises:
         DataError: No data set, none of the splits, or a listing that is there and cannot be read.
@@ -156,7 +196,7 @@ def find_listed(root: Path, splits: Sequence[Split]) -> dict[Split, list[Pair]]:
     found: dict[Split, list[Pair]] = {}
     for split in splits:
         if layout is Layout.FOLDER or _listing(folder, split).exists():
-            found[split] = _oxford(folder, split) if layout is Layout.OXFORD else _folder(folder, split)
+            found[split] = _find(folder, layout, split)
     found = {split: pairs for split, pairs in found.items() if pairs}
     if not found:
         raise DataError(f"{root}: no photos are listed for {' or '.join(splits)}")
@@ -269,16 +309,30 @@ def _oxford(folder: Path, split: Split) -> list[Pair]:
 def _folder(folder: Path, split: Split) -> list[Pair]:
     photos = _by_stem(folder / "images")
     masks = _by_stem(folder / "masks")
-    listing = folder / "test.txt"
-    test = set(_lines(listing)) if listing.exists() else set()
-    if strange := sorted(test - photos.keys()):  # as a photo of trainval it would be trained on
+    test, val = (_stems(folder / listing, photos) for listing in (TEST_LISTING, VAL_LISTING))
+    if both := sorted(test & val):
         raise DataError(
-            f"{listing}: {len(strange)} lines name no photo in images/, the first is {strange[0]!r}: one name on each "
-            "line is expected, without its suffix"
+            f"{folder / VAL_LISTING}: {len(both)} of its names are in {TEST_LISTING}, too, the first is {both[0]!r}: "
+            "take each out of one of the two, for test photos are for the final figure alone"
         )
     names = [n for n in sorted(photos) if (n in test) is (split is Split.TEST)]
     # A photo without a mask stays in the list, with the path where its mask should be: `check` will name it.
     return [Pair(n, photos[n], masks.get(n, folder / "masks" / f"{n}.png"), Layout.FOLDER) for n in names]
+
+
+def _stems(listing: Path, photos: Mapping[str, Path]) -> set[str]:
+    """The names in a listing of the folder layout; none where there is no such file.
+
+    Raises:
+        DataError: It cannot be read, or a name is of no photo.
+    """
+    names = set(_lines(listing)) if listing.exists() else set()
+    if strange := sorted(names - photos.keys()):  # as a photo of the rest it would be trained on
+        raise DataError(
+            f"{listing}: {len(strange)} lines name no photo in images/, the first is {strange[0]!r}: one name on each "
+            "line is expected, without its suffix"
+        )
+    return names
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:

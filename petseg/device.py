@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
-from collections.abc import Iterator
-from typing import Final
-
 import torch
 
 from petseg_runtime.errors import EngineError, UsageError
 from petseg_runtime.host import features
 
-__all__ = ["enough_memory", "pick_device", "pick_precision"]
-
-#: What PyTorch, cuDNN, cuBLAS and CUDA say where there is no memory and the error has no class of its own; and of a
-#: worker that is gone.
-NO_MEMORY: Final = re.compile(r"can't allocate memory|CU(DNN|BLAS)_STATUS_ALLOC_FAILED|CUDA error: out of memory")
-WORKER_GONE: Final = re.compile(r"DataLoader worker \(pid")
+__all__ = ["pick_device", "pick_precision"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -56,31 +46,6 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype:
     if dtype is torch.float16 and device.type == "cpu":
         raise UsageError("amp is fp16 on a CPU: gradients would underflow; use bf16 or fp32")
     return dtype
-
-
-@contextlib.contextmanager
-def enough_memory(remedy: str) -> Iterator[None]:
-    """Turns the errors of a device, or of a worker of the data loader, that had too little memory into one line.
-
-    Args:
-        remedy: What takes less of the device's memory.
-
-    Raises:
-        EngineError: There was too little.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if WORKER_GONE.search(str(error)):
-            more = "more shared memory (docker run --shm-size=2g)" if "Bus error" in str(error) else "more memory"
-            raise EngineError(
-                f"a process that prepares photos is gone ({said}): give it {more}, or do with fewer such processes or "
-                "none (--set data.workers=0)"
-            ) from error
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_MEMORY.search(str(error)):
-            raise EngineError(f"too little memory: {remedy} ({said})") from error
-        raise
 
 
 def _cpu_has_bf16() -> bool:

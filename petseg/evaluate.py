@@ -1,4 +1,7 @@
-"""A model (checkpoint or exported file) against a labelled split."""
+"""A model (checkpoint or exported file) against a labelled split.
+
+An exported file needs no PyTorch, so that it can be measured on the device; a checkpoint does: see petseg.reference.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,20 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from petseg.checkpoint import load_model
-from petseg.data import Pair, Split, Take, each_read, encoded, find, names_sha256, read_pair
-from petseg.device import pick_device
+from petseg.data import Pair, Split, Take, each_read, encoded, find, names_sha256, read_pair, validation_names
 from petseg.metrics import Border, Histogram, PixelCounts, counts, histogram, json_ratio
-from petseg.model import AttentionUNet, normalize
 from petseg_runtime import images
 from petseg_runtime.artifact import open_artifact
 from petseg_runtime.engines.registry import load_engine
-from petseg_runtime.errors import CheckpointError, DataError, OutputError
+from petseg_runtime.errors import DataError, OutputError
 from petseg_runtime.files import write_atomic
 
 __all__ = [
@@ -33,9 +32,9 @@ __all__ = [
     "Run",
     "evaluate",
     "is_split_of",
+    "listed_by",
     "open_model",
     "split_of",
-    "torch_run",
     "trained_on",
     "write_report",
 ]
@@ -138,21 +137,6 @@ def evaluate(
     return Evaluation(tuple(names), np.stack(found))
 
 
-def torch_run(model: AttentionUNet, device: torch.device | str = "cpu") -> Run:
-    """A network in PyTorch, float32, as a :data:`Run`: the reference that exports are held against."""
-    model = model.to(device).eval()
-
-    def run(batch: U8) -> U8:
-        # On a GPU, convolutions would use TF32 unless told otherwise: not float32, and not the reference.
-        exactly = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with torch.inference_mode(), exactly:
-            logits = model(normalize(torch.from_numpy(batch).to(device)))
-            probability = torch.round(255 * torch.sigmoid(logits.float().squeeze(1)))
-        return probability.to(torch.uint8).cpu().numpy()
-
-    return run
-
-
 @dataclass(frozen=True)
 class OpenedModel:
     """A model of either kind, ready to be measured.
@@ -196,23 +180,12 @@ def open_model(path: Path, device: str = "auto") -> Iterator[OpenedModel]:
     Raises:
         ModelError: It cannot be read; CheckpointError if it is a checkpoint.
         EngineError: The device or the engine cannot be had.
+        ModuleNotFoundError: It is a checkpoint, and PyTorch is not installed.
     """
     if path.suffix == ".safetensors":
-        model, loaded = load_model(path)
-        if (spec := loaded.spec()) is None:
-            raise CheckpointError(f"{path}: the state of a run, not a model; evaluate best.safetensors beside it")
-        where = pick_device(device)
-        yield OpenedModel(
-            run=torch_run(model, where),
-            height=spec.height,
-            width=spec.width,
-            threshold=spec.threshold,
-            file=path.name,
-            identity=loaded.sha256,
-            engine=f"PyTorch {torch.__version__} on {where}, f32",
-            cutout_threshold=loaded.meta["spec"].get("cutout_threshold"),  # older ones have none
-            provenance=_origin(model, loaded.meta),
-        )
+        from petseg.reference import open_checkpoint  # needs PyTorch, which takes seconds to import
+
+        yield open_checkpoint(path, device)
         return
     artifact = open_artifact(path)
     with load_engine(artifact, device=device) as engine:
@@ -231,10 +204,13 @@ def open_model(path: Path, device: str = "auto") -> Iterator[OpenedModel]:
 
 
 def split_of(provenance: Mapping[str, Any]) -> tuple[float, int] | None:
-    """Share of trainval that a model's run kept for validation, and the seed that chose it; None if untold.
+    """Share of trainval that a model's run kept for validation, and the seed that chose it.
 
-    Runs of older versions tell it in their settings alone, which exported files do not have.
+    None if it does not tell, or if a listing chose: see :func:`listed_by`. Runs of older versions tell it in their
+    settings alone, which exported files do not have.
     """
+    if listed_by(provenance) is not None:  # its settings have a share, too, which had no effect
+        return None
     for where in (("data",), ("config", "data")):
         try:
             data: Any = provenance
@@ -246,6 +222,15 @@ def split_of(provenance: Mapping[str, Any]) -> tuple[float, int] | None:
         if 0 < fraction < 1:
             return fraction, seed
     return None
+
+
+def listed_by(provenance: Mapping[str, Any]) -> frozenset[str] | None:
+    """Names of the photos that a model's run was validated on, if ``val.txt`` listed them; None if it did not."""
+    try:
+        names = provenance["data"]["val_names"]
+        return frozenset(names) if isinstance(names, list) else None
+    except (KeyError, TypeError):  # not there; or edited by somebody
+        return None
 
 
 def is_split_of(provenance: Mapping[str, Any], train: Sequence[Pair], val: Sequence[Pair]) -> bool | None:
@@ -272,51 +257,43 @@ def trained_on(provenance: Mapping[str, Any], root: Path, pairs: Sequence[Pair])
     Returns:
         None of them where the file does not say, or is of other photos than those of the folder.
     """
-    if (split := split_of(provenance)) is None:
-        return []
     try:
-        train, val = (find(root, part, val_fraction=split[0], seed=split[1]) for part in (Split.TRAIN, Split.VAL))
-    except DataError:  # its share of these photos is none: it is of others
+        trainval = find(root, Split.TRAINVAL)
+    except DataError:
         return []
+    if (held := _validated_on(provenance, [pair.name for pair in trainval])) is None:
+        return []
+    train, val = ([pair for pair in trainval if (pair.name in held) is kept] for kept in (False, True))
     if not is_split_of(provenance, train, val):
         return []
     names = {pair.name for pair in train}
     return [pair for pair in pairs if pair.name in names]
 
 
-def write_report(
-    result: Evaluation, record: dict[str, Any], model: OpenedModel, pairs: Sequence[Pair], folder: Path
-) -> None:
-    """Write evaluation.json, images.csv (each photo's IoU in every reading) and worst.png (the eight worst).
+def _validated_on(provenance: Mapping[str, Any], names: Sequence[str]) -> Set[str] | None:
+    """Which of trainval's names a model's run kept for validation; None if it does not say."""
+    if (split := split_of(provenance)) is not None:
+        return validation_names(names, *split)
+    return listed_by(provenance)
+
+
+def write_report(result: Evaluation, record: Mapping[str, Any], folder: Path) -> None:
+    """Write evaluation.json and images.csv (each photo's IoU in every reading).
 
     Raises:
         OutputError: The folder cannot be written to.
     """
-    from petseg import plots  # matplotlib takes a second to import, and most evaluations draw nothing
-
-    threshold = record["threshold"]
-    ious = {border: result.image_ious(threshold, border) for border in Border}
+    ious = [result.image_ious(record["threshold"], border) for border in Border]
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["name", *(f"iou_border_{border}" for border in Border)])
-    for name, *row in zip(result.names, *ious.values(), strict=True):
+    for name, *row in zip(result.names, *ious, strict=True):
         writer.writerow([name, *(f"{iou:.6f}" for iou in row)])
-    worst = [pairs[i] for i in np.argsort(ious[Border.BACKGROUND], kind="stable")[:8]]
     try:
         write_atomic(folder / "images.csv", encoded(text.getvalue()))
-        plots.grid(model.run, worst, model.height, model.width, threshold, folder / "worst.png")
         write_atomic(folder / "evaluation.json", (json.dumps(record, indent=2) + "\n").encode())
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written to ({error.strerror or error})") from error
-
-
-def _origin(model: AttentionUNet, meta: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of itself, less what is said elsewhere, and how large its network is."""
-    return {
-        "parameters": sum(tensor.numel() for tensor in model.parameters()),
-        **{name: value for name, value in meta.items() if name not in ("kind", "spec")},
-        "border_target": meta["spec"].get("border_target"),
-    }
 
 
 def _inputs(

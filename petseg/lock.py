@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from petseg_runtime.errors import TrainingError
+from petseg_runtime.files import is_at
 
 __all__ = ["LOCK", "keep_others_out"]
 
@@ -40,7 +41,7 @@ def keep_others_out(folder: Path) -> Callable[[], None]:
         if descriptor is None or os.getpid() != owner:  # a worker that was forked
             return
         with contextlib.suppress(OSError):
-            if _is_at(descriptor, folder / LOCK):
+            if is_at(descriptor, folder / LOCK):
                 (folder / LOCK).unlink()  # while it is held: who opened it meanwhile sees that it is gone
         os.close(descriptor)
         with contextlib.suppress(OSError):  # something is in them, as there should be after a run
@@ -74,14 +75,6 @@ def _locked(folder: Path) -> int | None:
             raise
         except OSError:  # a file system without locks
             return descriptor
-        if _is_at(descriptor, folder / LOCK):
+        if is_at(descriptor, folder / LOCK):
             return descriptor
         os.close(descriptor)  # that of a run which has just ended, and removed it
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is what now lies at a path."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.lstat())
-    except FileNotFoundError:
-        return False

@@ -1,4 +1,4 @@
-"""Pictures of a run: training curves, and grids of photo, truth and prediction."""
+"""Pictures of a run or an evaluation: training curves, and grids of photo, truth and prediction."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from petseg.checkpoint import load_model
 from petseg.data import Pair, read_pair
-from petseg.evaluate import Run, torch_run
+from petseg.evaluate import Evaluation, OpenedModel, Run, open_model
 from petseg.metrics import counts, histogram
 from petseg_runtime import images
 from petseg_runtime.cli.text import shown
 from petseg_runtime.files import replacing
 from petseg_runtime.spec import lowest_pet
 
-__all__ = ["curves", "grid", "predictions"]
+__all__ = ["curves", "grid", "predictions", "worst"]
 
 
 def curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
@@ -43,9 +42,22 @@ def curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
 
 def predictions(checkpoint: Path, pairs: Sequence[Pair], path: Path) -> None:
     """A grid for some pairs of a checkpoint's own size and threshold: see :func:`grid`."""
-    model, loaded = load_model(checkpoint)
-    spec = loaded.meta["spec"]
-    grid(torch_run(model), pairs, spec["height"], spec["width"], spec["threshold"], path)
+    with open_model(checkpoint, "cpu") as model:
+        grid(model.run, pairs, model.height, model.width, model.threshold, path)
+
+
+def worst(result: Evaluation, model: OpenedModel, pairs: Sequence[Pair], threshold: float, path: Path) -> None:
+    """A grid of the eight photos with the lowest IoU, the border as background: see :func:`grid`.
+
+    Args:
+        result: The measurement.
+        model: What was measured.
+        pairs: What it was measured on, in the same order.
+        threshold: At which the photos' IoU is taken.
+        path: The PNG.
+    """
+    order = np.argsort(result.image_ious(threshold), kind="stable")
+    grid(model.run, [pairs[i] for i in order[:8]], model.height, model.width, threshold, path)
 
 
 def grid(run: Run, pairs: Sequence[Pair], height: int, width: int, threshold: float, path: Path) -> None:

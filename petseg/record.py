@@ -44,6 +44,7 @@ def record(trainer: Trainer) -> dict[str, Any]:
         **reached(state.history, trainer.config.batch),
         "elapsed": state.elapsed,
         "stopped_early": trainer.stopped_early,
+        "warnings": trainer.warnings,
         "peak_gpu_memory_bytes": state.peak_memory or None,
         "processes": trainer.ranks.size,
         "device": meta["device"],

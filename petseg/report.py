@@ -22,7 +22,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from petseg import report_page
-from petseg.data import Layout, Pair, Split, read_pair
+from petseg.data import VAL_LISTING, Layout, Pair, Split, read_pair
 from petseg.evaluate import Evaluation, OpenedModel
 from petseg.metrics import BACKGROUND, BORDER, PET, PUBLISHED, Border, Histogram, best_threshold, counts, json_ratio
 from petseg.report_page import Case
@@ -66,16 +66,16 @@ class Source:
         split: Which part of it.
         pairs: The photos that were measured, in the evaluation's order.
         failed: Name and reason of each photo that could not be read.
-        val_fraction: Share of trainval that is validation.
-        split_seed: Seed of the choice of those photos.
+        val_fraction: Share of trainval that is validation; None where a listing says which photos are.
+        split_seed: Seed of the choice of those photos; likewise.
     """
 
     root: Path
     split: Split
     pairs: Sequence[Pair]
     failed: Sequence[tuple[str, str]] = ()
-    val_fraction: float = 0.05
-    split_seed: int = 0
+    val_fraction: float | None = 0.05
+    split_seed: int | None = 0
 
 
 def write(
@@ -279,7 +279,8 @@ def _data(result: Evaluation, source: Source) -> dict[str, Any]:
         "split": str(source.split),
     }
     if source.split in (Split.TRAIN, Split.VAL):
-        known |= {"val_fraction": source.val_fraction, "split_seed": source.split_seed}
+        drawn = {"val_fraction": source.val_fraction, "split_seed": source.split_seed}
+        known |= {"val_listing": VAL_LISTING} if source.val_fraction is None else drawn
     return {**known, "photos": len(result.names), "failed": len(source.failed), "pixels": pixels}
 
 

@@ -132,7 +132,8 @@ def _header(values: Mapping[str, Any]) -> str:
 def _metrics(values: Mapping[str, Any]) -> str:
     record, published = values["evaluation"], values["published"]
     head = "".join(f"<th>{title}</th>" for title in (*RATIOS.values(), "mean IoU of the photos"))
-    rows = [_row("this model", READINGS[b], reading, b) for b, reading in record["readings"].items()]
+    readings = _readings(values)
+    rows = [_row("this model", READINGS[b], record["readings"][b], b) for b in readings]
     note = "No published figures are beside these: they are of the test photos of Oxford-IIIT Pet."
     if published:
         theirs = {**published, "mean_image_iou": None}
@@ -143,15 +144,22 @@ def _metrics(values: Mapping[str, Any]) -> str:
             "on photos like those."
         )
     counted = "".join(
-        f'<tr><th scope="row">{reading}</th>' + "".join(f"<td>{n:,}</td>" for n in body["pixels"].values()) + "</tr>"
-        for reading, body in record["readings"].items()
+        f'<tr><th scope="row">{b}</th>'
+        + "".join(f"<td>{n:,}</td>" for n in record["readings"][b]["pixels"].values())
+        + "</tr>"
+        for b in readings
+    )
+    border = (
+        "The hand-drawn masks have a third class, the <b>border</b> (fur, outline); what it counts as moves every "
+        "figure, so all three readings are given."
+        if len(readings) > 1
+        else "These masks have no border, so that there is nothing to read in several ways."
     )
     return (
         "<p>Each pixel is compared with a mask drawn by hand; pixels are added up over all photos. <b>IoU</b> is the "
         "share of pixels that are pet in both masks among those that are pet in either: 1 is perfect, 0 is a miss. "
         "<b>Precision</b> is how much of what was found is pet, <b>recall</b> how much of the pet was found; "
-        "<b>Dice</b> is their harmonic mean. The hand-drawn masks have a third class, the <b>border</b> (fur, "
-        "outline); what it counts as moves every figure, so all three readings are given.</p>"
+        f"<b>Dice</b> is their harmonic mean. {border}</p>"
         f'<div class="wide"><table><thead><tr><th></th><th class="words">border counts as</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
         f'<p class="note">{note}</p>'
@@ -159,6 +167,11 @@ def _metrics(values: Mapping[str, Any]) -> str:
         f"<th>not pet, found</th><th>pet, missed</th><th>not pet, not found</th></tr></thead>"
         f"<tbody>{counted}</tbody></table></div>"
     )
+
+
+def _readings(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The readings of the border that differ; masks in black and white have none."""
+    return tuple(READINGS) if values["data"]["pixels"]["border"] else ("background",)
 
 
 def _row(name: str, reading: str, values: Mapping[str, Any], key: str) -> str:
@@ -228,12 +241,14 @@ def _sweep(values: Mapping[str, Any]) -> str:
         marks["cutout"] = thresholds["cutout"]
     if abs(thresholds["used"] - thresholds["own"]) > 1e-9:
         marks["used"] = thresholds["used"]
+    titles = {"background": "Border as background", "ignored": "Border ignored"}
     charted = "".join(
-        f"<figure><figcaption>Border {'as background' if reading == 'background' else 'ignored'}</figcaption>"
+        f"<figure><figcaption>{title}</figcaption>"
         + charts.sweep(found["thresholds"], found["readings"][reading], marks, f"Threshold sweep, border {reading}")
         + f'<p class="note">Highest IoU here: {_ratio(found["readings"][reading]["best"]["iou"], "iou")} at '
         f"{found['readings'][reading]['best']['threshold']:.3f}.</p></figure>"
-        for reading in ("background", "ignored")
+        for reading, title in titles.items()
+        if reading in _readings(values)
     )
     return (
         "<p>A lower threshold finds more of the pet and more that is none. The model has two of its own: one for "
@@ -310,6 +325,8 @@ def _facts(values: Mapping[str, Any]) -> str:
     }
     if "val_fraction" in data:
         facts["validation"] = f"{data['val_fraction']:g} of trainval, chosen by seed {data['split_seed']}"
+    if "val_listing" in data:
+        facts["validation"] = f"the photos that {data['val_listing']} lists"
     origin = list(_flat(model["provenance"]))
     more = {"…": f"{len(origin) - LIMIT} more, in report.json"} if len(origin) > LIMIT else {}
     return (

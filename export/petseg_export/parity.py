@@ -15,9 +15,9 @@ import torch
 
 from petseg.checkpoint import Checkpoint
 from petseg.data import Pair, Split, encoded, find, read_pair
-from petseg.evaluate import torch_run
 from petseg.metrics import counts, histogram
 from petseg.model import AttentionUNet
+from petseg.reference import torch_run
 from petseg_runtime import images
 from petseg_runtime.artifact import sample_photos
 from petseg_runtime.errors import CheckpointError, DataError

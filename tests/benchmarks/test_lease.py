@@ -25,8 +25,9 @@ from benchmarks import lease, photos
 from benchmarks.lease import Job
 from petseg import checkpoint, cli
 from petseg.data import Split, find, read_pair, resize_trimap
-from petseg.evaluate import evaluate, open_model, torch_run
+from petseg.evaluate import evaluate, open_model
 from petseg.model import AttentionUNet, AttentionUNetConfig
+from petseg.reference import torch_run
 from petseg.train import learning_rate
 from petseg_runtime.errors import DataError
 

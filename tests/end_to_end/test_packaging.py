@@ -134,6 +134,14 @@ def test_the_light_install_proves_its_model_and_lists_the_formats(light: Path, t
     assert "'onnxscript>=" in listed, "what the extra brings, read from the installed package"
 
 
+def test_the_light_install_measures_its_model_on_labelled_photos(
+    light: Path, folder_root: Path, tmp_path: Path
+) -> None:
+    (model,) = light.rglob("edge.onnx")
+    args = ("evaluate", model, "--data", folder_root, "--split", "trainval", "--json")
+    assert json.loads(sh(light / "bin" / "petseg", *args, cwd=tmp_path))["photos"] == 9
+
+
 def test_the_light_install_leaves_the_repositorys_folder_names_alone(light: Path, tmp_path: Path) -> None:
     for name in ("export", "runtime", "benchmarks", "tests"):
         probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is not None)"

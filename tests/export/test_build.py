@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 
 from petseg.checkpoint import save_checkpoint
 from petseg.data import Split, find
-from petseg.evaluate import evaluate, open_model, torch_run
+from petseg.evaluate import evaluate, open_model
+from petseg.reference import torch_run
 from petseg_export import ExportConfig, OnnxConfig, OpenVINOConfig, build, export
 from petseg_runtime import parity
 from petseg_runtime.artifact import Artifact, open_artifact

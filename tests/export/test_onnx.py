@@ -18,8 +18,8 @@ from onnx import TensorProto, checker, numpy_helper
 
 from petseg.checkpoint import Checkpoint, load, save_checkpoint
 from petseg.config import TrainConfig, to_dict
-from petseg.evaluate import torch_run
 from petseg.model import AttentionUNetConfig
+from petseg.reference import torch_run
 from petseg_export import OnnxConfig, build, export
 from petseg_export.deploy import DeployedUNet, activation_peaks
 from petseg_export.onnx import metadata_of, scan, spec_of

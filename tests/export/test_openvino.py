@@ -21,7 +21,7 @@ import torch
 
 from petseg.checkpoint import save_checkpoint
 from petseg.cli import run
-from petseg.evaluate import torch_run
+from petseg.reference import torch_run
 from petseg_export import OnnxConfig, OpenVINOConfig, export
 from petseg_export.openvino import compile_openvino
 from petseg_runtime.artifact import RECEIPT_KEY, open_artifact, sidecar_of

@@ -16,8 +16,9 @@ from PIL import Image
 
 from petseg.checkpoint import Checkpoint, load_model
 from petseg.data import Layout, Pair, Split, find, read_trimap
-from petseg.evaluate import evaluate, torch_run
+from petseg.evaluate import evaluate
 from petseg.model import normalize
+from petseg.reference import torch_run
 from petseg_export import OnnxConfig, build, export, parity
 from petseg_export.deploy import DeployedUNet
 from petseg_runtime import images

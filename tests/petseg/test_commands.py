@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -248,10 +249,11 @@ def test_each_mistake_has_its_exit_code(
     assert not (tmp_path / "run").exists()
 
 
-def test_data_and_output_are_required(capsys: pytest.CaptureFixture[str]) -> None:
-    code, message = failed(["train"], capsys)
+@pytest.mark.parametrize(("given", "missing"), [([], "--data"), (["--data", "d"], "--output")])
+def test_data_and_output_are_required(given: list[str], missing: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, message = failed(["train", *given], capsys)
     assert code == 2
-    assert "--data" in message
+    assert f"Missing option {missing}" in message
 
 
 class Seen(Exception):
@@ -291,6 +293,33 @@ def test_a_file_gives_way_to_options_and_options_to_set(tmp_path: Path, asked: A
     )
     assert (config.epochs, config.batch, config.seed) == (2, 6, 0)
     assert (config.data.height, config.data.width) == (32, 64)
+
+
+@pytest.mark.parametrize("teacher", [[], ["--teacher", "t.onnx"]])
+def test_the_settings_that_are_printed_make_the_same_run(
+    tmp_path: Path, asked: Any, teacher: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--recipe", "edge", "--size", "64x32", "--epochs", "3", "--set", "optimizer.lr=0.0005", *teacher]
+    assert run(["train", *options, "--settings"]) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    (tmp_path / "run.toml").write_text(out)
+    (want, *_), _ = asked(*options)
+    (got, *_), _ = asked("--config", str(tmp_path / "run.toml"), *teacher)
+    if teacher:
+        assert got == want
+    else:  # what the recipe says of a teacher is a comment
+        assert got == dataclasses.replace(want, loss=dataclasses.replace(want.loss, teacher=0.5))
+    assert list(tmp_path.iterdir()) == [tmp_path / "run.toml"]
+
+
+def test_settings_that_cannot_be_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    code, message = failed(["train", "--settings", "--set", "schedule.warmup=0.3", "--set", "epochs=0"], capsys)
+    assert (code, "epochs is 0" in message) == (2, True)
+    code, message = failed(["train", "--settings", "--set", "schedule.warmup=0.2"], capsys)
+    assert (code, "no effect without schedule.name=one-cycle" in message) == (2, True)
+    code, message = failed(["train", "--settings", "--json"], capsys)
+    assert (code, "leave out --json" in message) == (2, True)
 
 
 def test_a_recipe_gives_way_to_a_file(tmp_path: Path, asked: Any) -> None:
@@ -546,6 +575,59 @@ def test_an_exported_file_of_an_older_version_knows_whether_val_is_what_it_was_v
     assert (json.loads(out)["photos"], err) == (6, "")
 
 
+def test_val_is_what_val_txt_lists(folder_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder_copy / "val.txt").write_text("own_01\nown_07\n")
+    args = ["train", "--data", str(folder_copy), "--output", str(tmp_path / "run"), *SMALL, "--epochs", "1", "-q"]
+    assert run(args) == 0
+    capsys.readouterr()
+    best, own = tmp_path / "run" / "best.safetensors", ["--data", folder_copy, "--split", "val"]
+    row = checkpoints.load(best).meta["validation"]
+    got = measured(capsys, best, *own, "--report", tmp_path / "report")
+    assert (got["photos"], got["iou"]) == (2, pytest.approx(row["val_iou"]))
+    about = json.loads((tmp_path / "report" / "report.json").read_text())["data"]
+    assert about["val_listing"] == "val.txt"
+    assert {"val_fraction", "split_seed"} & about.keys() == set()
+    export(best, OnnxConfig(output=tmp_path / "m.onnx", data=folder_copy, split="test", photos=2))
+    assert measured(capsys, tmp_path / "m.onnx", *own)["iou"] == pytest.approx(row["val_iou"], abs=1e-3)
+
+    code, message = failed(["evaluate", str(best), *map(str, own), "--val-fraction", "0.5"], capsys)
+    assert code == 2
+    assert "val.txt says which photos are val: leave out --val-fraction" in message
+    for listing, said in ((["own_02"], "val, as val.txt lists it, is"), (None, "val, 0.05 of trainval by seed 0, is")):
+        (folder_copy / "val.txt").unlink()
+        if listing:
+            (folder_copy / "val.txt").write_text("\n".join(listing))
+        assert run(["evaluate", str(tmp_path / "m.onnx"), *map(str, own), "-q"]) == 0
+        err = capsys.readouterr().err
+        assert f"{said} not what the model was validated on" in err
+
+
+def test_masks_without_a_border_have_one_reading(
+    trained: Run, folder_root: Path, oxford_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = str(trained.folder / "best.safetensors")
+    assert run(["evaluate", best, "--data", str(folder_root), "--threshold", "0.25"]) == 0
+    out = capsys.readouterr().out
+    record = measured(capsys, best, "--data", folder_root, "--threshold", "0.25")
+    rows = [line for line in out.splitlines() if f"{record['accuracy']:.4f}" in line]
+    assert len(rows) == 1
+    assert "no border" in rows[0]
+    assert "the masks have no border" in out
+    assert "ignored" not in out
+    assert set(record["readings"]) == {"background", "pet", "ignored"}
+    assert run(["evaluate", best, "--data", str(oxford_root)]) == 0
+    assert "no border" not in capsys.readouterr().out
+
+
+def test_a_test_split_without_photos_names_the_remedy(
+    trained: Run, folder_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder_copy / "test.txt").unlink()
+    code, message = failed(["evaluate", str(trained.folder / "best.safetensors"), "--data", str(folder_copy)], capsys)
+    assert code == 8
+    assert f"the test split has no photos: name some in {folder_copy / 'test.txt'}, one on each line" in message
+
+
 def test_people_get_a_table_and_the_report(
     trained: Run, oxford_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -651,6 +733,18 @@ def test_a_good_data_set_is_usable(oxford_root: Path, folder_root: Path, capsys:
     *_, splits, last = capsys.readouterr().out.splitlines()
     assert splits == "24 pairs in trainval, 6 pairs in test"
     assert last.startswith("30 pairs: 0 missing")
+
+
+def test_photos_are_counted_as_val_txt_divides_them(folder_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder_copy / "val.txt").write_text("own_01\nown_07\n")
+    found = checked(capsys, folder_copy)
+    assert (found["pairs"], found["splits"]) == (12, {"train": 7, "val": 2, "test": 3})
+    assert checked(capsys, folder_copy, "--split", "trainval")["splits"] == {"train": 7, "val": 2}
+    assert checked(capsys, folder_copy, "--split", "test")["splits"] == {"test": 3}
+    (folder_copy / "val.txt").write_text("own_99\n")
+    code, message = failed(["data", "check", str(folder_copy)], capsys)
+    assert code == 8
+    assert "val.txt: 1 lines name no photo" in message
 
 
 def test_what_a_folder_holds_for_nothing_is_named(folder_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from petseg.config import (
     override,
     refuse_idle,
     to_dict,
+    to_toml,
 )
 from petseg.model import AttentionUNetConfig
 from petseg_runtime.errors import TrainingError, UsageError
@@ -44,6 +47,37 @@ UNUSUAL = TrainConfig(
 def test_to_dict_and_back_through_json(config: TrainConfig) -> None:
     raw = json.loads(json.dumps(to_dict(config)))
     assert from_dict(TrainConfig, raw) == config
+
+
+@pytest.mark.parametrize("taught", [True, False])
+@pytest.mark.parametrize("config", [TrainConfig(), UNUSUAL])
+def test_to_toml_and_back(config: TrainConfig, taught: bool, tmp_path: Path) -> None:
+    """All that is used comes back; what is not is told in a comment, and a run of these settings is not refused."""
+    file = tmp_path / "run.toml"
+    file.write_text(to_toml(config, taught))
+    back = from_dict(TrainConfig, load_toml(file))
+    schedule = ScheduleConfig(name=config.schedule.name)
+    used = (
+        dataclasses.replace(schedule, warmup=config.schedule.warmup)
+        if schedule.name == "one-cycle"
+        else dataclasses.replace(schedule, restart_epochs=10, restart_factor=2)
+    )
+    loss = dataclasses.replace(
+        config.loss,
+        epsilon=config.loss.epsilon if config.loss.dice else 1.0,
+        teacher=config.loss.teacher if taught else 0.5,
+    )
+    assert back == dataclasses.replace(config, schedule=used, loss=loss)
+    refuse_idle(back, TrainConfig(), taught)
+    assert tomllib.loads(re.sub(r"^# ", "", file.read_text(), flags=re.MULTILINE)) == to_dict(config)
+
+
+def test_a_setting_that_nothing_uses_is_a_comment_with_what_would_use_it() -> None:
+    lines = to_toml(UNUSUAL, taught=False).splitlines()
+    assert "# teacher = 0.9  # no effect without --teacher FILE" in lines
+    assert "# restart_epochs = 3  # no effect without schedule.name=cosine-restarts" in lines
+    assert "warmup = 0.1" in lines
+    assert "teacher = 0.9" in to_toml(UNUSUAL, taught=True).splitlines()
 
 
 def test_the_unusual_config_differs_everywhere() -> None:

@@ -23,6 +23,7 @@ from petseg.data import (
     check,
     find,
     find_listed,
+    listed_validation,
     locate,
     read_pair,
     read_trimap,
@@ -126,7 +127,7 @@ def test_a_listing_with_comments_blanks_and_repetitions(oxford_copy: Path) -> No
 
 def test_an_empty_split_is_refused(folder_copy: Path) -> None:
     (folder_copy / "test.txt").unlink()
-    with pytest.raises(DataError, match="test split has no photos"):
+    with pytest.raises(DataError, match=r"test split has no photos: name some in .*/test\.txt, one on each line"):
         find(folder_copy, Split.TEST)
     assert len(find(folder_copy, Split.TRAINVAL)) == 12
 
@@ -180,6 +181,52 @@ def test_names_of_the_test_photos_may_have_spaces_and_follow_a_byte_order_mark(f
     (folder_copy / "test.txt").write_text("own 09\n\n# later\nown_10\n", encoding="utf-8-sig")
     assert names(find(folder_copy, Split.TEST)) == ["own 09", "own_10"]
     assert len(find(folder_copy, Split.TRAINVAL)) == 10
+
+
+def test_val_txt_is_the_validation_part_whatever_share_and_seed_say(folder_copy: Path) -> None:
+    assert listed_validation(folder_copy) is None
+    (folder_copy / "val.txt").write_text("own_07\n# later\n\nown_02\n", encoding="utf-8-sig")
+    assert listed_validation(folder_copy) == {"own_02", "own_07"}
+    for fraction, seed in ((0.05, 0), (0.5, 3)):
+        parts = {split: names(find(folder_copy, split, val_fraction=fraction, seed=seed)) for split in Split}
+        assert parts[Split.VAL] == ["own_02", "own_07"]
+        assert parts[Split.TRAIN] == [f"own_{i:02d}" for i in (0, 1, 3, 4, 5, 6, 8)]
+        assert parts[Split.TRAINVAL] == [f"own_{i:02d}" for i in range(9)]
+        assert parts[Split.TEST] == ["own_09", "own_10", "own_11"]
+    (folder_copy / "test.txt").unlink()
+    assert len(find(folder_copy, Split.TRAIN)) == 10
+
+
+@pytest.mark.parametrize("wrong", ["own_07.png", "own_99", "own_07 own_08"])
+def test_a_validation_photo_that_is_not_there_is_named_and_not_trained_on(folder_copy: Path, wrong: str) -> None:
+    (folder_copy / "val.txt").write_text(f"own_02\n{wrong}\n")
+    for split in Split:
+        with pytest.raises(DataError, match=rf"val\.txt: 1 lines name no photo .*'{wrong}'.* without its suffix"):
+            find(folder_copy, split)
+
+
+def test_a_photo_of_both_listings_is_named(folder_copy: Path) -> None:
+    (folder_copy / "val.txt").write_text("own_02\nown_10\nown_09\n")
+    for split in Split:
+        with pytest.raises(DataError, match=r"val\.txt: 2 of its names are in test\.txt, too, the first is 'own_09'"):
+            find(folder_copy, split)
+
+
+@pytest.mark.parametrize(("lines", "split"), [(range(0), Split.VAL), (range(9), Split.TRAIN)])
+def test_a_listing_that_leaves_nothing_to_validate_or_train_on_is_named(
+    folder_copy: Path, lines: range, split: Split
+) -> None:
+    (folder_copy / "val.txt").write_text("".join(f"own_{i:02d}\n" for i in lines))
+    with pytest.raises(DataError, match=rf"the {split} split has no photos: .*val\.txt names the validation photos"):
+        find(folder_copy, split)
+
+
+def test_oxfords_layout_has_no_val_txt(oxford_copy: Path) -> None:
+    before = names(find(oxford_copy, Split.VAL))
+    for folder in (oxford_copy, oxford_copy / "annotations"):
+        (folder / "val.txt").write_text("pet_01\n")
+    assert names(find(oxford_copy, Split.VAL)) == before
+    assert listed_validation(oxford_copy) is None
 
 
 def test_a_name_that_no_folder_can_have_is_a_data_error(tmp_path: Path) -> None:

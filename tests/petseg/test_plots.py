@@ -15,8 +15,8 @@ from PIL import Image
 from petseg import plots
 from petseg.checkpoint import save_checkpoint
 from petseg.data import Layout, Pair
-from petseg.evaluate import torch_run
 from petseg.model import AttentionUNet, AttentionUNetConfig
+from petseg.reference import torch_run
 from petseg_runtime import images
 from petseg_runtime.errors import DataError
 

@@ -80,3 +80,14 @@ def test_without_a_name_they_are_listed(more: list[str], capsys: pytest.CaptureF
     out, err = capsys.readouterr()
     assert not err
     assert [line.split()[0] for line in out.splitlines()] == recipes.names()
+
+
+@pytest.mark.parametrize("args", [["--recipe", "--json"], ["--json", "--recipe"]])
+def test_as_json_they_are_listed_with_their_settings(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", *args]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["schema_version"] == 1
+    assert [each["name"] for each in found["recipes"]] == recipes.names()
+    for each in found["recipes"]:
+        assert each["about"] == recipes.describe(each["name"])
+        assert from_dict(TrainConfig, each["settings"]) == config_of(each["name"])

@@ -55,6 +55,8 @@ def test_a_record_says_what_was_run_and_what_it_reached(finished: Trainer) -> No
     assert found["data"]["train_photos"] == 22
     assert found["data"]["names_sha256"] == finished.meta["data"]["names_sha256"]
     assert found["best"] == max(rows, key=lambda row: row["val_iou"])
+    assert found["warnings"] == finished.warnings
+    assert len(finished.warnings) == 1, "two photos to validate on are few"
     assert (found["epochs"], found["stopped_early"], found["processes"]) == (2, False, 1)
     assert found["elapsed"] >= rows[-1]["elapsed"] > rows[0]["elapsed"] > rows[0]["seconds"] > 0
     assert found["seconds"] == rows[0]["seconds"] + rows[1]["seconds"] < rows[-1]["elapsed"]

@@ -191,6 +191,15 @@ def test_other_photos_are_not_compared_with_the_published_figures(
     assert "No published figures are beside these" in text
 
 
+def test_masks_without_a_border_have_one_reading_on_the_page(make: Maker, pairs: list[Pair], folder_root: Path) -> None:
+    for photos, rows, charts in ((find(folder_root, Split.TEST), 1, 1), (pairs, 3, 2)):
+        made = make(photos)
+        assert made.html.count('<th scope="row">this model</th>') == rows
+        assert made.html.count('aria-label="Threshold sweep') == charts
+        assert ("These masks have no border" in made.page.text) is (rows == 1)
+        assert set(made.values["evaluation"]["readings"]) == set(READINGS), "the numbers keep their shape"
+
+
 def test_the_published_figures_are_those_of_the_readmes_tables() -> None:
     assert PUBLISHED["readings"]["background"] == report.PUBLISHED
     assert set(report.PUBLISHED) == {"iou", "dice", "accuracy", "precision", "recall"}

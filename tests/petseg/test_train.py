@@ -31,10 +31,12 @@ from petseg.checkpoint import Checkpoint, load, load_model, save_checkpoint
 from petseg.config import ScheduleConfig, TrainConfig, from_dict, override, to_dict
 from petseg.data import Pair, Split, find
 from petseg.device import pick_device, pick_precision
-from petseg.evaluate import Evaluation, evaluate, torch_run
+from petseg.evaluate import Evaluation, evaluate
 from petseg.model import AttentionUNet, AttentionUNetConfig, normalize
+from petseg.reference import torch_run
 from petseg.train import (
     BEST,
+    FEW,
     LAST,
     LOG,
     QUICK_SAVE,
@@ -1476,6 +1478,50 @@ def test_a_teacher_that_has_seen_the_validation_photos_is_told_of_checkpoint_or_
             Trainer(config, oxford_root, tmp_path / "out", device=CPU, teacher=teacher, observer=observer)
             warned = [m for m in observer.messages if "teacher was trained on 2 of the 2 validation photos" in m]
             assert len(warned) == said, (teacher, seed)
+
+
+def test_listed_validation_photos_are_on_record_and_stay_known(folder_copy: Path, tmp_path: Path) -> None:
+    (folder_copy / "val.txt").write_text("own_01\nown_07\n")
+    observer = Recorder()
+    trainer = Trainer(tiny("epochs=1"), folder_copy, tmp_path / "run", device=CPU, observer=observer)
+    said = "7 photos to train on, 2 for validation, as val.txt lists them, without data.val_fraction"
+    assert said in observer.messages
+    best = trainer.fit()
+    about = load(best).meta["data"]
+    assert about["val_names"] == ["own_01", "own_07"]
+    assert {"val_fraction", "split_seed"} & about.keys() == set()
+    again = Trainer(tiny("epochs=1"), folder_copy, tmp_path / "again", device=CPU, init=best)  # the same are left out
+    assert again.meta["data"]["names_sha256"] == about["names_sha256"]
+    (folder_copy / "val.txt").write_text("own_07\nown_08\n")
+    with pytest.raises(TrainingError, match=r"trained on 1 of the 2 photos.* list in val\.txt the photos that it was"):
+        Trainer(tiny("epochs=1"), folder_copy, tmp_path / "other", device=CPU, init=best)
+    with pytest.raises(TrainingError, match="trained on other photos than these"):
+        Trainer(tiny("epochs=1"), folder_copy, tmp_path / "run", device=CPU, resume=True)
+    (folder_copy / "val.txt").unlink()
+    with pytest.raises(TrainingError, match=r"list in val\.txt"):
+        Trainer(tiny("data.val_fraction=0.5"), folder_copy, tmp_path / "other", device=CPU, init=best)
+
+
+def test_weights_of_a_share_are_refused_where_a_listing_divides(folder_copy: Path, tmp_path: Path) -> None:
+    """Another share, the usual remedy, would have no effect."""
+    best = Trainer(tiny("epochs=1"), folder_copy, tmp_path / "run", device=CPU).fit()
+    names = {pair.name for pair in find(folder_copy, Split.TRAIN, val_fraction=0.1)}
+    (folder_copy / "val.txt").write_text(min(names))
+    with pytest.raises(TrainingError, match=r"trained on 1 of the 1 photos.* list in val\.txt") as told:
+        Trainer(tiny("epochs=1"), folder_copy, tmp_path / "other", device=CPU, init=best)
+    assert "--set" not in str(told.value)
+
+
+@pytest.mark.parametrize(("empty", "warned"), [(0, False), (1, True)])
+def test_too_few_validation_photos_are_warned_of(oxford_copy: Path, tmp_path: Path, empty: int, warned: bool) -> None:
+    config = tiny(f"data.val_fraction={FEW / 24}", "batch=2")
+    for pair in find(oxford_copy, Split.VAL, val_fraction=FEW / 24)[:empty]:
+        Image.fromarray(np.full((64, 64), 2, np.uint8)).save(pair.mask)
+    observer = Recorder()
+    trainer = Trainer(config, oxford_copy, tmp_path / "out", device=CPU, observer=observer)
+    said = [f"{FEW - 1} validation photos with a pet are few"] if warned else []
+    assert [message.partition(" to ")[0] for message in trainer.warnings] == said
+    assert [m for m in observer.messages if m.startswith("warning: ")] == [f"warning: {w}" for w in trainer.warnings]
 
 
 def test_a_resumed_run_does_not_read_the_weights_that_it_began_with(

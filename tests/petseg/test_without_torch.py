@@ -1,0 +1,89 @@
+"""An exported file is measured without PyTorch, which a device does not have."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from petseg_runtime import default_model
+
+PACKAGES = {"torch", "torchvision", "safetensors", "tensorboard", "onnx", "onnxscript"}
+DRAWING = {"matplotlib"}
+MEASURE = ("evaluate", default_model(), "--device", "cpu")
+
+#: Runs the command line in which the packages named first look as if they were not installed; prints what it imported.
+PROGRAM = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+blocked = sys.argv[1].split()
+sys.meta_path.insert(0, Blocker())
+from petseg.cli import run
+code = run(sys.argv[2:])
+print("MODULES", *sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def petseg(*args: object, blocked: set[str] | None = None) -> tuple[int, str, list[str], set[str]]:
+    """Exit code, standard output, the lines of standard error, and the packages that were imported."""
+    command = [sys.executable, "-W", "error", "-c", PROGRAM, " ".join(blocked or ()), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    *lines, modules = done.stderr.splitlines()
+    assert modules.startswith("MODULES "), done.stderr
+    return done.returncode, done.stdout, lines, set(modules.split()[1:])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_exported_file_is_measured_alike_with_torch_and_without(oxford_root: Path, tmp_path: Path) -> None:
+    args = (*MEASURE, "--data", oxford_root, "--json", "--output")
+    there = petseg(*args, tmp_path / "there")
+    gone = petseg(*args, tmp_path / "gone", blocked=PACKAGES | DRAWING)
+    assert (there[0], there[2]) == (0, []), there
+    assert gone[0] == 0, gone
+    assert json.loads(gone[1])["photos"] == 6
+    assert gone[1] == there[1]
+    picture = tmp_path / "gone" / "worst.png"
+    assert gone[2] == [f"petseg: {picture}: not drawn, which needs matplotlib: pip install matplotlib"]
+    files = contents(tmp_path / "there")
+    assert files.pop("worst.png")
+    assert contents(tmp_path / "gone") == files
+    assert set(files) == {"evaluation.json", "images.csv"}
+    assert there[3] & PACKAGES == set(), "nor is it imported where it is installed"
+
+
+def test_measuring_imports_nothing_that_it_does_not_need(folder_root: Path) -> None:
+    code, _, _, modules = petseg(*MEASURE, "--data", folder_root, "--split", "val")
+    assert code == 0
+    assert modules & {*PACKAGES, *DRAWING, "av", "petseg_export"} == set()
+    assert {"numpy", "PIL"} <= modules
+
+
+def test_a_report_needs_matplotlib_and_no_torch(oxford_root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    args = (*MEASURE, "--data", oxford_root, "-q", "--report", tmp_path / "report")
+    code, _, lines, _ = petseg(*args, blocked=DRAWING)
+    assert code == 7
+    (line,) = lines
+    assert line.startswith("petseg: `petseg evaluate --report` needs matplotlib for its charts")
+    assert "pip install matplotlib" in line
+    assert not (tmp_path / "report").exists()
+    assert petseg(*args, blocked=PACKAGES)[:3] == (0, "", [])
+    assert set(contents(tmp_path / "report")) == {"report.html", "report.json"}
+
+
+def test_a_checkpoint_without_torch_names_the_extra(oxford_root: Path) -> None:
+    code, out, lines, _ = petseg("evaluate", "best.safetensors", "--data", oxford_root, blocked=PACKAGES | DRAWING)
+    assert (code, out) == (7, "")
+    assert lines == ["petseg: `petseg evaluate` needs torch, which is not installed: pip install 'petseg[train]'"]
