@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from petseg_runtime import __version__
+from petseg_runtime.cli.signals import terminable
 from petseg_runtime.cli.text import shown
 from petseg_runtime.errors import EXIT_INTERRUPTED, MissingExtra, OutputError, PetsegError
 
@@ -98,7 +99,8 @@ def main(args: list[str] | None = None) -> None:
 def run(args: list[str]) -> int:
     """Run the command line; returns the exit code."""
     try:
-        result: Any = petseg.main(args=args, prog_name="petseg", standalone_mode=False)
+        with terminable():
+            result: Any = petseg.main(args=args, prog_name="petseg", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except PetsegError as error:
         click.echo(f"petseg: {shown(error)}", err=True)

@@ -199,6 +199,8 @@ class Journal:
 
     def _clear_parts_of(self, name: Path) -> None:
         """Remove what was left half-written of a result, by its name without suffix: a file, several, or a folder."""
+        if not self._parts:  # as nearly always, and this is asked for each of a million photos
+            return
         files = re.compile(re.escape(name.name[:STEM]) + r"(-\d+)?")
         for key in [
             (at, stem) for at, stem in self._parts if at == name or (at == name.parent and files.fullmatch(stem))

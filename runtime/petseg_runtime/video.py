@@ -165,6 +165,7 @@ class Frame:
         duration: For how long it is shown, in units of ``time_base``; 0 if that is not known.
         sound: What came since the frame before.
         track: What its packets belong to; None: the source has no sound.
+        aspect: Width of a pixel by its height, as decoded, not upright; None: the source does not say.
     """
 
     number: int
@@ -177,6 +178,7 @@ class Frame:
     duration: int = 0
     sound: list[Sound] = field(default_factory=list)
     track: Track | None = None
+    aspect: Fraction | None = None
 
     @property
     def time(self) -> float:
@@ -354,6 +356,7 @@ class VideoReader:
                     duration,
                     [Sound(packet.packet, shift) for packet in sound],
                     self._track,
+                    self.stream.sample_aspect_ratio,
                 )
                 sound.clear()
                 yield frame

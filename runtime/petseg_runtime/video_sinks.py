@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Final, Protocol, Self
+from typing import IO, Any, BinaryIO, Final, Protocol, Self
 
 import av
 import av.error
@@ -81,6 +81,8 @@ _FRAGMENT: Final = 0.75
 
 #: Seconds from a key frame to the next; the first is for what is written without an end.
 _LIVE_KEY, _KEY = 2, 10
+#: Frames a second between which that is counted.
+_SLOWEST, _FASTEST = 10, 120
 
 #: Marks a folder of one video's numbered files as petseg's own: the next run replaces them, and removes those that are
 #: left of a longer run. In a folder without it, nothing that is there is touched.
@@ -194,6 +196,7 @@ class _Base:
             path.parent.mkdir(parents=True, exist_ok=True)
             if self._endless:
                 stack.callback(self._to_disk, path)
+                stack.push(lambda kind, error, trace: _drop_empty(path) if kind else None)
                 beside = path
             else:
                 stack.enter_context(synced_folder(path.parent))
@@ -271,7 +274,7 @@ class MovieSink(_Base):
         )
 
     def _begin(self, frame: Frame, painted: av.VideoFrame, track: Track | None) -> None:
-        path = next(self._paths)
+        path = next(filter(_claimed, self._paths)) if self._endless else next(self._paths)
         with self._begun(path) as (stack, beside):
             movie = _Movie(beside, MOVIES[path.suffix[1:]], frame, painted, track, self._endless, self._note)
             stack.enter_context(contextlib.closing(movie))
@@ -346,10 +349,10 @@ class _Movie:
         context = stream.codec_context
         context.width, context.height, context.pix_fmt = painted.width, painted.height, painted.format.name
         context.time_base = frame.time_base
-        context.gop_size = max(1, round(rate * (_LIVE_KEY if endless else _KEY)))
-        ratio = frame.picture.sample_aspect_ratio if hasattr(frame.picture, "sample_aspect_ratio") else None
-        if ratio:
-            context.sample_aspect_ratio = 1 / ratio if frame.quarters % 2 else ratio
+        # One frame may be shown for seconds, or for a tick: the distance of key frames stays one that can be sought in.
+        context.gop_size = round(min(max(rate, _SLOWEST), _FASTEST) * (_LIVE_KEY if endless else _KEY))
+        if frame.aspect:
+            context.sample_aspect_ratio = 1 / frame.aspect if frame.quarters % 2 else frame.aspect
         colours = Colours.of(frame.picture)
         context.colorspace, context.color_range = painted.colorspace, painted.color_range
         context.color_primaries, context.color_trc = colours.primaries, colours.transfer
@@ -473,7 +476,7 @@ class LinesSink(_Base):
         """Write a frame; see :class:`VideoSink`."""
         if self._file is None:
             with self._begun(self._path) as (stack, beside):
-                self._file = stack.enter_context(beside.open("x", encoding="utf-8"))
+                self._file = stack.enter_context(_appended(beside))
         with _errors_at(self._path):
             self._file.write(json.dumps(frame_record(frame, result)) + "\n")
             self._file.flush()
@@ -556,6 +559,31 @@ def _drop_later(last: Path) -> None:
             alike = path.suffix == last.suffix and len(path.stem) == len(last.stem)
             if alike and path.stem.isdecimal() and int(path.stem) > int(last.stem):
                 path.unlink()
+
+
+def _claimed(path: Path) -> bool:
+    """Whether a name was nobody's and now is ours: another process may be recording into the same folder.
+
+    Raises:
+        OutputError: The file cannot be made.
+    """
+    with _errors_at(path), contextlib.suppress(FileExistsError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(exist_ok=False)
+        return True
+    return False
+
+
+def _drop_empty(path: Path) -> None:
+    """Remove a file to which nothing was written: its encoder could not begin."""
+    with contextlib.suppress(OSError):
+        if not path.stat().st_size:
+            path.unlink()
+
+
+def _appended(path: Path) -> IO[str]:
+    """A new file, written at its end wherever that is: what rotates logs may cut off what has been written."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666), "w", encoding="utf-8")
 
 
 def _rate_of(frame: Frame) -> Fraction:

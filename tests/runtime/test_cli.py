@@ -34,6 +34,7 @@ from petseg_runtime.cli.text import parse_size
 from petseg_runtime.engines import onnxruntime, registry
 from petseg_runtime.errors import EngineError
 from petseg_runtime.extras import install
+from petseg_runtime.files import replacing
 from petseg_runtime.journal import JOURNAL, Journal
 from petseg_runtime.parity import Proof, load_proof, proof_of
 from petseg_runtime.sinks import KINDS, VIDEO_FORMATS
@@ -1312,6 +1313,24 @@ def test_a_sigterm_that_is_sent_twice_does_not_cut_short_what_the_first_one_clea
     assert end.value.code == 143
     assert cleaned_up
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_leaves_nothing_half_written_whatever_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler's way to end an export, an evaluation, a verification: its default would end Python at once."""
+    path = tmp_path / "model.onnx"
+
+    def exported() -> None:
+        with replacing(path) as beside:
+            beside.write_bytes(b"half")
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("petseg.cli.petseg.main", lambda **_: exported())
+    with pytest.raises(SystemExit) as end:
+        run(["export"])
+    assert end.value.code == 143
+    assert list(tmp_path.iterdir()) == []
 
 
 #: A probe that says who it is, and hangs.

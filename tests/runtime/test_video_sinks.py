@@ -521,6 +521,77 @@ def test_a_live_file_may_be_moved_away_while_it_is_written(tmp_path: Path) -> No
     assert frame_times(tmp_path / "elsewhere.mp4")
 
 
+def test_two_that_record_into_one_folder_write_no_file_of_the_other(tmp_path: Path) -> None:
+    """Two services whose URLs differ in the query alone, or an old process that is still finishing."""
+    sinks = [MovieSink(numbered(tmp_path, "mp4"), Painter("mask"), endless=True, segment=0.5) for _ in range(2)]
+    for number in range(30):
+        for sink in sinks:
+            sink.write(frame := frame_of(number), result_of(frame))
+    for sink in sinks:
+        sink.close()
+    first, second = ({path.name for path in sink.paths} for sink in sinks)
+    assert len(first) == len(second) >= 2
+    assert not first & second
+    assert sum(len(frame_times(path)) for path in tmp_path.iterdir()) == 60
+
+
+def test_a_movie_that_cannot_begin_leaves_no_name_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise ValueError("no such encoder")
+
+    monkeypatch.setattr(video_sinks, "_Movie", refused)
+    sink = MovieSink(numbered(tmp_path, "mp4"), Painter("mask"), endless=True)
+    with pytest.raises(OutputError, match=r"0001\.mp4: cannot be written \(no such encoder\)"):
+        sink.write(frame := frame_of(0), result_of(frame))
+    assert not list(tmp_path.iterdir())
+
+
+def test_lines_go_on_at_the_end_of_a_file_that_was_cut_off(tmp_path: Path) -> None:
+    """As logrotate does (copytruncate), since live lines have no pieces."""
+    path = tmp_path / "0001.ndjson"
+    with LinesSink(path, endless=True) as sink:
+        for number in range(3):
+            sink.write(frame := frame_of(number), result_of(frame))
+            if number == 1:
+                os.truncate(path, 0)
+    (line,) = path.read_text().splitlines()
+    assert json.loads(line)["number"] == 2
+
+
+@pytest.mark.parametrize("quarters", [0, 1])
+def test_pixels_keep_their_shape(tmp_path: Path, quarters: int) -> None:
+    """Of DVDs, DV and HDV, whose pixels are no squares."""
+    clip, ratio = tmp_path / "dv.mp4", Fraction(64, 45)
+    with av.open(str(clip), "w") as file:
+        stream = file.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = ratio
+        for number in range(3):
+            frame = av.VideoFrame.from_ndarray(picture(number))
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    with VideoReader(clip) as reader, MovieSink([tmp_path / "out.mp4"], Painter("mask"), endless=False) as sink:
+        for frame in reader:
+            assert frame.aspect == ratio
+            frame.quarters = quarters
+            sink.write(frame, result_of(frame))
+    with av.open(str(tmp_path / "out.mp4")) as file:
+        assert file.streams.video[0].sample_aspect_ratio == (1 / ratio if quarters else ratio)
+
+
+@pytest.mark.parametrize(("duration", "most"), [(50, 100), (1, 100)])
+def test_key_frames_have_a_distance_that_can_be_sought_in(tmp_path: Path, duration: int, most: int) -> None:
+    """The first frame of a screen recording may stand for seconds, or for a tick."""
+    base = Fraction(1, 25) if duration > 1 else Fraction(1, 90000)
+    with MovieSink([tmp_path / "out.mp4"], Painter("mask"), endless=False) as sink:
+        for number in range(4):
+            frame = frame_of(number)
+            frame.pts, frame.duration, frame.time_base = number * duration, duration, base
+            sink.write(frame, result_of(frame))
+        (movie,) = sink._movies
+        assert most <= movie._picture.codec_context.gop_size <= 1200
+
+
 def test_of_each_numbered_picture_the_disk_is_not_told(tmp_path: Path, on_disk: list[tuple[int, int]]) -> None:
     clip = write_clip(tmp_path / "clip.mp4", frames=3, sound=None)
     run(clip, PicturesSink(tmp_path / "out", Picture("mask", "png", render_of("mask"))))

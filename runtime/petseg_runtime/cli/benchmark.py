@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from petseg_runtime.cli.signals import terminable
 from petseg_runtime.cli.text import BACKEND, HELP, MINUTES, PATH, SCHEMA_VERSION, SECONDS, shown
 from petseg_runtime.errors import EngineError
 
@@ -58,7 +57,6 @@ _SUSTAINED_METHOD = (
 @click.option("--no-cuda-graph", is_flag=True, help="TensorRT without CUDA graphs, to see what they gain.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, every time too, as one JSON object.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-@terminable()
 def benchmark(
     model: Path | None,
     backends: tuple[str, ...],

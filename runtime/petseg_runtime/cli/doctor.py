@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import click
 
 from petseg_runtime.cameras import why_not
-from petseg_runtime.cli.signals import terminable
 from petseg_runtime.cli.text import HELP, SCHEMA_VERSION, shown
 from petseg_runtime.errors import EngineError
 from petseg_runtime.extras import install
@@ -26,7 +25,6 @@ __all__ = ["cpu_lines", "doctor"]
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help=HELP["json"])
-@terminable()
 def doctor(as_json: bool) -> int:
     """Say what this machine has, and try every engine on it.
 

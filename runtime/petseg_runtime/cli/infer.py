@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from petseg_runtime.cli.signals import terminable
 from petseg_runtime.cli.text import (
     BACKEND,
     HELP,
@@ -114,7 +113,6 @@ VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per photo or frame on stdout, then a summary.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what runs it, and what each step took.")
 @click.option("-q", "--quiet", is_flag=True, help=HELP["quiet"])
-@terminable()
 def infer(
     sources: tuple[str, ...],
     output: Path | None,
