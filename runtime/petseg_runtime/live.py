@@ -154,7 +154,7 @@ class LiveSource:
         if self._patience is not None or self.origin.container != "v4l2" or not isinstance(target, str):
             return
         if why := cameras.why_not(target):
-            self._tell(StateChange("ended", why))
+            self._tell(StateChange("ended", "the camera cannot be used"))  # why is in the error
             raise UnreadableVideo(why, self.origin.shown)
 
     def _open(self) -> VideoReader:

@@ -1024,6 +1024,21 @@ def test_heic_is_read_from_files_bytes_and_pipes(tmp_path: Path) -> None:
         assert image.size == (128, 96)
 
 
+def test_of_a_pipe_no_more_is_read_than_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_BYTES", 5000)
+
+    class Endless(Unrewindable):
+        given = 0
+
+        def read(self, size: int = -1) -> bytes:
+            self.given += 1000
+            assert self.given <= 6000
+            return bytes(1000)
+
+    with pytest.raises(ImageTooLarge, match="the limit is"):
+        read(Endless(b""))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_orientation_of_heic_is_applied_once(orientation: int) -> None:
     exif = Image.Exif()
