@@ -74,7 +74,9 @@ class LazyGroup(click.Group):
 
 def missing(command: str, extra: str, error: ModuleNotFoundError) -> str:
     """What to say when a subcommand's packages are not installed."""
-    return f"`petseg {command}` needs {error.name}, which is not installed: pip install 'petseg[{extra}]'"
+    from petseg_runtime.extras import install  # brings importlib.metadata along, which every start would pay for
+
+    return f"`petseg {command}` needs {error.name}, which is not installed: {install(extra)}"
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -152,7 +152,8 @@ def test_the_light_install_says_which_extra_training_needs(light: Path, tmp_path
     command = [str(light / "bin" / "petseg"), "train", "--data", "x", "--output", "y"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 7
-    assert "pip install 'petseg[train]'" in done.stderr
+    assert "pip install" in done.stderr
+    assert "'torch>=" in done.stderr
 
 
 def test_the_light_install_takes_less_than_350_mb(light: Path) -> None:

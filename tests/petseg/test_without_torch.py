@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from petseg_runtime import default_model
+from petseg_runtime.extras import install
 
 PACKAGES = {"torch", "torchvision", "safetensors", "tensorboard", "onnx", "onnxscript"}
 DRAWING = {"matplotlib"}
@@ -86,4 +87,4 @@ def test_a_report_needs_matplotlib_and_no_torch(oxford_root: Path, tmp_path: Pat
 def test_a_checkpoint_without_torch_names_the_extra(oxford_root: Path) -> None:
     code, out, lines, _ = petseg("evaluate", "best.safetensors", "--data", oxford_root, blocked=PACKAGES | DRAWING)
     assert (code, out) == (7, "")
-    assert lines == ["petseg: `petseg evaluate` needs torch, which is not installed: pip install 'petseg[train]'"]
+    assert lines == [f"petseg: `petseg evaluate` needs torch, which is not installed: {install('train')}"]
