@@ -35,7 +35,8 @@ def terminable() -> Iterator[None]:
     try:
         yield
     except SystemExit:
-        click.echo("petseg: terminated", err=True)
+        if ending:  # a reader of our output that is gone ends the process so, too
+            click.echo("petseg: terminated", err=True)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
