@@ -8,7 +8,6 @@ one's thresholds are chosen on the same validation photos. ``--resume`` goes on 
 
 from __future__ import annotations
 
-import csv
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -19,10 +18,11 @@ import torch
 
 from benchmarks import photos, records
 from benchmarks.rival import NAME, LrAspp, RivalTrainer, Said, measured
-from petseg import recipes
+from petseg import log, recipes
 from petseg.config import TrainConfig, from_dict
 from petseg.model import AttentionUNet
-from petseg.train import LAST, LOG, Trainer
+from petseg.run_state import LAST
+from petseg.train import Trainer
 
 #: Folder of each run: what the network is called, its class, what trains it.
 NETWORKS: Final[dict[str, tuple[str, type[AttentionUNet], type[Trainer]]]] = {
@@ -69,5 +69,4 @@ def reached(
 
 def typical_epoch(run: Path) -> float:
     """What the steps of an epoch took, the median: a machine that is shared is slow at times."""
-    with (run / LOG).open(encoding="utf-8") as log:
-        return median(float(row["seconds"]) for row in csv.DictReader(log))
+    return median(row.seconds for row in log.read(run / log.LOG))

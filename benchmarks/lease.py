@@ -50,8 +50,10 @@ from petseg.data import Pair, Split, find, read_pair, resize_trimap
 from petseg.device import pick_device
 from petseg.evaluate import Evaluation, OpenedModel, evaluate, open_model
 from petseg.metrics import Border, best_threshold
+from petseg.observers import Observer
 from petseg.reference import torch_run
-from petseg.train import BEST, QUICK_SAVE, Observer, RunState, Trainer
+from petseg.run_state import BEST, QUICK_SAVE, RunState
+from petseg.train import Trainer
 from petseg_runtime import images
 from petseg_runtime.cli.text import PATH, parse_size
 from petseg_runtime.errors import DataError
@@ -67,7 +69,7 @@ STEPS: Final = 60
 START: Final = 20.0
 #: Seconds from its last photo to its end: curves, pictures.
 FINISH: Final = 15.0
-#: What saving adds to the time of a run at most, where a state takes longer than QUICK_SAVE (petseg.train).
+#: What saving adds to the time of a run at most, where a state takes longer than QUICK_SAVE (petseg.run_state).
 SAVING: Final = 1.1
 MARGIN: Final = 0.06  # share of the time that is kept back
 BATCH: Final = 16  # photos at a time, in the measurement
@@ -227,21 +229,23 @@ def warmed_up(job: Job, config: TrainConfig, folder: Path, train: int, val: int)
     trainer.fit()
     begin = time.perf_counter()
     side = (config.data.height, config.data.width)
-    evaluate(torch_run(trainer.model, device), trainer.good_val_pairs, *side, batch=BATCH)
+    evaluate(torch_run(trainer.model, device), trainer.photos.good_val, *side, batch=BATCH)
     measure = time.perf_counter() - begin
     first, second = trainer.state.history
+    assert first.elapsed is not None
+    assert second.elapsed is not None
     steps = len(clock.marks) - 1
     step = (clock.marks[-1] - clock.marks[steps // 2]) / (steps - steps // 2)  # of the later half, in full swing
-    save = trainer.save_took
+    save = trainer.last.took
     del trainer  # what it holds of the GPU's memory is the run's
     gc.collect()
     torch.cuda.empty_cache()
     return {
         "read_a_photo": read / some,
-        "first_epoch_more": max(0.0, first["seconds"] - second["seconds"]),
-        "epoch_start": max(0.0, second["seconds"] - step * steps),
+        "first_epoch_more": max(0.0, first.seconds - second.seconds),
+        "epoch_start": max(0.0, second.seconds - step * steps),
         "step": step,
-        "validate_and_save": second["elapsed"] - first["elapsed"] - second["seconds"],
+        "validate_and_save": second.elapsed - first.elapsed - second.seconds,
         "save": save,
         "measure_a_photo": measure / val,
     }

@@ -12,7 +12,6 @@ that ships are of: the same export in the same engines, in turns with it. Random
 from __future__ import annotations
 
 import contextlib
-import csv
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -28,14 +27,15 @@ from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 from benchmarks import photos, records
 from benchmarks.latency import told
 from benchmarks.turns import alternated, count, timed
-from petseg import checkpoint, recipes
+from petseg import checkpoint, log, recipes
 from petseg.config import TrainConfig, from_dict
 from petseg.data import Split, find
 from petseg.evaluate import Evaluation, evaluate
 from petseg.metrics import Border, best_threshold
 from petseg.model import AttentionUNet, AttentionUNetConfig
+from petseg.observers import Observer
 from petseg.reference import torch_run
-from petseg.train import Observer, Trainer
+from petseg.train import Trainer
 from petseg_export.deploy import DeployedUNet
 from petseg_export.onnx import graph_bytes
 from petseg_runtime.artifact import PROVENANCE_KEY, default_model, open_artifact
@@ -69,7 +69,7 @@ class LrAspp(AttentionUNet):
 class RivalTrainer(Trainer):
     """The same trainer, another network."""
 
-    def _start_weights(self, init: Path | None, root: Path) -> AttentionUNet:
+    def first_network(self, init: Path | None) -> AttentionUNet:
         return LrAspp(self.config.model)
 
 
@@ -79,8 +79,8 @@ class Said(Observer):
     def started(self, message: str) -> None:
         click.echo(message, err=True)
 
-    def epoch(self, row: dict[str, float]) -> None:
-        click.echo(f"epoch {row['epoch']:.0f}  loss {row['loss']:.4f}  val IoU {row['val_iou']:.4f}", err=True)
+    def epoch(self, row: log.Row) -> None:
+        click.echo(f"epoch {row.epoch}  loss {row.loss:.4f}  val IoU {row.val_iou:.4f}", err=True)
 
 
 @click.command()
@@ -110,8 +110,7 @@ def rival(data: Path, output: Path, teacher: Path | None, epochs: int, resume: b
 
 def seconds_of(run: Path) -> float:
     """What its steps took, all in all."""
-    with (run / "log.csv").open(encoding="utf-8") as log:
-        return sum(float(row["seconds"]) for row in csv.DictReader(log))
+    return sum(row.seconds for row in log.read(run / log.LOG))
 
 
 def measured(path: Path, kind: type[AttentionUNet], data: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ leaves in its own run.json and log.csv. The first epoch of each run warms up and
 
 from __future__ import annotations
 
-import csv
 import json
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import click
 
 from benchmarks import records
 from benchmarks.photos import training_set
-from petseg import recipes
+from petseg import log, recipes
 from petseg.device import pick_device
 
 #: Share of the photos that a run validates on; each epoch ends with it, and it is not timed.
@@ -97,9 +96,8 @@ def one(run: Run, data: Path, epochs: int, device: str) -> dict[str, Any]:
         command = words(run, epochs, device, workers=None if on_gpu(device) else 0)
         subprocess.run([*command, "--data", str(folder), "--output", str(output)], cwd=records.ROOT, check=True)
         record = json.loads((output / "run.json").read_text(encoding="utf-8"))
-        with (output / "log.csv").open(encoding="utf-8", newline="") as file:
-            log = list(csv.DictReader(file))
-    return row(run, record, log)
+        rows = log.read(output / log.LOG)
+    return row(run, record, rows)
 
 
 def on_gpu(device: str) -> bool:
@@ -134,12 +132,12 @@ def few(data: Path, folder: Path, photos: int) -> None:
     (folder / "annotations" / "trainval.txt").write_text("\n".join(chosen) + "\n", encoding="utf-8")
 
 
-def row(run: Run, record: Mapping[str, Any], log: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+def row(run: Run, record: Mapping[str, Any], rows: Sequence[log.Row]) -> dict[str, Any]:
     """What run.json and log.csv say, without the first epoch."""
-    counted = log[1:]
-    rates = [float(epoch["images_per_s"]) for epoch in counted]
-    waits = [float(epoch["data_wait"]) for epoch in counted]
-    steps = [int(epoch["step"]) - int(before["step"]) for before, epoch in zip(log, counted, strict=False)]
+    counted = rows[1:]
+    rates = [epoch.images_per_s for epoch in counted]
+    waits = [epoch.data_wait for epoch in counted]
+    steps = [epoch.step - before.step for before, epoch in zip(rows, counted, strict=False)]
     return {
         "name": run.name,
         "recipe": run.recipe,
@@ -150,7 +148,7 @@ def row(run: Run, record: Mapping[str, Any], log: Sequence[Mapping[str, str]]) -
         "threads": record["threads"],
         "workers": record["config"]["data"]["workers"],
         "steps": sum(steps),
-        "seconds": [float(e["seconds"]) / count for e, count in zip(counted, steps, strict=True)],
+        "seconds": [epoch.seconds / count for epoch, count in zip(counted, steps, strict=True)],
         "images_per_second": median(rates),
         "lowest_and_highest": [min(rates), max(rates)],
         "share_waiting_for_data": median(waits),

@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
     from petseg.config import TrainConfig
     from petseg.data import Pair, Split
     from petseg.evaluate import Evaluation, OpenedModel
-    from petseg.train import Observer, RunState, Trainer
+    from petseg.log import Row
+    from petseg.observers import Observer
+    from petseg.run_state import RunState
+    from petseg.train import Trainer
     from petseg_runtime.errors import DataError
 
 __all__ = ["data", "evaluate", "train"]
@@ -49,6 +53,35 @@ def _progress(quiet: bool) -> Progress:
         console=console,
         disable=quiet or not console.is_terminal,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What `petseg train` is to do with a run's settings; as its options say it.
+
+    Attributes:
+        root: The data folder.
+        output: Where everything goes.
+        recipe: From which the settings came, if from one.
+        device: What computes: auto, cpu, cuda or cuda:N.
+        init: A checkpoint to start from.
+        teacher: A model to learn from.
+        resume: Whether to go on with the run in ``output``.
+        tensorboard: Whether to write curves and pictures for TensorBoard.
+        as_json: Whether the result is printed as JSON.
+        quiet: Whether nothing but errors is printed.
+    """
+
+    root: Path
+    output: Path
+    recipe: str | None
+    device: str
+    init: Path | None
+    teacher: Path | None
+    resume: bool
+    tensorboard: bool
+    as_json: bool
+    quiet: bool
 
 
 @click.command()
@@ -125,45 +158,45 @@ def train(
         return 0
     assert root is not None
     assert output is not None
-    return _train(config, root, output, recipe, device, init, teacher, resume, tensorboard, as_json, quiet)
+    asked = Asked(
+        root=root,
+        output=output,
+        recipe=recipe,
+        device=device,
+        init=init,
+        teacher=teacher,
+        resume=resume,
+        tensorboard=tensorboard,
+        as_json=as_json,
+        quiet=quiet,
+    )
+    return _train(config, asked)
 
 
-def _train(
-    config: TrainConfig,
-    root: Path,
-    output: Path,
-    recipe: str | None,
-    device: str,
-    init: Path | None,
-    teacher: Path | None,
-    resume: bool,
-    tensorboard: bool,
-    as_json: bool,
-    quiet: bool,
-) -> int:
-    """Train with settings that are complete; returns the exit code. The arguments are those of :func:`train`."""
+def _train(config: TrainConfig, asked: Asked) -> int:
+    """Train with settings that are complete; returns the exit code."""
     from petseg.distributed import join, local_device
     from petseg.record import commit
     from petseg.train import Trainer
     from petseg_runtime.errors import EXIT_PARTIAL, NonFiniteLoss
 
-    command = shlex.join(["petseg", *sys.argv[1:]])
-    where = local_device(device)
-    _check_writable(output)  # before an epoch, which may take hours, not after it
-    with join(where) as ranks:
-        hushed = quiet or not ranks.first
-        with _progress(hushed) as progress, _board(config, output, tensorboard and ranks.first) as board:
+    origin = {"command": shlex.join(["petseg", *sys.argv[1:]]), "commit": commit()}
+    device = local_device(asked.device)
+    _check_writable(asked.output)  # before an epoch, which may take hours, not after it
+    with join(device) as ranks:
+        hushed = asked.quiet or not ranks.first
+        with _progress(hushed) as progress, _board(config, asked, ranks.first) as board:
             observer = _observer(config.epochs, progress, hushed, ranks.first)
             trainer = Trainer(
                 config,
-                root,
-                output,
-                device=where,
-                init=init,
-                teacher=teacher,
-                resume=resume,
+                asked.root,
+                asked.output,
+                device=device,
+                init=asked.init,
+                teacher=asked.teacher,
+                resume=asked.resume,
                 observer=_both(observer, board),
-                provenance={"command": command, "commit": commit(), **({"recipe": recipe} if recipe else {})},
+                provenance={**origin, **({"recipe": asked.recipe} if asked.recipe else {})},
                 ranks=ranks,
             )
             try:
@@ -178,8 +211,8 @@ def _train(
                 return error.exit_code  # the first process says it for all
     if not ranks.first:
         return 0  # torchrun would end the first one, which still has pictures to make, for any other
-    _finish(trainer, best, as_json, quiet)
-    return EXIT_PARTIAL if trainer.bad else 0
+    _finish(trainer, best, asked)
+    return EXIT_PARTIAL if trainer.photos.bad else 0
 
 
 def _known_recipe(ctx: click.Context, name: str | None) -> str | None:
@@ -237,19 +270,19 @@ def _train_config(
     return from_dict(TrainConfig, raw)
 
 
-def _finish(trainer: Trainer, best: Path, as_json: bool, quiet: bool) -> None:
+def _finish(trainer: Trainer, best: Path, asked: Asked) -> None:
     """The record, the pictures, and what is printed at the end."""
+    from petseg.log import LOG
     from petseg.record import RUN, write_record
-    from petseg.train import LOG
 
     write_record(trainer)  # first: a picture that cannot be made is no reason to lose it
     drawn = _draw(trainer, best)
-    output, row = trainer.output, max(trainer.state.history, key=lambda r: r["val_iou"])
-    if as_json:
-        click.echo(json.dumps({"schema_version": 1, "checkpoint": str(best), "best": row}))
-    elif not quiet:
-        click.echo(f"{best}: validation IoU {row['val_iou']:.4f} at threshold {row['val_threshold']:.2f}")
-        click.echo(f"{output / LOG}; beside it {', '.join((RUN, *drawn))}")
+    row = max(trainer.state.history, key=lambda row: row.val_iou)
+    if asked.as_json:
+        click.echo(json.dumps({"schema_version": 1, "checkpoint": str(best), "best": row.as_dict()}))
+    elif not asked.quiet:
+        click.echo(f"{best}: validation IoU {row.val_iou:.4f} at threshold {row.val_threshold:.2f}")
+        click.echo(f"{asked.output / LOG}; beside it {', '.join((RUN, *drawn))}")
 
 
 def _draw(trainer: Trainer, best: Path) -> list[str]:
@@ -260,7 +293,7 @@ def _draw(trainer: Trainer, best: Path) -> list[str]:
     output, drawn = trainer.output, []
     pictures: dict[str, Callable[[Path], None]] = {
         "curves.png": lambda path: plots.curves(trainer.state.history, path),
-        "predictions.png": lambda path: plots.predictions(best, trainer.good_val_pairs[:6], path),
+        "predictions.png": lambda path: plots.predictions(best, trainer.photos.good_val[:6], path),
     }
     for name, draw in pictures.items():
         try:
@@ -275,13 +308,14 @@ def _draw(trainer: Trainer, best: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _board(config: TrainConfig, output: Path, wanted: bool) -> Iterator[Observer | None]:
-    if not wanted:
+def _board(config: TrainConfig, asked: Asked, first: bool) -> Iterator[Observer | None]:
+    """What writes for TensorBoard, if that is asked for, in the first of several processes."""
+    if not (asked.tensorboard and first):
         yield None
         return
     from petseg.tensorboard import TensorBoard  # tensorboard takes seconds to import
 
-    board = TensorBoard(output / "tensorboard", config.data.height, config.data.width)
+    board = TensorBoard(asked.output / "tensorboard", config.data.height, config.data.width)
     try:
         yield board
     finally:
@@ -289,14 +323,14 @@ def _board(config: TrainConfig, output: Path, wanted: bool) -> Iterator[Observer
 
 
 def _both(observer: Observer, board: Observer | None) -> Observer:
-    from petseg.train import Observers
+    from petseg.observers import Observers
 
     return Observers(observer, board) if board else observer
 
 
 def _observer(epochs: int, progress: Progress, quiet: bool, first: bool) -> Observer:
     """Prints what happens to stderr; if quiet, only what is missing from the result."""
-    from petseg.train import Observer
+    from petseg.observers import Observer
 
     class Printer(Observer):
         def begin(self, per_epoch: int, batch: int) -> None:
@@ -320,11 +354,11 @@ def _observer(epochs: int, progress: Progress, quiet: bool, first: bool) -> Obse
             detail = f"loss {loss:.3f}  {rate:.0f} images/s"
             progress.update(self.task, completed=state.step, detail=detail, visible=True)
 
-        def epoch(self, row: dict[str, float]) -> None:
+        def epoch(self, row: Row) -> None:
             if not quiet:
                 progress.console.print(
-                    f"epoch {row['epoch']:.0f}/{epochs}  loss {row['loss']:.4f}  val IoU {row['val_iou']:.4f}  "
-                    f"Dice {row['val_dice']:.4f}  {row['images_per_s']:.0f} images/s",
+                    f"epoch {row.epoch}/{epochs}  loss {row.loss:.4f}  val IoU {row.val_iou:.4f}  "
+                    f"Dice {row.val_dice:.4f}  {row.images_per_s:.0f} images/s",
                     highlight=False,
                 )
 

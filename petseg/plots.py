@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from petseg.data import Pair, read_pair
 from petseg.evaluate import Evaluation, OpenedModel, Run, open_model
+from petseg.log import Row
 from petseg.metrics import counts, histogram
 from petseg_runtime import images
 from petseg_runtime.cli.text import shown
@@ -19,19 +20,19 @@ from petseg_runtime.spec import lowest_pet
 __all__ = ["curves", "grid", "predictions", "worst"]
 
 
-def curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
+def curves(history: Sequence[Row], path: Path) -> None:
     """Loss, validation IoU and Dice over epochs, as a PNG.
 
     Raises:
         OSError: It cannot be written.
     """
-    epochs = [row["epoch"] for row in history]
+    epochs = [row.epoch for row in history]
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     marker = "o" if len(epochs) == 1 else None  # a line through one point would not be seen
-    left.plot(epochs, [row["loss"] for row in history], marker=marker, label="training loss (BCE + Dice)")
-    right.plot(epochs, [row["val_iou"] for row in history], marker=marker, label="validation IoU")
-    right.plot(epochs, [row["val_dice"] for row in history], marker=marker, label="validation Dice")
+    left.plot(epochs, [row.loss for row in history], marker=marker, label="training loss (BCE + Dice)")
+    right.plot(epochs, [row.val_iou for row in history], marker=marker, label="validation IoU")
+    right.plot(epochs, [row.val_dice for row in history], marker=marker, label="validation Dice")
     # The curves fall on the left and rise on the right; "best" would search, and warn of it on a slow machine.
     for axes, free in ((left, "upper right"), (right, "lower right")):
         axes.set_xlabel("epoch")

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import petseg_runtime
+from petseg.log import Row
 from petseg.metrics import PUBLISHED
 from petseg.train import Trainer
 from petseg_runtime.errors import OutputError
@@ -44,7 +45,7 @@ def record(trainer: Trainer) -> dict[str, Any]:
         **reached(state.history, trainer.config.batch),
         "elapsed": state.elapsed,
         "stopped_early": trainer.stopped_early,
-        "warnings": trainer.warnings,
+        "warnings": trainer.photos.warnings,
         "peak_gpu_memory_bytes": state.peak_memory or None,
         "processes": trainer.ranks.size,
         "device": meta["device"],
@@ -60,7 +61,7 @@ def record(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def reached(rows: Sequence[Mapping[str, float]], batch: int) -> dict[str, Any]:
+def reached(rows: Sequence[Row], batch: int) -> dict[str, Any]:
     """What the rows of a log come to; JSON values.
 
     Args:
@@ -74,18 +75,18 @@ def reached(rows: Sequence[Mapping[str, float]], batch: int) -> dict[str, Any]:
         the first epoch at which the IoU on *validation* photos was the published one, which was measured on test
         photos, or null. Elapsed seconds are null where the log is of a version that did not take them.
     """
-    seconds = sum(row["seconds"] for row in rows)
-    first = next((row for row in rows if row["val_iou"] >= PUBLISHED_IOU), None)
+    seconds = sum(row.seconds for row in rows)
+    first = next((row for row in rows if row.val_iou >= PUBLISHED_IOU), None)
     return {
         "epochs": len(rows),
-        "best": max(rows, key=lambda row: row["val_iou"]),
-        "elapsed": rows[-1].get("elapsed"),
+        "best": max(rows, key=lambda row: row.val_iou).as_dict(),
+        "elapsed": rows[-1].elapsed,
         "seconds": seconds,
-        "images_per_s": rows[-1]["step"] * batch / max(seconds, 1e-9),
-        "data_wait": sum(row["data_wait"] * row["seconds"] for row in rows) / max(seconds, 1e-9),
+        "images_per_s": rows[-1].step * batch / max(seconds, 1e-9),
+        "data_wait": sum(row.data_wait * row.seconds for row in rows) / max(seconds, 1e-9),
         "validation_reached_published": None
         if first is None
-        else {"val_iou_at_least": PUBLISHED_IOU, "epoch": first["epoch"], "elapsed": first.get("elapsed")},
+        else {"val_iou_at_least": PUBLISHED_IOU, "epoch": first.epoch, "elapsed": first.elapsed},
     }
 
 

@@ -6,7 +6,6 @@ the best and worst photos are segmented once more, to be shown. The page says no
 
 from __future__ import annotations
 
-import csv
 import datetime
 import io
 import json
@@ -21,13 +20,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from petseg import report_page
+from petseg import log, report_page
 from petseg.data import VAL_LISTING, Layout, Pair, Split, read_pair
 from petseg.evaluate import Evaluation, OpenedModel
 from petseg.metrics import BACKGROUND, BORDER, PET, PUBLISHED, Border, Histogram, best_threshold, counts, json_ratio
 from petseg.report_page import Case
 from petseg_runtime import __version__, images
-from petseg_runtime.errors import OutputError
+from petseg_runtime.errors import OutputError, TrainingError
 from petseg_runtime.files import write_atomic
 from petseg_runtime.spec import lowest_pet
 
@@ -335,26 +334,20 @@ def _groups(
 
 def _training(path: Path, provenance: Mapping[str, Any]) -> dict[str, Any] | None:
     """The columns of the log beside a checkpoint, and the checkpoint's epoch; None if there is no such log."""
-    log = path.parent / "log.csv"
-    if path.suffix != ".safetensors" or not log.is_file():
+    file = path.parent / log.LOG
+    if path.suffix != ".safetensors" or not file.is_file():
         return None
     try:
-        with log.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        columns = {name: [_number(row[name]) for row in rows] for name in ("epoch", "loss", "val_iou", "val_dice")}
-        if not rows or None in columns["epoch"]:
-            raise ValueError("it has no epochs")
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        # The curves are an extra; a log that somebody has edited is no reason to lose the report.
-        return {"problem": f"log.csv beside the checkpoint is not a log of petseg train ({type(error).__name__})"}
+        rows = log.read(file)
+    except TrainingError:  # the curves are an extra; a log that somebody has edited is no reason to lose the report
+        rows = []
+    curves = ("epoch", "loss", "val_iou", "val_dice")
+    columns = {name: [_finite(getattr(row, name)) for row in rows] for name in curves}
+    if not rows or None in columns["epoch"]:
+        return {"problem": f"{log.LOG} beside the checkpoint is not a log of petseg train"}
     epoch = provenance.get("epoch")
     drawn = isinstance(epoch, int | float) and 0 < epoch < 1e9  # NaN and infinity, which no JSON has, are not
     return {"log": columns, "checkpoint_epoch": epoch if drawn else None}
-
-
-def _number(text: str) -> float | None:
-    value = float(text)
-    return value if math.isfinite(value) else None
 
 
 def _finite(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -13,8 +13,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from petseg.data import Pair, read_pair
 from petseg.evaluate import Run
+from petseg.log import Row
 from petseg.metrics import BORDER, PET
-from petseg.train import Observer, RunState
+from petseg.observers import Observer
+from petseg.run_state import RunState
 from petseg_runtime import images
 from petseg_runtime.errors import OutputError
 from petseg_runtime.spec import lowest_pet
@@ -57,19 +59,19 @@ class TensorBoard(Observer):
             board.add_scalar("train/loss", loss, state.step)
             board.add_scalar("train/lr", lr, state.step)
 
-    def epoch(self, row: dict[str, float]) -> None:
+    def epoch(self, row: Row) -> None:
         """Metrics and speed; they are on the disk afterwards."""
-        step = int(row["step"])
-        with self._writing(step) as board:
+        columns = row.as_dict()
+        with self._writing(row.step) as board:
             for name in CURVES:
-                board.add_scalar(f"epoch/{name}", row[name], step)
+                board.add_scalar(f"epoch/{name}", columns[name], row.step)
             board.flush()
 
-    def validated(self, run: Run, pairs: Sequence[Pair], row: Mapping[str, float]) -> None:
+    def validated(self, run: Run, pairs: Sequence[Pair], row: Row) -> None:
         """Photo, truth, probability and mask, side by side, a row for each of the first photos."""
-        rows = [self._row(run, pair, row["val_threshold"]) for pair in pairs[:SHOWN]]
-        with self._writing(int(row["step"])) as board:
-            board.add_image("validation", np.concatenate(rows), int(row["step"]), dataformats="HWC")
+        rows = [self._row(run, pair, row.val_threshold) for pair in pairs[:SHOWN]]
+        with self._writing(row.step) as board:
+            board.add_image("validation", np.concatenate(rows), row.step, dataformats="HWC")
 
     def close(self) -> None:
         """Finish the file.

@@ -9,7 +9,6 @@ and reached (``results/training/edge.json``); with ``--on-from-shipped`` behind 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import shutil
@@ -24,8 +23,8 @@ from benchmarks import records
 from benchmarks.embedded.measure import RECORDS, embedded
 from benchmarks.photos import TEST_SETS, original_size
 from petseg import checkpoint as checkpoints
+from petseg import log
 from petseg.record import RUN, reached
-from petseg.train import LOG
 from petseg_export import OnnxConfig, export
 from petseg_runtime.artifact import default_model, open_artifact
 
@@ -82,9 +81,7 @@ def trained(runs: Sequence[Path]) -> list[dict[str, Any]]:
     found = []
     for run in runs:
         meta = checkpoints.load(run / "best.safetensors").meta
-        with (run / LOG).open(encoding="utf-8", newline="") as file:
-            # Rows from before a column was there, in a run of an older version, have nothing in it.
-            log = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+        rows = log.read(run / log.LOG)
         ended = json.loads((run / RUN).read_text(encoding="utf-8")) if (run / RUN).exists() else {}
         told = ("config", "data", "teacher", "device", "precision", "versions")
         found.append(
@@ -92,9 +89,9 @@ def trained(runs: Sequence[Path]) -> list[dict[str, Any]]:
                 "name": run.name,
                 **{key: meta["provenance"].get(key) for key in ("command", "commit")},
                 **{key: meta.get(key) for key in told},
-                **reached(log, meta["config"]["batch"]),
+                **reached(rows, meta["config"]["batch"]),
                 **{key: ended.get(key) for key in ("peak_gpu_memory_bytes", "processes", "threads")},
-                "log": log,
+                "log": [row.as_dict() for row in rows],
             }
         )
     return found

@@ -28,7 +28,7 @@ from petseg.data import Split, find, read_pair, resize_trimap
 from petseg.evaluate import evaluate, open_model
 from petseg.model import AttentionUNet, AttentionUNetConfig
 from petseg.reference import torch_run
-from petseg.train import learning_rate
+from petseg.schedule import learning_rate
 from petseg_runtime.errors import DataError
 
 #: width 4, and as fast as it gets

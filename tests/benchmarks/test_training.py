@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from petseg import recipes
+from petseg import log, recipes
 from petseg.config import TrainConfig, from_dict, override
 from petseg.data import Split, find
+from tiny_runs import a_row
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,7 +48,7 @@ def test_a_gpu_trains_the_recipes_networks_at_256_with_their_own_workers(
         output = Path(words[words.index("--output") + 1])
         output.mkdir()
         (output / "run.json").write_text("{}")
-        (output / "log.csv").write_text("epoch\n1\n")
+        log.write(output / log.LOG, [])
 
     few: list[int] = []
     monkeypatch.setattr(training, "pick_device", lambda name: torch.device("cuda" if gpu else "cpu"))
@@ -84,8 +85,8 @@ def test_a_few_photos_are_a_data_folder(training: Any, tmp_path: Path) -> None:
 
 
 def test_the_first_epoch_is_not_counted(training: Any) -> None:
-    log = [
-        {"step": str(8 * (i + 1)), "seconds": str(s), "images_per_s": str(256 / s), "data_wait": str(w)}
+    rows = [
+        a_row(epoch=i + 1, step=8 * (i + 1), seconds=s, images_per_s=256 / s, data_wait=w)
         for i, (s, w) in enumerate(((40, 0.5), (8, 0.1), (16, 0.2), (8, 0.1)))
     ]
     record = {
@@ -99,7 +100,7 @@ def test_the_first_epoch_is_not_counted(training: Any) -> None:
         "seconds": 90.0,
         "peak_gpu_memory_bytes": None,
     }
-    row = training.row(training.RUNS[0], record, log)
+    row = training.row(training.RUNS[0], record, rows)
     assert row["steps"] == 24
     assert row["seconds"] == [1.0, 2.0, 1.0]
     assert (row["images_per_second"], row["lowest_and_highest"]) == (32.0, [16.0, 32.0])

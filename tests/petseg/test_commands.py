@@ -174,7 +174,7 @@ def test_a_photo_that_became_unreadable_costs_a_picture_and_not_the_run(
     write, out = records.write_record, tmp_path / "run"
 
     def spoil_and_write(trainer: training.Trainer) -> None:
-        for pair in trainer.val_pairs:
+        for pair in trainer.photos.val:
             pair.image.write_bytes(b"no photo")
         write(trainer)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,9 +21,12 @@ from petseg.checkpoint import load
 from petseg.cli import run
 from petseg.config import TrainConfig, from_dict, to_dict
 from petseg.distributed import Ranks, SyncedBatchNorm, join, local_device, synchronized
-from petseg.train import BEST, LAST, LOG, Step, Trainer
+from petseg.log import LOG
+from petseg.run_state import BEST, LAST
+from petseg.train import Trainer
 from petseg.train_set import EpochSampler
 from petseg_runtime.errors import EngineError, TrainingError
+from tiny_runs import Recorder, at
 
 CPU = torch.device("cpu")
 #: Two levels: gloo needs a while for each BatchNorm.
@@ -100,16 +104,19 @@ import json, math, os, signal, sys, time, torch
 from datetime import timedelta
 from pathlib import Path
 import petseg.data as data
+import petseg.checkpoint as checkpoints
 import petseg.train as training
 from petseg.config import TrainConfig, from_dict
 from petseg.distributed import join
+from petseg.observers import Observer
+from petseg.run_state import LAST
 from petseg_runtime.errors import InputError, OutputError
 
 config, root, out = {config!r}, Path({root!r}), Path({out!r})
 torch.set_num_threads(1)
 done = {{}}
 
-class Acts(training.Observer):
+class Acts(Observer):
     def __init__(self, at, act):
         self.at, self.act, self.steps = at, act, []
     def step(self, state, loss, lr):
@@ -122,7 +129,7 @@ def attempt(name, ranks, act, at=3, late=False, **more):
     try:
         trainer = training.Trainer(
             from_dict(TrainConfig, {{**config, **more}}), root, out / name, device=torch.device("cpu"),
-            ranks=ranks, observer=observer, resume=(out / name / training.LAST).exists(),
+            ranks=ranks, observer=observer, resume=(out / name / LAST).exists(),
         )
         trainer.late = late
         trainer.fit()
@@ -165,10 +172,10 @@ IN_ORDER = """
 
     def full(*words):
         raise OutputError("the disk is full")
-    write = training.checkpoint.save_checkpoint
-    training.checkpoint.save_checkpoint = full
+    write = checkpoints.save_checkpoint
+    checkpoints.save_checkpoint = full
     attempt("full", ranks, nothing)
-    training.checkpoint.save_checkpoint = write
+    checkpoints.save_checkpoint = write
 
     attempt("early", ranks, nothing, epochs=30, early_stop=1, optimizer=dict(lr=1e-9))
     attempt("resumed", ranks, nothing)
@@ -222,17 +229,9 @@ def ends(oxford_root: Path, whole: Path, tmp_path_factory: pytest.TempPathFactor
 
 def stop_after(root: Path, out: Path, step: int) -> None:
     """One process, stopped."""
-    trainer = Trainer(tiny(), root, out, device=CPU)
-    take = trainer._step
-
-    def count(*batch: Any) -> Step:
-        if trainer.state.step == step - 1:
-            trainer._stop = True
-        return take(*batch)
-
-    trainer._step = count  # type: ignore[method-assign]
+    observer = Recorder(at_step=at(step, lambda: signal.raise_signal(signal.SIGTERM)))
     with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
+        Trainer(tiny(), root, out, device=CPU, observer=observer).fit()
 
 
 def end_of(ends: Path, name: str) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from PIL import Image
 from petseg import plots
 from petseg.checkpoint import save_checkpoint
 from petseg.data import Layout, Pair
+from petseg.log import Row
 from petseg.model import AttentionUNet, AttentionUNetConfig
 from petseg.reference import torch_run
 from petseg_runtime import images
 from petseg_runtime.errors import DataError
+from tiny_runs import a_row
 
 SIZES = [(64, 64), (37, 101), (300, 20), (1, 1), (5, 400)]  # height, width
 
@@ -56,9 +59,9 @@ def red(batch: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(batch[..., 0])
 
 
-def history(epochs: int) -> list[dict[str, float]]:
+def history(epochs: int) -> list[Row]:
     return [
-        {"epoch": i + 1, "loss": 1 / (i + 1), "val_iou": 0.5 + 0.4 * i / epochs, "val_dice": 0.6 + 0.3 * i / epochs}
+        a_row(epoch=i + 1, loss=1 / (i + 1), val_iou=0.5 + 0.4 * i / epochs, val_dice=0.6 + 0.3 * i / epochs)
         for i in range(epochs)
     ]
 
@@ -93,8 +96,8 @@ def test_curves_show_loss_iou_and_dice_over_epochs(tmp_path: Path, drawn: list[F
     left, right = drawn[0].axes
     assert [line.get_label() for line in right.lines] == ["validation IoU", "validation Dice"]
     for line, name in zip((*left.lines, *right.lines), ("loss", "val_iou", "val_dice"), strict=True):
-        assert list(line.get_xdata()) == [row["epoch"] for row in rows]
-        assert list(line.get_ydata()) == [row[name] for row in rows]
+        assert list(line.get_xdata()) == [row.epoch for row in rows]
+        assert list(line.get_ydata()) == [getattr(row, name) for row in rows]
 
 
 def test_a_single_epoch_can_be_seen(tmp_path: Path, drawn: list[Figure]) -> None:
@@ -106,7 +109,7 @@ def test_a_single_epoch_can_be_seen(tmp_path: Path, drawn: list[Figure]) -> None
 
 def test_an_undefined_value_leaves_a_gap(tmp_path: Path, drawn: list[Figure]) -> None:
     rows = history(5)
-    rows[2]["val_dice"] = math.nan
+    rows[2] = dataclasses.replace(rows[2], val_dice=math.nan)
     plots.curves(rows, tmp_path / "curves.png")
     opened(tmp_path / "curves.png")
     _, dice = drawn[0].axes[1].lines

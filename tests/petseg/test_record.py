@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -17,7 +18,8 @@ from petseg import record as records
 from petseg.checkpoint import load
 from petseg.config import TrainConfig, from_dict, to_dict
 from petseg.record import PUBLISHED_IOU, commit, reached, record, write_record
-from petseg.train import BEST, Trainer
+from petseg.run_state import BEST
+from petseg.train import Trainer
 from petseg_runtime import __version__
 from petseg_runtime.errors import OutputError
 
@@ -54,13 +56,13 @@ def test_a_record_says_what_was_run_and_what_it_reached(finished: Trainer) -> No
     assert found["config"] == to_dict(finished.config)
     assert found["data"]["train_photos"] == 22
     assert found["data"]["names_sha256"] == finished.meta["data"]["names_sha256"]
-    assert found["best"] == max(rows, key=lambda row: row["val_iou"])
-    assert found["warnings"] == finished.warnings
-    assert len(finished.warnings) == 1, "two photos to validate on are few"
+    assert found["best"] == max(rows, key=lambda row: row.val_iou).as_dict()
+    assert found["warnings"] == finished.photos.warnings
+    assert len(found["warnings"]) == 1, "two photos to validate on are few"
     assert (found["epochs"], found["stopped_early"], found["processes"]) == (2, False, 1)
-    assert found["elapsed"] >= rows[-1]["elapsed"] > rows[0]["elapsed"] > rows[0]["seconds"] > 0
-    assert found["seconds"] == rows[0]["seconds"] + rows[1]["seconds"] < rows[-1]["elapsed"]
-    assert found["images_per_s"] == pytest.approx(40 / sum(row["seconds"] for row in rows))
+    assert found["elapsed"] >= rows[-1].elapsed > rows[0].elapsed > rows[0].seconds > 0
+    assert found["seconds"] == rows[0].seconds + rows[1].seconds < rows[-1].elapsed
+    assert found["images_per_s"] == pytest.approx(40 / sum(row.seconds for row in rows))
     assert 0 < found["data_wait"] < 1
     assert (found["device"], found["precision"]) == ("cpu", "float32")
     assert (found["teacher"], found["peak_gpu_memory_bytes"], found["versions"]["cuda"]) == (None, None, None)
@@ -71,10 +73,10 @@ def test_a_record_says_what_was_run_and_what_it_reached(finished: Trainer) -> No
 def test_the_time_to_the_published_figure(
     finished: Trainer, monkeypatch: pytest.MonkeyPatch, ious: list[float], epoch: int | None
 ) -> None:
-    rows = [{**row, "val_iou": iou} for row, iou in zip(finished.state.history, ious, strict=True)]
+    rows = [dataclasses.replace(row, val_iou=iou) for row, iou in zip(finished.state.history, ious, strict=True)]
     monkeypatch.setattr(finished.state, "history", rows)
     want = (
-        {"val_iou_at_least": 0.8375, "epoch": float(epoch + 1), "elapsed": rows[epoch]["elapsed"]}
+        {"val_iou_at_least": 0.8375, "epoch": float(epoch + 1), "elapsed": rows[epoch].elapsed}
         if epoch is not None
         else None
     )
@@ -82,15 +84,16 @@ def test_the_time_to_the_published_figure(
 
 
 def test_a_log_of_a_version_without_the_wall_clock_is_read_all_the_same(finished: Trainer) -> None:
-    rows = [{k: v for k, v in row.items() if k != "elapsed"} for row in finished.state.history]
-    found = reached([{**row, "val_iou": 0.9} for row in rows], 4)
+    found = reached([dataclasses.replace(row, elapsed=None, val_iou=0.9) for row in finished.state.history], 4)
     assert (found["elapsed"], found["validation_reached_published"]["elapsed"]) == (None, None)
+    assert "elapsed" not in found["best"]
     assert found["images_per_s"] == record(finished)["images_per_s"]
 
 
 def test_the_share_of_waiting_is_over_the_whole_run(finished: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
-        {**row, "seconds": s, "data_wait": w} for row, s, w in zip(finished.state.history, (3, 1), (0, 1), strict=True)
+        dataclasses.replace(row, seconds=s, data_wait=w)
+        for row, s, w in zip(finished.state.history, (3, 1), (0, 1), strict=True)
     ]
     monkeypatch.setattr(finished.state, "history", rows)
     assert math.isclose(record(finished)["data_wait"], 0.25)

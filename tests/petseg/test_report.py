@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -18,15 +18,17 @@ import pytest
 from PIL import Image
 
 from benchmarks.published import PUBLISHED
-from petseg import report, report_charts, report_page
+from petseg import log, report, report_charts, report_page
 from petseg.checkpoint import save_checkpoint
 from petseg.cli import run
 from petseg.data import Layout, Pair, Split, find
 from petseg.evaluate import Evaluation, OpenedModel, evaluate, open_model
+from petseg.log import Row
 from petseg.metrics import Border, counts
 from petseg.model import AttentionUNet, AttentionUNetConfig
 from petseg.report import Source
 from petseg_runtime.errors import DataError, OutputError
+from tiny_runs import a_row
 
 H, W = 16, 48
 READINGS = ("background", "pet", "ignored")
@@ -465,18 +467,14 @@ def test_where_the_model_comes_from(make: Maker, pairs: list[Pair]) -> None:
 # ------------------------------------------------------------------------------------------------ training curves
 
 
-def write_log(folder: Path, rows: list[dict[str, object]]) -> Path:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    (folder / "log.csv").write_text(text.getvalue())
+def write_log(folder: Path, rows: list[Row]) -> Path:
+    log.write(folder / log.LOG, rows)
     return folder / "best.safetensors"
 
 
 @pytest.mark.parametrize("epochs", [1, 3, 40])
 def test_the_log_beside_a_checkpoint_is_drawn(make: Maker, pairs: list[Pair], tmp_path: Path, epochs: int) -> None:
-    rows = [{"epoch": e, "new": "?", "loss": 1 / e, "val_iou": 0.5, "val_dice": "nan"} for e in range(1, epochs + 1)]
+    rows = [a_row(epoch=e, loss=1 / e, val_iou=0.5, val_dice=math.nan) for e in range(1, epochs + 1)]
     made = make(pairs[:2], path=write_log(tmp_path, rows))
     assert made.values["training"]["log"]["loss"] == [1 / e for e in range(1, epochs + 1)]
     assert made.values["training"]["log"]["val_dice"] == [None] * epochs
@@ -487,7 +485,7 @@ def test_the_log_beside_a_checkpoint_is_drawn(make: Maker, pairs: list[Pair], tm
 
 @pytest.mark.parametrize("epoch", [float("nan"), float("inf"), 10**400, -1, "2", [2]], ids=lambda epoch: str(epoch)[:9])
 def test_an_epoch_that_can_be_none_is_left_out(make: Maker, pairs: list[Pair], tmp_path: Path, epoch: object) -> None:
-    path = write_log(tmp_path, [{"epoch": 1, "loss": 1, "val_iou": 1, "val_dice": 1}])
+    path = write_log(tmp_path, [a_row()])
     made = make(pairs[:2], path=path, model=dataclasses.replace(MODEL, provenance={"epoch": epoch}))
     assert made.values["training"]["checkpoint_epoch"] is None
 
@@ -496,15 +494,19 @@ def test_of_an_exported_file_or_without_a_log_there_is_no_training(
     make: Maker, pairs: list[Pair], tmp_path: Path
 ) -> None:
     assert make(pairs[:2], path=tmp_path / "best.safetensors").values["training"] is None
-    write_log(tmp_path, [{"epoch": 1, "loss": 1, "val_iou": 1, "val_dice": 1}])
+    write_log(tmp_path, [a_row()])
     made = make(pairs[:2], path=tmp_path / "best.onnx")
     assert made.values["training"] is None
     assert 'id="training"' not in made.html
 
 
+#: Of a log, of the columns that every version has had.
+HEADER = ",".join(list(a_row().as_dict())[:10]) + "\n"
+
+
 @pytest.mark.parametrize(
     "text",
-    ["", "a,b\n1,2\n", "epoch,loss,val_iou,val_dice\n", "epoch,loss,val_iou,val_dice\n1,x,1,1\n", "\0", "epoch\n1"],
+    ["", "a,b\n1,2\n", HEADER, HEADER + ",".join(["1", *["x"] * 9]), HEADER + ",".join(["nan"] * 10), "\0", "epoch\n1"],
 )
 def test_a_log_of_something_else_is_left_out_with_a_word(
     make: Maker, pairs: list[Pair], tmp_path: Path, text: str
@@ -543,7 +545,7 @@ def test_a_photo_that_is_gone_since_leaves_no_report(make: Maker, pairs: list[Pa
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random network with a log beside it."""
     folder = tmp_path_factory.mktemp("run")
-    path = write_log(folder, [{"epoch": e, "loss": 1 / e, "val_iou": 0.1 * e, "val_dice": 0.2 * e} for e in (1, 2, 3)])
+    path = write_log(folder, [a_row(epoch=e, loss=1 / e, val_iou=0.1 * e, val_dice=0.2 * e) for e in (1, 2, 3)])
     spec = {"height": 32, "width": 48, "threshold": 0.55, "cutout_threshold": 0.4, "border_target": 0.2}
     meta = {
         "kind": "model",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from petseg_runtime.cli.signals import handled
 from petseg_runtime.cli.text import SCHEMA_VERSION, shown
 from petseg_runtime.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, OutputError, PetsegError
 from petseg_runtime.host import LOOK_UP
@@ -309,16 +310,13 @@ class Videos:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, stop) for number in _EXITS}
-        try:
-            yield
-        except (KeyboardInterrupt, SystemExit) as end:  # what of a file was written so far is removed by now
-            # Python's own end would write what standard output still holds: where nobody reads that, it waits for ever,
-            # and where another thread is writing there, it aborts.
-            os._exit(EXIT_TERMINATED if isinstance(end, SystemExit) else EXIT_INTERRUPTED)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with handled(stop, *_EXITS):
+            try:
+                yield
+            except (KeyboardInterrupt, SystemExit) as end:  # what of a file was written so far is removed by now
+                # Python's own end would write what standard output still holds: where nobody reads that, it waits for
+                # ever, and where another thread is writing there, it aborts.
+                os._exit(EXIT_TERMINATED if isinstance(end, SystemExit) else EXIT_INTERRUPTED)
 
     def _stop_all(self) -> None:
         with self._lock:

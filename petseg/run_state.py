@@ -1,0 +1,248 @@
+"""Where a run stands, and ``last.safetensors``, the file from which ``--resume`` goes on as if nothing had been.
+
+Everything random is a function of (seed, epoch, photo), and the learning rate one of the step, so the state of a run is
+its weights, its moving average, its optimizer and one number: the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from petseg import checkpoint
+from petseg.config import TrainConfig, from_dict, to_dict
+from petseg.ema import MovingAverage
+from petseg.log import LOG, Row
+from petseg_runtime.errors import CheckpointError, TrainingError
+
+__all__ = [
+    "BEST",
+    "LAST",
+    "QUICK_SAVE",
+    "RunState",
+    "StateFile",
+    "check_folder",
+    "load_tensors",
+    "refuse_another_run",
+    "remove_unfinished",
+    "tensors_of",
+]
+
+#: The best moving average so far: the checkpoint to evaluate and export.
+BEST: Final = "best.safetensors"
+#: The whole training state, for ``--resume``.
+LAST: Final = "last.safetensors"
+
+#: A state that took no longer than this many seconds to write is written after every epoch.
+QUICK_SAVE = 0.1
+
+#: Settings that ``--resume`` takes anew: they decide where and how long a run goes, not which steps it takes.
+FREE: Final = ("compile", "data.on_bad", "data.workers", "early_stop")
+
+
+@dataclass
+class RunState:
+    """Where a run stands, beside its tensors.
+
+    Attributes:
+        step: Steps taken since the run began.
+        best_iou: The IoU of the best checkpoint on the validation photos; -1 before there is one.
+        loss_sum: The losses of this epoch's steps so far, added up.
+        steps_summed: How many steps those are.
+        seconds: Seconds that those steps took, with waiting for photos, without validation.
+        waited: The part of ``seconds`` that was spent waiting for photos.
+        history: The log's rows, one for each finished epoch. Of several processes only the first adds to them.
+        elapsed: Seconds of the whole run, all sessions added up, with reading the photos and validation.
+        peak_memory: Largest GPU memory in use so far, bytes; 0 on a CPU.
+        ious: The IoU of each finished epoch on the validation photos, which all processes are told.
+    """
+
+    step: int = 0
+    best_iou: float = -1.0
+    loss_sum: float = 0.0
+    steps_summed: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    history: list[Row] = field(default_factory=list)
+    elapsed: float = 0.0
+    peak_memory: int = 0
+    ious: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ious = [row.val_iou for row in self.history]
+
+    def next_epoch(self, iou: float) -> None:
+        """Count the epoch that is done, with its validation IoU, and forget its sums."""
+        self.ious.append(iou)
+        self.loss_sum = self.seconds = self.waited = 0.0
+        self.steps_summed = 0
+
+    def stalled(self, patience: int) -> bool:
+        """Whether the best epoch is ``patience`` epochs ago, or more; never if that is 0."""
+        return bool(self.ious) and 0 < patience < len(self.ious) - self.ious.index(max(self.ious))
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is saved of it; JSON values."""
+        saved = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
+        return {**saved, "history": [row.as_dict() for row in self.history]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunState:
+        """The reverse of :meth:`as_dict`, also of older versions', which kept less.
+
+        Raises:
+            KeyError: There is no history.
+            TypeError: There is a value of an unknown name, or something in a row is no number.
+        """
+        return cls(**{**values, "history": [Row.from_dict(row) for row in values["history"]]})
+
+
+class StateFile:
+    """``last.safetensors`` in a run's folder.
+
+    Attributes:
+        path: Where it is, or will be.
+        took: Seconds that it took to write it the last time; 0 before.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """The file of the run in a folder, whether or not it is there yet."""
+        self.path, self.took, self._written = folder / LAST, 0.0, 0.0
+
+    def write(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Replace it by a newer state.
+
+        Raises:
+            OutputError: It cannot be written; the older one is still there.
+        """
+        start = time.perf_counter()
+        checkpoint.save_checkpoint(self.path, tensors, meta)
+        self._written = time.perf_counter()
+        self.took = self._written - start
+
+    @property
+    def pays(self) -> bool:
+        """Whether writing it now is worth it: all writing takes a tenth of the time at most.
+
+        The published network's is half a gigabyte, flushed to the disk, and an epoch on a fast GPU may take seconds. A
+        crash then costs up to ten times what a save takes; a stop in order always saves.
+        """
+        return self.took <= QUICK_SAVE or time.perf_counter() - self._written >= 10 * self.took
+
+    @contextlib.contextmanager
+    def taking_up(self) -> Iterator[checkpoint.Checkpoint]:
+        """What is in it; what the caller finds missing or damaged there is told as damage to the file.
+
+        Raises:
+            CheckpointError: It cannot be read, is a model, or is damaged.
+        """
+        saved = checkpoint.load(self.path)
+        if saved.meta.get("kind") != "training":
+            raise CheckpointError(f"{self.path}: a model, not the state of a run; give it to --init")
+        try:
+            yield saved
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{self.path}: the state in it is damaged or not complete ({error!r})") from error
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Refuse a folder that cannot hold this run.
+
+    Raises:
+        TrainingError: There is no state to resume in it, or a run that is not to be resumed.
+    """
+    last = folder / LAST
+    if resume and not last.exists():
+        raise TrainingError(f"{last}: nothing to resume; leave out --resume to start")
+    if not resume and any((folder / name).exists() for name in (BEST, LAST, LOG)):
+        raise TrainingError(f"{folder} already holds a run: --resume goes on with it, or choose another folder")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed run was writing in its folder."""
+    for name in (BEST, LAST, LOG):
+        for part in folder.glob(f".{Path(name).stem}.*.part*"):
+            part.unlink(missing_ok=True)
+
+
+def refuse_another_run(saved: Mapping[str, Any], meta: Mapping[str, Any], config: TrainConfig, folder: Path) -> None:
+    """Refuse to go on with a run that was another one.
+
+    Args:
+        saved: What its state says of it.
+        meta: What this run's checkpoints say.
+        config: This run's settings.
+        folder: Where the state is.
+
+    Raises:
+        TrainingError: It has other settings (but for those in :data:`FREE`), photos or teacher.
+        KeyError, TypeError, UsageError: What the state says is damaged.
+    """
+    before = from_dict(TrainConfig, saved["config"])  # a setting that is newer than the run has its default
+    if differs := _differences(to_dict(before), to_dict(config)):
+        raise TrainingError(f"{folder}: the run to resume has other settings: {'; '.join(differs)}")
+    if saved["data"]["names_sha256"] != meta["data"]["names_sha256"]:
+        raise TrainingError(f"{folder}: the run to resume was trained on other photos than these")
+    if saved.get("teacher") != meta.get("teacher"):
+        was, now = (each.get("teacher", "none") for each in (saved, meta))
+        raise TrainingError(f"{folder}: the teacher of the run to resume was {was}, now {now}")
+
+
+def tensors_of(model: nn.Module, ema: MovingAverage, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All tensors of a run by name, where they are; the reverse of :func:`load_tensors`."""
+    tensors = dict(model.state_dict())
+    tensors |= {f"ema/{name}": value for name, value in ema.module.state_dict().items()}
+    tensors["ema_updates"] = torch.tensor(ema.updates)
+    for index, slots in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{slot}": value for slot, value in slots.items()}
+    return tensors
+
+
+def load_tensors(
+    tensors: Mapping[str, Tensor], model: nn.Module, ema: MovingAverage, optimizer: torch.optim.AdamW
+) -> None:
+    """Put a run's tensors into its parts.
+
+    Raises:
+        KeyError, RuntimeError, ValueError: One is missing, left over, or of another shape.
+    """
+    average = {name.removeprefix("ema/"): value for name, value in tensors.items() if name.startswith("ema/")}
+    model.load_state_dict({name: t for name, t in tensors.items() if "/" not in name and name != "ema_updates"})
+    ema.module.load_state_dict(average)
+    ema.updates = int(tensors["ema_updates"])
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer/"):
+            _, number, slot = name.split("/")
+            slots.setdefault(int(number), {})[slot] = _laid_out(value, weights[int(number)])
+    for index in range(len(weights)):
+        if missing := {"step", "exp_avg", "exp_avg_sq"} - slots.get(index, {}).keys():
+            raise ValueError(f"optimizer state {index} lacks {', '.join(sorted(missing))}")
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+
+
+def _laid_out(value: Tensor, weight: Tensor) -> Tensor:
+    """A moment in the memory layout of its weight: the fused AdamW walks both as they lie (channels_last)."""
+    if value.shape != weight.shape:
+        return value  # the step count
+    return torch.empty_like(weight, requires_grad=False).copy_(value)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:
+    """Settings that are not the same, but for those that are :data:`FREE`."""
+    found = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{where}{key}.")
+        elif a != b and where + key not in FREE:
+            found.append(f"{where}{key} was {a!r}, now {b!r}")
+    return found

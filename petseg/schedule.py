@@ -1,0 +1,48 @@
+"""How the learning rate moves: a pure function of the step, so that a resumed run follows it exactly."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from petseg.config import ScheduleConfig
+
+__all__ = ["learning_rate"]
+
+#: Share of the peak at which a one-cycle run begins: 1 / 25, as in PyTorch's OneCycleLR.
+FIRST: Final = 0.04
+
+
+def learning_rate(config: ScheduleConfig, peak: float, step: int, steps_per_epoch: int, epochs: int) -> float:
+    """The rate of a step.
+
+    ``cosine-restarts`` is ``CosineAnnealingWarmRestarts`` with eta_min 0, advanced every step (T_cur in fractions of
+    an epoch): ``peak / 2 * (1 + cos(pi * T_cur / T_i))`` (Loshchilov & Hutter 2017, "SGDR", arXiv:1608.03983).
+    ``one-cycle`` (Smith & Topin 2018, "Super-Convergence", arXiv:1708.07120) has PyTorch's half cosines in place of
+    straight lines: up from ``peak / 25``, then down to 0. ``cosine`` is one such half over the whole run.
+
+    Args:
+        config: Which schedule, and its own settings.
+        peak: The highest rate.
+        step: Counted from 0.
+        steps_per_epoch: Steps in an epoch.
+        epochs: Of the whole run.
+
+    Returns:
+        The rate, above 0 and at most ``peak``.
+    """
+    total = steps_per_epoch * epochs
+    if config.name == "constant":
+        return peak
+    if config.name == "cosine":
+        return peak / 2 * (1 + math.cos(math.pi * step / total))
+    if config.name == "one-cycle":
+        rising = config.warmup * total
+        if step < rising:
+            return peak * (FIRST + (1 - FIRST) * (1 - math.cos(math.pi * step / rising)) / 2)
+        return peak / 2 * (1 + math.cos(math.pi * (step - rising) / (total - rising)))
+    now, period = step / steps_per_epoch, float(config.restart_epochs)
+    while now >= period:
+        now -= period
+        period *= config.restart_factor
+    return peak / 2 * (1 + math.cos(math.pi * now / period))

@@ -1,0 +1,156 @@
+"""The photos of a run: which are read, where they are kept, who augments them, and what is said of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from petseg.checkpoint import load
+from petseg.data import Split, find
+from petseg.log import LOG
+from petseg.run_photos import FEW, workers_of
+from petseg.run_state import BEST, LAST
+from petseg.train import Trainer
+from petseg_runtime.errors import DataError, TrainingError
+from tiny_runs import CPU, Recorder, Run, assert_same_run, spoil_photo, tiny
+
+
+def test_photos_without_pet_are_announced_and_recorded(oxford_copy: Path, tmp_path: Path) -> None:
+    mask = oxford_copy / "annotations" / "trimaps" / "pet_05.png"
+    Image.new("L", (64, 64), 2).save(mask)
+    observer = Recorder()
+    trainer = Trainer(tiny(), oxford_copy, tmp_path / "out", device=CPU, observer=observer)
+    assert trainer.meta["data"]["skipped_without_pet"] == ["pet_05"]
+    assert any("pet_05" in message for message in observer.messages)
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "processes", "cores", "workers"),
+    [
+        ("auto", "cuda", 1, 8, 6),
+        ("auto", "cuda", 1, 2, 0),
+        ("auto", "cuda", 1, 1, 0),
+        ("auto", "cuda", 1, 64, 16),
+        ("auto", "cuda", 4, 32, 6),
+        ("auto", "cpu", 1, 64, 0),
+        (3, "cpu", 1, 2, 3),
+        (0, "cuda", 1, 64, 0),
+    ],
+)
+def test_how_many_workers_there_are(
+    monkeypatch: pytest.MonkeyPatch, setting: Any, device: str, processes: int, cores: int, workers: int
+) -> None:
+    monkeypatch.setattr("petseg.run_photos.usable_cpus", lambda: cores)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2**40))
+    assert workers_of(setting, torch.device(device), 2**20, processes) == workers
+
+
+@pytest.mark.parametrize(("free", "workers"), [(64, 16), (63, 15), (4, 1), (3, 0)])
+def test_workers_have_room_for_their_batches(monkeypatch: pytest.MonkeyPatch, free: int, workers: int) -> None:
+    """A container's /dev/shm has 64 MB: a worker that finds no room there dies of a bus error."""
+    monkeypatch.setattr("petseg.run_photos.usable_cpus", lambda: 64)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free * 2**20))
+    assert workers_of("auto", torch.device("cuda"), 2**20) == workers
+    assert workers_of("auto", torch.device("cuda"), 2**20, 2) == workers // 2
+    assert workers_of(5, torch.device("cuda"), 2**20) == 5
+
+
+def test_data_that_cannot_be_used_is_refused(oxford_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no data set"):
+        Trainer(tiny(), tmp_path, tmp_path / "out", device=CPU)
+    with pytest.raises(DataError, match="batch takes 23"):
+        Trainer(tiny("batch=23"), oxford_root, tmp_path / "out", device=CPU)
+
+
+@pytest.mark.parametrize("split", [Split.TRAIN, Split.VAL])
+def test_a_bad_photo_stops_the_run_before_it_starts(oxford_copy: Path, tmp_path: Path, split: Split) -> None:
+    bad = spoil_photo(oxford_copy, split, 1)
+    with pytest.raises(DataError, match=str(bad.image)):
+        Trainer(tiny(), oxford_copy, tmp_path / "out", device=CPU)
+
+
+def test_a_bad_photo_can_be_skipped_and_is_named_and_counted(oxford_copy: Path, tmp_path: Path) -> None:
+    bad = spoil_photo(oxford_copy, Split.TRAIN, 3), spoil_photo(oxford_copy, Split.VAL, 0)
+    Image.new("L", (20, 10), 1).save((other := find(oxford_copy, Split.TRAIN, val_fraction=0.1)[5]).mask)
+    names, observer = {pair.name for pair in (*bad, other)}, Recorder()
+    config = tiny("data.on_bad=skip", "epochs=1", "model.width=2")
+    trainer = Trainer(config, oxford_copy, tmp_path / "out", device=CPU, observer=observer)
+    trainer.fit()
+    assert {m.partition(": ")[0] for m in observer.messages if "pet_" in m} == {"left out"}
+    assert all(any(name in m for m in observer.messages) for name in names)
+    assert (len(trainer.photos.train), len(trainer.photos.good_val)) == (20, 1)
+    assert trainer.state.history[-1].skipped == 3
+    for file in (BEST, LAST):
+        assert set(load(tmp_path / "out" / file).meta["data"]["skipped_bad"]) == names
+    Trainer(config, oxford_copy, tmp_path / "out", device=CPU, resume=True).fit()
+
+
+def test_photos_too_many_for_the_memory_are_kept_in_a_file(
+    oxford_root: Path, tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 22 * 32 * 32 * 4
+    for room, place in ((2 * size - 1, f"a file in {tmp_path / 'file'}: decoded, they are"), (2 * size, "memory")):
+        monkeypatch.setattr("petseg.run_photos.available_memory", lambda room=room: room)
+        observer, folder = Recorder(), tmp_path / place.split()[-1 if place == "memory" else 1]
+        trainer = Trainer(tiny(), oxford_root, folder, device=CPU, observer=observer)
+        trainer.fit()
+        assert observer.messages[0].startswith(f"reading 22 photos into {place}")
+        assert isinstance(trainer.photos.train._photos.base, np.memmap) is (place != "memory")
+        assert_same_run(folder, whole)
+        assert {path.name for path in folder.iterdir()} == {BEST, LAST, LOG}
+
+
+def test_no_validation_photo_that_can_be_used_is_refused(oxford_copy: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        spoil_photo(oxford_copy, Split.VAL, number)
+    with pytest.raises(DataError, match="of the 2 validation photos 0 can be used"):
+        Trainer(tiny("data.on_bad=skip"), oxford_copy, tmp_path / "out", device=CPU)
+
+
+def test_validation_photos_without_a_pet_are_refused(oxford_copy: Path, tmp_path: Path) -> None:
+    for pair in find(oxford_copy, Split.VAL, val_fraction=0.1):
+        Image.fromarray(np.full((64, 64), 2, np.uint8)).save(pair.mask)
+    with pytest.raises(DataError, match="of the 2 validation photos 2 can be used, and none of those shows a pet"):
+        Trainer(tiny(), oxford_copy, tmp_path / "out", device=CPU)
+
+
+def test_listed_validation_photos_are_on_record_and_stay_known(folder_copy: Path, tmp_path: Path) -> None:
+    (folder_copy / "val.txt").write_text("own_01\nown_07\n")
+    observer = Recorder()
+    trainer = Trainer(tiny("epochs=1"), folder_copy, tmp_path / "run", device=CPU, observer=observer)
+    said = "7 photos to train on, 2 for validation, as val.txt lists them, without data.val_fraction"
+    assert said in observer.messages
+    best = trainer.fit()
+    about = load(best).meta["data"]
+    assert about["val_names"] == ["own_01", "own_07"]
+    assert {"val_fraction", "split_seed"} & about.keys() == set()
+    again = Trainer(tiny("epochs=1"), folder_copy, tmp_path / "again", device=CPU, init=best)  # the same are left out
+    assert again.meta["data"]["names_sha256"] == about["names_sha256"]
+    (folder_copy / "val.txt").write_text("own_07\nown_08\n")
+    with pytest.raises(TrainingError, match=r"trained on 1 of the 2 photos.* list in val\.txt the photos that it was"):
+        Trainer(tiny("epochs=1"), folder_copy, tmp_path / "other", device=CPU, init=best)
+    with pytest.raises(TrainingError, match="trained on other photos than these"):
+        Trainer(tiny("epochs=1"), folder_copy, tmp_path / "run", device=CPU, resume=True)
+    (folder_copy / "val.txt").unlink()
+    with pytest.raises(TrainingError, match=r"list in val\.txt"):
+        Trainer(tiny("data.val_fraction=0.5"), folder_copy, tmp_path / "other", device=CPU, init=best)
+
+
+@pytest.mark.parametrize(("empty", "warned"), [(0, False), (1, True)])
+def test_too_few_validation_photos_are_warned_of(oxford_copy: Path, tmp_path: Path, empty: int, warned: bool) -> None:
+    config = tiny(f"data.val_fraction={FEW / 24}", "batch=2")
+    for pair in find(oxford_copy, Split.VAL, val_fraction=FEW / 24)[:empty]:
+        Image.fromarray(np.full((64, 64), 2, np.uint8)).save(pair.mask)
+    observer = Recorder()
+    trainer = Trainer(config, oxford_copy, tmp_path / "out", device=CPU, observer=observer)
+    said = [f"{FEW - 1} validation photos with a pet are few"] if warned else []
+    assert [message.partition(" to ")[0] for message in trainer.photos.warnings] == said
+    assert [m for m in observer.messages if m.startswith("warning: ")] == [
+        f"warning: {w}" for w in trainer.photos.warnings
+    ]

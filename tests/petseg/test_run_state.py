@@ -1,0 +1,311 @@
+"""Where a run stands: what is saved of it, when, and what is refused on the way back."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import shutil
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from petseg import checkpoint
+from petseg.checkpoint import load, save_checkpoint
+from petseg.config import to_dict
+from petseg.log import LOG
+from petseg.run_state import BEST, LAST, QUICK_SAVE, RunState, StateFile
+from petseg.train import Trainer
+from petseg_runtime.errors import CheckpointError, TrainingError
+from tiny_runs import (
+    CPU,
+    EPOCHS,
+    PER_EPOCH,
+    Crash,
+    Recorder,
+    Run,
+    assert_same_run,
+    at,
+    crash,
+    same_tensors,
+    tiny,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
+
+@pytest.fixture
+def usual_disk(quick_disk: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("petseg.run_state.QUICK_SAVE", QUICK_SAVE)
+
+
+def test_last_holds_weights_average_and_optimizer(whole: Run) -> None:
+    last = whole.last
+    assert last.meta["kind"] == "training"
+    names = set(whole.trainer.model.state_dict())
+    assert {n for n in last.tensors if "/" not in n} == names | {"ema_updates"}
+    assert {n.removeprefix("ema/") for n in last.tensors if n.startswith("ema/")} == names
+    assert last.tensors["ema_updates"].item() == 15
+    moments = {n for n in last.tensors if n.endswith("/exp_avg_sq")}
+    assert len(moments) == len(list(whole.trainer.model.parameters()))
+    assert same_tensors({n: last.tensors[n] for n in names}, whole.trainer.model.state_dict())
+
+
+@pytest.mark.usefixtures("usual_disk")
+@pytest.mark.parametrize(
+    ("took", "since", "pays"), [(0.05, 0.0, True), (1.0, 9.0, False), (1.0, 11.0, True), (0.2, 1.5, False)]
+)
+def test_saving_takes_a_tenth_of_the_time_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, took: float, since: float, pays: bool
+) -> None:
+    now = iter((100.0, 100.0 + took, 100.0 + took + since))  # before it is written, after, and when it is asked
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    file = StateFile(tmp_path)
+    assert file.pays, "nothing is saved yet"
+    file.write({}, {})
+    assert file.took == pytest.approx(took)
+    assert file.pays is pays
+
+
+@pytest.fixture
+def slow_disk(usual_disk: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """By the clock, every state takes an hour to write; the steps at which one was written."""
+    clock, write, saved = time.perf_counter, checkpoint.save_checkpoint, []
+
+    def slow(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
+        digest = write(path, tensors, meta)
+        if path.name == LAST:
+            saved.append(meta["state"]["step"])
+        return digest
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + 3600 * len(saved))
+    return saved
+
+
+def test_a_state_whose_saving_takes_long_is_saved_at_the_end(
+    oxford_root: Path, tmp_path: Path, whole: Run, slow_disk: list[int]
+) -> None:
+    Trainer(tiny(), oxford_root, tmp_path, device=CPU).fit()
+    assert slow_disk == [PER_EPOCH, EPOCHS * PER_EPOCH]
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("orderly", [False, True])
+def test_a_run_whose_state_is_not_saved_after_each_epoch_goes_on(
+    oxford_root: Path, tmp_path: Path, whole: Run, slow_disk: list[int], orderly: bool
+) -> None:
+    act = functools.partial(signal.raise_signal, signal.SIGTERM) if orderly else crash
+    observer, end = Recorder(at_step=at(2 * PER_EPOCH + 2, act)), 2 * PER_EPOCH + 2
+    trainer = Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=observer)
+    with pytest.raises(KeyboardInterrupt if orderly else Crash):
+        trainer.fit()
+    assert slow_disk == ([PER_EPOCH, end] if orderly else [PER_EPOCH])
+    go_on = Recorder()
+    Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True, observer=go_on).fit()
+    assert go_on.losses == whole.observer.losses[end if orderly else PER_EPOCH :]
+    assert_same_run(tmp_path, whole)
+
+
+def test_what_a_killed_run_was_writing_is_removed(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+    folder = Path(shutil.copytree(whole.folder, tmp_path / "run"))
+    for name in (".last.0123abcd.part.safetensors", ".log.0123abcd.part.csv"):
+        (folder / name).write_bytes(b"half")
+    Trainer(tiny(), oxford_root, folder, device=CPU, resume=True)
+    assert {p.name for p in folder.iterdir()} == {BEST, LAST, LOG}
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("optimizer.lr=0.02", "optimizer.lr was 0.01, now 0.02"),
+        ("epochs=4", "epochs was 3, now 4"),
+        ("model.width=2", "model.width was 4, now 2"),
+        ("seed=1", "seed was 0, now 1"),
+        ("schedule.name=cosine", "schedule.name was 'cosine-restarts', now 'cosine'"),
+        ("augment.flip=0.25", "augment.flip was 0.5, now 0.25"),
+    ],
+)
+def test_other_settings_are_refused_on_resume(oxford_root: Path, whole: Run, setting: str, said: str) -> None:
+    before = (whole.folder / LAST).read_bytes()
+    with pytest.raises(TrainingError, match=said):
+        Trainer(tiny(setting), oxford_root, whole.folder, device=CPU, resume=True)
+    assert (whole.folder / LAST).read_bytes() == before
+
+
+@pytest.mark.parametrize("setting", ["data.workers=0", "data.on_bad=skip", "early_stop=7", "compile=true"])
+def test_settings_that_say_where_and_how_long_are_taken_anew(
+    oxford_root: Path, tmp_path: Path, whole: Run, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    stop = Recorder(at_step=at(7, lambda: signal.raise_signal(signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=stop).fit()
+    config = tiny(setting)
+    assert config != tiny()
+    Trainer(config, oxford_root, tmp_path, device=CPU, resume=True).fit()
+    assert_same_run(tmp_path, whole)
+    assert load(tmp_path / LAST).meta["config"] == to_dict(config)
+    with pytest.raises(TrainingError, match=r"other settings: seed was 0, now 1$"):
+        Trainer(tiny("seed=1"), oxford_root, tmp_path, device=CPU, resume=True)
+
+
+def test_every_other_setting_is_named(oxford_root: Path, whole: Run) -> None:
+    with pytest.raises(TrainingError, match=r"batch was 4, now 5; .*seed was 0, now 1"):
+        Trainer(tiny("seed=1", "batch=5"), oxford_root, whole.folder, device=CPU, resume=True)
+
+
+def test_other_photos_are_refused_on_resume(oxford_copy: Path, whole: Run) -> None:
+    listing = oxford_copy / "annotations" / "trainval.txt"
+    listing.write_text("".join(line for line in listing.read_text().splitlines(True) if "pet_07" not in line))
+    with pytest.raises(TrainingError, match="other photos"):
+        Trainer(tiny(), oxford_copy, whole.folder, device=CPU, resume=True)
+
+
+def test_a_folder_that_holds_a_run_is_refused(oxford_root: Path, whole: Run) -> None:
+    before = {p.name: p.read_bytes() for p in whole.folder.iterdir()}
+    with pytest.raises(TrainingError, match=r"already holds a run.*--resume"):
+        Trainer(tiny(), oxford_root, whole.folder, device=CPU)
+    assert {p.name: p.read_bytes() for p in whole.folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", [BEST, LAST, LOG])
+def test_a_folder_that_holds_a_part_of_a_run_is_refused(
+    oxford_root: Path, tmp_path: Path, whole: Run, name: str
+) -> None:
+    shutil.copy(whole.folder / name, tmp_path)
+    with pytest.raises(TrainingError, match=r"already holds a run.*--resume"):
+        Trainer(tiny(), oxford_root, tmp_path, device=CPU)
+    assert (tmp_path / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
+def test_nothing_to_resume_is_refused(oxford_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"last\.safetensors: nothing to resume"):
+        Trainer(tiny(), oxford_root, tmp_path / "none", device=CPU, resume=True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_model_is_no_state_to_resume(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+    shutil.copy(whole.folder / BEST, tmp_path / LAST)
+    with pytest.raises(CheckpointError, match=r"last\.safetensors: a model.*--init"):
+        Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
+
+
+def test_a_truncated_state_is_refused(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+    data = (whole.folder / LAST).read_bytes()
+    (tmp_path / LAST).write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match=r"last\.safetensors"):
+        Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
+
+
+@pytest.mark.parametrize(
+    "damage", ["head.bias", "ema/head.bias", "ema_updates", "optimizer/0/exp_avg", "state", "config"]
+)
+def test_a_state_that_lacks_a_part_is_refused_by_name(
+    oxford_root: Path, tmp_path: Path, whole: Run, damage: str
+) -> None:
+    last = whole.last
+    tensors = {n: t for n, t in last.tensors.items() if n != damage}
+    save_checkpoint(tmp_path / LAST, tensors, {k: v for k, v in last.meta.items() if k != damage})
+    with pytest.raises(CheckpointError, match=r"last\.safetensors"):
+        Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
+
+
+@pytest.mark.parametrize("config", [{"epochs": 0}, {"epochs": "many"}, {"no_such_setting": 1}])
+def test_settings_in_a_state_that_cannot_be_are_damage_to_it(
+    oxford_root: Path, tmp_path: Path, whole: Run, config: dict[str, Any]
+) -> None:
+    last = whole.last
+    save_checkpoint(tmp_path / LAST, last.tensors, {**last.meta, "config": {**last.meta["config"], **config}})
+    with pytest.raises(CheckpointError, match=rf"last\.safetensors: the state in it is damaged.*{next(iter(config))}"):
+        Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
+
+
+def test_a_run_from_before_a_setting_was_there_goes_on_with_its_default(
+    oxford_root: Path, tmp_path: Path, whole: Run
+) -> None:
+    last = whole.last
+    config = {**last.meta["config"], "model": {"width": 4, "levels": [1, 2, 4]}}
+    save_checkpoint(tmp_path / LAST, last.tensors, {**last.meta, "config": config})
+    trainer = Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
+    assert trainer.state.step == EPOCHS * PER_EPOCH
+
+
+def test_another_teacher_is_refused_on_resume(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+    with pytest.raises(TrainingError, match=r"the teacher of the run to resume was none, now .*best\.safetensors"):
+        Trainer(tiny(), oxford_root, whole.folder, device=CPU, teacher=whole.folder / BEST, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("patience", "ious", "stalled"),
+    [
+        (0, [0.5, 0.4, 0.3, 0.2], False),
+        (2, [], False),
+        (2, [0.5], False),
+        (2, [0.5, 0.4], False),
+        (2, [0.5, 0.4, 0.5], True),  # as good is not better
+        (2, [0.5, 0.4, 0.6], False),
+        (2, [0.5, 0.6, 0.4, 0.5], True),
+        (1, [0.5, 0.4], True),
+    ],
+)
+def test_when_a_run_has_stalled(patience: int, ious: list[float], stalled: bool) -> None:
+    state = RunState()
+    for iou in ious:
+        state.next_epoch(iou)
+    assert state.stalled(patience) is stalled
+
+
+def test_a_log_of_an_older_version_goes_on_with_more_columns(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+    with pytest.raises(Crash):
+        Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=Recorder(at_step=at(PER_EPOCH + 1, crash))).fit()
+    last = load(tmp_path / LAST)
+    del last.meta["state"]["history"][0]["skipped"], last.meta["state"]["elapsed"], last.meta["state"]["peak_memory"]
+    row = last.meta["state"]["history"][0]
+    mean = row["val_mean_iou_border_ignored"] = row.pop("val_mean_iou_border_ignored_at_0.5")
+    save_checkpoint(tmp_path / LAST, last.tensors, last.meta)
+    Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True).fit()
+    with (tmp_path / LOG).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["skipped"] for row in rows] == ["", "0", "0"]
+    assert "val_mean_iou_border_ignored" not in rows[0]
+    assert float(rows[0]["val_mean_iou_border_ignored_at_0.5"]) == mean
+    assert same_tensors(load(tmp_path / LAST).tensors, whole.last.tensors)
+
+
+@pytest.mark.parametrize(
+    "history", [[{}], [5], [{"epoch": "first"}], [{"val_iou": None}], {"epoch": 1}], ids=lambda history: str(history)
+)
+def test_a_history_that_is_none_is_damage_to_the_state(
+    oxford_root: Path, tmp_path: Path, whole: Run, history: Any
+) -> None:
+    last = whole.last
+    (row, *_), state = last.meta["state"]["history"], last.meta["state"]
+    if isinstance(history, list) and history[0] and isinstance(history[0], dict):
+        history = [{**row, **history[0]}]
+    save_checkpoint(tmp_path / LAST, last.tensors, {**last.meta, "state": {**state, "history": history}})
+    with pytest.raises(CheckpointError, match=r"last\.safetensors: the state in it is damaged"):
+        Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
+
+
+def test_moments_of_a_weight_that_is_not_there_are_damage_to_the_state(
+    oxford_root: Path, tmp_path: Path, whole: Run
+) -> None:
+    last = whole.last
+    save_checkpoint(tmp_path / LAST, {**last.tensors, "optimizer/999/exp_avg": torch.zeros(1)}, last.meta)
+    with pytest.raises(CheckpointError, match=r"last\.safetensors: the state in it is damaged"):
+        Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
+
+
+def test_a_state_is_what_it_was_before_it_was_saved(whole: Run) -> None:
+    state = whole.trainer.state
+    kept = json.loads(json.dumps(state.as_dict()))
+    assert RunState.from_dict(kept) == state
+    assert kept == whole.last.meta["state"]
+    assert state.ious == [row.val_iou for row in state.history]

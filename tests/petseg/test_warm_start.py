@@ -1,0 +1,82 @@
+"""Where a run starts: from random weights, or from those of a checkpoint, as far as they fit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from petseg.checkpoint import load, save_checkpoint
+from petseg.data import Split, find
+from petseg.model import AttentionUNet, AttentionUNetConfig
+from petseg.run_state import BEST
+from petseg.train import Trainer
+from petseg_runtime.errors import CheckpointError, TrainingError
+from tiny_runs import CPU, Recorder, Run, same_tensors, tiny
+
+
+def test_init_starts_from_the_weights_of_a_checkpoint(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+    trained = Recorder()
+    trainer = Trainer(tiny(), oxford_root, tmp_path, device=CPU, init=whole.folder / BEST, observer=trained)
+    assert same_tensors(trainer.model.state_dict(), whole.best.tensors)
+    assert trainer.state.step == 0
+    trainer.fit()
+    assert trained.losses[0] < whole.observer.losses[0]
+
+
+def test_init_of_another_width_or_damaged_is_refused(oxford_root: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    state = AttentionUNet(AttentionUNetConfig(width=2)).state_dict()
+    save_checkpoint(other, state, {"kind": "model", "model": {"width": 2}})
+    with pytest.raises(CheckpointError, match=r"other\.safetensors: a network of .*width=2.*width=4.*only \d+ of"):
+        Trainer(tiny(), oxford_root, tmp_path / "out", device=CPU, init=other)
+    other.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"other\.safetensors"):
+        Trainer(tiny(), oxford_root, tmp_path / "out", device=CPU, init=other)
+
+
+def test_init_of_another_shape_gives_the_tensors_that_fit_and_says_which_do_not(
+    oxford_root: Path, tmp_path: Path, whole: Run
+) -> None:
+    observer = Recorder()
+    config = tiny("model.stem=strided")
+    trainer = Trainer(config, oxford_root, tmp_path, device=CPU, init=whole.folder / BEST, observer=observer)
+    state, given = trainer.model.state_dict(), whole.best.tensors
+    fits = {name for name in given if torch.equal(state[name], given[name])}
+    assert given.keys() - fits == {"head.weight", "head.bias"}
+    assert [m for m in observer.messages if f"{len(fits)} tensors; random: head.bias, head.weight" in m]
+    trainer.fit()
+    best = load(tmp_path / BEST)
+    assert best.model_config == config.model
+    assert best.meta["model"]["stem"] == "strided"
+
+
+def test_weights_that_have_seen_the_validation_photos_are_refused_with_their_own_split(
+    oxford_root: Path, folder_root: Path, tmp_path: Path, whole: Run
+) -> None:
+    best = whole.folder / BEST
+    other = tiny("data.split_seed=1")
+    with pytest.raises(TrainingError, match=r"trained on 2 of the 2 photos.*data\.val_fraction=0\.1 .*split_seed=0"):
+        Trainer(other, oxford_root, tmp_path / "out", device=CPU, init=best)
+    Trainer(other, folder_root, tmp_path / "out", device=CPU, init=best)  # photos of which it knows nothing
+
+
+def test_weights_of_a_share_are_refused_where_a_listing_divides(folder_copy: Path, tmp_path: Path) -> None:
+    """Another share, the usual remedy, would have no effect."""
+    best = Trainer(tiny("epochs=1"), folder_copy, tmp_path / "run", device=CPU).fit()
+    names = {pair.name for pair in find(folder_copy, Split.TRAIN, val_fraction=0.1)}
+    (folder_copy / "val.txt").write_text(min(names))
+    with pytest.raises(TrainingError, match=r"trained on 1 of the 1 photos.* list in val\.txt") as told:
+        Trainer(tiny("epochs=1"), folder_copy, tmp_path / "other", device=CPU, init=best)
+    assert "--set" not in str(told.value)
+
+
+def test_a_resumed_run_does_not_read_the_weights_that_it_began_with(
+    oxford_root: Path, tmp_path: Path, whole: Run
+) -> None:
+    folder = shutil.copytree(whole.folder, tmp_path / "out")
+    observer, gone = Recorder(), tmp_path / "gone.safetensors"
+    Trainer(tiny(), oxford_root, folder, device=CPU, init=gone, resume=True, observer=observer)
+    assert any(f"{gone} is not read" in message for message in observer.messages)
