@@ -51,7 +51,7 @@ class DataConfig:
             ``val.txt`` in the data folder lists the validation photos, this and ``split_seed`` have no effect.
         split_seed: Seed of that choice; apart from the run's seed, so that runs can be compared.
         border_target: What the trimap's border is taught as: 0 background (published), 1 pet, between: soft. What the
-            network comes to say there is not quite that: the Dice loss pushes soft targets below half of the Dice
+            network comes to say there is not quite that: the soft Dice loss pushes soft targets below half of the Dice
             coefficient to 0, and others to 1 (see :func:`petseg.losses.dice_loss`).
         workers: Processes that augment; 0 does it in the training process. ``auto``: for a GPU all cores but two (with
             several GPUs, of each one's share), at most 16, and no more than have room for their batches in /dev/shm;
@@ -123,15 +123,18 @@ class LossConfig:
     Attributes:
         bce: Weight of the cross-entropy.
         dice: Weight of the Dice loss.
+        dice_form: ``soft``, the published one, or ``semimetric``, which is the same for hard targets, and least at soft
+            ones, too (:func:`petseg.losses.semimetric_dice_loss`). We have not trained with ``semimetric`` yet.
         epsilon: Added above and below the fraction of the Dice loss, so that it is defined without a pet.
         teacher: With a teacher, the share of the target that is its probability (Hinton et al. 2015,
-            arXiv:1503.02531, at temperature 1); the rest is the truth. The Dice half of the loss is not least at such
-            soft targets: it pushes a pixel to 1 where its target is above half of the Dice coefficient, else to 0, so
+            arXiv:1503.02531, at temperature 1); the rest is the truth. The soft Dice loss is not least at such
+            targets: it pushes a pixel to 1 where its target is above half of the Dice coefficient, else to 0, so
             that only the cross-entropy teaches the probability itself (see :func:`petseg.losses.dice_loss`).
     """
 
     bce: float = 0.5
     dice: float = 0.5
+    dice_form: Literal["soft", "semimetric"] = "soft"
     epsilon: float = 1.0
     teacher: float = 0.5
 
@@ -337,6 +340,7 @@ def _idle(config: TrainConfig, taught: bool) -> dict[str, str]:
         ("schedule.warmup", schedule.name == "one-cycle", "schedule.name=one-cycle"),
         ("schedule.restart_epochs", schedule.name == "cosine-restarts", restarts),
         ("schedule.restart_factor", schedule.name == "cosine-restarts", restarts),
+        ("loss.dice_form", config.loss.dice > 0, "loss.dice above 0"),
         ("loss.epsilon", config.loss.dice > 0, "loss.dice above 0"),
         ("loss.teacher", taught, "--teacher FILE"),
     )

@@ -1,18 +1,18 @@
 """What the network is taught to minimise: binary cross-entropy, Dice, and their weighted sum.
 
-The Dice loss is not a proper loss for soft targets: see :func:`dice_loss`.
+At soft targets the soft Dice loss is not least (see :func:`dice_loss`); the semimetric one is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["bce_dice", "dice_loss"]
+__all__ = ["DICE_LOSSES", "bce_dice", "dice_loss", "semimetric_dice_loss"]
 
 #: Sums a tensor over the parts of a batch that other processes have, differentiably.
 Total: TypeAlias = Callable[[Tensor], Tensor]
@@ -32,9 +32,8 @@ def dice_loss(logits: Tensor, target: Tensor, epsilon: float = 1.0, total: Total
     A soft target is taken, but is not what this loss is least at. Its gradient by one pixel's p is ``(D - 2 g) / S``,
     where D is the Dice coefficient and S the denominator above: p is pushed to 1 wherever g is above D / 2, to 0
     wherever it is below, and never to g. So it makes soft border targets and a teacher's probabilities hard; what keeps
-    the network soft there is the cross-entropy beside it. (Wang et al. 2023, "Dice Semimetric Losses: Optimizing the
-    Dice Score with Soft Labels", arXiv:2303.16296, give losses that are this one for hard targets, and least at p = g
-    for soft ones. The models of this project were trained with the one here.)
+    the network soft there is the cross-entropy beside it. :func:`semimetric_dice_loss` is least at p = g. (The models
+    of this project were trained with the one here.)
 
     Args:
         logits: [N, 1, H, W], any float type.
@@ -51,6 +50,35 @@ def dice_loss(logits: Tensor, target: Tensor, epsilon: float = 1.0, total: Total
     return 1 - (2 * both + epsilon) / (predicted + true + epsilon)
 
 
+def semimetric_dice_loss(logits: Tensor, target: Tensor, epsilon: float = 1.0, total: Total = _here) -> Tensor:
+    """``1 - (sum(p) + sum(g) - sum(|p - g|) + epsilon) / (sum(p) + sum(g) + epsilon)``, the sums over the whole batch.
+
+    For hard targets it is :func:`dice_loss`, whose ``2 sum(p g)`` is then this numerator; for soft ones it is 0 at
+    p = g and above everywhere else. (Wang et al. 2023, "Dice Semimetric Losses: Optimizing the Dice Score with Soft
+    Labels", arXiv:2303.16296: the first of their two, here with an epsilon.) We have not trained with it yet.
+
+    Args:
+        logits: [N, 1, H, W], any float type.
+        target: [N, 1, H, W] in [0, 1].
+        epsilon: Keeps an all-empty batch defined (loss 0 there).
+        total: See :func:`dice_loss`.
+
+    Returns:
+        A float32 scalar in [0, 1].
+    """
+    p = torch.sigmoid(logits.float())
+    g = target.float()
+    apart, predicted, true = total(torch.stack(((p - g).abs().sum(), p.sum(), g.sum()))).unbind()
+    return 1 - (predicted + true - apart + epsilon) / (predicted + true + epsilon)
+
+
+#: A Dice loss: logits, target, epsilon and total, as those above.
+DiceLoss: TypeAlias = Callable[[Tensor, Tensor, float, Total], Tensor]
+
+#: The Dice losses by the names that the setting ``loss.dice_form`` has for them.
+DICE_LOSSES: Final[dict[str, DiceLoss]] = {"soft": dice_loss, "semimetric": semimetric_dice_loss}
+
+
 def bce_dice(
     logits: Tensor,
     target: Tensor,
@@ -58,6 +86,7 @@ def bce_dice(
     dice: float = 0.5,
     epsilon: float = 1.0,
     total: Total = _here,
+    dice_form: DiceLoss = dice_loss,
 ) -> Tensor:
     """``bce * BCE + dice * L_Dice``; the published network's loss at 0.5 and 0.5.
 
@@ -65,15 +94,16 @@ def bce_dice(
 
     Args:
         logits: [N, 1, H, W], any float type.
-        target: [N, 1, H, W] in [0, 1]; between them the two losses pull apart, see :func:`dice_loss`.
+        target: [N, 1, H, W] in [0, 1]; between them cross-entropy and soft Dice pull apart, see :func:`dice_loss`.
         bce: Weight of the cross-entropy, averaged over pixels.
         dice: Weight of the Dice loss.
         epsilon: See :func:`dice_loss`.
         total: See :func:`dice_loss`. The cross-entropy is of this process's part alone: the mean over equal parts,
             which the averaging of the gradients takes, is that of the whole batch.
+        dice_form: Which Dice loss it is; one of :data:`DICE_LOSSES`.
 
     Returns:
         A float32 scalar.
     """
     cross_entropy = F.binary_cross_entropy_with_logits(logits.float(), target.float())
-    return bce * cross_entropy + dice * dice_loss(logits, target, epsilon, total)
+    return bce * cross_entropy + dice * dice_form(logits, target, epsilon, total)

@@ -30,7 +30,7 @@ from petseg.ema import MovingAverage
 from petseg.evaluate import Evaluation, Run, evaluate
 from petseg.lock import keep_others_out
 from petseg.log import LOG, Row
-from petseg.losses import bce_dice
+from petseg.losses import DICE_LOSSES, bce_dice
 from petseg.memory import enough_memory
 from petseg.metrics import Border, best_threshold
 from petseg.model import AttentionUNet, normalize
@@ -282,7 +282,8 @@ class Trainer:
         mixed = torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
         with self.ranks.exchanging(), mixed:
             logits = self.forward(image)
-        loss = bce_dice(logits, target, weights.bce, weights.dice, weights.epsilon, self.ranks.sum)
+        dice = DICE_LOSSES[weights.dice_form]
+        loss = bce_dice(logits, target, weights.bce, weights.dice, weights.epsilon, self.ranks.sum, dice)
         self.optimizer.zero_grad(set_to_none=True)
         with self.ranks.exchanging():
             self.scaler.scale(loss).backward()

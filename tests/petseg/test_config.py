@@ -37,7 +37,7 @@ UNUSUAL = TrainConfig(
     compile=True,
     data=DataConfig(height=192, width=256, val_fraction=0.2, split_seed=3, border_target=0.5, workers=2, on_bad="skip"),
     augment=AugmentConfig(flip=0.1, rotate=30, translate=0.1, scale_min=0.5, scale_max=2.0, hue=0.1),
-    loss=LossConfig(bce=1.0, dice=0.0, epsilon=0.5, teacher=0.9),
+    loss=LossConfig(bce=1.0, dice=0.0, dice_form="semimetric", epsilon=0.5, teacher=0.9),
     optimizer=OptimizerConfig(lr=0.1, weight_decay=0.0, clip=5.0),
     schedule=ScheduleConfig(name="one-cycle", restart_epochs=3, restart_factor=1, warmup=0.1),
 )
@@ -64,6 +64,7 @@ def test_to_toml_and_back(config: TrainConfig, taught: bool, tmp_path: Path) -> 
     )
     loss = dataclasses.replace(
         config.loss,
+        dice_form=config.loss.dice_form if config.loss.dice else "soft",
         epsilon=config.loss.epsilon if config.loss.dice else 1.0,
         teacher=config.loss.teacher if taught else 0.5,
     )
@@ -237,6 +238,7 @@ def test_a_setting_is_named_once(raw: dict[str, Any], said: str) -> None:
         ({"schedule": {"name": "one-cycle", "restart_epochs": 5}}, False, "schedule.restart_epochs is 5, .*at 10$"),
         ({"schedule": {"name": "constant", "restart_factor": 1}}, False, "restart_factor is 1, .*name=cosine-restarts"),
         ({"loss": {"dice": 0.0, "epsilon": 2.0}}, False, "loss.epsilon is 2.0, .*loss.dice above 0"),
+        ({"loss": {"dice": 0.0, "dice_form": "semimetric"}}, False, "loss.dice_form is 'semimetric', .*loss.dice"),
         (
             {"loss": {"teacher": 0.3}},
             False,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from petseg.losses import bce_dice, dice_loss
+from petseg.losses import DICE_LOSSES, bce_dice, dice_loss, semimetric_dice_loss
 
 SHAPE = hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=6).map(lambda hw: (2, 1, *hw))
 PAIRS = SHAPE.flatmap(
@@ -92,12 +92,13 @@ def test_soft_targets_are_met_at_their_own_probability() -> None:
     assert z.grad.abs().max() < 1e-7
 
 
+@pytest.mark.parametrize("form", DICE_LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", [1e4, -1e4])
-def test_huge_logits_stay_finite(dtype: torch.dtype, size: float) -> None:
+def test_huge_logits_stay_finite(dtype: torch.dtype, size: float, form: str) -> None:
     z = torch.full((2, 1, 8, 8), size, dtype=dtype, requires_grad=True)
     g = (torch.arange(128).reshape(2, 1, 8, 8) % 2).float()
-    loss = bce_dice(z, g)
+    loss = bce_dice(z, g, dice_form=DICE_LOSSES[form])
     loss.backward()
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(0.5 * abs(z[0, 0, 0, 0].item()) / 2, rel=1e-3)
@@ -134,6 +135,53 @@ def test_the_gradient_is_that_of_the_plain_formula(pair: tuple[np.ndarray, np.nd
     over, under = 2 * (p * g).sum() + 2.0, p.sum() + g.sum() + 2.0
     expected = 0.7 * (p - g) / p.size + 0.3 * (over - 2 * g * under) / under**2 * p * (1 - p)
     np.testing.assert_allclose(z.grad.numpy(), expected, atol=1e-5)
+
+
+@given(PAIRS, st.sampled_from([1e-3, 1.0, 10.0]))
+def test_semimetric_dice_is_the_plain_formula_and_soft_dice_on_hard_targets(
+    pair: tuple[np.ndarray, np.ndarray], epsilon: float
+) -> None:
+    z, g = pair
+    p, t = 1 / (1 + np.exp(-z.astype(np.float64))), g.astype(np.float64)
+    both = p.sum() + t.sum()
+    loss = semimetric_dice_loss(torch.from_numpy(z), torch.from_numpy(g), epsilon)
+    assert loss.item() == pytest.approx(1 - (both - abs(p - t).sum() + epsilon) / (both + epsilon), abs=2e-5)
+    assert (loss.shape, loss.dtype) == ((), torch.float32)
+    hard = np.round(g)
+    loss = semimetric_dice_loss(torch.from_numpy(z), torch.from_numpy(hard), epsilon)
+    assert loss.item() == pytest.approx(plain_dice(z, hard, epsilon), abs=2e-5)
+
+
+def test_semimetric_dice_is_least_at_soft_targets_and_soft_dice_is_not() -> None:
+    g = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 0.2]).reshape(1, 1, 2, 3)
+    z = torch.logit(g)
+    p = torch.sigmoid(z)  # the targets, to the last bit
+    gradients = {}
+    for form, loss in DICE_LOSSES.items():
+        there = z.clone().requires_grad_()
+        loss(there, p, 1.0, lambda part: part).backward()
+        assert there.grad is not None
+        gradients[form] = there.grad
+    assert torch.equal(gradients["semimetric"], torch.zeros_like(z))
+    assert gradients["soft"].abs().min() > 1e-3
+    assert semimetric_dice_loss(z, p).item() == 0
+    for pixel in range(z.numel()):
+        for step in (-0.1, 0.1):
+            moved = z.flatten().clone()
+            moved[pixel] += step
+            away = moved.reshape(z.shape).requires_grad_()
+            value = semimetric_dice_loss(away, p)
+            value.backward()
+            assert value.item() > 1e-4
+            assert away.grad is not None
+            assert away.grad.flatten()[pixel] * step > 0, "back to its target"
+
+
+def test_the_form_of_the_dice_loss_is_that_of_the_sum() -> None:
+    z, g = torch.randn(2, 1, 4, 4), torch.rand(2, 1, 4, 4)
+    both = bce_dice(z, g, 0.3, 0.7, 2.0, dice_form=semimetric_dice_loss).item()
+    assert both == pytest.approx(0.3 * plain_bce(z.numpy(), g.numpy()) + 0.7 * semimetric_dice_loss(z, g, 2.0).item())
+    assert bce_dice(z, g, 0.0, 1.0).item() == dice_loss(z, g).item(), "as published, unless said otherwise"
 
 
 def test_the_dice_loss_makes_soft_targets_hard_as_its_docstring_says() -> None:

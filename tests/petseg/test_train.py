@@ -754,6 +754,10 @@ def test_the_loss_settings_reach_the_loss(oxford_root: Path, tmp_path: Path) -> 
     bce, dice = first_loss("bce", "loss.bce=1", "loss.dice=0"), first_loss("dice", "loss.bce=0", "loss.dice=1")
     assert first_loss("both", "loss.bce=0.25", "loss.dice=2") == pytest.approx(0.25 * bce + 2 * dice, rel=1e-5)
     assert first_loss("border", "loss.bce=1", "loss.dice=0", "data.border_target=1") != pytest.approx(bce, rel=1e-4)
+    only = ("loss.bce=0", "loss.dice=1", "loss.dice_form=semimetric")
+    assert first_loss("semimetric", *only) == pytest.approx(dice, rel=1e-5), "the targets are hard"
+    soft = first_loss("soft", "loss.bce=0", "loss.dice=1", "data.border_target=0.5")
+    assert first_loss("semimetric soft", *only, "data.border_target=0.5") != pytest.approx(soft, rel=1e-3)
 
 
 def test_a_full_disk_keeps_the_state_of_the_last_epoch(
