@@ -22,6 +22,7 @@ from petseg.run_state import BEST
 from petseg.train import Trainer
 from petseg_runtime import __version__
 from petseg_runtime.errors import OutputError
+from tiny_runs import a_row
 
 SETTINGS: dict[str, Any] = {
     "epochs": 2,
@@ -81,6 +82,11 @@ def test_the_time_to_the_published_figure(
         else None
     )
     assert record(finished)["validation_reached_published"] == want
+
+
+def test_the_best_epoch_is_the_one_of_the_highest_iou() -> None:
+    rows = [a_row(epoch=number, val_iou=iou) for number, iou in ((1, 0.5), (2, 0.7), (3, 0.6))]
+    assert reached(rows, 4)["best"] == rows[1].as_dict()
 
 
 def test_a_log_of_a_version_without_the_wall_clock_is_read_all_the_same(finished: Trainer) -> None:
