@@ -165,7 +165,8 @@ class _Base:
         opened, self._open = self._open, []
         for path, file in opened:
             with contextlib.suppress(Exception):  # the first error is the one to tell
-                path.unlink()  # before it is closed: putting the index of a long movie in front takes long
+                # Before it is closed: putting the index of a long movie in front takes long.
+                path.unlink(missing_ok=True)
                 file.__exit__(kind, error, trace)
 
     def end(self, sound: Sequence[Sound], *, whole: bool) -> None:
@@ -204,6 +205,7 @@ class _Base:
                 stack.push(lambda kind, error, trace: _drop_empty(path) if kind else None)
                 beside = path
             else:
+                stack.push(lambda kind, error, trace: self._forget(path) if kind else None)
                 stack.enter_context(synced_folder(path.parent))
                 beside = stack.enter_context(replacing(path))
                 stack.enter_context(synced(beside))
@@ -225,6 +227,12 @@ class _Base:
         self.paths.append(path)
         if self._endless:
             del self.paths[:-_NEWEST]
+
+    def _forget(self, path: Path) -> None:
+        """Of a file that could not be completed, nothing is left."""
+        if path in self.paths:
+            self.paths.remove(path)
+            self.files -= 1
 
 
 def _synced_where_it_is(path: Path) -> None:

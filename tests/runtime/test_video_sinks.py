@@ -821,7 +821,8 @@ def test_a_result_that_cannot_be_written_is_an_error_in_the_report(
     )
     assert report.error == f"{origin.shown}: its result {out} cannot be written (Invalid argument)"
     assert report.written == 3
-    assert [path.name for path in out.parent.iterdir()] == (["out.mp4"] if endless else [])
+    assert list(out.parent.iterdir()) == report.paths == ([out] if endless else [])
+    assert report.files == len(report.paths)
     if endless:
         assert states[-1] == report.error
         assert len(frame_times(out)) == 3
@@ -901,6 +902,19 @@ def test_an_encoder_that_fails_at_the_end_leaves_nothing(tmp_path: Path, monkeyp
     with pytest.raises(OutputError, match="No space left"), movie(tmp_path / "out.mp4") as sink:
         sink.write(frame, result_of(frame))
     assert not list(tmp_path.iterdir())
+    assert (sink.paths, sink.files) == ([], 0)
+
+
+def test_a_movie_that_is_given_up_before_its_file_is_there_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Any] = []
+    monkeypatch.setattr(video_sinks._Movie, "close", lambda movie: closed.append(movie))
+    frame, sink = frame_of(0), movie(tmp_path / "out.mp4")
+    sink.write(frame, result_of(frame))
+    assert not list(tmp_path.iterdir()), "the encoder waits for more"
+    sink.__exit__(KeyError, KeyError(), None)
+    assert len(closed) == 1
 
 
 def test_a_folder_that_may_not_be_made_is_an_output_error(tmp_path: Path) -> None:
