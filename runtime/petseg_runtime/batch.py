@@ -9,18 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from petseg_runtime import images
 from petseg_runtime.errors import ImageTooLarge, InputError
 from petseg_runtime.journal import Journal
-from petseg_runtime.pipeline import Outcome, Pipeline, Steps
+from petseg_runtime.pipeline import Outcome, Pipeline, Steps, Timings
 from petseg_runtime.result import Segmentation
 from petseg_runtime.segmenter import Prepared, Segmenter
 from petseg_runtime.sinks import Sink, Written
 from petseg_runtime.sources import Item
 
-__all__ = ["Done", "Report", "segment_photos", "steps_of"]
+__all__ = ["Done", "Report", "segment_photos"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Report:
         failed: Why the others were not, a line each.
         skipped: Photos whose result was there already.
         seconds: Wall time.
-        steps: What each step took, over all photos: ``sum``, ``p50``, ``p95`` in seconds.
+        steps: What each step took, over all photos: ``sum``, ``p50``, ``p95``, ``p99`` in seconds.
         path: The file for all results, if there is one.
     """
 
@@ -104,7 +102,7 @@ def segment_photos(
         OutputError: Nothing more can be written.
         EngineError: The engine failed.
     """
-    report, taken = Report(), []
+    report, timings = Report(), Timings()
     start = time.perf_counter()
     left = [item for item in items if not (journal and journal.finished(item, sink.path_of(item)))]
     report.skipped = len(items) - len(left)
@@ -120,12 +118,13 @@ def segment_photos(
                 report.left_out += outcome.value.left_out
                 if journal:
                     journal.add(outcome.source, outcome.value.path, outcome.value.value)
-            taken.append(outcome.seconds)
+            for step, seconds in outcome.seconds.items():
+                timings.add(step, seconds)
             watch(outcome)
     if journal:
         values = [(item, value) for item in items if (value := journal.value(item))]
         report.path = sink.finish(values)
-    report.steps = steps_of(taken)
+    report.steps = timings.summary()
     report.seconds = time.perf_counter() - start
     return report
 
@@ -167,17 +166,3 @@ def _done(result: Segmentation, written: Written) -> Done:
     height, width = result.probability.shape
     seen = (result.coverage, result.found, result.box, result.notes)
     return Done(written.path, height, width, *seen, written.value, written.left_out)
-
-
-def steps_of(taken: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """What each step took: the sum, the median and the 95th percentile, in seconds.
-
-    Args:
-        taken: :attr:`petseg_runtime.pipeline.Outcome.seconds` of each photo.
-    """
-    found = {}
-    for step in dict.fromkeys(name for seconds in taken for name in seconds):
-        values = [seconds[step] for seconds in taken if step in seconds]
-        p50, p95 = np.percentile(values, (50, 95))
-        found[step] = {"sum": float(np.sum(values)), "p50": float(p50), "p95": float(p95)}
-    return found

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from types import TracebackType
@@ -162,17 +163,24 @@ class Segmenter:
                 or tuple of these.
 
         Raises:
-            InputError: A photo cannot be used. (:meth:`map` goes on without it.)
+            InputError: A photo cannot be used: the first one of them, before those behind it are done. (:meth:`map`
+                goes on without it.)
             EngineError: The engine failed.
         """
         if isinstance(source, (list, tuple)):
-            results = list(self.map(source))
-            for result in results:
-                if isinstance(result, InputError):
-                    raise result
-            return results  # type: ignore[return-value]
+            return self._all(source)
         prepared = self.prepare(source)  # type: ignore[arg-type]
         return self.finish(prepared, self.infer(prepared.image[None])[0])
+
+    def _all(self, sources: Iterable[images.ImageSource]) -> list[Segmentation]:
+        """The results of many photos, or the first error, as soon as it is known."""
+        results = []
+        with contextlib.closing(self._map(sources)) as running:
+            for result in running:
+                if isinstance(result, InputError):
+                    raise result
+                results.append(result)
+        return results
 
     def map(self, sources: Iterable[images.ImageSource]) -> Iterator[Segmentation | InputError]:
         """Segment many photos, while others are being read: results come in order, and lazily.
@@ -195,7 +203,7 @@ class Segmenter:
             )
         return self._map(sources)
 
-    def _map(self, sources: Iterable[images.ImageSource]) -> Iterator[Segmentation | InputError]:
+    def _map(self, sources: Iterable[images.ImageSource]) -> Generator[Segmentation | InputError]:
         def read(source: images.ImageSource, reserve: Callable[[int], None]) -> Prepared:
             with images.open_photo(source) as photo:
                 reserve(photo.memory)

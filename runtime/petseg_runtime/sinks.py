@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Protocol
+from typing import Any, BinaryIO, Final, Protocol, TypeAlias
 
 from PIL import Image, ImageColor
 
@@ -24,6 +24,7 @@ from petseg_runtime.sources import Item
 __all__ = [
     "KINDS",
     "VIDEO_FORMATS",
+    "Background",
     "CocoSink",
     "ImageSink",
     "Kind",
@@ -36,8 +37,12 @@ __all__ = [
     "check_looks",
     "picture",
     "probe",
+    "real_paths",
     "render_of",
 ]
+
+#: What is put behind the pet: a colour, or a picture with its profile.
+Background: TypeAlias = tuple[int, int, int] | Image.Image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,28 +180,23 @@ class Picture:
         picture.save(file, icc_profile=picture.info.get("icc_profile"), **options)  # only PNG takes it from the picture
 
 
-def picture(kind: str, format: str | None = None, background: str | None = None) -> Picture:  # noqa: A002
+def picture(kind: str, format: str | None = None, background: Background | None = None) -> Picture:  # noqa: A002
     """What ``--as``, ``--format`` and ``--background`` ask for.
 
     Args:
         kind: A name in :data:`KINDS` that is a picture.
         format: One of its formats; None: the usual one.
-        background: A colour (``white``, ``#00ff00``) or a picture's file, for the kind ``background``.
+        background: For the kind ``background``; see :func:`background_of`.
 
     Raises:
         UsageError: They do not fit together.
-        InputError: The background is neither a colour nor a readable picture.
     """
     check_looks(kind, format, background)
     return Picture(kind, format or KINDS[kind].formats[0], render_of(kind, background))
 
 
-def render_of(kind: str, background: str | None = None) -> Callable[[Segmentation], Image.Image]:
-    """What makes a kind's pictures; see :func:`picture`.
-
-    Raises:
-        InputError: The background is neither a colour nor a readable picture.
-    """
+def render_of(kind: str, background: Background | None = None) -> Callable[[Segmentation], Image.Image]:
+    """What makes a kind's pictures; see :func:`picture`."""
     renders: dict[str, Callable[[Segmentation], Image.Image]] = {
         "mask": Segmentation.mask_image,
         "probability": Segmentation.probability_image,
@@ -204,11 +204,11 @@ def render_of(kind: str, background: str | None = None) -> Callable[[Segmentatio
         "overlay": Segmentation.overlay,
     }
     if background is not None:
-        renders["background"] = _before(background_of(background))
+        renders["background"] = _before(background)
     return renders[kind]
 
 
-def _before(background: tuple[int, int, int] | Image.Image) -> Callable[[Segmentation], Image.Image]:
+def _before(background: Background) -> Callable[[Segmentation], Image.Image]:
     if isinstance(background, tuple):
         return lambda result: result.on_background(background)
     # A picture's colours are converted once for each of the profiles that photos have, not for each photo.
@@ -216,7 +216,7 @@ def _before(background: tuple[int, int, int] | Image.Image) -> Callable[[Segment
     return lambda result: result.on_background(converted(result.icc_profile))
 
 
-def check_looks(kind: str, format: str | None = None, background: str | None = None) -> None:  # noqa: A002
+def check_looks(kind: str, format: str | None = None, background: object = None) -> None:  # noqa: A002
     """Refuse what does not fit together, of any kind; see :func:`picture`.
 
     Raises:
@@ -229,8 +229,8 @@ def check_looks(kind: str, format: str | None = None, background: str | None = N
         raise UsageError("--background COLOUR or FILE and --as background belong together")
 
 
-def background_of(text: str) -> tuple[int, int, int] | Image.Image:
-    """What ``--background`` names: a colour, or a picture, with its profile.
+def background_of(text: str) -> Background:
+    """What ``--background`` names: a colour (``white``, ``#00ff00``), or a picture's file.
 
     Raises:
         InputError: Neither.
@@ -276,12 +276,14 @@ class ImageSink:
             OutputError: The folder cannot be written to, or a result would replace a photo or a file beside one.
         """
         self._output, self._picture = output, picture
-        photos = _real_paths([*items, *beside])
-        for item in items:
-            if os.path.realpath(path := self.path_of(item)) in photos:
+        real = real_paths()
+        photos = {real(item.source) for item in (*items, *beside)}
+        results = [self.path_of(item) for item in items]
+        for item, path in zip(items, results, strict=True):
+            if real(path) in photos:
                 raise OutputError(f"{path}: the result of {item.source} would replace a photo; choose another --output")
         if not resume:
-            _refuse_beside(photos, map(self.path_of, items))
+            _refuse_beside(photos, results)
         probe(output)
 
     def path_of(self, item: Item) -> Path:
@@ -326,7 +328,7 @@ class CocoSink:
         """
         self._path, self._rle = output / "annotations.json", kind == "coco-rle"
         if not resume:
-            _refuse_beside(_real_paths(items), [self._path])
+            _refuse_beside(set(map(real_paths(), (item.source for item in items))), [self._path])
         probe(output)
 
     def path_of(self, item: Item) -> None:
@@ -405,8 +407,19 @@ class StreamSink:
         """Nothing is left to write."""
 
 
-def _real_paths(items: Sequence[Item]) -> set[str]:
-    return {os.path.realpath(item.source) for item in items}  # Path.resolve raises on a loop of links
+def real_paths() -> Callable[[str | Path], str]:
+    """What gives files' real paths as ``os.path.realpath`` does, and looks up each folder once, not for each of a
+    million files in it.
+    """
+    folder = functools.cache(os.path.realpath)  # Path.resolve raises on a loop of links
+
+    def real(path: str | Path) -> str:
+        above, name = os.path.split(path)
+        if name in ("", os.curdir, os.pardir) or os.path.islink(path):  # noqa: PTH114 (a text, one of a million)
+            return os.path.realpath(path)
+        return os.path.join(folder(above), name)  # noqa: PTH118
+
+    return real
 
 
 def _refuse_beside(photos: Set[str], results: Iterable[Path]) -> None:
@@ -415,9 +428,10 @@ def _refuse_beside(photos: Set[str], results: Iterable[Path]) -> None:
     Raises:
         OutputError: One would.
     """
-    folders = {str(Path(photo).parent) for photo in photos}
+    folders = {os.path.dirname(photo) for photo in photos}  # noqa: PTH120 (a text, one of a million)
+    real = functools.cache(os.path.realpath)
     for path in results:
-        if os.path.realpath(path.parent) in folders and os.path.lexists(path):
+        if real(os.path.dirname(path)) in folders and os.path.lexists(path):  # noqa: PTH120
             raise OutputError(f"{path}: there already, beside the photos; move it, or choose another --output")
 
 

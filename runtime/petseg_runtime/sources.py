@@ -66,6 +66,13 @@ VIDEO_SUFFIXES: Final = frozenset(
 #: So much of a file's beginning tells whether it is a video: three packets of MPEG-TS begin in it.
 _HEAD: Final = 400
 
+#: Suffixes of MPEG-TS that are those of TypeScript, too.
+_SHARED: Final = frozenset({".ts", ".mts"})
+#: So long a packet of MPEG-TS is, in bytes: alone, with a time before it (M2TS), with a checksum behind it. Each begins
+#: with the letter G; so many in a row are no text.
+_PACKETS: Final = (188, 192, 204)
+_IN_A_ROW: Final = 5
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -231,12 +238,12 @@ def _file_name(shown: str) -> str:
 def is_video(item: Item) -> bool:
     """Whether to read a file as a video: by its suffix, or where that tells nothing, by its first bytes."""
     suffix = item.source.suffix.lower()
-    if item.data is not None or item.problem or suffix in IMAGE_SUFFIXES:
+    if item.data is not None or suffix in IMAGE_SUFFIXES:
         return False
     if suffix in VIDEO_SUFFIXES:
         return True
     try:
-        if not item.source.is_file():
+        if item.problem or not item.source.is_file():
             return False
         with item.source.open("rb") as file:
             return _begins_a_video(file.read(_HEAD))
@@ -252,6 +259,20 @@ def _begins_a_video(head: bytes) -> bool:
         return head[8:12] == b"AVI "
     starts = (b"\x1a\x45\xdf\xa3", b"FLV", b"OggS", b"\x00\x00\x01\xba", b"YUV4MPEG2")
     return head.startswith(starts) or head[:377:188] == b"GGG"  # packets of MPEG-TS; a GIF may have two by chance
+
+
+def _is_transport_stream(file: Path) -> bool:
+    """Whether a file that is called so is a video, not a program; of one that cannot be looked into, reading it will
+    tell. It may begin anywhere, as recorders cut it.
+    """
+    try:
+        if not file.is_file():
+            return True
+        with file.open("rb") as opened:
+            head = opened.read(_PACKETS[-1] * (_IN_A_ROW + 1))
+    except OSError:
+        return True
+    return any(head[at::size][:_IN_A_ROW] == b"G" * _IN_A_ROW for size in _PACKETS for at in range(size))
 
 
 class Replayed(io.RawIOBase):
@@ -365,7 +386,9 @@ class _Search:
             if problem:
                 yield folder, problem
             found = (folder / name for name in files if Path(name).suffix.lower() in self.suffixes)
-            yield from ((file, _irregular(file)) for file in found)
+            for file in found:
+                if file.suffix.lower() not in _SHARED or _is_transport_stream(file):
+                    yield file, _irregular(file)
 
     def matching(self, pattern: Path) -> list[tuple[Path, PurePath, str | None]]:
         """Photos that fit a pattern, sorted, and those in folders that fit it; none is a problem, not a silence."""

@@ -7,7 +7,7 @@ import contextlib
 import math
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -18,13 +18,14 @@ import numpy.typing as npt
 
 from petseg_runtime.errors import InputError, UsageError
 from petseg_runtime.host import LOOK_UP
+from petseg_runtime.pipeline import Timings
 from petseg_runtime.result import Segmentation
 from petseg_runtime.segmenter import Prepared, Segmenter
 from petseg_runtime.smoothing import Smoother, check_strength
 from petseg_runtime.video import Converter, Frame
 from petseg_runtime.video_sound import Sound
 
-__all__ = ["POLICIES", "Counts", "Reading", "Segmented", "Stream", "Timings"]
+__all__ = ["POLICIES", "Counts", "Reading", "Segmented", "Stream"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
@@ -119,39 +120,6 @@ class Counts:
     dropped: int = 0
     failed: int = 0
     failure: str | None = None
-
-
-class Timings:
-    """How long steps take, over hours in bounded memory: a histogram whose bins are 2 % wide."""
-
-    _WIDTH: Final = math.log(1.02)
-
-    def __init__(self) -> None:
-        self._bins: dict[str, Counter[int]] = {}
-        self._sums: dict[str, float] = {}
-        self._lock = threading.Lock()
-
-    def add(self, step: str, seconds: float) -> None:
-        """Count one duration."""
-        with self._lock:
-            self._bins.setdefault(step, Counter())[math.floor(math.log(max(seconds, 1e-7)) / self._WIDTH)] += 1
-            self._sums[step] = self._sums.get(step, 0.0) + seconds
-
-    def summary(self) -> dict[str, dict[str, float]]:
-        """Of each step: the sum, and ``p50``, ``p95``, ``p99`` to 1 %; in seconds."""
-        with self._lock:
-            return {
-                step: {"sum": self._sums[step]} | {f"p{p}": self._percentile(bins, p) for p in (50, 95, 99)}
-                for step, bins in self._bins.items()
-            }
-
-    def _percentile(self, bins: Counter[int], percent: int) -> float:
-        wanted, seen = math.ceil(bins.total() * percent / 100), 0
-        for index in sorted(bins):
-            seen += bins[index]
-            if seen >= wanted:
-                return math.exp((index + 0.5) * self._WIDTH)
-        return 0.0
 
 
 class _Inbox:

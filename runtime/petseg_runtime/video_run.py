@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -104,11 +104,11 @@ def segment_video(
         mask_only: The frames themselves are not part of the results.
 
     Returns:
-        The report; a source that cannot be read, or not to its end, or a file of which something is lost, is an error
-        in it.
+        The report; a source that cannot be read, or not to its end, or whose result cannot be written, or a file of
+        which something is lost, is an error in it.
 
     Raises:
-        OutputError: The results cannot be written.
+        OutputError: Nothing more can be written.
         EngineError: The engine failed.
     """
     report = VideoReport(origin.shown)
@@ -133,6 +133,8 @@ def segment_video(
         with sink, stream:
             begun(stream, report, _seconds(frames, reading))
             _write(stream, sink, report, watch, bring_up_to_date)
+    except InputError as error:  # of the sink
+        report.error = f"{origin.shown}: {error}"
     except Exception as error:
         if origin.endless:
             states.tell(StateChange("ended", str(error)))
@@ -142,7 +144,7 @@ def segment_video(
         report.steps = stream.timings.summary()
         bring_up_to_date()
     if origin.endless:
-        states.tell(StateChange("ended", "stopped" if stream.stopped else "enough frames"))
+        states.tell(StateChange("ended", report.error or ("stopped" if stream.stopped else "enough frames")))
     if not report.error and not report.stopped and (why := _lost(report, stream, origin)):
         report.error = f"{origin.shown}: {why}"
     return report
@@ -165,21 +167,26 @@ def _write(
 ) -> None:
     """Write all that a stream gives, and say so in the report."""
     summed_up = time.monotonic()
+    for segmented in _readable(stream, report):
+        before = time.perf_counter()
+        sink.write(segmented.frame, segmented.result)
+        stream.timings.add("write", time.perf_counter() - before)
+        report.written += 1
+        report.found += segmented.result.found
+        bring_up_to_date()
+        if time.monotonic() - summed_up >= _SUMMING_UP:  # of all frames so far, which takes longer
+            report.steps = stream.timings.summary()
+            summed_up = time.monotonic()
+        watch(segmented, report)
+    sink.end(stream.rest, whole=stream.whole or report.error is not None)
+
+
+def _readable(stream: Stream, report: VideoReport) -> Iterator[Segmented]:
+    """All that can be read; why that ends before the source does is said in the report."""
     try:
-        for segmented in stream:
-            before = time.perf_counter()
-            sink.write(segmented.frame, segmented.result)
-            stream.timings.add("write", time.perf_counter() - before)
-            report.written += 1
-            report.found += segmented.result.found
-            bring_up_to_date()
-            if time.monotonic() - summed_up >= _SUMMING_UP:  # of all frames so far, which takes longer
-                report.steps = stream.timings.summary()
-                summed_up = time.monotonic()
-            watch(segmented, report)
+        yield from stream
     except InputError as error:
         report.error = str(error)
-    sink.end(stream.rest, whole=stream.whole or report.error is not None)
 
 
 class _States:

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, BinaryIO, Final, Protocol, Self
+from typing import Any, BinaryIO, Final, Protocol, Self
 
 import av
 import av.error
 import numpy as np
 
-from petseg_runtime.errors import OutputError
+from petseg_runtime.errors import InputError, OutputError
 from petseg_runtime.files import replacing, synced, synced_folder
 from petseg_runtime.result import Segmentation
 from petseg_runtime.sinks import Picture
@@ -39,6 +39,7 @@ __all__ = [
     "frame_record",
     "next_number",
     "numbered",
+    "pieces",
 ]
 
 
@@ -88,6 +89,9 @@ _SLOWEST, _FASTEST = 10, 120
 #: left of a longer run. In a folder without it, nothing that is there is touched.
 OWN: Final = ".petseg-numbered"
 
+#: Digits of a piece's and of a picture's number, if it has no more.
+_OF_PIECE, _OF_PICTURE = 4, 6
+
 #: So many files of an endless source are remembered: in a year of minutes there are half a million.
 _NEWEST: Final = 1000
 
@@ -118,7 +122,8 @@ class VideoSink(Protocol):
         """Write a frame.
 
         Raises:
-            OutputError: It, and nothing after it, can be written.
+            InputError: The result of this source cannot be written; those of others can.
+            OutputError: Nothing more can be written.
         """
 
     def end(self, sound: Sequence[Sound], *, whole: bool) -> None:
@@ -160,7 +165,8 @@ class _Base:
         opened, self._open = self._open, []
         for path, file in opened:
             with contextlib.suppress(Exception):  # the first error is the one to tell
-                path.unlink()  # before it is closed: putting the index of a long movie in front takes long
+                # Before it is closed: putting the index of a long movie in front takes long.
+                path.unlink(missing_ok=True)
                 file.__exit__(kind, error, trace)
 
     def end(self, sound: Sequence[Sound], *, whole: bool) -> None:
@@ -199,6 +205,7 @@ class _Base:
                 stack.push(lambda kind, error, trace: _drop_empty(path) if kind else None)
                 beside = path
             else:
+                stack.push(lambda kind, error, trace: self._forget(path) if kind else None)
                 stack.enter_context(synced_folder(path.parent))
                 beside = stack.enter_context(replacing(path))
                 stack.enter_context(synced(beside))
@@ -206,11 +213,26 @@ class _Base:
             self._open.append((beside, stack.pop_all()))
             self._remember(path)
 
+    def _next_of(self, paths: Iterator[Path]) -> Path:
+        """Where the next file goes; of an endless source, a place that nobody has."""
+        return next(filter(_claimed, paths)) if self._endless else next(paths)
+
+    def _drop_rest(self, segment: float | None) -> None:
+        """Remove the pieces that a longer run has left behind those of this one."""
+        if segment and self.paths and not self._endless:
+            _drop_later(self.paths[-1], _OF_PIECE)
+
     def _remember(self, path: Path) -> None:
         self.files += 1
         self.paths.append(path)
         if self._endless:
             del self.paths[:-_NEWEST]
+
+    def _forget(self, path: Path) -> None:
+        """Of a file that could not be completed, nothing is left."""
+        if path in self.paths:
+            self.paths.remove(path)
+            self.files -= 1
 
 
 def _synced_where_it_is(path: Path) -> None:
@@ -274,7 +296,7 @@ class MovieSink(_Base):
         )
 
     def _begin(self, frame: Frame, painted: av.VideoFrame, track: Track | None) -> None:
-        path = next(filter(_claimed, self._paths)) if self._endless else next(self._paths)
+        path = self._next_of(self._paths)
         with self._begun(path) as (stack, beside):
             movie = _Movie(beside, MOVIES[path.suffix[1:]], frame, painted, track, self._endless, self._note)
             stack.enter_context(contextlib.closing(movie))
@@ -314,8 +336,7 @@ class MovieSink(_Base):
         """Complete the movies."""
         self._movies.clear()
         super().close()
-        if self._segment and self.paths and not self._endless:
-            _drop_later(self.paths[-1])
+        self._drop_rest(self._segment)
 
 
 class _Movie:
@@ -416,7 +437,7 @@ class PicturesSink(_Base):
         if not self.paths:
             claim(self._folder)
             self._remember(self._folder)
-        path = self._folder / f"{frame.number:06d}.{self._picture.format}"
+        path = self._folder / f"{_digits(frame.number, _OF_PICTURE)}.{self._picture.format}"
         with _errors_at(path), replacing(path) as beside:
             self._picture.save(result, beside)
         self._last = path
@@ -424,7 +445,7 @@ class PicturesSink(_Base):
     def close(self) -> None:
         """Nothing is open, but there may be pictures of an earlier, longer run."""
         if self._last:
-            _drop_later(self._last)
+            _drop_later(self._last, _OF_PICTURE)
 
 
 class RawSink(_Base):
@@ -459,27 +480,40 @@ class RawSink(_Base):
 
 
 class LinesSink(_Base):
-    """A line of JSON for each frame; see :func:`frame_record`."""
+    """A line of JSON for each frame, see :func:`frame_record`; a new file after each ``segment`` seconds."""
 
-    def __init__(self, path: Path, *, endless: bool) -> None:
-        """Remember what to write; the file is made with the first frame.
+    def __init__(self, paths: Iterable[Path], *, endless: bool, segment: float | None = None) -> None:
+        """Remember what to write; the first file is made with the first frame.
 
         Args:
-            path: The file.
-            endless: The source has no end: the file is in its place from the start.
+            paths: The files, one after the other.
+            endless: The source has no end: a file is in its place from the start.
+            segment: Seconds.
         """
         super().__init__(endless=endless)
-        self._path = path
+        self._paths, self._segment = iter(paths), segment
         self._file: Any = None
+        self._since = 0.0
 
     def write(self, frame: Frame, result: Segmentation) -> None:
         """Write a frame; see :class:`VideoSink`."""
-        if self._file is None:
-            with self._begun(self._path) as (stack, beside):
-                self._file = stack.enter_context(_appended(beside))
-        with _errors_at(self._path):
+        if self._file is None or (self._segment and frame.time - self._since >= self._segment):
+            self._begin(frame)
+        with _errors_at(self.paths[-1]):
             self._file.write(json.dumps(frame_record(frame, result)) + "\n")
             self._file.flush()
+
+    def _begin(self, frame: Frame) -> None:
+        if self._open:
+            self._open.pop()[1].close()
+        with self._begun(self._next_of(self._paths)) as (stack, beside):
+            # At its end wherever that is: what rotates logs may cut off what has been written.
+            self._file, self._since = stack.enter_context(beside.open("a", encoding="utf-8")), frame.time
+
+    def close(self) -> None:
+        """Complete the files."""
+        super().close()
+        self._drop_rest(self._segment)
 
 
 def frame_record(frame: Frame, result: Segmentation) -> dict[str, Any]:
@@ -515,7 +549,7 @@ def numbered(folder: Path, suffix: str) -> Iterator[Path]:
         OutputError: See :func:`next_number`.
     """
     for number in itertools.count(next_number(folder)):
-        yield folder / f"{number:04d}.{suffix}"
+        yield folder / f"{_digits(number, _OF_PIECE)}.{suffix}"
 
 
 def pieces(folder: Path, suffix: str) -> Iterator[Path]:
@@ -526,7 +560,7 @@ def pieces(folder: Path, suffix: str) -> Iterator[Path]:
     """
     claim(folder)
     for number in itertools.count(1):
-        yield folder / f"{number:04d}.{suffix}"
+        yield folder / f"{_digits(number, _OF_PIECE)}.{suffix}"
 
 
 def claim(folder: Path) -> None:
@@ -552,13 +586,22 @@ def claimable(folder: Path) -> None:
         )
 
 
-def _drop_later(last: Path) -> None:
+def _drop_later(last: Path, least: int) -> None:
     """Remove what a longer run has left behind the last picture or piece of this one: together they are one result."""
     with _errors_at(last.parent):
-        for path in last.parent.iterdir():
-            alike = path.suffix == last.suffix and len(path.stem) == len(last.stem)
-            if alike and path.stem.isdecimal() and int(path.stem) > int(last.stem):
-                path.unlink()
+        alike = {path.stem for path in last.parent.iterdir() if path.suffix == last.suffix and path.stem.isdecimal()}
+        # Numbers with more digits, such as dates, are somebody's, unless those with fewer were used up.
+        most = len(last.stem)
+        while "9" * most in alike:
+            most += 1
+        for stem in alike:
+            if len(stem) <= most and int(stem) > int(last.stem) and stem == _digits(int(stem), least):
+                last.with_stem(stem).unlink()
+
+
+def _digits(number: int, least: int) -> str:
+    """A number in a file's name, so that names sort as numbers do, up to so many digits."""
+    return f"{number:0{least}d}"
 
 
 def _claimed(path: Path) -> bool:
@@ -567,10 +610,11 @@ def _claimed(path: Path) -> bool:
     Raises:
         OutputError: The file cannot be made.
     """
-    with _errors_at(path), contextlib.suppress(FileExistsError):
+    with _errors_at(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(exist_ok=False)
-        return True
+        with contextlib.suppress(FileExistsError):
+            path.touch(exist_ok=False)
+            return True
     return False
 
 
@@ -579,11 +623,6 @@ def _drop_empty(path: Path) -> None:
     with contextlib.suppress(OSError):
         if not path.stat().st_size:
             path.unlink()
-
-
-def _appended(path: Path) -> IO[str]:
-    """A new file, written at its end wherever that is: what rotates logs may cut off what has been written."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666), "w", encoding="utf-8")
 
 
 def _rate_of(frame: Frame) -> Fraction:
@@ -609,17 +648,29 @@ def _muxing(container: str, endless: bool) -> dict[str, str]:
     return common | {"cluster_time_limit": str(round(1e3 * _FRAGMENT))}
 
 
-class _errors_at:  # noqa: N801 (used like a function)
-    """Turns what goes wrong while writing into one error that names the file."""
+#: What the system says of one name alone: the next video's may well be written.
+_OF_ONE: Final = {errno.EISDIR, errno.ENAMETOOLONG}
 
-    def __init__(self, path: Path | None) -> None:
+
+class _errors_at:  # noqa: N801 (used like a function)
+    """Turns what goes wrong while writing into one error that names the file.
+
+    What the system says is of the output, and ends the run. The rest is of this source alone: an encoder or a format
+    that does not take what is in it.
+    """
+
+    def __init__(self, path: Path) -> None:
         self._path = path
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (av.error.FFmpegError, OSError, ValueError)):
-            reason = os.strerror(errno.ENOSPC) if getattr(error, "errno", None) == errno.ENOSPC else None
-            reason = reason or getattr(error, "strerror", None) or str(error)
+        if not isinstance(error, (av.error.FFmpegError, OSError, ValueError)):
+            return
+        code = getattr(error, "errno", None)
+        reason = os.strerror(errno.ENOSPC) if code == errno.ENOSPC else getattr(error, "strerror", None) or str(error)
+        # Pillow, too, raises errors of the system's kind, but without a number.
+        if isinstance(error, OSError) and code is not None and code not in _OF_ONE:
             raise OutputError(f"{self._path}: cannot be written ({reason})") from error
+        raise InputError(f"its result {self._path} cannot be written ({reason})") from error

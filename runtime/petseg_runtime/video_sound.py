@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,14 +20,12 @@ class Track:
     """What a file must know of a sound before its first packet comes.
 
     Attributes:
-        stream: A copy of the source's stream, which outlives the source.
+        stream: A copy of the source's stream, which outlives the source; None: this FFmpeg cannot decode it.
         codec: FFmpeg's name.
-        holder: Owns the copy.
     """
 
     stream: Any
     codec: str
-    holder: Any
 
     def fits(self, other: Track | None) -> bool:
         """Whether another track's packets may go on in the same file; a source that is connected anew may differ."""
@@ -34,6 +33,8 @@ class Track:
 
     @property
     def _kind(self) -> tuple[object, ...]:
+        if self.stream is None:
+            return (self.codec,)
         about = self.stream.codec_context
         return self.codec, about.sample_rate, about.layout.name, about.extradata
 
@@ -58,18 +59,23 @@ class Sound:
 
 
 def track_of(stream: Any) -> Track | None:
-    """A source's track; None: there is no sound in it, or none that FFmpeg knows."""
-    if stream is None or stream.codec_context is None:
+    """A source's track; None: there is no sound in it."""
+    if stream is None:
         return None
-    # A container that is never written: the source may be closed before the first file is begun.
-    holder = av.open(io.BytesIO(), "w", format="matroska")
-    try:
-        return Track(holder.add_stream_from_template(stream), stream.codec_context.codec.canonical_name, holder)
-    except (ValueError, av.error.FFmpegError):
-        return None
+    if stream.codec_context is None:
+        return Track(None, "unknown")
+    return Track(_copied(stream), stream.codec_context.codec.canonical_name)
 
 
-def written_to(file: Any, track: Track, note: Callable[[str], None], *, endless: bool) -> _Passed | _Encoded:
+def _copied(stream: Any) -> Any:
+    """A stream with all that its decoder must know: some codecs do not describe themselves in their packets.
+
+    It belongs to a container that is never written, of FFmpeg's one format that takes every codec.
+    """
+    return av.open(io.BytesIO(), "w", format="null").add_stream_from_template(stream)
+
+
+def written_to(file: Any, track: Track, note: Callable[[str], None], *, endless: bool) -> _Passed | _Encoded | None:
     """A track's way into a file whose header is not written yet.
 
     Args:
@@ -79,17 +85,42 @@ def written_to(file: Any, track: Track, note: Callable[[str], None], *, endless:
         endless: The header is written before the first packet is there, and nothing can be added to it.
 
     Returns:
-        What takes the packets, as they are if the file can hold them, else encoded anew as the file's usual codec.
+        What takes the packets, as they are if the file can hold them, else encoded anew as the file's usual codec; None
+        where they cannot be decoded either.
     """
-    # These describe themselves in their packets: AAC without a description of its own is that of transport streams.
-    untold = track.codec in {"ac3", "eac3"} or (track.codec == "aac" and not track.stream.codec_context.extradata)
-    if track.codec in _FITS[file.format.name] and not (endless and untold):
+    if track.stream is None:
+        note("the sound is left out: its codec is none that this FFmpeg can decode")
+        return None
+    if _holds(file.format.name, track, endless):
         return _Passed(file, track)
     return _Encoded(file, track, _USUAL[file.format.name], note)
 
 
+def _holds(container: str, track: Track, endless: bool) -> bool:
+    """Whether a file can hold a track's packets as they are."""
+    if track.codec not in _FITS[container]:
+        return False
+    # These describe themselves in their packets: AAC without a description of its own is that of transport streams.
+    if track.codec in {"ac3", "eac3"} or (track.codec == "aac" and not track.stream.codec_context.extradata):
+        return not endless
+    # Of some, FFmpeg refuses to write a header: MP3 below 16 kHz in MP4, whatever is described wrongly.
+    trial = av.open(io.BytesIO(), "w", format=container, options=_HEADER_FIRST[container])
+    try:
+        trial.add_stream_from_template(track.stream)
+        trial.start_encoding()
+    except (av.error.FFmpegError, ValueError):
+        return False
+    finally:
+        with contextlib.suppress(av.error.FFmpegError):  # of a file without a packet
+            trial.close()
+    return True
+
+
 #: What players take from these files. FFmpeg writes more into MP4, PCM among it, which few of them play.
 _FITS: Final = {"mp4": {"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus"}, "webm": {"opus", "vorbis"}}
+
+#: What has the whole description of the sound written at once.
+_HEADER_FIRST: Final[dict[str, dict[str, str]]] = {"mp4": {"movflags": "empty_moov"}, "webm": {}}
 
 #: The codec of what does not fit, and its rates in Hz, the usual one first.
 _USUAL: Final[dict[str, tuple[str, tuple[int, ...]]]] = {
@@ -134,11 +165,8 @@ class _Encoded:
         self, file: Any, track: Track, usual: tuple[str, tuple[int, ...]], note: Callable[[str], None]
     ) -> None:
         codec, rates = usual
-        source = track.stream.codec_context
         self._file, self._codec, self._note = file, track.codec, note
-        self._decoder: Any = av.CodecContext.create(source.codec.name, "r")
-        self._decoder.extradata = source.extradata
-        self._decoder.sample_rate, self._decoder.layout = source.sample_rate, source.layout
+        self._decoder = source = _copied(track.stream).codec_context
         rate = source.sample_rate if source.sample_rate in rates else rates[0]
         layout = "mono" if source.layout.nb_channels == 1 else "stereo"
         self._stream = file.add_stream(codec, rate=rate, layout=layout)
@@ -173,7 +201,7 @@ class _Encoded:
         try:
             return step(*given)
         except (av.error.FFmpegError, ValueError):
-            self._note(f"a part of the sound ({self._codec}) cannot be decoded and is left out")
+            self._note(f"a part of the sound ({self._codec}) cannot be converted and is left out")
             self._resampler = None  # one that has failed may be half made
             return []
 
@@ -192,9 +220,9 @@ class _Encoded:
 
     def _encode(self, frames: Iterable[Any]) -> None:
         for frame in frames:
-            self._file.mux(self._stream.encode(frame))
+            self._file.mux(self._tried(self._stream.encode, frame))  # which refuses what is no number
 
     def close(self) -> None:
         """Write what the encoder still holds."""
         self._encode(self._tried(self._rest))
-        self._file.mux(self._stream.encode(None))
+        self._file.mux(self._tried(self._stream.encode, None))

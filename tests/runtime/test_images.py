@@ -1216,7 +1216,7 @@ def test_a_backgrounds_colours_are_converted_once_for_all_photos_alike(
     real = ImageCms.profileToProfile
     monkeypatch.setattr(ImageCms, "profileToProfile", lambda *args: converted.append(args) or real(*args))
     Image.new("RGB", (8, 8), "red").save(tmp_path / "beach.png", icc_profile=swapped())
-    render = render_of("background", str(tmp_path / "beach.png"))
+    render = render_of("background", background_of(str(tmp_path / "beach.png")))
     nothing = Segmentation(np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6), np.uint8), 0.5, 0.3)
     for _ in range(3):
         assert np.abs(np.array(render(nothing), int) - (0, 0, 255)).max() <= 1

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeAlias
 
 import av
@@ -29,11 +29,11 @@ import pytest
 from PIL import Image
 
 from petseg.cli import run
-from petseg_runtime import video_run, video_sinks
+from petseg_runtime import images, video_run, video_sinks
 from petseg_runtime.cli import infer_video
 from petseg_runtime.errors import OutputError, UnsupportedVideo
 from petseg_runtime.journal import JOURNAL
-from petseg_runtime.sources import Item, stream_origin
+from petseg_runtime.sources import Item, Origin, stream_origin
 from petseg_runtime.stream import Segmented, Stream
 from petseg_runtime.video import Frame
 from petseg_runtime.video_sinks import OWN
@@ -53,11 +53,19 @@ def picture(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray
     return pixels
 
 
-def write_clip(path: Path, frames: int = 20, *, sound: bool = True, size: tuple[int, int] = (HEIGHT, WIDTH)) -> Path:
+def write_clip(
+    path: Path,
+    frames: int = 20,
+    *,
+    sound: bool = True,
+    size: tuple[int, int] = (HEIGHT, WIDTH),
+    codec: str = "libx264",
+) -> Path:
     """25 frames a second, with a tone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as file:
-        stream: Any = file.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+        options = {"preset": "ultrafast"} if codec == "libx264" else {}
+        stream: Any = file.add_stream(codec, rate=25, options=options)
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
         tone: Any = file.add_stream("aac", rate=48000, layout="mono") if sound else None
         pictures = [av.VideoFrame.from_ndarray(picture(number, *size)) for number in range(32)]
@@ -186,8 +194,8 @@ def test_a_folder_of_photos_and_videos_and_broken_ones_is_answered_for(
     shown = capsys.readouterr()
     *told, summary = events(shown.out)
     assert summary["event"] == "summary"
-    assert (summary["photos"], summary["done"], summary["failed"]) == (4, 2, 2)
-    assert summary["videos"] == {"count": 6, "done": 3, "failed": 3, "stopped": 0, "skipped": 0}
+    assert (summary["photos"], summary["done"], summary["failed"]) == (3, 2, 1)
+    assert summary["videos"] == {"count": 7, "done": 3, "failed": 4, "stopped": 0, "skipped": 0}
     names = ["a/clip.jpg.png", "a/clip.mov.mp4", "a/clip.mp4.mp4", "b/x.mp4", "b/x2.png", "cut.mp4"]
     assert tree(out) == sorted([JOURNAL, *names])
     of_cut = next(event for event in told if event["event"] == "video" and event["input"].endswith("cut.mp4"))
@@ -200,6 +208,84 @@ def test_a_folder_of_photos_and_videos_and_broken_ones_is_answered_for(
             frames = event["frames"]
             assert frames["decoded"] == event["written"] + frames["dropped"] + frames["failed"]
             assert sum(e["event"] == "frame" and e["input"] == event["input"] for e in told) == event["written"]
+
+
+@pytest.mark.parametrize("pattern", ["*.nothing", None])
+def test_what_cannot_be_looked_into_among_videos_is_no_photo(
+    tmp_path: Path,
+    clips: Path,
+    model: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    pattern: str | None,
+) -> None:
+    def scandir(path: Any = ".") -> Any:
+        if Path(path).name == "secret":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    listed = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    source = tmp_path / "in"
+    (source / "secret").mkdir(parents=True)
+    os.mkfifo(source / "pipe.mp4")
+    shutil.copy(clips / "short.mp4", source / "clip.mp4")
+    sources = [source / "clip.mp4", source / pattern] if pattern else [source]
+    assert infer(*sources, "--as", "lines", "--model", model, "--output", tmp_path / "out", "--json") == 3
+    out, err = capsys.readouterr()
+    assert events(out)[-1] == {
+        "schema_version": 1,
+        "event": "summary",
+        "videos": {"count": 3 - bool(pattern), "done": 1, "failed": 2 - bool(pattern), "stopped": 0, "skipped": 0},
+    }
+    assert len(err.splitlines()) == 2 - bool(pattern)
+    assert tree(tmp_path / "out") == [JOURNAL, "clip.ndjson"]
+
+
+def test_one_odd_video_does_not_end_a_folder(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    write_clip(source / "a.mkv", 2, sound=False, size=(16, 16400), codec="libvpx-vp9")  # H.264 ends at 16384
+    for name in ("0.mp4", "b.mp4"):
+        shutil.copy(clips / "short.mp4", source / name)
+    assert infer(source, "--as", "mask", "--model", model, "--output", out) == 3
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"petseg: {source / 'a.mkv'}: its result {out / 'a.mp4'} cannot be written (")
+    assert tree(out) == [JOURNAL, "0.mp4", "b.mp4"]
+    for line in (out / JOURNAL).read_text().splitlines()[1:]:
+        assert json.loads(line)["name"] in ("0", "b"), "with --resume it is tried again"
+
+
+def test_a_background_is_decoded_once(tmp_path: Path, clips: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[Any] = []
+    real = images.read
+    monkeypatch.setattr(images, "read", lambda source: decoded.append(source) or real(source))
+    beach = tmp_path / "beach.png"
+    Image.new("RGB", (40, 30), "green").save(beach)
+    source = tmp_path / "in"
+    source.mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        shutil.copy(clips / "short.mp4", source / name)
+    Image.fromarray(picture(0)).save(source / "photo.png")
+    assert infer(source, "--background", beach, "--model", model, "--output", tmp_path / "out") == 0
+    assert [source for source in decoded if not isinstance(source, Image.Image)] == [str(beach)]
+    assert tree(tmp_path / "out") == [JOURNAL, "a.mp4", "b.mp4", "photo.jpg"]
+
+
+def test_places_of_many_videos_and_photos_are_checked_without_comparing_all_with_all(tmp_path: Path) -> None:
+    """Compared with each other, these would take minutes."""
+    count = 30_000
+    origins = [Origin(f"in/{n}.mp4", f"in/{n}.mp4", PurePath(f"{n}")) for n in range(count)]
+    photos = {f"in/{n}.jpg": str(tmp_path / "out" / f"{n}.jpg.png") for n in range(count)}
+    output = infer_video.Output(folder=tmp_path / "out", kind="mask", format="png")
+    start = time.monotonic()
+    checked = infer_video.check_places(output, origins, photos, resume=False)
+    assert time.monotonic() - start < 20
+    assert len(checked.reserved) == 4 * count
+    photos["in/x.jpg"] = str(tmp_path / "out" / "29999" / "deep" / "x.png")
+    with pytest.raises(OutputError, match=r"results of in/29999\.mp4 and in/x\.jpg would mix"):
+        infer_video.check_places(output, origins, photos, resume=False)
 
 
 def test_all_failed_is_1(tmp_path: Path, clips: Path, model: str) -> None:
@@ -848,8 +934,11 @@ def read_terminal(terminal: int) -> bytes:
         (["{clip}", "--as", "coco-rle"], 2, "coco-rle is of photos; a video can be: mask, "),
         (["{clip}", "--as", "mask", "--format", "webm"], 2, "it can be: mp4, png"),
         (["{clip}", "--as", "cutout", "--format", "mp4"], 2, "it can be: webm, png, webp"),
-        (["{clip}", "--as", "lines", "--segment", "2"], 2, "--segment is for movies (mp4, webm), not ndjson"),
-        (["{clip}", "--as", "mask", "--format", "png", "--segment", "2"], 2, "--segment is for movies"),
+        (
+            ["{clip}", "--as", "mask", "--format", "png", "--segment", "2"],
+            2,
+            "--segment is for movies (mp4, webm) and lines, not png",
+        ),
         (["{clip}", "--as", "background"], 2, "--background COLOUR or FILE and --as background belong together"),
         (["{clip}", "--background", "chartruse"], 1, "neither a colour"),
         (["{clip}", "--background", "{clip}"], 1, "clip.mp4: "),
@@ -905,6 +994,27 @@ def test_photos_need_no_video_library(tmp_path: Path, model: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ an end that is none
+
+
+def test_lines_of_a_stream_come_in_pieces_that_are_numbered_on(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--as", "lines", "--output", tmp_path, "--model", model, "--segment", 1, "--policy", "block", "--json"]
+    for run_number in (1, 2):
+        assert infer("lavfi:testsrc=size=64x48:rate=25", *options, "--max-frames", 60) == 0
+        video = events(capsys.readouterr().out)[-2]
+        assert (video["event"], video["files"]) == ("video", 3)
+        assert tree(tmp_path / "lavfi") == [f"{number:04d}.ndjson" for number in range(1, 3 * run_number + 1)]
+    sizes = [len(path.read_text().splitlines()) for path in sorted((tmp_path / "lavfi").iterdir())]
+    assert sizes == [25, 25, 10] * 2
+
+
+def test_lines_of_a_video_come_in_pieces(tmp_path: Path, clips: Path, model: str) -> None:
+    options = ["--as", "lines", "--output", tmp_path, "--model", model, "--segment"]
+    assert infer(clips / "short.mp4", *options, 0.2) == 0
+    assert tree(tmp_path / "short") == [f"000{number}.ndjson" for number in range(1, 5)]
+    assert infer(clips / "short.mp4", *options, 0.4) == 0
+    assert tree(tmp_path / "short") == ["0001.ndjson", "0002.ndjson"]
 
 
 @needs_ffmpeg

@@ -23,6 +23,7 @@ from petseg_runtime.engines.base import EngineOptions
 from petseg_runtime.errors import EngineError, InputError, ModelError, UnreadableImage, UsageError
 from petseg_runtime.parity import Proof
 from petseg_runtime.result import Segmentation
+from petseg_runtime.segmenter import Prepared
 from petseg_runtime.sources import Origin
 from petseg_runtime.spec import SPEC_KEY, ModelSpec
 
@@ -297,6 +298,21 @@ def test_no_photos_give_no_results(segmenter: Segmenter) -> None:
 def test_a_list_with_a_bad_photo_raises_what_is_wrong_with_it(segmenter: Segmenter, tmp_path: Path) -> None:
     with pytest.raises(UnreadableImage, match=r"missing\.jpg: no such file"):
         segmenter([half_red(8, 8), tmp_path / "missing.jpg", half_red(8, 8)])
+
+
+def test_a_list_raises_the_first_error_without_doing_all_that_is_behind_it(red: Path, tmp_path: Path) -> None:
+    done: list[int] = []
+
+    class Counting(Segmenter):
+        def finish(self, prepared: Prepared, probability: np.ndarray) -> Segmentation:
+            done.append(1)
+            return super().finish(prepared, probability)
+
+    bad: list[Any] = [tmp_path / "missing.jpg", tmp_path / "other.jpg"]
+    with Counting(red) as segmenter, pytest.raises(UnreadableImage, match=r"missing\.jpg: no such file"):
+        segmenter([half_red(8, 8), *bad, *[half_red(8, 8)] * 300])
+    assert len(done) < 100
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("petseg")]
 
 
 def test_a_map_goes_on_after_a_bad_photo_and_keeps_the_order(segmenter: Segmenter, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from petseg_runtime.sinks import (
     background_of,
     check_looks,
     picture,
+    real_paths,
 )
 from petseg_runtime.sources import STDIN, Item
 
@@ -79,7 +80,7 @@ EXACT = {"mask", "probability"}
 
 
 def looks(kind: str, form: str | None = None) -> Picture:
-    return picture(kind, form, "#102030" if kind == "background" else None)
+    return picture(kind, form, (16, 32, 48) if kind == "background" else None)
 
 
 @pytest.mark.parametrize(("kind", "form"), PICTURES)
@@ -186,7 +187,7 @@ def test_a_background_and_its_kind_belong_together(kind: str) -> None:
     ],
 )
 def test_a_background_may_be_a_colour(result: Segmentation, text: str, colour: tuple[int, int, int]) -> None:
-    pixels = np.array(picture("background", "png", text).render(result))
+    pixels = np.array(picture("background", "png", background_of(text)).render(result))
     assert pixels.shape == (20, 30, 3)
     assert (pixels[0, 0] == colour).all()
     assert (pixels[10, 12] == 90).all()  # the pet
@@ -197,7 +198,7 @@ def test_a_background_may_be_a_picture_that_is_made_to_fit(tmp_path: Path, resul
     halves = np.zeros((50, 40, 3), np.uint8)
     halves[:, :20, 0] = halves[:, 20:, 2] = 200
     Image.fromarray(halves).save(beach)
-    pixels = np.array(picture("background", "png", str(beach)).render(result))
+    pixels = np.array(picture("background", "png", background_of(str(beach))).render(result))
     assert pixels.shape == (20, 30, 3)
     assert (pixels[0, 0] == (200, 0, 0)).all()
     assert (pixels[0, -1] == (0, 0, 200)).all()
@@ -211,10 +212,10 @@ def test_a_background_that_is_partly_transparent_is_refused() -> None:
 
 def test_a_background_that_is_neither_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"background 'chartruse': neither a colour \(white, #00ff00\) nor a file"):
-        picture("background", None, "chartruse")
+        background_of("chartruse")
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(InputError, match=r"notes\.txt: not an image"):
-        picture("background", None, str(tmp_path / "notes.txt"))
+        background_of(str(tmp_path / "notes.txt"))
 
 
 # ------------------------------------------------------------------------------------------------- folders
@@ -281,6 +282,26 @@ def test_the_photos_own_folder_will_do_where_nothing_is_replaced(tmp_path: Path,
     items = photos(tmp_path, "a.jpg")
     assert ImageSink(tmp_path, picture("mask"), items).write(items[0], result).path == tmp_path / "a.png"
     assert (tmp_path / "a.jpg").read_bytes() == b"a photo"
+
+
+@pytest.mark.parametrize("name", ["link.png", "./a.png", "b/../a.png", "loop/a.png", "nowhere/a.png", ""])
+def test_real_paths_are_those_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    photos(tmp_path / "in", "a.png")
+    (tmp_path / "in" / "b").symlink_to(tmp_path)
+    (tmp_path / "in" / "link.png").symlink_to("a.png")
+    (tmp_path / "in" / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path / "in")
+    for path in (name, str(tmp_path / "in" / name)):
+        assert real_paths()(path) == os.path.realpath(path)
+
+
+def test_folders_are_looked_up_once_not_for_each_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = photos(tmp_path / "in", *(f"{number}.jpg" for number in range(50)))
+    asked: list[Any] = []
+    real: Any = os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path: asked.append(path) or real(path))
+    ImageSink(tmp_path / "out", picture("mask"), items)
+    assert len(asked) <= 3
 
 
 def test_a_loop_of_links_among_the_photos_does_not_stop_the_others(tmp_path: Path) -> None:
@@ -398,7 +419,7 @@ def test_a_name_too_long_for_the_result_alone_waits_for_its_turn_beside_the_phot
 
 def test_a_text_too_long_for_a_name_is_no_background() -> None:
     with pytest.raises(InputError, match="neither a colour"):
-        picture("background", background="a" * 300)
+        background_of("a" * 300)
 
 
 def test_annotations_beside_the_photos_are_not_replaced(tmp_path: Path) -> None:

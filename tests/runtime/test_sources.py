@@ -16,7 +16,17 @@ from hypothesis import strategies as st
 
 from petseg_runtime import sources
 from petseg_runtime.errors import UsageError
-from petseg_runtime.sources import IMAGE_SUFFIXES, STDIN, Item, distinct, find_photos, is_video, redacted, stream_origin
+from petseg_runtime.sources import (
+    IMAGE_SUFFIXES,
+    STDIN,
+    VIDEO_SUFFIXES,
+    Item,
+    distinct,
+    find_photos,
+    is_video,
+    redacted,
+    stream_origin,
+)
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -596,10 +606,42 @@ def test_which_files_are_videos(tmp_path: Path, name: str, data: bytes, video: b
     assert is_video(Item(tmp_path / name, PurePath("cat"))) is video
 
 
+PACKET = b"G" + bytes(187)
+
+
+def test_programs_that_are_called_as_transport_streams_are_not_taken_from_folders(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    files = {
+        "app.ts": b"const GREETING: string = 'G'\n" * 100,
+        "deep/module.MTS": b"export {}\n",
+        "empty.ts": b"",
+        "recorded.ts": PACKET * 8,
+        "cut.ts": (PACKET * 8)[100:],
+        "camera.mts": (bytes(4) + PACKET) * 8,
+        "air.ts": (PACKET + bytes(16)) * 8,
+        "broken.m2ts": b"no packet at all",
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    os.mkfifo(tmp_path / "pipe.ts")  # opening it would wait for a writer
+    suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+    taken = ["air", "broken", "camera", "cut", "pipe", "recorded"]
+    assert names(find_photos([tmp_path], suffixes=suffixes)) == taken
+    for named in (tmp_path / "app.ts", tmp_path / "ap*.ts"):
+        (item,) = find_photos([named], suffixes=suffixes)
+        assert item.source == tmp_path / "app.ts"
+        assert is_video(item), "reading it says what is wrong"
+
+
+def test_what_is_called_as_a_video_and_cannot_be_read_is_one(tmp_path: Path) -> None:
+    assert is_video(Item(tmp_path / "cat.mp4", PurePath("cat"), problem="a pipe"))
+    assert not is_video(Item(tmp_path / "cat.jpg", PurePath("cat"), problem="a pipe"))
+
+
 def test_what_cannot_be_looked_into_is_no_video(tmp_path: Path) -> None:
     assert not is_video(Item(tmp_path / "missing", PurePath("cat")))
     assert not is_video(Item(tmp_path, PurePath("cat")))
-    assert not is_video(Item(tmp_path / "cat.mp4", PurePath("cat"), problem="no"))
+    assert not is_video(Item(tmp_path / "cat", PurePath("cat"), problem="no"))
     assert not is_video(Item(STDIN, PurePath("stdin"), data=b"\x1a\x45\xdf\xa3"))
 
 

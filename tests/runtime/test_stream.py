@@ -21,8 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petseg_runtime.errors import EngineError, UnreadableVideo, UsageError
+from petseg_runtime.pipeline import Timings
 from petseg_runtime.segmenter import Segmenter
-from petseg_runtime.stream import _SOUNDS, POLICIES, Counts, Reading, Segmented, Stream, Timings, _Inbox
+from petseg_runtime.stream import _SOUNDS, POLICIES, Counts, Reading, Segmented, Stream, _Inbox
 from petseg_runtime.video import Frame
 from petseg_runtime.video_sound import Sound
 

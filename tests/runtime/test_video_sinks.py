@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from petseg_runtime import video_sinks
-from petseg_runtime.errors import OutputError
+from petseg_runtime.errors import InputError, OutputError
 from petseg_runtime.result import Segmentation
 from petseg_runtime.segmenter import Segmenter
 from petseg_runtime.sinks import Picture, render_of
@@ -31,7 +31,7 @@ from petseg_runtime.stream import Reading
 from petseg_runtime.video import Converter, Frame, VideoReader
 from petseg_runtime.video_looks import Painter
 from petseg_runtime.video_run import VideoReport, segment_video
-from petseg_runtime.video_sinks import OWN, LinesSink, MovieSink, PicturesSink, RawSink, next_number, numbered
+from petseg_runtime.video_sinks import OWN, LinesSink, MovieSink, PicturesSink, RawSink, next_number, numbered, pieces
 from petseg_runtime.video_sound import Sound
 
 HEIGHT, WIDTH = 48, 64
@@ -97,6 +97,34 @@ def write_clip(
                 audio.sample_rate, audio.pts, audio.time_base = 48000, start, Fraction(1, 48000)
                 file.mux(tone.encode(audio))
             file.mux(tone.encode(None))
+        file.mux(stream.encode(None))
+    return path
+
+
+def write_tone(
+    path: Path, codec: str, sound: str, rate: int, layout: str = "stereo", *, broken: range = range(0), seconds: int = 2
+) -> Path:
+    """A clip with a tone behind a silence, in any codec and at any rate; what of it is ``broken`` is no number."""
+    with av.open(str(path), "w") as file:
+        stream: Any = file.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        tone: Any = file.add_stream(sound, rate=rate, layout=layout, **({"bit_rate": 64000} if "wma" in sound else {}))
+        samples = (0.25 * np.sin(np.arange(rate * seconds) * 2 * np.pi * 440 / rate)).astype(np.float32)
+        samples[: rate // 10] = 0
+        samples[broken.start : broken.stop] = np.nan
+        resampler = av.AudioResampler(tone.codec_context.format, layout, rate)
+        channels = av.AudioLayout(layout).nb_channels
+        for start in range(0, len(samples), 1024):
+            chunk = np.repeat(samples[start : start + 1024, None], channels, axis=1).reshape(1, -1)
+            audio = av.AudioFrame.from_ndarray(chunk, format="flt", layout=layout)
+            audio.sample_rate, audio.pts, audio.time_base = rate, start, Fraction(1, rate)
+            for converted in resampler.resample(audio):
+                file.mux(tone.encode(converted))
+        file.mux(tone.encode(None))
+        for number in range(25 * seconds):
+            frame = av.VideoFrame.from_ndarray(picture(number))
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
     return path
 
@@ -216,6 +244,71 @@ def test_sound_of_which_only_its_packets_tell_is_encoded_anew_where_the_header_c
         with av.open(str(out)) as file:
             heard = sum(frame.samples for frame in file.decode(audio=0)) / 48000
         assert heard == pytest.approx(2.0, abs=0.1)
+
+
+@pytest.mark.parametrize(("target", "kind"), [("mp4", "overlay"), ("webm", "cutout")])
+@pytest.mark.parametrize(
+    ("name", "codec", "sound", "rate", "layout"),
+    [
+        ("clip.asf", "wmv2", "wmav1", 44100, "stereo"),
+        ("clip.wmv", "wmv2", "wmav2", 44100, "stereo"),
+        ("clip.avi", "mpeg4", "adpcm_ms", 22050, "stereo"),
+        ("clip.avi", "mpeg4", "adpcm_ima_wav", 22050, "mono"),
+        ("clip.avi", "mpeg4", "g726", 8000, "mono"),
+        ("clip.mov", "mpeg4", "adpcm_ima_qt", 22050, "stereo"),
+        ("clip.mov", "mpeg4", "pcm_mulaw", 8000, "mono"),
+        ("clip.3gp", "mpeg4", "libopencore_amrnb", 8000, "mono"),
+        ("clip.flv", "flv", "nellymoser", 22050, "mono"),
+        ("clip.m2ts", "libx264", "pcm_bluray", 48000, "stereo"),
+        ("clip.mkv", "libx264", "libmp3lame", 8000, "stereo"),  # which MP4 does not take
+    ],
+)
+def test_sound_that_the_packets_alone_do_not_describe_is_encoded_anew_and_said(
+    tmp_path: Path, name: str, codec: str, sound: str, rate: int, layout: str, target: str, kind: str
+) -> None:
+    clip, out = write_tone(tmp_path / name, codec, sound, rate, layout), tmp_path / f"out.{target}"
+    report = run(clip, movie(out, kind))
+    (note,) = report.notes
+    assert note.endswith("is encoded anew as " + {"mp4": "aac", "webm": "opus"}[target])
+    assert len(frame_times(out)) == 50
+    with av.open(str(out)) as file:
+        heard = [(frame.samples / frame.sample_rate, frame.to_ndarray()) for frame in file.decode(audio=0)]
+    assert sum(seconds for seconds, _ in heard) == pytest.approx(2, abs=0.15)
+    assert max(np.abs(samples).max() for _, samples in heard) == pytest.approx(0.25, abs=0.05)
+    assert beginning_of_tone(out) == pytest.approx(0.1, abs=0.05)
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_sound_that_the_file_does_not_take_is_encoded_anew(tmp_path: Path, endless: bool) -> None:
+    clip = write_tone(tmp_path / "clip.mkv", "libx264", "libmp3lame", 11025)
+    report = run(clip, movie(tmp_path / "out.mp4", endless=endless))
+    assert report.notes == ["the sound (mp3) is encoded anew as aac"]
+    assert len(frame_times(tmp_path / "out.mp4")) == 50
+    lead = (
+        1024 / 11025 if endless else 0
+    )  # the encoder's first packet, which only an edit list, written last, takes off
+    assert beginning_of_tone(tmp_path / "out.mp4") == pytest.approx(0.1 + lead, abs=0.05)
+
+
+def test_sound_in_a_codec_that_nobody_knows_is_left_out_and_said(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mkv", frames=50)
+    clip.write_bytes(clip.read_bytes().replace(b"A_AAC", b"A_XXX"))
+    report = run(clip, movie(tmp_path / "out.mp4"))
+    assert report.notes == ["the sound is left out: its codec is none that this FFmpeg can decode"]
+    with av.open(str(tmp_path / "out.mp4")) as file:
+        assert [stream.type for stream in file.streams] == ["video"]
+    assert len(frame_times(tmp_path / "out.mp4")) == 50
+
+
+def test_sound_that_the_encoder_refuses_never_costs_the_picture(tmp_path: Path) -> None:
+    clip = write_tone(tmp_path / "clip.mkv", "libx264", "pcm_f32le", 48000, broken=range(40000, 44000))
+    report = run(clip, movie(tmp_path / "out.mp4"))
+    assert "a part of the sound (pcm_f32le) cannot be converted and is left out" in report.notes
+    assert len(frame_times(tmp_path / "out.mp4")) == 50
+    with av.open(str(tmp_path / "out.mp4")) as file:
+        last = [(frame.time, frame.to_ndarray()) for frame in file.decode(audio=0)][-10:]
+    assert last[-1][0] > 1.9
+    assert max(np.abs(samples).max() for _, samples in last) > 0.2, "it goes on behind that"
 
 
 def write_broadcast(path: Path, codec: str, kinds: list[tuple[str, int]]) -> Path:
@@ -473,7 +566,7 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 def test_what_is_finished_is_on_the_disk(tmp_path: Path, on_disk: list[tuple[int, int]], endless: bool) -> None:
     frames = [frame_of(n) for n in range(50)]
     paths = (tmp_path / f"{n}.mp4" for n in itertools.count())
-    lines = LinesSink(tmp_path / "out.ndjson", endless=endless)
+    lines = LinesSink([tmp_path / "out.ndjson"], endless=endless)
     with MovieSink(paths, Painter("mask"), endless=endless, segment=1.0) as sink, lines:
         for frame in frames[:25]:
             sink.write(frame, result_of(frame))
@@ -541,15 +634,15 @@ def test_a_movie_that_cannot_begin_leaves_no_name_taken(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(video_sinks, "_Movie", refused)
     sink = MovieSink(numbered(tmp_path, "mp4"), Painter("mask"), endless=True)
-    with pytest.raises(OutputError, match=r"0001\.mp4: cannot be written \(no such encoder\)"):
+    with pytest.raises(InputError, match=r"its result .*0001\.mp4 cannot be written \(no such encoder\)"):
         sink.write(frame := frame_of(0), result_of(frame))
     assert not list(tmp_path.iterdir())
 
 
 def test_lines_go_on_at_the_end_of_a_file_that_was_cut_off(tmp_path: Path) -> None:
-    """As logrotate does (copytruncate), since live lines have no pieces."""
+    """As logrotate does (copytruncate)."""
     path = tmp_path / "0001.ndjson"
-    with LinesSink(path, endless=True) as sink:
+    with LinesSink([path], endless=True) as sink:
         for number in range(3):
             sink.write(frame := frame_of(number), result_of(frame))
             if number == 1:
@@ -641,7 +734,7 @@ def result_of(frame: Frame) -> Segmentation:
 
 SINKS: dict[str, Callable[[Path], Any]] = {
     "movie": lambda path: movie(path / "out.mp4"),
-    "lines": lambda path: LinesSink(path / "out.ndjson", endless=False),
+    "lines": lambda path: LinesSink([path / "out.ndjson"], endless=False),
 }
 
 
@@ -670,6 +763,135 @@ def test_a_disk_that_is_full_is_an_output_error_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (av.error.ArgumentError(errno.EINVAL, "Invalid argument"), InputError),
+        (av.error.InvalidDataError(1, "Invalid data"), InputError),
+        (av.error.ExternalError(1, "Generic error in an external library"), InputError),
+        (av.error.MemoryError(errno.ENOMEM, "Cannot allocate memory"), InputError),
+        (ValueError("no such encoder"), InputError),
+        (OSError("encoder error -2 when writing image file"), InputError),  # Pillow's
+        (OSError(errno.ENAMETOOLONG, "File name too long"), InputError),
+        (IsADirectoryError(errno.EISDIR, "Is a directory"), InputError),
+        (av.error.OSError(errno.ENOSPC, "No space left on device"), OutputError),
+        (av.error.OSError(errno.EIO, "Input/output error"), OutputError),
+        (av.error.PermissionError(errno.EACCES, "Permission denied"), OutputError),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), OutputError),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value.__name__,
+)
+def test_what_the_system_says_is_of_the_output_and_the_rest_of_this_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, raised: type[Exception]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(video_sinks._Movie, "write", fail)
+    frame = frame_of(0)
+    with pytest.raises(raised) as told, movie(tmp_path / "out.mp4") as sink:
+        sink.write(frame, result_of(frame))
+    assert type(told.value) is raised
+    assert str(tmp_path / "out.mp4") in str(told.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_a_result_that_cannot_be_written_is_an_error_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endless: bool
+) -> None:
+    def write(self: Any, frame: Frame, painted: Any) -> None:
+        if frame.number == 3:
+            raise av.error.ArgumentError(errno.EINVAL, "Invalid argument")
+        real(self, frame, painted)
+
+    real = video_sinks._Movie.write
+    monkeypatch.setattr(video_sinks._Movie, "write", write)
+    clip, out = write_clip(tmp_path / "clip.mkv", sound=None), tmp_path / "out" / "out.mp4"
+    model: Any = Model()
+    origin = Origin("testsrc=size=64x48:rate=25", "test", Path("a"), "lavfi", {}, endless=True)
+    origin = origin if endless else Origin(str(clip), str(clip), Path("clip"))
+    states: list[str | None] = []
+    report = segment_video(
+        origin,
+        model,
+        movie(out, endless=endless),
+        Reading(policy="block"),
+        tell=lambda state: states.append(state.reason),
+    )
+    assert report.error == f"{origin.shown}: its result {out} cannot be written (Invalid argument)"
+    assert report.written == 3
+    assert list(out.parent.iterdir()) == report.paths == ([out] if endless else [])
+    assert report.files == len(report.paths)
+    if endless:
+        assert states[-1] == report.error
+        assert len(frame_times(out)) == 3
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("petseg")]
+
+
+def test_frames_too_wide_for_a_format_are_this_videos_error(tmp_path: Path) -> None:
+    """H.264 ends at 16384 pixels, WebP at 16383."""
+    clip = write_clip(tmp_path / "clip.mkv", frames=2, sound=None, size=(16, 16400), codec="libvpx-vp9")
+    model: Any = Model()
+    webp = PicturesSink(tmp_path / "out", Picture("cutout", "webp", render_of("cutout")))
+    for sink in (movie(tmp_path / "out.mp4"), webp):
+        report = segment_video(Origin(str(clip), str(clip), Path("clip")), model, sink, Reading())
+        assert str(report.error).startswith(f"{clip}: its result {tmp_path / 'out'}")
+        assert "cannot be written" in str(report.error)
+    assert {path.name for path in tmp_path.rglob("*")} == {"clip.mkv", "out", OWN}
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_lines_come_in_pieces_of_their_length(tmp_path: Path, endless: bool) -> None:
+    for name in ("0001", "0002", "0003", "0004"):
+        (tmp_path / f"{name}.ndjson").write_text("of an earlier run")
+    (tmp_path / OWN).touch()
+    paths = numbered(tmp_path, "ndjson") if endless else pieces(tmp_path, "ndjson")
+    first = 5 if endless else 1
+    with LinesSink(paths, endless=endless, segment=1.0) as sink:
+        for number in range(60):
+            sink.write(frame := frame_of(number), result_of(frame))
+    assert [path.name for path in sink.paths] == [f"{first + n:04d}.ndjson" for n in range(3)]
+    lines = [path.read_text().splitlines() for path in sink.paths]
+    assert [len(piece) for piece in lines] == [25, 25, 10]
+    assert [json.loads(line)["number"] for piece in lines for line in piece] == list(range(60))
+    left = {path.name for path in tmp_path.iterdir()} - {path.name for path in sink.paths}
+    assert left == ({"0001.ndjson", "0002.ndjson", "0003.ndjson", "0004.ndjson", OWN} if endless else {OWN})
+
+
+def test_two_that_write_lines_into_one_folder_write_no_file_of_the_other(tmp_path: Path) -> None:
+    sinks = [LinesSink(numbered(tmp_path, "ndjson"), endless=True) for _ in range(2)]
+    for number in range(3):
+        for sink in sinks:
+            sink.write(frame := frame_of(number), result_of(frame))
+    for sink in sinks:
+        sink.close()
+    assert [sink.paths[0].name for sink in sinks] == ["0001.ndjson", "0002.ndjson"]
+    assert [len(sink.paths[0].read_text().splitlines()) for sink in sinks] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("there", "last", "left"),
+    [
+        (["0001", "0002", "0003"], "0001", ["0001"]),
+        (["9998", "9999", "10000", "10001", "20240512"], "9998", ["20240512", "9998"]),  # the digits were used up
+        (
+            ["0001", "0002", "10000", "20240512", "00003", "2b", "٣"],
+            "0001",
+            ["00003", "0001", "10000", "20240512", "2b", "٣"],
+        ),
+        (["9999", "10000", "99999", "100000"], "10000", ["10000", "9999"]),
+    ],
+)
+def test_of_a_longer_run_all_that_is_numbered_on_is_removed_and_nothing_else(
+    tmp_path: Path, there: list[str], last: str, left: list[str]
+) -> None:
+    for name in there:
+        (tmp_path / f"{name}.mp4").touch()
+    video_sinks._drop_later(tmp_path / f"{last}.mp4", 4)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == left
+
+
 def test_an_encoder_that_fails_at_the_end_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Any) -> None:
         self._file.close()
@@ -680,12 +902,25 @@ def test_an_encoder_that_fails_at_the_end_leaves_nothing(tmp_path: Path, monkeyp
     with pytest.raises(OutputError, match="No space left"), movie(tmp_path / "out.mp4") as sink:
         sink.write(frame, result_of(frame))
     assert not list(tmp_path.iterdir())
+    assert (sink.paths, sink.files) == ([], 0)
+
+
+def test_a_movie_that_is_given_up_before_its_file_is_there_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Any] = []
+    monkeypatch.setattr(video_sinks._Movie, "close", lambda movie: closed.append(movie))
+    frame, sink = frame_of(0), movie(tmp_path / "out.mp4")
+    sink.write(frame, result_of(frame))
+    assert not list(tmp_path.iterdir()), "the encoder waits for more"
+    sink.__exit__(KeyError, KeyError(), None)
+    assert len(closed) == 1
 
 
 def test_a_folder_that_may_not_be_made_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     frame = frame_of(0)
-    for sink in (movie(tmp_path / "file" / "out.mp4"), LinesSink(tmp_path / "file" / "x.ndjson", endless=True)):
+    for sink in (movie(tmp_path / "file" / "out.mp4"), LinesSink([tmp_path / "file" / "x.ndjson"], endless=True)):
         with pytest.raises(OutputError, match="cannot be written"), sink:
             sink.write(frame, result_of(frame))
 
@@ -715,7 +950,7 @@ def test_a_pipe_of_raw_frames_refuses_another_size(tmp_path: Path) -> None:
 
 def test_lines_say_what_was_found(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", frames=5)
-    run(clip, LinesSink(tmp_path / "out.ndjson", endless=False))
+    run(clip, LinesSink([tmp_path / "out.ndjson"], endless=False))
     lines = [json.loads(line) for line in (tmp_path / "out.ndjson").read_text().splitlines()]
     assert [line["number"] for line in lines] == list(range(5))
     assert [line["time"] for line in lines] == [0.0, 0.04, 0.08, 0.12, 0.16]

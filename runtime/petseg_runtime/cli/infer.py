@@ -139,7 +139,7 @@ def infer(
     """
     from petseg_runtime.batch import segment_photos
     from petseg_runtime.journal import Journal
-    from petseg_runtime.sinks import KINDS, probe
+    from petseg_runtime.sinks import KINDS, background_of, probe
     from petseg_runtime.sources import RESULTS
 
     kind = kind or ("background" if background else "cutout")
@@ -152,12 +152,13 @@ def infer(
         )
     if folder is None and sys.stdout is None:
         raise OutputError("standard output is closed: give a folder with --output")
-    looks = {"as": kind, "format": options.pop("format"), "background": background}
+    form = options.pop("format")
     of_video = {name: options.pop(name) for name in VIDEO_OPTIONS}
     found = _find(sources, folder, raw, _pairs(input_option), quiet)
     given = of_video | {"input_option": input_option, "only_found": only_found}
-    _check(found, given, kind, looks["format"], background)
+    _check(found, given, kind, form, background)
     _check_masks(found, kind, options["threshold"], options["cutout_threshold"], fast_decode)
+    looks = {"as": kind, "format": form, "background": None if background is None else background_of(background)}
     made = _made(found, folder, looks, of_video, resume) if found.streams else None
     with contextlib.ExitStack() as stack:
         segmenter = stack.enter_context(_segmenter(len(found.photos), quiet, **options))
@@ -271,6 +272,9 @@ def _find(sources: Sequence[str], folder: Path | None, raw: str | None, options:
     videos: list[Item] = []
     for item in items:
         (videos if is_video(item) else photos).append(item)
+    if videos and all(item.problem and item.source.suffix.lower() not in IMAGE_SUFFIXES for item in photos):
+        videos += photos  # folders that cannot be listed and patterns that fit nothing, among videos alone
+        photos = []
     streams[:0] = [Origin(str(video.source), str(video.source), video.name) for video in videos]
     if not items and not streams:
         raise InputError(f"no photos or videos in {', '.join(sources)}")
@@ -296,9 +300,8 @@ def _check(found: _Found, given: dict[str, Any], kind: str, format: str | None, 
     Raises:
         UsageError: The kind, the format and the background do not fit together, or not to the sources; or an option is
             for sources of which there is none.
-        InputError: The background cannot be read.
     """
-    from petseg_runtime.sinks import KINDS, background_of, check_looks
+    from petseg_runtime.sinks import KINDS, check_looks
 
     if found.photos or not found.streams:
         if kind == "lines":
@@ -316,8 +319,6 @@ def _check(found: _Found, given: dict[str, Any], kind: str, format: str | None, 
     ):
         if not there and (unused := [name for name in names if given[name]]):
             raise UsageError(f"--{unused[0].replace('_', '-')} is for {what}, and there is none")
-    if background is not None:
-        background_of(background)
 
 
 def _check_masks(
@@ -361,9 +362,7 @@ def _check_videos(kind: str, format: str | None, only_found: bool) -> None:  # n
         raise UsageError(f"{kind} of a video is not written as {format}; it can be: {files}")
 
 
-def _made(
-    found: _Found, folder: Path | None, looks: dict[str, str | None], given: dict[str, Any], resume: bool
-) -> Output:
+def _made(found: _Found, folder: Path | None, looks: dict[str, Any], given: dict[str, Any], resume: bool) -> Output:
     """What is made of the videos, and where.
 
     Raises:
@@ -378,8 +377,8 @@ def _made(
     if folder is None and asked:
         raise UsageError(f"raw frames go to standard output, not {asked}: give a folder with --output")
     form = asked or (VIDEO_FORMATS[kind][0] if folder else "raw")
-    if given["segment"] and form not in MOVIES:
-        raise UsageError(f"--segment is for movies ({', '.join(MOVIES)}), not {form}")
+    if given["segment"] and form not in (*MOVIES, "ndjson"):
+        raise UsageError(f"--segment is for movies ({', '.join(MOVIES)}) and lines, not {form}")
     if resume and found.live:
         raise UsageError("--resume is for files: a stream's results are numbered on, and nothing is replaced")
     output = Output(
@@ -421,7 +420,7 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-def _sink(found: _Found, folder: Path | None, resume: bool, only_found: bool, **looks: str | None) -> Sink:
+def _sink(found: _Found, folder: Path | None, resume: bool, only_found: bool, **looks: Any) -> Sink:
     """Where the results go."""
     from petseg_runtime.sinks import OnlyFound
 
@@ -429,7 +428,7 @@ def _sink(found: _Found, folder: Path | None, resume: bool, only_found: bool, **
     return OnlyFound(sink) if only_found else sink
 
 
-def _sink_of_all(found: _Found, folder: Path | None, resume: bool, **looks: str | None) -> Sink:
+def _sink_of_all(found: _Found, folder: Path | None, resume: bool, **looks: Any) -> Sink:
     from petseg_runtime import sinks
     from petseg_runtime.journal import JOURNAL
 
@@ -467,17 +466,17 @@ def _segmenter(photos: int, quiet: bool, threads: int | None, size: str | None, 
     return segmenter
 
 
-def _looks(kind: str, looks: dict[str, str | None], found: _Found) -> dict[str, Any]:
+def _looks(kind: str, looks: dict[str, Any], found: _Found) -> dict[str, Any]:
     """What is asked of the results' looks, as it is meant: with the usual formats, and the background itself."""
-    from petseg_runtime.sinks import KINDS, VIDEO_FORMATS, background_of
+    from petseg_runtime.sinks import KINDS, VIDEO_FORMATS
 
-    asked: dict[str, Any] = {"as": kind, "background": looks["background"]}
+    background = looks["background"]
+    asked: dict[str, Any] = {"as": kind, "background": background}
     if found.photos and kind in KINDS:
         asked["format"] = looks["format"] or next(iter(KINDS[kind].formats), None)
     if found.videos and kind in VIDEO_FORMATS:
         asked["video_format"] = looks["format"] or VIDEO_FORMATS[kind][0]
-    if looks["background"] is not None:
-        background = background_of(looks["background"])
+    if background is not None:
         asked["background"] = (
             list(background)
             if isinstance(background, tuple)

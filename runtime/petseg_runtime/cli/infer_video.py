@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from petseg_runtime.journal import Journal
     from petseg_runtime.live import StateChange
     from petseg_runtime.segmenter import Segmenter
+    from petseg_runtime.sinks import Background
     from petseg_runtime.sources import Item, Origin
     from petseg_runtime.stream import Reading, Segmented, Stream
     from petseg_runtime.video_run import VideoReport
@@ -53,7 +54,7 @@ class Output:
         kind: What ``--as`` asked for.
         format: What ``--format`` asked for, or the kind's usual one.
         background: What ``--background`` asked for.
-        segment: Seconds in one movie.
+        segment: Seconds in one file.
         audio: Pass the sound through.
         reserved: Real paths that no further movie of a source may take.
     """
@@ -61,29 +62,26 @@ class Output:
     folder: Path | None
     kind: str
     format: str
-    background: str | None = None
+    background: Background | None = None
     segment: float | None = None
     audio: bool = True
     reserved: frozenset[str] = frozenset()
 
     def of(self, origin: Origin) -> VideoSink:
-        """The sink of one source.
-
-        Raises:
-            InputError: The background is neither a colour nor a readable picture.
-        """
+        """The sink of one source."""
         from petseg_runtime import sinks, video_sinks
         from petseg_runtime.video_looks import Painter
 
         place = self.place(origin) if self.folder else Path("-")
         if self.format == "ndjson":
-            path = next(video_sinks.numbered(place, "ndjson")) if origin.endless else place
-            return video_sinks.LinesSink(path, endless=origin.endless)
+            return video_sinks.LinesSink(self._files(origin, place), endless=origin.endless, segment=self.segment)
         if self.format in video_sinks.MOVIES:
-            painter = Painter(self.kind, sinks.background_of(self.background) if self.background else None)
-            movies = self._movies(origin, place)
             return video_sinks.MovieSink(
-                movies, painter, endless=origin.endless, segment=self.segment, audio=self.audio
+                self._files(origin, place),
+                Painter(self.kind, self.background),
+                endless=origin.endless,
+                segment=self.segment,
+                audio=self.audio,
             )
         picture = sinks.Picture(self.kind, self.format, sinks.render_of(self.kind, self.background))
         if self.folder is None:
@@ -111,8 +109,8 @@ class Output:
 
         return not origin.endless and self.segment is None and self.format in (*MOVIES, "ndjson")
 
-    def _movies(self, origin: Origin, place: Path) -> Iterator[Path]:
-        """The names of a source's movies, one after the other."""
+    def _files(self, origin: Origin, place: Path) -> Iterator[Path]:
+        """The names of a source's movies, or files of lines, one after the other."""
         from petseg_runtime.video_sinks import numbered, pieces
 
         if origin.endless:
@@ -159,14 +157,14 @@ class Videos:
 
         Args:
             origins: The sources; live ones run all at once.
-            items: The files among them, by name, for the journal.
+            items: The files among them, by name: for the journal, and why some cannot be read.
             journal: Which of the files are done already.
 
         Returns:
             The exit code that a signal asks for; None: no signal came.
 
         Raises:
-            OutputError: The results of a file cannot be written. Of live sources see :meth:`problem_code`.
+            OutputError: Results of files cannot be written. Of live sources see :meth:`problem_code`.
             EngineError: The engine failed.
         """
         with self._signals():
@@ -207,6 +205,12 @@ class Videos:
         return {"count": len(self.reports) + self.skipped, **counts}
 
     def _file(self, origin: Origin, item: Item | None, journal: Journal | None) -> None:
+        if item and item.problem:
+            from petseg_runtime.video_run import VideoReport
+
+            self.reports.append(VideoReport(origin.shown, item.problem))
+            self._tell_end(origin, self.reports[-1])
+            return
         if not journal or not item:
             self._one(origin)
             return
@@ -457,35 +461,41 @@ def check_places(output: Output, origins: Sequence[Origin], photos: Mapping[str,
     """
     if output.folder is None:
         return output
-    files = [o.target for o in origins if isinstance(o.target, str) and o.options is None]
-    sources = {os.path.realpath(path) for path in (*files, *photos)}
-    folders = {os.path.dirname(source) for source in sources}  # noqa: PTH120 (a text is compared, not a path)
-    places = {os.path.realpath(output.place(origin)): origin.shown for origin in origins}
-    results = {os.path.realpath(result): photo for photo, result in photos.items()} | places
-    for origin in origins:
-        place = output.place(origin)
-        real = os.path.realpath(place)
-        within = [other for path, other in results.items() if path.startswith(real + os.sep)]
-        if real in sources:
-            raise OutputError(f"{place}: the result of {origin.shown} would replace a source; choose another --output")
-        if within:
-            raise OutputError(
-                f"{place}: results of {origin.shown} and {within[0]} would mix; use one --output for each"
-            )
-        if not resume and not origin.endless and os.path.dirname(real) in folders and os.path.lexists(place):  # noqa: PTH120
-            raise OutputError(f"{place}: there already, beside the videos; move it, or choose another --output")
-        if not origin.endless and not output.is_one_file(origin):
-            _check_numbered(place, origin, sources)
-    return dataclasses.replace(output, reserved=frozenset(sources | results.keys()))
-
-
-def _check_numbered(place: Path, origin: Origin, sources: Set[str]) -> None:
-    """Refuse a folder of numbered files that holds sources, or files that petseg did not write."""
+    from petseg_runtime.sinks import real_paths
     from petseg_runtime.video_sinks import claimable
 
-    real = os.path.realpath(place)
-    if among := [path for path in sources if path.startswith(real + os.sep)]:
-        raise OutputError(
-            f"{place}: results of {origin.shown} would go among the sources, as {among[0]}; choose another --output"
-        )
-    claimable(place)
+    real = real_paths()
+    files = [o.target for o in origins if isinstance(o.target, str) and o.options is None]
+    sources = {real(path): path for path in (*files, *photos)}
+    places = {real(output.place(origin)): origin.shown for origin in origins}
+    results = {real(result): photo for photo, result in photos.items()} | places
+    with_sources, with_results = _folders(sources), _folders(results)
+    beside = {os.path.dirname(source) for source in sources}  # noqa: PTH120 (a text is compared, not a path)
+    for origin in origins:
+        place = output.place(origin)
+        there = real(place)
+        if there in sources:
+            raise OutputError(f"{place}: the result of {origin.shown} would replace a source; choose another --output")
+        if other := with_results.get(there):
+            raise OutputError(f"{place}: results of {origin.shown} and {other} would mix; use one --output for each")
+        if not resume and not origin.endless and os.path.dirname(there) in beside and os.path.lexists(place):  # noqa: PTH120
+            raise OutputError(f"{place}: there already, beside the videos; move it, or choose another --output")
+        if origin.endless or output.is_one_file(origin):
+            continue
+        if source := with_sources.get(there):
+            raise OutputError(
+                f"{place}: results of {origin.shown} would go among the sources, as {source}; choose another --output"
+            )
+        claimable(place)
+    return dataclasses.replace(output, reserved=frozenset(sources.keys() | results.keys()))
+
+
+def _folders(files: Mapping[str, str]) -> dict[str, str]:
+    """All folders that files lie in, at whatever depth, each with what is said of one of these files."""
+    found: dict[str, str] = {}
+    for path, said in files.items():
+        folder = os.path.dirname(path)  # noqa: PTH120 (a text, one of a million)
+        while folder not in found:  # and with it all above
+            found[folder] = said
+            folder = os.path.dirname(folder)  # noqa: PTH120
+    return found
