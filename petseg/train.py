@@ -673,6 +673,7 @@ class Trainer:
             "threshold": threshold,
             "cutout_threshold": best_threshold(result.total, Border.PET),
             "border_target": d.border_target,
+            "certain_share": None,  # a choice that needs photos without a pet, too
         }
         meta = {**self.meta, "kind": "model", "spec": spec, "epoch": row["epoch"], "validation": row}
         checkpoint.save_checkpoint(self.output / BEST, self.ema.module.state_dict(), meta)
