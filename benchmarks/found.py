@@ -2,10 +2,11 @@
 
     python -m benchmarks found --data data --pet-free FOLDER
 
-The embedded model's rule has constants (petseg_runtime/result.py). They are chosen on the *choose* half: the validation
-photos of the merged set (see benchmarks/embedded/merge.py), crops of them without a pet, and one half of the pet-free
-photos. The rates are those on the *report* half: test photos, their crops, and the other half. The test photos at
-their original size are among the copies, too, so the two are not added up.
+The embedded model's rule has constants (`certain_share` of its specification, and two of petseg_runtime/result.py).
+They are chosen on the *choose* half: the validation photos of the merged set (see benchmarks/embedded/merge.py), crops
+of them without a pet, and one half of the pet-free photos. The rates are those on the *report* half: test photos, their
+crops, and the other half. The test photos at their original size are among the copies, too, so the two are not added
+up.
 
 Two kinds of pictures hold no pet. Crops are the strips above, below, left and right of all that a trimap calls pet or
 border, where they are at least a quarter of the photo high and wide; they are honest about rooms and gardens, and wrong
@@ -102,11 +103,12 @@ def found(data: Path, pet_free: Path | None) -> None:
             [*labelled(segmenter, data, parts), *(whole(segmenter, pet_free, half) if pet_free else ())]
             for half, parts in enumerate((CHOOSE, REPORT))
         ]
+        share = segmenter.artifact.spec.certain_share
         model = {"file": segmenter.artifact.path.name, "engine": dataclasses.asdict(segmenter.describe())}
     choose, report = halves
     values = {
         "model": model,
-        "rule": {"likely": result.LIKELY, "certain": result.CERTAIN, "certain_share": result.CERTAIN_SHARE},
+        "rule": {"likely": result.LIKELY, "certain": result.CERTAIN, "certain_share": share},
         "report": errors(report),
         "choose": errors(choose),
         "rules_considered": {name: best(statistic, choose) for name, statistic in STATISTICS.items()},

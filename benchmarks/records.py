@@ -10,7 +10,6 @@ record tells its family, model, caches and instructions, and how fast it multipl
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import json
 import os
 import platform
@@ -48,11 +47,6 @@ BEST_INSTRUCTIONS: Final = {
 }
 #: Of the matmul by which machines are compared: rows and columns, and how long it is repeated. Tests take less.
 CALIBRATION_SIZE, CALIBRATION_SECONDS = 1024, 1.0
-
-_PACKAGES: Final = (
-    *("petseg", "numpy", "pillow", "onnxruntime", "openvino", "torch", "torchvision", "onnx"),
-    *("onnxruntime-gpu", "tensorrt", "tensorrt-rtx"),
-)
 
 
 def machine() -> dict[str, Any]:
@@ -119,13 +113,7 @@ def calibration() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that matter, of those that are installed."""
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return host.versions(("petseg", *host.PACKAGES, "torch", "torchvision", "onnx"))
 
 
 def write(name: str, command: str, values: dict[str, Any], output: Path | None = None) -> Path:

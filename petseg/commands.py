@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from petseg_runtime.cli.text import PATH, UNIT, parse_size, shown
+from petseg_runtime.cli.text import BACKEND, HELP, PATH, UNIT, parse_size, shown
 from petseg_runtime.errors import (
     EXIT_INTERRUPTED,
     EXIT_TERMINATED,
@@ -370,6 +370,9 @@ def _observer(epochs: int, progress: Progress, quiet: bool, first: bool) -> Obse
 @click.option("--data", "root", type=PATH, required=True, help="Labelled data folder.")
 @click.option("--split", type=click.Choice(["test", "val", "train", "trainval"]), default="test", show_default=True)
 @click.option("--threshold", type=UNIT, help="Pet from this probability on, 0 to 1.  [default: the model's own]")
+@click.option(
+    "--backend", type=BACKEND, default="auto", show_default=True, help=f"{HELP['backend']} Of exported files."
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Photos per call.")
 @click.option("--val-fraction", type=UNIT, help="Share of trainval that is val.  [default: the run's own, or 0.05]")
@@ -383,6 +386,7 @@ def evaluate(
     root: Path,
     split: str,
     threshold: float | None,
+    backend: str,
     device: str,
     batch: int,
     val_fraction: float | None,
@@ -420,7 +424,7 @@ def evaluate(
     if report:
         _check_drawable()
     written = []
-    with open_model(model, device) as opened, _progress(quiet) as progress:
+    with open_model(model, device, backend) as opened, _progress(quiet) as progress:
         pairs, val_fraction, split_seed = _measured_pairs(root, Split(split), opened, val_fraction, split_seed)
         task = progress.add_task("measuring", total=len(pairs), detail="")
         with enough_memory(f"use a smaller --batch than {batch}"):
@@ -468,19 +472,22 @@ def _measured_pairs(
     Raises:
         UsageError: They were asked for, and val.txt divides.
     """
-    from petseg.data import VAL_LISTING, Split, find, listed_validation
+    from petseg.data import SPLIT_SEED, VAL_FRACTION, VAL_LISTING, Split, find, listed_validation
     from petseg.evaluate import split_of
 
     if split not in (Split.TRAIN, Split.VAL):
         return find(root, split), None, None
     fraction, seed = None, None
     if listed_validation(root) is None:
-        own = split_of(model.provenance) or (0.05, 0)
+        own = split_of(model.provenance) or (VAL_FRACTION, SPLIT_SEED)
         fraction = own[0] if val_fraction is None else val_fraction
         seed = own[1] if split_seed is None else split_seed
     elif (val_fraction, split_seed) != (None, None):
         raise UsageError(f"{root}: {VAL_LISTING} says which photos are val: leave out --val-fraction and --split-seed")
-    train, val = (find(root, part, val_fraction=fraction or 0.05, seed=seed or 0) for part in (Split.TRAIN, Split.VAL))
+    train, val = (
+        find(root, part, val_fraction=fraction or VAL_FRACTION, seed=seed or SPLIT_SEED)
+        for part in (Split.TRAIN, Split.VAL)
+    )
     if differs := _difference(model, train, val, fraction, seed):
         click.echo(f"petseg: {differs}: photos that it was trained on may be among val", err=True)
     return (train if split is Split.TRAIN else val), fraction, seed

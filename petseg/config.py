@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, Union
 
+from petseg.data import SPLIT_SEED, VAL_FRACTION
 from petseg.model import AttentionUNetConfig
 from petseg_runtime.errors import TrainingError, UsageError
 from petseg_runtime.spec import STRIDE
@@ -62,8 +63,8 @@ class DataConfig:
 
     height: int = 256
     width: int = 256
-    val_fraction: float = 0.05
-    split_seed: int = 0
+    val_fraction: float = VAL_FRACTION
+    split_seed: int = SPLIT_SEED
     border_target: float = 0.0
     workers: int | Literal["auto"] = "auto"
     on_bad: Literal["stop", "skip"] = "stop"

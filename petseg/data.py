@@ -33,7 +33,9 @@ from petseg_runtime.memory_budget import MemoryBudget, Reservation
 from petseg_runtime.sources import IMAGE_SUFFIXES
 
 __all__ = [
+    "SPLIT_SEED",
     "TEST_LISTING",
+    "VAL_FRACTION",
     "VAL_LISTING",
     "CheckReport",
     "Layout",
@@ -63,6 +65,10 @@ Take: TypeAlias = Callable[[int], None]
 #: In the folder layout: the names of the test photos, and of the validation photos.
 TEST_LISTING: Final = "test.txt"
 VAL_LISTING: Final = "val.txt"
+
+#: Where nobody says otherwise: the share of trainval that is validation, and the seed that decides which photos.
+VAL_FRACTION: Final = 0.05
+SPLIT_SEED: Final = 0
 
 #: Errors of a disk, not of a network.
 LOCAL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -132,7 +138,7 @@ def locate(root: Path) -> tuple[Path, Layout]:
     )
 
 
-def find(root: Path, split: Split, *, val_fraction: float = 0.05, seed: int = 0) -> list[Pair]:
+def find(root: Path, split: Split, *, val_fraction: float = VAL_FRACTION, seed: int = SPLIT_SEED) -> list[Pair]:
     """The pairs of a split, sorted by name. Files are not opened; see :func:`check`.
 
     Args:
@@ -151,7 +157,9 @@ def find(root: Path, split: Split, *, val_fraction: float = 0.05, seed: int = 0)
     return pairs
 
 
-def _find(folder: Path, layout: Layout, split: Split, val_fraction: float = 0.05, seed: int = 0) -> list[Pair]:
+def _find(
+    folder: Path, layout: Layout, split: Split, val_fraction: float = VAL_FRACTION, seed: int = SPLIT_SEED
+) -> list[Pair]:
     """As :func:`find`, for the data folder itself; may be empty."""
     listed = Split.TEST if split is Split.TEST else Split.TRAINVAL
     pairs = _oxford(folder, listed) if layout is Layout.OXFORD else _folder(folder, listed)

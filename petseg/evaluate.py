@@ -23,7 +23,7 @@ from petseg.metrics import Border, Histogram, PixelCounts, counts, histogram, js
 from petseg_runtime import images
 from petseg_runtime.artifact import open_artifact
 from petseg_runtime.engines.registry import load_engine
-from petseg_runtime.errors import DataError, OutputError
+from petseg_runtime.errors import DataError, OutputError, UsageError
 from petseg_runtime.files import write_atomic
 
 __all__ = [
@@ -170,25 +170,31 @@ class OpenedModel:
 
 
 @contextlib.contextmanager
-def open_model(path: Path, device: str = "auto") -> Iterator[OpenedModel]:
+def open_model(path: Path, device: str = "auto", backend: str = "auto") -> Iterator[OpenedModel]:
     """A checkpoint (``.safetensors``) in PyTorch, or an exported file in the runtime's engine.
 
     Args:
         path: The file.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        backend: The engine of an exported file, or ``auto``.
 
     Raises:
+        UsageError: An engine is asked for, and it is a checkpoint.
         ModelError: It cannot be read; CheckpointError if it is a checkpoint.
         EngineError: The device or the engine cannot be had.
         ModuleNotFoundError: It is a checkpoint, and PyTorch is not installed.
     """
     if path.suffix == ".safetensors":
+        if backend != "auto":
+            raise UsageError(
+                f"{path}: a checkpoint is measured in PyTorch, not in {backend}: export it, or leave that out"
+            )
         from petseg.reference import open_checkpoint  # needs PyTorch, which takes seconds to import
 
         yield open_checkpoint(path, device)
         return
     artifact = open_artifact(path)
-    with load_engine(artifact, device=device) as engine:
+    with load_engine(artifact, backend, device=device) as engine:
         info, known = engine.describe(), artifact.spec
         yield OpenedModel(
             run=engine.run,

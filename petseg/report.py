@@ -21,7 +21,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from petseg import log, report_page
-from petseg.data import VAL_LISTING, Layout, Pair, Split, read_pair
+from petseg.data import SPLIT_SEED, VAL_FRACTION, VAL_LISTING, Layout, Pair, Split, read_pair
 from petseg.evaluate import Evaluation, OpenedModel
 from petseg.metrics import BACKGROUND, BORDER, PET, PUBLISHED, Border, Histogram, best_threshold, counts, json_ratio
 from petseg.report_page import Case
@@ -73,8 +73,8 @@ class Source:
     split: Split
     pairs: Sequence[Pair]
     failed: Sequence[tuple[str, str]] = ()
-    val_fraction: float | None = 0.05
-    split_seed: int | None = 0
+    val_fraction: float | None = VAL_FRACTION
+    split_seed: int | None = SPLIT_SEED
 
 
 def write(

@@ -431,6 +431,7 @@ class Trainer:
             "threshold": row.val_threshold,
             "cutout_threshold": best_threshold(result.total, Border.PET),
             "border_target": d.border_target,
+            "certain_share": None,  # a choice that needs photos without a pet, too
         }
         meta = {**self.meta, "kind": "model", "spec": spec, "epoch": row.epoch, "validation": row.as_dict()}
         checkpoint.save_checkpoint(self.output / BEST, self.ema.module.state_dict(), meta)

@@ -3,8 +3,10 @@
     python -m benchmarks.embedded.ship runs/edge3/best.safetensors --data data --run runs/edge2 --run runs/edge3
 
 The file is exported once, measured, and exported again with the measured figures in its provenance; its identity (the
-digest without metadata) must not have changed. The runs that led to it, first to last, are recorded with what they took
-and reached (``results/training/edge.json``); with ``--on-from-shipped`` behind those of the model that ships now.
+digest without metadata) must not have changed. The rule of whether there is a pet (``certain_share``) stays that of the
+model that ships now; ``python -m benchmarks found`` says how it does. The runs that led to it, first to last, are
+recorded with what they took and reached (``results/training/edge.json``); with ``--on-from-shipped`` behind those of
+the model that ships now.
 """
 
 from __future__ import annotations
@@ -48,7 +50,14 @@ def ship(context: click.Context, checkpoint: Path, data: Path, runs: tuple[Path,
         shutil.copy(checkpoint, WEIGHTS)
     with tempfile.TemporaryDirectory() as folder:
         first = Path(folder) / "edge.onnx"
-        config = OnnxConfig(output=first, name=NAME, data=original_size(data), split="test", photos=PHOTOS)
+        config = OnnxConfig(
+            output=first,
+            name=NAME,
+            data=original_size(data),
+            split="test",
+            photos=PHOTOS,
+            certain_share=open_artifact(default_model()).spec.certain_share,
+        )
         export(WEIGHTS, config)
         shutil.copy(first, default_model())
         context.invoke(embedded, data=data)

@@ -41,7 +41,7 @@ from petseg_runtime.extras import install
 from petseg_runtime.files import staging
 from petseg_runtime.host import nvidia_gpus
 from petseg_runtime.onnx_metadata import with_metadata
-from petseg_runtime.parity import SMOKE, Comparison, Proof, Receipt, measure, proof_of, require, spread
+from petseg_runtime.parity import SMOKE, Checks, Comparison, Proof, Receipt, measure, proof_of, require, spread
 from petseg_runtime.spec import STRIDE, ModelSpec
 
 __all__ = ["Exported", "export"]
@@ -295,30 +295,31 @@ class _Job:
         Raises:
             EngineError: An engine cannot be had, or does not run the file, which is a failed export.
         """
-        if self.name in ("trt", "trt-rtx") and not nvidia_gpus():
+        if self.form.cuda and not nvidia_gpus():
             return (), "no NVIDIA GPU where it was made; `petseg verify` on the device completes this"
         try:
             return tuple(self._measured(target, proof, budget)), ""
         except EngineForeign as error:
-            if self.name != "trt-rtx":  # only those may be built for other GPUs than the one that is here
+            if not self.form.foreign:
                 raise
             return (), f"the GPU where it was made does not load it ({error}); `petseg verify` on the device does"
 
     def _measured(self, target: Artifact, proof: Proof, budget: float | None) -> Iterator[Comparison]:
         """The rows of all engines that are asked for."""
-        task = self.photos.labels.task(proof.expected) if self.photos.labels else None
-        other = self._at_another_size()
+        checks = Checks(
+            task=self.photos.labels.task(proof.expected) if self.photos.labels else None,
+            budget=budget,
+            another_size=self._at_another_size(),
+        )
         for backend in self.config.backends:
             yield from measure(
                 target,
                 proof,
-                backend,
-                self.config.threads,
-                task,
-                self._progress("parity test"),
-                budget,
-                self.config.device,
-                other,
+                backend=backend,
+                device=self.config.device,
+                threads=self.config.threads,
+                checks=checks,
+                watch=self._progress("parity test"),
             )
 
     def _at_another_size(self) -> Proof | None:
@@ -365,7 +366,7 @@ def _given(config: ExportConfig, loaded: checkpoint.Checkpoint) -> Artifact | No
     if given.spec.precision not in (config.precision, form.sources.get(config.precision)):
         raise UsageError(f"{config.onnx}: it is {given.spec.precision}, not {config.precision} as asked")
     standard = type(config)()
-    for name in ("name", "height", "width", "dynamic_size", "batch", "notes"):
+    for name in ("name", "height", "width", "dynamic_size", "batch", "certain_share", "notes"):
         asked = getattr(config, name)
         if asked not in (getattr(standard, name), getattr(given.spec, name, None)):
             raise UsageError(f"{config.onnx}: it is compiled as it is, so {name} {asked!r} cannot be asked for with it")

@@ -33,6 +33,12 @@ _OPTIONS: Final = {"compute_capabilities": "--compute-capability"}
 @click.option("--dynamic-size", is_flag=True, help="A graph that takes any multiples of 16.")
 @click.option("--batch", default="dynamic", show_default=True, metavar="N|dynamic", help="Photos per call.")
 @click.option("--name", default="petseg attention U-Net", show_default=True, help="What the model calls itself.")
+@click.option(
+    "--certain-share",
+    type=Finite(0, 1, min_open=True),
+    metavar="SHARE",
+    help="There is a pet where this share of what is likely one is certain.  [default: the checkpoint's, or none]",
+)
 @click.option("--data", type=PATH, help="Photos for the parity test, and for int8.  [default: the samples that ship]")
 @click.option("--split", type=click.Choice(["val", "test"]), default="val", show_default=True, help="Of labelled data.")
 @click.option("--photos", type=click.IntRange(min=1), default=200, show_default=True, help="At most this many.")

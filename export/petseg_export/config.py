@@ -77,6 +77,8 @@ class ExportConfig:
         width: Input width; likewise.
         dynamic_size: Whether the graph takes any height and width that are multiples of 16.
         batch: The one batch size that the graph takes; 0: any.
+        certain_share: The rule of whether there is a pet (:class:`petseg_runtime.spec.ModelSpec`), in (0, 1], for a
+            model for which one was chosen; None: the checkpoint's.
         data: Folder with photos for the parity test, and for int8; None: the samples that ship with petseg.
         split: The part of labelled data that the parity test uses, ``val`` or ``test``.
         photos: At most so many photos in the parity test.
@@ -96,6 +98,7 @@ class ExportConfig:
     width: int | None = None
     dynamic_size: bool = False
     batch: int = 0
+    certain_share: float | None = None
     data: Path | None = None
     split: str = "val"
     photos: int = 200
@@ -121,6 +124,7 @@ class ExportConfig:
             raise UsageError(f"dynamic_size is {self.dynamic_size!r}; True or False is expected")
         if not _is_count(self.batch, 0):
             raise UsageError(f"batch is {self.batch!r}; a number of photos is expected, or 0 for any")
+        _check_share("certain_share", self.certain_share)
         _check_count("the number of photos of the parity test", self.photos)
         if self.threads is not None:
             _check_count("threads", self.threads)
@@ -217,6 +221,11 @@ def _is_size(value: object) -> bool:
 def _check_count(name: str, value: object) -> None:
     if not _is_count(value):
         raise UsageError(f"{name} is {value!r}; a whole number, 1 or more, is expected")
+
+
+def _check_share(name: str, value: float | None) -> None:
+    if value is not None and not 0 < value <= 1:
+        raise UsageError(f"{name} is {value!r}; it must lie above 0, up to 1")
 
 
 def _check_size(name: str, value: object) -> None:

@@ -81,6 +81,7 @@ def spec_of(loaded: checkpoint.Checkpoint, config: ExportConfig) -> ModelSpec:
         "dynamic_size": config.dynamic_size,
         "batch": config.batch,
         "precision": config.precision,
+        "certain_share": config.certain_share,
     }
     try:
         return ModelSpec(**{**raw, **{key: value for key, value in asked.items() if value is not None}})

@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 
 from petseg.checkpoint import Checkpoint
-from petseg.data import Pair, Split, encoded, find, read_pair
+from petseg.data import SPLIT_SEED, VAL_FRACTION, Pair, Split, encoded, find, listed_validation, read_pair
+from petseg.evaluate import listed_by
 from petseg.metrics import counts, histogram
 from petseg.model import AttentionUNet
 from petseg.reference import torch_run
@@ -107,19 +108,26 @@ def choose(data: Path | None, split: str, count: int, seed: int, loaded: Checkpo
 def labelled(data: Path, split: str, loaded: Checkpoint) -> list[Pair]:
     """A labelled split, drawn as it was when the checkpoint was trained.
 
-    In the folder that it was trained on, what is val here was not trained on. Another folder is split in the same way,
-    and may have the same photos on the other side.
+    In the folder that it was trained on, what is val here was not trained on, also where ``val.txt``, which listed
+    those photos, is gone: the checkpoint names them. Another folder is split in the same way, and may have the same
+    photos on the other side.
 
     Raises:
         CheckpointError: It does not say how; without a training config at all, the defaults are taken.
         DataError: Not a data folder.
     """
+    part, held = Split(split), listed_by(loaded.meta)
+    if held and part in (Split.TRAIN, Split.VAL) and listed_validation(data) is None:
+        pairs = find(data, Split.TRAINVAL)
+        if any(pair.name in held for pair in pairs):
+            return [pair for pair in pairs if (pair.name in held) is (part is Split.VAL)]
     try:
         of_run = loaded.meta.get("config", {}).get("data", {})
-        fraction, seed = float(of_run.get("val_fraction", 0.05)), int(of_run.get("split_seed", 0))
+        fraction = float(of_run.get("val_fraction", VAL_FRACTION))
+        seed = int(of_run.get("split_seed", SPLIT_SEED))
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"its training config is damaged ({error})") from error
-    return find(data, Split(split), val_fraction=fraction, seed=seed)
+    return find(data, part, val_fraction=fraction, seed=seed)
 
 
 def read(photos: Sequence[Pair] | Sequence[Path], spec: ModelSpec) -> Photos:

@@ -18,13 +18,13 @@ from petseg_export.config import (
     TensorRTConfig,
     TensorRTRTXConfig,
 )
+from petseg_runtime import host
 from petseg_runtime.artifact import Artifact
 from petseg_runtime.engines.base import Device
-from petseg_runtime.engines.registry import ENGINES, RULE, Choice
+from petseg_runtime.engines.registry import ENGINES, choices
 from petseg_runtime.engines.tensorrt_library import bindings
 from petseg_runtime.errors import EngineError, EngineMissing, MissingExtra, UsageError
 from petseg_runtime.extras import install
-from petseg_runtime.host import nvidia_gpus
 
 __all__ = ["FORMATS", "Compiler", "Format", "Needs", "Watch", "check", "check_limits", "format_of", "why_not"]
 
@@ -68,7 +68,8 @@ class Format:
         precisions: That it comes in.
         needs: Packages that build it, beside torch and onnx.
         gpu: Whether it is built on an NVIDIA GPU.
-        cuda: Whether what runs it on one needs cuda-bindings, which a system's own TensorRT does not bring.
+        cuda: Whether it is run on an NVIDIA GPU alone, which needs cuda-bindings: a system's own TensorRT brings none.
+        foreign: Whether it may be built for other GPUs than the one that is here.
         compiler: ``module:function`` of its :class:`Compiler`; None for ONNX itself.
         sources: The precision of the ONNX it is compiled from, where that is not its own.
         proven: Where we have run such files.
@@ -81,6 +82,7 @@ class Format:
     needs: tuple[Needs, ...] = ()
     gpu: bool = False
     cuda: bool = False
+    foreign: bool = False
     compiler: str | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
     proven: str
@@ -119,6 +121,7 @@ FORMATS: Final = {
         config=TensorRTRTXConfig,
         needs=(Needs(module="tensorrt_rtx", extra="rtx"),),
         cuda=True,
+        foreign=True,
         compiler="petseg_export.tensorrt:compile_tensorrt_rtx",
         proven="built in our tests, never run by us",
     ),
@@ -142,12 +145,12 @@ def why_not(form: Format) -> EngineError | MissingExtra | None:
     for need in (*form.needs, Needs(module="torch", extra="export"), Needs(module="onnxscript", extra="export")):
         if importlib.util.find_spec(need.module) is None:
             return MissingExtra(f"{need.module} is not installed: {install(need.extra)}")
-    if form.gpu and not nvidia_gpus():
+    if form.gpu and not host.nvidia_gpus():
         return EngineError(
             "no NVIDIA GPU here: such an engine is built on the GPU that will run it, so export to ONNX here and "
             "compile that file there (or use trt-rtx, whose engines are built anywhere)"
         )
-    if form.cuda and nvidia_gpus() and not _cuda_bindings():  # or it would fail after the minutes of building
+    if form.cuda and host.nvidia_gpus() and not _cuda_bindings():  # or it would fail after the minutes of building
         return MissingExtra(f"cuda-bindings is not installed, which the parity test needs: pip install {bindings()}")
     return None
 
@@ -214,31 +217,11 @@ def check_limits(config: EngineConfig, *, batch: int, dynamic_size: bool) -> Non
 
 def _check_engine(name: str, backend: str, device: str) -> None:
     """Refuse an engine, or a device, that the parity test of a format cannot be run in."""
-    lines, gpu = _lines(name, backend, device), nvidia_gpus() > 0
-    # `auto` compiles nothing for a GPU that is not there.
-    here = [line for line in lines if device != "auto" or line.kind == "cpu" or gpu] or lines
-    entries = {line.engine: ENGINES[line.engine] for line in here}.values()
-    if name in ("onnx", "openvino") and not any(importlib.util.find_spec(entry.module) for entry in entries):
+    wanted = None if device == "auto" else Device.parse(device)
+    lines = choices(name, backend, wanted, what=name)
+    if wanted and wanted.kind == "cuda" and not host.nvidia_gpus():
+        raise EngineError(f"{name}: {wanted} cannot be had: this machine shows no NVIDIA GPU")
+    entries = {line.engine: ENGINES[line.engine] for line in lines}.values()
+    if not any(importlib.util.find_spec(entry.module) for entry in entries):
         remedies = " or ".join(install(entry.extra) for entry in entries)
         raise EngineMissing(f"{name}: the parity test needs an engine that runs such files: {remedies}")
-
-
-def _lines(name: str, backend: str, device: str) -> list[Choice]:
-    """What `auto` may take to run a format's files, as far as an engine and a device that are asked for leave it.
-
-    Raises:
-        EngineError: Nothing, or the device is not there.
-    """
-    able = [engine for engine, entry in ENGINES.items() if name in entry.formats]
-    if backend != "auto" and backend not in able:
-        raise EngineError(f"{name}: {backend!r} is no engine that runs such files; there are: auto, {', '.join(able)}")
-    lines = [line for line in RULE if line.engine in able and backend in ("auto", line.engine)]
-    if device == "auto":
-        return lines
-    wanted = Device.parse(device)
-    fitting = [line for line in lines if line.kind == wanted.kind]
-    if not fitting:
-        raise EngineError(f"{name}: nothing runs such files on {wanted}; there are: {'; '.join(map(str, lines))}")
-    if wanted.kind == "cuda" and not nvidia_gpus():
-        raise EngineError(f"{name}: {wanted} cannot be had: this machine shows no NVIDIA GPU")
-    return fitting

@@ -68,12 +68,12 @@ def engine(name: str, device: str, model: str) -> dict[str, Any]:
 
     from petseg_runtime.artifact import open_artifact
     from petseg_runtime.engines.registry import load_engine
-    from petseg_runtime.parity import compare, load_proof, proof_of
+    from petseg_runtime.parity import compare, proof_of
+    from petseg_runtime.verify import proof_for
 
     artifact = open_artifact(Path(model))
-    spec, proof_path = artifact.spec, proof_of(artifact.path)
-    checkpoint = str(artifact.provenance.get("checkpoint_sha256", ""))
-    proof = load_proof(proof_path, spec, checkpoint) if proof_path.exists() else None
+    spec = artifact.spec
+    proof = proof_for(artifact) if proof_of(artifact.path).exists() else None
     photo = proof.images[:1] if proof else np.zeros((1, spec.height, spec.width, 3), np.uint8)
     start = time.perf_counter()
     with load_engine(artifact, name, device=device) as loaded:

@@ -21,6 +21,8 @@ from petseg_runtime import __version__
 
 __all__ = [
     "LOOK_UP",
+    "MASK_PACKAGES",
+    "PACKAGES",
     "Cpu",
     "Gpu",
     "Host",
@@ -70,11 +72,13 @@ _ARM: Final = {
 #: Where Linux mounts control groups.
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 
-#: The packages whose versions results depend on.
-_PACKAGES: Final = (
-    *("numpy", "pillow", "av", "onnxruntime", "onnxruntime-gpu", "openvino"),
-    *("tensorrt", "tensorrt-rtx", "cuda-bindings"),
+#: Packages that a mask comes from, of which another version may give another one: what reads photos, and all engines.
+MASK_PACKAGES: Final = (
+    *("pillow", "onnxruntime", "onnxruntime-gpu", "openvino"),
+    *("tensorrt", "tensorrt-cu12", "tensorrt-rtx", "tensorrt-rtx-cu12"),
 )
+#: These, and the others whose versions are told with results.
+PACKAGES: Final = ("numpy", *MASK_PACKAGES, "av", "cuda-bindings")
 
 
 #: ONNX Runtime for CUDA 12 with its libraries: from 1.27 on, that on PyPI is for CUDA 13.
@@ -162,7 +166,7 @@ def host() -> Host:
         python=platform.python_version(),
         environment=sys.prefix if sys.prefix != sys.base_prefix else "",
         petseg=__version__,
-        packages=versions(_PACKAGES),
+        packages=versions(PACKAGES),
         cpu=_cpu(),
         nvidia_driver=_nvidia_driver(_text("/proc/driver/nvidia/version")),
     )

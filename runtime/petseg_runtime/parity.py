@@ -29,6 +29,7 @@ __all__ = [
     "MAX_PROOF",
     "SMOKE",
     "TOLERANCES",
+    "Checks",
     "Comparison",
     "Proof",
     "Receipt",
@@ -205,7 +206,9 @@ class Comparison:
     """One engine's row. Differences are in steps of 1/255 of probability, over all pixels.
 
     Attributes:
-        engine: What ran the file.
+        engine: What ran the file, for people.
+        backend: The same as ``--backend`` calls it.
+        device: What it computed on ("cpu", "cuda:0").
         precision: What it computed in.
         max_difference: Largest difference.
         mean_difference: Mean difference.
@@ -225,6 +228,8 @@ class Comparison:
     """
 
     engine: str
+    backend: str
+    device: str
     precision: str
     max_difference: int
     mean_difference: float
@@ -350,15 +355,34 @@ def spread(photos: int, count: int) -> npt.NDArray[np.int64]:
     return np.unique(np.linspace(0, photos - 1, min(count, photos)).round().astype(np.int64))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Checks:
+    """What is looked at besides the answers to a proof's photos.
+
+    Attributes:
+        task: Takes the model's answers, uint8 [N, H, W], and says what they are worth on the labels; see
+            :attr:`Comparison.task`.
+        budget: The loss of IoU that is allowed instead of the tolerance's own, where that limits it.
+        another_size: A few photos at another size, for a model that takes any. Of these, as of a batch, only the
+            differences of probabilities are held to the tolerance: they are too few for IoUs.
+    """
+
+    task: Callable[[U8], dict[str, Any]] | None = None
+    budget: float | None = None
+    another_size: Proof | None = None
+
+
+_NO_MORE: Final = Checks()
+
+
 def compare(
     run: Run,
     info: EngineInfo,
     proof: Proof,
     spec: ModelSpec,
-    task: Callable[[U8], dict[str, Any]] | None = None,
+    *,
+    checks: Checks = _NO_MORE,
     watch: Callable[[int], None] | None = None,
-    budget: float | None = None,
-    also: Proof | None = None,
 ) -> Comparison:
     """Run a model on every photo of a proof, one by one, and measure how far it is from the reference.
 
@@ -370,12 +394,8 @@ def compare(
         info: That engine.
         proof: Photos and reference.
         spec: The model's specification.
-        task: Takes the model's answers, uint8 [N, H, W], and says what they are worth on the labels; see
-            :attr:`Comparison.task`.
+        checks: What is looked at besides.
         watch: Called with the number of photos done so far.
-        budget: The loss of IoU that is allowed instead of the tolerance's own, where that limits it.
-        also: A few photos at another size, for a model that takes any. Of these, as of a batch, only the differences
-            of probabilities are held to the tolerance: they are too few for IoUs.
 
     Raises:
         ParityShapes: An output's shape or type is not the contract's.
@@ -388,19 +408,21 @@ def compare(
         if watch:
             watch(i + 1)
     tolerance = tolerance_for(spec.precision, info.precision)
-    if budget is not None and tolerance.task_loss is not None:
-        tolerance = replace(tolerance, task_loss=budget)
-    measured, failures = _judged(proof, answers, spec, tolerance, task)
+    if checks.budget is not None and tolerance.task_loss is not None:
+        tolerance = replace(tolerance, task_loss=checks.budget)
+    measured, failures = _judged(proof, answers, spec, tolerance, checks.task)
     together = info.batch if info.batch > 1 or spec.batch else FEW
     if together > 1:
         index = np.arange(together) % len(proof.names)
         got = run(proof.images[index])
         failures += [f"{together} at a time: {failure}" for failure in _too_far(answers[index], got, tolerance)]
-    if also is not None:
-        got = run(also.images)
-        failures += [f"at another size: {failure}" for failure in _too_far(also.expected, got, tolerance)]
+    if (other := checks.another_size) is not None:
+        got = run(other.images)
+        failures += [f"at another size: {failure}" for failure in _too_far(other.expected, got, tolerance)]
     return Comparison(
         engine=f"{info.name} {info.version} ({info.device}, {info.provider})",
+        backend=info.name,
+        device=info.device,
         precision=info.precision,
         tolerance=tolerance,
         failures=tuple(failures),
@@ -413,13 +435,12 @@ def compare(
 def measure(
     artifact: Artifact,
     proof: Proof,
+    *,
     backend: str = "auto",
-    threads: int | None = None,
-    task: Callable[[U8], dict[str, Any]] | None = None,
-    watch: Callable[[int], None] | None = None,
-    budget: float | None = None,
     device: str = "auto",
-    also: Proof | None = None,
+    threads: int | None = None,
+    checks: Checks = _NO_MORE,
+    watch: Callable[[int], None] | None = None,
 ) -> tuple[Comparison, ...]:
     """The rows of one engine: one as it computes if left alone; before it, if that narrows float32, one that does not.
 
@@ -427,12 +448,10 @@ def measure(
         artifact: The file.
         proof: Photos and reference.
         backend: The engine, or ``auto``.
-        threads: CPU threads; None: as many as this process may use.
-        task: See :func:`compare`.
-        watch: Called with the number of photos done so far, from 1 for each row.
-        budget: See :func:`compare`.
         device: What it runs on, or ``auto``.
-        also: See :func:`compare`.
+        threads: CPU threads; None: as many as this process may use.
+        checks: What is looked at besides.
+        watch: Called with the number of photos done so far, from 1 for each row.
 
     Raises:
         EngineError: The engine cannot be had, or cannot load or run the file.
@@ -442,7 +461,7 @@ def measure(
     def row(exact: bool) -> tuple[EngineInfo, Comparison]:
         with load_engine(artifact, backend, threads, device=device, exact=exact) as engine:
             info = engine.describe()
-            return info, compare(engine.run, info, proof, artifact.spec, task, watch, budget, also)
+            return info, compare(engine.run, info, proof, artifact.spec, checks=checks, watch=watch)
 
     info, left_alone = row(exact=False)
     if not info.narrowed:  # a second load would be the same again, and in TensorRT it takes its time

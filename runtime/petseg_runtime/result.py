@@ -33,10 +33,9 @@ _SOFTNESS: Final = 1.0
 OVERLAY_COLOR: Final = (0, 200, 83)
 OVERLAY_STRENGTH: Final = 0.5
 
-#: There is a pet if at least this share of the pixels that are likelier pet than not are all but certain. Chosen on
-#: validation photos for the model that ships: ``python -m benchmarks found``.
-CERTAIN_SHARE: Final = 0.25
-CERTAIN: Final = 250  # of 255
+#: From these probabilities on, of 255, a pixel is all but certain, or likelier pet than not; see
+#: :attr:`Segmentation.found`.
+CERTAIN: Final = 250
 LIKELY: Final = 128
 
 
@@ -69,6 +68,7 @@ class Segmentation:
         icc_profile: Of the photo's colours, and so of the pictures with the photo in them, whose
             ``info["icc_profile"]`` it is; None: none. PNG files get it from there, JPEG and WebP when it is given:
             ``picture.save("x.jpg", icc_profile=result.icc_profile)``.
+        certain_share: The model's rule of whether there is a pet, in (0, 1]; None: it has none. See :attr:`found`.
     """
 
     pixels: U8 | None
@@ -77,6 +77,7 @@ class Segmentation:
     cutout_threshold: float
     notes: tuple[str, ...] = ()
     icc_profile: bytes | None = None
+    certain_share: float | None = None
 
     def __post_init__(self) -> None:
         """Keep a view of the probability that nobody writes through."""
@@ -100,18 +101,22 @@ class Segmentation:
     def found(self) -> bool:
         """Whether there is a pet at all.
 
-        The rule: of the pixels that are likelier pet than not (probability 0.5), at least a quarter are all but certain
-        (0.98), and the mask is not empty. How large the pet is does not matter, and neither does the threshold as long
-        as something reaches it.
+        Where nobody has chosen a rule for the model (``certain_share`` is None): whether the mask is not empty.
 
-        The rule was chosen for the model that ships, which learnt from photos with pets only: what it has never seen
+        The rule, which travels with the model: of the pixels that are likelier pet than not (probability 0.5), at least
+        the ``certain_share`` are all but certain (0.98), and the mask is not empty. How large the pet is does not
+        matter, and neither does the threshold as long as something reaches it.
+
+        The model that ships has a share of a quarter. It learnt from photos with pets only: what it has never seen
         makes it unsure, not silent. It misses about 4 pets in 100 (8 in 100 of three breeds at their original size),
         and sees one in about 9 of 100 backgrounds of pets' photos, 14 of 100 photos without any animal, and 33 of 100
         photos of other animals (``benchmarks/results/found.json``). Take it as a hint, not as a classifier.
         """
+        if self.certain_share is None:
+            return bool(self.mask.any())
         likely = np.count_nonzero(self.probability >= LIKELY)
         certain = np.count_nonzero(self.probability >= CERTAIN)
-        return bool(certain and certain >= CERTAIN_SHARE * likely and self.mask.any())
+        return bool(certain and certain >= self.certain_share * likely and self.mask.any())
 
     @property
     def box(self) -> tuple[int, int, int, int] | None:

@@ -65,7 +65,9 @@ def prepare_opened(photo: images.OpenPhoto, size: tuple[int, int], *, mask_only:
     return Prepared(image, pixels, read.height, read.width, read.notes, read.icc_profile)
 
 
-def finish(prepared: Prepared, probability: U8, threshold: float, cutout_threshold: float) -> Segmentation:
+def finish(
+    prepared: Prepared, probability: U8, threshold: float, cutout_threshold: float, certain_share: float | None = None
+) -> Segmentation:
     """Bring a model's answer, uint8 [H, W], to the photo's size; see :meth:`Segmenter.finish`."""
     return Segmentation(
         prepared.pixels,
@@ -74,6 +76,7 @@ def finish(prepared: Prepared, probability: U8, threshold: float, cutout_thresho
         cutout_threshold,
         prepared.notes,
         prepared.icc_profile,
+        certain_share,
     )
 
 
@@ -309,7 +312,8 @@ class Segmenter:
 
     def finish(self, prepared: Prepared, probability: U8) -> Segmentation:
         """The last step: bring the answer, uint8 [H, W], to the photo's size."""
-        result = finish(prepared, probability, self.threshold, self.cutout_threshold)
+        certain_share = self.artifact.spec.certain_share
+        result = finish(prepared, probability, self.threshold, self.cutout_threshold, certain_share)
         return result.without_small(self.min_area) if self.min_area else result
 
     def verify(self, proof: str | os.PathLike[str] | None = None) -> Verification:

@@ -52,6 +52,10 @@ class ModelSpec:
         cutout_threshold: The lower threshold at which the border belongs to the pet: the one for cutouts. In (0, 1).
         border_target: What the network was taught to say on the trimap's border; in [0, 1]. What it came to say there
             is not quite that: the Dice loss pushes soft targets below half of the Dice coefficient to 0, others to 1.
+        certain_share: There is a pet where at least this share of the pixels that are likelier pet than not are all but
+            certain; see :attr:`petseg_runtime.result.Segmentation.found`. Chosen on photos with and without pets, in
+            (0, 1]; None: nobody has chosen one for this model, and there is a pet where its mask is not empty. The
+            default is that of files of before there was this field, which were all judged by it.
     """
 
     name: str
@@ -62,6 +66,7 @@ class ModelSpec:
     threshold: float = 0.5
     cutout_threshold: float = 0.5
     border_target: float = 0.0
+    certain_share: float | None = 0.25
     dynamic_size: bool = False
     batch: int = 0
     precision: str = "fp32"
@@ -96,6 +101,8 @@ class ModelSpec:
             inside = 0 <= number <= 1 if closed else 0 < number < 1
             if not inside:  # NaN and infinity are not either
                 raise ModelError(f"model {field} is {number!r}; it must lie between 0 and 1")
+        if self.certain_share is not None and not 0 < self.certain_share <= 1:
+            raise ModelError(f"model certain_share is {self.certain_share!r}; it must lie above 0, up to 1, or be null")
 
     def sized(self, height: int, width: int) -> ModelSpec:
         """The same model at another input size.
@@ -159,7 +166,13 @@ def lowest_pet(threshold: float) -> int:
 def _checked(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Keep known fields, refuse missing ones and wrong types (unknown ones may come from a later minor version)."""
     fields = {field.name: field for field in dataclasses.fields(ModelSpec)}
-    kinds: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "bool": bool}
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "str": str,
+        "int": int,
+        "float": (int, float),
+        "float | None": (int, float, type(None)),
+        "bool": bool,
+    }
     values: dict[str, Any] = {}
     for name, field in fields.items():
         if name not in raw:

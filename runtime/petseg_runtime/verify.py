@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from petseg_runtime import __version__
 from petseg_runtime import artifact as artifacts
@@ -19,6 +19,7 @@ from petseg_runtime import host as hosts
 from petseg_runtime.artifact import Artifact
 from petseg_runtime.errors import ModelError, OutputError
 from petseg_runtime.files import read_text, write_atomic
+from petseg_runtime.spec import ModelSpec
 
 if TYPE_CHECKING:
     from petseg_runtime.engines.base import Engine
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Verification",
     "parts_of",
+    "proof_for",
     "record",
     "save",
     "sidecar_of",
@@ -35,14 +37,13 @@ __all__ = [
     "verify_artifact",
     "verify_engine",
     "verify_file",
+    "with_others",
 ]
 
 SCHEMA_VERSION = 3
 #: What is read, too: results of the network alone.
 WITHOUT_ROAD = 2
-#: Packages whose other versions may give other answers.
-_PROVEN: Final = ("pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")
-#: Bytes of a result, which has a line or two for each engine.
+#: Bytes of a file of results, which has a line or two for each engine.
 MAX_RESULT = 2**20
 
 
@@ -112,7 +113,7 @@ def verify_engine(artifact: Artifact, engine: Engine, proof: Path | None = None)
     from petseg_runtime.parity import compare
     from petseg_runtime.road import verify_road
 
-    photos = _proof(artifact, proof)
+    photos = proof_for(artifact, proof)
     row = compare(engine.run, engine.describe(), photos, artifact.spec)
     return Verification(network=_receipt(artifact, photos, (row,)), road=verify_road())
 
@@ -144,12 +145,16 @@ def verify_artifact(
     """
     from petseg_runtime.parity import measure  # numpy: `petseg info` needs none
 
-    photos = _proof(artifact, proof)
-    return _receipt(artifact, photos, measure(artifact, photos, backend, threads, device=device))
+    photos = proof_for(artifact, proof)
+    return _receipt(artifact, photos, measure(artifact, photos, backend=backend, device=device, threads=threads))
 
 
-def _proof(artifact: Artifact, proof: Path | None) -> Proof:
+def proof_for(artifact: Artifact, proof: Path | None = None) -> Proof:
     """The photos and answers that a file is held against.
+
+    Args:
+        artifact: The file.
+        proof: See :func:`verify_artifact`.
 
     Raises:
         ModelError: None, or damaged, of another model, or not those that the file was exported with.
@@ -209,6 +214,28 @@ def record(artifact: Artifact, done: Verification) -> dict[str, Any]:
     }
 
 
+def with_others(result: dict[str, Any], artifact: Artifact, path: Path) -> dict[str, Any]:
+    """A new result as it is to be written, with what is there already of other engines and devices, as ``others``.
+
+    What does not hold here is forgotten, and so is what the new result is a repetition of.
+
+    Args:
+        result: As of :func:`record`.
+        artifact: What was verified.
+        path: Where it is to be written.
+    """
+    try:
+        known = _read(path)
+    except (OSError, ValueError, RecursionError):  # none, or nothing that could be told of, which a result replaces
+        known = None
+    new, others = _ran_in(result), []
+    for earlier in (known, *_others(known)):
+        where = _ran_in(earlier)
+        if where and not where & new and not _fault(artifact, earlier):
+            others.append({key: value for key, value in earlier.items() if key != "others"})
+    return {**result, "others": others}
+
+
 def save(result: dict[str, Any], path: Path) -> None:
     """Write a result.
 
@@ -226,24 +253,48 @@ def save(result: dict[str, Any], path: Path) -> None:
 def verified(artifact: Artifact) -> dict[str, Any]:
     """What was verified of this very file, on this device, with what is installed now; empty: nothing.
 
-    Where there is a result that does not hold, a ``summary`` says why not.
+    The latest result; those of other engines and devices that hold, too, are its ``others``, the latest first. Where
+    the latest does not hold, a ``summary`` says why not.
 
     A result of an earlier version, of the network alone, is one without ``road``.
     """
-    path, again = sidecar_of(artifact.path), "run `petseg verify` again"
+    path = sidecar_of(artifact.path)
     try:
-        value = json.loads(read_text(path, MAX_RESULT))
+        value = _read(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         return {"summary": f"{path.name}: cannot be read ({error})"}
-    if not isinstance(value, dict) or any(value.get(key) != known for key, known in _this(artifact).items()):
-        return {"summary": f"{path.name}: of another file; {again}"}
-    if (version := value.get("schema_version")) not in (WITHOUT_ROAD, SCHEMA_VERSION):
-        return {"summary": f"{path.name}: its schema_version is {version!r}, not {SCHEMA_VERSION}; {again}"}
-    if change := _change(value):
-        return {"summary": f"{path.name}: {change}; {again}"}
-    return value
+    if fault := _fault(artifact, value):
+        return {"summary": f"{path.name}: {fault}; run `petseg verify` again"}
+    return {**value, "others": [other for other in _others(value) if not _fault(artifact, other)]}
+
+
+def _read(path: Path) -> Any:
+    """What is in a file of results, which any program may have written."""
+    return json.loads(read_text(path, MAX_RESULT))
+
+
+def _others(result: Any) -> list[Any]:
+    others = result.get("others") if isinstance(result, dict) else None
+    return others if isinstance(others, list) else []
+
+
+def _ran_in(result: Any) -> set[tuple[str, str]]:
+    """The engine and the device of a result, in which it has a row for each precision; empty if it does not say."""
+    try:
+        return {(str(row["backend"]), str(row["device"])) for row in result["rows"]}
+    except (KeyError, TypeError):  # of an earlier version; or edited by somebody
+        return set()
+
+
+def _fault(artifact: Artifact, result: Any) -> str:
+    """Why a result says nothing of a file on this device as it is now; "" if it does."""
+    if not isinstance(result, dict) or _of(result) != _this(artifact):
+        return "of another file"
+    if (version := result.get("schema_version")) not in (WITHOUT_ROAD, SCHEMA_VERSION):
+        return f"its schema_version is {version!r}, not {SCHEMA_VERSION}"
+    return _change(result)
 
 
 def _change(result: dict[str, Any]) -> str:
@@ -258,7 +309,7 @@ def _change(result: dict[str, Any]) -> str:
         return "on another machine of this kind"
     packages = was.get("packages")
     then = packages if isinstance(packages, dict) else now["packages"]  # a result of before does not tell
-    pairs = [(name, then.get(name), now["packages"].get(name)) for name in _PROVEN]
+    pairs = [(name, then.get(name), now["packages"].get(name)) for name in hosts.MASK_PACKAGES]
     pairs.append(("NVIDIA's driver", was.get("nvidia_driver"), now["nvidia_driver"]))
     for name, before, installed in pairs:
         if (before or "none") != (installed or "none"):
@@ -272,6 +323,15 @@ def _processor(host: Any) -> str:
         return f"{host['cpu']['name']}, {host['cpu']['machine']}"
     except (KeyError, TypeError):
         return "unknown"
+
+
+def _of(result: dict[str, Any]) -> dict[str, Any]:
+    """What a result says that it is of, as :func:`_this` does; of a specification of before, with today's defaults."""
+    told = {key: result.get(key) for key in ("identity", "format", "spec", "files")}
+    try:
+        return {**told, "spec": json.loads(ModelSpec.from_json(json.dumps(told["spec"])).to_json())}
+    except ModelError:
+        return told
 
 
 def _this(artifact: Artifact) -> dict[str, Any]:

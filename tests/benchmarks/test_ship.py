@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import click
 import pytest
 import torch
 
 from benchmarks import records
-from benchmarks.embedded import ship
+from benchmarks.embedded import measure, ship
+from benchmarks.photos import BEST, COPIES, NATIVE, TEST_SETS
 from petseg.config import TrainConfig, from_dict
 from petseg.record import write_record
 from petseg.train import Trainer
+from petseg_runtime.artifact import default_model, open_artifact
 from petseg_runtime.errors import CheckpointError
+from petseg_runtime.verify import proof_for
 
 
 @pytest.fixture(scope="module")
@@ -63,43 +65,46 @@ def test_a_run_that_was_stopped_or_is_of_an_older_version_is_told_as_far_as_it_g
     assert told["elapsed"] == float(rows[1]["elapsed"])
 
 
-@pytest.mark.parametrize("on", [True, False])
-def test_the_record_is_of_the_model_that_ships_now(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on: bool
-) -> None:
-    shipped = tmp_path / "shipped.onnx"
-    shipped.write_text("the old one")
-
-    def export(checkpoint: Path, config: Any) -> Any:
-        config.output.write_text("the new one")
-        return SimpleNamespace(receipt=SimpleNamespace(as_dict=dict))
-
-    @click.command()
-    @click.option("--data")
-    def embedded(data: str) -> None:
-        assert shipped.read_text() == "the new one"
-
-    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(records, "shipped_model", shipped.read_text)
-    monkeypatch.setattr(ship, "RECORDS", {})
+@pytest.fixture
+def place(oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place of its own for all that is replaced: models/edge.onnx, weights/ and results/; and data/ to measure on."""
+    shipped = tmp_path / "models" / "edge.onnx"
+    shipped.parent.mkdir()
+    shutil.copy(default_model(), shipped)
+    for module in (ship, measure, records):
+        monkeypatch.setattr(module, "default_model", lambda: shipped)
     monkeypatch.setattr(ship, "WEIGHTS", tmp_path / "weights" / "edge.safetensors")
-    monkeypatch.setattr(ship, "embedded", embedded)
-    monkeypatch.setattr(ship, "export", export)
-    monkeypatch.setattr(ship, "default_model", lambda: shipped)
-    monkeypatch.setattr(ship, "original_size", lambda data: data)
-    monkeypatch.setattr(ship, "open_artifact", lambda path: SimpleNamespace(identity=path.read_text()))
-    (tmp_path / "results" / "training").mkdir(parents=True)
-    before = {"runs": [{"name": "old"}, {"name": "newer", "commit": "123"}]}
-    (tmp_path / "results" / "training" / "edge.json").write_text(json.dumps(before))
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(records, "CALIBRATION_SECONDS", 0.01)
+    (tmp_path / "data").mkdir()
+    for name in (COPIES, NATIVE, BEST):
+        (tmp_path / "data" / name).symlink_to(oxford_root)
+    return tmp_path
 
-    words = [str(run / "best.safetensors"), "--data", str(tmp_path), "--run", str(run)]
-    ship.ship([*words, "--on-from-shipped"] if on else words, standalone_mode=False)
-    found = records.load("training/edge")
-    assert found["shipped_model"] == "the new one"
-    assert [(r["name"], r["commit"]) for r in found["runs"]] == [("old", None), ("newer", "123")] * on + [
-        ("edge9", "abc")
-    ]
-    assert (tmp_path / "weights" / "edge.safetensors").read_bytes() == (run / "best.safetensors").read_bytes()
+
+@pytest.mark.slow
+def test_what_ships_is_the_checkpoint_measured_proven_and_recorded(run: Path, place: Path) -> None:
+    words = [str(run / "best.safetensors"), "--data", str(place / "data"), "--run", str(run)]
+    before = open_artifact(place / "models" / "edge.onnx")
+    ship.ship(words, standalone_mode=False)
+    assert (place / "weights" / "edge.safetensors").read_bytes() == (run / "best.safetensors").read_bytes()
+    shipped = open_artifact(before.path)
+    assert shipped.identity != before.identity
+    assert (
+        shipped.provenance["checkpoint_sha256"] == hashlib.sha256((run / "best.safetensors").read_bytes()).hexdigest()
+    )
+    assert proof_for(shipped).names, "its own proof lies beside it"
+    assert shipped.spec.certain_share == before.spec.certain_share == 0.25, "a checkpoint brings no rule of pets"
+    for name, folder in measure.RECORDS.items():
+        record = records.load(name)
+        assert record["model"]["identity"] == shipped.identity, "what was measured is what ships"
+        for reading in shipped.provenance["measured"][TEST_SETS[folder]].values():
+            assert 0 <= reading["iou"] <= 1
+    assert records.load("training/edge")["shipped_model"] == f"{ship.NAME}, {shipped.identity[:12]}"
+    assert [told["name"] for told in records.load("training/edge")["runs"]] == ["edge9"]
+
+    ship.ship([*words, "--on-from-shipped"], standalone_mode=False)
+    assert [(told["name"], told["commit"]) for told in records.load("training/edge")["runs"]] == [("edge9", "abc")] * 2
 
 
 def test_a_folder_that_holds_no_run_replaces_nothing(

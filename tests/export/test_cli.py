@@ -16,7 +16,7 @@ import pytest
 
 from petseg.cli import run
 from petseg_export import registry
-from petseg_runtime import parity
+from petseg_runtime import host, parity
 from petseg_runtime.artifact import open_artifact, sample_photos
 from petseg_runtime.extras import install
 from petseg_runtime.onnx_metadata import with_metadata
@@ -186,18 +186,19 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["--format", "trt-rtx", "--max-batch", "0"], 2, "max_batch is 0"),
     (["--precision", "int8"], 2, "labelled photos: give a folder of them with --data"),
     (["--threads", "0"], 2, "--threads"),
+    (["--certain-share", "0"], 2, "--certain-share"),
     (["--device", "gpu"], 5, "there is no device 'gpu'; there are: auto, cpu"),
     (
         ["--format", "openvino", "--device", "cuda"],
         5,
-        "openvino: nothing runs such files on cuda:0; there are: openvino",
+        "openvino: openvino cannot run it on cuda:0; what can: openvino on cpu",
     ),
     (["--precision", "bf16"], 2, "--precision"),
     (["--int8-budget", "-1"], 2, "--int8-budget"),
     (["--int8-judges", "0", "--precision", "int8"], 2, "judge int8 is 0"),
     (["--int8-photos", "7"], 2, "settings of int8 (--int8-...) are of an export that makes int8, and this is fp32"),
     (["--format", "trt-rtx", "--batch", "1", "--max-batch", "4"], 2, "max_batch is of a graph that takes any batch"),
-    (["--backend", "nonsense"], 5, "'nonsense' is no engine that runs such files; there are: auto, onnxruntime"),
+    (["--backend", "nonsense"], 5, "there is no engine 'nonsense'; there are: auto, onnxruntime"),
     (["--split", "train"], 2, "--split"),
 ]
 
@@ -244,7 +245,7 @@ def test_the_list_says_what_is_missing_here(
     gpus: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: object() if name != "openvino" else None)
-    monkeypatch.setattr(registry, "nvidia_gpus", lambda: gpus)
+    monkeypatch.setattr(host, "nvidia_gpus", lambda: gpus)
     assert run(["export", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     verdicts = {lines[i].split()[0]: lines[i + 2].strip() for i in range(0, len(lines), 3)}
@@ -284,7 +285,7 @@ def test_tensorrt_without_its_package_or_without_a_gpu(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = ["export", str(checkpoint), "--format", "trt"]
-    monkeypatch.setattr(registry, "nvidia_gpus", lambda: 0)
+    monkeypatch.setattr(host, "nvidia_gpus", lambda: 0)
     monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: object() if name != "tensorrt" else None)
     code, message = failed(args, capsys)
     assert (code, message) == (7, f"petseg: trt: tensorrt is not installed: {install('trt')}\n")

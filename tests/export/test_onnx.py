@@ -326,6 +326,20 @@ def test_the_file_opens_and_says_what_the_checkpoint_said(exported: Any, meta: d
     assert artifact.onnx.opset == 20
 
 
+@pytest.mark.parametrize(
+    ("said", "asked", "written"),
+    [({}, None, 0.25), ({"certain_share": None}, None, None), ({"certain_share": 0.4}, None, 0.4)]
+    + [(said, 0.3, 0.3) for said in ({}, {"certain_share": None}, {"certain_share": 0.4})],
+    ids=str,
+)
+def test_the_rule_of_pets_is_the_checkpoints_or_the_one_that_is_asked_for(
+    meta: dict[str, Any], said: dict[str, Any], asked: float | None, written: float | None
+) -> None:
+    """A checkpoint of before there was a choice keeps the rule that all had then."""
+    loaded = Checkpoint({}, {**meta, "spec": {**meta["spec"], **said}}, "0" * 64)
+    assert spec_of(loaded, OnnxConfig(certain_share=asked)).certain_share == written
+
+
 def test_fp16_says_so_and_is_judged_as_such(exported_half: Any) -> None:
     artifact = open_artifact(exported_half.file)
     assert artifact.spec.precision == artifact.receipt["stored"] == "fp16"

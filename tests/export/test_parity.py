@@ -26,7 +26,7 @@ from petseg_runtime.artifact import open_artifact, sample_photos
 from petseg_runtime.engines.base import EngineInfo
 from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.errors import CheckpointError, DataError, ParityTolerance, UnreadableImage
-from petseg_runtime.parity import TOLERANCES, Comparison, Proof, Receipt, compare, require
+from petseg_runtime.parity import TOLERANCES, Checks, Comparison, Proof, Receipt, compare, require
 from petseg_runtime.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -91,6 +91,24 @@ def test_a_checkpoint_without_a_training_config_has_the_parts_of_the_defaults(ox
 def test_a_training_config_that_makes_no_sense_is_not_guessed_at(oxford_root: Path, data: Any) -> None:
     with pytest.raises(CheckpointError, match="training config is damaged"):
         parity.labelled(oxford_root, "val", checkpoint_of(data))
+
+
+def test_photos_that_a_listing_chose_are_held_back_though_the_listing_is_gone(folder_copy: Path) -> None:
+    """Int8 would else be judged, and the export compared, on photos that the checkpoint was trained on."""
+    held = ["own_01", "own_07"]
+    config = {"data": {"val_fraction": 0.5, "split_seed": 0}}  # a run's settings have both, without effect
+    loaded = Checkpoint({}, {"config": config, "data": {"val_names": held}}, "")
+    assert names(parity.labelled(folder_copy, "val", loaded)) == held
+    assert not {*held} & {*names(parity.labelled(folder_copy, "train", loaded))}
+    assert len(parity.labelled(folder_copy, "train", loaded)) == 7
+    assert names(parity.choose(folder_copy, "test", 200, 0, loaded)) == ["own_09", "own_10", "own_11"]
+    (folder_copy / "val.txt").write_text("own_02\n")  # what is there has the last word
+    assert names(parity.labelled(folder_copy, "val", loaded)) == ["own_02"]
+
+
+def test_a_folder_that_has_none_of_the_listed_photos_is_split_as_any_other(oxford_root: Path) -> None:
+    loaded = Checkpoint({}, {"data": {"val_names": ["own_01", "own_07"]}}, "")
+    assert names(parity.labelled(oxford_root, "val", loaded)) == names(find(oxford_root, Split.VAL))
 
 
 def test_a_folder_of_ones_own_with_masks_is_labelled_too(folder_root: Path) -> None:
@@ -194,7 +212,7 @@ class Gate:
     def row(self, candidate: Run, precision: str) -> Comparison:
         """A candidate, as if an engine had computed it in that precision."""
         info = EngineInfo(name="fake", version="1.2", device="cpu", provider="none", precision=precision, threads=1)
-        return compare(candidate, info, self.proof, self.spec, self.task)
+        return compare(candidate, info, self.proof, self.spec, checks=Checks(task=self.task))
 
     def receipt(self, row: Comparison) -> Receipt:
         return Receipt(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
+import importlib.util
 import json
 import random
 import shutil
@@ -27,10 +28,10 @@ from petseg_export import (
     build,
     export,
     parity,
-    registry,
     tensorrt,
 )
 from petseg_export.config import EngineConfig
+from petseg_runtime import host
 from petseg_runtime.artifact import RECEIPT_KEY, Artifact, open_artifact, sidecar_of
 from petseg_runtime.engines.tensorrt_build import Built, Profile, profile_of
 from petseg_runtime.errors import (
@@ -295,7 +296,8 @@ def test_limits_that_contradict_the_graph_are_wrong_usage(
 def test_limits_are_checked_before_the_work(
     checkpoint_file: Path, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "why_not", lambda form: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # a machine that has TensorRT and a GPU
+    monkeypatch.setattr(host, "nvidia_gpus", lambda: 1)
     for asked in ({"dynamic_size": True, "max_size": (16, 64)}, {"onnx": exported.file, "max_size": (64, 64)}):
         with pytest.raises(UsageError, match="max_size is"):
             export(checkpoint_file, TensorRTConfig(output=tmp_path / "x.engine", **asked))

@@ -36,7 +36,7 @@ from petseg.reference import torch_run
 from petseg_export import OnnxConfig, export
 from petseg_runtime import images
 from petseg_runtime.artifact import open_artifact
-from petseg_runtime.errors import CheckpointError, DataError, EngineError, ModelError, OutputError
+from petseg_runtime.errors import CheckpointError, DataError, EngineError, ModelError, OutputError, UsageError
 
 H, W = 16, 48
 RATIOS = ("iou", "dice", "accuracy", "precision", "recall")
@@ -330,6 +330,18 @@ def test_a_model_says_what_it_is_and_what_runs_it(checkpoint: Path, exported: Pa
     assert about["file"] == "best.onnx"
     assert about["identity"] == open_artifact(exported).identity
     assert "onnxruntime" in about["engine"]
+
+
+def test_an_exported_file_is_measured_in_the_engine_that_is_asked_for(checkpoint: Path, exported: Path) -> None:
+    pytest.importorskip("openvino")
+    for backend in ("onnxruntime", "openvino"):
+        with open_model(exported, "cpu", backend) as opened:
+            assert opened.engine.startswith(f"{backend} ")
+    with (
+        pytest.raises(UsageError, match="a checkpoint is measured in PyTorch, not in openvino"),
+        open_model(checkpoint, "cpu", "openvino"),
+    ):
+        pass
 
 
 def test_an_exported_file_is_closed_afterwards(exported: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from petseg_export import OpenVINOConfig, export
 from petseg_runtime import default_model
 from petseg_runtime.extras import install
 
@@ -62,6 +63,37 @@ def test_an_exported_file_is_measured_alike_with_torch_and_without(oxford_root: 
     assert contents(tmp_path / "gone") == files
     assert set(files) == {"evaluation.json", "images.csv"}
     assert there[3] & PACKAGES == set(), "nor is it imported where it is installed"
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model that ships as an OpenVINO IR, made as `petseg export` makes it."""
+    pytest.importorskip("openvino")
+    file = tmp_path_factory.mktemp("compiled") / "edge.xml"
+    checkpoint = Path(__file__).parents[2] / "petseg" / "weights" / "edge.safetensors"
+    export(checkpoint, OpenVINOConfig(output=file, photos=2))
+    return file
+
+
+def test_a_compiled_file_is_measured_without_torch_as_the_onnx_file_is(
+    compiled: Path, oxford_root: Path, tmp_path: Path
+) -> None:
+    args = ("--data", oxford_root, "--device", "cpu", "--backend", "ov", "--json")
+    code, out, lines, modules = petseg("evaluate", compiled, *args, blocked=PACKAGES | DRAWING)
+    assert (code, lines) == (0, [])
+    assert modules & PACKAGES == set()
+    result, of_onnx = json.loads(out), json.loads(petseg("evaluate", default_model(), *args)[1])
+    assert result["model"]["file"] == "edge.xml"
+    assert result["model"]["engine"].startswith("openvino ")
+    assert result["model"]["identity"] == of_onnx["model"]["identity"]
+    assert result["photos"] == 6
+    assert result["iou"] == pytest.approx(of_onnx["iou"], abs=2e-3)
+
+
+def test_an_engine_that_cannot_be_had_is_no_measurement(compiled: Path, oxford_root: Path) -> None:
+    code, out, lines, _ = petseg("evaluate", compiled, "--data", oxford_root, "--backend", "ort", blocked=PACKAGES)
+    assert (code, out) == (5, "")
+    assert lines == [f"petseg: {compiled}: onnxruntime does not run openvino files; what does: openvino"]
 
 
 def test_measuring_imports_nothing_that_it_does_not_need(folder_root: Path) -> None:

@@ -1404,6 +1404,15 @@ def test_info_tells_people_what_a_model_is(capsys: pytest.CaptureFixture[str]) -
         assert told in out
 
 
+def test_info_says_by_which_rule_a_pet_is_found(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for share, said in (
+        (0.25, "25 % of what is likely one are all but certain, and the mask is not empty"),
+        (None, "the mask is not empty (no rule was chosen for this model)"),
+    ):
+        assert run(["info", str(toy(tmp_path / "toy.onnx", certain_share=share).path)]) == 0
+        assert f"a pet is found where  {said}\n" in capsys.readouterr().out
+
+
 def test_info_tells_programs_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["info", str(default_model()), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
@@ -1642,7 +1651,7 @@ def test_as_json_the_receipt_is_all_there_is_on_stdout(proven: Artifact, capsys:
     of_receipt = "kind passed summary identity proof photos photos_sha256 names reference stored rows scan quantization"
     assert set(good) == {
         *of_receipt.split(),
-        *["note", "schema_version", "format", "spec", "files", "date", "petseg", "host", "device", "road"],
+        *["note", "schema_version", "format", "spec", "files", "date", "petseg", "host", "device", "road", "others"],
     }
     assert (good["schema_version"], good["kind"], good["passed"], good["photos"]) == (3, "smoke", True, 4)
     assert (good["road"]["passed"], len(good["road"]["rows"]), good["road"]["failures"]) == (True, 9, [])
@@ -1733,11 +1742,110 @@ def test_what_was_verified_with_another_threshold_or_on_another_machine_is_not_s
         ("host", {"cpu": None}, "on another machine (unknown, "),
         ("host", {"packages": {**packages, "onnxruntime": "1.20.0"}}, "with onnxruntime 1.20.0, and now it is 1."),
         ("host", {"packages": {**packages, "tensorrt": "10.9"}}, "with tensorrt 10.9, and now it is "),
+        ("host", {"packages": {**packages, "tensorrt-cu12": "10.9"}}, "with tensorrt-cu12 10.9, and now it is "),
         ("host", {"nvidia_driver": "570.1"}, "with NVIDIA's driver 570.1, and now it is "),
     ):
         path.write_text(json.dumps({**result, key: {**result[key], **change}}))
         assert run(["info", str(proven.path)]) == 0
         assert f"verified here  {path.name}: {said}" in capsys.readouterr().out
+
+
+def test_what_was_verified_in_one_engine_is_kept_when_another_is(
+    proven: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("openvino")
+    for backend in ("onnxruntime", "openvino", "onnxruntime"):
+        assert run(["verify", str(proven.path), "-q", "--backend", backend]) == 0
+    result = json.loads(sidecar_of(proven.path).read_text(encoding="utf-8"))
+    (other,) = result["others"]
+    assert {(row["backend"], row["device"]) for row in result["rows"]} == {("onnxruntime", "cpu")}, "the latest"
+    assert {(row["backend"], row["device"]) for row in other["rows"]} == {("openvino", "cpu")}
+    assert other["passed"] is True
+    assert "others" not in other
+    assert run(["info", str(proven.path)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "verified here  smoke" in line]
+    assert " in onnxruntime " in lines[0]
+    assert len(lines) == 1 + len(other["rows"])
+    assert all(" in openvino " in line for line in lines[1:])
+
+
+def test_a_failure_in_one_engine_is_told_though_another_passes(
+    proven: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("openvino")
+    right = proof_of(proven.path).read_bytes()
+    tampered(proven)
+    assert run(["verify", str(proven.path), "-q", "--backend", "openvino"]) == 10
+    proof_of(proven.path).write_bytes(right)
+    assert run(["verify", str(proven.path), "-q", *IN_ONNXRUNTIME]) == 0
+    capsys.readouterr()
+    assert run(["info", str(proven.path)]) == 0
+    out = capsys.readouterr().out
+    assert "verified here  smoke, 4 photos, passed, f32 in onnxruntime" in out
+    assert "verified here  smoke, 4 photos, FAILED, f32 in openvino" in out
+
+
+def test_each_device_of_an_engine_has_a_result_of_its_own(proven: Artifact) -> None:
+    assert run(["verify", str(proven.path), "-q", *IN_ONNXRUNTIME]) == 0
+    path = sidecar_of(proven.path)
+    result = json.loads(path.read_text(encoding="utf-8"))
+    result["rows"][0]["device"] = "cuda:0"
+    path.write_text(json.dumps(result))
+    assert run(["verify", str(proven.path), "-q", *IN_ONNXRUNTIME]) == 0
+    (other,) = json.loads(path.read_text(encoding="utf-8"))["others"]
+    assert [row["device"] for row in other["rows"]] == ["cuda:0"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"identity": "of another file"},
+        {"schema_version": 9},
+        {"device": "of another machine"},
+        {"rows": [{"engine": "onnxruntime 1.20 (cpu, CPUExecutionProvider)"}]},  # of before rows named their engine
+        {"rows": 7},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_does_not_hold_here_or_cannot_be_told_apart_is_replaced(
+    proven: Artifact, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(host, "identity", lambda: "this machine")
+    assert run(["verify", str(proven.path), "-q", *IN_ONNXRUNTIME]) == 0
+    path = sidecar_of(proven.path)
+    sound = json.loads(path.read_text(encoding="utf-8"))
+    sound["rows"][0]["backend"] = "abacus"
+    odd = {**sound, **change}
+    for there, kept in ((odd, []), ({**sound, "others": [odd, 7]}, ["abacus"])):
+        path.write_text(json.dumps(there))
+        assert run(["verify", str(proven.path), "-q", *IN_ONNXRUNTIME]) == 0
+        others = json.loads(path.read_text(encoding="utf-8"))["others"]
+        assert [other["rows"][0]["backend"] for other in others] == kept
+
+
+@pytest.mark.parametrize("others", [None, 7, {}, "others", [7], [{}], [[]]], ids=json.dumps)
+def test_odd_others_in_a_result_do_not_keep_info_from_its_work(
+    proven: Artifact, capsys: pytest.CaptureFixture[str], others: object
+) -> None:
+    """Any program may have written them."""
+    assert run(["verify", str(proven.path), "-q"]) == 0
+    path = sidecar_of(proven.path)
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "others": others}))
+    assert run(["info", str(proven.path)]) == 0
+    assert capsys.readouterr().out.count("verified here  smoke") >= 1
+    assert run(["verify", str(proven.path), "-q"]) == 0
+
+
+def test_what_was_verified_before_the_rule_of_pets_was_in_the_specification_still_holds(
+    proven: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["verify", str(proven.path), "-q"]) == 0
+    path = sidecar_of(proven.path)
+    result = json.loads(path.read_text(encoding="utf-8"))
+    del result["spec"]["certain_share"]
+    path.write_text(json.dumps(result))
+    assert run(["info", str(proven.path)]) == 0
+    assert "verified here  smoke, 4 photos, passed" in capsys.readouterr().out
 
 
 def test_what_was_verified_on_another_machine_of_the_same_kind_is_not_shown(

@@ -9,20 +9,22 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from petseg.cli import run
-from petseg_runtime import doctor, doctor_probe, parity
-from petseg_runtime.artifact import Artifact
+from petseg_runtime import doctor, doctor_probe, onnx_metadata, parity
+from petseg_runtime.artifact import RECEIPT_KEY, Artifact, open_artifact
 from petseg_runtime.cli.doctor import cpu_lines
 from petseg_runtime.doctor import EngineCheck, Ffmpeg, RuleLine, XRay, ask, check_engine, probe, x_ray
 from petseg_runtime.engines.registry import ENGINES, RULE
+from petseg_runtime.errors import ModelError
 from petseg_runtime.extras import install
 from petseg_runtime.host import Cpu, Gpu
+from petseg_runtime.verify import proof_for
 
 ORT = RuleLine(
     engine="onnxruntime", device="cpu", text="onnxruntime on cpu", module="onnxruntime", extra="cpu", run_by_us=True
@@ -165,6 +167,21 @@ def test_a_model_without_a_proof_runs_unproven(proven: Artifact) -> None:
     parity.proof_of(proven.path).unlink()
     check = check_engine(ORT, (), model=proven.path)
     assert (check.works, check.photos, check.mean_mask_iou) == (True, 0, None)
+
+
+def test_a_proof_that_verify_would_refuse_proves_nothing_here_either(
+    proven: Artifact, prove: Callable[..., parity.Proof]
+) -> None:
+    """It is of the same checkpoint, but not the one that this file was exported with."""
+    metadata = onnx_metadata.read(proven.path).metadata
+    receipt = json.dumps({"proof": prove(proven.spec, 7).identity})
+    proven.path.write_bytes(onnx_metadata.with_metadata(proven.path.read_bytes(), {**metadata, RECEIPT_KEY: receipt}))
+    with pytest.raises(ModelError) as refused:
+        proof_for(open_artifact(proven.path))
+    check = check_engine(ORT, (), model=proven.path)
+    assert (check.works, check.why) == (False, " ".join(str(refused.value).split())[:400])
+    parity.proof_of(proven.path).write_bytes(prove(proven.spec, 7).to_bytes())
+    assert check_engine(ORT, (), model=proven.path).photos == 7
 
 
 def test_a_file_that_is_no_model_is_why() -> None:
@@ -350,17 +367,18 @@ def test_an_engine_with_wrong_masks_that_auto_takes_is_a_problem_and_5(
 ) -> None:
     """That it loads is all that the rule asks; who infers then gets its masks."""
     taken = found.auto["name"]
-    checks = tuple(
-        dataclasses.replace(check, works=False, wrong=True, why="its masks are wrong: mean mask IoU 0.31")
-        if (check.engine, check.device) == (taken, "cpu")
-        else dataclasses.replace(check, works=others and check.engine == "openvino", why="")
-        for check in found.engines
-        if others or check.engine == taken
-    )
-    spoilt = {(check.engine, check.device): check for check in checks}
-    monkeypatch.setattr(doctor, "check_engine", lambda line, gpus: spoilt.get((line.engine, line.device), checks[0]))
+    other = "openvino" if taken == "onnxruntime" else "onnxruntime"
+
+    def check(line: RuleLine, gpus: Any) -> EngineCheck:
+        of_line = next(c for c in found.engines if (c.engine, c.device) == (line.engine, line.device))
+        if (line.engine, line.device) == (taken, "cpu"):
+            return dataclasses.replace(of_line, works=False, wrong=True, why="its masks are wrong: mean mask IoU 0.31")
+        works = others and (line.engine, line.device) == (other, "cpu")
+        return dataclasses.replace(of_line, works=works, why="" if works else "no")
+
+    monkeypatch.setattr(doctor, "check_engine", check)
     result = doctor.x_ray()
-    remedy = "give --backend openvino --device cpu" if others else "install another version"
+    remedy = f"give --backend {other} --device cpu" if others else "install another version"
     (problem,) = [text for text in result.problems if text.startswith("auto takes")]
     assert problem == f"auto takes {taken} on cpu, and its masks are wrong: mean mask IoU 0.31: {remedy}"
     assert not result.works

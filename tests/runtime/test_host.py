@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,8 @@ import pytest
 
 from petseg_runtime import __version__, host
 from petseg_runtime.host import Gpu, cgroup_limits, cgroup_memory_left, gpus, nvidia_gpus, parse_cpuinfo, versions
+
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 X86 = """\
 processor\t: 0
@@ -314,10 +319,46 @@ def test_without_a_driver_there_are_none(monkeypatch: pytest.MonkeyPatch) -> Non
     assert nvidia_gpus() == 0
 
 
-def test_giving_memory_back_works_or_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+FREED = """
+import ctypes, os
+from petseg_runtime import host
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+c = ctypes.CDLL(None)
+c.malloc.restype, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+blocks = [c.malloc(100_000) for _ in range(500)]
+for block in blocks:
+    ctypes.memset(block, 1, 100_000)
+for block in blocks[:-1]:  # the last one keeps the heap from shrinking by itself
+    c.free(block)
+before = resident()
+host.give_back_memory()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc, which keeps what is freed")
+def test_what_was_freed_goes_back_to_the_system() -> None:
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, timeout=200, check=True)
+    assert int(done.stdout) > 40_000_000
+
+
+def test_a_c_library_that_keeps_nothing_is_not_asked_to_give_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # as musl, which has no malloc_trim
     host.give_back_memory()
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # a C library without it
-    host.give_back_memory()
+
+
+@pytest.mark.parametrize("extra", ["cpu", "gpu", "openvino", "trt", "rtx"])
+def test_what_an_engine_is_installed_as_is_a_package_that_a_mask_comes_from(extra: str) -> None:
+    """A verification hangs on their versions: with one that is not on the list it would hold for ever."""
+    needed = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"][extra]
+    packages = {re.split(r"[^\w-]", line)[0] for line in needed} - {"cuda-bindings"}
+    assert packages
+    assert packages <= {*host.MASK_PACKAGES}
+    assert {*host.MASK_PACKAGES} <= {*host.PACKAGES}
 
 
 @pytest.mark.parametrize(("quota", "cpus"), [(None, 8), (0.5, 1), (2.0, 2), (2.5, 3), (64.0, 8), (0.0, 1)])

@@ -28,6 +28,7 @@ from petseg_runtime.errors import EngineError, ModelError, ParityError, ParitySh
 from petseg_runtime.parity import (
     SMOKE,
     TOLERANCES,
+    Checks,
     Comparison,
     Proof,
     Receipt,
@@ -69,7 +70,7 @@ def compare(
 ) -> Comparison:
     proof = proof_with(expected)
     info = dataclasses.replace(INFO, precision=computed)
-    return parity.compare(answering(got), info, proof, spec_of(proof, precision=stored), **options)
+    return parity.compare(answering(got), info, proof, spec_of(proof, precision=stored), checks=Checks(**options))
 
 
 @pytest.fixture(scope="module")
@@ -195,9 +196,10 @@ def test_a_model_of_any_size_is_held_to_another_size_too(noisy: np.ndarray) -> N
         return np.roll(right, shift, axis=2) if here is other else right
 
     calls, shift = iter(range(99)), 0
-    assert parity.compare(run, INFO, proof, SPEC, also=other).passed
+    checks = Checks(another_size=other)
+    assert parity.compare(run, INFO, proof, SPEC, checks=checks).passed
     shift = 1
-    row = parity.compare(run, INFO, proof, SPEC, also=other)
+    row = parity.compare(run, INFO, proof, SPEC, checks=checks)
     assert (row.passed, row.max_difference) == (False, 0)
     assert all(failure.startswith("at another size: ") for failure in row.failures)
 
@@ -249,7 +251,7 @@ def test_every_number_is_what_brute_force_finds(data: st.DataObject, seed: int, 
         dataclasses.replace(INFO, precision=computed),
         proof_with(expected),
         dataclasses.replace(SPEC, threshold=threshold, cutout_threshold=cutout_threshold, precision=stored),
-        task and (lambda answers: task),
+        checks=Checks(task=task and (lambda answers: task)),
     )
 
     flat = [abs(a - b) for a, b in zip(expected.ravel().tolist(), got.ravel().tolist(), strict=True)]
@@ -1045,9 +1047,10 @@ def test_another_schema_says_to_upgrade(version: object, file: Path) -> None:
 
 def test_in_onnx_runtime_a_float32_file_has_one_row(toy: Toy, prove: Toy, tmp_path: Path) -> None:
     artifact, done = toy(tmp_path / "toy.onnx"), []
-    (row,) = parity.measure(artifact, prove(artifact.spec, 3), "onnxruntime", 1, watch=done.append)
+    (row,) = parity.measure(artifact, prove(artifact.spec, 3), backend="onnxruntime", threads=1, watch=done.append)
     assert (row.precision, row.passed, row.max_difference) == ("f32", True, 0)
     assert row.engine.startswith("onnxruntime ")
+    assert (row.backend, row.device) == ("onnxruntime", "cpu")
     assert done == [1, 2, 3]
 
 
@@ -1060,7 +1063,7 @@ def test_in_openvino_there_is_a_row_in_f32_and_one_in_what_it_prefers(
     artifact = ir(artifact) if form == "openvino" else artifact
     with load_engine(artifact, "openvino", 1) as engine:
         preferred = engine.describe().precision
-    rows = parity.measure(artifact, prove(artifact.spec, 2), "openvino", 1)
+    rows = parity.measure(artifact, prove(artifact.spec, 2), backend="openvino", threads=1)
     assert [row.precision for row in rows] == ["f32", *([preferred] if preferred != "f32" else [])]
     assert all(row.passed for row in rows)
     assert [row.tolerance for row in rows] == [TOLERANCES[row.precision] for row in rows]
@@ -1116,7 +1119,7 @@ def test_a_file_is_loaded_once_more_only_where_exact_changes_what_is_computed(
 
     precise = exact
     monkeypatch.setattr(parity, "load_engine", load)
-    rows = parity.measure(toy(tmp_path / "toy.onnx", batch=1), proof, "abacus", 1)
+    rows = parity.measure(toy(tmp_path / "toy.onnx", batch=1), proof, backend="abacus", threads=1)
     assert loaded == loads
     assert [row.engine for row in rows] == ["fake 1.2 (cpu, none)"] * (len(loads) - 1) + ["fake 1.2 (cpu, as it likes)"]
     assert all(row.passed for row in rows)
@@ -1124,7 +1127,7 @@ def test_a_file_is_loaded_once_more_only_where_exact_changes_what_is_computed(
 
 def test_a_file_that_does_something_else_is_found_out(toy: Toy, prove: Toy, tmp_path: Path) -> None:
     artifact = toy(tmp_path / "toy.onnx", channel=2)
-    (row,) = parity.measure(artifact, prove(artifact.spec, 3), "onnxruntime", 1)
+    (row,) = parity.measure(artifact, prove(artifact.spec, 3), backend="onnxruntime", threads=1)
     assert not row.passed
     assert row.max_difference > 200
 
@@ -1134,7 +1137,7 @@ def test_a_file_with_a_fixed_batch_or_a_free_size_is_measured_too(
     changes: dict[str, Any], toy: Toy, prove: Toy, tmp_path: Path
 ) -> None:
     artifact = toy(tmp_path / "toy.onnx", **changes)
-    (row,) = parity.measure(artifact, prove(artifact.spec, 4), "onnxruntime", 1)
+    (row,) = parity.measure(artifact, prove(artifact.spec, 4), backend="onnxruntime", threads=1)
     assert row.passed
 
 
@@ -1146,7 +1149,7 @@ def test_each_row_hands_its_answers_to_the_task(toy: Toy, prove: Toy, tmp_path: 
         seen.append(answers.copy())
         return {"photos": 3, "reference": 1.0, "this": 1.0, "loss": 0.0}
 
-    rows = parity.measure(artifact, proof, "onnxruntime", 1, task)
+    rows = parity.measure(artifact, proof, backend="onnxruntime", threads=1, checks=Checks(task=task))
     assert len(seen) == len(rows)
     np.testing.assert_array_equal(seen[0], proof.expected)
 
@@ -1154,4 +1157,4 @@ def test_each_row_hands_its_answers_to_the_task(toy: Toy, prove: Toy, tmp_path: 
 def test_an_engine_that_cannot_be_had_is_no_row(toy: Toy, prove: Toy, tmp_path: Path) -> None:
     artifact = toy(tmp_path / "toy.onnx")
     with pytest.raises(EngineError, match="there is no engine 'pytorch'"):
-        parity.measure(artifact, prove(artifact.spec), "pytorch")
+        parity.measure(artifact, prove(artifact.spec), backend="pytorch")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -519,15 +520,25 @@ class TestWithoutSmall:
 
 class TestFound:
     @staticmethod
-    def with_certain(certain: int, likely: int = 100) -> Segmentation:
+    def with_certain(certain: int, likely: int = 100, share: float | None = 0.25) -> Segmentation:
         probability = np.zeros(400, np.uint8)
         probability[:likely] = 160
         probability[:certain] = 252
-        return made(probability.reshape(20, 20))
+        return dataclasses.replace(made(probability.reshape(20, 20)), certain_share=share)
 
     @pytest.mark.parametrize(("certain", "pet"), [(100, True), (25, True), (24, False), (0, False)])
     def test_a_quarter_of_what_is_likely_must_be_certain(self, certain: int, pet: bool) -> None:
         assert self.with_certain(certain).found is pet
+
+    @pytest.mark.parametrize(("share", "pet"), [(0.1, True), (0.11, False), (1.0, False)])
+    def test_the_share_is_the_models_own(self, share: float, pet: bool) -> None:
+        assert self.with_certain(10, share=share).found is pet
+
+    @pytest.mark.parametrize("certain", [0, 1, 100])
+    def test_without_a_rule_whatever_is_in_the_mask_is_a_pet(self, certain: int) -> None:
+        result = self.with_certain(certain, share=None)
+        assert result.found is True
+        assert dataclasses.replace(result, threshold=0.995).found is False
 
     def test_its_size_does_not_matter(self) -> None:
         assert self.with_certain(certain=1, likely=3).found
@@ -537,12 +548,13 @@ class TestFound:
 
     def test_where_the_mask_is_empty_there_is_none(self) -> None:
         result = self.with_certain(100)
-        assert not Segmentation(None, result.probability, 0.995, 0.5).found
+        assert not dataclasses.replace(result, threshold=0.995).found
 
     def test_a_pet_that_is_dropped_for_its_size_is_not_found(self) -> None:
-        result = made(ellipse((40, 60)))
-        assert result.found
-        assert not result.without_small(0.9).found
+        for share in (0.25, None):
+            result = dataclasses.replace(made(ellipse((40, 60))), certain_share=share)
+            assert result.found
+            assert not result.without_small(0.9).found
 
 
 def test_a_result_is_not_changed_through_what_it_gives_away() -> None:

@@ -670,3 +670,17 @@ def test_at_another_size_there_is_no_proof(free: Path) -> None:
 def test_a_model_without_its_proof_cannot_be_proven(red: Path) -> None:
     with Segmenter(red, threads=1) as segmenter, pytest.raises(ModelError, match=r"parity\.npz: not there"):
         segmenter.verify()
+
+
+@pytest.mark.parametrize(("share", "pet"), [(None, True), (0.5, True), (0.6, False)])
+def test_whether_there_is_a_pet_is_asked_by_the_models_own_rule(
+    toy: Callable[..., Artifact], tmp_path: Path, share: float | None, pet: bool
+) -> None:
+    photo = np.zeros((16, 32, 3), np.uint8)
+    photo[:, :16, 0] = 160  # likely
+    photo[:, :8, 0] = 255  # and half of it certain
+    with Segmenter(toy(tmp_path / "toy.onnx", certain_share=share).path, threads=1) as segmenter:
+        result = segmenter(photo)
+        assert result.coverage == 0.5
+        assert result.found is pet
+        assert [one.found for one in segmenter([photo, 0 * photo])] == [pet, False]

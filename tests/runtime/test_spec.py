@@ -27,6 +27,7 @@ specs = st.builds(
     threshold=inner,
     cutout_threshold=inner,
     border_target=st.floats(0, 1),
+    certain_share=st.none() | st.floats(0, 1, exclude_min=True),
     dynamic_size=st.booleans(),
     batch=st.integers(0, 10**6),
     precision=st.sampled_from(PRECISIONS),
@@ -62,6 +63,7 @@ def test_the_json_is_one_line_in_ascii_with_all_fields_and_the_version() -> None
         "threshold": 0.4,
         "cutout_threshold": 0.25,
         "border_target": 0.5,
+        "certain_share": 0.25,
         "dynamic_size": False,
         "batch": 0,
         "precision": "fp32",
@@ -91,6 +93,13 @@ def test_files_that_were_written_before_there_was_a_choice_are_of_one_size_any_b
     spec = ModelSpec.from_json(json.dumps(raw))
     assert spec == GOOD
     assert (spec.dynamic_size, spec.batch, spec.precision) == (False, 0, "fp32")
+
+
+def test_a_file_that_was_written_before_the_rule_of_pets_was_its_own_has_the_one_that_all_had() -> None:
+    raw = as_dict()
+    del raw["certain_share"]
+    assert ModelSpec.from_json(json.dumps(raw)).certain_share == 0.25
+    assert ModelSpec.from_json(json.dumps({**raw, "certain_share": None})).certain_share is None
 
 
 @pytest.mark.parametrize("field", ["name", "height", "width"])
@@ -135,6 +144,7 @@ def test_a_spec_without_a_schema_version_is_refused() -> None:
             for value in (0, 1, 0.0, 1.0, -0.1, 1.1, math.nan, math.inf, -math.inf, 10**400, "0.5", True, None)
         ],
         *[("border_target", value) for value in (-0.1, 1.1, math.nan, math.inf, 10**400, "0.5", False, None)],
+        *[("certain_share", value) for value in (0, -0.1, 1.1, math.nan, math.inf, 10**400, "0.5", True, [])],
         *[("dynamic_size", value) for value in (0, 1, 1.0, "true", "", None, [])],
         *[("batch", value) for value in (-1, 1.0, "1", True, False, None, [1])],
         *[("precision", value) for value in ("", "f32", "FP16", "bf16", "int4", None, 16, ["fp16"])],
@@ -150,6 +160,7 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field(field: str, value: obje
     [("height", 0), ("width", 100), ("height", 160.0), ("resize", "letterbox"), ("filter", "nearest")]
     + [(f, v) for f in ("threshold", "cutout_threshold") for v in (0.0, 1.0, math.nan, math.inf, 10**400)]
     + [("border_target", v) for v in (-0.1, 1.1, math.nan, 10**400)]
+    + [("certain_share", v) for v in (0, 0.0, 1.1, math.nan, 10**400)]
     + [("dynamic_size", v) for v in (0, 1, None, "no")]
     + [("batch", v) for v in (-1, 2.0, True, False, "1", None)]
     + [("precision", v) for v in ("bf16", "", None, ["fp16"])],
@@ -166,6 +177,9 @@ def test_a_bad_value_is_refused_when_a_spec_is_made_in_python_too(field: str, va
         {"border_target": 0},
         {"border_target": 1},
         {"border_target": 1.0},
+        {"certain_share": None},
+        {"certain_share": 1},
+        {"certain_share": math.nextafter(0, 1)},
         {"name": ""},
         {"threshold": math.nextafter(0, 1)},
         {"threshold": math.nextafter(1, 0)},
@@ -206,6 +220,8 @@ def test_garbage_in_one_field_raises_nothing_but_model_errors(field: str, value:
     except ModelError:
         return
     assert getattr(spec, field) == value
+    if field == "certain_share" and value is None:
+        return
     assert type(value) is type(getattr(GOOD, field)) or (type(value) is int and type(getattr(GOOD, field)) is float)
 
 

@@ -72,6 +72,7 @@ def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
         *((kind[:-1], text) for kind, text in tensors),
         ("resize", f"{spec['resize']} to {size}, {spec['filter']}, antialiased"),
         ("threshold", f"{spec['threshold']:.2g} for masks, {spec['cutout_threshold']:.2g} for cutouts"),
+        ("a pet is found where", _rule(spec["certain_share"])),
     ]
     environment = record["environment"].items()  # its lists of layers and messages are for programs
     lines += [("built for", f"{k}: {_plain(v)}") for k, v in environment if v and k not in ("engine", "messages")]
@@ -85,6 +86,13 @@ def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
     return lines + _parity_lines(record)
 
 
+def _rule(certain_share: float | None) -> str:
+    """See :attr:`petseg_runtime.result.Segmentation.found`."""
+    if certain_share is None:
+        return "the mask is not empty (no rule was chosen for this model)"
+    return f"{100 * certain_share:.3g} % of what is likely one are all but certain, and the mask is not empty"
+
+
 def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """What is told of each thing that was measured, a line for each reading of the border."""
     for key, value in values.items():
@@ -95,7 +103,8 @@ def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _parity_lines(record: dict[str, Any]) -> list[tuple[str, str]]:
     """What was proven where the file was made, and what on this device."""
     lines: list[tuple[str, str]] = []
-    for title, receipt in (("parity", record["receipt"]), ("verified here", record["verified"])):
+    here = (record["verified"], *record["verified"].get("others", ()))
+    for title, receipt in (("parity", record["receipt"]), *(("verified here", result) for result in here)):
         if rows := receipt.get("rows"):
             try:
                 lines += [(title, f"{receipt['kind']}, {receipt['photos']} photos, {row['summary']}") for row in rows]
@@ -184,7 +193,7 @@ def verify(
     Scripts for one device name it with --device, or another may be what is verified.
     """
     from petseg_runtime.artifact import default_model, open_artifact
-    from petseg_runtime.verify import parts_of, record, save, sidecar_of, verify_file
+    from petseg_runtime.verify import parts_of, record, save, sidecar_of, verify_file, with_others
 
     artifact = open_artifact(file or default_model())
     place = output or (sidecar_of(artifact.path) if file else None)
@@ -192,6 +201,7 @@ def verify(
         raise OutputError(f"{place}: belongs to the model, which is not written to: give another file with --output")
     done = verify_file(artifact, backend, threads, proof, device)
     receipt, result = done.network, record(artifact, done)
+    result = with_others(result, artifact, place) if place else result
     if as_json:
         click.echo(json.dumps(result, indent=2))
     elif not quiet:

@@ -13,7 +13,7 @@ from petseg_runtime.engines.base import Device, Engine, EngineOptions
 from petseg_runtime.errors import EngineError, EngineMissing, UsageError, one_line
 from petseg_runtime.extras import install
 
-__all__ = ["ENGINES", "RULE", "Choice", "EngineEntry", "load_engine"]
+__all__ = ["ENGINES", "RULE", "Choice", "EngineEntry", "choices", "load_engine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ def load_engine(
             raise UsageError(f"{name} is {value}; it must be a whole number, 1 or more")
     wanted = None if device == "auto" else Device.parse(device)
     passed: list[EngineError] = []
-    for choice in _choices(artifact, backend, wanted):
+    for choice in choices(artifact.format, backend, wanted, what=str(artifact.path)):
         notes = tuple(str(error) for error in passed if not isinstance(error, EngineMissing))
         options = EngineOptions(
             threads=threads,
@@ -173,25 +173,29 @@ def load_engine(
     raise _failure(artifact, backend, wanted, passed)
 
 
-def _choices(artifact: Artifact, backend: str, wanted: Device | None) -> list[Choice]:
-    """The lines of the rule that are left.
+def choices(form: str, backend: str, wanted: Device | None, *, what: str) -> list[Choice]:
+    """The lines of the rule that are left for files of a format, where an engine or a device is asked for.
+
+    Args:
+        form: The format, as :attr:`petseg_runtime.artifact.Artifact.format` calls it.
+        backend: A name in :data:`ENGINES`, or ``auto``.
+        wanted: The device that is asked for; None: those that are here.
+        what: What an error is about: a file, or a format.
 
     Raises:
         EngineError: None; says what contradicts what.
     """
     if backend != "auto" and backend not in ENGINES:
         raise EngineError(f"there is no engine {backend!r}; there are: auto, {', '.join(ENGINES)}")
-    able = [name for name, entry in ENGINES.items() if artifact.format in entry.formats]
+    able = [name for name, entry in ENGINES.items() if form in entry.formats]
     if backend != "auto" and backend not in able:
-        raise EngineError(
-            f"{artifact.path}: {backend} does not run {artifact.format} files; what does: {', '.join(able)}"
-        )
+        raise EngineError(f"{what}: {backend} does not run {form} files; what does: {', '.join(able)}")
     lines = [line for line in RULE if line.engine in able and backend in ("auto", line.engine)]
     if wanted:
         fitting = [line for line in lines if line.kind == wanted.kind]
         if not fitting:
             raise EngineError(
-                f"{artifact.path}: {', '.join(dict.fromkeys(line.engine for line in lines))} cannot run it on "
+                f"{what}: {', '.join(dict.fromkeys(line.engine for line in lines))} cannot run it on "
                 f"{wanted}; what can: {'; '.join(map(str, lines))}"
             )
         return fitting

@@ -14,7 +14,6 @@ engine is loaded, which the cache keeps for the next time, and makes CUDA graphs
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -29,10 +28,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from petseg_runtime import cache, host, onnx_metadata
+from petseg_runtime import cache, onnx_metadata
 from petseg_runtime.artifact import INPUT, OUTPUT, Artifact
 from petseg_runtime.engines import tensorrt_build
 from petseg_runtime.engines.base import Engine, EngineInfo, EngineOptions, check_batch
+from petseg_runtime.engines.cuda import Buffers, CudaGpu
 from petseg_runtime.engines.tensorrt_library import CUDART, LIBRARIES, RTX, TRT, Library, imported, logger_of
 from petseg_runtime.errors import EngineError, EngineForeign, ModelError, one_line
 from petseg_runtime.spec import ModelSpec
@@ -93,7 +93,7 @@ class TensorRTEngine(Engine):
         self._library = _library_of(path, environment)
         self._trt = imported(self._library.module, self._library)
         self._logger = logger_of(self._trt.ILogger)
-        self._gpu = _Gpu(imported(CUDART, self._library), device, self._library)
+        self._gpu = CudaGpu(imported(CUDART, self._library), device, self._library.cuda12)
         _check_built_for(path, self._library, environment, self._trt.__version__, self._gpu.capability)
         self._kernels = _Kernels()
         self._lock = threading.Lock()
@@ -214,7 +214,7 @@ class TensorRTEngine(Engine):
         gpu = self._gpu
         gpu.open_stream()
         pixels = math.prod(self._high[:3])
-        self._input, self._output = _Buffers(gpu, 3 * pixels), _Buffers(gpu, pixels)
+        self._input, self._output = Buffers(gpu, 3 * pixels), Buffers(gpu, pixels)
         for name, buffers in ((INPUT, self._input), (OUTPUT, self._output)):
             self._ask("take a buffer", self._context.set_tensor_address, name, buffers.device)
 
@@ -331,101 +331,6 @@ class TensorRTEngine(Engine):
         return EngineError(f"{self._path}: {self._library.title} cannot {what} ({reason[:400]})")
 
 
-class _Gpu:
-    """One GPU through the CUDA runtime: every status is checked, and what was taken from it is on a list."""
-
-    def __init__(self, cudart: Any, device: int, library: Library) -> None:
-        self.cudart, self.device, self.library = cudart, device, library
-        self.stream: Any = None
-        self._taken: list[tuple[str, Callable[..., Any], Any]] = []
-        self._check_there()
-        properties = self.call("be asked what it is", cudart.cudaGetDeviceProperties, device)
-        self.name: str = properties.name.decode(errors="replace").rstrip("\0")
-        self.capability = f"{properties.major}.{properties.minor}"
-
-    def _check_there(self) -> None:
-        status, count = self.cudart.cudaGetDeviceCount()
-        if status != self.cudart.cudaError_t.cudaSuccess:
-            _, number = self.cudart.cudaDriverGetVersion()
-            driver = f"CUDA {number // 1000}.{number % 1000 // 10}"
-            has = f"the driver is for {driver}" if number else "there is no driver: install it"
-            if status == self.cudart.cudaError_t.cudaErrorInsufficientDriver:
-                has = host.old_driver(driver, self.library.cuda12) or has
-            raise EngineForeign(f"no NVIDIA GPU can be used: {_words(self.cudart, status)} ({has})")
-        if not 0 <= self.device < count:
-            raise EngineError(f"there is no GPU cuda:{self.device}; CUDA finds {count}, counted from 0")
-
-    def driver(self) -> str:
-        """The newest CUDA that its driver can run, as in :class:`petseg_runtime.host.Gpu`."""
-        version = self.call("say the version of its driver", self.cudart.cudaDriverGetVersion)
-        return f"CUDA {version // 1000}.{version % 1000 // 10}"
-
-    def call(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
-        """What a CUDA function returns beside its status, or the ``EngineError`` with CUDA's own words."""
-        status, *values = function(*args)
-        _check(self.cudart, status, f"cuda:{self.device} cannot {what}")
-        return values[0] if values else None
-
-    def activate(self) -> None:
-        """Make it the calling thread's current device."""
-        self.call("be used", self.cudart.cudaSetDevice, self.device)
-
-    def take(self, what: str, give_back: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
-        """Take something that :meth:`give_back` will free."""
-        handle = self.call(f"give {what}", function, *args)
-        self._taken.append((what, give_back, handle))
-        return handle
-
-    def open_stream(self) -> None:
-        """Take a stream that does not wait for what others do on the default one."""
-        cudart = self.cudart
-        self.stream = self.take(
-            "a stream", cudart.cudaStreamDestroy, cudart.cudaStreamCreateWithFlags, cudart.cudaStreamNonBlocking
-        )
-
-    def wait(self) -> None:
-        """Wait for all work, which may still use what is about to be freed."""
-        if self.stream is not None:
-            self.call("finish", self.cudart.cudaStreamSynchronize, self.stream)
-
-    def failures(self, *steps: Callable[[], None]) -> list[str]:
-        """Take every step, whatever the others do; returns the messages of those that failed."""
-        messages = []
-        for step in steps:
-            try:
-                step()
-            except EngineError as error:
-                messages.append(str(error))
-        return messages
-
-    def give_back(self) -> list[str]:
-        """Free all that was taken, the latest first; returns what could not be freed, and why."""
-        taken, self._taken, self.stream = self._taken[::-1], [], None
-        return self.failures(*(functools.partial(self.call, f"free {what}", free, it) for what, free, it in taken))
-
-
-class _Buffers:
-    """A buffer on the GPU, and a page-locked one of the same size on the host.
-
-    Attributes:
-        device: Address on the GPU.
-        address: Address on the host.
-        host: uint8 [size] at that address; valid until the GPU's things are given back.
-    """
-
-    def __init__(self, gpu: _Gpu, size: int) -> None:
-        cudart = gpu.cudart
-        self.device: int = gpu.take(f"{size} bytes of its memory", cudart.cudaFree, cudart.cudaMalloc, size)
-        self.address: int = gpu.take(
-            f"{size} bytes of page-locked memory",
-            cudart.cudaFreeHost,
-            cudart.cudaHostAlloc,
-            size,
-            cudart.cudaHostAllocDefault,
-        )
-        self.host: U8 = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address))
-
-
 class _Kernels:
     """The kernels that TensorRT for RTX has compiled of an engine, and their place in the cache.
 
@@ -497,9 +402,8 @@ def _loaded(artifact: Artifact, options: EngineOptions, library: Library) -> Ten
     if artifact.format != "onnx":
         return opened(artifact.environment, notes=options.notes)
     trt = imported(library.module, library)
-    gpu = _Gpu(
-        imported(CUDART, library), options.device.index, library
-    )  # without one, it ends before anything is built
+    # Without a GPU, it ends before anything is built.
+    gpu = CudaGpu(imported(CUDART, library), options.device.index, library.cuda12)
     targets = (gpu.capability,) if library is RTX else ()
     profile = tensorrt_build.profile_of(artifact.spec, max_size=_largest(artifact.spec, options))
 
@@ -547,7 +451,7 @@ def _notes(options: EngineOptions, library: Library, engine: cache.Compiled) -> 
     return (*options.notes, f"{library.title}: {engine.note}", *engine.environment["messages"])
 
 
-def _key(library: Library, trt: Any, gpu: _Gpu, model: str, name: str) -> cache.Key:
+def _key(library: Library, trt: Any, gpu: CudaGpu, model: str, name: str) -> cache.Key:
     return cache.Key(
         model=model,
         name=name,
@@ -635,15 +539,3 @@ def _check_contract(path: Path, trt: Any, engine: Any) -> tuple[Dims, Dims]:
         return sent, sent
     low, _, high = engine.get_tensor_profile_shape(INPUT, 0)
     return tuple(low), tuple(high)
-
-
-def _check(cudart: Any, status: Any, what: str) -> None:
-    """Raise the ``EngineError`` of a CUDA status that is not success."""
-    if status != cudart.cudaError_t.cudaSuccess:
-        raise EngineError(f"{what} ({_words(cudart, status)})")
-
-
-def _words(cudart: Any, status: Any) -> str:
-    """What CUDA says about a status."""
-    _, text = cudart.cudaGetErrorString(status)
-    return str(text.decode(errors="replace"))
