@@ -187,7 +187,7 @@ def open_model(path: Path, device: str = "auto", backend: str = "auto") -> Itera
     if path.suffix == ".safetensors":
         if backend != "auto":
             raise UsageError(
-                f"{path}: a checkpoint is measured in PyTorch, not in {backend}: export it, or leave that out"
+                f"{path}: a checkpoint is measured in PyTorch, not in {backend}: export it, or name no engine"
             )
         from petseg.reference import open_checkpoint  # needs PyTorch, which takes seconds to import
 

@@ -139,6 +139,7 @@ class Segmenter:
             raise UsageError(str(error)) from error
         self.threshold = threshold if threshold is not None else spec.threshold
         self.cutout_threshold = cutout_threshold if cutout_threshold is not None else spec.cutout_threshold
+        self.certain_share = spec.certain_share
         self.min_area = min_area
         self._threads = threads
         self._engine = load_engine(
@@ -312,8 +313,7 @@ class Segmenter:
 
     def finish(self, prepared: Prepared, probability: U8) -> Segmentation:
         """The last step: bring the answer, uint8 [H, W], to the photo's size."""
-        certain_share = self.artifact.spec.certain_share
-        result = finish(prepared, probability, self.threshold, self.cutout_threshold, certain_share)
+        result = finish(prepared, probability, self.threshold, self.cutout_threshold, self.certain_share)
         return result.without_small(self.min_area) if self.min_area else result
 
     def verify(self, proof: str | os.PathLike[str] | None = None) -> Verification:

@@ -209,6 +209,7 @@ def test_an_rtx_engine_is_built_and_says_that_it_was_not_run(
     done = export(quarter, TensorRTRTXConfig(output=tmp_path / "x.engine", precision=precision, onnx=given))
     assert [file.name for file in done.files] == ["x.engine", "x.engine.json", "x.engine.parity.npz"]
     assert done.receipt.kind == "built, not run"
+    assert done.receipt.note.startswith("no NVIDIA GPU where it was made; ")
     assert done.receipt.passed is None
     artifact = open_artifact(done.path)
     assert (artifact.format, artifact.spec.precision) == ("trt-rtx", precision)

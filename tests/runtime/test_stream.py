@@ -48,6 +48,7 @@ class Model:
     size: tuple[int, int] = (8, 8)
     threshold: float = 0.5
     cutout_threshold: float = 0.3
+    certain_share: float = 0.25
     min_area: float = 0.0
     batches: list[int] = field(default_factory=list)
 
@@ -325,7 +326,7 @@ def infer(images):
 alive = lambda: [thread.name for thread in threading.enumerate() if thread.name == "petseg-engine"]
 atexit.register(lambda: print("at exit", *alive()))  # what is registered first is called last
 model = SimpleNamespace(
-    infer=infer, size=(8, 8), threshold=0.5, cutout_threshold=0.3, min_area=0.0,
+    infer=infer, size=(8, 8), threshold=0.5, cutout_threshold=0.3, certain_share=0.25, min_area=0.0,
     describe=lambda: SimpleNamespace(batch=1),
 )
 model.finish = functools.partial(Segmenter.finish, model)

@@ -43,7 +43,7 @@ class Model:
     """Pet where the picture is red."""
 
     size = (HEIGHT, WIDTH)
-    threshold, cutout_threshold, min_area = 0.5, 0.3, 0.0
+    threshold, cutout_threshold, certain_share, min_area = 0.5, 0.3, 0.25, 0.0
 
     def describe(self) -> Any:
         return type("Info", (), {"batch": 4, "streams": 1})()
