@@ -63,7 +63,7 @@ def test_training_leaves_its_checkpoints_log_and_pictures(run: Path) -> None:
 
 
 def test_what_was_trained_finds_the_pets(petseg: Petseg, exported: Path, oxford_root: Path) -> None:
-    metrics = json.loads(petseg("evaluate", exported, "--data", oxford_root, "--json"))
+    metrics = json.loads(petseg("evaluate", exported, "--backend", "ort", "--data", oxford_root, "--json"))
     assert metrics["schema_version"] == 1
     assert metrics["photos"] == 6
     # An empty or a full mask would score less than half of this on the synthetic ellipses.
@@ -73,7 +73,7 @@ def test_what_was_trained_finds_the_pets(petseg: Petseg, exported: Path, oxford_
 def test_checkpoint_and_exported_file_score_the_same(
     petseg: Petseg, run: Path, exported: Path, oxford_root: Path
 ) -> None:
-    of_file = json.loads(petseg("evaluate", exported, "--data", oxford_root, "--json"))
+    of_file = json.loads(petseg("evaluate", exported, "--backend", "ort", "--data", oxford_root, "--json"))
     of_checkpoint = json.loads(petseg("evaluate", run / "best.safetensors", "--data", oxford_root, "--json"))
     assert of_file["threshold"] == of_checkpoint["threshold"]
     for name in ("iou", "dice", "accuracy", "precision", "recall"):
