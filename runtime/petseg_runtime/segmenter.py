@@ -136,7 +136,7 @@ class Segmenter:
         self.threshold = threshold if threshold is not None else spec.threshold
         self.cutout_threshold = cutout_threshold if cutout_threshold is not None else spec.cutout_threshold
         self.min_area = min_area
-        self._threads = threads
+        self.threads = threads
         self._engine = load_engine(
             self.artifact,
             backend,
@@ -271,7 +271,8 @@ class Segmenter:
             patience=patience,
             smooth=smooth,
         )
-        return Stream(open_frames(origin, reading, tell=tell), self, reading, mask_only=mask_only)
+        frames = open_frames(origin, reading, threads=self.threads, tell=tell)
+        return Stream(frames, self, reading, mask_only=mask_only)
 
     def prepare(self, source: images.ImageSource, *, mask_only: bool = False) -> Prepared:
         """The first step: read a photo, and bring it to the model's size.
@@ -344,7 +345,7 @@ class Segmenter:
         info = self.describe()
         if info.device == "cpu":
             return info.streams
-        return min(self._threads or host.usable_cpus(), MAX_WORKERS)
+        return min(self.threads or host.usable_cpus(), MAX_WORKERS)
 
     def close(self) -> None:
         """Free the model."""
