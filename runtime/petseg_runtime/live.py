@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
@@ -17,7 +18,7 @@ from petseg_runtime.stream import Reading
 from petseg_runtime.video import Frame, VideoReader
 from petseg_runtime.video_sound import Sound
 
-__all__ = ["LiveSource", "StateChange", "Tell", "open_frames"]
+__all__ = ["STOPPED", "LiveSource", "StateChange", "Tell", "open_frames"]
 
 #: The clock of MPEG transport streams, fine enough for any rate.
 _TIME_BASE: Final = Fraction(1, 90000)
@@ -32,6 +33,14 @@ FIRST_PATIENCE: Final = 30.0
 #: A source's own clock that goes back by more than this, or ahead of ours by more than that, was set anew; in seconds.
 _BACK: Final = 1.0
 _AHEAD: Final = 5.0
+#: So long after its time is over FFmpeg has said so, if it can; in seconds.
+_GRACE: Final = 0.5
+#: FFmpeg opens a source, looks at what it sends, and reads: before the first frame, each of these may take as long as
+#: a later frame.
+_STEPS: Final = 3
+#: Why a source has ended that was told to.
+STOPPED: Final = "stopped"
+_HANGS: Final = "a read of it has not returned; if that lasts, plug it in anew, or restart its driver or server"
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,9 @@ class LiveSource:
     that many clients do not come back at once. Times go on with the wall clock: what was missed is a gap, not a jump.
     So they do where the source's own clock is set anew, as when a sender behind the same address is restarted.
     Iterate over it once; :meth:`stop` may be called from any thread or a signal handler.
+
+    Each connection has a thread, which may hang in a read; it is left behind then, and no other connection is made
+    before that read returns: two would be in each other's way, and there would be ever more of them.
     """
 
     def __init__(
@@ -74,6 +86,7 @@ class LiveSource:
         *,
         stall: float = 10.0,
         patience: float | None = None,
+        threads: int | None = None,
         tell: Tell = lambda change: None,
     ) -> None:
         """Remember what to connect to.
@@ -83,10 +96,12 @@ class LiveSource:
             stall: Seconds without a frame after which the connection is given up and made anew.
             patience: Seconds without a frame after which the source is given up for good; None: half a minute until
                 it has sent one (a camera that is not there: at once), and never after that.
+            threads: CPU threads of the decoder; None: as many as FFmpeg thinks fit.
             tell: Told of each change of state, from the thread that iterates.
         """
         self.origin = origin
-        self._stall, self._patience, self._tell = stall, patience, tell
+        self._patience, self._threads, self._tell = patience, threads, tell
+        self._silence = stall if patience is None else min(stall, patience)  # after which a connection is given up
         # No Event: a second signal may come while the first one's handler is in `stop`, and would wait for its lock. A
         # condition's can be taken again by the thread that has it.
         self._stopped, self._changed = False, threading.Condition()
@@ -94,6 +109,7 @@ class LiveSource:
         self._line = _Line()
         self._last_seen = time.monotonic()
         self._attempt = 0
+        self._connection: _Connection | None = None  # the last one
         self.connections = 0  #: that have sent frames
         self.undecodable = 0  #: packets that the decoder refused, of all connections that are over
 
@@ -122,15 +138,15 @@ class LiveSource:
             connected, state, reason = time.monotonic(), "lost", "the connection was closed"
             seen = False
             try:
-                with self._open() as reader:
-                    for frame in self._connection(reader):
+                with self._connected() as connection:
+                    for frame in self._frames(connection):
                         seen = True
                         yield frame
-                    if seen and reader.info.duration is not None:
+                    if seen and connection.has_end and not self._stopped:
                         self._tell(StateChange("ended", "its end", attempt=self._attempt))
                         return
             except VideoError as error:
-                reason = error.reason
+                reason = f"{error.reason}; {_HANGS}" if self._hangs else error.reason
                 state = "stalled" if isinstance(error, SilentVideo) else "lost"
             if self._stopped:
                 break
@@ -140,7 +156,7 @@ class LiveSource:
             self._tell(StateChange(state, reason, self._attempt, round(wait, 3)))
             self._wait(wait)
             pause = min(2 * pause, _LONGEST_PAUSE)
-        self._tell(StateChange("ended", "stopped", attempt=self._attempt))
+        self._tell(StateChange("ended", STOPPED, attempt=self._attempt))
 
     def _check_camera(self) -> None:
         """Give up at once where nobody asked to wait: a camera that was not there at first will hardly come.
@@ -157,36 +173,52 @@ class LiveSource:
             self._tell(StateChange("ended", "the camera cannot be used"))  # why is in the error
             raise UnreadableVideo(why, self.origin.shown)
 
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[_Connection]:
+        """A connection, which is left in the end.
+
+        Raises:
+            SilentVideo: The one before it still hangs.
+        """
+        if self._hangs:
+            raise SilentVideo("no other connection is made meanwhile", self.origin.shown)
+        connection = self._connection = _Connection(self._open, self._changed)
+        try:
+            yield connection
+        finally:
+            connection.leave()
+            self.undecodable += connection.undecodable
+
+    @property
+    def _hangs(self) -> bool:
+        return self._connection is not None and self._connection.hangs
+
     def _open(self) -> VideoReader:
-        first = self._stall if self._patience is None else min(self._stall, self._patience)
         return VideoReader(
             self.origin.target,
             name=self.origin.shown,
             container=self.origin.container,
             options=self.origin.options,
-            timeout=(first, self._stall),
+            timeout=(self._silence, self._silence),
             low_delay=True,
+            threads=self._threads,
         )
 
-    def _connection(self, reader: VideoReader) -> Iterator[Frame]:
+    def _frames(self, connection: _Connection) -> Iterator[Frame]:
         """One connection's frames, on the time line of all."""
-        first = True
-        try:
-            for frame in reader:
-                self._last_seen = time.monotonic()
-                if first:
-                    self.connections += 1
-                    self._line.begin_again(timed=reader.timed)
-                    height, width = frame.size
-                    self._tell(StateChange("live", None, self._attempt, None, width, height))
-                    first = False
-                self._line.place(frame, self._last_seen)
-                yield frame
-                self._last_seen = time.monotonic()  # a consumer that let us wait is no silence of the source
-                if self._stopped:
-                    return
-        finally:
-            self.undecodable += reader.undecodable
+        patience = float("inf") if self._patience is None else self._patience
+        first, wait = True, min(_STEPS * self._silence + _GRACE, patience - (time.monotonic() - self._last_seen))
+        while frame := connection.take(wait, lambda: self._stopped):
+            self._last_seen = time.monotonic()
+            if first:
+                self.connections += 1
+                self._line.begin_again(timed=connection.timed)
+                height, width = frame.size
+                self._tell(StateChange("live", None, self._attempt, None, width, height))
+                first, wait = False, min(self._silence + _GRACE, patience)
+            self._line.place(frame, self._last_seen)
+            yield frame
+            self._last_seen = time.monotonic()  # a consumer that let us wait is no silence of the source
 
     def _patience_left(self, reason: str) -> float:
         """Seconds until the source is given up.
@@ -204,6 +236,96 @@ class LiveSource:
                 f"no frame for {silent:.0f} s in {self._attempt} attempts; the last: {reason}", self.origin.shown
             )
         return patience - silent
+
+
+class _Connection:
+    """One connection: a thread opens it, reads one frame ahead of who takes them, and closes it.
+
+    FFmpeg asks whether its time is over before it waits for a socket, but not where it waits for a device (V4L2's
+    ioctl) or a named pipe (open, read). Such a read may hang for good, and nothing can end it from outside: to close
+    what another thread is reading would crash the process. When it does return, the thread closes what it has opened,
+    and ends.
+    """
+
+    def __init__(self, open_reader: Callable[[], VideoReader], changed: threading.Condition) -> None:
+        """Begin to connect.
+
+        Args:
+            open_reader: Connects; called by the thread.
+            changed: Notified of each frame and of the end, and to be notified when a wait for a frame is over.
+        """
+        self.timed = True  #: whether the source says when its frames are shown; known with the first frame
+        self.has_end = False  #: whether it is a recording; likewise
+        self._open_reader, self._changed = open_reader, changed
+        self._reader: VideoReader | None = None
+        self._frame: Frame | None = None  # to be taken
+        self._over = self._left = False
+        self._error: BaseException | None = None
+        # A daemon: a process must be able to end though it hangs.
+        self._thread = threading.Thread(target=self._read, name="petseg-read", daemon=True)
+        self._thread.start()
+
+    def take(self, seconds: float, stopped: Callable[[], bool]) -> Frame | None:
+        """The next frame; None: there is no other, or nobody wants it any more.
+
+        Args:
+            seconds: To wait at most.
+            stopped: Whether nobody does.
+
+        Raises:
+            SilentVideo: None came in time.
+            VideoError: It cannot be opened, or has broken.
+        """
+        with self._changed:
+            longest = min(seconds, threading.TIMEOUT_MAX)
+            if not self._changed.wait_for(lambda: stopped() or self._frame or self._over, longest):
+                raise SilentVideo("no frame came for too long")
+            frame, self._frame = self._frame, None
+            self._changed.notify_all()
+        if stopped():
+            return None
+        if frame is None and self._error:
+            raise self._error
+        return frame
+
+    def leave(self) -> None:
+        """Take no more. The thread ends, or else hangs."""
+        with self._changed:
+            self._left = True
+            self._changed.notify_all()
+        self._thread.join(_GRACE)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether it has not ended though it was left."""
+        return self._left and self._thread.is_alive()
+
+    @property
+    def undecodable(self) -> int:
+        """Packets that the decoder refused."""
+        return self._reader.undecodable if self._reader else 0
+
+    def _read(self) -> None:
+        try:
+            with self._open_reader() as reader:
+                self._reader, self.timed, self.has_end = reader, reader.timed, reader.info.duration is not None
+                for frame in reader:
+                    if not self._give(frame):
+                        return
+        except BaseException as error:  # noqa: BLE001 (raised again where frames are taken)
+            self._error = error
+        finally:
+            with self._changed:
+                self._over = True
+                self._changed.notify_all()
+
+    def _give(self, frame: Frame) -> bool:
+        """Hand a frame over when the one before it was taken; False: nobody takes any."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._left or self._frame is None)
+            self._frame = frame
+            self._changed.notify_all()
+            return not self._left
 
 
 class _Line:
@@ -270,20 +392,23 @@ class _Line:
         return step < -_BACK or step - (now - before) > _AHEAD
 
 
-def open_frames(origin: Origin, reading: Reading, *, tell: Tell = lambda change: None) -> VideoReader | LiveSource:
+def open_frames(
+    origin: Origin, reading: Reading, *, threads: int | None = None, tell: Tell = lambda change: None
+) -> VideoReader | LiveSource:
     """The frames of any source, for a :class:`~petseg_runtime.stream.Stream`.
 
     Args:
         origin: The source.
         reading: Its ``start``, of one that has an end; ``stall`` and ``patience`` of a live one. Of a video on a
             server, ``stall`` is for how long it may send nothing.
+        threads: CPU threads of the decoder; None: as many as FFmpeg thinks fit.
         tell: As for :class:`LiveSource`.
 
     Raises:
         InputError: One that has an end cannot be opened.
     """
     if origin.endless:
-        return LiveSource(origin, stall=reading.stall, patience=reading.patience, tell=tell)
+        return LiveSource(origin, stall=reading.stall, patience=reading.patience, threads=threads, tell=tell)
     remote = origin.options is not None and isinstance(origin.target, str)
     return VideoReader(
         origin.target,
@@ -292,4 +417,5 @@ def open_frames(origin: Origin, reading: Reading, *, tell: Tell = lambda change:
         options=origin.options,
         timeout=(reading.stall, reading.stall) if remote else None,
         start=reading.start,
+        threads=threads,
     )

@@ -141,7 +141,7 @@ class Segmenter:
         self.cutout_threshold = cutout_threshold if cutout_threshold is not None else spec.cutout_threshold
         self.certain_share = spec.certain_share
         self.min_area = min_area
-        self._threads = threads
+        self.threads = threads
         self._engine = load_engine(
             self.artifact,
             backend,
@@ -283,7 +283,8 @@ class Segmenter:
             patience=patience,
             smooth=smooth,
         )
-        return Stream(open_frames(origin, reading, tell=tell), self, reading, mask_only=mask_only)
+        frames = open_frames(origin, reading, threads=self.threads, tell=tell)
+        return Stream(frames, self, reading, mask_only=mask_only)
 
     def prepare(self, source: images.ImageSource, *, mask_only: bool = False) -> Prepared:
         """The first step: read a photo, and bring it to the model's size.
@@ -356,7 +357,7 @@ class Segmenter:
         info = self.describe()
         if info.device == "cpu":
             return info.streams
-        return min(self._threads or host.usable_cpus(), MAX_WORKERS)
+        return min(self.threads or host.usable_cpus(), MAX_WORKERS)
 
     def close(self) -> None:
         """Free the model."""

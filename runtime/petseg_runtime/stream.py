@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self, TypeAlias
@@ -188,10 +188,14 @@ class _Outbox:
             self._changed.notify_all()
             return True
 
-    def take(self) -> _Answered | None:
+    def is_ready(self, seconds: float) -> bool:
+        """Whether there is something to take, or the end, before so many seconds are over."""
         with self._changed:
-            while not self._changed.wait_for(lambda: self._closed or self._items, LOOK_UP):
-                pass
+            return self._changed.wait_for(lambda: self._closed or bool(self._items), seconds)
+
+    def take(self) -> _Answered | None:
+        """What is ready."""
+        with self._changed:
             if self._closed:  # nothing comes any more, not even the end
                 return None
             item = self._items.popleft()
@@ -220,17 +224,21 @@ class Stream:
         reading: Reading | None = None,
         *,
         mask_only: bool = False,
+        idle: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the threads.
 
         Args:
             frames: A :class:`~petseg_runtime.video.VideoReader`, or a :class:`~petseg_runtime.live.LiveSource`; it is
                 closed at the end, by the thread that reads it, or here if the stream cannot start.
-            segmenter: The model; others may use it at the same time.
+            segmenter: The model; others may use it at the same time. Frames are converted by as many threads as it was
+                given.
             reading: Which frames are taken; None: all. ``start``, ``stall`` and ``patience`` are of the source, not of
                 the stream. Without a policy it is ``block``: a file never loses a frame.
             mask_only: The frames' own pixels are not part of the results: they are converted at the model's size only.
+            idle: Called, by who iterates, twice a second while no result comes.
         """
+        self._idle = idle
         try:
             self._set_up(frames, segmenter, reading or Reading(), mask_only)
         except BaseException:
@@ -271,9 +279,9 @@ class Stream:
             InputError: The source could not be read to its end; what was read has been delivered.
             EngineError: The engine failed.
         """
-        convert = Converter()
+        convert = Converter(self._segmenter.threads)
         try:
-            while (item := self._outbox.take()) is not None:
+            while (item := self._next()) is not None:
                 frame, image, probability = item
                 if result := self._finish(frame, image, probability, convert):
                     self.counts.delivered += 1
@@ -284,6 +292,11 @@ class Stream:
         if self._error:
             raise self._error
 
+    def _next(self) -> _Answered | None:
+        while not self._outbox.is_ready(LOOK_UP):
+            self._idle()
+        return self._outbox.take()
+
     def _finish(self, frame: Frame, image: U8, probability: U8, convert: Converter) -> Segmentation | None:
         start = time.perf_counter()
         try:
@@ -291,7 +304,7 @@ class Stream:
         except InputError as error:
             self._inbox.fail(error)
             return None
-        result = self._segmenter.finish(Prepared(image, pixels, *frame.size, notes=()), probability)
+        result = self._segmenter.finish(Prepared(image, pixels, *frame.size, frame.notes), probability)
         self.timings.add("finish", time.perf_counter() - start)
         return result
 
@@ -362,7 +375,7 @@ class Stream:
             self.rest += getattr(self._frames, "rest", [])
 
     def _infer(self) -> None:
-        convert = Converter()
+        convert = Converter(self._segmenter.threads)
         try:
             while frames := self._inbox.take(self._batch):
                 prepared = [ready for frame in frames if (ready := self._prepare(frame, convert))]

@@ -81,6 +81,18 @@ _UNSPECIFIED: Final = 2
 _BT709: Final = 1
 _BT601: Final = 6  # SMPTE 170M, whose matrix is that of BT.601
 
+#: ``AVColorTransferCharacteristic`` of HDR. That of BT.2020 itself is BT.709's, which is SDR.
+_HDR: Final = {16: "PQ", 18: "HLG"}
+_TO_SDR: Final = (
+    "ffmpeg -i IN.mp4 -vf zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=tonemap=hable:desat=0,"
+    "zscale=t=bt709:m=bt709:r=tv,format=yuv420p -c:a copy OUT.mp4"
+)
+
+#: Decoders that hold frames back unless they are told that it is live. Others hold back for threads that each have a
+#: frame, which a live source has none of, and for the order of the frames: those of MPEG-1, MPEG-2, MPEG-4 part 2 and
+#: VC-1 give that up when they are told, and their B-frames come out in the order of decoding.
+_DELAYING: Final = frozenset({"libdav1d"})
+
 
 @dataclass(frozen=True)
 class Colours:
@@ -114,8 +126,13 @@ class Converter:
     For one thread: it keeps swscale's tables from frame to frame.
     """
 
-    def __init__(self) -> None:
-        self._scaler, self._chroma = VideoReformatter(), VideoReformatter()
+    def __init__(self, threads: int | None = None) -> None:
+        """Begin without tables.
+
+        Args:
+            threads: CPU threads; None: as many as there are.
+        """
+        self._scaler, self._chroma, self._threads = VideoReformatter(), VideoReformatter(), threads
 
     def __call__(self, picture: av.VideoFrame, height: int, width: int) -> U8:
         """Convert and resize in one step.
@@ -140,6 +157,7 @@ class Converter:
             src_color_range=ColorRange.JPEG if colours.full_range else ColorRange.MPEG,
             dst_color_range=ColorRange.JPEG,
             interpolation=_SAME_SIZE if same else _SHRINKING,
+            threads=self._threads,
         )
         return np.asarray(converted.to_ndarray(), np.uint8)
 
@@ -147,7 +165,7 @@ class Converter:
         whole = _WHOLE_CHROMA.get(picture.format.name)
         if not whole or min(picture.height / height, picture.width / width) >= _MARGIN:
             return picture
-        return self._chroma.reformat(picture, format=whole, interpolation=Interpolation.BILINEAR)
+        return self._chroma.reformat(picture, format=whole, interpolation=Interpolation.BILINEAR, threads=self._threads)
 
 
 @dataclass(eq=False)
@@ -190,6 +208,14 @@ class Frame:
         """Height and width, upright."""
         height, width = self.picture.height, self.picture.width
         return (width, height) if self.quarters % 2 else (height, width)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What had to be decided about its colours, with the remedy."""
+        kind = _HDR.get(Colours.of(self.picture).transfer)
+        if kind is None:
+            return ()
+        return (f"it is HDR ({kind}), and is read as SDR: masks may be worse; made into SDR first: {_TO_SDR}",)
 
     def pixels(self, convert: Converter, height: int | None = None, width: int | None = None) -> U8:
         """The frame as uint8 [H, W, 3] RGB, upright and contiguous, at its own size or another.
@@ -246,6 +272,7 @@ class VideoReader:
         timeout: tuple[float, float] | None = None,
         low_delay: bool = False,
         start: float = 0.0,
+        threads: int | None = None,
     ) -> None:
         """Open a source.
 
@@ -258,6 +285,7 @@ class VideoReader:
             low_delay: It is live: decode without the threads that each hold a frame back, leave its times to itself
                 where they go back, and wait no longer for a frame than for a packet.
             start: Seconds of the video to pass over.
+            threads: CPU threads of the decoder; None: as many as FFmpeg thinks fit.
 
         Raises:
             UsageError: ``start`` is no number of seconds, or less than 0.
@@ -281,7 +309,7 @@ class VideoReader:
             self._path = Path(source)
             _check_file(self._path)
             source = f"file:{source}"  # else a name such as "http:cat.mp4" would be more than a name
-        self._source, self._low_delay = source, low_delay
+        self._source, self._low_delay, self._threads = source, low_delay, threads
         self._longest = timeout[1] if timeout and low_delay else None  # seconds without a frame
         self._how: dict[str, Any] = {"format": container, "timeout": timeout}
         self._options = dict(_LOCAL if options is None else options)
@@ -315,7 +343,8 @@ class VideoReader:
         _check_size(video.codec_context.width, video.codec_context.height, self.name)
         video.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # a later header may say another size
         video.thread_type = "SLICE" if low_delay else "AUTO"
-        if low_delay:
+        video.codec_context.thread_count = self._threads or 0
+        if low_delay and video.codec_context.codec.name in _DELAYING:
             video.codec_context.flags |= av.codec.context.Flags.low_delay
         sound = next(iter(self._container.streams.audio), None)
         self._track = track_of(sound)
@@ -457,15 +486,14 @@ class VideoReader:
         in_the_middle, cut = self._start > 0 or anywhere, False
         settings = _Settings(self.stream)
         for packet in self._packets():
-            # One that sends what nobody can decode, or sound alone, would keep FFmpeg content for ever.
+            # One that sends what nobody can decode, or all but pictures (its sound, a camera's metadata), would keep
+            # FFmpeg content for ever.
             if self._longest is not None and time.monotonic() - since > self._longest:
                 why = f": {self._refused}" if self._refused else ""
                 raise SilentVideo(f"no frame in what it sends for too long{why}", self.name)
-            if packet.stream.type == "audio":
-                if packet.dts is not None:
-                    sound.append(Sound(packet, Fraction(0)))
-                continue
-            if (packet := settings.join(packet)) is None:
+            if packet.stream is self._sound and packet.dts is not None:
+                sound.append(Sound(packet, Fraction(0)))
+            if packet.stream is not self.stream or (packet := settings.join(packet)) is None:
                 continue
             self._packets_read += packet.size > 0
             try:
@@ -490,18 +518,18 @@ class VideoReader:
         return self._container.format.name.startswith("mov") and not isinstance(self._source, str)
 
     def _packets(self) -> Iterator[av.Packet[Any]]:
-        streams = [self.stream, *([self._sound] if self._sound else [])]
-        packets = self._container.demux(*streams)
+        """All that comes, of other streams too: PyAV would pass over that inside, where each is a sign of life."""
+        packets = self._container.demux()
         while True:
             try:
                 with _errors_of(self.name, _UNREAD_PIPE if self._needs_index_first() else "reading it failed"):
                     packet = next(packets, None)
-            except IndexError:  # PyAV, of a stream that was not there when the file was opened; the packet is lost
-                packets = self._container.demux(*streams)
-                continue
+            except IndexError:  # PyAV, behind the end, of a stream that was not there when the file was opened
+                return
             if packet is None:
                 return
-            self._joined.move(packet)
+            if packet.stream is self.stream or packet.stream is self._sound:
+                self._joined.move(packet)
             yield packet
 
     def close(self) -> None:
@@ -655,7 +683,7 @@ class _Settings:
             return None
         if not self._waiting or not packet.size:
             return packet
-        joined = av.Packet(self._waiting + bytes(packet))
+        joined = _packet(self._waiting + bytes(packet))
         self._waiting = b""
         for name in ("stream", "time_base", "pts", "dts", "duration"):
             setattr(joined, name, getattr(packet, name))
@@ -664,9 +692,16 @@ class _Settings:
 
 def _any_left(packet: Any, only: BitStreamFilterContext) -> bool:
     try:
-        return bool(only.filter(av.Packet(bytes(packet))))  # a copy: the filter takes what it is given
+        return bool(only.filter(_packet(bytes(packet))))  # a copy: the filter takes what it is given
     except av.error.FFmpegError:
         return True  # that it is damaged, the decoder says
+
+
+def _packet(data: bytes) -> av.Packet[Any]:
+    """A packet of its own memory, behind which are the zeros that FFmpeg's readers run into: one of bytes has none."""
+    packet = av.Packet(len(data))
+    packet.update(data)
+    return packet
 
 
 def _reason(error: av.error.FFmpegError) -> str:

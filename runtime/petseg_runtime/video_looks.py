@@ -52,12 +52,13 @@ def matrix_of(picture: av.VideoFrame) -> Colorspace:
 class Painter:
     """Makes the frames of one kind of movie. For one thread, and one movie after the other."""
 
-    def __init__(self, kind: str, background: Background = None) -> None:
+    def __init__(self, kind: str, background: Background = None, threads: int | None = None) -> None:
         """Choose what to paint.
 
         Args:
             kind: ``mask``, ``probability``, ``overlay``, ``background`` or ``cutout``.
             background: For the kind ``background``; a picture with a profile is brought to sRGB.
+            threads: CPU threads; None: as many as there are.
         """
         self._paint: Callable[[_Canvas, Segmentation], None] = {
             "mask": _paint_mask,
@@ -70,7 +71,7 @@ class Painter:
         self._empty = kind in ("mask", "probability")
         self._background = in_profile(background, None) if isinstance(background, Image.Image) else background
         self._behind: tuple[tuple[int, ...], Planes] | None = None  # for frames of that size
-        self._scaler, self._other = VideoReformatter(), VideoReformatter()
+        self._scaler, self._other, self._threads = VideoReformatter(), VideoReformatter(), threads
 
     def __call__(self, frame: Frame, result: Segmentation) -> av.VideoFrame:
         """Paint one frame.
@@ -104,6 +105,7 @@ class Painter:
             dst_colorspace=matrix,
             src_color_range=ColorRange.JPEG if colours.full_range else ColorRange.MPEG,
             dst_color_range=ColorRange.MPEG,
+            threads=self._threads,
         )
         return [np.rot90(_view(plane), frame.quarters) for plane in flat.planes]
 
@@ -126,6 +128,7 @@ class Painter:
             dst_colorspace=matrix,
             src_color_range=ColorRange.JPEG,
             dst_color_range=ColorRange.MPEG,
+            threads=self._threads,
         )
         return [_view(plane).copy() for plane in flat.planes]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from petseg_runtime.errors import InputError
-from petseg_runtime.live import LiveSource, StateChange, Tell, open_frames
+from petseg_runtime.live import STOPPED, LiveSource, StateChange, Tell, open_frames
 from petseg_runtime.segmenter import Segmenter
 from petseg_runtime.sources import Origin
 from petseg_runtime.stream import Counts, Reading, Segmented, Stream
@@ -42,7 +42,7 @@ class VideoReport:
             the result in its place.
         paths: The results; of an endless source the newest thousand.
         files: How many there are.
-        notes: What had to be left out.
+        notes: What had to be left out, or decided.
     """
 
     source: str
@@ -75,8 +75,8 @@ class VideoReport:
         return values | {"newest": paths[-1] if paths else None}
 
 
-#: Told of each frame when it is written, with the report so far.
-Watch: TypeAlias = Callable[[Segmented, VideoReport], None]
+#: Told of each frame when it is written, with the report so far; and of none, twice a second, while none comes.
+Watch: TypeAlias = Callable[[Segmented | None, VideoReport], None]
 
 
 def segment_video(
@@ -97,7 +97,7 @@ def segment_video(
         segmenter: The model.
         sink: Where results go; it is completed and closed.
         reading: Which frames are taken.
-        watch: Told of each frame.
+        watch: Told of each frame, and while none comes.
         tell: Told of each change of a live source's state.
         begun: Given the stream, whose :meth:`~petseg_runtime.stream.Stream.stop` ends it in order; the report, which
             is filled in also where an error ends it; and how many seconds of the source will be read, if that is known.
@@ -115,19 +115,24 @@ def segment_video(
     start = time.perf_counter()
     states = _States(tell)
     try:
-        frames = open_frames(origin, reading, tell=states.tell)
+        frames = open_frames(origin, reading, threads=segmenter.threads, tell=states.tell_of_source)
     except InputError as error:
         report.error = str(error)
         return report
-    policy = reading.policy or ("drop-oldest" if origin.endless else "block")
-    stream = Stream(frames, segmenter, dataclasses.replace(reading, policy=policy), mask_only=mask_only)
-    report.frames, report.paths, report.notes = stream.counts, sink.paths, sink.notes
 
     def bring_up_to_date() -> None:
         report.undecodable = frames.undecodable
         report.connections = frames.connections if isinstance(frames, LiveSource) else 1
         report.files = sink.files
         report.seconds = time.perf_counter() - start
+
+    def idle() -> None:
+        bring_up_to_date()
+        watch(None, report)
+
+    reading = dataclasses.replace(reading, policy=reading.policy or ("drop-oldest" if origin.endless else "block"))
+    stream = Stream(frames, segmenter, reading, mask_only=mask_only, idle=idle)
+    report.frames, report.paths, report.notes = stream.counts, sink.paths, sink.notes
 
     try:
         with sink, stream:
@@ -144,7 +149,7 @@ def segment_video(
         report.steps = stream.timings.summary()
         bring_up_to_date()
     if origin.endless:
-        states.tell(StateChange("ended", report.error or ("stopped" if stream.stopped else "enough frames")))
+        states.tell(StateChange("ended", report.error or (STOPPED if stream.stopped else "enough frames")))
     if not report.error and not report.stopped and (why := _lost(report, stream, origin)):
         report.error = f"{origin.shown}: {why}"
     return report
@@ -173,6 +178,7 @@ def _write(
         stream.timings.add("write", time.perf_counter() - before)
         report.written += 1
         report.found += segmented.result.found
+        report.notes += [note for note in segmented.result.notes if note not in report.notes]
         bring_up_to_date()
         if time.monotonic() - summed_up >= _SUMMING_UP:  # of all frames so far, which takes longer
             report.steps = stream.timings.summary()
@@ -194,6 +200,11 @@ class _States:
 
     def __init__(self, tell: Tell) -> None:
         self._tell, self._ended, self._lock = tell, False, threading.Lock()
+
+    def tell_of_source(self, change: StateChange) -> None:
+        """Pass on what the source tells, but that it was stopped: why (an error, enough frames) it does not know."""
+        if change.reason != STOPPED:
+            self.tell(change)
 
     def tell(self, change: StateChange) -> None:
         with self._lock:

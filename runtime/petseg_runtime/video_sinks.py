@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -257,6 +257,7 @@ class MovieSink(_Base):
         endless: bool,
         segment: float | None = None,
         audio: bool = True,
+        threads: int | None = None,
     ) -> None:
         """Remember what to write; the first file is made with the first frame.
 
@@ -266,9 +267,11 @@ class MovieSink(_Base):
             endless: The source has no end.
             segment: Seconds.
             audio: Pass the sound through.
+            threads: CPU threads of the encoder; None: as many as it thinks fit.
         """
         super().__init__(endless=endless)
         self._paths, self._painter, self._audio, self._segment = iter(paths), painter, audio, segment
+        self._threads = threads
         self._movies: list[_Movie] = []  # the last one is being written; those before it wait for late sound
         self._waiting: list[tuple[float, int, Sound]] = []  # a heap by time: sound that the picture has not reached
         self._heard = itertools.count()  # for sound of the same time: as it came
@@ -297,8 +300,11 @@ class MovieSink(_Base):
 
     def _begin(self, frame: Frame, painted: av.VideoFrame, track: Track | None) -> None:
         path = self._next_of(self._paths)
+        look = MOVIES[path.suffix[1:]]
+        if self._threads:
+            look = replace(look, options=look.options | {"threads": str(self._threads)})
         with self._begun(path) as (stack, beside):
-            movie = _Movie(beside, MOVIES[path.suffix[1:]], frame, painted, track, self._endless, self._note)
+            movie = _Movie(beside, look, frame, painted, track, self._endless, self._note)
             stack.enter_context(contextlib.closing(movie))
         self._movies.append(movie)
 

@@ -34,7 +34,9 @@ from benchmarks.servers import (
     udp_sender,
     until,
 )
+from petseg.cli import run
 from petseg_runtime import Segmenter, live
+from petseg_runtime.cli import infer_video
 from petseg_runtime.errors import SilentVideo, UnreadableVideo
 from petseg_runtime.live import LiveSource, StateChange
 from petseg_runtime.sources import Origin, redacted, stream_origin
@@ -249,15 +251,6 @@ def test_waiting_for_the_consumer_is_no_silence(monkeypatch: pytest.MonkeyPatch,
     assert [c.state for c in changes][:5] == ["connecting", "live", "lost", "connecting", "live"]
 
 
-def test_a_connection_is_not_waited_for_longer_than_patience_lasts(
-    monkeypatch: pytest.MonkeyPatch, clock: Clock
-) -> None:
-    for patience, expected in ((3.0, (3.0, 10.0)), (60.0, (10.0, 10.0)), (None, (10.0, 10.0))):
-        made, _, reader = source([], monkeypatch, clock, patience=patience)
-        delivered(made)
-        assert reader.options["timeout"] == expected
-
-
 def placed(steps: list[tuple[float, float]]) -> list[float]:
     """Times on one connection's line of frames so many seconds apart, at the source and here; sound goes with them."""
     line, own, now = live._Line(), 1000.0, 50.0
@@ -395,6 +388,147 @@ def test_secrets_of_urls_are_not_shown() -> None:
         if "://" in url:
             assert origin.shown == shown
             assert origin.target == url, "what is opened has them all"
+
+
+# Connections that stay, and are silent.
+
+#: Raw pictures, which FFmpeg opens at once.
+SIZE = (16, 32)
+RAW = {"video_size": "32x16", "framerate": "25", "pixel_format": "gray"}
+
+
+def raw(count: int) -> bytes:
+    return bytes(SIZE[0] * SIZE[1] * count)
+
+
+class Watched:
+    """A source that a thread iterates over: what it gave and told so far, and how it ended."""
+
+    def __init__(self, target: str, **options: Any) -> None:
+        self.frames: list[Frame] = []
+        self.changes: list[StateChange] = []
+        self.error: Exception | None = None
+        origin = Origin(target, "cam", PurePath("cam"), "rawvideo", RAW, endless=True)
+        self.source = LiveSource(origin, tell=self.changes.append, **options)
+        self._thread = threading.Thread(target=self._iterate, daemon=True)
+        self._thread.start()
+
+    def _iterate(self) -> None:
+        try:
+            self.frames.extend(self.source)
+        except UnreadableVideo as error:
+            self.error = error
+
+    @property
+    def states(self) -> list[str]:
+        return [change.state for change in list(self.changes)]
+
+    def ends(self, seconds: float) -> bool:
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "petseg-read"]
+
+
+@pytest.fixture
+def fifo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A named pipe: FFmpeg waits for it in the kernel and asks nobody whether to go on, as in the ioctl of a camera."""
+    monkeypatch.setattr(live, "_FIRST_PAUSE", 0.1)
+    monkeypatch.setattr(live, "_LONGEST_PAUSE", 0.1)
+    os.mkfifo(tmp_path / "camera")
+    return tmp_path / "camera"
+
+
+@pytest.mark.timeout(60)
+def test_a_read_that_hangs_is_a_stall_and_the_source_is_used_again_when_it_returns(fifo: Path) -> None:
+    watched = Watched(str(fifo), stall=0.4)
+    with fifo.open("wb", buffering=0) as camera:
+        camera.write(raw(30))
+        until(lambda: watched.states.count("stalled") >= 4)
+        assert watched.states[:4] == ["connecting", "live", "stalled", "connecting"]
+        first, second = [change.reason for change in watched.changes if change.state == "stalled"][:2]
+        assert first == f"no frame came for too long; {live._HANGS}"
+        assert second == f"no other connection is made meanwhile; {live._HANGS}"
+        (hanging,) = readers()  # one for each attempt would be ever more of them
+        assert "live" not in watched.states[2:]
+    hanging.join(5)
+    with fifo.open("wb", buffering=0) as camera:
+        camera.write(raw(30))
+        until(lambda: len(watched.frames) == 60)
+        watched.source.stop()
+        assert watched.ends(5)
+    assert [state for state in watched.states if state in ("live", "ended")] == ["live", "live", "ended"]
+    times = [frame.time for frame in watched.frames]
+    assert times == sorted(set(times))
+    until(lambda: not readers())
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_source_is_stopped_and_given_up_though_a_read_hangs(fifo: Path, opened: bool) -> None:
+    """In the opening, and later."""
+    for options, stop in (({"stall": 60.0}, True), ({"stall": 60.0, "patience": 2.0}, False)):
+        watched = Watched(str(fifo), **options)
+        if opened:
+            with fifo.open("wb", buffering=0) as camera:
+                camera.write(raw(30))
+                until(lambda watched=watched: "live" in watched.states)  # type: ignore[misc]
+                time.sleep(0.2)  # until it waits for more
+                if stop:
+                    watched.source.stop()
+                assert watched.ends(5)
+        else:
+            time.sleep(0.2)
+            if stop:
+                watched.source.stop()
+            assert watched.ends(5)
+            with fifo.open("wb", buffering=0):  # what hangs is let go
+                pass
+        assert watched.states[-1] == "ended"
+        assert (watched.error is None) == stop
+        until(lambda: not readers())
+
+
+@pytest.mark.timeout(60)
+def test_a_source_is_given_up_when_patience_is_over_though_a_stall_would_last_longer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        watched = Watched(f"tcp://127.0.0.1:{server.getsockname()[1]}", stall=30, patience=1)
+        sender, _ = server.accept()
+        with sender:
+            sender.sendall(raw(30))
+            until(lambda: "live" in watched.states)
+            since = time.monotonic()
+            assert watched.ends(10)
+        assert 0.5 < time.monotonic() - since < 5
+    assert str(watched.error).startswith("cam: no frame for 1 s in 1 attempts; the last: ")
+    assert watched.states == ["connecting", "live", "ended"]
+
+
+@pytest.mark.timeout(30)
+def test_a_defect_in_reading_is_raised_where_frames_are_taken(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    made, _, _ = source([[0, LookupError("a defect")]], monkeypatch, clock)
+    frames = iter(made)
+    next(frames)
+    with pytest.raises(LookupError, match="a defect"):
+        next(frames)
+
+
+def test_statistics_go_on_while_a_source_is_silent(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(infer_video, "_STATISTICS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        words = ["--as", "lines", "--output", tmp_path / "out", "--model", model, "--json", "--give-up", "3"]
+        assert run(["infer", f"http://127.0.0.1:{silent.getsockname()[1]}/live.ts", *map(str, words)]) == 1
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    statistics = [event for event in told if event["event"] == "statistics"]
+    assert len(statistics) >= 3
+    assert {(event["state"], event["written"], event["connections"]) for event in statistics} == {("connecting", 0, 0)}
+    seconds = [event["seconds"] for event in statistics]
+    assert seconds == sorted(set(seconds))
+    assert [event["event"] for event in told[-2:]] == ["video", "summary"], "none comes behind the end"
 
 
 # Real servers.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -20,6 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from petseg_runtime import stream as stream_module
 from petseg_runtime.errors import EngineError, UnreadableVideo, UsageError
 from petseg_runtime.pipeline import Timings
 from petseg_runtime.segmenter import Segmenter
@@ -50,6 +52,7 @@ class Model:
     cutout_threshold: float = 0.3
     certain_share: float = 0.25
     min_area: float = 0.0
+    threads: int | None = None
     batches: list[int] = field(default_factory=list)
 
     def describe(self) -> Any:
@@ -326,7 +329,7 @@ def infer(images):
 alive = lambda: [thread.name for thread in threading.enumerate() if thread.name == "petseg-engine"]
 atexit.register(lambda: print("at exit", *alive()))  # what is registered first is called last
 model = SimpleNamespace(
-    infer=infer, size=(8, 8), threshold=0.5, cutout_threshold=0.3, certain_share=0.25, min_area=0.0,
+    infer=infer, size=(8, 8), threshold=0.5, cutout_threshold=0.3, certain_share=0.25, min_area=0.0, threads=None,
     describe=lambda: SimpleNamespace(batch=1),
 )
 model.finish = functools.partial(Segmenter.finish, model)
@@ -369,17 +372,56 @@ def test_a_source_is_closed_where_its_stream_cannot_start() -> None:
     assert_no_threads()
 
 
-def test_failures_are_counted_under_the_lock_of_all_counts() -> None:
-    """Both the thread of the engine and the consumer count them."""
-    counts = Counts()
-    inbox = _Inbox("block", 5, counts)
-    failing = threading.Thread(target=inbox.fail, args=(UnreadableVideo("odd"),))
-    with inbox._changed:
-        failing.start()
-        failing.join(0.05)
-        assert (failing.is_alive(), counts.failed) == (True, 0)
-    failing.join(10)
-    assert (counts.failed, counts.failure) == (1, "odd")
+class Slow(Counts):
+    """Other threads run between the reading of a count and its writing."""
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name == "failed":
+            time.sleep(0.001)
+        return value
+
+
+def test_no_failure_is_lost_though_two_threads_count_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the frames cannot be brought to the model's size, by the engine's thread, and half not to their own."""
+
+    def pixels(self: Frame, convert: Any, *size: int) -> np.ndarray:
+        if bool(size) == bool(self.pts % 2):
+            raise UnreadableVideo("odd")
+        return np.zeros((*(size or self.size), 3), np.uint8)
+
+    monkeypatch.setattr(Frame, "pixels", pixels)
+    monkeypatch.setattr(stream_module, "Counts", Slow)
+    stream = stream_of([frame_of(n) for n in range(200)])
+    assert list(stream) == []
+    assert (stream.counts.decoded, stream.counts.failed, stream.counts.failure) == (200, 200, "odd")
+
+
+@pytest.mark.timeout(30)
+def test_who_iterates_is_called_while_nothing_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "LOOK_UP", 0.01)
+    called: list[str] = []
+
+    def frames() -> Iterator[Frame]:
+        for number in range(2):
+            seen = len(called)
+            until(lambda seen=seen: len(called) >= seen + 3)  # type: ignore[misc]
+            yield frame_of(number)
+
+    def idle() -> None:
+        called.append(threading.current_thread().name)
+
+    model: Any = Model()
+    assert numbers(list(Stream(frames(), model, idle=idle))) == [0, 1]
+    assert set(called) == {threading.current_thread().name}
+
+
+def test_what_had_to_be_decided_of_a_frame_is_noted_in_its_result() -> None:
+    hdr = frame_of(1)
+    hdr.picture.color_trc = 18
+    plain, noted = stream_of([frame_of(0), hdr])
+    assert plain.result.notes == ()
+    assert [note[:15] for note in noted.result.notes] == ["it is HDR (HLG)"]
 
 
 def test_smoothing_is_one_streams_own() -> None:
@@ -413,10 +455,16 @@ def test_percentiles_are_those_of_numpy_to_two_per_cent(values: list[float]) -> 
 
 
 def test_timings_take_bounded_memory() -> None:
-    timings = Timings()
-    for value in np.random.default_rng(0).lognormal(-5, 2, 100_000):
-        timings.add("step", float(value))
-    assert len(timings._bins["step"]) < 1500
+    timings, values = Timings(), np.random.default_rng(0).lognormal(-5, 2, 50_000).tolist()
+    tracemalloc.start()
+    try:
+        for value in values:
+            timings.add("step", value + 1e-9)  # a number of its own: who keeps it takes memory
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken < 400_000, "numbers alone would be 24 bytes each"
+    assert set(timings.summary()["step"]) == {"sum", "p50", "p95", "p99"}
 
 
 def until(condition: Callable[[], bool], seconds: float = 20) -> None:

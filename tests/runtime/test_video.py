@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Container
 from fractions import Fraction
 from pathlib import Path
@@ -23,7 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petseg_runtime import sources, video
-from petseg_runtime.errors import InputError, UnreadableVideo, UnsupportedVideo, UsageError
+from petseg_runtime.errors import InputError, SilentVideo, UnreadableVideo, UnsupportedVideo, UsageError
 from petseg_runtime.sources import Replayed, _begins_a_video, from_pipe, raw_video
 from petseg_runtime.video import Colours, Converter, Frame, VideoReader, _Clock, _Joined
 
@@ -367,6 +370,117 @@ def test_interlaced_pictures_are_taken_as_they_are(tmp_path: Path) -> None:
     frames = read(write(tmp_path / "clip.mpg", codec="mpeg2video", flags="+ilme+ildct"))
     assert len(frames) == 10
     assert brightness(frames[0]) == pytest.approx(20, abs=2)
+
+
+@pytest.mark.parametrize("codec", ["mpeg1video", "mpeg2video", "mpeg4", "libx264", "libx265"])
+def test_live_pictures_come_in_the_order_in_which_they_are_shown(tmp_path: Path, codec: str) -> None:
+    """B-frames are sent behind the frame that is shown after them."""
+    options = {"x265-params": "bframes=2:log-level=none"} if codec == "libx265" else {"bf": "2", "b": "4M"}
+    clip = write(tmp_path / "clip.ts", 40, codec=codec, **options)
+    with av.open(str(clip)) as file:
+        sent = [packet.pts for packet in file.demux(video=0) if packet.size]
+    assert sent != sorted(sent), "no B-frames in it"
+    frames = read(clip, low_delay=True)
+    times = [frame.picture.pts or 0 for frame in frames]
+    assert times == sorted(sent)
+    shown = [brightness(frame) for frame in frames]
+    assert shown == sorted(shown)
+    assert shown == pytest.approx([20 + 2 * n for n in range(40)], abs=4)
+
+
+def test_live_pictures_of_av1_are_not_held_back(tmp_path: Path) -> None:
+    """Its decoder has threads of its own, each of which would hold one."""
+    clip = write(tmp_path / "clip.mkv", 12, codec="libsvtav1", preset="10", **{"svtav1-params": "pred-struct=1"})
+    with VideoReader(clip, low_delay=True, threads=4) as reader:
+        assert all(reader._packets_read == frame.number + 1 for frame in reader)
+
+
+@pytest.mark.parametrize(("transfer", "kind"), [(16, "PQ"), (18, "HLG"), (14, None), (1, None)])
+def test_of_hdr_it_is_noted_that_it_is_read_as_sdr_and_how_it_is_made_so(
+    tmp_path: Path, transfer: int, kind: str | None
+) -> None:
+    with av.open(str(tmp_path / "clip.mp4"), "w") as file:
+        stream: Any = file.add_stream("libx265", rate=25, options={"x265-params": "log-level=none"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p10le"
+        stream.codec_context.colorspace, stream.codec_context.color_primaries = 9, 9
+        stream.codec_context.color_trc = transfer
+        frame = flat((100, 128, 128), "yuv420p10le")
+        frame.pts, frame.time_base = 0, Fraction(1, 25)
+        file.mux([*stream.encode(frame), *stream.encode(None)])
+    (frame_,) = read(tmp_path / "clip.mp4")
+    assert len(frame_.notes) == (kind is not None)
+    for note in frame_.notes:
+        assert note.startswith(f"it is HDR ({kind}), and is read as SDR")
+        assert "ffmpeg -i IN.mp4 -vf zscale" in note
+
+
+def system_threads() -> int:
+    return len(os.listdir("/proc/self/task"))  # noqa: PTH208 (no folder of ours)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux lists the threads of a process")
+@pytest.mark.parametrize("low_delay", [False, True])
+def test_so_many_threads_decode_and_convert_as_are_asked_for(tmp_path: Path, low_delay: bool) -> None:
+    clip, begun = write(tmp_path / "clip.mp4", size=(480, 640)), {}
+    for threads in (1, 4):
+        before = system_threads()
+        with VideoReader(clip, threads=threads, low_delay=low_delay) as reader:
+            frame = next(iter(reader))
+            decoding = system_threads() - before
+            convert = Converter(threads)
+            for size in ((480, 640), (160, 160), (400, 400)):
+                frame.pixels(convert, *size)
+            begun[threads] = decoding, system_threads() - before - decoding
+            del convert
+    assert begun[1] == (0, 0)
+    assert min(begun[4]) >= 3
+
+
+class Sender:
+    """In place of a connection: at first as fast as can be; then a packet of UDP each hundredth of a second."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self.slow = io.BytesIO(data), False
+
+    def read(self, size: int) -> bytes:
+        if self.slow:
+            time.sleep(0.01)
+        return self._data.read(min(size, 1316))
+
+    def rest(self) -> bytes:
+        return self._data.read()
+
+
+def test_what_goes_on_beside_a_picture_that_has_ended_is_no_sign_of_life(tmp_path: Path) -> None:
+    """Less than a second of picture and of the sound that is taken, and a minute of another sound, which is not."""
+    clip = tmp_path / "clip.ts"
+    with av.open(str(clip), "w") as file:
+        stream: Any = file.add_stream("mpeg2video", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        tones: list[Any] = [file.add_stream("mp2", rate=48000, layout="mono") for _ in range(2)]
+        for number in range(25):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), number, np.uint8))
+            file.mux(stream.encode(frame))
+        for tone, seconds in zip(tones, (1, 60), strict=True):
+            sound = av.AudioFrame.from_ndarray(np.zeros((1, 48000 * seconds), np.int16), format="s16", layout="mono")
+            sound.sample_rate, sound.pts = 48000, 0
+            file.mux([*tone.encode(sound), *tone.encode(None)])
+        file.mux(stream.encode(None))
+    sender: Any = Sender(clip.read_bytes())
+    frames: list[Frame] = []
+    with VideoReader(sender, name="cam", low_delay=True, timeout=(20, 0.5)) as reader:
+        sender.slow = True
+        with pytest.raises(SilentVideo, match="cam: no frame in what it sends for too long"):
+            frames.extend(reader)
+    assert 0 < len(frames) <= 25
+    assert len(sender.rest()) > clip.stat().st_size // 2, "it was noticed late"
+
+
+def test_a_packet_of_ours_has_the_zeros_behind_it_that_ffmpeg_reads_beyond_its_end() -> None:
+    data = [b"\xff" * 188 for _ in range(100)]  # side by side
+    for packet in map(video._packet, data):
+        assert bytes(packet) == data[0]
+        assert ctypes.string_at(packet.buffer_ptr + packet.buffer_size, 64) == bytes(64)
 
 
 def test_subtitles_are_no_video(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ class Model:
     """Pet where the picture is red."""
 
     size = (HEIGHT, WIDTH)
+    threads = None
     threshold, cutout_threshold, certain_share, min_area = 0.5, 0.3, 0.25, 0.0
 
     def describe(self) -> Any:

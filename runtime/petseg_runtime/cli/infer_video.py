@@ -67,8 +67,13 @@ class Output:
     audio: bool = True
     reserved: frozenset[str] = frozenset()
 
-    def of(self, origin: Origin) -> VideoSink:
-        """The sink of one source."""
+    def of(self, origin: Origin, threads: int | None = None) -> VideoSink:
+        """The sink of one source.
+
+        Args:
+            origin: The source.
+            threads: CPU threads of what paints and encodes; None: all.
+        """
         from petseg_runtime import sinks, video_sinks
         from petseg_runtime.video_looks import Painter
 
@@ -78,10 +83,11 @@ class Output:
         if self.format in video_sinks.MOVIES:
             return video_sinks.MovieSink(
                 self._files(origin, place),
-                Painter(self.kind, self.background),
+                Painter(self.kind, self.background, threads),
                 endless=origin.endless,
                 segment=self.segment,
                 audio=self.audio,
+                threads=threads,
             )
         picture = sinks.Picture(self.kind, self.format, sinks.render_of(self.kind, self.background))
         if self.folder is None:
@@ -146,6 +152,7 @@ class Videos:
     _streams: set[Stream] = field(default_factory=set, init=False)
     _running: dict[str, VideoReport] = field(default_factory=dict)  # by name: what is known so far
     _problems: list[Exception] = field(default_factory=list)
+    _states: dict[str, str] = field(default_factory=dict)  # by name: of a live source, the last
     _told: dict[str, float] = field(default_factory=dict)  # by name: when statistics were told last
     _signal: int | None = None
     _since: float = 0.0  # when that came
@@ -252,14 +259,16 @@ class Videos:
                 progress.expect(seconds)
                 begin(stream)
 
-            def watch(segmented: Segmented, report: VideoReport) -> None:
-                progress.advance(segmented)
-                self._tell_frame(origin, segmented, report)
+            def watch(segmented: Segmented | None, report: VideoReport) -> None:
+                if segmented:
+                    progress.advance(segmented)
+                    self._tell_frame(origin, segmented)
+                self._tell_statistics(origin, report)
 
             report = segment_video(
                 origin,
                 self.segmenter,
-                self.output.of(origin),
+                self.output.of(origin, self.segmenter.threads),
                 self.reading,
                 watch=watch,
                 tell=lambda change: self._tell_state(origin, change),
@@ -335,7 +344,7 @@ class Videos:
         with self._printing:
             click.echo(line)
 
-    def _tell_frame(self, origin: Origin, segmented: Segmented, report: VideoReport) -> None:
+    def _tell_frame(self, origin: Origin, segmented: Segmented) -> None:
         if not self.as_json:
             return
         from petseg_runtime.video_sinks import frame_record
@@ -343,12 +352,16 @@ class Videos:
         record = frame_record(segmented.frame, segmented.result)
         latency = {"latency": round(time.monotonic() - segmented.frame.captured, 4)} if origin.endless else {}
         self._tell(origin, "frame", **record, **latency)
+
+    def _tell_statistics(self, origin: Origin, report: VideoReport) -> None:
+        """Of a live source every ten seconds, also while no frame comes."""
         name = str(origin.name)
-        if origin.endless and report.seconds - self._told.get(name, 0.0) >= _STATISTICS:
+        if self.as_json and origin.endless and report.seconds - self._told.get(name, 0.0) >= _STATISTICS:
             self._told[name] = report.seconds
-            self._tell(origin, "statistics", **report.so_far())
+            self._tell(origin, "statistics", state=self._states.get(name), **report.so_far())
 
     def _tell_state(self, origin: Origin, change: StateChange) -> None:
+        self._states[str(origin.name)] = change.state
         if self.as_json:
             about = {name: value for name, value in vars(change).items() if value is not None}
             self._tell(origin, "state", **about)
