@@ -6,7 +6,9 @@ import contextlib
 import errno
 import importlib
 import io
+import os
 import sys
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +97,15 @@ def main(args: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold what the locale cannot show
-    sys.exit(run(sys.argv[1:] if args is None else args))
+    code = run(sys.argv[1:] if args is None else args)
+    if any(thread.daemon and thread.name.startswith("petseg-") for thread in threading.enumerate()):
+        # One that waits for a source. FFmpeg has it ask Python now and then whether its time is over; where Python has
+        # been taken down and the process is not gone yet, that would crash it.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # it is closed, or its reader has gone away
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(args: list[str]) -> int:

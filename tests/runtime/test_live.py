@@ -650,6 +650,18 @@ def test_a_signal_is_heard_though_it_does_not_wake_the_first_thread(tmp_path: Pa
     assert done.returncode == 130, done.stderr
 
 
+def test_python_is_not_taken_down_beside_a_thread_that_waits_for_a_source(tmp_path: Path, model: Path) -> None:
+    """FFmpeg asks Python now and then whether the time is over: behind its end, that crashed one process of thirty."""
+    own_end = "import atexit; atexit.register(print, 'taken down')\n"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"rtsp://127.0.0.1:{silent.getsockname()[1]}/live"
+        words = ["infer", "--model", model, url, "--as", "lines", "--stall", "60", "--output", tmp_path, "--json"]
+        command = [sys.executable, "-c", own_end + UNAWARE + OF_A_COMMAND, *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=40)
+    assert done.returncode == 130
+    assert json.loads(done.stdout.splitlines()[-1])["event"] == "summary"
+
+
 #: Leaves a stream whose decoder hangs in a read, and ends.
 LEAVES = """
 import sys, threading
