@@ -38,6 +38,9 @@ _GRACE: Final = 0.5
 #: FFmpeg opens a source, looks at what it sends, and reads: before the first frame, each of these may take as long as
 #: a later frame.
 _STEPS: Final = 3
+#: What is known of a connection that nothing was heard of; when patience ends in the middle of it, the one before it
+#: tells more.
+_SILENT: Final = "no frame came for too long"
 #: Why a source has ended that was told to.
 STOPPED: Final = "stopped"
 _HANGS: Final = "a read of it has not returned; if that lasts, plug it in anew, or restart its driver or server"
@@ -109,6 +112,7 @@ class LiveSource:
         self._line = _Line()
         self._last_seen = time.monotonic()
         self._attempt = 0
+        self._why = ""  # there was no frame since the last one
         self._connection: _Connection | None = None  # the last one
         self.connections = 0  #: that have sent frames
         self.undecodable = 0  #: packets that the decoder refused, of all connections that are over
@@ -150,9 +154,10 @@ class LiveSource:
                 state = "stalled" if isinstance(error, SilentVideo) else "lost"
             if self._stopped:
                 break
+            self._why = reason if reason != _SILENT else self._why or reason
             if seen and self._last_seen - connected > _GOOD:
                 pause = _FIRST_PAUSE
-            wait = min(pause * self._random.uniform(0.5, 1.0), self._patience_left(reason))
+            wait = min(pause * self._random.uniform(0.5, 1.0), self._patience_left())
             self._tell(StateChange(state, reason, self._attempt, round(wait, 3)))
             self._wait(wait)
             pause = min(2 * pause, _LONGEST_PAUSE)
@@ -207,20 +212,21 @@ class LiveSource:
     def _frames(self, connection: _Connection) -> Iterator[Frame]:
         """One connection's frames, on the time line of all."""
         patience = float("inf") if self._patience is None else self._patience
-        first, wait = True, min(_STEPS * self._silence + _GRACE, patience - (time.monotonic() - self._last_seen))
+        left = patience - (time.monotonic() - self._last_seen)
+        first, wait = True, min(_STEPS * self._silence, left) + _GRACE
         while frame := connection.take(wait, lambda: self._stopped):
             self._last_seen = time.monotonic()
             if first:
-                self.connections += 1
+                self.connections, self._why = self.connections + 1, ""
                 self._line.begin_again(timed=connection.timed)
                 height, width = frame.size
                 self._tell(StateChange("live", None, self._attempt, None, width, height))
-                first, wait = False, min(self._silence + _GRACE, patience)
+                first, wait = False, self._silence + _GRACE
             self._line.place(frame, self._last_seen)
             yield frame
             self._last_seen = time.monotonic()  # a consumer that let us wait is no silence of the source
 
-    def _patience_left(self, reason: str) -> float:
+    def _patience_left(self) -> float:
         """Seconds until the source is given up.
 
         Raises:
@@ -231,9 +237,9 @@ class LiveSource:
             patience = float("inf") if self.connections else FIRST_PATIENCE
         silent = time.monotonic() - self._last_seen
         if silent >= patience:
-            self._tell(StateChange("ended", reason, attempt=self._attempt))
+            self._tell(StateChange("ended", self._why, attempt=self._attempt))
             raise UnreadableVideo(
-                f"no frame for {silent:.0f} s in {self._attempt} attempts; the last: {reason}", self.origin.shown
+                f"no frame for {silent:.0f} s in {self._attempt} attempts; the last: {self._why}", self.origin.shown
             )
         return patience - silent
 
@@ -279,7 +285,7 @@ class _Connection:
         with self._changed:
             longest = min(seconds, threading.TIMEOUT_MAX)
             if not self._changed.wait_for(lambda: stopped() or self._frame or self._over, longest):
-                raise SilentVideo("no frame came for too long")
+                raise SilentVideo(_SILENT)
             frame, self._frame = self._frame, None
             self._changed.notify_all()
         if stopped():
