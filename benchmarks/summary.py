@@ -10,7 +10,7 @@ from benchmarks import machines, records
 from benchmarks.peers.contenders import engine_of
 from benchmarks.photos import COPIES, NATIVE, TEST_SETS
 from benchmarks.published import CHOSEN, PRETRAINED, PUBLISHED
-from benchmarks.tables import few, is_unfair, spread
+from benchmarks.tables import few, spread
 
 #: The peers that the README shows; RESULTS.md has all of them.
 SHOWN: Final = (
@@ -158,14 +158,6 @@ def in_speed() -> list[str]:
     return lines
 
 
-#: Of records that were made before; see benchmarks/LOG.md.
-FAVOURED: Final = (
-    "the ratios favour petseg: it and its nearest peers were timed on different photos (worth 6 %), and masks of "
-    "random weights were noise, which smp's and U²-Net's loops took 5 to 15 ms a photo to write. In newer records all "
-    "take the same photos, and masks are as smooth as real ones."
-)
-
-
 def fast() -> str:
     """The embedded model, in whole processes, beside some of its peers."""
     record = records.load("peers")
@@ -212,15 +204,13 @@ OF_MACHINES: Final[Mapping[str, Callable[[machines.Machine], str]]] = {
 
 
 def everywhere() -> list[str]:
-    """A column for each machine, that of the table above first; and which comparisons are not fair."""
+    """A column for each machine, that of the table above first."""
     columns = [machine for machine in machines.every() if {"peers", "latency", "video"} <= machine.keys()]
     names = [machines.name_of(column) for column in columns]
-    unfair = [name for name, column in zip(names, columns, strict=True) if is_unfair(column["peers"])]
     return [
         f"| | {' | '.join(names)} |",
         f"|---|{'---|' * len(columns)}",
         *(f"| {what} | {' | '.join(map(tell, columns))} |" for what, tell in OF_MACHINES.items()),
-        *(f"\nOf {name}: {FAVOURED}" for name in unfair),
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import Any, Final
 
@@ -398,15 +398,8 @@ def peers() -> str:
     return "\n".join(lines)
 
 
-def is_unfair(record: Mapping[str, Any]) -> bool:
-    """Whether a record of peers is of before petseg's rate beside a peer was of that peer's photos."""
-    return "photos_of_petseg" not in record["rows"][0]
-
-
 def few(record: dict[str, Any]) -> str:
     """What slow peers take in place of a whole folder."""
-    if is_unfair(record):
-        return "slow ones take the first few"
     fewer = sorted({row["folder"]["photos"] for row in record["rows"]} - {record["photos"]}, reverse=True)
     if not fewer:
         return "all of them the same"

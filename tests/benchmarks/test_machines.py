@@ -100,19 +100,6 @@ def test_the_readme_has_a_column_for_each_machine(machines: Any, tmp_path: Path)
     ]
 
 
-def test_a_comparison_that_favours_petseg_is_told(machines: Any, tmp_path: Path) -> None:
-    summary = importlib.import_module("benchmarks.summary")
-    for folder in (tmp_path, tmp_path / "machines" / "old"):
-        one(folder, "CPU", {("openvino", "f32"): 6.0}, 174)
-    record = json.loads((folder / "peers.json").read_text())
-    for row in record["rows"]:
-        del row["photos_of_petseg"]
-    (folder / "peers.json").write_text(json.dumps(record))
-    told = "1.90 (quick) to 30"
-    assert cells(machines.machines(), "times as fast as the peers") == [told, f"{told}; favours petseg, see the README"]
-    assert summary.everywhere()[-1] == f"\nOf CPU, 2026-01-02: {summary.FAVOURED}"
-
-
 def test_what_was_not_measured_on_a_machine_is_left_empty(machines: Any, tmp_path: Path) -> None:
     one(tmp_path, "Fast", {("openvino", "f32"): 6.0}, 174)
     one(tmp_path / "machines" / "old", "Old", {("openvino", "f32"): 12.0}, 55)
