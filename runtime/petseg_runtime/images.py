@@ -77,8 +77,8 @@ _MAX_SCANS: Final = 100
 _MAX_PROFILE: Final = 1_000_000
 
 # How many times the model's input, per side, a JPEG that is decoded at a reduced size must still have. Of the margins
-# measured, the smallest whose masks agree with those of the whole photo in the mean (IoU 0.995), which single masks may
-# not: benchmarks/results/reduced-decoding.json.
+# measured, the smallest from which on masks agree with those of the whole photo in the mean (IoU 0.995), which single
+# masks may not: benchmarks/results/reduced-decoding.json.
 _MARGIN: Final = 3.0
 
 # Bytes a pixel that photos on their way to cutouts or masks take, as measured at 12 megapixels: decoded, with Pillow's
