@@ -473,11 +473,13 @@ def _measured_pairs(
         UsageError: They were asked for, and val.txt divides.
     """
     from petseg.data import SPLIT_SEED, VAL_FRACTION, VAL_LISTING, Split, find, listed_validation
-    from petseg.evaluate import split_of
+    from petseg.evaluate import listed_split, split_of
 
     if split not in (Split.TRAIN, Split.VAL):
         return find(root, split), None, None
     fraction, seed = None, None
+    if (val_fraction, split_seed) == (None, None) and (listed := listed_split(model.provenance, root)):
+        return listed[split], None, None
     if listed_validation(root) is None:
         own = split_of(model.provenance) or (VAL_FRACTION, SPLIT_SEED)
         fraction = own[0] if val_fraction is None else val_fraction

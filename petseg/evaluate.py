@@ -18,7 +18,18 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from petseg.data import Pair, Split, Take, each_read, encoded, find, names_sha256, read_pair, validation_names
+from petseg.data import (
+    Pair,
+    Split,
+    Take,
+    each_read,
+    encoded,
+    find,
+    listed_validation,
+    names_sha256,
+    read_pair,
+    validation_names,
+)
 from petseg.metrics import Border, Histogram, PixelCounts, counts, histogram, json_ratio
 from petseg_runtime import images
 from petseg_runtime.artifact import open_artifact
@@ -33,6 +44,7 @@ __all__ = [
     "evaluate",
     "is_split_of",
     "listed_by",
+    "listed_split",
     "open_model",
     "split_of",
     "trained_on",
@@ -267,20 +279,36 @@ def trained_on(provenance: Mapping[str, Any], root: Path, pairs: Sequence[Pair])
         trainval = find(root, Split.TRAINVAL)
     except DataError:
         return []
-    if (held := _validated_on(provenance, [pair.name for pair in trainval])) is None:
-        return []
-    train, val = ([pair for pair in trainval if (pair.name in held) is kept] for kept in (False, True))
-    if not is_split_of(provenance, train, val):
-        return []
-    names = {pair.name for pair in train}
+    held: Set[str] | None = listed_by(provenance)
+    if (split := split_of(provenance)) is not None:
+        held = validation_names([pair.name for pair in trainval], *split)
+    own = _divided(provenance, trainval, held)
+    names = {pair.name for pair in own[Split.TRAIN]} if own else set()
     return [pair for pair in pairs if pair.name in names]
 
 
-def _validated_on(provenance: Mapping[str, Any], names: Sequence[str]) -> Set[str] | None:
-    """Which of trainval's names a model's run kept for validation; None if it does not say."""
-    if (split := split_of(provenance)) is not None:
-        return validation_names(names, *split)
-    return listed_by(provenance)
+def listed_split(provenance: Mapping[str, Any], root: Path) -> dict[Split, list[Pair]] | None:
+    """Train and val of a model's run of which ``val.txt`` listed val, also where that listing is gone.
+
+    None where no listing chose, where the folder has one now (which has the last word), and where it holds other
+    photos than the run had: their names may be the same.
+
+    Raises:
+        DataError: Not a data folder.
+    """
+    if (held := listed_by(provenance)) is None or listed_validation(root) is not None:
+        return None
+    return _divided(provenance, find(root, Split.TRAINVAL), held)
+
+
+def _divided(
+    provenance: Mapping[str, Any], trainval: Sequence[Pair], held: Set[str] | None
+) -> dict[Split, list[Pair]] | None:
+    """Trainval into train and val, of which these are the names; None unless that is what the model's run had."""
+    if held is None:
+        return None
+    train, val = ([pair for pair in trainval if (pair.name in held) is kept] for kept in (False, True))
+    return {Split.TRAIN: train, Split.VAL: val} if is_split_of(provenance, train, val) else None
 
 
 def write_report(result: Evaluation, record: Mapping[str, Any], folder: Path) -> None:

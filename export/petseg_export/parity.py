@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 
 from petseg.checkpoint import Checkpoint
-from petseg.data import SPLIT_SEED, VAL_FRACTION, Pair, Split, encoded, find, listed_validation, read_pair
-from petseg.evaluate import listed_by
+from petseg.data import SPLIT_SEED, VAL_FRACTION, Pair, Split, encoded, find, read_pair
+from petseg.evaluate import listed_split
 from petseg.metrics import counts, histogram
 from petseg.model import AttentionUNet
 from petseg.reference import torch_run
@@ -116,11 +116,9 @@ def labelled(data: Path, split: str, loaded: Checkpoint) -> list[Pair]:
         CheckpointError: It does not say how; without a training config at all, the defaults are taken.
         DataError: Not a data folder.
     """
-    part, held = Split(split), listed_by(loaded.meta)
-    if held and part in (Split.TRAIN, Split.VAL) and listed_validation(data) is None:
-        pairs = find(data, Split.TRAINVAL)
-        if any(pair.name in held for pair in pairs):
-            return [pair for pair in pairs if (pair.name in held) is (part is Split.VAL)]
+    part = Split(split)
+    if (listed := listed_split(loaded.meta, data)) and part in listed:
+        return listed[part]
     try:
         of_run = loaded.meta.get("config", {}).get("data", {})
         fraction = float(of_run.get("val_fraction", VAL_FRACTION))

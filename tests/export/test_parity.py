@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from petseg.checkpoint import Checkpoint, load_model
-from petseg.data import Layout, Pair, Split, find, read_trimap
+from petseg.data import Layout, Pair, Split, find, names_sha256, read_trimap
 from petseg.evaluate import evaluate
 from petseg.model import normalize
 from petseg.reference import torch_run
@@ -96,8 +96,12 @@ def test_a_training_config_that_makes_no_sense_is_not_guessed_at(oxford_root: Pa
 def test_photos_that_a_listing_chose_are_held_back_though_the_listing_is_gone(folder_copy: Path) -> None:
     """Int8 would else be judged, and the export compared, on photos that the checkpoint was trained on."""
     held = ["own_01", "own_07"]
+    (folder_copy / "val.txt").write_text("\n".join(held))
+    digest = names_sha256(names(find(folder_copy, Split.TRAIN)), find(folder_copy, Split.VAL))
+    (folder_copy / "val.txt").unlink()
+    data = {"val_names": held, "names_sha256": digest, "skipped_without_pet": []}
     config = {"data": {"val_fraction": 0.5, "split_seed": 0}}  # a run's settings have both, without effect
-    loaded = Checkpoint({}, {"config": config, "data": {"val_names": held}}, "")
+    loaded = Checkpoint({}, {"config": config, "data": data}, "")
     assert names(parity.labelled(folder_copy, "val", loaded)) == held
     assert not {*held} & {*names(parity.labelled(folder_copy, "train", loaded))}
     assert len(parity.labelled(folder_copy, "train", loaded)) == 7
@@ -106,9 +110,10 @@ def test_photos_that_a_listing_chose_are_held_back_though_the_listing_is_gone(fo
     assert names(parity.labelled(folder_copy, "val", loaded)) == ["own_02"]
 
 
-def test_a_folder_that_has_none_of_the_listed_photos_is_split_as_any_other(oxford_root: Path) -> None:
-    loaded = Checkpoint({}, {"data": {"val_names": ["own_01", "own_07"]}}, "")
-    assert names(parity.labelled(oxford_root, "val", loaded)) == names(find(oxford_root, Split.VAL))
+def test_another_folder_is_split_as_any_other_though_names_are_the_same(folder_root: Path) -> None:
+    data = {"val_names": ["own_01", "own_07"], "names_sha256": "0" * 64, "skipped_without_pet": []}
+    loaded = Checkpoint({}, {"data": data}, "")
+    assert names(parity.labelled(folder_root, "val", loaded)) == names(find(folder_root, Split.VAL))
 
 
 def test_a_folder_of_ones_own_with_masks_is_labelled_too(folder_root: Path) -> None:

@@ -593,11 +593,16 @@ def test_val_is_what_val_txt_lists(folder_copy: Path, tmp_path: Path, capsys: py
     code, message = failed(["evaluate", str(best), *map(str, own), "--val-fraction", "0.5"], capsys)
     assert code == 2
     assert "val.txt says which photos are val: leave out --val-fraction" in message
-    for listing, said in ((["own_02"], "val, as val.txt lists it, is"), (None, "val, 0.05 of trainval by seed 0, is")):
-        (folder_copy / "val.txt").unlink()
-        if listing:
-            (folder_copy / "val.txt").write_text("\n".join(listing))
-        assert run(["evaluate", str(tmp_path / "m.onnx"), *map(str, own), "-q"]) == 0
+    (folder_copy / "val.txt").unlink()  # the file names its photos
+    again = measured(capsys, tmp_path / "m.onnx", *own)
+    assert (again["photos"], again["iou"]) == (2, pytest.approx(row["val_iou"], abs=1e-3))
+    for more, said in (
+        (["--val-fraction", "0.5"], "val, 0.5 of trainval by seed 0, is"),
+        ([], "val, as val.txt lists it, is"),
+    ):
+        if not more:
+            (folder_copy / "val.txt").write_text("own_02\n")
+        assert run(["evaluate", str(tmp_path / "m.onnx"), *map(str, own), *more, "-q"]) == 0
         err = capsys.readouterr().err
         assert f"{said} not what the model was validated on" in err
 
