@@ -154,7 +154,7 @@ def accuracy_figure(
     """A panel for each set of photos, and one for the peers, whose weights are random: they have a time only."""
     sets, others = list(accuracy["photos"]), peers.get("rows", [])
     heights = [3.2] * len(sets) + ([0.8 + 0.2 * len(others)] if others else [])
-    figure = Figure(figsize=(11, sum(heights)), layout="constrained")
+    figure = Figure(figsize=(14, sum(heights)), layout="constrained")
     panels = figure.subplots(len(heights), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     for axes, photos in zip(panels[: len(sets)], sets, strict=True):
         numbered(axes, sorted(dots(accuracy, latency, rival, photos), key=lambda dot: dot.ms))
@@ -166,7 +166,7 @@ def accuracy_figure(
         less = (
             f"; engines: PyTorch's, less what they lose on {some} of them" if some < accuracy["photos"][photos] else ""
         )
-        axes.set_title(f"{photos}; the model alone, a photo at a time{less}", fontsize=10)
+        axes.set_title(f"{photos}\nthe model alone, a photo at a time{less}", fontsize=10, loc="left")
         axes.set_ylabel("IoU, border as background")
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=1)
         axes.margins(y=0.15)
@@ -206,7 +206,9 @@ def whole_road(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.set_yticks(range(len(times)), [name for _, name in times], fontsize=7)
     axes.invert_yaxis()
     but_one = " but for ISNet's" if any("isnet" in name for _, name in times) else ""
-    axes.set_title(f"from the file to the mask, in a folder; peers' weights are random{but_one}", fontsize=10)
+    axes.set_title(
+        f"from the file to the mask, in a folder; peers' weights are random{but_one}", fontsize=10, loc="left"
+    )
 
 
 # Stages
