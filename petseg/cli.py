@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -97,15 +97,29 @@ def main(args: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold what the locale cannot show
-    code = run(sys.argv[1:] if args is None else args)
-    if any(thread.daemon and thread.name.startswith("petseg-") for thread in threading.enumerate()):
-        # One that waits for a source. FFmpeg has it ask Python now and then whether its time is over; where Python has
-        # been taken down and the process is not gone yet, that would crash it.
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # it is closed, or its reader has gone away
-                stream.flush()
-        os._exit(code)
-    sys.exit(code)
+    try:
+        sys.exit(run(sys.argv[1:] if args is None else args))
+    except BaseException as end:
+        if any(thread.daemon and thread.name.startswith("petseg-") for thread in threading.enumerate()):
+            leave(end)
+        raise
+
+
+def leave(end: BaseException) -> NoReturn:
+    """End the process as this exception would, but beside a thread that waits for a source.
+
+    FFmpeg has that ask Python now and then whether its time is over; where Python has been taken down and the process
+    is not gone yet, that would crash it.
+    """
+    if isinstance(end, SystemExit) and isinstance(end.code, int | None):
+        code = end.code or 0
+    else:
+        code = EXIT_INTERRUPTED if isinstance(end, KeyboardInterrupt) else 1
+        sys.excepthook(type(end), end, end.__traceback__)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # it is closed, or its reader has gone away
+            stream.flush()
+    os._exit(code)
 
 
 def run(args: list[str]) -> int:

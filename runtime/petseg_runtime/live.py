@@ -55,7 +55,7 @@ class StateChange:
             connection; ``ended``, for good.
         reason: In a few words.
         attempt: Connections that were tried, this one included.
-        retry_in: Seconds until the next.
+        retry_in: Seconds until the next; None where a read hangs: it is made when that has returned.
         width: Of its frames.
         height: Of its frames.
     """
@@ -127,6 +127,17 @@ class LiveSource:
         with self._changed:
             self._changed.wait_for(lambda: self._stopped, seconds)
 
+    def _wait_for_return(self) -> None:
+        """Wait until the read that hangs has returned.
+
+        Raises:
+            UnreadableVideo: The source is given up meanwhile.
+        """
+        while self._hangs and not self._stopped:
+            longest = min(self._patience_left(), threading.TIMEOUT_MAX)
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopped or not self._hangs, longest)
+
     def __iter__(self) -> Iterator[Frame]:
         """Frames, until the source is given up, stopped, or (a recording on a server) at its end.
 
@@ -140,7 +151,7 @@ class LiveSource:
             self._attempt += 1
             self._tell(StateChange("connecting", attempt=self._attempt))
             connected, state, reason = time.monotonic(), "lost", "the connection was closed"
-            seen = False
+            seen = hangs = False
             try:
                 with self._connected() as connection:
                     for frame in self._frames(connection):
@@ -150,14 +161,20 @@ class LiveSource:
                         self._tell(StateChange("ended", "its end", attempt=self._attempt))
                         return
             except VideoError as error:
-                reason = f"{error.reason}; {_HANGS}" if self._hangs else error.reason
+                hangs = self._hangs
+                reason = f"{error.reason}; {_HANGS}" if hangs else error.reason
                 state = "stalled" if isinstance(error, SilentVideo) else "lost"
             if self._stopped:
                 break
             self._why = reason if reason != _SILENT else self._why or reason
-            if seen and self._last_seen - connected > _GOOD:
+            left = self._patience_left()
+            if hangs or (seen and self._last_seen - connected > _GOOD):
                 pause = _FIRST_PAUSE
-            wait = min(pause * self._random.uniform(0.5, 1.0), self._patience_left())
+            if hangs:
+                self._tell(StateChange(state, reason, self._attempt))
+                self._wait_for_return()
+                continue
+            wait = min(pause * self._random.uniform(0.5, 1.0), left)
             self._tell(StateChange(state, reason, self._attempt, round(wait, 3)))
             self._wait(wait)
             pause = min(2 * pause, _LONGEST_PAUSE)
@@ -180,13 +197,7 @@ class LiveSource:
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[_Connection]:
-        """A connection, which is left in the end.
-
-        Raises:
-            SilentVideo: The one before it still hangs.
-        """
-        if self._hangs:
-            raise SilentVideo("no other connection is made meanwhile", self.origin.shown)
+        """A connection, which is left in the end."""
         connection = self._connection = _Connection(self._open, self._changed)
         try:
             yield connection
@@ -204,15 +215,14 @@ class LiveSource:
             name=self.origin.shown,
             container=self.origin.container,
             options=self.origin.options,
-            timeout=(self._silence, self._silence),
+            timeout=(min(self._silence, self._patience_now), self._silence),
             low_delay=True,
             threads=self._threads,
         )
 
     def _frames(self, connection: _Connection) -> Iterator[Frame]:
         """One connection's frames, on the time line of all."""
-        patience = float("inf") if self._patience is None else self._patience
-        left = patience - (time.monotonic() - self._last_seen)
+        left = self._patience_now - (time.monotonic() - self._last_seen)
         first, wait = True, min(_STEPS * self._silence, left) + _GRACE
         while frame := connection.take(wait, lambda: self._stopped):
             self._last_seen = time.monotonic()
@@ -226,22 +236,26 @@ class LiveSource:
             yield frame
             self._last_seen = time.monotonic()  # a consumer that let us wait is no silence of the source
 
+    @property
+    def _patience_now(self) -> float:
+        """Seconds without a frame after which the source is given up, as things are."""
+        if self._patience is not None:
+            return self._patience
+        return float("inf") if self.connections else FIRST_PATIENCE
+
     def _patience_left(self) -> float:
         """Seconds until the source is given up.
 
         Raises:
             UnreadableVideo: It is now.
         """
-        patience = self._patience
-        if patience is None:
-            patience = float("inf") if self.connections else FIRST_PATIENCE
         silent = time.monotonic() - self._last_seen
-        if silent >= patience:
+        if silent >= self._patience_now:
             self._tell(StateChange("ended", self._why, attempt=self._attempt))
             raise UnreadableVideo(
                 f"no frame for {silent:.0f} s in {self._attempt} attempts; the last: {self._why}", self.origin.shown
             )
-        return patience - silent
+        return self._patience_now - silent
 
 
 class _Connection:
@@ -303,8 +317,8 @@ class _Connection:
 
     @property
     def hangs(self) -> bool:
-        """Whether it has not ended though it was left."""
-        return self._left and self._thread.is_alive()
+        """Whether it is not over though it was left."""
+        return self._left and not self._over
 
     @property
     def undecodable(self) -> int:

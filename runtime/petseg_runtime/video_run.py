@@ -196,7 +196,10 @@ def _readable(stream: Stream, report: VideoReport) -> Iterator[Segmented]:
 
 
 class _States:
-    """Passes a source's state changes on until it has ended; a thread that hangs in a read may report more later."""
+    """Passes a source's state changes on until it has ended, which both the source and the run tell: the first counts.
+
+    The source tells from the thread that decodes, for which a stream that is left waits a second at most.
+    """
 
     def __init__(self, tell: Tell) -> None:
         self._tell, self._ended, self._lock = tell, False, threading.Lock()

@@ -446,13 +446,12 @@ def test_a_read_that_hangs_is_a_stall_and_the_source_is_used_again_when_it_retur
     watched = Watched(str(fifo), stall=0.4)
     with fifo.open("wb", buffering=0) as camera:
         camera.write(raw(30))
-        until(lambda: watched.states.count("stalled") >= 4)
-        assert watched.states[:4] == ["connecting", "live", "stalled", "connecting"]
-        first, second = [change.reason for change in watched.changes if change.state == "stalled"][:2]
-        assert first == f"no frame came for too long; {live._HANGS}"
-        assert second == f"no other connection is made meanwhile; {live._HANGS}"
-        (hanging,) = readers()  # one for each attempt would be ever more of them
-        assert "live" not in watched.states[2:]
+        until(lambda: "stalled" in watched.states)
+        (hanging,) = readers()
+        time.sleep(1)  # long enough for other attempts
+        assert watched.states == ["connecting", "live", "stalled"]
+        assert watched.changes[-1] == StateChange("stalled", f"no frame came for too long; {live._HANGS}", attempt=1)
+        assert readers() == [hanging]  # one for each attempt would be ever more of them
     hanging.join(5)
     with fifo.open("wb", buffering=0) as camera:
         camera.write(raw(30))
@@ -462,6 +461,82 @@ def test_a_read_that_hangs_is_a_stall_and_the_source_is_used_again_when_it_retur
     assert [state for state in watched.states if state in ("live", "ended")] == ["live", "live", "ended"]
     times = [frame.time for frame in watched.frames]
     assert times == sorted(set(times))
+    until(lambda: not readers())
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("patience", [None, 3.0])
+def test_while_a_read_hangs_a_source_is_stopped_or_given_up_with_the_one_attempt_there_was(
+    fifo: Path, patience: float | None
+) -> None:
+    watched = Watched(str(fifo), stall=0.2, patience=patience)
+    with fifo.open("wb", buffering=0) as camera:
+        camera.write(raw(30))
+        until(lambda: "stalled" in watched.states)
+        if patience is None:
+            watched.source.stop()
+        assert watched.ends(5)
+    assert watched.states == ["connecting", "live", "stalled", "ended"]
+    assert watched.changes[-1].attempt == 1
+    if patience is not None:
+        why = f"no frame came for too long; {live._HANGS}"
+        assert str(watched.error) == f"cam: no frame for 3 s in 1 attempts; the last: {why}"
+    until(lambda: not readers())
+
+
+@pytest.mark.timeout(60)
+def test_a_read_that_returns_is_followed_by_a_connection_at_once_and_by_short_pauses(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    returns = threading.Event()
+
+    class Hanging(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            yield 0
+            returns.wait(30)
+
+    refused = UnreadableVideo("refused", "cam")
+    script = [*[refused] * 6, Hanging()]
+    made, changes, reader = source(script, monkeypatch, clock, patience=40, stall=0.05)
+
+    def tell(change: StateChange) -> None:
+        changes.append(change)
+        if change.state == "stalled":
+            threading.Timer(0.2, returns.set).start()
+
+    made._tell = tell
+    assert len(delivered(made)) == 1
+    stalled = [change.state for change in changes].index("stalled")
+    assert [change.state for change in changes[stalled + 1 : stalled + 3]] == ["connecting", "lost"]
+    assert clock.waits[5] > 7
+    assert clock.waits[6] <= 0.5, "the first one after the read returned: none came before it was connected anew"
+    assert [c.attempt for c in changes if c.state == "connecting"] == list(range(1, reader.opened + 1))
+
+
+@pytest.mark.timeout(60)
+def test_a_source_that_never_sent_anything_is_given_up_in_time_though_a_stall_would_last_longer(
+    fifo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "FIRST_PATIENCE", 1.0)
+    watched = Watched(str(fifo), stall=60)
+    ended = watched.ends(10)
+    watched.source.stop()
+    with fifo.open("wb", buffering=0):  # what hangs is let go
+        pass
+    assert ended
+    assert watched.states == ["connecting", "ended"]
+    assert str(watched.error).startswith("cam: no frame for 2 s in 1 attempts; the last: no frame came for too long")
+    until(lambda: not readers())
+
+
+@pytest.mark.timeout(60)
+def test_a_server_that_never_answered_is_not_said_to_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "FIRST_PATIENCE", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        watched = Watched(f"http://127.0.0.1:{silent.getsockname()[1]}/live", stall=60)
+        assert watched.ends(10)
+    assert "it sent nothing for too long" in str(watched.error)
+    assert live._HANGS not in str(watched.error)
     until(lambda: not readers())
 
 
@@ -660,6 +735,41 @@ def test_python_is_not_taken_down_beside_a_thread_that_waits_for_a_source(tmp_pa
         done = subprocess.run(command, capture_output=True, text=True, timeout=40)
     assert done.returncode == 130
     assert json.loads(done.stdout.splitlines()[-1])["event"] == "summary"
+
+
+#: A command that ends in an exception, with or without such a thread beside it.
+ENDS = """
+import atexit, signal, threading, time
+from petseg.cli import main, petseg
+
+def command(**_):
+    print("begun")
+    if {waits}:
+        threading.Thread(target=time.sleep, args=(600,), name="petseg-read", daemon=True).start()
+    {ends}
+
+atexit.register(print, "taken down")
+petseg.main = command
+main()
+"""
+
+
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize(
+    ("ends", "code", "said"),
+    [
+        ("signal.raise_signal(signal.SIGTERM)", 143, "petseg: terminated"),
+        ("raise SystemExit", 0, None),
+        ("raise LookupError('a defect')", 1, "LookupError: a defect"),
+    ],
+)
+def test_nor_is_it_where_the_command_ends_in_an_exception(waits: bool, ends: str, code: int, said: str | None) -> None:
+    program = ENDS.format(waits=waits, ends=ends)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=40)
+    assert done.returncode == code
+    assert done.stderr.splitlines()[-1:] == ([said] if said else [])
+    assert done.stderr.startswith("Traceback") == (code == 1)
+    assert done.stdout.splitlines() == ["begun"] if waits else ["begun", "taken down"]
 
 
 #: Leaves a stream whose decoder hangs in a read, and ends.
