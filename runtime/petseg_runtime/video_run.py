@@ -36,8 +36,8 @@ class VideoReport:
         error: Why it ended before its end, or what of a file is lost; None if nothing is, or it was stopped.
         stopped: Whether it was told to stop.
         frames: Where its frames went.
-        written: Frames in the results; 0 where the result could not be written and no file is left. Where some files are
-            left, the frames of one that was removed count, too.
+        written: Frames in the results; 0 where the result could not be written and no file is left. Where some files
+            are left, the frames of one that was removed count, too.
         found: Frames with a pet.
         undecodable: Packets that the decoder refused.
         connections: Of a live source.
