@@ -172,11 +172,19 @@ class Picture:
 
     def save(self, result: Segmentation, file: BinaryIO | Path) -> None:
         """Write one result, to a file or a path."""
+        self.encode(self.render(result), file)
+
+    def encode(self, picture: Image.Image, file: BinaryIO | Path) -> None:
+        """Write what :attr:`render` has made, to a file or a path.
+
+        Raises:
+            OSError: It cannot be written, or the format does not take a picture of that size.
+            ValueError: As the latter; which of both it is differs between formats.
+        """
         # Masks and probabilities are data: WebP must not smooth them.
         options = dict(_OPTIONS[self.format])
         if self.format == "webp" and not KINDS[self.kind].needs_photo:
             options["lossless"] = True
-        picture = self.render(result)
         picture.save(file, icc_profile=picture.info.get("icc_profile"), **options)  # only PNG takes it from the picture
 
 

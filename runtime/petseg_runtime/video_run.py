@@ -26,14 +26,18 @@ _SUMMING_UP: Final = 1.0
 
 @dataclass
 class VideoReport:
-    """What became of one source; ``frames.decoded == written + frames.dropped + frames.failed``.
+    """What became of one source.
+
+    ``frames.decoded == written + frames.dropped + frames.failed``, unless its result could not be written, which is an
+    ``error``.
 
     Attributes:
         source: Its name, without secrets.
         error: Why it ended before its end, or what of a file is lost; None if nothing is, or it was stopped.
         stopped: Whether it was told to stop.
         frames: Where its frames went.
-        written: Frames in the results.
+        written: Frames in the results; 0 where the result could not be written and no file is left. Where some files
+            are left, the frames of one that was removed count, too.
         found: Frames with a pet.
         undecodable: Packets that the decoder refused.
         connections: Of a live source.
@@ -140,6 +144,8 @@ def segment_video(
             _write(stream, sink, report, watch, bring_up_to_date)
     except InputError as error:  # of the sink
         report.error = f"{origin.shown}: {error}"
+        if not sink.files:  # what was begun is removed
+            report.written = report.found = 0
     except Exception as error:
         if origin.endless:
             states.tell(StateChange("ended", str(error)))

@@ -173,14 +173,23 @@ class _Base:
         """Nothing: these files have no sound."""
 
     def close(self) -> None:
-        """Complete the files."""
+        """Complete the files, also those behind one that cannot be completed: its error is the one to tell."""
+        try:
+            self._close_open()
+        finally:
+            if self._disk:
+                self._disk.shutdown()
+
+    def _close_open(self) -> None:
         try:
             while self._open:
                 self._open.pop(0)[1].close()
             self._check_disk(wait=True)
-        finally:
-            if self._disk:
-                self._disk.shutdown()
+        except BaseException:
+            if self._open:
+                with contextlib.suppress(Exception):  # the first error is the one to tell
+                    self._close_open()
+            raise
 
     def _to_disk(self, path: Path) -> None:
         """Bring a complete file to the disk, in another thread: slow disks take longer than a frame."""
@@ -445,7 +454,11 @@ class PicturesSink(_Base):
             self._remember(self._folder)
         path = self._folder / f"{_digits(frame.number, _OF_PICTURE)}.{self._picture.format}"
         with _errors_at(path), replacing(path) as beside:
-            self._picture.save(result, beside)
+            picture = self._picture.render(result)
+            try:
+                self._picture.encode(picture, beside)
+            except ValueError as error:  # Pillow's, of a size that WebP does not have
+                raise _refused(path, str(error)) from error
         self._last = path
 
     def close(self) -> None:
@@ -661,8 +674,8 @@ _OF_ONE: Final = {errno.EISDIR, errno.ENAMETOOLONG}
 class _errors_at:  # noqa: N801 (used like a function)
     """Turns what goes wrong while writing into one error that names the file.
 
-    What the system says is of the output, and ends the run. The rest is of this source alone: an encoder or a format
-    that does not take what is in it.
+    What the system says is of the output, and ends the run. What an encoder or a format says is of this source alone,
+    whose frames it does not take. The rest is a defect of the program, and stays what it is.
     """
 
     def __init__(self, path: Path) -> None:
@@ -672,11 +685,16 @@ class _errors_at:  # noqa: N801 (used like a function)
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, (av.error.FFmpegError, OSError, ValueError)):
+        if not isinstance(error, (av.error.FFmpegError, OSError)):
             return
         code = getattr(error, "errno", None)
         reason = os.strerror(errno.ENOSPC) if code == errno.ENOSPC else getattr(error, "strerror", None) or str(error)
         # Pillow, too, raises errors of the system's kind, but without a number.
         if isinstance(error, OSError) and code is not None and code not in _OF_ONE:
             raise OutputError(f"{self._path}: cannot be written ({reason})") from error
-        raise InputError(f"its result {self._path} cannot be written ({reason})") from error
+        raise _refused(self._path, reason) from error
+
+
+def _refused(path: Path, reason: str) -> InputError:
+    """The error of one source, whose result cannot be written."""
+    return InputError(f"its result {path} cannot be written ({reason})")

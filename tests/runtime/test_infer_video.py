@@ -32,7 +32,7 @@ from PIL import Image
 from petseg.cli import run
 from petseg_runtime import images, video_run, video_sinks
 from petseg_runtime.cli import infer_video
-from petseg_runtime.errors import OutputError, UnsupportedVideo
+from petseg_runtime.errors import EXIT_PARTIAL, InputError, OutputError, UnsupportedVideo
 from petseg_runtime.journal import JOURNAL
 from petseg_runtime.sources import Item, Origin, stream_origin
 from petseg_runtime.stream import Segmented, Stream
@@ -1084,6 +1084,52 @@ def test_a_live_source_that_cannot_be_written_is_told_at_once_and_the_others_go_
     assert code == OutputError.exit_code  # and not 130, which would hide it
     assert err == f"petseg: {video['error']}\n"
     assert more[-1]["videos"] == {"count": 2, "done": 0, "failed": 1, "stopped": 1, "skipped": 0}
+
+
+@pytest.mark.parametrize(
+    ("failing", "reason"),
+    [
+        ("lavfi:testsrc=size=16400x16:rate=5,realtime", "cannot be written"),  # H.264 ends at 16384
+        ("http://127.0.0.1:9/live.ts", "no frame for 2 s"),
+    ],
+    ids=["refused", "given up"],
+)
+def test_that_a_live_source_failed_is_not_hidden_by_the_signal_that_ends_the_others(
+    tmp_path: Path, start: Callable[..., Command], failing: str, reason: str
+) -> None:
+    good = "lavfi:testsrc=size=64x48:rate=25,realtime"
+    command = start(good, failing, "--as", "mask", "--output", tmp_path, "--json", "--give-up", 2)
+    told = command.lines(1)
+    while told[-1]["event"] != "video":
+        told += command.lines(1)
+    assert told[-1]["input"] == failing
+    assert reason in told[-1]["error"]
+    command.process.send_signal(signal.SIGTERM)
+    more, _, code = command.end()
+    assert more[-1]["videos"] == {"count": 2, "done": 0, "failed": 1, "stopped": 1, "skipped": 0}
+    assert code == EXIT_PARTIAL
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_a_live_source_whose_end_cannot_be_told_is_counted_once(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, opens: bool
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise InputError("no such camera")
+
+    def tell_end(*about: Any) -> None:
+        monkeypatch.setattr(infer_video.Videos, "_tell_end", real)
+        raise LookupError("nobody there")
+
+    real = infer_video.Videos._tell_end
+    monkeypatch.setattr(infer_video.Videos, "_tell_end", tell_end)
+    if not opens:
+        monkeypatch.setattr(video_run, "open_frames", refuse)
+    options = ["--as", "mask", "--output", tmp_path, "--model", model, "--json", "--max-frames", 3]
+    with pytest.raises(LookupError, match="nobody there"):
+        infer("lavfi:testsrc=size=64x48:rate=25", *options)
+    (summary,) = (event for event in events(capsys.readouterr().out) if event["event"] == "summary")
+    assert summary["videos"] == {"count": 1, "done": 0, "failed": 1, "stopped": 0, "skipped": 0}
 
 
 @pytest.mark.parametrize("policy", ["block", "latest"])

@@ -135,7 +135,8 @@ def infer(
 
     What cannot be used is named, counted and passed over. Ctrl-C and SIGTERM end a run in order: a video can be
     played, photos that are not whole are not there, and --resume goes on.
-    Exit code 0: all done; 3: some failed; 1: all failed; 130, 143: stopped by Ctrl-C or SIGTERM.
+    Exit code 0: all done; 3: some failed; 1: all failed; 130, 143: stopped by Ctrl-C or SIGTERM, and no live source has
+    failed.
     """
     from petseg_runtime.batch import segment_photos
     from petseg_runtime.journal import Journal

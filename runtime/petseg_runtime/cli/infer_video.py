@@ -20,7 +20,7 @@ import click
 
 from petseg_runtime.cli.signals import handled
 from petseg_runtime.cli.text import SCHEMA_VERSION, shown
-from petseg_runtime.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, OutputError, PetsegError
+from petseg_runtime.errors import EXIT_INTERRUPTED, EXIT_PARTIAL, EXIT_TERMINATED, InputError, OutputError, PetsegError
 from petseg_runtime.host import LOOK_UP
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ class Videos:
     _problems: list[Exception] = field(default_factory=list)
     _states: dict[str, str] = field(default_factory=dict)  # by name: of a live source, the last
     _told: dict[str, float] = field(default_factory=dict)  # by name: when statistics were told last
+    _endless: bool = False
     _signal: int | None = None
     _since: float = 0.0  # when that came
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -175,7 +176,8 @@ class Videos:
             EngineError: The engine failed.
         """
         with self._signals():
-            if any(origin.endless for origin in origins):
+            self._endless = any(origin.endless for origin in origins)
+            if self._endless:
                 self._all_at_once(origins)
             else:
                 for origin in origins:
@@ -184,16 +186,20 @@ class Videos:
         return None if self._signal is None else _EXITS[signal.Signals(self._signal)]
 
     def problem_code(self) -> int | None:
-        """The exit code that the first live source to fail asks for, of which was told when it did; None: none did.
+        """The exit code that live sources which failed ask for, also where a signal ended the rest; None: none failed.
+
+        It is that of the first error that did not lie in a source; else it says whether some have failed, or all.
 
         Raises:
-            Exception: It is no error of ours, or the reader of our output has gone away.
+            Exception: The first one is no error of ours, or the reader of our output has gone away.
         """
-        if not self._problems:
-            return None
-        if isinstance(self._problems[0], PetsegError):
-            return self._problems[0].exit_code
-        raise self._problems[0]
+        if self._problems:
+            if isinstance(self._problems[0], PetsegError):
+                return self._problems[0].exit_code
+            raise self._problems[0]
+        if self._endless and self.failed:
+            return EXIT_PARTIAL if len(self.failed) < len(self.reports) else InputError.exit_code
+        return None
 
     @property
     def failed(self) -> list[VideoReport]:
@@ -275,6 +281,7 @@ class Videos:
                 begun=begun,
                 mask_only=self.output.mask_only,
             )
+        self._running[str(origin.name)] = report
         self.reports.append(report)
         self._tell_end(origin, report)
         return report
@@ -380,7 +387,8 @@ class Videos:
         report = self._running.get(str(origin.name)) or VideoReport(origin.shown)
         what = str(error) if isinstance(error, PetsegError) else f"{type(error).__name__}: {error}"
         report.error = f"{origin.shown}: {what}"
-        self.reports.append(report)
+        if not any(report is counted for counted in self.reports):  # it is, where its end could not be told
+            self.reports.append(report)
         self._tell_end(origin, report)
 
     def _tell_end(self, origin: Origin, report: VideoReport) -> None:
