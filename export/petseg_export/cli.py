@@ -37,7 +37,7 @@ _OPTIONS: Final = {"compute_capabilities": "--compute-capability"}
     "--certain-share",
     type=Finite(0, 1, min_open=True),
     metavar="SHARE",
-    help="There is a pet where this share of what is likely one is certain.  [default: the checkpoint's, if it has one]",
+    help="There is a pet where this share of what is likely one is certain.  [default: the checkpoint's, if any]",
 )
 @click.option("--data", type=PATH, help="Photos for the parity test, and for int8.  [default: the samples that ship]")
 @click.option("--split", type=click.Choice(["val", "test"]), default="val", show_default=True, help="Of labelled data.")
