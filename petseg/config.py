@@ -131,6 +131,9 @@ class LossConfig:
             arXiv:1503.02531, at temperature 1); the rest is the truth. The soft Dice loss is not least at such
             targets: it pushes a pixel to 1 where its target is above half of the Dice coefficient, else to 0, so
             that only the cross-entropy teaches the probability itself (see :func:`petseg.losses.dice_loss`).
+        features: Weight of the distance to the teacher's features (:class:`petseg.objective.Distillation`). The teacher
+            has to be a checkpoint then, and is asked at every step about the photos as they were changed; at 0 it is
+            asked about each photo once, before training.
     """
 
     bce: float = 0.5
@@ -138,6 +141,7 @@ class LossConfig:
     dice_form: Literal["soft", "semimetric"] = "soft"
     epsilon: float = 1.0
     teacher: float = 0.5
+    features: float = 0.0
 
     def __post_init__(self) -> None:
         _require(self.bce >= 0, "loss.bce", self.bce, "0 or more")
@@ -145,6 +149,7 @@ class LossConfig:
         _require(self.bce + self.dice > 0, "loss.bce + loss.dice", self.bce + self.dice, "above 0")
         _require(self.epsilon > 0, "loss.epsilon", self.epsilon, "above 0")
         _require(0 <= self.teacher <= 1, "loss.teacher", self.teacher, "between 0 and 1")
+        _require(self.features >= 0, "loss.features", self.features, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,6 +349,7 @@ def _idle(config: TrainConfig, taught: bool) -> dict[str, str]:
         ("loss.dice_form", config.loss.dice > 0, "loss.dice above 0"),
         ("loss.epsilon", config.loss.dice > 0, "loss.dice above 0"),
         ("loss.teacher", taught, "--teacher FILE"),
+        ("loss.features", taught, "--teacher FILE"),
     )
     return {name: user for name, used, user in settings if not used}
 

@@ -177,22 +177,30 @@ class AttentionUNet(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Logits [N, 1, H, W] of a normalised image [N, 3, H, W].
 
+        Raises:
+            ValueError: H or W is not divisible by 16, or the image does not have 3 channels.
+        """
+        return self.with_features(image)[0]
+
+    def with_features(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """As :meth:`forward`, and what each block but the head gives, by the block's name.
+
         In the shapes below, H and W are the first level's: with a strided stem, half the image's.
 
         Raises:
             ValueError: H or W is not divisible by 16, or the image does not have 3 channels.
         """
         check_input(image.shape)
-        deep, skips = image, []
+        deep, made = image, {}
         for level, rounds in enumerate(self.rounds, start=1):
-            deep = self.get_submodule(f"down{level}")(deep)  # [N, c1, H, W], [N, c2, H/2, W/2], ...
-            skips.append(deep)
+            made[f"down{level}"] = deep = self.get_submodule(f"down{level}")(deep)  # [N, c1, H, W], [N, c2, H/2, W/2]
             deep = F.max_pool2d(deep, 2, ceil_mode=rounds)
-        deep = self.get_submodule("bottom")(deep)  # [N, c5, H/16, W/16] where there are five levels
-        for level, skip in reversed([*enumerate(skips, start=1)]):
-            deep = self.get_submodule(f"up{level}")(deep, skip)  # ..., [N, c2, H/2, W/2], [N, c1, H, W]
+        made["bottom"] = deep = self.get_submodule("bottom")(deep)  # [N, c5, H/16, W/16] where there are five levels
+        for level in range(len(self.rounds), 0, -1):
+            skip = made[f"down{level}"]
+            made[f"up{level}"] = deep = self.get_submodule(f"up{level}")(deep, skip)  # ..., [N, c1, H, W]
         logits = self.head(deep)  # [N, 1, H, W]; with a strided stem [N, 4, H, W], four pixels for each place
-        return logits if self.factor == 1 else F.pixel_shuffle(logits, self.factor)
+        return (logits if self.factor == 1 else F.pixel_shuffle(logits, self.factor)), made
 
 
 def check_input(shape: torch.Size) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from petseg import checkpoint
 from petseg.config import TrainConfig
 from petseg.data import VAL_LISTING, Pair, Split, find, listed_validation, names_sha256, usable
 from petseg.distributed import Ranks
@@ -145,13 +146,16 @@ class RunPhotos:
             find(self._root, split, val_fraction=d.val_fraction, seed=d.split_seed)
             for split in (Split.TRAIN, Split.VAL)
         )
-        folder, here = self._place_for(len(train), output, teacher is not None), self._ranks.here
+        once = None if config.loss.features else teacher  # else it is asked at every step
+        folder, here = self._place_for(len(train), output, once is not None), self._ranks.here
         self._look_at(val)  # now, not after the first epoch
+        if teacher and not once:
+            loaded = checkpoint.load(teacher)
+            self._note_teacher({"file": teacher.name, "identity": loaded.sha256}, loaded.meta, val)
         remedy = "train without --teacher, or with a smaller one"
-        with enough_memory(remedy), open_teacher(teacher, d.height, d.width, device) as taught:
+        with enough_memory(remedy), open_teacher(once, d.height, d.width, device) as taught:
             if taught:
-                self.teacher = taught.about
-                self._warn_of_seen(trained_on(taught.provenance, self._root, val), val)
+                self._note_teacher(taught.about, taught.provenance, val)
             photos = TrainSet(train, d.height, d.width, config.augment, config.seed, taught, self.failed, folder, here)
             return photos, val
 
@@ -170,8 +174,9 @@ class RunPhotos:
                 f"more leave less to chance (a larger data.val_fraction; {VAL_LISTING} in a folder of your own)"
             )
 
-    def _warn_of_seen(self, seen: Sequence[Pair], val: Sequence[Pair]) -> None:
-        if seen:
+    def _note_teacher(self, about: dict[str, str], provenance: Mapping[str, Any], val: Sequence[Pair]) -> None:
+        self.teacher = about
+        if seen := trained_on(provenance, self._root, val):
             self._warn(
                 f"the teacher was trained on {len(seen)} of the {len(val)} validation photos: what is measured on "
                 "them flatters this run a little"

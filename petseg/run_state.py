@@ -195,9 +195,12 @@ def refuse_another_run(saved: Mapping[str, Any], meta: Mapping[str, Any], config
         raise TrainingError(f"{folder}: the teacher of the run to resume was {was}, now {now}")
 
 
-def tensors_of(model: nn.Module, ema: MovingAverage, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def tensors_of(
+    model: nn.Module, hints: nn.Module, ema: MovingAverage, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
     """All tensors of a run by name, where they are; the reverse of :func:`load_tensors`."""
     tensors = dict(model.state_dict())
+    tensors |= {f"hints/{name}": value for name, value in hints.state_dict().items()}
     tensors |= {f"ema/{name}": value for name, value in ema.module.state_dict().items()}
     tensors["ema_updates"] = torch.tensor(ema.updates)
     for index, slots in optimizer.state_dict()["state"].items():
@@ -206,16 +209,20 @@ def tensors_of(model: nn.Module, ema: MovingAverage, optimizer: torch.optim.Opti
 
 
 def load_tensors(
-    tensors: Mapping[str, Tensor], model: nn.Module, ema: MovingAverage, optimizer: torch.optim.AdamW
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    hints: nn.Module,
+    ema: MovingAverage,
+    optimizer: torch.optim.AdamW,
 ) -> None:
     """Put a run's tensors into its parts.
 
     Raises:
         KeyError, RuntimeError, ValueError: One is missing, left over, or of another shape.
     """
-    average = {name.removeprefix("ema/"): value for name, value in tensors.items() if name.startswith("ema/")}
     model.load_state_dict({name: t for name, t in tensors.items() if "/" not in name and name != "ema_updates"})
-    ema.module.load_state_dict(average)
+    hints.load_state_dict(_under("hints/", tensors))
+    ema.module.load_state_dict(_under("ema/", tensors))
     ema.updates = int(tensors["ema_updates"])
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     slots: dict[int, dict[str, Tensor]] = {}
@@ -227,6 +234,11 @@ def load_tensors(
         if missing := {"step", "exp_avg", "exp_avg_sq"} - slots.get(index, {}).keys():
             raise ValueError(f"optimizer state {index} lacks {', '.join(sorted(missing))}")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _laid_out(value: Tensor, weight: Tensor) -> Tensor:

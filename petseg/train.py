@@ -13,7 +13,7 @@ import math
 import signal
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -30,10 +30,10 @@ from petseg.ema import MovingAverage
 from petseg.evaluate import Evaluation, Run, evaluate
 from petseg.lock import keep_others_out
 from petseg.log import LOG, Row
-from petseg.losses import DICE_LOSSES, bce_dice
 from petseg.memory import enough_memory
 from petseg.metrics import Border, best_threshold
 from petseg.model import AttentionUNet, normalize
+from petseg.objective import Distillation, Objective
 from petseg.observers import Observer
 from petseg.reference import torch_run
 from petseg.run_photos import RunPhotos, loader
@@ -48,7 +48,7 @@ from petseg.run_state import (
     tensors_of,
 )
 from petseg.schedule import learning_rate
-from petseg.train_set import EpochSampler, target_of
+from petseg.train_set import EpochSampler
 from petseg.warm_start import first_weights
 from petseg_runtime import __version__
 from petseg_runtime.cli.signals import handled
@@ -162,7 +162,8 @@ class Trainer:
             self.model = network.to(device).to(memory_format=torch.channels_last)
             self.ema = MovingAverage(self.model, config.ema)
             synchronized(self.model, self.ranks, device)
-            self.optimizer = _optimizer(self.model, config)
+            self.objective = self._objective(teacher)
+            self.optimizer = _optimizer(self._parameters(), config)
         self.scaler = self._scaler()
         self.state, self.last = RunState(), StateFile(output)
         self.meta = self._about(provenance or {})
@@ -174,6 +175,20 @@ class Trainer:
     def first_network(self, init: Path | None) -> AttentionUNet:
         """The network that the run starts with; what trains another network overrides this."""
         return first_weights(self.config.model, init, self.photos, self.observer.started)
+
+    def teacher_network(self, path: Path) -> AttentionUNet:
+        """The network whose features are taught; what has a teacher of another kind overrides this."""
+        return checkpoint.load_model(path)[0]
+
+    def _objective(self, teacher: Path | None) -> Objective:
+        """What the steps minimise."""
+        if teacher is None or not self.config.loss.features:
+            return Objective(self.config, self.ranks)
+        return Distillation(self.config, self.ranks, self.model, self.teacher_network(teacher), self.device)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """All that is trained."""
+        return [*self.model.parameters(), *self.objective.hints.parameters()]
 
     def fit(self) -> Path:
         """Train to the last epoch.
@@ -226,9 +241,9 @@ class Trainer:
             **({"teacher": teacher} if teacher else {}),
         }
 
-    def _callable(self) -> Callable[[Tensor], Tensor]:
+    def _callable(self) -> Callable[[Tensor], Any]:
         """The network as the steps call it: gradients averaged over processes, compiled, or as it is."""
-        forward = self.ranks.wrap(self.model, self.device)
+        forward = self.ranks.wrap(self.objective.student(self.model), self.device)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # all batches are of one shape: try the algorithms once
         return torch.compile(forward) if self.config.compile else forward
@@ -276,19 +291,15 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         image = normalize(photo.to(self.device, non_blocking=True))
-        weights = self.config.loss
         labels = trimap.to(self.device, non_blocking=True)
-        target = target_of(labels, self.config.data.border_target, weights.teacher)
         mixed = torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
         with self.ranks.exchanging(), mixed:
-            logits = self.forward(image)
-        dice = DICE_LOSSES[weights.dice_form]
-        loss = bce_dice(logits, target, weights.bce, weights.dice, weights.epsilon, self.ranks.sum, dice)
+            loss = self.objective(self.forward, image, labels)
         self.optimizer.zero_grad(set_to_none=True)
         with self.ranks.exchanging():
             self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
+        norm = nn.utils.clip_grad_norm_(self._parameters(), self.config.optimizer.clip)
         stop = torch.full_like(norm, float(self._stop))
         numbers = self.ranks.sum(torch.stack((loss.detach(), norm, stop)))
         if not self.scaler.is_enabled():
@@ -442,7 +453,7 @@ class Trainer:
     def _write_last(self) -> float:
         self._elapsed()
         meta = {**self.meta, "kind": "training", "state": self.state.as_dict(), "scaler": self.scaler.state_dict()}
-        self.last.write(tensors_of(self.model, self.ema, self.optimizer), meta)
+        self.last.write(tensors_of(self.model, self.objective.hints, self.ema, self.optimizer), meta)
         return 0.0
 
     def _take_up(self) -> None:
@@ -456,7 +467,7 @@ class Trainer:
             remove_unfinished(self.output)
         with self.last.taking_up() as saved:
             refuse_another_run(saved.meta, self.meta, self.config, self.output)
-            load_tensors(saved.tensors, self.model, self.ema, self.optimizer)
+            load_tensors(saved.tensors, self.model, self.objective.hints, self.ema, self.optimizer)
             self._go_on_in(saved.meta["precision"])
             if saved.meta["scaler"]:  # empty: what it was computed in needs none
                 self.scaler.load_state_dict(saved.meta["scaler"])
@@ -500,10 +511,10 @@ def _network(ema: MovingAverage) -> AttentionUNet:
     return ema.module
 
 
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def _optimizer(parameters: Sequence[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
     """AdamW; weight decay on convolution kernels alone (BatchNorm and biases have one dimension)."""
-    kernels = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    kernels = [p for p in parameters if p.ndim > 1]
+    others = [p for p in parameters if p.ndim <= 1]
     groups = [
         {"params": kernels, "weight_decay": config.optimizer.weight_decay},
         {"params": others, "weight_decay": 0.0},

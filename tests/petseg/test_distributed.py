@@ -112,7 +112,7 @@ from petseg.observers import Observer
 from petseg.run_state import LAST
 from petseg_runtime.errors import InputError, OutputError
 
-config, root, out = {config!r}, Path({root!r}), Path({out!r})
+config, root, out, best = {config!r}, Path({root!r}), Path({out!r}), Path({best!r})
 torch.set_num_threads(1)
 done = {{}}
 
@@ -124,12 +124,12 @@ class Acts(Observer):
         if state.step == self.at:
             self.act()
 
-def attempt(name, ranks, act, at=3, late=False, **more):
+def attempt(name, ranks, act, at=3, late=False, teacher=None, **more):
     observer, start = Acts(at, act), time.monotonic()
     try:
         trainer = training.Trainer(
             from_dict(TrainConfig, {{**config, **more}}), root, out / name, device=torch.device("cpu"),
-            ranks=ranks, observer=observer, resume=(out / name / LAST).exists(),
+            ranks=ranks, observer=observer, resume=(out / name / LAST).exists(), teacher=teacher,
         )
         trainer.late = late
         trainer.fit()
@@ -179,6 +179,7 @@ IN_ORDER = """
 
     attempt("early", ranks, nothing, epochs=30, early_stop=1, optimizer=dict(lr=1e-9))
     attempt("resumed", ranks, nothing)
+    attempt("taught", ranks, nothing, teacher=best, loss=dict(features=0.5))
 
     def hang():
         while not (out / "hangs.0.json").exists():
@@ -205,12 +206,12 @@ print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 """
 
 
-def two(body: str, root: Path, out: Path) -> list[tuple[str, dict[str, str]]]:
+def two(body: str, root: Path, out: Path, teacher: Path) -> list[tuple[str, dict[str, str]]]:
     """The script of two processes that meet, and the variables of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = SCRIPT.format(config=to_dict(tiny()), root=str(root), out=str(out), body=body)
+    code = SCRIPT.format(config=to_dict(tiny()), root=str(root), out=str(out), best=str(teacher), body=body)
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     return [(code, {"RANK": str(rank), "LOCAL_RANK": str(rank), **meet}) for rank in range(2)]
 
@@ -220,7 +221,7 @@ def ends(oxford_root: Path, whole: Path, tmp_path_factory: pytest.TempPathFactor
     """What became of both processes, one JSON file for each process and mishap."""
     out = tmp_path_factory.mktemp("ends")
     stop_after(oxford_root, out / "resumed", step=7)
-    scripts = json.dumps([script for body in (IN_ORDER, DIES) for script in two(body, oxford_root, out)])
+    scripts = json.dumps([script for body in (IN_ORDER, DIES) for script in two(body, oxford_root, out, whole / BEST)])
     command = [sys.executable, "-c", FORKED]
     done = subprocess.run(command, input=scripts, capture_output=True, text=True, timeout=280, env=environment())
     assert done.stdout == "[0, 0, 0, 3]\n", done.stderr
@@ -276,6 +277,15 @@ def test_a_run_of_one_process_goes_on_with_two(ends: Path, whole: Path) -> None:
     assert [one["end"] for one in end_of(ends, "resumed")] == ["done", "done"]
     assert [one["steps"] for one in end_of(ends, "resumed")] == [[8, 9, 10]] * 2
     assert_same_within_rounding(ends / "resumed", whole)
+
+
+def test_two_processes_learn_the_features_of_a_teacher_as_one_does(
+    ends: Path, oxford_root: Path, tmp_path: Path, whole: Path
+) -> None:
+    assert [one["end"] for one in end_of(ends, "taught")] == ["done", "done"]
+    config = tiny(loss={"features": 0.5})
+    Trainer(config, oxford_root, tmp_path, device=CPU, teacher=whole / BEST).fit()
+    assert_same_within_rounding(ends / "taught", tmp_path)
 
 
 def test_a_nan_in_the_part_of_one_process_stops_both_and_names_the_whole_batch(ends: Path) -> None:

@@ -1,0 +1,185 @@
+"""What a step minimises, and a network that learns from the inside of another."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from petseg.checkpoint import load, load_model, save_checkpoint
+from petseg.cli import run
+from petseg.distributed import Ranks
+from petseg.losses import bce_dice
+from petseg.model import AttentionUNet, AttentionUNetConfig
+from petseg.objective import Distillation, Objective
+from petseg.run_state import BEST, LAST
+from petseg.train import Trainer
+from petseg.train_set import target_of
+from petseg_export import OnnxConfig, export
+from petseg_runtime.errors import CheckpointError
+from tiny_runs import CPU, PER_EPOCH, Recorder, Run, assert_same_run, at, same_tensors, tiny
+
+TAUGHT = ("loss.features=0.5", "loss.teacher=0.3")
+
+
+@pytest.fixture(scope="module")
+def taught(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory, whole: Run) -> Run:
+    """A run with a teacher's features that nothing disturbed. To be read only."""
+    folder, observer = tmp_path_factory.mktemp("taught"), Recorder()
+    teacher = whole.folder / BEST
+    trainer = Trainer(tiny(*TAUGHT), oxford_root, folder, device=CPU, teacher=teacher, observer=observer)
+    trainer.fit()
+    return Run(folder, observer, trainer)
+
+
+def distillation(
+    *settings: str, ranks: Ranks | None = None, teacher: AttentionUNetConfig | None = None
+) -> Distillation:
+    torch.manual_seed(0)
+    config = tiny(*settings)
+    network = AttentionUNet(config.model)
+    return Distillation(config, ranks or Ranks(), network, AttentionUNet(teacher or config.model), CPU)
+
+
+def a_batch() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(4, 3, 32, 32), torch.randint(1, 4, (4, 32, 32), dtype=torch.uint8)
+
+
+# the loss
+
+
+def test_without_features_the_loss_is_that_of_the_target() -> None:
+    config, (image, labels) = tiny("data.border_target=0.2", "loss.bce=0.3", "loss.dice=0.6"), a_batch()
+    network = AttentionUNet(config.model)
+    objective = Objective(config, Ranks())
+    assert objective.student(network) is network
+    assert not list(objective.hints.parameters())
+    expected = bce_dice(network(image), target_of(labels, 0.2), 0.3, 0.6)
+    assert torch.equal(objective(network, image, labels), expected)
+
+
+def test_the_loss_is_that_of_truth_and_teacher_and_the_mean_distance_of_three_blocks() -> None:
+    objective, (image, labels) = distillation("loss.features=0.7", "loss.teacher=0.25"), a_batch()
+    network = AttentionUNet(tiny().model).eval()
+    said, inside = objective.teacher.with_features(image)
+    logits, own = network.with_features(image)
+    target = 0.75 * target_of(labels, 0.0) + 0.25 * torch.sigmoid(said)
+    distances = []
+    for hint, name in zip(objective.hints, ("down2", "bottom", "up2"), strict=True):
+        wanted = torch.nn.functional.batch_norm(inside[name], None, None, training=True)
+        distances.append((hint(own[name]) - wanted).square().mean())
+    expected = bce_dice(logits, target) + 0.7 * sum(distances) / 3
+    found = objective(objective.student(network), image, labels)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert found.dtype == torch.float32
+
+
+def test_gradients_reach_network_and_hints_and_never_the_teacher() -> None:
+    objective, (image, labels) = distillation("loss.features=1"), a_batch()
+    network = AttentionUNet(tiny().model)
+    before = {name: tensor.clone() for name, tensor in objective.teacher.state_dict().items()}
+    objective(objective.student(network), image, labels).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.hints.parameters())
+    assert all(p.grad is not None for p in network.parameters())
+    assert all(p.grad is None for p in objective.teacher.parameters())
+    assert same_tensors(before, objective.teacher.state_dict())
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        AttentionUNetConfig(width=6, levels=(1, 2, 3)),
+        AttentionUNetConfig(width=4, levels=(1, 2, 4), stem="strided"),  # its blocks are half as large
+        AttentionUNetConfig(width=2, levels=(1, 2)),  # and these twice as large
+    ],
+    ids=str,
+)
+def test_a_teacher_of_another_shape_teaches(teacher: AttentionUNetConfig) -> None:
+    objective, (image, labels) = distillation("loss.features=1", teacher=teacher), a_batch()
+    network = AttentionUNet(tiny().model)
+    assert objective(objective.student(network), image, labels).isfinite()
+    last = len(teacher.channels)
+    assert [hint.weight.shape[0] for hint in objective.hints] == [
+        teacher.channels[last - 2],
+        teacher.channels[last - 1],
+        teacher.channels[last - 2],
+    ]
+
+
+def test_a_channel_that_is_the_same_everywhere_is_no_number_that_grows() -> None:
+    block = torch.randn(4, 3, 5, 5) * torch.tensor([1.0, 100.0, 0.0])[:, None, None] + 7
+    standard = distillation()._standard(block)
+    torch.testing.assert_close(standard.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(standard.std((0, 2, 3), correction=0), torch.tensor([1.0, 1.0, 0.0]), atol=1e-3, rtol=0)
+
+
+# a run
+
+
+def test_a_network_comes_nearer_to_its_teachers_features(taught: Run, whole: Run) -> None:
+    assert load(taught.folder / BEST).meta["teacher"] == {"file": BEST, "identity": whole.best.sha256}
+    epochs = [sum(taught.observer.losses[i : i + PER_EPOCH]) for i in range(0, 3 * PER_EPOCH, PER_EPOCH)]
+    assert epochs[2] < epochs[1] < epochs[0]
+    hints = {name for name in taught.last.tensors if name.startswith("hints/")}
+    assert hints == {f"hints/{i}.{what}" for i in range(3) for what in ("weight", "bias")}
+    assert taught.best.tensors.keys() == whole.best.tensors.keys(), "hints are not kept"
+    load_model(taught.folder / BEST)
+
+
+def test_a_run_with_hints_that_was_stopped_and_resumed_is_the_same_run(
+    oxford_root: Path, tmp_path: Path, taught: Run, whole: Run
+) -> None:
+    stop, teacher = Recorder(at_step=at(7, lambda: signal.raise_signal(signal.SIGTERM))), whole.folder / BEST
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(tiny(*TAUGHT), oxford_root, tmp_path, device=CPU, teacher=teacher, observer=stop).fit()
+    go_on = Recorder()
+    Trainer(tiny(*TAUGHT), oxford_root, tmp_path, device=CPU, teacher=teacher, resume=True, observer=go_on).fit()
+    assert stop.losses + go_on.losses == taught.observer.losses
+    assert_same_run(tmp_path, taught)
+
+
+def test_a_state_without_its_hints_is_damaged(oxford_root: Path, tmp_path: Path, taught: Run, whole: Run) -> None:
+    kept = {name: tensor for name, tensor in taught.last.tensors.items() if not name.startswith("hints/1")}
+    save_checkpoint(tmp_path / LAST, kept, taught.last.meta)
+    with pytest.raises(CheckpointError, match=r"last\.safetensors: the state in it is damaged or not complete"):
+        Trainer(tiny(*TAUGHT), oxford_root, tmp_path, device=CPU, teacher=whole.folder / BEST, resume=True)
+
+
+def test_the_teacher_sees_the_photos_as_the_network_does(
+    oxford_root: Path, tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, list[Tensor]] = {}
+    with_features = AttentionUNet.with_features
+
+    def spy(network: AttentionUNet, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        seen.setdefault(id(network), []).append(image)
+        return with_features(network, image)
+
+    config = tiny("epochs=1", *TAUGHT)
+    trainer = Trainer(config, oxford_root, tmp_path, device=CPU, teacher=whole.folder / BEST)
+    monkeypatch.setattr(AttentionUNet, "with_features", spy)
+    photo, trimap, _ = next(iter(trainer.loader))
+    assert trimap.ndim == 3, "nothing was asked in advance"
+    trainer._step(photo, trimap, 1e-3)
+    own, theirs = seen[id(trainer.model)], seen[id(trainer.objective.teacher)]  # type: ignore[attr-defined]
+    assert len(own) == len(theirs) == 1
+    assert torch.equal(own[0], theirs[0])
+
+
+def test_features_of_an_exported_file_are_refused(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+    exported = tmp_path / "teacher.onnx"
+    export(whole.folder / BEST, OnnxConfig(output=exported, data=oxford_root, split="test", photos=4))
+    with pytest.raises(CheckpointError, match=r"an exported file is no checkpoint: give the \.safetensors file"):
+        Trainer(tiny(*TAUGHT), oxford_root, tmp_path / "run", device=CPU, teacher=exported)
+
+
+def test_features_without_a_teacher_are_refused(
+    oxford_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["train", "--data", str(oxford_root), "--output", str(tmp_path), "--set", "loss.features=0.25"]
+    assert run(args) == 2
+    assert "loss.features is 0.25, which has no effect without --teacher FILE" in capsys.readouterr().err
