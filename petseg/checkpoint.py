@@ -36,7 +36,7 @@ class Checkpoint:
 
     Attributes:
         tensors: By name. A model's own parameters and buffers carry their module's name; a training state adds
-            ``ema/...`` and ``optimizer/...``.
+            ``ema/...``, ``hints/...`` and ``optimizer/...``.
         meta: The JSON beside them: ``kind`` (``model`` or ``training``), ``model`` (the network's config), and
             whatever the writer adds (training config, metrics, thresholds).
         sha256: Digest of the file.

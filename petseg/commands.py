@@ -105,7 +105,7 @@ class Asked:
 @click.option("--seed", type=int, help="Of weights, order and augmentation.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--init", type=PATH, help="Start from this checkpoint's weights, as far as they fit.")
-@click.option("--teacher", type=PATH, help="Learn from this model's probabilities too (loss.teacher: how much).")
+@click.option("--teacher", type=PATH, help="Learn from this model, too (loss.teacher, loss.features: how much).")
 @click.option("--resume", is_flag=True, help="Go on with the run in --output.")
 @click.option("--tensorboard", is_flag=True, help="Curves and pictures for TensorBoard in --output/tensorboard.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result, or the recipes, as JSON on stdout.")

@@ -119,7 +119,9 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """``bce * BCE + dice * L_Dice``; see :mod:`petseg.losses`. 0.5 and 0.5 are the published weights.
+    """``bce * BCE + dice * L_Dice + features * distance``; 0.5, 0.5 and 0 are the published weights.
+
+    The first two are in :mod:`petseg.losses`, the last in :mod:`petseg.objective`; the log has their sum.
 
     Attributes:
         bce: Weight of the cross-entropy.

@@ -57,8 +57,8 @@ class Distillation(Objective):
     al. 2022, "Knowledge distillation: A good teacher is patient and consistent", arXiv:2106.05237). Its features are
     hints (Romero et al. 2015, "FitNets", arXiv:1412.6550, eq. 3): 1x1 convolutions lead from the network's to them, and
     are thrown away after training. They are those of the three coarsest blocks (the last before the bottom, the bottom,
-    the first after it), which know what a thing is, not where it ends; made as small as the network's, and of mean 0
-    and deviation 1 over the batch of all processes in every channel, so that no channel counts more than another.
+    the first after it), which know what a thing is, not where it ends; brought to the size of the network's, and of
+    mean 0 and deviation 1 over the batch of all processes in every channel, so that none counts more than another.
     """
 
     def __init__(
@@ -76,9 +76,8 @@ class Distillation(Objective):
         super().__init__(config, ranks)
         self.teacher = teacher.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
         image = torch.zeros(1, 3, config.data.height, config.data.width, device=device)
-        with torch.no_grad():
-            widths = [[block.shape[1] for block in _coarsest(each.eval(), image)[1]] for each in (network, teacher)]
-        hints = nn.ModuleList(nn.Conv2d(inputs, outputs, 1) for inputs, outputs in zip(*widths, strict=True))
+        widths = zip(_widths(network, image), _widths(teacher, image), strict=True)
+        hints = nn.ModuleList(nn.Conv2d(inputs, outputs, 1) for inputs, outputs in widths)
         self.hints = hints.to(device).to(memory_format=torch.channels_last)
 
     def student(self, network: AttentionUNet) -> nn.Module:
@@ -125,3 +124,12 @@ def _coarsest(network: AttentionUNet, image: Tensor) -> tuple[Tensor, list[Tenso
     logits, blocks = network.with_features(image)
     last = len(network.config.channels) - 1
     return logits, [blocks[name] for name in (f"down{last}", "bottom", f"up{last}")]
+
+
+def _widths(network: AttentionUNet, image: Tensor) -> list[int]:
+    """The channels of those blocks; the network is left as it was."""
+    training = network.training
+    with torch.no_grad():
+        _, blocks = _coarsest(network.eval(), image)
+    network.train(training)
+    return [block.shape[1] for block in blocks]

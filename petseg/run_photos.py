@@ -46,7 +46,7 @@ class RunPhotos:
     """Both parts of a run's photos.
 
     Attributes:
-        train: Those to train on, decoded, with what a teacher says of them.
+        train: Those to train on, decoded, with what a teacher says of them, if it is asked in advance.
         val: Those to validate on, whether or not they can be used.
         bad: Names of photos, of both parts, that were left out because they cannot be used.
         warnings: What makes the run's figures less than they seem; the observer was told each.
@@ -70,8 +70,8 @@ class RunPhotos:
             config: The run.
             root: The data folder.
             output: Where a file of the decoded photos goes, if they are too many for the memory.
-            device: On which the teacher is asked.
-            teacher: A checkpoint or exported file.
+            device: On which the teacher is asked in advance.
+            teacher: A checkpoint or exported file; with ``loss.features`` a checkpoint, which is not asked here.
             observer: Told what is read and left out.
             ranks: Which of several processes this is; each reads all photos.
 
@@ -150,8 +150,7 @@ class RunPhotos:
         folder, here = self._place_for(len(train), output, once is not None), self._ranks.here
         self._look_at(val)  # now, not after the first epoch
         if teacher and not once:
-            loaded = checkpoint.load(teacher)
-            self._note_teacher({"file": teacher.name, "identity": loaded.sha256}, loaded.meta, val)
+            self._note_teacher(*_said_of(teacher), val)
         remedy = "train without --teacher, or with a smaller one"
         with enough_memory(remedy), open_teacher(once, d.height, d.width, device) as taught:
             if taught:
@@ -211,6 +210,12 @@ class RunPhotos:
 
     def _names_sha256(self) -> str:
         return names_sha256(self.train.names, self.val)
+
+
+def _said_of(teacher: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Which checkpoint it is, and what it says of its own training; its tensors are let go."""
+    loaded = checkpoint.load(teacher)
+    return {"file": teacher.name, "identity": loaded.sha256}, loaded.meta
 
 
 def loader(

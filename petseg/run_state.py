@@ -1,7 +1,8 @@
 """Where a run stands, and ``last.safetensors``, the file from which ``--resume`` goes on as if nothing had been.
 
 Everything random is a function of (seed, epoch, photo), and the learning rate one of the step, so the state of a run is
-its weights, its moving average, its optimizer and one number: the step.
+its weights (those of the hints that a teacher gives among them), its moving average, its optimizer and one number: the
+step.
 """
 
 from __future__ import annotations

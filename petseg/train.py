@@ -1,9 +1,9 @@
 """The training loop: mixed precision, a moving average, validation, and an orderly end.
 
 The rooms around it: the photos (:mod:`petseg.run_photos`), where a run stands and goes on from
-(:mod:`petseg.run_state`), the first weights (:mod:`petseg.warm_start`), the learning rate (:mod:`petseg.schedule`), the
-log (:mod:`petseg.log`), and who is told (:mod:`petseg.observers`). A run that was killed and resumed takes the same
-steps as one that was not.
+(:mod:`petseg.run_state`), the first weights (:mod:`petseg.warm_start`), what a step minimises
+(:mod:`petseg.objective`), the learning rate (:mod:`petseg.schedule`), the log (:mod:`petseg.log`), and who is told
+(:mod:`petseg.observers`). A run that was killed and resumed takes the same steps as one that was not.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from petseg.train_set import EpochSampler
 from petseg.warm_start import first_weights
 from petseg_runtime import __version__
 from petseg_runtime.cli.signals import handled
-from petseg_runtime.errors import NonFiniteLoss
+from petseg_runtime.errors import CheckpointError, NonFiniteLoss
 
 __all__ = ["Step", "Trainer"]
 
@@ -121,8 +121,8 @@ class Trainer:
             device: CUDA or CPU.
             init: A checkpoint to start from, instead of random weights. One of another shape gives the tensors that
                 fit, if those are half or more.
-            teacher: A checkpoint or exported file whose probabilities are part of the target; see
-                :class:`petseg.config.LossConfig`.
+            teacher: A checkpoint or exported file whose probabilities are part of the target; with ``loss.features`` a
+                checkpoint, whose features are taught, too. See :class:`petseg.config.LossConfig`.
             resume: Go on from ``output/last.safetensors``.
             observer: Told what happens.
             provenance: Kept in the checkpoints as it is (the command, for example).
@@ -135,7 +135,9 @@ class Trainer:
                 process trains there; ``init`` was trained on photos that this run validates on; or another process has
                 other photos.
             OutputError: ``output`` has no room for photos that are too many for the memory.
-            CheckpointError: ``init`` or the state to resume is damaged, or of another network.
+            CheckpointError: ``init`` or the state to resume is damaged, or of another network; or the teacher is no
+                checkpoint where its features are taught.
+            ModelError: The teacher cannot be read.
         """
         self.config, self.output, self.device = config, output, device
         self.observer = observer or Observer()
@@ -147,6 +149,7 @@ class Trainer:
         # Until the end of `fit`, or of a trainer that does not come to it.
         self._let_others_in = weakref.finalize(self, keep_others_out(output) if self.ranks.first else lambda: None)
         self.dtype = pick_precision(config.amp, device)
+        inside = self.teacher_network(teacher) if teacher and config.loss.features else None
         self.photos = RunPhotos(
             config, root, output, device=device, teacher=teacher, observer=self.observer, ranks=self.ranks
         )
@@ -162,7 +165,9 @@ class Trainer:
             self.model = network.to(device).to(memory_format=torch.channels_last)
             self.ema = MovingAverage(self.model, config.ema)
             synchronized(self.model, self.ranks, device)
-            self.objective = self._objective(teacher)
+        with enough_memory("train without --teacher, or with a smaller one"):
+            self.objective = self._objective(inside)
+        with enough_memory("use a network of a smaller --width"):
             self.optimizer = _optimizer(self._parameters(), config)
         self.scaler = self._scaler()
         self.state, self.last = RunState(), StateFile(output)
@@ -177,18 +182,26 @@ class Trainer:
         return first_weights(self.config.model, init, self.photos, self.observer.started)
 
     def teacher_network(self, path: Path) -> AttentionUNet:
-        """The network whose features are taught; what has a teacher of another kind overrides this."""
-        return checkpoint.load_model(path)[0]
+        """The network whose features are taught; what has a teacher of another kind overrides this.
 
-    def _objective(self, teacher: Path | None) -> Objective:
+        Raises:
+            CheckpointError: It is no checkpoint, damaged, or the state of a run.
+        """
+        network, loaded = checkpoint.load_model(path)
+        if loaded.spec() is None:
+            raise CheckpointError(f"{path}: the state of a run, not a model; give best.safetensors beside it")
+        return network
+
+    def _objective(self, teacher: AttentionUNet | None) -> Objective:
         """What the steps minimise."""
-        if teacher is None or not self.config.loss.features:
+        if teacher is None:
             return Objective(self.config, self.ranks)
-        return Distillation(self.config, self.ranks, self.model, self.teacher_network(teacher), self.device)
+        return Distillation(self.config, self.ranks, self.model, teacher, self.device)
 
     def _parameters(self) -> list[nn.Parameter]:
         """All that is trained."""
-        return [*self.model.parameters(), *self.objective.hints.parameters()]
+        modules = (self.model, self.objective.hints)
+        return [weight for module in modules for weight in module.parameters() if weight.requires_grad]
 
     def fit(self) -> Path:
         """Train to the last epoch.

@@ -62,8 +62,12 @@ def _conv(inputs: int, outputs: int, size: int) -> tuple[nn.Module, nn.Module]:
 class Pretrained(AttentionUNet):
     """The teacher where the trainer expects petseg's network: normalised images in, logits out, features by name.
 
-    There are five levels, so that those which are taught bear the names of the edge network's (``petseg.objective``).
+    There are five levels, so that those which are taught bear the names of the edge network's (``petseg.objective``). A
+    checkpoint of it says that it is of the config's attention U-Net; only this class reads it.
     """
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, config: AttentionUNetConfig | None = None, weights: Path | None = None) -> None:
         """The network; of random weights, unless ``weights`` has the encoder's."""
@@ -129,10 +133,10 @@ class _Answers(nn.Module):
 class InOpenVINO(AttentionUNet):
     """A :class:`Pretrained` in evaluation, in bf16 where the CPU has it."""
 
-    def __init__(self, network: Pretrained, batch: int) -> None:
+    def __init__(self, network: Pretrained) -> None:
         nn.Module.__init__(self)
         self.config = network.config
-        image = torch.zeros(batch, 3, SIZE, SIZE)
+        image = torch.zeros(2, 3, SIZE, SIZE)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "teacher.onnx"
             shapes = {"image": {0: "photos"}}
@@ -164,7 +168,9 @@ class StudentTrainer(Trainer):
     def teacher_network(self, path: Path) -> AttentionUNet:
         network = Pretrained(self.config.model)
         network.load_state_dict(checkpoint.load(path).tensors)
-        return InOpenVINO(network, self.config.batch)
+        if (self.config.data.height, self.config.data.width) != (SIZE, SIZE):
+            raise SystemExit(f"the teacher is of {SIZE} x {SIZE}: give the student's photos that size")
+        return InOpenVINO(network)
 
 
 FILE: Final = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -179,11 +185,11 @@ def main() -> None:
 @click.option("--data", type=click.Path(path_type=Path), required=True)
 @click.option("--output", type=click.Path(path_type=Path), required=True)
 @click.option("--weights", type=FILE, required=True, help="Of EfficientNet-Lite2.")
-@click.option("--resume", is_flag=True)
-def teacher(weights: Path, **options: Any) -> None:
-    """Train the decoder and the coarsest stage (teacher.toml)."""
+def teacher(data: Path, output: Path, weights: Path) -> None:
+    """Train the decoder and the coarsest stage (teacher.toml); not to be resumed, for chance leaves out blocks."""
     TeacherTrainer.weights = weights
-    _train(TeacherTrainer, "teacher", f" --weights {weights.name}", **options)
+    command = f"teacher --data {data} --output {output} --weights {weights.name}"
+    _train(TeacherTrainer, HERE / "teacher.toml", command, data, output)
 
 
 @main.command()
@@ -191,21 +197,19 @@ def teacher(weights: Path, **options: Any) -> None:
 @click.option("--output", type=click.Path(path_type=Path), required=True)
 @click.option("--teacher", type=FILE, required=True)
 @click.option("--init", type=FILE, required=True, help="The edge network's weights so far.")
-@click.option("--config", type=FILE, default=HERE / "edge7.toml", show_default=True)
+@click.option("--config", type=FILE, default=HERE / "edge7.toml", help="By default edge7.toml, beside this file.")
 @click.option("--resume", is_flag=True)
-def student(teacher: Path, init: Path, config: Path, resume: bool, **options: Any) -> None:
-    """Train the edge network with it (edge7.toml)."""
-    files = {"teacher": teacher, "init": None if resume else init}
-    words = f" --teacher {teacher} --init {init}"
-    _train(StudentTrainer, config.stem, words, resume=resume, **files, **options)
+def student(data: Path, output: Path, teacher: Path, init: Path, config: Path, resume: bool) -> None:
+    """Train the edge network with it."""
+    command = f"student --data {data} --output {output} --teacher {teacher} --init {init} --config {config.name}"
+    start = None if resume else init
+    _train(StudentTrainer, config, command, data, output, teacher=teacher, init=start, resume=resume)
 
 
-def _train(kind: type[Trainer], name: str, words: str, data: Path, output: Path, **options: Any) -> None:
-    config = from_dict(TrainConfig, load_toml(HERE / f"{name}.toml"))
-    what = "teacher" if kind is TeacherTrainer else "student"
-    command = f"python -m benchmarks.embedded.pretrained {what} --data {data} --output {output}{words}"
-    origin = {"command": command, "commit": commit()}
-    kind(config, data, output, device=torch.device("cpu"), observer=Said(), provenance=origin, **options).fit()
+def _train(kind: type[Trainer], config: Path, command: str, data: Path, output: Path, **options: Any) -> None:
+    settings = from_dict(TrainConfig, load_toml(config))
+    origin = {"command": f"python -m benchmarks.embedded.pretrained {command}", "commit": commit()}
+    kind(settings, data, output, device=torch.device("cpu"), observer=Said(), provenance=origin, **options).fit()
 
 
 if __name__ == "__main__":

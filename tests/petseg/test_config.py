@@ -37,7 +37,7 @@ UNUSUAL = TrainConfig(
     compile=True,
     data=DataConfig(height=192, width=256, val_fraction=0.2, split_seed=3, border_target=0.5, workers=2, on_bad="skip"),
     augment=AugmentConfig(flip=0.1, rotate=30, translate=0.1, scale_min=0.5, scale_max=2.0, hue=0.1),
-    loss=LossConfig(bce=1.0, dice=0.0, dice_form="semimetric", epsilon=0.5, teacher=0.9),
+    loss=LossConfig(bce=1.0, dice=0.0, dice_form="semimetric", epsilon=0.5, teacher=0.9, features=0.2),
     optimizer=OptimizerConfig(lr=0.1, weight_decay=0.0, clip=5.0),
     schedule=ScheduleConfig(name="one-cycle", restart_epochs=3, restart_factor=1, warmup=0.1),
 )
@@ -67,6 +67,7 @@ def test_to_toml_and_back(config: TrainConfig, taught: bool, tmp_path: Path) -> 
         dice_form=config.loss.dice_form if config.loss.dice else "soft",
         epsilon=config.loss.epsilon if config.loss.dice else 1.0,
         teacher=config.loss.teacher if taught else 0.5,
+        features=config.loss.features if taught else 0.0,
     )
     assert back == dataclasses.replace(config, schedule=used, loss=loss)
     refuse_idle(back, TrainConfig(), taught)
@@ -177,6 +178,7 @@ NAN = float("nan")
         *(("loss.dice", v) for v in (-0.1, NAN)),
         *(("loss.epsilon", v) for v in (0.0, -1.0)),
         *(("loss.teacher", v) for v in (-0.1, 1.1, NAN)),
+        *(("loss.features", v) for v in (-0.1, NAN)),
         *(("optimizer.lr", v) for v in (0.0, -1e-3, NAN)),
         *(("optimizer.weight_decay", v) for v in (-0.1, NAN)),
         *(("optimizer.clip", v) for v in (0.0, -1.0, NAN)),
@@ -244,6 +246,7 @@ def test_a_setting_is_named_once(raw: dict[str, Any], said: str) -> None:
             False,
             "loss.teacher is 0.3, which has no effect without --teacher FILE: add that",
         ),
+        ({"loss": {"features": 0.3}}, False, "loss.features is 0.3, .*without --teacher FILE"),
     ],
 )
 def test_a_setting_that_nothing_uses_is_refused_with_what_would(raw: dict[str, Any], taught: bool, said: str) -> None:
