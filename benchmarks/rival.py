@@ -91,7 +91,9 @@ class Said(Observer):
 @click.option("--resume", is_flag=True)
 def rival(data: Path, output: Path, teacher: Path | None, epochs: int, resume: bool) -> None:
     """Train LR-ASPP as the edge network was, and measure it on the same test photos."""
-    config = replace(from_dict(TrainConfig, recipes.load("edge")), epochs=epochs)
+    recipe = from_dict(TrainConfig, recipes.load("edge"))
+    # It has no blocks like the teacher's, whose features could be taught: it learns from the probabilities alone.
+    config = replace(recipe, epochs=epochs, loss=replace(recipe.loss, features=0.0))
     trainer = RivalTrainer(
         config,
         photos.training_set(data),

@@ -187,6 +187,11 @@ class Trainer:
         Raises:
             CheckpointError: It is no checkpoint, damaged, or the state of a run.
         """
+        if path.suffix in checkpoint.EXPORTED:
+            raise CheckpointError(
+                f"{path}: an exported file, whose features cannot be seen: give the checkpoint that it was made "
+                "from, or --set loss.features=0 to learn from its probabilities alone"
+            )
         network, loaded = checkpoint.load_model(path)
         if loaded.spec() is None:
             raise CheckpointError(f"{path}: the state of a run, not a model; give best.safetensors beside it")

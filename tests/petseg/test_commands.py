@@ -309,7 +309,7 @@ def test_the_settings_that_are_printed_make_the_same_run(
     if teacher:
         assert got == want
     else:  # what the recipe says of a teacher is a comment
-        assert got == dataclasses.replace(want, loss=dataclasses.replace(want.loss, teacher=0.5))
+        assert got == dataclasses.replace(want, loss=dataclasses.replace(want.loss, features=0.0))
     assert list(tmp_path.iterdir()) == [tmp_path / "run.toml"]
 
 
@@ -337,7 +337,7 @@ def test_what_a_recipe_sets_for_others_may_be_without_effect_but_not_what_people
     asked: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (config, *_), _ = asked("--recipe", "edge", "--set", "schedule.name=cosine")
-    assert (config.schedule.warmup, config.loss.teacher) == (0.1, 0.3)
+    assert (config.schedule.warmup, config.loss.features) == (0.1, 0.25)
     for setting in ("schedule.warmup=0.2", "loss.teacher=0.4"):
         options = ["--recipe", "edge", "--set", "schedule.name=cosine", "--set", setting]
         assert run(["train", "--data", "d", "--output", "o", *options]) == 2
