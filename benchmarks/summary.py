@@ -76,9 +76,10 @@ def in_quality() -> list[str]:
         for what, found in own.items()
     )
     lines = [
-        f"- **Published network, 16 times its size** ({published:.4f} on all 3669, of a size not given): {each}.",
+        f"- **Published network, 16 times its size** ({published:.4f} on all 3669, of a size not given; trained from "
+        f"scratch, where petseg's last teacher knew ImageNet): {each}.",
         "- **LR-ASPP MobileNetV3** trained by us from random weights on the same photos, with an embedded model as its "
-        f"teacher ({against['epochs']} epochs; the embedded model had more): "
+        f"teacher ({against['epochs']} epochs; the embedded model had more, and a better teacher): "
         f"{' and '.join(f'{value:+.1f}' for value in lead.values())} points on the two sets; see below.",
     ]
     if record["isnet"]:
