@@ -129,8 +129,10 @@ def test_a_teachers_block_is_brought_to_the_size_of_the_networks() -> None:
         return objective(objective.student(network), image, labels)
 
     coarse = torch.randn(4, 16, 4, 4)
-    fine = coarse.repeat_interleave(4, 2).repeat_interleave(4, 3)
     eight = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    noise = torch.randn(4, 16, 8, 8).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    checks = noise * torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(8, 8)  # which a mean over two by two does not see
+    fine = coarse.repeat_interleave(4, 2).repeat_interleave(4, 3) + checks
     torch.testing.assert_close(loss_at(fine), loss_at(eight))
     torch.testing.assert_close(loss_at(coarse), loss_at(eight))
     assert not torch.allclose(loss_at(eight.flip(3)), loss_at(eight))
@@ -166,6 +168,8 @@ def test_a_run_keeps_its_hints_in_its_state_alone_and_names_the_teacher(taught: 
     assert load(taught.folder / BEST).meta["teacher"] == {"file": BEST, "identity": whole.best.sha256}
     hints = {name for name in taught.last.tensors if name.startswith("hints/")}
     assert hints == {f"hints/{i}.{what}" for i in range(3) for what in ("weight", "bias")}
+    moments = [name for name in taught.last.tensors if name.endswith("/exp_avg_sq")]
+    assert len(moments) == len(list(taught.trainer.model.parameters())) + len(hints), "they are trained"
     assert taught.best.tensors.keys() == whole.best.tensors.keys()
     load_model(taught.folder / BEST)
 
@@ -180,6 +184,24 @@ def test_a_run_with_hints_that_was_stopped_and_resumed_is_the_same_run(
     Trainer(tiny(*TAUGHT), oxford_root, tmp_path, device=CPU, teacher=teacher, resume=True, observer=go_on).fit()
     assert stop.losses + go_on.losses == taught.observer.losses
     assert_same_run(tmp_path, taught)
+
+
+class Frozen(Trainer):
+    """Trains all but its first block."""
+
+    def first_network(self, init: Path | None) -> AttentionUNet:
+        network = super().first_network(init)
+        network.get_submodule("down1").requires_grad_(False)
+        return network
+
+
+def test_a_run_of_which_a_part_is_frozen_goes_on(oxford_root: Path, tmp_path: Path) -> None:
+    Frozen(tiny(), oxford_root, tmp_path / "whole", device=CPU).fit()
+    stop = Recorder(at_step=at(7, lambda: signal.raise_signal(signal.SIGTERM)))
+    with pytest.raises(KeyboardInterrupt):
+        Frozen(tiny(), oxford_root, tmp_path / "run", device=CPU, observer=stop).fit()
+    Frozen(tiny(), oxford_root, tmp_path / "run", device=CPU, resume=True).fit()
+    assert same_tensors(load(tmp_path / "run" / LAST).tensors, load(tmp_path / "whole" / LAST).tensors)
 
 
 def test_a_state_without_its_hints_is_damaged(oxford_root: Path, tmp_path: Path, taught: Run, whole: Run) -> None:
