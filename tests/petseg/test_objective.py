@@ -35,13 +35,11 @@ def taught(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory, whole: R
     return Run(folder, observer, trainer)
 
 
-def distillation(
-    *settings: str, ranks: Ranks | None = None, teacher: AttentionUNetConfig | None = None
-) -> Distillation:
+def distillation(*settings: str, teacher: AttentionUNetConfig | None = None) -> Distillation:
     torch.manual_seed(0)
     config = tiny(*settings)
     network = AttentionUNet(config.model)
-    return Distillation(config, ranks or Ranks(), network, AttentionUNet(teacher or config.model), CPU)
+    return Distillation(config, Ranks(), network, AttentionUNet(teacher or config.model), CPU)
 
 
 def a_batch() -> tuple[Tensor, Tensor]:
