@@ -14,6 +14,7 @@ from benchmarks.gpu_check import gpu_check
 from benchmarks.large import large
 from benchmarks.latency import latency
 from benchmarks.peers.pipeline import peers
+from benchmarks.pet_free import pet_free
 from benchmarks.receipts import receipts
 from benchmarks.records import checkout
 from benchmarks.reduced import reduced
@@ -43,6 +44,7 @@ main.add_command(gpu_check)
 main.add_command(large)
 main.add_command(latency)
 main.add_command(peers)
+main.add_command(pet_free)
 main.add_command(receipts)
 main.add_command(reduced)
 main.add_command(report)

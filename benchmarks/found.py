@@ -16,9 +16,9 @@ where a trimap leaves out a second pet. Whole photos are in FOLDER/KIND/SOURCE/N
     animals     animals other than cats and dogs: the hard case, and not what decides the constants
     pictures    drawings, paintings, textures, pictures from microscopes and telescopes; only reported
 
-and SOURCE is the package they come from, of Debian or of Python (gcompris-qt-data: the pictures in its Qt resource
-files of at least 200 pixels a side and 5800 bytes, numbered as they come). None of them is in this repository; the
-record lists their names. They are cut in halves by a hash of SOURCE/NAME.
+and SOURCE is the package they come from, of Debian or of Python. None of them is in this repository; the record lists
+their names, and ``python -m benchmarks pet-free`` takes them out of the packages. They are cut in halves by a hash of
+SOURCE/NAME.
 """
 
 from __future__ import annotations

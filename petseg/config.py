@@ -93,6 +93,10 @@ class AugmentConfig:
         hue: Shift drawn from +- this, in turns of the colour circle (at most 0.5).
         paste: Probability that the pet of another photo, changed on its own, is laid over this one (Ghiasi et al. 2021,
             "Simple Copy-Paste", arXiv:2012.07177).
+        mix: Probability that another photo, changed on its own, shines through this one, with a weight drawn from 0 to
+            one half (Zhang et al. 2018, "mixup", arXiv:1710.09412). What is to be seen there is taught by a teacher of
+            features alone, who sees the same picture (:class:`petseg.objective.Distillation`); without one nothing is
+            mixed.
     """
 
     flip: float = 0.5
@@ -105,6 +109,7 @@ class AugmentConfig:
     saturation: float = 0.2
     hue: float = 0.0
     paste: float = 0.0
+    mix: float = 0.0
 
     def __post_init__(self) -> None:
         _require(0 <= self.flip <= 1, "augment.flip", self.flip, "between 0 and 1")
@@ -115,6 +120,7 @@ class AugmentConfig:
             _require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "between 0 and 1")
         _require(0 <= self.hue <= 0.5, "augment.hue", self.hue, "between 0 and 0.5")
         _require(0 <= self.paste <= 1, "augment.paste", self.paste, "between 0 and 1")
+        _require(0 <= self.mix <= 1, "augment.mix", self.mix, "between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,6 +358,7 @@ def _idle(config: TrainConfig, taught: bool) -> dict[str, str]:
         ("loss.epsilon", config.loss.dice > 0, "loss.dice above 0"),
         ("loss.teacher", taught, "--teacher FILE"),
         ("loss.features", taught, "--teacher FILE"),
+        ("augment.mix", taught and config.loss.features > 0, "--teacher FILE and loss.features above 0"),
     )
     return {name: user for name, used, user in settings if not used}
 

@@ -13,7 +13,7 @@ from petseg.config import TrainConfig
 from petseg.distributed import Ranks
 from petseg.losses import DICE_LOSSES, bce_dice
 from petseg.model import AttentionUNet
-from petseg.train_set import target_of
+from petseg.train_set import UNKNOWN, target_of
 
 __all__ = ["Distillation", "Objective"]
 
@@ -54,7 +54,8 @@ class Distillation(Objective):
     """The loss against the truth and a teacher's probabilities, and the distance to the teacher's features.
 
     The teacher is asked at every step, about the very picture that the network is given: a consistent teacher (Beyer et
-    al. 2022, "Knowledge distillation: A good teacher is patient and consistent", arXiv:2106.05237). Its features are
+    al. 2022, "Knowledge distillation: A good teacher is patient and consistent", arXiv:2106.05237). Of what the labels
+    do not know, two photos mixed into one (``augment.mix``), its probabilities are all of the target. Its features are
     hints (Romero et al. 2015, "FitNets", arXiv:1412.6550, eq. 3): 1x1 convolutions lead from the network's to them, and
     are thrown away after training. They are those of the three coarsest blocks (the last before the bottom, the bottom,
     the first after it), which know what a thing is, not where it ends; brought to the size of the network's, and of
@@ -89,8 +90,9 @@ class Distillation(Objective):
         with torch.no_grad():
             said, blocks = _coarsest(self.teacher, image)
         logits, hinted = forward(image)
-        truth = target_of(labels, self.border_target)
-        loss = self._against(truth.lerp(torch.sigmoid(said.float()), self.loss.teacher), logits)
+        share = torch.where(labels == UNKNOWN, 1.0, self.loss.teacher).unsqueeze(1)
+        target = target_of(labels, self.border_target).lerp(torch.sigmoid(said.float()), share)
+        loss = self._against(target, logits)
         apart = [
             F.mse_loss(own.float(), self._standard(F.adaptive_avg_pool2d(block.float(), own.shape[-2:])))
             for own, block in zip(hinted, blocks, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import shutil
 import signal
@@ -147,6 +148,8 @@ class RunPhotos:
             for split in (Split.TRAIN, Split.VAL)
         )
         once = None if config.loss.features else teacher  # else it is asked at every step
+        # Only who sees the mixed picture can say what is in it.
+        augment = config.augment if teacher and not once else dataclasses.replace(config.augment, mix=0)
         folder, here = self._place_for(len(train), output, once is not None), self._ranks.here
         self._look_at(val)  # now, not after the first epoch
         if teacher and not once:
@@ -155,7 +158,7 @@ class RunPhotos:
         with enough_memory(remedy), open_teacher(once, d.height, d.width, device) as taught:
             if taught:
                 self._note_teacher(taught.about, taught.provenance, val)
-            photos = TrainSet(train, d.height, d.width, config.augment, config.seed, taught, self.failed, folder, here)
+            photos = TrainSet(train, d.height, d.width, augment, config.seed, taught, self.failed, folder, here)
             return photos, val
 
     def _look_at(self, val: Sequence[Pair]) -> None:

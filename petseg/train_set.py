@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +23,12 @@ from petseg.metrics import BACKGROUND, BORDER, PET
 from petseg_runtime import images
 from petseg_runtime.errors import DataError, OutputError, UsageError
 
-__all__ = ["EpochSampler", "TrainSet", "colours", "decoded_size", "moves", "target_of"]
+__all__ = ["UNKNOWN", "EpochSampler", "TrainSet", "colours", "decoded_size", "moves", "target_of"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
+
+#: In the trimap of two photos that are mixed: no class, but what only a teacher can say. No trimap of a file has it.
+UNKNOWN: Final = 0
 
 
 def moves(config: AugmentConfig) -> v2.Transform:
@@ -80,7 +83,7 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
             pairs: Photos with their truth.
             height: Training height.
             width: Training width.
-            augment: The random changes.
+            augment: The random changes. What is mixed needs a teacher who sees it, not this ``teacher``.
             seed: Seed of the random changes.
             teacher: What another model says of a photo, uint8 [h, w, 3] to a probability uint8 [height, width]. It is
                 asked once for each photo; what it says is moved with the photo, as a grey picture would be.
@@ -89,10 +92,13 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
             processes: How many of this machine do this at the same time, this one among them.
 
         Raises:
+            ValueError: ``augment.mix`` with ``teacher``.
             DataError: A file cannot be read or a mask is not of its photo's size, and ``failed`` was not given; or no
                 photo with a pet is left.
             OutputError: ``folder`` has no room for them.
         """
+        if teacher is not None and augment.mix:
+            raise ValueError("augment.mix: a teacher that is asked once for each photo cannot say what is in two")
         self.names: list[str] = []
         self.skipped_empty: list[str] = []
         planes = (len(pairs), 2, height, width) if teacher else (len(pairs), height, width)
@@ -111,7 +117,7 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
         if not self.names:
             raise DataError("no photo with a pet in its mask: nothing to train on")
         self._move, self._colour = moves(augment), colours(augment)
-        self._paste = augment.paste
+        self._paste, self._mixed = augment.paste, augment.mix
         self._seed = seed
 
     def __len__(self) -> int:
@@ -120,7 +126,8 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
     def __getitem__(self, draw: int) -> tuple[Tensor, Tensor, int]:
         """Photo uint8 [H, W, 3], trimap uint8 [H, W], and the index of its name.
 
-        With a teacher, trimap and probability as one uint8 [2, H, W] in place of the trimap.
+        With a teacher, trimap and probability as one uint8 [2, H, W] in place of the trimap. Of two mixed photos it is
+        ``UNKNOWN`` everywhere.
         """
         epoch, index = divmod(draw, len(self))
         with torch.random.fork_rng(devices=[]):
@@ -131,6 +138,11 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
                 # The border goes with the pet: its fur is there, and a cut along its inside would show where.
                 pet = (its_mask if its_mask.ndim == 2 else its_mask[0]) != BACKGROUND
                 image, mask = torch.where(pet, other, image), torch.where(pet, its_mask, mask)
+            if self._mixed and torch.rand(()) < self._mixed:
+                other, _ = self._changed(int(torch.randint(len(self), ())))
+                weight = torch.rand(()) / 2
+                image = image.float().lerp(other.float(), weight).round().to(torch.uint8)
+                mask = torch.full_like(mask, UNKNOWN)
         return image.permute(1, 2, 0), mask, index
 
     def _changed(self, index: int) -> tuple[Tensor, Tensor]:
@@ -216,7 +228,7 @@ def target_of(labels: Tensor, border_target: float, teacher_share: float = 0.0) 
 
     Args:
         labels: What :class:`TrainSet` gives: trimaps, uint8 [N, H, W]; or trimaps and the teacher's probabilities,
-            uint8 [N, 2, H, W].
+            uint8 [N, 2, H, W]. What is ``UNKNOWN`` becomes 0: it is for the caller to put something better there.
         border_target: What the trimap's border is taught as.
         teacher_share: How much of the target is the teacher's probability, where there is one.
 

@@ -17,7 +17,7 @@ from petseg.model import AttentionUNet, AttentionUNetConfig, normalize
 from petseg.objective import Distillation, Objective
 from petseg.run_state import BEST, LAST
 from petseg.train import Trainer
-from petseg.train_set import target_of
+from petseg.train_set import UNKNOWN, target_of
 from petseg_export import OnnxConfig, export
 from petseg_runtime.errors import CheckpointError
 from tiny_runs import CPU, Recorder, Run, assert_same_run, at, same_tensors, tiny
@@ -74,6 +74,17 @@ def test_the_loss_is_that_of_truth_and_teacher_and_the_mean_distance_of_three_bl
     found = objective(objective.student(network), image, labels)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert found.dtype == torch.float32
+
+
+def test_of_a_mixed_photo_only_the_teacher_knows_anything() -> None:
+    objective, (image, labels) = distillation("loss.teacher=0.25", "data.border_target=0.2"), a_batch()
+    labels[1:3] = UNKNOWN
+    network = AttentionUNet(tiny().model).eval()
+    said = torch.sigmoid(objective.teacher(image))
+    target = 0.75 * target_of(labels, 0.2) + 0.25 * said
+    target[1:3] = said[1:3]
+    found = objective(objective.student(network), image, labels)  # loss.features is 0: no distance
+    torch.testing.assert_close(found, bce_dice(network(image), target), rtol=1e-4, atol=1e-5)
 
 
 def test_what_the_features_teach_reaches_the_network_through_the_hints_and_never_the_teacher() -> None:
@@ -230,6 +241,30 @@ def test_the_teacher_sees_the_photos_as_the_network_does(
     assert torch.equal(own[0], theirs[0])
 
 
+def test_a_run_mixes_photos_and_is_the_same_run_if_it_was_stopped(
+    oxford_root: Path, tmp_path: Path, taught: Run, whole: Run
+) -> None:
+    config, teacher = tiny(*TAUGHT, "augment.mix=0.5"), whole.folder / BEST
+    mixed, stop = Recorder(), Recorder(at_step=at(7, lambda: signal.raise_signal(signal.SIGTERM)))
+    trainer = Trainer(config, oxford_root, tmp_path / "whole", device=CPU, teacher=teacher, observer=mixed)
+    assert any((trimap == UNKNOWN).all() for _, batch, _ in trainer.loader for trimap in batch)
+    trainer.fit()
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(config, oxford_root, tmp_path / "run", device=CPU, teacher=teacher, observer=stop).fit()
+    go_on = Recorder()
+    Trainer(config, oxford_root, tmp_path / "run", device=CPU, teacher=teacher, resume=True, observer=go_on).fit()
+    assert stop.losses + go_on.losses == mixed.losses != taught.observer.losses
+
+
+@pytest.mark.parametrize("taught_once", [True, False], ids=["a teacher asked once", "no teacher"])
+def test_nothing_is_mixed_that_nobody_could_tell_apart(
+    oxford_root: Path, tmp_path: Path, whole: Run, taught_once: bool
+) -> None:
+    teacher = whole.folder / BEST if taught_once else None
+    trainer = Trainer(tiny("augment.mix=1"), oxford_root, tmp_path, device=CPU, teacher=teacher)
+    assert not any((labels == UNKNOWN).all() for _, batch, _ in trainer.loader for labels in batch)
+
+
 def test_bf16_teaches_too(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
     observer = Recorder()
     config = tiny("amp=bf16", "epochs=1", *TAUGHT)
@@ -248,6 +283,16 @@ def test_features_of_an_exported_file_are_refused(oxford_root: Path, tmp_path: P
     export(whole.folder / BEST, OnnxConfig(output=exported, data=oxford_root, split="test", photos=4))
     with pytest.raises(CheckpointError, match=r"teacher\.onnx: an exported file, .* or --set loss\.features=0"):
         Trainer(tiny(*TAUGHT), oxford_root, tmp_path / "run", device=CPU, teacher=exported)
+
+
+@pytest.mark.parametrize("teacher", [True, False], ids=["a teacher asked once", "no teacher"])
+def test_mixing_without_a_teacher_of_features_is_refused(
+    oxford_root: Path, tmp_path: Path, whole: Run, capsys: pytest.CaptureFixture[str], teacher: bool
+) -> None:
+    args = ["train", "--data", str(oxford_root), "--output", str(tmp_path / "run"), "--set", "augment.mix=0.5"]
+    assert run([*args, *(["--teacher", str(whole.folder / BEST)] if teacher else ())]) == 2
+    told = capsys.readouterr().err
+    assert "augment.mix is 0.5, which has no effect without --teacher FILE and loss.features above 0" in told
 
 
 def test_features_without_a_teacher_are_refused(

@@ -15,7 +15,7 @@ from petseg import train_set as train_set_module
 from petseg.config import AugmentConfig
 from petseg.data import Split, find, read_pair, usable
 from petseg.metrics import BACKGROUND, BORDER, PET
-from petseg.train_set import EpochSampler, TrainSet, decoded_size, target_of
+from petseg.train_set import UNKNOWN, EpochSampler, TrainSet, decoded_size, target_of
 from petseg_runtime import images
 from petseg_runtime.errors import DataError, OutputError
 
@@ -208,6 +208,46 @@ def test_the_border_is_pasted_with_the_pet(oxford_root: Path) -> None:
         assert len(fits) == 1
         others += fits != [index]
     assert others > 0.75 * len(data), "now and then a photo's own pet"
+
+
+def test_half_of_the_photos_are_mixed_with_another_which_is_the_weaker_one(folder_copy: Path) -> None:
+    """Photos of one grey each, ten apart: a draw is mixed if its grey is not its own, and lies towards another's."""
+    paths = sorted((folder_copy / "images").iterdir())
+    greys = {path.stem: 10 * number for number, path in enumerate(paths, 2)}
+    for path in paths:
+        Image.new("RGB", (64, 64), (greys[path.stem],) * 3).save(path)
+    data = TrainSet(find(folder_copy, Split.TRAIN), 64, 64, dataclasses.replace(STILL, mix=0.5), 0)
+    own = [greys[name] for name in data.names]
+    mixed, apart = 0, []
+    for draw in range(40 * len(data)):
+        photo, trimap, index = data[draw]
+        shown = photo.unique().tolist()
+        assert len(shown) == 1
+        if (trimap == UNKNOWN).all():
+            mixed += 1
+            apart.append(abs(shown[0] - own[index]))
+        else:
+            assert shown == [own[index]]
+            assert set(trimap.unique().tolist()) <= {PET, BACKGROUND, BORDER}
+    assert 0.4 < mixed / (40 * len(data)) < 0.6
+    furthest = (max(own) - min(own)) / 2
+    assert 0.5 * furthest < max(apart) <= furthest + 0.5, "never more than half is the other's"
+    assert len(set(apart)) > 5, "the weight is drawn"
+
+
+def test_the_mixed_photo_is_changed_on_its_own(oxford_root: Path) -> None:
+    """A single photo: what is mixed with itself is still another picture."""
+    pairs = find(oxford_root, Split.TRAIN, val_fraction=0.1)[:1]
+    plain = TrainSet(pairs, 32, 32, GEOMETRIC, 0)
+    mixed = TrainSet(pairs, 32, 32, dataclasses.replace(GEOMETRIC, mix=1.0), 0)
+    assert not any(torch.equal(plain[draw][0], mixed[draw][0]) for draw in range(10))
+    assert same(mixed[3], mixed[3])
+
+
+def test_a_teacher_that_is_asked_once_cannot_say_what_is_in_a_mixed_photo(oxford_root: Path) -> None:
+    pairs = find(oxford_root, Split.TRAIN, val_fraction=0.1)
+    with pytest.raises(ValueError, match=r"augment\.mix"):
+        TrainSet(pairs, 32, 32, dataclasses.replace(STILL, mix=0.5), 0, lambda photo: photo[..., 0])
 
 
 def test_the_flip_comes_as_often_as_it_should(folder_root: Path) -> None:

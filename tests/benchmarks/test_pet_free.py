@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import io
+import shutil
+import struct
+import subprocess
+import tarfile
+import zipfile
+from pathlib import Path, PurePosixPath
+
+import click
+import pytest
+from PIL import Image
+
+from benchmarks.pet_free import LEAST_SIDE, named, package_of, pictures_in, pictures_of
+
+
+def picture(side: int = LEAST_SIDE, kind: str = "PNG", seed: int = 0) -> bytes:
+    """Noise, so that it has many bytes however it is compressed."""
+    made = io.BytesIO()
+    Image.effect_noise((side, side), 50 + seed).save(made, kind)
+    return made.getvalue()
+
+
+def resource_file(*items: bytes) -> bytes:
+    """As Qt's rcc writes it: head, data, names, tree."""
+    data = b"".join(struct.pack(">I", len(item)) + item for item in items)
+    head = b"qres" + struct.pack(">IIIII", 3, 24 + len(data) + 9, 24, 24 + len(data), 0)
+    return head + data + b"its names" + b"its tree"
+
+
+def wheel(path: Path, **files: bytes) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name.replace("__", "/").replace("_DOT_", "."), content)
+    return path
+
+
+def test_the_record_is_turned_round() -> None:
+    record = {"photos/gradio/report": ["tower"], "animals/gradio/choose": ["lion"], "photos/imgaug/choose": ["q"]}
+    assert named(record) == {"gradio": {"tower": "photos", "lion": "animals"}, "imgaug": {"q": "photos"}}
+
+
+def test_a_package_is_found_by_its_name_and_version(tmp_path: Path) -> None:
+    for name in ("mate-backgrounds_1.26.0-1_all.deb", "mate-desktop_1_all.deb"):
+        (tmp_path / name).touch()
+    assert package_of("mate-backgrounds", tmp_path).name == "mate-backgrounds_1.26.0-1_all.deb"
+    with pytest.raises(click.ClickException, match="0 files of gradio"):
+        package_of("gradio", tmp_path)
+    (tmp_path / "mate-backgrounds_1.26.0-2_all.deb").touch()
+    with pytest.raises(click.ClickException, match="2 files of mate-backgrounds"):
+        package_of("mate-backgrounds", tmp_path)
+
+
+def test_pictures_of_a_wheel_are_named_by_their_files(tmp_path: Path) -> None:
+    lion, other = picture(), picture(seed=1)
+    package = wheel(
+        tmp_path / "zoo-1-py3.whl", zoo__lion_DOT_png=lion, zoo__tiger_DOT_png=other, lion_DOT_txt=b"x" * 99999
+    )
+    assert pictures_of(package, {"lion", "bear"}) == {"lion": lion}
+
+
+def test_the_largest_size_of_a_wallpaper_is_taken_and_named_by_its_folder() -> None:
+    path = PurePosixPath("usr/share/wallpapers/Altai/contents/images/5120x2880.png")
+    assert list(pictures_in(path, b"bytes")) == [("Altai", b"bytes")]
+
+
+def test_the_larger_of_two_of_one_name(tmp_path: Path) -> None:
+    small, large = picture(200), picture(300)
+    package = wheel(tmp_path / "zoo-1.whl", a__lion_DOT_png=large, b__lion_DOT_png=small)
+    assert pictures_of(package, {"lion"}) == {"lion": large}
+
+
+def test_photos_in_a_resource_file_are_numbered_as_they_come() -> None:
+    photos = [picture(kind="WEBP"), picture(seed=1), picture(kind="JPEG")]
+    button, plain = picture(LEAST_SIDE - 1), io.BytesIO()
+    Image.new("RGB", (400, 400)).save(plain, "PNG")  # large, but next to nothing is in it
+    content = resource_file(photos[0], b"a text", button, photos[1], plain.getvalue(), photos[2])
+    found = list(pictures_in(PurePosixPath("rcc/details.rcc"), content))
+    assert found == [(f"details_{number:03}", photo) for number, photo in enumerate(photos)]
+
+
+def test_a_puzzle_holds_its_picture() -> None:
+    made, photo = io.BytesIO(), picture()
+    with tarfile.open(fileobj=made, mode="w:gz") as archive:
+        for name, content in (("0.png", b"a piece"), ("image.jpg", photo)):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    assert list(pictures_in(PurePosixPath("castle.puzzle"), made.getvalue())) == [("castle", photo)]
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg-deb")
+def test_pictures_of_a_debian_package(tmp_path: Path) -> None:
+    root, photo = tmp_path / "root", picture()
+    (root / "DEBIAN").mkdir(parents=True)
+    (root / "DEBIAN" / "control").write_text(
+        "Package: zoo\nVersion: 1\nArchitecture: all\nMaintainer: nobody <a@b.c>\nDescription: none\n"
+    )
+    (root / "usr" / "share").mkdir(parents=True)
+    (root / "usr" / "share" / "lion.png").write_bytes(photo)
+    package = tmp_path / "zoo_1_all.deb"
+    subprocess.run(["dpkg-deb", "--build", str(root), str(package)], check=True, capture_output=True)
+    assert pictures_of(package, {"lion"}) == {"lion": photo}
