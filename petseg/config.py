@@ -97,6 +97,8 @@ class AugmentConfig:
             one half (Zhang et al. 2018, "mixup", arXiv:1710.09412). What is to be seen there is taught by a teacher of
             features alone, who sees the same picture (:class:`petseg.objective.Distillation`); without one nothing is
             mixed.
+        mix_until: Share of the epochs after which nothing is mixed; the last ones see photos as they are (as in Ge et
+            al. 2021, "YOLOX", arXiv:2107.08430).
     """
 
     flip: float = 0.5
@@ -110,6 +112,7 @@ class AugmentConfig:
     hue: float = 0.0
     paste: float = 0.0
     mix: float = 0.0
+    mix_until: float = 1.0
 
     def __post_init__(self) -> None:
         _require(0 <= self.flip <= 1, "augment.flip", self.flip, "between 0 and 1")
@@ -121,6 +124,7 @@ class AugmentConfig:
         _require(0 <= self.hue <= 0.5, "augment.hue", self.hue, "between 0 and 0.5")
         _require(0 <= self.paste <= 1, "augment.paste", self.paste, "between 0 and 1")
         _require(0 <= self.mix <= 1, "augment.mix", self.mix, "between 0 and 1")
+        _require(0 <= self.mix_until <= 1, "augment.mix_until", self.mix_until, "between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,6 +354,7 @@ def refuse_idle(config: TrainConfig, start: TrainConfig, taught: bool) -> None:
 def _idle(config: TrainConfig, taught: bool) -> dict[str, str]:
     """Settings that nothing uses, each with what would use it."""
     schedule, restarts = config.schedule, "schedule.name=cosine-restarts"
+    seen = taught and config.loss.features > 0
     settings = (
         ("schedule.warmup", schedule.name == "one-cycle", "schedule.name=one-cycle"),
         ("schedule.restart_epochs", schedule.name == "cosine-restarts", restarts),
@@ -358,7 +363,12 @@ def _idle(config: TrainConfig, taught: bool) -> dict[str, str]:
         ("loss.epsilon", config.loss.dice > 0, "loss.dice above 0"),
         ("loss.teacher", taught, "--teacher FILE"),
         ("loss.features", taught, "--teacher FILE"),
-        ("augment.mix", taught and config.loss.features > 0, "--teacher FILE and loss.features above 0"),
+        ("augment.mix", seen, "--teacher FILE and loss.features above 0"),
+        (
+            "augment.mix_until",
+            seen and config.augment.mix > 0,
+            "--teacher FILE, and loss.features and augment.mix above 0",
+        ),
     )
     return {name: user for name, used, user in settings if not used}
 

@@ -158,7 +158,8 @@ class RunPhotos:
         with enough_memory(remedy), open_teacher(once, d.height, d.width, device) as taught:
             if taught:
                 self._note_teacher(taught.about, taught.provenance, val)
-            photos = TrainSet(train, d.height, d.width, augment, config.seed, taught, self.failed, folder, here)
+            until = augment.mix_until * config.epochs
+            photos = TrainSet(train, d.height, d.width, augment, config.seed, taught, self.failed, folder, here, until)
             return photos, val
 
     def _look_at(self, val: Sequence[Pair]) -> None:

@@ -76,6 +76,7 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
         failed: Callable[[Pair, DataError], None] | None = None,
         folder: Path | None = None,
         processes: int = 1,
+        mix_epochs: float = math.inf,
     ) -> None:
         """Decode everything.
 
@@ -90,6 +91,7 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
             failed: Called with each pair that cannot be used, which is then left out. Without it the first one raises.
             folder: Where to keep what is decoded, in a file that goes with this process, in place of the memory.
             processes: How many of this machine do this at the same time, this one among them.
+            mix_epochs: From this epoch on nothing is mixed (the run's ``augment.mix_until``, counted in epochs).
 
         Raises:
             ValueError: ``augment.mix`` with ``teacher``.
@@ -117,7 +119,7 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
         if not self.names:
             raise DataError("no photo with a pet in its mask: nothing to train on")
         self._move, self._colour = moves(augment), colours(augment)
-        self._paste, self._mixed = augment.paste, augment.mix
+        self._paste, self._mixed, self._mix_epochs = augment.paste, augment.mix, mix_epochs
         self._seed = seed
 
     def __len__(self) -> int:
@@ -138,7 +140,7 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
                 # The border goes with the pet: its fur is there, and a cut along its inside would show where.
                 pet = (its_mask if its_mask.ndim == 2 else its_mask[0]) != BACKGROUND
                 image, mask = torch.where(pet, other, image), torch.where(pet, its_mask, mask)
-            if self._mixed and torch.rand(()) < self._mixed:
+            if self._mixed and epoch < self._mix_epochs and torch.rand(()) < self._mixed:
                 other, _ = self._changed(int(torch.randint(len(self), ())))
                 weight = torch.rand(()) / 2
                 image = image.float().lerp(other.float(), weight).round().to(torch.uint8)

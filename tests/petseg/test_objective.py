@@ -244,10 +244,13 @@ def test_the_teacher_sees_the_photos_as_the_network_does(
 def test_a_run_mixes_photos_and_is_the_same_run_if_it_was_stopped(
     oxford_root: Path, tmp_path: Path, taught: Run, whole: Run
 ) -> None:
-    config, teacher = tiny(*TAUGHT, "augment.mix=0.5"), whole.folder / BEST
+    config, teacher = tiny(*TAUGHT, "augment.mix=0.5", "augment.mix_until=0.5"), whole.folder / BEST
     mixed, stop = Recorder(), Recorder(at_step=at(7, lambda: signal.raise_signal(signal.SIGTERM)))
     trainer = Trainer(config, oxford_root, tmp_path / "whole", device=CPU, teacher=teacher, observer=mixed)
-    assert any((trimap == UNKNOWN).all() for _, batch, _ in trainer.loader for trimap in batch)
+    mixes = []
+    for trainer.sampler.epoch in range(config.epochs):
+        mixes.append(any((trimap == UNKNOWN).all() for _, batch, _ in trainer.loader for trimap in batch))
+    assert mixes == [epoch < config.epochs / 2 for epoch in range(config.epochs)]
     trainer.fit()
     with pytest.raises(KeyboardInterrupt):
         Trainer(config, oxford_root, tmp_path / "run", device=CPU, teacher=teacher, observer=stop).fit()

@@ -244,6 +244,16 @@ def test_the_mixed_photo_is_changed_on_its_own(oxford_root: Path) -> None:
     assert same(mixed[3], mixed[3])
 
 
+def test_the_last_epochs_see_the_photos_as_they_are(oxford_root: Path) -> None:
+    pairs = find(oxford_root, Split.TRAIN, val_fraction=0.1)
+    mixed = TrainSet(pairs, 32, 32, dataclasses.replace(STILL, mix=1.0), 0, mix_epochs=1.5)
+    plain = TrainSet(pairs, 32, 32, STILL, 0)
+    for draw in range(4 * len(pairs)):
+        unknown = bool((mixed[draw][1] == UNKNOWN).all())
+        assert unknown == (draw < 2 * len(pairs))
+        assert unknown or same(mixed[draw], plain[draw])
+
+
 def test_a_teacher_that_is_asked_once_cannot_say_what_is_in_a_mixed_photo(oxford_root: Path) -> None:
     pairs = find(oxford_root, Split.TRAIN, val_fraction=0.1)
     with pytest.raises(ValueError, match=r"augment\.mix"):
