@@ -1,7 +1,9 @@
 """``python -m benchmarks pet-free``: the photos without cats and dogs that ``found`` is measured on, out of packages.
 
-    apt-get download gcompris-qt-data lomiri-wallpapers-16.04 ...      # of Debian 12
-    pip download --no-deps gradio imgaug insightface matplotlib scikit-image scikit-learn ultralytics
+    apt-get download gcompris-qt-data gnome-backgrounds lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 lxqt-themes \\
+        mate-backgrounds opencv-doc palapeli-data plasma-workspace-wallpapers puzzle-jigsaw ukui-wallpapers  # Debian 12
+    pip download --no-deps gradio==6.31.0 imgaug==0.4.0 insightface==2.1 matplotlib==3.11.2 scikit-image==0.26.0 \\
+        scikit-learn==1.9.1 ultralytics==8.4.190
     python -m benchmarks pet-free PACKAGES FOLDER
     python -m benchmarks found --data data --pet-free FOLDER
 
@@ -26,6 +28,7 @@ import click
 from PIL import Image, UnidentifiedImageError
 
 from benchmarks.records import RESULTS
+from petseg_runtime.files import write_atomic
 
 SUFFIXES: Final = frozenset((".jpg", ".jpeg", ".png", ".webp"))
 #: Of a picture in a Qt resource file that is a photo, not a button: pixels a side, bytes.
@@ -37,19 +40,27 @@ LEAST_SIDE, LEAST_BYTES = 200, 5800
 @click.argument("folder", type=click.Path(path_type=Path))
 def pet_free(packages: Path, folder: Path) -> None:
     """Take the photos without cats and dogs out of the packages that they come from."""
+    if folder.exists() and any(folder.iterdir()):
+        raise click.ClickException(f"{folder}: not empty, and all that lies in it would be measured; name a new folder")
     wanted = named(json.loads((RESULTS / "found.json").read_text())["pet_free_photos"])
+    files = {source: package_of(source, packages) for source in sorted(wanted)}
     missing: list[str] = []
-    for source, kinds in sorted(wanted.items()):
-        package = package_of(source, packages)
-        found = pictures_of(package, set(kinds))
+    for source, package in files.items():
+        kinds = wanted[source]
+        try:
+            found = pictures_of(package, set(kinds))
+        except (OSError, tarfile.TarError, zipfile.BadZipFile, struct.error) as error:
+            raise click.ClickException(f"{package}: it cannot be read ({error})") from error
         for name, picture in found.items():
-            file = folder / kinds[name] / source / f"{name}.jpg"  # what it really is, its bytes say
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(picture)
+            # The suffix is a matter of form: what it really is, its bytes say.
+            write_atomic(folder / kinds[name] / source / f"{name}.jpg", picture)
         missing += [f"{source}/{name}" for name in kinds if name not in found]
-        click.echo(f"{source}: {len(found)} of {len(kinds)}", err=True)
+        click.echo(f"{package.name}: {len(found)} of {len(kinds)}", err=True)
     if missing:
-        raise click.ClickException(f"these packages are of other versions; not in them: {', '.join(missing)}")
+        names = ", ".join(missing)
+        raise click.ClickException(
+            f"not in these packages, of other versions than benchmarks/pet_free.py says: {names}"
+        )
 
 
 def named(record: dict[str, list[str]]) -> dict[str, dict[str, str]]:
@@ -63,7 +74,7 @@ def named(record: dict[str, list[str]]) -> dict[str, dict[str, str]]:
 
 def package_of(source: str, folder: Path) -> Path:
     """The one file of a package in the folder; raises ClickException."""
-    files = [file for file in folder.iterdir() if file.name.startswith((f"{source}_", f"{source}-"))]
+    files = [*folder.glob(f"{source}_*.deb"), *folder.glob(f"{source}-*.whl")]
     if len(files) != 1:
         raise click.ClickException(f"{folder}: {len(files)} files of {source}, expected one (a .deb, or a .whl)")
     return files[0]
@@ -91,14 +102,17 @@ def files_of(package: Path) -> Iterator[tuple[str, bytes]]:
         assert process.stdout is not None
         with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
             yield from _members(archive)
+    if process.returncode:
+        raise OSError(f"dpkg-deb exited with {process.returncode}")
 
 
 def pictures_in(path: PurePosixPath, content: bytes) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of each picture that a file is, or holds."""
     if path.suffix.lower() in SUFFIXES:
         # KDE's wallpapers are folders NAME/contents/images with a file for each size.
-        yield path.parents[2].name if path.parent.parent.name == "contents" else path.stem, content
-    elif path.suffix == ".rcc":
+        sized = path.parts[-3:-1] == ("contents", "images")
+        yield path.parents[2].name if sized else path.stem, content
+    elif path.suffix == ".rcc" and content.startswith(b"qres"):
         pictures = (item for item in resources(content) if _is_photo(item))
         yield from ((f"{path.stem}_{number:03}", item) for number, item in enumerate(pictures))
     elif path.suffix == ".puzzle":

@@ -31,6 +31,7 @@ __all__ = [
     "ScheduleConfig",
     "TrainConfig",
     "from_dict",
+    "idle_settings",
     "is_deep",
     "load_toml",
     "merge",
@@ -97,8 +98,8 @@ class AugmentConfig:
             one half (Zhang et al. 2018, "mixup", arXiv:1710.09412). What is to be seen there is taught by a teacher of
             features alone, who sees the same picture (:class:`petseg.objective.Distillation`); without one nothing is
             mixed.
-        mix_until: Share of the epochs after which nothing is mixed; the last ones see photos as they are (as in Ge et
-            al. 2021, "YOLOX", arXiv:2107.08430).
+        mix_until: Share of the epochs, rounded up, after which nothing is mixed; the last ones see photos as they are
+            (as in Ge et al. 2021, "YOLOX", arXiv:2107.08430).
     """
 
     flip: float = 0.5
@@ -124,7 +125,7 @@ class AugmentConfig:
         _require(0 <= self.hue <= 0.5, "augment.hue", self.hue, "between 0 and 0.5")
         _require(0 <= self.paste <= 1, "augment.paste", self.paste, "between 0 and 1")
         _require(0 <= self.mix <= 1, "augment.mix", self.mix, "between 0 and 1")
-        _require(0 <= self.mix_until <= 1, "augment.mix_until", self.mix_until, "between 0 and 1")
+        _require(0 < self.mix_until <= 1, "augment.mix_until", self.mix_until, "above 0, at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +301,7 @@ def to_toml(config: TrainConfig, taught: bool) -> str:
         config: The run's settings.
         taught: Whether there is a teacher.
     """
-    idle = _idle(config, taught)
+    idle = idle_settings(config, taught)
 
     def line(name: str, value: Any, where: str = "") -> str:
         setting = f"{name} = {json.dumps(value)}"  # of numbers, words and lists of numbers, JSON is TOML
@@ -343,7 +344,7 @@ def refuse_idle(config: TrainConfig, start: TrainConfig, taught: bool) -> None:
     Raises:
         UsageError: There is one; the message says what would use it.
     """
-    for name, user in _idle(config, taught).items():
+    for name, user in idle_settings(config, taught).items():
         value, before = (operator.attrgetter(name)(settings) for settings in (config, start))
         if value != before:
             raise UsageError(
@@ -351,7 +352,7 @@ def refuse_idle(config: TrainConfig, start: TrainConfig, taught: bool) -> None:
             )
 
 
-def _idle(config: TrainConfig, taught: bool) -> dict[str, str]:
+def idle_settings(config: TrainConfig, taught: bool) -> dict[str, str]:
     """Settings that nothing uses, each with what would use it."""
     schedule, restarts = config.schedule, "schedule.name=cosine-restarts"
     seen = taught and config.loss.features > 0

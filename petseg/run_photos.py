@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import multiprocessing
 import shutil
 import signal
@@ -158,7 +159,7 @@ class RunPhotos:
         with enough_memory(remedy), open_teacher(once, d.height, d.width, device) as taught:
             if taught:
                 self._note_teacher(taught.about, taught.provenance, val)
-            until = augment.mix_until * config.epochs
+            until = math.ceil(round(augment.mix_until * config.epochs, 6))  # 0.55 * 100 is a little more than 55
             photos = TrainSet(train, d.height, d.width, augment, config.seed, taught, self.failed, folder, here, until)
             return photos, val
 

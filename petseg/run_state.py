@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from petseg import checkpoint
-from petseg.config import TrainConfig, from_dict, to_dict
+from petseg.config import TrainConfig, from_dict, idle_settings, to_dict
 from petseg.ema import MovingAverage
 from petseg.log import LOG, Row
 from petseg_runtime.errors import CheckpointError, TrainingError
@@ -183,11 +183,14 @@ def refuse_another_run(saved: Mapping[str, Any], meta: Mapping[str, Any], config
         folder: Where the state is.
 
     Raises:
-        TrainingError: It has other settings (but for those in :data:`FREE`), photos or teacher.
+        TrainingError: It has other settings (but for those in :data:`FREE`, and those that nothing uses), photos or
+            teacher.
         KeyError, TypeError, UsageError: What the state says is damaged.
     """
     before = from_dict(TrainConfig, saved["config"])  # a setting that is newer than the run has its default
-    if differs := _differences(to_dict(before), to_dict(config)):
+    taught = "teacher" in meta  # as it was then, see below
+    unused = idle_settings(before, taught).keys() & idle_settings(config, taught).keys()
+    if differs := _differences(to_dict(before), to_dict(config), {*FREE, *unused}):
         raise TrainingError(f"{folder}: the run to resume has other settings: {'; '.join(differs)}")
     if saved["data"]["names_sha256"] != meta["data"]["names_sha256"]:
         raise TrainingError(f"{folder}: the run to resume was trained on other photos than these")
@@ -249,13 +252,13 @@ def _laid_out(value: Tensor, weight: Tensor) -> Tensor:
     return torch.empty_like(weight, requires_grad=False).copy_(value)
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:
-    """Settings that are not the same, but for those that are :data:`FREE`."""
+def _differences(old: dict[str, Any], new: dict[str, Any], free: Set[str], where: str = "") -> list[str]:
+    """Settings that are not the same, but for those that are free."""
     found = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{where}{key}.")
-        elif a != b and where + key not in FREE:
+            found += _differences(a, b, free, f"{where}{key}.")
+        elif a != b and where + key not in free:
             found.append(f"{where}{key} was {a!r}, now {b!r}")
     return found

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import struct
 import subprocess
@@ -10,9 +11,11 @@ from pathlib import Path, PurePosixPath
 
 import click
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
-from benchmarks.pet_free import LEAST_SIDE, named, package_of, pictures_in, pictures_of
+from benchmarks import pet_free as module
+from benchmarks.pet_free import LEAST_SIDE, named, package_of, pet_free, pictures_in, pictures_of
 
 
 def picture(side: int = LEAST_SIDE, kind: str = "PNG", seed: int = 0) -> bytes:
@@ -60,15 +63,63 @@ def test_pictures_of_a_wheel_are_named_by_their_files(tmp_path: Path) -> None:
     assert pictures_of(package, {"lion", "bear"}) == {"lion": lion}
 
 
-def test_the_largest_size_of_a_wallpaper_is_taken_and_named_by_its_folder() -> None:
-    path = PurePosixPath("usr/share/wallpapers/Altai/contents/images/5120x2880.png")
-    assert list(pictures_in(path, b"bytes")) == [("Altai", b"bytes")]
+def test_a_size_of_a_wallpaper_is_named_by_its_folder() -> None:
+    contents = PurePosixPath("usr/share/wallpapers/Altai/contents")
+    assert list(pictures_in(contents / "images" / "5120x2880.png", b"bytes")) == [("Altai", b"bytes")]
+    assert list(pictures_in(contents / "images_dark" / "5120x2880.png", b"bytes")) == [("5120x2880", b"bytes")]
 
 
-def test_the_larger_of_two_of_one_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_the_larger_of_two_of_one_name(tmp_path: Path, first: bool) -> None:
     small, large = picture(200), picture(300)
-    package = wheel(tmp_path / "zoo-1.whl", a__lion_DOT_png=large, b__lion_DOT_png=small)
+    both = (large, small) if first else (small, large)
+    package = wheel(tmp_path / "zoo-1.whl", a__lion_DOT_png=both[0], b__lion_DOT_png=both[1])
     assert pictures_of(package, {"lion"}) == {"lion": large}
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two packages, and a record that names a picture of each."""
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    wheel(folder / "zoo-1-py3.whl", zoo__lion_DOT_png=picture(), zoo__cat_DOT_png=picture(seed=1))
+    wheel(folder / "places-2-py3.whl", places__tower_DOT_png=picture(seed=2))
+    wheel(folder / "places_of_others-2-py3.whl", places__tower_DOT_png=picture(seed=3))
+    record = {"pet_free_photos": {"animals/zoo/choose": ["lion"], "photos/places/report": ["tower"]}}
+    (tmp_path / "found.json").write_text(json.dumps(record))
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return folder
+
+
+def test_the_pictures_of_the_record_are_taken_out(packages: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(pet_free, [str(packages), str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert files == {"animals/zoo/lion.jpg", "photos/places/tower.jpg"}
+    assert (tmp_path / "out/photos/places/tower.jpg").read_bytes() == picture_in(packages / "places-2-py3.whl")
+    again = CliRunner().invoke(pet_free, [str(packages), str(tmp_path / "out")])
+    assert again.exit_code == 1
+    assert "not empty" in again.output
+
+
+def picture_in(package: Path) -> bytes:
+    with zipfile.ZipFile(package) as archive:
+        return archive.read("places/tower.png")
+
+
+def test_what_is_missing_or_damaged_is_named(packages: Path, tmp_path: Path) -> None:
+    wheel(packages / "zoo-1-py3.whl", zoo__cat_DOT_png=picture())
+    done = CliRunner().invoke(pet_free, [str(packages), str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert "zoo/lion" in done.output
+    (packages / "zoo-1-py3.whl").write_bytes(b"no archive")
+    done = CliRunner().invoke(pet_free, [str(packages), str(tmp_path / "other")])
+    assert done.exit_code == 1
+    assert "zoo-1-py3.whl: it cannot be read" in done.output
+    (packages / "zoo-1-py3.whl").unlink()
+    done = CliRunner().invoke(pet_free, [str(packages), str(tmp_path / "third")])
+    assert "0 files of zoo" in done.output
+    assert not (tmp_path / "third").exists(), "looked for before anything is written"
 
 
 def test_photos_in_a_resource_file_are_numbered_as_they_come() -> None:

@@ -174,6 +174,8 @@ NAN = float("nan")
         *(("augment.scale_min", v) for v in (0.0, 1.5)),
         *((f"augment.{n}", v) for n in ("brightness", "contrast", "saturation") for v in (-0.1, 1.1, NAN)),
         *(("augment.hue", v) for v in (-0.1, 0.6)),
+        *(("augment.mix", v) for v in (-0.1, 1.1, NAN)),
+        *(("augment.mix_until", v) for v in (0.0, 1.1, NAN)),
         *(("loss.bce", v) for v in (-0.1, NAN)),
         *(("loss.dice", v) for v in (-0.1, NAN)),
         *(("loss.epsilon", v) for v in (0.0, -1.0)),

@@ -19,7 +19,7 @@ from petseg.run_state import BEST, LAST
 from petseg.train import Trainer
 from petseg.train_set import UNKNOWN, target_of
 from petseg_export import OnnxConfig, export
-from petseg_runtime.errors import CheckpointError
+from petseg_runtime.errors import CheckpointError, TrainingError
 from tiny_runs import CPU, Recorder, Run, assert_same_run, at, same_tensors, tiny
 
 TAUGHT = ("loss.features=0.5", "loss.teacher=0.3")
@@ -257,6 +257,31 @@ def test_a_run_mixes_photos_and_is_the_same_run_if_it_was_stopped(
     go_on = Recorder()
     Trainer(config, oxford_root, tmp_path / "run", device=CPU, teacher=teacher, resume=True, observer=go_on).fit()
     assert stop.losses + go_on.losses == mixed.losses != taught.observer.losses
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"), [("augment.mix=0.25", "mix was 0.5, now 0.25"), ("augment.mix=0.0", "now 0.0")]
+)
+def test_a_run_that_mixes_goes_on_as_it_began(
+    oxford_root: Path, tmp_path: Path, whole: Run, setting: str, said: str
+) -> None:
+    config, teacher = (*TAUGHT, "augment.mix=0.5"), whole.folder / BEST
+    stop = Recorder(at_step=at(2, lambda: signal.raise_signal(signal.SIGTERM)))
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(tiny(*config), oxford_root, tmp_path, device=CPU, teacher=teacher, observer=stop).fit()
+    with pytest.raises(TrainingError, match=said):
+        Trainer(tiny(*config, setting), oxford_root, tmp_path, device=CPU, teacher=teacher, resume=True)
+
+
+@pytest.mark.parametrize(("share", "epochs", "mixed"), [(0.55, 100, 55), (0.5, 3, 2), (1.0, 7, 7), (0.001, 7, 1)])
+def test_a_share_of_the_epochs_is_mixed_rounded_up(
+    oxford_root: Path, tmp_path: Path, whole: Run, share: float, epochs: int, mixed: int
+) -> None:
+    config = tiny(*TAUGHT, "augment.mix=1", f"augment.mix_until={share}", f"epochs={epochs}")
+    trainer = Trainer(config, oxford_root, tmp_path, device=CPU, teacher=whole.folder / BEST)
+    photos = trainer.photos.train
+    unknown = [bool((photos[epoch * len(photos)][1] == UNKNOWN).all()) for epoch in (mixed - 1, mixed)]
+    assert unknown == [True, False]
 
 
 @pytest.mark.parametrize("taught_once", [True, False], ids=["a teacher asked once", "no teacher"])

@@ -156,6 +156,18 @@ def test_settings_that_say_where_and_how_long_are_taken_anew(
         Trainer(tiny("seed=1"), oxford_root, tmp_path, device=CPU, resume=True)
 
 
+@pytest.mark.parametrize(
+    "setting", ["augment.mix=0.5", "augment.mix_until=0.5", "loss.features=0.25", "schedule.warmup=0.2"]
+)
+def test_settings_that_nothing_uses_may_differ(oxford_root: Path, tmp_path: Path, whole: Run, setting: str) -> None:
+    """As those that a recipe has for a teacher, in a run without one that began with an older form of the recipe."""
+    stop = Recorder(at_step=at(7, lambda: signal.raise_signal(signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=stop).fit()
+    Trainer(tiny(setting), oxford_root, tmp_path, device=CPU, resume=True).fit()
+    assert_same_run(tmp_path, whole)
+
+
 def test_every_other_setting_is_named(oxford_root: Path, whole: Run) -> None:
     with pytest.raises(TrainingError, match=r"batch was 4, now 5; .*seed was 0, now 1"):
         Trainer(tiny("seed=1", "batch=5"), oxford_root, whole.folder, device=CPU, resume=True)

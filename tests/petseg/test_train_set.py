@@ -242,6 +242,13 @@ def test_the_mixed_photo_is_changed_on_its_own(oxford_root: Path) -> None:
     mixed = TrainSet(pairs, 32, 32, dataclasses.replace(GEOMETRIC, mix=1.0), 0)
     assert not any(torch.equal(plain[draw][0], mixed[draw][0]) for draw in range(10))
     assert same(mixed[3], mixed[3])
+    # Flipped with certainty, both are: one as it is on the disk would shine through.
+    flipped = dataclasses.replace(STILL, flip=1.0)
+    still, twice = (
+        TrainSet(pairs, 32, 32, flipped, 0),
+        TrainSet(pairs, 32, 32, dataclasses.replace(flipped, mix=1.0), 0),
+    )
+    assert all(torch.equal(still[draw][0], twice[draw][0]) for draw in range(10))
 
 
 def test_the_last_epochs_see_the_photos_as_they_are(oxford_root: Path) -> None:
