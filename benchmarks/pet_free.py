@@ -142,9 +142,5 @@ def _is_photo(item: bytes) -> bool:
     try:
         with Image.open(io.BytesIO(item)) as picture:
             return min(picture.size) >= LEAST_SIDE
-    except (
-        UnidentifiedImageError,
-        OSError,
-        Image.DecompressionBombError,
-    ):  # a sound may look like a picture of any size
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError):  # other files may look like a huge picture
         return False
