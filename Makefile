@@ -13,7 +13,7 @@ help:
 	@echo "make test    install everything the tests need into $(DEV), then make check and the tests"
 	@echo "make check   formatting, lint, types, import contracts"
 	@echo "make format  let ruff rewrite what it can"
-	@echo "make bench   measure everything (half an hour or less; wants DATA=data), then write the README's tables;"
+	@echo "make bench   measure most of it (half an hour or less; wants DATA=data), then write the README's tables;"
 	@echo "             with RESULTS=folder the records go there, and the tables stay"
 	@echo "make gpu-check  on a machine with an NVIDIA GPU: all its tests and benchmarks, in one file to send back"
 	@echo "make clean   remove environments, caches and outputs"

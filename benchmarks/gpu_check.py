@@ -27,6 +27,7 @@ from typing import Any, Final
 
 import click
 
+from benchmarks.records import git
 from petseg_runtime import doctor
 from petseg_runtime.engines.registry import ENGINES
 from petseg_runtime.errors import EngineError
@@ -77,7 +78,7 @@ def collect(keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": ran(["git", "rev-parse", "HEAD"])["out"].strip(),
+        "commit": git("rev-parse", "HEAD").strip() or None,
         "doctor": {**dataclasses.asdict(found), "cache": ""},
     }
     parts: dict[str, Callable[[], Any]] = {

@@ -7,7 +7,7 @@
 
 The first and the last two run at home: what is sent are the photos to train on, at the size they are trained at, and
 the very file that came back is measured on all test photos here. Where all of ``data`` is at hand, neither is needed.
-petseg need not be installed there: ``PYTHONPATH=.:export:runtime``.
+petseg need not be installed there: ``PYTHONPATH=.:export:runtime``. Where there is no git, give ``--commit HASH``.
 
 The run is `petseg train`'s own, in a folder that is thrown away with its optimizer. What stays in OUT is small: the
 weights in pieces of at most 15 MiB with their manifest, and RECIPE.json, a record as those in ``results/training``. The
@@ -56,8 +56,8 @@ from petseg.run_state import BEST, QUICK_SAVE, RunState
 from petseg.train import Trainer
 from petseg_runtime import images
 from petseg_runtime.cli.text import PATH, parse_size
-from petseg_runtime.errors import DataError
-from petseg_runtime.files import write_atomic
+from petseg_runtime.errors import DataError, PetsegError
+from petseg_runtime.files import staging, write_atomic
 
 PIECE: Final = 15 * 2**20  # what brings files home may take less than 16 MiB
 #: Seconds between looks at whether a run has a better checkpoint; those that one which is told to stop has for it.
@@ -217,7 +217,9 @@ def warmed_up(job: Job, config: TrainConfig, folder: Path, train: int, val: int)
     """Seconds that the parts of a run take here, from two epochs over some of the photos and as many of validation."""
     some = min(train + val, STEPS * config.batch + val + SPARE)
     few(job.root, folder / "few", some)
-    short = replace(config, epochs=2, early_stop=0, data=replace(config.data, val_fraction=val / some))
+    # The second epoch is the one that is timed: it has all of what takes longer, for no run may be planned too long.
+    augment, share = replace(config.augment, mix_until=1.0), replace(config.data, val_fraction=val / some)
+    short = replace(config, epochs=2, early_stop=0, augment=augment, data=share)
     device, clock = pick_device(job.device), Clock()
     torch.zeros(1, device=device)  # CUDA's own start is in START
     begin = time.perf_counter()
@@ -262,7 +264,10 @@ def train(job: Job, run: Path, seconds: float, keep: Callable[[Path], object]) -
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(min(LOOK, left))
             if (run / BEST).exists() and (now := (run / BEST).stat().st_mtime_ns) != kept:
-                keep(run / BEST)
+                try:
+                    keep(run / BEST)
+                except (OSError, PetsegError) as error:  # the run goes on, and what it ends with is kept once more
+                    click.echo(f"{run / BEST}: not kept ({error})", err=True)
                 kept = now
         code = stopped(process)
     if not (run / BEST).exists():
@@ -368,15 +373,16 @@ def send(data: Path, out: Path, size: str, quality: int) -> None:
 
 
 def pack(weights: Path, out: Path) -> dict[str, Any]:
-    """Write a file in pieces, and their manifest, which :func:`join` reads."""
+    """Write a file in pieces, and their manifest, which :func:`join` reads: all of them anew, or none."""
     data = weights.read_bytes()
     pieces: list[dict[str, Any]] = []
-    for at in range(0, len(data), PIECE):
-        piece = data[at : at + PIECE]
-        pieces.append({"file": f"{weights.name}.{len(pieces):02d}", **_told(piece)})
-        write_atomic(out / pieces[-1]["file"], piece)
-    manifest = {"file": weights.name, **_told(data), "pieces": pieces}
-    write_atomic(out / f"{weights.stem}.manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+    with staging(out / f"{weights.stem}.manifest.json") as beside:
+        for at in range(0, len(data), PIECE):
+            piece = data[at : at + PIECE]
+            pieces.append({"file": f"{weights.name}.{len(pieces):02d}", **_told(piece)})
+            write_atomic(beside / pieces[-1]["file"], piece)
+        manifest = {"file": weights.name, **_told(data), "pieces": pieces}
+        write_atomic(beside / f"{weights.stem}.manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
     return manifest
 
 

@@ -35,8 +35,18 @@ def machines() -> str:
             f"| | {heads} |",
             f"|---|{'---|' * len(columns)}",
             *lines,
+            *earlier(columns),
         ]
     )
+
+
+def earlier(columns: Sequence[Machine]) -> list[str]:
+    """Says which of the other machines ran an embedded model before the one that ships now."""
+    now = records.shipped_model()
+    old = [name_of(each) for each in columns[1:] if any(record.get("shipped_model") != now for record in each.values())]
+    if not old:
+        return []
+    return ["", f"With an earlier embedded model (speeds hold, masks differ): {'; '.join(old)}."]
 
 
 def every() -> list[Machine]:

@@ -1,9 +1,10 @@
 """The photos that benchmarks run on, in a folder DATA.
 
-`petseg data download DATA` brings the official data set, DATA/oxford-iiit-pet, and every benchmark runs on that. Our
-records are from what could be had where they were made, which goes first if it is there: copies of 128 x 128 pixels of
-most photos (-128), the original files of three breeds (-native), more photos at their own size (-extra-images), and
-what benchmarks/embedded/merge.py makes of them to train on (-best).
+`petseg data download DATA` brings the official data set, DATA/oxford-iiit-pet, and most benchmarks run on that;
+`embedded` and `found` need the folders that our records are from. These are what could be had where they were made, and
+go first if they are there: copies of 128 x 128 pixels of most photos (-128), the original files of three breeds
+(-native), more photos at their own size (-extra-images), and what benchmarks/embedded/merge.py makes of them to train
+on (-best).
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ RESULTS: Final = Path(__file__).parent / "results"
 ELSEWHERE: Final = "PETSEG_RESULTS"
 ROOT: Final = Path(__file__).parent.parent
 #: Records, and the pages that are made of them, change while others are measured: pathspecs that leave them out.
-MADE: Final = (":!benchmarks/results", ":!benchmarks/RESULTS.md", ":!README.md")
+MADE: Final = (":!benchmarks/results", ":!benchmarks/RESULTS.md", ":!README.md", ":!runtime/README.md")
 
 #: Where Linux tells of the processor.
 CPUINFO: Final = Path("/proc/cpuinfo")
@@ -136,9 +136,13 @@ def write(name: str, command: str, values: dict[str, Any], output: Path | None =
 
 @functools.cache
 def checkout() -> dict[str, Any]:
-    """The commit, and of what is measured what it does not have; when first asked, as people commit while it runs."""
-    uncommitted = git("status", "--porcelain", "--", ".", *MADE).splitlines()
-    return {"commit": git("rev-parse", "HEAD").strip() or None, "uncommitted": uncommitted}
+    """The commit, and of what is measured what it does not have; when first asked, as people commit while it runs.
+
+    Both are null where git cannot tell.
+    """
+    if not (commit := git("rev-parse", "HEAD").strip()):
+        return {"commit": None, "uncommitted": None}
+    return {"commit": commit, "uncommitted": git("status", "--porcelain", "--", ".", *MADE).splitlines()}
 
 
 def shipped_model() -> str:

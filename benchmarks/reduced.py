@@ -7,8 +7,8 @@ as JPEG with quality 90 and 4:2:0, as a stand-in for what a camera writes: it ha
 finer detail than the photo had. For each margin the model's answer to the reduced photo is held against its answer to
 the whole one, both at the model's size and threshold. A margin is as good as its masks of the photos that it really
 has reduced, and good enough with a mean IoU of :data:`BAR`; single masks may be far off it, and a larger margin is not
-always the better one, which is why this is off unless it is asked for. ``petseg_runtime.images._MARGIN`` is the
-smallest that is good enough at every size.
+always the better one, which is why this is off unless it is asked for. ``petseg_runtime.images._MARGIN`` is the one in
+use, and the pages tell what becomes of each size with it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tables and plots of README and RESULTS.md, made from the records; ``--check`` fails where they have drifted."""
+"""The tables, plots and figures of the pages, made from the records; ``--check`` fails where they have drifted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final
 
 import click
 
-from benchmarks import machines, plots, records, summary, tables
+from benchmarks import machines, plots, prose, records, summary, tables
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,16 @@ class Section:
 #: The sections of each page.
 PAGES: Final[Mapping[Path, Mapping[str, Section]]] = {
     records.ROOT / "README.md": {
+        "cannot": Section(prose.cannot, ("found",)),
+        "smooth": Section(prose.smooth, ("flicker",)),
         "quality": Section(summary.quality, ("accuracy",)),
         "ahead": Section(summary.ahead, ("accuracy", "peers")),
         "fast": Section(summary.fast, ("peers", "latency", "video")),
+        "training-time": Section(prose.training_time),
+    },
+    records.ROOT / "runtime" / "README.md": {
+        "fast-decode": Section(prose.fast_decode, ("reduced-decoding",)),
+        "no-pet": Section(prose.no_pet, ("found",)),
     },
     records.ROOT / "benchmarks" / "RESULTS.md": {
         "accuracy": Section(tables.accuracy, ("embedded-test-128", "embedded-test-native", "accuracy")),
@@ -79,11 +86,11 @@ def earlier(names: tuple[str, ...]) -> str:
 @click.command()
 @click.option("--check", is_flag=True, help="Only say whether pages and plots are what the records say.")
 def report(check: bool) -> None:
-    """Write the tables of README and RESULTS.md, and the plots, from the records."""
+    """Write the tables and figures of the pages, and the plots, from the records."""
     old = {page: page.read_text(encoding="utf-8") for page in PAGES}
-    new = {page: rendered(old[page], sections, page.name) for page, sections in PAGES.items()}
+    new = {page: rendered(old[page], sections, str(page.relative_to(records.ROOT))) for page, sections in PAGES.items()}
     if check:
-        drifted = [page.name for page in PAGES if old[page] != new[page]] + plots.stale()
+        drifted = [str(page.relative_to(records.ROOT)) for page in PAGES if old[page] != new[page]] + plots.stale()
         sys.exit(f"not what the records say: {', '.join(drifted)}; `python -m benchmarks report`" if drifted else 0)
     for page, text in new.items():
         page.write_text(text, encoding="utf-8")

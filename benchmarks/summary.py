@@ -212,6 +212,7 @@ def everywhere() -> list[str]:
         f"| | {' | '.join(names)} |",
         f"|---|{'---|' * len(columns)}",
         *(f"| {what} | {' | '.join(map(tell, columns))} |" for what, tell in OF_MACHINES.items()),
+        *machines.earlier(columns),
     ]
 
 

@@ -96,7 +96,13 @@ class Asked:
     help="Settings by name; without a name, the list of them.",
 )
 @click.option("--config", "config_file", type=PATH, help="Settings as TOML; they override the recipe, options both.")
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="One setting, e.g. optimizer.lr=0.002.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="One setting, like optimizer.lr=0.002; see --settings.",
+)
 @click.option("--settings", "show", is_flag=True, help="Print the run's settings as TOML for --config; train nothing.")
 @click.option("--epochs", type=int, help="Passes over the data.")
 @click.option("--batch", type=int, help="Photos per step.")
@@ -277,7 +283,7 @@ def _finish(trainer: Trainer, best: Path, asked: Asked) -> None:
 
     write_record(trainer)  # first: a picture that cannot be made is no reason to lose it
     drawn = _draw(trainer, best)
-    row = max(trainer.state.history, key=lambda row: row.val_iou)
+    row = trainer.best
     if asked.as_json:
         click.echo(json.dumps({"schema_version": 1, "checkpoint": str(best), "best": row.as_dict()}))
     elif not asked.quiet:
@@ -373,7 +379,9 @@ def _observer(epochs: int, progress: Progress, quiet: bool, first: bool) -> Obse
 @click.option(
     "--backend", type=BACKEND, default="auto", show_default=True, help=f"{HELP['backend']} Of exported files."
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--device", default="auto", show_default=True, help=f"{HELP['device']} Of a checkpoint: cpu, cuda or cuda:N."
+)
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Photos per call.")
 @click.option("--val-fraction", type=UNIT, help="Share of trainval that is val.  [default: the run's own, or 0.05]")
 @click.option("--split-seed", type=int, help="Decides which photos are val.  [default: the run's own, or 0]")
@@ -602,6 +610,8 @@ def download(folder: Path) -> int:
 @click.option("-q", "--quiet", is_flag=True, help="Only the exit code.")
 def check(folder: Path, split: str, as_json: bool, quiet: bool) -> int:
     """Open every photo and mask of FOLDER and name what is wrong. Exit code 0: usable; 8: not.
+
+    Masks without a pet, and files that are not used, are named, and leave it usable.
 
     Photos are counted for each part that the data set lists itself: test, and trainval, or train and val where there is
     a val.txt.

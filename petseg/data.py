@@ -178,6 +178,8 @@ def _remedy(folder: Path, layout: Layout, split: Split) -> str:
         return f": name some in {listing}, one on each line, without suffix; or take another split (val, trainval)"
     if split in (Split.TRAIN, Split.VAL) and listed_validation(folder) is not None:
         return f": {folder / VAL_LISTING} names the validation photos, and the rest of trainval is for training"
+    if split in (Split.TRAIN, Split.VAL):
+        return ": trainval needs at least one photo for training and one for validation, which are a share of it"
     return ""
 
 

@@ -187,7 +187,7 @@ def open_model(path: Path, device: str = "auto", backend: str = "auto") -> Itera
 
     Args:
         path: The file.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; for an exported file ``intel-gpu``, too.
         backend: The engine of an exported file, or ``auto``.
 
     Raises:

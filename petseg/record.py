@@ -32,6 +32,8 @@ PUBLISHED_IOU: Final = PUBLISHED["iou"]
 def record(trainer: Trainer) -> dict[str, Any]:
     """The run so far, all sessions together; JSON values. See :func:`reached`.
 
+    ``best`` is what the best checkpoint says of itself, which may be of an epoch that a crash took from the log.
+
     ``commit`` is that of the run's start: people commit while it runs. ``elapsed`` is without what a killed session did
     after its last checkpoint, and ``peak_gpu_memory_bytes`` is null on a CPU.
     """
@@ -43,9 +45,10 @@ def record(trainer: Trainer) -> dict[str, Any]:
         "data": meta["data"],
         "teacher": meta.get("teacher"),
         **reached(state.history, trainer.config.batch),
+        "best": trainer.best.as_dict(),
         "elapsed": state.elapsed,
         "stopped_early": trainer.stopped_early,
-        "warnings": trainer.photos.warnings,
+        "warnings": trainer.warnings,
         "peak_gpu_memory_bytes": state.peak_memory or None,
         "processes": trainer.ranks.size,
         "device": meta["device"],

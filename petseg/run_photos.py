@@ -51,7 +51,7 @@ class RunPhotos:
         train: Those to train on, decoded, with what a teacher says of them, if it is asked in advance.
         val: Those to validate on, whether or not they can be used.
         bad: Names of photos, of both parts, that were left out because they cannot be used.
-        warnings: What makes the run's figures less than they seem; the observer was told each.
+        warnings: What of the photos makes the run's figures less than they seem; the observer was told each.
         teacher: Which model taught (:attr:`petseg.teacher.Teacher.about`); empty without one.
     """
 
@@ -72,7 +72,7 @@ class RunPhotos:
             config: The run.
             root: The data folder.
             output: Where a file of the decoded photos goes, if they are too many for the memory.
-            device: On which the teacher is asked in advance.
+            device: On which the teacher is asked in advance, if it can be.
             teacher: A checkpoint or exported file; with ``loss.features`` a checkpoint, which is not asked here.
             observer: Told what is read and left out.
             ranks: Which of several processes this is; each reads all photos.
@@ -159,6 +159,7 @@ class RunPhotos:
         with enough_memory(remedy), open_teacher(once, d.height, d.width, device) as taught:
             if taught:
                 self._note_teacher(taught.about, taught.provenance, val)
+                self._observer.started(f"the teacher, in {taught.model.engine}, is asked about each photo once")
             until = math.ceil(round(augment.mix_until * config.epochs, 6))  # 0.55 * 100 is a little more than 55
             photos = TrainSet(train, d.height, d.width, augment, config.seed, taught, self.failed, folder, here, until)
             return photos, val

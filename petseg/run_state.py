@@ -160,10 +160,15 @@ def check_folder(folder: Path, resume: bool) -> None:
         TrainingError: There is no state to resume in it, or a run that is not to be resumed.
     """
     last = folder / LAST
-    if resume and not last.exists():
-        raise TrainingError(f"{last}: nothing to resume; leave out --resume to start")
-    if not resume and any((folder / name).exists() for name in (BEST, LAST, LOG)):
-        raise TrainingError(f"{folder} already holds a run: --resume goes on with it, or choose another folder")
+    there = [name for name in (BEST, LAST, LOG) if (folder / name).exists()]
+    if resume and LAST not in there:
+        remedy = (
+            f"{there[0]} is of a run whose state is gone: start in another folder" if there else "leave out --resume"
+        )
+        raise TrainingError(f"{last}: nothing to resume; {remedy}")
+    if not resume and there:
+        more = "--resume goes on with it, or " if LAST in there else ""
+        raise TrainingError(f"{folder} already holds a run ({', '.join(there)}): {more}choose another folder")
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Final
 
 from petseg.config import ScheduleConfig
 
-__all__ = ["learning_rate"]
+__all__ = ["learning_rate", "left_at_the_end"]
 
 #: Share of the peak at which a one-cycle run begins: 1 / 25, as in PyTorch's OneCycleLR.
 FIRST: Final = 0.04
@@ -46,3 +46,17 @@ def learning_rate(config: ScheduleConfig, peak: float, step: int, steps_per_epoc
         now -= period
         period *= config.restart_factor
     return peak / 2 * (1 + math.cos(math.pi * now / period))
+
+
+def left_at_the_end(config: ScheduleConfig, epochs: int) -> float:
+    """The share of the peak that restarts leave where a run of so many epochs ends: 0 at the end of a period.
+
+    Of the other schedules, a constant one is meant to stay as high as it is, and the rest end at 0: 0 for all of them.
+    """
+    if config.name != "cosine-restarts":
+        return 0.0
+    now, period = epochs, config.restart_epochs
+    while now > period:
+        now -= period
+        period *= config.restart_factor
+    return (1 + math.cos(math.pi * now / period)) / 2

@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from petseg.checkpoint import EXPORTED
 from petseg.evaluate import OpenedModel, open_model
 from petseg_runtime import images
+from petseg_runtime.errors import EngineError
 
 __all__ = ["Teacher", "open_teacher"]
 
@@ -58,11 +60,20 @@ class Teacher:
 def open_teacher(path: Path | None, height: int, width: int, device: torch.device) -> Iterator[Teacher | None]:
     """The teacher in a checkpoint or exported file, whose answers are of the training size; None without a path.
 
+    It computes on the run's device; an exported file for which there is no engine there, on the best that there is: it
+    is asked but once for each photo.
+
     Raises:
         ModelError: It cannot be read.
     """
     if path is None:
         yield None
         return
-    with open_model(path, str(device)) as model:
+    with contextlib.ExitStack() as stack:
+        try:
+            model = stack.enter_context(open_model(path, str(device)))
+        except EngineError:
+            if path.suffix not in EXPORTED:
+                raise
+            model = stack.enter_context(open_model(path))
         yield Teacher(model, height, width)

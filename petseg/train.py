@@ -3,7 +3,8 @@
 The rooms around it: the photos (:mod:`petseg.run_photos`), where a run stands and goes on from
 (:mod:`petseg.run_state`), the first weights (:mod:`petseg.warm_start`), what a step minimises
 (:mod:`petseg.objective`), the learning rate (:mod:`petseg.schedule`), the log (:mod:`petseg.log`), and who is told
-(:mod:`petseg.observers`). A run that was killed and resumed takes the same steps as one that was not.
+(:mod:`petseg.observers`). A run that was killed and resumed takes the same steps as one that was not, on a CPU bit for
+bit.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from petseg.run_state import (
     remove_unfinished,
     tensors_of,
 )
-from petseg.schedule import learning_rate
+from petseg.schedule import learning_rate, left_at_the_end
 from petseg.train_set import EpochSampler
 from petseg.warm_start import first_weights
 from petseg_runtime import __version__
@@ -60,6 +61,8 @@ T = TypeVar("T")
 
 #: Below this scale, fp16's smallest gradients are long lost; a scaler that gets here will not recover.
 LEAST_SCALE = 1e-4
+#: A share of the peak rate at which a run had better not end.
+MUCH_LEFT = 0.05
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,11 @@ class Trainer:
         late: Whether a step's loss is read when the next step is under way, so that a GPU always has work; a CPU has
             done a step when it has been told to. Before anything is saved, validated or ended, all have been read.
         stopped_by: The signal that ended the run, if one did.
-        photos: The run's photos; which were left out, and what was warned of.
+        photos: The run's photos; which were left out.
         state: Where the run stands.
         last: The file that it goes on from, if it is stopped.
         meta: What every checkpoint says of the run; JSON values.
+        warnings: What makes the run's figures less than they seem; the observer was told each.
     """
 
     def __init__(
@@ -171,7 +175,9 @@ class Trainer:
             self.optimizer = _optimizer(self._parameters(), config)
         self.scaler = self._scaler()
         self.state, self.last = RunState(), StateFile(output)
+        self._lost: Row | None = None
         self.meta = self._about(provenance or {})
+        self.warnings = [*self.photos.warnings, *self._doubts()]
         self._announce()
         if resume:
             self._take_up()
@@ -242,8 +248,17 @@ class Trainer:
 
     @property
     def stopped_early(self) -> bool:
-        """Whether the best epoch is ``early_stop`` epochs ago; a function of the log, so that a resumed run agrees."""
-        return self.state.stalled(self.config.early_stop)
+        """Whether epochs are left, and the best is ``early_stop`` epochs ago.
+
+        That is a function of the log, so that a resumed run agrees.
+        """
+        return len(self.state.ious) < self.config.epochs and self.state.stalled(self.config.early_stop)
+
+    @property
+    def best(self) -> Row:
+        """What ``best.safetensors`` reached: a row of the log, or one that a crash took from it."""
+        row = max(self.state.history, key=lambda row: row.val_iou)
+        return self._lost if self._lost and self._lost.val_iou > row.val_iou else row
 
     def _about(self, provenance: dict[str, Any]) -> dict[str, Any]:
         """What every checkpoint says of its run; JSON values. Exported files keep ``data``, but not ``config``."""
@@ -264,6 +279,9 @@ class Trainer:
         forward = self.ranks.wrap(self.objective.student(self.model), self.device)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # all batches are of one shape: try the algorithms once
+            if self.dtype is torch.float32:
+                # Else convolutions would compute in TF32, and it would be called float32.
+                torch.backends.cudnn.allow_tf32 = False
         return torch.compile(forward) if self.config.compile else forward
 
     def _stop_for(self, number: int, frame: object) -> None:
@@ -441,7 +459,9 @@ class Trainer:
     def _evaluate_ema(self) -> Evaluation:
         d, pairs, failed = self.config.data, self.photos.good_val, self.photos.failed
         run, watch = self._ema_run(), lambda done: self._heed_in_validation()
-        return evaluate(run, pairs, d.height, d.width, batch=self.config.batch, watch=watch, failed=failed)
+        # One process validates, and its device may have no room for more than its part of a batch.
+        own = self.config.batch // self.ranks.size
+        return evaluate(run, pairs, d.height, d.width, batch=own, watch=watch, failed=failed)
 
     def _heed_in_validation(self) -> None:
         """End a run that is to stop: it takes up at its validation, which may take longer than a scheduler waits.
@@ -483,7 +503,8 @@ class Trainer:
         """
         if self.ranks.first:
             remove_unfinished(self.output)
-        with self.last.taking_up() as saved:
+        room = "make room on the device (another program has some of its memory), and --resume once more"
+        with self.last.taking_up() as saved, enough_memory(room):
             refuse_another_run(saved.meta, self.meta, self.config, self.output)
             load_tensors(saved.tensors, self.model, self.objective.hints, self.ema, self.optimizer)
             self._go_on_in(saved.meta["precision"])
@@ -492,6 +513,26 @@ class Trainer:
             self.state = RunState.from_dict(saved.meta["state"])
             self.meta["provenance"] = saved.meta["provenance"]
         self.observer.started(f"resumed at step {self.state.step}")
+        if self.ranks.first:
+            self._mend_after_a_crash()
+
+    def _mend_after_a_crash(self) -> None:
+        """Make the log that of the state, and keep a best checkpoint of an epoch that is not in it.
+
+        The state is not saved after every epoch, and on a GPU an epoch, taken again, is not quite what it was.
+        """
+        if self.state.history:
+            log.write(self.output / LOG, self.state.history)
+        else:
+            (self.output / LOG).unlink(missing_ok=True)
+        try:
+            row = Row.from_dict(checkpoint.load(self.output / BEST).meta["validation"])
+        except (CheckpointError, LookupError, TypeError, ValueError, AttributeError):
+            return  # there is none, or none that is whole: the next better one is written over it
+        if row.val_iou > max(self.state.ious, default=-1.0):
+            self._lost, self.state.best_iou = row, row.val_iou
+            kept = "not in the state: kept until there is a better one"
+            self.observer.started(f"{BEST} is of epoch {row.epoch}, which is {kept}")
 
     def _scaler(self) -> torch.amp.GradScaler:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
@@ -509,6 +550,15 @@ class Trainer:
             why = f"this device does not compute in {before}, as so far"
             self.observer.started(f"in {chosen} from here on ({why}): not quite the weights of a run in one piece")
 
+    def _doubts(self) -> Iterator[str]:
+        """What is to be warned of in the settings."""
+        last = self.config.epochs
+        if (left := left_at_the_end(self.config.schedule, last)) > MUCH_LEFT:
+            yield (
+                f"the learning rate ends at {100 * left:.0f} % of its peak, because none of its periods ends with "
+                f"epoch {last}: in a new run, --set schedule.restart_epochs={last} ends one there"
+            )
+
     def _announce(self) -> None:
         parameters = sum(p.numel() for p in self.model.parameters())
         say, shape = self.observer.started, self.config.model
@@ -522,6 +572,8 @@ class Trainer:
             say(f"{workers} processes augment them")
         if skipped := self.photos.train.skipped_empty:
             say(f"left out, because their masks show no pet: {', '.join(skipped)}")
+        for warning in self._doubts():
+            say(f"warning: {warning}")
 
 
 def _network(ema: MovingAverage) -> AttentionUNet:

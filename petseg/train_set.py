@@ -199,7 +199,8 @@ class EpochSampler(Sampler[list[int]]):
             UsageError: A batch cannot be split evenly over the processes.
         """
         if size < batch:
-            raise DataError(f"{size} photos to train on, but a batch takes {batch}: use a smaller --batch")
+            remedy = "use a smaller --batch" if size >= max(2, ranks) else f"{max(2, ranks)} or more are needed"
+            raise DataError(f"{size} photos to train on, but a batch takes {batch}: {remedy}")
         if batch % ranks:
             raise UsageError(f"batch is {batch}; it must be a multiple of the {ranks} processes that share it")
         self.size, self.batch, self.seed = size, batch, seed

@@ -99,6 +99,7 @@ def trained(runs: Sequence[Path]) -> list[dict[str, Any]]:
                 **{key: meta["provenance"].get(key) for key in ("command", "commit")},
                 **{key: meta.get(key) for key in told},
                 **reached(rows, meta["config"]["batch"]),
+                "best": meta["validation"],  # perhaps of an epoch that a crash took from the log
                 **{key: ended.get(key) for key in ("peak_gpu_memory_bytes", "processes", "threads")},
                 "log": [row.as_dict() for row in rows],
             }

@@ -37,7 +37,8 @@ _OPTIONS: Final = {"compute_capabilities": "--compute-capability"}
     "--certain-share",
     type=Finite(0, 1, min_open=True),
     metavar="SHARE",
-    help="There is a pet where this share of what is likely one is certain.  [default: the checkpoint's, if any]",
+    help="Rule of whether a pet is found: of the pixels with a probability of 0.5 or more, at least this share must "
+    "reach 0.98.  [default: the checkpoint's, if any]",
 )
 @click.option("--data", type=PATH, help="Photos for the parity test, and for int8.  [default: the samples that ship]")
 @click.option("--split", type=click.Choice(["val", "test"]), default="val", show_default=True, help="Of labelled data.")

@@ -108,9 +108,8 @@ class Segmentation:
         matter, and neither does the threshold as long as something reaches it.
 
         The model that ships has a share of a quarter. It learnt from photos with pets only: what it has never seen
-        makes it unsure, not silent. It misses about 4 pets in 100 (7 in 100 of three breeds at their original size),
-        and sees one in about 7 of 100 backgrounds of pets' photos, 12 of 100 photos without any animal, and 41 of 100
-        photos of other animals (``benchmarks/results/found.json``). Take it as a hint, not as a classifier.
+        makes it unsure, not silent. How often that is wrong is in the runtime's README ("No pet here"). Take it as a
+        hint, not as a classifier.
         """
         if self.certain_share is None:
             return bool(self.mask.any())

@@ -29,7 +29,7 @@ from petseg.evaluate import evaluate, open_model
 from petseg.model import AttentionUNet, AttentionUNetConfig
 from petseg.reference import torch_run
 from petseg.schedule import learning_rate
-from petseg_runtime.errors import DataError
+from petseg_runtime.errors import DataError, OutputError
 
 #: width 4, and as fast as it gets
 SMALL = ["model.width=4", "batch=4", "amp=fp32", "data.val_fraction=0.25", "data.split_seed=3", "data.workers=0"]
@@ -231,6 +231,30 @@ def test_kernels_are_rounded_and_nothing_else_is(weights: Path, tmp_path: Path) 
         assert np.array_equal(opened.run(batch), torch_run(expected)(batch))
 
 
+def test_pieces_are_replaced_all_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lease whose disk is full has left what it had."""
+    out, weights, write = tmp_path / "out", tmp_path / "w.safetensors", lease.write_atomic
+    out.mkdir()
+    monkeypatch.setattr(lease, "PIECE", 4)
+    for content in (b"the first", b"a longer second"):
+        weights.write_bytes(content)
+        lease.pack(weights, out)
+        lease.join([str(out / "w.manifest.json"), str(tmp_path / "joined")], standalone_mode=False)
+        assert (tmp_path / "joined").read_bytes() == content
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name == "w.safetensors.02":
+            raise OSError(28, "No space left on device", str(path))
+        write(path, data)
+
+    monkeypatch.setattr(lease, "write_atomic", full)
+    weights.write_bytes(b"the third one")
+    with pytest.raises(OSError, match="No space"):
+        lease.pack(weights, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 @pytest.mark.parametrize("spoil", ["change", "cut", "swap"])
 def test_pieces_that_are_not_what_was_sent_are_not_joined(out: Path, tmp_path: Path, spoil: str) -> None:
     for path in out.iterdir():
@@ -282,12 +306,14 @@ def test_in_minutes_there_are_as_many_epochs_as_fit(
 
 def test_the_warm_up_tells_what_each_part_costs(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "STEPS", 1)
-    short = job(data)
+    short = job(data, "augment.mix_until=0.5")
     costs = lease.warmed_up(short, short.config(), tmp_path, 18, 6)
     assert all(value >= 0 for value in costs.values())
     assert min(costs[name] for name in ("read_a_photo", "step", "validate_and_save", "measure_a_photo")) > 0
-    seen = checkpoint.load(tmp_path / "warm-up" / "best.safetensors").meta["data"]
+    meta = checkpoint.load(tmp_path / "warm-up" / "best.safetensors").meta
+    seen, augment = meta["data"], meta["config"]["augment"]
     assert (seen["train_photos"], seen["val_photos"]) == (12, 6), "as many photos of validation as the run has"
+    assert augment["mix_until"] == 1.0, "the epoch that is timed mixes"
 
 
 def test_the_later_half_of_an_epoch_is_timed() -> None:
@@ -365,6 +391,8 @@ def test_better_checkpoints_are_kept_while_a_run_goes_on(
     def keep(path: Path) -> None:
         kept.append(path.read_text().strip())
         (run / f"seen{kept[-1]}").touch()
+        if len(kept) < 3:  # for a moment: the run goes on
+            raise (OSError(28, "No space left on device"), OutputError("no space"))[len(kept) - 1]
 
     monkeypatch.setattr(Job, "words", lambda *_: ["bash", "-c", script])
     monkeypatch.setattr(lease, "LOOK", 0.1)

@@ -20,7 +20,7 @@ def machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return importlib.import_module("benchmarks.machines")
 
 
-def one(folder: Path, cpu: str, ms: dict[tuple[str, str], float], rate: float) -> None:
+def one(folder: Path, cpu: str, ms: dict[tuple[str, str], float], rate: float, shipped: str | None = None) -> None:
     """The records of a machine: the network's times by engine and precision, and the rate on a folder."""
 
     def row(name: str, faster: float, seconds: float) -> dict[str, Any]:
@@ -52,8 +52,9 @@ def one(folder: Path, cpu: str, ms: dict[tuple[str, str], float], rate: float) -
         "accuracy": {"rival_times": [{"engine": "openvino 1", "precision": "f32", "petseg_times_as_fast": 1.12}]},
     }
     folder.mkdir(parents=True, exist_ok=True)
+    shipped = shipped or importlib.import_module("benchmarks.records").shipped_model()
     for name, record in made.items():
-        (folder / f"{name}.json").write_text(json.dumps(record))
+        (folder / f"{name}.json").write_text(json.dumps({"shipped_model": shipped, **record}))
 
 
 def cells(text: str, what: str) -> list[str]:
@@ -98,6 +99,15 @@ def test_the_readme_has_a_column_for_each_machine(machines: Any, tmp_path: Path)
         "| the network alone, ms | 6.0 (openvino, f32); 2.5 (openvino, bf16) | 12.0 (openvino, f32) |",
         "| a video of 1280 × 720 to an overlay, times real time | 1.50 | 1.50 |",
     ]
+
+
+def test_machines_that_ran_an_earlier_model_are_named(machines: Any, tmp_path: Path) -> None:
+    for name, shipped in (("Old", "petseg edge, 0123"), ("New", None)):
+        one(tmp_path / "machines" / name, name, {("openvino", "f32"): 12.0}, 55, shipped)
+    one(tmp_path, "First", {("openvino", "f32"): 6.0}, 174, "petseg edge, 0123")  # its own section tells
+    said = "With an earlier embedded model (speeds hold, masks differ): Old, 2026-01-02."
+    assert machines.machines().splitlines()[-2:] == ["", said]
+    assert importlib.import_module("benchmarks.summary").everywhere()[-2:] == ["", said]
 
 
 def test_what_was_not_measured_on_a_machine_is_left_empty(machines: Any, tmp_path: Path) -> None:

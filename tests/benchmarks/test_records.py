@@ -60,7 +60,7 @@ def test_without_git_a_record_has_no_commit(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     found = json.loads(records.write("mine", "x", {}).read_text(encoding="utf-8"))
-    assert (found["commit"], found["uncommitted"]) == (None, [])
+    assert (found["commit"], found["uncommitted"]) == (None, None)
 
 
 #: What Linux says of the first of two cores, on a machine like the one that our records of 2026 were made on.

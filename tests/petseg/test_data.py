@@ -103,7 +103,7 @@ def test_the_seed_alone_decides_what_is_validation(oxford_root: Path) -> None:
 
 
 def test_a_fraction_that_leaves_nothing_to_train_on_is_refused(oxford_root: Path) -> None:
-    with pytest.raises(DataError, match="train split has no photos"):
+    with pytest.raises(DataError, match="train split has no photos: trainval needs at least one photo for training"):
         find(oxford_root, Split.TRAIN, val_fraction=0.999)
 
 

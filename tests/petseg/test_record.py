@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "amp": "fp32",
     "model": {"width": 2},
     "data": {"height": 32, "width": 32, "val_fraction": 0.1},
+    "schedule": {"restart_epochs": 2},
 }
 
 
@@ -58,7 +59,7 @@ def test_a_record_says_what_was_run_and_what_it_reached(finished: Trainer) -> No
     assert found["data"]["train_photos"] == 22
     assert found["data"]["names_sha256"] == finished.meta["data"]["names_sha256"]
     assert found["best"] == max(rows, key=lambda row: row.val_iou).as_dict()
-    assert found["warnings"] == finished.photos.warnings
+    assert found["warnings"] == finished.warnings == finished.photos.warnings
     assert len(found["warnings"]) == 1, "two photos to validate on are few"
     assert (found["epochs"], found["stopped_early"], found["processes"]) == (2, False, 1)
     assert found["elapsed"] >= rows[-1].elapsed > rows[0].elapsed > rows[0].seconds > 0

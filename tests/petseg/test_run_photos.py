@@ -151,6 +151,4 @@ def test_too_few_validation_photos_are_warned_of(oxford_copy: Path, tmp_path: Pa
     trainer = Trainer(config, oxford_copy, tmp_path / "out", device=CPU, observer=observer)
     said = [f"{FEW - 1} validation photos with a pet are few"] if warned else []
     assert [message.partition(" to ")[0] for message in trainer.photos.warnings] == said
-    assert [m for m in observer.messages if m.startswith("warning: ")] == [
-        f"warning: {w}" for w in trainer.photos.warnings
-    ]
+    assert [m for m in observer.messages if m.startswith("warning: ")] == [f"warning: {w}" for w in trainer.warnings]

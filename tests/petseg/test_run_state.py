@@ -20,9 +20,10 @@ from petseg import checkpoint
 from petseg.checkpoint import load, save_checkpoint
 from petseg.config import to_dict
 from petseg.log import LOG
+from petseg.record import record
 from petseg.run_state import BEST, LAST, QUICK_SAVE, RunState, StateFile
 from petseg.train import Trainer
-from petseg_runtime.errors import CheckpointError, TrainingError
+from petseg_runtime.errors import CheckpointError, EngineError, TrainingError
 from tiny_runs import (
     CPU,
     EPOCHS,
@@ -113,6 +114,57 @@ def test_a_run_whose_state_is_not_saved_after_each_epoch_goes_on(
     assert_same_run(tmp_path, whole)
 
 
+def test_a_best_checkpoint_of_an_epoch_that_a_crash_took_is_kept_and_told_of(
+    oxford_root: Path, tmp_path: Path, whole: Run
+) -> None:
+    """On a GPU the state may be older than the best checkpoint, and the epochs taken again are not quite the same."""
+    with pytest.raises(Crash):
+        Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=Recorder(at_step=at(PER_EPOCH + 1, crash))).fit()
+    best = load(tmp_path / BEST)
+    best.meta["validation"] |= {"epoch": 2, "val_iou": 0.99, "val_threshold": 0.125}
+    save_checkpoint(tmp_path / BEST, best.tensors, best.meta)
+    kept = (tmp_path / BEST).read_bytes()
+    for _ in range(2):  # the second time, the run is done
+        observer = Recorder()
+        trainer = Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True, observer=observer)
+        assert f"{BEST} is of epoch 2, which is not in the state: kept until there is a better one" in observer.messages
+        trainer.fit()
+        assert (tmp_path / BEST).read_bytes() == kept
+        assert (trainer.best.epoch, trainer.best.val_threshold) == (2, 0.125)
+        assert record(trainer)["best"] == best.meta["validation"]
+    assert [row.val_iou for row in trainer.state.history] == [row.val_iou for row in whole.observer.rows]
+
+
+def test_a_log_that_lacks_an_epoch_after_a_crash_is_completed(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+    folder = Path(shutil.copytree(whole.folder, tmp_path / "run"))
+    log = (folder / LOG).read_text()
+    (folder / LOG).write_text("".join(log.splitlines(keepends=True)[:-1]))
+    Trainer(tiny(), oxford_root, folder, device=CPU, resume=True).fit()
+    assert (folder / LOG).read_text() == log
+
+
+def test_too_little_memory_on_the_way_back_is_no_damage_to_the_state(
+    oxford_root: Path, tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    folder = Path(shutil.copytree(whole.folder, tmp_path / "run"))
+    monkeypatch.setattr("petseg.train.load_tensors", full)
+    with pytest.raises(EngineError, match="make room on the device"):
+        Trainer(tiny(), oxford_root, folder, device=CPU, resume=True)
+
+
+def test_a_run_that_came_to_its_last_epoch_was_not_stopped_early(oxford_root: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tiny("early_stop=2"), oxford_root, tmp_path, device=CPU)
+    for iou, finished, early in ((0.5, False, False), (0.4, False, False), (0.3, True, False)):
+        trainer.state.next_epoch(iou)
+        assert (trainer.finished, trainer.stopped_early) == (finished, early)
+    trainer.state.ious.pop()
+    trainer.config = tiny("early_stop=1")
+    assert (trainer.finished, trainer.stopped_early) == (True, True)
+
+
 def test_what_a_killed_run_was_writing_is_removed(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
     folder = Path(shutil.copytree(whole.folder, tmp_path / "run"))
     for name in (".last.0123abcd.part.safetensors", ".log.0123abcd.part.csv"):
@@ -192,8 +244,12 @@ def test_a_folder_that_holds_a_part_of_a_run_is_refused(
     oxford_root: Path, tmp_path: Path, whole: Run, name: str
 ) -> None:
     shutil.copy(whole.folder / name, tmp_path)
-    with pytest.raises(TrainingError, match=r"already holds a run.*--resume"):
+    remedy = "--resume goes on with it, or choose another" if name == LAST else "choose another"
+    with pytest.raises(TrainingError, match=rf"already holds a run \({name}\): {remedy} folder"):
         Trainer(tiny(), oxford_root, tmp_path, device=CPU)
+    if name != LAST:
+        with pytest.raises(TrainingError, match=rf"{LAST}: nothing to resume; {name} is of a run whose state is gone"):
+            Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
     assert (tmp_path / name).read_bytes() == (whole.folder / name).read_bytes()
 
 

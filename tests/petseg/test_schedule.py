@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from petseg.config import ScheduleConfig
-from petseg.schedule import learning_rate
+from petseg.schedule import learning_rate, left_at_the_end
 
 
 @pytest.mark.parametrize(("restart", "factor"), [(1, 1), (2, 1), (1, 2), (3, 2), (2, 3), (10, 2)])
@@ -52,3 +52,27 @@ def test_cosine_falls_from_the_peak_to_nothing() -> None:
 
 def test_constant_is_constant() -> None:
     assert set(rates("constant")) == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("epochs", "restart", "factor", "left"),
+    [
+        (30, 10, 2, 0),
+        (10, 10, 2, 0),
+        (20, 10, 2, 0.5),
+        (5, 10, 2, 0.5),
+        (11, 10, 1, 0.976),
+        (20, 10, 1, 0),
+        (70, 10, 2, 0),
+    ],
+)
+def test_what_restarts_leave_of_the_rate_at_the_end(epochs: int, restart: int, factor: int, left: float) -> None:
+    config = ScheduleConfig(restart_epochs=restart, restart_factor=factor)
+    assert left_at_the_end(config, epochs) == pytest.approx(left, abs=1e-3)
+    last = learning_rate(config, 1.0, 1000 * epochs - 1, 1000, epochs)
+    assert last == pytest.approx(left, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["one-cycle", "cosine", "constant"])
+def test_other_schedules_end_as_they_are_meant_to(name: str) -> None:
+    assert left_at_the_end(dataclasses.replace(ScheduleConfig(), name=name), 7) == 0

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from petseg.checkpoint import load, load_model, save_checkpoint
 from petseg.reference import torch_run
 from petseg.run_state import BEST, LAST
+from petseg.teacher import open_teacher
 from petseg.train import Trainer
 from petseg_export import OnnxConfig, export
 from petseg_runtime.errors import CheckpointError
@@ -63,3 +66,17 @@ def test_a_teacher_that_has_seen_the_validation_photos_is_told_of_checkpoint_or_
             Trainer(config, oxford_root, tmp_path / "out", device=CPU, teacher=teacher, observer=observer)
             warned = [m for m in observer.messages if "teacher was trained on 2 of the 2 validation photos" in m]
             assert len(warned) == said, (teacher, seed)
+
+
+def test_an_exported_teacher_needs_no_engine_for_the_device_of_the_run(
+    oxford_root: Path, tmp_path: Path, whole: Run
+) -> None:
+    exported = tmp_path / "teacher.onnx"
+    export(whole.folder / BEST, OnnxConfig(output=exported, data=oxford_root, split="test", photos=4))
+    photo = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    said = []
+    for device in ("cuda:7", "cpu"):
+        with open_teacher(exported, 32, 32, torch.device(device)) as teacher:
+            assert teacher is not None
+            said.append(teacher(photo))
+    assert np.array_equal(*said)

@@ -27,6 +27,7 @@ from petseg import checkpoint
 from petseg.checkpoint import load, load_model
 from petseg.config import to_dict
 from petseg.data import Split, find
+from petseg.distributed import Ranks
 from petseg.evaluate import Evaluation, evaluate
 from petseg.log import LOG, Row
 from petseg.model import normalize
@@ -818,6 +819,25 @@ def test_a_photo_that_goes_bad_in_the_middle_of_a_run(oxford_copy: Path, tmp_pat
     with pytest.raises(DataError, match="pet_"):
         run("stop")
     assert load(tmp_path / "stop" / LAST).meta["state"]["step"] == PER_EPOCH
+
+
+def test_one_of_several_processes_validates_no_more_at_a_time_than_it_trains_on(
+    oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(tiny(), oxford_root, tmp_path, device=CPU)
+    monkeypatch.setattr("petseg.train.evaluate", lambda *_, **options: options["batch"])
+    assert trainer._evaluate_ema() == 4
+    trainer.ranks = Ranks(rank=0, size=2)
+    assert trainer._evaluate_ema() == 2
+
+
+def test_a_rate_that_ends_high_is_warned_of(oxford_root: Path, tmp_path: Path) -> None:
+    said = "the learning rate ends at 85 % of its peak, because none of its periods ends with epoch 3"
+    for settings, warned in (((), True), (("schedule.restart_epochs=3",), False)):
+        observer = Recorder()
+        trainer = Trainer(tiny(*settings), oxford_root, tmp_path, device=CPU, observer=observer)
+        assert any(warning.startswith(said) for warning in trainer.warnings) == warned
+        assert any(message.startswith(f"warning: {said}") for message in observer.messages) == warned
 
 
 def test_a_run_that_a_bad_validation_photo_ended_goes_on_without_it(oxford_copy: Path, tmp_path: Path) -> None:

@@ -1408,7 +1408,7 @@ def test_info_tells_people_what_a_model_is(capsys: pytest.CaptureFixture[str]) -
 
 def test_info_says_by_which_rule_a_pet_is_found(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for share, said in (
-        (0.25, "25 % of what is likely one are all but certain, and the mask is not empty"),
+        (0.25, "at least 25 % of the pixels with a probability of 0.5 or more reach 0.98, and the mask is not empty"),
         (None, "the mask is not empty (no rule was chosen for this model)"),
     ):
         assert run(["info", str(toy(tmp_path / "toy.onnx", certain_share=share).path)]) == 0

@@ -79,7 +79,11 @@ VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio
 )
 @click.option("--backend", type=BACKEND, default="auto", show_default=True, help=HELP["backend"])
 @click.option("--device", default="auto", show_default=True, help=HELP["device"])
-@click.option("--size", metavar="HxW", help="Of the model's input, if it takes any.  [default: the model's own]")
+@click.option(
+    "--size",
+    metavar="HxW",
+    help="Size of the model's input, if it was exported with --dynamic-size.  [default: the model's own]",
+)
 @click.option("--threads", type=click.IntRange(min=1), help=HELP["threads"])
 @click.option("--resume", is_flag=True, help="Go on with a run over several files that was stopped.")
 @click.option("--start", type=Finite(0), help="Videos: seconds to pass over.")
@@ -133,8 +137,8 @@ def infer(
     A SOURCE is a file, a folder with its sub-folders, a pattern ('photos/**/*.jpg'), a camera (0, /dev/video0), a URL
     (rtsp, rtmp, http, udp, ...) or - for standard input, whose result goes to standard output.
 
-    What cannot be used is named, counted and passed over. Ctrl-C and SIGTERM end a run in order: a video can be
-    played, photos that are not whole are not there, and --resume goes on.
+    What cannot be used is named, counted and passed over. Ctrl-C and SIGTERM stop a run in order: videos that were
+    begun can be played, no half-written photo is left, and --resume continues.
     Exit code 0: all done; 3: some failed; 1: all failed; 130, 143: stopped by Ctrl-C or SIGTERM, and no live source has
     failed.
     """

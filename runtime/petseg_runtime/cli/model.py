@@ -90,7 +90,8 @@ def _rule(certain_share: float | None) -> str:
     """See :attr:`petseg_runtime.result.Segmentation.found`."""
     if certain_share is None:
         return "the mask is not empty (no rule was chosen for this model)"
-    return f"{100 * certain_share:.3g} % of what is likely one are all but certain, and the mask is not empty"
+    share = f"{100 * certain_share:.3g} %"
+    return f"at least {share} of the pixels with a probability of 0.5 or more reach 0.98, and the mask is not empty"
 
 
 def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -187,10 +188,11 @@ def verify(
 ) -> int:
     """Run FILE on this device and compare it with what its checkpoint said when it was exported.
 
-    Then the road around the network: sample photos are decoded and resized, and an answer is brought back to their
-    size, as where petseg was made. Without FILE, the model that ships with petseg (whose result is written only where
-    --output says). Exit code 0: all is as it should be; 10: it is not, and the report says where and by how much.
-    Scripts for one device name it with --device, or another may be what is verified.
+    Then the steps around the network, on sample photos: decoding, resizing and bringing a mask back to the photo's size
+    must give what they gave where petseg was made. Without FILE, the model that ships with petseg (whose result is
+    written only where --output says). Exit code 0: all is as it should be; 10: it is not, and the report says where and
+    by how much. In scripts, name the device with --device: otherwise the first engine that works is verified, which may
+    not be the one that you use.
     """
     from petseg_runtime.artifact import default_model, open_artifact
     from petseg_runtime.verify import parts_of, record, save, sidecar_of, verify_file, with_others

@@ -1,0 +1,108 @@
+"""Sentences and small tables say what their records say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def prose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The module, which is not installed; its records are in a folder of their own."""
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr(importlib.import_module("benchmarks.records"), "RESULTS", tmp_path)
+    return importlib.import_module("benchmarks.prose")
+
+
+def write(folder: Path, name: str, record: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(record))
+
+
+def errors(photos: int, wrong: int) -> dict[str, Any]:
+    return {"photos": photos, "wrong": wrong, "rate": wrong / photos, "interval_95": [0, 1]}
+
+
+def test_how_often_a_pet_is_missed_or_seen_where_none_is(prose: Any, tmp_path: Path) -> None:
+    pets = {"test, 128×128 copies": errors(1000, 36), "test, original size": errors(242, 16)}
+    report = {
+        "pets": pets,
+        "crops": {"test, 128×128 copies": errors(200, 13), "test, original size": errors(100, 99)},
+        "photos": {"one": errors(10, 9), "all": errors(138, 17)},
+        "animals": {"one": errors(10, 9), "all": errors(51, 21)},
+    }
+    write(tmp_path, "found", {"report": report})
+    assert prose.no_pet().splitlines()[2:] == [
+        "| pets, 1000 test photos, 128×128 copies | 3.6 % missed |",
+        "| pets, 242 test photos at their original size | 6.6 % missed |",
+        "| 200 strips of test photos, beside their pet | 6.5 % taken for a pet |",
+        "| 138 photos of places, things, people | 12 % |",
+        "| 51 photos of other animals | 41 % |",
+    ]
+    assert "in [12 % of photos without any animal, and in 41 % of photos of other animals]" in prose.cannot()
+
+
+def clip(less: float, gained: float = 0.0, residue: float = 0.0) -> dict[str, float]:
+    return {"times_less_flicker": less, "iou_points_gained": gained, "residue": residue}
+
+
+@pytest.mark.parametrize("residue", [0.0, 12.0])
+def test_what_smoothing_gains_and_costs(prose: Any, tmp_path: Path, residue: float) -> None:
+    kinds = {
+        "noise 3": clip(7.0),
+        "noise 8": clip(5.0),
+        "noise 16": clip(2.66, -0.1),
+        "exposure +-4 %": clip(7.9),
+        "noise 8, H.264 crf 28": clip(2.0),
+        "noise 8, H.264 crf 38": clip(1.04),
+        "pan": clip(1.5, -0.31),
+        "cut": clip(4, 0.2, residue),
+        "all still": clip(3.4, 0.05),
+    }
+    write(tmp_path, "flicker", {"recommended": 0.7, "report": {"0.7": kinds, "0.85": {}}})
+    text = prose.smooth()
+    assert text.startswith(
+        "`--smooth 0.7` reduces flicker on still scenes 3.4 times: 2.7 to 7.9 times with a sensor's noise"
+    )
+    assert "by H.264 2.0 times at CRF 28 and 1.0 times at CRF 38. Still scenes' IoU changes by +0.05 points" in text
+    assert f"loses more than 0.31, and probabilities after a scene cut differ by {residue:.0f} of 255 at most" in text
+
+
+def test_how_long_the_example_trains_on_each_machine(prose: Any, tmp_path: Path) -> None:
+    for folder, cpu, rate in (
+        (tmp_path, "Fast", 3490 * 30 / 3600),
+        (tmp_path / "machines" / "b", "Slow", 3490 * 30 / 9000),
+    ):
+        rows = [
+            {"name": "width 16, strided stem", "images_per_second": 1.0},
+            {"name": "width 16", "images_per_second": rate},
+        ]
+        write(folder, "training", {"machine": {"cpu": cpu, "cores": 2}, "rows": rows})
+    (tmp_path / "machines" / "c").mkdir()
+    of_a_gpu = {"machine": {"cpu": "Big", "cores": 16}, "rows": [{"name": "width 64", "images_per_second": 900}]}
+    write(tmp_path / "machines" / "d", "training", of_a_gpu)
+    expected = (
+        "60 minutes on 2 cores of Fast (29.1 photos a second), 2.5 hours on 2 cores of Slow (11.6 photos a second) ("
+    )
+    assert expected in prose.training_time()
+
+
+def test_what_decoding_at_a_reduced_size_gains_and_costs(prose: Any, tmp_path: Path) -> None:
+    rows = [
+        {"size": "1 MP", "margin": 3.0, "reduced": 0},
+        {"size": "12 MP", "margin": 1.5, "reduced": 9, "mean_iou": 0.9, "min_iou": 0.1},
+        {"size": "12 MP", "margin": 3.0, "reduced": 8, "mean_iou": 0.9984, "min_iou": 0.976},
+    ]
+    took = [{"size": row["size"], "wall": {"ratio": 4.87}} for row in rows[:2]]
+    write(
+        tmp_path,
+        "reduced-decoding",
+        {"photos": 9, "margin_in_use": 3.0, "agreement": rows, "milliseconds": took},
+    )
+    assert prose.fast_decode().splitlines()[4:] == ["| 12 MP | 8 | 4.9 | 0.998 | 0.98 |"]
