@@ -1,4 +1,4 @@
-"""The teacher of the edge network's cycles 7 to 9, whose encoder knows ImageNet, and a run that it teaches.
+"""The teacher of the edge network's cycles 7 to 11, whose encoder knows ImageNet, and a run that it teaches.
 
     python -m benchmarks.embedded.pretrained teacher --data DATA --output RUN --weights efficientnet-lite2-9656183e.pth
     python -m benchmarks.embedded.pretrained student --data DATA --output RUN --teacher TEACHER --init CHECKPOINT
