@@ -115,7 +115,7 @@ def test_a_run_whose_state_is_not_saved_after_each_epoch_goes_on(
 
 
 def test_a_best_checkpoint_of_an_epoch_that_a_crash_took_is_kept_and_told_of(
-    oxford_root: Path, tmp_path: Path, whole: Run
+    oxford_root: Path, tmp_path: Path, whole: Run, slow_disk: list[int]
 ) -> None:
     """On a GPU the state may be older than the best checkpoint, and the epochs taken again are not quite the same."""
     with pytest.raises(Crash):
@@ -124,10 +124,13 @@ def test_a_best_checkpoint_of_an_epoch_that_a_crash_took_is_kept_and_told_of(
     best.meta["validation"] |= {"epoch": 2, "val_iou": 0.99, "val_threshold": 0.125}
     save_checkpoint(tmp_path / BEST, best.tensors, best.meta)
     kept = (tmp_path / BEST).read_bytes()
-    for _ in range(2):  # the second time, the run is done
+    assert load(tmp_path / LAST).meta["state"]["best_iou"] == -1, "the first epoch, taken again, is better than that"
+    assert (tmp_path / LOG).exists()
+    for done in (False, True):
         observer = Recorder()
         trainer = Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True, observer=observer)
         assert f"{BEST} is of epoch 2, which is not in the state: kept until there is a better one" in observer.messages
+        assert (tmp_path / LOG).exists() == done, "the log is that of the state, which has no epoch at first"
         trainer.fit()
         assert (tmp_path / BEST).read_bytes() == kept
         assert (trainer.best.epoch, trainer.best.val_threshold) == (2, 0.125)
