@@ -30,6 +30,8 @@ _LONGEST_PAUSE: Final = 30.0
 _GOOD: Final = 10.0
 #: So long a source that never sent anything is tried, in seconds.
 FIRST_PATIENCE: Final = 30.0
+#: What is left of patience after a wait for all of it is rounding, which would be waited for again and again; in seconds.
+_ROUNDING: Final = 1e-3
 #: A source's own clock that goes back by more than this, or ahead of ours by more than that, was set anew; in seconds.
 _BACK: Final = 1.0
 _AHEAD: Final = 5.0
@@ -250,7 +252,7 @@ class LiveSource:
             UnreadableVideo: It is now.
         """
         silent = time.monotonic() - self._last_seen
-        if silent >= self._patience_now:
+        if silent >= self._patience_now - _ROUNDING:
             self._tell(StateChange("ended", self._why, attempt=self._attempt))
             raise UnreadableVideo(
                 f"no frame for {silent:.0f} s in {self._attempt} attempts; the last: {self._why}", self.origin.shown

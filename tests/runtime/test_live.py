@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -124,6 +125,7 @@ class Clock:
         return self.now
 
     def wait(self, seconds: float) -> None:
+        assert len(self.waits) < 1000, "waits that never end"
         self.waits.append(seconds)
         self.now += seconds
 
@@ -176,6 +178,18 @@ def test_pauses_double_with_jitter_up_to_the_longest(monkeypatch: pytest.MonkeyP
     assert len({round(wait / 30, 6) for wait in clock.waits[8:]}) > 5, "no jitter"
     assert reader.opened == len(clock.waits) + 1
     assert [c.attempt for c in changes if c.state == "connecting"] == list(range(1, reader.opened + 1))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_patience_ends_though_what_is_left_of_it_is_rounding(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, seed: int
+) -> None:
+    clock.now += random.Random(seed).random()  # so that sums of times are rounded
+    made, _, reader = source([], monkeypatch, clock, patience=40)
+    monkeypatch.setattr(made, "_random", random.Random(seed))
+    delivered(made)
+    assert sum(clock.waits) == pytest.approx(40)
+    assert reader.opened == len(clock.waits) + 1
 
 
 def test_a_connection_that_lasted_makes_the_next_pause_short(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
