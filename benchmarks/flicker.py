@@ -8,8 +8,8 @@ which the camera or the pet moves, with noise, too. The pet that moves is cut ou
 of another photo that has no pet in it. Frames have at most 480 pixels a side, so their noise is averaged less than
 that of a large video when they are brought to the model's size.
 
-Constants of :mod:`petseg_runtime.smoothing` were chosen on *choose* (photos of trainval); *report* (test photos) is
-what to quote. Both are in the record, with the alternatives that were considered.
+Constants of :mod:`petseg_runtime.video.smoothing` were chosen on *choose* (photos of trainval); *report* (test photos)
+is what to quote. Both are in the record, with the alternatives that were considered.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from benchmarks.found import crops
 from benchmarks.photos import original_size
 from petseg.data import Pair, Split, find, read_pair
 from petseg.metrics import BORDER, PET
-from petseg_runtime import Segmenter, smoothing
+from petseg_runtime import Segmenter
+from petseg_runtime.video import smoothing
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 Bool: TypeAlias = npt.NDArray[np.bool_]

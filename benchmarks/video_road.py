@@ -24,8 +24,9 @@ from PIL import Image, ImageOps
 from benchmarks import records
 from benchmarks.photos import original_size
 from benchmarks.reduced import iou
-from petseg_runtime import Segmenter, images, video
-from petseg_runtime.video import Converter, Frame
+from petseg_runtime import Segmenter, images
+from petseg_runtime.video import frame as frames
+from petseg_runtime.video.frame import Converter, Frame
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
@@ -73,7 +74,7 @@ def video_road(data: Path, photos: int, timed: int) -> None:
                     click.echo(rows[-1], err=True)
         times = timing(paths[:timed], segmenter.size)
         values = {"model": segmenter.artifact.spec.name, "input": segmenter.size, "photos": photos, "bar": BAR}
-    in_use = next(name for name, flags in SCALERS.items() if flags == video._SHRINKING)
+    in_use = next(name for name, flags in SCALERS.items() if flags == frames._SHRINKING)
     values |= {"agreement": rows, "in_use": in_use, "milliseconds_at_1280x720": times}
     values |= {"rgb_at_1280x720": list(whole(paths[:24]))}
     command = f"python -m benchmarks video-road --data DATA --photos {photos} --timed {timed}"
@@ -130,7 +131,7 @@ def whole(paths: list[Path]) -> Iterator[dict[str, Any]]:
         for path in paths:
             original = photo(path, SIZES["1280x720"])
             frame = frame_of(original, "BT.709")
-            with mock.patch.object(video, "_SAME_SIZE", flags):
+            with mock.patch.object(frames, "_SAME_SIZE", flags):
                 for _ in range(ROUNDS // 4):
                     start = time.perf_counter()
                     pixels = frame.pixels(convert)
@@ -170,8 +171,8 @@ def frame_of(pixels: U8, matrix: str) -> Frame:
 
 
 def shrunk(name: str, frame: Frame, size: tuple[int, int], convert: Converter | None = None) -> U8:
-    margin = 0 if name == ONE_STEP else video._MARGIN
-    with mock.patch.multiple(video, _SHRINKING=SCALERS[name], _MARGIN=margin):
+    margin = 0 if name == ONE_STEP else frames._MARGIN
+    with mock.patch.multiple(frames, _SHRINKING=SCALERS[name], _MARGIN=margin):
         return frame.pixels(convert or Converter(), *size)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from petseg_runtime.result import Segmentation
     from petseg_runtime.segmenter import Segmenter
     from petseg_runtime.spec import ModelSpec
-    from petseg_runtime.stream import Stream
+    from petseg_runtime.video.stream import Stream
 
 __version__ = "0.1.0"
 

@@ -4,7 +4,7 @@ Training, evaluation, parity and the runtime bring photos to the model's size wi
 a photo's or frame's size with ``from_model``. Two roads to the model's size are other than that of a whole photo, and
 how much their masks differ is measured:
 
-- frames of videos are converted and resized by FFmpeg's swscale (:class:`petseg_runtime.video.Converter`):
+- frames of videos are converted and resized by FFmpeg's swscale (:class:`petseg_runtime.video.frame.Converter`):
   ``benchmarks/results/video-road.json``;
 - a large JPEG is decoded at a reduced size before ``to_model``, where that is asked for (``at_least``; ``petseg infer
   --fast-decode``): ``benchmarks/results/reduced-decoding.json``.

@@ -23,9 +23,9 @@ from petseg_runtime.result import Segmentation
 from petseg_runtime.sources import Origin, stream_origin
 
 if TYPE_CHECKING:
-    from petseg_runtime.live import StateChange
-    from petseg_runtime.stream import Stream
     from petseg_runtime.verify import Verification
+    from petseg_runtime.video.live import StateChange
+    from petseg_runtime.video.stream import Stream
 
 __all__ = ["Prepared", "Segmenter", "finish", "prepare_opened"]
 
@@ -247,12 +247,12 @@ class Segmenter:
             source: A video file, a camera (``0``, ``"0"``, ``/dev/video0``), a URL (RTSP, RTMP, HTTP, UDP, ...), or
                 an :class:`~petseg_runtime.sources.Origin` for more (options for FFmpeg).
             policy: What becomes of a frame for which there is no time; None: ``block`` for what has an end, else
-                ``drop-oldest``. See :class:`~petseg_runtime.stream.Stream`.
+                ``drop-oldest``. See :class:`~petseg_runtime.video.stream.Stream`.
             start: Seconds to pass over, of what has an end.
             stride: Take each so-many-th frame.
             max_frames: End after so many.
             mask_only: The frames' own pixels are not wanted.
-            smooth: Against flicker, in [0, 1); see :class:`~petseg_runtime.smoothing.Smoother`.
+            smooth: Against flicker, in [0, 1); see :class:`~petseg_runtime.video.smoothing.Smoother`.
             stall: Seconds without a frame after which a live source is connected anew.
             patience: Seconds without a frame after which a live source is given up; None: half a minute until it has
                 sent one, and never after that.
@@ -265,8 +265,8 @@ class Segmenter:
             UsageError: A policy that there is not, or a value out of range.
             InputError: A source that has an end cannot be opened.
         """
-        from petseg_runtime.live import open_frames  # FFmpeg is loaded for those who read videos
-        from petseg_runtime.stream import Reading, Stream
+        from petseg_runtime.video.live import open_frames  # FFmpeg is loaded for those who read videos
+        from petseg_runtime.video.stream import Reading, Stream
 
         if isinstance(source, Origin):
             origin = source

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks import accuracy
 from petseg.data import Layout, Pair
 from petseg.evaluate import Evaluation
 from petseg.metrics import Border
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def accuracy(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module, which is not installed."""
-    monkeypatch.syspath_prepend(ROOT)
-    return importlib.import_module("benchmarks.accuracy")
 
 
 def evaluation(photos: int, seed: int = 0) -> Evaluation:
@@ -33,7 +24,7 @@ def evaluation(photos: int, seed: int = 0) -> Evaluation:
     return Evaluation(tuple(f"photo {number}" for number in range(photos)), histograms)
 
 
-def test_the_interval_holds_the_iou_and_narrows_with_the_photos(accuracy: Any) -> None:
+def test_the_interval_holds_the_iou_and_narrows_with_the_photos() -> None:
     widths = []
     for photos in (20, 500):
         result = evaluation(photos)
@@ -43,7 +34,7 @@ def test_the_interval_holds_the_iou_and_narrows_with_the_photos(accuracy: Any) -
     assert widths[0] > 3 * widths[1]
 
 
-def test_a_difference_is_told_on_the_same_draws(accuracy: Any) -> None:
+def test_a_difference_is_told_on_the_same_draws() -> None:
     result, other = evaluation(20), evaluation(20, seed=1)
     at = (result, 0.6)
     assert accuracy.difference(at, at, Border.BACKGROUND) == [0.0, 0.0]
@@ -53,7 +44,7 @@ def test_a_difference_is_told_on_the_same_draws(accuracy: Any) -> None:
     assert back == pytest.approx([-high, -low], abs=2e-4)
 
 
-def test_metrics_are_petsegs_own(accuracy: Any) -> None:
+def test_metrics_are_petsegs_own() -> None:
     result = evaluation(20)
     told = accuracy.metrics(result, 0.5)
     readings = result.summary(0.5)["readings"]
@@ -64,7 +55,7 @@ def test_metrics_are_petsegs_own(accuracy: Any) -> None:
         }
 
 
-def test_losses_are_against_the_first_row_at_the_same_threshold(accuracy: Any) -> None:
+def test_losses_are_against_the_first_row_at_the_same_threshold() -> None:
     def row(own: float, cutout: float) -> dict[str, Any]:
         found = {"own": own, "cutout": cutout}
         return {"sets": {"test": {kind: {"readings": {"pet": {"iou": iou}}} for kind, iou in found.items()}}}
@@ -74,7 +65,7 @@ def test_losses_are_against_the_first_row_at_the_same_threshold(accuracy: Any) -
     assert lost == [[0.0, 0.0], [1.0, -1.0]]
 
 
-def test_a_sample_is_the_same_each_time_and_in_order(accuracy: Any) -> None:
+def test_a_sample_is_the_same_each_time_and_in_order() -> None:
     pairs = [Pair(f"{number:03d}", Path(), Path(), Layout.OXFORD) for number in range(100)]
     chosen = accuracy.sample(pairs, 10)
     names = [pair.name for pair in chosen]
@@ -84,7 +75,7 @@ def test_a_sample_is_the_same_each_time_and_in_order(accuracy: Any) -> None:
     assert accuracy.sample(pairs, None) == accuracy.sample(pairs, 100) == pairs
 
 
-def test_each_call_is_timed(accuracy: Any) -> None:
+def test_each_call_is_timed() -> None:
     timed = accuracy.Timed(lambda batch: batch[..., 0])
     batch = np.zeros((1, 4, 4, 3), np.uint8)
     assert timed(batch).shape == (1, 4, 4)
@@ -94,7 +85,7 @@ def test_each_call_is_timed(accuracy: Any) -> None:
     assert min(told["seconds"]) <= told["median"] <= max(told["seconds"])
 
 
-def test_engines_are_told_beside_the_checkpoint_on_the_same_photos(accuracy: Any) -> None:
+def test_engines_are_told_beside_the_checkpoint_on_the_same_photos() -> None:
     whole = evaluation(20)
     pairs = [Pair(f"photo {number}", Path(), Path(), Layout.OXFORD) for number in (3, 7, 19)]
     some = accuracy.part(whole, pairs)

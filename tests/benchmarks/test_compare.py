@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from benchmarks import compare
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def compare(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module, which is not installed."""
-    monkeypatch.syspath_prepend(ROOT)
-    return importlib.import_module("benchmarks.compare")
 
 
 def record(scale: float = 1.0, seed: int = 0, noise: float = 0.1, **values: Any) -> dict[str, Any]:
@@ -36,7 +30,7 @@ def record(scale: float = 1.0, seed: int = 0, noise: float = 0.1, **values: Any)
     }
 
 
-def run(compare: Any, tmp_path: Path, *given: dict[str, Any] | str) -> Result:
+def run(tmp_path: Path, *given: dict[str, Any] | str) -> Result:
     """With records, the last of which is the new one, and options."""
     records = [value for value in given if isinstance(value, dict)]
     paths = [tmp_path / str(number) for number in range(len(records))]
@@ -46,8 +40,8 @@ def run(compare: Any, tmp_path: Path, *given: dict[str, Any] | str) -> Result:
     return CliRunner().invoke(compare.compare, [*map(str, paths), *options])
 
 
-def test_the_same_code_twice_shows_no_change(compare: Any, tmp_path: Path) -> None:
-    done = run(compare, tmp_path, record(seed=1), record(seed=2))
+def test_the_same_code_twice_shows_no_change(tmp_path: Path) -> None:
+    done = run(tmp_path, record(seed=1), record(seed=2))
     assert done.exit_code == 0, done.output
     assert done.stderr == ""
     assert "slower" not in done.stdout
@@ -59,8 +53,8 @@ def test_the_same_code_twice_shows_no_change(compare: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("scale", "verdict"), [(1.3, "slower"), (0.7, "faster"), (1.02, "")])
-def test_what_changed_beyond_the_noise_is_named(compare: Any, tmp_path: Path, scale: float, verdict: str) -> None:
-    done = run(compare, tmp_path, record(seed=1), record(scale, seed=2), "--json")
+def test_what_changed_beyond_the_noise_is_named(tmp_path: Path, scale: float, verdict: str) -> None:
+    done = run(tmp_path, record(seed=1), record(scale, seed=2), "--json")
     rows = json.loads(done.stdout)["rows"]
     assert [row["verdict"] for row in rows] == [verdict, verdict, ""]
     assert rows[0]["ratio"] == pytest.approx(scale, rel=0.05)
@@ -68,71 +62,71 @@ def test_what_changed_beyond_the_noise_is_named(compare: Any, tmp_path: Path, sc
     assert done.exit_code == (verdict == "slower")
 
 
-def test_noise_widens_the_interval(compare: Any, tmp_path: Path) -> None:
+def test_noise_widens_the_interval(tmp_path: Path) -> None:
     quiet, noisy = (
-        json.loads(run(compare, tmp_path, record(1, 1, noise), record(1.15, 2, noise), "--json").stdout)["rows"][0]
+        json.loads(run(tmp_path, record(1, 1, noise), record(1.15, 2, noise), "--json").stdout)["rows"][0]
         for noise in (0.01, 1.5)
     )
     assert quiet["verdict"] == "slower"
     assert noisy["verdict"] == ""
 
 
-def test_another_machine_is_said(compare: Any, tmp_path: Path) -> None:
-    done = run(compare, tmp_path, record(), record(machine={"cpu": "Xeon"}))
+def test_another_machine_is_said(tmp_path: Path) -> None:
+    done = run(tmp_path, record(), record(machine={"cpu": "Xeon"}))
     assert done.stderr == "machine cpu: EPYC before, Xeon now\n"
 
 
-def test_records_without_a_time_in_common_are_refused(compare: Any, tmp_path: Path) -> None:
-    done = run(compare, tmp_path, record(), {"rows": []})
+def test_records_without_a_time_in_common_are_refused(tmp_path: Path) -> None:
+    done = run(tmp_path, record(), {"rows": []})
     assert done.exit_code == 1
     assert "no times in common" in str(done.output) + str(done.exception)
 
 
-def test_a_change_that_sessions_of_old_code_show_as_well_is_none(compare: Any, tmp_path: Path) -> None:
+def test_a_change_that_sessions_of_old_code_show_as_well_is_none(tmp_path: Path) -> None:
     quick, slow, new = record(1, 1), record(1.4, 2), record(1.35, 3)
-    assert run(compare, tmp_path, quick, new).exit_code == 1
-    done = run(compare, tmp_path, quick, slow, new)
+    assert run(tmp_path, quick, new).exit_code == 1
+    done = run(tmp_path, quick, slow, new)
     assert done.exit_code == 0, done.output
-    assert run(compare, tmp_path, quick, slow, record(1.8, 3)).exit_code == 1
-    faster = json.loads(run(compare, tmp_path, quick, slow, record(0.7, 3), "--json").stdout)["rows"]
+    assert run(tmp_path, quick, slow, record(1.8, 3)).exit_code == 1
+    faster = json.loads(run(tmp_path, quick, slow, record(0.7, 3), "--json").stdout)["rows"]
     assert [row["verdict"] for row in faster] == ["faster", "faster", ""]
 
 
-def test_of_a_few_times_nothing_is_said(compare: Any, tmp_path: Path) -> None:
+def test_of_a_few_times_nothing_is_said(tmp_path: Path) -> None:
     old, new = ({"rows": [{"name": "a", "seconds": values}]} for values in ([1.0, 1.01, 1.02], [3.0, 3.01, 3.02]))
-    done = run(compare, tmp_path, old, new)
+    done = run(tmp_path, old, new)
     assert done.exit_code == 0
     assert "fewer than 5 times  rows a seconds" in done.stdout
 
 
 @pytest.mark.parametrize("key", ["photos", "clip", "threads"])
-def test_records_of_different_work_are_refused(compare: Any, tmp_path: Path, key: str) -> None:
-    done = run(compare, tmp_path, record(**{key: 300}), record(**{key: 240}))
+def test_records_of_different_work_are_refused(tmp_path: Path, key: str) -> None:
+    done = run(tmp_path, record(**{key: 300}), record(**{key: 240}))
     assert done.exit_code == 1
     assert f"of different work: {key}: 300 before, 240 now" in done.output
 
 
-def test_a_table_of_results_is_no_other_work(compare: Any, tmp_path: Path) -> None:
+def test_a_table_of_results_is_no_other_work(tmp_path: Path) -> None:
     tables = ([{"curve": "a", "times_as_fast": [ratio]}] for ratio in (1.5, 1.6))
-    assert run(compare, tmp_path, *(record(threads=table) for table in tables)).exit_code == 0
+    assert run(tmp_path, *(record(threads=table) for table in tables)).exit_code == 0
 
 
-def test_another_model_is_said(compare: Any, tmp_path: Path) -> None:
-    done = run(compare, tmp_path, record(shipped_model="edge, 1"), record(shipped_model="edge, 2"))
+def test_another_model_is_said(tmp_path: Path) -> None:
+    done = run(tmp_path, record(shipped_model="edge, 1"), record(shipped_model="edge, 2"))
     assert done.exit_code == 0
     assert done.stderr == "shipped_model: edge, 1 before, edge, 2 now\n"
 
 
-def test_what_is_gone_is_told_and_fails(compare: Any, tmp_path: Path) -> None:
+def test_what_is_gone_is_told_and_fails(tmp_path: Path) -> None:
     old, new = record(), record()
     del new["rows"][1]
-    done = run(compare, tmp_path, old, new)
+    done = run(tmp_path, old, new)
     assert done.exit_code == 1
     assert "gone  rows PyTorch milliseconds" in done.stdout
-    assert run(compare, tmp_path, new, old).exit_code == 0
+    assert run(tmp_path, new, old).exit_code == 0
 
 
-def test_a_file_that_is_no_record_is_named(compare: Any, tmp_path: Path) -> None:
+def test_a_file_that_is_no_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad").write_text("[")
     done = CliRunner().invoke(compare.compare, [str(tmp_path / "bad"), str(tmp_path / "bad")])
     assert done.exit_code == 1
@@ -141,7 +135,7 @@ def test_a_file_that_is_no_record_is_named(compare: Any, tmp_path: Path) -> None
 
 @pytest.mark.skipif(not (ROOT / "benchmarks" / "results").is_dir(), reason="benchmarks/results is not in the sdist")
 @pytest.mark.parametrize("name", ["latency", "throughput", "peers"])
-def test_in_our_own_records_what_became_slower_is_named_and_nothing_else(compare: Any, name: str) -> None:
+def test_in_our_own_records_what_became_slower_is_named_and_nothing_else(name: str) -> None:
     saved = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
     slowed = copy.deepcopy(saved)
     lists = dict(compare.times_in(slowed))
@@ -159,7 +153,7 @@ def test_in_our_own_records_what_became_slower_is_named_and_nothing_else(compare
     assert len(verdicts) == len(changes)
 
 
-def test_of_five_times_few_are_called_slower_by_chance(compare: Any) -> None:
+def test_of_five_times_few_are_called_slower_by_chance() -> None:
     """At most 4 % where nothing changed, though every change counts; the interval's own bound is 2.5 %."""
     rng = np.random.default_rng(0)
 
@@ -175,22 +169,22 @@ def test_of_five_times_few_are_called_slower_by_chance(compare: Any) -> None:
 
 
 @pytest.mark.parametrize(("now", "told"), [(80.0, "20 % slower"), (125.0, "25 % faster"), (91.0, ""), (110.0, "")])
-def test_a_machine_that_is_itself_slower_is_said(compare: Any, tmp_path: Path, now: float, told: str) -> None:
+def test_a_machine_that_is_itself_slower_is_said(tmp_path: Path, now: float, told: str) -> None:
     old, new = (record(machine={"cpu": "EPYC", "calibration": {"gflops": speed}}) for speed in (100.0, now))
-    done = run(compare, tmp_path, old, new)
+    done = run(tmp_path, old, new)
     assert done.exit_code == 0
     assert done.stderr == (f"the machine itself is {told}: 100 GFLOP/s before, {now:.0f} now\n" if told else ""), (
         "a calibration is never twice the same: that alone is not said"
     )
-    assert run(compare, tmp_path, record(), new).stderr == "", "an older record has none"
+    assert run(tmp_path, record(), new).stderr == "", "an older record has none"
 
 
-def test_other_instructions_are_said(compare: Any, tmp_path: Path) -> None:
+def test_other_instructions_are_said(tmp_path: Path) -> None:
     old, new = (
         record(machine={"cpu": "EPYC", "processor": {"family": "25", "instructions": list(flags)}})
         for flags in (("avx2",), ("avx2", "avx512f"))
     )
-    said = run(compare, tmp_path, old, new).stderr
+    said = run(tmp_path, old, new).stderr
     assert said == "machine processor instructions: ['avx2'] before, ['avx2', 'avx512f'] now\n"
 
 
@@ -205,9 +199,9 @@ def side_by_side(ratio: float) -> dict[str, Any]:
     return {"rows": rows, "threads": [{"curve": "size", "times_as_fast_as_one_thread": [1.5, 1.6]}]}
 
 
-def test_ratios_that_were_measured_side_by_side_are_counted_apart(compare: Any, tmp_path: Path) -> None:
+def test_ratios_that_were_measured_side_by_side_are_counted_apart(tmp_path: Path) -> None:
     old, new = (record(**side_by_side(ratio)) for ratio in (1.0, 1.2))
-    done = run(compare, tmp_path, old, new)
+    done = run(tmp_path, old, new)
     assert done.exit_code == 0, "of times nothing changed"
     assert done.stderr == ""
     *rows, ratios, unknown = done.stdout.splitlines()
@@ -216,7 +210,7 @@ def test_ratios_that_were_measured_side_by_side_are_counted_apart(compare: Any, 
     told = "ratios that were measured side by side: 3 of 4 within 10 % of each other; the worst:"
     assert ratios == f"{told} 1.200, {row}"
     assert unknown == "4 of 4 figures could not be judged: fewer than 5 times, or none of single rounds"
-    found = json.loads(run(compare, tmp_path, old, new, "--json").stdout)
+    found = json.loads(run(tmp_path, old, new, "--json").stdout)
     assert {ratio["what"]: (ratio["old"], ratio["new"]) for ratio in found["ratios"]} == {
         row: (3.0, pytest.approx(3.6)),
         "rows peer petseg_times_as_fast once_running median": (2.0, 2.0),
@@ -244,50 +238,50 @@ def with_rounds(scale: float) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("scale", "verdict"), [(0.8, "lost"), (0.97, ""), (1.3, "")])
-def test_a_lead_that_is_lost_fails(compare: Any, tmp_path: Path, scale: float, verdict: str) -> None:
-    done = run(compare, tmp_path, with_rounds(1), with_rounds(scale))
+def test_a_lead_that_is_lost_fails(tmp_path: Path, scale: float, verdict: str) -> None:
+    done = run(tmp_path, with_rounds(1), with_rounds(scale))
     assert done.exit_code == (verdict == "lost")
-    found = json.loads(run(compare, tmp_path, with_rounds(1), with_rounds(scale), "--json").stdout)
+    found = json.loads(run(tmp_path, with_rounds(1), with_rounds(scale), "--json").stdout)
     assert {ratio["what"]: ratio["verdict"] for ratio in found["ratios"]} == {
         "rows loop ratio_to_loop": verdict,
         "rows peer petseg_times_as_fast once_running median": verdict,
     }
     told = [line for line in done.stdout.splitlines() if "side by side, lost: 2 before, 1.6 now" in line]
     assert len(told) == (2 if verdict else 0)
-    assert run(compare, tmp_path, with_rounds(1), with_rounds(0.78), with_rounds(0.8)).exit_code == 0, "as low before"
+    assert run(tmp_path, with_rounds(1), with_rounds(0.78), with_rounds(0.8)).exit_code == 0, "as low before"
 
 
-def test_a_ratio_that_is_gone_fails(compare: Any, tmp_path: Path) -> None:
+def test_a_ratio_that_is_gone_fails(tmp_path: Path) -> None:
     new = with_rounds(1)
     new["rows"][1]["petseg_times_as_fast"]["once_running"] = None
-    done = run(compare, tmp_path, with_rounds(1), new)
+    done = run(tmp_path, with_rounds(1), new)
     assert done.exit_code == 1
     assert "gone  rows peer petseg_times_as_fast once_running median" in done.stdout
 
 
-def test_another_version_of_an_engine_is_the_same_row(compare: Any, tmp_path: Path) -> None:
+def test_another_version_of_an_engine_is_the_same_row(tmp_path: Path) -> None:
     old, new = (
         {"rows": [{"engine": f"PyTorch {version}, eager", "precision": "f32", "milliseconds": [1.0] * 5}]}
         for version in ("2.9.1", "2.15.0")
     )
-    done = run(compare, tmp_path, old, new)
+    done = run(tmp_path, old, new)
     assert done.exit_code == 0
     assert done.stdout.splitlines()[0].endswith("rows PyTorch, eager f32 milliseconds")
     assert compare.without_version("width 64, at 1.5") == "width 64, at 1.5"
 
 
-def test_the_way_from_the_first_mask_to_the_last_is_a_time(compare: Any) -> None:
+def test_the_way_from_the_first_mask_to_the_last_is_a_time() -> None:
     folder = {"photos": 100, "first_to_last": [1.0, 2.0], "first_to_last_of_petseg": [3.0, 4.0]}
     one_photo = {"first_to_last": [0.0, 0.0]}
     found = dict(compare.times_in({"name": "a", "folder": folder, "startup": one_photo}))
     assert found == {"a folder first_to_last": [1.0, 2.0]}
 
 
-def test_the_result_can_be_put_on_the_record(compare: Any, tmp_path: Path) -> None:
+def test_the_result_can_be_put_on_the_record(tmp_path: Path) -> None:
     output = tmp_path / "repeat.json"
     machine = {"cpu": "EPYC", "calibration": {"gflops": 50.0}}
     old, new = record(1, 1, date="2026-11-23", commit="abc", machine=machine), record(1.3, 2, date="2026-11-24")
-    done = run(compare, tmp_path, old, new, "--output", str(output))
+    done = run(tmp_path, old, new, "--output", str(output))
     assert done.exit_code == 1
     assert "slower" in done.stdout, "what is printed stays as it is"
     found = json.loads(output.read_text(encoding="utf-8"))
@@ -313,7 +307,7 @@ def folder(path: Path, **saved: dict[str, Any]) -> str:
     return str(path)
 
 
-def test_folders_are_compared_record_by_record(compare: Any, tmp_path: Path) -> None:
+def test_folders_are_compared_record_by_record(tmp_path: Path) -> None:
     fast, slow = ({"machine": {"calibration": {"gflops": speed}}} for speed in (100, 70))
     old = folder(
         tmp_path / "old", video=record(1, 1, **fast), peers=record(1, 1), soak=record(minutes=30), ours=record()
@@ -339,9 +333,7 @@ def test_folders_are_compared_record_by_record(compare: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("minutes", "code"), [(30, 0), (5, 1)])
-def test_folders_that_repeat_pass_but_not_what_is_of_different_work(
-    compare: Any, tmp_path: Path, minutes: int, code: int
-) -> None:
+def test_folders_that_repeat_pass_but_not_what_is_of_different_work(tmp_path: Path, minutes: int, code: int) -> None:
     old = folder(tmp_path / "old", peers=record(1, 1), soak=record(minutes=30))
     new = folder(tmp_path / "new", peers=record(1, 2), soak=record(minutes=minutes))
     assert CliRunner().invoke(compare.compare, [old, new]).exit_code == code

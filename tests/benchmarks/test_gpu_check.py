@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import importlib
 import json
 import os
 import runpy
@@ -17,18 +16,12 @@ from typing import Any
 import click
 import pytest
 
+from benchmarks import gpu_check as check
 from petseg_runtime import doctor
 from petseg_runtime.host import Gpu, nvidia_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = Gpu(index=0, name="NVIDIA RTX", compute_capability="8.9", memory=2**34, driver="CUDA 13.0")
-
-
-@pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module, which is not installed."""
-    monkeypatch.syspath_prepend(ROOT)
-    return importlib.import_module("benchmarks.gpu_check")
 
 
 @pytest.mark.skipif(nvidia_gpus() > 0, reason="there is a GPU")
@@ -46,7 +39,6 @@ def test_it_is_one_of_the_benchmarks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`python -m benchmarks gpu-check`, in this process, which has imported PyTorch already."""
-    monkeypatch.syspath_prepend(ROOT)
     monkeypatch.setattr(sys, "argv", ["benchmarks", "gpu-check", "--output", str(tmp_path / "gpu-check.json")])
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("benchmarks", run_name="__main__")
@@ -92,7 +84,7 @@ def test_make_takes_tensorrt_from_the_system_and_nothing_else(tmp_path: Path) ->
     assert (environment / "tensorrt").resolve() == system / "tensorrt"
 
 
-def test_tests_are_told_one_by_one(check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tests_are_told_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "test_a.py").write_text(
         "import pytest\n"
         "pytestmark = pytest.mark.filterwarnings('ignore')\n"
@@ -120,13 +112,13 @@ def test_tests_are_told_one_by_one(check: Any, tmp_path: Path, monkeypatch: pyte
     assert "test_crash" in cases["test_b.py"]["why"]
 
 
-def test_no_tests_are_an_error(check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tests_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "ROOT", tmp_path)
     (case,) = check.tests([])
     assert (case["name"], case["outcome"]) == ("collection", "error")
 
 
-def test_a_hang_ends(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hang_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "DEADLINE", 1)
     done = check.ran([sys.executable, "-c", "import time; time.sleep(600)"])
     assert done["exit_code"] == -9
@@ -156,7 +148,7 @@ def record(**values: Any) -> dict[str, Any]:
     }
 
 
-def test_all_that_did_not_pass_is_listed(check: Any) -> None:
+def test_all_that_did_not_pass_is_listed() -> None:
     assert check.failures(record()) == [], "an engine that is not installed is no failure"
     crash = {"gpus": [], "engines": [engine(works=False, why="it crashed: SIGSEGV")]}
     assert check.failures(record(doctor=crash)) == [
@@ -173,7 +165,7 @@ def test_all_that_did_not_pass_is_listed(check: Any) -> None:
     assert check.failures(record(latency=on_cpu)) == ["latency: nothing was measured on the GPU"]
 
 
-def test_people_get_a_summary(check: Any) -> None:
+def test_people_get_a_summary() -> None:
     assert check.summary(record(failures=["this", "that"])) == [
         "NVIDIA RTX, CUDA 13.0",
         "onnxruntime: tf32, works",
@@ -187,7 +179,7 @@ def test_people_get_a_summary(check: Any) -> None:
     ]
 
 
-def test_the_record_of_latency_is_part_of_the_check(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_record_of_latency_is_part_of_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[list[str]] = []
 
     def runs(words: list[str]) -> dict[str, Any]:
@@ -207,7 +199,7 @@ def test_the_record_of_latency_is_part_of_the_check(check: Any, monkeypatch: pyt
     assert "'few' is not a valid integer" in refused.stderr, "the options before it were understood"
 
 
-def test_names_and_folders_are_left_out(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_and_folders_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "annes-box")
     monkeypatch.setattr(getpass, "getuser", lambda: "anne")
     monkeypatch.setattr(Path, "home", lambda: Path("/home/anne b"))
@@ -225,7 +217,7 @@ def test_names_and_folders_are_left_out(check: Any, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.skipif(nvidia_gpus() > 0, reason="there is a GPU, on which engines may work")
 def test_the_record_of_a_gpu_is_written_without_names(
-    check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The whole road, with everything that takes long in place of the GPU's; the GPU itself is a stand-in."""
     monkeypatch.setattr(doctor, "read_gpus", lambda: ((GPU,), ""))
@@ -251,9 +243,7 @@ def test_the_record_of_a_gpu_is_written_without_names(
     assert "FAILED no engine works on the GPU" in capsys.readouterr().out
 
 
-def test_one_that_is_interrupted_leaves_what_was_done(
-    check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_is_interrupted_leaves_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 

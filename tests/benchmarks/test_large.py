@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks import large, records, summary, tables
 
 
-@pytest.fixture
-def large(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module, which is not installed."""
-    monkeypatch.syspath_prepend(ROOT)
-    return importlib.import_module("benchmarks.large")
-
-
-def test_a_run_counts_its_results_alone(large: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_run_counts_its_results_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kind = next(kind for kind in large.KINDS if kind.name == "cutout")
 
     def seconds_of(words: list[str | Path]) -> float:
@@ -44,7 +35,7 @@ def test_a_run_counts_its_results_alone(large: Any, monkeypatch: pytest.MonkeyPa
     assert large.row(runs) == {"first_to_last": [1.0, 2.0, 1.0], "photos_per_second": 2.0, "megabytes": 2.0}
 
 
-def test_photos_are_from_all_over_the_set(large: Any, tmp_path: Path) -> None:
+def test_photos_are_from_all_over_the_set(tmp_path: Path) -> None:
     images = tmp_path / "oxford-iiit-pet-native" / "images"
     images.mkdir(parents=True)
     for number in range(9):
@@ -52,12 +43,12 @@ def test_photos_are_from_all_over_the_set(large: Any, tmp_path: Path) -> None:
     assert [path.stem for path in large.chosen(tmp_path, 3)] == ["cat_0", "cat_4", "cat_8"]
 
 
-def test_the_pages_tell_of_each_kind(large: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_pages_tell_of_each_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = [{"name": "mask", "photos_per_second": 6.04, "megabytes": 0.012}]
     record = {"photos": 12, "megapixels": 12.0, "machine": {"cores": 2, "cpu": "CPU"}, "rows": rows}
     (tmp_path / "large.json").write_text(json.dumps(record))
-    monkeypatch.setattr(importlib.import_module("benchmarks.records"), "RESULTS", tmp_path)
-    assert importlib.import_module("benchmarks.tables").large().splitlines()[-1] == "| mask | 6.0 | 0.01 |"
-    told = importlib.import_module("benchmarks.summary").of_a_camera()
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    assert tables.large().splitlines()[-1] == "| mask | 6.0 | 0.01 |"
+    told = summary.of_a_camera()
     assert "Of 12 megapixels" in told
     assert told.endswith("on 2 cores of CPU: mask: 6.0 a second, 0.012 MB each.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -14,18 +13,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from benchmarks import latency, roofline
 from petseg import device
 from petseg_runtime import host
 from petseg_runtime.artifact import open_artifact
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def latency(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module, which is not installed."""
-    monkeypatch.syspath_prepend(ROOT)
-    return importlib.import_module("benchmarks.latency")
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +24,8 @@ def folder(tracer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of a network that is small enough to make in a test."""
     made: Path = tmp_path_factory.mktemp("latency") / "tiny"
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)
         patch.setattr(host, "nvidia_gpus", lambda: 1)  # fp16, which a CPU would compute in something else
         patch.setattr("petseg_export.onnx.graph_bytes", tracer)
-        latency = importlib.import_module("benchmarks.latency")
         about = latency.make_files(latency.Network("tiny", 2, "strided", 32, (1,)), made, made)
     assert {path.name for path in made.glob("*.onnx")} == {"fp32.onnx", "fp16.onnx", "int8.onnx"}
     assert about["size"] == [32, 32]
@@ -45,7 +34,7 @@ def folder(tracer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_the_engines_are_those_of_the_registry(latency: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engines_are_those_of_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("fp32", "int8"):
         (tmp_path / f"{name}.onnx").touch()
     monkeypatch.setattr(host, "nvidia_gpus", lambda: 0)
@@ -66,7 +55,7 @@ def test_the_engines_are_those_of_the_registry(latency: Any, tmp_path: Path, mon
 
 @pytest.mark.parametrize("native", [True, False])
 def test_bf16_is_measured_where_the_cpu_multiplies_it(
-    latency: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool
 ) -> None:
     monkeypatch.setattr(device, "_cpu_has_bf16", lambda: native)
     monkeypatch.setattr(host, "nvidia_gpus", lambda: 0)
@@ -74,7 +63,7 @@ def test_bf16_is_measured_where_the_cpu_multiplies_it(
     assert stored == {"as trained", "BatchNorm folded", *(["BatchNorm folded, bf16"] if native else [])}
 
 
-def test_a_cold_start_tells_times_and_memory(latency: Any, folder: Path) -> None:
+def test_a_cold_start_tells_times_and_memory(folder: Path) -> None:
     case = latency.Case(folder=str(folder), engine="onnxruntime", stored="int8")
     found = latency.cold_start(case)
     assert found["precision"] == "int8", found
@@ -82,16 +71,14 @@ def test_a_cold_start_tells_times_and_memory(latency: Any, folder: Path) -> None
     assert found["peak_memory_mb"] >= found["memory_mb"]
 
 
-def test_what_does_not_work_says_why_without_folders(latency: Any, folder: Path) -> None:
+def test_what_does_not_work_says_why_without_folders(folder: Path) -> None:
     why = latency.cold_start(latency.Case(folder=str(folder), engine="onnxruntime", stored="fp8"))["why"]
     assert "fp8.onnx" in why
     assert str(folder) not in why
 
 
 @pytest.mark.parametrize("form", ["as trained", *(f"BatchNorm folded{more}" for more in ("", ", bf16", ", fp16"))])
-def test_pytorch_answers_as_the_file_does(
-    latency: Any, folder: Path, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pytorch_answers_as_the_file_does(folder: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     computed, forward = set(), torch.nn.Conv2d.forward
     monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda self, x: computed.add(self.weight.dtype) or forward(self, x))
     case = latency.Case(folder=str(folder), engine="PyTorch", stored=form)
@@ -108,7 +95,7 @@ def test_pytorch_answers_as_the_file_does(
     other.close()
 
 
-def test_an_int8_file_can_be_given(latency: Any, tmp_path: Path) -> None:
+def test_an_int8_file_can_be_given(tmp_path: Path) -> None:
     given = tmp_path / "mine.onnx"
     given.touch()
     (tmp_path / "folder").mkdir()
@@ -116,22 +103,21 @@ def test_an_int8_file_can_be_given(latency: Any, tmp_path: Path) -> None:
     assert (tmp_path / "folder" / "int8.onnx").samefile(given)
 
 
-def test_every_layer_of_a_random_network_is_in_int8(latency: Any, folder: Path) -> None:
-    roofline = importlib.import_module("benchmarks.roofline")
+def test_every_layer_of_a_random_network_is_in_int8(folder: Path) -> None:
     assert open_artifact(folder / "int8.onnx").spec.precision == "int8"
     work = roofline.operations((folder / "int8.onnx").read_bytes(), 1, 32, 32)
     assert work["int8"] > 0
     assert work["others"] == 0
 
 
-def test_a_choice_that_changes_nothing_is_left_out(latency: Any) -> None:
+def test_a_choice_that_changes_nothing_is_left_out() -> None:
     exact, free = (latency.Case(folder="f", engine="openvino", stored="fp32", exact=exact) for exact in (True, False))
     one, other = {"engine": "openvino 1", "precision": "f32"}, {"engine": "openvino 1", "precision": "bf16"}
     assert list(latency.distinct({exact: one, free: one})) == [exact]
     assert list(latency.distinct({exact: one, free: other})) == [exact, free]
 
 
-def test_what_the_first_group_left_out_is_not_tried_again(latency: Any) -> None:
+def test_what_the_first_group_left_out_is_not_tried_again() -> None:
     names = ("openvino fp32 exact", "openvino fp32 as it likes", "openvino fp16 exact")
     one, two, three = (
         latency.Case(folder="f", engine="openvino", stored=name.split()[1], exact=name.endswith("exact"))
@@ -143,8 +129,7 @@ def test_what_the_first_group_left_out_is_not_tried_again(latency: Any) -> None:
     assert latency.worth_it([one, two, three], [first, later]) == [one, three]
 
 
-def test_all_take_turns_with_the_matmuls(latency: Any, folder: Path) -> None:
-    roofline = importlib.import_module("benchmarks.roofline")
+def test_all_take_turns_with_the_matmuls(folder: Path) -> None:
     calls: list[str] = []
     matmul = roofline.Matmul("fake", "f32", 10**6, lambda: calls.append("matmul"))
     found = latency.cases(folder, 1, 1, compiled=False)
@@ -162,7 +147,7 @@ def test_all_take_turns_with_the_matmuls(latency: Any, folder: Path) -> None:
     assert group["name"] == "tiny, 32x32, batch 1"
 
 
-def test_ratios_are_taken_within_a_round(latency: Any) -> None:
+def test_ratios_are_taken_within_a_round() -> None:
     times, peak = [[1.0, 2.0, 3.0], [4.0, 4.0, 4.0]], {"f32": [1e9, 2e9]}
     found = latency.row(times, [4.0, 4.0], {"int8": 0, "others": 10**6}, "f32", peak)
     assert found["milliseconds"] == [2.0, 4.0]
@@ -174,7 +159,7 @@ def test_ratios_are_taken_within_a_round(latency: Any) -> None:
 
 
 @pytest.mark.parametrize(("runs", "told"), [(19, ["p50"]), (20, ["p50", "p95"]), (100, ["p50", "p95", "p99"])])
-def test_percentiles_are_of_all_runs_and_of_enough(latency: Any, runs: int, told: list[str]) -> None:
+def test_percentiles_are_of_all_runs_and_of_enough(runs: int, told: list[str]) -> None:
     rounds = np.array_split(np.arange(1.0, runs + 1), 5)
     found = latency.row([list(values) for values in rounds], None, {"int8": 0, "others": 1}, "f32", {})
     every = {f"p{share}": np.percentile(np.arange(1.0, runs + 1), share) for share in (50, 95, 99)}
@@ -184,7 +169,7 @@ def test_percentiles_are_of_all_runs_and_of_enough(latency: Any, runs: int, told
     assert found["times_faster_than_pytorch"] is None
 
 
-def test_only_of_the_first_group_starts_are_told(latency: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_of_the_first_group_starts_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "cold_start", lambda case: pytest.fail("a process of its own"))
     found = latency.cases(folder, 2, 1, compiled=False)
     names = ("PyTorch as trained", "onnxruntime fp32 exact", "onnxruntime fp32 as it likes", "tensorrt fp32 exact")
@@ -207,9 +192,8 @@ FAKES = {
 
 
 @pytest.fixture
-def fakes(latency: Any, monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], float]:
+def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], float]:
     """A machine with a GPU and without OpenVINO, where nothing is run; what works there, and can be changed."""
-    roofline = importlib.import_module("benchmarks.roofline")
     works = dict(FAKES)
 
     def about(case: Any) -> dict[str, str]:
@@ -240,7 +224,7 @@ def fakes(latency: Any, monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str]
 
 
 @pytest.fixture
-def made(latency: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every network's files are those of `folder`, which `make_files` has made."""
 
     def copied(network: Any, target: Path, *_: Any) -> dict[str, Any]:
@@ -251,7 +235,7 @@ def made(latency: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fakes", "made")
-def test_a_gpu_has_rows_and_a_peak_of_its_own(latency: Any, tmp_path: Path) -> None:
+def test_a_gpu_has_rows_and_a_peak_of_its_own(tmp_path: Path) -> None:
     output = tmp_path / "mine.json"
     done = CliRunner().invoke(latency.latency, ["--output", str(output), "--rounds", "2", "--data", str(tmp_path)])
     assert done.exit_code == 0, done.output
@@ -275,9 +259,7 @@ def test_a_gpu_has_rows_and_a_peak_of_its_own(latency: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("fakes", "made")
-def test_the_networks_that_do_not_ship_can_be_left_out(
-    latency: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_networks_that_do_not_ship_can_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "NETWORKS", [latency.Network(f"{n}", 2, "strided", 32, (1,)) for n in range(2)])
     for options, others in (([], 1), (["--no-family"], 0)):
         words = ["--output", str(tmp_path / "mine.json"), "--rounds", "1", "--data", str(tmp_path), *options]
@@ -287,9 +269,7 @@ def test_the_networks_that_do_not_ship_can_be_left_out(
         assert record["command"].endswith(" ".join(["--rounds 1", *options]))
 
 
-def test_without_pytorch_on_a_device_its_rows_have_no_ratio(
-    latency: Any, folder: Path, fakes: dict[tuple[str, str], float]
-) -> None:
+def test_without_pytorch_on_a_device_its_rows_have_no_ratio(folder: Path, fakes: dict[tuple[str, str], float]) -> None:
     del fakes["cuda", "PyTorch"]
     cases = [latency.Case(folder=str(folder), engine=engine, stored="fp32", device=device) for device, engine in FAKES]
     group, failed = latency.measure(cases[1:], 1, {}, {"model": "tiny", "size": [32, 32]})
@@ -298,9 +278,7 @@ def test_without_pytorch_on_a_device_its_rows_have_no_ratio(
 
 
 @pytest.mark.usefixtures("fakes")
-def test_what_cannot_be_opened_beside_the_others_is_told(
-    latency: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_opened_beside_the_others_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(case: Any) -> Any:
         if case.engine == "tensorrt":
             raise OSError("libcudart: version mismatch")
@@ -315,7 +293,7 @@ def test_what_cannot_be_opened_beside_the_others_is_told(
 
 @pytest.mark.parametrize(("said", "mb"), [("1000\n24\n", 1024 * 2**20 / 1e6), ("[N/A]\n", None), ("", None)])
 def test_memory_of_gpus_is_what_nvidia_smi_tells(
-    latency: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, mb: float | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, mb: float | None
 ) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\nprintf '{said}'\n[ -n '{said}' ]\n")
@@ -326,7 +304,7 @@ def test_memory_of_gpus_is_what_nvidia_smi_tells(
     assert latency.gpu_memory() is None
 
 
-def test_a_case_on_a_gpu_tells_what_it_holds_there(latency: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_on_a_gpu_tells_what_it_holds_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3_000_000)
     monkeypatch.setattr(latency, "gpu_memory", lambda: 700.0)
     pytorch, other, cpu = (
@@ -339,7 +317,7 @@ def test_a_case_on_a_gpu_tells_what_it_holds_there(latency: Any, monkeypatch: py
     assert latency.on_gpu(cpu, None) == {"gpu_memory_mb": None, "gpu_tensors_peak_mb": None}
 
 
-def test_caches_are_new_and_the_environment_is_put_back(latency: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_are_new_and_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PETSEG_CACHE", "mine")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     with latency.scratch() as folder:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks import machines, records, summary
 
-
-@pytest.fixture
-def machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The module, which is not installed; its records are in a folder of their own."""
-    monkeypatch.syspath_prepend(ROOT)
-    monkeypatch.setattr(importlib.import_module("benchmarks.records"), "RESULTS", tmp_path)
-    return importlib.import_module("benchmarks.machines")
+pytestmark = pytest.mark.usefixtures("results")
 
 
 def one(folder: Path, cpu: str, ms: dict[tuple[str, str], float], rate: float, shipped: str | None = None) -> None:
@@ -52,7 +45,7 @@ def one(folder: Path, cpu: str, ms: dict[tuple[str, str], float], rate: float, s
         "accuracy": {"rival_times": [{"engine": "openvino 1", "precision": "f32", "petseg_times_as_fast": 1.12}]},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    shipped = shipped or importlib.import_module("benchmarks.records").shipped_model()
+    shipped = shipped or records.shipped_model()
     for name, record in made.items():
         (folder / f"{name}.json").write_text(json.dumps({"shipped_model": shipped, **record}))
 
@@ -62,7 +55,7 @@ def cells(text: str, what: str) -> list[str]:
     return next(line for line in text.splitlines() if line.startswith(f"| {what}")).removesuffix(" |").split(" | ")[1:]
 
 
-def test_a_column_for_each_machine(machines: Any, tmp_path: Path) -> None:
+def test_a_column_for_each_machine(tmp_path: Path) -> None:
     one(tmp_path, "Fast", {("openvino", "f32"): 6.0, ("openvino", "bf16"): 2.5}, 174)
     one(tmp_path / "machines" / "old", "Old", {("openvino", "f32"): 12.0}, 55)
     text = machines.machines()
@@ -75,7 +68,7 @@ def test_a_column_for_each_machine(machines: Any, tmp_path: Path) -> None:
     assert cells(text, "times as fast as LR-ASPP's, alone: openvino, f32") == ["1.12", "1.12"]
 
 
-def test_work_that_differs_is_told(machines: Any, tmp_path: Path) -> None:
+def test_work_that_differs_is_told(tmp_path: Path) -> None:
     for folder, frames in ((tmp_path, 240), (tmp_path / "machines" / "old", 180)):
         one(folder, "CPU", {("openvino", "f32"): 6.0}, 174)
         record = json.loads((folder / "video.json").read_text())
@@ -87,8 +80,7 @@ def test_work_that_differs_is_told(machines: Any, tmp_path: Path) -> None:
     assert cells(machines.machines(), "a video to an overlay") == ["1.50", "1.50"]
 
 
-def test_the_readme_has_a_column_for_each_machine(machines: Any, tmp_path: Path) -> None:
-    summary = importlib.import_module("benchmarks.summary")
+def test_the_readme_has_a_column_for_each_machine(tmp_path: Path) -> None:
     one(tmp_path, "Fast", {("openvino", "f32"): 6.0, ("openvino", "bf16"): 2.5}, 174)
     one(tmp_path / "machines" / "old", "Old", {("openvino", "f32"): 12.0}, 55)
     head, _, *lines = summary.everywhere()
@@ -101,16 +93,16 @@ def test_the_readme_has_a_column_for_each_machine(machines: Any, tmp_path: Path)
     ]
 
 
-def test_machines_that_ran_an_earlier_model_are_named(machines: Any, tmp_path: Path) -> None:
+def test_machines_that_ran_an_earlier_model_are_named(tmp_path: Path) -> None:
     for name, shipped in (("Old", "petseg edge, 0123"), ("New", None)):
         one(tmp_path / "machines" / name, name, {("openvino", "f32"): 12.0}, 55, shipped)
     one(tmp_path, "First", {("openvino", "f32"): 6.0}, 174, "petseg edge, 0123")  # its own section tells
     said = "With an earlier embedded model (speeds hold, masks differ): Old, 2026-01-02."
     assert machines.machines().splitlines()[-2:] == ["", said]
-    assert importlib.import_module("benchmarks.summary").everywhere()[-2:] == ["", said]
+    assert summary.everywhere()[-2:] == ["", said]
 
 
-def test_what_was_not_measured_on_a_machine_is_left_empty(machines: Any, tmp_path: Path) -> None:
+def test_what_was_not_measured_on_a_machine_is_left_empty(tmp_path: Path) -> None:
     one(tmp_path, "Fast", {("openvino", "f32"): 6.0}, 174)
     one(tmp_path / "machines" / "old", "Old", {("openvino", "f32"): 12.0}, 55)
     for name in ("peers", "accuracy"):
@@ -118,4 +110,4 @@ def test_what_was_not_measured_on_a_machine_is_left_empty(machines: Any, tmp_pat
     lines = machines.machines().splitlines()
     assert "| one photo from a cold start, s (the quickest peer) | 0.40 (0.20) |  |" in lines
     assert "| times as fast as LR-ASPP's, alone: openvino, f32 | 1.12 |  |" in lines
-    assert "Old" not in importlib.import_module("benchmarks.summary").everywhere()[0]
+    assert "Old" not in summary.everywhere()[0]

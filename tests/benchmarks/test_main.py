@@ -14,7 +14,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_command_is_found_under_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT)
     group = runpy.run_path(str(ROOT / "benchmarks" / "__main__.py"), run_name="imported")["main"]  # not in sys.modules
     context = click.Context(group)
     for name in group.list_commands(context):

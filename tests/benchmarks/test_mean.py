@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.embedded import mean as averaging
 from petseg.checkpoint import Checkpoint, load, save_checkpoint
 from petseg.config import TrainConfig, from_dict
 from petseg.data import Split, find
 from petseg.evaluate import evaluate, open_model
 from petseg.metrics import Border
 from petseg.train import Trainer
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def averaging(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module, which is not installed."""
-    monkeypatch.syspath_prepend(ROOT)
-    return importlib.import_module("benchmarks.embedded.mean")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +29,7 @@ def two(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
 
 
 def test_it_is_the_mean_with_thresholds_and_figures_of_its_own(
-    averaging: Any, two: list[Path], oxford_root: Path, tmp_path: Path
+    two: list[Path], oxford_root: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "mean.safetensors"
     (tmp_path / "data").mkdir()
@@ -61,7 +52,7 @@ def test_it_is_the_mean_with_thresholds_and_figures_of_its_own(
 
 @pytest.mark.parametrize(("key", "values"), [("model", {"width": 4}), ("data", {"names_sha256": "another"})])
 def test_checkpoints_of_other_kinds_are_refused(
-    averaging: Any, two: list[Path], tmp_path: Path, key: str, values: dict[str, Any]
+    two: list[Path], tmp_path: Path, key: str, values: dict[str, Any]
 ) -> None:
     loaded: list[Checkpoint] = [load(path) for path in two]
     other = {**loaded[1].meta, key: {**loaded[1].meta[key], **values}}

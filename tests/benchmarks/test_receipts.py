@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from typing import Any
 
-import pytest
-
+from benchmarks import receipts
 from petseg_export import registry
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-@pytest.fixture
-def receipts(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module, which is not installed."""
-    monkeypatch.syspath_prepend(ROOT)
-    return importlib.import_module("benchmarks.receipts")
-
-
-def test_no_export_has_a_setting_that_another_would_need(receipts: Any, tmp_path: Path) -> None:
+def test_no_export_has_a_setting_that_another_would_need(tmp_path: Path) -> None:
     for name in ("native", "best"):
         (tmp_path / f"oxford-iiit-pet-{name}").mkdir()
     made = receipts.plan(tmp_path, tmp_path)

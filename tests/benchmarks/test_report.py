@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks import report
+
+pytestmark = pytest.mark.usefixtures("results")
 
 
-@pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The module, which is not installed; its records are in a folder of their own."""
-    monkeypatch.syspath_prepend(ROOT)
-    monkeypatch.setattr(importlib.import_module("benchmarks.records"), "RESULTS", tmp_path)
-    return importlib.import_module("benchmarks.report")
-
-
-def test_a_section_is_made_anew_and_the_rest_stays(report: Any) -> None:
+def test_a_section_is_made_anew_and_the_rest_stays() -> None:
     sections = {"speed": report.Section(lambda: r"fast \1")}
     text = "before\n<!-- speed -->\nslow\n<!-- /speed -->\nafter\n"
     new = report.rendered(text, sections, "README.md")
@@ -30,7 +22,7 @@ def test_a_section_is_made_anew_and_the_rest_stays(report: Any) -> None:
         report.rendered("before", sections, "README.md")
 
 
-def test_records_of_an_earlier_model_are_named(report: Any, tmp_path: Path) -> None:
+def test_records_of_an_earlier_model_are_named(tmp_path: Path) -> None:
     now = report.records.shipped_model()
     for name, model in {"new": now, "old": "petseg edge, 0123", "older": None}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({"shipped_model": model} if model else {}))
@@ -38,7 +30,7 @@ def test_records_of_an_earlier_model_are_named(report: Any, tmp_path: Path) -> N
     assert report.earlier(("new", "old", "older")) == "\n\nMeasured with an earlier embedded model: old, older."
 
 
-def test_every_section_of_the_pages_is_there(report: Any) -> None:
+def test_every_section_of_the_pages_is_there() -> None:
     for page, sections in report.PAGES.items():
         text = page.read_text(encoding="utf-8")
         assert [name for name in sections if f"<!-- {name} -->\n" not in text] == []

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,17 +13,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import roofline
 from petseg.model import AttentionUNet, AttentionUNetConfig
 from petseg_runtime.artifact import default_model, open_artifact
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def roofline(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module, which is not installed."""
-    monkeypatch.syspath_prepend(ROOT)
-    return importlib.import_module("benchmarks.roofline")
 
 
 def graph(*nodes: onnx.NodeProto, weights: dict[str, Any], output: Sequence[int]) -> bytes:
@@ -43,7 +33,7 @@ def floats(*shape: int) -> Any:
     return np.ones(shape, np.float32)
 
 
-def test_convolutions_and_matmuls_are_counted(roofline: Any) -> None:
+def test_convolutions_and_matmuls_are_counted() -> None:
     conv = helper.make_node("Conv", ["x", "w"], ["a"], strides=[2, 2])  # [N, 5, 2, 3]
     up = helper.make_node("ConvTranspose", ["a", "v"], ["b"], strides=[2, 2])  # [N, 2, 4, 6]
     flat = helper.make_node("Reshape", ["b", "shape"], ["c"])  # [N * 8, 6]
@@ -62,7 +52,7 @@ def test_convolutions_and_matmuls_are_counted(roofline: Any) -> None:
     assert roofline.operations(made, 3, 4, 6) == {"int8": 0, "others": 3 * 2 * each}
 
 
-def test_groups_divide_the_work_and_int8_is_told_apart(roofline: Any) -> None:
+def test_groups_divide_the_work_and_int8_is_told_apart() -> None:
     def linear(kind: str, source: str, zero: str, output: str) -> onnx.NodeProto:
         return helper.make_node(f"{kind}Linear", [source, "scale", zero], [output])
 
@@ -83,7 +73,7 @@ def test_groups_divide_the_work_and_int8_is_told_apart(roofline: Any) -> None:
     assert found == {"int8": 2 * 3 * 24, "others": 2 * 2 * 24 * 3}
 
 
-def test_the_network_has_the_operations_that_pytorch_counts(roofline: Any) -> None:
+def test_the_network_has_the_operations_that_pytorch_counts() -> None:
     ships = open_artifact(default_model())
     height, width = ships.spec.height, ships.spec.width
     described = {key: tuple(v) if isinstance(v, list) else v for key, v in ships.provenance["model"].items()}
@@ -97,12 +87,12 @@ def test_the_network_has_the_operations_that_pytorch_counts(roofline: Any) -> No
     ("precision", "expected"),
     [("f32", 1.2), ("bf16", 0.6), ("int8", 0.45), ("int8 and f32", 0.45), ("int8 and bf16", 0.35), ("fp16", None)],
 )
-def test_each_part_is_held_against_its_own_peak(roofline: Any, precision: str, expected: float | None) -> None:
+def test_each_part_is_held_against_its_own_peak(precision: str, expected: float | None) -> None:
     work, peaks = {"int8": 10**9, "others": 2 * 10**8}, {"f32": 1e12, "bf16": 2e12, "int8": 4e12}
     assert roofline.least_ms(work, precision, peaks) == (expected and pytest.approx(expected))
 
 
-def test_the_peak_of_a_precision_is_that_of_the_fastest_library(roofline: Any) -> None:
+def test_the_peak_of_a_precision_is_that_of_the_fastest_library() -> None:
     one, two, three = (
         roofline.Matmul(library, precision, 10, lambda: None)
         for library, precision in (("one", "f32"), ("two", "f32"), ("two", "bf16"))
@@ -113,7 +103,7 @@ def test_the_peak_of_a_precision_is_that_of_the_fastest_library(roofline: Any) -
     assert [row["name"] for row in roofline.told(rates)] == ["one f32", "two f32", "two bf16"]
 
 
-def test_every_library_multiplies(roofline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_library_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "SIZE", 32)
     for int8 in (False, True):
         onnx.checker.check_model(onnx.load_from_string(roofline.matmul_graph(int8)), full_check=True)
@@ -124,9 +114,7 @@ def test_every_library_multiplies(roofline: Any, monkeypatch: pytest.MonkeyPatch
     assert all(matmul.rate(runs=1) > 0 for matmul in found)
 
 
-def test_a_library_or_precision_that_fails_is_told_and_the_others_are_measured(
-    roofline: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_library_or_precision_that_fails_is_told_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_cuda(threads: int) -> list[Any]:
         raise AssertionError("Torch not compiled with CUDA enabled")
 

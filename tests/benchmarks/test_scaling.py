@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
 import av
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def scaling(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module, which is not installed."""
-    monkeypatch.syspath_prepend(ROOT)
-    return importlib.import_module("benchmarks.scaling")
+from benchmarks import scaling
 
 
 @pytest.mark.parametrize(
@@ -29,21 +21,21 @@ def scaling(monkeypatch: pytest.MonkeyPatch) -> Any:
         ([10.0, 9.0, 8.0, 7.0, 6.0], 16, None),
     ],
 )
-def test_a_curve_bends_where_it_stops_falling(scaling: Any, costs: list[float], until: int, rises: int | None) -> None:
+def test_a_curve_bends_where_it_stops_falling(costs: list[float], until: int, rises: int | None) -> None:
     found = scaling.bend(list(zip((1, 2, 4, 8, 16), costs, strict=True)), "batch", "ms a photo")
     assert (found["falls_until"], found["rises_from"]) == (until, rises)
     assert f"batch {until}" in found["statement"]
     assert ("rises" in found["statement"]) == (rises is not None)
 
 
-def test_of_a_curve_that_goes_up_and_down_no_bend_is_told(scaling: Any) -> None:
+def test_of_a_curve_that_goes_up_and_down_no_bend_is_told() -> None:
     measured = [140.0, 144.0, 185.0, 242.0, 164.0, 126.0, 121.0]
     found = scaling.bend(list(zip((96, 128, 160, 192, 256, 320, 384), measured, strict=True)), "size", "ns a pixel")
     assert (found["falls_until"], found["rises_from"]) == (None, None)
     assert "between 121 and 242 ns a pixel: no bend to be told" in found["statement"]
 
 
-def test_a_curve_is_told_by_pixel_or_by_photo(scaling: Any) -> None:
+def test_a_curve_is_told_by_pixel_or_by_photo() -> None:
     sizes = scaling.curve("size", {scaling.Point(100, 1, 2): [1.0, 3.0, 2.0], scaling.Point(200, 1, 2): [8.0] * 3})
     assert [point["cost"] for point in sizes["points"]] == pytest.approx([200, 200])
     batches = scaling.curve("batch", {scaling.Point(160, 1, 2): [4.0], scaling.Point(160, 4, 2): [8.0]})
@@ -51,7 +43,7 @@ def test_a_curve_is_told_by_pixel_or_by_photo(scaling: Any) -> None:
     assert batches["bend"]["falls_until"] == 4
 
 
-def test_threads_are_compared_round_by_round(scaling: Any) -> None:
+def test_threads_are_compared_round_by_round() -> None:
     def curve(threads: int, axis: str, *ms: float) -> dict[str, Any]:
         return {
             "name": f"{axis} {threads}",
@@ -67,7 +59,7 @@ def test_threads_are_compared_round_by_round(scaling: Any) -> None:
 
 
 @pytest.mark.parametrize(("peaks", "flat", "rate"), [((200, 204, 203), True, -1.5), ((200, 220, 300), False, 120.0)])
-def test_memory_is_flat_or_not(scaling: Any, peaks: tuple[float, ...], flat: bool, rate: float) -> None:
+def test_memory_is_flat_or_not(peaks: tuple[float, ...], flat: bool, rate: float) -> None:
     rows = [{"peak_mb": [peak] * 3, "seconds_of_video": s} for peak, s in zip(peaks, (5, 20, 60), strict=True)]
     found = scaling.flatness(rows)
     assert (found["flat"], found["mb_per_minute"]) == (flat, pytest.approx(rate))
@@ -76,14 +68,14 @@ def test_memory_is_flat_or_not(scaling: Any, peaks: tuple[float, ...], flat: boo
 
 
 @pytest.mark.parametrize(("runs", "told"), [(1, "one run of each"), (2, "medians of 2 runs of each")])
-def test_of_a_few_runs_no_slope_is_told_but_the_difference_is(scaling: Any, runs: int, told: str) -> None:
+def test_of_a_few_runs_no_slope_is_told_but_the_difference_is(runs: int, told: str) -> None:
     rows = [{"peak_mb": [195.0] * 3, "seconds_of_video": 5}, {"peak_mb": [201.0] * runs, "seconds_of_video": 60}]
     found = scaling.flatness(rows)
     assert (found["flat"], found["mb_per_minute"], found["runs_of_each"]) == (True, None, runs)
     assert found["statement"] == f"flat: 201 MB at 60 s, 195 MB at 5 s, a difference of +6 MB (+3.1 %; {told})"
 
 
-def test_clips_are_as_long_as_they_say(scaling: Any, tmp_path: Path) -> None:
+def test_clips_are_as_long_as_they_say(tmp_path: Path) -> None:
     scaling.make_clip(tmp_path / "clip.mp4", 7)
     with av.open(str(tmp_path / "clip.mp4")) as clip:
         frames = list(clip.decode(video=0))

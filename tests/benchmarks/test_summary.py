@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks import summary
 
-
-@pytest.fixture
-def summary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The module, which is not installed; its records are in a folder of their own."""
-    monkeypatch.syspath_prepend(ROOT)
-    monkeypatch.setattr(importlib.import_module("benchmarks.records"), "RESULTS", tmp_path)
-    return importlib.import_module("benchmarks.summary")
+pytestmark = pytest.mark.usefixtures("results")
 
 
 def readings(iou: float) -> dict[str, Any]:
@@ -70,7 +63,7 @@ def figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("figures")
-def test_leads_and_shortfalls_have_their_sign(summary: Any) -> None:
+def test_leads_and_shortfalls_have_their_sign() -> None:
     published, rival, pretrained, aim, folders, alone, start, size = summary.ahead().splitlines()
     assert published.endswith(": +1.2 points of IoU on small (0.8500, 95 %: 0.750 to 0.900).")
     assert "-1.0 points" in rival
@@ -85,7 +78,7 @@ def test_leads_and_shortfalls_have_their_sign(summary: Any) -> None:
 
 
 @pytest.mark.usefixtures("figures")
-def test_what_petseg_is_not_behind_in_is_not_told(summary: Any, tmp_path: Path) -> None:
+def test_what_petseg_is_not_behind_in_is_not_told(tmp_path: Path) -> None:
     own = peer("petseg, auto", faster=1, start=0.4, installed=400)
     write(tmp_path, peers={"rows": [own, peer("slow", faster=30, start=3, installed=900)]})
     assert "Behind in" not in summary.ahead()
@@ -95,7 +88,7 @@ def test_what_petseg_is_not_behind_in_is_not_told(summary: Any, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("figures")
-def test_each_reading_is_told_at_its_own_threshold(summary: Any) -> None:
+def test_each_reading_is_told_at_its_own_threshold() -> None:
     head, *_, ours, theirs = summary.quality().splitlines()
     assert "background, at 0.61: IoU | Dice | border as pet, at 0.05: IoU | border left out, at 0.30: IoU |" in head
     assert ours.endswith("| small | 0.8500 | 0.9000 | 0.8600 | 0.9200 |")

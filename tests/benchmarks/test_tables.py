@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks import tables
 
-
-@pytest.fixture
-def tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The module, which is not installed; its records are in a folder of their own."""
-    monkeypatch.syspath_prepend(ROOT)
-    monkeypatch.setattr(importlib.import_module("benchmarks.records"), "RESULTS", tmp_path)
-    return importlib.import_module("benchmarks.tables")
+pytestmark = pytest.mark.usefixtures("results")
 
 
 def group(**values: Any) -> dict[str, Any]:
@@ -35,7 +28,7 @@ def group(**values: Any) -> dict[str, Any]:
     return {"model": "petseg edge", "size": [160, 160], "batch": 1, "operations": 2.4e9, "rows": rows, **values}
 
 
-def test_the_other_columns_of_an_engine(tables: Any) -> None:
+def test_the_other_columns_of_an_engine() -> None:
     (row,) = group()["rows"]
     assert tables.engine_alone(row) == " 8.00, 9.00 (140) | 35 % | 101 | 51 |"
     assert tables.engine_alone({**row, "share_of_matmul_peak": None}) == " 8.00, 9.00 (140) |  | 101 | 51 |"
@@ -43,7 +36,7 @@ def test_the_other_columns_of_an_engine(tables: Any) -> None:
     assert tables.engine_alone({**row, "p95": None, "p99": None, "runs": 15}) == "  | 35 % | 101 | 51 |"
 
 
-def test_other_networks_are_columns(tables: Any) -> None:
+def test_other_networks_are_columns() -> None:
     other = group(model="attention U-Net, width 64", size=[128, 128], operations=24.6e9)
     other["rows"] = [{**other["rows"][0], "precision": "f32", "median": 130.0, "share_of_matmul_peak": None}]
     lines = tables.relatives({**group(), "networks": [other]})
@@ -51,7 +44,7 @@ def test_other_networks_are_columns(tables: Any) -> None:
     assert lines[4:] == ["| openvino 1 | fp32 | bf16 | 7.0 (35 %) |  |", "| openvino 1 | fp32 | f32 |  | 130.0 |"]
 
 
-def test_another_model_may_have_no_iou_in_a_reading_or_a_range(tables: Any) -> None:
+def test_another_model_may_have_no_iou_in_a_reading_or_a_range() -> None:
     assert tables.other("FPN", "test split", [None, [0.9125, 0.9156], 0.5]) == (
         "| FPN | test split |  | 0.9125 to 0.9156 | 0.5000 |"
     )
@@ -62,7 +55,7 @@ def readings(iou: float) -> dict[str, Any]:
     return {"readings": dict.fromkeys(("background", "pet", "ignored"), values)}
 
 
-def test_each_reading_is_told_at_its_own_threshold(tables: Any, tmp_path: Path) -> None:
+def test_each_reading_is_told_at_its_own_threshold(tmp_path: Path) -> None:
     kinds = {"own": readings(0.8), "cutout": readings(0.85), "ignored_border": readings(0.9)}
     record = {
         "photos": {"small": 3},
@@ -73,7 +66,7 @@ def test_each_reading_is_told_at_its_own_threshold(tables: Any, tmp_path: Path) 
     assert tables.engines().splitlines()[-1] == "| openvino | 0.8000 (-0.04) | 0.8500 (-0.04) | 0.9000 (-0.04) |"
 
 
-def test_engines_on_some_of_the_photos_say_so(tables: Any, tmp_path: Path) -> None:
+def test_engines_on_some_of_the_photos_say_so(tmp_path: Path) -> None:
     kinds = {"own": readings(0.8), "cutout": readings(0.85), "ignored_border": readings(0.9)}
     record = {
         "photos": {"small": 3000, "large": 242},
@@ -90,7 +83,7 @@ def test_engines_on_some_of_the_photos_say_so(tables: Any, tmp_path: Path) -> No
     assert text.splitlines()[-1].startswith("| openvino | 0.8000 (-0.04) |")
 
 
-def test_a_remover_is_told_on_the_same_photos(tables: Any) -> None:
+def test_a_remover_is_told_on_the_same_photos() -> None:
     ours = {"engine": "openvino 1", "precision": "bf16", "median": 0.0071}
     ours |= {"own": readings(0.8), "cutout": readings(0.85), "ignored_border": readings(0.9)}
     isnet = {"median": 1.8, "at_0.5": readings(0.7)}
@@ -107,7 +100,7 @@ def test_a_remover_is_told_on_the_same_photos(tables: Any) -> None:
     assert "| -1.0 to +11.0 points | +10.0 to +20.0 points | -20.0 to -10.0 points |" in difference
 
 
-def test_the_rival_is_told_on_all_photos_and_in_every_engine(tables: Any) -> None:
+def test_the_rival_is_told_on_all_photos_and_in_every_engine() -> None:
     times = [
         {
             "engine": "onnxruntime 1",
@@ -129,7 +122,7 @@ def test_the_rival_is_told_on_all_photos_and_in_every_engine(tables: Any) -> Non
     assert text.endswith("onnxruntime f32: 10.00 against 9.60 ms, 0.95 times as fast.")
 
 
-def test_what_was_trained_alike_stands_side_by_side(tables: Any) -> None:
+def test_what_was_trained_alike_stands_side_by_side() -> None:
     rows = [
         {
             "name": name,
@@ -148,7 +141,7 @@ def test_what_was_trained_alike_stands_side_by_side(tables: Any) -> None:
     ]
 
 
-def test_a_folder_has_its_rate_with_and_without_the_start(tables: Any, tmp_path: Path) -> None:
+def test_a_folder_has_its_rate_with_and_without_the_start(tmp_path: Path) -> None:
     row = {
         "kind": "mask",
         "backend": "openvino",
@@ -161,6 +154,6 @@ def test_a_folder_has_its_rate_with_and_without_the_start(tables: Any, tmp_path:
     assert tables.folders().splitlines()[-1] == "| openvino | mask | 150 | 88 % | 100 | 1.50 | 120 |"
 
 
-def test_an_engine_is_named_once(tables: Any) -> None:
+def test_an_engine_is_named_once() -> None:
     assert tables.title({"name": "lraspp, PyTorch", "engine": "PyTorch"}) == "lraspp, PyTorch"
     assert tables.title({"name": "petseg, auto", "engine": "openvino 1, bf16"}) == "petseg, auto (openvino 1)"

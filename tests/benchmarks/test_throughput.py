@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks import processes, throughput, video
 
 
-@pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """They are not installed."""
-    monkeypatch.syspath_prepend(ROOT)
-    return importlib.import_module
-
-
-def test_the_slowest_step_or_the_cores_are_what_allows_the_least(modules: Any) -> None:
-    allowed = modules("benchmarks.throughput").allowed
+def test_the_slowest_step_or_the_cores_are_what_allows_the_least() -> None:
+    allowed = throughput.allowed
     steps = {"read": {"seconds": 0.002, "cpu_seconds": 0.004}, "infer": {"seconds": 0.01, "cpu_seconds": 0.006}}
     assert allowed(steps, 2) == pytest.approx(100)  # infer's 10 ms
     assert allowed(steps, 1) == pytest.approx(100)
@@ -29,17 +20,17 @@ def test_the_slowest_step_or_the_cores_are_what_allows_the_least(modules: Any) -
     assert allowed(steps, 1) == pytest.approx(25)
 
 
-def test_a_rate_begins_with_the_first_file(modules: Any, tmp_path: Path) -> None:
+def test_a_rate_begins_with_the_first_file(tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     times = {".petseg-run.ndjson": 103.0, "a.png": 100.0, "below/b.png": 100.5, "c.png": 102.0}
     for name, when in times.items():
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (when, when))
-    assert modules("benchmarks.processes").first_to_last(tmp_path, ".png") == (3, 2.0)
+    assert processes.first_to_last(tmp_path, ".png") == (3, 2.0)
 
 
-def test_a_loop_is_compared_round_by_round(modules: Any) -> None:
-    row = modules("benchmarks.video").loop_row("peer", "openvino", 60, [3.0, 8.0, 4.0], [2.0, 4.0, 1.0])
+def test_a_loop_is_compared_round_by_round() -> None:
+    row = video.loop_row("peer", "openvino", 60, [3.0, 8.0, 4.0], [2.0, 4.0, 1.0])
     assert row["name"] == "peer, openvino"
     assert row["frames_per_second"] == 15.0
     assert row["petseg_times_as_fast"] == 2.0  # of 1.5, 2 and 4

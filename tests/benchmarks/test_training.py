@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from pathlib import Path
 from typing import Any
@@ -10,22 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import training
 from petseg import log, recipes
 from petseg.config import TrainConfig, from_dict, override
 from petseg.data import Split, find
 from tiny_runs import a_row
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-@pytest.fixture
-def training(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module, which is not installed."""
-    monkeypatch.syspath_prepend(ROOT)
-    return importlib.import_module("benchmarks.training")
-
-
-def test_the_command_gives_the_network_that_is_named(training: Any) -> None:
+def test_the_command_gives_the_network_that_is_named() -> None:
     for run in training.RUNS:
         words = training.words(run, 4, "cpu", workers=0)
         raw = recipes.load(run.recipe)
@@ -39,7 +30,7 @@ def test_the_command_gives_the_network_that_is_named(training: Any) -> None:
 
 @pytest.mark.parametrize("gpu", [True, False])
 def test_a_gpu_trains_the_recipes_networks_at_256_with_their_own_workers(
-    training: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpu: bool
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpu: bool
 ) -> None:
     ran: list[list[str]] = []
 
@@ -70,7 +61,7 @@ def test_a_gpu_trains_the_recipes_networks_at_256_with_their_own_workers(
         assert max(steps) < 10
 
 
-def test_a_few_photos_are_a_data_folder(training: Any, tmp_path: Path) -> None:
+def test_a_few_photos_are_a_data_folder(tmp_path: Path) -> None:
     data = tmp_path / "data"
     for name in ("images", "annotations/trimaps"):
         (data / name).mkdir(parents=True)
@@ -84,7 +75,7 @@ def test_a_few_photos_are_a_data_folder(training: Any, tmp_path: Path) -> None:
         training.few(data, tmp_path / "more", 41)
 
 
-def test_the_first_epoch_is_not_counted(training: Any) -> None:
+def test_the_first_epoch_is_not_counted() -> None:
     rows = [
         a_row(epoch=i + 1, step=8 * (i + 1), seconds=s, images_per_s=256 / s, data_wait=w)
         for i, (s, w) in enumerate(((40, 0.5), (8, 0.1), (16, 0.2), (8, 0.1)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 import threading
@@ -13,30 +12,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks import turns
+
 BATCH = np.zeros((1, 1, 1, 3), np.uint8)
 
 
 @pytest.fixture
-def turns(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module, which is not installed."""
-    monkeypatch.syspath_prepend(ROOT)
-    return importlib.import_module("benchmarks.turns")
-
-
-@pytest.fixture
-def alone(turns: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine where nobody else is."""
     monkeypatch.setattr(turns, "others", lambda: 0.0)
 
 
 @pytest.mark.parametrize(("ms", "runs"), [(0.1, 50), (10.0, 15), (500.0, 2)])
-def test_slow_jobs_run_less_often(turns: Any, ms: float, runs: int) -> None:
+def test_slow_jobs_run_less_often(ms: float, runs: int) -> None:
     assert turns.count(ms) == runs
 
 
 @pytest.mark.usefixtures("alone")
-def test_jobs_take_turns_after_a_run_that_does_not_count(turns: Any) -> None:
+def test_jobs_take_turns_after_a_run_that_does_not_count() -> None:
     calls: list[str] = []
 
     def job(name: str, runs: int) -> Any:
@@ -48,7 +41,7 @@ def test_jobs_take_turns_after_a_run_that_does_not_count(turns: Any) -> None:
     assert found.disturbed == 0
 
 
-def test_a_disturbed_turn_is_taken_again_and_the_quietest_counts(turns: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disturbed_turn_is_taken_again_and_the_quietest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[float] = []
     shares = iter([1e6, 1e3, 1e9, 1e4])  # far more than there is, so that the length of a turn does not matter
     busy = iter([value for share in shares for value in (0.0, share)])
@@ -60,7 +53,7 @@ def test_a_disturbed_turn_is_taken_again_and_the_quietest_counts(turns: Any, mon
     assert share > turns.DISTURBED
 
 
-def test_what_others_take_is_seen(turns: Any) -> None:
+def test_what_others_take_is_seen() -> None:
     if not Path("/proc/stat").exists():
         pytest.skip("needs Linux's /proc/stat")
     burn = "import time\nwhile time.process_time() < 0.3: pass"
@@ -69,7 +62,7 @@ def test_what_others_take_is_seen(turns: Any) -> None:
     assert turns.others() - before > 0.2
 
 
-def test_rest_is_waited_for(turns: Any) -> None:
+def test_rest_is_waited_for() -> None:
     stop = time.perf_counter() + 0.15
     spinning = threading.Thread(target=lambda: [None for _ in iter(lambda: time.perf_counter() < stop, False)])
     spinning.start()
@@ -78,7 +71,7 @@ def test_rest_is_waited_for(turns: Any) -> None:
     spinning.join()
 
 
-def test_a_thread_that_never_rests_is_not_waited_for_for_ever(turns: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_never_rests_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10**6))
     monkeypatch.setattr(turns.time, "process_time", lambda: float(next(clock)))
     monkeypatch.setattr(turns, "PATIENCE", 0.05)

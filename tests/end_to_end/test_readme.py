@@ -141,7 +141,6 @@ def test_the_numbers_are_those_of_the_records(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`python -m benchmarks report --check`, in this process: a new one would import PyTorch once more."""
-    monkeypatch.syspath_prepend(ROOT)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["benchmarks", "report", "--check"])
     with pytest.raises(SystemExit) as ended:

@@ -15,8 +15,8 @@ from PIL import Image
 
 from benchmarks.servers import free_port
 from petseg.cli import run
-from petseg_runtime import video_run
 from petseg_runtime.cli import infer_video
+from petseg_runtime.video import run as run_module
 
 PAGE = (Path(__file__).resolve().parents[2] / "runtime" / "README.md").read_text(encoding="utf-8")
 
@@ -80,7 +80,7 @@ def test_the_events_of_videos_are_those_of_the_page(
     photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(infer_video, "_STATISTICS", 0.0)
-    monkeypatch.setattr(video_run, "_SUMMING_UP", 0.0)
+    monkeypatch.setattr(run_module, "_SUMMING_UP", 0.0)
     options = [*photos[2:], str(tmp_path / "live"), "--as", "mask"]
     assert run(["infer", "lavfi:testsrc=size=64x48:rate=25", *options, "--max-frames", "3"]) == 0
     dead = f"http://127.0.0.1:{free_port()}/live.ts"

@@ -30,14 +30,16 @@ import pytest
 from PIL import Image
 
 from petseg.cli import run
-from petseg_runtime import images, video_run, video_sinks
+from petseg_runtime import images
 from petseg_runtime.cli import infer_video
 from petseg_runtime.errors import EXIT_PARTIAL, InputError, OutputError, UnsupportedVideo
 from petseg_runtime.journal import JOURNAL
 from petseg_runtime.sources import Item, Origin, stream_origin
-from petseg_runtime.stream import Segmented, Stream
-from petseg_runtime.video import Frame
-from petseg_runtime.video_sinks import OWN
+from petseg_runtime.video import movie
+from petseg_runtime.video import run as run_module
+from petseg_runtime.video.frame import Frame
+from petseg_runtime.video.numbered import OWN
+from petseg_runtime.video.stream import Segmented, Stream
 
 Toy: TypeAlias = Callable[..., Any]
 
@@ -791,8 +793,8 @@ def test_one_thread_is_one_for_each_step_that_works_at_the_same_time(
         real(sink, frame, result)
         seen.append(foreign())
 
-    real, seen = video_sinks.MovieSink.write, list[int]()
-    monkeypatch.setattr(video_sinks.MovieSink, "write", write)
+    real, seen = movie.MovieSink.write, list[int]()
+    monkeypatch.setattr(movie.MovieSink, "write", write)
     # Not of the results' format, so that frames are converted for them, too.
     clip = write_clip(tmp_path / "clip.mp4", 40, sound=False, size=(480, 640), pixels="yuv444p")
     for number, threads in enumerate((4, 1)):
@@ -835,7 +837,7 @@ def test_events_of_a_stream_account_for_every_frame(
                 time.sleep(0.01)
             return super().__iter__()
 
-    monkeypatch.setattr(video_run, "Stream", Slow)
+    monkeypatch.setattr(run_module, "Stream", Slow)
     options = ["--as", "mask", "--output", tmp_path, "--json", "--max-frames", 30, "--policy", "latest"]
     assert infer("lavfi:testsrc=size=64x48:rate=100,realtime", *options, "--model", model) == 0
     told = events(capsys.readouterr().out)
@@ -859,7 +861,7 @@ def test_sources_that_are_shown_alike_have_names_and_statistics_of_their_own(
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(infer_video, "_STATISTICS", 0.0)
-    monkeypatch.setattr(video_run, "_SUMMING_UP", 0.0)
+    monkeypatch.setattr(run_module, "_SUMMING_UP", 0.0)
     sources = [f"lavfi:testsrc=size={size}:rate=25" for size in ("64x48", "80x60", "96x72")]
     monkeypatch.setattr(
         "petseg_runtime.sources.stream_origin",
@@ -1124,7 +1126,7 @@ def test_a_live_source_whose_end_cannot_be_told_is_counted_once(
     real = infer_video.Videos._tell_end
     monkeypatch.setattr(infer_video.Videos, "_tell_end", tell_end)
     if not opens:
-        monkeypatch.setattr(video_run, "open_frames", refuse)
+        monkeypatch.setattr(run_module, "open_frames", refuse)
     options = ["--as", "mask", "--output", tmp_path, "--model", model, "--json", "--max-frames", 3]
     with pytest.raises(LookupError, match="nobody there"):
         infer("lavfi:testsrc=size=64x48:rate=25", *options)
@@ -1142,9 +1144,9 @@ def test_a_live_source_that_fails_on_the_way_says_what_it_has_written(
         written.extend([frame.number] * (frame.picture.width == WIDTH))
         real(sink, frame, result)
 
-    real = video_sinks.MovieSink.write
+    real = movie.MovieSink.write
     written: list[int] = []
-    monkeypatch.setattr(video_sinks.MovieSink, "write", write)
+    monkeypatch.setattr(movie.MovieSink, "write", write)
     sources = [f"lavfi:testsrc=size={size}:rate=25,realtime" for size in ("64x48", "80x60")]
     options = ["--as", "mask", "--output", tmp_path, "--model", model, "--json", "--max-frames", 30]
     assert infer(*sources, *options, "--policy", policy) == OutputError.exit_code
@@ -1163,7 +1165,7 @@ def test_a_live_source_that_fails_on_the_way_says_what_it_has_written(
 def test_a_defect_in_one_live_source_is_told_at_once_and_raised_at_the_end(
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(video_sinks.MovieSink, "write", lambda *_: {}["none"])
+    monkeypatch.setattr(movie.MovieSink, "write", lambda *_: {}["none"])
     options = ["--as", "mask", "--output", tmp_path, "--model", model, "--json", "--max-frames", 3]
     with pytest.raises(KeyError):
         infer("lavfi:testsrc=size=64x48:rate=25", *options)

@@ -84,7 +84,7 @@ def test_a_number_is_a_camera_as_its_text_is(
         opened.append(origin)
         return []
 
-    monkeypatch.setattr("petseg_runtime.live.open_frames", open_frames)
+    monkeypatch.setattr("petseg_runtime.video.live.open_frames", open_frames)
     monkeypatch.chdir(tmp_path)
     for source in (0, "0", 12):
         with segmenter.stream(source) as stream:
@@ -105,7 +105,7 @@ def test_a_stream_that_is_asked_for_wrongly_opens_nothing(
     segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
 ) -> None:
     opened: list[Any] = []
-    monkeypatch.setattr("petseg_runtime.live.open_frames", lambda *given, **_: opened.append(given))
+    monkeypatch.setattr("petseg_runtime.video.live.open_frames", lambda *given, **_: opened.append(given))
     with pytest.raises(UsageError, match=next(iter(wrong)).replace("smooth", "smoothing")):
         segmenter.stream("clip.mp4", **wrong)
     assert opened == []

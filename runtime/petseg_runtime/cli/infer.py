@@ -376,7 +376,7 @@ def _made(found: _Found, folder: Path | None, looks: dict[str, Any], given: dict
     """
     from petseg_runtime.cli.infer_video import Output, check_places
     from petseg_runtime.sinks import KINDS, VIDEO_FORMATS
-    from petseg_runtime.video_sinks import MOVIES
+    from petseg_runtime.video.movie import MOVIES
 
     kind, asked = str(looks["as"]), looks["format"]
     if folder is None and asked:
@@ -401,7 +401,7 @@ def _made(found: _Found, folder: Path | None, looks: dict[str, Any], given: dict
 
 def _videos(segmenter: Segmenter, made: Output, given: dict[str, Any], told: tuple[bool, bool, bool]) -> Videos:
     from petseg_runtime.cli.infer_video import Videos
-    from petseg_runtime.stream import Reading
+    from petseg_runtime.video.stream import Reading
 
     reading = Reading(
         start=given["start"] or 0.0,

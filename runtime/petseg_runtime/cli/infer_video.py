@@ -25,13 +25,13 @@ from petseg_runtime.host import LOOK_UP
 
 if TYPE_CHECKING:
     from petseg_runtime.journal import Journal
-    from petseg_runtime.live import StateChange
     from petseg_runtime.segmenter import Segmenter
     from petseg_runtime.sinks import Background
     from petseg_runtime.sources import Item, Origin
-    from petseg_runtime.stream import Reading, Segmented, Stream
-    from petseg_runtime.video_run import VideoReport
-    from petseg_runtime.video_sinks import VideoSink
+    from petseg_runtime.video.live import StateChange
+    from petseg_runtime.video.run import VideoReport
+    from petseg_runtime.video.sinks import VideoSink
+    from petseg_runtime.video.stream import Reading, Segmented, Stream
 
 __all__ = ["Output", "Videos", "check_places"]
 
@@ -74,14 +74,17 @@ class Output:
             origin: The source.
             threads: CPU threads of what paints and encodes; None: all.
         """
-        from petseg_runtime import sinks, video_sinks
-        from petseg_runtime.video_looks import Painter
+        from petseg_runtime import sinks
+        from petseg_runtime.video.looks import Painter
+        from petseg_runtime.video.movie import MOVIES, MovieSink
+        from petseg_runtime.video.numbered import next_number
+        from petseg_runtime.video.sinks import LinesSink, PicturesSink, RawSink
 
         place = self.place(origin) if self.folder else Path("-")
         if self.format == "ndjson":
-            return video_sinks.LinesSink(self._files(origin, place), endless=origin.endless, segment=self.segment)
-        if self.format in video_sinks.MOVIES:
-            return video_sinks.MovieSink(
+            return LinesSink(self._files(origin, place), endless=origin.endless, segment=self.segment)
+        if self.format in MOVIES:
+            return MovieSink(
                 self._files(origin, place),
                 Painter(self.kind, self.background, threads),
                 endless=origin.endless,
@@ -91,15 +94,15 @@ class Output:
             )
         picture = sinks.Picture(self.kind, self.format, sinks.render_of(self.kind, self.background))
         if self.folder is None:
-            return video_sinks.RawSink(sys.stdout.buffer, picture)
-        folder = place / f"{video_sinks.next_number(place):04d}" if origin.endless else place
-        return video_sinks.PicturesSink(folder, picture)
+            return RawSink(sys.stdout.buffer, picture)
+        folder = place / f"{next_number(place):04d}" if origin.endless else place
+        return PicturesSink(folder, picture)
 
     @property
     def mask_only(self) -> bool:
         """Whether frames are not needed in RGB: movies are painted on their YUV."""
         from petseg_runtime.sinks import KINDS
-        from petseg_runtime.video_sinks import MOVIES
+        from petseg_runtime.video.movie import MOVIES
 
         return self.format in (*MOVIES, "ndjson") or not KINDS[self.kind].needs_photo
 
@@ -111,13 +114,13 @@ class Output:
 
     def is_one_file(self, origin: Origin) -> bool:
         """Whether a source's result is a file, not a folder of them."""
-        from petseg_runtime.video_sinks import MOVIES
+        from petseg_runtime.video.movie import MOVIES
 
         return not origin.endless and self.segment is None and self.format in (*MOVIES, "ndjson")
 
     def _files(self, origin: Origin, place: Path) -> Iterator[Path]:
         """The names of a source's movies, or files of lines, one after the other."""
-        from petseg_runtime.video_sinks import numbered, pieces
+        from petseg_runtime.video.numbered import numbered, pieces
 
         if origin.endless:
             return numbered(place, self.format)
@@ -219,7 +222,7 @@ class Videos:
 
     def _file(self, origin: Origin, item: Item | None, journal: Journal | None) -> None:
         if item and item.problem:
-            from petseg_runtime.video_run import VideoReport
+            from petseg_runtime.video.run import VideoReport
 
             self.reports.append(VideoReport(origin.shown, item.problem))
             self._tell_end(origin, self.reports[-1])
@@ -256,7 +259,7 @@ class Videos:
                 self._tell_failure(origin, error)
 
     def _one(self, origin: Origin) -> VideoReport:
-        from petseg_runtime.video_run import segment_video
+        from petseg_runtime.video.run import segment_video
 
         with self._stoppable() as begin, _Progress(origin, self.reading, self._silent) as progress:
 
@@ -354,7 +357,7 @@ class Videos:
     def _tell_frame(self, origin: Origin, segmented: Segmented) -> None:
         if not self.as_json:
             return
-        from petseg_runtime.video_sinks import frame_record
+        from petseg_runtime.video.sinks import frame_record
 
         record = frame_record(segmented.frame, segmented.result)
         latency = {"latency": round(time.monotonic() - segmented.frame.captured, 4)} if origin.endless else {}
@@ -382,7 +385,7 @@ class Videos:
         """Count and tell of a live source that could not go on, for a reason that does not lie in it."""
         if isinstance(error, BrokenPipeError):
             return  # the reader has gone away, which is no error, and nobody is left to tell
-        from petseg_runtime.video_run import VideoReport
+        from petseg_runtime.video.run import VideoReport
 
         report = self._running.get(str(origin.name)) or VideoReport(origin.shown)
         what = str(error) if isinstance(error, PetsegError) else f"{type(error).__name__}: {error}"
@@ -483,7 +486,7 @@ def check_places(output: Output, origins: Sequence[Origin], photos: Mapping[str,
     if output.folder is None:
         return output
     from petseg_runtime.sinks import real_paths
-    from petseg_runtime.video_sinks import claimable
+    from petseg_runtime.video.numbered import claimable
 
     real = real_paths()
     files = [o.target for o in origins if isinstance(o.target, str) and o.options is None]

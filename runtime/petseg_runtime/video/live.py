@@ -14,9 +14,10 @@ from typing import Final, TypeAlias
 from petseg_runtime import cameras
 from petseg_runtime.errors import SilentVideo, UnreadableVideo, VideoError
 from petseg_runtime.sources import Origin
-from petseg_runtime.stream import Reading
-from petseg_runtime.video import Frame, VideoReader
-from petseg_runtime.video_sound import Sound
+from petseg_runtime.video.frame import Frame
+from petseg_runtime.video.reader import VideoReader
+from petseg_runtime.video.sound import Sound
+from petseg_runtime.video.stream import Reading
 
 __all__ = ["STOPPED", "LiveSource", "StateChange", "Tell", "open_frames"]
 
@@ -30,7 +31,7 @@ _LONGEST_PAUSE: Final = 30.0
 _GOOD: Final = 10.0
 #: So long a source that never sent anything is tried, in seconds.
 FIRST_PATIENCE: Final = 30.0
-#: What is left of patience after a wait for all of it is rounding, which would be waited for again and again; in seconds.
+#: What is left of patience after a wait for all of it: rounding, which would be waited for again and again; in seconds.
 _ROUNDING: Final = 1e-3
 #: A source's own clock that goes back by more than this, or ahead of ours by more than that, was set anew; in seconds.
 _BACK: Final = 1.0
@@ -417,7 +418,7 @@ class _Line:
 def open_frames(
     origin: Origin, reading: Reading, *, threads: int | None = None, tell: Tell = lambda change: None
 ) -> VideoReader | LiveSource:
-    """The frames of any source, for a :class:`~petseg_runtime.stream.Stream`.
+    """The frames of any source, for a :class:`~petseg_runtime.video.stream.Stream`.
 
     Args:
         origin: The source.

@@ -21,13 +21,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petseg_runtime import stream as stream_module
 from petseg_runtime.errors import EngineError, UnreadableVideo, UsageError
 from petseg_runtime.pipeline import Timings
 from petseg_runtime.segmenter import Segmenter
-from petseg_runtime.stream import _SOUNDS, POLICIES, Counts, Reading, Segmented, Stream, _Inbox
-from petseg_runtime.video import Frame
-from petseg_runtime.video_sound import Sound
+from petseg_runtime.video import stream as stream_module
+from petseg_runtime.video.frame import Frame
+from petseg_runtime.video.sound import Sound
+from petseg_runtime.video.stream import _SOUNDS, POLICIES, Counts, Reading, Segmented, Stream, _Inbox
 
 
 def picture(value: int, pixels: str = "gray") -> av.VideoFrame:
@@ -319,8 +319,8 @@ from fractions import Fraction
 from types import SimpleNamespace
 import av
 from petseg_runtime.segmenter import Segmenter
-from petseg_runtime.stream import Reading, Stream
-from petseg_runtime.video import Frame
+from petseg_runtime.video.stream import Reading, Stream
+from petseg_runtime.video.frame import Frame
 
 def infer(images):
     time.sleep(0.05)

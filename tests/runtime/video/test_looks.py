@@ -13,8 +13,8 @@ from PIL import Image
 
 from petseg_runtime.result import Segmentation
 from petseg_runtime.sinks import render_of
-from petseg_runtime.video import Converter, Frame
-from petseg_runtime.video_looks import AV_MATRIX, Painter, matrix_of
+from petseg_runtime.video.frame import Converter, Frame
+from petseg_runtime.video.looks import AV_MATRIX, Painter, matrix_of
 
 BT601, BT709, BT2020 = Colorspace.ITU601, Colorspace.ITU709, Colorspace.BT2020
 
@@ -142,7 +142,7 @@ def test_a_background_picture_is_fitted_and_kept_for_the_next_frame(monkeypatch:
     first = Converter()(painter(frame, nothing), 64, 96).astype(int)
     everything: Any = Segmentation(frame.pixels(Converter()), np.zeros((64, 96), np.uint8), 0.5, 0.3)
     assert np.abs(first - np.asarray(everything.on_background(behind))).mean() < 2
-    monkeypatch.setattr("petseg_runtime.video_looks.ImageOps", None)  # it is not fitted anew
+    monkeypatch.setattr("petseg_runtime.video.looks.ImageOps", None)  # it is not fitted anew
     np.testing.assert_array_equal(Converter()(painter(frame, nothing), 64, 96), first)
 
 

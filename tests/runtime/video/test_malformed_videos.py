@@ -20,7 +20,8 @@ MEMORY, SECONDS = 1_500_000_000, 20
 PROGRAM = """
 import json, resource, signal, sys
 from petseg_runtime.errors import InputError
-from petseg_runtime.video import Converter, VideoReader
+from petseg_runtime.video.frame import Converter
+from petseg_runtime.video.reader import VideoReader
 with open("/proc/self/statm") as statm:
     used = int(statm.read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]), resource.RLIM_INFINITY))

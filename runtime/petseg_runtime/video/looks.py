@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from petseg_runtime.images import in_profile
 from petseg_runtime.result import OVERLAY_COLOR, OVERLAY_STRENGTH, Segmentation
-from petseg_runtime.video import Colours, Frame
+from petseg_runtime.video.frame import Colours, Frame
 
 __all__ = ["AV_MATRIX", "Painter", "matrix_of"]
 

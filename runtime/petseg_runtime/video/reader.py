@@ -9,25 +9,23 @@ import re
 import stat
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Final, Self, TypeAlias
+from typing import IO, Any, Final, Self
 
 import av
 import av.error
-import numpy as np
-import numpy.typing as npt
 from av.bitstream import BitStreamFilterContext
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-from petseg_runtime.errors import InputError, SilentVideo, UnreadableVideo, UnsupportedVideo, UsageError
-from petseg_runtime.video_sound import Sound, Track, track_of
+from petseg_runtime.errors import SilentVideo, UnreadableVideo, UnsupportedVideo, UsageError
+from petseg_runtime.video.clock import Clock, Joined
+from petseg_runtime.video.errors import errors_of, reason_of
+from petseg_runtime.video.frame import Frame
+from petseg_runtime.video.sound import Sound, track_of
 
-__all__ = ["MAX_FRAME_PIXELS", "Colours", "Converter", "Frame", "VideoInfo", "VideoReader"]
-
-U8: TypeAlias = npt.NDArray[np.uint8]
+__all__ = ["MAX_FRAME_PIXELS", "VideoInfo", "VideoReader"]
 
 #: A video whose frames have more pixels than this (8K has 33 million) is refused before one is decoded.
 MAX_FRAME_PIXELS: Final = 8192 * 4352
@@ -47,10 +45,6 @@ _LOCAL: Final = {
 #: Where a seek ends behind the start that was asked for, it is tried so many seconds before; then all is decoded.
 _BACK: Final = 10.0
 
-#: A transport stream's time that goes back by more than this many seconds, or on by more than that, counts anew: parts
-#: were joined, or a packet was damaged. (FFmpeg's own thresholds.)
-_ANEW, _LEAP = Fraction(1, 10), Fraction(10)
-
 #: What recorders and receivers may begin and end anywhere, FFmpeg's names: the first pictures may need some that came
 #: before, and the last one may be half.
 _ANYWHERE: Final = frozenset({"h264", "hevc", "m4v", "mpeg", "mpegts", "mpegvideo"})
@@ -64,178 +58,10 @@ _PICTURES: Final = "filter_units=pass_types=1-5"
 #: A file that lacks more than this share of what it says it lasts, and more than a second, was cut.
 _SHORTER: Final = Fraction(1, 20)
 
-# As exact as swscale can: its fast roads take a tenth of the time, but are up to 4 levels off, and darker by 1 or 2.
-_EXACT: Final = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP | Interpolation.FULL_CHR_H_INT
-_SAME_SIZE: Final = Interpolation.BILINEAR | _EXACT
-# The only step from the decoder's YUV to the model's RGB. "Bilinear" widens its filter where it shrinks, as Pillow's
-# does: benchmarks/results/video-road.json.
-_SHRINKING: Final = Interpolation.BILINEAR | _EXACT
-# Where less than so many times the model's size is left per side, one step would blur the colours of 4:2:0 visibly to
-# the model: they are brought to the size of the brightness first.
-_MARGIN: Final = 3
-_WHOLE_CHROMA: Final = {"yuv420p": "yuv444p", "yuvj420p": "yuvj444p"}
-
-#: ``AVColorSpace``: what says nothing about how YUV was made (RGB, unspecified, reserved).
-_NO_MATRIX: Final = frozenset({0, 2, 3})
-_UNSPECIFIED: Final = 2
-_BT709: Final = 1
-_BT601: Final = 6  # SMPTE 170M, whose matrix is that of BT.601
-
-#: ``AVColorTransferCharacteristic`` of HDR. That of BT.2020 itself is BT.709's, which is SDR.
-_HDR: Final = {16: "PQ", 18: "HLG"}
-_TO_SDR: Final = (
-    "ffmpeg -i IN.mp4 -vf zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=tonemap=hable:desat=0,"
-    "zscale=t=bt709:m=bt709:r=tv,format=yuv420p -c:a copy OUT.mp4"
-)
-
 #: Decoders that hold frames back unless they are told that it is live. Others hold back for threads that each have a
 #: frame, which a live source has none of, and for the order of the frames: those of MPEG-1, MPEG-2, MPEG-4 part 2 and
 #: VC-1 give that up when they are told, and their B-frames come out in the order of decoding.
 _DELAYING: Final = frozenset({"libdav1d"})
-
-
-@dataclass(frozen=True)
-class Colours:
-    """How a frame's numbers become colours, as FFmpeg's enumerations.
-
-    Attributes:
-        matrix: ``AVColorSpace``: BT.601, BT.709, BT.2020, ...
-        full_range: Whether black is 0 (and not 16).
-        primaries: ``AVColorPrimaries``.
-        transfer: ``AVColorTransferCharacteristic``.
-    """
-
-    matrix: int
-    full_range: bool
-    primaries: int = _UNSPECIFIED
-    transfer: int = _UNSPECIFIED
-
-    @classmethod
-    def of(cls, picture: av.VideoFrame) -> Colours:
-        """What a frame says; a matrix that it does not name is BT.709 from HD on, else BT.601, as in players."""
-        matrix = picture.colorspace
-        if matrix in _NO_MATRIX:
-            matrix = _BT709 if picture.height > 576 or picture.width > 1024 else _BT601
-        full = picture.color_range == ColorRange.JPEG or picture.format.name.startswith("yuvj")
-        return cls(matrix, full, picture.color_primaries, picture.color_trc)
-
-
-class Converter:
-    """Turns decoded frames into RGB; transparency is left out.
-
-    For one thread: it keeps swscale's tables from frame to frame.
-    """
-
-    def __init__(self, threads: int | None = None) -> None:
-        """Begin without tables.
-
-        Args:
-            threads: CPU threads; None: as many as there are.
-        """
-        self._scaler, self._chroma, self._threads = VideoReformatter(), VideoReformatter(), threads
-
-    def __call__(self, picture: av.VideoFrame, height: int, width: int) -> U8:
-        """Convert and resize in one step.
-
-        Args:
-            picture: A decoded frame in any format.
-            height: Wanted.
-            width: Wanted.
-
-        Returns:
-            uint8 [height, width, 3] RGB, the caller's own.
-        """
-        colours = Colours.of(picture)
-        known = picture.colorspace not in _NO_MATRIX
-        same = (height, width) == (picture.height, picture.width)
-        converted = self._scaler.reformat(
-            picture if same else self._prepared(picture, height, width),
-            width=width,
-            height=height,
-            format="rgb24",
-            src_colorspace=None if known else (Colorspace.ITU709 if colours.matrix == _BT709 else Colorspace.ITU601),
-            src_color_range=ColorRange.JPEG if colours.full_range else ColorRange.MPEG,
-            dst_color_range=ColorRange.JPEG,
-            interpolation=_SAME_SIZE if same else _SHRINKING,
-            threads=self._threads,
-        )
-        return np.asarray(converted.to_ndarray(), np.uint8)
-
-    def _prepared(self, picture: av.VideoFrame, height: int, width: int) -> av.VideoFrame:
-        whole = _WHOLE_CHROMA.get(picture.format.name)
-        if not whole or min(picture.height / height, picture.width / width) >= _MARGIN:
-            return picture
-        return self._chroma.reformat(picture, format=whole, interpolation=Interpolation.BILINEAR, threads=self._threads)
-
-
-@dataclass(eq=False)
-class Frame:
-    """One frame of a video.
-
-    Attributes:
-        number: Counted from 0 over all frames that were delivered.
-        pts: When it is shown, in units of ``time_base``, from the first frame on.
-        time_base: Seconds.
-        picture: As decoded.
-        quarters: Quarter turns counter-clockwise that bring it upright, 0 to 3.
-        captured: ``time.monotonic()`` when it came out of the decoder.
-        decoding: Seconds that the decoder needed for it.
-        duration: For how long it is shown, in units of ``time_base``; 0 if that is not known.
-        sound: What came since the frame before.
-        track: What its packets belong to; None: the source has no sound.
-        aspect: Width of a pixel by its height, as decoded, not upright; None: the source does not say.
-    """
-
-    number: int
-    pts: int
-    time_base: Fraction
-    picture: av.VideoFrame
-    quarters: int = 0
-    captured: float = 0.0
-    decoding: float = 0.0
-    duration: int = 0
-    sound: list[Sound] = field(default_factory=list)
-    track: Track | None = None
-    aspect: Fraction | None = None
-
-    @property
-    def time(self) -> float:
-        """Seconds since the first frame."""
-        return float(self.pts * self.time_base)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width, upright."""
-        height, width = self.picture.height, self.picture.width
-        return (width, height) if self.quarters % 2 else (height, width)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What had to be decided about its colours, with the remedy."""
-        kind = _HDR.get(Colours.of(self.picture).transfer)
-        if kind is None:
-            return ()
-        return (f"it is HDR ({kind}), and is read as SDR: masks may be worse; made into SDR first: {_TO_SDR}",)
-
-    def pixels(self, convert: Converter, height: int | None = None, width: int | None = None) -> U8:
-        """The frame as uint8 [H, W, 3] RGB, upright and contiguous, at its own size or another.
-
-        Args:
-            convert: The calling thread's own.
-            height: None: the frame's.
-            width: None: the frame's.
-
-        Raises:
-            UnsupportedVideo: Its pixel format cannot be converted.
-        """
-        h, w = height or self.size[0], width or self.size[1]
-        try:
-            upright = convert(self.picture, *((w, h) if self.quarters % 2 else (h, w)))
-        except (av.error.FFmpegError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            about = f"{self.picture.format.name} with the colour matrix {self.picture.colorspace:d}"
-            raise UnsupportedVideo(f"frames in {about} cannot be converted ({reason})") from error
-        return np.ascontiguousarray(np.rot90(upright, self.quarters)) if self.quarters else upright
 
 
 @dataclass(frozen=True)
@@ -316,7 +142,7 @@ class VideoReader:
         self._open()
 
     def _open(self) -> None:
-        with _errors_of(self.name, "cannot be opened", self._how["timeout"]):
+        with errors_of(self.name, "cannot be opened", self._how["timeout"]):
             self._container = av.open(
                 self._source,
                 "r",
@@ -325,13 +151,13 @@ class VideoReader:
                 **self._how,
             )
         try:
-            with _errors_of(self.name, "cannot be opened"):
+            with errors_of(self.name, "cannot be opened"):
                 self._open_streams(self._low_delay)
         except BaseException:
             self._container.close()
             raise
         self.timed = not self._container.format.flags & _NO_TIMES  #: whether its times are its own, not FFmpeg's guess
-        self._joined = _Joined("" if self._low_delay else self._container.format.name)
+        self._joined = Joined("" if self._low_delay else self._container.format.name)
 
     def _open_streams(self, low_delay: bool) -> None:
         pictures = [s for s in self._container.streams.video if not s.disposition & _COVER]
@@ -366,7 +192,7 @@ class VideoReader:
             UnreadableVideo: Not a single frame could be decoded, or reading failed on the way; frames that were
                 delivered stay valid. A :class:`SilentVideo` where it has sent nothing for too long.
         """
-        clock = _Clock(self.stream, self._start, decoding_order=self._container.format.name == "avi")
+        clock = Clock(self.stream, self._start, decoding_order=self._container.format.name == "avi")
         sound: list[Sound] = []
         before = time.monotonic()
         for decoded in self._sought(clock, sound) if self._start > 0 else self._decoded(sound):
@@ -440,7 +266,7 @@ class VideoReader:
             return Fraction(whole, av.time_base) if len(self._container.streams) == 1 else None
         return min(own, Fraction(whole, av.time_base))
 
-    def _sought(self, clock: _Clock, sound: list[Sound]) -> Iterator[av.VideoFrame]:
+    def _sought(self, clock: Clock, sound: list[Sound]) -> Iterator[av.VideoFrame]:
         """Frames from at or before the start on.
 
         Where the first frame lies is known when it is decoded only; and of MPEG streams and others without an index, a
@@ -476,7 +302,7 @@ class VideoReader:
             self._container.seek(round(seconds * av.time_base))
         except av.error.FFmpegError:
             return False
-        self._joined = _Joined(self._container.format.name)
+        self._joined = Joined(self._container.format.name)
         return True
 
     def _decoded(self, sound: list[Sound]) -> Iterator[av.VideoFrame]:
@@ -504,7 +330,7 @@ class VideoReader:
                 self.undecodable += 1
                 self._unmissed += in_the_middle
                 cut = anywhere and not in_the_middle
-                self._refused = _reason(error)
+                self._refused = reason_of(error)
                 continue
             cut = cut and not packet.size  # the last one, of size 0, stands for the end
             for frame in frames:
@@ -522,7 +348,7 @@ class VideoReader:
         packets = self._container.demux()
         while True:
             try:
-                with _errors_of(self.name, _UNREAD_PIPE if self._needs_index_first() else "reading it failed"):
+                with errors_of(self.name, _UNREAD_PIPE if self._needs_index_first() else "reading it failed"):
                     packet = next(packets, None)
             except IndexError:  # PyAV, behind the end, of a stream that was not there when the file was opened
                 return
@@ -545,90 +371,6 @@ class VideoReader:
         self.close()
 
 
-class _Joined:
-    """Puts the times of joined transport streams, each of which counts anew, one behind the other."""
-
-    def __init__(self, container: str) -> None:
-        self._may_be = container in ("mpegts", "mpeg")
-        self._offset = Fraction(0)
-        self._last: dict[int, Fraction] = {}  # the end of each stream's last packet, in seconds
-
-    def move(self, packet: av.Packet[Any]) -> None:
-        """Change a packet's times to where it belongs."""
-        if not self._may_be or packet.dts is None or packet.time_base is None:
-            return
-        index, base = packet.stream.index, packet.time_base
-        begins, last = packet.dts * base + self._offset, self._last.get(index)
-        if last is not None and not last - _ANEW <= begins <= last + _LEAP:
-            self._offset += last - begins
-            begins = last
-        if self._offset:
-            shift = round(self._offset / base)
-            packet.dts += shift
-            packet.pts = None if packet.pts is None else packet.pts + shift
-        self._last[index] = begins + (packet.duration or 0) * base
-
-
-class _Clock:
-    """When each frame is shown: the source's own times, counted from the first frame, and always growing."""
-
-    def __init__(self, stream: Any, start: float, *, decoding_order: bool = False) -> None:
-        # AVI says when a frame is decoded, never when it is shown; in order that is the same, but for a shift.
-        self._time = "dts" if decoding_order else "pts"
-        self.time_base: Fraction = stream.time_base or Fraction(1, 90000)
-        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        self._step = max(1, round(1 / rate / self.time_base))  # where a frame does not say when it is shown
-        # A start that was computed as n / rate, and rounded, means frame n.
-        self._start = math.ceil(Fraction(start) / self.time_base - Fraction(1, 1000)) if start > 0 else 0
-        self._first: int | None = None  # the source's first frame, in its own time
-        self._last = -1  # the last frame, counted from the first one
-        self._delivered = 0  # the first one from the start on, counted likewise
-        self._end = 0  # of the last frame, in the source's own time
-        self.count = 0
-
-    @property
-    def origin(self) -> Fraction:
-        """When, in the source's own time, what is delivered begins; in seconds."""
-        return ((self._first or 0) + self._delivered) * self.time_base
-
-    @property
-    def end(self) -> Fraction:
-        """Up to when there are frames, in the source's own time or from the first one on, whichever is more."""
-        return (self._end - min(self._first or 0, 0)) * self.time_base
-
-    def begin(self, picture: av.VideoFrame) -> None:
-        """Take a frame for the source's first."""
-        self._first = self._own(picture) or 0
-
-    def is_early(self, picture: av.VideoFrame) -> bool:
-        """Whether a frame is known to be shown at the start or before it."""
-        own = self._own(picture)
-        return own is not None and own - (self._first or 0) <= self._start
-
-    def at(self, picture: av.VideoFrame) -> tuple[int | None, int]:
-        """When a frame is shown and for how long; None if that is before the start that was asked for."""
-        own = self._own(picture)
-        if self._first is None:
-            self._first = own or 0
-        guess = self._last + self._step if self._last >= 0 else 0
-        if own is not None and own - self._first < self._last - _LEAP / self.time_base:  # one before was far too late
-            self._first = own - guess
-        self._last = max(guess if own is None else own - self._first, self._last + 1)
-        self._end = max(self._end, self._first + self._last + (picture.duration or self._step))
-        if self._last < self._start:
-            return None, 0
-        if not self.count:
-            self._delivered = self._last
-        self.count += 1
-        return self._last - self._delivered, picture.duration or 0
-
-    def _own(self, picture: av.VideoFrame) -> int | None:
-        pts: int | None = getattr(picture, self._time)
-        if pts is not None and picture.time_base and picture.time_base != self.time_base:
-            return round(pts * picture.time_base / self.time_base)
-        return pts
-
-
 #: FFmpeg writes an MP4's index last, unless it is told otherwise; without it nothing before it can be read.
 _UNREAD_PIPE: Final = (
     "reading it failed: an MP4 in a pipe needs its index first (ffmpeg -i IN.mp4 -c copy -movflags faststart OUT.mp4); "
@@ -640,26 +382,6 @@ _COVER: Final = 0x400
 
 #: ``AVFMT_NOTIMESTAMPS``: bare H.264, and the MJPEG of cameras.
 _NO_TIMES: Final = 0x80
-
-
-class _errors_of:  # noqa: N801 (used like a function)
-    """Turns FFmpeg's errors into ours, with the source's name and without its credentials."""
-
-    def __init__(self, name: str, what: str, timeout: tuple[float, float] | None = None) -> None:
-        self._name, self._what, self._longest = name, what, timeout[0] if timeout else math.inf
-
-    def __enter__(self) -> None:
-        self._begun = time.monotonic()
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, av.error.FFmpegError):
-            # FFmpeg tells differently of time that is over. Not from it: it names the URL with the password, and a
-            # traceback would print that.
-            if isinstance(error, av.error.ExitError) or time.monotonic() - self._begun >= self._longest:
-                raise SilentVideo(f"{self._what} (it sent nothing for too long)", self._name) from None
-            raise UnreadableVideo(f"{self._what} ({_reason(error)})", self._name) from None
-        if isinstance(error, (OSError, ValueError, MemoryError)) and not isinstance(error, InputError):
-            raise UnreadableVideo(f"{self._what} ({error})", self._name) from error
 
 
 class _Settings:
@@ -702,15 +424,6 @@ def _packet(data: bytes) -> av.Packet[Any]:
     packet = av.Packet(len(data))
     packet.update(data)
     return packet
-
-
-def _reason(error: av.error.FFmpegError) -> str:
-    """FFmpeg's words, without the name, which may hold a password."""
-    if isinstance(error, av.error.InvalidDataError):
-        return "not a video, damaged or truncated"
-    if isinstance(error, av.error.ArgumentError):
-        return "not a video, or a list of other files, which are not opened"
-    return error.strerror or type(error).__name__
 
 
 def _check_file(path: Path) -> None:

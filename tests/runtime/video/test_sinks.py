@@ -21,18 +21,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from petseg_runtime import video_sinks
 from petseg_runtime.errors import InputError, OutputError, UsageError
 from petseg_runtime.result import Segmentation
 from petseg_runtime.segmenter import Segmenter
 from petseg_runtime.sinks import Picture, render_of
 from petseg_runtime.sources import Origin
-from petseg_runtime.stream import Reading
-from petseg_runtime.video import Converter, Frame, VideoReader
-from petseg_runtime.video_looks import Painter
-from petseg_runtime.video_run import VideoReport, segment_video
-from petseg_runtime.video_sinks import OWN, LinesSink, MovieSink, PicturesSink, RawSink, next_number, numbered, pieces
-from petseg_runtime.video_sound import Sound
+from petseg_runtime.video import movie as movie_module
+from petseg_runtime.video import sinks
+from petseg_runtime.video.frame import Converter, Frame
+from petseg_runtime.video.looks import Painter
+from petseg_runtime.video.movie import MovieSink
+from petseg_runtime.video.numbered import OWN, drop_later, next_number, numbered, pieces
+from petseg_runtime.video.reader import VideoReader
+from petseg_runtime.video.run import VideoReport, segment_video
+from petseg_runtime.video.sinks import LinesSink, PicturesSink, RawSink
+from petseg_runtime.video.sound import Sound
+from petseg_runtime.video.stream import Reading
 
 HEIGHT, WIDTH = 48, 64
 
@@ -633,7 +637,7 @@ def test_a_movie_that_cannot_begin_leaves_no_name_taken(tmp_path: Path, monkeypa
     def refused(*_: Any) -> None:
         raise av.error.ArgumentError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(video_sinks, "_Movie", refused)
+    monkeypatch.setattr(movie_module, "_Movie", refused)
     sink = MovieSink(numbered(tmp_path, "mp4"), Painter("mask"), endless=True)
     with pytest.raises(InputError, match=r"its result .*0001\.mp4 cannot be written \(Invalid argument\)"):
         sink.write(frame := frame_of(0), result_of(frame))
@@ -701,7 +705,7 @@ def test_what_is_there_is_numbered_on_not_replaced(tmp_path: Path) -> None:
 
 
 def test_of_an_endless_sources_files_the_newest_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video_sinks, "_NEWEST", 2)
+    monkeypatch.setattr(sinks, "_NEWEST", 2)
     for endless in (True, False):
         paths = (tmp_path / f"{n}.mp4" for n in range(5))
         with MovieSink(paths, Painter("mask"), endless=endless) as sink:
@@ -756,7 +760,7 @@ def test_a_disk_that_is_full_is_an_output_error_and_leaves_nothing(
         def __init__(self, *_: Any) -> None:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(video_sinks, "_Movie", Full)
+    monkeypatch.setattr(movie_module, "_Movie", Full)
     frame = frame_of(0)
     full = pytest.raises(OutputError, match=r"out\.mp4: cannot be written \(No space left on device\)")
     with full, movie(tmp_path / "out.mp4") as sink:
@@ -787,7 +791,7 @@ def test_what_the_system_says_is_of_the_output_and_the_rest_of_this_video(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(video_sinks._Movie, "write", fail)
+    monkeypatch.setattr(movie_module._Movie, "write", fail)
     frame = frame_of(0)
     with pytest.raises(raised) as told, movie(tmp_path / "out.mp4") as sink:
         sink.write(frame, result_of(frame))
@@ -803,7 +807,7 @@ def test_a_defect_while_writing_is_not_this_videos_error(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(video_sinks._Movie, "write", fail)
+    monkeypatch.setattr(movie_module._Movie, "write", fail)
     frame, picture = frame_of(0), Picture("mask", "png", fail)  # type: ignore[arg-type]
     for sink in (movie(tmp_path / "out.mp4"), PicturesSink(tmp_path / "out", picture)):
         with pytest.raises(type(error)) as told, sink:
@@ -826,8 +830,8 @@ def test_a_movie_that_cannot_be_completed_does_not_take_the_next_one_with_it(
             raise OSError(errno.EIO, f"error {len(closed)}")
 
     closed: list[Any] = []
-    real = video_sinks._Movie.close
-    monkeypatch.setattr(video_sinks._Movie, "close", close)
+    real = movie_module._Movie.close
+    monkeypatch.setattr(movie_module._Movie, "close", close)
     first, second = tmp_path / "1.mp4", tmp_path / "2.mp4"
     sink = MovieSink(iter([first, second]), Painter("mask"), endless=endless)
     for frame in (frame_of(0), frame_of(1, 64, 48)):
@@ -850,8 +854,8 @@ def test_a_result_that_cannot_be_written_is_an_error_in_the_report(
             raise av.error.ArgumentError(errno.EINVAL, "Invalid argument")
         real(self, frame, painted)
 
-    real = video_sinks._Movie.write
-    monkeypatch.setattr(video_sinks._Movie, "write", write)
+    real = movie_module._Movie.write
+    monkeypatch.setattr(movie_module._Movie, "write", write)
     clip, out = write_clip(tmp_path / "clip.mkv", sound=None), tmp_path / "out" / "out.mp4"
     model: Any = Model()
     origin = Origin("testsrc=size=64x48:rate=25", "test", Path("a"), "lavfi", {}, endless=True)
@@ -934,7 +938,7 @@ def test_of_a_longer_run_all_that_is_numbered_on_is_removed_and_nothing_else(
 ) -> None:
     for name in there:
         (tmp_path / f"{name}.mp4").touch()
-    video_sinks._drop_later(tmp_path / f"{last}.mp4", 4)
+    drop_later(tmp_path / f"{last}.mp4", 4)
     assert sorted(path.stem for path in tmp_path.iterdir()) == left
 
 
@@ -943,7 +947,7 @@ def test_an_encoder_that_fails_at_the_end_leaves_nothing(tmp_path: Path, monkeyp
         self._file.close()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(video_sinks._Movie, "close", fail)
+    monkeypatch.setattr(movie_module._Movie, "close", fail)
     frame = frame_of(0)
     with pytest.raises(OutputError, match="No space left"), movie(tmp_path / "out.mp4") as sink:
         sink.write(frame, result_of(frame))
@@ -955,7 +959,7 @@ def test_a_movie_that_is_given_up_before_its_file_is_there_is_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed: list[Any] = []
-    monkeypatch.setattr(video_sinks._Movie, "close", lambda movie: closed.append(movie))
+    monkeypatch.setattr(movie_module._Movie, "close", lambda movie: closed.append(movie))
     frame, sink = frame_of(0), movie(tmp_path / "out.mp4")
     sink.write(frame, result_of(frame))
     assert not list(tmp_path.iterdir()), "the encoder waits for more"

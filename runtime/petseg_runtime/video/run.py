@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from petseg_runtime.errors import InputError
-from petseg_runtime.live import STOPPED, LiveSource, StateChange, Tell, open_frames
 from petseg_runtime.segmenter import Segmenter
 from petseg_runtime.sources import Origin
-from petseg_runtime.stream import Counts, Reading, Segmented, Stream
-from petseg_runtime.video import VideoReader
-from petseg_runtime.video_sinks import VideoSink
+from petseg_runtime.video.live import STOPPED, LiveSource, StateChange, Tell, open_frames
+from petseg_runtime.video.reader import VideoReader
+from petseg_runtime.video.sinks import VideoSink
+from petseg_runtime.video.stream import Counts, Reading, Segmented, Stream
 
 __all__ = ["VideoReport", "segment_video"]
 
@@ -103,8 +103,9 @@ def segment_video(
         reading: Which frames are taken.
         watch: Told of each frame, and while none comes.
         tell: Told of each change of a live source's state.
-        begun: Given the stream, whose :meth:`~petseg_runtime.stream.Stream.stop` ends it in order; the report, which
-            is filled in also where an error ends it; and how many seconds of the source will be read, if that is known.
+        begun: Given the stream, whose :meth:`~petseg_runtime.video.stream.Stream.stop` ends it in order; the report,
+            which is filled in also where an error ends it; and how many seconds of the source will be read, if that is
+            known.
         mask_only: The frames themselves are not part of the results.
 
     Returns:

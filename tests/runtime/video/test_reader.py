@@ -25,10 +25,13 @@ from av.video.reformatter import ColorRange
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petseg_runtime import sources, video
+from petseg_runtime import sources
 from petseg_runtime.errors import InputError, SilentVideo, UnreadableVideo, UnsupportedVideo, UsageError
 from petseg_runtime.sources import Replayed, _begins_a_video, from_pipe, raw_video
-from petseg_runtime.video import Colours, Converter, Frame, VideoReader, _Clock, _Joined
+from petseg_runtime.video import reader as reader_module
+from petseg_runtime.video.clock import Clock, Joined
+from petseg_runtime.video.frame import Colours, Converter, Frame
+from petseg_runtime.video.reader import VideoReader
 
 #: Red and blue weights of luma.
 MATRICES = {"BT.601": (6, 0.299, 0.114), "BT.709": (1, 0.2126, 0.0722), "BT.2020": (9, 0.2627, 0.0593)}
@@ -478,7 +481,7 @@ def test_what_goes_on_beside_a_picture_that_has_ended_is_no_sign_of_life(tmp_pat
 
 def test_a_packet_of_ours_has_the_zeros_behind_it_that_ffmpeg_reads_beyond_its_end() -> None:
     data = [b"\xff" * 188 for _ in range(100)]  # side by side
-    for packet in map(video._packet, data):
+    for packet in map(reader_module._packet, data):
         assert bytes(packet) == data[0]
         assert ctypes.string_at(packet.buffer_ptr + packet.buffer_size, 64) == bytes(64)
 
@@ -521,7 +524,7 @@ def test_frames_that_are_too_large_are_refused_before_they_are_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip = write(tmp_path / "clip.mp4", 2)
-    monkeypatch.setattr(video, "MAX_FRAME_PIXELS", 1000)
+    monkeypatch.setattr(reader_module, "MAX_FRAME_PIXELS", 1000)
     with pytest.raises(UnsupportedVideo, match=r"clip\.mp4: frames of 64 x 48 are .* megapixels; the limit is"):
         VideoReader(clip)
 
@@ -753,7 +756,7 @@ class FakePicture:
 
 @given(st.lists(st.one_of(st.none(), st.integers(-(10**9), 10**9)), min_size=1, max_size=50))
 def test_times_grow_whatever_the_source_says(values: list[int | None]) -> None:
-    clock = _Clock(FakeStream(average_rate=Fraction(25)), 0.0)
+    clock = Clock(FakeStream(average_rate=Fraction(25)), 0.0)
     times = [clock.at(FakePicture(pts))[0] for pts in values]  # type: ignore[arg-type]
     assert times[0] == 0
     assert times == sorted(set(times))  # type: ignore[type-var]
@@ -762,7 +765,7 @@ def test_times_grow_whatever_the_source_says(values: list[int | None]) -> None:
 
 @given(st.integers(1, 200), st.sampled_from([Fraction(30000, 1001), Fraction(25), Fraction(24000, 1001), Fraction(60)]))
 def test_a_start_of_frame_n_is_frame_n(number: int, rate: Fraction) -> None:
-    clock = _Clock(FakeStream(time_base=1 / rate), float(number / rate))
+    clock = Clock(FakeStream(time_base=1 / rate), float(number / rate))
     pictures = [FakePicture(pts) for pts in range(7, 307)]
     for picture in pictures:
         picture.time_base = 1 / rate
@@ -772,13 +775,13 @@ def test_a_start_of_frame_n_is_frame_n(number: int, rate: Fraction) -> None:
 
 
 def test_one_time_that_is_far_too_late_does_not_hold_up_all_behind_it() -> None:
-    clock = _Clock(FakeStream(average_rate=Fraction(25)), 0.0)
+    clock = Clock(FakeStream(average_rate=Fraction(25)), 0.0)
     times = [clock.at(FakePicture(pts))[0] for pts in (0, 40, 9_000_000, 120, 160)]  # type: ignore[arg-type]
     assert times == [0, 40, 9_000_000, 9_000_040, 9_000_080]
 
 
 def test_a_damaged_time_in_a_transport_stream_changes_no_other() -> None:
-    joined, stream, times = _Joined("mpegts"), SimpleNamespace(index=0), []
+    joined, stream, times = Joined("mpegts"), SimpleNamespace(index=0), []
     for number in range(20):
         dts = (number + (90_000 if number == 7 else 0)) * 3600
         packet = SimpleNamespace(dts=dts, pts=dts + 3600, time_base=Fraction(1, 90000), duration=3600, stream=stream)
@@ -788,12 +791,12 @@ def test_a_damaged_time_in_a_transport_stream_changes_no_other() -> None:
 
 
 def test_a_start_counts_frames_that_say_no_time() -> None:
-    clock = _Clock(FakeStream(average_rate=Fraction(25)), 0.2)
+    clock = Clock(FakeStream(average_rate=Fraction(25)), 0.2)
     assert [clock.at(FakePicture(None))[0] for _ in range(7)] == [None] * 5 + [0, 40]  # type: ignore[arg-type]
 
 
 def test_the_clock_keeps_what_is_in_order() -> None:
-    clock = _Clock(FakeStream(), 0.0)
+    clock = Clock(FakeStream(), 0.0)
     assert [clock.at(FakePicture(pts, 40))[0] for pts in (700, 740, 780, 1500)] == [0, 40, 80, 800]  # type: ignore[arg-type]
     assert clock.origin == Fraction(7, 10)
 
@@ -919,7 +922,7 @@ def test_beginnings(tmp_path: Path) -> None:
 
 ORDER = """
 import json, sys
-from petseg_runtime.video import VideoReader
+from petseg_runtime.video.reader import VideoReader
 with VideoReader(sys.argv[1]) as reader:
     print(json.dumps([frame.pts for frame in reader]))
 """

@@ -36,14 +36,16 @@ from benchmarks.servers import (
     until,
 )
 from petseg.cli import run
-from petseg_runtime import Segmenter, live
+from petseg_runtime import Segmenter
 from petseg_runtime.cli import infer_video
 from petseg_runtime.errors import SilentVideo, UnreadableVideo
-from petseg_runtime.live import LiveSource, StateChange
 from petseg_runtime.sources import Origin, redacted, stream_origin
-from petseg_runtime.stream import POLICIES
-from petseg_runtime.video import Frame, VideoReader
-from petseg_runtime.video_sound import Sound
+from petseg_runtime.video import live
+from petseg_runtime.video.frame import Frame
+from petseg_runtime.video.live import LiveSource, StateChange
+from petseg_runtime.video.reader import VideoReader
+from petseg_runtime.video.sound import Sound
+from petseg_runtime.video.stream import POLICIES
 
 SECRET = "s3cret"
 
@@ -363,7 +365,7 @@ def test_stop_ends_a_wait_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 NESTED = """
 import signal, threading
 from pathlib import PurePath
-from petseg_runtime.live import LiveSource
+from petseg_runtime.video.live import LiveSource
 from petseg_runtime.sources import Origin
 
 notify_all, signals = threading.Condition.notify_all, [signal.SIGTERM]

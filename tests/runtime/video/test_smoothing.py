@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from petseg_runtime.errors import UsageError
-from petseg_runtime.smoothing import Smoother
+from petseg_runtime.video.smoothing import Smoother
 
 U8 = npt.NDArray[np.uint8]
 

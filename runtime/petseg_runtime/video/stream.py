@@ -21,9 +21,9 @@ from petseg_runtime.host import LOOK_UP
 from petseg_runtime.pipeline import Timings
 from petseg_runtime.result import Segmentation
 from petseg_runtime.segmenter import Prepared, Segmenter
-from petseg_runtime.smoothing import Smoother, check_strength
-from petseg_runtime.video import Converter, Frame
-from petseg_runtime.video_sound import Sound
+from petseg_runtime.video.frame import Converter, Frame
+from petseg_runtime.video.smoothing import Smoother, check_strength
+from petseg_runtime.video.sound import Sound
 
 __all__ = ["POLICIES", "Counts", "Reading", "Segmented", "Stream"]
 
@@ -59,7 +59,7 @@ class Reading:
         stall: Seconds without a frame after which a live source is connected anew.
         patience: Seconds without a frame after which a live source is given up; None: half a minute until it has sent
             one, and never after that.
-        smooth: See :class:`~petseg_runtime.smoothing.Smoother`.
+        smooth: See :class:`~petseg_runtime.video.smoothing.Smoother`.
     """
 
     start: float = 0.0
@@ -229,8 +229,9 @@ class Stream:
         """Start the threads.
 
         Args:
-            frames: A :class:`~petseg_runtime.video.VideoReader`, or a :class:`~petseg_runtime.live.LiveSource`; it is
-                closed at the end, by the thread that reads it, or here if the stream cannot start.
+            frames: A :class:`~petseg_runtime.video.reader.VideoReader`, or a
+                :class:`~petseg_runtime.video.live.LiveSource`; it is closed at the end, by the thread that reads it, or
+                here if the stream cannot start.
             segmenter: The model; others may use it at the same time. Frames are converted by as many threads as it was
                 given.
             reading: Which frames are taken; None: all. ``start``, ``stall`` and ``patience`` are of the source, not of

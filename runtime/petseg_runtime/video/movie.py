@@ -1,0 +1,281 @@
+"""A video's results as movies: MP4, and WebM with transparency, each frame at its own time and with its sound."""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Final
+
+import av
+import av.error
+
+from petseg_runtime.result import Segmentation
+from petseg_runtime.video.errors import errors_at
+from petseg_runtime.video.frame import Colours, Frame
+from petseg_runtime.video.looks import Painter
+from petseg_runtime.video.sinks import FileSink
+from petseg_runtime.video.sound import Sound, Track, written_to
+
+__all__ = ["MOVIES", "Look", "MovieSink"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """How a kind of movie is encoded.
+
+    Attributes:
+        container: FFmpeg's name.
+        codec: FFmpeg's name of the encoder.
+        options: For the encoder.
+        live: More of them, where each frame must be out at once.
+    """
+
+    container: str
+    codec: str
+    options: dict[str, str]
+    live: dict[str, str]
+
+
+#: What ``--format`` offers for movies. The presets are the slowest that 2 cores encode in real time beside the network.
+MOVIES: Final = {
+    "mp4": Look(
+        container="mp4",
+        codec="libx264",
+        options={"preset": "veryfast", "crf": "21"},
+        live={"tune": "zerolatency"},
+    ),
+    "webm": Look(
+        container="webm",
+        codec="libvpx-vp9",
+        options={"deadline": "realtime", "cpu-used": "8", "row-mt": "1", "crf": "32", "b": "0", "auto-alt-ref": "0"},
+        live={"lag-in-frames": "0"},
+    ),
+}
+
+#: Seconds in a fragment of what is written without an end, and for which it waits for late sound at most: together so
+#: much of it is lost when the process is killed, and a frame or two: less than two seconds.
+_FRAGMENT: Final = 0.75
+
+#: Seconds from a key frame to the next; the first is for what is written without an end.
+_LIVE_KEY, _KEY = 2, 10
+
+#: Frames a second between which that is counted.
+_SLOWEST, _FASTEST = 10, 120
+
+#: So many seconds the sound of a piece may come after its last frame.
+_LATE: Final = 2.0
+
+#: So many seconds the sound of a source without an end may be ahead of the picture. Where its clock is another, and it
+#: is further ahead, it would be kept in memory for ever.
+_AHEAD: Final = 5.0
+
+
+class MovieSink(FileSink):
+    """One movie after the other: a new one when the size of the frames changes, and after each ``segment`` seconds.
+
+    A movie is written beside its place and renamed when it is complete, if the source has an end. Of an endless one it
+    is in its place from the start, and playable up to the last two seconds if the process is killed (fragmented MP4).
+    When a movie is complete, the disk itself holds it.
+    """
+
+    def __init__(
+        self,
+        paths: Iterable[Path],
+        painter: Painter,
+        *,
+        endless: bool,
+        segment: float | None = None,
+        audio: bool = True,
+        threads: int | None = None,
+    ) -> None:
+        """Remember what to write; the first file is made with the first frame.
+
+        Args:
+            paths: The movies' names, one after the other; the suffix decides the format.
+            painter: Makes the frames.
+            endless: The source has no end.
+            segment: Seconds.
+            audio: Pass the sound through.
+            threads: CPU threads of the encoder; None: as many as it thinks fit.
+        """
+        super().__init__(endless=endless)
+        self._paths, self._painter, self._audio, self._segment = iter(paths), painter, audio, segment
+        self._threads = threads
+        self._movies: list[_Movie] = []  # the last one is being written; those before it wait for late sound
+        self._waiting: list[tuple[float, int, Sound]] = []  # a heap by time: sound that the picture has not reached
+        self._heard = itertools.count()  # for sound of the same time: as it came
+
+    def write(self, frame: Frame, result: Segmentation) -> None:
+        """Write a frame; see :class:`VideoSink`."""
+        painted = self._painter(frame, result)
+        track = frame.track if self._audio else None
+        if not self._movies or self._turns(self._movies[-1], frame, painted, track):
+            if self._movies:
+                self._movies[-1].end = frame.time
+            self._begin(frame, painted, track)
+        with errors_at(self.paths[-1]):
+            self._movies[-1].write(frame, painted)
+            self._hear(frame.sound, float((frame.pts + frame.duration) * frame.time_base))
+        while len(self._movies) > 1 and frame.time - self._movies[0].end > (_LATE if track else 0):
+            self._finish_first()
+
+    def _turns(self, movie: _Movie, frame: Frame, painted: av.VideoFrame, track: Track | None) -> bool:
+        """Whether a frame begins another movie."""
+        return (
+            movie.size != (painted.height, painted.width)
+            or bool(self._segment and frame.time - movie.since >= self._segment)
+            or bool(track and not track.fits(movie.track))
+        )
+
+    def _begin(self, frame: Frame, painted: av.VideoFrame, track: Track | None) -> None:
+        path = self._next_of(self._paths)
+        look = MOVIES[path.suffix[1:]]
+        if self._threads:
+            look = replace(look, options=look.options | {"threads": str(self._threads)})
+        with self._begun(path) as (stack, beside):
+            movie = _Movie(beside, look, frame, painted, track, self._endless, self._note)
+            stack.enter_context(contextlib.closing(movie))
+        self._movies.append(movie)
+
+    def _note(self, note: str) -> None:
+        """Say something once."""
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def _hear(self, sound: Sequence[Sound], until: float) -> None:
+        """Give each movie its sound up to a time in seconds; the rest waits, for the picture may end before it."""
+        latest = self._movies[-1].shown_until + _AHEAD if self._endless else float("inf")
+        for one in sound:
+            if (time := one.time) <= latest:
+                heapq.heappush(self._waiting, (time, next(self._heard), one))
+            else:
+                self._note(f"sound that is more than {_AHEAD:.0f} s ahead of the picture is left out")
+        while self._waiting and self._waiting[0][0] < until:
+            time, _, one = heapq.heappop(self._waiting)
+            movie = next(movie for movie in self._movies if time < movie.end)
+            movie.write_sound(one)
+            while movie is not self._movies[0]:
+                self._finish_first()
+
+    def _finish_first(self) -> None:
+        self._movies.pop(0)
+        self._open.pop(0)[1].close()
+
+    def end(self, sound: Sequence[Sound], *, whole: bool) -> None:
+        """Write the sound behind the last frame; see :class:`VideoSink`."""
+        if self._movies:
+            with errors_at(self.paths[-1]):
+                self._hear(sound, float("inf") if whole else self._movies[-1].shown_until)
+
+    def close(self) -> None:
+        """Complete the movies."""
+        self._movies.clear()
+        super().close()
+        self._drop_rest(self._segment)
+
+
+class _Movie:
+    """One file that is being encoded."""
+
+    def __init__(
+        self,
+        path: Path,
+        look: Look,
+        frame: Frame,
+        painted: av.VideoFrame,
+        track: Track | None,
+        endless: bool,
+        note: Callable[[str], None],
+    ) -> None:
+        self.size, self.track, self._note = (painted.height, painted.width), track, note
+        self.since, self.shown_until, self.end = frame.time, frame.time, float("inf")
+        self._first, self._start = frame.pts, frame.pts * frame.time_base
+        self._file = av.open(str(path), "w", format=look.container, options=_muxing(look.container, endless))
+        try:
+            self._picture = self._picture_stream(look, frame, painted, endless)
+            self._sound = written_to(self._file, track, note, endless=endless) if track else None
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _picture_stream(self, look: Look, frame: Frame, painted: av.VideoFrame, endless: bool) -> Any:
+        rate = _rate_of(frame)
+        options = look.options | (look.live if endless else {})
+        stream: Any = self._file.add_stream(look.codec, rate=rate, options=options)
+        context = stream.codec_context
+        context.width, context.height, context.pix_fmt = painted.width, painted.height, painted.format.name
+        context.time_base = frame.time_base
+        # One frame may be shown for seconds, or for a tick: the distance of key frames stays one that can be sought in.
+        context.gop_size = round(min(max(float(rate), _SLOWEST), _FASTEST) * (_LIVE_KEY if endless else _KEY))
+        if frame.aspect:
+            context.sample_aspect_ratio = 1 / frame.aspect if frame.quarters % 2 else frame.aspect
+        colours = Colours.of(frame.picture)
+        context.colorspace, context.color_range = painted.colorspace, painted.color_range
+        context.color_primaries, context.color_trc = colours.primaries, colours.transfer
+        if painted.format.name == "yuva420p":
+            stream.metadata["alpha_mode"] = "1"
+        return stream
+
+    def write(self, frame: Frame, painted: av.VideoFrame) -> None:
+        self.shown_until = float((frame.pts + frame.duration) * frame.time_base)
+        painted.pts, painted.time_base, painted.duration = frame.pts - self._first, frame.time_base, frame.duration
+        self._mux(self._picture.encode(painted))
+
+    def write_sound(self, sound: Sound) -> None:
+        if self._sound:
+            with self._damage_left_out():
+                self._sound.write(sound, self._start)
+
+    def _mux(self, packets: Iterable[Any]) -> None:
+        for packet in packets:
+            with self._damage_left_out():
+                self._file.mux(packet)
+
+    @contextlib.contextmanager
+    def _damage_left_out(self) -> Iterator[None]:
+        """Go on where a packet is refused for what is in it: damaged sound that is passed on as it is.
+
+        Packets wait in the file until those of other streams have come: the refused one need not be the one just given.
+        """
+        try:
+            yield
+        except (av.error.InvalidDataError, av.error.PatchWelcomeError):
+            self._file.start_encoding()  # does nothing, or raises again what was wrong with the whole file
+            self._note("a part of the sound is damaged and is left out")
+
+    def close(self) -> None:
+        try:
+            self._mux(self._picture.encode(None))
+            if self._sound:
+                self._sound.close()
+        finally:
+            with self._damage_left_out():
+                self._file.close()
+
+
+def _rate_of(frame: Frame) -> Fraction:
+    """Frames a second, as far as one frame tells; for the encoder's choices only, since each frame has its time."""
+    if frame.duration:
+        return Fraction(1 / (frame.duration * frame.time_base)).limit_denominator(1001)
+    return Fraction(30)
+
+
+def _muxing(container: str, endless: bool) -> dict[str, str]:
+    """Options of the file; of an endless one each fragment goes to the system when it is complete."""
+    if not endless:
+        return {"movflags": "faststart"} if container == "mp4" else {}
+    # FFmpeg waits ten seconds for sound that stays away, and ends a fragment where a key frame comes, which takes long
+    # where frames are fewer than the source promised.
+    common = {"flush_packets": "1", "max_interleave_delta": str(round(1e6 * _FRAGMENT))}
+    if container == "mp4":
+        fragments = {
+            "movflags": "frag_keyframe+empty_moov+default_base_moof",
+            "frag_duration": str(round(1e6 * _FRAGMENT)),
+        }
+        return common | fragments
+    return common | {"cluster_time_limit": str(round(1e3 * _FRAGMENT))}
