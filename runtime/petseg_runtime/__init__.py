@@ -48,7 +48,7 @@ _HOMES = {
     "Photo": "images",
     "Segmentation": "result",
     "Segmenter": "segmenter",
-    "Stream": "stream",
+    "Stream": "video.stream",
     "UsageError": "errors",
     "default_model": "artifact",
     "sample_photos": "artifact",
