@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +60,11 @@ def test_what_others_take_is_seen() -> None:
     assert turns.others() - before > 0.2
 
 
-def test_rest_is_waited_for() -> None:
-    stop = time.perf_counter() + 0.15
-    spinning = threading.Thread(target=lambda: [None for _ in iter(lambda: time.perf_counter() < stop, False)])
-    spinning.start()
+def test_rest_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([0.0, 0.01, 0.01, 0.02, 0.02, 0.021, 0.021])  # seconds of CPU, in pairs: a thread spins during two
+    monkeypatch.setattr(turns.time, "process_time", lambda: next(looks))
     turns.rest()
-    assert time.perf_counter() >= stop
-    spinning.join()
+    assert len([*looks]) == 1
 
 
 def test_a_thread_that_never_rests_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,11 +206,8 @@ print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 """
 
 
-def two(body: str, root: Path, out: Path, teacher: Path) -> list[tuple[str, dict[str, str]]]:
-    """The script of two processes that meet, and the variables of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def two(body: str, root: Path, out: Path, teacher: Path, port: int) -> list[tuple[str, dict[str, str]]]:
+    """The script of two processes that meet at a port, and the variables of each."""
     code = SCRIPT.format(config=to_dict(tiny()), root=str(root), out=str(out), best=str(teacher), body=body)
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     return [(code, {"RANK": str(rank), "LOCAL_RANK": str(rank), **meet}) for rank in range(2)]
@@ -221,7 +218,10 @@ def ends(oxford_root: Path, whole: Path, tmp_path_factory: pytest.TempPathFactor
     """What became of both processes, one JSON file for each process and mishap."""
     out = tmp_path_factory.mktemp("ends")
     stop_after(oxford_root, out / "resumed", step=7)
-    scripts = json.dumps([script for body in (IN_ORDER, DIES) for script in two(body, oxford_root, out, whole / BEST)])
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        ports = [free.getsockname()[1] for free in (one, other)]  # held until both are known: else they may be the same
+    bodies = zip((IN_ORDER, DIES), ports, strict=True)
+    scripts = json.dumps([s for body, port in bodies for s in two(body, oxford_root, out, whole / BEST, port)])
     command = [sys.executable, "-c", FORKED]
     done = subprocess.run(command, input=scripts, capture_output=True, text=True, timeout=280, env=environment())
     assert done.stdout == "[0, 0, 0, 3]\n", done.stderr

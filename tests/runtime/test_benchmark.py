@@ -192,7 +192,7 @@ def test_ctrl_c_ends_it_with_130_and_nothing_on_stdout(proven: Artifact) -> None
     assert (process.returncode, out, err.strip()) == (130, "", "petseg: interrupted")
 
 
-def test_after_ctrl_c_the_other_callers_end_with_their_run() -> None:
+def test_where_one_caller_fails_the_others_end_with_their_run() -> None:
     """Seconds to come are not waited for."""
     spec = ModelSpec(name="toy", height=16, width=32)
     engine = Abacus(spec, EngineOptions(streams=2), fails=50)

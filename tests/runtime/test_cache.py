@@ -628,8 +628,8 @@ def test_the_command_fails_with_6_where_it_may_not_clear(filled: Path, capsys: p
     ("seconds", "words"), [(-5, "0 s"), (59, "59 s"), (61, "1 min"), (7199, "1 h"), (90_000, "1 d"), (9e7, "1041 d")]
 )
 def test_ages_are_told_in_the_largest_unit(seconds: float, words: str) -> None:
-    created = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds)
-    assert _age(created.isoformat()) == words
+    now = datetime.datetime(2026, 3, 29, 1, 30, tzinfo=datetime.UTC)
+    assert _age((now - datetime.timedelta(seconds=seconds)).isoformat(), now) == words
 
 
 def test_names_that_are_not_printable_are_escaped(

@@ -504,7 +504,7 @@ def test_the_second_signal_ends_it_at_once_and_leaves_nothing(
     assert command.process.stdout
     fcntl.fcntl(command.process.stdout, fcntl.F_SETPIPE_SZ, 4096)  # full after some thirty frames
     command.lines(5)
-    time.sleep(0.5)  # until it waits for its reader
+    wait_until_full(command.process.stdout.fileno())
     command.process.send_signal(number)
     time.sleep(1)
     command.process.send_signal(number)

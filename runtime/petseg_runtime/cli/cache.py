@@ -73,11 +73,12 @@ def _size(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
-def _age(created: str) -> str:
+def _age(created: str, now: datetime.datetime | None = None) -> str:
     """In the largest unit that there is at least one of; "?" if it is not known."""
     if not created:
         return "?"
-    seconds = (datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(created)).total_seconds()
+    now = now or datetime.datetime.now(datetime.UTC)
+    seconds = (now - datetime.datetime.fromisoformat(created)).total_seconds()
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds // length:.0f} {unit}"
