@@ -1,4 +1,4 @@
-"""The tables, plots and figures of the pages, made from the records; ``--check`` fails where they have drifted."""
+"""Tables, plots and figures of the pages, from the records, and the map of the modules; ``--check`` tells drift."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final
 
 import click
 
-from benchmarks import machines, plots, prose, records, summary, tables
+from benchmarks import machines, plots, prose, records, rooms, summary, tables
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ PAGES: Final[Mapping[Path, Mapping[str, Section]]] = {
         "fast": Section(summary.fast, ("peers", "latency", "video")),
         "training-time": Section(prose.training_time),
     },
+    records.ROOT / "CONTRIBUTING.md": {"rooms": Section(rooms.rooms)},
     records.ROOT / "runtime" / "README.md": {
         "fast-decode": Section(prose.fast_decode, ("reduced-decoding",)),
         "no-pet": Section(prose.no_pet, ("found",)),

@@ -42,9 +42,9 @@ COMMANDS = {
     "cache": Command("petseg_runtime.cli.cache:cache", "List or clear what was compiled at first use and kept."),
     "doctor": Command("petseg_runtime.cli.doctor:doctor", "Say what this machine has, and try every engine on it."),
     "benchmark": Command("petseg_runtime.cli.benchmark:benchmark", "Time every engine that works on this machine."),
-    "train": Command("petseg.commands:train", "Train the attention U-Net.", "train"),
-    "evaluate": Command("petseg.commands:evaluate", "Measure a checkpoint or an exported file.", "train"),
-    "data": Command("petseg.commands:data", "Download or check a data set.", "train"),
+    "train": Command("petseg.commands.train:train", "Train the attention U-Net.", "train"),
+    "evaluate": Command("petseg.commands.evaluate:evaluate", "Measure a checkpoint or an exported file.", "train"),
+    "data": Command("petseg.commands.data:data", "Download or check a data set.", "train"),
     "export": Command("petseg_export.cli:export", "Turn a checkpoint into a file that devices run.", "export"),
 }
 

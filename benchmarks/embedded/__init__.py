@@ -1,0 +1,1 @@
+"""How the embedded model was made: cycles of training, a teacher, and what makes a checkpoint the one that ships."""

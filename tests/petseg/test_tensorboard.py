@@ -62,5 +62,5 @@ def test_a_folder_that_cannot_be_written_is_an_output_error(
 
 
 def test_it_is_imported_only_where_it_is_asked_for() -> None:
-    code = "import sys, petseg.commands, petseg.train, petseg.record; sys.exit('tensorboard' in sys.modules)"
+    code = "import sys, petseg.commands.train, petseg.train, petseg.record; sys.exit('tensorboard' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,238 @@
+"""``petseg evaluate``: a model on labelled photos, as a table, files and a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from petseg.commands.console import check_writable, progress_line
+from petseg_runtime.cli.text import BACKEND, HELP, PATH, UNIT, shown
+from petseg_runtime.errors import MissingExtra, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from petseg.data import Pair, Split
+    from petseg.evaluate import Evaluation, OpenedModel
+
+__all__ = ["evaluate"]
+
+
+@click.command()
+@click.argument("model", type=PATH)
+@click.option("--data", "root", type=PATH, required=True, help="Labelled data folder.")
+@click.option("--split", type=click.Choice(["test", "val", "train", "trainval"]), default="test", show_default=True)
+@click.option("--threshold", type=UNIT, help="Pet from this probability on, 0 to 1.  [default: the model's own]")
+@click.option(
+    "--backend", type=BACKEND, default="auto", show_default=True, help=f"{HELP['backend']} Of exported files."
+)
+@click.option(
+    "--device", default="auto", show_default=True, help=f"{HELP['device']} Of a checkpoint: cpu, cuda or cuda:N."
+)
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Photos per call.")
+@click.option("--val-fraction", type=UNIT, help="Share of trainval that is val.  [default: the run's own, or 0.05]")
+@click.option("--split-seed", type=int, help="Decides which photos are val.  [default: the run's own, or 0]")
+@click.option("--output", type=PATH, help="Folder for evaluation.json, worst.png and per-photo images.csv.")
+@click.option("--report", type=PATH, help="Folder for report.html, one page that explains the result, and report.json.")
+@click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+def evaluate(
+    model: Path,
+    root: Path,
+    split: str,
+    threshold: float | None,
+    backend: str,
+    device: str,
+    batch: int,
+    val_fraction: float | None,
+    split_seed: int | None,
+    output: Path | None,
+    report: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Measure MODEL, a checkpoint or an exported file, on a labelled split.
+
+    Pixels are counted at each mask's own resolution and added up over the split. The headline counts the trimap's
+    border as background; the other two readings are below it. With --report, a photo that cannot be read is named and
+    left out, and the exit code is 3; without it, it ends the measurement.
+
+    With --split val or train, the photos are those that the model's own run validated or trained on. An exported file
+    of an older version does not say which those were, and can only confirm that a split given here was its own. Where
+    the data folder lists its validation photos in val.txt, val is these, and --val-fraction is wrong usage.
+
+    An exported file needs no PyTorch, a checkpoint does; --report and worst.png need matplotlib. The extra `train` has
+    both.
+    """
+    from petseg.data import Split
+    from petseg.evaluate import open_model
+    from petseg_runtime.errors import EXIT_PARTIAL
+
+    check_writable(output, report)  # before minutes of measuring, not after them
+    if report:
+        _check_drawable()
+    failed: list[tuple[str, str]] | None = [] if report else None  # name and reason
+    with open_model(model, device, backend) as opened, progress_line(quiet) as progress:
+        pairs, val_fraction, split_seed = _measured_pairs(root, Split(split), opened, val_fraction, split_seed)
+        result = _measured(opened, pairs, batch, progress, failed)
+        cut = opened.threshold if threshold is None else threshold
+        record = {**result.summary(cut), "model": opened.describe(), "split": split}
+        if failed:
+            record["photos_failed"] = [name for name, _ in failed]
+        kept = set(result.names)
+        measured = [pair for pair in pairs if pair.name in kept]
+        written = []
+        if output:
+            written.append(f"{output}: {', '.join(_write_output(result, record, opened, measured, output))}")
+        if report:
+            from petseg import report as pages  # matplotlib takes a second to import
+
+            source = pages.Source(root, Split(split), measured, failed or [], val_fraction, split_seed)
+            pages.write(result, record, opened, source, model, report)
+            written.append(f"{report}: report.html, report.json")
+    for _, reason in failed or []:
+        click.echo(f"petseg: {shown(reason)}; left out", err=True)
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+    elif not quiet:
+        _print_metrics(record)
+        click.echo("".join(f"{line}\n" for line in written), nl=False)
+    return EXIT_PARTIAL if failed else 0
+
+
+def _measured(
+    model: OpenedModel, pairs: Sequence[Pair], batch: int, progress: Progress, failed: list[tuple[str, str]] | None
+) -> Evaluation:
+    """Measure a model on photos, with a line of progress.
+
+    Args:
+        model: The model.
+        pairs: The photos.
+        batch: Photos per call.
+        progress: The line.
+        failed: Takes the name of each photo that cannot be read, and why; None: the first one ends it.
+    """
+    from petseg.evaluate import evaluate as measure
+    from petseg.memory import enough_memory
+
+    task = progress.add_task("measuring", total=len(pairs), detail="")
+    with enough_memory(f"use a smaller --batch than {batch}"):
+        return measure(
+            model.run,
+            pairs,
+            model.height,
+            model.width,
+            batch=batch,
+            watch=lambda done: progress.update(task, completed=done),
+            failed=None if failed is None else lambda pair, error: failed.append((pair.name, str(error))),
+        )
+
+
+def _measured_pairs(
+    root: Path, split: Split, model: OpenedModel, val_fraction: float | None, split_seed: int | None
+) -> tuple[list[Pair], float | None, int | None]:
+    """The photos of a split, and the share of trainval and the seed that divide it into train and val.
+
+    Both are as asked, or else as in the run that made the model; they are None where they divide nothing. A line on
+    stderr says so where val may hold photos that the model was trained on.
+
+    Raises:
+        UsageError: They were asked for, and val.txt divides.
+    """
+    from petseg.data import SPLIT_SEED, VAL_FRACTION, VAL_LISTING, Split, find, listed_validation
+    from petseg.evaluate import listed_split, split_of
+
+    if split not in (Split.TRAIN, Split.VAL):
+        return find(root, split), None, None
+    fraction, seed = None, None
+    if (val_fraction, split_seed) == (None, None) and (listed := listed_split(model.provenance, root)):
+        return listed[split], None, None
+    if listed_validation(root) is None:
+        own = split_of(model.provenance) or (VAL_FRACTION, SPLIT_SEED)
+        fraction = own[0] if val_fraction is None else val_fraction
+        seed = own[1] if split_seed is None else split_seed
+    elif (val_fraction, split_seed) != (None, None):
+        raise UsageError(f"{root}: {VAL_LISTING} says which photos are val: leave out --val-fraction and --split-seed")
+    train, val = (
+        find(root, part, val_fraction=fraction or VAL_FRACTION, seed=seed or SPLIT_SEED)
+        for part in (Split.TRAIN, Split.VAL)
+    )
+    if differs := _difference(model, train, val, fraction, seed):
+        click.echo(f"petseg: {differs}: photos that it was trained on may be among val", err=True)
+    return (train if split is Split.TRAIN else val), fraction, seed
+
+
+def _difference(
+    model: OpenedModel, train: Sequence[Pair], val: Sequence[Pair], fraction: float | None, seed: int | None
+) -> str | None:
+    """How train and val differ from those of the model's own run, in words; None if they do not, or it does not say."""
+    from petseg.data import VAL_LISTING
+    from petseg.evaluate import is_split_of, split_of
+
+    own = split_of(model.provenance)
+    if fraction is not None and own and own != (fraction, seed):
+        return f"the model was trained with {own[0]:g} of trainval as val by seed {own[1]}, not {fraction:g} by {seed}"
+    if is_split_of(model.provenance, train, val) is False:
+        which = f"as {VAL_LISTING} lists it" if fraction is None else f"{fraction:g} of trainval by seed {seed}"
+        return f"val, {which}, is not what the model was validated on"
+    return None
+
+
+def _check_drawable() -> None:
+    """Raises MissingExtra where matplotlib is not installed; importing it takes a second."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            f"`petseg evaluate --report` needs {error.name} for its charts, which is not installed: pip install "
+            f"{error.name}; or leave out --report"
+        ) from error
+
+
+def _write_output(
+    result: Evaluation, record: dict[str, Any], model: OpenedModel, pairs: Sequence[Pair], folder: Path
+) -> list[str]:
+    """Write what --output is for; returns the files' names. Without matplotlib the picture is not drawn, and told of.
+
+    Raises:
+        OutputError: The folder cannot be written to.
+    """
+    from petseg.evaluate import write_report
+
+    write_report(result, record, folder)
+    names, picture = ["evaluation.json", "images.csv"], "worst.png"
+    try:
+        from petseg import plots  # matplotlib takes a second to import
+    except ModuleNotFoundError as error:
+        said = f"not drawn, which needs {error.name}: pip install {error.name}"
+        click.echo(f"petseg: {shown(folder / picture)}: {said}", err=True)
+        return names
+    try:
+        plots.worst(result, model, pairs, record["threshold"], folder / picture)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written to ({error.strerror or error})") from error
+    return [*names, picture]
+
+
+def _print_metrics(record: dict[str, Any]) -> None:
+    readings = record["readings"]
+    # Ignoring the border leaves as many pixels where there is none, as in masks of black and white.
+    bordered = sum(readings["ignored"]["pixels"].values()) < sum(readings["background"]["pixels"].values())
+    table = Table(title=f"{record['photos']} photos, threshold {record['threshold']:.3f}")
+    table.add_column("border counts as" if bordered else "")
+    names = ("iou", "dice", "accuracy", "precision", "recall", "mean_image_iou")
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    for border, values in readings.items() if bordered else [("no border", record)]:
+        table.add_row(border, *("-" if values[name] is None else f"{values[name]:.4f}" for name in names))
+    Console().print(table)
+    if not bordered:
+        click.echo("the masks have no border: every reading of it gives these figures")
+    if record["photos_without_pet"]:
+        without = ", ".join(map(shown, record["photos_without_pet"]))
+        click.echo(f"masks without any pet, counted all the same: {without}")

@@ -1,0 +1,346 @@
+"""``petseg train``: settings from recipe, file and options, a run, and its record and pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.progress import Progress
+
+from petseg.commands.console import check_writable, progress_line
+from petseg_runtime.cli.text import PATH, parse_size, shown
+from petseg_runtime.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, UsageError
+
+if TYPE_CHECKING:
+    from petseg.config import TrainConfig
+    from petseg.log import Row
+    from petseg.observers import Observer
+    from petseg.run_state import RunState
+    from petseg.train import Trainer
+
+__all__ = ["train"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What `petseg train` is to do with a run's settings; as its options say it.
+
+    Attributes:
+        root: The data folder.
+        output: Where everything goes.
+        recipe: From which the settings came, if from one.
+        device: What computes: auto, cpu, cuda or cuda:N.
+        init: A checkpoint to start from.
+        teacher: A model to learn from.
+        resume: Whether to go on with the run in ``output``.
+        tensorboard: Whether to write curves and pictures for TensorBoard.
+        as_json: Whether the result is printed as JSON.
+        quiet: Whether nothing but errors is printed.
+    """
+
+    root: Path
+    output: Path
+    recipe: str | None
+    device: str
+    init: Path | None
+    teacher: Path | None
+    resume: bool
+    tensorboard: bool
+    as_json: bool
+    quiet: bool
+
+
+@click.command()
+@click.option("--data", "root", type=PATH, help="Data folder (see `petseg data check`).  [required]")
+@click.option("--output", type=PATH, help="Where checkpoints, log and pictures go.  [required]")
+@click.option(
+    "--recipe",
+    is_flag=False,
+    flag_value="",
+    callback=lambda ctx, option, value: _known_recipe(ctx, value),
+    metavar="NAME",
+    help="Settings by name; without a name, the list of them.",
+)
+@click.option("--config", "config_file", type=PATH, help="Settings as TOML; they override the recipe, options both.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="One setting, like optimizer.lr=0.002; see --settings.",
+)
+@click.option("--settings", "show", is_flag=True, help="Print the run's settings as TOML for --config; train nothing.")
+@click.option("--epochs", type=int, help="Passes over the data.")
+@click.option("--batch", type=int, help="Photos per step.")
+@click.option("--size", metavar="HxW", help="Training size, multiples of 16 (192 means 192x192).")
+@click.option("--width", type=int, help="Channels of the first level: 64 published, 16 edge.")
+@click.option("--seed", type=int, help="Of weights, order and augmentation.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--init", type=PATH, help="Start from this checkpoint's weights, as far as they fit.")
+@click.option("--teacher", type=PATH, help="Learn from this model, too (loss.teacher, loss.features: how much).")
+@click.option("--resume", is_flag=True, help="Go on with the run in --output.")
+@click.option("--tensorboard", is_flag=True, help="Curves and pictures for TensorBoard in --output/tensorboard.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result, or the recipes, as JSON on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+def train(
+    root: Path | None,
+    output: Path | None,
+    recipe: str | None,
+    config_file: Path | None,
+    settings: tuple[str, ...],
+    show: bool,
+    epochs: int | None,
+    batch: int | None,
+    size: str | None,
+    width: int | None,
+    seed: int | None,
+    device: str,
+    init: Path | None,
+    teacher: Path | None,
+    resume: bool,
+    tensorboard: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Train the attention U-Net; the defaults are the published recipe.
+
+    Keeps best.safetensors (to evaluate and export), last.safetensors (to --resume), log.csv, curves.png,
+    predictions.png and run.json in --output. With several GPUs: torchrun --nproc-per-node N -m petseg.cli train ...
+
+    Exit code 3: done, but without photos that could not be used (data.on_bad=skip); they are named. 130, 143: stopped
+    by Ctrl-C or SIGTERM, to be resumed.
+    """
+    if recipe == "":
+        _list_recipes(as_json)
+        return 0
+    if show and as_json:
+        raise UsageError("--settings prints TOML: leave out --json")
+    for option, path in (("--data", root), ("--output", output)):
+        if path is None and not show:
+            raise click.MissingParameter(ctx=click.get_current_context(), param_hint=option, param_type="option")
+
+    from petseg.config import refuse_idle, to_toml
+
+    short = {"epochs": epochs, "batch": batch, "seed": seed, "model.width": width}
+    config = _train_config(recipe, config_file, short, size, settings)
+    if not resume:  # a run may have been begun by an older version, which did not look
+        refuse_idle(config, _train_config(recipe), taught=teacher is not None)
+    if show:
+        click.echo(to_toml(config, taught=teacher is not None), nl=False)
+        return 0
+    assert root is not None
+    assert output is not None
+    asked = Asked(
+        root=root,
+        output=output,
+        recipe=recipe,
+        device=device,
+        init=init,
+        teacher=teacher,
+        resume=resume,
+        tensorboard=tensorboard,
+        as_json=as_json,
+        quiet=quiet,
+    )
+    return _train(config, asked)
+
+
+def _train(config: TrainConfig, asked: Asked) -> int:
+    """Train with settings that are complete; returns the exit code."""
+    from petseg.distributed import join, local_device
+    from petseg.record import commit
+    from petseg.train import Trainer
+    from petseg_runtime.errors import EXIT_PARTIAL, NonFiniteLoss
+
+    origin = {"command": shlex.join(["petseg", *sys.argv[1:]]), "commit": commit()}
+    device = local_device(asked.device)
+    check_writable(asked.output)  # before an epoch, which may take hours, not after it
+    with join(device) as ranks:
+        hushed = asked.quiet or not ranks.first
+        with progress_line(hushed) as progress, _board(config, asked, ranks.first) as board:
+            observer = _observer(config.epochs, progress, hushed, ranks.first)
+            trainer = Trainer(
+                config,
+                asked.root,
+                asked.output,
+                device=device,
+                init=asked.init,
+                teacher=asked.teacher,
+                resume=asked.resume,
+                observer=_both(observer, board),
+                provenance={**origin, **({"recipe": asked.recipe} if asked.recipe else {})},
+                ranks=ranks,
+            )
+            try:
+                best = trainer.fit()
+            except KeyboardInterrupt:
+                if ranks.first:
+                    click.echo("petseg: interrupted", err=True)
+                return EXIT_TERMINATED if trainer.stopped_by == signal.SIGTERM else EXIT_INTERRUPTED
+            except NonFiniteLoss as error:
+                if ranks.first:
+                    raise
+                return error.exit_code  # the first process says it for all
+    if not ranks.first:
+        return 0  # torchrun would end the first one, which still has pictures to make, for any other
+    _finish(trainer, best, asked)
+    return EXIT_PARTIAL if trainer.photos.bad else 0
+
+
+def _known_recipe(ctx: click.Context, name: str | None) -> str | None:
+    """The name, if there is such a recipe, or an empty one."""
+    from petseg import recipes
+
+    if not name or name in recipes.names():
+        return name
+    listed = "\n".join(_recipe_lines())
+    raise click.BadParameter(f"there is no recipe {name!r}; there are:\n{listed}", ctx, param_hint="--recipe")
+
+
+def _recipe_lines() -> list[str]:
+    from petseg import recipes
+
+    return [f"  {name:<10} {recipes.describe(name)}" for name in recipes.names()]
+
+
+def _list_recipes(as_json: bool) -> None:
+    from petseg import recipes
+
+    if as_json:
+        each = [{"name": n, "about": recipes.describe(n), "settings": recipes.load(n)} for n in recipes.names()]
+        click.echo(json.dumps({"schema_version": 1, "recipes": each}))
+    else:
+        click.echo("\n".join(_recipe_lines()))
+
+
+def _train_config(
+    recipe: str | None,
+    config_file: Path | None = None,
+    short: Mapping[str, Any] = MappingProxyType({}),
+    size: str | None = None,
+    settings: Sequence[str] = (),
+) -> TrainConfig:
+    """Recipe, file, options, --set: the later has the last word.
+
+    Raises:
+        UsageError: There is no such setting, or one has a value that it cannot have.
+        TrainingError: The file cannot be read.
+    """
+    from petseg import recipes
+    from petseg.config import TrainConfig, from_dict, load_toml, merge, override
+
+    raw = merge(recipes.load(recipe) if recipe else {}, load_toml(config_file) if config_file else {})
+    for key, value in short.items():
+        if value is not None:
+            override(raw, f"{key}={value}")
+    if size is not None:
+        height, wide = parse_size(size)
+        override(raw, f"data.height={height}")
+        override(raw, f"data.width={wide}")
+    for assignment in settings:
+        override(raw, assignment)
+    return from_dict(TrainConfig, raw)
+
+
+def _finish(trainer: Trainer, best: Path, asked: Asked) -> None:
+    """The record, the pictures, and what is printed at the end."""
+    from petseg.log import LOG
+    from petseg.record import RUN, write_record
+
+    write_record(trainer)  # first: a picture that cannot be made is no reason to lose it
+    drawn = _draw(trainer, best)
+    row = trainer.best
+    if asked.as_json:
+        click.echo(json.dumps({"schema_version": 1, "checkpoint": str(best), "best": row.as_dict()}))
+    elif not asked.quiet:
+        click.echo(f"{best}: validation IoU {row.val_iou:.4f} at threshold {row.val_threshold:.2f}")
+        click.echo(f"{asked.output / LOG}; beside it {', '.join((RUN, *drawn))}")
+
+
+def _draw(trainer: Trainer, best: Path) -> list[str]:
+    """Make the pictures of a run; returns the names of those that could be made. The others are named on stderr."""
+    from petseg import plots
+    from petseg_runtime.errors import PetsegError
+
+    output, drawn = trainer.output, []
+    pictures: dict[str, Callable[[Path], None]] = {
+        "curves.png": lambda path: plots.curves(trainer.state.history, path),
+        "predictions.png": lambda path: plots.predictions(best, trainer.photos.good_val[:6], path),
+    }
+    for name, draw in pictures.items():
+        try:
+            draw(output / name)
+        except OSError as error:
+            click.echo(f"petseg: {shown(output / name)}: cannot be written ({error.strerror or error})", err=True)
+        except PetsegError as error:
+            click.echo(f"petseg: {shown(output / name)}: cannot be made ({shown(error)})", err=True)
+        else:
+            drawn.append(name)
+    return drawn
+
+
+@contextlib.contextmanager
+def _board(config: TrainConfig, asked: Asked, first: bool) -> Iterator[Observer | None]:
+    """What writes for TensorBoard, if that is asked for, in the first of several processes."""
+    if not (asked.tensorboard and first):
+        yield None
+        return
+    from petseg.tensorboard import TensorBoard  # tensorboard takes seconds to import
+
+    board = TensorBoard(asked.output / "tensorboard", config.data.height, config.data.width)
+    try:
+        yield board
+    finally:
+        board.close()
+
+
+def _both(observer: Observer, board: Observer | None) -> Observer:
+    from petseg.observers import Observers
+
+    return Observers(observer, board) if board else observer
+
+
+def _observer(epochs: int, progress: Progress, quiet: bool, first: bool) -> Observer:
+    """Prints what happens to stderr; if quiet, only what is missing from the result."""
+    from petseg.observers import Observer
+
+    class Printer(Observer):
+        def begin(self, per_epoch: int, batch: int) -> None:
+            self.batch = batch
+            self.task = progress.add_task("training", total=epochs * per_epoch, detail="", visible=False)
+
+        def started(self, message: str) -> None:
+            if not quiet:
+                # A file's name is neither broken into lines nor read as markup.
+                self._print(message)
+
+        def _print(self, message: str) -> None:
+            progress.console.print(shown(message), highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+        def left_out(self, message: str) -> None:
+            if first:
+                self._print(message)
+
+        def step(self, state: RunState, loss: float, lr: float) -> None:
+            rate = state.steps_summed * self.batch / max(state.seconds, 1e-9)
+            detail = f"loss {loss:.3f}  {rate:.0f} images/s"
+            progress.update(self.task, completed=state.step, detail=detail, visible=True)
+
+        def epoch(self, row: Row) -> None:
+            if not quiet:
+                progress.console.print(
+                    f"epoch {row.epoch}/{epochs}  loss {row.loss:.4f}  val IoU {row.val_iou:.4f}  "
+                    f"Dice {row.val_dice:.4f}  {row.images_per_s:.0f} images/s",
+                    highlight=False,
+                )
+
+    return Printer()
