@@ -278,11 +278,11 @@ class Segmenter:
             start=start,
             stride=stride,
             max_frames=max_frames,
-            policy=policy or ("drop-oldest" if origin.endless else "block"),
+            policy=policy,
             stall=stall,
             patience=patience,
             smooth=smooth,
-        )
+        ).of(endless=origin.endless)
         frames = open_frames(origin, reading, threads=self.threads, tell=tell)
         return Stream(frames, self, reading, mask_only=mask_only)
 

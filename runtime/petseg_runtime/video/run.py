@@ -135,7 +135,7 @@ def segment_video(
         bring_up_to_date()
         watch(None, report)
 
-    reading = dataclasses.replace(reading, policy=reading.policy or ("drop-oldest" if origin.endless else "block"))
+    reading = reading.of(endless=origin.endless)
     stream = Stream(frames, segmenter, reading, mask_only=mask_only, idle=idle)
     report.frames, report.paths, report.notes = stream.counts, sink.paths, sink.notes
 

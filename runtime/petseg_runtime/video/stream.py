@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Final, Self, TypeAlias
 
@@ -88,6 +88,10 @@ class Reading:
         if self.stride < 1 or (self.max_frames is not None and self.max_frames < 1):
             raise UsageError(f"stride {self.stride} and max_frames {self.max_frames} must be 1 or more")
         check_strength(self.smooth)
+
+    def of(self, *, endless: bool) -> Reading:
+        """With a policy, where none was asked for: a file loses no frame, and what is live does not fall behind."""
+        return self if self.policy else replace(self, policy="drop-oldest" if endless else "block")
 
 
 @dataclass(frozen=True, eq=False)

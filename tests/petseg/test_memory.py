@@ -1,0 +1,51 @@
+"""Too little memory is one line with a remedy, however a device says it; other errors stay what they are."""
+
+from __future__ import annotations
+
+import pytest
+
+from petseg.memory import enough_memory
+from petseg_runtime.errors import EngineError
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch's is called."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore lines"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+    ],
+)
+def test_the_remedy_is_told_in_one_line(error: Exception) -> None:
+    said = r"^too little memory: use a smaller --batch than 8 \(.+\)$"
+    with pytest.raises(EngineError, match=said) as caught, enough_memory("use a smaller --batch than 8"):
+        raise error
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible ...", "docker run --shm-size"),
+        ("DataLoader worker (pid(s) 7) exited unexpectedly", "give it more memory"),
+    ],
+)
+def test_a_worker_that_is_gone_is_told_apart(said: str, remedy: str) -> None:
+    with pytest.raises(EngineError, match=r"a process that prepares photos is gone") as caught, enough_memory("less"):
+        raise RuntimeError(said)
+    assert remedy in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("no")])
+def test_another_error_stays_what_it_is(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, enough_memory("less"):
+        raise error
+    assert caught.value is error
