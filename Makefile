@@ -41,10 +41,11 @@ format: $(DEV)/.installed
 	$(DEV)/bin/ruff format .
 	$(DEV)/bin/ruff check --fix .
 
-# Nine to sixteen minutes on two cores with bf16 (537, 521 and, on an older EPYC, 858, 947 and 765 s were measured), about half an hour with AVX2 alone (1927 s, with more rounds
-# than these), once the peers' environments are there (benchmarks.peers makes them). A step that fails does not keep the others from running; it is named at the end, and the exit code tells. ISNET=FILE adds the background
-# remover's quality. RESULTS=FOLDER takes the records, to compare them with ours, or as those of another machine
-# (benchmarks/results/machines/NAME).
+# Nine to sixteen minutes on two cores with bf16 (537, 521 and, on an older EPYC, 858, 947 and 765 s were measured), about
+# half an hour with AVX2 alone (1927 s, with more rounds than these), once the peers' environments are there
+# (benchmarks.peers makes them). A step that fails does not keep the others from running; it is named at the end, and the
+# exit code tells. ISNET=FILE adds the background remover's quality. RESULTS=FOLDER takes the records, to compare them with
+# ours, or as those of another machine (benchmarks/results/machines/NAME).
 DATA    ?= data
 ISNET   ?=
 RESULTS ?=

@@ -37,6 +37,7 @@ from benchmarks.photos import original_size
 from petseg.data import Pair, Split, find, read_pair
 from petseg.metrics import BORDER, PET
 from petseg_runtime import Segmenter
+from petseg_runtime.parity import mask_iou
 from petseg_runtime.video import smoothing
 
 U8: TypeAlias = npt.NDArray[np.uint8]
@@ -266,15 +267,10 @@ def measure(clip: Clip, smoothed: U8, lowest_pet: float) -> Measure:
     return Measure(
         float((masks[1:] != masks[:-1])[steady].mean()),
         float(change.mean()) / 255,
-        _iou(masks & known, pet),
-        _iou(masks, plain),
+        mask_iou(masks & known, pet),
+        mask_iou(masks, plain),
         int(np.abs(smoothed[half].astype(int) - clip.answers[half]).max()) if clip.group == "cut" else 0,
     )
-
-
-def _iou(one: Bool, other: Bool) -> float:
-    union = np.count_nonzero(one | other)
-    return np.count_nonzero(one & other) / union if union else 1.0
 
 
 def smooth(clip: Clip, smoother: Smoothing, rate: float = RATE) -> U8:

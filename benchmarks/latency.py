@@ -365,7 +365,7 @@ def in_pytorch(case: Case) -> Opened:
         about["engine"] = about["engine"].replace("eager", "compiled")
     model, _ = load_model(Path(case.folder) / WEIGHTS)
     if case.stored == AS_TRAINED:
-        from petseg.reference import torch_run  # brings torchvision along
+        from petseg.reference import torch_run
 
         return Opened(torch_run(model, case.device), about, lambda: None)
     from petseg_export.deploy import DeployedUNet

@@ -29,6 +29,8 @@ from PIL import Image
 from benchmarks import records
 from benchmarks.photos import original_size
 from petseg_runtime import Segmenter, images
+from petseg_runtime.parity import mask_iou
+from petseg_runtime.spec import lowest_pet
 
 MARGINS: Final = (1.0, 1.5, 2.0, 3.0, 4.0)
 #: Megapixels of the enlarged photos; None: as they are.
@@ -70,7 +72,7 @@ def agreement(segmenter: Segmenter, paths: list[Path], megapixels: float | None)
         for margin in MARGINS:
             photo = read_with(margin, data, segmenter.size)
             if photo.pixels.shape != whole.pixels.shape:
-                ious[margin].append(iou(mask(segmenter, photo.pixels), reference))
+                ious[margin].append(mask_iou(mask(segmenter, photo.pixels), reference))
     for margin, values in ious.items():
         row: dict[str, Any] = {"margin": margin, "reduced": len(values), "good": True}
         if values:
@@ -119,10 +121,5 @@ def enlarged(path: Path, megapixels: float | None) -> bytes:
 def mask(segmenter: Segmenter, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
     """The mask at the model's size."""
     probability = segmenter.infer(images.to_model(pixels, *segmenter.size)[None])[0]
-    pet: npt.NDArray[np.bool_] = probability >= 255 * segmenter.threshold
+    pet: npt.NDArray[np.bool_] = probability >= lowest_pet(segmenter.threshold)
     return pet
-
-
-def iou(one: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> float:
-    union = int((one | other).sum())
-    return float((one & other).sum() / union) if union else 1.0

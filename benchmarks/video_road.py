@@ -23,8 +23,9 @@ from PIL import Image, ImageOps
 
 from benchmarks import records
 from benchmarks.photos import original_size
-from benchmarks.reduced import iou
 from petseg_runtime import Segmenter, images
+from petseg_runtime.parity import mask_iou
+from petseg_runtime.spec import lowest_pet
 from petseg_runtime.video import frame as frames
 from petseg_runtime.video.frame import Converter, Frame
 
@@ -93,7 +94,7 @@ def agreement(
         wanted = mask(segmenter, reference, frame)
         for name in SCALERS:
             small = shrunk(name, frame, segmenter.size)
-            ious[name].append(iou(mask(segmenter, small, frame), wanted))
+            ious[name].append(mask_iou(mask(segmenter, small, frame), wanted))
             differences[name].append(float(np.abs(small.astype(int) - reference).mean()))
     for name, values in ious.items():
         mean = float(np.mean(values))
@@ -179,5 +180,5 @@ def shrunk(name: str, frame: Frame, size: tuple[int, int], convert: Converter | 
 def mask(segmenter: Segmenter, small: U8, frame: Frame) -> npt.NDArray[np.bool_]:
     """The mask at the frame's size."""
     probability = images.from_model(segmenter.infer(small[None])[0], *frame.size)
-    pet: npt.NDArray[np.bool_] = probability >= 255 * segmenter.threshold
+    pet: npt.NDArray[np.bool_] = probability >= lowest_pet(segmenter.threshold)
     return pet

@@ -42,31 +42,31 @@ class Observers(Observer):
         self.each = each
 
     def begin(self, per_epoch: int, batch: int) -> None:
-        """Tell each."""
+        """As :class:`Observer`."""
         for one in self.each:
             one.begin(per_epoch, batch)
 
     def started(self, message: str) -> None:
-        """Tell each."""
+        """As :class:`Observer`."""
         for one in self.each:
             one.started(message)
 
     def left_out(self, message: str) -> None:
-        """Tell each."""
+        """As :class:`Observer`."""
         for one in self.each:
             one.left_out(message)
 
     def step(self, state: RunState, loss: float, lr: float) -> None:
-        """Tell each."""
+        """As :class:`Observer`."""
         for one in self.each:
             one.step(state, loss, lr)
 
     def epoch(self, row: Row) -> None:
-        """Tell each."""
+        """As :class:`Observer`."""
         for one in self.each:
             one.epoch(row)
 
     def validated(self, run: Run, pairs: Sequence[Pair], row: Row) -> None:
-        """Tell each."""
+        """As :class:`Observer`."""
         for one in self.each:
             one.validated(run, pairs, row)

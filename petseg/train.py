@@ -177,8 +177,9 @@ class Trainer:
         self.state, self.last = RunState(), StateFile(output)
         self._lost: Row | None = None
         self.meta = self._about(provenance or {})
-        self.warnings = [*self.photos.warnings, *self._doubts()]
-        self._announce()
+        doubts = [*self._doubts()]
+        self.warnings = [*self.photos.warnings, *doubts]  # the photos' own were told as they came
+        self._announce(doubts)
         if resume:
             self._take_up()
         self.forward = self._callable()
@@ -559,7 +560,7 @@ class Trainer:
                 f"epoch {last}: in a new run, --set schedule.restart_epochs={last} ends one there"
             )
 
-    def _announce(self) -> None:
+    def _announce(self, doubts: Sequence[str]) -> None:
         parameters = sum(p.numel() for p in self.model.parameters())
         say, shape = self.observer.started, self.config.model
         name = "attention U-Net" if shape.stem == "full" else "attention U-Net with a strided stem"
@@ -572,7 +573,7 @@ class Trainer:
             say(f"{workers} processes augment them")
         if skipped := self.photos.train.skipped_empty:
             say(f"left out, because their masks show no pet: {', '.join(skipped)}")
-        for warning in self._doubts():
+        for warning in doubts:
             say(f"warning: {warning}")
 
 
