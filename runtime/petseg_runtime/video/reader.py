@@ -18,6 +18,7 @@ from typing import IO, Any, Final, Self
 import av
 import av.error
 from av.bitstream import BitStreamFilterContext
+from av.stream import Discard
 
 from petseg_runtime.errors import SilentVideo, UnreadableVideo, UnsupportedVideo, UsageError
 from petseg_runtime.video.clock import Clock, Joined
@@ -57,6 +58,10 @@ _PICTURES: Final = "filter_units=pass_types=1-5"
 
 #: A file that lacks more than this share of what it says it lasts, and more than a second, was cut.
 _SHORTER: Final = Fraction(1, 20)
+
+#: Formats that offer the same video in several sizes, FFmpeg's names: each size is fetched from the server, to the end,
+#: unless it is said that nobody wants it.
+_OF_VARIANTS: Final = frozenset({"dash", "hls"})
 
 #: Decoders that hold frames back unless they are told that it is live. Others hold back for threads that each have a
 #: frame, which a live source has none of, and for the order of the frames: those of MPEG-1, MPEG-2, MPEG-4 part 2 and
@@ -175,6 +180,10 @@ class VideoReader:
         sound = next(iter(self._container.streams.audio), None)
         self._track = track_of(sound)
         self._sound = sound if self._track else None
+        if self._container.format.name in _OF_VARIANTS:
+            for stream in self._container.streams:
+                if stream is not video and stream is not self._sound:
+                    stream.discard = Discard.all
         duration = self._container.duration
         self.info = VideoInfo(
             video.codec_context.width,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import http.server
 import io
 import itertools
 import json
@@ -10,7 +11,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Container
 from fractions import Fraction
 from pathlib import Path
@@ -940,3 +943,48 @@ def test_a_start_that_is_no_number_of_seconds_is_refused(tmp_path: Path, start: 
     clip = write(tmp_path / "clip.mp4")
     with pytest.raises(UsageError, match=f"start {start} must be a number of seconds"):
         VideoReader(clip, start=start)
+
+
+def test_of_a_video_in_several_sizes_one_is_fetched(tmp_path: Path) -> None:
+    """The first one that is listed. Of the other, the few pieces that were on their way when that was known."""
+    playlist = ["#EXTM3U"]
+    for name, size in (("small", (48, 64)), ("large", (96, 128))):
+        (tmp_path / name).mkdir()
+        clip = write(tmp_path / f"{name}.mp4", 100, size=size, g="10")
+        with (
+            av.open(str(clip)) as source,
+            av.open(
+                str(tmp_path / name / "list.m3u8"), "w", format="hls", options={"hls_time": "0.4", "hls_list_size": "0"}
+            ) as pieces,
+        ):
+            stream = pieces.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    pieces.mux(packet)
+        playlist += [f"#EXT-X-STREAM-INF:BANDWIDTH=10000,RESOLUTION={size[1]}x{size[0]}", f"{name}/list.m3u8"]
+    (tmp_path / "all.m3u8").write_text("\n".join(playlist) + "\n")
+    fetched: Counter[str] = Counter()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, directory=str(tmp_path))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            fetched[self.path.split("/")[1]] += self.path.endswith(".ts")
+            super().do_GET()
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/all.m3u8"
+        try:
+            with VideoReader(url, options={}, timeout=(20, 20)) as reader:
+                frames = list(reader)
+        finally:
+            server.shutdown()
+    assert (len(frames), frames[0].size) == (100, (48, 64))
+    assert fetched["small"] >= 10
+    assert fetched["large"] <= 4
