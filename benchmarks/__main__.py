@@ -27,6 +27,7 @@ COMMANDS: Final = {
     "report": "benchmarks.report:report",
     "rival": "benchmarks.rival:rival",
     "scaling": "benchmarks.scaling:scaling",
+    "shown": "benchmarks.shown:shown",
     "soak": "benchmarks.soak:soak",
     "throughput": "benchmarks.throughput:throughput",
     "training": "benchmarks.training:training",

@@ -38,7 +38,7 @@ import numpy.typing as npt
 from benchmarks import records
 from petseg.data import Pair, Split, find, read_pair
 from petseg.metrics import BACKGROUND
-from petseg_runtime import result
+from petseg_runtime import regions, result
 from petseg_runtime.images import ImageSource
 from petseg_runtime.segmenter import Segmenter
 
@@ -108,7 +108,7 @@ def found(data: Path, pet_free: Path | None) -> None:
     choose, report = halves
     values = {
         "model": model,
-        "rule": {"likely": result.LIKELY, "certain": result.CERTAIN, "certain_share": share},
+        "rule": {"likely": result.LIKELY, "certain": regions.CERTAIN, "certain_share": share},
         "report": errors(report),
         "choose": errors(choose),
         "rules_considered": {name: best(statistic, choose) for name, statistic in STATISTICS.items()},

@@ -30,7 +30,7 @@ SHORT: Final = {TEST_SETS[COPIES]: "the 3000 copies of 128×128", TEST_SETS[NATI
 
 def quality() -> str:
     """IoU of the embedded model, the published network and the rival, each reading at the threshold chosen for it."""
-    record, against = records.load("accuracy"), records.load("rival")
+    record, against, shown = records.load("accuracy"), records.load("rival"), records.load("shown")["sets"]
     published = PUBLISHED["readings"]["background"]
     figures = f"{published['iou']:.4f} | {published['dice']:.4f}"
     at = {border: f"at {record['thresholds'][kind]:.2f}" for border, kind in CHOSEN.items()}
@@ -42,7 +42,9 @@ def quality() -> str:
     ]
     for what, sets in record["rows"][0]["sets"].items():
         ours = {border: sets[kind]["readings"][border] for border, kind in CHOSEN.items()}
+        seen = {border: shown[what]["shown"][kind]["readings"][border] for border, kind in CHOSEN.items()}
         lines.append(row("**petseg's embedded model, 1.8 M**", what, ours))
+        lines.append(row("**what `petseg infer` shows of it**", what, seen))
         lines.append(row("LR-ASPP MobileNetV3, 3.2 M, trained by us", what, against["sets"][what]["readings"]))
     return "\n".join(lines)
 
@@ -56,7 +58,7 @@ def row(name: str, photos: str, readings: dict[str, Any]) -> str:
 
 def ahead() -> str:
     """Where petseg is ahead, where it is behind, and by how much."""
-    return "\n".join([*in_quality(), *short_of_our_aim(), *in_speed()])
+    return "\n".join([*in_quality(), *the_aim(), *in_speed()])
 
 
 def in_quality() -> list[str]:
@@ -117,14 +119,18 @@ def isnet(found: Mapping[str, Any]) -> str:
 AIM: Final = 0.92
 
 
-def short_of_our_aim() -> list[str]:
-    """By how much the embedded model misses :data:`AIM`; nothing where it does not."""
-    reached = records.load("embedded-test-native")["metrics_at_threshold_for_ignored_border"]
-    iou = reached["readings"]["ignored"]["mean_image_iou"]
-    if iou >= AIM:
-        return []
+def the_aim() -> list[str]:
+    """Whether :data:`AIM` is reached, by what is shown and by the network alone."""
+    both = records.load("shown")["sets"][TEST_SETS[NATIVE]]
+    alone, seen = (
+        both[kind]["ignored_border"]["readings"]["ignored"]["mean_image_iou"] for kind in ("alone", "shown")
+    )
     what = "with the border left out, at the threshold chosen for that, the mean IoU of an original-size photo"
-    return [f"- **Short of our aim**: {what} is {iou:.4f}, not {AIM}."]
+    if seen < AIM:
+        return [f"- **Short of our aim**: {what} is {seen:.4f} ({alone:.4f} of the network alone), not {AIM}."]
+    if alone < AIM:
+        return [f"- **The network alone is short of our aim** of {AIM}: {what} is {alone:.4f}; what is shown has {seen:.4f}."]
+    return []
 
 
 def in_speed() -> list[str]:

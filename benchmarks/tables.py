@@ -36,6 +36,31 @@ def accuracy() -> str:
     return "\n".join([*lines, "", f"Computed by {engine}. {draws(records.load('accuracy'))}"])
 
 
+def shown() -> str:
+    """What leaving doubtful regions out gains, and the numbers of its rule beside others."""
+    record = records.load("shown")
+    heads = " | ".join(f"{said}: IoU, mean of photos" for said in ("as background", "as pet", "left out"))
+    lines = [f"| photos | | {heads} | photos better and worse by a point |", "|---|---|---|---|---|---|"]
+    for what, found in record["sets"].items():
+        changed = f"{found['better']}, {found['worse']}"
+        lines.append(f"| {what} | all that the network says | {_pairs(found['alone'])} | |")
+        lines.append(f"| | without what is doubtful | {_pairs(found['shown'])} | {changed} |")
+    of_choice = record["validation"]
+    about = f"{of_choice['photos']} validation photos"
+    for name, found in of_choice.items():
+        if name != "photos":
+            said = {"alone": "all that the network says", "shown": "**without what is doubtful**"}.get(name, name)
+            lines.append(f"| {about} | {said} | {_pairs(found)} | |")
+            about = ""
+    return "\n".join(lines)
+
+
+def _pairs(found: dict[str, Any]) -> str:
+    """Of each reading, at the threshold that was chosen for it, the IoU and the mean of the photos' own."""
+    readings = [found[kind]["readings"][border] for border, kind in CHOSEN.items()]
+    return " | ".join(f"{values['iou']:.4f}, {values['mean_image_iou']:.4f}" for values in readings)
+
+
 def draws(record: dict[str, Any]) -> str:
     """How far the first row of each set is from certain."""
     row = record["rows"][0]

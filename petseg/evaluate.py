@@ -36,11 +36,13 @@ from petseg_runtime.artifact import open_artifact
 from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.errors import DataError, OutputError, UsageError
 from petseg_runtime.files import write_atomic
+from petseg_runtime.regions import without_doubtful
 
 __all__ = [
     "Evaluation",
     "OpenedModel",
     "Run",
+    "as_shown",
     "evaluate",
     "is_split_of",
     "listed_by",
@@ -147,6 +149,14 @@ def evaluate(
     if not found:
         raise DataError(f"none of the {len(pairs)} photos can be read with its mask (`petseg data check` says why)")
     return Evaluation(tuple(names), np.stack(found))
+
+
+def as_shown(run: Run) -> Run:
+    """A model whose answers are those that ``petseg infer`` shows: without what is doubtful in them.
+
+    See :func:`petseg_runtime.regions.without_doubtful`.
+    """
+    return lambda batch: np.stack([without_doubtful(answer) for answer in run(batch)])
 
 
 @dataclass(frozen=True)

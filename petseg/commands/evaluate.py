@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,12 @@ __all__ = ["evaluate"]
     "--device", default="auto", show_default=True, help=f"{HELP['device']} Of a checkpoint: cpu, cuda or cuda:N."
 )
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Photos per call.")
+@click.option(
+    "--without-doubtful",
+    is_flag=True,
+    help="Of what `petseg infer` shows: without regions in which the model is sure of no pixel.  [default: all that it "
+    "says]",
+)
 @click.option("--val-fraction", type=UNIT, help="Share of trainval that is val.  [default: the run's own, or 0.05]")
 @click.option("--split-seed", type=int, help="Decides which photos are val.  [default: the run's own, or 0]")
 @click.option("--output", type=PATH, help="Folder for evaluation.json, worst.png and per-photo images.csv.")
@@ -49,6 +56,7 @@ def evaluate(
     backend: str,
     device: str,
     batch: int,
+    without_doubtful: bool,
     val_fraction: float | None,
     split_seed: int | None,
     output: Path | None,
@@ -70,7 +78,7 @@ def evaluate(
     both.
     """
     from petseg.data import Split
-    from petseg.evaluate import open_model
+    from petseg.evaluate import as_shown, open_model
     from petseg_runtime.errors import EXIT_PARTIAL
 
     check_writable(output, report)  # before minutes of measuring, not after them
@@ -79,9 +87,12 @@ def evaluate(
     failed: list[tuple[str, str]] | None = [] if report else None  # name and reason
     with open_model(model, device, backend) as opened, progress_line(quiet) as progress:
         pairs, val_fraction, split_seed = _measured_pairs(root, Split(split), opened, val_fraction, split_seed)
+        if without_doubtful:
+            opened = dataclasses.replace(opened, run=as_shown(opened.run))
         result = _measured(opened, pairs, batch, progress, failed)
         cut = opened.threshold if threshold is None else threshold
         record = {**result.summary(cut), "model": opened.describe(), "split": split}
+        record["doubtful"] = "left out" if without_doubtful else "kept"
         if failed:
             record["photos_failed"] = [name for name, _ in failed]
         kept = set(result.names)

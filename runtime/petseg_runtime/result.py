@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from petseg_runtime import images
 from petseg_runtime.errors import UsageError
+from petseg_runtime.regions import CERTAIN, leave_out, regions, runs
 from petseg_runtime.spec import lowest_pet
 
 __all__ = ["Polygon", "Segmentation"]
@@ -33,9 +34,7 @@ _SOFTNESS: Final = 1.0
 OVERLAY_COLOR: Final = (0, 200, 83)
 OVERLAY_STRENGTH: Final = 0.5
 
-#: From these probabilities on, of 255, a pixel is all but certain, or likelier pet than not; see
-#: :attr:`Segmentation.found`.
-CERTAIN: Final = 250
+#: From this probability on, of 255, a pixel is likelier pet than not; see :attr:`Segmentation.found`.
 LIKELY: Final = 128
 
 
@@ -287,19 +286,16 @@ class Segmentation:
         if not 0 <= min_area < 1:
             raise UsageError(f"min_area is {min_area}; it is a share of the photo, from 0 to below 1")
         shown = int(np.argmax(_opacity(self.cutout_threshold) > 0))
-        starts, ends = _runs(self.probability >= min(shown, self._lowest_pet))
-        pet_starts, pet_ends = _runs(self.mask)
-        region = _regions(starts, ends, self.probability.shape[1] + 1)
+        starts, ends = runs(self.probability >= min(shown, self._lowest_pet))
+        pet_starts, pet_ends = runs(self.mask)
+        region = regions(starts, ends, self.probability.shape[1] + 1)
         # A run of the mask lies within one of what is shown.
         of_pet = region[np.searchsorted(starts, pet_starts, side="right") - 1]
         area = np.bincount(of_pet, weights=pet_ends - pet_starts, minlength=len(starts))
         small = area[region] / self.probability.size < min_area
         if not small.any():
             return self
-        kept = self.probability.copy()
-        row = starts[small] // (kept.shape[1] + 1)
-        kept.reshape(-1)[_ranges(starts[small] - row, (ends - starts)[small])] = 0
-        return dataclasses.replace(self, probability=kept)
+        return dataclasses.replace(self, probability=leave_out(self.probability, starts[small], ends[small]))
 
     @property
     def _lowest_pet(self) -> int:
@@ -428,43 +424,3 @@ def _colour(color: Sequence[int]) -> tuple[int, int, int]:
     if not 0 <= min(red, green, blue) <= max(red, green, blue) <= 255:
         raise UsageError(f"colour {color!r}; red, green and blue are expected, each a whole number from 0 to 255")
     return red, green, blue
-
-
-def _runs(mask: Bool) -> tuple[Indices, Indices]:
-    """Where the runs of a mask's rows start and end, counted along rows that are one pixel of background longer."""
-    height, width = mask.shape
-    line = np.zeros(1 + height * (width + 1), np.bool_)
-    line[1:].reshape(height, width + 1)[:, :-1] = mask
-    changes = np.flatnonzero(line[1:] != line[:-1])
-    return changes[::2], changes[1::2]
-
-
-def _regions(starts: Indices, ends: Indices, stride: int) -> Indices:
-    """int64 [runs]: the region of each run, named by its first run. Runs that touch by a side of a pixel share one.
-
-    Each round hooks the region of every pair of touching runs to the lowest that it touches; in two rounds each region
-    that is not complete becomes part of another, so the number of rounds is at most logarithmic, whatever the mask.
-
-    Args:
-        starts: As of :func:`_runs`.
-        ends: As of :func:`_runs`.
-        stride: From a row to the next.
-    """
-    low = np.searchsorted(ends, starts + stride, side="right")
-    touching = np.searchsorted(starts, ends + stride, side="left") - low  # so many runs in the next row, from low on
-    above = np.repeat(np.arange(len(starts)), touching)
-    below = _ranges(low, touching)
-    region = np.arange(len(starts))
-    while len(above):
-        a, b = region[above], region[below]
-        np.minimum.at(region, np.maximum(a, b), np.minimum(a, b))
-        while not np.array_equal(region, parents := region[region]):
-            region = parents
-        apart = region[above] != region[below]
-        above, below = above[apart], below[apart]
-    return region
-
-
-def _ranges(starts: Indices, lengths: Indices) -> Indices:
-    """``starts[0], starts[0] + 1, ...``: the ranges one after another."""
-    return np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())

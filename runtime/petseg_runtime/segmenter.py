@@ -19,6 +19,7 @@ from petseg_runtime.artifact import default_model, open_artifact
 from petseg_runtime.engines.base import EngineInfo
 from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.errors import InputError, ModelError, UsageError
+from petseg_runtime.regions import without_doubtful
 from petseg_runtime.result import Segmentation
 from petseg_runtime.sources import Origin, stream_origin
 
@@ -98,6 +99,7 @@ class Segmenter:
         threshold: float | None = None,
         cutout_threshold: float | None = None,
         min_area: float = 0.0,
+        keep_doubtful: bool = False,
         tell: Callable[[str], None] | None = None,
     ) -> None:
         """Load a model.
@@ -114,6 +116,8 @@ class Segmenter:
             threshold: In (0, 1); None: the model's own, chosen on validation photos.
             cutout_threshold: In (0, 1); None: the model's own.
             min_area: Regions smaller than this share of the photo are dropped; in [0, 1).
+            keep_doubtful: Results show all that the model says, not only the regions that it is all but certain of; see
+                :func:`petseg_runtime.regions.without_doubtful`.
             tell: Told, in a few words, before something that takes long (a compilation for this GPU), and of an engine
                 that ``auto`` passes over because it does not work; None: of the latter, a ``RuntimeWarning`` tells.
 
@@ -140,7 +144,7 @@ class Segmenter:
         self.threshold = threshold if threshold is not None else spec.threshold
         self.cutout_threshold = cutout_threshold if cutout_threshold is not None else spec.cutout_threshold
         self.certain_share = spec.certain_share
-        self.min_area = min_area
+        self.min_area, self.keep_doubtful = min_area, keep_doubtful
         self.threads = threads
         self._engine = load_engine(
             self.artifact,
@@ -313,7 +317,9 @@ class Segmenter:
         return self._engine.run(batch)
 
     def finish(self, prepared: Prepared, probability: U8) -> Segmentation:
-        """The last step: bring the answer, uint8 [H, W], to the photo's size."""
+        """The last step: bring the answer, uint8 [H, W], to the photo's size, without what is doubtful in it."""
+        if not self.keep_doubtful:
+            probability = without_doubtful(probability)
         result = finish(prepared, probability, self.threshold, self.cutout_threshold, self.certain_share)
         return result.without_small(self.min_area) if self.min_area else result
 

@@ -71,6 +71,9 @@ VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio
     help="Of cutouts and backgrounds: half transparent at this probability, 0 to 1.  [default: the model's own]",
 )
 @click.option("--min-area", type=SHARE, default=0.0, help="Drop regions below this share of the picture, 0 to 1.")
+@click.option(
+    "--keep-doubtful", is_flag=True, help="Show also regions in which the model is sure of no pixel; else left out."
+)
 @click.option("--only-found", is_flag=True, help="Photos: write nothing where no pet is found.")
 @click.option(
     "--fast-decode",
@@ -499,6 +502,7 @@ def _settings(segmenter: Segmenter) -> dict[str, Any]:
         "threshold": segmenter.threshold,
         "cutout_threshold": segmenter.cutout_threshold,
         "min_area": segmenter.min_area,
+        "keep_doubtful": segmenter.keep_doubtful,
         "engine": f"{engine.name} {engine.version} on {engine.device}, {engine.precision}",
     }
 

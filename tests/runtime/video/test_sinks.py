@@ -48,7 +48,7 @@ class Model:
 
     size = (HEIGHT, WIDTH)
     threads = None
-    threshold, cutout_threshold, certain_share, min_area = 0.5, 0.3, 0.25, 0.0
+    threshold, cutout_threshold, certain_share, min_area, keep_doubtful = 0.5, 0.3, 0.25, 0.0, True
 
     def describe(self) -> Any:
         return type("Info", (), {"batch": 4, "streams": 1})()

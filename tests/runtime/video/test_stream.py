@@ -51,6 +51,7 @@ class Model:
     threshold: float = 0.5
     cutout_threshold: float = 0.3
     certain_share: float = 0.25
+    keep_doubtful: bool = True
     min_area: float = 0.0
     threads: int | None = None
     batches: list[int] = field(default_factory=list)
@@ -329,8 +330,8 @@ def infer(images):
 alive = lambda: [thread.name for thread in threading.enumerate() if thread.name == "petseg-engine"]
 atexit.register(lambda: print("at exit", *alive()))  # what is registered first is called last
 model = SimpleNamespace(
-    infer=infer, size=(8, 8), threshold=0.5, cutout_threshold=0.3, certain_share=0.25, min_area=0.0, threads=None,
-    describe=lambda: SimpleNamespace(batch=1),
+    infer=infer, size=(8, 8), threshold=0.5, cutout_threshold=0.3, certain_share=0.25, min_area=0.0, keep_doubtful=True,
+    threads=None, describe=lambda: SimpleNamespace(batch=1),
 )
 model.finish = functools.partial(Segmenter.finish, model)
 frames = (Frame(n, n, Fraction(1, 25), av.VideoFrame(32, 16, "gray"), captured=0.0) for n in itertools.count())

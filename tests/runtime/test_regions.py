@@ -1,0 +1,74 @@
+"""What no pixel vouches for goes, with its soft edge; what one does stays as it is, and so does all where none does."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from petseg_runtime import Segmenter
+from petseg_runtime.regions import CERTAIN, DOUBTFUL, without_doubtful
+
+
+def slowly(probability: np.ndarray) -> np.ndarray:
+    """The same, pixel by pixel."""
+    height, width = probability.shape
+    certain = [tuple(place) for place in np.argwhere(probability >= CERTAIN)]
+    if not certain:
+        return probability
+    stays, left = np.zeros(probability.shape, bool), deque(certain)
+    while left:
+        row, column = left.popleft()
+        inside = 0 <= row < height and 0 <= column < width
+        if inside and not stays[row, column] and probability[row, column] >= DOUBTFUL:
+            stays[row, column] = True
+            left.extend([(row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)])
+    kept, reach = np.zeros_like(probability), max(1, round(min(height, width) / 32))
+    for row, column in np.ndindex(height, width):
+        near = stays[max(row - reach, 0) : row + reach + 1, max(column - reach, 0) : column + reach + 1].any()
+        faint = probability[row, column] < DOUBTFUL
+        kept[row, column] = probability[row, column] if stays[row, column] or (faint and near) else 0
+    return kept
+
+
+SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 90)) | st.tuples(st.integers(1, 90), st.integers(1, 12))
+LEVELS = st.sampled_from([0, 1, DOUBTFUL - 1, DOUBTFUL, 128, CERTAIN - 1, CERTAIN, 255])
+
+
+@settings(deadline=None)
+@given(SHAPES.flatmap(lambda shape: arrays(np.uint8, shape, elements=LEVELS)))
+def test_it_is_what_it_says(probability: np.ndarray) -> None:
+    before = probability.copy()
+    np.testing.assert_array_equal(without_doubtful(probability), slowly(probability))
+    np.testing.assert_array_equal(probability, before)
+
+
+def test_a_large_map() -> None:
+    """A reach of several pixels; a cat, a cushion apart from it, and the soft edges of both."""
+    answer = np.zeros((256, 256), np.uint8)
+    answer[95:165, 95:165] = 30
+    answer[100:160, 100:160] = 240
+    answer[130, 130] = CERTAIN
+    cat = answer.copy()
+    answer[15:65, 15:65] = 30
+    answer[20:60, 20:60] = CERTAIN - 1
+    np.testing.assert_array_equal(without_doubtful(answer), cat)
+
+
+def test_results_are_without_what_is_doubtful_unless_it_is_asked_for(toy: Any, tmp_path: Path) -> None:
+    free = toy(tmp_path / "free.onnx", dynamic_size=True).path
+    photo = np.zeros((64, 64, 3), np.uint8)  # the toy's answer is the red channel
+    photo[4:20, 4:20, 0] = 255
+    photo[40:60, 40:60, 0] = 200
+    with (
+        Segmenter(free, threads=1, size=(64, 64)) as shown,
+        Segmenter(free, threads=1, size=(64, 64), keep_doubtful=True) as all_of_it,
+    ):
+        assert shown(photo).box == (4, 4, 16, 16)
+        assert all_of_it(photo).box == (4, 4, 56, 56)
+        np.testing.assert_array_equal(all_of_it(photo).probability[40:60, 40:60], 200)
