@@ -8,7 +8,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol, TypeAlias
@@ -17,7 +17,7 @@ from PIL import Image, ImageColor
 
 from petseg_runtime import images
 from petseg_runtime.errors import InputError, OutputError, UsageError
-from petseg_runtime.files import replacing, write_atomic
+from petseg_runtime.files import real_paths, replacing
 from petseg_runtime.result import Segmentation
 from petseg_runtime.sources import Item
 
@@ -37,7 +37,6 @@ __all__ = [
     "check_looks",
     "picture",
     "probe",
-    "real_paths",
     "render_of",
 ]
 
@@ -121,8 +120,11 @@ class Sink(Protocol):
     def leave_out(self, result: Segmentation) -> dict[str, Any] | None:
         """What the file for all results says of a photo without a pet; None: there is no such file."""
 
-    def finish(self, values: Sequence[tuple[Item, Mapping[str, Any]]]) -> Path | None:
-        """Write the one file for all results, if there is one, from all values in order; returns its path."""
+    def finish(self, values: Iterable[tuple[Item, Mapping[str, Any]]]) -> Path | None:
+        """Write the one file for all results, if there is one, from all values in order; returns its path.
+
+        They may be gone through more than once, and are not kept: of a hundred thousand photos they take gigabytes.
+        """
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ class OnlyFound:
         """See :class:`Sink`."""
         return self.sink.leave_out(result)
 
-    def finish(self, values: Sequence[tuple[Item, Mapping[str, Any]]]) -> Path | None:
+    def finish(self, values: Iterable[tuple[Item, Mapping[str, Any]]]) -> Path | None:
         """See :class:`Sink`."""
         return self.sink.finish(values)
 
@@ -315,7 +317,7 @@ class ImageSink:
     def leave_out(self, result: Segmentation) -> None:
         """There is no file for all results."""
 
-    def finish(self, values: Sequence[tuple[Item, Mapping[str, Any]]]) -> None:
+    def finish(self, values: Iterable[tuple[Item, Mapping[str, Any]]]) -> None:
         """Nothing is left to write."""
 
 
@@ -352,29 +354,36 @@ class CocoSink:
         height, width = result.probability.shape
         return {"height": height, "width": width, "annotation": None}
 
-    def finish(self, values: Sequence[tuple[Item, Mapping[str, Any]]]) -> Path:
+    def finish(self, values: Iterable[tuple[Item, Mapping[str, Any]]]) -> Path:
         """Write the file.
 
         Raises:
             OutputError: It cannot be written.
         """
-        pictures: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        for number, (item, value) in enumerate(values, start=1):
-            size = {"height": value["height"], "width": value["width"]}
-            pictures.append({"id": number, "file_name": str(item.source), **size})
-            if value["annotation"]:
-                annotations.append(
-                    {"id": len(annotations) + 1, "image_id": number, "category_id": 1, **value["annotation"]}
-                )
-        category = {"id": 1, "name": "pet", "supercategory": "animal"}
-        coco = {"images": pictures, "annotations": annotations, "categories": [category]}
         path = self._path
         try:
-            write_atomic(path, (json.dumps(coco) + "\n").encode())
+            with replacing(path) as beside, beside.open("x", encoding="ascii") as file:
+                file.writelines(_coco(values))
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
         return path
+
+
+def _coco(values: Iterable[tuple[Item, Mapping[str, Any]]]) -> Iterator[str]:
+    """COCO's file, piece by piece; the values are gone through twice."""
+    yield '{"images": ['
+    for number, (item, value) in enumerate(values, start=1):
+        size = {"height": value["height"], "width": value["width"]}
+        yield ", " * (number > 1) + json.dumps({"id": number, "file_name": str(item.source), **size})
+    yield '], "annotations": ['
+    annotated = ((number, value["annotation"]) for number, (_, value) in enumerate(values, start=1))
+    with_a_pet = ((number, annotation) for number, annotation in annotated if annotation)
+    for own, (number, annotation) in enumerate(with_a_pet, start=1):
+        yield ", " * (own > 1) + json.dumps({"id": own, "image_id": number, "category_id": 1, **annotation})
+    category = {"id": 1, "name": "pet", "supercategory": "animal"}
+    yield f'], "categories": {json.dumps([category])}}}\n'
 
 
 class StreamSink:
@@ -411,23 +420,8 @@ class StreamSink:
     def leave_out(self, result: Segmentation) -> None:
         """There is no file for all results."""
 
-    def finish(self, values: Sequence[tuple[Item, Mapping[str, Any]]]) -> None:
+    def finish(self, values: Iterable[tuple[Item, Mapping[str, Any]]]) -> None:
         """Nothing is left to write."""
-
-
-def real_paths() -> Callable[[str | Path], str]:
-    """What gives files' real paths as ``os.path.realpath`` does, and looks up each folder once, not for each of a
-    million files in it.
-    """
-    folder = functools.cache(os.path.realpath)  # Path.resolve raises on a loop of links
-
-    def real(path: str | Path) -> str:
-        above, name = os.path.split(path)
-        if name in ("", os.curdir, os.pardir) or os.path.islink(path):  # noqa: PTH114 (a text, one of a million)
-            return os.path.realpath(path)
-        return os.path.join(folder(above), name)  # noqa: PTH118
-
-    return real
 
 
 def _refuse_beside(photos: Set[str], results: Iterable[Path]) -> None:

@@ -7,6 +7,8 @@ import errno
 import io
 import json
 import os
+import weakref
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -27,7 +29,6 @@ from petseg_runtime.sinks import (
     background_of,
     check_looks,
     picture,
-    real_paths,
 )
 from petseg_runtime.sources import STDIN, Item
 
@@ -282,17 +283,6 @@ def test_the_photos_own_folder_will_do_where_nothing_is_replaced(tmp_path: Path,
     items = photos(tmp_path, "a.jpg")
     assert ImageSink(tmp_path, picture("mask"), items).write(items[0], result).path == tmp_path / "a.png"
     assert (tmp_path / "a.jpg").read_bytes() == b"a photo"
-
-
-@pytest.mark.parametrize("name", ["link.png", "./a.png", "b/../a.png", "loop/a.png", "nowhere/a.png", ""])
-def test_real_paths_are_those_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    photos(tmp_path / "in", "a.png")
-    (tmp_path / "in" / "b").symlink_to(tmp_path)
-    (tmp_path / "in" / "link.png").symlink_to("a.png")
-    (tmp_path / "in" / "loop").symlink_to("loop")
-    monkeypatch.chdir(tmp_path / "in")
-    for path in (name, str(tmp_path / "in" / name)):
-        assert real_paths()(path) == os.path.realpath(path)
 
 
 def test_folders_are_looked_up_once_not_for_each_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -572,6 +562,31 @@ def test_run_lengths_are_exact_by_a_decoder_of_our_own(tmp_path: Path) -> None:
                 value = shift = 0
         flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
         np.testing.assert_array_equal(flat.reshape(width, height).T, result.mask)
+
+
+def test_a_coco_files_values_are_not_kept(tmp_path: Path) -> None:
+    """Those of a hundred thousand photos take gigabytes."""
+
+    class Outline(list[float]):
+        """Which a weak set takes."""
+
+        __hash__ = object.__hash__  # type: ignore[assignment]
+
+    alive: weakref.WeakSet[Outline] = weakref.WeakSet()
+    most = [0]
+
+    class Values:
+        def __iter__(self) -> Iterator[tuple[Item, dict[str, Any]]]:
+            for item in items_of(20):
+                outline = Outline([0.5])
+                alive.add(outline)
+                most[0] = max(most[0], len(alive))
+                yield item, {"height": 2, "width": 3, "annotation": {"segmentation": [outline]}}
+
+    path = CocoSink(tmp_path, "coco-rle", []).finish(Values())
+    file = json.loads(path.read_text(encoding="utf-8"))
+    assert [len(file[part]) for part in ("images", "annotations")] == [20, 20]
+    assert most[0] <= 3
 
 
 def test_a_coco_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

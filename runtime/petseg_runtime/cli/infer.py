@@ -9,9 +9,9 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 
@@ -143,7 +143,7 @@ def infer(
     failed.
     """
     from petseg_runtime.batch import segment_photos
-    from petseg_runtime.journal import Journal
+    from petseg_runtime.journal import JOURNAL, Journal
     from petseg_runtime.sinks import KINDS, background_of, probe
     from petseg_runtime.sources import RESULTS
 
@@ -179,14 +179,18 @@ def infer(
             settings |= {"fast_decode": fast_decode, "only_found": only_found or None}
             probe(folder)
             journal = stack.enter_context(Journal(folder, settings, resume=resume))
+            if journal.noted and not any(map(journal.knows, found.items)):
+                what = f"the {journal.noted} results noted there are of other files, or of these before they changed"
+                _say(f"{folder / JOURNAL}: {what}: all are done anew", quiet)
         report = None
         if sink:
-            watch = stack.enter_context(_watcher(len(found.photos), as_json, quiet, folder is not None))
+            watcher = stack.enter_context(_Watcher(as_json, quiet, folder is not None))
             report = segment_photos(
                 found.photos,
                 segmenter,
                 sink,
-                watch,
+                watcher.watch,
+                begun=watcher.expect,
                 journal=journal,
                 mask_only=not KINDS[kind].needs_photo,
                 fast_decode=fast_decode,
@@ -521,31 +525,34 @@ def _say(note: str, quiet: bool) -> None:
         click.echo(f"petseg: {shown(note)}", err=True)
 
 
-class _watcher:  # noqa: N801 (used like a function)
+class _Watcher:
     """Prints what becomes of each photo; a progress bar where people watch a batch."""
 
-    def __init__(self, total: int, as_json: bool, quiet: bool, to_files: bool) -> None:
+    def __init__(self, as_json: bool, quiet: bool, to_files: bool) -> None:
         self._as_json, self._quiet, self._to_files = as_json, quiet, to_files
         self._progress: Any = None
-        if total > 1 and sys.stderr.isatty() and not quiet:
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def expect(self, photos: int) -> None:
+        """So many are to be done."""
+        if photos > 1 and sys.stderr.isatty() and not self._quiet:
             from rich.console import Console
             from rich.progress import Progress
 
             # It would redirect what is printed, of which click writes a part past it; see `_print`.
             console = Console(stderr=True)
             self._progress = Progress(console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
-            self._task = self._progress.add_task("segmenting", total=total)
-
-    def __enter__(self) -> Callable[[Outcome[Item, Done]], None]:
-        if self._progress:
+            self._task = self._progress.add_task("segmenting", total=photos)
             self._progress.start()
-        return self._watch
 
-    def __exit__(self, *_: object) -> None:
-        if self._progress:
-            self._progress.stop()
-
-    def _watch(self, outcome: Outcome[Item, Done]) -> None:
+    def watch(self, outcome: Outcome[Item, Done]) -> None:
+        """Tell of one photo that is done or has failed."""
         source, done = shown(outcome.source.source), outcome.value
         if done is None:
             self._print(f"petseg: {shown(outcome.error)}", err=True)
