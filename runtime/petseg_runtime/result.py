@@ -18,7 +18,7 @@ from petseg_runtime import images
 from petseg_runtime.errors import UsageError
 from petseg_runtime.spec import lowest_pet
 
-__all__ = ["Polygon", "Segmentation"]
+__all__ = ["Polygon", "Segmentation", "fitted"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 Bool: TypeAlias = npt.NDArray[np.bool_]
@@ -160,14 +160,20 @@ class Segmentation:
             UsageError: The photo was decoded for the mask only, or that is no colour.
             InputError: The picture cannot be used.
         """
-        photo = self._photo()
+        height, width = self.probability.shape
         if isinstance(background, tuple):
-            behind = Image.new("RGB", photo.size, _colour(background))
-        else:
-            read = images.read(background)
-            fitted = ImageOps.fit(Image.fromarray(read.pixels), photo.size)
-            behind = images.in_profile(images.with_profile(fitted, read.icc_profile), self.icc_profile)
-        return self._in_its_colours(Image.composite(photo, behind, self._alpha()))
+            return self.before(Image.new("RGB", (width, height), _colour(background)))
+        read = images.read(background)
+        picture = images.with_profile(Image.fromarray(read.pixels), read.icc_profile)
+        return self.before(fitted(picture, (width, height), self.icc_profile))
+
+    def before(self, behind: Image.Image) -> Image.Image:
+        """As :meth:`on_background`, of a picture that fits already, as :func:`fitted` makes it; it is not changed.
+
+        Raises:
+            UsageError: The photo was decoded for the mask only.
+        """
+        return self._in_its_colours(Image.composite(self._photo(), behind, self._alpha()))
 
     @property
     def opacity(self) -> U8:
@@ -322,6 +328,17 @@ class Segmentation:
     def _alpha(self) -> Image.Image:
         """:attr:`opacity` as a one-channel picture."""
         return Image.fromarray(self.opacity)
+
+
+def fitted(picture: Image.Image, size: tuple[int, int], profile: bytes | None) -> Image.Image:
+    """A picture made to stand behind photos of one kind: scaled until it covers them, cut on both sides alike.
+
+    Args:
+        picture: RGB; ``info["icc_profile"]`` is its profile, without it sRGB.
+        size: The photos' width and height.
+        profile: Theirs; None: sRGB.
+    """
+    return images.in_profile(ImageOps.fit(picture, size), profile)
 
 
 def _opacity(cutout_threshold: float) -> U8:

@@ -18,7 +18,7 @@ from PIL import Image, ImageColor
 from petseg_runtime import images
 from petseg_runtime.errors import InputError, OutputError, UsageError
 from petseg_runtime.files import real_paths, replacing
-from petseg_runtime.result import Segmentation
+from petseg_runtime.result import Segmentation, fitted
 from petseg_runtime.sources import Item
 
 __all__ = [
@@ -65,7 +65,7 @@ KINDS: Final = {
     "probability": Kind(formats=("png", "webp")),
     "cutout": Kind(formats=("png", "webp"), needs_photo=True),
     "overlay": Kind(formats=("jpg", "png", "webp"), needs_photo=True),
-    "background": Kind(formats=("jpg", "png", "webp"), needs_photo=True),
+    "background": Kind(formats=("jpg", "png", "webp"), needs_photo=True, spare=4),  # what is kept to stand behind it
     "coco-polygons": Kind(spare=30),  # 28 bytes a pixel of the pet's box, at 12 megapixels
     "coco-rle": Kind(),
 }
@@ -221,9 +221,15 @@ def render_of(kind: str, background: Background | None = None) -> Callable[[Segm
 def _before(background: Background) -> Callable[[Segmentation], Image.Image]:
     if isinstance(background, tuple):
         return lambda result: result.on_background(background)
-    # A picture's colours are converted once for each of the profiles that photos have, not for each photo.
-    converted = functools.lru_cache(4)(functools.partial(images.in_profile, background))
-    return lambda result: result.on_background(converted(result.icc_profile))
+    # To fit a picture of 12 megapixels takes longer than all else that is done to a small photo. The photos of most
+    # folders are of few sizes: two cameras' or phones', each upright and on its side.
+    once = functools.lru_cache(4)(functools.partial(fitted, background))
+
+    def render(result: Segmentation) -> Image.Image:
+        height, width = result.probability.shape
+        return result.before(once((width, height), result.icc_profile))
+
+    return render
 
 
 def check_looks(kind: str, format: str | None = None, background: object = None) -> None:  # noqa: A002

@@ -687,4 +687,4 @@ def test_what_a_result_takes_in_memory_is_counted(own: Path, segmenter: Segmente
         read(items[0], asked.append)
     with Image.open(items[0].source) as image:
         assert asked[1] - asked[0] == sinks.KINDS[kind].spare * image.width * image.height
-    assert (sinks.KINDS[kind].spare > 0) == (kind == "coco-polygons")
+    assert (sinks.KINDS[kind].spare > 0) == (kind in ("coco-polygons", "background"))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from petseg_runtime.errors import InputError, OutputError, UsageError
 from petseg_runtime.result import Segmentation
@@ -204,6 +204,36 @@ def test_a_background_may_be_a_picture_that_is_made_to_fit(tmp_path: Path, resul
     assert (pixels[0, 0] == (200, 0, 0)).all()
     assert (pixels[0, -1] == (0, 0, 200)).all()
     assert (pixels[10, 12] == 90).all()
+
+
+def test_a_background_is_made_to_fit_once_for_photos_of_one_size_and_profile(
+    result: Segmentation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, int]] = []
+
+    def fit(picture: Image.Image, size: tuple[int, int], **options: Any) -> Image.Image:
+        made.append(size)
+        return picture.resize(size)
+
+    monkeypatch.setattr("petseg_runtime.result.ImageOps.fit", fit)
+    beach = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    before = beach.tobytes()
+    render = picture("background", "png", beach).render
+    for _ in range(3):
+        assert np.array(render(result)).tobytes() == result.on_background(beach).tobytes()
+    assert made == [(30, 20)] * 4, "on_background, which keeps nothing, makes it fit each time"
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for _ in range(2):
+        assert render(dataclasses.replace(result, icc_profile=profile)).info["icc_profile"] == profile
+        assert "icc_profile" not in render(result).info
+    assert len(made) == 5
+    for side in range(2, 8):  # many sizes: it stays right, and no more than a few are kept
+        small = Segmentation(np.zeros((side, side, 3), np.uint8), np.zeros((side, side), np.uint8), 0.5, 0.3)
+        np.testing.assert_array_equal(np.array(render(small)), np.array(beach.resize((side, side))))
+    made.clear()
+    render(result)
+    assert made == [(30, 20)], "it was among the oldest"
+    assert beach.tobytes() == before
 
 
 def test_a_background_that_is_partly_transparent_is_refused() -> None:
