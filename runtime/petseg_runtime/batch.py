@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from petseg_runtime import images
 from petseg_runtime.errors import ImageTooLarge, InputError
-from petseg_runtime.journal import Journal
+from petseg_runtime.journal import Journal, Values
 from petseg_runtime.pipeline import Outcome, Pipeline, Steps, Timings
 from petseg_runtime.result import Segmentation
 from petseg_runtime.segmenter import Prepared, Segmenter
@@ -81,6 +81,7 @@ def segment_photos(
     sink: Sink,
     watch: Watch,
     *,
+    begun: Callable[[int], None] = lambda left: None,
     journal: Journal | None = None,
     mask_only: bool = False,
     fast_decode: bool = False,
@@ -93,6 +94,7 @@ def segment_photos(
         segmenter: The model.
         sink: Where results go.
         watch: Told of each photo as it is done or has failed.
+        begun: Told before of how many, those that are done already left out.
         journal: Where it is noted, and which photos are done already; a sink that writes at the end needs one.
         mask_only: The photos themselves are not part of the results.
         fast_decode: Decode large JPEGs at a reduced size, which changes masks a little; with ``mask_only``.
@@ -106,6 +108,7 @@ def segment_photos(
     start = time.perf_counter()
     left = [item for item in items if not (journal and journal.finished(item, sink.path_of(item)))]
     report.skipped = len(items) - len(left)
+    begun(len(left))
     info = segmenter.describe()
     steps = _steps(segmenter, sink, mask_only, fast_decode, spare)
     workers = max(1, min(segmenter.workers, len(left)))
@@ -122,8 +125,7 @@ def segment_photos(
                 timings.add(step, seconds)
             watch(outcome)
     if journal:
-        values = [(item, value) for item in items if (value := journal.value(item))]
-        report.path = sink.finish(values)
+        report.path = sink.finish(Values(journal, items))
     report.steps = timings.summary()
     report.seconds = time.perf_counter() - start
     return report

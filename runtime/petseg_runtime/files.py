@@ -1,18 +1,31 @@
-"""Files that are either whole or not there: written beside their place, then renamed; and small ones that are read."""
+"""Files that are either whole or not there: written beside their place, then renamed; small ones that are read; and
+where files really are.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-__all__ = ["STEM", "is_at", "read_text", "replacing", "staging", "synced", "synced_folder", "write_atomic"]
+__all__ = [
+    "STEM",
+    "is_at",
+    "read_text",
+    "real_paths",
+    "replacing",
+    "staging",
+    "synced",
+    "synced_folder",
+    "write_atomic",
+]
 
 #: So many letters of a file's stem are in the name that it has while it is written: a name has at most 255 bytes, and a
 #: letter up to four.
@@ -46,6 +59,21 @@ def is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
         return False
+
+
+def real_paths() -> Callable[[str | Path], str]:
+    """What gives files' real paths as ``os.path.realpath`` does, and looks up each folder once, not for each of a
+    million files in it.
+    """
+    folder = functools.cache(os.path.realpath)  # Path.resolve raises on a loop of links
+
+    def real(path: str | Path) -> str:
+        above, name = os.path.split(path)
+        if name in ("", os.curdir, os.pardir) or os.path.islink(path):  # noqa: PTH114 (a text, one of a million)
+            return os.path.realpath(path)
+        return os.path.join(folder(above), name)  # noqa: PTH118
+
+    return real
 
 
 @contextlib.contextmanager

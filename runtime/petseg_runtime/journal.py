@@ -2,6 +2,10 @@
 
 ``.petseg-run.ndjson`` in the output folder: a line with what decides how results look, then one line per result that is
 in its place. A line that was cut by a crash counts for nothing; so does one whose photo or result has changed since.
+
+Runs that share the folder share the file: each has its own first line, and each line names its run. Of what they wrote
+to one place, the last line says whose result is there. What goes into a file for all results lies in the journal
+itself, so that no other run replaces it.
 """
 
 from __future__ import annotations
@@ -9,20 +13,23 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TextIO
+from typing import Any, Final, NamedTuple, Self
 
 from petseg_runtime.errors import OutputError
-from petseg_runtime.files import STEM
+from petseg_runtime.files import STEM, real_paths
 from petseg_runtime.sources import JOURNAL, Item
 
-__all__ = ["JOURNAL", "Journal"]
+__all__ = ["JOURNAL", "Journal", "Values"]
 
 SCHEMA_VERSION: Final = 2
 
@@ -30,14 +37,43 @@ SCHEMA_VERSION: Final = 2
 _OF_SOME: Final = ("format", "video_format")
 
 #: The beginning of every journal.
-_BEGINS: Final = '{"schema_version": '
+_BEGINS: Final = b'{"schema_version": '
 
 #: What :func:`petseg_runtime.files.replacing` leaves behind when the process is killed.
 _PART: Final = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part(?:\.\w+)?", re.DOTALL)
 
+#: How often a lock is asked for, and seconds in between: a run that begins holds it alone for a moment, one that goes
+#: on until its end.
+_TRIES: Final = 5
+_PAUSE: Final = 0.02
+
+
+class _Note(NamedTuple):
+    """What is kept of a line; its value, which may be large, stays in the file.
+
+    Attributes:
+        source: What the photo was.
+        size: Bytes of the result, if it is a file of its own.
+        suffix: Of that file; None: not known, or there is none.
+        has_value: Whether the line holds a value.
+        offset: Where the line begins in the file.
+        length: Its bytes.
+    """
+
+    source: list[Any]
+    size: int | None
+    suffix: str | None
+    has_value: bool
+    offset: int
+    length: int
+
 
 class Journal:
-    """One run's lines. Use it as a context manager."""
+    """One run's lines. Use it as a context manager.
+
+    Attributes:
+        noted: How many results the run that was stopped has noted.
+    """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
         """Open the journal of an output folder: a new one, or with ``resume`` the one that is there.
@@ -52,43 +88,43 @@ class Journal:
             OutputError: It cannot be written, is being written by another run, belongs to other settings, or is
                 something else: a link, no regular file, or a file that no run has begun.
         """
-        self._folder, self._path = folder, folder / JOURNAL
-        self._done: dict[str, dict[str, Any]] = {}
+        self._folder, self._path, self._real = folder, folder / JOURNAL, real_paths()
+        self._done: dict[str, _Note] = {}
         self._sources: dict[str, list[Any]] = {}  # the photos as they were when they were asked about
         self._parts: dict[tuple[Path, str], list[Path]] = {}  # by folder and the result's stem, as far as it is in them
         header = {"schema_version": SCHEMA_VERSION, "settings": dict(settings)}
-        # On each line, because runs that share the folder share the file.
-        self._run = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
+        self._run = _run_of(header)
         self._file = _opened(self._path)
         try:
-            self._lock(exclusive=resume)
-            self._check_own()
             if resume:
-                self._find_parts()
                 self._go_on(header)
             else:
-                self._file.truncate(0)
-                self._write([header])
+                self._begin(header)
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
                 raise OutputError(f"{self._path}: cannot be written ({error.strerror or error})") from error
             raise
+        self.noted = len(self._done)
 
-    def finished(self, item: Item, path: Path | None) -> dict[str, Any] | None:
-        """The line of an item whose result is there, whole, and made from the photo as it is now; else None.
+    def finished(self, item: Item, path: Path | None) -> bool:
+        """Whether an item's result is noted, there, whole, and made from the photo as it is now.
 
         Args:
             item: The photo.
             path: Where its result is, if it is a file of its own.
         """
         self._clear_parts_of(self._folder / item.name)
+        if not self.knows(item):
+            return False
+        return path is None or _size(path) == self._done[str(item.name)].size
+
+    def knows(self, item: Item) -> bool:
+        """Whether a result is noted of an item as it is now, wherever that result may be."""
         # What is noted later is this state: if the photo changes while it is read, it is done again next time.
-        source = self._sources[str(item.name)] = _identity(item)
-        line = self._done.get(str(item.name))
-        if line is None or line.get("source") != source:
-            return None
-        return line if path is None or _size(path) == line.get("bytes") else None
+        source = self._sources[str(item.name)] = self._identity(item)
+        note = self._done.get(str(item.name))
+        return note is not None and note.source == source
 
     def add(self, item: Item, path: Path | None, value: Mapping[str, Any] | None = None) -> None:
         """Note that an item's result is in its place.
@@ -102,17 +138,32 @@ class Journal:
             OutputError: The line cannot be written.
         """
         name = str(item.name)
-        source = self._sources.get(name) or _identity(item)
-        line = {"run": self._run, "name": name, "source": source, "bytes": path and _size(path), "value": value}
-        self._done[name] = line
-        self._write([line])
+        source = self._sources.get(name) or self._identity(item)
+        size, suffix = (_size(path), path.suffix) if path else (None, None)
+        line = {"run": self._run, "name": name, "source": source, "bytes": size, "suffix": suffix, "value": value}
+        try:
+            offset, length = self._append(line)
+        except OSError as error:
+            raise OutputError(f"{self._path}: cannot be written ({error.strerror or error})") from error
+        self._done[name] = _Note(source, size, suffix, value is not None, offset, length)
 
     def value(self, item: Item) -> dict[str, Any] | None:
-        """What :meth:`add` was given for an item, in this run or before; None if its photo has changed since."""
-        line = self._done.get(str(item.name))
-        if line is None or line.get("source") != (self._sources.get(str(item.name)) or _identity(item)):
+        """What :meth:`add` was given for an item, in this run or before; None if its photo has changed since.
+
+        Raises:
+            OutputError: It cannot be read back.
+        """
+        note = self._done.get(str(item.name))
+        if note is None or note.source != (self._sources.get(str(item.name)) or self._identity(item)):
             return None
-        return line.get("value")
+        try:
+            line = json.loads(os.pread(self._file.fileno(), note.length, note.offset))
+            if line["name"] != str(item.name):
+                raise ValueError(f"another photo's line at byte {note.offset}")
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise OutputError(f"{self._path}: changed by another program ({error}): run again with --resume") from error
+        value: dict[str, Any] | None = line.get("value")
+        return value
 
     def close(self) -> None:
         """Close the file; it stays for a later run."""
@@ -127,18 +178,62 @@ class Journal:
     ) -> None:
         self.close()
 
-    def _lock(self, *, exclusive: bool) -> None:
-        """Lock the folder: several runs may share it, but not with one that removes half-written files (``exclusive``).
+    def _begin(self, header: dict[str, Any]) -> None:
+        """Begin anew where no other run is at work; beside one its lines stay, and the header follows them."""
+        alone = self._lock(fcntl.LOCK_EX)
+        self._check_own()
+        if alone:
+            self._file.truncate(0)
+        # Under this lock, nobody empties the file.
+        self._lock_for_good(fcntl.LOCK_SH)
+        self._append_header(header)
+
+    def _go_on(self, header: dict[str, Any]) -> None:
+        """Take over what is there. No other run may be at work: its half-written files would be removed.
+
+        Raises:
+            OutputError: Another run is, or all runs there had other settings.
+        """
+        self._lock_for_good(fcntl.LOCK_EX)
+        self._check_own()
+        self._find_parts()
+        headers = self._read(header)
+        agreeing = [found for found in headers if not _differing(found, header)]
+        if self._done or agreeing:
+            if self._run not in map(_run_of, agreeing):
+                self._append_header(header)
+            elif self._file.seek(0, os.SEEK_END):
+                self._write(b"\n")  # ends a line that was cut
+        elif headers:
+            self._refuse(headers[-1], header)
+        else:
+            self._file.truncate(0)  # so that a journal begins as one, whatever was cut
+            self._append_header(header)
+
+    def _lock(self, kind: int) -> bool:
+        """Lock the journal, and with it the folder; whether no other run is in the way.
+
+        Where the file system has no locks, nobody can be told of.
+        """
+        try:
+            fcntl.flock(self._file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
+    def _lock_for_good(self, kind: int) -> None:
+        """Lock the folder: several runs may share it, but not with one that removes half-written files.
 
         Raises:
             OutputError: Another run is in the way.
         """
-        try:
-            fcntl.flock(self._file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(f"{self._folder}: another run writes there; wait for it, or stop it") from error
-        except OSError:  # a file system without locks
-            return
+        for _ in range(_TRIES):
+            if self._lock(kind):
+                return
+            time.sleep(_PAUSE)
+        raise OutputError(f"{self._folder}: another run writes there; wait for it, or stop it")
 
     def _check_own(self) -> None:
         """Refuse a file that no run has begun. An empty one is fine, and so is a beginning that a crash has cut.
@@ -146,50 +241,71 @@ class Journal:
         Raises:
             OutputError: It is such a file.
         """
-        self._file.seek(0)
-        begun = self._file.read(len(_BEGINS))
+        begun = os.pread(self._file.fileno(), len(_BEGINS), 0)
         if not _BEGINS.startswith(begun):
             raise OutputError(
                 f"{self._path}: not a journal of petseg, so it is left as it is: move it away, or choose another "
                 "--output"
             )
 
-    def _go_on(self, header: dict[str, Any]) -> None:
-        lines = self._lines()
-        if lines:
-            self._check(lines[0], header)
-            own = (line for line in lines[1:] if line.get("run") == self._run)
-            self._done = {line["name"]: line for line in own if isinstance(line.get("name"), str)}
-        if not lines:
-            self._file.truncate(0)  # so that a journal begins as one, whatever was cut
-            self._write([header])
-        elif self._file.seek(0, os.SEEK_END):
-            self._file.write("\n")  # ends a line that was cut
+    def _read(self, header: dict[str, Any]) -> list[dict[str, Any]]:
+        """Take in the lines that are whole, of runs with these settings; returns the headers of all runs."""
+        headers, own = [], {self._run}
+        for offset, length, line in self._lines():
+            if "settings" in line or "schema_version" in line:
+                headers.append(line)
+                if not _differing(line, header):
+                    own.add(_run_of(line))
+            elif isinstance(line.get("name"), str):
+                self._take(line, offset, length, is_own=line.get("run") in own)
+        return headers
 
-    def _lines(self) -> list[dict[str, Any]]:
-        """The lines that are whole."""
-        self._file.seek(0)
-        lines = []
-        for text in self._file:
-            with contextlib.suppress(ValueError, RecursionError):  # cut by a crash: that photo is done again
-                line = json.loads(text)
+    def _take(self, line: dict[str, Any], offset: int, length: int, *, is_own: bool) -> None:
+        """Take in one line; one of another run says that a result of ours was replaced, if it had the same place."""
+        name, source, suffix = line["name"], line.get("source"), line.get("suffix")
+        if is_own and isinstance(source, list) and source:
+            source = self._resolved(source)
+            has_value = line.get("value") is not None
+            self._done[name] = _Note(source, line.get("bytes"), suffix, has_value, offset, length)
+        elif not is_own and line.get("value") is None and (ours := self._done.get(name)):
+            elsewhere = None not in (ours.suffix, suffix) and ours.suffix != suffix
+            if not ours.has_value and not elsewhere:
+                del self._done[name]
+
+    def _resolved(self, source: list[Any]) -> list[Any]:
+        """A photo as it was noted, by its real path: earlier versions noted it as it was typed."""
+        path, *rest = source
+        if path == "-" or not isinstance(path, str) or "\0" in path:  # which no path has: another program's line
+            return source
+        return [self._real(path), *rest]
+
+    def _lines(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """The lines that are whole: where each begins, its length, and what it says."""
+        offset = 0
+        with os.fdopen(os.dup(self._file.fileno()), "rb") as file:
+            file.seek(0)
+            for text in file:
+                line = None
+                with contextlib.suppress(ValueError, RecursionError):  # cut by a crash: that photo is done again
+                    line = json.loads(text)
                 if isinstance(line, dict):
-                    lines.append(line)
-        return lines
+                    yield offset, len(text), line
+                offset += len(text)
 
-    def _check(self, found: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+    def _refuse(self, found: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+        """Say what was otherwise in the run that was begun last.
+
+        Raises:
+            OutputError: Always.
+        """
         before, now = found.get("settings"), header["settings"]
         if found.get("schema_version") != SCHEMA_VERSION or not isinstance(before, dict):
             raise OutputError(f"{self._path}: not a journal of this version of petseg: start again without --resume")
-        everything = {**before, **now}
-        compared = (key for key in everything if key not in _OF_SOME or (key in before and key in now))
-        differing = [key for key in compared if before.get(key) != now.get(key)]
-        if differing:
-            changes = "; ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in differing)
-            raise OutputError(
-                f"{self._folder}: the run there was another ({changes}): resume it with its own settings, or start "
-                "again without --resume"
-            )
+        changes = (f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in _differing(found, header))
+        raise OutputError(
+            f"{self._folder}: the run there was another ({'; '.join(changes)}): resume it with its own settings, or "
+            "start again without --resume"
+        )
 
     def _find_parts(self) -> None:
         for where, _, names in os.walk(self._folder):
@@ -208,15 +324,68 @@ class Journal:
             for part in self._parts.pop(key):
                 part.unlink(missing_ok=True)
 
-    def _write(self, lines: list[dict[str, Any]]) -> None:
+    def _identity(self, item: Item) -> list[Any]:
+        """JSON values that differ once the photo has changed: real path, size and time, or the SHA-256 of its data."""
+        if item.data is not None:
+            return ["-", hashlib.sha256(item.data).hexdigest()]
+        path = self._real(item.source)
         try:
-            self._file.writelines(json.dumps(line) + "\n" for line in lines)
-            self._file.flush()
-        except OSError as error:
-            raise OutputError(f"{self._path}: cannot be written ({error.strerror or error})") from error
+            about = item.source.stat()
+        except OSError:
+            return [path]
+        return [path, about.st_size, about.st_mtime_ns]
+
+    def _append_header(self, header: Mapping[str, Any]) -> None:
+        if self._file.seek(0, os.SEEK_END):
+            self._write(b"\n")  # ends a line that was cut
+        self._append(header)
+
+    def _append(self, line: Mapping[str, Any]) -> tuple[int, int]:
+        """Add a line in one piece, so that those of other runs do not come between; returns its place and length."""
+        data = (json.dumps(line) + "\n").encode()
+        self._write(data)
+        return self._file.tell() - len(data), len(data)
+
+    def _write(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:  # of a disk that is full, the first call takes a part, and the second one says so
+            left = left[self._file.write(left) :]
 
 
-def _opened(path: Path) -> TextIO:
+@dataclass(frozen=True)
+class Values:
+    """The values of items in a journal, each read when its turn comes; may be gone through again.
+
+    Attributes:
+        journal: Where they are noted.
+        items: Those of which there is none are left out.
+    """
+
+    journal: Journal
+    items: Iterable[Item]
+
+    def __iter__(self) -> Iterator[tuple[Item, dict[str, Any]]]:
+        """Each with its item."""
+        for item in self.items:
+            if value := self.journal.value(item):
+                yield item, value
+
+
+def _run_of(header: Mapping[str, Any]) -> str:
+    """What names a run on each of its lines: runs with the same settings have the same name."""
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _differing(found: Mapping[str, Any], header: Mapping[str, Any]) -> list[str]:
+    """The settings in which a run that was found differs, if its header is of this version."""
+    before, now = found.get("settings"), header["settings"]
+    if found.get("schema_version") != SCHEMA_VERSION or not isinstance(before, dict):
+        return ["schema_version"]
+    compared = (key for key in {**before, **now} if key not in _OF_SOME or (key in before and key in now))
+    return [key for key in compared if before.get(key) != now.get(key)]
+
+
+def _opened(path: Path) -> io.FileIO:
     """The journal, made if it is not there. It may lie in a folder that came from elsewhere, so no link is followed: it
     would lead to a file of the user's, to be emptied.
 
@@ -234,18 +403,7 @@ def _opened(path: Path) -> TextIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OutputError(f"{path}: not a regular file: remove it")
-    return os.fdopen(descriptor, "a+", encoding="utf-8", errors="replace")
-
-
-def _identity(item: Item) -> list[Any]:
-    """JSON values that differ once the photo has changed: path, size and time, or the SHA-256 of its data."""
-    if item.data is not None:
-        return ["-", hashlib.sha256(item.data).hexdigest()]
-    try:
-        about = item.source.stat()
-    except OSError:
-        return [str(item.source)]
-    return [str(item.source), about.st_size, about.st_mtime_ns]
+    return io.FileIO(descriptor, "a+")
 
 
 def _size(path: Path) -> int | None:

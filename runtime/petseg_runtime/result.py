@@ -19,7 +19,7 @@ from petseg_runtime.errors import UsageError
 from petseg_runtime.regions import CERTAIN, leave_out, regions, runs
 from petseg_runtime.spec import lowest_pet
 
-__all__ = ["Polygon", "Segmentation"]
+__all__ = ["Polygon", "Segmentation", "fitted"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 Bool: TypeAlias = npt.NDArray[np.bool_]
@@ -159,14 +159,20 @@ class Segmentation:
             UsageError: The photo was decoded for the mask only, or that is no colour.
             InputError: The picture cannot be used.
         """
-        photo = self._photo()
+        height, width = self.probability.shape
         if isinstance(background, tuple):
-            behind = Image.new("RGB", photo.size, _colour(background))
-        else:
-            read = images.read(background)
-            fitted = ImageOps.fit(Image.fromarray(read.pixels), photo.size)
-            behind = images.in_profile(images.with_profile(fitted, read.icc_profile), self.icc_profile)
-        return self._in_its_colours(Image.composite(photo, behind, self._alpha()))
+            return self.before(Image.new("RGB", (width, height), _colour(background)))
+        read = images.read(background)
+        picture = images.with_profile(Image.fromarray(read.pixels), read.icc_profile)
+        return self.before(fitted(picture, (width, height), self.icc_profile))
+
+    def before(self, behind: Image.Image) -> Image.Image:
+        """As :meth:`on_background`, of a picture that fits already, as :func:`fitted` makes it; it is not changed.
+
+        Raises:
+            UsageError: The photo was decoded for the mask only.
+        """
+        return self._in_its_colours(Image.composite(self._photo(), behind, self._alpha()))
 
     @property
     def opacity(self) -> U8:
@@ -259,13 +265,14 @@ class Segmentation:
             exact: The exact mask in any case; outlines, which take most of the time and memory, are not looked for.
 
         Returns:
-            ``segmentation`` (a list of ``[x1, y1, x2, y2, ...]``, or a run-length encoding), ``bbox`` (x, y, width,
-            height), ``area`` (in pixels of the mask) and ``iscrowd`` (0).
+            ``segmentation`` (a list of ``[x1, y1, x2, y2, ...]``, to a hundredth of a pixel, or a run-length encoding),
+            ``bbox`` (x, y, width, height), ``area`` (in pixels of the mask) and ``iscrowd`` (0).
         """
         polygons = [] if exact else self.polygons(tolerance)
-        holes = any(polygon.holes for polygon in polygons)
+        # To a hundredth of a pixel: what lies behind it is three quarters of the file.
+        rings = [polygon.exterior.round(2).ravel().tolist() for polygon in polygons if not polygon.holes]
         return {
-            "segmentation": [p.exterior.ravel().tolist() for p in polygons] if polygons and not holes else self.rle(),
+            "segmentation": rings if rings and len(rings) == len(polygons) else self.rle(),
             "bbox": list(self.box or (0, 0, 0, 0)),
             "area": int(np.count_nonzero(self.mask)),
             "iscrowd": 0,
@@ -317,6 +324,17 @@ class Segmentation:
     def _alpha(self) -> Image.Image:
         """:attr:`opacity` as a one-channel picture."""
         return Image.fromarray(self.opacity)
+
+
+def fitted(picture: Image.Image, size: tuple[int, int], profile: bytes | None) -> Image.Image:
+    """A picture made to stand behind photos of one kind: scaled until it covers them, cut on both sides alike.
+
+    Args:
+        picture: RGB; ``info["icc_profile"]`` is its profile, without it sRGB.
+        size: The photos' width and height.
+        profile: Theirs; None: sRGB.
+    """
+    return images.in_profile(ImageOps.fit(picture, size), profile)
 
 
 def _opacity(cutout_threshold: float) -> U8:

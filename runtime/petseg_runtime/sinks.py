@@ -8,7 +8,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol, TypeAlias
@@ -17,8 +17,8 @@ from PIL import Image, ImageColor
 
 from petseg_runtime import images
 from petseg_runtime.errors import InputError, OutputError, UsageError
-from petseg_runtime.files import replacing, write_atomic
-from petseg_runtime.result import Segmentation
+from petseg_runtime.files import real_paths, replacing
+from petseg_runtime.result import Segmentation, fitted
 from petseg_runtime.sources import Item
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "check_looks",
     "picture",
     "probe",
-    "real_paths",
     "render_of",
 ]
 
@@ -66,7 +65,7 @@ KINDS: Final = {
     "probability": Kind(formats=("png", "webp")),
     "cutout": Kind(formats=("png", "webp"), needs_photo=True),
     "overlay": Kind(formats=("jpg", "png", "webp"), needs_photo=True),
-    "background": Kind(formats=("jpg", "png", "webp"), needs_photo=True),
+    "background": Kind(formats=("jpg", "png", "webp"), needs_photo=True, spare=4),  # what is kept to stand behind it
     "coco-polygons": Kind(spare=30),  # 28 bytes a pixel of the pet's box, at 12 megapixels
     "coco-rle": Kind(),
 }
@@ -121,8 +120,11 @@ class Sink(Protocol):
     def leave_out(self, result: Segmentation) -> dict[str, Any] | None:
         """What the file for all results says of a photo without a pet; None: there is no such file."""
 
-    def finish(self, values: Sequence[tuple[Item, Mapping[str, Any]]]) -> Path | None:
-        """Write the one file for all results, if there is one, from all values in order; returns its path."""
+    def finish(self, values: Iterable[tuple[Item, Mapping[str, Any]]]) -> Path | None:
+        """Write the one file for all results, if there is one, from all values in order; returns its path.
+
+        They may be gone through more than once, and are not kept: of a hundred thousand photos they take gigabytes.
+        """
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ class OnlyFound:
         """See :class:`Sink`."""
         return self.sink.leave_out(result)
 
-    def finish(self, values: Sequence[tuple[Item, Mapping[str, Any]]]) -> Path | None:
+    def finish(self, values: Iterable[tuple[Item, Mapping[str, Any]]]) -> Path | None:
         """See :class:`Sink`."""
         return self.sink.finish(values)
 
@@ -219,9 +221,15 @@ def render_of(kind: str, background: Background | None = None) -> Callable[[Segm
 def _before(background: Background) -> Callable[[Segmentation], Image.Image]:
     if isinstance(background, tuple):
         return lambda result: result.on_background(background)
-    # A picture's colours are converted once for each of the profiles that photos have, not for each photo.
-    converted = functools.lru_cache(4)(functools.partial(images.in_profile, background))
-    return lambda result: result.on_background(converted(result.icc_profile))
+    # To fit a picture of 12 megapixels takes longer than all else that is done to a small photo. The photos of most
+    # folders are of few sizes: two cameras' or phones', each upright and on its side.
+    once = functools.lru_cache(4)(functools.partial(fitted, background))
+
+    def render(result: Segmentation) -> Image.Image:
+        height, width = result.probability.shape
+        return result.before(once((width, height), result.icc_profile))
+
+    return render
 
 
 def check_looks(kind: str, format: str | None = None, background: object = None) -> None:  # noqa: A002
@@ -315,7 +323,7 @@ class ImageSink:
     def leave_out(self, result: Segmentation) -> None:
         """There is no file for all results."""
 
-    def finish(self, values: Sequence[tuple[Item, Mapping[str, Any]]]) -> None:
+    def finish(self, values: Iterable[tuple[Item, Mapping[str, Any]]]) -> None:
         """Nothing is left to write."""
 
 
@@ -352,29 +360,36 @@ class CocoSink:
         height, width = result.probability.shape
         return {"height": height, "width": width, "annotation": None}
 
-    def finish(self, values: Sequence[tuple[Item, Mapping[str, Any]]]) -> Path:
+    def finish(self, values: Iterable[tuple[Item, Mapping[str, Any]]]) -> Path:
         """Write the file.
 
         Raises:
             OutputError: It cannot be written.
         """
-        pictures: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        for number, (item, value) in enumerate(values, start=1):
-            size = {"height": value["height"], "width": value["width"]}
-            pictures.append({"id": number, "file_name": str(item.source), **size})
-            if value["annotation"]:
-                annotations.append(
-                    {"id": len(annotations) + 1, "image_id": number, "category_id": 1, **value["annotation"]}
-                )
-        category = {"id": 1, "name": "pet", "supercategory": "animal"}
-        coco = {"images": pictures, "annotations": annotations, "categories": [category]}
         path = self._path
         try:
-            write_atomic(path, (json.dumps(coco) + "\n").encode())
+            with replacing(path) as beside, beside.open("x", encoding="ascii") as file:
+                file.writelines(_coco(values))
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
         return path
+
+
+def _coco(values: Iterable[tuple[Item, Mapping[str, Any]]]) -> Iterator[str]:
+    """COCO's file, piece by piece; the values are gone through twice."""
+    yield '{"images": ['
+    for number, (item, value) in enumerate(values, start=1):
+        size = {"height": value["height"], "width": value["width"]}
+        yield ", " * (number > 1) + json.dumps({"id": number, "file_name": str(item.source), **size})
+    yield '], "annotations": ['
+    annotated = ((number, value["annotation"]) for number, (_, value) in enumerate(values, start=1))
+    with_a_pet = ((number, annotation) for number, annotation in annotated if annotation)
+    for own, (number, annotation) in enumerate(with_a_pet, start=1):
+        yield ", " * (own > 1) + json.dumps({"id": own, "image_id": number, "category_id": 1, **annotation})
+    category = {"id": 1, "name": "pet", "supercategory": "animal"}
+    yield f'], "categories": {json.dumps([category])}}}\n'
 
 
 class StreamSink:
@@ -411,23 +426,8 @@ class StreamSink:
     def leave_out(self, result: Segmentation) -> None:
         """There is no file for all results."""
 
-    def finish(self, values: Sequence[tuple[Item, Mapping[str, Any]]]) -> None:
+    def finish(self, values: Iterable[tuple[Item, Mapping[str, Any]]]) -> None:
         """Nothing is left to write."""
-
-
-def real_paths() -> Callable[[str | Path], str]:
-    """What gives files' real paths as ``os.path.realpath`` does, and looks up each folder once, not for each of a
-    million files in it.
-    """
-    folder = functools.cache(os.path.realpath)  # Path.resolve raises on a loop of links
-
-    def real(path: str | Path) -> str:
-        above, name = os.path.split(path)
-        if name in ("", os.curdir, os.pardir) or os.path.islink(path):  # noqa: PTH114 (a text, one of a million)
-            return os.path.realpath(path)
-        return os.path.join(folder(above), name)  # noqa: PTH118
-
-    return real
 
 
 def _refuse_beside(photos: Set[str], results: Iterable[Path]) -> None:

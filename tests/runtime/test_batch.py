@@ -116,13 +116,14 @@ def go(
     *,
     resume: bool = False,
     watch: Callable[[Outcome[Item, Done]], None] = ignore,
+    begun: Callable[[int], None] = lambda left: None,
     sink: Callable[[Sink], Sink] = lambda sink: sink,
 ) -> Report:
     """What `petseg infer FOLDER --as KIND` does."""
     items = find_photos([folder], out)
     to = sink(make_sink(kind, out, items, resume))
     with Journal(out, {"as": kind}, resume=resume) as journal:
-        return segment_photos(items, segmenter, to, watch, journal=journal, mask_only=kind == "mask")
+        return segment_photos(items, segmenter, to, watch, begun=begun, journal=journal, mask_only=kind == "mask")
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -492,6 +493,18 @@ def test_only_what_changed_is_done_again(model: Path, own: Path, tmp_path: Path)
             np.testing.assert_array_equal(np.array(saved) == 255, segmenter(own / "a" / "000.jpg").mask)
 
 
+def test_whoever_watches_is_told_how_many_are_left(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
+    told: list[Any] = []
+    for resume in (False, True, True):
+        watched = len(told)
+        go(segmenter, own, tmp_path / "out", resume=resume, begun=told.append, watch=told.append)
+        left, *outcomes = told[watched:]
+        assert left == len(outcomes)
+        (tmp_path / "out" / "a" / "002.png").unlink()
+        (tmp_path / "out" / "b" / "003.png").unlink()
+    assert [left for left in told if isinstance(left, int)] == [8, 2, 2]
+
+
 def test_what_failed_is_tried_again(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
     good = (own / "a" / "002.jpg").read_bytes()
     (own / "a" / "002.jpg").write_bytes(b"no photo")
@@ -674,4 +687,4 @@ def test_what_a_result_takes_in_memory_is_counted(own: Path, segmenter: Segmente
         read(items[0], asked.append)
     with Image.open(items[0].source) as image:
         assert asked[1] - asked[0] == sinks.KINDS[kind].spare * image.width * image.height
-    assert (sinks.KINDS[kind].spare > 0) == (kind == "coco-polygons")
+    assert (sinks.KINDS[kind].spare > 0) == (kind in ("coco-polygons", "background"))

@@ -858,6 +858,31 @@ def test_where_some_were_there_already_a_failure_is_3(reds: list[str], tmp_path:
     assert run([*reds, str(tmp_path / "out"), "--resume"]) == 3
 
 
+def test_a_run_goes_on_however_its_folder_is_spelled(
+    reds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And where nothing that is noted helps, it says so."""
+    out = str(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    reds[1] = "photos"
+    assert run([*reds, out]) == 0
+    monkeypatch.chdir(tmp_path / "photos")
+    for spelled in (".", "../photos", str(tmp_path / "photos")):
+        reds[1] = spelled
+        capsys.readouterr()
+        assert run([*reds, out, "--resume"]) == 0
+        printed = capsys.readouterr()
+        assert printed.out.splitlines()[-1] == f"5 photos: 0 written to {out}, 5 there already"
+        assert printed.err == ""
+    shutil.copytree(tmp_path / "photos", tmp_path / "copy")
+    reds[1] = str(tmp_path / "copy")
+    why = "the 5 results noted there are of other files, or of these before they changed: all are done anew"
+    for options, said in ([], f"petseg: {Path(out) / JOURNAL}: {why}\n"), (["-q"], ""):
+        assert run([*reds, out, "--resume", *options]) == 0
+        assert capsys.readouterr().err == said
+        reds[1] = str(tmp_path / "photos")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -936,13 +961,13 @@ def test_a_format_of_videos_counts_where_there_are_some(
     assert "video_format was 'mp4', now 'png'" in capsys.readouterr().err
 
 
-def test_on_a_terminal_lines_stand_above_the_bar(reds: list[str], tmp_path: Path) -> None:
-    """And are whole: nothing of the bar is before them."""
+def on_a_terminal(*command: str) -> str:
+    """What a command that ends well shows there, line by line, without colours."""
     pty = pytest.importorskip("pty")
     mine, theirs = pty.openpty()
-    command = [sys.executable, "-m", "petseg.cli", *reds, str(tmp_path / "out")]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
-    running = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, close_fds=True)
+    call = [sys.executable, "-m", "petseg.cli", *command]
+    running = subprocess.Popen(call, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, close_fds=True)
     os.close(theirs)
     said = b""
     with contextlib.suppress(OSError):  # what Linux raises at the end
@@ -950,12 +975,26 @@ def test_on_a_terminal_lines_stand_above_the_bar(reds: list[str], tmp_path: Path
             said += part
     os.close(mine)
     assert running.wait(60) == 0
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode())
-    lines = re.split(r"[\r\n]+", text)
+    return re.sub(r"[\r\n]+", "\n", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode()))
+
+
+def test_on_a_terminal_lines_stand_above_the_bar(reds: list[str], tmp_path: Path) -> None:
+    """And are whole: nothing of the bar is before them."""
+    text = on_a_terminal(*reds, str(tmp_path / "out"))
     for number in range(5):
         source, result = tmp_path / "photos" / f"{number}.png", tmp_path / "out" / f"{number}.png"
-        assert any(line.startswith(f"{source} -> {result}  ") for line in lines), text
-    assert any("segmenting" in line for line in lines)
+        assert f"\n{source} -> {result}  " in f"\n{text}"
+    assert "segmenting" in text
+
+
+def test_the_bar_of_a_run_that_goes_on_is_of_what_is_left(reds: list[str], tmp_path: Path) -> None:
+    assert run([*reds, str(tmp_path / "out")]) == 0
+    for number in (1, 3):
+        (tmp_path / "out" / f"{number}.png").unlink()
+    text = on_a_terminal(*reds, str(tmp_path / "out"), "--resume")
+    assert re.search(r"segmenting .*100%", text), text
+    (tmp_path / "out" / "1.png").unlink()
+    assert "segmenting" not in on_a_terminal(*reds, str(tmp_path / "out"), "--resume"), "of one there is none"
 
 
 def test_results_do_not_go_among_the_photos_that_are_searched(

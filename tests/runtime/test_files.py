@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from petseg_runtime.files import read_text, replacing, staging, synced, synced_folder, write_atomic
+from petseg_runtime.files import read_text, real_paths, replacing, staging, synced, synced_folder, write_atomic
 
 
 def test_a_text_is_read_up_to_so_many_bytes(tmp_path: Path) -> None:
@@ -27,6 +27,19 @@ def test_a_text_is_read_up_to_so_many_bytes(tmp_path: Path) -> None:
         read_text(path, 5)
     with pytest.raises(FileNotFoundError):
         read_text(tmp_path / "b.json", 5)
+
+
+@pytest.mark.parametrize("name", ["link.png", "./a.png", "b/../a.png", "loop/a.png", "nowhere/a.png", ""])
+def test_real_paths_are_those_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"a photo")
+    (folder / "b").symlink_to(tmp_path)
+    (folder / "link.png").symlink_to("a.png")
+    (folder / "loop").symlink_to("loop")
+    monkeypatch.chdir(folder)
+    for path in (name, str(folder / name)):
+        assert real_paths()(path) == os.path.realpath(path)
 
 
 @pytest.fixture(params=["absent", "present"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petseg_runtime.errors import OutputError
-from petseg_runtime.journal import JOURNAL, Journal
+from petseg_runtime.journal import JOURNAL, Journal, Values
 from petseg_runtime.sources import STDIN, Item
 
 SETTINGS = {"as": "mask", "threshold": 0.5, "background": None}
@@ -50,14 +52,14 @@ def note(folder: Path, *items: Item, **changes: Any) -> None:
     """A first run that did these."""
     with Journal(folder, SETTINGS | changes, resume=False) as journal:
         for item in items:
-            assert journal.finished(item, result(folder, str(item.name))) is None
+            assert not journal.finished(item, result(folder, str(item.name)))
             journal.add(item, result(folder, str(item.name)))
 
 
 def is_finished(folder: Path, item: Item, **changes: Any) -> bool:
     """Whether a run that goes on there passes over an item."""
     with Journal(folder, SETTINGS | changes, resume=True) as journal:
-        return journal.finished(item, result(folder, str(item.name))) is not None
+        return journal.finished(item, result(folder, str(item.name)))
 
 
 Photo = Callable[..., Item]
@@ -119,7 +121,7 @@ def test_a_photo_that_changes_while_it_is_read_is_done_again(folder: Path, photo
     """Which of the two states was segmented, nobody knows."""
     cat = photo()
     with Journal(folder, SETTINGS, resume=False) as journal:
-        assert journal.finished(cat, result(folder)) is None
+        assert not journal.finished(cat, result(folder))
         cat.source.write_bytes(b"another photo")
         journal.add(cat, result(folder))
     assert not is_finished(folder, cat)
@@ -150,6 +152,52 @@ def test_standard_input_is_known_by_its_bytes_not_by_their_number(folder: Path, 
     assert not is_finished(folder, two)
 
 
+@pytest.mark.parametrize("first", ["photos/cat.jpg", "./photos/../photos/cat.jpg", "link/cat.jpg", None])
+@pytest.mark.parametrize("then", ["cat.jpg", "../link/cat.jpg", None])
+def test_a_photo_is_the_same_however_its_path_is_spelled(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str | None, then: str | None
+) -> None:
+    source = tmp_path / "photos" / "cat.jpg"
+    source.parent.mkdir()
+    source.write_bytes(b"photo")
+    (tmp_path / "link").symlink_to("photos")
+    result(folder).write_bytes(b"result")
+    monkeypatch.chdir(tmp_path)
+    note(folder, Item(Path(first or source), PurePath("cat")))
+    monkeypatch.chdir(tmp_path / "photos")
+    assert is_finished(folder, Item(Path(then or source), PurePath("cat")))
+
+
+def test_a_journal_with_paths_as_they_were_typed_is_still_read(
+    folder: Path, photo: Photo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As earlier versions wrote it; and without the results' suffixes."""
+    cat = photo()
+    note(folder, cat)
+    header, line = map(json.loads, (folder / JOURNAL).read_text().splitlines())
+    line["source"][0] = "cat.jpg"
+    del line["suffix"]
+    (folder / JOURNAL).write_text(f"{json.dumps(header)}\n{json.dumps(line)}\n")
+    monkeypatch.chdir(tmp_path)
+    assert is_finished(folder, cat)
+    monkeypatch.chdir(folder)  # where that path leads nowhere
+    assert not is_finished(folder, cat)
+    for odd in ("cat\0", "x" * 9000, 7, None, ""):
+        line["source"][0] = odd
+        (folder / JOURNAL).write_text(f"{json.dumps(header)}\n{json.dumps(line)}\n")
+        assert not is_finished(folder, cat)
+
+
+def test_a_run_knows_how_much_is_noted_and_of_which_photos(folder: Path, photo: Photo) -> None:
+    cat, dog = photo("cat"), photo("dog")
+    note(folder, cat)
+    result(folder, "cat").unlink()
+    with Journal(folder, SETTINGS, resume=True) as journal:
+        assert (journal.noted, journal.knows(cat), journal.knows(dog)) == (1, True, False)
+    with Journal(folder, SETTINGS, resume=False) as journal:
+        assert (journal.noted, journal.knows(cat)) == (0, False)
+
+
 # ------------------------------------------------------------------------------- results that go into one file
 
 
@@ -161,11 +209,39 @@ def test_values_come_back_and_those_of_photos_that_changed_do_not(folder: Path, 
         assert journal.value(cat) == {"height": 3, "name": "caf\udce9"}
     dog.source.write_bytes(b"no longer a photo")
     with Journal(folder, SETTINGS, resume=True) as journal:
-        assert journal.finished(cat, None) is not None
-        assert journal.finished(dog, None) is None
+        assert journal.finished(cat, None)
+        assert not journal.finished(dog, None)
         assert journal.value(cat) == {"height": 3, "name": "caf\udce9"}
         assert journal.value(dog) is None
         assert journal.value(photo("bird")) is None
+
+
+def test_values_stay_in_the_file_not_in_memory(folder: Path, photo: Photo) -> None:
+    cat = photo()
+    names = [f"cat-{number}" for number in range(40)]
+    with Journal(folder, SETTINGS, resume=False) as journal:
+        tracemalloc.start()
+        for name in names:
+            journal.add(Item(cat.source, PurePath(name)), None, {"name": name, "outline": list(range(5000))})
+        kept, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        items = [Item(cat.source, PurePath(name)) for name in names]
+        for _ in range(2):
+            assert [value["name"] for _, value in Values(journal, items)] == names
+    assert kept < 200 * 5000, "one of forty may wait to be freed"
+    with Journal(folder, SETTINGS, resume=True) as journal:
+        assert [value["name"] for _, value in Values(journal, [*items, photo("dog")])] == names
+
+
+def test_a_value_that_another_program_has_spoilt_is_an_output_error(folder: Path, photo: Photo) -> None:
+    cat = photo()
+    for spoilt in (b"", b"{}\n" * 100, b'{"schema_version": 2, "settings": {}}\n' * 9):
+        with Journal(folder, SETTINGS, resume=False) as journal:
+            journal.add(cat, None, {"height": 3})
+            (folder / JOURNAL).write_bytes(spoilt)
+            with pytest.raises(OutputError, match=r"petseg-run\.ndjson: changed by another program .* --resume"):
+                journal.value(cat)
+            (folder / JOURNAL).write_bytes(b"")
 
 
 # -------------------------------------------------------------------------------------------- other settings
@@ -191,6 +267,19 @@ def test_a_setting_that_one_of_them_does_not_know_is_another_setting(folder: Pat
     note(folder, photo())
     with pytest.raises(OutputError, match="min_area was None, now 0"):
         is_finished(folder, photo(), min_area=0.1)
+
+
+def test_a_setting_of_videos_alone_costs_no_photo(folder: Path, photo: Photo) -> None:
+    cat, dog = photo("cat"), photo("dog")
+    note(folder, cat, format="png")
+    with Journal(folder, SETTINGS | {"format": "png", "video_format": "mp4"}, resume=True) as journal:
+        assert journal.finished(cat, result(folder, "cat"))
+        journal.add(dog, result(folder, "dog"))
+    for more in ({}, {"video_format": "mp4"}):
+        for item in (cat, dog):
+            assert is_finished(folder, item, format="png", **more)
+    with pytest.raises(OutputError, match="video_format was 'mp4', now 'webm'"):
+        is_finished(folder, cat, format="jpg", video_format="webm")
 
 
 @pytest.mark.parametrize(
@@ -268,8 +357,8 @@ def test_wherever_a_journal_is_cut_the_next_run_goes_on_and_the_one_after_it_too
     for length in sorted({*range(0, len(whole), 11), *(end - cut for end in ends for cut in (0, 1, 2))}):
         path.write_bytes(whole[:length])
         with Journal(folder, SETTINGS, resume=True) as journal:
-            assert (journal.finished(cat, result(folder, "cat")) is not None) is (length >= ends[1] - 1)
-            assert (journal.finished(dog, result(folder, "dog")) is not None) is (length >= ends[2] - 1)
+            assert journal.finished(cat, result(folder, "cat")) is (length >= ends[1] - 1)
+            assert journal.finished(dog, result(folder, "dog")) is (length >= ends[2] - 1)
             journal.add(bird, result(folder, "bird"))
         assert is_finished(folder, bird), f"cut after {length} bytes"
         assert is_finished(folder, cat) is (length >= ends[1] - 1)
@@ -329,6 +418,83 @@ def test_runs_without_resume_may_share_a_folder(folder: Path, photo: Photo) -> N
     assert is_finished(folder, photo())
 
 
+@pytest.mark.parametrize("threshold", [0.5, 0.9])
+def test_a_run_that_begins_beside_a_live_one_keeps_what_that_has_noted(
+    folder: Path, photo: Photo, threshold: float
+) -> None:
+    cat, dog, bird = photo("cat"), photo("dog"), photo("bird")
+    with Journal(folder, SETTINGS, resume=False) as live:
+        live.add(cat, result(folder, "cat"))
+        with Journal(folder, SETTINGS | {"threshold": threshold}, resume=False) as second:
+            assert second.noted == 0
+            second.add(bird, result(folder, "bird"))
+            live.add(dog, result(folder, "dog"))
+    assert is_finished(folder, cat)
+    assert is_finished(folder, dog)
+    assert is_finished(folder, bird) is (threshold == 0.5)
+    assert is_finished(folder, bird, threshold=threshold)
+    note(folder)
+    assert not is_finished(folder, cat), "nobody is at work any more"
+
+
+def test_where_two_runs_wrote_to_one_place_the_last_ones_result_is_there(folder: Path, photo: Photo) -> None:
+    cat = photo()
+    other = {"threshold": 0.9}
+    with Journal(folder, SETTINGS, resume=False) as ours, Journal(folder, SETTINGS | other, resume=False) as theirs:
+        ours.add(cat, result(folder))
+        theirs.add(cat, result(folder))
+    assert not is_finished(folder, cat)
+    assert is_finished(folder, cat, **other)
+    with Journal(folder, SETTINGS, resume=True) as journal:
+        journal.add(cat, result(folder))
+    assert is_finished(folder, cat)
+    assert not is_finished(folder, cat, **other)
+
+
+def test_runs_whose_results_have_other_places_take_nothing_from_each_other(folder: Path, photo: Photo) -> None:
+    cat = photo()
+    picture = folder / "cat.jpg"
+    picture.write_bytes(b"overlay")
+    with (
+        Journal(folder, SETTINGS, resume=False) as masks,
+        Journal(folder, {"as": "overlay"}, resume=False) as overlays,
+        Journal(folder, {"as": "coco-rle"}, resume=False) as outlines,
+    ):
+        masks.add(cat, result(folder))
+        outlines.add(cat, None, {"height": 3})
+        overlays.add(cat, picture)
+    assert is_finished(folder, cat)
+    with Journal(folder, {"as": "coco-rle"}, resume=True) as journal:
+        assert journal.value(cat) == {"height": 3}
+    with Journal(folder, {"as": "overlay"}, resume=True) as journal:
+        assert journal.finished(cat, picture)
+
+
+def test_of_several_runs_with_other_settings_the_last_one_is_told_of(folder: Path, photo: Photo) -> None:
+    with (
+        Journal(folder, SETTINGS | {"threshold": 0.1}, resume=False),
+        Journal(folder, SETTINGS | {"threshold": 0.2}, resume=False),
+        pytest.raises(OutputError, match="another run writes there"),
+    ):
+        is_finished(folder, photo())
+    with pytest.raises(OutputError, match=r"threshold was 0\.2, now 0\.5"):
+        is_finished(folder, photo())
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_lock_that_is_held_for_a_moment_is_waited_for(
+    folder: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    """A run that begins empties the file alone."""
+    note(folder, photo())
+    other = (folder / JOURNAL).open("rb")
+    fcntl.flock(other, fcntl.LOCK_EX)
+    monkeypatch.setattr("petseg_runtime.journal.time.sleep", lambda seconds: other.close())
+    Journal(folder, SETTINGS, resume=resume).close()
+    assert other.closed
+    assert is_finished(folder, photo())
+
+
 @pytest.mark.parametrize(("theirs", "ours"), [(False, True), (True, False), (True, True)])
 def test_a_run_that_goes_on_shares_the_folder_with_nobody(folder: Path, photo: Photo, theirs: bool, ours: bool) -> None:
     cat = photo()
@@ -343,7 +509,7 @@ def test_a_run_that_goes_on_shares_the_folder_with_nobody(folder: Path, photo: P
         assert part.exists()
         assert (folder / JOURNAL).read_bytes() == before
     with Journal(folder, SETTINGS, resume=True) as journal:
-        assert (journal.finished(cat, result(folder)) is not None) is theirs  # else they began anew
+        assert journal.finished(cat, result(folder)) is theirs  # else they began anew
     assert not part.exists()
 
 

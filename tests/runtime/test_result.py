@@ -418,9 +418,13 @@ class TestCoco:
         result = made(ellipse((40, 60)))
         fields = json.loads(json.dumps(result.coco()))
         (polygon,) = result.polygons()
-        assert fields["segmentation"] == [polygon.exterior.ravel().tolist()]
+        assert fields["segmentation"] == [polygon.exterior.round(2).ravel().tolist()]
         assert fields["bbox"] == list(result.box)
         assert (fields["area"], fields["iscrowd"]) == (np.count_nonzero(result.mask), 0)
+
+    def test_coordinates_are_to_a_hundredth_of_a_pixel(self) -> None:
+        (ring,) = made(blob(3, (400, 500))).coco()["segmentation"]
+        assert all(len(str(number).partition(".")[2]) <= 2 for number in ring)
 
     def test_a_hole_makes_it_run_lengths(self) -> None:
         probability = ellipse((40, 60))

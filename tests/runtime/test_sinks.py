@@ -7,6 +7,8 @@ import errno
 import io
 import json
 import os
+import weakref
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from petseg_runtime.errors import InputError, OutputError, UsageError
 from petseg_runtime.result import Segmentation
@@ -27,7 +29,6 @@ from petseg_runtime.sinks import (
     background_of,
     check_looks,
     picture,
-    real_paths,
 )
 from petseg_runtime.sources import STDIN, Item
 
@@ -205,6 +206,36 @@ def test_a_background_may_be_a_picture_that_is_made_to_fit(tmp_path: Path, resul
     assert (pixels[10, 12] == 90).all()
 
 
+def test_a_background_is_made_to_fit_once_for_photos_of_one_size_and_profile(
+    result: Segmentation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, int]] = []
+
+    def fit(picture: Image.Image, size: tuple[int, int], **options: Any) -> Image.Image:
+        made.append(size)
+        return picture.resize(size)
+
+    monkeypatch.setattr("petseg_runtime.result.ImageOps.fit", fit)
+    beach = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    before = beach.tobytes()
+    render = picture("background", "png", beach).render
+    for _ in range(3):
+        assert np.array(render(result)).tobytes() == result.on_background(beach).tobytes()
+    assert made == [(30, 20)] * 4, "on_background, which keeps nothing, makes it fit each time"
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for _ in range(2):
+        assert render(dataclasses.replace(result, icc_profile=profile)).info["icc_profile"] == profile
+        assert "icc_profile" not in render(result).info
+    assert len(made) == 5
+    for side in range(2, 8):  # many sizes: it stays right, and no more than a few are kept
+        small = Segmentation(np.zeros((side, side, 3), np.uint8), np.zeros((side, side), np.uint8), 0.5, 0.3)
+        np.testing.assert_array_equal(np.array(render(small)), np.array(beach.resize((side, side))))
+    made.clear()
+    render(result)
+    assert made == [(30, 20)], "it was among the oldest"
+    assert beach.tobytes() == before
+
+
 def test_a_background_that_is_partly_transparent_is_refused() -> None:
     with pytest.raises(InputError, match="'#0f08': a colour without transparency"):
         background_of("#0f08")
@@ -282,17 +313,6 @@ def test_the_photos_own_folder_will_do_where_nothing_is_replaced(tmp_path: Path,
     items = photos(tmp_path, "a.jpg")
     assert ImageSink(tmp_path, picture("mask"), items).write(items[0], result).path == tmp_path / "a.png"
     assert (tmp_path / "a.jpg").read_bytes() == b"a photo"
-
-
-@pytest.mark.parametrize("name", ["link.png", "./a.png", "b/../a.png", "loop/a.png", "nowhere/a.png", ""])
-def test_real_paths_are_those_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    photos(tmp_path / "in", "a.png")
-    (tmp_path / "in" / "b").symlink_to(tmp_path)
-    (tmp_path / "in" / "link.png").symlink_to("a.png")
-    (tmp_path / "in" / "loop").symlink_to("loop")
-    monkeypatch.chdir(tmp_path / "in")
-    for path in (name, str(tmp_path / "in" / name)):
-        assert real_paths()(path) == os.path.realpath(path)
 
 
 def test_folders_are_looked_up_once_not_for_each_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -572,6 +592,31 @@ def test_run_lengths_are_exact_by_a_decoder_of_our_own(tmp_path: Path) -> None:
                 value = shift = 0
         flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
         np.testing.assert_array_equal(flat.reshape(width, height).T, result.mask)
+
+
+def test_a_coco_files_values_are_not_kept(tmp_path: Path) -> None:
+    """Those of a hundred thousand photos take gigabytes."""
+
+    class Outline(list[float]):
+        """Which a weak set takes."""
+
+        __hash__ = object.__hash__  # type: ignore[assignment]
+
+    alive: weakref.WeakSet[Outline] = weakref.WeakSet()
+    most = [0]
+
+    class Values:
+        def __iter__(self) -> Iterator[tuple[Item, dict[str, Any]]]:
+            for item in items_of(20):
+                outline = Outline([0.5])
+                alive.add(outline)
+                most[0] = max(most[0], len(alive))
+                yield item, {"height": 2, "width": 3, "annotation": {"segmentation": [outline]}}
+
+    path = CocoSink(tmp_path, "coco-rle", []).finish(Values())
+    file = json.loads(path.read_text(encoding="utf-8"))
+    assert [len(file[part]) for part in ("images", "annotations")] == [20, 20]
+    assert most[0] <= 3
 
 
 def test_a_coco_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

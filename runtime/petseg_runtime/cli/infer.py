@@ -9,9 +9,9 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 
@@ -33,15 +33,85 @@ from petseg_runtime.errors import EXIT_PARTIAL, InputError, OutputError, UsageEr
 if TYPE_CHECKING:
     from petseg_runtime.batch import Done, Report
     from petseg_runtime.cli.infer_video import Output, Videos
+    from petseg_runtime.journal import Journal
     from petseg_runtime.pipeline import Outcome
     from petseg_runtime.segmenter import Segmenter
-    from petseg_runtime.sinks import Sink
+    from petseg_runtime.sinks import Background, Sink
     from petseg_runtime.sources import Item, Origin
 
 __all__ = ["infer"]
 
 #: Without meaning for photos.
 VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio", "policy", "stall", "give_up")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What `petseg infer` is to do: the fields are named after its options, whose help says what they mean."""
+
+    sources: tuple[str, ...]
+    model: Path | None
+    output: Path | None
+    kind: str | None
+    format: str | None
+    background: str | None
+    threshold: float | None
+    cutout_threshold: float | None
+    min_area: float
+    only_found: bool
+    fast_decode: bool
+    backend: str
+    device: str
+    size: str | None
+    threads: int | None
+    resume: bool
+    start: float | None
+    stride: int | None
+    max_frames: int | None
+    smooth: float | None
+    segment: float | None
+    no_audio: bool
+    policy: str | None
+    stall: float | None
+    give_up: float | None
+    input_option: tuple[str, ...]
+    raw: str | None
+    as_json: bool
+    verbose: bool
+    quiet: bool
+
+    @property
+    def result(self) -> str:
+        """The kind of result, also where none is named."""
+        return self.kind or ("background" if self.background else "cutout")
+
+    @property
+    def coco(self) -> bool:
+        """Whether results go into one file for all photos."""
+        return self.result.startswith("coco")
+
+    @property
+    def folder(self) -> Path | None:
+        """Where results go; None: standard output."""
+        from petseg_runtime.sources import RESULTS
+
+        to_stdout = self.output == Path("-") or (self.sources == ("-",) and self.output is None)
+        return None if to_stdout else self.output or Path(RESULTS) / self.result
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Looks:
+    """What decides what a result is like, read and checked.
+
+    Attributes:
+        kind: A name in ``KINDS`` or ``VIDEO_FORMATS``.
+        format: What was asked for; None: the usual one.
+        background: For the kind ``background``.
+    """
+
+    kind: str
+    format: str | None
+    background: Background | None
 
 
 @click.command()
@@ -120,21 +190,7 @@ VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per photo or frame on stdout, then a summary.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what runs it, and what each step took.")
 @click.option("-q", "--quiet", is_flag=True, help=HELP["quiet"])
-def infer(
-    sources: tuple[str, ...],
-    output: Path | None,
-    kind: str | None,
-    background: str | None,
-    only_found: bool,
-    fast_decode: bool,
-    resume: bool,
-    as_json: bool,
-    verbose: bool,
-    quiet: bool,
-    raw: str | None,
-    input_option: tuple[str, ...],
-    **options: Any,
-) -> int:
+def infer(**options: Any) -> int:
     """Segment photos, videos and streams.
 
     A SOURCE is a file, a folder with its sub-folders, a pattern ('photos/**/*.jpg'), a camera (0, /dev/video0), a URL
@@ -145,59 +201,59 @@ def infer(
     Exit code 0: all done; 3: some failed; 1: all failed; 130, 143: stopped by Ctrl-C or SIGTERM, and no live source has
     failed.
     """
-    from petseg_runtime.batch import segment_photos
-    from petseg_runtime.journal import Journal
-    from petseg_runtime.sinks import KINDS, background_of, probe
-    from petseg_runtime.sources import RESULTS
+    from petseg_runtime.sinks import background_of
 
-    kind = kind or ("background" if background else "cutout")
-    to_stdout = output == Path("-") or (sources == ("-",) and output is None)
-    folder = None if to_stdout else output or Path(RESULTS) / kind
-    coco = kind.startswith("coco")
-    if folder is None and (as_json or resume or coco or kind == "lines"):
-        raise UsageError(
-            "a picture goes to standard output: for --json, --resume, COCO or lines, give a folder with --output"
-        )
-    if folder is None and sys.stdout is None:
-        raise OutputError("standard output is closed: give a folder with --output")
-    form = options.pop("format")
-    of_video = {name: options.pop(name) for name in VIDEO_OPTIONS}
-    found = _find(sources, folder, raw, _pairs(input_option), quiet)
-    given = of_video | {"input_option": input_option, "only_found": only_found}
-    _check(found, given, kind, form, background)
-    _check_masks(found, kind, options["threshold"], options["cutout_threshold"], fast_decode)
-    looks = {"as": kind, "format": form, "background": None if background is None else background_of(background)}
-    made = _made(found, folder, looks, of_video, resume) if found.streams else None
+    asked = _Asked(**options)
+    _check_output(asked)
+    found = _find(asked)
+    _check(found, asked)
+    _check_masks(found, asked)
+    background = None if asked.background is None else background_of(asked.background)
+    return _run(asked, found, _Looks(kind=asked.result, format=asked.format, background=background))
+
+
+def _run(asked: _Asked, found: _Found, looks: _Looks) -> int:
+    """Do what was asked; returns the exit code."""
+    made = _made(found, asked, looks) if found.streams else None
     with contextlib.ExitStack() as stack:
-        segmenter = stack.enter_context(_segmenter(len(found.photos), quiet, **options))
-        _tell(segmenter, verbose, quiet)
-        videos = _videos(segmenter, made, of_video, (as_json, quiet, verbose)) if made else None
+        segmenter = stack.enter_context(_segmenter(len(found.photos), asked))
+        _tell(segmenter, asked)
+        videos = _videos(segmenter, made, asked) if made else None
         # Makes the folder, so not before there is something to write.
-        sink = _sink(found, folder, resume, only_found, **looks) if found.photos else None
-        journal = None
-        # Of one photo that was searched for, too: the next search must know the result for what it is.
-        if folder and not found.live and (resume or _searched(sources) or len(found.items) > 1 or coco):
-            settings = _looks(kind, looks, found) | _settings(segmenter)
-            settings |= {name: of_video[name] or None for name in VIDEO_OPTIONS}
-            settings |= {"fast_decode": fast_decode, "only_found": only_found or None}
-            probe(folder)
-            journal = stack.enter_context(Journal(folder, settings, resume=resume))
-        report = None
-        if sink:
-            watch = stack.enter_context(_watcher(len(found.photos), as_json, quiet, folder is not None))
-            report = segment_photos(
-                found.photos,
-                segmenter,
-                sink,
-                watch,
-                journal=journal,
-                mask_only=not KINDS[kind].needs_photo,
-                fast_decode=fast_decode,
-                spare=KINDS[kind].spare,
-            )
+        sink = _sink(found, asked, looks) if found.photos else None
+        journal = _journal(segmenter, found, asked, looks)
+        if journal:
+            stack.enter_context(journal)
+        report = _segment(segmenter, found.photos, sink, journal, asked) if sink else None
         items = {str(item.name): item for item in found.videos}
         stopped = videos.run(found.streams, items, journal) if videos else None
-    _print_report(report, videos, folder, as_json, verbose, quiet)
+    _print_report(report, videos, asked)
+    return _exit_code(report, videos, stopped)
+
+
+def _segment(
+    segmenter: Segmenter, photos: Sequence[Item], sink: Sink, journal: Journal | None, asked: _Asked
+) -> Report:
+    from petseg_runtime.batch import segment_photos
+    from petseg_runtime.sinks import KINDS
+
+    kind = KINDS[asked.result]
+    with _Watcher(asked.as_json, asked.quiet, to_files=asked.folder is not None) as watcher:
+        return segment_photos(
+            photos,
+            segmenter,
+            sink,
+            watcher.watch,
+            begun=watcher.expect,
+            journal=journal,
+            mask_only=not kind.needs_photo,
+            fast_decode=asked.fast_decode,
+            spare=kind.spare,
+        )
+
+
+def _exit_code(report: Report | None, videos: Videos | None, stopped: int | None) -> int:
+    """What tells scripts how it ended; ``stopped`` is what a signal asks for."""
     failed = (len(report.failed) if report else 0) + (len(videos.failed) if videos else 0)
     done = (report.done + report.skipped if report else 0) + (videos.done + videos.skipped if videos else 0)
     if videos and (code := videos.problem_code()) is not None:
@@ -205,6 +261,31 @@ def infer(
     if stopped is not None:
         return stopped
     return 0 if not failed else EXIT_PARTIAL if done else InputError.exit_code
+
+
+def _journal(segmenter: Segmenter, found: _Found, asked: _Asked, looks: _Looks) -> Journal | None:
+    """Where it is noted what is done, if that is worth it.
+
+    Raises:
+        OutputError: It cannot be written, or is of another run.
+    """
+    from petseg_runtime.journal import JOURNAL, Journal
+    from petseg_runtime.sinks import probe
+
+    folder = asked.folder
+    # Of one photo that was searched for, too: the next search must know the result for what it is.
+    noted = asked.resume or _searched(asked.sources) or len(found.items) > 1 or asked.coco
+    if folder is None or found.live or not noted:
+        return None
+    settings = _appearance(found, looks) | _settings(segmenter)
+    settings |= {name: getattr(asked, name) or None for name in VIDEO_OPTIONS}
+    settings |= {"fast_decode": asked.fast_decode, "only_found": asked.only_found or None}
+    probe(folder)
+    journal = Journal(folder, settings, resume=asked.resume)
+    if journal.noted and not any(map(journal.knows, found.items)):
+        what = f"the {journal.noted} results noted there are of other files, or of these before they changed"
+        _say(f"{folder / JOURNAL}: {what}: all are done anew", asked.quiet)
+    return journal
 
 
 def _searched(sources: Sequence[str]) -> bool:
@@ -244,54 +325,78 @@ class _Found:
         return any(origin.options is not None and isinstance(origin.target, str) for origin in self.streams)
 
 
-def _find(sources: Sequence[str], folder: Path | None, raw: str | None, options: dict[str, str], quiet: bool) -> _Found:
-    """Tell photos, videos and streams apart.
+def _find(asked: _Asked) -> _Found:
+    """What the sources are.
 
     Raises:
         InputError: There is nothing.
-        UsageError: Standard input is asked for twice, more than one result for standard output, or what is live
-            together with what has an end.
+        UsageError: They do not go together, or not to the output; see :func:`_check_sources`.
     """
-    from petseg_runtime.sources import (
-        IMAGE_SUFFIXES,
-        STDIN,
-        VIDEO_SUFFIXES,
-        Origin,
-        find_photos,
-        from_pipe,
-        is_video,
-        raw_video,
-        stream_origin,
-    )
+    from petseg_runtime.sources import IMAGE_SUFFIXES, STDIN, VIDEO_SUFFIXES, find_photos, stream_origin
 
-    named = [stream_origin(text, options) for text in sources]
+    options = _pairs(asked.input_option)
+    named = [stream_origin(text, options) for text in asked.sources]
     streams = [origin for origin in named if origin]
-    paths = [Path(text) for text, origin in zip(sources, named, strict=True) if not origin]
-    pipe: bytes | None = None
-    if raw or paths.count(STDIN) == 1:
-        if raw and paths.count(STDIN) != 1:
-            raise UsageError("--raw says what comes on standard input: give - as a source, once")
-        origin, pipe = (raw_video(raw), b"") if raw else from_pipe()
-        if origin:
-            streams.append(origin)
-            paths.remove(STDIN)
-    items = find_photos(paths, folder, IMAGE_SUFFIXES | VIDEO_SUFFIXES, pipe, lambda what: _say(what, quiet))
+    paths = [Path(text) for text, origin in zip(asked.sources, named, strict=True) if not origin]
+    piped, data = _from_stdin(paths.count(STDIN), asked.raw)
+    if piped:
+        streams.append(piped)
+        paths.remove(STDIN)
+    suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+    items = find_photos(paths, asked.folder, suffixes, data, lambda what: _say(what, asked.quiet))
+    if not items and not streams:
+        raise InputError(f"no photos or videos in {', '.join(asked.sources)}")
+    photos, videos = _by_kind(items)
+    found = _Found(photos, videos, _distinct([*map(_origin_of, videos), *streams]))
+    _check_sources(found, asked)
+    return found
+
+
+def _from_stdin(asked: int, raw: str | None) -> tuple[Origin | None, bytes | None]:
+    """What comes on standard input: a video; or the bytes of a photo; neither, where it is not asked for just once.
+
+    Raises:
+        UsageError: Raw frames come from nowhere else.
+        InputError: It is closed.
+    """
+    from petseg_runtime.sources import from_pipe, raw_video
+
+    if raw and asked != 1:
+        raise UsageError("--raw says what comes on standard input: give - as a source, once")
+    if raw:
+        return raw_video(raw), b""
+    return from_pipe() if asked == 1 else (None, None)
+
+
+def _by_kind(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+    """Photos, and videos."""
+    from petseg_runtime.sources import IMAGE_SUFFIXES, is_video
+
     photos: list[Item] = []
     videos: list[Item] = []
     for item in items:
         (videos if is_video(item) else photos).append(item)
     if videos and all(item.problem and item.source.suffix.lower() not in IMAGE_SUFFIXES for item in photos):
-        videos += photos  # folders that cannot be listed and patterns that fit nothing, among videos alone
-        photos = []
-    streams[:0] = [Origin(str(video.source), str(video.source), video.name) for video in videos]
-    if not items and not streams:
-        raise InputError(f"no photos or videos in {', '.join(sources)}")
-    found = _Found(photos, videos, _distinct(streams))
-    if folder is None and len(found.photos) + len(found.streams) > 1:
+        return [], videos + photos  # folders that cannot be listed and patterns that fit nothing, among videos alone
+    return photos, videos
+
+
+def _origin_of(video: Item) -> Origin:
+    from petseg_runtime.sources import Origin
+
+    return Origin(str(video.source), str(video.source), video.name)
+
+
+def _check_sources(found: _Found, asked: _Asked) -> None:
+    """Refuse sources that do not go together.
+
+    Raises:
+        UsageError: There is more than one result for standard output, or what is live together with what has an end.
+    """
+    if asked.folder is None and len(found.photos) + len(found.streams) > 1:
         raise UsageError("one result at a time goes to standard output: for more, give a folder with --output")
     if (found.live and not all(origin.endless for origin in found.streams)) or (found.live and found.photos):
         raise UsageError("live sources run until they are stopped: give photos and videos to another run")
-    return found
 
 
 def _distinct(origins: list[Origin]) -> list[Origin]:
@@ -302,7 +407,24 @@ def _distinct(origins: list[Origin]) -> list[Origin]:
     return [dataclasses.replace(origin, name=name) for origin, name in zip(origins, names, strict=True)]
 
 
-def _check(found: _Found, given: dict[str, Any], kind: str, format: str | None, background: str | None) -> None:  # noqa: A002
+def _check_output(asked: _Asked) -> None:
+    """Refuse what cannot go to standard output.
+
+    Raises:
+        UsageError: More than one picture is asked for.
+        OutputError: It is closed.
+    """
+    if asked.folder is not None:
+        return
+    if asked.as_json or asked.resume or asked.coco or asked.result == "lines":
+        raise UsageError(
+            "a picture goes to standard output: for --json, --resume, COCO or lines, give a folder with --output"
+        )
+    if sys.stdout is None:
+        raise OutputError("standard output is closed: give a folder with --output")
+
+
+def _check(found: _Found, asked: _Asked) -> None:
     """Refuse what cannot be, before anything is loaded.
 
     Raises:
@@ -311,27 +433,26 @@ def _check(found: _Found, given: dict[str, Any], kind: str, format: str | None, 
     """
     from petseg_runtime.sinks import KINDS, check_looks
 
+    kind = asked.result
     if found.photos or not found.streams:
         if kind == "lines":
             raise UsageError("lines are of videos; for photos, --json prints the same")
-        check_looks(kind, format, background)
+        check_looks(kind, asked.format, asked.background)
     if found.streams:
-        _check_videos(kind, format, given["only_found"])
+        _check_videos(kind, asked.format, asked.only_found)
         if kind in KINDS:
-            check_looks(kind, None, background)
+            check_looks(kind, None, asked.background)
     for what, names, there in (
         ("videos and streams", VIDEO_OPTIONS, bool(found.streams)),
         ("cameras and streams", ("give_up",), found.live),
         ("cameras, streams and other URLs", ("stall", "input_option"), found.remote),
         ("what has an end", ("start",), not found.live),
     ):
-        if not there and (unused := [name for name in names if given[name]]):
+        if not there and (unused := [name for name in names if getattr(asked, name)]):
             raise UsageError(f"--{unused[0].replace('_', '-')} is for {what}, and there is none")
 
 
-def _check_masks(
-    found: _Found, kind: str, threshold: float | None, cutout_threshold: float | None, fast_decode: bool
-) -> None:
+def _check_masks(found: _Found, asked: _Asked) -> None:
     """Refuse what would have no effect on this kind of result.
 
     Raises:
@@ -339,15 +460,16 @@ def _check_masks(
     """
     from petseg_runtime.sinks import KINDS
 
+    kind = asked.result
     cut_out = kind in ("cutout", "background")
-    if cut_out and threshold is not None and cutout_threshold is None:
+    if cut_out and asked.threshold is not None and asked.cutout_threshold is None:
         raise UsageError(
             f"--threshold is for masks, and a {kind} has --cutout-threshold (with both, --threshold is what counts "
             "as pet, for --json and --min-area)"
         )
-    if cutout_threshold is not None and not cut_out:
+    if asked.cutout_threshold is not None and not cut_out:
         raise UsageError(f"--cutout-threshold is for cutouts and backgrounds; {kind} has --threshold")
-    if fast_decode and (not found.photos or kind not in KINDS or KINDS[kind].needs_photo):
+    if asked.fast_decode and (not found.photos or kind not in KINDS or KINDS[kind].needs_photo):
         alone = ", ".join(name for name, one in KINDS.items() if not one.needs_photo)
         raise UsageError(f"--fast-decode is for photos of which only the mask is written (--as {alone})")
 
@@ -370,7 +492,7 @@ def _check_videos(kind: str, format: str | None, only_found: bool) -> None:  # n
         raise UsageError(f"{kind} of a video is not written as {format}; it can be: {files}")
 
 
-def _made(found: _Found, folder: Path | None, looks: dict[str, Any], given: dict[str, Any], resume: bool) -> Output:
+def _made(found: _Found, asked: _Asked, looks: _Looks) -> Output:
     """What is made of the videos, and where.
 
     Raises:
@@ -381,41 +503,41 @@ def _made(found: _Found, folder: Path | None, looks: dict[str, Any], given: dict
     from petseg_runtime.sinks import KINDS, VIDEO_FORMATS
     from petseg_runtime.video.movie import MOVIES
 
-    kind, asked = str(looks["as"]), looks["format"]
-    if folder is None and asked:
-        raise UsageError(f"raw frames go to standard output, not {asked}: give a folder with --output")
-    form = asked or (VIDEO_FORMATS[kind][0] if folder else "raw")
-    if given["segment"] and form not in (*MOVIES, "ndjson"):
+    kind, folder = looks.kind, asked.folder
+    if folder is None and looks.format:
+        raise UsageError(f"raw frames go to standard output, not {looks.format}: give a folder with --output")
+    form = looks.format or (VIDEO_FORMATS[kind][0] if folder else "raw")
+    if asked.segment and form not in (*MOVIES, "ndjson"):
         raise UsageError(f"--segment is for movies ({', '.join(MOVIES)}) and lines, not {form}")
-    if resume and found.live:
+    if asked.resume and found.live:
         raise UsageError("--resume is for files: a stream's results are numbered on, and nothing is replaced")
     output = Output(
         folder=folder,
         kind=kind,
         format=form,
-        background=looks["background"],
-        segment=given["segment"],
-        audio=not given["no_audio"],
+        background=looks.background,
+        segment=asked.segment,
+        audio=not asked.no_audio,
     )
-    suffix = asked or next(iter(KINDS[kind].formats), "") if kind in KINDS else ""
+    suffix = looks.format or next(iter(KINDS[kind].formats), "") if kind in KINDS else ""
     photos = {str(i.source): str(folder / i.name) + f".{suffix}" for i in found.photos} if folder else {}
-    return check_places(output, found.streams, photos, resume=resume)
+    return check_places(output, found.streams, photos, resume=asked.resume)
 
 
-def _videos(segmenter: Segmenter, made: Output, given: dict[str, Any], told: tuple[bool, bool, bool]) -> Videos:
+def _videos(segmenter: Segmenter, made: Output, asked: _Asked) -> Videos:
     from petseg_runtime.cli.infer_video import Videos
     from petseg_runtime.video.stream import Reading
 
     reading = Reading(
-        start=given["start"] or 0.0,
-        stride=given["stride"] or 1,
-        max_frames=given["max_frames"],
-        policy=given["policy"],
-        stall=given["stall"] or 10.0,
-        patience=given["give_up"],
-        smooth=given["smooth"] or 0.0,
+        start=asked.start or 0.0,
+        stride=asked.stride or 1,
+        max_frames=asked.max_frames,
+        policy=asked.policy,
+        stall=asked.stall or 10.0,
+        patience=asked.give_up,
+        smooth=asked.smooth or 0.0,
     )
-    return Videos(segmenter, made, reading, *told)
+    return Videos(segmenter, made, reading, as_json=asked.as_json, quiet=asked.quiet, verbose=asked.verbose)
 
 
 def _pairs(texts: Sequence[str]) -> dict[str, str]:
@@ -428,30 +550,30 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-def _sink(found: _Found, folder: Path | None, resume: bool, only_found: bool, **looks: Any) -> Sink:
+def _sink(found: _Found, asked: _Asked, looks: _Looks) -> Sink:
     """Where the results go."""
     from petseg_runtime.sinks import OnlyFound
 
-    sink = _sink_of_all(found, folder, resume, **looks)
-    return OnlyFound(sink) if only_found else sink
+    sink = _sink_of_all(found, asked, looks)
+    return OnlyFound(sink) if asked.only_found else sink
 
 
-def _sink_of_all(found: _Found, folder: Path | None, resume: bool, **looks: Any) -> Sink:
+def _sink_of_all(found: _Found, asked: _Asked, looks: _Looks) -> Sink:
     from petseg_runtime import sinks
     from petseg_runtime.journal import JOURNAL
 
-    kind = str(looks.pop("as"))
+    folder = asked.folder
     # Without a journal, no run was here, and what lies there is not its own.
-    resume = resume and folder is not None and (folder / JOURNAL).exists()
-    if folder and not sinks.KINDS[kind].formats:
-        return sinks.CocoSink(folder, kind, found.items, resume=resume)
-    picture = sinks.picture(kind, **looks)
+    resume = asked.resume and folder is not None and (folder / JOURNAL).exists()
+    if folder and not sinks.KINDS[looks.kind].formats:
+        return sinks.CocoSink(folder, looks.kind, found.items, resume=resume)
+    picture = sinks.picture(looks.kind, looks.format, looks.background)
     if folder is None:
         return sinks.StreamSink(sys.stdout.buffer, picture)
     return sinks.ImageSink(folder, picture, found.photos, beside=found.videos, resume=resume)
 
 
-def _segmenter(photos: int, quiet: bool, threads: int | None, size: str | None, **options: Any) -> Segmenter:
+def _segmenter(photos: int, asked: _Asked) -> Segmenter:
     from petseg_runtime.host import usable_cpus
     from petseg_runtime.segmenter import Segmenter
 
@@ -459,38 +581,43 @@ def _segmenter(photos: int, quiet: bool, threads: int | None, size: str | None, 
 
     def tell(what: str) -> None:
         told.append(what)
-        _say(what, quiet)
+        _say(what, asked.quiet)
 
     segmenter = Segmenter(
-        **options,
-        threads=threads,
-        streams=max(1, min(threads or usable_cpus(), photos)),
-        size=None if size is None else parse_size(size),
+        asked.model,
+        backend=asked.backend,
+        device=asked.device,
+        threads=asked.threads,
+        streams=max(1, min(asked.threads or usable_cpus(), photos)),
+        size=None if asked.size is None else parse_size(asked.size),
+        threshold=asked.threshold,
+        cutout_threshold=asked.cutout_threshold,
+        min_area=asked.min_area,
         tell=tell,
     )
     for note in segmenter.describe().notes:
         if note not in told:
-            _say(note, quiet)
+            _say(note, asked.quiet)
     return segmenter
 
 
-def _looks(kind: str, looks: dict[str, Any], found: _Found) -> dict[str, Any]:
+def _appearance(found: _Found, looks: _Looks) -> dict[str, Any]:
     """What is asked of the results' looks, as it is meant: with the usual formats, and the background itself."""
     from petseg_runtime.sinks import KINDS, VIDEO_FORMATS
 
-    background = looks["background"]
-    asked: dict[str, Any] = {"as": kind, "background": background}
+    kind, background = looks.kind, looks.background
+    meant: dict[str, Any] = {"as": kind, "background": background}
     if found.photos and kind in KINDS:
-        asked["format"] = looks["format"] or next(iter(KINDS[kind].formats), None)
+        meant["format"] = looks.format or next(iter(KINDS[kind].formats), None)
     if found.videos and kind in VIDEO_FORMATS:
-        asked["video_format"] = looks["format"] or VIDEO_FORMATS[kind][0]
+        meant["video_format"] = looks.format or VIDEO_FORMATS[kind][0]
     if background is not None:
-        asked["background"] = (
+        meant["background"] = (
             list(background)
             if isinstance(background, tuple)
             else f"a picture, SHA-256 {hashlib.sha256(background.tobytes()).hexdigest()}"
         )
-    return asked
+    return meant
 
 
 def _settings(segmenter: Segmenter) -> dict[str, Any]:
@@ -507,12 +634,12 @@ def _settings(segmenter: Segmenter) -> dict[str, Any]:
     }
 
 
-def _tell(segmenter: Segmenter, verbose: bool, quiet: bool) -> None:
+def _tell(segmenter: Segmenter, asked: _Asked) -> None:
     engine, spec = segmenter.describe(), segmenter.artifact.spec
     if segmenter.size != (spec.height, spec.width):
-        own, asked = f"{spec.height} x {spec.width}", "{} x {}".format(*segmenter.size)
-        _say(f"--size {asked}: the model's own is {own}; at another its masks may be much worse", quiet)
-    if verbose:
+        own, taken = f"{spec.height} x {spec.width}", "{} x {}".format(*segmenter.size)
+        _say(f"--size {taken}: the model's own is {own}; at another its masks may be much worse", asked.quiet)
+    if asked.verbose:
         click.echo(
             f"{shown(spec.name)} in {engine.name} {engine.version} on {engine.device}, "
             f"{engine.precision}, {engine.threads} threads",
@@ -525,31 +652,34 @@ def _say(note: str, quiet: bool) -> None:
         click.echo(f"petseg: {shown(note)}", err=True)
 
 
-class _watcher:  # noqa: N801 (used like a function)
+class _Watcher:
     """Prints what becomes of each photo; a progress bar where people watch a batch."""
 
-    def __init__(self, total: int, as_json: bool, quiet: bool, to_files: bool) -> None:
+    def __init__(self, as_json: bool, quiet: bool, to_files: bool) -> None:
         self._as_json, self._quiet, self._to_files = as_json, quiet, to_files
         self._progress: Any = None
-        if total > 1 and sys.stderr.isatty() and not quiet:
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def expect(self, photos: int) -> None:
+        """So many are to be done."""
+        if photos > 1 and sys.stderr.isatty() and not self._quiet:
             from rich.console import Console
             from rich.progress import Progress
 
             # It would redirect what is printed, of which click writes a part past it; see `_print`.
             console = Console(stderr=True)
             self._progress = Progress(console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
-            self._task = self._progress.add_task("segmenting", total=total)
-
-    def __enter__(self) -> Callable[[Outcome[Item, Done]], None]:
-        if self._progress:
+            self._task = self._progress.add_task("segmenting", total=photos)
             self._progress.start()
-        return self._watch
 
-    def __exit__(self, *_: object) -> None:
-        if self._progress:
-            self._progress.stop()
-
-    def _watch(self, outcome: Outcome[Item, Done]) -> None:
+    def watch(self, outcome: Outcome[Item, Done]) -> None:
+        """Tell of one photo that is done or has failed."""
         source, done = shown(outcome.source.source), outcome.value
         if done is None:
             self._print(f"petseg: {shown(outcome.error)}", err=True)
@@ -592,16 +722,14 @@ def _record(outcome: Outcome[Item, Done]) -> dict[str, Any]:
     return {**record, "event": "result", "output": path and str(path), **done, **annotation}
 
 
-def _print_report(
-    report: Report | None, videos: Videos | None, folder: Path | None, as_json: bool, verbose: bool, quiet: bool
-) -> None:
-    if as_json:
+def _print_report(report: Report | None, videos: Videos | None, asked: _Asked) -> None:
+    if asked.as_json:
         of_photos, of_videos = _summary(report), {"videos": videos.summary()} if videos else {}
         click.echo(json.dumps({"schema_version": SCHEMA_VERSION, "event": "summary", **of_photos, **of_videos}))
         return
     if report:
-        _print_photos(report, folder, verbose, quiet)
-    if videos and not quiet and folder and len(videos.reports) + videos.skipped > 1:
+        _print_photos(report, asked.folder, asked.verbose, asked.quiet)
+    if videos and not asked.quiet and asked.folder and len(videos.reports) + videos.skipped > 1:
         counts = videos.summary()
         words = {"done": "done", "skipped": "there already", "stopped": "stopped", "failed": "failed"}
         click.echo(f"{counts['count']} videos: " + ", ".join(f"{counts[n]} {w}" for n, w in words.items() if counts[n]))

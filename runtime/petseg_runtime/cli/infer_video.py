@@ -485,7 +485,7 @@ def check_places(output: Output, origins: Sequence[Origin], photos: Mapping[str,
     """
     if output.folder is None:
         return output
-    from petseg_runtime.sinks import real_paths
+    from petseg_runtime.files import real_paths
     from petseg_runtime.video.numbered import claimable
 
     real = real_paths()
