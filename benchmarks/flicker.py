@@ -38,6 +38,7 @@ from petseg.data import Pair, Split, find, read_pair
 from petseg.metrics import BORDER, PET
 from petseg_runtime import Segmenter
 from petseg_runtime.parity import mask_iou
+from petseg_runtime.regions import without_doubtful
 from petseg_runtime.video import smoothing
 
 U8: TypeAlias = npt.NDArray[np.uint8]
@@ -258,18 +259,19 @@ class Measure:
 
 
 def measure(clip: Clip, smoothed: U8, lowest_pet: float) -> Measure:
-    """See :class:`Measure`."""
-    masks, plain = smoothed >= lowest_pet, clip.answers >= lowest_pet
+    """See :class:`Measure`; of what is shown, without what is doubtful, as of each frame of a video."""
+    residue = int(np.abs(smoothed[len(smoothed) // 2].astype(int) - clip.answers[len(smoothed) // 2]).max())
+    smoothed, answers = (np.stack([without_doubtful(one) for one in each]) for each in (smoothed, clip.answers))
+    masks, plain = smoothed >= lowest_pet, answers >= lowest_pet
     pet, known = clip.truth >= 250, (clip.truth >= 250) | (clip.truth <= 5)
     steady = np.ones_like(known[1:]) if clip.group == "still" else known[1:] & known[:-1] & (pet[1:] == pet[:-1])
-    half = len(smoothed) // 2
     change = np.abs(smoothed[1:].astype(np.int16) - smoothed[:-1])[steady]
     return Measure(
         float((masks[1:] != masks[:-1])[steady].mean()),
         float(change.mean()) / 255,
         mask_iou(masks & known, pet),
         mask_iou(masks, plain),
-        int(np.abs(smoothed[half].astype(int) - clip.answers[half]).max()) if clip.group == "cut" else 0,
+        residue if clip.group == "cut" else 0,
     )
 
 

@@ -60,7 +60,8 @@ class Segmentation:
 
     Attributes:
         pixels: uint8 [H, W, 3], the photo: RGB, upright; None if it was decoded for the mask only.
-        probability: uint8 [H, W], ``round(255 * p(pet))``; read-only, since the mask is made of it once.
+        probability: uint8 [H, W], ``round(255 * p(pet))``, 0 in what was left out (as doubtful, or small); read-only,
+            since the mask is made of it once.
         threshold: Where the mask is cut, in (0, 1).
         cutout_threshold: Where a cutout is half transparent, in (0, 1); lower, so that the fur stays.
         notes: What had to be decided while reading the photo.

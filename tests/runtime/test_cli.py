@@ -457,6 +457,21 @@ def test_regions_smaller_than_asked_for_are_dropped(toy: Toy, tmp_path: Path) ->
         assert mask.sum() == 256 * (regions > 0) + 9 * (regions > 1)
 
 
+def test_what_is_doubtful_is_shown_where_that_is_asked_for(toy: Toy, tmp_path: Path) -> None:
+    model = str(toy(tmp_path / "toy.onnx", height=64, width=64).path)
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[8:24, 8:24, 0], pixels[40:50, 40:50, 0] = 255, 200
+    photo, out = tmp_path / "photo.png", tmp_path / "out"
+    Image.fromarray(pixels).save(photo)
+    for options, seen in (([], False), (["--keep-doubtful"], True)):
+        words = [*options, "--as", "probability", "--model", model, "--output", str(out)]
+        assert run(["infer", str(photo), *words]) == 0
+        with Image.open(out / "photo.png") as picture:
+            probability = np.array(picture)
+        assert (probability[8:24, 8:24] == 255).all()
+        assert (probability[40:50, 40:50] == 200 * seen).all()
+
+
 @pytest.mark.parametrize("value", ["1", "-0.1", "all"])
 def test_an_area_outside_its_bounds_is_2(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str
@@ -890,6 +905,7 @@ def test_a_run_goes_on_however_its_folder_is_spelled(
         (["--format", "webp"], "format was 'png', now 'webp'"),
         (["--cutout-threshold", "0.9"], "cutout_threshold was 0.5, now 0.9"),
         (["--min-area", "0.25"], "min_area was 0.0, now 0.25"),
+        (["--keep-doubtful"], "keep_doubtful was False, now True"),
         (["--background", "white"], "background was None, now [255, 255, 255]"),
         (["--backend", "openvino"], "engine was 'onnxruntime "),
         (["--model", "other.onnx"], "model was '"),

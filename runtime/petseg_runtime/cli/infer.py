@@ -58,6 +58,7 @@ class _Asked:
     threshold: float | None
     cutout_threshold: float | None
     min_area: float
+    keep_doubtful: bool
     only_found: bool
     fast_decode: bool
     backend: str
@@ -593,6 +594,7 @@ def _segmenter(photos: int, asked: _Asked) -> Segmenter:
         threshold=asked.threshold,
         cutout_threshold=asked.cutout_threshold,
         min_area=asked.min_area,
+        keep_doubtful=asked.keep_doubtful,
         tell=tell,
     )
     for note in segmenter.describe().notes:
