@@ -212,13 +212,19 @@ def build(
             logger_of(compiler.trt.ILogger).record = None
 
 
-def profile_of(spec: ModelSpec, max_batch: int = MAX_BATCH, max_size: tuple[int, int] | None = None) -> Profile | None:
-    """The shapes that an engine is built for: one photo of the specification's size is what it shall be fastest at.
+def profile_of(
+    spec: ModelSpec,
+    max_batch: int = MAX_BATCH,
+    max_size: tuple[int, int] | None = None,
+    best: tuple[int, int] | None = None,
+) -> Profile | None:
+    """The shapes that an engine is built for; one photo, or the one batch there is, is what it shall be fastest at.
 
     Args:
         spec: Of the graph.
         max_batch: Largest batch of a graph that takes any.
         max_size: Largest height and width of a graph that takes any; None: twice the specification's.
+        best: Height and width that it shall be fastest at, of such a graph; None: the specification's.
 
     Returns:
         None for a graph without free dimensions.
@@ -231,6 +237,7 @@ def profile_of(spec: ModelSpec, max_batch: int = MAX_BATCH, max_size: tuple[int,
     if spec.dynamic_size:
         smallest = (STRIDE, STRIDE)
         largest = max_size or (2 * spec.height, 2 * spec.width)
+        size = best or size
     return Profile(minimum=(least, *smallest, 3), optimum=(least, *size, 3), maximum=(most, *largest, 3))
 
 
