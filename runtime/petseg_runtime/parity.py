@@ -60,6 +60,8 @@ FEW: Final = 3
 #: file that claims more is refused unread.
 MAX_PROOF: Final = 2**30
 MAX_ABOUT: Final = 2**20
+#: What a proof holds, and no more.
+_MEMBERS: Final = ["about.npy", "expected.npy", "images.npy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,11 +167,7 @@ def load_proof(path: Path, spec: ModelSpec, checkpoint_sha256: str) -> Proof:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise ModelError(f"{path}: not a regular file")
         with zipfile.ZipFile(path) as archive:
-            sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
-            if sum(sizes.values()) > MAX_PROOF or sizes.get("about.npy", 0) > MAX_ABOUT:
-                raise ModelError(
-                    f"{path}: claims more than {MAX_PROOF} bytes, or {MAX_ABOUT} of text; not a proof that petseg wrote"
-                )
+            _check_members(path, archive.infolist())
         with np.load(path, allow_pickle=False) as arrays:
             about = json.loads(arrays["about"].tobytes())
             images, expected = np.asarray(arrays["images"]), np.asarray(arrays["expected"])
@@ -199,6 +197,24 @@ def load_proof(path: Path, spec: ModelSpec, checkpoint_sha256: str) -> Proof:
             f"made from {checkpoint_sha256[:12] or 'none'}...)"
         )
     return proof
+
+
+def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
+    """Hold an archive against what is read of it: numpy also takes a name without its suffix, and the last of two.
+
+    Raises:
+        ModelError: Other members, or larger ones than a proof may have.
+    """
+    names = sorted(member.filename for member in members)
+    if names != _MEMBERS:
+        raise ModelError(
+            f"{path}: holds {str(names)[:200]}, where {', '.join(_MEMBERS)} are expected; not a proof that petseg wrote"
+        )
+    sizes = {member.filename: member.file_size for member in members}
+    if sum(sizes.values()) > MAX_PROOF or sizes["about.npy"] > MAX_ABOUT:
+        raise ModelError(
+            f"{path}: claims more than {MAX_PROOF} bytes, or {MAX_ABOUT} of text; not a proof that petseg wrote"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
