@@ -1,8 +1,8 @@
 """ONNX Runtime: on the CPU the embedded default, on any laptop and board; on an NVIDIA GPU through CUDA.
 
-**The road over CUDA was built from the documentation and has never been run on a GPU by us**; that a session which
-silently fell back to the CPU is refused was tested with the real GPU package. Single nodes for which CUDA has no code
-run on the CPU all the same; whether our graphs have any is not known.
+The road over CUDA was built from the documentation (:data:`petseg_runtime.engines.registry.ENGINES` says what of it we
+have run); that a session which silently fell back to the CPU is refused was tested with the real GPU package. Single
+nodes for which CUDA has no code run on the CPU all the same.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ GPUs, where compiling takes longest. What a CPU's plugin gives to keep is the op
 kernels. It spares a fifth of the time of loading the embedded model in a new process (195 to 152 ms), but nothing that
 counts of a file of 117 MB (305 to 263 of 850 ms). An IR is compiled every time.
 
-On Intel's GPUs it was never run by us.
+On which devices we have run it is in :data:`petseg_runtime.engines.registry.ENGINES`.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class EngineEntry:
         module: What it cannot do without.
         extra: What to install for it.
         formats: What it runs. One that runs ``onnx`` besides a compiled format of its own compiles at first use.
-        run_by_us: The kinds of device that we have run it on.
+        run_by_us: The kinds of device that we have run it on. Docstrings point here, and do not say it themselves.
     """
 
     loader: str
@@ -111,8 +111,8 @@ RULE: Final = (
     ),
     Choice("onnxruntime", "cpu"),
     Choice("openvino", "cpu"),
-    # Never run by us, and no help where the lines above fail: OpenVINO has refused the file by then. TensorRT and CUDA
-    # were not run either, but there the gain is worth a try, and what does not load is passed over.
+    # No help where the lines above fail: OpenVINO has refused the file by then. NVIDIA's GPUs are taken unasked, though
+    # we may not have run them: the gain is worth a try, and what does not load is passed over.
     Choice("openvino", "intel-gpu", asked_only=True),
 )
 

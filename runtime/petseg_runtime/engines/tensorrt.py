@@ -5,7 +5,8 @@ batches of 1 to 8 photos if the file takes any, and, if it takes any size, for t
 asked for. TensorRT needs minutes for that, on a small board many. TensorRT for RTX takes a second, for the one kind of
 GPU that is here.
 
-Built from the two libraries' and CUDA's documentation, and tested against stand-ins for them: never run on a GPU by us.
+Built from the two libraries' and CUDA's documentation, and tested against stand-ins for them; what of it we have run is
+in :data:`petseg_runtime.engines.registry.ENGINES`.
 
 The two libraries have one API as far as it is used here. What differs: TensorRT for RTX compiles its kernels when the
 engine is loaded, which the cache keeps for the next time, and makes CUDA graphs by itself.

@@ -3,9 +3,10 @@
 All of them compile a strongly typed network: every tensor has the type that the graph gives it, and there are no flags
 for precision. TF32 is switched off, because an fp32 receipt promises float32.
 
-TensorRT for RTX builds on any machine, without a GPU; the device chooses the kernels when it loads the engine. **The
-road through ``tensorrt`` was built from its documentation and has never been run by us**; it differs from the other in
-the lines that ask for ``library``: it needs a GPU, is built for that one, and has a timing cache.
+TensorRT for RTX builds on any machine, without a GPU; the device chooses the kernels when it loads the engine. The road
+through ``tensorrt`` was built from its documentation; what of it we have run is in
+:data:`petseg_runtime.engines.registry.ENGINES`. It differs from the other in the lines that ask for ``library``: it
+needs a GPU, is built for that one, and has a timing cache.
 
 Two builds of one graph need not give the same bytes (TensorRT for RTX 1.7: equal length, other internal names), so an
 engine is identified by the graph and the environment that it was built from, not by a digest of its own.
