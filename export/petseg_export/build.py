@@ -31,6 +31,7 @@ from petseg_runtime.errors import (
     CheckpointError,
     DataError,
     EngineForeign,
+    InputError,
     ModelError,
     OutputError,
     ParityNames,
@@ -50,7 +51,8 @@ __all__ = ["Exported", "export"]
 TRAVELLING: Final = SMOKE
 #: Photos of the activation scans, whose outputs are all of a network's activations at once.
 SCANNED: Final = 8
-#: A field of what a receipt says of int8: how many photos of the receipt were among those that judged it.
+#: A field of what a receipt says of int8: how many photos of the receipt were among those that judged it; None: it
+#: cannot be told.
 SHARED: Final = "judged_on_photos_of_the_receipt"
 #: Photos that a graph of any size is run on at another size than its specification's.
 ANOTHER_SIZE: Final = 3
@@ -140,7 +142,13 @@ def _receipt_notes(receipt: Receipt) -> tuple[str, ...]:
     notes = []
     if receipt.scan is None:
         notes.append(f"activations were not searched for NaN and infinity, which onnxruntime does: {install('cpu')}")
-    if shared := (receipt.quantization or {}).get(SHARED):
+    shared = (receipt.quantization or {}).get(SHARED, 0)
+    if shared is None:
+        notes.append(
+            "whether int8 was chosen on photos of the parity test cannot be told, as --data is not what it was chosen "
+            "on; where it was, their loss of IoU is flattered"
+        )
+    elif shared:
         notes.append(
             f"int8 was chosen on {shared} of the {receipt.photos} photos of the parity test, whose loss of IoU is so "
             "flattered: --split test takes others"
@@ -276,7 +284,18 @@ class _Job:
             )
         if not isinstance(found, dict):
             return None
-        return {name: value for name, value in found.items() if name != SHARED}  # this receipt is of other photos
+        return {**found, SHARED: self._shared(found.get("judged_on"))}  # this receipt may be of other photos
+
+    def _shared(self, judged_on: Any) -> int | None:
+        """See :data:`SHARED`, of an int8 file that was given, which tells of its judges no more than a digest."""
+        if self.photos.labels is None or self.config.data is None:
+            return 0
+        self.tell("looking for the photos that int8 was chosen on", 0, 0)
+        try:
+            judges = parity.read(parity.labelled(self.config.data, "val", self.loaded), self.spec)
+        except (DataError, InputError):  # it has no such part, or not a whole one: not that of int8, then
+            return None
+        return len({*judges.names} & {*self.photos.names}) if judges.about == judged_on else None
 
     def _compile(self, source: Artifact, file: Path) -> Artifact:
         assert self.form.compiler is not None

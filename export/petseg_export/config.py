@@ -56,13 +56,17 @@ class QuantizeConfig:
         Raises:
             UsageError: One of them makes no sense.
         """
-        if not (math.isfinite(self.budget) and self.budget >= 0):
-            raise UsageError(f"the budget of int8 is {self.budget}; a number of IoU points, 0 or more, is expected")
-        if not self.methods or (odd := set(self.methods) - set(_METHODS)):
-            given = ", ".join(sorted(odd)) if self.methods else "none"
-            raise UsageError(f"calibration methods: {given}; there are {', '.join(_METHODS)}")
+        _check_path("the data folder of int8", self.data)
+        if not (_is_number(self.budget) and self.budget >= 0):
+            raise UsageError(f"the budget of int8 is {self.budget!r}; a number of IoU points, 0 or more, is expected")
+        if not isinstance(self.methods, tuple):
+            raise UsageError(f"calibration methods are {self.methods!r}; a tuple of {', '.join(_METHODS)} is expected")
+        odd = [str(method) for method in self.methods if method not in _METHODS]
+        if odd or not self.methods:
+            raise UsageError(f"calibration methods: {', '.join(odd) or 'none'}; there are {', '.join(_METHODS)}")
         _check_count("the number of calibration photos of int8", self.photos)
         _check_count("the number of photos that judge int8", self.judges)
+        _check_kind("the seed of int8", self.seed, int, "a whole number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +119,12 @@ class ExportConfig:
         Raises:
             UsageError: A value that cannot be, or that the network does not take.
         """
+        _check_kind("name", self.name, str, "a text")
+        _check_kind("device", self.device, str, "a text")
+        _check_kind("seed", self.seed, int, "a whole number")
+        _check_kind("quantize", self.quantize, QuantizeConfig, "a QuantizeConfig")
+        _check_path("output", self.output)
+        _check_path("data", self.data)
         if self.precision not in PRECISIONS:
             raise UsageError(f"precision is {self.precision!r}; there are {', '.join(PRECISIONS)}")
         for name, size in (("height", self.height), ("width", self.width)):
@@ -128,7 +138,7 @@ class ExportConfig:
         _check_count("the number of photos of the parity test", self.photos)
         if self.threads is not None:
             _check_count("threads", self.threads)
-        if isinstance(self.backends, str) or not self.backends:
+        if not (isinstance(self.backends, tuple) and self.backends and all(isinstance(b, str) for b in self.backends)):
             raise UsageError(f"backends is {self.backends!r}; a tuple of at least one engine is expected")
         if self.split not in ("val", "test"):
             raise UsageError(f"split is {self.split!r}; val or test is expected")
@@ -152,6 +162,11 @@ class CompiledConfig(ExportConfig):
 
     onnx: Path | None = None
 
+    def __post_init__(self) -> None:
+        """See :class:`ExportConfig`."""
+        super().__post_init__()
+        _check_path("onnx", self.onnx)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OpenVINOConfig(CompiledConfig):
@@ -174,8 +189,9 @@ class EngineConfig(CompiledConfig):
         """See :class:`ExportConfig`."""
         super().__post_init__()
         _check_count("max_batch", self.max_batch)
-        if self.max_size is not None and not (len(self.max_size) == 2 and all(map(_is_size, self.max_size))):
-            raise UsageError(f"max_size is {self.max_size}; two positive multiples of {STRIDE} are expected")
+        size = self.max_size
+        if size is not None and not (isinstance(size, tuple) and len(size) == 2 and all(map(_is_size, size))):
+            raise UsageError(f"max_size is {size!r}; a tuple of two positive multiples of {STRIDE} is expected")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +204,11 @@ class TensorRTConfig(EngineConfig):
     """
 
     timing_cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        """See :class:`ExportConfig`."""
+        super().__post_init__()
+        _check_path("timing_cache", self.timing_cache)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +225,12 @@ class TensorRTRTXConfig(EngineConfig):
     def __post_init__(self) -> None:
         """See :class:`ExportConfig`."""
         super().__post_init__()
+        if not isinstance(self.compute_capabilities, tuple):
+            raise UsageError(
+                f'compute_capabilities is {self.compute_capabilities!r}; a tuple such as ("8.9",) is expected'
+            )
         for capability in self.compute_capabilities:
-            if not _CAPABILITY.fullmatch(capability):
+            if not (isinstance(capability, str) and _CAPABILITY.fullmatch(capability)):
                 raise UsageError(f"compute capability {capability!r}: one such as 8.9 is expected")
 
 
@@ -223,8 +248,22 @@ def _check_count(name: str, value: object) -> None:
         raise UsageError(f"{name} is {value!r}; a whole number, 1 or more, is expected")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_kind(name: str, value: object, kind: type, expected: str) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UsageError(f"{name} is {value!r}; {expected} is expected")
+
+
+def _check_path(name: str, value: object) -> None:
+    if value is not None:
+        _check_kind(name, value, Path, "a pathlib.Path")
+
+
 def _check_share(name: str, value: float | None) -> None:
-    if value is not None and not 0 < value <= 1:
+    if value is not None and not (_is_number(value) and 0 < value <= 1):
         raise UsageError(f"{name} is {value!r}; it must lie above 0, up to 1")
 
 

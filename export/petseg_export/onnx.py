@@ -158,22 +158,30 @@ def scan(graph: bytes, images: Sequence[U8]) -> dict[str, Any]:
 
 
 class Session:
-    """A graph in ONNX Runtime on the CPU, photo by photo, whatever its batch size is."""
+    """A graph in ONNX Runtime on the CPU, photo by photo.
+
+    One for a fixed batch is run on one photo, too, not on its copies: the batch stands in its input and output alone,
+    no node of ours knows it.
+    """
 
     def __init__(self, graph: bytes) -> None:
         import onnxruntime  # the export has no engine of its own: the `cpu` or `gpu` extra brings it
 
+        proto = onnx.load_from_string(graph)
+        proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+        for output in proto.graph.output:
+            output.type.tensor_type.ClearField("shape")
+        del proto.graph.value_info[:]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only
         options.intra_op_num_threads = torch.get_num_threads()
-        self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        batch = self._session.get_inputs()[0].shape[0]
-        self._batch = batch if isinstance(batch, int) else 1
+        self._session = onnxruntime.InferenceSession(
+            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
 
     def run(self, names: Sequence[str], photo: U8) -> list[npt.NDArray[Any]]:
         """Outputs by name, each [1, ...], for a photo, uint8 [H, W, 3]."""
-        repeated = np.repeat(photo[None], self._batch, axis=0)
-        return [values[:1] for values in self._session.run(list(names), {INPUT: repeated})]
+        return self._session.run(list(names), {INPUT: photo[None]})  # type: ignore[no-any-return]
 
 
 def _strip(proto: onnx.ModelProto) -> None:

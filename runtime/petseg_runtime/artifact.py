@@ -75,6 +75,15 @@ class Artifact:
     onnx: onnx_metadata.OnnxFile | None
     environment: dict[str, Any]
 
+    def check_same(self, identity: str) -> None:
+        """Refuse what was read of the ONNX file since, under this identity, if it is another graph by then.
+
+        Raises:
+            ModelError: It is.
+        """
+        if identity != self.identity:
+            raise ModelError(f"{self.path}: changed while it was loaded: load it again")
+
 
 def default_model() -> Path:
     """The model that ships with petseg."""

@@ -40,10 +40,16 @@ def rule() -> dict[str, Any]:
     lines = []
     for choice in RULE:
         entry = ENGINES[choice.engine]
-        extra = "gpu" if entry.extra == "cpu" and choice.kind == "cuda" else entry.extra
         line = {"engine": choice.engine, "device": choice.kind, "text": str(choice), "module": entry.module}
         compiles = choice.kind == "cuda" and len(entry.formats) > 1  # ONNX, and what it makes of it
-        lines.append({**line, "extra": extra, "run_by_us": choice.kind in entry.run_by_us, "compiles": compiles})
+        lines.append(
+            {
+                **line,
+                "extra": entry.extra_on(choice.kind),
+                "run_by_us": choice.kind in entry.run_by_us,
+                "compiles": compiles,
+            }
+        )
     return {"rule": lines}
 
 

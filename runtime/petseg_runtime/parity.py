@@ -60,6 +60,8 @@ FEW: Final = 3
 #: file that claims more is refused unread.
 MAX_PROOF: Final = 2**30
 MAX_ABOUT: Final = 2**20
+#: What a proof holds, and no more.
+_MEMBERS: Final = ["about.npy", "expected.npy", "images.npy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,11 +167,7 @@ def load_proof(path: Path, spec: ModelSpec, checkpoint_sha256: str) -> Proof:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise ModelError(f"{path}: not a regular file")
         with zipfile.ZipFile(path) as archive:
-            sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
-            if sum(sizes.values()) > MAX_PROOF or sizes.get("about.npy", 0) > MAX_ABOUT:
-                raise ModelError(
-                    f"{path}: claims more than {MAX_PROOF} bytes, or {MAX_ABOUT} of text; not a proof that petseg wrote"
-                )
+            _check_members(path, archive.infolist())
         with np.load(path, allow_pickle=False) as arrays:
             about = json.loads(arrays["about"].tobytes())
             images, expected = np.asarray(arrays["images"]), np.asarray(arrays["expected"])
@@ -199,6 +197,24 @@ def load_proof(path: Path, spec: ModelSpec, checkpoint_sha256: str) -> Proof:
             f"made from {checkpoint_sha256[:12] or 'none'}...)"
         )
     return proof
+
+
+def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
+    """Hold an archive against what is read of it: numpy also takes a name without its suffix, and the last of two.
+
+    Raises:
+        ModelError: Other members, or larger ones than a proof may have.
+    """
+    names = sorted(member.filename for member in members)
+    if names != _MEMBERS:
+        raise ModelError(
+            f"{path}: holds {str(names)[:200]}, where {', '.join(_MEMBERS)} are expected; not a proof that petseg wrote"
+        )
+    sizes = {member.filename: member.file_size for member in members}
+    if sum(sizes.values()) > MAX_PROOF or sizes["about.npy"] > MAX_ABOUT:
+        raise ModelError(
+            f"{path}: claims more than {MAX_PROOF} bytes, or {MAX_ABOUT} of text; not a proof that petseg wrote"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,7 +426,7 @@ def compare(
     tolerance = tolerance_for(spec.precision, info.precision)
     if checks.budget is not None and tolerance.task_loss is not None:
         tolerance = replace(tolerance, task_loss=checks.budget)
-    measured, failures = _judged(proof, answers, spec, tolerance, checks.task)
+    row, failures = _judged(proof, answers, spec, info, tolerance, checks.task)
     together = info.batch if info.batch > 1 or spec.batch else FEW
     if together > 1:
         index = np.arange(together) % len(proof.names)
@@ -419,17 +435,7 @@ def compare(
     if (other := checks.another_size) is not None:
         got = run(other.images)
         failures += [f"at another size: {failure}" for failure in _too_far(other.expected, got, tolerance)]
-    return Comparison(
-        engine=f"{info.name} {info.version} ({info.device}, {info.provider})",
-        backend=info.name,
-        device=info.device,
-        precision=info.precision,
-        tolerance=tolerance,
-        failures=tuple(failures),
-        batch=max(1, together),
-        notes=info.notes,
-        **measured,
-    )
+    return replace(row, failures=tuple(failures), batch=max(1, together))
 
 
 def measure(
@@ -490,20 +496,35 @@ def require(receipt: Receipt) -> None:
 
 
 def _judged(
-    proof: Proof, answers: U8, spec: ModelSpec, allowed: Tolerance, task: Callable[[U8], dict[str, Any]] | None = None
-) -> tuple[dict[str, Any], list[str]]:
-    """What is measured of the answers to a proof's photos (:class:`Comparison`), and what exceeds its tolerance."""
+    proof: Proof,
+    answers: U8,
+    spec: ModelSpec,
+    info: EngineInfo,
+    allowed: Tolerance,
+    task: Callable[[U8], dict[str, Any]] | None,
+) -> tuple[Comparison, list[str]]:
+    """What is measured of the answers to a proof's photos, one by one, and what exceeds its tolerance."""
     ious = _ious(proof.expected, answers, spec.threshold)
-    measured: dict[str, Any] = {
-        **_differences(proof.expected, answers),
-        "min_mask_iou": min(ious),
-        "mean_mask_iou": float(np.mean(ious)),
-        "mean_cutout_iou": float(np.mean(_ious(proof.expected, answers, spec.cutout_threshold))),
-        "registration": _registration(proof.expected, answers),
-        "worst": _worst(proof, answers),
-        "task": task(answers) if task else None,
-    }
-    return measured, list(_failures(measured, allowed, proof.names[int(np.argmin(ious))]))
+    found = _differences(proof.expected, answers)
+    row = Comparison(
+        engine=f"{info.name} {info.version} ({info.device}, {info.provider})",
+        backend=info.name,
+        device=info.device,
+        precision=info.precision,
+        max_difference=found.largest,
+        mean_difference=found.mean,
+        p99_difference=found.p99,
+        min_mask_iou=min(ious),
+        mean_mask_iou=float(np.mean(ious)),
+        mean_cutout_iou=float(np.mean(_ious(proof.expected, answers, spec.cutout_threshold))),
+        registration=_registration(proof.expected, answers),
+        worst=_worst(proof, answers),
+        task=task(answers) if task else None,
+        tolerance=allowed,
+        failures=(),
+        notes=info.notes,
+    )
+    return row, list(_failures(row, proof.names[int(np.argmin(ious))]))
 
 
 def _too_far(expected: U8, got: U8, allowed: Tolerance) -> list[str]:
@@ -513,21 +534,30 @@ def _too_far(expected: U8, got: U8, allowed: Tolerance) -> list[str]:
         ParityShapes: The answers are not even of one shape.
     """
     _check_output(got, expected)
-    return [text for _, text in _exceeded(_differences(expected, got), allowed)]
+    return list(_exceeded(_differences(expected, got), allowed))
 
 
-def _differences(expected: U8, got: U8) -> dict[str, Any]:
-    """The numbers of a :class:`Comparison` that are of differences alone, over all pixels of uint8 [N, H, W]."""
+@dataclass(frozen=True)
+class _Differences:
+    """Of probabilities, over all pixels; see :class:`Comparison`."""
+
+    largest: int
+    mean: float
+    p99: int
+
+
+def _differences(expected: U8, got: U8) -> _Differences:
+    """Between uint8 [N, H, W]."""
     counts = np.zeros(256, np.int64)  # how often each difference occurs
     for one, other in zip(expected, got, strict=True):
         counts += np.bincount(_apart(one, other).ravel(), minlength=256)
     total = counts.sum()
-    return {
-        "max_difference": int(np.flatnonzero(counts)[-1]),
-        "mean_difference": float((np.arange(256) * counts).sum() / total),
+    return _Differences(
+        largest=int(np.flatnonzero(counts)[-1]),
+        mean=float((np.arange(256) * counts).sum() / total),
         # The smallest that 99 of 100 pixels do not exceed, in integers: 0.99 is no number in binary.
-        "p99_difference": int(np.searchsorted(100 * counts.cumsum(), 99 * total)),
-    }
+        p99=int(np.searchsorted(100 * counts.cumsum(), 99 * total)),
+    )
 
 
 def _apart(expected: U8, got: U8) -> npt.NDArray[np.int16]:
@@ -536,36 +566,34 @@ def _apart(expected: U8, got: U8) -> npt.NDArray[np.int16]:
     return apart
 
 
-def _exceeded(measured: dict[str, Any], allowed: Tolerance) -> Iterator[tuple[str, str]]:
-    """The differences that exceed their tolerance: the field of each, and what is to be said of it."""
-    for field, text in (
-        ("max_difference", "largest difference"),
-        ("mean_difference", "mean difference"),
-        ("p99_difference", "99th percentile of the differences"),
+def _exceeded(found: _Differences, allowed: Tolerance, place: str = "") -> Iterator[str]:
+    """What is to be said of the differences that exceed their tolerance; ``place`` is that of the largest."""
+    at, largest_at = (f" ({place})", f" (largest in {place})") if place else ("", "")
+    for text, value, limit, where in (
+        ("largest difference", found.largest, allowed.max_difference, at),
+        ("mean difference", found.mean, allowed.mean_difference, largest_at),
+        ("99th percentile of the differences", found.p99, allowed.p99_difference, largest_at),
     ):
-        limit = getattr(allowed, field)
-        if limit is not None and measured[field] > limit:
-            yield field, f"{text} {measured[field]:.4g}/255, allowed {limit}/255"
+        if limit is not None and value > limit:
+            yield f"{text} {value:.4g}/255, allowed {limit}/255{where}"
 
 
-def _failures(measured: dict[str, Any], allowed: Tolerance, name: str) -> Iterator[str]:
+def _failures(row: Comparison, name: str) -> Iterator[str]:
     """What exceeds its tolerance, each with the numbers and the place; ``name`` is the photo of the smallest IoU."""
-    worst = measured["worst"]
+    worst, allowed = row.worst, row.tolerance
     place = f"{worst['photo']} at y {worst['y']}, x {worst['x']}: {worst['got']} instead of {worst['expected']}"
-    for field, text in _exceeded(measured, allowed):
-        yield f"{text} ({place})" if field == "max_difference" else f"{text} (largest in {place})"
-    for field, text, where in (
-        ("min_mask_iou", "smallest mask IoU", f" ({name})"),
-        ("mean_mask_iou", "mean mask IoU", f" (smallest in {name})"),
-        ("mean_cutout_iou", "mean mask IoU at the threshold of cutouts", ""),
+    yield from _exceeded(_Differences(row.max_difference, row.mean_difference, row.p99_difference), allowed, place)
+    for text, value, limit, where in (
+        ("smallest mask IoU", row.min_mask_iou, allowed.min_mask_iou, f" ({name})"),
+        ("mean mask IoU", row.mean_mask_iou, allowed.mean_mask_iou, f" (smallest in {name})"),
+        ("mean mask IoU at the threshold of cutouts", row.mean_cutout_iou, allowed.mean_cutout_iou, ""),
     ):
-        limit = getattr(allowed, field)
-        if limit is not None and not measured[field] >= limit:
-            yield f"{text} {measured[field]:.5f}, allowed {limit}{where}"
-    task = measured["task"]
+        if limit is not None and not value >= limit:
+            yield f"{text} {value:.5f}, allowed {limit}{where}"
+    task = row.task
     if task and allowed.task_loss is not None and not task["loss"] <= allowed.task_loss:
         yield f"IoU on {task['photos']} labelled photos falls by {task['loss']:.2f} points, allowed {allowed.task_loss}"
-    yield from _misaligned(measured["registration"])
+    yield from _misaligned(row.registration)
 
 
 def _misaligned(registration: dict[str, float]) -> Iterator[str]:

@@ -6,6 +6,7 @@ stands how warm the machine was and how fast its cores ran, where the kernel say
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -23,8 +24,6 @@ from petseg_runtime.host import Gpu, Host
 __all__ = ["INTERVALS", "SLOWER", "Interval", "Sustained", "sustain"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
-#: How many runs a caller has done, and when it was done with the last one.
-_Mark: TypeAlias = tuple[int, float]
 
 INTERVALS: Final = 10
 #: What the last interval must lose against the first before that is called slowing down: our choice; whatever else a
@@ -39,8 +38,9 @@ class Interval:
     Attributes:
         start: Seconds since all callers were at work.
         end: Likewise.
-        photos_per_second: Of all callers together.
-        celsius: At its end, of each of the kernel's thermal zones by its type; empty where there are none.
+        photos_per_second: Of all callers together; of a run that lies in several intervals, each has its share.
+        celsius: At its end (or, where a run outlasts it, that of the run), of each of the kernel's thermal zones by its
+            type; empty where there are none.
         mhz: At its end, of each core; empty where the kernel does not say.
     """
 
@@ -91,9 +91,16 @@ class Sustained:
     @property
     def loss(self) -> float | None:
         """By which share the last interval is slower than the first (negative: faster); None: it cannot be said."""
-        if len(self.intervals) < 2 or not self.intervals[0].photos_per_second:
+        if len(self.intervals) < 2:
             return None
-        return 1 - self.intervals[-1].photos_per_second / self.intervals[0].photos_per_second
+        first, last = (self.intervals[place].photos_per_second for place in (0, -1))
+        return 1 - last / first if first and last else None
+
+    @property
+    def short(self) -> bool:
+        """Whether an interval is shorter than a run, so that its rate is in part that of its neighbours."""
+        at_a_time = self.batch * self.info.streams
+        return any(one.photos_per_second * (one.end - one.start) < at_a_time for one in self.intervals)
 
     @property
     def verdict(self) -> str:
@@ -103,7 +110,8 @@ class Sustained:
         last = "the last interval" if self.complete else f"interval {len(self.intervals)}, the last one measured,"
         change = f"{100 * abs(self.loss):.0f} % {'slower' if self.loss > 0 else 'faster'}"
         pace = "slows down under load" if self.loss >= SLOWER else "keeps its pace"
-        return f"{last} is {change} than the first: this machine {pace}"
+        short = "; but a run takes longer than an interval, whose rate says little by itself: give it more minutes"
+        return f"{last} is {change} than the first: this machine {pace}{short if self.short else ''}"
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -121,7 +129,10 @@ class Sustained:
 
 
 def sustain(engine: Engine, photos: U8, seconds: float) -> Generator[Interval]:
-    """Keep an engine's callers at work, and tell each interval as it ends; closed early, they end with their run.
+    """Keep an engine's callers at work, and tell each interval; closed early, they end with their run.
+
+    An interval is told when the runs that were under way at its end are done, for only then is it known how much of
+    them lies in it.
 
     Args:
         engine: Gets as many callers as it has streams, each in a thread of its own.
@@ -132,34 +143,33 @@ def sustain(engine: Engine, photos: U8, seconds: float) -> Generator[Interval]:
         EngineError: A run failed.
     """
     callers = engine.describe().streams
-    marks: list[_Mark | None] = [None] * callers
+    marks: list[list[float]] = [[] for _ in range(callers)]  # when each caller began, and was done with each run
     stop = threading.Event()
 
     def call(caller: int) -> None:
         engine.run(photos)  # a thread's first run makes what is the thread's own
-        count = 0
+        marks[caller].append(time.perf_counter())
         while not stop.is_set():
-            marks[caller] = (count, time.perf_counter())
             engine.run(photos)
-            count += 1
+            marks[caller].append(time.perf_counter())
+
+    def reach(when: float) -> None:
+        while not all(of_caller and of_caller[-1] >= when for of_caller in marks):
+            _let_work(working, time.perf_counter() + 0.01)
 
     with ThreadPoolExecutor(callers) as pool:
         try:
             working = [pool.submit(call, caller) for caller in range(callers)]
-            while not all(marks):
-                _let_work(working, time.perf_counter() + 0.01)
-            start, before, begun = time.perf_counter(), list(marks), 0.0
-            for number in range(1, INTERVALS + 1):
-                _let_work(working, start + seconds * number / INTERVALS)
-                ended, after = time.perf_counter() - start, list(marks)
-                yield Interval(
-                    start=begun,
-                    end=ended,
-                    photos_per_second=len(photos) * _rate(before, after),
-                    celsius=host.temperatures(),
-                    mhz=host.frequencies(),
-                )
-                before, begun = after, ended
+            reach(-math.inf)
+            start, length = time.perf_counter(), seconds / INTERVALS
+            for number in range(INTERVALS):
+                begun, ended = number * length, (number + 1) * length
+                _let_work(working, start + ended)
+                celsius, mhz = host.temperatures(), host.frequencies()
+                reach(start + ended)
+                runs = sum(_runs(of_caller, start + begun, start + ended) for of_caller in marks)
+                rate = len(photos) * runs / length
+                yield Interval(start=begun, end=ended, photos_per_second=rate, celsius=celsius, mhz=mhz)
         finally:
             stop.set()  # after Ctrl-C, or the failure of one, the others end with their run
 
@@ -176,10 +186,15 @@ def _let_work(working: Sequence[Future[None]], until: float) -> None:
             future.result()
 
 
-def _rate(before: Sequence[_Mark | None], after: Sequence[_Mark | None]) -> float:
-    """Runs a second of all callers together; each from the end of a run to the end of a run: no part of one is lost."""
-    rate = 0.0
-    for first, last in zip(before, after, strict=True):
-        if first and last and last[0] > first[0]:
-            rate += (last[0] - first[0]) / (last[1] - first[1])
-    return rate
+def _runs(marks: list[float], begun: float, ended: float) -> float:
+    """How many runs a caller has done between two times, parts of runs counted as such.
+
+    Args:
+        marks: When it began its first run, and was done with each; what is no longer needed is dropped.
+        begun: No earlier than the first of them.
+        ended: No later than the last.
+    """
+    known = tuple(marks)  # the caller goes on
+    first, last = np.interp([begun, ended], known, np.arange(len(known)))
+    del marks[: int(last)]  # hours of short runs would be millions
+    return float(last - first)

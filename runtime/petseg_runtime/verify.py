@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,6 +44,7 @@ __all__ = [
 SCHEMA_VERSION = 3
 #: What is read, too: results of the network alone.
 WITHOUT_ROAD = 2
+_AND_THE_ROAD = "; the road around the network: "
 #: Bytes of a file of results, which has a line or two for each engine.
 MAX_RESULT = 2**20
 
@@ -72,7 +74,7 @@ class Verification:
     @property
     def summary(self) -> str:
         """One line for people."""
-        return f"{self.network.summary}; the road around the network: {self.road.summary}"
+        return f"{self.network.summary}{_AND_THE_ROAD}{self.road.summary}"
 
 
 def sidecar_of(path: Path) -> Path:
@@ -209,7 +211,10 @@ def record(artifact: Artifact, done: Verification) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "petseg": __version__,
-        "host": {**dataclasses.asdict(hosts.host()), "nvidia_gpus": hosts.nvidia_gpus()},
+        "host": {
+            **dataclasses.asdict(hosts.host()),
+            "nvidia_gpus": [dataclasses.asdict(gpu) for gpu in hosts.gpus()],
+        },
         "device": hosts.identity(),
     }
 
@@ -256,7 +261,8 @@ def verified(artifact: Artifact) -> dict[str, Any]:
     The latest result; those of other engines and devices that hold, too, are its ``others``, the latest first. Where
     the latest does not hold, a ``summary`` says why not.
 
-    A result of an earlier version, of the network alone, is one without ``road``.
+    A result of an earlier version, of the network alone, is one without ``road``. Of one that another version of petseg
+    found of both, only the network's is left, and ``road`` says so.
     """
     path = sidecar_of(artifact.path)
     try:
@@ -267,7 +273,24 @@ def verified(artifact: Artifact) -> dict[str, Any]:
         return {"summary": f"{path.name}: cannot be read ({error})"}
     if fault := _fault(artifact, value):
         return {"summary": f"{path.name}: {fault}; run `petseg verify` again"}
-    return {**value, "others": [other for other in _others(value) if not _fault(artifact, other)]}
+    return {
+        **_as_of_now(value),
+        "others": [_as_of_now(other) for other in _others(value) if not _fault(artifact, other)],
+    }
+
+
+def _as_of_now(result: dict[str, Any]) -> dict[str, Any]:
+    """A result without what was found of the road, if petseg was another then: the road is petseg's own code."""
+    was = result.get("petseg")
+    if "road" not in result or was == __version__:
+        return result
+    rows = result.get("rows")
+    return {
+        **result,
+        "road": {"summary": f"found by petseg {was}, and this is {__version__}: run `petseg verify` again"},
+        "passed": isinstance(rows, list) and all(isinstance(row, dict) and row.get("passed") is True for row in rows),
+        "summary": str(result.get("summary", "")).partition(_AND_THE_ROAD)[0],
+    }
 
 
 def _read(path: Path) -> Any:
@@ -314,7 +337,31 @@ def _change(result: dict[str, Any]) -> str:
     for name, before, installed in pairs:
         if (before or "none") != (installed or "none"):
             return f"with {name} {before or 'none'}, and now it is {installed or 'none'}"
+    return _other_gpu(was, {device for _, device in _ran_in(result) if device.startswith("cuda:")})
+
+
+def _other_gpu(was: dict[str, Any], devices: Set[str]) -> str:
+    """Which of these GPUs is another one here than in the x-ray of a result; "" if none is."""
+    told = was.get("nvidia_gpus")  # of an earlier version: how many there are, and no more
+    then = {_index(gpu): _kind_of(gpu) for gpu in told} if isinstance(told, list) else {}
+    here = {f"cuda:{gpu.index}": _kind_of(dataclasses.asdict(gpu)) for gpu in hosts.gpus()}
+    for device in sorted(devices):
+        before, now = then.get(device, "unknown"), here.get(device, "none")
+        if before != now or before == "unknown":
+            return f"on another {device} ({before}, this is {now})"
     return ""
+
+
+def _index(gpu: Any) -> str:
+    return f"cuda:{gpu.get('index')}" if isinstance(gpu, dict) else ""
+
+
+def _kind_of(gpu: Any) -> str:
+    """What a GPU is, of one in an x-ray; any program may have written it."""
+    try:
+        return f"{gpu['name']}, compute capability {gpu['compute_capability']}"
+    except (KeyError, TypeError):
+        return "unknown"
 
 
 def _processor(host: Any) -> str:

@@ -80,6 +80,18 @@ def test_every_knob_is_named(kind: type) -> None:
         ({"backends": ()}, "at least one engine"),
         ({"backends": "auto"}, "backends is 'auto'; a tuple"),
         ({"split": "train"}, "'train'; val or test"),
+        ({"precision": ["fp32"]}, "precision is \\['fp32'\\]; there are"),
+        ({"backends": 7}, "backends is 7; a tuple"),
+        ({"backends": (7,)}, "backends is \\(7,\\); a tuple"),
+        ({"certain_share": "x"}, "certain_share is 'x'; it must lie above 0, up to 1"),
+        ({"certain_share": float("nan")}, "certain_share is nan"),
+        ({"certain_share": True}, "certain_share is True"),
+        ({"name": 7}, "name is 7; a text"),
+        ({"device": None}, "device is None; a text"),
+        ({"seed": "x"}, "seed is 'x'; a whole number"),
+        ({"quantize": 0.5}, "quantize is 0.5; a QuantizeConfig"),
+        ({"output": "x.onnx"}, "output is 'x.onnx'; a pathlib.Path"),
+        ({"data": 7}, "data is 7; a pathlib.Path"),
         ({"notes": ["measured"]}, "notes are list; a dict"),
         ({"notes": {"measured": Path("x")}}, "notes are no JSON: .*Path"),
         ({"notes": {"iou": float("nan")}}, "notes are no JSON: Out of range float"),
@@ -100,6 +112,14 @@ def test_what_makes_no_sense_is_wrong_usage_and_named_with_its_value(
         ({"budget": -0.1}, "-0.1"),
         ({"budget": float("nan")}, "nan"),
         ({"budget": float("inf")}, "inf"),
+        ({"budget": "1"}, "budget of int8 is '1'; a number of IoU points"),
+        ({"budget": None}, "budget of int8 is None"),
+        ({"budget": True}, "budget of int8 is True"),
+        ({"data": "pets"}, "data folder of int8 is 'pets'; a pathlib.Path"),
+        ({"seed": 0.5}, "seed of int8 is 0.5; a whole number"),
+        ({"methods": "minmax"}, "calibration methods are 'minmax'; a tuple"),
+        ({"methods": 7}, "calibration methods are 7; a tuple"),
+        ({"methods": ([],)}, r"calibration methods: \[\]; there are"),
         ({"methods": ()}, "none"),
         ({"methods": ("minmax", "guess")}, "guess"),
         ({"photos": 0}, "calibration photos of int8 is 0"),
@@ -114,7 +134,11 @@ def test_int8_is_asked_for_sensibly(knobs: dict[str, Any], told: str) -> None:
 
 @pytest.mark.parametrize("kind", [TensorRTConfig, TensorRTRTXConfig])
 @pytest.mark.parametrize(
-    "knobs", [{"max_batch": 0}, {"max_size": (64, 20)}, {"max_size": (0, 16)}, {"max_size": (64,)}, {"max_size": ()}]
+    "knobs",
+    [
+        {"max_batch": 0},
+        *({"max_size": size} for size in ((64, 20), (0, 16), (64,), (), 512, 1.5, "64", ("64", "64"))),
+    ],
 )
 def test_the_largest_batch_and_size_of_an_engine_are_checked(kind: type, knobs: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=re.escape(str(next(iter(knobs.values()))))):
@@ -125,6 +149,29 @@ def test_the_largest_batch_and_size_of_an_engine_are_checked(kind: type, knobs: 
 def test_what_is_no_compute_capability_is_refused(odd: str) -> None:
     with pytest.raises(UsageError, match=f"'{odd}': one such as 8.9"):
         TensorRTRTXConfig(compute_capabilities=("12.0", odd))
+
+
+@pytest.mark.parametrize("odd", [(8.9,), (None,)])
+def test_a_compute_capability_that_is_no_text_is_refused(odd: Any) -> None:
+    with pytest.raises(UsageError, match=f"compute capability {odd[0]}: one such as 8.9"):
+        TensorRTRTXConfig(compute_capabilities=odd)
+
+
+@pytest.mark.parametrize("odd", ["8.9", 8.9, None])
+def test_compute_capabilities_that_are_no_tuple_are_refused_whole(odd: Any) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"compute_capabilities is {odd!r}; a tuple such as")):
+        TensorRTRTXConfig(compute_capabilities=odd)
+
+
+@pytest.mark.parametrize("kind", [OpenVINOConfig, TensorRTConfig])
+def test_an_onnx_file_is_a_path(kind: type) -> None:
+    with pytest.raises(UsageError, match=r"onnx is 'x\.onnx'; a pathlib\.Path"):
+        kind(onnx="x.onnx")
+
+
+def test_a_timing_cache_is_a_path() -> None:
+    with pytest.raises(UsageError, match=r"timing_cache is 'x'; a pathlib\.Path"):
+        TensorRTConfig(timing_cache="x")  # type: ignore[arg-type]
 
 
 def test_what_is_exported_from_the_package_is_there() -> None:

@@ -28,7 +28,7 @@ from petseg_runtime.artifact import PROVENANCE_KEY, RECEIPT_KEY, open_artifact
 from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.errors import CheckpointError, ParityTolerance, UsageError
 from petseg_runtime.onnx_metadata import with_metadata
-from petseg_runtime.spec import SPEC_KEY
+from petseg_runtime.spec import SPEC_KEY, ModelSpec
 
 if TYPE_CHECKING:
     from petseg.model import AttentionUNet
@@ -209,6 +209,29 @@ def test_a_size_and_batch_of_ones_own(
     assert (shape(graph.input[0]), shape(graph.output[0])) == ([3, 16, 48, 3], [3, 16, 48])
     for count in (1, 3, 4):
         runs_like(file, trained.model, random_images(count, 16, 48))
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_a_graph_for_three_photos_is_scanned_a_photo_at_a_time(
+    trained: Any, random_images: Any, monkeypatch: pytest.MonkeyPatch, free: bool
+) -> None:
+    """All activations of copies would be as many times the memory."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    photos, asked = list(random_images(2, 32, 32)), []
+    run = onnxruntime.InferenceSession.run
+
+    def watched(self: Any, names: list[str], inputs: dict[str, np.ndarray]) -> Any:
+        values = run(self, names, inputs)
+        asked.append((inputs["image"].shape, {len(value) for value in values}))
+        return values
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", watched)
+    found = []
+    for batch in (0, 3):
+        spec = ModelSpec(name="small", height=32, width=32, batch=batch, dynamic_size=free)
+        found.append(scan(build.graph_bytes(DeployedUNet(trained.model, set()), spec), photos))
+    assert asked == [((1, 32, 32, 3), {1})] * 4
+    assert found[0] == {**found[1], "largest": pytest.approx(found[1]["largest"], rel=1e-5)}
 
 
 def test_a_free_size_from_16_by_16_on(

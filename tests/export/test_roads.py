@@ -32,7 +32,7 @@ from petseg_export import (
 )
 from petseg_export.config import EngineConfig
 from petseg_runtime import host
-from petseg_runtime.artifact import RECEIPT_KEY, Artifact, open_artifact, sidecar_of
+from petseg_runtime.artifact import RECEIPT_KEY, open_artifact, sidecar_of
 from petseg_runtime.engines.tensorrt_build import Built, Profile, profile_of
 from petseg_runtime.errors import (
     DataError,
@@ -181,17 +181,50 @@ def test_int8_data_may_be_other_than_that_of_the_receipt(quarter: Path, oxford_r
 # ------------------------------------------------------------------------------------------------ compiled from int8
 
 
-def without_shared(artifact: Artifact) -> dict[str, Any]:
-    """How an ONNX file's int8 was chosen, less what is of its own receipt's photos."""
-    return {name: value for name, value in artifact.receipt["quantization"].items() if name != build.SHARED}
-
-
 def test_the_ir_of_an_int8_file_keeps_its_choice(int8: build.Exported, quarter: Path, tmp_path: Path) -> None:
     config = OpenVINOConfig(output=tmp_path / "x.xml", precision="int8", onnx=int8.path, photos=4)
     done = export(quarter, config)
-    assert done.receipt.quantization == without_shared(open_artifact(int8.path))
+    assert done.receipt.quantization == open_artifact(int8.path).receipt["quantization"]
     assert {row.precision for row in done.receipt.rows} == {"int8"}
     assert open_artifact(done.path).identity == open_artifact(int8.path).identity
+
+
+@pytest.mark.parametrize(("split", "shared"), [("val", 6), ("test", 0)])
+def test_the_ir_of_an_int8_file_says_which_of_its_photos_int8_was_chosen_on(
+    int8: build.Exported, quarter: Path, oxford_root: Path, tmp_path: Path, split: str, shared: int
+) -> None:
+    config = OpenVINOConfig(output=tmp_path / "x.xml", precision="int8", onnx=int8.path, data=oxford_root, split=split)
+    done = export(quarter, config)
+    assert done.receipt.quantization is not None
+    assert done.receipt.quantization[build.SHARED] == shared
+    assert sum("chosen on 6 of the 6 photos of the parity test" in note for note in done.notes) == (shared > 0)
+
+
+@pytest.mark.parametrize("change", ["other pixels", "no such part"])
+def test_where_it_cannot_be_told_what_int8_was_chosen_on_that_is_said(
+    int8: build.Exported,
+    quarter: Path,
+    oxford_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
+) -> None:
+    labelled = parity.labelled
+
+    def another(data: Path, split: str, loaded: Any) -> Any:
+        if split != "val":
+            return labelled(data, split, loaded)
+        if change == "no such part":
+            raise DataError("no photos in it")
+        return labelled(data, "train", loaded)[:6]
+
+    monkeypatch.setattr(parity, "labelled", another)
+    file = tmp_path / "x.xml"
+    config = OpenVINOConfig(output=file, precision="int8", onnx=int8.path, data=oxford_root, split="test")
+    done = export(quarter, config)
+    assert done.receipt.quantization is not None
+    assert done.receipt.quantization[build.SHARED] is None
+    assert any("whether int8 was chosen on photos of the parity test cannot be told" in note for note in done.notes)
 
 
 # ------------------------------------------------------------------------------------------------ engines
@@ -222,8 +255,7 @@ def test_an_rtx_engine_is_built_and_says_that_it_was_not_run(
         verify_artifact(artifact)
     if given:
         assert artifact.identity == open_artifact(given).identity
-        choice = open_artifact(given)
-        assert done.receipt.quantization == (without_shared(choice) if choice.receipt["quantization"] else None)
+        assert done.receipt.quantization == open_artifact(given).receipt["quantization"]
 
 
 @pytest.mark.tensorrt

@@ -1623,6 +1623,8 @@ def test_infer_runs_a_compiled_model(toy_ir: Artifact, photo: Path, tmp_path: Pa
 
 #: For tests that count lines: with another engine, there may be one more for what it computes in by itself.
 IN_ONNXRUNTIME = ["--backend", "onnxruntime"]
+L4 = host.Gpu(index=0, name="Stand-in L4", compute_capability="8.9", memory=2**34, driver="CUDA 13.0")
+T4 = host.Gpu(index=0, name="Stand-in T4", compute_capability="7.5", memory=2**34, driver="CUDA 13.0")
 
 
 def tampered(artifact: Artifact) -> Path:
@@ -1665,7 +1667,7 @@ def test_the_result_says_what_was_found_of_which_file_where_and_when(proven: Art
     assert result["petseg"] == __version__
     assert result["date"].endswith("+00:00")
     assert result["host"]["cpu"] == json.loads(json.dumps(dataclasses.asdict(host.host().cpu)))
-    assert result["host"]["nvidia_gpus"] == host.nvidia_gpus()
+    assert result["host"]["nvidia_gpus"] == [dataclasses.asdict(gpu) for gpu in host.gpus()]
     assert result["spec"] == json.loads(proven.spec.to_json())
     assert [row["precision"] for row in result["rows"]] == ["f32"]
     assert "schema_version" in result
@@ -1842,7 +1844,8 @@ def test_a_failure_in_one_engine_is_told_though_another_passes(
     assert "verified here  smoke, 4 photos, FAILED, f32 in openvino" in out
 
 
-def test_each_device_of_an_engine_has_a_result_of_its_own(proven: Artifact) -> None:
+def test_each_device_of_an_engine_has_a_result_of_its_own(proven: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "gpus", lambda: (L4,))
     assert run(["verify", str(proven.path), "-q", *IN_ONNXRUNTIME]) == 0
     path = sidecar_of(proven.path)
     result = json.loads(path.read_text(encoding="utf-8"))
@@ -1916,6 +1919,75 @@ def test_what_was_verified_on_another_machine_of_the_same_kind_is_not_shown(
         out = capsys.readouterr().out
         assert ("verified here  smoke, 4 photos, passed" in out) is shown
         assert ("on another machine of this kind; run `petseg verify` again" in out) is not shown
+
+
+@pytest.mark.parametrize(
+    ("told", "here", "said"),
+    [
+        ([dataclasses.asdict(L4)], (L4,), ""),
+        (
+            [dataclasses.asdict(L4), {**dataclasses.asdict(T4), "index": 1}],
+            (L4,),
+            "",
+        ),  # what has no row does not matter
+        (
+            [dataclasses.asdict(T4)],
+            (L4,),
+            "on another cuda:0 (Stand-in T4, compute capability 7.5, this is Stand-in L4, ",
+        ),
+        ([dataclasses.asdict(L4)], (), "on another cuda:0 (Stand-in L4, compute capability 8.9, this is none)"),
+        (1, (L4,), "on another cuda:0 (unknown, this is Stand-in L4, compute capability 8.9)"),
+        ([7, {"index": 0}], (L4,), "on another cuda:0 (unknown, this is "),
+        ([{"index": 0}], (), "on another cuda:0 (unknown, this is none)"),
+        (None, (), "on another cuda:0 (unknown, this is none)"),
+    ],
+)
+def test_what_was_verified_on_another_gpu_is_not_shown(
+    proven: Artifact,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    told: object,
+    here: tuple[host.Gpu, ...],
+    said: str,
+) -> None:
+    assert run(["verify", str(proven.path), "-q", *IN_ONNXRUNTIME]) == 0
+    path = sidecar_of(proven.path)
+    result = json.loads(path.read_text(encoding="utf-8"))
+    on_cpu = json.loads(path.read_text(encoding="utf-8"))
+    result["rows"][0]["device"] = "cuda:0"
+    for one in (result, on_cpu):
+        one["host"]["nvidia_gpus"] = told
+    path.write_text(json.dumps({**result, "others": [on_cpu]}))
+    monkeypatch.setattr(host, "gpus", lambda: here)
+    assert run(["info", str(proven.path)]) == 0
+    out = capsys.readouterr().out
+    assert ("verified here  smoke, 4 photos, passed" in out) is not said
+    assert (f"verified here  {path.name}: {said}" in out) is bool(said)
+    path.write_text(json.dumps(on_cpu))
+    assert run(["info", str(proven.path)]) == 0
+    assert "verified here  smoke, 4 photos, passed" in capsys.readouterr().out, "a CPU's row is of no GPU"
+
+
+def test_of_what_another_petseg_verified_only_the_network_is_left(
+    proven: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["verify", str(proven.path), "-q", *IN_ONNXRUNTIME]) == 0
+    path = sidecar_of(proven.path)
+    result = json.loads(path.read_text(encoding="utf-8"))
+    older = {**result, "petseg": "0.0.1", "passed": False, "road": {**result["road"], "passed": False}}
+    path.write_text(json.dumps({**older, "others": [older]}))
+    assert run(["info", str(proven.path)]) == 0
+    out = capsys.readouterr().out
+    said = f"found by petseg 0.0.1, and this is {__version__}: run `petseg verify` again"
+    assert "verified here  smoke, 4 photos, passed, f32 in onnxruntime" in out
+    assert f"verified here  the road around the network: {said}" in out
+    assert "9 photos with Pillow" not in out
+    assert run(["info", str(proven.path), "--json"]) == 0
+    verified = json.loads(capsys.readouterr().out)["verified"]
+    for one in (verified, *verified["others"]):
+        assert (one["road"], one["passed"]) == ({"summary": said}, True)
+        assert one["summary"].startswith("smoke, 4 photos: passed, f32 in onnxruntime")
+        assert "road" not in one["summary"]
 
 
 def test_without_a_name_the_model_that_ships_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:

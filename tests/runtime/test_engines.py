@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import hashlib
 import importlib
 import importlib.metadata
@@ -14,7 +15,9 @@ import os
 import re
 import sys
 import threading
+import traceback
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -240,6 +243,20 @@ def test_streams_share_the_threads_and_there_are_no_more_of_them(
                 np.testing.assert_array_equal(result, pixels[..., 0])
 
 
+@pytest.mark.parametrize(
+    ("threads", "streams", "told"), [(16, 1, 16), (16, 4, 13), (16, 15, 2), (16, 16, 1), (2, 5, 1), (1, 1, 1)]
+)
+def test_in_onnx_runtime_callers_and_pool_are_as_many_as_the_threads(
+    toy: Toy, tmp_path: Path, threads: int, streams: int, told: int
+) -> None:
+    """A session told N has N - 1 threads of its own, for all callers together."""
+    engine: Any = load_engine(toy(tmp_path / "toy.onnx"), "onnxruntime", threads, device="cpu", streams=streams)
+    with engine:
+        own = engine._session.get_session_options().intra_op_num_threads
+        assert own == told
+        assert own - 1 + engine.describe().streams == threads
+
+
 def test_threads_get_their_own_answers_which_no_other_run_changes(backend: str, toy: Toy, tmp_path: Path) -> None:
     with (
         load_engine(toy(tmp_path / "toy.onnx"), backend, 4, streams=4) as engine,
@@ -276,6 +293,23 @@ def test_warming_up_runs_blank_batches_of_the_size_that_is_asked_for(
         np.testing.assert_array_equal(run(noise(1, 16, 32)), noise(1, 16, 32)[..., 0])
 
 
+def test_what_openvino_loads_for_a_size_has_run_at_it(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is too large for a device fails then, not at the first photo."""
+    module = pytest.importorskip("petseg_runtime.engines.openvino")
+    shapes: list[tuple[int, ...]] = []
+    run = module.OpenVINOEngine.run
+    monkeypatch.setattr(
+        module.OpenVINOEngine, "run", lambda self, images: shapes.append(images.shape) or run(self, images)
+    )
+    artifact = toy(tmp_path / "toy.onnx", dynamic_size=True)
+    for size, expected in (((64, 48), (64, 48)), (None, (16, 32))):
+        load_engine(artifact, "openvino", 1, size=size).close()
+        assert shapes.pop() == (1, *expected, 3)
+    assert shapes == []
+
+
 # ------------------------------------------------------------------------------------------------ exact or not
 
 
@@ -304,6 +338,34 @@ def test_what_is_computed_in_follows_from_what_is_stored(
 ) -> None:
     with load_engine(toy(tmp_path / "toy.onnx", precision=stored), backend, 1, exact=True) as engine:
         assert engine.describe().precision in computed
+
+
+@pytest.mark.parametrize(
+    ("arm", "system", "features", "computed"),
+    [
+        (True, "linux", ("asimd", "fphp", "asimdhp"), "fp16"),
+        (True, "linux", ("asimd",), "f32"),  # a Raspberry Pi 4
+        (True, "darwin", (), "fp16"),
+        (False, "linux", ("avx2", "avx512_fp16"), "f32"),
+    ],
+)
+def test_onnx_runtime_computes_fp16_where_the_processor_can(
+    toy: Toy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arm: bool,
+    system: str,
+    features: tuple[str, ...],
+    computed: str,
+) -> None:
+    module = importlib.import_module(module_of("onnxruntime"))
+    with load_engine(toy(tmp_path / "toy.onnx", precision="fp16"), "onnxruntime", 1, device="cpu") as engine:
+        monkeypatch.setattr(module, "_ARM", arm)
+        monkeypatch.setattr(sys, "platform", system)
+        monkeypatch.setattr(host, "features", lambda: features)
+        precision = engine.describe().precision
+        monkeypatch.undo()
+    assert precision == computed
 
 
 # ------------------------------------------------------------------------------------------------ batch and size
@@ -565,6 +627,54 @@ def test_what_fails_is_passed_over_and_that_is_noted(furnish: Furnish) -> None:
     info = house.choose()
     assert (info.name, info.device) == ("onnxruntime", "cpu")
     assert info.notes == ("tensorrt on cuda:0 fails", "onnxruntime on cuda:0 fails")
+
+
+def test_what_failed_is_gone_before_the_next_is_loaded(furnish: Furnish, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session that failed holds the memory of the GPU that the next one needs, and no collector may have come."""
+    house = furnish({"tensorrt-rtx on cuda": "missing"}, gpus=1)
+    load = house.load
+    gone: list[bool] = []
+
+    class Session:
+        def run(self) -> None:
+            try:
+                raise RuntimeError("out of memory")
+            except RuntimeError as error:
+                raise EngineError("tensorrt on cuda:0 is out of memory") from error
+
+    def loads(name: str, artifact: Artifact, options: EngineOptions) -> Any:
+        if name == "tensorrt":
+            session = Session()
+            sessions.append(weakref.ref(session))
+            session.run()
+        gone.extend(session() is None for session in sessions)
+        return load(name, artifact, options)
+
+    sessions: list[weakref.ref[Session]] = []
+    monkeypatch.setattr(house, "load", loads)
+    for name in ENGINES:
+        monkeypatch.setattr(sys.modules["stand_in"], name.replace("-", "_"), functools.partial(loads, name))
+    gc.disable()
+    try:
+        info = house.choose()
+    finally:
+        gc.enable()
+    assert (info.name, info.notes) == ("onnxruntime", ("tensorrt on cuda:0 is out of memory",))
+    assert gone == [True, True]
+
+
+def test_the_frames_of_what_a_caller_is_handling_stay_as_they_are(furnish: Furnish) -> None:
+    def fail() -> None:
+        secret = "kept"  # noqa: F841 (looked for below)
+        raise ValueError("of the caller")
+
+    seen: list[dict[str, Any]] = []
+    try:
+        fail()
+    except ValueError as error:
+        furnish({"tensorrt on cuda": "fails"}, gpus=1).choose()
+        seen.extend(frame.f_locals.copy() for frame, _ in traceback.walk_tb(error.__traceback__))
+    assert seen[-1] == {"secret": "kept"}
 
 
 def test_who_asks_is_told_of_what_is_passed_over_when_it_has_come_to_an_engine(furnish: Furnish) -> None:
@@ -886,6 +996,25 @@ def test_on_cuda_threads_take_turns_and_get_their_own_answers(
         engine.run(work[0])
 
 
+@pytest.mark.parametrize(("size", "expected"), [((64, 48), (64, 48)), (None, (16, 32))])
+def test_on_cuda_what_is_loaded_for_a_size_has_run_at_it(
+    on_cuda: Callable[..., Engine],
+    toy: Toy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    size: tuple[int, int] | None,
+    expected: tuple[int, int],
+) -> None:
+    module = importlib.import_module(module_of("onnxruntime"))
+    shapes: list[tuple[int, ...]] = []
+    run = module.OnnxRuntimeCudaEngine.run
+    monkeypatch.setattr(
+        module.OnnxRuntimeCudaEngine, "run", lambda self, images: shapes.append(images.shape) or run(self, images)
+    )
+    on_cuda(toy(tmp_path / "toy.onnx", dynamic_size=True), size=size).close()
+    assert set(shapes) == {(1, *expected, 3)}
+
+
 @pytest.mark.parametrize("count", [1, 3, 4])
 def test_on_cuda_a_graph_for_three_photos_takes_any_number(
     on_cuda: Callable[..., Engine], toy: Toy, tmp_path: Path, count: int
@@ -973,6 +1102,58 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused_with_the_remedy(
     assert install("gpu") in message
     assert "Failed to load libcudnn.so.9: no such file" in message
     assert capsys.readouterr() == ("", ""), "what it prints is part of the message"
+
+
+def test_two_that_load_at_once_leave_stdout_as_it_was(
+    artifact: Artifact, gpu_package: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second comes while the first has caught stdout, and is still there when the first has let it go."""
+    import onnxruntime
+
+    module = importlib.import_module(module_of("onnxruntime"))
+    gpu_package(["CPUExecutionProvider"])
+    first_is_in, second_is_there, first_is_out = (threading.Event() for _ in range(3))
+
+    class Lock:
+        """That of the module, if it has one, which tells of the second that comes to it."""
+
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+
+        def __enter__(self) -> None:
+            if first_is_in.is_set():
+                second_is_there.set()
+            self.lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self.lock.release()
+
+    def preload() -> None:
+        if not first_is_in.is_set():
+            first_is_in.set()
+            second_is_there.wait()
+        elif not second_is_there.is_set():
+            second_is_there.set()
+            first_is_out.wait()
+
+    def load() -> None:
+        with pytest.raises(EngineError):
+            load_engine(artifact, "onnxruntime", device="cuda")
+
+    monkeypatch.setattr(module, "_CATCHING", Lock(), raising=False)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload)
+    before = sys.stdout
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(load)
+            first_is_in.wait()
+            second = pool.submit(load)
+            first.result()
+            first_is_out.set()
+            second.result()
+        assert sys.stdout is before
+    finally:
+        sys.stdout = before
 
 
 def test_a_session_that_does_not_start_with_an_old_driver_is_not_sent_to_the_same_package(

@@ -26,6 +26,10 @@ class Core:
         self.real = openvino.Core()
         self.calls: list[str] = []
         self.refuses = False
+        self.properties: dict[str, str] = {}
+
+    def get_property(self, where: str, name: str) -> Any:
+        return self.properties[str(name)] if str(name) in self.properties else self.real.get_property(where, name)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
@@ -100,6 +104,18 @@ def test_another_version_compiles_again_and_says_so(
     (note,) = info.notes
     assert note.startswith("OpenVINO: compiled again in ")
     assert note.endswith(f" s: openvino 2099.1-x instead of {real}")
+
+
+def test_another_driver_compiles_again_and_says_so(core: Core, edge: Artifact) -> None:
+    core.properties["GPU_DRIVER_VERSION"] = "25.1"
+    first, _ = answer(edge)
+    core.properties["GPU_DRIVER_VERSION"] = "26.2"
+    second, info = answer(edge)
+    assert (core.calls, first) == (["compile"] * 2, second)
+    assert info.notes[0].endswith(" s: driver 26.2 instead of 25.1")
+    core.properties["DEVICE_ARCHITECTURE"] = "another"
+    answer(edge)
+    assert (core.calls, len(cache.entries())) == (["compile"] * 3, 3)
 
 
 def test_a_blob_that_was_changed_never_reaches_openvino(core: Core, edge: Artifact) -> None:

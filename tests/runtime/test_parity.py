@@ -887,6 +887,38 @@ def test_a_proof_whose_text_would_fill_the_memory_is_refused_unread(file: Path) 
     assert f"or {parity.MAX_ABOUT} of text" in refused(file)
 
 
+@pytest.mark.parametrize("name", ["about", "images", "expected"])
+def test_a_member_that_numpy_would_take_for_another_is_refused_unread(name: str, file: Path) -> None:
+    """Beside the one whose size is looked at; numpy prefers the name without its suffix."""
+    with zipfile.ZipFile(file) as archive:
+        there = archive.read(f"{name}.npy")
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr(name, there)
+    names = sorted(["about.npy", "expected.npy", "images.npy", name])
+    assert refused(file).startswith(
+        f"holds {names}, where about.npy, expected.npy, images.npy are expected; not a proof"
+    )
+
+
+def test_members_of_one_name_are_refused(file: Path) -> None:
+    with zipfile.ZipFile(file) as archive:
+        there = archive.read("about.npy")
+    with zipfile.ZipFile(file, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        archive.writestr("about.npy", there)
+    assert refused(file).startswith("holds ['about.npy', 'about.npy', 'expected.npy', 'images.npy'], where ")
+
+
+@pytest.mark.parametrize("kept", [(), ("about.npy",)])
+def test_an_archive_that_lacks_a_member_is_refused(file: Path, kept: tuple[str, ...]) -> None:
+    with zipfile.ZipFile(file) as archive:
+        content = {name: archive.read(name) for name in kept}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    assert refused(file).startswith(f"holds {[*kept]}, where ")
+
+
 def test_a_pipe_is_no_proof_and_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.onnx.parity.npz")
     assert "not a regular file" in refused(tmp_path / "model.onnx.parity.npz")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -30,13 +31,70 @@ INFO = EngineInfo(name="abacus", version="1", device="cpu", provider="beads", pr
 IN_ONNXRUNTIME = ["--backend", "onnxruntime", "--device", "cpu", "--threads", "2"]
 
 
-class Abacus(Engine):
-    """Takes as long for a run as it is told, given how many it has done; two callers at a time."""
+class Clock:
+    """Time that passes only while all callers are in a run and the main thread waits; a run ends when it is told to."""
 
-    def __init__(self, seconds: Callable[[int], float]) -> None:
-        self.seconds = seconds
+    def __init__(self, callers: int) -> None:
+        self.now = 0.0
+        self.callers = callers
+        self.until: dict[int, float] = {}
+        self.changed = threading.Condition()
+        self.stopped = False
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        """A caller's run."""
+        me = threading.get_ident()
+        with self.changed:
+            self.until[me] = self.now + seconds
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: self.stopped or me not in self.until)
+            self.until.pop(me, None)
+
+    def wait(self, working: Any, seconds: float, when: str) -> tuple[set[Any], set[Any]]:
+        """The main thread's waiting: everything that is due before it is done comes first, in order."""
+        end = self.now + seconds
+        with self.changed:
+            while True:
+                self.changed.wait_for(lambda: len(self.until) == self.callers)
+                caller, due = min(self.until.items(), key=lambda item: item[1])
+                self.now = min(due, end)
+                if due > end:
+                    return set(), set(working)
+                del self.until[caller]
+                self.changed.notify_all()
+
+    def stop(self) -> None:
+        with self.changed:
+            self.stopped = True
+            self.changed.notify_all()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Two callers' time."""
+    clock = Clock(2)
+
+    class Stop(threading.Event):
+        def set(self) -> None:
+            super().set()
+            clock.stop()
+
+    monkeypatch.setattr(sustained, "time", clock)
+    monkeypatch.setattr(sustained, "wait", clock.wait)
+    monkeypatch.setattr(sustained, "threading", types.SimpleNamespace(Event=Stop))
+    return clock
+
+
+class Abacus(Engine):
+    """Does what it is told in a run, given how many it has done; two callers at a time."""
+
+    def __init__(self, work: Callable[[int], object] = lambda count: None) -> None:
+        self.work = work
         self.sizes: list[int] = []
-        self.callers: set[int] = set()
+        self.callers: set[threading.Thread] = set()
 
     @property
     def spec(self) -> ModelSpec:
@@ -44,8 +102,8 @@ class Abacus(Engine):
 
     def run(self, images: Any) -> Any:
         self.sizes.append(len(images))
-        self.callers.add(threading.get_ident())
-        time.sleep(self.seconds(len(self.sizes)))
+        self.callers.add(threading.current_thread())
+        self.work(len(self.sizes))
         return np.zeros(images.shape[:3], np.uint8)
 
     def describe(self) -> EngineInfo:
@@ -61,44 +119,67 @@ def interval(number: int, rate: float, **state: Any) -> Interval:
     )
 
 
-def measured(*rates: float) -> Sustained:
+def measured(*rates: float, batch: int = 1) -> Sustained:
     intervals = [interval(number, rate) for number, rate in enumerate(rates)]
-    return Sustained(info=INFO, batch=1, seconds=600, host=host.host(), gpus=(), intervals=intervals)
+    return Sustained(info=INFO, batch=batch, seconds=600, host=host.host(), gpus=(), intervals=intervals)
 
 
-def test_each_interval_has_its_rate_and_follows_the_one_before() -> None:
-    engine = Abacus(lambda count: 0.01)
-    found = list(sustain(engine, PHOTOS, 1.0))
-    assert len(found) == INTERVALS
-    assert found[0].start == 0
+def test_each_interval_follows_the_one_before_and_each_caller_has_a_thread() -> None:
+    engine = Abacus(lambda count: time.sleep(0.001))
+    found = list(sustain(engine, PHOTOS, 0.2))
+    assert [one.start for one in found] == [pytest.approx(0.02 * number) for number in range(INTERVALS)]
     assert [one.end for one in found[:-1]] == [one.start for one in found[1:]]
-    assert found[-1].end == pytest.approx(1.0, abs=0.5)
-    # Two callers, three photos a run, a run in 10 ms or, on a busy machine, more: at most 600.
-    assert all(0 < one.photos_per_second <= 601 for one in found)
+    assert found[-1].end == pytest.approx(0.2)
     assert set(engine.sizes) == {3}
     assert len(engine.callers) == 2
-    assert threading.get_ident() not in engine.callers
+    assert threading.current_thread() not in engine.callers
+    assert not any(caller.is_alive() for caller in engine.callers)
 
 
-def test_runs_longer_than_an_interval_are_lost_in_none() -> None:
-    """A caller's rate is from the end of a run to the end of a run, whatever interval that began in."""
-    marks: list[list[tuple[int, float] | None]] = [
-        [(0, 10.0), (0, 10.0)],
-        [(0, 10.0), (2, 14.0)],
-        [(1, 18.0), (4, 18.0)],
-    ]
-    assert sustained._rate(marks[0], marks[1]) == 0.5
-    assert sustained._rate(marks[1], marks[2]) == 1 / 8 + 2 / 4
-
-
-def test_a_machine_that_slows_down_is_told() -> None:
-    began = time.perf_counter()
-    engine = Abacus(lambda count: 0.005 if time.perf_counter() < began + 0.5 else 0.05)
+@pytest.mark.parametrize("seconds", [0.01, 0.3, 1.0, 1.4, 5.0])
+def test_a_steady_machine_has_the_same_rate_in_each_interval(clock: Clock, seconds: float) -> None:
+    """However long its runs are beside an interval, here of a second."""
     done = measured()
-    done.intervals.extend(sustain(engine, PHOTOS, 1.5))
-    assert done.loss is not None
-    assert done.loss > 0.5
-    assert "slower than the first: this machine slows down under load" in done.verdict
+    done.intervals.extend(sustain(Abacus(lambda count: clock.sleep(seconds)), PHOTOS, 10.0))
+    assert [one.photos_per_second for one in done.intervals] == [pytest.approx(2 * 3 / seconds)] * INTERVALS
+    assert done.loss == pytest.approx(0)
+
+
+def test_callers_that_begin_at_different_times_are_counted_alike(clock: Clock) -> None:
+    found = list(sustain(Abacus(lambda count: clock.sleep(0.35 if count == 1 else 0.7)), PHOTOS, 10.0))
+    assert [one.photos_per_second for one in found] == [pytest.approx(2 * 3 / 0.7)] * INTERVALS
+
+
+def test_of_a_run_in_several_intervals_each_has_its_share() -> None:
+    marks = [0.0, 1.5, 3.5, 4.0]
+    assert [sustained._runs(marks, begun, begun + 1) for begun in (0, 1, 2, 3)] == [
+        pytest.approx(runs) for runs in (1 / 1.5, 0.5 / 1.5 + 0.5 / 2, 1 / 2, 0.5 / 2 + 1)
+    ]
+
+
+def test_what_is_counted_is_forgotten() -> None:
+    marks = [float(number) for number in range(100)]
+    assert sustained._runs(marks, 0.5, 90.5) == pytest.approx(90)
+    assert marks == [float(number) for number in range(90, 100)]
+    assert sustained._runs(marks, 90.5, 99) == pytest.approx(8.5)
+    assert marks == [99.0]
+
+
+def test_a_machine_that_slows_down_is_told(clock: Clock) -> None:
+    done = measured()
+    done.intervals.extend(sustain(Abacus(lambda count: clock.sleep(0.1 if clock.now < 5 else 0.4)), PHOTOS, 10.0))
+    assert done.intervals[0].photos_per_second == pytest.approx(60)
+    assert done.loss == pytest.approx(0.75)
+    assert done.verdict == "the last interval is 75 % slower than the first: this machine slows down under load"
+
+
+@pytest.mark.parametrize(("seconds", "short"), [(1.4, True), (1.1, True), (0.9, False)])
+def test_intervals_that_are_shorter_than_a_run_are_told(clock: Clock, seconds: float, short: bool) -> None:
+    done = measured(batch=3)
+    done.intervals.extend(sustain(Abacus(lambda count: clock.sleep(seconds)), PHOTOS, 10.0))
+    assert done.short is short
+    said = "; but a run takes longer than an interval, whose rate says little by itself: give it more minutes"
+    assert done.verdict.endswith(": this machine keeps its pace" + said * short)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +203,11 @@ def test_a_machine_that_slows_down_is_told() -> None:
             "interval 3, the last one measured, is 20 % slower than the first: this machine slows down under load",
         ),
         ([50.0], None, "there are not two intervals with runs in them, so nothing can be said of slowing down"),
+        (
+            [5.0] * 9 + [0.0],
+            None,
+            "there are not two intervals with runs in them, so nothing can be said of slowing down",
+        ),
         ([0.0, 1.0], None, "there are not two intervals with runs in them, so nothing can be said of slowing down"),
     ],
 )
@@ -142,36 +228,31 @@ def test_the_state_of_the_machine_is_told_where_it_is_known() -> None:
     assert interval(0, 5.0, celsius=warm, mhz=(1500.0, 600.0)).summary == "5.0 photos/s, 61.2 °C, 600-1500 MHz"
 
 
-def test_what_the_kernel_says_at_the_end_of_an_interval_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    degrees = iter(range(50, 50 + INTERVALS))
-    monkeypatch.setattr(host, "temperatures", lambda: {"cpu-thermal": float(next(degrees))})
+def test_what_the_kernel_says_at_the_end_of_an_interval_is_kept(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "temperatures", lambda: {"cpu-thermal": clock.now})
     monkeypatch.setattr(host, "frequencies", lambda: (600.0,))
-    found = list(sustain(Abacus(lambda count: 0.001), PHOTOS, 0.1))
-    assert [one.celsius["cpu-thermal"] for one in found] == list(range(50, 60))
+    found = list(sustain(Abacus(lambda count: clock.sleep(0.3)), PHOTOS, 10.0))
+    begun = found[0].celsius["cpu-thermal"] - 1
+    assert [one.celsius["cpu-thermal"] - begun for one in found] == [pytest.approx(one.end) for one in found]
     assert {one.mhz for one in found} == {(600.0,)}
 
 
 def test_a_run_that_fails_ends_it_at_once_with_its_reason() -> None:
-    def seconds(count: int) -> float:
+    def fail(count: int) -> None:
         if count > 20:
             raise EngineError("a bead fell off")
-        return 0.001
 
-    engine = Abacus(seconds)
+    engine = Abacus(fail)
     with pytest.raises(EngineError, match="a bead fell off"):  # and the hours to come are not waited for
         list(sustain(engine, PHOTOS, 10_000))
-    done = len(engine.sizes)
-    time.sleep(0.05)
-    assert len(engine.sizes) == done, "the other caller has ended, too"
+    assert not any(caller.is_alive() for caller in engine.callers), "the other caller has ended, too"
 
 
 def test_closed_early_it_leaves_no_caller_at_work() -> None:
-    engine = Abacus(lambda count: 0.001)
+    engine = Abacus(lambda count: time.sleep(0.001))
     with contextlib.closing(sustain(engine, PHOTOS, 1.0)) as found:
         next(found)
-    done = len(engine.sizes)
-    time.sleep(0.05)
-    assert len(engine.sizes) == done
+    assert not any(caller.is_alive() for caller in engine.callers)
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -246,13 +327,14 @@ def test_an_engine_that_fails_on_the_way_is_5_and_what_was_measured_is_told(
     proven: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine = onnxruntime.load
+    ended: list[None] = []
 
     def load(artifact: Artifact, options: Any) -> Any:
-        loaded, began = engine(artifact, options), time.perf_counter()
+        loaded = engine(artifact, options)
         whole = loaded.run
 
         def run(images: Any) -> Any:
-            if time.perf_counter() > began + 1:
+            if len(ended) > 2:  # two intervals were told by then
                 raise EngineError("a bead fell off")
             return whole(images)
 
@@ -260,9 +342,10 @@ def test_an_engine_that_fails_on_the_way_is_5_and_what_was_measured_is_told(
         return loaded
 
     monkeypatch.setattr(onnxruntime, "load", load)
+    monkeypatch.setattr(host, "temperatures", lambda: ended.append(None) or {})
     assert run(["benchmark", str(proven.path), "--sustained", "0.03", *IN_ONNXRUNTIME]) == 5
     out, err = capsys.readouterr()
-    assert "the last one measured, is " in out or "there are not two intervals" in out
+    assert "the last one measured, is " in out
     assert err.splitlines()[-1] == "petseg: a bead fell off"
 
 

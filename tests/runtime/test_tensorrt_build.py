@@ -135,6 +135,8 @@ def test_a_profile_that_makes_no_sense_is_refused(minimum: tuple[int, int, int, 
         ({"dynamic_size": True}, (), ((1, 16, 16, 3), (1, 64, 48, 3), (8, 128, 96, 3))),
         ({"dynamic_size": True, "batch": 2}, (), ((2, 16, 16, 3), (2, 64, 48, 3), (2, 128, 96, 3))),
         ({"dynamic_size": True}, (8, (64, 512)), ((1, 16, 16, 3), (1, 64, 48, 3), (8, 64, 512, 3))),
+        ({"dynamic_size": True}, (8, (64, 512), (32, 512)), ((1, 16, 16, 3), (1, 32, 512, 3), (8, 64, 512, 3))),
+        ({}, (8, None, (32, 512)), ((1, 64, 48, 3), (1, 64, 48, 3), (8, 64, 48, 3))),
     ],
 )
 def test_the_profile_follows_from_the_specification(

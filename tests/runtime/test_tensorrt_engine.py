@@ -801,6 +801,47 @@ def test_kernels_that_the_library_refuses_are_said_and_replaced(fakes: None, tmp
     assert kernels() == [[1, H, W, 3]]
 
 
+def test_kernels_at_which_the_library_raises_are_said_and_compiled_again(
+    fakes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises(self: FakeRuntimeCache, blob: bytes) -> bool:
+        raise RuntimeError("not a cache\nof kernels")
+
+    open_engine(tmp_path, "tensorrt_rtx").close()
+    monkeypatch.setattr(FakeRuntimeCache, "deserialize", raises)
+    with open_engine(tmp_path, "tensorrt_rtx") as engine:
+        note = "kernels compiled again: the library refuses those in the cache (not a cache of kernels)"
+        assert engine.describe().notes == (f"TensorRT for RTX: {note}",)
+        np.testing.assert_array_equal(engine.run(photos(2)), photos(2)[..., 0])
+
+
+def test_kernels_that_the_library_does_not_give_are_said_and_everything_is_freed(
+    fakes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World
+) -> None:
+    def raises(self: FakeRuntimeCache) -> bytearray:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(FakeRuntimeCache, "serialize", raises)
+    with open_engine(tmp_path, "tensorrt_rtx") as engine:
+        note = "kernels compiled, which cannot be kept (no memory)"
+        assert engine.describe().notes == (f"TensorRT for RTX: {note}",)
+    assert cache.entries() == []
+    world.check_clean()
+
+
+def test_what_is_closed_is_freed_even_if_its_kernels_are_interrupted(
+    fakes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World
+) -> None:
+    def interrupted(self: FakeRuntimeCache) -> bytearray:
+        raise KeyboardInterrupt
+
+    engine = open_engine(tmp_path, "tensorrt_rtx")
+    monkeypatch.setattr(FakeRuntimeCache, "serialize", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.close()
+    assert world.memory == {}
+
+
 def test_kernels_that_were_changed_never_reach_the_library(fakes: None, tmp_path: Path) -> None:
     open_engine(tmp_path, "tensorrt_rtx").close()
     (entry,) = cache.entries()
@@ -1008,6 +1049,8 @@ def test_an_engine_is_compiled_for_the_size_that_is_asked_for(
             batch = photos(2, *(size or (H, W)))
             np.testing.assert_array_equal(segmenter.infer(batch), batch[..., 0])
         assert factory.asked[-1]["profile"].maximum == (8, *largest, 3)
+        best = size if size == (96, 16) else (H, W)  # what is compiled for a size alone is tuned for it
+        assert factory.asked[-1]["profile"].optimum == (1, *best, 3)
     assert len(factory.asked) == 2, "what lies within the usual room shares an engine"
 
 

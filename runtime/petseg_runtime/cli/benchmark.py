@@ -29,8 +29,8 @@ _METHOD = (
     "rounds, each run before it is timed; percentiles are over all runs; ranges are those of the rounds' medians"
 )
 _SUSTAINED_METHOD = (
-    "all callers run without pause, one interval after the other; a rate is that of the runs that end in an interval; "
-    "temperatures and frequencies are the kernel's, at its end"
+    "all callers run without pause, one interval after the other; a rate is that of the runs in an interval, of those "
+    "that lie in several each has its share; temperatures and frequencies are the kernel's, at its end"
 )
 
 

@@ -65,8 +65,8 @@ class EngineOptions:
 
     Attributes:
         threads: CPU threads in all; None: as many as this process may use.
-        streams: How many runs at a time, each with its share of the threads: 1 for the shortest wait, as many as there
-            are threads for the most photos a second.
+        streams: How many runs at a time, which share the threads: 1 for the shortest wait, as many as there are threads
+            for the most photos a second.
         exact: Compute in float32 where the graph says so, even where the engine knows something faster (bf16, TF32).
         device: What to compute on.
         cuda_graph: Launch the network as one CUDA graph, where the engine can (TensorRT); off only to measure it.
@@ -149,14 +149,19 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the model; calling it again does nothing."""
 
-    def warm_up(self, count: int = 1) -> None:
+    def warm_up(self, count: int = 1, size: tuple[int, int] | None = None) -> None:
         """Run a blank batch of ``count`` photos twice, so that what is done at the first run is done.
+
+        Args:
+            count: How many photos.
+            size: Their height and width; None: the specification's.
 
         Raises:
             EngineError: The engine failed.
         """
+        height, width = size or (self.spec.height, self.spec.width)
         for _ in range(2):
-            self.run(np.zeros((count, self.spec.height, self.spec.width, 3), np.uint8))
+            self.run(np.zeros((count, height, width, 3), np.uint8))
 
     def __enter__(self) -> Self:
         return self

@@ -1,6 +1,7 @@
 """One NVIDIA GPU through the CUDA runtime: its stream and buffers, with every status checked and everything given back.
 
-Built from CUDA's documentation, and tested against a stand-in for cuda-bindings: never run on a GPU by us.
+Built from CUDA's documentation, and tested against a stand-in for cuda-bindings; what of it we have run is in
+:data:`petseg_runtime.engines.registry.ENGINES`.
 """
 
 from __future__ import annotations

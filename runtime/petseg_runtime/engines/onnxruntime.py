@@ -1,8 +1,8 @@
 """ONNX Runtime: on the CPU the embedded default, on any laptop and board; on an NVIDIA GPU through CUDA.
 
-**The road over CUDA was built from the documentation and has never been run on a GPU by us**; that a session which
-silently fell back to the CPU is refused was tested with the real GPU package. Single nodes for which CUDA has no code
-run on the CPU all the same; whether our graphs have any is not known.
+The road over CUDA was built from the documentation (:data:`petseg_runtime.engines.registry.ENGINES` says what of it we
+have run); that a session which silently fell back to the CPU is refused was tested with the real GPU package. Single
+nodes for which CUDA has no code run on the CPU all the same.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib.metadata
 import io
 import os
 import platform
+import sys
 import threading
 from typing import Any, Final, TypeAlias
 
@@ -47,8 +48,11 @@ _ERRORS_ONLY: Final = 3  # ONNX Runtime's log severity
 _CPU: Final = "CPUExecutionProvider"
 _CUDA: Final = "CUDAExecutionProvider"
 
-#: Its CPU provider has fp16 kernels for ARM only; elsewhere it casts an fp16 graph to float32 and computes in that.
-_FP16_ON_CPU: Final = platform.machine().lower() in ("aarch64", "arm64")
+_ARM: Final = platform.machine().lower() in ("aarch64", "arm64")
+
+#: Held while stdout is caught, which is one for all threads: of two that catch it at once, the second to begin would
+#: put back what the first had put in its place.
+_CATCHING: Final = threading.Lock()
 
 #: The packages that are all imported as `onnxruntime`, and overwrite each other's files.
 _PACKAGES: Final = ("onnxruntime", "onnxruntime-gpu")
@@ -63,7 +67,7 @@ class OnnxRuntimeEngine(Engine):
         Args:
             artifact: What to run.
             options: Its CPU provider never computes float32 in anything else, so ``exact`` changes nothing. Each
-                stream is a caller's thread with its share of the threads.
+                stream is a caller's thread; what is left of the threads helps all of them.
 
         Raises:
             EngineError: ONNX Runtime refuses the file, or runs it with another provider than asked for.
@@ -72,7 +76,9 @@ class OnnxRuntimeEngine(Engine):
         self._threads = options.threads or host.usable_cpus()
         self._streams = min(options.streams, self._threads)
         self._notes = options.notes
-        self._session: Any = _session(artifact, _CPU, {}, self._threads // self._streams)
+        # A session has one pool for all callers, of one thread less than it is told: the caller's counts. With as many
+        # callers as streams, this makes `threads` at work.
+        self._session: Any = _session(artifact, _CPU, {}, self._threads - self._streams + 1)
 
     @property
     def spec(self) -> ModelSpec:
@@ -97,7 +103,7 @@ class OnnxRuntimeEngine(Engine):
 
     def describe(self) -> EngineInfo:
         """What is really running."""
-        computed = {"fp32": "f32", "fp16": "fp16" if _FP16_ON_CPU else "f32", "int8": "int8"}
+        computed = {"fp32": "f32", "fp16": "fp16" if _fp16_on_cpu() else "f32", "int8": "int8"}
         return EngineInfo(
             name="onnxruntime",
             version=onnxruntime.__version__,
@@ -127,7 +133,7 @@ class OnnxRuntimeCudaEngine(Engine):
 
         Args:
             artifact: What to run.
-            options: ``exact`` switches TF32 off.
+            options: ``exact`` switches TF32 off; ``size`` is what it is run at.
 
         Raises:
             EngineMissing: This ONNX Runtime was built without CUDA.
@@ -139,7 +145,7 @@ class OnnxRuntimeCudaEngine(Engine):
         self._session: Any = _cuda_session(artifact, options.device, tf32=self._tf32)
         self._bound = _Bound(self._session, options.device)
         try:
-            self.warm_up(max(1, artifact.spec.batch))
+            self.warm_up(max(1, artifact.spec.batch), options.size)
         except BaseException:
             self.close()
             raise
@@ -215,6 +221,15 @@ class _Bound:
         self._binding.bind_ortvalue_output(OUTPUT, self._received)
 
 
+def _fp16_on_cpu() -> bool:
+    """Whether its CPU provider computes an fp16 graph in fp16; where not, it casts it to float32.
+
+    It has such kernels for ARM only, and takes them only where the processor has fp16 arithmetic: a Cortex-A72 does
+    not. Of that, Linux tells; Apple's processors all have it.
+    """
+    return _ARM and (sys.platform != "linux" or "asimdhp" in host.features())
+
+
 def _session(artifact: Artifact, provider: str, settings: dict[str, str], threads: int) -> Any:
     """A session that really has ``provider`` for its first.
 
@@ -256,7 +271,7 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
             raise EngineError(f"onnxruntime and onnxruntime-gpu are both installed and break each other: {remedy}")
         raise EngineMissing(f"the onnxruntime that is installed has no CUDA: {remedy}")
     said = io.StringIO()
-    with contextlib.redirect_stdout(said):  # it prints what it cannot find
+    with _CATCHING, contextlib.redirect_stdout(said):  # it prints what it cannot find
         onnxruntime.preload_dlls()
     try:
         settings = {"device_id": str(device.index), "use_tf32": str(int(tf32))}

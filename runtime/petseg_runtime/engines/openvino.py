@@ -5,7 +5,7 @@ GPUs, where compiling takes longest. What a CPU's plugin gives to keep is the op
 kernels. It spares a fifth of the time of loading the embedded model in a new process (195 to 152 ms), but nothing that
 counts of a file of 117 MB (305 to 263 of 850 ms). An IR is compiled every time.
 
-On Intel's GPUs it was never run by us.
+On which devices we have run it is in :data:`petseg_runtime.engines.registry.ENGINES`.
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ _X86: Final = platform.machine().lower() in ("x86_64", "amd64")
 #: the first one waits for the GIL, for ever (2026.4.1; three of twelve processes with eight threads).
 _FIRST: Final = threading.Lock()
 
+#: What its GPU plugin's own cache depends on besides: what is compiled for a GPU belongs to the driver's compiler.
+_DRIVER: Final = "GPU_DRIVER_VERSION"
+_ARCHITECTURE: Final = "DEVICE_ARCHITECTURE"
+
 #: Up to so many bytes of ONNX, the cache gains on a CPU.
 _SMALL: Final = 32 * 2**20
 
@@ -67,13 +71,14 @@ class OpenVINOEngine(Engine):
 
         Args:
             artifact: What to run, an ONNX file or an OpenVINO IR.
-            options: ``exact`` keeps it from computing in bf16 or fp16.
+            options: ``exact`` keeps it from computing in bf16 or fp16; ``size`` is what it is run at, once.
 
         Raises:
             EngineError: There is no such device, OpenVINO refuses the file, or computes in something it should not.
             ModelError: The file has changed since it was opened.
         """
         self._spec, self._device = artifact.spec, options.device
+        height, width = options.size or (artifact.spec.height, artifact.spec.width)
         cpu = options.device.kind == "cpu"
         self._threads = (options.threads or host.usable_cpus()) if cpu else 0
         self._streams = min(options.streams, self._threads) if cpu else options.streams
@@ -85,7 +90,7 @@ class OpenVINOEngine(Engine):
                 wide = not options.exact and _too_wide(artifact, where)
                 self._compiled, note = _compiled(artifact, where, self._settings(options, exact=options.exact or wide))
                 computed = self._compiled.get_property(properties.hint.inference_precision()).get_type_name()
-                self.run(np.zeros((max(1, self._spec.batch), self._spec.height, self._spec.width, 3), np.uint8))
+                self.run(np.zeros((max(1, self._spec.batch), height, width, 3), np.uint8))
             except ModelError:
                 raise
             except Exception as error:
@@ -205,8 +210,7 @@ def _compiled(artifact: Artifact, where: str, settings: dict[Any, Any]) -> tuple
     def make() -> tuple[bytes, dict[str, Any]]:
         exported = io.BytesIO()
         compile_model().export_model(exported)
-        if onnx_metadata.read(artifact.path).identity != artifact.identity:  # it would be kept under a wrong name
-            raise ModelError(f"{artifact.path}: changed while it was loaded: load it again")
+        artifact.check_same(onnx_metadata.read(artifact.path).identity)  # or it would be kept under a wrong name
         return exported.getvalue(), {}
 
     gains = artifact.format == "onnx" and (where != "CPU" or artifact.size <= _SMALL)
@@ -232,12 +236,22 @@ def _key(artifact: Artifact, where: str, able: set[str], settings: dict[Any, Any
         engine="openvino",
         version=openvino.__version__,
         device=f"{where}, {_core().get_property(where, properties.device.full_name())}",
+        driver=_said(where, _DRIVER),
         settings={
             "machine": platform.machine(),
+            "architecture": _said(where, _ARCHITECTURE),
             "capabilities": sorted(able),
             **{str(name): str(value) for name, value in settings.items()},
         },
     )
+
+
+def _said(where: str, name: str) -> str:
+    """A property that not every device has, nor every version of OpenVINO knows; "" where this one says nothing."""
+    try:
+        return str(_core().get_property(where, name))
+    except Exception:  # noqa: BLE001 (OpenVINO has no other way to say so)
+        return ""
 
 
 def computes_in_less(spec: ModelSpec, options: EngineOptions) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -25,7 +27,7 @@ class EngineEntry:
         module: What it cannot do without.
         extra: What to install for it.
         formats: What it runs. One that runs ``onnx`` besides a compiled format of its own compiles at first use.
-        run_by_us: The kinds of device that we have run it on.
+        run_by_us: The kinds of device that we have run it on. Docstrings point here, and do not say it themselves.
     """
 
     loader: str
@@ -33,6 +35,10 @@ class EngineEntry:
     extra: str
     formats: tuple[str, ...]
     run_by_us: tuple[str, ...]
+
+    def extra_on(self, kind: str) -> str:
+        """What to install for it where it shall run on a kind of device: ONNX Runtime has another package for CUDA."""
+        return "gpu" if self.extra == "cpu" and kind == "cuda" else self.extra
 
 
 ENGINES: Final = {
@@ -105,8 +111,8 @@ RULE: Final = (
     ),
     Choice("onnxruntime", "cpu"),
     Choice("openvino", "cpu"),
-    # Never run by us, and no help where the lines above fail: OpenVINO has refused the file by then. TensorRT and CUDA
-    # were not run either, but there the gain is worth a try, and what does not load is passed over.
+    # No help where the lines above fail: OpenVINO has refused the file by then. NVIDIA's GPUs are taken unasked, though
+    # we may not have run them: the gain is worth a try, and what does not load is passed over.
     Choice("openvino", "intel-gpu", asked_only=True),
 )
 
@@ -150,6 +156,7 @@ def load_engine(
             raise UsageError(f"{name} is {value}; it must be a whole number, 1 or more")
     wanted = None if device == "auto" else Device.parse(device)
     passed: list[EngineError] = []
+    handled = sys.exception()
     for choice in choices(artifact.format, backend, wanted, what=str(artifact.path)):
         notes = tuple(str(error) for error in passed if not isinstance(error, EngineMissing))
         options = EngineOptions(
@@ -169,8 +176,30 @@ def load_engine(
                     warn(why)
                 return engine
         except EngineError as error:
+            _let_go(error, handled)
             passed.append(error)
     raise _failure(artifact, backend, wanted, passed)
+
+
+def _let_go(error: BaseException, handled: BaseException | None) -> None:
+    """Empty the frames of an error and of those behind it, which hold what failed, and a GPU's memory with that.
+
+    What is loaded next may need that memory, and only the collector would free it, whenever it comes: the error is kept
+    in a frame that it holds itself.
+
+    Args:
+        error: Why an engine was passed over.
+        handled: What was being handled before; its frames are others' and stay as they are.
+    """
+    waiting: list[BaseException | None] = [error]
+    done = {id(handled)}
+    while waiting:
+        link = waiting.pop()
+        if link is None or id(link) in done:
+            continue
+        done.add(id(link))
+        traceback.clear_frames(link.__traceback__)
+        waiting += [link.__cause__, link.__context__]
 
 
 def choices(form: str, backend: str, wanted: Device | None, *, what: str) -> list[Choice]:
@@ -218,8 +247,7 @@ def _function(choice: Choice, where: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != entry.module:
             raise
-        extra = "gpu" if entry.extra == "cpu" and choice.kind == "cuda" else entry.extra
-        raise EngineMissing(f"{choice.engine} is not installed: {install(extra)}") from error
+        raise EngineMissing(f"{choice.engine} is not installed: {install(entry.extra_on(choice.kind))}") from error
     except ImportError as error:  # a shared library that it needs, or one of another version
         raise EngineError(f"{choice.engine} is installed but cannot be imported ({one_line(error)})") from error
     return function

@@ -5,7 +5,8 @@ batches of 1 to 8 photos if the file takes any, and, if it takes any size, for t
 asked for. TensorRT needs minutes for that, on a small board many. TensorRT for RTX takes a second, for the one kind of
 GPU that is here.
 
-Built from the two libraries' and CUDA's documentation, and tested against stand-ins for them: never run on a GPU by us.
+Built from the two libraries' and CUDA's documentation, and tested against stand-ins for them; what of it we have run is
+in :data:`petseg_runtime.engines.registry.ENGINES`.
 
 The two libraries have one API as far as it is used here. What differs: TensorRT for RTX compiles its kernels when the
 engine is loaded, which the cache keeps for the next time, and makes CUDA graphs by itself.
@@ -160,10 +161,12 @@ class TensorRTEngine(Engine):
         with self._lock:
             if self._context is None:
                 return
-            with contextlib.suppress(EngineError):  # a thread without the GPU cannot compile anything to keep either
-                self._gpu.activate()
-                self._kernels.keep()
-            failures = self._release()
+            try:
+                with contextlib.suppress(EngineError):  # a thread without the GPU has compiled nothing to keep either
+                    self._gpu.activate()
+                    self._kernels.keep()
+            finally:
+                failures = self._release()
         if failures:
             raise EngineError(f"{self._path}: {'; '.join(failures)}")
 
@@ -349,23 +352,38 @@ class _Kernels:
         kept, why = slot.read()
         if kept is None:
             self.notes = [f"kernels compiled again: {why}" if why else "kernels compiled"]
-        elif kernels.deserialize(kept.data):
-            self._kept, self.notes = kept.data, []  # nothing to speak of
+        elif refusal := self._refusal(kernels, kept.data):
+            self.notes = [f"kernels compiled again: {refusal}"]
         else:
-            self.notes = ["kernels compiled again: the library refuses those in the cache"]
+            self._kept, self.notes = kept.data, []  # nothing to speak of
 
     def keep(self) -> None:
         """Put what has been compiled into the cache, if it is not there already."""
         if self._cache is None or self._slot is None:
             return
-        serialized = self._cache.serialize()
-        data = b"" if serialized is None else bytes(memoryview(serialized))
+        try:
+            serialized = self._cache.serialize()
+            data = b"" if serialized is None else bytes(memoryview(serialized))
+        except Exception as error:  # noqa: BLE001 (whatever the library raises)
+            self._not_kept(one_line(error))
+            return
         if data in (b"", self._kept):
             return
         if problem := self._slot.write(data):
-            self.notes = [*self.notes[:1], f"which cannot be kept ({problem})"]
+            self._not_kept(problem)
         else:
             self._kept = data
+
+    def _not_kept(self, problem: str) -> None:
+        self.notes = [*self.notes[:1], f"which cannot be kept ({problem})"]
+
+    @staticmethod
+    def _refusal(kernels: Any, data: bytes) -> str:
+        """Why the library does not take what was kept; "" if it has taken it."""
+        try:
+            return "" if kernels.deserialize(data) else "the library refuses those in the cache"
+        except Exception as error:  # noqa: BLE001 (whatever the library raises)
+            return f"the library refuses those in the cache ({one_line(error)})"
 
     def forget(self) -> None:
         """Let go of the library's cache; the notes stay."""
@@ -405,7 +423,7 @@ def _loaded(artifact: Artifact, options: EngineOptions, library: Library) -> Ten
     # Without a GPU, it ends before anything is built.
     gpu = CudaGpu(imported(CUDART, library), options.device.index, library.cuda12)
     targets = (gpu.capability,) if library is RTX else ()
-    profile = tensorrt_build.profile_of(artifact.spec, max_size=_largest(artifact.spec, options))
+    profile = _profile(artifact.spec, options)
 
     def make() -> tuple[bytes, dict[str, Any]]:
         if options.tell:
@@ -438,10 +456,16 @@ def _loaded(artifact: Artifact, options: EngineOptions, library: Library) -> Ten
     return opened(engine.environment, data=engine.data, notes=_notes(options, library, engine))
 
 
-def _largest(spec: ModelSpec, options: EngineOptions) -> tuple[int, int]:
-    """The largest height and width that an engine is compiled for: room for other sizes, and for the one asked for."""
+def _profile(spec: ModelSpec, options: EngineOptions) -> tensorrt_build.Profile | None:
+    """The shapes that an engine is compiled for: room for other sizes, and for the one asked for.
+
+    One engine serves all sizes that need no more room than there always is, so that another one of these costs no
+    compilation. What is compiled for a larger size alone is tuned for it, too.
+    """
     height, width = options.size or (0, 0)
-    return max(2 * spec.height, height), max(2 * spec.width, width)
+    room = (2 * spec.height, 2 * spec.width)
+    largest = (max(room[0], height), max(room[1], width))
+    return tensorrt_build.profile_of(spec, max_size=largest, best=None if largest == room else options.size)
 
 
 def _notes(options: EngineOptions, library: Library, engine: cache.Compiled) -> tuple[str, ...]:
@@ -470,8 +494,7 @@ def _graph(artifact: Artifact) -> bytes:
         ModelError: It cannot be read, or has changed since it was opened: its engine would be kept under a wrong name.
     """
     graph = _contents(artifact.path)
-    if onnx_metadata.parse(graph, str(artifact.path)).identity != artifact.identity:
-        raise ModelError(f"{artifact.path}: changed while it was loaded: load it again")
+    artifact.check_same(onnx_metadata.parse(graph, str(artifact.path)).identity)
     return graph
 
 

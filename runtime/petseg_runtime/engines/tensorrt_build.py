@@ -3,9 +3,10 @@
 All of them compile a strongly typed network: every tensor has the type that the graph gives it, and there are no flags
 for precision. TF32 is switched off, because an fp32 receipt promises float32.
 
-TensorRT for RTX builds on any machine, without a GPU; the device chooses the kernels when it loads the engine. **The
-road through ``tensorrt`` was built from its documentation and has never been run by us**; it differs from the other in
-the lines that ask for ``library``: it needs a GPU, is built for that one, and has a timing cache.
+TensorRT for RTX builds on any machine, without a GPU; the device chooses the kernels when it loads the engine. The road
+through ``tensorrt`` was built from its documentation; what of it we have run is in
+:data:`petseg_runtime.engines.registry.ENGINES`. It differs from the other in the lines that ask for ``library``: it
+needs a GPU, is built for that one, and has a timing cache.
 
 Two builds of one graph need not give the same bytes (TensorRT for RTX 1.7: equal length, other internal names), so an
 engine is identified by the graph and the environment that it was built from, not by a digest of its own.
@@ -212,13 +213,19 @@ def build(
             logger_of(compiler.trt.ILogger).record = None
 
 
-def profile_of(spec: ModelSpec, max_batch: int = MAX_BATCH, max_size: tuple[int, int] | None = None) -> Profile | None:
-    """The shapes that an engine is built for: one photo of the specification's size is what it shall be fastest at.
+def profile_of(
+    spec: ModelSpec,
+    max_batch: int = MAX_BATCH,
+    max_size: tuple[int, int] | None = None,
+    best: tuple[int, int] | None = None,
+) -> Profile | None:
+    """The shapes that an engine is built for; one photo, or the one batch there is, is what it shall be fastest at.
 
     Args:
         spec: Of the graph.
         max_batch: Largest batch of a graph that takes any.
         max_size: Largest height and width of a graph that takes any; None: twice the specification's.
+        best: Height and width that it shall be fastest at, of such a graph; None: the specification's.
 
     Returns:
         None for a graph without free dimensions.
@@ -231,6 +238,7 @@ def profile_of(spec: ModelSpec, max_batch: int = MAX_BATCH, max_size: tuple[int,
     if spec.dynamic_size:
         smallest = (STRIDE, STRIDE)
         largest = max_size or (2 * spec.height, 2 * spec.width)
+        size = best or size
     return Profile(minimum=(least, *smallest, 3), optimum=(least, *size, 3), maximum=(most, *largest, 3))
 
 
