@@ -1084,10 +1084,13 @@ def test_a_photo_on_standard_input_is_a_picture_on_standard_output(
     assert done.stdout == (tmp_path / "out" / "0.png").read_bytes()
 
 
-def test_what_is_no_photo_on_standard_input_is_1_with_nothing_on_standard_output(reds: list[str]) -> None:
-    done = piped(b"no photo", "infer", "-", *reds[2:4])
+@pytest.mark.parametrize(("data", "why"), [(b"no photo", b"not an image"), (b"", b"empty (0 bytes)")])
+def test_what_is_no_photo_on_standard_input_is_1_with_nothing_on_standard_output(
+    reds: list[str], data: bytes, why: bytes
+) -> None:
+    done = piped(data, "infer", "-", *reds[2:4])
     assert (done.returncode, done.stdout) == (1, b"")
-    assert done.stderr.startswith(b"petseg: <8 bytes>: not an image")
+    assert done.stderr.startswith(b"petseg: standard input: " + why)
     assert len(done.stderr.splitlines()) == 1
 
 
