@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from petseg_runtime.cli.text import BACKEND, HELP, PATH, UNIT, parse_size, shown
-from petseg_runtime.errors import (
-    EXIT_INTERRUPTED,
-    EXIT_TERMINATED,
-    MissingExtra,
-    OutputError,
-    UsageError,
-)
+from petseg_runtime.cli.text import BACKEND, HELP, PATH, UNIT, parse_size
+from petseg_runtime.errors import MissingExtra, OutputError, UsageError
+from petseg_runtime.signals import EXITS
+from petseg_runtime.text import shown
 
 if TYPE_CHECKING:
     from petseg.config import TrainConfig
@@ -141,8 +136,8 @@ def train(
     Keeps best.safetensors (to evaluate and export), last.safetensors (to --resume), log.csv, curves.png,
     predictions.png and run.json in --output. With several GPUs: torchrun --nproc-per-node N -m petseg.cli train ...
 
-    Exit code 3: done, but without photos that could not be used (data.on_bad=skip); they are named. 130, 143: stopped
-    by Ctrl-C or SIGTERM, to be resumed.
+    Exit code 3: done, but without photos that could not be used (data.on_bad=skip); they are named. 130, 143, 129:
+    stopped by Ctrl-C, SIGTERM or SIGHUP, to be resumed.
     """
     if recipe == "":
         _list_recipes(as_json)
@@ -210,7 +205,7 @@ def _train(config: TrainConfig, asked: Asked) -> int:
             except KeyboardInterrupt:
                 if ranks.first:
                     click.echo("petseg: interrupted", err=True)
-                return EXIT_TERMINATED if trainer.stopped_by == signal.SIGTERM else EXIT_INTERRUPTED
+                return EXITS[trainer.stopped_by]
             except NonFiniteLoss as error:
                 if ranks.first:
                     raise

@@ -443,7 +443,11 @@ def test_frames_that_change_their_size_never_replace_another_result(tmp_path: Pa
 # ------------------------------------------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+#: The signals that end a run in order, each with its exit code.
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_signal_ends_a_long_file_in_order(
     tmp_path: Path, clips: Path, start: Callable[..., Command], number: int, code: int
 ) -> None:
@@ -462,6 +466,23 @@ def test_a_signal_ends_a_long_file_in_order(
     with av.open(str(tmp_path / "long.mp4")) as file:
         length = max(packet.pts * packet.time_base for packet in file.demux(audio=0) if packet.pts is not None)
     assert abs(length - video["written"] / 25) < 0.1  # the sound ends with the picture
+
+
+def test_a_terminal_that_is_closed_ends_a_long_file_in_order(tmp_path: Path, clips: Path, model: str) -> None:
+    pty = pytest.importorskip("pty")
+    mine, theirs = pty.openpty()
+    # The terminal becomes the process's own, as that of a login.
+    program = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from petseg.cli import main; main()"
+    words = ["infer", str(clips / "long.mp4"), "--as", "overlay", "--output", str(tmp_path), "--model", model]
+    terminal = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    with subprocess.Popen([sys.executable, "-c", program, *words, "--json"], start_new_session=True, **terminal) as run:
+        os.close(theirs)
+        said = b""
+        while said.count(b'"frame"') < 5:
+            said += os.read(mine, 4096)
+        os.close(mine)
+        assert run.wait(60) == 129
+    assert [path for path in tree(tmp_path) if path != "long.mp4"] == []
 
 
 def test_photos_and_videos_are_told_apart_without_comparing_all_with_all(
@@ -568,7 +589,7 @@ main()
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_signal_that_is_sent_twice_is_one(tmp_path: Path, clips: Path, model: str, number: int, code: int) -> None:
     program = TWICE.format(number=int(number))
     words = ["infer", str(clips / "long.mp4"), "--as", "overlay", "--output", str(tmp_path), "--model", model, "--json"]

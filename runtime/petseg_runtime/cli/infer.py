@@ -26,9 +26,9 @@ from petseg_runtime.cli.text import (
     UNIT,
     Finite,
     parse_size,
-    shown,
 )
 from petseg_runtime.errors import EXIT_PARTIAL, InputError, OutputError, UsageError
+from petseg_runtime.text import shown
 
 if TYPE_CHECKING:
     from petseg_runtime.batch import Done, Report
@@ -137,10 +137,11 @@ def infer(
     A SOURCE is a file, a folder with its sub-folders, a pattern ('photos/**/*.jpg'), a camera (0, /dev/video0), a URL
     (rtsp, rtmp, http, udp, ...) or - for standard input, whose result goes to standard output.
 
-    What cannot be used is named, counted and passed over. Ctrl-C and SIGTERM stop a run in order: videos that were
-    begun can be played, no half-written photo is left, and --resume continues.
-    Exit code 0: all done; 3: some failed; 1: all failed; 130, 143: stopped by Ctrl-C or SIGTERM, and no live source has
-    failed.
+    What cannot be used is named, counted and passed over. Ctrl-C, SIGTERM and the end of the
+    terminal stop a run in order: videos that were begun can be played, no half-written photo is left, and --resume
+    continues.
+    Exit code 0: all done; 3: some failed; 1: all failed; 130, 143, 129: stopped by Ctrl-C, SIGTERM or SIGHUP, and no
+    live source has failed.
     """
     from petseg_runtime.batch import segment_photos
     from petseg_runtime.journal import Journal
