@@ -500,15 +500,23 @@ def distinct(wanted: Iterable[PurePath]) -> Iterator[PurePath]:
     """The same names, with a number added to each that was taken already, so that no two are equal."""
     wanted = list(wanted)
     taken: set[str] = set()
-    reserved = Counter(_key(name) for name in wanted)
+    reserved = {_key(name) for name in wanted}
+    numbers: dict[str, int] = {}  # what was given last to each name: all before it stay taken
     for name in wanted:
-        candidate, number = name, 1
+        key = _key(name)
+        number = numbers.get(key, 1)
+        candidate = _numbered(name, number)
         # A number must not run into a name that another photo has by right.
         while _key(candidate) in taken or (number > 1 and _key(candidate) in reserved):
             number += 1
-            candidate = name.with_name(f"{name.name}-{number}")
+            candidate = _numbered(name, number)
+        numbers[key] = number
         taken.add(_key(candidate))
         yield candidate
+
+
+def _numbered(name: PurePath, number: int) -> PurePath:
+    return name if number == 1 else name.with_name(f"{name.name}-{number}")
 
 
 def _key(name: PurePath) -> str:

@@ -655,3 +655,26 @@ def test_what_cannot_be_looked_into_is_no_video(tmp_path: Path) -> None:
 )
 def test_a_number_never_makes_a_name_that_another_has(wanted: list[str], given_names: list[str]) -> None:
     assert list(map(str, distinct(map(PurePath, wanted)))) == given_names
+
+
+@given(st.lists(st.sampled_from(["a", "A", "a-2", "a-3", "b/a", "b/a-2", "a-2-2", "ß", "ss"]), max_size=30))
+def test_each_name_gets_the_first_number_that_is_free(wanted: list[str]) -> None:
+    given_names, by_right = (
+        [str(name) for name in distinct(map(PurePath, wanted))],
+        {name.casefold() for name in wanted},
+    )
+    taken: set[str] = set()
+    for name, got in zip(wanted, given_names, strict=True):
+        free = (f"{name}-{number}" for number in range(2, 99))
+        first = next(one for one in free if one.casefold() not in taken | by_right)
+        assert got == (name if name.casefold() not in taken else first)
+        taken.add(got.casefold())
+
+
+def test_many_files_of_one_name_are_not_compared_each_with_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[PurePath] = []
+    key = sources._key
+    monkeypatch.setattr(sources, "_key", lambda name: calls.append(name) or key(name))
+    items = find_photos([Path(f"{number}/snapshot.jpg") for number in range(1000)])
+    assert names(items)[::333] == ["snapshot.jpg", "snapshot.jpg-334", "snapshot.jpg-667", "snapshot.jpg-1000"]
+    assert len(calls) < 20 * len(items)
