@@ -183,6 +183,10 @@ def stream_origin(text: str, options: Mapping[str, str] | None = None) -> Origin
 
     Returns:
         The source, endless but for a video file on a server; None: it is a path.
+
+    Raises:
+        UsageError: It is a photo on a server, by its suffix. Some cameras that stream have such an address, too; with
+            ``options``, which only streams have, it is one.
     """
     given = dict(options or {})
     if text.startswith("lavfi:"):  # FFmpeg's own generator of pictures: a camera for tests
@@ -195,7 +199,13 @@ def stream_origin(text: str, options: Mapping[str, str] | None = None) -> Origin
         return None
     shown = redacted(text)
     name = PurePath(_file_name(shown))
-    if scheme in ("http", "https") and PurePath(urlsplit(text).path).suffix.lower() in VIDEO_SUFFIXES - {".ts"}:
+    suffix = PurePath(urlsplit(text).path).suffix.lower() if scheme in ("http", "https") else ""
+    if suffix in IMAGE_SUFFIXES and not given:
+        raise UsageError(
+            f"{shown}: a photo on a server, by its suffix: download it first (curl -s URL | petseg infer -); if it is "
+            "a camera that streams, say so with an option for streams (--input-option seekable=0)"
+        )
+    if suffix in VIDEO_SUFFIXES - {".ts"}:
         return Origin(text, shown, name.with_suffix(""), None, given)
     usual = {"rtsp_transport": "tcp"} if scheme in ("rtsp", "rtsps") else {}
     return Origin(text, shown, name, None, {"analyzeduration": "2000000", **usual, **given}, endless=True)

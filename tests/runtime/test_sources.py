@@ -678,3 +678,26 @@ def test_many_files_of_one_name_are_not_compared_each_with_each(monkeypatch: pyt
     items = find_photos([Path(f"{number}/snapshot.jpg") for number in range(1000)])
     assert names(items)[::333] == ["snapshot.jpg", "snapshot.jpg-334", "snapshot.jpg-667", "snapshot.jpg-1000"]
     assert len(calls) < 20 * len(items)
+
+
+@pytest.mark.parametrize("path", ["cat.jpg", "cat.PNG?width=100", "a/b.jpeg#top", "x.heic"])
+@pytest.mark.parametrize("scheme", ["http", "https", "HTTP"])
+def test_a_photo_on_a_server_is_no_stream(scheme: str, path: str) -> None:
+    url = f"{scheme}://me:secret@host/{path}"
+    with pytest.raises(
+        UsageError, match=r"\*\*\*@host/.*: a photo on a server.*curl -s URL \| petseg infer -.*seekable=0"
+    ) as error:
+        stream_origin(url)
+    assert "secret" not in str(error.value)
+    camera = stream_origin(url, {"seekable": "0"})  # as some cameras are called
+    assert camera
+    assert camera.endless
+
+
+@pytest.mark.parametrize(
+    "url", ["http://host/cam.mjpg", "http://host/live", "rtsp://host/cam.jpg", "http://a.jpg/live"]
+)
+def test_other_addresses_are_streams_without_being_told(url: str) -> None:
+    camera = stream_origin(url)
+    assert camera
+    assert camera.endless
