@@ -239,6 +239,22 @@ def test_a_folder_without_photos_is_1_and_makes_no_output(tmp_path: Path, capsys
     assert not (tmp_path / "out").exists()
 
 
+def test_photos_of_kinds_that_are_not_read_are_told_of(
+    photo: Path, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("1.NEF", "2.NEF", "3.NEF", "4.jp2", "no suffix", "notes.txt"):
+        (photo.parent / name).touch()
+    said = "passed over by their suffix: 3 .nef, 1 without a suffix, 1 .jp2\n"
+    command = ["infer", str(photo.parent), "--model", str(toy(tmp_path / "toy.onnx").path)]
+    assert run([*command, "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == f"petseg: {said}"
+    assert run([*command, "--output", str(tmp_path / "out"), "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+    photo.unlink()
+    assert run([*command, "--output", str(tmp_path / "out"), "--quiet"]) == 1
+    assert capsys.readouterr().err == f"petseg: no photos or videos in {photo.parent}; {said}"
+
+
 @pytest.mark.parametrize(
     "args",
     [

@@ -443,6 +443,34 @@ def test_frames_that_change_their_size_never_replace_another_result(tmp_path: Pa
 # ------------------------------------------------------------------------------------------------- signals
 
 
+@pytest.mark.parametrize(
+    ("asked", "why", "result"),
+    [
+        (["--as", "coco-rle"], "coco-rle is of photos", "annotations.json"),
+        (["--as", "mask", "--only-found"], "--only-found is for photos", "photo.png"),
+        (["--as", "overlay", "--format", "webp"], "overlay of a video is not written as webp", "photo.webp"),
+    ],
+)
+def test_videos_that_are_found_beside_photos_are_passed_over_where_they_cannot_become_what_is_asked(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str], asked: list[str], why: str, result: str
+) -> None:
+    """As each Live Photo of a phone has one beside it; one that is named is refused, and so are videos alone."""
+    source = tmp_path / "in"
+    source.mkdir()
+    Image.fromarray(picture(0)).save(source / "photo.png")
+    for name in ("a.mov", "b.mov"):
+        shutil.copy(clips / "short.mp4", source / name)
+    words = [*asked, "--model", model, "--output", tmp_path / "out"]
+    assert infer(source, *words) == 0
+    assert capsys.readouterr().err.startswith(f"petseg: passed over {source / 'a.mov'} and 1 more videos: {why}")
+    assert tree(tmp_path / "out") == [JOURNAL, result]
+    assert infer(source, source / "b.mov", *words) == 2
+    assert f"petseg: {source / 'b.mov'}: {why}" in capsys.readouterr().err
+    (source / "photo.png").unlink()
+    assert infer(source, *words) == 2
+    assert f"petseg: {source / 'a.mov'}: {why}" in capsys.readouterr().err
+
+
 #: The signals that end a run in order, each with its exit code.
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
@@ -981,9 +1009,9 @@ def read_terminal(terminal: int) -> bytes:
         (["lavfi:testsrc", "{photo}"], 2, "live sources run until they are stopped"),
         (["{clip}", "--raw", "64x48@25"], 2, "give - as a source, once"),
         (["-", "--raw", "64x48"], 2, "WIDTHxHEIGHT@RATE is expected"),
-        (["{clip}", "--only-found"], 2, "--only-found is for photos: give videos and streams to another run"),
+        (["{clip}", "--only-found"], 2, "clip.mp4: --only-found is for photos; give videos and streams to another run"),
         (["{photo}", "{clip}", "--only-found"], 2, "--only-found is for photos"),
-        (["{clip}", "--as", "coco-rle"], 2, "coco-rle is of photos; a video can be: mask, "),
+        (["{clip}", "--as", "coco-rle"], 2, "clip.mp4: coco-rle is of photos; a video can be: mask, "),
         (["{clip}", "--as", "mask", "--format", "webm"], 2, "it can be: mp4, png"),
         (["{clip}", "--as", "cutout", "--format", "mp4"], 2, "it can be: webm, png, webp"),
         (

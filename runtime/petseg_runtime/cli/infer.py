@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -161,6 +162,7 @@ def infer(
     form = options.pop("format")
     of_video = {name: options.pop(name) for name in VIDEO_OPTIONS}
     found = _find(sources, folder, raw, _pairs(input_option), quiet)
+    found = _without_videos(found, _no_video(kind, form, only_found), quiet)
     given = of_video | {"input_option": input_option, "only_found": only_found}
     _check(found, given, kind, form, background)
     _check_masks(found, kind, options["threshold"], options["cutout_threshold"], fast_decode)
@@ -273,7 +275,8 @@ def _find(sources: Sequence[str], folder: Path | None, raw: str | None, options:
         if origin:
             streams.append(origin)
             paths.remove(STDIN)
-    items = find_photos(paths, folder, IMAGE_SUFFIXES | VIDEO_SUFFIXES, pipe, lambda what: _say(what, quiet))
+    told: list[str] = []
+    items = find_photos(paths, folder, IMAGE_SUFFIXES | VIDEO_SUFFIXES, pipe, told.append)
     photos: list[Item] = []
     videos: list[Item] = []
     for item in items:
@@ -283,7 +286,9 @@ def _find(sources: Sequence[str], folder: Path | None, raw: str | None, options:
         photos = []
     streams[:0] = [Origin(str(video.source), str(video.source), video.name) for video in videos]
     if not items and not streams:
-        raise InputError(f"no photos or videos in {', '.join(sources)}")
+        raise InputError("; ".join([f"no photos or videos in {', '.join(sources)}", *told]))
+    for what in told:
+        _say(what, quiet)
     found = _Found(photos, videos, _distinct(streams))
     if folder is None and len(found.photos) + len(found.streams) > 1:
         raise UsageError("one result at a time goes to standard output: for more, give a folder with --output")
@@ -314,7 +319,8 @@ def _check(found: _Found, given: dict[str, Any], kind: str, format: str | None, 
             raise UsageError("lines are of videos; for photos, --json prints the same")
         check_looks(kind, format, background)
     if found.streams:
-        _check_videos(kind, format, given["only_found"])
+        if why := _no_video(kind, format, given["only_found"]):
+            raise UsageError(f"{found.streams[0].shown}: {why}; give videos and streams to another run")
         if kind in KINDS:
             check_looks(kind, None, background)
     for what, names, there in (
@@ -350,22 +356,32 @@ def _check_masks(
         raise UsageError(f"--fast-decode is for photos of which only the mask is written (--as {alone})")
 
 
-def _check_videos(kind: str, format: str | None, only_found: bool) -> None:  # noqa: A002
-    """Refuse what a video cannot become.
-
-    Raises:
-        UsageError: Says what it can become.
-    """
+def _no_video(kind: str, format: str | None, only_found: bool) -> str | None:  # noqa: A002
+    """Why no video can become what is asked for, and what it can become; None: it can."""
     from petseg_runtime.sinks import VIDEO_FORMATS
 
     if only_found:
-        raise UsageError("--only-found is for photos: give videos and streams to another run")
+        return "--only-found is for photos"
     formats = VIDEO_FORMATS.get(kind, ())
     if not formats:
-        raise UsageError(f"{kind} is of photos; a video can be: {', '.join(VIDEO_FORMATS)}")
+        return f"{kind} is of photos; a video can be: {', '.join(VIDEO_FORMATS)}"
     if format and format not in formats:
         files = ", ".join(name for name in formats if name != "raw")  # which is for --output - only
-        raise UsageError(f"{kind} of a video is not written as {format}; it can be: {files}")
+        return f"{kind} of a video is not written as {format}; it can be: {files}"
+    return None
+
+
+def _without_videos(found: _Found, why: str | None, quiet: bool) -> _Found:
+    """Pass over videos that cannot become what is asked for, where they were found beside photos, and not named."""
+    strays = [item for item in found.videos if item.found]
+    if why is None or not strays or not found.photos:
+        return found
+    more = f" and {len(strays) - 1} more videos" if len(strays) > 1 else ""
+    _say(f"passed over {strays[0].source}{more}: {why}", quiet)
+    kept = [not item.found for item in found.videos]
+    kept += [True] * (len(found.streams) - len(kept))  # the videos come first
+    videos = [item for item in found.videos if not item.found]
+    return _Found(found.photos, videos, list(itertools.compress(found.streams, kept)))
 
 
 def _made(found: _Found, folder: Path | None, looks: dict[str, Any], given: dict[str, Any], resume: bool) -> Output:
