@@ -533,9 +533,9 @@ def _write_output(
     Raises:
         OutputError: The folder cannot be written to.
     """
-    from petseg.evaluate import write_report
+    from petseg.evaluate import write_evaluation
 
-    write_report(result, record, folder)
+    write_evaluation(result, record, folder)
     names, picture = ["evaluation.json", "images.csv"], "worst.png"
     try:
         from petseg import plots  # matplotlib takes a second to import

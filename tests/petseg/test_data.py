@@ -15,7 +15,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from petseg import data as data_module
-from petseg.config import AugmentConfig
 from petseg.data import (
     Layout,
     Pair,
@@ -33,12 +32,6 @@ from petseg.data import (
 from petseg.metrics import BACKGROUND, PET
 from petseg_runtime import images
 from petseg_runtime.errors import DataError
-
-STILL = AugmentConfig(flip=0, rotate=0, brightness=0, contrast=0, saturation=0)
-GEOMETRIC = AugmentConfig(
-    flip=0.5, rotate=25, translate=0.1, scale_min=0.8, scale_max=1.25, brightness=0, contrast=0, saturation=0
-)
-LIVELY = AugmentConfig(flip=0.5, rotate=15, translate=0.1, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1)
 
 
 def names(pairs: list[Pair]) -> list[str]:

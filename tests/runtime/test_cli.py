@@ -42,7 +42,6 @@ from petseg_runtime.verify import sidecar_of
 
 CHELSEA = next(path for path in sample_photos() if path.name == "chelsea.jpg")
 Toy: TypeAlias = Callable[..., Any]
-Petseg: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def petseg(*args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
