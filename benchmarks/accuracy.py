@@ -179,9 +179,9 @@ def metrics(result: Evaluation, threshold: float) -> dict[str, Any]:
     }
 
 
-def interval(result: Evaluation, threshold: float, border: Border, seed: int = 0) -> list[float]:
+def interval(result: Evaluation, threshold: float, border: Border) -> list[float]:
     """The 95 % interval of the IoU summed over the photos, by drawing the photos anew (bootstrap, Efron 1979)."""
-    return percentiles(resampled(result, threshold, border, seed))
+    return percentiles(resampled(result, threshold, border))
 
 
 def difference(ours: tuple[Evaluation, float], theirs: tuple[Evaluation, float], border: Border) -> list[float]:
@@ -189,12 +189,12 @@ def difference(ours: tuple[Evaluation, float], theirs: tuple[Evaluation, float],
     return percentiles(resampled(*ours, border) - resampled(*theirs, border))
 
 
-def resampled(result: Evaluation, threshold: float, border: Border, seed: int = 0) -> npt.NDArray[np.float64]:
+def resampled(result: Evaluation, threshold: float, border: Border) -> npt.NDArray[np.float64]:
     """The IoU of each draw of as many photos."""
     each = [counts(one, threshold, border) for one in result.histograms]
     pixels = np.array([(one.tp, one.tp + one.fp + one.fn) for one in each], np.float64)
     # How often each photo is drawn, for each resample: a matrix product in place of a loop.
-    drawn = np.random.default_rng(seed).multinomial(len(each), np.full(len(each), 1 / len(each)), RESAMPLES)
+    drawn = np.random.default_rng(0).multinomial(len(each), np.full(len(each), 1 / len(each)), RESAMPLES)
     both, either = (drawn @ pixels).T
     found: npt.NDArray[np.float64] = both / np.maximum(either, 1)
     return found

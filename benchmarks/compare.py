@@ -264,9 +264,9 @@ def gone_from(old: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> list[
     return [what for what in first if what not in there and all(what in other for other in others)]
 
 
-def changes_of(old: Sequence[Mapping[str, Any]], new: Mapping[str, Any], seed: int = 0) -> list[Change]:
+def changes_of(old: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> list[Change]:
     """Every list of times that all records hold."""
-    before, rng = [dict(times_in(record)) for record in old], np.random.default_rng(seed)
+    before, rng = [dict(times_in(record)) for record in old], np.random.default_rng(0)
     return [
         change_of(what, [times[what] for times in before], now, rng)
         for what, now in times_in(new)
@@ -290,9 +290,9 @@ def spread(sessions: Sequence[Sequence[float]]) -> dict[str, float]:
     return {"median": middle, "min": float(every.min()), "max": float(every.max())}
 
 
-def ratios_of(old: Sequence[Mapping[str, Any]], new: Mapping[str, Any], seed: int = 0) -> list[Ratio]:
+def ratios_of(old: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> list[Ratio]:
     """Every ratio that all records hold, but for those that are 1 because a side is held against itself."""
-    rng, rounds = np.random.default_rng(seed), [dict(rounds_in(record)) for record in (*old, new)]
+    rng, rounds = np.random.default_rng(0), [dict(rounds_in(record)) for record in (*old, new)]
     before = [dict(ratios_in(record)) for record in old]
     common = {what: now for what, now in ratios_in(new) if all(found.get(what) for found in before)}
     middle = {what: float(np.median([found[what] for found in before])) for what in common}

@@ -124,24 +124,23 @@ def curve(axis: str, times: Mapping[Point, Sequence[float]]) -> dict[str, Any]:
     return {"axis": axis, "unit": unit, "points": rows, "bend": bend(costs, axis, unit)}
 
 
-def bend(points: Sequence[tuple[int, float]], axis: str, unit: str, tolerance: float = TOLERANCE) -> dict[str, Any]:
+def bend(points: Sequence[tuple[int, float]], axis: str, unit: str) -> dict[str, Any]:
     """Where the cost has fallen as far as it falls, and where it begins to rise again.
 
     Args:
         points: (size or batch, cost of one pixel or photo), ascending.
         axis: ``size`` or ``batch``.
         unit: Of the cost.
-        tolerance: A smaller change does not count.
 
     Returns:
-        ``falls_until``: the first point that costs no more than the cheapest by more than the tolerance; None: the cost
+        ``falls_until``: the first point that costs no more than the cheapest by more than ``TOLERANCE``; None: the cost
         rises on the way there, so that no bend can be told. ``rises_from``: the first point after the cheapest from
         which on every cost is higher than it by more than that; None: there is none. ``statement``: both, for people.
     """
     costs = [cost for _, cost in points]
-    enough = min(costs) * (1 + tolerance)
+    enough = min(costs) * (1 + TOLERANCE)
     until = next(i for i, cost in enumerate(costs) if cost <= enough)
-    if any(later > earlier * (1 + tolerance) for earlier, later in itertools.pairwise(costs[: until + 1])):
+    if any(later > earlier * (1 + TOLERANCE) for earlier, later in itertools.pairwise(costs[: until + 1])):
         text = (
             f"the cost goes up and down, between {short(min(costs))} and {short(max(costs))} {unit}: no bend to be told"
         )
@@ -205,7 +204,7 @@ def of_clips(folder: Path, rounds: int) -> dict[str, Any]:
     return {"clip": f"640x360, {CLIP_RATE} frames/s, overlay", "rows": rows, **flatness(rows)}
 
 
-def flatness(rows: Sequence[Mapping[str, Any]], tolerance: float = TOLERANCE) -> dict[str, Any]:
+def flatness(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Whether the longest clip takes no more memory than the shortest; of enough runs, what each further minute adds.
 
     Runs of the same clip differ by several megabytes: one of each length tells of no slope.
@@ -214,7 +213,7 @@ def flatness(rows: Sequence[Mapping[str, Any]], tolerance: float = TOLERANCE) ->
     lengths = [row["seconds_of_video"] for row in rows]
     runs = min(len(row["peak_mb"]) for row in rows)
     growth = peaks[-1] / peaks[0] - 1
-    flat = growth <= tolerance
+    flat = growth <= TOLERANCE
     rate = 60 * (peaks[-1] - peaks[-2]) / (lengths[-1] - lengths[-2]) if runs >= RUNS_FOR_SLOPE else None
     slope = "" if rate is None else f"; {rate:+.1f} MB a minute from {lengths[-2]} s on"
     of_each = f"medians of {runs} runs" if runs > 1 else "one run"

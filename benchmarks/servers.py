@@ -194,14 +194,14 @@ def _pictures(size: str, seconds: float, sound: bool) -> list[str]:
     return ["ffmpeg", "-v", "error", "-nostdin", *inputs, *encoder]
 
 
-def rtmp_sender(port: int, size: str = "160x120", *, sound: bool = False) -> Server:
+def rtmp_sender(port: int, *, sound: bool = False) -> Server:
     """FFmpeg, which publishes to ``rtmp://127.0.0.1:PORT/live/cam``."""
-    return Server(*_pictures(size, 36000, sound), "-f", "flv", f"rtmp://127.0.0.1:{port}/live/cam")
+    return Server(*_pictures("160x120", 36000, sound), "-f", "flv", f"rtmp://127.0.0.1:{port}/live/cam")
 
 
-def udp_sender(port: int, size: str = "160x120", *, sound: bool = False) -> Server:
+def udp_sender(port: int, size: str = "160x120") -> Server:
     """FFmpeg, which sends an MPEG transport stream to a UDP port."""
-    return Server(*_pictures(size, 36000, sound), "-f", "mpegts", f"udp://127.0.0.1:{port}?pkt_size=1316")
+    return Server(*_pictures(size, 36000, sound=False), "-f", "mpegts", f"udp://127.0.0.1:{port}?pkt_size=1316")
 
 
 def http_sender(port: int, size: str = "160x120", *, seconds: float = 36000, sound: bool = False) -> Server:
@@ -218,11 +218,11 @@ def motion_jpeg_sender(port: int, rate: int) -> Server:
 
 
 @contextlib.contextmanager
-def hls_server(port: int, folder: Path, size: str = "160x120") -> Iterator[Server]:
+def hls_server(port: int, folder: Path) -> Iterator[Server]:
     """A playlist of pieces of half a second at ``http://127.0.0.1:PORT/live.m3u8``; gives the sender."""
     pieces = ["-f", "hls", "-hls_time", "0.5", "-hls_list_size", "4", "-hls_flags", "delete_segments"]
     with (
-        Server(*_pictures(size, 36000, sound=False), *pieces, folder / "live.m3u8") as sender,
+        Server(*_pictures("160x120", 36000, sound=False), *pieces, folder / "live.m3u8") as sender,
         Server(sys.executable, "-m", "http.server", port, "--bind", "127.0.0.1", "-d", folder, ready=port),
     ):
         until((folder / "live.m3u8").exists)

@@ -178,9 +178,9 @@ def memory(samples: list[dict[str, float]]) -> dict[str, Any]:
     return found
 
 
-def thinned(samples: list[dict[str, float]], most: int = 120) -> list[dict[str, float]]:
-    """Some of the samples, for the record."""
-    return samples[:: -(-len(samples) // most)] if samples else []
+def thinned(samples: list[dict[str, float]]) -> list[dict[str, float]]:
+    """At most 120 of the samples, for the record."""
+    return samples[:: -(-len(samples) // 120)] if samples else []
 
 
 def _source(name: str, url: str, run: Run, script: list[Event], begun: float, folder: Path) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 import click
 
 from petseg_runtime import __version__
-from petseg_runtime.cli.signals import terminable
-from petseg_runtime.cli.text import shown
-from petseg_runtime.errors import EXIT_INTERRUPTED, MissingExtra, OutputError, PetsegError
+from petseg_runtime.errors import EXIT_HUNG_UP, EXIT_INTERRUPTED, MissingExtra, OutputError, PetsegError
+from petseg_runtime.signals import leave_terminal, terminable
+from petseg_runtime.text import shown
 
 __all__ = ["COMMANDS", "main"]
 
@@ -88,7 +88,7 @@ def petseg() -> None:
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 3 some inputs failed, 4 bad model file, 5 engine or device not
     there, 6 output not writable, 7 an extra is missing, 8 bad data set, 9 training stopped, 10 parity failed,
-    130 and 143 stopped by Ctrl-C and SIGTERM.
+    130, 143 and 129 stopped by Ctrl-C, SIGTERM and SIGHUP (the terminal is gone; nohup has it ignored).
     """
 
 
@@ -152,13 +152,24 @@ def run(args: list[str]) -> int:
         sys.stderr.close()
         return 1
     except OSError as error:
-        # Whoever writes a file tells which one cannot be written; what is left is standard output.
-        if error.errno not in FULL or error.filename is not None:
-            raise
-        click.echo(f"petseg: standard output cannot be written to ({error.strerror})", err=True)
-        with contextlib.suppress(OSError):
-            sys.stdout.close()  # else Python would try again at the end, and say so
-        return OutputError.exit_code
+        return of_output(error)
+
+
+def of_output(error: OSError) -> int:
+    """The exit code where standard output cannot be written to.
+
+    Raises:
+        OSError: It is about something else.
+    """
+    if error.errno == errno.EIO and leave_terminal():  # what was written to it came before the signal
+        return EXIT_HUNG_UP
+    # Whoever writes a file tells which one cannot be written; what is left is standard output.
+    if error.errno not in FULL or error.filename is not None:
+        raise error
+    click.echo(f"petseg: standard output cannot be written to ({error.strerror})", err=True)
+    with contextlib.suppress(OSError):
+        sys.stdout.close()  # else Python would try again at the end, and say so
+    return OutputError.exit_code
 
 
 if __name__ == "__main__":

@@ -298,7 +298,7 @@ def _listing(folder: Path, split: Split) -> Path:
 
 
 def _lines(listing: Path) -> list[str]:
-    """A listing's lines, without blank ones and comments.
+    """A listing's lines, without blank ones.
 
     Raises:
         DataError: It cannot be read.
@@ -307,11 +307,12 @@ def _lines(listing: Path) -> list[str]:
         lines = listing.read_text(encoding="utf-8-sig").splitlines()  # some editors begin with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{listing}: cannot be read ({error})") from error
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _oxford(folder: Path, split: Split) -> list[Pair]:
-    names = sorted({line.split()[0] for line in _lines(_listing(folder, split))})
+    lines = [line for line in _lines(_listing(folder, split)) if not line.startswith("#")]  # as list.txt begins
+    names = sorted({line.split()[0] for line in lines})
     trimaps = folder / "annotations" / "trimaps"
     return [Pair(n, folder / "images" / f"{n}.jpg", trimaps / f"{n}.png", Layout.OXFORD) for n in names]
 
@@ -333,6 +334,8 @@ def _folder(folder: Path, split: Split) -> list[Pair]:
 def _stems(listing: Path, photos: Mapping[str, Path]) -> set[str]:
     """The names in a listing of the folder layout; none where there is no such file.
 
+    A photo may be called ``#1``, so there are no comments: one taken for a comment would be trained on.
+
     Raises:
         DataError: It cannot be read, or a name is of no photo.
     """
@@ -340,7 +343,7 @@ def _stems(listing: Path, photos: Mapping[str, Path]) -> set[str]:
     if strange := sorted(names - photos.keys()):  # as a photo of the rest it would be trained on
         raise DataError(
             f"{listing}: {len(strange)} lines name no photo in images/, the first is {strange[0]!r}: one name on each "
-            "line is expected, without its suffix"
+            "line is expected, without its suffix, and no comments"
         )
     return names
 

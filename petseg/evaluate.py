@@ -50,7 +50,7 @@ __all__ = [
     "open_model",
     "split_of",
     "trained_on",
-    "write_report",
+    "write_evaluation",
 ]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
@@ -321,7 +321,7 @@ def _divided(
     return {Split.TRAIN: train, Split.VAL: val} if is_split_of(provenance, train, val) else None
 
 
-def write_report(result: Evaluation, record: Mapping[str, Any], folder: Path) -> None:
+def write_evaluation(result: Evaluation, record: Mapping[str, Any], folder: Path) -> None:
     """Write evaluation.json and images.csv (each photo's IoU in every reading).
 
     Raises:

@@ -13,9 +13,9 @@ from petseg.evaluate import Evaluation, OpenedModel, Run, open_model
 from petseg.log import Row
 from petseg.metrics import counts, histogram
 from petseg_runtime import images
-from petseg_runtime.cli.text import shown
 from petseg_runtime.files import replacing
 from petseg_runtime.spec import lowest_pet
+from petseg_runtime.text import shown
 
 __all__ = ["curves", "grid", "predictions", "worst"]
 

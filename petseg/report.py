@@ -115,7 +115,7 @@ def numbers(
     headline = ious[str(Border.BACKGROUND)]
     with_pet = np.asarray(result.histograms[:, 0].any(axis=1))
     best, worst = ends(headline, with_pet)
-    breeds, left_out = _breeds(result, threshold, source.pairs)
+    breeds, left_out = _breeds(result, source.pairs)
     return {
         "schema_version": SCHEMA_VERSION,
         "petseg": __version__,
@@ -283,7 +283,7 @@ def _data(result: Evaluation, source: Source) -> dict[str, Any]:
     return {**known, "photos": len(result.names), "failed": len(source.failed), "pixels": pixels}
 
 
-def _breeds(result: Evaluation, threshold: float, pairs: Sequence[Pair]) -> tuple[list[dict[str, str]], str | None]:
+def _breeds(result: Evaluation, pairs: Sequence[Pair]) -> tuple[list[dict[str, str]], str | None]:
     """Breed and species of each photo; or none, and why."""
     if any(pair.layout is not Layout.OXFORD for pair in pairs):
         return [], "This data set is a folder of photos and masks, which names no breeds."

@@ -27,6 +27,7 @@ from petseg.teacher import open_teacher
 from petseg.train_set import EpochSampler, TrainSet, decoded_size
 from petseg_runtime.errors import DataError, TrainingError
 from petseg_runtime.host import available_memory, usable_cpus
+from petseg_runtime.signals import EXITS
 
 __all__ = ["FEW", "RunPhotos", "loader", "workers_of"]
 
@@ -275,5 +276,5 @@ def workers_of(setting: int | Literal["auto"], device: torch.device, batch: int,
 
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C reaches the whole process group; a worker that died of it would take the orderly stop down with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in EXITS:
+        signal.signal(number, signal.SIG_IGN)

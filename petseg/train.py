@@ -52,8 +52,8 @@ from petseg.schedule import learning_rate, left_at_the_end
 from petseg.train_set import EpochSampler
 from petseg.warm_start import first_weights
 from petseg_runtime import __version__
-from petseg_runtime.cli.signals import handled
 from petseg_runtime.errors import CheckpointError, NonFiniteLoss
+from petseg_runtime.signals import EXITS, handled
 
 __all__ = ["Step", "Trainer"]
 
@@ -224,11 +224,11 @@ class Trainer:
         Raises:
             NonFiniteLoss: The loss or the gradient became NaN or infinite; ``last.safetensors`` is untouched.
             EngineError: The device, or a process that prepares photos, had too little memory.
-            KeyboardInterrupt: SIGINT or SIGTERM came; the state was saved first.
+            KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came; the state was saved first.
         """
         try:
             remedy = f"use a smaller --batch than {self.config.batch}, or a smaller --size"
-            with handled(self._stop_for, signal.SIGINT, signal.SIGTERM), enough_memory(remedy):
+            with handled(self._stop_for, *EXITS), enough_memory(remedy):
                 # The log has one row per finished epoch: a run that was stopped after an epoch's last step, before its
                 # validation, takes up at the validation.
                 while not self.finished:

@@ -27,6 +27,10 @@ hypothesis.settings.load_profile("petseg")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The same of a hang-up and nohup; this process goes on being none the worse for one, and what it starts is not.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
+
 # As many tests run at once as there are cores, and what they start would take all cores each: threads would wait for
 # each other. Who wants more says so; what is about threads sets them itself.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

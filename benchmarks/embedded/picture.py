@@ -11,7 +11,8 @@ HEIGHT, GAP = 230, 8
 SHOWN = ("Abyssinian_204", "american_bulldog_60", "Bengal_62", "chelsea")
 
 
-def checkerboard(width: int, height: int, square: int = 10) -> Image.Image:
+def checkerboard(width: int, height: int) -> Image.Image:
+    square = 10
     board = Image.new("RGBA", (width, height), "white")
     for y in range(0, height, square):
         for x in range((y // square % 2) * square, width, 2 * square):

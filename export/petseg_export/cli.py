@@ -13,9 +13,10 @@ import click
 
 from petseg_export.config import QuantizeConfig
 from petseg_export.registry import FORMATS, check, why_not
-from petseg_runtime.cli.text import BACKEND, HELP, PATH, SCHEMA_VERSION, Finite, parse_size, shown
+from petseg_runtime.cli.text import BACKEND, HELP, PATH, SCHEMA_VERSION, Finite, parse_size
 from petseg_runtime.errors import DataError
 from petseg_runtime.spec import PRECISIONS
+from petseg_runtime.text import shown
 
 __all__ = ["export"]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from petseg.commands.console import progress_line
-from petseg_runtime.cli.text import PATH, shown
+from petseg_runtime.cli.text import PATH
+from petseg_runtime.text import shown
 
 __all__ = ["data"]
 

@@ -14,8 +14,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from petseg.commands.console import check_writable, progress_line
-from petseg_runtime.cli.text import BACKEND, HELP, PATH, UNIT, shown
+from petseg_runtime.cli.text import BACKEND, HELP, PATH, UNIT
 from petseg_runtime.errors import MissingExtra, OutputError, UsageError
+from petseg_runtime.text import shown
 
 if TYPE_CHECKING:
     from petseg.data import Pair, Split
@@ -213,9 +214,9 @@ def _write_output(
     Raises:
         OutputError: The folder cannot be written to.
     """
-    from petseg.evaluate import write_report
+    from petseg.evaluate import write_evaluation
 
-    write_report(result, record, folder)
+    write_evaluation(result, record, folder)
     names, picture = ["evaluation.json", "images.csv"], "worst.png"
     try:
         from petseg import plots  # matplotlib takes a second to import

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,10 @@ import click
 from rich.progress import Progress
 
 from petseg.commands.console import check_writable, progress_line
-from petseg_runtime.cli.text import PATH, parse_size, shown
-from petseg_runtime.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, UsageError
+from petseg_runtime.cli.text import PATH, parse_size
+from petseg_runtime.errors import UsageError
+from petseg_runtime.signals import EXITS
+from petseg_runtime.text import shown
 
 if TYPE_CHECKING:
     from petseg.config import TrainConfig
@@ -116,8 +117,8 @@ def train(
     Keeps best.safetensors (to evaluate and export), last.safetensors (to --resume), log.csv, curves.png,
     predictions.png and run.json in --output. With several GPUs: torchrun --nproc-per-node N -m petseg.cli train ...
 
-    Exit code 3: done, but without photos that could not be used (data.on_bad=skip); they are named. 130, 143: stopped
-    by Ctrl-C or SIGTERM, to be resumed.
+    Exit code 3: done, but without photos that could not be used (data.on_bad=skip); they are named. 130, 143, 129:
+    stopped by Ctrl-C, SIGTERM or SIGHUP, to be resumed.
     """
     if recipe == "":
         _list_recipes(as_json)
@@ -185,7 +186,7 @@ def _train(config: TrainConfig, asked: Asked) -> int:
             except KeyboardInterrupt:
                 if ranks.first:
                     click.echo("petseg: interrupted", err=True)
-                return EXIT_TERMINATED if trainer.stopped_by == signal.SIGTERM else EXIT_INTERRUPTED
+                return EXITS[trainer.stopped_by]
             except NonFiniteLoss as error:
                 if ranks.first:
                     raise

@@ -138,7 +138,7 @@ def _steps(segmenter: Segmenter, sink: Sink, mask_only: bool, fast_decode: bool,
         if item.problem:
             raise InputError(item.problem)
         source = item.source if item.data is None else item.data
-        with _enough_memory(item), images.open_photo(source, at_least=at_least) as photo:
+        with _enough_memory(item), images.open_photo(source, at_least=at_least, name=_name_of(item)) as photo:
             reserve(photo.memory + spare * photo.pixels)
             return segmenter.prepare_opened(photo, mask_only=mask_only)
 
@@ -151,6 +151,11 @@ def _steps(segmenter: Segmenter, sink: Sink, mask_only: bool, fast_decode: bool,
     return Steps(read, segmenter.infer, write)
 
 
+def _name_of(item: Item) -> str:
+    """What errors call it."""
+    return str(item.source) if item.data is None else "standard input"
+
+
 @contextlib.contextmanager
 def _enough_memory(item: Item) -> Iterator[None]:
     """Turn a ``MemoryError`` into the failure of this one photo, so that the run goes on.
@@ -161,7 +166,7 @@ def _enough_memory(item: Item) -> Iterator[None]:
     try:
         yield
     except MemoryError as error:
-        raise ImageTooLarge(f"{item.source}: not enough memory for it: make it smaller first") from error
+        raise ImageTooLarge(f"{_name_of(item)}: not enough memory for it: make it smaller first") from error
 
 
 def _done(result: Segmentation, written: Written) -> Done:

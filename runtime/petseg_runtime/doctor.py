@@ -25,7 +25,7 @@ from petseg_runtime.artifact import default_model
 from petseg_runtime.cameras import Camera, cameras
 from petseg_runtime.errors import OutputError
 from petseg_runtime.extras import install
-from petseg_runtime.host import ONNXRUNTIME_CUDA12, Cpu, Gpu, Host, host, old_driver
+from petseg_runtime.host import ONNXRUNTIME_CUDA12, Gpu, Host, host, old_driver
 
 __all__ = [
     "EngineCheck",
@@ -202,7 +202,7 @@ def x_ray(watch: Callable[[str], None] = lambda what: None) -> XRay:
         no_driver,
         no_rule,
         no_cache,
-        *_problems(here.cpu, gpus, checks, ffmpeg),
+        *_problems(gpus, checks, ffmpeg),
         *_wrong(auto.get("info", auto), checks),
     )
     return XRay(
@@ -384,7 +384,7 @@ def _wrong(auto: Mapping[str, Any], checks: Sequence[EngineCheck]) -> list[str]:
     ]
 
 
-def _problems(cpu: Cpu, gpus: Sequence[Gpu], checks: Sequence[EngineCheck], ffmpeg: Ffmpeg) -> list[str]:
+def _problems(gpus: Sequence[Gpu], checks: Sequence[EngineCheck], ffmpeg: Ffmpeg) -> list[str]:
     """What should be put right, each with the remedy."""
     found = []
     if len(both := _packages_of("onnxruntime")) > 1:

@@ -26,9 +26,9 @@
         ├── ParityShapes                 shapes or types differ
         └── ParityTolerance              the values differ by more than the tolerance
 
-Three codes belong to no single error: ``EXIT_PARTIAL`` (3: some inputs failed, the rest is done),
-``EXIT_INTERRUPTED`` (130: Ctrl-C) and ``EXIT_TERMINATED`` (143: SIGTERM ended photos, a video, a stream, training, the
-doctor or a benchmark in order).
+Four codes belong to no single error: ``EXIT_PARTIAL`` (3: some inputs failed, the rest is done), and those of signals
+that ended photos, a video, a stream, training, the doctor or a benchmark in order: ``EXIT_INTERRUPTED`` (130: Ctrl-C),
+``EXIT_TERMINATED`` (143: SIGTERM) and ``EXIT_HUNG_UP`` (129: SIGHUP, the terminal is gone).
 Click, too, uses 2: for a command line it cannot parse.
 """
 
@@ -37,6 +37,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 __all__ = [
+    "EXIT_HUNG_UP",
     "EXIT_INTERRUPTED",
     "EXIT_PARTIAL",
     "EXIT_TERMINATED",
@@ -68,6 +69,7 @@ __all__ = [
 ]
 
 EXIT_PARTIAL = 3
+EXIT_HUNG_UP = 129
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 

@@ -86,6 +86,15 @@ _MARGIN: Final = 3.0
 _DECODED: Final = 12
 _RESULT: Final = 4
 
+# What is said of a file with more than one picture, by its format. Behind a phone's or a camera's JPEG (MPO) lie a
+# preview, a gain map or the other eye's view, and nothing is lost without them.
+_OF_SEVERAL: Final = {
+    "HEIF": "several photos in it: the main one was used",
+    "MPO": "",
+    "TIFF": "several pages: the first was used",
+}
+_ANIMATED: Final = "animated: the first frame was used"
+
 # What undoes each EXIF orientation (TIFF 6.0, tag 274; 1 is upright), and which of these swap height and width.
 _TURNS: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -167,7 +176,11 @@ def read(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: tuple[i
 
 @contextlib.contextmanager
 def open_photo(
-    source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: tuple[int, int] | None = None
+    source: ImageSource,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    at_least: tuple[int, int] | None = None,
+    name: str | None = None,
 ) -> Iterator[OpenPhoto]:
     """The first half of :func:`read`, for callers that make sure of the memory before a photo is decoded.
 
@@ -175,6 +188,7 @@ def open_photo(
         source: As for :func:`read`.
         max_pixels: Likewise.
         at_least: Likewise.
+        name: What errors call it; None: by its path, or what it is.
 
     Yields:
         The photo, to be decoded before this is left.
@@ -186,12 +200,12 @@ def open_photo(
         yield _of_array(source, max_pixels)
         return
     given = _taken(source)
-    name = _name_of(given)
+    name = name or _name_of(given)
     with contextlib.ExitStack() as file:
         with _reading(name):
             image = given
             if not isinstance(given, Image.Image):
-                image = file.enter_context(_encoded(given, name))
+                image = _encoded(given, name, file)
                 _check_cost(image, name, max_pixels)
             photo = _of_image(image, name, max_pixels, at_least if image is not given else None)
         yield photo
@@ -213,7 +227,8 @@ def opened(source: str | os.PathLike[str] | bytes | BinaryIO, *, max_pixels: int
         ImageTooLarge: More than ``max_pixels`` or ``MAX_BYTES``.
     """
     name = _name_of(source)
-    with _reading(name), _encoded(source, name) as image:
+    with _reading(name), contextlib.ExitStack() as file:
+        image = _encoded(source, name, file)
         _check_cost(image, name, max_pixels)
         _check_pixels(image.width, image.height, name, max_pixels)
         yield image
@@ -342,27 +357,24 @@ def _name_of(source: Any) -> str:
     return str(getattr(source, "filename", "") or getattr(source, "name", "") or "<image>")
 
 
-def _encoded(source: Any, name: str) -> Image.Image:
-    """An encoded image as Pillow opens it, with its size in bytes checked first.
+def _encoded(source: Any, name: str, stack: contextlib.ExitStack) -> Image.Image:
+    """An encoded image as Pillow opens it, with its size in bytes checked first; ``stack`` closes it.
 
     Raises:
         InputError: It cannot be opened; what Pillow raises beside that is for :func:`_reading`.
     """
-    opened = _opened(source, name)
+    opened = _opened(source, name, stack)
     if not _is_heif(_head(opened)):
-        return Image.open(opened, formats=_FORMATS)
+        return stack.enter_context(Image.open(opened, formats=_FORMATS))
     _register_heif(name)
     try:
-        return Image.open(opened, formats=("HEIF",))
+        return stack.enter_context(Image.open(opened, formats=("HEIF",)))
     except UnidentifiedImageError as error:  # the plug-in says no more
         raise UnreadableImage(f"{name}: a HEIC photo that is damaged or truncated") from error
 
 
 def _head(opened: Any) -> bytes:
     """The first bytes of what ``Image.open`` will take, and read from its beginning."""
-    if isinstance(opened, Path):
-        with opened.open("rb") as file:
-            return file.read(_HEAD)
     opened.seek(0)
     head = opened.read(_HEAD)
     return head if isinstance(head, bytes) else b""
@@ -394,8 +406,12 @@ def _register_heif(name: str) -> None:
         ) from error
 
 
-def _opened(source: Any, name: str) -> Any:
-    """What ``Image.open`` takes, and can be read from its beginning, with the size in bytes checked first."""
+def _opened(source: Any, name: str, stack: contextlib.ExitStack) -> Any:
+    """What ``Image.open`` takes, and can be read from its beginning, with the size in bytes checked first.
+
+    An open file, which ``stack`` closes, never a path: of a path Pillow maps uncompressed pixels into memory, and those
+    of a TIFF that lies on its side with height and width exchanged.
+    """
     if isinstance(source, bytes):
         size, opened = len(source), io.BytesIO(source)
     elif isinstance(source, (str, os.PathLike)):
@@ -403,7 +419,8 @@ def _opened(source: Any, name: str) -> Any:
         if not path.is_file():  # a pipe or device would block for ever; a folder is not an image
             kind = "a folder, not an image" if path.is_dir() else "not a regular file"
             raise UnreadableImage(f"{name}: {kind if path.exists() else 'no such file'}")
-        size, opened = path.stat().st_size, path  # type: ignore[assignment]
+        file = stack.enter_context(path.open("rb"))
+        size, opened = os.fstat(file.fileno()).st_size, file  # type: ignore[assignment]
     else:
         opened = _rewindable(source)
         opened.seek(0, os.SEEK_END)
@@ -483,12 +500,10 @@ def _of_image(image: Image.Image, name: str, max_pixels: int, at_least: tuple[in
 def _decoded(image: Image.Image, name: str, height: int, width: int) -> Photo:
     """Decode an open image; ``height`` and ``width`` are those of :class:`Photo`."""
     notes: list[str] = []
-    if getattr(image, "is_animated", False) and image.format == "HEIF":
-        notes.append("several photos in it: the main one was used")
-    elif getattr(image, "is_animated", False):
-        # How many there are is not asked: Pillow walks through a TIFF's or a GIF's to count them, for minutes if a file
-        # of a few MB is made for that.
-        notes.append("animated: the first frame was used")
+    # How many there are is not asked: Pillow walks through a TIFF's or a GIF's to count them, for minutes if a file of
+    # a few MB is made for that.
+    if getattr(image, "is_animated", False) and (note := _OF_SEVERAL.get(str(image.format), _ANIMATED)):
+        notes.append(note)
     # Pillow decodes a 16-bit PGM to 32-bit integers, scaled to 0..65535 (and forgets the format when it is turned).
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
     image.load()

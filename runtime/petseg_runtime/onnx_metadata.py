@@ -82,7 +82,6 @@ class OnnxFile:
         inputs: The graph's inputs, in order. (Before IR version 4 initializers are listed among them.)
         outputs: The graph's outputs, in order.
         opset: Version of the default operator set; 0 if the model imports none.
-        producer: Name and version of the program that wrote it; may be empty.
         ir_version: Version of the ONNX format.
         size: The file's size in bytes.
     """
@@ -92,7 +91,6 @@ class OnnxFile:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     opset: int
-    producer: str
     ir_version: int
     size: int
 
@@ -137,7 +135,6 @@ def parse(data: bytes | mmap.mmap, name: str = "the model") -> OnnxFile:
         inputs=header.inputs,
         outputs=header.outputs,
         opset=header.opset,
-        producer=f"{header.producer_name} {header.producer_version}".strip(),
         ir_version=header.ir_version,
         size=len(data),
     )
@@ -298,8 +295,6 @@ class _Header:
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] = ()
     opset: int = 0
-    producer_name: str = ""
-    producer_version: str = ""
     ir_version: int = 0
 
 
@@ -324,16 +319,12 @@ def _read_metadata(wire: _Wire) -> dict[str, str]:
 
 
 def _read_header(wire: _Wire) -> _Header:
-    """ModelProto: ir_version = 1, producer_name = 2, producer_version = 3, graph = 7, opset_import = 8."""
+    """ModelProto: ir_version = 1, graph = 7, opset_import = 8."""
     header, graph = _Header(), None
     for field in wire.fields():
         match field.id:
             case 1:
                 header.ir_version = wire.int64(field)
-            case 2:
-                header.producer_name = wire.text(field)
-            case 3:
-                header.producer_version = wire.text(field)
             case 7:
                 # Protobuf would merge two graphs into one. No exporter writes that, and engines may differ on it.
                 graph = _only(wire, field, graph)

@@ -63,6 +63,16 @@ VIDEO_SUFFIXES: Final = frozenset(
     }
 )
 
+#: What lies beside photos and videos without being any; a search need not mention it.
+_BESIDE: Final = frozenset(
+    {
+        *(".aae", ".csv", ".db", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".ndjson", ".pdf", ".toml"),
+        *(".txt", ".url", ".xml", ".xmp", ".yaml", ".yml"),
+    }
+)
+#: So many other suffixes are mentioned.
+_MENTIONED: Final = 5
+
 #: So much of a file's beginning tells whether it is a video: three packets of MPEG-TS begin in it.
 _HEAD: Final = 400
 
@@ -105,12 +115,14 @@ class Item:
         problem: Why it cannot be read, where that is known before trying (a folder that may not be listed, a pipe that
             was found).
         data: The encoded image, where it does not lie at ``source``.
+        found: A search came upon it, in a folder or by a pattern; nobody has named it.
     """
 
     source: Path
     name: PurePath
     problem: str | None = None
     data: bytes | None = None
+    found: bool = False
 
 
 def find_photos(
@@ -136,7 +148,7 @@ def find_photos(
             below them holds nothing but results.
         suffixes: What is taken from folders.
         pipe: What came on standard input; None: it is read here.
-        tell: Told of each folder that was passed over and may be missed.
+        tell: Told of each folder that was passed over and may be missed, and how many files were, by their suffixes.
 
     Returns:
         One item per photo. What does not exist is an item too: it will fail and be counted.
@@ -151,6 +163,7 @@ def find_photos(
     several = sum(_is_folder(path) for path in paths) > 1
     search = _Search(os.path.realpath(output) if output else None, suffixes)  # Path.resolve raises on a loop of links
     found: list[tuple[Path, PurePath, str | None]] = []
+    named: set[int] = set()  # which of them
     for path in paths:
         if _is_folder(path):
             search.refuse_as_output(path)
@@ -160,17 +173,24 @@ def find_photos(
                 relative = prefix / file.relative_to(path)
                 found.append((file, relative if relative.name else own_name, problem))
         elif path == STDIN:
+            named.add(len(found))
             found.append((path, PurePath("stdin"), None))
         elif glob.has_magic(str(path)) and not os.path.lexists(path):
             found += search.matching(path)
         else:
+            named.add(len(found))
             found.append((path, PurePath(path.name), None))
-    for folder, why in sorted(search.passed.items()):
-        tell(f"{folder}: {why}")
+    search.others.difference_update(
+        str(file) for file, _, _ in found
+    )  # a pattern, or who named it, took it all the same
+    for what in search.notes():
+        tell(what)
     names = _unique([relative for _, relative, _ in found])
     return [
-        Item(file, name, problem, (from_pipe()[1] if pipe is None else pipe) if file == STDIN else None)
-        for (file, _, problem), name in zip(found, names, strict=True)
+        Item(
+            file, name, problem, (from_pipe()[1] if pipe is None else pipe) if file == STDIN else None, at not in named
+        )
+        for at, ((file, _, problem), name) in enumerate(zip(found, names, strict=True))
     ]
 
 
@@ -183,6 +203,10 @@ def stream_origin(text: str, options: Mapping[str, str] | None = None) -> Origin
 
     Returns:
         The source, endless but for a video file on a server; None: it is a path.
+
+    Raises:
+        UsageError: It is a photo on a server, by its suffix. Some cameras that stream have such an address, too; with
+            ``options``, which only streams have, it is one.
     """
     given = dict(options or {})
     if text.startswith("lavfi:"):  # FFmpeg's own generator of pictures: a camera for tests
@@ -195,7 +219,13 @@ def stream_origin(text: str, options: Mapping[str, str] | None = None) -> Origin
         return None
     shown = redacted(text)
     name = PurePath(_file_name(shown))
-    if scheme in ("http", "https") and PurePath(urlsplit(text).path).suffix.lower() in VIDEO_SUFFIXES - {".ts"}:
+    suffix = PurePath(urlsplit(text).path).suffix.lower() if scheme in ("http", "https") else ""
+    if suffix in IMAGE_SUFFIXES and not given:
+        raise UsageError(
+            f"{shown}: a photo on a server, by its suffix: download it first (curl -s URL | petseg infer -); if it is "
+            "a camera that streams, say so with an option for streams (--input-option seekable=0)"
+        )
+    if suffix in VIDEO_SUFFIXES - {".ts"}:
         return Origin(text, shown, name.with_suffix(""), None, given)
     usual = {"rtsp_transport": "tcp"} if scheme in ("rtsp", "rtsps") else {}
     return Origin(text, shown, name, None, {"analyzeduration": "2000000", **usual, **given}, endless=True)
@@ -361,11 +391,27 @@ class _Search:
         output: Where results will be written, a real path; it is passed over.
         suffixes: What is taken from folders.
         passed: Folders that were passed over and may be missed, and why.
+        others: Files that were, by their suffix; texts, of which there may be 100,000.
     """
 
     output: str | None
     suffixes: frozenset[str]
     passed: dict[Path, str] = field(default_factory=dict)
+    others: set[str] = field(default_factory=set)
+
+    def notes(self) -> Iterator[str]:
+        """What was passed over and may be missed."""
+        for folder, why in sorted(self.passed.items()):
+            yield f"{folder}: {why}"
+        suffixes = (os.path.splitext(file)[1].lower() for file in self.others)  # noqa: PTH122
+        # Some names have no suffix, but a point within.
+        kinds = Counter(suffix if suffix[1:].isalnum() else "" for suffix in suffixes)
+        counts = sorted((-count, suffix) for suffix, count in kinds.items())
+        texts = [f"{-count} {suffix or 'without a suffix'}" for count, suffix in counts]
+        if rest := -sum(count for count, _ in counts[_MENTIONED:]):
+            texts[_MENTIONED:] = [f"{rest} of other kinds"]
+        if texts:
+            yield f"passed over by their suffix: {', '.join(texts)}"
 
     def refuse_as_output(self, folder: Path) -> None:
         """Refuse to write into a folder whose photos are searched for: the next run would take the results for photos,
@@ -382,12 +428,15 @@ class _Search:
 
     def below(self, top: Path) -> Iterator[tuple[Path, str | None]]:
         """Photos below a folder, sorted; a folder that cannot be listed is a problem, not a silence."""
+        known = self.suffixes | _BESIDE
         for folder, files, problem in self._folders(top):
             if problem:
                 yield folder, problem
-            found = (folder / name for name in files if Path(name).suffix.lower() in self.suffixes)
-            for file in found:
-                if file.suffix.lower() not in _SHARED or _is_transport_stream(file):
+            by_suffix = [(name, os.path.splitext(name)[1].lower()) for name in files]  # noqa: PTH122
+            within = f"{folder}{os.sep}" if folder.parts else ""
+            self.others.update(within + name for name, suffix in by_suffix if suffix not in known)
+            for file, suffix in ((folder / name, suffix) for name, suffix in by_suffix if suffix in self.suffixes):
+                if suffix not in _SHARED or _is_transport_stream(file):
                     yield file, _irregular(file)
 
     def matching(self, pattern: Path) -> list[tuple[Path, PurePath, str | None]]:
@@ -458,7 +507,8 @@ class _Search:
             return True
         noted = os.path.lexists(folder / JOURNAL)
         if os.path.realpath(folder) == self.output:
-            if not noted and (photo := next((file for file, problem in self.below(folder) if not problem), None)):
+            apart = _Search(self.output, self.suffixes)  # what is passed over in there is no loss
+            if not noted and (photo := next((file for file, problem in apart.below(folder) if not problem), None)):
                 raise UsageError(
                     f"--output {folder}: it lies in what is searched, and holds photos that are no known results "
                     f"({photo.name}, for one): choose a new folder, or remove them if they are results"
@@ -500,15 +550,23 @@ def distinct(wanted: Iterable[PurePath]) -> Iterator[PurePath]:
     """The same names, with a number added to each that was taken already, so that no two are equal."""
     wanted = list(wanted)
     taken: set[str] = set()
-    reserved = Counter(_key(name) for name in wanted)
+    reserved = {_key(name) for name in wanted}
+    numbers: dict[str, int] = {}  # what was given last to each name: all before it stay taken
     for name in wanted:
-        candidate, number = name, 1
+        key = _key(name)
+        number = numbers.get(key, 1)
+        candidate = _numbered(name, number)
         # A number must not run into a name that another photo has by right.
         while _key(candidate) in taken or (number > 1 and _key(candidate) in reserved):
             number += 1
-            candidate = name.with_name(f"{name.name}-{number}")
+            candidate = _numbered(name, number)
+        numbers[key] = number
         taken.add(_key(candidate))
         yield candidate
+
+
+def _numbered(name: PurePath, number: int) -> PurePath:
+    return name if number == 1 else name.with_name(f"{name.name}-{number}")
 
 
 def _key(name: PurePath) -> str:

@@ -54,7 +54,7 @@ def test_photos_that_cannot_be_read_end_a_run_that_is_not_told_to_skip_them(
     assert stopped.returncode == 8, stopped.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_has_its_exit_code(oxford_root: Path, tmp_path: Path, number: int, code: int) -> None:
     output = tmp_path / "run"
     process = subprocess.Popen(

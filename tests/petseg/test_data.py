@@ -15,7 +15,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from petseg import data as data_module
-from petseg.config import AugmentConfig
 from petseg.data import (
     Layout,
     Pair,
@@ -33,12 +32,6 @@ from petseg.data import (
 from petseg.metrics import BACKGROUND, PET
 from petseg_runtime import images
 from petseg_runtime.errors import DataError
-
-STILL = AugmentConfig(flip=0, rotate=0, brightness=0, contrast=0, saturation=0)
-GEOMETRIC = AugmentConfig(
-    flip=0.5, rotate=25, translate=0.1, scale_min=0.8, scale_max=1.25, brightness=0, contrast=0, saturation=0
-)
-LIVELY = AugmentConfig(flip=0.5, rotate=15, translate=0.1, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1)
 
 
 def names(pairs: list[Pair]) -> list[str]:
@@ -167,7 +160,7 @@ def test_find_listed_joins_splits_and_passes_over_the_absent(oxford_copy: Path) 
         find_listed(oxford_copy, [Split.TEST])
 
 
-@pytest.mark.parametrize("wrong", ["own_09.png", "own_99", "own_09 own_10"])
+@pytest.mark.parametrize("wrong", ["own_09.png", "own_99", "own_09 own_10", "# later"])
 def test_a_test_photo_that_is_not_there_is_named_and_not_trained_on(folder_copy: Path, wrong: str) -> None:
     (folder_copy / "test.txt").write_text(f"own_11\n{wrong}\n")
     for split in Split:
@@ -178,14 +171,22 @@ def test_a_test_photo_that_is_not_there_is_named_and_not_trained_on(folder_copy:
 def test_names_of_the_test_photos_may_have_spaces_and_follow_a_byte_order_mark(folder_copy: Path) -> None:
     for part in ("images", "masks"):
         (folder_copy / part / "own_09.png").rename(folder_copy / part / "own 09.png")
-    (folder_copy / "test.txt").write_text("own 09\n\n# later\nown_10\n", encoding="utf-8-sig")
+    (folder_copy / "test.txt").write_text("own 09\n\n  \nown_10\n", encoding="utf-8-sig")
     assert names(find(folder_copy, Split.TEST)) == ["own 09", "own_10"]
     assert len(find(folder_copy, Split.TRAINVAL)) == 10
 
 
+def test_a_name_that_begins_like_a_comment_is_a_test_photo_and_not_trained_on(folder_copy: Path) -> None:
+    for part in ("images", "masks"):
+        (folder_copy / part / "own_09.png").rename(folder_copy / part / "#1 rex.png")
+    (folder_copy / "test.txt").write_text("#1 rex\nown_10\n")
+    assert names(find(folder_copy, Split.TEST)) == ["#1 rex", "own_10"]
+    assert "#1 rex" not in names(find(folder_copy, Split.TRAINVAL))
+
+
 def test_val_txt_is_the_validation_part_whatever_share_and_seed_say(folder_copy: Path) -> None:
     assert listed_validation(folder_copy) is None
-    (folder_copy / "val.txt").write_text("own_07\n# later\n\nown_02\n", encoding="utf-8-sig")
+    (folder_copy / "val.txt").write_text("own_07\n \n\nown_02\n", encoding="utf-8-sig")
     assert listed_validation(folder_copy) == {"own_02", "own_07"}
     for fraction, seed in ((0.05, 0), (0.5, 3)):
         parts = {split: names(find(folder_copy, split, val_fraction=fraction, seed=seed)) for split in Split}

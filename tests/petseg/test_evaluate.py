@@ -28,7 +28,7 @@ from petseg.evaluate import (
     open_model,
     split_of,
     trained_on,
-    write_report,
+    write_evaluation,
 )
 from petseg.metrics import Border
 from petseg.model import AttentionUNet, AttentionUNetConfig, normalize
@@ -439,7 +439,7 @@ def test_a_model_that_is_missing_or_damaged_is_named(tmp_path: Path, name: str, 
 def report(pairs: list[Pair], folder: Path, threshold: float = 0.5) -> tuple[Evaluation, dict[str, Any]]:
     result = evaluate(red, pairs, H, W)
     record = {**result.summary(threshold), "split": "test"}
-    write_report(result, record, folder)
+    write_evaluation(result, record, folder)
     return result, record
 
 

@@ -37,6 +37,7 @@ from petseg.schedule import learning_rate
 from petseg.train import Trainer
 from petseg.train_set import EpochSampler
 from petseg_runtime.errors import DataError, EngineError, NonFiniteLoss, OutputError, TrainingError, UsageError
+from petseg_runtime.signals import EXITS
 from petseg_runtime.spec import lowest_pet
 from tiny_runs import (
     CPU,
@@ -174,7 +175,7 @@ def test_a_stopped_run_with_workers_goes_on(oxford_root: Path, tmp_path: Path, w
     [
         (1, signal.SIGINT),
         (7, signal.SIGTERM),
-        (9, signal.SIGINT),
+        (9, signal.SIGHUP),
         (PER_EPOCH, signal.SIGINT),  # an epoch's last step: its validation is still to come
         (EPOCHS * PER_EPOCH, signal.SIGINT),
     ],
@@ -182,12 +183,12 @@ def test_a_stopped_run_with_workers_goes_on(oxford_root: Path, tmp_path: Path, w
 def test_a_run_that_was_stopped_and_resumed_is_the_same_run(
     oxford_root: Path, tmp_path: Path, whole: Run, step: int, number: int
 ) -> None:
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(n) for n in EXITS]
     stop = Recorder(at_step=at(step, lambda: signal.raise_signal(number)))
     trainer = Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=stop)
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(n) for n in EXITS] == before
     assert len(stop.losses) == step
     assert load(tmp_path / LAST).meta["state"]["step"] == step
 

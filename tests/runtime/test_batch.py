@@ -601,7 +601,9 @@ def noted(out: Path) -> dict[Path, int]:
     return found
 
 
-@pytest.mark.parametrize(("number", "code", "said"), [(2, 130, "interrupted"), (15, 143, "terminated")])
+@pytest.mark.parametrize(
+    ("number", "code", "said"), [(2, 130, "interrupted"), (15, 143, "terminated"), (1, 129, "hung up")]
+)
 def test_a_signal_leaves_whole_photos_and_a_whole_journal(
     model: Path, many: Path, tmp_path: Path, number: int, code: int, said: str
 ) -> None:

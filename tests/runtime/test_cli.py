@@ -29,7 +29,6 @@ from petseg_runtime import Segmenter, __version__, default_model, host, onnx_met
 from petseg_runtime.artifact import RECEIPT_KEY, Artifact, open_artifact, sidecar_text
 from petseg_runtime.artifact import sidecar_of as beside
 from petseg_runtime.cli.infer import infer
-from petseg_runtime.cli.signals import terminable
 from petseg_runtime.cli.text import parse_size
 from petseg_runtime.engines import onnxruntime, registry
 from petseg_runtime.errors import EngineError
@@ -37,12 +36,12 @@ from petseg_runtime.extras import install
 from petseg_runtime.files import replacing
 from petseg_runtime.journal import JOURNAL, Journal
 from petseg_runtime.parity import Proof, load_proof, proof_of
+from petseg_runtime.signals import terminable
 from petseg_runtime.sinks import KINDS, VIDEO_FORMATS
 from petseg_runtime.verify import sidecar_of
 
 CHELSEA = next(path for path in sample_photos() if path.name == "chelsea.jpg")
 Toy: TypeAlias = Callable[..., Any]
-Petseg: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def petseg(*args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -237,6 +236,22 @@ def test_a_folder_without_photos_is_1_and_makes_no_output(tmp_path: Path, capsys
     assert run(["infer", str(empty), "--output", str(tmp_path / "out")]) == 1
     assert capsys.readouterr() == ("", f"petseg: no photos or videos in {empty}\n")
     assert not (tmp_path / "out").exists()
+
+
+def test_photos_of_kinds_that_are_not_read_are_told_of(
+    photo: Path, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("1.NEF", "2.NEF", "3.NEF", "4.jp2", "no suffix", "notes.txt"):
+        (photo.parent / name).touch()
+    said = "passed over by their suffix: 3 .nef, 1 without a suffix, 1 .jp2\n"
+    command = ["infer", str(photo.parent), "--model", str(toy(tmp_path / "toy.onnx").path)]
+    assert run([*command, "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == f"petseg: {said}"
+    assert run([*command, "--output", str(tmp_path / "out"), "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+    photo.unlink()
+    assert run([*command, "--output", str(tmp_path / "out"), "--quiet"]) == 1
+    assert capsys.readouterr().err == f"petseg: no photos or videos in {photo.parent}; {said}"
 
 
 @pytest.mark.parametrize(
@@ -1139,10 +1154,13 @@ def test_a_photo_on_standard_input_is_a_picture_on_standard_output(
     assert done.stdout == (tmp_path / "out" / "0.png").read_bytes()
 
 
-def test_what_is_no_photo_on_standard_input_is_1_with_nothing_on_standard_output(reds: list[str]) -> None:
-    done = piped(b"no photo", "infer", "-", *reds[2:4])
+@pytest.mark.parametrize(("data", "why"), [(b"no photo", b"not an image"), (b"", b"empty (0 bytes)")])
+def test_what_is_no_photo_on_standard_input_is_1_with_nothing_on_standard_output(
+    reds: list[str], data: bytes, why: bytes
+) -> None:
+    done = piped(data, "infer", "-", *reds[2:4])
     assert (done.returncode, done.stdout) == (1, b"")
-    assert done.stderr.startswith(b"petseg: <8 bytes>: not an image")
+    assert done.stderr.startswith(b"petseg: standard input: " + why)
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -1353,40 +1371,84 @@ def test_ctrl_c_ends_with_130_and_leaves_only_whole_results(tmp_path: Path) -> N
             picture.load()
 
 
-def test_a_sigterm_that_is_sent_twice_does_not_cut_short_what_the_first_one_cleans_up() -> None:
-    """As `timeout` sends it."""
-    before, cleaned_up = signal.getsignal(signal.SIGTERM), []
+def test_a_closed_terminal_leaves_whole_results_and_nothing_half_written(tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty")
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for index in range(300):
+        (folder / f"{index:03d}.jpg").symlink_to(CHELSEA)
+    mine, theirs = pty.openpty()
+    # The terminal becomes the process's own, as that of a login.
+    program = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); import petseg.cli as c; c.main()"
+    command = [sys.executable, "-c", program, "infer", str(folder), "--as", "overlay", "--output", str(out)]
+    terminal = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    with subprocess.Popen(command, start_new_session=True, **terminal) as process:
+        os.close(theirs)
+        said = b""
+        while said.count(b"% pet") < 3:
+            said += os.read(mine, 4096)
+        os.close(mine)
+        assert process.wait(100) == 129
+    assert parts(tmp_path) == []
+    assert 3 <= len(list(out.glob("*.jpg"))) < 300
+
+
+def test_what_cannot_be_told_to_a_terminal_that_is_gone_is_a_hang_up(tmp_path: Path) -> None:
+    """The last words of a run that nobody has ended: they may come before the signal does."""
+    pty = pytest.importorskip("pty")
+    mine, theirs = pty.openpty()
+    os.close(mine)  # it is not the process's own, so that no signal comes
+    command = [sys.executable, "-m", "petseg.cli", "cache"]
+    with subprocess.Popen(
+        command, stdout=theirs, stderr=subprocess.PIPE, env={**os.environ, "HOME": str(tmp_path)}
+    ) as run_:
+        os.close(theirs)
+        assert run_.stderr is not None
+        said = run_.stderr.read()
+    assert (run_.returncode, said) == (129, b"")
+
+
+@pytest.mark.parametrize(("number", "code", "said"), [(15, 143, "terminated"), (1, 129, "hung up")])
+def test_a_signal_that_is_sent_twice_does_not_cut_short_what_the_first_one_cleans_up(
+    number: int, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `timeout` sends SIGTERM, and the shell and the system SIGHUP."""
+    before, cleaned_up = signal.getsignal(number), []
 
     @terminable()
     def work() -> None:
         try:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
         finally:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
             cleaned_up.append(True)
 
     with pytest.raises(SystemExit) as end:
         work()
-    assert end.value.code == 143
+    assert end.value.code == code
     assert cleaned_up
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
+    assert capsys.readouterr().err == f"petseg: {said}\n"
 
 
-def test_sigterm_leaves_nothing_half_written_whatever_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "code"), [(15, 143), (1, 129)])
+def test_a_signal_leaves_nothing_half_written_whatever_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
-    """A scheduler's way to end an export, an evaluation, a verification: its default would end Python at once."""
+    """A scheduler's way, or a laptop's that is closed, to end an export, an evaluation, a verification: the default
+    would end Python at once.
+    """
     path = tmp_path / "model.onnx"
 
     def exported() -> None:
         with replacing(path) as beside:
             beside.write_bytes(b"half")
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
 
     monkeypatch.setattr("petseg.cli.petseg.main", lambda **_: exported())
     with pytest.raises(SystemExit) as end:
         run(["export"])
-    assert end.value.code == 143
+    assert end.value.code == code
     assert list(tmp_path.iterdir()) == []
 
 
@@ -1430,7 +1492,7 @@ def test_help_names_every_command_and_exit_code(flag: str) -> None:
     done = petseg(flag)
     assert (done.returncode, done.stderr) == (0, "")
     assert all(f"\n  {name} " in done.stdout for name in COMMANDS)
-    assert "130 and 143 stopped by Ctrl-C and SIGTERM" in " ".join(done.stdout.split())
+    assert "130, 143 and 129 stopped by Ctrl-C, SIGTERM and SIGHUP" in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize("command", ["infer", "info", "verify"])

@@ -231,7 +231,7 @@ def test_an_engine_that_compiles_has_its_time_and_is_not_said_to_hang(monkeypatc
 def test_both_packages_of_onnx_runtime_are_a_problem_with_a_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert doctor._problems(CPU, (), (), Ffmpeg()) == []
+    assert doctor._problems((), (), Ffmpeg()) == []
     about = tmp_path / "onnxruntime_gpu-1.23.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.23.0\n")
@@ -239,7 +239,7 @@ def test_both_packages_of_onnx_runtime_are_a_problem_with_a_remedy(
     monkeypatch.syspath_prepend(tmp_path)
     doctor._packages.cache_clear()
     try:
-        (problem,) = doctor._problems(CPU, (), (), Ffmpeg())
+        (problem,) = doctor._problems((), (), Ffmpeg())
         assert "onnxruntime-gpu 1.23.0" in check_engine(dataclasses.replace(ORT, device="cuda"), ()).packages
     finally:
         doctor._packages.cache_clear()
@@ -252,17 +252,17 @@ def test_a_gpu_that_nothing_uses_is_a_problem(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(doctor, "_packages_of", lambda module: installed)
     check = EngineCheck(engine="a", device="cuda", packages=(), works=False, why="no", run_by_us=False)
     working = dataclasses.replace(check, device="cpu", works=True)
-    (problem,) = doctor._problems(CPU, (GPU,), (check, working), Ffmpeg())
+    (problem,) = doctor._problems((GPU,), (check, working), Ffmpeg())
     assert problem.endswith(f"no engine that uses it works: {install('rtx')}, or {install('gpu')}")
     installed.append("onnxruntime")
-    (problem,) = doctor._problems(CPU, (GPU,), (check, working), Ffmpeg())
+    (problem,) = doctor._problems((GPU,), (check, working), Ffmpeg())
     assert problem.endswith(f", or pip uninstall onnxruntime, then {install('gpu')}"), "or they break each other"
     old = dataclasses.replace(GPU, driver="CUDA 12.4")
-    assert "works: the driver is for CUDA 12.4" in doctor._problems(CPU, (old,), (check, working), Ffmpeg())[0]
-    assert doctor._problems(CPU, (GPU,), (dataclasses.replace(check, works=True), working), Ffmpeg()) == []
-    assert doctor._problems(CPU, (), (check, working), Ffmpeg()) == []
-    assert install("cpu") in doctor._problems(CPU, (), (check,), Ffmpeg())[0]
-    assert "PyAV does not work (gone)" in doctor._problems(CPU, (), (), Ffmpeg(error="gone"))[0]
+    assert "works: the driver is for CUDA 12.4" in doctor._problems((old,), (check, working), Ffmpeg())[0]
+    assert doctor._problems((GPU,), (dataclasses.replace(check, works=True), working), Ffmpeg()) == []
+    assert doctor._problems((), (check, working), Ffmpeg()) == []
+    assert install("cpu") in doctor._problems((), (check,), Ffmpeg())[0]
+    assert "PyAV does not work (gone)" in doctor._problems((), (), Ffmpeg(error="gone"))[0]
 
 
 @pytest.fixture(scope="module")

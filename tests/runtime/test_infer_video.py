@@ -443,7 +443,39 @@ def test_frames_that_change_their_size_never_replace_another_result(tmp_path: Pa
 # ------------------------------------------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("asked", "why", "result"),
+    [
+        (["--as", "coco-rle"], "coco-rle is of photos", "annotations.json"),
+        (["--as", "mask", "--only-found"], "--only-found is for photos", "photo.png"),
+        (["--as", "overlay", "--format", "webp"], "overlay of a video is not written as webp", "photo.webp"),
+    ],
+)
+def test_videos_that_are_found_beside_photos_are_passed_over_where_they_cannot_become_what_is_asked(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str], asked: list[str], why: str, result: str
+) -> None:
+    """As each Live Photo of a phone has one beside it; one that is named is refused, and so are videos alone."""
+    source = tmp_path / "in"
+    source.mkdir()
+    Image.fromarray(picture(0)).save(source / "photo.png")
+    for name in ("a.mov", "b.mov"):
+        shutil.copy(clips / "short.mp4", source / name)
+    words = [*asked, "--model", model, "--output", tmp_path / "out"]
+    assert infer(source, *words) == 0
+    assert capsys.readouterr().err.startswith(f"petseg: passed over {source / 'a.mov'} and 1 more videos: {why}")
+    assert tree(tmp_path / "out") == [JOURNAL, result]
+    assert infer(source, source / "b.mov", *words) == 2
+    assert f"petseg: {source / 'b.mov'}: {why}" in capsys.readouterr().err
+    (source / "photo.png").unlink()
+    assert infer(source, *words) == 2
+    assert f"petseg: {source / 'a.mov'}: {why}" in capsys.readouterr().err
+
+
+#: The signals that end a run in order, each with its exit code.
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_signal_ends_a_long_file_in_order(
     tmp_path: Path, clips: Path, start: Callable[..., Command], number: int, code: int
 ) -> None:
@@ -462,6 +494,23 @@ def test_a_signal_ends_a_long_file_in_order(
     with av.open(str(tmp_path / "long.mp4")) as file:
         length = max(packet.pts * packet.time_base for packet in file.demux(audio=0) if packet.pts is not None)
     assert abs(length - video["written"] / 25) < 0.1  # the sound ends with the picture
+
+
+def test_a_terminal_that_is_closed_ends_a_long_file_in_order(tmp_path: Path, clips: Path, model: str) -> None:
+    pty = pytest.importorskip("pty")
+    mine, theirs = pty.openpty()
+    # The terminal becomes the process's own, as that of a login.
+    program = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from petseg.cli import main; main()"
+    words = ["infer", str(clips / "long.mp4"), "--as", "overlay", "--output", str(tmp_path), "--model", model]
+    terminal = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    with subprocess.Popen([sys.executable, "-c", program, *words, "--json"], start_new_session=True, **terminal) as run:
+        os.close(theirs)
+        said = b""
+        while said.count(b'"frame"') < 5:
+            said += os.read(mine, 4096)
+        os.close(mine)
+        assert run.wait(60) == 129
+    assert [path for path in tree(tmp_path) if path != "long.mp4"] == []
 
 
 def test_photos_and_videos_are_told_apart_without_comparing_all_with_all(
@@ -568,7 +617,7 @@ main()
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_signal_that_is_sent_twice_is_one(tmp_path: Path, clips: Path, model: str, number: int, code: int) -> None:
     program = TWICE.format(number=int(number))
     words = ["infer", str(clips / "long.mp4"), "--as", "overlay", "--output", str(tmp_path), "--model", model, "--json"]
@@ -960,9 +1009,9 @@ def read_terminal(terminal: int) -> bytes:
         (["lavfi:testsrc", "{photo}"], 2, "live sources run until they are stopped"),
         (["{clip}", "--raw", "64x48@25"], 2, "give - as a source, once"),
         (["-", "--raw", "64x48"], 2, "WIDTHxHEIGHT@RATE is expected"),
-        (["{clip}", "--only-found"], 2, "--only-found is for photos: give videos and streams to another run"),
+        (["{clip}", "--only-found"], 2, "clip.mp4: --only-found is for photos; give videos and streams to another run"),
         (["{photo}", "{clip}", "--only-found"], 2, "--only-found is for photos"),
-        (["{clip}", "--as", "coco-rle"], 2, "coco-rle is of photos; a video can be: mask, "),
+        (["{clip}", "--as", "coco-rle"], 2, "clip.mp4: coco-rle is of photos; a video can be: mask, "),
         (["{clip}", "--as", "mask", "--format", "webm"], 2, "it can be: mp4, png"),
         (["{clip}", "--as", "cutout", "--format", "mp4"], 2, "it can be: webm, png, webp"),
         (

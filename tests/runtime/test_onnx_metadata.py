@@ -136,7 +136,6 @@ def assert_agrees(ours: OnnxFile, theirs: onnx.ModelProto) -> None:
     defaults = [opset.version for opset in theirs.opset_import if opset.domain in ("", "ai.onnx")]
     assert ours.opset == (defaults[-1] if defaults else 0)
     assert ours.ir_version == theirs.ir_version
-    assert ours.producer == f"{theirs.producer_name} {theirs.producer_version}".strip()
 
 
 def tensors_in(message: Message) -> Iterator[TensorProto]:
@@ -200,7 +199,7 @@ def test_a_small_model_is_read_in_full(tmp_path: Path) -> None:
     assert ours.metadata == {"petseg.spec": '{"name": "größe"}', "empty": ""}
     assert ours.inputs == (Tensor("image", "uint8", ("N", 16, 32, 3)),)
     assert ours.outputs == (Tensor("probability", "float32", ("N", None, 32)),)
-    assert (ours.opset, ours.ir_version, ours.producer, ours.size) == (20, 10, "pytorch 2.6", len(small_bytes()))
+    assert (ours.opset, ours.ir_version, ours.size) == (20, 10, len(small_bytes()))
     assert ours == parse(small_bytes())
     assert ours == read(str(path))
 
@@ -229,10 +228,10 @@ def test_values_that_are_not_tensors_are_named_by_their_kind() -> None:
     assert inputs == (*(Tensor(kind, kind, ()) for kind in types), Tensor("bare", "undefined", ()))
 
 
-def test_models_without_inputs_outputs_opset_or_producer_are_read() -> None:
+def test_models_without_inputs_outputs_or_opset_are_read() -> None:
     ours = parse(onnx.ModelProto(graph=onnx.GraphProto(name="g")).SerializeToString())
     assert (ours.inputs, ours.outputs, ours.metadata) == ((), (), {})
-    assert (ours.opset, ours.producer, ours.ir_version) == (0, "", 0)
+    assert (ours.opset, ours.ir_version) == (0, 0)
 
 
 @pytest.mark.parametrize("shape", [None, [], [0], [-1, 3], ["", "N"], [None]])
@@ -460,8 +459,6 @@ def test_a_location_that_hides_in_the_upper_half_of_its_number_is_found(number: 
         (block(7, b"") + block(7, b""), "second time"),
         (varint(7 << 3) + b"\x01", "field 7 .* VARINT, not LENGTH"),
         (GRAPH + block(1, b"x"), "field 1 .* LENGTH, not VARINT"),
-        (GRAPH + varint(2 << 3) + b"\x01", "field 2 "),
-        (GRAPH + varint(3 << 3) + b"\x01", "field 3 "),
         (GRAPH + varint(8 << 3) + b"\x01", "field 8 "),
         (GRAPH + varint(14 << 3) + b"\x01", "field 14 "),
         (GRAPH + varint(25 << 3) + b"\x01", "field 25 "),
@@ -475,7 +472,6 @@ def test_a_location_that_hides_in_the_upper_half_of_its_number_is_found(number: 
         (block(7, block(11, block(2, block(1, b"")) * 2)), "second time"),
         (GRAPH + block(14, block(1, b"\xff")), "not UTF-8"),
         (GRAPH + block(14, block(2, b"\xed\xa0\x80")), "not UTF-8"),
-        (GRAPH + block(2, b"\xc3"), "not UTF-8"),
         (block(7, block(12, block(1, b"\x80"))), "not UTF-8"),
         (GRAPH + b"\x0b\x0c", "wire type 3"),
         (GRAPH + b"\x0e", "wire type 6"),
@@ -624,7 +620,7 @@ def test_deep_nesting_ends_early_and_in_little_memory() -> None:
         (GRAPH + block(14, b"") * 40_000, "twice"),
         (block(7, block(11, b"") * 40_000), "more than 10000"),
         (block(7, block(11, block(2, block(1, block(2, block(1, b"") * 40_000))))), "axes"),
-        (GRAPH + block(2, b"x" * 1000) * 17_000, "16 MiB of text"),
+        (GRAPH + block(14, block(2, b"x" * 1000) * 17_000), "16 MiB of text"),
         (block(2, b"") * 40_000, "no graph"),
         (block(7, block(1, block(5, b"") * 40_000) + block(5, block(13, b""))), "another file"),
     ],

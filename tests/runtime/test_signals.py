@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from petseg_runtime.cli.signals import handled
+from petseg_runtime.signals import EXITS, handled
 
 BOTH = (signal.SIGINT, signal.SIGTERM)
 
@@ -40,6 +40,24 @@ def test_an_error_gives_the_signals_back() -> None:
     with pytest.raises(SystemExit), handled(ends, signal.SIGTERM):
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored() -> None:
+    """As under `nohup`: the run is to go on when its terminal is gone."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    heard: list[int] = []
+    try:
+        with handled(lambda number, frame: heard.append(number), *EXITS):
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert heard == [signal.SIGTERM]
+
+
+def test_every_signal_that_ends_a_run_in_order_has_the_exit_code_that_shells_give_it() -> None:
+    assert {number: 128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)} == EXITS
 
 
 def test_outside_of_the_main_thread_nothing_is_changed() -> None:

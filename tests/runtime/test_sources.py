@@ -420,6 +420,42 @@ def test_links_to_folders_are_told_of_and_not_followed(tmp_path: Path, pattern: 
     assert set(notes) <= set(possible)
 
 
+@pytest.mark.parametrize("pattern", ["", "*", "2*", "2*/**", "**/*"])
+def test_photos_of_other_kinds_are_counted_by_their_suffix(tmp_path: Path, pattern: str) -> None:
+    """Each once, though a pattern may lead to a folder twice; what only lies beside photos is not worth a word."""
+    kinds = ["1.NEF", "2.nef", "deep/3.nef", "4.jp2", "no suffix", "v1.2 with my cat", "5.jxl"]
+    beside = ["notes.txt", "1.xmp", "Thumbs.db", ".hidden.nef", "masks/.petseg-run.ndjson", "masks/6.nef", "program.ts"]
+    touch(tmp_path, *(f"2024/{name}" for name in ["cat.jpg", "cat.mov", "cat.aae", *kinds, *beside]))
+    notes: list[str] = []
+    find_photos([tmp_path / pattern], suffixes=IMAGE_SUFFIXES | VIDEO_SUFFIXES, tell=notes.append)
+    # What a pattern fits is taken whatever its suffix.
+    said = [] if "**" in pattern else ["passed over by their suffix: 3 .nef, 2 without a suffix, 1 .jp2, 1 .jxl"]
+    assert notes[1:] == said
+    assert notes[0].startswith(f"{tmp_path / '2024' / 'masks'}: results of an earlier run")
+
+
+def test_what_is_named_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "1.nef", "2.nef", "a/3.nef")
+    monkeypatch.chdir(tmp_path)
+    assert told([Path(), Path("1.nef"), Path("a", "3.nef")])[1] == ["passed over by their suffix: 1 .nef"]
+
+
+def test_of_many_other_kinds_the_most_frequent_are_named(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{number}.{kind}" for kind in "abcdefg" for number in range(2 if kind == "g" else 1)))
+    assert told([tmp_path]) == ([], ["passed over by their suffix: 2 .g, 1 .a, 1 .b, 1 .c, 1 .d, 2 of other kinds"])
+
+
+def test_nothing_is_said_of_other_kinds_in_this_runs_own_output(tmp_path: Path) -> None:
+    touch(tmp_path, "cat.jpg", "out/list.nef")
+    assert told([tmp_path], tmp_path / "out") == (["cat"], [])
+
+
+def test_what_was_found_and_what_was_named_is_told_apart(tmp_path: Path) -> None:
+    touch(tmp_path, "in/1.jpg", "2.jpg", "3.jpg")
+    items = find_photos([tmp_path / "in", tmp_path / "2.jpg", tmp_path / "3*", tmp_path / "none"])
+    assert [item.found for item in items] == [True, False, True, False]
+
+
 def test_a_link_to_a_folder_that_is_named_is_followed(tmp_path: Path) -> None:
     links(tmp_path)
     assert told([tmp_path / "in" / "b"]) == (["bird"], [])
@@ -655,3 +691,49 @@ def test_what_cannot_be_looked_into_is_no_video(tmp_path: Path) -> None:
 )
 def test_a_number_never_makes_a_name_that_another_has(wanted: list[str], given_names: list[str]) -> None:
     assert list(map(str, distinct(map(PurePath, wanted)))) == given_names
+
+
+@given(st.lists(st.sampled_from(["a", "A", "a-2", "a-3", "b/a", "b/a-2", "a-2-2", "ß", "ss"]), max_size=30))
+def test_each_name_gets_the_first_number_that_is_free(wanted: list[str]) -> None:
+    given_names, by_right = (
+        [str(name) for name in distinct(map(PurePath, wanted))],
+        {name.casefold() for name in wanted},
+    )
+    taken: set[str] = set()
+    for name, got in zip(wanted, given_names, strict=True):
+        free = (f"{name}-{number}" for number in range(2, 99))
+        first = next(one for one in free if one.casefold() not in taken | by_right)
+        assert got == (name if name.casefold() not in taken else first)
+        taken.add(got.casefold())
+
+
+def test_many_files_of_one_name_are_not_compared_each_with_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[PurePath] = []
+    key = sources._key
+    monkeypatch.setattr(sources, "_key", lambda name: calls.append(name) or key(name))
+    items = find_photos([Path(f"{number}/snapshot.jpg") for number in range(1000)])
+    assert names(items)[::333] == ["snapshot.jpg", "snapshot.jpg-334", "snapshot.jpg-667", "snapshot.jpg-1000"]
+    assert len(calls) < 20 * len(items)
+
+
+@pytest.mark.parametrize("path", ["cat.jpg", "cat.PNG?width=100", "a/b.jpeg#top", "x.heic"])
+@pytest.mark.parametrize("scheme", ["http", "https", "HTTP"])
+def test_a_photo_on_a_server_is_no_stream(scheme: str, path: str) -> None:
+    url = f"{scheme}://me:secret@host/{path}"
+    with pytest.raises(
+        UsageError, match=r"\*\*\*@host/.*: a photo on a server.*curl -s URL \| petseg infer -.*seekable=0"
+    ) as error:
+        stream_origin(url)
+    assert "secret" not in str(error.value)
+    camera = stream_origin(url, {"seekable": "0"})  # as some cameras are called
+    assert camera
+    assert camera.endless
+
+
+@pytest.mark.parametrize(
+    "url", ["http://host/cam.mjpg", "http://host/live", "rtsp://host/cam.jpg", "http://a.jpg/live"]
+)
+def test_other_addresses_are_streams_without_being_told(url: str) -> None:
+    camera = stream_origin(url)
+    assert camera
+    assert camera.endless

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from petseg_runtime.cli.text import BACKEND, HELP, MINUTES, PATH, SCHEMA_VERSION, SECONDS, shown
+from petseg_runtime.cli.text import BACKEND, HELP, MINUTES, PATH, SCHEMA_VERSION, SECONDS
 from petseg_runtime.errors import EngineError
+from petseg_runtime.text import shown
 
 if TYPE_CHECKING:
     from petseg_runtime.artifact import Artifact

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from petseg_runtime.cli.text import HELP, SCHEMA_VERSION, shown
+from petseg_runtime.cli.text import HELP, SCHEMA_VERSION
+from petseg_runtime.text import shown
 
 __all__ = ["cache"]
 

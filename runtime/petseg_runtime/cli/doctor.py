@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import click
 
 from petseg_runtime.cameras import why_not
-from petseg_runtime.cli.text import HELP, SCHEMA_VERSION, shown
+from petseg_runtime.cli.text import HELP, SCHEMA_VERSION
 from petseg_runtime.errors import EngineError
 from petseg_runtime.extras import install
+from petseg_runtime.text import shown
 
 if TYPE_CHECKING:
     from petseg_runtime.cameras import Camera

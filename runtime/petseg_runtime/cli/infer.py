@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -26,9 +27,9 @@ from petseg_runtime.cli.text import (
     UNIT,
     Finite,
     parse_size,
-    shown,
 )
 from petseg_runtime.errors import EXIT_PARTIAL, InputError, OutputError, UsageError
+from petseg_runtime.text import shown
 
 if TYPE_CHECKING:
     from petseg_runtime.batch import Done, Report
@@ -197,16 +198,17 @@ def infer(**options: Any) -> int:
     A SOURCE is a file, a folder with its sub-folders, a pattern ('photos/**/*.jpg'), a camera (0, /dev/video0), a URL
     (rtsp, rtmp, http, udp, ...) or - for standard input, whose result goes to standard output.
 
-    What cannot be used is named, counted and passed over. Ctrl-C and SIGTERM stop a run in order: videos that were
-    begun can be played, no half-written photo is left, and --resume continues.
-    Exit code 0: all done; 3: some failed; 1: all failed; 130, 143: stopped by Ctrl-C or SIGTERM, and no live source has
-    failed.
+    What cannot be used is named, counted and passed over. Ctrl-C, SIGTERM and the end of the
+    terminal stop a run in order: videos that were begun can be played, no half-written photo is left, and --resume
+    continues.
+    Exit code 0: all done; 3: some failed; 1: all failed; 130, 143, 129: stopped by Ctrl-C, SIGTERM or SIGHUP, and no
+    live source has failed.
     """
     from petseg_runtime.sinks import background_of
 
     asked = _Asked(**options)
     _check_output(asked)
-    found = _find(asked)
+    found = _without_videos(_find(asked), _no_video(asked), asked.quiet)
     _check(found, asked)
     _check_masks(found, asked)
     background = None if asked.background is None else background_of(asked.background)
@@ -343,10 +345,12 @@ def _find(asked: _Asked) -> _Found:
     if piped:
         streams.append(piped)
         paths.remove(STDIN)
-    suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-    items = find_photos(paths, asked.folder, suffixes, data, lambda what: _say(what, asked.quiet))
+    told: list[str] = []
+    items = find_photos(paths, asked.folder, IMAGE_SUFFIXES | VIDEO_SUFFIXES, data, told.append)
     if not items and not streams:
-        raise InputError(f"no photos or videos in {', '.join(asked.sources)}")
+        raise InputError("; ".join([f"no photos or videos in {', '.join(asked.sources)}", *told]))
+    for what in told:
+        _say(what, asked.quiet)
     photos, videos = _by_kind(items)
     found = _Found(photos, videos, _distinct([*map(_origin_of, videos), *streams]))
     _check_sources(found, asked)
@@ -440,7 +444,8 @@ def _check(found: _Found, asked: _Asked) -> None:
             raise UsageError("lines are of videos; for photos, --json prints the same")
         check_looks(kind, asked.format, asked.background)
     if found.streams:
-        _check_videos(kind, asked.format, asked.only_found)
+        if why := _no_video(asked):
+            raise UsageError(f"{found.streams[0].shown}: {why}; give videos and streams to another run")
         if kind in KINDS:
             check_looks(kind, None, asked.background)
     for what, names, there in (
@@ -475,22 +480,32 @@ def _check_masks(found: _Found, asked: _Asked) -> None:
         raise UsageError(f"--fast-decode is for photos of which only the mask is written (--as {alone})")
 
 
-def _check_videos(kind: str, format: str | None, only_found: bool) -> None:  # noqa: A002
-    """Refuse what a video cannot become.
-
-    Raises:
-        UsageError: Says what it can become.
-    """
+def _no_video(asked: _Asked) -> str | None:
+    """Why no video can become what is asked for, and what it can become; None: it can."""
     from petseg_runtime.sinks import VIDEO_FORMATS
 
-    if only_found:
-        raise UsageError("--only-found is for photos: give videos and streams to another run")
-    formats = VIDEO_FORMATS.get(kind, ())
+    if asked.only_found:
+        return "--only-found is for photos"
+    formats = VIDEO_FORMATS.get(asked.result, ())
     if not formats:
-        raise UsageError(f"{kind} is of photos; a video can be: {', '.join(VIDEO_FORMATS)}")
-    if format and format not in formats:
+        return f"{asked.result} is of photos; a video can be: {', '.join(VIDEO_FORMATS)}"
+    if asked.format and asked.format not in formats:
         files = ", ".join(name for name in formats if name != "raw")  # which is for --output - only
-        raise UsageError(f"{kind} of a video is not written as {format}; it can be: {files}")
+        return f"{asked.result} of a video is not written as {asked.format}; it can be: {files}"
+    return None
+
+
+def _without_videos(found: _Found, why: str | None, quiet: bool) -> _Found:
+    """Pass over videos that cannot become what is asked for, where they were found beside photos, and not named."""
+    strays = [item for item in found.videos if item.found]
+    if why is None or not strays or not found.photos:
+        return found
+    more = f" and {len(strays) - 1} more videos" if len(strays) > 1 else ""
+    _say(f"passed over {strays[0].source}{more}: {why}", quiet)
+    kept = [not item.found for item in found.videos]
+    kept += [True] * (len(found.streams) - len(kept))  # the videos come first
+    videos = [item for item in found.videos if not item.found]
+    return _Found(found.photos, videos, list(itertools.compress(found.streams, kept)))
 
 
 def _made(found: _Found, asked: _Asked, looks: _Looks) -> Output:

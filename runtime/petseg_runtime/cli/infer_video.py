@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from petseg_runtime.cli.signals import handled
-from petseg_runtime.cli.text import SCHEMA_VERSION, shown
+from petseg_runtime.cli.text import SCHEMA_VERSION
 from petseg_runtime.errors import EXIT_INTERRUPTED, EXIT_PARTIAL, EXIT_TERMINATED, InputError, OutputError, PetsegError
 from petseg_runtime.host import LOOK_UP
+from petseg_runtime.signals import EXITS, HANG_UP, handled
+from petseg_runtime.text import shown
 
 if TYPE_CHECKING:
     from petseg_runtime.journal import Journal
@@ -41,8 +42,6 @@ _STATISTICS: Final = 10.0
 #: Seconds after the first signal in which a further one is the same: `timeout` sends its own to the process, and then
 #: to the group that this belongs to.
 _ECHO: Final = 0.25
-
-_EXITS: Final = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +185,7 @@ class Videos:
                 for origin in origins:
                     if self._signal is None:
                         self._file(origin, items.get(str(origin.name)), journal)
-        return None if self._signal is None else _EXITS[signal.Signals(self._signal)]
+        return None if self._signal is None else EXITS[self._signal]
 
     def problem_code(self) -> int | None:
         """The exit code that live sources which failed ask for, also where a signal ended the rest; None: none failed.
@@ -318,12 +317,13 @@ class Videos:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM ends all in order, the second one at once."""
+        """The first Ctrl-C, SIGTERM or hang-up ends all in order, a second one of the first two at once."""
 
         def stop(number: int, frame: object) -> None:
             now = time.monotonic()
             if self._signal is not None:
-                if now - self._since < _ECHO:
+                # Of a hang-up the system, the shell and ssh tell one after the other.
+                if number == HANG_UP or now - self._since < _ECHO:
                     return
                 raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(EXIT_TERMINATED)
             self._since, self._signal = now, number
@@ -333,7 +333,7 @@ class Videos:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        with handled(stop, *_EXITS):
+        with handled(stop, *EXITS):
             try:
                 yield
             except (KeyboardInterrupt, SystemExit) as end:  # what of a file was written so far is removed by now

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from petseg_runtime.cli.text import BACKEND, HELP, PATH, SCHEMA_VERSION, shown
+from petseg_runtime.cli.text import BACKEND, HELP, PATH, SCHEMA_VERSION
 from petseg_runtime.errors import OutputError, ParityError
+from petseg_runtime.text import shown
 
 if TYPE_CHECKING:
     from petseg_runtime.artifact import Artifact

@@ -1,4 +1,4 @@
-"""What the commands share: types and texts of options, and how untrusted text is printed."""
+"""What the commands share: types and texts of options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 
 __all__ = [
     *("BACKEND", "HELP", "MINUTES", "NAME", "PATH", "SCHEMA_VERSION", "SECONDS", "SHARE", "UNIT"),
-    *("Finite", "parse_size", "shown"),
+    *("Finite", "parse_size"),
 ]
 
 #: Of everything that is printed as JSON.
@@ -97,8 +97,3 @@ def parse_size(text: str) -> tuple[int, int]:
     if len(parts) not in (1, 2) or not all(part.isdecimal() for part in parts):
         raise click.BadParameter(f"{text!r}: HEIGHTxWIDTH is expected, for example 192x256", param_hint="--size")
     return int(parts[0]), int(parts[-1])
-
-
-def shown(text: object) -> str:
-    """Text with all that is not printable escaped: a file's name may hold line breaks, or bytes that are no UTF-8."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
