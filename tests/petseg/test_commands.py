@@ -28,7 +28,7 @@ from petseg import train as training
 from petseg.cli import run
 from petseg.config import TrainConfig, to_dict
 from petseg.data import Split, find
-from petseg.evaluate import evaluate, open_model
+from petseg.evaluate import as_shown, evaluate, open_model
 from petseg.model import AttentionUNetConfig
 from petseg_export import OnnxConfig, export
 
@@ -464,7 +464,11 @@ def test_evaluate_prints_what_the_measurement_gives(
     best = trained.folder / "best.safetensors"
     with open_model(best, "cpu") as opened:
         result = evaluate(opened.run, find(oxford_root, Split.TEST), 32, 32)
-        want = {**result.summary(opened.threshold), "model": opened.describe(), "split": "test"}
+        shown = evaluate(as_shown(opened.run), find(oxford_root, Split.TEST), 32, 32)
+        about = {"model": opened.describe(), "split": "test"}
+        want = {**result.summary(opened.threshold), **about, "doubtful": "kept"}
+        want_shown = {**shown.summary(opened.threshold), **about, "doubtful": "left out"}
+    assert measured(capsys, best, "--data", oxford_root, "--device", "cpu", "--without-doubtful") == want_shown
     got = measured(capsys, best, "--data", oxford_root, "--device", "cpu")
     assert got == want
     assert got["photos"] == 6

@@ -569,7 +569,7 @@ def test_from_the_command_line(
     values = json.loads((tmp_path / "r" / "report.json").read_text())
     with open_model(checkpoint, "cpu") as opened:
         record = evaluate(opened.run, find(oxford_root, Split.TEST), 32, 48).summary(0.55)
-        assert values["evaluation"] == {**record, "model": opened.describe(), "split": "test"}
+        assert values["evaluation"] == {**record, "model": opened.describe(), "split": "test", "doubtful": "kept"}
     assert values["model"]["thresholds"] == {"used": 0.55, "own": 0.55, "cutout": 0.4}
     assert values["model"]["provenance"]["parameters"] > 1000
     assert values["training"]["checkpoint_epoch"] == 3

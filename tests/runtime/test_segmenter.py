@@ -51,7 +51,8 @@ def red(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def segmenter(red: Path) -> Iterator[Segmenter]:
-    with Segmenter(red, threads=1) as segmenter:
+    """The answer is the photo's red, and all of it is shown."""
+    with Segmenter(red, threads=1, keep_doubtful=True) as segmenter:
         yield segmenter
 
 
@@ -584,7 +585,7 @@ def free(toy: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> P
 def test_a_model_of_free_size_is_given_photos_of_the_size_asked_for(
     free: Path, pixels: np.ndarray, size: tuple[int, int]
 ) -> None:
-    with Segmenter(free, threads=1, size=size) as segmenter:
+    with Segmenter(free, threads=1, size=size, keep_doubtful=True) as segmenter:
         result = segmenter(pixels)
         exact = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
         np.testing.assert_array_equal(segmenter(exact).probability, exact[..., 0])  # not resampled
