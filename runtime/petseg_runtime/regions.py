@@ -17,7 +17,7 @@ Indices: TypeAlias = npt.NDArray[np.int64]
 CERTAIN: Final = 250
 DOUBTFUL: Final = 64
 
-#: What lies within this share of a map's shorter side of a region that stays may be its soft edge.
+#: What lies within this share of a map's shorter side of a region that stays is its soft edge; beyond that it fades.
 EDGE: Final = 1 / 32
 
 
@@ -25,9 +25,9 @@ def without_doubtful(probability: U8) -> U8:
     """A map without what is doubtful: its probability becomes 0.
 
     A region hangs together of pixels of 0.25 or more. It stays if one of them is all but certain (0.98), and so does
-    its soft edge: what is fainter, and at most 1/32 of the map's shorter side away. The rest is doubtful: a cushion
-    beside the cat, the pattern of a carpet. That is a threshold with hysteresis (Canny 1986,
-    doi:10.1109/TPAMI.1986.4767851). Where nothing is all but certain, all stays.
+    its soft edge: what is fainter, and at most 1/32 of the map's shorter side away; from there to 1/16 it fades. The
+    rest is doubtful: a cushion beside the cat, the pattern of a carpet. That is a threshold with hysteresis (Canny
+    1986, doi:10.1109/TPAMI.1986.4767851). Where nothing is all but certain, all stays.
 
     Args:
         probability: uint8 [H, W], ``round(255 * p(pet))``.
@@ -44,8 +44,7 @@ def without_doubtful(probability: U8) -> U8:
     stays[region[np.searchsorted(starts, certain, side="right") - 1]] = True  # a region is named by its first run
     doubtful = ~stays[region]
     kept = leave_out(probability, starts[doubtful], ends[doubtful])
-    kept[~_widened(kept >= DOUBTFUL, max(1, round(EDGE * min(probability.shape))))] = 0
-    return kept
+    return _faded(kept, kept >= DOUBTFUL, max(1, round(EDGE * min(probability.shape))))
 
 
 def leave_out(probability: U8, starts: Indices, ends: Indices) -> U8:
@@ -94,6 +93,22 @@ def regions(starts: Indices, ends: Indices, stride: int) -> Indices:
 def _ranges(starts: Indices, lengths: Indices) -> Indices:
     """``starts[0], starts[0] + 1, ...``: the ranges one after another."""
     return np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+
+
+def _faded(probability: U8, mask: Bool, reach: int) -> U8:
+    """A map that fades with the distance from a mask: whole within ``reach``, by a step less for each one farther."""
+    near = _widened(mask, reach)
+    share = near.astype(np.uint16)
+    for _ in range(reach):
+        wider = near.copy()
+        wider[1:] |= near[:-1]
+        wider[:-1] |= near[1:]
+        wider[:, 1:] |= near[:, :-1]
+        wider[:, :-1] |= near[:, 1:]
+        near = wider
+        share += near
+    steps = reach + 1
+    return ((probability * share + steps // 2) // steps).astype(np.uint8)
 
 
 def _widened(mask: Bool, reach: int) -> Bool:
