@@ -73,8 +73,18 @@ SPLIT_SEED: Final = 0
 #: Errors of a disk, not of a network.
 LOCAL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
-#: A mask with so few values between black and grey is one of numbered classes, if they are more than its white.
-MOST_CLASSES: Final = 3
+#: Up to this value a mask's pixel is as good as black, and from the other one on white: what JPEG makes of 0 and 255.
+#: In a mask that is none of these, and has no more than so many greys, only 0 is black.
+BLACK: Final = 8
+WHITE: Final = 247
+LOSSY: Final = ("JPEG", "MPO", "WEBP", "AVIF", "HEIF")
+FEW_GREYS: Final = 24
+#: A grey is a level of its own from this share on of what is one colour in a mask; one of numbered classes has levels
+#: for more than ``MOST_GREY`` of it.
+LEVEL: Final = 0.02
+MOST_GREY: Final = 0.2
+#: So many of them are named.
+MOST_NAMED: Final = 8
 
 #: Threads that decode photos; disks and the memory gain nothing from more.
 MAX_READERS = 16
@@ -402,11 +412,40 @@ def _black_and_white(image: Image.Image, path: Path) -> U8:
     mask = np.array(image.convert("L"))
     if 1 < (most := int(mask.max(initial=0))) <= 127:
         raise DataError(f"{path}: nothing in this mask is white, and its brightest value is {most}; {expected}")
-    # Soft edges and what JPEG leaves have many values; classes are few, and often within an outline of 255.
-    classes = np.unique(dark := mask[(mask > 0) & (mask <= 127)]).tolist() if most > 1 else []
-    if 0 < len(classes) <= MOST_CLASSES and dark.size > (mask > 127).sum():
-        raise DataError(f"{path}: most of this mask that is not black is {', '.join(map(str, classes))}; {expected}")
+    if most > 1 and (levels := _class_levels(mask, image.format in LOSSY)):
+        named = ", ".join(map(str, levels[:MOST_NAMED])) + (", ..." if len(levels) > MOST_NAMED else "")
+        raise DataError(
+            f"{path}: much of this mask is neither black nor white, but of the values {named}, as of numbered classes; "
+            f"{expected}: make the pet's class white and all others black"
+        )
     return np.where(mask > (0 if most <= 1 else 127), np.uint8(PET), np.uint8(BACKGROUND))
+
+
+def _class_levels(mask: U8, lossy: bool) -> list[int]:
+    """The greys that areas of a mask are filled with, if they are much of it; none in one of black and white.
+
+    Soft edges and what JPEG leaves are grey, too, but of many values, and fill no area. One light grey on black, with
+    no white beside it, is a pet of another colour.
+    """
+    everywhere = np.array(Image.fromarray(mask).histogram())
+    noisy = lossy or np.count_nonzero(everywhere[1:WHITE]) > FEW_GREYS
+    dark = BLACK + 1 if noisy else 1  # the first that is not black
+    greys = everywhere[dark:WHITE].sum()
+    if greys <= LEVEL * everywhere[dark:].sum():  # nearly all masks
+        return []
+    # Pixels that are like their four neighbours: an edge, however drawn, is too thin to have any.
+    across, down = mask[:, 1:] == mask[:, :-1], mask[1:] == mask[:-1]
+    inside = across[1:-1, 1:] & across[1:-1, :-1] & down[1:, 1:-1] & down[:-1, 1:-1]
+    if not inside.size:
+        return []
+    filled = np.array(Image.fromarray(mask[1:-1, 1:-1]).histogram(Image.fromarray(inside)))
+    filled[:dark] = 0
+    own = np.flatnonzero(filled >= max(1, LEVEL * filled.sum()))
+    levels = own[own < WHITE]
+    few = 2 * everywhere[levels].sum() > greys
+    coloured = len(levels) == 1 and levels[0] > 127 and own[-1] < WHITE
+    much = filled[levels].sum() > MOST_GREY * filled.sum()
+    return [int(level) for level in levels] if much and few and not coloured else []
 
 
 def read_pair(pair: Pair, take: Take = _at_once) -> tuple[U8, U8]:

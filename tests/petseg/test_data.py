@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 from PIL.PngImagePlugin import PngImageFile
 
 from petseg import data as data_module
@@ -317,23 +317,65 @@ def test_a_mask_of_numbered_classes_is_refused(tmp_path: Path, values: list[int]
         read_trimap(pair)
 
 
-def test_a_mask_of_classes_within_a_white_outline_is_refused(tmp_path: Path) -> None:
-    mask = np.zeros((40, 40), np.uint8)
-    mask[9:31, 9:31] = 255
-    mask[10:30, 10:30] = 1
+def filled(*areas: tuple[int, int, int]) -> np.ndarray:
+    """A mask of 96 x 96, black but for squares; of each its half side and its value, around one column."""
+    mask = np.zeros((96, 96), np.uint8)
+    for column, half, value in areas:
+        mask[48 - half : 48 + half, max(column - half, 0) : column + half] = value
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("mask", "named"),
+    [
+        (filled((48, 21, 255), (48, 20, 1)), "1"),  # within an outline
+        (filled((48, 17, 255), (48, 12, 8)), "8"),  # an index mask with a void
+        (filled((24, 16, 85), (72, 16, 170)), "85, 170"),
+        (filled((48, 30, 128), (48, 20, 255)), "128"),  # a trimap for matting
+        (filled((48, 48, 170), (48, 30, 85), (48, 20, 255)), "85, 170"),
+        (filled(*((column, 48, 100 + column) for column in range(92, 0, -8)), (40, 8, 17)), "17, 104, .*, ..."),
+    ],
+)
+def test_a_mask_whose_areas_are_of_classes_is_refused(tmp_path: Path, mask: np.ndarray, named: str) -> None:
     pair = trimap_pair(tmp_path, mask, Layout.FOLDER)
-    with pytest.raises(DataError, match=r"mask\.png: most of this mask that is not black is 1; black for"):
+    with pytest.raises(
+        DataError, match=rf"mask\.png: much of this mask .* values {named}, as of numbered.*make the pet"
+    ):
         read_trimap(pair)
 
 
-def test_soft_edges_and_what_jpeg_leaves_are_no_classes(tmp_path: Path) -> None:
-    mask = np.zeros((64, 64), np.uint8)
-    mask[30:34, 20:44] = 255
-    soft = Image.fromarray(mask).resize((50, 50), Image.Resampling.BICUBIC)
-    for name, options in (("soft.png", {}), ("soft.jpg", {"quality": 30})):
-        soft.save(tmp_path / name, **options)
-        pair = Pair("soft", tmp_path / "photo.png", tmp_path / name, Layout.FOLDER)
-        assert 40 < (read_trimap(pair) == PET).sum() < 120
+def test_classes_in_a_jpeg_are_refused(tmp_path: Path) -> None:
+    pair = dataclasses.replace(trimap_pair(tmp_path, None, Layout.FOLDER), mask=tmp_path / "mask.jpg")
+    Image.fromarray(filled((24, 16, 100), (72, 16, 200))).save(pair.mask, quality=75)
+    with pytest.raises(DataError, match="values 100, 200, as of numbered classes"):
+        read_trimap(pair)
+
+
+@pytest.mark.parametrize("radius", [3, 9, 30])
+@pytest.mark.parametrize(
+    "file", ["4x4.png", "2x2.png", "bilinear.png", "soft.png", "10.jpg", "50.jpg", "10.webp", "75.webp"]
+)
+def test_soft_edges_and_what_is_lost_are_no_classes(tmp_path: Path, radius: int, file: str) -> None:
+    y, x = np.mgrid[:384, :384] / 4
+    fine = Image.fromarray(((np.hypot(y - 48, x - 48) < radius) * 255).astype(np.uint8))
+    hard = fine.resize((96, 96), Image.Resampling.NEAREST)
+    name, _, suffix = file.partition(".")
+    made = {
+        "4x4": fine.resize((96, 96), Image.Resampling.BOX),
+        "2x2": fine.resize((192, 192), Image.Resampling.NEAREST).resize((96, 96), Image.Resampling.BOX),
+        "bilinear": hard.resize((48, 48), Image.Resampling.NEAREST).resize((96, 96), Image.Resampling.BILINEAR),
+        "soft": hard.filter(ImageFilter.GaussianBlur(radius / 3)),
+    }
+    path = tmp_path / f"mask.{suffix}"
+    made.get(name, hard).save(path, **({"quality": int(name)} if name.isdigit() else {}))
+    read = read_trimap(Pair("mask", path, path, Layout.FOLDER)) == PET
+    assert read.sum() == pytest.approx(np.pi * radius**2, rel=0.35)
+
+
+def test_one_light_colour_on_black_is_the_pet(tmp_path: Path) -> None:
+    mask = np.zeros((48, 48, 3), np.uint8)
+    mask[10:30, 10:30] = (0, 255, 0)
+    assert (read_trimap(trimap_pair(tmp_path, mask, Layout.FOLDER)) == PET).sum() == 400
 
 
 def test_a_mask_in_the_alpha_channel_is_refused_and_an_opaque_one_is_taken(tmp_path: Path) -> None:
