@@ -73,6 +73,9 @@ SPLIT_SEED: Final = 0
 #: Errors of a disk, not of a network.
 LOCAL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
+#: White in a mask of 16 bits.
+FULL_16: Final = 65535
+
 #: Up to this value a mask's pixel is as good as black, and from the other one on white: what JPEG makes of 0 and 255.
 #: In a mask that is none of these, and has no more than so many greys, only 0 is black.
 BLACK: Final = 8
@@ -386,7 +389,7 @@ def read_trimap(pair: Pair, take: Take = _at_once) -> U8:
         take: Called with about how many bytes decoding it takes, before it is decoded; may wait.
 
     Returns:
-        uint8 [H, W] of 1 (pet), 2 (background), 3 (border; only in the Oxford layout).
+        uint8 [H, W] of 1 (pet), 2 (background), 3 (border; only in the Oxford layout); upright, as the photo is.
 
     Raises:
         DataError: Missing, unreadable, too large, or with values that are not a mask's.
@@ -395,8 +398,8 @@ def read_trimap(pair: Pair, take: Take = _at_once) -> U8:
         with images.opened(pair.mask) as image:
             take(MASK_DECODED * image.width * image.height)
             if pair.layout is Layout.FOLDER:
-                return _black_and_white(image, pair.mask)
-            mask = np.array(image)
+                return _black_and_white(images.upright(image), pair.mask, image.format in LOSSY)
+            mask = np.array(images.upright(image))
     except InputError as error:
         raise DataError(f"{error} (a mask; `petseg data check` lists every such file)") from error
     if mask.ndim != 2 or mask.size == 0 or mask.min() < PET or mask.max() > BORDER:
@@ -404,21 +407,44 @@ def read_trimap(pair: Pair, take: Take = _at_once) -> U8:
     return mask.astype(np.uint8)
 
 
-def _black_and_white(image: Image.Image, path: Path) -> U8:
+def _black_and_white(image: Image.Image, path: Path, lossy: bool) -> U8:
     """A mask of the folder layout as a trimap; one of numbered classes, or one in the alpha channel, is refused."""
     expected = "black for background and white for the pet are expected, or 0 and 1"
     if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
         raise DataError(f"{path}: a mask that is partly transparent; {expected}, without transparency")
-    mask = np.array(image.convert("L"))
+    mask = (
+        _eight_bits(image, path) if image.mode in ("I", "F") or image.mode[:2] == "I;" else np.array(image.convert("L"))
+    )
     if 1 < (most := int(mask.max(initial=0))) <= 127:
         raise DataError(f"{path}: nothing in this mask is white, and its brightest value is {most}; {expected}")
-    if most > 1 and (levels := _class_levels(mask, image.format in LOSSY)):
+    if most > 1 and (levels := _class_levels(mask, lossy)):
         named = ", ".join(map(str, levels[:MOST_NAMED])) + (", ..." if len(levels) > MOST_NAMED else "")
         raise DataError(
             f"{path}: much of this mask is neither black nor white, but of the values {named}, as of numbered classes; "
             f"{expected}: make the pet's class white and all others black"
         )
     return np.where(mask > (0 if most <= 1 else 127), np.uint8(PET), np.uint8(BACKGROUND))
+
+
+def _eight_bits(image: Image.Image, path: Path) -> U8:
+    """A mask of larger numbers or of fractions, scaled to 0..255: Pillow would cut off what is above.
+
+    Raises:
+        DataError: Its range is none that masks have.
+    """
+    values = np.asarray(image)
+    least, most = (values.min().item(), values.max().item()) if values.size else (0, 0)
+    if image.mode == "F" and 0 <= least <= most <= 1:
+        return np.asarray(np.rint(255 * values), np.uint8)
+    if 0 <= least <= most <= 255:
+        return np.asarray(np.rint(values), np.uint8)
+    kind, full = ("fractions", 1) if image.mode == "F" else ("larger integers", FULL_16)
+    if full == FULL_16 and least >= 0 and full // 2 < most <= full:
+        return np.asarray(values >> 8, np.uint8)
+    found = f"a mask of {kind} from {least:g} to {most:g}"
+    raise DataError(
+        f"{path}: {found}, where 0 to {full} or 0 to 255 are expected: save it with 8 bits, white where the pet is"
+    )
 
 
 def _class_levels(mask: U8, lossy: bool) -> list[int]:
@@ -578,11 +604,12 @@ class CheckReport:
     unreadable: list[str] = field(default_factory=list)
     wrong_size: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
+    orientation_unsure: list[str] = field(default_factory=list)
 
     @property
     def usable(self) -> bool:
         """Whether all of it can be used: nothing missing, unreadable or of the wrong size. Empty masks are left out
-        of training by name, and counted in an evaluation.
+        of training by name, and counted in an evaluation; those that may lie another way than their photos are used.
         """
         return self.pairs > 0 and not (self.missing or self.unreadable or self.wrong_size)
 
@@ -616,6 +643,18 @@ def _check_pair(pair: Pair, report: CheckReport) -> None:
         report.wrong_size.append(f"{pair.name}: {_sizes(photo, trimap)}")
     if not (trimap == PET).any():
         report.empty.append(pair.name)
+    if pair.layout is Layout.FOLDER and (turned := _unsure_turn(pair, square=photo.shape[0] == photo.shape[1])):
+        report.orientation_unsure.append(
+            f"{pair.name}: the photo's EXIF orientation is {turned}, {pair.mask.name} has none, and their shapes "
+            "cannot tell whether it lies as the photo is seen: look at both"
+        )
+
+
+def _unsure_turn(pair: Pair, square: bool) -> int | None:
+    """A photo's EXIF orientation if its mask has none, and would be of the photo's shape turned or not."""
+    with images.opened(pair.image) as photo, images.opened(pair.mask) as mask:
+        turned, own = images.orientation(photo), images.orientation(mask)
+    return turned if own == 1 and turned != 1 and (square or turned in (2, 3, 4)) else None
 
 
 def _sizes(photo: U8, trimap: U8) -> str:

@@ -731,7 +731,8 @@ def checked(capsys: pytest.CaptureFixture[str], *args: object, code: int = 0) ->
 
 
 def test_a_good_data_set_is_usable(oxford_root: Path, folder_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    nothing: dict[str, list[str]] = {"missing": [], "unreadable": [], "wrong_size": [], "empty": [], "unused": []}
+    kinds = ("missing", "unreadable", "wrong_size", "empty", "orientation_unsure", "unused")
+    nothing: dict[str, list[str]] = {kind: [] for kind in kinds}
     good = {"schema_version": 1, "usable": True, **nothing}
     assert checked(capsys, oxford_root) == {**good, "pairs": 30, "splits": {"trainval": 24, "test": 6}}
     assert checked(capsys, oxford_root, "--split", "test") == {**good, "pairs": 6, "splits": {"test": 6}}
@@ -788,7 +789,8 @@ def test_everything_that_is_wrong_is_named(oxford_copy: Path, capsys: pytest.Cap
     out, err = capsys.readouterr()
     assert f"missing: {first.image}" in out
     assert f"empty: {fourth.name}" in out
-    assert out.splitlines()[-1] == "30 pairs: 1 missing, 1 unreadable, 1 wrong size, 1 empty, 0 unused: not usable"
+    counted = "1 missing, 1 unreadable, 1 wrong size, 1 empty, 0 orientation unsure, 0 unused"
+    assert out.splitlines()[-1] == f"30 pairs: {counted}: not usable"
     assert not err
     assert run(["data", "check", str(oxford_copy), "-q"]) == 8
     assert capsys.readouterr() == ("", "")

@@ -372,6 +372,45 @@ def test_soft_edges_and_what_is_lost_are_no_classes(tmp_path: Path, radius: int,
     assert read.sum() == pytest.approx(np.pi * radius**2, rel=0.35)
 
 
+SOFT = np.linspace(0, 1, 64)[None].repeat(48, axis=0)
+HARD = (SOFT > 0.5).astype(np.float64)
+
+
+@pytest.mark.parametrize(
+    ("form", "white"),
+    [(form, white) for form in ("u2.png", "u2.tif", "i4.tif") for white in (65535, 255, 1)]
+    + [("f4.tif", white) for white in (1, 255)],
+)
+@pytest.mark.parametrize("soft", [True, False])
+def test_a_mask_of_16_bits_or_of_fractions_is_scaled(tmp_path: Path, form: str, white: int, soft: bool) -> None:
+    dtype, _, suffix = form.partition(".")
+    path = tmp_path / f"mask.{suffix}"
+    values = (white * (SOFT if soft else HARD)).round(3 if dtype == "f4" else 0)
+    Image.fromarray(values.astype(dtype)).save(path)
+    pet = read_trimap(Pair("mask", path, path, Layout.FOLDER)) == PET
+    assert np.array_equal(pet, HARD > 0)
+    Image.fromarray((0 * HARD).astype(dtype)).save(path)
+    assert (read_trimap(Pair("mask", path, path, Layout.FOLDER)) == BACKGROUND).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.array([[0, 4095]], np.uint16), "larger integers from 0 to 4095, where 0 to 65535 or"),
+        (np.array([[0, 70000]], np.int32), "larger integers from 0 to 70000"),
+        (np.array([[-1, 255]], np.int32), "larger integers from -1 to 255"),
+        (np.array([[-0.5, 1]], np.float32), "fractions from -0.5 to 1, where 0 to 1 or 0 to 255"),
+        (np.array([[0, 65535]], np.float32), "fractions from 0 to 65535"),
+        (np.array([[0, np.nan]], np.float32), "fractions from nan to nan"),
+    ],
+)
+def test_a_mask_of_another_range_is_refused(tmp_path: Path, values: np.ndarray, said: str) -> None:
+    path = tmp_path / "mask.tif"
+    Image.fromarray(values).save(path)
+    with pytest.raises(DataError, match=rf"mask\.tif: a mask of {said}.*: save it with 8 bits"):
+        read_trimap(Pair("mask", path, path, Layout.FOLDER))
+
+
 def test_one_light_colour_on_black_is_the_pet(tmp_path: Path) -> None:
     mask = np.zeros((48, 48, 3), np.uint8)
     mask[10:30, 10:30] = (0, 255, 0)
@@ -480,6 +519,51 @@ def test_a_mask_of_the_photo_before_its_camera_turned_it_is_refused(oxford_copy:
     Image.fromarray(np.ones((48, 64), np.uint8)).save(pair.mask)
     with pytest.raises(DataError, match="photo 48 x 64, mask 64 x 48"):
         read_pair(pair)
+
+
+def turned_pair(root: Path, photo: int, mask: int, shape: tuple[int, int]) -> tuple[Pair, np.ndarray]:
+    """A pair stored alike, with an EXIF orientation each (1: none), and its truth as it is stored."""
+    pair, truth = find(root, Split.TEST)[0], np.zeros(shape, np.uint8)
+    truth[2:20, 4:12] = 255
+    for path, turn in ((pair.image, photo), (pair.mask, mask)):
+        exif = Image.Exif()
+        if turn != 1:
+            exif[0x0112] = turn
+        Image.fromarray(truth).save(path, exif=exif)
+    return pair, truth
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("shape", [(48, 48), (40, 56)])
+def test_a_mask_is_turned_as_its_own_exif_says(folder_copy: Path, turn: int, shape: tuple[int, int]) -> None:
+    pair, _ = turned_pair(folder_copy, turn, turn, shape)
+    photo, trimap = read_pair(pair)
+    assert np.array_equal(photo[..., 0] > 127, trimap == PET)
+    assert not check([pair]).orientation_unsure
+
+
+@pytest.mark.parametrize(
+    ("photo", "shape", "unsure"),
+    [(1, (48, 48), False), (3, (40, 56), True), (2, (40, 56), True), (6, (48, 48), True)],
+)
+def test_a_mask_that_may_lie_another_way_than_its_photo_is_named(
+    folder_copy: Path, photo: int, shape: tuple[int, int], unsure: bool
+) -> None:
+    pair, truth = turned_pair(folder_copy, photo, 1, shape)
+    report = check([pair])
+    said = f"{pair.name}: the photo's EXIF orientation is {photo}, {pair.mask.name} has none"
+    assert [line.startswith(said) for line in report.orientation_unsure] == [True] * unsure
+    assert report.usable
+    assert np.array_equal(read_pair(pair)[1] == PET, truth > 0), "a mask without a tag lies as it is"
+
+
+def test_an_upright_mask_of_a_photo_that_its_camera_turned_is_right(folder_copy: Path) -> None:
+    pair, truth = turned_pair(folder_copy, 6, 1, (40, 56))
+    Image.fromarray(np.rot90(truth, -1)).save(pair.mask)
+    photo, trimap = read_pair(pair)
+    assert np.array_equal(photo[..., 0] > 127, trimap == PET)
+    report = check([pair])
+    assert (report.orientation_unsure, report.usable) == ([], True)
 
 
 def test_photos_are_decoded_at_the_same_time_and_come_in_order(
