@@ -49,6 +49,7 @@ __all__ = [
     "find_listed",
     "find_unused",
     "listed_validation",
+    "mask_digest",
     "names_sha256",
     "read_pair",
     "read_trimap",
@@ -304,6 +305,11 @@ def encoded(names: str) -> bytes:
 def names_sha256(train: Iterable[str], val: Iterable[Pair]) -> str:
     """What tells whether two runs have the same photos."""
     return hashlib.sha256(encoded("\n".join([*train, "--", *(pair.name for pair in val)]))).hexdigest()
+
+
+def mask_digest(trimap: U8) -> str:
+    """Eight hex digits that tell whether a mask is what it was; of its pixels, so that its file may be another."""
+    return hashlib.sha256(f"{trimap.shape}".encode() + trimap.tobytes()).hexdigest()[:8]
 
 
 def _listing(folder: Path, split: Split) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import multiprocessing
 import shutil
@@ -17,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from petseg import checkpoint
 from petseg.config import TrainConfig
-from petseg.data import VAL_LISTING, Pair, Split, find, listed_validation, names_sha256, usable
+from petseg.data import VAL_LISTING, Pair, Split, encoded, find, listed_validation, mask_digest, names_sha256, usable
 from petseg.distributed import Ranks
 from petseg.evaluate import split_of, trained_on
 from petseg.memory import enough_memory
@@ -86,6 +88,7 @@ class RunPhotos:
         self.bad: list[str] = []
         self.warnings: list[str] = []
         self.teacher: dict[str, str] = {}
+        self._val_masks: dict[str, str] = {}
         self._config, self._root, self._observer, self._ranks = config.data, root, observer, ranks
         self.train, self.val = self._read(config, output, device, teacher)
         self._agree(device)
@@ -117,7 +120,13 @@ class RunPhotos:
             "skipped_without_pet": self.train.skipped_empty,
             "skipped_bad": self.bad,  # the list itself: it can grow at a validation
             "names_sha256": self._names_sha256(),
+            "masks_sha256": hashlib.sha256(encoded(json.dumps(self.masks()))).hexdigest(),
         }
+
+    def masks(self) -> dict[str, dict[str, str]]:
+        """By part and name, what tells whether a mask is what it was; without the photos that were left out."""
+        train = dict(zip(self.train.names, self.train.masks, strict=True))
+        return {str(Split.TRAIN): train, str(Split.VAL): self._val_masks}
 
     def refuse_weights(self, init: Path, provenance: Mapping[str, Any]) -> None:
         """Refuse a checkpoint to start from that has seen the photos to validate on.
@@ -166,7 +175,10 @@ class RunPhotos:
 
     def _look_at(self, val: Sequence[Pair]) -> None:
         """Raises DataError if no validation photo can be used, or none shows a pet; a few are warned of."""
-        with_pet = [(trimap == PET).any() for _, _, trimap in usable(val, self.failed, self._ranks.here)]
+        with_pet = []
+        for pair, _, trimap in usable(val, self.failed, self._ranks.here):
+            with_pet.append((trimap == PET).any())
+            self._val_masks[pair.name] = mask_digest(trimap)
         if not any(with_pet):
             raise DataError(
                 f"{self._root}: of the {len(val)} validation photos {len(with_pet)} can be used, and none of those "

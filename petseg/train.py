@@ -45,6 +45,7 @@ from petseg.run_state import (
     check_folder,
     load_tensors,
     refuse_another_run,
+    refuse_other_settings,
     remove_unfinished,
     tensors_of,
 )
@@ -491,7 +492,13 @@ class Trainer:
 
     def _write_last(self) -> float:
         self._elapsed()
-        meta = {**self.meta, "kind": "training", "state": self.state.as_dict(), "scaler": self.scaler.state_dict()}
+        meta = {
+            **self.meta,
+            "kind": "training",
+            "masks": self.photos.masks(),
+            "state": self.state.as_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
         self.last.write(tensors_of(self.model, self.objective.hints, self.ema, self.optimizer), meta)
         return 0.0
 
@@ -506,7 +513,8 @@ class Trainer:
             remove_unfinished(self.output)
         room = "make room on the device (another program has some of its memory), and --resume once more"
         with self.last.taking_up() as saved, enough_memory(room):
-            refuse_another_run(saved.meta, self.meta, self.config, self.output)
+            refuse_other_settings(saved.meta, self.config, "teacher" in self.meta, self.output)
+            refuse_another_run(saved.meta, {**self.meta, "masks": self.photos.masks()}, self.output)
             load_tensors(saved.tensors, self.model, self.objective.hints, self.ema, self.optimizer)
             self._go_on_in(saved.meta["precision"])
             if saved.meta["scaler"]:  # empty: what it was computed in needs none

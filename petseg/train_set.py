@@ -18,7 +18,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from petseg.config import AugmentConfig
-from petseg.data import Pair, resize_trimap, usable
+from petseg.data import Pair, mask_digest, resize_trimap, usable
 from petseg.metrics import BACKGROUND, BORDER, PET
 from petseg_runtime import images
 from petseg_runtime.errors import DataError, OutputError, UsageError
@@ -63,6 +63,11 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
 
     An item is drawn by ``epoch * len(self) + index``, and its random changes depend on that number and the seed
     alone: not on the order, nor on the number of workers, nor on whether the run was stopped in between.
+
+    Attributes:
+        names: Of the photos, in order.
+        masks: Of each, what :func:`petseg.data.mask_digest` makes of its mask at the training size.
+        skipped_empty: Names of photos that were left out because their masks show no pet.
     """
 
     def __init__(
@@ -103,6 +108,7 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
             raise ValueError("augment.mix: a teacher that is asked once for each photo cannot say what is in two")
         self.names: list[str] = []
         self.skipped_empty: list[str] = []
+        self.masks: list[str] = []
         planes = (len(pairs), 2, height, width) if teacher else (len(pairs), height, width)
         self._photos = _room((len(pairs), height, width, 3), folder)  # as many as there are at most
         self._trimaps = _room(planes, folder)
@@ -116,6 +122,7 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
             labels = resize_trimap(trimap, height, width)
             self._trimaps[len(self)] = (labels, teacher(photo)) if teacher else labels
             self.names.append(pair.name)
+            self.masks.append(mask_digest(labels))
         if not self.names:
             raise DataError("no photo with a pet in its mask: nothing to train on")
         self._move, self._colour = moves(augment), colours(augment)
