@@ -254,11 +254,12 @@ def listed_by(provenance: Mapping[str, Any]) -> frozenset[str] | None:
 def is_split_of(provenance: Mapping[str, Any], train: Sequence[Pair], val: Sequence[Pair]) -> bool | None:
     """Whether a model, also an exported one, was trained and validated on these photos; None if it does not say.
 
-    The run left out of ``train``, and names, the photos that show no pet or could not be read.
+    The run left out of ``train``, and names, the photos that show no pet, at its size or at all, or could not be read.
     """
     try:
         data = provenance["data"]
-        digest, left_out = data["names_sha256"], {*data["skipped_without_pet"], *data.get("skipped_bad", ())}
+        digest, left_out = data["names_sha256"], {*data["skipped_without_pet"]}
+        left_out |= {*data.get("skipped_too_small", ()), *data.get("skipped_bad", ())}
     except (AttributeError, KeyError, TypeError):
         return None
     return bool(names_sha256((pair.name for pair in train if pair.name not in left_out), val) == digest)

@@ -118,6 +118,7 @@ class RunPhotos:
             "train_photos": len(self.train),
             "val_photos": len(self.val),
             "skipped_without_pet": self.train.skipped_empty,
+            "skipped_too_small": self.train.skipped_tiny,
             "skipped_bad": self.bad,  # the list itself: it can grow at a validation
             "names_sha256": self._names_sha256(),
             "masks_sha256": hashlib.sha256(encoded(json.dumps(self.masks()))).hexdigest(),

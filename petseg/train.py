@@ -581,6 +581,9 @@ class Trainer:
             say(f"{workers} processes augment them")
         if skipped := self.photos.train.skipped_empty:
             say(f"left out, because their masks show no pet: {', '.join(skipped)}")
+        if tiny := self.photos.train.skipped_tiny:
+            size = f"{self.config.data.height}x{self.config.data.width}"
+            say(f"left out, because at {size} nothing is left of their pet: {', '.join(tiny)}")
         for warning in doubts:
             say(f"warning: {warning}")
 

@@ -68,6 +68,7 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
         names: Of the photos, in order.
         masks: Of each, what :func:`petseg.data.mask_digest` makes of its mask at the training size.
         skipped_empty: Names of photos that were left out because their masks show no pet.
+        skipped_tiny: Those of which nothing is left at the training size, so that they would teach "no pet".
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
             raise ValueError("augment.mix: a teacher that is asked once for each photo cannot say what is in two")
         self.names: list[str] = []
         self.skipped_empty: list[str] = []
+        self.skipped_tiny: list[str] = []
         self.masks: list[str] = []
         planes = (len(pairs), 2, height, width) if teacher else (len(pairs), height, width)
         self._photos = _room((len(pairs), height, width, 3), folder)  # as many as there are at most
@@ -118,13 +120,17 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
             if not (trimap == PET).any():
                 self.skipped_empty.append(pair.name)  # a known flaw of the data set; it would teach "no pet"
                 continue
-            self._photos[len(self)] = images.to_model(photo, height, width)
             labels = resize_trimap(trimap, height, width)
+            if not (labels == PET).any():
+                self.skipped_tiny.append(pair.name)
+                continue
+            self._photos[len(self)] = images.to_model(photo, height, width)
             self._trimaps[len(self)] = (labels, teacher(photo)) if teacher else labels
             self.names.append(pair.name)
             self.masks.append(mask_digest(labels))
         if not self.names:
-            raise DataError("no photo with a pet in its mask: nothing to train on")
+            tiny = f" (at {height}x{width} nothing is left of {len(self.skipped_tiny)})" if self.skipped_tiny else ""
+            raise DataError(f"no photo with a pet in its mask{tiny}: nothing to train on")
         self._move, self._colour = moves(augment), colours(augment)
         self._paste, self._mixed, self._mix_epochs = augment.paste, augment.mix, mix_epochs
         self._seed = seed
