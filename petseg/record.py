@@ -44,6 +44,7 @@ def record(trainer: Trainer) -> dict[str, Any]:
         "config": meta["config"],
         "data": meta["data"],
         "teacher": meta.get("teacher"),
+        "init": meta.get("init"),
         **reached(state.history, trainer.config.batch),
         "best": trainer.best.as_dict(),
         "elapsed": state.elapsed,

@@ -55,6 +55,7 @@ class RunPhotos:
         bad: Names of photos, of both parts, that were left out because they cannot be used.
         warnings: What of the photos makes the run's figures less than they seem; the observer was told each.
         teacher: Which model taught (:attr:`petseg.teacher.Teacher.about`); empty without one.
+        init: The same of the checkpoint whose weights the run began with; empty where they were random.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class RunPhotos:
         self.bad: list[str] = []
         self.warnings: list[str] = []
         self.teacher: dict[str, str] = {}
+        self.init: dict[str, str] = {}
         self._val_masks: dict[str, str] = {}
         self._config, self._root, self._observer, self._ranks = config.data, root, observer, ranks
         self.train, self.val = self._read(config, output, device, teacher)
@@ -129,16 +131,20 @@ class RunPhotos:
         train = dict(zip(self.train.names, self.train.masks, strict=True))
         return {str(Split.TRAIN): train, str(Split.VAL): self._val_masks}
 
-    def refuse_weights(self, init: Path, provenance: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint to start from that has seen the photos to validate on.
+    def begin_with(self, init: Path, loaded: checkpoint.Checkpoint) -> None:
+        """Note a checkpoint to start from, or refuse one that has seen the photos to validate on.
 
         Args:
             init: Its file.
-            provenance: What it says of where it comes from.
+            loaded: What is in it.
 
         Raises:
             TrainingError: It was trained on some of them; the message says which split is right.
         """
+        self._refuse_weights(init, loaded.meta)
+        self.init = {"file": init.name, "identity": loaded.sha256}
+
+    def _refuse_weights(self, init: Path, provenance: Mapping[str, Any]) -> None:
         seen = trained_on(provenance, self._root, self.val)
         if not seen:
             return

@@ -264,7 +264,7 @@ class Trainer:
 
     def _about(self, provenance: dict[str, Any]) -> dict[str, Any]:
         """What every checkpoint says of its run; JSON values. Exported files keep ``data``, but not ``config``."""
-        config, teacher = to_dict(self.config), self.photos.teacher
+        config, teacher, init = to_dict(self.config), self.photos.teacher, self.photos.init
         return {
             "model": config["model"],
             "config": config,
@@ -274,6 +274,7 @@ class Trainer:
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "provenance": provenance,
             **({"teacher": teacher} if teacher else {}),
+            **({"init": init} if init else {}),
         }
 
     def _callable(self) -> Callable[[Tensor], Any]:
@@ -521,6 +522,7 @@ class Trainer:
                 self.scaler.load_state_dict(saved.meta["scaler"])
             self.state = RunState.from_dict(saved.meta["state"])
             self.meta["provenance"] = saved.meta["provenance"]
+            self.meta |= {"init": saved.meta["init"]} if "init" in saved.meta else {}
         self.observer.started(f"resumed at step {self.state.step}")
         if self.ranks.first:
             self._mend_after_a_crash()

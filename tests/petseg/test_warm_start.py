@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ import torch
 from petseg.checkpoint import load, save_checkpoint
 from petseg.data import Split, find
 from petseg.model import AttentionUNet, AttentionUNetConfig
-from petseg.run_state import BEST
+from petseg.record import record
+from petseg.run_state import BEST, LAST
 from petseg.train import Trainer
 from petseg_runtime.errors import CheckpointError, TrainingError
-from tiny_runs import CPU, Recorder, Run, same_tensors, tiny
+from tiny_runs import CPU, Recorder, Run, at, same_tensors, tiny
 
 
 def test_init_starts_from_the_weights_of_a_checkpoint(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
@@ -24,6 +26,22 @@ def test_init_starts_from_the_weights_of_a_checkpoint(oxford_root: Path, tmp_pat
     assert trainer.state.step == 0
     trainer.fit()
     assert trained.losses[0] < whole.observer.losses[0]
+
+
+def test_the_weights_that_a_run_began_with_are_on_record_also_once_it_is_resumed(
+    oxford_root: Path, tmp_path: Path, whole: Run
+) -> None:
+    assert "init" not in whole.best.meta
+    assert record(whole.trainer)["init"] is None
+    begun = {"file": BEST, "identity": whole.best.sha256}
+    stop = Recorder(at_step=at(7, lambda: signal.raise_signal(signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(tiny(), oxford_root, tmp_path, device=CPU, init=whole.folder / BEST, observer=stop).fit()
+    assert load(tmp_path / BEST).meta["init"] == begun
+    resumed = Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
+    resumed.fit()
+    assert [load(tmp_path / name).meta["init"] for name in (BEST, LAST)] == [begun, begun]
+    assert record(resumed)["init"] == begun
 
 
 def test_init_of_another_width_or_damaged_is_refused(oxford_root: Path, tmp_path: Path) -> None:
