@@ -141,6 +141,22 @@ class StateFile:
         """
         return self.took <= QUICK_SAVE or time.perf_counter() - self._written >= 10 * self.took
 
+    def look_at(self, config: TrainConfig, taught: bool) -> None:
+        """Refuse a state that this run cannot go on from, as far as its settings tell, without reading its tensors.
+
+        Args:
+            config: This run's settings.
+            taught: Whether this run has a teacher.
+
+        Raises:
+            TrainingError: See :func:`refuse_other_settings`.
+            CheckpointError: It cannot be read, is a model, or is damaged.
+        """
+        with self._damage():
+            meta = checkpoint.peek(self.path)
+            self._refuse_model(meta)
+            refuse_other_settings(meta, config, taught, self.path.parent)
+
     @contextlib.contextmanager
     def taking_up(self) -> Iterator[checkpoint.Checkpoint]:
         """What is in it; what the caller finds missing or damaged there is told as damage to the file.
@@ -149,10 +165,18 @@ class StateFile:
             CheckpointError: It cannot be read, is a model, or is damaged.
         """
         saved = checkpoint.load(self.path)
-        if saved.meta.get("kind") != "training":
-            raise CheckpointError(f"{self.path}: a model, not the state of a run; give it to --init")
-        try:
+        self._refuse_model(saved.meta)
+        with self._damage():
             yield saved
+
+    def _refuse_model(self, meta: Mapping[str, Any]) -> None:
+        if meta.get("kind") != "training":
+            raise CheckpointError(f"{self.path}: a model, not the state of a run; give it to --init")
+
+    @contextlib.contextmanager
+    def _damage(self) -> Iterator[None]:
+        try:
+            yield
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{self.path}: the state in it is damaged or not complete ({error!r})") from error
 

@@ -45,7 +45,6 @@ from petseg.run_state import (
     check_folder,
     load_tensors,
     refuse_another_run,
-    refuse_other_settings,
     remove_unfinished,
     tensors_of,
 )
@@ -53,6 +52,7 @@ from petseg.schedule import learning_rate, left_at_the_end
 from petseg.train_set import EpochSampler
 from petseg.warm_start import first_weights
 from petseg_runtime import __version__
+from petseg_runtime.artifact import open_artifact
 from petseg_runtime.cli.signals import handled
 from petseg_runtime.errors import CheckpointError, NonFiniteLoss
 
@@ -154,7 +154,10 @@ class Trainer:
         # Until the end of `fit`, or of a trainer that does not come to it.
         self._let_others_in = weakref.finalize(self, keep_others_out(output) if self.ranks.first else lambda: None)
         self.dtype = pick_precision(config.amp, device)
-        inside = self.teacher_network(teacher) if teacher and config.loss.features else None
+        self.last = StateFile(output)
+        inside = self._before_photos(None if resume else init, teacher)
+        if resume:
+            self.last.look_at(config, taught=teacher is not None)
         self.photos = RunPhotos(
             config, root, output, device=device, teacher=teacher, observer=self.observer, ranks=self.ranks
         )
@@ -175,7 +178,7 @@ class Trainer:
         with enough_memory("use a network of a smaller --width"):
             self.optimizer = _optimizer(self._parameters(), config)
         self.scaler = self._scaler()
-        self.state, self.last = RunState(), StateFile(output)
+        self.state = RunState()
         self._lost: Row | None = None
         self.meta = self._about(provenance or {})
         doubts = [*self._doubts()]
@@ -184,6 +187,22 @@ class Trainer:
         if resume:
             self._take_up()
         self.forward = self._callable()
+
+    def _before_photos(self, init: Path | None, teacher: Path | None) -> AttentionUNet | None:
+        """Look at the models that were given, before minutes of reading photos; the network whose features are taught.
+
+        Raises:
+            ModelError: One is not there, or is not what it should be.
+        """
+        if init:
+            checkpoint.peek(init)
+        if teacher is None or self.config.loss.features:
+            return self.teacher_network(teacher) if teacher else None
+        if teacher.suffix in checkpoint.EXPORTED:
+            open_artifact(teacher)
+        else:
+            checkpoint.peek(teacher)
+        return None
 
     def first_network(self, init: Path | None) -> AttentionUNet:
         """The network that the run starts with; what trains another network overrides this."""
@@ -514,7 +533,6 @@ class Trainer:
             remove_unfinished(self.output)
         room = "make room on the device (another program has some of its memory), and --resume once more"
         with self.last.taking_up() as saved, enough_memory(room):
-            refuse_other_settings(saved.meta, self.config, "teacher" in self.meta, self.output)
             refuse_another_run(saved.meta, {**self.meta, "masks": self.photos.masks()}, self.output)
             load_tensors(saved.tensors, self.model, self.objective.hints, self.ema, self.optimizer)
             self._go_on_in(saved.meta["precision"])

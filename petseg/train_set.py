@@ -23,7 +23,7 @@ from petseg.metrics import BACKGROUND, BORDER, PET
 from petseg_runtime import images
 from petseg_runtime.errors import DataError, OutputError, UsageError
 
-__all__ = ["UNKNOWN", "EpochSampler", "TrainSet", "colours", "decoded_size", "moves", "target_of"]
+__all__ = ["UNKNOWN", "EpochSampler", "TrainSet", "colours", "decoded_size", "moves", "refuse_too_few", "target_of"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
@@ -198,6 +198,13 @@ def _room(shape: tuple[int, ...], folder: Path | None) -> U8:
         ) from error
 
 
+def refuse_too_few(photos: int, batch: int, ranks: int = 1) -> None:
+    """Raises DataError if there are fewer photos than one batch takes, whichever of some processes draw it."""
+    if photos < batch:
+        remedy = "use a smaller --batch" if photos >= max(2, ranks) else f"{max(2, ranks)} or more are needed"
+        raise DataError(f"{photos} photos to train on, but a batch takes {batch}: {remedy}")
+
+
 class EpochSampler(Sampler[list[int]]):
     """Batches of draws for one epoch, from a given batch on; full batches only (BatchNorm dislikes remainders).
 
@@ -211,9 +218,7 @@ class EpochSampler(Sampler[list[int]]):
             DataError: There are fewer photos than one batch takes.
             UsageError: A batch cannot be split evenly over the processes.
         """
-        if size < batch:
-            remedy = "use a smaller --batch" if size >= max(2, ranks) else f"{max(2, ranks)} or more are needed"
-            raise DataError(f"{size} photos to train on, but a batch takes {batch}: {remedy}")
+        refuse_too_few(size, batch, ranks)
         if batch % ranks:
             raise UsageError(f"batch is {batch}; it must be a multiple of the {ranks} processes that share it")
         self.size, self.batch, self.seed = size, batch, seed
