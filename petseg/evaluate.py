@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from petseg.data import (
+    VAL_LISTING,
     Pair,
     Split,
     Take,
@@ -41,6 +42,7 @@ __all__ = [
     "Evaluation",
     "OpenedModel",
     "Run",
+    "doubt_about_val",
     "evaluate",
     "is_split_of",
     "listed_by",
@@ -263,6 +265,28 @@ def is_split_of(provenance: Mapping[str, Any], train: Sequence[Pair], val: Seque
     except (AttributeError, KeyError, TypeError):
         return None
     return bool(names_sha256((pair.name for pair in train if pair.name not in left_out), val) == digest)
+
+
+def doubt_about_val(
+    provenance: Mapping[str, Any], train: Sequence[Pair], val: Sequence[Pair], fraction: float | None, seed: int | None
+) -> str | None:
+    """Why photos that a model was trained on may be among val, in words; None if they are not, or it does not say.
+
+    Args:
+        provenance: What its file says of itself.
+        train: Photos to train on, as a data folder is divided.
+        val: Those to validate on.
+        fraction: The share of trainval that val is; None where ``val.txt`` lists it.
+        seed: The seed that chose it, likewise.
+    """
+    own, risk = split_of(provenance), "photos that it was trained on may be among val"
+    if fraction is not None and own and own != (fraction, seed):
+        asked = f"{fraction:g} by {seed}"
+        return f"the model was trained with {own[0]:g} of trainval as val by seed {own[1]}, not {asked}: {risk}"
+    if is_split_of(provenance, train, val) is False:
+        which = f"as {VAL_LISTING} lists it" if fraction is None else f"{fraction:g} of trainval by seed {seed}"
+        return f"val, {which}, is not what the model was validated on: {risk}"
+    return None
 
 
 def trained_on(provenance: Mapping[str, Any], root: Path, pairs: Sequence[Pair]) -> list[Pair]:

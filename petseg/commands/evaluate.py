@@ -145,7 +145,7 @@ def _measured_pairs(
         UsageError: They were asked for, and val.txt divides.
     """
     from petseg.data import SPLIT_SEED, VAL_FRACTION, VAL_LISTING, Split, find, listed_validation
-    from petseg.evaluate import listed_split, split_of
+    from petseg.evaluate import doubt_about_val, listed_split, split_of
 
     if split not in (Split.TRAIN, Split.VAL):
         return find(root, split), None, None
@@ -162,25 +162,9 @@ def _measured_pairs(
         find(root, part, val_fraction=fraction or VAL_FRACTION, seed=seed or SPLIT_SEED)
         for part in (Split.TRAIN, Split.VAL)
     )
-    if differs := _difference(model, train, val, fraction, seed):
-        click.echo(f"petseg: {differs}: photos that it was trained on may be among val", err=True)
+    if doubt := doubt_about_val(model.provenance, train, val, fraction, seed):
+        click.echo(f"petseg: {doubt}", err=True)
     return (train if split is Split.TRAIN else val), fraction, seed
-
-
-def _difference(
-    model: OpenedModel, train: Sequence[Pair], val: Sequence[Pair], fraction: float | None, seed: int | None
-) -> str | None:
-    """How train and val differ from those of the model's own run, in words; None if they do not, or it does not say."""
-    from petseg.data import VAL_LISTING
-    from petseg.evaluate import is_split_of, split_of
-
-    own = split_of(model.provenance)
-    if fraction is not None and own and own != (fraction, seed):
-        return f"the model was trained with {own[0]:g} of trainval as val by seed {own[1]}, not {fraction:g} by {seed}"
-    if is_split_of(model.provenance, train, val) is False:
-        which = f"as {VAL_LISTING} lists it" if fraction is None else f"{fraction:g} of trainval by seed {seed}"
-        return f"val, {which}, is not what the model was validated on"
-    return None
 
 
 def _check_drawable() -> None:
