@@ -19,9 +19,21 @@ from torch.utils.data import DataLoader
 
 from petseg import checkpoint
 from petseg.config import TrainConfig
-from petseg.data import VAL_LISTING, Pair, Split, encoded, find, listed_validation, mask_digest, names_sha256, usable
+from petseg.data import (
+    VAL_LISTING,
+    Pair,
+    Split,
+    encoded,
+    find,
+    find_listed,
+    listed_validation,
+    mask_digest,
+    names_sha256,
+    photo_key,
+    usable,
+)
 from petseg.distributed import Ranks
-from petseg.evaluate import split_of, trained_on
+from petseg.evaluate import split_of, train_keys, trained_on
 from petseg.memory import enough_memory
 from petseg.metrics import PET
 from petseg.observers import Observer
@@ -93,6 +105,7 @@ class RunPhotos:
         self._val_masks: dict[str, str] = {}
         self._config, self._root, self._observer, self._ranks = config.data, root, observer, ranks
         self.train, self.val = self._read(config, output, device, teacher)
+        self._keys = self._keys_of_train()  # and once it is known, those of the weights that the run begins with
         self._agree(device)
 
     @property
@@ -123,6 +136,7 @@ class RunPhotos:
             "skipped_too_small": self.train.skipped_tiny,
             "skipped_bad": self.bad,  # the list itself: it can grow at a validation
             "names_sha256": self._names_sha256(),
+            "train_keys": "".join(sorted(self._keys)),
             "masks_sha256": hashlib.sha256(encoded(json.dumps(self.masks()))).hexdigest(),
         }
 
@@ -142,15 +156,25 @@ class RunPhotos:
             TrainingError: It was trained on some of them; the message says which split is right.
         """
         self._refuse_weights(init, loaded.meta)
+        test = find_listed(self._root, (Split.TRAINVAL, Split.TEST)).get(Split.TEST, [])
+        if seen := trained_on(loaded.meta, self._root, test):
+            self._warn(
+                f"{init}: it was trained on {len(seen)} of the {len(test)} test photos: what is measured on them "
+                "flatters this run"
+            )
+        self._keys |= train_keys(loaded.meta)
         self.init = {"file": init.name, "identity": loaded.sha256}
 
     def _refuse_weights(self, init: Path, provenance: Mapping[str, Any]) -> None:
+        """Raises TrainingError if a checkpoint was trained on photos to validate on."""
         seen = trained_on(provenance, self._root, self.val)
         if not seen:
             return
-        remedy = f"list in {VAL_LISTING} the photos that it was validated on"
+        remedy = f"list in {VAL_LISTING} the photos that it was validated on, or others that it has not seen"
         if (split := split_of(provenance)) and listed_validation(self._root) is None:
-            remedy = f"--set data.val_fraction={split[0]:g} --set data.split_seed={split[1]}"
+            own = find(self._root, Split.VAL, val_fraction=split[0], seed=split[1])
+            if not trained_on(provenance, self._root, own):
+                remedy = f"--set data.val_fraction={split[0]:g} --set data.split_seed={split[1]}"
         raise TrainingError(
             f"{init}: it was trained on {len(seen)} of the {len(self.val)} photos that this run would be validated on; "
             f"validate on its own: {remedy}"
@@ -233,6 +257,11 @@ class RunPhotos:
                 "the processes of this run have different photos, so they cannot share batches; process "
                 f"{self._ranks.rank} {bad} (`petseg data check` lists what cannot be read)"
             )
+
+    def _keys_of_train(self) -> set[str]:
+        d, names = self._config, {*self.train.names}
+        found = find(self._root, Split.TRAIN, val_fraction=d.val_fraction, seed=d.split_seed)
+        return {key for pair in found if pair.name in names and (key := photo_key(pair))}
 
     def _names_sha256(self) -> str:
         return names_sha256(self.train.names, self.val)

@@ -541,6 +541,8 @@ class Trainer:
             self.state = RunState.from_dict(saved.meta["state"])
             self.meta["provenance"] = saved.meta["provenance"]
             self.meta |= {"init": saved.meta["init"]} if "init" in saved.meta else {}
+            if "train_keys" in saved.meta["data"]:  # those of the weights that the run began with among them
+                self.meta["data"]["train_keys"] = saved.meta["data"]["train_keys"]
         self.observer.started(f"resumed at step {self.state.step}")
         if self.ranks.first:
             self._mend_after_a_crash()

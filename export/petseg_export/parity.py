@@ -15,7 +15,7 @@ import torch
 
 from petseg.checkpoint import Checkpoint
 from petseg.data import SPLIT_SEED, VAL_FRACTION, Pair, Split, encoded, find, listed_validation, read_pair
-from petseg.evaluate import doubt_about_val, listed_split
+from petseg.evaluate import doubt_about, listed_split
 from petseg.metrics import counts, histogram
 from petseg.model import AttentionUNet
 from petseg.reference import torch_run
@@ -124,7 +124,7 @@ def labelled(data: Path, split: str, loaded: Checkpoint) -> list[Pair]:
 
 
 def doubt(data: Path | None, split: str, loaded: Checkpoint) -> str | None:
-    """Why photos that the checkpoint was trained on may be among those of a labelled split, in words.
+    """Why photos that the checkpoint was trained on are among those of a labelled split, or may be, in words.
 
     None if they are not, if the checkpoint does not say, or if the photos have no labels.
 
@@ -132,11 +132,12 @@ def doubt(data: Path | None, split: str, loaded: Checkpoint) -> str | None:
         CheckpointError: As of :func:`labelled`.
         DataError: Likewise.
     """
-    if data is None or not _is_labelled(data) or Split(split) is not Split.VAL:
+    if data is None or not _is_labelled(data):
         return None
-    train, val = (labelled(data, part, loaded) for part in (Split.TRAIN, Split.VAL))
+    halves = (Split.TRAIN, Split.VAL)
+    parts = {part: labelled(data, part, loaded) for part in (halves if split in halves else (Split(split),))}
     shares = (None, None) if listed_validation(data) is not None else _shares(loaded)
-    found = doubt_about_val(loaded.meta, train, val, *shares)
+    found = doubt_about(loaded.meta, data, parts, Split(split), *shares)
     return f"{data}: {found}" if found else None
 
 

@@ -138,33 +138,45 @@ def _measured_pairs(
 ) -> tuple[list[Pair], float | None, int | None]:
     """The photos of a split, and the share of trainval and the seed that divide it into train and val.
 
-    Both are as asked, or else as in the run that made the model; they are None where they divide nothing. A line on
-    stderr says so where val may hold photos that the model was trained on.
+    A line on stderr says so where val or test hold photos that the model was trained on, or may. See :func:`_divided`.
+    """
+    from petseg.evaluate import doubt_about
+
+    parts, fraction, seed = _divided(root, split, model, val_fraction, split_seed)
+    if doubt := doubt_about(model.provenance, root, parts, split, fraction, seed):
+        click.echo(f"petseg: {doubt}", err=True)
+    return list(parts[split]), fraction, seed
+
+
+def _divided(
+    root: Path, split: Split, model: OpenedModel, val_fraction: float | None, split_seed: int | None
+) -> tuple[dict[Split, list[Pair]], float | None, int | None]:
+    """The photos of a split, of train and val both, and the share of trainval and the seed that divide it into these.
+
+    Both are as asked, or else as in the run that made the model; they are None where they divide nothing.
 
     Raises:
         UsageError: They were asked for, and val.txt divides.
     """
     from petseg.data import SPLIT_SEED, VAL_FRACTION, VAL_LISTING, Split, find, listed_validation
-    from petseg.evaluate import doubt_about_val, listed_split, split_of
+    from petseg.evaluate import listed_split, split_of
 
     if split not in (Split.TRAIN, Split.VAL):
-        return find(root, split), None, None
+        return {split: find(root, split)}, None, None
     fraction, seed = None, None
     if (val_fraction, split_seed) == (None, None) and (listed := listed_split(model.provenance, root)):
-        return listed[split], None, None
+        return listed, None, None
     if listed_validation(root) is None:
         own = split_of(model.provenance) or (VAL_FRACTION, SPLIT_SEED)
         fraction = own[0] if val_fraction is None else val_fraction
         seed = own[1] if split_seed is None else split_seed
     elif (val_fraction, split_seed) != (None, None):
         raise UsageError(f"{root}: {VAL_LISTING} says which photos are val: leave out --val-fraction and --split-seed")
-    train, val = (
-        find(root, part, val_fraction=fraction or VAL_FRACTION, seed=seed or SPLIT_SEED)
+    parts = {
+        part: find(root, part, val_fraction=fraction or VAL_FRACTION, seed=seed or SPLIT_SEED)
         for part in (Split.TRAIN, Split.VAL)
-    )
-    if doubt := doubt_about_val(model.provenance, train, val, fraction, seed):
-        click.echo(f"petseg: {doubt}", err=True)
-    return (train if split is Split.TRAIN else val), fraction, seed
+    }
+    return parts, fraction, seed
 
 
 def _check_drawable() -> None:

@@ -577,6 +577,16 @@ def test_an_exported_file_of_an_older_version_knows_whether_val_is_what_it_was_v
     assert (json.loads(out)["photos"], err) == (6, "")
 
 
+def test_test_photos_that_a_model_was_trained_on_are_warned_of(
+    unusual: Path, oxford_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainval, test = (oxford_copy / "annotations" / f"{split}.txt" for split in ("trainval", "test"))
+    test.write_text(trainval.read_text())
+    args = ["evaluate", str(unusual), "--data", str(oxford_copy), "--split", "test", "-q"]
+    assert run(args) == 0
+    assert capsys.readouterr().err == "petseg: the model was trained on 18 of the 24 photos of test\n"
+
+
 def test_val_is_what_val_txt_lists(folder_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder_copy / "val.txt").write_text("own_01\nown_07\n")
     args = ["train", "--data", str(folder_copy), "--output", str(tmp_path / "run"), *SMALL, "--epochs", "1", "-q"]

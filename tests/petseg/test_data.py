@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngImageFile
 from petseg import data as data_module
 from petseg.config import AugmentConfig
 from petseg.data import (
+    KEY_LENGTH,
     Layout,
     Pair,
     Split,
@@ -25,6 +26,7 @@ from petseg.data import (
     find_listed,
     listed_validation,
     locate,
+    photo_key,
     read_pair,
     read_trimap,
     usable,
@@ -519,6 +521,21 @@ def test_a_mask_of_the_photo_before_its_camera_turned_it_is_refused(oxford_copy:
     Image.fromarray(np.ones((48, 64), np.uint8)).save(pair.mask)
     with pytest.raises(DataError, match="photo 48 x 64, mask 64 x 48"):
         read_pair(pair)
+
+
+def test_a_photo_has_the_same_key_wherever_its_folder_lies_and_another_one_another(
+    folder_root: Path, folder_copy: Path
+) -> None:
+    pairs = find(folder_root, Split.TRAINVAL)
+    keys = [photo_key(pair) for pair in pairs]
+    assert keys == [photo_key(pair) for pair in find(folder_copy, Split.TRAINVAL)]
+    assert len({*keys}) == len(pairs)
+    assert {len(key or "") for key in keys} == {KEY_LENGTH}
+    same_name = find(folder_copy, Split.TRAINVAL)[0]
+    same_name.image.write_bytes(pairs[0].image.read_bytes() + b"\n")
+    assert photo_key(same_name) != keys[0]
+    same_name.image.unlink()
+    assert photo_key(same_name) is None
 
 
 def turned_pair(root: Path, photo: int, mask: int, shape: tuple[int, int]) -> tuple[Pair, np.ndarray]:
