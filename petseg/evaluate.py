@@ -86,6 +86,12 @@ class Evaluation:
         """IoU of each photo, float64 [photos]; 1 where there is no pet and none was found."""
         return np.array([counts(hist, threshold, border).iou for hist in self.histograms])
 
+    def at_threshold(self, threshold: float) -> dict[str, Any]:
+        """The headline reading's ratios alone, and the threshold; JSON values."""
+        names = ("threshold", "iou", "dice", "accuracy", "precision", "recall", "mean_image_iou")
+        found = self.summary(threshold)
+        return {name: found[name] for name in names}
+
     def summary(self, threshold: float) -> dict[str, Any]:
         """The headline reading at the top level, the others below; JSON values."""
         readings = {

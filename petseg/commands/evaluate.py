@@ -82,6 +82,8 @@ def evaluate(
         result = _measured(opened, pairs, batch, progress, failed)
         cut = opened.threshold if threshold is None else threshold
         record = {**result.summary(cut), "model": opened.describe(), "split": split}
+        if threshold is None and (lower := _lower_cut(record, opened)) is not None:
+            record["cutout"] = result.at_threshold(lower)
         if failed:
             record["photos_failed"] = [name for name, _ in failed]
         kept = set(result.names)
@@ -215,20 +217,38 @@ def _write_output(
     return [*names, picture]
 
 
+def _has_border(record: dict[str, Any]) -> bool:
+    """Whether masks have one: ignoring it leaves as many pixels where there is none, as in masks of black and white."""
+    ignored, background = (sum(record["readings"][name]["pixels"].values()) for name in ("ignored", "background"))
+    return bool(ignored < background)
+
+
+def _lower_cut(record: dict[str, Any], model: OpenedModel) -> float | None:
+    """The model's threshold for cutouts, where it may be the fairer one: masks without a border may hold the fur.
+
+    None where the masks have a border, or the model has no lower threshold.
+    """
+    cut = model.cutout_threshold
+    return cut if cut is not None and cut < model.threshold and not _has_border(record) else None
+
+
 def _print_metrics(record: dict[str, Any]) -> None:
-    readings = record["readings"]
-    # Ignoring the border leaves as many pixels where there is none, as in masks of black and white.
-    bordered = sum(readings["ignored"]["pixels"].values()) < sum(readings["background"]["pixels"].values())
+    bordered, cutout = _has_border(record), record.get("cutout")
     table = Table(title=f"{record['photos']} photos, threshold {record['threshold']:.3f}")
-    table.add_column("border counts as" if bordered else "")
+    table.add_column("border counts as" if bordered else "", no_wrap=not bordered)
     names = ("iou", "dice", "accuracy", "precision", "recall", "mean_image_iou")
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
-    for border, values in readings.items() if bordered else [("no border", record)]:
-        table.add_row(border, *("-" if values[name] is None else f"{values[name]:.4f}" for name in names))
+    rows = record["readings"] if bordered else {"no border": record}
+    if cutout:
+        rows = {f"{record['threshold']:.3f} (masks)": record, f"{cutout['threshold']:.3f} (cutouts)": cutout}
+    for title, values in rows.items():
+        table.add_row(title, *("-" if values[name] is None else f"{values[name]:.4f}" for name in names))
     Console().print(table)
     if not bordered:
         click.echo("the masks have no border: every reading of it gives these figures")
+    if cutout:
+        click.echo("if they hold the fur at the outline, the threshold for cutouts is the one to compare by")
     if record["photos_without_pet"]:
         without = ", ".join(map(shown, record["photos_without_pet"]))
         click.echo(f"masks without any pet, counted all the same: {without}")

@@ -636,6 +636,32 @@ def test_masks_without_a_border_have_one_reading(
     assert "no border" not in capsys.readouterr().out
 
 
+def test_masks_without_a_border_are_measured_at_the_threshold_for_cutouts_too(
+    trained: Run, folder_root: Path, oxford_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model that was taught to leave the outline out is judged by masks that may hold it."""
+    saved, path = checkpoints.load(trained.folder / "best.safetensors"), tmp_path / "m.safetensors"
+    spec = {**saved.meta["spec"], "threshold": 0.6, "cutout_threshold": 0.25}
+    checkpoints.save_checkpoint(path, saved.tensors, {**saved.meta, "spec": spec})
+    record = measured(capsys, path, "--data", folder_root)
+    lower = measured(capsys, path, "--data", folder_root, "--threshold", "0.25")
+    assert record["threshold"] == 0.6
+    assert record["cutout"] == {name: lower[name] for name in record["cutout"]}
+    assert record["cutout"].keys() >= {"threshold", "iou", "recall", "mean_image_iou"}
+    assert "cutout" not in lower, "one threshold was asked for"
+    assert run(["evaluate", str(path), "--data", str(folder_root)]) == 0
+    out = capsys.readouterr().out
+    (masks,), (cutouts,) = (
+        [line for line in out.splitlines() if name in line] for name in ("0.600 (masks)", "0.250 (")
+    )
+    assert f"{record['iou']:.4f}" in masks
+    assert f"{lower['iou']:.4f}" in cutouts
+    assert "if they hold the fur at the outline, the threshold for cutouts is the one to compare by" in out
+    assert "cutout" not in measured(capsys, path, "--data", oxford_root)
+    checkpoints.save_checkpoint(path, saved.tensors, {**saved.meta, "spec": {**spec, "cutout_threshold": 0.6}})
+    assert "cutout" not in measured(capsys, path, "--data", folder_root)
+
+
 def test_a_test_split_without_photos_names_the_remedy(
     trained: Run, folder_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
