@@ -34,6 +34,8 @@ def record(trainer: Trainer) -> dict[str, Any]:
 
     ``best`` is what the best checkpoint says of itself, which may be of an epoch that a crash took from the log.
 
+    ``data`` is that of the checkpoints, without the keys of the photos, which are for programs.
+
     ``commit`` is that of the run's start: people commit while it runs. ``elapsed`` is without what a killed session did
     after its last checkpoint, and ``peak_gpu_memory_bytes`` is null on a CPU.
     """
@@ -42,7 +44,7 @@ def record(trainer: Trainer) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         **{name: meta["provenance"].get(name) for name in ("recipe", "command", "commit")},
         "config": meta["config"],
-        "data": meta["data"],
+        "data": {name: value for name, value in meta["data"].items() if name != "train_keys"},
         "teacher": meta.get("teacher"),
         "init": meta.get("init"),
         **reached(state.history, trainer.config.batch),
