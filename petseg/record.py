@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from petseg.train import Trainer
 from petseg_runtime.errors import OutputError
 from petseg_runtime.files import write_atomic
 
-__all__ = ["PUBLISHED_IOU", "RUN", "commit", "reached", "record", "write_record"]
+__all__ = ["PUBLISHED_IOU", "RUN", "commit", "reached", "record", "without_keys", "write_record"]
 
 SCHEMA_VERSION: Final = 2
 #: Beside the checkpoints.
@@ -34,8 +34,6 @@ def record(trainer: Trainer) -> dict[str, Any]:
 
     ``best`` is what the best checkpoint says of itself, which may be of an epoch that a crash took from the log.
 
-    ``data`` is that of the checkpoints, without the keys of the photos, which are for programs.
-
     ``commit`` is that of the run's start: people commit while it runs. ``elapsed`` is without what a killed session did
     after its last checkpoint, and ``peak_gpu_memory_bytes`` is null on a CPU.
     """
@@ -44,7 +42,7 @@ def record(trainer: Trainer) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         **{name: meta["provenance"].get(name) for name in ("recipe", "command", "commit")},
         "config": meta["config"],
-        "data": {name: value for name, value in meta["data"].items() if name != "train_keys"},
+        "data": without_keys(meta["data"]),
         "teacher": meta.get("teacher"),
         "init": meta.get("init"),
         **reached(state.history, trainer.config.batch),
@@ -65,6 +63,11 @@ def record(trainer: Trainer) -> dict[str, Any]:
             "cuda": torch.version.cuda if trainer.device.type == "cuda" else None,
         },
     }
+
+
+def without_keys(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its photos, without their keys: thousands of characters, and for programs alone."""
+    return {name: value for name, value in data.items() if name != "train_keys"}
 
 
 def reached(rows: Sequence[Row], batch: int) -> dict[str, Any]:
