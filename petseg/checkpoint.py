@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +23,7 @@ from petseg_runtime.errors import CheckpointError, ModelError, OutputError
 from petseg_runtime.files import write_atomic
 from petseg_runtime.spec import ModelSpec
 
-__all__ = ["Checkpoint", "load", "load_model", "save_checkpoint"]
+__all__ = ["Checkpoint", "load", "load_model", "peek", "save_checkpoint"]
 
 KEY: Final = "petseg"
 SCHEMA_VERSION: Final = 1
@@ -106,22 +107,46 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: Missing, truncated, not safetensors, not petseg's, or of a newer schema.
     """
     path = Path(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         with path.open("rb") as whole:
             digest = hashlib.file_digest(whole, "sha256").hexdigest()
+    return Checkpoint(tensors, _meta_in(metadata, path), digest)
+
+
+def peek(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a checkpoint says of itself (:attr:`Checkpoint.meta`); its tensors are not read.
+
+    Raises:
+        CheckpointError: As :func:`load`.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+    return _meta_in(metadata, path)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file; what goes wrong while it is used is told as an error of the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except (OSError, SafetensorError, ValueError) as error:
         exported = "; an exported file is no checkpoint: give the .safetensors file that it was made from"
         hint = exported if path.suffix in EXPORTED else ""
         raise CheckpointError(f"{path}: not a readable safetensors checkpoint ({error}){hint}") from error
+
+
+def _meta_in(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """The JSON in a checkpoint's header."""
     if KEY not in metadata:
         raise CheckpointError(f"{path}: a safetensors file, but not a petseg checkpoint")
     try:
-        meta = json.loads(metadata[KEY])
+        meta: dict[str, Any] = json.loads(metadata[KEY])
         version = meta.pop("schema_version")
         if is_deep(meta):
             raise ValueError(f"more than {MOST_LEVELS} levels of lists and objects in each other")
@@ -131,7 +156,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(
             f"{path}: checkpoint schema_version {version!r}, this version of petseg reads {SCHEMA_VERSION}: upgrade"
         )
-    return Checkpoint(tensors, meta, digest)
+    return meta
 
 
 def load_model(path: str | os.PathLike[str]) -> tuple[AttentionUNet, Checkpoint]:

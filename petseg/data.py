@@ -5,6 +5,7 @@ Nothing here imports torch but :func:`download`, which fetches the data set with
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import functools
@@ -33,6 +34,7 @@ from petseg_runtime.memory_budget import MemoryBudget, Reservation
 from petseg_runtime.sources import IMAGE_SUFFIXES
 
 __all__ = [
+    "KEY_LENGTH",
     "SPLIT_SEED",
     "TEST_LISTING",
     "VAL_FRACTION",
@@ -49,7 +51,9 @@ __all__ = [
     "find_listed",
     "find_unused",
     "listed_validation",
+    "mask_digest",
     "names_sha256",
+    "photo_key",
     "read_pair",
     "read_trimap",
     "resize_trimap",
@@ -73,8 +77,24 @@ SPLIT_SEED: Final = 0
 #: Errors of a disk, not of a network.
 LOCAL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
-#: A mask with so few values between black and grey is one of numbered classes, if they are more than its white.
-MOST_CLASSES: Final = 3
+#: White in a mask of 16 bits.
+FULL_16: Final = 65535
+
+#: Up to this value a mask's pixel is as good as black, and from the other one on white: what JPEG makes of 0 and 255.
+#: In a mask that is none of these, and has no more than so many greys, only 0 is black.
+BLACK: Final = 8
+WHITE: Final = 247
+LOSSY: Final = ("JPEG", "MPO", "WEBP", "AVIF", "HEIF")
+FEW_GREYS: Final = 24
+#: A grey is a level of its own from this share on of what is one colour in a mask; one of numbered classes has levels
+#: for more than ``MOST_GREY`` of it.
+LEVEL: Final = 0.02
+MOST_GREY: Final = 0.2
+#: So many of them are named.
+MOST_NAMED: Final = 8
+
+#: Characters of a photo's key: a checkpoint and the files that are exported from it keep one for each photo.
+KEY_LENGTH: Final = 6
 
 #: Threads that decode photos; disks and the memory gain nothing from more.
 MAX_READERS = 16
@@ -293,6 +313,24 @@ def names_sha256(train: Iterable[str], val: Iterable[Pair]) -> str:
     return hashlib.sha256(encoded("\n".join([*train, "--", *(pair.name for pair in val)]))).hexdigest()
 
 
+def mask_digest(trimap: U8) -> str:
+    """Eight hex digits that tell whether a mask is what it was; of its pixels, so that its file may be another."""
+    return hashlib.sha256(f"{trimap.shape}".encode() + trimap.tobytes()).hexdigest()[:8]
+
+
+def photo_key(pair: Pair) -> str | None:
+    """What tells a photo among others wherever its folder lies: a digest of its name and of its file's size.
+
+    ``KEY_LENGTH`` characters of 6 bits, so that of 4000 photos and 4000 others one pair in four thousand runs is taken
+    for the same. (A name alone, like ``001``, is that of many photos.) None: there is no such file.
+    """
+    try:
+        size = pair.image.stat().st_size
+    except OSError:
+        return None
+    return base64.urlsafe_b64encode(hashlib.sha256(encoded(f"{pair.name}/{size}")).digest())[:KEY_LENGTH].decode()
+
+
 def _listing(folder: Path, split: Split) -> Path:
     return folder / "annotations" / f"{split}.txt"
 
@@ -379,7 +417,7 @@ def read_trimap(pair: Pair, take: Take = _at_once) -> U8:
         take: Called with about how many bytes decoding it takes, before it is decoded; may wait.
 
     Returns:
-        uint8 [H, W] of 1 (pet), 2 (background), 3 (border; only in the Oxford layout).
+        uint8 [H, W] of 1 (pet), 2 (background), 3 (border; only in the Oxford layout); upright, as the photo is.
 
     Raises:
         DataError: Missing, unreadable, too large, or with values that are not a mask's.
@@ -388,8 +426,8 @@ def read_trimap(pair: Pair, take: Take = _at_once) -> U8:
         with images.opened(pair.mask) as image:
             take(MASK_DECODED * image.width * image.height)
             if pair.layout is Layout.FOLDER:
-                return _black_and_white(image, pair.mask)
-            mask = np.array(image)
+                return _black_and_white(images.upright(image), pair.mask, image.format in LOSSY)
+            mask = np.array(images.upright(image))
     except InputError as error:
         raise DataError(f"{error} (a mask; `petseg data check` lists every such file)") from error
     if mask.ndim != 2 or mask.size == 0 or mask.min() < PET or mask.max() > BORDER:
@@ -397,19 +435,71 @@ def read_trimap(pair: Pair, take: Take = _at_once) -> U8:
     return mask.astype(np.uint8)
 
 
-def _black_and_white(image: Image.Image, path: Path) -> U8:
+def _black_and_white(image: Image.Image, path: Path, lossy: bool) -> U8:
     """A mask of the folder layout as a trimap; one of numbered classes, or one in the alpha channel, is refused."""
     expected = "black for background and white for the pet are expected, or 0 and 1"
     if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
         raise DataError(f"{path}: a mask that is partly transparent; {expected}, without transparency")
-    mask = np.array(image.convert("L"))
+    mask = (
+        _eight_bits(image, path) if image.mode in ("I", "F") or image.mode[:2] == "I;" else np.array(image.convert("L"))
+    )
     if 1 < (most := int(mask.max(initial=0))) <= 127:
         raise DataError(f"{path}: nothing in this mask is white, and its brightest value is {most}; {expected}")
-    # Soft edges and what JPEG leaves have many values; classes are few, and often within an outline of 255.
-    classes = np.unique(dark := mask[(mask > 0) & (mask <= 127)]).tolist() if most > 1 else []
-    if 0 < len(classes) <= MOST_CLASSES and dark.size > (mask > 127).sum():
-        raise DataError(f"{path}: most of this mask that is not black is {', '.join(map(str, classes))}; {expected}")
+    if most > 1 and (levels := _class_levels(mask, lossy)):
+        named = ", ".join(map(str, levels[:MOST_NAMED])) + (", ..." if len(levels) > MOST_NAMED else "")
+        raise DataError(
+            f"{path}: much of this mask is neither black nor white, but of the values {named}, as of numbered classes; "
+            f"{expected}: make the pet's class white and all others black"
+        )
     return np.where(mask > (0 if most <= 1 else 127), np.uint8(PET), np.uint8(BACKGROUND))
+
+
+def _eight_bits(image: Image.Image, path: Path) -> U8:
+    """A mask of larger numbers or of fractions, scaled to 0..255: Pillow would cut off what is above.
+
+    Raises:
+        DataError: Its range is none that masks have.
+    """
+    values = np.asarray(image)
+    least, most = (values.min().item(), values.max().item()) if values.size else (0, 0)
+    if image.mode == "F" and 0 <= least <= most <= 1:
+        return np.asarray(np.rint(255 * values), np.uint8)
+    if 0 <= least <= most <= 255:
+        return np.asarray(np.rint(values), np.uint8)
+    kind, full = ("fractions", 1) if image.mode == "F" else ("larger integers", FULL_16)
+    if full == FULL_16 and least >= 0 and full // 2 < most <= full:
+        return np.asarray(values >> 8, np.uint8)
+    found = f"a mask of {kind} from {least:g} to {most:g}"
+    raise DataError(
+        f"{path}: {found}, where 0 to {full} or 0 to 255 are expected: save it with 8 bits, white where the pet is"
+    )
+
+
+def _class_levels(mask: U8, lossy: bool) -> list[int]:
+    """The greys that areas of a mask are filled with, if they are much of it; none in one of black and white.
+
+    Soft edges and what JPEG leaves are grey, too, but of many values, and fill no area. One light grey on black, with
+    no white beside it, is a pet of another colour.
+    """
+    everywhere = np.array(Image.fromarray(mask).histogram())
+    noisy = lossy or np.count_nonzero(everywhere[1:WHITE]) > FEW_GREYS
+    dark = BLACK + 1 if noisy else 1  # the first that is not black
+    greys = everywhere[dark:WHITE].sum()
+    if greys <= LEVEL * everywhere[dark:].sum():  # nearly all masks
+        return []
+    # Pixels that are like their four neighbours: an edge, however drawn, is too thin to have any.
+    across, down = mask[:, 1:] == mask[:, :-1], mask[1:] == mask[:-1]
+    inside = across[1:-1, 1:] & across[1:-1, :-1] & down[1:, 1:-1] & down[:-1, 1:-1]
+    if not inside.size:
+        return []
+    filled = np.array(Image.fromarray(mask[1:-1, 1:-1]).histogram(Image.fromarray(inside)))
+    filled[:dark] = 0
+    own = np.flatnonzero(filled >= max(1, LEVEL * filled.sum()))
+    levels = own[own < WHITE]
+    few = 2 * everywhere[levels].sum() > greys
+    coloured = len(levels) == 1 and levels[0] > 127 and own[-1] < WHITE
+    much = filled[levels].sum() > MOST_GREY * filled.sum()
+    return [int(level) for level in levels] if much and few and not coloured else []
 
 
 def read_pair(pair: Pair, take: Take = _at_once) -> tuple[U8, U8]:
@@ -542,11 +632,12 @@ class CheckReport:
     unreadable: list[str] = field(default_factory=list)
     wrong_size: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
+    orientation_unsure: list[str] = field(default_factory=list)
 
     @property
     def usable(self) -> bool:
         """Whether all of it can be used: nothing missing, unreadable or of the wrong size. Empty masks are left out
-        of training by name, and counted in an evaluation.
+        of training by name, and counted in an evaluation; those that may lie another way than their photos are used.
         """
         return self.pairs > 0 and not (self.missing or self.unreadable or self.wrong_size)
 
@@ -580,6 +671,18 @@ def _check_pair(pair: Pair, report: CheckReport) -> None:
         report.wrong_size.append(f"{pair.name}: {_sizes(photo, trimap)}")
     if not (trimap == PET).any():
         report.empty.append(pair.name)
+    if pair.layout is Layout.FOLDER and (turned := _unsure_turn(pair, square=photo.shape[0] == photo.shape[1])):
+        report.orientation_unsure.append(
+            f"{pair.name}: the photo's EXIF orientation is {turned}, {pair.mask.name} has none, and their shapes "
+            "cannot tell whether it lies as the photo is seen: look at both"
+        )
+
+
+def _unsure_turn(pair: Pair, square: bool) -> int | None:
+    """A photo's EXIF orientation if its mask has none, and would be of the photo's shape turned or not."""
+    with images.opened(pair.image) as photo, images.opened(pair.mask) as mask:
+        turned, own = images.orientation(photo), images.orientation(mask)
+    return turned if own == 1 and turned != 1 and (square or turned in (2, 3, 4)) else None
 
 
 def _sizes(photo: U8, trimap: U8) -> str:

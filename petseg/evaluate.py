@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from petseg.data import (
+    KEY_LENGTH,
+    VAL_LISTING,
     Pair,
     Split,
     Take,
@@ -27,6 +29,7 @@ from petseg.data import (
     find,
     listed_validation,
     names_sha256,
+    photo_key,
     read_pair,
     validation_names,
 )
@@ -43,12 +46,14 @@ __all__ = [
     "OpenedModel",
     "Run",
     "as_shown",
+    "doubt_about",
     "evaluate",
     "is_split_of",
     "listed_by",
     "listed_split",
     "open_model",
     "split_of",
+    "train_keys",
     "trained_on",
     "write_evaluation",
 ]
@@ -82,6 +87,12 @@ class Evaluation:
     def image_ious(self, threshold: float, border: Border = Border.BACKGROUND) -> npt.NDArray[np.float64]:
         """IoU of each photo, float64 [photos]; 1 where there is no pet and none was found."""
         return np.array([counts(hist, threshold, border).iou for hist in self.histograms])
+
+    def at_threshold(self, threshold: float) -> dict[str, Any]:
+        """The headline reading's ratios alone, and the threshold; JSON values."""
+        names = ("threshold", "iou", "dice", "accuracy", "precision", "recall", "mean_image_iou")
+        found = self.summary(threshold)
+        return {name: found[name] for name in names}
 
     def summary(self, threshold: float) -> dict[str, Any]:
         """The headline reading at the top level, the others below; JSON values."""
@@ -264,18 +275,58 @@ def listed_by(provenance: Mapping[str, Any]) -> frozenset[str] | None:
 def is_split_of(provenance: Mapping[str, Any], train: Sequence[Pair], val: Sequence[Pair]) -> bool | None:
     """Whether a model, also an exported one, was trained and validated on these photos; None if it does not say.
 
-    The run left out of ``train``, and names, the photos that show no pet or could not be read.
+    The run left out of ``train``, and names, the photos that show no pet, at its size or at all, or could not be read.
     """
     try:
         data = provenance["data"]
-        digest, left_out = data["names_sha256"], {*data["skipped_without_pet"], *data.get("skipped_bad", ())}
+        digest, left_out = data["names_sha256"], {*data["skipped_without_pet"]}
+        left_out |= {*data.get("skipped_too_small", ()), *data.get("skipped_bad", ())}
     except (AttributeError, KeyError, TypeError):
         return None
     return bool(names_sha256((pair.name for pair in train if pair.name not in left_out), val) == digest)
 
 
+def doubt_about(
+    provenance: Mapping[str, Any],
+    root: Path,
+    parts: Mapping[Split, Sequence[Pair]],
+    split: Split,
+    fraction: float | None,
+    seed: int | None,
+) -> str | None:
+    """Why a figure on a split flatters a model, in words; None if nothing says that it does.
+
+    Args:
+        provenance: What its file says of itself.
+        root: The data folder.
+        parts: The photos of the split; for train or val those of both, as the folder is divided.
+        split: Which is measured.
+        fraction: The share of trainval that val is; None where ``val.txt`` lists it.
+        seed: The seed that chose it, likewise.
+    """
+    found: list[str] = []
+    if split in (Split.TRAIN, Split.VAL):
+        found += _another_val(provenance, parts[Split.TRAIN], parts[Split.VAL], fraction, seed)
+    if split in (Split.VAL, Split.TEST) and (seen := trained_on(provenance, root, parts[split])):
+        found.append(f"the model was trained on {len(seen)} of the {len(parts[split])} photos of {split}")
+    return "; ".join(found) or None
+
+
+def _another_val(
+    provenance: Mapping[str, Any], train: Sequence[Pair], val: Sequence[Pair], fraction: float | None, seed: int | None
+) -> Iterator[str]:
+    """How train and val differ from those of the model's own run, in words; nothing if they do not."""
+    own, risk = split_of(provenance), "photos that it was trained on may be among val"
+    if fraction is not None and own and own != (fraction, seed):
+        asked = f"{fraction:g} by {seed}"
+        yield f"the model was trained with {own[0]:g} of trainval as val by seed {own[1]}, not {asked}: {risk}"
+    elif is_split_of(provenance, train, val) is False:
+        which = f"as {VAL_LISTING} lists it" if fraction is None else f"{fraction:g} of trainval by seed {seed}"
+        yield f"val, {which}, is not what the model was validated on: {risk}"
+
+
 def trained_on(provenance: Mapping[str, Any], root: Path, pairs: Sequence[Pair]) -> list[Pair]:
-    """Those of some photos of a data folder on which a model was certainly trained.
+    """Those of some photos of a data folder on which a model was certainly trained, or the weights that it began with.
 
     Args:
         provenance: What its file says of itself.
@@ -283,18 +334,33 @@ def trained_on(provenance: Mapping[str, Any], root: Path, pairs: Sequence[Pair])
         pairs: Photos of it.
 
     Returns:
-        None of them where the file does not say, or is of other photos than those of the folder.
+        Those whose keys are in the file, whatever else the folder holds now; and where it holds the very photos that
+        the run had, those of its part for training, which is all that is known of files of older versions.
     """
+    names, keys = _own_train(provenance, root), train_keys(provenance)
+    return [pair for pair in pairs if pair.name in names or (keys and photo_key(pair) in keys)]
+
+
+def _own_train(provenance: Mapping[str, Any], root: Path) -> Set[str]:
+    """Names of the photos that a model's run trained on, if the folder holds the very photos that it had."""
     try:
         trainval = find(root, Split.TRAINVAL)
     except DataError:
-        return []
+        return set()
     held: Set[str] | None = listed_by(provenance)
     if (split := split_of(provenance)) is not None:
         held = validation_names([pair.name for pair in trainval], *split)
     own = _divided(provenance, trainval, held)
-    names = {pair.name for pair in own[Split.TRAIN]} if own else set()
-    return [pair for pair in pairs if pair.name in names]
+    return {pair.name for pair in own[Split.TRAIN]} if own else set()
+
+
+def train_keys(provenance: Mapping[str, Any]) -> frozenset[str]:
+    """Keys (:func:`petseg.data.photo_key`) of all photos that a model was trained on, as its file says; else none."""
+    try:
+        text = provenance["data"]["train_keys"]
+        return frozenset(text[at : at + KEY_LENGTH] for at in range(0, len(text), KEY_LENGTH))
+    except (KeyError, TypeError):  # not there; or edited by somebody
+        return frozenset()
 
 
 def listed_split(provenance: Mapping[str, Any], root: Path) -> dict[Split, list[Pair]] | None:

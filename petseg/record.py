@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from petseg.train import Trainer
 from petseg_runtime.errors import OutputError
 from petseg_runtime.files import write_atomic
 
-__all__ = ["PUBLISHED_IOU", "RUN", "commit", "reached", "record", "write_record"]
+__all__ = ["PUBLISHED_IOU", "RUN", "commit", "reached", "record", "without_keys", "write_record"]
 
 SCHEMA_VERSION: Final = 2
 #: Beside the checkpoints.
@@ -42,8 +42,9 @@ def record(trainer: Trainer) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         **{name: meta["provenance"].get(name) for name in ("recipe", "command", "commit")},
         "config": meta["config"],
-        "data": meta["data"],
+        "data": without_keys(meta["data"]),
         "teacher": meta.get("teacher"),
+        "init": meta.get("init"),
         **reached(state.history, trainer.config.batch),
         "best": trainer.best.as_dict(),
         "elapsed": state.elapsed,
@@ -62,6 +63,11 @@ def record(trainer: Trainer) -> dict[str, Any]:
             "cuda": torch.version.cuda if trainer.device.type == "cuda" else None,
         },
     }
+
+
+def without_keys(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its photos, without their keys: thousands of characters, and for programs alone."""
+    return {name: value for name, value in data.items() if name != "train_keys"}
 
 
 def reached(rows: Sequence[Row], batch: int) -> dict[str, Any]:

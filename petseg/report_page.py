@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from petseg import report_charts as charts
+from petseg.data import Layout
 
 __all__ = ["TINTS", "Case", "page"]
 
@@ -251,10 +252,20 @@ def _sweep(values: Mapping[str, Any]) -> str:
         if reading in _readings(values)
     )
     return (
-        "<p>A lower threshold finds more of the pet and more that is none. The model has two of its own: one for "
-        "<b>masks</b>, which leaves the outline out as the published metric does, and a lower one for <b>cutouts</b>, "
-        "where fur belongs to the pet. Thresholds are chosen on validation photos; the best one of a test set is a "
-        f'finding, not a setting.</p><div class="two">{charted}</div>'
+        f"<p>A lower threshold finds more of the pet and more that is none. {_thresholds(thresholds)}Thresholds are "
+        "chosen on validation photos; the best one of a test set is a finding, not a setting.</p>"
+        f'<div class="two">{charted}</div>'
+    )
+
+
+def _thresholds(thresholds: Mapping[str, Any]) -> str:
+    """What the model's two thresholds are for, where it has two."""
+    cutout = thresholds["cutout"]
+    if cutout is None or cutout >= thresholds["own"]:
+        return ""
+    return (
+        "The model has two of its own: one for <b>masks</b>, which leaves the outline out as the published metric "
+        "does, and a lower one for <b>cutouts</b>, where fur belongs to the pet. "
     )
 
 
@@ -337,10 +348,13 @@ def _facts(values: Mapping[str, Any]) -> str:
 
 
 def _footer(values: Mapping[str, Any]) -> str:
+    theirs = (
+        " Photos and masks belong to their data set (Oxford-IIIT Pet: Parkhi et al., Cats and Dogs, CVPR 2012, "
+        "CC BY-SA 4.0)."
+    )
     return (
         f"<footer>petseg {_text(values['petseg'])}, {_text(values['created'])}. All numbers of this page, and those of "
-        "each photo: report.json beside it. Photos and masks belong to their data set (Oxford-IIIT Pet: Parkhi et al., "
-        "Cats and Dogs, CVPR 2012, CC BY-SA 4.0).</footer>\n"
+        f"each photo: report.json beside it.{theirs if values['data']['layout'] == Layout.OXFORD else ''}</footer>\n"
     )
 
 

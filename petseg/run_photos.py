@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import multiprocessing
 import shutil
@@ -17,14 +19,26 @@ from torch.utils.data import DataLoader
 
 from petseg import checkpoint
 from petseg.config import TrainConfig
-from petseg.data import VAL_LISTING, Pair, Split, find, listed_validation, names_sha256, usable
+from petseg.data import (
+    VAL_LISTING,
+    Pair,
+    Split,
+    encoded,
+    find,
+    find_listed,
+    listed_validation,
+    mask_digest,
+    names_sha256,
+    photo_key,
+    usable,
+)
 from petseg.distributed import Ranks
-from petseg.evaluate import split_of, trained_on
+from petseg.evaluate import split_of, train_keys, trained_on
 from petseg.memory import enough_memory
 from petseg.metrics import PET
 from petseg.observers import Observer
 from petseg.teacher import open_teacher
-from petseg.train_set import EpochSampler, TrainSet, decoded_size
+from petseg.train_set import EpochSampler, TrainSet, decoded_size, refuse_too_few
 from petseg_runtime.errors import DataError, TrainingError
 from petseg_runtime.host import available_memory, usable_cpus
 from petseg_runtime.signals import EXITS
@@ -54,6 +68,7 @@ class RunPhotos:
         bad: Names of photos, of both parts, that were left out because they cannot be used.
         warnings: What of the photos makes the run's figures less than they seem; the observer was told each.
         teacher: Which model taught (:attr:`petseg.teacher.Teacher.about`); empty without one.
+        init: The same of the checkpoint whose weights the run began with; empty where they were random.
     """
 
     def __init__(
@@ -87,8 +102,11 @@ class RunPhotos:
         self.bad: list[str] = []
         self.warnings: list[str] = []
         self.teacher: dict[str, str] = {}
+        self.init: dict[str, str] = {}
+        self._val_masks: dict[str, str] = {}
         self._config, self._root, self._observer, self._ranks = config.data, root, observer, ranks
         self.train, self.val = self._read(config, output, device, teacher)
+        self._keys = self._keys_of_train()  # and once it is known, those of the weights that the run begins with
         self._agree(device)
 
     @property
@@ -116,26 +134,48 @@ class RunPhotos:
             "train_photos": len(self.train),
             "val_photos": len(self.val),
             "skipped_without_pet": self.train.skipped_empty,
+            "skipped_too_small": self.train.skipped_tiny,
             "skipped_bad": self.bad,  # the list itself: it can grow at a validation
             "names_sha256": self._names_sha256(),
+            "train_keys": "".join(sorted(self._keys)),
+            "masks_sha256": hashlib.sha256(encoded(json.dumps(self.masks()))).hexdigest(),
         }
 
-    def refuse_weights(self, init: Path, provenance: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint to start from that has seen the photos to validate on.
+    def masks(self) -> dict[str, dict[str, str]]:
+        """By part and name, what tells whether a mask is what it was; without the photos that were left out."""
+        train = dict(zip(self.train.names, self.train.masks, strict=True))
+        return {str(Split.TRAIN): train, str(Split.VAL): self._val_masks}
+
+    def begin_with(self, init: Path, loaded: checkpoint.Checkpoint) -> None:
+        """Note a checkpoint to start from, or refuse one that has seen the photos to validate on.
 
         Args:
             init: Its file.
-            provenance: What it says of where it comes from.
+            loaded: What is in it.
 
         Raises:
             TrainingError: It was trained on some of them; the message says which split is right.
         """
+        self._refuse_weights(init, loaded.meta)
+        test = find_listed(self._root, (Split.TRAINVAL, Split.TEST)).get(Split.TEST, [])
+        if seen := trained_on(loaded.meta, self._root, test):
+            self._warn(
+                f"{init}: it was trained on {len(seen)} of the {len(test)} test photos: what is measured on them "
+                "flatters this run"
+            )
+        self._keys |= train_keys(loaded.meta)
+        self.init = {"file": init.name, "identity": loaded.sha256}
+
+    def _refuse_weights(self, init: Path, provenance: Mapping[str, Any]) -> None:
+        """Raises TrainingError if a checkpoint was trained on photos to validate on."""
         seen = trained_on(provenance, self._root, self.val)
         if not seen:
             return
-        remedy = f"list in {VAL_LISTING} the photos that it was validated on"
+        remedy = f"list in {VAL_LISTING} the photos that it was validated on, or others that it has not seen"
         if (split := split_of(provenance)) and listed_validation(self._root) is None:
-            remedy = f"--set data.val_fraction={split[0]:g} --set data.split_seed={split[1]}"
+            own = find(self._root, Split.VAL, val_fraction=split[0], seed=split[1])
+            if not trained_on(provenance, self._root, own):
+                remedy = f"--set data.val_fraction={split[0]:g} --set data.split_seed={split[1]}"
         raise TrainingError(
             f"{init}: it was trained on {len(seen)} of the {len(self.val)} photos that this run would be validated on; "
             f"validate on its own: {remedy}"
@@ -149,6 +189,7 @@ class RunPhotos:
             find(self._root, split, val_fraction=d.val_fraction, seed=d.split_seed)
             for split in (Split.TRAIN, Split.VAL)
         )
+        refuse_too_few(len(train), config.batch, self._ranks.size)  # there may be fewer yet, once they are read
         once = None if config.loss.features else teacher  # else it is asked at every step
         # Only who sees the mixed picture can say what is in it.
         augment = config.augment if teacher and not once else dataclasses.replace(config.augment, mix=0)
@@ -167,7 +208,10 @@ class RunPhotos:
 
     def _look_at(self, val: Sequence[Pair]) -> None:
         """Raises DataError if no validation photo can be used, or none shows a pet; a few are warned of."""
-        with_pet = [(trimap == PET).any() for _, _, trimap in usable(val, self.failed, self._ranks.here)]
+        with_pet = []
+        for pair, _, trimap in usable(val, self.failed, self._ranks.here):
+            with_pet.append((trimap == PET).any())
+            self._val_masks[pair.name] = mask_digest(trimap)
         if not any(with_pet):
             raise DataError(
                 f"{self._root}: of the {len(val)} validation photos {len(with_pet)} can be used, and none of those "
@@ -214,6 +258,11 @@ class RunPhotos:
                 "the processes of this run have different photos, so they cannot share batches; process "
                 f"{self._ranks.rank} {bad} (`petseg data check` lists what cannot be read)"
             )
+
+    def _keys_of_train(self) -> set[str]:
+        d, names = self._config, {*self.train.names}
+        found = find(self._root, Split.TRAIN, val_fraction=d.val_fraction, seed=d.split_seed)
+        return {key for pair in found if pair.name in names and (key := photo_key(pair))}
 
     def _names_sha256(self) -> str:
         return names_sha256(self.train.names, self.val)

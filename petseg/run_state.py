@@ -32,6 +32,7 @@ __all__ = [
     "check_folder",
     "load_tensors",
     "refuse_another_run",
+    "refuse_other_settings",
     "remove_unfinished",
     "tensors_of",
 ]
@@ -43,6 +44,9 @@ LAST: Final = "last.safetensors"
 
 #: A state that took no longer than this many seconds to write is written after every epoch.
 QUICK_SAVE = 0.1
+
+#: Photos that a message names.
+MOST_NAMED: Final = 5
 
 #: Settings that ``--resume`` takes anew: they decide where and how long a run goes, not which steps it takes.
 FREE: Final = ("compile", "data.on_bad", "data.workers", "early_stop")
@@ -137,6 +141,22 @@ class StateFile:
         """
         return self.took <= QUICK_SAVE or time.perf_counter() - self._written >= 10 * self.took
 
+    def look_at(self, config: TrainConfig, taught: bool) -> None:
+        """Refuse a state that this run cannot go on from, as far as its settings tell, without reading its tensors.
+
+        Args:
+            config: This run's settings.
+            taught: Whether this run has a teacher.
+
+        Raises:
+            TrainingError: See :func:`refuse_other_settings`.
+            CheckpointError: It cannot be read, is a model, or is damaged.
+        """
+        with self._damage():
+            meta = checkpoint.peek(self.path)
+            self._refuse_model(meta)
+            refuse_other_settings(meta, config, taught, self.path.parent)
+
     @contextlib.contextmanager
     def taking_up(self) -> Iterator[checkpoint.Checkpoint]:
         """What is in it; what the caller finds missing or damaged there is told as damage to the file.
@@ -145,10 +165,18 @@ class StateFile:
             CheckpointError: It cannot be read, is a model, or is damaged.
         """
         saved = checkpoint.load(self.path)
-        if saved.meta.get("kind") != "training":
-            raise CheckpointError(f"{self.path}: a model, not the state of a run; give it to --init")
-        try:
+        self._refuse_model(saved.meta)
+        with self._damage():
             yield saved
+
+    def _refuse_model(self, meta: Mapping[str, Any]) -> None:
+        if meta.get("kind") != "training":
+            raise CheckpointError(f"{self.path}: a model, not the state of a run; give it to --init")
+
+    @contextlib.contextmanager
+    def _damage(self) -> Iterator[None]:
+        try:
+            yield
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{self.path}: the state in it is damaged or not complete ({error!r})") from error
 
@@ -178,30 +206,55 @@ def remove_unfinished(folder: Path) -> None:
             part.unlink(missing_ok=True)
 
 
-def refuse_another_run(saved: Mapping[str, Any], meta: Mapping[str, Any], config: TrainConfig, folder: Path) -> None:
-    """Refuse to go on with a run that was another one.
+def refuse_other_settings(saved: Mapping[str, Any], config: TrainConfig, taught: bool, folder: Path) -> None:
+    """Refuse to go on with a run that has other settings, but for those in :data:`FREE` and those that nothing uses.
 
     Args:
         saved: What its state says of it.
-        meta: What this run's checkpoints say.
         config: This run's settings.
+        taught: Whether this run has a teacher.
         folder: Where the state is.
 
     Raises:
-        TrainingError: It has other settings (but for those in :data:`FREE`, and those that nothing uses), photos or
-            teacher.
+        TrainingError: It has; the message names them.
         KeyError, TypeError, UsageError: What the state says is damaged.
     """
     before = from_dict(TrainConfig, saved["config"])  # a setting that is newer than the run has its default
-    taught = "teacher" in meta  # as it was then, see below
     unused = idle_settings(before, taught).keys() & idle_settings(config, taught).keys()
     if differs := _differences(to_dict(before), to_dict(config), {*FREE, *unused}):
         raise TrainingError(f"{folder}: the run to resume has other settings: {'; '.join(differs)}")
+
+
+def refuse_another_run(saved: Mapping[str, Any], meta: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to go on with a run that had other photos, masks or another teacher.
+
+    Args:
+        saved: What its state says of it.
+        meta: What this run's state would say.
+        folder: Where the state is.
+
+    Raises:
+        TrainingError: It had.
+        KeyError, TypeError, AttributeError: What the state says is damaged.
+    """
     if saved["data"]["names_sha256"] != meta["data"]["names_sha256"]:
         raise TrainingError(f"{folder}: the run to resume was trained on other photos than these")
+    if changed := _changed(saved.get("masks", {}), meta["masks"]):
+        named = ", ".join(changed[:MOST_NAMED]) + (", ..." if len(changed) > MOST_NAMED else "")
+        raise TrainingError(
+            f"{folder}: the masks of {len(changed)} photos are not what they were when the run to resume began "
+            f"({named}): put them back, or start another run in another --output, with --init {folder / LAST}"
+        )
     if saved.get("teacher") != meta.get("teacher"):
         was, now = (each.get("teacher", "none") for each in (saved, meta))
         raise TrainingError(f"{folder}: the teacher of the run to resume was {was}, now {now}")
+
+
+def _changed(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Names of the photos whose masks are others; a photo that was left out then or is now has none to compare."""
+    return [
+        name for part, was in before.items() for name, digest in was.items() if now[part].get(name, digest) != digest
+    ]
 
 
 def tensors_of(

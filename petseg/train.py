@@ -52,6 +52,7 @@ from petseg.schedule import learning_rate, left_at_the_end
 from petseg.train_set import EpochSampler
 from petseg.warm_start import first_weights
 from petseg_runtime import __version__
+from petseg_runtime.artifact import open_artifact
 from petseg_runtime.errors import CheckpointError, NonFiniteLoss
 from petseg_runtime.signals import EXITS, handled
 
@@ -153,7 +154,10 @@ class Trainer:
         # Until the end of `fit`, or of a trainer that does not come to it.
         self._let_others_in = weakref.finalize(self, keep_others_out(output) if self.ranks.first else lambda: None)
         self.dtype = pick_precision(config.amp, device)
-        inside = self.teacher_network(teacher) if teacher and config.loss.features else None
+        self.last = StateFile(output)
+        inside = self._before_photos(None if resume else init, teacher)
+        if resume:
+            self.last.look_at(config, taught=teacher is not None)
         self.photos = RunPhotos(
             config, root, output, device=device, teacher=teacher, observer=self.observer, ranks=self.ranks
         )
@@ -174,7 +178,7 @@ class Trainer:
         with enough_memory("use a network of a smaller --width"):
             self.optimizer = _optimizer(self._parameters(), config)
         self.scaler = self._scaler()
-        self.state, self.last = RunState(), StateFile(output)
+        self.state = RunState()
         self._lost: Row | None = None
         self.meta = self._about(provenance or {})
         doubts = [*self._doubts()]
@@ -183,6 +187,22 @@ class Trainer:
         if resume:
             self._take_up()
         self.forward = self._callable()
+
+    def _before_photos(self, init: Path | None, teacher: Path | None) -> AttentionUNet | None:
+        """Look at the models that were given, before minutes of reading photos; the network whose features are taught.
+
+        Raises:
+            ModelError: One is not there, or is not what it should be.
+        """
+        if init:
+            checkpoint.peek(init)
+        if teacher is None or self.config.loss.features:
+            return self.teacher_network(teacher) if teacher else None
+        if teacher.suffix in checkpoint.EXPORTED:
+            open_artifact(teacher)
+        else:
+            checkpoint.peek(teacher)
+        return None
 
     def first_network(self, init: Path | None) -> AttentionUNet:
         """The network that the run starts with; what trains another network overrides this."""
@@ -263,7 +283,7 @@ class Trainer:
 
     def _about(self, provenance: dict[str, Any]) -> dict[str, Any]:
         """What every checkpoint says of its run; JSON values. Exported files keep ``data``, but not ``config``."""
-        config, teacher = to_dict(self.config), self.photos.teacher
+        config, teacher, init = to_dict(self.config), self.photos.teacher, self.photos.init
         return {
             "model": config["model"],
             "config": config,
@@ -273,6 +293,7 @@ class Trainer:
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "provenance": provenance,
             **({"teacher": teacher} if teacher else {}),
+            **({"init": init} if init else {}),
         }
 
     def _callable(self) -> Callable[[Tensor], Any]:
@@ -491,7 +512,13 @@ class Trainer:
 
     def _write_last(self) -> float:
         self._elapsed()
-        meta = {**self.meta, "kind": "training", "state": self.state.as_dict(), "scaler": self.scaler.state_dict()}
+        meta = {
+            **self.meta,
+            "kind": "training",
+            "masks": self.photos.masks(),
+            "state": self.state.as_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
         self.last.write(tensors_of(self.model, self.objective.hints, self.ema, self.optimizer), meta)
         return 0.0
 
@@ -506,13 +533,16 @@ class Trainer:
             remove_unfinished(self.output)
         room = "make room on the device (another program has some of its memory), and --resume once more"
         with self.last.taking_up() as saved, enough_memory(room):
-            refuse_another_run(saved.meta, self.meta, self.config, self.output)
+            refuse_another_run(saved.meta, {**self.meta, "masks": self.photos.masks()}, self.output)
             load_tensors(saved.tensors, self.model, self.objective.hints, self.ema, self.optimizer)
             self._go_on_in(saved.meta["precision"])
             if saved.meta["scaler"]:  # empty: what it was computed in needs none
                 self.scaler.load_state_dict(saved.meta["scaler"])
             self.state = RunState.from_dict(saved.meta["state"])
             self.meta["provenance"] = saved.meta["provenance"]
+            self.meta |= {"init": saved.meta["init"]} if "init" in saved.meta else {}
+            if "train_keys" in saved.meta["data"]:  # those of the weights that the run began with among them
+                self.meta["data"]["train_keys"] = saved.meta["data"]["train_keys"]
         self.observer.started(f"resumed at step {self.state.step}")
         if self.ranks.first:
             self._mend_after_a_crash()
@@ -573,6 +603,9 @@ class Trainer:
             say(f"{workers} processes augment them")
         if skipped := self.photos.train.skipped_empty:
             say(f"left out, because their masks show no pet: {', '.join(skipped)}")
+        if tiny := self.photos.train.skipped_tiny:
+            size = f"{self.config.data.height}x{self.config.data.width}"
+            say(f"left out, because at {size} nothing is left of their pet: {', '.join(tiny)}")
         for warning in doubts:
             say(f"warning: {warning}")
 

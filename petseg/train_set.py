@@ -18,12 +18,12 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from petseg.config import AugmentConfig
-from petseg.data import Pair, resize_trimap, usable
+from petseg.data import Pair, mask_digest, resize_trimap, usable
 from petseg.metrics import BACKGROUND, BORDER, PET
 from petseg_runtime import images
 from petseg_runtime.errors import DataError, OutputError, UsageError
 
-__all__ = ["UNKNOWN", "EpochSampler", "TrainSet", "colours", "decoded_size", "moves", "target_of"]
+__all__ = ["UNKNOWN", "EpochSampler", "TrainSet", "colours", "decoded_size", "moves", "refuse_too_few", "target_of"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
@@ -63,6 +63,12 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
 
     An item is drawn by ``epoch * len(self) + index``, and its random changes depend on that number and the seed
     alone: not on the order, nor on the number of workers, nor on whether the run was stopped in between.
+
+    Attributes:
+        names: Of the photos, in order.
+        masks: Of each, what :func:`petseg.data.mask_digest` makes of its mask at the training size.
+        skipped_empty: Names of photos that were left out because their masks show no pet.
+        skipped_tiny: Those of which nothing is left at the training size, so that they would teach "no pet".
     """
 
     def __init__(
@@ -103,6 +109,8 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
             raise ValueError("augment.mix: a teacher that is asked once for each photo cannot say what is in two")
         self.names: list[str] = []
         self.skipped_empty: list[str] = []
+        self.skipped_tiny: list[str] = []
+        self.masks: list[str] = []
         planes = (len(pairs), 2, height, width) if teacher else (len(pairs), height, width)
         self._photos = _room((len(pairs), height, width, 3), folder)  # as many as there are at most
         self._trimaps = _room(planes, folder)
@@ -112,12 +120,17 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
             if not (trimap == PET).any():
                 self.skipped_empty.append(pair.name)  # a known flaw of the data set; it would teach "no pet"
                 continue
-            self._photos[len(self)] = images.to_model(photo, height, width)
             labels = resize_trimap(trimap, height, width)
+            if not (labels == PET).any():
+                self.skipped_tiny.append(pair.name)
+                continue
+            self._photos[len(self)] = images.to_model(photo, height, width)
             self._trimaps[len(self)] = (labels, teacher(photo)) if teacher else labels
             self.names.append(pair.name)
+            self.masks.append(mask_digest(labels))
         if not self.names:
-            raise DataError("no photo with a pet in its mask: nothing to train on")
+            tiny = f" (at {height}x{width} nothing is left of {len(self.skipped_tiny)})" if self.skipped_tiny else ""
+            raise DataError(f"no photo with a pet in its mask{tiny}: nothing to train on")
         self._move, self._colour = moves(augment), colours(augment)
         self._paste, self._mixed, self._mix_epochs = augment.paste, augment.mix, mix_epochs
         self._seed = seed
@@ -185,6 +198,13 @@ def _room(shape: tuple[int, ...], folder: Path | None) -> U8:
         ) from error
 
 
+def refuse_too_few(photos: int, batch: int, ranks: int = 1) -> None:
+    """Raises DataError if there are fewer photos than one batch takes, whichever of some processes draw it."""
+    if photos < batch:
+        remedy = "use a smaller --batch" if photos >= max(2, ranks) else f"{max(2, ranks)} or more are needed"
+        raise DataError(f"{photos} photos to train on, but a batch takes {batch}: {remedy}")
+
+
 class EpochSampler(Sampler[list[int]]):
     """Batches of draws for one epoch, from a given batch on; full batches only (BatchNorm dislikes remainders).
 
@@ -198,9 +218,7 @@ class EpochSampler(Sampler[list[int]]):
             DataError: There are fewer photos than one batch takes.
             UsageError: A batch cannot be split evenly over the processes.
         """
-        if size < batch:
-            remedy = "use a smaller --batch" if size >= max(2, ranks) else f"{max(2, ranks)} or more are needed"
-            raise DataError(f"{size} photos to train on, but a batch takes {batch}: {remedy}")
+        refuse_too_few(size, batch, ranks)
         if batch % ranks:
             raise UsageError(f"batch is {batch}; it must be a multiple of the {ranks} processes that share it")
         self.size, self.batch, self.seed = size, batch, seed

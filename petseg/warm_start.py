@@ -21,7 +21,7 @@ def first_weights(
     Args:
         config: Its shape.
         init: A checkpoint, which gives all its tensors, or of another shape those that fit.
-        photos: The run's, some of which the checkpoint must not have seen.
+        photos: The run's, some of which the checkpoint must not have seen; they note which it is.
         say: Told which tensors fit, if not all do.
 
     Raises:
@@ -31,7 +31,7 @@ def first_weights(
     if init is None:
         return AttentionUNet(config)
     given, loaded = checkpoint.load_model(init)
-    photos.refuse_weights(init, loaded.meta)
+    photos.begin_with(init, loaded)
     if loaded.model_config == config:
         return given
     model = AttentionUNet(config)

@@ -26,7 +26,7 @@ from benchmarks.embedded.measure import RECORDS, embedded
 from benchmarks.photos import TEST_SETS, original_size
 from petseg import checkpoint as checkpoints
 from petseg import log
-from petseg.record import RUN, reached
+from petseg.record import RUN, reached, without_keys
 from petseg_export import OnnxConfig, export
 from petseg_runtime.artifact import default_model, open_artifact
 
@@ -92,12 +92,13 @@ def trained(runs: Sequence[Path]) -> list[dict[str, Any]]:
         meta = checkpoints.load(run / "best.safetensors").meta
         rows = log.read(run / log.LOG)
         ended = json.loads((run / RUN).read_text(encoding="utf-8")) if (run / RUN).exists() else {}
-        told = ("config", "data", "teacher", "device", "precision", "versions")
+        told = ("config", "teacher", "device", "precision", "versions")
         found.append(
             {
                 "name": run.name,
                 **{key: meta["provenance"].get(key) for key in ("command", "commit")},
                 **{key: meta.get(key) for key in told},
+                "data": without_keys(meta["data"]),
                 **reached(rows, meta["config"]["batch"]),
                 "best": meta["validation"],  # perhaps of an epoch that a crash took from the log
                 **{key: ended.get(key) for key in ("peak_gpu_memory_bytes", "processes", "threads")},

@@ -54,6 +54,8 @@ SCANNED: Final = 8
 #: A field of what a receipt says of int8: how many photos of the receipt were among those that judged it; None: it
 #: cannot be told.
 SHARED: Final = "judged_on_photos_of_the_receipt"
+#: There, too: why photos that the checkpoint was trained on may be among those that int8 was judged on, or None.
+DOUBT: Final = "doubt"
 #: Photos that a graph of any size is run on at another size than its specification's.
 ANOTHER_SIZE: Final = 3
 
@@ -140,6 +142,8 @@ def _size_notes(path: Path, loaded: checkpoint.Checkpoint, spec: ModelSpec) -> t
 def _receipt_notes(receipt: Receipt) -> tuple[str, ...]:
     """What people should know of a receipt, and may overlook in it."""
     notes = []
+    doubts = (receipt.note if receipt.rows else None, (receipt.quantization or {}).get(DOUBT))
+    notes += [f"{doubt}, and the IoU on them is flattered" for doubt in dict.fromkeys(doubts) if doubt]
     if receipt.scan is None:
         notes.append(f"activations were not searched for NaN and infinity, which onnxruntime does: {install('cpu')}")
     shared = (receipt.quantization or {}).get(SHARED, 0)
@@ -214,7 +218,7 @@ class _Job:
             rows=rows,
             scan=self._scan(source),
             quantization=quantization,
-            note=note,
+            note=note or parity.doubt(self.config.data, self.config.split, self.loaded) or "",
         )
         require(receipt)
         if compiled:
@@ -268,6 +272,7 @@ class _Job:
         about |= {
             "as_many_as_in_training": trained_on == len(val),
             SHARED: len({*judges.names} & {*self.photos.names}),
+            DOUBT: parity.doubt(data, "val", self.loaded),
         }
         return result.graph, {**result.choice, **about}
 

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 
 from petseg.checkpoint import Checkpoint
-from petseg.data import SPLIT_SEED, VAL_FRACTION, Pair, Split, encoded, find, read_pair
-from petseg.evaluate import listed_split
+from petseg.data import SPLIT_SEED, VAL_FRACTION, Pair, Split, encoded, find, listed_validation, read_pair
+from petseg.evaluate import doubt_about, listed_split
 from petseg.metrics import counts, histogram
 from petseg.model import AttentionUNet
 from petseg.reference import torch_run
@@ -26,7 +26,7 @@ from petseg_runtime.parity import Proof
 from petseg_runtime.sources import find_photos
 from petseg_runtime.spec import ModelSpec
 
-__all__ = ["Labels", "Photos", "choose", "labelled", "prove", "read", "sample"]
+__all__ = ["Labels", "Photos", "choose", "doubt", "labelled", "prove", "read", "sample"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 T = TypeVar("T")
@@ -97,7 +97,7 @@ def choose(data: Path | None, split: str, count: int, seed: int, loaded: Checkpo
         return sample_photos()[:count]
     if not data.is_dir():
         raise DataError(f"--data {data}: not a folder")
-    if any((folder / "images").is_dir() for folder in (data, data / "oxford-iiit-pet")):  # see petseg.data.locate
+    if _is_labelled(data):
         return sample(labelled(data, split, loaded), count, seed)
     found = [item.source for item in find_photos([data])]
     if not found:
@@ -119,13 +119,43 @@ def labelled(data: Path, split: str, loaded: Checkpoint) -> list[Pair]:
     part = Split(split)
     if (listed := listed_split(loaded.meta, data)) and part in listed:
         return listed[part]
+    fraction, seed = _shares(loaded)
+    return find(data, part, val_fraction=fraction, seed=seed)
+
+
+def doubt(data: Path | None, split: str, loaded: Checkpoint) -> str | None:
+    """Why photos that the checkpoint was trained on are among those of a labelled split, or may be, in words.
+
+    None if they are not, if the checkpoint does not say, or if the photos have no labels.
+
+    Raises:
+        CheckpointError: As of :func:`labelled`.
+        DataError: Likewise.
+    """
+    if data is None or not _is_labelled(data):
+        return None
+    halves = (Split.TRAIN, Split.VAL)
+    parts = {part: labelled(data, part, loaded) for part in (halves if split in halves else (Split(split),))}
+    shares = (None, None) if listed_validation(data) is not None else _shares(loaded)
+    found = doubt_about(loaded.meta, data, parts, Split(split), *shares)
+    return f"{data}: {found}" if found else None
+
+
+def _is_labelled(data: Path) -> bool:
+    return any((folder / "images").is_dir() for folder in (data, data / "oxford-iiit-pet"))  # see petseg.data.locate
+
+
+def _shares(loaded: Checkpoint) -> tuple[float, int]:
+    """Share of trainval that is validation, and the seed that chooses it: the run's own, or the usual ones.
+
+    Raises:
+        CheckpointError: What the checkpoint says of them is damaged.
+    """
     try:
         of_run = loaded.meta.get("config", {}).get("data", {})
-        fraction = float(of_run.get("val_fraction", VAL_FRACTION))
-        seed = int(of_run.get("split_seed", SPLIT_SEED))
+        return float(of_run.get("val_fraction", VAL_FRACTION)), int(of_run.get("split_seed", SPLIT_SEED))
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"its training config is damaged ({error})") from error
-    return find(data, part, val_fraction=fraction, seed=seed)
 
 
 def read(photos: Sequence[Pair] | Sequence[Path], spec: ModelSpec) -> Photos:

@@ -41,7 +41,8 @@ def download(folder: Path) -> int:
 def check(folder: Path, split: str, as_json: bool, quiet: bool) -> int:
     """Open every photo and mask of FOLDER and name what is wrong. Exit code 0: usable; 8: not.
 
-    Masks without a pet, and files that are not used, are named, and leave it usable.
+    Masks without a pet, masks that may lie another way than their photos, and files that are not used, are named, and
+    leave it usable.
 
     Photos are counted for each part that the data set lists itself: test, and trainval, or train and val where there is
     a val.txt.
@@ -62,6 +63,7 @@ def check(folder: Path, split: str, as_json: bool, quiet: bool) -> int:
         "unreadable": report.unreadable,
         "wrong_size": report.wrong_size,
         "empty": report.empty,
+        "orientation_unsure": report.orientation_unsure,
         "unused": [str(path) for path in find_unused(folder)],
     }
     splits = {str(name): len(part) for name, part in listed.items()}

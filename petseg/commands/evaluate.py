@@ -94,6 +94,8 @@ def evaluate(
         cut = opened.threshold if threshold is None else threshold
         record = {**result.summary(cut), "model": opened.describe(), "split": split}
         record["doubtful"] = "left out" if without_doubtful else "kept"
+        if threshold is None and (lower := _lower_cut(record, opened)) is not None:
+            record["cutout"] = result.at_threshold(lower)
         if failed:
             record["photos_failed"] = [name for name, _ in failed]
         kept = set(result.names)
@@ -150,8 +152,22 @@ def _measured_pairs(
 ) -> tuple[list[Pair], float | None, int | None]:
     """The photos of a split, and the share of trainval and the seed that divide it into train and val.
 
-    Both are as asked, or else as in the run that made the model; they are None where they divide nothing. A line on
-    stderr says so where val may hold photos that the model was trained on.
+    A line on stderr says so where val or test hold photos that the model was trained on, or may. See :func:`_divided`.
+    """
+    from petseg.evaluate import doubt_about
+
+    parts, fraction, seed = _divided(root, split, model, val_fraction, split_seed)
+    if doubt := doubt_about(model.provenance, root, parts, split, fraction, seed):
+        click.echo(f"petseg: {doubt}", err=True)
+    return list(parts[split]), fraction, seed
+
+
+def _divided(
+    root: Path, split: Split, model: OpenedModel, val_fraction: float | None, split_seed: int | None
+) -> tuple[dict[Split, list[Pair]], float | None, int | None]:
+    """The photos of a split, of train and val both, and the share of trainval and the seed that divide it into these.
+
+    Both are as asked, or else as in the run that made the model; they are None where they divide nothing.
 
     Raises:
         UsageError: They were asked for, and val.txt divides.
@@ -160,39 +176,21 @@ def _measured_pairs(
     from petseg.evaluate import listed_split, split_of
 
     if split not in (Split.TRAIN, Split.VAL):
-        return find(root, split), None, None
+        return {split: find(root, split)}, None, None
     fraction, seed = None, None
     if (val_fraction, split_seed) == (None, None) and (listed := listed_split(model.provenance, root)):
-        return listed[split], None, None
+        return listed, None, None
     if listed_validation(root) is None:
         own = split_of(model.provenance) or (VAL_FRACTION, SPLIT_SEED)
         fraction = own[0] if val_fraction is None else val_fraction
         seed = own[1] if split_seed is None else split_seed
     elif (val_fraction, split_seed) != (None, None):
         raise UsageError(f"{root}: {VAL_LISTING} says which photos are val: leave out --val-fraction and --split-seed")
-    train, val = (
-        find(root, part, val_fraction=fraction or VAL_FRACTION, seed=seed or SPLIT_SEED)
+    parts = {
+        part: find(root, part, val_fraction=fraction or VAL_FRACTION, seed=seed or SPLIT_SEED)
         for part in (Split.TRAIN, Split.VAL)
-    )
-    if differs := _difference(model, train, val, fraction, seed):
-        click.echo(f"petseg: {differs}: photos that it was trained on may be among val", err=True)
-    return (train if split is Split.TRAIN else val), fraction, seed
-
-
-def _difference(
-    model: OpenedModel, train: Sequence[Pair], val: Sequence[Pair], fraction: float | None, seed: int | None
-) -> str | None:
-    """How train and val differ from those of the model's own run, in words; None if they do not, or it does not say."""
-    from petseg.data import VAL_LISTING
-    from petseg.evaluate import is_split_of, split_of
-
-    own = split_of(model.provenance)
-    if fraction is not None and own and own != (fraction, seed):
-        return f"the model was trained with {own[0]:g} of trainval as val by seed {own[1]}, not {fraction:g} by {seed}"
-    if is_split_of(model.provenance, train, val) is False:
-        which = f"as {VAL_LISTING} lists it" if fraction is None else f"{fraction:g} of trainval by seed {seed}"
-        return f"val, {which}, is not what the model was validated on"
-    return None
+    }
+    return parts, fraction, seed
 
 
 def _check_drawable() -> None:
@@ -231,20 +229,38 @@ def _write_output(
     return [*names, picture]
 
 
+def _has_border(record: dict[str, Any]) -> bool:
+    """Whether masks have one: ignoring it leaves as many pixels where there is none, as in masks of black and white."""
+    ignored, background = (sum(record["readings"][name]["pixels"].values()) for name in ("ignored", "background"))
+    return bool(ignored < background)
+
+
+def _lower_cut(record: dict[str, Any], model: OpenedModel) -> float | None:
+    """The model's threshold for cutouts, where it may be the fairer one: masks without a border may hold the fur.
+
+    None where the masks have a border, or the model has no lower threshold.
+    """
+    cut = model.cutout_threshold
+    return cut if cut is not None and cut < model.threshold and not _has_border(record) else None
+
+
 def _print_metrics(record: dict[str, Any]) -> None:
-    readings = record["readings"]
-    # Ignoring the border leaves as many pixels where there is none, as in masks of black and white.
-    bordered = sum(readings["ignored"]["pixels"].values()) < sum(readings["background"]["pixels"].values())
+    bordered, cutout = _has_border(record), record.get("cutout")
     table = Table(title=f"{record['photos']} photos, threshold {record['threshold']:.3f}")
-    table.add_column("border counts as" if bordered else "")
+    table.add_column("border counts as" if bordered else "", no_wrap=not bordered)
     names = ("iou", "dice", "accuracy", "precision", "recall", "mean_image_iou")
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
-    for border, values in readings.items() if bordered else [("no border", record)]:
-        table.add_row(border, *("-" if values[name] is None else f"{values[name]:.4f}" for name in names))
+    rows = record["readings"] if bordered else {"no border": record}
+    if cutout:
+        rows = {f"{record['threshold']:.3f} (masks)": record, f"{cutout['threshold']:.3f} (cutouts)": cutout}
+    for title, values in rows.items():
+        table.add_row(title, *("-" if values[name] is None else f"{values[name]:.4f}" for name in names))
     Console().print(table)
     if not bordered:
         click.echo("the masks have no border: every reading of it gives these figures")
+    if cutout:
+        click.echo("if they hold the fur at the outline, the threshold for cutouts is the one to compare by")
     if record["photos_without_pet"]:
         without = ", ".join(map(shown, record["photos_without_pet"]))
         click.echo(f"masks without any pet, counted all the same: {without}")

@@ -42,8 +42,10 @@ __all__ = [
     "is_photo",
     "open_photo",
     "opened",
+    "orientation",
     "read",
     "to_model",
+    "upright",
     "with_profile",
 ]
 
@@ -507,9 +509,8 @@ def _decoded(image: Image.Image, name: str, height: int, width: int) -> Photo:
     # Pillow decodes a 16-bit PGM to 32-bit integers, scaled to 0..65535 (and forgets the format when it is turned).
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
     image.load()
-    turn = _turn(image)
-    upright = image if turn is None else image.transpose(turn)
-    pixels = _from_sixteen(image, upright, notes) if sixteen else _to_rgb(upright, name, notes)
+    turned = upright(image)
+    pixels = _from_sixteen(image, turned, notes) if sixteen else _to_rgb(turned, name, notes)
     return Photo(pixels, tuple(notes), height, width, _profile(image))
 
 
@@ -582,22 +583,33 @@ def _reduce(image: Image.Image, height: int, width: int) -> tuple[int, int]:
     return (across, down) if turned else (down, across)
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What brings an image upright, by its EXIF orientation; None: nothing."""
+def orientation(image: Image.Image) -> int:
+    """An image's EXIF orientation, 1 to 8; 1, which is upright, also where it has none that can be read."""
     try:
-        orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
-        return _TURNS.get(orientation)
+        found: Any = image.getexif().get(ExifTags.Base.Orientation)
+        return found if found in _TURNS else 1
     except Exception:  # noqa: BLE001 (Pillow raises a dozen kinds on damage)
         # The pixels are fine, only the metadata is not; viewers show such a photo as it is stored.
-        return None
+        return 1
 
 
-def _from_sixteen(image: Image.Image, upright: Image.Image, notes: list[str]) -> U8:
+def upright(image: Image.Image) -> Image.Image:
+    """An image as its EXIF orientation means it to be seen; the image itself where that is how it is stored."""
+    turn = _turn(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What brings an image upright, by its EXIF orientation; None: nothing."""
+    return _TURNS.get(orientation(image))
+
+
+def _from_sixteen(image: Image.Image, turned: Image.Image, notes: list[str]) -> U8:
     """Grey in two bytes as uint8 [H, W, 3]; ``image`` is what was opened, and says how its values are meant."""
     tags: Any = getattr(image, "tag_v2", {})  # of a TIFF
     bits = tags.get(258, (16,))
     bits = bits[0] if isinstance(bits, tuple) else bits
-    values = np.asarray(upright, dtype=np.uint32)
+    values = np.asarray(turned, dtype=np.uint32)
     transparent = image.info.get("transparency")  # of a PNG: the one value that is
     grey = (values >> max(0, bits - 8)).astype(np.uint8)
     if tags.get(262) == 0:  # white is zero; Pillow minds that in 8 bits only

@@ -301,7 +301,7 @@ class Receipt:
         scan: What the scan of the ONNX graph's activations found (``photos``, ``tensors``, ``non_finite``, ...), or
             None where no scan was made.
         quantization: How int8 was chosen; None for other precisions.
-        note: Why nothing ran it, where nothing did.
+        note: Why nothing ran it, where nothing did; else what makes IoU on labelled photos less than it seems.
     """
 
     identity: str

@@ -210,6 +210,19 @@ def test_the_receipts_iou_is_that_of_petseg_evaluate(
     assert done.receipt.rows[-1].task["this"] == pytest.approx(this, abs=1e-12)
 
 
+def test_a_receipt_on_photos_that_may_have_been_trained_on_says_so(
+    trained: Any, meta: dict[str, Any], tmp_path: Path, oxford_root: Path, known_graph: None
+) -> None:
+    path, data = tmp_path / "best.safetensors", {"names_sha256": "0" * 64, "skipped_without_pet": []}
+    save_checkpoint(path, trained.model.state_dict(), {**meta, "data": data})
+    done = export(path, OnnxConfig(data=oxford_root, backends=("onnxruntime",)))
+    said = "is not what the model was validated on: photos that it was trained on may be among val"
+    assert said in done.receipt.note
+    assert [note.endswith(f"{said}, and the IoU on them is flattered") for note in done.notes] == [True]
+    test = export(path, OnnxConfig(data=oxford_root, split="test", backends=("onnxruntime",)))
+    assert (test.receipt.note, test.notes) == ("", ())
+
+
 def test_what_auto_would_run_has_a_row_beside_the_exact_one(beside: Path, oxford_root: Path, known_graph: None) -> None:
     engine = pytest.importorskip("petseg_runtime.engines.openvino")
     with pytest.MonkeyPatch.context() as patch:  # undone before `any_cpu` of tests/conftest.py is

@@ -110,6 +110,25 @@ def test_photos_that_a_listing_chose_are_held_back_though_the_listing_is_gone(fo
     assert names(parity.labelled(folder_copy, "val", loaded)) == ["own_02"]
 
 
+def test_val_that_may_hold_photos_of_the_training_is_doubted(folder_copy: Path) -> None:
+    """As where photos have been added since, so that the same share and seed choose others."""
+    parts = (find(folder_copy, part, val_fraction=0.25, seed=3) for part in (Split.TRAIN, Split.VAL))
+    train, val = parts
+    data = {"names_sha256": names_sha256(names(train), val), "skipped_without_pet": []}
+    loaded = Checkpoint({}, {"config": {"data": {"val_fraction": 0.25, "split_seed": 3}}, "data": data}, "")
+    assert parity.doubt(folder_copy, "val", loaded) is None
+    for part in ("images", "masks"):
+        shutil.copy(folder_copy / part / "own_00.png", folder_copy / part / "own_99.png")
+    said = "val, 0.25 of trainval by seed 3, is not what the model was validated on: photos that it was trained on"
+    assert said in (parity.doubt(folder_copy, "val", loaded) or "")
+    assert parity.doubt(folder_copy, "test", loaded) is None
+    assert parity.doubt(folder_copy, "val", checkpoint_of()) is None, "it does not say"
+    assert parity.doubt(folder_copy / "images", "val", loaded) is None, "without labels there is no IoU to flatter"
+    assert parity.doubt(None, "val", loaded) is None
+    (folder_copy / "val.txt").write_text(val[0].name)
+    assert "val, as val.txt lists it, is not what" in (parity.doubt(folder_copy, "val", loaded) or "")
+
+
 def test_another_folder_is_split_as_any_other_though_names_are_the_same(folder_root: Path) -> None:
     data = {"val_names": ["own_01", "own_07"], "names_sha256": "0" * 64, "skipped_without_pet": []}
     loaded = Checkpoint({}, {"data": data}, "")

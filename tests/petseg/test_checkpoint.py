@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from petseg.checkpoint import load, load_model, save_checkpoint
+from petseg.checkpoint import load, load_model, peek, save_checkpoint
 from petseg.config import TrainConfig, to_dict
 from petseg.model import AttentionUNet, AttentionUNetConfig
 from petseg_runtime.errors import CheckpointError, OutputError
@@ -366,3 +366,13 @@ def test_a_width_that_cannot_be_is_refused(tmp_path: Path, width: float) -> None
     save_checkpoint(tmp_path / "x.safetensors", network().state_dict(), {**META, "model": {"width": width}})
     with pytest.raises(CheckpointError):
         load_model(tmp_path / "x.safetensors")
+
+
+def test_a_peek_gives_what_is_said_without_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, {"weight": torch.zeros(3)}, {"kind": "model", "model": {}})
+    monkeypatch.setattr("hashlib.file_digest", lambda *_: pytest.fail("all of it was read"))
+    assert peek(path) == {"kind": "model", "model": {}}
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: not a readable safetensors checkpoint"):
+        peek(path)

@@ -581,6 +581,16 @@ def test_an_exported_file_of_an_older_version_knows_whether_val_is_what_it_was_v
     assert (json.loads(out)["photos"], err) == (6, "")
 
 
+def test_test_photos_that_a_model_was_trained_on_are_warned_of(
+    unusual: Path, oxford_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainval, test = (oxford_copy / "annotations" / f"{split}.txt" for split in ("trainval", "test"))
+    test.write_text(trainval.read_text())
+    args = ["evaluate", str(unusual), "--data", str(oxford_copy), "--split", "test", "-q"]
+    assert run(args) == 0
+    assert capsys.readouterr().err == "petseg: the model was trained on 18 of the 24 photos of test\n"
+
+
 def test_val_is_what_val_txt_lists(folder_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder_copy / "val.txt").write_text("own_01\nown_07\n")
     args = ["train", "--data", str(folder_copy), "--output", str(tmp_path / "run"), *SMALL, "--epochs", "1", "-q"]
@@ -628,6 +638,32 @@ def test_masks_without_a_border_have_one_reading(
     assert set(record["readings"]) == {"background", "pet", "ignored"}
     assert run(["evaluate", best, "--data", str(oxford_root)]) == 0
     assert "no border" not in capsys.readouterr().out
+
+
+def test_masks_without_a_border_are_measured_at_the_threshold_for_cutouts_too(
+    trained: Run, folder_root: Path, oxford_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model that was taught to leave the outline out is judged by masks that may hold it."""
+    saved, path = checkpoints.load(trained.folder / "best.safetensors"), tmp_path / "m.safetensors"
+    spec = {**saved.meta["spec"], "threshold": 0.6, "cutout_threshold": 0.25}
+    checkpoints.save_checkpoint(path, saved.tensors, {**saved.meta, "spec": spec})
+    record = measured(capsys, path, "--data", folder_root)
+    lower = measured(capsys, path, "--data", folder_root, "--threshold", "0.25")
+    assert record["threshold"] == 0.6
+    assert record["cutout"] == {name: lower[name] for name in record["cutout"]}
+    assert record["cutout"].keys() >= {"threshold", "iou", "recall", "mean_image_iou"}
+    assert "cutout" not in lower, "one threshold was asked for"
+    assert run(["evaluate", str(path), "--data", str(folder_root)]) == 0
+    out = capsys.readouterr().out
+    (masks,), (cutouts,) = (
+        [line for line in out.splitlines() if name in line] for name in ("0.600 (masks)", "0.250 (")
+    )
+    assert f"{record['iou']:.4f}" in masks
+    assert f"{lower['iou']:.4f}" in cutouts
+    assert "if they hold the fur at the outline, the threshold for cutouts is the one to compare by" in out
+    assert "cutout" not in measured(capsys, path, "--data", oxford_root)
+    checkpoints.save_checkpoint(path, saved.tensors, {**saved.meta, "spec": {**spec, "cutout_threshold": 0.6}})
+    assert "cutout" not in measured(capsys, path, "--data", folder_root)
 
 
 def test_a_test_split_without_photos_names_the_remedy(
@@ -735,7 +771,8 @@ def checked(capsys: pytest.CaptureFixture[str], *args: object, code: int = 0) ->
 
 
 def test_a_good_data_set_is_usable(oxford_root: Path, folder_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    nothing: dict[str, list[str]] = {"missing": [], "unreadable": [], "wrong_size": [], "empty": [], "unused": []}
+    kinds = ("missing", "unreadable", "wrong_size", "empty", "orientation_unsure", "unused")
+    nothing: dict[str, list[str]] = {kind: [] for kind in kinds}
     good = {"schema_version": 1, "usable": True, **nothing}
     assert checked(capsys, oxford_root) == {**good, "pairs": 30, "splits": {"trainval": 24, "test": 6}}
     assert checked(capsys, oxford_root, "--split", "test") == {**good, "pairs": 6, "splits": {"test": 6}}
@@ -792,7 +829,8 @@ def test_everything_that_is_wrong_is_named(oxford_copy: Path, capsys: pytest.Cap
     out, err = capsys.readouterr()
     assert f"missing: {first.image}" in out
     assert f"empty: {fourth.name}" in out
-    assert out.splitlines()[-1] == "30 pairs: 1 missing, 1 unreadable, 1 wrong size, 1 empty, 0 unused: not usable"
+    counted = "1 missing, 1 unreadable, 1 wrong size, 1 empty, 0 orientation unsure, 0 unused"
+    assert out.splitlines()[-1] == f"30 pairs: {counted}: not usable"
     assert not err
     assert run(["data", "check", str(oxford_copy), "-q"]) == 8
     assert capsys.readouterr() == ("", "")

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 from PIL.PngImagePlugin import PngImageFile
 
 from petseg import data as data_module
 from petseg.data import (
+    KEY_LENGTH,
     Layout,
     Pair,
     Split,
@@ -24,6 +25,7 @@ from petseg.data import (
     find_listed,
     listed_validation,
     locate,
+    photo_key,
     read_pair,
     read_trimap,
     usable,
@@ -318,23 +320,104 @@ def test_a_mask_of_numbered_classes_is_refused(tmp_path: Path, values: list[int]
         read_trimap(pair)
 
 
-def test_a_mask_of_classes_within_a_white_outline_is_refused(tmp_path: Path) -> None:
-    mask = np.zeros((40, 40), np.uint8)
-    mask[9:31, 9:31] = 255
-    mask[10:30, 10:30] = 1
+def filled(*areas: tuple[int, int, int]) -> np.ndarray:
+    """A mask of 96 x 96, black but for squares; of each its half side and its value, around one column."""
+    mask = np.zeros((96, 96), np.uint8)
+    for column, half, value in areas:
+        mask[48 - half : 48 + half, max(column - half, 0) : column + half] = value
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("mask", "named"),
+    [
+        (filled((48, 21, 255), (48, 20, 1)), "1"),  # within an outline
+        (filled((48, 17, 255), (48, 12, 8)), "8"),  # an index mask with a void
+        (filled((24, 16, 85), (72, 16, 170)), "85, 170"),
+        (filled((48, 30, 128), (48, 20, 255)), "128"),  # a trimap for matting
+        (filled((48, 48, 170), (48, 30, 85), (48, 20, 255)), "85, 170"),
+        (filled(*((column, 48, 100 + column) for column in range(92, 0, -8)), (40, 8, 17)), "17, 104, .*, ..."),
+    ],
+)
+def test_a_mask_whose_areas_are_of_classes_is_refused(tmp_path: Path, mask: np.ndarray, named: str) -> None:
     pair = trimap_pair(tmp_path, mask, Layout.FOLDER)
-    with pytest.raises(DataError, match=r"mask\.png: most of this mask that is not black is 1; black for"):
+    with pytest.raises(
+        DataError, match=rf"mask\.png: much of this mask .* values {named}, as of numbered.*make the pet"
+    ):
         read_trimap(pair)
 
 
-def test_soft_edges_and_what_jpeg_leaves_are_no_classes(tmp_path: Path) -> None:
-    mask = np.zeros((64, 64), np.uint8)
-    mask[30:34, 20:44] = 255
-    soft = Image.fromarray(mask).resize((50, 50), Image.Resampling.BICUBIC)
-    for name, options in (("soft.png", {}), ("soft.jpg", {"quality": 30})):
-        soft.save(tmp_path / name, **options)
-        pair = Pair("soft", tmp_path / "photo.png", tmp_path / name, Layout.FOLDER)
-        assert 40 < (read_trimap(pair) == PET).sum() < 120
+def test_classes_in_a_jpeg_are_refused(tmp_path: Path) -> None:
+    pair = dataclasses.replace(trimap_pair(tmp_path, None, Layout.FOLDER), mask=tmp_path / "mask.jpg")
+    Image.fromarray(filled((24, 16, 100), (72, 16, 200))).save(pair.mask, quality=75)
+    with pytest.raises(DataError, match="values 100, 200, as of numbered classes"):
+        read_trimap(pair)
+
+
+@pytest.mark.parametrize("radius", [3, 9, 30])
+@pytest.mark.parametrize(
+    "file", ["4x4.png", "2x2.png", "bilinear.png", "soft.png", "10.jpg", "50.jpg", "10.webp", "75.webp"]
+)
+def test_soft_edges_and_what_is_lost_are_no_classes(tmp_path: Path, radius: int, file: str) -> None:
+    y, x = np.mgrid[:384, :384] / 4
+    fine = Image.fromarray(((np.hypot(y - 48, x - 48) < radius) * 255).astype(np.uint8))
+    hard = fine.resize((96, 96), Image.Resampling.NEAREST)
+    name, _, suffix = file.partition(".")
+    made = {
+        "4x4": fine.resize((96, 96), Image.Resampling.BOX),
+        "2x2": fine.resize((192, 192), Image.Resampling.NEAREST).resize((96, 96), Image.Resampling.BOX),
+        "bilinear": hard.resize((48, 48), Image.Resampling.NEAREST).resize((96, 96), Image.Resampling.BILINEAR),
+        "soft": hard.filter(ImageFilter.GaussianBlur(radius / 3)),
+    }
+    path = tmp_path / f"mask.{suffix}"
+    made.get(name, hard).save(path, **({"quality": int(name)} if name.isdigit() else {}))
+    read = read_trimap(Pair("mask", path, path, Layout.FOLDER)) == PET
+    assert read.sum() == pytest.approx(np.pi * radius**2, rel=0.35)
+
+
+SOFT = np.linspace(0, 1, 64)[None].repeat(48, axis=0)
+HARD = (SOFT > 0.5).astype(np.float64)
+
+
+@pytest.mark.parametrize(
+    ("form", "white"),
+    [(form, white) for form in ("u2.png", "u2.tif", "i4.tif") for white in (65535, 255, 1)]
+    + [("f4.tif", white) for white in (1, 255)],
+)
+@pytest.mark.parametrize("soft", [True, False])
+def test_a_mask_of_16_bits_or_of_fractions_is_scaled(tmp_path: Path, form: str, white: int, soft: bool) -> None:
+    dtype, _, suffix = form.partition(".")
+    path = tmp_path / f"mask.{suffix}"
+    values = (white * (SOFT if soft else HARD)).round(3 if dtype == "f4" else 0)
+    Image.fromarray(values.astype(dtype)).save(path)
+    pet = read_trimap(Pair("mask", path, path, Layout.FOLDER)) == PET
+    assert np.array_equal(pet, HARD > 0)
+    Image.fromarray((0 * HARD).astype(dtype)).save(path)
+    assert (read_trimap(Pair("mask", path, path, Layout.FOLDER)) == BACKGROUND).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.array([[0, 4095]], np.uint16), "larger integers from 0 to 4095, where 0 to 65535 or"),
+        (np.array([[0, 70000]], np.int32), "larger integers from 0 to 70000"),
+        (np.array([[-1, 255]], np.int32), "larger integers from -1 to 255"),
+        (np.array([[-0.5, 1]], np.float32), "fractions from -0.5 to 1, where 0 to 1 or 0 to 255"),
+        (np.array([[0, 65535]], np.float32), "fractions from 0 to 65535"),
+        (np.array([[0, np.nan]], np.float32), "fractions from nan to nan"),
+    ],
+)
+def test_a_mask_of_another_range_is_refused(tmp_path: Path, values: np.ndarray, said: str) -> None:
+    path = tmp_path / "mask.tif"
+    Image.fromarray(values).save(path)
+    with pytest.raises(DataError, match=rf"mask\.tif: a mask of {said}.*: save it with 8 bits"):
+        read_trimap(Pair("mask", path, path, Layout.FOLDER))
+
+
+def test_one_light_colour_on_black_is_the_pet(tmp_path: Path) -> None:
+    mask = np.zeros((48, 48, 3), np.uint8)
+    mask[10:30, 10:30] = (0, 255, 0)
+    assert (read_trimap(trimap_pair(tmp_path, mask, Layout.FOLDER)) == PET).sum() == 400
 
 
 def test_a_mask_in_the_alpha_channel_is_refused_and_an_opaque_one_is_taken(tmp_path: Path) -> None:
@@ -439,6 +522,66 @@ def test_a_mask_of_the_photo_before_its_camera_turned_it_is_refused(oxford_copy:
     Image.fromarray(np.ones((48, 64), np.uint8)).save(pair.mask)
     with pytest.raises(DataError, match="photo 48 x 64, mask 64 x 48"):
         read_pair(pair)
+
+
+def test_a_photo_has_the_same_key_wherever_its_folder_lies_and_another_one_another(
+    folder_root: Path, folder_copy: Path
+) -> None:
+    pairs = find(folder_root, Split.TRAINVAL)
+    keys = [photo_key(pair) for pair in pairs]
+    assert keys == [photo_key(pair) for pair in find(folder_copy, Split.TRAINVAL)]
+    assert len({*keys}) == len(pairs)
+    assert {len(key or "") for key in keys} == {KEY_LENGTH}
+    same_name = find(folder_copy, Split.TRAINVAL)[0]
+    same_name.image.write_bytes(pairs[0].image.read_bytes() + b"\n")
+    assert photo_key(same_name) != keys[0]
+    same_name.image.unlink()
+    assert photo_key(same_name) is None
+
+
+def turned_pair(root: Path, photo: int, mask: int, shape: tuple[int, int]) -> tuple[Pair, np.ndarray]:
+    """A pair stored alike, with an EXIF orientation each (1: none), and its truth as it is stored."""
+    pair, truth = find(root, Split.TEST)[0], np.zeros(shape, np.uint8)
+    truth[2:20, 4:12] = 255
+    for path, turn in ((pair.image, photo), (pair.mask, mask)):
+        exif = Image.Exif()
+        if turn != 1:
+            exif[0x0112] = turn
+        Image.fromarray(truth).save(path, exif=exif)
+    return pair, truth
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("shape", [(48, 48), (40, 56)])
+def test_a_mask_is_turned_as_its_own_exif_says(folder_copy: Path, turn: int, shape: tuple[int, int]) -> None:
+    pair, _ = turned_pair(folder_copy, turn, turn, shape)
+    photo, trimap = read_pair(pair)
+    assert np.array_equal(photo[..., 0] > 127, trimap == PET)
+    assert not check([pair]).orientation_unsure
+
+
+@pytest.mark.parametrize(
+    ("photo", "shape", "unsure"),
+    [(1, (48, 48), False), (3, (40, 56), True), (2, (40, 56), True), (6, (48, 48), True)],
+)
+def test_a_mask_that_may_lie_another_way_than_its_photo_is_named(
+    folder_copy: Path, photo: int, shape: tuple[int, int], unsure: bool
+) -> None:
+    pair, truth = turned_pair(folder_copy, photo, 1, shape)
+    report = check([pair])
+    said = f"{pair.name}: the photo's EXIF orientation is {photo}, {pair.mask.name} has none"
+    assert [line.startswith(said) for line in report.orientation_unsure] == [True] * unsure
+    assert report.usable
+    assert np.array_equal(read_pair(pair)[1] == PET, truth > 0), "a mask without a tag lies as it is"
+
+
+def test_an_upright_mask_of_a_photo_that_its_camera_turned_is_right(folder_copy: Path) -> None:
+    pair, truth = turned_pair(folder_copy, 6, 1, (40, 56))
+    Image.fromarray(np.rot90(truth, -1)).save(pair.mask)
+    photo, trimap = read_pair(pair)
+    assert np.array_equal(photo[..., 0] > 127, trimap == PET)
+    report = check([pair])
+    assert (report.orientation_unsure, report.usable) == ([], True)
 
 
 def test_photos_are_decoded_at_the_same_time_and_come_in_order(

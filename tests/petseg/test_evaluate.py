@@ -18,15 +18,17 @@ from torch import nn
 
 from petseg import plots
 from petseg.checkpoint import save_checkpoint
-from petseg.data import Layout, Pair, Split, find
+from petseg.data import Layout, Pair, Split, find, photo_key
 from petseg.evaluate import (
     Evaluation,
     OpenedModel,
+    doubt_about,
     evaluate,
     is_split_of,
     listed_by,
     open_model,
     split_of,
+    train_keys,
     trained_on,
     write_evaluation,
 )
@@ -403,6 +405,27 @@ def test_what_was_trained_on_is_known_though_the_listing_is_another_now(folder_c
         assert trained_on({"data": data}, folder_copy, pairs) == parts[Split.TRAIN]
         assert trained_on({"data": data}, folder_copy, parts[Split.VAL]) == []
     assert trained_on({"data": {**data, "val_names": ["own_01"]}}, folder_copy, pairs) == [], "it is of other photos"
+
+
+def test_photos_of_the_training_are_known_though_the_folder_holds_others_too(folder_copy: Path) -> None:
+    trained, others = find(folder_copy, Split.TRAINVAL)[:3], find(folder_copy, Split.TRAINVAL)[3:]
+    data: dict[str, Any] = {"names_sha256": "0" * 64, "val_fraction": 0.1, "split_seed": 0, "skipped_without_pet": []}
+    assert trained_on({"data": data}, folder_copy, trained) == [], "a file of before says no more"
+    told = {"data": {**data, "train_keys": "".join(photo_key(pair) or "" for pair in trained)}}
+    assert trained_on(told, folder_copy, [*others, *trained]) == trained
+    assert trained_on(told, folder_copy / "images", trained) == trained, "whatever the folder is"
+    said = "the model was trained on 3 of the 3 photos of test"
+    assert doubt_about(told, folder_copy, {Split.TEST: trained}, Split.TEST, None, None) == said
+    assert doubt_about(told, folder_copy, {Split.TEST: others}, Split.TEST, None, None) is None
+    parts = {Split.TRAIN: others, Split.VAL: trained}
+    val = doubt_about(told, folder_copy, parts, Split.VAL, 0.1, 0) or ""
+    assert val.startswith("val, 0.1 of trainval by seed 0, is not what the model was validated on: ")
+    assert val.endswith("; the model was trained on 3 of the 3 photos of val")
+
+
+@pytest.mark.parametrize("keys", [None, 5, [], {}, ["abcdef"]])
+def test_keys_that_are_none_are_of_no_photo(keys: object) -> None:
+    assert train_keys({"data": {"train_keys": keys}}) == train_keys({}) == frozenset()
 
 
 def opening(path: Path, device: str = "cpu") -> None:

@@ -58,6 +58,7 @@ def test_a_record_says_what_was_run_and_what_it_reached(finished: Trainer) -> No
     assert found["config"] == to_dict(finished.config)
     assert found["data"]["train_photos"] == 22
     assert found["data"]["names_sha256"] == finished.meta["data"]["names_sha256"]
+    assert finished.meta["data"].keys() - found["data"].keys() == {"train_keys"}
     assert found["best"] == max(rows, key=lambda row: row.val_iou).as_dict()
     assert found["warnings"] == finished.warnings == finished.photos.warnings
     assert len(found["warnings"]) == 1, "two photos to validate on are few"

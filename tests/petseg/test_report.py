@@ -300,6 +300,24 @@ def test_the_data_sets_own_list_of_species_is_believed(make: Maker, oxford_root:
     assert [(r["name"], r["species"]) for r in made.values["breeds"]] == [("pet", "cat")]
 
 
+@pytest.mark.parametrize(("own", "oxfords"), [(True, False), (False, True)])
+def test_the_rights_are_said_of_oxfords_photos_alone(
+    make: Maker, pairs: list[Pair], folder_root: Path, own: bool, oxfords: bool
+) -> None:
+    text = make(find(folder_root, Split.TEST) if own else pairs[:4]).page.text
+    assert ("CC BY-SA" in text) is oxfords
+    assert ("belong to their data set" in text) is oxfords
+
+
+@pytest.mark.parametrize(("cutout", "said"), [(0.3, True), (0.6, False), (None, False)])
+def test_two_thresholds_are_explained_where_there_are_two(
+    make: Maker, pairs: list[Pair], cutout: float | None, said: bool
+) -> None:
+    text = make(pairs[:4], model=dataclasses.replace(MODEL, cutout_threshold=cutout)).page.text
+    assert ("two of its own: one for masks , which" in text) is said
+    assert "Thresholds are chosen on validation photos" in text
+
+
 def test_a_folder_of_ones_own_has_no_breeds(make: Maker, folder_root: Path) -> None:
     made = make(find(folder_root, Split.TEST))
     assert made.values["breeds"] == made.values["species"] == []

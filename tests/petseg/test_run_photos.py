@@ -13,7 +13,9 @@ from PIL import Image
 
 from petseg.checkpoint import load
 from petseg.data import Split, find
+from petseg.evaluate import is_split_of
 from petseg.log import LOG
+from petseg.metrics import BACKGROUND, PET
 from petseg.run_photos import FEW, workers_of
 from petseg.run_state import BEST, LAST
 from petseg.train import Trainer
@@ -28,6 +30,22 @@ def test_photos_without_pet_are_announced_and_recorded(oxford_copy: Path, tmp_pa
     trainer = Trainer(tiny(), oxford_copy, tmp_path / "out", device=CPU, observer=observer)
     assert trainer.meta["data"]["skipped_without_pet"] == ["pet_05"]
     assert any("pet_05" in message for message in observer.messages)
+
+
+def test_photos_whose_pet_is_lost_at_the_training_size_are_left_out_and_named(
+    oxford_copy: Path, tmp_path: Path
+) -> None:
+    trimap = np.full((64, 64), BACKGROUND, np.uint8)
+    trimap[20, 20] = PET
+    Image.fromarray(trimap).save(oxford_copy / "annotations" / "trimaps" / "pet_05.png")
+    observer = Recorder()
+    trainer = Trainer(tiny("data.height=16", "data.width=32"), oxford_copy, tmp_path, device=CPU, observer=observer)
+    assert "left out, because at 16x32 nothing is left of their pet: pet_05" in observer.messages
+    assert "pet_05" not in trainer.photos.train.names
+    about = trainer.meta["data"]
+    assert (about["skipped_without_pet"], about["skipped_too_small"]) == ([], ["pet_05"])
+    parts = (find(oxford_copy, split, val_fraction=0.1) for split in (Split.TRAIN, Split.VAL))
+    assert is_split_of(trainer.meta, *parts)
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from petseg import checkpoint
 from petseg.checkpoint import load, save_checkpoint
 from petseg.config import to_dict
+from petseg.data import Split, find, read_trimap
 from petseg.log import LOG
+from petseg.metrics import PET
 from petseg.record import record
 from petseg.run_state import BEST, LAST, QUICK_SAVE, RunState, StateFile
 from petseg.train import Trainer
@@ -233,6 +236,30 @@ def test_other_photos_are_refused_on_resume(oxford_copy: Path, whole: Run) -> No
     listing.write_text("".join(line for line in listing.read_text().splitlines(True) if "pet_07" not in line))
     with pytest.raises(TrainingError, match="other photos"):
         Trainer(tiny(), oxford_copy, whole.folder, device=CPU, resume=True)
+
+
+@pytest.mark.parametrize("split", [Split.TRAIN, Split.VAL])
+def test_other_masks_are_refused_on_resume_and_named(
+    oxford_copy: Path, tmp_path: Path, whole: Run, split: Split
+) -> None:
+    changed = find(oxford_copy, split, val_fraction=0.1)[1]
+    trimap = read_trimap(changed)
+    Image.fromarray(trimap).save(changed.mask, optimize=True)  # another file, and the same mask
+    Trainer(tiny(), oxford_copy, Path(shutil.copytree(whole.folder, tmp_path / "same")), device=CPU, resume=True)
+    trimap[:2] = PET
+    Image.fromarray(trimap).save(changed.mask)
+    said = rf"the masks of 1 photos are not what they were .*\({changed.name}\): put them back, or .* --init .*{LAST}"
+    with pytest.raises(TrainingError, match=said):
+        Trainer(tiny(), oxford_copy, whole.folder, device=CPU, resume=True)
+
+
+def test_a_state_of_before_masks_were_kept_goes_on(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+    last = whole.last
+    assert {part: len(names) for part, names in last.meta["masks"].items()} == {"train": 22, "val": 2}
+    assert "masks" not in whole.best.meta
+    assert whole.best.meta["data"]["masks_sha256"] == record(whole.trainer)["data"]["masks_sha256"]
+    save_checkpoint(tmp_path / LAST, last.tensors, {k: v for k, v in last.meta.items() if k != "masks"})
+    assert Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True).state.step == EPOCHS * PER_EPOCH
 
 
 def test_a_folder_that_holds_a_run_is_refused(oxford_root: Path, whole: Run) -> None:

@@ -36,7 +36,16 @@ from petseg.run_state import BEST, LAST
 from petseg.schedule import learning_rate
 from petseg.train import Trainer
 from petseg.train_set import EpochSampler
-from petseg_runtime.errors import DataError, EngineError, NonFiniteLoss, OutputError, TrainingError, UsageError
+from petseg_runtime.errors import (
+    CheckpointError,
+    DataError,
+    EngineError,
+    ModelError,
+    NonFiniteLoss,
+    OutputError,
+    TrainingError,
+    UsageError,
+)
 from petseg_runtime.signals import EXITS
 from petseg_runtime.spec import lowest_pet
 from tiny_runs import (
@@ -634,6 +643,37 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_the_weights_move(
 
 
 # precision
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "error", "said"),
+    [
+        ({"init": "gone.safetensors"}, [], CheckpointError, r"gone\.safetensors: no such file"),
+        ({"init": "text.safetensors"}, [], CheckpointError, r"text\.safetensors: not a readable"),
+        ({"teacher": "gone.safetensors"}, [], CheckpointError, r"gone\.safetensors: no such file"),
+        ({"teacher": "gone.onnx"}, [], ModelError, r"gone\.onnx"),
+        ({"teacher": "text.onnx"}, [], ModelError, r"text\.onnx"),
+        ({"resume": True}, ["seed=1"], TrainingError, "other settings: seed was 0, now 1"),
+        ({}, ["batch=23"], DataError, "22 photos to train on, but a batch takes 23: use a smaller"),
+    ],
+)
+def test_a_mistake_in_the_arguments_is_told_before_photos_are_read(
+    oxford_root: Path,
+    tmp_path: Path,
+    whole: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, Any],
+    settings: list[str],
+    error: type[Exception],
+    said: str,
+) -> None:
+    for name in ("text.safetensors", "text.onnx"):
+        (tmp_path / name).write_text("no model")
+    folder = whole.folder if "resume" in given else tmp_path / "out"
+    options = {name: tmp_path / value if isinstance(value, str) else value for name, value in given.items()}
+    monkeypatch.setattr("petseg.data._read_photo", lambda *_: pytest.fail("a photo was read"))
+    with pytest.raises(error, match=said):
+        Trainer(tiny(*settings), oxford_root, folder, device=CPU, **options)
 
 
 def test_fp16_on_a_cpu_is_refused(oxford_root: Path, tmp_path: Path) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from petseg.checkpoint import load, save_checkpoint
-from petseg.data import Split, find
+from petseg.data import Split, find, photo_key
+from petseg.evaluate import train_keys
 from petseg.model import AttentionUNet, AttentionUNetConfig
-from petseg.run_state import BEST
+from petseg.record import record
+from petseg.run_state import BEST, LAST
 from petseg.train import Trainer
 from petseg_runtime.errors import CheckpointError, TrainingError
-from tiny_runs import CPU, Recorder, Run, same_tensors, tiny
+from tiny_runs import CPU, Recorder, Run, at, same_tensors, tiny
 
 
 def test_init_starts_from_the_weights_of_a_checkpoint(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
@@ -24,6 +28,22 @@ def test_init_starts_from_the_weights_of_a_checkpoint(oxford_root: Path, tmp_pat
     assert trainer.state.step == 0
     trainer.fit()
     assert trained.losses[0] < whole.observer.losses[0]
+
+
+def test_the_weights_that_a_run_began_with_are_on_record_also_once_it_is_resumed(
+    oxford_root: Path, tmp_path: Path, whole: Run
+) -> None:
+    assert "init" not in whole.best.meta
+    assert record(whole.trainer)["init"] is None
+    begun = {"file": BEST, "identity": whole.best.sha256}
+    stop = Recorder(at_step=at(7, lambda: signal.raise_signal(signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(tiny(), oxford_root, tmp_path, device=CPU, init=whole.folder / BEST, observer=stop).fit()
+    assert load(tmp_path / BEST).meta["init"] == begun
+    resumed = Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
+    resumed.fit()
+    assert [load(tmp_path / name).meta["init"] for name in (BEST, LAST)] == [begun, begun]
+    assert record(resumed)["init"] == begun
 
 
 def test_init_of_another_width_or_damaged_is_refused(oxford_root: Path, tmp_path: Path) -> None:
@@ -71,6 +91,43 @@ def test_weights_of_a_share_are_refused_where_a_listing_divides(folder_copy: Pat
     with pytest.raises(TrainingError, match=r"trained on 1 of the 1 photos.* list in val\.txt") as told:
         Trainer(tiny("epochs=1"), folder_copy, tmp_path / "other", device=CPU, init=best)
     assert "--set" not in str(told.value)
+
+
+def test_weights_that_have_seen_the_validation_photos_are_refused_though_the_folder_has_changed(
+    folder_copy: Path, tmp_path: Path
+) -> None:
+    config = tiny("epochs=1", "data.val_fraction=0.4")
+    best = Trainer(config, folder_copy, tmp_path / "run", device=CPU).fit()
+    for part in ("images", "masks"):
+        shutil.copy(folder_copy / part / "own_00.png", folder_copy / part / "added.png")
+    said = r"trained on \d of the 4 photos.* list in val\.txt .* or others that it has not seen"
+    with pytest.raises(TrainingError, match=said):  # the same share and seed choose others now
+        Trainer(config, folder_copy, tmp_path / "other", device=CPU, init=best)
+    (folder_copy / "val.txt").write_text("added\n")
+    Trainer(tiny("epochs=1"), folder_copy, tmp_path / "other", device=CPU, init=best)
+
+
+def test_weights_that_have_seen_test_photos_are_warned_of_and_what_they_saw_is_carried_along(
+    folder_copy: Path, tmp_path: Path
+) -> None:
+    listing = folder_copy / "test.txt"
+    was = listing.read_text()
+    listing.write_text("own_00\n")
+    first = load(Trainer(tiny("epochs=1"), folder_copy, tmp_path / "first", device=CPU).fit())
+    assert len(train_keys(first.meta)) == 10
+    listing.write_text(was)
+    (folder_copy / "val.txt").write_text("own_00\n")
+    stop = Recorder(at_step=at(1, lambda: signal.raise_signal(signal.SIGINT)))
+    begun = Trainer(
+        tiny("epochs=1"), folder_copy, tmp_path / "run", device=CPU, init=tmp_path / "first" / BEST, observer=stop
+    )
+    assert [w for w in begun.warnings if re.search(r"it was trained on [23] of the 3 test photos", w)]
+    with pytest.raises(KeyboardInterrupt):
+        begun.fit()
+    last = load(Trainer(tiny("epochs=1"), folder_copy, tmp_path / "run", device=CPU, resume=True).fit())
+    own = {photo_key(pair) for pair in find(folder_copy, Split.TRAIN)}
+    assert train_keys(last.meta) == train_keys(begun.meta) == train_keys(first.meta) | own
+    assert train_keys(first.meta) - own, "a resumed run alone would know its own only"
 
 
 def test_a_resumed_run_does_not_read_the_weights_that_it_began_with(
