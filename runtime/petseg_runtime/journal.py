@@ -267,10 +267,11 @@ class Journal:
             source = self._resolved(source)
             has_value = line.get("value") is not None
             self._done[name] = _Note(source, line.get("bytes"), suffix, has_value, offset, length)
-        elif not is_own and line.get("value") is None and (ours := self._done.get(name)):
-            elsewhere = None not in (ours.suffix, suffix) and ours.suffix != suffix
-            if not ours.has_value and not elsewhere:
-                del self._done[name]
+            return
+        ours = self._done.get(name)
+        wrote_a_file = not is_own and suffix is not None
+        if wrote_a_file and ours and not ours.has_value and suffix == (ours.suffix or suffix):
+            del self._done[name]
 
     def _resolved(self, source: list[Any]) -> list[Any]:
         """A photo as it was noted, by its real path: earlier versions noted it as it was typed."""

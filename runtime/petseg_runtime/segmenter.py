@@ -266,7 +266,8 @@ class Segmenter:
             An iterator and context manager; its ``counts`` say where frames went.
 
         Raises:
-            UsageError: A policy that there is not, or a value out of range.
+            UsageError: A policy that there is not, or a value out of range; or the URL of a photo (of a camera whose
+                URL looks like one, give the :class:`~petseg_runtime.sources.Origin`, with options for FFmpeg).
             InputError: A source that has an end cannot be opened.
         """
         from petseg_runtime.video.live import open_frames  # FFmpeg is loaded for those who read videos

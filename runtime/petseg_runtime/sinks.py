@@ -218,16 +218,21 @@ def render_of(kind: str, background: Background | None = None) -> Callable[[Segm
     return renders[kind]
 
 
+#: Pixels of a photo up to which a background that was made to fit it is kept for the next: four of them are 48 MB.
+_KEPT: Final = 4_000_000
+
+
 def _before(background: Background) -> Callable[[Segmentation], Image.Image]:
     if isinstance(background, tuple):
         return lambda result: result.on_background(background)
     # To fit a picture of 12 megapixels takes longer than all else that is done to a small photo. The photos of most
-    # folders are of few sizes: two cameras' or phones', each upright and on its side.
+    # folders are of few sizes: two cameras' or phones', each upright and on its side. Of large ones it is a small part.
     once = functools.lru_cache(4)(functools.partial(fitted, background))
 
     def render(result: Segmentation) -> Image.Image:
         height, width = result.probability.shape
-        return result.before(once((width, height), result.icc_profile))
+        fit = once if height * width <= _KEPT else functools.partial(fitted, background)
+        return result.before(fit((width, height), result.icc_profile))
 
     return render
 

@@ -213,7 +213,8 @@ def record(artifact: Artifact, done: Verification) -> dict[str, Any]:
         "petseg": __version__,
         "host": {
             **dataclasses.asdict(hosts.host()),
-            "nvidia_gpus": [dataclasses.asdict(gpu) for gpu in hosts.gpus()],
+            "nvidia_gpus": hosts.nvidia_gpus(),
+            "gpus": [dataclasses.asdict(gpu) for gpu in hosts.gpus()],
         },
         "device": hosts.identity(),
     }
@@ -342,7 +343,9 @@ def _change(result: dict[str, Any]) -> str:
 
 def _other_gpu(was: dict[str, Any], devices: Set[str]) -> str:
     """Which of these GPUs is another one here than in the x-ray of a result; "" if none is."""
-    told = was.get("nvidia_gpus")  # of an earlier version: how many there are, and no more
+    if not devices:  # asking the driver takes a while
+        return ""
+    told = was.get("gpus")  # an earlier version told how many there are, and no more
     then = {_index(gpu): _kind_of(gpu) for gpu in told} if isinstance(told, list) else {}
     here = {f"cuda:{gpu.index}": _kind_of(dataclasses.asdict(gpu)) for gpu in hosts.gpus()}
     for device in sorted(devices):

@@ -920,7 +920,7 @@ def test_a_run_goes_on_however_its_folder_is_spelled(
         (["--format", "webp"], "format was 'png', now 'webp'"),
         (["--cutout-threshold", "0.9"], "cutout_threshold was 0.5, now 0.9"),
         (["--min-area", "0.25"], "min_area was 0.0, now 0.25"),
-        (["--keep-doubtful"], "keep_doubtful was False, now True"),
+        (["--keep-doubtful"], "doubtful was 'left out', now None"),
         (["--background", "white"], "background was None, now [255, 255, 255]"),
         (["--backend", "openvino"], "engine was 'onnxruntime "),
         (["--model", "other.onnx"], "model was '"),
@@ -1729,7 +1729,8 @@ def test_the_result_says_what_was_found_of_which_file_where_and_when(proven: Art
     assert result["petseg"] == __version__
     assert result["date"].endswith("+00:00")
     assert result["host"]["cpu"] == json.loads(json.dumps(dataclasses.asdict(host.host().cpu)))
-    assert result["host"]["nvidia_gpus"] == [dataclasses.asdict(gpu) for gpu in host.gpus()]
+    assert result["host"]["gpus"] == [dataclasses.asdict(gpu) for gpu in host.gpus()]
+    assert result["host"]["nvidia_gpus"] == host.nvidia_gpus()
     assert result["spec"] == json.loads(proven.spec.to_json())
     assert [row["precision"] for row in result["rows"]] == ["f32"]
     assert "schema_version" in result
@@ -2018,12 +2019,12 @@ def test_what_was_verified_on_another_gpu_is_not_shown(
     on_cpu = json.loads(path.read_text(encoding="utf-8"))
     result["rows"][0]["device"] = "cuda:0"
     for one in (result, on_cpu):
-        one["host"]["nvidia_gpus"] = told
+        one["host"]["gpus"] = told
     path.write_text(json.dumps({**result, "others": [on_cpu]}))
     monkeypatch.setattr(host, "gpus", lambda: here)
     assert run(["info", str(proven.path)]) == 0
     out = capsys.readouterr().out
-    assert ("verified here  smoke, 4 photos, passed" in out) is not said
+    assert ("verified here  smoke, 4 photos, passed" in out) is (not said)
     assert (f"verified here  {path.name}: {said}" in out) is bool(said)
     path.write_text(json.dumps(on_cpu))
     assert run(["info", str(proven.path)]) == 0

@@ -646,7 +646,7 @@ def _settings(segmenter: Segmenter) -> dict[str, Any]:
         "threshold": segmenter.threshold,
         "cutout_threshold": segmenter.cutout_threshold,
         "min_area": segmenter.min_area,
-        "keep_doubtful": segmenter.keep_doubtful,
+        "doubtful": None if segmenter.keep_doubtful else "left out",
         "engine": f"{engine.name} {engine.version} on {engine.device}, {engine.precision}",
     }
 
