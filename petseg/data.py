@@ -95,6 +95,8 @@ MOST_NAMED: Final = 8
 
 #: Characters of a photo's key: a checkpoint and the files that are exported from it keep one for each photo.
 KEY_LENGTH: Final = 6
+#: Bytes of a photo's file, from its middle, that its key is made of.
+KEY_BYTES: Final = 4096
 
 #: Threads that decode photos; disks and the memory gain nothing from more.
 MAX_READERS = 16
@@ -319,16 +321,23 @@ def mask_digest(trimap: U8) -> str:
 
 
 def photo_key(pair: Pair) -> str | None:
-    """What tells a photo among others wherever its folder lies: a digest of its name and of its file's size.
+    """What tells a photo among others wherever its folder lies: a digest of its name, its file's size and its middle.
 
     ``KEY_LENGTH`` characters of 6 bits, so that of 4000 photos and 4000 others one pair in four thousand runs is taken
-    for the same. (A name alone, like ``001``, is that of many photos.) None: there is no such file.
+    for the same. (A name alone, like ``001``, is that of many photos; and files that are not compressed have one size
+    for all photos of a camera.) None: there is no such file, or none that can be read.
     """
     try:
         size = pair.image.stat().st_size
+        if not pair.image.is_file():  # reading a pipe would wait
+            return None
+        with pair.image.open("rb") as file:
+            file.seek(max(0, (size - KEY_BYTES) // 2))
+            middle = file.read(KEY_BYTES)
     except OSError:
         return None
-    return base64.urlsafe_b64encode(hashlib.sha256(encoded(f"{pair.name}/{size}")).digest())[:KEY_LENGTH].decode()
+    digest = hashlib.sha256(encoded(f"{pair.name}/{size}/") + middle).digest()
+    return base64.urlsafe_b64encode(digest)[:KEY_LENGTH].decode()
 
 
 def _listing(folder: Path, split: Split) -> Path:

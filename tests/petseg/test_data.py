@@ -539,6 +539,23 @@ def test_a_photo_has_the_same_key_wherever_its_folder_lies_and_another_one_anoth
     assert photo_key(same_name) is None
 
 
+def test_photos_of_one_name_and_one_file_size_have_keys_of_their_own(tmp_path: Path) -> None:
+    """As frames of videos that are not compressed."""
+    keys = set()
+    for grey in (40, 90):
+        path = tmp_path / f"{grey}" / "frame_0001.bmp"
+        path.parent.mkdir()
+        Image.new("RGB", (64, 48), (grey, 0, 0)).save(path)
+        keys.add((path.stat().st_size, photo_key(Pair("frame_0001", path, path, Layout.FOLDER))))
+    assert len({size for size, _ in keys}) == 1
+    assert len({key for _, key in keys}) == 2
+
+
+def test_what_is_no_regular_file_has_no_key_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "photo.bmp")
+    assert photo_key(Pair("photo", tmp_path / "photo.bmp", tmp_path / "mask.png", Layout.FOLDER)) is None
+
+
 def turned_pair(root: Path, photo: int, mask: int, shape: tuple[int, int]) -> tuple[Pair, np.ndarray]:
     """A pair stored alike, with an EXIF orientation each (1: none), and its truth as it is stored."""
     pair, truth = find(root, Split.TEST)[0], np.zeros(shape, np.uint8)
