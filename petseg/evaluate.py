@@ -305,7 +305,8 @@ def doubt_about(
         seed: The seed that chose it, likewise.
     """
     found: list[str] = []
-    if split in (Split.TRAIN, Split.VAL):
+    # Keys say of each photo whether it was trained on; without them there is only how the folder is divided.
+    if split is Split.TRAIN or (split is Split.VAL and not train_keys(provenance)):
         found += _another_val(provenance, parts[Split.TRAIN], parts[Split.VAL], fraction, seed)
     if split in (Split.VAL, Split.TEST) and (seen := trained_on(provenance, root, parts[split])):
         found.append(f"the model was trained on {len(seen)} of the {len(parts[split])} photos of {split}")
