@@ -336,7 +336,7 @@ def filled(*areas: tuple[int, int, int]) -> np.ndarray:
         (filled((24, 16, 85), (72, 16, 170)), "85, 170"),
         (filled((48, 30, 128), (48, 20, 255)), "128"),  # a trimap for matting
         (filled((48, 48, 170), (48, 30, 85), (48, 20, 255)), "85, 170"),
-        (filled(*((column, 48, 100 + column) for column in range(92, 0, -8)), (40, 8, 17)), "17, 104, .*, ..."),
+        (filled(*((column, 48, 100 + column) for column in range(92, 0, -8)), (40, 8, 30)), "30, 104, .*, ..."),
     ],
 )
 def test_a_mask_whose_areas_are_of_classes_is_refused(tmp_path: Path, mask: np.ndarray, named: str) -> None:
@@ -399,8 +399,8 @@ def test_a_mask_of_16_bits_or_of_fractions_is_scaled(tmp_path: Path, form: str, 
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        (np.array([[0, 4095]], np.uint16), "larger integers from 0 to 4095, where 0 to 65535 or"),
-        (np.array([[0, 70000]], np.int32), "larger integers from 0 to 70000"),
+        (np.array([[0, 9, 4095]], np.uint16), "larger integers from 0 to 4095, where 0 to 65535 or"),
+        (np.array([[0, 9, 70000]], np.int32), "larger integers from 0 to 70000"),
         (np.array([[-1, 255]], np.int32), "larger integers from -1 to 255"),
         (np.array([[-0.5, 1]], np.float32), "fractions from -0.5 to 1, where 0 to 1 or 0 to 255"),
         (np.array([[0, 65535]], np.float32), "fractions from 0 to 65535"),
@@ -412,6 +412,80 @@ def test_a_mask_of_another_range_is_refused(tmp_path: Path, values: np.ndarray, 
     Image.fromarray(values).save(path)
     with pytest.raises(DataError, match=rf"mask\.tif: a mask of {said}.*: save it with 8 bits"):
         read_trimap(Pair("mask", path, path, Layout.FOLDER))
+
+
+@pytest.mark.parametrize("white", [256, 1000, 4095, 32767])
+def test_two_larger_integers_are_black_and_white(tmp_path: Path, white: int) -> None:
+    path = tmp_path / "mask.png"
+    Image.fromarray((white * HARD).astype(np.uint16)).save(path)
+    assert np.array_equal(read_trimap(Pair("mask", path, path, Layout.FOLDER)) == PET, HARD > 0)
+
+
+def blob(size: int, share: float, shift: int = 0) -> Image.Image:
+    """A mask in black and white of an outline that is neither straight nor round, around the middle."""
+    y, x = np.mgrid[:size, :size] - size / 2
+    angle = np.arctan2(y, x - shift)
+    radius = share * size * (1 + 0.15 * np.sin(3 * angle) + 0.08 * np.sin(7 * angle + share))
+    return Image.fromarray(((np.hypot(y, x - shift) < radius) * 255).astype(np.uint8))
+
+
+def posterised(levels: int) -> np.ndarray:
+    soft = np.asarray(blob(384, 0.3).filter(ImageFilter.GaussianBlur(12)), float)
+    return np.rint(np.rint(soft / 255 * (levels - 1)) * 255 / (levels - 1)).astype(np.uint8)
+
+
+def enlarged(factor: int, size: int) -> np.ndarray:
+    small = blob(384, 0.3).resize((384 // factor,) * 2, Image.Resampling.BOX)
+    return np.asarray(small.resize((size,) * 2, Image.Resampling.NEAREST))
+
+
+def between(black: int, white: int) -> np.ndarray:
+    edges = np.asarray(blob(384, 0.3).resize((96, 96), Image.Resampling.BOX), float)
+    return np.rint(black + edges * (white - black) / 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [enlarged(4, 384), enlarged(8, 384), enlarged(8, 333), enlarged(16, 640)]
+    + [posterised(levels) for levels in (4, 8, 16)]
+    + [between(*ends) for ends in ((9, 255), (10, 255), (16, 235))],
+    ids=["4x", "8x", "7x", "27x", "4 levels", "8 levels", "16 levels", "from 9", "from 10", "of video"],
+)
+def test_soft_masks_of_few_levels_and_blacks_that_are_not_0_are_no_classes(tmp_path: Path, mask: np.ndarray) -> None:
+    got = read_trimap(trimap_pair(tmp_path, mask, Layout.FOLDER)) == PET
+    want = np.asarray(blob(384, 0.3).resize(mask.shape[::-1], Image.Resampling.NEAREST)) > 0
+    assert (got != want).mean() < 0.05
+
+
+@pytest.mark.parametrize("quality", [50, 75, 90])
+def test_one_light_grey_that_has_lost_is_the_pet(tmp_path: Path, quality: int) -> None:
+    path = tmp_path / "mask.webp"
+    blob(96, 0.3).point(lambda value: 200 if value else 0).save(path, quality=quality)
+    got = read_trimap(Pair("mask", path, path, Layout.FOLDER)) == PET
+    assert (got != (np.asarray(blob(96, 0.3)) > 0)).mean() < 0.05
+
+
+@pytest.mark.parametrize("enlarge", [1, 3])
+@pytest.mark.parametrize(
+    "areas",
+    [
+        [(0.12, 85, -30), (0.12, 170, 30)],
+        [(0.3, 128, 0), (0.2, 255, 0)],
+        [(0.12, 85, -30), (0.12, 170, 0), (0.12, 255, 30)],
+        [(0.42, 170, 0), (0.3, 85, 0), (0.2, 255, 0)],
+        [(0.2, 255, -26), (0.16, 12, -26), (0.2, 255, 26), (0.16, 8, 26)],  # with a void around each
+        [(0.9, 96, 0), (0.3, 157, -30), (0.25, 18, 30), (0.1, 255, 5)],  # of stuff and things
+    ],
+)
+def test_classes_with_outlines_of_their_own_are_refused(
+    tmp_path: Path, areas: list[tuple[float, int, int]], enlarge: int
+) -> None:
+    mask = np.zeros((96, 96), np.uint8)
+    for share, value, shift in areas:
+        mask[np.asarray(blob(96, share, shift)) > 0] = value
+    mask = mask.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
+    with pytest.raises(DataError, match=r"as of numbered classes.*a soft mask that was enlarged without smoothing"):
+        read_trimap(trimap_pair(tmp_path, mask, Layout.FOLDER))
 
 
 def test_one_light_colour_on_black_is_the_pet(tmp_path: Path) -> None:
