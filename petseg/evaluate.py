@@ -55,6 +55,7 @@ __all__ = [
     "split_of",
     "train_keys",
     "trained_on",
+    "without_keys",
     "write_evaluation",
 ]
 
@@ -362,6 +363,11 @@ def train_keys(provenance: Mapping[str, Any]) -> frozenset[str]:
         return frozenset(text[at : at + KEY_LENGTH] for at in range(0, len(text), KEY_LENGTH))
     except (KeyError, TypeError):  # not there; or edited by somebody
         return frozenset()
+
+
+def without_keys(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of its photos, without their keys: thousands of characters, and for programs alone."""
+    return {name: value for name, value in data.items() if name != "train_keys"}
 
 
 def listed_split(provenance: Mapping[str, Any], root: Path) -> dict[Split, list[Pair]] | None:
