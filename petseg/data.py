@@ -597,10 +597,14 @@ def read_pair(pair: Pair, take: Take = _at_once) -> tuple[U8, U8]:
 
 
 def _read_photo(pair: Pair, take: Take = _at_once) -> U8:
+    return _decoded(pair, take).pixels
+
+
+def _decoded(pair: Pair, take: Take = _at_once) -> images.Photo:
     try:
         with images.open_photo(pair.image) as photo:
             take(photo.memory)
-            return photo.decode().pixels
+            return photo.decode()
     except InputError as error:
         raise DataError(f"{error} (`petseg data check` lists every such file)") from error
 
@@ -739,26 +743,33 @@ def check(pairs: Sequence[Pair], watch: Callable[[int], None] | None = None) -> 
 
 def _check_pair(pair: Pair, report: CheckReport) -> None:
     try:
-        photo, trimap = _read_photo(pair), read_trimap(pair)
-    except DataError as error:
+        photo, trimap = _decoded(pair), read_trimap(pair)
+        turned = _unsure_turn(pair, photo)
+    except (DataError, InputError) as error:
         report.unreadable.append(str(error))
         return
-    if photo.shape[:2] != trimap.shape:
-        report.wrong_size.append(f"{pair.name}: {_sizes(photo, trimap)}")
+    if photo.pixels.shape[:2] != trimap.shape:
+        report.wrong_size.append(f"{pair.name}: {_sizes(photo.pixels, trimap)}")
     if not (trimap == PET).any():
         report.empty.append(pair.name)
-    if pair.layout is Layout.FOLDER and (turned := _unsure_turn(pair, square=photo.shape[0] == photo.shape[1])):
+    if turned:
         report.orientation_unsure.append(
             f"{pair.name}: the photo's EXIF orientation is {turned}, {pair.mask.name} has none, and their shapes "
             "cannot tell whether it lies as the photo is seen: look at both"
         )
 
 
-def _unsure_turn(pair: Pair, square: bool) -> int | None:
-    """A photo's EXIF orientation if its mask has none, and would be of the photo's shape turned or not."""
-    with images.opened(pair.image) as photo, images.opened(pair.mask) as mask:
-        turned, own = images.orientation(photo), images.orientation(mask)
-    return turned if own == 1 and turned != 1 and (square or turned in (2, 3, 4)) else None
+def _unsure_turn(pair: Pair, photo: images.Photo) -> int | None:
+    """A photo's EXIF orientation if its mask has none, and would be of the photo's shape turned or not.
+
+    Raises:
+        InputError: The mask is gone.
+    """
+    turned, square = photo.orientation, photo.pixels.shape[0] == photo.pixels.shape[1]
+    if pair.layout is not Layout.FOLDER or turned == 1 or not (square or turned in (2, 3, 4)):
+        return None
+    with images.opened(pair.mask) as mask:  # once more: the orientation of a PNG is known when it is decoded
+        return turned if images.orientation(mask) == 1 else None
 
 
 def _sizes(photo: U8, trimap: U8) -> str:

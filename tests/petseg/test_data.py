@@ -457,6 +457,14 @@ def test_soft_masks_of_few_levels_and_blacks_that_are_not_0_are_no_classes(tmp_p
     assert (got != want).mean() < 0.05
 
 
+@pytest.mark.parametrize("factor", [8, 16])
+def test_a_small_pet_of_few_levels_that_was_enlarged_is_no_class(tmp_path: Path, factor: int) -> None:
+    small = blob(128, 0.06).resize((64, 64), Image.Resampling.BOX)
+    mask = small.resize((64 * factor,) * 2, Image.Resampling.NEAREST)
+    got = read_trimap(trimap_pair(tmp_path, np.asarray(mask), Layout.FOLDER)) == PET
+    assert np.array_equal(got, np.asarray(mask) > 127)
+
+
 @pytest.mark.parametrize("quality", [50, 75, 90])
 def test_one_light_grey_that_has_lost_is_the_pet(tmp_path: Path, quality: int) -> None:
     path = tmp_path / "mask.webp"
@@ -664,6 +672,38 @@ def test_a_mask_that_may_lie_another_way_than_its_photo_is_named(
     assert [line.startswith(said) for line in report.orientation_unsure] == [True] * unsure
     assert report.usable
     assert np.array_equal(read_pair(pair)[1] == PET, truth > 0), "a mask without a tag lies as it is"
+
+
+@pytest.mark.parametrize("photo", [1, 6])
+def test_a_mask_is_opened_once_more_only_where_its_photo_was_turned(
+    folder_copy: Path, monkeypatch: pytest.MonkeyPatch, photo: int
+) -> None:
+    """Asked for its orientation, a PNG is decoded."""
+    pair, _ = turned_pair(folder_copy, photo, 1, (48, 48))
+    opened, asked = images.opened, []
+
+    def watched(path: Path) -> Any:
+        asked.append(path)
+        return opened(path)
+
+    monkeypatch.setattr(images, "opened", watched)
+    assert len(check([pair]).orientation_unsure) == (photo != 1)
+    assert asked == [pair.mask] * (1 if photo == 1 else 2)
+
+
+def test_a_mask_that_is_gone_before_its_orientation_is_asked_for_ends_no_check(
+    folder_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, _ = turned_pair(folder_copy, 6, 1, (48, 48))
+
+    def read_and_gone(pair: Pair) -> np.ndarray:
+        trimap = read_trimap(pair)
+        pair.mask.unlink()
+        return trimap
+
+    monkeypatch.setattr(data_module, "read_trimap", read_and_gone)
+    report = check([pair])
+    assert [str(pair.mask) in line for line in report.unreadable] == [True]
 
 
 def test_an_upright_mask_of_a_photo_that_its_camera_turned_is_right(folder_copy: Path) -> None:
