@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 from urllib.error import URLError
 
 import numpy as np
@@ -80,21 +80,36 @@ LOCAL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 #: White in a mask of 16 bits.
 FULL_16: Final = 65535
 
-#: Up to this value a mask's pixel is as good as black, and from the other one on white: what JPEG makes of 0 and 255.
-#: In a mask that is none of these, and has no more than so many greys, only 0 is black.
+#: Up to so much above a mask's black a pixel is as good as black, and from the other value on white: what JPEG makes of
+#: 0 and 255. In a mask that is none of these, and has no more than so many greys, black is one value.
 BLACK: Final = 8
 WHITE: Final = 247
 LOSSY: Final = ("JPEG", "MPO", "WEBP", "AVIF", "HEIF")
 FEW_GREYS: Final = 24
-#: A grey is a level of its own from this share on of what is one colour in a mask; one of numbered classes has levels
-#: for more than ``MOST_GREY`` of it.
+#: The least value that fills an area is black up to here, and the largest white from there on (video has 16 and 235).
+DARKEST: Final = 24
+LIGHTEST: Final = 235
+#: A grey is a level of its own, with those so near to it, from this share on of what is one colour in a mask; one of
+#: numbered classes has levels for more than ``MOST_GREY`` of it.
+NEAR: Final = 3
 LEVEL: Final = 0.02
 MOST_GREY: Final = 0.2
+#: A mask that is larger without the rows and columns that repeat others is looked at without them: drawn by hand, areas
+#: have outlines in which hardly any repeat.
+FEWEST_ROWS: Final = 8
+#: So many levels are steps from black to white, if no gap is larger than so many times the mean, so much of all
+#: outlines is between one and the next, and of each one's own so much is on its darker side, and on its lighter side.
+FEWEST_STEPS: Final = 2
+UNEVEN: Final = 2
+MOST_STEPS: Final = 0.8
+LEAST_SIDE: Final = 0.2
 #: So many of them are named.
 MOST_NAMED: Final = 8
 
 #: Characters of a photo's key: a checkpoint and the files that are exported from it keep one for each photo.
 KEY_LENGTH: Final = 6
+#: Bytes of a photo's file, from its middle, that its key is made of.
+KEY_BYTES: Final = 4096
 
 #: Threads that decode photos; disks and the memory gain nothing from more.
 MAX_READERS = 16
@@ -319,16 +334,23 @@ def mask_digest(trimap: U8) -> str:
 
 
 def photo_key(pair: Pair) -> str | None:
-    """What tells a photo among others wherever its folder lies: a digest of its name and of its file's size.
+    """What tells a photo among others wherever its folder lies: a digest of its name, its file's size and its middle.
 
     ``KEY_LENGTH`` characters of 6 bits, so that of 4000 photos and 4000 others one pair in four thousand runs is taken
-    for the same. (A name alone, like ``001``, is that of many photos.) None: there is no such file.
+    for the same. (A name alone, like ``001``, is that of many photos; and files that are not compressed have one size
+    for all photos of a camera.) None: there is no such file, or none that can be read.
     """
     try:
         size = pair.image.stat().st_size
+        if not pair.image.is_file():  # reading a pipe would wait
+            return None
+        with pair.image.open("rb") as file:
+            file.seek(max(0, (size - KEY_BYTES) // 2))
+            middle = file.read(KEY_BYTES)
     except OSError:
         return None
-    return base64.urlsafe_b64encode(hashlib.sha256(encoded(f"{pair.name}/{size}")).digest())[:KEY_LENGTH].decode()
+    digest = hashlib.sha256(encoded(f"{pair.name}/{size}/") + middle).digest()
+    return base64.urlsafe_b64encode(digest)[:KEY_LENGTH].decode()
 
 
 def _listing(folder: Path, split: Split) -> Path:
@@ -449,7 +471,8 @@ def _black_and_white(image: Image.Image, path: Path, lossy: bool) -> U8:
         named = ", ".join(map(str, levels[:MOST_NAMED])) + (", ..." if len(levels) > MOST_NAMED else "")
         raise DataError(
             f"{path}: much of this mask is neither black nor white, but of the values {named}, as of numbered classes; "
-            f"{expected}: make the pet's class white and all others black"
+            f"{expected}: make the pet's class white and all others black; or, if it is a soft mask that was enlarged "
+            "without smoothing, save it as black and white, or smooth it"
         )
     return np.where(mask > (0 if most <= 1 else 127), np.uint8(PET), np.uint8(BACKGROUND))
 
@@ -469,6 +492,8 @@ def _eight_bits(image: Image.Image, path: Path) -> U8:
     kind, full = ("fractions", 1) if image.mode == "F" else ("larger integers", FULL_16)
     if full == FULL_16 and least >= 0 and full // 2 < most <= full:
         return np.asarray(values >> 8, np.uint8)
+    if full == FULL_16 and least == 0 and ((values == 0) | (values == most)).all():  # as where white is 4095
+        return np.where(values > 0, np.uint8(255), np.uint8(0))
     found = f"a mask of {kind} from {least:g} to {most:g}"
     raise DataError(
         f"{path}: {found}, where 0 to {full} or 0 to 255 are expected: save it with 8 bits, white where the pet is"
@@ -478,28 +503,79 @@ def _eight_bits(image: Image.Image, path: Path) -> U8:
 def _class_levels(mask: U8, lossy: bool) -> list[int]:
     """The greys that areas of a mask are filled with, if they are much of it; none in one of black and white.
 
-    Soft edges and what JPEG leaves are grey, too, but of many values, and fill no area. One light grey on black, with
-    no white beside it, is a pet of another colour.
+    Soft edges and what JPEG leaves are grey, too, but of many values, and fill no area. Where they seem to, the mask
+    was enlarged without smoothing, or is a soft one of few levels.
+    """
+    levels = _filled_levels(mask, lossy)
+    if levels and min((small := _once(mask)).shape) >= FEWEST_ROWS:
+        mask, levels = small, _filled_levels(small, lossy)
+    return [] if _is_ramp(mask, levels) else levels
+
+
+def _once(mask: U8) -> U8:
+    """A mask without the rows and columns that repeat the one before: as it was before it was enlarged by NEAREST."""
+    rows = mask[np.r_[True, (mask[1:] != mask[:-1]).any(axis=1)]]
+    return rows[:, np.r_[True, (rows[:, 1:] != rows[:, :-1]).any(axis=0)]]
+
+
+def _is_ramp(mask: U8, levels: Sequence[int]) -> bool:
+    """Whether levels are steps from black to white: each lies between its neighbours, as areas of classes do not."""
+    if len(levels) < FEWEST_STEPS:
+        return False
+    counts = np.array(Image.fromarray(mask).histogram())
+    counts[: levels[0]] = counts[levels[-1] + 1 :] = 0
+    steps = np.flatnonzero(counts >= LEVEL * counts.sum())  # some may be too thin to fill an area
+    edges = np.array([0, *steps, 255])
+    if np.diff(edges).max() > UNEVEN * 255 / (len(steps) + 1):
+        return False
+    step = np.digitize(np.arange(256), (edges[1:] + edges[:-1]) / 2).astype(np.int16)[mask]
+    one = np.r_[step[1:].ravel(), step[:, 1:].ravel()]
+    other = np.r_[step[:-1].ravel(), step[:, :-1].ravel()]
+    one, other = one[one != other], other[one != other]
+    below, above = (np.bincount(side(one, other), minlength=len(edges))[1:-1] for side in (np.maximum, np.minimum))
+    between = np.minimum(below, above) >= LEAST_SIDE * (below + above)
+    return bool(between.all() and (np.abs(one - other) == 1).mean() >= MOST_STEPS)
+
+
+def _filled_levels(mask: U8, lossy: bool) -> list[int]:
+    """As :func:`_class_levels`, whatever the areas lie beside.
+
+    One light grey on black, with no white beside it, is a pet of another colour.
     """
     everywhere = np.array(Image.fromarray(mask).histogram())
     noisy = lossy or np.count_nonzero(everywhere[1:WHITE]) > FEW_GREYS
-    dark = BLACK + 1 if noisy else 1  # the first that is not black
-    greys = everywhere[dark:WHITE].sum()
-    if greys <= LEVEL * everywhere[dark:].sum():  # nearly all masks
+    spread = BLACK if noisy else 0
+    if everywhere[spread + 1 : WHITE].sum() <= LEVEL * everywhere[spread + 1 :].sum():  # nearly all masks
         return []
     # Pixels that are like their four neighbours: an edge, however drawn, is too thin to have any.
     across, down = mask[:, 1:] == mask[:, :-1], mask[1:] == mask[:-1]
     inside = across[1:-1, 1:] & across[1:-1, :-1] & down[1:, 1:-1] & down[:-1, 1:-1]
-    if not inside.size:
+    if not inside.any():
         return []
     filled = np.array(Image.fromarray(mask[1:-1, 1:-1]).histogram(Image.fromarray(inside)))
-    filled[:dark] = 0
-    own = np.flatnonzero(filled >= max(1, LEVEL * filled.sum()))
-    levels = own[own < WHITE]
-    few = 2 * everywhere[levels].sum() > greys
-    coloured = len(levels) == 1 and levels[0] > 127 and own[-1] < WHITE
-    much = filled[levels].sum() > MOST_GREY * filled.sum()
-    return [int(level) for level in levels] if much and few and not coloured else []
+    least, most = map(int, np.flatnonzero(filled)[[0, -1]])
+    dark = (least if least <= DARKEST else 0) + spread + 1  # the first that is not black
+    white = min(WHITE, most - BLACK) if most >= LIGHTEST else WHITE
+    own = _peaks(filled[:white], everywhere[:white], dark, max(1, LEVEL * filled[dark:].sum()))
+    much = sum(area for area, _ in own.values()) > MOST_GREY * filled[dark:].sum()
+    few = 2 * sum(pixels for _, pixels in own.values()) > everywhere[dark:white].sum()
+    coloured = len(own) == 1 and min(own) > 127 and most < white
+    return sorted(own) if much and few and not coloured else []
+
+
+def _peaks(
+    filled: npt.NDArray[Any], everywhere: npt.NDArray[Any], dark: int, least: float
+) -> dict[int, tuple[int, int]]:
+    """The greys from ``dark`` on that fill so many pixels at least, those nearby taken together; with both counts."""
+    rest, found = filled.copy(), {}
+    rest[:dark] = 0
+    while rest.any():
+        level = int(rest.argmax())
+        near = slice(max(dark, level - NEAR), level + NEAR + 1)
+        if (area := int(rest[near].sum())) >= least:
+            found[level] = area, int(everywhere[near].sum())
+        rest[near] = 0
+    return found
 
 
 def read_pair(pair: Pair, take: Take = _at_once) -> tuple[U8, U8]:
@@ -521,10 +597,14 @@ def read_pair(pair: Pair, take: Take = _at_once) -> tuple[U8, U8]:
 
 
 def _read_photo(pair: Pair, take: Take = _at_once) -> U8:
+    return _decoded(pair, take).pixels
+
+
+def _decoded(pair: Pair, take: Take = _at_once) -> images.Photo:
     try:
         with images.open_photo(pair.image) as photo:
             take(photo.memory)
-            return photo.decode().pixels
+            return photo.decode()
     except InputError as error:
         raise DataError(f"{error} (`petseg data check` lists every such file)") from error
 
@@ -663,26 +743,33 @@ def check(pairs: Sequence[Pair], watch: Callable[[int], None] | None = None) -> 
 
 def _check_pair(pair: Pair, report: CheckReport) -> None:
     try:
-        photo, trimap = _read_photo(pair), read_trimap(pair)
-    except DataError as error:
+        photo, trimap = _decoded(pair), read_trimap(pair)
+        turned = _unsure_turn(pair, photo)
+    except (DataError, InputError) as error:
         report.unreadable.append(str(error))
         return
-    if photo.shape[:2] != trimap.shape:
-        report.wrong_size.append(f"{pair.name}: {_sizes(photo, trimap)}")
+    if photo.pixels.shape[:2] != trimap.shape:
+        report.wrong_size.append(f"{pair.name}: {_sizes(photo.pixels, trimap)}")
     if not (trimap == PET).any():
         report.empty.append(pair.name)
-    if pair.layout is Layout.FOLDER and (turned := _unsure_turn(pair, square=photo.shape[0] == photo.shape[1])):
+    if turned:
         report.orientation_unsure.append(
             f"{pair.name}: the photo's EXIF orientation is {turned}, {pair.mask.name} has none, and their shapes "
             "cannot tell whether it lies as the photo is seen: look at both"
         )
 
 
-def _unsure_turn(pair: Pair, square: bool) -> int | None:
-    """A photo's EXIF orientation if its mask has none, and would be of the photo's shape turned or not."""
-    with images.opened(pair.image) as photo, images.opened(pair.mask) as mask:
-        turned, own = images.orientation(photo), images.orientation(mask)
-    return turned if own == 1 and turned != 1 and (square or turned in (2, 3, 4)) else None
+def _unsure_turn(pair: Pair, photo: images.Photo) -> int | None:
+    """A photo's EXIF orientation if its mask has none, and would be of the photo's shape turned or not.
+
+    Raises:
+        InputError: The mask is gone.
+    """
+    turned, square = photo.orientation, photo.pixels.shape[0] == photo.pixels.shape[1]
+    if pair.layout is not Layout.FOLDER or turned == 1 or not (square or turned in (2, 3, 4)):
+        return None
+    with images.opened(pair.mask) as mask:  # once more: the orientation of a PNG is known when it is decoded
+        return turned if images.orientation(mask) == 1 else None
 
 
 def _sizes(photo: U8, trimap: U8) -> str:

@@ -55,6 +55,7 @@ __all__ = [
     "split_of",
     "train_keys",
     "trained_on",
+    "without_keys",
     "write_evaluation",
 ]
 
@@ -305,7 +306,8 @@ def doubt_about(
         seed: The seed that chose it, likewise.
     """
     found: list[str] = []
-    if split in (Split.TRAIN, Split.VAL):
+    # Keys say of each photo whether it was trained on; without them there is only how the folder is divided.
+    if split is Split.TRAIN or (split is Split.VAL and not train_keys(provenance)):
         found += _another_val(provenance, parts[Split.TRAIN], parts[Split.VAL], fraction, seed)
     if split in (Split.VAL, Split.TEST) and (seen := trained_on(provenance, root, parts[split])):
         found.append(f"the model was trained on {len(seen)} of the {len(parts[split])} photos of {split}")
@@ -361,6 +363,11 @@ def train_keys(provenance: Mapping[str, Any]) -> frozenset[str]:
         return frozenset(text[at : at + KEY_LENGTH] for at in range(0, len(text), KEY_LENGTH))
     except (KeyError, TypeError):  # not there; or edited by somebody
         return frozenset()
+
+
+def without_keys(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of its photos, without their keys: thousands of characters, and for programs alone."""
+    return {name: value for name, value in data.items() if name != "train_keys"}
 
 
 def listed_split(provenance: Mapping[str, Any], root: Path) -> dict[Split, list[Pair]] | None:

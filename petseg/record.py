@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import petseg_runtime
+from petseg.evaluate import without_keys
 from petseg.log import Row
 from petseg.metrics import PUBLISHED
 from petseg.train import Trainer
@@ -63,11 +64,6 @@ def record(trainer: Trainer) -> dict[str, Any]:
             "cuda": torch.version.cuda if trainer.device.type == "cuda" else None,
         },
     }
-
-
-def without_keys(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of its photos, without their keys: thousands of characters, and for programs alone."""
-    return {name: value for name, value in data.items() if name != "train_keys"}
 
 
 def reached(rows: Sequence[Row], batch: int) -> dict[str, Any]:

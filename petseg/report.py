@@ -22,7 +22,7 @@ from PIL import Image
 
 from petseg import log, report_page
 from petseg.data import SPLIT_SEED, VAL_FRACTION, VAL_LISTING, Layout, Pair, Split, read_pair
-from petseg.evaluate import Evaluation, OpenedModel
+from petseg.evaluate import Evaluation, OpenedModel, without_keys
 from petseg.metrics import BACKGROUND, BORDER, PET, PUBLISHED, Border, Histogram, best_threshold, counts, json_ratio
 from petseg.report_page import Case
 from petseg_runtime import __version__, images
@@ -127,7 +127,7 @@ def numbers(
             "height": model.height,
             "width": model.width,
             "thresholds": {"used": threshold, "own": model.threshold, "cutout": model.cutout_threshold},
-            "provenance": _finite(model.provenance),
+            "provenance": _finite(_without_keys(model.provenance)),
         },
         "data": _data(result, source),
         "species": _groups(result, threshold, [row["species"] for row in breeds]),
@@ -348,6 +348,12 @@ def _training(path: Path, provenance: Mapping[str, Any]) -> dict[str, Any] | Non
     epoch = provenance.get("epoch")
     drawn = isinstance(epoch, int | float) and 0 < epoch < 1e9  # NaN and infinity, which no JSON has, are not
     return {"log": columns, "checkpoint_epoch": epoch if drawn else None}
+
+
+def _without_keys(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model says of itself, less the keys of its photos."""
+    data = provenance.get("data")
+    return {**provenance, **({"data": without_keys(data)} if isinstance(data, dict) else {})}
 
 
 def _finite(value: Any) -> Any:

@@ -115,6 +115,8 @@ def _header(values: Mapping[str, Any]) -> str:
     if values["published"] and data["photos"] < TEST_PHOTOS:
         part = f"{data['photos']} of {TEST_PHOTOS} test photos"
         lines.append(f"These figures are of <b>{part}</b>, the published ones of all.")
+    if record.get("doubtful") == "left out":
+        lines.append("Without regions in which the model is sure of no pixel, as <code>petseg infer</code> shows it.")
     if data["failed"]:
         lines.append(
             f'<b>{_count(data["failed"], "photo")} could not be read</b> and <a href="#look">are left out</a>.'

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
@@ -238,16 +238,26 @@ def refuse_another_run(saved: Mapping[str, Any], meta: Mapping[str, Any], folder
         KeyError, TypeError, AttributeError: What the state says is damaged.
     """
     if saved["data"]["names_sha256"] != meta["data"]["names_sha256"]:
+        tiny = meta["data"]["skipped_too_small"]
+        if tiny and "skipped_too_small" not in saved["data"]:
+            raise TrainingError(
+                f"{folder}: the run to resume is of an older version, which kept {len(tiny)} photos of whose pet "
+                f"nothing is left at this size ({_named(tiny)}); they are left out now, so that the photos are others: "
+                f"start another run in another --output, with --init {folder / LAST}"
+            )
         raise TrainingError(f"{folder}: the run to resume was trained on other photos than these")
     if changed := _changed(saved.get("masks", {}), meta["masks"]):
-        named = ", ".join(changed[:MOST_NAMED]) + (", ..." if len(changed) > MOST_NAMED else "")
         raise TrainingError(
             f"{folder}: the masks of {len(changed)} photos are not what they were when the run to resume began "
-            f"({named}): put them back, or start another run in another --output, with --init {folder / LAST}"
+            f"({_named(changed)}): put them back, or start another run in another --output, with --init {folder / LAST}"
         )
     if saved.get("teacher") != meta.get("teacher"):
         was, now = (each.get("teacher", "none") for each in (saved, meta))
         raise TrainingError(f"{folder}: the teacher of the run to resume was {was}, now {now}")
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
 
 
 def _changed(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:

@@ -200,8 +200,8 @@ class Trainer:
             return self.teacher_network(teacher) if teacher else None
         if teacher.suffix in checkpoint.EXPORTED:
             open_artifact(teacher)
-        else:
-            checkpoint.peek(teacher)
+        elif checkpoint.peek(teacher).get("kind") == "training":
+            raise _no_model(teacher)
         return None
 
     def first_network(self, init: Path | None) -> AttentionUNet:
@@ -221,7 +221,7 @@ class Trainer:
             )
         network, loaded = checkpoint.load_model(path)
         if loaded.spec() is None:
-            raise CheckpointError(f"{path}: the state of a run, not a model; give best.safetensors beside it")
+            raise _no_model(path)
         return network
 
     def _objective(self, teacher: AttentionUNet | None) -> Objective:
@@ -613,6 +613,10 @@ class Trainer:
 def _network(ema: MovingAverage) -> AttentionUNet:
     assert isinstance(ema.module, AttentionUNet)
     return ema.module
+
+
+def _no_model(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path}: the state of a run, not a model; give best.safetensors beside it")
 
 
 def _optimizer(parameters: Sequence[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:

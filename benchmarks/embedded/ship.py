@@ -26,7 +26,8 @@ from benchmarks.embedded.measure import RECORDS, embedded
 from benchmarks.photos import TEST_SETS, original_size
 from petseg import checkpoint as checkpoints
 from petseg import log
-from petseg.record import RUN, reached, without_keys
+from petseg.evaluate import without_keys
+from petseg.record import RUN, reached
 from petseg_export import OnnxConfig, export
 from petseg_runtime.artifact import default_model, open_artifact
 

@@ -115,7 +115,8 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
         _check_limits(config, spec)
         chosen = parity.choose(config.data, config.split, config.photos, config.seed, loaded)
         photos = parity.read(chosen, spec)
-        job = _Job(name, form, config, path, model, loaded, spec, given, photos, tell)
+        doubt = parity.doubt(config.data, config.split, loaded) or ""
+        job = _Job(name, form, config, path, model, loaded, spec, given, photos, doubt, tell)
         try:
             with staging(output) as folder:
                 receipt = job.run(folder / output.name)
@@ -196,6 +197,7 @@ class _Job:
     spec: ModelSpec
     given: Artifact | None
     photos: parity.Photos
+    doubt: str
     tell: Watch
 
     def run(self, file: Path) -> Receipt:
@@ -218,7 +220,7 @@ class _Job:
             rows=rows,
             scan=self._scan(source),
             quantization=quantization,
-            note=note or parity.doubt(self.config.data, self.config.split, self.loaded) or "",
+            note=note or self.doubt,
         )
         require(receipt)
         if compiled:

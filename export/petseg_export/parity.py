@@ -135,7 +135,14 @@ def doubt(data: Path | None, split: str, loaded: Checkpoint) -> str | None:
     if data is None or not _is_labelled(data):
         return None
     halves = (Split.TRAIN, Split.VAL)
-    parts = {part: labelled(data, part, loaded) for part in (halves if split in halves else (Split(split),))}
+    parts: dict[Split, list[Pair]] = {}
+    for part in halves if split in halves else (Split(split),):
+        try:
+            parts[part] = labelled(data, part, loaded)
+        except DataError:
+            if part == split:
+                raise
+            parts[part] = []  # a folder may have none: val.txt may list every photo
     shares = (None, None) if listed_validation(data) is not None else _shares(loaded)
     found = doubt_about(loaded.meta, data, parts, Split(split), *shares)
     return f"{data}: {found}" if found else None

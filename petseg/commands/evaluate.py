@@ -15,7 +15,7 @@ from rich.table import Table
 
 from petseg.commands.console import check_writable, progress_line
 from petseg_runtime.cli.text import BACKEND, HELP, PATH, UNIT
-from petseg_runtime.errors import MissingExtra, OutputError, UsageError
+from petseg_runtime.errors import DataError, MissingExtra, OutputError, UsageError
 from petseg_runtime.text import shown
 
 if TYPE_CHECKING:
@@ -186,10 +186,14 @@ def _divided(
         seed = own[1] if split_seed is None else split_seed
     elif (val_fraction, split_seed) != (None, None):
         raise UsageError(f"{root}: {VAL_LISTING} says which photos are val: leave out --val-fraction and --split-seed")
-    parts = {
-        part: find(root, part, val_fraction=fraction or VAL_FRACTION, seed=seed or SPLIT_SEED)
-        for part in (Split.TRAIN, Split.VAL)
-    }
+    parts: dict[Split, list[Pair]] = {}
+    for part in (Split.TRAIN, Split.VAL):
+        try:
+            parts[part] = find(root, part, val_fraction=fraction or VAL_FRACTION, seed=seed or SPLIT_SEED)
+        except DataError:
+            if part is split:
+                raise
+            parts[part] = []  # a folder may have none: val.txt may list every photo
     return parts, fraction, seed
 
 

@@ -120,6 +120,7 @@ class Photo:
         height: Of the whole photo, upright; 0 stands for that of ``pixels``.
         width: Of the whole photo, upright; 0 stands for that of ``pixels``.
         icc_profile: What its RGB values mean as colours, if it says so; None: sRGB, as nearly all.
+        orientation: That of its EXIF, 1 to 8, by which the pixels were turned; 1: not at all.
     """
 
     pixels: U8
@@ -127,6 +128,7 @@ class Photo:
     height: int = 0
     width: int = 0
     icc_profile: bytes | None = None
+    orientation: int = 1
 
     def __post_init__(self) -> None:
         """Without a size of its own the photo is as large as its pixels."""
@@ -508,10 +510,11 @@ def _decoded(image: Image.Image, name: str, height: int, width: int) -> Photo:
         notes.append(note)
     # Pillow decodes a 16-bit PGM to 32-bit integers, scaled to 0..65535 (and forgets the format when it is turned).
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    meant = orientation(image)  # Pillow turns a TIFF as it decodes it, and forgets that it did
     image.load()
     turned = upright(image)
     pixels = _from_sixteen(image, turned, notes) if sixteen else _to_rgb(turned, name, notes)
-    return Photo(pixels, tuple(notes), height, width, _profile(image))
+    return Photo(pixels, tuple(notes), height, width, _profile(image), meant)
 
 
 def _profile(image: Image.Image) -> bytes | None:

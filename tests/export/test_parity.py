@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from petseg.checkpoint import Checkpoint, load_model
-from petseg.data import Layout, Pair, Split, find, names_sha256, read_trimap
+from petseg.data import Layout, Pair, Split, find, names_sha256, photo_key, read_trimap
 from petseg.evaluate import evaluate
 from petseg.model import normalize
 from petseg.reference import torch_run
@@ -127,6 +127,20 @@ def test_val_that_may_hold_photos_of_the_training_is_doubted(folder_copy: Path) 
     assert parity.doubt(None, "val", loaded) is None
     (folder_copy / "val.txt").write_text(val[0].name)
     assert "val, as val.txt lists it, is not what" in (parity.doubt(folder_copy, "val", loaded) or "")
+
+
+def test_a_folder_without_a_part_to_train_on_is_judged_by_the_other(folder_copy: Path) -> None:
+    """As one that is there to measure on alone."""
+    every = find(folder_copy, Split.TRAINVAL)
+    (folder_copy / "val.txt").write_text("\n".join(names(every)))
+    data: dict[str, Any] = {"names_sha256": "0" * 64, "skipped_without_pet": []}
+    loaded = Checkpoint({}, {"data": data}, "")
+    assert "is not what the model was validated on" in (parity.doubt(folder_copy, "val", loaded) or "")
+    key = photo_key(every[0])
+    loaded = Checkpoint({}, {"data": {**data, "train_keys": key}}, "")
+    assert f"trained on 1 of the {len(every)} photos of val" in (parity.doubt(folder_copy, "val", loaded) or "")
+    with pytest.raises(DataError, match="the train split has no photos"):
+        parity.doubt(folder_copy, "train", loaded)
 
 
 def test_another_folder_is_split_as_any_other_though_names_are_the_same(folder_root: Path) -> None:

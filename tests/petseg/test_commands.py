@@ -533,8 +533,8 @@ def test_val_is_what_the_checkpoints_own_run_kept(
 @pytest.mark.parametrize(
     ("options", "photos", "said"),
     [
-        (["--val-fraction", "0.5"], 12, "by seed 3, not 0.5 by 3: photos that it was trained on may be among val"),
-        (["--split-seed", "0"], 6, "0.25 of trainval as val by seed 3, not 0.25 by 0"),
+        (["--val-fraction", "0.5"], 12, "the model was trained on 6 of the 12 photos of val"),
+        (["--split-seed", "0"], 6, "the model was trained on 5 of the 6 photos of val"),
     ],
 )
 def test_another_val_than_the_runs_is_warned_of(
@@ -560,14 +560,15 @@ def test_val_is_what_the_run_of_an_exported_file_kept(
     assert (got["photos"], got["iou"]) == (6, pytest.approx(row["val_iou"], abs=1e-3))
     assert measured(capsys, *args, "train")["photos"] == 18
     assert run(["evaluate", *map(str, args), "val", "--split-seed", "0", "-q"]) == 0
-    assert "0.25 of trainval as val by seed 3, not 0.25 by 0" in capsys.readouterr().err
+    assert "the model was trained on 5 of the 6 photos of val" in capsys.readouterr().err
 
 
 def test_an_exported_file_of_an_older_version_knows_whether_val_is_what_it_was_validated_on(
     unusual: Path, oxford_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = checkpoints.load(unusual)
-    data = {name: value for name, value in old.meta["data"].items() if name not in ("val_fraction", "split_seed")}
+    newer = ("val_fraction", "split_seed", "train_keys")
+    data = {name: value for name, value in old.meta["data"].items() if name not in newer}
     checkpoints.save_checkpoint(tmp_path / "old.safetensors", old.tensors, {**old.meta, "data": data})
     config = OnnxConfig(output=tmp_path / "m.onnx", data=oxford_root, split="test", photos=4)
     export(tmp_path / "old.safetensors", config)
@@ -613,14 +614,14 @@ def test_val_is_what_val_txt_lists(folder_copy: Path, tmp_path: Path, capsys: py
     again = measured(capsys, tmp_path / "m.onnx", *own)
     assert (again["photos"], again["iou"]) == (2, pytest.approx(row["val_iou"], abs=1e-3))
     for more, said in (
-        (["--val-fraction", "0.5"], "val, 0.5 of trainval by seed 0, is"),
-        ([], "val, as val.txt lists it, is"),
+        (["--val-fraction", "0.5"], "4 of the 4"),
+        ([], "1 of the 1"),
     ):
         if not more:
             (folder_copy / "val.txt").write_text("own_02\n")
         assert run(["evaluate", str(tmp_path / "m.onnx"), *map(str, own), *more, "-q"]) == 0
         err = capsys.readouterr().err
-        assert f"{said} not what the model was validated on" in err
+        assert f"the model was trained on {said} photos of val" in err
 
 
 def test_masks_without_a_border_have_one_reading(
@@ -781,6 +782,19 @@ def test_a_good_data_set_is_usable(oxford_root: Path, folder_root: Path, capsys:
     *_, splits, last = capsys.readouterr().out.splitlines()
     assert splits == "24 pairs in trainval, 6 pairs in test"
     assert last.startswith("30 pairs: 0 missing")
+
+
+def test_a_folder_that_is_for_validation_alone_is_measured(
+    trained: Run, folder_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = [pair.name for pair in find(folder_copy, Split.TRAINVAL)]
+    (folder_copy / "val.txt").write_text("\n".join(every))
+    best, data = trained.folder / "best.safetensors", ["--data", str(folder_copy)]
+    assert run(["evaluate", str(best), *data, "--split", "val", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert (json.loads(out)["photos"], err) == (len(every), "")
+    code, message = failed(["evaluate", str(best), *data, "--split", "train"], capsys)
+    assert (code, "the train split has no photos" in message) == (8, True)
 
 
 def test_photos_are_counted_as_val_txt_divides_them(folder_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

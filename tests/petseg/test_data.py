@@ -336,7 +336,7 @@ def filled(*areas: tuple[int, int, int]) -> np.ndarray:
         (filled((24, 16, 85), (72, 16, 170)), "85, 170"),
         (filled((48, 30, 128), (48, 20, 255)), "128"),  # a trimap for matting
         (filled((48, 48, 170), (48, 30, 85), (48, 20, 255)), "85, 170"),
-        (filled(*((column, 48, 100 + column) for column in range(92, 0, -8)), (40, 8, 17)), "17, 104, .*, ..."),
+        (filled(*((column, 48, 100 + column) for column in range(92, 0, -8)), (40, 8, 30)), "30, 104, .*, ..."),
     ],
 )
 def test_a_mask_whose_areas_are_of_classes_is_refused(tmp_path: Path, mask: np.ndarray, named: str) -> None:
@@ -399,8 +399,8 @@ def test_a_mask_of_16_bits_or_of_fractions_is_scaled(tmp_path: Path, form: str, 
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        (np.array([[0, 4095]], np.uint16), "larger integers from 0 to 4095, where 0 to 65535 or"),
-        (np.array([[0, 70000]], np.int32), "larger integers from 0 to 70000"),
+        (np.array([[0, 9, 4095]], np.uint16), "larger integers from 0 to 4095, where 0 to 65535 or"),
+        (np.array([[0, 9, 70000]], np.int32), "larger integers from 0 to 70000"),
         (np.array([[-1, 255]], np.int32), "larger integers from -1 to 255"),
         (np.array([[-0.5, 1]], np.float32), "fractions from -0.5 to 1, where 0 to 1 or 0 to 255"),
         (np.array([[0, 65535]], np.float32), "fractions from 0 to 65535"),
@@ -412,6 +412,88 @@ def test_a_mask_of_another_range_is_refused(tmp_path: Path, values: np.ndarray, 
     Image.fromarray(values).save(path)
     with pytest.raises(DataError, match=rf"mask\.tif: a mask of {said}.*: save it with 8 bits"):
         read_trimap(Pair("mask", path, path, Layout.FOLDER))
+
+
+@pytest.mark.parametrize("white", [256, 1000, 4095, 32767])
+def test_two_larger_integers_are_black_and_white(tmp_path: Path, white: int) -> None:
+    path = tmp_path / "mask.png"
+    Image.fromarray((white * HARD).astype(np.uint16)).save(path)
+    assert np.array_equal(read_trimap(Pair("mask", path, path, Layout.FOLDER)) == PET, HARD > 0)
+
+
+def blob(size: int, share: float, shift: int = 0) -> Image.Image:
+    """A mask in black and white of an outline that is neither straight nor round, around the middle."""
+    y, x = np.mgrid[:size, :size] - size / 2
+    angle = np.arctan2(y, x - shift)
+    radius = share * size * (1 + 0.15 * np.sin(3 * angle) + 0.08 * np.sin(7 * angle + share))
+    return Image.fromarray(((np.hypot(y, x - shift) < radius) * 255).astype(np.uint8))
+
+
+def posterised(levels: int) -> np.ndarray:
+    soft = np.asarray(blob(384, 0.3).filter(ImageFilter.GaussianBlur(12)), float)
+    return np.rint(np.rint(soft / 255 * (levels - 1)) * 255 / (levels - 1)).astype(np.uint8)
+
+
+def enlarged(factor: int, size: int) -> np.ndarray:
+    small = blob(384, 0.3).resize((384 // factor,) * 2, Image.Resampling.BOX)
+    return np.asarray(small.resize((size,) * 2, Image.Resampling.NEAREST))
+
+
+def between(black: int, white: int) -> np.ndarray:
+    edges = np.asarray(blob(384, 0.3).resize((96, 96), Image.Resampling.BOX), float)
+    return np.rint(black + edges * (white - black) / 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [enlarged(4, 384), enlarged(8, 384), enlarged(8, 333), enlarged(16, 640)]
+    + [posterised(levels) for levels in (4, 8, 16)]
+    + [between(*ends) for ends in ((9, 255), (10, 255), (16, 235))],
+    ids=["4x", "8x", "7x", "27x", "4 levels", "8 levels", "16 levels", "from 9", "from 10", "of video"],
+)
+def test_soft_masks_of_few_levels_and_blacks_that_are_not_0_are_no_classes(tmp_path: Path, mask: np.ndarray) -> None:
+    got = read_trimap(trimap_pair(tmp_path, mask, Layout.FOLDER)) == PET
+    want = np.asarray(blob(384, 0.3).resize(mask.shape[::-1], Image.Resampling.NEAREST)) > 0
+    assert (got != want).mean() < 0.05
+
+
+@pytest.mark.parametrize("factor", [8, 16])
+def test_a_small_pet_of_few_levels_that_was_enlarged_is_no_class(tmp_path: Path, factor: int) -> None:
+    small = blob(128, 0.06).resize((64, 64), Image.Resampling.BOX)
+    mask = small.resize((64 * factor,) * 2, Image.Resampling.NEAREST)
+    got = read_trimap(trimap_pair(tmp_path, np.asarray(mask), Layout.FOLDER)) == PET
+    assert np.array_equal(got, np.asarray(mask) > 127)
+
+
+@pytest.mark.parametrize("quality", [50, 75, 90])
+def test_one_light_grey_that_has_lost_is_the_pet(tmp_path: Path, quality: int) -> None:
+    path = tmp_path / "mask.webp"
+    blob(96, 0.3).point(lambda value: 200 if value else 0).save(path, quality=quality)
+    got = read_trimap(Pair("mask", path, path, Layout.FOLDER)) == PET
+    assert (got != (np.asarray(blob(96, 0.3)) > 0)).mean() < 0.05
+
+
+@pytest.mark.parametrize("enlarge", [1, 3])
+@pytest.mark.parametrize(
+    "areas",
+    [
+        [(0.12, 85, -30), (0.12, 170, 30)],
+        [(0.3, 128, 0), (0.2, 255, 0)],
+        [(0.12, 85, -30), (0.12, 170, 0), (0.12, 255, 30)],
+        [(0.42, 170, 0), (0.3, 85, 0), (0.2, 255, 0)],
+        [(0.2, 255, -26), (0.16, 12, -26), (0.2, 255, 26), (0.16, 8, 26)],  # with a void around each
+        [(0.9, 96, 0), (0.3, 157, -30), (0.25, 18, 30), (0.1, 255, 5)],  # of stuff and things
+    ],
+)
+def test_classes_with_outlines_of_their_own_are_refused(
+    tmp_path: Path, areas: list[tuple[float, int, int]], enlarge: int
+) -> None:
+    mask = np.zeros((96, 96), np.uint8)
+    for share, value, shift in areas:
+        mask[np.asarray(blob(96, share, shift)) > 0] = value
+    mask = mask.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
+    with pytest.raises(DataError, match=r"as of numbered classes.*a soft mask that was enlarged without smoothing"):
+        read_trimap(trimap_pair(tmp_path, mask, Layout.FOLDER))
 
 
 def test_one_light_colour_on_black_is_the_pet(tmp_path: Path) -> None:
@@ -539,6 +621,23 @@ def test_a_photo_has_the_same_key_wherever_its_folder_lies_and_another_one_anoth
     assert photo_key(same_name) is None
 
 
+def test_photos_of_one_name_and_one_file_size_have_keys_of_their_own(tmp_path: Path) -> None:
+    """As frames of videos that are not compressed."""
+    keys = set()
+    for grey in (40, 90):
+        path = tmp_path / f"{grey}" / "frame_0001.bmp"
+        path.parent.mkdir()
+        Image.new("RGB", (64, 48), (grey, 0, 0)).save(path)
+        keys.add((path.stat().st_size, photo_key(Pair("frame_0001", path, path, Layout.FOLDER))))
+    assert len({size for size, _ in keys}) == 1
+    assert len({key for _, key in keys}) == 2
+
+
+def test_what_is_no_regular_file_has_no_key_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "photo.bmp")
+    assert photo_key(Pair("photo", tmp_path / "photo.bmp", tmp_path / "mask.png", Layout.FOLDER)) is None
+
+
 def turned_pair(root: Path, photo: int, mask: int, shape: tuple[int, int]) -> tuple[Pair, np.ndarray]:
     """A pair stored alike, with an EXIF orientation each (1: none), and its truth as it is stored."""
     pair, truth = find(root, Split.TEST)[0], np.zeros(shape, np.uint8)
@@ -573,6 +672,38 @@ def test_a_mask_that_may_lie_another_way_than_its_photo_is_named(
     assert [line.startswith(said) for line in report.orientation_unsure] == [True] * unsure
     assert report.usable
     assert np.array_equal(read_pair(pair)[1] == PET, truth > 0), "a mask without a tag lies as it is"
+
+
+@pytest.mark.parametrize("photo", [1, 6])
+def test_a_mask_is_opened_once_more_only_where_its_photo_was_turned(
+    folder_copy: Path, monkeypatch: pytest.MonkeyPatch, photo: int
+) -> None:
+    """Asked for its orientation, a PNG is decoded."""
+    pair, _ = turned_pair(folder_copy, photo, 1, (48, 48))
+    opened, asked = images.opened, []
+
+    def watched(path: Path) -> Any:
+        asked.append(path)
+        return opened(path)
+
+    monkeypatch.setattr(images, "opened", watched)
+    assert len(check([pair]).orientation_unsure) == (photo != 1)
+    assert asked == [pair.mask] * (1 if photo == 1 else 2)
+
+
+def test_a_mask_that_is_gone_before_its_orientation_is_asked_for_ends_no_check(
+    folder_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, _ = turned_pair(folder_copy, 6, 1, (48, 48))
+
+    def read_and_gone(pair: Pair) -> np.ndarray:
+        trimap = read_trimap(pair)
+        pair.mask.unlink()
+        return trimap
+
+    monkeypatch.setattr(data_module, "read_trimap", read_and_gone)
+    report = check([pair])
+    assert [str(pair.mask) in line for line in report.unreadable] == [True]
 
 
 def test_an_upright_mask_of_a_photo_that_its_camera_turned_is_right(folder_copy: Path) -> None:

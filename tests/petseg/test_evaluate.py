@@ -418,9 +418,12 @@ def test_photos_of_the_training_are_known_though_the_folder_holds_others_too(fol
     assert doubt_about(told, folder_copy, {Split.TEST: trained}, Split.TEST, None, None) == said
     assert doubt_about(told, folder_copy, {Split.TEST: others}, Split.TEST, None, None) is None
     parts = {Split.TRAIN: others, Split.VAL: trained}
-    val = doubt_about(told, folder_copy, parts, Split.VAL, 0.1, 0) or ""
-    assert val.startswith("val, 0.1 of trainval by seed 0, is not what the model was validated on: ")
-    assert val.endswith("; the model was trained on 3 of the 3 photos of val")
+    said = "the model was trained on 3 of the 3 photos of val"
+    assert doubt_about(told, folder_copy, parts, Split.VAL, 0.1, 0) == said
+    parts = {Split.TRAIN: trained, Split.VAL: others}
+    assert doubt_about(told, folder_copy, parts, Split.VAL, 0.1, 0) is None, "another folder is no reason for doubt"
+    said = "val, 0.1 of trainval by seed 0, is not what the model was validated on: photos that it was trained on may"
+    assert (doubt_about({"data": data}, folder_copy, parts, Split.VAL, 0.1, 0) or "").startswith(said)
 
 
 @pytest.mark.parametrize("keys", [None, 5, [], {}, ["abcdef"]])

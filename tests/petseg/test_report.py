@@ -576,6 +576,24 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_keys_of_the_photos_of_the_training_are_left_out(make: Maker, pairs: list[Pair]) -> None:
+    origin = {"epoch": 2, "data": {"train_photos": 2, "train_keys": "abcdefghijkl"}}
+    made = make(pairs[:2], model=dataclasses.replace(MODEL, provenance=origin))
+    assert made.values["model"]["provenance"] == {"epoch": 2, "data": {"train_photos": 2}}
+    assert "abcdefghijkl" not in made.html
+
+
+@pytest.mark.parametrize("options", [[], ["--without-doubtful"]])
+def test_a_page_says_that_what_is_doubtful_was_left_out(
+    checkpoint: Path, oxford_root: Path, tmp_path: Path, options: list[str]
+) -> None:
+    args = ["evaluate", str(checkpoint), "--data", str(oxford_root), "--device", "cpu", "-q", *options]
+    assert run([*args, "--report", str(tmp_path)]) == 0
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    said = "Without regions in which the model is sure of no pixel, as petseg infer shows it."
+    assert (said in page.text) is bool(options)
+
+
 def test_from_the_command_line(
     checkpoint: Path, oxford_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,7 +24,7 @@ from petseg.data import Split, find, read_trimap
 from petseg.log import LOG
 from petseg.metrics import PET
 from petseg.record import record
-from petseg.run_state import BEST, LAST, QUICK_SAVE, RunState, StateFile
+from petseg.run_state import BEST, LAST, QUICK_SAVE, RunState, StateFile, refuse_another_run
 from petseg.train import Trainer
 from petseg_runtime.errors import CheckpointError, EngineError, TrainingError
 from tiny_runs import (
@@ -59,6 +59,25 @@ def test_last_holds_weights_average_and_optimizer(whole: Run) -> None:
     moments = {n for n in last.tensors if n.endswith("/exp_avg_sq")}
     assert len(moments) == len(list(whole.trainer.model.parameters()))
     assert same_tensors({n: last.tensors[n] for n in names}, whole.trainer.model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        (
+            {},
+            r"an older version, which kept 2 photos of whose pet .* \(pet_05, pet_06\); .* --init",
+        ),
+        ({"skipped_too_small": []}, "trained on other photos than these"),
+    ],
+)
+def test_a_state_of_before_photos_with_tiny_pets_were_left_out_says_so(
+    tmp_path: Path, before: dict[str, Any], said: str
+) -> None:
+    saved = {"data": {"names_sha256": "a", **before}}
+    meta = {"data": {"names_sha256": "b", "skipped_too_small": ["pet_05", "pet_06"]}, "masks": {}}
+    with pytest.raises(TrainingError, match=said):
+        refuse_another_run(saved, meta, tmp_path)
 
 
 @pytest.mark.usefixtures("usual_disk")

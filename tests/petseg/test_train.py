@@ -651,6 +651,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_the_weights_move(
         ({"init": "gone.safetensors"}, [], CheckpointError, r"gone\.safetensors: no such file"),
         ({"init": "text.safetensors"}, [], CheckpointError, r"text\.safetensors: not a readable"),
         ({"teacher": "gone.safetensors"}, [], CheckpointError, r"gone\.safetensors: no such file"),
+        ({"teacher": "last.safetensors"}, [], CheckpointError, r"last\.safetensors: the state of a run, not a model"),
         ({"teacher": "gone.onnx"}, [], ModelError, r"gone\.onnx"),
         ({"teacher": "text.onnx"}, [], ModelError, r"text\.onnx"),
         ({"resume": True}, ["seed=1"], TrainingError, "other settings: seed was 0, now 1"),
@@ -669,6 +670,7 @@ def test_a_mistake_in_the_arguments_is_told_before_photos_are_read(
 ) -> None:
     for name in ("text.safetensors", "text.onnx"):
         (tmp_path / name).write_text("no model")
+    shutil.copy(whole.folder / LAST, tmp_path / LAST)
     folder = whole.folder if "resume" in given else tmp_path / "out"
     options = {name: tmp_path / value if isinstance(value, str) else value for name, value in given.items()}
     monkeypatch.setattr("petseg.data._read_photo", lambda *_: pytest.fail("a photo was read"))

@@ -539,7 +539,9 @@ def test_every_orientation_comes_out_upright(orientation: int, kind: str) -> Non
     stored = Image.fromarray(np.ascontiguousarray(STORED_AS[orientation](upright)))
     options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
     data = encoded(stored, kind, exif=exif, **options)
-    pixels = read(data).pixels
+    photo = read(data)
+    pixels = photo.pixels
+    assert photo.orientation == orientation
     assert pixels.flags.c_contiguous
     assert np.abs(pixels.astype(int) - upright).max() <= (5 if kind == "JPEG" else 0)
     with Image.open(io.BytesIO(data)) as image:
