@@ -470,16 +470,18 @@ def test_runs_whose_results_have_other_places_take_nothing_from_each_other(folde
         assert journal.finished(cat, picture)
 
 
-def test_a_run_that_wrote_nothing_of_a_photo_replaced_nothing(folder: Path, photo: Photo) -> None:
+@pytest.mark.parametrize("written", [True, False])
+def test_a_run_that_wrote_nothing_of_a_photo_replaced_nothing(folder: Path, photo: Photo, written: bool) -> None:
     """One with `--only-found`, of a photo without a pet."""
     cat = photo()
     with (
         Journal(folder, SETTINGS, resume=False) as ours,
         Journal(folder, SETTINGS | {"only_found": True}, resume=False) as theirs,
     ):
-        ours.add(cat, result(folder))
+        ours.add(cat, result(folder) if written else None)
         theirs.add(cat, None)
-    assert is_finished(folder, cat)
+    with Journal(folder, SETTINGS, resume=True) as journal:
+        assert journal.finished(cat, result(folder) if written else None)
 
 
 def test_of_several_runs_with_other_settings_the_last_one_is_told_of(folder: Path, photo: Photo) -> None:

@@ -227,6 +227,10 @@ def test_a_background_is_made_to_fit_once_for_photos_of_one_size_and_profile(
         assert render(dataclasses.replace(result, icc_profile=profile)).info["icc_profile"] == profile
         assert "icc_profile" not in render(result).info
     assert len(made) == 5
+    with monkeypatch.context() as patch:
+        patch.setattr("petseg_runtime.sinks._KEPT", 599)  # of 30 x 20: a large photo's is not kept in memory
+        assert render(result).tobytes() == render(result).tobytes()
+    assert len(made) == 7
     for side in range(2, 8):  # many sizes: it stays right, and no more than a few are kept
         small = Segmentation(np.zeros((side, side, 3), np.uint8), np.zeros((side, side), np.uint8), 0.5, 0.3)
         np.testing.assert_array_equal(np.array(render(small)), np.array(beach.resize((side, side))))
