@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from petseg_runtime.errors import ImageTooLarge, PetsegError, UnreadableImage, UnsupportedImage, one_line
 from petseg_runtime.extras import install
@@ -40,6 +40,7 @@ __all__ = [
     "from_model",
     "in_profile",
     "is_photo",
+    "may_change",
     "open_photo",
     "opened",
     "orientation",
@@ -268,6 +269,17 @@ def is_photo(source: object) -> bool:
     if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
         return True
     return hasattr(source, "read") and not isinstance(source, io.TextIOBase)
+
+
+def may_change(image: Image.Image) -> bool:
+    """Whether a PIL image's owner may draw the next photo on it, or turn it to its next frame, before it is read; not
+    one that Pillow has opened, of a file with a single picture.
+
+    Raises:
+        UnreadableImage: It is damaged.
+    """
+    with _reading(_name_of(image)):
+        return not isinstance(image, ImageFile.ImageFile) or bool(getattr(image, "is_animated", False))
 
 
 def to_model(pixels: U8, height: int, width: int) -> U8:
