@@ -518,7 +518,9 @@ def _decoded(image: Image.Image, name: str, height: int, width: int) -> Photo:
     notes: list[str] = []
     # How many there are is not asked: Pillow walks through a TIFF's or a GIF's to count them, for minutes if a file of
     # a few MB is made for that.
-    if getattr(image, "is_animated", False) and (note := _OF_SEVERAL.get(str(image.format), _ANIMATED)):
+    note = _OF_SEVERAL.get(str(image.format), _ANIMATED)
+    chosen = image.tell() > 0 and image.format != "HEIF"  # by who has opened it; HEIC opens at its main photo
+    if note and not chosen and getattr(image, "is_animated", False):
         notes.append(note)
     # Pillow decodes a 16-bit PGM to 32-bit integers, scaled to 0..65535 (and forgets the format when it is turned).
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
