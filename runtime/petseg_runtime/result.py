@@ -85,6 +85,10 @@ class Segmentation:
         probability.flags.writeable = False
         object.__setattr__(self, "probability", probability)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled or copied it is made anew: else its arrays could be written to, and the mask not follow."""
+        return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
     @cached_property
     def mask(self) -> Bool:
         """bool [H, W], read-only: pet, where ``probability >= 255 * threshold``."""
