@@ -99,7 +99,7 @@ class Segmentation:
     @property
     def coverage(self) -> float:
         """The share of the photo that is pet, in [0, 1]."""
-        return float(self.mask.mean())
+        return np.count_nonzero(self.mask) / self.mask.size
 
     @property
     def found(self) -> bool:
