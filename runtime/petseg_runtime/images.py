@@ -649,7 +649,7 @@ def _to_rgb(image: Image.Image, name: str, notes: list[str]) -> U8:
         if rgba.getchannel("A").getextrema() != (255, 255):
             notes.append("transparency laid over white")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # `convert` would copy it
 
 
 def _of_array(array: npt.NDArray[Any], max_pixels: int) -> OpenPhoto:
