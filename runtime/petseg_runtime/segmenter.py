@@ -324,11 +324,11 @@ class Segmenter:
         Raises:
             InputError: The photo cannot be used.
         """
-        with images.open_photo(source) as photo:
+        with images.open_photo(source, model_size=self.size if mask_only else None) as photo:
             return self.prepare_opened(photo, mask_only=mask_only)
 
     def prepare_opened(self, photo: images.OpenPhoto, *, mask_only: bool = False) -> Prepared:
-        """As :meth:`prepare`, of a photo that is open already; of one decoded at a reduced size no pixels are kept."""
+        """As :meth:`prepare`, of a photo that is open already; of one decoded at another size no pixels are kept."""
         return prepare_opened(photo, self.size, mask_only=mask_only)
 
     def infer(self, batch: U8) -> U8:

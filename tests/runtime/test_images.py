@@ -29,7 +29,7 @@ from PIL import Image, ImageCms, ImageFile
 from petseg_runtime import images
 from petseg_runtime.errors import ImageTooLarge, InputError, UnreadableImage, UnsupportedImage
 from petseg_runtime.extras import install
-from petseg_runtime.images import Photo, from_model, read, to_model
+from petseg_runtime.images import Photo, from_model, open_photo, read, to_model
 from petseg_runtime.result import Segmentation
 from petseg_runtime.sinks import background_of, render_of
 
@@ -706,6 +706,24 @@ def test_a_truncated_jpeg_is_refused_when_reduced_too() -> None:
     data = encoded(noise(256, 256), "JPEG")
     with pytest.raises(UnreadableImage):
         read(data[: len(data) // 2], at_least=(4, 4))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "I;16"])
+@pytest.mark.parametrize("size", [(32, 48), (20, 12), (12, 20)])
+def test_brought_to_the_models_size_while_it_is_read_a_photo_is_the_same(mode: str, size: tuple[int, int]) -> None:
+    image = Image.fromarray(noise(12, 20, channels=4)).convert("RGB" if mode == "I;16" else mode)
+    image = Image.fromarray(noise(12, 20)[..., 0].astype(np.uint16) << 8) if mode == "I;16" else image
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(image, "TIFF" if mode in ("CMYK", "I;16") else "PNG", exif=exif)
+    whole = read(data)
+    assert whole.pixels.shape == (20, 12, 3)
+    with open_photo(data, model_size=size) as opened:
+        photo = opened.decode()
+    np.testing.assert_array_equal(to_model(photo.pixels, *size), to_model(whole.pixels, *size))
+    assert (photo.height, photo.width, photo.notes) == (20, 12, whole.notes)
+    if mode != "I;16":
+        assert photo.pixels.shape == (*size, 3)
 
 
 def test_a_photo_without_a_size_of_its_own_is_as_large_as_its_pixels() -> None:

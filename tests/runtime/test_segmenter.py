@@ -528,7 +528,7 @@ def test_a_photo_read_for_its_mask_only_has_the_same_mask_and_decoded_smaller_ne
             size = (image.height * larger, image.width * larger)
         full = embedded(photo)
         prepared = embedded.prepare(photo, mask_only=True)
-        assert prepared.pixels is None
+        assert (prepared.pixels, prepared.height, prepared.width) == (None, *size)
         same = embedded.finish(prepared, embedded.infer(prepared.image[None])[0])
         np.testing.assert_array_equal(same.probability, full.probability)
         with images.open_photo(photo, at_least=embedded.size) as opened:
