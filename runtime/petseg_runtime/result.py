@@ -146,9 +146,8 @@ class Segmentation:
         Raises:
             UsageError: The photo was decoded for the mask only.
         """
-        alpha = self._alpha()
-        shown = alpha.point([0] + [255] * 255)
-        picture = Image.composite(self._photo(), Image.new("RGB", alpha.size), shown)
+        picture, alpha = self._photo(), self._alpha()
+        picture.paste((0, 0, 0), mask=alpha.point([255] + [0] * 255))
         picture.putalpha(alpha)
         return self._in_its_colours(picture)
 
@@ -328,7 +327,7 @@ class Segmentation:
 
     def _alpha(self) -> Image.Image:
         """:attr:`opacity` as a one-channel picture."""
-        return Image.fromarray(self.opacity)
+        return Image.fromarray(self.probability).point(_opacity(self.cutout_threshold).tolist())
 
 
 def fitted(picture: Image.Image, size: tuple[int, int], profile: bytes | None) -> Image.Image:
