@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from petseg_runtime.errors import ImageTooLarge, PetsegError, UnreadableImage, UnsupportedImage, one_line
 from petseg_runtime.extras import install
@@ -40,6 +40,7 @@ __all__ = [
     "from_model",
     "in_profile",
     "is_photo",
+    "may_change",
     "open_photo",
     "opened",
     "orientation",
@@ -184,6 +185,7 @@ def open_photo(
     *,
     max_pixels: int = MAX_PIXELS,
     at_least: tuple[int, int] | None = None,
+    model_size: tuple[int, int] | None = None,
     name: str | None = None,
 ) -> Iterator[OpenPhoto]:
     """The first half of :func:`read`, for callers that make sure of the memory before a photo is decoded.
@@ -192,6 +194,8 @@ def open_photo(
         source: As for :func:`read`.
         max_pixels: Likewise.
         at_least: Likewise.
+        model_size: The same height and width, where nothing else is wanted of the pixels: an image may then be brought
+            to them before it becomes an array, which spares two copies of the whole photo. None: its own size.
         name: What errors call it; None: by its path, or what it is.
 
     Yields:
@@ -211,7 +215,7 @@ def open_photo(
             if not isinstance(given, Image.Image):
                 image = _encoded(given, name, file)
                 _check_cost(image, name, max_pixels)
-            photo = _of_image(image, name, max_pixels, at_least if image is not given else None)
+            photo = _of_image(image, name, max_pixels, at_least if image is not given else None, model_size)
         yield photo
 
 
@@ -270,6 +274,17 @@ def is_photo(source: object) -> bool:
     return hasattr(source, "read") and not isinstance(source, io.TextIOBase)
 
 
+def may_change(image: Image.Image) -> bool:
+    """Whether a PIL image's owner may draw the next photo on it, or turn it to its next frame, before it is read; not
+    one that Pillow has opened, of a file with a single picture.
+
+    Raises:
+        UnreadableImage: It is damaged.
+    """
+    with _reading(_name_of(image)):
+        return not isinstance(image, ImageFile.ImageFile) or bool(getattr(image, "is_animated", False))
+
+
 def to_model(pixels: U8, height: int, width: int) -> U8:
     """Resize a photo to a model's input: stretched, bilinear, antialiased when shrinking.
 
@@ -283,8 +298,7 @@ def to_model(pixels: U8, height: int, width: int) -> U8:
     """
     if pixels.shape[:2] == (height, width):
         return np.ascontiguousarray(pixels).copy()
-    resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
-    return np.array(resized)
+    return _resized(Image.fromarray(pixels), height, width)
 
 
 def from_model(probability: U8, height: int, width: int) -> U8:
@@ -300,8 +314,11 @@ def from_model(probability: U8, height: int, width: int) -> U8:
     """
     if probability.shape == (height, width):
         return np.ascontiguousarray(probability).copy()
-    resized = Image.fromarray(probability).resize((width, height), Image.Resampling.BILINEAR)
-    return np.array(resized)
+    return _resized(Image.fromarray(probability), height, width)
+
+
+def _resized(image: Image.Image, height: int, width: int) -> U8:
+    return np.array(image.resize((width, height), Image.Resampling.BILINEAR))
 
 
 class _Muted:
@@ -489,32 +506,46 @@ def _count_scans(file: Any) -> tuple[int, int]:
     return scans, size
 
 
-def _of_image(image: Image.Image, name: str, max_pixels: int, at_least: tuple[int, int] | None = None) -> OpenPhoto:
+def _of_image(
+    image: Image.Image,
+    name: str,
+    max_pixels: int,
+    at_least: tuple[int, int] | None = None,
+    model_size: tuple[int, int] | None = None,
+) -> OpenPhoto:
     _check_pixels(image.width, image.height, name, max_pixels)
     pixels = image.width * image.height
     height, width = _reduce(image, *at_least) if at_least else (0, 0)
 
     def decode() -> Photo:
         with _reading(name):
-            return _decoded(image, name, height, width)
+            return _decoded(image, name, height, width, model_size)
 
     return OpenPhoto(pixels, _DECODED * image.width * image.height + _RESULT * pixels, decode)
 
 
-def _decoded(image: Image.Image, name: str, height: int, width: int) -> Photo:
-    """Decode an open image; ``height`` and ``width`` are those of :class:`Photo`."""
+def _decoded(
+    image: Image.Image, name: str, height: int, width: int, model_size: tuple[int, int] | None = None
+) -> Photo:
+    """Decode an open image; ``height`` and ``width`` are those of :class:`Photo`, the rest is as of ``open_photo``."""
     notes: list[str] = []
     # How many there are is not asked: Pillow walks through a TIFF's or a GIF's to count them, for minutes if a file of
     # a few MB is made for that.
-    if getattr(image, "is_animated", False) and (note := _OF_SEVERAL.get(str(image.format), _ANIMATED)):
+    note = _OF_SEVERAL.get(str(image.format), _ANIMATED)
+    chosen = image.tell() > 0 and image.format != "HEIF"  # by who has opened it; HEIC opens at its main photo
+    if note and not chosen and getattr(image, "is_animated", False):
         notes.append(note)
     # Pillow decodes a 16-bit PGM to 32-bit integers, scaled to 0..65535 (and forgets the format when it is turned).
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
     meant = orientation(image)  # Pillow turns a TIFF as it decodes it, and forgets that it did
     image.load()
     turned = upright(image)
-    pixels = _from_sixteen(image, turned, notes) if sixteen else _to_rgb(turned, name, notes)
-    return Photo(pixels, tuple(notes), height, width, _profile(image), meant)
+    if sixteen:
+        pixels = _from_sixteen(image, turned, notes)
+    else:
+        rgb = _to_rgb(turned, name, notes)
+        pixels = _resized(rgb, *model_size) if model_size else np.array(rgb)
+    return Photo(pixels, tuple(notes), height or turned.height, width or turned.width, _profile(image), meant)
 
 
 def _profile(image: Image.Image) -> bytes | None:
@@ -624,8 +655,8 @@ def _from_sixteen(image: Image.Image, turned: Image.Image, notes: list[str]) -> 
     return np.repeat(grey[..., None], 3, axis=2)
 
 
-def _to_rgb(image: Image.Image, name: str, notes: list[str]) -> U8:
-    """The pixels of a decoded image as uint8 [H, W, 3], the caller's own; what was decided is added to ``notes``."""
+def _to_rgb(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
+    """A decoded image in RGB, which may be itself; what was decided is added to ``notes``."""
     if image.mode in ("I", "F"):
         raise UnsupportedImage(
             f"{name}: 32-bit pixels (mode {image.mode}) have no agreed range; save it as 8- or 16-bit first"
@@ -635,7 +666,7 @@ def _to_rgb(image: Image.Image, name: str, notes: list[str]) -> U8:
         if rgba.getchannel("A").getextrema() != (255, 255):
             notes.append("transparency laid over white")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return np.array(image.convert("RGB"))
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def _of_array(array: npt.NDArray[Any], max_pixels: int) -> OpenPhoto:

@@ -117,7 +117,10 @@ class Journal:
         self._clear_parts_of(self._folder / item.name)
         if not self.knows(item):
             return False
-        return path is None or _size(path) == self._done[str(item.name)].size
+        note = self._done[str(item.name)]
+        if note.size is None and note.suffix is None:  # nothing was written of it; what lies there is another run's
+            return True
+        return path is None or _size(path) == note.size
 
     def knows(self, item: Item) -> bool:
         """Whether a result is noted of an item as it is now, wherever that result may be."""

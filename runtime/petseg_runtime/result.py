@@ -85,6 +85,10 @@ class Segmentation:
         probability.flags.writeable = False
         object.__setattr__(self, "probability", probability)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled or copied it is made anew: else its arrays could be written to, and the mask not follow."""
+        return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
     @cached_property
     def mask(self) -> Bool:
         """bool [H, W], read-only: pet, where ``probability >= 255 * threshold``."""
@@ -95,7 +99,7 @@ class Segmentation:
     @property
     def coverage(self) -> float:
         """The share of the photo that is pet, in [0, 1]."""
-        return float(self.mask.mean())
+        return np.count_nonzero(self.mask) / self.mask.size
 
     @property
     def found(self) -> bool:
@@ -142,9 +146,8 @@ class Segmentation:
         Raises:
             UsageError: The photo was decoded for the mask only.
         """
-        alpha = self._alpha()
-        shown = alpha.point([0] + [255] * 255)
-        picture = Image.composite(self._photo(), Image.new("RGB", alpha.size), shown)
+        picture, alpha = self._photo(), self._alpha()
+        picture.paste((0, 0, 0), mask=alpha.point([255] + [0] * 255))
         picture.putalpha(alpha)
         return self._in_its_colours(picture)
 
@@ -324,7 +327,7 @@ class Segmentation:
 
     def _alpha(self) -> Image.Image:
         """:attr:`opacity` as a one-channel picture."""
-        return Image.fromarray(self.opacity)
+        return Image.fromarray(self.probability).point(_opacity(self.cutout_threshold).tolist())
 
 
 def fitted(picture: Image.Image, size: tuple[int, int], profile: bytes | None) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Final, Self, TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from petseg_runtime import host, images, pipeline
 from petseg_runtime.artifact import default_model, open_artifact
@@ -195,7 +197,8 @@ class Segmenter:
 
         Args:
             sources: Photos, as for a call; a generator is taken from as results are, some photos ahead of them. An
-                array (or a buffer of bytes) is copied, so that it may be filled with the next photo.
+                array (a buffer of bytes, a BytesIO) is copied, so that it may be filled with the next photo; so may a
+                PIL image, or be turned to its next frame.
 
         Returns:
             For each photo its result, or the :class:`InputError` that says why there is none.
@@ -212,20 +215,40 @@ class Segmenter:
         return self._map(sources)
 
     def _map(self, sources: Iterable[images.ImageSource]) -> Generator[Segmentation | InputError]:
-        def read(source: images.ImageSource, reserve: Callable[[int], None]) -> Prepared:
+        def read(source: images.ImageSource | Prepared | InputError, reserve: Callable[[int], None]) -> Prepared:
+            if isinstance(source, Prepared):
+                return source
+            if isinstance(source, InputError):
+                raise source
             with images.open_photo(source) as photo:
                 reserve(photo.memory)
                 return self.prepare_opened(photo)
 
         info = self.describe()
-        steps: pipeline.Steps[images.ImageSource, Segmentation] = pipeline.Steps(
+        steps: pipeline.Steps[images.ImageSource | Prepared | InputError, Segmentation] = pipeline.Steps(
             read, self.infer, lambda _, prepared, answer: self.finish(prepared, answer)
         )
         with pipeline.Pipeline(steps, info.streams, info.batch, workers=self.workers) as running:
-            for outcome in running.run(map(_kept, sources)):
+            for outcome in running.run(map(self._kept, sources)):
                 result = outcome.error or outcome.value
                 assert result is not None
                 yield result
+
+    def _kept(self, source: images.ImageSource) -> images.ImageSource | Prepared | InputError:
+        """A source that can be read later: arrays and buffers are copied, since camera loops fill the same one again.
+
+        A PIL image that may not be the same later is read now.
+        """
+        if isinstance(source, np.ndarray):
+            return source.copy()
+        if isinstance(source, (bytearray, memoryview)):
+            return bytes(source)
+        if isinstance(source, io.BytesIO) and not source.closed:
+            return source.getvalue()
+        try:
+            return self.prepare(source) if isinstance(source, Image.Image) and images.may_change(source) else source
+        except InputError as error:
+            return error
 
     def stream(
         self,
@@ -301,11 +324,11 @@ class Segmenter:
         Raises:
             InputError: The photo cannot be used.
         """
-        with images.open_photo(source) as photo:
+        with images.open_photo(source, model_size=self.size if mask_only else None) as photo:
             return self.prepare_opened(photo, mask_only=mask_only)
 
     def prepare_opened(self, photo: images.OpenPhoto, *, mask_only: bool = False) -> Prepared:
-        """As :meth:`prepare`, of a photo that is open already; of one decoded at a reduced size no pixels are kept."""
+        """As :meth:`prepare`, of a photo that is open already; of one decoded at another size no pixels are kept."""
         return prepare_opened(photo, self.size, mask_only=mask_only)
 
     def infer(self, batch: U8) -> U8:
@@ -377,10 +400,3 @@ class Segmenter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._engine.__exit__(kind, error, trace)
-
-
-def _kept(source: images.ImageSource) -> images.ImageSource:
-    """A source that can be read later: arrays and buffers are copied, since camera loops fill the same one again."""
-    if isinstance(source, np.ndarray):
-        return source.copy()
-    return bytes(source) if isinstance(source, (bytearray, memoryview)) else source

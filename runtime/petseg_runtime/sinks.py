@@ -258,6 +258,7 @@ def background_of(text: str) -> Background:
     """
     try:
         red, green, blue, *alpha = ImageColor.getrgb(text)
+        bytes((red, green, blue))  # Pillow takes rgb(300, 0, 0), too
     except ValueError:
         pass
     else:

@@ -237,10 +237,18 @@ def test_what_steps_took_is_over_the_photos_that_came_to_them_and_no_photos_time
     assert report.steps["read"]["p50"] == pytest.approx(2.0, rel=0.02)
 
 
-def test_where_only_masks_are_wanted_the_photos_are_not_kept(
-    segmenter: Segmenter, photos: Path, tmp_path: Path
+def test_where_only_masks_are_wanted_the_photos_are_not_kept_and_never_whole_arrays(
+    segmenter: Segmenter, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = []
+    """Such an array takes as long as the mask itself, of a large photo."""
+    kept, brought = [], []
+    to_model = images.to_model
+
+    def noted(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+        brought.append(pixels.shape[:2] == (height, width))
+        return to_model(pixels, height, width)
+
+    monkeypatch.setattr(images, "to_model", noted)
 
     class Spy(ImageSink):
         def write(self, item: Item, result: Segmentation) -> Written:
@@ -251,7 +259,7 @@ def test_where_only_masks_are_wanted_the_photos_are_not_kept(
     for mask_only in (True, False):
         out = tmp_path / str(mask_only)
         segment_photos(items, segmenter, Spy(out, picture("mask"), items), ignore, mask_only=mask_only)
-    assert kept == [False] * COUNT + [True] * COUNT
+    assert kept == [not early for early in brought] == [False] * COUNT + [True] * COUNT
 
 
 # ------------------------------------------------------------------------------------------------ beside a GPU

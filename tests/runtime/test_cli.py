@@ -1236,6 +1236,18 @@ def test_what_needs_a_folder_is_2_on_standard_output(
     assert "give a folder with --output" in err
 
 
+def test_a_file_that_is_called_like_standard_input_is_read(
+    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "-", "png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", None)
+    assert (
+        run(["infer", "./-", "--as", "mask", "--model", str(toy(tmp_path / "toy.onnx").path), "--output", "out"]) == 0
+    )
+    assert files(tmp_path / "out") == {"-.png"}
+
+
 def test_standard_input_twice_is_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["infer", "-", "-", "--output", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == "petseg: standard input (-) can be read once only\n"

@@ -24,12 +24,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 from petseg_runtime import images
 from petseg_runtime.errors import ImageTooLarge, InputError, UnreadableImage, UnsupportedImage
 from petseg_runtime.extras import install
-from petseg_runtime.images import Photo, from_model, read, to_model
+from petseg_runtime.images import Photo, from_model, open_photo, read, to_model
 from petseg_runtime.result import Segmentation
 from petseg_runtime.sinks import background_of, render_of
 
@@ -176,9 +176,10 @@ def test_a_pillow_image_is_read_at_its_own_size_and_frame(tmp_path: Path) -> Non
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
     (tmp_path / "film.gif").write_bytes(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
     with Image.open(tmp_path / "film.gif") as film:
-        read(film)
+        assert read(film).notes == ("animated: the first frame was used",)
         film.seek(1)
-        assert read(film).pixels[0, 0].tolist() == [0, 255, 0]
+        second = read(film)
+        assert (second.pixels[0, 0].tolist(), second.notes) == ([0, 255, 0], ())
         assert film.tell() == 1
     (tmp_path / "photo.jpg").write_bytes(encoded(smooth(), "JPEG"))
     with Image.open(tmp_path / "photo.jpg") as lazy:
@@ -272,7 +273,7 @@ def test_running_out_of_memory_is_said_as_such(png: Path, monkeypatch: pytest.Mo
     def exhausted(*args, **kwargs):
         raise MemoryError
 
-    monkeypatch.setattr(Image.Image, "convert", exhausted)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", exhausted)
     with pytest.raises(ImageTooLarge, match="not enough memory"):
         read(png)
 
@@ -281,7 +282,7 @@ def test_an_interruption_is_not_taken_for_a_bad_image(png: Path, monkeypatch: py
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Image.Image, "convert", interrupted)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", interrupted)
     with pytest.raises(KeyboardInterrupt):
         read(png)
 
@@ -442,6 +443,12 @@ def test_a_palette_is_looked_up() -> None:
 
 
 OVER_WHITE = ("transparency laid over white",)
+
+
+def test_colours_that_are_rgb_already_are_not_copied_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 12 megapixels that is a quarter of what reading a JPEG takes."""
+    monkeypatch.setattr(Image.Image, "copy", pytest.fail)
+    assert read(encoded(smooth(), "JPEG")).pixels.shape == (96, 128, 3)
 
 
 def test_alpha_is_laid_over_white() -> None:
@@ -701,6 +708,24 @@ def test_a_truncated_jpeg_is_refused_when_reduced_too() -> None:
         read(data[: len(data) // 2], at_least=(4, 4))
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "I;16"])
+@pytest.mark.parametrize("size", [(32, 48), (20, 12), (12, 20)])
+def test_brought_to_the_models_size_while_it_is_read_a_photo_is_the_same(mode: str, size: tuple[int, int]) -> None:
+    image = Image.fromarray(noise(12, 20, channels=4)).convert("RGB" if mode == "I;16" else mode)
+    image = Image.fromarray(noise(12, 20)[..., 0].astype(np.uint16) << 8) if mode == "I;16" else image
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(image, "TIFF" if mode in ("CMYK", "I;16") else "PNG", exif=exif)
+    whole = read(data)
+    assert whole.pixels.shape == (20, 12, 3)
+    with open_photo(data, model_size=size) as opened:
+        photo = opened.decode()
+    np.testing.assert_array_equal(to_model(photo.pixels, *size), to_model(whole.pixels, *size))
+    assert (photo.height, photo.width, photo.notes) == (20, 12, whole.notes)
+    if mode != "I;16":
+        assert photo.pixels.shape == (*size, 3)
+
+
 def test_a_photo_without_a_size_of_its_own_is_as_large_as_its_pixels() -> None:
     photo = Photo(noise(12, 20))
     assert (photo.height, photo.width, photo.notes) == (12, 20, ())
@@ -830,25 +855,25 @@ def test_filters_that_someone_has_reset_stay_reset() -> None:
 
 
 def test_warnings_of_others_are_not_muted(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Image.Image.convert
+    original = ImageFile.ImageFile.load
 
     def deprecated(self, *args):
         warnings.warn("of someone else", stacklevel=1)
         return original(self, *args)
 
-    monkeypatch.setattr(Image.Image, "convert", deprecated)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", deprecated)
     with pytest.raises(UnreadableImage, match="of someone else"):  # warnings are errors here
         read(encoded(smooth(), "JPEG"))
 
 
 def test_threads_decode_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    original, both = Image.Image.convert, threading.Barrier(2)
+    original, both = ImageFile.ImageFile.load, threading.Barrier(2)
 
     def meet(self, *args):
         both.wait(60)
         return original(self, *args)
 
-    monkeypatch.setattr(Image.Image, "convert", meet)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", meet)
     with ThreadPoolExecutor(2) as pool:
         assert len(list(pool.map(read, [sideways()] * 2))) == 2
 

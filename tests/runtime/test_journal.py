@@ -484,6 +484,14 @@ def test_a_run_that_wrote_nothing_of_a_photo_replaced_nothing(folder: Path, phot
         assert journal.finished(cat, result(folder) if written else None)
 
 
+def test_what_an_earlier_run_wrote_does_not_undo_that_nothing_was_written(folder: Path, photo: Photo) -> None:
+    cat = photo()
+    with Journal(folder, SETTINGS, resume=False) as journal:
+        journal.add(cat, None)
+    assert result(folder).exists()
+    assert is_finished(folder, cat)
+
+
 def test_of_several_runs_with_other_settings_the_last_one_is_told_of(folder: Path, photo: Photo) -> None:
     with (
         Journal(folder, SETTINGS | {"threshold": 0.1}, resume=False),

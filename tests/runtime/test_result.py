@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -572,6 +574,17 @@ def test_a_result_is_not_changed_through_what_it_gives_away() -> None:
     picture.putpixel((1, 1), 7)
     assert result.probability.min() == 200
     own[2, 2] = 7  # whose array it was keeps the right to write
+
+
+@pytest.mark.parametrize("passed_on", [lambda result: pickle.loads(pickle.dumps(result)), copy.deepcopy])
+def test_a_result_from_another_process_is_not_changed_either(passed_on: Callable[[Segmentation], Segmentation]) -> None:
+    result = every_probability()
+    assert result.mask.any()
+    passed = passed_on(result)
+    assert not passed.probability.flags.writeable
+    assert not passed.mask.flags.writeable
+    np.testing.assert_array_equal(passed.mask, result.mask)
+    assert passed.cutout().tobytes() == result.cutout().tobytes()
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageSequence
 
 from petseg_runtime import Segmenter, images, sample_photos
 from petseg_runtime.artifact import Artifact
 from petseg_runtime.engines import onnxruntime, registry
 from petseg_runtime.engines.base import EngineOptions
-from petseg_runtime.errors import EngineError, InputError, ModelError, UnreadableImage, UsageError
+from petseg_runtime.errors import EngineError, InputError, ModelError, UnreadableImage, UnsupportedImage, UsageError
 from petseg_runtime.parity import Proof
 from petseg_runtime.result import Segmentation
 from petseg_runtime.segmenter import Prepared
@@ -401,24 +401,68 @@ def test_a_map_of_an_array_of_photos_takes_each(segmenter: Segmenter, pixels: np
     assert len(list(segmenter.map(np.stack([pixels, pixels])))) == 2
 
 
-@pytest.mark.parametrize("kind", [np.ndarray, bytearray, memoryview])
+@pytest.mark.parametrize("kind", [np.ndarray, bytearray, memoryview, io.BytesIO])
 def test_a_map_keeps_what_a_buffer_held_that_is_filled_anew(
-    segmenter: Segmenter, pixels: np.ndarray, kind: Any
+    segmenter: Segmenter, pixels: np.ndarray, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the loop over a camera does, while photos wait for their turn."""
     photos = [np.roll(pixels, shift, axis=1) for shift in range(12)]
     array, buffer = np.empty_like(pixels), bytearray(max(len(encoded(photo)) for photo in photos))
+    held = {np.ndarray: array, bytearray: buffer, memoryview: memoryview(buffer), io.BytesIO: io.BytesIO()}[kind]
+
+    refilled, open_photo = threading.Event(), images.open_photo
+
+    def later(source: Any) -> Any:
+        assert refilled.wait(60)
+        return open_photo(source)
+
+    monkeypatch.setattr(images, "open_photo", later)
 
     def taken() -> Iterator[Any]:
-        for photo in photos:
+        for number, photo in enumerate(photos):
             array[:] = photo
             file = encoded(photo)  # what a longer one has left behind it is no part of a PNG
             buffer[: len(file)] = file
-            yield array if kind is np.ndarray else buffer if kind is bytearray else memoryview(buffer)
+            if kind is io.BytesIO:
+                held.seek(0)
+                held.write(file)
+            if number:
+                refilled.set()
+            yield held
 
     for photo, result in zip(photos, segmenter.map(taken()), strict=True):
         assert isinstance(result, Segmentation)
         np.testing.assert_array_equal(result.pixels, photo)
+
+
+def test_a_map_keeps_what_a_pillow_image_held_that_is_drawn_on_or_turned_to_its_next_frame(
+    segmenter: Segmenter,
+) -> None:
+    reds = range(0, 240, 20)
+    film = io.BytesIO()
+    first, *rest = (Image.new("RGB", (W, H), (red, 0, 0)) for red in reds)
+    first.save(film, "WEBP", save_all=True, append_images=rest, lossless=True)
+    canvas = Image.new("RGB", (W, H))
+
+    def drawn() -> Iterator[Image.Image]:
+        for red in reds:
+            canvas.paste((red, 0, 0), (0, 0, W, H))
+            yield canvas
+
+    for photos in (drawn(), ImageSequence.Iterator(Image.open(film))):
+        results = [result.probability[0, 0] for result in segmenter.map(photos) if isinstance(result, Segmentation)]
+        assert results == list(reds)
+
+
+def test_a_map_goes_on_after_pillow_images_that_cannot_be_read(segmenter: Segmenter, pixels: np.ndarray) -> None:
+    film = io.BytesIO()
+    first, second = (Image.effect_noise((W, H), sigma).convert("RGB") for sigma in (50, 60))
+    first.save(film, "GIF", save_all=True, append_images=[second])
+    cut = Image.open(io.BytesIO(film.getvalue()[: len(film.getvalue()) * 3 // 4]))
+    of_32_bits, of_a_cut_film, result = segmenter.map([Image.new("I", (W, H)), cut, pixels])
+    assert isinstance(of_32_bits, UnsupportedImage)
+    assert isinstance(of_a_cut_film, UnreadableImage)
+    assert isinstance(result, Segmentation)
 
 
 @pytest.mark.parametrize("streams", [1, 4])
@@ -484,7 +528,7 @@ def test_a_photo_read_for_its_mask_only_has_the_same_mask_and_decoded_smaller_ne
             size = (image.height * larger, image.width * larger)
         full = embedded(photo)
         prepared = embedded.prepare(photo, mask_only=True)
-        assert prepared.pixels is None
+        assert (prepared.pixels, prepared.height, prepared.width) == (None, *size)
         same = embedded.finish(prepared, embedded.infer(prepared.image[None])[0])
         np.testing.assert_array_equal(same.probability, full.probability)
         with images.open_photo(photo, at_least=embedded.size) as opened:

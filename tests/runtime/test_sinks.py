@@ -245,6 +245,12 @@ def test_a_background_that_is_partly_transparent_is_refused() -> None:
         background_of("#0f08")
 
 
+@pytest.mark.parametrize("text", ["rgb(300,0,0)", "rgb(101%,0%,0%)", "hsl(0,300%,50%)"])
+def test_a_background_beyond_what_a_pixel_holds_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="neither a colour"):
+        background_of(text)
+
+
 def test_a_background_that_is_neither_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"background 'chartruse': neither a colour \(white, #00ff00\) nor a file"):
         background_of("chartruse")

@@ -340,7 +340,9 @@ def _find(asked: _Asked) -> _Found:
     options = _pairs(asked.input_option)
     named = [stream_origin(text, options) for text in asked.sources]
     streams = [origin for origin in named if origin]
-    paths = [Path(text) for text, origin in zip(asked.sources, named, strict=True) if not origin]
+    texts = [text for text, origin in zip(asked.sources, named, strict=True) if not origin]
+    # A file that is called so is named ./-, of which Path makes a mere -.
+    paths = [Path(text) if text == str(STDIN) or Path(text) != STDIN else Path(text).absolute() for text in texts]
     piped, data = _from_stdin(paths.count(STDIN), asked.raw)
     if piped:
         streams.append(piped)
