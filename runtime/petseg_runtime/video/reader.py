@@ -23,7 +23,7 @@ from av.stream import Discard
 from petseg_runtime.errors import SilentVideo, UnreadableVideo, UnsupportedVideo, UsageError
 from petseg_runtime.video.clock import Clock, Joined
 from petseg_runtime.video.errors import errors_of, reason_of
-from petseg_runtime.video.frame import Frame
+from petseg_runtime.video.frame import Frame, orientation
 from petseg_runtime.video.sound import Sound, track_of
 
 __all__ = ["MAX_FRAME_PIXELS", "VideoInfo", "VideoReader"]
@@ -209,18 +209,20 @@ class VideoReader:
             pts, duration = clock.at(decoded)
             if pts is not None:
                 shift = -clock.origin
+                quarters, mirrored = orientation(decoded)
                 frame = Frame(
                     clock.count - 1,
                     pts,
                     clock.time_base,
                     decoded,
-                    round(decoded.rotation / 90) % 4,
+                    quarters,
                     now,
                     now - before,
                     duration,
                     [Sound(packet.packet, shift) for packet in sound],
                     self._track,
                     self.stream.sample_aspect_ratio,
+                    mirrored,
                 )
                 sound.clear()
                 yield frame

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -321,6 +322,31 @@ def test_frames_are_upright(tmp_path: Path, degrees: int) -> None:
     small = frame.pixels(Converter(), 16, 32)
     assert small.shape == (16, 32, 3)
     assert abs(int(small[0, 0, 0]) - int(upright[4, 4, 0])) < 30
+
+
+def shown_by(matrix: tuple[int, int, int, int], clip: Path, other: Path) -> None:
+    """Copy an MP4, to be shown by the four numbers of its matrix that turn and mirror."""
+    data, numbers = clip.read_bytes(), struct.Struct(">9i")
+    (a, b, c, d), one, whole = (0x10000 * number for number in matrix), 0x10000, 0x40000000
+    at = data.index(numbers.pack(one, 0, 0, 0, one, 0, 0, 0, whole), data.index(b"tkhd"))
+    other.write_bytes(data[:at] + numbers.pack(a, b, 0, c, d, 0, 0, 0, whole) + data[at + numbers.size :])
+
+
+@pytest.mark.parametrize(
+    ("matrix", "shown"),
+    [
+        ((-1, 0, 0, 1), np.fliplr),
+        ((1, 0, 0, -1), np.flipud),
+        ((0, 1, 1, 0), lambda stored: stored.transpose(1, 0, 2)),
+        ((0, -1, -1, 0), lambda stored: np.rot90(stored.transpose(1, 0, 2), 2)),
+    ],
+)
+def test_mirrored_frames_are_shown_as_the_matrix_says(tmp_path: Path, matrix: Any, shown: Any) -> None:
+    shown_by(matrix, write(tmp_path / "clip.mp4"), tmp_path / "mirrored.mp4")
+    stored = read(tmp_path / "clip.mp4")[0].pixels(Converter())
+    pixels = read(tmp_path / "mirrored.mp4")[0].pixels(Converter())
+    np.testing.assert_array_equal(pixels, shown(stored))
+    assert pixels.flags.c_contiguous
 
 
 @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="the ffmpeg command is the reference")
