@@ -18,7 +18,7 @@ from typing import IO, Any, Final, Self
 import av
 import av.error
 from av.bitstream import BitStreamFilterContext
-from av.stream import Discard
+from av.stream import Discard, Disposition
 
 from petseg_runtime.errors import SilentVideo, UnreadableVideo, UnsupportedVideo, UsageError
 from petseg_runtime.video.clock import Clock, Joined
@@ -177,7 +177,7 @@ class VideoReader:
         video.codec_context.thread_count = self._threads or 0
         if low_delay and video.codec_context.codec.name in _DELAYING:
             video.codec_context.flags |= av.codec.context.Flags.low_delay
-        sound = next(iter(self._container.streams.audio), None)
+        sound = max(self._container.streams.audio, key=_wanted, default=None)
         self._track = track_of(sound)
         self._sound = sound if self._track else None
         if self._container.format.name in _OF_VARIANTS:
@@ -388,8 +388,8 @@ _UNREAD_PIPE: Final = (
     "or give the file itself"
 )
 
-#: ``AV_DISPOSITION_ATTACHED_PIC``: a song's cover.
-_COVER: Final = 0x400
+#: A song's cover.
+_COVER: Final = Disposition.attached_pic
 
 #: ``AVFMT_NOTIMESTAMPS``: bare H.264, and the MJPEG of cameras.
 _NO_TIMES: Final = 0x80
@@ -472,6 +472,11 @@ def _check_size(width: int, height: int, name: str) -> None:
             f"{MAX_FRAME_PIXELS / 1e6:.0f}: make it smaller first",
             name,
         )
+
+
+def _wanted(sound: Any) -> tuple[bool, bool]:
+    """Which of several tracks is taken: the first that can be decoded and is played unless another is asked for."""
+    return sound.codec_context is not None, bool(sound.disposition & Disposition.default)
 
 
 def _kinds(container: Any) -> str:

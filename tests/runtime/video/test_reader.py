@@ -398,6 +398,19 @@ def test_of_several_pictures_the_first_is_taken_that_is_no_cover(tmp_path: Path)
         assert {frame.size for frame in read(tmp_path / "clip.mp4")} == {shown}
 
 
+@pytest.mark.parametrize("default", [None, 0, 1])
+def test_of_several_tracks_of_sound_the_one_is_taken_that_players_take(tmp_path: Path, default: int | None) -> None:
+    with av.open(str(tmp_path / "clip.mkv"), "w") as file:
+        picture: Any = file.add_stream("mjpeg", rate=25)
+        picture.width, picture.height, picture.pix_fmt = 64, 48, "yuvj420p"
+        for number, codec in enumerate(("pcm_s16be", "pcm_s16le")):
+            sound = file.add_stream(codec, 8000, layout="mono")
+            sound.disposition = Disposition.default if number == default else Disposition(0)
+        file.mux([*picture.encode(flat((100, 128, 128), "yuvj420p", 48, 64)), *picture.encode(None)])
+    with VideoReader(tmp_path / "clip.mkv") as reader:
+        assert reader.info.audio == ("pcm_s16le" if default == 1 else "pcm_s16be")
+
+
 def test_interlaced_pictures_are_taken_as_they_are(tmp_path: Path) -> None:
     frames = read(write(tmp_path / "clip.mpg", codec="mpeg2video", flags="+ilme+ildct"))
     assert len(frames) == 10
