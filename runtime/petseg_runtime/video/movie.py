@@ -212,6 +212,7 @@ class _Movie:
         context.time_base = frame.time_base
         # One frame may be shown for seconds, or for a tick: the distance of key frames stays one that can be sought in.
         context.gop_size = round(min(max(float(rate), _SLOWEST), _FASTEST) * (_LIVE_KEY if endless else _KEY))
+        context.flags |= av.codec.context.Flags.frame_duration  # else the last frame is shown as long as the first
         if frame.aspect:
             context.sample_aspect_ratio = 1 / frame.aspect if frame.quarters % 2 else frame.aspect
         colours = Colours.of(frame.picture)

@@ -198,6 +198,16 @@ def test_a_variable_rate_stays_variable_frame_by_frame(tmp_path: Path) -> None:
     assert [round(1000 * time) for time in frame_times(tmp_path / "out.mp4")] == times
 
 
+@pytest.mark.parametrize("name", ["out.mp4", "out.webm"])
+def test_the_last_frame_is_shown_as_long_as_in_the_source(tmp_path: Path, name: str) -> None:
+    pictures = [Image.fromarray(picture(number)) for number in range(4)]
+    pictures[0].save(tmp_path / "clip.gif", save_all=True, append_images=pictures[1:], duration=[40, 40, 1000, 3000])
+    run(tmp_path / "clip.gif", movie(tmp_path / name))
+    with av.open(str(tmp_path / name)) as file:
+        last = max((packet for packet in file.demux(video=0) if packet.pts is not None), key=lambda packet: packet.pts)
+        assert float(last.duration * last.time_base) == 3
+
+
 @pytest.mark.parametrize("options", [{}, {"stride": 3}])
 def test_sound_is_passed_through_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
     clip = write_clip(tmp_path / "clip.mp4", frames=50)
