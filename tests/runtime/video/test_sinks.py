@@ -198,6 +198,17 @@ def test_a_variable_rate_stays_variable_frame_by_frame(tmp_path: Path) -> None:
     assert [round(1000 * time) for time in frame_times(tmp_path / "out.mp4")] == times
 
 
+@pytest.mark.parametrize("seconds", [1, 4])
+def test_times_in_nanoseconds_have_room_in_a_movie(tmp_path: Path, seconds: int) -> None:
+    with movie(tmp_path / "out.mp4") as sink:
+        for number in range(8):
+            frame = frame_of(number)
+            frame.duration, frame.time_base = seconds * 10**9, Fraction(1, 10**9)
+            frame.pts *= frame.duration
+            sink.write(frame, result_of(frame))
+    assert frame_times(tmp_path / "out.mp4") == [number * seconds for number in range(8)]
+
+
 @pytest.mark.parametrize("name", ["out.mp4", "out.webm"])
 def test_the_last_frame_is_shown_as_long_as_in_the_source(tmp_path: Path, name: str) -> None:
     pictures = [Image.fromarray(picture(number)) for number in range(4)]
