@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import av
 import av.error
 import numpy as np
 import numpy.typing as npt
+from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from petseg_runtime.errors import UnsupportedVideo
 from petseg_runtime.video.sound import Sound, Track
 
-__all__ = ["Colours", "Converter", "Frame"]
+__all__ = ["Colours", "Converter", "Frame", "orientation"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
@@ -136,6 +137,7 @@ class Frame:
         sound: What came since the frame before.
         track: What its packets belong to; None: the source has no sound.
         aspect: Width of a pixel by its height, as decoded, not upright; None: the source does not say.
+        mirrored: Its left and right are to be swapped, before it is turned.
     """
 
     number: int
@@ -149,6 +151,7 @@ class Frame:
     sound: list[Sound] = field(default_factory=list)
     track: Track | None = None
     aspect: Fraction | None = None
+    mirrored: bool = False
 
     @property
     def time(self) -> float:
@@ -182,9 +185,29 @@ class Frame:
         """
         h, w = height or self.size[0], width or self.size[1]
         try:
-            upright = convert(self.picture, *((w, h) if self.quarters % 2 else (h, w)))
+            pixels = convert(self.picture, *((w, h) if self.quarters % 2 else (h, w)))
         except (av.error.FFmpegError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             about = f"{self.picture.format.name} with the colour matrix {self.picture.colorspace:d}"
             raise UnsupportedVideo(f"frames in {about} cannot be converted ({reason})") from error
-        return np.ascontiguousarray(np.rot90(upright, self.quarters)) if self.quarters else upright
+        return np.ascontiguousarray(self.upright(pixels))
+
+    def upright(self, stored: U8) -> U8:
+        """A view of the frame's pixels, or of one of its planes, as they are to be seen.
+
+        Args:
+            stored: uint8 [H, W] or [H, W, 3], as decoded.
+        """
+        return np.rot90(np.fliplr(stored) if self.mirrored else stored, self.quarters)
+
+
+def orientation(picture: av.VideoFrame) -> tuple[int, bool]:
+    """A decoded frame's ``quarters``, and whether it is ``mirrored``, as selfies may be."""
+    beside: Any = picture.side_data  # its annotations take names only
+    quarters, matrix = round(picture.rotation / 90), beside.get(SideDataType.DISPLAYMATRIX)
+    if matrix is None:
+        return quarters % 4, False
+    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+    mirrored = a * d < b * c
+    # The angle is that of the matrix, which swaps left and right itself: without that, it is half a turn off.
+    return (quarters + 2 * mirrored) % 4, mirrored

@@ -218,15 +218,15 @@ class LiveSource:
             name=self.origin.shown,
             container=self.origin.container,
             options=self.origin.options,
-            timeout=(min(self._silence, self._patience_now), self._silence),
+            # Not longer than it is waited for: a read that FFmpeg would have ended is no read that hangs.
+            timeout=(max(min(self._silence, self._left), _GRACE / 2), self._silence),
             low_delay=True,
             threads=self._threads,
         )
 
     def _frames(self, connection: _Connection) -> Iterator[Frame]:
         """One connection's frames, on the time line of all."""
-        left = self._patience_now - (time.monotonic() - self._last_seen)
-        first, wait = True, min(_STEPS * self._silence, left) + _GRACE
+        first, wait = True, min(_STEPS * self._silence, self._left) + _GRACE
         while frame := connection.take(wait, lambda: self._stopped):
             self._last_seen = time.monotonic()
             if first:
@@ -246,19 +246,24 @@ class LiveSource:
             return self._patience
         return float("inf") if self.connections else FIRST_PATIENCE
 
+    @property
+    def _left(self) -> float:
+        """Seconds until the source is given up; 0 and less: it is time."""
+        return self._patience_now - (time.monotonic() - self._last_seen)
+
     def _patience_left(self) -> float:
         """Seconds until the source is given up.
 
         Raises:
             UnreadableVideo: It is now.
         """
-        silent = time.monotonic() - self._last_seen
-        if silent >= self._patience_now - _ROUNDING:
+        if (left := self._left) <= _ROUNDING:
             self._tell(StateChange("ended", self._why, attempt=self._attempt))
+            silent = self._patience_now - left
             raise UnreadableVideo(
                 f"no frame for {silent:.0f} s in {self._attempt} attempts; the last: {self._why}", self.origin.shown
             )
-        return self._patience_now - silent
+        return left
 
 
 class _Connection:

@@ -107,7 +107,7 @@ class Painter:
             dst_color_range=ColorRange.MPEG,
             threads=self._threads,
         )
-        return [np.rot90(_view(plane), frame.quarters) for plane in flat.planes]
+        return [frame.upright(_view(plane)) for plane in flat.planes]
 
     def _paint_background(self, canvas: _Canvas, result: Segmentation) -> None:
         shape = canvas.planes[0].shape

@@ -67,6 +67,9 @@ _LIVE_KEY, _KEY = 2, 10
 #: Frames a second between which that is counted.
 _SLOWEST, _FASTEST = 10, 120
 
+#: Of units so small (nanoseconds), the 32 bits that MP4 has for the time of one frame hold two seconds: it gets others.
+_TOO_FINE, _MICROSECOND = Fraction(1, 10**8), Fraction(1, 10**6)
+
 #: So many seconds the sound of a piece may come after its last frame.
 _LATE: Final = 2.0
 
@@ -209,9 +212,10 @@ class _Movie:
         stream: Any = self._file.add_stream(look.codec, rate=rate, options=options)
         context = stream.codec_context
         context.width, context.height, context.pix_fmt = painted.width, painted.height, painted.format.name
-        context.time_base = frame.time_base
+        context.time_base = frame.time_base if frame.time_base > _TOO_FINE else _MICROSECOND
         # One frame may be shown for seconds, or for a tick: the distance of key frames stays one that can be sought in.
         context.gop_size = round(min(max(float(rate), _SLOWEST), _FASTEST) * (_LIVE_KEY if endless else _KEY))
+        context.flags |= av.codec.context.Flags.frame_duration  # else the last frame is shown as long as the first
         if frame.aspect:
             context.sample_aspect_ratio = 1 / frame.aspect if frame.quarters % 2 else frame.aspect
         colours = Colours.of(frame.picture)

@@ -18,12 +18,12 @@ from typing import IO, Any, Final, Self
 import av
 import av.error
 from av.bitstream import BitStreamFilterContext
-from av.stream import Discard
+from av.stream import Discard, Disposition
 
 from petseg_runtime.errors import SilentVideo, UnreadableVideo, UnsupportedVideo, UsageError
 from petseg_runtime.video.clock import Clock, Joined
 from petseg_runtime.video.errors import errors_of, reason_of
-from petseg_runtime.video.frame import Frame
+from petseg_runtime.video.frame import Frame, orientation
 from petseg_runtime.video.sound import Sound, track_of
 
 __all__ = ["MAX_FRAME_PIXELS", "VideoInfo", "VideoReader"]
@@ -177,7 +177,7 @@ class VideoReader:
         video.codec_context.thread_count = self._threads or 0
         if low_delay and video.codec_context.codec.name in _DELAYING:
             video.codec_context.flags |= av.codec.context.Flags.low_delay
-        sound = next(iter(self._container.streams.audio), None)
+        sound = max(self._container.streams.audio, key=_wanted, default=None)
         self._track = track_of(sound)
         self._sound = sound if self._track else None
         if self._container.format.name in _OF_VARIANTS:
@@ -209,18 +209,20 @@ class VideoReader:
             pts, duration = clock.at(decoded)
             if pts is not None:
                 shift = -clock.origin
+                quarters, mirrored = orientation(decoded)
                 frame = Frame(
                     clock.count - 1,
                     pts,
                     clock.time_base,
                     decoded,
-                    round(decoded.rotation / 90) % 4,
+                    quarters,
                     now,
                     now - before,
                     duration,
                     [Sound(packet.packet, shift) for packet in sound],
                     self._track,
                     self.stream.sample_aspect_ratio,
+                    mirrored,
                 )
                 sound.clear()
                 yield frame
@@ -386,8 +388,8 @@ _UNREAD_PIPE: Final = (
     "or give the file itself"
 )
 
-#: ``AV_DISPOSITION_ATTACHED_PIC``: a song's cover.
-_COVER: Final = 0x400
+#: A song's cover.
+_COVER: Final = Disposition.attached_pic
 
 #: ``AVFMT_NOTIMESTAMPS``: bare H.264, and the MJPEG of cameras.
 _NO_TIMES: Final = 0x80
@@ -470,6 +472,11 @@ def _check_size(width: int, height: int, name: str) -> None:
             f"{MAX_FRAME_PIXELS / 1e6:.0f}: make it smaller first",
             name,
         )
+
+
+def _wanted(sound: Any) -> tuple[bool, bool]:
+    """Which of several tracks is taken: the first that can be decoded and is played unless another is asked for."""
+    return sound.codec_context is not None, bool(sound.disposition & Disposition.default)
 
 
 def _kinds(container: Any) -> str:

@@ -327,8 +327,9 @@ class Stream:
         """End everything; what has not been delivered is lost. A second time, it finishes what a Ctrl-C cut short."""
         self._end_source()
         self._outbox.close()
-        self._threads[1].join()
-        self._threads[0].join(timeout=1.0)
+        for thread, longest in ((self._threads[1], None), (self._threads[0], 1.0)):
+            if thread is not threading.current_thread():  # a live source tells of its state from the first of them
+                thread.join(longest)
         atexit.unregister(self.close)  # last: a Ctrl-C may come before
 
     def __enter__(self) -> Self:

@@ -195,6 +195,24 @@ def test_patience_ends_though_what_is_left_of_it_is_rounding(
     assert reader.opened == len(clock.waits) + 1
 
 
+def test_no_connection_waits_for_longer_than_patience_lasts(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    """Cut short, it would be said to hang."""
+    made, _, _ = source([], monkeypatch, clock, patience=25, stall=10)
+    began, waited = clock.now, list[float]()
+
+    def silent(*args: object, **options: Any) -> Reader:
+        opening, _ = options["timeout"]
+        assert 0 < opening <= max(began + 25 - clock.now, live._GRACE)
+        waited.append(opening)
+        clock.now += opening
+        raise SilentVideo("cannot be opened (it sent nothing for too long)", "cam")
+
+    monkeypatch.setattr(live, "VideoReader", silent)
+    delivered(made)
+    assert waited[:2] == [10, 10]
+    assert waited[2] < 5
+
+
 def test_a_connection_that_lasted_makes_the_next_pause_short(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     refused = UnreadableVideo("refused", "cam")
 

@@ -96,12 +96,13 @@ def test_a_mask_is_black_and_white_exactly() -> None:
     assert set(np.unique(u)) | set(np.unique(v)) == {128}
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("quarters", range(4))
 @pytest.mark.parametrize("kind", ["overlay", "cutout"])
-def test_a_lying_frame_is_painted_upright(kind: str, quarters: int) -> None:
-    upright = photo(64, 96)
-    stored = yuv(np.ascontiguousarray(np.rot90(upright, -quarters)), BT709)
-    frame = frame_of(stored, quarters)
+def test_a_lying_frame_is_painted_upright(kind: str, quarters: int, mirrored: bool) -> None:
+    lying = np.rot90(photo(64, 96), -quarters)
+    frame = frame_of(yuv(np.ascontiguousarray(np.fliplr(lying) if mirrored else lying), BT709), quarters)
+    frame.mirrored = mirrored
     painted = Painter(kind)(frame, result_of(frame))
     assert (painted.height, painted.width) == frame.size == (64, 96)
     result = result_of(frame)

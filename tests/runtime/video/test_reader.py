@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -323,6 +324,31 @@ def test_frames_are_upright(tmp_path: Path, degrees: int) -> None:
     assert abs(int(small[0, 0, 0]) - int(upright[4, 4, 0])) < 30
 
 
+def shown_by(matrix: tuple[int, int, int, int], clip: Path, other: Path) -> None:
+    """Copy an MP4, to be shown by the four numbers of its matrix that turn and mirror."""
+    data, numbers = clip.read_bytes(), struct.Struct(">9i")
+    (a, b, c, d), one, whole = (0x10000 * number for number in matrix), 0x10000, 0x40000000
+    at = data.index(numbers.pack(one, 0, 0, 0, one, 0, 0, 0, whole), data.index(b"tkhd"))
+    other.write_bytes(data[:at] + numbers.pack(a, b, 0, c, d, 0, 0, 0, whole) + data[at + numbers.size :])
+
+
+@pytest.mark.parametrize(
+    ("matrix", "shown"),
+    [
+        ((-1, 0, 0, 1), np.fliplr),
+        ((1, 0, 0, -1), np.flipud),
+        ((0, 1, 1, 0), lambda stored: stored.transpose(1, 0, 2)),
+        ((0, -1, -1, 0), lambda stored: np.rot90(stored.transpose(1, 0, 2), 2)),
+    ],
+)
+def test_mirrored_frames_are_shown_as_the_matrix_says(tmp_path: Path, matrix: Any, shown: Any) -> None:
+    shown_by(matrix, write(tmp_path / "clip.mp4"), tmp_path / "mirrored.mp4")
+    stored = read(tmp_path / "clip.mp4")[0].pixels(Converter())
+    pixels = read(tmp_path / "mirrored.mp4")[0].pixels(Converter())
+    np.testing.assert_array_equal(pixels, shown(stored))
+    assert pixels.flags.c_contiguous
+
+
 @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="the ffmpeg command is the reference")
 @pytest.mark.parametrize("degrees", [90, 180, -90])
 def test_frames_are_as_upright_as_the_ffmpeg_command_makes_them(tmp_path: Path, degrees: int) -> None:
@@ -372,6 +398,19 @@ def test_of_several_pictures_the_first_is_taken_that_is_no_cover(tmp_path: Path)
         assert {frame.size for frame in read(tmp_path / "clip.mp4")} == {shown}
 
 
+@pytest.mark.parametrize("default", [None, 0, 1])
+def test_of_several_tracks_of_sound_the_one_is_taken_that_players_take(tmp_path: Path, default: int | None) -> None:
+    with av.open(str(tmp_path / "clip.mkv"), "w") as file:
+        picture: Any = file.add_stream("mjpeg", rate=25)
+        picture.width, picture.height, picture.pix_fmt = 64, 48, "yuvj420p"
+        for number, codec in enumerate(("pcm_s16be", "pcm_s16le")):
+            sound = file.add_stream(codec, 8000, layout="mono")
+            sound.disposition = Disposition.default if number == default else Disposition(0)
+        file.mux([*picture.encode(flat((100, 128, 128), "yuvj420p", 48, 64)), *picture.encode(None)])
+    with VideoReader(tmp_path / "clip.mkv") as reader:
+        assert reader.info.audio == ("pcm_s16le" if default == 1 else "pcm_s16be")
+
+
 def test_interlaced_pictures_are_taken_as_they_are(tmp_path: Path) -> None:
     frames = read(write(tmp_path / "clip.mpg", codec="mpeg2video", flags="+ilme+ildct"))
     assert len(frames) == 10
@@ -405,7 +444,7 @@ def test_live_pictures_of_av1_are_not_held_back(tmp_path: Path) -> None:
 def test_of_hdr_it_is_noted_that_it_is_read_as_sdr_and_how_it_is_made_so(
     tmp_path: Path, transfer: int, kind: str | None
 ) -> None:
-    with av.open(str(tmp_path / "clip.mp4"), "w") as file:
+    with av.open(str(tmp_path / "clip.mkv"), "w") as file:  # as MP4, FFmpeg now and then refuses it
         stream: Any = file.add_stream("libx265", rate=25, options={"x265-params": "log-level=none"})
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p10le"
         stream.codec_context.colorspace, stream.codec_context.color_primaries = 9, 9
@@ -413,7 +452,7 @@ def test_of_hdr_it_is_noted_that_it_is_read_as_sdr_and_how_it_is_made_so(
         frame = flat((100, 128, 128), "yuv420p10le")
         frame.pts, frame.time_base = 0, Fraction(1, 25)
         file.mux([*stream.encode(frame), *stream.encode(None)])
-    (frame_,) = read(tmp_path / "clip.mp4")
+    (frame_,) = read(tmp_path / "clip.mkv")
     assert len(frame_.notes) == (kind is not None)
     for note in frame_.notes:
         assert note.startswith(f"it is HDR ({kind}), and is read as SDR")

@@ -198,6 +198,27 @@ def test_a_variable_rate_stays_variable_frame_by_frame(tmp_path: Path) -> None:
     assert [round(1000 * time) for time in frame_times(tmp_path / "out.mp4")] == times
 
 
+@pytest.mark.parametrize("seconds", [1, 4])
+def test_times_in_nanoseconds_have_room_in_a_movie(tmp_path: Path, seconds: int) -> None:
+    with movie(tmp_path / "out.mp4") as sink:
+        for number in range(8):
+            frame = frame_of(number)
+            frame.duration, frame.time_base = seconds * 10**9, Fraction(1, 10**9)
+            frame.pts *= frame.duration
+            sink.write(frame, result_of(frame))
+    assert frame_times(tmp_path / "out.mp4") == [number * seconds for number in range(8)]
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.webm"])
+def test_the_last_frame_is_shown_as_long_as_in_the_source(tmp_path: Path, name: str) -> None:
+    pictures = [Image.fromarray(picture(number)) for number in range(4)]
+    pictures[0].save(tmp_path / "clip.gif", save_all=True, append_images=pictures[1:], duration=[40, 40, 1000, 3000])
+    run(tmp_path / "clip.gif", movie(tmp_path / name))
+    with av.open(str(tmp_path / name)) as file:
+        last = max((packet for packet in file.demux(video=0) if packet.pts is not None), key=lambda packet: packet.pts)
+        assert float(last.duration * last.time_base) == 3
+
+
 @pytest.mark.parametrize("options", [{}, {"stride": 3}])
 def test_sound_is_passed_through_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
     clip = write_clip(tmp_path / "clip.mp4", frames=50)

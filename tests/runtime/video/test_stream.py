@@ -281,6 +281,22 @@ def test_another_thread_may_close_it() -> None:
     hang.set()
 
 
+@pytest.mark.timeout(30)
+def test_who_is_told_of_a_sources_state_may_close_it() -> None:
+    """In the thread that reads."""
+    begun = threading.Event()
+
+    def frames() -> Iterator[Frame]:
+        begun.wait(20)
+        stream.close()
+        yield frame_of(0)
+
+    stream = stream_of(frames())
+    begun.set()
+    assert list(stream) == []
+    assert_no_threads()
+
+
 def test_a_source_that_hangs_does_not_keep_the_stream_from_ending() -> None:
     hang = threading.Event()
 
