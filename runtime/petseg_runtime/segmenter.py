@@ -115,7 +115,7 @@ class Segmenter:
         Args:
             model: A file that ``petseg export`` made; None: the one that ships with petseg.
             backend: The engine, or ``auto``: the fastest that works here (``petseg doctor`` prints the rule).
-            device: ``cpu``, ``cuda``, ``cuda:N``, ``intel-gpu`` or ``auto``. What is asked for and is not there is an
+            device: ``cpu``, ``cuda[:N]``, ``intel-gpu[:N]`` or ``auto``. What is asked for and is not there is an
                 error.
             threads: CPU threads, 1 or more; None: as many as this process may use.
             streams: How many photos share the threads at a time: 1 for the shortest wait for one photo, the number of
