@@ -22,7 +22,8 @@ def cannot() -> str:
     wrong = records.load("found")["report"]
     photos, animals = (f"{100 * wrong[kind]['all']['rate']:.0f} %" for kind in ("photos", "animals"))
     return (
-        "**What it cannot do.** It expects one cat or dog that fills much of the photo. It also reports a pet in "
+        "**What it cannot do.** It expects one cat or dog that fills much of the photo, and tells neither which of "
+        "them it is nor one pet from the next. It also reports a pet in "
         f"[{photos} of photos without any animal, and in {animals} of photos of other animals]"
         "(runtime/README.md#no-pet-here), and where it reports none, its mask need not be empty. It runs on Linux. "
         "It was made on machines without a GPU: **what is for GPUs, from training to TensorRT, is built and tested "

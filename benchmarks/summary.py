@@ -33,7 +33,7 @@ def quality() -> str:
     record, against, shown = records.load("accuracy"), records.load("rival"), records.load("shown")["sets"]
     published = PUBLISHED["readings"]["background"]
     figures = f"{published['iou']:.4f} | {published['dice']:.4f}"
-    at = {border: f"at {record['thresholds'][kind]:.2f}" for border, kind in CHOSEN.items()}
+    at = {border: f"at {record['thresholds'][kind]:.2g}" for border, kind in CHOSEN.items()}
     lines = [
         f"| model | test photos | border as background, {at['background']}: IoU | Dice "
         f"| border as pet, {at['pet']}: IoU | border left out, {at['ignored']}: IoU |",

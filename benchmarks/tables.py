@@ -77,7 +77,7 @@ def engines() -> str:
         f"Set {number}: {f'{photos} of the ' if photos < record['photos'][what] else ''}{what}"
         for number, (what, photos) in enumerate(compared["photos"].items(), 1)
     )
-    thresholds = ", ".join(f"{border}: {record['thresholds'][CHOSEN[border]]:.2f}" for border in CHOSEN)
+    thresholds = ", ".join(f"{border}: {record['thresholds'][CHOSEN[border]]:.2g}" for border in CHOSEN)
     lines = [
         "The same file, and its int8 export, in each CPU engine: IoU, and in points how far that is from the "
         f"checkpoint in PyTorch; each reading of the border at the threshold that was chosen for it ({thresholds}; "

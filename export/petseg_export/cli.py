@@ -50,7 +50,7 @@ _OPTIONS: Final = {"compute_capabilities": "--compute-capability"}
     "--device",
     default="auto",
     show_default=True,
-    help="Of the parity test: cpu, cuda, cuda:N, intel-gpu; no other device stands in.",
+    help="Of the parity test: cpu, cuda[:N], intel-gpu[:N]; no other device stands in.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of the parity test.  [default: all]")
 @click.option("--onnx", type=PATH, help="Compile this file, exported from CHECKPOINT before, instead of a new one.")

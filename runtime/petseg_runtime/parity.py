@@ -448,7 +448,9 @@ def measure(
     checks: Checks = _NO_MORE,
     watch: Callable[[int], None] | None = None,
 ) -> tuple[Comparison, ...]:
-    """The rows of one engine: one as it computes if left alone; before it, if that narrows float32, one that does not.
+    """The row of an engine as it computes if left alone; before it, if that narrows float32, one that does not.
+
+    ``auto`` may take another engine for each, by its rule.
 
     Args:
         artifact: The file.

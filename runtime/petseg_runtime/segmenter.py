@@ -87,6 +87,14 @@ class Segmenter:
     """A loaded model that segments photos. Safe to share between threads.
 
     >>> Segmenter()("cat.jpg").cutout().save("cutout.png")  # doctest: +SKIP
+
+    Attributes:
+        artifact: The model file: its specification, provenance and receipt.
+        size: Height and width that photos are brought to.
+        threshold: Where results' masks are cut, in (0, 1).
+        cutout_threshold: Where their cutouts are half transparent, in (0, 1).
+        certain_share: The model's rule of whether there is a pet, in (0, 1]; None: it has none.
+        min_area: As given; likewise ``keep_doubtful`` and ``threads``.
     """
 
     def __init__(
@@ -109,9 +117,9 @@ class Segmenter:
         Args:
             model: A file that ``petseg export`` made; None: the one that ships with petseg.
             backend: The engine, or ``auto``: the fastest that works here (``petseg doctor`` prints the rule).
-            device: ``cpu``, ``cuda``, ``cuda:N``, ``intel-gpu`` or ``auto``. What is asked for and is not there is an
+            device: ``cpu``, ``cuda[:N]``, ``intel-gpu[:N]`` or ``auto``. What is asked for and is not there is an
                 error.
-            threads: CPU threads; None: as many as this process may use.
+            threads: CPU threads, 1 or more; None: as many as this process may use.
             streams: How many photos share the threads at a time: 1 for the shortest wait for one photo, the number of
                 threads for the most photos a second (:meth:`map`, or several threads of your own).
             size: Height and width that photos are brought to, for a model that takes any; None: the model's own.
@@ -169,8 +177,11 @@ class Segmenter:
         """Segment one photo, or a list of them.
 
         Args:
-            source: A path, encoded bytes, an open binary file, a uint8 array [H, W, 3] RGB, or a PIL image; or a list
-                or tuple of these.
+            source: A path, encoded bytes, an open binary file, a uint8 array ([H, W, 3] RGB, [H, W] grey or [H, W, 4]
+                RGBA), or a PIL image; or a list or tuple of these.
+
+        Returns:
+            The photo's result; of a list or tuple a list of them, in order.
 
         Raises:
             InputError: A photo cannot be used: the first one of them, before those behind it are done. (:meth:`map`
@@ -275,18 +286,19 @@ class Segmenter:
                 an :class:`~petseg_runtime.sources.Origin` for more (options for FFmpeg).
             policy: What becomes of a frame for which there is no time; None: ``block`` for what has an end, else
                 ``drop-oldest``. See :class:`~petseg_runtime.video.stream.Stream`.
-            start: Seconds to pass over, of what has an end.
-            stride: Take each so-many-th frame.
-            max_frames: End after so many.
-            mask_only: The frames' own pixels are not wanted.
+            start: Seconds to pass over, of what has an end; 0 or more.
+            stride: Take each so-many-th frame; 1 or more.
+            max_frames: End after so many, 1 or more; None: at the source's end.
+            mask_only: The frames' own pixels are not wanted: no picture can be made of the results.
             smooth: Against flicker, in [0, 1); see :class:`~petseg_runtime.video.smoothing.Smoother`.
-            stall: Seconds without a frame after which a live source is connected anew.
-            patience: Seconds without a frame after which a live source is given up; None: half a minute until it has
-                sent one, and never after that.
+            stall: Seconds without a frame after which a live source is connected anew; above 0.
+            patience: Seconds without a frame after which a live source is given up, 0 or more; None: half a minute
+                until it has sent one, and never after that.
             tell: Told of each change of a live source's state.
 
         Returns:
-            An iterator and context manager; its ``counts`` say where frames went.
+            An iterator over :class:`~petseg_runtime.video.stream.Segmented`, and a context manager; its ``counts`` say
+            where frames went. While it is iterated over, too, the errors of a source and an engine may come.
 
         Raises:
             UsageError: A policy that there is not, or a value out of range; or the URL of a photo (of a camera whose
@@ -390,7 +402,7 @@ class Segmenter:
         return min(self.threads or host.usable_cpus(), MAX_WORKERS)
 
     def close(self) -> None:
-        """Free the model."""
+        """Free the model; to use it after that is an ``EngineError``."""
         self._engine.close()
 
     def __enter__(self) -> Self:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from benchmarks.__main__ import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ["latency", "throughput", "video", "scaling", "training", "accuracy", "peers", "report"]
@@ -34,6 +37,16 @@ def test_every_step_runs_and_the_failed_ones_are_named(tmp_path: Path, fails: st
     assert "--int8" in calls[1]
     assert done.returncode == code, done.stderr
     assert ("FAILED: throughput report" in done.stderr) == bool(code)
+
+
+def test_the_pages_name_every_measurement_that_make_bench_leaves_out() -> None:
+    own = {"compare", "embedded", "gpu-check", "pet-free"}  # of no table of its own, or called by another
+    left_out = COMMANDS.keys() - own - set(STEPS)
+    (sentence,) = re.findall(r"Not in it, [^.]*\.", (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8"))
+    assert set(re.findall(r"`([^`]+)`", sentence)) == left_out
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    after_a_model = left_out - {"budget", "rival"}  # these two train networks of their own
+    assert after_a_model <= set(re.findall(r"^    python -m benchmarks ([\w-]+)", page, re.MULTILINE))
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

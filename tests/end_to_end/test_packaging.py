@@ -87,6 +87,16 @@ def test_the_wheel_has_model_samples_types_and_licence(names: set[str]) -> None:
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
+def test_the_wheel_names_every_licence_of_what_is_in_it(dist: Path) -> None:
+    (wheel,) = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = archive.read(metadata).decode().splitlines()
+        card = archive.read("petseg_runtime/models/README.md").decode()
+    assert "License-Expression: Apache-2.0 AND CC-BY-SA-4.0 AND CC0-1.0" in lines
+    assert "https://creativecommons.org/licenses/by-sa/4.0/" in card, "who passes photos on has to say where it is"
+
+
 def test_the_wheel_has_every_module_of_the_repository(names: set[str]) -> None:
     modules = {
         path.relative_to(home).as_posix()

@@ -31,6 +31,7 @@ from petseg_runtime.artifact import sidecar_of as beside
 from petseg_runtime.cli.infer import infer
 from petseg_runtime.cli.text import parse_size
 from petseg_runtime.engines import onnxruntime, registry
+from petseg_runtime.engines.base import DEVICES
 from petseg_runtime.errors import EngineError
 from petseg_runtime.extras import install
 from petseg_runtime.files import replacing
@@ -1505,6 +1506,14 @@ def test_help_names_every_command_and_exit_code(flag: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert all(f"\n  {name} " in done.stdout for name in COMMANDS)
     assert "130, 143 and 129 stopped by Ctrl-C, SIGTERM and SIGHUP" in " ".join(done.stdout.split())
+
+
+def test_help_names_every_form_of_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["infer", "--help"]) == 0
+    text = capsys.readouterr().out
+    for kind in DEVICES:
+        form = kind if kind == "cpu" else f"{kind}[:N]"
+        assert f" {form}" in text, form
 
 
 @pytest.mark.parametrize("command", ["infer", "info", "verify"])

@@ -894,7 +894,8 @@ def test_events_of_a_stream_account_for_every_frame(
     kinds = {event["event"] for event in told}
     assert kinds == {"state", "frame", "video", "summary"}
     video = next(event for event in told if event["event"] == "video")
-    assert [event["state"] for event in told if event["event"] == "state"] == ["connecting", "live", "ended"]
+    states = [event for event in told if event["event"] == "state"]
+    assert [(event["state"], event["attempt"]) for event in states] == [("connecting", 1), ("live", 1), ("ended", 1)]
     assert (video["frames"]["decoded"], video["frames"]["failed"]) == (30, 0)
     assert video["frames"]["dropped"] == 30 - video["written"] > 0
     frames = [event for event in told if event["event"] == "frame"]

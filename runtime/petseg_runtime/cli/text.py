@@ -20,7 +20,7 @@ SCHEMA_VERSION: Final = 1
 #: What the options that several commands have in common say of themselves.
 HELP: Final = {
     "backend": "The engine: onnxruntime (ort), openvino (ov), tensorrt (trt), tensorrt-rtx (rtx).",
-    "device": "cpu, cuda, cuda:N, intel-gpu; no other device stands in.",
+    "device": "cpu, cuda[:N], intel-gpu[:N]; no other device stands in.",
     "threads": "CPU threads.  [default: all]",
     "json": "Everything, as one JSON object.",
     "quiet": "Only errors.",

@@ -149,14 +149,14 @@ def segment_video(
             report.written = report.found = 0
     except Exception as error:
         if origin.endless:
-            states.tell(StateChange("ended", str(error)))
+            states.end(str(error))
         raise
     finally:
         report.stopped = stream.stopped
         report.steps = stream.timings.summary()
         bring_up_to_date()
     if origin.endless:
-        states.tell(StateChange("ended", report.error or (STOPPED if stream.stopped else "enough frames")))
+        states.end(report.error or (STOPPED if stream.stopped else "enough frames"))
     if not report.error and not report.stopped and (why := _lost(report, stream, origin)):
         report.error = f"{origin.shown}: {why}"
     return report
@@ -210,16 +210,21 @@ class _States:
 
     def __init__(self, tell: Tell) -> None:
         self._tell, self._ended, self._lock = tell, False, threading.Lock()
+        self._attempt = 0
 
     def tell_of_source(self, change: StateChange) -> None:
         """Pass on what the source tells, but that it was stopped: why (an error, enough frames) it does not know."""
         if change.reason != STOPPED:
             self.tell(change)
 
+    def end(self, reason: str) -> None:
+        """Tell what the run knows: why it takes no more."""
+        self.tell(StateChange("ended", reason, self._attempt))
+
     def tell(self, change: StateChange) -> None:
         with self._lock:
             if not self._ended:
-                self._ended = change.state == "ended"
+                self._ended, self._attempt = change.state == "ended", change.attempt
                 self._tell(change)
 
 

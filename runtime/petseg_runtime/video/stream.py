@@ -219,6 +219,14 @@ class Stream:
 
     The decoder and the engine have a thread each; who iterates is the third. :meth:`stop`, from any thread or a signal
     handler, ends the source: what it has given is still delivered, then the iteration ends.
+
+    Attributes:
+        counts: Where frames went, so far.
+        damage: What of the pictures of a file, up to the last frame, could not be decoded; None: nothing.
+        whole: Whether the source was read to its end.
+        stopped: Whether :meth:`stop` was called before the end.
+        rest: Sound behind the last frame.
+        timings: What each step took.
     """
 
     def __init__(
@@ -258,10 +266,9 @@ class Stream:
 
     def _set_up(self, frames: Iterable[Frame], segmenter: Segmenter, reading: Reading, mask_only: bool) -> None:
         self.counts, self.timings = Counts(), Timings()
-        self.rest: list[Sound] = []  #: sound behind the last frame
-        self.whole = False  #: whether the source was read to its end
-        self.damage: str | None = None  #: what of the pictures up to the last frame could not be decoded, of a file
-        self.stopped = False  #: whether :meth:`stop` was called before the end
+        self.rest: list[Sound] = []
+        self.whole = self.stopped = False
+        self.damage: str | None = None
         self._frames, self._segmenter, self._policy = frames, segmenter, reading.policy or "block"
         self._stride, self._max_frames, self._mask_only = reading.stride, reading.max_frames, mask_only
         # A live source's frames go one by one: a batch would make the first of them wait for the last.
