@@ -516,6 +516,7 @@ class Trainer:
             **self.meta,
             "kind": "training",
             "masks": self.photos.masks(),
+            "warnings": self.warnings,
             "state": self.state.as_dict(),
             "scaler": self.scaler.state_dict(),
         }
@@ -543,6 +544,11 @@ class Trainer:
             self.meta |= {"init": saved.meta["init"]} if "init" in saved.meta else {}
             if "train_keys" in saved.meta["data"]:  # those of the weights that the run began with among them
                 self.meta["data"]["train_keys"] = saved.meta["data"]["train_keys"]
+            # What was said of those weights is not found out anew. (A state of an older version keeps none.)
+            before = [warning for warning in saved.meta.get("warnings", ()) if warning not in self.warnings]
+            self.warnings += before
+        for warning in before:
+            self.observer.started(f"warning: {warning}")
         self.observer.started(f"resumed at step {self.state.step}")
         if self.ranks.first:
             self._mend_after_a_crash()
