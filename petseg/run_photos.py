@@ -130,7 +130,7 @@ class RunPhotos:
         names = {"val_names": [pair.name for pair in self.val]}
         share = {"val_fraction": self._config.val_fraction, "split_seed": self._config.split_seed}
         return {
-            "folder": self._root.name,
+            "folder": self._root.absolute().name,  # of "." too
             **(names if listed else share),
             "train_photos": len(self.train),
             "val_photos": len(self.val),
