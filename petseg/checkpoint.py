@@ -136,6 +136,10 @@ def _opened(path: Path) -> Iterator[Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except (OSError, SafetensorError, ValueError) as error:
+        if path.is_dir():
+            raise CheckpointError(
+                f"{path}: a folder; give the checkpoint in it (a run's is best.safetensors)"
+            ) from error
         exported = "; an exported file is no checkpoint: give the .safetensors file that it was made from"
         hint = exported if path.suffix in EXPORTED else ""
         raise CheckpointError(f"{path}: not a readable safetensors checkpoint ({error}){hint}") from error

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from petseg.data import Pair, read_pair
 from petseg.evaluate import Evaluation, OpenedModel, Run, open_model
@@ -84,12 +85,18 @@ def grid(run: Run, pairs: Sequence[Pair], height: int, width: int, threshold: fl
         iou = counts(histogram(probability, trimap), threshold).iou
         truth = np.choose(trimap - 1, (255, 0, 128)).astype(np.uint8)
         mask = np.where(probability >= lowest_pet(threshold), 255, 0).astype(np.uint8)
-        titles = (shown(pair.name), "truth (border grey)", "probability", f"prediction, IoU {iou:.3f}")
+        titles = (_writable(pair.name), "truth (border grey)", "probability", f"prediction, IoU {iou:.3f}")
         for axis, picture, title in zip(axes, (photo, truth, probability, mask), titles, strict=True):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=255, aspect="auto")
             axis.set_title(title, fontsize=8, parse_math=False)  # a name may have dollar signs
             axis.axis("off")
     _save(figure, path)
+
+
+def _writable(name: str) -> str:
+    """A name in letters that the pictures' font has; the others, which would be warned of and become boxes, escaped."""
+    font = get_font(findfont(FontProperties()))
+    return "".join(c if font.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in shown(name))
 
 
 def _save(figure: Figure, path: Path) -> None:

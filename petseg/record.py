@@ -37,6 +37,9 @@ def record(trainer: Trainer) -> dict[str, Any]:
 
     ``commit`` is that of the run's start: people commit while it runs. ``elapsed`` is without what a killed session did
     after its last checkpoint, and ``peak_gpu_memory_bytes`` is null on a CPU.
+
+    Raises:
+        CheckpointError: The best checkpoint is gone, or damaged.
     """
     state, meta = trainer.state, trainer.meta
     return {
@@ -100,6 +103,7 @@ def write_record(trainer: Trainer) -> None:
 
     Raises:
         OutputError: It cannot be written.
+        CheckpointError: See :func:`record`.
     """
     path = trainer.output / RUN
     try:

@@ -294,6 +294,8 @@ def _breeds(result: Evaluation, pairs: Sequence[Pair]) -> tuple[list[dict[str, s
     rows = []
     for name, match in zip(result.names, matches, strict=True):
         assert match is not None
+        if name not in listed and match[1] not in BREEDS:
+            return [], f"Nothing says of every photo whether it is of a cat or a dog ({name}, for one)."
         species = listed.get(name) or ("cat" if name[0].isupper() else "dog")
         rows.append({"breed": match[1].replace("_", " "), "species": species})
     return rows, None

@@ -38,7 +38,7 @@ from petseg.memory import enough_memory
 from petseg.metrics import PET
 from petseg.observers import Observer
 from petseg.teacher import open_teacher
-from petseg.train_set import EpochSampler, TrainSet, decoded_size, refuse_too_few
+from petseg.train_set import EpochSampler, TrainSet, decoded_size, refuse_batch
 from petseg_runtime.errors import DataError, TrainingError
 from petseg_runtime.host import available_memory, usable_cpus
 from petseg_runtime.signals import EXITS
@@ -95,6 +95,7 @@ class RunPhotos:
 
         Raises:
             DataError: The data cannot be used.
+            UsageError: A batch cannot be split over the processes.
             ModelError: The teacher cannot be read.
             TrainingError: Another process has other photos.
             OutputError: ``output`` has no room for photos that are too many for the memory.
@@ -129,7 +130,7 @@ class RunPhotos:
         names = {"val_names": [pair.name for pair in self.val]}
         share = {"val_fraction": self._config.val_fraction, "split_seed": self._config.split_seed}
         return {
-            "folder": self._root.name,
+            "folder": self._root.absolute().name,  # of "." too
             **(names if listed else share),
             "train_photos": len(self.train),
             "val_photos": len(self.val),
@@ -189,7 +190,7 @@ class RunPhotos:
             find(self._root, split, val_fraction=d.val_fraction, seed=d.split_seed)
             for split in (Split.TRAIN, Split.VAL)
         )
-        refuse_too_few(len(train), config.batch, self._ranks.size)  # there may be fewer yet, once they are read
+        refuse_batch(len(train), config.batch, self._ranks.size)  # there may be fewer yet, once they are read
         once = None if config.loss.features else teacher  # else it is asked at every step
         # Only who sees the mixed picture can say what is in it.
         augment = config.augment if teacher and not once else dataclasses.replace(config.augment, mix=0)

@@ -179,7 +179,6 @@ class Trainer:
             self.optimizer = _optimizer(self._parameters(), config)
         self.scaler = self._scaler()
         self.state = RunState()
-        self._lost: Row | None = None
         self.meta = self._about(provenance or {})
         doubts = [*self._doubts()]
         self.warnings = [*self.photos.warnings, *doubts]  # the photos' own were told as they came
@@ -277,9 +276,12 @@ class Trainer:
 
     @property
     def best(self) -> Row:
-        """What ``best.safetensors`` reached: a row of the log, or one that a crash took from it."""
-        row = max(self.state.history, key=lambda row: row.val_iou)
-        return self._lost if self._lost and self._lost.val_iou > row.val_iou else row
+        """What ``best.safetensors`` says that it reached: a row of the log, or one that a crash took from it.
+
+        Raises:
+            CheckpointError: It is gone, or damaged.
+        """
+        return Row.from_dict(checkpoint.peek(self.output / BEST)["validation"])
 
     def _about(self, provenance: dict[str, Any]) -> dict[str, Any]:
         """What every checkpoint says of its run; JSON values. Exported files keep ``data``, but not ``config``."""
@@ -516,6 +518,7 @@ class Trainer:
             **self.meta,
             "kind": "training",
             "masks": self.photos.masks(),
+            "warnings": self.warnings,
             "state": self.state.as_dict(),
             "scaler": self.scaler.state_dict(),
         }
@@ -543,6 +546,11 @@ class Trainer:
             self.meta |= {"init": saved.meta["init"]} if "init" in saved.meta else {}
             if "train_keys" in saved.meta["data"]:  # those of the weights that the run began with among them
                 self.meta["data"]["train_keys"] = saved.meta["data"]["train_keys"]
+            # What was said of those weights is not found out anew. (A state of an older version keeps none.)
+            before = [warning for warning in saved.meta.get("warnings", ()) if warning not in self.warnings]
+            self.warnings += before
+        for warning in before:
+            self.observer.started(f"warning: {warning}")
         self.observer.started(f"resumed at step {self.state.step}")
         if self.ranks.first:
             self._mend_after_a_crash()
@@ -557,11 +565,14 @@ class Trainer:
         else:
             (self.output / LOG).unlink(missing_ok=True)
         try:
-            row = Row.from_dict(checkpoint.load(self.output / BEST).meta["validation"])
+            row = self.best
         except (CheckpointError, LookupError, TypeError, ValueError, AttributeError):
-            return  # there is none, or none that is whole: the next better one is written over it
+            self.state.best_iou = -1.0  # else an epoch would have to be better than what is gone
+            if self.state.history:
+                self.observer.started(f"{BEST} is gone or damaged: what is kept is the best of the epochs from here on")
+            return
+        self.state.best_iou = row.val_iou
         if row.val_iou > max(self.state.ious, default=-1.0):
-            self._lost, self.state.best_iou = row, row.val_iou
             kept = "not in the state: kept until there is a better one"
             self.observer.started(f"{BEST} is of epoch {row.epoch}, which is {kept}")
 

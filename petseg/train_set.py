@@ -23,7 +23,7 @@ from petseg.metrics import BACKGROUND, BORDER, PET
 from petseg_runtime import images
 from petseg_runtime.errors import DataError, OutputError, UsageError
 
-__all__ = ["UNKNOWN", "EpochSampler", "TrainSet", "colours", "decoded_size", "moves", "refuse_too_few", "target_of"]
+__all__ = ["UNKNOWN", "EpochSampler", "TrainSet", "colours", "decoded_size", "moves", "refuse_batch", "target_of"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
@@ -198,8 +198,15 @@ def _room(shape: tuple[int, ...], folder: Path | None) -> U8:
         ) from error
 
 
-def refuse_too_few(photos: int, batch: int, ranks: int = 1) -> None:
-    """Raises DataError if there are fewer photos than one batch takes, whichever of some processes draw it."""
+def refuse_batch(photos: int, batch: int, ranks: int = 1) -> None:
+    """Refuse a size of batches that some processes cannot draw together.
+
+    Raises:
+        UsageError: A batch cannot be split evenly over them.
+        DataError: There are fewer photos than one batch takes.
+    """
+    if batch % ranks:
+        raise UsageError(f"batch is {batch}; it must be a multiple of the {ranks} processes that share it")
     if photos < batch:
         remedy = "use a smaller --batch" if photos >= max(2, ranks) else f"{max(2, ranks)} or more are needed"
         raise DataError(f"{photos} photos to train on, but a batch takes {batch}: {remedy}")
@@ -215,12 +222,9 @@ class EpochSampler(Sampler[list[int]]):
         """Batches of ``batch`` draws of ``size`` photos, of which this is process ``rank`` of ``ranks``.
 
         Raises:
-            DataError: There are fewer photos than one batch takes.
-            UsageError: A batch cannot be split evenly over the processes.
+            DataError, UsageError: See :func:`refuse_batch`.
         """
-        refuse_too_few(size, batch, ranks)
-        if batch % ranks:
-            raise UsageError(f"batch is {batch}; it must be a multiple of the {ranks} processes that share it")
+        refuse_batch(size, batch, ranks)
         self.size, self.batch, self.seed = size, batch, seed
         self.rank, self.ranks = rank, ranks
         self.epoch, self.start = 0, 0

@@ -162,6 +162,11 @@ def test_a_name_is_shown_as_it_is(tmp_path: Path, drawn: list[Figure], name: str
     assert not title.get_parse_math()
 
 
+def test_letters_that_the_font_lacks_are_escaped_and_not_warned_of(tmp_path: Path, drawn: list[Figure]) -> None:
+    plots.grid(red, [write_pair(tmp_path, "猫_é", 20, 20)], 16, 16, 0.5, tmp_path / "grid.png")
+    assert drawn[0].axes[0].title.get_text() == r"\u732b_é"
+
+
 def test_predictions_are_a_checkpoints_own_at_its_size_and_threshold(
     tmp_path: Path, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,8 +107,12 @@ def test_the_share_of_waiting_is_over_the_whole_run(finished: Trainer, monkeypat
     assert math.isclose(record(finished)["data_wait"], 0.25)
 
 
-def test_a_record_that_cannot_be_written_is_an_output_error(finished: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finished, "output", Path("/dev/null"))
+def test_a_record_that_cannot_be_written_is_an_output_error(
+    finished: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finished, "output", Path(shutil.copytree(finished.output, tmp_path / "run")))
+    (tmp_path / "run" / "run.json").unlink(missing_ok=True)  # another test may have written one
+    (tmp_path / "run" / "run.json").mkdir()
     with pytest.raises(OutputError, match=r"run\.json"):
         write_record(finished)
 

@@ -325,10 +325,12 @@ def test_a_folder_of_ones_own_has_no_breeds(make: Maker, folder_root: Path) -> N
     assert not [label for label in made.page.all("aria-label") if "breed" in label]
 
 
-def test_one_strange_name_and_there_are_no_breeds(make: Maker, pairs: list[Pair]) -> None:
-    made = make([*pairs[:3], dataclasses.replace(pairs[3], name="IMG-1 (2)")])
-    assert "IMG-1 (2)" in made.values["breeds_left_out"]
-    assert "IMG-1 (2), for one" in made.page.text
+@pytest.mark.parametrize(("name", "said"), [("IMG-1 (2)", "is named BREED_NUMBER"), ("IMG_0001", "of a cat or a dog")])
+def test_one_strange_name_and_there_are_no_breeds(make: Maker, pairs: list[Pair], name: str, said: str) -> None:
+    made = make([*pairs[:3], dataclasses.replace(pairs[3], name=name)])
+    assert made.values["breeds"] == made.values["species"] == []
+    assert said in made.values["breeds_left_out"]
+    assert f"{name}, for one" in made.page.text
 
 
 def test_of_very_many_breeds_the_lowest_are_shown(

@@ -32,6 +32,13 @@ def test_photos_without_pet_are_announced_and_recorded(oxford_copy: Path, tmp_pa
     assert any("pet_05" in message for message in observer.messages)
 
 
+def test_the_folder_that_one_works_in_has_a_name_too(
+    oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(oxford_root)
+    assert Trainer(tiny(), Path(), tmp_path / "out", device=CPU).meta["data"]["folder"] == oxford_root.name
+
+
 def test_photos_whose_pet_is_lost_at_the_training_size_are_left_out_and_named(
     oxford_copy: Path, tmp_path: Path
 ) -> None:

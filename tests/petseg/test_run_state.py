@@ -8,7 +8,7 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,27 @@ def test_a_best_checkpoint_of_an_epoch_that_a_crash_took_is_kept_and_told_of(
         assert (trainer.best.epoch, trainer.best.val_threshold) == (2, 0.125)
         assert record(trainer)["best"] == best.meta["validation"]
     assert [row.val_iou for row in trainer.state.history] == [row.val_iou for row in whole.observer.rows]
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
+def test_a_run_whose_best_checkpoint_is_gone_keeps_another(
+    oxford_root: Path, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    """Though no later epoch is as good: else it would end without any, and say that there is one."""
+    with pytest.raises(Crash):
+        Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=Recorder(at_step=at(PER_EPOCH + 1, crash))).fit()
+    saved = load(tmp_path / LAST)
+    saved.meta["state"]["history"][0]["val_iou"] = saved.meta["state"]["best_iou"] = 0.999
+    save_checkpoint(tmp_path / LAST, saved.tensors, saved.meta)
+    damage(tmp_path / BEST)
+    observer = Recorder()
+    trainer = Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True, observer=observer)
+    assert f"{BEST} is gone or damaged: what is kept is the best of the epochs from here on" in observer.messages
+    kept = load(trainer.fit()).meta["validation"]
+    assert record(trainer)["best"] == kept == max(observer.rows, key=lambda row: row.val_iou).as_dict()
+    (tmp_path / BEST).unlink()
+    with pytest.raises(CheckpointError, match=rf"{BEST}: no such file"):
+        record(trainer)
 
 
 def test_a_log_that_lacks_an_epoch_after_a_crash_is_completed(oxford_root: Path, tmp_path: Path, whole: Run) -> None:

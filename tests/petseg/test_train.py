@@ -655,6 +655,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_the_weights_move(
         ({"teacher": "gone.onnx"}, [], ModelError, r"gone\.onnx"),
         ({"teacher": "text.onnx"}, [], ModelError, r"text\.onnx"),
         ({"resume": True}, ["seed=1"], TrainingError, "other settings: seed was 0, now 1"),
+        ({"ranks": Ranks(0, 2, 2)}, ["batch=5"], UsageError, "batch is 5; it must be a multiple of the 2 processes"),
         ({}, ["batch=23"], DataError, "22 photos to train on, but a batch takes 23: use a smaller"),
     ],
 )

@@ -124,7 +124,13 @@ def test_weights_that_have_seen_test_photos_are_warned_of_and_what_they_saw_is_c
     assert [w for w in begun.warnings if re.search(r"it was trained on [23] of the 3 test photos", w)]
     with pytest.raises(KeyboardInterrupt):
         begun.fit()
-    last = load(Trainer(tiny("epochs=1"), folder_copy, tmp_path / "run", device=CPU, resume=True).fit())
+    again = Recorder()
+    resumed = Trainer(tiny("epochs=1"), folder_copy, tmp_path / "run", device=CPU, resume=True, observer=again)
+    assert sorted(resumed.warnings) == sorted(begun.warnings), "it would be lost from run.json"
+    assert sorted(m for m in again.messages if m.startswith("warning: ")) == sorted(
+        f"warning: {w}" for w in begun.warnings
+    )
+    last = load(resumed.fit())
     own = {photo_key(pair) for pair in find(folder_copy, Split.TRAIN)}
     assert train_keys(last.meta) == train_keys(begun.meta) == train_keys(first.meta) | own
     assert train_keys(first.meta) - own, "a resumed run alone would know its own only"
