@@ -39,6 +39,7 @@ from petseg_export import OnnxConfig, export
 from petseg_runtime import images
 from petseg_runtime.artifact import open_artifact
 from petseg_runtime.errors import CheckpointError, DataError, EngineError, ModelError, OutputError, UsageError
+from tiny_runs import red
 
 H, W = 16, 48
 RATIOS = ("iou", "dice", "accuracy", "precision", "recall")
@@ -72,11 +73,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[Pair]:
         Image.fromarray(trimap).save(folder / f"{i}-trimap.png")
         found.append(Pair(f"photo {i}", photo, folder / f"{i}-trimap.png", Layout.OXFORD))
     return found
-
-
-def red(batch: np.ndarray) -> np.ndarray:
-    """A model whose probability is the photo's red channel."""
-    return np.ascontiguousarray(batch[..., 0])
 
 
 def brute(pairs: list[Pair], threshold: float, reading: str) -> list[tuple[int, int, int, int]]:
