@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from petseg.cli import run
 from petseg_runtime import sample_photos
 from petseg_runtime.artifact import Artifact
 from petseg_runtime.engines.registry import ENGINES
@@ -55,3 +56,16 @@ def tampered(artifact: Artifact) -> Path:
 
 def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def failed(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and message of a command line that must fail, with nothing on stdout and no traceback."""
+    code = run(args)
+    out, err = capsys.readouterr()
+    assert not out
+    assert "Traceback" not in err
+    return code, err
