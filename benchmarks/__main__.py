@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Final
 
 import click
 
 from benchmarks.records import checkout
+from petseg.cli import LazyGroup
 
 #: Named as strings, so that one needs only what it imports itself: a machine may lack what others do.
 COMMANDS: Final = {
@@ -36,22 +36,7 @@ COMMANDS: Final = {
 }
 
 
-class LazyGroup(click.Group):
-    """Imports a command when it is called, or all of them to list what they do."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module, _, name = COMMANDS[cmd_name].partition(":")
-        command = getattr(importlib.import_module(module), name)
-        assert isinstance(command, click.Command)
-        return command
-
-
-@click.group(cls=LazyGroup)
+@click.group(cls=LazyGroup, where=COMMANDS)
 def main() -> None:
     """What petseg measures of itself; records go to benchmarks/results."""
 

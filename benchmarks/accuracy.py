@@ -31,14 +31,14 @@ import torch
 
 from benchmarks import photos as folders
 from benchmarks import records
-from benchmarks.embedded.measure import threshold_ignoring_border
 from benchmarks.latency import CHECKPOINT, told
 from benchmarks.peers.isnet import SIZE, ISNet
 from benchmarks.published import CHOSEN
 from benchmarks.rival import timed_beside
+from benchmarks.thresholds import best_of_each, thresholds_of
 from petseg.data import Pair, Split, find
 from petseg.evaluate import U8, Evaluation, Run, evaluate, open_model
-from petseg.metrics import Border, best_threshold, counts
+from petseg.metrics import Border, counts
 from petseg_export import OnnxConfig, QuantizeConfig, export
 from petseg_runtime.artifact import default_model, open_artifact
 from petseg_runtime.engines.registry import load_engine
@@ -141,14 +141,6 @@ def variants(files: dict[str, Path]) -> Iterator[tuple[dict[str, str], Run, Mode
             seen.add(name)
 
 
-def thresholds_of(data: Path) -> dict[str, float]:
-    """The thresholds of the model that ships; that for cutouts only if it has one."""
-    spec = open_artifact(default_model()).spec
-    ignored = threshold_ignoring_border(data)
-    found = {"own": spec.threshold, "cutout": spec.cutout_threshold, "ignored_border": ignored}
-    return {name: threshold for name, threshold in found.items() if threshold is not None}
-
-
 def part(result: Evaluation, pairs: Sequence[Pair]) -> Evaluation:
     """What was found on some of the photos."""
     names = {pair.name for pair in pairs}
@@ -227,7 +219,7 @@ def beside(remover: ISNet, pairs: Sequence[Pair], thresholds: Mapping[str, float
     remover(np.zeros((1, SIZE, SIZE, 3), np.uint8))  # its first run, as petseg's, is not counted
     theirs = Timed(remover)
     result = evaluate(theirs, pairs, SIZE, SIZE, batch=1)
-    best = {border: best_threshold(result.total, border) for border in Border}
+    best = best_of_each(result)
     artifact = open_artifact(default_model())
     with load_engine(artifact, device="cpu") as engine:
         engine.warm_up()

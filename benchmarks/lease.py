@@ -43,13 +43,14 @@ from torch import Tensor
 
 from benchmarks import photos, records
 from benchmarks.embedded.ship import trained
+from benchmarks.thresholds import at_each, best_of_each
 from benchmarks.training import SPARE, few
 from petseg import checkpoint, recipes
 from petseg.config import TrainConfig, from_dict, override
 from petseg.data import Pair, Split, find, read_pair, resize_trimap
 from petseg.device import pick_device
 from petseg.evaluate import Evaluation, OpenedModel, evaluate, open_model
-from petseg.metrics import Border, best_threshold
+from petseg.metrics import Border
 from petseg.observers import Observer
 from petseg.reference import torch_run
 from petseg.run_state import BEST, QUICK_SAVE, RunState
@@ -306,19 +307,22 @@ def validated(weights: Path, job: Job) -> dict[str, Any]:
     pairs = find(job.root, Split.VAL, val_fraction=split.val_fraction, seed=split.split_seed)
     with open_model(weights, job.device) as model:
         result = evaluated(model, pairs)
-        thresholds = {border.value: best_threshold(result.total, border) for border in Border}
-        return {"model": model.describe(), "validation": result.summary(model.threshold), "thresholds": thresholds}
+        return {
+            "model": model.describe(),
+            "validation": result.summary(model.threshold),
+            "thresholds": best_of_each(result),
+        }
 
 
 def measured(
-    weights: Path, device: str, thresholds: Mapping[str, float], tests: Mapping[str, Sequence[Pair]]
+    weights: Path, device: str, thresholds: Mapping[Border, float], tests: Mapping[str, Sequence[Pair]]
 ) -> dict[str, Any]:
     """Each set of test photos at the file's own threshold, and each reading of the border at that of validation."""
     found, failed = {}, []
     with open_model(weights, device) as model:
         for what, pairs in tests.items():
             result = evaluated(model, pairs, lambda pair, _: failed.append(pair.name))
-            best = {border: result.summary(cut)["readings"][border] for border, cut in thresholds.items()}
+            best = at_each(result, thresholds)
             found[what] = {**result.summary(model.threshold), "at_thresholds_of_validation": best}
     return {"tests": found, "photos_failed": failed}
 

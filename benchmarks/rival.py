@@ -26,12 +26,12 @@ from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 from benchmarks import photos, records
 from benchmarks.latency import told
+from benchmarks.thresholds import at_each, best_of_each
 from benchmarks.turns import alternated, count, timed
 from petseg import checkpoint, log, recipes
 from petseg.config import TrainConfig, from_dict
 from petseg.data import Split, find
-from petseg.evaluate import Evaluation, evaluate
-from petseg.metrics import Border, best_threshold
+from petseg.evaluate import evaluate
 from petseg.model import AttentionUNet, AttentionUNetConfig
 from petseg.observers import Observer
 from petseg.reference import torch_run
@@ -122,21 +122,15 @@ def measured(path: Path, kind: type[AttentionUNet], data: Path) -> dict[str, Any
     network.load_state_dict(loaded.tensors)
     spec = loaded.meta["spec"]
     run, height, width = torch_run(network), spec["height"], spec["width"]
-    validated = evaluate(run, find(photos.training_set(data), Split.VAL), height, width).total
-    thresholds = {border: best_threshold(validated, border) for border in Border}
+    validated = evaluate(run, find(photos.training_set(data), Split.VAL), height, width)
+    thresholds = best_of_each(validated)
     sets = {
-        what: at_each(evaluate(run, find(root, Split.TEST), height, width), thresholds)
+        what: {"readings": at_each(evaluate(run, find(root, Split.TEST), height, width), thresholds)}
         for what, root in photos.test_sets(data).items()
     }
     parameters = sum(p.numel() for p in network.parameters())
     about = {"parameters": parameters, "validation": loaded.meta["validation"], "thresholds": thresholds}
     return {**about, "sets": sets}
-
-
-def at_each(result: Evaluation, thresholds: dict[Border, float]) -> dict[str, Any]:
-    """Each reading of the border at the threshold that was chosen for it."""
-    readings = {border: result.summary(threshold)["readings"][border] for border, threshold in thresholds.items()}
-    return {"readings": readings}
 
 
 def timed_beside(size: int = SIZE, rounds: int = ROUNDS) -> list[dict[str, Any]]:

@@ -16,8 +16,9 @@ import click
 import numpy as np
 
 from benchmarks import photos, records
-from benchmarks.accuracy import all_thresholds, thresholds_of
+from benchmarks.accuracy import all_thresholds
 from benchmarks.latency import CHECKPOINT
+from benchmarks.thresholds import thresholds_of
 from petseg.data import Pair, Split, find
 from petseg.evaluate import U8, Evaluation, OpenedModel, Run, as_shown, evaluate, open_model
 from petseg.metrics import Border

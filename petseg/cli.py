@@ -9,6 +9,7 @@ import io
 import os
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -19,7 +20,7 @@ from petseg_runtime.errors import EXIT_HUNG_UP, EXIT_INTERRUPTED, MissingExtra, 
 from petseg_runtime.signals import leave_terminal, terminable
 from petseg_runtime.text import shown
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "LazyGroup", "main"]
 
 #: What a disk says that is full, or that this user may write no more to.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -50,24 +51,37 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """A group that knows its subcommands' names and one-line helps without importing them."""
+    """A group that knows its subcommands' names, and imports one when it is called."""
+
+    def __init__(self, *args: Any, where: Mapping[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.where = where
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        """In the order of ``where``."""
+        return list(self.where)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        entry = COMMANDS.get(cmd_name)
-        if entry is None:
+        """Where there is one of that name, imported now."""
+        if cmd_name not in self.where:
             return None
-        module, _, name = entry.where.partition(":")
-        try:
-            command = getattr(importlib.import_module(module), name)
-        except ModuleNotFoundError as error:
-            if entry.extra is None or (error.name or "").partition(".")[0] in ("petseg", "petseg_export"):
-                raise
-            raise MissingExtra(missing(cmd_name, entry.extra, error)) from error
+        module, _, name = self.where[cmd_name].partition(":")
+        command = getattr(importlib.import_module(module), name)
         assert isinstance(command, click.Command)
         return command
+
+
+class Petseg(LazyGroup):
+    """Those of :data:`COMMANDS`, whose overview imports none of them."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        try:
+            return super().get_command(ctx, cmd_name)
+        except ModuleNotFoundError as error:
+            extra = COMMANDS[cmd_name].extra
+            if extra is None or (error.name or "").partition(".")[0] in ("petseg", "petseg_export"):
+                raise
+            raise MissingExtra(missing(cmd_name, extra, error)) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -81,7 +95,11 @@ def missing(command: str, extra: str, error: ModuleNotFoundError) -> str:
     return f"`petseg {command}` needs {error.name}, which is not installed: {install(extra)}"
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Petseg,
+    where={name: entry.where for name, entry in COMMANDS.items()},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="petseg")
 def petseg() -> None:
     """Find the pet: train, export and run one attention U-Net.

@@ -14,10 +14,10 @@ from pathlib import Path
 import click
 
 from benchmarks import records
-from benchmarks.photos import COPIES, NATIVE, TEST_SETS, training_set
+from benchmarks.photos import COPIES, NATIVE, TEST_SETS
+from benchmarks.thresholds import threshold_ignoring_border
 from petseg.data import Split, find
 from petseg.evaluate import evaluate, open_model
-from petseg.metrics import Border
 from petseg_runtime.artifact import default_model
 
 #: For each record, the photos that it tells of.
@@ -41,11 +41,3 @@ def embedded(data: Path) -> None:
                 "metrics_at_threshold_for_ignored_border": result.summary(lower),
             }
         print(records.write(name, command, values))
-
-
-def threshold_ignoring_border(data: Path) -> float:
-    """The threshold, in steps of 0.05, with the best mean IoU per validation photo when the border is ignored."""
-    pairs = find(training_set(data), Split.VAL)
-    with open_model(default_model()) as model:
-        result = evaluate(model.run, pairs, model.height, model.width)
-    return max((k / 20 for k in range(1, 20)), key=lambda t: float(result.image_ious(t, Border.IGNORED).mean()))

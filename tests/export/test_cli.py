@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from command_line import failed
 from petseg.cli import run
 from petseg_export import registry
 from petseg_runtime import host, parity
@@ -270,15 +271,6 @@ def test_without_a_checkpoint_that_is_wrong_usage(capsys: pytest.CaptureFixture[
 
 
 # ------------------------------------------------------------------------------------------------ failures
-
-
-def failed(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Exit code and message of a command line that must fail, with nothing on stdout and no traceback."""
-    code = run(args)
-    out, err = capsys.readouterr()
-    assert not out
-    assert "Traceback" not in err
-    return code, err
 
 
 def test_tensorrt_without_its_package_or_without_a_gpu(

@@ -4,9 +4,12 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from petseg.model import AttentionUNet, AttentionUNetConfig, normalize
 from petseg.run_state import BEST
 from petseg.train import Trainer
 from tiny_runs import CPU, Recorder, Run, tiny
@@ -34,3 +37,21 @@ def whole(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     trainer = Trainer(tiny(), oxford_root, folder, device=CPU, observer=observer, provenance={"command": "tests"})
     assert trainer.fit() == folder / BEST
     return Run(folder, observer, trainer)
+
+
+@pytest.fixture(scope="session")
+def model() -> AttentionUNet:
+    """Random, with a head under which the probabilities of `oxford_root`-like photos spread over 0..1."""
+    torch.manual_seed(3)
+    net = AttentionUNet(AttentionUNetConfig(width=4)).eval()
+    photos = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.3, 2)
+        logits = net(normalize(torch.from_numpy(photos)))
+        scale = 2 / logits.std()
+        net.head.weight.mul_(scale)
+        net.head.bias.copy_((net.head.bias - logits.mean()) * scale)
+    return net

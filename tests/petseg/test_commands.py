@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from command_line import contents, failed
 from petseg import checkpoint as checkpoints
 from petseg import record as records
 from petseg import train as training
@@ -66,19 +67,6 @@ def trained_copy(trained: Run, tmp_path: Path) -> Path:
 def log_of(folder: Path) -> list[dict[str, str]]:
     with (folder / "log.csv").open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def failed(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Exit code and message of a command line that must fail, with nothing on stdout and no traceback."""
-    code = run(args)
-    out, err = capsys.readouterr()
-    assert not out
-    assert "Traceback" not in err
-    return code, err
 
 
 # ------------------------------------------------------------------------------------------------ train

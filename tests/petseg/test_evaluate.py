@@ -12,9 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch import nn
 
 from petseg import plots
 from petseg.checkpoint import save_checkpoint
@@ -33,12 +31,12 @@ from petseg.evaluate import (
     write_evaluation,
 )
 from petseg.metrics import Border
-from petseg.model import AttentionUNet, AttentionUNetConfig, normalize
-from petseg.reference import torch_run
+from petseg.model import AttentionUNet
 from petseg_export import OnnxConfig, export
 from petseg_runtime import images
 from petseg_runtime.artifact import open_artifact
 from petseg_runtime.errors import CheckpointError, DataError, EngineError, ModelError, OutputError, UsageError
+from tiny_runs import red
 
 H, W = 16, 48
 RATIOS = ("iou", "dice", "accuracy", "precision", "recall")
@@ -72,11 +70,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[Pair]:
         Image.fromarray(trimap).save(folder / f"{i}-trimap.png")
         found.append(Pair(f"photo {i}", photo, folder / f"{i}-trimap.png", Layout.OXFORD))
     return found
-
-
-def red(batch: np.ndarray) -> np.ndarray:
-    """A model whose probability is the photo's red channel."""
-    return np.ascontiguousarray(batch[..., 0])
 
 
 def brute(pairs: list[Pair], threshold: float, reading: str) -> list[tuple[int, int, int, int]]:
@@ -254,24 +247,6 @@ def test_a_photo_that_cannot_be_read_is_named(pairs: list[Pair], tmp_path: Path)
 
 
 @pytest.fixture(scope="module")
-def model() -> AttentionUNet:
-    """Random, with a head under which the probabilities of `oxford_root`-like photos spread over 0..1."""
-    torch.manual_seed(3)
-    net = AttentionUNet(AttentionUNetConfig(width=4)).eval()
-    photos = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
-    with torch.no_grad():
-        for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.3)
-                module.running_var.uniform_(0.3, 2)
-        logits = net(normalize(torch.from_numpy(photos)))
-        scale = 2 / logits.std()
-        net.head.weight.mul_(scale)
-        net.head.bias.copy_((net.head.bias - logits.mean()) * scale)
-    return net
-
-
-@pytest.fixture(scope="module")
 def checkpoint(model: AttentionUNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "best.safetensors"
     spec = {"height": 32, "width": 48, "threshold": 0.55, "cutout_threshold": 0.4, "border_target": 0.0}
@@ -283,25 +258,6 @@ def checkpoint(model: AttentionUNet, tmp_path_factory: pytest.TempPathFactory) -
 def exported(checkpoint: Path, pairs: list[Pair]) -> Path:
     export(checkpoint, OnnxConfig(data=pairs[0].image.parent))
     return checkpoint.with_suffix(".onnx")
-
-
-def test_a_network_runs_on_bytes(model: AttentionUNet) -> None:
-    batch = np.random.default_rng(1).integers(0, 256, (3, 16, 32, 3), np.uint8)
-    got = torch_run(model)(batch)
-    with torch.no_grad():
-        logits = model(normalize(torch.from_numpy(batch)))[:, 0].double().numpy()
-    assert got.dtype == np.uint8
-    assert got.shape == (3, 16, 32)
-    assert len(np.unique(got)) > 50
-    assert (got == np.rint(255 / (1 + np.exp(-logits)))).mean() > 0.99
-
-
-def test_a_network_is_measured_in_evaluation_mode(model: AttentionUNet) -> None:
-    batch = np.random.default_rng(1).integers(0, 256, (3, 16, 32, 3), np.uint8)
-    want = torch_run(model)(batch)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert (torch_run(model.train())(batch) == want).all()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_checkpoint_and_its_exported_file_score_the_same(
@@ -434,15 +390,6 @@ def test_keys_that_are_none_are_of_no_photo(keys: object) -> None:
 def opening(path: Path, device: str = "cpu") -> None:
     with open_model(path, device):
         pass
-
-
-def test_the_state_of_a_run_is_no_model(model: AttentionUNet, tmp_path: Path) -> None:
-    path = tmp_path / "last.safetensors"
-    state = {f"ema/{name}": tensor for name, tensor in model.state_dict().items()}
-    save_checkpoint(path, state, {"kind": "training", "model": {"width": 4}})
-    with pytest.raises(CheckpointError, match=r"best\.safetensors") as caught:
-        opening(path)
-    assert str(path) in str(caught.value)
 
 
 def test_a_gpu_that_is_not_there_is_an_error(checkpoint: Path) -> None:

@@ -21,7 +21,7 @@ from petseg.model import AttentionUNet, AttentionUNetConfig
 from petseg.reference import torch_run
 from petseg_runtime import images
 from petseg_runtime.errors import DataError
-from tiny_runs import a_row
+from tiny_runs import a_row, red
 
 SIZES = [(64, 64), (37, 101), (300, 20), (1, 1), (5, 400)]  # height, width
 
@@ -52,11 +52,6 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
     monkeypatch.setattr(plots, "_save", keep)
     return figures
-
-
-def red(batch: np.ndarray) -> np.ndarray:
-    """A model whose probability is the photo's red channel."""
-    return np.ascontiguousarray(batch[..., 0])
 
 
 def history(epochs: int) -> list[Row]:

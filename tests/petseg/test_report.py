@@ -28,7 +28,7 @@ from petseg.metrics import Border, counts
 from petseg.model import AttentionUNet, AttentionUNetConfig
 from petseg.report import Source
 from petseg_runtime.errors import DataError, OutputError
-from tiny_runs import a_row
+from tiny_runs import a_row, red
 
 H, W = 16, 48
 READINGS = ("background", "pet", "ignored")
@@ -72,11 +72,6 @@ class Page(HTMLParser):
 
     def all(self, attribute: str) -> list[str]:
         return [value for _, attrs in self.tags if (value := attrs.get(attribute)) is not None]
-
-
-def red(batch: np.ndarray) -> np.ndarray:
-    """A model whose probability is the photo's red channel."""
-    return np.ascontiguousarray(batch[..., 0])
 
 
 def write_pair(folder: Path, name: str, number: int, size: tuple[int, int] = (40, 56), pet: bool = True) -> Pair:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from command_line import contents
 from petseg_export import OpenVINOConfig, export
 from petseg_runtime import default_model
 from petseg_runtime.extras import install
@@ -42,10 +43,6 @@ def petseg(*args: object, blocked: set[str] | None = None) -> tuple[int, str, li
     *lines, modules = done.stderr.splitlines()
     assert modules.startswith("MODULES "), done.stderr
     return done.returncode, done.stdout, lines, set(modules.split()[1:])
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_an_exported_file_is_measured_alike_with_torch_and_without(oxford_root: Path, tmp_path: Path) -> None:

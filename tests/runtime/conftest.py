@@ -104,6 +104,12 @@ def ir() -> Toy:
     return write_ir
 
 
+@pytest.fixture
+def toy_ir(tmp_path: Path) -> Artifact:
+    """The toy as an OpenVINO IR."""
+    return write_ir(write_toy(tmp_path / "toy.onnx"))
+
+
 @pytest.fixture(scope="session")
 def prove() -> Callable[..., Proof]:
     """See :func:`red_proof`."""

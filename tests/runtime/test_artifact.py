@@ -59,14 +59,15 @@ def make(tmp_path: Path) -> Make:
     return write
 
 
-def refused(path: Path) -> str:
-    """The message with which a file is refused; it must be one line that begins with the file."""
+def refused(path: Path, named: Path | None = None) -> str:
+    """The message with which a file is refused: one line that begins with it, or with the one to blame."""
     with pytest.raises(ModelError) as caught:
         open_artifact(path)
     message = str(caught.value)
-    assert message.startswith(f"{path}: ")
+    begin = f"{named or path}: "
+    assert message.startswith(begin)
     assert len(message.splitlines()) == 1
-    return message.removeprefix(f"{path}: ")
+    return message.removeprefix(begin)
 
 
 def test_what_was_written_into_a_file_is_read_back(make: Make) -> None:
@@ -307,16 +308,6 @@ def edited(path: Path, *without: str, **changes: Any) -> Path:
     return sidecar
 
 
-def refused_for(path: Path, named: Path) -> str:
-    """The message with which a compiled file is refused: one line that begins with the file that is to blame."""
-    with pytest.raises(ModelError) as caught:
-        open_artifact(path)
-    message = str(caught.value)
-    assert message.startswith(f"{named}: ")
-    assert len(message.splitlines()) == 1
-    return message.removeprefix(f"{named}: ")
-
-
 def test_what_was_written_beside_a_compiled_file_is_read_back(compiled: Artifact) -> None:
     read = open_artifact(compiled.path)
     assert read == compiled
@@ -343,14 +334,14 @@ def test_a_sidecar_is_json_with_a_digest_for_each_file(compiled: Artifact) -> No
 
 def test_a_compiled_file_that_is_missing_is_named(tmp_path: Path) -> None:
     for name in ("none.xml", "none.engine"):
-        assert refused_for(tmp_path / name, tmp_path / name) == "no such file"
+        assert refused(tmp_path / name) == "no such file"
     (tmp_path / "folder.xml").mkdir()
-    assert refused_for(tmp_path / "folder.xml", tmp_path / "folder.xml") == "no such file"
+    assert refused(tmp_path / "folder.xml") == "no such file"
 
 
 def test_without_its_sidecar_a_compiled_file_says_what_to_copy(compiled: Artifact) -> None:
     sidecar_of(compiled.path).unlink()
-    message = refused_for(compiled.path, compiled.path)
+    message = refused(compiled.path)
     assert f"{sidecar_of(compiled.path).name} is not beside it" in message
     assert "copy both" in message
 
@@ -362,13 +353,13 @@ def test_without_its_sidecar_a_compiled_file_says_what_to_copy(compiled: Artifac
 )
 def test_a_sidecar_that_is_no_json_is_refused(openvino: Artifact, content: bytes) -> None:
     sidecar_of(openvino.path).write_bytes(content)
-    assert "not JSON" in refused_for(openvino.path, sidecar_of(openvino.path))
+    assert "not JSON" in refused(openvino.path, sidecar_of(openvino.path))
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "7", '"text"', "NaN", '[{"schema_version": 1}]'])
 def test_a_sidecar_that_is_no_json_object_is_refused(openvino: Artifact, text: str) -> None:
     sidecar_of(openvino.path).write_text(text)
-    assert "not a JSON object" in refused_for(openvino.path, sidecar_of(openvino.path))
+    assert "not a JSON object" in refused(openvino.path, sidecar_of(openvino.path))
 
 
 def test_a_sidecar_that_is_too_large_is_refused_unread(openvino: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +368,7 @@ def test_a_sidecar_that_is_too_large_is_refused_unread(openvino: Artifact, monke
     assert open_artifact(openvino.path) == openvino
     monkeypatch.setattr(artifacts, "MAX_SIDECAR", sidecar.stat().st_size - 1)
     monkeypatch.delattr(Path, "read_text")
-    assert "larger than" in refused_for(openvino.path, sidecar)
+    assert "larger than" in refused(openvino.path, sidecar)
 
 
 @pytest.mark.parametrize("what", ["pipe", "link to a device without an end"])
@@ -388,24 +379,24 @@ def test_a_sidecar_that_is_no_file_is_neither_waited_for_nor_read_without_end(op
         os.mkfifo(sidecar)
     else:
         sidecar.symlink_to("/dev/zero")
-    assert "not a regular file" in refused_for(openvino.path, sidecar)
+    assert "not a regular file" in refused(openvino.path, sidecar)
 
 
 def test_a_folder_for_a_sidecar_is_refused(openvino: Artifact) -> None:
     sidecar_of(openvino.path).unlink()
     sidecar_of(openvino.path).mkdir()
-    assert "cannot be read" in refused_for(openvino.path, sidecar_of(openvino.path))
+    assert "cannot be read" in refused(openvino.path, sidecar_of(openvino.path))
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
 def test_a_sidecar_of_another_schema_says_to_export_again(openvino: Artifact, version: object) -> None:
-    message = refused_for(openvino.path, edited(openvino.path, schema_version=version))
+    message = refused(openvino.path, edited(openvino.path, schema_version=version))
     assert "another version of petseg: export" in message
 
 
 @pytest.mark.parametrize("name", ["trt", "trt-rtx", "onnx", "", "OpenVINO", None, 7, [], ["openvino"], {}])
 def test_a_format_that_has_another_suffix_is_refused(openvino: Artifact, name: object) -> None:
-    message = refused_for(openvino.path, edited(openvino.path, format=name))
+    message = refused(openvino.path, edited(openvino.path, format=name))
     assert "no .xml file has" in message or "not what petseg writes" in message
 
 
@@ -413,7 +404,7 @@ def test_engines_of_one_suffix_are_told_apart_by_their_sidecar(tmp_path: Path) -
     for name in ("trt", "trt-rtx"):
         (tmp_path / name).mkdir()
         assert open_artifact(write_compiled(tmp_path / name, name).path).format == name
-    assert refused_for(
+    assert refused(
         tmp_path / "trt" / "a model.v2.engine", edited(tmp_path / "trt" / "a model.v2.engine", format="openvino")
     )
 
@@ -425,7 +416,7 @@ def test_a_file_of_another_digest_is_named(compiled: Artifact, change: bytes) ->
         file = compiled.path.with_suffix(ending)
         before = file.read_bytes()
         file.write_bytes(change and before[:-1] + change)
-        message = refused_for(compiled.path, file)
+        message = refused(compiled.path, file)
         assert sidecar_of(compiled.path).name in message
         assert "SHA-256 differs" in message
         file.write_bytes(before)
@@ -436,7 +427,7 @@ def test_the_sidecar_of_another_model_is_found_out(tmp_path: Path) -> None:
     one, two = write_compiled(tmp_path, "trt", "one"), write_compiled(tmp_path, "trt", "two")
     two.path.write_bytes(b"another engine")
     sidecar_of(two.path).write_bytes(sidecar_of(one.path).read_bytes())
-    assert "SHA-256 differs" in refused_for(two.path, two.path)
+    assert "SHA-256 differs" in refused(two.path)
 
 
 @pytest.mark.parametrize("as_folder", [False, True])
@@ -445,7 +436,7 @@ def test_weights_that_are_missing_are_named(openvino: Artifact, as_folder: bool)
     weights.unlink()
     if as_folder:
         weights.mkdir()
-    assert refused_for(openvino.path, weights) == f"missing; it belongs to {openvino.path.name}"
+    assert refused(openvino.path, weights) == f"missing; it belongs to {openvino.path.name}"
 
 
 def test_a_checkpoint_is_told_from_a_model(tmp_path: Path) -> None:
@@ -466,7 +457,7 @@ def test_a_file_that_cannot_be_read_is_a_model_error(openvino: Artifact, monkeyp
         return opened(self, *args, **options)
 
     monkeypatch.setattr(Path, "open", denied)
-    message = refused_for(openvino.path, openvino.path.with_suffix(".bin"))
+    message = refused(openvino.path, openvino.path.with_suffix(".bin"))
     assert message == "cannot be read (Permission denied)"
 
 
@@ -474,7 +465,7 @@ def test_a_file_that_cannot_be_read_is_a_model_error(openvino: Artifact, monkeyp
     "key", ["schema_version", "format", "spec", "onnx_identity", "files", "environment", "provenance", "receipt"]
 )
 def test_a_key_that_is_missing_in_a_sidecar_is_named(openvino: Artifact, key: str) -> None:
-    assert key in refused_for(openvino.path, edited(openvino.path, key))
+    assert key in refused(openvino.path, edited(openvino.path, key))
 
 
 @pytest.mark.parametrize(
@@ -500,7 +491,7 @@ def test_a_wrong_type_in_a_sidecar_is_refused(openvino: Artifact, key: str, valu
 
 def test_a_newer_spec_in_a_sidecar_says_to_upgrade(openvino: Artifact) -> None:
     newer = {**json.loads(SPEC.to_json()), "schema_version": 2}
-    message = refused_for(openvino.path, edited(openvino.path, spec=newer))
+    message = refused(openvino.path, edited(openvino.path, spec=newer))
     assert "schema_version 2" in message
     assert "upgrade" in message
 
@@ -510,7 +501,7 @@ def test_a_newer_spec_in_a_sidecar_says_to_upgrade(openvino: Artifact) -> None:
 )
 def test_a_spec_in_a_sidecar_that_cannot_be_honoured_is_named(openvino: Artifact, field: str, value: object) -> None:
     spec = {**json.loads(SPEC.to_json()), field: value}
-    assert field in refused_for(openvino.path, edited(openvino.path, spec=spec))
+    assert field in refused(openvino.path, edited(openvino.path, spec=spec))
 
 
 def test_unknown_keys_of_a_later_minor_version_are_ignored(openvino: Artifact) -> None:

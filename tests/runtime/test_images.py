@@ -13,7 +13,6 @@ import sys
 import threading
 import tracemalloc
 import warnings
-import zlib
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +31,7 @@ from petseg_runtime.extras import install
 from petseg_runtime.images import Photo, from_model, open_photo, read, to_model
 from petseg_runtime.result import Segmentation
 from petseg_runtime.sinks import background_of, render_of
+from raw_files import chunk, raw_png
 
 U8 = npt.NDArray[np.uint8]
 
@@ -63,17 +63,6 @@ def heic(image: Image.Image | U8, *more: Image.Image, **options) -> bytes:
         made.add_from_pillow(another)
     made.save(file, **{"quality": 100, "chroma": 444, **options})
     return file.getvalue()
-
-
-def chunk(kind: bytes, payload: bytes) -> bytes:
-    return struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
-
-
-def raw_png(width: int, height: int, depth: int, colour: int, rows: bytes, *more: bytes) -> bytes:
-    """A PNG by hand: what Pillow does not write."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
-    body = chunk(b"IDAT", zlib.compress(rows, 9))
-    return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + body + chunk(b"IEND", b"")
 
 
 def peak_of(call: Callable[[], object]) -> int:
@@ -328,8 +317,8 @@ def test_a_pillow_image_without_pixels_is_refused() -> None:
 @pytest.mark.parametrize(
     "header",
     [
-        raw_png(100_000, 100_000, 8, 2, b""),
-        raw_png(13_350, 13_350, 8, 2, b""),
+        raw_png(100_000, 100_000, b""),
+        raw_png(13_350, 13_350, b""),
         b"BM"
         + struct.pack("<IHHIIiiHHIIiiII", 154, 0, 0, 54, 40, 100_000, 100_000, 1, 24, 0, 0, 0, 0, 0, 0)
         + bytes(100),
@@ -374,7 +363,7 @@ def test_more_bytes_than_the_limit_are_refused_unread(tmp_path: Path, monkeypatc
 
 
 def test_an_icon_is_refused_before_the_picture_inside_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    inside = raw_png(6000, 6000, 8, 2, bytes(6000 * 18001))
+    inside = raw_png(6000, 6000, bytes(6000 * 18001))
     icon = struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inside), 22) + inside
     Image.init()  # the plug-in for icons is there
     decoded = []
@@ -416,7 +405,7 @@ def test_grey_of_16_bits_is_scaled_and_not_cut(kind: str) -> None:
 
 def test_colour_of_16_bits_is_scaled_and_not_cut() -> None:
     row = struct.pack(">6H", 0, 32768, 65535, 256, 65280, 128)
-    assert read(raw_png(2, 1, 16, 2, b"\0" + row)).pixels.tolist() == [[[0, 128, 255], [1, 255, 0]]]
+    assert read(raw_png(2, 1, b"\0" + row, depth=16)).pixels.tolist() == [[[0, 128, 255], [1, 255, 0]]]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
@@ -487,7 +476,7 @@ def test_half_transparent_entries_of_a_palette_are_blended() -> None:
 
 def test_a_transparent_colour_without_a_palette_is_laid_over_white() -> None:
     rows = b"\0" + bytes([1, 2, 3, 4, 5, 6])
-    photo = read(raw_png(2, 1, 8, 2, rows, chunk(b"tRNS", struct.pack(">3H", 1, 2, 3))))
+    photo = read(raw_png(2, 1, rows, chunk(b"tRNS", struct.pack(">3H", 1, 2, 3))))
     assert photo.pixels.tolist() == [[[255, 255, 255], [4, 5, 6]]]
     assert photo.notes == OVER_WHITE
 

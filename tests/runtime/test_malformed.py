@@ -40,6 +40,7 @@ from petseg_runtime.errors import InputError, ModelError, PetsegError
 from petseg_runtime.images import read
 from petseg_runtime.onnx_metadata import parse
 from petseg_runtime.spec import SPEC_KEY, ModelSpec
+from raw_files import block, chunk, raw_png, varint
 
 Action: TypeAlias = Callable[[], object]
 
@@ -62,18 +63,6 @@ def encoded(image: Image.Image, kind: str, frames: tuple[Image.Image, ...] = (),
     more = {"save_all": True, "append_images": [frame.copy() for frame in frames]} if frames else {}
     image.copy().save(file, kind, **more, **options)
     return file.getvalue()
-
-
-def chunk(kind: bytes, payload: bytes) -> bytes:
-    return struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
-
-
-def png(
-    width: int, height: int, rows: bytes, *more: bytes, depth: int = 8, colour: int = 2, interlace: int = 0
-) -> bytes:
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace))
-    body = chunk(b"IDAT", zlib.compress(rows, 9))
-    return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + body + chunk(b"IEND", b"")
 
 
 def bmp(width: int, height: int, body: bytes, bits: int = 24, compression: int = 0) -> bytes:
@@ -122,7 +111,7 @@ def photos() -> dict[str, bytes]:
         "png alpha": encoded(with_alpha, "PNG"),
         "png 16": encoded(deep, "PNG"),
         "png palette": encoded(picture.quantize(16), "PNG", transparency=b"\0\x80"),
-        "png interlaced": png(40, 24, b"".join(bytes(1 + 3 * w) * h for w, h in adam7), interlace=1),
+        "png interlaced": raw_png(40, 24, b"".join(bytes(1 + 3 * w) * h for w, h in adam7), interlace=1),
         "apng": encoded(picture, "PNG", frames=(turned, turned)),
         "webp": encoded(picture, "WEBP", exif=exif),
         "webp lossless": encoded(with_alpha, "WEBP", lossless=True),
@@ -186,15 +175,6 @@ def model() -> bytes:
     spec = ModelSpec(name="toy", height=16, width=32)
     helper.set_model_props(whole, {SPEC_KEY: spec.to_json(), PROVENANCE_KEY: '{"data": "pets"}'})
     return whole.SerializeToString()
-
-
-def field(number: int, payload: bytes) -> bytes:
-    """A length-delimited field of a protobuf message."""
-    return varint(number << 3 | 2) + varint(len(payload)) + payload
-
-
-def varint(value: int) -> bytes:
-    return bytes([value & 0x7F | 0x80]) + varint(value >> 7) if value > 0x7F else bytes([value])
 
 
 # ------------------------------------------------------------------------------------------------- what is done to them
@@ -314,20 +294,20 @@ def bombs() -> Iterator[tuple[str, bytes]]:
     yield "jpeg of 2000 x 2000 in a few bytes", jpeg[:frame] + struct.pack(">HH", 2000, 2000) + jpeg[frame + 4 :]
     yield "jpeg of no height", jpeg[:frame] + struct.pack(">HH", 0, 40) + jpeg[frame + 4 :]
     yield from scan_bombs()
-    yield "png of 60000 x 60000", png(60_000, 60_000, b"")
-    yield "png of 2000 x 2000 in a few bytes", png(2000, 2000, b"")
-    yield "png of 2**31 - 1 columns", png(2**31 - 1, 1, b"")
-    yield "png of no columns", png(0, 5, b"")
-    yield "png of more pixels than its size", png(4, 4, bytes(50_000_000))
+    yield "png of 60000 x 60000", raw_png(60_000, 60_000, b"")
+    yield "png of 2000 x 2000 in a few bytes", raw_png(2000, 2000, b"")
+    yield "png of 2**31 - 1 columns", raw_png(2**31 - 1, 1, b"")
+    yield "png of no columns", raw_png(0, 5, b"")
+    yield "png of more pixels than its size", raw_png(4, 4, bytes(50_000_000))
     unfolds = zlib.compress(bytes(100_000_000), 9)
-    yield "png with a text that unfolds to 100 MB", png(1, 1, bytes(4), chunk(b"zTXt", b"k\0\0" + unfolds))
+    yield "png with a text that unfolds to 100 MB", raw_png(1, 1, bytes(4), chunk(b"zTXt", b"k\0\0" + unfolds))
     text = chunk(b"iTXt", b"k\0\1\0\0\0" + unfolds)
-    yield "png with an international text that unfolds to 100 MB", png(1, 1, bytes(4), text)
-    yield "png with a profile that unfolds to 100 MB", png(1, 1, bytes(4), chunk(b"iCCP", b"k\0\0" + unfolds))
+    yield "png with an international text that unfolds to 100 MB", raw_png(1, 1, bytes(4), text)
+    yield "png with a profile that unfolds to 100 MB", raw_png(1, 1, bytes(4), chunk(b"iCCP", b"k\0\0" + unfolds))
     many = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(1_000_000), 9)) * 500
-    yield "png with 500 texts of 1 MB", png(1, 1, bytes(4), many)
-    yield "png with 100000 empty chunks", png(1, 1, bytes(4), chunk(b"tEXt", b"k\0v") * 100_000)
-    yield "png that claims 2**32 - 1 frames", png(1, 1, bytes(4), chunk(b"acTL", struct.pack(">II", 2**32 - 1, 0)))
+    yield "png with 500 texts of 1 MB", raw_png(1, 1, bytes(4), many)
+    yield "png with 100000 empty chunks", raw_png(1, 1, bytes(4), chunk(b"tEXt", b"k\0v") * 100_000)
+    yield "png that claims 2**32 - 1 frames", raw_png(1, 1, bytes(4), chunk(b"acTL", struct.pack(">II", 2**32 - 1, 0)))
     for width, height in ((60_000, 60_000), (2**31 - 1, 2**31 - 1), (-1, 5), (2000, -(2**31))):
         yield f"bmp of {width} x {height}", bmp(width, height, bytes(100))
     yield "bmp whose run lengths go nowhere", bmp(2000, 1900, b"\0\x02\xff\xff" * 1000, bits=8, compression=1)
@@ -406,13 +386,13 @@ def model_bombs() -> Iterator[tuple[str, bytes]]:
     for depth in (30, 100, 3000):
         inner = b""
         for _ in range(depth):
-            inner = field(1, field(5, field(6, inner)))
-        yield f"model, {3 * depth} messages deep", field(7, inner)
+            inner = block(1, block(5, block(6, inner)))
+        yield f"model, {3 * depth} messages deep", block(7, inner)
     yield "model of 3 million empty fields", good + b"\x70\0" * 3_000_000
-    yield "model with 100000 metadata", good + b"".join(field(14, field(1, b"%d" % i)) for i in range(100_000))
-    yield "model with metadata of 40 MB", good + field(14, field(1, b"a") + field(2, b"b" * 40_000_000))
-    yield "model with the same metadata twice", good + field(14, field(1, SPEC_KEY.encode())) * 2
-    yield "model with 20000 inputs", field(7, field(11, b"") * 20_000)
+    yield "model with 100000 metadata", good + b"".join(block(14, block(1, b"%d" % i)) for i in range(100_000))
+    yield "model with metadata of 40 MB", good + block(14, block(1, b"a") + block(2, b"b" * 40_000_000))
+    yield "model with the same metadata twice", good + block(14, block(1, SPEC_KEY.encode())) * 2
+    yield "model with 20000 inputs", block(7, block(11, b"") * 20_000)
     for what, name in (
         ("lines", "a\n\u2028b"),
         ("1 MB", "a" * 1_000_000),
@@ -434,7 +414,7 @@ def with_spec(spec: bytes, provenance: bytes = b"{}") -> bytes:
     bare = onnx.load_model_from_string(model())
     del bare.metadata_props[:]
     entries = {SPEC_KEY: spec, PROVENANCE_KEY: provenance}
-    metadata = (field(14, field(1, key.encode()) + field(2, text)) for key, text in entries.items())
+    metadata = (block(14, block(1, key.encode()) + block(2, text)) for key, text in entries.items())
     return bare.SerializeToString() + b"".join(metadata)
 
 

@@ -24,6 +24,7 @@ import petseg_runtime
 from petseg_runtime import onnx_metadata
 from petseg_runtime.errors import ModelError
 from petseg_runtime.onnx_metadata import OnnxFile, Tensor, parse, read, with_metadata
+from raw_files import block, varint
 
 LIGHT = sorted((Path(onnx.__file__).parent / "backend/test/data/light").glob("*.onnx"))
 EDGE = Path(petseg_runtime.__file__).parent / "models" / "edge.onnx"
@@ -78,18 +79,6 @@ def small_bytes() -> bytes:
     )
     helper.set_model_props(model, {"petseg.spec": '{"name": "größe"}', "empty": ""})
     return model.SerializeToString()
-
-
-def varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes(out) + bytes([value])
-
-
-def block(number: int, payload: bytes) -> bytes:
-    return varint(number << 3 | 2) + varint(len(payload)) + payload
 
 
 GRAPH = block(7, b"")  # the smallest file that is a model

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clips import HEIGHT, WIDTH, picture, write_clip
 from petseg_runtime.errors import InputError, OutputError, UsageError
 from petseg_runtime.result import Segmentation
 from petseg_runtime.segmenter import Segmenter
@@ -37,8 +38,6 @@ from petseg_runtime.video.run import VideoReport, segment_video
 from petseg_runtime.video.sinks import LinesSink, PicturesSink, RawSink
 from petseg_runtime.video.sound import Sound
 from petseg_runtime.video.stream import Reading
-
-HEIGHT, WIDTH = 48, 64
 
 ffprobe = pytest.mark.skipif(shutil.which("ffprobe") is None, reason="ffprobe is not installed (Debian: ffmpeg)")
 
@@ -57,53 +56,6 @@ class Model:
         return np.ascontiguousarray(images[..., 0])
 
     finish = Segmenter.finish
-
-
-def picture(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """A red square that moves over blue."""
-    pixels = np.zeros((height, width, 3), np.uint8)
-    pixels[...] = (20, 40, 160)
-    left = 4 + number % (width // 2)
-    pixels[height // 4 : height // 2 + 8, left : left + width // 3] = (230, 30, 40)
-    return pixels
-
-
-def write_clip(
-    path: Path,
-    *,
-    frames: int = 30,
-    rate: Fraction = Fraction(25),
-    times: list[int] | None = None,
-    sound: str | None = "aac",
-    size: tuple[int, int] = (HEIGHT, WIDTH),
-    codec: str = "libx264",
-    options: dict[str, str] | None = None,
-) -> Path:
-    """A clip with a tone; ``times`` are in milliseconds."""
-    with av.open(str(path), "w") as file:
-        stream: Any = file.add_stream(codec, rate=rate, options=options or {})
-        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
-        if times:
-            stream.codec_context.time_base = Fraction(1, 1000)
-        tone: Any = file.add_stream(sound, rate=48000, layout="stereo") if sound else None
-        for number in range(frames):
-            frame = av.VideoFrame.from_ndarray(picture(number, *size))
-            frame.pts, frame.time_base = (times[number], Fraction(1, 1000)) if times else (number, 1 / rate)
-            file.mux(stream.encode(frame))
-        if tone:
-            count = int(48000 * (times[-1] / 1000 if times else frames / rate))
-            samples = (0.2 * np.sin(np.arange(count) * 2 * np.pi * 440 / 48000)).astype(np.float32)
-            samples[: 48000 // 10] = 0  # a silence whose end can be found again
-            for start in range(0, count, 1024):
-                chunk = np.repeat(samples[None, start : start + 1024], 2, axis=0)
-                whole = sound == "pcm_s16le"
-                chunk = (chunk * 32767).astype(np.int16) if whole else chunk
-                audio = av.AudioFrame.from_ndarray(chunk, format="s16p" if whole else "fltp", layout="stereo")
-                audio.sample_rate, audio.pts, audio.time_base = 48000, start, Fraction(1, 48000)
-                file.mux(tone.encode(audio))
-            file.mux(tone.encode(None))
-        file.mux(stream.encode(None))
-    return path
 
 
 def write_tone(
@@ -181,7 +133,7 @@ def beginning_of_tone(path: Path) -> float:
 @ffprobe
 @pytest.mark.parametrize("rate", [Fraction(30000, 1001), Fraction(24000, 1001), Fraction(25), Fraction(60)])
 def test_rates_and_counts_are_those_of_the_source(tmp_path: Path, rate: Fraction) -> None:
-    clip = write_clip(tmp_path / "clip.mp4", frames=45, rate=rate)
+    clip = write_clip(tmp_path / "clip.mp4", 45, rate=rate)
     report = run(clip, movie(tmp_path / "out.mp4"))
     about = probe(tmp_path / "out.mp4", count=True)
     assert Fraction(about["avg_frame_rate"]) == Fraction(about["r_frame_rate"]) == rate
@@ -193,7 +145,7 @@ def test_rates_and_counts_are_those_of_the_source(tmp_path: Path, rate: Fraction
 
 def test_a_variable_rate_stays_variable_frame_by_frame(tmp_path: Path) -> None:
     times = [0, 40, 50, 130, 131, 400, 1000, 1040]
-    clip = write_clip(tmp_path / "clip.mkv", frames=len(times), times=times, sound=None)
+    clip = write_clip(tmp_path / "clip.mkv", len(times), times=times, sound=None)
     run(clip, movie(tmp_path / "out.mp4"))
     assert [round(1000 * time) for time in frame_times(tmp_path / "out.mp4")] == times
 
@@ -221,7 +173,7 @@ def test_the_last_frame_is_shown_as_long_as_in_the_source(tmp_path: Path, name: 
 
 @pytest.mark.parametrize("options", [{}, {"stride": 3}])
 def test_sound_is_passed_through_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
-    clip = write_clip(tmp_path / "clip.mp4", frames=50)
+    clip = write_clip(tmp_path / "clip.mp4", 50)
     run(clip, movie(tmp_path / "out.mp4"), **options)
     assert [data for _, data in packets(tmp_path / "out.mp4")] == [data for _, data in packets(clip)]
     for (before, _), (after, _) in zip(packets(clip), packets(tmp_path / "out.mp4"), strict=True):
@@ -237,7 +189,7 @@ def test_sound_that_does_not_fit_is_encoded_anew_and_stays_in_time(
 ) -> None:
     codecs = {"mp4": ("libx264", "aac"), "mkv": ("libx264", "pcm_s16le"), "webm": ("libvpx-vp9", "libopus")}
     video, sound = codecs[source]
-    clip = write_clip(tmp_path / f"clip.{source}", frames=50, codec=video, sound=sound)
+    clip = write_clip(tmp_path / f"clip.{source}", 50, codec=video, sound=sound)
     report = run(clip, movie(tmp_path / f"out.{target}", kind))
     with av.open(str(tmp_path / f"out.{target}")) as file:
         assert file.streams.audio[0].codec_context.codec.canonical_name == codec
@@ -261,7 +213,7 @@ def test_sound_that_does_not_fit_is_encoded_anew_and_stays_in_time(
 def test_sound_of_which_only_its_packets_tell_is_encoded_anew_where_the_header_comes_first(
     tmp_path: Path, source: str, sound: str, passed: bool
 ) -> None:
-    clip = write_clip(tmp_path / f"clip.{source}", frames=50, sound=sound)
+    clip = write_clip(tmp_path / f"clip.{source}", 50, sound=sound)
     for endless in (False, True):
         out = tmp_path / f"out-{endless}.mp4"
         report = run(clip, movie(out, endless=endless))
@@ -317,7 +269,7 @@ def test_sound_that_the_file_does_not_take_is_encoded_anew(tmp_path: Path, endle
 
 
 def test_sound_in_a_codec_that_nobody_knows_is_left_out_and_said(tmp_path: Path) -> None:
-    clip = write_clip(tmp_path / "clip.mkv", frames=50)
+    clip = write_clip(tmp_path / "clip.mkv", 50)
     clip.write_bytes(clip.read_bytes().replace(b"A_AAC", b"A_XXX"))
     report = run(clip, movie(tmp_path / "out.mp4"))
     assert report.notes == ["the sound is left out: its codec is none that this FFmpeg can decode"]
@@ -389,7 +341,7 @@ def test_sound_that_changes_its_layout_or_rate_goes_on(
 @pytest.mark.parametrize("codec", ["aac", "ac3", "mp2"])
 @pytest.mark.parametrize("endless", [False, True])
 def test_damaged_sound_never_costs_the_picture(tmp_path: Path, codec: str, endless: bool) -> None:
-    clip = write_clip(tmp_path / "clip.ts", frames=50, sound=codec)
+    clip = write_clip(tmp_path / "clip.ts", 50, sound=codec)
     packet_numbers = itertools.count()
 
     def damaged(sound: Sound) -> Sound:
@@ -422,7 +374,7 @@ def with_sound_ahead(clip: Path, sink: MovieSink, seconds: int) -> MovieSink:
 
 
 def test_sound_far_ahead_of_a_picture_without_an_end_is_left_out(tmp_path: Path) -> None:
-    clip = write_clip(tmp_path / "clip.mp4", frames=50)
+    clip = write_clip(tmp_path / "clip.mp4", 50)
     near = with_sound_ahead(clip, movie(tmp_path / "near.mp4", endless=True), 3)
     assert not near.notes
     assert packets(tmp_path / "near.mp4")[1][0] == pytest.approx(3, abs=0.05)  # the first fills what is before it
@@ -436,13 +388,13 @@ def test_sound_that_waits_is_not_looked_at_with_each_frame(tmp_path: Path, monke
     asked = itertools.count()
     time: Any = Sound.time
     monkeypatch.setattr(Sound, "time", property(lambda sound: (next(asked), time.fget(sound))[1]))
-    clip = write_clip(tmp_path / "clip.mp4", frames=50)
+    clip = write_clip(tmp_path / "clip.mp4", 50)
     with_sound_ahead(clip, movie(tmp_path / "out.mp4"), 3600)
     assert next(asked) <= 2 * len(packets(clip))
 
 
 def test_sound_begins_and_ends_with_the_part_that_is_taken(tmp_path: Path) -> None:
-    clip = write_clip(tmp_path / "clip.mp4", frames=100)
+    clip = write_clip(tmp_path / "clip.mp4", 100)
     run(clip, movie(tmp_path / "out.mp4"), start=1.0, max_frames=50)
     times = [time for time, _ in packets(tmp_path / "out.mp4")]
     assert times[0] == pytest.approx(0, abs=0.03)
@@ -491,7 +443,7 @@ def test_a_phones_portrait_video_is_upright_and_says_no_rotation(tmp_path: Path)
 def test_colours_are_tagged_and_what_is_not_painted_on_keeps_its_own(
     tmp_path: Path, size: tuple[int, int], space: str
 ) -> None:
-    clip = write_clip(tmp_path / "clip.mp4", frames=3, size=size, sound=None, options={"crf": "5"})
+    clip = write_clip(tmp_path / "clip.mp4", 3, size=size, sound=None, options={"crf": "5"})
     run(clip, movie(tmp_path / "out.mp4"))
     about = probe(tmp_path / "out.mp4")
     assert (about["color_space"], about["color_range"]) == (space, "tv")
@@ -546,7 +498,7 @@ def test_odd_sides_are_made_even(tmp_path: Path, size: tuple[int, int]) -> None:
 
 
 def test_pieces_have_their_length_their_sound_and_times_from_nought(tmp_path: Path) -> None:
-    clip = write_clip(tmp_path / "clip.mp4", frames=75)
+    clip = write_clip(tmp_path / "clip.mp4", 75)
     sink = MovieSink(numbered(tmp_path / "out", "mp4"), Painter("overlay"), endless=True, segment=1.0)
     report = run(clip, sink)
     assert [path.name for path in report.paths] == ["0001.mp4", "0002.mp4", "0003.mp4"]
@@ -562,7 +514,7 @@ def test_pieces_have_their_length_their_sound_and_times_from_nought(tmp_path: Pa
 def test_two_seconds_are_lost_at_most_when_the_process_is_killed(
     tmp_path: Path, suffix: str, kind: str, slower: int
 ) -> None:
-    clip = write_clip(tmp_path / "clip.mp4", frames=110 if slower == 1 else 30)
+    clip = write_clip(tmp_path / "clip.mp4", 110 if slower == 1 else 30)
     with VideoReader(clip) as reader, movie(tmp_path / f"out.{suffix}", kind, endless=True) as sink:
         still = None
         for frame in reader:
@@ -712,7 +664,7 @@ def test_key_frames_have_a_distance_that_can_be_sought_in(tmp_path: Path, durati
 
 
 def test_of_each_numbered_picture_the_disk_is_not_told(tmp_path: Path, on_disk: list[tuple[int, int]]) -> None:
-    clip = write_clip(tmp_path / "clip.mp4", frames=3, sound=None)
+    clip = write_clip(tmp_path / "clip.mp4", 3, sound=None)
     run(clip, PicturesSink(tmp_path / "out", Picture("mask", "png", render_of("mask"))))
     assert not on_disk
 
@@ -902,7 +854,7 @@ def test_a_result_that_cannot_be_written_is_an_error_in_the_report(
 
 def test_frames_too_wide_for_a_format_are_this_videos_error(tmp_path: Path) -> None:
     """H.264 ends at 16384 pixels, WebP at 16383."""
-    clip = write_clip(tmp_path / "clip.mkv", frames=2, sound=None, size=(16, 16400), codec="libvpx-vp9")
+    clip = write_clip(tmp_path / "clip.mkv", 2, sound=None, size=(16, 16400), codec="libvpx-vp9")
     model: Any = Model()
     webp = PicturesSink(tmp_path / "out", Picture("cutout", "webp", render_of("cutout")))
     for sink in (movie(tmp_path / "out.mp4"), webp):
@@ -998,7 +950,7 @@ def test_a_folder_that_may_not_be_made_is_an_output_error(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("kind", "channels"), [("mask", 0), ("overlay", 3), ("cutout", 4)])
 def test_raw_frames_are_those_of_the_numbered_pictures(tmp_path: Path, kind: str, channels: int) -> None:
-    clip = write_clip(tmp_path / "clip.mp4", frames=4, sound=None)
+    clip = write_clip(tmp_path / "clip.mp4", 4, sound=None)
     with (tmp_path / "raw").open("wb") as stream:
         run(clip, RawSink(stream, Picture(kind, "raw", render_of(kind))))
     run(clip, PicturesSink(tmp_path / "out", Picture(kind, "png", render_of(kind))))
@@ -1020,7 +972,7 @@ def test_a_pipe_of_raw_frames_refuses_another_size(tmp_path: Path) -> None:
 
 
 def test_lines_say_what_was_found(tmp_path: Path) -> None:
-    clip = write_clip(tmp_path / "clip.mp4", frames=5)
+    clip = write_clip(tmp_path / "clip.mp4", 5)
     run(clip, LinesSink([tmp_path / "out.ndjson"], endless=False))
     lines = [json.loads(line) for line in (tmp_path / "out.ndjson").read_text().splitlines()]
     assert [line["number"] for line in lines] == list(range(5))

@@ -29,6 +29,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from command_line import uninstall
 from petseg_runtime import host, images
 from petseg_runtime.artifact import Artifact, default_model, open_artifact, sample_photos, sidecar_of
 from petseg_runtime.engines import registry
@@ -88,12 +89,6 @@ def batch(artifact: Artifact) -> np.ndarray:
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
-
-
-def uninstall(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make an engine look as if it were not installed."""
-    monkeypatch.setitem(sys.modules, ENGINES[backend].module, None)
-    monkeypatch.delitem(sys.modules, module_of(backend), raising=False)
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> int:

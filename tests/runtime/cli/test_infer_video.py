@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path, PurePath
 from typing import Any, TypeAlias
 
@@ -29,6 +28,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clips import HEIGHT, WIDTH, picture, write_clip
 from petseg.cli import run
 from petseg_runtime import images
 from petseg_runtime.cli import infer_video
@@ -43,49 +43,7 @@ from petseg_runtime.video.stream import Segmented, Stream
 
 Toy: TypeAlias = Callable[..., Any]
 
-HEIGHT, WIDTH = 48, 64
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed (Debian: ffmpeg)")
-
-
-def picture(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """A red square, which the toy takes for a pet, that moves over blue."""
-    pixels = np.zeros((height, width, 3), np.uint8)
-    pixels[...] = (20, 40, 160)
-    left = 4 + number % (width // 2)
-    pixels[height // 4 : height // 2 + 8, left : left + width // 3] = (255, 10, 20)
-    return pixels
-
-
-def write_clip(
-    path: Path,
-    frames: int = 20,
-    *,
-    sound: bool = True,
-    size: tuple[int, int] = (HEIGHT, WIDTH),
-    codec: str = "libx264",
-    pixels: str = "yuv420p",
-) -> Path:
-    """25 frames a second, with a tone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as file:
-        options = {"preset": "ultrafast"} if codec == "libx264" else {}
-        stream: Any = file.add_stream(codec, rate=25, options=options)
-        stream.height, stream.width, stream.pix_fmt = *size, pixels
-        tone: Any = file.add_stream("aac", rate=48000, layout="mono") if sound else None
-        pictures = [av.VideoFrame.from_ndarray(picture(number, *size)) for number in range(32)]
-        for number in range(frames):
-            frame = pictures[number % 32]
-            frame.pts, frame.time_base = number, Fraction(1, 25)
-            file.mux(stream.encode(frame))
-            if tone:
-                samples = np.sin(np.arange(1920 * number, 1920 * number + 1920) * 0.05)[None].astype(np.float32)
-                audio = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
-                audio.sample_rate, audio.pts, audio.time_base = 48000, 1920 * number, Fraction(1, 48000)
-                file.mux(tone.encode(audio))
-        file.mux(stream.encode(None))
-        if tone:
-            file.mux(tone.encode(None))
-    return path
 
 
 def frames_in(path: Path) -> int:
@@ -109,7 +67,7 @@ def model(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> str:
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``short.mp4`` of 20 frames, ``long.mp4`` of 1500, ``cut.mp4``, which is damaged behind its half."""
     folder = tmp_path_factory.mktemp("clips")
-    write_clip(folder / "short.mp4")
+    write_clip(folder / "short.mp4", 20)
     write_clip(folder / "long.mp4", 1500)
     whole = write_clip(folder / "whole.ts", 100).read_bytes()
     (folder / "cut.mp4").write_bytes(cut(write_clip(folder / "whole.mp4", 100)))
@@ -250,7 +208,7 @@ def test_one_odd_video_does_not_end_a_folder(
     tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
-    write_clip(source / "a.mkv", 2, sound=False, size=(16, 16400), codec="libvpx-vp9")  # H.264 ends at 16384
+    write_clip(source / "a.mkv", 2, sound=None, size=(16, 16400), codec="libvpx-vp9")  # H.264 ends at 16384
     for name in ("0.mp4", "b.mp4"):
         shutil.copy(clips / "short.mp4", source / name)
     assert infer(source, "--as", "mask", "--model", model, "--output", out) == 3
@@ -314,7 +272,7 @@ def test_a_damaged_video_has_failed_is_written_as_far_as_can_be_and_is_tried_aga
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
-    write_clip(source / "good.mp4")
+    write_clip(source / "good.mp4", 20)
     bad = spoil(write_clip(source / "bad.mp4", 40), range(10, 20))
     options = ["--as", "mask", "--model", model, "--output", out, "--json"]
     for resume, done, skipped in (([], 1, 0), (["--resume"], 0, 1)):
@@ -361,7 +319,7 @@ def test_frames_that_cannot_be_converted_are_told(
 def test_a_video_that_is_cut_short_has_failed_and_what_it_holds_is_written(
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], suffix: str
 ) -> None:
-    clip = write_clip(tmp_path / f"clip.{suffix}", 200, sound=suffix == "mkv")
+    clip = write_clip(tmp_path / f"clip.{suffix}", 200, sound="aac" if suffix == "mkv" else None)
     options = ["--as", "mask", "--model", model, "--output", tmp_path / "out"]
     assert infer(clip, *options) == 0
     clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
@@ -429,9 +387,9 @@ def test_a_videos_pictures_are_not_mixed_with_those_of_photos(
 
 def test_frames_that_change_their_size_never_replace_another_result(tmp_path: Path, model: str) -> None:
     source = tmp_path / "in"
-    write_clip(source / "clip-2.mp4", 5, sound=False)
+    write_clip(source / "clip-2.mp4", 5, sound=None)
     small, large = (
-        write_clip(tmp_path / f"{name}.ts", 10, sound=False, size=size)
+        write_clip(tmp_path / f"{name}.ts", 10, sound=None, size=size)
         for name, size in (("small", (48, 64)), ("large", (64, 96)))
     )
     (source / "clip.ts").write_bytes(small.read_bytes() + large.read_bytes())
@@ -846,7 +804,7 @@ def test_one_thread_is_one_for_each_step_that_works_at_the_same_time(
     real, seen = movie.MovieSink.write, list[int]()
     monkeypatch.setattr(movie.MovieSink, "write", write)
     # Not of the results' format, so that frames are converted for them, too.
-    clip = write_clip(tmp_path / "clip.mp4", 40, sound=False, size=(480, 640), pixels="yuv444p")
+    clip = write_clip(tmp_path / "clip.mp4", 40, sound=None, size=(480, 640), pixels="yuv444p")
     for number, threads in enumerate((4, 1)):
         before = foreign()
         options = ["--as", kind, "--output", tmp_path / f"{number}", "--model", model, "--threads", threads]

@@ -1,0 +1,238 @@
+"""What holds of every command: help, wrong usage, standard output that cannot be written to, and signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from command_line import files, petseg
+from petseg.cli import COMMANDS, run
+from petseg_runtime import __version__, default_model
+from petseg_runtime.engines.base import DEVICES
+from petseg_runtime.files import replacing
+from petseg_runtime.signals import terminable
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["nonsense"],
+        ["infer"],
+        ["infer", "--nonsense", "cat.jpg"],
+        ["infer", "cat.jpg", "--as", "painting"],
+        ["infer", "cat.jpg", "--threads", "0"],
+        ["infer", "cat.jpg", "--threads", "two"],
+        ["info", "one.onnx", "two.onnx"],
+        ["verify", "one.onnx", "two.onnx"],
+        ["verify", "--threads", "0"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_2_and_is_explained_on_stderr(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(args) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Usage: petseg" in err
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["infer", ""],
+        ["infer", "cat.jpg", ""],
+        *(["infer", "cat.jpg", option, ""] for option in ("--output", "--model", "--background")),
+        ["info", ""],
+        ["benchmark", ""],
+        ["verify", "--output", ""],
+    ],
+    ids=" ".join,
+)
+def test_a_name_that_is_empty_is_2_and_never_the_current_folder(
+    photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str]
+) -> None:
+    monkeypatch.chdir(photo.parent)
+    assert run(args) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith("it is empty; is a variable not set?\n")
+    assert files(photo.parent) == {"cat.jpg"}
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        *(["infer", "a.mp4", f"--{name}"] for name in ("start", "smooth", "segment", "stall", "give-up")),
+        *(["infer", "a.jpg", f"--{name}"] for name in ("threshold", "cutout-threshold", "min-area")),
+        ["benchmark", "--seconds"],
+        ["evaluate", "a.onnx", "--data", ".", "--threshold"],
+        ["export", "a.safetensors", "--int8-budget"],
+    ],
+    ids=" ".join,
+)
+def test_a_number_that_is_none_is_2(args: list[str], value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*args, value]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"Invalid value for '{args[-1]}': {value} is not" in err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "args", [["--version"], ["info", str(default_model())], ["infer"], ["infer", "--json"]], ids=" ".join
+)
+def test_a_full_disk_behind_what_is_told_is_6(
+    reds: list[str], tmp_path: Path, args: list[str], unbuffered: str
+) -> None:
+    if args[0] == "infer":
+        args = [*reds, str(tmp_path / "out"), *args[1:]]
+    command = [sys.executable, "-m", "petseg.cli", *args]
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=env, timeout=100)
+    assert done.stderr == b"petseg: standard output cannot be written to (No space left on device)\n"
+    assert done.returncode == 6
+
+
+@pytest.mark.parametrize("args", [["--help"], ["info", str(default_model())]], ids=["help", "info"])
+def test_a_reader_that_was_never_there_gets_no_traceback(args: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "petseg.cli", *args], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=100
+        )
+    finally:
+        os.close(writer)
+    assert done.stderr == ""
+
+
+def test_what_cannot_be_told_to_a_terminal_that_is_gone_is_a_hang_up(tmp_path: Path) -> None:
+    """The last words of a run that nobody has ended: they may come before the signal does."""
+    pty = pytest.importorskip("pty")
+    mine, theirs = pty.openpty()
+    os.close(mine)  # it is not the process's own, so that no signal comes
+    command = [sys.executable, "-m", "petseg.cli", "cache"]
+    with subprocess.Popen(
+        command, stdout=theirs, stderr=subprocess.PIPE, env={**os.environ, "HOME": str(tmp_path)}
+    ) as run_:
+        os.close(theirs)
+        assert run_.stderr is not None
+        said = run_.stderr.read()
+    assert (run_.returncode, said) == (129, b"")
+
+
+@pytest.mark.parametrize(("number", "code", "said"), [(15, 143, "terminated"), (1, 129, "hung up")])
+def test_a_signal_that_is_sent_twice_does_not_cut_short_what_the_first_one_cleans_up(
+    number: int, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `timeout` sends SIGTERM, and the shell and the system SIGHUP."""
+    before, cleaned_up = signal.getsignal(number), []
+
+    @terminable()
+    def work() -> None:
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(number)
+            cleaned_up.append(True)
+
+    with pytest.raises(SystemExit) as end:
+        work()
+    assert end.value.code == code
+    assert cleaned_up
+    assert signal.getsignal(number) is before
+    assert capsys.readouterr().err == f"petseg: {said}\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(15, 143), (1, 129)])
+def test_a_signal_leaves_nothing_half_written_whatever_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    """A scheduler's way, or a laptop's that is closed, to end an export, an evaluation, a verification: the default
+    would end Python at once.
+    """
+    path = tmp_path / "model.onnx"
+
+    def exported() -> None:
+        with replacing(path) as beside:
+            beside.write_bytes(b"half")
+            signal.raise_signal(number)
+
+    monkeypatch.setattr("petseg.cli.petseg.main", lambda **_: exported())
+    with pytest.raises(SystemExit) as end:
+        run(["export"])
+    assert end.value.code == code
+    assert list(tmp_path.iterdir()) == []
+
+
+#: A probe that says who it is, and hangs.
+HANGS = """
+import sys
+from petseg.cli import main
+from petseg_runtime import doctor
+
+probe = "import os, time; open({path!r}, 'w').write(str(os.getpid()) + chr(10)); time.sleep(600)"
+doctor.probe = lambda *words, **options: doctor.ask([sys.executable, "-c", probe], 600)
+main()
+"""
+
+
+@pytest.mark.parametrize("command", ["doctor", "benchmark"])
+def test_sigterm_ends_what_a_command_has_started(tmp_path: Path, command: str) -> None:
+    """It has a session of its own, and would hear of nothing."""
+    path = tmp_path / "pid"
+    program = HANGS.format(path=str(path))
+    with subprocess.Popen([sys.executable, "-c", program, command], stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 60
+        while not (path.exists() and path.read_text().endswith("\n")):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+    probe = int(path.read_text())
+    gone = not Path(f"/proc/{probe}").exists()
+    if not gone:
+        os.kill(probe, signal.SIGKILL)
+    assert gone
+    assert (process.returncode, err) == (143, "petseg: terminated\n")
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_names_every_command_and_exit_code(flag: str) -> None:
+    done = petseg(flag)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(f"\n  {name} " in done.stdout for name in COMMANDS)
+    assert "130, 143 and 129 stopped by Ctrl-C, SIGTERM and SIGHUP" in " ".join(done.stdout.split())
+
+
+def test_help_names_every_form_of_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["infer", "--help"]) == 0
+    text = capsys.readouterr().out
+    for kind in DEVICES:
+        form = kind if kind == "cpu" else f"{kind}[:N]"
+        assert f" {form}" in text, form
+
+
+@pytest.mark.parametrize("command", ["infer", "info", "verify"])
+def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([command, "--help"]) == 0
+    assert f"Usage: petseg {command}" in capsys.readouterr().out
+
+
+def test_version_is_the_packages() -> None:
+    done = petseg("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert __version__ in done.stdout
+
+
+@pytest.mark.parametrize("command", [["info"], ["infer", "cat.jpg", "--model"], ["verify"]], ids=" ".join)
+def test_a_fatal_error_shows_names_escaped(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*command, "no\x1b]0;title\x07\nmodel.onnx"]) == 4
+    assert capsys.readouterr().err.startswith("petseg: no\\x1b]0;title\\x07\\nmodel.onnx: ")

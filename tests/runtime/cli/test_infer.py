@@ -1,0 +1,903 @@
+"""``petseg infer`` with photos: every one answered for, one line per trouble, an exit code that tells what happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from command_line import CHELSEA, files, parts, petseg, uninstall
+from petseg.cli import run
+from petseg_runtime import Segmenter, default_model
+from petseg_runtime.artifact import Artifact, open_artifact
+from petseg_runtime.cli.infer import infer
+from petseg_runtime.errors import EngineError
+from petseg_runtime.extras import install
+from petseg_runtime.journal import JOURNAL
+from petseg_runtime.sinks import KINDS, VIDEO_FORMATS
+
+Toy: TypeAlias = Callable[..., Any]
+
+
+@dataclass
+class Folder:
+    """A folder of odd files: name -> what its result's size (width, height) must be; and the bad ones."""
+
+    root: Path
+    good: dict[str, tuple[int, int]] = field(default_factory=dict)
+    bad: list[str] = field(default_factory=list)
+
+    def write(self, name: str, image: Image.Image, size: tuple[int, int] | None = None, **options: Any) -> None:
+        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(self.root / name, **options)
+        self.good[name] = size or image.size
+
+    def spoil(self, name: str, content: bytes) -> None:
+        (self.root / name).write_bytes(content)
+        self.bad.append(name)
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    folder = Folder(tmp_path_factory.mktemp("odd") / "photos")
+    rng = np.random.default_rng(0)
+    rgb = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    folder.write("plain.jpg", rgb)
+    folder.write("pixel.png", Image.new("RGB", (1, 1), "red"))
+    folder.write("print.jpg", rgb.convert("CMYK"))
+    folder.write("grey16.png", Image.fromarray(rng.integers(0, 2**16, (40, 60), dtype=np.uint16)))
+    red, blue = (Image.new("RGB", (30, 20), colour) for colour in ("red", "blue"))
+    folder.write("moving.gif", red, save_all=True, append_images=[blue])
+    palette = rgb.convert("P")
+    folder.write("palette.png", palette, transparency=palette.getpixel((0, 0)))
+    folder.write("phone.jpg", rgb, size=(40, 60), exif=exif)
+    folder.write("a/same.jpg", rgb)
+    folder.write("b/same.jpg", rgb.resize((50, 50)))
+    folder.write("b/c/same.jpg", rgb)
+    folder.spoil("truncated.jpg", CHELSEA.read_bytes()[:9000])
+    folder.spoil("text.jpg", b"Dear photographer,\nthis is a letter.\n")
+    folder.spoil("zero.jpg", b"")
+    folder.spoil("two\nlines.jpg", b"no photo either")
+    return folder
+
+
+@dataclass
+class Batch:
+    """A finished run over the odd folder."""
+
+    process: subprocess.CompletedProcess[str]
+    records: list[dict[str, Any]]
+    output: Path
+
+
+@pytest.fixture(scope="module")
+def batch(odd: Folder, tmp_path_factory: pytest.TempPathFactory) -> Batch:
+    output = tmp_path_factory.mktemp("batch") / "out"
+    done = petseg("infer", odd.root, "--output", output, "--as", "mask", "--json")
+    return Batch(done, [json.loads(line) for line in done.stdout.splitlines()], output)
+
+
+# ------------------------------------------------------------------------------------- a batch with odd photos
+
+
+def test_a_batch_with_bad_photos_ends_with_3_and_counts_them(odd: Folder, batch: Batch) -> None:
+    assert batch.process.returncode == 3
+    summary = batch.records[-1]
+    assert summary["event"] == "summary"
+    assert summary["photos"] == len(odd.good) + len(odd.bad)
+    assert summary["done"] == len(odd.good)
+    assert summary["failed"] == len(odd.bad)
+
+
+def test_each_photo_has_exactly_one_record(odd: Folder, batch: Batch) -> None:
+    assert all(record["schema_version"] == 1 for record in batch.records)
+    by_event: dict[str, list[str]] = {"result": [], "failure": []}
+    for record in batch.records[:-1]:
+        by_event[record["event"]].append(str(Path(record["input"]).relative_to(odd.root)))
+    assert sorted(by_event["result"]) == sorted(odd.good)
+    assert sorted(by_event["failure"]) == sorted(odd.bad)
+
+
+def test_each_result_has_the_upright_size_of_its_photo(odd: Folder, batch: Batch) -> None:
+    for record in batch.records:
+        if record["event"] != "result":
+            continue
+        size = odd.good[str(Path(record["input"]).relative_to(odd.root))]
+        assert (record["width"], record["height"]) == size
+        with Image.open(record["output"]) as mask:
+            assert mask.size == size
+            share = np.mean(np.array(mask) == 255)
+        assert record["coverage"] == pytest.approx(share, abs=1e-6)
+
+
+def test_results_lie_in_folders_like_the_photos_and_nothing_else_does(odd: Folder, batch: Batch) -> None:
+    written = sorted(str(path.relative_to(batch.output)) for path in batch.output.rglob("*") if path.is_file())
+    assert written == sorted([JOURNAL, *(str(Path(name).with_suffix(".png")) for name in odd.good)])
+    assert parts(batch.output) == []
+
+
+def test_each_line_on_stderr_is_petsegs_and_names_its_file(odd: Folder, batch: Batch) -> None:
+    lines = batch.process.stderr.splitlines()
+    noted = [record for record in batch.records if record.get("notes")]
+    assert len(lines) == len(odd.bad) + sum(len(record["notes"]) for record in noted)
+    for name in (*odd.bad, *(Path(record["input"]).name for record in noted)):
+        shown = name.replace("\n", "\\n")
+        assert any(line.startswith(f"petseg: {odd.root}") and f"/{shown}: " in line for line in lines), name
+
+
+def test_what_was_decided_about_a_photo_is_noted(batch: Batch) -> None:
+    notes = {Path(record["input"]).name: record["notes"] for record in batch.records if record["event"] == "result"}
+    assert any("the first frame" in note for note in notes["moving.gif"])
+    assert any("16-bit" in note for note in notes["grey16.png"])
+    assert any("transparency" in note for note in notes["palette.png"])
+    assert notes["plain.jpg"] == notes["phone.jpg"] == []
+
+
+def test_each_failure_says_why(batch: Batch) -> None:
+    errors = {Path(r["input"]).name: r["error"] for r in batch.records if r["event"] == "failure"}
+    assert "truncated" in errors["truncated.jpg"]
+    assert "not an image" in errors["text.jpg"]
+    assert "empty" in errors["zero.jpg"]
+
+
+def test_for_people_there_is_a_line_per_result_and_a_count(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photo.parent / "bad.jpg").write_bytes(b"no")
+    assert run(["infer", str(photo.parent), "--output", str(tmp_path / "out")]) == 3
+    out, err = capsys.readouterr()
+    result, count = out.splitlines()
+    assert result.startswith(f"{photo} -> {tmp_path / 'out' / 'cat.png'}  ")
+    assert result.endswith("% pet")
+    assert count == f"2 photos: 1 written to {tmp_path / 'out'}, 1 failed"
+    assert err.startswith(f"petseg: {photo.parent / 'bad.jpg'}: ")
+    assert len(err.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------- exit codes
+
+
+def test_all_done_is_0(photo: Path, tmp_path: Path) -> None:
+    done = petseg("infer", photo, "--output", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 1  # no count where there is nothing to count
+    with Image.open(tmp_path / "out" / "cat.png") as cutout:
+        assert cutout.mode == "RGBA"  # cutouts are what is written by default
+
+
+def test_all_failed_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (folder / name).write_bytes(b"no photo")
+    assert run(["infer", str(folder), str(tmp_path / "missing.jpg"), "--output", str(tmp_path / "out")]) == 1
+    out, err = capsys.readouterr()
+    assert len(err.splitlines()) == 3
+    assert "missing.jpg: no such file" in err
+    assert "3 photos: 0 written" in out
+
+
+def test_a_folder_without_photos_is_1_and_makes_no_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "notes.txt").touch()
+    assert run(["infer", str(empty), "--output", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr() == ("", f"petseg: no photos or videos in {empty}\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_photos_of_kinds_that_are_not_read_are_told_of(
+    photo: Path, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("1.NEF", "2.NEF", "3.NEF", "4.jp2", "no suffix", "notes.txt"):
+        (photo.parent / name).touch()
+    said = "passed over by their suffix: 3 .nef, 1 without a suffix, 1 .jp2\n"
+    command = ["infer", str(photo.parent), "--model", str(toy(tmp_path / "toy.onnx").path)]
+    assert run([*command, "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == f"petseg: {said}"
+    assert run([*command, "--output", str(tmp_path / "out"), "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+    photo.unlink()
+    assert run([*command, "--output", str(tmp_path / "out"), "--quiet"]) == 1
+    assert capsys.readouterr().err == f"petseg: no photos or videos in {photo.parent}; {said}"
+
+
+@pytest.mark.parametrize("value", ["1.5", "0", "1", "-0.1", "nan", "half"])
+def test_a_threshold_outside_its_bounds_is_refused_before_anything_is_written(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    assert run(["infer", str(photo), "--output", str(tmp_path / "out"), f"--threshold={value}"]) != 0
+    err = capsys.readouterr().err
+    assert "threshold" in err
+    assert value in err
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_missing_or_damaged_model_is_4(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = tmp_path / "damaged.onnx"
+    damaged.write_bytes(default_model().read_bytes()[:5000])
+    for model in (tmp_path / "missing.onnx", damaged, photo):
+        assert run(["infer", str(photo), "--model", str(model), "--output", str(tmp_path / "out")]) == 4
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert ("a file that `petseg export` made is expected" in err) == (model.name != "missing.onnx")
+        assert err.startswith(f"petseg: {model}: ")
+        assert len(err.splitlines()) == 1
+
+
+def test_no_engine_is_5_and_says_what_to_install(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for engine in ("onnxruntime", "openvino"):
+        uninstall(engine, monkeypatch)
+    assert run(["infer", str(photo), "--output", str(tmp_path / "out")]) == 5
+    err = capsys.readouterr().err
+    assert install("cpu") in err
+    assert install("openvino") in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_written_is_6(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert run(["infer", str(photo), "--output", str(output)]) == 6
+        err = capsys.readouterr().err
+        assert err.startswith(f"petseg: {output}: cannot be written to")
+        assert len(err.splitlines()) == 1
+
+
+def test_a_result_that_would_replace_a_photo_is_6_and_the_photo_stays(tmp_path: Path) -> None:
+    photo = tmp_path / "cat.png"
+    Image.new("RGB", (9, 9)).save(photo)
+    before = photo.read_bytes()
+    done = petseg("infer", photo, "--output", tmp_path)
+    assert done.returncode == 6
+    assert "would replace a photo" in done.stderr
+    assert photo.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [photo]
+
+
+# --------------------------------------------------------------------------------------------------- options
+
+
+MODES = {"mask": "L", "probability": "L", "cutout": "RGBA", "overlay": "RGB", "background": "RGB"}
+
+
+@pytest.mark.parametrize("kind", sorted(MODES))
+def test_each_kind_of_result_is_what_it_is_called(photo: Path, tmp_path: Path, kind: str) -> None:
+    behind = ["--background", "#0000ff"] if kind == "background" else []
+    suffix, form = (".jpg", "JPEG") if kind in ("overlay", "background") else (".png", "PNG")
+    assert run(["infer", str(photo), "--as", kind, *behind, "--output", str(tmp_path / "out")]) == 0
+    assert files(tmp_path / "out") == {f"cat{suffix}"}
+    with Image.open(photo) as original:
+        pixels = np.array(original)
+    with Image.open(tmp_path / "out" / f"cat{suffix}") as picture:
+        assert (picture.mode, picture.size, picture.format) == (MODES[kind], pixels.shape[1::-1], form)
+        written = np.array(picture)
+    if kind == "mask":
+        assert set(np.unique(written)) == {0, 255}
+    elif kind == "probability":
+        assert len(np.unique(written)) > 50
+    elif kind == "cutout":
+        opaque = written[..., 3] == 255
+        np.testing.assert_array_equal(written[opaque][:, :3], pixels[opaque])
+        assert written[..., 3].min() < 128 < written[..., 3].max()
+    elif kind == "background":
+        blue = np.abs(written.astype(int) - (0, 0, 255)).sum(axis=2) < 60
+        kept = np.abs(written.astype(int) - pixels).sum(axis=2) < 60
+        assert blue.mean() > 0.02
+        assert kept.mean() > 0.5
+        assert (blue | kept).mean() > 0.9
+    else:
+        assert 1 < np.abs(written.astype(int) - pixels).mean() < 100
+
+
+@pytest.mark.parametrize("kind", ["coco-polygons", "coco-rle"])
+def test_coco_is_one_file_for_all_photos(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    (photo.parent / "bad.jpg").write_bytes(b"no")
+    out = tmp_path / "out"
+    # At this threshold the mask has no hole, which polygons could not tell.
+    args = ["infer", str(photo.parent), "--as", kind, "--threshold", "0.25", "--json", "--output", str(out)]
+    assert run(args) == 3
+    failure, result, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (failure["event"], result["event"], result["output"]) == ("failure", "result", None)
+    assert summary["output"] == str(out / "annotations.json")
+    assert files(out) == {"annotations.json", JOURNAL}
+    file = json.loads((out / "annotations.json").read_text(encoding="utf-8"))
+    assert file["images"] == [{"id": 1, "file_name": str(photo), "height": 300, "width": 451}]
+    (annotation,) = file["annotations"]
+    assert {name: annotation[name] for name in result["annotation"]} == result["annotation"]
+    assert isinstance(annotation["segmentation"], list if kind == "coco-polygons" else dict)
+    assert annotation["area"] == pytest.approx(result["coverage"] * 300 * 451, abs=1)
+    assert annotation["bbox"] == result["box"]
+
+
+def test_a_background_says_by_itself_what_to_write(photo: Path, tmp_path: Path) -> None:
+    # Chelsea fills her photo, and an edge is soft: one whose corner is surely no pet, whatever the model.
+    photo.write_bytes(CHELSEA.with_name("Abyssinian_204.jpg").read_bytes())
+    with Image.new("RGB", (30, 90), "red") as beach:
+        beach.save(tmp_path / "beach.png")
+    for behind in ("white", str(tmp_path / "beach.png")):
+        assert run(["infer", str(photo), "--background", behind, "--output", str(tmp_path / "out")]) == 0
+        with Image.open(tmp_path / "out" / "cat.jpg") as picture:
+            pixel = picture.getpixel((2, 2))
+        expected = (255, 255, 255) if behind == "white" else (255, 0, 0)
+        assert isinstance(pixel, tuple)
+        assert np.abs(np.subtract(pixel, expected)).max() < 10
+
+
+@pytest.mark.parametrize(("kind", "form"), [(k, f) for k, entry in KINDS.items() for f in entry.formats])
+def test_the_format_can_be_chosen(photo: Path, tmp_path: Path, kind: str, form: str) -> None:
+    behind = ["--background", "white"] if kind == "background" else []
+    out = tmp_path / "out"
+    assert run(["infer", str(photo), "--as", kind, "--format", form, *behind, "--output", str(out)]) == 0
+    assert files(out) == {f"cat.{form}"}
+    with Image.open(out / f"cat.{form}") as picture:
+        assert picture.format == {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[form]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--format", "jpg"], "a cutout is not written as jpg; it can be: png, webp"),
+        (["--as", "mask", "--format", "jpg"], "a mask is not written as jpg; it can be: png, webp"),
+        (["--format", "mp4"], "a cutout is not written as mp4; it can be: png, webp"),
+        (["--as", "lines"], "lines are of videos; for photos, --json prints the same"),
+        (["--start", "1"], "--start is for videos and streams, and there is none"),
+        (["--as", "coco-rle", "--format", "png"], "a coco-rle is not written as png; it can be: JSON only"),
+        (["--as", "background"], "--background COLOUR or FILE and --as background belong together"),
+        (["--as", "mask", "--background", "white"], "--background COLOUR or FILE and --as background belong together"),
+        (["--as", "coco-rle", "--background", "white"], "--as background belong together"),
+        (["--threshold", "0.6"], "--threshold is for masks, and a cutout has --cutout-threshold"),
+        (["--background", "white", "--threshold", "0.6"], "and a background has --cutout-threshold"),
+        (["--as", "mask", "--cutout-threshold", "0.1"], "--cutout-threshold is for cutouts and backgrounds; mask has"),
+        (["--fast-decode"], "--fast-decode is for photos of which only the mask is written (--as mask, probability, "),
+        (["--as", "overlay", "--fast-decode"], "--fast-decode is for photos of which only the mask is written"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_does_not_go_together_is_2_and_makes_no_folder(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    assert run(["infer", str(photo), *options, "--output", str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_background_that_is_neither_colour_nor_file_is_1(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["infer", str(photo), "--background", "beech.jpg", "--output", str(tmp_path / "out")]) == 1
+    assert "background 'beech.jpg': neither a colour (white, #00ff00) nor a file" in capsys.readouterr().err
+
+
+def test_regions_smaller_than_asked_for_are_dropped(toy: Toy, tmp_path: Path) -> None:
+    """The toy takes red for pet; of the photo, 6 per cent are one red square, and 0.2 per cent another."""
+    model = str(toy(tmp_path / "toy.onnx", height=64, width=64).path)
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[8:24, 8:24, 0] = pixels[50:53, 50:53, 0] = 255
+    photo = tmp_path / "photo.png"
+    Image.fromarray(pixels).save(photo)
+    for share, regions in (("0", 2), ("0.002", 2), ("0.003", 1), ("0.5", 0)):
+        out = tmp_path / share
+        options = ["--min-area", share, "--as", "mask", "--model", model]
+        assert run(["infer", str(photo), *options, "--output", str(out)]) == 0
+        with Image.open(out / "photo.png") as picture:
+            mask = np.array(picture) == 255
+        assert (mask[8:24, 8:24].all(), mask[50:53, 50:53].all()) == (regions > 0, regions > 1)
+        assert mask.sum() == 256 * (regions > 0) + 9 * (regions > 1)
+
+
+def test_what_is_doubtful_is_shown_where_that_is_asked_for(toy: Toy, tmp_path: Path) -> None:
+    model = str(toy(tmp_path / "toy.onnx", height=64, width=64).path)
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[8:24, 8:24, 0], pixels[40:50, 40:50, 0] = 255, 200
+    photo, out = tmp_path / "photo.png", tmp_path / "out"
+    Image.fromarray(pixels).save(photo)
+    for options, seen in (([], False), (["--keep-doubtful"], True)):
+        words = [*options, "--as", "probability", "--model", model, "--output", str(out)]
+        assert run(["infer", str(photo), *words]) == 0
+        with Image.open(out / "photo.png") as picture:
+            probability = np.array(picture)
+        assert (probability[8:24, 8:24] == 255).all()
+        assert (probability[40:50, 40:50] == 200 * seen).all()
+
+
+@pytest.mark.parametrize("value", ["1", "-0.1", "all"])
+def test_an_area_outside_its_bounds_is_2(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    assert run(["infer", str(photo), f"--min-area={value}", "--output", str(tmp_path / "out")]) == 2
+    assert "--min-area" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_kinds_that_are_offered_are_those_that_can_be_written() -> None:
+    (option,) = (parameter for parameter in infer.params if parameter.name == "kind")
+    assert set(getattr(option.type, "choices", ())) == set(KINDS) | set(VIDEO_FORMATS)
+
+
+def test_results_go_to_a_folder_named_after_their_kind_by_default(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["infer", str(photo), "--as", "overlay"]) == 0
+    assert (tmp_path / "petseg-output" / "overlay" / "cat.jpg").is_file()
+
+
+def test_masks_and_cutouts_have_each_their_threshold(photo: Path, tmp_path: Path) -> None:
+    pictures = {}
+    for kind, option in (("mask", "--threshold"), ("cutout", "--cutout-threshold")):
+        for threshold in ("0.02", "0.98"):
+            out = tmp_path / kind / threshold
+            assert run(["infer", str(photo), "--as", kind, "--output", str(out), option, threshold]) == 0
+            with Image.open(out / "cat.png") as picture:
+                pictures[kind, threshold] = np.array(picture)
+    low, high = (pictures["mask", threshold] == 255 for threshold in ("0.02", "0.98"))
+    assert (low | ~high).all()
+    assert low.sum() > high.sum()
+    assert pictures["cutout", "0.02"][..., 3].sum() > pictures["cutout", "0.98"][..., 3].sum()
+
+
+def test_with_both_thresholds_a_cutout_and_what_is_said_of_it_have_each_their_own(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cutouts, coverage = [], []
+    for threshold in ("0.02", "0.98"):
+        out = tmp_path / threshold
+        both = ["--threshold", threshold, "--cutout-threshold", "0.2"]
+        assert run(["infer", str(photo), "--json", "--output", str(out), *both]) == 0
+        coverage.append(json.loads(capsys.readouterr().out.splitlines()[0])["coverage"])
+        cutouts.append((out / "cat.png").read_bytes())
+    assert cutouts[0] == cutouts[1]
+    assert coverage[0] > coverage[1]
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A JPEG that may be decoded at an eighth of its size for the toy's 16 x 32, full of what is lost by that."""
+    pixels = np.random.default_rng(0).integers(0, 256, (480, 960, 3), dtype=np.uint8)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "in" / "large.jpg", quality=95)
+    return tmp_path / "in" / "large.jpg"
+
+
+@pytest.mark.parametrize("kind", ["mask", "probability"])
+def test_masks_are_those_of_the_api_unless_faster_ones_are_asked_for(
+    large: Path, toy: Toy, tmp_path: Path, kind: str
+) -> None:
+    model = toy(tmp_path / "toy.onnx").path
+    command = ["infer", str(large), "--model", str(model), "--backend", "onnxruntime", "--as", kind, "--output"]
+    with Segmenter(model, backend="onnxruntime") as segmenter:
+        result = segmenter(large)
+    assert run([*command, str(tmp_path / "exact")]) == 0
+    assert run([*command, str(tmp_path / "fast"), "--fast-decode"]) == 0
+    written = {}
+    for name in ("exact", "fast"):
+        with Image.open(tmp_path / name / "large.png") as picture:
+            written[name] = np.array(picture)
+    expected = result.probability if kind == "probability" else 255 * result.mask.astype(np.uint8)
+    np.testing.assert_array_equal(written["exact"], expected)
+    assert written["fast"].shape == expected.shape
+    assert (written["fast"] != expected).any()
+
+
+def test_a_run_with_faster_masks_is_another_one(
+    large: Path, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["infer", str(large.parent), "--model", str(toy(tmp_path / "toy.onnx").path), "--as", "mask"]
+    command += ["--output", str(tmp_path / "out")]
+    assert run([*command, "--fast-decode"]) == 0
+    assert run([*command, "--resume"]) == 6
+    assert "fast_decode was True, now False" in capsys.readouterr().err
+    assert run([*command, "--resume", "--fast-decode"]) == 0
+
+
+def test_without_a_threshold_the_models_own_is_used(photo: Path, tmp_path: Path) -> None:
+    own = str(open_artifact(default_model()).spec.threshold)
+    for out, options in (("a", []), ("b", ["--threshold", own])):
+        assert run(["infer", str(photo), "--as", "mask", "--output", str(tmp_path / out), *options]) == 0
+    assert (tmp_path / "a" / "cat.png").read_bytes() == (tmp_path / "b" / "cat.png").read_bytes()
+
+
+def test_quiet_says_nothing_of_what_went_well(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGBA", (30, 20)).save(photo.parent / "clear.png")  # would be noted
+    assert run(["infer", str(photo.parent), "-q", "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr() == ("", "")
+    (photo.parent / "bad.jpg").write_bytes(b"no")
+    assert run(["infer", str(photo.parent), "-q", "--output", str(tmp_path / "out")]) == 3
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "bad.jpg" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_verbose_names_what_runs_it_on_stderr_and_the_time_it_took(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["infer", str(photo), "-v", "--backend", "onnxruntime", "--threads", "1"]
+    assert run([*command, "--output", str(tmp_path / "out")]) == 0
+    out, err = capsys.readouterr()
+    first, *steps = err.splitlines()
+    assert open_artifact(default_model()).spec.name in first
+    assert " in onnxruntime " in first
+    assert first.endswith(" on cpu, f32, 1 threads")
+    assert [line.split(":")[0].strip() for line in steps] == ["read", "infer", "write"]
+    assert all(re.search(r": median [\d.]+ ms, 95 % below [\d.]+ ms, [\d.]+ s in all$", line) for line in steps)
+    assert "photos/s" in out
+
+
+def test_the_engine_can_be_chosen(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("openvino", reason="needs OpenVINO: pip install 'petseg[openvino]'")
+    command = ["infer", str(photo), "-v", "--output", str(tmp_path / "out"), "--backend"]
+    assert run([*command, "openvino"]) == 0
+    assert " in openvino " in capsys.readouterr().err
+    assert run([*command, "onnxruntime"]) == 0
+    assert " in onnxruntime " in capsys.readouterr().err
+    assert run([*command, "abacus"]) == 5
+    assert "there is no engine 'abacus'; there are: auto, onnxruntime, openvino" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--device", "cuda"], "cuda:0 cannot be had: this machine shows no NVIDIA GPU: install its driver, or use"),
+        (["--device", "cuda:1"], "cuda:1 cannot be had: this machine shows no NVIDIA GPU: install its driver, or use"),
+        (["--device", "gpu"], "there is no device 'gpu'; there are: auto, cpu, cuda, cuda:N"),
+        (["--device", "cuda", "--backend", "openvino"], "openvino cannot run it on cuda:0; what can: openvino on cpu"),
+        (["--device", "intel-gpu", "--backend", "onnxruntime"], "onnxruntime cannot run it on intel-gpu:0; what can: "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_device_that_cannot_be_had_is_5_with_the_remedy_and_never_another_one(
+    photo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    said: str,
+) -> None:
+    monkeypatch.setattr("petseg_runtime.host.gpus", lambda: ())
+    assert run(["infer", str(photo), *options, "--output", str(tmp_path / "out")]) == 5
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("petseg: ")
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_cpu_can_be_asked_for(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["infer", str(photo), "-v", "--device", "cpu", "--output", str(tmp_path / "out")]) == 0
+    assert " on cpu, " in capsys.readouterr().err
+
+
+def test_an_engine_that_was_passed_over_is_told_of_on_stderr(
+    toy: Toy, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr("petseg_runtime.host.gpus", lambda: ())
+
+    def broken(spec: object, options: object) -> bool:
+        raise EngineError("openvino is out of order")
+
+    monkeypatch.setattr("petseg_runtime.engines.openvino.computes_in_less", broken)
+    command = ["infer", str(photo), "--model", str(toy(tmp_path / "toy.onnx").path), "--output", str(tmp_path / "out")]
+    assert run(command) == 0
+    assert capsys.readouterr().err == "petseg: openvino is out of order\n"
+    assert run([*command, "-q"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_json_is_all_there_is_on_stdout_also_for_one_photo(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["infer", str(photo), "--json", "--output", str(tmp_path / "out")]) == 0
+    result, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (result["event"], result["input"]) == ("result", str(photo))
+    assert result["output"] == str(tmp_path / "out" / "cat.png")
+    with Image.open(tmp_path / "out" / "cat.png") as cutout:
+        assert (result["width"], result["height"]) == cutout.size
+    assert result["found"] is True
+    x, y, width, height = result["box"]
+    assert 0 <= x < x + width <= result["width"]
+    assert 0 <= y < y + height <= result["height"]
+    assert 0 < result["coverage"] <= width * height / (result["width"] * result["height"])
+    counts = {name: summary[name] for name in ("event", "photos", "done", "failed", "skipped")}
+    assert counts == {"event": "summary", "photos": 1, "done": 1, "failed": 0, "skipped": 0}
+    assert summary["seconds"] >= 0
+    assert list(summary["steps"]) == ["read", "infer", "write"]
+    assert all(set(seconds) == {"sum", "p50", "p95", "p99"} for seconds in summary["steps"].values())
+
+
+def test_where_there_is_no_pet_there_is_no_box(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (30, 20), "blue").save(tmp_path / "sky.png")
+    model = str(toy(tmp_path / "toy.onnx").path)
+    command = ["infer", str(tmp_path / "sky.png"), "--model", model, "--output", str(tmp_path / "out")]
+    assert run([*command, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert (record["found"], record["box"], record["coverage"]) == (False, None, 0)
+    assert run(command) == 0
+    assert capsys.readouterr().out.endswith("sky.png  no pet, it seems\n")
+
+
+# ------------------------------------------------------------------------------------------- photos without a pet
+
+
+@pytest.fixture
+def some(reds: list[str], tmp_path: Path) -> list[str]:
+    """The five red photos, and two blue ones without a pet between and behind them."""
+    for name in ("1-blue.png", "9-blue.png"):
+        Image.new("RGB", (30, 20), "blue").save(tmp_path / "photos" / name)
+    return reds
+
+
+def test_of_photos_without_a_pet_nothing_is_written_where_that_is_asked(
+    some: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run([*some, str(out), "--only-found"]) == 0
+    assert files(out) == {JOURNAL, *(f"{index}.png" for index in range(5))}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"{tmp_path / 'photos' / '1-blue.png'}  no pet: nothing written"
+    assert lines[-1] == f"7 photos: 5 written to {out}, 2 without a pet"
+    assert run([*some, str(tmp_path / "json"), "--only-found", "--json"]) == 0
+    *records, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    left_out = [record for record in records if record["left_out"]]
+    assert [(record["event"], record["found"], record["output"]) for record in left_out] == [
+        ("result", False, None)
+    ] * 2
+    assert all(Path(record["output"]).exists() for record in records if not record["left_out"])
+    assert {name: summary[name] for name in ("photos", "done", "failed", "skipped", "left_out")} == {
+        "photos": 7,
+        "done": 7,
+        "failed": 0,
+        "skipped": 0,
+        "left_out": 2,
+    }
+
+
+def test_a_run_that_goes_on_knows_what_was_left_out_and_what_was_asked(
+    some: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run([*some, str(out), "--only-found"]) == 0
+    (out / "3.png").unlink()
+    capsys.readouterr()
+    assert run([*some, str(out), "--only-found", "--resume"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"7 photos: 1 written to {out}, 6 there already"
+    assert run([*some, str(out), "--resume"]) == 6
+    assert "only_found was True, now None" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["coco-polygons", "coco-rle"])
+def test_in_coco_a_photo_without_a_pet_is_one_that_was_looked_at(
+    some: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr("petseg_runtime.result.Segmentation.found", property(lambda result: result.coverage > 0.2))
+    assert run([*some, str(tmp_path / "out"), "--only-found", "--as", kind]) == 0
+    file = json.loads((tmp_path / "out" / "annotations.json").read_text(encoding="utf-8"))
+    assert len(file["images"]) == 7
+    large = [4 + index for index in range(5) if (6 + index) * 15 / 600 > 0.2]
+    assert len(file["annotations"]) == len(large) < 5, "of a mask that is no pet by the rule there is none either"
+
+
+def test_what_is_there_already_stays_though_there_is_no_pet(some: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run([*some, str(out)]) == 0
+    before = (out / "9-blue.png").read_bytes()
+    assert run([*some, str(out), "--only-found"]) == 0
+    assert (out / "9-blue.png").read_bytes() == before
+
+
+def test_without_a_pet_standard_output_stays_empty_and_stderr_says_why(some: list[str], tmp_path: Path) -> None:
+    blue = tmp_path / "photos" / "9-blue.png"
+    done = petseg("infer", blue, *some[2:4], "--output", "-", "--only-found")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == f"petseg: {blue}: no pet: nothing written\n"
+    assert petseg("infer", blue, *some[2:4], "--output", "-", "--only-found", "-q").stderr == ""
+
+
+def test_a_second_run_passes_over_the_results_of_the_first(
+    photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(photo.parent)
+    for _ in range(2):
+        assert run(["infer", ".", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["photos"] == 1
+
+
+# ---------------------------------------------------------------------------------------- what is searched
+
+
+def test_results_do_not_go_among_the_photos_that_are_searched(
+    reds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    before = files(photos)
+    assert run([*reds, str(photos)]) == 2
+    assert "later searches pass over folders with results" in capsys.readouterr().err
+    sub = photos / "sub"
+    sub.mkdir()
+    Image.new("RGB", (20, 30), "red").save(sub / "1.png")
+    assert run([*reds, str(sub)]) == 2
+    assert "holds photos that are no known results (1.png, for one)" in capsys.readouterr().err
+    with Image.open(sub / "1.png") as kept:
+        assert kept.getpixel((0, 0)) == (255, 0, 0)
+    (sub / "1.png").unlink()
+    for _ in range(2):  # its own results it knows
+        assert run([*reds, str(sub)]) == 0
+    assert files(sub) == {*before, JOURNAL}
+
+
+def test_the_result_of_the_only_photo_in_a_folder_is_not_searched_the_next_time(
+    photo: Path, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["infer", str(photo.parent), "--model", str(toy(tmp_path / "toy.onnx").path), "--json"]
+    command += ["--output", str(photo.parent / "out")]
+    for _ in range(2):
+        assert run(command) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["photos"] == 1
+
+
+def test_a_file_whose_name_is_like_a_pattern_is_no_search(photo: Path, toy: Toy, tmp_path: Path) -> None:
+    odd = photo.rename(photo.with_name("cat[1].png"))
+    command = ["--as", "overlay", "--model", str(toy(tmp_path / "toy.onnx").path), "--output", str(odd.parent)]
+    assert run(["infer", str(odd), *command]) == 0
+    assert files(odd.parent) == {odd.name, "cat[1].jpg"}
+
+
+def test_a_pattern_is_searched_and_one_that_nothing_fits_is_a_failure(
+    reds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos" / "deep").mkdir()
+    shutil.copy(tmp_path / "photos" / "0.png", tmp_path / "photos" / "deep" / "0.png")
+    reds[1:2] = [str(tmp_path / "photos" / "**" / "[0-2].png"), str(tmp_path / "*.gif")]
+    assert run([*reds, str(tmp_path / "out")]) == 3
+    assert capsys.readouterr().err == f"petseg: {tmp_path / '*.gif'}: no file fits this pattern\n"
+    written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png")}
+    assert written == {"0.png", "1.png", "2.png", "deep/0.png"}
+
+
+def test_what_a_search_passes_over_is_named_on_stderr(
+    reds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    photos = tmp_path / "photos"
+    (photos / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    (photos / "more").symlink_to(tmp_path)
+    assert run([*reds, str(tmp_path / "out")]) == 3
+    link, heic = capsys.readouterr().err.splitlines()
+    assert link == f"petseg: {photos / 'more'}: a link to a folder, which is not followed: to take its photos, name it"
+    assert heic == (
+        f"petseg: {photos / 'phone.heic'}: a HEIC photo, which needs pillow-heif: {install('heic')}, or convert the "
+        "photo to JPEG"
+    )
+    assert run([*reds, str(tmp_path / "quiet"), "--quiet"]) == 3
+    assert capsys.readouterr().err == heic + "\n"
+
+
+def test_the_results_of_one_kind_are_no_sources_of_another(reds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(reds[1])
+    monkeypatch.chdir(folder)
+    for kind in ("overlay", "cutout", "mask"):
+        assert run(["infer", ".", *reds[2:4], "--as", kind]) == 0
+        assert len(files(folder / "petseg-output" / kind) - {JOURNAL}) == 5
+
+
+# ------------------------------------------------------------------------------------- hard names, hard sizes
+
+
+def test_links_in_a_loop_and_impossible_names_are_counted_and_passed_over(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop = photo.parent / "loop.jpg"
+    loop.symlink_to(loop)
+    impossible = tmp_path / ("n" * 300 + ".jpg")
+    assert run(["infer", str(photo.parent), str(impossible), "--json", "--output", str(tmp_path / "out")]) == 3
+    out, err = capsys.readouterr()
+    summary = json.loads(out.splitlines()[-1])
+    assert (summary["done"], summary["failed"]) == (1, 2)
+    assert len(err.splitlines()) == 2
+
+
+def test_a_name_that_is_no_utf_8_is_shown_escaped_and_segmented(photo: Path, tmp_path: Path) -> None:
+    odd = os.fsencode(photo.parent) + b"/caf\xe9.jpg"
+    try:
+        Path(os.fsdecode(odd)).write_bytes(photo.read_bytes())
+    except OSError:
+        pytest.skip("this file system takes only UTF-8")
+    # A terminal in a UTF-8 locale refuses what cannot be encoded; the C locale would let it pass.
+    done = petseg("infer", photo.parent, "--output", tmp_path / "out", env={"PYTHONIOENCODING": "utf-8:strict"})
+    assert done.returncode == 0
+    assert "caf\\udce9.jpg -> " in done.stdout
+    assert os.fsencode(tmp_path / "out") + b"/caf\xe9.png" in [os.fsencode(p) for p in (tmp_path / "out").iterdir()]
+
+
+@pytest.mark.slow
+def test_sixty_megapixels_are_segmented(tmp_path: Path) -> None:
+    Image.new("RGB", (10_000, 6_000), (120, 90, 60)).save(tmp_path / "large.jpg")
+    done = petseg("infer", tmp_path / "large.jpg", "--as", "mask", "--output", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[0])
+    assert (record["width"], record["height"]) == (10_000, 6_000)
+    with Image.open(tmp_path / "out" / "large.png") as mask:
+        assert (mask.mode, mask.size) == ("L", (10_000, 6_000))
+
+
+# ------------------------------------------------------------------------------------------ another input size
+
+
+def segmented(photo: Path, out: Path, *options: str) -> np.ndarray:
+    assert run(["infer", str(photo), "--as", "probability", "--output", str(out), *options]) == 0
+    with Image.open(out / f"{photo.stem}.png") as picture:
+        return np.array(picture)
+
+
+def test_infer_takes_the_size_that_is_asked_for(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The toy's answer is the photo's red, which a larger input keeps and a smaller one blurs."""
+    model = str(toy(tmp_path / "toy.onnx", dynamic_size=True).path)
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
+    photo = tmp_path / "photo.png"
+    Image.fromarray(pixels).save(photo)
+    exact = segmented(photo, tmp_path / "a", "--model", model, "--size", "48x80", "--keep-doubtful")
+    np.testing.assert_array_equal(exact, pixels[..., 0])
+    said = "petseg: --size 48 x 80: the model's own is 16 x 32; at another its masks may be much worse\n"
+    assert capsys.readouterr().err == said
+    own = segmented(photo, tmp_path / "b", "--model", model)
+    np.testing.assert_array_equal(own, segmented(photo, tmp_path / "c", "--model", model, "--size", "16x32"))
+    assert capsys.readouterr().err == ""
+    assert np.std(own) < 0.8 * np.std(exact)
+
+
+@pytest.mark.parametrize(("size", "said"), [("64", "only, not 64 x 64"), ("0", "only, not 0 x 0")])
+def test_a_size_that_the_model_does_not_take_is_2(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str, said: str
+) -> None:
+    assert run(["infer", str(photo), "--size", size, "--output", str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_size_that_no_network_takes_is_2(
+    toy: Toy, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(toy(tmp_path / "toy.onnx", dynamic_size=True).path)
+    assert run(["infer", str(photo), "--model", model, "--size", "16x30", "--output", str(tmp_path / "out")]) == 2
+    assert "multiple of 16" in capsys.readouterr().err
+
+
+def test_what_is_no_size_is_2(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["infer", str(photo), "--size", "large", "--output", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert "--size" in err
+    assert "'large'" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_infer_runs_a_compiled_model(toy_ir: Artifact, photo: Path, tmp_path: Path) -> None:
+    onnx = str(toy_ir.path.with_suffix(".onnx"))
+    one = segmented(photo, tmp_path / "a", "--model", onnx)
+    np.testing.assert_array_equal(one, segmented(photo, tmp_path / "b", "--model", str(toy_ir.path)))

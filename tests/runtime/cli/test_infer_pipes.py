@@ -1,0 +1,247 @@
+"""``petseg infer`` on terminals and in pipes: standard input and output, readers that go away, Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from command_line import CHELSEA, files, parts
+from petseg.cli import run
+from petseg_runtime.journal import JOURNAL
+
+# ----------------------------------------------------------------------------------------------- terminals
+
+
+def on_a_terminal(*command: str) -> str:
+    """What a command that ends well shows there, line by line, without colours."""
+    pty = pytest.importorskip("pty")
+    mine, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
+    call = [sys.executable, "-m", "petseg.cli", *command]
+    running = subprocess.Popen(call, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, close_fds=True)
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # what Linux raises at the end
+        while part := os.read(mine, 65536):
+            said += part
+    os.close(mine)
+    assert running.wait(60) == 0
+    return re.sub(r"[\r\n]+", "\n", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode()))
+
+
+def test_on_a_terminal_lines_stand_above_the_bar(reds: list[str], tmp_path: Path) -> None:
+    """And are whole: nothing of the bar is before them."""
+    text = on_a_terminal(*reds, str(tmp_path / "out"))
+    for number in range(5):
+        source, result = tmp_path / "photos" / f"{number}.png", tmp_path / "out" / f"{number}.png"
+        assert f"\n{source} -> {result}  " in f"\n{text}"
+    assert "segmenting" in text
+
+
+def test_the_bar_of_a_run_that_goes_on_is_of_what_is_left(reds: list[str], tmp_path: Path) -> None:
+    assert run([*reds, str(tmp_path / "out")]) == 0
+    for number in (1, 3):
+        (tmp_path / "out" / f"{number}.png").unlink()
+    text = on_a_terminal(*reds, str(tmp_path / "out"), "--resume")
+    assert re.search(r"segmenting .*100%", text), text
+    (tmp_path / "out" / "1.png").unlink()
+    assert "segmenting" not in on_a_terminal(*reds, str(tmp_path / "out"), "--resume"), "of one there is none"
+
+
+def test_a_closed_standard_output_and_a_terminal(reds: list[str], tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty")
+    mine, theirs = pty.openpty()
+    command = [sys.executable, "-m", "petseg.cli", *reds, str(tmp_path / "out")]
+    running = subprocess.Popen(["sh", "-c", 'exec "$@" >&-', "sh", *command], stdin=theirs, stderr=theirs)
+    os.close(theirs)
+    with contextlib.suppress(OSError):
+        while os.read(mine, 65536):
+            pass
+    os.close(mine)
+    assert running.wait(60) == 0
+    assert len(files(tmp_path / "out")) == 6
+
+
+# ---------------------------------------------------------------------------------- standard input and output
+
+
+def piped(data: bytes, *args: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """The real command line, with bytes on standard input."""
+    command = [sys.executable, "-m", "petseg.cli", *map(str, args)]
+    done = subprocess.run(command, input=data, timeout=100, **({"capture_output": True} | options))
+    assert b"Traceback" not in (done.stderr or b"")
+    return done
+
+
+def test_a_photo_on_standard_input_is_a_picture_on_standard_output(
+    reds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo = tmp_path / "photos" / "0.png"
+    done = piped(photo.read_bytes(), "infer", "-", *reds[2:4], "--as", "mask", "--threads", 1)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert run(["infer", str(photo), *reds[2:], str(tmp_path / "out"), "--as", "mask"]) == 0
+    assert done.stdout == (tmp_path / "out" / "0.png").read_bytes()
+
+
+@pytest.mark.parametrize(("data", "why"), [(b"no photo", b"not an image"), (b"", b"empty (0 bytes)")])
+def test_what_is_no_photo_on_standard_input_is_1_with_nothing_on_standard_output(
+    reds: list[str], data: bytes, why: bytes
+) -> None:
+    done = piped(data, "infer", "-", *reds[2:4])
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.startswith(b"petseg: standard input: " + why)
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_full_disk_behind_standard_output_is_6(reds: list[str], tmp_path: Path) -> None:
+    data = (tmp_path / "photos" / "0.png").read_bytes()
+    with Path("/dev/full").open("wb") as full:
+        done = piped(data, "infer", "-", *reds[2:4], capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 6
+    assert done.stderr == b"petseg: standard output cannot be written to (No space left on device)\n"
+
+
+@pytest.mark.parametrize(
+    ("closed", "code", "said"),
+    [
+        ("<&-", 1, "petseg: standard input (-) is closed: pipe something into it, or name a file\n"),
+        (">&-", 6, "petseg: standard output is closed: give a folder with --output\n"),
+    ],
+)
+def test_a_closed_standard_stream_is_told_in_one_line(closed: str, code: int, said: str) -> None:
+    shell = ["sh", "-c", f'exec "$0" -m petseg.cli infer - {closed}', sys.executable]
+    done = subprocess.run(shell, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+class Stdin:
+    """Standard input, in a test."""
+
+    def __init__(self, data: bytes) -> None:
+        self.buffer = io.BytesIO(data)
+
+
+def test_with_an_output_standard_input_becomes_a_file(
+    reds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = (tmp_path / "photos" / "0.png").read_bytes()
+    for options in ([], ["--json"], ["--as", "mask", "--resume"], ["--as", "coco-rle"]):
+        monkeypatch.setattr(sys, "stdin", Stdin(data))
+        out = tmp_path / "-".join(["out", *options])
+        assert run(["infer", "-", *reds[2:], str(out), *options]) == 0
+        written = "annotations.json" if "coco-rle" in options else "stdin.png"
+        assert files(out) - {JOURNAL} == {written}
+    monkeypatch.setattr(sys, "stdin", Stdin(data))
+    both = ["infer", str(tmp_path / "photos" / "1.png"), "-", *reds[2:], str(tmp_path / "both")]
+    assert run(both) == 0
+    assert files(tmp_path / "both") == {JOURNAL, "1.png", "stdin.png"}
+
+
+@pytest.mark.parametrize("options", [["--json"], ["--resume"], ["--as", "coco-rle"]], ids=" ".join)
+def test_what_needs_a_folder_is_2_on_standard_output(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)  # it is not even read
+    assert run(["infer", "-", *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "give a folder with --output" in err
+
+
+def test_a_file_that_is_called_like_standard_input_is_read(
+    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "-", "png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", None)
+    assert (
+        run(["infer", "./-", "--as", "mask", "--model", str(toy(tmp_path / "toy.onnx").path), "--output", "out"]) == 0
+    )
+    assert files(tmp_path / "out") == {"-.png"}
+
+
+def test_standard_input_twice_is_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["infer", "-", "-", "--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "petseg: standard input (-) can be read once only\n"
+    assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------- pipes that close, and Ctrl-C
+
+
+def test_a_reader_that_goes_away_gets_no_traceback_and_leaves_no_part(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for index in range(100):
+        (folder / f"{index:03d}.jpg").symlink_to(CHELSEA)
+    command = [sys.executable, "-m", "petseg.cli", "infer", str(folder), "--output", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert "% pet" in process.stdout.readline()
+        process.stdout.close()
+        err = process.stderr.read()
+        process.wait(timeout=100)
+    assert "Traceback" not in err
+    assert "Exception ignored" not in err
+    assert len(list((tmp_path / "out").iterdir())) < 50  # it stopped early, as it should
+    assert parts(tmp_path) == []
+
+
+def test_ctrl_c_ends_with_130_and_leaves_only_whole_results(tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for index in range(300):
+        (folder / f"{index:03d}.jpg").symlink_to(CHELSEA)
+    # A shell that starts this test in the background makes its children ignore Ctrl-C.
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import petseg.cli as c; c.main()"
+    )
+    command = [sys.executable, "-c", program, "infer", str(folder), "--as", "overlay", "--output", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for _ in range(3):
+            assert "% pet" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert err.strip() == "petseg: interrupted"
+    assert parts(tmp_path) == []
+    results = sorted(out.glob("*.jpg"))
+    assert 3 <= len(results) < 300
+    for result in results:
+        with Image.open(result) as picture:
+            picture.load()
+
+
+def test_a_closed_terminal_leaves_whole_results_and_nothing_half_written(tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty")
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for index in range(300):
+        (folder / f"{index:03d}.jpg").symlink_to(CHELSEA)
+    mine, theirs = pty.openpty()
+    # The terminal becomes the process's own, as that of a login.
+    program = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); import petseg.cli as c; c.main()"
+    command = [sys.executable, "-c", program, "infer", str(folder), "--as", "overlay", "--output", str(out)]
+    terminal = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    with subprocess.Popen(command, start_new_session=True, **terminal) as process:
+        os.close(theirs)
+        said = b""
+        while said.count(b"% pet") < 3:
+            said += os.read(mine, 4096)
+        os.close(mine)
+        assert process.wait(100) == 129
+    assert parts(tmp_path) == []
+    assert 3 <= len(list(out.glob("*.jpg"))) < 300

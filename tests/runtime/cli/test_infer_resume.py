@@ -1,0 +1,186 @@
+"""``petseg infer --resume``: a run goes on where it was, and another one is told from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+from PIL import Image
+
+from command_line import files
+from petseg.cli import run
+from petseg_runtime.journal import JOURNAL, Journal
+
+Toy: TypeAlias = Callable[..., Any]
+
+
+def test_a_run_that_goes_on_says_what_was_there_already(
+    reds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run([*reds, str(out)]) == 0
+    (out / "1.png").unlink()
+    capsys.readouterr()
+    assert run([*reds, str(out), "--resume"]) == 0
+    line, count = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{tmp_path / 'photos' / '1.png'} -> {out / '1.png'}  ")
+    assert count == f"5 photos: 1 written to {out}, 4 there already"
+    assert run([*reds, str(out), "--resume", "--json"]) == 0
+    (summary,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (summary["photos"], summary["done"], summary["failed"], summary["skipped"]) == (5, 0, 0, 5)
+
+
+def test_where_some_were_there_already_a_failure_is_3(reds: list[str], tmp_path: Path) -> None:
+    assert run([*reds, str(tmp_path / "out")]) == 0
+    (tmp_path / "photos" / "1.png").write_bytes(b"no photo any more")
+    assert run([*reds, str(tmp_path / "out"), "--resume"]) == 3
+
+
+def test_a_run_goes_on_however_its_folder_is_spelled(
+    reds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And where nothing that is noted helps, it says so."""
+    out = str(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    reds[1] = "photos"
+    assert run([*reds, out]) == 0
+    monkeypatch.chdir(tmp_path / "photos")
+    for spelled in (".", "../photos", str(tmp_path / "photos")):
+        reds[1] = spelled
+        capsys.readouterr()
+        assert run([*reds, out, "--resume"]) == 0
+        printed = capsys.readouterr()
+        assert printed.out.splitlines()[-1] == f"5 photos: 0 written to {out}, 5 there already"
+        assert printed.err == ""
+    shutil.copytree(tmp_path / "photos", tmp_path / "copy")
+    reds[1] = str(tmp_path / "copy")
+    why = "the 5 results noted there are of other files, or of these before they changed: all are done anew"
+    for options, said in ([], f"petseg: {Path(out) / JOURNAL}: {why}\n"), (["-q"], ""):
+        assert run([*reds, out, "--resume", *options]) == 0
+        assert capsys.readouterr().err == said
+        reds[1] = str(tmp_path / "photos")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--as", "mask"], "as was 'cutout', now 'mask'"),
+        (["--format", "webp"], "format was 'png', now 'webp'"),
+        (["--cutout-threshold", "0.9"], "cutout_threshold was 0.5, now 0.9"),
+        (["--min-area", "0.25"], "min_area was 0.0, now 0.25"),
+        (["--keep-doubtful"], "doubtful was 'left out', now None"),
+        (["--background", "white"], "background was None, now [255, 255, 255]"),
+        (["--backend", "openvino"], "engine was 'onnxruntime "),
+        (["--model", "other.onnx"], "model was '"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_another_run_than_the_one_that_was_stopped_is_6_and_changes_nothing(
+    reds: list[str],
+    toy: Toy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    toy(tmp_path / "other.onnx", channel=1)
+    command = [*reds, str(tmp_path / "out"), "--backend", "onnxruntime"]
+    assert run(command) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    assert run([*command, "--resume", *options]) == 6
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"petseg: {tmp_path / 'out'}: the run there was another (")
+    assert said in err
+    assert err.endswith("resume it with its own settings, or start again without --resume\n")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    assert run([*command, "--resume"]) == 0
+
+
+def test_what_means_the_same_is_no_other_run(
+    photo: Path, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8), "blue").save("beach.png")
+    command = ["infer", str(photo.parent), "--model", str(toy(tmp_path / "toy.onnx").path), "--output", "out"]
+    assert run([*command, "--background", "beach.png"]) == 0
+    for same in (["--background", "./beach.png"], ["--background", "beach.png", "--format", "jpg"]):
+        assert run([*command, "--resume", *same]) == 0
+    Image.new("RGB", (8, 8), "red").save("beach.png")
+    assert run([*command, "--resume", "--background", "beach.png"]) == 6
+
+
+def test_a_video_that_has_come_since_is_no_other_run(
+    photo: Path, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("av")
+    folder = photo.parent
+    command = ["infer", str(folder), "--as", "mask", "--model", str(toy(tmp_path / "toy.onnx").path)]
+    command += ["--output", str(tmp_path / "out")]
+    assert run(command) == 0
+    (folder / "clip.mp4").write_bytes(b"no video, as it turns out")
+    capsys.readouterr()
+    assert run([*command, "--resume"]) == 3
+    assert "clip.mp4" in capsys.readouterr().err
+
+
+def test_a_format_of_videos_counts_where_there_are_some(
+    photo: Path, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("av")
+    (photo.parent / "clip.mp4").write_bytes(b"no video, as it turns out")
+    command = ["infer", str(photo.parent), "--as", "mask", "--model", str(toy(tmp_path / "toy.onnx").path)]
+    command += ["--output", str(tmp_path / "out")]
+    assert run(command) == 3
+    capsys.readouterr()
+    assert run([*command, "--resume", "--format", "png"]) == 6  # of photos the usual one, of videos not
+    assert "video_format was 'mp4', now 'png'" in capsys.readouterr().err
+
+
+def test_more_or_fewer_threads_are_no_other_run(reds: list[str], tmp_path: Path) -> None:
+    for threads in ("1", "2"):
+        assert run([*reds, str(tmp_path / "out"), "--resume", "--threads", threads]) == 0
+
+
+def test_one_photo_leaves_no_journal_unless_it_may_be_resumed(photo: Path, tmp_path: Path) -> None:
+    assert run(["infer", str(photo), "--output", str(tmp_path / "out")]) == 0
+    assert files(tmp_path / "out") == {"cat.png"}
+    assert run(["infer", str(photo), "--output", str(tmp_path / "out"), "--resume"]) == 0
+    assert files(tmp_path / "out") == {"cat.png", JOURNAL}
+
+
+def test_beside_an_active_run_another_may_begin_but_none_may_go_on(
+    reds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with Journal(out, {}, resume=False):
+        assert run([*reds, str(out)]) == 0
+        capsys.readouterr()
+        assert run([*reds, str(out), "--resume"]) == 6
+        assert capsys.readouterr().err == f"petseg: {out}: another run writes there; wait for it, or stop it\n"
+
+
+def test_going_on_beside_the_photos_replaces_only_what_a_run_wrote(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = tmp_path / "cat.png"
+    Image.new("RGB", (20, 30), "red").save(photo)
+    (tmp_path / "cat.jpg").write_bytes(b"somebody's own")
+    command = ["infer", str(photo), "--as", "overlay", "--model", str(toy(tmp_path / "toy.onnx").path), "--resume"]
+    assert run([*command, "--output", str(tmp_path)]) == 6
+    assert "there already, beside the photos" in capsys.readouterr().err
+    assert (tmp_path / "cat.jpg").read_bytes() == b"somebody's own"
+    (tmp_path / "cat.jpg").unlink()
+    assert run([*command, "--output", str(tmp_path)]) == 0
+    (tmp_path / "cat.jpg").write_bytes(b"cut off")
+    assert run([*command, "--output", str(tmp_path)]) == 0
+    with Image.open(tmp_path / "cat.jpg") as overlay:
+        assert overlay.size == (20, 30)
