@@ -26,7 +26,16 @@ from petseg_export.deploy import HALF_LIMIT, DeployedUNet, activation_peaks
 from petseg_export.onnx import graph_bytes, metadata_of, scan, spec_of
 from petseg_export.registry import Compiler, Watch
 from petseg_runtime import images, onnx_metadata
-from petseg_runtime.artifact import INPUT, OUTPUT, RECEIPT_KEY, Artifact, open_artifact, sidecar_of, sidecar_text
+from petseg_runtime.artifact import (
+    COMPILED,
+    INPUT,
+    OUTPUT,
+    RECEIPT_KEY,
+    Artifact,
+    open_artifact,
+    sidecar_of,
+    sidecar_text,
+)
 from petseg_runtime.errors import (
     CheckpointError,
     DataError,
@@ -104,9 +113,7 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
     path = Path(checkpoint_path)
     name, form = registry.format_of(config)
     output = config.output or path.with_suffix(form.suffix)
-    for kept in (path, getattr(config, "onnx", None)):
-        if kept and output.exists() and kept.exists() and output.samefile(kept):
-            raise OutputError(f"{output}: would be written over what it is made from; give another file with --output")
+    _check_places(_places(output, name), path, getattr(config, "onnx", None))
     tell("reading", 0, 0)
     model, loaded = checkpoint.load_model(path)
     given = _given(config, loaded)
@@ -125,6 +132,27 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
             raise OutputError(f"{output}: cannot be written ({error.strerror or error})") from error
     files = (output, *(output.with_name(other) for other in others))
     return Exported(output, files, receipt, (*_size_notes(path, loaded, spec), *_receipt_notes(receipt)))
+
+
+def _places(output: Path, name: str) -> list[Path]:
+    """All files of an export in a format."""
+    compiled = COMPILED.get(name)
+    beside = [*(output.with_suffix(suffix) for suffix in compiled[1]), sidecar_of(output)] if compiled else []
+    return [output, *beside, proof_of(output)]
+
+
+def _check_places(places: list[Path], *sources: Path | None) -> None:
+    """Refuse to write any of the files over what they are made from: a checkpoint may be called ``model.bin``.
+
+    Raises:
+        OutputError: Names it.
+    """
+    for source in sources:
+        for place in places:
+            if source and source.exists() and place.exists() and place.samefile(source):
+                raise OutputError(
+                    f"{place}: would be written over what it is made from; give another file with --output"
+                )
 
 
 def _size_notes(path: Path, loaded: checkpoint.Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
