@@ -482,17 +482,24 @@ def test_without_any_engine_all_that_would_do_are_named(artifact: Artifact, monk
     assert all(install(entry.extra) in str(caught.value) for entry in ENGINES.values())
 
 
+@pytest.mark.parametrize(
+    ("does", "told"),
+    [
+        ("raise ImportError('libgomp.so.1: cannot open\\nshared object file')", "cannot open shared"),
+        ("raise RuntimeError('Could not determine home directory.')", "Could not determine home directory"),
+        ("import package_that_it_needs", "No module named 'package_that_it_needs'"),
+    ],
+    ids=["library", "home", "package"],
+)
 def test_an_engine_that_is_installed_but_broken_is_an_error_of_ours(
-    artifact: Artifact, backend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    artifact: Artifact, backend: str, does: str, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     module = ENGINES[backend].module
-    (tmp_path / f"{module}.py").write_text("raise ImportError('libgomp.so.1: cannot open\\nshared object file')")
+    (tmp_path / f"{module}.py").write_text(does)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.delitem(sys.modules, module_of(backend), raising=False)
-    with pytest.raises(
-        EngineError, match=f"{backend} is installed but cannot be imported .*cannot open shared"
-    ) as caught:
+    with pytest.raises(EngineError, match=f"{backend} is installed but cannot be imported .*{told}") as caught:
         load_engine(artifact, backend)
     assert not isinstance(caught.value, EngineMissing)
 
