@@ -175,7 +175,8 @@ def _receipt_notes(receipt: Receipt) -> tuple[str, ...]:
     notes += [f"{doubt}, and the IoU on them is flattered" for doubt in dict.fromkeys(doubts) if doubt]
     if receipt.scan is None:
         notes.append(f"activations were not searched for NaN and infinity, which onnxruntime does: {install('cpu')}")
-    shared = (receipt.quantization or {}).get(SHARED, 0)
+    of_labels = any(row.task for row in receipt.rows)  # else there is no loss that could be flattered
+    shared = (receipt.quantization or {}).get(SHARED, 0) if of_labels else 0
     if shared is None:
         notes.append(
             "whether int8 was chosen on photos of the parity test cannot be told, as --data is not what it was chosen "
@@ -301,7 +302,7 @@ class _Job:
         trained_on = of_run.get("val_photos") if isinstance(of_run, dict) else None
         about |= {
             "as_many_as_in_training": trained_on == len(val),
-            SHARED: len({*judges.names} & {*self.photos.names}),
+            SHARED: self.photos.among(judges),
             DOUBT: parity.doubt(data, "val", self.loaded),
         }
         return result.graph, {**result.choice, **about}
@@ -330,7 +331,7 @@ class _Job:
             judges = parity.read(parity.labelled(self.config.data, "val", self.loaded), self.spec)
         except (DataError, InputError):  # it has no such part, or not a whole one: not that of int8, then
             return None
-        return len({*judges.names} & {*self.photos.names}) if judges.about == judged_on else None
+        return self.photos.among(judges) if judges.about == judged_on else None
 
     def _compile(self, source: Artifact, file: Path) -> Artifact:
         assert self.form.compiler is not None
