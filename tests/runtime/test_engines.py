@@ -1346,6 +1346,20 @@ def test_in_openvino_a_failure_while_running_is_an_engine_error(compiled: Artifa
         engine.run(noise(1, 16, 32))
 
 
+def test_in_openvino_the_answer_to_another_size_is_an_engine_error(compiled: Artifact) -> None:
+    """With one thread, what it refuses while it runs is not raised: it has the answer of the call before."""
+
+    class Stuck:
+        def create_infer_request(self) -> Any:
+            answer = types.SimpleNamespace(data=np.zeros((1, 32, 32), np.uint8))
+            return types.SimpleNamespace(infer=lambda inputs: None, get_output_tensor=lambda index: answer)
+
+    engine: Any = load_engine(compiled, threads=1)
+    engine._compiled, engine._local = Stuck(), threading.local()
+    with pytest.raises(EngineError, match=r"OpenVINO failed \(it answers \[1, 16, 32, 3\] with \[1, 32, 32\]\)"):
+        engine.run(noise(1, 16, 32))
+
+
 def pretend(monkeypatch: pytest.MonkeyPatch, computed: str) -> None:
     """Have OpenVINO compute in this."""
 
