@@ -26,7 +26,16 @@ from petseg_export.deploy import HALF_LIMIT, DeployedUNet, activation_peaks
 from petseg_export.onnx import graph_bytes, metadata_of, scan, spec_of
 from petseg_export.registry import Compiler, Watch
 from petseg_runtime import images, onnx_metadata
-from petseg_runtime.artifact import INPUT, OUTPUT, RECEIPT_KEY, Artifact, open_artifact, sidecar_of, sidecar_text
+from petseg_runtime.artifact import (
+    COMPILED,
+    INPUT,
+    OUTPUT,
+    RECEIPT_KEY,
+    Artifact,
+    open_artifact,
+    sidecar_of,
+    sidecar_text,
+)
 from petseg_runtime.errors import (
     CheckpointError,
     DataError,
@@ -104,9 +113,7 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
     path = Path(checkpoint_path)
     name, form = registry.format_of(config)
     output = config.output or path.with_suffix(form.suffix)
-    for kept in (path, getattr(config, "onnx", None)):
-        if kept and output.exists() and kept.exists() and output.samefile(kept):
-            raise OutputError(f"{output}: would be written over what it is made from; give another file with --output")
+    _check_places(_places(output, name), path, getattr(config, "onnx", None))
     tell("reading", 0, 0)
     model, loaded = checkpoint.load_model(path)
     given = _given(config, loaded)
@@ -125,6 +132,27 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
             raise OutputError(f"{output}: cannot be written ({error.strerror or error})") from error
     files = (output, *(output.with_name(other) for other in others))
     return Exported(output, files, receipt, (*_size_notes(path, loaded, spec), *_receipt_notes(receipt)))
+
+
+def _places(output: Path, name: str) -> list[Path]:
+    """All files of an export in a format."""
+    compiled = COMPILED.get(name)
+    beside = [*(output.with_suffix(suffix) for suffix in compiled[1]), sidecar_of(output)] if compiled else []
+    return [output, *beside, proof_of(output)]
+
+
+def _check_places(places: list[Path], *sources: Path | None) -> None:
+    """Refuse to write any of the files over what they are made from: a checkpoint may be called ``model.bin``.
+
+    Raises:
+        OutputError: Names it.
+    """
+    for source in sources:
+        for place in places:
+            if source and source.exists() and place.exists() and place.samefile(source):
+                raise OutputError(
+                    f"{place}: would be written over what it is made from; give another file with --output"
+                )
 
 
 def _size_notes(path: Path, loaded: checkpoint.Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
@@ -147,7 +175,8 @@ def _receipt_notes(receipt: Receipt) -> tuple[str, ...]:
     notes += [f"{doubt}, and the IoU on them is flattered" for doubt in dict.fromkeys(doubts) if doubt]
     if receipt.scan is None:
         notes.append(f"activations were not searched for NaN and infinity, which onnxruntime does: {install('cpu')}")
-    shared = (receipt.quantization or {}).get(SHARED, 0)
+    of_labels = any(row.task for row in receipt.rows)  # else there is no loss that could be flattered
+    shared = (receipt.quantization or {}).get(SHARED, 0) if of_labels else 0
     if shared is None:
         notes.append(
             "whether int8 was chosen on photos of the parity test cannot be told, as --data is not what it was chosen "
@@ -273,7 +302,7 @@ class _Job:
         trained_on = of_run.get("val_photos") if isinstance(of_run, dict) else None
         about |= {
             "as_many_as_in_training": trained_on == len(val),
-            SHARED: len({*judges.names} & {*self.photos.names}),
+            SHARED: self.photos.among(judges),
             DOUBT: parity.doubt(data, "val", self.loaded),
         }
         return result.graph, {**result.choice, **about}
@@ -302,7 +331,7 @@ class _Job:
             judges = parity.read(parity.labelled(self.config.data, "val", self.loaded), self.spec)
         except (DataError, InputError):  # it has no such part, or not a whole one: not that of int8, then
             return None
-        return len({*judges.names} & {*self.photos.names}) if judges.about == judged_on else None
+        return self.photos.among(judges) if judges.about == judged_on else None
 
     def _compile(self, source: Artifact, file: Path) -> Artifact:
         assert self.form.compiler is not None

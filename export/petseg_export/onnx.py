@@ -58,6 +58,7 @@ def graph_bytes(deployed: DeployedUNet, spec: ModelSpec) -> bytes:
         )
     assert program is not None
     proto = program.model_proto
+    _pad_small_poolings(proto)
     _strip(proto)
     checker.check_model(proto, full_check=True)
     return proto.SerializeToString()  # type: ignore[no-any-return]
@@ -182,6 +183,20 @@ class Session:
     def run(self, names: Sequence[str], photo: U8) -> list[npt.NDArray[Any]]:
         """Outputs by name, each [1, ...], for a photo, uint8 [H, W, 3]."""
         return self._session.run(list(names), {INPUT: photo[None]})  # type: ignore[no-any-return]
+
+
+def _pad_small_poolings(proto: onnx.ModelProto) -> None:
+    """Where a MaxPool rounds up and a side may be of one pixel, give it a row and a column more, which never win.
+
+    It is the same: of an even number of pixels, they are in no window. OpenVINO refuses a window that is larger than
+    what it slides over.
+    """
+    known = {v.name: [size.dim_value for size in v.type.tensor_type.shape.dim[2:]] for v in proto.graph.value_info}
+    for node in proto.graph.node:
+        said = {attribute.name: attribute for attribute in node.attribute}
+        if node.op_type == "MaxPool" and said["ceil_mode"].i and min(known.get(node.input[0], [0])) < 2:  # 0: any
+            said["ceil_mode"].i = 0
+            said["pads"].ints[:] = [0, 0, 1, 1]
 
 
 def _strip(proto: onnx.ModelProto) -> None:

@@ -86,6 +86,11 @@ class Photos:
         digest.update(self.images.tobytes())
         return {"photos": len(self.names), "sha256": digest.hexdigest()}
 
+    def among(self, others: Photos) -> int:
+        """How many are among others, by what the model sees of them: another folder may have other photos of a name."""
+        mine, theirs = ([hashlib.sha256(image.tobytes()).digest() for image in of.images] for of in (self, others))
+        return sum(map({*theirs}.__contains__, mine))
+
 
 def choose(data: Path | None, split: str, count: int, seed: int, loaded: Checkpoint) -> list[Pair] | list[Path]:
     """The photos of the parity test: a seeded choice of a labelled split, or of a folder, or all samples that ship.

@@ -9,7 +9,8 @@ Whatever does not fit is compiled again, and the reason said. A cache that canno
 
 Nothing is removed on its own: what another version of a library left may still be wanted by another environment.
 ``petseg cache`` shows the sizes, and clears. The environment variable ``PETSEG_CACHE`` names another folder than the
-user's cache folder for petseg; if it is empty, nothing is kept. Away from POSIX, nothing is kept either.
+user's cache folder for petseg; if it is empty, nothing is kept. Without a home folder, or away from POSIX, nothing is
+kept either.
 """
 
 from __future__ import annotations
@@ -34,7 +35,19 @@ import platformdirs
 from petseg_runtime.errors import OutputError
 from petseg_runtime.files import is_at, write_atomic
 
-__all__ = ["KINDS", "VARIABLE", "Compiled", "Entry", "Key", "Slot", "cache_folder", "clear", "compiled", "entries"]
+__all__ = [
+    "KINDS",
+    "VARIABLE",
+    "Compiled",
+    "Entry",
+    "Key",
+    "Slot",
+    "cache_folder",
+    "clear",
+    "compiled",
+    "entries",
+    "no_folder",
+]
 
 VARIABLE: Final = "PETSEG_CACHE"
 
@@ -203,7 +216,23 @@ def cache_folder() -> Path | None:
     asked = os.environ.get(VARIABLE)
     if asked == "" or os.name != "posix":  # elsewhere, owners and modes say less
         return None
-    return (Path(asked).absolute() if asked else platformdirs.user_cache_path("petseg")) / "engines"
+    place = Path(asked).absolute() if asked else _users_folder()
+    return place and place / "engines"
+
+
+def no_folder() -> str:
+    """Why there is no folder although files shall be kept; "" if there is one, or they shall not."""
+    wanted = os.environ.get(VARIABLE) != "" and os.name == "posix"
+    return f"there is no home folder; {VARIABLE} names another" if wanted and cache_folder() is None else ""
+
+
+def _users_folder() -> Path | None:
+    """The user's cache folder for petseg; None where the system does not know the user (a container)."""
+    try:
+        place = platformdirs.user_cache_path("petseg")
+    except RuntimeError:
+        return None
+    return place if place.is_absolute() else None  # an older platformdirs names a folder "~" in the current one
 
 
 def compiled(slot: Slot, make: Callable[[], tuple[bytes, dict[str, Any]]], *, again: str = "") -> Compiled:
@@ -222,7 +251,7 @@ def compiled(slot: Slot, make: Callable[[], tuple[bytes, dict[str, Any]]], *, ag
     kept, why = (None, again) if again else slot.read()
     if kept:
         return kept
-    folder, outdated, not_kept = cache_folder(), "", ""
+    folder, outdated, not_kept = cache_folder(), "", no_folder()
     with contextlib.ExitStack() as held:
         if folder is not None:
             try:

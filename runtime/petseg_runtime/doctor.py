@@ -362,11 +362,11 @@ def _packages() -> Mapping[str, list[str]]:
 
 def _cache() -> tuple[str, int, str]:
     """The cache's folder ("": nothing is kept), the bytes in it, and what is wrong with it."""
-    from petseg_runtime.cache import cache_folder, entries
+    from petseg_runtime.cache import cache_folder, entries, no_folder
 
     folder = cache_folder()
     try:
-        size, problem = sum(entry.size for entry in entries()), ""
+        size, problem = sum(entry.size for entry in entries()), no_folder() and f"no cache: {no_folder()}"
     except OutputError as error:
         size, problem = 0, str(error)
     return "" if folder is None else str(folder), size, problem

@@ -137,8 +137,9 @@ class Proof:
         return hashlib.sha256(f"{self.sha256}\n".encode() + np.ascontiguousarray(self.expected).tobytes()).hexdigest()
 
     def spread(self, count: int) -> Proof:
-        """The same with at most ``count`` photos; see :func:`spread`."""
-        index = spread(len(self.names), count)
+        """The same with at most ``count`` photos, and no more than :func:`load_proof` takes; see :func:`spread`."""
+        room = (MAX_PROOF - MAX_ABOUT) // (self.images[:1].nbytes + self.expected[:1].nbytes)
+        index = spread(len(self.names), min(count, max(1, room)))
         names = tuple(self.names[i] for i in index)
         return replace(self, names=names, images=self.images[index], expected=self.expected[index])
 

@@ -347,6 +347,20 @@ def test_an_output_that_cannot_be_written_is_an_error_of_its_own(
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", f"folder{suffix}"]
 
 
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [(OnnxConfig, "best.onnx"), (OpenVINOConfig, "best.xml"), (OpenVINOConfig, "best.bin")],
+)
+def test_no_file_of_an_export_is_written_over_its_checkpoint(
+    config: type[ExportConfig], name: str, beside: Path, known_graph: None
+) -> None:
+    path = beside.rename(beside.with_name(name))
+    before = content(beside.parent)
+    with pytest.raises(OutputError, match=rf"{name}: would be written over what it is made from"):
+        export(path, config())
+    assert content(beside.parent) == before
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that even root cannot write to")
 def test_a_folder_that_cannot_be_made(checkpoint_file: Path, known_graph: None) -> None:
     with pytest.raises(OutputError, match=r"/proc/petseg/out\.onnx: cannot be written"):

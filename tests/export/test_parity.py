@@ -190,6 +190,14 @@ def test_photos_are_read_at_the_size_of_the_spec_and_in_order(tmp_path: Path) ->
         assert (image == images.to_model(np.asarray(Image.open(path)), 32, 48)).all()
 
 
+def test_photos_are_told_apart_by_their_pixels_and_not_by_their_names() -> None:
+    pixels = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1)
+    some = parity.Photos(("a", "b"), pixels[:2], None)
+    assert some.among(parity.Photos(("a", "b"), pixels[1:], None)) == 1
+    assert some.among(parity.Photos(("c", "d", "e"), pixels, None)) == 2
+    assert some.among(parity.Photos(("a",), pixels[2:], None)) == 0
+
+
 def test_labels_are_kept_at_their_own_size(oxford_root: Path) -> None:
     pairs = find(oxford_root, Split.TEST)
     read = parity.read(pairs, SPEC)

@@ -125,6 +125,16 @@ def test_a_receipt_on_the_photos_that_int8_was_chosen_on_says_so(int8: build.Exp
     assert "--split test takes others" in note
 
 
+@pytest.mark.parametrize("shared", [6, None])
+@pytest.mark.parametrize("ran", [False, True])
+def test_without_iou_in_a_receipt_none_is_said_to_be_flattered(
+    int8: build.Exported, shared: int | None, ran: bool
+) -> None:
+    choice = {**(int8.receipt.quantization or {}), build.SHARED: shared}
+    rows = tuple(dataclasses.replace(row, task=None) for row in int8.receipt.rows) if ran else ()
+    assert build._receipt_notes(dataclasses.replace(int8.receipt, rows=rows, quantization=choice)) == ()
+
+
 def test_a_receipt_without_a_search_for_nan_says_so(int8: build.Exported) -> None:
     (note,) = build._receipt_notes(dataclasses.replace(int8.receipt, scan=None))
     assert "not searched for NaN" in note

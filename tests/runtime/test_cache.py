@@ -85,6 +85,28 @@ def test_the_folder_is_the_users_own_or_the_one_that_is_named(
     assert cache_folder() is None
 
 
+@pytest.mark.parametrize("older", [False, True], ids=["platformdirs refuses", "platformdirs names a folder ~"])
+def test_without_a_home_nothing_is_kept_and_the_reason_said(
+    older: bool, make: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a container that runs as a number which its /etc/passwd does not have."""
+
+    def user_cache_path(name: str) -> Path:
+        if not older:
+            raise RuntimeError("could not determine the home directory")
+        return Path("~/.cache", name)
+
+    monkeypatch.delenv(cache.VARIABLE, raising=False)
+    monkeypatch.setattr(cache.platformdirs, "user_cache_path", user_cache_path)
+    monkeypatch.chdir(tmp_path)
+    assert compiled(SLOT, make).note.endswith("; not kept: there is no home folder; PETSEG_CACHE names another")
+    assert (SLOT.write(b"x"), SLOT.read(), entries(), clear()) == ("", (None, ""), [], (0, 0))
+    assert run(["cache"]) == 0
+    told = "0 entries, 0.0 MB: nothing is kept, because there is no home folder; PETSEG_CACHE names another\n"
+    assert capsys.readouterr().out == told
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_folder_is_made_for_the_user_alone(folder: Path, make: Compiler) -> None:
     before = os.umask(0)
     try:

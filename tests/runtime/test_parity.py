@@ -781,6 +781,20 @@ def test_the_first_photos_are_a_proof_too(proof: Proof, file: Path) -> None:
     assert_same(load_proof(file, SPEC, CHECKPOINT), first)
 
 
+def test_of_large_photos_a_proof_has_no_more_than_may_be_read(
+    proof: Proof, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of 16 photos of 4096 x 4096, which fill the gibibyte."""
+    two = 2 * (proof.images[0].nbytes + proof.expected[0].nbytes)
+    monkeypatch.setattr(parity, "MAX_PROOF", parity.MAX_ABOUT + two)
+    most = proof.spread(16)
+    assert most.names == (proof.names[0], proof.names[-1])
+    file.write_bytes(most.to_bytes())
+    assert_same(load_proof(file, SPEC, CHECKPOINT), most)
+    monkeypatch.setattr(parity, "MAX_PROOF", parity.MAX_ABOUT)
+    assert len(proof.spread(16).names) == 1
+
+
 def test_a_missing_proof_says_where_it_comes_from(tmp_path: Path) -> None:
     message = refused(tmp_path / "none.parity.npz")
     assert "not there" in message

@@ -40,7 +40,8 @@ def cache(clear: bool, as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps(record, indent=2))
         return 0
-    lines[-1] += f" in {shown(folder)}" if folder else f": nothing is kept, because {kept.VARIABLE} is empty"
+    why = kept.no_folder() or f"{kept.VARIABLE} is empty"
+    lines[-1] += f" in {shown(folder)}" if folder else f": nothing is kept, because {why}"
     click.echo("\n".join(lines))
     return 0
 

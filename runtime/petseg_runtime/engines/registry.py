@@ -244,11 +244,12 @@ def _function(choice: Choice, where: str) -> Callable[..., Any]:
     module, _, name = where.partition(":")
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != entry.module:
+    except Exception as error:  # a shared library of another version, a package that is missing, whatever it does there
+        lacks = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if lacks == __name__.partition(".")[0]:
             raise
-        raise EngineMissing(f"{choice.engine} is not installed: {install(entry.extra_on(choice.kind))}") from error
-    except ImportError as error:  # a shared library that it needs, or one of another version
+        if lacks == entry.module:
+            raise EngineMissing(f"{choice.engine} is not installed: {install(entry.extra_on(choice.kind))}") from error
         raise EngineError(f"{choice.engine} is installed but cannot be imported ({one_line(error)})") from error
     return function
 

@@ -477,17 +477,24 @@ def test_without_any_engine_all_that_would_do_are_named(artifact: Artifact, monk
     assert all(install(entry.extra) in str(caught.value) for entry in ENGINES.values())
 
 
+@pytest.mark.parametrize(
+    ("does", "told"),
+    [
+        ("raise ImportError('libgomp.so.1: cannot open\\nshared object file')", "cannot open shared"),
+        ("raise RuntimeError('Could not determine home directory.')", "Could not determine home directory"),
+        ("import package_that_it_needs", "No module named 'package_that_it_needs'"),
+    ],
+    ids=["library", "home", "package"],
+)
 def test_an_engine_that_is_installed_but_broken_is_an_error_of_ours(
-    artifact: Artifact, backend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    artifact: Artifact, backend: str, does: str, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     module = ENGINES[backend].module
-    (tmp_path / f"{module}.py").write_text("raise ImportError('libgomp.so.1: cannot open\\nshared object file')")
+    (tmp_path / f"{module}.py").write_text(does)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.delitem(sys.modules, module_of(backend), raising=False)
-    with pytest.raises(
-        EngineError, match=f"{backend} is installed but cannot be imported .*cannot open shared"
-    ) as caught:
+    with pytest.raises(EngineError, match=f"{backend} is installed but cannot be imported .*{told}") as caught:
         load_engine(artifact, backend)
     assert not isinstance(caught.value, EngineMissing)
 
@@ -1331,6 +1338,20 @@ def test_in_openvino_a_failure_while_running_is_an_engine_error(compiled: Artifa
     engine: Any = load_engine(compiled, threads=1)
     engine._compiled, engine._local = Broken(), threading.local()
     with pytest.raises(EngineError, match=r"OpenVINO failed \(Exception from src/x.cpp:1: no memory\)"):
+        engine.run(noise(1, 16, 32))
+
+
+def test_in_openvino_the_answer_to_another_size_is_an_engine_error(compiled: Artifact) -> None:
+    """With one thread, what it refuses while it runs is not raised: it has the answer of the call before."""
+
+    class Stuck:
+        def create_infer_request(self) -> Any:
+            answer = types.SimpleNamespace(data=np.zeros((1, 32, 32), np.uint8))
+            return types.SimpleNamespace(infer=lambda inputs: None, get_output_tensor=lambda index: answer)
+
+    engine: Any = load_engine(compiled, threads=1)
+    engine._compiled, engine._local = Stuck(), threading.local()
+    with pytest.raises(EngineError, match=r"OpenVINO failed \(it answers \[1, 16, 32, 3\] with \[1, 32, 32\]\)"):
         engine.run(noise(1, 16, 32))
 
 
