@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import json
 import os
-import runpy
 import shutil
 import socket
 import subprocess
@@ -17,6 +16,7 @@ import click
 import pytest
 
 from benchmarks import gpu_check as check
+from benchmarks.__main__ import main
 from petseg_runtime import doctor
 from petseg_runtime.host import Gpu, nvidia_gpus
 
@@ -35,13 +35,10 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(nvidia_gpus() > 0, reason="there is a GPU")
-def test_it_is_one_of_the_benchmarks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_is_one_of_the_benchmarks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`python -m benchmarks gpu-check`, in this process, which has imported PyTorch already."""
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "gpu-check", "--output", str(tmp_path / "gpu-check.json")])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module("benchmarks", run_name="__main__")
+        main(["gpu-check", "--output", str(tmp_path / "gpu-check.json")])
     assert ended.value.code == 5
     assert capsys.readouterr().err.startswith("this machine shows no NVIDIA GPU (")
     assert not list(tmp_path.iterdir())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -14,6 +13,8 @@ from typing import Any
 import av
 import pytest
 from PIL import Image
+
+from benchmarks.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -142,7 +143,6 @@ def test_the_numbers_are_those_of_the_records(
 ) -> None:
     """`python -m benchmarks report --check`, in this process: a new one would import PyTorch once more."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "report", "--check"])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module("benchmarks", run_name="__main__")
+        main(["report", "--check"])
     assert not ended.value.code, capsys.readouterr().err
