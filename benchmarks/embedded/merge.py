@@ -10,10 +10,10 @@ the program stops if a name of either test list gets in.
 from __future__ import annotations
 
 import shutil
-import sys
 from collections import Counter
 from pathlib import Path
 
+import click
 from PIL import Image
 
 
@@ -48,6 +48,14 @@ def merge(root: Path, output: Path) -> Counter[str]:
     return taken
 
 
+@click.command()
+@click.argument("root", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("output", type=click.Path(path_type=Path))
+def main(root: Path, output: Path) -> None:
+    """Merge the data sets in the folder ROOT into the new folder OUTPUT."""
+    for kind, count in merge(root, output).items():
+        click.echo(f"{count:5d}  {kind}")
+
+
 if __name__ == "__main__":
-    for kind, count in merge(Path(sys.argv[1]), Path(sys.argv[2])).items():
-        print(f"{count:5d}  {kind}")
+    main()

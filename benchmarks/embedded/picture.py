@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import click
 from PIL import Image
 
 from benchmarks import records
@@ -20,7 +21,9 @@ def checkerboard(width: int, height: int) -> Image.Image:
     return board
 
 
+@click.command()
 def main() -> None:
+    """Make the README's picture anew."""
     columns = []
     with Segmenter() as segmenter:
         for photo in (path for name in SHOWN for path in sample_photos() if path.stem == name):

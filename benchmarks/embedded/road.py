@@ -7,6 +7,7 @@ purpose; ``tests/runtime/test_road.py`` holds it against what the code makes.
 
 from __future__ import annotations
 
+import click
 import numpy as np
 import numpy.typing as npt
 
@@ -29,10 +30,12 @@ def answer() -> npt.NDArray[np.uint8]:
     return probability
 
 
+@click.command()
 def main() -> None:
+    """Make the record of how photos are read, which `petseg verify` holds devices against, anew."""
     data = record_road(answer()).to_bytes()
     write_atomic(RECORD, data)
-    print(f"{RECORD}: {len(data)} bytes")
+    click.echo(f"{RECORD}: {len(data)} bytes")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from petseg_runtime.errors import (
     OutputError,
     ParityNames,
     ParityShapes,
+    ParityTolerance,
     UsageError,
 )
 from petseg_runtime.extras import install
@@ -174,7 +175,9 @@ def _receipt_notes(receipt: Receipt) -> tuple[str, ...]:
     doubts = (receipt.note if receipt.rows else None, (receipt.quantization or {}).get(DOUBT))
     notes += [f"{doubt}, and the IoU on them is flattered" for doubt in dict.fromkeys(doubts) if doubt]
     if receipt.scan is None:
-        notes.append(f"activations were not searched for NaN and infinity, which onnxruntime does: {install('cpu')}")
+        notes.append(
+            f"the ONNX graph was not run, nor searched for NaN and infinity, which onnxruntime does: {install('cpu')}"
+        )
     of_labels = any(row.task for row in receipt.rows)  # else there is no loss that could be flattered
     shared = (receipt.quantization or {}).get(SHARED, 0) if of_labels else 0
     if shared is None:
@@ -233,9 +236,9 @@ class _Job:
         """Write the file and what belongs to it; raise if it does not do what the checkpoint does."""
         photos = self.photos
         compiled = self.form.compiler is not None
-        source, quantization = self._source(file.with_name("source.onnx") if compiled else file)
-        target = self._compile(source, file) if compiled else source
         proof = parity.prove(self.model, self.loaded, photos, self._progress("reference in PyTorch"))
+        source, quantization = self._source(file.with_name("source.onnx") if compiled else file, proof)
+        target = self._compile(source, file) if compiled else source
         rows, note = self._rows(target, proof, _budget(quantization))
         travelling = proof.spread(TRAVELLING)
         receipt = Receipt(
@@ -262,7 +265,7 @@ class _Job:
         proof_of(file).write_bytes(travelling.to_bytes())
         return receipt
 
-    def _source(self, file: Path) -> tuple[Artifact, dict[str, Any] | None]:
+    def _source(self, file: Path, proof: Proof) -> tuple[Artifact, dict[str, Any] | None]:
         """The ONNX file that everything else is made from, and how its int8 was chosen."""
         if self.given:
             file.write_bytes(self.given.path.read_bytes())
@@ -276,10 +279,33 @@ class _Job:
             peaks = activation_peaks(self.model, self.photos.images[spread(len(self.photos.images), SCANNED)])
             half = {name for name, peak in peaks.items() if peak <= HALF_LIMIT}
         graph, quantization = graph_bytes(DeployedUNet(self.model, half), spec), None
-        if precision == "int8":
-            graph, quantization = self._quantized(graph, spec)
         file.write_bytes(with_metadata(graph, metadata))
+        if precision == "int8":
+            self._hold(_opened(file), "fp32", proof)
+            graph, quantization = self._quantized(graph, spec)
+            file.write_bytes(with_metadata(graph, metadata))
+        elif self.form.compiler:
+            self._hold(_opened(file), precision, proof)
         return _opened(file), quantization
+
+    def _hold(self, source: Artifact, stored: str, proof: Proof) -> None:
+        """Hold the graph itself to the checkpoint, in ONNX Runtime, before anything is made of it.
+
+        What is made may be run nowhere here (TensorRT), or have so wide a tolerance (int8) that a wrong graph passes.
+
+        Raises:
+            ParityTolerance: It does not do what the checkpoint does.
+        """
+        if importlib.util.find_spec("onnxruntime") is None:
+            return  # said where activations could not be searched
+        source = dataclasses.replace(source, spec=dataclasses.replace(source.spec, precision=stored))
+        watch = self._progress("parity test of the graph")
+        rows = measure(source, proof, backend="onnxruntime", device="cpu", threads=self.config.threads, watch=watch)
+        if failures := [failure for row in rows for failure in row.failures]:
+            raise ParityTolerance(
+                f"the graph that the file would be made of does not do what the checkpoint does ({len(proof.names)} "
+                f"photos, FAILED): {'; '.join(failures)}"
+            )
 
     def _quantized(self, graph: bytes, spec: ModelSpec) -> tuple[bytes, dict[str, Any]]:
         """The graph in int8, calibrated on training photos and judged on validation photos."""

@@ -177,9 +177,10 @@ def test_progress_is_told_stage_by_stage(beside: Path, known_graph: None) -> Non
     stages = list(dict.fromkeys(what for what, _, _ in told))
     assert stages == [
         "reading",
-        "tracing the network",
-        "compiling with openvino",
         "reference in PyTorch",
+        "tracing the network",
+        "parity test of the graph",
+        "compiling with openvino",
         "parity test",
         "scanning activations",
     ]
@@ -446,7 +447,14 @@ def test_an_engine_that_fails_is_no_proof(beside: Path, known_graph: None, monke
 
 
 @pytest.mark.parametrize(
-    "stage", ["tracing the network", "reference in PyTorch", "parity test", "scanning activations"]
+    "stage",
+    [
+        "reference in PyTorch",
+        "tracing the network",
+        "parity test of the graph",
+        "parity test",
+        "scanning activations",
+    ],
 )
 def test_an_interruption_leaves_nothing_at_any_stage(stage: str, beside: Path, known_graph: None) -> None:
     def interrupt(what: str, done: int, total: int) -> None:

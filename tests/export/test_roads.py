@@ -12,8 +12,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
 from petseg.checkpoint import load_model, save_checkpoint
 from petseg.data import Split, find
@@ -31,6 +33,7 @@ from petseg_export import (
     tensorrt,
 )
 from petseg_export.config import EngineConfig
+from petseg_export.deploy import DeployedUNet
 from petseg_runtime import host
 from petseg_runtime.artifact import RECEIPT_KEY, open_artifact, sidecar_of
 from petseg_runtime.engines.tensorrt_build import Built, Profile, profile_of
@@ -172,6 +175,24 @@ def test_a_budget_that_int8_cannot_keep_leaves_nothing(
     monkeypatch.setattr(quantize, "judge_on", lambda photos: lambda graph: next(judged, coin.random() / 2))
     config = OnnxConfig(output=tmp_path / "x.onnx", precision="int8", data=oxford_root, quantize=QUANTIZE)
     with pytest.raises(ParityTolerance, match=r"budget is 0\.5"):
+        export(quarter, config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_that_is_wrong_before_it_is_quantized_leaves_nothing(
+    quarter: Path, oxford_root: Path, tmp_path: Path, tracer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Normalised by 256: no receipt of int8 would show it."""
+
+    def dimmed(deployed: DeployedUNet, spec: ModelSpec) -> bytes:
+        proto = onnx.load_from_string(tracer(deployed, spec))
+        (scale,) = (tensor for tensor in proto.graph.initializer if tensor.name == "scale")
+        scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(255 / 256), "scale"))
+        return proto.SerializeToString()
+
+    monkeypatch.setattr(build, "graph_bytes", dimmed)
+    config = OnnxConfig(output=tmp_path / "x.onnx", precision="int8", data=oxford_root, quantize=QUANTIZE)
+    with pytest.raises(ParityTolerance, match=r"^the graph that .* FAILED.*largest difference"):
         export(quarter, config)
     assert not list(tmp_path.iterdir())
 
