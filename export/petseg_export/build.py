@@ -176,7 +176,8 @@ def _receipt_notes(receipt: Receipt) -> tuple[str, ...]:
     notes += [f"{doubt}, and the IoU on them is flattered" for doubt in dict.fromkeys(doubts) if doubt]
     if receipt.scan is None:
         notes.append(
-            f"the ONNX graph was not run, nor searched for NaN and infinity, which onnxruntime does: {install('cpu')}"
+            "the ONNX graph itself was not run, and not searched for NaN and infinity, which onnxruntime does: "
+            f"{install('cpu')}"
         )
     of_labels = any(row.task for row in receipt.rows)  # else there is no loss that could be flattered
     shared = (receipt.quantization or {}).get(SHARED, 0) if of_labels else 0

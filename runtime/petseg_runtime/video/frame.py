@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 import av
 import av.error
 import numpy as np
 import numpy.typing as npt
+from av.sidedata.sidedata import SideDataContainer
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
@@ -203,7 +204,8 @@ class Frame:
 
 def orientation(picture: av.VideoFrame) -> tuple[int, bool]:
     """A decoded frame's ``quarters``, and whether it is ``mirrored``, as selfies may be."""
-    beside: Any = picture.side_data  # its annotations take names only
+    # Not picture.side_data, which the picture keeps: the two would hold each other until Python looks for such rings.
+    beside = cast(Any, SideDataContainer)(picture)  # its annotations are wrong
     quarters, matrix = round(picture.rotation / 90), beside.get(SideDataType.DISPLAYMATRIX)
     if matrix is None:
         return quarters % 4, False

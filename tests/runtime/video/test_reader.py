@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import http.server
 import io
 import itertools
@@ -347,6 +348,22 @@ def test_mirrored_frames_are_shown_as_the_matrix_says(tmp_path: Path, matrix: An
     pixels = read(tmp_path / "mirrored.mp4")[0].pixels(Converter())
     np.testing.assert_array_equal(pixels, shown(stored))
     assert pixels.flags.c_contiguous
+
+
+def test_frames_are_freed_as_soon_as_nobody_has_them(tmp_path: Path) -> None:
+    """Not only when Python looks for rings: there may be 60 MB of them a second."""
+    alive = []
+    with VideoReader(write(tmp_path / "clip.mp4", 100), threads=2) as reader:
+        gc.collect()
+        gc.disable()
+        try:
+            for frame in reader:
+                del frame
+                alive.append(sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects()))
+        finally:
+            gc.enable()
+    assert len(alive) == 100
+    assert max(alive) < 20, "those that the decoder has ready"
 
 
 @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="the ffmpeg command is the reference")
