@@ -712,6 +712,12 @@ def test_at_another_size_there_is_no_proof(free: Path) -> None:
         segmenter.verify()
 
 
+def test_a_size_is_one_whatever_sequence_says_it(proven: Artifact) -> None:
+    with Segmenter(proven.path, backend="onnxruntime", threads=1, size=[H, W]) as segmenter:  # type: ignore[arg-type]
+        assert segmenter.size == (H, W)
+        assert segmenter.verify().passed
+
+
 def test_a_model_without_its_proof_cannot_be_proven(red: Path) -> None:
     with Segmenter(red, threads=1) as segmenter, pytest.raises(ModelError, match=r"parity\.npz: not there"):
         segmenter.verify()
