@@ -100,7 +100,7 @@ def test_a_number_is_a_camera_as_its_text_is(
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"policy": "newest"}, {"stride": 0}, {"max_frames": 0}, {"smooth": 1.0}, {"stall": 0}], ids=str
+    "wrong", [{"policy": "newest"}, {"stride": 1.5}, {"max_frames": 2.5}, {"smooth": 1.0}, {"stall": 0}], ids=str
 )
 def test_a_stream_that_is_asked_for_wrongly_opens_nothing(
     segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import math
+import numbers
 import threading
 import time
 from collections import deque
@@ -85,8 +86,9 @@ class Reading:
                 raise UsageError(f"{name} is {value}; it is in seconds, {'above' if name == 'stall' else 'from'} 0")
         if self.policy is not None and self.policy not in POLICIES:
             raise UsageError(f"policy {self.policy!r}; there are: {', '.join(POLICIES)}")
-        if self.stride < 1 or (self.max_frames is not None and self.max_frames < 1):
-            raise UsageError(f"stride {self.stride} and max_frames {self.max_frames} must be 1 or more")
+        for name, value in (("stride", self.stride), ("max_frames", 1 if self.max_frames is None else self.max_frames)):
+            if not (isinstance(value, numbers.Integral) and value >= 1):  # NumPy has such, too
+                raise UsageError(f"{name} is {value!r}; it must be a whole number, 1 or more")
         check_strength(self.smooth)
 
     def of(self, *, endless: bool) -> Reading:
@@ -270,7 +272,7 @@ class Stream:
         self.whole = self.stopped = False
         self.damage: str | None = None
         self._frames, self._segmenter, self._policy = frames, segmenter, reading.policy or "block"
-        self._stride, self._max_frames, self._mask_only = reading.stride, reading.max_frames, mask_only
+        self._stride, self._max_frames, self._mask_only = int(reading.stride), reading.max_frames, mask_only
         # A live source's frames go one by one: a batch would make the first of them wait for the last.
         waits = self._policy == "block"
         self._batch = segmenter.describe().batch if waits else 1

@@ -368,6 +368,7 @@ def test_no_thread_is_in_the_engine_when_python_is_taken_down(policy: str) -> No
     "wrong",
     [
         *({"policy": "newest"}, {"stride": 0}, {"max_frames": 0}, {"smooth": 1.0}, {"smooth": math.nan}),
+        *({"stride": 1.5}, {"max_frames": 2.5}, {"stride": "2"}, {"max_frames": math.nan}),
         *({"start": -1}, {"start": math.nan}, {"start": math.inf}, {"stall": 0}, {"patience": -1}),
     ],
     ids=str,
@@ -375,6 +376,13 @@ def test_no_thread_is_in_the_engine_when_python_is_taken_down(policy: str) -> No
 def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong)).replace("smooth", "smoothing")):
         Reading(**wrong)
+
+
+def test_whole_numbers_may_be_numpys() -> None:
+    with stream_of(map(frame_of, range(9)), stride=np.int64(2), max_frames=np.int64(3)) as stream:
+        taken = numbers(list(stream))
+    assert taken == [0, 1, 2]
+    assert {type(number) for number in taken} == {int}  # which JSON can say
 
 
 def test_a_source_is_closed_where_its_stream_cannot_start() -> None:
