@@ -940,6 +940,13 @@ def test_raw_frames_of_no_pixel_format_are_refused() -> None:
         raw_video("64x48@25:nothing")
 
 
+def test_options_that_are_not_taken_are_not_called_a_list_of_files() -> None:
+    with pytest.raises(
+        UnreadableVideo, match=r"cam: cannot be opened \(not a video, or one that does not take these opt"
+    ):
+        VideoReader("testsrc2=size=wide", name="cam", container="lavfi", options={})
+
+
 def test_raw_frames_that_are_too_large_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe(monkeypatch, bytes(64 * 48 * 3))
     origin = raw_video("99999x99999@25")
