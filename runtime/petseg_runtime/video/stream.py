@@ -324,7 +324,7 @@ class Stream:
 
     def stop(self) -> None:
         """End the source; what it has given is still delivered."""
-        self.stopped = True
+        self.stopped = self.stopped or not self.whole
         self._end_source()
 
     def _end_source(self) -> None:

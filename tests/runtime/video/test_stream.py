@@ -240,6 +240,19 @@ def test_stop_delivers_what_was_decoded() -> None:
     assert stream.counts.decoded == stream.counts.delivered == len(done)
 
 
+def test_a_stop_behind_the_end_changes_nothing() -> None:
+    """The source was read to its end, all of it is delivered, and so it was not cut short."""
+    with stream_of(frame_of(number) for number in range(3)) as stream:
+        results = iter(stream)
+        done = [next(results)]
+        while not stream.whole:
+            time.sleep(0.001)
+        stream.stop()
+        done += results
+    assert numbers(done) == [0, 1, 2]
+    assert not stream.stopped
+
+
 def test_leaving_early_ends_the_threads() -> None:
     endless = (frame_of(n) for n in iter(int, 1))
     with stream_of(endless) as stream:
