@@ -26,7 +26,9 @@ from petseg_runtime.cli.text import (
     SHARE,
     UNIT,
     Finite,
+    bar,
     parse_size,
+    watched,
 )
 from petseg_runtime.errors import EXIT_PARTIAL, InputError, OutputError, UsageError
 from petseg_runtime.text import shown
@@ -687,13 +689,8 @@ class _Watcher:
 
     def expect(self, photos: int) -> None:
         """So many are to be done."""
-        if photos > 1 and sys.stderr.isatty() and not self._quiet:
-            from rich.console import Console
-            from rich.progress import Progress
-
-            # It would redirect what is printed, of which click writes a part past it; see `_print`.
-            console = Console(stderr=True)
-            self._progress = Progress(console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+        if photos > 1 and watched() and not self._quiet:
+            self._progress = bar()
             self._task = self._progress.add_task("segmenting", total=photos)
             self._progress.start()
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from petseg_runtime.cli.text import SCHEMA_VERSION
+from petseg_runtime.cli.text import SCHEMA_VERSION, bar, watched
 from petseg_runtime.errors import EXIT_INTERRUPTED, EXIT_PARTIAL, EXIT_TERMINATED, InputError, OutputError, PetsegError
 from petseg_runtime.host import LOOK_UP
 from petseg_runtime.signals import EXITS, HANG_UP, handled
@@ -436,14 +436,11 @@ class _Progress:
     def __init__(self, origin: Origin, reading: Reading, quiet: bool) -> None:
         self._bar: Any = None
         self._frames = reading.max_frames
-        if sys.stderr.isatty() and not quiet and not origin.endless:
-            from rich.console import Console
+        if watched() and not quiet and not origin.endless:
             from rich.markup import escape
             from rich.progress import Progress, TextColumn
 
-            console = Console(stderr=True)
-            seen = TextColumn("{task.fields[frames]} frames")
-            self._bar = Progress(*Progress.get_default_columns(), seen, console=console, transient=True)
+            self._bar = bar(*Progress.get_default_columns(), TextColumn("{task.fields[frames]} frames"))
             self._task = self._bar.add_task(escape(shown(origin.shown)), total=None, frames=0)
 
     def __enter__(self) -> _Progress:
