@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Final, Self, TypeAlias
 
@@ -176,18 +176,18 @@ class _Inbox:
             self._changed.notify_all()
 
 
-@dataclass
 class _Outbox:
     """Frames with the model's input and answer, ready for the consumer, who sets the pace; None is the end."""
 
-    room: int
-    _items: deque[_Answered | None] = field(default_factory=deque)
-    _changed: threading.Condition = field(default_factory=threading.Condition)
-    _closed: bool = False
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._items: deque[_Answered | None] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
 
     def put(self, item: _Answered | None) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or item is None or len(self._items) < self.room)
+            self._changed.wait_for(lambda: self._closed or item is None or len(self._items) < self._room)
             if self._closed:
                 return False
             self._items.append(item)
@@ -416,8 +416,9 @@ class Stream:
         start = time.perf_counter()
         images = [image for _, image in prepared]
         answers = self._segmenter.infer(images[0][None] if len(images) == 1 else np.stack(images))
+        share = (time.perf_counter() - start) / len(prepared)
         for _ in prepared:
-            self.timings.add("infer", (time.perf_counter() - start) / len(prepared))
+            self.timings.add("infer", share)
         for (frame, image), answer in zip(prepared, answers, strict=True):
             smoothed = self._smoother(image, answer, frame.time) if self._smoother else answer
             if not self._outbox.put((frame, image, smoothed)):
