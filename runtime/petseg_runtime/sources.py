@@ -180,9 +180,8 @@ def find_photos(
         else:
             named.add(len(found))
             found.append((path, PurePath(path.name), None))
-    search.others.difference_update(
-        str(file) for file, _, _ in found
-    )  # a pattern, or who named it, took it all the same
+    # What a search has passed over may be taken all the same: by a pattern, or because it is named.
+    search.others.difference_update(str(file) for file, _, _ in found)
     for what in search.notes():
         tell(what)
     names = _unique([relative for _, relative, _ in found])

@@ -340,9 +340,7 @@ class VideoReader:
             self._packets_read += packet.size > 0
             try:
                 frames: Any = packet.decode()
-            except (
-                av.error.FFmpegError
-            ) as error:  # decoders say dozens of things of damage; the next packet may be whole
+            except av.error.FFmpegError as error:  # it has dozens for damage; the next packet may be whole
                 self.undecodable += 1
                 self._unmissed += in_the_middle
                 cut = anywhere and not in_the_middle
