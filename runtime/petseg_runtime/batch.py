@@ -132,7 +132,8 @@ def segment_photos(
 
 
 def _steps(segmenter: Segmenter, sink: Sink, mask_only: bool, fast_decode: bool, spare: int) -> Steps[Item, Done]:
-    at_least, model_size = (segmenter.size if asked else None for asked in (fast_decode, mask_only))
+    at_least = segmenter.size if fast_decode else None
+    model_size = segmenter.size if mask_only else None
 
     def read(item: Item, reserve: Callable[[int], None]) -> Prepared:
         if item.problem:
@@ -172,5 +173,14 @@ def _enough_memory(item: Item) -> Iterator[None]:
 
 def _done(result: Segmentation, written: Written) -> Done:
     height, width = result.probability.shape
-    seen = (result.coverage, result.found, result.box, result.notes)
-    return Done(written.path, height, width, *seen, written.value, written.left_out)
+    return Done(
+        path=written.path,
+        height=height,
+        width=width,
+        coverage=result.coverage,
+        found=result.found,
+        box=result.box,
+        notes=result.notes,
+        value=written.value,
+        left_out=written.left_out,
+    )

@@ -119,6 +119,11 @@ class Entry:
     environment: dict[str, Any] = field(default_factory=dict)
     problem: str = ""
 
+    @property
+    def kind(self) -> str:
+        """One of :data:`KINDS`; of a file that is not finished, maybe ``json``."""
+        return self.path.suffix.removeprefix(".")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:

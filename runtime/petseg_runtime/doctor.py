@@ -194,24 +194,24 @@ def x_ray(watch: Callable[[str], None] = lambda what: None) -> XRay:
         devices = probe("intel").get("devices", {})  # where it fails, so did the engine, which says why
     watch("what auto takes")
     auto = probe("auto", deadline=_DEADLINE_COMPILING if gpus else _DEADLINE_GPU)
+    auto = auto.get("info", auto)
     watch("FFmpeg")
     ffmpeg = Ffmpeg(**probe("ffmpeg"))
     cache, cache_bytes, no_cache = _cache()
-    here = host()
     problems = (
         no_driver,
         no_rule,
         no_cache,
         *_problems(gpus, checks, ffmpeg),
-        *_wrong(auto.get("info", auto), checks),
+        *_wrong(auto, checks),
     )
     return XRay(
-        host=here,
+        host=host(),
         gpus=gpus,
         openvino_devices=devices,
         rule=rule,
         engines=tuple(checks),
-        auto=auto.get("info", auto),
+        auto=auto,
         ffmpeg=ffmpeg,
         cameras=cameras(),
         heic=_version("pillow-heif"),

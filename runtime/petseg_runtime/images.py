@@ -262,6 +262,8 @@ def _reading(name: str) -> Iterator[None]:
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, IndexError... on damage;
         # whatever it is, this one image is unreadable and its reason is kept.
+        if isinstance(error, OSError) and error.errno is not None:  # the system's
+            raise UnreadableImage(f"{name}: cannot be read ({error.strerror})") from error
         raise UnreadableImage(f"{name}: damaged or truncated ({one_line(error)})") from error
 
 
@@ -438,8 +440,7 @@ def _opened(source: Any, name: str, stack: contextlib.ExitStack) -> Any:
     elif isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if not path.is_file():  # a pipe or device would block for ever; a folder is not an image
-            kind = "a folder, not an image" if path.is_dir() else "not a regular file"
-            raise UnreadableImage(f"{name}: {kind if path.exists() else 'no such file'}")
+            raise UnreadableImage(f"{name}: {_why_no_file(path, name)}")
         file = stack.enter_context(path.open("rb"))
         size, opened = os.fstat(file.fileno()).st_size, file  # type: ignore[assignment]
     else:
@@ -451,6 +452,12 @@ def _opened(source: Any, name: str, stack: contextlib.ExitStack) -> Any:
     if size > MAX_BYTES:
         raise ImageTooLarge(f"{name}: {size / 1e6:.0f} MB; the limit is {MAX_BYTES / 1e6:.0f} MB")
     return opened
+
+
+def _why_no_file(path: Path, name: str) -> str:
+    if path.exists():
+        return "a folder, not an image" if path.is_dir() else "not a regular file"
+    return "no such file" + ("; a URL is not fetched: download the photo first" if "://" in name else "")
 
 
 def _rewindable(file: Any) -> Any:

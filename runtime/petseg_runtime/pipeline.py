@@ -200,6 +200,7 @@ class Pipeline(Generic[Source, Result]):
         while (job := self._unread.get()) is not None:
             if not self._stopping:
                 self._read_one(job)
+            del job  # which a thread that waits would keep, with the result that was made of it
 
     def _read_one(self, job: _Job[Source, Result]) -> None:
         reserve = functools.partial(self._memory.reserve, job.reservation)
@@ -226,24 +227,34 @@ class Pipeline(Generic[Source, Result]):
         finally:
             job.outcome.seconds[step] = time.perf_counter() - start - job.reservation.waited
             job.reservation.waited = 0.0
-        job.future.set_exception(failure) if failure else job.future.set_result(None)
+        if failure:
+            job.future.set_exception(failure)
+        else:
+            job.future.set_result(None)
         return False
 
     def _infer_ready(self) -> None:
         """Infer what is ready, in batches of what is waiting, until told to stop."""
-        while (job := self._ready.get()) is not None:
-            jobs = [job]
-            while len(jobs) < self._batch:
-                try:  # not `empty` first: another thread may take what was there, and this one would wait with its job
-                    another = self._ready.get_nowait()
-                except queue.Empty:
-                    break
-                if another is None:
-                    self._ready.put(None)
-                    break
-                jobs.append(another)
+        while jobs := self._waiting():
             if not self._stopping:
                 self._infer_some(jobs)
+            del jobs  # as in `_read_next`
+
+    def _waiting(self) -> list[_Job[Source, Result]]:
+        """What has been read, up to a batch, as soon as there is one; empty: the end."""
+        if (job := self._ready.get()) is None:
+            return []
+        jobs = [job]
+        while len(jobs) < self._batch:
+            try:  # not `empty` first: another thread may take what was there, and this one would wait with its job
+                another = self._ready.get_nowait()
+            except queue.Empty:
+                break
+            if another is None:
+                self._ready.put(None)
+                break
+            jobs.append(another)
+        return jobs
 
     def _infer_some(self, jobs: list[_Job[Source, Result]]) -> None:
         start = time.perf_counter()

@@ -143,14 +143,14 @@ class Segmenter:
             raise UsageError(f"min_area is {min_area}; it is a share of the photo, from 0 to below 1")
         self.artifact = open_artifact(Path(model) if model is not None else default_model())
         spec = self.artifact.spec
-        self.size = (spec.height, spec.width) if size is None else size
         try:
-            height, width = self.size
+            height, width = (spec.height, spec.width) if size is None else size
             spec.sized(height, width)
         except (TypeError, ValueError) as error:
             raise UsageError(f"size is {size!r}; (height, width) is expected") from error
         except ModelError as error:  # the model is well; it is the size that is not
             raise UsageError(str(error)) from error
+        self.size = (height, width)
         self.threshold = threshold if threshold is not None else spec.threshold
         self.cutout_threshold = cutout_threshold if cutout_threshold is not None else spec.cutout_threshold
         self.certain_share = spec.certain_share

@@ -180,9 +180,8 @@ def find_photos(
         else:
             named.add(len(found))
             found.append((path, PurePath(path.name), None))
-    search.others.difference_update(
-        str(file) for file, _, _ in found
-    )  # a pattern, or who named it, took it all the same
+    # What a search has passed over may be taken all the same: by a pattern, or because it is named.
+    search.others.difference_update(str(file) for file, _, _ in found)
     for what in search.notes():
         tell(what)
     names = _unique([relative for _, relative, _ in found])
@@ -358,14 +357,22 @@ def raw_video(text: str) -> Origin:
         text: ``WIDTHxHEIGHT@RATE``, and after a colon FFmpeg's name of the pixel format if that is not ``rgb24``.
 
     Raises:
-        UsageError: It is not of that form.
+        UsageError: It is not of that form, or there is no such pixel format.
         InputError: Standard input is closed.
     """
-    match = re.fullmatch(r"(\d+x\d+)@(\d+(?:/\d+|\.\d+)?)(?::(\w+))?", text)
-    if not match:
+    match = re.fullmatch(r"(0*[1-9]\d*x0*[1-9]\d*)@(\d+(?:/0*[1-9]\d*|\.\d+)?)(?::(\w+))?", text)
+    if not match or not float(match[2].partition("/")[0]):
         raise UsageError(f"--raw {text}: WIDTHxHEIGHT@RATE is expected, for example 1280x720@30 or 640x480@25:yuv420p")
-    size, rate, pixels = match.groups()
-    options = {"video_size": size, "framerate": rate, "pixel_format": pixels or "rgb24"}
+    from av.video.format import VideoFormat  # FFmpeg is loaded for those who read videos
+
+    size, rate, pixels = match[1], match[2], match[3] or "rgb24"
+    try:
+        VideoFormat(pixels)
+    except ValueError as error:
+        raise UsageError(
+            f"--raw {text}: FFmpeg has no pixel format {pixels}; rgb24, bgr24 and yuv420p are some"
+        ) from error
+    options = {"video_size": size, "framerate": rate, "pixel_format": pixels}
     return Origin(_standard_input(), "standard input", PurePath("stdin"), "rawvideo", options)
 
 

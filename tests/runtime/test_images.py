@@ -226,10 +226,13 @@ def test_what_is_no_image_is_refused_by_name(tmp_path: Path) -> None:
         ("missing.jpg", "no such file"),
         ("text.jpg/below.jpg", "no such file"),
         ("\0.jpg", "no such file"),
+        ("a" * 300 + ".jpg", r": cannot be read \(File name too long\)$"),
     ):
         with pytest.raises(UnreadableImage, match=match) as caught:
             read(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
+    with pytest.raises(UnreadableImage, match="no such file; a URL is not fetched: download"):
+        read("https://host/cat.jpg")
     with pytest.raises(UnreadableImage, match="<0 bytes>: empty"):
         read(b"")
     with pytest.raises(UnreadableImage):

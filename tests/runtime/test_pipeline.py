@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -77,6 +78,21 @@ def test_it_can_run_twice() -> None:
     with Pipeline(STEPS, 1, workers=1) as pipeline:
         assert [outcome.source for outcome in pipeline.run([1, 2])] == [1, 2]
         assert [outcome.source for outcome in pipeline.run([4])] == [4]
+
+
+def test_results_are_the_consumers_alone() -> None:
+    """A thread that waits for its next photo keeps nothing of the last one: of 48 megapixels, that would be 190 MB."""
+
+    class Picture:
+        pass
+
+    with Pipeline(Steps(read, infer, lambda *_: Picture()), 2, 2, workers=3) as pipeline:
+        kept = [weakref.ref(outcome.value) for outcome in pipeline.run(range(7)) if outcome.value]
+        assert len(kept) == 7
+        deadline = time.monotonic() + 5
+        while any(picture() for picture in kept) and time.monotonic() < deadline:
+            time.sleep(0.01)  # the threads are on their way back to where they wait
+        assert [picture() for picture in kept] == [None] * 7
 
 
 def test_a_slow_photo_does_not_change_the_order() -> None:

@@ -100,7 +100,7 @@ def test_a_number_is_a_camera_as_its_text_is(
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"policy": "newest"}, {"stride": 0}, {"max_frames": 0}, {"smooth": 1.0}, {"stall": 0}], ids=str
+    "wrong", [{"policy": "newest"}, {"stride": 1.5}, {"max_frames": 2.5}, {"smooth": 1.0}, {"stall": 0}], ids=str
 )
 def test_a_stream_that_is_asked_for_wrongly_opens_nothing(
     segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
@@ -710,6 +710,12 @@ def test_a_broken_road_is_found_through_a_segmenter(proven: Artifact, monkeypatc
 def test_at_another_size_there_is_no_proof(free: Path) -> None:
     with Segmenter(free, threads=1, size=(32, 48)) as segmenter, pytest.raises(UsageError, match="without a size"):
         segmenter.verify()
+
+
+def test_a_size_is_one_whatever_sequence_says_it(proven: Artifact) -> None:
+    with Segmenter(proven.path, backend="onnxruntime", threads=1, size=[H, W]) as segmenter:  # type: ignore[arg-type]
+        assert segmenter.size == (H, W)
+        assert segmenter.verify().passed
 
 
 def test_a_model_without_its_proof_cannot_be_proven(red: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from petseg_runtime.cli.text import HELP, SCHEMA_VERSION
 from petseg_runtime.text import shown
+
+if TYPE_CHECKING:
+    from petseg_runtime.cache import Entry
 
 __all__ = ["cache"]
 
@@ -46,24 +49,19 @@ def cache(clear: bool, as_json: bool) -> int:
     return 0
 
 
-def _record(entry: Any) -> dict[str, Any]:
-    values = dataclasses.asdict(entry)
-    return {**values, "path": str(entry.path), "kind": entry.path.suffix.removeprefix(".")}
+def _record(entry: Entry) -> dict[str, Any]:
+    return {**dataclasses.asdict(entry), "path": str(entry.path), "kind": entry.kind}
 
 
-def _row(entry: Any) -> tuple[str, ...]:
+def _row(entry: Entry) -> tuple[str, ...]:
     """Model, engine, device, size, age, and what is wrong with it."""
-    key = entry.key
-    kind = entry.path.suffix.removeprefix(".")
-    # A compiled model is what people expect; what else is kept is named.
-    engine = (
-        (f"{key.engine} {key.version.partition('-')[0]}" + ("" if kind in ("engine", "blob") else f" ({kind})"))
-        if key
-        else "?"
-    )
+    name = engine = device = "?"
+    if key := entry.key:
+        # A compiled model is what people expect; what else is kept is named.
+        what = "" if entry.kind in ("engine", "blob") else f" ({entry.kind})"
+        name, engine, device = key.name, f"{key.engine} {key.version.partition('-')[0]}{what}", key.device
     problem = f"will be compiled again: {entry.problem}" if entry.problem else ""
-    columns = (key.name if key else "?", engine, key.device if key else "?", _size(entry.size), _age(entry.created))
-    return (*map(shown, columns), shown(problem))
+    return tuple(map(shown, (name, engine, device, _size(entry.size), _age(entry.created), problem)))
 
 
 def _lines(rows: list[tuple[str, ...]]) -> list[str]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import click
 
 from petseg_runtime.cameras import why_not
-from petseg_runtime.cli.text import HELP, SCHEMA_VERSION
+from petseg_runtime.cli.text import HELP, SCHEMA_VERSION, watched
 from petseg_runtime.errors import EngineError
 from petseg_runtime.extras import install
 from petseg_runtime.text import shown
@@ -34,7 +33,7 @@ def doctor(as_json: bool) -> int:
     """
     from petseg_runtime.doctor import x_ray
 
-    found = x_ray(lambda what: click.echo(f"petseg: trying {what}", err=True) if sys.stderr.isatty() else None)
+    found = x_ray(lambda what: click.echo(f"petseg: trying {what}", err=True) if watched() else None)
     if as_json:
         click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **dataclasses.asdict(found)}, indent=2))
     else:

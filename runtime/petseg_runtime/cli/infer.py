@@ -26,7 +26,9 @@ from petseg_runtime.cli.text import (
     SHARE,
     UNIT,
     Finite,
+    bar,
     parse_size,
+    watched,
 )
 from petseg_runtime.errors import EXIT_PARTIAL, InputError, OutputError, UsageError
 from petseg_runtime.text import shown
@@ -114,6 +116,20 @@ class _Looks:
     kind: str
     format: str | None
     background: Background | None
+
+    @property
+    def photo_format(self) -> str | None:
+        """What photos become, also where none is named; None: no picture each."""
+        from petseg_runtime.sinks import KINDS
+
+        return self.format or next(iter(KINDS[self.kind].formats), None)
+
+    @property
+    def video_format(self) -> str:
+        """What videos become, also where none is named."""
+        from petseg_runtime.sinks import VIDEO_FORMATS
+
+        return self.format or VIDEO_FORMATS[self.kind][0]
 
 
 @click.command()
@@ -518,27 +534,25 @@ def _made(found: _Found, asked: _Asked, looks: _Looks) -> Output:
         OutputError: It cannot go there, or would replace something.
     """
     from petseg_runtime.cli.infer_video import Output, check_places
-    from petseg_runtime.sinks import KINDS, VIDEO_FORMATS
     from petseg_runtime.video.movie import MOVIES
 
-    kind, folder = looks.kind, asked.folder
+    folder = asked.folder
     if folder is None and looks.format:
         raise UsageError(f"raw frames go to standard output, not {looks.format}: give a folder with --output")
-    form = looks.format or (VIDEO_FORMATS[kind][0] if folder else "raw")
+    form = looks.video_format if folder else "raw"
     if asked.segment and form not in (*MOVIES, "ndjson"):
         raise UsageError(f"--segment is for movies ({', '.join(MOVIES)}) and lines, not {form}")
     if asked.resume and found.live:
         raise UsageError("--resume is for files: a stream's results are numbered on, and nothing is replaced")
     output = Output(
         folder=folder,
-        kind=kind,
+        kind=looks.kind,
         format=form,
         background=looks.background,
         segment=asked.segment,
         audio=not asked.no_audio,
     )
-    suffix = looks.format or next(iter(KINDS[kind].formats), "") if kind in KINDS else ""
-    photos = {str(i.source): str(folder / i.name) + f".{suffix}" for i in found.photos} if folder else {}
+    photos = {str(i.source): f"{folder / i.name}.{looks.photo_format}" for i in found.photos} if folder else {}
     return check_places(output, found.streams, photos, resume=asked.resume)
 
 
@@ -622,14 +636,12 @@ def _segmenter(photos: int, asked: _Asked) -> Segmenter:
 
 def _appearance(found: _Found, looks: _Looks) -> dict[str, Any]:
     """What is asked of the results' looks, as it is meant: with the usual formats, and the background itself."""
-    from petseg_runtime.sinks import KINDS, VIDEO_FORMATS
-
-    kind, background = looks.kind, looks.background
-    meant: dict[str, Any] = {"as": kind, "background": background}
-    if found.photos and kind in KINDS:
-        meant["format"] = looks.format or next(iter(KINDS[kind].formats), None)
-    if found.videos and kind in VIDEO_FORMATS:
-        meant["video_format"] = looks.format or VIDEO_FORMATS[kind][0]
+    background = looks.background
+    meant: dict[str, Any] = {"as": looks.kind, "background": background}
+    if found.photos:
+        meant["format"] = looks.photo_format
+    if found.videos:
+        meant["video_format"] = looks.video_format
     if background is not None:
         meant["background"] = (
             list(background)
@@ -687,13 +699,8 @@ class _Watcher:
 
     def expect(self, photos: int) -> None:
         """So many are to be done."""
-        if photos > 1 and sys.stderr.isatty() and not self._quiet:
-            from rich.console import Console
-            from rich.progress import Progress
-
-            # It would redirect what is printed, of which click writes a part past it; see `_print`.
-            console = Console(stderr=True)
-            self._progress = Progress(console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+        if photos > 1 and watched() and not self._quiet:
+            self._progress = bar()
             self._task = self._progress.add_task("segmenting", total=photos)
             self._progress.start()
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from petseg_runtime.cli.text import SCHEMA_VERSION
+from petseg_runtime.cli.text import SCHEMA_VERSION, bar, watched
 from petseg_runtime.errors import EXIT_INTERRUPTED, EXIT_PARTIAL, EXIT_TERMINATED, InputError, OutputError, PetsegError
 from petseg_runtime.host import LOOK_UP
 from petseg_runtime.signals import EXITS, HANG_UP, handled
@@ -141,6 +141,8 @@ class Videos:
         as_json: Tell everything as JSON on standard output.
         quiet: Tell errors only.
         verbose: Tell what each step took.
+        reports: What became of those that were begun.
+        skipped: How many were there already.
     """
 
     segmenter: Segmenter
@@ -149,18 +151,19 @@ class Videos:
     as_json: bool
     quiet: bool
     verbose: bool
-    reports: list[VideoReport] = field(default_factory=list)
-    skipped: int = 0
+    reports: list[VideoReport] = field(default_factory=list, init=False)
+    skipped: int = field(default=0, init=False)
     _streams: set[Stream] = field(default_factory=set, init=False)
-    _running: dict[str, VideoReport] = field(default_factory=dict)  # by name: what is known so far
-    _problems: list[Exception] = field(default_factory=list)
-    _states: dict[str, str] = field(default_factory=dict)  # by name: of a live source, the last
-    _told: dict[str, float] = field(default_factory=dict)  # by name: when statistics were told last
-    _endless: bool = False
-    _signal: int | None = None
-    _since: float = 0.0  # when that came
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _printing: threading.Lock = field(default_factory=threading.Lock)  # may be held for long: a reader may be slow
+    _running: dict[str, VideoReport] = field(default_factory=dict, init=False)  # by name: what is known so far
+    _problems: list[Exception] = field(default_factory=list, init=False)
+    _states: dict[str, str] = field(default_factory=dict, init=False)  # by name: of a live source, the last
+    _told: dict[str, float] = field(default_factory=dict, init=False)  # by name: when statistics were told last
+    _endless: bool = field(default=False, init=False)
+    _signal: int | None = field(default=None, init=False)
+    _since: float = field(default=0.0, init=False)  # when that came
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    # May be held for long: a reader may be slow.
+    _printing: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def run(self, origins: Sequence[Origin], items: dict[str, Item], journal: Journal | None) -> int | None:
         """Segment them all.
@@ -436,14 +439,11 @@ class _Progress:
     def __init__(self, origin: Origin, reading: Reading, quiet: bool) -> None:
         self._bar: Any = None
         self._frames = reading.max_frames
-        if sys.stderr.isatty() and not quiet and not origin.endless:
-            from rich.console import Console
+        if watched() and not quiet and not origin.endless:
             from rich.markup import escape
             from rich.progress import Progress, TextColumn
 
-            console = Console(stderr=True)
-            seen = TextColumn("{task.fields[frames]} frames")
-            self._bar = Progress(*Progress.get_default_columns(), seen, console=console, transient=True)
+            self._bar = bar(*Progress.get_default_columns(), TextColumn("{task.fields[frames]} frames"))
             self._task = self._bar.add_task(escape(shown(origin.shown)), total=None, frames=0)
 
     def __enter__(self) -> _Progress:

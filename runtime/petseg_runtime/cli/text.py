@@ -1,17 +1,21 @@
-"""What the commands share: types and texts of options."""
+"""What the commands share: types and texts of options, and progress where people watch."""
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
+
 __all__ = [
     *("BACKEND", "HELP", "MINUTES", "NAME", "PATH", "SCHEMA_VERSION", "SECONDS", "SHARE", "UNIT"),
-    *("Finite", "parse_size"),
+    *("Finite", "bar", "parse_size", "watched"),
 ]
 
 #: Of everything that is printed as JSON.
@@ -97,3 +101,20 @@ def parse_size(text: str) -> tuple[int, int]:
     if len(parts) not in (1, 2) or not all(part.isdecimal() for part in parts):
         raise click.BadParameter(f"{text!r}: HEIGHTxWIDTH is expected, for example 192x256", param_hint="--size")
     return int(parts[0]), int(parts[-1])
+
+
+def watched() -> bool:
+    """Whether people see standard error, which may be closed (``2>&-``): then there is none."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def bar(*columns: ProgressColumn) -> Progress:
+    """A bar on standard error, which leaves nothing behind; without columns, with the usual ones.
+
+    What is printed meanwhile goes its own way: rich would redirect it, and click writes a part of it past that.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)

@@ -139,7 +139,7 @@ class Engine(Protocol):
             uint8 [N, H, W], ``round(255 * p(pet))``; the caller's own array, which no later call changes.
 
         Raises:
-            UsageError: The batch does not fit the spec.
+            UsageError: The batch does not fit the spec, or is of a size that the engine was not built for.
             EngineError: The engine failed.
         """
 

@@ -286,7 +286,7 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
                 f"CUDA and cuDNN of the version that this onnxruntime-gpu wants are needed: {install('gpu')}"
             )
             why = f"its GPUs: {shown}; {remedy}"
-        heard = f"; {one_line(Exception(said.getvalue()))}" if said.getvalue() else ""
+        heard = f"; {one_line(said.getvalue())}" if said.getvalue() else ""
         raise EngineError(f"{device} cannot be had: {error} ({why}{heard})") from error
 
 

@@ -35,7 +35,7 @@ from petseg_runtime.engines import tensorrt_build
 from petseg_runtime.engines.base import Engine, EngineInfo, EngineOptions, check_batch
 from petseg_runtime.engines.cuda import Buffers, CudaGpu
 from petseg_runtime.engines.tensorrt_library import CUDART, LIBRARIES, RTX, TRT, Library, imported, logger_of
-from petseg_runtime.errors import EngineError, EngineForeign, ModelError, one_line
+from petseg_runtime.errors import EngineError, EngineForeign, ModelError, UsageError, one_line
 from petseg_runtime.spec import ModelSpec
 
 __all__ = ["TensorRTEngine", "load", "load_rtx"]
@@ -129,7 +129,10 @@ class TensorRTEngine(Engine):
             if self._context is None:
                 raise EngineError("the engine is closed")
             check_batch(images, self._spec)
-            self._check_size(images.shape[1], images.shape[2])
+            try:
+                self._check_size(images.shape[1], images.shape[2])
+            except ModelError as error:  # the file is well; it is the batch that is not
+                raise UsageError(str(error)) from error
             self._gpu.activate()
             result = np.empty(images.shape[:3], np.uint8)
             for start in range(0, len(images), self._high[0]):

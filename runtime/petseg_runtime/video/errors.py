@@ -22,8 +22,19 @@ _OF_ONE: Final = {errno.EISDIR, errno.ENAMETOOLONG}
 class errors_of:  # noqa: N801 (used like a function)
     """Turns FFmpeg's errors into ours, with the source's name and without its credentials."""
 
-    def __init__(self, name: str, what: str, timeout: tuple[float, float] | None = None) -> None:
+    def __init__(
+        self, name: str, what: str, timeout: tuple[float, float] | None = None, *, invalid: str | None = None
+    ) -> None:
+        """Remember what is tried.
+
+        Args:
+            name: Of the source, for people.
+            what: What goes wrong.
+            timeout: What FFmpeg was given of it.
+            invalid: What it means where FFmpeg speaks of an invalid argument; None: it is in its words.
+        """
         self._name, self._what, self._longest = name, what, timeout[0] if timeout else math.inf
+        self._invalid = invalid
 
     def __enter__(self) -> None:
         self._begun = time.monotonic()
@@ -34,7 +45,8 @@ class errors_of:  # noqa: N801 (used like a function)
             # traceback would print that.
             if isinstance(error, av.error.ExitError) or time.monotonic() - self._begun >= self._longest:
                 raise SilentVideo(f"{self._what} (it sent nothing for too long)", self._name) from None
-            raise UnreadableVideo(f"{self._what} ({reason_of(error)})", self._name) from None
+            invalid = self._invalid if isinstance(error, av.error.ArgumentError) else None
+            raise UnreadableVideo(f"{self._what} ({invalid or reason_of(error)})", self._name) from None
         if isinstance(error, (OSError, ValueError, MemoryError)) and not isinstance(error, InputError):
             raise UnreadableVideo(f"{self._what} ({error})", self._name) from error
 
@@ -43,8 +55,6 @@ def reason_of(error: av.error.FFmpegError) -> str:
     """FFmpeg's words, without the name, which may hold a password."""
     if isinstance(error, av.error.InvalidDataError):
         return "not a video, damaged or truncated"
-    if isinstance(error, av.error.ArgumentError):
-        return "not a video, or a list of other files, which are not opened"
     return error.strerror or type(error).__name__
 
 

@@ -70,7 +70,9 @@ class Painter:
         self._transparent = kind == "cutout"
         self._empty = kind in ("mask", "probability")
         self._background = in_profile(background, None) if isinstance(background, Image.Image) else background
-        self._behind: tuple[tuple[int, ...], Planes] | None = None  # for frames of that size
+        self._size = (0, 0)  # of the last frame; what follows is for all of that size
+        self._matrix = Colorspace.ITU601
+        self._behind: Planes | None = None
         self._scaler, self._other, self._threads = VideoReformatter(), VideoReformatter(), threads
 
     def __call__(self, frame: Frame, result: Segmentation) -> av.VideoFrame:
@@ -81,12 +83,16 @@ class Painter:
             result: At the frame's size; its pixels are not needed.
 
         Returns:
-            ``yuv420p``, for cutouts ``yuva420p``, limited range, in the matrix of :func:`matrix_of`; upright, with even
-            sides: the last row or column is doubled where they were odd.
+            ``yuv420p``, for cutouts ``yuva420p``, limited range; upright, with even sides: the last row or column is
+            doubled where they were odd. In one matrix as long as the size stays, as a movie has one: that of
+            :func:`matrix_of` for the first frame.
         """
-        height, width = (side + side % 2 for side in frame.size)
+        rows, columns = frame.size
+        height, width = size = rows + rows % 2, columns + columns % 2
+        if size != self._size:
+            self._size, self._matrix, self._behind = size, matrix_of(frame.picture), None
         painted = av.VideoFrame(width, height, "yuva420p" if self._transparent else "yuv420p")
-        matrix = matrix_of(frame.picture)
+        matrix = self._matrix
         painted.colorspace, painted.color_range = AV_MATRIX[matrix], ColorRange.MPEG
         canvas = _Canvas([_view(plane) for plane in painted.planes], int(matrix))
         if not self._empty:
@@ -101,7 +107,7 @@ class Painter:
         flat = self._scaler.reformat(
             picture,
             format="yuv420p",
-            src_colorspace=None if picture.colorspace == colours.matrix else matrix,
+            src_colorspace=None if picture.colorspace == colours.matrix else matrix_of(picture),
             dst_colorspace=matrix,
             src_color_range=ColorRange.JPEG if colours.full_range else ColorRange.MPEG,
             dst_color_range=ColorRange.MPEG,
@@ -110,10 +116,9 @@ class Painter:
         return [frame.upright(_view(plane)) for plane in flat.planes]
 
     def _paint_background(self, canvas: _Canvas, result: Segmentation) -> None:
-        shape = canvas.planes[0].shape
-        if self._behind is None or self._behind[0] != shape:
-            self._behind = shape, self._planes_behind(shape, canvas.matrix)
-        canvas.lay(self._behind[1], (255 - result.opacity.astype(np.int16)) * _ALL // 255)
+        if self._behind is None:
+            self._behind = self._planes_behind(canvas.planes[0].shape, canvas.matrix)
+        canvas.lay(self._behind, (255 - result.opacity.astype(np.int16)) * _ALL // 255)
 
     def _planes_behind(self, shape: tuple[int, ...], matrix: int) -> Planes:
         """The background as planes, cut to a size as :meth:`Segmentation.on_background` does."""

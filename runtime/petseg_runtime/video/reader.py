@@ -43,6 +43,10 @@ _LOCAL: Final = {
     "format_whitelist": ",".join(sorted(av.formats_available - _LISTS)),
 }
 
+#: What FFmpeg may mean by an invalid argument: of a file, that it is one of these lists.
+_OTHER_FILES: Final = "not a video, or a list of other files, which are not opened"
+_OPTIONS: Final = "not a video, or one that does not take these options"
+
 #: Where a seek ends behind the start that was asked for, it is tried so many seconds before; then all is decoded.
 _BACK: Final = 10.0
 
@@ -144,10 +148,11 @@ class VideoReader:
         self._longest = timeout[1] if timeout and low_delay else None  # seconds without a frame
         self._how: dict[str, Any] = {"format": container, "timeout": timeout}
         self._options = dict(_LOCAL if options is None else options)
+        self._invalid = _OTHER_FILES if options is None else _OPTIONS
         self._open()
 
     def _open(self) -> None:
-        with errors_of(self.name, "cannot be opened", self._how["timeout"]):
+        with errors_of(self.name, "cannot be opened", self._how["timeout"], invalid=self._invalid):
             self._container = av.open(
                 self._source,
                 "r",
@@ -335,9 +340,7 @@ class VideoReader:
             self._packets_read += packet.size > 0
             try:
                 frames: Any = packet.decode()
-            except (
-                av.error.FFmpegError
-            ) as error:  # decoders say dozens of things of damage; the next packet may be whole
+            except av.error.FFmpegError as error:  # it has dozens for damage; the next packet may be whole
                 self.undecodable += 1
                 self._unmissed += in_the_middle
                 cut = anywhere and not in_the_middle

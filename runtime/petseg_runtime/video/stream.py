@@ -5,11 +5,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import math
+import numbers
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Final, Self, TypeAlias
 
@@ -85,8 +86,9 @@ class Reading:
                 raise UsageError(f"{name} is {value}; it is in seconds, {'above' if name == 'stall' else 'from'} 0")
         if self.policy is not None and self.policy not in POLICIES:
             raise UsageError(f"policy {self.policy!r}; there are: {', '.join(POLICIES)}")
-        if self.stride < 1 or (self.max_frames is not None and self.max_frames < 1):
-            raise UsageError(f"stride {self.stride} and max_frames {self.max_frames} must be 1 or more")
+        for name, value in (("stride", self.stride), ("max_frames", 1 if self.max_frames is None else self.max_frames)):
+            if not (isinstance(value, numbers.Integral) and value >= 1):  # NumPy has such, too
+                raise UsageError(f"{name} is {value!r}; it must be a whole number, 1 or more")
         check_strength(self.smooth)
 
     def of(self, *, endless: bool) -> Reading:
@@ -174,18 +176,18 @@ class _Inbox:
             self._changed.notify_all()
 
 
-@dataclass
 class _Outbox:
     """Frames with the model's input and answer, ready for the consumer, who sets the pace; None is the end."""
 
-    room: int
-    _items: deque[_Answered | None] = field(default_factory=deque)
-    _changed: threading.Condition = field(default_factory=threading.Condition)
-    _closed: bool = False
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._items: deque[_Answered | None] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
 
     def put(self, item: _Answered | None) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or item is None or len(self._items) < self.room)
+            self._changed.wait_for(lambda: self._closed or item is None or len(self._items) < self._room)
             if self._closed:
                 return False
             self._items.append(item)
@@ -270,7 +272,7 @@ class Stream:
         self.whole = self.stopped = False
         self.damage: str | None = None
         self._frames, self._segmenter, self._policy = frames, segmenter, reading.policy or "block"
-        self._stride, self._max_frames, self._mask_only = reading.stride, reading.max_frames, mask_only
+        self._stride, self._max_frames, self._mask_only = int(reading.stride), reading.max_frames, mask_only
         # A live source's frames go one by one: a batch would make the first of them wait for the last.
         waits = self._policy == "block"
         self._batch = segmenter.describe().batch if waits else 1
@@ -322,7 +324,7 @@ class Stream:
 
     def stop(self) -> None:
         """End the source; what it has given is still delivered."""
-        self.stopped = True
+        self.stopped = self.stopped or not self.whole
         self._end_source()
 
     def _end_source(self) -> None:
@@ -414,8 +416,9 @@ class Stream:
         start = time.perf_counter()
         images = [image for _, image in prepared]
         answers = self._segmenter.infer(images[0][None] if len(images) == 1 else np.stack(images))
+        share = (time.perf_counter() - start) / len(prepared)
         for _ in prepared:
-            self.timings.add("infer", (time.perf_counter() - start) / len(prepared))
+            self.timings.add("infer", share)
         for (frame, image), answer in zip(prepared, answers, strict=True):
             smoothed = self._smoother(image, answer, frame.time) if self._smoother else answer
             if not self._outbox.put((frame, image, smoothed)):

@@ -124,6 +124,15 @@ def test_a_closed_standard_stream_is_told_in_one_line(closed: str, code: int, sa
     assert (done.returncode, done.stderr) == (code, said)
 
 
+def test_a_closed_standard_error_is_no_reason_to_stop(reds: list[str], tmp_path: Path) -> None:
+    """As of some services: there is nobody to show a bar to, and nothing else is missing."""
+    command = [sys.executable, "-m", "petseg.cli", *reds, str(tmp_path / "out")]
+    shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
+    done = subprocess.run(shell, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, timeout=100)
+    assert (done.returncode, done.stdout.count(" -> ")) == (0, 5)
+    assert len(files(tmp_path / "out")) == 6
+
+
 class Stdin:
     """Standard input, in a test."""
 

@@ -942,6 +942,32 @@ def test_on_a_terminal_there_is_a_bar_with_a_percentage(
     assert re.search(r"\d+ frames", text)
 
 
+def test_beside_the_bar_every_event_goes_to_standard_output(
+    tmp_path: Path, clips: Path, start: Callable[..., Command]
+) -> None:
+    terminal, theirs = pty.openpty()
+    told = tmp_path / "told.ndjson"
+    with told.open("w") as file:
+        options = ("--as", "mask", "--output", tmp_path / "out", "--json")
+        process = start(clips / "short.mp4", *options, stdout=file, stderr=theirs).process
+    os.close(theirs)
+    seen = b""
+    while chunk := read_terminal(terminal):
+        seen += chunk
+    os.close(terminal)
+    assert process.wait(timeout=60) == 0
+    assert b"short.mp4" in seen
+    assert b"{" not in seen
+    assert [event["event"] for event in events(told.read_text())] == ["frame"] * 20 + ["video", "summary"]
+
+
+def test_a_closed_standard_error_is_no_reason_to_stop(tmp_path: Path, clips: Path, model: str) -> None:
+    words = ["infer", clips / "short.mp4", "--as", "mask", "--output", tmp_path, "--model", model]
+    shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "petseg.cli", *map(str, words)]
+    assert subprocess.run(shell, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=100).returncode == 0
+    assert tree(tmp_path) == ["short.mp4"]
+
+
 def read_terminal(terminal: int) -> bytes:
     try:
         return os.read(terminal, 65536)

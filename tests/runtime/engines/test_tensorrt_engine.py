@@ -612,7 +612,7 @@ def test_a_dynamic_size_runs_within_the_profile(library: str, tmp_path: Path) ->
             batch = photos(3, height, width)
             np.testing.assert_array_equal(engine.run(batch), batch[..., 0])
         with pytest.raises(
-            ModelError, match="64 x 64 photos are not what it was built for, which is 16 x 16 to 48 x 64"
+            UsageError, match="64 x 64 photos are not what it was built for, which is 16 x 16 to 48 x 64"
         ):
             engine.run(photos(1, 64, 64))
 

@@ -147,6 +147,22 @@ def test_a_background_picture_is_fitted_and_kept_for_the_next_frame(monkeypatch:
     np.testing.assert_array_equal(Converter()(painter(frame, nothing), 64, 96), first)
 
 
+@pytest.mark.parametrize("kind", ["overlay", "background"])
+def test_frames_of_one_size_are_painted_in_one_matrix(kind: str) -> None:
+    """A camera that is connected anew may have another one, and goes on in the same movie, which says it once."""
+    behind = (255, 200, 10) if kind == "background" else None
+    painter = Painter(kind, behind)
+    for matrix in (BT709, BT601, BT2020):
+        frame = frame_of(yuv(photo(64, 96), matrix))
+        result = result_of(frame)
+        painted = painter(frame, result)
+        assert painted.colorspace == AV_MATRIX[BT709]
+        wanted = np.asarray(render_of(kind, behind)(result)).astype(int)
+        assert np.abs(Converter()(painted, 64, 96) - wanted).mean() < 3
+    small = frame_of(yuv(photo(32, 48), BT601))  # another size is another movie
+    assert painter(small, result_of(small)).colorspace == AV_MATRIX[BT601]
+
+
 def test_the_matrix_of_an_unnamed_video_is_that_of_its_size() -> None:
     assert matrix_of(av.VideoFrame(640, 480, "yuv420p")) == BT601
     assert matrix_of(av.VideoFrame(1280, 720, "yuv420p")) == BT709

@@ -940,16 +940,33 @@ def test_raw_frames(monkeypatch: pytest.MonkeyPatch, rate: str) -> None:
     assert got[1].time == pytest.approx(1 / float(Fraction(rate)), abs=1e-3)
 
 
-@pytest.mark.parametrize("text", ["", "64x48", "64x48@", "64@25", "64x48@25:", "ax48@25", "64x48@25/0:x y"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "64x48", "64x48@", "64@25", "64x48@25:", "ax48@25", "64x48@25:x y"),
+        *("0x0@25", "64x0@25", "64x48@0", "64x48@0.0", "64x48@0/5", "64x48@25/0"),
+    ],
+)
 def test_raw_frames_of_another_form_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="WIDTHxHEIGHT@RATE is expected"):
         raw_video(text)
 
 
-@pytest.mark.parametrize("text", ["0x0@25", "64x48@0", "64x48@25/0", "64x48@25:nothing", "99999x99999@25"])
-def test_raw_frames_that_cannot_be_are_named(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_raw_frames_of_no_pixel_format_are_refused() -> None:
+    with pytest.raises(UsageError, match="--raw 64x48@25:nothing: FFmpeg has no pixel format nothing; rgb24"):
+        raw_video("64x48@25:nothing")
+
+
+def test_options_that_are_not_taken_are_not_called_a_list_of_files() -> None:
+    with pytest.raises(
+        UnreadableVideo, match=r"cam: cannot be opened \(not a video, or one that does not take these opt"
+    ):
+        VideoReader("testsrc2=size=wide", name="cam", container="lavfi", options={})
+
+
+def test_raw_frames_that_are_too_large_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe(monkeypatch, bytes(64 * 48 * 3))
-    origin = raw_video(text)
+    origin = raw_video("99999x99999@25")
     with (
         pytest.raises(InputError, match="standard input: "),
         VideoReader(origin.target, name=origin.shown, container=origin.container, options=origin.options) as reader,

@@ -967,7 +967,7 @@ def test_a_pipe_of_raw_frames_refuses_another_size(tmp_path: Path) -> None:
     with (tmp_path / "raw").open("wb") as stream, RawSink(stream, Picture("mask", "raw", render_of("mask"))) as sink:
         sink.write(frame_of(0), result_of(frame_of(0)))
         other = frame_of(1, 20, 20)
-        with pytest.raises(OutputError, match="cannot tell its reader"):
+        with pytest.raises(OutputError, match="cannot tell its reader: give a folder with --output"):
             sink.write(other, result_of(other))
 
 

@@ -240,6 +240,19 @@ def test_stop_delivers_what_was_decoded() -> None:
     assert stream.counts.decoded == stream.counts.delivered == len(done)
 
 
+def test_a_stop_behind_the_end_changes_nothing() -> None:
+    """The source was read to its end, all of it is delivered, and so it was not cut short."""
+    with stream_of(frame_of(number) for number in range(3)) as stream:
+        results = iter(stream)
+        done = [next(results)]
+        while not stream.whole:
+            time.sleep(0.001)
+        stream.stop()
+        done += results
+    assert numbers(done) == [0, 1, 2]
+    assert not stream.stopped
+
+
 def test_leaving_early_ends_the_threads() -> None:
     endless = (frame_of(n) for n in iter(int, 1))
     with stream_of(endless) as stream:
@@ -368,6 +381,7 @@ def test_no_thread_is_in_the_engine_when_python_is_taken_down(policy: str) -> No
     "wrong",
     [
         *({"policy": "newest"}, {"stride": 0}, {"max_frames": 0}, {"smooth": 1.0}, {"smooth": math.nan}),
+        *({"stride": 1.5}, {"max_frames": 2.5}, {"stride": "2"}, {"max_frames": math.nan}),
         *({"start": -1}, {"start": math.nan}, {"start": math.inf}, {"stall": 0}, {"patience": -1}),
     ],
     ids=str,
@@ -375,6 +389,13 @@ def test_no_thread_is_in_the_engine_when_python_is_taken_down(policy: str) -> No
 def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong)).replace("smooth", "smoothing")):
         Reading(**wrong)
+
+
+def test_whole_numbers_may_be_numpys() -> None:
+    with stream_of(map(frame_of, range(9)), stride=np.int64(2), max_frames=np.int64(3)) as stream:
+        taken = numbers(list(stream))
+    assert taken == [0, 1, 2]
+    assert {type(number) for number in taken} == {int}  # which JSON can say
 
 
 def test_a_source_is_closed_where_its_stream_cannot_start() -> None:
