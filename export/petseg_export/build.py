@@ -114,6 +114,7 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
     path = Path(checkpoint_path)
     name, form = registry.format_of(config)
     output = config.output or path.with_suffix(form.suffix)
+    checkpoint.peek(path)  # an exported file is no checkpoint: that says more than that it would be replaced
     _check_places(_places(output, name), path, getattr(config, "onnx", None))
     tell("reading", 0, 0)
     model, loaded = checkpoint.load_model(path)
