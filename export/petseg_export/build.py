@@ -341,12 +341,12 @@ class _Job:
             ModelError: Its receipt does not say it as we write it.
         """
         found = given.receipt.get("quantization")
-        if found is not None and _budget(found) is None:
+        if found is None:
+            return None
+        if _budget(found) is None:
             raise ModelError(
                 f"{given.path}: its receipt is damaged (quantization {str(found)[:40]!r}): export it again"
             )
-        if not isinstance(found, dict):
-            return None
         return {**found, SHARED: self._shared(found.get("judged_on"))}  # this receipt may be of other photos
 
     def _shared(self, judged_on: Any) -> int | None:
@@ -446,7 +446,8 @@ def _given(config: ExportConfig, loaded: checkpoint.Checkpoint) -> Artifact | No
     if given.provenance.get("checkpoint_sha256") != loaded.sha256:
         raise ModelError(f"{config.onnx}: exported from another checkpoint than the one given")
     if given.spec.precision not in (config.precision, form.sources.get(config.precision)):
-        raise UsageError(f"{config.onnx}: it is {given.spec.precision}, not {config.precision} as asked")
+        own = given.spec.precision
+        raise UsageError(f"{config.onnx}: it is {own}, not {config.precision} as asked: ask for --precision {own}")
     standard = type(config)()
     for name in ("name", "height", "width", "dynamic_size", "batch", "certain_share", "notes"):
         asked = getattr(config, name)
