@@ -122,6 +122,8 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
     with _naming(path):
         spec = dataclasses.replace(given.spec, precision=config.precision) if given else spec_of(loaded, config)
         _check_limits(config, spec)
+        if config.precision == "int8" and not given:
+            _check_judges(config, loaded)
         chosen = parity.choose(config.data, config.split, config.photos, config.seed, loaded)
         photos = parity.read(chosen, spec)
         doubt = parity.doubt(config.data, config.split, loaded) or ""
@@ -206,6 +208,28 @@ def _check_limits(config: ExportConfig, spec: ModelSpec) -> None:
     if config.max_size and (config.max_size[0] < spec.height or config.max_size[1] < spec.width):
         largest = " x ".join(map(str, config.max_size))
         raise UsageError(f"max_size is {largest}, less than the {spec.height} x {spec.width} of the model itself")
+
+
+def _check_judges(config: ExportConfig, loaded: checkpoint.Checkpoint) -> None:
+    """Refuse int8 that too few photos would judge, before the minutes of work.
+
+    Raises:
+        CheckpointError: It does not say which photos that would be.
+        DataError: There are fewer than are asked for.
+    """
+    data, least = _int8_data(config), config.quantize.judges
+    if (found := len(parity.labelled(data, "val", loaded))) < least:
+        raise DataError(
+            f"{data}: int8 is judged on the validation part, which has {found} photos; {least} are needed (a larger "
+            "val_fraction in training, or fewer with --int8-judges)"
+        )
+
+
+def _int8_data(config: ExportConfig) -> Path:
+    """The labelled photos that int8 is calibrated and judged on."""
+    data = config.quantize.data or config.data
+    assert data is not None  # the registry has seen to it
+    return data
 
 
 @contextlib.contextmanager
@@ -312,15 +336,8 @@ class _Job:
         """The graph in int8, calibrated on training photos and judged on validation photos."""
         from petseg_export.quantize import judge_on, quantize
 
-        config = self.config.quantize
-        data = config.data or self.config.data
-        assert data is not None  # the registry has seen to it
+        config, data = self.config.quantize, _int8_data(self.config)
         train, val = (parity.labelled(data, split, self.loaded) for split in ("train", "val"))
-        if len(val) < config.judges:
-            raise DataError(
-                f"{data}: int8 is judged on the validation part, which has {len(val)} photos; {config.judges} "
-                "are needed (a larger val_fraction in training, or fewer with --int8-judges)"
-            )
         calibration = parity.read(parity.sample(train, config.photos, config.seed), spec)
         judges = parity.read(val, spec)
         result = quantize(graph, calibration.images, judge_on(judges), config, self.tell)

@@ -158,13 +158,15 @@ def test_the_loss_in_the_receipt_is_that_of_evaluate(int8: build.Exported, quart
     assert int8.receipt.quantization["iou"]["int8"] == pytest.approx(ious[1], abs=1e-3)
 
 
-def test_too_few_photos_to_judge_on_are_refused_with_the_remedy(
+def test_too_few_photos_to_judge_on_are_refused_with_the_remedy_before_the_work(
     quarter: Path, oxford_root: Path, tmp_path: Path
 ) -> None:
     config = OnnxConfig(output=tmp_path / "x.onnx", precision="int8", data=oxford_root)
+    told: list[str] = []
     with pytest.raises(DataError, match="which has 6 photos; 100 are needed") as caught:
-        export(quarter, config)
+        export(quarter, config, lambda what, done, total: told.append(what))
     assert "--int8-judges" in str(caught.value)
+    assert told == ["reading"]
     assert not list(tmp_path.iterdir())
 
 
