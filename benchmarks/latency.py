@@ -400,7 +400,8 @@ def cold() -> None:
     """What :func:`cold_start` runs; the import of a library belongs to the process, not to the model."""
     case = Case(**json.loads(sys.argv[1]))
     if case.engine == PYTORCH:
-        importlib.import_module("petseg.evaluate" if case.stored == AS_TRAINED else "petseg_export.deploy")
+        for module in ("petseg.reference", "petseg_export.deploy"):  # torch with them
+            importlib.import_module(module)
     elif case.engine in ENGINES:
         with contextlib.suppress(ImportError):  # that it is missing, the loading says better
             importlib.import_module(ENGINES[case.engine].loader.partition(":")[0])
