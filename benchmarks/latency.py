@@ -277,16 +277,12 @@ def all_int8(graph: bytes, photos: U8) -> bytes:
     """Every convolution in int8."""
     import onnx
 
-    from petseg_export.quantize import METHODS, calibrate, with_int8
+    from petseg_export.quantize import METHODS, calibrate, layers_of, with_int8
 
     proto = onnx.load_from_string(graph)
-    layers = {
-        node.input[1].removeprefix("network.").removesuffix(".weight")
-        for node in proto.graph.node
-        if node.op_type == "Conv"
-    }
     seen = calibrate(proto, photos, lambda what, done, total: None)
-    return with_int8(proto, layers, {name: METHODS["minmax"](values) for name, values in seen.items()})
+    ranges = {name: METHODS["minmax"](values) for name, values in seen.items()}
+    return with_int8(proto, layers_of(proto).keys(), ranges)
 
 
 def cases(folder: Path, batch: int, threads: int, *, compiled: bool) -> list[Case]:
@@ -344,14 +340,6 @@ def told(engine: Engine) -> dict[str, str]:
     return {"engine": f"{info.name} {info.version}", "stored": engine.spec.precision, "precision": precision}
 
 
-def eager(name: str) -> dict[str, str]:
-    """What is told of PyTorch, which has no description of its own."""
-    import torch
-
-    version = torch.__version__.partition("+")[0]
-    return {"engine": f"PyTorch {version}, eager", "stored": name.removeprefix("PyTorch "), "precision": "f32"}
-
-
 def in_pytorch(case: Case) -> Opened:
     """The network as it was trained, or as it is exported: half of what a compiler does to it is done then."""
     import torch
@@ -360,9 +348,11 @@ def in_pytorch(case: Case) -> Opened:
 
     torch.set_num_threads(case.threads)
     precision, compiled = FORMS[case.stored]
-    about = {**eager(f"{PYTORCH} {case.stored.partition(',')[0]}"), "precision": precision}
-    if compiled:
-        about["engine"] = about["engine"].replace("eager", "compiled")
+    about = {
+        "engine": f"{PYTORCH} {torch.__version__.partition('+')[0]}, {'compiled' if compiled else 'eager'}",
+        "stored": case.stored.partition(",")[0],
+        "precision": precision,
+    }
     model, _ = load_model(Path(case.folder) / WEIGHTS)
     if case.stored == AS_TRAINED:
         from petseg.reference import torch_run
