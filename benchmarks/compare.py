@@ -409,8 +409,8 @@ def repeated(rows: Sequence[Figure]) -> dict[str, Any]:
 def table(found: Comparison, tolerance: float) -> Iterator[str]:
     """All of it, for people: of ratios only those that did not repeat, or are lost."""
     for change in found.changes:
-        interval = f"{change.low:.3f} to {change.high:.3f}" if change.enough else "?"
-        yield f"{change.ratio:6.3f}  ({interval:>14})  {change.verdict(tolerance):6}  {change.what}"
+        between = f"{change.low:.3f} to {change.high:.3f}" if change.enough else "?"
+        yield f"{change.ratio:6.3f}  ({between:>14})  {change.verdict(tolerance):6}  {change.what}"
     for what in found.gone:
         yield f"  gone  {what}"
     if found.ratios:

@@ -262,25 +262,25 @@ def write_onnx(folder: Path, spec: ModelSpec, precisions: Sequence[str]) -> None
     from petseg_export.onnx import graph_bytes
 
     model, _ = load_model(folder / WEIGHTS)
-    photos = parity.read(sample_photos(), spec).images
+    samples = parity.read(sample_photos(), spec).images
     convolutions = {name.removesuffix(".weight") for name, p in model.named_parameters() if p.ndim == 4}
     for precision in precisions:
         half = convolutions if precision == "fp16" else frozenset()
         graph = graph_bytes(DeployedUNet(model, half), spec)
         if precision == "int8":
-            graph = all_int8(graph, photos)
+            graph = all_int8(graph, samples)
         text = dataclasses.replace(spec, precision=precision).to_json()
         (folder / f"{precision}.onnx").write_bytes(with_metadata(graph, {SPEC_KEY: text, PROVENANCE_KEY: "{}"}))
 
 
-def all_int8(graph: bytes, photos: U8) -> bytes:
-    """Every convolution in int8."""
+def all_int8(graph: bytes, samples: U8) -> bytes:
+    """Every convolution in int8, calibrated on some photos, uint8 [N, H, W, 3]."""
     import onnx
 
     from petseg_export.quantize import METHODS, calibrate, layers_of, with_int8
 
     proto = onnx.load_from_string(graph)
-    seen = calibrate(proto, photos, lambda what, done, total: None)
+    seen = calibrate(proto, samples, lambda what, done, total: None)
     ranges = {name: METHODS["minmax"](values) for name, values in seen.items()}
     return with_int8(proto, layers_of(proto).keys(), ranges)
 
