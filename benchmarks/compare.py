@@ -158,6 +158,9 @@ class Comparison:
 def compare(old: Sequence[Path], new: Path, tolerance: float, as_json: bool, output: Path | None) -> None:
     """Say what NEW, a record or a folder, is slower at than every OLD. Exit code 1: something is, or is gone."""
     before, after = [read(path) for path in old], read(new)
+    if other := [path for path in old if path.is_dir() is not new.is_dir()]:
+        folder, record = (new, other[0]) if new.is_dir() else (other[0], new)
+        sys.exit(f"{folder} is a folder, {record} a record: compare a folder with folders, or the record in it")
     found = comparison(before, after)
     if not found.changes and not found.ratios:
         why = "; ".join(found.refused) or "no times in common"
