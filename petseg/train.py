@@ -180,7 +180,7 @@ class Trainer:
         self.scaler = self._scaler()
         self.state = RunState()
         self.meta = self._about(provenance or {})
-        doubts = [*self._doubts()]
+        doubts = list(self._doubts())
         self.warnings = [*self.photos.warnings, *doubts]  # the photos' own were told as they came
         self._announce(doubts)
         if resume:
@@ -195,8 +195,10 @@ class Trainer:
         """
         if init:
             checkpoint.peek(init)
-        if teacher is None or self.config.loss.features:
-            return self.teacher_network(teacher) if teacher else None
+        if teacher is None:
+            return None
+        if self.config.loss.features:
+            return self.teacher_network(teacher)
         if teacher.suffix in checkpoint.EXPORTED:
             open_artifact(teacher)
         elif checkpoint.peek(teacher).get("kind") == "training":
@@ -478,7 +480,8 @@ class Trainer:
         return self.state.elapsed
 
     def _ema_run(self) -> Run:
-        return torch_run(_network(self.ema), self.device)
+        assert isinstance(self.ema.module, AttentionUNet)
+        return torch_run(self.ema.module, self.device)
 
     def _evaluate_ema(self) -> Evaluation:
         d, pairs, failed = self.config.data, self.photos.good_val, self.photos.failed
@@ -619,11 +622,6 @@ class Trainer:
             say(f"left out, because at {size} nothing is left of their pet: {', '.join(tiny)}")
         for warning in doubts:
             say(f"warning: {warning}")
-
-
-def _network(ema: MovingAverage) -> AttentionUNet:
-    assert isinstance(ema.module, AttentionUNet)
-    return ema.module
 
 
 def _no_model(path: Path) -> CheckpointError:
