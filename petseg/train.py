@@ -176,7 +176,9 @@ class Trainer:
         with enough_memory("train without --teacher, or with a smaller one"):
             self.objective = self._objective(inside)
         with enough_memory("use a network of a smaller --width"):
-            self.optimizer = _optimizer(self._parameters(), config)
+            modules = (self.model, self.objective.hints)
+            self._weights = [weight for each in modules for weight in each.parameters() if weight.requires_grad]
+            self.optimizer = _optimizer(self._weights, config)
         self.scaler = self._scaler()
         self.state = RunState()
         self.meta = self._about(provenance or {})
@@ -230,11 +232,6 @@ class Trainer:
         if teacher is None:
             return Objective(self.config, self.ranks)
         return Distillation(self.config, self.ranks, self.model, teacher, self.device)
-
-    def _parameters(self) -> list[nn.Parameter]:
-        """All that is trained."""
-        modules = (self.model, self.objective.hints)
-        return [weight for module in modules for weight in module.parameters() if weight.requires_grad]
 
     def fit(self) -> Path:
         """Train to the last epoch.
@@ -361,7 +358,7 @@ class Trainer:
         with self.ranks.exchanging():
             self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self._parameters(), self.config.optimizer.clip)
+        norm = nn.utils.clip_grad_norm_(self._weights, self.config.optimizer.clip)
         stop = torch.full_like(norm, float(self._stop))
         numbers = self.ranks.sum(torch.stack((loss.detach(), norm, stop)))
         if not self.scaler.is_enabled():
