@@ -158,6 +158,9 @@ class Comparison:
 def compare(old: Sequence[Path], new: Path, tolerance: float, as_json: bool, output: Path | None) -> None:
     """Say what NEW, a record or a folder, is slower at than every OLD. Exit code 1: something is, or is gone."""
     before, after = [read(path) for path in old], read(new)
+    if other := [path for path in old if path.is_dir() is not new.is_dir()]:
+        folder, record = (new, other[0]) if new.is_dir() else (other[0], new)
+        sys.exit(f"{folder} is a folder, {record} a record: compare a folder with folders, or the record in it")
     found = comparison(before, after)
     if not found.changes and not found.ratios:
         why = "; ".join(found.refused) or "no times in common"
@@ -409,8 +412,8 @@ def repeated(rows: Sequence[Figure]) -> dict[str, Any]:
 def table(found: Comparison, tolerance: float) -> Iterator[str]:
     """All of it, for people: of ratios only those that did not repeat, or are lost."""
     for change in found.changes:
-        interval = f"{change.low:.3f} to {change.high:.3f}" if change.enough else "?"
-        yield f"{change.ratio:6.3f}  ({interval:>14})  {change.verdict(tolerance):6}  {change.what}"
+        between = f"{change.low:.3f} to {change.high:.3f}" if change.enough else "?"
+        yield f"{change.ratio:6.3f}  ({between:>14})  {change.verdict(tolerance):6}  {change.what}"
     for what in found.gone:
         yield f"  gone  {what}"
     if found.ratios:

@@ -18,10 +18,9 @@ from statistics import median
 from typing import Any, Final
 
 import click
-import numpy as np
 
 from benchmarks import records
-from benchmarks.photos import original_size
+from benchmarks.photos import chosen
 from benchmarks.processes import first_to_last, seconds_of
 from benchmarks.reduced import enlarged
 
@@ -73,12 +72,6 @@ def large(data: Path, photos: int, rounds: int) -> None:
     rows = [{"name": kind.name, **row(runs)} for kind, runs in taken.items()]
     command = f"python -m benchmarks large --data DATA --photos {photos} --rounds {rounds}"
     click.echo(records.write("large", command, {"photos": photos, "megapixels": MEGAPIXELS, "rows": rows}))
-
-
-def chosen(data: Path, photos: int) -> list[Path]:
-    """So many of the photos at their original size, from all over the set."""
-    found = sorted((original_size(data) / "images").glob("*.jpg"))
-    return [found[index] for index in np.linspace(0, len(found) - 1, photos).astype(int)]
 
 
 def one(folder: Path, output: Path, kind: Kind) -> dict[str, float]:

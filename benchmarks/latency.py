@@ -262,31 +262,27 @@ def write_onnx(folder: Path, spec: ModelSpec, precisions: Sequence[str]) -> None
     from petseg_export.onnx import graph_bytes
 
     model, _ = load_model(folder / WEIGHTS)
-    photos = parity.read(sample_photos(), spec).images
+    samples = parity.read(sample_photos(), spec).images
     convolutions = {name.removesuffix(".weight") for name, p in model.named_parameters() if p.ndim == 4}
     for precision in precisions:
         half = convolutions if precision == "fp16" else frozenset()
         graph = graph_bytes(DeployedUNet(model, half), spec)
         if precision == "int8":
-            graph = all_int8(graph, photos)
+            graph = all_int8(graph, samples)
         text = dataclasses.replace(spec, precision=precision).to_json()
         (folder / f"{precision}.onnx").write_bytes(with_metadata(graph, {SPEC_KEY: text, PROVENANCE_KEY: "{}"}))
 
 
-def all_int8(graph: bytes, photos: U8) -> bytes:
-    """Every convolution in int8."""
+def all_int8(graph: bytes, samples: U8) -> bytes:
+    """Every convolution in int8, calibrated on some photos, uint8 [N, H, W, 3]."""
     import onnx
 
-    from petseg_export.quantize import METHODS, calibrate, with_int8
+    from petseg_export.quantize import METHODS, calibrate, layers_of, with_int8
 
     proto = onnx.load_from_string(graph)
-    layers = {
-        node.input[1].removeprefix("network.").removesuffix(".weight")
-        for node in proto.graph.node
-        if node.op_type == "Conv"
-    }
-    seen = calibrate(proto, photos, lambda what, done, total: None)
-    return with_int8(proto, layers, {name: METHODS["minmax"](values) for name, values in seen.items()})
+    seen = calibrate(proto, samples, lambda what, done, total: None)
+    ranges = {name: METHODS["minmax"](values) for name, values in seen.items()}
+    return with_int8(proto, layers_of(proto).keys(), ranges)
 
 
 def cases(folder: Path, batch: int, threads: int, *, compiled: bool) -> list[Case]:
@@ -344,14 +340,6 @@ def told(engine: Engine) -> dict[str, str]:
     return {"engine": f"{info.name} {info.version}", "stored": engine.spec.precision, "precision": precision}
 
 
-def eager(name: str) -> dict[str, str]:
-    """What is told of PyTorch, which has no description of its own."""
-    import torch
-
-    version = torch.__version__.partition("+")[0]
-    return {"engine": f"PyTorch {version}, eager", "stored": name.removeprefix("PyTorch "), "precision": "f32"}
-
-
 def in_pytorch(case: Case) -> Opened:
     """The network as it was trained, or as it is exported: half of what a compiler does to it is done then."""
     import torch
@@ -360,9 +348,11 @@ def in_pytorch(case: Case) -> Opened:
 
     torch.set_num_threads(case.threads)
     precision, compiled = FORMS[case.stored]
-    about = {**eager(f"{PYTORCH} {case.stored.partition(',')[0]}"), "precision": precision}
-    if compiled:
-        about["engine"] = about["engine"].replace("eager", "compiled")
+    about = {
+        "engine": f"{PYTORCH} {torch.__version__.partition('+')[0]}, {'compiled' if compiled else 'eager'}",
+        "stored": case.stored.partition(",")[0],
+        "precision": precision,
+    }
     model, _ = load_model(Path(case.folder) / WEIGHTS)
     if case.stored == AS_TRAINED:
         from petseg.reference import torch_run
@@ -400,7 +390,8 @@ def cold() -> None:
     """What :func:`cold_start` runs; the import of a library belongs to the process, not to the model."""
     case = Case(**json.loads(sys.argv[1]))
     if case.engine == PYTORCH:
-        importlib.import_module("petseg.evaluate" if case.stored == AS_TRAINED else "petseg_export.deploy")
+        for module in ("petseg.reference", "petseg_export.deploy"):  # torch with them
+            importlib.import_module(module)
     elif case.engine in ENGINES:
         with contextlib.suppress(ImportError):  # that it is missing, the loading says better
             importlib.import_module(ENGINES[case.engine].loader.partition(":")[0])

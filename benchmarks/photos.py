@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Final, NoReturn
 
+import numpy as np
+
 OFFICIAL: Final = "oxford-iiit-pet"
 COPIES, NATIVE, EXTRA, BEST = (f"{OFFICIAL}-{part}" for part in ("128", "native", "extra-images", "best"))
 #: What is told of the test photos of each folder.
@@ -37,6 +39,12 @@ def training_set(data: Path) -> Path:
 def original_size(data: Path) -> Path:
     """Photos and masks at their original size."""
     return first(data, NATIVE, OFFICIAL)
+
+
+def chosen(data: Path, count: int) -> list[Path]:
+    """So many of the photos at their original size, from all over the set."""
+    found = sorted((original_size(data) / "images").glob("*.jpg"))
+    return [found[index] for index in np.linspace(0, len(found) - 1, count).astype(int)]
 
 
 def of_any_use(data: Path) -> list[Path]:

@@ -8,7 +8,6 @@ photos of the merged set (see benchmarks/embedded/merge.py).
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 import time
 from pathlib import Path
@@ -77,6 +76,6 @@ def receipts(name: str, checkpoint: Path, data: Path, output: Path | None, about
             }
         )
         click.echo(f"{done.path.name}: {size / 1e6:.1f} MB, {seconds:.0f} s: {done.receipt.summary}")
-    values = {"about": about, "photos": dataclasses.asdict(plan(data, folder)[0])["photos"], "exports": rows}
+    values = {"about": about, "photos": PHOTOS, "exports": rows}
     command = f"python -m benchmarks receipts {name} CHECKPOINT --data DATA --about {shlex.quote(about)}"
     records.write(f"receipts-{name}", command, values)

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks import records
-from benchmarks.photos import original_size
+from benchmarks.photos import chosen
 from petseg_runtime import Segmenter, images
 from petseg_runtime.parity import mask_iou
 from petseg_runtime.spec import lowest_pet
@@ -46,9 +46,7 @@ ROUNDS: Final = 5
 @click.option("--timed", type=int, default=6, show_default=True, help="Of these, how many are timed.")
 def reduced(data: Path, photos: int, timed: int) -> None:
     """Masks from JPEGs decoded at 1/2, 1/4 and 1/8, and the time that saves."""
-    found = sorted((original_size(data) / "images").glob("*.jpg"))
-    paths = [found[index] for index in np.linspace(0, len(found) - 1, photos).astype(int)]
-    rows = []
+    paths, rows = chosen(data, photos), []
     with Segmenter(backend="onnxruntime") as segmenter:
         for name, megapixels in SIZES.items():
             for row in agreement(segmenter, paths, megapixels):

@@ -151,10 +151,10 @@ def timed_beside(size: int = SIZE, rounds: int = ROUNDS) -> list[dict[str, Any]]
                 opened += pair
         random = np.random.default_rng(0)
         shapes = [(1, engine.spec.height, engine.spec.width, 3) for engine in opened]
-        photos = [random.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
+        inputs = [random.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
         jobs = {
             number: (engine.run, photo, count(min(timed(engine.run, photo, 3))))
-            for number, (engine, photo) in enumerate(zip(opened, photos, strict=True))
+            for number, (engine, photo) in enumerate(zip(opened, inputs, strict=True))
         }
         times = [[median(values) for values in found] for found in alternated(jobs, rounds).times.values()]
         ratios = [

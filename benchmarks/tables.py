@@ -440,8 +440,8 @@ def title(row: dict[str, Any]) -> str:
 def spread(rate: dict[str, float]) -> str:
     """A median, with the lowest and the highest."""
     digits = 0 if rate["median"] >= 20 else 1 if rate["median"] >= 1 else 2
-    median, low, high = (f"{rate[name]:.{digits}f}" for name in ("median", "min", "max"))
-    return f"{median} ({low} to {high})"
+    middle, low, high = (f"{rate[name]:.{digits}f}" for name in ("median", "min", "max"))
+    return f"{middle} ({low} to {high})"
 
 
 def video() -> str:

@@ -22,7 +22,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from PIL import Image, ImageOps
 
 from benchmarks import records
-from benchmarks.photos import original_size
+from benchmarks.photos import chosen
 from petseg_runtime import Segmenter, images
 from petseg_runtime.parity import mask_iou
 from petseg_runtime.spec import lowest_pet
@@ -64,9 +64,7 @@ ROUNDS: Final = 20
 @click.option("--timed", type=int, default=6, show_default=True, help="Of these, how many are timed.")
 def video_road(data: Path, photos: int, timed: int) -> None:
     """Masks of frames that FFmpeg scales from YUV to the model's size, against RGB and Pillow."""
-    found = sorted((original_size(data) / "images").glob("*.jpg"))
-    paths = [found[index] for index in np.linspace(0, len(found) - 1, photos).astype(int)]
-    rows = []
+    paths, rows = chosen(data, photos), []
     with Segmenter(backend="onnxruntime") as segmenter:
         for size, shape in SIZES.items():
             for matrix in MATRICES:

@@ -76,7 +76,7 @@ class Checkpoint:
             raise CheckpointError(f"its specification is damaged ({error})") from error
 
 
-def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Write a checkpoint: beside its place first, then renamed, so that a crash never leaves half a file.
 
     Args:
@@ -84,20 +84,15 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str
         tensors: Any number, any device; stored as they are, contiguous, on the CPU.
         meta: JSON values; ``kind`` and ``model`` are expected by readers.
 
-    Returns:
-        The file's SHA-256.
-
     Raises:
         OutputError: It cannot be written (no permission, disk full); whatever was there before still is.
     """
     plain = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
     header = json.dumps({"schema_version": SCHEMA_VERSION, **meta}, sort_keys=True)
-    data = save(plain, metadata={KEY: header})
     try:
-        write_atomic(path, data)
+        write_atomic(path, save(plain, metadata={KEY: header}))
     except OSError as error:
         raise OutputError(f"{path}: the checkpoint cannot be written ({error.strerror})") from error
-    return hashlib.sha256(data).hexdigest()
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:

@@ -447,11 +447,11 @@ def read_pair(pair: Pair, take: Take = _at_once) -> tuple[U8, U8]:
     return photo, trimap
 
 
-def _read_photo(pair: Pair, take: Take = _at_once) -> U8:
+def _read_photo(pair: Pair, take: Take) -> U8:
     return _decoded(pair, take).pixels
 
 
-def _decoded(pair: Pair, take: Take = _at_once) -> images.Photo:
+def _decoded(pair: Pair, take: Take) -> images.Photo:
     try:
         with images.open_photo(pair.image) as photo:
             take(photo.memory)
@@ -572,33 +572,46 @@ class CheckReport:
         """
         return self.pairs > 0 and not (self.missing or self.unreadable or self.wrong_size)
 
+    def add(self, other: CheckReport) -> None:
+        """Take in what was found in other pairs."""
+        self.pairs += other.pairs
+        self.missing += other.missing
+        self.unreadable += other.unreadable
+        self.wrong_size += other.wrong_size
+        self.empty += other.empty
+        self.orientation_unsure += other.orientation_unsure
+
 
 def check(pairs: Sequence[Pair], watch: Callable[[int], None] | None = None) -> CheckReport:
     """Open every photo and mask; say which are missing, unreadable, of unequal sizes, or without any pet.
+
+    They are opened in threads, and what is found stands in the order of ``pairs``.
 
     Args:
         pairs: What to look at.
         watch: Called with the number of pairs looked at so far.
     """
-    report = CheckReport(pairs=len(pairs))
-    for number, pair in enumerate(pairs, start=1):
-        gone = [path for path in (pair.image, pair.mask) if not path.exists()]
-        if gone:
-            report.missing += [str(path) for path in gone]
-        else:
-            _check_pair(pair, report)
+    report = CheckReport()
+    for _, found in each_read(pairs, _checked):
+        assert found is not None, "a pair that cannot be read is in its report"
+        report.add(found)
         if watch:
-            watch(number)
+            watch(report.pairs)
     return report
 
 
-def _check_pair(pair: Pair, report: CheckReport) -> None:
+def _checked(pair: Pair, take: Take) -> CheckReport:
+    """What :func:`check` finds in one pair."""
+    report = CheckReport(pairs=1)
+    if gone := [path for path in (pair.image, pair.mask) if not path.exists()]:
+        report.missing += map(str, gone)
+        return report
     try:
-        photo, trimap = _decoded(pair), read_trimap(pair)
+        photo, trimap = _decoded(pair, take), read_trimap(pair, take)
         turned = _unsure_turn(pair, photo)
     except (DataError, InputError) as error:
         report.unreadable.append(str(error))
-        return
+        return report
     if photo.pixels.shape[:2] != trimap.shape:
         report.wrong_size.append(f"{pair.name}: {_sizes(photo.pixels, trimap)}")
     if not (trimap == PET).any():
@@ -608,6 +621,7 @@ def _check_pair(pair: Pair, report: CheckReport) -> None:
             f"{pair.name}: the photo's EXIF orientation is {turned}, {pair.mask.name} has none, and their shapes "
             "cannot tell whether it lies as the photo is seen: look at both"
         )
+    return report
 
 
 def _unsure_turn(pair: Pair, photo: images.Photo) -> int | None:

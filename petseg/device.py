@@ -25,10 +25,10 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise EngineError(
             f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs here; check the driver with "
-            "nvidia-smi, or train on the CPU with --device cpu"
+            "nvidia-smi, or use the CPU with --device cpu"
         )
     if device.type not in ("cuda", "cpu"):
-        raise EngineError(f"--device {name}: petseg trains on cuda or cpu")
+        raise EngineError(f"--device {name}: checkpoints are trained and measured on cuda or cpu")
     return device
 
 

@@ -119,7 +119,7 @@ def histogram(probability: U8, trimap: U8) -> Histogram:
         raise ValueError(f"probability is {probability.shape}, trimap is {trimap.shape}: they must be equal")
     if trimap.size and not (trimap.min() >= PET and trimap.max() <= BORDER):
         raise ValueError(f"trimap has values from {trimap.min()} to {trimap.max()}; only 1, 2 and 3 are allowed")
-    bins = (trimap.astype(np.int64).ravel() - 1) * 256 + probability.ravel()
+    bins = (trimap.ravel().astype(np.uint16) - 1) * 256 + probability.ravel()  # 767 at most
     return np.bincount(bins, minlength=3 * 256).reshape(3, 256).astype(np.int64)
 
 

@@ -31,7 +31,7 @@ def curves(history: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     marker = "o" if len(epochs) == 1 else None  # a line through one point would not be seen
-    left.plot(epochs, [row.loss for row in history], marker=marker, label="training loss (BCE + Dice)")
+    left.plot(epochs, [row.loss for row in history], marker=marker, label="training loss")
     right.plot(epochs, [row.val_iou for row in history], marker=marker, label="validation IoU")
     right.plot(epochs, [row.val_dice for row in history], marker=marker, label="validation Dice")
     # The curves fall on the left and rise on the right; "best" would search, and warn of it on a slow machine.

@@ -21,7 +21,7 @@ from petseg.train import Trainer
 from petseg_runtime.errors import OutputError
 from petseg_runtime.files import write_atomic
 
-__all__ = ["PUBLISHED_IOU", "RUN", "commit", "reached", "record", "without_keys", "write_record"]
+__all__ = ["PUBLISHED_IOU", "RUN", "commit", "reached", "record", "write_record"]
 
 SCHEMA_VERSION: Final = 2
 #: Beside the checkpoints.

@@ -106,8 +106,14 @@ class RunPhotos:
         self.init: dict[str, str] = {}
         self._val_masks: dict[str, str] = {}
         self._config, self._root, self._observer, self._ranks = config.data, root, observer, ranks
-        self.train, self.val = self._read(config, output, device, teacher)
-        self._keys = self._keys_of_train()  # and once it is known, those of the weights that the run begins with
+        found, self.val = (
+            find(root, split, val_fraction=config.data.val_fraction, seed=config.data.split_seed)
+            for split in (Split.TRAIN, Split.VAL)
+        )
+        self.train = self._read(found, config, output, device, teacher)
+        kept = {*self.train.names}
+        # Those of the weights that the run begins with are added once it is known which these are.
+        self._keys = {key for pair in found if pair.name in kept and (key := photo_key(pair))}
         self._agree(device)
 
     @property
@@ -183,41 +189,37 @@ class RunPhotos:
         )
 
     def _read(
-        self, config: TrainConfig, output: Path, device: torch.device, teacher: Path | None
-    ) -> tuple[TrainSet, list[Pair]]:
+        self, found: Sequence[Pair], config: TrainConfig, output: Path, device: torch.device, teacher: Path | None
+    ) -> TrainSet:
+        """The photos that were found to train on, decoded; those to validate on are looked at before."""
         d = config.data
-        train, val = (
-            find(self._root, split, val_fraction=d.val_fraction, seed=d.split_seed)
-            for split in (Split.TRAIN, Split.VAL)
-        )
-        refuse_batch(len(train), config.batch, self._ranks.size)  # there may be fewer yet, once they are read
+        refuse_batch(len(found), config.batch, self._ranks.size)  # there may be fewer yet, once they are read
         once = None if config.loss.features else teacher  # else it is asked at every step
         # Only who sees the mixed picture can say what is in it.
         augment = config.augment if teacher and not once else dataclasses.replace(config.augment, mix=0)
-        folder, here = self._place_for(len(train), output, once is not None), self._ranks.here
-        self._look_at(val)  # now, not after the first epoch
+        folder, here = self._place_for(len(found), output, once is not None), self._ranks.here
+        self._look_at_val()  # now, not after the first epoch
         if teacher and not once:
-            self._note_teacher(*_said_of(teacher), val)
+            self._note_teacher(*_said_of(teacher))
         remedy = "train without --teacher, or with a smaller one"
         with enough_memory(remedy), open_teacher(once, d.height, d.width, device) as taught:
             if taught:
-                self._note_teacher(taught.about, taught.provenance, val)
+                self._note_teacher(taught.about, taught.provenance)
                 self._observer.started(f"the teacher, in {taught.model.engine}, is asked about each photo once")
             until = math.ceil(round(augment.mix_until * config.epochs, 6))  # 0.55 * 100 is a little more than 55
-            photos = TrainSet(train, d.height, d.width, augment, config.seed, taught, self.failed, folder, here, until)
-            return photos, val
+            return TrainSet(found, d.height, d.width, augment, config.seed, taught, self.failed, folder, here, until)
 
-    def _look_at(self, val: Sequence[Pair]) -> None:
+    def _look_at_val(self) -> None:
         """Raises DataError if no validation photo can be used, or none shows a pet; a few are warned of."""
         with_pet = []
-        for pair, _, trimap in usable(val, self.failed, self._ranks.here):
+        for pair, _, trimap in usable(self.val, self.failed, self._ranks.here):
             with_pet.append((trimap == PET).any())
             self._val_masks[pair.name] = mask_digest(trimap)
         if not any(with_pet):
             raise DataError(
-                f"{self._root}: of the {len(val)} validation photos {len(with_pet)} can be used, and none of those "
-                "shows a pet, so that no threshold can be chosen: set another data.val_fraction or data.split_seed, or "
-                f"list others in {VAL_LISTING}, if it is there"
+                f"{self._root}: of the {len(self.val)} validation photos {len(with_pet)} can be used, and none of "
+                "those shows a pet, so that no threshold can be chosen: set another data.val_fraction or "
+                f"data.split_seed, or list others in {VAL_LISTING}, if it is there"
             )
         if (number := sum(with_pet)) < FEW:
             self._warn(
@@ -225,11 +227,11 @@ class RunPhotos:
                 f"more leave less to chance (a larger data.val_fraction; {VAL_LISTING} in a folder of your own)"
             )
 
-    def _note_teacher(self, about: dict[str, str], provenance: Mapping[str, Any], val: Sequence[Pair]) -> None:
+    def _note_teacher(self, about: dict[str, str], provenance: Mapping[str, Any]) -> None:
         self.teacher = about
-        if seen := trained_on(provenance, self._root, val):
+        if seen := trained_on(provenance, self._root, self.val):
             self._warn(
-                f"the teacher was trained on {len(seen)} of the {len(val)} validation photos: what is measured on "
+                f"the teacher was trained on {len(seen)} of the {len(self.val)} validation photos: what is measured on "
                 "them flatters this run a little"
             )
 
@@ -259,11 +261,6 @@ class RunPhotos:
                 "the processes of this run have different photos, so they cannot share batches; process "
                 f"{self._ranks.rank} {bad} (`petseg data check` lists what cannot be read)"
             )
-
-    def _keys_of_train(self) -> set[str]:
-        d, names = self._config, {*self.train.names}
-        found = find(self._root, Split.TRAIN, val_fraction=d.val_fraction, seed=d.split_seed)
-        return {key for pair in found if pair.name in names and (key := photo_key(pair))}
 
     def _names_sha256(self) -> str:
         return names_sha256(self.train.names, self.val)

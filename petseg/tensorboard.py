@@ -84,11 +84,12 @@ class TensorBoard(Observer):
                 board.close()
 
     def _row(self, run: Run, pair: Pair, threshold: float) -> U8:
-        photo, trimap = (images.to_model(pixels, *self._size) for pixels in _as_rgb(*read_pair(pair)))
+        pixels, trimap = read_pair(pair)
+        truth = np.select([trimap == PET, trimap == BORDER], [255, 128], 0).astype(np.uint8)  # pet white, border grey
+        photo, truth = (images.to_model(picture, *self._size) for picture in (pixels, _grey(truth)))
         probability = run(photo[None])[0]
         mask = np.where(probability >= lowest_pet(threshold), 255, 0).astype(np.uint8)
-        grey = [np.repeat(picture[..., None], 3, axis=2) for picture in (probability, mask)]
-        return np.concatenate((photo, trimap, *grey), axis=1)
+        return np.concatenate((photo, truth, _grey(probability), _grey(mask)), axis=1)
 
     @contextmanager
     def _writing(self, step: int) -> Iterator[SummaryWriter]:
@@ -101,7 +102,6 @@ class TensorBoard(Observer):
             raise OutputError(f"{self._folder}: cannot be written to ({error.strerror or error})") from error
 
 
-def _as_rgb(photo: U8, trimap: U8) -> tuple[U8, U8]:
-    """The photo as it is, and the truth as a picture: pet white, border grey."""
-    truth = np.select([trimap == PET, trimap == BORDER], [255, 128], 0).astype(np.uint8)
-    return photo, np.repeat(truth[..., None], 3, axis=2)
+def _grey(plane: U8) -> U8:
+    """A plane, uint8 [H, W], as RGB."""
+    return np.repeat(plane[..., None], 3, axis=2)

@@ -176,11 +176,13 @@ class Trainer:
         with enough_memory("train without --teacher, or with a smaller one"):
             self.objective = self._objective(inside)
         with enough_memory("use a network of a smaller --width"):
-            self.optimizer = _optimizer(self._parameters(), config)
+            modules = (self.model, self.objective.hints)
+            self._weights = [weight for each in modules for weight in each.parameters() if weight.requires_grad]
+            self.optimizer = _optimizer(self._weights, config)
         self.scaler = self._scaler()
         self.state = RunState()
         self.meta = self._about(provenance or {})
-        doubts = [*self._doubts()]
+        doubts = list(self._doubts())
         self.warnings = [*self.photos.warnings, *doubts]  # the photos' own were told as they came
         self._announce(doubts)
         if resume:
@@ -195,8 +197,10 @@ class Trainer:
         """
         if init:
             checkpoint.peek(init)
-        if teacher is None or self.config.loss.features:
-            return self.teacher_network(teacher) if teacher else None
+        if teacher is None:
+            return None
+        if self.config.loss.features:
+            return self.teacher_network(teacher)
         if teacher.suffix in checkpoint.EXPORTED:
             open_artifact(teacher)
         elif checkpoint.peek(teacher).get("kind") == "training":
@@ -228,11 +232,6 @@ class Trainer:
         if teacher is None:
             return Objective(self.config, self.ranks)
         return Distillation(self.config, self.ranks, self.model, teacher, self.device)
-
-    def _parameters(self) -> list[nn.Parameter]:
-        """All that is trained."""
-        modules = (self.model, self.objective.hints)
-        return [weight for module in modules for weight in module.parameters() if weight.requires_grad]
 
     def fit(self) -> Path:
         """Train to the last epoch.
@@ -359,7 +358,7 @@ class Trainer:
         with self.ranks.exchanging():
             self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self._parameters(), self.config.optimizer.clip)
+        norm = nn.utils.clip_grad_norm_(self._weights, self.config.optimizer.clip)
         stop = torch.full_like(norm, float(self._stop))
         numbers = self.ranks.sum(torch.stack((loss.detach(), norm, stop)))
         if not self.scaler.is_enabled():
@@ -478,7 +477,8 @@ class Trainer:
         return self.state.elapsed
 
     def _ema_run(self) -> Run:
-        return torch_run(_network(self.ema), self.device)
+        assert isinstance(self.ema.module, AttentionUNet)
+        return torch_run(self.ema.module, self.device)
 
     def _evaluate_ema(self) -> Evaluation:
         d, pairs, failed = self.config.data, self.photos.good_val, self.photos.failed
@@ -619,11 +619,6 @@ class Trainer:
             say(f"left out, because at {size} nothing is left of their pet: {', '.join(tiny)}")
         for warning in doubts:
             say(f"warning: {warning}")
-
-
-def _network(ema: MovingAverage) -> AttentionUNet:
-    assert isinstance(ema.module, AttentionUNet)
-    return ema.module
 
 
 def _no_model(path: Path) -> CheckpointError:

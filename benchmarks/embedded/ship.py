@@ -90,7 +90,7 @@ def trained(runs: Sequence[Path]) -> list[dict[str, Any]]:
     """Each run, from its log, from what its best checkpoint says of it, and from its run.json if it came to its end."""
     found = []
     for run in runs:
-        meta = checkpoints.load(run / "best.safetensors").meta
+        meta = checkpoints.peek(run / "best.safetensors")
         rows = log.read(run / log.LOG)
         ended = json.loads((run / RUN).read_text(encoding="utf-8")) if (run / RUN).exists() else {}
         told = ("config", "teacher", "device", "precision", "versions")

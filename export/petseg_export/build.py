@@ -114,6 +114,7 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
     path = Path(checkpoint_path)
     name, form = registry.format_of(config)
     output = config.output or path.with_suffix(form.suffix)
+    checkpoint.peek(path)  # an exported file is no checkpoint: that says more than that it would be replaced
     _check_places(_places(output, name), path, getattr(config, "onnx", None))
     tell("reading", 0, 0)
     model, loaded = checkpoint.load_model(path)
@@ -121,6 +122,8 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
     with _naming(path):
         spec = dataclasses.replace(given.spec, precision=config.precision) if given else spec_of(loaded, config)
         _check_limits(config, spec)
+        if config.precision == "int8" and not given:
+            _check_judges(config, loaded)
         chosen = parity.choose(config.data, config.split, config.photos, config.seed, loaded)
         photos = parity.read(chosen, spec)
         doubt = parity.doubt(config.data, config.split, loaded) or ""
@@ -206,6 +209,28 @@ def _check_limits(config: ExportConfig, spec: ModelSpec) -> None:
     if config.max_size and (config.max_size[0] < spec.height or config.max_size[1] < spec.width):
         largest = " x ".join(map(str, config.max_size))
         raise UsageError(f"max_size is {largest}, less than the {spec.height} x {spec.width} of the model itself")
+
+
+def _check_judges(config: ExportConfig, loaded: checkpoint.Checkpoint) -> None:
+    """Refuse int8 that too few photos would judge, before the minutes of work.
+
+    Raises:
+        CheckpointError: It does not say which photos that would be.
+        DataError: There are fewer than are asked for.
+    """
+    data, least = _int8_data(config), config.quantize.judges
+    if (found := len(parity.labelled(data, "val", loaded))) < least:
+        raise DataError(
+            f"{data}: int8 is judged on the validation part, which has {found} photos; {least} are needed (a larger "
+            "val_fraction in training, or fewer with --int8-judges)"
+        )
+
+
+def _int8_data(config: ExportConfig) -> Path:
+    """The labelled photos that int8 is calibrated and judged on."""
+    data = config.quantize.data or config.data
+    assert data is not None  # the registry has seen to it
+    return data
 
 
 @contextlib.contextmanager
@@ -312,15 +337,8 @@ class _Job:
         """The graph in int8, calibrated on training photos and judged on validation photos."""
         from petseg_export.quantize import judge_on, quantize
 
-        config = self.config.quantize
-        data = config.data or self.config.data
-        assert data is not None  # the registry has seen to it
+        config, data = self.config.quantize, _int8_data(self.config)
         train, val = (parity.labelled(data, split, self.loaded) for split in ("train", "val"))
-        if len(val) < config.judges:
-            raise DataError(
-                f"{data}: int8 is judged on the validation part, which has {len(val)} photos; {config.judges} "
-                "are needed (a larger val_fraction in training, or fewer with --int8-judges)"
-            )
         calibration = parity.read(parity.sample(train, config.photos, config.seed), spec)
         judges = parity.read(val, spec)
         result = quantize(graph, calibration.images, judge_on(judges), config, self.tell)
@@ -341,12 +359,12 @@ class _Job:
             ModelError: Its receipt does not say it as we write it.
         """
         found = given.receipt.get("quantization")
-        if found is not None and _budget(found) is None:
+        if found is None:
+            return None
+        if _budget(found) is None:
             raise ModelError(
                 f"{given.path}: its receipt is damaged (quantization {str(found)[:40]!r}): export it again"
             )
-        if not isinstance(found, dict):
-            return None
         return {**found, SHARED: self._shared(found.get("judged_on"))}  # this receipt may be of other photos
 
     def _shared(self, judged_on: Any) -> int | None:
@@ -446,7 +464,8 @@ def _given(config: ExportConfig, loaded: checkpoint.Checkpoint) -> Artifact | No
     if given.provenance.get("checkpoint_sha256") != loaded.sha256:
         raise ModelError(f"{config.onnx}: exported from another checkpoint than the one given")
     if given.spec.precision not in (config.precision, form.sources.get(config.precision)):
-        raise UsageError(f"{config.onnx}: it is {given.spec.precision}, not {config.precision} as asked")
+        own = given.spec.precision
+        raise UsageError(f"{config.onnx}: it is {own}, not {config.precision} as asked: ask for --precision {own}")
     standard = type(config)()
     for name in ("name", "height", "width", "dynamic_size", "batch", "certain_share", "notes"):
         asked = getattr(config, name)

@@ -38,7 +38,17 @@ from petseg_export.registry import Watch
 from petseg_runtime.artifact import OUTPUT
 from petseg_runtime.errors import DataError, ModelError, ParityTolerance
 
-__all__ = ["METHODS", "Magnitudes", "Quantized", "calibrate", "int8_weight", "judge_on", "quantize", "with_int8"]
+__all__ = [
+    "METHODS",
+    "Magnitudes",
+    "Quantized",
+    "calibrate",
+    "int8_weight",
+    "judge_on",
+    "layers_of",
+    "quantize",
+    "with_int8",
+]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 I8: TypeAlias = npt.NDArray[np.int8]
@@ -183,7 +193,7 @@ def quantize(
         raise DataError("int8 needs photos to calibrate on, and there are none")
     tell: Watch = watch or (lambda what, done, total: None)
     proto = onnx.load_from_string(graph)
-    layers = frozenset(_layers(proto))
+    layers = frozenset(layers_of(proto))
     magnitudes = calibrate(proto, calibration, tell)
     ranges = {name: {of: METHODS[name](seen) for of, seen in magnitudes.items()} for name in config.methods}
     change = _change_from(graph, calibration)
@@ -202,7 +212,7 @@ def quantize(
     method = _best(verdicts)
     alone = {
         layer: change(with_int8(proto, {layer}, ranges[method]))
-        for layer in _told("sensitivity of the layers", _layers(proto), tell)
+        for layer in _told("sensitivity of the layers", layers_of(proto), tell)
     }
 
     def loss_without(in_float: frozenset[str]) -> float:
@@ -372,7 +382,7 @@ def with_int8(proto: ModelProto, layers: Set[str], ranges: Mapping[str, float]) 
         layers: Those layers.
         ranges: The largest magnitude of each activation; see :func:`calibrate`.
     """
-    chosen = {weight for layer, weight in _layers(proto).items() if layer in layers}
+    chosen = {weight for layer, weight in layers_of(proto).items() if layer in layers}
     convolutions = [conv for conv in _convolutions(proto) if conv.input[1] in chosen]
     rounded = {conv.input[0] for conv in convolutions}
     stored = {tensor.name: tensor for tensor in proto.graph.initializer}
@@ -441,8 +451,8 @@ def _convolutions(proto: ModelProto) -> list[NodeProto]:
     return [node for node in proto.graph.node if node.op_type == "Conv" and node.input[1] in stored]
 
 
-def _layers(proto: ModelProto) -> dict[str, str]:
-    """Name of each layer in the network, and of its weights in the graph.
+def layers_of(proto: ModelProto) -> dict[str, str]:
+    """The layers that int8 may be chosen for: the name of each in the network, and of its weights in the graph.
 
     Raises:
         ModelError: There are none.

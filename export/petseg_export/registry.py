@@ -193,9 +193,8 @@ def _check_applies(config: ExportConfig) -> None:
         raise UsageError(f"settings of int8 (--int8-...) are of an export that makes int8, and {made}")
     if config.split != ExportConfig().split and config.data is None:
         raise UsageError(f"split {config.split} is of labelled photos: give their folder with --data")
-    if not isinstance(config, EngineConfig) or given:
-        return
-    check_limits(config, batch=config.batch, dynamic_size=config.dynamic_size)
+    if isinstance(config, EngineConfig) and not given:
+        check_limits(config, batch=config.batch, dynamic_size=config.dynamic_size)
 
 
 def check_limits(config: EngineConfig, *, batch: int, dynamic_size: bool) -> None:
@@ -212,7 +211,9 @@ def check_limits(config: EngineConfig, *, batch: int, dynamic_size: bool) -> Non
     if batch and config.max_batch != EngineConfig().max_batch:
         raise UsageError(f"max_batch is of a graph that takes any batch, and this one takes {batch}")
     if config.max_size and not dynamic_size:
-        raise UsageError("max_size is of a graph that takes any size: ask for that with --dynamic-size")
+        asked = ": ask for that with --dynamic-size"
+        given = f", as {config.onnx} does not: leave it out, or export that file anew with --dynamic-size"
+        raise UsageError(f"max_size is of a graph that takes any size{given if config.onnx else asked}")
 
 
 def _check_engine(name: str, backend: str, device: str) -> None:

@@ -117,6 +117,16 @@ def test_another_model_is_said(tmp_path: Path) -> None:
     assert done.stderr == "shipped_model: edge, 1 before, edge, 2 now\n"
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_folder_is_not_compared_with_a_record(tmp_path: Path, turned: bool) -> None:
+    (tmp_path / "old").mkdir()
+    for place in ("old/latency.json", "new.json"):
+        (tmp_path / place).write_text(json.dumps({"seconds": [1.0] * 5}))
+    paths = [str(tmp_path / "old"), str(tmp_path / "new.json")]
+    done = CliRunner().invoke(compare.compare, paths[::-1] if turned else paths)
+    assert (done.exit_code, f"{paths[0]} is a folder, {paths[1]} a record" in done.output) == (1, True)
+
+
 def test_what_is_gone_is_told_and_fails(tmp_path: Path) -> None:
     old, new = record(), record()
     del new["rows"][1]

@@ -71,6 +71,12 @@ def test_a_cold_start_tells_times_and_memory(folder: Path) -> None:
     assert found["peak_memory_mb"] >= found["memory_mb"]
 
 
+@pytest.mark.parametrize("form", ["as trained", "BatchNorm folded"])
+def test_the_import_of_torch_is_not_counted_as_opening_a_model(folder: Path, form: str) -> None:
+    found = latency.cold_start(latency.Case(folder=str(folder), engine="PyTorch", stored=form))
+    assert found["memory_mb"] < 150, found  # torch takes more
+
+
 def test_what_does_not_work_says_why_without_folders(folder: Path) -> None:
     why = latency.cold_start(latency.Case(folder=str(folder), engine="onnxruntime", stored="fp8"))["why"]
     assert "fp8.onnx" in why

@@ -35,6 +35,13 @@ def test_what_our_records_are_from_goes_first(tmp_path: Path) -> None:
     ]
 
 
+def test_chosen_ones_are_from_all_over_the_set(tmp_path: Path) -> None:
+    folder = folders(tmp_path, photos.NATIVE) / photos.NATIVE / "images"
+    for number in range(9):
+        (folder / f"cat_{number}.jpg").touch()
+    assert [path.stem for path in photos.chosen(tmp_path, 3)] == ["cat_0", "cat_4", "cat_8"]
+
+
 @pytest.mark.parametrize("ask", [photos.training_set, photos.original_size, photos.of_any_use, photos.test_sets])
 def test_without_photos_the_remedy_is_told(tmp_path: Path, ask: object) -> None:
     assert callable(ask)

@@ -362,6 +362,12 @@ def test_no_file_of_an_export_is_written_over_its_checkpoint(
     assert content(beside.parent) == before
 
 
+def test_of_an_exported_file_it_is_said_that_it_is_no_checkpoint(exported: Any, tmp_path: Path) -> None:
+    path = Path(shutil.copy(exported.file, tmp_path / "mine.onnx"))
+    with pytest.raises(CheckpointError, match=r"mine\.onnx: .*give the \.safetensors file that it was made from"):
+        export(path, OnnxConfig())
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that even root cannot write to")
 def test_a_folder_that_cannot_be_made(checkpoint_file: Path, known_graph: None) -> None:
     with pytest.raises(OutputError, match=r"/proc/petseg/out\.onnx: cannot be written"):

@@ -380,6 +380,6 @@ def test_an_onnx_file_that_is_not_what_is_asked_for_is_wrong_usage_and_one_that_
 ) -> None:
     args = ["export", str(checkpoint), "--format", "openvino", "--onnx"]
     code, message = failed([*args, str(exported_half.file)], capsys)
-    assert (code, "it is fp16, not fp32 as asked" in message) == (2, True)
+    assert (code, "it is fp16, not fp32 as asked: ask for --precision fp16" in message) == (2, True)
     code, message = failed([*args, str(tmp_path / "none.onnx")], capsys)
     assert (code, "none.onnx: no such file" in message) == (4, True)

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -157,13 +158,15 @@ def test_the_loss_in_the_receipt_is_that_of_evaluate(int8: build.Exported, quart
     assert int8.receipt.quantization["iou"]["int8"] == pytest.approx(ious[1], abs=1e-3)
 
 
-def test_too_few_photos_to_judge_on_are_refused_with_the_remedy(
+def test_too_few_photos_to_judge_on_are_refused_with_the_remedy_before_the_work(
     quarter: Path, oxford_root: Path, tmp_path: Path
 ) -> None:
     config = OnnxConfig(output=tmp_path / "x.onnx", precision="int8", data=oxford_root)
+    told: list[str] = []
     with pytest.raises(DataError, match="which has 6 photos; 100 are needed") as caught:
-        export(quarter, config)
+        export(quarter, config, lambda what, done, total: told.append(what))
     assert "--int8-judges" in str(caught.value)
+    assert told == ["reading"]
     assert not list(tmp_path.iterdir())
 
 
@@ -364,8 +367,12 @@ def test_limits_are_checked_before_the_work(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # a machine that has TensorRT and a GPU
     monkeypatch.setattr(host, "nvidia_gpus", lambda: 1)
-    for asked in ({"dynamic_size": True, "max_size": (16, 64)}, {"onnx": exported.file, "max_size": (64, 64)}):
-        with pytest.raises(UsageError, match="max_size is"):
+    for asked, said in (
+        ({"dynamic_size": True, "max_size": (16, 64)}, "less than the"),
+        ({"max_size": (64, 64)}, "ask for that with --dynamic-size"),
+        ({"onnx": exported.file, "max_size": (64, 64)}, f"{exported.file} does not: leave it out"),
+    ):
+        with pytest.raises(UsageError, match=rf"max_size is .*{re.escape(said)}"):
             export(checkpoint_file, TensorRTConfig(output=tmp_path / "x.engine", **asked))
     assert not list(tmp_path.iterdir())
 
@@ -442,9 +449,9 @@ def test_only_an_engine_for_another_gpu_is_left_unrun(
     """With a GPU, what is missing here is an error; that the GPU is none of those it was built for is said."""
     pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install 'petseg[rtx]'")
 
-    def refuse(artifact: Artifact, backend: str, *options: Any, **more: Any) -> Engine:
-        if backend == "onnxruntime":  # which runs the graph that it is made of
-            return load_engine(artifact, backend, *options, **more)
+    def refuse(artifact: Artifact, *rest: Any, **options: Any) -> Engine:
+        if artifact.format == "onnx":  # the graph that the engine is made of
+            return load_engine(artifact, *rest, **options)
         raise error
 
     monkeypatch.setattr(build, "nvidia_gpus", lambda: 1)

@@ -60,19 +60,21 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     }
     meta = {**META, "validation": {"iou": 0.9}, "note": "Kätzchen", "list": [1, None, True]}
     path = tmp_path / "new" / "folder" / "x.safetensors"
-    digest = save_checkpoint(path, tensors, meta)
+    save_checkpoint(path, tensors, meta)
     loaded = load(path)
     assert equal(loaded.tensors, tensors)
     assert loaded.meta == meta
-    assert loaded.sha256 == digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert loaded.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert loaded.model_config == AttentionUNetConfig(width=2)
 
 
 def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
     tensors = network().state_dict()
     turned = dict(reversed(META.items()))
-    first = save_checkpoint(tmp_path / "a.safetensors", tensors, META)
-    assert save_checkpoint(tmp_path / "b.safetensors", tensors, turned) == first
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_checkpoint(first, tensors, META)
+    save_checkpoint(second, tensors, turned)
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_model_comes_back_ready_to_use(good: Path) -> None:

@@ -471,8 +471,8 @@ def test_a_mask_that_is_gone_before_its_orientation_is_asked_for_ends_no_check(
 ) -> None:
     pair, _ = turned_pair(folder_copy, 6, 1, (48, 48))
 
-    def read_and_gone(pair: Pair) -> np.ndarray:
-        trimap = read_trimap(pair)
+    def read_and_gone(pair: Pair, take: Callable[[int], None]) -> np.ndarray:
+        trimap = read_trimap(pair, take)
         pair.mask.unlink()
         return trimap
 
@@ -614,6 +614,18 @@ def test_only_an_empty_mask_leaves_a_data_set_usable(oxford_copy: Path, fault: s
     report = check(find(oxford_copy, Split.TRAINVAL))
     assert len(getattr(report, fault)) == 1
     assert report.usable is (fault == "empty")
+
+
+def test_check_opens_photos_at_the_same_time(oxford_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together, open_photo = threading.Barrier(3), images.open_photo
+
+    def slow(path: Path, **options: Any) -> Any:
+        together.wait(10)  # none is opened before three have begun
+        return open_photo(path, **options)
+
+    monkeypatch.setattr(data_module, "usable_cpus", lambda: 3)
+    monkeypatch.setattr(images, "open_photo", slow)
+    assert check(find(oxford_root, Split.TRAINVAL)).usable
 
 
 def test_check_of_nothing_is_not_usable() -> None:

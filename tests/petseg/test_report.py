@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.published import PUBLISHED
 from petseg import log, report, report_charts, report_page
 from petseg.checkpoint import save_checkpoint
 from petseg.cli import run
@@ -195,11 +194,6 @@ def test_masks_without_a_border_have_one_reading_on_the_page(make: Maker, pairs:
         assert made.html.count('aria-label="Threshold sweep') == charts
         assert ("These masks have no border" in made.page.text) is (rows == 1)
         assert set(made.values["evaluation"]["readings"]) == set(READINGS), "the numbers keep their shape"
-
-
-def test_the_published_figures_are_those_of_the_readmes_tables() -> None:
-    assert PUBLISHED["readings"]["background"] == report.PUBLISHED
-    assert set(report.PUBLISHED) == {"iou", "dice", "accuracy", "precision", "recall"}
 
 
 def test_each_photo_and_the_ends(make: Maker, pairs: list[Pair]) -> None:
