@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -28,6 +29,16 @@ def petseg(*args: object, env: dict[str, str] | None = None) -> subprocess.Compl
     )
     assert "Traceback" not in done.stderr, done.stderr
     return done
+
+
+def shown_on(terminal: int) -> bytes:
+    """All that is written to a terminal until its other end is closed."""
+    seen = b""
+    with contextlib.suppress(OSError):  # what Linux raises at the end
+        while part := os.read(terminal, 65536):
+            seen += part
+    os.close(terminal)
+    return seen
 
 
 def parts(folder: Path) -> list[Path]:

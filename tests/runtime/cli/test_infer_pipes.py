@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from command_line import CHELSEA, files, parts
+from command_line import CHELSEA, files, parts, shown_on
 from petseg.cli import run
 from petseg_runtime.journal import JOURNAL
 
@@ -30,11 +30,7 @@ def on_a_terminal(*command: str) -> str:
     call = [sys.executable, "-m", "petseg.cli", *command]
     running = subprocess.Popen(call, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, close_fds=True)
     os.close(theirs)
-    said = b""
-    with contextlib.suppress(OSError):  # what Linux raises at the end
-        while part := os.read(mine, 65536):
-            said += part
-    os.close(mine)
+    said = shown_on(mine)
     assert running.wait(60) == 0
     return re.sub(r"[\r\n]+", "\n", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode()))
 

@@ -29,6 +29,7 @@ import pytest
 from PIL import Image
 
 from clips import HEIGHT, WIDTH, picture, write_clip
+from command_line import shown_on
 from petseg.cli import run
 from petseg_runtime import images
 from petseg_runtime.cli import infer_video
@@ -455,7 +456,6 @@ def test_a_signal_ends_a_long_file_in_order(
 
 
 def test_a_terminal_that_is_closed_ends_a_long_file_in_order(tmp_path: Path, clips: Path, model: str) -> None:
-    pty = pytest.importorskip("pty")
     mine, theirs = pty.openpty()
     # The terminal becomes the process's own, as that of a login.
     program = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from petseg.cli import main; main()"
@@ -931,10 +931,7 @@ def test_on_a_terminal_there_is_a_bar_with_a_percentage(
         clips / "long.mp4", "--as", "mask", "--output", tmp_path, *options, stderr=theirs, env=environment
     ).process
     os.close(theirs)
-    seen = b""
-    while chunk := read_terminal(terminal):
-        seen += chunk
-    os.close(terminal)
+    seen = shown_on(terminal)
     assert process.wait(timeout=60) == 0
     text = seen.decode(errors="replace")
     assert re.search(r"\d+%", text)
@@ -951,10 +948,7 @@ def test_beside_the_bar_every_event_goes_to_standard_output(
         options = ("--as", "mask", "--output", tmp_path / "out", "--json")
         process = start(clips / "short.mp4", *options, stdout=file, stderr=theirs).process
     os.close(theirs)
-    seen = b""
-    while chunk := read_terminal(terminal):
-        seen += chunk
-    os.close(terminal)
+    seen = shown_on(terminal)
     assert process.wait(timeout=60) == 0
     assert b"short.mp4" in seen
     assert b"{" not in seen
@@ -966,13 +960,6 @@ def test_a_closed_standard_error_is_no_reason_to_stop(tmp_path: Path, clips: Pat
     shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "petseg.cli", *map(str, words)]
     assert subprocess.run(shell, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=100).returncode == 0
     assert tree(tmp_path) == ["short.mp4"]
-
-
-def read_terminal(terminal: int) -> bytes:
-    try:
-        return os.read(terminal, 65536)
-    except OSError:  # the other end is closed
-        return b""
 
 
 # ------------------------------------------------------------------------------------- what does not go together
