@@ -33,5 +33,5 @@ def _modules(package: Path) -> list[str]:
 def _about(path: Path) -> str:
     """Returns the first sentence or paragraph of a module's docstring, in Markdown."""
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    first = re.split(r"\n\n|(?<=\.)\s", docstring, maxsplit=1)[0]
+    first = re.split(r"\n\n|(?<=\.)(?<!et al\.)\s", docstring, maxsplit=1)[0]
     return " ".join(first.replace("``", "`").split()).removesuffix(".").removesuffix(":")
