@@ -40,14 +40,16 @@ def smooth() -> str:
         f"{kinds[name]['times_less_flicker']:.1f} times at {how}" for how, name in COMPRESSED.items()
     )
     largest_loss = max(0.0, *(-kind["iou_points_gained"] for kind in kinds.values()))
-    residue, still = kinds["cut"]["residue"], kinds["all still"]
+    still, residue = kinds["all still"], round(kinds["cut"]["residue"])
+    after_a_cut = (
+        f"differ from the unsmoothed ones by at most {residue} of 255" if residue else "equal the unsmoothed ones"
+    )
     return (
         f"`--smooth {record['recommended']}` reduces flicker in still scenes {still['times_less_flicker']:.1f} times "
         f"overall: {min(easy):.1f} to {max(easy):.1f} times with sensor noise or unsteady light, and on noisy video "
         f"compressed with H.264 {compressed}. The IoU of still scenes changes by {still['iou_points_gained']:+.2f} "
         f"points on average, and no kind of clip, still or moving, loses more than {largest_loss:.2f}. In the first "
-        f"frame after a scene cut, probabilities differ from unsmoothed ones by at most {residue:.0f} of 255 "
-        "(`benchmarks/results/flicker.json`)."
+        f"frame after a scene cut, probabilities {after_a_cut} (`benchmarks/results/flicker.json`)."
     )
 
 
@@ -55,7 +57,7 @@ def training_time() -> str:
     """Returns how long the README's first training example takes on each machine that was measured."""
     others = [folder for folder in records.machines() if (folder / "training.json").exists()]
     lines = [
-        "The first `petseg train` above spends in training steps alone ([records](benchmarks/RESULTS.md#speed)):",
+        "Time that the first `petseg train` above spends in training steps ([records](benchmarks/RESULTS.md#speed)):",
         "",
     ]
     for record in (records.load("training"), *(records.load("training", folder) for folder in others)):

@@ -79,8 +79,8 @@ def in_quality() -> list[str]:
     )
     lines = [
         f"- **Against the published network**, 16 times the size, IoU {published:.4f} on all 3669 test photos (input "
-        f"size not given): {each}. It was trained from scratch; the encoder of petseg's last teacher was pretrained on "
-        "ImageNet.",
+        f"size not given): {each}. The published network was trained from scratch; the encoder of petseg's last "
+        "teacher was pretrained on ImageNet.",
         "- **Against LR-ASPP MobileNetV3**: "
         f"{' and '.join(f'{value:+.1f}' for value in lead.values())} points on the two sets. We trained it from random "
         "weights on the same photos, with an embedded model as its teacher, but for a shorter time "
@@ -240,7 +240,7 @@ def in_a_plain_loop(peers: Sequence[Mapping[str, Any]]) -> str:
     if not of_engines:
         return ""
     each = ", ".join(f"{times:.2f} in {name}" for name, times in of_engines.items())
-    return f" In a plain loop of its own, its speed relative to the fastest of theirs is {each}."
+    return f" In a plain loop, petseg's speed relative to the fastest peer in the same engine is {each}."
 
 
 def faster(row: dict[str, Any], kind: str) -> float:

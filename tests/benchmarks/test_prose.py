@@ -45,8 +45,11 @@ def clip(less: float, gained: float = 0.0, residue: float = 0.0) -> dict[str, fl
     return {"times_less_flicker": less, "iou_points_gained": gained, "residue": residue}
 
 
-@pytest.mark.parametrize("residue", [0.0, 12.0])
-def test_what_smoothing_gains_and_costs(tmp_path: Path, residue: float) -> None:
+@pytest.mark.parametrize(
+    ("residue", "after_a_cut"),
+    [(0.0, "equal the unsmoothed ones"), (12.0, "differ from the unsmoothed ones by at most 12 of 255")],
+)
+def test_what_smoothing_gains_and_costs(tmp_path: Path, residue: float, after_a_cut: str) -> None:
     kinds = {
         "noise 3": clip(7.0),
         "noise 8": clip(5.0),
@@ -64,8 +67,7 @@ def test_what_smoothing_gains_and_costs(tmp_path: Path, residue: float) -> None:
         "`--smooth 0.7` reduces flicker in still scenes 3.4 times overall: 2.7 to 7.9 times with sensor noise"
     )
     assert "with H.264 2.0 times at CRF 28 and 1.0 times at CRF 38. The IoU of still scenes changes by +0.05" in text
-    assert "loses more than 0.31. In the first frame after a scene cut, probabilities differ" in text
-    assert f"from unsmoothed ones by at most {residue:.0f} of 255" in text
+    assert f"loses more than 0.31. In the first frame after a scene cut, probabilities {after_a_cut} (" in text
 
 
 def test_how_long_the_example_trains_on_each_machine(tmp_path: Path) -> None:

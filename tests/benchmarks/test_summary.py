@@ -78,7 +78,7 @@ def test_leads_and_shortfalls_have_their_sign() -> None:
     assert aim.startswith("- **Short of our aim of 0.92** (")
     assert aim.endswith(": `petseg infer` shows 0.9139, the network alone reaches 0.9039.")
     assert "0.90 times as fast as the nearest of 2 plain loops over other networks (quick), and 30 times" in folders
-    assert folders.endswith("relative to the fastest of theirs is 1.04 in onnxruntime.")
+    assert folders.endswith("relative to the fastest peer in the same engine is 1.04 in onnxruntime.")
     assert alone.endswith("0.96 in onnxruntime f32.")
     assert "takes 0.40 s; 1 of the peers' plain loops take less, the quickest 0.30 s" in start
     assert "400 MB installed" in size
