@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any, Final
 
@@ -175,8 +175,8 @@ def fast() -> str:
     lines = [
         f"From photos to masks, whole processes on {record['machine']['cores']} cores of {record['machine']['cpu']}: "
         "medians, with the lowest and highest in brackets. The rate in a folder is measured from the first mask to the "
-        f"last, over {record['photos']} photos ({few(record)}). Peers run in plain loops, with random weights, so only "
-        "their speed is meaningful.",
+        f"last, over {record['photos']} photos ({few(record)}). Peers (other networks and tools) "
+        "run in plain loops, one photo after the other; their weights are random, so only their speed is meaningful.",
         "",
         "| | photos/s in a folder | `petseg infer` is this many times as fast | one photo from a cold start, s "
         "| memory, MB | installed, MB |",
@@ -187,7 +187,9 @@ def fast() -> str:
         f"| {row['startup_seconds']['median']:.2f} | {row['memory_mb']['median']:.0f} | {size_of(row):.0f} |"
         for row in (named[name] for name in SHOWN if name in named)
     ]
-    return "\n".join([*lines, "", large_photos(), "", *by_machine()])
+    return "\n".join(
+        [*lines, "", large_photos(), "", "Every machine that was measured, the one above first:", "", *by_machine()]
+    )
 
 
 def large_photos() -> str:
@@ -204,24 +206,17 @@ def large_photos() -> str:
     )
 
 
-#: Rows of the README's second table, before and after those of the network alone.
-BEFORE: Final[Mapping[str, Callable[[machines.Machine], str]]] = {
-    "photos to masks in a folder, photos/s": machines.folder,
-    "times as fast as the nearest and the farthest peer": machines.over_peers,
-}
-AFTER: Final[Mapping[str, Callable[[machines.Machine], str]]] = {
-    "a video of 1280 × 720 to an overlay, times real time": machines.overlay,
-}
-
-
 def by_machine() -> list[str]:
     """Returns a table with a column for each machine, the one of the first table first."""
     columns = [machine for machine in machines.every() if {"peers", "latency", "video"} <= machine.keys()]
     alone = [machines.alone(column) for column in columns]
     engines = dict.fromkeys(engine for times in alone for engine in times if "PyTorch" not in engine)
-    rows = {what: [of(column) for column in columns] for what, of in BEFORE.items()}
-    rows |= {f"the network alone, ms: {engine}": [ms.get(engine, "") for ms in alone] for engine in engines}
-    rows |= {what: [of(column) for column in columns] for what, of in AFTER.items()}
+    rows: dict[str, Iterable[str]] = {
+        "photos to masks in a folder, photos/s": map(machines.folder, columns),
+        "times as fast as the nearest and the farthest peer": map(machines.over_peers, columns),
+        **{f"the network alone, ms: {engine}": [ms.get(engine, "") for ms in alone] for engine in engines},
+        "a video of 1280 × 720 to an overlay, times real time": map(machines.overlay, columns),
+    }
     return [
         f"| | {' | '.join(map(machines.name_of, columns))} |",
         f"|---|{'---|' * len(columns)}",
