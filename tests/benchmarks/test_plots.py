@@ -1,4 +1,4 @@
-"""Plots are made of the records that are there, the same every time."""
+"""Plots are made from the records that exist; the same records give the same bytes."""
 
 from __future__ import annotations
 

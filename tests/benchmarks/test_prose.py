@@ -1,4 +1,4 @@
-"""Sentences and small tables say what their records say."""
+"""Sentences and small tables match their records."""
 
 from __future__ import annotations
 

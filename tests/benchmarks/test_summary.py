@@ -1,4 +1,4 @@
-"""Who is ahead is told by the records, where petseg is behind, too."""
+"""The README states leads and shortfalls as the records have them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def peer(name: str, *, faster: float, start: float, installed: float) -> dict[st
 
 
 def shown(alone: float, seen: float, **sets: dict[str, Any]) -> dict[str, Any]:
-    """A record of the original-size photos' mean IoU with the border left out, and of other sets."""
+    """A record of the original-size photos' mean IoU with the border ignored, and of other sets."""
     means = {"alone": alone, "shown": seen}
     native = {k: {"ignored_border": {"readings": {"ignored": {"mean_image_iou": v}}}} for k, v in means.items()}
     return {"sets": {TEST_SETS[NATIVE]: native, **{what: {"shown": kinds} for what, kinds in sets.items()}}}

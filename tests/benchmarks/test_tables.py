@@ -1,4 +1,4 @@
-"""The tables of RESULTS.md say what the records say."""
+"""The tables of RESULTS.md match the records."""
 
 from __future__ import annotations
 
