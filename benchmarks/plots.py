@@ -1,7 +1,7 @@
-"""The README's plots, made from the records: IoU against milliseconds, and where the time of a photo or frame goes.
+"""The README's plots, made from the records: IoU against milliseconds, and the time of each step of a photo or frame.
 
-They are files beside the records (SVG). The same records give the same bytes in the same matplotlib; the digest of the
-records is in each, so that `report --check` sees whether it is of the records that are there.
+The plots are SVG files beside the records. With the same matplotlib, the same records give the same bytes. Each plot
+holds the digest of its records, by which ``report --check`` detects a plot that is out of date.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from petseg_runtime.files import replacing
 
 ACCURACY: Final = "accuracy-against-time.svg"
 STAGES: Final = "time-per-stage.svg"
-#: What each plot is made from.
+#: The records that each plot is made from.
 RECORDS: Final = {ACCURACY: ("accuracy", "latency", "peers", "rival"), STAGES: ("throughput", "video")}
-#: Of petseg, of others with weights of their own, of figures that others published; for who cannot tell colours apart,
-#: their markers differ too.
+#: Colours of petseg, of others that we measured, and of published figures. Markers differ as well, for colour-blind
+#: readers.
 OURS, THEIRS, GREY = "#1565c0", "#d84315", "#616161"
-#: Of the steps of a photo's or a frame's road, whatever a record calls them.
+#: Colours of the steps of a photo or frame, by the names that the records use.
 STEPS: Final = {
     "read": "#90a4ae",
     "decode": "#90a4ae",
@@ -42,12 +42,12 @@ STEPS: Final = {
 
 @dataclass(frozen=True)
 class Dot:
-    """A model in an engine: what it costs, and what it reaches.
+    """The time and the IoU of a model in one engine.
 
     Attributes:
-        name: For people.
-        ms: Of the model alone, one photo at a time.
-        iou: The border as background.
+        name: Text of the legend.
+        ms: Milliseconds of the network alone, one photo at a time.
+        iou: IoU with the border as background.
         ours: Whether it is petseg.
     """
 
@@ -58,15 +58,15 @@ class Dot:
 
 
 def write() -> list[Path]:
-    """Every plot whose records are there; which ones."""
+    """Writes every plot whose records exist, and returns their paths."""
     made = []
     accuracy, latency, peers, rival = (loaded(name) for name in RECORDS[ACCURACY])
     if accuracy and latency:
         made.append(save(accuracy_figure(accuracy, latency, peers, rival), ACCURACY))
     throughput, video = (loaded(name) for name in RECORDS[STAGES])
     bars = {
-        "a photo of a folder: CPU ms of each step": photo_bars(throughput),
-        "a frame of a video: ms of each step, median; they run beside each other": frame_bars(video),
+        "a photo of a folder: median CPU ms of each step": photo_bars(throughput),
+        "a frame of a video: median ms of each step (the steps run in parallel)": frame_bars(video),
     }
     if there := {title: rows for title, rows in bars.items() if rows}:
         made.append(save(stage_figure(there), STAGES))
@@ -74,19 +74,19 @@ def write() -> list[Path]:
 
 
 def stale() -> list[str]:
-    """The plots that are not of the records that are there, or are missing."""
+    """Returns the plots that are missing or do not match the current records."""
     paths = {name: records.RESULTS / name for name in RECORDS}
     return [name for name, path in paths.items() if not path.exists() or digest(name) not in path.read_text("utf-8")]
 
 
 def digest(plot: str) -> str:
-    """Of the records that a plot is made from."""
+    """Returns the SHA-256 of the records that a plot is made from."""
     found = [loaded(name) for name in RECORDS[plot]]
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def loaded(name: str) -> dict[str, Any]:
-    """A record; an empty one if there is none."""
+    """Returns a record, or an empty one if it cannot be read."""
     try:
         return records.load(name)
     except (OSError, json.JSONDecodeError):
@@ -99,12 +99,13 @@ def loaded(name: str) -> dict[str, Any]:
 def dots(
     accuracy: Mapping[str, Any], latency: Mapping[str, Any], rival: Mapping[str, Any], photos: str
 ) -> Iterator[Dot]:
-    """Every row of the accuracy record whose time is known, on one set of photos.
+    """Yields every row of the accuracy record whose time is known, on one set of photos.
 
-    An engine that saw some of the photos stands as far below the checkpoint on all of them as it is on these. Rows of
-    petseg have their time in the latency record; those of a remover and the rival are of the accuracy record. The
-    remover saw a few of the photos only, so that petseg's dot on the same few stands beside it. Machines change their
-    speed: the rival's times are brought to the latency record's by petseg's own in the same turns.
+    The checkpoint's IoU is that of all photos. Engines that were measured on some of them are placed below it by what
+    they lose on those. petseg's times are from the latency record, those of ISNet and LR-ASPP from the accuracy record.
+    ISNet was measured on a few of the photos only, so petseg's dot on the same few is added. Machines change their
+    speed between records: LR-ASPP's time is petseg's time in the latency record, multiplied by their ratio when both
+    ran in alternation.
     """
     own: dict[tuple[str, str], float] = {}
     compared = accuracy.get("compared", accuracy)
@@ -112,7 +113,7 @@ def dots(
         ms = time_of(row, latency.get("rows", ()))
         if ms and photos in row["sets"]:
             own[row["engine"], row["precision"]] = ms
-            name = f"{row['engine'].partition(' ')[0]} {row['precision']}"
+            name = f"petseg in {row['engine'].partition(' ')[0]} {row['precision']}"
             first, this = (iou_of(one["rows"][0]["sets"][photos]["own"]) for one in (accuracy, compared))
             yield Dot(name, ms, first - this + iou_of(row["sets"][photos]["own"]), ours=True)
     remover = (accuracy.get("isnet") or {}).get(photos)
@@ -125,7 +126,7 @@ def dots(
             iou_of(theirs["at_best_for_background"]),
             ours=False,
         )
-        name = f"{same['engine'].partition(' ')[0]} {same['precision']}, the same {some}"
+        name = f"petseg in {same['engine'].partition(' ')[0]} {same['precision']}, the same {some}"
         yield Dot(name, 1e3 * same["median"], iou_of(same["own"]), ours=True)
     for time in accuracy.get("rival_times", ()) if rival else ():
         name = f"{rival['name']}, {time['engine'].partition(' ')[0]} {time['precision']}"
@@ -135,7 +136,7 @@ def dots(
 
 
 def time_of(row: Mapping[str, Any], times: Sequence[Mapping[str, Any]]) -> float | None:
-    """The median of the same engine, computing in the same precision on the same kind of file; None: not measured."""
+    """Returns the median of the same engine, precision, device and kind of file, or None if it was not measured."""
     for other in times:
         same = all(other[key] == row[key] for key in ("engine", "precision"))
         same = same and other.get("device", "cpu") == row.get("device", "cpu")
@@ -151,41 +152,43 @@ def iou_of(found: Mapping[str, Any]) -> float:
 def accuracy_figure(
     accuracy: Mapping[str, Any], latency: Mapping[str, Any], peers: Mapping[str, Any], rival: Mapping[str, Any]
 ) -> Figure:
-    """A panel for each set of photos, and one for the peers, whose weights are random: they have a time only."""
+    """Draws a panel for each set of photos, and one with the times of the peers, whose weights are random."""
     sets, others = list(accuracy["photos"]), peers.get("rows", [])
     heights = [3.2] * len(sets) + ([0.8 + 0.2 * len(others)] if others else [])
     figure = Figure(figsize=(14, sum(heights)), layout="constrained")
     panels = figure.subplots(len(heights), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     for axes, photos in zip(panels[: len(sets)], sets, strict=True):
         numbered(axes, sorted(dots(accuracy, latency, rival, photos), key=lambda dot: dot.ms))
-        if photos == sets[0]:  # the published figure is of the whole test split, which the first set is most of
+        if photos == sets[0]:  # the published figure is of the whole test split; the first set is most of it
             published = NETWORK["readings"]["background"]["iou"]
-            label = f"{NETWORK['name']}, at a size not told: {published:.4f}"
+            label = f"{NETWORK['name']}, input size not given: {published:.4f}"
             axes.axhline(published, color=GREY, linestyle="--", linewidth=0.8, label=label)
         some = accuracy.get("compared", accuracy)["photos"][photos]
         less = (
-            f"; engines: PyTorch's, less what they lose on {some} of them" if some < accuracy["photos"][photos] else ""
+            f"; other engines: PyTorch's IoU minus their loss on {some} of these photos"
+            if some < accuracy["photos"][photos]
+            else ""
         )
-        axes.set_title(f"{photos}\nthe model alone, a photo at a time{less}", fontsize=10, loc="left")
+        axes.set_title(f"{photos}\nthe network alone, one photo at a time{less}", fontsize=10, loc="left")
         axes.set_ylabel("IoU, border as background")
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=1)
         axes.margins(y=0.15)
     if others:
-        whole_road(panels[-1], others)
+        whole_processes(panels[-1], others)
     for axes in panels:
         axes.set_xscale("log")
         axes.grid(alpha=0.25)
-    panels[-1].set_xlabel("ms a photo (logarithmic)")
+    panels[-1].set_xlabel("ms per photo (logarithmic scale)")
     return figure
 
 
 def numbered(axes: Axes, found: Sequence[Dot]) -> None:
-    """The dots with numbers, and what each number is in the legend: engines differ little in IoU, and would collide."""
+    """Draws numbered dots and a legend: engines differ so little in IoU that names beside the dots would collide."""
     for number, dot in enumerate(found, start=1):
         colour, marker = (OURS, "o") if dot.ours else (THEIRS, "D")
         label = f"{number}  {dot.name}: {dot.ms:.{1 if dot.ms < 100 else 0}f} ms, {dot.iou:.4f}"
         axes.plot([dot.ms], [dot.iou], marker, color=colour, label=label)
-        above = 7 if number % 2 else -14  # neighbours' numbers would collide, too
+        above = 7 if number % 2 else -14  # so that the numbers of neighbours do not collide
         axes.annotate(
             str(number),
             (dot.ms, dot.iou),
@@ -197,15 +200,15 @@ def numbered(axes: Axes, found: Sequence[Dot]) -> None:
         )
 
 
-def whole_road(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Milliseconds a photo from the file to the mask, once the process is running; the quickest first."""
+def whole_processes(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draws ms per photo from the file to the mask, once the process is running; the fastest first."""
     times = sorted((1e3 / row["photos_per_second_once_running"]["median"], row["name"]) for row in rows)
     for place, (ms, name) in enumerate(times):
         colour, marker = (OURS, "o") if name.startswith("petseg") else (THEIRS, "D")
         axes.plot([ms], [place], marker, color=colour)
     axes.set_yticks(range(len(times)), [name for _, name in times], fontsize=7)
     axes.invert_yaxis()
-    but_one = " but for ISNet's" if any("isnet" in name for _, name in times) else ""
+    but_one = ", except ISNet's" if any("isnet" in name for _, name in times) else ""
     axes.set_title(
         f"from the file to the mask, in a folder; peers' weights are random{but_one}", fontsize=10, loc="left"
     )
@@ -214,12 +217,12 @@ def whole_road(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 # Stages
 
 
-#: For each bar, milliseconds of each step, in their order.
+#: For each bar, the milliseconds of each step, in order.
 Bars: TypeAlias = dict[str, dict[str, float]]
 
 
 def photo_bars(throughput: Mapping[str, Any]) -> Bars:
-    """Each step of a folder by itself, CPU milliseconds a photo; the median of the rounds."""
+    """Returns the CPU milliseconds per photo of each step run alone; the median of the rounds."""
     return {
         f"{row['backend']}, {row['kind']}": {
             name: 1e3 * median(step[name]["cpu_seconds"] for step in row["steps"]) for name in row["steps"][0]
@@ -229,7 +232,7 @@ def photo_bars(throughput: Mapping[str, Any]) -> Bars:
 
 
 def frame_bars(video: Mapping[str, Any]) -> Bars:
-    """The steps of a frame, which run beside each other: wall milliseconds, the median frame."""
+    """Returns the wall milliseconds of each step of a frame, median over frames; the steps run in parallel."""
     return {
         f"{row['backend']}, {row['kind']}": {
             name: 1e3 * found["p50"] for name, found in row["steps"].items() if name in STEPS
@@ -239,7 +242,7 @@ def frame_bars(video: Mapping[str, Any]) -> Bars:
 
 
 def stage_figure(parts: Mapping[str, Bars]) -> Figure:
-    """A panel for each part, by its title; a bar for each engine and kind of output, its steps behind each other."""
+    """Draws a panel for each part, with a stacked bar of steps for each engine and kind of output."""
     figure = Figure(figsize=(9, sum(1.1 + 0.34 * len(bars) for bars in parts.values())), layout="constrained")
     heights = [1 + len(bars) for bars in parts.values()]
     panels = figure.subplots(len(parts), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -260,7 +263,7 @@ def stage_figure(parts: Mapping[str, Bars]) -> Figure:
 
 
 def save(figure: Figure, name: str) -> Path:
-    """An SVG among the records, without a date or names by chance: the same records give the same bytes."""
+    """Writes an SVG beside the records, without a date or random ids: the same records give the same bytes."""
     path = records.RESULTS / name
     with replacing(path) as beside, matplotlib.rc_context({"svg.hashsalt": "petseg"}):
         about = {"Date": None, "Description": f"records sha256 {digest(name)}"}

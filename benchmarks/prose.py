@@ -1,4 +1,4 @@
-"""What pages say in sentences with figures in them, of the same records as the tables."""
+"""Sentences, lists and small tables with measured figures for the pages, made from the same records as the tables."""
 
 from __future__ import annotations
 
@@ -7,77 +7,78 @@ from typing import Any, Final
 
 from benchmarks import records
 
-#: The still clips of the record of flicker: as a sensor gives them, and as an encoder leaves them.
+#: Kinds of still clips in the flicker record: uncompressed, and compressed by H.264.
 UNCOMPRESSED: Final = ("noise 3", "noise 8", "noise 16", "exposure +-4 %")
 COMPRESSED: Final = {"CRF 28": "noise 8, H.264 crf 28", "CRF 38": "noise 8, H.264 crf 38"}
-#: What the first example of training is given: the photos of trainval to train on, and the recipe's epochs.
+#: The README's first training example: photos of trainval that are trained on, and epochs of the recipe.
 EXAMPLE_PHOTOS: Final = 3490
 EXAMPLE_EPOCHS: Final = 30
-#: The row of the record of training that is of that example's network and size.
+#: The row of the training record that has this example's network and size.
 EXAMPLE_ROW: Final = "width 16"
 
 
 def cannot() -> str:
-    """What a newcomer must know before trusting it."""
+    """Returns what users must know about its limits before they trust petseg."""
     wrong = records.load("found")["report"]
     photos, animals = (f"{100 * wrong[kind]['all']['rate']:.0f} %" for kind in ("photos", "animals"))
     return (
-        "**What it cannot do.** It expects one cat or dog that fills much of the photo, and tells neither which of "
-        "them it is nor one pet from the next. It also reports a pet in "
-        f"[{photos} of photos without any animal, and in {animals} of photos of other animals]"
-        "(runtime/README.md#no-pet-here), and where it reports none, its mask need not be empty. It runs on Linux. "
-        "It was made on machines without a GPU: **what is for GPUs, from training to TensorRT, is built and tested "
-        "against stand-ins, and has never been run on one by us.**"
+        "**Limits.** petseg expects one cat or dog that fills much of the photo. It does not tell cats from dogs, and "
+        "it does not separate one pet from another. It also reports a pet in "
+        f"[{photos} of photos without any animal and in {animals} of photos of other animals]"
+        "(runtime/README.md#no-pet-here); where it reports none, the mask need not be empty. It runs on Linux. It was "
+        "developed on machines without a GPU: **everything for GPUs, from training to TensorRT, is built and tested "
+        "against stand-ins, and has never been run on a GPU by us.**"
     )
 
 
 def smooth() -> str:
-    """What ``--smooth`` does to flicker, and to the masks."""
+    """Returns what ``--smooth`` gains in flicker and costs in IoU."""
     record = records.load("flicker")
     kinds: Mapping[str, Mapping[str, Any]] = record["report"][str(record["recommended"])]
     easy = [kinds[name]["times_less_flicker"] for name in UNCOMPRESSED]
-    pressed = " and ".join(
+    compressed = " and ".join(
         f"{kinds[name]['times_less_flicker']:.1f} times at {how}" for how, name in COMPRESSED.items()
     )
-    most = max(0.0, *(-kind["iou_points_gained"] for kind in kinds.values()))
-    residue = kinds["cut"]["residue"]
-    after = (
-        f"probabilities after a scene cut differ by {residue:.0f} of 255 at most from those without the scene before"
+    largest_loss = max(0.0, *(-kind["iou_points_gained"] for kind in kinds.values()))
+    still, residue = kinds["all still"], round(kinds["cut"]["residue"])
+    after_a_cut = (
+        f"differ from the unsmoothed ones by at most {residue} of 255" if residue else "equal the unsmoothed ones"
     )
-    still = kinds["all still"]
     return (
-        f"`--smooth {record['recommended']}` reduces flicker on still scenes {still['times_less_flicker']:.1f} times: "
-        f"{min(easy):.1f} to {max(easy):.1f} times with a sensor's noise or unsteady light, on noisy video compressed "
-        f"by H.264 {pressed}. Still scenes' IoU changes by {still['iou_points_gained']:+.2f} points on average; no "
-        f"kind of clip, still or moving, loses more than {most:.2f}, and {after} (`benchmarks/results/flicker.json`)."
+        f"`--smooth {record['recommended']}` reduces flicker in still scenes {still['times_less_flicker']:.1f} times "
+        f"overall: {min(easy):.1f} to {max(easy):.1f} times with sensor noise or unsteady light, and on noisy video "
+        f"compressed with H.264 {compressed}. The IoU of still scenes changes by {still['iou_points_gained']:+.2f} "
+        f"points on average, and no kind of clip, still or moving, loses more than {largest_loss:.2f}. In the first "
+        f"frame after a scene cut, probabilities {after_a_cut} (`benchmarks/results/flicker.json`)."
     )
 
 
 def training_time() -> str:
-    """How long the README's first example of training takes, on each machine that has been measured."""
+    """Returns how long the README's first training example takes on each machine that was measured."""
     others = [folder for folder in records.machines() if (folder / "training.json").exists()]
-    times = []
+    lines = [
+        "Time that the first `petseg train` above spends in training steps ([records](benchmarks/RESULTS.md#speed)):",
+        "",
+    ]
     for record in (records.load("training"), *(records.load("training", folder) for folder in others)):
         row = next((row for row in record["rows"] if row["name"] == EXAMPLE_ROW), None)
-        if row is None:  # a GPU's record is of other networks
+        if row is None:  # records made on a GPU have other networks
             continue
         minutes = EXAMPLE_PHOTOS * EXAMPLE_EPOCHS / row["images_per_second"] / 60
-        long = f"{minutes / 60:.1f} hours" if minutes > 120 else f"{minutes:.0f} minutes"
-        rate, where = f"{row['images_per_second']:.1f} photos a second", record["machine"]
-        times.append(f"{long} on {where['cores']} cores of {where['cpu']} ({rate})")
-    return (
-        f"The first `petseg train` above takes, in steps alone, {', '.join(times)} "
-        "([the records](benchmarks/RESULTS.md#speed))."
-    )
+        duration = f"{minutes / 60:.1f} hours" if minutes > 120 else f"{minutes:.0f} minutes"
+        where, rate = record["machine"], f"{row['images_per_second']:.1f} photos/s"
+        lines.append(f"- {duration} on {where['cores']} cores of {where['cpu']} ({rate})")
+    return "\n".join(lines)
 
 
 def fast_decode() -> str:
-    """What ``--fast-decode`` gains, and what it costs."""
+    """Returns what ``--fast-decode`` gains in time and costs in mask IoU."""
     record = records.load("reduced-decoding")
     lines = [
-        f"`--fast-decode` on {record['photos']} photos of each size (small ones, enlarged), against whole decoding:",
+        f"`--fast-decode` compared with full decoding, on {record['photos']} photos of each size (enlarged from small "
+        "ones):",
         "",
-        "| photos | decoded at a reduced size | read so many times as fast | mask IoU: mean | lowest |",
+        "| size | photos decoded at a reduced size | times as fast to read | mean mask IoU | lowest mask IoU |",
         "|---|---|---|---|---|",
     ]
     for took in record["milliseconds"]:
@@ -93,15 +94,15 @@ def fast_decode() -> str:
 
 
 def no_pet() -> str:
-    """How often the rule of ``found`` is wrong."""
+    """Returns how often the rule behind ``found`` is wrong."""
     wrong = records.load("found")["report"]
     pets, crops = wrong["pets"], wrong["crops"]["test, 128×128 copies"]
     rows = [
         ("pets, {photos} test photos, 128×128 copies", pets["test, 128×128 copies"], "{rate:.1f} % missed"),
         ("pets, {photos} test photos at their original size", pets["test, original size"], "{rate:.1f} % missed"),
-        ("{photos} strips of test photos, beside their pet", crops, "{rate:.1f} % taken for a pet"),
-        ("{photos} photos of places, things, people", wrong["photos"]["all"], "{rate:.0f} %"),
-        ("{photos} photos of other animals", wrong["animals"]["all"], "{rate:.0f} %"),
+        ("{photos} strips of test photos beside the pet", crops, "{rate:.1f} % reported as a pet"),
+        ("{photos} photos of places, things, people", wrong["photos"]["all"], "{rate:.0f} % reported as a pet"),
+        ("{photos} photos of other animals", wrong["animals"]["all"], "{rate:.0f} % reported as a pet"),
     ]
-    lines = [f"| {what.format(**found)} | {told.format(rate=100 * found['rate'])} |" for what, found, told in rows]
-    return "\n".join(["| | wrong |", "|---|---|", *lines])
+    lines = [f"| {what.format(**found)} | {error.format(rate=100 * found['rate'])} |" for what, found, error in rows]
+    return "\n".join(["| photos | wrong answers |", "|---|---|", *lines])

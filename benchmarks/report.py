@@ -1,4 +1,4 @@
-"""Tables, plots and figures of the pages, from the records, and the map of the modules; ``--check`` tells drift."""
+"""Writes tables, plots and figures of the pages from the records, and the map of modules; ``--check`` finds drift."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from benchmarks import machines, plots, prose, records, rooms, summary, tables
 
 @dataclass(frozen=True)
 class Section:
-    """What stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``.
+    """The text between ``<!-- NAME -->`` and ``<!-- /NAME -->``.
 
     Attributes:
-        make: Its text.
-        of_the_model: The records in it whose figures are those of the embedded model. One that was made with an earlier
-            model is named below the text.
+        make: Returns the text.
+        of_the_model: Its records with figures of the embedded model. Those made with an earlier model are named below
+            the text.
     """
 
     make: Callable[[], str]
@@ -64,10 +64,10 @@ PAGES: Final[Mapping[Path, Mapping[str, Section]]] = {
 
 
 def rendered(text: str, sections: Mapping[str, Section], page: str) -> str:
-    """A page with every section made anew.
+    """Returns a page with every section generated again.
 
     Raises:
-        SystemExit: The page lacks one of them.
+        SystemExit: The page lacks a section.
     """
     for name, section in sections.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -79,21 +79,21 @@ def rendered(text: str, sections: Mapping[str, Section], page: str) -> str:
 
 
 def earlier(names: tuple[str, ...]) -> str:
-    """Says which of the records are of an embedded model before the one that ships now."""
+    """Returns a note on the records that were made with an earlier embedded model, or an empty string."""
     now = records.shipped_model()
     found = [name for name in names if records.load(name).get("shipped_model") != now]
     return f"\n\nMeasured with an earlier embedded model: {', '.join(found)}." if found else ""
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Only say whether pages and plots are what the records say.")
+@click.option("--check", is_flag=True, help="Write nothing; fail if pages or plots do not match the records.")
 def report(check: bool) -> None:
-    """Write the tables and figures of the pages, and the plots, from the records."""
+    """Write the tables and figures of the pages, the plots and the map of modules."""
     old = {page: page.read_text(encoding="utf-8") for page in PAGES}
     new = {page: rendered(old[page], sections, str(page.relative_to(records.ROOT))) for page, sections in PAGES.items()}
     if check:
         drifted = [str(page.relative_to(records.ROOT)) for page in PAGES if old[page] != new[page]] + plots.stale()
-        sys.exit(f"not what the records say: {', '.join(drifted)}; `python -m benchmarks report`" if drifted else 0)
+        sys.exit(f"{', '.join(drifted)}: out of date; run `python -m benchmarks report`" if drifted else 0)
     for page, text in new.items():
         page.write_text(text, encoding="utf-8")
     for path in plots.write():

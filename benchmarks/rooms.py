@@ -1,4 +1,4 @@
-"""The map of the house in CONTRIBUTING.md: every module, with what its docstring says first."""
+"""The map of modules in CONTRIBUTING.md: every module with the first sentence of its docstring."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Final
 
 from benchmarks import records
 
-#: The packages, lowest first: each imports those before it alone.
-HOUSE: Final = ("runtime/petseg_runtime", "petseg", "export/petseg_export", "benchmarks")
+#: The packages, lowest layer first: each imports only those before it.
+PACKAGES: Final = ("runtime/petseg_runtime", "petseg", "export/petseg_export", "benchmarks")
 
 
 def rooms() -> str:
-    """A list for each package."""
-    return "\n\n".join("\n".join(_of(records.ROOT / package)) for package in HOUSE)
+    """Returns a list of modules for each package."""
+    return "\n\n".join("\n".join(_modules(records.ROOT / package)) for package in PACKAGES)
 
 
-def _of(package: Path) -> list[str]:
+def _modules(package: Path) -> list[str]:
     own = package.relative_to(records.ROOT)
     lines = [f"**{own}** {_about(package / '__init__.py')}", ""]
     for path in sorted(package.rglob("*.py"), key=lambda path: (path.parent, path.name != "__init__.py", path.name)):
@@ -31,7 +31,7 @@ def _of(package: Path) -> list[str]:
 
 
 def _about(path: Path) -> str:
-    """The first sentence or paragraph of a module, in Markdown."""
-    said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    first = re.split(r"\n\n|(?<=\.)\s", said, maxsplit=1)[0]
+    """Returns the first sentence or paragraph of a module's docstring, in Markdown."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    first = re.split(r"\n\n|(?<=\.)(?<!et al\.)\s", docstring, maxsplit=1)[0]
     return " ".join(first.replace("``", "`").split()).removesuffix(".").removesuffix(":")

@@ -1,8 +1,8 @@
-"""The README's short tables, and who is ahead of whom: all of it said by the records."""
+"""The README's short tables, and where petseg is ahead of others or behind them, from the records."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any, Final
 
@@ -29,14 +29,14 @@ SHORT: Final = {TEST_SETS[COPIES]: "the 3000 copies of 128×128", TEST_SETS[NATI
 
 
 def quality() -> str:
-    """IoU of the embedded model, the published network and the rival, each reading at the threshold chosen for it."""
+    """Returns the IoU of the embedded model, the published network and LR-ASPP, each reading at its own threshold."""
     record, against, shown = records.load("accuracy"), records.load("rival"), records.load("shown")["sets"]
     published = PUBLISHED["readings"]["background"]
     figures = f"{published['iou']:.4f} | {published['dice']:.4f}"
     at = {border: f"at {record['thresholds'][kind]:.2g}" for border, kind in CHOSEN.items()}
     lines = [
-        f"| model | test photos | border as background, {at['background']}: IoU | Dice "
-        f"| border as pet, {at['pet']}: IoU | border left out, {at['ignored']}: IoU |",
+        f"| model | test photos | IoU, border as background ({at['background']}) | Dice, border as background "
+        f"| IoU, border as pet ({at['pet']}) | IoU, border ignored ({at['ignored']}) |",
         "|---|---|---|---|---|---|",
         f"| published attention U-Net, 29.3 M | 3669, size not given | {figures} | | |",
     ]
@@ -44,25 +44,25 @@ def quality() -> str:
         ours = {border: sets[kind]["readings"][border] for border, kind in CHOSEN.items()}
         seen = {border: shown[what]["shown"][kind]["readings"][border] for border, kind in CHOSEN.items()}
         lines.append(row("**petseg's embedded model, 1.8 M**", what, ours))
-        lines.append(row("**what `petseg infer` shows of it**", what, seen))
+        lines.append(row("**the same, as shown by `petseg infer`**", what, seen))
         lines.append(row("LR-ASPP MobileNetV3, 3.2 M, trained by us", what, against["sets"][what]["readings"]))
     return "\n".join(lines)
 
 
 def row(name: str, photos: str, readings: dict[str, Any]) -> str:
-    """A model on one set of photos."""
+    """Returns the table row of a model on one set of photos."""
     background = readings["background"]
     rest = " | ".join(f"{readings[border]['iou']:.4f}" for border in ("pet", "ignored"))
     return f"| {name} | {photos} | {background['iou']:.4f} | {background['dice']:.4f} | {rest} |"
 
 
 def ahead() -> str:
-    """Where petseg is ahead, where it is behind, and by how much."""
+    """Returns where petseg is ahead of others and where it is behind, and by how much."""
     return "\n".join([*in_quality(), *the_aim(), *in_speed()])
 
 
 def in_quality() -> list[str]:
-    """Against the published network, the rival, the background remover and the pretrained network."""
+    """Compares with the published network, LR-ASPP, ISNet and the network pretrained on ImageNet."""
     record, against = records.load("accuracy"), records.load("rival")
     first = record["rows"][0]["sets"]
     copies = next(iter(first))
@@ -73,16 +73,18 @@ def in_quality() -> list[str]:
     }
     published = PUBLISHED["readings"]["background"]["iou"]
     each = "; ".join(
-        f"{100 * (found['iou'] - published):+.1f} points of IoU on {SHORT.get(what, what)} ({found['iou']:.4f}, 95 %: "
-        f"{found['iou_interval_95'][0]:.3f} to {found['iou_interval_95'][1]:.3f})"
+        f"{100 * (found['iou'] - published):+.1f} points of IoU on {SHORT.get(what, what)} ({found['iou']:.4f}, 95 % "
+        f"interval {found['iou_interval_95'][0]:.3f} to {found['iou_interval_95'][1]:.3f})"
         for what, found in own.items()
     )
     lines = [
-        f"- **Published network, 16 times its size** ({published:.4f} on all 3669, of a size not given; trained from "
-        f"scratch, where petseg's last teacher knew ImageNet): {each}.",
-        "- **LR-ASPP MobileNetV3** trained by us from random weights on the same photos, with an embedded model as its "
-        f"teacher ({against['epochs']} epochs; the embedded model had more, and a better teacher): "
-        f"{' and '.join(f'{value:+.1f}' for value in lead.values())} points on the two sets; see below.",
+        f"- **Against the published network**, 16 times the size, IoU {published:.4f} on all 3669 test photos (input "
+        f"size not given): {each}. The published network was trained from scratch; the encoder of petseg's last "
+        "teacher was pretrained on ImageNet.",
+        "- **Against LR-ASPP MobileNetV3**: "
+        f"{' and '.join(f'{value:+.1f}' for value in lead.values())} points on the two sets. We trained it from random "
+        "weights on the same photos, with an embedded model as its teacher, but for a shorter time "
+        f"({against['epochs']} epochs) and with a weaker teacher than petseg's; see below.",
     ]
     if record["isnet"]:
         lines.append(isnet(record["isnet"]))
@@ -90,50 +92,52 @@ def in_quality() -> list[str]:
     least, best = PRETRAINED["readings"]["pet"]["iou"]
     return [
         *lines,
-        f"- **Behind {PRETRAINED['name']}**: with the border as pet {pet:.4f}; its example shows {least:.4f} to "
+        f"- **Behind {PRETRAINED['name']}**: {pet:.4f} with the border as pet, where its example shows {least:.4f} to "
         f"{best:.4f}.",
     ]
 
 
 def isnet(found: Mapping[str, Any]) -> str:
-    """Against the background remover, which sees few photos: intervals."""
+    """Compares with the background remover: intervals, because it was measured on few photos."""
 
     def lead(beside: Mapping[str, Any], border: str) -> str:
         return " to ".join(f"{100 * value:+.1f}" for value in beside["difference"][border])
 
     each = "; ".join(
-        f"on {len(beside['photos'])} of {SHORT.get(what, what)} {lead(beside, 'background')} points, with the border "
-        f"left out {lead(beside, 'ignored')}"
+        f"on {len(beside['photos'])} of {SHORT.get(what, what)}, {lead(beside, 'background')} points with the border "
+        f"as background and {lead(beside, 'ignored')} with the border ignored"
         for what, beside in found.items()
     )
     longer = [beside["isnet"]["median"] / beside["petseg"]["median"] for beside in found.values()]
     ours = next(iter(found.values()))["petseg"]
     return (
-        f"- **ISNet** (a background remover, at its best threshold), intervals of 95 %: {each}. It takes "
-        f"{min(longer):.0f} times as long (in ONNX Runtime f32, petseg in {ours['engine'].partition(' ')[0]} "
+        f"- **Against ISNet**, a background remover, at its best threshold (95 % intervals): {each}. It takes "
+        f"{min(longer):.0f} times as long (ISNet in ONNX Runtime f32, petseg in {ours['engine'].partition(' ')[0]} "
         f"{ours['precision']})."
     )
 
 
-#: Of the mean IoU of an original-size photo, the border left out.
+#: Our aim for the mean IoU per original-size photo, with the border ignored.
 AIM: Final = 0.92
 
 
 def the_aim() -> list[str]:
-    """Whether :data:`AIM` is reached, by what is shown and by the network alone."""
+    """Reports where :data:`AIM` is missed: by the shown result, or by the network alone; nothing if both reach it."""
     both = records.load("shown")["sets"][TEST_SETS[NATIVE]]
     alone, seen = (both[kind]["ignored_border"]["readings"]["ignored"]["mean_image_iou"] for kind in ("alone", "shown"))
-    what = "the mean IoU of an original-size photo, with the border left out, at the threshold chosen for that"
+    what = (
+        "the mean IoU per photo on the original-size photos, with the border ignored, at the threshold chosen for that"
+    )
+    aim = f"our aim of {AIM}** ({what})"
     if seen < AIM:
-        return [f"- **Short of our aim** of {AIM}, {what}: {seen:.4f} ({alone:.4f} of the network alone)."]
+        return [f"- **Short of {aim}: `petseg infer` shows {seen:.4f}, the network alone reaches {alone:.4f}."]
     if alone < AIM:
-        of_both = f"the network alone has {alone:.4f}, what `petseg infer` shows {seen:.4f}"
-        return [f"- **The network alone is short of our aim** of {AIM}, {what}: {of_both}."]
+        return [f"- **The network alone is short of {aim}: it reaches {alone:.4f}, `petseg infer` shows {seen:.4f}."]
     return []
 
 
 def in_speed() -> list[str]:
-    """Against the peers' whole processes, and the rival's network alone."""
+    """Compares with the peers' whole processes, and with LR-ASPP's network alone."""
     rows = records.load("peers")["rows"]
     peers = [row for row in rows if not row["name"].startswith("petseg")]
     (first, *_), nearest = rows, min(peers, key=lambda row: faster(row, "once_running"))
@@ -144,37 +148,38 @@ def in_speed() -> list[str]:
         for row in records.load("accuracy")["rival_times"]
     ]
     lines = [
-        f"- **Speed, a folder of small photos to masks**: `petseg infer` is {faster(nearest, 'once_running'):.2f} "
-        f"times as fast as the nearest of {len(peers)} plain loops over other networks ({nearest['name']}), "
-        f"{max(faster(row, 'once_running') for row in peers):.0f} times as fast as the slowest: it reads, computes and "
-        f"writes side by side.{plainly(peers)}",
-        f"- **The network alone** against LR-ASPP's, times as fast: {', '.join(each)}.",
+        f"- **Speed in a folder of small photos**: `petseg infer` makes masks {faster(nearest, 'once_running'):.2f} "
+        f"times as fast as the nearest of {len(peers)} plain loops over other networks ({nearest['name']}), and "
+        f"{max(faster(row, 'once_running') for row in peers):.0f} times as fast as the slowest, because it reads, "
+        f"computes and writes in parallel.{in_a_plain_loop(peers)}",
+        f"- **Speed of the network alone**, relative to LR-ASPP's: {', '.join(each)}.",
     ]
     if sooner:
         quickest = min(median(row["startup"]["seconds"]) for row in sooner)
         lines.append(
-            f"- **Behind in starting**: one photo takes {first['startup_seconds']['median']:.2f} s; {len(sooner)} of "
-            f"the peers' plain loops take less, the quickest {quickest:.2f} s."
+            f"- **Behind in starting**: one photo from a cold start takes {first['startup_seconds']['median']:.2f} s; "
+            f"{len(sooner)} of the peers' plain loops take less, the quickest {quickest:.2f} s."
         )
     if smaller:
         lines.append(
-            f"- **Behind in size**: {size_of(first):.0f} MB installed with the engine that is chosen, where plain "
-            f"loops need {min(smaller):.0f} MB or more."
+            f"- **Behind in size**: {size_of(first):.0f} MB installed with the engine that `auto` chooses; plain loops "
+            f"need {min(smaller):.0f} MB or more."
         )
     return lines
 
 
 def fast() -> str:
-    """The embedded model, in whole processes, beside some of its peers."""
+    """Returns the speed of petseg as a whole process, beside some of its peers, and on each machine."""
     record = records.load("peers")
     named = {row["name"]: row for row in record["rows"]}
     lines = [
-        f"Photos to masks, whole processes on {record['machine']['cores']} cores of {record['machine']['cpu']}; "
-        f"medians, lowest and highest; a folder's rate is from the first mask to the last ({record['photos']} photos; "
-        f"{few(record)}); peers are plain loops, and their weights are random, good for speed only:",
+        f"From photos to masks, whole processes on {record['machine']['cores']} cores of {record['machine']['cpu']}: "
+        "medians, with the lowest and highest in brackets. The rate in a folder is measured from the first mask to the "
+        f"last, over {record['photos']} photos ({few(record)}). Peers (other networks and tools) "
+        "run in plain loops, one photo after the other; their weights are random, so only their speed is meaningful.",
         "",
-        "| | photos/s in a folder | `petseg infer` is N times as fast: N | one photo from a cold start, s | memory, MB "
-        "| installed, MB |",
+        "| | photos/s in a folder | `petseg infer` is this many times as fast | one photo from a cold start, s "
+        "| memory, MB | installed, MB |",
         "|---|---|---|---|---|---|",
     ]
     lines += [
@@ -182,47 +187,46 @@ def fast() -> str:
         f"| {row['startup_seconds']['median']:.2f} | {row['memory_mb']['median']:.0f} | {size_of(row):.0f} |"
         for row in (named[name] for name in SHOWN if name in named)
     ]
-    return "\n".join([*lines, "", of_a_camera(), "", *everywhere()])
+    return "\n".join(
+        [*lines, "", large_photos(), "", "Every machine that was measured, the one above first:", "", *by_machine()]
+    )
 
 
-def of_a_camera() -> str:
-    """How many large photos a second, and what their results take."""
+def large_photos() -> str:
+    """Returns how many photos of a camera's size are processed per second, and the size of the results."""
     record = records.load("large")
     each = "; ".join(
-        f"{row['name']}: {row['photos_per_second']:.1f} a second, {row['megabytes']:.2g} MB each"
+        f"{row['name']}: {row['photos_per_second']:.1f} photos/s ({row['megabytes']:.2g} MB each)"
         for row in record["rows"]
     )
     return (
-        f"Those photos are small. Of {record['megapixels']:.0f} megapixels, as telephones make them, on "
-        f"{record['machine']['cores']} cores of {record['machine']['cpu']}: {each}."
+        f"Those photos are small. On photos of {record['megapixels']:.0f} megapixels, as phones take them, "
+        f"`petseg infer` reaches these rates on {record['machine']['cores']} cores of {record['machine']['cpu']}: "
+        f"{each}."
     )
 
 
-#: The figures of each machine: rows of the README's second table.
-OF_MACHINES: Final[Mapping[str, Callable[[machines.Machine], str]]] = {
-    "photos to masks in a folder, a second": machines.folder,
-    "times as fast as the nearest and the farthest peer": machines.over_peers,
-    "the network alone, ms": lambda machine: "; ".join(
-        f"{ms} ({engine})" for engine, ms in machines.alone(machine).items() if "PyTorch" not in engine
-    ),
-    "a video of 1280 × 720 to an overlay, times real time": machines.overlay,
-}
-
-
-def everywhere() -> list[str]:
-    """A column for each machine, that of the table above first."""
+def by_machine() -> list[str]:
+    """Returns a table with a column for each machine, the one of the first table first."""
     columns = [machine for machine in machines.every() if {"peers", "latency", "video"} <= machine.keys()]
-    names = [machines.name_of(column) for column in columns]
+    alone = [machines.alone(column) for column in columns]
+    engines = dict.fromkeys(engine for times in alone for engine in times if "PyTorch" not in engine)
+    rows: dict[str, Iterable[str]] = {
+        "photos to masks in a folder, photos/s": map(machines.folder, columns),
+        "times as fast as the nearest and the farthest peer": map(machines.over_peers, columns),
+        **{f"the network alone, ms: {engine}": [ms.get(engine, "") for ms in alone] for engine in engines},
+        "a video of 1280 × 720 to an overlay, times real time": map(machines.overlay, columns),
+    }
     return [
-        f"| | {' | '.join(names)} |",
+        f"| | {' | '.join(map(machines.name_of, columns))} |",
         f"|---|{'---|' * len(columns)}",
-        *(f"| {what} | {' | '.join(map(tell, columns))} |" for what, tell in OF_MACHINES.items()),
+        *(f"| {what} | {' | '.join(cells)} |" for what, cells in rows.items()),
         *machines.earlier(columns),
     ]
 
 
-def plainly(peers: Sequence[Mapping[str, Any]]) -> str:
-    """How a plain loop of petseg's compares with the nearest peer of each engine: neither threads nor files count."""
+def in_a_plain_loop(peers: Sequence[Mapping[str, Any]]) -> str:
+    """Compares a plain loop over petseg with the nearest peer in each engine, so that pipelining does not count."""
     of_engines: dict[str, float] = {}
     for row in peers:
         if alike := row["petseg_times_as_fast"].get("loop_once_running"):
@@ -230,20 +234,20 @@ def plainly(peers: Sequence[Mapping[str, Any]]) -> str:
             of_engines[name] = min(of_engines.get(name, alike["median"]), alike["median"])
     if not of_engines:
         return ""
-    told = ", ".join(f"{times:.2f} in {name}" for name, times in of_engines.items())
-    return f" Without that, in a plain loop of its own, it is this many times as fast as the fastest of theirs: {told}."
+    each = ", ".join(f"{times:.2f} in {name}" for name, times in of_engines.items())
+    return f" In a plain loop, petseg's speed relative to the fastest peer in the same engine is {each}."
 
 
 def faster(row: dict[str, Any], kind: str) -> float:
-    """How many times as fast `petseg infer` is."""
+    """Returns how many times as fast as this row `petseg infer` is."""
     return float(row["petseg_times_as_fast"][kind]["median"])
 
 
 def size_of(row: dict[str, Any]) -> float:
-    """Megabytes of the packages that a way needs, CUDA's libraries apart."""
+    """Returns the size in MB of the packages that a row needs, without CUDA's libraries."""
     return float(row["installed"]["megabytes"] - row["installed"]["of_these_cuda"])
 
 
 def iou_of(found: dict[str, Any]) -> float:
-    """With the border as background."""
+    """Returns the IoU with the border as background."""
     return float(found["readings"]["background"]["iou"])

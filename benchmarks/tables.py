@@ -1,4 +1,4 @@
-"""The tables of ``benchmarks/RESULTS.md``: everything that was measured, a function for each section."""
+"""The tables of ``benchmarks/RESULTS.md``: all measurements, one function for each section."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ from typing import Any, Final
 from benchmarks import records
 from benchmarks.published import CHOSEN, ELSEWHERE, PUBLISHED
 
+#: How the tables name each reading of the border.
+BORDER: Final = {"background": "as background", "pet": "as pet", "ignored": "ignored"}
+#: Columns of IoU, one for each reading.
+IOU_BY_BORDER: Final = " | ".join(f"IoU, border {how}" for how in BORDER.values())
+#: The two ways to look at a network's output.
+ALONE, SHOWN = "all of the network's output", "without low-confidence regions"
+
 
 def accuracy() -> str:
-    """The embedded model in the three readings of the border, beside the published network."""
+    """Returns the accuracy of the embedded model in the three readings of the border, beside the published network."""
     published = PUBLISHED["readings"]["background"]
     figures = " | ".join(f"{published[metric]:.4f}" for metric in ("iou", "dice", "accuracy", "precision", "recall"))
     lines = [
-        "| | border counts as | IoU | Dice | pixel accuracy | precision | recall | mean IoU per photo |",
+        "| model and test photos | border | IoU | Dice | pixel accuracy | precision | recall | mean IoU per photo |",
         "|---|---|---|---|---|---|---|---|",
-        f"| {PUBLISHED['name']}; {PUBLISHED['data']} | background | {figures} | |",
+        f"| {PUBLISHED['name']}; {PUBLISHED['data']} | as background | {figures} | |",
     ]
     for name in ("embedded-test-128", "embedded-test-native"):
         record = records.load(name)
@@ -31,57 +38,57 @@ def accuracy() -> str:
                 for metric in ("iou", "dice", "accuracy", "precision", "recall", "mean_image_iou")
             )
             what = f"embedded model, 1.8 M, threshold {metrics['threshold']:.2f}; {record['data']}"
-            lines.append(f"| {what} | {border} | {cells} |")
+            lines.append(f"| {what} | {BORDER[border]} | {cells} |")
     engine = record["model"]["engine"]
     return "\n".join([*lines, "", f"Computed by {engine}. {draws(records.load('accuracy'))}"])
 
 
 def shown() -> str:
-    """What leaving doubtful regions out gains, and the numbers of its rule beside others."""
+    """Returns what removing low-confidence regions gains, and the constants of its rule beside alternatives."""
     record = records.load("shown")
-    heads = " | ".join(f"{said}: IoU, mean of photos" for said in ("as background", "as pet", "left out"))
-    lines = [f"| photos | | {heads} | photos better and worse by a point |", "|---|---|---|---|---|---|"]
+    heads = " | ".join(f"border {how}: IoU, mean IoU per photo" for how in BORDER.values())
+    lines = [f"| photos | | {heads} | photos better, worse by a point |", "|---|---|---|---|---|---|"]
     for what, found in record["sets"].items():
         changed = f"{found['better']}, {found['worse']}"
-        lines.append(f"| {what} | all that the network says | {_pairs(found['alone'])} | |")
-        lines.append(f"| | without what is doubtful | {_pairs(found['shown'])} | {changed} |")
-    of_choice = record["validation"]
-    about = f"{of_choice['photos']} validation photos"
-    for name, found in of_choice.items():
+        lines.append(f"| {what} | {ALONE} | {_pairs(found['alone'])} | |")
+        lines.append(f"| | {SHOWN} | {_pairs(found['shown'])} | {changed} |")
+    validation = record["validation"]
+    about = f"{validation['photos']} validation photos"
+    for name, found in validation.items():
         if name != "photos":
-            said = {"alone": "all that the network says", "shown": "**without what is doubtful**"}.get(name, name)
-            lines.append(f"| {about} | {said} | {_pairs(found)} | |")
+            what = {"alone": ALONE, "shown": f"**{SHOWN}**"}.get(name, name)
+            lines.append(f"| {about} | {what} | {_pairs(found)} | |")
             about = ""
     return "\n".join(lines)
 
 
 def _pairs(found: dict[str, Any]) -> str:
-    """Of each reading, at the threshold that was chosen for it, the IoU and the mean of the photos' own."""
+    """Returns the IoU and the mean IoU per photo in each reading, at the threshold chosen for it."""
     readings = [found[kind]["readings"][border] for border, kind in CHOSEN.items()]
     return " | ".join(f"{values['iou']:.4f}, {values['mean_image_iou']:.4f}" for values in readings)
 
 
 def draws(record: dict[str, Any]) -> str:
-    """How far the first row of each set is from certain."""
+    """Returns the 95 % intervals of the first row, for each set of photos."""
     row = record["rows"][0]
-    told = [f"{within(found['own']['readings']['background'])} on the {what}" for what, found in row["sets"].items()]
-    return f"What other draws of photos would give, 95 %, border as background, {row['name']}: {'; '.join(told)}."
+    each = [f"{within(found['own']['readings']['background'])} on the {what}" for what, found in row["sets"].items()]
+    return f"IoU with 95 % intervals over draws of photos, border as background, {row['name']}: {'; '.join(each)}."
 
 
 def engines() -> str:
-    """What each engine and precision really costs: IoU, and how many points that is from the checkpoint's."""
+    """Returns the IoU of each engine and precision, and its difference from the checkpoint's in points."""
     record = records.load("accuracy")
-    compared = record.get("compared", record)  # older records have every engine on all photos
-    heads = [f"set {number}: {border}" for number, _ in enumerate(compared["photos"], 1) for border in CHOSEN]
+    compared = record.get("compared", record)  # in older records every engine saw all photos
+    heads = [f"set {number}: {border}" for number, _ in enumerate(compared["photos"], 1) for border in BORDER.values()]
     sets = ". ".join(
         f"Set {number}: {f'{photos} of the ' if photos < record['photos'][what] else ''}{what}"
         for number, (what, photos) in enumerate(compared["photos"].items(), 1)
     )
-    thresholds = ", ".join(f"{border}: {record['thresholds'][CHOSEN[border]]:.2g}" for border in CHOSEN)
+    thresholds = ", ".join(f"{how}: {record['thresholds'][CHOSEN[border]]:.2g}" for border, how in BORDER.items())
     lines = [
-        "The same file, and its int8 export, in each CPU engine: IoU, and in points how far that is from the "
-        f"checkpoint in PyTorch; each reading of the border at the threshold that was chosen for it ({thresholds}; "
-        f"`python -m benchmarks accuracy`). {sets}.",
+        "The embedded file and its int8 export in each CPU engine (`python -m benchmarks accuracy`): IoU, and in "
+        "brackets its difference from the checkpoint in PyTorch, in points. Each reading of the border is at the "
+        f"threshold chosen for it ({thresholds}). {sets}.",
         "",
         f"| computed by | {' | '.join(heads)} |",
         f"|---|{'---|' * len(heads)}",
@@ -98,7 +105,7 @@ def engines() -> str:
 
 
 def others() -> str:
-    """Others, measured by us on photos that petseg is measured on, too; and figures that others published."""
+    """Returns other models: those that we measured on the photos petseg is measured on, and published figures."""
     record, against = records.load("accuracy"), records.load("rival")
     parts = [
         rival(record, against),
@@ -110,13 +117,14 @@ def others() -> str:
 
 
 def rival(record: dict[str, Any], against: dict[str, Any]) -> str:
-    """LR-ASPP from scratch by the same trainer, beside the embedded model: all photos of each set."""
+    """Returns LR-ASPP, trained from scratch by the same trainer, beside the embedded model."""
     lines = [
-        f"{against['name']}, {against['parameters'] / 1e6:.1f} M parameters, from scratch by petseg's trainer, "
-        f"{against['epochs']} epochs ({against['hours']:.1f} h of steps), teacher: {against['teacher'] or 'none'}; all "
-        "photos of each set, thresholds chosen on the same validation photos:",
+        f"{against['name']}, {against['parameters'] / 1e6:.1f} M parameters, trained from scratch by petseg's "
+        f"trainer, {against['epochs']} epochs ({against['hours']:.1f} h of steps), teacher: "
+        f"{against['teacher'] or 'none'}. All photos of each set, with 95 % intervals in brackets; thresholds were "
+        "chosen on the same validation photos:",
         "",
-        "| model | photos | border background | pet | ignored |",
+        f"| model | photos | {IOU_BY_BORDER} |",
         "|---|---|---|---|---|",
     ]
     for what in record["photos"]:
@@ -129,18 +137,17 @@ def rival(record: dict[str, Any], against: dict[str, Any]) -> str:
         f"{row['median']:.2f} ms, {row['petseg_times_as_fast']:.2f} times as fast"
         for row in record["rival_times"]
     ]
-    return "\n".join([*lines, "", f"The networks alone, in turns, petseg against LR-ASPP: {'; '.join(each)}."])
+    return "\n".join([*lines, "", f"The networks alone, in alternation, petseg against LR-ASPP: {'; '.join(each)}."])
 
 
 def alike(record: dict[str, Any]) -> str:
-    """The two networks after the same short training."""
+    """Returns the two networks after the same short training."""
     side, what = f"{record['size'][0]} × {record['size'][1]}", list(record["networks"][0]["sets"])
     lines = [
-        f"The two networks trained alike from random weights, {record['epochs']} epochs at {side}, no teacher, one "
-        "seed, with the settings of the edge network's recipe (`python -m benchmarks budget`): IoU, border as "
-        "background:",
+        f"Both networks trained alike from random weights, {record['epochs']} epochs at {side}, no teacher, one seed, "
+        "with the settings of the recipe `edge` (`python -m benchmarks budget`). IoU, border as background:",
         "",
-        f"| network | M parameters | an epoch's steps, s | validation photos | {' | '.join(what)} |",
+        f"| network | M parameters | steps of an epoch, s | validation photos | {' | '.join(what)} |",
         f"|---|---|---|---|{'---|' * len(what)}",
     ]
     for network in record["networks"]:
@@ -153,13 +160,14 @@ def alike(record: dict[str, Any]) -> str:
 
 
 def isnet(found: dict[str, Any]) -> str:
-    """A background remover beside the embedded model, on the same few photos."""
+    """Returns ISNet, a background remover, beside the embedded model, on the same few photos."""
     lines = [
-        "ISNet, with its own weights, is a background remover, not trained on these labels: its threshold is 0.5, or "
-        "the best on these very photos. A few photos of each set, the same for both. In brackets what 95 % of other "
-        "draws of photos would give. Times are of the network alone, one photo at a time, on the CPU:",
+        "ISNet is a background remover, used with the weights of its authors, which were not trained on these labels. "
+        "Its threshold is 0.5, or the one that is best on these very photos. Both models saw the same few photos of "
+        "each set. 95 % intervals over draws of photos are in brackets. Times are of the network alone, one photo at a "
+        "time, on the CPU:",
         "",
-        "| model | photos | ms a photo | border background | pet | ignored |",
+        f"| model | photos | ms/photo | {IOU_BY_BORDER} |",
         "|---|---|---|---|---|---|",
     ]
     best = {border: f"at_best_for_{border}" for border in CHOSEN}
@@ -174,16 +182,16 @@ def isnet(found: dict[str, Any]) -> str:
             ious = [within(model[kind]["readings"][border]) for border, kind in kinds.items()]
             lines.append(other(name, f"{photos} | {1e3 * model['median']:.{0 if model is theirs else 1}f}", ious))
         points = [f"{100 * low:+.1f} to {100 * high:+.1f} points" for low, high in beside["difference"].values()]
-        lines.append(other("petseg less ISNet at its best threshold, 95 %", f"{photos} |", points))
+        lines.append(other("petseg minus ISNet at its best threshold, 95 % interval", f"{photos} |", points))
     return "\n".join(lines)
 
 
 def published(elsewhere: Sequence[dict[str, Any]]) -> str:
-    """Figures that we have not measured with this program."""
+    """Returns figures that were not measured with this program."""
     lines = [
-        "Figures of others, as they give them:",
+        "Figures of others, as published by them, and one of ours from before this program:",
         "",
-        "| model | photos | border background | pet | ignored |",
+        f"| model | photos | {IOU_BY_BORDER} |",
         "|---|---|---|---|---|",
     ]
     for found in elsewhere:
@@ -193,42 +201,43 @@ def published(elsewhere: Sequence[dict[str, Any]]) -> str:
 
 
 def other(name: str, photos: str, ious: Sequence[Any]) -> str:
-    """A row; an IoU may be missing, a list of the least and the best, or a text."""
+    """Returns a row; an IoU may be None, a list of the lowest and highest, or text."""
     cells = [iou if isinstance(iou, str) else " to ".join(f"{value:.4f}" for value in numbers(iou)) for iou in ious]
     return f"| {name} | {photos} | {' | '.join(cells)} |"
 
 
 def numbers(iou: Any) -> list[float]:
-    """None, a number or a list of them as a list."""
+    """Returns None, a number or a list of numbers as a list."""
     return [] if iou is None else iou if isinstance(iou, list) else [iou]
 
 
 def within(values: dict[str, Any]) -> str:
-    """An IoU with its interval."""
+    """Returns an IoU with its 95 % interval."""
     low, high = values["iou_interval_95"]
     return f"{values['iou']:.4f} ({low:.3f} to {high:.3f})"
 
 
-#: The formats, as people write them.
+#: Display names of the export formats.
 FORMATS: Final = {"Onnx": "ONNX", "OpenVINO": "OpenVINO", "TensorRTRTX": "TensorRT for RTX"}
 
 
 def receipts() -> str:
-    """Every export of the embedded model, in every engine that ran it."""
+    """Returns the receipts of the embedded model's exports, one row for each engine that ran the file."""
     return receipts_of(records.load("receipts-edge"))
 
 
 def receipts_wide() -> str:
-    """Likewise of a network of the published shape."""
+    """Returns the same for a network of the published shape."""
     return receipts_of(records.load("receipts-width64"))
 
 
 def receipts_of(record: dict[str, Any]) -> str:
-    """A table for one checkpoint."""
+    """Returns the table of one checkpoint."""
     lines = [
         f"**{record['about'] or record['shipped_model']}**, {record['photos']} original-size test photos:",
         "",
-        "| file | MB | engine, computed in | difference max, mean, p99 (of 255) | mask IoU min, mean | task IoU |",
+        "| file | MB | engine, computes in | difference: max, mean, p99 (of 255) | mask IoU: min, mean "
+        "| IoU with the labels |",
         "|---|---|---|---|---|---|",
     ]
     for export in record["exports"]:
@@ -240,7 +249,7 @@ def receipts_of(record: dict[str, Any]) -> str:
 
 
 def receipt_row(row: dict[str, Any]) -> str:
-    """The columns of one engine."""
+    """Returns the columns of one engine."""
     engine, version = row["engine"].split()[:2]
     between = re.search(r", (\w+) between the int8 layers", row["engine"])
     computed = row["precision"] + (f" and {between[1]}" if between else "")
@@ -252,15 +261,15 @@ def receipt_row(row: dict[str, Any]) -> str:
 
 
 def latency() -> str:
-    """One photo at a time in every engine; other sizes and batches."""
+    """Returns the latency of one photo in every engine, and of other sizes and batches."""
     record = records.load("latency")
     height, width = record["size"]
     lines = [
         f"{record['model']}, one photo of {height} × {width} at a time, {record['threads']} threads of "
         f"{record['machine']['cpu']}; medians of rounds in alternation (`python -m benchmarks latency`):",
         "",
-        "| engine | file | computes in | ms | times as fast as PyTorch | p95, p99 ms (runs) | of a matmul's speed "
-        "| from file to first answer, ms | memory, MB |",
+        "| engine | file | computes in | ms | times as fast as PyTorch | p95, p99 ms (runs) | share of matmul speed "
+        "| from file to first result, ms | memory, MB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
@@ -273,15 +282,15 @@ def latency() -> str:
 
 
 def folders() -> str:
-    """`petseg infer FOLDER` against its own steps and a plain loop."""
+    """Returns `petseg infer FOLDER` beside what its steps allow and beside a plain loop."""
     record = records.load("throughput")
     lines = [
-        f"`petseg infer FOLDER` on {record['photos']} photos, from the first result on the disk to the last. Allowed: "
-        "what the slowest step alone reaches, or the cores over the CPU time of all steps, whichever is less "
-        "(`python -m benchmarks throughput`):",
+        f"`petseg infer FOLDER` on {record['photos']} photos, measured from the first result on the disk to the "
+        "last (`python -m benchmarks throughput`). The attainable rate is the lower of two: that of the slowest step "
+        "alone, and the number of cores divided by the CPU time of all steps:",
         "",
-        "| engine | writes | photos/s | of what is allowed | a plain loop in the same engine | times as fast "
-        "| with the start: photos/s |",
+        "| engine | writes | photos/s | share of the attainable rate | plain loop in the same engine, photos/s "
+        "| times as fast as the loop | photos/s including the start |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
@@ -294,33 +303,33 @@ def folders() -> str:
 
 
 def large() -> str:
-    """`petseg infer FOLDER` on photos of a camera's size."""
+    """Returns `petseg infer FOLDER` on photos of a camera's size."""
     record = records.load("large")
     lines = [
-        f"`petseg infer FOLDER` on {record['photos']} photos of {record['megapixels']:.0f} megapixels (small ones, "
-        f"enlarged), from the first result to the last, {record['machine']['cores']} cores of "
+        f"`petseg infer FOLDER` on {record['photos']} photos of {record['megapixels']:.0f} megapixels (enlarged "
+        f"from small ones), from the first result to the last, on {record['machine']['cores']} cores of "
         f"{record['machine']['cpu']} (`python -m benchmarks large`):",
         "",
-        "| writes | photos/s | MB a photo |",
+        "| writes | photos/s | MB per photo |",
         "|---|---|---|",
     ]
     lines += [f"| {row['name']} | {row['photos_per_second']:.1f} | {row['megabytes']:.2f} |" for row in record["rows"]]
     return "\n".join(lines)
 
 
-#: What the columns of the first table mean.
+#: Explains the columns of the first latency table.
 BESIDE_THE_TIME: Final = (
-    "Of a matmul's speed: the network's multiplications at the rate of the machine's fastest 1024 × 1024 matmul "
-    "(8192 × 8192 on a GPU) in the same precision and the same minutes, over its time; that is a yardstick, which a "
-    "wide convolution can pass. Percentiles are {percentiles}. First answer and memory are those of a process that has "
-    "imported the library."
+    "Share of matmul speed: the time that the network's multiplications would take at the rate of the machine's "
+    "fastest 1024 × 1024 matmul (8192 × 8192 on a GPU), in the same precision and the same minutes, divided by the "
+    "network's time. It is a yardstick and no upper bound: a wide convolution can exceed it. Percentiles are "
+    "{percentiles}. First result and memory are those of a process that has already imported the library."
 )
 
 
 def scaling() -> str:
-    """Where the curves of cost bend."""
+    """Returns how cost scales with pixels, batch and threads, and how memory scales with the length of a video."""
     record = records.load("scaling")
-    lines = ["More pixels, photos and minutes (`python -m benchmarks scaling`), cost by size and by batch:", ""]
+    lines = ["Cost by input size, batch and length of a video (`python -m benchmarks scaling`):", ""]
     lines += [f"- {curve['name']}: {curve['bend']['statement']}." for curve in record["curves"]]
     for gain in record["threads"]:
         ratios = gain["times_as_fast_as_one_thread"]
@@ -330,11 +339,11 @@ def scaling() -> str:
 
 
 def training() -> str:
-    """How fast `petseg train` is."""
+    """Returns the speed of `petseg train`."""
     lines = [
         "`petseg train` (`python -m benchmarks training`):",
         "",
-        "| network | size | batch | on | in | photos/s (lowest, highest) | waiting for data |",
+        "| network | size | batch | device | precision | photos/s (lowest, highest) | time waiting for data |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in records.load("training")["rows"]:
@@ -348,13 +357,13 @@ def training() -> str:
 
 
 def engine_of(row: dict[str, Any]) -> str:
-    """The engine, and what it computes on where that is no CPU; older records know nothing else."""
+    """Returns the engine, and its device if that is not the CPU; older records are of the CPU only."""
     device = row.get("device", "cpu")
     return str(row["engine"]) + (f" on {device}" if device != "cpu" else "")
 
 
 def engine_alone(row: dict[str, Any]) -> str:
-    """The other columns of an engine: how its times spread, its share of the peak, its start, its memory."""
+    """Returns the other columns of an engine: percentiles, share of matmul speed, start and memory."""
     share, start = row["share_of_matmul_peak"], row["load_ms"] + row["first_run_ms"]
     of_peak = f"{100 * share:.0f} %" if share else ""
     spread = ", ".join(f"{row[name]:.2f}" for name in ("p95", "p99") if row[name] is not None)
@@ -363,7 +372,7 @@ def engine_alone(row: dict[str, Any]) -> str:
 
 
 def relatives(latency: dict[str, Any]) -> list[str]:
-    """The other networks and batches: milliseconds a run, and the share of the matmul peak."""
+    """Returns the table of other networks and batches: ms per run, and share of matmul speed."""
     groups = [latency, *latency["networks"]]
     found = [{(engine_of(r), r["stored"], r["precision"]): r for r in group["rows"]} for group in groups]
     heads = []
@@ -372,8 +381,8 @@ def relatives(latency: dict[str, Any]) -> list[str]:
         work = group["operations"] / 1e9
         heads.append(f"{name}, {height} × {width}, batch {group['batch']} ({work:.1f} GFLOP)")
     lines = [
-        "Other sizes of the family, and several photos at a time: ms a run, and the share of a matmul's speed; weights "
-        "of networks that do not ship are random.",
+        "Other networks of the family, and several photos at a time: ms per run, and share of matmul speed. Networks "
+        "that do not ship have random weights.",
         "",
         f"| engine | file | computes in | {' | '.join(heads)} |",
         f"|---|---|---|{'---|' * len(heads)}",
@@ -385,29 +394,31 @@ def relatives(latency: dict[str, Any]) -> list[str]:
 
 
 def milliseconds(row: dict[str, Any]) -> str:
-    """A median, and its share of the peak where there is one."""
+    """Returns a median, with its share of matmul speed where that is known."""
     share = row["share_of_matmul_peak"]
     return f"{row['median']:.1f}" + (f" ({100 * share:.0f} %)" if share else "")
 
 
 def peers() -> str:
-    """Whole processes of petseg and of its peers, on the same photos, in turns."""
+    """Returns whole processes of petseg and of its peers, run in alternation on the same photos."""
     record = records.load("peers")
     but_one = ", but for ISNet's" if any("isnet" in row["name"] for row in record["rows"]) else ""
     others = "every other one" if record.get("between", 1) == 1 else f"every {record['between']} others"
     lines = [
-        f"A folder of {record['photos']} photos to masks ({few(record)}), and one photo from a start "
-        "with files in the disk's cache, and OpenVINO's compiled model in petseg's: whole processes in turns, "
-        f"`petseg infer` before and after {others}, on "
-        f"{record['machine']['cores']} cores of {record['machine']['cpu']} (`python -m benchmarks peers`). Peers are "
-        "called in a plain loop, one photo after the other, as their pages show it; `petseg infer` reads, computes and "
-        "writes beside each other, and packs PNG with zlib's quickest level, where the loops leave that to Pillow; "
-        "petseg's own plain loop shows what both are worth. Rates are from the first mask "
-        "to the last; medians, lowest and highest. Memory is the most that the process held. Installed: the packages "
-        f"that this way needs, CUDA's libraries apart. Weights of peers are random, good for speed only{but_one}:",
+        f"Whole processes on {record['machine']['cores']} cores of {record['machine']['cpu']}, from a folder of "
+        f"{record['photos']} photos to masks ({few(record)}), and one photo from a cold start with the files in the "
+        "disk's cache and, for petseg, OpenVINO's compiled model in petseg's cache (`python -m benchmarks peers`). "
+        f"They run in alternation, `petseg infer` before and after {others}. Rates are measured from the first mask to "
+        "the last: medians, with the lowest and highest in brackets. Memory is the peak of the process. Installed "
+        "size is that of the packages that this way needs, without CUDA's libraries.",
         "",
-        "| | network's input | photos/s | `petseg infer` is N times as fast: N | petseg's plain loop in the same "
-        "engine is N times as fast: N | start, s | memory, MB | installed, MB |",
+        "Peers are called in a plain loop, one photo after the other, as their pages show it. `petseg infer` reads, "
+        "computes and writes in parallel, and compresses PNG with zlib's fastest level, where the loops use Pillow's "
+        "default. A plain loop over petseg shows what both are worth. The weights of peers are random, good for speed "
+        f"only{but_one}.",
+        "",
+        "| | network's input | photos/s | `petseg infer` is this many times as fast | petseg's plain loop in the same "
+        "engine is this many times as fast | start, s | memory, MB | installed, MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
@@ -424,35 +435,36 @@ def peers() -> str:
 
 
 def few(record: dict[str, Any]) -> str:
-    """What slow peers take in place of a whole folder."""
+    """Returns how many photos slow peers process, in place of the whole folder."""
     fewer = sorted({row["folder"]["photos"] for row in record["rows"]} - {record["photos"]}, reverse=True)
     if not fewer:
-        return "all of them the same"
-    return f"slow ones take the first {' or '.join(map(str, fewer))}, and petseg beside them the same, several times"
+        return "the same for all"
+    first = " or ".join(map(str, fewer))
+    return f"slow peers process only the first {first}, and petseg, run beside them, the same ones several times"
 
 
 def title(row: dict[str, Any]) -> str:
-    """A peer's name, and the engine's where the name does not hold it."""
+    """Returns a peer's name, with its engine unless the name has it."""
     name, engine = str(row["name"]), str(row["engine"]).partition(",")[0]
     return name if engine in name else f"{name} ({engine})"
 
 
 def spread(rate: dict[str, float]) -> str:
-    """A median, with the lowest and the highest."""
+    """Returns a median with the lowest and the highest value."""
     digits = 0 if rate["median"] >= 20 else 1 if rate["median"] >= 1 else 2
     middle, low, high = (f"{rate[name]:.{digits}f}" for name in ("median", "min", "max"))
     return f"{middle} ({low} to {high})"
 
 
 def video() -> str:
-    """A clip through the whole command, and through plain loops."""
+    """Returns the speed of a clip through the whole command, and through plain loops."""
     clip = records.load("video")
     machine = clip["machine"]
     steps = ("decode", "convert", "infer", "finish", "write")
     lines = [
         f"A clip of {clip['clip']}, `petseg infer CLIP`, the whole process on {machine['cores']} cores of "
-        f"{machine['cpu']}; medians of {rounds_of(clip['rows'])} rounds in alternation; the steps run beside "
-        "each other, in ms per frame, median and 99th percentile (`python -m benchmarks video`):",
+        f"{machine['cpu']} (`python -m benchmarks video`); medians of {rounds_of(clip['rows'])} rounds in alternation. "
+        "The steps run in parallel; each is given in ms per frame, median and 99th percentile:",
         "",
         f"| engine | writes | frames/s | times real time | {' | '.join(steps)} |",
         f"|---|---|---|---|{'---|' * len(steps)}",
@@ -465,10 +477,10 @@ def video() -> str:
         )
     lines += [
         "",
-        "The same clip to the same overlay in plain loops, PyAV and one frame after the other (weights of peers are "
-        "random, for speed only):",
+        "The same clip to the same overlay in plain loops, which decode with PyAV and process one frame after "
+        "the other (peers have random weights, for speed only):",
         "",
-        "| | frames/s | `petseg infer` in the same engine is N times as fast: N |",
+        "| | frames/s | `petseg infer` in the same engine is this many times as fast |",
         "|---|---|---|",
     ]
     lines += [
@@ -479,23 +491,24 @@ def video() -> str:
 
 
 def rounds_of(rows: Sequence[dict[str, Any]]) -> str:
-    """How many rounds each row has; the first may have more than others."""
+    """Returns how many rounds the rows have; the first may have more than the others."""
     return " to ".join(map(str, sorted({len(row["seconds"]) for row in rows})))
 
 
 def live() -> str:
-    """Live sources that break, for half an hour."""
+    """Returns the result of the soak: live sources that break again and again."""
     record = records.load("soak")
     frames = [source["frames"] for source in record["sources"]]
     rss = record["memory"]["rss_mb"]
     whole = all(source["accounted"] and source["all_in_files"] for source in record["sources"])
     return (
-        f"Live sources (RTSP, UDP, HTTP at once, {record['minutes']:.0f} minutes, overlays in pieces): "
-        f"{record['disconnects']} disconnects, {record['changes_of_size']} changes of size, "
-        f"{100 * record['packet_loss']:.0f} % of UDP's packets lost, one silence of {record['frozen_seconds']:.0f} s: "
-        f"{sum(f['decoded'] for f in frames)} frames decoded, {sum(f['delivered'] for f in frames)} written, "
-        f"{sum(f['dropped'] for f in frames)} dropped for want of time, {sum(f['failed'] for f in frames)} failed, "
-        f"{'all' if whole else 'not all'} accounted for; memory {rss['after_warm_up']:.0f} MB after "
-        f"{record['memory']['warm_up_seconds'] / 60:.0f} minutes, {rss['at_the_end']:.0f} MB at the end "
+        "Live sources over RTSP, UDP and HTTP at once, written as overlays in segments for "
+        f"{record['minutes']:.0f} minutes, with {record['disconnects']} disconnects, {record['changes_of_size']} "
+        f"changes of size, {100 * record['packet_loss']:.0f} % of UDP packets lost and one silence of "
+        f"{record['frozen_seconds']:.0f} s: {sum(f['decoded'] for f in frames)} frames decoded, "
+        f"{sum(f['delivered'] for f in frames)} written, {sum(f['dropped'] for f in frames)} dropped for lack of time, "
+        f"{sum(f['failed'] for f in frames)} failed, {'all' if whole else 'not all'} accounted for. Memory was "
+        f"{rss['after_warm_up']:.0f} MB after {record['memory']['warm_up_seconds'] / 60:.0f} minutes and "
+        f"{rss['at_the_end']:.0f} MB at the end "
         "(`python -m benchmarks soak`)."
     )

@@ -39,6 +39,6 @@ def test_the_pages_tell_of_each_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     (tmp_path / "large.json").write_text(json.dumps(record))
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     assert tables.large().splitlines()[-1] == "| mask | 6.0 | 0.01 |"
-    told = summary.of_a_camera()
-    assert "Of 12 megapixels" in told
-    assert told.endswith("on 2 cores of CPU: mask: 6.0 a second, 0.012 MB each.")
+    text = summary.large_photos()
+    assert "photos of 12 megapixels" in text
+    assert text.endswith("on 2 cores of CPU: mask: 6.0 photos/s (0.012 MB each).")

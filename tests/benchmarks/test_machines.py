@@ -83,12 +83,13 @@ def test_work_that_differs_is_told(tmp_path: Path) -> None:
 def test_the_readme_has_a_column_for_each_machine(tmp_path: Path) -> None:
     one(tmp_path, "Fast", {("openvino", "f32"): 6.0, ("openvino", "bf16"): 2.5}, 174)
     one(tmp_path / "machines" / "old", "Old", {("openvino", "f32"): 12.0}, 55)
-    head, _, *lines = summary.everywhere()
+    head, _, *lines = summary.by_machine()
     assert head == "| | Fast, 2026-01-02 | Old, 2026-01-02 |"
     assert lines == [
-        "| photos to masks in a folder, a second | 174 (openvino 1, f32) | 55 (openvino 1, f32) |",
+        "| photos to masks in a folder, photos/s | 174 (openvino 1, f32) | 55 (openvino 1, f32) |",
         "| times as fast as the nearest and the farthest peer | 1.90 (quick) to 30 | 1.90 (quick) to 30 |",
-        "| the network alone, ms | 6.0 (openvino, f32); 2.5 (openvino, bf16) | 12.0 (openvino, f32) |",
+        "| the network alone, ms: openvino, f32 | 6.0 | 12.0 |",
+        "| the network alone, ms: openvino, bf16 | 2.5 |  |",
         "| a video of 1280 × 720 to an overlay, times real time | 1.50 | 1.50 |",
     ]
 
@@ -99,7 +100,7 @@ def test_machines_that_ran_an_earlier_model_are_named(tmp_path: Path) -> None:
     one(tmp_path, "First", {("openvino", "f32"): 6.0}, 174, "petseg edge, 0123")  # its own section tells
     said = "With an earlier embedded model (speeds hold, masks differ): Old, 2026-01-02."
     assert machines.machines().splitlines()[-2:] == ["", said]
-    assert summary.everywhere()[-2:] == ["", said]
+    assert summary.by_machine()[-2:] == ["", said]
 
 
 def test_what_was_not_measured_on_a_machine_is_left_empty(tmp_path: Path) -> None:
@@ -110,4 +111,4 @@ def test_what_was_not_measured_on_a_machine_is_left_empty(tmp_path: Path) -> Non
     lines = machines.machines().splitlines()
     assert "| one photo from a cold start, s (the quickest peer) | 0.40 (0.20) |  |" in lines
     assert "| times as fast as LR-ASPP's, alone: openvino, f32 | 1.12 |  |" in lines
-    assert "Old" not in summary.everywhere()[0]
+    assert "Old" not in summary.by_machine()[0]

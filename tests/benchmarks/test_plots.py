@@ -1,4 +1,4 @@
-"""Plots are made of the records that are there, the same every time."""
+"""Plots are made from the records that exist; the same records give the same bytes."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ RECORDS = {
 def test_a_dot_has_the_time_of_its_own_engine_and_precision() -> None:
     found = list(plots.dots(ACCURACY, LATENCY, RIVAL, "small"))
     assert [(dot.name.partition(",")[0], dot.ms, dot.iou, dot.ours) for dot in found] == [
-        ("PyTorch f32", 18.0, 0.83, True),
-        ("openvino bf16", 7.0, 0.82, True),
+        ("petseg in PyTorch f32", 18.0, 0.83, True),
+        ("petseg in openvino bf16", 7.0, 0.82, True),
         ("ISNet", 2000.0, 0.7, False),
-        ("openvino bf16", 8.0, 0.75, True),  # on the two photos that ISNet saw
+        ("petseg in openvino bf16", 8.0, 0.75, True),  # on the two photos that ISNet saw
         ("LR-ASPP", 10.5, 0.8, False),  # 1.5 times petseg's 7 ms, whatever the machine did on the day of the 16 ms
         ("LR-ASPP", 20.0, 0.8, False),
     ]

@@ -1,4 +1,4 @@
-"""A page has what the records say, and says of which model they are."""
+"""Pages match the records, and name records of an earlier model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is ahead is told by the records, where petseg is behind, too."""
+"""The README states leads and shortfalls as the records have them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def peer(name: str, *, faster: float, start: float, installed: float) -> dict[st
 
 
 def shown(alone: float, seen: float, **sets: dict[str, Any]) -> dict[str, Any]:
-    """A record of the original-size photos' mean IoU with the border left out, and of other sets."""
+    """A record of the original-size photos' mean IoU with the border ignored, and of other sets."""
     means = {"alone": alone, "shown": seen}
     native = {k: {"ignored_border": {"readings": {"ignored": {"mean_image_iou": v}}}} for k, v in means.items()}
     return {"sets": {TEST_SETS[NATIVE]: native, **{what: {"shown": kinds} for what, kinds in sets.items()}}}
@@ -72,13 +72,13 @@ def figures(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("figures")
 def test_leads_and_shortfalls_have_their_sign() -> None:
     published, rival, pretrained, aim, folders, alone, start, size = summary.ahead().splitlines()
-    assert published.endswith(": +1.2 points of IoU on small (0.8500, 95 %: 0.750 to 0.900).")
+    assert ": +1.2 points of IoU on small (0.8500, 95 % interval 0.750 to 0.900). " in published
     assert "-1.0 points" in rival
-    assert "0.8600; its example shows 0.9125 to 0.9156" in pretrained
-    assert aim.startswith("- **Short of our aim** of 0.92, ")
-    assert aim.endswith(": 0.9139 (0.9039 of the network alone).")
-    assert "0.90 times as fast as the nearest of 2 plain loops over other networks (quick), 30 times" in folders
-    assert folders.endswith("as the fastest of theirs: 1.04 in onnxruntime.")
+    assert "0.8600 with the border as pet, where its example shows 0.9125 to 0.9156" in pretrained
+    assert aim.startswith("- **Short of our aim of 0.92** (")
+    assert aim.endswith(": `petseg infer` shows 0.9139, the network alone reaches 0.9039.")
+    assert "0.90 times as fast as the nearest of 2 plain loops over other networks (quick), and 30 times" in folders
+    assert folders.endswith("relative to the fastest peer in the same engine is 1.04 in onnxruntime.")
     assert alone.endswith("0.96 in onnxruntime f32.")
     assert "takes 0.40 s; 1 of the peers' plain loops take less, the quickest 0.30 s" in start
     assert "400 MB installed" in size
@@ -91,7 +91,7 @@ def test_what_petseg_is_not_behind_in_is_not_told(tmp_path: Path) -> None:
     write(tmp_path, peers={"rows": [own, peer("slow", faster=30, start=3, installed=900)]})
     assert "Behind in" not in summary.ahead()
     write(tmp_path, shown=shown(0.91, 0.93))
-    assert "what `petseg infer` shows 0.9300" in summary.ahead()
+    assert "it reaches 0.9100, `petseg infer` shows 0.9300" in summary.ahead()
     write(tmp_path, shown=shown(0.92, 0.93))
     assert "our aim" not in summary.ahead()
 
@@ -99,7 +99,8 @@ def test_what_petseg_is_not_behind_in_is_not_told(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("figures")
 def test_each_reading_is_told_at_its_own_threshold() -> None:
     head, *_, ours, seen, theirs = summary.quality().splitlines()
-    assert "background, at 0.61: IoU | Dice | border as pet, at 0.047: IoU | border left out, at 0.3: IoU |" in head
+    assert "IoU, border as background (at 0.61) | Dice, border as background | IoU, border as pet (at 0.047)" in head
+    assert head.endswith("| IoU, border ignored (at 0.3) |")
     assert ours.endswith("| small | 0.8500 | 0.9000 | 0.8600 | 0.9200 |")
-    assert seen == "| **what `petseg infer` shows of it** | small | 0.8500 | 0.9000 | 0.8600 | 0.9200 |"
+    assert seen == "| **the same, as shown by `petseg infer`** | small | 0.8500 | 0.9000 | 0.8600 | 0.9200 |"
     assert theirs.endswith("| small | 0.8600 | 0.9100 | 0.8600 | 0.8600 |")
