@@ -113,7 +113,11 @@ class Painter:
             dst_color_range=ColorRange.MPEG,
             threads=self._threads,
         )
-        return [frame.upright(_view(plane)) for plane in flat.planes]
+        luma, *chroma = (frame.upright(_view(plane)) for plane in flat.planes)
+        for axis in (0, 1):
+            if luma.strides[axis] < 0 and luma.shape[axis] % 2:  # flipped, and its last sample is now the first
+                chroma = [_half_a_sample_on(plane, axis) for plane in chroma]
+        return [luma, *chroma]
 
     def _paint_background(self, canvas: _Canvas, result: Segmentation) -> None:
         if self._behind is None:
@@ -225,6 +229,17 @@ def _fill(plane: U8, source: U8) -> None:
     plane[:height, :width] = source
     plane[:height, width:] = plane[:height, width - 1 : width]
     plane[height:] = plane[height - 1 : height]
+
+
+def _half_a_sample_on(plane: U8, axis: int) -> U8:
+    """Chroma resampled halfway to the next sample.
+
+    Where an odd side is flipped, the sample that covered one pixel comes first, and every other one covers the second
+    pixel of one pair and the first of the next.
+    """
+    length = plane.shape[axis]
+    following = plane.take(np.minimum(np.arange(length) + 1, length - 1), axis).astype(np.uint16)
+    return ((plane + following + 1) >> 1).astype(np.uint8)
 
 
 def _padded(share: Share, height: int, width: int) -> Share:

@@ -123,6 +123,33 @@ def test_odd_sides_are_made_even_by_doubling_the_last_row_and_column(kind: str, 
         np.testing.assert_array_equal(luma[:, -1], luma[:, -2])
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("quarters", range(4))
+@pytest.mark.parametrize(("height", "width"), [(64, 97), (65, 96), (65, 97), (64, 96)])
+def test_the_colours_of_odd_sides_stay_in_place_when_a_frame_is_turned(
+    height: int, width: int, quarters: int, mirrored: bool
+) -> None:
+    """Of a wave that changes by 4 from pixel to pixel, so that chroma that is one pixel off is 4 levels off."""
+
+    def halved(plane: np.ndarray) -> np.ndarray:
+        even = np.pad(plane, [(0, side % 2) for side in plane.shape], mode="edge").astype(float)
+        return even.reshape(even.shape[0] // 2, 2, even.shape[1] // 2, 2).mean((1, 3))
+
+    y, x = np.mgrid[:height, :width]
+    wave = (60 + 4 * np.abs((x + y) % 64 - 32)).astype(np.uint8)
+    picture = av.VideoFrame(width, height, "yuv420p")
+    for plane, values in zip(planes(picture), (wave, halved(wave), halved(wave)), strict=True):
+        plane[:] = np.rint(values)
+    frame = frame_of(picture, quarters)
+    frame.mirrored = mirrored
+    nothing = Segmentation(None, np.zeros(frame.size, np.uint8), 0.5, 0.3)
+    luma, u, v = planes(Painter("overlay")(frame, nothing))
+    upright = frame.upright(wave)
+    np.testing.assert_array_equal(luma[: frame.size[0], : frame.size[1]], upright)
+    for plane in (u, v):
+        assert np.abs(plane - halved(upright)).mean() < 0.5
+
+
 @pytest.mark.parametrize("pixels", ["yuv444p", "yuv422p", "yuv420p10le", "nv12", "rgb24", "gray"])
 @pytest.mark.parametrize("full", [False, True])
 def test_any_format_and_range_becomes_420_of_limited_range(pixels: str, full: bool) -> None:
