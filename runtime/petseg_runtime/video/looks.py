@@ -85,7 +85,8 @@ class Painter:
         Returns:
             ``yuv420p``, for cutouts ``yuva420p``, limited range; upright, with even sides: the last row or column is
             doubled where they were odd. In one matrix as long as the size stays, as a movie has one: that of
-            :func:`matrix_of` for the first frame.
+            :func:`matrix_of` for the first frame. Primaries and transfer characteristics are those of the frame;
+            unspecified for masks and probabilities, which show no colours of it: tagged PQ, white would be peak brightness.
         """
         rows, columns = frame.size
         height, width = size = rows + rows % 2, columns + columns % 2
@@ -96,6 +97,8 @@ class Painter:
         painted.colorspace, painted.color_range = AV_MATRIX[matrix], ColorRange.MPEG
         canvas = _Canvas([_view(plane) for plane in painted.planes], int(matrix))
         if not self._empty:
+            colours = Colours.of(frame.picture)
+            painted.color_primaries, painted.color_trc = colours.primaries, colours.transfer
             for plane, source in zip(canvas.planes, self._planes_of(frame, matrix), strict=False):
                 _fill(plane, source)
         self._paint(canvas, result)

@@ -16,7 +16,7 @@ import av.error
 
 from petseg_runtime.result import Segmentation
 from petseg_runtime.video.errors import errors_at
-from petseg_runtime.video.frame import Colours, Frame
+from petseg_runtime.video.frame import Frame
 from petseg_runtime.video.looks import Painter
 from petseg_runtime.video.sinks import FileSink
 from petseg_runtime.video.sound import Sound, Track, written_to
@@ -218,9 +218,8 @@ class _Movie:
         context.flags |= av.codec.context.Flags.frame_duration  # else the last frame is shown as long as the first
         if frame.aspect:
             context.sample_aspect_ratio = 1 / frame.aspect if frame.quarters % 2 else frame.aspect
-        colours = Colours.of(frame.picture)
         context.colorspace, context.color_range = painted.colorspace, painted.color_range
-        context.color_primaries, context.color_trc = colours.primaries, colours.transfer
+        context.color_primaries, context.color_trc = painted.color_primaries, painted.color_trc
         if painted.format.name == "yuva420p":
             stream.metadata["alpha_mode"] = "1"
         return stream

@@ -455,6 +455,28 @@ def test_colours_are_tagged_and_what_is_not_painted_on_keeps_its_own(
         assert difference.mean() < 3
 
 
+@ffprobe
+@pytest.mark.parametrize(
+    ("kind", "primaries", "transfer"),
+    [("overlay", "bt2020", "smpte2084"), ("mask", None, None), ("probability", None, None)],
+)
+def test_only_what_shows_the_source_has_its_primaries_and_transfer(
+    tmp_path: Path, kind: str, primaries: str | None, transfer: str | None
+) -> None:
+    """The white of a mask that is called PQ would be ten thousand candelas per square metre."""
+    clip = tmp_path / "clip.mkv"
+    with av.open(str(clip), "w") as file:
+        stream: Any = file.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        context = stream.codec_context
+        context.colorspace, context.color_primaries, context.color_trc = 9, 9, 16
+        file.mux([*stream.encode(av.VideoFrame.from_ndarray(picture(0))), *stream.encode(None)])
+    run(clip, movie(tmp_path / "out.mp4", kind))
+    about = probe(tmp_path / "out.mp4")
+    assert about["color_space"] == "bt2020nc"
+    assert (about.get("color_primaries"), about.get("color_transfer")) == (primaries, transfer)
+
+
 def test_masks_survive_the_encoder(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", size=(240, 320), sound=None)
     run(clip, movie(tmp_path / "out.mp4", "mask"))
