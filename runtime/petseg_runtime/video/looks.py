@@ -85,8 +85,8 @@ class Painter:
         Returns:
             ``yuv420p``, for cutouts ``yuva420p``, limited range; upright, with even sides: the last row or column is
             doubled where they were odd. In one matrix as long as the size stays, as a movie has one: that of
-            :func:`matrix_of` for the first frame. Primaries and transfer characteristics are those of the frame;
-            unspecified for masks and probabilities, which show no colours of it: tagged PQ, white would be peak brightness.
+            :func:`matrix_of` for the first frame. Primaries and transfer characteristics are the frame's, but
+            unspecified for masks and probabilities, which show none of its colours: as PQ, their white would dazzle.
         """
         rows, columns = frame.size
         height, width = size = rows + rows % 2, columns + columns % 2
