@@ -1,4 +1,4 @@
-"""Folders of numbered files: which number is free, whose the files are, and which of them a shorter run removes."""
+"""Folders of numbered files: which numbers are free, which folders are petseg's, and what a shorter run removes."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ __all__ = [
     "pieces",
 ]
 
-#: Marks a folder of one video's numbered files as petseg's own: the next run replaces them, and removes those that are
-#: left of a longer run. In a folder without it, nothing that is there is touched.
+#: Marks a folder of one video's numbered files as petseg's own: the next run replaces them, and removes those left by a
+#: longer run. In a folder without it, existing files are never touched.
 OWN: Final = ".petseg-numbered"
 
-#: Digits of a piece's and of a picture's number, if it has no more.
+#: The least number of digits in the file name of a segment, and of a picture.
 OF_PIECE, OF_PICTURE = 4, 6
 
 
 def next_number(folder: Path) -> int:
-    """The lowest number above all that files and folders in a folder begin with: what a run adds replaces nothing.
+    """One more than the highest number that is the stem of a file or folder there: a run replaces nothing.
 
     Raises:
-        OutputError: It is no folder, or cannot be listed.
+        OutputError: It is not a folder, or cannot be listed.
     """
     names = []
     with errors_at(folder), contextlib.suppress(FileNotFoundError):
@@ -46,7 +46,7 @@ def next_number(folder: Path) -> int:
 
 
 def numbered(folder: Path, suffix: str) -> Iterator[Path]:
-    """``0001.mp4``, ``0002.mp4``, ... after those that are there.
+    """Yield ``0001.mp4``, ``0002.mp4``, ..., from the first number after the existing ones.
 
     Raises:
         OutputError: See :func:`next_number`.
@@ -56,7 +56,7 @@ def numbered(folder: Path, suffix: str) -> Iterator[Path]:
 
 
 def pieces(folder: Path, suffix: str) -> Iterator[Path]:
-    """``0001.mp4``, ``0002.mp4``, ..., in place of those of an earlier run.
+    """Yield ``0001.mp4``, ``0002.mp4``, ..., replacing those of an earlier run.
 
     Raises:
         OutputError: See :func:`claim`.
@@ -67,10 +67,10 @@ def pieces(folder: Path, suffix: str) -> Iterator[Path]:
 
 
 def claim(folder: Path) -> None:
-    """Make a folder for numbered files that may be replaced and removed, and say in it that they are petseg's.
+    """Create a folder for numbered files that may be replaced and removed, and mark it as petseg's.
 
     Raises:
-        OutputError: It holds files that are not, or it cannot be made.
+        OutputError: It holds other files, or cannot be created.
     """
     claimable(folder)
     with errors_at(folder):
@@ -79,7 +79,7 @@ def claim(folder: Path) -> None:
 
 
 def claimable(folder: Path) -> None:
-    """Refuse a folder with files that petseg did not write; see :func:`claim`."""
+    """Raise an ``OutputError`` if a folder holds files that petseg did not write; see :func:`claim`."""
     with errors_at(folder):
         foreign = folder.is_dir() and not (folder / OWN).exists() and any(folder.iterdir())
     if foreign:
@@ -90,10 +90,10 @@ def claimable(folder: Path) -> None:
 
 
 def claimed(path: Path) -> bool:
-    """Whether a name was nobody's and now is ours: another process may be recording into the same folder.
+    """Create a file unless it exists, and return whether it is new: others may be recording into the same folder.
 
     Raises:
-        OutputError: The file cannot be made.
+        OutputError: The file cannot be created.
     """
     with errors_at(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,10 +104,10 @@ def claimed(path: Path) -> bool:
 
 
 def drop_later(last: Path, least: int) -> None:
-    """Remove what a longer run has left behind the last picture or piece of this one: together they are one result."""
+    """Remove what a longer run has left after the last picture or segment of this one: a folder is one result."""
     with errors_at(last.parent):
         alike = {path.stem for path in last.parent.iterdir() if path.suffix == last.suffix and path.stem.isdecimal()}
-        # Numbers with more digits, such as dates, are somebody's, unless those with fewer were used up.
+        # Numbers with more digits, such as dates, belong to somebody else, unless those with fewer were used up.
         most = len(last.stem)
         while "9" * most in alike:
             most += 1
@@ -117,5 +117,5 @@ def drop_later(last: Path, least: int) -> None:
 
 
 def digits(number: int, least: int) -> str:
-    """A number in a file's name, so that names sort as numbers do, up to so many digits."""
+    """A number with leading zeros, up to ``least`` digits, so that file names sort as numbers do."""
     return f"{number:0{least}d}"
