@@ -1,7 +1,7 @@
-"""Results painted on a frame's own YUV planes: what is not painted on stays as it was, and no RGB is made of it.
+"""Paints results on a frame's YUV planes, without a conversion to RGB: pixels that are not painted stay unchanged.
 
-Half the bytes of RGB, no conversion there and back: a quarter of the time that the pictures of
-:class:`~petseg_runtime.result.Segmentation` take, which these look like.
+YUV 4:2:0 has half the bytes of RGB: painting takes a quarter of the time that the pictures of
+:class:`~petseg_runtime.result.Segmentation` take, which painted frames look like.
 """
 
 from __future__ import annotations
@@ -23,42 +23,42 @@ from petseg_runtime.video.frame import Colours, Frame
 __all__ = ["AV_MATRIX", "Painter", "matrix_of"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
-#: How much of another colour is laid over each pixel, 0 to 128: products with differences of 8 bits fit into 16.
+#: The weight of the painted colour per pixel, 0 to 128: its product with a difference of 8-bit values fits in 16 bits.
 Share: TypeAlias = npt.NDArray[np.int16]
 #: Y, U and V, the last two at half the height and width.
 Planes: TypeAlias = "list[U8]"
-#: What stands behind a pet: nothing, an RGB colour, or a picture.
+#: What is behind a pet: nothing (black), an RGB colour, or a picture.
 Background: TypeAlias = "tuple[int, int, int] | Image.Image | None"
 
 _ALL: Final = 128
 
-#: The weights of red and blue in luma, by swscale's name of the matrix.
+#: The weights of red and blue in luma, by swscale's number of the matrix.
 _WEIGHTS: Final = {
     int(Colorspace.ITU601): (0.299, 0.114),
     int(Colorspace.ITU709): (0.2126, 0.0722),
     int(Colorspace.BT2020): (0.2627, 0.0593),
 }
 
-#: ``AVColorSpace`` of each.
+#: The ``AVColorSpace`` of each matrix.
 AV_MATRIX: Final = {Colorspace.ITU601: 6, Colorspace.ITU709: 1, Colorspace.BT2020: 9}
 
 
 def matrix_of(picture: av.VideoFrame) -> Colorspace:
-    """The matrix that a frame is written with: its own, if it is one of the usual three."""
+    """The matrix that a frame is written with: its own if it is one of the three usual ones, else BT.601."""
     matrix = Colours.of(picture).matrix
     return {1: Colorspace.ITU709, 9: Colorspace.BT2020, 10: Colorspace.BT2020}.get(matrix, Colorspace.ITU601)
 
 
 class Painter:
-    """Makes the frames of one kind of movie. For one thread, and one movie after the other."""
+    """Makes the frames of one kind of movie. For one thread, and one movie at a time."""
 
     def __init__(self, kind: str, background: Background = None, threads: int | None = None) -> None:
         """Choose what to paint.
 
         Args:
             kind: ``mask``, ``probability``, ``overlay``, ``background`` or ``cutout``.
-            background: For the kind ``background``; a picture with a profile is brought to sRGB.
-            threads: CPU threads; None: as many as there are.
+            background: For the kind ``background``; a picture with an ICC profile is converted to sRGB.
+            threads: CPU threads; None: all.
         """
         self._paint: Callable[[_Canvas, Segmentation], None] = {
             "mask": _paint_mask,
@@ -70,7 +70,7 @@ class Painter:
         self._transparent = kind == "cutout"
         self._empty = kind in ("mask", "probability")
         self._background = in_profile(background, None) if isinstance(background, Image.Image) else background
-        self._size = (0, 0)  # of the last frame; what follows is for all of that size
+        self._size = (0, 0)  # of the last frame; what follows belongs to that size
         self._matrix = Colorspace.ITU601
         self._behind: Planes | None = None
         self._scaler, self._other, self._threads = VideoReformatter(), VideoReformatter(), threads
@@ -79,12 +79,12 @@ class Painter:
         """Paint one frame.
 
         Args:
-            frame: Any; its pixels are not changed.
-            result: At the frame's size; its pixels are not needed.
+            frame: In any format; its pixels are not changed.
+            result: At the frame's size; its ``pixels`` are not used.
 
         Returns:
-            ``yuv420p``, for cutouts ``yuva420p``, limited range; upright, with even sides: the last row or column is
-            doubled where they were odd. In one matrix as long as the size stays, as a movie has one: that of
+            ``yuv420p``, or ``yuva420p`` for cutouts, in limited range, upright. Sides are even: the last row or column
+            of odd ones is repeated. A movie has only one matrix, so as long as the size does not change, it is that of
             :func:`matrix_of` for the first frame. Primaries and transfer characteristics are the frame's, but
             unspecified for masks and probabilities, which show none of its colours: as PQ, their white would dazzle.
         """
@@ -105,7 +105,7 @@ class Painter:
         return painted
 
     def _planes_of(self, frame: Frame, matrix: Colorspace) -> Planes:
-        """The frame's own planes, upright."""
+        """The frame's planes, upright."""
         colours, picture = Colours.of(frame.picture), frame.picture
         flat = self._scaler.reformat(
             picture,
@@ -118,7 +118,7 @@ class Painter:
         )
         luma, *chroma = (frame.upright(_view(plane)) for plane in flat.planes)
         for axis in (0, 1):
-            if luma.strides[axis] < 0 and luma.shape[axis] % 2:  # flipped, and its last sample is now the first
+            if luma.strides[axis] < 0 and luma.shape[axis] % 2:  # an odd side, flipped
                 chroma = [_half_a_sample_on(plane, axis) for plane in chroma]
         return [luma, *chroma]
 
@@ -128,7 +128,7 @@ class Painter:
         canvas.lay(self._behind, (255 - result.opacity.astype(np.int16)) * _ALL // 255)
 
     def _planes_behind(self, shape: tuple[int, ...], matrix: int) -> Planes:
-        """The background as planes, cut to a size as :meth:`Segmentation.on_background` does."""
+        """The background as planes, cropped to a size as :meth:`Segmentation.on_background` does."""
         height, width = shape
         if isinstance(self._background, Image.Image):
             picture = ImageOps.fit(self._background, (width, height))
@@ -150,15 +150,15 @@ class _Canvas:
     """A frame that is being painted.
 
     Attributes:
-        planes: Views of it; the fourth is its opacity, in full range.
-        matrix: swscale's name.
+        planes: Views of its planes; the fourth is its opacity, in full range.
+        matrix: swscale's number of the matrix.
     """
 
     planes: Planes
     matrix: int
 
     def lay(self, over: Planes | tuple[int, int, int], share: Share) -> None:
-        """Lay a picture or a colour over the canvas: ``plane + (over - plane) * share / 128``.
+        """Blend a picture or a colour onto the canvas: ``plane + (over - plane) * share / 128``.
 
         Args:
             over: Planes of the same size; or Y, U and V.
@@ -175,7 +175,7 @@ class _Canvas:
                 difference *= part[rows, columns]
                 difference += _ALL // 2
                 difference >>= 7
-                inside += difference.astype(np.uint8)  # modulo 256, which is right for negative ones too
+                inside += difference.astype(np.uint8)  # modulo 256, which is also right for negative differences
 
 
 def _paint_mask(canvas: _Canvas, result: Segmentation) -> None:
@@ -202,17 +202,17 @@ def _paint_overlay(canvas: _Canvas, result: Segmentation) -> None:
 
 def _paint_cutout(canvas: _Canvas, result: Segmentation) -> None:
     opacity = result.opacity
-    # What is cut away is black, not only invisible; see Segmentation.cutout.
+    # Pixels that are cut away are also black, not only transparent; see Segmentation.cutout.
     canvas.lay((16, 128, 128), np.where(opacity, np.int16(0), np.int16(_ALL)))
     _fill(canvas.planes[3], opacity)
 
 
-#: uint8 [256]: full range to limited.
+#: uint8 [256]: from full range to limited range.
 _LIMITED: Final[U8] = np.rint(16 + np.arange(256) * 219 / 255).astype(np.uint8)
 
 
 def _yuv(color: tuple[int, int, int], matrix: int) -> tuple[int, int, int]:
-    """RGB to Y, U, V of limited range (ITU-R BT.601-7, BT.709-6 and BT.2020-2)."""
+    """Convert RGB to Y, U, V in limited range (ITU-R BT.601-7, BT.709-6 and BT.2020-2)."""
     red, green, blue = (value / 255 for value in color)
     of_red, of_blue = _WEIGHTS[matrix]
     luma = of_red * red + (1 - of_red - of_blue) * green + of_blue * blue
@@ -221,13 +221,13 @@ def _yuv(color: tuple[int, int, int], matrix: int) -> tuple[int, int, int]:
 
 
 def _view(plane: Any) -> U8:
-    """A plane's pixels, without the padding of its rows."""
+    """A view of a plane's pixels, without row padding."""
     rows: U8 = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
     return rows[:, : plane.width]
 
 
 def _fill(plane: U8, source: U8) -> None:
-    """Copy; a last row or column that the source lacks repeats the one before it."""
+    """Copy ``source``; where it is a row or column short, repeat its last one."""
     height, width = source.shape
     plane[:height, :width] = source
     plane[:height, width:] = plane[:height, width - 1 : width]
@@ -235,10 +235,10 @@ def _fill(plane: U8, source: U8) -> None:
 
 
 def _half_a_sample_on(plane: U8, axis: int) -> U8:
-    """Chroma resampled halfway to the next sample.
+    """Resample chroma half a sample further along an axis.
 
-    Where an odd side is flipped, the sample that covered one pixel comes first, and every other one covers the second
-    pixel of one pair and the first of the next.
+    When an odd side is flipped, the chroma sample that covered a single pixel comes first, so that each other sample
+    covers the second pixel of one pair and the first of the next.
     """
     length = plane.shape[axis]
     following = plane.take(np.minimum(np.arange(length) + 1, length - 1), axis).astype(np.uint16)
@@ -251,13 +251,13 @@ def _padded(share: Share, height: int, width: int) -> Share:
 
 
 def _halved(share: Share) -> Share:
-    """The mean of each 2x2 pixels."""
+    """The mean of each block of 2x2 pixels."""
     rows = share[::2] + share[1::2]
     return (rows[:, ::2] + rows[:, 1::2] + 2) >> 2
 
 
 def _touched(share: Share) -> tuple[slice, slice]:
-    """The rows and columns that hold all that is not 0."""
+    """The rows and columns of the bounding box of all values other than 0; empty slices if there are none."""
     rows, columns = np.flatnonzero(share.any(axis=1)), np.flatnonzero(share.any(axis=0))
     if not len(rows):
         return slice(0), slice(0)

@@ -66,7 +66,7 @@ class VideoSink(Protocol):
 
 
 class FileSink:
-    """Base of sinks that write files. Leaving it completes open files; an error removes them if the source has an end."""
+    """Base of sinks that write files. Leaving it completes open files; an error removes them, unless endless."""
 
     def __init__(self, *, endless: bool = False) -> None:
         self.notes: list[str] = []
