@@ -171,7 +171,7 @@ class Frame:
         kind = _HDR.get(Colours.of(self.picture).transfer)
         if kind is None:
             return ()
-        return (f"it is HDR ({kind}), and is read as SDR: masks may be worse; made into SDR first: {_TO_SDR}",)
+        return (f"it is HDR ({kind}), and is read as SDR: masks may be worse; convert it to SDR first: {_TO_SDR}",)
 
     def pixels(self, convert: Converter, height: int | None = None, width: int | None = None) -> U8:
         """Convert the frame to uint8 [H, W, 3] RGB, upright and contiguous, at its own size or another.

@@ -46,7 +46,7 @@ _STEPS: Final = 3
 _SILENT: Final = "no frame came for too long"
 #: The reason when a source ended because of :meth:`LiveSource.stop`.
 STOPPED: Final = "stopped"
-_HANGS: Final = "a read of it has not returned; if that lasts, plug it in anew, or restart its driver or server"
+_HANGS: Final = "a read has not returned; if this persists, reconnect the device, or restart its driver or server"
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class LiveSource:
                         seen = True
                         yield frame
                     if seen and connection.has_end and not self._stopped:
-                        self._tell(StateChange("ended", "its end", attempt=self._attempt))
+                        self._tell(StateChange("ended", "end of the source", attempt=self._attempt))
                         return
             except VideoError as error:
                 hangs = self._hangs

@@ -157,7 +157,7 @@ class MovieSink(FileSink):
             if (time := one.time) <= latest:
                 heapq.heappush(self._waiting, (time, next(self._heard), one))
             else:
-                self._note(f"sound that is more than {_AHEAD:.0f} s ahead of the picture is left out")
+                self._note(f"audio more than {_AHEAD:.0f} s ahead of the picture is left out")
         while self._waiting and self._waiting[0][0] < until:
             time, _, one = heapq.heappop(self._waiting)
             movie = next(movie for movie in self._movies if time < movie.end)
@@ -249,7 +249,7 @@ class _Movie:
             yield
         except (av.error.InvalidDataError, av.error.PatchWelcomeError):
             self._file.start_encoding()  # a no-op, unless the whole file is at fault: then it raises that error again
-            self._note("a part of the sound is damaged and is left out")
+            self._note("part of the audio is damaged and is left out")
 
     def close(self) -> None:
         try:

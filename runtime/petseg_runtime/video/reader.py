@@ -44,8 +44,8 @@ _LOCAL: Final = {
 }
 
 #: What FFmpeg's "invalid argument" may mean; for a file, that it is in one of these formats.
-_OTHER_FILES: Final = "not a video, or a list of other files, which are not opened"
-_OPTIONS: Final = "not a video, or one that does not take these options"
+_OTHER_FILES: Final = "not a video, or a playlist of other files, which are not opened"
+_OPTIONS: Final = "not a video, or one that does not accept these options"
 
 #: If a seek lands after the requested start, the reader seeks this many seconds earlier; then it decodes everything.
 _BACK: Final = 10.0
@@ -173,10 +173,10 @@ class VideoReader:
     def _open_streams(self, low_delay: bool) -> None:
         pictures = [s for s in self._container.streams.video if not s.disposition & _COVER]
         if not pictures:
-            raise UnsupportedVideo(f"no picture in it, only {_kinds(self._container) or 'nothing'}", self.name)
+            raise UnsupportedVideo(f"no video in it, only {_kinds(self._container) or 'nothing'}", self.name)
         self.stream = video = pictures[0]
         if video.codec_context is None:
-            raise UnsupportedVideo("its pictures are in a codec that this FFmpeg does not know", self.name)
+            raise UnsupportedVideo("this FFmpeg does not support its video codec", self.name)
         _check_size(video.codec_context.width, video.codec_context.height, self.name)
         video.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # a later header may declare another size
         video.thread_type = "SLICE" if low_delay else "AUTO"
@@ -235,10 +235,10 @@ class VideoReader:
             before = time.monotonic()
         self.rest = [Sound(packet.packet, -clock.origin) for packet in sound]
         if not clock.count and self._start and not self.undecodable:
-            raise UnreadableVideo(f"it ends before {self._start:g} s, where to start", self.name)
+            raise UnreadableVideo(f"it ends before {self._start:g} s, the requested start", self.name)
         if not clock.count:
             why = f" ({self._refused})" if self._refused else ""
-            raise UnreadableVideo(f"not one frame in it can be decoded: it is damaged or truncated{why}", self.name)
+            raise UnreadableVideo(f"no frame can be decoded: it is damaged or truncated{why}", self.name)
         if cut := self._cut(clock.end):
             raise UnreadableVideo(f"truncated: {cut}", self.name)
 
@@ -262,11 +262,11 @@ class VideoReader:
         if kind.startswith("mov"):  # its index may come before the frames
             last = max(self.stream.index_entries, key=lambda entry: entry.pos, default=None)
             beyond = last is not None and last.pos + last.size > size
-            return "its index names frames that lie behind its end" if beyond else None
+            return "its index lists frames beyond its end" if beyond else None
         said = self._said_end()
         if said is None or said - end <= max(Fraction(1), said * _SHORTER):
             return None
-        return f"it says that it lasts {float(said):.1f} s, but ends after {float(end):.1f} s"
+        return f"it declares a duration of {float(said):.1f} s, but ends after {float(end):.1f} s"
 
     def _said_end(self) -> Fraction | None:
         """The end of the pictures that a file declares, in seconds; None: nothing that can be relied on."""
@@ -333,7 +333,7 @@ class VideoReader:
             # reach FFmpeg's timeout.
             if self._longest is not None and time.monotonic() - since > self._longest:
                 why = f": {self._refused}" if self._refused else ""
-                raise SilentVideo(f"no frame in what it sends for too long{why}", self.name)
+                raise SilentVideo(f"it sent data, but no frame, for too long{why}", self.name)
             if packet.stream is self._sound and packet.dts is not None:
                 sound.append(Sound(packet, Fraction(0)))
             if packet.stream is not self.stream or (packet := settings.join(packet)) is None:
@@ -363,7 +363,7 @@ class VideoReader:
         packets = self._container.demux()
         while True:
             try:
-                with errors_of(self.name, _UNREAD_PIPE if self._needs_index_first() else "reading it failed"):
+                with errors_of(self.name, _UNREAD_PIPE if self._needs_index_first() else "reading failed"):
                     packet = next(packets, None)
             except IndexError:  # from PyAV, at the end, if a stream was added after the file was opened
                 return
@@ -388,7 +388,7 @@ class VideoReader:
 
 #: By default FFmpeg writes the index of an MP4 last, and nothing before it can be read without the index.
 _UNREAD_PIPE: Final = (
-    "reading it failed: an MP4 in a pipe needs its index first (ffmpeg -i IN.mp4 -c copy -movflags faststart OUT.mp4); "
+    "reading failed: an MP4 in a pipe needs its index first (ffmpeg -i IN.mp4 -c copy -movflags faststart OUT.mp4); "
     "or give the file itself"
 )
 
@@ -473,7 +473,7 @@ def _check_size(width: int, height: int, name: str) -> None:
     if width * height > MAX_FRAME_PIXELS:
         raise UnsupportedVideo(
             f"frames of {width} x {height} are {width * height / 1e6:.0f} megapixels; the limit is "
-            f"{MAX_FRAME_PIXELS / 1e6:.0f}: make it smaller first",
+            f"{MAX_FRAME_PIXELS / 1e6:.0f}: scale the video down first",
             name,
         )
 

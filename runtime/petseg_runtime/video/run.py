@@ -156,7 +156,7 @@ def segment_video(
         report.steps = stream.timings.summary()
         bring_up_to_date()
     if origin.endless:
-        states.end(report.error or (STOPPED if stream.stopped else "enough frames"))
+        states.end(report.error or (STOPPED if stream.stopped else "frame limit reached"))
     if not report.error and not report.stopped and (why := _lost(report, stream, origin)):
         report.error = f"{origin.shown}: {why}"
     return report
@@ -166,7 +166,7 @@ def _lost(report: VideoReport, stream: Stream, origin: Origin) -> str | None:
     """What is missing from the results of a source that was read to its end; None: nothing that should be there."""
     counts = stream.counts
     if not report.written:
-        return f"not one frame: {counts.failure or 'it is empty'}"
+        return f"no frame was written: {counts.failure or 'it is empty'}"
     if origin.endless:  # some packet is always lost
         return None
     failed = f"{counts.failed} of {counts.decoded} frames could not be converted ({counts.failure})"
@@ -213,7 +213,7 @@ class _States:
         self._attempt = 0
 
     def tell_of_source(self, change: StateChange) -> None:
-        """Pass on what the source reports, except that it was stopped; the run knows why (an error, enough frames)."""
+        """Pass on what the source reports, except that it was stopped; the run knows why (error, frame limit)."""
         if change.reason != STOPPED:
             self.tell(change)
 

@@ -234,8 +234,8 @@ class RawSink(FileSink):
         pixels = np.ascontiguousarray(np.asarray(self._picture.render(result)))
         if self._shape not in (None, pixels.shape):
             raise OutputError(
-                f"frames change from {self._shape} to {pixels.shape}, which a pipe of raw frames cannot tell its "
-                "reader: give a folder with --output"
+                f"frames change from {self._shape} to {pixels.shape}, which a pipe of raw frames cannot signal; "
+                "give a folder with --output"
             )
         self._shape = pixels.shape
         try:

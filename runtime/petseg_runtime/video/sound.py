@@ -89,7 +89,7 @@ def written_to(file: Any, track: Track, note: Callable[[str], None], *, endless:
         codec of the file; None if they cannot be decoded either.
     """
     if track.stream is None:
-        note("the sound is left out: its codec is none that this FFmpeg can decode")
+        note("the audio is left out: this FFmpeg cannot decode its codec")
         return None
     if _holds(file.format.name, track, endless):
         return _Passed(file, track)
@@ -175,7 +175,7 @@ class _Encoded:
         self._resampler: Any = None
         self._kind: tuple[str, str, int] | None = None  # of the frames that the resampler accepts
         self._next: Fraction | None = None  # where the next frame is due, in seconds
-        note(f"the sound ({track.codec}) is encoded anew as {encoder.codec.canonical_name}")
+        note(f"the audio ({track.codec}) is re-encoded as {encoder.codec.canonical_name}")
 
     def write(self, sound: Sound, start: Fraction) -> None:
         """Write a packet; leave out what lies before ``start``, in seconds."""
@@ -201,7 +201,7 @@ class _Encoded:
         try:
             return step(*given)
         except (av.error.FFmpegError, ValueError):
-            self._note(f"a part of the sound ({self._codec}) cannot be converted and is left out")
+            self._note(f"part of the audio ({self._codec}) cannot be converted and is left out")
             self._resampler = None  # after a failure, it may be half initialized
             return []
 

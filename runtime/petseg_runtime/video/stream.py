@@ -77,15 +77,15 @@ class Reading:
         Raises:
             UsageError: An unknown policy, or a value out of range.
         """
-        for name, value, fits in (
-            ("start", self.start, 0 <= self.start < math.inf),
-            ("stall", self.stall, self.stall > 0),
-            ("patience", self.patience, self.patience is None or self.patience >= 0),
+        for name, value, fits, wanted in (
+            ("start", self.start, 0 <= self.start < math.inf, "0 or more"),
+            ("stall", self.stall, self.stall > 0, "above 0"),
+            ("patience", self.patience, self.patience is None or self.patience >= 0, "0 or more"),
         ):
             if not fits:  # NaN does not
-                raise UsageError(f"{name} is {value}; it is in seconds, {'above' if name == 'stall' else 'from'} 0")
+                raise UsageError(f"{name} is {value}; it must be a number of seconds, {wanted}")
         if self.policy is not None and self.policy not in POLICIES:
-            raise UsageError(f"policy {self.policy!r}; there are: {', '.join(POLICIES)}")
+            raise UsageError(f"there is no policy {self.policy!r}; there are: {', '.join(POLICIES)}")
         for name, value in (("stride", self.stride), ("max_frames", 1 if self.max_frames is None else self.max_frames)):
             if not (isinstance(value, numbers.Integral) and value >= 1):  # also accepts NumPy's integers
                 raise UsageError(f"{name} is {value!r}; it must be a whole number, 1 or more")

@@ -253,12 +253,12 @@ def test_without_patience_said_half_a_minute_is_tried_at_first_and_for_ever_late
 
 
 def test_silence_is_called_stalled(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    silent = SilentVideo("reading it failed (it sent nothing for too long)", "cam")
+    silent = SilentVideo("reading failed (it sent nothing for too long)", "cam")
     made, changes, _ = source([[0, silent], [1]], monkeypatch, clock, patience=3)
     with pytest.raises(UnreadableVideo):
         list(made)
     assert [c.state for c in changes][:5] == ["connecting", "live", "stalled", "connecting", "live"]
-    assert changes[2].reason == "reading it failed (it sent nothing for too long)"
+    assert changes[2].reason == "reading failed (it sent nothing for too long)"
 
 
 def test_a_failure_is_no_silence_whatever_its_words_are(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
@@ -345,7 +345,7 @@ def test_a_recording_ends_at_its_end(monkeypatch: pytest.MonkeyPatch, clock: Clo
     made, changes, reader = source([[0, 1]], monkeypatch, clock)
     reader.info.duration = 2.0
     assert len(list(made)) == 2
-    assert changes[-1] == StateChange("ended", "its end", attempt=1)
+    assert changes[-1] == StateChange("ended", "end of the source", attempt=1)
 
 
 def test_a_camera_that_has_worked_is_waited_for(monkeypatch: pytest.MonkeyPatch, clock: Clock, tmp_path: Path) -> None:
@@ -914,7 +914,7 @@ def test_http_is_connected_anew_when_the_server_comes_back(tmp_path: Path, model
     assert written_by(report) == report["written"]
     assert_wall_clock(run)
     # AAC of a transport stream cannot be passed into a file whose header is written first.
-    assert "the sound (aac) is encoded anew as aac" in run.err
+    assert "the audio (aac) is re-encoded as aac" in run.err
     with av.open(report["paths"][0]) as movie:
         heard = list(movie.decode(movie.streams.audio[0]))
     assert sum(frame.samples for frame in heard) / heard[0].sample_rate == pytest.approx(3, rel=0.3)

@@ -532,7 +532,7 @@ def test_what_goes_on_beside_a_picture_that_has_ended_is_no_sign_of_life(tmp_pat
     frames: list[Frame] = []
     with VideoReader(sender, name="cam", low_delay=True, timeout=(20, 0.5)) as reader:
         sender.slow = True
-        with pytest.raises(SilentVideo, match="cam: no frame in what it sends for too long"):
+        with pytest.raises(SilentVideo, match="cam: it sent data, but no frame, for too long"):
             frames.extend(reader)
     assert 0 < len(frames) <= 25
     assert len(sender.rest()) > clip.stat().st_size // 2, "it was noticed late"
@@ -548,14 +548,14 @@ def test_a_packet_of_ours_has_the_zeros_behind_it_that_ffmpeg_reads_beyond_its_e
 def test_subtitles_are_no_video(tmp_path: Path) -> None:
     path = tmp_path / "clip.srt"
     path.write_text("1\n00:00:01,000 --> 00:00:02,000\nA cat.\n")
-    with pytest.raises(UnsupportedVideo, match=r"clip\.srt: no picture in it, only subtitle"):
+    with pytest.raises(UnsupportedVideo, match=r"clip\.srt: no video in it, only subtitle"):
         VideoReader(path)
 
 
 def test_an_unknown_codec_is_said(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     path.write_bytes(write(path).read_bytes().replace(b"avc1", b"zzzz").replace(b"avcC", b"zzzC"))
-    with pytest.raises(UnsupportedVideo, match=r"clip\.mp4: its pictures are in a codec"):
+    with pytest.raises(UnsupportedVideo, match=r"clip\.mp4: this FFmpeg does not support its video codec"):
         VideoReader(path)
 
 
@@ -575,7 +575,7 @@ def test_a_songs_cover_is_no_video(tmp_path: Path) -> None:
         sound.sample_rate, sound.pts = 48000, 0
         file.mux(tone.encode(sound))
         file.mux(tone.encode(None))
-    with pytest.raises(UnsupportedVideo, match=r"song\.mp4: no picture in it, only audio"):
+    with pytest.raises(UnsupportedVideo, match=r"song\.mp4: no video in it, only audio"):
         VideoReader(song)
 
 
@@ -675,7 +675,7 @@ def test_a_file_that_lacks_more_than_a_second_is_truncated_but_gives_what_is_the
     count, error, _ = read_until_error(cut)
     assert 30 < count < 60
     assert error
-    assert error.startswith(f"{cut}: truncated: it says that it lasts 4.0 s, but ends after ")
+    assert error.startswith(f"{cut}: truncated: it declares a duration of 4.0 s, but ends after ")
     assert read_until_error(cut, start=0.04)[1] is None  # what is left out is not missed
     with cut.open("rb") as pipe, VideoReader(pipe) as reader:
         assert len(list(reader)) == count
@@ -959,7 +959,7 @@ def test_raw_frames_of_no_pixel_format_are_refused() -> None:
 
 def test_options_that_are_not_taken_are_not_called_a_list_of_files() -> None:
     with pytest.raises(
-        UnreadableVideo, match=r"cam: cannot be opened \(not a video, or one that does not take these opt"
+        UnreadableVideo, match=r"cam: cannot be opened \(not a video, or one that does not accept these opt"
     ):
         VideoReader("testsrc2=size=wide", name="cam", container="lavfi", options={})
 

@@ -247,7 +247,7 @@ def test_sound_that_the_packets_alone_do_not_describe_is_encoded_anew_and_said(
     clip, out = write_tone(tmp_path / name, codec, sound, rate, layout), tmp_path / f"out.{target}"
     report = run(clip, movie(out, kind))
     (note,) = report.notes
-    assert note.endswith("is encoded anew as " + {"mp4": "aac", "webm": "opus"}[target])
+    assert note.endswith("is re-encoded as " + {"mp4": "aac", "webm": "opus"}[target])
     assert len(frame_times(out)) == 50
     with av.open(str(out)) as file:
         heard = [(frame.samples / frame.sample_rate, frame.to_ndarray()) for frame in file.decode(audio=0)]
@@ -260,7 +260,7 @@ def test_sound_that_the_packets_alone_do_not_describe_is_encoded_anew_and_said(
 def test_sound_that_the_file_does_not_take_is_encoded_anew(tmp_path: Path, endless: bool) -> None:
     clip = write_tone(tmp_path / "clip.mkv", "libx264", "libmp3lame", 11025)
     report = run(clip, movie(tmp_path / "out.mp4", endless=endless))
-    assert report.notes == ["the sound (mp3) is encoded anew as aac"]
+    assert report.notes == ["the audio (mp3) is re-encoded as aac"]
     assert len(frame_times(tmp_path / "out.mp4")) == 50
     lead = (
         1024 / 11025 if endless else 0
@@ -272,7 +272,7 @@ def test_sound_in_a_codec_that_nobody_knows_is_left_out_and_said(tmp_path: Path)
     clip = write_clip(tmp_path / "clip.mkv", 50)
     clip.write_bytes(clip.read_bytes().replace(b"A_AAC", b"A_XXX"))
     report = run(clip, movie(tmp_path / "out.mp4"))
-    assert report.notes == ["the sound is left out: its codec is none that this FFmpeg can decode"]
+    assert report.notes == ["the audio is left out: this FFmpeg cannot decode its codec"]
     with av.open(str(tmp_path / "out.mp4")) as file:
         assert [stream.type for stream in file.streams] == ["video"]
     assert len(frame_times(tmp_path / "out.mp4")) == 50
@@ -281,7 +281,7 @@ def test_sound_in_a_codec_that_nobody_knows_is_left_out_and_said(tmp_path: Path)
 def test_sound_that_the_encoder_refuses_never_costs_the_picture(tmp_path: Path) -> None:
     clip = write_tone(tmp_path / "clip.mkv", "libx264", "pcm_f32le", 48000, broken=range(40000, 44000))
     report = run(clip, movie(tmp_path / "out.mp4"))
-    assert "a part of the sound (pcm_f32le) cannot be converted and is left out" in report.notes
+    assert "part of the audio (pcm_f32le) cannot be converted and is left out" in report.notes
     assert len(frame_times(tmp_path / "out.mp4")) == 50
     with av.open(str(tmp_path / "out.mp4")) as file:
         last = [(frame.time, frame.to_ndarray()) for frame in file.decode(audio=0)][-10:]
@@ -356,7 +356,7 @@ def test_damaged_sound_never_costs_the_picture(tmp_path: Path, codec: str, endle
             frame.sound = [damaged(sound) for sound in frame.sound]
             sink.write(frame, result_of(frame))
         sink.end([damaged(sound) for sound in reader.rest], whole=True)
-    assert [note for note in sink.notes if note.startswith("a part of the sound") and note.endswith("is left out")]
+    assert [note for note in sink.notes if note.startswith("part of the audio") and note.endswith("is left out")]
     assert len(frame_times(tmp_path / "out.mp4")) == 50
     with av.open(str(tmp_path / "out.mp4")) as file:
         heard = sum(frame.samples for frame in file.decode(audio=0)) / 48000
@@ -379,7 +379,7 @@ def test_sound_far_ahead_of_a_picture_without_an_end_is_left_out(tmp_path: Path)
     assert not near.notes
     assert packets(tmp_path / "near.mp4")[1][0] == pytest.approx(3, abs=0.05)  # the first fills what is before it
     far = with_sound_ahead(clip, movie(tmp_path / "far.mp4", endless=True), 3600)
-    assert far.notes == ["sound that is more than 5 s ahead of the picture is left out"]
+    assert far.notes == ["audio more than 5 s ahead of the picture is left out"]
     assert not packets(tmp_path / "far.mp4")
     assert len(frame_times(tmp_path / "far.mp4")) == 50
 
@@ -989,7 +989,7 @@ def test_a_pipe_of_raw_frames_refuses_another_size(tmp_path: Path) -> None:
     with (tmp_path / "raw").open("wb") as stream, RawSink(stream, Picture("mask", "raw", render_of("mask"))) as sink:
         sink.write(frame_of(0), result_of(frame_of(0)))
         other = frame_of(1, 20, 20)
-        with pytest.raises(OutputError, match="cannot tell its reader: give a folder with --output"):
+        with pytest.raises(OutputError, match="cannot signal; give a folder with --output"):
             sink.write(other, result_of(other))
 
 
