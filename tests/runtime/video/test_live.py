@@ -964,7 +964,7 @@ def test_udp_with_lost_packets_goes_on_and_noise_is_a_stall(tmp_path: Path, mode
     assert written_by(report) == report["written"]
     assert_wall_clock(run)
     (stalled,) = (e for e in run.events if e.get("state") == "stalled")
-    assert "no frame in what it sends" in stalled["reason"]
+    assert "it sent data, but no frame" in stalled["reason"]
 
 
 @needs("ffmpeg")
