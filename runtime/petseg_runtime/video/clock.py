@@ -12,7 +12,7 @@ __all__ = ["Clock", "Joined"]
 
 #: Seconds: if a transport stream's time goes back by more than the first, or forward by more than the second, it has
 #: restarted: parts were joined, or a packet was damaged. (FFmpeg's own thresholds.)
-_ANEW, _LEAP = Fraction(1, 10), Fraction(10)
+_JUMP_BACK, _JUMP_AHEAD = Fraction(1, 10), Fraction(10)
 
 
 class Joined:
@@ -29,7 +29,7 @@ class Joined:
             return
         index, base = packet.stream.index, packet.time_base
         begins, last = packet.dts * base + self._offset, self._last.get(index)
-        if last is not None and not last - _ANEW <= begins <= last + _LEAP:
+        if last is not None and not last - _JUMP_BACK <= begins <= last + _JUMP_AHEAD:
             self._offset += last - begins
             begins = last
         if self._offset:
@@ -68,22 +68,23 @@ class Clock:
 
     def begin(self, picture: av.VideoFrame) -> None:
         """Set the source's first frame."""
-        self._first = self._own(picture) or 0
+        self._first = self._timestamp(picture) or 0
 
     def is_early(self, picture: av.VideoFrame) -> bool:
         """Whether a frame is known to be shown at or before the start."""
-        own = self._own(picture)
-        return own is not None and own - (self._first or 0) <= self._start
+        timestamp = self._timestamp(picture)
+        return timestamp is not None and timestamp - (self._first or 0) <= self._start
 
     def at(self, picture: av.VideoFrame) -> tuple[int | None, int]:
         """When a frame is shown and for how long, in ``time_base``; None if that is before the requested start."""
-        own = self._own(picture)
+        timestamp = self._timestamp(picture)
         if self._first is None:
-            self._first = own or 0
-        guess = self._last + self._step if self._last >= 0 else 0
-        if own is not None and own - self._first < self._last - _LEAP / self.time_base:  # one before was far too late
-            self._first = own - guess
-        self._last = max(guess if own is None else own - self._first, self._last + 1)
+            self._first = timestamp or 0
+        expected = self._last + self._step if self._last >= 0 else 0
+        # An earlier frame was far too late.
+        if timestamp is not None and timestamp - self._first < self._last - _JUMP_AHEAD / self.time_base:
+            self._first = timestamp - expected
+        self._last = max(expected if timestamp is None else timestamp - self._first, self._last + 1)
         self._end = max(self._end, self._first + self._last + (picture.duration or self._step))
         if self._last < self._start:
             return None, 0
@@ -92,7 +93,7 @@ class Clock:
         self.count += 1
         return self._last - self._delivered, picture.duration or 0
 
-    def _own(self, picture: av.VideoFrame) -> int | None:
+    def _timestamp(self, picture: av.VideoFrame) -> int | None:
         pts: int | None = getattr(picture, self._time)
         if pts is not None and picture.time_base and picture.time_base != self.time_base:
             return round(pts * picture.time_base / self.time_base)

@@ -13,13 +13,13 @@ import av.error
 
 from petseg_runtime.errors import InputError, OutputError, SilentVideo, UnreadableVideo
 
-__all__ = ["errors_at", "errors_of", "reason_of", "refused"]
+__all__ = ["reading_errors", "reason_of", "unwritable", "writing_errors"]
 
 #: System errors that concern this file name only: the next video's file may well be writable.
-_OF_ONE: Final = {errno.EISDIR, errno.ENAMETOOLONG}
+_NAME_ERRORS: Final = {errno.EISDIR, errno.ENAMETOOLONG}
 
 
-class errors_of:  # noqa: N801 (used like a function)
+class reading_errors:  # noqa: N801 (used like a function)
     """Translates FFmpeg's errors about a source, without its credentials."""
 
     def __init__(
@@ -33,7 +33,7 @@ class errors_of:  # noqa: N801 (used like a function)
             timeout: FFmpeg's timeouts for opening and reading, in seconds.
             invalid: What FFmpeg's "invalid argument" means here; None: use FFmpeg's words.
         """
-        self._name, self._what, self._longest = name, what, timeout[0] if timeout else math.inf
+        self._name, self._what, self._timeout = name, what, timeout[0] if timeout else math.inf
         self._invalid = invalid
 
     def __enter__(self) -> None:
@@ -43,7 +43,7 @@ class errors_of:  # noqa: N801 (used like a function)
         if isinstance(error, av.error.FFmpegError):
             # FFmpeg reports a timeout in different ways. Without `from error`: that names the URL with the password,
             # which a traceback would print.
-            if isinstance(error, av.error.ExitError) or time.monotonic() - self._begun >= self._longest:
+            if isinstance(error, av.error.ExitError) or time.monotonic() - self._begun >= self._timeout:
                 raise SilentVideo(f"{self._what} (it sent nothing for too long)", self._name) from None
             invalid = self._invalid if isinstance(error, av.error.ArgumentError) else None
             raise UnreadableVideo(f"{self._what} ({invalid or reason_of(error)})", self._name) from None
@@ -58,7 +58,7 @@ def reason_of(error: av.error.FFmpegError) -> str:
     return error.strerror or type(error).__name__
 
 
-class errors_at:  # noqa: N801 (used like a function)
+class writing_errors:  # noqa: N801 (used like a function)
     """Translates errors while writing into one error that names the file.
 
     Errors of the system concern the output, and end the run. Errors of an encoder or a format concern this source only,
@@ -77,11 +77,11 @@ class errors_at:  # noqa: N801 (used like a function)
         code = getattr(error, "errno", None)
         reason = os.strerror(errno.ENOSPC) if code == errno.ENOSPC else getattr(error, "strerror", None) or str(error)
         # Pillow also raises OSError, but without an errno.
-        if isinstance(error, OSError) and code is not None and code not in _OF_ONE:
+        if isinstance(error, OSError) and code is not None and code not in _NAME_ERRORS:
             raise OutputError(f"{self._path}: cannot be written ({reason})") from error
-        raise refused(self._path, reason) from error
+        raise unwritable(self._path, reason) from error
 
 
-def refused(path: Path, reason: str) -> InputError:
+def unwritable(path: Path, reason: str) -> InputError:
     """The error of a source whose result cannot be written."""
     return InputError(f"its result {path} cannot be written ({reason})")

@@ -32,7 +32,7 @@ _SHRINKING: Final = Interpolation.BILINEAR | _EXACT
 # For frames less than this many times the model's size per side, a single step would blur the chroma of 4:2:0
 # noticeably for the model: it is upsampled to the size of the luma first.
 _MARGIN: Final = 3
-_WHOLE_CHROMA: Final = {"yuv420p": "yuv444p", "yuvj420p": "yuvj444p"}
+_FULL_CHROMA: Final = {"yuv420p": "yuv444p", "yuvj420p": "yuvj444p"}
 
 #: Values of ``AVColorSpace`` that do not name a YUV matrix (RGB, unspecified, reserved).
 _NO_MATRIX: Final = frozenset({0, 2, 3})
@@ -103,7 +103,7 @@ class Converter:
         known = picture.colorspace not in _NO_MATRIX
         same = (height, width) == (picture.height, picture.width)
         converted = self._scaler.reformat(
-            picture if same else self._prepared(picture, height, width),
+            picture if same else self._with_full_chroma(picture, height, width),
             width=width,
             height=height,
             format="rgb24",
@@ -115,8 +115,8 @@ class Converter:
         )
         return np.asarray(converted.to_ndarray(), np.uint8)
 
-    def _prepared(self, picture: av.VideoFrame, height: int, width: int) -> av.VideoFrame:
-        whole = _WHOLE_CHROMA.get(picture.format.name)
+    def _with_full_chroma(self, picture: av.VideoFrame, height: int, width: int) -> av.VideoFrame:
+        whole = _FULL_CHROMA.get(picture.format.name)
         if not whole or min(picture.height / height, picture.width / width) >= _MARGIN:
             return picture
         return self._chroma.reformat(picture, format=whole, interpolation=Interpolation.BILINEAR, threads=self._threads)
@@ -205,8 +205,8 @@ class Frame:
 def orientation(picture: av.VideoFrame) -> tuple[int, bool]:
     """A decoded frame's ``quarters`` and whether it is ``mirrored``, as selfies may be, from its display matrix."""
     # Not picture.side_data, which the picture caches: this reference cycle would keep both until a garbage collection.
-    beside = cast(Any, SideDataContainer)(picture)  # its annotations are wrong
-    quarters, matrix = round(picture.rotation / 90), beside.get(SideDataType.DISPLAYMATRIX)
+    side_data = cast(Any, SideDataContainer)(picture)  # its annotations are wrong
+    quarters, matrix = round(picture.rotation / 90), side_data.get(SideDataType.DISPLAYMATRIX)
     if matrix is None:
         return quarters % 4, False
     a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()

@@ -28,19 +28,19 @@ _TIME_BASE: Final = Fraction(1, 90000)
 _FIRST_PAUSE: Final = 0.5
 _LONGEST_PAUSE: Final = 30.0
 #: A connection that lasted this long was stable: the backoff starts again from the first pause; in seconds.
-_GOOD: Final = 10.0
+_STABLE: Final = 10.0
 #: How long a source that has never sent a frame is tried, in seconds.
 FIRST_PATIENCE: Final = 30.0
 #: What rounding may leave of patience after a wait for all of it, and which is not waited for again; in seconds.
 _ROUNDING: Final = 1e-3
 #: A source's clock that jumps back by more than this, or gets ahead of ours by more than that, was reset; in seconds.
-_BACK: Final = 1.0
-_AHEAD: Final = 5.0
+_RESET_BACK: Final = 1.0
+_RESET_AHEAD: Final = 5.0
 #: How long after its timeout FFmpeg has reported it, if it can; in seconds.
 _GRACE: Final = 0.5
 #: FFmpeg opens a source, probes what it sends, and reads: before the first frame, each of these may take as long as a
 #: later frame.
-_STEPS: Final = 3
+_OPENING_STEPS: Final = 3
 #: The reason when a connection sent nothing; if patience ends in the middle of it, the connection before it has a more
 #: telling one.
 _SILENT: Final = "no frame came for too long"
@@ -112,7 +112,7 @@ class LiveSource:
         # event's lock. A condition's lock is reentrant.
         self._stopped, self._changed = False, threading.Condition()
         self._random = random.Random()
-        self._line = _Line()
+        self._line = _TimeLine()
         self._last_seen = time.monotonic()
         self._attempt = 0
         self._why = ""  # why no frame has come since the last one
@@ -171,7 +171,7 @@ class LiveSource:
                 break
             self._why = reason if reason != _SILENT else self._why or reason
             left = self._patience_left()
-            if hangs or (seen and self._last_seen - connected > _GOOD):
+            if hangs or (seen and self._last_seen - connected > _STABLE):
                 pause = _FIRST_PAUSE
             if hangs:
                 self._tell(StateChange(state, reason, self._attempt))
@@ -226,12 +226,12 @@ class LiveSource:
 
     def _frames(self, connection: _Connection) -> Iterator[Frame]:
         """Yield the frames of one connection, placed on the common time line."""
-        first, wait = True, min(_STEPS * self._silence, self._left) + _GRACE
+        first, wait = True, min(_OPENING_STEPS * self._silence, self._left) + _GRACE
         while frame := connection.take(wait, lambda: self._stopped):
             self._last_seen = time.monotonic()
             if first:
                 self.connections, self._why = self.connections + 1, ""
-                self._line.begin_again(timed=connection.timed)
+                self._line.start_connection(timed=connection.timed)
                 height, width = frame.size
                 self._tell(StateChange("live", None, self._attempt, None, width, height))
                 first, wait = False, self._silence + _GRACE
@@ -337,7 +337,7 @@ class _Connection:
             with self._open_reader() as reader:
                 self._reader, self.timed, self.has_end = reader, reader.timed, reader.info.duration is not None
                 for frame in reader:
-                    if not self._give(frame):
+                    if not self._hand_over(frame):
                         return
         except BaseException as error:  # noqa: BLE001 (raised again by take)
             self._error = error
@@ -346,7 +346,7 @@ class _Connection:
                 self._over = True
                 self._changed.notify_all()
 
-    def _give(self, frame: Frame) -> bool:
+    def _hand_over(self, frame: Frame) -> bool:
         """Hand over a frame once the one before it was taken; False: the connection was left."""
         with self._changed:
             self._changed.wait_for(lambda: self._left or self._frame is None)
@@ -355,15 +355,15 @@ class _Connection:
             return not self._left
 
 
-class _Line:
+class _TimeLine:
     """A time line for the frames of all connections: it follows the wall clock, and timestamps always increase."""
 
     def __init__(self) -> None:
         self._begun: float | None = None  # when the very first frame came
         self._last_pts = -1
-        self.begin_again()
+        self.start_connection()
 
-    def begin_again(self, *, timed: bool = True) -> None:
+    def start_connection(self, *, timed: bool = True) -> None:
         """Expect the first frame of a new connection.
 
         Args:
@@ -371,7 +371,7 @@ class _Line:
         """
         self._timed = timed
         self._origin: Fraction | None = None  # that frame's timestamp at the source
-        self._before: tuple[Fraction, float] | None = None  # the last frame's time at the source, and when it came
+        self._previous: tuple[Fraction, float] | None = None  # the last frame's time at the source, and when it came
         self._offset = Fraction(0)  # from the connection's time to the time line
         self._shift: Fraction | None = None  # of the last frame's audio
 
@@ -383,11 +383,11 @@ class _Line:
             now: When it came, in seconds.
         """
         self._begun = now if self._begun is None else self._begun
-        own = self._own(frame, now)
-        if self._before is None or self._is_set_anew(own, now, *self._before):
+        own = self._source_time(frame, now)
+        if self._previous is None or self._was_reset(own, now, *self._previous):
             here = max(round((now - self._begun) / _TIME_BASE), self._last_pts + 1)
             self._offset = here * _TIME_BASE - own
-        self._before = own, now
+        self._previous = own, now
         self._last_pts = max(round((own + self._offset) / _TIME_BASE), self._last_pts + 1)
         frame.duration = round(frame.duration * frame.time_base / _TIME_BASE) if self._timed else 0
         frame.pts, frame.time_base = self._last_pts, _TIME_BASE
@@ -401,22 +401,22 @@ class _Line:
         frame.sound = [min(both, key=lambda sound: abs(sound.time - frame.time)) for both in placed]
         self._shift = shift
 
-    def _own(self, frame: Frame, now: float) -> Fraction:
+    def _source_time(self, frame: Frame, now: float) -> Fraction:
         """Seconds since the connection's first frame by its own clock; the reader's timestamps would hide a reset."""
         picture = frame.picture
         if not self._timed:
             return Fraction(now)
         if picture.pts is None or not picture.time_base:  # assume that it follows the last frame as it arrived
-            own, before = self._before or (Fraction(0), now)
+            own, before = self._previous or (Fraction(0), now)
             return own + Fraction(now - before)
         if self._origin is None:
-            self._origin = picture.pts * picture.time_base - (self._before or (0,))[0]
+            self._origin = picture.pts * picture.time_base - (self._previous or (0,))[0]
         return picture.pts * picture.time_base - self._origin
 
     @staticmethod
-    def _is_set_anew(own: Fraction, now: float, own_before: Fraction, before: float) -> bool:
+    def _was_reset(own: Fraction, now: float, own_before: Fraction, before: float) -> bool:
         step = float(own - own_before)
-        return step < -_BACK or step - (now - before) > _AHEAD
+        return step < -_RESET_BACK or step - (now - before) > _RESET_AHEAD
 
 
 def open_frames(

@@ -24,13 +24,13 @@ __all__ = ["AV_MATRIX", "Painter", "matrix_of"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 #: The weight of the painted colour per pixel, 0 to 128: its product with a difference of 8-bit values fits in 16 bits.
-Share: TypeAlias = npt.NDArray[np.int16]
+Weight: TypeAlias = npt.NDArray[np.int16]
 #: Y, U and V, the last two at half the height and width.
 Planes: TypeAlias = "list[U8]"
 #: What is behind a pet: nothing (black), an RGB colour, or a picture.
 Background: TypeAlias = "tuple[int, int, int] | Image.Image | None"
 
-_ALL: Final = 128
+_FULL_WEIGHT: Final = 128
 
 #: The weights of red and blue in luma, by swscale's number of the matrix.
 _WEIGHTS: Final = {
@@ -68,12 +68,12 @@ class Painter:
             "background": self._paint_background,
         }[kind]
         self._transparent = kind == "cutout"
-        self._empty = kind in ("mask", "probability")
+        self._blank = kind in ("mask", "probability")
         self._background = in_profile(background, None) if isinstance(background, Image.Image) else background
         self._size = (0, 0)  # of the last frame; what follows belongs to that size
         self._matrix = Colorspace.ITU601
-        self._behind: Planes | None = None
-        self._scaler, self._other, self._threads = VideoReformatter(), VideoReformatter(), threads
+        self._background_planes: Planes | None = None
+        self._frame_scaler, self._background_scaler, self._threads = VideoReformatter(), VideoReformatter(), threads
 
     def __call__(self, frame: Frame, result: Segmentation) -> av.VideoFrame:
         """Paint one frame.
@@ -91,12 +91,12 @@ class Painter:
         rows, columns = frame.size
         height, width = size = rows + rows % 2, columns + columns % 2
         if size != self._size:
-            self._size, self._matrix, self._behind = size, matrix_of(frame.picture), None
+            self._size, self._matrix, self._background_planes = size, matrix_of(frame.picture), None
         painted = av.VideoFrame(width, height, "yuva420p" if self._transparent else "yuv420p")
         matrix = self._matrix
         painted.colorspace, painted.color_range = AV_MATRIX[matrix], ColorRange.MPEG
         canvas = _Canvas([_view(plane) for plane in painted.planes], int(matrix))
-        if not self._empty:
+        if not self._blank:
             colours = Colours.of(frame.picture)
             painted.color_primaries, painted.color_trc = colours.primaries, colours.transfer
             for plane, source in zip(canvas.planes, self._planes_of(frame, matrix), strict=False):
@@ -107,7 +107,7 @@ class Painter:
     def _planes_of(self, frame: Frame, matrix: Colorspace) -> Planes:
         """The frame's planes, upright."""
         colours, picture = Colours.of(frame.picture), frame.picture
-        flat = self._scaler.reformat(
+        converted = self._frame_scaler.reformat(
             picture,
             format="yuv420p",
             src_colorspace=None if picture.colorspace == colours.matrix else matrix_of(picture),
@@ -116,25 +116,25 @@ class Painter:
             dst_color_range=ColorRange.MPEG,
             threads=self._threads,
         )
-        luma, *chroma = (frame.upright(_view(plane)) for plane in flat.planes)
+        luma, *chroma = (frame.upright(_view(plane)) for plane in converted.planes)
         for axis in (0, 1):
             if luma.strides[axis] < 0 and luma.shape[axis] % 2:  # an odd side, flipped
-                chroma = [_half_a_sample_on(plane, axis) for plane in chroma]
+                chroma = [_shift_half_sample(plane, axis) for plane in chroma]
         return [luma, *chroma]
 
     def _paint_background(self, canvas: _Canvas, result: Segmentation) -> None:
-        if self._behind is None:
-            self._behind = self._planes_behind(canvas.planes[0].shape, canvas.matrix)
-        canvas.lay(self._behind, (255 - result.opacity.astype(np.int16)) * _ALL // 255)
+        if self._background_planes is None:
+            self._background_planes = self._make_background(canvas.planes[0].shape, canvas.matrix)
+        canvas.blend(self._background_planes, (255 - result.opacity.astype(np.int16)) * _FULL_WEIGHT // 255)
 
-    def _planes_behind(self, shape: tuple[int, ...], matrix: int) -> Planes:
+    def _make_background(self, shape: tuple[int, ...], matrix: int) -> Planes:
         """The background as planes, cropped to a size as :meth:`Segmentation.on_background` does."""
         height, width = shape
         if isinstance(self._background, Image.Image):
             picture = ImageOps.fit(self._background, (width, height))
         else:
             picture = Image.new("RGB", (width, height), self._background or (0, 0, 0))
-        flat = self._other.reformat(
+        converted = self._background_scaler.reformat(
             av.VideoFrame.from_ndarray(np.array(picture)),
             format="yuv420p",
             dst_colorspace=matrix,
@@ -142,7 +142,7 @@ class Painter:
             dst_color_range=ColorRange.MPEG,
             threads=self._threads,
         )
-        return [_view(plane).copy() for plane in flat.planes]
+        return [_view(plane).copy() for plane in converted.planes]
 
 
 @dataclass
@@ -157,23 +157,23 @@ class _Canvas:
     planes: Planes
     matrix: int
 
-    def lay(self, over: Planes | tuple[int, int, int], share: Share) -> None:
-        """Blend a picture or a colour onto the canvas: ``plane + (over - plane) * share / 128``.
+    def blend(self, over: Planes | tuple[int, int, int], weight: Weight) -> None:
+        """Blend a picture or a colour onto the canvas: ``plane + (over - plane) * weight / 128``.
 
         Args:
             over: Planes of the same size; or Y, U and V.
-            share: int16 [H, W], 0 to 128, at the frame's size, which may be a row or column less than the canvas's.
+            weight: int16 [H, W], 0 to 128, at the frame's size, which may be a row or column less than the canvas's.
         """
-        share = _padded(share, *self.planes[0].shape)
+        weight = _pad_to(weight, *self.planes[0].shape)
         for number, (plane, colour) in enumerate(zip(self.planes, over, strict=False)):
-            part = share if number == 0 else _halved(share)
-            rows, columns = _touched(part)
+            part = weight if number == 0 else _mean_2x2(weight)
+            rows, columns = _nonzero_box(part)
             if rows.stop:
                 inside = plane[rows, columns]
                 wanted: Any = colour[rows, columns] if isinstance(colour, np.ndarray) else colour
-                difference: Share = wanted - inside.astype(np.int16)
+                difference: Weight = wanted - inside.astype(np.int16)
                 difference *= part[rows, columns]
-                difference += _ALL // 2
+                difference += _FULL_WEIGHT // 2
                 difference >>= 7
                 inside += difference.astype(np.uint8)  # modulo 256, which is also right for negative differences
 
@@ -194,16 +194,16 @@ def _paint_grey(canvas: _Canvas, grey: U8) -> None:
 
 
 def _paint_overlay(canvas: _Canvas, result: Segmentation) -> None:
-    share = result.mask.astype(np.int16)
-    share *= round(OVERLAY_STRENGTH * _ALL)
-    share[result.outline] = _ALL
-    canvas.lay(_yuv(OVERLAY_COLOR, canvas.matrix), share)
+    weight = result.mask.astype(np.int16)
+    weight *= round(OVERLAY_STRENGTH * _FULL_WEIGHT)
+    weight[result.outline] = _FULL_WEIGHT
+    canvas.blend(_yuv(OVERLAY_COLOR, canvas.matrix), weight)
 
 
 def _paint_cutout(canvas: _Canvas, result: Segmentation) -> None:
     opacity = result.opacity
     # Pixels that are cut away are also black, not only transparent; see Segmentation.cutout.
-    canvas.lay((16, 128, 128), np.where(opacity, np.int16(0), np.int16(_ALL)))
+    canvas.blend((16, 128, 128), np.where(opacity, np.int16(0), np.int16(_FULL_WEIGHT)))
     _fill(canvas.planes[3], opacity)
 
 
@@ -234,31 +234,32 @@ def _fill(plane: U8, source: U8) -> None:
     plane[height:] = plane[height - 1 : height]
 
 
-def _half_a_sample_on(plane: U8, axis: int) -> U8:
+def _shift_half_sample(plane: U8, axis: int) -> U8:
     """Resample chroma half a sample further along an axis.
 
     When an odd side is flipped, the chroma sample that covered a single pixel comes first, so that each other sample
     covers the second pixel of one pair and the first of the next.
     """
-    length = plane.shape[axis]
-    following = plane.take(np.minimum(np.arange(length) + 1, length - 1), axis).astype(np.uint16)
-    return ((plane + following + 1) >> 1).astype(np.uint8)
+    last = plane.shape[axis] - 1
+    following = plane.take(np.minimum(np.arange(last + 1) + 1, last), axis).astype(np.uint16)
+    shifted: U8 = ((plane + following + 1) >> 1).astype(np.uint8)
+    return shifted
 
 
-def _padded(share: Share, height: int, width: int) -> Share:
-    more = ((0, height - share.shape[0]), (0, width - share.shape[1]))
-    return np.pad(share, more, mode="edge") if any(after for _, after in more) else share
+def _pad_to(weight: Weight, height: int, width: int) -> Weight:
+    more = ((0, height - weight.shape[0]), (0, width - weight.shape[1]))
+    return np.pad(weight, more, mode="edge") if any(after for _, after in more) else weight
 
 
-def _halved(share: Share) -> Share:
+def _mean_2x2(weight: Weight) -> Weight:
     """The mean of each block of 2x2 pixels."""
-    rows = share[::2] + share[1::2]
+    rows = weight[::2] + weight[1::2]
     return (rows[:, ::2] + rows[:, 1::2] + 2) >> 2
 
 
-def _touched(share: Share) -> tuple[slice, slice]:
+def _nonzero_box(weight: Weight) -> tuple[slice, slice]:
     """The rows and columns of the bounding box of all values other than 0; empty slices if there are none."""
-    rows, columns = np.flatnonzero(share.any(axis=1)), np.flatnonzero(share.any(axis=0))
+    rows, columns = np.flatnonzero(weight.any(axis=1)), np.flatnonzero(weight.any(axis=0))
     if not len(rows):
         return slice(0), slice(0)
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)

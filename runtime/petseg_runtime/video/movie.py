@@ -15,17 +15,17 @@ import av
 import av.error
 
 from petseg_runtime.result import Segmentation
-from petseg_runtime.video.errors import errors_at
+from petseg_runtime.video.errors import writing_errors
 from petseg_runtime.video.frame import Frame
 from petseg_runtime.video.looks import Painter
 from petseg_runtime.video.sinks import FileSink
-from petseg_runtime.video.sound import Sound, Track, written_to
+from petseg_runtime.video.sound import Sound, Track, audio_writer
 
-__all__ = ["MOVIES", "Look", "MovieSink"]
+__all__ = ["MOVIES", "Encoding", "MovieSink"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class Encoding:
     """How a format of movies is encoded.
 
     Attributes:
@@ -43,13 +43,13 @@ class Look:
 
 #: The movie formats of ``--format``. The presets are the slowest that 2 cores encode in real time beside the network.
 MOVIES: Final = {
-    "mp4": Look(
+    "mp4": Encoding(
         container="mp4",
         codec="libx264",
         options={"preset": "veryfast", "crf": "21"},
         live={"tune": "zerolatency"},
     ),
-    "webm": Look(
+    "webm": Encoding(
         container="webm",
         codec="libvpx-vp9",
         options={"deadline": "realtime", "cpu-used": "8", "row-mt": "1", "crf": "32", "b": "0", "auto-alt-ref": "0"},
@@ -62,7 +62,7 @@ MOVIES: Final = {
 _FRAGMENT: Final = 0.75
 
 #: Seconds between keyframes; the first is for endless sources.
-_LIVE_KEY, _KEY = 2, 10
+_LIVE_KEYFRAMES, _KEYFRAMES = 2, 10
 
 #: Frame rates between which these are converted to frames.
 _SLOWEST, _FASTEST = 10, 120
@@ -71,11 +71,11 @@ _SLOWEST, _FASTEST = 10, 120
 _TOO_FINE, _MICROSECOND = Fraction(1, 10**8), Fraction(1, 10**6)
 
 #: Seconds by which the audio of a segment may come after its last frame.
-_LATE: Final = 2.0
+_LATE_AUDIO: Final = 2.0
 
 #: Seconds by which the audio of an endless source may be ahead of the picture. If its clock is a different one, audio
 #: that is further ahead would stay in memory forever.
-_AHEAD: Final = 5.0
+_AUDIO_AHEAD: Final = 5.0
 
 
 class MovieSink(FileSink):
@@ -111,23 +111,23 @@ class MovieSink(FileSink):
         self._threads = threads
         self._movies: list[_Movie] = []  # the last one is being written; those before it wait for late audio
         self._waiting: list[tuple[float, int, Sound]] = []  # a heap by time: audio that the picture has not reached
-        self._heard = itertools.count()  # keeps audio of the same time in the order of arrival
+        self._arrivals = itertools.count()  # keeps audio of the same time in the order of arrival
 
     def write(self, frame: Frame, result: Segmentation) -> None:
         """Write a frame; see :class:`VideoSink`."""
         painted = self._painter(frame, result)
         track = frame.track if self._audio else None
-        if not self._movies or self._turns(self._movies[-1], frame, painted, track):
+        if not self._movies or self._starts_movie(self._movies[-1], frame, painted, track):
             if self._movies:
                 self._movies[-1].end = frame.time
             self._begin(frame, painted, track)
-        with errors_at(self.paths[-1]):
+        with writing_errors(self.paths[-1]):
             self._movies[-1].write(frame, painted)
-            self._hear(frame.sound, float((frame.pts + frame.duration) * frame.time_base))
-        while len(self._movies) > 1 and frame.time - self._movies[0].end > (_LATE if track else 0):
+            self._write_audio(frame.sound, float((frame.pts + frame.duration) * frame.time_base))
+        while len(self._movies) > 1 and frame.time - self._movies[0].end > (_LATE_AUDIO if track else 0):
             self._finish_first()
 
-    def _turns(self, movie: _Movie, frame: Frame, painted: av.VideoFrame, track: Track | None) -> bool:
+    def _starts_movie(self, movie: _Movie, frame: Frame, painted: av.VideoFrame, track: Track | None) -> bool:
         """Whether a frame starts a new movie."""
         return (
             movie.size != (painted.height, painted.width)
@@ -136,12 +136,12 @@ class MovieSink(FileSink):
         )
 
     def _begin(self, frame: Frame, painted: av.VideoFrame, track: Track | None) -> None:
-        path = self._next_of(self._paths)
-        look = MOVIES[path.suffix[1:]]
+        path = self._next_path(self._paths)
+        encoding = MOVIES[path.suffix[1:]]
         if self._threads:
-            look = replace(look, options=look.options | {"threads": str(self._threads)})
-        with self._begun(path) as (stack, beside):
-            movie = _Movie(beside, look, frame, painted, track, self._endless, self._note)
+            encoding = replace(encoding, options=encoding.options | {"threads": str(self._threads)})
+        with self._created(path) as (stack, beside):
+            movie = _Movie(beside, encoding, frame, painted, track, self._endless, self._note)
             stack.enter_context(contextlib.closing(movie))
         self._movies.append(movie)
 
@@ -150,18 +150,18 @@ class MovieSink(FileSink):
         if note not in self.notes:
             self.notes.append(note)
 
-    def _hear(self, sound: Sequence[Sound], until: float) -> None:
+    def _write_audio(self, sound: Sequence[Sound], until: float) -> None:
         """Give each movie its audio up to a time in seconds; the rest waits, since the picture may end before it."""
-        latest = self._movies[-1].shown_until + _AHEAD if self._endless else float("inf")
+        latest = self._movies[-1].shown_until + _AUDIO_AHEAD if self._endless else float("inf")
         for one in sound:
             if (time := one.time) <= latest:
-                heapq.heappush(self._waiting, (time, next(self._heard), one))
+                heapq.heappush(self._waiting, (time, next(self._arrivals), one))
             else:
-                self._note(f"audio more than {_AHEAD:.0f} s ahead of the picture is left out")
+                self._note(f"audio more than {_AUDIO_AHEAD:.0f} s ahead of the picture is left out")
         while self._waiting and self._waiting[0][0] < until:
             time, _, one = heapq.heappop(self._waiting)
             movie = next(movie for movie in self._movies if time < movie.end)
-            movie.write_sound(one)
+            movie.write_audio(one)
             while movie is not self._movies[0]:
                 self._finish_first()
 
@@ -172,14 +172,14 @@ class MovieSink(FileSink):
     def end(self, sound: Sequence[Sound], *, whole: bool) -> None:
         """Write the audio after the last frame; see :class:`VideoSink`."""
         if self._movies:
-            with errors_at(self.paths[-1]):
-                self._hear(sound, float("inf") if whole else self._movies[-1].shown_until)
+            with writing_errors(self.paths[-1]):
+                self._write_audio(sound, float("inf") if whole else self._movies[-1].shown_until)
 
     def close(self) -> None:
         """Complete the movies."""
         self._movies.clear()
         super().close()
-        self._drop_rest(self._segment)
+        self._drop_later_segments(self._segment)
 
 
 class _Movie:
@@ -188,7 +188,7 @@ class _Movie:
     def __init__(
         self,
         path: Path,
-        look: Look,
+        encoding: Encoding,
         frame: Frame,
         painted: av.VideoFrame,
         track: Track | None,
@@ -198,23 +198,24 @@ class _Movie:
         self.size, self.track, self._note = (painted.height, painted.width), track, note
         self.since, self.shown_until, self.end = frame.time, frame.time, float("inf")
         self._first, self._start = frame.pts, frame.pts * frame.time_base
-        self._file = av.open(str(path), "w", format=look.container, options=_muxing(look.container, endless))
+        self._file = av.open(str(path), "w", format=encoding.container, options=_muxing(encoding.container, endless))
         try:
-            self._picture = self._picture_stream(look, frame, painted, endless)
-            self._sound = written_to(self._file, track, note, endless=endless) if track else None
+            self._picture = self._add_video_stream(encoding, frame, painted, endless)
+            self._sound = audio_writer(self._file, track, note, endless=endless) if track else None
         except BaseException:
             self._file.close()
             raise
 
-    def _picture_stream(self, look: Look, frame: Frame, painted: av.VideoFrame, endless: bool) -> Any:
+    def _add_video_stream(self, encoding: Encoding, frame: Frame, painted: av.VideoFrame, endless: bool) -> Any:
         rate = _rate_of(frame)
-        options = look.options | (look.live if endless else {})
-        stream: Any = self._file.add_stream(look.codec, rate=rate, options=options)
+        options = encoding.options | (encoding.live if endless else {})
+        stream: Any = self._file.add_stream(encoding.codec, rate=rate, options=options)
         context = stream.codec_context
         context.width, context.height, context.pix_fmt = painted.width, painted.height, painted.format.name
         context.time_base = frame.time_base if frame.time_base > _TOO_FINE else _MICROSECOND
         # One frame may be shown for seconds or for a tick; keyframes must remain close enough to seek.
-        context.gop_size = round(min(max(float(rate), _SLOWEST), _FASTEST) * (_LIVE_KEY if endless else _KEY))
+        seconds = _LIVE_KEYFRAMES if endless else _KEYFRAMES
+        context.gop_size = round(min(max(float(rate), _SLOWEST), _FASTEST) * seconds)
         context.flags |= av.codec.context.Flags.frame_duration  # else the last frame has the duration of the first
         if frame.aspect:
             context.sample_aspect_ratio = 1 / frame.aspect if frame.quarters % 2 else frame.aspect
@@ -229,18 +230,18 @@ class _Movie:
         painted.pts, painted.time_base, painted.duration = frame.pts - self._first, frame.time_base, frame.duration
         self._mux(self._picture.encode(painted))
 
-    def write_sound(self, sound: Sound) -> None:
+    def write_audio(self, sound: Sound) -> None:
         if self._sound:
-            with self._damage_left_out():
+            with self._skipping_damage():
                 self._sound.write(sound, self._start)
 
     def _mux(self, packets: Iterable[Any]) -> None:
         for packet in packets:
-            with self._damage_left_out():
+            with self._skipping_damage():
                 self._file.mux(packet)
 
     @contextlib.contextmanager
-    def _damage_left_out(self) -> Iterator[None]:
+    def _skipping_damage(self) -> Iterator[None]:
         """Go on if the muxer rejects a packet for its contents: damaged audio that is passed through.
 
         The muxer buffers packets until those of other streams arrive, so this need not be the packet just written.
@@ -257,7 +258,7 @@ class _Movie:
             if self._sound:
                 self._sound.close()
         finally:
-            with self._damage_left_out():
+            with self._skipping_damage():
                 self._file.close()
 
 

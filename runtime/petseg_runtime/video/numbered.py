@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Final
 
 from petseg_runtime.errors import OutputError
-from petseg_runtime.video.errors import errors_at
+from petseg_runtime.video.errors import writing_errors
 
 __all__ = [
-    "OF_PICTURE",
-    "OF_PIECE",
     "OWN",
+    "PICTURE_DIGITS",
+    "SEGMENT_DIGITS",
     "claim",
     "claimable",
-    "claimed",
-    "digits",
+    "create_new",
     "drop_later",
     "next_number",
     "numbered",
     "pieces",
+    "zero_padded",
 ]
 
 #: Marks a folder of one video's numbered files as petseg's own: the next run replaces them, and removes those left by a
@@ -30,7 +30,7 @@ __all__ = [
 OWN: Final = ".petseg-numbered"
 
 #: The least number of digits in the file name of a segment, and of a picture.
-OF_PIECE, OF_PICTURE = 4, 6
+SEGMENT_DIGITS, PICTURE_DIGITS = 4, 6
 
 
 def next_number(folder: Path) -> int:
@@ -40,7 +40,7 @@ def next_number(folder: Path) -> int:
         OutputError: It is not a folder, or cannot be listed.
     """
     names = []
-    with errors_at(folder), contextlib.suppress(FileNotFoundError):
+    with writing_errors(folder), contextlib.suppress(FileNotFoundError):
         names = [entry.stem for entry in folder.iterdir()]
     return 1 + max((int(name) for name in names if name.isdecimal()), default=0)
 
@@ -52,7 +52,7 @@ def numbered(folder: Path, suffix: str) -> Iterator[Path]:
         OutputError: See :func:`next_number`.
     """
     for number in itertools.count(next_number(folder)):
-        yield folder / f"{digits(number, OF_PIECE)}.{suffix}"
+        yield folder / f"{zero_padded(number, SEGMENT_DIGITS)}.{suffix}"
 
 
 def pieces(folder: Path, suffix: str) -> Iterator[Path]:
@@ -63,7 +63,7 @@ def pieces(folder: Path, suffix: str) -> Iterator[Path]:
     """
     claim(folder)
     for number in itertools.count(1):
-        yield folder / f"{digits(number, OF_PIECE)}.{suffix}"
+        yield folder / f"{zero_padded(number, SEGMENT_DIGITS)}.{suffix}"
 
 
 def claim(folder: Path) -> None:
@@ -73,14 +73,14 @@ def claim(folder: Path) -> None:
         OutputError: It holds other files, or cannot be created.
     """
     claimable(folder)
-    with errors_at(folder):
+    with writing_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / OWN).touch()
 
 
 def claimable(folder: Path) -> None:
     """Raise an ``OutputError`` if a folder holds files that petseg did not write; see :func:`claim`."""
-    with errors_at(folder):
+    with writing_errors(folder):
         foreign = folder.is_dir() and not (folder / OWN).exists() and any(folder.iterdir())
     if foreign:
         raise OutputError(
@@ -89,13 +89,13 @@ def claimable(folder: Path) -> None:
         )
 
 
-def claimed(path: Path) -> bool:
+def create_new(path: Path) -> bool:
     """Create a file unless it exists, and return whether it is new: others may be recording into the same folder.
 
     Raises:
         OutputError: The file cannot be created.
     """
-    with errors_at(path):
+    with writing_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             path.touch(exist_ok=False)
@@ -105,17 +105,17 @@ def claimed(path: Path) -> bool:
 
 def drop_later(last: Path, least: int) -> None:
     """Remove what a longer run has left after the last picture or segment of this one: a folder is one result."""
-    with errors_at(last.parent):
-        alike = {path.stem for path in last.parent.iterdir() if path.suffix == last.suffix and path.stem.isdecimal()}
+    with writing_errors(last.parent):
+        numbers = {path.stem for path in last.parent.iterdir() if path.suffix == last.suffix and path.stem.isdecimal()}
         # Numbers with more digits, such as dates, belong to somebody else, unless those with fewer were used up.
         most = len(last.stem)
-        while "9" * most in alike:
+        while "9" * most in numbers:
             most += 1
-        for stem in alike:
-            if len(stem) <= most and int(stem) > int(last.stem) and stem == digits(int(stem), least):
+        for stem in numbers:
+            if len(stem) <= most and int(stem) > int(last.stem) and stem == zero_padded(int(stem), least):
                 last.with_stem(stem).unlink()
 
 
-def digits(number: int, least: int) -> str:
+def zero_padded(number: int, least: int) -> str:
     """A number with leading zeros, up to ``least`` digits, so that file names sort as numbers do."""
     return f"{number:0{least}d}"

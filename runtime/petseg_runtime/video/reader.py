@@ -22,7 +22,7 @@ from av.stream import Discard, Disposition
 
 from petseg_runtime.errors import SilentVideo, UnreadableVideo, UnsupportedVideo, UsageError
 from petseg_runtime.video.clock import Clock, Joined
-from petseg_runtime.video.errors import errors_of, reason_of
+from petseg_runtime.video.errors import reading_errors, reason_of
 from petseg_runtime.video.frame import Frame, orientation
 from petseg_runtime.video.sound import Sound, track_of
 
@@ -32,45 +32,45 @@ __all__ = ["MAX_FRAME_PIXELS", "VideoInfo", "VideoReader"]
 MAX_FRAME_PIXELS: Final = 8192 * 4352
 
 # Formats that name other files or addresses to open instead. A video in a photo album must not be able to do that.
-_LISTS: Final = frozenset(
+_REFERENCE_FORMATS: Final = frozenset(
     {
         *("applehttp", "avisynth", "concat", "dash", "hls", "image2", "imf", "lavfi", "rtp", "rtsp", "sap", "sdp"),
         *("vapoursynth", "webm_dash_manifest"),
     }
 )
-_LOCAL: Final = {
+_LOCAL_OPTIONS: Final = {
     "protocol_whitelist": "file,pipe",
-    "format_whitelist": ",".join(sorted(av.formats_available - _LISTS)),
+    "format_whitelist": ",".join(sorted(av.formats_available - _REFERENCE_FORMATS)),
 }
 
 #: What FFmpeg's "invalid argument" may mean; for a file, that it is in one of these formats.
-_OTHER_FILES: Final = "not a video, or a playlist of other files, which are not opened"
-_OPTIONS: Final = "not a video, or one that does not accept these options"
+_INVALID_FILE: Final = "not a video, or a playlist of other files, which are not opened"
+_INVALID_OPTIONS: Final = "not a video, or one that does not accept these options"
 
 #: If a seek lands after the requested start, the reader seeks this many seconds earlier; then it decodes everything.
-_BACK: Final = 10.0
+_SEEK_MARGIN: Final = 10.0
 
 #: Formats (FFmpeg's names) that recorders and receivers may start and end anywhere: the first pictures may reference
 #: earlier ones that are missing, and the last one may be incomplete.
-_ANYWHERE: Final = frozenset({"h264", "hevc", "m4v", "mpeg", "mpegts", "mpegvideo"})
+_CUT_ANYWHERE: Final = frozenset({"h264", "hevc", "m4v", "mpeg", "mpegts", "mpegvideo"})
 
 #: Packets of at least this many bytes are assumed to hold a picture.
-_SMALL: Final = 4096
+_PICTURE_BYTES: Final = 4096
 
 #: A bitstream filter that keeps only the NAL units of an H.264 packet that are (parts of) pictures (its table 7-1).
-_PICTURES: Final = "filter_units=pass_types=1-5"
+_PICTURE_UNITS: Final = "filter_units=pass_types=1-5"
 
 #: A file that is shorter than it declares by more than this share, and by more than a second, was truncated.
-_SHORTER: Final = Fraction(1, 20)
+_MISSING_SHARE: Final = Fraction(1, 20)
 
 #: Formats (FFmpeg's names) that offer the same video in several sizes: FFmpeg downloads all of them to the end, unless
 #: those that nobody needs are discarded.
-_OF_VARIANTS: Final = frozenset({"dash", "hls"})
+_MULTI_VARIANT: Final = frozenset({"dash", "hls"})
 
 #: Decoders that delay frames unless the low-delay flag is set. Others delay frames for frame threading, which a live
 #: source does not use, and for reordering: with the flag, the decoders of MPEG-1, MPEG-2, MPEG-4 part 2 and VC-1 skip
 #: the reordering, and output B-frames in decoding order.
-_DELAYING: Final = frozenset({"libdav1d"})
+_DELAYING_DECODERS: Final = frozenset({"libdav1d"})
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ class VideoReader:
         self._start = start
         self._path: Path | None = None  # set for a local file
         self.undecodable = 0  #: packets that the decoder rejected
-        self._refused = ""  # why it rejected the last of them
-        self._unmissed = 0  # of these: before the first picture and at the very end, where it may be cut anywhere
+        self._last_rejection = ""  # why it rejected the last of them
+        self._expected_losses = 0  # of these: before the first picture, and at the very end of what may be cut anywhere
         self._packets_read = 0  # of the video stream
         self.rest: list[Sound] = []  #: audio after the last frame, complete once the iteration has ended
         if isinstance(source, os.PathLike):
@@ -145,35 +145,37 @@ class VideoReader:
             _check_file(self._path)
             source = f"file:{source}"  # else FFmpeg would take a name such as "http:cat.mp4" for a URL
         self._source, self._low_delay, self._threads = source, low_delay, threads
-        self._longest = timeout[1] if timeout and low_delay else None  # seconds without a frame
-        self._how: dict[str, Any] = {"format": container, "timeout": timeout}
-        self._options = dict(_LOCAL if options is None else options)
-        self._invalid = _OTHER_FILES if options is None else _OPTIONS
+        self._frame_timeout = timeout[1] if timeout and low_delay else None  # seconds without a frame
+        self._open_arguments: dict[str, Any] = {"format": container, "timeout": timeout}
+        self._options = dict(_LOCAL_OPTIONS if options is None else options)
+        self._invalid_means = _INVALID_FILE if options is None else _INVALID_OPTIONS
         self._open()
 
     def _open(self) -> None:
-        with errors_of(self.name, "cannot be opened", self._how["timeout"], invalid=self._invalid):
+        with reading_errors(
+            self.name, "cannot be opened", self._open_arguments["timeout"], invalid=self._invalid_means
+        ):
             self._container = av.open(
                 self._source,
                 "r",
                 options=dict(self._options),
                 metadata_errors="replace",  # titles in old files have arbitrary encodings
-                **self._how,
+                **self._open_arguments,
             )
         try:
-            with errors_of(self.name, "cannot be opened"):
+            with reading_errors(self.name, "cannot be opened"):
                 self._open_streams(self._low_delay)
         except BaseException:
             self._container.close()
             raise
         #: Whether the source has timestamps; else FFmpeg guesses them.
-        self.timed = not self._container.format.flags & _NO_TIMES
+        self.timed = not self._container.format.flags & _NO_TIMESTAMPS
         self._joined = Joined("" if self._low_delay else self._container.format.name)
 
     def _open_streams(self, low_delay: bool) -> None:
-        pictures = [s for s in self._container.streams.video if not s.disposition & _COVER]
+        pictures = [s for s in self._container.streams.video if not s.disposition & _COVER_ART]
         if not pictures:
-            raise UnsupportedVideo(f"no video in it, only {_kinds(self._container) or 'nothing'}", self.name)
+            raise UnsupportedVideo(f"no video in it, only {_stream_types(self._container) or 'nothing'}", self.name)
         self.stream = video = pictures[0]
         if video.codec_context is None:
             raise UnsupportedVideo("this FFmpeg does not support its video codec", self.name)
@@ -181,12 +183,12 @@ class VideoReader:
         video.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # a later header may declare another size
         video.thread_type = "SLICE" if low_delay else "AUTO"
         video.codec_context.thread_count = self._threads or 0
-        if low_delay and video.codec_context.codec.name in _DELAYING:
+        if low_delay and video.codec_context.codec.name in _DELAYING_DECODERS:
             video.codec_context.flags |= av.codec.context.Flags.low_delay
-        sound = max(self._container.streams.audio, key=_wanted, default=None)
+        sound = max(self._container.streams.audio, key=_audio_rank, default=None)
         self._track = track_of(sound)
         self._sound = sound if self._track else None
-        if self._container.format.name in _OF_VARIANTS:
+        if self._container.format.name in _MULTI_VARIANT:
             for stream in self._container.streams:
                 if stream is not video and stream is not self._sound:
                     stream.discard = Discard.all
@@ -210,7 +212,7 @@ class VideoReader:
         clock = Clock(self.stream, self._start, decoding_order=self._container.format.name == "avi")
         sound: list[Sound] = []
         before = time.monotonic()
-        for decoded in self._sought(clock, sound) if self._start > 0 else self._decoded(sound):
+        for decoded in self._decoded_from_start(clock, sound) if self._start > 0 else self._decoded(sound):
             now = time.monotonic()
             pts, duration = clock.at(decoded)
             if pts is not None:
@@ -237,18 +239,18 @@ class VideoReader:
         if not clock.count and self._start and not self.undecodable:
             raise UnreadableVideo(f"it ends before {self._start:g} s, the requested start", self.name)
         if not clock.count:
-            why = f" ({self._refused})" if self._refused else ""
+            why = f" ({self._last_rejection})" if self._last_rejection else ""
             raise UnreadableVideo(f"no frame can be decoded: it is damaged or truncated{why}", self.name)
-        if cut := self._cut(clock.end):
+        if cut := self._truncation(clock.end):
             raise UnreadableVideo(f"truncated: {cut}", self.name)
 
     @property
     def damage(self) -> str | None:
         """How much of the video could not be decoded so far, as text; None: no picture is missing."""
-        lost = self.undecodable - self._unmissed
+        lost = self.undecodable - self._expected_losses
         return f"{lost} of {self._packets_read} packets could not be decoded" if lost else None
 
-    def _cut(self, end: Fraction) -> str | None:
+    def _truncation(self, end: Fraction) -> str | None:
         """How a file is known to end early, where FFmpeg just reports its end; None: nothing indicates that it does.
 
         Streams that are made to be cut anywhere (MPEG-TS, raw H.264, ...) do not show it.
@@ -263,18 +265,18 @@ class VideoReader:
             last = max(self.stream.index_entries, key=lambda entry: entry.pos, default=None)
             beyond = last is not None and last.pos + last.size > size
             return "its index lists frames beyond its end" if beyond else None
-        said = self._said_end()
-        if said is None or said - end <= max(Fraction(1), said * _SHORTER):
+        declared = self._declared_end()
+        if declared is None or declared - end <= max(Fraction(1), declared * _MISSING_SHARE):
             return None
-        return f"it declares a duration of {float(said):.1f} s, but ends after {float(end):.1f} s"
+        return f"it declares a duration of {float(declared):.1f} s, but ends after {float(end):.1f} s"
 
-    def _said_end(self) -> Fraction | None:
+    def _declared_end(self) -> Fraction | None:
         """The end of the pictures that a file declares, in seconds; None: nothing that can be relied on."""
         kind, whole = self._container.format.name, self._container.duration
         if self._path is None or self._start > 0:
             return None
         if kind == "avi":  # an intact one may end with empty frames, which are counted, but never decoded
-            return self.stream.frames * self.stream.time_base if _is_cut_riff(self._path) else None
+            return self.stream.frames * self.stream.time_base if _is_truncated_riff(self._path) else None
         if not kind.startswith("matroska") or not whole:
             return None
         # Audio may last longer than the pictures. The tag may be that of the file from which this one was cut.
@@ -283,7 +285,7 @@ class VideoReader:
             return Fraction(whole, av.time_base) if len(self._container.streams) == 1 else None
         return min(own, Fraction(whole, av.time_base))
 
-    def _sought(self, clock: Clock, sound: list[Sound]) -> Iterator[av.VideoFrame]:
+    def _decoded_from_start(self, clock: Clock, sound: list[Sound]) -> Iterator[av.VideoFrame]:
         """Yield frames that begin at the start or before it.
 
         When the first frame is shown is known only once it is decoded. In MPEG streams and others without an index, a
@@ -296,7 +298,7 @@ class VideoReader:
         clock.begin(first)
         if isinstance(self._source, str):  # a pipe cannot seek
             # In an MPEG program stream, the first timestamps after a seek are FFmpeg's guess, half a frame off.
-            for back in (_BACK,) if self._container.format.name == "mpeg" else (0.0, _BACK):
+            for back in (_SEEK_MARGIN,) if self._container.format.name == "mpeg" else (0.0, _SEEK_MARGIN):
                 found = self._seek(clock.origin + Fraction(max(0.0, self._start - back)))
                 sound.clear()
                 frames = self._decoded(sound)
@@ -324,36 +326,36 @@ class VideoReader:
 
     def _decoded(self, sound: list[Sound]) -> Iterator[av.VideoFrame]:
         since = time.monotonic()
-        self.undecodable = self._unmissed = self._packets_read = 0
-        anywhere = self._container.format.name in _ANYWHERE
-        in_the_middle, cut = self._start > 0 or anywhere, False
-        settings = _Settings(self.stream)
+        self.undecodable = self._expected_losses = self._packets_read = 0
+        anywhere = self._container.format.name in _CUT_ANYWHERE
+        before_first, cut = self._start > 0 or anywhere, False
+        parameter_sets = _ParameterSets(self.stream)
         for packet in self._packets():
             # A source that sends undecodable data, or everything but pictures (audio, a camera's metadata), would never
             # reach FFmpeg's timeout.
-            if self._longest is not None and time.monotonic() - since > self._longest:
-                why = f": {self._refused}" if self._refused else ""
+            if self._frame_timeout is not None and time.monotonic() - since > self._frame_timeout:
+                why = f": {self._last_rejection}" if self._last_rejection else ""
                 raise SilentVideo(f"it sent data, but no frame, for too long{why}", self.name)
             if packet.stream is self._sound and packet.dts is not None:
                 sound.append(Sound(packet, Fraction(0)))
-            if packet.stream is not self.stream or (packet := settings.join(packet)) is None:
+            if packet.stream is not self.stream or (packet := parameter_sets.join(packet)) is None:
                 continue
             self._packets_read += packet.size > 0
             try:
                 frames: Any = packet.decode()
             except av.error.FFmpegError as error:  # dozens of them mean damage; the next packet may be intact
                 self.undecodable += 1
-                self._unmissed += in_the_middle
-                cut = anywhere and not in_the_middle
-                self._refused = reason_of(error)
+                self._expected_losses += before_first
+                cut = anywhere and not before_first
+                self._last_rejection = reason_of(error)
                 continue
             cut = cut and not packet.size  # only the flush packet, of size 0, may follow
             for frame in frames:
-                in_the_middle = False
+                before_first = False
                 _check_size(frame.width, frame.height, self.name)
                 yield frame
                 since = time.monotonic()
-        self._unmissed += cut
+        self._expected_losses += cut
 
     def _needs_index_first(self) -> bool:
         return self._container.format.name.startswith("mov") and not isinstance(self._source, str)
@@ -363,7 +365,7 @@ class VideoReader:
         packets = self._container.demux()
         while True:
             try:
-                with errors_of(self.name, _UNREAD_PIPE if self._needs_index_first() else "reading failed"):
+                with reading_errors(self.name, _NO_INDEX if self._needs_index_first() else "reading failed"):
                     packet = next(packets, None)
             except IndexError:  # from PyAV, at the end, if a stream was added after the file was opened
                 return
@@ -387,19 +389,19 @@ class VideoReader:
 
 
 #: By default FFmpeg writes the index of an MP4 last, and nothing before it can be read without the index.
-_UNREAD_PIPE: Final = (
+_NO_INDEX: Final = (
     "reading failed: an MP4 in a pipe needs its index first (ffmpeg -i IN.mp4 -c copy -movflags faststart OUT.mp4); "
     "or give the file itself"
 )
 
 #: The cover of a song.
-_COVER: Final = Disposition.attached_pic
+_COVER_ART: Final = Disposition.attached_pic
 
 #: ``AVFMT_NOTIMESTAMPS``: raw H.264, and the MJPEG of cameras.
-_NO_TIMES: Final = 0x80
+_NO_TIMESTAMPS: Final = 0x80
 
 
-class _Settings:
+class _ParameterSets:
     """Merges packets that hold only parameter sets or metadata (SPS, PPS, SEI) into the next packet with a picture.
 
     Some recorders put them into packets of their own. FFmpeg's H.264 decoder applies them, but reports the packet as
@@ -407,15 +409,15 @@ class _Settings:
     """
 
     def __init__(self, stream: Any) -> None:
-        self._pictures: BitStreamFilterContext | None = None
+        self._only_pictures: BitStreamFilterContext | None = None
         self._waiting = b""
         if stream.codec_context.name == "h264":
             with contextlib.suppress(av.error.FFmpegError):  # the stream's extradata is damaged
-                self._pictures = BitStreamFilterContext(_PICTURES, stream)
+                self._only_pictures = BitStreamFilterContext(_PICTURE_UNITS, stream)
 
     def join(self, packet: Any) -> Any:
         """The packet, preceded by what was held back for it; None: this one is held back for the next."""
-        if self._pictures and 0 < packet.size < _SMALL and not _any_left(packet, self._pictures):
+        if self._only_pictures and 0 < packet.size < _PICTURE_BYTES and not _holds_picture(packet, self._only_pictures):
             self._waiting += bytes(packet)
             return None
         if not self._waiting or not packet.size:
@@ -427,7 +429,7 @@ class _Settings:
         return joined
 
 
-def _any_left(packet: Any, only: BitStreamFilterContext) -> bool:
+def _holds_picture(packet: Any, only: BitStreamFilterContext) -> bool:
     try:
         return bool(only.filter(_packet(bytes(packet))))  # a copy, since the filter consumes its input
     except av.error.FFmpegError:
@@ -456,7 +458,7 @@ def _check_file(path: Path) -> None:
         raise UnreadableVideo("empty (0 bytes)", str(path))
 
 
-def _is_cut_riff(path: Path) -> bool:
+def _is_truncated_riff(path: Path) -> bool:
     """Whether an AVI's header declares a longer file than this one."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         return int.from_bytes(file.read(8)[4:], "little") + 8 > path.stat().st_size
@@ -478,10 +480,10 @@ def _check_size(width: int, height: int, name: str) -> None:
         )
 
 
-def _wanted(sound: Any) -> tuple[bool, bool]:
+def _audio_rank(sound: Any) -> tuple[bool, bool]:
     """Rank an audio track by whether it can be decoded, then by whether it is the default; the first one wins ties."""
     return sound.codec_context is not None, bool(sound.disposition & Disposition.default)
 
 
-def _kinds(container: Any) -> str:
+def _stream_types(container: Any) -> str:
     return ", ".join(sorted({stream.type for stream in container.streams}))

@@ -118,21 +118,21 @@ def segment_video(
     """
     report = VideoReport(origin.shown)
     start = time.perf_counter()
-    states = _States(tell)
+    states = _StateRelay(tell)
     try:
         frames = open_frames(origin, reading, threads=segmenter.threads, tell=states.tell_of_source)
     except InputError as error:
         report.error = str(error)
         return report
 
-    def bring_up_to_date() -> None:
+    def update() -> None:
         report.undecodable = frames.undecodable
         report.connections = frames.connections if isinstance(frames, LiveSource) else 1
         report.files = sink.files
         report.seconds = time.perf_counter() - start
 
     def idle() -> None:
-        bring_up_to_date()
+        update()
         watch(None, report)
 
     reading = reading.of(endless=origin.endless)
@@ -142,7 +142,7 @@ def segment_video(
     try:
         with sink, stream:
             begun(stream, report, _seconds(frames, reading))
-            _write(stream, sink, report, watch, bring_up_to_date)
+            _write(stream, sink, report, watch, update)
     except InputError as error:  # raised by the sink
         report.error = f"{origin.shown}: {error}"
         if not sink.files:  # incomplete files were removed
@@ -154,15 +154,15 @@ def segment_video(
     finally:
         report.stopped = stream.stopped
         report.steps = stream.timings.summary()
-        bring_up_to_date()
+        update()
     if origin.endless:
         states.end(report.error or (STOPPED if stream.stopped else "frame limit reached"))
-    if not report.error and not report.stopped and (why := _lost(report, stream, origin)):
+    if not report.error and not report.stopped and (why := _missing(report, stream, origin)):
         report.error = f"{origin.shown}: {why}"
     return report
 
 
-def _lost(report: VideoReport, stream: Stream, origin: Origin) -> str | None:
+def _missing(report: VideoReport, stream: Stream, origin: Origin) -> str | None:
     """What is missing from the results of a source that was read to its end; None: nothing that should be there."""
     counts = stream.counts
     if not report.written:
@@ -174,27 +174,25 @@ def _lost(report: VideoReport, stream: Stream, origin: Origin) -> str | None:
     return f"{', '.join(lost)}; the rest was written" if lost else None
 
 
-def _write(
-    stream: Stream, sink: VideoSink, report: VideoReport, watch: Watch, bring_up_to_date: Callable[[], None]
-) -> None:
+def _write(stream: Stream, sink: VideoSink, report: VideoReport, watch: Watch, update: Callable[[], None]) -> None:
     """Write all results of a stream, and keep the report up to date."""
-    summed_up = time.monotonic()
-    for segmented in _readable(stream, report):
+    summarized = time.monotonic()
+    for segmented in _read_until_error(stream, report):
         before = time.perf_counter()
         sink.write(segmented.frame, segmented.result)
         stream.timings.add("write", time.perf_counter() - before)
         report.written += 1
         report.found += segmented.result.found
         report.notes += [note for note in segmented.result.notes if note not in report.notes]
-        bring_up_to_date()
-        if time.monotonic() - summed_up >= _SUMMING_UP:  # it takes all frames so far into account, which is slow
+        update()
+        if time.monotonic() - summarized >= _SUMMING_UP:  # it takes all frames so far into account, which is slow
             report.steps = stream.timings.summary()
-            summed_up = time.monotonic()
+            summarized = time.monotonic()
         watch(segmented, report)
     sink.end(stream.rest, whole=stream.whole or report.error is not None)
 
 
-def _readable(stream: Stream, report: VideoReport) -> Iterator[Segmented]:
+def _read_until_error(stream: Stream, report: VideoReport) -> Iterator[Segmented]:
     """Yield all that can be read; if the source fails, put the reason into the report."""
     try:
         yield from stream
@@ -202,7 +200,7 @@ def _readable(stream: Stream, report: VideoReport) -> Iterator[Segmented]:
         report.error = str(error)
 
 
-class _States:
+class _StateRelay:
     """Passes state changes on until the source has ended. Both the source and the run report that; the first counts.
 
     The source reports from the thread that decodes, which a closing stream waits for a second at most.

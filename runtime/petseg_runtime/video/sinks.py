@@ -16,9 +16,9 @@ from petseg_runtime.errors import OutputError
 from petseg_runtime.files import replacing, synced, synced_folder
 from petseg_runtime.result import Segmentation
 from petseg_runtime.sinks import Picture
-from petseg_runtime.video.errors import errors_at, refused
+from petseg_runtime.video.errors import unwritable, writing_errors
 from petseg_runtime.video.frame import Frame
-from petseg_runtime.video.numbered import OF_PICTURE, OF_PIECE, claim, claimed, digits, drop_later
+from petseg_runtime.video.numbered import PICTURE_DIGITS, SEGMENT_DIGITS, claim, create_new, drop_later, zero_padded
 from petseg_runtime.video.sound import Sound
 
 __all__ = ["FileSink", "LinesSink", "PicturesSink", "RawSink", "VideoSink", "frame_record"]
@@ -108,52 +108,52 @@ class FileSink:
         try:
             while self._open:
                 self._open.pop(0)[1].close()
-            self._check_disk(wait=True)
+            self._collect_synced(wait=True)
         except BaseException:
             if self._open:
                 with contextlib.suppress(Exception):  # the first error is the one to report
                     self._close_open()
             raise
 
-    def _to_disk(self, path: Path) -> None:
+    def _sync_in_background(self, path: Path) -> None:
         """Sync a complete file to disk, in another thread: on a slow disk that takes longer than a frame."""
         self._disk = self._disk or ThreadPoolExecutor(1, "petseg-disk")
-        self._syncing.append((path, self._disk.submit(_synced_where_it_is, path)))
-        self._check_disk(wait=False)
+        self._syncing.append((path, self._disk.submit(_sync, path)))
+        self._collect_synced(wait=False)
 
-    def _check_disk(self, *, wait: bool) -> None:
+    def _collect_synced(self, *, wait: bool) -> None:
         while self._syncing and (wait or self._syncing[0][1].done()):
             path, done = self._syncing.pop(0)
-            with errors_at(path):
+            with writing_errors(path):
                 done.result()
 
     @contextlib.contextmanager
-    def _begun(self, path: Path) -> Iterator[tuple[contextlib.ExitStack, Path]]:
+    def _created(self, path: Path) -> Iterator[tuple[contextlib.ExitStack, Path]]:
         """Create a file; yields what completes it, and where to write: a temporary file, or ``path`` if endless."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(errors_at(path))
+            stack.enter_context(writing_errors(path))
             path.parent.mkdir(parents=True, exist_ok=True)
             if self._endless:
-                stack.callback(self._to_disk, path)
+                stack.callback(self._sync_in_background, path)
                 stack.push(lambda kind, error, trace: _drop_empty(path) if kind else None)
-                beside = path
+                target = path
             else:
                 stack.push(lambda kind, error, trace: self._forget(path) if kind else None)
                 stack.enter_context(synced_folder(path.parent))
-                beside = stack.enter_context(replacing(path))
-                stack.enter_context(synced(beside))
-            yield stack, beside
-            self._open.append((beside, stack.pop_all()))
+                target = stack.enter_context(replacing(path))
+                stack.enter_context(synced(target))
+            yield stack, target
+            self._open.append((target, stack.pop_all()))
             self._remember(path)
 
-    def _next_of(self, paths: Iterator[Path]) -> Path:
+    def _next_path(self, paths: Iterator[Path]) -> Path:
         """The path of the next file; for an endless source, one that did not exist."""
-        return next(filter(claimed, paths)) if self._endless else next(paths)
+        return next(filter(create_new, paths)) if self._endless else next(paths)
 
-    def _drop_rest(self, segment: float | None) -> None:
+    def _drop_later_segments(self, segment: float | None) -> None:
         """Remove segments of an earlier, longer run that are numbered above this run's."""
         if segment and self.paths and not self._endless:
-            drop_later(self.paths[-1], OF_PIECE)
+            drop_later(self.paths[-1], SEGMENT_DIGITS)
 
     def _remember(self, path: Path) -> None:
         self.files += 1
@@ -168,7 +168,7 @@ class FileSink:
             self.files -= 1
 
 
-def _synced_where_it_is(path: Path) -> None:
+def _sync(path: Path) -> None:
     # If it is missing, somebody has moved or deleted it.
     with contextlib.suppress(FileNotFoundError), synced_folder(path.parent), synced(path):
         pass
@@ -200,19 +200,19 @@ class PicturesSink(FileSink):
         if not self.paths:
             claim(self._folder)
             self._remember(self._folder)
-        path = self._folder / f"{digits(frame.number, OF_PICTURE)}.{self._picture.format}"
-        with errors_at(path), replacing(path) as beside:
+        path = self._folder / f"{zero_padded(frame.number, PICTURE_DIGITS)}.{self._picture.format}"
+        with writing_errors(path), replacing(path) as target:
             picture = self._picture.render(result)
             try:
-                self._picture.encode(picture, beside)
+                self._picture.encode(picture, target)
             except ValueError as error:  # Pillow raises it for sizes that WebP does not support
-                raise refused(path, str(error)) from error
+                raise unwritable(path, str(error)) from error
         self._last = path
 
     def close(self) -> None:
         """Remove pictures of an earlier, longer run; no file is open."""
         if self._last:
-            drop_later(self._last, OF_PICTURE)
+            drop_later(self._last, PICTURE_DIGITS)
 
 
 class RawSink(FileSink):
@@ -267,21 +267,21 @@ class LinesSink(FileSink):
         """Write a frame; see :class:`VideoSink`."""
         if self._file is None or (self._segment and frame.time - self._since >= self._segment):
             self._begin(frame)
-        with errors_at(self.paths[-1]):
+        with writing_errors(self.paths[-1]):
             self._file.write(json.dumps(frame_record(frame, result)) + "\n")
             self._file.flush()
 
     def _begin(self, frame: Frame) -> None:
         if self._open:
             self._open.pop()[1].close()
-        with self._begun(self._next_of(self._paths)) as (stack, beside):
+        with self._created(self._next_path(self._paths)) as (stack, target):
             # Append, because a log rotator may truncate the file meanwhile.
-            self._file, self._since = stack.enter_context(beside.open("a", encoding="utf-8")), frame.time
+            self._file, self._since = stack.enter_context(target.open("a", encoding="utf-8")), frame.time
 
     def close(self) -> None:
         """Complete the files."""
         super().close()
-        self._drop_rest(self._segment)
+        self._drop_later_segments(self._segment)
 
 
 def frame_record(frame: Frame, result: Segmentation) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class Smoother:
         """
         now, fresh, passed = _mean(image @ _GREY), probability.astype(np.float32), time - self._time
         if self._image is not None and self._past is not None and self._image.shape == now.shape and passed <= _PAUSE:
-            before = self._image * _light(self._image[::4, ::4], now[::4, ::4])
+            before = self._image * _brightness_factor(self._image[::4, ::4], now[::4, ::4])
             keep = _stillness(now - before) * np.float32(self._strength ** (_RATE * max(passed, _SHORTEST)))
             now += keep * (before - now)
             fresh += keep * (self._past - fresh)  # in float32: rounded values would never reach a new output
@@ -93,7 +93,7 @@ def check_strength(strength: float) -> None:
         raise UsageError(f"smoothing {strength} must be from 0 to below 1")
 
 
-def _light(before: F32, now: F32) -> np.float32:
+def _brightness_factor(before: F32, now: F32) -> np.float32:
     """The factor by which a scene has become brighter: the median, which what moves does not affect."""
     return np.float32(min(max(float(np.median(now / np.maximum(before, 1))), 1 / _LIGHT), _LIGHT))
 

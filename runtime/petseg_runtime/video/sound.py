@@ -12,7 +12,7 @@ from typing import Any, Final
 import av
 import av.error
 
-__all__ = ["Sound", "Track", "track_of", "written_to"]
+__all__ = ["Sound", "Track", "audio_writer", "track_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,10 +64,10 @@ def track_of(stream: Any) -> Track | None:
         return None
     if stream.codec_context is None:
         return Track(None, "unknown")
-    return Track(_copied(stream), stream.codec_context.codec.canonical_name)
+    return Track(_copy_of(stream), stream.codec_context.codec.canonical_name)
 
 
-def _copied(stream: Any) -> Any:
+def _copy_of(stream: Any) -> Any:
     """A copy of a stream, with everything its decoder must know: some codecs do not describe themselves in packets.
 
     It belongs to a container that is never written, of the one FFmpeg format that accepts every codec.
@@ -75,7 +75,9 @@ def _copied(stream: Any) -> Any:
     return av.open(io.BytesIO(), "w", format="null").add_stream_from_template(stream)
 
 
-def written_to(file: Any, track: Track, note: Callable[[str], None], *, endless: bool) -> _Passed | _Encoded | None:
+def audio_writer(
+    file: Any, track: Track, note: Callable[[str], None], *, endless: bool
+) -> _PassThrough | _Transcoder | None:
     """Add a track to a file whose header is not written yet.
 
     Args:
@@ -91,14 +93,14 @@ def written_to(file: Any, track: Track, note: Callable[[str], None], *, endless:
     if track.stream is None:
         note("the audio is left out: this FFmpeg cannot decode its codec")
         return None
-    if _holds(file.format.name, track, endless):
-        return _Passed(file, track)
-    return _Encoded(file, track, _USUAL[file.format.name], note)
+    if _can_hold(file.format.name, track, endless):
+        return _PassThrough(file, track)
+    return _Transcoder(file, track, _FALLBACK[file.format.name], note)
 
 
-def _holds(container: str, track: Track, endless: bool) -> bool:
+def _can_hold(container: str, track: Track, endless: bool) -> bool:
     """Whether a file can hold a track's packets unchanged."""
-    if track.codec not in _FITS[container]:
+    if track.codec not in _PLAYABLE[container]:
         return False
     # These are described by their packets only: AAC without extradata is that of transport streams.
     if track.codec in {"ac3", "eac3"} or (track.codec == "aac" and not track.stream.codec_context.extradata):
@@ -117,13 +119,13 @@ def _holds(container: str, track: Track, endless: bool) -> bool:
 
 
 #: What players accept in these files. FFmpeg also writes PCM and others into MP4, which few players accept.
-_FITS: Final = {"mp4": {"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus"}, "webm": {"opus", "vorbis"}}
+_PLAYABLE: Final = {"mp4": {"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus"}, "webm": {"opus", "vorbis"}}
 
 #: Options that make FFmpeg write the complete description of the audio with the header.
 _HEADER_FIRST: Final[dict[str, dict[str, str]]] = {"mp4": {"movflags": "empty_moov"}, "webm": {}}
 
 #: The codec for what does not fit, and its sample rates in Hz, the default first.
-_USUAL: Final[dict[str, tuple[str, tuple[int, ...]]]] = {
+_FALLBACK: Final[dict[str, tuple[str, tuple[int, ...]]]] = {
     "mp4": ("aac", (48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)),
     "webm": ("libopus", (48000, 24000, 16000, 12000, 8000)),
 }
@@ -133,7 +135,7 @@ _USUAL: Final[dict[str, tuple[str, tuple[int, ...]]]] = {
 _GAP: Final = 0.03
 
 
-class _Passed:
+class _PassThrough:
     """Passes packets through."""
 
     def __init__(self, file: Any, track: Track) -> None:
@@ -158,15 +160,15 @@ class _Passed:
         """Do nothing: no packet is held back."""
 
 
-class _Encoded:
+class _Transcoder:
     """Decodes packets and re-encodes them in a codec that the file can hold."""
 
     def __init__(
-        self, file: Any, track: Track, usual: tuple[str, tuple[int, ...]], note: Callable[[str], None]
+        self, file: Any, track: Track, fallback: tuple[str, tuple[int, ...]], note: Callable[[str], None]
     ) -> None:
-        codec, rates = usual
+        codec, rates = fallback
         self._file, self._codec, self._note = file, track.codec, note
-        self._decoder = source = _copied(track.stream).codec_context
+        self._decoder = source = _copy_of(track.stream).codec_context
         rate = source.sample_rate if source.sample_rate in rates else rates[0]
         layout = "mono" if source.layout.nb_channels == 1 else "stereo"
         self._stream = file.add_stream(codec, rate=rate, layout=layout)
@@ -179,24 +181,24 @@ class _Encoded:
 
     def write(self, sound: Sound, start: Fraction) -> None:
         """Write a packet; leave out what lies before ``start``, in seconds."""
-        for frame in self._tried(self._decoder.decode, sound.packet):
-            if frame.pts is not None and self._place(frame, sound.shift - start):
-                self._fit(frame)
-                self._encode(self._tried(self._resampler.resample, frame))
+        for frame in self._try(self._decoder.decode, sound.packet):
+            if frame.pts is not None and self._set_time(frame, sound.shift - start):
+                self._update_resampler(frame)
+                self._encode(self._try(self._resampler.resample, frame))
 
-    def _fit(self, frame: Any) -> None:
+    def _update_resampler(self, frame: Any) -> None:
         """Get a resampler for a frame: within one broadcast, mono, stereo and 5.1 may follow each other."""
         kind = frame.format.name, frame.layout.name, frame.sample_rate
         if self._resampler is None or kind != self._kind:
-            self._encode(self._tried(self._rest))
+            self._encode(self._try(self._drain_resampler))
             encoder, self._kind = self._stream.codec_context, kind
             self._resampler = av.AudioResampler(encoder.format, encoder.layout, encoder.sample_rate)
 
-    def _rest(self) -> list[Any]:
+    def _drain_resampler(self) -> list[Any]:
         """What the resampler still holds; one that changes nothing returns its input, here None."""
         return [frame for frame in self._resampler.resample(None) if frame] if self._resampler else []
 
-    def _tried(self, step: Callable[..., list[Any]], *given: Any) -> list[Any]:
+    def _try(self, step: Callable[..., list[Any]], *given: Any) -> list[Any]:
         """Run a step; if it fails, note it and return nothing: damaged audio must not end the video."""
         try:
             return step(*given)
@@ -205,7 +207,7 @@ class _Encoded:
             self._resampler = None  # after a failure, it may be half initialized
             return []
 
-    def _place(self, frame: Any, shift: Fraction) -> bool:
+    def _set_time(self, frame: Any, shift: Fraction) -> bool:
         """Set a frame's time, in samples; False: it lies before the start, or overlaps the frame before."""
         base = Fraction(1, frame.sample_rate)
         begins = round((frame.pts * frame.time_base + shift) / base) * base
@@ -220,9 +222,9 @@ class _Encoded:
 
     def _encode(self, frames: Iterable[Any]) -> None:
         for frame in frames:
-            self._file.mux(self._tried(self._stream.encode, frame))  # which rejects NaN
+            self._file.mux(self._try(self._stream.encode, frame))  # which rejects NaN
 
     def close(self) -> None:
         """Write what the encoder still holds."""
-        self._encode(self._tried(self._rest))
-        self._file.mux(self._tried(self._stream.encode, None))
+        self._encode(self._try(self._drain_resampler))
+        self._file.mux(self._try(self._stream.encode, None))

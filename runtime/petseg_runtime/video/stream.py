@@ -31,21 +31,21 @@ __all__ = ["POLICIES", "Counts", "Reading", "Segmented", "Stream"]
 U8: TypeAlias = npt.NDArray[np.uint8]
 
 #: A frame, the model's input uint8 [H, W, 3] that was made from it, and its output uint8 [H, W].
-_Answered: TypeAlias = tuple[Frame, U8, U8]
+_Inferred: TypeAlias = tuple[Frame, U8, U8]
 
 #: What happens to a new frame while the queue before the engine is full: it waits; it replaces the oldest waiting one;
 #: or at most one frame, the newest, ever waits.
 POLICIES: Final = ("block", "drop-oldest", "latest")
 
 #: In a file, audio may be stored up to this many seconds after the picture that it belongs to.
-_LATE: Final = 2.0
+_LATE_AUDIO: Final = 2.0
 
 #: Frames that may wait for the engine in addition to a batch.
 _ROOM: Final = 4
 
 #: Audio packets that dropped frames may pass on to the next frame: a minute in most codecs. A consumer that stalls for
 #: longer gets the newest ones; unbounded, the audio of an endless source would fill the memory.
-_SOUNDS: Final = 3000
+_MAX_AUDIO_PACKETS: Final = 3000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ class Counts:
     failure: str | None = None
 
 
-class _Inbox:
+class _InputQueue:
     """A bounded queue of frames with a policy for what does not fit; see :data:`POLICIES`."""
 
     def __init__(self, policy: str, room: int, counts: Counts) -> None:
@@ -149,9 +149,9 @@ class _Inbox:
                 dropped = self._frames.popleft()
                 self._counts.dropped += 1
                 # Its audio is passed on with the next frame.
-                heir = self._frames[0] if self._frames else frame
-                heir.sound[:0] = dropped.sound
-                del heir.sound[:-_SOUNDS]
+                following = self._frames[0] if self._frames else frame
+                following.sound[:0] = dropped.sound
+                del following.sound[:-_MAX_AUDIO_PACKETS]
             self._frames.append(frame)
             self._changed.notify_all()
             return True
@@ -176,16 +176,16 @@ class _Inbox:
             self._changed.notify_all()
 
 
-class _Outbox:
+class _OutputQueue:
     """A bounded queue of frames with the model's input and output, for the consumer; None marks the end."""
 
     def __init__(self, room: int) -> None:
         self._room = room
-        self._items: deque[_Answered | None] = deque()
+        self._items: deque[_Inferred | None] = deque()
         self._changed = threading.Condition()
         self._closed = False
 
-    def put(self, item: _Answered | None) -> bool:
+    def put(self, item: _Inferred | None) -> bool:
         with self._changed:
             self._changed.wait_for(lambda: self._closed or item is None or len(self._items) < self._room)
             if self._closed:
@@ -199,7 +199,7 @@ class _Outbox:
         with self._changed:
             return self._changed.wait_for(lambda: self._closed or bool(self._items), seconds)
 
-    def take(self) -> _Answered | None:
+    def take(self) -> _Inferred | None:
         """The next item; call :meth:`is_ready` first."""
         with self._changed:
             if self._closed:  # no item will come, not even the one that marks the end
@@ -277,8 +277,8 @@ class Stream:
         waits = self._policy == "block"
         self._batch = segmenter.describe().batch if waits else 1
         self._smoother = Smoother(reading.smooth) if reading.smooth else None
-        self._inbox = _Inbox(self._policy, self._batch + _ROOM, self.counts)
-        self._outbox = _Outbox(self._batch + _ROOM if waits else 1)
+        self._inputs = _InputQueue(self._policy, self._batch + _ROOM, self.counts)
+        self._outputs = _OutputQueue(self._batch + _ROOM if waits else 1)
         self._error: BaseException | None = None
         self._threads = [
             # The first may hang in a read that nothing can interrupt; the process must be able to exit all the same.
@@ -306,17 +306,17 @@ class Stream:
         if self._error:
             raise self._error
 
-    def _next(self) -> _Answered | None:
-        while not self._outbox.is_ready(LOOK_UP):
+    def _next(self) -> _Inferred | None:
+        while not self._outputs.is_ready(LOOK_UP):
             self._idle()
-        return self._outbox.take()
+        return self._outputs.take()
 
     def _finish(self, frame: Frame, image: U8, probability: U8, convert: Converter) -> Segmentation | None:
         start = time.perf_counter()
         try:
             pixels = None if self._mask_only else frame.pixels(convert)
         except InputError as error:
-            self._inbox.fail(error)
+            self._inputs.fail(error)
             return None
         result = self._segmenter.finish(Prepared(image, pixels, *frame.size, frame.notes), probability)
         self.timings.add("finish", time.perf_counter() - start)
@@ -330,12 +330,12 @@ class Stream:
     def _end_source(self) -> None:
         if stop := getattr(self._frames, "stop", None):
             stop()
-        self._inbox.close()
+        self._inputs.close()
 
     def close(self) -> None:
         """End everything, dropping what was not delivered. If Ctrl-C interrupts this, call it again to finish."""
         self._end_source()
-        self._outbox.close()
+        self._outputs.close()
         for thread, longest in ((self._threads[1], None), (self._threads[0], 1.0)):
             if thread is not threading.current_thread():  # it is where a live source reports its state from `_decode`
                 thread.join(longest)
@@ -360,11 +360,11 @@ class Stream:
                 self.timings.add("decode", frame.decoding)
                 frame.number = number // self._stride
                 frame.duration *= self._stride
-                if not self._inbox.put(frame):
+                if not self._inputs.put(frame):
                     return
                 if frame.number + 1 == self._max_frames:
                     self.damage = getattr(self._frames, "damage", None)
-                    self._hear_out(frame, frames)
+                    self._read_late_audio(frame, frames)
                     return
             self.rest += getattr(self._frames, "rest", [])
             self.damage = getattr(self._frames, "damage", None)
@@ -372,12 +372,12 @@ class Stream:
         except BaseException as error:  # noqa: BLE001 (raised again by __iter__)
             self._error = self._error or error
         finally:
-            self._inbox.close()
+            self._inputs.close()
             # Here, because closing what another thread is reading would crash the process.
             if close := getattr(self._frames, "close", None):
                 close()
 
-    def _hear_out(self, last: Frame, frames: Iterator[Frame]) -> None:
+    def _read_late_audio(self, last: Frame, frames: Iterator[Frame]) -> None:
         """Read on to the end of the audio that belongs to the last frame: files may store it after later frames."""
         end = (last.pts + last.duration) * last.time_base
         if last.track is None or self._policy != "block" or any(sound.time >= end for sound in last.sound):
@@ -385,42 +385,42 @@ class Stream:
         with contextlib.suppress(InputError):  # damage behind the last frame does not matter
             for frame in frames:
                 self.rest += frame.sound
-                if frame.time > end + _LATE or any(sound.time >= end for sound in frame.sound):
+                if frame.time > end + _LATE_AUDIO or any(sound.time >= end for sound in frame.sound):
                     return
             self.rest += getattr(self._frames, "rest", [])
 
     def _infer(self) -> None:
         convert = Converter(self._segmenter.threads)
         try:
-            while frames := self._inbox.take(self._batch):
+            while frames := self._inputs.take(self._batch):
                 prepared = [ready for frame in frames if (ready := self._prepare(frame, convert))]
-                if prepared and not self._infer_some(prepared):
+                if prepared and not self._infer_batch(prepared):
                     return
         except BaseException as error:  # noqa: BLE001 (raised again by __iter__)
             self._error = self._error or error
-            self._inbox.close()
+            self._inputs.close()
         finally:
-            self._outbox.put(None)
+            self._outputs.put(None)
 
     def _prepare(self, frame: Frame, convert: Converter) -> tuple[Frame, U8] | None:
         start = time.perf_counter()
         try:
             return frame, frame.pixels(convert, *self._segmenter.size)
         except InputError as error:
-            self._inbox.fail(error)
+            self._inputs.fail(error)
             return None
         finally:
             self.timings.add("convert", time.perf_counter() - start)
 
-    def _infer_some(self, prepared: list[tuple[Frame, U8]]) -> bool:
+    def _infer_batch(self, prepared: list[tuple[Frame, U8]]) -> bool:
         start = time.perf_counter()
         images = [image for _, image in prepared]
-        answers = self._segmenter.infer(images[0][None] if len(images) == 1 else np.stack(images))
+        outputs = self._segmenter.infer(images[0][None] if len(images) == 1 else np.stack(images))
         share = (time.perf_counter() - start) / len(prepared)
         for _ in prepared:
             self.timings.add("infer", share)
-        for (frame, image), answer in zip(prepared, answers, strict=True):
-            smoothed = self._smoother(image, answer, frame.time) if self._smoother else answer
-            if not self._outbox.put((frame, image, smoothed)):
+        for (frame, image), output in zip(prepared, outputs, strict=True):
+            smoothed = self._smoother(image, output, frame.time) if self._smoother else output
+            if not self._outputs.put((frame, image, smoothed)):
                 return False
         return True

@@ -288,7 +288,7 @@ def test_waiting_for_the_consumer_is_no_silence(monkeypatch: pytest.MonkeyPatch,
 
 def placed(steps: list[tuple[float, float]]) -> list[float]:
     """Times on one connection's line of frames so many seconds apart, at the source and here; sound goes with them."""
-    line, own, now = live._Line(), 1000.0, 50.0
+    line, own, now = live._TimeLine(), 1000.0, 50.0
     times = []
     for own_step, step in [(0.0, 0.0), *steps]:
         own, now = own + own_step, now + step
@@ -332,8 +332,8 @@ def test_times_follow_the_source_until_its_clock_is_set_anew(
 
 def test_what_says_no_times_is_shown_when_it_comes() -> None:
     for timed, pts in ((False, 0), (True, None)):
-        line, times = live._Line(), []
-        line.begin_again(timed=timed)
+        line, times = live._TimeLine(), []
+        line.start_connection(timed=timed)
         for now in (50.0, 50.5, 51.5):
             frame = Frame(0, 0, Fraction(1, 25), pictured(pts, Fraction(1, 25)))
             line.place(frame, now)

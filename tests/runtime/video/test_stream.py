@@ -27,7 +27,7 @@ from petseg_runtime.segmenter import Segmenter
 from petseg_runtime.video import stream as stream_module
 from petseg_runtime.video.frame import Frame
 from petseg_runtime.video.sound import Sound
-from petseg_runtime.video.stream import _SOUNDS, POLICIES, Counts, Reading, Segmented, Stream, _Inbox
+from petseg_runtime.video.stream import _MAX_AUDIO_PACKETS, POLICIES, Counts, Reading, Segmented, Stream, _InputQueue
 
 
 def picture(value: int, pixels: str = "gray") -> av.VideoFrame:
@@ -183,11 +183,11 @@ def test_the_sound_of_a_dropped_frame_goes_on_with_the_next() -> None:
 @pytest.mark.parametrize("policy", ["latest", "drop-oldest"])
 def test_who_takes_nothing_for_long_gets_the_newest_sound(policy: str) -> None:
     """An hour of it would be a hundred megabytes."""
-    inbox, packet = _Inbox(policy, 5, Counts()), av.Packet(b"x")
+    queue, packet = _InputQueue(policy, 5, Counts()), av.Packet(b"x")
     for number in range(10_000):
-        assert inbox.put(frame_of(number, [Sound(packet, Fraction(number))]))
-    kept = [sound.shift for frame in inbox.take(5) for sound in frame.sound]
-    assert _SOUNDS <= len(kept) < _SOUNDS + 5
+        assert queue.put(frame_of(number, [Sound(packet, Fraction(number))]))
+    kept = [sound.shift for frame in queue.take(5) for sound in frame.sound]
+    assert _MAX_AUDIO_PACKETS <= len(kept) < _MAX_AUDIO_PACKETS + 5
     assert kept == list(range(10_000 - len(kept), 10_000))
 
 
