@@ -43,8 +43,8 @@ _LATE_AUDIO: Final = 2.0
 #: Frames that may wait for the engine in addition to a batch.
 _ROOM: Final = 4
 
-#: Audio packets that dropped frames may pass on to the next frame: a minute in most codecs. A consumer that stalls for
-#: longer gets the newest ones; unbounded, the audio of an endless source would fill the memory.
+#: Audio packets that frames without a result may pass on to the next one: a minute in most codecs. A consumer that
+#: stalls for longer gets the newest ones; unbounded, the audio of an endless source would fill the memory.
 _MAX_AUDIO_PACKETS: Final = 3000
 
 
@@ -149,9 +149,7 @@ class _InputQueue:
                 dropped = self._frames.popleft()
                 self._counts.dropped += 1
                 # Its audio is passed on with the next frame.
-                following = self._frames[0] if self._frames else frame
-                following.sound[:0] = dropped.sound
-                del following.sound[:-_MAX_AUDIO_PACKETS]
+                _prepend(dropped.sound, self._frames[0] if self._frames else frame)
             self._frames.append(frame)
             self._changed.notify_all()
             return True
@@ -174,6 +172,13 @@ class _InputQueue:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+
+def _prepend(sound: list[Sound], frame: Frame) -> None:
+    """Pass the audio of frames without a result on to the next frame; of too many packets, keep the newest."""
+    if sound:
+        frame.sound[:0] = sound
+        del frame.sound[:-_MAX_AUDIO_PACKETS]
 
 
 class _OutputQueue:
@@ -294,13 +299,19 @@ class Stream:
             EngineError: The engine failed.
         """
         convert = Converter(self._segmenter.threads)
+        undelivered: list[Sound] = []
         try:
             while (item := self._next()) is not None:
                 frame, image, probability = item
+                _prepend(undelivered, frame)
+                undelivered = []
                 if result := self._finish(frame, image, probability, convert):
                     self.counts.delivered += 1
                     yield Segmented(frame, result)
                     self.timings.add("latency", time.monotonic() - frame.captured)
+                else:
+                    undelivered = frame.sound
+            self.rest[:0] = undelivered
         finally:
             self.close()
         if self._error:
@@ -391,11 +402,20 @@ class Stream:
 
     def _infer(self) -> None:
         convert = Converter(self._segmenter.threads)
+        undelivered: list[Sound] = []
         try:
             while frames := self._inputs.take(self._batch):
-                prepared = [ready for frame in frames if (ready := self._prepare(frame, convert))]
+                prepared = []
+                for frame in frames:
+                    _prepend(undelivered, frame)
+                    undelivered = []
+                    if ready := self._prepare(frame, convert):
+                        prepared.append(ready)
+                    else:
+                        undelivered = frame.sound
                 if prepared and not self._infer_batch(prepared):
                     return
+            self.rest[:0] = undelivered
         except BaseException as error:  # noqa: BLE001 (raised again by __iter__)
             self._error = self._error or error
             self._inputs.close()

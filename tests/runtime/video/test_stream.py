@@ -227,6 +227,33 @@ def test_a_frame_that_cannot_be_converted_is_counted_and_passed_over(monkeypatch
     assert stream.counts.decoded == stream.counts.delivered + stream.counts.failed
 
 
+@pytest.mark.parametrize("at_full_size", [False, True])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_audio_of_a_frame_that_cannot_be_converted_is_passed_on(
+    monkeypatch: pytest.MonkeyPatch, batch: int, at_full_size: bool
+) -> None:
+    def pixels(self: Frame, *args: Any) -> np.ndarray:
+        if self.pts in (1, 2, 4, 9) and (len(args) == 1) == at_full_size:
+            raise UnreadableVideo("frames in odd: cannot be converted")
+        return np.zeros((8, 8, 3) if len(args) > 1 else (16, 32, 3), np.uint8)
+
+    monkeypatch.setattr(Frame, "pixels", pixels)
+    packets = [Sound(av.Packet(b"x"), Fraction(number)) for number in range(10)]
+    stream = stream_of([frame_of(number, [packets[number]]) for number in range(10)], Model(batch))
+    heard = {segmented.frame.pts: segmented.frame.sound for segmented in stream}
+    assert heard[3] == packets[1:4]
+    assert heard[5] == packets[4:6]
+    assert [packet for sound in heard.values() for packet in sound] == packets[:9]
+    assert stream.rest == packets[9:]
+
+
+def test_a_frame_keeps_its_own_audio_however_much_that_is() -> None:
+    """Between the frames of a slide show there are minutes."""
+    packets = [Sound(av.Packet(b"x"), Fraction(number)) for number in range(2 * _MAX_AUDIO_PACKETS)]
+    (segmented,) = stream_of([frame_of(0, list(packets))])
+    assert segmented.frame.sound == packets
+
+
 def test_stop_delivers_what_was_decoded() -> None:
     source = Source(frame_of(n % 250) for n in iter(int, 1))
     with stream_of(source) as stream:
