@@ -88,9 +88,10 @@ class FileSink:
             return
         opened, self._open = self._open, []
         for path, file in opened:
-            with contextlib.suppress(Exception):  # the first error is the one to report
+            with contextlib.suppress(OSError):  # where open files cannot be removed, it is removed below
                 # Before closing: moving the index of a long movie to its front takes long.
                 path.unlink(missing_ok=True)
+            with contextlib.suppress(Exception):  # the first error is the one to report
                 file.__exit__(kind, error, trace)
 
     def end(self, sound: Sequence[Sound], *, whole: bool) -> None:

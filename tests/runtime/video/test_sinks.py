@@ -811,6 +811,30 @@ def test_a_defect_while_writing_is_not_this_videos_error(
     assert {path.name for path in tmp_path.rglob("*")} == {"out", OWN}
 
 
+def test_a_movie_is_removed_after_an_error_also_where_open_files_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows."""
+    unlink, close, is_open = Path.unlink, movie_module._Movie.close, [True]
+
+    def unlink_closed(path: Path, missing_ok: bool = False) -> None:
+        if is_open[0]:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        unlink(path, missing_ok=missing_ok)
+
+    def noted_close(self: Any) -> None:
+        close(self)
+        is_open[0] = False
+
+    monkeypatch.setattr(Path, "unlink", unlink_closed)
+    monkeypatch.setattr(movie_module._Movie, "close", noted_close)
+    sink = movie(tmp_path / "out.mp4")
+    sink.write(frame := frame_of(0), result_of(frame))
+    with pytest.raises(RuntimeError, match="first"), sink:
+        raise RuntimeError("first")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("endless", [False, True])
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_movie_that_cannot_be_completed_does_not_take_the_next_one_with_it(
