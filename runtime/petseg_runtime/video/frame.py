@@ -133,7 +133,7 @@ class Frame:
         picture: The decoded frame.
         quarters: Quarter turns counter-clockwise that make it upright, 0 to 3.
         captured: ``time.monotonic()`` when it came out of the decoder.
-        decoding: Seconds that the decoder took for it.
+        decoding: Seconds that reading and decoding it took.
         duration: How long it is shown, in units of ``time_base``; 0 if unknown.
         sound: Audio packets since the previous frame.
         track: The track that these belong to; None: the source has no audio.
