@@ -1,4 +1,4 @@
-"""Over a hundred malformed videos: each yields frames or an error in one line; none crashes, hangs, or takes gigabytes."""
+"""Over a hundred malformed videos: each yields frames or a one-line error; none crashes, hangs, or takes gigabytes."""
 
 from __future__ import annotations
 
