@@ -103,7 +103,7 @@ class MovieSink(FileSink):
             painter: Makes the frames.
             endless: The source has no end.
             segment: Seconds per movie; None: no limit.
-            audio: Copy the audio.
+            audio: Write the source's audio, too.
             threads: CPU threads of the encoder; None: the encoder's choice.
         """
         super().__init__(endless=endless)

@@ -219,18 +219,18 @@ class VideoReader:
                 shift = -clock.origin
                 quarters, mirrored = orientation(decoded)
                 frame = Frame(
-                    clock.count - 1,
-                    pts,
-                    clock.time_base,
-                    decoded,
-                    quarters,
-                    now,
-                    now - before,
-                    duration,
-                    [Sound(packet.packet, shift) for packet in sound],
-                    self._track,
-                    self.stream.sample_aspect_ratio,
-                    mirrored,
+                    number=clock.count - 1,
+                    pts=pts,
+                    time_base=clock.time_base,
+                    picture=decoded,
+                    quarters=quarters,
+                    captured=now,
+                    decoding=now - before,
+                    duration=duration,
+                    sound=[Sound(packet.packet, shift) for packet in sound],
+                    track=self._track,
+                    aspect=self.stream.sample_aspect_ratio,
+                    mirrored=mirrored,
                 )
                 sound.clear()
                 yield frame
