@@ -238,7 +238,7 @@ def _shift_half_sample(plane: U8, axis: int) -> U8:
     """Resample chroma half a sample further along an axis.
 
     When an odd side is flipped, the chroma sample that covered a single pixel comes first, so that each other sample
-    covers the second pixel of one pair and the first of the next.
+    covers the second pixel of one pair and the first of the next. (Sited between its pixels, as in swscale.)
     """
     last = plane.shape[axis] - 1
     following = plane.take(np.minimum(np.arange(last + 1) + 1, last), axis).astype(np.uint16)
