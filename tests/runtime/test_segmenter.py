@@ -349,7 +349,7 @@ def test_what_is_out_of_range_is_wrong_usage(red: Path, asked: dict[str, Any], s
 @pytest.mark.parametrize("asked", [{"start": -1.0}, {"stall": 0.0}, {"stall": float("nan")}, {"patience": -3.0}])
 def test_a_time_that_is_none_is_wrong_usage(segmenter: Segmenter, asked: dict[str, float]) -> None:
     ((name, value),) = asked.items()
-    with pytest.raises(UsageError, match=f"{name} is {value}; it is in seconds"):
+    with pytest.raises(UsageError, match=f"{name} is {value}; it must be a number of seconds"):
         segmenter.stream("clip.mp4", **asked)  # type: ignore[arg-type]
 
 

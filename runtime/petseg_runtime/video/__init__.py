@@ -1,7 +1,7 @@
-"""Videos, cameras and streams: what reads them, what takes each frame through the network, and what writes it.
+"""Videos, cameras and network streams: reads them, runs each frame through the network, and writes the results.
 
-``reader`` decodes a source that has an end, ``live`` keeps one going that has none; ``frame``, ``clock`` and ``sound``
-are what comes of it. ``stream`` takes the frames through the network, with ``smoothing`` on the way. ``looks`` paints
-results on frames, which ``movie`` and the other ``sinks`` write, in folders of files that are ``numbered``. ``run`` is
-all of it, for one source.
+``reader`` decodes a source that has an end, ``live`` reconnects to one that has none; both deliver a ``frame`` with its
+time (``clock``) and audio (``sound``). ``stream`` runs frames through the network, and ``smoothing`` reduces flicker.
+``looks`` paints results on frames, which ``movie`` and the other ``sinks`` write, into folders of ``numbered`` files.
+``run`` does all of this for one source. ``errors`` translates FFmpeg's errors.
 """

@@ -1,4 +1,4 @@
-"""A decoded frame, and the only road from its YUV to the RGB that the model and the painters are given."""
+"""Decoded frames, and the only conversion from their YUV to the RGB that the model and the painters get."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ __all__ = ["Colours", "Converter", "Frame", "orientation"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
-# As exact as swscale can: its fast roads take a tenth of the time, but are up to 4 levels off, and darker by 1 or 2.
+# As exact as swscale can: its fast paths take a tenth of the time, but are off by up to 4 levels, and 1 or 2 darker.
 _EXACT: Final = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP | Interpolation.FULL_CHR_H_INT
 _SAME_SIZE: Final = Interpolation.BILINEAR | _EXACT
 
-# The only step from the decoder's YUV to the model's RGB. "Bilinear" widens its filter where it shrinks, as Pillow's
+# The only step from the decoder's YUV to the model's RGB. When it shrinks, "bilinear" widens its filter, as Pillow's
 # does: benchmarks/results/video-road.json.
 _SHRINKING: Final = Interpolation.BILINEAR | _EXACT
 
-# Where less than so many times the model's size is left per side, one step would blur the colours of 4:2:0 visibly to
-# the model: they are brought to the size of the brightness first.
+# For frames less than this many times the model's size per side, a single step would blur the chroma of 4:2:0
+# noticeably for the model: it is upsampled to the size of the luma first.
 _MARGIN: Final = 3
-_WHOLE_CHROMA: Final = {"yuv420p": "yuv444p", "yuvj420p": "yuvj444p"}
+_FULL_CHROMA: Final = {"yuv420p": "yuv444p", "yuvj420p": "yuvj444p"}
 
-#: ``AVColorSpace``: what says nothing about how YUV was made (RGB, unspecified, reserved).
+#: Values of ``AVColorSpace`` that do not name a YUV matrix (RGB, unspecified, reserved).
 _NO_MATRIX: Final = frozenset({0, 2, 3})
 _UNSPECIFIED: Final = 2
 _BT709: Final = 1
-_BT601: Final = 6  # SMPTE 170M, whose matrix is that of BT.601
+_BT601: Final = 6  # SMPTE 170M, which has the matrix of BT.601
 
-#: ``AVColorTransferCharacteristic`` of HDR. That of BT.2020 itself is BT.709's, which is SDR.
+#: Values of ``AVColorTransferCharacteristic`` for HDR. BT.2020's own is that of BT.709, which is SDR.
 _HDR: Final = {16: "PQ", 18: "HLG"}
 _TO_SDR: Final = (
     "ffmpeg -i IN.mp4 -vf zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=tonemap=hable:desat=0,"
@@ -50,11 +50,11 @@ _TO_SDR: Final = (
 
 @dataclass(frozen=True)
 class Colours:
-    """How a frame's numbers become colours, as FFmpeg's enumerations.
+    """How a frame's values map to colours, in FFmpeg's enumerations.
 
     Attributes:
         matrix: ``AVColorSpace``: BT.601, BT.709, BT.2020, ...
-        full_range: Whether black is 0 (and not 16).
+        full_range: Whether black is 0 (not 16).
         primaries: ``AVColorPrimaries``.
         transfer: ``AVColorTransferCharacteristic``.
     """
@@ -66,7 +66,7 @@ class Colours:
 
     @classmethod
     def of(cls, picture: av.VideoFrame) -> Colours:
-        """What a frame says; a matrix that it does not name is BT.709 from HD on, else BT.601, as in players."""
+        """Read a frame's tags; an unspecified matrix is taken for BT.709 from HD on, else for BT.601, as in players."""
         matrix = picture.colorspace
         if matrix in _NO_MATRIX:
             matrix = _BT709 if picture.height > 576 or picture.width > 1024 else _BT601
@@ -75,16 +75,16 @@ class Colours:
 
 
 class Converter:
-    """Turns decoded frames into RGB; transparency is left out.
+    """Converts decoded frames to RGB; transparency is ignored.
 
-    For one thread: it keeps swscale's tables from frame to frame.
+    For one thread: it reuses swscale's tables from frame to frame.
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        """Begin without tables.
+        """Prepare a converter; tables are made with the first frame.
 
         Args:
-            threads: CPU threads; None: as many as there are.
+            threads: CPU threads; None: all.
         """
         self._scaler, self._chroma, self._threads = VideoReformatter(), VideoReformatter(), threads
 
@@ -93,17 +93,17 @@ class Converter:
 
         Args:
             picture: A decoded frame in any format.
-            height: Wanted.
-            width: Wanted.
+            height: Of the result.
+            width: Of the result.
 
         Returns:
-            uint8 [height, width, 3] RGB, the caller's own.
+            uint8 [height, width, 3] RGB, which the caller owns.
         """
         colours = Colours.of(picture)
         known = picture.colorspace not in _NO_MATRIX
         same = (height, width) == (picture.height, picture.width)
         converted = self._scaler.reformat(
-            picture if same else self._prepared(picture, height, width),
+            picture if same else self._with_full_chroma(picture, height, width),
             width=width,
             height=height,
             format="rgb24",
@@ -115,8 +115,8 @@ class Converter:
         )
         return np.asarray(converted.to_ndarray(), np.uint8)
 
-    def _prepared(self, picture: av.VideoFrame, height: int, width: int) -> av.VideoFrame:
-        whole = _WHOLE_CHROMA.get(picture.format.name)
+    def _with_full_chroma(self, picture: av.VideoFrame, height: int, width: int) -> av.VideoFrame:
+        whole = _FULL_CHROMA.get(picture.format.name)
         if not whole or min(picture.height / height, picture.width / width) >= _MARGIN:
             return picture
         return self._chroma.reformat(picture, format=whole, interpolation=Interpolation.BILINEAR, threads=self._threads)
@@ -127,18 +127,18 @@ class Frame:
     """One frame of a video.
 
     Attributes:
-        number: Counted from 0 over all frames that were delivered.
-        pts: When it is shown, in units of ``time_base``, from the first frame on.
+        number: Counts delivered frames, from 0.
+        pts: Presentation timestamp, in units of ``time_base``, relative to the first frame.
         time_base: Seconds.
-        picture: As decoded.
-        quarters: Quarter turns counter-clockwise that bring it upright, 0 to 3.
+        picture: The decoded frame.
+        quarters: Quarter turns counter-clockwise that make it upright, 0 to 3.
         captured: ``time.monotonic()`` when it came out of the decoder.
-        decoding: Seconds that the decoder needed for it.
-        duration: For how long it is shown, in units of ``time_base``; 0 if that is not known.
-        sound: What came since the frame before.
-        track: What its packets belong to; None: the source has no sound.
-        aspect: Width of a pixel by its height, as decoded, not upright; None: the source does not say.
-        mirrored: Its left and right are to be swapped, before it is turned.
+        decoding: Seconds that reading and decoding it took.
+        duration: How long it is shown, in units of ``time_base``; 0 if unknown.
+        sound: Audio packets since the previous frame.
+        track: The track that these belong to; None: the source has no audio.
+        aspect: Width of a pixel divided by its height, as decoded, not upright; None: unspecified.
+        mirrored: Whether to swap left and right, before it is rotated.
     """
 
     number: int
@@ -167,22 +167,22 @@ class Frame:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What had to be decided about its colours, with the remedy."""
+        """Assumptions made about its colours, with the remedy."""
         kind = _HDR.get(Colours.of(self.picture).transfer)
         if kind is None:
             return ()
-        return (f"it is HDR ({kind}), and is read as SDR: masks may be worse; made into SDR first: {_TO_SDR}",)
+        return (f"it is HDR ({kind}), and is read as SDR: masks may be worse; convert it to SDR first: {_TO_SDR}",)
 
     def pixels(self, convert: Converter, height: int | None = None, width: int | None = None) -> U8:
-        """The frame as uint8 [H, W, 3] RGB, upright and contiguous, at its own size or another.
+        """Convert the frame to uint8 [H, W, 3] RGB, upright and contiguous, at its own size or another.
 
         Args:
-            convert: The calling thread's own.
+            convert: The calling thread's converter.
             height: None: the frame's.
             width: None: the frame's.
 
         Raises:
-            UnsupportedVideo: Its pixel format cannot be converted.
+            UnsupportedVideo: Its pixel format or colour matrix cannot be converted.
         """
         h, w = height or self.size[0], width or self.size[1]
         try:
@@ -194,7 +194,7 @@ class Frame:
         return np.ascontiguousarray(self.upright(pixels))
 
     def upright(self, stored: U8) -> U8:
-        """A view of the frame's pixels, or of one of its planes, as they are to be seen.
+        """Return an upright view of the frame's pixels, or of one of its planes.
 
         Args:
             stored: uint8 [H, W] or [H, W, 3], as decoded.
@@ -203,13 +203,13 @@ class Frame:
 
 
 def orientation(picture: av.VideoFrame) -> tuple[int, bool]:
-    """A decoded frame's ``quarters``, and whether it is ``mirrored``, as selfies may be."""
-    # Not picture.side_data, which the picture keeps: the two would hold each other until Python looks for such rings.
-    beside = cast(Any, SideDataContainer)(picture)  # its annotations are wrong
-    quarters, matrix = round(picture.rotation / 90), beside.get(SideDataType.DISPLAYMATRIX)
+    """A decoded frame's ``quarters`` and whether it is ``mirrored``, as selfies may be, from its display matrix."""
+    # Not picture.side_data, which the picture caches: this reference cycle would keep both until a garbage collection.
+    side_data = cast(Any, SideDataContainer)(picture)  # its annotations are wrong
+    quarters, matrix = round(picture.rotation / 90), side_data.get(SideDataType.DISPLAYMATRIX)
     if matrix is None:
         return quarters % 4, False
     a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
     mirrored = a * d < b * c
-    # The angle is that of the matrix, which swaps left and right itself: without that, it is half a turn off.
+    # The angle includes the matrix's own swap of left and right: without the swap, it is off by half a turn.
     return (quarters + 2 * mirrored) % 4, mirrored

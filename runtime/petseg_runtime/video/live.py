@@ -1,4 +1,4 @@
-"""Sources without an end: cameras and network streams, which fall silent, break and come back."""
+"""Live sources: cameras and network streams that stall, break and reconnect, with all frames on one time line."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from petseg_runtime.video.stream import Reading
 
 __all__ = ["STOPPED", "LiveSource", "StateChange", "Tell", "open_frames"]
 
-#: The clock of MPEG transport streams, fine enough for any rate.
+#: The time base of MPEG transport streams, fine enough for any frame rate.
 _TIME_BASE: Final = Fraction(1, 90000)
 
-#: The first pause before trying again, and the longest, in seconds.
+#: The first and the longest pause before a reconnect, in seconds.
 _FIRST_PAUSE: Final = 0.5
 _LONGEST_PAUSE: Final = 30.0
-#: A connection that has lasted this long was a good one: the next pause is the first again.
-_GOOD: Final = 10.0
-#: So long a source that never sent anything is tried, in seconds.
+#: A connection that lasted this long was stable: the backoff starts again from the first pause; in seconds.
+_STABLE: Final = 10.0
+#: How long a source that has never sent a frame is tried, in seconds.
 FIRST_PATIENCE: Final = 30.0
-#: What is left of patience after a wait for all of it: rounding, which would be waited for again and again; in seconds.
+#: What rounding may leave of patience after a wait for all of it, and which is not waited for again; in seconds.
 _ROUNDING: Final = 1e-3
-#: A source's own clock that goes back by more than this, or ahead of ours by more than that, was set anew; in seconds.
-_BACK: Final = 1.0
-_AHEAD: Final = 5.0
-#: So long after its time is over FFmpeg has said so, if it can; in seconds.
+#: A source's clock that jumps back by more than this, or gets ahead of ours by more than that, was reset; in seconds.
+_RESET_BACK: Final = 1.0
+_RESET_AHEAD: Final = 5.0
+#: How long after its timeout FFmpeg has reported it, if it can; in seconds.
 _GRACE: Final = 0.5
-#: FFmpeg opens a source, looks at what it sends, and reads: before the first frame, each of these may take as long as
-#: a later frame.
-_STEPS: Final = 3
-#: What is known of a connection that nothing was heard of; when patience ends in the middle of it, the one before it
-#: tells more.
+#: FFmpeg opens a source, probes what it sends, and reads: before the first frame, each of these may take as long as a
+#: later frame.
+_OPENING_STEPS: Final = 3
+#: The reason when a connection sent nothing; if patience ends in the middle of it, the connection before it has a more
+#: telling one.
 _SILENT: Final = "no frame came for too long"
-#: Why a source has ended that was told to.
+#: The reason when a source ended because of :meth:`LiveSource.stop`.
 STOPPED: Final = "stopped"
-_HANGS: Final = "a read of it has not returned; if that lasts, plug it in anew, or restart its driver or server"
+_HANGS: Final = "a read has not returned; if this persists, reconnect the device, or restart its driver or server"
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class StateChange:
     """A change of a live source's state.
 
     Attributes:
-        state: ``connecting``; ``live``, with the first frame; ``stalled``, no frame for too long; ``lost``, with the
-            connection; ``ended``, for good.
+        state: ``connecting``; ``live``, with the first frame; ``stalled``, no frame for too long; ``lost``, the
+            connection broke; ``ended``, for good.
         reason: In a few words.
-        attempt: Connections that were tried, this one included.
-        retry_in: Seconds until the next; None where a read hangs: it is made when that has returned.
+        attempt: Number of connections tried, including this one.
+        retry_in: Seconds until the next attempt; None if a read hangs: the attempt follows when that read has returned.
         width: Of its frames.
         height: Of its frames.
     """
@@ -77,13 +77,13 @@ Tell: TypeAlias = Callable[[StateChange], None]
 class LiveSource:
     """Frames of a live source across all its connections, on one time line.
 
-    A connection that breaks or falls silent is made anew, after pauses that double up to half a minute, with jitter, so
-    that many clients do not come back at once. Times go on with the wall clock: what was missed is a gap, not a jump.
-    So they do where the source's own clock is set anew, as when a sender behind the same address is restarted.
+    If a connection breaks or stalls, the source reconnects with exponential backoff up to half a minute, and jitter, so
+    that many clients do not reconnect at once. Timestamps follow the wall clock: what was missed is a gap, not a jump.
+    This also holds when the source's clock is reset, as when a sender behind the same address restarts.
     Iterate over it once; :meth:`stop` may be called from any thread or a signal handler.
 
-    Each connection has a thread, which may hang in a read; it is left behind then, and no other connection is made
-    before that read returns: two would be in each other's way, and there would be ever more of them.
+    Each connection has a thread, which may hang in a read. It is then left behind, and the source does not reconnect
+    before that read returns: two connections would disturb each other, and hanging threads would pile up.
     """
 
     def __init__(
@@ -95,33 +95,33 @@ class LiveSource:
         threads: int | None = None,
         tell: Tell = lambda change: None,
     ) -> None:
-        """Remember what to connect to.
+        """Prepare a source; nothing is connected yet.
 
         Args:
             origin: The source.
-            stall: Seconds without a frame after which the connection is given up and made anew.
-            patience: Seconds without a frame after which the source is given up for good; None: half a minute until
-                it has sent one (a camera that is not there: at once), and never after that.
-            threads: CPU threads of the decoder; None: as many as FFmpeg thinks fit.
-            tell: Told of each change of state, from the thread that iterates.
+            stall: Seconds without a frame after which the connection is dropped and made again.
+            patience: Seconds without a frame after which the source is given up for good; None: half a minute until the
+                first frame (a camera that does not exist: at once), and never after it.
+            threads: CPU threads of the decoder; None: FFmpeg's choice.
+            tell: Called with each change of state, by the iterating thread.
         """
         self.origin = origin
         self._patience, self._threads, self._tell = patience, threads, tell
-        self._silence = stall if patience is None else min(stall, patience)  # after which a connection is given up
-        # No Event: a second signal may come while the first one's handler is in `stop`, and would wait for its lock. A
-        # condition's can be taken again by the thread that has it.
+        self._silence = stall if patience is None else min(stall, patience)  # after which a connection is dropped
+        # Not an Event: a second signal may interrupt the first one's handler inside `stop`, and would deadlock on the
+        # event's lock. A condition's lock is reentrant.
         self._stopped, self._changed = False, threading.Condition()
         self._random = random.Random()
-        self._line = _Line()
+        self._line = _TimeLine()
         self._last_seen = time.monotonic()
         self._attempt = 0
-        self._why = ""  # there was no frame since the last one
+        self._why = ""  # why no frame has come since the last one
         self._connection: _Connection | None = None  # the last one
         self.connections = 0  #: that have sent frames
-        self.undecodable = 0  #: packets that the decoder refused, of all connections that are over
+        self.undecodable = 0  #: packets that the decoder rejected, on all connections that are closed
 
     def stop(self) -> None:
-        """End soon; a wait between connections ends at once."""
+        """End the source soon; a wait between connections ends at once."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -131,7 +131,7 @@ class LiveSource:
             self._changed.wait_for(lambda: self._stopped, seconds)
 
     def _wait_for_return(self) -> None:
-        """Wait until the read that hangs has returned.
+        """Wait until the hanging read has returned.
 
         Raises:
             UnreadableVideo: The source is given up meanwhile.
@@ -142,10 +142,10 @@ class LiveSource:
                 self._changed.wait_for(lambda: self._stopped or not self._hangs, longest)
 
     def __iter__(self) -> Iterator[Frame]:
-        """Frames, until the source is given up, stopped, or (a recording on a server) at its end.
+        """Yield frames until the source is given up or stopped, or (a recording on a server) ends.
 
         Raises:
-            UnreadableVideo: It was given up; or it is a camera that is not there, or may not be used.
+            UnreadableVideo: The source was given up; or it is a camera that does not exist, or may not be used.
         """
         self._check_camera()
         pause = _FIRST_PAUSE
@@ -161,7 +161,7 @@ class LiveSource:
                         seen = True
                         yield frame
                     if seen and connection.has_end and not self._stopped:
-                        self._tell(StateChange("ended", "its end", attempt=self._attempt))
+                        self._tell(StateChange("ended", "end of the source", attempt=self._attempt))
                         return
             except VideoError as error:
                 hangs = self._hangs
@@ -171,7 +171,7 @@ class LiveSource:
                 break
             self._why = reason if reason != _SILENT else self._why or reason
             left = self._patience_left()
-            if hangs or (seen and self._last_seen - connected > _GOOD):
+            if hangs or (seen and self._last_seen - connected > _STABLE):
                 pause = _FIRST_PAUSE
             if hangs:
                 self._tell(StateChange(state, reason, self._attempt))
@@ -184,23 +184,23 @@ class LiveSource:
         self._tell(StateChange("ended", STOPPED, attempt=self._attempt))
 
     def _check_camera(self) -> None:
-        """Give up at once where nobody asked to wait: a camera that was not there at first will hardly come.
+        """Fail at once, unless the caller set a patience: a camera that is missing at first will hardly appear.
 
-        One that has worked and is gone was unplugged, or has a loose contact: that is waited for.
+        One that has worked and is gone was unplugged, or has a loose contact; the source waits for it.
 
         Raises:
-            UnreadableVideo: It is a camera that is not there, or may not be used.
+            UnreadableVideo: It is a camera that does not exist, or may not be used.
         """
         target = self.origin.target
         if self._patience is not None or self.origin.container != "v4l2" or not isinstance(target, str):
             return
         if why := cameras.why_not(target):
-            self._tell(StateChange("ended", "the camera cannot be used"))  # why is in the error
+            self._tell(StateChange("ended", "the camera cannot be used"))  # the error says why
             raise UnreadableVideo(why, self.origin.shown)
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[_Connection]:
-        """A connection, which is left in the end."""
+        """Connect, and leave the connection at the end."""
         connection = self._connection = _Connection(self._open, self._changed)
         try:
             yield connection
@@ -218,44 +218,44 @@ class LiveSource:
             name=self.origin.shown,
             container=self.origin.container,
             options=self.origin.options,
-            # Not longer than it is waited for: a read that FFmpeg would have ended is no read that hangs.
+            # Not longer than patience lasts: else a read that FFmpeg would have ended is taken for one that hangs.
             timeout=(max(min(self._silence, self._left), _GRACE / 2), self._silence),
             low_delay=True,
             threads=self._threads,
         )
 
     def _frames(self, connection: _Connection) -> Iterator[Frame]:
-        """One connection's frames, on the time line of all."""
-        first, wait = True, min(_STEPS * self._silence, self._left) + _GRACE
+        """Yield the frames of one connection, placed on the common time line."""
+        first, wait = True, min(_OPENING_STEPS * self._silence, self._left) + _GRACE
         while frame := connection.take(wait, lambda: self._stopped):
             self._last_seen = time.monotonic()
             if first:
                 self.connections, self._why = self.connections + 1, ""
-                self._line.begin_again(timed=connection.timed)
+                self._line.start_connection(timed=connection.timed)
                 height, width = frame.size
                 self._tell(StateChange("live", None, self._attempt, None, width, height))
                 first, wait = False, self._silence + _GRACE
             self._line.place(frame, self._last_seen)
             yield frame
-            self._last_seen = time.monotonic()  # a consumer that let us wait is no silence of the source
+            self._last_seen = time.monotonic()  # the time that the consumer took is not silence of the source
 
     @property
     def _patience_now(self) -> float:
-        """Seconds without a frame after which the source is given up, as things are."""
+        """Seconds without a frame after which the source is given up, in its present state."""
         if self._patience is not None:
             return self._patience
         return float("inf") if self.connections else FIRST_PATIENCE
 
     @property
     def _left(self) -> float:
-        """Seconds until the source is given up; 0 and less: it is time."""
+        """Seconds until the source is given up; 0 or less: now."""
         return self._patience_now - (time.monotonic() - self._last_seen)
 
     def _patience_left(self) -> float:
         """Seconds until the source is given up.
 
         Raises:
-            UnreadableVideo: It is now.
+            UnreadableVideo: That is now.
         """
         if (left := self._left) <= _ROUNDING:
             self._tell(StateChange("ended", self._why, attempt=self._attempt))
@@ -267,42 +267,41 @@ class LiveSource:
 
 
 class _Connection:
-    """One connection: a thread opens it, reads one frame ahead of who takes them, and closes it.
+    """One connection: a thread opens it, reads one frame ahead of the consumer, and closes it.
 
-    FFmpeg asks whether its time is over before it waits for a socket, but not where it waits for a device (V4L2's
-    ioctl) or a named pipe (open, read). Such a read may hang for good, and nothing can end it from outside: to close
-    what another thread is reading would crash the process. When it does return, the thread closes what it has opened,
-    and ends.
+    FFmpeg checks its timeout while it waits for a socket, but not while it waits for a device (V4L2's ioctl) or a named
+    pipe (open, read). Such a read may hang forever, and nothing can end it from outside: closing what another thread is
+    reading would crash the process. If it does return, the thread closes what it has opened, and ends.
     """
 
     def __init__(self, open_reader: Callable[[], VideoReader], changed: threading.Condition) -> None:
-        """Begin to connect.
+        """Start to connect.
 
         Args:
             open_reader: Connects; called by the thread.
-            changed: Notified of each frame and of the end, and to be notified when a wait for a frame is over.
+            changed: Notified of each frame and of the end; notify it to end a wait for a frame.
         """
-        self.timed = True  #: whether the source says when its frames are shown; known with the first frame
+        self.timed = True  #: whether the source has timestamps; known with the first frame
         self.has_end = False  #: whether it is a recording; likewise
         self._open_reader, self._changed = open_reader, changed
         self._reader: VideoReader | None = None
-        self._frame: Frame | None = None  # to be taken
+        self._frame: Frame | None = None  # waits to be taken
         self._over = self._left = False
         self._error: BaseException | None = None
-        # A daemon: a process must be able to end though it hangs.
+        # A daemon thread, because a process must be able to exit while a read hangs.
         self._thread = threading.Thread(target=self._read, name="petseg-read", daemon=True)
         self._thread.start()
 
     def take(self, seconds: float, stopped: Callable[[], bool]) -> Frame | None:
-        """The next frame; None: there is no other, or nobody wants it any more.
+        """Wait for the next frame; None: the connection has ended, or the consumer has stopped.
 
         Args:
-            seconds: To wait at most.
-            stopped: Whether nobody does.
+            seconds: The longest wait.
+            stopped: Whether the consumer has stopped.
 
         Raises:
-            SilentVideo: None came in time.
-            VideoError: It cannot be opened, or has broken.
+            SilentVideo: No frame came in time.
+            VideoError: The connection cannot be opened, or broke.
         """
         with self._changed:
             longest = min(seconds, threading.TIMEOUT_MAX)
@@ -317,7 +316,7 @@ class _Connection:
         return frame
 
     def leave(self) -> None:
-        """Take no more. The thread ends, or else hangs."""
+        """Take no more frames. The thread ends, unless it hangs."""
         with self._changed:
             self._left = True
             self._changed.notify_all()
@@ -325,12 +324,12 @@ class _Connection:
 
     @property
     def hangs(self) -> bool:
-        """Whether it is not over though it was left."""
+        """Whether the thread still runs though the connection was left."""
         return self._left and not self._over
 
     @property
     def undecodable(self) -> int:
-        """Packets that the decoder refused."""
+        """Packets that the decoder rejected."""
         return self._reader.undecodable if self._reader else 0
 
     def _read(self) -> None:
@@ -338,17 +337,17 @@ class _Connection:
             with self._open_reader() as reader:
                 self._reader, self.timed, self.has_end = reader, reader.timed, reader.info.duration is not None
                 for frame in reader:
-                    if not self._give(frame):
+                    if not self._hand_over(frame):
                         return
-        except BaseException as error:  # noqa: BLE001 (raised again where frames are taken)
+        except BaseException as error:  # noqa: BLE001 (raised again by take)
             self._error = error
         finally:
             with self._changed:
                 self._over = True
                 self._changed.notify_all()
 
-    def _give(self, frame: Frame) -> bool:
-        """Hand a frame over when the one before it was taken; False: nobody takes any."""
+    def _hand_over(self, frame: Frame) -> bool:
+        """Hand over a frame once the one before it was taken; False: the connection was left."""
         with self._changed:
             self._changed.wait_for(lambda: self._left or self._frame is None)
             self._frame = frame
@@ -356,84 +355,84 @@ class _Connection:
             return not self._left
 
 
-class _Line:
-    """One time line for the frames of all connections, in step with the wall clock, on which times always grow."""
+class _TimeLine:
+    """A time line for the frames of all connections: it follows the wall clock, and timestamps always increase."""
 
     def __init__(self) -> None:
         self._begun: float | None = None  # when the very first frame came
         self._last_pts = -1
-        self.begin_again()
+        self.start_connection()
 
-    def begin_again(self, *, timed: bool = True) -> None:
-        """The next frame is the first of a connection.
+    def start_connection(self, *, timed: bool = True) -> None:
+        """Expect the first frame of a new connection.
 
         Args:
-            timed: The source says when its frames are shown; else that is when they come.
+            timed: The source has timestamps; else frames are stamped when they arrive.
         """
         self._timed = timed
-        self._origin: Fraction | None = None  # that frame's own time
-        self._before: tuple[Fraction, float] | None = None  # the last frame's own time, and when it came
-        self._offset = Fraction(0)  # from a connection's own time to the line's
-        self._shift: Fraction | None = None  # of the last frame's sound
+        self._origin: Fraction | None = None  # that frame's timestamp at the source
+        self._previous: tuple[Fraction, float] | None = None  # the last frame's time at the source, and when it came
+        self._offset = Fraction(0)  # from the connection's time to the time line
+        self._shift: Fraction | None = None  # of the last frame's audio
 
     def place(self, frame: Frame, now: float) -> None:
-        """Change a frame's times, and those of its sound.
+        """Put a frame and its audio on the time line.
 
         Args:
-            frame: The frame.
+            frame: The frame; its timestamps are changed.
             now: When it came, in seconds.
         """
         self._begun = now if self._begun is None else self._begun
-        own = self._own(frame, now)
-        if self._before is None or self._is_set_anew(own, now, *self._before):
+        own = self._source_time(frame, now)
+        if self._previous is None or self._was_reset(own, now, *self._previous):
             here = max(round((now - self._begun) / _TIME_BASE), self._last_pts + 1)
             self._offset = here * _TIME_BASE - own
-        self._before = own, now
+        self._previous = own, now
         self._last_pts = max(round((own + self._offset) / _TIME_BASE), self._last_pts + 1)
         frame.duration = round(frame.duration * frame.time_base / _TIME_BASE) if self._timed else 0
         frame.pts, frame.time_base = self._last_pts, _TIME_BASE
         self._place_sound(frame)
 
     def _place_sound(self, frame: Frame) -> None:
-        """Where the clock was set anew, what is nearer to the frame when it is counted as before came before that."""
+        """Shift the audio. After a reset of the clock, packets that fit better before it keep the shift from before."""
         shift = self._offset - (self._origin or 0)
         shifts = (shift, shift if self._shift is None else self._shift)
         placed = ([Sound(sound.packet, shift) for shift in shifts] for sound in frame.sound)
         frame.sound = [min(both, key=lambda sound: abs(sound.time - frame.time)) for both in placed]
         self._shift = shift
 
-    def _own(self, frame: Frame, now: float) -> Fraction:
-        """Seconds from the connection's first frame on, as the source says: the reader's never go back."""
+    def _source_time(self, frame: Frame, now: float) -> Fraction:
+        """Seconds since the connection's first frame by its own clock; the reader's timestamps would hide a reset."""
         picture = frame.picture
         if not self._timed:
             return Fraction(now)
-        if picture.pts is None or not picture.time_base:  # as long after the frame before as it came
-            own, before = self._before or (Fraction(0), now)
+        if picture.pts is None or not picture.time_base:  # assume that it follows the last frame as it arrived
+            own, before = self._previous or (Fraction(0), now)
             return own + Fraction(now - before)
         if self._origin is None:
-            self._origin = picture.pts * picture.time_base - (self._before or (0,))[0]
+            self._origin = picture.pts * picture.time_base - (self._previous or (0,))[0]
         return picture.pts * picture.time_base - self._origin
 
     @staticmethod
-    def _is_set_anew(own: Fraction, now: float, own_before: Fraction, before: float) -> bool:
+    def _was_reset(own: Fraction, now: float, own_before: Fraction, before: float) -> bool:
         step = float(own - own_before)
-        return step < -_BACK or step - (now - before) > _AHEAD
+        return step < -_RESET_BACK or step - (now - before) > _RESET_AHEAD
 
 
 def open_frames(
     origin: Origin, reading: Reading, *, threads: int | None = None, tell: Tell = lambda change: None
 ) -> VideoReader | LiveSource:
-    """The frames of any source, for a :class:`~petseg_runtime.video.stream.Stream`.
+    """Open a source of any kind for a :class:`~petseg_runtime.video.stream.Stream`.
 
     Args:
         origin: The source.
-        reading: Its ``start``, of one that has an end; ``stall`` and ``patience`` of a live one. Of a video on a
-            server, ``stall`` is for how long it may send nothing.
-        threads: CPU threads of the decoder; None: as many as FFmpeg thinks fit.
+        reading: Supplies ``start`` for a source that has an end, ``stall`` and ``patience`` for a live one. For a video
+            on a server, ``stall`` is how long it may send nothing.
+        threads: CPU threads of the decoder; None: FFmpeg's choice.
         tell: As for :class:`LiveSource`.
 
     Raises:
-        InputError: One that has an end cannot be opened.
+        InputError: A source that has an end cannot be opened.
     """
     if origin.endless:
         return LiveSource(origin, stall=reading.stall, patience=reading.patience, threads=threads, tell=tell)

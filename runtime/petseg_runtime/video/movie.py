@@ -1,4 +1,4 @@
-"""A video's results as movies: MP4, and WebM with transparency, each frame at its own time and with its sound."""
+"""Writes results as movies: MP4, and WebM with transparency, with each frame's timestamp and the source's audio."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ import av
 import av.error
 
 from petseg_runtime.result import Segmentation
-from petseg_runtime.video.errors import errors_at
-from petseg_runtime.video.frame import Colours, Frame
+from petseg_runtime.video.errors import writing_errors
+from petseg_runtime.video.frame import Frame
 from petseg_runtime.video.looks import Painter
 from petseg_runtime.video.sinks import FileSink
-from petseg_runtime.video.sound import Sound, Track, written_to
+from petseg_runtime.video.sound import Sound, Track, audio_writer
 
-__all__ = ["MOVIES", "Look", "MovieSink"]
+__all__ = ["MOVIES", "Encoding", "MovieSink"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
-    """How a kind of movie is encoded.
+class Encoding:
+    """How a format of movies is encoded.
 
     Attributes:
         container: FFmpeg's name.
         codec: FFmpeg's name of the encoder.
         options: For the encoder.
-        live: More of them, where each frame must be out at once.
+        live: Additional ones for live sources, where each frame must be output at once.
     """
 
     container: str
@@ -41,15 +41,15 @@ class Look:
     live: dict[str, str]
 
 
-#: What ``--format`` offers for movies. The presets are the slowest that 2 cores encode in real time beside the network.
+#: The movie formats of ``--format``. The presets are the slowest that 2 cores encode in real time beside the network.
 MOVIES: Final = {
-    "mp4": Look(
+    "mp4": Encoding(
         container="mp4",
         codec="libx264",
         options={"preset": "veryfast", "crf": "21"},
         live={"tune": "zerolatency"},
     ),
-    "webm": Look(
+    "webm": Encoding(
         container="webm",
         codec="libvpx-vp9",
         options={"deadline": "realtime", "cpu-used": "8", "row-mt": "1", "crf": "32", "b": "0", "auto-alt-ref": "0"},
@@ -57,33 +57,33 @@ MOVIES: Final = {
     ),
 }
 
-#: Seconds in a fragment of what is written without an end, and for which it waits for late sound at most: together so
-#: much of it is lost when the process is killed, and a frame or two: less than two seconds.
+#: Seconds in a fragment of an endless source's movie, and the longest wait of its muxer for late audio: both together
+#: and a frame or two, less than two seconds, are lost when the process is killed.
 _FRAGMENT: Final = 0.75
 
-#: Seconds from a key frame to the next; the first is for what is written without an end.
-_LIVE_KEY, _KEY = 2, 10
+#: Seconds between keyframes; the first is for endless sources.
+_LIVE_KEYFRAMES, _KEYFRAMES = 2, 10
 
-#: Frames a second between which that is counted.
+#: Frame rates between which these are converted to frames.
 _SLOWEST, _FASTEST = 10, 120
 
-#: Of units so small (nanoseconds), the 32 bits that MP4 has for the time of one frame hold two seconds: it gets others.
+#: In units this small (nanoseconds), MP4's 32 bits for a frame's duration hold two seconds: microseconds replace them.
 _TOO_FINE, _MICROSECOND = Fraction(1, 10**8), Fraction(1, 10**6)
 
-#: So many seconds the sound of a piece may come after its last frame.
-_LATE: Final = 2.0
+#: Seconds by which the audio of a segment may come after its last frame.
+_LATE_AUDIO: Final = 2.0
 
-#: So many seconds the sound of a source without an end may be ahead of the picture. Where its clock is another, and it
-#: is further ahead, it would be kept in memory for ever.
-_AHEAD: Final = 5.0
+#: Seconds by which the audio of an endless source may be ahead of the picture. If its clock is a different one, audio
+#: that is further ahead would stay in memory forever.
+_AUDIO_AHEAD: Final = 5.0
 
 
 class MovieSink(FileSink):
-    """One movie after the other: a new one when the size of the frames changes, and after each ``segment`` seconds.
+    """Writes movies one after the other: a new one when the frame size changes, and after each ``segment`` seconds.
 
-    A movie is written beside its place and renamed when it is complete, if the source has an end. Of an endless one it
-    is in its place from the start, and playable up to the last two seconds if the process is killed (fragmented MP4).
-    When a movie is complete, the disk itself holds it.
+    If the source has an end, a movie is written to a temporary file and renamed when it is complete. If the source is
+    endless, the movie has its name from the start, and is playable up to the last two seconds if the process is killed
+    (fragmented MP4). Complete movies are synced to disk.
     """
 
     def __init__(
@@ -96,39 +96,39 @@ class MovieSink(FileSink):
         audio: bool = True,
         threads: int | None = None,
     ) -> None:
-        """Remember what to write; the first file is made with the first frame.
+        """Prepare the sink; the first file is created with the first frame.
 
         Args:
-            paths: The movies' names, one after the other; the suffix decides the format.
+            paths: The movies' paths, one after the other; the suffix selects the format.
             painter: Makes the frames.
             endless: The source has no end.
-            segment: Seconds.
-            audio: Pass the sound through.
-            threads: CPU threads of the encoder; None: as many as it thinks fit.
+            segment: Seconds per movie; None: no limit.
+            audio: Write the source's audio, too.
+            threads: CPU threads of the encoder; None: the encoder's choice.
         """
         super().__init__(endless=endless)
         self._paths, self._painter, self._audio, self._segment = iter(paths), painter, audio, segment
         self._threads = threads
-        self._movies: list[_Movie] = []  # the last one is being written; those before it wait for late sound
-        self._waiting: list[tuple[float, int, Sound]] = []  # a heap by time: sound that the picture has not reached
-        self._heard = itertools.count()  # for sound of the same time: as it came
+        self._movies: list[_Movie] = []  # the last one is being written; those before it wait for late audio
+        self._waiting: list[tuple[float, int, Sound]] = []  # a heap by time: audio that the picture has not reached
+        self._arrivals = itertools.count()  # keeps audio of the same time in the order of arrival
 
     def write(self, frame: Frame, result: Segmentation) -> None:
         """Write a frame; see :class:`VideoSink`."""
         painted = self._painter(frame, result)
         track = frame.track if self._audio else None
-        if not self._movies or self._turns(self._movies[-1], frame, painted, track):
+        if not self._movies or self._starts_movie(self._movies[-1], frame, painted, track):
             if self._movies:
                 self._movies[-1].end = frame.time
             self._begin(frame, painted, track)
-        with errors_at(self.paths[-1]):
+        with writing_errors(self.paths[-1]):
             self._movies[-1].write(frame, painted)
-            self._hear(frame.sound, float((frame.pts + frame.duration) * frame.time_base))
-        while len(self._movies) > 1 and frame.time - self._movies[0].end > (_LATE if track else 0):
+            self._write_audio(frame.sound, float((frame.pts + frame.duration) * frame.time_base))
+        while len(self._movies) > 1 and frame.time - self._movies[0].end > (_LATE_AUDIO if track else 0):
             self._finish_first()
 
-    def _turns(self, movie: _Movie, frame: Frame, painted: av.VideoFrame, track: Track | None) -> bool:
-        """Whether a frame begins another movie."""
+    def _starts_movie(self, movie: _Movie, frame: Frame, painted: av.VideoFrame, track: Track | None) -> bool:
+        """Whether a frame starts a new movie."""
         return (
             movie.size != (painted.height, painted.width)
             or bool(self._segment and frame.time - movie.since >= self._segment)
@@ -136,32 +136,32 @@ class MovieSink(FileSink):
         )
 
     def _begin(self, frame: Frame, painted: av.VideoFrame, track: Track | None) -> None:
-        path = self._next_of(self._paths)
-        look = MOVIES[path.suffix[1:]]
+        path = self._next_path(self._paths)
+        encoding = MOVIES[path.suffix[1:]]
         if self._threads:
-            look = replace(look, options=look.options | {"threads": str(self._threads)})
-        with self._begun(path) as (stack, beside):
-            movie = _Movie(beside, look, frame, painted, track, self._endless, self._note)
+            encoding = replace(encoding, options=encoding.options | {"threads": str(self._threads)})
+        with self._created(path) as (stack, beside):
+            movie = _Movie(beside, encoding, frame, painted, track, self._endless, self._note)
             stack.enter_context(contextlib.closing(movie))
         self._movies.append(movie)
 
     def _note(self, note: str) -> None:
-        """Say something once."""
+        """Add a note, unless it was made before."""
         if note not in self.notes:
             self.notes.append(note)
 
-    def _hear(self, sound: Sequence[Sound], until: float) -> None:
-        """Give each movie its sound up to a time in seconds; the rest waits, for the picture may end before it."""
-        latest = self._movies[-1].shown_until + _AHEAD if self._endless else float("inf")
+    def _write_audio(self, sound: Sequence[Sound], until: float) -> None:
+        """Give each movie its audio up to a time in seconds; the rest waits, since the picture may end before it."""
+        latest = self._movies[-1].shown_until + _AUDIO_AHEAD if self._endless else float("inf")
         for one in sound:
             if (time := one.time) <= latest:
-                heapq.heappush(self._waiting, (time, next(self._heard), one))
+                heapq.heappush(self._waiting, (time, next(self._arrivals), one))
             else:
-                self._note(f"sound that is more than {_AHEAD:.0f} s ahead of the picture is left out")
+                self._note(f"audio more than {_AUDIO_AHEAD:.0f} s ahead of the picture is left out")
         while self._waiting and self._waiting[0][0] < until:
             time, _, one = heapq.heappop(self._waiting)
             movie = next(movie for movie in self._movies if time < movie.end)
-            movie.write_sound(one)
+            movie.write_audio(one)
             while movie is not self._movies[0]:
                 self._finish_first()
 
@@ -170,16 +170,16 @@ class MovieSink(FileSink):
         self._open.pop(0)[1].close()
 
     def end(self, sound: Sequence[Sound], *, whole: bool) -> None:
-        """Write the sound behind the last frame; see :class:`VideoSink`."""
+        """Write the audio after the last frame; see :class:`VideoSink`."""
         if self._movies:
-            with errors_at(self.paths[-1]):
-                self._hear(sound, float("inf") if whole else self._movies[-1].shown_until)
+            with writing_errors(self.paths[-1]):
+                self._write_audio(sound, float("inf") if whole else self._movies[-1].shown_until)
 
     def close(self) -> None:
         """Complete the movies."""
         self._movies.clear()
         super().close()
-        self._drop_rest(self._segment)
+        self._drop_later_segments(self._segment)
 
 
 class _Movie:
@@ -188,7 +188,7 @@ class _Movie:
     def __init__(
         self,
         path: Path,
-        look: Look,
+        encoding: Encoding,
         frame: Frame,
         painted: av.VideoFrame,
         track: Track | None,
@@ -198,29 +198,29 @@ class _Movie:
         self.size, self.track, self._note = (painted.height, painted.width), track, note
         self.since, self.shown_until, self.end = frame.time, frame.time, float("inf")
         self._first, self._start = frame.pts, frame.pts * frame.time_base
-        self._file = av.open(str(path), "w", format=look.container, options=_muxing(look.container, endless))
+        self._file = av.open(str(path), "w", format=encoding.container, options=_muxing(encoding.container, endless))
         try:
-            self._picture = self._picture_stream(look, frame, painted, endless)
-            self._sound = written_to(self._file, track, note, endless=endless) if track else None
+            self._picture = self._add_video_stream(encoding, frame, painted, endless)
+            self._sound = audio_writer(self._file, track, note, endless=endless) if track else None
         except BaseException:
             self._file.close()
             raise
 
-    def _picture_stream(self, look: Look, frame: Frame, painted: av.VideoFrame, endless: bool) -> Any:
+    def _add_video_stream(self, encoding: Encoding, frame: Frame, painted: av.VideoFrame, endless: bool) -> Any:
         rate = _rate_of(frame)
-        options = look.options | (look.live if endless else {})
-        stream: Any = self._file.add_stream(look.codec, rate=rate, options=options)
+        options = encoding.options | (encoding.live if endless else {})
+        stream: Any = self._file.add_stream(encoding.codec, rate=rate, options=options)
         context = stream.codec_context
         context.width, context.height, context.pix_fmt = painted.width, painted.height, painted.format.name
         context.time_base = frame.time_base if frame.time_base > _TOO_FINE else _MICROSECOND
-        # One frame may be shown for seconds, or for a tick: the distance of key frames stays one that can be sought in.
-        context.gop_size = round(min(max(float(rate), _SLOWEST), _FASTEST) * (_LIVE_KEY if endless else _KEY))
-        context.flags |= av.codec.context.Flags.frame_duration  # else the last frame is shown as long as the first
+        # One frame may be shown for seconds or for a tick; keyframes must remain close enough to seek.
+        seconds = _LIVE_KEYFRAMES if endless else _KEYFRAMES
+        context.gop_size = round(min(max(float(rate), _SLOWEST), _FASTEST) * seconds)
+        context.flags |= av.codec.context.Flags.frame_duration  # else the last frame has the duration of the first
         if frame.aspect:
             context.sample_aspect_ratio = 1 / frame.aspect if frame.quarters % 2 else frame.aspect
-        colours = Colours.of(frame.picture)
         context.colorspace, context.color_range = painted.colorspace, painted.color_range
-        context.color_primaries, context.color_trc = colours.primaries, colours.transfer
+        context.color_primaries, context.color_trc = painted.color_primaries, painted.color_trc
         if painted.format.name == "yuva420p":
             stream.metadata["alpha_mode"] = "1"
         return stream
@@ -230,27 +230,27 @@ class _Movie:
         painted.pts, painted.time_base, painted.duration = frame.pts - self._first, frame.time_base, frame.duration
         self._mux(self._picture.encode(painted))
 
-    def write_sound(self, sound: Sound) -> None:
+    def write_audio(self, sound: Sound) -> None:
         if self._sound:
-            with self._damage_left_out():
+            with self._skipping_damage():
                 self._sound.write(sound, self._start)
 
     def _mux(self, packets: Iterable[Any]) -> None:
         for packet in packets:
-            with self._damage_left_out():
+            with self._skipping_damage():
                 self._file.mux(packet)
 
     @contextlib.contextmanager
-    def _damage_left_out(self) -> Iterator[None]:
-        """Go on where a packet is refused for what is in it: damaged sound that is passed on as it is.
+    def _skipping_damage(self) -> Iterator[None]:
+        """Go on if the muxer rejects a packet for its contents: damaged audio that is passed through.
 
-        Packets wait in the file until those of other streams have come: the refused one need not be the one just given.
+        The muxer buffers packets until those of other streams arrive, so this need not be the packet just written.
         """
         try:
             yield
         except (av.error.InvalidDataError, av.error.PatchWelcomeError):
-            self._file.start_encoding()  # does nothing, or raises again what was wrong with the whole file
-            self._note("a part of the sound is damaged and is left out")
+            self._file.start_encoding()  # a no-op, unless the whole file is at fault: then it raises that error again
+            self._note("part of the audio is damaged and is left out")
 
     def close(self) -> None:
         try:
@@ -258,23 +258,23 @@ class _Movie:
             if self._sound:
                 self._sound.close()
         finally:
-            with self._damage_left_out():
+            with self._skipping_damage():
                 self._file.close()
 
 
 def _rate_of(frame: Frame) -> Fraction:
-    """Frames a second, as far as one frame tells; for the encoder's choices only, since each frame has its time."""
+    """The frame rate that one frame suggests; only for the encoder's decisions, since each frame has a timestamp."""
     if frame.duration:
         return Fraction(1 / (frame.duration * frame.time_base)).limit_denominator(1001)
     return Fraction(30)
 
 
 def _muxing(container: str, endless: bool) -> dict[str, str]:
-    """Options of the file; of an endless one each fragment goes to the system when it is complete."""
+    """Options of the muxer; for an endless source, each fragment is flushed when it is complete."""
     if not endless:
         return {"movflags": "faststart"} if container == "mp4" else {}
-    # FFmpeg waits ten seconds for sound that stays away, and ends a fragment where a key frame comes, which takes long
-    # where frames are fewer than the source promised.
+    # By default, FFmpeg waits ten seconds for missing audio, and ends fragments at keyframes only, which takes long if
+    # frames are fewer than the source promised.
     common = {"flush_packets": "1", "max_interleave_delta": str(round(1e6 * _FRAGMENT))}
     if container == "mp4":
         fragments = {

@@ -1,4 +1,4 @@
-"""One video or stream from its source to its sink, with a report of where its frames and its time went."""
+"""Runs one video or stream from its source to its sink, and reports where its frames and its time went."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from petseg_runtime.video.stream import Counts, Reading, Segmented, Stream
 
 __all__ = ["VideoReport", "segment_video"]
 
-#: Seconds from one computation of the steps' percentiles to the next, while a source goes on.
+#: Seconds between computations of the steps' percentiles while a source is being read.
 _SUMMING_UP: Final = 1.0
 
 
 @dataclass
 class VideoReport:
-    """What became of one source.
+    """What happened to one source.
 
     ``frames.decoded == written + frames.dropped + frames.failed``, unless its result could not be written, which is an
     ``error``.
 
     Attributes:
         source: Its name, without secrets.
-        error: Why it ended before its end, or what of a file is lost; None if nothing is, or it was stopped.
-        stopped: Whether it was told to stop.
+        error: Why it ended early, or what is missing from a file; None if nothing is, or it was stopped.
+        stopped: Whether it was stopped on request.
         frames: Where its frames went.
-        written: Frames in the results; 0 where the result could not be written and no file is left. Where some files
-            are left, the frames of one that was removed count, too.
+        written: Frames in the results; 0 if the result could not be written and no file is left. If some files are
+            left, frames of one that was removed count, too.
         found: Frames with a pet.
-        undecodable: Packets that the decoder refused.
-        connections: Of a live source.
+        undecodable: Packets that the decoder rejected.
+        connections: Number of connections of a live source.
         seconds: Wall time.
-        steps: What each step took: ``sum``, ``p50``, ``p95``, ``p99`` in seconds; ``latency`` is from the decoder to
-            the result in its place.
+        steps: What each step took: ``sum``, ``p50``, ``p95``, ``p99`` in seconds; ``latency`` is from the decoder until
+            the result is written.
         paths: The results; of an endless source the newest thousand.
         files: How many there are.
         notes: What had to be left out, or decided.
@@ -65,21 +65,21 @@ class VideoReport:
 
     @property
     def rate(self) -> float:
-        """Frames a second that were written."""
+        """Frames written per second."""
         return self.written / self.seconds if self.seconds else 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the report as JSON values."""
         return dataclasses.asdict(self) | {"paths": [str(path) for path in self.paths], "rate": round(self.rate, 3)}
 
     def so_far(self) -> dict[str, Any]:
-        """The report of a run that is still going on, as JSON values; of its paths only the newest."""
+        """Return the report of an unfinished run as JSON values; of its paths only the newest."""
         values = self.as_json()
         paths = values.pop("paths")
         return values | {"newest": paths[-1] if paths else None}
 
 
-#: Told of each frame when it is written, with the report so far; and of none, twice a second, while none comes.
+#: Called with each frame once it is written, and the report so far; with None twice a second while no frame comes.
 Watch: TypeAlias = Callable[[Segmented | None, VideoReport], None]
 
 
@@ -94,23 +94,23 @@ def segment_video(
     begun: Callable[[Stream, VideoReport, float | None], None] = lambda stream, report, seconds: None,
     mask_only: bool = False,
 ) -> VideoReport:
-    """Segment every frame of a source that the policy lets through.
+    """Segment every frame of a source that the policy does not drop.
 
     Args:
         origin: The source.
         segmenter: The model.
         sink: Where results go; it is completed and closed.
-        reading: Which frames are taken.
-        watch: Told of each frame, and while none comes.
-        tell: Told of each change of a live source's state.
-        begun: Given the stream, whose :meth:`~petseg_runtime.video.stream.Stream.stop` ends it in order; the report,
-            which is filled in also where an error ends it; and how many seconds of the source will be read, if that is
-            known.
-        mask_only: The frames themselves are not part of the results.
+        reading: Which frames are read.
+        watch: Called with each frame, and while none comes.
+        tell: Called with each change of a live source's state.
+        begun: Called with the stream, whose :meth:`~petseg_runtime.video.stream.Stream.stop` ends it in order; the
+            report, which is filled in even if an error ends the run; and how many seconds of the source will be read,
+            if that is known.
+        mask_only: Results do not contain the frames' pixels.
 
     Returns:
-        The report; a source that cannot be read, or not to its end, or whose result cannot be written, or a file of
-        which something is lost, is an error in it.
+        The report. Its ``error`` is set if the source cannot be read, or not to its end, if part of a file is missing,
+        or if the result cannot be written.
 
     Raises:
         OutputError: Nothing more can be written.
@@ -118,21 +118,21 @@ def segment_video(
     """
     report = VideoReport(origin.shown)
     start = time.perf_counter()
-    states = _States(tell)
+    states = _StateRelay(tell)
     try:
         frames = open_frames(origin, reading, threads=segmenter.threads, tell=states.tell_of_source)
     except InputError as error:
         report.error = str(error)
         return report
 
-    def bring_up_to_date() -> None:
+    def update() -> None:
         report.undecodable = frames.undecodable
         report.connections = frames.connections if isinstance(frames, LiveSource) else 1
         report.files = sink.files
         report.seconds = time.perf_counter() - start
 
     def idle() -> None:
-        bring_up_to_date()
+        update()
         watch(None, report)
 
     reading = reading.of(endless=origin.endless)
@@ -142,10 +142,10 @@ def segment_video(
     try:
         with sink, stream:
             begun(stream, report, _seconds(frames, reading))
-            _write(stream, sink, report, watch, bring_up_to_date)
-    except InputError as error:  # of the sink
+            _write(stream, sink, report, watch, update)
+    except InputError as error:  # raised by the sink
         report.error = f"{origin.shown}: {error}"
-        if not sink.files:  # what was begun is removed
+        if not sink.files:  # incomplete files were removed
             report.written = report.found = 0
     except Exception as error:
         if origin.endless:
@@ -154,58 +154,56 @@ def segment_video(
     finally:
         report.stopped = stream.stopped
         report.steps = stream.timings.summary()
-        bring_up_to_date()
+        update()
     if origin.endless:
-        states.end(report.error or (STOPPED if stream.stopped else "enough frames"))
-    if not report.error and not report.stopped and (why := _lost(report, stream, origin)):
+        states.end(report.error or (STOPPED if stream.stopped else "frame limit reached"))
+    if not report.error and not report.stopped and (why := _missing(report, stream, origin)):
         report.error = f"{origin.shown}: {why}"
     return report
 
 
-def _lost(report: VideoReport, stream: Stream, origin: Origin) -> str | None:
-    """What is missing in the results of a source that was read to its end; None: nothing that should be there."""
+def _missing(report: VideoReport, stream: Stream, origin: Origin) -> str | None:
+    """What is missing from the results of a source that was read to its end; None: nothing that should be there."""
     counts = stream.counts
     if not report.written:
-        return f"not one frame: {counts.failure or 'it is empty'}"
-    if origin.endless:  # there is always something
+        return f"no frame was written: {counts.failure or 'it is empty'}"
+    if origin.endless:  # some packet is always lost
         return None
     failed = f"{counts.failed} of {counts.decoded} frames could not be converted ({counts.failure})"
     lost = [what for what in (stream.damage, failed if counts.failed else None) if what]
     return f"{', '.join(lost)}; the rest was written" if lost else None
 
 
-def _write(
-    stream: Stream, sink: VideoSink, report: VideoReport, watch: Watch, bring_up_to_date: Callable[[], None]
-) -> None:
-    """Write all that a stream gives, and say so in the report."""
-    summed_up = time.monotonic()
-    for segmented in _readable(stream, report):
+def _write(stream: Stream, sink: VideoSink, report: VideoReport, watch: Watch, update: Callable[[], None]) -> None:
+    """Write all results of a stream, and keep the report up to date."""
+    summarized = time.monotonic()
+    for segmented in _read_until_error(stream, report):
         before = time.perf_counter()
         sink.write(segmented.frame, segmented.result)
         stream.timings.add("write", time.perf_counter() - before)
         report.written += 1
         report.found += segmented.result.found
         report.notes += [note for note in segmented.result.notes if note not in report.notes]
-        bring_up_to_date()
-        if time.monotonic() - summed_up >= _SUMMING_UP:  # of all frames so far, which takes longer
+        update()
+        if time.monotonic() - summarized >= _SUMMING_UP:  # it takes all frames so far into account, which is slow
             report.steps = stream.timings.summary()
-            summed_up = time.monotonic()
+            summarized = time.monotonic()
         watch(segmented, report)
     sink.end(stream.rest, whole=stream.whole or report.error is not None)
 
 
-def _readable(stream: Stream, report: VideoReport) -> Iterator[Segmented]:
-    """All that can be read; why that ends before the source does is said in the report."""
+def _read_until_error(stream: Stream, report: VideoReport) -> Iterator[Segmented]:
+    """Yield all that can be read; if the source fails, put the reason into the report."""
     try:
         yield from stream
     except InputError as error:
         report.error = str(error)
 
 
-class _States:
-    """Passes a source's state changes on until it has ended, which both the source and the run tell: the first counts.
+class _StateRelay:
+    """Passes state changes on until the source has ended. Both the source and the run report that; the first counts.
 
-    The source tells from the thread that decodes, for which a stream that is left waits a second at most.
+    The source reports from the thread that decodes, which a closing stream waits for a second at most.
     """
 
     def __init__(self, tell: Tell) -> None:
@@ -213,12 +211,12 @@ class _States:
         self._attempt = 0
 
     def tell_of_source(self, change: StateChange) -> None:
-        """Pass on what the source tells, but that it was stopped: why (an error, enough frames) it does not know."""
+        """Pass on what the source reports, except that it was stopped; the run knows why (error, frame limit)."""
         if change.reason != STOPPED:
             self.tell(change)
 
     def end(self, reason: str) -> None:
-        """Tell what the run knows: why it takes no more."""
+        """Report why the run takes no more frames."""
         self.tell(StateChange("ended", reason, self._attempt))
 
     def tell(self, change: StateChange) -> None:

@@ -1,4 +1,4 @@
-"""A video's sound on its way through: passed on as it is, or encoded anew where the file cannot hold it."""
+"""A video's audio on its way to the result: passed through, or re-encoded where the file cannot hold it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any, Final
 import av
 import av.error
 
-__all__ = ["Sound", "Track", "track_of", "written_to"]
+__all__ = ["Sound", "Track", "audio_writer", "track_of"]
 
 
 @dataclass(frozen=True, eq=False)
 class Track:
-    """What a file must know of a sound before its first packet comes.
+    """What a file must know about an audio stream before its first packet.
 
     Attributes:
         stream: A copy of the source's stream, which outlives the source; None: this FFmpeg cannot decode it.
@@ -28,7 +28,7 @@ class Track:
     codec: str
 
     def fits(self, other: Track | None) -> bool:
-        """Whether another track's packets may go on in the same file; a source that is connected anew may differ."""
+        """Whether another track's packets may continue in the same file; after a reconnect they may be different."""
         return other is self or (other is not None and self._kind == other._kind)
 
     @property
@@ -41,10 +41,10 @@ class Track:
 
 @dataclass(frozen=True, eq=False)
 class Sound:
-    """A packet of a source's sound.
+    """An audio packet of a source.
 
     Attributes:
-        packet: Encoded, with the source's own times.
+        packet: Encoded, with the source's timestamps.
         shift: Seconds to add to them.
     """
 
@@ -53,57 +53,59 @@ class Sound:
 
     @property
     def time(self) -> float:
-        """Seconds from the first frame, before it is written."""
+        """Seconds from the first frame; valid until the packet is written."""
         pts = self.packet.dts if self.packet.pts is None else self.packet.pts
         return float(pts * self.packet.time_base + self.shift)
 
 
 def track_of(stream: Any) -> Track | None:
-    """A source's track; None: there is no sound in it."""
+    """The track of a source's audio stream; None: the source has none."""
     if stream is None:
         return None
     if stream.codec_context is None:
         return Track(None, "unknown")
-    return Track(_copied(stream), stream.codec_context.codec.canonical_name)
+    return Track(_copy_of(stream), stream.codec_context.codec.canonical_name)
 
 
-def _copied(stream: Any) -> Any:
-    """A stream with all that its decoder must know: some codecs do not describe themselves in their packets.
+def _copy_of(stream: Any) -> Any:
+    """A copy of a stream, with everything its decoder must know: some codecs do not describe themselves in packets.
 
-    It belongs to a container that is never written, of FFmpeg's one format that takes every codec.
+    It belongs to a container that is never written, of the one FFmpeg format that accepts every codec.
     """
     return av.open(io.BytesIO(), "w", format="null").add_stream_from_template(stream)
 
 
-def written_to(file: Any, track: Track, note: Callable[[str], None], *, endless: bool) -> _Passed | _Encoded | None:
-    """A track's way into a file whose header is not written yet.
+def audio_writer(
+    file: Any, track: Track, note: Callable[[str], None], *, endless: bool
+) -> _PassThrough | _Transcoder | None:
+    """Add a track to a file whose header is not written yet.
 
     Args:
         file: An output container.
         track: Of the source.
-        note: Told of what is changed or left out.
-        endless: The header is written before the first packet is there, and nothing can be added to it.
+        note: Called with what is changed or left out.
+        endless: The header is written before the first packet, and cannot be completed later.
 
     Returns:
-        What takes the packets, as they are if the file can hold them, else encoded anew as the file's usual codec; None
-        where they cannot be decoded either.
+        A writer of packets, which passes them through if the file can hold them, else re-encodes them with the default
+        codec of the file; None if they cannot be decoded either.
     """
     if track.stream is None:
-        note("the sound is left out: its codec is none that this FFmpeg can decode")
+        note("the audio is left out: this FFmpeg cannot decode its codec")
         return None
-    if _holds(file.format.name, track, endless):
-        return _Passed(file, track)
-    return _Encoded(file, track, _USUAL[file.format.name], note)
+    if _can_hold(file.format.name, track, endless):
+        return _PassThrough(file, track)
+    return _Transcoder(file, track, _FALLBACK[file.format.name], note)
 
 
-def _holds(container: str, track: Track, endless: bool) -> bool:
-    """Whether a file can hold a track's packets as they are."""
-    if track.codec not in _FITS[container]:
+def _can_hold(container: str, track: Track, endless: bool) -> bool:
+    """Whether a file can hold a track's packets unchanged."""
+    if track.codec not in _PLAYABLE[container]:
         return False
-    # These describe themselves in their packets: AAC without a description of its own is that of transport streams.
+    # These are described by their packets only: AAC without extradata is that of transport streams.
     if track.codec in {"ac3", "eac3"} or (track.codec == "aac" and not track.stream.codec_context.extradata):
         return not endless
-    # Of some, FFmpeg refuses to write a header: MP3 below 16 kHz in MP4, whatever is described wrongly.
+    # For some, FFmpeg refuses to write a header: MP3 below 16 kHz in MP4, or anything with a wrong description.
     trial = av.open(io.BytesIO(), "w", format=container, options=_HEADER_FIRST[container])
     try:
         trial.add_stream_from_template(track.stream)
@@ -111,105 +113,105 @@ def _holds(container: str, track: Track, endless: bool) -> bool:
     except (av.error.FFmpegError, ValueError):
         return False
     finally:
-        with contextlib.suppress(av.error.FFmpegError):  # of a file without a packet
+        with contextlib.suppress(av.error.FFmpegError):  # the file has no packets
             trial.close()
     return True
 
 
-#: What players take from these files. FFmpeg writes more into MP4, PCM among it, which few of them play.
-_FITS: Final = {"mp4": {"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus"}, "webm": {"opus", "vorbis"}}
+#: What players accept in these files. FFmpeg also writes PCM and others into MP4, which few players accept.
+_PLAYABLE: Final = {"mp4": {"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus"}, "webm": {"opus", "vorbis"}}
 
-#: What has the whole description of the sound written at once.
+#: Options that make FFmpeg write the complete description of the audio with the header.
 _HEADER_FIRST: Final[dict[str, dict[str, str]]] = {"mp4": {"movflags": "empty_moov"}, "webm": {}}
 
-#: The codec of what does not fit, and its rates in Hz, the usual one first.
-_USUAL: Final[dict[str, tuple[str, tuple[int, ...]]]] = {
+#: The codec for what does not fit, and its sample rates in Hz, the default first.
+_FALLBACK: Final[dict[str, tuple[str, tuple[int, ...]]]] = {
     "mp4": ("aac", (48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)),
     "webm": ("libopus", (48000, 24000, 16000, 12000, 8000)),
 }
 
 
-#: Seconds: what is shorter is no gap in the sound, but a rounded time.
+#: Seconds: a shorter gap in the audio is a rounded timestamp.
 _GAP: Final = 0.03
 
 
-class _Passed:
-    """Packets as they are."""
+class _PassThrough:
+    """Passes packets through."""
 
     def __init__(self, file: Any, track: Track) -> None:
         self._file, self._stream = file, file.add_stream_from_template(track.stream)
-        self._last: Fraction | None = None  # the decoding time of the last packet
+        self._last: Fraction | None = None  # the last packet's DTS, in seconds
 
     def write(self, sound: Sound, start: Fraction) -> None:
-        """Write a packet; what lies before ``start``, in seconds, is left out."""
+        """Write a packet; leave out what lies before ``start``, in seconds."""
         packet = sound.packet
-        # A packet is never passed twice, so its times may be changed in place.
+        # A packet is written only once, so its timestamps may be changed in place.
         moved = round((sound.shift - start) / packet.time_base)
         packet.dts = packet.dts + moved
         packet.pts = packet.dts if packet.pts is None else packet.pts + moved
         time = packet.dts * packet.time_base
-        # The packet before the first one that is heard goes along: decoders need it to begin with. What a source that
-        # was connected anew sends once more is left out.
+        # The packet before the first audible one is kept, because decoders need it to start. What a source sends again
+        # after a reconnect is left out.
         if packet.pts + (packet.duration or 0) >= 0 and (self._last is None or time > self._last):
             packet.stream, self._last = self._stream, time
             self._file.mux(packet)
 
     def close(self) -> None:
-        """Nothing is left to write."""
+        """Do nothing: no packet is held back."""
 
 
-class _Encoded:
-    """Packets decoded, and encoded as something that the file can hold."""
+class _Transcoder:
+    """Decodes packets and re-encodes them in a codec that the file can hold."""
 
     def __init__(
-        self, file: Any, track: Track, usual: tuple[str, tuple[int, ...]], note: Callable[[str], None]
+        self, file: Any, track: Track, fallback: tuple[str, tuple[int, ...]], note: Callable[[str], None]
     ) -> None:
-        codec, rates = usual
+        codec, rates = fallback
         self._file, self._codec, self._note = file, track.codec, note
-        self._decoder = source = _copied(track.stream).codec_context
+        self._decoder = source = _copy_of(track.stream).codec_context
         rate = source.sample_rate if source.sample_rate in rates else rates[0]
         layout = "mono" if source.layout.nb_channels == 1 else "stereo"
         self._stream = file.add_stream(codec, rate=rate, layout=layout)
         encoder = self._stream.codec_context
         encoder.open()
         self._resampler: Any = None
-        self._kind: tuple[str, str, int] | None = None  # of the frames that it takes
-        self._next: Fraction | None = None  # where the next frame should begin, in seconds
-        note(f"the sound ({track.codec}) is encoded anew as {encoder.codec.canonical_name}")
+        self._kind: tuple[str, str, int] | None = None  # of the frames that the resampler accepts
+        self._next: Fraction | None = None  # where the next frame is due, in seconds
+        note(f"the audio ({track.codec}) is re-encoded as {encoder.codec.canonical_name}")
 
     def write(self, sound: Sound, start: Fraction) -> None:
-        """Write a packet; what lies before ``start``, in seconds, is left out."""
-        for frame in self._tried(self._decoder.decode, sound.packet):
-            if frame.pts is not None and self._place(frame, sound.shift - start):
-                self._fit(frame)
-                self._encode(self._tried(self._resampler.resample, frame))
+        """Write a packet; leave out what lies before ``start``, in seconds."""
+        for frame in self._try(self._decoder.decode, sound.packet):
+            if frame.pts is not None and self._set_time(frame, sound.shift - start):
+                self._update_resampler(frame)
+                self._encode(self._try(self._resampler.resample, frame))
 
-    def _fit(self, frame: Any) -> None:
-        """Have a resampler for frames of this kind: in one broadcast mono, stereo and 5.1 may follow each other."""
+    def _update_resampler(self, frame: Any) -> None:
+        """Get a resampler for a frame: within one broadcast, mono, stereo and 5.1 may follow each other."""
         kind = frame.format.name, frame.layout.name, frame.sample_rate
         if self._resampler is None or kind != self._kind:
-            self._encode(self._tried(self._rest))
+            self._encode(self._try(self._drain_resampler))
             encoder, self._kind = self._stream.codec_context, kind
             self._resampler = av.AudioResampler(encoder.format, encoder.layout, encoder.sample_rate)
 
-    def _rest(self) -> list[Any]:
-        """What the resampler still holds; one that changes nothing returns what it is given, here None."""
+    def _drain_resampler(self) -> list[Any]:
+        """What the resampler still holds; one that changes nothing returns its input, here None."""
         return [frame for frame in self._resampler.resample(None) if frame] if self._resampler else []
 
-    def _tried(self, step: Callable[..., list[Any]], *given: Any) -> list[Any]:
-        """What a step makes; where it fails, nothing and a note: sound may be damaged, and the picture goes on."""
+    def _try(self, step: Callable[..., list[Any]], *given: Any) -> list[Any]:
+        """Run a step; if it fails, note it and return nothing: damaged audio must not end the video."""
         try:
             return step(*given)
         except (av.error.FFmpegError, ValueError):
-            self._note(f"a part of the sound ({self._codec}) cannot be converted and is left out")
-            self._resampler = None  # one that has failed may be half made
+            self._note(f"part of the audio ({self._codec}) cannot be converted and is left out")
+            self._resampler = None  # after a failure, it may be half initialized
             return []
 
-    def _place(self, frame: Any, shift: Fraction) -> bool:
-        """Say where a frame lies, in samples; False: before the start, or on what is there already."""
+    def _set_time(self, frame: Any, shift: Fraction) -> bool:
+        """Set a frame's time, in samples; False: it lies before the start, or overlaps the frame before."""
         base = Fraction(1, frame.sample_rate)
         begins = round((frame.pts * frame.time_base + shift) / base) * base
-        # Containers round times, some to milliseconds; frames follow each other without a gap all the same.
+        # Containers round timestamps, some to milliseconds; the frames are contiguous all the same.
         if self._next is not None and abs(begins - self._next) < _GAP:
             begins = self._next
         if begins < (self._next or 0):
@@ -220,9 +222,9 @@ class _Encoded:
 
     def _encode(self, frames: Iterable[Any]) -> None:
         for frame in frames:
-            self._file.mux(self._tried(self._stream.encode, frame))  # which refuses what is no number
+            self._file.mux(self._try(self._stream.encode, frame))  # which rejects NaN
 
     def close(self) -> None:
         """Write what the encoder still holds."""
-        self._encode(self._tried(self._rest))
-        self._file.mux(self._tried(self._stream.encode, None))
+        self._encode(self._try(self._drain_resampler))
+        self._file.mux(self._try(self._stream.encode, None))

@@ -1,4 +1,4 @@
-"""A video through the network: decoder, engine and consumer each in a thread, every frame accounted for."""
+"""Runs a video through the network: decoder, engine and consumer each in a thread, every frame accounted for."""
 
 from __future__ import annotations
 
@@ -30,36 +30,36 @@ __all__ = ["POLICIES", "Counts", "Reading", "Segmented", "Stream"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
-#: A frame, the model's input uint8 [H, W, 3] that was made of it, and its answer uint8 [H, W].
-_Answered: TypeAlias = tuple[Frame, U8, U8]
+#: A frame, the model's input uint8 [H, W, 3] that was made from it, and its output uint8 [H, W].
+_Inferred: TypeAlias = tuple[Frame, U8, U8]
 
-#: What becomes of a frame while the queue before the engine is full: it waits; it replaces the one that has waited
-#: longest; or only the newest ever waits.
+#: What happens to a new frame while the queue before the engine is full: it waits; it replaces the oldest waiting one;
+#: or at most one frame, the newest, ever waits.
 POLICIES: Final = ("block", "drop-oldest", "latest")
 
-#: So many seconds behind the picture sound may lie in a file.
-_LATE: Final = 2.0
+#: In a file, audio may be stored up to this many seconds after the picture that it belongs to.
+_LATE_AUDIO: Final = 2.0
 
-#: Frames that may wait for the engine, beside a batch.
+#: Frames that may wait for the engine in addition to a batch.
 _ROOM: Final = 4
 
-#: Packets of sound that dropped frames may leave to the next: a minute of most codecs. Who takes nothing for longer
-#: gets the newest; without a bound, the sound of an endless source would fill the memory.
-_SOUNDS: Final = 3000
+#: Audio packets that frames without a result may pass on to the next one: a minute in most codecs. A consumer that
+#: stalls for longer gets the newest ones; unbounded, the audio of an endless source would fill the memory.
+_MAX_AUDIO_PACKETS: Final = 3000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """Which frames of a source are taken, and what becomes of those for which there is no time.
+    """Which frames of a source are read, and what happens to those for which there is no time.
 
     Attributes:
-        start: Seconds to pass over, of a source that has an end.
-        stride: Take each so-many-th frame.
-        max_frames: End after so many; None: at the source's end.
-        policy: One of :data:`POLICIES`; None: ``block`` for what has an end, else ``drop-oldest``.
-        stall: Seconds without a frame after which a live source is connected anew.
-        patience: Seconds without a frame after which a live source is given up; None: half a minute until it has sent
-            one, and never after that.
+        start: Seconds to skip, in a source that has an end.
+        stride: Read every ``stride``-th frame.
+        max_frames: End after this many frames; None: at the source's end.
+        policy: One of :data:`POLICIES`; None: ``block`` for a source that has an end, else ``drop-oldest``.
+        stall: Seconds without a frame after which a live source reconnects.
+        patience: Seconds without a frame after which a live source is given up; None: half a minute until the first
+            frame, and never after it.
         smooth: See :class:`~petseg_runtime.video.smoothing.Smoother`.
     """
 
@@ -75,24 +75,24 @@ class Reading:
         """Check every value, before a source is opened.
 
         Raises:
-            UsageError: A policy that there is not, or a value out of range.
+            UsageError: An unknown policy, or a value out of range.
         """
-        for name, value, fits in (
-            ("start", self.start, 0 <= self.start < math.inf),
-            ("stall", self.stall, self.stall > 0),
-            ("patience", self.patience, self.patience is None or self.patience >= 0),
+        for name, value, fits, wanted in (
+            ("start", self.start, 0 <= self.start < math.inf, "0 or more"),
+            ("stall", self.stall, self.stall > 0, "above 0"),
+            ("patience", self.patience, self.patience is None or self.patience >= 0, "0 or more"),
         ):
-            if not fits:  # as NaN does not
-                raise UsageError(f"{name} is {value}; it is in seconds, {'above' if name == 'stall' else 'from'} 0")
+            if not fits:  # NaN does not
+                raise UsageError(f"{name} is {value}; it must be a number of seconds, {wanted}")
         if self.policy is not None and self.policy not in POLICIES:
-            raise UsageError(f"policy {self.policy!r}; there are: {', '.join(POLICIES)}")
+            raise UsageError(f"there is no policy {self.policy!r}; there are: {', '.join(POLICIES)}")
         for name, value in (("stride", self.stride), ("max_frames", 1 if self.max_frames is None else self.max_frames)):
-            if not (isinstance(value, numbers.Integral) and value >= 1):  # NumPy has such, too
+            if not (isinstance(value, numbers.Integral) and value >= 1):  # also accepts NumPy's integers
                 raise UsageError(f"{name} is {value!r}; it must be a whole number, 1 or more")
         check_strength(self.smooth)
 
     def of(self, *, endless: bool) -> Reading:
-        """With a policy, where none was asked for: a file loses no frame, and what is live does not fall behind."""
+        """Fill in the default policy: a file loses no frame, and a live source does not fall behind."""
         return self if self.policy else replace(self, policy="drop-oldest" if endless else "block")
 
 
@@ -101,7 +101,7 @@ class Segmented:
     """A frame with its result.
 
     Attributes:
-        frame: When it is shown and where it came from.
+        frame: The frame, with its timestamp.
         result: Its segmentation, at the frame's size.
     """
 
@@ -114,11 +114,11 @@ class Counts:
     """Where frames went: ``decoded == delivered + dropped + failed`` once the stream has ended.
 
     Attributes:
-        decoded: Frames out of the decoder, without those that a stride or a start passes over.
+        decoded: Frames from the decoder, without those that a stride or a start skips.
         delivered: Frames with a result.
-        dropped: Frames of a live source that were overtaken by newer ones.
+        dropped: Frames of a live source that were dropped in favour of newer ones.
         failed: Frames that could not be converted.
-        failure: Why the last one of these failed.
+        failure: Why the last of these failed.
     """
 
     decoded: int = 0
@@ -128,8 +128,8 @@ class Counts:
     failure: str | None = None
 
 
-class _Inbox:
-    """A bounded queue of frames with a named policy for what does not fit."""
+class _InputQueue:
+    """A bounded queue of frames with a policy for what does not fit; see :data:`POLICIES`."""
 
     def __init__(self, policy: str, room: int, counts: Counts) -> None:
         self._policy, self._room, self._counts = policy, 1 if policy == "latest" else room, counts
@@ -138,7 +138,7 @@ class _Inbox:
         self._closed = False
 
     def put(self, frame: Frame) -> bool:
-        """Add a frame, or as the policy says; False: nothing is taken any more."""
+        """Add a frame, as the policy says; False: the queue is closed."""
         with self._changed:
             if self._policy == "block":
                 self._changed.wait_for(lambda: self._closed or len(self._frames) < self._room)
@@ -148,16 +148,14 @@ class _Inbox:
             if len(self._frames) >= self._room:
                 dropped = self._frames.popleft()
                 self._counts.dropped += 1
-                # Its sound goes on with the next frame.
-                heir = self._frames[0] if self._frames else frame
-                heir.sound[:0] = dropped.sound
-                del heir.sound[:-_SOUNDS]
+                # Its audio is passed on with the next frame.
+                _prepend(dropped.sound, self._frames[0] if self._frames else frame)
             self._frames.append(frame)
             self._changed.notify_all()
             return True
 
     def take(self, most: int) -> list[Frame]:
-        """What waits, up to ``most`` frames, as soon as there is one; empty: the end."""
+        """Wait for a frame, then return up to ``most`` of those that wait; empty: the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._frames)
             taken = [self._frames.popleft() for _ in range(min(most, len(self._frames)))]
@@ -165,7 +163,7 @@ class _Inbox:
             return taken
 
     def fail(self, error: InputError) -> None:
-        """Count a frame that was taken and could not be converted; from any thread."""
+        """Count a frame that was taken and could not be converted. May be called from any thread."""
         with self._changed:
             self._counts.failed += 1
             self._counts.failure = str(error)
@@ -176,16 +174,23 @@ class _Inbox:
             self._changed.notify_all()
 
 
-class _Outbox:
-    """Frames with the model's input and answer, ready for the consumer, who sets the pace; None is the end."""
+def _prepend(sound: list[Sound], frame: Frame) -> None:
+    """Pass the audio of frames without a result on to the next frame; of too many packets, keep the newest."""
+    if sound:
+        frame.sound[:0] = sound
+        del frame.sound[:-_MAX_AUDIO_PACKETS]
+
+
+class _OutputQueue:
+    """A bounded queue of frames with the model's input and output, for the consumer; None marks the end."""
 
     def __init__(self, room: int) -> None:
         self._room = room
-        self._items: deque[_Answered | None] = deque()
+        self._items: deque[_Inferred | None] = deque()
         self._changed = threading.Condition()
         self._closed = False
 
-    def put(self, item: _Answered | None) -> bool:
+    def put(self, item: _Inferred | None) -> bool:
         with self._changed:
             self._changed.wait_for(lambda: self._closed or item is None or len(self._items) < self._room)
             if self._closed:
@@ -195,14 +200,14 @@ class _Outbox:
             return True
 
     def is_ready(self, seconds: float) -> bool:
-        """Whether there is something to take, or the end, before so many seconds are over."""
+        """Wait up to so many seconds for an item or the end; False: neither came."""
         with self._changed:
             return self._changed.wait_for(lambda: self._closed or bool(self._items), seconds)
 
-    def take(self) -> _Answered | None:
-        """What is ready."""
+    def take(self) -> _Inferred | None:
+        """The next item; call :meth:`is_ready` first."""
         with self._changed:
-            if self._closed:  # nothing comes any more, not even the end
+            if self._closed:  # no item will come, not even the one that marks the end
                 return None
             item = self._items.popleft()
             self._changed.notify_all()
@@ -215,20 +220,20 @@ class _Outbox:
 
 
 class Stream:
-    """Frames in, segmented frames out, in order. Use it as a context manager, and iterate over it once.
+    """Segments frames, in order. Use it as a context manager, and iterate over it once.
 
-    When the iteration has ended, was left, or was closed by another thread, there is nothing more: the next is empty.
+    Once the iteration has ended, was left, or was closed by another thread, another iteration is empty.
 
-    The decoder and the engine have a thread each; who iterates is the third. :meth:`stop`, from any thread or a signal
-    handler, ends the source: what it has given is still delivered, then the iteration ends.
+    The decoder and the engine have a thread each; the consumer's is the third. :meth:`stop`, from any thread or a
+    signal handler, ends the source: frames already read are still delivered, then the iteration ends.
 
     Attributes:
         counts: Where frames went, so far.
-        damage: What of the pictures of a file, up to the last frame, could not be decoded; None: nothing.
+        damage: How much of a file, up to the last frame, could not be decoded; None: nothing is missing.
         whole: Whether the source was read to its end.
         stopped: Whether :meth:`stop` was called before the end.
-        rest: Sound behind the last frame.
-        timings: What each step took.
+        rest: Audio after the last frame.
+        timings: How long each step took.
     """
 
     def __init__(
@@ -246,12 +251,12 @@ class Stream:
             frames: A :class:`~petseg_runtime.video.reader.VideoReader`, or a
                 :class:`~petseg_runtime.video.live.LiveSource`; it is closed at the end, by the thread that reads it, or
                 here if the stream cannot start.
-            segmenter: The model; others may use it at the same time. Frames are converted by as many threads as it was
-                given.
-            reading: Which frames are taken; None: all. ``start``, ``stall`` and ``patience`` are of the source, not of
-                the stream. Without a policy it is ``block``: a file never loses a frame.
-            mask_only: The frames' own pixels are not part of the results: they are converted at the model's size only.
-            idle: Called, by who iterates, twice a second while no result comes.
+            segmenter: The model; others may use it at the same time. Its number of threads is also used to convert
+                frames.
+            reading: Which frames are read; None: all. ``start``, ``stall`` and ``patience`` concern the source, not the
+                stream. The default policy is ``block``: a file never loses a frame.
+            mask_only: Results do not contain the frames' pixels: frames are converted at the model's size only.
+            idle: Called by the iterating thread, twice a second while no result comes.
         """
         self._idle = idle
         try:
@@ -260,8 +265,8 @@ class Stream:
             if close := getattr(frames, "close", None):
                 close()
             raise
-        # A program may end while a stream goes on, and nobody closes it then: a thread that is in an engine's code
-        # while Python is taken down aborts the process.
+        # A program may exit without closing the stream: a thread that is inside an engine while Python shuts down would
+        # abort the process.
         atexit.register(self.close)
         for thread in self._threads:
             thread.start()
@@ -273,73 +278,79 @@ class Stream:
         self.damage: str | None = None
         self._frames, self._segmenter, self._policy = frames, segmenter, reading.policy or "block"
         self._stride, self._max_frames, self._mask_only = int(reading.stride), reading.max_frames, mask_only
-        # A live source's frames go one by one: a batch would make the first of them wait for the last.
+        # Frames of a live source are processed one by one: in a batch, the first would wait for the last.
         waits = self._policy == "block"
         self._batch = segmenter.describe().batch if waits else 1
         self._smoother = Smoother(reading.smooth) if reading.smooth else None
-        self._inbox = _Inbox(self._policy, self._batch + _ROOM, self.counts)
-        self._outbox = _Outbox(self._batch + _ROOM if waits else 1)
+        self._inputs = _InputQueue(self._policy, self._batch + _ROOM, self.counts)
+        self._outputs = _OutputQueue(self._batch + _ROOM if waits else 1)
         self._error: BaseException | None = None
         self._threads = [
-            # The first may hang in a read that nothing can interrupt; a process must be able to end all the same.
+            # The first may hang in a read that nothing can interrupt; the process must be able to exit all the same.
             threading.Thread(target=self._decode, name="petseg-decode", daemon=True),
             threading.Thread(target=self._infer, name="petseg-engine", daemon=True),
         ]
 
     def __iter__(self) -> Iterator[Segmented]:
-        """The frames' results, in order.
+        """Yield the frames with their results, in order.
 
         Raises:
             InputError: The source could not be read to its end; what was read has been delivered.
             EngineError: The engine failed.
         """
         convert = Converter(self._segmenter.threads)
+        undelivered: list[Sound] = []
         try:
             while (item := self._next()) is not None:
                 frame, image, probability = item
+                _prepend(undelivered, frame)
+                undelivered = []
                 if result := self._finish(frame, image, probability, convert):
                     self.counts.delivered += 1
                     yield Segmented(frame, result)
                     self.timings.add("latency", time.monotonic() - frame.captured)
+                else:
+                    undelivered = frame.sound
+            self.rest[:0] = undelivered
         finally:
             self.close()
         if self._error:
             raise self._error
 
-    def _next(self) -> _Answered | None:
-        while not self._outbox.is_ready(LOOK_UP):
+    def _next(self) -> _Inferred | None:
+        while not self._outputs.is_ready(LOOK_UP):
             self._idle()
-        return self._outbox.take()
+        return self._outputs.take()
 
     def _finish(self, frame: Frame, image: U8, probability: U8, convert: Converter) -> Segmentation | None:
         start = time.perf_counter()
         try:
             pixels = None if self._mask_only else frame.pixels(convert)
         except InputError as error:
-            self._inbox.fail(error)
+            self._inputs.fail(error)
             return None
         result = self._segmenter.finish(Prepared(image, pixels, *frame.size, frame.notes), probability)
         self.timings.add("finish", time.perf_counter() - start)
         return result
 
     def stop(self) -> None:
-        """End the source; what it has given is still delivered."""
+        """End the source; frames already read are still delivered."""
         self.stopped = self.stopped or not self.whole
         self._end_source()
 
     def _end_source(self) -> None:
         if stop := getattr(self._frames, "stop", None):
             stop()
-        self._inbox.close()
+        self._inputs.close()
 
     def close(self) -> None:
-        """End everything; what has not been delivered is lost. A second time, it finishes what a Ctrl-C cut short."""
+        """End everything, dropping what was not delivered. If Ctrl-C interrupts this, call it again to finish."""
         self._end_source()
-        self._outbox.close()
+        self._outputs.close()
         for thread, longest in ((self._threads[1], None), (self._threads[0], 1.0)):
-            if thread is not threading.current_thread():  # a live source tells of its state from the first of them
+            if thread is not threading.current_thread():  # it is where a live source reports its state from `_decode`
                 thread.join(longest)
-        atexit.unregister(self.close)  # last: a Ctrl-C may come before
+        atexit.unregister(self.close)  # last, because Ctrl-C may come before
 
     def __enter__(self) -> Self:
         return self
@@ -360,67 +371,76 @@ class Stream:
                 self.timings.add("decode", frame.decoding)
                 frame.number = number // self._stride
                 frame.duration *= self._stride
-                if not self._inbox.put(frame):
+                if not self._inputs.put(frame):
                     return
                 if frame.number + 1 == self._max_frames:
                     self.damage = getattr(self._frames, "damage", None)
-                    self._hear_out(frame, frames)
+                    self._read_late_audio(frame, frames)
                     return
             self.rest += getattr(self._frames, "rest", [])
             self.damage = getattr(self._frames, "damage", None)
             self.whole = True
-        except BaseException as error:  # noqa: BLE001 (raised again where results are asked for)
+        except BaseException as error:  # noqa: BLE001 (raised again by __iter__)
             self._error = self._error or error
         finally:
-            self._inbox.close()
+            self._inputs.close()
             # Here, because closing what another thread is reading would crash the process.
             if close := getattr(self._frames, "close", None):
                 close()
 
-    def _hear_out(self, last: Frame, frames: Iterator[Frame]) -> None:
-        """Read on to the end of the sound that belongs to the last frame: files may hold it behind later frames."""
+    def _read_late_audio(self, last: Frame, frames: Iterator[Frame]) -> None:
+        """Read on to the end of the audio that belongs to the last frame: files may store it after later frames."""
         end = (last.pts + last.duration) * last.time_base
         if last.track is None or self._policy != "block" or any(sound.time >= end for sound in last.sound):
             return
-        with contextlib.suppress(InputError):  # what is not wanted may be broken
+        with contextlib.suppress(InputError):  # damage behind the last frame does not matter
             for frame in frames:
                 self.rest += frame.sound
-                if frame.time > end + _LATE or any(sound.time >= end for sound in frame.sound):
+                if frame.time > end + _LATE_AUDIO or any(sound.time >= end for sound in frame.sound):
                     return
             self.rest += getattr(self._frames, "rest", [])
 
     def _infer(self) -> None:
         convert = Converter(self._segmenter.threads)
+        undelivered: list[Sound] = []
         try:
-            while frames := self._inbox.take(self._batch):
-                prepared = [ready for frame in frames if (ready := self._prepare(frame, convert))]
-                if prepared and not self._infer_some(prepared):
+            while frames := self._inputs.take(self._batch):
+                prepared = []
+                for frame in frames:
+                    _prepend(undelivered, frame)
+                    undelivered = []
+                    if ready := self._prepare(frame, convert):
+                        prepared.append(ready)
+                    else:
+                        undelivered = frame.sound
+                if prepared and not self._infer_batch(prepared):
                     return
-        except BaseException as error:  # noqa: BLE001 (raised again where results are asked for)
+            self.rest[:0] = undelivered
+        except BaseException as error:  # noqa: BLE001 (raised again by __iter__)
             self._error = self._error or error
-            self._inbox.close()
+            self._inputs.close()
         finally:
-            self._outbox.put(None)
+            self._outputs.put(None)
 
     def _prepare(self, frame: Frame, convert: Converter) -> tuple[Frame, U8] | None:
         start = time.perf_counter()
         try:
             return frame, frame.pixels(convert, *self._segmenter.size)
         except InputError as error:
-            self._inbox.fail(error)
+            self._inputs.fail(error)
             return None
         finally:
             self.timings.add("convert", time.perf_counter() - start)
 
-    def _infer_some(self, prepared: list[tuple[Frame, U8]]) -> bool:
+    def _infer_batch(self, prepared: list[tuple[Frame, U8]]) -> bool:
         start = time.perf_counter()
         images = [image for _, image in prepared]
-        answers = self._segmenter.infer(images[0][None] if len(images) == 1 else np.stack(images))
+        outputs = self._segmenter.infer(images[0][None] if len(images) == 1 else np.stack(images))
         share = (time.perf_counter() - start) / len(prepared)
         for _ in prepared:
             self.timings.add("infer", share)
-        for (frame, image), answer in zip(prepared, answers, strict=True):
-            smoothed = self._smoother(image, answer, frame.time) if self._smoother else answer
-            if not self._outbox.put((frame, image, smoothed)):
+        for (frame, image), output in zip(prepared, outputs, strict=True):
+            smoothed = self._smoother(image, output, frame.time) if self._smoother else output
+            if not self._outputs.put((frame, image, smoothed)):
                 return False
         return True

@@ -325,7 +325,7 @@ def test_a_video_that_is_cut_short_has_failed_and_what_it_holds_is_written(
     assert infer(clip, *options) == 0
     clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
     assert infer(clip, *options) == 1
-    assert f"petseg: {clip}: truncated: it says that it lasts 8.0 s, but ends after " in capsys.readouterr().err
+    assert f"petseg: {clip}: truncated: it declares a duration of 8.0 s, but ends after " in capsys.readouterr().err
     assert 50 < frames_in(tmp_path / "out" / "clip.mp4") < 150
     assert infer(clip, *options, "--max-frames", 50) == 0
     assert infer(clip, *options, "--stride", 3) == 1

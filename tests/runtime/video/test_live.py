@@ -1,4 +1,4 @@
-"""Live sources against real servers on loopback: they break, fall silent, change, and the run goes on."""
+"""Live sources against real servers on loopback: the run survives when they break, stall, and change."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ from petseg_runtime.video.stream import POLICIES
 
 SECRET = "s3cret"
 
-#: A camera for every machine.
+#: A camera that every machine has.
 CAMERA = "lavfi:testsrc2=size=160x120:rate=25,realtime"
 
 
 def needs(*kinds: str) -> Any:
-    """For a test that needs servers of these kinds; see :func:`benchmarks.servers.lacking`."""
+    """Mark a test that needs servers of these kinds; see :func:`benchmarks.servers.lacking`."""
     reason = lacking(*kinds)
     return lambda test: pytest.mark.servers(pytest.mark.skipif(reason is not None, reason=reason or "")(test))
 
@@ -67,7 +67,7 @@ def model(tmp_path: Path, toy: Any) -> Path:
 
 
 def frames_in(path: Path | str) -> tuple[int, int, int]:
-    """How many frames a file gives, and their size."""
+    """The number of frames in a file, and their size."""
     with av.open(str(path)) as file:
         sizes = [(frame.height, frame.width) for frame in file.decode(video=0)]
     assert len(set(sizes)) == 1
@@ -78,7 +78,7 @@ def written_by(report: dict[str, Any]) -> int:
     return sum(frames_in(path)[0] for path in report["paths"])
 
 
-# A source that is made up: the logic of time.
+# A fake source: the logic of time.
 
 
 def pictured(pts: int | None, time_base: Fraction) -> av.VideoFrame:
@@ -88,7 +88,7 @@ def pictured(pts: int | None, time_base: Fraction) -> av.VideoFrame:
 
 
 class Reader:
-    """In place of VideoReader: what each connection does, one after the other."""
+    """A fake VideoReader, whose script says what each connection does, one after the other."""
 
     def __init__(self, script: list[Any]) -> None:
         self.script, self.opened, self.undecodable = script, 0, 0
@@ -118,7 +118,7 @@ class Reader:
 
 
 class Clock:
-    """Time that passes when somebody waits."""
+    """A fake clock, which advances when somebody waits."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -151,14 +151,14 @@ def source(
 
 
 def delivered(made: LiveSource, error: str = "no frame for") -> list[Frame]:
-    """All frames of a source that is given up in the end."""
+    """All frames of a source that is finally given up."""
     frames: list[Frame] = []
     with pytest.raises(UnreadableVideo, match=error):
         collections.deque(map(frames.append, made), maxlen=0)
     return frames
 
 
-def test_a_broken_connection_is_made_anew_on_the_same_time_line(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+def test_reconnected_frames_continue_the_time_line(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     made, changes, _ = source([[0, 1, 2], [0, 1]], monkeypatch, clock, patience=5)
     frames = delivered(made, r"cam: no frame for \d+ s in \d+ attempts; the last: .*refused")
     times = [frame.time for frame in frames]
@@ -175,7 +175,7 @@ def test_pauses_double_with_jitter_up_to_the_longest(monkeypatch: pytest.MonkeyP
     made, changes, reader = source([], monkeypatch, clock, patience=1000)
     with pytest.raises(UnreadableVideo):
         list(made)
-    for number, wait in enumerate(clock.waits[:-1]):  # the last one is cut to what patience is left
+    for number, wait in enumerate(clock.waits[:-1]):  # the last one is cut to the patience that is left
         longest = min(0.5 * 2**number, 30)
         assert longest / 2 <= wait <= longest
     assert len({round(wait / 30, 6) for wait in clock.waits[8:]}) > 5, "no jitter"
@@ -184,9 +184,7 @@ def test_pauses_double_with_jitter_up_to_the_longest(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_patience_ends_though_what_is_left_of_it_is_rounding(
-    monkeypatch: pytest.MonkeyPatch, clock: Clock, seed: int
-) -> None:
+def test_patience_ends_despite_rounding(monkeypatch: pytest.MonkeyPatch, clock: Clock, seed: int) -> None:
     clock.now += random.Random(seed).random()  # so that sums of times are rounded
     made, _, reader = source([], monkeypatch, clock, patience=40)
     monkeypatch.setattr(made, "_random", random.Random(seed))
@@ -195,8 +193,8 @@ def test_patience_ends_though_what_is_left_of_it_is_rounding(
     assert reader.opened == len(clock.waits) + 1
 
 
-def test_no_connection_waits_for_longer_than_patience_lasts(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    """Cut short, it would be said to hang."""
+def test_no_connection_waits_longer_than_patience(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    """Interrupted by the end of patience, it would be reported as hanging."""
     made, _, _ = source([], monkeypatch, clock, patience=25, stall=10)
     began, waited = clock.now, list[float]()
 
@@ -213,7 +211,7 @@ def test_no_connection_waits_for_longer_than_patience_lasts(monkeypatch: pytest.
     assert waited[2] < 5
 
 
-def test_a_connection_that_lasted_makes_the_next_pause_short(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+def test_a_stable_connection_resets_the_backoff(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     refused = UnreadableVideo("refused", "cam")
 
     class Long(list[int]):
@@ -230,7 +228,7 @@ def test_a_connection_that_lasted_makes_the_next_pause_short(monkeypatch: pytest
     assert clock.waits[5] <= 0.5
 
 
-def test_connections_without_frames_do_not_shorten_the_pauses(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+def test_connections_without_frames_do_not_reset_the_backoff(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     made, changes, _ = source([[] for _ in range(100)], monkeypatch, clock, patience=60)
     with pytest.raises(UnreadableVideo):
         list(made)
@@ -238,7 +236,7 @@ def test_connections_without_frames_do_not_shorten_the_pauses(monkeypatch: pytes
     assert "live" not in {change.state for change in changes}
 
 
-def test_without_patience_said_half_a_minute_is_tried_at_first_and_for_ever_later(
+def test_default_patience_is_half_a_minute_at_first_and_unlimited_later(
     monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     made, _, _ = source([], monkeypatch, clock)
@@ -253,15 +251,15 @@ def test_without_patience_said_half_a_minute_is_tried_at_first_and_for_ever_late
 
 
 def test_silence_is_called_stalled(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    silent = SilentVideo("reading it failed (it sent nothing for too long)", "cam")
+    silent = SilentVideo("reading failed (it sent nothing for too long)", "cam")
     made, changes, _ = source([[0, silent], [1]], monkeypatch, clock, patience=3)
     with pytest.raises(UnreadableVideo):
         list(made)
     assert [c.state for c in changes][:5] == ["connecting", "live", "stalled", "connecting", "live"]
-    assert changes[2].reason == "reading it failed (it sent nothing for too long)"
+    assert changes[2].reason == "reading failed (it sent nothing for too long)"
 
 
-def test_a_failure_is_no_silence_whatever_its_words_are(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+def test_a_failure_is_not_a_stall_whatever_its_text(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     failed = UnreadableVideo("cannot be opened (file name too long)", "cam")
     made, changes, _ = source([failed], monkeypatch, clock, patience=1)
     with pytest.raises(UnreadableVideo):
@@ -269,13 +267,13 @@ def test_a_failure_is_no_silence_whatever_its_words_are(monkeypatch: pytest.Monk
     assert [(c.state, c.reason) for c in changes][1] == ("lost", "cannot be opened (file name too long)")
 
 
-def test_times_that_jump_back_within_a_connection_still_grow(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+def test_times_that_jump_back_within_a_connection_still_increase(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     made, _, _ = source([[5, 3, 4, 10]], monkeypatch, clock, patience=1)
     seen = [frame.pts for frame in delivered(made)]
     assert seen == sorted(set(seen))
 
 
-def test_waiting_for_the_consumer_is_no_silence(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+def test_time_that_the_consumer_takes_is_not_a_stall(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     made, changes, _ = source([[0], [1]], monkeypatch, clock, patience=5)
 
     def consume(frame: Frame) -> None:
@@ -287,18 +285,18 @@ def test_waiting_for_the_consumer_is_no_silence(monkeypatch: pytest.MonkeyPatch,
 
 
 def placed(steps: list[tuple[float, float]]) -> list[float]:
-    """Times on one connection's line of frames so many seconds apart, at the source and here; sound goes with them."""
-    line, own, now = live._Line(), 1000.0, 50.0
+    """Times of frames, given the seconds between them at the source and here; their audio is shifted with them."""
+    line, own, now = live._TimeLine(), 1000.0, 50.0
     times = []
     for own_step, step in [(0.0, 0.0), *steps]:
         own, now = own + own_step, now + step
-        # The first one came just after the frame before.
+        # The first packet came just after the frame before.
         packets = [packet_at(own - own_step - 0.001), packet_at(own)]
         frame = Frame(0, 0, Fraction(1, 25), pictured(round(own * 1000), Fraction(1, 1000)))
         frame.sound = [Sound(packet, Fraction(-1)) for packet in packets]
         line.place(frame, now)
         times.append(frame.time)
-        if -1 < own_step < 0:  # it was moved, lest times go back
+        if -1 < own_step < 0:  # it was moved, because times must increase
             return times
         assert [sound.time for sound in frame.sound] == pytest.approx([times[-2:][0], frame.time], abs=2e-3)
     return times
@@ -314,26 +312,26 @@ def packet_at(seconds: float) -> av.Packet:
 @pytest.mark.parametrize(
     ("steps", "expected"),
     [
-        pytest.param([(0.04, 0.05), (0.04, 0.02)], [0, 0.04, 0.08], id="steady, though it comes unsteadily"),
-        pytest.param([(0.04, 0.04), (-600, 3), (0.04, 0.04)], [0, 0.04, 3.04, 3.08], id="a sender began anew"),
+        pytest.param([(0.04, 0.05), (0.04, 0.02)], [0, 0.04, 0.08], id="steady timestamps despite jitter"),
+        pytest.param([(0.04, 0.04), (-600, 3), (0.04, 0.04)], [0, 0.04, 3.04, 3.08], id="a sender restarted"),
         pytest.param([(0.04, 0.04), (7200, 0.04), (0.04, 0.04)], [0, 0.04, 0.08, 0.12], id="its clock was set ahead"),
         pytest.param([(8, 8), (0.04, 0.04)], [0, 8, 8.04], id="a gap is a gap"),
-        pytest.param([(0.04, 8), *[(0.04, 0)] * 3], [0, 0.04, 0.08, 0.12, 0.16], id="late, and none is missing"),
+        pytest.param([(0.04, 8), *[(0.04, 0)] * 3], [0, 0.04, 0.08, 0.12, 0.16], id="late, but none is missing"),
         pytest.param([(4, 0.04), (0.04, 0.04)], [0, 4, 4.04], id="some were lost while it was late"),
         pytest.param([(0.04, 0.04), (-0.04, 0.04)], [0, 0.04, 0.04], id="out of order"),
-        pytest.param([(4, 0.04), (-600, 0.04), (0.04, 0.04)], [0, 4, 4, 4.04], id="ahead, and then anew: never back"),
+        pytest.param([(4, 0.04), (-600, 0.04), (0.04, 0.04)], [0, 4, 4, 4.04], id="ahead, then reset: never back"),
     ],
 )
-def test_times_follow_the_source_until_its_clock_is_set_anew(
+def test_times_follow_the_source_until_its_clock_is_reset(
     steps: list[tuple[float, float]], expected: list[float]
 ) -> None:
     assert placed(steps) == pytest.approx(expected, abs=1e-3)
 
 
-def test_what_says_no_times_is_shown_when_it_comes() -> None:
+def test_frames_without_timestamps_are_stamped_on_arrival() -> None:
     for timed, pts in ((False, 0), (True, None)):
-        line, times = live._Line(), []
-        line.begin_again(timed=timed)
+        line, times = live._TimeLine(), []
+        line.start_connection(timed=timed)
         for now in (50.0, 50.5, 51.5):
             frame = Frame(0, 0, Fraction(1, 25), pictured(pts, Fraction(1, 25)))
             line.place(frame, now)
@@ -345,10 +343,12 @@ def test_a_recording_ends_at_its_end(monkeypatch: pytest.MonkeyPatch, clock: Clo
     made, changes, reader = source([[0, 1]], monkeypatch, clock)
     reader.info.duration = 2.0
     assert len(list(made)) == 2
-    assert changes[-1] == StateChange("ended", "its end", attempt=1)
+    assert changes[-1] == StateChange("ended", "end of the source", attempt=1)
 
 
-def test_a_camera_that_has_worked_is_waited_for(monkeypatch: pytest.MonkeyPatch, clock: Clock, tmp_path: Path) -> None:
+def test_the_source_waits_for_a_camera_that_has_worked(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, tmp_path: Path
+) -> None:
     (tmp_path / "video0").touch()
     made, changes, reader = source([[0, 1], UnreadableVideo("gone", "cam"), [0]], monkeypatch, clock)
     made.origin = Origin(str(tmp_path / "video0"), "cam", PurePath("cam"), "v4l2", {}, endless=True)
@@ -380,7 +380,7 @@ def test_stop_ends_a_wait_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert changes[-1] == "ended"
 
 
-#: The second signal comes while the first one's handler, which stops the source, is about to wake who waits.
+#: The second signal comes while the first one's handler, which stops the source, is about to notify the waiting thread.
 NESTED = """
 import signal, threading
 from pathlib import PurePath
@@ -425,9 +425,9 @@ def test_secrets_of_urls_are_not_shown() -> None:
             assert origin.target == url, "what is opened has them all"
 
 
-# Connections that stay, and are silent.
+# Connections that stay open, but stall.
 
-#: Raw pictures, which FFmpeg opens at once.
+#: Raw video, which FFmpeg opens without probing.
 SIZE = (16, 32)
 RAW = {"video_size": "32x16", "framerate": "25", "pixel_format": "gray"}
 
@@ -437,7 +437,7 @@ def raw(count: int) -> bytes:
 
 
 class Watched:
-    """A source that a thread iterates over: what it gave and told so far, and how it ended."""
+    """A source that a thread iterates over, with its frames and state changes so far, and its error."""
 
     def __init__(self, target: str, **options: Any) -> None:
         self.frames: list[Frame] = []
@@ -469,7 +469,7 @@ def readers() -> list[threading.Thread]:
 
 @pytest.fixture
 def fifo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A named pipe: FFmpeg waits for it in the kernel and asks nobody whether to go on, as in the ioctl of a camera."""
+    """A named pipe: FFmpeg waits for it in the kernel without a timeout, as in the ioctl of a camera."""
     monkeypatch.setattr(live, "_FIRST_PAUSE", 0.1)
     monkeypatch.setattr(live, "_LONGEST_PAUSE", 0.1)
     os.mkfifo(tmp_path / "camera")
@@ -477,7 +477,7 @@ def fifo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.timeout(60)
-def test_a_read_that_hangs_is_a_stall_and_the_source_is_used_again_when_it_returns(fifo: Path) -> None:
+def test_a_hanging_read_is_a_stall_and_the_source_reconnects_when_it_returns(fifo: Path) -> None:
     watched = Watched(str(fifo), stall=0.4)
     with fifo.open("wb", buffering=0) as camera:
         camera.write(raw(30))
@@ -486,7 +486,7 @@ def test_a_read_that_hangs_is_a_stall_and_the_source_is_used_again_when_it_retur
         time.sleep(1)  # long enough for other attempts
         assert watched.states == ["connecting", "live", "stalled"]
         assert watched.changes[-1] == StateChange("stalled", f"no frame came for too long; {live._HANGS}", attempt=1)
-        assert readers() == [hanging]  # one for each attempt would be ever more of them
+        assert readers() == [hanging]  # one per attempt would pile up
     hanging.join(5)
     with fifo.open("wb", buffering=0) as camera:
         camera.write(raw(30))
@@ -501,9 +501,7 @@ def test_a_read_that_hangs_is_a_stall_and_the_source_is_used_again_when_it_retur
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("patience", [None, 3.0])
-def test_while_a_read_hangs_a_source_is_stopped_or_given_up_with_the_one_attempt_there_was(
-    fifo: Path, patience: float | None
-) -> None:
+def test_no_other_attempt_is_made_while_a_read_hangs(fifo: Path, patience: float | None) -> None:
     watched = Watched(str(fifo), stall=0.2, patience=patience)
     with fifo.open("wb", buffering=0) as camera:
         camera.write(raw(30))
@@ -520,9 +518,7 @@ def test_while_a_read_hangs_a_source_is_stopped_or_given_up_with_the_one_attempt
 
 
 @pytest.mark.timeout(60)
-def test_a_read_that_returns_is_followed_by_a_connection_at_once_and_by_short_pauses(
-    monkeypatch: pytest.MonkeyPatch, clock: Clock
-) -> None:
+def test_a_hanging_read_that_returns_resets_the_backoff(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     returns = threading.Event()
 
     class Hanging(list[int]):
@@ -544,19 +540,17 @@ def test_a_read_that_returns_is_followed_by_a_connection_at_once_and_by_short_pa
     stalled = [change.state for change in changes].index("stalled")
     assert [change.state for change in changes[stalled + 1 : stalled + 3]] == ["connecting", "lost"]
     assert clock.waits[5] > 7
-    assert clock.waits[6] <= 0.5, "the first one after the read returned: none came before it was connected anew"
+    assert clock.waits[6] <= 0.5, "the first one after the read returned: it reconnected without a pause"
     assert [c.attempt for c in changes if c.state == "connecting"] == list(range(1, reader.opened + 1))
 
 
 @pytest.mark.timeout(60)
-def test_a_source_that_never_sent_anything_is_given_up_in_time_though_a_stall_would_last_longer(
-    fifo: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_patience_for_a_first_frame_may_be_shorter_than_a_stall(fifo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "FIRST_PATIENCE", 1.0)
     watched = Watched(str(fifo), stall=60)
     ended = watched.ends(10)
     watched.source.stop()
-    with fifo.open("wb", buffering=0):  # what hangs is let go
+    with fifo.open("wb", buffering=0):  # release the hanging read
         pass
     assert ended
     assert watched.states == ["connecting", "ended"]
@@ -565,7 +559,7 @@ def test_a_source_that_never_sent_anything_is_given_up_in_time_though_a_stall_wo
 
 
 @pytest.mark.timeout(60)
-def test_a_server_that_never_answered_is_not_said_to_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_never_answered_is_not_reported_as_hanging(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "FIRST_PATIENCE", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         watched = Watched(f"http://127.0.0.1:{silent.getsockname()[1]}/live", stall=60)
@@ -577,8 +571,8 @@ def test_a_server_that_never_answered_is_not_said_to_hang(monkeypatch: pytest.Mo
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("opened", [False, True])
-def test_a_source_is_stopped_and_given_up_though_a_read_hangs(fifo: Path, opened: bool) -> None:
-    """In the opening, and later."""
+def test_a_source_can_be_stopped_and_given_up_while_a_read_hangs(fifo: Path, opened: bool) -> None:
+    """While it opens, and later."""
     for options, stop in (({"stall": 60.0}, True), ({"stall": 60.0, "patience": 2.0}, False)):
         watched = Watched(str(fifo), **options)
         if opened:
@@ -594,7 +588,7 @@ def test_a_source_is_stopped_and_given_up_though_a_read_hangs(fifo: Path, opened
             if stop:
                 watched.source.stop()
             assert watched.ends(5)
-            with fifo.open("wb", buffering=0):  # what hangs is let go
+            with fifo.open("wb", buffering=0):  # release the hanging read
                 pass
         assert watched.states[-1] == "ended"
         assert (watched.error is None) == stop
@@ -602,7 +596,7 @@ def test_a_source_is_stopped_and_given_up_though_a_read_hangs(fifo: Path, opened
 
 
 @pytest.mark.timeout(60)
-def test_a_source_is_given_up_when_patience_is_over_though_a_stall_would_last_longer() -> None:
+def test_patience_may_be_shorter_than_a_stall() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         watched = Watched(f"tcp://127.0.0.1:{server.getsockname()[1]}", stall=30, patience=1)
         sender, _ = server.accept()
@@ -615,7 +609,7 @@ def test_a_source_is_given_up_when_patience_is_over_though_a_stall_would_last_lo
 
 
 @pytest.mark.timeout(30)
-def test_a_defect_in_reading_is_raised_where_frames_are_taken(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+def test_a_bug_in_reading_is_raised_in_the_consumer(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     made, _, _ = source([[0, LookupError("a defect")]], monkeypatch, clock)
     frames = iter(made)
     next(frames)
@@ -636,7 +630,7 @@ def test_statistics_go_on_while_a_source_is_silent(
     assert {(event["state"], event["written"], event["connections"]) for event in statistics} == {("connecting", 0, 0)}
     seconds = [event["seconds"] for event in statistics]
     assert seconds == sorted(set(seconds))
-    assert [event["event"] for event in told[-2:]] == ["video", "summary"], "none comes behind the end"
+    assert [event["event"] for event in told[-2:]] == ["video", "summary"], "none comes after the end"
 
 
 # Real servers.
@@ -675,7 +669,7 @@ def test_rtsp_survives_restarts_another_size_and_silence(tmp_path: Path, model: 
 
 
 def assert_wall_clock(run: Run) -> None:
-    """Times grow, and as fast as on the wall, however often it was connected anew."""
+    """Check that times increase with the wall clock, however often the source reconnected."""
     frames = [(at, e["time"]) for at, e in zip(run.times, run.events, strict=True) if e["event"] == "frame"]
     times = [time for _, time in frames]
     assert times == sorted(set(times))
@@ -703,10 +697,10 @@ def test_a_signal_ends_it_in_order_while_the_source_is_silent(
 @pytest.mark.parametrize(
     ("state", "number"), [("connecting", signal.SIGTERM), ("connecting", signal.SIGINT), ("lost", signal.SIGINT)]
 )
-def test_a_signal_ends_it_in_order_before_anything_came(
+def test_a_signal_ends_it_in_order_before_the_first_frame(
     tmp_path: Path, model: Path, state: str, number: signal.Signals
 ) -> None:
-    """At a server that takes connections and says nothing, or between two attempts at one that is not there."""
+    """While connected to a server that sends nothing, or between two attempts to reach a missing one."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1] if state == "connecting" else free_port()
         words = (f"rtsp://127.0.0.1:{port}/live", "--as", "overlay", "--model", model, "--stall", "60")
@@ -726,7 +720,7 @@ def assert_ends_in_order(run: Run, number: signal.Signals) -> None:
     assert run.report()["stopped"]
 
 
-#: A signal that another thread gets, so that nothing wakes the first one, which waits for a silent source.
+#: A signal that another thread receives, so that nothing wakes the main thread, which waits for a silent source.
 UNAWARE = """
 import signal, sys, threading, time
 def work():
@@ -750,7 +744,7 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize("how", [OF_A_COMMAND, OF_A_PROGRAM], ids=["command", "program"])
-def test_a_signal_is_heard_though_it_does_not_wake_the_first_thread(tmp_path: Path, model: Path, how: str) -> None:
+def test_a_signal_that_does_not_wake_the_main_thread_is_handled(tmp_path: Path, model: Path, how: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"rtsp://127.0.0.1:{silent.getsockname()[1]}/live"
         words = ["infer", "--model", model, url, "--as", "overlay", "--stall", "60", "--output", tmp_path / "out"]
@@ -758,8 +752,8 @@ def test_a_signal_is_heard_though_it_does_not_wake_the_first_thread(tmp_path: Pa
     assert done.returncode == 130, done.stderr
 
 
-def test_python_is_not_taken_down_beside_a_thread_that_waits_for_a_source(tmp_path: Path, model: Path) -> None:
-    """FFmpeg asks Python now and then whether the time is over: behind its end, that crashed one process of thirty."""
+def test_python_does_not_shut_down_while_a_thread_waits_for_a_source(tmp_path: Path, model: Path) -> None:
+    """FFmpeg calls Python to check its timeout; after Python's end, that crashed one process in thirty."""
     own_end = "import atexit; atexit.register(print, 'taken down')\n"
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"rtsp://127.0.0.1:{silent.getsockname()[1]}/live"
@@ -796,7 +790,7 @@ main()
         ("raise LookupError('a defect')", 1, "LookupError: a defect"),
     ],
 )
-def test_nor_is_it_where_the_command_ends_in_an_exception(waits: bool, ends: str, code: int, said: str | None) -> None:
+def test_nor_does_it_after_an_exception(waits: bool, ends: str, code: int, said: str | None) -> None:
     program = ENDS.format(waits=waits, ends=ends)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=40)
     assert done.returncode == code
@@ -805,7 +799,7 @@ def test_nor_is_it_where_the_command_ends_in_an_exception(waits: bool, ends: str
     assert done.stdout.splitlines() == ["begun"] if waits else ["begun", "taken down"]
 
 
-#: Leaves a stream whose decoder hangs in a read, and ends.
+#: Leaves a stream whose decoder hangs in a read, and exits.
 LEAVES = """
 import sys, threading
 from petseg_runtime import Segmenter
@@ -817,7 +811,7 @@ print(stream.counts.decoded)
 """
 
 
-def test_a_process_ends_cleanly_though_its_decoder_hangs_in_a_read(model: Path) -> None:
+def test_a_process_ends_cleanly_while_its_decoder_hangs_in_a_read(model: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/live.ts"
         done = subprocess.run([sys.executable, "-c", LEAVES, model, url], capture_output=True, text=True, timeout=60)
@@ -825,7 +819,7 @@ def test_a_process_ends_cleanly_though_its_decoder_hangs_in_a_read(model: Path) 
 
 
 @needs("rtsp")
-def test_a_wrong_path_and_a_server_that_is_not_there_are_given_up(tmp_path: Path, model: Path) -> None:
+def test_a_wrong_path_and_a_missing_server_are_given_up(tmp_path: Path, model: Path) -> None:
     port, nobody = free_port(), free_port()
     with rtsp_server(port), socket.create_server(("127.0.0.1", 0)) as silent:
         reasons = {
@@ -876,7 +870,7 @@ def test_a_dead_source_does_not_disturb_the_others(tmp_path: Path, model: Path) 
 
 
 @needs("rtmp")
-def test_rtmp_through_nginx_survives_its_publisher_and_keeps_its_sound(tmp_path: Path, model: Path) -> None:
+def test_rtmp_through_nginx_survives_its_publisher_and_keeps_its_audio(tmp_path: Path, model: Path) -> None:
     port = free_port()
     words = ("--as", "overlay", "--model", model, "--output", tmp_path / "out", "--stall", "2")
     with (
@@ -900,11 +894,11 @@ def test_rtmp_through_nginx_survives_its_publisher_and_keeps_its_sound(tmp_path:
 
 
 @needs("ffmpeg")
-def test_http_is_connected_anew_when_the_server_comes_back(tmp_path: Path, model: Path) -> None:
+def test_http_reconnects_when_the_server_comes_back(tmp_path: Path, model: Path) -> None:
     port = free_port()
     words = ("--as", "overlay", "--model", model, "--output", tmp_path / "out", "--give-up", "60")
     with Run(f"http://127.0.0.1:{port}/live.ts", *words) as run:
-        for round_ in range(3):  # each server sends a second, and is gone
+        for round_ in range(3):  # each server sends for a second, and exits
             with http_sender(port, seconds=1, sound=True) as server:
                 until(lambda round_=round_: run.states().count("live") == round_ + 1)
                 server.process.wait(40)
@@ -913,15 +907,15 @@ def test_http_is_connected_anew_when_the_server_comes_back(tmp_path: Path, model
     assert report["connections"] == 3
     assert written_by(report) == report["written"]
     assert_wall_clock(run)
-    # AAC of a transport stream cannot be passed into a file whose header is written first.
-    assert "the sound (aac) is encoded anew as aac" in run.err
+    # AAC of a transport stream cannot be passed through to a file whose header is written first.
+    assert "the audio (aac) is re-encoded as aac" in run.err
     with av.open(report["paths"][0]) as movie:
         heard = list(movie.decode(movie.streams.audio[0]))
     assert sum(frame.samples for frame in heard) / heard[0].sample_rate == pytest.approx(3, rel=0.3)
 
 
 @needs("ffmpeg")
-def test_motion_jpeg_which_says_no_times_is_shown_as_it_comes(tmp_path: Path, model: Path) -> None:
+def test_motion_jpeg_without_timestamps_is_stamped_on_arrival(tmp_path: Path, model: Path) -> None:
     port = free_port()
     words = ("--as", "overlay", "--model", model, "--output", tmp_path / "out")
     with Run(f"http://127.0.0.1:{port}/live", *words) as run, motion_jpeg_sender(port, 10):
@@ -933,7 +927,7 @@ def test_motion_jpeg_which_says_no_times_is_shown_as_it_comes(tmp_path: Path, mo
 
 
 @needs("ffmpeg")
-def test_hls_goes_on_where_its_playlist_does(tmp_path: Path, model: Path) -> None:
+def test_hls_follows_its_playlist(tmp_path: Path, model: Path) -> None:
     port = free_port()
     (tmp_path / "hls").mkdir()
     with hls_server(port, tmp_path / "hls"):
@@ -947,7 +941,7 @@ def test_hls_goes_on_where_its_playlist_does(tmp_path: Path, model: Path) -> Non
 
 
 @needs("ffmpeg")
-def test_udp_with_lost_packets_goes_on_and_noise_is_a_stall(tmp_path: Path, model: Path) -> None:
+def test_udp_survives_lost_packets_and_noise_is_a_stall(tmp_path: Path, model: Path) -> None:
     port, behind = free_port(socket.SOCK_DGRAM), free_port(socket.SOCK_DGRAM)
     words = ("--as", "overlay", "--model", model, "--output", tmp_path / "out", "--stall", "2")
     with Relay(port, behind, loss=0.05) as relay, udp_sender(port), Run(f"udp://127.0.0.1:{behind}", *words) as run:
@@ -964,11 +958,11 @@ def test_udp_with_lost_packets_goes_on_and_noise_is_a_stall(tmp_path: Path, mode
     assert written_by(report) == report["written"]
     assert_wall_clock(run)
     (stalled,) = (e for e in run.events if e.get("state") == "stalled")
-    assert "no frame in what it sends" in stalled["reason"]
+    assert "it sent data, but no frame" in stalled["reason"]
 
 
 @needs("ffmpeg")
-def test_a_change_of_size_in_mid_stream_begins_a_new_file(tmp_path: Path, model: Path) -> None:
+def test_a_change_of_size_starts_a_new_file(tmp_path: Path, model: Path) -> None:
     port = free_port(socket.SOCK_DGRAM)
     words = ("--as", "mask", "--model", model, "--output", tmp_path / "out", "--stall", "20")
     with Run(f"udp://127.0.0.1:{port}", *words) as run:
@@ -979,14 +973,14 @@ def test_a_change_of_size_in_mid_stream_begins_a_new_file(tmp_path: Path, model:
                 run.more_frames(10)
         assert run.end() == 143
     report = run.report()
-    assert report["connections"] == 1, "a change of size is no break"
+    assert report["connections"] == 1, "a change of size is not a reconnect"
     assert [frames_in(path)[1] for path in report["paths"]] == [120, 240, 120]
     assert written_by(report) == report["written"]
-    assert_wall_clock(run)  # though each sender counts anew
+    assert_wall_clock(run)  # though each sender restarts its timestamps
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_slow_consumer_of_a_camera_gets_what_the_policy_says(model: Path, policy: str) -> None:
+def test_a_slow_consumer_of_a_camera_gets_frames_by_policy(model: Path, policy: str) -> None:
     taken = 0
     with Segmenter(model) as segmenter, segmenter.stream(CAMERA, policy=policy) as stream:
         for _ in stream:
@@ -1000,7 +994,7 @@ def test_a_slow_consumer_of_a_camera_gets_what_the_policy_says(model: Path, poli
     assert (counts.dropped > 0) == (policy != "block")
 
 
-def test_a_camera_of_ffmpeg_in_pieces(tmp_path: Path, model: Path) -> None:
+def test_a_camera_is_recorded_in_segments(tmp_path: Path, model: Path) -> None:
     words = ("--as", "overlay", "--model", model, "--output", tmp_path, "--segment", "0.4", "--policy", "block")
     for _ in range(2):
         with Run(CAMERA, *words, "--max-frames", "25") as run:
@@ -1011,7 +1005,7 @@ def test_a_camera_of_ffmpeg_in_pieces(tmp_path: Path, model: Path) -> None:
     assert [frames_in(piece)[0] for piece in pieces] == [10, 10, 5] * 2
 
 
-def test_what_was_written_before_kill_9_can_be_played(tmp_path: Path, model: Path) -> None:
+def test_a_file_is_playable_after_kill_9(tmp_path: Path, model: Path) -> None:
     with Run(CAMERA, "--as", "overlay", "--model", model, "--output", tmp_path) as run:
         until(lambda: run.frames() >= 120)
         run.process.kill()
@@ -1022,9 +1016,7 @@ def test_what_was_written_before_kill_9_can_be_played(tmp_path: Path, model: Pat
 
 
 @pytest.mark.skipif(os.path.lexists("/dev/video7"), reason="a camera is there")
-def test_a_camera_that_is_not_there_is_told_at_once_and_waited_for_where_that_is_asked(
-    tmp_path: Path, model: Path
-) -> None:
+def test_a_missing_camera_is_an_error_at_once_unless_patience_is_set(tmp_path: Path, model: Path) -> None:
     command = ("7", "--as", "lines", "--model", model, "--output", tmp_path)
     begun = time.monotonic()
     with Run(*command) as run:

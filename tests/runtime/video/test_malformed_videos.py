@@ -1,4 +1,4 @@
-"""Over a hundred malformed videos: each gives frames or an error in one line; none a crash, a hang, or gigabytes."""
+"""Over a hundred malformed videos: each yields frames or a one-line error; none crashes, hangs, or takes gigabytes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import av
 import numpy as np
 import pytest
 
-#: So much may be allocated beside what is loaded; and so long one file may take.
+#: Bytes that may be allocated in addition to the loaded program, and seconds that one file may take.
 MEMORY, SECONDS = 1_500_000_000, 20
 
-#: Reads each file that is named on stdin, and says what became of it; one that hangs or crashes is the last it began.
+#: Reads each file named on stdin and prints the outcome; the last one begun is the one that hangs or crashes.
 PROGRAM = """
 import json, resource, signal, sys
 from petseg_runtime.errors import InputError
@@ -83,13 +83,13 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 def parameters(width: int, height: int) -> bytes:
-    """An H.264 sequence parameter set of so many macroblocks (16 x 16 pixels) a side."""
+    """An H.264 sequence parameter set (SPS) with a size in macroblocks (16 x 16 pixels)."""
 
     def code(value: int) -> str:
         bits = f"{value + 1:b}"
         return "0" * (len(bits) - 1) + bits
 
-    # Identity, frame number, order by number, references; no gaps; the size; progressive, not cropped, no more.
+    # Id, bits of frame_num, order type, reference frames; no gaps; size; progressive, 8x8 inference, no crop, no VUI.
     bits = (
         code(0) + code(0) + code(2) + code(1) + "0" + code(width - 1) + code(height - 1) + "1" + "1" + "0" + "0" + "1"
     )
@@ -99,14 +99,14 @@ def parameters(width: int, height: int) -> bytes:
 
 
 def endless() -> bytes:
-    """A Matroska whose segments hold each other, a hundred deep, and say that they are as long as can be."""
+    """A Matroska file with elements nested a hundred deep, whose declared sizes are the largest possible."""
     return (
         b"\x1a\x45\xdf\xa3\x84\x42\x82\x81\x77" + b"\x18\x53\x80\x67\x01" + b"\xff" * 7 + b"\x1f\x43\xb6\x75\xff" * 100
     )
 
 
 def patched(data: bytes, what: bytes, offset: int, value: bytes) -> bytes:
-    """With other bytes so far behind each place where something stands."""
+    """Replace the bytes at an offset from each occurrence of ``what``."""
     changed, at = bytearray(data), data.find(what)
     while at >= 0:
         changed[at + offset : at + offset + len(value)] = value
@@ -115,7 +115,7 @@ def patched(data: bytes, what: bytes, offset: int, value: bytes) -> bytes:
 
 
 def malformed(good: dict[str, bytes], folder: Path) -> dict[str, bytes]:
-    """By name: what is wrong with it. Good ones that are not among those given are made in a folder."""
+    """Malformed files by name, which says what is wrong. Intact files that are not in ``good`` are made in a folder."""
     rng, found = random.Random(5), {}
     for suffix, data in good.items():
         for share in (0.01, 0.1, 0.3, 0.5, 0.8, 0.99):
@@ -185,7 +185,7 @@ def malformed(good: dict[str, bytes], folder: Path) -> dict[str, bytes]:
 
 
 def run(paths: list[Path]) -> dict[str, dict[str, Any]]:
-    """What became of each file; a crash or a hang ends the process, and the next one goes on behind it."""
+    """Read each file and return the outcomes; after a crash or a hang, another process continues with the next file."""
     results: dict[str, dict[str, Any]] = {}
     left = list(paths)
     while left:
@@ -203,7 +203,7 @@ def run(paths: list[Path]) -> dict[str, dict[str, Any]]:
     return results
 
 
-def test_each_gives_frames_or_an_error_in_one_line(tmp_path: Path, good: dict[str, bytes]) -> None:
+def test_each_yields_frames_or_an_error_in_one_line(tmp_path: Path, good: dict[str, bytes]) -> None:
     files = malformed(good, tmp_path)
     assert len(files) > 100
     for name, data in files.items():
@@ -224,7 +224,7 @@ def test_each_gives_frames_or_an_error_in_one_line(tmp_path: Path, good: dict[st
     assert sum(result["frames"] > 0 for result in results.values()) > 30, "damage leaves most videos something to show"
 
 
-def test_good_ones_are_good(tmp_path: Path, good: dict[str, bytes]) -> None:
+def test_intact_files_are_read(tmp_path: Path, good: dict[str, bytes]) -> None:
     paths = []
     for suffix, data in good.items():
         paths.append(tmp_path / f"good.{suffix}")

@@ -1,4 +1,4 @@
-"""Frames come upright, in the right colours, at their exact times; what cannot be read is said in one line."""
+"""Frames are upright, in the right colours, with exact times; what cannot be read is an error in one line."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ COLOURS = [(250, 20, 30), (20, 200, 40), (30, 40, 230), (255, 255, 255), (0, 0, 
 
 
 def to_yuv(rgb: tuple[int, int, int], weights: tuple[float, float], full: bool) -> tuple[int, int, int]:
-    """By the definition (ITU-R BT.601, BT.709, BT.2020)."""
+    """Convert by the definition (ITU-R BT.601, BT.709, BT.2020)."""
     red, green, blue = (value / 255 for value in rgb)
     of_red, of_blue = weights
     y = of_red * red + (1 - of_red - of_blue) * green + of_blue * blue
@@ -81,7 +81,7 @@ def test_colours_are_those_of_the_matrix_and_range(name: str, full: bool, pixels
 
 
 @pytest.mark.parametrize(("height", "name"), [(480, "BT.601"), (576, "BT.601"), (720, "BT.709")])
-def test_a_video_that_names_no_matrix_has_that_of_its_size(height: int, name: str) -> None:
+def test_an_unspecified_matrix_depends_on_the_size(height: int, name: str) -> None:
     _, *weights = MATRICES[name]
     frame = flat(to_yuv((250, 20, 30), tuple(weights), False), "yuv420p", height, 640)  # type: ignore[arg-type]
     assert np.abs(Converter()(frame, 16, 16).astype(int) - (250, 20, 30)).max() <= 3
@@ -123,14 +123,14 @@ def test_colours_are_right_through_a_real_file(tmp_path: Path, tag: int, name: s
     assert np.abs(frame_.pixels(Converter()).astype(int) - rgb).max() <= 3
 
 
-def test_full_range_by_the_name_of_the_format() -> None:
+def test_yuvj_formats_are_full_range() -> None:
     weights = MATRICES["BT.601"][1:]
     frame = flat(to_yuv((200, 180, 20), weights, True), "yuvj420p")
     assert Colours.of(frame).full_range
     assert np.abs(Converter()(frame, 16, 16).astype(int) - (200, 180, 20)).max() <= 3
 
 
-def test_a_matrix_that_cannot_be_undone_is_named() -> None:
+def test_an_unsupported_matrix_is_named_in_the_error() -> None:
     frame = flat((100, 100, 100), "yuv420p")
     frame.colorspace = 8  # YCgCo
     with pytest.raises(UnsupportedVideo, match="frames in yuv420p with the colour matrix 8 cannot be converted"):
@@ -164,7 +164,7 @@ def write(
     codec: str = "libx264",
     **options: str,
 ) -> Path:
-    """Frame n is grey, of brightness 20 + 2 n; in its left upper corner white."""
+    """Frame n is grey with brightness 20 + 2 n; its upper left corner is white."""
     with av.open(str(path), "w") as file:
         stream: Any = file.add_stream(codec, rate=rate, options={"crf": "1", **options} if "264" in codec else options)
         stream.height, stream.width = size
@@ -197,13 +197,13 @@ def test_times_are_exact(tmp_path: Path, rate: Fraction, suffix: str) -> None:
     assert [brightness(frame) for frame in frames] == pytest.approx([20 + 2 * n for n in range(10)], abs=1)
 
 
-def test_a_source_that_does_not_begin_at_nought_does_here(tmp_path: Path) -> None:
+def test_times_start_at_zero(tmp_path: Path) -> None:
     frames = read(write(tmp_path / "clip.ts", first=100, codec="mpeg2video"))
     assert frames[0].pts == 0
     assert [round(frame.time * 25) for frame in frames] == list(range(10))
 
 
-def test_a_stream_without_times_has_those_of_its_rate(tmp_path: Path) -> None:
+def test_a_stream_without_timestamps_gets_those_of_its_rate(tmp_path: Path) -> None:
     frames = read(write(tmp_path / "clip.h264", bf="0"))
     assert len(frames) == 10
     steps = np.diff([frame.time for frame in frames])
@@ -212,7 +212,7 @@ def test_a_stream_without_times_has_those_of_its_rate(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("start", [0.04, 0.2, 0.33, 1.0, 1.96])
-def test_a_start_takes_exactly_the_frames_from_there_on(tmp_path: Path, start: float) -> None:
+def test_a_start_skips_exactly_the_frames_before_it(tmp_path: Path, start: float) -> None:
     clip = write(tmp_path / "clip.mp4", 50, g="12")
     frames = read(clip, start=start)
     first = int(np.ceil(start * 25 - 1e-9))
@@ -229,7 +229,7 @@ def test_a_start_takes_exactly_the_frames_from_there_on(tmp_path: Path, start: f
         *(("clip.mkv", "libx264"), ("clip.mpg", "mpeg2video"), ("clip.ts", "mpeg2video"), ("clip.webm", "libvpx-vp9")),
     ],
 )
-def test_a_start_is_exact_also_without_an_index(tmp_path: Path, name: str, codec: str, start: float) -> None:
+def test_a_start_is_exact_without_an_index(tmp_path: Path, name: str, codec: str, start: float) -> None:
     clip = write(tmp_path / name, 100, codec=codec, g="12")
     whole = [brightness(frame) for frame in read(clip) if frame.time >= start - 1e-3]
     frames = read(clip, start=start)
@@ -237,17 +237,17 @@ def test_a_start_is_exact_also_without_an_index(tmp_path: Path, name: str, codec
     assert frames[0].pts == frames[0].number == 0
 
 
-def test_a_start_moves_the_sound_along(tmp_path: Path) -> None:
-    clip = with_sound(tmp_path / "clip.mp4")
+def test_a_start_shifts_the_audio(tmp_path: Path) -> None:
+    clip = with_audio(tmp_path / "clip.mp4")
     for start in (0.0, 0.52):
         frames = read(clip, start=start)
         times = [sound.time + start for frame in frames for sound in frame.sound]
         assert len(times) > 10
-        # AAC packets of 1024 samples at 48 kHz, one of them ahead.
+        # AAC packets of 1024 samples at 48 kHz, the first before time 0.
         assert [round(time * 48000) % 1024 for time in times] == [0] * len(times)
 
 
-def with_sound(path: Path) -> Path:
+def with_audio(path: Path) -> Path:
     with av.open(str(path), "w") as file:
         stream: Any = file.add_stream("libx264", rate=25, options={"g": "12"})
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -263,7 +263,7 @@ def with_sound(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["mkv", "mp4"])
-def test_a_rate_that_varies_is_kept(tmp_path: Path, suffix: str) -> None:
+def test_a_variable_frame_rate_is_kept(tmp_path: Path, suffix: str) -> None:
     times = [0, 40, 80, 500, 510, 1000, 3000]
     with av.open(str(tmp_path / f"clip.{suffix}"), "w") as file:
         stream: Any = file.add_stream("libx264", rate=25)
@@ -277,7 +277,7 @@ def test_a_rate_that_varies_is_kept(tmp_path: Path, suffix: str) -> None:
     assert [frame.pts * frame.time_base * 1000 for frame in read(tmp_path / f"clip.{suffix}")] == times
 
 
-def test_what_an_edit_list_cuts_away_is_not_shown(tmp_path: Path) -> None:
+def test_frames_outside_the_edit_list_are_not_shown(tmp_path: Path) -> None:
     clip, cut = write(tmp_path / "clip.mp4", 40, bf="0", g="100"), tmp_path / "cut.mp4"
     with av.open(str(clip)) as source, av.open(str(cut), "w") as file:
         stream = file.add_stream_from_template(source.streams.video[0])
@@ -292,13 +292,13 @@ def test_what_an_edit_list_cuts_away_is_not_shown(tmp_path: Path) -> None:
     assert brightness(frames[0]) == pytest.approx(40, abs=1)
 
 
-def test_a_start_behind_the_end_says_so(tmp_path: Path) -> None:
+def test_a_start_after_the_end_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UnreadableVideo, match=r"clip\.mp4: .*"):
         read(write(tmp_path / "clip.mp4"), start=9)
 
 
 def turned(clip: Path, other: Path, degrees: int) -> None:
-    """Copy a clip, to be shown so many degrees counter-clockwise."""
+    """Copy a clip with a display matrix that rotates it counter-clockwise."""
     with av.open(str(clip)) as source, av.open(str(other), "w") as file:
         stream = file.add_stream_from_template(source.streams.video[0], opaque=True)
         stream.set_display_rotation(degrees)
@@ -314,7 +314,7 @@ def test_frames_are_upright(tmp_path: Path, degrees: int) -> None:
     turned(write(tmp_path / "clip.mp4"), clip, degrees)
     stored = read(tmp_path / "clip.mp4")[0].pixels(Converter())
     frame = read(clip)[0]
-    quarters = {0: 0, 90: 1, 180: 2, -90: 3}[degrees]  # as the ffmpeg command turns them
+    quarters = {0: 0, 90: 1, 180: 2, -90: 3}[degrees]  # as the ffmpeg command rotates them
     assert frame.quarters == quarters
     upright = frame.pixels(Converter())
     np.testing.assert_array_equal(upright, np.rot90(stored, quarters))
@@ -326,7 +326,7 @@ def test_frames_are_upright(tmp_path: Path, degrees: int) -> None:
 
 
 def shown_by(matrix: tuple[int, int, int, int], clip: Path, other: Path) -> None:
-    """Copy an MP4, to be shown by the four numbers of its matrix that turn and mirror."""
+    """Copy an MP4 with another display matrix, of which the four numbers that rotate and mirror are given."""
     data, numbers = clip.read_bytes(), struct.Struct(">9i")
     (a, b, c, d), one, whole = (0x10000 * number for number in matrix), 0x10000, 0x40000000
     at = data.index(numbers.pack(one, 0, 0, 0, one, 0, 0, 0, whole), data.index(b"tkhd"))
@@ -342,7 +342,7 @@ def shown_by(matrix: tuple[int, int, int, int], clip: Path, other: Path) -> None
         ((0, -1, -1, 0), lambda stored: np.rot90(stored.transpose(1, 0, 2), 2)),
     ],
 )
-def test_mirrored_frames_are_shown_as_the_matrix_says(tmp_path: Path, matrix: Any, shown: Any) -> None:
+def test_mirrored_frames_follow_the_display_matrix(tmp_path: Path, matrix: Any, shown: Any) -> None:
     shown_by(matrix, write(tmp_path / "clip.mp4"), tmp_path / "mirrored.mp4")
     stored = read(tmp_path / "clip.mp4")[0].pixels(Converter())
     pixels = read(tmp_path / "mirrored.mp4")[0].pixels(Converter())
@@ -350,8 +350,8 @@ def test_mirrored_frames_are_shown_as_the_matrix_says(tmp_path: Path, matrix: An
     assert pixels.flags.c_contiguous
 
 
-def test_frames_are_freed_as_soon_as_nobody_has_them(tmp_path: Path) -> None:
-    """Not only when Python looks for rings: there may be 60 MB of them a second."""
+def test_frames_are_freed_without_a_garbage_collection(tmp_path: Path) -> None:
+    """There may be 60 MB of them per second."""
     alive = []
     with VideoReader(write(tmp_path / "clip.mp4", 100), threads=2) as reader:
         gc.collect()
@@ -368,7 +368,7 @@ def test_frames_are_freed_as_soon_as_nobody_has_them(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="the ffmpeg command is the reference")
 @pytest.mark.parametrize("degrees", [90, 180, -90])
-def test_frames_are_as_upright_as_the_ffmpeg_command_makes_them(tmp_path: Path, degrees: int) -> None:
+def test_frames_are_rotated_as_by_the_ffmpeg_command(tmp_path: Path, degrees: int) -> None:
     turned(write(tmp_path / "clip.mp4"), tmp_path / "turned.mp4", degrees)
     command = "ffmpeg -v error -i turned.mp4 -frames:v 1 -sws_flags bilinear -pix_fmt rgb24 -f rawvideo -"
     raw = subprocess.run(command.split(), cwd=tmp_path, capture_output=True, check=True).stdout
@@ -385,7 +385,7 @@ def test_another_size_in_mid_stream(tmp_path: Path) -> None:
     assert all(b.pts > a.pts for a, b in itertools.pairwise(frames))
 
 
-def test_joined_transport_streams_follow_each_other(tmp_path: Path) -> None:
+def test_concatenated_transport_streams_are_continuous(tmp_path: Path) -> None:
     part = write(tmp_path / "part.ts", 50).read_bytes()
     (tmp_path / "joined.ts").write_bytes(part + part)
     frames = read(tmp_path / "joined.ts")
@@ -400,7 +400,7 @@ def test_odd_sizes(tmp_path: Path, size: tuple[int, int]) -> None:
     assert brightness(frame) in (20, 255)
 
 
-def test_of_several_pictures_the_first_is_taken_that_is_no_cover(tmp_path: Path) -> None:
+def test_the_first_video_stream_that_is_not_cover_art_is_read(tmp_path: Path) -> None:
     for cover, shown in ((True, (96, 128)), (False, (48, 64))):
         with av.open(str(tmp_path / "clip.mp4"), "w") as file:
             streams: list[Any] = [file.add_stream("mjpeg", rate=25), file.add_stream("libx264", rate=25)]
@@ -416,7 +416,7 @@ def test_of_several_pictures_the_first_is_taken_that_is_no_cover(tmp_path: Path)
 
 
 @pytest.mark.parametrize("default", [None, 0, 1])
-def test_of_several_tracks_of_sound_the_one_is_taken_that_players_take(tmp_path: Path, default: int | None) -> None:
+def test_the_audio_track_that_players_choose_is_read(tmp_path: Path, default: int | None) -> None:
     with av.open(str(tmp_path / "clip.mkv"), "w") as file:
         picture: Any = file.add_stream("mjpeg", rate=25)
         picture.width, picture.height, picture.pix_fmt = 64, 48, "yuvj420p"
@@ -428,15 +428,15 @@ def test_of_several_tracks_of_sound_the_one_is_taken_that_players_take(tmp_path:
         assert reader.info.audio == ("pcm_s16le" if default == 1 else "pcm_s16be")
 
 
-def test_interlaced_pictures_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_interlaced_pictures_are_not_changed(tmp_path: Path) -> None:
     frames = read(write(tmp_path / "clip.mpg", codec="mpeg2video", flags="+ilme+ildct"))
     assert len(frames) == 10
     assert brightness(frames[0]) == pytest.approx(20, abs=2)
 
 
 @pytest.mark.parametrize("codec", ["mpeg1video", "mpeg2video", "mpeg4", "libx264", "libx265"])
-def test_live_pictures_come_in_the_order_in_which_they_are_shown(tmp_path: Path, codec: str) -> None:
-    """B-frames are sent behind the frame that is shown after them."""
+def test_live_frames_come_in_presentation_order(tmp_path: Path, codec: str) -> None:
+    """B-frames are sent after the frame that is shown after them."""
     options = {"x265-params": "bframes=2:log-level=none"} if codec == "libx265" else {"bf": "2", "b": "4M"}
     clip = write(tmp_path / "clip.ts", 40, codec=codec, **options)
     with av.open(str(clip)) as file:
@@ -450,18 +450,18 @@ def test_live_pictures_come_in_the_order_in_which_they_are_shown(tmp_path: Path,
     assert shown == pytest.approx([20 + 2 * n for n in range(40)], abs=4)
 
 
-def test_live_pictures_of_av1_are_not_held_back(tmp_path: Path) -> None:
-    """Its decoder has threads of its own, each of which would hold one."""
+def test_live_av1_frames_are_not_delayed(tmp_path: Path) -> None:
+    """Its decoder has threads of its own, each of which would hold one back."""
     clip = write(tmp_path / "clip.mkv", 12, codec="libsvtav1", preset="10", **{"svtav1-params": "pred-struct=1"})
     with VideoReader(clip, low_delay=True, threads=4) as reader:
         assert all(reader._packets_read == frame.number + 1 for frame in reader)
 
 
 @pytest.mark.parametrize(("transfer", "kind"), [(16, "PQ"), (18, "HLG"), (14, None), (1, None)])
-def test_of_hdr_it_is_noted_that_it_is_read_as_sdr_and_how_it_is_made_so(
+def test_a_note_says_that_hdr_is_read_as_sdr_and_how_to_convert_it(
     tmp_path: Path, transfer: int, kind: str | None
 ) -> None:
-    with av.open(str(tmp_path / "clip.mkv"), "w") as file:  # as MP4, FFmpeg now and then refuses it
+    with av.open(str(tmp_path / "clip.mkv"), "w") as file:  # as MP4, FFmpeg sometimes rejects it
         stream: Any = file.add_stream("libx265", rate=25, options={"x265-params": "log-level=none"})
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p10le"
         stream.codec_context.colorspace, stream.codec_context.color_primaries = 9, 9
@@ -477,12 +477,12 @@ def test_of_hdr_it_is_noted_that_it_is_read_as_sdr_and_how_it_is_made_so(
 
 
 def system_threads() -> int:
-    return len(os.listdir("/proc/self/task"))  # noqa: PTH208 (no folder of ours)
+    return len(os.listdir("/proc/self/task"))  # noqa: PTH208 (not a folder of ours)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux lists the threads of a process")
 @pytest.mark.parametrize("low_delay", [False, True])
-def test_so_many_threads_decode_and_convert_as_are_asked_for(tmp_path: Path, low_delay: bool) -> None:
+def test_the_requested_number_of_threads_decodes_and_converts(tmp_path: Path, low_delay: bool) -> None:
     clip, begun = write(tmp_path / "clip.mp4", size=(480, 640)), {}
     for threads in (1, 4):
         before = system_threads()
@@ -499,7 +499,7 @@ def test_so_many_threads_decode_and_convert_as_are_asked_for(tmp_path: Path, low
 
 
 class Sender:
-    """In place of a connection: at first as fast as can be; then a packet of UDP each hundredth of a second."""
+    """A fake connection: at first as fast as possible; then one UDP packet per 10 ms."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self.slow = io.BytesIO(data), False
@@ -513,8 +513,8 @@ class Sender:
         return self._data.read()
 
 
-def test_what_goes_on_beside_a_picture_that_has_ended_is_no_sign_of_life(tmp_path: Path) -> None:
-    """Less than a second of picture and of the sound that is taken, and a minute of another sound, which is not."""
+def test_audio_that_goes_on_after_the_video_does_not_prevent_a_timeout(tmp_path: Path) -> None:
+    """The video and the selected audio last a second, and another audio track, which is not read, a minute."""
     clip = tmp_path / "clip.ts"
     with av.open(str(clip), "w") as file:
         stream: Any = file.add_stream("mpeg2video", rate=25)
@@ -532,41 +532,41 @@ def test_what_goes_on_beside_a_picture_that_has_ended_is_no_sign_of_life(tmp_pat
     frames: list[Frame] = []
     with VideoReader(sender, name="cam", low_delay=True, timeout=(20, 0.5)) as reader:
         sender.slow = True
-        with pytest.raises(SilentVideo, match="cam: no frame in what it sends for too long"):
+        with pytest.raises(SilentVideo, match="cam: it sent data, but no frame, for too long"):
             frames.extend(reader)
     assert 0 < len(frames) <= 25
     assert len(sender.rest()) > clip.stat().st_size // 2, "it was noticed late"
 
 
-def test_a_packet_of_ours_has_the_zeros_behind_it_that_ffmpeg_reads_beyond_its_end() -> None:
-    data = [b"\xff" * 188 for _ in range(100)]  # side by side
+def test_packets_have_the_zero_padding_that_ffmpeg_reads() -> None:
+    data = [b"\xff" * 188 for _ in range(100)]  # adjacent in memory
     for packet in map(reader_module._packet, data):
         assert bytes(packet) == data[0]
         assert ctypes.string_at(packet.buffer_ptr + packet.buffer_size, 64) == bytes(64)
 
 
-def test_subtitles_are_no_video(tmp_path: Path) -> None:
+def test_subtitles_are_not_a_video(tmp_path: Path) -> None:
     path = tmp_path / "clip.srt"
     path.write_text("1\n00:00:01,000 --> 00:00:02,000\nA cat.\n")
-    with pytest.raises(UnsupportedVideo, match=r"clip\.srt: no picture in it, only subtitle"):
+    with pytest.raises(UnsupportedVideo, match=r"clip\.srt: no video in it, only subtitle"):
         VideoReader(path)
 
 
-def test_an_unknown_codec_is_said(tmp_path: Path) -> None:
+def test_an_unknown_codec_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     path.write_bytes(write(path).read_bytes().replace(b"avc1", b"zzzz").replace(b"avcC", b"zzzC"))
-    with pytest.raises(UnsupportedVideo, match=r"clip\.mp4: its pictures are in a codec"):
+    with pytest.raises(UnsupportedVideo, match=r"clip\.mp4: this FFmpeg does not support its video codec"):
         VideoReader(path)
 
 
-def test_info_is_what_the_file_says(tmp_path: Path) -> None:
+def test_info_is_what_the_file_declares(tmp_path: Path) -> None:
     with VideoReader(write(tmp_path / "clip.mp4", rate=Fraction(30000, 1001))) as reader:
         info = reader.info
     assert (info.width, info.height, info.rate, info.codec, info.audio) == (64, 48, Fraction(30000, 1001), "h264", None)
     assert info.duration == pytest.approx(10 * 1001 / 30000, abs=2e-3)
 
 
-def test_a_songs_cover_is_no_video(tmp_path: Path) -> None:
+def test_cover_art_is_not_a_video(tmp_path: Path) -> None:
     song = tmp_path / "song.mp4"
     with av.open(str(song), "w") as file:
         tone: Any = file.add_stream("aac", rate=48000, layout="mono")
@@ -575,11 +575,11 @@ def test_a_songs_cover_is_no_video(tmp_path: Path) -> None:
         sound.sample_rate, sound.pts = 48000, 0
         file.mux(tone.encode(sound))
         file.mux(tone.encode(None))
-    with pytest.raises(UnsupportedVideo, match=r"song\.mp4: no picture in it, only audio"):
+    with pytest.raises(UnsupportedVideo, match=r"song\.mp4: no video in it, only audio"):
         VideoReader(song)
 
 
-def test_frames_that_are_too_large_are_refused_before_they_are_decoded(
+def test_frames_that_are_too_large_are_rejected_before_decoding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip = write(tmp_path / "clip.mp4", 2)
@@ -597,7 +597,7 @@ def test_frames_that_are_too_large_are_refused_before_they_are_decoded(
         (lambda path: path.write_text("no video " * 100), "not a video, damaged or truncated"),
     ],
 )
-def test_what_is_no_video_is_named(tmp_path: Path, make: Any, message: str) -> None:
+def test_what_is_not_a_video_is_named(tmp_path: Path, make: Any, message: str) -> None:
     path = tmp_path / "clip.mp4"
     make(path)
     with pytest.raises(UnreadableVideo, match=rf"clip\.mp4: .*{message}"):
@@ -616,7 +616,7 @@ PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{}\n#EXT-X-ENDLIST\n"
 
 @pytest.mark.parametrize("name", ["list.mp4", "list.m3u8", "list"])
 @pytest.mark.parametrize("text", ["ffconcat version 1.0\nfile good.mp4\n", PLAYLIST.format("good.ts")])
-def test_a_list_opens_no_other_file(tmp_path: Path, name: str, text: str) -> None:
+def test_a_playlist_opens_no_other_file(tmp_path: Path, name: str, text: str) -> None:
     write(tmp_path / "good.mp4")
     write(tmp_path / "good.ts")
     (tmp_path / name).write_text(text)
@@ -632,7 +632,7 @@ def test_a_name_is_only_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def read_until_error(path: Path, **options: Any) -> tuple[int, str | None, str | None]:
-    """How many frames there are, what is said at the end, and what is damaged."""
+    """The number of frames, the error at the end, and the damage."""
     count = 0
     with VideoReader(path, **options) as reader:
         try:
@@ -644,7 +644,7 @@ def read_until_error(path: Path, **options: Any) -> tuple[int, str | None, str |
 
 
 def lively(path: Path, codec: str, *, sound: bool = False) -> bytes:
-    """Four seconds of noise, whose frames are all about as large, and with them sound."""
+    """Four seconds of noise, whose frames have all about the same size, with or without audio."""
     rng = np.random.default_rng(0)
     with av.open(str(path), "w") as file:
         stream: Any = file.add_stream(codec, rate=25, options={"g": "5"})
@@ -665,7 +665,7 @@ def lively(path: Path, codec: str, *, sound: bool = False) -> bytes:
     ("suffix", "codec", "sound"),
     [("mkv", "libx264", False), ("mkv", "libx264", True), ("webm", "libvpx-vp9", False), ("avi", "mpeg4", False)],
 )
-def test_a_file_that_lacks_more_than_a_second_is_truncated_but_gives_what_is_there(
+def test_a_file_that_is_more_than_a_second_short_is_truncated_but_read(
     tmp_path: Path, suffix: str, codec: str, sound: bool
 ) -> None:
     clip, cut = tmp_path / f"clip.{suffix}", tmp_path / f"cut.{suffix}"
@@ -675,8 +675,8 @@ def test_a_file_that_lacks_more_than_a_second_is_truncated_but_gives_what_is_the
     count, error, _ = read_until_error(cut)
     assert 30 < count < 60
     assert error
-    assert error.startswith(f"{cut}: truncated: it says that it lasts 4.0 s, but ends after ")
-    assert read_until_error(cut, start=0.04)[1] is None  # what is left out is not missed
+    assert error.startswith(f"{cut}: truncated: it declares a duration of 4.0 s, but ends after ")
+    assert read_until_error(cut, start=0.04)[1] is None  # skipped frames do not count as missing
     with cut.open("rb") as pipe, VideoReader(pipe) as reader:
         assert len(list(reader)) == count
     cut.write_bytes(whole[: round(0.85 * len(whole))])
@@ -686,7 +686,7 @@ def test_a_file_that_lacks_more_than_a_second_is_truncated_but_gives_what_is_the
 @pytest.mark.parametrize("sound", [0, 20])
 @pytest.mark.parametrize("first", [0, 5000])
 @pytest.mark.parametrize(("suffix", "codec"), [("mkv", "libx264"), ("webm", "libvpx-vp9"), ("mp4", "libx264")])
-def test_a_rate_that_varies_and_sound_that_lasts_longer_are_no_loss(
+def test_a_variable_rate_and_longer_audio_are_not_truncation(
     tmp_path: Path, suffix: str, codec: str, first: int, sound: int
 ) -> None:
     """The last frame is shown for ten seconds."""
@@ -710,8 +710,8 @@ def test_a_rate_that_varies_and_sound_that_lasts_longer_are_no_loss(
     assert read_until_error(tmp_path / f"clip.{suffix}") == (7, None, None)
 
 
-def test_an_avi_that_ends_with_frames_that_are_empty_is_whole(tmp_path: Path) -> None:
-    """They say: as before. They are in the index, and in the count of frames, but never decoded."""
+def test_an_avi_that_ends_with_empty_frames_is_complete(tmp_path: Path) -> None:
+    """Empty frames repeat the last one. The index and the number of frames include them, but they are never decoded."""
     data = bytearray(write(tmp_path / "clip.avi", 100, codec="mpeg4").read_bytes())
     at, number = data.index(b"movi") + 4, 0
     while data[at : at + 4] == b"00dc":
@@ -727,7 +727,7 @@ def test_an_avi_that_ends_with_frames_that_are_empty_is_whole(tmp_path: Path) ->
 
 
 def spoil(path: Path, damaged: Container[int]) -> Path:
-    """Overwrite some of the packets of a file in which each is in one piece."""
+    """Overwrite some packets of a file that stores each in one piece."""
     data = bytearray(path.read_bytes())
     with av.open(str(path)) as file:
         packets = [bytes(packet) for packet in file.demux(video=0) if packet.size]
@@ -747,14 +747,14 @@ def test_packets_that_cannot_be_decoded_are_damage(tmp_path: Path, suffix: str, 
     assert (count, error, damage) == (30, None, "10 of 40 packets could not be decoded")
 
 
-#: Without length or start code: SEI (user data of one byte), and the delimiter of an access unit; H.264, H.265.
+#: SEI (user data of one byte) and access unit delimiter of H.264 and H.265, without length or start code.
 SETTINGS = {"libx264": ["0605010080", "09f0"], "libx265": ["4e0105010080", "460150"]}
 
 
 @pytest.mark.parametrize("codec", SETTINGS)
 @pytest.mark.parametrize("suffix", ["mkv", "mp4"])
-def test_settings_in_packets_of_their_own_are_no_damage(tmp_path: Path, codec: str, suffix: str) -> None:
-    """As some recorders write them: in the middle, behind each other, and at the end, where no picture follows."""
+def test_separate_packets_of_parameter_sets_are_not_damage(tmp_path: Path, codec: str, suffix: str) -> None:
+    """As some recorders write them: in the middle, one after the other, and at the end, where no picture follows."""
     options = {"bf": "0"} if codec == "libx264" else {"x265-params": "bframes=0:log-level=none"}
     clip, odd = write(tmp_path / f"clip.{suffix}", 20, codec=codec, **options), tmp_path / f"odd.{suffix}"
     with av.open(str(clip)) as source, av.open(str(odd), "w") as sink:
@@ -776,7 +776,7 @@ def test_settings_in_packets_of_their_own_are_no_damage(tmp_path: Path, codec: s
 
 
 def test_a_transport_stream_that_begins_in_the_middle_is_not_damaged(tmp_path: Path) -> None:
-    """So far from the next key frame that the decoder refuses what comes before it."""
+    """So far from the next keyframe that the decoder rejects what comes before it."""
     options = {"g": "700", "bf": "0", "sc_threshold": "0", "preset": "ultrafast"}
     whole = write(tmp_path / "clip.ts", 800, **options).read_bytes()
     clip = tmp_path / "rest.ts"
@@ -814,7 +814,7 @@ class FakePicture:
 
 
 @given(st.lists(st.one_of(st.none(), st.integers(-(10**9), 10**9)), min_size=1, max_size=50))
-def test_times_grow_whatever_the_source_says(values: list[int | None]) -> None:
+def test_times_increase_whatever_the_source_says(values: list[int | None]) -> None:
     clock = Clock(FakeStream(average_rate=Fraction(25)), 0.0)
     times = [clock.at(FakePicture(pts))[0] for pts in values]  # type: ignore[arg-type]
     assert times[0] == 0
@@ -833,13 +833,13 @@ def test_a_start_of_frame_n_is_frame_n(number: int, rate: Fraction) -> None:
     assert clock.origin == (7 + number) / rate
 
 
-def test_one_time_that_is_far_too_late_does_not_hold_up_all_behind_it() -> None:
+def test_one_timestamp_far_in_the_future_does_not_delay_all_later_ones() -> None:
     clock = Clock(FakeStream(average_rate=Fraction(25)), 0.0)
     times = [clock.at(FakePicture(pts))[0] for pts in (0, 40, 9_000_000, 120, 160)]  # type: ignore[arg-type]
     assert times == [0, 40, 9_000_000, 9_000_040, 9_000_080]
 
 
-def test_a_damaged_time_in_a_transport_stream_changes_no_other() -> None:
+def test_a_damaged_timestamp_in_a_transport_stream_changes_no_other() -> None:
     joined, stream, times = Joined("mpegts"), SimpleNamespace(index=0), []
     for number in range(20):
         dts = (number + (90_000 if number == 7 else 0)) * 3600
@@ -849,12 +849,12 @@ def test_a_damaged_time_in_a_transport_stream_changes_no_other() -> None:
     assert times == [(3600 * number, 3600 * number + 3600) for number in range(20)]
 
 
-def test_a_start_counts_frames_that_say_no_time() -> None:
+def test_a_start_counts_frames_without_timestamps() -> None:
     clock = Clock(FakeStream(average_rate=Fraction(25)), 0.2)
     assert [clock.at(FakePicture(None))[0] for _ in range(7)] == [None] * 5 + [0, 40]  # type: ignore[arg-type]
 
 
-def test_the_clock_keeps_what_is_in_order() -> None:
+def test_the_clock_keeps_timestamps_in_order() -> None:
     clock = Clock(FakeStream(), 0.0)
     assert [clock.at(FakePicture(pts, 40))[0] for pts in (700, 740, 780, 1500)] == [0, 40, 80, 800]  # type: ignore[arg-type]
     assert clock.origin == Fraction(7, 10)
@@ -887,7 +887,7 @@ def test_a_video_on_standard_input_is_read_as_it_comes(
 
 
 def noisy(path: Path, **options: str) -> bytes:
-    """An MP4 that is too large to be kept in FFmpeg's buffers."""
+    """An MP4 that is too large for FFmpeg's buffers."""
     rng = np.random.default_rng(0)
     with av.open(str(path), "w", options=options) as file:
         stream: Any = file.add_stream("libx264", rate=25, options={"crf": "1", "g": "5"})
@@ -947,19 +947,19 @@ def test_raw_frames(monkeypatch: pytest.MonkeyPatch, rate: str) -> None:
         *("0x0@25", "64x0@25", "64x48@0", "64x48@0.0", "64x48@0/5", "64x48@25/0"),
     ],
 )
-def test_raw_frames_of_another_form_are_refused(text: str) -> None:
+def test_malformed_descriptions_of_raw_frames_are_rejected(text: str) -> None:
     with pytest.raises(UsageError, match="WIDTHxHEIGHT@RATE is expected"):
         raw_video(text)
 
 
-def test_raw_frames_of_no_pixel_format_are_refused() -> None:
+def test_raw_frames_of_an_unknown_pixel_format_are_rejected() -> None:
     with pytest.raises(UsageError, match="--raw 64x48@25:nothing: FFmpeg has no pixel format nothing; rgb24"):
         raw_video("64x48@25:nothing")
 
 
-def test_options_that_are_not_taken_are_not_called_a_list_of_files() -> None:
+def test_rejected_options_are_not_called_a_playlist() -> None:
     with pytest.raises(
-        UnreadableVideo, match=r"cam: cannot be opened \(not a video, or one that does not take these opt"
+        UnreadableVideo, match=r"cam: cannot be opened \(not a video, or one that does not accept these opt"
     ):
         VideoReader("testsrc2=size=wide", name="cam", container="lavfi", options={})
 
@@ -975,7 +975,7 @@ def test_raw_frames_that_are_too_large_are_named(monkeypatch: pytest.MonkeyPatch
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300), st.lists(st.integers(1, 64), min_size=1, max_size=40))
-def test_a_replayed_pipe_gives_every_byte_once(head: bytes, rest: bytes, sizes: list[int]) -> None:
+def test_a_replayed_pipe_returns_every_byte_once(head: bytes, rest: bytes, sizes: list[int]) -> None:
     replayed, got = Replayed(head, io.BytesIO(rest)), b""
     for size in sizes:
         part = replayed.read(size)
@@ -985,11 +985,11 @@ def test_a_replayed_pipe_gives_every_byte_once(head: bytes, rest: bytes, sizes: 
 
 
 @given(st.binary(max_size=250))
-def test_any_beginning_can_be_asked(head: bytes) -> None:
+def test_any_beginning_of_a_file_can_be_classified(head: bytes) -> None:
     assert _begins_a_video(head) in (True, False)
 
 
-def test_beginnings(tmp_path: Path) -> None:
+def test_beginnings_of_files_are_classified(tmp_path: Path) -> None:
     for suffix in ("mp4", "mov", "mkv", "avi", "ts", "flv"):
         assert _begins_a_video(write(tmp_path / f"clip.{suffix}").read_bytes()[:400]), suffix
     for head in (b"\xff\xd8\xff", b"\x89PNG", b"GIF89a", b"RIFF....WEBP", b"....ftypavif", b"....ftypheic", b"P6 1 1"):
@@ -1004,7 +1004,7 @@ with VideoReader(sys.argv[1]) as reader:
 """
 
 
-def test_it_works_with_warnings_as_errors_in_a_process_of_its_own(tmp_path: Path) -> None:
+def test_it_works_with_warnings_as_errors(tmp_path: Path) -> None:
     clip = write(tmp_path / "clip.mp4")
     done = subprocess.run([sys.executable, "-W", "error", "-c", ORDER, str(clip)], capture_output=True, text=True)
     assert done.stderr == ""
@@ -1012,14 +1012,14 @@ def test_it_works_with_warnings_as_errors_in_a_process_of_its_own(tmp_path: Path
 
 
 @pytest.mark.parametrize("start", [float("inf"), float("nan"), -1.0])
-def test_a_start_that_is_no_number_of_seconds_is_refused(tmp_path: Path, start: float) -> None:
+def test_a_start_that_is_not_a_number_of_seconds_is_rejected(tmp_path: Path, start: float) -> None:
     clip = write(tmp_path / "clip.mp4")
     with pytest.raises(UsageError, match=f"start {start} must be a number of seconds"):
         VideoReader(clip, start=start)
 
 
-def test_of_a_video_in_several_sizes_one_is_fetched(tmp_path: Path) -> None:
-    """The first one that is listed. Of the other, the few pieces that were on their way when that was known."""
+def test_only_one_of_several_sizes_of_a_video_is_downloaded(tmp_path: Path) -> None:
+    """The first one listed. Of the other, only a few segments may be requested before the choice is made."""
     playlist = ["#EXTM3U"]
     for name, size in (("small", (48, 64)), ("large", (96, 128))):
         (tmp_path / name).mkdir()

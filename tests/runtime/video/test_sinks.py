@@ -1,4 +1,4 @@
-"""What is written, as peers read it: times, sound, colours, transparency; whole files or none."""
+"""Written files, as other programs read them: times, audio, colours, transparency; complete files or none."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Model:
 def write_tone(
     path: Path, codec: str, sound: str, rate: int, layout: str = "stereo", *, broken: range = range(0), seconds: int = 2
 ) -> Path:
-    """A clip with a tone behind a silence, in any codec and at any rate; what of it is ``broken`` is no number."""
+    """A clip with silence, then a tone, in any codec and at any rate; the samples in ``broken`` are NaN."""
     with av.open(str(path), "w") as file:
         stream: Any = file.add_stream(codec, rate=25)
         stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
@@ -118,7 +118,7 @@ def frame_times(path: Path) -> list[Fraction]:
         return [frame.pts * frame.time_base for frame in file.decode(video=0)]
 
 
-def beginning_of_tone(path: Path) -> float:
+def start_of_tone(path: Path) -> float:
     """Seconds, from the first frame."""
     with av.open(str(path)) as file:
         for frame in file.decode(audio=0):
@@ -151,7 +151,7 @@ def test_a_variable_rate_stays_variable_frame_by_frame(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seconds", [1, 4])
-def test_times_in_nanoseconds_have_room_in_a_movie(tmp_path: Path, seconds: int) -> None:
+def test_times_in_nanoseconds_fit_into_a_movie(tmp_path: Path, seconds: int) -> None:
     with movie(tmp_path / "out.mp4") as sink:
         for number in range(8):
             frame = frame_of(number)
@@ -172,7 +172,7 @@ def test_the_last_frame_is_shown_as_long_as_in_the_source(tmp_path: Path, name: 
 
 
 @pytest.mark.parametrize("options", [{}, {"stride": 3}])
-def test_sound_is_passed_through_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_audio_is_passed_through_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
     clip = write_clip(tmp_path / "clip.mp4", 50)
     run(clip, movie(tmp_path / "out.mp4"), **options)
     assert [data for _, data in packets(tmp_path / "out.mp4")] == [data for _, data in packets(clip)]
@@ -184,7 +184,7 @@ def test_sound_is_passed_through_bit_for_bit(tmp_path: Path, options: dict[str, 
     ("source", "target", "kind", "codec"),
     [("mp4", "webm", "cutout", "opus"), ("mkv", "mp4", "overlay", "aac"), ("webm", "mp4", "overlay", "opus")],
 )
-def test_sound_that_does_not_fit_is_encoded_anew_and_stays_in_time(
+def test_audio_that_does_not_fit_is_reencoded_in_sync(
     tmp_path: Path, source: str, target: str, kind: str, codec: str
 ) -> None:
     codecs = {"mp4": ("libx264", "aac"), "mkv": ("libx264", "pcm_s16le"), "webm": ("libvpx-vp9", "libopus")}
@@ -194,7 +194,7 @@ def test_sound_that_does_not_fit_is_encoded_anew_and_stays_in_time(
     with av.open(str(tmp_path / f"out.{target}")) as file:
         assert file.streams.audio[0].codec_context.codec.canonical_name == codec
     assert bool(report.notes) == (source != "webm")
-    assert beginning_of_tone(tmp_path / f"out.{target}") == pytest.approx(beginning_of_tone(clip), abs=0.03)
+    assert start_of_tone(tmp_path / f"out.{target}") == pytest.approx(start_of_tone(clip), abs=0.03)
     length = sum(1 for _ in packets(tmp_path / f"out.{target}")) * (0.02 if codec == "opus" else 1024 / 48000)
     assert length == pytest.approx(2.0, abs=0.1)
 
@@ -210,7 +210,7 @@ def test_sound_that_does_not_fit_is_encoded_anew_and_stays_in_time(
         ("mkv", "eac3", False),
     ],
 )
-def test_sound_of_which_only_its_packets_tell_is_encoded_anew_where_the_header_comes_first(
+def test_audio_described_by_its_packets_is_reencoded_if_the_header_comes_first(
     tmp_path: Path, source: str, sound: str, passed: bool
 ) -> None:
     clip = write_clip(tmp_path / f"clip.{source}", 50, sound=sound)
@@ -218,7 +218,7 @@ def test_sound_of_which_only_its_packets_tell_is_encoded_anew_where_the_header_c
         out = tmp_path / f"out-{endless}.mp4"
         report = run(clip, movie(out, endless=endless))
         assert bool(report.notes) == (endless and not passed)
-        assert beginning_of_tone(out) == pytest.approx(0.1, abs=0.05)
+        assert start_of_tone(out) == pytest.approx(0.1, abs=0.05)
         with av.open(str(out)) as file:
             heard = sum(frame.samples for frame in file.decode(audio=0)) / 48000
         assert heard == pytest.approx(2.0, abs=0.1)
@@ -238,59 +238,58 @@ def test_sound_of_which_only_its_packets_tell_is_encoded_anew_where_the_header_c
         ("clip.3gp", "mpeg4", "libopencore_amrnb", 8000, "mono"),
         ("clip.flv", "flv", "nellymoser", 22050, "mono"),
         ("clip.m2ts", "libx264", "pcm_bluray", 48000, "stereo"),
-        ("clip.mkv", "libx264", "libmp3lame", 8000, "stereo"),  # which MP4 does not take
+        ("clip.mkv", "libx264", "libmp3lame", 8000, "stereo"),  # which MP4 does not support
     ],
 )
-def test_sound_that_the_packets_alone_do_not_describe_is_encoded_anew_and_said(
+def test_audio_not_described_by_its_packets_is_reencoded_with_a_note(
     tmp_path: Path, name: str, codec: str, sound: str, rate: int, layout: str, target: str, kind: str
 ) -> None:
     clip, out = write_tone(tmp_path / name, codec, sound, rate, layout), tmp_path / f"out.{target}"
     report = run(clip, movie(out, kind))
     (note,) = report.notes
-    assert note.endswith("is encoded anew as " + {"mp4": "aac", "webm": "opus"}[target])
+    assert note.endswith("is re-encoded as " + {"mp4": "aac", "webm": "opus"}[target])
     assert len(frame_times(out)) == 50
     with av.open(str(out)) as file:
         heard = [(frame.samples / frame.sample_rate, frame.to_ndarray()) for frame in file.decode(audio=0)]
     assert sum(seconds for seconds, _ in heard) == pytest.approx(2, abs=0.15)
     assert max(np.abs(samples).max() for _, samples in heard) == pytest.approx(0.25, abs=0.05)
-    assert beginning_of_tone(out) == pytest.approx(0.1, abs=0.05)
+    assert start_of_tone(out) == pytest.approx(0.1, abs=0.05)
 
 
 @pytest.mark.parametrize("endless", [False, True])
-def test_sound_that_the_file_does_not_take_is_encoded_anew(tmp_path: Path, endless: bool) -> None:
+def test_audio_that_the_file_does_not_support_is_reencoded(tmp_path: Path, endless: bool) -> None:
     clip = write_tone(tmp_path / "clip.mkv", "libx264", "libmp3lame", 11025)
     report = run(clip, movie(tmp_path / "out.mp4", endless=endless))
-    assert report.notes == ["the sound (mp3) is encoded anew as aac"]
+    assert report.notes == ["the audio (mp3) is re-encoded as aac"]
     assert len(frame_times(tmp_path / "out.mp4")) == 50
-    lead = (
-        1024 / 11025 if endless else 0
-    )  # the encoder's first packet, which only an edit list, written last, takes off
-    assert beginning_of_tone(tmp_path / "out.mp4") == pytest.approx(0.1 + lead, abs=0.05)
+    # The encoder's first packet, which only an edit list removes, and that is written last.
+    lead = 1024 / 11025 if endless else 0
+    assert start_of_tone(tmp_path / "out.mp4") == pytest.approx(0.1 + lead, abs=0.05)
 
 
-def test_sound_in_a_codec_that_nobody_knows_is_left_out_and_said(tmp_path: Path) -> None:
+def test_audio_in_an_unknown_codec_is_left_out_with_a_note(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mkv", 50)
     clip.write_bytes(clip.read_bytes().replace(b"A_AAC", b"A_XXX"))
     report = run(clip, movie(tmp_path / "out.mp4"))
-    assert report.notes == ["the sound is left out: its codec is none that this FFmpeg can decode"]
+    assert report.notes == ["the audio is left out: this FFmpeg cannot decode its codec"]
     with av.open(str(tmp_path / "out.mp4")) as file:
         assert [stream.type for stream in file.streams] == ["video"]
     assert len(frame_times(tmp_path / "out.mp4")) == 50
 
 
-def test_sound_that_the_encoder_refuses_never_costs_the_picture(tmp_path: Path) -> None:
+def test_audio_that_the_encoder_rejects_does_not_end_the_video(tmp_path: Path) -> None:
     clip = write_tone(tmp_path / "clip.mkv", "libx264", "pcm_f32le", 48000, broken=range(40000, 44000))
     report = run(clip, movie(tmp_path / "out.mp4"))
-    assert "a part of the sound (pcm_f32le) cannot be converted and is left out" in report.notes
+    assert "part of the audio (pcm_f32le) cannot be converted and is left out" in report.notes
     assert len(frame_times(tmp_path / "out.mp4")) == 50
     with av.open(str(tmp_path / "out.mp4")) as file:
         last = [(frame.time, frame.to_ndarray()) for frame in file.decode(audio=0)][-10:]
     assert last[-1][0] > 1.9
-    assert max(np.abs(samples).max() for _, samples in last) > 0.2, "it goes on behind that"
+    assert max(np.abs(samples).max() for _, samples in last) > 0.2, "it continues after that"
 
 
 def write_broadcast(path: Path, codec: str, kinds: list[tuple[str, int]]) -> Path:
-    """A transport stream of a second of a tone in each layout and rate, one after the other in one stream."""
+    """A transport stream with one audio stream: a second of a tone in each layout and rate, one after the other."""
     with av.open(str(path), "w", format="mpegts") as file:
         stream: Any = file.add_stream("libx264", rate=25)
         stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
@@ -324,7 +323,7 @@ def write_broadcast(path: Path, codec: str, kinds: list[tuple[str, int]]) -> Pat
         ("ac3", [("stereo", 48000), ("5.1", 48000)]),
     ],
 )
-def test_sound_that_changes_its_layout_or_rate_goes_on(
+def test_audio_that_changes_its_layout_or_rate_continues(
     tmp_path: Path, codec: str, kinds: list[tuple[str, int]], endless: bool
 ) -> None:
     clip = write_broadcast(tmp_path / "clip.ts", codec, kinds)
@@ -340,7 +339,7 @@ def test_sound_that_changes_its_layout_or_rate_goes_on(
 
 @pytest.mark.parametrize("codec", ["aac", "ac3", "mp2"])
 @pytest.mark.parametrize("endless", [False, True])
-def test_damaged_sound_never_costs_the_picture(tmp_path: Path, codec: str, endless: bool) -> None:
+def test_damaged_audio_does_not_end_the_video(tmp_path: Path, codec: str, endless: bool) -> None:
     clip = write_clip(tmp_path / "clip.ts", 50, sound=codec)
     packet_numbers = itertools.count()
 
@@ -356,15 +355,15 @@ def test_damaged_sound_never_costs_the_picture(tmp_path: Path, codec: str, endle
             frame.sound = [damaged(sound) for sound in frame.sound]
             sink.write(frame, result_of(frame))
         sink.end([damaged(sound) for sound in reader.rest], whole=True)
-    assert [note for note in sink.notes if note.startswith("a part of the sound") and note.endswith("is left out")]
+    assert [note for note in sink.notes if note.startswith("part of the audio") and note.endswith("is left out")]
     assert len(frame_times(tmp_path / "out.mp4")) == 50
     with av.open(str(tmp_path / "out.mp4")) as file:
         heard = sum(frame.samples for frame in file.decode(audio=0)) / 48000
     assert 1.6 < heard < 2.1
 
 
-def with_sound_ahead(clip: Path, sink: MovieSink, seconds: int) -> MovieSink:
-    """Write a clip whose sound's clock is so much ahead of the picture's."""
+def with_audio_ahead(clip: Path, sink: MovieSink, seconds: int) -> MovieSink:
+    """Write a clip whose audio is so many seconds ahead of the picture."""
     with VideoReader(clip) as reader, sink:
         for frame in reader:
             frame.sound = [Sound(sound.packet, sound.shift + seconds) for sound in frame.sound]
@@ -373,27 +372,27 @@ def with_sound_ahead(clip: Path, sink: MovieSink, seconds: int) -> MovieSink:
     return sink
 
 
-def test_sound_far_ahead_of_a_picture_without_an_end_is_left_out(tmp_path: Path) -> None:
+def test_audio_far_ahead_of_an_endless_picture_is_left_out(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", 50)
-    near = with_sound_ahead(clip, movie(tmp_path / "near.mp4", endless=True), 3)
+    near = with_audio_ahead(clip, movie(tmp_path / "near.mp4", endless=True), 3)
     assert not near.notes
     assert packets(tmp_path / "near.mp4")[1][0] == pytest.approx(3, abs=0.05)  # the first fills what is before it
-    far = with_sound_ahead(clip, movie(tmp_path / "far.mp4", endless=True), 3600)
-    assert far.notes == ["sound that is more than 5 s ahead of the picture is left out"]
+    far = with_audio_ahead(clip, movie(tmp_path / "far.mp4", endless=True), 3600)
+    assert far.notes == ["audio more than 5 s ahead of the picture is left out"]
     assert not packets(tmp_path / "far.mp4")
     assert len(frame_times(tmp_path / "far.mp4")) == 50
 
 
-def test_sound_that_waits_is_not_looked_at_with_each_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_audio_is_not_scanned_for_each_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = itertools.count()
     time: Any = Sound.time
     monkeypatch.setattr(Sound, "time", property(lambda sound: (next(asked), time.fget(sound))[1]))
     clip = write_clip(tmp_path / "clip.mp4", 50)
-    with_sound_ahead(clip, movie(tmp_path / "out.mp4"), 3600)
+    with_audio_ahead(clip, movie(tmp_path / "out.mp4"), 3600)
     assert next(asked) <= 2 * len(packets(clip))
 
 
-def test_sound_begins_and_ends_with_the_part_that_is_taken(tmp_path: Path) -> None:
+def test_audio_starts_and_ends_with_the_selected_part(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", 100)
     run(clip, movie(tmp_path / "out.mp4"), start=1.0, max_frames=50)
     times = [time for time, _ in packets(tmp_path / "out.mp4")]
@@ -403,7 +402,7 @@ def test_sound_begins_and_ends_with_the_part_that_is_taken(tmp_path: Path) -> No
     assert frame_times(tmp_path / "out.mp4")[0] == 0
 
 
-def test_sound_that_comes_late_and_no_sound(tmp_path: Path) -> None:
+def test_no_audio_is_written_without_audio_or_on_request(tmp_path: Path) -> None:
     run(write_clip(tmp_path / "silent.mp4", sound=None), movie(tmp_path / "a.mp4"))
     run(write_clip(tmp_path / "clip.mp4"), movie(tmp_path / "b.mp4", audio=False))
     for name in "ab":
@@ -412,7 +411,7 @@ def test_sound_that_comes_late_and_no_sound(tmp_path: Path) -> None:
 
 
 @ffprobe
-def test_a_phones_portrait_video_is_upright_and_says_no_rotation(tmp_path: Path) -> None:
+def test_a_phones_portrait_video_is_upright_without_a_display_matrix(tmp_path: Path) -> None:
     lying = write_clip(tmp_path / "lying.mp4", sound=None)
     clip = tmp_path / "clip.mp4"
     with av.open(str(lying)) as source, av.open(str(clip), "w") as file:
@@ -426,7 +425,7 @@ def test_a_phones_portrait_video_is_upright_and_says_no_rotation(tmp_path: Path)
     about = probe(tmp_path / "out.mp4")
     assert (about["height"], about["width"]) == (WIDTH, HEIGHT)
     assert "side_data_list" not in about
-    shown = tmp_path / "shown.png"  # FFmpeg turns what it shows
+    shown = tmp_path / "shown.png"  # the ffmpeg command applies the display matrix
     subprocess.run(["ffmpeg", "-v", "error", "-i", str(clip), "-frames:v", "1", str(shown)], check=True)
     with VideoReader(tmp_path / "out.mp4") as reader:
         first = next(iter(reader)).pixels(Converter())
@@ -440,9 +439,7 @@ def test_a_phones_portrait_video_is_upright_and_says_no_rotation(tmp_path: Path)
 
 @ffprobe
 @pytest.mark.parametrize(("size", "space"), [((48, 64), "smpte170m"), ((720, 1280), "bt709")])
-def test_colours_are_tagged_and_what_is_not_painted_on_keeps_its_own(
-    tmp_path: Path, size: tuple[int, int], space: str
-) -> None:
+def test_colours_are_tagged_and_unpainted_pixels_keep_theirs(tmp_path: Path, size: tuple[int, int], space: str) -> None:
     clip = write_clip(tmp_path / "clip.mp4", 3, size=size, sound=None, options={"crf": "5"})
     run(clip, movie(tmp_path / "out.mp4"))
     about = probe(tmp_path / "out.mp4")
@@ -453,6 +450,28 @@ def test_colours_are_tagged_and_what_is_not_painted_on_keeps_its_own(
     for source, written in pairs[:1]:
         difference = np.abs(source[blue].astype(int) - written[blue])
         assert difference.mean() < 3
+
+
+@ffprobe
+@pytest.mark.parametrize(
+    ("kind", "primaries", "transfer"),
+    [("overlay", "bt2020", "smpte2084"), ("mask", None, None), ("probability", None, None)],
+)
+def test_only_kinds_that_show_the_source_have_its_primaries_and_transfer(
+    tmp_path: Path, kind: str, primaries: str | None, transfer: str | None
+) -> None:
+    """The white of a mask tagged as PQ would be 10,000 cd/m²."""
+    clip = tmp_path / "clip.mkv"
+    with av.open(str(clip), "w") as file:
+        stream: Any = file.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        context = stream.codec_context
+        context.colorspace, context.color_primaries, context.color_trc = 9, 9, 16
+        file.mux([*stream.encode(av.VideoFrame.from_ndarray(picture(0))), *stream.encode(None)])
+    run(clip, movie(tmp_path / "out.mp4", kind))
+    about = probe(tmp_path / "out.mp4")
+    assert about["color_space"] == "bt2020nc"
+    assert (about.get("color_primaries"), about.get("color_transfer")) == (primaries, transfer)
 
 
 def test_masks_survive_the_encoder(tmp_path: Path) -> None:
@@ -497,7 +516,7 @@ def test_odd_sides_are_made_even(tmp_path: Path, size: tuple[int, int]) -> None:
         assert (video.height, video.width) == (size[0] + size[0] % 2, size[1] + size[1] % 2)
 
 
-def test_pieces_have_their_length_their_sound_and_times_from_nought(tmp_path: Path) -> None:
+def test_segments_have_their_length_their_audio_and_times_from_zero(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", 75)
     sink = MovieSink(numbered(tmp_path / "out", "mp4"), Painter("overlay"), endless=True, segment=1.0)
     report = run(clip, sink)
@@ -511,15 +530,15 @@ def test_pieces_have_their_length_their_sound_and_times_from_nought(tmp_path: Pa
 
 @pytest.mark.parametrize(("suffix", "kind"), [("mp4", "overlay"), ("webm", "cutout")])
 @pytest.mark.parametrize("slower", [1, 5])
-def test_two_seconds_are_lost_at_most_when_the_process_is_killed(
+def test_at_most_two_seconds_are_lost_when_the_process_is_killed(
     tmp_path: Path, suffix: str, kind: str, slower: int
 ) -> None:
     clip = write_clip(tmp_path / "clip.mp4", 110 if slower == 1 else 30)
     with VideoReader(clip) as reader, movie(tmp_path / f"out.{suffix}", kind, endless=True) as sink:
         still = None
         for frame in reader:
-            still = still or frame.picture  # or the encoder begins anew by itself
-            frame.picture, frame.pts, frame.sound = still, frame.pts * slower, []  # sound that stays away is waited for
+            still = still or frame.picture  # else the encoder inserts keyframes itself
+            frame.picture, frame.pts, frame.sound = still, frame.pts * slower, []  # the muxer waits for missing audio
             sink.write(frame, result_of(frame))
         shutil.copy(sink.paths[0], tmp_path / f"left.{suffix}")
     assert frame.time > 4
@@ -527,8 +546,8 @@ def test_two_seconds_are_lost_at_most_when_the_process_is_killed(
 
 
 @pytest.fixture
-def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """What the disk was told to hold: inodes and sizes."""
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """What was synced: inodes and sizes."""
     told: list[tuple[int, int]] = []
 
     def fsync(descriptor: int) -> None:
@@ -541,7 +560,7 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 @pytest.mark.skipif(os.name != "posix", reason="elsewhere folders cannot be flushed")
 @pytest.mark.parametrize("endless", [False, True])
-def test_what_is_finished_is_on_the_disk(tmp_path: Path, on_disk: list[tuple[int, int]], endless: bool) -> None:
+def test_complete_files_are_synced(tmp_path: Path, synced: list[tuple[int, int]], endless: bool) -> None:
     frames = [frame_of(n) for n in range(50)]
     paths = (tmp_path / f"{n}.mp4" for n in itertools.count())
     lines = LinesSink([tmp_path / "out.ndjson"], endless=endless)
@@ -549,19 +568,19 @@ def test_what_is_finished_is_on_the_disk(tmp_path: Path, on_disk: list[tuple[int
         for frame in frames[:25]:
             sink.write(frame, result_of(frame))
             lines.write(frame, result_of(frame))
-        assert not on_disk, "with each frame it would be slow"
+        assert not synced, "with each frame it would be slow"
         for frame in frames[25:]:
             sink.write(frame, result_of(frame))
         folder = tmp_path.stat().st_ino, 0
         first, second, text = tmp_path / "0.mp4", tmp_path / "1.mp4", tmp_path / "out.ndjson"
-        while endless and len(on_disk) < 2:  # beside what goes on
+        while endless and len(synced) < 2:  # in another thread
             time.sleep(0.01)
-        assert on_disk == [(first.stat().st_ino, first.stat().st_size), folder]
+        assert synced == [(first.stat().st_ino, first.stat().st_size), folder]
     rest = [(path.stat().st_ino, path.stat().st_size) for path in (text, second)]
-    assert on_disk[2:] == [rest[0], folder, rest[1], folder]
+    assert synced[2:] == [rest[0], folder, rest[1], folder]
 
 
-def test_a_slow_disk_does_not_hold_up_live_frames_and_its_failure_is_told(
+def test_a_slow_disk_does_not_block_live_frames_and_its_failure_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fsync(descriptor: int) -> None:
@@ -592,7 +611,7 @@ def test_a_live_file_may_be_moved_away_while_it_is_written(tmp_path: Path) -> No
     assert frame_times(tmp_path / "elsewhere.mp4")
 
 
-def test_two_that_record_into_one_folder_write_no_file_of_the_other(tmp_path: Path) -> None:
+def test_two_recorders_in_one_folder_do_not_write_each_others_files(tmp_path: Path) -> None:
     """Two services whose URLs differ in the query alone, or an old process that is still finishing."""
     sinks = [MovieSink(numbered(tmp_path, "mp4"), Painter("mask"), endless=True, segment=0.5) for _ in range(2)]
     for number in range(30):
@@ -606,7 +625,7 @@ def test_two_that_record_into_one_folder_write_no_file_of_the_other(tmp_path: Pa
     assert sum(len(frame_times(path)) for path in tmp_path.iterdir()) == 60
 
 
-def test_a_movie_that_cannot_begin_leaves_no_name_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_movie_that_cannot_start_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any) -> None:
         raise av.error.ArgumentError(errno.EINVAL, "Invalid argument")
 
@@ -617,8 +636,8 @@ def test_a_movie_that_cannot_begin_leaves_no_name_taken(tmp_path: Path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_lines_go_on_at_the_end_of_a_file_that_was_cut_off(tmp_path: Path) -> None:
-    """As logrotate does (copytruncate)."""
+def test_lines_are_appended_to_a_truncated_file(tmp_path: Path) -> None:
+    """Logrotate truncates with its option copytruncate."""
     path = tmp_path / "0001.ndjson"
     with LinesSink([path], endless=True) as sink:
         for number in range(3):
@@ -631,7 +650,7 @@ def test_lines_go_on_at_the_end_of_a_file_that_was_cut_off(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("quarters", [0, 1])
 def test_pixels_keep_their_shape(tmp_path: Path, quarters: int) -> None:
-    """Of DVDs, DV and HDV, whose pixels are no squares."""
+    """DVDs, DV and HDV have pixels that are not square."""
     clip, ratio = tmp_path / "dv.mp4", Fraction(64, 45)
     with av.open(str(clip), "w") as file:
         stream = file.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
@@ -651,8 +670,8 @@ def test_pixels_keep_their_shape(tmp_path: Path, quarters: int) -> None:
 
 
 @pytest.mark.parametrize(("duration", "most"), [(50, 100), (1, 100)])
-def test_key_frames_have_a_distance_that_can_be_sought_in(tmp_path: Path, duration: int, most: int) -> None:
-    """The first frame of a screen recording may stand for seconds, or for a tick."""
+def test_keyframes_are_close_enough_to_seek(tmp_path: Path, duration: int, most: int) -> None:
+    """The first frame of a screen recording may be shown for seconds, or for a tick."""
     base = Fraction(1, 25) if duration > 1 else Fraction(1, 90000)
     with MovieSink([tmp_path / "out.mp4"], Painter("mask"), endless=False) as sink:
         for number in range(4):
@@ -663,13 +682,13 @@ def test_key_frames_have_a_distance_that_can_be_sought_in(tmp_path: Path, durati
         assert most <= movie._picture.codec_context.gop_size <= 1200
 
 
-def test_of_each_numbered_picture_the_disk_is_not_told(tmp_path: Path, on_disk: list[tuple[int, int]]) -> None:
+def test_numbered_pictures_are_not_synced_one_by_one(tmp_path: Path, synced: list[tuple[int, int]]) -> None:
     clip = write_clip(tmp_path / "clip.mp4", 3, sound=None)
     run(clip, PicturesSink(tmp_path / "out", Picture("mask", "png", render_of("mask"))))
-    assert not on_disk
+    assert not synced
 
 
-def test_what_is_there_is_numbered_on_not_replaced(tmp_path: Path) -> None:
+def test_existing_files_are_not_replaced(tmp_path: Path) -> None:
     assert next_number(tmp_path / "nowhere") == 1
     for name in ("0001.mp4", "0007.ndjson", "notes.txt", "0009"):
         (tmp_path / name).touch()
@@ -677,7 +696,7 @@ def test_what_is_there_is_numbered_on_not_replaced(tmp_path: Path) -> None:
     assert next(numbered(tmp_path, "mp4")) == tmp_path / "0010.mp4"
 
 
-def test_of_an_endless_sources_files_the_newest_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_newest_files_of_an_endless_source_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sinks, "_NEWEST", 2)
     for endless in (True, False):
         paths = (tmp_path / f"{n}.mp4" for n in range(5))
@@ -689,7 +708,7 @@ def test_of_an_endless_sources_files_the_newest_are_remembered(tmp_path: Path, m
         assert [path.name for path in sink.paths] == [f"{n}.mp4" for n in range(5)][3 if endless else 0 :]
 
 
-def test_frames_of_another_size_begin_another_file(tmp_path: Path) -> None:
+def test_frames_of_another_size_start_another_file(tmp_path: Path) -> None:
     frames = [frame_of(n, *((48, 64) if n < 5 else (64, 48))) for n in range(10)]
     paths = (tmp_path / f"{n}.mp4" for n in itertools.count())
     with MovieSink(paths, Painter("mask"), endless=False) as sink:
@@ -717,7 +736,7 @@ SINKS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("name", SINKS)
-def test_a_file_is_whole_or_not_there(tmp_path: Path, name: str) -> None:
+def test_a_file_is_complete_or_missing(tmp_path: Path, name: str) -> None:
     with SINKS[name](tmp_path) as sink:
         frame = frame_of(0)
         sink.write(frame, result_of(frame))
@@ -726,9 +745,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, name: str) -> None:
     assert path == sink.paths[0]
 
 
-def test_a_disk_that_is_full_is_an_output_error_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_an_output_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
         def __init__(self, *_: Any) -> None:
             raise OSError(28, "No space left on device")
@@ -758,7 +775,7 @@ def test_a_disk_that_is_full_is_an_output_error_and_leaves_nothing(
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value.__name__,
 )
-def test_what_the_system_says_is_of_the_output_and_the_rest_of_this_video(
+def test_system_errors_concern_the_output_and_others_this_video(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, raised: type[Exception]
 ) -> None:
     def fail(*_: Any) -> None:
@@ -774,7 +791,7 @@ def test_what_the_system_says_is_of_the_output_and_the_rest_of_this_video(
 
 
 @pytest.mark.parametrize("error", [ValueError("not enough values to unpack"), UsageError("no such kind")], ids=repr)
-def test_a_defect_while_writing_is_not_this_videos_error(
+def test_a_bug_while_writing_is_not_this_videos_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fail(*_: Any) -> None:
@@ -789,12 +806,36 @@ def test_a_defect_while_writing_is_not_this_videos_error(
     assert {path.name for path in tmp_path.rglob("*")} == {"out", OWN}
 
 
+def test_a_movie_is_removed_after_an_error_even_if_open_files_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows."""
+    unlink, close, is_open = Path.unlink, movie_module._Movie.close, [True]
+
+    def unlink_closed(path: Path, missing_ok: bool = False) -> None:
+        if is_open[0]:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        unlink(path, missing_ok=missing_ok)
+
+    def noted_close(self: Any) -> None:
+        close(self)
+        is_open[0] = False
+
+    monkeypatch.setattr(Path, "unlink", unlink_closed)
+    monkeypatch.setattr(movie_module._Movie, "close", noted_close)
+    sink = movie(tmp_path / "out.mp4")
+    sink.write(frame := frame_of(0), result_of(frame))
+    with pytest.raises(RuntimeError, match="first"), sink:
+        raise RuntimeError("first")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("endless", [False, True])
 @pytest.mark.parametrize("failing", [1, 2])
-def test_a_movie_that_cannot_be_completed_does_not_take_the_next_one_with_it(
+def test_the_next_movie_is_completed_if_one_cannot_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endless: bool, failing: int
 ) -> None:
-    """Two are open where the size has just changed: the first one waits for late sound."""
+    """Two are open when the size has just changed: the first one waits for late audio."""
 
     def close(self: Any) -> None:
         real(self)
@@ -853,7 +894,7 @@ def test_a_result_that_cannot_be_written_is_an_error_in_the_report(
 
 
 def test_frames_too_wide_for_a_format_are_this_videos_error(tmp_path: Path) -> None:
-    """H.264 ends at 16384 pixels, WebP at 16383."""
+    """H.264 supports up to 16384 pixels, WebP up to 16383."""
     clip = write_clip(tmp_path / "clip.mkv", 2, sound=None, size=(16, 16400), codec="libvpx-vp9")
     model: Any = Model()
     webp = PicturesSink(tmp_path / "out", Picture("cutout", "webp", render_of("cutout")))
@@ -865,7 +906,7 @@ def test_frames_too_wide_for_a_format_are_this_videos_error(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("endless", [False, True])
-def test_lines_come_in_pieces_of_their_length(tmp_path: Path, endless: bool) -> None:
+def test_files_of_lines_have_the_segments_length(tmp_path: Path, endless: bool) -> None:
     for name in ("0001", "0002", "0003", "0004"):
         (tmp_path / f"{name}.ndjson").write_text("of an earlier run")
     (tmp_path / OWN).touch()
@@ -882,7 +923,7 @@ def test_lines_come_in_pieces_of_their_length(tmp_path: Path, endless: bool) -> 
     assert left == ({"0001.ndjson", "0002.ndjson", "0003.ndjson", "0004.ndjson", OWN} if endless else {OWN})
 
 
-def test_two_that_write_lines_into_one_folder_write_no_file_of_the_other(tmp_path: Path) -> None:
+def test_two_writers_of_lines_in_one_folder_do_not_write_each_others_files(tmp_path: Path) -> None:
     sinks = [LinesSink(numbered(tmp_path, "ndjson"), endless=True) for _ in range(2)]
     for number in range(3):
         for sink in sinks:
@@ -897,7 +938,7 @@ def test_two_that_write_lines_into_one_folder_write_no_file_of_the_other(tmp_pat
     ("there", "last", "left"),
     [
         (["0001", "0002", "0003"], "0001", ["0001"]),
-        (["9998", "9999", "10000", "10001", "20240512"], "9998", ["20240512", "9998"]),  # the digits were used up
+        (["9998", "9999", "10000", "10001", "20240512"], "9998", ["20240512", "9998"]),  # four digits were used up
         (
             ["0001", "0002", "10000", "20240512", "00003", "2b", "٣"],
             "0001",
@@ -906,7 +947,7 @@ def test_two_that_write_lines_into_one_folder_write_no_file_of_the_other(tmp_pat
         (["9999", "10000", "99999", "100000"], "10000", ["10000", "9999"]),
     ],
 )
-def test_of_a_longer_run_all_that_is_numbered_on_is_removed_and_nothing_else(
+def test_only_later_numbers_of_a_longer_run_are_removed(
     tmp_path: Path, there: list[str], last: str, left: list[str]
 ) -> None:
     for name in there:
@@ -928,9 +969,7 @@ def test_an_encoder_that_fails_at_the_end_leaves_nothing(tmp_path: Path, monkeyp
     assert (sink.paths, sink.files) == ([], 0)
 
 
-def test_a_movie_that_is_given_up_before_its_file_is_there_is_closed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_movie_abandoned_before_its_file_exists_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[Any] = []
     monkeypatch.setattr(movie_module._Movie, "close", lambda movie: closed.append(movie))
     frame, sink = frame_of(0), movie(tmp_path / "out.mp4")
@@ -940,7 +979,7 @@ def test_a_movie_that_is_given_up_before_its_file_is_there_is_closed(
     assert len(closed) == 1
 
 
-def test_a_folder_that_may_not_be_made_is_an_output_error(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     frame = frame_of(0)
     for sink in (movie(tmp_path / "file" / "out.mp4"), LinesSink([tmp_path / "file" / "x.ndjson"], endless=True)):
@@ -963,11 +1002,11 @@ def test_raw_frames_are_those_of_the_numbered_pictures(tmp_path: Path, kind: str
             np.testing.assert_array_equal(np.asarray(saved), frame)
 
 
-def test_a_pipe_of_raw_frames_refuses_another_size(tmp_path: Path) -> None:
+def test_a_pipe_of_raw_frames_rejects_another_size(tmp_path: Path) -> None:
     with (tmp_path / "raw").open("wb") as stream, RawSink(stream, Picture("mask", "raw", render_of("mask"))) as sink:
         sink.write(frame_of(0), result_of(frame_of(0)))
         other = frame_of(1, 20, 20)
-        with pytest.raises(OutputError, match="cannot tell its reader: give a folder with --output"):
+        with pytest.raises(OutputError, match="cannot signal; give a folder with --output"):
             sink.write(other, result_of(other))
 
 
@@ -982,7 +1021,7 @@ def test_lines_say_what_was_found(tmp_path: Path) -> None:
         assert line["coverage"] == pytest.approx((picture(0)[..., 0] > 200).mean(), abs=0.05)
 
 
-def test_who_is_told_that_a_stream_has_begun_and_fails_leaves_nothing_running(tmp_path: Path) -> None:
+def test_a_failing_begun_callback_leaves_nothing_running(tmp_path: Path) -> None:
     def begun(*_: object) -> None:
         raise LookupError("no place for it")
 

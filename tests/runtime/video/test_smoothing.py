@@ -1,4 +1,4 @@
-"""What stands still is calmed, what moves is not, and no past outlives its scene."""
+"""Smoothing reduces flicker where the picture stands still, not where it moves, and forgets the past at a cut."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pictures = arrays(np.uint8, (*SIZE, 3))
 
 
 def texture(seed: int = 0, low: int = 40, high: int = 200) -> U8:
-    """A picture in which everything that moves shows."""
+    """A picture in which any motion is visible."""
     return np.random.default_rng(seed).integers(low, high, (*SIZE, 3), dtype=np.uint8)
 
 
@@ -35,27 +35,27 @@ def full(value: int) -> U8:
     return np.full(SIZE, value, np.uint8)
 
 
-def test_the_first_answer_stays_as_it_is() -> None:
+def test_the_first_output_is_unchanged() -> None:
     answer = texture()[..., 0]
     np.testing.assert_array_equal(Smoother(0.9)(texture(), answer, 0.0), answer)
 
 
 @given(st.lists(st.tuples(pictures, probabilities), min_size=1, max_size=4))
-def test_no_strength_changes_nothing(frames: list[tuple[U8, U8]]) -> None:
+def test_strength_0_changes_nothing(frames: list[tuple[U8, U8]]) -> None:
     smoother = Smoother(0)
     for number, (image, answer) in enumerate(frames):
         np.testing.assert_array_equal(smoother(image, answer, number / 30), answer)
 
 
 @given(strengths, pictures, probabilities, st.floats(1e-4, 0.9))
-def test_what_does_not_change_stays_exactly(strength: float, image: U8, answer: U8, step: float) -> None:
+def test_a_constant_input_is_unchanged(strength: float, image: U8, answer: U8, step: float) -> None:
     smoother = Smoother(strength)
     for number in range(5):
         np.testing.assert_array_equal(smoother(image, answer, number * step), answer)
 
 
 @given(strengths, st.lists(st.tuples(pictures, probabilities), min_size=1, max_size=5))
-def test_an_answer_lies_between_those_that_were_given(strength: float, frames: list[tuple[U8, U8]]) -> None:
+def test_outputs_lie_between_the_inputs(strength: float, frames: list[tuple[U8, U8]]) -> None:
     smoother = Smoother(strength)
     for number, (image, answer) in enumerate(frames):
         smoothed = smoother(image, answer, number / 30)
@@ -65,8 +65,8 @@ def test_an_answer_lies_between_those_that_were_given(strength: float, frames: l
 
 
 @pytest.mark.parametrize(("strength", "calmer"), [(0.5, 2), (0.85, 6), (0.95, 12)])
-def test_noise_is_calmed(strength: float, calmer: float) -> None:
-    """White noise changes by sqrt(1 + s) / (1 - s) less from frame to frame: 2.4, 9 and 28 times; less rounding."""
+def test_noise_is_reduced(strength: float, calmer: float) -> None:
+    """White noise changes less from frame to frame by sqrt(1 + s) / (1 - s): 2.4, 9 and 28 times; less rounding."""
     rng, smoother, scene = np.random.default_rng(1), Smoother(strength), texture()
     plain = [noisy(full(128), 20, rng) for _ in range(40)]
     calmed = [smoother(noisy(scene, 2, rng), answer, n / 30) for n, answer in enumerate(plain)]
@@ -78,8 +78,8 @@ def test_noise_is_calmed(strength: float, calmer: float) -> None:
     assert abs(float(np.mean(calmed[20:])) - 128) < 0.5
 
 
-def test_a_slow_change_arrives_in_full() -> None:
-    """The past is kept in floats: rounded to bytes it would stay away from the answer for ever."""
+def test_a_small_change_is_reached_exactly() -> None:
+    """The past is kept in floats: rounded to bytes, it would never reach the output."""
     smoother = Smoother(0.95)
     smoother(texture(), full(100), 0.0)
     for number in range(1, 300):
@@ -87,7 +87,7 @@ def test_a_slow_change_arrives_in_full() -> None:
     np.testing.assert_array_equal(last, full(101))
 
 
-def test_what_moves_keeps_nothing_and_the_rest_keeps_its_past() -> None:
+def test_only_what_stands_still_keeps_its_past() -> None:
     before, after = texture(), texture()
     after[:12, :16] += 55
     smoother = Smoother(0.9)
@@ -97,7 +97,7 @@ def test_what_moves_keeps_nothing_and_the_rest_keeps_its_past() -> None:
     np.testing.assert_array_equal(smoothed[20:, 24:], 25)
 
 
-def test_the_lamp_is_not_a_movement() -> None:
+def test_a_change_of_brightness_is_not_motion() -> None:
     smoother, scene = Smoother(0.8), texture()
     smoother(scene, full(0), 0.0)
     brighter = np.rint(scene * 1.08).astype(np.uint8)
@@ -113,7 +113,7 @@ def test_nothing_outlives_a_cut(frame: U8) -> None:
     np.testing.assert_array_equal(smoother(frame, answer, 10 / 30), answer)
 
 
-def test_places_alike_by_chance_do_not_outlive_a_cut_either() -> None:
+def test_places_alike_by_chance_do_not_outlive_a_cut() -> None:
     before, after = texture(), texture(1)
     before[:12] = after[:12] = 128
     smoother = Smoother(0.99)
@@ -121,20 +121,20 @@ def test_places_alike_by_chance_do_not_outlive_a_cut_either() -> None:
     np.testing.assert_array_equal(smoother(after, full(3), 1 / 30), full(3))
 
 
-def test_black_frames_are_frames() -> None:
+def test_black_frames_are_smoothed() -> None:
     smoother, black = Smoother(0.5), np.zeros((*SIZE, 3), np.uint8)
     smoother(black, full(0), 0.0)
     np.testing.assert_array_equal(smoother(black, full(100), 1 / 30), full(50))
 
 
-def test_a_pause_is_forgotten() -> None:
+def test_the_past_is_forgotten_after_a_gap() -> None:
     smoother = Smoother(0.99)
     smoother(texture(), full(255), 0.0)
     assert smoother(texture(), full(0), 0.9).min() > 100
     np.testing.assert_array_equal(smoother(texture(), full(0), 2.0), full(0))
 
 
-def test_another_size_begins_anew() -> None:
+def test_another_size_starts_without_a_past() -> None:
     smoother = Smoother(0.99)
     smoother(texture(), full(255), 0.0)
     turned = np.zeros(SIZE[::-1], np.uint8)
@@ -142,7 +142,7 @@ def test_another_size_begins_anew() -> None:
 
 
 @pytest.mark.parametrize("rate", [10, 24, 25, 60, 120])
-def test_the_past_fades_with_time_at_any_frame_rate(rate: int) -> None:
+def test_the_past_decays_with_time_at_any_frame_rate(rate: int) -> None:
     strength, smoother = 0.9, Smoother(0.9)
     smoother(texture(), full(255), 0.0)
     for number in range(1, rate // 2 + 1):
@@ -152,7 +152,7 @@ def test_the_past_fades_with_time_at_any_frame_rate(rate: int) -> None:
 
 
 @pytest.mark.parametrize("step", [0.0, 1e-5, -0.1])
-def test_masks_do_not_freeze_if_the_times_are_broken(step: float) -> None:
+def test_masks_do_not_freeze_if_timestamps_are_broken(step: float) -> None:
     smoother = Smoother(0.85)
     smoother(texture(), full(255), 0.0)
     for number in range(1, 200):
@@ -161,7 +161,7 @@ def test_masks_do_not_freeze_if_the_times_are_broken(step: float) -> None:
 
 
 @given(strengths, pictures, probabilities)
-def test_the_answer_is_the_callers_own(strength: float, image: U8, answer: U8) -> None:
+def test_the_caller_owns_the_output(strength: float, image: U8, answer: U8) -> None:
     smoother = Smoother(strength)
     kept_image, kept_answer = image.copy(), answer.copy()
     first = smoother(image, answer, 0.0)
@@ -173,11 +173,11 @@ def test_the_answer_is_the_callers_own(strength: float, image: U8, answer: U8) -
     np.testing.assert_array_equal(answer, kept_answer)
     second = smoother(image, answer, 1 / 30)
     np.testing.assert_array_equal(second, kept_answer)
-    image[:], answer[:] = 0, 0  # a buffer that its owner uses again
+    image[:], answer[:] = 0, 0  # a buffer that its owner reuses
     np.testing.assert_array_equal(smoother(kept_image, kept_answer, 2 / 30), kept_answer)
 
 
-def test_read_only_and_strided_input_is_taken() -> None:
+def test_read_only_and_strided_input_is_accepted() -> None:
     image, answer = texture()[:, ::-1], texture(2)[..., 1]
     image.flags.writeable = answer.flags.writeable = False
     smoother = Smoother(0.9)
@@ -200,6 +200,6 @@ def test_two_streams_share_nothing() -> None:
 
 
 @pytest.mark.parametrize("strength", [-0.1, 1.0, 2.0, math.nan, math.inf])
-def test_a_strength_out_of_range_is_refused(strength: float) -> None:
+def test_a_strength_out_of_range_is_rejected(strength: float) -> None:
     with pytest.raises(UsageError, match=f"smoothing {strength} must be from 0 to below 1"):
         Smoother(strength)

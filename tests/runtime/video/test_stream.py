@@ -27,7 +27,7 @@ from petseg_runtime.segmenter import Segmenter
 from petseg_runtime.video import stream as stream_module
 from petseg_runtime.video.frame import Frame
 from petseg_runtime.video.sound import Sound
-from petseg_runtime.video.stream import _SOUNDS, POLICIES, Counts, Reading, Segmented, Stream, _Inbox
+from petseg_runtime.video.stream import _MAX_AUDIO_PACKETS, POLICIES, Counts, Reading, Segmented, Stream, _InputQueue
 
 
 def picture(value: int, pixels: str = "gray") -> av.VideoFrame:
@@ -43,7 +43,7 @@ def frame_of(number: int, sound: list[Any] | None = None) -> Frame:
 
 @dataclass
 class Model:
-    """Answers with the red of what it sees; as slow as the test wants."""
+    """Outputs the red channel of its input; as slow as the test wants."""
 
     batch: int = 1
     before: Callable[[], None] = lambda: None
@@ -68,7 +68,7 @@ class Model:
 
 
 class Source:
-    """Frames from a list; remembers who closed it."""
+    """Frames from an iterator; remembers which thread closed it."""
 
     def __init__(self, frames: Iterator[Frame]) -> None:
         self._frames = frames
@@ -118,13 +118,13 @@ def test_results_have_the_frames_pixels_unless_only_the_mask_is_wanted() -> None
     assert segmented.result.probability.shape == (16, 32)
 
 
-def test_a_stride_takes_each_so_many_th_frame_and_numbers_them_anew() -> None:
+def test_a_stride_takes_every_nth_frame_and_renumbers_them() -> None:
     done = list(stream_of([frame_of(n) for n in range(10)], stride=3))
     assert [s.frame.pts for s in done] == [0, 3, 6, 9]
     assert numbers(done) == [0, 1, 2, 3]
 
 
-def test_sound_of_frames_that_a_stride_passes_over_is_kept() -> None:
+def test_audio_of_frames_that_a_stride_skips_is_kept() -> None:
     sounds = [Sound(av.Packet(b"x"), Fraction(n)) for n in range(6)]
     done = list(stream_of([frame_of(n, [sounds[n]]) for n in range(6)], stride=3))
     assert [s.shift for d in done for s in d.frame.sound] == [0, 1, 2, 3]
@@ -137,7 +137,7 @@ def test_it_ends_after_so_many_frames() -> None:
 
 
 @pytest.mark.parametrize("policy", ["latest", "drop-oldest"])
-def test_a_live_source_that_is_too_fast_loses_frames_that_are_counted(policy: str) -> None:
+def test_dropped_frames_of_a_live_source_are_counted(policy: str) -> None:
     begun, all_decoded = threading.Event(), threading.Event()
 
     def frames() -> Iterator[Frame]:
@@ -161,7 +161,7 @@ def test_a_live_source_that_is_too_fast_loses_frames_that_are_counted(policy: st
     assert stream.counts.dropped == 50 - len(done)
 
 
-def test_the_sound_of_a_dropped_frame_goes_on_with_the_next() -> None:
+def test_the_audio_of_a_dropped_frame_is_passed_on() -> None:
     begun, all_decoded = threading.Event(), threading.Event()
     sounds = [Sound(av.Packet(b"x"), Fraction(n)) for n in range(10)]
 
@@ -181,13 +181,13 @@ def test_the_sound_of_a_dropped_frame_goes_on_with_the_next() -> None:
 
 
 @pytest.mark.parametrize("policy", ["latest", "drop-oldest"])
-def test_who_takes_nothing_for_long_gets_the_newest_sound(policy: str) -> None:
-    """An hour of it would be a hundred megabytes."""
-    inbox, packet = _Inbox(policy, 5, Counts()), av.Packet(b"x")
+def test_a_stalled_consumer_gets_the_newest_audio(policy: str) -> None:
+    """An hour of it would take a hundred megabytes."""
+    queue, packet = _InputQueue(policy, 5, Counts()), av.Packet(b"x")
     for number in range(10_000):
-        assert inbox.put(frame_of(number, [Sound(packet, Fraction(number))]))
-    kept = [sound.shift for frame in inbox.take(5) for sound in frame.sound]
-    assert _SOUNDS <= len(kept) < _SOUNDS + 5
+        assert queue.put(frame_of(number, [Sound(packet, Fraction(number))]))
+    kept = [sound.shift for frame in queue.take(5) for sound in frame.sound]
+    assert _MAX_AUDIO_PACKETS <= len(kept) < _MAX_AUDIO_PACKETS + 5
     assert kept == list(range(10_000 - len(kept), 10_000))
 
 
@@ -213,7 +213,7 @@ def test_an_engine_that_fails_ends_the_stream_and_its_threads() -> None:
     assert_no_threads()
 
 
-def test_a_frame_that_cannot_be_converted_is_counted_and_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frame_that_cannot_be_converted_is_counted_and_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     def pixels(self: Frame, *args: Any) -> np.ndarray:
         if self.pts == 1:
             raise UnreadableVideo("frames in odd: cannot be converted")
@@ -225,6 +225,33 @@ def test_a_frame_that_cannot_be_converted_is_counted_and_passed_over(monkeypatch
     assert stream.counts.failed == 1
     assert stream.counts.failure == "frames in odd: cannot be converted"
     assert stream.counts.decoded == stream.counts.delivered + stream.counts.failed
+
+
+@pytest.mark.parametrize("at_full_size", [False, True])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_audio_of_a_frame_that_cannot_be_converted_is_passed_on(
+    monkeypatch: pytest.MonkeyPatch, batch: int, at_full_size: bool
+) -> None:
+    def pixels(self: Frame, *args: Any) -> np.ndarray:
+        if self.pts in (1, 2, 4, 9) and (len(args) == 1) == at_full_size:
+            raise UnreadableVideo("frames in odd: cannot be converted")
+        return np.zeros((8, 8, 3) if len(args) > 1 else (16, 32, 3), np.uint8)
+
+    monkeypatch.setattr(Frame, "pixels", pixels)
+    packets = [Sound(av.Packet(b"x"), Fraction(number)) for number in range(10)]
+    stream = stream_of([frame_of(number, [packets[number]]) for number in range(10)], Model(batch))
+    heard = {segmented.frame.pts: segmented.frame.sound for segmented in stream}
+    assert heard[3] == packets[1:4]
+    assert heard[5] == packets[4:6]
+    assert [packet for sound in heard.values() for packet in sound] == packets[:9]
+    assert stream.rest == packets[9:]
+
+
+def test_a_frame_keeps_its_own_audio_however_much_that_is() -> None:
+    """In a slide show, minutes of audio lie between two frames."""
+    packets = [Sound(av.Packet(b"x"), Fraction(number)) for number in range(2 * _MAX_AUDIO_PACKETS)]
+    (segmented,) = stream_of([frame_of(0, list(packets))])
+    assert segmented.frame.sound == packets
 
 
 def test_stop_delivers_what_was_decoded() -> None:
@@ -240,8 +267,8 @@ def test_stop_delivers_what_was_decoded() -> None:
     assert stream.counts.decoded == stream.counts.delivered == len(done)
 
 
-def test_a_stop_behind_the_end_changes_nothing() -> None:
-    """The source was read to its end, all of it is delivered, and so it was not cut short."""
+def test_a_stop_after_the_end_changes_nothing() -> None:
+    """The source was read to its end and all of it is delivered, so it was not stopped."""
     with stream_of(frame_of(number) for number in range(3)) as stream:
         results = iter(stream)
         done = [next(results)]
@@ -295,8 +322,8 @@ def test_another_thread_may_close_it() -> None:
 
 
 @pytest.mark.timeout(30)
-def test_who_is_told_of_a_sources_state_may_close_it() -> None:
-    """In the thread that reads."""
+def test_a_callback_of_the_reading_thread_may_close_the_stream() -> None:
+    """Closing must not wait for the calling thread."""
     begun = threading.Event()
 
     def frames() -> Iterator[Frame]:
@@ -342,7 +369,7 @@ def test_a_slow_consumer_bounds_what_is_decoded() -> None:
         assert len(decoded) < 20
 
 
-#: Takes one frame of a source without an end, and ends.
+#: Takes one frame of an endless source, and exits.
 LEAVES = """
 import atexit, functools, itertools, sys, threading, time
 from fractions import Fraction
@@ -357,7 +384,7 @@ def infer(images):
     return images[..., 0]
 
 alive = lambda: [thread.name for thread in threading.enumerate() if thread.name == "petseg-engine"]
-atexit.register(lambda: print("at exit", *alive()))  # what is registered first is called last
+atexit.register(lambda: print("at exit", *alive()))  # registered first, called last
 model = SimpleNamespace(
     infer=infer, size=(8, 8), threshold=0.5, cutout_threshold=0.3, certain_share=0.25, min_area=0.0, keep_doubtful=True,
     threads=None, describe=lambda: SimpleNamespace(batch=1),
@@ -371,7 +398,7 @@ print("before", *alive())
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_no_thread_is_in_the_engine_when_python_is_taken_down(policy: str) -> None:
+def test_no_thread_is_in_the_engine_when_python_shuts_down(policy: str) -> None:
     """It would abort the process."""
     done = subprocess.run([sys.executable, "-c", LEAVES, policy], capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout, done.stderr) == (0, "before petseg-engine\nat exit\n", "")
@@ -386,19 +413,19 @@ def test_no_thread_is_in_the_engine_when_python_is_taken_down(policy: str) -> No
     ],
     ids=str,
 )
-def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+def test_values_out_of_range_are_rejected(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong)).replace("smooth", "smoothing")):
         Reading(**wrong)
 
 
-def test_whole_numbers_may_be_numpys() -> None:
+def test_numpy_integers_are_accepted() -> None:
     with stream_of(map(frame_of, range(9)), stride=np.int64(2), max_frames=np.int64(3)) as stream:
         taken = numbers(list(stream))
     assert taken == [0, 1, 2]
-    assert {type(number) for number in taken} == {int}  # which JSON can say
+    assert {type(number) for number in taken} == {int}  # so that JSON can represent them
 
 
-def test_a_source_is_closed_where_its_stream_cannot_start() -> None:
+def test_a_source_is_closed_if_its_stream_cannot_start() -> None:
     class Closed(Model):
         def describe(self) -> Any:
             raise EngineError("the engine is closed")
@@ -411,7 +438,7 @@ def test_a_source_is_closed_where_its_stream_cannot_start() -> None:
 
 
 class Slow(Counts):
-    """Other threads run between the reading of a count and its writing."""
+    """Lets other threads run between the reading of a count and its writing."""
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
@@ -420,8 +447,8 @@ class Slow(Counts):
         return value
 
 
-def test_no_failure_is_lost_though_two_threads_count_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the frames cannot be brought to the model's size, by the engine's thread, and half not to their own."""
+def test_failures_in_two_threads_are_all_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the frames cannot be converted to the model's size, by the engine's thread, and half not to their own."""
 
     def pixels(self: Frame, convert: Any, *size: int) -> np.ndarray:
         if bool(size) == bool(self.pts % 2):
@@ -436,7 +463,7 @@ def test_no_failure_is_lost_though_two_threads_count_them(monkeypatch: pytest.Mo
 
 
 @pytest.mark.timeout(30)
-def test_who_iterates_is_called_while_nothing_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_is_called_by_the_iterating_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_module, "LOOK_UP", 0.01)
     called: list[str] = []
 
@@ -454,7 +481,7 @@ def test_who_iterates_is_called_while_nothing_comes(monkeypatch: pytest.MonkeyPa
     assert set(called) == {threading.current_thread().name}
 
 
-def test_what_had_to_be_decided_of_a_frame_is_noted_in_its_result() -> None:
+def test_notes_of_a_frame_are_in_its_result() -> None:
     hdr = frame_of(1)
     hdr.picture.color_trc = 18
     plain, noted = stream_of([frame_of(0), hdr])
@@ -462,7 +489,7 @@ def test_what_had_to_be_decided_of_a_frame_is_noted_in_its_result() -> None:
     assert [note[:15] for note in noted.result.notes] == ["it is HDR (HLG)"]
 
 
-def test_smoothing_is_one_streams_own() -> None:
+def test_each_stream_has_its_own_smoothing() -> None:
     def frames() -> Iterator[Frame]:
         return (frame_of(100 if n % 2 else 104) for n in range(20))
 
@@ -473,7 +500,7 @@ def test_smoothing_is_one_streams_own() -> None:
     assert again == answers
 
 
-def test_policies_are_named_in_one_place() -> None:
+def test_policies_are_defined_in_one_place() -> None:
     from petseg_runtime.cli.infer import infer
 
     (option,) = (parameter for parameter in infer.params if parameter.name == "policy")
@@ -481,7 +508,7 @@ def test_policies_are_named_in_one_place() -> None:
 
 
 @given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=200))
-def test_percentiles_are_those_of_numpy_to_two_per_cent(values: list[float]) -> None:
+def test_percentiles_match_numpys_to_two_percent(values: list[float]) -> None:
     timings = Timings()
     for value in values:
         timings.add("step", value)
@@ -497,7 +524,7 @@ def test_timings_take_bounded_memory() -> None:
     tracemalloc.start()
     try:
         for value in values:
-            timings.add("step", value + 1e-9)  # a number of its own: who keeps it takes memory
+            timings.add("step", value + 1e-9)  # a distinct number, so that keeping it takes memory
         taken, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
