@@ -189,11 +189,8 @@ def _source(name: str, url: str, run: Run, script: list[Event], begun: float, fo
     mine = [(at, e) for at, e in states if e["input"] == url]
     report = next((e for e in run.events if e["event"] == "video" and e["input"] == url), None)
     live = [at for at, e in mine if e["state"] == "live"]
-    back = [
-        round(next((at for at in live if at > event.at), float("nan")) - event.at, 2)
-        for event in script
-        if event.source == name and event.what in ("start", "thaw")
-    ]
+    restarts = [event.at for event in script if event.source == name and event.what in ("start", "thaw")]
+    back = [next((round(at - restart, 2) for at in live if at > restart), None) for restart in restarts]
     about = {
         "source": name,
         "states": dict(Counter(e["state"] for _, e in mine)),
