@@ -80,9 +80,9 @@ def test_each_call_is_timed() -> None:
     batch = np.zeros((1, 4, 4, 3), np.uint8)
     assert timed(batch).shape == (1, 4, 4)
     timed(batch)
-    told = timed.told()
-    assert len(told["seconds"]) == 2
-    assert min(told["seconds"]) <= told["median"] <= max(told["seconds"])
+    found = timed.as_record()
+    assert len(found["seconds"]) == 2
+    assert min(found["seconds"]) <= found["median"] <= max(found["seconds"])
 
 
 def test_engines_are_told_beside_the_checkpoint_on_the_same_photos() -> None:

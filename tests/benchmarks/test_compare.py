@@ -219,7 +219,7 @@ def test_ratios_that_were_measured_side_by_side_are_counted_apart(tmp_path: Path
     assert [line for line in rows if "side by side" in line] == [f" 1.200  side by side: 3 before, 3.6 now  {row}"]
     told = "ratios that were measured side by side: 3 of 4 within 10 % of each other; the worst:"
     assert ratios == f"{told} 1.200, {row}"
-    assert unknown == "4 of 4 figures could not be judged: fewer than 5 times, or none of single rounds"
+    assert unknown == "4 of 4 figures could not be judged: fewer than 5 times, or no values of single rounds"
     found = json.loads(run(tmp_path, old, new, "--json").stdout)
     assert {ratio["what"]: (ratio["old"], ratio["new"]) for ratio in found["ratios"]} == {
         row: (3.0, pytest.approx(3.6)),
@@ -331,9 +331,9 @@ def test_folders_are_compared_record_by_record(tmp_path: Path) -> None:
     done = CliRunner().invoke(compare.compare, [old, new])
     assert done.exit_code == 1
     assert done.stderr.splitlines() == [
-        "left out: soak of different work: minutes: 30 before, 5 now",
+        "skipped: soak of different work: minutes: 30 before, 5 now",
         "video: the machine itself is 30 % slower: 100 GFLOP/s before, 70 now",
-        "not measured anew: ours",
+        "not in NEW: ours",
     ]
     slower = [line.split("slower  ")[1] for line in done.stdout.splitlines() if "slower  " in line]
     assert slower == [f"video rows openvino mask seconds {kind}" for kind in ("command", "loop")]
