@@ -104,7 +104,7 @@ def rest() -> None:
 
 
 def others() -> float:
-    """Return the CPU seconds that all others, the host included, took of this process's cores since boot; 0: unknown."""
+    """Return the CPU seconds that others, the host included, took of this process's cores since boot; 0: unknown."""
     path = Path("/proc/stat")
     if not path.exists():
         return 0.0

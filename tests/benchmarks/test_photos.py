@@ -45,5 +45,5 @@ def test_chosen_ones_are_from_all_over_the_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ask", [photos.training_set, photos.original_size, photos.of_any_use, photos.test_sets])
 def test_without_photos_the_remedy_is_told(tmp_path: Path, ask: object) -> None:
     assert callable(ask)
-    with pytest.raises(SystemExit, match=r"holds no oxford-iiit-pet: run `petseg data download"):
+    with pytest.raises(SystemExit, match=r"contains no oxford-iiit-pet; run `petseg data download"):
         ask(tmp_path)
