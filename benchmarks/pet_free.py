@@ -125,7 +125,7 @@ def pictures_in(path: PurePosixPath, content: bytes) -> Iterator[tuple[str, byte
 
 
 def resources(content: bytes) -> Iterator[bytes]:
-    """Yield the items of a Qt resource file: after a header of offsets, each as its length (uint32, big endian) and bytes."""
+    """Yield a Qt resource file's items: after a header of offsets, each as length (uint32, big endian) and bytes."""
     tree, data, names = struct.unpack(">III", content[8:20])
     at, end = data, min(start for start in (tree, names, len(content)) if start > data)
     while at + 4 <= end:

@@ -1,8 +1,8 @@
-"""``python -m benchmarks shown``: what ``petseg infer`` shows of the network's answers, beside all that they say.
+"""``python -m benchmarks shown``: how dropping low-confidence regions, as ``petseg infer`` does, changes the metrics.
 
-Regions in which the model is sure of no pixel are left out (:func:`petseg_runtime.regions.without_doubtful`). What that
-gains and costs is told of the test photos, on the same answers of the checkpoint in PyTorch; its three numbers were
-chosen on the validation photos, of which the record has the alternatives, one number changed at a time.
+Regions without a near-certain pixel are dropped (:func:`petseg_runtime.regions.without_doubtful`). The gain and the
+cost are measured on the test photos, with the same outputs of the checkpoint in PyTorch. The three constants of the
+rule were chosen on the validation photos, for which the record has the alternatives, one constant changed at a time.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ from petseg.evaluate import U8, Evaluation, OpenedModel, Run, as_shown, evaluate
 from petseg.metrics import Border
 from petseg_runtime import regions
 
-#: What else each number of the rule might be.
+#: Alternative values of each constant of the rule.
 ALTERNATIVES: Final[Mapping[str, Sequence[float]]] = {
     "CERTAIN": (205, 230, 242, 253),
     "DOUBTFUL": (13, 38, 102, 153),
     "EDGE": (1 / 128, 1 / 64, 1 / 16, 1 / 8),
 }
-#: A change of a photo's IoU that counts.
+#: A photo counts as better or worse if its IoU changes by more than this.
 MUCH: Final = 0.01
 
 
 @click.command()
-@click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
+@click.option(
+    "--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="Folder of the data sets."
+)
 def shown(data: Path) -> None:
-    """What leaving doubtful regions out gains and costs."""
+    """Measure what dropping low-confidence regions gains and costs."""
     thresholds = thresholds_of(data)
     with open_model(CHECKPOINT, "cpu") as model:
         validation = find(photos.training_set(data), Split.VAL)
@@ -60,7 +62,7 @@ def shown(data: Path) -> None:
 
 
 def answered(model: OpenedModel, pairs: Sequence[Pair]) -> Callable[[Callable[[Run], Run]], Evaluation]:
-    """Asks a model about photos once; gives what measures its answers, changed as asked for."""
+    """Run a model on photos once; return a function that evaluates its outputs after a given change."""
     answers: list[U8] = []
 
     def kept(batch: U8) -> U8:
@@ -79,7 +81,7 @@ def answered(model: OpenedModel, pairs: Sequence[Pair]) -> Callable[[Callable[[R
 
 
 def variants(measured: Callable[[Callable[[Run], Run]], Evaluation]) -> dict[str, Evaluation]:
-    """Each alternative of each number, the others as they are."""
+    """Evaluate each alternative of each constant, with the other constants unchanged."""
     found = {}
     for name, values in ALTERNATIVES.items():
         for value in values:
@@ -89,6 +91,6 @@ def variants(measured: Callable[[Callable[[Run], Run]], Evaluation]) -> dict[str
 
 
 def changes(alone: Evaluation, seen: Evaluation, threshold: float) -> dict[str, int]:
-    """How many photos' IoU, with the border left out, got better or worse by more than a point."""
+    """Count the photos whose IoU, with the border ignored, rose or fell by more than a point."""
     change = seen.image_ious(threshold, Border.IGNORED) - alone.image_ious(threshold, Border.IGNORED)
     return {"better": int((change > MUCH).sum()), "worse": int((change < -MUCH).sum())}

@@ -32,7 +32,7 @@ def test_of_a_curve_that_goes_up_and_down_no_bend_is_told() -> None:
     measured = [140.0, 144.0, 185.0, 242.0, 164.0, 126.0, 121.0]
     found = scaling.bend(list(zip((96, 128, 160, 192, 256, 320, 384), measured, strict=True)), "size", "ns a pixel")
     assert (found["falls_until"], found["rises_from"]) == (None, None)
-    assert "between 121 and 242 ns a pixel: no bend to be told" in found["statement"]
+    assert "between 121 and 242 ns a pixel: no clear bend" in found["statement"]
 
 
 def test_a_curve_is_told_by_pixel_or_by_photo() -> None:

@@ -71,7 +71,7 @@ def test_a_few_photos_are_a_data_folder(tmp_path: Path) -> None:
     assert [len(part) for part in parts] == [19, 1]
     names = {int(pair.name.removeprefix("cat_")) for part in parts for pair in part}
     assert names == set(range(0, 40, 2)), "of all breeds"
-    with pytest.raises(SystemExit, match="has 40 photos for training; 41 are needed"):
+    with pytest.raises(SystemExit, match="has 40 photos for training, 41 are needed"):
         training.few(data, tmp_path / "more", 41)
 
 
