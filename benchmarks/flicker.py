@@ -414,7 +414,7 @@ def milliseconds(clip: Clip) -> float:
 @click.option(
     "--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="Folder of the data sets."
 )
-@click.option("--photos", type=int, default=14, show_default=True, help="Photos of each half.")
+@click.option("--photos", type=click.IntRange(1), default=14, show_default=True, help="Photos of each half.")
 def flicker(data: Path, photos: int) -> None:
     """Measure how much --smooth reduces flicker, and what it costs where something moves."""
     halves: dict[str, Any] = {}

@@ -97,7 +97,7 @@ class Group:
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder of the data sets.")
 @click.option("--pet-free", type=click.Path(path_type=Path), help="Photos without cats and dogs: KIND/SOURCE/NAME.jpg.")
 def found(data: Path, pet_free: Path | None) -> None:
-    """Measure how often ``found`` is wrong on photos with and without a pet."""
+    """Measure how often `Segmentation.found` is wrong on photos with and without a pet."""
     with Segmenter(threads=1) as segmenter:
         halves = [
             [*labelled(segmenter, data, parts), *(whole(segmenter, pet_free, half) if pet_free else ())]

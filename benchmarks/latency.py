@@ -144,8 +144,8 @@ class Opened:
     "--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="Folder of the data sets."
 )
 @click.option("--int8", type=click.Path(path_type=Path), help="The shipped model in int8.  [default: exported here]")
-@click.option("--rounds", type=int, default=11, show_default=True, help="Turns of each engine.")
-@click.option("--threads", type=int, default=usable_cpus(), help="CPU threads.  [default: all]")
+@click.option("--rounds", type=click.IntRange(1), default=11, show_default=True, help="Turns of each engine.")
+@click.option("--threads", type=click.IntRange(1), default=usable_cpus(), help="CPU threads.  [default: all]")
 @click.option("--compile/--no-compile", "compiled", default=True, help="Measure torch.compile (30 s a network).")
 @click.option("--family/--no-family", default=True, help="Measure the networks that do not ship.")
 @click.option("--output", type=click.Path(path_type=Path), help="Path of the record.  [default: among the results]")

@@ -44,8 +44,12 @@ ROUNDS: Final = 5
 @click.option(
     "--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="Folder of the data sets."
 )
-@click.option("--photos", type=int, default=200, show_default=True, help="Photos whose masks are compared.")
-@click.option("--timed", type=int, default=6, show_default=True, help="How many of these photos are also timed.")
+@click.option(
+    "--photos", type=click.IntRange(1), default=200, show_default=True, help="Photos whose masks are compared."
+)
+@click.option(
+    "--timed", type=click.IntRange(1), default=6, show_default=True, help="How many of these photos are also timed."
+)
 def reduced(data: Path, photos: int, timed: int) -> None:
     """Compare masks from JPEGs decoded at 1/2, 1/4 and 1/8, and measure the time that this saves."""
     paths, rows = chosen(data, photos), []

@@ -53,8 +53,14 @@ class Point(NamedTuple):
 
 
 @click.command()
-@click.option("--rounds", type=int, default=11, show_default=True, help="Turns of each size, batch and thread count.")
-@click.option("--clip-rounds", type=int, default=2, show_default=True, help="Runs of each clip.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    default=11,
+    show_default=True,
+    help="Turns of each size, batch and thread count.",
+)
+@click.option("--clip-rounds", type=click.IntRange(1), default=2, show_default=True, help="Runs of each clip.")
 def scaling(rounds: int, clip_rounds: int) -> None:
     """Measure cost by image size, batch size and threads, and memory by video length; find where the curves bend."""
     spec = open_artifact(default_model()).spec

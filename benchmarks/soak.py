@@ -1,8 +1,8 @@
 """Soak test of live sources: half an hour of scripted disconnects, freezes and size changes, with memory monitoring.
 
-One `petseg infer` reads an RTSP, a UDP and an HTTP stream at once, and writes segmented overlay videos. The servers run
-on the same machine. The RTSP and HTTP servers are killed and restarted; RTSP is frozen once; UDP loses one packet in a
-hundred, and its frame size changes three times. The results are reported, good or bad.
+One `petseg infer` reads an RTSP, a UDP and an HTTP stream at once, and writes overlay videos in segments. The servers
+run on the same machine. The RTSP and HTTP servers are killed and restarted; RTSP is frozen once; UDP loses one packet
+in a hundred, and its frame size changes three times. The results are reported, good or bad.
 """
 
 from __future__ import annotations

@@ -62,8 +62,10 @@ ROUNDS: Final = 20
 @click.option(
     "--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="Folder of the data sets."
 )
-@click.option("--photos", type=int, default=200, show_default=True, help="Photos to make frames from.")
-@click.option("--timed", type=int, default=6, show_default=True, help="How many of these photos are also timed.")
+@click.option("--photos", type=click.IntRange(1), default=200, show_default=True, help="Photos to make frames from.")
+@click.option(
+    "--timed", type=click.IntRange(1), default=6, show_default=True, help="How many of these photos are also timed."
+)
 def video_road(data: Path, photos: int, timed: int) -> None:
     """Compare masks of frames that FFmpeg scales from YUV to the model's size with those by RGB and Pillow."""
     paths, rows = chosen(data, photos), []
