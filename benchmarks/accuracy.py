@@ -61,9 +61,7 @@ COMPUTED: Final = (
 
 
 @click.command()
-@click.option(
-    "--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="Folder of the data sets."
-)
+@folders.data_option
 @click.option(
     "--int8", type=click.Path(path_type=Path, exists=True), help="The model in int8.  [default: exported here]"
 )

@@ -33,7 +33,7 @@ from PIL import Image, ImageOps
 
 from benchmarks import records
 from benchmarks.found import crops
-from benchmarks.photos import original_size
+from benchmarks.photos import data_option, original_size
 from petseg.data import Pair, Split, find, read_pair
 from petseg.metrics import BORDER, PET
 from petseg_runtime import Segmenter
@@ -411,9 +411,7 @@ def milliseconds(clip: Clip) -> float:
 
 
 @click.command()
-@click.option(
-    "--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="Folder of the data sets."
-)
+@data_option
 @click.option("--photos", type=click.IntRange(1), default=14, show_default=True, help="Photos of each half.")
 def flicker(data: Path, photos: int) -> None:
     """Measure how much --smooth reduces flicker, and what it costs where something moves."""

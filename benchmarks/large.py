@@ -20,7 +20,7 @@ from typing import Any, Final
 import click
 
 from benchmarks import records
-from benchmarks.photos import chosen
+from benchmarks.photos import chosen, data_option
 from benchmarks.processes import first_to_last, seconds_of
 from benchmarks.reduced import enlarged
 
@@ -52,9 +52,7 @@ KINDS: Final = (
 
 
 @click.command()
-@click.option(
-    "--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="Folder of the data sets."
-)
+@data_option
 @click.option("--photos", type=click.IntRange(2), default=12, show_default=True, help="Photos in the folder.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each kind of result.")
 def large(data: Path, photos: int, rounds: int) -> None:

@@ -140,9 +140,7 @@ class Opened:
 
 
 @click.command()
-@click.option(
-    "--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="Folder of the data sets."
-)
+@photos.data_option
 @click.option("--int8", type=click.Path(path_type=Path), help="The shipped model in int8.  [default: exported here]")
 @click.option("--rounds", type=click.IntRange(1), default=11, show_default=True, help="Turns of each engine.")
 @click.option("--threads", type=click.IntRange(1), default=usable_cpus(), help="CPU threads.  [default: all]")

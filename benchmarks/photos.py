@@ -13,10 +13,15 @@ import sys
 from pathlib import Path
 from typing import Final, NoReturn
 
+import click
 import numpy as np
 
 OFFICIAL: Final = "oxford-iiit-pet"
 COPIES, NATIVE, EXTRA, BEST = (f"{OFFICIAL}-{part}" for part in ("128", "native", "extra-images", "best"))
+#: The option of the commands that run on these photos.
+data_option: Final = click.option(
+    "--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="Folder of the data sets."
+)
 #: Description of each folder's test photos, which is its key in records.
 TEST_SETS: Final = {
     COPIES: "3000 of 3669 test images, 128×128 copies",

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks import records
-from benchmarks.photos import chosen
+from benchmarks.photos import chosen, data_option
 from petseg_runtime import Segmenter, images
 from petseg_runtime.parity import mask_iou
 from petseg_runtime.spec import lowest_pet
@@ -41,9 +41,7 @@ ROUNDS: Final = 5
 
 
 @click.command()
-@click.option(
-    "--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="Folder of the data sets."
-)
+@data_option
 @click.option(
     "--photos", type=click.IntRange(1), default=200, show_default=True, help="Photos whose masks are compared."
 )

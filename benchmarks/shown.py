@@ -35,9 +35,7 @@ MUCH: Final = 0.01
 
 
 @click.command()
-@click.option(
-    "--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="Folder of the data sets."
-)
+@photos.data_option
 def shown(data: Path) -> None:
     """Measure what dropping low-confidence regions gains and costs."""
     thresholds = thresholds_of(data)

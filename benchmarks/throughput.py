@@ -20,7 +20,7 @@ from typing import Any, Final
 import click
 
 from benchmarks import records
-from benchmarks.photos import of_any_use
+from benchmarks.photos import data_option, of_any_use
 from benchmarks.processes import first_to_last, seconds_of
 from petseg_runtime import Segmenter
 from petseg_runtime.host import usable_cpus
@@ -49,9 +49,7 @@ with Segmenter(backend=backend) as segmenter:
 
 
 @click.command()
-@click.option(
-    "--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="Folder of the data sets."
-)
+@data_option
 @click.option("--photos", type=click.IntRange(2), default=100, show_default=True, help="Photos in the folder.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Runs of each.")
 def throughput(data: Path, photos: int, rounds: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Final
 import click
 
 from benchmarks import records
-from benchmarks.photos import training_set
+from benchmarks.photos import data_option, training_set
 from petseg import log, recipes
 from petseg.device import pick_device
 
@@ -68,9 +68,7 @@ GPU_RUNS: Final = (
 
 
 @click.command()
-@click.option(
-    "--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="Folder of the data sets."
-)
+@data_option
 @click.option(
     "--epochs",
     type=click.IntRange(min=2),

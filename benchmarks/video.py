@@ -30,7 +30,7 @@ from benchmarks import records
 from benchmarks.peers import environments
 from benchmarks.peers.contenders import MODELS
 from benchmarks.peers.pipeline import make_models
-from benchmarks.photos import original_size
+from benchmarks.photos import data_option, original_size
 from benchmarks.processes import seconds_of
 from petseg_runtime import Segmenter
 from petseg_runtime.sources import find_photos
@@ -68,9 +68,7 @@ with Segmenter(backend=backend) as segmenter, av.open(clip) as source, av.open(o
 
 
 @click.command()
-@click.option(
-    "--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="Folder of the data sets."
-)
+@data_option
 @click.option("--seconds", type=click.IntRange(1), default=4, show_default=True, help="Length of the clip.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Runs beside the plain loops.")
 def video(data: Path, seconds: int, rounds: int) -> None:

@@ -22,7 +22,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from PIL import Image, ImageOps
 
 from benchmarks import records
-from benchmarks.photos import chosen
+from benchmarks.photos import chosen, data_option
 from petseg_runtime import Segmenter, images
 from petseg_runtime.parity import mask_iou
 from petseg_runtime.spec import lowest_pet
@@ -59,9 +59,7 @@ ROUNDS: Final = 20
 
 
 @click.command(name="video-road")
-@click.option(
-    "--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True, help="Folder of the data sets."
-)
+@data_option
 @click.option("--photos", type=click.IntRange(1), default=200, show_default=True, help="Photos to make frames from.")
 @click.option(
     "--timed", type=click.IntRange(1), default=6, show_default=True, help="How many of these photos are also timed."
