@@ -162,14 +162,14 @@ class Clip:
         group: ``still``, ``hand-held``, ``moving`` or ``cut``.
         name: A key of CLIPS.
         images: uint8 [frames, h, w, 3].
-        answers: uint8 [frames, h, w], the model's outputs.
+        outputs: uint8 [frames, h, w], the model's outputs.
         truth: uint8 [frames, h, w]: 255 pet, 0 background, between: border.
     """
 
     group: str
     name: str
     images: U8
-    answers: U8
+    outputs: U8
     truth: U8
 
 
@@ -260,9 +260,9 @@ class Measure:
 
 def measure(clip: Clip, smoothed: U8, lowest_pet: float) -> Measure:
     """Compute :class:`Measure` for masks without low-confidence regions, which `petseg infer` drops in each frame."""
-    residue = int(np.abs(smoothed[len(smoothed) // 2].astype(int) - clip.answers[len(smoothed) // 2]).max())
-    smoothed, answers = (np.stack([without_doubtful(one) for one in each]) for each in (smoothed, clip.answers))
-    masks, plain = smoothed >= lowest_pet, answers >= lowest_pet
+    residue = int(np.abs(smoothed[len(smoothed) // 2].astype(int) - clip.outputs[len(smoothed) // 2]).max())
+    smoothed, outputs = (np.stack([without_doubtful(one) for one in each]) for each in (smoothed, clip.outputs))
+    masks, plain = smoothed >= lowest_pet, outputs >= lowest_pet
     pet, known = clip.truth >= 250, (clip.truth >= 250) | (clip.truth <= 5)
     steady = np.ones_like(known[1:]) if clip.group == "still" else known[1:] & known[:-1] & (pet[1:] == pet[:-1])
     change = np.abs(smoothed[1:].astype(np.int16) - smoothed[:-1])[steady]
@@ -277,8 +277,8 @@ def measure(clip: Clip, smoothed: U8, lowest_pet: float) -> Measure:
 
 def smooth(clip: Clip, smoother: Smoothing, rate: float = RATE) -> U8:
     """Return a clip's outputs smoothed, uint8 [frames, h, w]."""
-    pairs = zip(clip.images, clip.answers, strict=True)
-    return np.stack([smoother(image, answer, frame / rate) for frame, (image, answer) in enumerate(pairs)])
+    pairs = zip(clip.images, clip.outputs, strict=True)
+    return np.stack([smoother(image, output, frame / rate) for frame, (image, output) in enumerate(pairs)])
 
 
 class Everywhere:
@@ -358,7 +358,7 @@ def ways(clip: Clip, half: str, lowest_pet: float) -> Iterator[tuple[str, U8, Cl
 
 def slower(clip: Clip, part: int) -> Clip:
     """Keep every ``part``-th frame."""
-    return Clip(clip.group, clip.name, clip.images[::part], clip.answers[::part], clip.truth[::part])
+    return Clip(clip.group, clip.name, clip.images[::part], clip.outputs[::part], clip.truth[::part])
 
 
 Rows: TypeAlias = dict[str, dict[str, list[Measure]]]
@@ -403,9 +403,9 @@ def milliseconds(clip: Clip) -> float:
     """Return the median milliseconds of smoothing one frame."""
     smoother, taken = smoothing.Smoother(RECOMMENDED), []
     for round_ in range(10):
-        for frame, (image, answer) in enumerate(zip(clip.images, clip.answers, strict=True)):
+        for frame, (image, output) in enumerate(zip(clip.images, clip.outputs, strict=True)):
             start = time.perf_counter()
-            smoother(image, answer, round_ + frame / RATE)
+            smoother(image, output, round_ + frame / RATE)
             taken.append(1000 * (time.perf_counter() - start))
     return median(taken)
 

@@ -168,7 +168,7 @@ def latency(
                 failed += [f"{group['name']}: {reason}" for reason in reasons]
     first, *others = groups
     del first["name"]  # so that its rows keep their names in older records, for `compare`
-    peaks = {kind: roofline.told(values) for kind, values in rates.items()}
+    peaks = {kind: roofline.as_rows(values) for kind, values in rates.items()}
     rest = {"threads": threads, "percentiles": PERCENTILES, "matmul_peaks": peaks, "not_measured": failed}
     command = f"python -m benchmarks latency --data DATA --rounds {rounds}"
     options = {"--int8 FILE": int8, "--no-compile": not compiled, "--no-family": not family}

@@ -151,8 +151,8 @@ def best(rates: Mapping[Matmul, Sequence[float]]) -> dict[str, Sequence[float]]:
     return {m.precision: values for m, values in rates.items() if median(values) == fastest[m.precision]}
 
 
-def told(rates: Mapping[Matmul, Sequence[float]]) -> list[dict[str, Any]]:
-    """Return a row of the record for each library and precision."""
+def as_rows(rates: Mapping[Matmul, Sequence[float]]) -> list[dict[str, Any]]:
+    """Return the record's rows, one for each library and precision."""
     return [
         {
             "name": f"{matmul.library} {matmul.precision}",

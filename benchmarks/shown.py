@@ -41,12 +41,12 @@ def shown(data: Path) -> None:
     thresholds = thresholds_of(data)
     with open_model(CHECKPOINT, "cpu") as model:
         validation = find(photos.training_set(data), Split.VAL)
-        replayed = answered(model, validation)
-        chosen = {"alone": replayed(lambda run: run), "shown": replayed(as_shown), **variants(replayed)}
+        evaluated = evaluator(model, validation)
+        chosen = {"alone": evaluated(lambda run: run), "shown": evaluated(as_shown), **variants(evaluated)}
         sets = {}
         for what, root in photos.test_sets(data).items():
-            replayed = answered(model, find(root, Split.TEST))
-            alone, seen = replayed(lambda run: run), replayed(as_shown)
+            evaluated = evaluator(model, find(root, Split.TEST))
+            alone, seen = evaluated(lambda run: run), evaluated(as_shown)
             both = all_thresholds({"alone": alone, "shown": seen}, thresholds)
             sets[what] = {"photos": len(alone.names), **both, **changes(alone, seen, thresholds["ignored_border"])}
         values = {
@@ -59,19 +59,19 @@ def shown(data: Path) -> None:
     click.echo(records.write("shown", "python -m benchmarks shown --data DATA", values))
 
 
-def answered(model: OpenedModel, pairs: Sequence[Pair]) -> Callable[[Callable[[Run], Run]], Evaluation]:
+def evaluator(model: OpenedModel, pairs: Sequence[Pair]) -> Callable[[Callable[[Run], Run]], Evaluation]:
     """Run a model on photos once; return a function that evaluates its outputs after a given change."""
-    answers: list[U8] = []
+    outputs: list[U8] = []
 
     def kept(batch: U8) -> U8:
         found = model.run(batch)
-        answers.extend(found)
+        outputs.extend(found)
         return found
 
     evaluate(kept, pairs, model.height, model.width)
 
     def measured(change: Callable[[Run], Run]) -> Evaluation:
-        replayed = iter(answers)
+        replayed = iter(outputs)
         run = change(lambda batch: np.stack([next(replayed) for _ in batch]))
         return evaluate(run, pairs, model.height, model.width)
 

@@ -105,8 +105,8 @@ def one(folder: Path, scratch: Path, kind: str, backend: str, rounds: int) -> di
         "ratio_to_loop": median(ratios),
         "ratio_to_loop_each": ratios,
     }
-    told = {name: row[name] for name in ("photos_per_second", "allowed_by_steps", "share_of_allowed", "ratio_to_loop")}
-    click.echo(f"{kind} {backend}: {told}", err=True)
+    about = {name: row[name] for name in ("photos_per_second", "allowed_by_steps", "share_of_allowed", "ratio_to_loop")}
+    click.echo(f"{kind} {backend}: {about}", err=True)
     return row
 
 

@@ -100,7 +100,7 @@ def test_the_peak_of_a_precision_is_that_of_the_fastest_library() -> None:
     rates = {one: [1.0, 9.0, 2.0], two: [3.0, 3.0, 1.0], three: [7.0, 8.0, 9.0]}
     assert roofline.peaks(rates) == {"f32": 3.0, "bf16": 8.0}
     assert roofline.best(rates) == {"f32": rates[two], "bf16": rates[three]}
-    assert [row["name"] for row in roofline.told(rates)] == ["one f32", "two f32", "two bf16"]
+    assert [row["name"] for row in roofline.as_rows(rates)] == ["one f32", "two f32", "two bf16"]
 
 
 def test_every_library_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
