@@ -24,7 +24,7 @@ def test_every_command_is_found_under_its_name() -> None:
 
 
 def test_a_command_does_not_import_what_others_need() -> None:
-    """A machine that is lent may lack PyAV, for one."""
+    """A machine that we are lent may lack PyAV, for example."""
     code = "import sys; sys.argv[1:] = ['training', '--help']; sys.modules['av'] = None; import runpy; "
     code += "runpy.run_module('benchmarks', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""What a folder's steps allow, and rates from the first file to the last."""
+"""The bound set by the steps, and rates from the first file to the last."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from benchmarks import processes, throughput, video
 
 
-def test_the_slowest_step_or_the_cores_are_what_allows_the_least() -> None:
+def test_the_bound_is_set_by_the_slowest_step_or_the_cores() -> None:
     allowed = throughput.allowed
     steps = {"read": {"seconds": 0.002, "cpu_seconds": 0.004}, "infer": {"seconds": 0.01, "cpu_seconds": 0.006}}
     assert allowed(steps, 2) == pytest.approx(100)  # infer's 10 ms
