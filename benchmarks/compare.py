@@ -225,7 +225,7 @@ def comparison(old: Sequence[Records], new: Records) -> Comparison:
         said[f"not in NEW: {', '.join(sorted(missing))}"] = None
     kept_old, kept_new = [without(records, {*refused, *missing}) for records in old], without(new, refused)
     changes, ratios = changes_of(kept_old, kept_new), ratios_of(kept_old, kept_new)
-    return Comparison(changes, ratios, gone_from(kept_old, kept_new), list(said), list(refused.values()))
+    return Comparison(changes, ratios, missing_from(kept_old, kept_new), list(said), list(refused.values()))
 
 
 def without(records: Records, names: Container[str]) -> Records:
@@ -266,7 +266,7 @@ def alike(ratio: float) -> bool:
     return ratio > 0 and max(ratio, 1 / ratio) <= 1 + ALIKE
 
 
-def gone_from(old: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> list[str]:
+def missing_from(old: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> list[str]:
     """Return the times and ratios that every OLD has and NEW lacks."""
 
     def figures(record: Mapping[str, Any]) -> dict[str, None]:

@@ -179,16 +179,16 @@ def clips(segmenter: Segmenter, scene: Scene, seed: int) -> Iterator[Clip]:
     for name, (group, shot, sigma, flicker, crf) in CLIPS.items():
         rng = np.random.default_rng([seed, len(name), ord(name[0])])
         shots = [shot(scene, frame) for frame in range(FRAMES)]
-        frames = [_lit(picture, sigma, flicker, rng) for picture, _ in shots]
+        frames = [_with_noise(picture, sigma, flicker, rng) for picture, _ in shots]
         if crf is not None:
-            frames = _coded(frames, crf)
+            frames = _encoded(frames, crf)
         small = [frame.resize((width, height), Image.Resampling.BILINEAR) for frame in frames]
         truth = [value.resize((width, height), Image.Resampling.BILINEAR) for _, value in shots]
         images = np.stack([np.asarray(frame) for frame in small])
         yield Clip(group, name, images, segmenter.infer(images), np.stack([np.asarray(value) for value in truth]))
 
 
-def _lit(picture: Image.Image, sigma: float, flicker: float, rng: np.random.Generator) -> Image.Image:
+def _with_noise(picture: Image.Image, sigma: float, flicker: float, rng: np.random.Generator) -> Image.Image:
     """Add a sensor's noise, and a gain that changes from frame to frame."""
     pixels = np.asarray(picture)
     start = int(rng.integers(len(_BANK) - pixels.size))
@@ -197,7 +197,7 @@ def _lit(picture: Image.Image, sigma: float, flicker: float, rng: np.random.Gene
     return Image.fromarray(np.rint(lit).clip(0, 255).astype(np.uint8))
 
 
-def _coded(frames: list[Image.Image], crf: int) -> list[Image.Image]:
+def _encoded(frames: list[Image.Image], crf: int) -> list[Image.Image]:
     """Encode the frames in H.264 and decode them, with a keyframe each half second, which adds to the flicker."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as sink:

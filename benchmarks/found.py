@@ -100,7 +100,7 @@ def found(data: Path, pet_free: Path | None) -> None:
     """Measure how often `Segmentation.found` is wrong on photos with and without a pet."""
     with Segmenter(threads=1) as segmenter:
         halves = [
-            [*labelled(segmenter, data, parts), *(whole(segmenter, pet_free, half) if pet_free else ())]
+            [*labelled(segmenter, data, parts), *(whole_photos(segmenter, pet_free, half) if pet_free else ())]
             for half, parts in enumerate((CHOOSE, REPORT))
         ]
         share = segmenter.artifact.spec.certain_share
@@ -126,11 +126,11 @@ def labelled(segmenter: Segmenter, data: Path, parts: Parts) -> Iterator[Group]:
     """Run the model on these parts of the data set, and on their pet-free crops."""
     for source, (folder, split) in parts.items():
         pairs = find(data / folder, split)
-        yield asked(segmenter, "pets", source, ((pair.name, pair.image) for pair in pairs))
-        yield asked(segmenter, "crops", source, (crop for pair in pairs for crop in crops(pair)))
+        yield group_of(segmenter, "pets", source, ((pair.name, pair.image) for pair in pairs))
+        yield group_of(segmenter, "crops", source, (crop for pair in pairs for crop in crops(pair)))
 
 
-def whole(segmenter: Segmenter, folder: Path, half: int) -> Iterator[Group]:
+def whole_photos(segmenter: Segmenter, folder: Path, half: int) -> Iterator[Group]:
     """Run the model on the photos of a folder KIND/SOURCE/ that belong to one half."""
     for kind in KINDS:
         for source in sorted((folder / kind).iterdir()):
@@ -138,7 +138,7 @@ def whole(segmenter: Segmenter, folder: Path, half: int) -> Iterator[Group]:
             hashes = (hashlib.sha256(f"{source.name}/{name}".encode()).digest() for name, _ in photos)
             mine = [photo for photo, digest in zip(photos, hashes, strict=True) if digest[0] % 2 == half]
             if mine:
-                yield asked(segmenter, kind, source.name, mine)
+                yield group_of(segmenter, kind, source.name, mine)
 
 
 def crops(pair: Pair) -> Iterator[tuple[str, ImageSource]]:
@@ -159,7 +159,7 @@ def crops(pair: Pair) -> Iterator[tuple[str, ImageSource]]:
             yield f"{pair.name}, {side}", strip
 
 
-def asked(segmenter: Segmenter, kind: str, source: str, photos: Iterable[tuple[str, ImageSource]]) -> Group:
+def group_of(segmenter: Segmenter, kind: str, source: str, photos: Iterable[tuple[str, ImageSource]]) -> Group:
     """Run the model on photos, given as (name, photo)."""
     names, histograms, answers = [], [], []
     for name, photo in photos:

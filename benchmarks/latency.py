@@ -488,7 +488,7 @@ def measure(
         counted = work.get(case.stored, work["fp32"])
         figures = row(times, pytorch.get(case.device), counted, start["precision"], peak)
         rows.append({"name": case.name, "device": case.device, **start, **figures})
-        say(rows[-1])
+        print_row(rows[-1])
     name = f"{about['model']}, {height}x{width}, batch {batch}"
     what = {"name": name, "batch": batch, **about, "operations": sum(work["fp32"].values())}
     what |= {"turns": rounds * len(rows), "disturbed_turns": taken.disturbed}
@@ -584,7 +584,7 @@ def row(
     }
 
 
-def say(found: Mapping[str, Any]) -> None:
+def print_row(found: Mapping[str, Any]) -> None:
     share, faster = found["share_of_matmul_peak"], found["times_faster_than_pytorch"]
     start = f", load {found['load_ms']:6.0f} ms, {found['memory_mb']:5.0f} MB" if "load_ms" in found else ""
     click.echo(

@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from benchmarks.turns import rest
+from benchmarks.turns import wait_until_idle
 from petseg_runtime.errors import one_line
 
 #: Size of the matrices: large enough for the peak, small enough for the caches.
@@ -126,7 +126,7 @@ class Matmul:
 
     def rate(self, runs: int = 3) -> float:
         """Wait until the process is idle, warm up with one run, and return the median operations per second of some."""
-        rest()
+        wait_until_idle()
         self.run()
         return self.operations / median(_seconds(self.run) for _ in range(runs))
 

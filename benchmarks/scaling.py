@@ -74,7 +74,7 @@ def scaling(rounds: int, clip_rounds: int) -> None:
         by_batch = [Point(spec.height, batch, number) for number in threads for batch in BATCHES]
         curves = [curve for engine in ENGINES for curve in measured(engine, folder, by_size, by_batch, rounds)]
         values = {"model": spec.name, "batch_at_size": spec.height, "curves": curves, "threads": gains(curves)}
-        memory = of_clips(folder, clip_rounds)
+        memory = clip_memory(folder, clip_rounds)
     for name, statement in (*((c["name"], c["bend"]["statement"]) for c in curves), ("memory", memory["statement"])):
         click.echo(f"{name}: {statement}", err=True)
     command = f"python -m benchmarks scaling --rounds {rounds} --clip-rounds {clip_rounds}"
@@ -182,7 +182,7 @@ def gains(curves: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 # Memory
 
 
-def of_clips(folder: Path, rounds: int) -> dict[str, Any]:
+def clip_memory(folder: Path, rounds: int) -> dict[str, Any]:
     """Measure the peak memory of `petseg infer CLIP` for clips of several lengths, in turns."""
     for seconds in CLIP_SECONDS:
         make_clip(folder / f"{seconds}.mp4", seconds * CLIP_RATE)

@@ -142,15 +142,15 @@ def alone(folder: Path, output: Path, kind: str, backend: str) -> dict[str, dict
         totals: dict[str, list[float]] = {"read": [0, 0], "infer": [0, 0], "write": [0, 0]}
         for start in range(0, len(items), 100):  # a hundred photos fit into memory
             part = items[start : start + 100]
-            prepared = spent(read, part, workers, totals["read"])
-            answers = spent(lambda p: segmenter.infer(p.image[None])[0], prepared, workers, totals["infer"])
-            spent(write, list(zip(part, prepared, answers, strict=True)), workers, totals["write"])
+            prepared = timed_map(read, part, workers, totals["read"])
+            answers = timed_map(lambda p: segmenter.infer(p.image[None])[0], prepared, workers, totals["infer"])
+            timed_map(write, list(zip(part, prepared, answers, strict=True)), workers, totals["write"])
         for name, (wall, cpu) in totals.items():
             found[name] = {"seconds": wall / len(items), "cpu_seconds": cpu / len(items)}
     return found
 
 
-def spent(function: Callable[[Any], Any], values: Iterable[Any], workers: int, total: list[float]) -> list[Any]:
+def timed_map(function: Callable[[Any], Any], values: Iterable[Any], workers: int, total: list[float]) -> list[Any]:
     """Map a function over values in a thread pool, and add the wall and CPU seconds to ``total``."""
     wall, cpu = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(workers) as pool:

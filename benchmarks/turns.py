@@ -29,10 +29,10 @@ TURN, FEWEST, MOST = 0.15, 2, 50
 #: A turn is disturbed if others took more than this share of the machine. /proc/stat counts hundredths of a second.
 DISTURBED: Final = 0.1
 #: How often a disturbed turn is repeated.
-AGAIN: Final = 1
-#: How :func:`rest` polls: interval in seconds, CPU seconds within it that still count as idle, and the timeout, as a
+REPEATS: Final = 1
+#: How :func:`wait_until_idle` polls: interval in seconds, CPU seconds within it that still count as idle, and timeout: a
 #: process may have a thread that is never idle.
-LOOK, REST, PATIENCE = 0.01, 0.002, 1.0
+POLL, IDLE, TIMEOUT = 0.01, 0.002, 1.0
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def turn(job: Job) -> tuple[list[float], float]:
     """
     run, batch, runs = job
     tries: list[tuple[list[float], float]] = []
-    while not tries or (len(tries) <= AGAIN and tries[-1][1] > DISTURBED):
-        rest()
+    while not tries or (len(tries) <= REPEATS and tries[-1][1] > DISTURBED):
+        wait_until_idle()
         run(batch)
         start, busy = time.perf_counter(), others()
         taken = timed(run, batch, runs)
@@ -93,13 +93,13 @@ def turn(job: Job) -> tuple[list[float], float]:
     return min(tries, key=lambda one: one[1])
 
 
-def rest() -> None:
+def wait_until_idle() -> None:
     """Wait until no thread of this process is running, or the timeout is over."""
-    end = time.perf_counter() + PATIENCE
+    end = time.perf_counter() + TIMEOUT
     while time.perf_counter() < end:
         before = time.process_time()
-        time.sleep(LOOK)
-        if time.process_time() - before < REST:
+        time.sleep(POLL)
+        if time.process_time() - before < IDLE:
             return
 
 

@@ -46,7 +46,7 @@ def test_a_disturbed_turn_is_repeated_and_the_quietest_counts(monkeypatch: pytes
     monkeypatch.setattr(turns, "others", lambda: next(busy))
     monkeypatch.setattr(turns, "timed", lambda run, batch, runs: taken.append(float(len(taken))) or taken[-1:])
     times, share = turns.turn((lambda batch: batch, BATCH, 1))
-    assert len(taken) == 1 + turns.AGAIN
+    assert len(taken) == 1 + turns.REPEATS
     assert times == [1.0]
     assert share > turns.DISTURBED
 
@@ -60,15 +60,15 @@ def test_cpu_time_of_other_processes_is_counted() -> None:
     assert turns.others() - before > 0.2
 
 
-def test_rest_waits_until_the_process_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_until_the_process_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = iter([0.0, 0.01, 0.01, 0.02, 0.02, 0.021, 0.021])  # seconds of CPU, in pairs: a thread spins during two
     monkeypatch.setattr(turns.time, "process_time", lambda: next(looks))
-    turns.rest()
+    turns.wait_until_idle()
     assert len([*looks]) == 1
 
 
-def test_rest_does_not_wait_forever_for_a_busy_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_does_not_wait_forever_for_a_busy_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10**6))
     monkeypatch.setattr(turns.time, "process_time", lambda: float(next(clock)))
-    monkeypatch.setattr(turns, "PATIENCE", 0.05)
-    turns.rest()
+    monkeypatch.setattr(turns, "TIMEOUT", 0.05)
+    turns.wait_until_idle()
