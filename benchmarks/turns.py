@@ -30,8 +30,8 @@ TURN, FEWEST, MOST = 0.15, 2, 50
 DISTURBED: Final = 0.1
 #: How often a disturbed turn is repeated.
 REPEATS: Final = 1
-#: How :func:`wait_until_idle` polls: interval in seconds, CPU seconds within it that still count as idle, and timeout: a
-#: process may have a thread that is never idle.
+#: How :func:`wait_until_idle` polls: interval in seconds, CPU seconds within it that still count as idle, and timeout,
+#: as a process may have a thread that is never idle.
 POLL, IDLE, TIMEOUT = 0.01, 0.002, 1.0
 
 
