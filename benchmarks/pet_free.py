@@ -20,6 +20,7 @@ import struct
 import subprocess
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -33,6 +34,8 @@ from petseg_runtime.files import write_atomic
 SUFFIXES: Final = frozenset((".jpg", ".jpeg", ".png", ".webp"))
 #: Minimum side in pixels, and minimum bytes, of a picture in a Qt resource file that is a photo and not a button.
 LEAST_SIDE, LEAST_BYTES = 200, 5800
+#: What reading a damaged package, or a damaged archive in it, may raise.
+DAMAGED: Final = (OSError, EOFError, ValueError, struct.error, tarfile.TarError, zipfile.BadZipFile, zlib.error)
 
 
 @click.command("pet-free")
@@ -49,7 +52,7 @@ def pet_free(packages: Path, folder: Path) -> None:
         kinds = wanted[source]
         try:
             found = pictures_of(package, set(kinds))
-        except (OSError, tarfile.TarError, zipfile.BadZipFile, struct.error) as error:
+        except DAMAGED as error:
             raise click.ClickException(f"{package}: cannot be read ({error})") from error
         for name, picture in found.items():
             # The suffix may be wrong; readers go by the content.

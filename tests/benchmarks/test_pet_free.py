@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import re
 import shutil
 import struct
 import subprocess
@@ -120,6 +122,29 @@ def test_missing_and_damaged_packages_are_reported(packages: Path, tmp_path: Pat
     done = CliRunner().invoke(pet_free, [str(packages), str(tmp_path / "third")])
     assert "0 files of zoo" in done.output
     assert not (tmp_path / "third").exists(), "looked for before anything is written"
+
+
+def compressed(content: bytes, name: str = "lion.png") -> bytes:
+    """A wheel with one file, deflated."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, content)
+    return made.getvalue()
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        re.sub(rb"(?<=lion.png)....", b"\xff" * 4, compressed(b"lion" * 999), count=1, flags=re.DOTALL),  # zlib.error
+        compressed(gzip.compress(bytes(range(256)))[:40], "lion.puzzle"),  # EOFError
+        compressed(b"qres" + struct.pack(">IIIII", 3, 0, 99, 0, 0), "lion.rcc"),  # ValueError
+    ],
+)
+def test_a_damaged_file_in_a_package_is_reported(packages: Path, tmp_path: Path, damaged: bytes) -> None:
+    (packages / "zoo-1-py3.whl").write_bytes(damaged)
+    done = CliRunner().invoke(pet_free, [str(packages), str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert "zoo-1-py3.whl: cannot be read" in done.output, done.exception
 
 
 def test_photos_in_a_resource_file_are_numbered_in_order() -> None:
