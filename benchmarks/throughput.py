@@ -58,11 +58,12 @@ def throughput(data: Path, photos: int, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "photos"
         folder.mkdir()
-        for item in find_photos(folders)[:photos]:
-            shutil.copyfile(item.source, folder / f"{len(list(folder.iterdir())):04d}{item.source.suffix}")
+        chosen = find_photos(folders)[:photos]
+        for number, item in enumerate(chosen):
+            shutil.copyfile(item.source, folder / f"{number:04d}{item.source.suffix}")
         rows = [one(folder, Path(scratch), kind, backend, rounds) for backend, kind in CASES]
     command = f"python -m benchmarks throughput --data DATA --photos {photos} --rounds {rounds}"
-    records.write("throughput", command, {"photos": photos, "rows": rows})
+    records.write("throughput", command, {"photos": len(chosen), "rows": rows})
 
 
 def one(folder: Path, scratch: Path, kind: str, backend: str, rounds: int) -> dict[str, Any]:
