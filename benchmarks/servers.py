@@ -144,6 +144,13 @@ class Server:
         """Start the program, also again after :meth:`stop`."""
         pipe = subprocess.PIPE if isinstance(self._ready, str) else subprocess.DEVNULL
         self.process = subprocess.Popen(self._command, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait_until_ready(self) -> None:
         if self.process.stdout:
             line = self.process.stdout.readline()
             assert line.strip() == self._ready, f"{self._command[0]} did not start: {line!r}"
