@@ -331,7 +331,7 @@ def highest(rounds: Sequence[Sequence[float]], rng: np.random.Generator) -> floa
 
 
 def times_in(value: Any) -> Iterator[tuple[str, list[float]]]:
-    """Yield each list of two or more positive times with its path; the span from one photo to itself is 0, no time."""
+    """Yield each list of two or more positive times with its path; the span of a single photo, 0 s, is not a time."""
     for where, numbers in numbers_in(value):
         if TIMES & set(where) and len(numbers) > 1 and min(numbers) > 0:
             yield " ".join(where), numbers

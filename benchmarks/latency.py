@@ -167,7 +167,7 @@ def latency(
                 groups.append(group)
                 failed += [f"{group['name']}: {reason}" for reason in reasons]
     first, *others = groups
-    del first["name"]  # so that its rows keep their names in older records, for `compare`
+    del first["name"]  # its rows keep the names that they have in older records, for `compare`
     peaks = {kind: roofline.as_rows(values) for kind, values in rates.items()}
     rest = {"threads": threads, "percentiles": PERCENTILES, "matmul_peaks": peaks, "not_measured": failed}
     command = f"python -m benchmarks latency --data DATA --rounds {rounds}"

@@ -35,7 +35,7 @@ from petseg_runtime.spec import lowest_pet
 MARGINS: Final = (1.0, 1.5, 2.0, 3.0, 4.0)
 #: Megapixels of the enlarged photos; None: the original file.
 SIZES: Final = {"as it is": None, "1.3 MP": 1.3, "2.4 MP": 2.4, "5 MP": 5.0, "12 MP": 12.0}
-#: Least mean IoU between the masks of photos decoded at reduced and at full size.
+#: Minimum mean IoU between the masks of photos decoded at reduced and at full size.
 BAR: Final = 0.995
 ROUNDS: Final = 5
 

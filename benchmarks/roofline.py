@@ -125,7 +125,7 @@ class Matmul:
     run: Callable[[], object]
 
     def rate(self, runs: int = 3) -> float:
-        """Wait until the process is idle, warm up with one run, and return the median operations per second of some."""
+        """Return the operations per second: the median of ``runs`` runs, once the process is idle, after a warm-up run."""
         wait_until_idle()
         self.run()
         return self.operations / median(_seconds(self.run) for _ in range(runs))
@@ -239,7 +239,7 @@ def _in_onnxruntime(threads: int) -> list[Matmul]:
 
 
 def _on_cuda(threads: int) -> list[Matmul]:
-    """Make matmuls on an NVIDIA GPU in PyTorch; ``threads`` is unused. Never run by us."""
+    """Make matmuls on an NVIDIA GPU in PyTorch; ``threads`` is unused. We have never run it."""
     import torch
 
     def run(a: torch.Tensor, b: torch.Tensor, tf32: bool) -> None:

@@ -30,7 +30,7 @@ from benchmarks.servers import Relay, Run, Server, free_port, http_sender, lacki
 DOWN, FROZEN, STALL = 3.0, 30.0, 5.0
 LOSS: Final = 0.01
 SMALL, LARGE = "640x360", "960x540"
-#: Least seconds between two samples of the process.
+#: Minimum seconds between two samples of the process.
 INTERVAL: Final = 5.0
 #: Shares of the run: the warm-up, and the windows after it and at the end in which memory is compared. After about ten
 #: minutes, the allocator has seen every frame size, segment and connection.
@@ -163,7 +163,7 @@ def sample(process: int) -> dict[str, float]:
 
 
 def memory(samples: list[dict[str, float]]) -> dict[str, Any]:
-    """Summarize memory, threads and open files: after the warm-up and at the end (medians of a tenth), and at most."""
+    """Summarize memory, threads and open files: after the warm-up, at the end (medians of a tenth), and the maximum."""
     if not samples:
         return {}
     end = samples[-1]["at"]

@@ -53,7 +53,7 @@ COLOURS: Final = {
     "without chroma interpolation": Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP,
     "fast": Interpolation.BILINEAR,
 }
-#: Least mean IoU with the reference's masks.
+#: Minimum mean IoU with the reference's masks.
 BAR: Final = 0.995
 ROUNDS: Final = 20
 
