@@ -125,7 +125,7 @@ class Matmul:
     run: Callable[[], object]
 
     def rate(self, runs: int = 3) -> float:
-        """Return the operations per second: the median of ``runs`` runs, once the process is idle, after a warm-up run."""
+        """Return the operations per second: the median of ``runs`` runs, after waiting for idle and a warm-up run."""
         wait_until_idle()
         self.run()
         return self.operations / median(_seconds(self.run) for _ in range(runs))
