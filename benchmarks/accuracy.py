@@ -91,6 +91,7 @@ def accuracy(
     some = {what: sample(pairs, engine_photos) for what, pairs in sets.items()}
     whole: list[dict[str, Any]] = []
     compared: list[dict[str, Any]] = []
+    click.echo("IoU at the default threshold, of each set: border as background, as pet, ignored", err=True)
     with tempfile.TemporaryDirectory() as scratch:
         files = {"fp32": default_model(), "int8": int8 or exported(data, Path(scratch) / "int8.onnx")}
         for about, run, model in variants(files):

@@ -119,7 +119,7 @@ def found(data: Path, pet_free: Path | None) -> None:
             if group.kind in KINDS
         },
     }
-    print(records.write("found", "python -m benchmarks found --data DATA --pet-free FOLDER", values))
+    click.echo(records.write("found", "python -m benchmarks found --data DATA --pet-free FOLDER", values))
 
 
 def labelled(segmenter: Segmenter, data: Path, parts: Parts) -> Iterator[Group]:

@@ -68,7 +68,8 @@ def large(data: Path, photos: int, rounds: int) -> None:
         for _ in range(rounds):
             for kind in KINDS:
                 taken[kind].append(one(folder, Path(scratch) / "out", kind))
-                click.echo(f"{kind.name}: {taken[kind][-1]}", err=True)
+                rate, size = taken[kind][-1]["photos_per_second"], taken[kind][-1]["megabytes"]
+                click.echo(f"{kind.name}: {rate:.2f} photos/s, {size:.2f} MB a result", err=True)
     rows = [{"name": kind.name, **row(runs)} for kind, runs in taken.items()]
     command = f"python -m benchmarks large --data DATA --photos {photos} --rounds {rounds}"
     click.echo(records.write("large", command, {"photos": photos, "megapixels": MEGAPIXELS, "rows": rows}))

@@ -174,7 +174,7 @@ def latency(
     options = {"--int8 FILE": int8, "--no-compile": not compiled, "--no-family": not family}
     command = " ".join([command, *(option for option, given in options.items() if given)])
     # The README's first table shows the shipped model with one photo per run.
-    records.write("latency", command, {**first, **rest, "networks": others}, output)
+    click.echo(records.write("latency", command, {**first, **rest, "networks": others}, output))
 
 
 def worth_it(found: Sequence[Case], groups: Sequence[Mapping[str, Any]]) -> list[Case]:

@@ -55,7 +55,8 @@ def reduced(data: Path, photos: int, timed: int) -> None:
         for name, megapixels in SIZES.items():
             for row in agreement(segmenter, paths, megapixels):
                 rows.append({"size": name, **row})
-                click.echo(rows[-1], err=True)
+                iou = f", mean IoU {row['mean_iou']:.4f}, minimum {row['min_iou']:.4f}" if row["reduced"] else ""
+                click.echo(f"{name}, margin {row['margin']:g}: {row['reduced']} photos reduced{iou}", err=True)
         good = {m for m in MARGINS if all(row["good"] for row in rows if row["margin"] == m)}
         saved = [{"size": name, **timing(segmenter, paths[:timed], SIZES[name])} for name in SIZES]
         values = {"model": segmenter.artifact.spec.name, "input": segmenter.size, "photos": photos, "bar": BAR}

@@ -78,7 +78,7 @@ def scaling(rounds: int, clip_rounds: int) -> None:
     for name, statement in (*((c["name"], c["bend"]["statement"]) for c in curves), ("memory", memory["statement"])):
         click.echo(f"{name}: {statement}", err=True)
     command = f"python -m benchmarks scaling --rounds {rounds} --clip-rounds {clip_rounds}"
-    records.write("scaling", command, {**values, "memory": memory})
+    click.echo(records.write("scaling", command, {**values, "memory": memory}))
 
 
 def measured(

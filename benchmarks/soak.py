@@ -240,12 +240,20 @@ def _frames_and_sizes(paths: list[Path]) -> tuple[int, list[str]]:
 
 def _print_summary(values: dict[str, Any], path: Path) -> None:
     """Print a summary."""
-    rss = values["memory"].get("rss_mb", {})
-    click.echo(f"memory: {rss}; exit code {values['exit_code']}, {values['seconds_to_end']} s to end")
+    if rss := values["memory"].get("rss_mb"):
+        click.echo(
+            f"memory: {rss['after_warm_up']:.0f} MB after the warm-up, {rss['at_the_end']:.0f} MB at the end "
+            f"({rss['drift_percent']:+.1f} %), {rss['max']:.0f} MB at most"
+        )
+    click.echo(f"exit code {values['exit_code']}, {values['seconds_to_end']} s to end")
     for source in values["sources"]:
+        lost = "no report"
+        if frames := source.get("frames"):
+            lost = f"{frames['decoded']} decoded, {frames['dropped']} dropped, {frames['failed']} failed"
+        states = ", ".join(f"{count} x {state}" for state, count in source["states"].items()) or "none"
         good = source["accounted"] and source.get("all_in_files")
         click.echo(
-            f"{source['source']}: {source.get('frames')}, {source['frame_events']} written; {source['states']}; "
-            f"{'all accounted for' if good else 'NOT ALL ACCOUNTED FOR'}"
+            f"{source['source']}: frames: {source['frame_events']} written, {lost}, "
+            f"{'all accounted for' if good else 'NOT ALL ACCOUNTED FOR'}; states: {states}"
         )
-    click.echo(f"{path}")
+    click.echo(str(path))

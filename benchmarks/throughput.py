@@ -63,7 +63,7 @@ def throughput(data: Path, photos: int, rounds: int) -> None:
             shutil.copyfile(item.source, folder / f"{number:04d}{item.source.suffix}")
         rows = [one(folder, Path(scratch), kind, backend, rounds) for backend, kind in CASES]
     command = f"python -m benchmarks throughput --data DATA --photos {photos} --rounds {rounds}"
-    records.write("throughput", command, {"photos": len(chosen), "rows": rows})
+    click.echo(records.write("throughput", command, {"photos": len(chosen), "rows": rows}))
 
 
 def one(folder: Path, scratch: Path, kind: str, backend: str, rounds: int) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def one(folder: Path, scratch: Path, kind: str, backend: str, rounds: int) -> di
     bounds = {number: allowed(each, usable_cpus()) for number, each in steps.items()}
     shares = [rate["command"][number] / bound for number, bound in bounds.items()]
     ratios = [a / b for a, b in zip(rate["command"], rate["loop"], strict=True)]
-    row = {
+    row: dict[str, Any] = {
         "kind": kind,
         "backend": backend,
         "seconds": taken,
@@ -106,8 +106,12 @@ def one(folder: Path, scratch: Path, kind: str, backend: str, rounds: int) -> di
         "ratio_to_loop": median(ratios),
         "ratio_to_loop_each": ratios,
     }
-    about = {name: row[name] for name in ("photos_per_second", "allowed_by_steps", "share_of_allowed", "ratio_to_loop")}
-    click.echo(f"{kind} {backend}: {about}", err=True)
+    ours, loops = row["photos_per_second"].values()
+    click.echo(
+        f"{kind} in {backend}: {ours:.1f} photos/s, {100 * row['share_of_allowed']:.0f} % of what its steps allow; "
+        f"the loop {loops:.1f}, ratio {row['ratio_to_loop']:.2f}",
+        err=True,
+    )
     return row
 
 

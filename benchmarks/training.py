@@ -89,7 +89,7 @@ def training(data: Path, epochs: int, device: str) -> None:
     command = f"python -m benchmarks training --data DATA --epochs {epochs}" + (
         f" --device {device}" if device != "auto" else ""
     )
-    records.write("training", command, {"rows": rows})
+    click.echo(records.write("training", command, {"rows": rows}))
 
 
 def one(run: Run, data: Path, epochs: int, device: str) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def video(data: Path, seconds: int, rounds: int) -> None:
     ours = [run["seconds"] for run in runs[cases[0]]]
     beside = [loop_row(name, first, frames, times, ours) for name, times in taken.items()]
     command = f"python -m benchmarks video --data DATA --seconds {seconds} --rounds {rounds}"
-    records.write("video", command, {**about, "rows": rows, "loops": beside})
+    click.echo(records.write("video", command, {**about, "rows": rows, "loops": beside}))
 
 
 def engines() -> tuple[str, str]:

@@ -72,7 +72,8 @@ def video_road(data: Path, photos: int, timed: int) -> None:
             for matrix in MATRICES:
                 for row in agreement(segmenter, paths, shape, matrix):
                     rows.append({"size": size, "matrix": matrix, **row})
-                    click.echo(rows[-1], err=True)
+                    iou = f"mean IoU {row['mean_iou']:.4f}, minimum {row['min_iou']:.4f}"
+                    click.echo(f"{size}, {matrix}, {row['scaler']}: {iou}", err=True)
         times = timing(paths[:timed], segmenter.size)
         values = {"model": segmenter.artifact.spec.name, "input": segmenter.size, "photos": photos, "bar": BAR}
     in_use = next(name for name, flags in SCALERS.items() if flags == frames._SHRINKING)

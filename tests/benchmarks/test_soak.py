@@ -7,7 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks import soak
+import pytest
+
+from benchmarks import records, soak
 
 URL = "rtsp://127.0.0.1:1/live"
 
@@ -24,3 +26,13 @@ def test_a_source_that_never_comes_back_is_null_in_the_record() -> None:
     script.append(soak.Event(22.0, "rtsp", "start"))
     source = soak._source("rtsp", URL, run, script, begun=100, folder=Path())
     assert json.loads(json.dumps(source, allow_nan=False))["seconds_until_live_again"] == [2.5, None]
+
+
+def test_the_summary_is_printed_with_and_without_reports(capsys: pytest.CaptureFixture[str]) -> None:
+    soak._print_summary(records.load("soak"), Path("soak.json"))
+    out = capsys.readouterr().out
+    assert out.count("decoded") == out.count("all accounted for") == 3
+    silent = {"source": "rtsp", "states": {}, "frame_events": 0, "report": None, "accounted": False}
+    values = {"memory": soak.memory([]), "exit_code": 3, "seconds_to_end": 1, "sources": [silent]}
+    soak._print_summary(values, Path("soak.json"))
+    assert "rtsp: frames: 0 written, no report, NOT ALL ACCOUNTED FOR; states: none\n" in capsys.readouterr().out
