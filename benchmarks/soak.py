@@ -67,7 +67,7 @@ def soak(minutes: float, disconnects: int | None) -> None:
             asked = time.monotonic()
             code = run.end(signal.SIGINT, 60) if run.process.poll() is None else run.wait()
             ending = time.monotonic() - asked
-        sources = [_source(name, url, run, script, begun, Path(folder)) for name, url in urls.items()]
+        sources = [_source(name, url, run, script, begun) for name, url in urls.items()]
     about = {
         "minutes": minutes,
         "disconnects": breaks,
@@ -187,7 +187,7 @@ def thinned(samples: list[dict[str, float]]) -> list[dict[str, float]]:
     return samples[:: -(-len(samples) // 120)] if samples else []
 
 
-def _source(name: str, url: str, run: Run, script: list[Event], begun: float, folder: Path) -> dict[str, Any]:
+def _source(name: str, url: str, run: Run, script: list[Event], begun: float) -> dict[str, Any]:
     """Return the results of one source; ``report`` is None if the command printed none."""
     states = [(at - begun, e) for at, e in zip(run.times, run.events, strict=True) if e["event"] == "state"]
     mine = [(at, e) for at, e in states if e["input"] == url]
@@ -206,8 +206,8 @@ def _source(name: str, url: str, run: Run, script: list[Event], begun: float, fo
     }
     if report is None:
         return {**about, "report": None, "accounted": False}
-    packets, sizes = _frames_and_sizes([Path(path) for path in report["paths"]])
-    frames = report["frames"]
+    paths, frames = [Path(path) for path in report["paths"]], report["frames"]
+    packets, sizes = _frames_and_sizes(paths)
     return {
         **about,
         "connections": report["connections"],
@@ -215,8 +215,8 @@ def _source(name: str, url: str, run: Run, script: list[Event], begun: float, fo
         "written": report["written"],
         "undecodable": report["undecodable"],
         "error": report["error"],
-        "files": len(report["paths"]),
-        "files_mb": round(sum(path.stat().st_size for path in folder.rglob("*") if str(path) in report["paths"]) / 1e6),
+        "files": len(paths),
+        "files_mb": round(sum(path.stat().st_size for path in paths) / 1e6),
         "frames_in_files": packets,
         "sizes": sizes,
         "steps": report["steps"],

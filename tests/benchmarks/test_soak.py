@@ -24,7 +24,7 @@ def test_a_source_that_never_comes_back_is_null_in_the_record() -> None:
     )
     script = [soak.Event(at, "rtsp", what) for at, what in ((9.0, "kill"), (12.0, "start"), (19.0, "kill"))]
     script.append(soak.Event(22.0, "rtsp", "start"))
-    source = soak._source("rtsp", URL, run, script, begun=100, folder=Path())
+    source = soak._source("rtsp", URL, run, script, begun=100)
     assert json.loads(json.dumps(source, allow_nan=False))["seconds_until_live_again"] == [2.5, None]
 
 
