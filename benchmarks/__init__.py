@@ -1,1 +1,1 @@
-"""petseg's measurements: programs that write records to ``benchmarks/results`` (not part of the installed package)."""
+"""petseg's benchmarks: programs that write records to ``benchmarks/results`` (not part of the installed package)."""

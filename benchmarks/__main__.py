@@ -9,7 +9,7 @@ import click
 from benchmarks.records import checkout
 from petseg.cli import LazyGroup
 
-#: Named as strings, so that one needs only what it imports itself: a machine may lack what others do.
+#: Strings, so that a command needs only its own imports: a machine may lack the packages of the others.
 COMMANDS: Final = {
     "accuracy": "benchmarks.accuracy:accuracy",
     "budget": "benchmarks.budget:budget",
@@ -38,9 +38,9 @@ COMMANDS: Final = {
 
 @click.group(cls=LazyGroup, where=COMMANDS)
 def main() -> None:
-    """What petseg measures of itself; records go to benchmarks/results."""
+    """Benchmarks of petseg. Records go to benchmarks/results."""
 
 
 if __name__ == "__main__":
-    checkout()  # of the code that runs, before others commit more
+    checkout()  # now, so that records name the commit that runs even if others commit meanwhile
     main(prog_name="python -m benchmarks")

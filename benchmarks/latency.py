@@ -1,13 +1,13 @@
-"""The model alone in every engine that works here, beside PyTorch, and how near each comes to the machine's peak.
+"""Latency of the model in every engine that works here, compared with PyTorch and with the machine's matmul peak.
 
-Two networks: the one that ships, and the published width with random weights, of which only the speed is told. With
-the one that ships, a photo at a time, each engine is first opened in a process of its own, for the time from the file
-to the first answer, and for its memory.
-Then all engines take turns (turns.py) with the same batch, round after round, and the machine's matmuls with them
-(roofline.py). Where there is an NVIDIA GPU, engines and matmuls have their turns on it, too. PyTorch on the same device
-is what an engine is held against; every run ends with its answer in the CPU's memory, which waits for the GPU.
+Two networks are measured: the one that ships, and the published width with random weights, for speed only. For the
+shipped one, with one photo per run, each engine is first opened in a separate process to measure its cold start (from
+the file to the first output) and its memory.
+Then all engines run the same batch in turns (turns.py), round after round, interleaved with matmuls (roofline.py).
+If there is an NVIDIA GPU, engines and matmuls also have turns on it. Each engine is compared with PyTorch on the same
+device. Every run ends with its output in CPU memory, so that the GPU's time is included.
 
-torch is imported where it is used: a process that measures another engine must not carry it.
+torch is imported only where it is used: a process that measures another engine must not load it.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ from petseg_runtime.spec import SPEC_KEY, ModelSpec
 if TYPE_CHECKING:
     from benchmarks.roofline import Matmul
 
-#: For each kind of device, operations a second of its matmuls, round by round.
+#: For each kind of device, the operations per second of its matmuls, round by round.
 Rates: TypeAlias = "Mapping[str, dict[Matmul, list[float]]]"
 
 CHECKPOINT = records.ROOT / "petseg" / "weights" / "edge.safetensors"
-#: In the folder of a network, besides its exported files: fp32.onnx, int8.onnx, ...
+#: The checkpoint in a network's folder, beside its exported files (fp32.onnx, int8.onnx, ...).
 WEIGHTS: Final = "model.safetensors"
 PYTORCH: Final = "PyTorch"
 AS_TRAINED, FOLDED = "as trained", "BatchNorm folded"
-#: What PyTorch is measured as: precision, and whether compiled.
+#: The forms of the network that PyTorch runs: precision, and whether compiled.
 FORMS: Final = {
     AS_TRAINED: ("f32", False),
     FOLDED: ("f32", False),
@@ -61,25 +61,25 @@ FORMS: Final = {
     f"{FOLDED}, fp16": ("fp16", False),
     f"{FOLDED}, compiled": ("f32", True),
 }
-#: Of these, with several photos at a time: each start of PyTorch takes seconds.
+#: The forms that are also measured with several photos per run: each start of PyTorch takes seconds.
 FORMS_OF_BATCHES: Final = (AS_TRAINED, f"{FOLDED}, bf16", f"{FOLDED}, fp16")
-#: Percentiles, and the runs of all rounds that each takes: of fewer it is the largest but by name.
+#: Percentiles, and the number of runs (of all rounds) that each needs: with fewer it would just be the maximum.
 OF_RUNS: Final = {50: 1, 95: 20, 99: 100}
-#: What the record says of them.
-PERCENTILES: Final = "of the runs of all rounds, p95 of 20 or more, p99 of 100 or more; disturbed turns are taken again"
+#: The record's note on them.
+PERCENTILES: Final = "of the runs of all rounds, p95 of 20 or more, p99 of 100 or more; disturbed turns are repeated"
 
 
 @dataclass(frozen=True)
 class Network:
-    """What is measured.
+    """A network to measure.
 
     Attributes:
-        name: For people.
-        width: Of the family; 0: the model that ships, with its weights and its size.
-        stem: Likewise.
+        name: A name for display.
+        width: Width of the attention U-Net; 0: the shipped model, with its weights, stem and size.
+        stem: Its stem.
         size: Height and width of the photo.
-        batches: Photos a run.
-        compiled: Whether torch.compile has its turn, half a minute each time.
+        batches: Photos per run.
+        compiled: Whether to measure torch.compile as well, which takes half a minute each time.
     """
 
     name: str
@@ -101,12 +101,12 @@ class Case:
     """One engine with one file.
 
     Attributes:
-        folder: Of the network's files.
+        folder: Folder of the network's files.
         engine: One of the registry's, or :data:`PYTORCH`.
-        stored: What the file is stored in; for PyTorch, one of :data:`FORMS`.
+        stored: The precision that the file is stored in; for PyTorch, one of :data:`FORMS`.
         exact: See :class:`petseg_runtime.engines.base.EngineOptions`.
         device: ``cpu``, ``cuda``, ...
-        batch: Photos a run.
+        batch: Photos per run.
         threads: CPU threads.
     """
 
@@ -120,19 +120,19 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What tells it from the other cases of a network and batch."""
+        """A name that is unique among the cases of a network and batch."""
         manner = "" if self.engine == PYTORCH else " exact" if self.exact else " as it likes"
         return f"{self.engine} {self.stored}{manner}" + (f" on {self.device}" if self.device != "cpu" else "")
 
     @property
     def is_reference(self) -> bool:
-        """Whether it is what the other cases on its device are held against."""
+        """Whether the other cases on its device are compared with it."""
         return (self.engine, self.stored) == (PYTORCH, AS_TRAINED)
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A case at work: what runs a batch, what is told of it, and how it is closed."""
+    """An opened case: the function that runs a batch, the description for the record, and the function to close it."""
 
     run: Callable[[U8], U8]
     about: dict[str, str]
@@ -140,17 +140,17 @@ class Opened:
 
 
 @click.command()
-@click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
-@click.option("--int8", type=click.Path(path_type=Path), help="The model that ships in int8.  [default: exported here]")
-@click.option("--rounds", type=int, default=11, show_default=True)
-@click.option("--threads", type=int, default=usable_cpus(), help="CPU threads.  [default: all]")
-@click.option("--compile/--no-compile", "compiled", default=True, help="With torch.compile, half a minute a network.")
-@click.option("--family/--no-family", default=True, help="With the networks that do not ship.")
-@click.option("--output", type=click.Path(path_type=Path), help="The record.  [default: among the results]")
+@photos.data_option
+@click.option("--int8", type=click.Path(path_type=Path), help="The shipped model in int8.  [default: exported here]")
+@click.option("--rounds", type=click.IntRange(1), default=11, show_default=True, help="Turns of each engine.")
+@click.option("--threads", type=click.IntRange(1), default=usable_cpus(), help="CPU threads.  [default: all]")
+@click.option("--compile/--no-compile", "compiled", default=True, help="Measure torch.compile (30 s a network).")
+@click.option("--family/--no-family", default=True, help="Measure the networks that do not ship.")
+@click.option("--output", type=click.Path(path_type=Path), help="Path of the record.  [default: among the results]")
 def latency(
     data: Path, int8: Path | None, rounds: int, threads: int, compiled: bool, family: bool, output: Path | None
 ) -> None:
-    """Milliseconds of each engine, precision, batch and network; and the share of what the matmul peak allows."""
+    """Measure each engine, precision, batch and network, and its share of the matmul peak."""
     from benchmarks import roofline
 
     kinds = ["cpu", *(["cuda"] if host.nvidia_gpus() else [])]
@@ -167,18 +167,18 @@ def latency(
                 groups.append(group)
                 failed += [f"{group['name']}: {reason}" for reason in reasons]
     first, *others = groups
-    del first["name"]  # its rows keep the names that they always had, for `compare`
-    peaks = {kind: roofline.told(values) for kind, values in rates.items()}
+    del first["name"]  # its rows keep the names that they have in older records, for `compare`
+    peaks = {kind: roofline.as_rows(values) for kind, values in rates.items()}
     rest = {"threads": threads, "percentiles": PERCENTILES, "matmul_peaks": peaks, "not_measured": failed}
     command = f"python -m benchmarks latency --data DATA --rounds {rounds}"
     options = {"--int8 FILE": int8, "--no-compile": not compiled, "--no-family": not family}
     command = " ".join([command, *(option for option, given in options.items() if given)])
-    # The model that ships, a photo at a time, is what the README's first table shows.
-    records.write("latency", command, {**first, **rest, "networks": others}, output)
+    # The README's first table shows the shipped model with one photo per run.
+    click.echo(records.write("latency", command, {**first, **rest, "networks": others}, output))
 
 
 def worth_it(found: Sequence[Case], groups: Sequence[Mapping[str, Any]]) -> list[Case]:
-    """Without the engines that were left out of the first group: what is not there, or has no choice, never will be."""
+    """Drop the cases that failed, or duplicated another, in the first group: they would do so again."""
     tried = {name for group in groups[:1] for name in group["tried"]}
     measured = {row["name"] for group in groups[:1] for row in group["rows"]}
     return [case for case in found if case.name not in tried - measured]
@@ -186,7 +186,7 @@ def worth_it(found: Sequence[Case], groups: Sequence[Mapping[str, Any]]) -> list
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for files, and for what engines and torch.compile keep: a first time is a first time."""
+    """Make a folder for files and for the caches of engines and torch.compile, so that cold starts are cold."""
     names = (cache.VARIABLE, "TORCHINDUCTOR_CACHE_DIR")
     before = {name: os.environ.get(name) for name in names}
     with tempfile.TemporaryDirectory() as folder:
@@ -199,11 +199,11 @@ def scratch() -> Iterator[Path]:
                 os.environ.update({name: value} if value is not None else {})
 
 
-# What is measured: files
+# Files
 
 
 def make_files(network: Network, folder: Path, data: Path, int8: Path | None = None) -> dict[str, Any]:
-    """The network's weights and ONNX files in a folder; what the record says of them."""
+    """Write the network's weights and ONNX files to a folder; return their description for the record."""
     from petseg.checkpoint import load_model
 
     folder.mkdir(parents=True)
@@ -216,7 +216,7 @@ def make_files(network: Network, folder: Path, data: Path, int8: Path | None = N
         (folder / WEIGHTS).symlink_to(CHECKPOINT)
         (folder / "fp32.onnx").symlink_to(default_model())
         weights = "trained; " + ship_int8(folder, data, int8)
-        write_onnx(folder, spec, ("fp16",) if host.nvidia_gpus() else ())  # a CPU would compute it in something else
+        write_onnx(folder, spec, ("fp16",) if host.nvidia_gpus() else ())  # a CPU would compute it in another precision
     model, _ = load_model(folder / WEIGHTS)
     return {
         "model": spec.name,
@@ -227,7 +227,7 @@ def make_files(network: Network, folder: Path, data: Path, int8: Path | None = N
 
 
 def random_weights(network: Network, path: Path) -> ModelSpec:
-    """A checkpoint with random weights; its specification, which is that of the exported file too."""
+    """Write a checkpoint with random weights; return its specification, which the exported files share."""
     import torch
 
     from petseg.checkpoint import save_checkpoint
@@ -240,7 +240,7 @@ def random_weights(network: Network, path: Path) -> ModelSpec:
 
 
 def ship_int8(folder: Path, data: Path, given: Path | None) -> str:
-    """The model that ships in int8: the file that was given, or exported as `petseg export` would; how."""
+    """Link the given int8 file of the shipped model, or export it as `petseg export` does; return how it was made."""
     from petseg_export import OnnxConfig, QuantizeConfig, export
 
     if given:
@@ -255,7 +255,7 @@ def ship_int8(folder: Path, data: Path, given: Path | None) -> str:
 
 
 def write_onnx(folder: Path, spec: ModelSpec, precisions: Sequence[str]) -> None:
-    """The network of a folder as ONNX files; int8 with every layer, calibrated on the samples, judged by nothing."""
+    """Write the folder's network as ONNX files; int8 in all layers, calibrated on the sample photos, never judged."""
     from petseg.checkpoint import load_model
     from petseg_export import parity
     from petseg_export.deploy import DeployedUNet
@@ -274,7 +274,7 @@ def write_onnx(folder: Path, spec: ModelSpec, precisions: Sequence[str]) -> None
 
 
 def all_int8(graph: bytes, samples: U8) -> bytes:
-    """Every convolution in int8, calibrated on some photos, uint8 [N, H, W, 3]."""
+    """Quantize every convolution to int8, calibrated on some photos, uint8 [N, H, W, 3]."""
     import onnx
 
     from petseg_export.quantize import METHODS, calibrate, layers_of, with_int8
@@ -286,7 +286,7 @@ def all_int8(graph: bytes, samples: U8) -> bytes:
 
 
 def cases(folder: Path, batch: int, threads: int, *, compiled: bool) -> list[Case]:
-    """Every engine of the registry on every file, and PyTorch; whether they work is found out later."""
+    """Return a case for each engine with each file, and for PyTorch, whether they work here or not."""
     gpu = ("cuda",) if host.nvidia_gpus() else ()
     on_cpu = precisions_of_the_cpu()
     common: dict[str, Any] = {"folder": str(folder), "batch": batch, "threads": threads}
@@ -309,9 +309,10 @@ def cases(folder: Path, batch: int, threads: int, *, compiled: bool) -> list[Cas
 
 
 def precisions_of_the_cpu() -> set[str]:
-    """What PyTorch is measured in: bf16 only where the CPU multiplies it, as it is six times slower where it does not.
+    """Return the precisions to measure PyTorch in on a CPU.
 
-    fp16 no CPU of ours computes in faster than in float32.
+    bf16 only where the CPU has instructions for it: elsewhere it is six times slower. Never fp16: none of our CPUs
+    computes it faster than float32.
     """
     import torch
 
@@ -320,11 +321,11 @@ def precisions_of_the_cpu() -> set[str]:
     return {"f32", *(("bf16",) if pick_precision("auto", torch.device("cpu")) is torch.bfloat16 else ())}
 
 
-# One engine: opened, and opened in a process of its own
+# One engine, opened here or in a separate process
 
 
 def opened(case: Case) -> Opened:
-    """Load what a case says."""
+    """Open a case."""
     if case.engine == PYTORCH:
         return in_pytorch(case)
     artifact = open_artifact(Path(case.folder) / f"{case.stored}.onnx")
@@ -333,7 +334,7 @@ def opened(case: Case) -> Opened:
 
 
 def told(engine: Engine) -> dict[str, str]:
-    """An engine, what the file is stored in, and what is computed in."""
+    """Describe an engine: name and version, the precision that the file is stored in, and the one it computes in."""
     info = engine.describe()
     between = re.search(r", (\w+) between the int8 layers", info.provider)
     precision = info.precision + (f" and {between[1]}" if between else "")
@@ -341,7 +342,7 @@ def told(engine: Engine) -> dict[str, str]:
 
 
 def in_pytorch(case: Case) -> Opened:
-    """The network as it was trained, or as it is exported: half of what a compiler does to it is done then."""
+    """Open the network in PyTorch, as trained or as exported, where half of a compiler's work is already done."""
     import torch
 
     from petseg.checkpoint import load_model
@@ -375,7 +376,7 @@ def in_pytorch(case: Case) -> Opened:
 
 
 def cold_start(case: Case) -> dict[str, Any]:
-    """A case in a process of its own: its first times and its memory, or ``why`` it does not work."""
+    """Open a case in a separate process; return its first times and its memory, or ``why`` it does not work."""
     code = "from benchmarks.latency import cold; cold()"
     words = [sys.executable, "-c", code, json.dumps(dataclasses.asdict(case))]
     done = subprocess.run(words, cwd=records.ROOT, capture_output=True, text=True, check=False)
@@ -387,13 +388,13 @@ def cold_start(case: Case) -> dict[str, Any]:
 
 
 def cold() -> None:
-    """What :func:`cold_start` runs; the import of a library belongs to the process, not to the model."""
+    """Run in the process of :func:`cold_start`; libraries are imported first, as that is not part of loading."""
     case = Case(**json.loads(sys.argv[1]))
     if case.engine == PYTORCH:
         for module in ("petseg.reference", "petseg_export.deploy"):  # torch with them
             importlib.import_module(module)
     elif case.engine in ENGINES:
-        with contextlib.suppress(ImportError):  # that it is missing, the loading says better
+        with contextlib.suppress(ImportError):  # if it is missing, loading raises the better message
             importlib.import_module(ENGINES[case.engine].loader.partition(":")[0])
     before, before_on_gpu = resident("VmRSS"), gpu_memory() if case.device == "cuda" else None
     start = time.perf_counter()
@@ -415,9 +416,9 @@ def cold() -> None:
 
 
 def on_gpu(case: Case, before: float | None) -> dict[str, float | None]:
-    """GPU memory of a case: all that it holds, CUDA's own too, and the most that PyTorch's tensors took; None: unknown.
+    """Return a case's GPU memory, CUDA's own included, and the peak of PyTorch's tensors; None: unknown.
 
-    The first is what is in use more than before, whoever uses it: it takes GPUs that nobody else is at.
+    The former is the increase of the memory in use by all processes, so nobody else may use the GPUs meanwhile.
     """
     found: dict[str, float | None] = {"gpu_memory_mb": None, "gpu_tensors_peak_mb": None}
     after = gpu_memory() if before is not None else None
@@ -431,7 +432,7 @@ def on_gpu(case: Case, before: float | None) -> dict[str, float | None]:
 
 
 def gpu_memory() -> float | None:
-    """Megabytes in use on all GPUs (nvidia-smi may count them in another order than CUDA does); None: unknown."""
+    """Return the megabytes in use on all GPUs (nvidia-smi may order them differently from CUDA); None: unknown."""
     words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
@@ -441,13 +442,13 @@ def gpu_memory() -> float | None:
 
 
 def resident(what: str) -> float:
-    """Megabytes of this process: ``VmRSS`` now, ``VmHWM`` at its highest."""
+    """Return the resident memory of this process in megabytes: ``VmRSS`` now, ``VmHWM`` at its peak."""
     text = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.findall(rf"^{what}:\s+(\d+) kB", text, re.MULTILINE)[0]) * 1024 / 1e6
 
 
 def images_of(case: Case) -> U8:
-    """Noise in the size of the network."""
+    """Return a batch of noise in the size of the network."""
     spec = open_artifact(Path(case.folder) / "fp32.onnx").spec
     return np.random.default_rng(0).integers(0, 256, (case.batch, spec.height, spec.width, 3), dtype=np.uint8)
 
@@ -458,14 +459,14 @@ def images_of(case: Case) -> U8:
 def measure(
     found: Sequence[Case], rounds: int, rates: Rates, about: dict[str, Any], *, cold: bool = True
 ) -> tuple[dict[str, Any], list[str]]:
-    """A network with a batch: its rows, and what could not be measured.
+    """Measure a network with one batch size; return its rows, and what could not be measured.
 
     Args:
         found: The cases.
-        rounds: How often each has its turn.
-        rates: Matmuls of each kind of device; what they reach in each round is appended.
-        about: The network.
-        cold: Whether each is opened in a process of its own first; if not, no start and no memory is told.
+        rounds: Turns of each case.
+        rates: Matmuls of each kind of device; their rate in each round is appended.
+        about: Description of the network.
+        cold: Whether to open each case in a separate process first; if not, there are no start times and no memory.
     """
     from benchmarks import roofline
 
@@ -487,7 +488,7 @@ def measure(
         counted = work.get(case.stored, work["fp32"])
         figures = row(times, pytorch.get(case.device), counted, start["precision"], peak)
         rows.append({"name": case.name, "device": case.device, **start, **figures})
-        say(rows[-1])
+        print_row(rows[-1])
     name = f"{about['model']}, {height}x{width}, batch {batch}"
     what = {"name": name, "batch": batch, **about, "operations": sum(work["fp32"].values())}
     what |= {"turns": rounds * len(rows), "disturbed_turns": taken.disturbed}
@@ -495,7 +496,7 @@ def measure(
 
 
 def distinct(starts: Mapping[Case, dict[str, Any]]) -> dict[Case, dict[str, Any]]:
-    """Without those that, left to choose, compute as they do when told to be exact."""
+    """Drop the cases that compute in the same precision with ``exact`` as without."""
     seen: dict[tuple[str, ...], Case] = {}
     for case, start in starts.items():
         seen.setdefault((start["engine"], case.device, case.stored, start["precision"]), case)
@@ -505,16 +506,16 @@ def distinct(starts: Mapping[Case, dict[str, Any]]) -> dict[Case, dict[str, Any]
 def in_turns(
     working: Iterable[Case], starts: Mapping[Case, dict[str, Any]], rounds: int, rates: Rates
 ) -> tuple[dict[Case, dict[str, Any]], Turns[Case], list[str]]:
-    """All cases in turns; the matmuls have theirs at the end of each round.
+    """Run all cases in turns, and the matmuls at the end of each round.
 
     Args:
-        working: The cases; of those that compute alike, which is known when they are open, the first one stays.
-        starts: What their cold starts told, if they had any.
-        rounds: How often each has its turn.
+        working: The cases; once open, duplicates that compute in the same way as an earlier case are dropped.
+        starts: Results of their cold starts, if any.
+        rounds: Turns of each case.
         rates: See :func:`measure`.
 
     Returns:
-        What is told of each, their times, and what cannot be opened beside the others.
+        The description of each case, their times, and the cases that could not be opened beside the others.
     """
     lost: list[str] = []
     told_of: dict[Case, dict[str, Any]] = {}
@@ -523,7 +524,7 @@ def in_turns(
         for case in working:
             try:
                 engine = opened(case)
-            except Exception as error:  # noqa: BLE001 - two libraries with a CUDA of their own: whatever they end in
+            except Exception as error:  # noqa: BLE001 - libraries that each bring CUDA may fail together in any way
                 lost.append(f"{case.name}, beside the others: {one_line(error)}")
                 continue
             start = starts.get(case, engine.about)
@@ -551,14 +552,14 @@ def row(
     precision: str,
     peak: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
-    """What the times of a case say; ratios are taken within a round: a slow round does not set them.
+    """Summarize the times of a case; ratios are taken within a round, so that a slow round does not distort them.
 
     Args:
         times: Milliseconds of each run, a list for each round.
         reference: PyTorch's median of each round on the same device; None: it does not work there.
-        work: Its operations; see :func:`benchmarks.roofline.operations`.
-        precision: What it computes in.
-        peak: Operations a second of each precision, round by round.
+        work: Operations of a run; see :func:`benchmarks.roofline.operations`.
+        precision: The precision that it computes in.
+        peak: Operations per second of each precision, round by round.
     """
     from benchmarks.roofline import least_ms
 
@@ -583,7 +584,7 @@ def row(
     }
 
 
-def say(found: Mapping[str, Any]) -> None:
+def print_row(found: Mapping[str, Any]) -> None:
     share, faster = found["share_of_matmul_peak"], found["times_faster_than_pytorch"]
     start = f", load {found['load_ms']:6.0f} ms, {found['memory_mb']:5.0f} MB" if "load_ms" in found else ""
     click.echo(

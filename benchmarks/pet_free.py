@@ -1,4 +1,4 @@
-"""``python -m benchmarks pet-free``: the photos without cats and dogs that ``found`` is measured on, out of packages.
+"""``python -m benchmarks pet-free``: extracts the pet-free photos that ``found`` is measured on from packages.
 
     apt-get download gcompris-qt-data gnome-backgrounds lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 lxqt-themes \\
         mate-backgrounds opencv-doc palapeli-data plasma-workspace-wallpapers puzzle-jigsaw ukui-wallpapers  # Debian 12
@@ -7,8 +7,8 @@
     python -m benchmarks pet-free PACKAGES FOLDER
     python -m benchmarks found --data data --pet-free FOLDER
 
-PACKAGES is the folder of their files, as they were downloaded; the pictures that the record of ``found`` names are
-taken out of them, byte for byte. They were sorted by eye, once: what holds a cat or a dog is not in the record. A .deb
+PACKAGES is the folder of the downloaded package files. The pictures that the record of ``found`` names are extracted
+from them, byte for byte. They were selected by eye, once: pictures with a cat or a dog are not in the record. A .deb
 file is read with dpkg-deb.
 """
 
@@ -20,6 +20,7 @@ import struct
 import subprocess
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -31,17 +32,19 @@ from benchmarks.records import RESULTS
 from petseg_runtime.files import write_atomic
 
 SUFFIXES: Final = frozenset((".jpg", ".jpeg", ".png", ".webp"))
-#: Of a picture in a Qt resource file that is a photo, not a button: pixels a side, bytes.
+#: Minimum side in pixels, and minimum bytes, of a picture in a Qt resource file that is a photo and not a button.
 LEAST_SIDE, LEAST_BYTES = 200, 5800
+#: What reading a damaged package, or a damaged archive in it, may raise.
+DAMAGED: Final = (OSError, EOFError, ValueError, struct.error, tarfile.TarError, zipfile.BadZipFile, zlib.error)
 
 
 @click.command("pet-free")
 @click.argument("packages", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.argument("folder", type=click.Path(path_type=Path))
 def pet_free(packages: Path, folder: Path) -> None:
-    """Take the photos without cats and dogs out of the packages that they come from."""
+    """Extract the photos without cats and dogs from the files in PACKAGES to FOLDER."""
     if folder.exists() and any(folder.iterdir()):
-        raise click.ClickException(f"{folder}: not empty, and all that lies in it would be measured; name a new folder")
+        raise click.ClickException(f"{folder}: not empty, and all its photos would be measured; name a new folder")
     wanted = named(json.loads((RESULTS / "found.json").read_text())["pet_free_photos"])
     files = {source: package_of(source, packages) for source in sorted(wanted)}
     missing: list[str] = []
@@ -49,22 +52,22 @@ def pet_free(packages: Path, folder: Path) -> None:
         kinds = wanted[source]
         try:
             found = pictures_of(package, set(kinds))
-        except (OSError, tarfile.TarError, zipfile.BadZipFile, struct.error) as error:
-            raise click.ClickException(f"{package}: it cannot be read ({error})") from error
+        except DAMAGED as error:
+            raise click.ClickException(f"{package}: cannot be read ({error})") from error
         for name, picture in found.items():
-            # The suffix is a matter of form: what it really is, its bytes say.
+            # The suffix may be wrong; readers go by the content.
             write_atomic(folder / kinds[name] / source / f"{name}.jpg", picture)
         missing += [f"{source}/{name}" for name in kinds if name not in found]
         click.echo(f"{package.name}: {len(found)} of {len(kinds)}", err=True)
     if missing:
         names = ", ".join(missing)
         raise click.ClickException(
-            f"not in these packages, of other versions than benchmarks/pet_free.py says: {names}"
+            f"not in these packages, whose versions are not those that benchmarks/pet_free.py lists: {names}"
         )
 
 
 def named(record: dict[str, list[str]]) -> dict[str, dict[str, str]]:
-    """The record's names, ``{"KIND/SOURCE/HALF": [NAME]}``, as ``{SOURCE: {NAME: KIND}}``."""
+    """Convert the record's names, ``{"KIND/SOURCE/HALF": [NAME]}``, to ``{SOURCE: {NAME: KIND}}``."""
     sources: dict[str, dict[str, str]] = {}
     for key, names in record.items():
         kind, source, _ = key.split("/")
@@ -73,15 +76,19 @@ def named(record: dict[str, list[str]]) -> dict[str, dict[str, str]]:
 
 
 def package_of(source: str, folder: Path) -> Path:
-    """The one file of a package in the folder; raises ClickException."""
+    """Return the file of a package in the folder.
+
+    Raises:
+        click.ClickException: There is none, or more than one.
+    """
     files = [*folder.glob(f"{source}_*.deb"), *folder.glob(f"{source}-*.whl")]
     if len(files) != 1:
-        raise click.ClickException(f"{folder}: {len(files)} files of {source}, expected one (a .deb, or a .whl)")
+        raise click.ClickException(f"{folder}: {len(files)} files of {source}, expected one (a .deb or .whl)")
     return files[0]
 
 
 def pictures_of(package: Path, names: set[str]) -> dict[str, bytes]:
-    """The pictures of these names; of several of one name (sizes of a wallpaper) the one of most bytes."""
+    """Return the pictures of these names; of several with one name (sizes of a wallpaper), the largest file."""
     found: dict[str, bytes] = {}
     for path, content in files_of(package):
         for name, picture in pictures_in(PurePosixPath(path), content):
@@ -91,7 +98,7 @@ def pictures_of(package: Path, names: set[str]) -> dict[str, bytes]:
 
 
 def files_of(package: Path) -> Iterator[tuple[str, bytes]]:
-    """All that a .whl or .deb file installs."""
+    """Yield the path and content of every file that a .whl or .deb file installs."""
     if package.suffix == ".whl":
         with zipfile.ZipFile(package) as wheel:
             for name in wheel.namelist():
@@ -107,7 +114,7 @@ def files_of(package: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def pictures_in(path: PurePosixPath, content: bytes) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of each picture that a file is, or holds."""
+    """Yield the name and bytes of the picture that a file is, or of each one that it contains."""
     if path.suffix.lower() in SUFFIXES:
         # KDE's wallpapers are folders NAME/contents/images with a file for each size.
         sized = path.parts[-3:-1] == ("contents", "images")
@@ -121,7 +128,7 @@ def pictures_in(path: PurePosixPath, content: bytes) -> Iterator[tuple[str, byte
 
 
 def resources(content: bytes) -> Iterator[bytes]:
-    """What a Qt resource file holds, as it comes: after a head of offsets, lengths (uint32, big endian) and bytes."""
+    """Yield a Qt resource file's items: after a header of offsets, each as length (uint32, big endian) and bytes."""
     tree, data, names = struct.unpack(">III", content[8:20])
     at, end = data, min(start for start in (tree, names, len(content)) if start > data)
     while at + 4 <= end:
@@ -142,5 +149,5 @@ def _is_photo(item: bytes) -> bool:
     try:
         with Image.open(io.BytesIO(item)) as picture:
             return min(picture.size) >= LEAST_SIDE
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError):  # other files may look like a huge picture
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError):  # other data may look like a huge picture
         return False

@@ -1,4 +1,4 @@
-"""Whole Python processes, and how long they took."""
+"""Run Python as a separate process, and time it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from benchmarks import records
 
 
 def seconds_of(arguments: Sequence[str | Path], python: str | Path = sys.executable) -> float:
-    """Wall seconds of a process, start and all.
+    """Run a process and return its wall seconds, start-up included.
 
     Raises:
-        subprocess.CalledProcessError: It failed.
+        subprocess.CalledProcessError: The process failed.
     """
     start = time.perf_counter()
     subprocess.run([python, *arguments], check=True, cwd=records.ROOT)
@@ -23,10 +23,10 @@ def seconds_of(arguments: Sequence[str | Path], python: str | Path = sys.executa
 
 
 def first_to_last(folder: Path, suffix: str) -> tuple[int, float]:
-    """How many results a process has written below a folder, and the seconds from the first of them to the last.
+    """Return the number of results below a folder, and the seconds from the first to the last.
 
-    So that the start, of a length of its own, does not weigh on a rate. Only files with the suffix of results count:
-    petseg's journal of a run is written beside them, and to its end.
+    This leaves start-up out of a rate. Only files with the suffix of results count: petseg writes its journal beside
+    them until the end of a run.
     """
     written = [path.stat().st_mtime_ns for path in folder.rglob(f"*{suffix}")]
     return len(written), (max(written) - min(written)) / 1e9

@@ -1,12 +1,12 @@
-"""What a machine takes at least for a graph, by a yardstick: its operations, at the rate of the fastest square matmul.
+"""Time that a graph takes at the machine's matmul peak: its operations, at the rate of the fastest square matmul.
 
-A multiplication with its addition counts as two operations. Counted are convolutions and matmuls, which are nearly
-everything; what a network does besides (interpolation, concatenation, activations) costs time and counts as nothing.
+A multiply-add counts as two operations. Convolutions and matmuls are counted, which are nearly everything; the rest of
+a network (interpolation, concatenation, activations) takes time and counts as zero.
 
-The yardstick of a precision is what the best of three libraries reaches here on matmuls of 1024 x 1024, with the same
-threads and in the same rounds as what is held against it: measured, not taken from a data sheet. It is no upper bound:
-convolutions of many channels pass it by a tenth here. Of an int8 file the layers in int8 are held against the int8
-peak, the others against the peak of what they are computed in.
+The peak of a precision is the rate that the best of three libraries reaches here on matmuls of 1024 x 1024, with the
+same threads and in the same rounds as the engines that are compared with it: measured, not taken from a data sheet. It
+is not an upper bound: convolutions with many channels exceed it by a tenth here. In an int8 file, the int8 layers are
+compared with the int8 peak, the others with the peak of the precision that they are computed in.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from benchmarks.turns import rest
+from benchmarks.turns import wait_until_idle
 from petseg_runtime.errors import one_line
 
-#: Of the matrices: large enough for the peak, small enough for the caches.
+#: Size of the matrices: large enough for the peak, small enough for the caches.
 SIZE: Final = 1024
-#: Matmuls behind each other in a graph, so that what happens at its edges (copies, int8's first rounding) is little.
+#: Consecutive matmuls in a graph, so that the overhead at its edges (copies, int8's first rounding) is small.
 CHAIN: Final = 4
-#: A GPU wants more.
+#: Size of the matrices on a GPU, which needs larger ones to reach its peak.
 GPU_SIZE: Final = 8192
 
 
 def operations(graph: bytes, batch: int, height: int, width: int) -> dict[str, int]:
-    """Operations of a graph ``image`` uint8 [N, H, W, 3]: those of its ``int8`` layers, and the ``others``."""
+    """Count a graph's operations (input ``image``, uint8 [N, H, W, 3]): of its ``int8`` layers, and ``others``."""
     proto = _sized(graph, (batch, height, width, 3))
     shapes = _shapes(proto)
     makers = {output: node.op_type for node in proto.graph.node for output in node.output}
@@ -64,7 +64,7 @@ def _gemm(node: NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
     return math.prod(shapes[node.output[0]]) * shapes[node.input[0]][0 if turned else 1]
 
 
-#: Multiplications of the operators that count.
+#: Number of multiplications, for each operator that is counted.
 _COUNTED: Final[dict[str, Callable[[NodeProto, Mapping[str, tuple[int, ...]]], int]]] = {
     "Conv": _convolution,
     "ConvTranspose": _transposed,
@@ -74,7 +74,7 @@ _COUNTED: Final[dict[str, Callable[[NodeProto, Mapping[str, tuple[int, ...]]], i
 
 
 def _sized(graph: bytes, shape: Sequence[int]) -> ModelProto:
-    """The graph with an input of that shape, and with nothing said of what follows from it."""
+    """Return the graph with an input of that shape, and all other shapes inferred from it."""
     proto = onnx.load_from_string(graph)
     for dimension, size in zip(proto.graph.input[0].type.tensor_type.shape.dim, shape, strict=True):
         dimension.dim_value = size
@@ -91,13 +91,13 @@ def _shapes(proto: ModelProto) -> dict[str, tuple[int, ...]]:
 
 
 def least_ms(work: Mapping[str, int], precision: str, peaks: Mapping[str, float]) -> float | None:
-    """Milliseconds that the matmul peak would take for the operations; None where a peak that is needed is missing.
+    """Return the milliseconds that the operations take at the matmul peak; None: a peak that is needed is missing.
 
     Args:
-        work: What :func:`operations` counted.
-        precision: What is computed in: ``f32``, ``bf16``, ...; ``int8`` or ``int8 and bf16``: what the layers in int8
-            leave is computed in f32, or in the one that is named.
-        peaks: Operations a second of each precision.
+        work: The result of :func:`operations`.
+        precision: The precision of the computation: ``f32``, ``bf16``, ...; with ``int8``, the layers that are not in
+            int8 are computed in f32, with ``int8 and bf16`` in bf16.
+        peaks: Operations per second of each precision.
     """
     first, _, rest = precision.partition(" and ")
     others = rest or ("f32" if first == "int8" else first)
@@ -113,10 +113,10 @@ class Matmul:
     """Square matmuls in a library.
 
     Attributes:
-        library: Which, with its version.
-        precision: What it computes in.
-        operations: Of one run.
-        run: Runs them to their end.
+        library: Name and version.
+        precision: The precision that it computes in.
+        operations: Operations of one run.
+        run: Runs the matmuls, and returns when they are finished.
     """
 
     library: str
@@ -125,8 +125,8 @@ class Matmul:
     run: Callable[[], object]
 
     def rate(self, runs: int = 3) -> float:
-        """Operations a second: the median of some runs, after one that does not count; all else has come to rest."""
-        rest()
+        """Return the operations per second: the median of ``runs`` runs, after waiting for idle and a warm-up run."""
+        wait_until_idle()
         self.run()
         return self.operations / median(_seconds(self.run) for _ in range(runs))
 
@@ -138,7 +138,7 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 def peaks(rates: Mapping[Matmul, Sequence[float]]) -> dict[str, float]:
-    """Operations a second of each precision, by the library that is fastest at it."""
+    """Return the operations per second of each precision in the library that is fastest at it."""
     found: dict[str, float] = {}
     for matmul, values in rates.items():
         found[matmul.precision] = max(found.get(matmul.precision, 0), median(values))
@@ -146,13 +146,13 @@ def peaks(rates: Mapping[Matmul, Sequence[float]]) -> dict[str, float]:
 
 
 def best(rates: Mapping[Matmul, Sequence[float]]) -> dict[str, Sequence[float]]:
-    """The same, round by round."""
+    """Return the rates of the fastest library for each precision, round by round."""
     fastest = peaks(rates)
     return {m.precision: values for m, values in rates.items() if median(values) == fastest[m.precision]}
 
 
-def told(rates: Mapping[Matmul, Sequence[float]]) -> list[dict[str, Any]]:
-    """For the record: a row for each library and precision."""
+def as_rows(rates: Mapping[Matmul, Sequence[float]]) -> list[dict[str, Any]]:
+    """Return the record's rows, one for each library and precision."""
     return [
         {
             "name": f"{matmul.library} {matmul.precision}",
@@ -166,7 +166,7 @@ def told(rates: Mapping[Matmul, Sequence[float]]) -> list[dict[str, Any]]:
 
 
 def matmuls(device: str, threads: int) -> tuple[list[Matmul], list[str]]:
-    """Every precision that a device (``cpu`` or ``cuda``) has, in every library that computes in it; what failed.
+    """Make a matmul for every precision and library of a device (``cpu`` or ``cuda``); also return what failed.
 
     A library may be missing or built without CUDA, a GPU too old for a precision: the others are measured all the same.
     """
@@ -195,7 +195,7 @@ def _in_torch(threads: int) -> list[Matmul]:
     torch.set_num_threads(threads)
     version, count = torch.__version__.partition("+")[0], 2 * SIZE**3
     types = {"f32": torch.float32}
-    if pick_precision("auto", torch.device("cpu")) is torch.bfloat16:  # emulated, it would be no peak
+    if pick_precision("auto", torch.device("cpu")) is torch.bfloat16:  # emulated bf16 is slow, so not a peak
         types["bf16"] = torch.bfloat16
     found = []
     for precision, dtype in types.items():
@@ -239,7 +239,7 @@ def _in_onnxruntime(threads: int) -> list[Matmul]:
 
 
 def _on_cuda(threads: int) -> list[Matmul]:
-    """The precisions of an NVIDIA GPU in PyTorch, whatever the CPU's threads. Never run by us."""
+    """Make matmuls on an NVIDIA GPU in PyTorch; ``threads`` is unused. We have never run it."""
     import torch
 
     def run(a: torch.Tensor, b: torch.Tensor, tf32: bool) -> None:
@@ -263,9 +263,9 @@ def _on_cuda(threads: int) -> list[Matmul]:
 
 
 def matmul_graph(int8: bool) -> bytes:
-    """A chain of matmuls ``x`` float32 [SIZE, SIZE] to ``y``, with Q/DQ nodes as an int8 file has them.
+    """Build a chain of matmuls from ``x`` float32 [SIZE, SIZE] to ``y``, with Q/DQ nodes as in an int8 file.
 
-    Activations are unsigned here: every int8 kernel takes them, and some are faster at it.
+    Activations are unsigned here: every int8 kernel accepts them, and some are faster with them.
     """
     shape = (SIZE, SIZE)
     weights = numpy_helper.from_array(np.ones(shape, np.int8 if int8 else np.float32), "w")

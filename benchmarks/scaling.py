@@ -1,7 +1,7 @@
-"""What more pixels, photos, threads and minutes of video cost, and from where on they cost in proportion.
+"""How cost scales with image size, batch size and threads, and memory with the length of a video.
 
-The network is that of the model that ships, at every size; the file is exported for each. Memory is the most that the
-whole process of `petseg infer CLIP` ever held: it must not depend on how long the clip is.
+The network is the shipped model's at every size; a file is exported for each. Memory is the peak of the whole process
+of `petseg infer CLIP`: it must not depend on the length of the clip.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ SIZES: Final = (96, 160, 256, 384)
 BATCHES: Final = (1, 2, 4, 8)
 CLIP_SECONDS: Final = (5, 30)
 CLIP_RATE: Final = 30
-#: A change of cost that counts; of memory likewise.
+#: Relative change of cost or memory that counts.
 TOLERANCE: Final = 0.05
-#: Of each clip, before a slope of its memory is told.
+#: Runs of each clip that are needed to report a slope of its memory.
 RUNS_FOR_SLOPE: Final = 3
 
 
 class Point(NamedTuple):
-    """What is measured: a square photo of so many pixels a side, so many at a time, on so many threads."""
+    """A point to measure: the side of a square photo in pixels, the photos per run, and the threads."""
 
     size: int
     batch: int
@@ -53,10 +53,16 @@ class Point(NamedTuple):
 
 
 @click.command()
-@click.option("--rounds", type=int, default=11, show_default=True)
-@click.option("--clip-rounds", type=int, default=2, show_default=True, help="Of both clips.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    default=11,
+    show_default=True,
+    help="Turns of each size, batch and thread count.",
+)
+@click.option("--clip-rounds", type=click.IntRange(1), default=2, show_default=True, help="Runs of each clip.")
 def scaling(rounds: int, clip_rounds: int) -> None:
-    """Cost against size, batch and threads; memory against the length of a video; where the curves bend."""
+    """Measure cost by image size, batch size and threads, and memory by video length; find where the curves bend."""
     spec = open_artifact(default_model()).spec
     threads = sorted({1, usable_cpus()})
     with scratch() as folder:
@@ -68,24 +74,24 @@ def scaling(rounds: int, clip_rounds: int) -> None:
         by_batch = [Point(spec.height, batch, number) for number in threads for batch in BATCHES]
         curves = [curve for engine in ENGINES for curve in measured(engine, folder, by_size, by_batch, rounds)]
         values = {"model": spec.name, "batch_at_size": spec.height, "curves": curves, "threads": gains(curves)}
-        memory = of_clips(folder, clip_rounds)
+        memory = clip_memory(folder, clip_rounds)
     for name, statement in (*((c["name"], c["bend"]["statement"]) for c in curves), ("memory", memory["statement"])):
         click.echo(f"{name}: {statement}", err=True)
     command = f"python -m benchmarks scaling --rounds {rounds} --clip-rounds {clip_rounds}"
-    records.write("scaling", command, {**values, "memory": memory})
+    click.echo(records.write("scaling", command, {**values, "memory": memory}))
 
 
 def measured(
     name: str, folder: Path, by_size: Sequence[Point], by_batch: Sequence[Point], rounds: int
 ) -> list[dict[str, Any]]:
-    """The curves of an engine: cost a pixel over sizes, cost a photo over batches, for each number of threads."""
+    """Measure an engine's curves: cost per pixel by size and cost per photo by batch, for each number of threads."""
     with contextlib.ExitStack() as stack:
         engines: dict[tuple[int, int], Engine] = {}
         for size, _, threads in (*by_size, *by_batch):
             if (size, threads) not in engines:
                 artifact = open_artifact(folder / str(size) / "fp32.onnx")
                 engines[size, threads] = stack.enter_context(load_engine(artifact, name, threads))
-        # One thread and all of them beside each other, as they are held against each other.
+        # One thread and all threads in the same turns, because they are compared with each other.
         times = in_turns(engines, sorted({*by_size, *by_batch}), rounds)
         computed = next(iter(engines.values())).describe().precision
     found = []
@@ -100,10 +106,10 @@ def measured(
 def in_turns(
     engines: Mapping[tuple[int, int], Engine], points: Iterable[Point], rounds: int
 ) -> dict[Point, list[float]]:
-    """The median milliseconds of each round at each point, all points in turns."""
+    """Return the median milliseconds of each round at each point, all points in turns."""
     random = np.random.default_rng(0)
     photos = {p: random.integers(0, 256, (p.batch, p.size, p.size, 3), dtype=np.uint8) for p in points}
-    # The first call of a shape makes what is the shape's own; the second says how often there is time for it.
+    # The first call with a shape does its one-time work; the second is timed to choose the runs in a turn.
     for p, batch in photos.items():
         engines[p.size, p.threads].run(batch)
     counts = {p: count(timed(engines[p.size, p.threads].run, batch, 1)[0]) for p, batch in photos.items()}
@@ -112,7 +118,7 @@ def in_turns(
 
 
 def curve(axis: str, times: Mapping[Point, Sequence[float]]) -> dict[str, Any]:
-    """The points of a curve, and where it bends; the cost is that of a pixel (ns) or of a photo (ms)."""
+    """Return the points of a curve, and where it bends; the cost is per pixel (ns) or per photo (ms)."""
     rows: list[dict[str, Any]] = []
     costs: list[tuple[int, float]] = []
     for point, values in times.items():
@@ -125,31 +131,29 @@ def curve(axis: str, times: Mapping[Point, Sequence[float]]) -> dict[str, Any]:
 
 
 def bend(points: Sequence[tuple[int, float]], axis: str, unit: str) -> dict[str, Any]:
-    """Where the cost has fallen as far as it falls, and where it begins to rise again.
+    """Find where the cost stops falling, and where it begins to rise again.
 
     Args:
         points: (size or batch, cost of one pixel or photo), ascending.
         axis: ``size`` or ``batch``.
-        unit: Of the cost.
+        unit: Unit of the cost.
 
     Returns:
-        ``falls_until``: the first point that costs no more than the cheapest by more than ``TOLERANCE``; None: the cost
-        rises on the way there, so that no bend can be told. ``rises_from``: the first point after the cheapest from
-        which on every cost is higher than it by more than that; None: there is none. ``statement``: both, for people.
+        ``falls_until``: the first point within ``TOLERANCE`` of the cheapest; None: the cost rises on the way there, so
+        there is no clear bend. ``rises_from``: the first point after the cheapest from which on every cost exceeds the
+        lowest by more than ``TOLERANCE``; None: there is none. ``statement``: both, as a sentence.
     """
     costs = [cost for _, cost in points]
     enough = min(costs) * (1 + TOLERANCE)
     until = next(i for i, cost in enumerate(costs) if cost <= enough)
     if any(later > earlier * (1 + TOLERANCE) for earlier, later in itertools.pairwise(costs[: until + 1])):
-        text = (
-            f"the cost goes up and down, between {short(min(costs))} and {short(max(costs))} {unit}: no bend to be told"
-        )
+        text = f"the cost goes up and down, between {short(min(costs))} and {short(max(costs))} {unit}: no clear bend"
         return {"falls_until": None, "rises_from": None, "statement": text}
     cheapest = costs.index(min(costs))
     rising = next((i for i in range(cheapest + 1, len(costs)) if min(costs[i:]) > enough), None)
     text = f"the cost falls until {axis} {points[until][0]} ({short(costs[0])} to {short(costs[until])} {unit})"
     if until == 0:
-        text = f"the cost is lowest, or nearly so, at {axis} {points[0][0]} already ({short(costs[0])} {unit})"
+        text = f"the cost is already lowest, or nearly so, at {axis} {points[0][0]} ({short(costs[0])} {unit})"
     if rising is not None:
         text += f", and rises from {axis} {points[rising][0]} on ({short(costs[-1])} at {points[-1][0]})"
     rises_from = None if rising is None else points[rising][0]
@@ -157,12 +161,12 @@ def bend(points: Sequence[tuple[int, float]], axis: str, unit: str) -> dict[str,
 
 
 def short(cost: float) -> str:
-    """Three digits, and no exponent."""
+    """Format a cost with three digits and no exponent."""
     return f"{cost:.3g}" if cost < 100 else f"{cost:.0f}"
 
 
 def gains(curves: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How many times as fast all threads are as one, point by point; the ratio is taken within each round."""
+    """Return how many times as fast all threads are as one, point by point; the ratio is taken within each round."""
     found = []
     for one, many in itertools.pairwise(curves):
         if one["threads"] == 1 < many["threads"] and one["axis"] == many["axis"]:
@@ -178,8 +182,8 @@ def gains(curves: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 # Memory
 
 
-def of_clips(folder: Path, rounds: int) -> dict[str, Any]:
-    """The peak memory of `petseg infer CLIP` for clips of several lengths, in turns."""
+def clip_memory(folder: Path, rounds: int) -> dict[str, Any]:
+    """Measure the peak memory of `petseg infer CLIP` for clips of several lengths, in turns."""
     for seconds in CLIP_SECONDS:
         make_clip(folder / f"{seconds}.mp4", seconds * CLIP_RATE)
     found: dict[int, list[tuple[float, float]]] = {seconds: [] for seconds in CLIP_SECONDS}
@@ -205,9 +209,9 @@ def of_clips(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def flatness(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Whether the longest clip takes no more memory than the shortest; of enough runs, what each further minute adds.
+    """Return whether the longest clip needs no more memory than the shortest and, with enough runs, MB per minute.
 
-    Runs of the same clip differ by several megabytes: one of each length tells of no slope.
+    Runs of the same clip differ by several megabytes: one run of each length does not show a slope.
     """
     peaks = [median(row["peak_mb"]) for row in rows]
     lengths = [row["seconds_of_video"] for row in rows]
@@ -225,7 +229,7 @@ def flatness(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def make_clip(path: Path, frames: int) -> None:
-    """A sample photo that moves, 640 x 360, H.264."""
+    """Write a clip of a moving sample photo, 640 x 360, H.264."""
     with Image.open(sample_photos()[0]) as photo:
         pixels = np.asarray(photo.convert("RGB").resize((640, 360)))
     with av.open(str(path), "w") as file:

@@ -1,6 +1,6 @@
 """Stream servers and senders on loopback, and `petseg infer` on them: for the soak, and for the tests of live sources.
 
-All are processes of their own, on free ports. What they need is in Debian: :func:`lacking` names the packages.
+Each is a separate process on a free port. :func:`lacking` names the Debian packages that are missing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
     "until",
 ]
 
-#: The system's Python, which has GStreamer's bindings.
+#: The system's Python, for which Debian packages GStreamer's bindings.
 _PYTHON: Final = Path("/usr/bin/python3")
 
 _RTSP: Final = """
@@ -68,13 +68,13 @@ _NGINX_MODULE: Final = Path("/usr/lib/nginx/modules/ngx_rtmp_module.so")
 
 
 def lacking(*kinds: str) -> str | None:
-    """Why servers of these kinds cannot be started here: what is not installed, and its Debian package.
+    """Return why servers of these kinds cannot be started here: the Debian packages that are missing.
 
     Args:
         kinds: ``ffmpeg``, ``rtsp``, ``rtmp``.
 
     Returns:
-        The reason; None: nothing is lacking.
+        The reason; None: nothing is missing.
     """
     needed: dict[str, dict[str, object]] = {
         "ffmpeg": {"ffmpeg": shutil.which("ffmpeg")},
@@ -88,7 +88,7 @@ def lacking(*kinds: str) -> str | None:
         },
     }
     packages = [name for kind in kinds for name, there in needed[kind].items() if not there]
-    return f"not installed, of Debian: {', '.join(dict.fromkeys(packages))}" if packages else None
+    return f"Debian packages not installed: {', '.join(dict.fromkeys(packages))}" if packages else None
 
 
 def _nginx() -> str | None:
@@ -100,7 +100,7 @@ def _installed(library: str) -> bool:
 
 
 def free_port(kind: int = socket.SOCK_STREAM) -> int:
-    """A port of loopback that nobody uses now."""
+    """Return a loopback port that is unused now."""
     with socket.socket(socket.AF_INET, kind) as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -108,15 +108,15 @@ def free_port(kind: int = socket.SOCK_STREAM) -> int:
 
 
 def until(condition: Callable[[], Any], seconds: float = 40) -> Any:
-    """Wait for a condition, and give its value.
+    """Wait until a condition is true, and return its value.
 
     Raises:
-        AssertionError: It did not come true in so many seconds.
+        AssertionError: It is still false after so many seconds.
     """
     end = time.monotonic() + seconds
     while not (value := condition()):
         if time.monotonic() > end:
-            raise AssertionError(f"it did not happen in {seconds:g} s")
+            raise AssertionError(f"the condition is still false after {seconds:g} s")
         time.sleep(0.02)
     return value
 
@@ -128,22 +128,29 @@ def _listens(port: int) -> bool:
 
 
 class Server:
-    """A program that is started, stopped, frozen, and gone at the end. Use it as a context manager."""
+    """A program that can be started, stopped and frozen. As a context manager, it is stopped at the end."""
 
     def __init__(self, *command: object, ready: str | int | None = None) -> None:
-        """Start it.
+        """Start the program, and wait until it is ready.
 
         Args:
             command: The program and its arguments.
-            ready: The line that it prints, or the port that it listens at, when it can be used; None: at once.
+            ready: The line that it prints, or the port that it listens on, when it is ready; None: do not wait.
         """
         self._command, self._ready = [str(word) for word in command], ready
         self.start()
 
     def start(self) -> None:
-        """Start it, again too."""
+        """Start the program, also again after :meth:`stop`."""
         pipe = subprocess.PIPE if isinstance(self._ready, str) else subprocess.DEVNULL
         self.process = subprocess.Popen(self._command, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait_until_ready(self) -> None:
         if self.process.stdout:
             line = self.process.stdout.readline()
             assert line.strip() == self._ready, f"{self._command[0]} did not start: {line!r}"
@@ -152,18 +159,18 @@ class Server:
             until(lambda: _listens(port))
 
     def stop(self) -> None:
-        """Kill it."""
+        """Kill the program."""
         self.process.kill()
         self.process.wait()
         if self.process.stdout:
             self.process.stdout.close()
 
     def freeze(self) -> None:
-        """It keeps its connections, and sends nothing."""
+        """Suspend the program: it keeps its connections, and sends nothing."""
         self.process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """It goes on."""
+        """Resume the program."""
         self.process.send_signal(signal.SIGCONT)
 
     def __enter__(self) -> Self:
@@ -174,19 +181,19 @@ class Server:
 
 
 def rtsp_server(port: int, size: str = "160x120") -> Server:
-    """GStreamer's RTSP server, with a picture at ``rtsp://127.0.0.1:PORT/live``."""
+    """Start GStreamer's RTSP server, with a video stream at ``rtsp://127.0.0.1:PORT/live``."""
     return Server(_PYTHON, "-c", _RTSP, port, *size.split("x"), ready="ready")
 
 
 def rtmp_server(port: int, folder: Path) -> Server:
-    """nginx, to which one may publish."""
+    """Start nginx as an RTMP server that accepts publishers."""
     config = folder / "nginx.conf"
     config.write_text(_NGINX.format(module=_NGINX_MODULE, folder=folder, port=port), encoding="utf-8")
     return Server(_nginx(), "-c", config, "-p", folder, ready=port)
 
 
 def _pictures(size: str, seconds: float, sound: bool) -> list[str]:
-    """FFmpeg's words for a live picture, and a tone."""
+    """Return an FFmpeg command for a live test picture in H.264 and, with ``sound``, a tone."""
     inputs = ["-re", "-f", "lavfi", "-i", f"testsrc2=size={size}:rate=25:duration={seconds:g}"]
     if sound:
         inputs += ["-re", "-f", "lavfi", "-i", f"sine=sample_rate=48000:duration={seconds:g}", "-c:a", "aac"]
@@ -195,22 +202,22 @@ def _pictures(size: str, seconds: float, sound: bool) -> list[str]:
 
 
 def rtmp_sender(port: int, *, sound: bool = False) -> Server:
-    """FFmpeg, which publishes to ``rtmp://127.0.0.1:PORT/live/cam``."""
+    """Start FFmpeg, which publishes to ``rtmp://127.0.0.1:PORT/live/cam``."""
     return Server(*_pictures("160x120", 36000, sound), "-f", "flv", f"rtmp://127.0.0.1:{port}/live/cam")
 
 
 def udp_sender(port: int, size: str = "160x120") -> Server:
-    """FFmpeg, which sends an MPEG transport stream to a UDP port."""
+    """Start FFmpeg, which sends an MPEG transport stream to a UDP port."""
     return Server(*_pictures(size, 36000, sound=False), "-f", "mpegts", f"udp://127.0.0.1:{port}?pkt_size=1316")
 
 
 def http_sender(port: int, size: str = "160x120", *, seconds: float = 36000, sound: bool = False) -> Server:
-    """FFmpeg, which serves one client an MPEG transport stream at ``http://127.0.0.1:PORT/live.ts``, and ends."""
+    """Start FFmpeg, which serves one client MPEG-TS at ``http://127.0.0.1:PORT/live.ts``, then exits."""
     return Server(*_pictures(size, seconds, sound), "-f", "mpegts", "-listen", "1", f"http://127.0.0.1:{port}/live.ts")
 
 
 def motion_jpeg_sender(port: int, rate: int) -> Server:
-    """FFmpeg, which serves one client JPEGs, as many cameras do, at ``http://127.0.0.1:PORT/live``."""
+    """Start FFmpeg, which serves one client Motion JPEG, as many cameras do, at ``http://127.0.0.1:PORT/live``."""
     camera = ["-re", "-f", "lavfi", "-i", f"testsrc2=size=160x120:rate={rate}"]
     jpegs = ["-c:v", "mjpeg", "-pix_fmt", "yuvj420p", "-f", "mpjpeg"]
     over_http = ["-content_type", "multipart/x-mixed-replace;boundary=ffmpeg", "-listen", "1"]
@@ -219,7 +226,7 @@ def motion_jpeg_sender(port: int, rate: int) -> Server:
 
 @contextlib.contextmanager
 def hls_server(port: int, folder: Path) -> Iterator[Server]:
-    """A playlist of pieces of half a second at ``http://127.0.0.1:PORT/live.m3u8``; gives the sender."""
+    """Serve a playlist of half-second segments at ``http://127.0.0.1:PORT/live.m3u8``; yields the sender."""
     pieces = ["-f", "hls", "-hls_time", "0.5", "-hls_list_size", "4", "-hls_flags", "delete_segments"]
     with (
         Server(*_pictures("160x120", 36000, sound=False), *pieces, folder / "live.m3u8") as sender,
@@ -230,16 +237,16 @@ def hls_server(port: int, folder: Path) -> Iterator[Server]:
 
 
 class Relay:
-    """Passes UDP packets on, and loses or spoils some. Use it as a context manager.
+    """A UDP relay that drops packets at random or corrupts the video. As a context manager, it is closed at the end.
 
     Attributes:
-        loss: The share of packets that are lost.
-        spoilt: Whether what is passed on cannot be decoded, though its packets are whole.
-        lost: Packets that were.
+        loss: The share of packets to drop.
+        spoilt: Whether to corrupt the video, so that it cannot be decoded though its packets are intact.
+        lost: The number of packets dropped so far.
     """
 
     def __init__(self, port: int, target: int, loss: float = 0.0) -> None:
-        """Listen at ``port``, and send to ``target``."""
+        """Listen on ``port``, and send to ``target``."""
         self.loss, self.spoilt, self.lost = loss, False, 0
         self._target, self._random = ("127.0.0.1", target), random.Random(1)
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -259,15 +266,15 @@ class Relay:
                     self._socket.sendto(self._spoil_all(packet) if self.spoilt else packet, self._target)
 
     def _spoil_all(self, packet: bytes) -> bytes:
-        """The picture's transport packets (FFmpeg numbers their stream 256) keep their headers, and no picture."""
+        """Corrupt the payload of the video's transport packets (FFmpeg gives them PID 256); headers stay intact."""
         parts = [packet[at : at + 188] for at in range(0, len(packet), 188)]
         return b"".join(self._spoil(part) if int.from_bytes(part[1:3]) & 0x1FFF == 256 else part for part in parts)
 
     def _spoil(self, part: bytes) -> bytes:
         head = 4 + (1 + part[4] if part[3] & 0x20 else 0)
-        if part[1] & 0x40:  # the frame's header, and 11 bytes by which the parser of H.264 tells where one begins
+        if part[1] & 0x40:  # the PES header, and 11 bytes in which H.264's parser finds the beginning of a frame
             head += 9 + part[head + 8] + 11
-        return part[:head] + b"\2" * (len(part) - head)  # a kind of slice that there is not
+        return part[:head] + b"\2" * (len(part) - head)  # an invalid slice type
 
     def __enter__(self) -> Self:
         return self
@@ -279,27 +286,27 @@ class Relay:
 
 
 class Run:
-    """`petseg infer` as people run it; its events as they come. Use it as a context manager.
+    """A process of `petseg infer --json` and its events so far. As a context manager, it is killed at the end.
 
     Attributes:
         process: The process.
-        events: The lines of ``--json`` so far.
-        err: What it said on stderr, when it has ended.
+        events: The events, one for each line of stdout, so far.
+        err: The text on stderr, after the process has ended.
     """
 
     def __init__(self, *words: object, keep_frames: bool = True) -> None:
-        """Start it.
+        """Start the process.
 
         Args:
             words: Sources and options.
-            keep_frames: Keep the events of frames; else they are only counted.
+            keep_frames: Keep the events of frames; otherwise they are only counted.
         """
         command = [sys.executable, "-m", "petseg.cli", "infer", *map(str, words), "--json"]
         self._keep_frames = keep_frames
         self.events: list[dict[str, Any]] = []
-        self.times: list[float] = []  #: when each event came, ``time.monotonic()``
-        self.last: dict[str, dict[str, Any]] = {}  #: the last frame's event of each source
-        self.counts: dict[str, int] = {}  #: frames' events of each source
+        self.times: list[float] = []  #: when each event arrived, ``time.monotonic()``
+        self.last: dict[str, dict[str, Any]] = {}  #: the last frame event of each source
+        self.counts: dict[str, int] = {}  #: the number of frame events of each source
         self.err = ""
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self._threads = [threading.Thread(target=read) for read in (self._read_events, self._read_err)]
@@ -321,26 +328,26 @@ class Run:
         self.err = self.process.stderr.read() if self.process.stderr else ""
 
     def states(self, name: str = "") -> list[str]:
-        """The states so far, of the sources whose name contains a text."""
+        """Return the states so far of the sources whose name contains a text."""
         events = [e for e in list(self.events) if e["event"] == "state" and name in e["input"]]
         return [event["state"] for event in events]
 
     def frames(self, name: str = "") -> int:
-        """How many frames were written so far."""
+        """Return how many frames have been written so far."""
         return sum(count for source, count in list(self.counts.items()) if name in source)
 
     def more_frames(self, count: int = 5, name: str = "") -> None:
-        """Wait for so many frames from now on."""
+        """Wait for so many more frames."""
         before = self.frames(name)
         until(lambda: self.frames(name) >= before + count)
 
     def end(self, number: signal.Signals = signal.SIGTERM, seconds: float = 20) -> int:
-        """Send a signal, and give the exit code."""
+        """Send a signal, wait for the end, and return the exit code."""
         self.process.send_signal(number)
         return self.wait(seconds)
 
     def wait(self, seconds: float = 40) -> int:
-        """Wait for its end, and give the exit code."""
+        """Wait for the end, and return the exit code."""
         code = self.process.wait(seconds)
         for thread in self._threads:
             thread.join(10)
@@ -350,7 +357,7 @@ class Run:
         return code
 
     def report(self, name: str = "") -> dict[str, Any]:
-        """The event at the end of a source, of which every frame must be accounted for."""
+        """Return the final event of a source, after asserting that every frame is accounted for."""
         (report,) = (e for e in self.events if e["event"] == "video" and name in e["input"])
         frames = report["frames"]
         assert frames["decoded"] == report["written"] + frames["dropped"] + frames["failed"], report

@@ -1,8 +1,8 @@
-"""``python -m benchmarks shown``: what ``petseg infer`` shows of the network's answers, beside all that they say.
+"""``python -m benchmarks shown``: how dropping low-confidence regions, as ``petseg infer`` does, changes the metrics.
 
-Regions in which the model is sure of no pixel are left out (:func:`petseg_runtime.regions.without_doubtful`). What that
-gains and costs is told of the test photos, on the same answers of the checkpoint in PyTorch; its three numbers were
-chosen on the validation photos, of which the record has the alternatives, one number changed at a time.
+Regions without a near-certain pixel are dropped (:func:`petseg_runtime.regions.without_doubtful`). The gain and the
+cost are measured on the test photos, with the same outputs of the checkpoint in PyTorch. The three constants of the
+rule were chosen on the validation photos, for which the record has the alternatives, one constant changed at a time.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from petseg.evaluate import U8, Evaluation, OpenedModel, Run, as_shown, evaluate
 from petseg.metrics import Border
 from petseg_runtime import regions
 
-#: What else each number of the rule might be.
+#: Alternative values of each constant of the rule.
 ALTERNATIVES: Final[Mapping[str, Sequence[float]]] = {
     "CERTAIN": (205, 230, 242, 253),
     "DOUBTFUL": (13, 38, 102, 153),
     "EDGE": (1 / 128, 1 / 64, 1 / 16, 1 / 8),
 }
-#: A change of a photo's IoU that counts.
+#: A photo counts as better or worse if its IoU changes by more than this.
 MUCH: Final = 0.01
 
 
 @click.command()
-@click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
+@photos.data_option
 def shown(data: Path) -> None:
-    """What leaving doubtful regions out gains and costs."""
+    """Measure what dropping low-confidence regions gains and costs."""
     thresholds = thresholds_of(data)
     with open_model(CHECKPOINT, "cpu") as model:
         validation = find(photos.training_set(data), Split.VAL)
-        replayed = answered(model, validation)
-        chosen = {"alone": replayed(lambda run: run), "shown": replayed(as_shown), **variants(replayed)}
+        evaluated = evaluator(model, validation)
+        chosen = {"alone": evaluated(lambda run: run), "shown": evaluated(as_shown), **variants(evaluated)}
         sets = {}
         for what, root in photos.test_sets(data).items():
-            replayed = answered(model, find(root, Split.TEST))
-            alone, seen = replayed(lambda run: run), replayed(as_shown)
+            evaluated = evaluator(model, find(root, Split.TEST))
+            alone, seen = evaluated(lambda run: run), evaluated(as_shown)
             both = all_thresholds({"alone": alone, "shown": seen}, thresholds)
             sets[what] = {"photos": len(alone.names), **both, **changes(alone, seen, thresholds["ignored_border"])}
         values = {
@@ -59,19 +59,19 @@ def shown(data: Path) -> None:
     click.echo(records.write("shown", "python -m benchmarks shown --data DATA", values))
 
 
-def answered(model: OpenedModel, pairs: Sequence[Pair]) -> Callable[[Callable[[Run], Run]], Evaluation]:
-    """Asks a model about photos once; gives what measures its answers, changed as asked for."""
-    answers: list[U8] = []
+def evaluator(model: OpenedModel, pairs: Sequence[Pair]) -> Callable[[Callable[[Run], Run]], Evaluation]:
+    """Run a model on photos once; return a function that evaluates its outputs after a given change."""
+    outputs: list[U8] = []
 
     def kept(batch: U8) -> U8:
         found = model.run(batch)
-        answers.extend(found)
+        outputs.extend(found)
         return found
 
     evaluate(kept, pairs, model.height, model.width)
 
     def measured(change: Callable[[Run], Run]) -> Evaluation:
-        replayed = iter(answers)
+        replayed = iter(outputs)
         run = change(lambda batch: np.stack([next(replayed) for _ in batch]))
         return evaluate(run, pairs, model.height, model.width)
 
@@ -79,7 +79,7 @@ def answered(model: OpenedModel, pairs: Sequence[Pair]) -> Callable[[Callable[[R
 
 
 def variants(measured: Callable[[Callable[[Run], Run]], Evaluation]) -> dict[str, Evaluation]:
-    """Each alternative of each number, the others as they are."""
+    """Evaluate each alternative of each constant, with the other constants unchanged."""
     found = {}
     for name, values in ALTERNATIVES.items():
         for value in values:
@@ -89,6 +89,6 @@ def variants(measured: Callable[[Callable[[Run], Run]], Evaluation]) -> dict[str
 
 
 def changes(alone: Evaluation, seen: Evaluation, threshold: float) -> dict[str, int]:
-    """How many photos' IoU, with the border left out, got better or worse by more than a point."""
+    """Count the photos whose IoU, with the border ignored, rose or fell by more than a point."""
     change = seen.image_ious(threshold, Border.IGNORED) - alone.image_ious(threshold, Border.IGNORED)
     return {"better": int((change > MUCH).sum()), "worse": int((change < -MUCH).sum())}

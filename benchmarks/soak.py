@@ -1,8 +1,8 @@
-"""Live sources for half an hour or longer: broken, frozen and changed to a script, beside a watch on the memory.
+"""Soak test of live sources: half an hour of scripted disconnects, freezes and size changes, with memory monitoring.
 
-One `petseg infer` reads an RTSP, a UDP and an HTTP stream at once, and writes them as overlays in pieces. Their servers
-are on the same machine. RTSP and HTTP are killed and come back; RTSP is frozen once; UDP loses a packet in a hundred,
-and its pictures change their size three times. What is found is reported, good or bad.
+One `petseg infer` reads an RTSP, a UDP and an HTTP stream at once, and writes overlay videos in segments. The servers
+run on the same machine. The RTSP and HTTP servers are killed and restarted; RTSP is frozen once; UDP loses one packet
+in a hundred, and its frame size changes three times. The results are reported, good or bad.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ import click
 from benchmarks import records
 from benchmarks.servers import Relay, Run, Server, free_port, http_sender, lacking, rtsp_server, udp_sender
 
-#: Seconds: that a killed server is gone, that the frozen one is, without a frame until a connection is made anew.
+#: Seconds: how long a killed server is down, how long one is frozen, and without a frame until petseg reconnects.
 DOWN, FROZEN, STALL = 3.0, 30.0, 5.0
 LOSS: Final = 0.01
 SMALL, LARGE = "640x360", "960x540"
-#: Seconds between two looks at the process, at least.
-LOOK: Final = 5.0
-#: The shares of the time until the memory is looked at, and that are taken for it there and at the end. The allocator
-#: has met every size of frame, piece and connection after ten minutes or so.
+#: Minimum seconds between two samples of the process.
+INTERVAL: Final = 5.0
+#: Shares of the run: the warm-up, and the windows after it and at the end in which memory is compared. After about ten
+#: minutes, the allocator has seen every frame size, segment and connection.
 WARM_UP, WINDOW = 1 / 3, 0.1
 
 
 @dataclass(frozen=True)
 class Event:
-    """What is done to a source: ``kill``, ``start``, ``freeze``, ``thaw``, or its size."""
+    """A change to a source: ``kill``, ``start``, ``freeze``, ``thaw``, or a frame size to switch to."""
 
     at: float
     source: str
@@ -47,10 +47,14 @@ class Event:
 
 
 @click.command()
-@click.option("--minutes", type=click.FloatRange(min=1.5), default=30.0, show_default=True)
-@click.option("--disconnects", type=click.IntRange(min=1), help="[default: two a minute, up to 20]")
+@click.option(
+    "--minutes", type=click.FloatRange(min=1.5), default=30.0, show_default=True, help="Duration of the test."
+)
+@click.option(
+    "--disconnects", type=click.IntRange(min=1), help="How often a server is killed.  [default: two a minute, up to 20]"
+)
 def soak(minutes: float, disconnects: int | None) -> None:
-    """Memory, states and frames of live sources that are broken on purpose."""
+    """Run a soak test: live sources that are interrupted on purpose, with a record of memory, states and frames."""
     if reason := lacking("ffmpeg", "rtsp"):
         raise click.ClickException(reason)
     breaks = disconnects or min(20, max(2, round(2 * minutes)))
@@ -59,11 +63,11 @@ def soak(minutes: float, disconnects: int | None) -> None:
         words = ("--as", "overlay", "--segment", max(30, 2 * minutes), "--stall", STALL, "--output", folder)
         begun = time.monotonic()
         with Run(*urls.values(), *words, keep_frames=False) as run:
-            samples = _work_through(script, servers, run, begun, 60 * minutes)
+            samples = _run_script(script, servers, run, begun, 60 * minutes)
             asked = time.monotonic()
             code = run.end(signal.SIGINT, 60) if run.process.poll() is None else run.wait()
             ending = time.monotonic() - asked
-        sources = [_source(name, url, run, script, begun, Path(folder)) for name, url in urls.items()]
+        sources = [_source(name, url, run, script, begun) for name, url in urls.items()]
     about = {
         "minutes": minutes,
         "disconnects": breaks,
@@ -76,11 +80,11 @@ def soak(minutes: float, disconnects: int | None) -> None:
     ended = {"exit_code": code, "seconds_to_end": round(ending, 2), "stderr": run.err}
     values = {**about, **ended, "memory": memory(samples), "sources": sources, "samples": thinned(samples)}
     path = records.write("soak", f"python -m benchmarks soak --minutes {minutes:g} --disconnects {breaks}", values)
-    _tell(values, path)
+    _print_summary(values, path)
 
 
 def plan(seconds: float, breaks: int) -> list[Event]:
-    """What is done when, spread over the time; nothing in its last part, so that all can come back."""
+    """Return the script of events, spread over the time except its last part, so that all sources can come back."""
     usable = seconds - FROZEN / 2
     frozen = 0.4 * usable
     events = [Event(frozen, "rtsp", "freeze"), Event(frozen + FROZEN, "rtsp", "thaw")]
@@ -95,7 +99,7 @@ def plan(seconds: float, breaks: int) -> list[Event]:
 
 @contextlib.contextmanager
 def _servers() -> Iterator[tuple[dict[str, Server], dict[str, str]]]:
-    """The servers, and the addresses of their streams."""
+    """Start the servers; yield them and the addresses of their streams."""
     ports = {"rtsp": free_port(), "http": free_port()}
     relayed, udp = free_port(socket.SOCK_DGRAM), free_port(socket.SOCK_DGRAM)
     urls = {
@@ -111,16 +115,16 @@ def _servers() -> Iterator[tuple[dict[str, Server], dict[str, str]]]:
             f"udp {SMALL}": udp_sender(relayed, SMALL),
             f"udp {LARGE}": udp_sender(relayed, LARGE),
         }
-        servers[f"udp {LARGE}"].stop()  # it has its turn
+        servers[f"udp {LARGE}"].stop()  # until the script switches to it
         for server in servers.values():
             stack.callback(server.stop)
         yield servers, urls
 
 
-def _work_through(
+def _run_script(
     script: list[Event], servers: dict[str, Server], run: Run, begun: float, seconds: float
 ) -> list[dict[str, float]]:
-    """Do what the script says, and look at the process all the while."""
+    """Carry out the script, and sample the process all the while."""
     samples: list[dict[str, float]] = []
     waiting = list(script)
     while time.monotonic() - begun < seconds and run.process.poll() is None:
@@ -128,18 +132,18 @@ def _work_through(
         if waiting and waiting[0].at <= now:
             event = waiting.pop(0)
             click.echo(f"{now:6.0f} s  {event.source}: {event.what}", err=True)
-            _do(event, servers)
-        elif not samples or now - samples[-1]["at"] >= LOOK:
-            with contextlib.suppress(OSError):  # it has just ended
-                samples.append({"at": round(now, 1), **look(run.process.pid), "frames": run.frames()})
+            _apply(event, servers)
+        elif not samples or now - samples[-1]["at"] >= INTERVAL:
+            with contextlib.suppress(OSError):  # the process has just ended
+                samples.append({"at": round(now, 1), **sample(run.process.pid), "frames": run.frames()})
         else:
             time.sleep(0.2)
     return samples
 
 
-def _do(event: Event, servers: dict[str, Server]) -> None:
+def _apply(event: Event, servers: dict[str, Server]) -> None:
     server = servers.get(event.source)
-    if server is None:  # the size that a new sender has
+    if server is None:  # the event is a frame size: switch to the sender of that size
         for size in (SMALL, LARGE):
             servers[f"{event.source} {size}"].stop()
         servers[f"{event.source} {event.what}"].start()
@@ -147,8 +151,8 @@ def _do(event: Event, servers: dict[str, Server]) -> None:
     {"kill": server.stop, "start": server.start, "freeze": server.freeze, "thaw": server.thaw}[event.what]()
 
 
-def look(process: int) -> dict[str, float]:
-    """A process's memory in megabytes, threads, and open files."""
+def sample(process: int) -> dict[str, float]:
+    """Return a process's memory in megabytes, threads, and open files."""
     status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     values = dict(line.split(":", 1) for line in status.splitlines())
     return {
@@ -159,7 +163,7 @@ def look(process: int) -> dict[str, float]:
 
 
 def memory(samples: list[dict[str, float]]) -> dict[str, Any]:
-    """Memory, threads and open files: after the warm-up, at the end (medians of a tenth of the time), and at most."""
+    """Summarize memory, threads and open files: after the warm-up, at the end (medians of a tenth), and the maximum."""
     if not samples:
         return {}
     end = samples[-1]["at"]
@@ -179,21 +183,18 @@ def memory(samples: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def thinned(samples: list[dict[str, float]]) -> list[dict[str, float]]:
-    """At most 120 of the samples, for the record."""
+    """Return at most 120 of the samples, for the record."""
     return samples[:: -(-len(samples) // 120)] if samples else []
 
 
-def _source(name: str, url: str, run: Run, script: list[Event], begun: float, folder: Path) -> dict[str, Any]:
-    """What became of one source; ``report`` is None if the command did not tell."""
+def _source(name: str, url: str, run: Run, script: list[Event], begun: float) -> dict[str, Any]:
+    """Return the results of one source; ``report`` is None if the command printed none."""
     states = [(at - begun, e) for at, e in zip(run.times, run.events, strict=True) if e["event"] == "state"]
     mine = [(at, e) for at, e in states if e["input"] == url]
     report = next((e for e in run.events if e["event"] == "video" and e["input"] == url), None)
     live = [at for at, e in mine if e["state"] == "live"]
-    back = [
-        round(next((at for at in live if at > event.at), float("nan")) - event.at, 2)
-        for event in script
-        if event.source == name and event.what in ("start", "thaw")
-    ]
+    restarts = [event.at for event in script if event.source == name and event.what in ("start", "thaw")]
+    back = [next((round(at - restart, 2) for at in live if at > restart), None) for restart in restarts]
     about = {
         "source": name,
         "states": dict(Counter(e["state"] for _, e in mine)),
@@ -205,8 +206,8 @@ def _source(name: str, url: str, run: Run, script: list[Event], begun: float, fo
     }
     if report is None:
         return {**about, "report": None, "accounted": False}
-    packets, sizes = _movies([Path(path) for path in report["paths"]])
-    frames = report["frames"]
+    paths, frames = [Path(path) for path in report["paths"]], report["frames"]
+    packets, sizes = _frames_and_sizes(paths)
     return {
         **about,
         "connections": report["connections"],
@@ -214,8 +215,8 @@ def _source(name: str, url: str, run: Run, script: list[Event], begun: float, fo
         "written": report["written"],
         "undecodable": report["undecodable"],
         "error": report["error"],
-        "files": len(report["paths"]),
-        "files_mb": round(sum(path.stat().st_size for path in folder.rglob("*") if str(path) in report["paths"]) / 1e6),
+        "files": len(paths),
+        "files_mb": round(sum(path.stat().st_size for path in paths) / 1e6),
         "frames_in_files": packets,
         "sizes": sizes,
         "steps": report["steps"],
@@ -224,8 +225,8 @@ def _source(name: str, url: str, run: Run, script: list[Event], begun: float, fo
     }
 
 
-def _movies(paths: list[Path]) -> tuple[int, list[str]]:
-    """How many frames movies hold, and the sizes in the order in which they came."""
+def _frames_and_sizes(paths: list[Path]) -> tuple[int, list[str]]:
+    """Count the frames in video files, and list their frame sizes in order."""
     count = 0
     sizes: list[str] = []
     for path in paths:
@@ -237,14 +238,22 @@ def _movies(paths: list[Path]) -> tuple[int, list[str]]:
     return count, sizes
 
 
-def _tell(values: dict[str, Any], path: Path) -> None:
-    """The gist, for people."""
-    rss = values["memory"].get("rss_mb", {})
-    click.echo(f"memory: {rss}; exit code {values['exit_code']}, {values['seconds_to_end']} s to end")
+def _print_summary(values: dict[str, Any], path: Path) -> None:
+    """Print a summary."""
+    if rss := values["memory"].get("rss_mb"):
+        click.echo(
+            f"memory: {rss['after_warm_up']:.0f} MB after the warm-up, {rss['at_the_end']:.0f} MB at the end "
+            f"({rss['drift_percent']:+.1f} %), {rss['max']:.0f} MB at most"
+        )
+    click.echo(f"exit code {values['exit_code']}, {values['seconds_to_end']} s to end")
     for source in values["sources"]:
+        lost = "no report"
+        if frames := source.get("frames"):
+            lost = f"{frames['decoded']} decoded, {frames['dropped']} dropped, {frames['failed']} failed"
+        states = ", ".join(f"{count} x {state}" for state, count in source["states"].items()) or "none"
         good = source["accounted"] and source.get("all_in_files")
         click.echo(
-            f"{source['source']}: {source.get('frames')}, {source['frame_events']} written; {source['states']}; "
-            f"{'all accounted for' if good else 'NOT ALL ACCOUNTED FOR'}"
+            f"{source['source']}: frames: {source['frame_events']} written, {lost}, "
+            f"{'all accounted for' if good else 'NOT ALL ACCOUNTED FOR'}; states: {states}"
         )
-    click.echo(f"{path}")
+    click.echo(str(path))

@@ -1,4 +1,4 @@
-"""Thresholds, as they are chosen: on the validation photos, one for each reading of the border."""
+"""Choice of thresholds: on the validation photos, one for each reading of the border."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from petseg_runtime.artifact import default_model, open_artifact
 
 
 def best_of_each(result: Evaluation) -> dict[Border, float]:
-    """For each reading of the border, the threshold that is best on these very photos."""
+    """Return, for each reading of the border, the threshold that is best on these very photos."""
     return {border: best_threshold(result.total, border) for border in Border}
 
 
 def at_each(result: Evaluation, thresholds: Mapping[Border, float]) -> dict[Border, Any]:
-    """Each reading of the border at the threshold that was chosen for it."""
+    """Return the metrics of each reading of the border at its threshold."""
     return {border: result.summary(threshold)["readings"][border] for border, threshold in thresholds.items()}
 
 
 def threshold_ignoring_border(data: Path) -> float:
-    """The threshold, in steps of 0.05, with the best mean IoU per validation photo when the border is ignored."""
+    """Return the threshold, in steps of 0.05, with the best mean IoU per validation photo, the border ignored."""
     pairs = find(training_set(data), Split.VAL)
     with open_model(default_model()) as model:
         result = evaluate(model.run, pairs, model.height, model.width)
@@ -32,7 +32,7 @@ def threshold_ignoring_border(data: Path) -> float:
 
 
 def thresholds_of(data: Path) -> dict[str, float]:
-    """The thresholds of the model that ships; that for cutouts only if it has one."""
+    """Return the thresholds of the shipped model; the one for cutouts only if it has one."""
     spec = open_artifact(default_model()).spec
     ignored = threshold_ignoring_border(data)
     found = {"own": spec.threshold, "cutout": spec.cutout_threshold, "ignored_border": ignored}

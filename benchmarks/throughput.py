@@ -1,8 +1,8 @@
-"""A folder of photos: how near the whole command comes to what its steps alone allow, and to a plain loop.
+"""Throughput of `petseg infer` on a folder of photos, compared with the bound set by its steps and with a plain loop.
 
-What the steps alone allow is the smaller of two: the photos a second of the slowest step by itself, and the number of
-cores over the CPU seconds that all steps need for a photo. Rates are from the first result on the disk to the last, as
-start-up is no step; that of the whole process stands beside them. The steps alone have their turn in every second
+The bound is the smaller of two rates: the photos per second of the slowest step alone, and the number of cores divided
+by the CPU seconds that all steps need for a photo. Rates are measured from the first result on disk to the last, as
+start-up is not a step; the rate of the whole process is recorded, too. The steps alone are measured in every second
 round.
 """
 
@@ -20,21 +20,21 @@ from typing import Any, Final
 import click
 
 from benchmarks import records
-from benchmarks.photos import of_any_use
+from benchmarks.photos import data_option, of_any_use
 from benchmarks.processes import first_to_last, seconds_of
 from petseg_runtime import Segmenter
 from petseg_runtime.host import usable_cpus
 from petseg_runtime.sinks import KINDS, ImageSink, picture
 from petseg_runtime.sources import Item, find_photos
 
-#: Backend and kind of output. Both engines, and the output that costs most to write.
+#: Backend and kind of output: both engines, and the output that costs most to write.
 CASES: Final = (("openvino", "mask"), ("openvino", "cutout"), ("onnxruntime", "mask"))
-#: Photos of a run before the first, which does not count: it compiles kernels and bytecode, and fills the disk's cache.
+#: Photos of the warm-up run, which compiles kernels and bytecode, and fills the disk cache.
 WARM: Final = 8
-#: Rounds from one turn of the steps alone to the next.
+#: The steps alone are measured every so many rounds.
 BETWEEN: Final = 2
 
-#: What people write without a pipeline: one photo after the other, in the same engine, with all its threads.
+#: The plain loop that people write without a pipeline: photo by photo, in the same engine, with all its threads.
 LOOP = """
 import sys
 from pathlib import Path
@@ -49,24 +49,25 @@ with Segmenter(backend=backend) as segmenter:
 
 
 @click.command()
-@click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
-@click.option("--photos", type=click.IntRange(2), default=100, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@data_option
+@click.option("--photos", type=click.IntRange(2), default=100, show_default=True, help="Photos in the folder.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Runs of each.")
 def throughput(data: Path, photos: int, rounds: int) -> None:
-    """Photos a second of `petseg infer FOLDER`, against its own steps and against a plain loop."""
+    """Measure the photos per second of `petseg infer FOLDER`, of its steps alone, and of a plain loop."""
     folders = of_any_use(data)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "photos"
         folder.mkdir()
-        for item in find_photos(folders)[:photos]:
-            shutil.copyfile(item.source, folder / f"{len(list(folder.iterdir())):04d}{item.source.suffix}")
+        chosen = find_photos(folders)[:photos]
+        for number, item in enumerate(chosen):
+            shutil.copyfile(item.source, folder / f"{number:04d}{item.source.suffix}")
         rows = [one(folder, Path(scratch), kind, backend, rounds) for backend, kind in CASES]
     command = f"python -m benchmarks throughput --data DATA --photos {photos} --rounds {rounds}"
-    records.write("throughput", command, {"photos": photos, "rows": rows})
+    click.echo(records.write("throughput", command, {"photos": len(chosen), "rows": rows}))
 
 
 def one(folder: Path, scratch: Path, kind: str, backend: str, rounds: int) -> dict[str, Any]:
-    """A row: the command and the loop in alternation, and between them, in some rounds, each step alone."""
+    """Measure a row: the command and the loop in alternation, and in some rounds each step alone."""
     photos = sorted(folder.iterdir())
     few = scratch / "few"
     few.mkdir(exist_ok=True)
@@ -91,7 +92,7 @@ def one(folder: Path, scratch: Path, kind: str, backend: str, rounds: int) -> di
     bounds = {number: allowed(each, usable_cpus()) for number, each in steps.items()}
     shares = [rate["command"][number] / bound for number, bound in bounds.items()]
     ratios = [a / b for a, b in zip(rate["command"], rate["loop"], strict=True)]
-    row = {
+    row: dict[str, Any] = {
         "kind": kind,
         "backend": backend,
         "seconds": taken,
@@ -105,13 +106,17 @@ def one(folder: Path, scratch: Path, kind: str, backend: str, rounds: int) -> di
         "ratio_to_loop": median(ratios),
         "ratio_to_loop_each": ratios,
     }
-    told = {name: row[name] for name in ("photos_per_second", "allowed_by_steps", "share_of_allowed", "ratio_to_loop")}
-    click.echo(f"{kind} {backend}: {told}", err=True)
+    ours, loops = row["photos_per_second"].values()
+    click.echo(
+        f"{kind} in {backend}: {ours:.1f} photos/s, {100 * row['share_of_allowed']:.0f} % of what its steps allow; "
+        f"the loop {loops:.1f}, ratio {row['ratio_to_loop']:.2f}",
+        err=True,
+    )
     return row
 
 
 def words(name: str, folder: Path, results: Path, kind: str, backend: str) -> list[str | Path]:
-    """What the interpreter is called with: for ``command`` or ``loop``, from the photos of a folder to another."""
+    """Return Python's arguments to run ``command`` or ``loop`` on a folder, writing to ``results``."""
     if name == "loop":
         return ["-c", LOOP, kind, backend, results, *sorted(folder.iterdir())]
     options: list[str | Path] = ["--as", kind, "--backend", backend, "--quiet", "--output", results]
@@ -119,13 +124,13 @@ def words(name: str, folder: Path, results: Path, kind: str, backend: str) -> li
 
 
 def allowed(steps: Mapping[str, Mapping[str, float]], cores: int) -> float:
-    """Photos a second that the steps alone allow."""
+    """Return the upper bound in photos per second that the steps alone set."""
     slowest = max(step["seconds"] for step in steps.values())
     return min(1 / slowest, cores / sum(step["cpu_seconds"] for step in steps.values()))
 
 
 def alone(folder: Path, output: Path, kind: str, backend: str) -> dict[str, dict[str, float]]:
-    """Each step by itself over all photos, with the threads it has in the pipeline: seconds a photo."""
+    """Return the seconds per photo of each step alone over all photos, with the threads it has in the pipeline."""
     items = find_photos([folder])
     with Segmenter(backend=backend, streams=usable_cpus()) as segmenter:
         segmenter.infer(segmenter.prepare(items[0].source).image[None])
@@ -140,18 +145,18 @@ def alone(folder: Path, output: Path, kind: str, backend: str) -> dict[str, dict
 
         found: dict[str, dict[str, float]] = {}
         totals: dict[str, list[float]] = {"read": [0, 0], "infer": [0, 0], "write": [0, 0]}
-        for start in range(0, len(items), 100):  # the photos of a hundred fit into memory
+        for start in range(0, len(items), 100):  # a hundred photos fit into memory
             part = items[start : start + 100]
-            prepared = spent(read, part, workers, totals["read"])
-            answers = spent(lambda p: segmenter.infer(p.image[None])[0], prepared, workers, totals["infer"])
-            spent(write, list(zip(part, prepared, answers, strict=True)), workers, totals["write"])
+            prepared = timed_map(read, part, workers, totals["read"])
+            answers = timed_map(lambda p: segmenter.infer(p.image[None])[0], prepared, workers, totals["infer"])
+            timed_map(write, list(zip(part, prepared, answers, strict=True)), workers, totals["write"])
         for name, (wall, cpu) in totals.items():
             found[name] = {"seconds": wall / len(items), "cpu_seconds": cpu / len(items)}
     return found
 
 
-def spent(function: Callable[[Any], Any], values: Iterable[Any], workers: int, total: list[float]) -> list[Any]:
-    """The results of a function; its wall and CPU seconds are added to ``total``."""
+def timed_map(function: Callable[[Any], Any], values: Iterable[Any], workers: int, total: list[float]) -> list[Any]:
+    """Map a function over values in a thread pool, and add the wall and CPU seconds to ``total``."""
     wall, cpu = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(function, values))

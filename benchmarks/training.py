@@ -1,7 +1,7 @@
-"""How fast `petseg train` trains here: photos a second, and the share of time that it waits for data.
+"""Speed of `petseg train` here: photos per second, and the share of time that it waits for data.
 
-Short runs of the recipes' networks over a few photos, by the command that people type; the figures are those that it
-leaves in its own run.json and log.csv. The first epoch of each run warms up and is not counted.
+Each of the recipes' networks is trained briefly on a few photos with `petseg train`; the figures are read from its
+run.json and log.csv. The first epoch of each run is a warm-up and is not counted.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any, Final
 import click
 
 from benchmarks import records
-from benchmarks.photos import training_set
+from benchmarks.photos import data_option, training_set
 from petseg import log, recipes
 from petseg.device import pick_device
 
-#: Share of the photos that a run validates on; each epoch ends with it, and it is not timed.
+#: Share of the photos to validate on; the validation at the end of each epoch is not timed.
 VALIDATION: Final = 0.05
-#: Photos more than the steps take: some show no pet, and are left out.
+#: Extra photos beyond what the steps need: photos without a pet in their mask are excluded.
 SPARE: Final = 8
 
 
@@ -34,12 +34,12 @@ class Run:
     """A network to train.
 
     Attributes:
-        name: Tells it from the others.
-        recipe: Whose settings it has; on a CPU the size is another where the recipe's would take too long.
-        width: Of the network.
-        stem: Likewise.
+        name: Its unique name.
+        recipe: The recipe whose settings it uses; on a CPU the size differs where the recipe's would take too long.
+        width: Width of the network.
+        stem: Its stem.
         size: Height and width of a photo.
-        steps: In an epoch.
+        steps: Steps per epoch.
     """
 
     name: str
@@ -51,16 +51,16 @@ class Run:
 
     @property
     def batch(self) -> int:
-        """Photos a step: the recipe's."""
+        """Photos per step, as in the recipe."""
         return int(recipes.load(self.recipe)["batch"])
 
 
-#: On a CPU, without the published width, whose steps take a quarter of a minute there: it wants a GPU.
+#: Runs on a CPU. The published width is missing: a step takes a quarter of a minute there.
 RUNS: Final = (
     Run("width 16", "edge", 16, "full", 192, 3),
     Run("width 16, strided stem", "edge", 16, "strided", 256, 4),
 )
-#: On a GPU, which is so much faster that as few steps would be over before it is warm.
+#: Runs on a GPU, which needs more steps: it would finish the few above before it is warm.
 GPU_RUNS: Final = (
     Run("width 16, strided stem", "edge", 16, "strided", 256, 48),
     Run("width 64", "published", 64, "full", 256, 48),
@@ -68,13 +68,17 @@ GPU_RUNS: Final = (
 
 
 @click.command()
-@click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
+@data_option
 @click.option(
-    "--epochs", type=click.IntRange(min=2), default=4, show_default=True, help="Of each run; the first warms up."
+    "--epochs",
+    type=click.IntRange(min=2),
+    default=4,
+    show_default=True,
+    help="Epochs of each run; the first is a warm-up.",
 )
-@click.option("--device", default="auto", show_default=True)
+@click.option("--device", default="auto", show_default=True, help="Device, as for `petseg train`.")
 def training(data: Path, epochs: int, device: str) -> None:
-    """Photos a second of `petseg train` for each of the recipes' networks."""
+    """Measure the photos per second of `petseg train` for each of the recipes' networks."""
     rows = []
     for run in GPU_RUNS if on_gpu(device) else RUNS:
         rows.append(one(run, training_set(data), epochs, device))
@@ -85,11 +89,11 @@ def training(data: Path, epochs: int, device: str) -> None:
     command = f"python -m benchmarks training --data DATA --epochs {epochs}" + (
         f" --device {device}" if device != "auto" else ""
     )
-    records.write("training", command, {"rows": rows})
+    click.echo(records.write("training", command, {"rows": rows}))
 
 
 def one(run: Run, data: Path, epochs: int, device: str) -> dict[str, Any]:
-    """A row: the command over a few photos, and what it recorded."""
+    """Run `petseg train` on a few photos, and return the row of its results."""
     with tempfile.TemporaryDirectory() as scratch:
         folder, output = Path(scratch) / data.name, Path(scratch) / "run"
         few(data, folder, round(run.steps * run.batch / (1 - VALIDATION)) + SPARE)
@@ -101,14 +105,14 @@ def one(run: Run, data: Path, epochs: int, device: str) -> dict[str, Any]:
 
 
 def on_gpu(device: str) -> bool:
-    """Whether `petseg train --device DEVICE` trains on a GPU here."""
+    """Return whether `petseg train --device DEVICE` trains on a GPU here."""
     return pick_device(device).type == "cuda"
 
 
 def words(run: Run, epochs: int, device: str, workers: int | None) -> list[str]:
-    """`petseg train` of a run, without its folders; without a teacher, whom the recipe does without, too.
+    """Return the `petseg train` command of a run, without its folders and, as the recipe allows, without a teacher.
 
-    Without ``workers`` there are as many as the recipe says.
+    If ``workers`` is None, the recipe's number is used.
     """
     settings: dict[str, Any] = {"model.stem": run.stem, "data.val_fraction": VALIDATION}
     settings |= {} if workers is None else {"data.workers": workers}
@@ -120,20 +124,20 @@ def words(run: Run, epochs: int, device: str, workers: int | None) -> list[str]:
 
 
 def few(data: Path, folder: Path, photos: int) -> None:
-    """A data folder with some photos of another, spread evenly over its list, which is sorted by breed."""
+    """Make a data folder with some photos of another, spread evenly over its list, which is sorted by breed."""
     (folder / "annotations").mkdir(parents=True)
     (folder / "images").symlink_to((data / "images").resolve())
     (folder / "annotations" / "trimaps").symlink_to((data / "annotations" / "trimaps").resolve())
     listing = (data / "annotations" / "trainval.txt").read_text(encoding="utf-8").splitlines()
     names = [line for line in listing if line.strip() and not line.startswith("#")]
     if len(names) < photos:
-        raise SystemExit(f"{data} has {len(names)} photos for training; {photos} are needed")
+        raise SystemExit(f"{data}: has {len(names)} photos for training, {photos} are needed")
     chosen = [names[i * len(names) // photos] for i in range(photos)]
     (folder / "annotations" / "trainval.txt").write_text("\n".join(chosen) + "\n", encoding="utf-8")
 
 
 def row(run: Run, record: Mapping[str, Any], rows: Sequence[log.Row]) -> dict[str, Any]:
-    """What run.json and log.csv say, without the first epoch."""
+    """Summarize run.json and log.csv, without the first epoch."""
     counted = rows[1:]
     rates = [epoch.images_per_s for epoch in counted]
     waits = [epoch.data_wait for epoch in counted]

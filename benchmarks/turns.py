@@ -1,9 +1,9 @@
-"""Jobs of one process in turns, round after round: how long each run of each takes when it has the machine alone.
+"""Run several jobs of one process in turns, and time each run while the job has the machine to itself.
 
-A turn begins when the threads of the job before it have come to rest: those of ONNX Runtime spin for 50 ms after an
-answer (measured here; PyTorch's and OpenVINO's for 10 to 20), and would take a core from whoever is next. What other
-processes take meanwhile, and what the host of a virtual machine takes, is in Linux's /proc/stat: a turn that was
-disturbed is taken again, and what is disturbed all the same is counted.
+A turn begins when the threads of the previous job are idle: those of ONNX Runtime spin for 50 ms after a run (measured
+here; PyTorch's and OpenVINO's for 10 to 20 ms), and would take a core from the next job. Linux's /proc/stat tells how
+much CPU time other processes, and the host of a virtual machine, took meanwhile: a disturbed turn is repeated, and
+turns that are disturbed again are counted.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ import numpy as np
 import numpy.typing as npt
 
 U8: TypeAlias = npt.NDArray[np.uint8]
-#: What runs, on what, and how often in a turn.
+#: A function, the batch that it runs on, and the runs in a turn.
 Job: TypeAlias = tuple[Callable[[U8], U8], U8, int]
 Key = TypeVar("Key")
 
-#: Seconds that a job computes in a turn, and the runs that this may be. Many short turns tell more than few long ones:
-#: a shared machine changes its speed from one second to the next, and with it all runs of a turn.
+#: Seconds of computation in a turn, and the minimum and maximum number of runs. Many short turns are better than few
+#: long ones: a shared machine changes its speed from one second to the next, and with it all runs of a turn.
 TURN, FEWEST, MOST = 0.15, 2, 50
-#: Of the machine's time: what others may take of a turn. /proc/stat counts in hundredths of a second.
+#: A turn is disturbed if others took more than this share of the machine. /proc/stat counts hundredths of a second.
 DISTURBED: Final = 0.1
-#: How often a disturbed turn is taken again.
-AGAIN: Final = 1
-#: Seconds between two looks at whether threads still run, CPU seconds between them that count as rest, and the longest
-#: wait: a process may have a thread that never rests.
-LOOK, REST, PATIENCE = 0.01, 0.002, 1.0
+#: How often a disturbed turn is repeated.
+REPEATS: Final = 1
+#: How :func:`wait_until_idle` polls: interval in seconds, CPU seconds within it that still count as idle, and timeout,
+#: as a process may have a thread that is never idle.
+POLL, IDLE, TIMEOUT = 0.01, 0.002, 1.0
 
 
 @dataclass(frozen=True)
 class Turns(Generic[Key]):
-    """What came of it.
+    """The result of :func:`alternated`.
 
     Attributes:
         times: Milliseconds of each run of each job, a list for each round.
-        disturbed: Turns in which others took more than :data:`DISTURBED` of the machine, each time they were tried.
+        disturbed: Turns in which others took more than :data:`DISTURBED` of the machine in every attempt.
     """
 
     times: dict[Key, list[list[float]]]
@@ -49,7 +49,7 @@ class Turns(Generic[Key]):
 
 
 def timed(run: Callable[[U8], U8], batch: U8, runs: int) -> list[float]:
-    """Milliseconds of each run; every engine has its answer in memory when it returns."""
+    """Return the milliseconds of each run; every engine returns when its output is in memory."""
     found = []
     for _ in range(runs):
         start = time.perf_counter()
@@ -59,12 +59,12 @@ def timed(run: Callable[[U8], U8], batch: U8, runs: int) -> list[float]:
 
 
 def count(milliseconds: float) -> int:
-    """Runs in a turn of something that takes so long."""
+    """Return how many runs of so many milliseconds a turn has."""
     return max(FEWEST, min(MOST, int(1e3 * TURN / milliseconds)))
 
 
 def alternated(jobs: Mapping[Key, Job], rounds: int, at_end: Callable[[], None] = lambda: None) -> Turns[Key]:
-    """Every job has its turn in each round; ``at_end`` has the last."""
+    """Give every job a turn in each round, and call ``at_end`` at the end of the round."""
     times: dict[Key, list[list[float]]] = {key: [] for key in jobs}
     disturbed = 0
     for _ in range(rounds):
@@ -77,14 +77,14 @@ def alternated(jobs: Mapping[Key, Job], rounds: int, at_end: Callable[[], None] 
 
 
 def turn(job: Job) -> tuple[list[float], float]:
-    """A turn, and the share of the machine that others had in it: of several tries the least disturbed.
+    """Return the times of the least disturbed attempt at a turn, and the share of the machine that others had in it.
 
-    Before it is one run that does not count: it brings back what the job before has pushed out of the caches.
+    An untimed run first brings back into the caches what the previous job has evicted.
     """
     run, batch, runs = job
     tries: list[tuple[list[float], float]] = []
-    while not tries or (len(tries) <= AGAIN and tries[-1][1] > DISTURBED):
-        rest()
+    while not tries or (len(tries) <= REPEATS and tries[-1][1] > DISTURBED):
+        wait_until_idle()
         run(batch)
         start, busy = time.perf_counter(), others()
         taken = timed(run, batch, runs)
@@ -93,18 +93,18 @@ def turn(job: Job) -> tuple[list[float], float]:
     return min(tries, key=lambda one: one[1])
 
 
-def rest() -> None:
-    """Wait until no thread of this process runs."""
-    end = time.perf_counter() + PATIENCE
+def wait_until_idle() -> None:
+    """Wait until no thread of this process is running, or the timeout is over."""
+    end = time.perf_counter() + TIMEOUT
     while time.perf_counter() < end:
         before = time.process_time()
-        time.sleep(LOOK)
-        if time.process_time() - before < REST:
+        time.sleep(POLL)
+        if time.process_time() - before < IDLE:
             return
 
 
 def others() -> float:
-    """CPU seconds, since some moment, that all but this process took of its cores, the host included; 0: unknown."""
+    """Return the CPU seconds that others, the host included, took of this process's cores since boot; 0: unknown."""
     path = Path("/proc/stat")
     if not path.exists():
         return 0.0

@@ -1,10 +1,11 @@
-"""A video, end to end: frames a second of the whole command, and where the time goes.
+"""Speed of a video end to end: frames per second of the whole command, and the time of each step.
 
-The clip is made from real photos (a slow pan and zoom over each for two seconds), 1280x720 at 30 frames a second, H.264
-with sound, so that decoding and encoding cost what they cost in practice. Right before and after its run in the engine
-that it chooses itself are plain loops over the same frames in the same engine: petseg's Python API, and the network of
-a peer in the environment of benchmarks.peers. They decode on all cores, as petseg does, encode as it does by default,
-and draw with Pillow, a picture at a time. Its other runs, which nothing is held against, are in every second round.
+The clip is made from real photos (a slow pan and zoom over each for two seconds), 1280x720 at 30 frames per second,
+H.264 with sound, so that decoding and encoding cost what they cost in practice. Immediately before and after each run
+of `petseg infer` in the engine that ``auto`` chooses, a plain loop processes the same frames in the same engine: one
+with petseg's Python API, one with a peer's network in the environment of benchmarks.peers. The loops decode on all
+cores, as petseg does, encode with its default settings, and draw with Pillow, frame by frame. The other engines and
+kinds, which no loop is compared with, run in every second round.
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ from benchmarks import records
 from benchmarks.peers import environments
 from benchmarks.peers.contenders import MODELS
 from benchmarks.peers.pipeline import make_models
-from benchmarks.photos import original_size
+from benchmarks.photos import data_option, original_size
 from benchmarks.processes import seconds_of
 from petseg_runtime import Segmenter
 from petseg_runtime.sources import find_photos
 
 WIDTH, HEIGHT, RATE, SOUND = 1280, 720, 30, 48000
-#: Frames of one photo.
+#: Frames per photo.
 SHOT: Final = 60
 
 #: petseg's engines for CPUs.
 ENGINES: Final = ("openvino", "onnxruntime")
-#: Seconds of the clip of the runs before the first, which do not count.
+#: Length in seconds of the clip for the warm-up runs.
 WARM: Final = 1
-#: Rounds from one run to the next of those cases that no loop is held against.
+#: The cases that no loop is compared with run every so many rounds.
 BETWEEN: Final = 2
-#: The network that comes nearest to petseg's in speed (``python -m benchmarks peers``).
+#: The network that is closest to petseg's in speed (``python -m benchmarks peers``).
 PEER: Final = "lraspp_mobilenet_v3_large"
 
-#: What people write without a pipeline: read a frame, segment it, draw, write it; in the same engine.
+#: The plain loop that people write without a pipeline: read a frame, segment it, draw, write it.
 LOOP = """
 import sys
 import av, numpy as np
@@ -67,11 +68,11 @@ with Segmenter(backend=backend) as segmenter, av.open(clip) as source, av.open(o
 
 
 @click.command()
-@click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
-@click.option("--seconds", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@data_option
+@click.option("--seconds", type=click.IntRange(1), default=4, show_default=True, help="Length of the clip.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Runs beside the plain loops.")
 def video(data: Path, seconds: int, rounds: int) -> None:
-    """Frames a second of `petseg infer CLIP`, per engine and kind, and of a plain loop."""
+    """Measure the frames per second of `petseg infer CLIP`, by engine and kind, and of plain loops."""
     first, other = engines()
     cases = [(first, "overlay"), (other, "overlay"), (first, "mask"), (first, "cutout")]
     with tempfile.TemporaryDirectory() as scratch:
@@ -106,23 +107,23 @@ def video(data: Path, seconds: int, rounds: int) -> None:
     ours = [run["seconds"] for run in runs[cases[0]]]
     beside = [loop_row(name, first, frames, times, ours) for name, times in taken.items()]
     command = f"python -m benchmarks video --data DATA --seconds {seconds} --rounds {rounds}"
-    records.write("video", command, {**about, "rows": rows, "loops": beside})
+    click.echo(records.write("video", command, {**about, "rows": rows, "loops": beside}))
 
 
 def engines() -> tuple[str, str]:
-    """petseg's engines for CPUs, the one that it chooses itself first."""
+    """Return petseg's CPU engines, the one that ``auto`` chooses first."""
     with Segmenter(device="cpu") as segmenter:
         chosen = segmenter.describe().name
     first = chosen if chosen in ENGINES else ENGINES[0]
     return first, next(name for name in ENGINES if name != first)
 
 
-#: The interpreter, and what it is run with for a clip.
+#: The interpreter, and a function that returns its arguments for a clip.
 Loop: TypeAlias = tuple[str | Path, Callable[[Path], list[str | Path]]]
 
 
 def plain_loops(backend: str, output: Path) -> dict[str, Loop]:
-    """Both loops, by name: petseg's own and the peer's."""
+    """Return both loops by name: petseg's and the peer's."""
     peers = environments.peers_environment()
     make_models(peers)
     model = MODELS / f"{PEER}.onnx"
@@ -133,7 +134,7 @@ def plain_loops(backend: str, output: Path) -> dict[str, Loop]:
 
 
 def row(backend: str, kind: str, seconds: int, taken: list[dict[str, Any]]) -> dict[str, Any]:
-    """One engine and kind: medians, and the raw times."""
+    """Return the row of an engine and kind: medians, and the raw times."""
     wall = [run["seconds"] for run in taken]
     steps = {
         step: {p: median(run["steps"][step][p] for run in taken) for p in ("p50", "p95", "p99")}
@@ -151,7 +152,7 @@ def row(backend: str, kind: str, seconds: int, taken: list[dict[str, Any]]) -> d
 
 
 def loop_row(name: str, backend: str, frames: int, taken: list[float], ours: list[float]) -> dict[str, Any]:
-    """A plain loop: its raw times, and how many times as fast `petseg infer` is in the same engine, round by round."""
+    """Return the row of a plain loop: its times, and how many times as fast `petseg infer` is in the same engine."""
     ratios = [a / b for a, b in zip(taken, ours, strict=True)]
     return {
         "name": f"{name}, {backend}",
@@ -163,7 +164,7 @@ def loop_row(name: str, backend: str, frames: int, taken: list[float], ours: lis
 
 
 def one(clip: Path, output: Path, backend: str, kind: str) -> dict[str, Any]:
-    """The whole process once: wall and CPU seconds, and what it says of its steps."""
+    """Run the whole process once; return its wall and CPU seconds, and the times of its steps."""
     command = ["-m", "petseg.cli", "infer", str(clip), "--as", kind, "--backend", backend, "--json"]
     start = time.perf_counter()
     done = subprocess.run(
@@ -180,7 +181,7 @@ def one(clip: Path, output: Path, backend: str, kind: str) -> dict[str, Any]:
     return {"seconds": wall, "cpu": float(cpu), "steps": event["steps"]}
 
 
-#: Runs a command, and prints the CPU seconds that it took.
+#: Runs a command, and prints its CPU seconds.
 CPU = """
 import resource, subprocess, sys
 subprocess.run(sys.argv[1:], check=True)
@@ -190,7 +191,7 @@ print(used.ru_utime + used.ru_stime)
 
 
 def make_clip(path: Path, data: Path, frames: int) -> None:
-    """Photos, panned and zoomed; and a tone."""
+    """Write a clip of photos, panned and zoomed, and a tone."""
     photos = find_photos([original_size(data) / "images"])[:: max(1, 200 // max(1, frames // SHOT))]
     with av.open(str(path), "w") as file:
         stream: Any = file.add_stream("libx264", rate=RATE, options={"preset": "veryfast", "crf": "20"})
@@ -209,7 +210,7 @@ def make_clip(path: Path, data: Path, frames: int) -> None:
 
 
 def view(picture: Image.Image, progress: float) -> Image.Image:
-    """A part of a photo with the clip's shape, that grows smaller and moves."""
+    """Cut a part with the clip's aspect ratio out of a photo; it shrinks and moves with ``progress``."""
     width, height = picture.size
     scale = min(width / WIDTH, height / HEIGHT) * (1 - 0.25 * progress)
     across, down = scale * WIDTH, scale * HEIGHT
@@ -219,7 +220,7 @@ def view(picture: Image.Image, progress: float) -> Image.Image:
 
 
 def second_of_tone(second: int) -> Any:
-    """One second of 440 Hz."""
+    """Return one second of a 440 Hz tone."""
     times = np.arange(SOUND, dtype=np.float32) / SOUND
     samples = (0.1 * np.sin(2 * np.pi * 440 * times)).astype(np.float32)[None]
     sound = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")

@@ -1,7 +1,7 @@
-"""What it costs a mask that FFmpeg brings a frame from YUV to the model's size in one step, and what that saves.
+"""How scaling frames from YUV to the model's size with FFmpeg changes masks, and how much time it saves.
 
-The reference is the road of photos: the whole frame as RGB, then Pillow. Frames are made from real photos, as YUV 4:2:0
-of limited range, as videos hold them. Masks are compared at the frames' size.
+The reference is the preprocessing of photos: the whole frame converted to RGB, then resized with Pillow. Frames are
+made from real photos as limited-range YUV 4:2:0, as in videos. Masks are compared at the frames' size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from PIL import Image, ImageOps
 
 from benchmarks import records
-from benchmarks.photos import chosen
+from benchmarks.photos import chosen, data_option
 from petseg_runtime import Segmenter, images
 from petseg_runtime.parity import mask_iou
 from petseg_runtime.spec import lowest_pet
@@ -31,12 +31,12 @@ from petseg_runtime.video.frame import Converter, Frame
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
-#: Frames' sizes; None: the photos' own.
+#: Frame sizes; None: the size of the photo.
 SIZES: Final = {"as it is": None, "1280x720": (720, 1280)}
-#: ``AVColorSpace``, and what swscale calls it.
+#: The value of ``AVColorSpace``, and swscale's name for it.
 MATRICES: Final = {"BT.601": (6, Colorspace.ITU601), "BT.709": (1, Colorspace.ITU709)}
 _EXACT: Final = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP | Interpolation.FULL_CHR_H_INT
-#: Ways of swscale to get smaller, in one step or as we do it, with the colours brought to the brightness's size first.
+#: Flags of swscale for downscaling. All but ONE_STEP scale small frames as petseg does: first chroma to luma's size.
 ONE_STEP: Final = "bilinear, exact, always in one step"
 SCALERS: Final = {
     "bilinear, exact": Interpolation.BILINEAR | _EXACT,
@@ -47,30 +47,33 @@ SCALERS: Final = {
     "area": Interpolation.AREA,
     "bicubic, exact": Interpolation.BICUBIC | _EXACT,
 }
-#: Ways of swscale to RGB at the same size.
+#: Flags of swscale for conversion to RGB at the same size.
 COLOURS: Final = {
     "exact": Interpolation.BILINEAR | _EXACT,
     "without chroma interpolation": Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP,
     "fast": Interpolation.BILINEAR,
 }
-#: Mean IoU with the reference's masks.
+#: Minimum mean IoU with the reference's masks.
 BAR: Final = 0.995
 ROUNDS: Final = 20
 
 
 @click.command(name="video-road")
-@click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
-@click.option("--photos", type=int, default=200, show_default=True)
-@click.option("--timed", type=int, default=6, show_default=True, help="Of these, how many are timed.")
+@data_option
+@click.option("--photos", type=click.IntRange(1), default=200, show_default=True, help="Photos to make frames from.")
+@click.option(
+    "--timed", type=click.IntRange(1), default=6, show_default=True, help="How many of these photos are also timed."
+)
 def video_road(data: Path, photos: int, timed: int) -> None:
-    """Masks of frames that FFmpeg scales from YUV to the model's size, against RGB and Pillow."""
+    """Compare masks of frames that FFmpeg scales from YUV to the model's size with those by RGB and Pillow."""
     paths, rows = chosen(data, photos), []
     with Segmenter(backend="onnxruntime") as segmenter:
         for size, shape in SIZES.items():
             for matrix in MATRICES:
                 for row in agreement(segmenter, paths, shape, matrix):
                     rows.append({"size": size, "matrix": matrix, **row})
-                    click.echo(rows[-1], err=True)
+                    iou = f"mean IoU {row['mean_iou']:.4f}, minimum {row['min_iou']:.4f}"
+                    click.echo(f"{size}, {matrix}, {row['scaler']}: {iou}", err=True)
         times = timing(paths[:timed], segmenter.size)
         values = {"model": segmenter.artifact.spec.name, "input": segmenter.size, "photos": photos, "bar": BAR}
     in_use = next(name for name, flags in SCALERS.items() if flags == frames._SHRINKING)
@@ -83,7 +86,7 @@ def video_road(data: Path, photos: int, timed: int) -> None:
 def agreement(
     segmenter: Segmenter, paths: list[Path], shape: tuple[int, int] | None, matrix: str
 ) -> Iterator[dict[str, Any]]:
-    """A row for each scaler: IoU of the masks with those of the reference."""
+    """Yield a row for each scaler: the IoU of its masks with those of the reference."""
     ious: dict[str, list[float]] = {name: [] for name in SCALERS}
     differences: dict[str, list[float]] = {name: [] for name in SCALERS}
     for path in paths:
@@ -101,7 +104,7 @@ def agreement(
 
 
 def timing(paths: list[Path], size: tuple[int, int]) -> dict[str, dict[str, float]]:
-    """Milliseconds from a decoded frame of 1280 x 720 to the model's input, all roads in alternation: medians.
+    """Return the median milliseconds from a decoded 1280 x 720 frame to the model's input, all ways in alternation.
 
     Wall time, and the CPU time of all of swscale's threads.
     """
@@ -124,7 +127,7 @@ def timing(paths: list[Path], size: tuple[int, int]) -> dict[str, dict[str, floa
 
 
 def whole(paths: list[Path]) -> Iterator[dict[str, Any]]:
-    """The frame's own size as RGB: milliseconds, and how far from the photo that the frame was made of."""
+    """Yield a row for each conversion to RGB at the same size: milliseconds, and the error against the photo."""
     for name, flags in COLOURS.items():
         errors, milliseconds, convert = [], [], Converter()
         for path in paths:
@@ -148,7 +151,7 @@ def whole(paths: list[Path]) -> Iterator[dict[str, Any]]:
 
 
 def photo(path: Path, shape: tuple[int, int] | None) -> U8:
-    """A photo with even sides, or cropped and enlarged to height and width."""
+    """Read a photo, and crop it to even sides, or crop and enlarge it to height and width."""
     pixels = images.read(path).pixels
     if shape is None:
         return np.ascontiguousarray(pixels[: pixels.shape[0] // 2 * 2, : pixels.shape[1] // 2 * 2])
@@ -156,7 +159,7 @@ def photo(path: Path, shape: tuple[int, int] | None) -> U8:
 
 
 def frame_of(pixels: U8, matrix: str) -> Frame:
-    """A frame as decoders give it: yuv420p, limited range, tagged."""
+    """Make a frame as a decoder returns it: yuv420p, limited range, tagged."""
     tag, name = MATRICES[matrix]
     picture = VideoReformatter().reformat(
         av.VideoFrame.from_ndarray(pixels),
@@ -176,7 +179,7 @@ def shrunk(name: str, frame: Frame, size: tuple[int, int], convert: Converter | 
 
 
 def mask(segmenter: Segmenter, small: U8, frame: Frame) -> npt.NDArray[np.bool_]:
-    """The mask at the frame's size."""
+    """Return the mask at the frame's size."""
     probability = images.from_model(segmenter.infer(small[None])[0], *frame.size)
     pet: npt.NDArray[np.bool_] = probability >= lowest_pet(segmenter.threshold)
     return pet

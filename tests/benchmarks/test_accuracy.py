@@ -1,4 +1,4 @@
-"""What the record of accuracy says beyond petseg's own metrics."""
+"""Contents of the accuracy record beyond the metrics of ``petseg evaluate``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from petseg.metrics import Border
 
 
 def evaluation(photos: int, seed: int = 0) -> Evaluation:
-    """Photos of which the model finds most of the pet, more of some and less of others."""
+    """An evaluation of photos in which the model finds most of the pet, to a varying degree."""
     rng = np.random.default_rng(seed)
     histograms = np.zeros((photos, 3, 256), np.int64)
     found = rng.integers(50, 100, photos)
@@ -34,7 +34,7 @@ def test_the_interval_holds_the_iou_and_narrows_with_the_photos() -> None:
     assert widths[0] > 3 * widths[1]
 
 
-def test_a_difference_is_told_on_the_same_draws() -> None:
+def test_a_difference_uses_the_same_resamples_for_both() -> None:
     result, other = evaluation(20), evaluation(20, seed=1)
     at = (result, 0.6)
     assert accuracy.difference(at, at, Border.BACKGROUND) == [0.0, 0.0]
@@ -44,7 +44,7 @@ def test_a_difference_is_told_on_the_same_draws() -> None:
     assert back == pytest.approx([-high, -low], abs=2e-4)
 
 
-def test_metrics_are_petsegs_own() -> None:
+def test_metrics_are_those_of_petseg_evaluate() -> None:
     result = evaluation(20)
     told = accuracy.metrics(result, 0.5)
     readings = result.summary(0.5)["readings"]
@@ -80,12 +80,12 @@ def test_each_call_is_timed() -> None:
     batch = np.zeros((1, 4, 4, 3), np.uint8)
     assert timed(batch).shape == (1, 4, 4)
     timed(batch)
-    told = timed.told()
-    assert len(told["seconds"]) == 2
-    assert min(told["seconds"]) <= told["median"] <= max(told["seconds"])
+    found = timed.as_record()
+    assert len(found["seconds"]) == 2
+    assert min(found["seconds"]) <= found["median"] <= max(found["seconds"])
 
 
-def test_engines_are_told_beside_the_checkpoint_on_the_same_photos() -> None:
+def test_engines_and_checkpoint_are_compared_on_the_same_photos() -> None:
     whole = evaluation(20)
     pairs = [Pair(f"photo {number}", Path(), Path(), Layout.OXFORD) for number in (3, 7, 19)]
     some = accuracy.part(whole, pairs)

@@ -1,4 +1,4 @@
-"""``make bench`` runs every step, whatever becomes of the others."""
+"""``make bench`` runs every step even if others fail."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS = ["latency", "throughput", "video", "scaling", "training", "accuracy", "p
 
 
 def made(tmp_path: Path, fails: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """``make bench`` with a Python and a petseg that only write down what they are called with."""
+    """Run ``make bench`` with a Python and a petseg that only log their arguments."""
     binaries = tmp_path / "venv" / "bin"
     binaries.mkdir(parents=True)
     (binaries / "python").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\ncase "$3" in {fails}) exit 3;; esac\n')
@@ -40,12 +40,12 @@ def test_every_step_runs_and_the_failed_ones_are_named(tmp_path: Path, fails: st
 
 
 def test_the_pages_name_every_measurement_that_make_bench_leaves_out() -> None:
-    own = {"compare", "embedded", "gpu-check", "pet-free"}  # of no table of its own, or called by another
+    own = {"compare", "embedded", "gpu-check", "pet-free"}  # without a table, or called by another
     left_out = COMMANDS.keys() - own - set(STEPS)
     (sentence,) = re.findall(r"Not in it, [^.]*\.", (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8"))
     assert set(re.findall(r"`([^`]+)`", sentence)) == left_out
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    after_a_model = left_out - {"budget", "rival"}  # these two train networks of their own
+    after_a_model = left_out - {"budget", "rival"}  # these two train other networks
     assert after_a_model <= set(re.findall(r"^    python -m benchmarks ([\w-]+)", page, re.MULTILINE))
 
 

@@ -1,4 +1,4 @@
-"""What is slower is said, what is noise is not."""
+"""What became slower is reported; noise is not."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def record(scale: float = 1.0, seed: int = 0, noise: float = 0.1, **values: Any)
 
 
 def run(tmp_path: Path, *given: dict[str, Any] | str) -> Result:
-    """With records, the last of which is the new one, and options."""
+    """Run `compare` with records, of which the last is NEW, and options."""
     records = [value for value in given if isinstance(value, dict)]
     paths = [tmp_path / str(number) for number in range(len(records))]
     for path, value in zip(paths, records, strict=True):
@@ -53,7 +53,7 @@ def test_the_same_code_twice_shows_no_change(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("scale", "verdict"), [(1.3, "slower"), (0.7, "faster"), (1.02, "")])
-def test_what_changed_beyond_the_noise_is_named(tmp_path: Path, scale: float, verdict: str) -> None:
+def test_a_change_beyond_the_noise_is_reported(tmp_path: Path, scale: float, verdict: str) -> None:
     done = run(tmp_path, record(seed=1), record(scale, seed=2), "--json")
     rows = json.loads(done.stdout)["rows"]
     assert [row["verdict"] for row in rows] == [verdict, verdict, ""]
@@ -71,18 +71,18 @@ def test_noise_widens_the_interval(tmp_path: Path) -> None:
     assert noisy["verdict"] == ""
 
 
-def test_another_machine_is_said(tmp_path: Path) -> None:
+def test_another_machine_is_reported(tmp_path: Path) -> None:
     done = run(tmp_path, record(), record(machine={"cpu": "Xeon"}))
     assert done.stderr == "machine cpu: EPYC before, Xeon now\n"
 
 
-def test_records_without_a_time_in_common_are_refused(tmp_path: Path) -> None:
+def test_records_without_a_time_in_common_are_rejected(tmp_path: Path) -> None:
     done = run(tmp_path, record(), {"rows": []})
     assert done.exit_code == 1
     assert "no times in common" in str(done.output) + str(done.exception)
 
 
-def test_a_change_that_sessions_of_old_code_show_as_well_is_none(tmp_path: Path) -> None:
+def test_a_change_within_the_spread_of_old_sessions_does_not_count(tmp_path: Path) -> None:
     quick, slow, new = record(1, 1), record(1.4, 2), record(1.35, 3)
     assert run(tmp_path, quick, new).exit_code == 1
     done = run(tmp_path, quick, slow, new)
@@ -92,7 +92,7 @@ def test_a_change_that_sessions_of_old_code_show_as_well_is_none(tmp_path: Path)
     assert [row["verdict"] for row in faster] == ["faster", "faster", ""]
 
 
-def test_of_a_few_times_nothing_is_said(tmp_path: Path) -> None:
+def test_too_few_times_are_not_judged(tmp_path: Path) -> None:
     old, new = ({"rows": [{"name": "a", "seconds": values}]} for values in ([1.0, 1.01, 1.02], [3.0, 3.01, 3.02]))
     done = run(tmp_path, old, new)
     assert done.exit_code == 0
@@ -100,18 +100,18 @@ def test_of_a_few_times_nothing_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["photos", "clip", "threads"])
-def test_records_of_different_work_are_refused(tmp_path: Path, key: str) -> None:
+def test_records_of_different_work_are_not_compared(tmp_path: Path, key: str) -> None:
     done = run(tmp_path, record(**{key: 300}), record(**{key: 240}))
     assert done.exit_code == 1
     assert f"of different work: {key}: 300 before, 240 now" in done.output
 
 
-def test_a_table_of_results_is_no_other_work(tmp_path: Path) -> None:
+def test_a_table_of_results_is_not_different_work(tmp_path: Path) -> None:
     tables = ([{"curve": "a", "times_as_fast": [ratio]}] for ratio in (1.5, 1.6))
     assert run(tmp_path, *(record(threads=table) for table in tables)).exit_code == 0
 
 
-def test_another_model_is_said(tmp_path: Path) -> None:
+def test_another_model_is_reported(tmp_path: Path) -> None:
     done = run(tmp_path, record(shipped_model="edge, 1"), record(shipped_model="edge, 2"))
     assert done.exit_code == 0
     assert done.stderr == "shipped_model: edge, 1 before, edge, 2 now\n"
@@ -127,7 +127,7 @@ def test_a_folder_is_not_compared_with_a_record(tmp_path: Path, turned: bool) ->
     assert (done.exit_code, f"{paths[0]} is a folder, {paths[1]} a record" in done.output) == (1, True)
 
 
-def test_what_is_gone_is_told_and_fails(tmp_path: Path) -> None:
+def test_a_missing_time_is_reported_and_fails(tmp_path: Path) -> None:
     old, new = record(), record()
     del new["rows"][1]
     done = run(tmp_path, old, new)
@@ -136,7 +136,7 @@ def test_what_is_gone_is_told_and_fails(tmp_path: Path) -> None:
     assert run(tmp_path, new, old).exit_code == 0
 
 
-def test_a_file_that_is_no_record_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_record_is_reported(tmp_path: Path) -> None:
     (tmp_path / "bad").write_text("[")
     done = CliRunner().invoke(compare.compare, [str(tmp_path / "bad"), str(tmp_path / "bad")])
     assert done.exit_code == 1
@@ -145,7 +145,7 @@ def test_a_file_that_is_no_record_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not (ROOT / "benchmarks" / "results").is_dir(), reason="benchmarks/results is not in the sdist")
 @pytest.mark.parametrize("name", ["latency", "throughput", "peers"])
-def test_in_our_own_records_what_became_slower_is_named_and_nothing_else(name: str) -> None:
+def test_in_our_records_only_what_became_slower_is_reported(name: str) -> None:
     saved = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
     slowed = copy.deepcopy(saved)
     lists = dict(compare.times_in(slowed))
@@ -163,8 +163,8 @@ def test_in_our_own_records_what_became_slower_is_named_and_nothing_else(name: s
     assert len(verdicts) == len(changes)
 
 
-def test_of_five_times_few_are_called_slower_by_chance() -> None:
-    """At most 4 % where nothing changed, though every change counts; the interval's own bound is 2.5 %."""
+def test_five_times_are_rarely_called_slower_by_chance() -> None:
+    """At most 4 % if nothing changed, with a tolerance of 0; by the interval itself it would be 2.5 %."""
     rng = np.random.default_rng(0)
 
     def slower(scale: float, draws: int = 400) -> float:
@@ -179,7 +179,7 @@ def test_of_five_times_few_are_called_slower_by_chance() -> None:
 
 
 @pytest.mark.parametrize(("now", "told"), [(80.0, "20 % slower"), (125.0, "25 % faster"), (91.0, ""), (110.0, "")])
-def test_a_machine_that_is_itself_slower_is_said(tmp_path: Path, now: float, told: str) -> None:
+def test_a_slower_machine_is_reported(tmp_path: Path, now: float, told: str) -> None:
     old, new = (record(machine={"cpu": "EPYC", "calibration": {"gflops": speed}}) for speed in (100.0, now))
     done = run(tmp_path, old, new)
     assert done.exit_code == 0
@@ -189,7 +189,7 @@ def test_a_machine_that_is_itself_slower_is_said(tmp_path: Path, now: float, tol
     assert run(tmp_path, record(), new).stderr == "", "an older record has none"
 
 
-def test_other_instructions_are_said(tmp_path: Path) -> None:
+def test_other_cpu_instructions_are_reported(tmp_path: Path) -> None:
     old, new = (
         record(machine={"cpu": "EPYC", "processor": {"family": "25", "instructions": list(flags)}})
         for flags in (("avx2",), ("avx2", "avx512f"))
@@ -199,7 +199,7 @@ def test_other_instructions_are_said(tmp_path: Path) -> None:
 
 
 def side_by_side(ratio: float) -> dict[str, Any]:
-    """Ratios in each of the forms that records have them in; one is 1 because it is the reference."""
+    """A record with ratios in every form that occurs; one is 1 because it is the reference."""
     table = {"once_running": {"median": 2.0, "min": ratio, "max": 9 * ratio}, "startup": None}
     rows = [
         {"name": "PyTorch", "times_faster_than_pytorch": 1.0, "median": 5.0},
@@ -209,7 +209,7 @@ def side_by_side(ratio: float) -> dict[str, Any]:
     return {"rows": rows, "threads": [{"curve": "size", "times_as_fast_as_one_thread": [1.5, 1.6]}]}
 
 
-def test_ratios_that_were_measured_side_by_side_are_counted_apart(tmp_path: Path) -> None:
+def test_ratios_measured_side_by_side_are_counted_separately(tmp_path: Path) -> None:
     old, new = (record(**side_by_side(ratio)) for ratio in (1.0, 1.2))
     done = run(tmp_path, old, new)
     assert done.exit_code == 0, "of times nothing changed"
@@ -219,7 +219,7 @@ def test_ratios_that_were_measured_side_by_side_are_counted_apart(tmp_path: Path
     assert [line for line in rows if "side by side" in line] == [f" 1.200  side by side: 3 before, 3.6 now  {row}"]
     told = "ratios that were measured side by side: 3 of 4 within 10 % of each other; the worst:"
     assert ratios == f"{told} 1.200, {row}"
-    assert unknown == "4 of 4 figures could not be judged: fewer than 5 times, or none of single rounds"
+    assert unknown == "4 of 4 figures could not be judged: fewer than 5 times, or no values of single rounds"
     found = json.loads(run(tmp_path, old, new, "--json").stdout)
     assert {ratio["what"]: (ratio["old"], ratio["new"]) for ratio in found["ratios"]} == {
         row: (3.0, pytest.approx(3.6)),
@@ -237,7 +237,7 @@ def test_ratios_that_were_measured_side_by_side_are_counted_apart(tmp_path: Path
 
 
 def with_rounds(scale: float) -> dict[str, Any]:
-    """A ratio whose rounds are told, in both forms that records have them in."""
+    """A record with the rounds of a ratio, in both forms that occur."""
     each = [scale * ratio for ratio in (1.98, 2.0, 2.01, 2.02, 1.99)]
     table = {"median": 2 * scale, "min": min(each), "max": max(each), "each": each}
     rows = [
@@ -261,7 +261,7 @@ def test_a_lead_that_is_lost_fails(tmp_path: Path, scale: float, verdict: str) -
     assert run(tmp_path, with_rounds(1), with_rounds(0.78), with_rounds(0.8)).exit_code == 0, "as low before"
 
 
-def test_a_ratio_that_is_gone_fails(tmp_path: Path) -> None:
+def test_a_missing_ratio_fails(tmp_path: Path) -> None:
     new = with_rounds(1)
     new["rows"][1]["petseg_times_as_fast"]["once_running"] = None
     done = run(tmp_path, with_rounds(1), new)
@@ -280,14 +280,14 @@ def test_another_version_of_an_engine_is_the_same_row(tmp_path: Path) -> None:
     assert compare.without_version("width 64, at 1.5") == "width 64, at 1.5"
 
 
-def test_the_way_from_the_first_mask_to_the_last_is_a_time() -> None:
+def test_the_span_from_the_first_mask_to_the_last_is_a_time() -> None:
     folder = {"photos": 100, "first_to_last": [1.0, 2.0], "first_to_last_of_petseg": [3.0, 4.0]}
     one_photo = {"first_to_last": [0.0, 0.0]}
     found = dict(compare.times_in({"name": "a", "folder": folder, "startup": one_photo}))
     assert found == {"a folder first_to_last": [1.0, 2.0]}
 
 
-def test_the_result_can_be_put_on_the_record(tmp_path: Path) -> None:
+def test_the_result_can_be_written_to_a_file(tmp_path: Path) -> None:
     output = tmp_path / "repeat.json"
     machine = {"cpu": "EPYC", "calibration": {"gflops": 50.0}}
     old, new = record(1, 1, date="2026-11-23", commit="abc", machine=machine), record(1.3, 2, date="2026-11-24")
@@ -331,9 +331,9 @@ def test_folders_are_compared_record_by_record(tmp_path: Path) -> None:
     done = CliRunner().invoke(compare.compare, [old, new])
     assert done.exit_code == 1
     assert done.stderr.splitlines() == [
-        "left out: soak of different work: minutes: 30 before, 5 now",
+        "skipped: soak of different work: minutes: 30 before, 5 now",
         "video: the machine itself is 30 % slower: 100 GFLOP/s before, 70 now",
-        "not measured anew: ours",
+        "not in NEW: ours",
     ]
     slower = [line.split("slower  ")[1] for line in done.stdout.splitlines() if "slower  " in line]
     assert slower == [f"video rows openvino mask seconds {kind}" for kind in ("command", "loop")]
@@ -343,7 +343,7 @@ def test_folders_are_compared_record_by_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("minutes", "code"), [(30, 0), (5, 1)])
-def test_folders_that_repeat_pass_but_not_what_is_of_different_work(tmp_path: Path, minutes: int, code: int) -> None:
+def test_folders_that_repeat_pass_unless_a_record_is_of_different_work(tmp_path: Path, minutes: int, code: int) -> None:
     old = folder(tmp_path / "old", peers=record(1, 1), soak=record(minutes=30))
     new = folder(tmp_path / "new", peers=record(1, 2), soak=record(minutes=minutes))
     assert CliRunner().invoke(compare.compare, [old, new]).exit_code == code

@@ -24,7 +24,7 @@ def folder(tracer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of a network that is small enough to make in a test."""
     made: Path = tmp_path_factory.mktemp("latency") / "tiny"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host, "nvidia_gpus", lambda: 1)  # fp16, which a CPU would compute in something else
+        patch.setattr(host, "nvidia_gpus", lambda: 1)  # for fp16, which a CPU would compute in another precision
         patch.setattr("petseg_export.onnx.graph_bytes", tracer)
         about = latency.make_files(latency.Network("tiny", 2, "strided", 32, (1,)), made, made)
     assert {path.name for path in made.glob("*.onnx")} == {"fp32.onnx", "fp16.onnx", "int8.onnx"}
@@ -63,7 +63,7 @@ def test_bf16_is_measured_where_the_cpu_multiplies_it(
     assert stored == {"as trained", "BatchNorm folded", *(["BatchNorm folded, bf16"] if native else [])}
 
 
-def test_a_cold_start_tells_times_and_memory(folder: Path) -> None:
+def test_a_cold_start_reports_times_and_memory(folder: Path) -> None:
     case = latency.Case(folder=str(folder), engine="onnxruntime", stored="int8")
     found = latency.cold_start(case)
     assert found["precision"] == "int8", found
@@ -77,14 +77,14 @@ def test_the_import_of_torch_is_not_counted_as_opening_a_model(folder: Path, for
     assert found["memory_mb"] < 150, found  # torch takes more
 
 
-def test_what_does_not_work_says_why_without_folders(folder: Path) -> None:
+def test_a_case_that_fails_says_why_without_folders(folder: Path) -> None:
     why = latency.cold_start(latency.Case(folder=str(folder), engine="onnxruntime", stored="fp8"))["why"]
     assert "fp8.onnx" in why
     assert str(folder) not in why
 
 
 @pytest.mark.parametrize("form", ["as trained", *(f"BatchNorm folded{more}" for more in ("", ", bf16", ", fp16"))])
-def test_pytorch_answers_as_the_file_does(folder: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pytorch_and_the_file_agree(folder: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     computed, forward = set(), torch.nn.Conv2d.forward
     monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda self, x: computed.add(self.weight.dtype) or forward(self, x))
     case = latency.Case(folder=str(folder), engine="PyTorch", stored=form)
@@ -116,14 +116,14 @@ def test_every_layer_of_a_random_network_is_in_int8(folder: Path) -> None:
     assert work["others"] == 0
 
 
-def test_a_choice_that_changes_nothing_is_left_out() -> None:
+def test_a_case_that_computes_like_another_is_dropped() -> None:
     exact, free = (latency.Case(folder="f", engine="openvino", stored="fp32", exact=exact) for exact in (True, False))
     one, other = {"engine": "openvino 1", "precision": "f32"}, {"engine": "openvino 1", "precision": "bf16"}
     assert list(latency.distinct({exact: one, free: one})) == [exact]
     assert list(latency.distinct({exact: one, free: other})) == [exact, free]
 
 
-def test_what_the_first_group_left_out_is_not_tried_again() -> None:
+def test_cases_that_failed_in_the_first_group_are_not_tried_again() -> None:
     names = ("openvino fp32 exact", "openvino fp32 as it likes", "openvino fp16 exact")
     one, two, three = (
         latency.Case(folder="f", engine="openvino", stored=name.split()[1], exact=name.endswith("exact"))
@@ -165,7 +165,7 @@ def test_ratios_are_taken_within_a_round() -> None:
 
 
 @pytest.mark.parametrize(("runs", "told"), [(19, ["p50"]), (20, ["p50", "p95"]), (100, ["p50", "p95", "p99"])])
-def test_percentiles_are_of_all_runs_and_of_enough(runs: int, told: list[str]) -> None:
+def test_percentiles_need_enough_runs(runs: int, told: list[str]) -> None:
     rounds = np.array_split(np.arange(1.0, runs + 1), 5)
     found = latency.row([list(values) for values in rounds], None, {"int8": 0, "others": 1}, "f32", {})
     every = {f"p{share}": np.percentile(np.arange(1.0, runs + 1), share) for share in (50, 95, 99)}
@@ -175,7 +175,7 @@ def test_percentiles_are_of_all_runs_and_of_enough(runs: int, told: list[str]) -
     assert found["times_faster_than_pytorch"] is None
 
 
-def test_only_of_the_first_group_starts_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cold_starts_are_measured_for_the_first_group_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "cold_start", lambda case: pytest.fail("a process of its own"))
     found = latency.cases(folder, 2, 1, compiled=False)
     names = ("PyTorch as trained", "onnxruntime fp32 exact", "onnxruntime fp32 as it likes", "tensorrt fp32 exact")
@@ -187,7 +187,7 @@ def test_only_of_the_first_group_starts_are_told(folder: Path, monkeypatch: pyte
     assert all("tensorrt" in reason for reason in failed)
 
 
-#: Milliseconds of a run of stand-ins, by device and engine; what is not here does not work.
+#: Milliseconds per run of the stand-ins, by device and engine; engines that are not listed fail.
 FAKES = {
     ("cpu", "PyTorch"): 40.0,
     ("cpu", "onnxruntime"): 10.0,
@@ -199,7 +199,7 @@ FAKES = {
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], float]:
-    """A machine with a GPU and without OpenVINO, where nothing is run; what works there, and can be changed."""
+    """Imitate a machine with a GPU and without OpenVINO; returns what works there, which a test can change."""
     works = dict(FAKES)
 
     def about(case: Any) -> dict[str, str]:
@@ -231,7 +231,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], float]:
 
 @pytest.fixture
 def made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every network's files are those of `folder`, which `make_files` has made."""
+    """Use the files in `folder`, made by `make_files`, for every network."""
 
     def copied(network: Any, target: Path, *_: Any) -> dict[str, Any]:
         target.symlink_to(folder)
@@ -241,7 +241,7 @@ def made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fakes", "made")
-def test_a_gpu_has_rows_and_a_peak_of_its_own(tmp_path: Path) -> None:
+def test_a_gpu_has_its_rows_and_its_peak(tmp_path: Path) -> None:
     output = tmp_path / "mine.json"
     done = CliRunner().invoke(latency.latency, ["--output", str(output), "--rounds", "2", "--data", str(tmp_path)])
     assert done.exit_code == 0, done.output
@@ -284,7 +284,9 @@ def test_without_pytorch_on_a_device_its_rows_have_no_ratio(folder: Path, fakes:
 
 
 @pytest.mark.usefixtures("fakes")
-def test_what_cannot_be_opened_beside_the_others_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_that_cannot_be_opened_beside_the_others_is_reported(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def opened(case: Any) -> Any:
         if case.engine == "tensorrt":
             raise OSError("libcudart: version mismatch")
@@ -298,7 +300,7 @@ def test_what_cannot_be_opened_beside_the_others_is_told(folder: Path, monkeypat
 
 
 @pytest.mark.parametrize(("said", "mb"), [("1000\n24\n", 1024 * 2**20 / 1e6), ("[N/A]\n", None), ("", None)])
-def test_memory_of_gpus_is_what_nvidia_smi_tells(
+def test_gpu_memory_is_read_from_nvidia_smi(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, mb: float | None
 ) -> None:
     program = tmp_path / "nvidia-smi"
@@ -310,7 +312,7 @@ def test_memory_of_gpus_is_what_nvidia_smi_tells(
     assert latency.gpu_memory() is None
 
 
-def test_a_case_on_a_gpu_tells_what_it_holds_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_on_a_gpu_reports_its_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3_000_000)
     monkeypatch.setattr(latency, "gpu_memory", lambda: 700.0)
     pytorch, other, cpu = (
@@ -323,7 +325,7 @@ def test_a_case_on_a_gpu_tells_what_it_holds_there(monkeypatch: pytest.MonkeyPat
     assert latency.on_gpu(cpu, None) == {"gpu_memory_mb": None, "gpu_tensors_peak_mb": None}
 
 
-def test_caches_are_new_and_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_are_new_and_the_environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PETSEG_CACHE", "mine")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     with latency.scratch() as folder:

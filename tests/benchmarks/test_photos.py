@@ -1,4 +1,4 @@
-"""The benchmarks run on the official data set, or on what stands in for it."""
+"""The benchmarks run on the official data set, or on the folders that replace it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_official_set_is_enough(tmp_path: Path) -> None:
     assert photos.test_sets(tmp_path) == {"3669 test images at their original size": official}
 
 
-def test_what_our_records_are_from_goes_first(tmp_path: Path) -> None:
+def test_the_folders_of_our_records_take_precedence(tmp_path: Path) -> None:
     every = ("", "-128", "-native", "-extra-images", "-best")
     folders(tmp_path, *(f"oxford-iiit-pet{part}" for part in every))
     assert photos.training_set(tmp_path).name == "oxford-iiit-pet-best"
@@ -35,7 +35,7 @@ def test_what_our_records_are_from_goes_first(tmp_path: Path) -> None:
     ]
 
 
-def test_chosen_ones_are_from_all_over_the_set(tmp_path: Path) -> None:
+def test_chosen_photos_are_spread_over_the_set(tmp_path: Path) -> None:
     folder = folders(tmp_path, photos.NATIVE) / photos.NATIVE / "images"
     for number in range(9):
         (folder / f"cat_{number}.jpg").touch()
@@ -43,7 +43,7 @@ def test_chosen_ones_are_from_all_over_the_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ask", [photos.training_set, photos.original_size, photos.of_any_use, photos.test_sets])
-def test_without_photos_the_remedy_is_told(tmp_path: Path, ask: object) -> None:
+def test_without_photos_the_error_names_the_remedy(tmp_path: Path, ask: object) -> None:
     assert callable(ask)
-    with pytest.raises(SystemExit, match=r"holds no oxford-iiit-pet: run `petseg data download"):
+    with pytest.raises(SystemExit, match=r"contains no oxford-iiit-pet; run `petseg data download"):
         ask(tmp_path)

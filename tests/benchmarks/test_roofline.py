@@ -1,4 +1,4 @@
-"""Operations are those that PyTorch counts, and each precision is held against its own peak."""
+"""Operations are those that PyTorch counts, and each precision is compared with its own peak."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from petseg_runtime.artifact import default_model, open_artifact
 
 
 def graph(*nodes: onnx.NodeProto, weights: dict[str, Any], output: Sequence[int]) -> bytes:
-    """A graph whose input is the ``image`` that petseg's have."""
+    """A graph with the input ``image`` of petseg's models."""
     image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", 4, 6, 3])
     answer = helper.make_tensor_value_info("y", TensorProto.FLOAT, list(output))
     cast = helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT)
@@ -52,7 +52,7 @@ def test_convolutions_and_matmuls_are_counted() -> None:
     assert roofline.operations(made, 3, 4, 6) == {"int8": 0, "others": 3 * 2 * each}
 
 
-def test_groups_divide_the_work_and_int8_is_told_apart() -> None:
+def test_groups_divide_the_work_and_int8_is_counted_separately() -> None:
     def linear(kind: str, source: str, zero: str, output: str) -> onnx.NodeProto:
         return helper.make_node(f"{kind}Linear", [source, "scale", zero], [output])
 
@@ -87,7 +87,7 @@ def test_the_network_has_the_operations_that_pytorch_counts() -> None:
     ("precision", "expected"),
     [("f32", 1.2), ("bf16", 0.6), ("int8", 0.45), ("int8 and f32", 0.45), ("int8 and bf16", 0.35), ("fp16", None)],
 )
-def test_each_part_is_held_against_its_own_peak(precision: str, expected: float | None) -> None:
+def test_each_part_is_compared_with_the_peak_of_its_precision(precision: str, expected: float | None) -> None:
     work, peaks = {"int8": 10**9, "others": 2 * 10**8}, {"f32": 1e12, "bf16": 2e12, "int8": 4e12}
     assert roofline.least_ms(work, precision, peaks) == (expected and pytest.approx(expected))
 
@@ -100,7 +100,7 @@ def test_the_peak_of_a_precision_is_that_of_the_fastest_library() -> None:
     rates = {one: [1.0, 9.0, 2.0], two: [3.0, 3.0, 1.0], three: [7.0, 8.0, 9.0]}
     assert roofline.peaks(rates) == {"f32": 3.0, "bf16": 8.0}
     assert roofline.best(rates) == {"f32": rates[two], "bf16": rates[three]}
-    assert [row["name"] for row in roofline.told(rates)] == ["one f32", "two f32", "two bf16"]
+    assert [row["name"] for row in roofline.as_rows(rates)] == ["one f32", "two f32", "two bf16"]
 
 
 def test_every_library_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,9 @@ def test_every_library_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(matmul.rate(runs=1) > 0 for matmul in found)
 
 
-def test_a_library_or_precision_that_fails_is_told_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_library_or_precision_is_reported_and_the_others_are_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def without_cuda(threads: int) -> list[Any]:
         raise AssertionError("Torch not compiled with CUDA enabled")
 

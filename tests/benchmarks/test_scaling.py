@@ -17,7 +17,7 @@ from benchmarks import scaling
         ([10.0, 8.0, 6.0, 5.9, 6.0], 4, None),
         ([10.0, 8.0, 6.0, 7.0, 9.0], 4, 8),
         ([10.0, 9.8, 9.7, 9.6, 9.6], 1, None),
-        ([10.0, 10.2, 11.0, 10.2, 12.0], 1, 16),  # a bump that goes back is no rise
+        ([10.0, 10.2, 11.0, 10.2, 12.0], 1, 16),  # a bump that goes down again is not a rise
         ([10.0, 9.0, 8.0, 7.0, 6.0], 16, None),
     ],
 )
@@ -28,14 +28,14 @@ def test_a_curve_bends_where_it_stops_falling(costs: list[float], until: int, ri
     assert ("rises" in found["statement"]) == (rises is not None)
 
 
-def test_of_a_curve_that_goes_up_and_down_no_bend_is_told() -> None:
+def test_a_curve_that_goes_up_and_down_has_no_bend() -> None:
     measured = [140.0, 144.0, 185.0, 242.0, 164.0, 126.0, 121.0]
     found = scaling.bend(list(zip((96, 128, 160, 192, 256, 320, 384), measured, strict=True)), "size", "ns a pixel")
     assert (found["falls_until"], found["rises_from"]) == (None, None)
-    assert "between 121 and 242 ns a pixel: no bend to be told" in found["statement"]
+    assert "between 121 and 242 ns a pixel: no clear bend" in found["statement"]
 
 
-def test_a_curve_is_told_by_pixel_or_by_photo() -> None:
+def test_cost_is_per_pixel_or_per_photo() -> None:
     sizes = scaling.curve("size", {scaling.Point(100, 1, 2): [1.0, 3.0, 2.0], scaling.Point(200, 1, 2): [8.0] * 3})
     assert [point["cost"] for point in sizes["points"]] == pytest.approx([200, 200])
     batches = scaling.curve("batch", {scaling.Point(160, 1, 2): [4.0], scaling.Point(160, 4, 2): [8.0]})
@@ -68,7 +68,7 @@ def test_memory_is_flat_or_not(peaks: tuple[float, ...], flat: bool, rate: float
 
 
 @pytest.mark.parametrize(("runs", "told"), [(1, "one run of each"), (2, "medians of 2 runs of each")])
-def test_of_a_few_runs_no_slope_is_told_but_the_difference_is(runs: int, told: str) -> None:
+def test_a_few_runs_report_the_difference_but_no_slope(runs: int, told: str) -> None:
     rows = [{"peak_mb": [195.0] * 3, "seconds_of_video": 5}, {"peak_mb": [201.0] * runs, "seconds_of_video": 60}]
     found = scaling.flatness(rows)
     assert (found["flat"], found["mb_per_minute"], found["runs_of_each"]) == (True, None, runs)

@@ -1,4 +1,4 @@
-"""The figures are those of the command's own records, the first epoch left out."""
+"""The figures are those in the command's records, without the first epoch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from petseg.data import Split, find
 from tiny_runs import a_row
 
 
-def test_the_command_gives_the_network_that_is_named() -> None:
+def test_the_command_selects_the_named_network() -> None:
     for run in training.RUNS:
         words = training.words(run, 4, "cpu", workers=0)
         raw = recipes.load(run.recipe)
@@ -29,7 +29,7 @@ def test_the_command_gives_the_network_that_is_named() -> None:
 
 
 @pytest.mark.parametrize("gpu", [True, False])
-def test_a_gpu_trains_the_recipes_networks_at_256_with_their_own_workers(
+def test_a_gpu_trains_the_recipes_networks_at_256_with_the_recipes_workers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpu: bool
 ) -> None:
     ran: list[list[str]] = []
@@ -71,7 +71,7 @@ def test_a_few_photos_are_a_data_folder(tmp_path: Path) -> None:
     assert [len(part) for part in parts] == [19, 1]
     names = {int(pair.name.removeprefix("cat_")) for part in parts for pair in part}
     assert names == set(range(0, 40, 2)), "of all breeds"
-    with pytest.raises(SystemExit, match="has 40 photos for training; 41 are needed"):
+    with pytest.raises(SystemExit, match="has 40 photos for training, 41 are needed"):
         training.few(data, tmp_path / "more", 41)
 
 

@@ -1,4 +1,4 @@
-"""Turns: counted runs, quiet before each, and a disturbed one is taken again."""
+"""Turns: counted runs, an idle process before each, and a repeat after a disturbance."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BATCH = np.zeros((1, 1, 1, 3), np.uint8)
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine where nobody else is."""
+    """Imitate a machine without other load."""
     monkeypatch.setattr(turns, "others", lambda: 0.0)
 
 
@@ -27,7 +27,7 @@ def test_slow_jobs_run_less_often(ms: float, runs: int) -> None:
 
 
 @pytest.mark.usefixtures("alone")
-def test_jobs_take_turns_after_a_run_that_does_not_count() -> None:
+def test_jobs_take_turns_after_a_warm_up_run() -> None:
     calls: list[str] = []
 
     def job(name: str, runs: int) -> Any:
@@ -39,19 +39,19 @@ def test_jobs_take_turns_after_a_run_that_does_not_count() -> None:
     assert found.disturbed == 0
 
 
-def test_a_disturbed_turn_is_taken_again_and_the_quietest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disturbed_turn_is_repeated_and_the_quietest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[float] = []
-    shares = iter([1e6, 1e3, 1e9, 1e4])  # far more than there is, so that the length of a turn does not matter
+    shares = iter([1e6, 1e3, 1e9, 1e4])  # far more than the machine has, so that the length of a turn does not matter
     busy = iter([value for share in shares for value in (0.0, share)])
     monkeypatch.setattr(turns, "others", lambda: next(busy))
     monkeypatch.setattr(turns, "timed", lambda run, batch, runs: taken.append(float(len(taken))) or taken[-1:])
     times, share = turns.turn((lambda batch: batch, BATCH, 1))
-    assert len(taken) == 1 + turns.AGAIN
+    assert len(taken) == 1 + turns.REPEATS
     assert times == [1.0]
     assert share > turns.DISTURBED
 
 
-def test_what_others_take_is_seen() -> None:
+def test_cpu_time_of_other_processes_is_counted() -> None:
     if not Path("/proc/stat").exists():
         pytest.skip("needs Linux's /proc/stat")
     burn = "import time\nwhile time.process_time() < 0.3: pass"
@@ -60,15 +60,15 @@ def test_what_others_take_is_seen() -> None:
     assert turns.others() - before > 0.2
 
 
-def test_rest_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_until_the_process_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = iter([0.0, 0.01, 0.01, 0.02, 0.02, 0.021, 0.021])  # seconds of CPU, in pairs: a thread spins during two
     monkeypatch.setattr(turns.time, "process_time", lambda: next(looks))
-    turns.rest()
+    turns.wait_until_idle()
     assert len([*looks]) == 1
 
 
-def test_a_thread_that_never_rests_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_does_not_wait_forever_for_a_busy_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10**6))
     monkeypatch.setattr(turns.time, "process_time", lambda: float(next(clock)))
-    monkeypatch.setattr(turns, "PATIENCE", 0.05)
-    turns.rest()
+    monkeypatch.setattr(turns, "TIMEOUT", 0.05)
+    turns.wait_until_idle()
