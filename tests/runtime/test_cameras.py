@@ -40,10 +40,10 @@ def test_cameras_are_listed_by_number_with_their_names(devices: Path) -> None:
 def test_where_there_is_no_such_camera_the_others_are_named(devices: Path) -> None:
     missing = str(devices / "video7")
     assert why_not(missing) == (
-        "there is no such camera; this machine shows none: connect one (a container gets it by --device)"
+        "there is no such camera; this machine has none: connect one (for a container, pass it with --device)"
     )
     there = add(devices, "video0", "Webcam")
-    assert why_not(missing) == f"there is no such camera; the cameras here: {there} (Webcam)"
+    assert why_not(missing) == f"there is no such camera; this machine has: {there} (Webcam)"
     assert why_not(there) is None
 
 
@@ -52,7 +52,7 @@ def test_without_permission_the_group_and_the_command_are_named(devices: Path, m
     monkeypatch.setattr(os, "access", lambda path, mode: (str(path), mode) != (camera, os.R_OK | os.W_OK))
     group = Path(camera).group()
     assert why_not(camera) == (
-        f"no permission to use it: join its group, {group} (sudo usermod -aG {group} $USER), and log in again"
+        f"no permission to use it; join the group {group} (sudo usermod -aG {group} $USER), and log in again"
     )
 
     def nobody(number: int) -> None:

@@ -266,7 +266,7 @@ def test_people_get_a_table_and_a_sentence(
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0].startswith("toy.onnx: toy, 16 x 32, fp32")
-    assert lines[2].endswith(" on cpu, f32, 2 callers at work without pause")
+    assert lines[2].endswith(" on cpu, f32, 2 callers without pause")
     head, *rows = lines[4 : 5 + INTERVALS]
     assert head.split() == ["seconds", "photos/s", "of", "the", "first"]
     assert rows[0].startswith("0 to ")

@@ -357,17 +357,23 @@ def test_the_format_can_be_chosen(photo: Path, tmp_path: Path, kind: str, form: 
         (["--format", "jpg"], "a cutout is not written as jpg; it can be: png, webp"),
         (["--as", "mask", "--format", "jpg"], "a mask is not written as jpg; it can be: png, webp"),
         (["--format", "mp4"], "a cutout is not written as mp4; it can be: png, webp"),
-        (["--as", "lines"], "lines are of videos; for photos, --json prints the same"),
-        (["--start", "1"], "--start is for videos and streams, and there is none"),
+        (["--as", "lines"], "--as lines is for videos; for photos, --json prints the same"),
+        (["--start", "1"], "--start is for videos and streams, and none was given"),
         (["--as", "coco-rle", "--format", "png"], "a coco-rle is not written as png; it can be: JSON only"),
         (["--as", "background"], "--background COLOUR or FILE and --as background belong together"),
         (["--as", "mask", "--background", "white"], "--background COLOUR or FILE and --as background belong together"),
         (["--as", "coco-rle", "--background", "white"], "--as background belong together"),
-        (["--threshold", "0.6"], "--threshold is for masks, and a cutout has --cutout-threshold"),
-        (["--background", "white", "--threshold", "0.6"], "and a background has --cutout-threshold"),
-        (["--as", "mask", "--cutout-threshold", "0.1"], "--cutout-threshold is for cutouts and backgrounds; mask has"),
-        (["--fast-decode"], "--fast-decode is for photos of which only the mask is written (--as mask, probability, "),
-        (["--as", "overlay", "--fast-decode"], "--fast-decode is for photos of which only the mask is written"),
+        (["--threshold", "0.6"], "--threshold is for masks; for --as cutout, use --cutout-threshold"),
+        (["--background", "white", "--threshold", "0.6"], "for --as background, use --cutout-threshold"),
+        (
+            ["--as", "mask", "--cutout-threshold", "0.1"],
+            "is for cutouts and backgrounds; for --as mask, use --threshold",
+        ),
+        (["--fast-decode"], "whose result does not contain the photo itself (--as mask, probability, "),
+        (
+            ["--as", "overlay", "--fast-decode"],
+            "--fast-decode is for photos whose result does not contain the photo itself",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -541,7 +547,7 @@ def test_verbose_names_what_runs_it_on_stderr_and_the_time_it_took(
     assert " in onnxruntime " in first
     assert first.endswith(" on cpu, f32, 1 threads")
     assert [line.split(":")[0].strip() for line in steps] == ["read", "infer", "write"]
-    assert all(re.search(r": median [\d.]+ ms, 95 % below [\d.]+ ms, [\d.]+ s in all$", line) for line in steps)
+    assert all(re.search(r": median [\d.]+ ms, p95 [\d.]+ ms, total [\d.]+ s$", line) for line in steps)
     assert "photos/s" in out
 
 
@@ -636,7 +642,7 @@ def test_where_there_is_no_pet_there_is_no_box(toy: Toy, tmp_path: Path, capsys:
     record = json.loads(capsys.readouterr().out.splitlines()[0])
     assert (record["found"], record["box"], record["coverage"]) == (False, None, 0)
     assert run(command) == 0
-    assert capsys.readouterr().out.endswith("sky.png  no pet, it seems\n")
+    assert capsys.readouterr().out.endswith("sky.png  no pet found\n")
 
 
 # ------------------------------------------------------------------------------------------- photos without a pet
@@ -657,7 +663,7 @@ def test_of_photos_without_a_pet_nothing_is_written_where_that_is_asked(
     assert run([*some, str(out), "--only-found"]) == 0
     assert files(out) == {JOURNAL, *(f"{index}.png" for index in range(5))}
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == f"{tmp_path / 'photos' / '1-blue.png'}  no pet: nothing written"
+    assert lines[1] == f"{tmp_path / 'photos' / '1-blue.png'}  no pet found, nothing written"
     assert lines[-1] == f"7 photos: 5 written to {out}, 2 without a pet"
     assert run([*some, str(tmp_path / "json"), "--only-found", "--json"]) == 0
     *records, summary = map(json.loads, capsys.readouterr().out.splitlines())
@@ -683,7 +689,7 @@ def test_a_run_that_goes_on_knows_what_was_left_out_and_what_was_asked(
     (out / "3.png").unlink()
     capsys.readouterr()
     assert run([*some, str(out), "--only-found", "--resume"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"7 photos: 1 written to {out}, 6 there already"
+    assert capsys.readouterr().out.splitlines()[-1] == f"7 photos: 1 written to {out}, 6 already there"
     assert run([*some, str(out), "--resume"]) == 6
     assert "only_found was True, now None" in capsys.readouterr().err
 
@@ -712,7 +718,7 @@ def test_without_a_pet_standard_output_stays_empty_and_stderr_says_why(some: lis
     blue = tmp_path / "photos" / "9-blue.png"
     done = petseg("infer", blue, *some[2:4], "--output", "-", "--only-found")
     assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr == f"petseg: {blue}: no pet: nothing written\n"
+    assert done.stderr == f"petseg: {blue}: no pet found, nothing written\n"
     assert petseg("infer", blue, *some[2:4], "--output", "-", "--only-found", "-q").stderr == ""
 
 
@@ -861,7 +867,7 @@ def test_infer_takes_the_size_that_is_asked_for(toy: Toy, tmp_path: Path, capsys
     Image.fromarray(pixels).save(photo)
     exact = segmented(photo, tmp_path / "a", "--model", model, "--size", "48x80", "--keep-doubtful")
     np.testing.assert_array_equal(exact, pixels[..., 0])
-    said = "petseg: --size 48 x 80: the model's own is 16 x 32; at another its masks may be much worse\n"
+    said = "petseg: --size 48 x 80: the model is for 16 x 32; at other sizes, its masks may be much worse\n"
     assert capsys.readouterr().err == said
     own = segmented(photo, tmp_path / "b", "--model", model)
     np.testing.assert_array_equal(own, segmented(photo, tmp_path / "c", "--model", model, "--size", "16x32"))

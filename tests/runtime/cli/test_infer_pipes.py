@@ -111,7 +111,7 @@ def test_a_full_disk_behind_standard_output_is_6(reds: list[str], tmp_path: Path
     ("closed", "code", "said"),
     [
         ("<&-", 1, "petseg: standard input (-) is closed: pipe something into it, or name a file\n"),
-        (">&-", 6, "petseg: standard output is closed: give a folder with --output\n"),
+        (">&-", 6, "petseg: standard output is closed; give a folder with --output\n"),
     ],
 )
 def test_a_closed_standard_stream_is_told_in_one_line(closed: str, code: int, said: str) -> None:

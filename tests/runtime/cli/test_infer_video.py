@@ -355,9 +355,9 @@ def test_the_output_may_lie_in_the_source_which_is_not_read_again(tmp_path: Path
     [
         (["--as", "mask"], "clip.mp4", "would replace a source"),
         (["--as", "mask"], None, "would replace a source"),
-        (["--as", "cutout"], "clip.webm", "there already, beside the videos"),
-        (["--as", "mask", "--segment", "1"], "clip/0001.mp4", "there already, beside the videos"),
-        (["--as", "mask", "--format", "png"], "clip/000000.png", "there already, beside the videos"),
+        (["--as", "cutout"], "clip.webm", "already exists beside the videos"),
+        (["--as", "mask", "--segment", "1"], "clip/0001.mp4", "already exists beside the videos"),
+        (["--as", "mask", "--format", "png"], "clip/000000.png", "already exists beside the videos"),
     ],
 )
 def test_a_result_never_replaces_what_lies_beside_the_source(
@@ -405,9 +405,9 @@ def test_frames_that_change_their_size_never_replace_another_result(tmp_path: Pa
 @pytest.mark.parametrize(
     ("asked", "why", "result"),
     [
-        (["--as", "coco-rle"], "coco-rle is of photos", "annotations.json"),
+        (["--as", "coco-rle"], "--as coco-rle is for photos", "annotations.json"),
         (["--as", "mask", "--only-found"], "--only-found is for photos", "photo.png"),
-        (["--as", "overlay", "--format", "webp"], "overlay of a video is not written as webp", "photo.webp"),
+        (["--as", "overlay", "--format", "webp"], "--as overlay of a video cannot be written as webp", "photo.webp"),
     ],
 )
 def test_videos_that_are_found_beside_photos_are_passed_over_where_they_cannot_become_what_is_asked(
@@ -421,7 +421,7 @@ def test_videos_that_are_found_beside_photos_are_passed_over_where_they_cannot_b
         shutil.copy(clips / "short.mp4", source / name)
     words = [*asked, "--model", model, "--output", tmp_path / "out"]
     assert infer(source, *words) == 0
-    assert capsys.readouterr().err.startswith(f"petseg: passed over {source / 'a.mov'} and 1 more videos: {why}")
+    assert capsys.readouterr().err.startswith(f"petseg: {source / 'a.mov'} and 1 more: skipped: {why}")
     assert tree(tmp_path / "out") == [JOURNAL, result]
     assert infer(source, source / "b.mov", *words) == 2
     assert f"petseg: {source / 'b.mov'}: {why}" in capsys.readouterr().err
@@ -563,7 +563,7 @@ import signal
 from petseg.cli import main
 from petseg_runtime.cli.infer_video import Videos
 
-tell = Videos._tell_frame
+tell = Videos._print_frame
 
 def interrupted(self, origin, segmented):
     tell(self, origin, segmented)
@@ -571,7 +571,7 @@ def interrupted(self, origin, segmented):
         signal.raise_signal({number})
         signal.raise_signal({number})
 
-Videos._tell_frame = interrupted
+Videos._print_frame = interrupted
 main()
 """
 
@@ -666,7 +666,7 @@ def test_numbered_files_never_go_among_the_sources(
     assert infer(clips / "short.mp4", *options) == 0  # so that the folder is petseg's own
     photos = {path: path.read_bytes() for path in (tmp_path / "short").glob("*.png")}
     assert infer(clips / "short.mp4", tmp_path / "short", *options, "--max-frames", 3) == 6
-    assert "would go among the sources" in capsys.readouterr().err
+    assert "would mix with sources such as" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "short").glob("*.png")} == photos
 
 
@@ -968,23 +968,27 @@ def test_a_closed_standard_error_is_no_reason_to_stop(tmp_path: Path, clips: Pat
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        (["{photo}", "--start", "1"], 2, "--start is for videos and streams, and there is none"),
-        (["{photo}", "--no-audio"], 2, "--no-audio is for videos and streams, and there is none"),
-        (["{photo}", "--as", "lines"], 2, "lines are of videos; for photos, --json prints the same"),
+        (["{photo}", "--start", "1"], 2, "--start is for videos and streams, and none was given"),
+        (["{photo}", "--no-audio"], 2, "--no-audio is for videos and streams, and none was given"),
+        (["{photo}", "--as", "lines"], 2, "--as lines is for videos; for photos, --json prints the same"),
         (["{photo}", "--input-option", "a=b"], 2, "--input-option is for cameras, streams and other URLs"),
         (["{clip}", "--input-option", "a=b"], 2, "--input-option is for cameras, streams and other URLs"),
-        (["{clip}", "--input-option", "ab"], 2, "NAME=VALUE is expected"),
+        (["{clip}", "--input-option", "ab"], 2, "expected NAME=VALUE"),
         (["{clip}", "--stall", "3"], 2, "--stall is for cameras, streams and other URLs"),
-        (["{clip}", "--give-up", "3"], 2, "--give-up is for cameras and streams, and there is none"),
-        (["lavfi:testsrc", "--start", "3"], 2, "--start is for what has an end, and there is none"),
+        (["{clip}", "--give-up", "3"], 2, "--give-up is for cameras and streams, and none was given"),
+        (["lavfi:testsrc", "--start", "3"], 2, "--start is for sources that have an end, and none was given"),
         (["lavfi:testsrc", "--resume"], 2, "--resume is for files"),
         (["lavfi:testsrc", "{clip}"], 2, "live sources run until they are stopped"),
         (["lavfi:testsrc", "{photo}"], 2, "live sources run until they are stopped"),
         (["{clip}", "--raw", "64x48@25"], 2, "give - as a source, once"),
         (["-", "--raw", "64x48"], 2, "WIDTHxHEIGHT@RATE is expected"),
-        (["{clip}", "--only-found"], 2, "clip.mp4: --only-found is for photos; give videos and streams to another run"),
+        (
+            ["{clip}", "--only-found"],
+            2,
+            "clip.mp4: --only-found is for photos; process videos and streams in another run",
+        ),
         (["{photo}", "{clip}", "--only-found"], 2, "--only-found is for photos"),
-        (["{clip}", "--as", "coco-rle"], 2, "clip.mp4: coco-rle is of photos; a video can be: mask, "),
+        (["{clip}", "--as", "coco-rle"], 2, "clip.mp4: --as coco-rle is for photos; for videos, choose one of: mask, "),
         (["{clip}", "--as", "mask", "--format", "webm"], 2, "it can be: mp4, png"),
         (["{clip}", "--as", "cutout", "--format", "mp4"], 2, "it can be: webm, png, webp"),
         (
@@ -1000,7 +1004,7 @@ def test_a_closed_standard_error_is_no_reason_to_stop(tmp_path: Path, clips: Pat
         (["{clip}", "--as", "mask", "--output", "-", "--format", "mp4"], 2, "give a folder with --output"),
         (["{clip}", "--as", "lines", "--output", "-"], 2, "give a folder with --output"),
         (["{clip}", "--output", "-", "--json"], 2, "give a folder with --output"),
-        (["{clip}", "{clip}", "--output", "-"], 2, "one result at a time"),
+        (["{clip}", "{clip}", "--output", "-"], 2, "standard output takes one result only"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_anything_is_loaded(
@@ -1142,11 +1146,11 @@ def test_a_live_source_whose_end_cannot_be_told_is_counted_once(
         raise InputError("no such camera")
 
     def tell_end(*about: Any) -> None:
-        monkeypatch.setattr(infer_video.Videos, "_tell_end", real)
+        monkeypatch.setattr(infer_video.Videos, "_print_end", real)
         raise LookupError("nobody there")
 
-    real = infer_video.Videos._tell_end
-    monkeypatch.setattr(infer_video.Videos, "_tell_end", tell_end)
+    real = infer_video.Videos._print_end
+    monkeypatch.setattr(infer_video.Videos, "_print_end", tell_end)
     if not opens:
         monkeypatch.setattr(run_module, "open_frames", refuse)
     options = ["--as", "mask", "--output", tmp_path, "--model", model, "--json", "--max-frames", 3]

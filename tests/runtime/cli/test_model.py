@@ -144,16 +144,14 @@ def test_a_file_that_does_what_its_checkpoint_does_is_0(proven: Artifact, capsys
     out, err = capsys.readouterr()
     assert err == ""
     said = dict(line.strip().split("  ", 1) for line in out.splitlines())
-    assert (
-        said["PASSED"] == f"{proven.path} gives what its checkpoint gives, on 4 photos, a smoke test: 16 make a proof"
-    )
+    assert said["PASSED"] == f"{proven.path} matches its checkpoint, on 4 photos (a smoke test: a full one needs 16)"
     assert said["model"] == f"sha256 {proven.identity}"
     assert said["machine"].startswith(host.host().cpu.name)
     assert said["engine"].startswith("onnxruntime ")
     assert said["engine"].endswith(", computes in f32: passed")
-    assert "at most 0/255 (1/255 is the limit), in the mean 0.0000/255" in said["difference"]
-    assert said["masks"] == "IoU at least 1.0000 (0.999 is the limit), in the mean 1.0000"
-    assert said["photo road"].startswith("passed, 9 photos with Pillow ")
+    assert "maximum 0/255 (limit 1/255), mean 0.0000/255" in said["difference"]
+    assert said["masks"] == "IoU minimum 1.0000 (limit 0.999), mean 1.0000"
+    assert said["processing"].startswith("passed, 9 photos with Pillow ")
     assert said["result"] == f"in {sidecar_of(proven.path)}"
     assert proven.path.read_bytes() == before, "what is learnt on a device never goes into the model"
     assert files(proven.path.parent) == {"toy.onnx", "toy.onnx.parity.npz", "toy.onnx.verified.json"}
@@ -165,7 +163,7 @@ def test_a_file_that_does_something_else_is_10_and_the_result_is_kept(
     tampered(proven)
     assert run(["verify", str(proven.path), *IN_ONNXRUNTIME]) == 10
     out, err = capsys.readouterr()
-    assert f"FAILED  {proven.path} does NOT give what its checkpoint gives" in out
+    assert f"FAILED  {proven.path} does NOT match its checkpoint" in out
     assert "computes in f32: FAILED" in out
     lines = err.splitlines()
     assert len(lines) >= 2
@@ -423,7 +421,7 @@ def test_without_a_file_the_model_that_ships_is_verified(capsys: pytest.CaptureF
     before = files(default_model().parent)
     assert run(["verify"]) == 0
     out = capsys.readouterr().out
-    assert out.strip().startswith(f"PASSED  {default_model()} gives what its checkpoint gives, on 16 photos\n")
+    assert out.strip().startswith(f"PASSED  {default_model()} matches its checkpoint, on 16 photos\n")
     assert "computes in f32: passed" in out
     assert "result  in" not in out
     assert files(default_model().parent) == before
@@ -448,5 +446,5 @@ def test_names_that_would_break_the_line_are_escaped(proven: Artifact, capsys: p
     proven.path.rename(odd)
     assert run(["verify", str(odd), *IN_ONNXRUNTIME]) == 0
     out = capsys.readouterr().out
-    assert "two\\nlines.onnx gives what its checkpoint gives" in out
+    assert "two\\nlines.onnx matches its checkpoint" in out
     assert all("  " in line for line in out.splitlines()), "a name and what is told, in each line"
