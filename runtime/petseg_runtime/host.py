@@ -391,9 +391,7 @@ def old_driver(driver: str, packages: str) -> str:
     major = int(found[1]) if found else 0
     if not 0 < major < 13:
         return ""
-    update = (
-        f"the driver is for {driver}, but pip's default packages are for CUDA 13: update the driver to 580 or newer"
-    )
+    update = f"the driver is for {driver}, but pip's default packages are for CUDA 13: update it to 580 or newer"
     builds = f", or install builds for CUDA 12 beside petseg in a new environment: pip install {packages}"
     return update + (builds if major == 12 else "")
 

@@ -307,7 +307,7 @@ def test_people_get_a_page(found: XRay, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "never run there by us" in out
     for number, choice in enumerate(RULE, 1):
         assert f"{number}. {choice}" in out
-    assert "  auto chooses  " in out
+    assert "\nauto chooses  " in out
     assert "decodes  h264 " in out
 
 

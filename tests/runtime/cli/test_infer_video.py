@@ -989,8 +989,8 @@ def test_a_closed_standard_error_is_no_reason_to_stop(tmp_path: Path, clips: Pat
         ),
         (["{photo}", "{clip}", "--only-found"], 2, "--only-found is for photos"),
         (["{clip}", "--as", "coco-rle"], 2, "clip.mp4: --as coco-rle is for photos; for videos, choose one of: mask, "),
-        (["{clip}", "--as", "mask", "--format", "webm"], 2, "it can be: mp4, png"),
-        (["{clip}", "--as", "cutout", "--format", "mp4"], 2, "it can be: webm, png, webp"),
+        (["{clip}", "--as", "mask", "--format", "webm"], 2, "choose one of: mp4, png"),
+        (["{clip}", "--as", "cutout", "--format", "mp4"], 2, "choose one of: webm, png, webp"),
         (
             ["{clip}", "--as", "mask", "--format", "png", "--segment", "2"],
             2,

@@ -372,7 +372,7 @@ def test_a_compiled_model_is_verified_in_its_own_engine(
     proof_of(toy_ir.path).write_bytes(prove(toy_ir.spec).to_bytes())
     assert run(["verify", str(toy_ir.path)]) == 0
     out = capsys.readouterr().out
-    assert f"PASSED  {toy_ir.path} gives" in out
+    assert f"PASSED  {toy_ir.path} matches its checkpoint" in out
     lines = [line for line in out.splitlines() if " engine  " in line]
     assert all("engine  openvino " in line and line.endswith(": passed") for line in lines)
     assert ", computes in f32: " in lines[0]
