@@ -108,7 +108,7 @@ def petseg() -> None:
 
     Exit codes: 0 success, 1 failure, 2 wrong usage, 3 some inputs failed, 4 bad model file, 5 engine or device not
     available, 6 output not writable, 7 extra not installed, 8 bad data set, 9 training failed, 10 parity
-    test failed; 130, 143 and 129 stopped by Ctrl-C, SIGTERM and SIGHUP (the terminal is gone; nohup makes it ignored).
+    test failed; 130, 143 and 129 stopped by Ctrl-C, SIGTERM and SIGHUP (the terminal is gone; ignored under nohup).
     """
 
 
