@@ -149,7 +149,7 @@ def run(args: list[str]) -> int:
             result: Any = petseg.main(args=args, prog_name="petseg", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except PetsegError as error:
-        click.echo(f"petseg: {shown(error)}", err=True)
+        report(shown(error))
         return error.exit_code
     except ModuleNotFoundError as error:
         # From a command that does its heavy imports when it runs, not when it is imported.
@@ -157,22 +157,30 @@ def run(args: list[str]) -> int:
         extra = COMMANDS[name].extra if name else None
         if extra is None or (error.name or "").partition(".")[0] in ("petseg", "petseg_export"):
             raise
-        click.echo(f"petseg: {missing(name, extra, error)}", err=True)
+        report(missing(name, extra, error))
         return MissingExtra.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("petseg: interrupted", err=True)
+        report("interrupted")
         return EXIT_INTERRUPTED
     except click.ClickException as error:
-        error.show()
+        with contextlib.suppress(OSError):  # as in `report`
+            error.show()
         return error.exit_code
     except BrokenPipeError:
-        # The reader of our output went away (`| head`): not an error of ours, and nobody is left to tell.
-        sys.stderr.close()
+        # The reader of our output has gone away (`| head`): this is no error, and nobody would read a message.
+        if sys.stderr is not None:  # it is None if it was closed (`2>&-`)
+            sys.stderr.close()
         return 1
     except OSError as error:
         return of_output(error)
+
+
+def report(problem: str) -> None:
+    """Print an error to stderr; if that cannot be written to, the exit code still says what happened."""
+    with contextlib.suppress(OSError):
+        click.echo(f"petseg: {problem}", err=True)
 
 
 def of_output(error: OSError) -> int:
@@ -186,7 +194,7 @@ def of_output(error: OSError) -> int:
     # Errors on files name the file, so this one is about standard output.
     if error.errno not in FULL or error.filename is not None:
         raise error
-    click.echo(f"petseg: standard output cannot be written to ({error.strerror})", err=True)
+    report(f"standard output cannot be written to ({error.strerror})")
     with contextlib.suppress(OSError):
         sys.stdout.close()  # otherwise, Python would try again at exit, and print another error
     return OutputError.exit_code

@@ -80,8 +80,9 @@ def terminable() -> Iterator[None]:
             yield
         except SystemExit:
             if code and sys.stderr is not None:  # click also raises SystemExit, if the reader of stdout has gone away
-                sys.stderr.write(f"petseg: {_MESSAGES[code]}\n")
-                sys.stderr.flush()
+                with contextlib.suppress(OSError):  # nobody reads it; the exit code still says what happened
+                    sys.stderr.write(f"petseg: {_MESSAGES[code]}\n")
+                    sys.stderr.flush()
             raise
 
 

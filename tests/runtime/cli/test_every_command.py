@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -111,6 +112,47 @@ def test_a_reader_that_was_never_there_gets_no_traceback(args: list[str]) -> Non
     finally:
         os.close(writer)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("stderr", ["full", "reader gone", "closed"])
+@pytest.mark.parametrize(("args", "code"), [(["info", "none.onnx"], 4), (["info", "--nonsense"], 2)])
+def test_the_exit_code_does_not_depend_on_whether_stderr_can_be_written_to(
+    args: list[str], code: int, stderr: str
+) -> None:
+    command = [sys.executable, "-m", "petseg.cli", *args]
+    if stderr == "closed":
+        command = ["sh", "-c", 'exec "$0" "$@" 2>&-', *command]
+        assert subprocess.run(command, timeout=100).returncode == code
+        return
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as gone, Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stderr=full if stderr == "full" else gone, timeout=100)
+    assert done.returncode == code
+
+
+def test_a_signal_keeps_its_exit_code_if_stderr_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    @terminable()
+    def work() -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with pytest.raises(SystemExit) as end:
+        work()
+    assert end.value.code == 143
+
+
+def test_a_reader_that_has_gone_is_no_traceback_if_stderr_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("petseg.cli.petseg.main", broken)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run(["info"]) == 1
 
 
 def test_what_cannot_be_told_to_a_terminal_that_is_gone_is_a_hang_up(tmp_path: Path) -> None:
