@@ -88,7 +88,7 @@ def benchmark(
 
     if sustained is not None and (seconds is not None or len(backends) > 1):
         raise click.UsageError("--sustained is for one engine and sets the time: give one --backend and no --seconds")
-    asked = _Asked(
+    options = _Options(
         artifact=open_artifact(model or default_model()),
         device=device,
         threads=threads,
@@ -98,12 +98,12 @@ def benchmark(
         tell=tell,
     )
     if sustained is not None:
-        return _sustain(asked, next(iter(backends), "auto"), 60 * sustained)
-    return _measure(asked, backends, 15 if seconds is None else seconds)
+        return _sustain(options, next(iter(backends), "auto"), 60 * sustained)
+    return _measure(options, backends, 15 if seconds is None else seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Asked:
+class _Options:
     """What to measure and how to print it, from the command's options."""
 
     artifact: Artifact
@@ -115,25 +115,25 @@ class _Asked:
     tell: Callable[[str], None]
 
 
-def _measure(asked: _Asked, backends: tuple[str, ...], seconds: float) -> int:
+def _measure(options: _Options, backends: tuple[str, ...], seconds: float) -> int:
     """Measure all engines in turns and print the result; returns the exit code."""
     from petseg_runtime.benchmark import measure
 
     done = measure(
-        asked.artifact,
+        options.artifact,
         backends,
-        asked.device,
-        threads=asked.threads,
-        batch=asked.batch,
+        options.device,
+        threads=options.threads,
+        batch=options.batch,
         seconds=seconds,
-        cuda_graph=asked.cuda_graph,
-        watch=asked.tell,
+        cuda_graph=options.cuda_graph,
+        watch=options.tell,
     )
-    _print(_record(asked.artifact, done) if asked.as_json else _text(asked.artifact, done))
+    _print(_record(options.artifact, done) if options.as_json else _text(options.artifact, done))
     return 0 if done.rows else EngineError.exit_code
 
 
-def _sustain(asked: _Asked, backend: str, seconds: float) -> int:
+def _sustain(options: _Options, backend: str, seconds: float) -> int:
     """Keep one engine at full load, and print what was measured even if it is interrupted; returns the exit code."""
     from petseg_runtime import doctor, host
     from petseg_runtime.benchmark import sample_batch
@@ -141,28 +141,28 @@ def _sustain(asked: _Asked, backend: str, seconds: float) -> int:
     from petseg_runtime.host import usable_cpus
     from petseg_runtime.sustained import INTERVALS, Sustained, sustain
 
-    artifact, threads = asked.artifact, asked.threads or usable_cpus()
+    artifact, threads = options.artifact, options.threads or usable_cpus()
     with load_engine(
         artifact,
         backend,
         threads,
-        device=asked.device,
+        device=options.device,
         streams=threads,
-        cuda_graph=asked.cuda_graph,
-        tell=asked.tell,
-        warn=lambda why: asked.tell(f"skipped: {why}"),
+        cuda_graph=options.cuda_graph,
+        tell=options.tell,
+        warn=lambda why: options.tell(f"skipped: {why}"),
     ) as engine:
         done = Sustained(
-            info=engine.describe(), batch=asked.batch, seconds=seconds, host=host.host(), gpus=doctor.read_gpus()[0]
+            info=engine.describe(), batch=options.batch, seconds=seconds, host=host.host(), gpus=doctor.read_gpus()[0]
         )
         try:
-            with contextlib.closing(sustain(engine, sample_batch(artifact, asked.batch), seconds)) as intervals:
+            with contextlib.closing(sustain(engine, sample_batch(artifact, options.batch), seconds)) as intervals:
                 for number, interval in enumerate(intervals, 1):
                     done.intervals.append(interval)
-                    asked.tell(f"interval {number} of {INTERVALS}: {interval.summary}")
+                    options.tell(f"interval {number} of {INTERVALS}: {interval.summary}")
         finally:
             if done.intervals:
-                _print(_sustained_record(artifact, done) if asked.as_json else _sustained_text(artifact, done))
+                _print(_sustained_record(artifact, done) if options.as_json else _sustained_text(artifact, done))
     return 0
 
 
@@ -271,7 +271,7 @@ def _head(artifact: Artifact, batch: int, host: Host, threads: int, gpus: Iterab
 
 
 def _title(row: Row) -> tuple[str, str]:
-    return f"{row.info.name} on {row.info.device}", row.info.precision + (", asked for" if row.exact else "")
+    return f"{row.info.name} on {row.info.device}", row.info.precision + (", forced" if row.exact else "")
 
 
 def _latency(row: Row) -> Iterable[str]:

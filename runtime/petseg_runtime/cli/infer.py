@@ -49,7 +49,7 @@ VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Asked:
+class _Options:
     """The command line of `petseg infer`: the fields are named after its options, whose help texts describe them."""
 
     sources: tuple[str, ...]
@@ -229,7 +229,7 @@ class _Looks:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per photo or video event, then a summary.")
 @click.option("-v", "--verbose", is_flag=True, help="Also print the engine and the time that each step took.")
 @click.option("-q", "--quiet", is_flag=True, help=HELP["quiet"])
-def infer(**options: Any) -> int:
+def infer(**values: Any) -> int:
     """Segment photos, videos and streams.
 
     A SOURCE is a file, a folder (searched with its subfolders), a pattern ('photos/**/*.jpg'), a camera (0,
@@ -245,42 +245,42 @@ def infer(**options: Any) -> int:
     """
     from petseg_runtime.sinks import background_of
 
-    asked = _Asked(**options)
-    _check_output(asked)
-    found = _without_videos(_find(asked), _no_video(asked), asked.quiet)
-    _check(found, asked)
-    _check_masks(found, asked)
-    background = None if asked.background is None else background_of(asked.background)
-    return _run(asked, found, _Looks(kind=asked.result, format=asked.format, background=background))
+    options = _Options(**values)
+    _check_output(options)
+    found = _without_videos(_find(options), _no_video(options), options.quiet)
+    _check(found, options)
+    _check_masks(found, options)
+    background = None if options.background is None else background_of(options.background)
+    return _run(options, found, _Looks(kind=options.result, format=options.format, background=background))
 
 
-def _run(asked: _Asked, found: _Found, looks: _Looks) -> int:
+def _run(options: _Options, found: _Found, looks: _Looks) -> int:
     """Run the command on the sources that were found; returns the exit code."""
-    made = _made(found, asked, looks) if found.streams else None
+    output = _video_output(found, options, looks) if found.streams else None
     with contextlib.ExitStack() as stack:
-        segmenter = stack.enter_context(_segmenter(len(found.photos), asked))
-        _tell(segmenter, asked)
-        videos = _videos(segmenter, made, asked) if made else None
+        segmenter = stack.enter_context(_segmenter(len(found.photos), options))
+        _print_engine(segmenter, options)
+        videos = _videos(segmenter, output, options) if output else None
         # This creates the folder, so only call it when there is something to write.
-        sink = _sink(found, asked, looks) if found.photos else None
-        journal = _journal(segmenter, found, asked, looks)
+        sink = _sink(found, options, looks) if found.photos else None
+        journal = _journal(segmenter, found, options, looks)
         if journal:
             stack.enter_context(journal)
-        report = _segment(segmenter, found.photos, sink, journal, asked) if sink else None
+        report = _segment(segmenter, found.photos, sink, journal, options) if sink else None
         items = {str(item.name): item for item in found.videos}
         stopped = videos.run(found.streams, items, journal) if videos else None
-    _print_report(report, videos, asked)
+    _print_report(report, videos, options)
     return _exit_code(report, videos, stopped)
 
 
 def _segment(
-    segmenter: Segmenter, photos: Sequence[Item], sink: Sink, journal: Journal | None, asked: _Asked
+    segmenter: Segmenter, photos: Sequence[Item], sink: Sink, journal: Journal | None, options: _Options
 ) -> Report:
     from petseg_runtime.batch import segment_photos
     from petseg_runtime.sinks import KINDS
 
-    kind = KINDS[asked.result]
-    with _Watcher(asked.as_json, asked.quiet, to_files=asked.folder is not None) as watcher:
+    kind = KINDS[options.result]
+    with _Watcher(options.as_json, options.quiet, to_files=options.folder is not None) as watcher:
         return segment_photos(
             photos,
             segmenter,
@@ -289,7 +289,7 @@ def _segment(
             begun=watcher.expect,
             journal=journal,
             mask_only=not kind.needs_photo,
-            fast_decode=asked.fast_decode,
+            fast_decode=options.fast_decode,
             spare=kind.spare,
         )
 
@@ -305,7 +305,7 @@ def _exit_code(report: Report | None, videos: Videos | None, stopped: int | None
     return 0 if not failed else EXIT_PARTIAL if done else InputError.exit_code
 
 
-def _journal(segmenter: Segmenter, found: _Found, asked: _Asked, looks: _Looks) -> Journal | None:
+def _journal(segmenter: Segmenter, found: _Found, options: _Options, looks: _Looks) -> Journal | None:
     """Returns the journal of this run, or None where ``--resume`` and later searches need none.
 
     Raises:
@@ -314,19 +314,19 @@ def _journal(segmenter: Segmenter, found: _Found, asked: _Asked, looks: _Looks) 
     from petseg_runtime.journal import JOURNAL, Journal
     from petseg_runtime.sinks import probe
 
-    folder = asked.folder
+    folder = options.folder
     # One photo that was found by a search needs a journal, too: the next search must recognise its result.
-    noted = asked.resume or _searched(asked.sources) or len(found.items) > 1 or asked.coco
+    noted = options.resume or _searched(options.sources) or len(found.items) > 1 or options.coco
     if folder is None or found.live or not noted:
         return None
     settings = _appearance(found, looks) | _settings(segmenter)
-    settings |= {name: getattr(asked, name) or None for name in VIDEO_OPTIONS}
-    settings |= {"fast_decode": asked.fast_decode, "only_found": asked.only_found or None}
+    settings |= {name: getattr(options, name) or None for name in VIDEO_OPTIONS}
+    settings |= {"fast_decode": options.fast_decode, "only_found": options.only_found or None}
     probe(folder)
-    journal = Journal(folder, settings, resume=asked.resume)
+    journal = Journal(folder, settings, resume=options.resume)
     if journal.noted and not any(map(journal.knows, found.items)):
         what = f"the {journal.noted} results noted there are of other files, or of these before they changed"
-        _say(f"{folder / JOURNAL}: {what}; all are processed again", asked.quiet)
+        _print_note(f"{folder / JOURNAL}: {what}; all are processed again", options.quiet)
     return journal
 
 
@@ -367,7 +367,7 @@ class _Found:
         return any(origin.options is not None and isinstance(origin.target, str) for origin in self.streams)
 
 
-def _find(asked: _Asked) -> _Found:
+def _find(options: _Options) -> _Found:
     """Finds the photos, videos and streams of the sources.
 
     Raises:
@@ -376,30 +376,30 @@ def _find(asked: _Asked) -> _Found:
     """
     from petseg_runtime.sources import IMAGE_SUFFIXES, STDIN, VIDEO_SUFFIXES, find_photos, stream_origin
 
-    options = _pairs(asked.input_option)
-    named = [stream_origin(text, options) for text in asked.sources]
+    input_options = _pairs(options.input_option)
+    named = [stream_origin(text, input_options) for text in options.sources]
     streams = [origin for origin in named if origin]
-    texts = [text for text, origin in zip(asked.sources, named, strict=True) if not origin]
+    texts = [text for text, origin in zip(options.sources, named, strict=True) if not origin]
     # "./-" names a file, but Path("./-") would be "-", which means standard input.
     paths = [Path(text) if text == str(STDIN) or Path(text) != STDIN else Path(text).absolute() for text in texts]
-    piped, data = _from_stdin(paths.count(STDIN), asked.raw)
+    piped, data = _from_stdin(paths.count(STDIN), options.raw)
     if piped:
         streams.append(piped)
         paths.remove(STDIN)
-    told: list[str] = []
-    items = find_photos(paths, asked.folder, IMAGE_SUFFIXES | VIDEO_SUFFIXES, data, told.append)
+    notes: list[str] = []
+    items = find_photos(paths, options.folder, IMAGE_SUFFIXES | VIDEO_SUFFIXES, data, notes.append)
     if not items and not streams:
-        raise InputError("; ".join([f"no photos or videos in {', '.join(asked.sources)}", *told]))
-    for what in told:
-        _say(what, asked.quiet)
+        raise InputError("; ".join([f"no photos or videos in {', '.join(options.sources)}", *notes]))
+    for note in notes:
+        _print_note(note, options.quiet)
     photos, videos = _by_kind(items)
     found = _Found(photos, videos, _distinct([*map(_origin_of, videos), *streams]))
-    _check_sources(found, asked)
+    _check_sources(found, options)
     return found
 
 
-def _from_stdin(asked: int, raw: str | None) -> tuple[Origin | None, bytes | None]:
-    """Returns the video on standard input, or the bytes of the photo there; neither unless ``asked`` is 1.
+def _from_stdin(times: int, raw: str | None) -> tuple[Origin | None, bytes | None]:
+    """Returns the video on standard input, or the bytes of the photo there; neither unless ``times`` is 1.
 
     Raises:
         UsageError: ``--raw`` without standard input as a source.
@@ -407,11 +407,11 @@ def _from_stdin(asked: int, raw: str | None) -> tuple[Origin | None, bytes | Non
     """
     from petseg_runtime.sources import from_pipe, raw_video
 
-    if raw and asked != 1:
+    if raw and times != 1:
         raise UsageError("--raw describes standard input; give - as a source, once")
     if raw:
         return raw_video(raw), b""
-    return from_pipe() if asked == 1 else (None, None)
+    return from_pipe() if times == 1 else (None, None)
 
 
 def _by_kind(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
@@ -433,13 +433,13 @@ def _origin_of(video: Item) -> Origin:
     return Origin(str(video.source), str(video.source), video.name)
 
 
-def _check_sources(found: _Found, asked: _Asked) -> None:
+def _check_sources(found: _Found, options: _Options) -> None:
     """Reject sources that cannot be combined.
 
     Raises:
         UsageError: There is more than one result for standard output, or live sources are mixed with files.
     """
-    if asked.folder is None and len(found.photos) + len(found.streams) > 1:
+    if options.folder is None and len(found.photos) + len(found.streams) > 1:
         raise UsageError("standard output takes one result only; for more, give a folder with --output")
     if found.live and (found.photos or not all(origin.endless for origin in found.streams)):
         raise UsageError("live sources run until they are stopped; process photos and videos in another run")
@@ -453,16 +453,16 @@ def _distinct(origins: list[Origin]) -> list[Origin]:
     return [dataclasses.replace(origin, name=name) for origin, name in zip(origins, names, strict=True)]
 
 
-def _check_output(asked: _Asked) -> None:
+def _check_output(options: _Options) -> None:
     """Reject options that do not work with results on standard output.
 
     Raises:
         UsageError: An option needs an output folder.
         OutputError: Standard output is closed.
     """
-    if asked.folder is not None:
+    if options.folder is not None:
         return
-    if asked.as_json or asked.resume or asked.coco or asked.result == "lines":
+    if options.as_json or options.resume or options.coco or options.result == "lines":
         raise UsageError(
             "the picture goes to standard output; for --json, --resume, COCO or lines, give a folder with --output"
         )
@@ -470,7 +470,7 @@ def _check_output(asked: _Asked) -> None:
         raise OutputError("standard output is closed; give a folder with --output")
 
 
-def _check(found: _Found, asked: _Asked) -> None:
+def _check(found: _Found, options: _Options) -> None:
     """Reject contradictory options, before anything is loaded.
 
     Raises:
@@ -479,27 +479,27 @@ def _check(found: _Found, asked: _Asked) -> None:
     """
     from petseg_runtime.sinks import KINDS, check_looks
 
-    kind = asked.result
+    kind = options.result
     if found.photos or not found.streams:
         if kind == "lines":
             raise UsageError("--as lines is for videos; for photos, --json prints the same")
-        check_looks(kind, asked.format, asked.background)
+        check_looks(kind, options.format, options.background)
     if found.streams:
-        if why := _no_video(asked):
+        if why := _no_video(options):
             raise UsageError(f"{found.streams[0].shown}: {why}; process videos and streams in another run")
         if kind in KINDS:
-            check_looks(kind, None, asked.background)
+            check_looks(kind, None, options.background)
     for what, names, there in (
         ("videos and streams", VIDEO_OPTIONS, bool(found.streams)),
         ("cameras and streams", ("give_up",), found.live),
         ("cameras, streams and other URLs", ("stall", "input_option"), found.remote),
         ("sources that have an end", ("start",), not found.live),
     ):
-        if not there and (unused := [name for name in names if getattr(asked, name)]):
+        if not there and (unused := [name for name in names if getattr(options, name)]):
             raise UsageError(f"--{unused[0].replace('_', '-')} is for {what}, and none was given")
 
 
-def _check_masks(found: _Found, asked: _Asked) -> None:
+def _check_masks(found: _Found, options: _Options) -> None:
     """Reject options that have no effect on this kind of result.
 
     Raises:
@@ -507,32 +507,32 @@ def _check_masks(found: _Found, asked: _Asked) -> None:
     """
     from petseg_runtime.sinks import KINDS
 
-    kind = asked.result
+    kind = options.result
     cut_out = kind in ("cutout", "background")
-    if cut_out and asked.threshold is not None and asked.cutout_threshold is None:
+    if cut_out and options.threshold is not None and options.cutout_threshold is None:
         raise UsageError(
             f"--threshold is for masks; for --as {kind}, use --cutout-threshold (if both are given, --threshold "
             "decides what counts as pet for --json and --min-area)"
         )
-    if asked.cutout_threshold is not None and not cut_out:
+    if options.cutout_threshold is not None and not cut_out:
         raise UsageError(f"--cutout-threshold is for cutouts and backgrounds; for --as {kind}, use --threshold")
-    if asked.fast_decode and (not found.photos or kind not in KINDS or KINDS[kind].needs_photo):
+    if options.fast_decode and (not found.photos or kind not in KINDS or KINDS[kind].needs_photo):
         alone = ", ".join(name for name, one in KINDS.items() if not one.needs_photo)
         raise UsageError(f"--fast-decode is for photos whose result does not contain the photo itself (--as {alone})")
 
 
-def _no_video(asked: _Asked) -> str | None:
+def _no_video(options: _Options) -> str | None:
     """Why this kind of result cannot be made from a video, and which can; None: it can."""
     from petseg_runtime.sinks import VIDEO_FORMATS
 
-    if asked.only_found:
+    if options.only_found:
         return "--only-found is for photos"
-    formats = VIDEO_FORMATS.get(asked.result, ())
+    formats = VIDEO_FORMATS.get(options.result, ())
     if not formats:
-        return f"--as {asked.result} is for photos; for videos, choose one of: {', '.join(VIDEO_FORMATS)}"
-    if asked.format and asked.format not in formats:
+        return f"--as {options.result} is for photos; for videos, choose one of: {', '.join(VIDEO_FORMATS)}"
+    if options.format and options.format not in formats:
         files = ", ".join(name for name in formats if name != "raw")  # raw is for --output - only
-        return f"--as {asked.result} of a video cannot be written as {asked.format}; choose one of: {files}"
+        return f"--as {options.result} of a video cannot be written as {options.format}; choose one of: {files}"
     return None
 
 
@@ -542,14 +542,14 @@ def _without_videos(found: _Found, why: str | None, quiet: bool) -> _Found:
     if why is None or not strays or not found.photos:
         return found
     more = f" and {len(strays) - 1} more" if len(strays) > 1 else ""
-    _say(f"{strays[0].source}{more}: skipped: {why}", quiet)
+    _print_note(f"{strays[0].source}{more}: skipped: {why}", quiet)
     kept = [not item.found for item in found.videos]
     kept += [True] * (len(found.streams) - len(kept))  # in `streams`, the videos come first
     videos = [item for item in found.videos if not item.found]
     return _Found(found.photos, videos, list(itertools.compress(found.streams, kept)))
 
 
-def _made(found: _Found, asked: _Asked, looks: _Looks) -> Output:
+def _video_output(found: _Found, options: _Options, looks: _Looks) -> Output:
     """Returns which results the videos get, and where.
 
     Raises:
@@ -559,40 +559,40 @@ def _made(found: _Found, asked: _Asked, looks: _Looks) -> Output:
     from petseg_runtime.cli.infer_video import Output, check_places
     from petseg_runtime.video.movie import MOVIES
 
-    folder = asked.folder
+    folder = options.folder
     if folder is None and looks.format:
         raise UsageError(f"standard output takes raw frames, not {looks.format}; give a folder with --output")
     form = looks.video_format if folder else "raw"
-    if asked.segment and form not in (*MOVIES, "ndjson"):
+    if options.segment and form not in (*MOVIES, "ndjson"):
         raise UsageError(f"--segment is for movies ({', '.join(MOVIES)}) and lines, not {form}")
-    if asked.resume and found.live:
+    if options.resume and found.live:
         raise UsageError("--resume is for files; streams need none: their new results never replace earlier ones")
     output = Output(
         folder=folder,
         kind=looks.kind,
         format=form,
         background=looks.background,
-        segment=asked.segment,
-        audio=not asked.no_audio,
+        segment=options.segment,
+        audio=not options.no_audio,
     )
     photos = {str(i.source): f"{folder / i.name}.{looks.photo_format}" for i in found.photos} if folder else {}
-    return check_places(output, found.streams, photos, resume=asked.resume)
+    return check_places(output, found.streams, photos, resume=options.resume)
 
 
-def _videos(segmenter: Segmenter, made: Output, asked: _Asked) -> Videos:
+def _videos(segmenter: Segmenter, output: Output, options: _Options) -> Videos:
     from petseg_runtime.cli.infer_video import Videos
     from petseg_runtime.video.stream import Reading
 
     reading = Reading(
-        start=asked.start or 0.0,
-        stride=asked.stride or 1,
-        max_frames=asked.max_frames,
-        policy=asked.policy,
-        stall=asked.stall or 10.0,
-        patience=asked.give_up,
-        smooth=asked.smooth or 0.0,
+        start=options.start or 0.0,
+        stride=options.stride or 1,
+        max_frames=options.max_frames,
+        policy=options.policy,
+        stall=options.stall or 10.0,
+        patience=options.give_up,
+        smooth=options.smooth or 0.0,
     )
-    return Videos(segmenter, made, reading, as_json=asked.as_json, quiet=asked.quiet, verbose=asked.verbose)
+    return Videos(segmenter, output, reading, as_json=options.as_json, quiet=options.quiet, verbose=options.verbose)
 
 
 def _pairs(texts: Sequence[str]) -> dict[str, str]:
@@ -605,21 +605,21 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-def _sink(found: _Found, asked: _Asked, looks: _Looks) -> Sink:
+def _sink(found: _Found, options: _Options, looks: _Looks) -> Sink:
     """Returns the sink that writes the photos' results."""
     from petseg_runtime.sinks import OnlyFound
 
-    sink = _sink_of_all(found, asked, looks)
-    return OnlyFound(sink) if asked.only_found else sink
+    sink = _sink_of_all(found, options, looks)
+    return OnlyFound(sink) if options.only_found else sink
 
 
-def _sink_of_all(found: _Found, asked: _Asked, looks: _Looks) -> Sink:
+def _sink_of_all(found: _Found, options: _Options, looks: _Looks) -> Sink:
     from petseg_runtime import sinks
     from petseg_runtime.journal import JOURNAL
 
-    folder = asked.folder
+    folder = options.folder
     # Without a journal, petseg has not written here before, so the files there are not its own.
-    resume = asked.resume and folder is not None and (folder / JOURNAL).exists()
+    resume = options.resume and folder is not None and (folder / JOURNAL).exists()
     if folder and not sinks.KINDS[looks.kind].formats:
         return sinks.CocoSink(folder, looks.kind, found.items, resume=resume)
     picture = sinks.picture(looks.kind, looks.format, looks.background)
@@ -628,32 +628,32 @@ def _sink_of_all(found: _Found, asked: _Asked, looks: _Looks) -> Sink:
     return sinks.ImageSink(folder, picture, found.photos, beside=found.videos, resume=resume)
 
 
-def _segmenter(photos: int, asked: _Asked) -> Segmenter:
+def _segmenter(photos: int, options: _Options) -> Segmenter:
     from petseg_runtime.host import usable_cpus
     from petseg_runtime.segmenter import Segmenter
 
-    told = []
+    printed = []
 
-    def tell(what: str) -> None:
-        told.append(what)
-        _say(what, asked.quiet)
+    def tell(note: str) -> None:
+        printed.append(note)
+        _print_note(note, options.quiet)
 
     segmenter = Segmenter(
-        asked.model,
-        backend=asked.backend,
-        device=asked.device,
-        threads=asked.threads,
-        streams=max(1, min(asked.threads or usable_cpus(), photos)),
-        size=None if asked.size is None else parse_size(asked.size),
-        threshold=asked.threshold,
-        cutout_threshold=asked.cutout_threshold,
-        min_area=asked.min_area,
-        keep_doubtful=asked.keep_doubtful,
+        options.model,
+        backend=options.backend,
+        device=options.device,
+        threads=options.threads,
+        streams=max(1, min(options.threads or usable_cpus(), photos)),
+        size=None if options.size is None else parse_size(options.size),
+        threshold=options.threshold,
+        cutout_threshold=options.cutout_threshold,
+        min_area=options.min_area,
+        keep_doubtful=options.keep_doubtful,
         tell=tell,
     )
     for note in segmenter.describe().notes:
-        if note not in told:
-            _say(note, asked.quiet)
+        if note not in printed:
+            _print_note(note, options.quiet)
     return segmenter
 
 
@@ -688,12 +688,14 @@ def _settings(segmenter: Segmenter) -> dict[str, Any]:
     }
 
 
-def _tell(segmenter: Segmenter, asked: _Asked) -> None:
+def _print_engine(segmenter: Segmenter, options: _Options) -> None:
     engine, spec = segmenter.describe(), segmenter.artifact.spec
     if segmenter.size != (spec.height, spec.width):
         trained, used = f"{spec.height} x {spec.width}", "{} x {}".format(*segmenter.size)
-        _say(f"--size {used}: the model is for {trained}; at other sizes, its masks may be much worse", asked.quiet)
-    if asked.verbose:
+        _print_note(
+            f"--size {used}: the model is for {trained}; at other sizes, its masks may be much worse", options.quiet
+        )
+    if options.verbose:
         click.echo(
             f"{shown(spec.name)} in {engine.name} {engine.version} on {engine.device}, "
             f"{engine.precision}, {engine.threads} threads",
@@ -701,7 +703,7 @@ def _tell(segmenter: Segmenter, asked: _Asked) -> None:
         )
 
 
-def _say(note: str, quiet: bool) -> None:
+def _print_note(note: str, quiet: bool) -> None:
     if not quiet:
         click.echo(f"petseg: {shown(note)}", err=True)
 
@@ -736,7 +738,7 @@ class _Watcher:
             for note in () if self._quiet else done.notes:
                 self._print(f"petseg: {source}: {note}", err=True)
             if self._to_files and not self._as_json and not self._quiet:
-                self._print(f"{source}{_became(done)}")
+                self._print(f"{source}{_outcome_text(done)}")
             elif done.left_out and not self._to_files and not self._quiet:  # else an empty output would go unexplained
                 self._print(f"petseg: {source}: no pet found, nothing written", err=True)
         if self._as_json:
@@ -752,7 +754,7 @@ class _Watcher:
             click.echo(line, err=err)
 
 
-def _became(done: Done) -> str:
+def _outcome_text(done: Done) -> str:
     """Describes the outcome of a photo, for people."""
     if done.left_out:
         return "  no pet found, nothing written"
@@ -771,14 +773,14 @@ def _record(outcome: Outcome[Item, Done]) -> dict[str, Any]:
     return {**record, "event": "result", "output": path and str(path), **done, **annotation}
 
 
-def _print_report(report: Report | None, videos: Videos | None, asked: _Asked) -> None:
-    if asked.as_json:
+def _print_report(report: Report | None, videos: Videos | None, options: _Options) -> None:
+    if options.as_json:
         of_photos, of_videos = _summary(report), {"videos": videos.summary()} if videos else {}
         click.echo(json.dumps({"schema_version": SCHEMA_VERSION, "event": "summary", **of_photos, **of_videos}))
         return
     if report:
-        _print_photos(report, asked.folder, asked.verbose, asked.quiet)
-    if videos and not asked.quiet and asked.folder and len(videos.reports) + videos.skipped > 1:
+        _print_photos(report, options.folder, options.verbose, options.quiet)
+    if videos and not options.quiet and options.folder and len(videos.reports) + videos.skipped > 1:
         counts = videos.summary()
         words = {"done": "done", "skipped": "already there", "stopped": "stopped", "failed": "failed"}
         click.echo(f"{counts['count']} videos: " + ", ".join(f"{counts[n]} {w}" for n, w in words.items() if counts[n]))
