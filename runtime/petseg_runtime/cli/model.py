@@ -52,7 +52,8 @@ def info(file: Path | None, as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps(record, indent=2))
     else:
-        click.echo("\n".join(f"{name:>22}  {shown(value)}" for name, value in _lines(record)))
+        # The names are shown escaped, too: some are keys of the file's own metadata.
+        click.echo("\n".join(f"{shown(name):>22}  {shown(value)}" for name, value in _lines(record)))
     return 0
 
 

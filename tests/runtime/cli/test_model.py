@@ -15,7 +15,7 @@ import pytest
 from command_line import CHELSEA, IN_ONNXRUNTIME, files, tampered, uninstall
 from petseg.cli import run
 from petseg_runtime import default_model, host, onnx_metadata
-from petseg_runtime.artifact import RECEIPT_KEY, Artifact, open_artifact
+from petseg_runtime.artifact import PROVENANCE_KEY, RECEIPT_KEY, Artifact, open_artifact
 from petseg_runtime.engines import onnxruntime, registry
 from petseg_runtime.errors import EngineError
 from petseg_runtime.extras import install
@@ -324,6 +324,20 @@ def test_what_a_model_says_of_itself_does_not_reach_the_terminal_as_it_is(
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "\\x1b[2Jtoy\\nidentity" in out
+
+
+def test_names_in_a_models_metadata_are_escaped_on_the_terminal(
+    proven: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metadata = onnx_metadata.read(proven.path).metadata
+    provenance = json.dumps({**json.loads(metadata[PROVENANCE_KEY]), "two\nlines\x1b[2J": "text"})
+    proven.path.write_bytes(
+        onnx_metadata.with_metadata(proven.path.read_bytes(), metadata | {PROVENANCE_KEY: provenance})
+    )
+    assert run(["info", str(proven.path)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "two\\nlines\\x1b[2J  text\n" in out
 
 
 def test_a_result_that_cannot_be_written_is_6(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
