@@ -1,4 +1,4 @@
-"""Which cameras there are, and what is said of one that cannot be used."""
+"""The list of cameras, and the reasons why one cannot be used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from petseg_runtime.cameras import Camera, why_not
 
 @pytest.fixture
 def devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in place of /dev, and one in place of the kernel's names."""
+    """Folders in place of /dev and of the kernel's camera names."""
     (tmp_path / "dev").mkdir()
     monkeypatch.setattr(cameras, "_DEVICES", tmp_path / "dev")
     monkeypatch.setattr(cameras, "_NAMES", tmp_path / "sys")

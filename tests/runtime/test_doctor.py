@@ -1,4 +1,4 @@
-"""What a vendor's library does, doctor outlives and reports: crashes, hangs, rubbish, and masks that are wrong."""
+"""Doctor survives and reports whatever a vendor's library does: crashes, hangs, garbage, and wrong masks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CPU = Cpu(name="CPU", machine="x86_64", cores=8, quota=None, memory=2**34, memor
 
 
 def program(text: str, deadline: float = 60) -> dict[str, Any]:
-    """What is made of a program in a probe's place."""
+    """The answer for a program that runs in place of a probe."""
     return ask((sys.executable, "-c", "import os, signal, sys, time\n" + text), deadline)
 
 
@@ -59,7 +59,7 @@ def test_a_process_that_the_system_ended_ran_out_of_memory() -> None:
 
 
 def test_a_crash_after_the_answer_is_a_crash() -> None:
-    """Libraries of GPUs fall over their own feet when a process ends; `petseg infer` would, too."""
+    """GPU libraries sometimes crash when the process exits; `petseg infer` would crash as well."""
     crash = "os.kill(os.getpid(), signal.SIGSEGV)"
     assert program(f"print('{{}}', flush=True); {crash}") == {"error": "it crashed: SIGSEGV"}
 
@@ -74,7 +74,7 @@ def test_a_hang_ends_with_all_that_it_started(tmp_path: Path) -> None:
     )
     assert program(text, 5) == {"error": "no answer within 5 s: it hangs"}
     child = int(started.read_text())
-    for _ in range(100):  # whoever inherits it collects it
+    for _ in range(100):  # its new parent process reaps it
         try:
             if "State:\tZ" in Path(f"/proc/{child}/status").read_text():
                 return
@@ -172,7 +172,7 @@ def test_a_model_without_a_proof_runs_unproven(proven: Artifact) -> None:
 def test_a_proof_that_verify_would_refuse_proves_nothing_here_either(
     proven: Artifact, prove: Callable[..., parity.Proof]
 ) -> None:
-    """It is of the same checkpoint, but not the one that this file was exported with."""
+    """It is of the same checkpoint, but not the parity record that this file was exported with."""
     metadata = onnx_metadata.read(proven.path).metadata
     receipt = json.dumps({"proof": prove(proven.spec, 7).identity})
     proven.path.write_bytes(onnx_metadata.with_metadata(proven.path.read_bytes(), {**metadata, RECEIPT_KEY: receipt}))
@@ -365,7 +365,7 @@ def test_where_nothing_works_the_code_is_5(
 def test_an_engine_with_wrong_masks_that_auto_takes_is_a_problem_and_5(
     found: XRay, monkeypatch: pytest.MonkeyPatch, others: bool
 ) -> None:
-    """That it loads is all that the rule asks; who infers then gets its masks."""
+    """The rule only checks that an engine loads, so `petseg infer` would use its masks."""
     taken = found.auto["name"]
     other = "openvino" if taken == "onnxruntime" else "onnxruntime"
 

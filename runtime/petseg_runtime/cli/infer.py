@@ -302,7 +302,9 @@ def _exit_code(report: Report | None, videos: Videos | None, stopped: int | None
         return code
     if stopped is not None:
         return stopped
-    return 0 if not failed else EXIT_PARTIAL if done else InputError.exit_code
+    if not failed:
+        return 0
+    return EXIT_PARTIAL if done else InputError.exit_code
 
 
 def _journal(segmenter: Segmenter, found: _Found, options: _Options, looks: _Looks) -> Journal | None:

@@ -1,4 +1,4 @@
-"""``petseg infer --resume``: a run goes on where it was, and another one is told from it."""
+"""``petseg infer --resume``: continues an interrupted run, and rejects runs with other settings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_where_some_were_there_already_a_failure_is_3(reds: list[str], tmp_path:
 def test_a_run_goes_on_however_its_folder_is_spelled(
     reds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And where nothing that is noted helps, it says so."""
+    """And a note is printed if the journal has no result for the photos."""
     out = str(tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     reds[1] = "photos"
@@ -140,7 +140,7 @@ def test_a_format_of_videos_counts_where_there_are_some(
     command += ["--output", str(tmp_path / "out")]
     assert run(command) == 3
     capsys.readouterr()
-    assert run([*command, "--resume", "--format", "png"]) == 6  # of photos the usual one, of videos not
+    assert run([*command, "--resume", "--format", "png"]) == 6  # png is the default for photos, but not for videos
     assert "video_format was 'mp4', now 'png'" in capsys.readouterr().err
 
 

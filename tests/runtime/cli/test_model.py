@@ -1,4 +1,4 @@
-"""``petseg info`` and ``petseg verify``: what a model is, and whether it does here what its checkpoint does."""
+"""``petseg info`` and ``petseg verify``: describe a model, and compare it with its checkpoint on this machine."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_a_file_that_does_what_its_checkpoint_does_is_0(proven: Artifact, capsys
     assert said["masks"] == "IoU minimum 1.0000 (limit 0.999), mean 1.0000"
     assert said["processing"].startswith("passed, 9 photos with Pillow ")
     assert said["result"] == f"in {sidecar_of(proven.path)}"
-    assert proven.path.read_bytes() == before, "what is learnt on a device never goes into the model"
+    assert proven.path.read_bytes() == before, "results on a device are never written into the model"
     assert files(proven.path.parent) == {"toy.onnx", "toy.onnx.parity.npz", "toy.onnx.verified.json"}
 
 
@@ -267,7 +267,7 @@ def test_without_a_name_the_model_that_ships_is_told_of(capsys: pytest.CaptureFi
 def test_verifying_tells_of_an_engine_that_was_passed_over(
     proven: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Or a script would take exit code 0 for a proof of the GPU."""
+    """Otherwise, a script would take exit code 0 as a verification of the GPU."""
     monkeypatch.setattr(host, "nvidia_gpus", lambda: 1)
     monkeypatch.setattr(registry, "RULE", [line for line in registry.RULE if line.engine == "onnxruntime"])
     load = onnxruntime.load
@@ -287,13 +287,13 @@ def test_verifying_tells_of_an_engine_that_was_passed_over(
 def test_a_file_that_is_not_what_its_receipt_certifies_is_4(
     proven: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A lost page of a flash drive, in the weights: it loads, and runs, and finds nothing."""
+    """Weights with a lost flash page: the model loads and runs, but finds nothing."""
     metadata = onnx_metadata.read(proven.path).metadata
     receipt = json.dumps({"identity": proven.identity, "rows": []})
     proven.path.write_bytes(onnx_metadata.with_metadata(proven.path.read_bytes(), {**metadata, RECEIPT_KEY: receipt}))
     assert open_artifact(proven.path).identity == proven.identity
     data = bytearray(proven.path.read_bytes())
-    at = data.index(b"toy")  # the graph's name: no engine minds
+    at = data.index(b"toy")  # the graph's name, which no engine checks
     data[at : at + 3] = b"lot"
     proven.path.write_bytes(data)
     for command in (["info"], ["verify"], ["infer", "cat.jpg", "--model"]):
@@ -461,4 +461,4 @@ def test_names_that_would_break_the_line_are_escaped(proven: Artifact, capsys: p
     assert run(["verify", str(odd), *IN_ONNXRUNTIME]) == 0
     out = capsys.readouterr().out
     assert "two\\nlines.onnx matches its checkpoint" in out
-    assert all("  " in line for line in out.splitlines()), "a name and what is told, in each line"
+    assert all("  " in line for line in out.splitlines()), "each line has a name and a text"
