@@ -1,4 +1,4 @@
-"""The ``petseg`` command: a table of subcommands, each imported only when it is called."""
+"""The ``petseg`` command: a table of subcommands, each imported only when it is used."""
 
 from __future__ import annotations
 
@@ -22,47 +22,49 @@ from petseg_runtime.text import shown
 
 __all__ = ["COMMANDS", "LazyGroup", "main"]
 
-#: What a disk says that is full, or that this user may write no more to.
+#: Error numbers of a full disk, an exceeded quota and an exceeded size limit.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
 class Command:
-    """Where a subcommand is, what the overview says of it, and the extra that has the packages it may lack."""
+    """Where a subcommand is defined, its help text in the overview, and the extra that installs its packages."""
 
     where: str
     help: str
     extra: str | None = None
 
 
-#: Named as strings, so that `petseg --help` and `petseg infer` import nothing of the others.
+#: The locations are strings, so that `petseg --help` and `petseg infer` do not import the other commands.
 COMMANDS = {
     "infer": Command("petseg_runtime.cli.infer:infer", "Segment photos, videos, cameras and streams."),
-    "info": Command("petseg_runtime.cli.model:info", "Say what a model file is, expects and was measured at."),
-    "verify": Command("petseg_runtime.cli.model:verify", "Compare a model file, on this device, with its checkpoint."),
-    "cache": Command("petseg_runtime.cli.cache:cache", "List or clear what was compiled at first use and kept."),
-    "doctor": Command("petseg_runtime.cli.doctor:doctor", "Say what this machine has, and try every engine on it."),
-    "benchmark": Command("petseg_runtime.cli.benchmark:benchmark", "Time every engine that works on this machine."),
+    "info": Command("petseg_runtime.cli.model:info", "Describe a model file: its format, input, origin and metrics."),
+    "verify": Command("petseg_runtime.cli.model:verify", "Compare a model file with its checkpoint on this device."),
+    "cache": Command("petseg_runtime.cli.cache:cache", "List or remove models compiled at first use."),
+    "doctor": Command("petseg_runtime.cli.doctor:doctor", "Print what this machine has, and try every engine on it."),
+    "benchmark": Command(
+        "petseg_runtime.cli.benchmark:benchmark", "Measure the speed of every engine that works here."
+    ),
     "train": Command("petseg.commands.train:train", "Train the attention U-Net.", "train"),
     "evaluate": Command("petseg.commands.evaluate:evaluate", "Measure a checkpoint or an exported file.", "train"),
     "data": Command("petseg.commands.data:data", "Download or check a data set.", "train"),
-    "export": Command("petseg_export.cli:export", "Turn a checkpoint into a file that devices run.", "export"),
+    "export": Command("petseg_export.cli:export", "Convert a checkpoint into a model file for devices.", "export"),
 }
 
 
 class LazyGroup(click.Group):
-    """A group that knows its subcommands' names, and imports one when it is called."""
+    """A group that knows the names of its subcommands, and imports one only when it is used."""
 
     def __init__(self, *args: Any, where: Mapping[str, str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.where = where
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of ``where``."""
+        """Returns the names in the order of ``where``."""
         return list(self.where)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Where there is one of that name, imported now."""
+        """Imports and returns the subcommand of that name; None if there is none."""
         if cmd_name not in self.where:
             return None
         module, _, name = self.where[cmd_name].partition(":")
@@ -72,7 +74,7 @@ class LazyGroup(click.Group):
 
 
 class Petseg(LazyGroup):
-    """Those of :data:`COMMANDS`, whose overview imports none of them."""
+    """The group of all :data:`COMMANDS`, whose overview imports none of them."""
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         try:
@@ -89,8 +91,8 @@ class Petseg(LazyGroup):
 
 
 def missing(command: str, extra: str, error: ModuleNotFoundError) -> str:
-    """What to say when a subcommand's packages are not installed."""
-    from petseg_runtime.extras import install  # brings importlib.metadata along, which every start would pay for
+    """Returns the error message for a subcommand whose packages are not installed."""
+    from petseg_runtime.extras import install  # imports importlib.metadata, which would slow down every start
 
     return f"`petseg {command}` needs {error.name}, which is not installed: {install(extra)}"
 
@@ -102,19 +104,19 @@ def missing(command: str, extra: str, error: ModuleNotFoundError) -> str:
 )
 @click.version_option(__version__, prog_name="petseg")
 def petseg() -> None:
-    """Find the pet: train, export and run one attention U-Net.
+    """Segment pets in photos and videos: train, export and run an attention U-Net.
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 some inputs failed, 4 bad model file, 5 engine or device not
-    there, 6 output not writable, 7 an extra is missing, 8 bad data set, 9 training stopped, 10 parity failed,
-    130, 143 and 129 stopped by Ctrl-C, SIGTERM and SIGHUP (the terminal is gone; nohup has it ignored).
+    Exit codes: 0 success, 1 failure, 2 wrong usage, 3 some inputs failed, 4 bad model file, 5 engine or device not
+    available, 6 output not writable, 7 extra not installed, 8 bad data set, 9 training failed, 10 parity
+    test failed; 130, 143 and 129 stopped by Ctrl-C, SIGTERM and SIGHUP (the terminal is gone; ignored under nohup).
     """
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line and exit; an error raised on purpose becomes one line and its exit code."""
+    """Run the command line and exit; an error raised on purpose is printed as one line and sets the exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file's name may hold what the locale cannot show
+            stream.reconfigure(errors="backslashreplace")  # a file name may have characters that the locale lacks
     try:
         sys.exit(run(sys.argv[1:] if args is None else args))
     except BaseException as end:
@@ -124,10 +126,10 @@ def main(args: list[str] | None = None) -> None:
 
 
 def leave(end: BaseException) -> NoReturn:
-    """End the process as this exception would, but beside a thread that waits for a source.
+    """Exit as this exception would, while a daemon thread still waits for a source, without finalizing Python.
 
-    FFmpeg has that ask Python now and then whether its time is over; where Python has been taken down and the process
-    is not gone yet, that would crash it.
+    FFmpeg regularly calls back into Python from such a thread, to ask whether to stop waiting. A call after Python has
+    been finalized, but before the process is gone, would crash.
     """
     if isinstance(end, SystemExit) and isinstance(end.code, int | None):
         code = end.code or 0
@@ -135,7 +137,7 @@ def leave(end: BaseException) -> NoReturn:
         code = EXIT_INTERRUPTED if isinstance(end, KeyboardInterrupt) else 1
         sys.excepthook(type(end), end, end.__traceback__)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # it is closed, or its reader has gone away
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, None, or its reader has gone away
             stream.flush()
     os._exit(code)
 
@@ -147,46 +149,54 @@ def run(args: list[str]) -> int:
             result: Any = petseg.main(args=args, prog_name="petseg", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except PetsegError as error:
-        click.echo(f"petseg: {shown(error)}", err=True)
+        report(shown(error))
         return error.exit_code
     except ModuleNotFoundError as error:
-        # A command whose heavy imports happen when it runs, not when it is found.
+        # From a command that does its heavy imports when it runs, not when it is imported.
         name = next((word for word in args if word in COMMANDS), "")
         extra = COMMANDS[name].extra if name else None
         if extra is None or (error.name or "").partition(".")[0] in ("petseg", "petseg_export"):
             raise
-        click.echo(f"petseg: {missing(name, extra, error)}", err=True)
+        report(missing(name, extra, error))
         return MissingExtra.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("petseg: interrupted", err=True)
+        report("interrupted")
         return EXIT_INTERRUPTED
     except click.ClickException as error:
-        error.show()
+        with contextlib.suppress(OSError):  # as in `report`
+            error.show()
         return error.exit_code
     except BrokenPipeError:
-        # The reader of our output went away (`| head`): not an error of ours, and nobody is left to tell.
-        sys.stderr.close()
+        # The reader of our output has gone away (`| head`): this is no error, and nobody would read a message.
+        if sys.stderr is not None:  # it is None if it was closed (`2>&-`)
+            sys.stderr.close()
         return 1
     except OSError as error:
         return of_output(error)
 
 
+def report(problem: str) -> None:
+    """Print an error to stderr; if that cannot be written to, the exit code still says what happened."""
+    with contextlib.suppress(OSError):
+        click.echo(f"petseg: {problem}", err=True)
+
+
 def of_output(error: OSError) -> int:
-    """The exit code where standard output cannot be written to.
+    """Returns the exit code if the error means that standard output cannot be written to.
 
     Raises:
-        OSError: It is about something else.
+        OSError: The error has another cause.
     """
-    if error.errno == errno.EIO and leave_terminal():  # what was written to it came before the signal
+    if error.errno == errno.EIO and leave_terminal():  # the write failed before SIGHUP arrived
         return EXIT_HUNG_UP
-    # Whoever writes a file tells which one cannot be written; what is left is standard output.
+    # Errors on files name the file, so this one is about standard output.
     if error.errno not in FULL or error.filename is not None:
         raise error
-    click.echo(f"petseg: standard output cannot be written to ({error.strerror})", err=True)
+    report(f"standard output cannot be written to ({error.strerror})")
     with contextlib.suppress(OSError):
-        sys.stdout.close()  # else Python would try again at the end, and say so
+        sys.stdout.close()  # otherwise, Python would try again at exit, and print another error
     return OutputError.exit_code
 
 

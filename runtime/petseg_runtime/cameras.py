@@ -16,11 +16,11 @@ _NAMES: Final = Path("/sys/class/video4linux")
 
 @dataclass(frozen=True)
 class Camera:
-    """One video device; many a camera has a second one, which gives no pictures.
+    """One video device; many cameras have a second one, which delivers no pictures.
 
     Attributes:
-        device: Its file, which ``petseg infer`` takes.
-        name: As its driver calls it; "" if that is not known.
+        device: Its device file, which ``petseg infer`` accepts.
+        name: Its name as given by the driver; "" if unknown.
     """
 
     device: str
@@ -31,7 +31,7 @@ class Camera:
 
 
 def cameras() -> tuple[Camera, ...]:
-    """All video devices, by their numbers; none on a system without V4L2."""
+    """Returns all video devices in the order of their numbers; none on a system without V4L2."""
     found = [(int(path.name[5:]), path) for path in _DEVICES.glob("video*") if re.fullmatch(r"video\d+", path.name)]
     return tuple(Camera(str(path), _name(path.name)) for _, path in sorted(found))
 
@@ -44,19 +44,19 @@ def _name(device: str) -> str:
 
 
 def why_not(device: str) -> str | None:
-    """Why a camera cannot be used, with the remedy; None: nothing is known against it.
+    """Returns why a camera cannot be used, with the remedy; None if no reason is known.
 
     Args:
-        device: Its file, such as ``/dev/video0``.
+        device: Its device file, such as ``/dev/video0``.
     """
     if not Path(device).exists():
         if there := ", ".join(map(str, cameras())):
-            return f"there is no such camera; the cameras here: {there}"
-        return "there is no such camera; this machine shows none: connect one (a container gets it by --device)"
+            return f"there is no such camera; this machine has: {there}"
+        return "there is no such camera; this machine has none: connect one (for a container, pass it with --device)"
     if os.access(device, os.R_OK | os.W_OK):
         return None
     group = _group(device)
-    return f"no permission to use it: join its group, {group} (sudo usermod -aG {group} $USER), and log in again"
+    return f"no permission to use it; join the group {group} (sudo usermod -aG {group} $USER), and log in again"
 
 
 def _group(device: str) -> str:

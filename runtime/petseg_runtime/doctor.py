@@ -1,7 +1,7 @@
-"""``petseg doctor``: what this machine has, which engines really work on it, and why the others do not.
+"""``petseg doctor``: finds out what this machine has, which engines work on it, and why the others do not.
 
-What may crash or hang (a driver, an engine, even numpy on a processor it was not built for) is asked in a process of
-its own, with a deadline; see :mod:`petseg_runtime.doctor_probe`.
+Everything that may crash or hang (a driver, an engine, even numpy on a processor it was not built for) is tried in a
+separate process, with a deadline; see :mod:`petseg_runtime.doctor_probe`.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ __all__ = [
     "x_ray",
 ]
 
-# Seconds. TensorRT compiles a model when it sees it for the first time on a GPU: for minutes, on a small board many.
+# Seconds. TensorRT compiles a model when it loads it for the first time on a GPU: for minutes, on small boards many.
 _DEADLINE: Final = 60.0
 _DEADLINE_GPU: Final = 300.0
 _DEADLINE_COMPILING: Final = 1800.0
 
 _SIGNALS: Final = {
     signal.SIGILL: "it uses instructions that this processor does not have: install another version or engine",
-    signal.SIGKILL: "the system ended it, most likely because memory ran out",
+    signal.SIGKILL: "the system killed it, most likely because memory ran out",
 }
 
 
@@ -56,12 +56,12 @@ class RuleLine:
     """One line of the rule by which ``auto`` chooses, and what it needs.
 
     Attributes:
-        engine: As ``--backend`` calls it.
-        device: A kind of device.
-        text: The line for people.
-        module: What the engine cannot do without.
-        extra: What to install for it.
-        run_by_us: Whether we have ever run that engine on that kind of device.
+        engine: Its name for ``--backend``.
+        device: A type of device.
+        text: The line as printed.
+        module: The Python module that the engine requires.
+        extra: The extra of petseg that installs it.
+        run_by_us: Whether we have ever run that engine on that type of device.
         compiles: Whether it may compile for minutes when it loads a file for the first time.
     """
 
@@ -75,30 +75,31 @@ class RuleLine:
 
     @property
     def trying(self) -> str:
-        """What is done when it is tried, for people who wait."""
+        """What to print while it is being tried."""
         return f"{self.engine} on {self.device}{', which may compile for minutes' if self.compiles else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineCheck:
-    """One engine on one kind of device.
+    """The result of trying one engine on one type of device.
 
     Attributes:
-        engine: As ``--backend`` calls it.
-        device: What was asked for: a kind, or one device of it ("cuda:1").
-        packages: What is installed for it, with versions; empty: nothing, or nothing that pip knows.
+        engine: Its name for ``--backend``.
+        device: The device as requested: a type, or one device of it ("cuda:1").
+        packages: Its installed packages, with versions; empty if there are none, or none that pip knows.
         works: It loaded the model, and its masks are right.
         why: Why it does not work, and what to do about it; "" if it works.
-        run_by_us: Whether we have ever run it on that kind of device.
+        run_by_us: Whether we have ever run it on that type of device.
         wrong: It ran, and its masks are wrong.
-        version: Of the library, as it says itself; "" if it does not work, as all that follows is empty then.
-        provider: What the library calls the part that does the work.
-        precision: What it computes in.
-        load_seconds: From file to engine.
-        milliseconds: Median of a run of one photo.
-        photos: How many were compared with the checkpoint's answers; 0: the model has no proof beside it.
+        version: Of the library, as reported by it; "" if the engine did not run, in which case all fields below are
+            empty, too.
+        provider: What the library calls the component that runs the model.
+        precision: The type that it computes in.
+        load_seconds: Time to load the model file.
+        milliseconds: Median time of a run of one photo.
+        photos: Photos that were compared with the checkpoint's outputs; 0 if the model has no parity record beside it.
         mean_mask_iou: Over these photos.
-        notes: How it came about: compiled, or from the cache.
+        notes: How it was loaded: compiled, or from the cache.
     """
 
     engine: str
@@ -120,13 +121,13 @@ class EngineCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class Ffmpeg:
-    """FFmpeg inside PyAV.
+    """FFmpeg as it comes with PyAV.
 
     Attributes:
-        pyav: Version; "" if it cannot be used.
+        pyav: Version of PyAV; "" if it cannot be used.
         libraries: Versions of FFmpeg's libraries.
-        decoders: Those that matter, and whether they are there.
-        encoders: The same.
+        decoders: The decoders that matter, and whether they are available.
+        encoders: The same for encoders.
         error: Why it cannot be used; "" if it can.
     """
 
@@ -139,21 +140,22 @@ class Ffmpeg:
 
 @dataclass(frozen=True, kw_only=True)
 class XRay:
-    """All that ``petseg doctor`` finds out.
+    """Everything that ``petseg doctor`` finds out.
 
     Attributes:
         host: The machine and its Python.
-        gpus: NVIDIA's.
-        openvino_devices: What OpenVINO sees, by its own names; an Intel GPU is "GPU".
+        gpus: NVIDIA GPUs.
+        openvino_devices: The devices that OpenVINO sees, by its names for them; an Intel GPU is "GPU".
         rule: How ``auto`` chooses: the first line that is installed and works.
-        engines: Every engine on every kind of device that it could use.
-        auto: What ``auto`` takes here (:class:`petseg_runtime.engines.base.EngineInfo` as a dictionary); or ``error``.
-        ffmpeg: What reads and writes video.
-        cameras: What the system lists.
-        heic: The version of what reads HEIC, as iPhones take photos; "" if nothing does.
-        cache: The folder that compiled engines are kept in; "" if they are not kept.
-        cache_bytes: What lies in it.
-        problems: What should be put right, each with the remedy.
+        engines: Every engine on every type of device that it could use.
+        auto: The engine that ``auto`` chooses here (:class:`petseg_runtime.engines.base.EngineInfo` as a dictionary),
+            or ``error``.
+        ffmpeg: The library that reads and writes video.
+        cameras: The cameras that the system lists.
+        heic: Version of the package that reads HEIC, the format of iPhone photos; "" if it is not installed.
+        cache: The folder of compiled engines; "" if they are not kept.
+        cache_bytes: Total size of its entries.
+        problems: What should be fixed, each with the remedy.
     """
 
     host: Host
@@ -171,7 +173,7 @@ class XRay:
 
     @property
     def works(self) -> bool:
-        """Whether any engine does, and what ``auto`` takes is none whose masks are wrong."""
+        """Whether any engine works, and ``auto`` does not choose one whose masks are wrong."""
         return any(check.works for check in self.engines) and not _wrong(self.auto, self.engines)
 
 
@@ -179,7 +181,7 @@ def x_ray(watch: Callable[[str], None] = lambda what: None) -> XRay:
     """Examine this machine; takes a few seconds.
 
     Args:
-        watch: Told what is about to be tried.
+        watch: Called with what is about to be tried.
     """
     watch("NVIDIA's driver")
     gpus, no_driver = read_gpus()
@@ -191,8 +193,8 @@ def x_ray(watch: Callable[[str], None] = lambda what: None) -> XRay:
     devices = {}
     if _installed("openvino"):
         watch("the devices of OpenVINO")
-        devices = probe("intel").get("devices", {})  # where it fails, so did the engine, which says why
-    watch("what auto takes")
+        devices = probe("intel").get("devices", {})  # if this fails, so did the engine's check, which says why
+    watch("what auto chooses")
     auto = probe("auto", deadline=_DEADLINE_COMPILING if gpus else _DEADLINE_GPU)
     auto = auto.get("info", auto)
     watch("FFmpeg")
@@ -222,27 +224,27 @@ def x_ray(watch: Callable[[str], None] = lambda what: None) -> XRay:
 
 
 def read_gpus() -> tuple[tuple[Gpu, ...], str]:
-    """NVIDIA's GPUs, and why they cannot be told of ("" if they can)."""
+    """Returns the NVIDIA GPUs, and why they cannot be listed ("" if they can)."""
     answer = probe("gpus")
-    problem = f"NVIDIA's driver does not work: {answer['error']}: install it again" if "error" in answer else ""
+    problem = f"NVIDIA's driver does not work: {answer['error']}; reinstall it" if "error" in answer else ""
     return tuple(Gpu(**gpu) for gpu in answer.get("gpus", ())), problem
 
 
 def read_rule() -> tuple[tuple[RuleLine, ...], str]:
-    """The rule by which ``auto`` chooses, and why there is none (numpy does not work; "" if there is one)."""
+    """Returns the rule by which ``auto`` chooses, and why it cannot be read ("" if it can): numpy does not work."""
     answer = probe("rule")
     lines = tuple(RuleLine(**line) for line in answer.get("rule", ()))
     return lines, f"no engine can be tried: {answer['error']}" if "error" in answer else ""
 
 
 def check_engine(line: RuleLine, gpus: Sequence[Gpu], device: str = "", model: Path | None = None) -> EngineCheck:
-    """Load a model in one engine, and see whether its masks are right.
+    """Load a model in one engine, and check whether its masks are right.
 
     Args:
-        line: Which engine, on which kind of device.
-        gpus: NVIDIA's, of this machine; without one, what needs one is not tried.
-        device: One of that kind ("cuda:1"); "": the kind's first.
-        model: The file; None: the embedded model, which has a proof.
+        line: The engine and the type of device.
+        gpus: The NVIDIA GPUs of this machine; without any, engines that need one are not tried.
+        device: One device of that type ("cuda:1"); "": the first one.
+        model: The file; None: the embedded model, which has a parity record.
     """
     packages = _packages_of(line.module)
     check = EngineCheck(
@@ -254,15 +256,15 @@ def check_engine(line: RuleLine, gpus: Sequence[Gpu], device: str = "", model: P
         run_by_us=line.run_by_us,
     )
     if line.device == "cuda" and not gpus:
-        there = "" if _installed(line.module) else ", and it is not installed"
-        return dataclasses.replace(check, why=f"not tried: this machine shows no NVIDIA GPU{there}")
+        there = "" if _installed(line.module) else ", and the engine is not installed"
+        return dataclasses.replace(check, why=f"not tried: no NVIDIA GPU was found{there}")
     if not _installed(line.module):
         return dataclasses.replace(check, why=f"not installed: {install(line.extra)}")
     deadline, late = _DEADLINE if line.device == "cpu" else _DEADLINE_GPU, "it hangs"
     if line.compiles:
         asked = f"--backend {line.engine} --device {check.device}" + (f" --model {model}" if model else "")
         deadline = _DEADLINE_COMPILING
-        late = f"it was still compiling, or hangs: `petseg infer PHOTO {asked}` compiles as long as it takes, once"
+        late = f"it was still compiling, or hangs; `petseg infer PHOTO {asked}` compiles it once, without a time limit"
     file = os.fspath(model or default_model())
     answer = probe("engine", line.engine, check.device, file, deadline=deadline, late=late)
     if "error" in answer:
@@ -286,24 +288,24 @@ def check_engine(line: RuleLine, gpus: Sequence[Gpu], device: str = "", model: P
 
 
 def probe(question: str, *words: str, deadline: float = _DEADLINE, late: str = "it hangs") -> dict[str, Any]:
-    """Ask one of :data:`petseg_runtime.doctor_probe.QUESTIONS` in a process of its own; see :func:`ask`."""
-    # -P: what lies in the current folder (a numpy.py, say) is not what petseg itself would import.
+    """Ask one of :data:`petseg_runtime.doctor_probe.QUESTIONS` in a separate process; see :func:`ask`."""
+    # -P: petseg itself does not import from the current folder (a numpy.py, say), so the probe must not either.
     return ask((sys.executable, "-P", "-m", "petseg_runtime.doctor_probe", question, *words), deadline, late)
 
 
 def ask(command: Sequence[str], deadline: float, late: str = "it hangs") -> dict[str, Any]:
-    """Run a program that answers with a JSON object on stdout.
+    """Run a program that prints a JSON object to stdout.
 
     Args:
         command: Program and arguments.
-        deadline: Seconds after which it is ended, with all that it started.
+        deadline: Seconds after which it is killed, together with its child processes.
         late: What the error says in that case.
 
     Returns:
-        Its answer; ``error`` says in one line why there is none, or that it crashed after it had answered.
+        The object; or ``error``: one line that says why there is none, or that the program crashed after printing it.
     """
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
-    with subprocess.Popen(  # noqa: S603 (our own programs)
+    with subprocess.Popen(  # noqa: S603 (runs only our own programs)
         command, stdin=nothing, stdout=pipe, stderr=pipe, text=True, errors="replace", start_new_session=True
     ) as process:
         try:
@@ -311,7 +313,7 @@ def ask(command: Sequence[str], deadline: float, late: str = "it hangs") -> dict
         except subprocess.TimeoutExpired:
             _end(process)
             return {"error": f"no answer within {deadline:g} s: {late}"}
-        except BaseException:  # Ctrl-C, which a session of its own does not hear
+        except BaseException:  # Ctrl-C, which does not reach a process in another session
             _end(process)
             raise
     last = next((f" ({' '.join(line.split())[:300]})" for line in reversed(said.splitlines()) if line.strip()), "")
@@ -323,12 +325,12 @@ def ask(command: Sequence[str], deadline: float, late: str = "it hangs") -> dict
     if code < 0:
         return {"error": f"it crashed: {_signal(-code)}{last}"}
     if code or not isinstance(answer, dict):
-        return {"error": f"it ended with code {code} and " + (f"no answer{last}" if answer is None else "an answer")}
+        return {"error": f"it exited with code {code} and " + (f"no answer{last}" if answer is None else "an answer")}
     return answer
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End a program and all that it started, which could otherwise keep its pipes open."""
+    """Kill a program and its child processes, which could otherwise keep its pipes open."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -350,18 +352,18 @@ def _version(package: str) -> str:
 
 
 def _packages_of(module: str) -> list[str]:
-    """The installed packages that a module comes from; two of them have overwritten each other's files."""
+    """The installed packages that contain a module; if there are two, they have overwritten each other's files."""
     return sorted(set(_packages().get(module, ())))
 
 
 @functools.cache
 def _packages() -> Mapping[str, list[str]]:
-    """The packages of every module that can be imported: a tenth of a second's search."""
+    """The packages of every module that can be imported; cached because the search takes a tenth of a second."""
     return importlib.metadata.packages_distributions()
 
 
 def _cache() -> tuple[str, int, str]:
-    """The cache's folder ("": nothing is kept), the bytes in it, and what is wrong with it."""
+    """The cache's folder ("": nothing is kept), the size of its entries in bytes, and what is wrong with it."""
     from petseg_runtime.cache import cache_folder, entries, no_folder
 
     folder = cache_folder()
@@ -373,19 +375,19 @@ def _cache() -> tuple[str, int, str]:
 
 
 def _wrong(auto: Mapping[str, Any], checks: Sequence[EngineCheck]) -> list[str]:
-    """That ``auto``, which looks whether an engine loads, takes one whose masks are wrong."""
+    """A problem if ``auto``, which only checks that an engine loads, chooses one whose masks are wrong."""
     taken = auto.get("name"), str(auto.get("device")).partition(":")[0]
     right = next((check for check in checks if check.works), None)
     remedy = f"give --backend {right.engine} --device {right.device}" if right else "install another version"
     return [
-        f"auto takes {check.engine} on {check.device}, and {check.why}: {remedy}"
+        f"auto chooses {check.engine} on {check.device}, and {check.why}: {remedy}"
         for check in checks
         if (check.engine, check.device.partition(":")[0]) == taken and check.wrong
     ]
 
 
 def _problems(gpus: Sequence[Gpu], checks: Sequence[EngineCheck], ffmpeg: Ffmpeg) -> list[str]:
-    """What should be put right, each with the remedy."""
+    """What should be fixed, each with the remedy."""
     found = []
     if len(both := _packages_of("onnxruntime")) > 1:
         found.append(
@@ -393,12 +395,12 @@ def _problems(gpus: Sequence[Gpu], checks: Sequence[EngineCheck], ffmpeg: Ffmpeg
             f"{' '.join(both)}, then {install('gpu')} (NVIDIA GPU) or {install('cpu')}"
         )
     if gpus and not any(check.works for check in checks if check.device == "cuda"):
-        # Of two packages of ONNX Runtime the one that is not for GPUs has to go first.
+        # The CPU package of ONNX Runtime has to be removed before that for GPUs is installed.
         away = "pip uninstall onnxruntime, then " if "onnxruntime" in _packages_of("onnxruntime") else ""
         remedy = old_driver(gpus[0].driver, ONNXRUNTIME_CUDA12) or f"{install('rtx')}, or {away}{install('gpu')}"
-        found.append(f"there is an NVIDIA GPU, and no engine that uses it works: {remedy}")
+        found.append(f"there is an NVIDIA GPU, but no engine that uses it works: {remedy}")
     if checks and not any(check.works for check in checks):
         found.append(f"no engine works: {install('cpu')}")
     if ffmpeg.error:
-        found.append(f"video can neither be read nor written, PyAV does not work ({ffmpeg.error}): pip install av")
+        found.append(f"videos cannot be read or written: PyAV does not work ({ffmpeg.error}): pip install av")
     return found

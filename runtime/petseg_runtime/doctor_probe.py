@@ -1,6 +1,6 @@
-"""What ``petseg doctor`` asks of libraries that may crash or hang: ``python -m petseg_runtime.doctor_probe QUESTION``.
+"""``python -m petseg_runtime.doctor_probe QUESTION``: runs the checks of ``petseg doctor`` that may crash or hang.
 
-One question a process. The answer is one JSON object on stdout, with ``error`` in it if there is no other answer.
+Each process answers one question. The answer is one JSON object on stdout; it has ``error`` if the question fails.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["QUESTIONS", "main"]
 
 _RUNS: Final = 10
 
-# Decoders for what cameras, phones and the web deliver, and encoders for what is played everywhere.
+# Decoders for the formats of cameras, phones and the web; encoders for formats that play everywhere.
 _DECODERS: Final = ("h264", "hevc", "vp8", "vp9", "libdav1d", "mjpeg", "mpeg4", "png")
 _ENCODERS: Final = ("libx264", "libx265", "libvpx", "libvpx-vp9", "libsvtav1", "mjpeg", "ffv1", "png")
 
@@ -35,13 +35,13 @@ def gpus() -> dict[str, Any]:
 
 def rule() -> dict[str, Any]:
     """The lines of the rule by which ``auto`` chooses, and what each needs."""
-    from petseg_runtime.engines.registry import ENGINES, RULE  # numpy, which may be what is broken
+    from petseg_runtime.engines.registry import ENGINES, RULE  # imports numpy, which may be broken
 
     lines = []
     for choice in RULE:
         entry = ENGINES[choice.engine]
         line = {"engine": choice.engine, "device": choice.kind, "text": str(choice), "module": entry.module}
-        compiles = choice.kind == "cuda" and len(entry.formats) > 1  # ONNX, and what it makes of it
+        compiles = choice.kind == "cuda" and len(entry.formats) > 1  # ONNX, and the engine compiled from it
         lines.append(
             {
                 **line,
@@ -63,12 +63,12 @@ def auto() -> dict[str, Any]:
 
 
 def engine(name: str, device: str, model: str) -> dict[str, Any]:
-    """Load a model in one engine, run it on its proof (blank photos, if it has none), and time it.
+    """Load a model in one engine, run it on its parity record (on a blank photo if it has none), and time it.
 
     Returns:
         ``info`` (of :class:`petseg_runtime.engines.base.EngineInfo`), ``load_seconds``, ``milliseconds`` (median of
-        a run of one photo), ``parity`` (of :class:`petseg_runtime.parity.Comparison`, None without a proof), and
-        ``photos`` of the proof.
+        a run of one photo), ``parity`` (of :class:`petseg_runtime.parity.Comparison`, None without a parity record),
+        and ``photos``, the number of photos in that record.
     """
     import numpy as np
 
@@ -110,14 +110,14 @@ def intel() -> dict[str, Any]:
 
 
 def ffmpeg() -> dict[str, Any]:
-    """PyAV, the FFmpeg libraries inside it, and which of the codecs that matter they have."""
+    """The versions of PyAV and its FFmpeg libraries, and which of the codecs that matter they have."""
     import av
     from av.codec import Codec
 
     def has(name: str, mode: Any) -> bool:
         try:
             Codec(name, mode)
-        except ValueError:  # of which PyAV's UnknownCodecError is one
+        except ValueError:  # PyAV's UnknownCodecError is a ValueError
             return False
         return True
 
@@ -135,14 +135,14 @@ QUESTIONS: Final[dict[str, Callable[..., dict[str, Any]]]] = {
 
 
 def main(words: list[str]) -> None:
-    """Answer the question ``words[0]`` about the rest of them."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # a crash leaves no file
-    # Libraries print to stdout as they like; from here on that is stderr, and the answer has its way to itself.
+    """Answer the question ``words[0]`` with the other words as its arguments."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # no core dumps
+    # Libraries may print to stdout: from here on, that goes to stderr, and only the answer to the original stdout.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:
         answer = QUESTIONS[words[0]](*words[1:])
-    except Exception as error:  # noqa: BLE001 (whatever a library raises is the answer, and its trace is on stderr)
+    except Exception as error:  # noqa: BLE001 (any exception of a library is the answer; its traceback goes to stderr)
         from petseg_runtime.errors import PetsegError
 
         if not isinstance(error, PetsegError):

@@ -1,35 +1,35 @@
-"""Every error petseg raises on purpose, on one page, and the exit code of each.
+"""All errors that petseg raises on purpose, with the exit code of each.
 
     PetsegError                      1
-    ├── InputError                   1   a photo that cannot be used (a batch goes on without it)
+    ├── InputError                   1   a photo cannot be used (a batch continues without it)
     │   ├── UnreadableImage              missing, truncated, not an image
-    │   ├── UnsupportedImage             an image, but of a kind whose pixel values mean nothing to us
+    │   ├── UnsupportedImage             an image whose pixel values have no agreed meaning as RGB
     │   ├── ImageTooLarge                more pixels or bytes than the limit allows
-    │   └── VideoError                   a video or stream that cannot be used
+    │   └── VideoError                   a video or stream cannot be used
     │       ├── UnreadableVideo          missing, truncated, not a video, or a stream that breaks
-    │       │   └── SilentVideo          a stream that sends nothing, or nothing that can be decoded, for too long
-    │       └── UnsupportedVideo         a video, but of a kind or size that cannot be used
-    ├── UsageError                   2   what was asked for does not go together, or not with this input or model;
-    │                                    a ValueError, too
-    ├── ModelError                   4   a model file that is damaged, foreign or breaks its contract
+    │       │   └── SilentVideo          a stream sends nothing, or nothing that can be decoded, for too long
+    │       └── UnsupportedVideo         a video of a type or size that cannot be used
+    ├── UsageError                   2   options contradict each other, or do not fit this input or model;
+    │                                    also a ValueError
+    ├── ModelError                   4   a model file is damaged, not petseg's, or violates its contract
     │   └── CheckpointError              the same for a training checkpoint
-    ├── EngineError                  5   an engine or device that was asked for cannot be had
+    ├── EngineError                  5   a requested engine or device is not available
     │   ├── EngineMissing                no inference engine is installed
-    │   └── EngineForeign                compiled for another GPU, or the one here cannot be used
-    ├── OutputError                  6   a result cannot be written where it should go
+    │   └── EngineForeign                compiled for another GPU, or the GPU here cannot be used
+    ├── OutputError                  6   a result cannot be written to its destination
     ├── MissingExtra                 7   a command needs packages that are not installed
-    ├── DataError                    8   a data set that cannot be used
-    ├── TrainingError                9   a training run that cannot go on
+    ├── DataError                    8   a data set cannot be used
+    ├── TrainingError                9   a training run cannot start or continue
     │   └── NonFiniteLoss                the loss became NaN or infinite
-    └── ParityError                 10   an exported file does not do what its checkpoint does
-        ├── ParityNames                  inputs or outputs are named differently
+    └── ParityError                 10   the outputs of an exported file differ from its checkpoint's
+        ├── ParityNames                  inputs or outputs have other names
         ├── ParityShapes                 shapes or types differ
         └── ParityTolerance              the values differ by more than the tolerance
 
-Four codes belong to no single error: ``EXIT_PARTIAL`` (3: some inputs failed, the rest is done), and those of signals
-that ended photos, a video, a stream, training, the doctor or a benchmark in order: ``EXIT_INTERRUPTED`` (130: Ctrl-C),
-``EXIT_TERMINATED`` (143: SIGTERM) and ``EXIT_HUNG_UP`` (129: SIGHUP, the terminal is gone).
-Click, too, uses 2: for a command line it cannot parse.
+Four exit codes belong to no single error: ``EXIT_PARTIAL`` (3: some inputs failed, the others succeeded), and those of
+signals that stopped photos, a video, a stream, training, the doctor or a benchmark cleanly: ``EXIT_INTERRUPTED`` (130:
+Ctrl-C), ``EXIT_TERMINATED`` (143: SIGTERM) and ``EXIT_HUNG_UP`` (129: SIGHUP, the terminal is gone). Click also uses 2,
+for a command line that it cannot parse.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ EXIT_TERMINATED = 143
 
 
 class PetsegError(Exception):
-    """Base of all errors raised on purpose; the message names the file, the value and the remedy."""
+    """Base class of all errors that petseg raises on purpose; the message names the file, the value and the remedy."""
 
     exit_code: ClassVar[int] = 1
 
 
 class InputError(PetsegError):
-    """One input cannot be used; a batch counts it and goes on."""
+    """One input cannot be used; a batch counts it and continues."""
 
 
 class UnreadableImage(InputError):
@@ -89,11 +89,11 @@ class UnreadableImage(InputError):
 
 
 class UnsupportedImage(InputError):
-    """An image whose pixel values have no agreed meaning as RGB (32-bit float, for example)."""
+    """The pixel values of the image have no agreed meaning as RGB (32-bit float, for example)."""
 
 
 class ImageTooLarge(InputError):
-    """More pixels or bytes than the limit allows."""
+    """The image has more pixels or bytes than the limit allows."""
 
 
 class VideoError(InputError):
@@ -101,48 +101,48 @@ class VideoError(InputError):
 
     Attributes:
         reason: Why, without the source's name.
-        name: The source's name, without secrets; "" where the error does not know it.
+        name: The source's name, without secrets; "" if unknown.
     """
 
     def __init__(self, reason: str, name: str = "") -> None:
-        """The message is both: ``NAME: REASON``."""
+        """Make the message from both: ``NAME: REASON``."""
         super().__init__(f"{name}: {reason}" if name else reason)
         self.reason, self.name = reason, name
 
 
 class UnreadableVideo(VideoError):
-    """The video is missing, damaged or not one, or the stream breaks."""
+    """The video is missing, damaged or not a video, or the stream breaks."""
 
 
 class SilentVideo(UnreadableVideo):
-    """The stream sends nothing, or nothing that can be decoded, for longer than is waited for."""
+    """The stream sends nothing, or nothing that can be decoded, for longer than the time limit."""
 
 
 class UnsupportedVideo(VideoError):
-    """A video without pictures, or with frames too large or of a kind that cannot be converted."""
+    """The video has no pictures, or frames that are too large or of a type that cannot be converted."""
 
 
 class UsageError(PetsegError, ValueError):
     """Options or values contradict each other, are out of range, or do not fit this input or model.
 
-    Also a ``ValueError``, which is what Python programs expect of a value that is out of range.
+    Also a ``ValueError``, which Python programs expect for a value that is out of range.
     """
 
     exit_code = 2
 
 
 class ModelError(PetsegError):
-    """A model file is damaged, foreign, or breaks its contract."""
+    """A model file is damaged, was not made by petseg, or violates its contract."""
 
     exit_code = 4
 
 
 class CheckpointError(ModelError):
-    """A training checkpoint is damaged, foreign, or of another network."""
+    """A training checkpoint is damaged, was not made by petseg, or is of another network."""
 
 
 class EngineError(PetsegError):
-    """An engine or a device that was asked for cannot be had."""
+    """A requested engine or device is not available."""
 
     exit_code = 5
 
@@ -152,17 +152,17 @@ class EngineMissing(EngineError):
 
 
 class EngineForeign(EngineError):
-    """A compiled engine is for another GPU than the one that is here, or that one cannot be used at all."""
+    """A compiled engine is for another GPU than the one in this machine, or that GPU cannot be used at all."""
 
 
 class OutputError(PetsegError):
-    """A result cannot be written where it should go."""
+    """A result cannot be written to its destination."""
 
     exit_code = 6
 
 
 class MissingExtra(PetsegError):
-    """A command needs packages that an extra of petseg brings."""
+    """A command needs packages of an extra of petseg that are not installed."""
 
     exit_code = 7
 
@@ -174,7 +174,7 @@ class DataError(PetsegError):
 
 
 class TrainingError(PetsegError):
-    """A training run cannot start or go on."""
+    """A training run cannot start or continue."""
 
     exit_code = 9
 
@@ -184,13 +184,13 @@ class NonFiniteLoss(TrainingError):
 
 
 class ParityError(PetsegError):
-    """An exported file does not do what its checkpoint does."""
+    """The outputs of an exported file differ from those of its checkpoint."""
 
     exit_code = 10
 
 
 class ParityNames(ParityError):
-    """Inputs or outputs are named differently from the contract."""
+    """The names of inputs or outputs differ from the contract."""
 
 
 class ParityShapes(ParityError):
@@ -198,9 +198,9 @@ class ParityShapes(ParityError):
 
 
 class ParityTolerance(ParityError):
-    """Values differ by more than the tolerance."""
+    """Output values differ by more than the tolerance."""
 
 
 def one_line(error: object) -> str:
-    """A library's message in one line of at most 300 characters; the name of its type if it says nothing."""
+    """Returns a library's error message as one line of at most 300 characters; the type's name if it is empty."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,5 +1,7 @@
-"""What to install where a package is missing. petseg is on no package index: ``pip install petseg`` would bring nothing
-of ours, so what is named are the packages of the extra themselves.
+"""Which command installs the packages of an extra; error messages about missing packages show it.
+
+petseg is on no package index, so ``pip install 'petseg[...]'`` would not install this project. The commands therefore
+name the packages of the extra themselves.
 """
 
 from __future__ import annotations
@@ -11,24 +13,25 @@ __all__ = ["install", "requirements"]
 
 
 def requirements(extra: str) -> list[str]:
-    """What an extra of petseg brings, as pip takes it (``onnxruntime>=1.20``).
+    """Returns the requirements of an extra of petseg, in pip's syntax (``onnxruntime>=1.20``).
 
     Args:
         extra: Its name in ``pyproject.toml``.
 
     Returns:
-        As the installed package says; empty if petseg is not installed, or was before there was such an extra.
+        The requirements from the metadata of the installed package; empty if petseg is not installed, or if the
+        installed version does not have that extra.
     """
     try:
         lines = importlib.metadata.requires("petseg") or []
-    except importlib.metadata.PackageNotFoundError:  # run from its source
+    except importlib.metadata.PackageNotFoundError:  # petseg runs from its source
         return []
     parted = (line.partition(";") for line in lines)
     return [needed.strip() for needed, _, marker in parted if marker.replace('"', "'").strip() == f"extra == '{extra}'"]
 
 
 def install(extra: str) -> str:
-    """The command that brings what an extra brings, to be pasted into a shell.
+    """Returns the shell command that installs the packages of an extra.
 
     Args:
         extra: Its name in ``pyproject.toml``.

@@ -1,4 +1,4 @@
-"""What this machine has, and what this process may use of it. Needs nothing but the standard library."""
+"""What this machine has, and how much of it this process may use; needs only the standard library."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ __all__ = [
     "versions",
 ]
 
-#: A signal that comes just when Python's main thread begins to wait for another thread does not wake it: its handler
-#: would wait, too. So what may wait for long looks up this often, in seconds.
+#: Seconds after which long waits in the main thread wake up and wait again. A signal that arrives just as Python's main
+#: thread begins to wait for another thread does not wake it, so without a timeout its handler would wait, too.
 LOOK_UP: Final = 0.5
 
-# What inference engines have kernels for, in the kernel's spelling: x86-64, then ARM.
+# CPU features that inference engines have special code for, as Linux spells them: x86-64, then ARM.
 FEATURES: Final = (
     *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16", "amx_fp16"),
     *("asimd", "asimddp", "fphp", "asimdhp", "i8mm", "bf16", "sve", "sve2"),
 )
 
-#: ARM's processors have numbers, not names (implementer 0x41); those of boards people own, from util-linux's lscpu.
+#: Linux reports ARM processors (implementer 0x41) by number, not by name; common ones, from util-linux's lscpu.
 _ARM: Final = {
     "0xd03": "Cortex-A53",
     "0xd05": "Cortex-A55",
@@ -72,16 +72,15 @@ _ARM: Final = {
 #: Where Linux mounts control groups.
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 
-#: Packages that a mask comes from, of which another version may give another one: what reads photos, and all engines.
+#: Packages that may change masks from one version to the next: the one that reads photos, and all engines.
 MASK_PACKAGES: Final = (
     *("pillow", "onnxruntime", "onnxruntime-gpu", "openvino"),
     *("tensorrt", "tensorrt-cu12", "tensorrt-rtx", "tensorrt-rtx-cu12"),
 )
-#: These, and the others whose versions are told with results.
+#: All packages whose versions are recorded with results.
 PACKAGES: Final = ("numpy", *MASK_PACKAGES, "av", "cuda-bindings")
 
-
-#: ONNX Runtime for CUDA 12 with its libraries: from 1.27 on, that on PyPI is for CUDA 13.
+#: ONNX Runtime for CUDA 12 with its libraries; from 1.27 on, the published packages are for CUDA 13.
 ONNXRUNTIME_CUDA12: Final = "'onnxruntime-gpu[cuda,cudnn]<1.27'"
 
 
@@ -90,12 +89,12 @@ class Cpu:
     """The processor, and how much of it and of the memory this process may use.
 
     Attributes:
-        name: As the kernel calls it; "unknown" if it does not.
+        name: Name reported by the kernel; "unknown" if it reports none.
         machine: The architecture ("x86_64", "aarch64").
-        cores: That the scheduler may put this process on.
-        quota: CPUs' worth of time that the control group allows, None if it sets no limit.
-        memory: Of the machine, in bytes.
-        memory_limit: Of the control group, in bytes, None if it sets no limit below ``memory``.
+        cores: Cores on which this process may run.
+        quota: CPU time that the control group allows, in CPUs; None if it sets no limit.
+        memory: Memory of the machine, in bytes.
+        memory_limit: Limit of the control group, in bytes; None if it sets no limit below ``memory``.
         features: Those of :data:`FEATURES` that it has.
     """
 
@@ -114,12 +113,12 @@ class Host:
 
     Attributes:
         system: Kernel and distribution.
-        python: Version.
-        environment: Folder of the virtual environment, "" outside of one.
-        petseg: Version.
-        packages: Versions of what petseg stands on, of what is installed.
+        python: Version of Python.
+        environment: Folder of the virtual environment; "" outside of one.
+        petseg: Version of petseg.
+        packages: Versions of those of :data:`PACKAGES` that are installed.
         cpu: The processor.
-        nvidia_driver: Version of the kernel's NVIDIA driver ("580.95.05"), "" without one.
+        nvidia_driver: Version of the kernel's NVIDIA driver ("580.95.05"); "" without one.
     """
 
     system: str
@@ -136,11 +135,11 @@ class Gpu:
     """An NVIDIA GPU, as its driver describes it.
 
     Attributes:
-        index: As CUDA counts.
-        name: Of the product.
-        compute_capability: "8.9".
-        memory: Bytes.
-        driver: The newest CUDA that the driver can run ("CUDA 13.0").
+        index: CUDA's index of the device.
+        name: Product name.
+        compute_capability: For example "8.9".
+        memory: Memory in bytes.
+        driver: The newest version of CUDA that the driver supports ("CUDA 13.0").
     """
 
     index: int
@@ -151,16 +150,16 @@ class Gpu:
 
 
 def identity() -> str:
-    """What tells this installation of a system from all others; "" if the system does not say.
+    """Returns an identifier of this installation of the operating system; "" if the system has none.
 
-    A digest of systemd's machine ID, which is not to be given away itself (man 5 machine-id).
+    It is a digest of systemd's machine ID, which must not be disclosed itself (man 5 machine-id).
     """
     known = _text("/etc/machine-id").strip()
     return hashlib.sha256(f"petseg {known}".encode()).hexdigest()[:32] if known else ""
 
 
 def host() -> Host:
-    """What this machine is; loads no driver and no engine."""
+    """Returns a description of this machine; loads no driver and no engine."""
     return Host(
         system=f"{platform.system()} {platform.release()}{_distribution()}",
         python=platform.python_version(),
@@ -173,7 +172,7 @@ def host() -> Host:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of those packages that are installed."""
+    """Returns the versions of those packages that are installed."""
     found = {}
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -189,24 +188,24 @@ def _distribution() -> str:
 
 
 def _nvidia_driver(text: str) -> str:
-    """The version, from what the kernel's module says ("NVRM version: NVIDIA UNIX ...  580.95.05  Release Build")."""
+    """Parses the version from the kernel module's text ("NVRM version: NVIDIA UNIX ...  580.95.05  Release Build")."""
     found = re.search(r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", text, re.MULTILINE)
     return found[1] if found else ""
 
 
 def cores() -> int:
-    """How many cores the scheduler may put this process on."""
+    """Returns the number of cores on which this process may run."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def usable_cpus() -> int:
-    """CPUs this process may use: those it may run on, or those whose time a container's quota allows, rounded up."""
+    """Returns the number of CPUs this process may use: its cores, or the container's quota (rounded up) if lower."""
     quota, _ = limits()
     return cores() if quota is None else max(1, min(cores(), math.ceil(quota)))
 
 
 def features() -> tuple[str, ...]:
-    """Those of :data:`FEATURES` that the processor has; none where the kernel does not say."""
+    """Returns those of :data:`FEATURES` that the processor has; none if the kernel reports none."""
     return parse_cpuinfo(_text("/proc/cpuinfo"))[1]
 
 
@@ -227,7 +226,7 @@ def _cpu() -> Cpu:
 
 
 def _text(path: str) -> str:
-    """A file of the kernel's; "" where there is none."""
+    """Returns the text of a system file; "" if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -235,9 +234,9 @@ def _text(path: str) -> str:
 
 
 def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
-    """Name ("" if it says none) and those of :data:`FEATURES`, of the text of ``/proc/cpuinfo``.
+    """Parses ``/proc/cpuinfo`` into the processor's name ("" if there is none) and those of :data:`FEATURES` it has.
 
-    Of processors with cores of two kinds, the names of both, and the features that all cores have.
+    If its cores are of two types, the name contains both, and the features are those that all cores have.
     """
     fields: dict[str, list[str]] = {}
     for line in text.splitlines():
@@ -253,38 +252,39 @@ def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def temperatures(root: Path = Path("/sys/class/thermal")) -> dict[str, float]:
-    """How warm the kernel's thermal zones are now, in degrees Celsius by their type ("cpu-thermal", "x86_pkg_temp").
+    """Returns the current temperatures of the kernel's thermal zones, in °C by type ("cpu-thermal", "x86_pkg_temp").
 
-    Of several zones of one type the warmest; of a machine that shows none, as virtual ones do, nothing.
+    If several zones have the same type, the warmest counts; the result is empty on machines without zones, such as
+    virtual ones.
     """
     zones: dict[str, float] = {}
     for zone in root.glob("thermal_zone*"):
-        with contextlib.suppress(ValueError):  # "": a sensor that is switched off
+        with contextlib.suppress(ValueError):  # int(""): the sensor is switched off
             kind, degrees = _text(f"{zone}/type").strip() or zone.name, int(_text(f"{zone}/temp")) / 1000
             zones[kind] = max(degrees, zones.get(kind, degrees))
     return dict(sorted(zones.items()))
 
 
 def frequencies(root: Path = Path("/sys/devices/system/cpu")) -> tuple[float, ...]:
-    """How fast each core runs now, in MHz, in the order of their numbers; nothing where the kernel does not say."""
+    """Returns the current frequency of each core in MHz, in the order of the cores; empty if the kernel has none."""
     cores = {int(core.name[3:]): _text(f"{core}/cpufreq/scaling_cur_freq").strip() for core in root.glob("cpu[0-9]*")}
     return tuple(int(khz) / 1000 for _, khz in sorted(cores.items()) if khz.isdecimal())
 
 
 def give_back_memory() -> None:
-    """Give the system what glibc keeps of freed memory: some 64 MB for each thread that worked on large pictures."""
+    """Return the freed memory that glibc retains to the system: some 64 MB per thread that processed large pictures."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
 @functools.cache
 def limits() -> tuple[float | None, int | None]:
-    """:func:`cgroup_limits` of this process, as they were when it was first asked."""
+    """Returns :func:`cgroup_limits` of this process, cached at the first call."""
     return cgroup_limits(_CGROUPS, _text("/proc/self/cgroup"))
 
 
 def available_memory() -> int:
-    """Bytes of memory that this process can take now: of what the machine has left, and its control groups allow."""
+    """Returns the bytes of memory that this process can allocate now, given the machine and its control groups."""
     line = re.search(r"^MemAvailable:\s*(\d+) kB$", _text("/proc/meminfo"), re.MULTILINE)
     available = 1024 * int(line[1]) if line else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     left = cgroup_memory_left(_CGROUPS, _text("/proc/self/cgroup"))
@@ -292,9 +292,10 @@ def available_memory() -> int:
 
 
 def cgroup_limits(root: Path, membership: str) -> tuple[float | None, int | None]:
-    """What the control groups of this process allow: CPUs' worth of time, and bytes of memory; None: no limit.
+    """Returns the CPU time (in CPUs) and the bytes of memory that the process's control groups allow; None: no limit.
 
-    A limit holds for all groups inside, so the lowest on the way up counts. Version 1 is what older boards run.
+    A limit applies to all groups below, so the lowest one of the group and its ancestors counts. Both versions of
+    control groups are read; older boards use version 1.
 
     Args:
         root: Where control groups are mounted.
@@ -302,7 +303,7 @@ def cgroup_limits(root: Path, membership: str) -> tuple[float | None, int | None
     """
     cpus: list[float] = []
     for folder in _groups(root, membership, "cpu"):
-        # Version 2: "QUOTA PERIOD" in microseconds; version 1: one file each. No limit is "max", and -1.
+        # Version 2: "QUOTA PERIOD" in microseconds; version 1: one file each. No limit: "max" in version 2, -1 in 1.
         words = _text(f"{folder}/cpu.max").split() or [
             *_text(f"{folder}/cpu.cfs_quota_us").split(),
             *_text(f"{folder}/cpu.cfs_period_us").split(),
@@ -314,13 +315,13 @@ def cgroup_limits(root: Path, membership: str) -> tuple[float | None, int | None
 
 
 def cgroup_memory_left(root: Path, membership: str) -> int | None:
-    """Bytes of memory that the control groups of this process have left, of the one that has the least; None: no limit.
+    """Returns the bytes of memory left in the process's control group that has the least; None: no limit.
 
-    What a group uses counts without the files' contents that the kernel drops as soon as memory is wanted.
+    Cached file contents that the kernel drops when memory is needed do not count as used.
 
     Args:
         root: As for :func:`cgroup_limits`.
-        membership: Likewise.
+        membership: As for :func:`cgroup_limits`.
     """
     left = (
         max(0, limit - _memory_used(folder))
@@ -331,25 +332,25 @@ def cgroup_memory_left(root: Path, membership: str) -> int | None:
 
 
 def _memory_limit(folder: Path) -> int | None:
-    """Of one control group, in bytes."""
+    """Returns the memory limit of one control group in bytes."""
     word = _text(f"{folder}/memory.max").strip() or _text(f"{folder}/memory.limit_in_bytes").strip()
-    # Version 1 says "no limit" with a number near 2**63.
+    # Version 1 expresses "no limit" as a number near 2**63.
     return int(word) if word.isdecimal() and int(word) < 2**60 else None
 
 
 def _memory_used(folder: Path) -> int:
-    """Of one control group and those in it, in bytes, without files' contents that were not used lately."""
+    """Returns the bytes used by one control group and its subgroups, without inactive file cache."""
     used = _text(f"{folder}/memory.current").strip() or _text(f"{folder}/memory.usage_in_bytes").strip()
     if not used.isdecimal():
         return 0
     statistics = dict(line.split(" ", 1) for line in _text(f"{folder}/memory.stat").splitlines() if " " in line)
-    # In version 1 the plain number is that of the group alone, without those in it.
+    # In version 1, the number without "total_" excludes subgroups.
     files = statistics.get("total_inactive_file") or statistics.get("inactive_file") or "0"
     return int(used) - (int(files) if files.isdecimal() else 0)
 
 
 def _groups(root: Path, membership: str, controller: str) -> Iterator[Path]:
-    """The folders of this process's groups and all around them, as far as they can be seen from here."""
+    """Yields the folders of this process's groups and of their ancestors below the mount point."""
     for line in membership.splitlines():
         _, names, path = line.split(":", 2)
         if names == "" or controller in names.split(","):
@@ -359,13 +360,13 @@ def _groups(root: Path, membership: str, controller: str) -> Iterator[Path]:
 
 
 def nvidia_gpus() -> int:
-    """How many NVIDIA GPUs the driver shows to this process; 0 without a driver. Needs no CUDA toolkit."""
+    """Returns the number of NVIDIA GPUs that the driver shows to this process; 0 without a driver."""
     return len(gpus())
 
 
 @functools.cache
 def gpus() -> tuple[Gpu, ...]:
-    """The NVIDIA GPUs that the driver shows to this process; none without a driver. Needs no CUDA toolkit."""
+    """Returns the NVIDIA GPUs that the driver shows to this process; none without a driver. Needs no CUDA toolkit."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -377,26 +378,26 @@ def gpus() -> tuple[Gpu, ...]:
 
 
 def old_driver(driver: str, packages: str) -> str:
-    """What to do about a driver that does not run CUDA 13, which pip's packages are for unless others are asked for.
+    """Returns what to do about a driver that is too old for CUDA 13, the version that pip's default packages need.
 
     Args:
         driver: As in :class:`Gpu`.
-        packages: What to install, with pip, for CUDA 12.
+        packages: The pip packages for CUDA 12.
 
     Returns:
-        "" if the driver runs CUDA 13, or is not known.
+        The remedy; "" if the driver supports CUDA 13, or its version is unknown.
     """
     found = re.match(r"CUDA (\d+)\.", driver)
     major = int(found[1]) if found else 0
     if not 0 < major < 13:
         return ""
-    update = f"the driver is for {driver}, and what pip installs by itself for CUDA 13: update it to 580 or newer"
+    update = f"the driver is for {driver}, but pip's default packages are for CUDA 13: update it to 580 or newer"
     builds = f", or install builds for CUDA 12 beside petseg in a new environment: pip install {packages}"
     return update + (builds if major == 12 else "")
 
 
 def _gpu(driver: ctypes.CDLL, index: int) -> Gpu:
-    """What the driver says of one GPU; what it does not say is "unknown", or 0."""
+    """Returns the driver's description of one GPU; missing values are "unknown" or 0."""
     device, major, minor, version = (ctypes.c_int(0) for _ in range(4))
     memory, name = ctypes.c_size_t(0), ctypes.create_string_buffer(256)
     driver.cuDeviceGet(ctypes.byref(device), index)

@@ -1,4 +1,4 @@
-"""Signals: what ends a run in order, and with which exit code."""
+"""Signal handling: which signals stop a run cleanly, and with which exit code."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from petseg_runtime.errors import EXIT_HUNG_UP, EXIT_INTERRUPTED, EXIT_TERMINATE
 
 __all__ = ["EXITS", "HANG_UP", "handled", "leave_terminal", "terminable"]
 
-#: The terminal is gone: its window was closed, or the connection to this machine broke. None where the system has no
-#: such signal.
+#: Sent when the terminal is gone: its window was closed, or the connection to this machine broke. None on systems
+#: without this signal.
 HANG_UP: Final[int | None] = getattr(signal, "SIGHUP", None)
 
-#: The signals that end a run in order, and the exit code of each.
+#: The signals that stop a run cleanly, and the exit code of each.
 EXITS: Final[dict[int, int]] = {
     signal.SIGINT: EXIT_INTERRUPTED,
     signal.SIGTERM: EXIT_TERMINATED,
     **({} if HANG_UP is None else {HANG_UP: EXIT_HUNG_UP}),
 }
 
-_SAID: Final = {EXIT_TERMINATED: "terminated", EXIT_HUNG_UP: "hung up"}
+_MESSAGES: Final = {EXIT_TERMINATED: "terminated", EXIT_HUNG_UP: "hung up"}
 
 
 @contextlib.contextmanager
 def handled(handler: Callable[[int, object], None], *numbers: int) -> Iterator[None]:
-    """Have signals call a function while this lasts, and do afterwards what they did before.
+    """Install a handler for signals within this context, and restore the previous handlers afterwards.
 
-    What the function does differs from command to command: a photo can be given up at once, a video's file has to be
-    brought to its end, and training goes on to the end of its step.
+    What the handler does depends on the command: a photo can be abandoned at once, the file of a video has to be
+    completed, and training continues to the end of its step.
 
-    A hang-up that is ignored, as by ``nohup``, stays ignored; of one that comes, see :func:`leave_terminal`, too.
-    Outside of the main thread, where Python lets nobody handle signals, nothing is changed.
+    A SIGHUP that is ignored, as by ``nohup``, stays ignored; otherwise :func:`leave_terminal` is called before the
+    handler. Outside the main thread, where Python allows no signal handlers, nothing changes.
 
     Args:
-        handler: Called with the signal's number and the frame that it interrupted, between any two steps of the main
-            thread.
+        handler: Called with the signal's number and the interrupted stack frame; it may interrupt the main thread
+            between any two bytecode instructions.
         numbers: The signals.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -63,15 +63,15 @@ def handled(handler: Callable[[int, object], None], *numbers: int) -> Iterator[N
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP raise ``SystemExit``, so that cleanup runs; by default they would kill the process.
+    """Make SIGTERM and SIGHUP raise ``SystemExit``, so that cleanup runs; by default, they kill the process.
 
-    Child processes would then be left behind; and the first process of a container would ignore the signal.
+    That would leave child processes behind; and the first process of a container ignores these signals by default.
     """
     code = 0
 
     def stop(number: int, frame: object) -> None:
         nonlocal code
-        if not code:  # `timeout` sends it twice: the second one would cut short what the first one cleans up
+        if not code:  # `timeout` sends the signal twice; the second one must not interrupt the cleanup of the first
             code = EXITS[number]
             raise SystemExit(code)
 
@@ -79,16 +79,17 @@ def terminable() -> Iterator[None]:
         try:
             yield
         except SystemExit:
-            if code and sys.stderr is not None:  # a reader of our output that is gone ends the process so, too
-                sys.stderr.write(f"petseg: {_SAID[code]}\n")
-                sys.stderr.flush()
+            if code and sys.stderr is not None:  # click also raises SystemExit, if the reader of stdout has gone away
+                with contextlib.suppress(OSError):  # nobody reads it; the exit code still says what happened
+                    sys.stderr.write(f"petseg: {_MESSAGES[code]}\n")
+                    sys.stderr.flush()
             raise
 
 
 def leave_terminal() -> bool:
-    """Send to nowhere what would still be written to a terminal that is gone.
+    """Redirect standard output and standard error to the null device if they are a terminal that is gone.
 
-    Each word to it would be an error, in the middle of what has to be brought to its end.
+    Writing to such a terminal would raise an error in the middle of the cleanup.
 
     Returns:
         Whether standard output or standard error was such a terminal.
@@ -102,7 +103,7 @@ def leave_terminal() -> bool:
 
 
 def _is_gone(number: int) -> bool:
-    """Whether a file's number is of a terminal that is gone."""
+    """Whether a file descriptor refers to a terminal that is gone."""
     try:
         import termios  # POSIX only
     except ImportError:
@@ -110,5 +111,5 @@ def _is_gone(number: int) -> bool:
     try:
         termios.tcgetattr(number)
     except termios.error as error:
-        return bool(error.args[0] == errno.EIO)  # what is no terminal, or closed, says something else
+        return bool(error.args[0] == errno.EIO)  # other errors: not a terminal, or a closed descriptor
     return False

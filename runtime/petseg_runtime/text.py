@@ -1,4 +1,4 @@
-"""How untrusted text is shown."""
+"""Escapes untrusted text for display."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ __all__ = ["shown"]
 
 
 def shown(text: object) -> str:
-    """Text with all that is not printable escaped: a file's name may hold line breaks, or bytes that are no UTF-8."""
+    """Escapes all unprintable characters: a file name may contain line breaks, or bytes that are not valid UTF-8."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

@@ -1,4 +1,4 @@
-"""The command line as a process, and what it finds and leaves: for the tests of several folders."""
+"""Helpers for tests of several folders that run the command line as a process and look at its files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHELSEA = next(path for path in sample_photos() if path.name == "chelsea.jpg")
 
 
 def petseg(*args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """The real command line in a process of its own; whatever happens, it never shows a traceback."""
+    """Runs the real command line in a separate process; it must never show a traceback."""
     command = [sys.executable, "-m", "petseg.cli", *map(str, args)]
     done = subprocess.run(
         command, capture_output=True, text=True, encoding="utf-8", timeout=200, env={**os.environ, **(env or {})}
@@ -32,9 +32,9 @@ def petseg(*args: object, env: dict[str, str] | None = None) -> subprocess.Compl
 
 
 def shown_on(terminal: int) -> bytes:
-    """All that is written to a terminal until its other end is closed."""
+    """Returns everything written to a terminal until its other end is closed."""
     seen = b""
-    with contextlib.suppress(OSError):  # what Linux raises at the end
+    with contextlib.suppress(OSError):  # Linux raises it at the end
         while part := os.read(terminal, 65536):
             seen += part
     os.close(terminal)
@@ -42,7 +42,7 @@ def shown_on(terminal: int) -> bytes:
 
 
 def parts(folder: Path) -> list[Path]:
-    """What an interrupted write would leave behind."""
+    """Returns the files that an interrupted write would leave behind."""
     hidden = (path for path in folder.rglob("*") if ".part" in path.name or path.name.startswith("."))
     return [path for path in hidden if path.name != JOURNAL]
 
@@ -53,12 +53,12 @@ def uninstall(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, ENGINES[engine].loader.partition(":")[0], raising=False)
 
 
-#: For tests that count lines: with another engine, there may be one more for what it computes in by itself.
+#: For tests that count lines: other engines may print one more, for the precision that they choose.
 IN_ONNXRUNTIME = ["--backend", "onnxruntime"]
 
 
 def tampered(artifact: Artifact) -> Path:
-    """The proof says something else now."""
+    """Changes the parity record."""
     path = proof_of(artifact.path)
     proof = load_proof(path, artifact.spec, artifact.provenance["checkpoint_sha256"])
     path.write_bytes(dataclasses.replace(proof, expected=255 - proof.expected).to_bytes())
@@ -74,7 +74,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def failed(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Exit code and message of a command line that must fail, with nothing on stdout and no traceback."""
+    """Returns exit code and message of a command that must fail, with nothing on stdout and no traceback."""
     code = run(args)
     out, err = capsys.readouterr()
     assert not out

@@ -1,4 +1,4 @@
-"""Which cameras there are, and what is said of one that cannot be used."""
+"""The list of cameras, and the reasons why one cannot be used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from petseg_runtime.cameras import Camera, why_not
 
 @pytest.fixture
 def devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in place of /dev, and one in place of the kernel's names."""
+    """Folders in place of /dev and of the kernel's camera names."""
     (tmp_path / "dev").mkdir()
     monkeypatch.setattr(cameras, "_DEVICES", tmp_path / "dev")
     monkeypatch.setattr(cameras, "_NAMES", tmp_path / "sys")
@@ -40,10 +40,10 @@ def test_cameras_are_listed_by_number_with_their_names(devices: Path) -> None:
 def test_where_there_is_no_such_camera_the_others_are_named(devices: Path) -> None:
     missing = str(devices / "video7")
     assert why_not(missing) == (
-        "there is no such camera; this machine shows none: connect one (a container gets it by --device)"
+        "there is no such camera; this machine has none: connect one (for a container, pass it with --device)"
     )
     there = add(devices, "video0", "Webcam")
-    assert why_not(missing) == f"there is no such camera; the cameras here: {there} (Webcam)"
+    assert why_not(missing) == f"there is no such camera; this machine has: {there} (Webcam)"
     assert why_not(there) is None
 
 
@@ -52,7 +52,7 @@ def test_without_permission_the_group_and_the_command_are_named(devices: Path, m
     monkeypatch.setattr(os, "access", lambda path, mode: (str(path), mode) != (camera, os.R_OK | os.W_OK))
     group = Path(camera).group()
     assert why_not(camera) == (
-        f"no permission to use it: join its group, {group} (sudo usermod -aG {group} $USER), and log in again"
+        f"no permission to use it; join the group {group} (sudo usermod -aG {group} $USER), and log in again"
     )
 
     def nobody(number: int) -> None:

@@ -1,4 +1,4 @@
-"""What a vendor's library does, doctor outlives and reports: crashes, hangs, rubbish, and masks that are wrong."""
+"""Doctor survives and reports whatever a vendor's library does: crashes, hangs, garbage, and wrong masks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CPU = Cpu(name="CPU", machine="x86_64", cores=8, quota=None, memory=2**34, memor
 
 
 def program(text: str, deadline: float = 60) -> dict[str, Any]:
-    """What is made of a program in a probe's place."""
+    """The answer for a program that runs in place of a probe."""
     return ask((sys.executable, "-c", "import os, signal, sys, time\n" + text), deadline)
 
 
@@ -55,11 +55,11 @@ def test_an_instruction_that_the_processor_lacks_has_a_remedy() -> None:
 
 
 def test_a_process_that_the_system_ended_ran_out_of_memory() -> None:
-    assert "SIGKILL, the system ended it, most likely because memory" in program("os.kill(os.getpid(), 9)")["error"]
+    assert "SIGKILL, the system killed it, most likely because memory" in program("os.kill(os.getpid(), 9)")["error"]
 
 
 def test_a_crash_after_the_answer_is_a_crash() -> None:
-    """Libraries of GPUs fall over their own feet when a process ends; `petseg infer` would, too."""
+    """GPU libraries sometimes crash when the process exits; `petseg infer` would crash as well."""
     crash = "os.kill(os.getpid(), signal.SIGSEGV)"
     assert program(f"print('{{}}', flush=True); {crash}") == {"error": "it crashed: SIGSEGV"}
 
@@ -74,7 +74,7 @@ def test_a_hang_ends_with_all_that_it_started(tmp_path: Path) -> None:
     )
     assert program(text, 5) == {"error": "no answer within 5 s: it hangs"}
     child = int(started.read_text())
-    for _ in range(100):  # whoever inherits it collects it
+    for _ in range(100):  # its new parent process reaps it
         try:
             if "State:\tZ" in Path(f"/proc/{child}/status").read_text():
                 return
@@ -86,11 +86,11 @@ def test_a_hang_ends_with_all_that_it_started(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rubbish", ["", "hello", "[1]", "null", "{", "7"])
 def test_rubbish_is_no_answer(rubbish: str) -> None:
-    assert program(f"print({rubbish!r})")["error"].startswith("it ended with code 0 and ")
+    assert program(f"print({rubbish!r})")["error"].startswith("it exited with code 0 and ")
 
 
 def test_an_answer_with_a_failure_is_none() -> None:
-    assert program("print('{}'); sys.exit(3)") == {"error": "it ended with code 3 and an answer"}
+    assert program("print('{}'); sys.exit(3)") == {"error": "it exited with code 3 and an answer"}
 
 
 def test_ctrl_c_ends_a_probe_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ def test_a_model_without_a_proof_runs_unproven(proven: Artifact) -> None:
 def test_a_proof_that_verify_would_refuse_proves_nothing_here_either(
     proven: Artifact, prove: Callable[..., parity.Proof]
 ) -> None:
-    """It is of the same checkpoint, but not the one that this file was exported with."""
+    """It is of the same checkpoint, but not the parity record that this file was exported with."""
     metadata = onnx_metadata.read(proven.path).metadata
     receipt = json.dumps({"proof": prove(proven.spec, 7).identity})
     proven.path.write_bytes(onnx_metadata.with_metadata(proven.path.read_bytes(), {**metadata, RECEIPT_KEY: receipt}))
@@ -198,9 +198,9 @@ def test_what_is_not_installed_is_not_tried_and_has_a_remedy() -> None:
 
 def test_without_a_gpu_what_needs_one_is_not_tried() -> None:
     line = dataclasses.replace(ORT, device="cuda")
-    assert check_engine(line, ()).why == "not tried: this machine shows no NVIDIA GPU"
+    assert check_engine(line, ()).why == "not tried: no NVIDIA GPU was found"
     missing = dataclasses.replace(line, module="no_such_module")
-    assert check_engine(missing, ()).why == "not tried: this machine shows no NVIDIA GPU, and it is not installed"
+    assert check_engine(missing, ()).why == "not tried: no NVIDIA GPU was found, and the engine is not installed"
 
 
 def test_an_engine_that_crashes_is_a_line_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,8 +220,8 @@ def test_an_engine_that_compiles_has_its_time_and_is_not_said_to_hang(monkeypatc
     line = dataclasses.replace(ORT, engine="abacus", device="cuda", compiles=True)
     check = check_engine(line, (GPU,), "cuda:1", Path("edge.onnx"))
     assert check.why == (
-        "no answer within 0.2 s: it was still compiling, or hangs: `petseg infer PHOTO --backend abacus --device "
-        "cuda:1 --model edge.onnx` compiles as long as it takes, once"
+        "no answer within 0.2 s: it was still compiling, or hangs; `petseg infer PHOTO --backend abacus --device "
+        "cuda:1 --model edge.onnx` compiles it once, without a time limit"
     )
     assert check_engine(dataclasses.replace(line, compiles=False), (GPU,)).why.endswith(": it hangs")
     assert deadlines == [1800, 300]
@@ -307,7 +307,7 @@ def test_people_get_a_page(found: XRay, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "never run there by us" in out
     for number, choice in enumerate(RULE, 1):
         assert f"{number}. {choice}" in out
-    assert "  auto takes  " in out
+    assert "\nauto chooses  " in out
     assert "decodes  h264 " in out
 
 
@@ -350,9 +350,9 @@ def test_where_nothing_works_the_code_is_5(
     code, out, _ = texts(broken, monkeypatch, capsys)
     assert code == 5
     for line in (
-        "auto takes  none: it crashed: SIGILL",
+        "auto chooses  none: it crashed: SIGILL",
         "FFmpeg  none: gone",
-        "cuda:0 NVIDIA RTX, compute capability 8.9, 17.2 GB, driver for CUDA 13.0",
+        "cuda:0 NVIDIA RTX, compute capability 8.9, 17.2 GB, driver supports CUDA 13.0",
         "driver 580.95.05",
         "environment  none: ",
         "cache  none: ",
@@ -365,7 +365,7 @@ def test_where_nothing_works_the_code_is_5(
 def test_an_engine_with_wrong_masks_that_auto_takes_is_a_problem_and_5(
     found: XRay, monkeypatch: pytest.MonkeyPatch, others: bool
 ) -> None:
-    """That it loads is all that the rule asks; who infers then gets its masks."""
+    """The rule only checks that an engine loads, so `petseg infer` would use its masks."""
     taken = found.auto["name"]
     other = "openvino" if taken == "onnxruntime" else "onnxruntime"
 
@@ -379,8 +379,8 @@ def test_an_engine_with_wrong_masks_that_auto_takes_is_a_problem_and_5(
     monkeypatch.setattr(doctor, "check_engine", check)
     result = doctor.x_ray()
     remedy = f"give --backend {other} --device cpu" if others else "install another version"
-    (problem,) = [text for text in result.problems if text.startswith("auto takes")]
-    assert problem == f"auto takes {taken} on cpu, and its masks are wrong: mean mask IoU 0.31: {remedy}"
+    (problem,) = [text for text in result.problems if text.startswith("auto chooses")]
+    assert problem == f"auto chooses {taken} on cpu, and its masks are wrong: mean mask IoU 0.31: {remedy}"
     assert not result.works
 
 
@@ -399,7 +399,7 @@ def test_limits_of_the_control_group_are_shown() -> None:
     lines = dict(cpu_lines(cpu))
     assert lines["processor"] == "CPU, x86_64, 8 usable cores, of which the control group allows 1.5"
     assert lines["memory"] == "16.0 GB, of which the control group allows 2.0"
-    assert lines[""].startswith("none of the features")
+    assert lines[""].startswith("no instruction set")
 
 
 def test_doctor_itself_imports_neither_numpy_nor_an_engine() -> None:

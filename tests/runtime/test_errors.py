@@ -1,4 +1,4 @@
-"""The tree in the docstring is the tree of the classes, and every class has its exit code."""
+"""The tree in the docstring matches the classes, and every class has its exit code."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_docstring_draws_every_class_under_its_parent() -> None:
 def test_the_docstring_gives_each_class_its_exit_code() -> None:
     tree = documented()
     for name, (parent, code) in tree.items():
-        if code is None:  # then it has its parent's
+        if code is None:  # then it inherits its parent's
             assert parent is not None
             assert "exit_code" not in vars(CLASSES[name]), name
             assert CLASSES[name].exit_code == CLASSES[parent].exit_code, name
@@ -56,7 +56,7 @@ def test_every_family_has_a_code_of_its_own_that_nothing_else_uses() -> None:
     assert errors.UsageError.exit_code == 2  # Click's, too
     taken = [0, 1, errors.EXIT_PARTIAL, errors.EXIT_INTERRUPTED]
     assert len({*codes, *taken}) == len(codes) + len(taken)
-    assert all(0 < code < 126 for code in codes)  # above, shells have meanings of their own
+    assert all(0 < code < 126 for code in codes)  # from 126 on, exit codes have a meaning for shells
 
 
 def test_the_two_codes_without_a_class_are_those_of_the_docstring() -> None:

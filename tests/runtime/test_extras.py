@@ -1,4 +1,4 @@
-"""A remedy can be pasted into a shell, and brings what is missing."""
+"""A remedy can be pasted into a shell, and installs what is missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from petseg_runtime.extras import install, requirements
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-#: As hatchling writes them into the package.
+#: As hatchling writes them into the package's metadata.
 METADATA = [
     "numpy>=2.0",
     "onnxruntime>=1.20; extra == 'cpu'",
@@ -59,9 +59,9 @@ def test_no_requirement_of_an_extra_has_a_condition_that_would_be_lost() -> None
 
 
 def test_no_message_sends_anybody_to_an_index_for_petseg() -> None:
-    """It is on none: who follows gets nothing, or a stranger's package."""
+    """It is on none, so such a command would install nothing, or a stranger's package."""
     sent = re.compile(r"pip install (?:-\S+ )*'?petseg\b(?!-)")
     folders = (ROOT / "runtime" / "petseg_runtime", ROOT / "export" / "petseg_export")
     for path in (*(path for folder in folders for path in folder.rglob("*.py")), ROOT / "runtime" / "README.md"):
-        if path.name != "extras.py":  # which says so
+        if path.name != "extras.py":  # its docstring explains this
             assert not sent.search(path.read_text(encoding="utf-8")), path

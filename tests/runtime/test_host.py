@@ -1,4 +1,4 @@
-"""What the machine has is asked of its kernel and its driver; what they do not say is nothing, and no error."""
+"""Facts about the machine come from its kernel and driver; missing ones are empty values, not errors."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_versions_are_those_of_what_is_installed() -> None:
 
 
 def test_the_x_ray_needs_nothing_but_python() -> None:
-    """`make gpu-check` asks it before anything is installed."""
+    """`make gpu-check` calls it before anything is installed."""
     program = "import sys; from petseg_runtime import host; host.host(); host.gpus(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     modules = {name.partition(".")[0] for name in done.stdout.split()}
@@ -232,7 +232,7 @@ def test_the_x_ray_needs_nothing_but_python() -> None:
 
 
 class Driver:
-    """libcuda, as far as it is asked."""
+    """The functions of libcuda that are called."""
 
     def __init__(self, init: int = 0, status: int = 0, count: int = 2) -> None:
         self.init, self.status, self.count = init, status, count
@@ -266,8 +266,8 @@ class Driver:
 
 
 @pytest.fixture(autouse=True)
-def asked_anew() -> Iterator[None]:
-    """The driver's answer is kept for good."""
+def uncached() -> Iterator[None]:
+    """The driver's answer is cached forever, so clear the cache."""
     gpus.cache_clear()
     yield
     gpus.cache_clear()
@@ -347,13 +347,13 @@ def test_what_was_freed_goes_back_to_the_system() -> None:
 
 
 def test_a_c_library_that_keeps_nothing_is_not_asked_to_give_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # as musl, which has no malloc_trim
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # like musl, which has no malloc_trim
     host.give_back_memory()
 
 
 @pytest.mark.parametrize("extra", ["cpu", "gpu", "openvino", "trt", "rtx"])
 def test_what_an_engine_is_installed_as_is_a_package_that_a_mask_comes_from(extra: str) -> None:
-    """A verification hangs on their versions: with one that is not on the list it would hold for ever."""
+    """A verification depends on their versions: if one were missing from the list, it would stay valid forever."""
     needed = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"][extra]
     packages = {re.split(r"[^\w-]", line)[0] for line in needed} - {"cuda-bindings"}
     assert packages

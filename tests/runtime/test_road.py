@@ -279,7 +279,7 @@ def test_verify_fails_where_the_network_is_right_and_the_road_is_not(
     assert run(["verify", str(proven.path), "--backend", "onnxruntime"]) == 10
     out, err = capsys.readouterr()
     assert "computes in f32: passed" in out
-    assert "photo road  FAILED, 9 photos with Pillow " in out
+    assert "processing  FAILED, 9 photos with Pillow " in out
     lines = err.splitlines()
     assert all(line.startswith("petseg: the road around the network: ") for line in lines)
     assert any(
@@ -290,6 +290,6 @@ def test_verify_fails_where_the_network_is_right_and_the_road_is_not(
     assert (result["passed"], result["road"]["passed"], result["rows"][0]["passed"]) == (False, False, True)
     assert "; the road around the network: FAILED" in result["summary"]
     assert run(["info", str(proven.path)]) == 0
-    assert "verified here  the road around the network: FAILED, 9 photos" in capsys.readouterr().out
+    assert "verified here  pre- and postprocessing: FAILED, 9 photos" in capsys.readouterr().out
     assert run(["verify", str(proven.path), "-q"]) == 10
     assert capsys.readouterr().out == ""

@@ -1,4 +1,4 @@
-"""Who handles signals, for how long, and where nobody may."""
+"""Signal handlers: while they are installed, and where none can be."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_an_error_gives_the_signals_back() -> None:
 
 
 def test_a_hang_up_that_is_ignored_stays_ignored() -> None:
-    """As under `nohup`: the run is to go on when its terminal is gone."""
+    """As under `nohup`: the run should continue when its terminal is gone."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     heard: list[int] = []
     try:

@@ -266,9 +266,9 @@ def test_people_get_a_table_and_a_sentence(
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0].startswith("toy.onnx: toy, 16 x 32, fp32")
-    assert lines[2].endswith(" on cpu, f32, 2 callers at work without pause")
+    assert lines[2].endswith(" on cpu, f32, 2 callers without pause")
     head, *rows = lines[4 : 5 + INTERVALS]
-    assert head.split() == ["seconds", "photos/s", "of", "the", "first"]
+    assert head.split() == ["seconds", "photos/s", "relative", "to", "first"]
     assert rows[0].startswith("0 to ")
     assert " 100 % " in rows[0]
     assert all("70.0 °C" in row for row in rows)
@@ -300,7 +300,7 @@ def test_programs_get_every_interval(proven: Artifact, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--sustained", "1", "--seconds", "5"], "give one --backend, no --seconds"),
+        (["--sustained", "1", "--seconds", "5"], "give one --backend and no --seconds"),
         (["--sustained", "1", "--backend", "onnxruntime", "--backend", "openvino"], "give one --backend"),
         (["--sustained", "0"], "--sustained"),
         (["--sustained", "nan"], "--sustained"),

@@ -44,7 +44,7 @@ def test_info_shows_what_was_verified(proven: Artifact, capsys: pytest.CaptureFi
     assert run(["info", str(proven.path)]) == 0
     out = capsys.readouterr().out
     assert "verified here  smoke, 4 photos, passed, f32 in onnxruntime" in out
-    assert "verified here  the road around the network: passed, 9 photos with Pillow " in out
+    assert "verified here  pre- and postprocessing: passed, 9 photos with Pillow " in out
     assert run(["info", str(proven.path), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["verified"] == json.loads(sidecar_of(proven.path).read_text(encoding="utf-8"))
@@ -242,7 +242,7 @@ def test_of_what_another_petseg_verified_only_the_network_is_left(
     out = capsys.readouterr().out
     said = f"found by petseg 0.0.1, and this is {__version__}: run `petseg verify` again"
     assert "verified here  smoke, 4 photos, passed, f32 in onnxruntime" in out
-    assert f"verified here  the road around the network: {said}" in out
+    assert f"verified here  pre- and postprocessing: {said}" in out
     assert "9 photos with Pillow" not in out
     assert run(["info", str(proven.path), "--json"]) == 0
     verified = json.loads(capsys.readouterr().out)["verified"]
@@ -263,7 +263,7 @@ def test_a_result_of_before_is_shown_as_what_it_is_of_the_network_alone(
     assert run(["info", str(proven.path)]) == 0
     out = capsys.readouterr().out
     assert "verified here  smoke, 4 photos, passed, f32 in onnxruntime" in out
-    assert "verified here  not yet the road around the network, from a photo's file to its mask: run `petseg v" in out
+    assert "verified here  pre- and postprocessing: not verified yet; run `petseg verify` again" in out
 
 
 @pytest.mark.parametrize("version", [1, 4, "3", None, []])
@@ -317,7 +317,7 @@ def test_an_odd_road_in_a_result_does_not_keep_info_from_its_work(
     path = sidecar_of(proven.path)
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "road": road}))
     assert run(["info", str(proven.path)]) == 0
-    assert "the road around the network" in capsys.readouterr().out
+    assert "pre- and postprocessing" in capsys.readouterr().out
 
 
 def test_the_result_of_an_earlier_build_is_not_shown_as_this_ones(

@@ -1,1 +1,1 @@
-"""The commands that a device runs: no torch, and nothing imported that is not used."""
+"""The commands of the runtime package; they need no torch, and import modules only when they use them."""

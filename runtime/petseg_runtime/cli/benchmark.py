@@ -1,4 +1,4 @@
-"""``petseg benchmark``: how fast every engine is that works here, and how fast one stays."""
+"""``petseg benchmark``: measures the speed of all engines that work here, or of one under sustained load."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 __all__ = ["benchmark"]
 
 _METHOD = (
-    "run takes and returns host memory, so its time is that of the whole run, on a GPU too; engines take turns in "
-    "rounds, each run before it is timed; percentiles are over all runs; ranges are those of the rounds' medians"
+    "each run takes and returns host memory, so its time is that of the whole run, on a GPU too; engines take turns in "
+    "rounds and are warmed up before they are timed; percentiles are over all runs; ranges are over the rounds' medians"
 )
 _SUSTAINED_METHOD = (
-    "all callers run without pause, one interval after the other; a rate is that of the runs in an interval, of those "
-    "that lie in several each has its share; temperatures and frequencies are the kernel's, at its end"
+    "all callers run without pause; the rate of an interval is that of the runs in it, and a run that spans several "
+    "intervals counts in each by its share; temperatures and frequencies are the kernel's at the end of the interval"
 )
 
 
@@ -47,17 +47,17 @@ _SUSTAINED_METHOD = (
 )
 @click.option("--device", default="auto", show_default=True, help=HELP["device"])
 @click.option("--threads", type=click.IntRange(min=1), help=HELP["threads"])
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Photos a run.")
-@click.option("--seconds", type=SECONDS, help="Of measuring, in all; loading comes on top.  [default: 15]")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Photos per run.")
+@click.option("--seconds", type=SECONDS, help="Total measuring time, without loading.  [default: 15]")
 @click.option(
     "--sustained",
     type=MINUTES,
     metavar="MINUTES",
-    help="For so long one engine at full load, with its rate in each tenth of that time.",
+    help="Run one engine at full load for this many minutes, and print its rate in each tenth of that time.",
 )
-@click.option("--no-cuda-graph", is_flag=True, help="TensorRT without CUDA graphs, to see what they gain.")
-@click.option("--json", "as_json", is_flag=True, help="Everything, every time too, as one JSON object.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option("--no-cuda-graph", is_flag=True, help="Run TensorRT without CUDA graphs, to see what they gain.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result, with every time measured, as one JSON object.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
 def benchmark(
     model: Path | None,
     backends: tuple[str, ...],
@@ -70,15 +70,15 @@ def benchmark(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Time MODEL (the one that ships, if none is named) in every engine that works here.
+    """Measure the speed of MODEL (default: the built-in model) in every engine that works on this machine.
 
-    Latency: one caller, all threads. Throughput: as many callers as threads. Stages: the sample photos, from file to
+    Latency: one caller with all threads. Throughput: as many callers as threads. Stages: the sample photos from file to
     mask: decode, convert (to the model's size), infer, finish (back to the photo's size). Engines take turns in rounds;
-    the range of the rounds' medians says how steady the machine is. Engines that cannot run it are listed with the
-    reason. Exit code 0: something was measured; 5: nothing.
+    the range of the rounds' medians shows how steady the machine is. Engines that cannot run the model are listed with
+    the reason. Exit codes: 0 if something was measured, 5 if nothing was.
 
-    With --sustained, whether the machine keeps its pace: the engine that is taken by itself, or one that is named, with
-    as many callers as threads. Ctrl-C ends it, and what was measured so far is told.
+    With --sustained, find out whether the machine slows down under load: run the engine that `auto` chooses, or the one
+    given with --backend, with as many callers as threads. Ctrl-C stops it and prints what was measured so far.
     """
     from petseg_runtime.artifact import default_model, open_artifact
 
@@ -87,8 +87,8 @@ def benchmark(
             click.echo(f"petseg: {shown(what)}", err=True)
 
     if sustained is not None and (seconds is not None or len(backends) > 1):
-        raise click.UsageError("--sustained is for one engine, and has its own time: give one --backend, no --seconds")
-    asked = _Asked(
+        raise click.UsageError("--sustained is for one engine and sets the time: give one --backend and no --seconds")
+    options = _Options(
         artifact=open_artifact(model or default_model()),
         device=device,
         threads=threads,
@@ -98,13 +98,13 @@ def benchmark(
         tell=tell,
     )
     if sustained is not None:
-        return _sustain(asked, next(iter(backends), "auto"), 60 * sustained)
-    return _measure(asked, backends, 15 if seconds is None else seconds)
+        return _sustain(options, next(iter(backends), "auto"), 60 * sustained)
+    return _measure(options, backends, 15 if seconds is None else seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """What every measurement is of, and how it is told; as the command's options say it."""
+class _Options:
+    """What to measure and how to print it, from the command's options."""
 
     artifact: Artifact
     device: str
@@ -115,63 +115,63 @@ class _Asked:
     tell: Callable[[str], None]
 
 
-def _measure(asked: _Asked, backends: tuple[str, ...], seconds: float) -> int:
-    """Let all engines take turns, and print what was measured; returns the exit code."""
+def _measure(options: _Options, backends: tuple[str, ...], seconds: float) -> int:
+    """Measure all engines in turns and print the result; returns the exit code."""
     from petseg_runtime.benchmark import measure
 
     done = measure(
-        asked.artifact,
+        options.artifact,
         backends,
-        asked.device,
-        threads=asked.threads,
-        batch=asked.batch,
+        options.device,
+        threads=options.threads,
+        batch=options.batch,
         seconds=seconds,
-        cuda_graph=asked.cuda_graph,
-        watch=asked.tell,
+        cuda_graph=options.cuda_graph,
+        watch=options.tell,
     )
-    _print(_record(asked.artifact, done) if asked.as_json else _text(asked.artifact, done))
+    _print(_record(options.artifact, done) if options.as_json else _text(options.artifact, done))
     return 0 if done.rows else EngineError.exit_code
 
 
-def _sustain(asked: _Asked, backend: str, seconds: float) -> int:
-    """Keep one engine at work, and print what was measured until the end, however that comes; returns the exit code."""
+def _sustain(options: _Options, backend: str, seconds: float) -> int:
+    """Keep one engine at full load, and print what was measured even if it is interrupted; returns the exit code."""
     from petseg_runtime import doctor, host
     from petseg_runtime.benchmark import sample_batch
     from petseg_runtime.engines.registry import load_engine
     from petseg_runtime.host import usable_cpus
     from petseg_runtime.sustained import INTERVALS, Sustained, sustain
 
-    artifact, threads = asked.artifact, asked.threads or usable_cpus()
+    artifact, threads = options.artifact, options.threads or usable_cpus()
     with load_engine(
         artifact,
         backend,
         threads,
-        device=asked.device,
+        device=options.device,
         streams=threads,
-        cuda_graph=asked.cuda_graph,
-        tell=asked.tell,
-        warn=lambda why: asked.tell(f"passed over: {why}"),
+        cuda_graph=options.cuda_graph,
+        tell=options.tell,
+        warn=lambda why: options.tell(f"skipped: {why}"),
     ) as engine:
         done = Sustained(
-            info=engine.describe(), batch=asked.batch, seconds=seconds, host=host.host(), gpus=doctor.read_gpus()[0]
+            info=engine.describe(), batch=options.batch, seconds=seconds, host=host.host(), gpus=doctor.read_gpus()[0]
         )
         try:
-            with contextlib.closing(sustain(engine, sample_batch(artifact, asked.batch), seconds)) as intervals:
+            with contextlib.closing(sustain(engine, sample_batch(artifact, options.batch), seconds)) as intervals:
                 for number, interval in enumerate(intervals, 1):
                     done.intervals.append(interval)
-                    asked.tell(f"interval {number} of {INTERVALS}: {interval.summary}")
+                    options.tell(f"interval {number} of {INTERVALS}: {interval.summary}")
         finally:
             if done.intervals:
-                _print(_sustained_record(artifact, done) if asked.as_json else _sustained_text(artifact, done))
+                _print(_sustained_record(artifact, done) if options.as_json else _sustained_text(artifact, done))
     return 0
 
 
-def _print(told: dict[str, Any] | Iterable[str]) -> None:
-    """A record as JSON, or lines for people."""
-    if isinstance(told, dict):
-        click.echo(json.dumps(_rounded(told), indent=1))
+def _print(result: dict[str, Any] | Iterable[str]) -> None:
+    """Print a record as JSON, or lines of text."""
+    if isinstance(result, dict):
+        click.echo(json.dumps(_rounded(result), indent=1))
     else:
-        click.echo("\n".join(map(shown, told)))
+        click.echo("\n".join(map(shown, result)))
 
 
 def _record(artifact: Artifact, done: Benchmark) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def _sustained_record(artifact: Artifact, done: Sustained) -> dict[str, Any]:
 
 
 def _about(artifact: Artifact, method: str) -> dict[str, Any]:
-    """What records begin with."""
+    """The fields that all records begin with."""
     return {
         "schema_version": SCHEMA_VERSION,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -207,7 +207,7 @@ def _about(artifact: Artifact, method: str) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats to a tenth of a microsecond, if milliseconds: what is finer is noise."""
+    """Rounds floats to 4 decimals; for milliseconds, anything below 0.1 µs is noise."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -228,25 +228,25 @@ def _text(artifact: Artifact, done: Benchmark) -> Iterable[str]:
 
 
 def _tables(done: Benchmark) -> Iterable[tuple[str, tuple[str, ...], Callable[[Row], Iterable[str]]]]:
-    """Of each table its title, its columns behind the engine, and what makes an engine's cells."""
+    """Yields each table's title, its columns after the engine's, and the function that makes an engine's cells."""
     from petseg_runtime.benchmark import ROUNDS, STAGES
 
     spread = f"range of {ROUNDS} rounds"
-    batch = f"a batch of {done.batch}" if done.batch > 1 else "a photo"
-    latency = ("median", "95 % below", "99 % below", spread, "runs")
-    yield f"Latency: milliseconds that {batch} takes, one at a time with all threads", latency, _latency
-    yield "Throughput: photos a second of several callers at a time", ("median", spread, "callers"), _throughput
-    yield "Start: milliseconds that loading takes, and the first run after it", ("load", "first run"), _start
-    yield "Stages: milliseconds of one photo from its file to its mask, medians", STAGES, _stages
+    batch = f"batch of {done.batch}" if done.batch > 1 else "photo"
+    latency = ("median", "p95", "p99", spread, "runs")
+    yield f"Latency: milliseconds per {batch}, one at a time with all threads", latency, _latency
+    yield "Throughput: photos per second with several concurrent callers", ("median", spread, "callers"), _throughput
+    yield "Start: milliseconds for loading and for the first run", ("load", "first run"), _start
+    yield "Stages: median milliseconds per photo, from file to mask", STAGES, _stages
 
 
 def _sustained_text(artifact: Artifact, done: Sustained) -> Iterable[str]:
     info, first = done.info, done.intervals[0].photos_per_second
     yield from _head(artifact, done.batch, done.host, info.threads, done.gpus)
-    yield f"{info.name} {info.version} on {info.device}, {info.precision}, {info.streams} callers at work without pause"
+    yield f"{info.name} {info.version} on {info.device}, {info.precision}, {info.streams} callers without pause"
     yield ""
     yield from _table(
-        ("seconds", "photos/s", "of the first", ""),
+        ("seconds", "photos/s", "relative to first", ""),
         [
             (
                 f"{interval.start:.0f} to {interval.end:.0f}",
@@ -263,7 +263,7 @@ def _sustained_text(artifact: Artifact, done: Sustained) -> Iterable[str]:
 
 
 def _head(artifact: Artifact, batch: int, host: Host, threads: int, gpus: Iterable[Gpu]) -> Iterable[str]:
-    """The model, and the machine."""
+    """Yields the lines that describe the model and the machine."""
     spec = artifact.spec
     batches = f", batches of {batch}" if batch > 1 else ""
     yield f"{artifact.path.name}: {spec.name}, {spec.height} x {spec.width}, {spec.precision}{batches}"
@@ -271,11 +271,11 @@ def _head(artifact: Artifact, batch: int, host: Host, threads: int, gpus: Iterab
 
 
 def _title(row: Row) -> tuple[str, str]:
-    return f"{row.info.name} on {row.info.device}", row.info.precision + (", asked for" if row.exact else "")
+    return f"{row.info.name} on {row.info.device}", row.info.precision + (", forced" if row.exact else "")
 
 
 def _latency(row: Row) -> Iterable[str]:
-    """Cells; the 95th percentile of ten runs, or the 99th of fifty, would be about the slowest of them."""
+    """Cells of the latency table; a p95 of ten runs or a p99 of fifty, about the slowest run, is shown as "-"."""
     latency = row.summary()["latency_ms"]
     for name, least in (("p50", 1), ("p95", 20), ("p99", 100)):
         yield f"{latency[name]:.2f}" if latency["runs"] >= least else "-"
@@ -300,7 +300,7 @@ def _stages(row: Row) -> Iterable[str]:
 
 
 def _table(header: tuple[str, ...], lines: list[tuple[str, ...]], words: int = 2) -> Iterable[str]:
-    """Columns as wide as their widest cell; the first ones, of words, to the left, numbers to the right."""
+    """Aligns columns: the first ``words`` columns to the left, the others (numbers) to the right."""
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
     for line in (header, *lines):
         cells = zip(line, widths, range(len(widths)), strict=True)

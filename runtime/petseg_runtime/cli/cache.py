@@ -1,4 +1,4 @@
-"""``petseg cache``: list or clear compiled models."""
+"""``petseg cache``: lists or removes compiled models."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["cache"]
 
 
 @click.command()
-@click.option("--clear", is_flag=True, help="Remove all of it.")
+@click.option("--clear", is_flag=True, help="Remove all entries.")
 @click.option("--json", "as_json", is_flag=True, help=HELP["json"])
 def cache(clear: bool, as_json: bool) -> int:
-    """List what engines have compiled at first use and kept, or remove it.
+    """List the models that engines compiled at first use, or remove them.
 
-    It lies in the user's cache folder; the environment variable PETSEG_CACHE names another one, and nothing is kept if
-    it is empty. Exit code 6: the folder cannot be read, or not all can be removed.
+    They are kept in the user's cache folder, or in the folder that the environment variable PETSEG_CACHE names; if the
+    variable is empty, nothing is kept. Exit code 6: the folder cannot be read, or not every entry can be removed.
     """
     from petseg_runtime import cache as kept
 
@@ -34,7 +34,7 @@ def cache(clear: bool, as_json: bool) -> int:
     if clear:
         count, size = kept.clear()
         record |= {"removed": count, "bytes": size}
-        lines = [f"{count} files removed, {_size(size)}"]
+        lines = [f"{count} {'file' if count == 1 else 'files'} removed, {_size(size)}"]
     else:
         found = kept.entries()
         record |= {"bytes": sum(entry.size for entry in found), "entries": [_record(entry) for entry in found]}
@@ -54,10 +54,10 @@ def _record(entry: Entry) -> dict[str, Any]:
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
-    """Model, engine, device, size, age, and what is wrong with it."""
+    """The cells of an entry: model, engine, device, size, age, and what is wrong with it."""
     name = engine = device = "?"
     if key := entry.key:
-        # A compiled model is what people expect; what else is kept is named.
+        # Compiled models are what people expect here; entries of other kinds are labelled.
         what = "" if entry.kind in ("engine", "blob") else f" ({entry.kind})"
         name, engine, device = key.name, f"{key.engine} {key.version.partition('-')[0]}{what}", key.device
     problem = f"will be compiled again: {entry.problem}" if entry.problem else ""
@@ -74,7 +74,7 @@ def _size(size: int) -> str:
 
 
 def _age(created: str, now: datetime.datetime | None = None) -> str:
-    """In the largest unit that there is at least one of; "?" if it is not known."""
+    """The age of an entry, in the largest unit of which it has at least one; "?" if unknown."""
     if not created:
         return "?"
     now = now or datetime.datetime.now(datetime.UTC)

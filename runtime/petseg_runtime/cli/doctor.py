@@ -1,4 +1,4 @@
-"""``petseg doctor``: what this machine has, and which engines really work on it."""
+"""``petseg doctor``: prints what this machine has and which engines work on it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ __all__ = ["cpu_lines", "doctor"]
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help=HELP["json"])
 def doctor(as_json: bool) -> int:
-    """Say what this machine has, and try every engine on it.
+    """Print what this machine has, and try every engine on it.
 
-    Each engine loads the model that ships with petseg, and works if its masks are those of the checkpoint. Exit
-    code 0: at least one works; 5: none does, or the one that is taken by itself has wrong masks.
+    Each engine loads the built-in model, and works if its masks match those of the checkpoint. Exit codes: 0 if at
+    least one engine works; 5 if none does, or if the one that `auto` chooses produces wrong masks.
     """
     from petseg_runtime.doctor import x_ray
 
@@ -44,7 +44,7 @@ def doctor(as_json: bool) -> int:
 
 
 def _lines(found: XRay) -> Iterable[tuple[str, str]]:
-    """Title and text of each line; a title that repeats is left out."""
+    """Yields title and text of each line; a repeated title is empty."""
     host = found.host
     yield "petseg", f"{host.petseg}, Python {host.python}, {host.system}"
     yield "environment", host.environment or "none: the system's own Python"
@@ -57,31 +57,31 @@ def _lines(found: XRay) -> Iterable[tuple[str, str]]:
     for index, check in enumerate(found.engines):
         yield "" if index else "engines", f"{'works' if check.works else '  no '}  {_check(check)}"
     if "error" in found.auto:
-        yield "auto takes", f"none: {found.auto['error']}"
+        yield "auto chooses", f"none: {found.auto['error']}"
     else:
         auto = found.auto
-        yield "auto takes", f"{auto['name']} {auto['version']} on {auto['device']}, {auto['precision']}"
+        yield "auto chooses", f"{auto['name']} {auto['version']} on {auto['device']}, {auto['precision']}"
     for index, line in enumerate(found.rule):
         yield "" if index else "the first of", f"{index + 1}. {line.text}"
     yield "cameras", "; ".join(map(_camera, found.cameras)) or "none"
-    yield "HEIC", f"pillow-heif {found.heic}" if found.heic else f"not read (photos of iPhones): {install('heic')}"
+    yield "HEIC", f"pillow-heif {found.heic}" if found.heic else f"not supported (iPhone photos): {install('heic')}"
     yield from _ffmpeg_lines(found)
     yield "cache", f"{found.cache} ({found.cache_bytes / 1e6:.1f} MB)" if found.cache else "none: nothing is kept"
 
 
 def cpu_lines(cpu: Cpu) -> Iterable[tuple[str, str]]:
-    """What people want to know of a processor."""
+    """Yields the lines that describe a processor and its memory."""
     quota = f", of which the control group allows {cpu.quota:g}" if cpu.quota is not None else ""
     limit = f", of which the control group allows {cpu.memory_limit / 1e9:.1f}" if cpu.memory_limit else ""
     yield "processor", f"{cpu.name}, {cpu.machine}, {cpu.cores} usable cores{quota}"
-    yield "", " ".join(cpu.features) or "none of the features that engines have kernels for"
+    yield "", " ".join(cpu.features) or "no instruction set that engines have special kernels for"
     yield "memory", f"{cpu.memory / 1e9:.1f} GB{limit}"
 
 
 def _gpu(gpu: Gpu) -> str:
     return (
         f"cuda:{gpu.index} {gpu.name}, compute capability {gpu.compute_capability}, {gpu.memory / 1e9:.1f} GB, "
-        f"driver for {gpu.driver}"
+        f"driver supports {gpu.driver}"
     )
 
 
@@ -96,7 +96,7 @@ def _check(check: EngineCheck) -> str:
     packages = f" ({', '.join(check.packages)})" if check.packages else ""
     if not check.works:
         return f"{name}{packages}: {check.why}{unproven}"
-    masks = f"mask IoU {check.mean_mask_iou:.4f} on {check.photos} photos" if check.photos else "no proof of its masks"
+    masks = f"mask IoU {check.mean_mask_iou:.4f} on {check.photos} photos" if check.photos else "masks not checked"
     notes = "".join(f"; {note}" for note in check.notes)
     return f"{name}{packages}: {check.precision}, {check.milliseconds:.1f} ms, {masks}{notes}{unproven}"
 
@@ -109,4 +109,4 @@ def _ffmpeg_lines(found: XRay) -> Iterable[tuple[str, str]]:
     for name, codecs in (("decodes", found.ffmpeg.decoders), ("encodes", found.ffmpeg.encoders)):
         missing = [codec for codec, there in codecs.items() if not there]
         there = " ".join(codec for codec, there in codecs.items() if there)
-        yield name, there + (f"; not there: {' '.join(missing)}" if missing else "")
+        yield name, there + (f"; missing: {' '.join(missing)}" if missing else "")

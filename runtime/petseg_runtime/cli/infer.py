@@ -1,4 +1,4 @@
-"""``petseg infer``: photos in, masks and cutouts out."""
+"""``petseg infer``: segment photos, videos and streams into masks, cutouts and other results."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ if TYPE_CHECKING:
 
 __all__ = ["infer"]
 
-#: Without meaning for photos.
+#: Options that apply to videos and streams only.
 VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio", "policy", "stall", "give_up")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """What `petseg infer` is to do: the fields are named after its options, whose help says what they mean."""
+class _Options:
+    """The command line of `petseg infer`: the fields are named after its options, whose help texts describe them."""
 
     sources: tuple[str, ...]
     model: Path | None
@@ -86,17 +86,17 @@ class _Asked:
 
     @property
     def result(self) -> str:
-        """The kind of result, also where none is named."""
+        """The kind of result, with the default if ``--as`` is not given."""
         return self.kind or ("background" if self.background else "cutout")
 
     @property
     def coco(self) -> bool:
-        """Whether results go into one file for all photos."""
+        """Whether the results of all photos go into one file."""
         return self.result.startswith("coco")
 
     @property
     def folder(self) -> Path | None:
-        """Where results go; None: standard output."""
+        """The output folder; None: standard output."""
         from petseg_runtime.sources import RESULTS
 
         to_stdout = self.output == Path("-") or (self.sources == ("-",) and self.output is None)
@@ -105,11 +105,11 @@ class _Asked:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Looks:
-    """What decides what a result is like, read and checked.
+    """The options that determine how a result looks, parsed and checked.
 
     Attributes:
         kind: A name in ``KINDS`` or ``VIDEO_FORMATS``.
-        format: What was asked for; None: the usual one.
+        format: The value of ``--format``; None: the default of the kind.
         background: For the kind ``background``.
     """
 
@@ -119,14 +119,14 @@ class _Looks:
 
     @property
     def photo_format(self) -> str | None:
-        """What photos become, also where none is named; None: no picture each."""
+        """The format of photos, with the default if none was given; None: photos have no picture each."""
         from petseg_runtime.sinks import KINDS
 
         return self.format or next(iter(KINDS[self.kind].formats), None)
 
     @property
     def video_format(self) -> str:
-        """What videos become, also where none is named."""
+        """The format of videos, with the default if none was given."""
         from petseg_runtime.sinks import VIDEO_FORMATS
 
         return self.format or VIDEO_FORMATS[self.kind][0]
@@ -134,64 +134,77 @@ class _Looks:
 
 @click.command()
 @click.argument("sources", nargs=-1, required=True, type=NAME, metavar="SOURCE...")
-@click.option("--model", type=PATH, help="A file that `petseg export` made.  [default: the one that ships]")
-@click.option("--output", type=PATH, help="Folder for the results; - is stdout.  [default: petseg-output/KIND]")
+@click.option("--model", type=PATH, help="Model file written by `petseg export`.  [default: the built-in model]")
+@click.option("--output", type=PATH, help="Output folder, or - for standard output.  [default: petseg-output/KIND]")
 @click.option(
     "--as",
     "kind",
     type=click.Choice(["mask", "probability", "cutout", "overlay", "background", "coco-polygons", "coco-rle", "lines"]),
-    help="What to write; COCO is one file for all photos, lines is one of JSON for each frame.  [default: cutout]",
+    help="Kind of result. coco-*: one file for all photos; lines: one line of JSON per video frame.  [default: cutout]",
 )
 @click.option(
     "--format",
     type=click.Choice(["png", "jpg", "webp", "mp4", "webm"]),
-    help="Of pictures and videos; png of a video: a picture for each frame.  [default: what is usual for the kind]",
+    help="File format of the results. For videos, png, jpg and webp mean one picture per frame.  "
+    "[default: depends on --as]",
 )
 @click.option(
-    "--background", type=NAME, metavar="COLOUR|FILE", help="What to put behind the pet: white, '#00ff00', beach.jpg."
+    "--background",
+    type=NAME,
+    metavar="COLOUR|FILE",
+    help="Colour or picture to put behind the pet, such as white, '#00ff00' or beach.jpg.",
 )
 @click.option(
-    "--threshold", type=UNIT, help="Of masks: pet from this probability on, 0 to 1.  [default: the model's own]"
+    "--threshold",
+    type=UNIT,
+    help="Masks: pixels with at least this probability (0 to 1) are pet.  [default: the model's]",
 )
 @click.option(
     "--cutout-threshold",
     type=UNIT,
-    help="Of cutouts and backgrounds: half transparent at this probability, 0 to 1.  [default: the model's own]",
+    help="Cutouts and backgrounds: pixels with this probability (0 to 1) are half transparent.  [default: the model's]",
 )
-@click.option("--min-area", type=SHARE, default=0.0, help="Drop regions below this share of the picture, 0 to 1.")
 @click.option(
-    "--keep-doubtful", is_flag=True, help="Show also regions in which the model is sure of no pixel; else left out."
+    "--min-area", type=SHARE, default=0.0, help="Drop regions smaller than this fraction of the picture (0 to 1)."
 )
-@click.option("--only-found", is_flag=True, help="Photos: write nothing where no pet is found.")
+@click.option(
+    "--keep-doubtful",
+    is_flag=True,
+    help="Keep low-confidence regions. By default, regions in which no pixel reaches a probability of 0.98 are dropped "
+    "if another region has such a pixel.",
+)
+@click.option("--only-found", is_flag=True, help="Photos: write no result if no pet is found.")
 @click.option(
     "--fast-decode",
     is_flag=True,
-    help="Decode large JPEGs at a reduced size where only masks are written: faster, and the masks differ a little.",
+    help="Decode large JPEGs at a reduced size. Faster, but masks differ slightly; only for results without the "
+    "photo itself.",
 )
 @click.option("--backend", type=BACKEND, default="auto", show_default=True, help=HELP["backend"])
 @click.option("--device", default="auto", show_default=True, help=HELP["device"])
 @click.option(
     "--size",
     metavar="HxW",
-    help="Size of the model's input, if it was exported with --dynamic-size.  [default: the model's own]",
+    help="Input size of a model that was exported with --dynamic-size.  [default: the model's]",
 )
 @click.option("--threads", type=click.IntRange(min=1), help=HELP["threads"])
-@click.option("--resume", is_flag=True, help="Go on with a run over several files that was stopped.")
-@click.option("--start", type=Finite(0), help="Videos: seconds to pass over.")
-@click.option("--stride", type=click.IntRange(min=1), help="Videos: use every Nth frame.")
+@click.option("--resume", is_flag=True, help="Resume an interrupted run over several files.")
+@click.option("--start", type=Finite(0), help="Videos: skip this many seconds at the beginning.")
+@click.option("--stride", type=click.IntRange(min=1), help="Videos: process only every Nth frame.")
 @click.option("--max-frames", type=click.IntRange(min=1), help="Videos: stop after this many frames.")
 @click.option(
     "--smooth",
     type=SHARE,
-    help="Videos: against flicker, 0 to 1: how much of a still place's past stays after 1/30 s; 0.85 is a good start.",
+    help="Videos: reduce flicker. Fraction (0 to 1) of past masks that remains after 1/30 s where the picture stands "
+    "still; try 0.85.",
 )
-@click.option("--segment", type=SECONDS, help="Videos: begin a new file after this many seconds.")
-@click.option("--no-audio", is_flag=True, help="Videos: leave the sound out.")
+@click.option("--segment", type=SECONDS, help="Videos: start a new file after this many seconds.")
+@click.option("--no-audio", is_flag=True, help="Videos: write no sound.")
 @click.option(
     "--policy",
     type=click.Choice(["block", "drop-oldest", "latest"]),
-    help="Frames that come too fast wait, replace the oldest, or only the newest waits.  "
-    "[default: block for files, drop-oldest for streams]",
+    help="Videos: what to do when frames arrive faster than they are processed: make the source wait, drop the "
+    "oldest waiting frame, or keep only the newest.  [default: block for files, drop-oldest for streams]",
 )
 @click.option(
     "--stall", type=SECONDS, help="Streams: reconnect after this many seconds without a frame.  [default: 10]"
@@ -199,65 +212,75 @@ class _Looks:
 @click.option(
     "--give-up",
     type=SECONDS,
-    help="Streams: give up after this many seconds without a frame.  [default: 30 until the first one, then never]",
+    help="Streams: give up after this many seconds without a frame.  "
+    "[default: 30 before the first frame, never after it]",
 )
 @click.option(
-    "--input-option", multiple=True, metavar="NAME=VALUE", help="Streams: for FFmpeg, like rtsp_transport=udp."
+    "--input-option",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Streams: option for FFmpeg, such as rtsp_transport=udp. May be repeated.",
 )
-@click.option("--raw", metavar="WxH@RATE[:FORMAT]", help="Standard input is raw frames, rgb24 unless said otherwise.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per photo or frame on stdout, then a summary.")
-@click.option("-v", "--verbose", is_flag=True, help="Say what runs it, and what each step took.")
+@click.option(
+    "--raw",
+    metavar="WxH@RATE[:FORMAT]",
+    help="Read raw video frames from standard input.  [default of FORMAT: rgb24]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per photo or video event, then a summary.")
+@click.option("-v", "--verbose", is_flag=True, help="Also print the engine and the time that each step took.")
 @click.option("-q", "--quiet", is_flag=True, help=HELP["quiet"])
-def infer(**options: Any) -> int:
+def infer(**values: Any) -> int:
     """Segment photos, videos and streams.
 
-    A SOURCE is a file, a folder with its sub-folders, a pattern ('photos/**/*.jpg'), a camera (0, /dev/video0), a URL
-    (rtsp, rtmp, http, udp, ...) or - for standard input, whose result goes to standard output.
+    A SOURCE is a file, a folder (searched with its subfolders), a pattern ('photos/**/*.jpg'), a camera (0,
+    /dev/video0), a URL (rtsp, rtmp, http, udp, ...), or - for standard input; the result of standard input goes to
+    standard output.
 
-    What cannot be used is named, counted and passed over. Ctrl-C, SIGTERM and the end of the
-    terminal stop a run in order: videos that were begun can be played, no half-written photo is left, and --resume
-    continues.
-    Exit code 0: all done; 3: some failed; 1: all failed; 130, 143, 129: stopped by Ctrl-C, SIGTERM or SIGHUP, and no
-    live source has failed.
+    Inputs that cannot be used are reported, counted and skipped. Ctrl-C, SIGTERM and SIGHUP (the terminal was closed)
+    stop a run cleanly: videos written so far can be played, no result is left incomplete, and --resume continues the
+    run.
+
+    Exit codes: 0 if all inputs succeeded, 3 if some failed, 1 if all failed; 130, 143 and 129 if Ctrl-C, SIGTERM or
+    SIGHUP stopped the run and no live source failed.
     """
     from petseg_runtime.sinks import background_of
 
-    asked = _Asked(**options)
-    _check_output(asked)
-    found = _without_videos(_find(asked), _no_video(asked), asked.quiet)
-    _check(found, asked)
-    _check_masks(found, asked)
-    background = None if asked.background is None else background_of(asked.background)
-    return _run(asked, found, _Looks(kind=asked.result, format=asked.format, background=background))
+    options = _Options(**values)
+    _check_output(options)
+    found = _without_videos(_find(options), _no_video(options), options.quiet)
+    _check(found, options)
+    _check_masks(found, options)
+    background = None if options.background is None else background_of(options.background)
+    return _run(options, found, _Looks(kind=options.result, format=options.format, background=background))
 
 
-def _run(asked: _Asked, found: _Found, looks: _Looks) -> int:
-    """Do what was asked; returns the exit code."""
-    made = _made(found, asked, looks) if found.streams else None
+def _run(options: _Options, found: _Found, looks: _Looks) -> int:
+    """Run the command on the sources that were found; returns the exit code."""
+    output = _video_output(found, options, looks) if found.streams else None
     with contextlib.ExitStack() as stack:
-        segmenter = stack.enter_context(_segmenter(len(found.photos), asked))
-        _tell(segmenter, asked)
-        videos = _videos(segmenter, made, asked) if made else None
-        # Makes the folder, so not before there is something to write.
-        sink = _sink(found, asked, looks) if found.photos else None
-        journal = _journal(segmenter, found, asked, looks)
+        segmenter = stack.enter_context(_segmenter(len(found.photos), options))
+        _print_engine(segmenter, options)
+        videos = _videos(segmenter, output, options) if output else None
+        # This creates the folder, so only call it when there is something to write.
+        sink = _sink(found, options, looks) if found.photos else None
+        journal = _journal(segmenter, found, options, looks)
         if journal:
             stack.enter_context(journal)
-        report = _segment(segmenter, found.photos, sink, journal, asked) if sink else None
+        report = _segment(segmenter, found.photos, sink, journal, options) if sink else None
         items = {str(item.name): item for item in found.videos}
         stopped = videos.run(found.streams, items, journal) if videos else None
-    _print_report(report, videos, asked)
+    _print_report(report, videos, options)
     return _exit_code(report, videos, stopped)
 
 
 def _segment(
-    segmenter: Segmenter, photos: Sequence[Item], sink: Sink, journal: Journal | None, asked: _Asked
+    segmenter: Segmenter, photos: Sequence[Item], sink: Sink, journal: Journal | None, options: _Options
 ) -> Report:
     from petseg_runtime.batch import segment_photos
     from petseg_runtime.sinks import KINDS
 
-    kind = KINDS[asked.result]
-    with _Watcher(asked.as_json, asked.quiet, to_files=asked.folder is not None) as watcher:
+    kind = KINDS[options.result]
+    with _Watcher(options.as_json, options.quiet, to_files=options.folder is not None) as watcher:
         return segment_photos(
             photos,
             segmenter,
@@ -266,51 +289,53 @@ def _segment(
             begun=watcher.expect,
             journal=journal,
             mask_only=not kind.needs_photo,
-            fast_decode=asked.fast_decode,
+            fast_decode=options.fast_decode,
             spare=kind.spare,
         )
 
 
 def _exit_code(report: Report | None, videos: Videos | None, stopped: int | None) -> int:
-    """What tells scripts how it ended; ``stopped`` is what a signal asks for."""
+    """Returns the exit code of the run; ``stopped`` is the one that a signal asks for."""
     failed = (len(report.failed) if report else 0) + (len(videos.failed) if videos else 0)
     done = (report.done + report.skipped if report else 0) + (videos.done + videos.skipped if videos else 0)
     if videos and (code := videos.problem_code()) is not None:
         return code
     if stopped is not None:
         return stopped
-    return 0 if not failed else EXIT_PARTIAL if done else InputError.exit_code
+    if not failed:
+        return 0
+    return EXIT_PARTIAL if done else InputError.exit_code
 
 
-def _journal(segmenter: Segmenter, found: _Found, asked: _Asked, looks: _Looks) -> Journal | None:
-    """Where it is noted what is done, if that is worth it.
+def _journal(segmenter: Segmenter, found: _Found, options: _Options, looks: _Looks) -> Journal | None:
+    """Returns the journal of this run, or None where ``--resume`` and later searches need none.
 
     Raises:
-        OutputError: It cannot be written, or is of another run.
+        OutputError: The journal cannot be written, or belongs to another run.
     """
     from petseg_runtime.journal import JOURNAL, Journal
     from petseg_runtime.sinks import probe
 
-    folder = asked.folder
-    # Of one photo that was searched for, too: the next search must know the result for what it is.
-    noted = asked.resume or _searched(asked.sources) or len(found.items) > 1 or asked.coco
+    folder = options.folder
+    # One photo that was found by a search needs a journal, too: the next search must recognise its result.
+    noted = options.resume or _searched(options.sources) or len(found.items) > 1 or options.coco
     if folder is None or found.live or not noted:
         return None
     settings = _appearance(found, looks) | _settings(segmenter)
-    settings |= {name: getattr(asked, name) or None for name in VIDEO_OPTIONS}
-    settings |= {"fast_decode": asked.fast_decode, "only_found": asked.only_found or None}
+    settings |= {name: getattr(options, name) or None for name in VIDEO_OPTIONS}
+    settings |= {"fast_decode": options.fast_decode, "only_found": options.only_found or None}
     probe(folder)
-    journal = Journal(folder, settings, resume=asked.resume)
+    journal = Journal(folder, settings, resume=options.resume)
     if journal.noted and not any(map(journal.knows, found.items)):
         what = f"the {journal.noted} results noted there are of other files, or of these before they changed"
-        _say(f"{folder / JOURNAL}: {what}: all are done anew", asked.quiet)
+        _print_note(f"{folder / JOURNAL}: {what}; all are processed again", options.quiet)
     return journal
 
 
 def _searched(sources: Sequence[str]) -> bool:
-    """Whether files are found in folders, not all named."""
+    """Whether any source is a folder or a pattern, so that its files are found by a search."""
     return any(
-        os.path.isdir(source)  # noqa: PTH112 - of a text too long for a name, Path.is_dir raises
+        os.path.isdir(source)  # noqa: PTH112 - Path.is_dir raises if the text is too long for a file name
         or (glob.has_magic(source) and "://" not in source and not os.path.lexists(source))
         for source in sources
     )
@@ -318,12 +343,12 @@ def _searched(sources: Sequence[str]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """What the sources are.
+    """The photos and videos that the sources stand for.
 
     Attributes:
-        photos: Files, and a photo on standard input.
-        videos: Files.
-        streams: These, a video on standard input, cameras and network streams.
+        photos: Photo files, and a photo on standard input.
+        videos: Video files.
+        streams: The video files, then a video on standard input, cameras and network streams.
     """
 
     photos: list[Item]
@@ -340,59 +365,59 @@ class _Found:
 
     @property
     def remote(self) -> bool:
-        """Whether FFmpeg opens more than local files."""
+        """Whether FFmpeg opens a camera or URL."""
         return any(origin.options is not None and isinstance(origin.target, str) for origin in self.streams)
 
 
-def _find(asked: _Asked) -> _Found:
-    """What the sources are.
+def _find(options: _Options) -> _Found:
+    """Finds the photos, videos and streams of the sources.
 
     Raises:
-        InputError: There is nothing.
-        UsageError: They do not go together, or not to the output; see :func:`_check_sources`.
+        InputError: There are none.
+        UsageError: They cannot be combined, or do not fit the output; see :func:`_check_sources`.
     """
     from petseg_runtime.sources import IMAGE_SUFFIXES, STDIN, VIDEO_SUFFIXES, find_photos, stream_origin
 
-    options = _pairs(asked.input_option)
-    named = [stream_origin(text, options) for text in asked.sources]
+    input_options = _pairs(options.input_option)
+    named = [stream_origin(text, input_options) for text in options.sources]
     streams = [origin for origin in named if origin]
-    texts = [text for text, origin in zip(asked.sources, named, strict=True) if not origin]
-    # A file that is called so is named ./-, of which Path makes a mere -.
+    texts = [text for text, origin in zip(options.sources, named, strict=True) if not origin]
+    # "./-" names a file, but Path("./-") would be "-", which means standard input.
     paths = [Path(text) if text == str(STDIN) or Path(text) != STDIN else Path(text).absolute() for text in texts]
-    piped, data = _from_stdin(paths.count(STDIN), asked.raw)
+    piped, data = _from_stdin(paths.count(STDIN), options.raw)
     if piped:
         streams.append(piped)
         paths.remove(STDIN)
-    told: list[str] = []
-    items = find_photos(paths, asked.folder, IMAGE_SUFFIXES | VIDEO_SUFFIXES, data, told.append)
+    notes: list[str] = []
+    items = find_photos(paths, options.folder, IMAGE_SUFFIXES | VIDEO_SUFFIXES, data, notes.append)
     if not items and not streams:
-        raise InputError("; ".join([f"no photos or videos in {', '.join(asked.sources)}", *told]))
-    for what in told:
-        _say(what, asked.quiet)
+        raise InputError("; ".join([f"no photos or videos in {', '.join(options.sources)}", *notes]))
+    for note in notes:
+        _print_note(note, options.quiet)
     photos, videos = _by_kind(items)
     found = _Found(photos, videos, _distinct([*map(_origin_of, videos), *streams]))
-    _check_sources(found, asked)
+    _check_sources(found, options)
     return found
 
 
-def _from_stdin(asked: int, raw: str | None) -> tuple[Origin | None, bytes | None]:
-    """What comes on standard input: a video; or the bytes of a photo; neither, where it is not asked for just once.
+def _from_stdin(times: int, raw: str | None) -> tuple[Origin | None, bytes | None]:
+    """Returns the video on standard input, or the bytes of the photo there; neither unless ``times`` is 1.
 
     Raises:
-        UsageError: Raw frames come from nowhere else.
-        InputError: It is closed.
+        UsageError: ``--raw`` without standard input as a source.
+        InputError: Standard input is closed.
     """
     from petseg_runtime.sources import from_pipe, raw_video
 
-    if raw and asked != 1:
-        raise UsageError("--raw says what comes on standard input: give - as a source, once")
+    if raw and times != 1:
+        raise UsageError("--raw describes standard input; give - as a source, once")
     if raw:
         return raw_video(raw), b""
-    return from_pipe() if asked == 1 else (None, None)
+    return from_pipe() if times == 1 else (None, None)
 
 
 def _by_kind(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
-    """Photos, and videos."""
+    """Splits items into photos and videos."""
     from petseg_runtime.sources import IMAGE_SUFFIXES, is_video
 
     photos: list[Item] = []
@@ -400,7 +425,7 @@ def _by_kind(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
     for item in items:
         (videos if is_video(item) else photos).append(item)
     if videos and all(item.problem and item.source.suffix.lower() not in IMAGE_SUFFIXES for item in photos):
-        return [], videos + photos  # folders that cannot be listed and patterns that fit nothing, among videos alone
+        return [], videos + photos  # no photos, only folders that cannot be listed and patterns that match nothing
     return photos, videos
 
 
@@ -410,166 +435,166 @@ def _origin_of(video: Item) -> Origin:
     return Origin(str(video.source), str(video.source), video.name)
 
 
-def _check_sources(found: _Found, asked: _Asked) -> None:
-    """Refuse sources that do not go together.
+def _check_sources(found: _Found, options: _Options) -> None:
+    """Reject sources that cannot be combined.
 
     Raises:
-        UsageError: There is more than one result for standard output, or what is live together with what has an end.
+        UsageError: There is more than one result for standard output, or live sources are mixed with files.
     """
-    if asked.folder is None and len(found.photos) + len(found.streams) > 1:
-        raise UsageError("one result at a time goes to standard output: for more, give a folder with --output")
-    if (found.live and not all(origin.endless for origin in found.streams)) or (found.live and found.photos):
-        raise UsageError("live sources run until they are stopped: give photos and videos to another run")
+    if options.folder is None and len(found.photos) + len(found.streams) > 1:
+        raise UsageError("standard output takes one result only; for more, give a folder with --output")
+    if found.live and (found.photos or not all(origin.endless for origin in found.streams)):
+        raise UsageError("live sources run until they are stopped; process photos and videos in another run")
 
 
 def _distinct(origins: list[Origin]) -> list[Origin]:
-    """No two of one name: cameras at the same address differ in what their names do not show."""
+    """Gives each origin a unique name: cameras at the same address may differ in parts that their names do not show."""
     from petseg_runtime.sources import distinct
 
     names = distinct(origin.name for origin in origins)
     return [dataclasses.replace(origin, name=name) for origin, name in zip(origins, names, strict=True)]
 
 
-def _check_output(asked: _Asked) -> None:
-    """Refuse what cannot go to standard output.
+def _check_output(options: _Options) -> None:
+    """Reject options that do not work with results on standard output.
 
     Raises:
-        UsageError: More than one picture is asked for.
-        OutputError: It is closed.
+        UsageError: An option needs an output folder.
+        OutputError: Standard output is closed.
     """
-    if asked.folder is not None:
+    if options.folder is not None:
         return
-    if asked.as_json or asked.resume or asked.coco or asked.result == "lines":
+    if options.as_json or options.resume or options.coco or options.result == "lines":
         raise UsageError(
-            "a picture goes to standard output: for --json, --resume, COCO or lines, give a folder with --output"
+            "the picture goes to standard output; for --json, --resume, COCO or lines, give a folder with --output"
         )
     if sys.stdout is None:
-        raise OutputError("standard output is closed: give a folder with --output")
+        raise OutputError("standard output is closed; give a folder with --output")
 
 
-def _check(found: _Found, asked: _Asked) -> None:
-    """Refuse what cannot be, before anything is loaded.
+def _check(found: _Found, options: _Options) -> None:
+    """Reject contradictory options, before anything is loaded.
 
     Raises:
-        UsageError: The kind, the format and the background do not fit together, or not to the sources; or an option is
-            for sources of which there is none.
+        UsageError: The kind, the format and the background do not fit each other or the sources, or an option is for a
+            type of source that was not given.
     """
     from petseg_runtime.sinks import KINDS, check_looks
 
-    kind = asked.result
+    kind = options.result
     if found.photos or not found.streams:
         if kind == "lines":
-            raise UsageError("lines are of videos; for photos, --json prints the same")
-        check_looks(kind, asked.format, asked.background)
+            raise UsageError("--as lines is for videos; for photos, --json prints the same")
+        check_looks(kind, options.format, options.background)
     if found.streams:
-        if why := _no_video(asked):
-            raise UsageError(f"{found.streams[0].shown}: {why}; give videos and streams to another run")
+        if why := _no_video(options):
+            raise UsageError(f"{found.streams[0].shown}: {why}; process videos and streams in another run")
         if kind in KINDS:
-            check_looks(kind, None, asked.background)
+            check_looks(kind, None, options.background)
     for what, names, there in (
         ("videos and streams", VIDEO_OPTIONS, bool(found.streams)),
         ("cameras and streams", ("give_up",), found.live),
         ("cameras, streams and other URLs", ("stall", "input_option"), found.remote),
-        ("what has an end", ("start",), not found.live),
+        ("sources that have an end", ("start",), not found.live),
     ):
-        if not there and (unused := [name for name in names if getattr(asked, name)]):
-            raise UsageError(f"--{unused[0].replace('_', '-')} is for {what}, and there is none")
+        if not there and (unused := [name for name in names if getattr(options, name)]):
+            raise UsageError(f"--{unused[0].replace('_', '-')} is for {what}, and none was given")
 
 
-def _check_masks(found: _Found, asked: _Asked) -> None:
-    """Refuse what would have no effect on this kind of result.
+def _check_masks(found: _Found, options: _Options) -> None:
+    """Reject options that have no effect on this kind of result.
 
     Raises:
-        UsageError: It would have none; says what would.
+        UsageError: An option has no effect; the message names the one that has.
     """
     from petseg_runtime.sinks import KINDS
 
-    kind = asked.result
+    kind = options.result
     cut_out = kind in ("cutout", "background")
-    if cut_out and asked.threshold is not None and asked.cutout_threshold is None:
+    if cut_out and options.threshold is not None and options.cutout_threshold is None:
         raise UsageError(
-            f"--threshold is for masks, and a {kind} has --cutout-threshold (with both, --threshold is what counts "
-            "as pet, for --json and --min-area)"
+            f"--threshold is for masks; for --as {kind}, use --cutout-threshold (if both are given, --threshold "
+            "decides what counts as pet for --json and --min-area)"
         )
-    if asked.cutout_threshold is not None and not cut_out:
-        raise UsageError(f"--cutout-threshold is for cutouts and backgrounds; {kind} has --threshold")
-    if asked.fast_decode and (not found.photos or kind not in KINDS or KINDS[kind].needs_photo):
+    if options.cutout_threshold is not None and not cut_out:
+        raise UsageError(f"--cutout-threshold is for cutouts and backgrounds; for --as {kind}, use --threshold")
+    if options.fast_decode and (not found.photos or kind not in KINDS or KINDS[kind].needs_photo):
         alone = ", ".join(name for name, one in KINDS.items() if not one.needs_photo)
-        raise UsageError(f"--fast-decode is for photos of which only the mask is written (--as {alone})")
+        raise UsageError(f"--fast-decode is for photos whose result does not contain the photo itself (--as {alone})")
 
 
-def _no_video(asked: _Asked) -> str | None:
-    """Why no video can become what is asked for, and what it can become; None: it can."""
+def _no_video(options: _Options) -> str | None:
+    """Why this kind of result cannot be made from a video, and which can; None: it can."""
     from petseg_runtime.sinks import VIDEO_FORMATS
 
-    if asked.only_found:
+    if options.only_found:
         return "--only-found is for photos"
-    formats = VIDEO_FORMATS.get(asked.result, ())
+    formats = VIDEO_FORMATS.get(options.result, ())
     if not formats:
-        return f"{asked.result} is of photos; a video can be: {', '.join(VIDEO_FORMATS)}"
-    if asked.format and asked.format not in formats:
-        files = ", ".join(name for name in formats if name != "raw")  # which is for --output - only
-        return f"{asked.result} of a video is not written as {asked.format}; it can be: {files}"
+        return f"--as {options.result} is for photos; for videos, choose one of: {', '.join(VIDEO_FORMATS)}"
+    if options.format and options.format not in formats:
+        files = ", ".join(name for name in formats if name != "raw")  # raw is for --output - only
+        return f"--as {options.result} of a video cannot be written as {options.format}; choose one of: {files}"
     return None
 
 
 def _without_videos(found: _Found, why: str | None, quiet: bool) -> _Found:
-    """Pass over videos that cannot become what is asked for, where they were found beside photos, and not named."""
+    """Skip videos that were found by a search beside photos and that this kind of result cannot be made from."""
     strays = [item for item in found.videos if item.found]
     if why is None or not strays or not found.photos:
         return found
-    more = f" and {len(strays) - 1} more videos" if len(strays) > 1 else ""
-    _say(f"passed over {strays[0].source}{more}: {why}", quiet)
+    more = f" and {len(strays) - 1} more" if len(strays) > 1 else ""
+    _print_note(f"{strays[0].source}{more}: skipped: {why}", quiet)
     kept = [not item.found for item in found.videos]
-    kept += [True] * (len(found.streams) - len(kept))  # the videos come first
+    kept += [True] * (len(found.streams) - len(kept))  # in `streams`, the videos come first
     videos = [item for item in found.videos if not item.found]
     return _Found(found.photos, videos, list(itertools.compress(found.streams, kept)))
 
 
-def _made(found: _Found, asked: _Asked, looks: _Looks) -> Output:
-    """What is made of the videos, and where.
+def _video_output(found: _Found, options: _Options, looks: _Looks) -> Output:
+    """Returns which results the videos get, and where.
 
     Raises:
-        UsageError: It cannot be made of them.
-        OutputError: It cannot go there, or would replace something.
+        UsageError: The options do not allow such results.
+        OutputError: The results cannot be written there, or would replace something.
     """
     from petseg_runtime.cli.infer_video import Output, check_places
     from petseg_runtime.video.movie import MOVIES
 
-    folder = asked.folder
+    folder = options.folder
     if folder is None and looks.format:
-        raise UsageError(f"raw frames go to standard output, not {looks.format}: give a folder with --output")
+        raise UsageError(f"standard output takes raw frames, not {looks.format}; give a folder with --output")
     form = looks.video_format if folder else "raw"
-    if asked.segment and form not in (*MOVIES, "ndjson"):
+    if options.segment and form not in (*MOVIES, "ndjson"):
         raise UsageError(f"--segment is for movies ({', '.join(MOVIES)}) and lines, not {form}")
-    if asked.resume and found.live:
-        raise UsageError("--resume is for files: a stream's results are numbered on, and nothing is replaced")
+    if options.resume and found.live:
+        raise UsageError("--resume is for files; streams need none: their new results never replace earlier ones")
     output = Output(
         folder=folder,
         kind=looks.kind,
         format=form,
         background=looks.background,
-        segment=asked.segment,
-        audio=not asked.no_audio,
+        segment=options.segment,
+        audio=not options.no_audio,
     )
     photos = {str(i.source): f"{folder / i.name}.{looks.photo_format}" for i in found.photos} if folder else {}
-    return check_places(output, found.streams, photos, resume=asked.resume)
+    return check_places(output, found.streams, photos, resume=options.resume)
 
 
-def _videos(segmenter: Segmenter, made: Output, asked: _Asked) -> Videos:
+def _videos(segmenter: Segmenter, output: Output, options: _Options) -> Videos:
     from petseg_runtime.cli.infer_video import Videos
     from petseg_runtime.video.stream import Reading
 
     reading = Reading(
-        start=asked.start or 0.0,
-        stride=asked.stride or 1,
-        max_frames=asked.max_frames,
-        policy=asked.policy,
-        stall=asked.stall or 10.0,
-        patience=asked.give_up,
-        smooth=asked.smooth or 0.0,
+        start=options.start or 0.0,
+        stride=options.stride or 1,
+        max_frames=options.max_frames,
+        policy=options.policy,
+        stall=options.stall or 10.0,
+        patience=options.give_up,
+        smooth=options.smooth or 0.0,
     )
-    return Videos(segmenter, made, reading, as_json=asked.as_json, quiet=asked.quiet, verbose=asked.verbose)
+    return Videos(segmenter, output, reading, as_json=options.as_json, quiet=options.quiet, verbose=options.verbose)
 
 
 def _pairs(texts: Sequence[str]) -> dict[str, str]:
@@ -577,26 +602,26 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not name or not equals:
-            raise click.BadParameter(f"{text!r}: NAME=VALUE is expected", param_hint="--input-option")
+            raise click.BadParameter(f"{text!r}: expected NAME=VALUE", param_hint="--input-option")
         pairs[name] = value
     return pairs
 
 
-def _sink(found: _Found, asked: _Asked, looks: _Looks) -> Sink:
-    """Where the results go."""
+def _sink(found: _Found, options: _Options, looks: _Looks) -> Sink:
+    """Returns the sink that writes the photos' results."""
     from petseg_runtime.sinks import OnlyFound
 
-    sink = _sink_of_all(found, asked, looks)
-    return OnlyFound(sink) if asked.only_found else sink
+    sink = _sink_of_all(found, options, looks)
+    return OnlyFound(sink) if options.only_found else sink
 
 
-def _sink_of_all(found: _Found, asked: _Asked, looks: _Looks) -> Sink:
+def _sink_of_all(found: _Found, options: _Options, looks: _Looks) -> Sink:
     from petseg_runtime import sinks
     from petseg_runtime.journal import JOURNAL
 
-    folder = asked.folder
-    # Without a journal, no run was here, and what lies there is not its own.
-    resume = asked.resume and folder is not None and (folder / JOURNAL).exists()
+    folder = options.folder
+    # Without a journal, petseg has not written here before, so the files there are not its own.
+    resume = options.resume and folder is not None and (folder / JOURNAL).exists()
     if folder and not sinks.KINDS[looks.kind].formats:
         return sinks.CocoSink(folder, looks.kind, found.items, resume=resume)
     picture = sinks.picture(looks.kind, looks.format, looks.background)
@@ -605,37 +630,37 @@ def _sink_of_all(found: _Found, asked: _Asked, looks: _Looks) -> Sink:
     return sinks.ImageSink(folder, picture, found.photos, beside=found.videos, resume=resume)
 
 
-def _segmenter(photos: int, asked: _Asked) -> Segmenter:
+def _segmenter(photos: int, options: _Options) -> Segmenter:
     from petseg_runtime.host import usable_cpus
     from petseg_runtime.segmenter import Segmenter
 
-    told = []
+    printed = []
 
-    def tell(what: str) -> None:
-        told.append(what)
-        _say(what, asked.quiet)
+    def tell(note: str) -> None:
+        printed.append(note)
+        _print_note(note, options.quiet)
 
     segmenter = Segmenter(
-        asked.model,
-        backend=asked.backend,
-        device=asked.device,
-        threads=asked.threads,
-        streams=max(1, min(asked.threads or usable_cpus(), photos)),
-        size=None if asked.size is None else parse_size(asked.size),
-        threshold=asked.threshold,
-        cutout_threshold=asked.cutout_threshold,
-        min_area=asked.min_area,
-        keep_doubtful=asked.keep_doubtful,
+        options.model,
+        backend=options.backend,
+        device=options.device,
+        threads=options.threads,
+        streams=max(1, min(options.threads or usable_cpus(), photos)),
+        size=None if options.size is None else parse_size(options.size),
+        threshold=options.threshold,
+        cutout_threshold=options.cutout_threshold,
+        min_area=options.min_area,
+        keep_doubtful=options.keep_doubtful,
         tell=tell,
     )
     for note in segmenter.describe().notes:
-        if note not in told:
-            _say(note, asked.quiet)
+        if note not in printed:
+            _print_note(note, options.quiet)
     return segmenter
 
 
 def _appearance(found: _Found, looks: _Looks) -> dict[str, Any]:
-    """What is asked of the results' looks, as it is meant: with the usual formats, and the background itself."""
+    """The settings that determine how results look, for the journal: defaults filled in, the background by content."""
     background = looks.background
     meant: dict[str, Any] = {"as": looks.kind, "background": background}
     if found.photos:
@@ -652,7 +677,7 @@ def _appearance(found: _Found, looks: _Looks) -> dict[str, Any]:
 
 
 def _settings(segmenter: Segmenter) -> dict[str, Any]:
-    """What decides how results look, beside their kind."""
+    """The model's and engine's settings that determine how results look, for the journal."""
     engine = segmenter.describe()
     return {
         "model": segmenter.artifact.identity,
@@ -665,12 +690,14 @@ def _settings(segmenter: Segmenter) -> dict[str, Any]:
     }
 
 
-def _tell(segmenter: Segmenter, asked: _Asked) -> None:
+def _print_engine(segmenter: Segmenter, options: _Options) -> None:
     engine, spec = segmenter.describe(), segmenter.artifact.spec
     if segmenter.size != (spec.height, spec.width):
-        own, taken = f"{spec.height} x {spec.width}", "{} x {}".format(*segmenter.size)
-        _say(f"--size {taken}: the model's own is {own}; at another its masks may be much worse", asked.quiet)
-    if asked.verbose:
+        trained, used = f"{spec.height} x {spec.width}", "{} x {}".format(*segmenter.size)
+        _print_note(
+            f"--size {used}: the model is for {trained}; at other sizes, its masks may be much worse", options.quiet
+        )
+    if options.verbose:
         click.echo(
             f"{shown(spec.name)} in {engine.name} {engine.version} on {engine.device}, "
             f"{engine.precision}, {engine.threads} threads",
@@ -678,13 +705,13 @@ def _tell(segmenter: Segmenter, asked: _Asked) -> None:
         )
 
 
-def _say(note: str, quiet: bool) -> None:
+def _print_note(note: str, quiet: bool) -> None:
     if not quiet:
         click.echo(f"petseg: {shown(note)}", err=True)
 
 
 class _Watcher:
-    """Prints what becomes of each photo; a progress bar where people watch a batch."""
+    """Prints the outcome of each photo, and shows a progress bar for a batch on a terminal."""
 
     def __init__(self, as_json: bool, quiet: bool, to_files: bool) -> None:
         self._as_json, self._quiet, self._to_files = as_json, quiet, to_files
@@ -698,14 +725,14 @@ class _Watcher:
             self._progress.stop()
 
     def expect(self, photos: int) -> None:
-        """So many are to be done."""
+        """Show the progress bar, if there is one, for this many photos."""
         if photos > 1 and watched() and not self._quiet:
             self._progress = bar()
             self._task = self._progress.add_task("segmenting", total=photos)
             self._progress.start()
 
     def watch(self, outcome: Outcome[Item, Done]) -> None:
-        """Tell of one photo that is done or has failed."""
+        """Print the outcome of one photo."""
         source, done = shown(outcome.source.source), outcome.value
         if done is None:
             self._print(f"petseg: {shown(outcome.error)}", err=True)
@@ -713,28 +740,28 @@ class _Watcher:
             for note in () if self._quiet else done.notes:
                 self._print(f"petseg: {source}: {note}", err=True)
             if self._to_files and not self._as_json and not self._quiet:
-                self._print(f"{source}{_became(done)}")
-            elif done.left_out and not self._to_files and not self._quiet:  # an empty standard output says too little
-                self._print(f"petseg: {source}: no pet: nothing written", err=True)
+                self._print(f"{source}{_outcome_text(done)}")
+            elif done.left_out and not self._to_files and not self._quiet:  # else an empty output would go unexplained
+                self._print(f"petseg: {source}: no pet found, nothing written", err=True)
         if self._as_json:
             self._print(json.dumps(_record(outcome)))
         if self._progress:
             self._progress.advance(self._task)
 
     def _print(self, line: str, err: bool = False) -> None:
-        """Print a line; above the bar, where both are seen on one terminal."""
+        """Print a line, above the progress bar if both go to the same terminal."""
         if self._progress and (err or (sys.stdout is not None and sys.stdout.isatty())):
             self._progress.console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
         else:
             click.echo(line, err=err)
 
 
-def _became(done: Done) -> str:
-    """What became of a photo, for people."""
+def _outcome_text(done: Done) -> str:
+    """Describes the outcome of a photo, for people."""
     if done.left_out:
-        return "  no pet: nothing written"
+        return "  no pet found, nothing written"
     where = f" -> {shown(done.path)}" if done.path else ""
-    return f"{where}  " + (f"{100 * done.coverage:.0f} % pet" if done.found else "no pet, it seems")
+    return f"{where}  " + (f"{100 * done.coverage:.0f} % pet" if done.found else "no pet found")
 
 
 def _record(outcome: Outcome[Item, Done]) -> dict[str, Any]:
@@ -748,16 +775,16 @@ def _record(outcome: Outcome[Item, Done]) -> dict[str, Any]:
     return {**record, "event": "result", "output": path and str(path), **done, **annotation}
 
 
-def _print_report(report: Report | None, videos: Videos | None, asked: _Asked) -> None:
-    if asked.as_json:
+def _print_report(report: Report | None, videos: Videos | None, options: _Options) -> None:
+    if options.as_json:
         of_photos, of_videos = _summary(report), {"videos": videos.summary()} if videos else {}
         click.echo(json.dumps({"schema_version": SCHEMA_VERSION, "event": "summary", **of_photos, **of_videos}))
         return
     if report:
-        _print_photos(report, asked.folder, asked.verbose, asked.quiet)
-    if videos and not asked.quiet and asked.folder and len(videos.reports) + videos.skipped > 1:
+        _print_photos(report, options.folder, options.verbose, options.quiet)
+    if videos and not options.quiet and options.folder and len(videos.reports) + videos.skipped > 1:
         counts = videos.summary()
-        words = {"done": "done", "skipped": "there already", "stopped": "stopped", "failed": "failed"}
+        words = {"done": "done", "skipped": "already there", "stopped": "stopped", "failed": "failed"}
         click.echo(f"{counts['count']} videos: " + ", ".join(f"{counts[n]} {w}" for n, w in words.items() if counts[n]))
 
 
@@ -775,7 +802,7 @@ def _print_photos(report: Report, folder: Path | None, verbose: bool, quiet: boo
     total = report.done + len(report.failed) + report.skipped
     if folder and not quiet and (total > 1 or report.failed or verbose or report.path):
         failed = f", {len(report.failed)} failed" if report.failed else ""
-        skipped = f", {report.skipped} there already" if report.skipped else ""
+        skipped = f", {report.skipped} already there" if report.skipped else ""
         left_out = f", {report.left_out} without a pet" if report.left_out else ""
         photos = "photo" if total == 1 else "photos"
         where = shown(report.path or folder)
@@ -784,9 +811,7 @@ def _print_photos(report: Report, folder: Path | None, verbose: bool, quiet: boo
     if verbose:
         for step, seconds in report.steps.items():
             p50, p95 = 1e3 * seconds["p50"], 1e3 * seconds["p95"]
-            click.echo(
-                f"{step:>6}: median {p50:.1f} ms, 95 % below {p95:.1f} ms, {seconds['sum']:.2f} s in all", err=True
-            )
+            click.echo(f"{step:>6}: median {p50:.1f} ms, p95 {p95:.1f} ms, total {seconds['sum']:.2f} s", err=True)
 
 
 def _took(report: Report, verbose: bool) -> str:

@@ -1,4 +1,4 @@
-"""The part of ``petseg infer`` that is about videos, cameras and network streams."""
+"""The part of ``petseg infer`` that processes videos, cameras and network streams."""
 
 from __future__ import annotations
 
@@ -36,26 +36,26 @@ if TYPE_CHECKING:
 
 __all__ = ["Output", "Videos", "check_places"]
 
-#: Seconds from one statistics event of a live source to the next.
+#: Seconds between two statistics events of a live source.
 _STATISTICS: Final = 10.0
 
-#: Seconds after the first signal in which a further one is the same: `timeout` sends its own to the process, and then
-#: to the group that this belongs to.
+#: A second signal within this many seconds counts as the first one: `timeout` signals the process, and then its process
+#: group.
 _ECHO: Final = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What is made of each video.
+    """Which result each video gets, and where.
 
     Attributes:
-        folder: Where results go; None: raw frames to standard output.
-        kind: What ``--as`` asked for.
-        format: What ``--format`` asked for, or the kind's usual one.
-        background: What ``--background`` asked for.
+        folder: The output folder; None: raw frames go to standard output.
+        kind: The value of ``--as``.
+        format: The value of ``--format``, or the default of the kind.
+        background: The value of ``--background``.
         segment: Seconds in one file.
-        audio: Pass the sound through.
-        reserved: Real paths that no further movie of a source may take.
+        audio: Copy the sound into the results.
+        reserved: Real paths that further movies of a source must not use.
     """
 
     folder: Path | None
@@ -67,11 +67,11 @@ class Output:
     reserved: frozenset[str] = frozenset()
 
     def of(self, origin: Origin, threads: int | None = None) -> VideoSink:
-        """The sink of one source.
+        """Returns the sink for one source.
 
         Args:
             origin: The source.
-            threads: CPU threads of what paints and encodes; None: all.
+            threads: CPU threads for painting and encoding; None: all.
         """
         from petseg_runtime import sinks
         from petseg_runtime.video.looks import Painter
@@ -99,26 +99,26 @@ class Output:
 
     @property
     def mask_only(self) -> bool:
-        """Whether frames are not needed in RGB: movies are painted on their YUV."""
+        """Whether frames are not needed in RGB; movies are painted in YUV."""
         from petseg_runtime.sinks import KINDS
         from petseg_runtime.video.movie import MOVIES
 
         return self.format in (*MOVIES, "ndjson") or not KINDS[self.kind].needs_photo
 
     def place(self, origin: Origin) -> Path:
-        """Where one source's results are: a file; a folder if there are several, or may be."""
+        """The path of one source's result: a file, or a folder if there are or may be several files."""
         assert self.folder is not None
         name = self.folder / origin.name
         return name.with_name(f"{name.name}.{self.format}") if self.is_one_file(origin) else name
 
     def is_one_file(self, origin: Origin) -> bool:
-        """Whether a source's result is a file, not a folder of them."""
+        """Whether the result of a source is one file, not a folder of files."""
         from petseg_runtime.video.movie import MOVIES
 
         return not origin.endless and self.segment is None and self.format in (*MOVIES, "ndjson")
 
     def _files(self, origin: Origin, place: Path) -> Iterator[Path]:
-        """The names of a source's movies, or files of lines, one after the other."""
+        """Yields the paths of a source's movies, or files of lines, in order."""
         from petseg_runtime.video.numbered import numbered, pieces
 
         if origin.endless:
@@ -132,17 +132,17 @@ class Output:
 
 @dataclass
 class Videos:
-    """A run over videos, one after the other, or over live sources, all at once.
+    """A run over videos, one after the other, or over live sources, all at the same time.
 
     Attributes:
         segmenter: The model.
-        output: What is made of them.
-        reading: Which frames are taken.
-        as_json: Tell everything as JSON on standard output.
-        quiet: Tell errors only.
-        verbose: Tell what each step took.
-        reports: What became of those that were begun.
-        skipped: How many were there already.
+        output: Which results they get, and where.
+        reading: Which frames are used.
+        as_json: Print every event as JSON on standard output.
+        quiet: Print errors only.
+        verbose: Also print the time that each step took.
+        reports: One for each source that was started.
+        skipped: How many videos had their result already.
     """
 
     segmenter: Segmenter
@@ -154,30 +154,30 @@ class Videos:
     reports: list[VideoReport] = field(default_factory=list, init=False)
     skipped: int = field(default=0, init=False)
     _streams: set[Stream] = field(default_factory=set, init=False)
-    _running: dict[str, VideoReport] = field(default_factory=dict, init=False)  # by name: what is known so far
+    _running: dict[str, VideoReport] = field(default_factory=dict, init=False)  # by name: the report so far
     _problems: list[Exception] = field(default_factory=list, init=False)
-    _states: dict[str, str] = field(default_factory=dict, init=False)  # by name: of a live source, the last
-    _told: dict[str, float] = field(default_factory=dict, init=False)  # by name: when statistics were told last
+    _states: dict[str, str] = field(default_factory=dict, init=False)  # by name: the last state of a live source
+    _reported: dict[str, float] = field(default_factory=dict, init=False)  # by name: when statistics were printed last
     _endless: bool = field(default=False, init=False)
     _signal: int | None = field(default=None, init=False)
-    _since: float = field(default=0.0, init=False)  # when that came
+    _since: float = field(default=0.0, init=False)  # when the signal came
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
-    # May be held for long: a reader may be slow.
+    # May be held for a long time if the reader of standard output is slow.
     _printing: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def run(self, origins: Sequence[Origin], items: dict[str, Item], journal: Journal | None) -> int | None:
-        """Segment them all.
+        """Segment all sources.
 
         Args:
-            origins: The sources; live ones run all at once.
-            items: The files among them, by name: for the journal, and why some cannot be read.
+            origins: The sources; live ones run at the same time.
+            items: The files among them, by name; used for the journal, and to report files that cannot be read.
             journal: Which of the files are done already.
 
         Returns:
             The exit code that a signal asks for; None: no signal came.
 
         Raises:
-            OutputError: Results of files cannot be written. Of live sources see :meth:`problem_code`.
+            OutputError: Results of files cannot be written. For live sources, see :meth:`problem_code`.
             EngineError: The engine failed.
         """
         with self._signals():
@@ -191,12 +191,14 @@ class Videos:
         return None if self._signal is None else EXITS[self._signal]
 
     def problem_code(self) -> int | None:
-        """The exit code that live sources which failed ask for, also where a signal ended the rest; None: none failed.
+        """The exit code if live sources have failed, even if a signal ended the others; None: none failed.
 
-        It is that of the first error that did not lie in a source; else it says whether some have failed, or all.
+        It is that of the first error whose cause was not the source itself; otherwise it says whether some or all
+        sources have failed.
 
         Raises:
-            Exception: The first one is no error of ours, or the reader of our output has gone away.
+            Exception: That first error, if it is no :class:`PetsegError` (the reader of standard output has gone away,
+                for example).
         """
         if self._problems:
             if isinstance(self._problems[0], PetsegError):
@@ -208,16 +210,16 @@ class Videos:
 
     @property
     def failed(self) -> list[VideoReport]:
-        """Those with an error; what was read of them is written."""
+        """The reports with an error; the frames that could be read are in the results."""
         return [report for report in self.reports if report.error]
 
     @property
     def done(self) -> int:
-        """How many came to their end."""
+        """How many sources were processed to their end."""
         return sum(not report.error and not report.stopped for report in self.reports)
 
     def summary(self) -> dict[str, int]:
-        """Counts, as JSON values."""
+        """The counts of the summary event."""
         stopped = sum(report.stopped and not report.error for report in self.reports)
         counts = {"done": self.done, "failed": len(self.failed), "stopped": stopped, "skipped": self.skipped}
         return {"count": len(self.reports) + self.skipped, **counts}
@@ -227,7 +229,7 @@ class Videos:
             from petseg_runtime.video.run import VideoReport
 
             self.reports.append(VideoReport(origin.shown, item.problem))
-            self._tell_end(origin, self.reports[-1])
+            self._print_end(origin, self.reports[-1])
             return
         if not journal or not item:
             self._one(origin)
@@ -242,7 +244,7 @@ class Videos:
             journal.add(item, result)
 
     def _all_at_once(self, origins: Sequence[Origin]) -> None:
-        # Daemons, because a second signal ends the process at once.
+        # Daemon threads, because a second signal ends the process at once.
         threads = [
             threading.Thread(target=self._live, args=(o,), name=f"petseg-{o.name}", daemon=True) for o in origins
         ]
@@ -255,10 +257,10 @@ class Videos:
     def _live(self, origin: Origin) -> None:
         try:
             self._one(origin)
-        except Exception as error:  # noqa: BLE001 (told now, raised at the end: the others go on, maybe for months)
+        except Exception as error:  # noqa: BLE001 (reported now, raised at the end: others may go on for months)
             self._problems.append(error)
-            with contextlib.suppress(OSError):  # whoever was to be told has gone away
-                self._tell_failure(origin, error)
+            with contextlib.suppress(OSError):  # the reader of the report has gone away
+                self._report_failure(origin, error)
 
     def _one(self, origin: Origin) -> VideoReport:
         from petseg_runtime.video.run import segment_video
@@ -273,8 +275,8 @@ class Videos:
             def watch(segmented: Segmented | None, report: VideoReport) -> None:
                 if segmented:
                     progress.advance(segmented)
-                    self._tell_frame(origin, segmented)
-                self._tell_statistics(origin, report)
+                    self._print_frame(origin, segmented)
+                self._print_statistics(origin, report)
 
             report = segment_video(
                 origin,
@@ -282,18 +284,18 @@ class Videos:
                 self.output.of(origin, self.segmenter.threads),
                 self.reading,
                 watch=watch,
-                tell=lambda change: self._tell_state(origin, change),
+                tell=lambda change: self._print_state(origin, change),
                 begun=begun,
                 mask_only=self.output.mask_only,
             )
         self._running[str(origin.name)] = report
         self.reports.append(report)
-        self._tell_end(origin, report)
+        self._print_end(origin, report)
         return report
 
     @property
     def _silent(self) -> bool:
-        # Nor a bar among lines of JSON on the same terminal.
+        # No progress bar among lines of JSON on the same terminal, either.
         return (
             self.quiet
             or self.output.folder is None
@@ -302,7 +304,7 @@ class Videos:
 
     @contextlib.contextmanager
     def _stoppable(self) -> Iterator[Callable[[Stream], None]]:
-        """Gives what must be told of the stream that a signal is to stop from then on."""
+        """Yields a function that registers a stream, so that signals stop it until the block ends."""
         streams: list[Stream] = []
 
         def begin(stream: Stream) -> None:
@@ -320,17 +322,17 @@ class Videos:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first Ctrl-C, SIGTERM or hang-up ends all in order, a second one of the first two at once."""
+        """Stop all streams cleanly at the first signal of :data:`EXITS`; exit at once at a second Ctrl-C or SIGTERM."""
 
         def stop(number: int, frame: object) -> None:
             now = time.monotonic()
             if self._signal is not None:
-                # Of a hang-up the system, the shell and ssh tell one after the other.
+                # The system, the shell and ssh may each send a SIGHUP.
                 if number == HANG_UP or now - self._since < _ECHO:
                     return
                 raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(EXIT_TERMINATED)
             self._since, self._signal = now, number
-            # Elsewhere, because a handler runs between any two steps of this thread, which may hold a lock just now.
+            # In another thread, because this handler interrupts the main thread, which may hold a lock just now.
             threading.Thread(target=self._stop_all, daemon=True).start()
 
         if threading.current_thread() is not threading.main_thread():
@@ -339,9 +341,9 @@ class Videos:
         with handled(stop, *EXITS):
             try:
                 yield
-            except (KeyboardInterrupt, SystemExit) as end:  # what of a file was written so far is removed by now
-                # Python's own end would write what standard output still holds: where nobody reads that, it waits for
-                # ever, and where another thread is writing there, it aborts.
+            except (KeyboardInterrupt, SystemExit) as end:  # incomplete files have been removed by now
+                # Python's own exit would flush standard output: it would wait forever if nobody reads that, and abort
+                # if another thread is writing to it.
                 os._exit(EXIT_TERMINATED if isinstance(end, SystemExit) else EXIT_INTERRUPTED)
 
     def _stop_all(self) -> None:
@@ -350,74 +352,73 @@ class Videos:
         for stream in streams:
             stream.stop()
 
-    def _tell(self, origin: Origin, event: str, **about: Any) -> None:
-        # The name, because URLs without their secrets may be alike.
+    def _print_event(self, origin: Origin, event: str, **about: Any) -> None:
+        # With the name, because two URLs may be equal without their secrets.
         source = {"input": origin.shown, "name": str(origin.name)}
         line = json.dumps({"schema_version": SCHEMA_VERSION, **source, "event": event, **about})
         with self._printing:
             click.echo(line)
 
-    def _tell_frame(self, origin: Origin, segmented: Segmented) -> None:
+    def _print_frame(self, origin: Origin, segmented: Segmented) -> None:
         if not self.as_json:
             return
         from petseg_runtime.video.sinks import frame_record
 
         record = frame_record(segmented.frame, segmented.result)
         latency = {"latency": round(time.monotonic() - segmented.frame.captured, 4)} if origin.endless else {}
-        self._tell(origin, "frame", **record, **latency)
+        self._print_event(origin, "frame", **record, **latency)
 
-    def _tell_statistics(self, origin: Origin, report: VideoReport) -> None:
-        """Of a live source every ten seconds, also while no frame comes."""
+    def _print_statistics(self, origin: Origin, report: VideoReport) -> None:
+        """Print the statistics of a live source every ten seconds, even while no frame arrives."""
         name = str(origin.name)
-        if self.as_json and origin.endless and report.seconds - self._told.get(name, 0.0) >= _STATISTICS:
-            self._told[name] = report.seconds
-            self._tell(origin, "statistics", state=self._states.get(name), **report.so_far())
+        if self.as_json and origin.endless and report.seconds - self._reported.get(name, 0.0) >= _STATISTICS:
+            self._reported[name] = report.seconds
+            self._print_event(origin, "statistics", state=self._states.get(name), **report.so_far())
 
-    def _tell_state(self, origin: Origin, change: StateChange) -> None:
+    def _print_state(self, origin: Origin, change: StateChange) -> None:
         self._states[str(origin.name)] = change.state
         if self.as_json:
             about = {name: value for name, value in vars(change).items() if value is not None}
-            self._tell(origin, "state", **about)
+            self._print_event(origin, "state", **about)
         elif not self.quiet:
             size = f", {change.width} x {change.height}" if change.width else ""
             again = f"; again in {change.retry_in:.1f} s" if change.retry_in else ""
             reason = f" ({shown(change.reason)})" if change.reason else ""
             click.echo(f"petseg: {shown(origin.shown)}: {change.state}{size}{reason}{again}", err=True)
 
-    def _tell_failure(self, origin: Origin, error: Exception) -> None:
-        """Count and tell of a live source that could not go on, for a reason that does not lie in it."""
+    def _report_failure(self, origin: Origin, error: Exception) -> None:
+        """Count and report a live source that failed for a reason other than the source itself."""
         if isinstance(error, BrokenPipeError):
-            return  # the reader has gone away, which is no error, and nobody is left to tell
+            return  # the reader has gone away: that is no failure, and nobody would read the report
         from petseg_runtime.video.run import VideoReport
 
         report = self._running.get(str(origin.name)) or VideoReport(origin.shown)
         what = str(error) if isinstance(error, PetsegError) else f"{type(error).__name__}: {error}"
         report.error = f"{origin.shown}: {what}"
-        if not any(report is counted for counted in self.reports):  # it is, where its end could not be told
+        if not any(report is counted for counted in self.reports):  # it is counted if printing its end failed
             self.reports.append(report)
-        self._tell_end(origin, report)
+        self._print_end(origin, report)
 
-    def _tell_end(self, origin: Origin, report: VideoReport) -> None:
+    def _print_end(self, origin: Origin, report: VideoReport) -> None:
         if report.error:
             click.echo(f"petseg: {shown(report.error)}", err=True)
         for note in () if self.quiet else report.notes:
             click.echo(f"petseg: {shown(origin.shown)}: {note}", err=True)
         if self.as_json:
-            self._tell(origin, "video", **report.as_json())
+            self._print_event(origin, "video", **report.as_json())
         elif not self.quiet:
             click.echo(_line(report), err=self.output.folder is None)
         if self.verbose:
             for step, taken in report.steps.items():
                 p50, p95, p99 = (1e3 * taken[p] for p in ("p50", "p95", "p99"))
                 click.echo(
-                    f"{step:>8}: median {p50:.1f} ms, 95 % below {p95:.1f}, 99 % below {p99:.1f}; "
-                    f"{taken['sum']:.2f} s in all",
+                    f"{step:>8}: median {p50:.1f} ms, p95 {p95:.1f} ms, p99 {p99:.1f} ms, total {taken['sum']:.2f} s",
                     err=True,
                 )
 
 
 def _line(report: VideoReport) -> str:
-    """What became of a video, for people."""
+    """Describes the outcome of a video, for people."""
     frames = report.frames
     where = f" -> {shown(report.paths[0])}" if report.paths else ""
     more = f" and {report.files - 1} more" if report.files > 1 else ""
@@ -431,9 +432,9 @@ def _line(report: VideoReport) -> str:
 
 
 class _Progress:
-    """A bar where people watch: of the frames that are wanted or the time that a video lasts, as far as that is known.
+    """A progress bar on a terminal, over the frames that were asked for or the duration of the video, if it is known.
 
-    Of live sources there is none: they have no end, and several would draw over each other.
+    Live sources have none: they have no end, and several bars would overwrite each other.
     """
 
     def __init__(self, origin: Origin, reading: Reading, quiet: bool) -> None:
@@ -456,12 +457,12 @@ class _Progress:
             self._bar.stop()
 
     def expect(self, seconds: float | None) -> None:
-        """So long the video lasts; None: that is not known."""
+        """Set the duration of the video; None: unknown."""
         if self._bar:
             self._bar.update(self._task, total=self._frames or seconds)
 
     def advance(self, segmented: Segmented) -> None:
-        """One frame more."""
+        """Count one more frame."""
         if self._bar:
             frame = segmented.frame
             done = frame.number + 1 if self._frames else frame.time
@@ -469,19 +470,19 @@ class _Progress:
 
 
 def check_places(output: Output, origins: Sequence[Origin], photos: Mapping[str, str], *, resume: bool) -> Output:
-    """Refuse results that would replace a source, each other, or what somebody may have put beside the sources.
+    """Reject results that would replace a source, each other, or files that somebody may have put beside the sources.
 
     Args:
-        output: What is made of the videos.
+        output: Which results the videos get, and where.
         origins: The videos.
-        photos: The photos of the same run, and where each one's result goes.
-        resume: What lies there is this run's own.
+        photos: The photos of the same run, and the path of each one's result.
+        resume: The existing results are this run's own.
 
     Returns:
-        The output, with what its further movies must not replace.
+        The output, with the paths that its further movies must not replace.
 
     Raises:
-        OutputError: They would; nothing is written yet.
+        OutputError: Results would replace something; nothing is written yet.
     """
     if output.folder is None:
         return output
@@ -494,7 +495,7 @@ def check_places(output: Output, origins: Sequence[Origin], photos: Mapping[str,
     places = {real(output.place(origin)): origin.shown for origin in origins}
     results = {real(result): photo for photo, result in photos.items()} | places
     with_sources, with_results = _folders(sources), _folders(results)
-    beside = {os.path.dirname(source) for source in sources}  # noqa: PTH120 (a text is compared, not a path)
+    beside = {os.path.dirname(source) for source in sources}  # noqa: PTH120 (strings are compared, not paths)
     for origin in origins:
         place = output.place(origin)
         there = real(place)
@@ -503,23 +504,23 @@ def check_places(output: Output, origins: Sequence[Origin], photos: Mapping[str,
         if other := with_results.get(there):
             raise OutputError(f"{place}: results of {origin.shown} and {other} would mix; use one --output for each")
         if not resume and not origin.endless and os.path.dirname(there) in beside and os.path.lexists(place):  # noqa: PTH120
-            raise OutputError(f"{place}: there already, beside the videos; move it, or choose another --output")
+            raise OutputError(f"{place}: already exists beside the videos; move it, or choose another --output")
         if origin.endless or output.is_one_file(origin):
             continue
         if source := with_sources.get(there):
             raise OutputError(
-                f"{place}: results of {origin.shown} would go among the sources, as {source}; choose another --output"
+                f"{place}: results of {origin.shown} would mix with sources such as {source}; choose another --output"
             )
         claimable(place)
     return dataclasses.replace(output, reserved=frozenset(sources.keys() | results.keys()))
 
 
 def _folders(files: Mapping[str, str]) -> dict[str, str]:
-    """All folders that files lie in, at whatever depth, each with what is said of one of these files."""
+    """Maps all folders above the files, at every level, to the value of one file in them."""
     found: dict[str, str] = {}
     for path, said in files.items():
-        folder = os.path.dirname(path)  # noqa: PTH120 (a text, one of a million)
-        while folder not in found:  # and with it all above
+        folder = os.path.dirname(path)  # noqa: PTH120 (there may be a million; strings are faster than paths)
+        while folder not in found:  # if it is there, so are all folders above it
             found[folder] = said
             folder = os.path.dirname(folder)  # noqa: PTH120
     return found

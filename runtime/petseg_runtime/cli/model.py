@@ -1,4 +1,4 @@
-"""``petseg info`` and ``petseg verify``: what a model file is, and whether it still works here."""
+"""``petseg info`` and ``petseg verify``: describe a model file, and compare it with its checkpoint on this machine."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ __all__ = ["info", "verify"]
 @click.argument("file", type=PATH, required=False)
 @click.option("--json", "as_json", is_flag=True, help=HELP["json"])
 def info(file: Path | None, as_json: bool) -> int:
-    """Say what FILE is, what it expects, where it comes from and how it was proven.
+    """Print what a model FILE is, what input it expects, where it comes from and how it was verified.
 
-    Without FILE, the model that ships with petseg.
+    Without FILE, describe the built-in model.
     """
     from petseg_runtime.artifact import default_model, open_artifact
     from petseg_runtime.verify import verified
@@ -52,12 +52,13 @@ def info(file: Path | None, as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps(record, indent=2))
     else:
-        click.echo("\n".join(f"{name:>22}  {shown(value)}" for name, value in _lines(record)))
+        # The names are shown escaped, too: some are keys of the file's own metadata.
+        click.echo("\n".join(f"{shown(name):>22}  {shown(value)}" for name, value in _lines(record)))
     return 0
 
 
 def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """What people want of a record, one thing a line."""
+    """Returns title and text of each line that describes a record."""
     spec, provenance = record["spec"], record["provenance"]
     tensors = [
         (kind, f"{t['name']}: {t['dtype']} [{', '.join(map(str, t['shape']))}]")
@@ -75,7 +76,7 @@ def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("threshold", f"{spec['threshold']:.2g} for masks, {spec['cutout_threshold']:.2g} for cutouts"),
         ("a pet is found where", _rule(spec["certain_share"])),
     ]
-    environment = record["environment"].items()  # its lists of layers and messages are for programs
+    environment = record["environment"].items()  # without its lists of layers and messages, which are for programs
     lines += [("built for", f"{k}: {_plain(v)}") for k, v in environment if v and k not in ("engine", "messages")]
     lines += [(name.replace("_", " "), str(value)) for name, value in provenance.items() if isinstance(value, str)]
     lines += [
@@ -88,7 +89,7 @@ def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _rule(certain_share: float | None) -> str:
-    """See :attr:`petseg_runtime.result.Segmentation.found`."""
+    """Describes the rule of :attr:`petseg_runtime.result.Segmentation.found`."""
     if certain_share is None:
         return "the mask is not empty (no rule was chosen for this model)"
     share = f"{100 * certain_share:.3g} %"
@@ -96,14 +97,14 @@ def _rule(certain_share: float | None) -> str:
 
 
 def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What is told of each thing that was measured, a line for each reading of the border."""
+    """Yields each measurement with its name; those with several treatments of the border class, one for each."""
     for key, value in values.items():
         readings = isinstance(value, dict) and all(isinstance(inner, dict) for inner in value.values())
         yield from ((f"{key}; {name}", inner) for name, inner in value.items()) if readings else ((key, value),)
 
 
 def _parity_lines(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """What was proven where the file was made, and what on this device."""
+    """The lines about the parity receipt of the export, and about the results of `petseg verify` on this machine."""
     lines: list[tuple[str, str]] = []
     here = (record["verified"], *record["verified"].get("others", ()))
     for title, receipt in (("parity", record["receipt"]), *(("verified here", result) for result in here)):
@@ -111,7 +112,7 @@ def _parity_lines(record: dict[str, Any]) -> list[tuple[str, str]]:
             try:
                 lines += [(title, f"{receipt['kind']}, {receipt['photos']} photos, {row['summary']}") for row in rows]
             except (KeyError, TypeError):
-                lines.append((title, "not a receipt that this version of petseg can read"))
+                lines.append((title, "this version of petseg cannot read the receipt"))
         elif receipt:
             lines.append((title, receipt.get("summary", "")))
     if record["verified"].get("rows"):
@@ -120,11 +121,11 @@ def _parity_lines(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _road_line(verified: dict[str, Any]) -> str:
-    """What a result says of the road around the network, if it does; any program may have written it."""
+    """The line about pre- and postprocessing in a result of `petseg verify`, which any program may have written."""
     road = verified.get("road")
     if not isinstance(road, dict):
-        return "not yet the road around the network, from a photo's file to its mask: run `petseg verify` again"
-    return f"the road around the network: {road.get('summary', 'not a result that this version of petseg can read')}"
+        return "pre- and postprocessing: not verified yet; run `petseg verify` again"
+    return f"pre- and postprocessing: {road.get('summary', 'this version of petseg cannot read the result')}"
 
 
 def _plain(value: Any) -> str:
@@ -132,13 +133,13 @@ def _plain(value: Any) -> str:
 
 
 def _verdict(artifact: Artifact, done: Verification, place: Path | None) -> list[tuple[str, str]]:
-    """What was found, what was allowed, of which file and where: for people, and whom they show it to."""
+    """The printed report: what was measured, which limits apply, for which file and on which machine."""
     from petseg_runtime.host import host
     from petseg_runtime.parity import SMOKE
 
     here, receipt = host(), done.network
-    does = "gives what its checkpoint gives" if receipt.passed else "does NOT give what its checkpoint gives"
-    few = f", a smoke test: {SMOKE} make a proof" if receipt.kind == "smoke" else ""
+    does = "matches its checkpoint" if receipt.passed else "does NOT match its checkpoint"
+    few = f" (a smoke test: a full one needs {SMOKE})" if receipt.kind == "smoke" else ""
     lines = [
         ("PASSED" if done.passed else "FAILED", f"{artifact.path} {does}, on {receipt.photos} photos{few}"),
         ("model", f"sha256 {artifact.identity}"),
@@ -147,25 +148,25 @@ def _verdict(artifact: Artifact, done: Verification, place: Path | None) -> list
     for row in receipt.rows:
         allowed = row.tolerance
         steps = (
-            ("at most", row.max_difference, allowed.max_difference),
-            ("in the mean", f"{row.mean_difference:.4f}", allowed.mean_difference),
-            ("99 % of pixels within", row.p99_difference, allowed.p99_difference),
+            ("maximum", row.max_difference, allowed.max_difference),
+            ("mean", f"{row.mean_difference:.4f}", allowed.mean_difference),
+            ("99th percentile", row.p99_difference, allowed.p99_difference),
         )
         ious = (
-            ("at least", row.min_mask_iou, allowed.min_mask_iou),
-            ("in the mean", row.mean_mask_iou, allowed.mean_mask_iou),
+            ("minimum", row.min_mask_iou, allowed.min_mask_iou),
+            ("mean", row.mean_mask_iou, allowed.mean_mask_iou),
         )
         lines += [
             ("engine", f"{row.engine}, computes in {row.precision}: {'passed' if row.passed else 'FAILED'}"),
             ("difference", ", ".join(f"{what} {found}/255{_limit(limit, '/255')}" for what, found, limit in steps)),
             ("masks", "IoU " + ", ".join(f"{what} {found:.4f}{_limit(limit)}" for what, found, limit in ious)),
         ]
-    lines.append(("photo road", done.road.summary))
+    lines.append(("processing", done.road.summary))
     return [*lines, ("result", f"in {place}")] if place else lines
 
 
 def _limit(allowed: float | None, unit: str = "") -> str:
-    return "" if allowed is None else f" ({allowed:g}{unit} is the limit)"
+    return "" if allowed is None else f" (limit {allowed:g}{unit})"
 
 
 @click.command()
@@ -173,8 +174,12 @@ def _limit(allowed: float | None, unit: str = "") -> str:
 @click.option("--backend", type=BACKEND, default="auto", show_default=True, help=HELP["backend"])
 @click.option("--device", default="auto", show_default=True, help=HELP["device"])
 @click.option("--threads", type=click.IntRange(min=1), help=HELP["threads"])
-@click.option("--proof", type=PATH, help="Photos and the checkpoint's answers.  [default: FILE.parity.npz]")
-@click.option("--output", type=PATH, help="Where the result goes.  [default: FILE.verified.json]")
+@click.option(
+    "--proof",
+    type=PATH,
+    help="Parity record: photos and the checkpoint's outputs for them.  [default: FILE.parity.npz]",
+)
+@click.option("--output", type=PATH, help="File for the result.  [default: FILE.verified.json]")
 @click.option("--json", "as_json", is_flag=True, help=HELP["json"])
 @click.option("-q", "--quiet", is_flag=True, help=HELP["quiet"])
 def verify(
@@ -187,13 +192,16 @@ def verify(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Run FILE on this device and compare it with what its checkpoint said when it was exported.
+    """Run FILE on this device and compare its outputs with those of its checkpoint, recorded at export.
 
-    Then the steps around the network, on sample photos: decoding, resizing and bringing a mask back to the photo's size
-    must give what they gave where petseg was made. Without FILE, the model that ships with petseg (whose result is
-    written only where --output says). Exit code 0: all is as it should be; 10: it is not, and the report says where and
-    by how much. In scripts, name the device with --device: otherwise the first engine that works is verified, which may
-    not be the one that you use.
+    Also run pre- and postprocessing on sample photos: decoding, resizing, and resizing a mask back to the photo's size
+    must give the results recorded where petseg was built. Without FILE, verify the built-in model; its result is
+    written only if --output is given.
+
+    Exit codes: 0 if everything matches; 10 if not, and the report says where and by how much.
+
+    In scripts, give the device with --device: otherwise, the first engine that works is verified, which may not be the
+    one that you use.
     """
     from petseg_runtime.artifact import default_model, open_artifact
     from petseg_runtime.verify import parts_of, record, save, sidecar_of, verify_file, with_others
@@ -201,7 +209,7 @@ def verify(
     artifact = open_artifact(file or default_model())
     place = output or (sidecar_of(artifact.path) if file else None)
     if place and place.exists() and any(place.samefile(part) for part in parts_of(artifact, proof) if part.exists()):
-        raise OutputError(f"{place}: belongs to the model, which is not written to: give another file with --output")
+        raise OutputError(f"{place}: is part of the model and must not be overwritten; choose another --output")
     done = verify_file(artifact, backend, threads, proof, device)
     receipt, result = done.network, record(artifact, done)
     result = with_others(result, artifact, place) if place else result
@@ -215,9 +223,9 @@ def verify(
         click.echo(f"petseg: {shown(failure)}", err=True)
     try:
         if place:
-            save(result, place)  # last: what was found is not lost with it
+            save(result, place)  # last, so that the report is printed even if this fails
     except OutputError as error:
         if done.passed:
             raise
-        click.echo(f"petseg: {shown(error)}", err=True)  # a file that is not as it should be matters more
+        click.echo(f"petseg: {shown(error)}", err=True)  # the failed verification matters more: it sets the exit code
     return 0 if done.passed else ParityError.exit_code

@@ -1,4 +1,4 @@
-"""What the commands share: types and texts of options, and progress where people watch."""
+"""What the commands share: option types, help texts, and the progress bar."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ __all__ = [
     *("Finite", "bar", "parse_size", "watched"),
 ]
 
-#: Of everything that is printed as JSON.
+#: Version of everything that is printed as JSON.
 SCHEMA_VERSION: Final = 1
 
-#: What the options that several commands have in common say of themselves.
+#: Help texts of options that several commands have.
 HELP: Final = {
-    "backend": "The engine: onnxruntime (ort), openvino (ov), tensorrt (trt), tensorrt-rtx (rtx).",
-    "device": "cpu, cuda[:N], intel-gpu[:N]; no other device stands in.",
-    "threads": "CPU threads.  [default: all]",
-    "json": "Everything, as one JSON object.",
-    "quiet": "Only errors.",
+    "backend": "Inference engine: auto, onnxruntime (ort), openvino (ov), tensorrt (trt) or tensorrt-rtx (rtx).",
+    "device": "auto, cpu, cuda[:N] or intel-gpu[:N]; a device given here is never replaced by another.",
+    "threads": "Number of CPU threads.  [default: all]",
+    "json": "Print everything as one JSON object.",
+    "quiet": "Print errors only.",
 }
 
-#: What engines are called for short.
+#: Short names of engines.
 _SHORT: Final = {
     "ort": "onnxruntime",
     "ov": "openvino",
@@ -43,39 +43,39 @@ _EMPTY: Final = "it is empty; is a variable not set?"
 
 
 class _Path(click.Path):
-    """A path that is not empty: a shell variable that is not set would else mean the current folder."""
+    """A path that is not empty: otherwise, an unset shell variable would mean the current folder."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """As click does; what is empty is wrong usage."""
+        """Convert as click does, but reject empty values."""
         if not os.fspath(value):
             self.fail(_EMPTY, param, ctx)
         return super().convert(value, param, ctx)
 
 
 class _Name(click.types.StringParamType):
-    """The same for what may be more than a path: a URL, a camera's number, a colour."""
+    """The same for values that need not be paths: a URL, the number of a camera, a colour."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """As click does; what is empty is wrong usage."""
+        """Convert as click does, but reject empty values."""
         if not value:
             self.fail(_EMPTY, param, ctx)
         return super().convert(value, param, ctx)
 
 
 class _Backend(_Name):
-    """An engine by its name, or by what people and export formats call it for short."""
+    """An engine by its name, or by the short name that people and export formats use."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """As click does; a name that there is not is refused by who loads the engine, and knows them."""
+        """Replace a short name by the full one; unknown names are rejected later, when the engine is loaded."""
         name = super().convert(value, param, ctx)
         return _SHORT.get(name, name)
 
 
 class Finite(click.FloatRange):
-    """A number within bounds, which NaN and infinity, where there is no upper one, are not."""
+    """A number within bounds that is neither NaN nor infinite, even without an upper bound."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """As click does; what is not finite is wrong usage."""
+        """Convert as click does, but reject NaN and infinity."""
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{number} is not a finite number.", param, ctx)
@@ -92,26 +92,26 @@ MINUTES: Final = SECONDS
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """``192`` or ``192x256`` to (height, width).
+    """Parses ``192`` or ``192x256`` into (height, width).
 
     Raises:
-        click.BadParameter: Neither form.
+        click.BadParameter: The text has neither form.
     """
     parts = text.lower().split("x")
     if len(parts) not in (1, 2) or not all(part.isdecimal() for part in parts):
-        raise click.BadParameter(f"{text!r}: HEIGHTxWIDTH is expected, for example 192x256", param_hint="--size")
+        raise click.BadParameter(f"{text!r}: expected HEIGHTxWIDTH, for example 192x256", param_hint="--size")
     return int(parts[0]), int(parts[-1])
 
 
 def watched() -> bool:
-    """Whether people see standard error, which may be closed (``2>&-``): then there is none."""
+    """Whether standard error is a terminal; it is None if it was closed (``2>&-``)."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
 def bar(*columns: ProgressColumn) -> Progress:
-    """A bar on standard error, which leaves nothing behind; without columns, with the usual ones.
+    """Returns a progress bar on standard error that is erased at its end; without columns, with rich's default ones.
 
-    What is printed meanwhile goes its own way: rich would redirect it, and click writes a part of it past that.
+    Rich's redirection of standard output and error is off: click bypasses it for a part of what it prints.
     """
     from rich.console import Console
     from rich.progress import Progress

@@ -17,7 +17,7 @@ Toy: TypeAlias = Callable[..., Any]
 
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
-    """A small photo with a pet, in a folder of its own."""
+    """A small photo with a pet, in a separate folder."""
     path = tmp_path / "in" / "cat.jpg"
     path.parent.mkdir()
     path.write_bytes(CHELSEA.read_bytes())
@@ -26,7 +26,7 @@ def photo(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reds(toy: Toy, tmp_path: Path) -> list[str]:
-    """A command for five small photos and a model that takes red for pet; but for the output and what is written."""
+    """A command for five small photos and a model for which red is pet; the caller adds the output folder."""
     (tmp_path / "photos").mkdir()
     for index in range(5):
         pixels = np.zeros((20, 30, 3), np.uint8)

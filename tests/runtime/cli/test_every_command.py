@@ -1,7 +1,8 @@
-"""What holds of every command: help, wrong usage, standard output that cannot be written to, and signals."""
+"""All commands: help, wrong usage, standard output and standard error that cannot be written to, and signals."""
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -113,11 +114,52 @@ def test_a_reader_that_was_never_there_gets_no_traceback(args: list[str]) -> Non
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("stderr", ["full", "reader gone", "closed"])
+@pytest.mark.parametrize(("args", "code"), [(["info", "none.onnx"], 4), (["info", "--nonsense"], 2)])
+def test_the_exit_code_does_not_depend_on_whether_stderr_can_be_written_to(
+    args: list[str], code: int, stderr: str
+) -> None:
+    command = [sys.executable, "-m", "petseg.cli", *args]
+    if stderr == "closed":
+        command = ["sh", "-c", 'exec "$0" "$@" 2>&-', *command]
+        assert subprocess.run(command, timeout=100).returncode == code
+        return
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as gone, Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stderr=full if stderr == "full" else gone, timeout=100)
+    assert done.returncode == code
+
+
+def test_a_signal_keeps_its_exit_code_if_stderr_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    @terminable()
+    def work() -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with pytest.raises(SystemExit) as end:
+        work()
+    assert end.value.code == 143
+
+
+def test_a_reader_that_has_gone_is_no_traceback_if_stderr_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("petseg.cli.petseg.main", broken)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run(["info"]) == 1
+
+
 def test_what_cannot_be_told_to_a_terminal_that_is_gone_is_a_hang_up(tmp_path: Path) -> None:
-    """The last words of a run that nobody has ended: they may come before the signal does."""
+    """The last output of a run may come before the signal does."""
     pty = pytest.importorskip("pty")
     mine, theirs = pty.openpty()
-    os.close(mine)  # it is not the process's own, so that no signal comes
+    os.close(mine)  # it is not the controlling terminal of the process, so no signal comes
     command = [sys.executable, "-m", "petseg.cli", "cache"]
     with subprocess.Popen(
         command, stdout=theirs, stderr=subprocess.PIPE, env={**os.environ, "HOME": str(tmp_path)}
@@ -132,7 +174,7 @@ def test_what_cannot_be_told_to_a_terminal_that_is_gone_is_a_hang_up(tmp_path: P
 def test_a_signal_that_is_sent_twice_does_not_cut_short_what_the_first_one_cleans_up(
     number: int, code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As `timeout` sends SIGTERM, and the shell and the system SIGHUP."""
+    """`timeout` sends SIGTERM twice; the shell and the system may both send SIGHUP."""
     before, cleaned_up = signal.getsignal(number), []
 
     @terminable()
@@ -155,7 +197,7 @@ def test_a_signal_that_is_sent_twice_does_not_cut_short_what_the_first_one_clean
 def test_a_signal_leaves_nothing_half_written_whatever_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
-    """A scheduler's way, or a laptop's that is closed, to end an export, an evaluation, a verification: the default
+    """A scheduler or a closed laptop may end an export, an evaluation or a verification with a signal, which by default
     would end Python at once.
     """
     path = tmp_path / "model.onnx"
@@ -172,7 +214,7 @@ def test_a_signal_leaves_nothing_half_written_whatever_the_command(
     assert list(tmp_path.iterdir()) == []
 
 
-#: A probe that says who it is, and hangs.
+#: A probe that writes its process ID, and hangs.
 HANGS = """
 import sys
 from petseg.cli import main
@@ -186,7 +228,7 @@ main()
 
 @pytest.mark.parametrize("command", ["doctor", "benchmark"])
 def test_sigterm_ends_what_a_command_has_started(tmp_path: Path, command: str) -> None:
-    """It has a session of its own, and would hear of nothing."""
+    """The child process has a separate session, so the signal would not reach it."""
     path = tmp_path / "pid"
     program = HANGS.format(path=str(path))
     with subprocess.Popen([sys.executable, "-c", program, command], stderr=subprocess.PIPE, text=True) as process:

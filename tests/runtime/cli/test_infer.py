@@ -1,4 +1,4 @@
-"""``petseg infer`` with photos: every one answered for, one line per trouble, an exit code that tells what happened."""
+"""``petseg infer`` with photos: every photo is accounted for, one line per problem, and the right exit code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Toy: TypeAlias = Callable[..., Any]
 
 @dataclass
 class Folder:
-    """A folder of odd files: name -> what its result's size (width, height) must be; and the bad ones."""
+    """A folder of unusual files: name -> expected size (width, height) of the result; and the bad files."""
 
     root: Path
     good: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -76,7 +76,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 @dataclass
 class Batch:
-    """A finished run over the odd folder."""
+    """A finished run over the folder of unusual files."""
 
     process: subprocess.CompletedProcess[str]
     records: list[dict[str, Any]]
@@ -173,9 +173,9 @@ def test_for_people_there_is_a_line_per_result_and_a_count(
 def test_all_done_is_0(photo: Path, tmp_path: Path) -> None:
     done = petseg("infer", photo, "--output", tmp_path / "out")
     assert (done.returncode, done.stderr) == (0, "")
-    assert len(done.stdout.splitlines()) == 1  # no count where there is nothing to count
+    assert len(done.stdout.splitlines()) == 1  # no count for a single photo
     with Image.open(tmp_path / "out" / "cat.png") as cutout:
-        assert cutout.mode == "RGBA"  # cutouts are what is written by default
+        assert cutout.mode == "RGBA"  # cutouts are the default
 
 
 def test_all_failed_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -311,7 +311,7 @@ def test_coco_is_one_file_for_all_photos(
 ) -> None:
     (photo.parent / "bad.jpg").write_bytes(b"no")
     out = tmp_path / "out"
-    # At this threshold the mask has no hole, which polygons could not tell.
+    # At this threshold the mask has no hole, which polygons could not represent.
     args = ["infer", str(photo.parent), "--as", kind, "--threshold", "0.25", "--json", "--output", str(out)]
     assert run(args) == 3
     failure, result, summary = map(json.loads, capsys.readouterr().out.splitlines())
@@ -328,7 +328,7 @@ def test_coco_is_one_file_for_all_photos(
 
 
 def test_a_background_says_by_itself_what_to_write(photo: Path, tmp_path: Path) -> None:
-    # Chelsea fills her photo, and an edge is soft: one whose corner is surely no pet, whatever the model.
+    # Chelsea fills her photo, and edges are soft; in this photo, a corner is certainly not pet, whatever the model.
     photo.write_bytes(CHELSEA.with_name("Abyssinian_204.jpg").read_bytes())
     with Image.new("RGB", (30, 90), "red") as beach:
         beach.save(tmp_path / "beach.png")
@@ -357,17 +357,23 @@ def test_the_format_can_be_chosen(photo: Path, tmp_path: Path, kind: str, form: 
         (["--format", "jpg"], "a cutout is not written as jpg; it can be: png, webp"),
         (["--as", "mask", "--format", "jpg"], "a mask is not written as jpg; it can be: png, webp"),
         (["--format", "mp4"], "a cutout is not written as mp4; it can be: png, webp"),
-        (["--as", "lines"], "lines are of videos; for photos, --json prints the same"),
-        (["--start", "1"], "--start is for videos and streams, and there is none"),
+        (["--as", "lines"], "--as lines is for videos; for photos, --json prints the same"),
+        (["--start", "1"], "--start is for videos and streams, and none was given"),
         (["--as", "coco-rle", "--format", "png"], "a coco-rle is not written as png; it can be: JSON only"),
         (["--as", "background"], "--background COLOUR or FILE and --as background belong together"),
         (["--as", "mask", "--background", "white"], "--background COLOUR or FILE and --as background belong together"),
         (["--as", "coco-rle", "--background", "white"], "--as background belong together"),
-        (["--threshold", "0.6"], "--threshold is for masks, and a cutout has --cutout-threshold"),
-        (["--background", "white", "--threshold", "0.6"], "and a background has --cutout-threshold"),
-        (["--as", "mask", "--cutout-threshold", "0.1"], "--cutout-threshold is for cutouts and backgrounds; mask has"),
-        (["--fast-decode"], "--fast-decode is for photos of which only the mask is written (--as mask, probability, "),
-        (["--as", "overlay", "--fast-decode"], "--fast-decode is for photos of which only the mask is written"),
+        (["--threshold", "0.6"], "--threshold is for masks; for --as cutout, use --cutout-threshold"),
+        (["--background", "white", "--threshold", "0.6"], "for --as background, use --cutout-threshold"),
+        (
+            ["--as", "mask", "--cutout-threshold", "0.1"],
+            "is for cutouts and backgrounds; for --as mask, use --threshold",
+        ),
+        (["--fast-decode"], "whose result does not contain the photo itself (--as mask, probability, "),
+        (
+            ["--as", "overlay", "--fast-decode"],
+            "--fast-decode is for photos whose result does not contain the photo itself",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -390,7 +396,7 @@ def test_a_background_that_is_neither_colour_nor_file_is_1(
 
 
 def test_regions_smaller_than_asked_for_are_dropped(toy: Toy, tmp_path: Path) -> None:
-    """The toy takes red for pet; of the photo, 6 per cent are one red square, and 0.2 per cent another."""
+    """For the toy, red is pet; one red square has 6 per cent of the photo, another one 0.2 per cent."""
     model = str(toy(tmp_path / "toy.onnx", height=64, width=64).path)
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[8:24, 8:24, 0] = pixels[50:53, 50:53, 0] = 255
@@ -473,7 +479,7 @@ def test_with_both_thresholds_a_cutout_and_what_is_said_of_it_have_each_their_ow
 
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
-    """A JPEG that may be decoded at an eighth of its size for the toy's 16 x 32, full of what is lost by that."""
+    """A JPEG that may be decoded at an eighth of its size for the toy's 16 x 32, full of detail that this loses."""
     pixels = np.random.default_rng(0).integers(0, 256, (480, 960, 3), dtype=np.uint8)
     (tmp_path / "in").mkdir()
     Image.fromarray(pixels).save(tmp_path / "in" / "large.jpg", quality=95)
@@ -519,7 +525,7 @@ def test_without_a_threshold_the_models_own_is_used(photo: Path, tmp_path: Path)
 
 
 def test_quiet_says_nothing_of_what_went_well(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Image.new("RGBA", (30, 20)).save(photo.parent / "clear.png")  # would be noted
+    Image.new("RGBA", (30, 20)).save(photo.parent / "clear.png")  # would print a note
     assert run(["infer", str(photo.parent), "-q", "--output", str(tmp_path / "out")]) == 0
     assert capsys.readouterr() == ("", "")
     (photo.parent / "bad.jpg").write_bytes(b"no")
@@ -541,7 +547,7 @@ def test_verbose_names_what_runs_it_on_stderr_and_the_time_it_took(
     assert " in onnxruntime " in first
     assert first.endswith(" on cpu, f32, 1 threads")
     assert [line.split(":")[0].strip() for line in steps] == ["read", "infer", "write"]
-    assert all(re.search(r": median [\d.]+ ms, 95 % below [\d.]+ ms, [\d.]+ s in all$", line) for line in steps)
+    assert all(re.search(r": median [\d.]+ ms, p95 [\d.]+ ms, total [\d.]+ s$", line) for line in steps)
     assert "photos/s" in out
 
 
@@ -636,7 +642,7 @@ def test_where_there_is_no_pet_there_is_no_box(toy: Toy, tmp_path: Path, capsys:
     record = json.loads(capsys.readouterr().out.splitlines()[0])
     assert (record["found"], record["box"], record["coverage"]) == (False, None, 0)
     assert run(command) == 0
-    assert capsys.readouterr().out.endswith("sky.png  no pet, it seems\n")
+    assert capsys.readouterr().out.endswith("sky.png  no pet found\n")
 
 
 # ------------------------------------------------------------------------------------------- photos without a pet
@@ -644,7 +650,7 @@ def test_where_there_is_no_pet_there_is_no_box(toy: Toy, tmp_path: Path, capsys:
 
 @pytest.fixture
 def some(reds: list[str], tmp_path: Path) -> list[str]:
-    """The five red photos, and two blue ones without a pet between and behind them."""
+    """The five red photos, and two blue ones without a pet, between and after them."""
     for name in ("1-blue.png", "9-blue.png"):
         Image.new("RGB", (30, 20), "blue").save(tmp_path / "photos" / name)
     return reds
@@ -657,7 +663,7 @@ def test_of_photos_without_a_pet_nothing_is_written_where_that_is_asked(
     assert run([*some, str(out), "--only-found"]) == 0
     assert files(out) == {JOURNAL, *(f"{index}.png" for index in range(5))}
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == f"{tmp_path / 'photos' / '1-blue.png'}  no pet: nothing written"
+    assert lines[1] == f"{tmp_path / 'photos' / '1-blue.png'}  no pet found, nothing written"
     assert lines[-1] == f"7 photos: 5 written to {out}, 2 without a pet"
     assert run([*some, str(tmp_path / "json"), "--only-found", "--json"]) == 0
     *records, summary = map(json.loads, capsys.readouterr().out.splitlines())
@@ -683,7 +689,7 @@ def test_a_run_that_goes_on_knows_what_was_left_out_and_what_was_asked(
     (out / "3.png").unlink()
     capsys.readouterr()
     assert run([*some, str(out), "--only-found", "--resume"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"7 photos: 1 written to {out}, 6 there already"
+    assert capsys.readouterr().out.splitlines()[-1] == f"7 photos: 1 written to {out}, 6 already there"
     assert run([*some, str(out), "--resume"]) == 6
     assert "only_found was True, now None" in capsys.readouterr().err
 
@@ -697,7 +703,7 @@ def test_in_coco_a_photo_without_a_pet_is_one_that_was_looked_at(
     file = json.loads((tmp_path / "out" / "annotations.json").read_text(encoding="utf-8"))
     assert len(file["images"]) == 7
     large = [4 + index for index in range(5) if (6 + index) * 15 / 600 > 0.2]
-    assert len(file["annotations"]) == len(large) < 5, "of a mask that is no pet by the rule there is none either"
+    assert len(file["annotations"]) == len(large) < 5, "a mask without a pet by the rule has no annotation"
 
 
 def test_what_is_there_already_stays_though_there_is_no_pet(some: list[str], tmp_path: Path) -> None:
@@ -712,7 +718,7 @@ def test_without_a_pet_standard_output_stays_empty_and_stderr_says_why(some: lis
     blue = tmp_path / "photos" / "9-blue.png"
     done = petseg("infer", blue, *some[2:4], "--output", "-", "--only-found")
     assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr == f"petseg: {blue}: no pet: nothing written\n"
+    assert done.stderr == f"petseg: {blue}: no pet found, nothing written\n"
     assert petseg("infer", blue, *some[2:4], "--output", "-", "--only-found", "-q").stderr == ""
 
 
@@ -743,7 +749,7 @@ def test_results_do_not_go_among_the_photos_that_are_searched(
     with Image.open(sub / "1.png") as kept:
         assert kept.getpixel((0, 0)) == (255, 0, 0)
     (sub / "1.png").unlink()
-    for _ in range(2):  # its own results it knows
+    for _ in range(2):  # it recognises its own results
         assert run([*reds, str(sub)]) == 0
     assert files(sub) == {*before, JOURNAL}
 
@@ -826,7 +832,7 @@ def test_a_name_that_is_no_utf_8_is_shown_escaped_and_segmented(photo: Path, tmp
         Path(os.fsdecode(odd)).write_bytes(photo.read_bytes())
     except OSError:
         pytest.skip("this file system takes only UTF-8")
-    # A terminal in a UTF-8 locale refuses what cannot be encoded; the C locale would let it pass.
+    # In a UTF-8 locale, writing undecodable names to a terminal fails; in the C locale, it would not.
     done = petseg("infer", photo.parent, "--output", tmp_path / "out", env={"PYTHONIOENCODING": "utf-8:strict"})
     assert done.returncode == 0
     assert "caf\\udce9.jpg -> " in done.stdout
@@ -854,14 +860,14 @@ def segmented(photo: Path, out: Path, *options: str) -> np.ndarray:
 
 
 def test_infer_takes_the_size_that_is_asked_for(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The toy's answer is the photo's red, which a larger input keeps and a smaller one blurs."""
+    """The toy returns the red channel, which a larger input preserves and a smaller one blurs."""
     model = str(toy(tmp_path / "toy.onnx", dynamic_size=True).path)
     pixels = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
     photo = tmp_path / "photo.png"
     Image.fromarray(pixels).save(photo)
     exact = segmented(photo, tmp_path / "a", "--model", model, "--size", "48x80", "--keep-doubtful")
     np.testing.assert_array_equal(exact, pixels[..., 0])
-    said = "petseg: --size 48 x 80: the model's own is 16 x 32; at another its masks may be much worse\n"
+    said = "petseg: --size 48 x 80: the model is for 16 x 32; at other sizes, its masks may be much worse\n"
     assert capsys.readouterr().err == said
     own = segmented(photo, tmp_path / "b", "--model", model)
     np.testing.assert_array_equal(own, segmented(photo, tmp_path / "c", "--model", model, "--size", "16x32"))

@@ -23,7 +23,7 @@ from petseg_runtime.journal import JOURNAL
 
 
 def on_a_terminal(*command: str) -> str:
-    """What a command that ends well shows there, line by line, without colours."""
+    """The lines that a successful command shows on a terminal, without colours."""
     pty = pytest.importorskip("pty")
     mine, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
@@ -36,7 +36,7 @@ def on_a_terminal(*command: str) -> str:
 
 
 def test_on_a_terminal_lines_stand_above_the_bar(reds: list[str], tmp_path: Path) -> None:
-    """And are whole: nothing of the bar is before them."""
+    """Nothing of the progress bar precedes them on their line."""
     text = on_a_terminal(*reds, str(tmp_path / "out"))
     for number in range(5):
         source, result = tmp_path / "photos" / f"{number}.png", tmp_path / "out" / f"{number}.png"
@@ -51,7 +51,7 @@ def test_the_bar_of_a_run_that_goes_on_is_of_what_is_left(reds: list[str], tmp_p
     text = on_a_terminal(*reds, str(tmp_path / "out"), "--resume")
     assert re.search(r"segmenting .*100%", text), text
     (tmp_path / "out" / "1.png").unlink()
-    assert "segmenting" not in on_a_terminal(*reds, str(tmp_path / "out"), "--resume"), "of one there is none"
+    assert "segmenting" not in on_a_terminal(*reds, str(tmp_path / "out"), "--resume"), "no bar for one photo"
 
 
 def test_a_closed_standard_output_and_a_terminal(reds: list[str], tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_full_disk_behind_standard_output_is_6(reds: list[str], tmp_path: Path
     ("closed", "code", "said"),
     [
         ("<&-", 1, "petseg: standard input (-) is closed: pipe something into it, or name a file\n"),
-        (">&-", 6, "petseg: standard output is closed: give a folder with --output\n"),
+        (">&-", 6, "petseg: standard output is closed; give a folder with --output\n"),
     ],
 )
 def test_a_closed_standard_stream_is_told_in_one_line(closed: str, code: int, said: str) -> None:
@@ -121,7 +121,7 @@ def test_a_closed_standard_stream_is_told_in_one_line(closed: str, code: int, sa
 
 
 def test_a_closed_standard_error_is_no_reason_to_stop(reds: list[str], tmp_path: Path) -> None:
-    """As of some services: there is nobody to show a bar to, and nothing else is missing."""
+    """As in some services: without standard error there is no progress bar, and nothing else changes."""
     command = [sys.executable, "-m", "petseg.cli", *reds, str(tmp_path / "out")]
     shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
     done = subprocess.run(shell, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, timeout=100)
@@ -130,7 +130,7 @@ def test_a_closed_standard_error_is_no_reason_to_stop(reds: list[str], tmp_path:
 
 
 class Stdin:
-    """Standard input, in a test."""
+    """A replacement for standard input."""
 
     def __init__(self, data: bytes) -> None:
         self.buffer = io.BytesIO(data)
@@ -156,7 +156,7 @@ def test_with_an_output_standard_input_becomes_a_file(
 def test_what_needs_a_folder_is_2_on_standard_output(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str]
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", None)  # it is not even read
+    monkeypatch.setattr(sys, "stdin", None)  # standard input is not even read
     assert run(["infer", "-", *options]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -199,7 +199,7 @@ def test_a_reader_that_goes_away_gets_no_traceback_and_leaves_no_part(tmp_path: 
         process.wait(timeout=100)
     assert "Traceback" not in err
     assert "Exception ignored" not in err
-    assert len(list((tmp_path / "out").iterdir())) < 50  # it stopped early, as it should
+    assert len(list((tmp_path / "out").iterdir())) < 50  # it stopped early
     assert parts(tmp_path) == []
 
 
@@ -237,7 +237,7 @@ def test_a_closed_terminal_leaves_whole_results_and_nothing_half_written(tmp_pat
     for index in range(300):
         (folder / f"{index:03d}.jpg").symlink_to(CHELSEA)
     mine, theirs = pty.openpty()
-    # The terminal becomes the process's own, as that of a login.
+    # The terminal becomes the controlling terminal of the process, as after a login.
     program = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); import petseg.cli as c; c.main()"
     command = [sys.executable, "-c", program, "infer", str(folder), "--as", "overlay", "--output", str(out)]
     terminal = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)

@@ -1,4 +1,4 @@
-"""``petseg infer --resume``: a run goes on where it was, and another one is told from it."""
+"""``petseg infer --resume``: continues an interrupted run, and rejects runs with other settings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_run_that_goes_on_says_what_was_there_already(
     assert run([*reds, str(out), "--resume"]) == 0
     line, count = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{tmp_path / 'photos' / '1.png'} -> {out / '1.png'}  ")
-    assert count == f"5 photos: 1 written to {out}, 4 there already"
+    assert count == f"5 photos: 1 written to {out}, 4 already there"
     assert run([*reds, str(out), "--resume", "--json"]) == 0
     (summary,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert (summary["photos"], summary["done"], summary["failed"], summary["skipped"]) == (5, 0, 0, 5)
@@ -43,7 +43,7 @@ def test_where_some_were_there_already_a_failure_is_3(reds: list[str], tmp_path:
 def test_a_run_goes_on_however_its_folder_is_spelled(
     reds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And where nothing that is noted helps, it says so."""
+    """And a note is printed if the journal has no result for the photos."""
     out = str(tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     reds[1] = "photos"
@@ -54,11 +54,11 @@ def test_a_run_goes_on_however_its_folder_is_spelled(
         capsys.readouterr()
         assert run([*reds, out, "--resume"]) == 0
         printed = capsys.readouterr()
-        assert printed.out.splitlines()[-1] == f"5 photos: 0 written to {out}, 5 there already"
+        assert printed.out.splitlines()[-1] == f"5 photos: 0 written to {out}, 5 already there"
         assert printed.err == ""
     shutil.copytree(tmp_path / "photos", tmp_path / "copy")
     reds[1] = str(tmp_path / "copy")
-    why = "the 5 results noted there are of other files, or of these before they changed: all are done anew"
+    why = "the 5 results noted there are of other files, or of these before they changed; all are processed again"
     for options, said in ([], f"petseg: {Path(out) / JOURNAL}: {why}\n"), (["-q"], ""):
         assert run([*reds, out, "--resume", *options]) == 0
         assert capsys.readouterr().err == said
@@ -140,7 +140,7 @@ def test_a_format_of_videos_counts_where_there_are_some(
     command += ["--output", str(tmp_path / "out")]
     assert run(command) == 3
     capsys.readouterr()
-    assert run([*command, "--resume", "--format", "png"]) == 6  # of photos the usual one, of videos not
+    assert run([*command, "--resume", "--format", "png"]) == 6  # png is the default for photos, but not for videos
     assert "video_format was 'mp4', now 'png'" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""``petseg infer`` with videos: every one answered for, stopped in order, resumed; what cannot be is refused."""
+"""``petseg infer`` with videos: all are accounted for, stopped cleanly and resumed; invalid requests are rejected."""
 
 from __future__ import annotations
 
@@ -53,20 +53,20 @@ def frames_in(path: Path) -> int:
 
 
 def tree(folder: Path) -> list[str]:
-    """All files below, hidden ones too, but for the mark that a folder of numbered files is petseg's."""
+    """All files in a folder, with hidden ones, except for the markers of folders of numbered files."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != OWN)
     return sorted(str(path.relative_to(folder)) for path in files)
 
 
 @pytest.fixture(scope="session")
 def model(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Pet is what is red."""
+    """A model for which red is pet."""
     return str(toy(tmp_path_factory.mktemp("model") / "toy.onnx", height=HEIGHT, width=WIDTH).path)
 
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``short.mp4`` of 20 frames, ``long.mp4`` of 1500, ``cut.mp4``, which is damaged behind its half."""
+    """``short.mp4`` with 20 frames, ``long.mp4`` with 1500, and ``cut.mp4``, the second half of which is damaged."""
     folder = tmp_path_factory.mktemp("clips")
     write_clip(folder / "short.mp4", 20)
     write_clip(folder / "long.mp4", 1500)
@@ -77,7 +77,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cut(path: Path) -> bytes:
-    """An MP4 whose index is at its front, cut in the middle of its frames."""
+    """An MP4 with its index first, truncated in the middle of its frames."""
     front = path.with_name("front.mp4")
     with av.open(str(path)) as source, av.open(str(front), "w", options={"movflags": "faststart"}) as file:
         stream = file.add_stream_from_template(source.streams.video[0], opaque=True)
@@ -95,7 +95,7 @@ def infer(*args: object) -> int:
 
 @dataclass
 class Command:
-    """The real command in a process of its own."""
+    """The real command in a separate process."""
 
     process: subprocess.Popen[str]
 
@@ -110,7 +110,7 @@ class Command:
 
 @pytest.fixture
 def start(model: str) -> Iterator[Callable[..., Command]]:
-    """Starts ``petseg infer``. Whoever does not read its standard output brings it to a halt: the pipe is full."""
+    """Starts ``petseg infer``; it blocks when the pipe is full unless the caller reads its standard output."""
     begun: list[subprocess.Popen[str]] = []
 
     def begin(*args: object, **options: Any) -> Command:
@@ -135,7 +135,7 @@ def events(out: str) -> list[dict[str, Any]]:
 
 
 def mixed(folder: Path, clips: Path) -> Path:
-    """Photos and videos with the same stems, broken ones, sub-folders."""
+    """Photos and videos with the same stems, damaged files, subfolders."""
     write = {"a/clip.mp4": "short.mp4", "a/clip.mov": "short.mp4", "b/x.mp4": "short.mp4", "cut.mp4": "cut.mp4"}
     for name, source in write.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,7 @@ def test_one_odd_video_does_not_end_a_folder(
     tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
-    write_clip(source / "a.mkv", 2, sound=None, size=(16, 16400), codec="libvpx-vp9")  # H.264 ends at 16384
+    write_clip(source / "a.mkv", 2, sound=None, size=(16, 16400), codec="libvpx-vp9")  # H.264 allows 16384 at most
     for name in ("0.mp4", "b.mp4"):
         shutil.copy(clips / "short.mp4", source / name)
     assert infer(source, "--as", "mask", "--model", model, "--output", out) == 3
@@ -217,7 +217,7 @@ def test_one_odd_video_does_not_end_a_folder(
     assert told.startswith(f"petseg: {source / 'a.mkv'}: its result {out / 'a.mp4'} cannot be written (")
     assert tree(out) == [JOURNAL, "0.mp4", "b.mp4"]
     for line in (out / JOURNAL).read_text().splitlines()[1:]:
-        assert json.loads(line)["name"] in ("0", "b"), "with --resume it is tried again"
+        assert json.loads(line)["name"] in ("0", "b"), "--resume tries it again"
 
 
 def test_a_background_is_decoded_once(tmp_path: Path, clips: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +237,7 @@ def test_a_background_is_decoded_once(tmp_path: Path, clips: Path, model: str, m
 
 
 def test_places_of_many_videos_and_photos_are_checked_without_comparing_all_with_all(tmp_path: Path) -> None:
-    """Compared with each other, these would take minutes."""
+    """Pairwise comparison would take minutes."""
     count = 30_000
     origins = [Origin(f"in/{n}.mp4", f"in/{n}.mp4", PurePath(f"{n}")) for n in range(count)]
     photos = {f"in/{n}.jpg": str(tmp_path / "out" / f"{n}.jpg.png") for n in range(count)}
@@ -355,9 +355,9 @@ def test_the_output_may_lie_in_the_source_which_is_not_read_again(tmp_path: Path
     [
         (["--as", "mask"], "clip.mp4", "would replace a source"),
         (["--as", "mask"], None, "would replace a source"),
-        (["--as", "cutout"], "clip.webm", "there already, beside the videos"),
-        (["--as", "mask", "--segment", "1"], "clip/0001.mp4", "there already, beside the videos"),
-        (["--as", "mask", "--format", "png"], "clip/000000.png", "there already, beside the videos"),
+        (["--as", "cutout"], "clip.webm", "already exists beside the videos"),
+        (["--as", "mask", "--segment", "1"], "clip/0001.mp4", "already exists beside the videos"),
+        (["--as", "mask", "--format", "png"], "clip/000000.png", "already exists beside the videos"),
     ],
 )
 def test_a_result_never_replaces_what_lies_beside_the_source(
@@ -405,15 +405,15 @@ def test_frames_that_change_their_size_never_replace_another_result(tmp_path: Pa
 @pytest.mark.parametrize(
     ("asked", "why", "result"),
     [
-        (["--as", "coco-rle"], "coco-rle is of photos", "annotations.json"),
+        (["--as", "coco-rle"], "--as coco-rle is for photos", "annotations.json"),
         (["--as", "mask", "--only-found"], "--only-found is for photos", "photo.png"),
-        (["--as", "overlay", "--format", "webp"], "overlay of a video is not written as webp", "photo.webp"),
+        (["--as", "overlay", "--format", "webp"], "--as overlay of a video cannot be written as webp", "photo.webp"),
     ],
 )
 def test_videos_that_are_found_beside_photos_are_passed_over_where_they_cannot_become_what_is_asked(
     tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str], asked: list[str], why: str, result: str
 ) -> None:
-    """As each Live Photo of a phone has one beside it; one that is named is refused, and so are videos alone."""
+    """As beside Live Photos; a video given by name is an error, and so are videos alone."""
     source = tmp_path / "in"
     source.mkdir()
     Image.fromarray(picture(0)).save(source / "photo.png")
@@ -421,7 +421,7 @@ def test_videos_that_are_found_beside_photos_are_passed_over_where_they_cannot_b
         shutil.copy(clips / "short.mp4", source / name)
     words = [*asked, "--model", model, "--output", tmp_path / "out"]
     assert infer(source, *words) == 0
-    assert capsys.readouterr().err.startswith(f"petseg: passed over {source / 'a.mov'} and 1 more videos: {why}")
+    assert capsys.readouterr().err.startswith(f"petseg: {source / 'a.mov'} and 1 more: skipped: {why}")
     assert tree(tmp_path / "out") == [JOURNAL, result]
     assert infer(source, source / "b.mov", *words) == 2
     assert f"petseg: {source / 'b.mov'}: {why}" in capsys.readouterr().err
@@ -430,7 +430,7 @@ def test_videos_that_are_found_beside_photos_are_passed_over_where_they_cannot_b
     assert f"petseg: {source / 'a.mov'}: {why}" in capsys.readouterr().err
 
 
-#: The signals that end a run in order, each with its exit code.
+#: The signals that stop a run cleanly, each with its exit code.
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
@@ -457,7 +457,7 @@ def test_a_signal_ends_a_long_file_in_order(
 
 def test_a_terminal_that_is_closed_ends_a_long_file_in_order(tmp_path: Path, clips: Path, model: str) -> None:
     mine, theirs = pty.openpty()
-    # The terminal becomes the process's own, as that of a login.
+    # The terminal becomes the controlling terminal of the process, as after a login.
     program = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from petseg.cli import main; main()"
     words = ["infer", str(clips / "long.mp4"), "--as", "overlay", "--output", str(tmp_path), "--model", model]
     terminal = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
@@ -510,7 +510,7 @@ def test_the_second_signal_ends_it_at_once_and_leaves_nothing(
 ) -> None:
     command = start(clips / "long.mp4", "--as", "overlay", "--output", tmp_path, "--json")
     assert command.process.stdout
-    fcntl.fcntl(command.process.stdout, fcntl.F_SETPIPE_SZ, 4096)  # full after some thirty frames
+    fcntl.fcntl(command.process.stdout, fcntl.F_SETPIPE_SZ, 4096)  # full after about thirty frames
     command.lines(5)
     wait_until_full(command.process.stdout.fileno())
     command.process.send_signal(number)
@@ -522,7 +522,7 @@ def test_the_second_signal_ends_it_at_once_and_leaves_nothing(
     assert tree(tmp_path) == []
 
 
-#: A camera for every machine.
+#: A live source that works on every machine.
 CAMERA = "lavfi:testsrc=size=64x48:rate=50,realtime"
 
 
@@ -547,7 +547,7 @@ def test_the_second_signal_ends_it_at_once_though_nobody_reads_what_it_says(
 
 
 def wait_until_full(pipe: int) -> None:
-    """Until a pipe of a page holds most of that, and no more comes."""
+    """Waits until a pipe of one page is nearly full, and nothing more arrives."""
     before, end = -1, time.monotonic() + 60
     while (
         held := int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
@@ -563,7 +563,7 @@ import signal
 from petseg.cli import main
 from petseg_runtime.cli.infer_video import Videos
 
-tell = Videos._tell_frame
+tell = Videos._print_frame
 
 def interrupted(self, origin, segmented):
     tell(self, origin, segmented)
@@ -571,7 +571,7 @@ def interrupted(self, origin, segmented):
         signal.raise_signal({number})
         signal.raise_signal({number})
 
-Videos._tell_frame = interrupted
+Videos._print_frame = interrupted
 main()
 """
 
@@ -663,10 +663,10 @@ def test_numbered_files_never_go_among_the_sources(
     tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--as", "mask", "--format", "png", "--output", tmp_path, "--model", model]
-    assert infer(clips / "short.mp4", *options) == 0  # so that the folder is petseg's own
+    assert infer(clips / "short.mp4", *options) == 0  # so that the folder is marked as petseg's
     photos = {path: path.read_bytes() for path in (tmp_path / "short").glob("*.png")}
     assert infer(clips / "short.mp4", tmp_path / "short", *options, "--max-frames", 3) == 6
-    assert "would go among the sources" in capsys.readouterr().err
+    assert "would mix with sources such as" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "short").glob("*.png")} == photos
 
 
@@ -685,7 +685,7 @@ def test_pieces_of_a_longer_run_are_gone_too(tmp_path: Path, clips: Path, model:
 def assert_full(command: Command, out: Path, name: str) -> None:
     _, err, code = command.end()
     assert code == 6
-    # The engine's cache is full, too, which is a note.
+    # The disk of the engine's cache is full, too, which causes a note.
     last = err.splitlines()[-1]
     assert re.fullmatch(rf"petseg: {re.escape(str(out / name))}: cannot be written \(File too large\)", last)
 
@@ -701,7 +701,7 @@ def test_a_full_disk_is_6_and_leaves_no_part(
     options = ["--as", kind, "--output", tmp_path / "out"]
     assert_full(start(clips / "long.mp4", *options, preexec_fn=limit, env=environment), tmp_path / "out", name)
     assert tree(tmp_path / "out") == []
-    assert (tmp_path / "out").is_dir(), "it had begun"
+    assert (tmp_path / "out").is_dir(), "it had started"
 
 
 def test_a_disk_that_fills_up_keeps_the_pictures_that_are_whole(
@@ -792,7 +792,7 @@ def test_a_reader_that_goes_away_is_no_error_of_ours(clips: Path, start: Callabl
 def test_one_thread_is_one_for_each_step_that_works_at_the_same_time(
     tmp_path: Path, clips: Path, model: str, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Those of Python: the decoder's, the engine's, and the one that writes. FFmpeg and the engine start none."""
+    """Python's threads: the decoder's, the engine's, and the writer's. FFmpeg and the engine start none."""
 
     def foreign() -> int:
         return len(list(Path("/proc/self/task").iterdir())) - threading.active_count()
@@ -803,7 +803,7 @@ def test_one_thread_is_one_for_each_step_that_works_at_the_same_time(
 
     real, seen = movie.MovieSink.write, list[int]()
     monkeypatch.setattr(movie.MovieSink, "write", write)
-    # Not of the results' format, so that frames are converted for them, too.
+    # Not in the results' pixel format, so that frames are converted for them, too.
     clip = write_clip(tmp_path / "clip.mp4", 40, sound=None, size=(480, 640), pixels="yuv444p")
     for number, threads in enumerate((4, 1)):
         before = foreign()
@@ -838,7 +838,7 @@ def test_events_of_a_stream_account_for_every_frame(
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Slow(Stream):
-        """Nothing is taken until frames have been dropped."""
+        """Takes no frame until some have been dropped."""
 
         def __iter__(self) -> Iterator[Segmented]:
             while not self.counts.dropped and self.counts.decoded < 30:
@@ -860,7 +860,7 @@ def test_events_of_a_stream_account_for_every_frame(
     numbers = [event["number"] for event in frames]
     assert len(numbers) == video["written"]
     assert numbers == sorted(set(numbers))
-    assert numbers[-1] == 29, "the latest is never dropped"
+    assert numbers[-1] == 29, "the newest is never dropped"
     assert all(event["latency"] >= 0 for event in frames)
     (file,) = video["paths"]
     assert frames_in(Path(file)) == video["written"]
@@ -885,7 +885,7 @@ def test_sources_that_are_shown_alike_have_names_and_statistics_of_their_own(
     for name, video in by_name.items():
         own = [event for event in told if event["name"] == name]
         kinds = collections.Counter(event["event"] for event in own)
-        assert kinds.pop("statistics") >= video["written"]  # more where it takes long to begin
+        assert kinds.pop("statistics") >= video["written"]  # more if the start takes long
         assert kinds == {"state": 3, "frame": video["written"], "video": 1}
         assert {event["width"] for event in own if event["event"] == "frame"} == {
             WIDTH + 16 * sorted(by_name).index(name)
@@ -968,25 +968,29 @@ def test_a_closed_standard_error_is_no_reason_to_stop(tmp_path: Path, clips: Pat
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        (["{photo}", "--start", "1"], 2, "--start is for videos and streams, and there is none"),
-        (["{photo}", "--no-audio"], 2, "--no-audio is for videos and streams, and there is none"),
-        (["{photo}", "--as", "lines"], 2, "lines are of videos; for photos, --json prints the same"),
+        (["{photo}", "--start", "1"], 2, "--start is for videos and streams, and none was given"),
+        (["{photo}", "--no-audio"], 2, "--no-audio is for videos and streams, and none was given"),
+        (["{photo}", "--as", "lines"], 2, "--as lines is for videos; for photos, --json prints the same"),
         (["{photo}", "--input-option", "a=b"], 2, "--input-option is for cameras, streams and other URLs"),
         (["{clip}", "--input-option", "a=b"], 2, "--input-option is for cameras, streams and other URLs"),
-        (["{clip}", "--input-option", "ab"], 2, "NAME=VALUE is expected"),
+        (["{clip}", "--input-option", "ab"], 2, "expected NAME=VALUE"),
         (["{clip}", "--stall", "3"], 2, "--stall is for cameras, streams and other URLs"),
-        (["{clip}", "--give-up", "3"], 2, "--give-up is for cameras and streams, and there is none"),
-        (["lavfi:testsrc", "--start", "3"], 2, "--start is for what has an end, and there is none"),
+        (["{clip}", "--give-up", "3"], 2, "--give-up is for cameras and streams, and none was given"),
+        (["lavfi:testsrc", "--start", "3"], 2, "--start is for sources that have an end, and none was given"),
         (["lavfi:testsrc", "--resume"], 2, "--resume is for files"),
         (["lavfi:testsrc", "{clip}"], 2, "live sources run until they are stopped"),
         (["lavfi:testsrc", "{photo}"], 2, "live sources run until they are stopped"),
         (["{clip}", "--raw", "64x48@25"], 2, "give - as a source, once"),
         (["-", "--raw", "64x48"], 2, "WIDTHxHEIGHT@RATE is expected"),
-        (["{clip}", "--only-found"], 2, "clip.mp4: --only-found is for photos; give videos and streams to another run"),
+        (
+            ["{clip}", "--only-found"],
+            2,
+            "clip.mp4: --only-found is for photos; process videos and streams in another run",
+        ),
         (["{photo}", "{clip}", "--only-found"], 2, "--only-found is for photos"),
-        (["{clip}", "--as", "coco-rle"], 2, "clip.mp4: coco-rle is of photos; a video can be: mask, "),
-        (["{clip}", "--as", "mask", "--format", "webm"], 2, "it can be: mp4, png"),
-        (["{clip}", "--as", "cutout", "--format", "mp4"], 2, "it can be: webm, png, webp"),
+        (["{clip}", "--as", "coco-rle"], 2, "clip.mp4: --as coco-rle is for photos; for videos, choose one of: mask, "),
+        (["{clip}", "--as", "mask", "--format", "webm"], 2, "choose one of: mp4, png"),
+        (["{clip}", "--as", "cutout", "--format", "mp4"], 2, "choose one of: webm, png, webp"),
         (
             ["{clip}", "--as", "mask", "--format", "png", "--segment", "2"],
             2,
@@ -1000,7 +1004,7 @@ def test_a_closed_standard_error_is_no_reason_to_stop(tmp_path: Path, clips: Pat
         (["{clip}", "--as", "mask", "--output", "-", "--format", "mp4"], 2, "give a folder with --output"),
         (["{clip}", "--as", "lines", "--output", "-"], 2, "give a folder with --output"),
         (["{clip}", "--output", "-", "--json"], 2, "give a folder with --output"),
-        (["{clip}", "{clip}", "--output", "-"], 2, "one result at a time"),
+        (["{clip}", "{clip}", "--output", "-"], 2, "standard output takes one result only"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_anything_is_loaded(
@@ -1091,7 +1095,7 @@ def test_pieces_of_a_stream_are_numbered_on_and_replace_nothing(
 def test_a_live_source_that_cannot_be_written_is_told_at_once_and_the_others_go_on(
     tmp_path: Path, start: Callable[..., Command]
 ) -> None:
-    """Of two, the folder of the second is a file; the first goes on until it is stopped."""
+    """The output folder of the second source is a file; the first continues until it is stopped."""
     (tmp_path / "lavfi-2").touch()
     sources = ["lavfi:testsrc=size=64x48:rate=50,realtime"] * 2
     command = start(*sources, "--as", "mask", "--output", tmp_path, "--json", "--policy", "block")
@@ -1113,7 +1117,7 @@ def test_a_live_source_that_cannot_be_written_is_told_at_once_and_the_others_go_
 @pytest.mark.parametrize(
     ("failing", "reason"),
     [
-        ("lavfi:testsrc=size=16400x16:rate=5,realtime", "cannot be written"),  # H.264 ends at 16384
+        ("lavfi:testsrc=size=16400x16:rate=5,realtime", "cannot be written"),  # H.264 allows 16384 at most
         ("http://127.0.0.1:9/live.ts", "no frame for 2 s"),
     ],
     ids=["refused", "given up"],
@@ -1142,11 +1146,11 @@ def test_a_live_source_whose_end_cannot_be_told_is_counted_once(
         raise InputError("no such camera")
 
     def tell_end(*about: Any) -> None:
-        monkeypatch.setattr(infer_video.Videos, "_tell_end", real)
+        monkeypatch.setattr(infer_video.Videos, "_print_end", real)
         raise LookupError("nobody there")
 
-    real = infer_video.Videos._tell_end
-    monkeypatch.setattr(infer_video.Videos, "_tell_end", tell_end)
+    real = infer_video.Videos._print_end
+    monkeypatch.setattr(infer_video.Videos, "_print_end", tell_end)
     if not opens:
         monkeypatch.setattr(run_module, "open_frames", refuse)
     options = ["--as", "mask", "--output", tmp_path, "--model", model, "--json", "--max-frames", 3]

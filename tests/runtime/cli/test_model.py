@@ -1,4 +1,4 @@
-"""``petseg info`` and ``petseg verify``: what a model is, and whether it does here what its checkpoint does."""
+"""``petseg info`` and ``petseg verify``: describe a model, and compare it with its checkpoint on this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from command_line import CHELSEA, IN_ONNXRUNTIME, files, tampered, uninstall
 from petseg.cli import run
 from petseg_runtime import default_model, host, onnx_metadata
-from petseg_runtime.artifact import RECEIPT_KEY, Artifact, open_artifact
+from petseg_runtime.artifact import PROVENANCE_KEY, RECEIPT_KEY, Artifact, open_artifact
 from petseg_runtime.engines import onnxruntime, registry
 from petseg_runtime.errors import EngineError
 from petseg_runtime.extras import install
@@ -144,18 +144,16 @@ def test_a_file_that_does_what_its_checkpoint_does_is_0(proven: Artifact, capsys
     out, err = capsys.readouterr()
     assert err == ""
     said = dict(line.strip().split("  ", 1) for line in out.splitlines())
-    assert (
-        said["PASSED"] == f"{proven.path} gives what its checkpoint gives, on 4 photos, a smoke test: 16 make a proof"
-    )
+    assert said["PASSED"] == f"{proven.path} matches its checkpoint, on 4 photos (a smoke test: a full one needs 16)"
     assert said["model"] == f"sha256 {proven.identity}"
     assert said["machine"].startswith(host.host().cpu.name)
     assert said["engine"].startswith("onnxruntime ")
     assert said["engine"].endswith(", computes in f32: passed")
-    assert "at most 0/255 (1/255 is the limit), in the mean 0.0000/255" in said["difference"]
-    assert said["masks"] == "IoU at least 1.0000 (0.999 is the limit), in the mean 1.0000"
-    assert said["photo road"].startswith("passed, 9 photos with Pillow ")
+    assert "maximum 0/255 (limit 1/255), mean 0.0000/255" in said["difference"]
+    assert said["masks"] == "IoU minimum 1.0000 (limit 0.999), mean 1.0000"
+    assert said["processing"].startswith("passed, 9 photos with Pillow ")
     assert said["result"] == f"in {sidecar_of(proven.path)}"
-    assert proven.path.read_bytes() == before, "what is learnt on a device never goes into the model"
+    assert proven.path.read_bytes() == before, "results on a device are never written into the model"
     assert files(proven.path.parent) == {"toy.onnx", "toy.onnx.parity.npz", "toy.onnx.verified.json"}
 
 
@@ -165,7 +163,7 @@ def test_a_file_that_does_something_else_is_10_and_the_result_is_kept(
     tampered(proven)
     assert run(["verify", str(proven.path), *IN_ONNXRUNTIME]) == 10
     out, err = capsys.readouterr()
-    assert f"FAILED  {proven.path} does NOT give what its checkpoint gives" in out
+    assert f"FAILED  {proven.path} does NOT match its checkpoint" in out
     assert "computes in f32: FAILED" in out
     lines = err.splitlines()
     assert len(lines) >= 2
@@ -269,7 +267,7 @@ def test_without_a_name_the_model_that_ships_is_told_of(capsys: pytest.CaptureFi
 def test_verifying_tells_of_an_engine_that_was_passed_over(
     proven: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Or a script would take exit code 0 for a proof of the GPU."""
+    """Otherwise, a script would take exit code 0 as a verification of the GPU."""
     monkeypatch.setattr(host, "nvidia_gpus", lambda: 1)
     monkeypatch.setattr(registry, "RULE", [line for line in registry.RULE if line.engine == "onnxruntime"])
     load = onnxruntime.load
@@ -289,13 +287,13 @@ def test_verifying_tells_of_an_engine_that_was_passed_over(
 def test_a_file_that_is_not_what_its_receipt_certifies_is_4(
     proven: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A lost page of a flash drive, in the weights: it loads, and runs, and finds nothing."""
+    """Weights with a lost flash page: the model loads and runs, but finds nothing."""
     metadata = onnx_metadata.read(proven.path).metadata
     receipt = json.dumps({"identity": proven.identity, "rows": []})
     proven.path.write_bytes(onnx_metadata.with_metadata(proven.path.read_bytes(), {**metadata, RECEIPT_KEY: receipt}))
     assert open_artifact(proven.path).identity == proven.identity
     data = bytearray(proven.path.read_bytes())
-    at = data.index(b"toy")  # the graph's name: no engine minds
+    at = data.index(b"toy")  # the graph's name, which no engine checks
     data[at : at + 3] = b"lot"
     proven.path.write_bytes(data)
     for command in (["info"], ["verify"], ["infer", "cat.jpg", "--model"]):
@@ -326,6 +324,20 @@ def test_what_a_model_says_of_itself_does_not_reach_the_terminal_as_it_is(
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "\\x1b[2Jtoy\\nidentity" in out
+
+
+def test_names_in_a_models_metadata_are_escaped_on_the_terminal(
+    proven: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metadata = onnx_metadata.read(proven.path).metadata
+    provenance = json.dumps({**json.loads(metadata[PROVENANCE_KEY]), "two\nlines\x1b[2J": "text"})
+    proven.path.write_bytes(
+        onnx_metadata.with_metadata(proven.path.read_bytes(), metadata | {PROVENANCE_KEY: provenance})
+    )
+    assert run(["info", str(proven.path)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "two\\nlines\\x1b[2J  text\n" in out
 
 
 def test_a_result_that_cannot_be_written_is_6(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
@@ -374,7 +386,7 @@ def test_a_compiled_model_is_verified_in_its_own_engine(
     proof_of(toy_ir.path).write_bytes(prove(toy_ir.spec).to_bytes())
     assert run(["verify", str(toy_ir.path)]) == 0
     out = capsys.readouterr().out
-    assert f"PASSED  {toy_ir.path} gives" in out
+    assert f"PASSED  {toy_ir.path} matches its checkpoint" in out
     lines = [line for line in out.splitlines() if " engine  " in line]
     assert all("engine  openvino " in line and line.endswith(": passed") for line in lines)
     assert ", computes in f32: " in lines[0]
@@ -423,7 +435,7 @@ def test_without_a_file_the_model_that_ships_is_verified(capsys: pytest.CaptureF
     before = files(default_model().parent)
     assert run(["verify"]) == 0
     out = capsys.readouterr().out
-    assert out.strip().startswith(f"PASSED  {default_model()} gives what its checkpoint gives, on 16 photos\n")
+    assert out.strip().startswith(f"PASSED  {default_model()} matches its checkpoint, on 16 photos\n")
     assert "computes in f32: passed" in out
     assert "result  in" not in out
     assert files(default_model().parent) == before
@@ -448,5 +460,5 @@ def test_names_that_would_break_the_line_are_escaped(proven: Artifact, capsys: p
     proven.path.rename(odd)
     assert run(["verify", str(odd), *IN_ONNXRUNTIME]) == 0
     out = capsys.readouterr().out
-    assert "two\\nlines.onnx gives what its checkpoint gives" in out
-    assert all("  " in line for line in out.splitlines()), "a name and what is told, in each line"
+    assert "two\\nlines.onnx matches its checkpoint" in out
+    assert all("  " in line for line in out.splitlines()), "each line has a name and a text"

@@ -1,4 +1,4 @@
-"""What options are read as."""
+"""Parsing of option values."""
 
 from __future__ import annotations
 
