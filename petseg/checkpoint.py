@@ -148,7 +148,7 @@ def _meta_in(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
         meta: dict[str, Any] = json.loads(metadata[KEY])
         version = meta.pop("schema_version")
         if is_deep(meta):
-            raise ValueError(f"more than {MOST_LEVELS} levels of lists and objects in each other")
+            raise ValueError(f"more than {MOST_LEVELS} levels of nested lists and objects")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its JSON header is damaged ({error})") from error
     if version != SCHEMA_VERSION:

@@ -246,7 +246,7 @@ def test_a_setting_is_named_once(raw: dict[str, Any], said: str) -> None:
         (
             {"loss": {"teacher": 0.3}},
             False,
-            "loss.teacher is 0.3, which has no effect without --teacher FILE: add that",
+            "loss.teacher is 0.3, which has no effect without --teacher FILE; add that",
         ),
         ({"loss": {"features": 0.3}}, False, "loss.features is 0.3, .*without --teacher FILE"),
     ],
@@ -353,7 +353,7 @@ def test_override_without_a_name_or_a_value_is_refused(assignment: str) -> None:
     "assignment", ["epochs=" + "[" * 5000, "epochs=" + "[" * 50 + "]" * 50, "model.width" + ".a" * 5000 + "=1"]
 )
 def test_a_setting_that_nests_too_deeply_is_refused_in_one_short_line(assignment: str) -> None:
-    with pytest.raises(UsageError, match=r"^--set '.{60}': more than 30 levels of tables and lists in each other; a"):
+    with pytest.raises(UsageError, match=r"^--set '.{60}': more than 30 levels of nested tables and lists; a"):
         override({}, assignment)
 
 
@@ -361,8 +361,8 @@ def test_a_setting_that_nests_too_deeply_is_refused_in_one_short_line(assignment
     ("text", "said"),
     [
         ("x = " + "[" * 5000, "not valid TOML"),
-        ("epochs = " + "[" * 50 + "]" * 50, "more than 30 levels of tables and lists"),
-        ("[model]\nwidth" + ".a" * 5000 + " = 1", "more than 30 levels of tables and lists"),
+        ("epochs = " + "[" * 50 + "]" * 50, "more than 30 levels of nested tables and lists"),
+        ("[model]\nwidth" + ".a" * 5000 + " = 1", "more than 30 levels of nested tables and lists"),
     ],
 )
 def test_a_file_that_nests_too_deeply_is_refused_by_name(tmp_path: Path, text: str, said: str) -> None:

@@ -86,7 +86,7 @@ def test_torchrun_takes_the_steps_of_one_process_and_speaks_with_one_voice(
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["checkpoint"] == str(out / BEST)
-    assert done.stderr.count("2 processes, 2 photos of a batch each") == 1
+    assert done.stderr.count("2 processes, 2 photos of each batch per process") == 1
     assert done.stderr.count("epoch 2/2") == 1
     assert {path.name for path in out.iterdir()} == {BEST, LAST, LOG, "run.json", "curves.png", "predictions.png"}
     record = json.loads((out / "run.json").read_text())

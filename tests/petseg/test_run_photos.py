@@ -47,7 +47,7 @@ def test_photos_whose_pet_is_lost_at_the_training_size_are_left_out_and_named(
     Image.fromarray(trimap).save(oxford_copy / "annotations" / "trimaps" / "pet_05.png")
     observer = Recorder()
     trainer = Trainer(tiny("data.height=16", "data.width=32"), oxford_copy, tmp_path, device=CPU, observer=observer)
-    assert "left out, because at 16x32 nothing is left of their pet: pet_05" in observer.messages
+    assert "excluded, because at 16x32 nothing is left of their pet: pet_05" in observer.messages
     assert "pet_05" not in trainer.photos.train.names
     about = trainer.meta["data"]
     assert (about["skipped_without_pet"], about["skipped_too_small"]) == ([], ["pet_05"])
@@ -149,7 +149,7 @@ def test_listed_validation_photos_are_on_record_and_stay_known(folder_copy: Path
     (folder_copy / "val.txt").write_text("own_01\nown_07\n")
     observer = Recorder()
     trainer = Trainer(tiny("epochs=1"), folder_copy, tmp_path / "run", device=CPU, observer=observer)
-    said = "7 photos to train on, 2 for validation, as val.txt lists them, without data.val_fraction"
+    said = "7 photos to train on, 2 for validation, listed in val.txt; data.val_fraction is ignored"
     assert said in observer.messages
     best = trainer.fit()
     about = load(best).meta["data"]

@@ -151,7 +151,7 @@ def test_a_best_checkpoint_of_an_epoch_that_a_crash_took_is_kept_and_told_of(
     for done in (False, True):
         observer = Recorder()
         trainer = Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True, observer=observer)
-        assert f"{BEST} is of epoch 2, which is not in the state: kept until there is a better one" in observer.messages
+        assert f"{BEST} is from epoch 2, which the saved state does not have; kept until a better one" in observer.messages
         assert (tmp_path / LOG).exists() == done, "the log is that of the state, which has no epoch at first"
         trainer.fit()
         assert (tmp_path / BEST).read_bytes() == kept
@@ -173,7 +173,7 @@ def test_a_run_whose_best_checkpoint_is_gone_keeps_another(
     damage(tmp_path / BEST)
     observer = Recorder()
     trainer = Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True, observer=observer)
-    assert f"{BEST} is gone or damaged: what is kept is the best of the epochs from here on" in observer.messages
+    assert f"{BEST} is missing or damaged; the best of the epochs from here on is kept" in observer.messages
     kept = load(trainer.fit()).meta["validation"]
     assert record(trainer)["best"] == kept == max(observer.rows, key=lambda row: row.val_iou).as_dict()
     (tmp_path / BEST).unlink()
@@ -197,7 +197,7 @@ def test_too_little_memory_on_the_way_back_is_no_damage_to_the_state(
 
     folder = Path(shutil.copytree(whole.folder, tmp_path / "run"))
     monkeypatch.setattr("petseg.train.load_tensors", full)
-    with pytest.raises(EngineError, match="make room on the device"):
+    with pytest.raises(EngineError, match="free some memory on the device"):
         Trainer(tiny(), oxford_root, folder, device=CPU, resume=True)
 
 

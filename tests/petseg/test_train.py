@@ -158,7 +158,7 @@ def test_workers_are_forked_once_and_end_with_the_run(oxford_root: Path, tmp_pat
     trainer = Trainer(tiny("data.workers=2", "model.width=2"), oxford_root, tmp_path, device=CPU, observer=observer)
     assert trainer.loader.multiprocessing_context is not None
     assert trainer.loader.multiprocessing_context.get_start_method() == "fork"
-    assert "2 processes augment them" in observer.messages
+    assert "2 dataloader workers augment them" in observer.messages
     with pytest.raises(Crash):
         trainer.fit()
     assert {len(pids) for pids in seen} == {2}
@@ -280,8 +280,8 @@ def test_a_signal_that_interrupts_the_handler_of_another_stops_the_run(oxford_ro
 @pytest.mark.parametrize(
     ("amp", "other", "said"),
     [
-        ("fp32", torch.bfloat16, "in float32 as so far, where this device would choose bfloat16"),
-        ("bf16", torch.float32, "in float32 from here on (this device does not compute in bfloat16, as so far)"),
+        ("fp32", torch.bfloat16, "computing in float32, as so far; this device would choose bfloat16"),
+        ("bf16", torch.float32, "computing in float32 from here on (this device does not support bfloat16, used so far)"),
     ],
 )
 def test_a_run_goes_on_in_the_precision_it_began_in_where_the_device_has_it(
