@@ -413,9 +413,7 @@ class Trainer:
             if last.exists()
             else f"no checkpoint had been written yet. Start again with {change}"
         )
-        raise NonFiniteLoss(
-            f"{what} in epoch {epoch + 1}, batch {step + 1} ({names}); {remedy}, or check those photos"
-        )
+        raise NonFiniteLoss(f"{what} in epoch {epoch + 1}, batch {step + 1} ({names}); {remedy}, or check those photos")
 
     def _validate(self) -> None:
         """Rank 0 validates, writes the files and calls the observer; the other ranks wait for its result."""

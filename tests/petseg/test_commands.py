@@ -171,7 +171,7 @@ def test_a_photo_that_became_unreadable_costs_a_picture_and_not_the_run(
     printed, err = capsys.readouterr()
     assert not printed
     (line,) = err.splitlines()
-    assert line.startswith(f"petseg: {out / 'predictions.png'}: cannot be made ({oxford_copy}")
+    assert line.startswith(f"petseg: {out / 'predictions.png'}: cannot be drawn ({oxford_copy}")
     assert {path.name for path in out.iterdir()} == FILES - {"predictions.png"}
     assert json.loads((out / "run.json").read_text())["epochs"] == 1
 
@@ -597,7 +597,7 @@ def test_val_is_what_val_txt_lists(folder_copy: Path, tmp_path: Path, capsys: py
 
     code, message = failed(["evaluate", str(best), *map(str, own), "--val-fraction", "0.5"], capsys)
     assert code == 2
-    assert "val.txt says which photos are val: leave out --val-fraction" in message
+    assert "val.txt says which photos are val; leave out --val-fraction" in message
     (folder_copy / "val.txt").unlink()  # the file names its photos
     again = measured(capsys, tmp_path / "m.onnx", *own)
     assert (again["photos"], again["iou"]) == (2, pytest.approx(row["val_iou"], abs=1e-3))
@@ -687,7 +687,7 @@ def test_an_undefined_ratio_and_an_empty_mask_are_said_in_the_table(
     assert run(args) == 0
     out = capsys.readouterr().out
     assert "nan" not in out
-    assert "masks without any pet, counted all the same: pet_24, pet_25" in out
+    assert "masks without any pet, counted nevertheless: pet_24, pet_25" in out
 
 
 def test_names_that_are_no_utf8_or_command_the_terminal_are_trained_on_measured_and_shown_escaped(
@@ -704,7 +704,7 @@ def test_names_that_are_no_utf8_or_command_the_terminal_are_trained_on_measured_
     args += ["--split", "trainval", "--output", str(tmp_path), "--report", str(tmp_path)]
     assert run(["evaluate", str(tmp_path / "run" / "best.safetensors"), *args]) == 3
     out, err = capsys.readouterr()
-    assert r"counted all the same: caf\udce9\x1b[31mown_00" in out
+    assert r"counted nevertheless: caf\udce9\x1b[31mown_00" in out
     assert r"caf\udce9\x1b[31mown_01.png: not an image" in err
     assert "\x1b" not in out + err
     assert r"caf\udce9" in (tmp_path / "images.csv").read_text(encoding="utf-8")
