@@ -333,7 +333,7 @@ def _observer(epochs: int, progress: Progress, quiet: bool, first: bool) -> Obse
         def _print(self, message: str) -> None:
             progress.console.print(shown(message), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
-        def left_out(self, message: str) -> None:
+        def excluded(self, message: str) -> None:
             if first:
                 self._print(message)
 

@@ -649,7 +649,7 @@ def test_masks_without_a_border_are_measured_at_the_threshold_for_cutouts_too(
     )
     assert f"{record['iou']:.4f}" in masks
     assert f"{lower['iou']:.4f}" in cutouts
-    assert "if they hold the fur at the outline, the threshold for cutouts is the one to compare by" in out
+    assert "if the masks include the fur at the outline, compare by the threshold for cutouts" in out
     assert "cutout" not in measured(capsys, path, "--data", oxford_root)
     checkpoints.save_checkpoint(path, saved.tensors, {**saved.meta, "spec": {**spec, "cutout_threshold": 0.6}})
     assert "cutout" not in measured(capsys, path, "--data", folder_root)

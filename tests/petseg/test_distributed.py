@@ -267,9 +267,9 @@ def test_two_processes_that_read_their_losses_late_stop_after_the_same_step(
 
 
 def test_processes_with_other_photos_than_each_other_do_not_start(ends: Path) -> None:
-    for one, bad in zip(end_of(ends, "unlike"), ("0 could read all that it found", "1 left out pet_07"), strict=True):
+    for one, bad in zip(end_of(ends, "unlike"), ("0 could read all that it found", "1 excluded pet_07"), strict=True):
         assert one["end"].startswith("TrainingError: the processes of this run have different photos")
-        assert f"process {bad} (`petseg data check`" in one["end"]
+        assert f"rank {bad} (`petseg data check`" in one["end"]
         assert one["steps"] == []
 
 

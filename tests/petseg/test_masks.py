@@ -230,10 +230,10 @@ def test_a_mask_in_the_alpha_channel_is_refused_and_an_opaque_one_is_taken(tmp_p
     mask = np.zeros((2, 2, 4), np.uint8)
     mask[0] = 255
     pair = saved(tmp_path, mask)
-    with pytest.raises(DataError, match=r"mask\.png: a mask that is partly transparent; black for"):
+    with pytest.raises(DataError, match=r"mask\.png: this mask is partly transparent; black for"):
         read_trimap(pair)
     Image.fromarray(mask).quantize(4).save(pair.mask)  # as in small PNGs: in the palette
-    with pytest.raises(DataError, match=r"mask\.png: a mask that is partly transparent"):
+    with pytest.raises(DataError, match=r"mask\.png: this mask is partly transparent"):
         read_trimap(pair)
     mask[..., 3] = 255
     assert np.array_equal(read_trimap(saved(tmp_path, mask)), [[1, 1], [2, 2]])

@@ -24,7 +24,7 @@ class OutOfMemoryError(RuntimeError):
     ],
 )
 def test_the_remedy_is_told_in_one_line(error: Exception) -> None:
-    said = r"^too little memory: use a smaller --batch than 8 \(.+\)$"
+    said = r"^out of memory: use a smaller --batch than 8 \(.+\)$"
     with pytest.raises(EngineError, match=said) as caught, enough_memory("use a smaller --batch than 8"):
         raise error
     assert "\n" not in str(caught.value)
@@ -39,7 +39,7 @@ def test_the_remedy_is_told_in_one_line(error: Exception) -> None:
     ],
 )
 def test_a_worker_that_is_gone_is_told_apart(said: str, remedy: str) -> None:
-    with pytest.raises(EngineError, match=r"a process that prepares photos is gone") as caught, enough_memory("less"):
+    with pytest.raises(EngineError, match=r"a dataloader worker died") as caught, enough_memory("less"):
         raise RuntimeError(said)
     assert remedy in str(caught.value)
 

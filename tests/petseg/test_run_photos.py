@@ -107,7 +107,7 @@ def test_a_bad_photo_can_be_skipped_and_is_named_and_counted(oxford_copy: Path, 
     config = tiny("data.on_bad=skip", "epochs=1", "model.width=2")
     trainer = Trainer(config, oxford_copy, tmp_path / "out", device=CPU, observer=observer)
     trainer.fit()
-    assert {m.partition(": ")[0] for m in observer.messages if "pet_" in m} == {"left out"}
+    assert {m.partition(": ")[0] for m in observer.messages if "pet_" in m} == {"excluded"}
     assert all(any(name in m for m in observer.messages) for name in names)
     assert (len(trainer.photos.train), len(trainer.photos.good_val)) == (20, 1)
     assert trainer.state.history[-1].skipped == 3

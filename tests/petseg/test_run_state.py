@@ -66,7 +66,7 @@ def test_last_holds_weights_average_and_optimizer(whole: Run) -> None:
     [
         (
             {},
-            r"an older version, which kept 2 photos of whose pet .* \(pet_05, pet_06\); .* --init",
+            r"an older version, which kept 2 photos whose pet .* \(pet_05, pet_06\); .* --init",
         ),
         ({"skipped_too_small": []}, "trained on other photos than these"),
     ],
@@ -288,7 +288,7 @@ def test_other_masks_are_refused_on_resume_and_named(
     Trainer(tiny(), oxford_copy, Path(shutil.copytree(whole.folder, tmp_path / "same")), device=CPU, resume=True)
     trimap[:2] = PET
     Image.fromarray(trimap).save(changed.mask)
-    said = rf"the masks of 1 photos are not what they were .*\({changed.name}\): put them back, or .* --init .*{LAST}"
+    said = rf"the masks of 1 photos have changed since .*\({changed.name}\); restore them, or .* --init .*{LAST}"
     with pytest.raises(TrainingError, match=said):
         Trainer(tiny(), oxford_copy, whole.folder, device=CPU, resume=True)
 
@@ -318,7 +318,7 @@ def test_a_folder_that_holds_a_part_of_a_run_is_refused(
     with pytest.raises(TrainingError, match=rf"already holds a run \({name}\): {remedy} folder"):
         Trainer(tiny(), oxford_root, tmp_path, device=CPU)
     if name != LAST:
-        with pytest.raises(TrainingError, match=rf"{LAST}: nothing to resume; {name} is of a run whose state is gone"):
+        with pytest.raises(TrainingError, match=rf"{LAST}: nothing to resume; {name} is from a run whose state is gone"):
             Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
     assert (tmp_path / name).read_bytes() == (whole.folder / name).read_bytes()
 

@@ -362,7 +362,7 @@ def test_a_disk_without_room_for_the_photos_is_an_output_error(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OutputError, match=rf"{tmp_path}: no place for 0\.0 GB .*No space left on device.*--size"):
+    with pytest.raises(OutputError, match=rf"{tmp_path}: no room for 0\.0 GB .*No space left on device.*--size"):
         TrainSet(find(oxford_root, Split.TRAIN), 32, 32, STILL, 0, folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -445,7 +445,7 @@ def test_the_order_does_not_depend_on_the_global_generator() -> None:
 def test_fewer_photos_than_a_batch_are_refused() -> None:
     with pytest.raises(DataError, match=r"3 photos.*batch takes 4.*--batch"):
         EpochSampler(3, 4, seed=0)
-    with pytest.raises(DataError, match="1 photos to train on, but a batch takes 2: 2 or more are needed"):
+    with pytest.raises(DataError, match="1 photos to train on, but a batch takes 2; 2 or more are needed"):
         EpochSampler(1, 2, seed=0)
     assert len(EpochSampler(4, 4, seed=0)) == 1
 

@@ -50,7 +50,7 @@ def test_init_of_another_width_or_damaged_is_refused(oxford_root: Path, tmp_path
     other = tmp_path / "other.safetensors"
     state = AttentionUNet(AttentionUNetConfig(width=2)).state_dict()
     save_checkpoint(other, state, {"kind": "model", "model": {"width": 2}})
-    with pytest.raises(CheckpointError, match=r"other\.safetensors: a network of .*width=2.*width=4.*only \d+ of"):
+    with pytest.raises(CheckpointError, match=r"other\.safetensors: its network is .*width=2.*width=4.*only \d+ of"):
         Trainer(tiny(), oxford_root, tmp_path / "out", device=CPU, init=other)
     other.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"other\.safetensors"):
@@ -66,7 +66,7 @@ def test_init_of_another_shape_gives_the_tensors_that_fit_and_says_which_do_not(
     state, given = trainer.model.state_dict(), whole.best.tensors
     fits = {name for name in given if torch.equal(state[name], given[name])}
     assert given.keys() - fits == {"head.weight", "head.bias"}
-    assert [m for m in observer.messages if f"{len(fits)} tensors; random: head.bias, head.weight" in m]
+    assert [m for m in observer.messages if f"; random: head.bias, head.weight" in m]
     trainer.fit()
     best = load(tmp_path / BEST)
     assert best.model_config == config.model
