@@ -169,7 +169,7 @@ def _filled_levels(mask: U8, lossy: bool) -> list[int]:
 def _peaks(
     filled: npt.NDArray[Any], everywhere: npt.NDArray[Any], dark: int, least: float
 ) -> dict[int, tuple[int, int]]:
-    """Returns the greys from ``dark`` on that fill ``least`` pixels or more, merged with nearby ones; with both counts."""
+    """Returns the greys from ``dark`` on that fill ``least`` pixels or more, nearby ones merged; with both counts."""
     rest, found = filled.copy(), {}
     rest[:dark] = 0
     while rest.any():

@@ -195,7 +195,7 @@ def check_folder(folder: Path, resume: bool) -> None:
         raise TrainingError(f"{last}: nothing to resume; {remedy}")
     if not resume and there:
         more = "use --resume to continue it, or " if LAST in there else ""
-        raise TrainingError(f"{folder} already holds a run ({', '.join(there)}): {more}choose another folder")
+        raise TrainingError(f"{folder} already holds a run ({', '.join(there)}); {more}choose another folder")
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -173,7 +173,7 @@ def refused(path: Path, said: str = "") -> None:
 
 def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "none.safetensors", "no such file")
-    refused(tmp_path, "a folder; give the checkpoint in it (a run's is best.safetensors)")
+    refused(tmp_path, "a folder; give the checkpoint in it (in a run's folder, best.safetensors)")
 
 
 def test_an_exported_file_is_no_checkpoint(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_a_validation_photo_that_is_not_there_is_named_and_not_trained_on(folder
 def test_a_photo_of_both_listings_is_named(folder_copy: Path) -> None:
     (folder_copy / "val.txt").write_text("own_02\nown_10\nown_09\n")
     for split in Split:
-        with pytest.raises(DataError, match=r"val\.txt: 2 of its names are in test\.txt, too, the first is 'own_09'"):
+        with pytest.raises(DataError, match=r"val\.txt: 2 of its names are also in test\.txt, the first is 'own_09'"):
             find(folder_copy, split)
 
 
@@ -220,7 +220,7 @@ def test_a_listing_that_leaves_nothing_to_validate_or_train_on_is_named(
     folder_copy: Path, lines: range, split: Split
 ) -> None:
     (folder_copy / "val.txt").write_text("".join(f"own_{i:02d}\n" for i in lines))
-    with pytest.raises(DataError, match=rf"the {split} split has no photos: .*val\.txt names the validation photos"):
+    with pytest.raises(DataError, match=rf"the {split} split has no photos: .*val\.txt lists the validation photos"):
         find(folder_copy, split)
 
 
@@ -366,7 +366,7 @@ def test_a_mask_may_be_smaller_or_larger_than_its_photo_but_not_of_another_shape
     if same:
         assert read_pair(pair)[1].shape == size[::-1]
     else:
-        with pytest.raises(DataError, match=rf"{pair.name}\.png: photo 64 x 64, mask 64 x 62, which is of another"):
+        with pytest.raises(DataError, match=rf"{pair.name}\.png: photo 64 x 64, mask 64 x 62: the aspect"):
             read_pair(pair)
 
 

@@ -51,7 +51,7 @@ def held(folder: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_folder_that_another_process_has_is_refused_until_that_ends(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with held(folder) as process:
-        with pytest.raises(TrainingError, match=r"run: another process is training there: .* another --output"):
+        with pytest.raises(TrainingError, match=r"run: another process is training there; .* another --output"):
             keep_others_out(folder)
         process.communicate(timeout=30)
         assert not folder.exists(), "it made it, and left nothing in it"

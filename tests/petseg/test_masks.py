@@ -66,7 +66,7 @@ def filled(*areas: tuple[int, int, int]) -> np.ndarray:
 def test_a_mask_whose_areas_are_of_classes_is_refused(tmp_path: Path, mask: np.ndarray, named: str) -> None:
     pair = saved(tmp_path, mask)
     with pytest.raises(
-        DataError, match=rf"mask\.png: much of this mask .* values {named}, as of numbered.*make the pet"
+        DataError, match=rf"mask\.png: much of this mask .* values {named}, like numbered.*make the pet"
     ):
         read_trimap(pair)
 
@@ -74,7 +74,7 @@ def test_a_mask_whose_areas_are_of_classes_is_refused(tmp_path: Path, mask: np.n
 def test_classes_in_a_jpeg_are_refused(tmp_path: Path) -> None:
     pair = pair_of(tmp_path / "mask.jpg")
     Image.fromarray(filled((24, 16, 100), (72, 16, 200))).save(pair.mask, quality=75)
-    with pytest.raises(DataError, match="values 100, 200, as of numbered classes"):
+    with pytest.raises(DataError, match="values 100, 200, like numbered classes"):
         read_trimap(pair)
 
 
@@ -134,7 +134,7 @@ def test_a_mask_of_16_bits_or_of_fractions_is_scaled(tmp_path: Path, form: str, 
 def test_a_mask_of_another_range_is_refused(tmp_path: Path, values: np.ndarray, said: str) -> None:
     path = tmp_path / "mask.tif"
     Image.fromarray(values).save(path)
-    with pytest.raises(DataError, match=rf"mask\.tif: a mask of {said}.*: save it with 8 bits"):
+    with pytest.raises(DataError, match=rf"mask\.tif: a mask of {said}.*; save it with 8 bits"):
         read_trimap(pair_of(path))
 
 
@@ -216,7 +216,7 @@ def test_classes_with_outlines_of_their_own_are_refused(
     for share, value, shift in areas:
         mask[np.asarray(blob(96, share, shift)) > 0] = value
     mask = mask.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
-    with pytest.raises(DataError, match=r"as of numbered classes.*a soft mask that was enlarged without smoothing"):
+    with pytest.raises(DataError, match=r"like numbered classes.*a soft mask that was enlarged without smoothing"):
         read_trimap(saved(tmp_path, mask))
 
 

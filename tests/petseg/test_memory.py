@@ -35,7 +35,7 @@ def test_the_remedy_is_told_in_one_line(error: Exception) -> None:
     ("said", "remedy"),
     [
         ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible ...", "docker run --shm-size"),
-        ("DataLoader worker (pid(s) 7) exited unexpectedly", "give it more memory"),
+        ("DataLoader worker (pid(s) 7) exited unexpectedly", "provide more memory"),
     ],
 )
 def test_a_worker_that_is_gone_is_told_apart(said: str, remedy: str) -> None:

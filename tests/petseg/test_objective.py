@@ -216,7 +216,7 @@ def test_a_run_of_which_a_part_is_frozen_goes_on(oxford_root: Path, tmp_path: Pa
 def test_a_state_without_its_hints_is_damaged(oxford_root: Path, tmp_path: Path, taught: Run, whole: Run) -> None:
     kept = {name: tensor for name, tensor in taught.last.tensors.items() if not name.startswith("hints/1")}
     save_checkpoint(tmp_path / LAST, kept, taught.last.meta)
-    with pytest.raises(CheckpointError, match=r"last\.safetensors: the state in it is damaged or not complete"):
+    with pytest.raises(CheckpointError, match=r"last\.safetensors: the state in it is damaged or incomplete"):
         Trainer(tiny(*TAUGHT), oxford_root, tmp_path, device=CPU, teacher=whole.folder / BEST, resume=True)
 
 
@@ -302,7 +302,7 @@ def test_bf16_teaches_too(oxford_root: Path, tmp_path: Path, whole: Run) -> None
 
 
 def test_the_state_of_a_run_is_no_teacher_of_features(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
-    with pytest.raises(CheckpointError, match=r"last\.safetensors: the state of a run, not a model; give best"):
+    with pytest.raises(CheckpointError, match=r"last\.safetensors: the state of a run, not a model; give the best"):
         Trainer(tiny(*TAUGHT), oxford_root, tmp_path, device=CPU, teacher=whole.folder / LAST)
 
 

@@ -120,7 +120,7 @@ def test_photos_too_many_for_the_memory_are_kept_in_a_file(
     oxford_root: Path, tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = 22 * 32 * 32 * 4
-    for room, place in ((2 * size - 1, f"a file in {tmp_path / 'file'}: decoded, they are"), (2 * size, "memory")):
+    for room, place in ((2 * size - 1, f"a file in {tmp_path / 'file'}: decoded, they take"), (2 * size, "memory")):
         monkeypatch.setattr("petseg.run_photos.available_memory", lambda room=room: room)
         observer, folder = Recorder(), tmp_path / place.split()[-1 if place == "memory" else 1]
         trainer = Trainer(tiny(), oxford_root, folder, device=CPU, observer=observer)

@@ -151,7 +151,9 @@ def test_a_best_checkpoint_of_an_epoch_that_a_crash_took_is_kept_and_told_of(
     for done in (False, True):
         observer = Recorder()
         trainer = Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True, observer=observer)
-        assert f"{BEST} is from epoch 2, which the saved state does not have; kept until a better one" in observer.messages
+        assert (
+            f"{BEST} is from epoch 2, which the saved state does not have; kept until a better one" in observer.messages
+        )
         assert (tmp_path / LOG).exists() == done, "the log is that of the state, which has no epoch at first"
         trainer.fit()
         assert (tmp_path / BEST).read_bytes() == kept
@@ -314,11 +316,13 @@ def test_a_folder_that_holds_a_part_of_a_run_is_refused(
     oxford_root: Path, tmp_path: Path, whole: Run, name: str
 ) -> None:
     shutil.copy(whole.folder / name, tmp_path)
-    remedy = "--resume goes on with it, or choose another" if name == LAST else "choose another"
-    with pytest.raises(TrainingError, match=rf"already holds a run \({name}\): {remedy} folder"):
+    remedy = "use --resume to continue it, or choose another" if name == LAST else "choose another"
+    with pytest.raises(TrainingError, match=rf"already holds a run \({name}\); {remedy} folder"):
         Trainer(tiny(), oxford_root, tmp_path, device=CPU)
     if name != LAST:
-        with pytest.raises(TrainingError, match=rf"{LAST}: nothing to resume; {name} is from a run whose state is gone"):
+        with pytest.raises(
+            TrainingError, match=rf"{LAST}: nothing to resume; {name} is from a run whose state is gone"
+        ):
             Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
     assert (tmp_path / name).read_bytes() == (whole.folder / name).read_bytes()
 

@@ -66,7 +66,7 @@ def test_init_of_another_shape_gives_the_tensors_that_fit_and_says_which_do_not(
     state, given = trainer.model.state_dict(), whole.best.tensors
     fits = {name for name in given if torch.equal(state[name], given[name])}
     assert given.keys() - fits == {"head.weight", "head.bias"}
-    assert [m for m in observer.messages if f"; random: head.bias, head.weight" in m]
+    assert [m for m in observer.messages if "; random: head.bias, head.weight" in m]
     trainer.fit()
     best = load(tmp_path / BEST)
     assert best.model_config == config.model
