@@ -298,7 +298,7 @@ def test_a_nan_in_the_part_of_one_process_stops_both_and_names_the_whole_batch(e
 def test_an_error_of_the_first_process_ends_the_other(ends: Path) -> None:
     first, second = end_of(ends, "full")
     assert first["end"] == "OutputError: the disk is full"
-    assert second["end"] == "TrainingError: the first process of this run could not go on; it says why"
+    assert second["end"] == "TrainingError: rank 0 of this run failed; see its message"
 
 
 def test_both_stop_early_together(ends: Path) -> None:
@@ -330,7 +330,7 @@ def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) 
 def test_processes_that_do_not_meet_say_so(monkeypatch: pytest.MonkeyPatch, oxford_root: Path, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(TrainingError, match="do not find each other"), join(CPU):
+    with pytest.raises(TrainingError, match="cannot connect to each other"), join(CPU):
         pass
     args = ["train", "--data", str(oxford_root), "--output", str(tmp_path / "run"), *OPTIONS, "-q"]
     assert run(args) == 9
