@@ -190,12 +190,17 @@ def _divided(
     used: for another split, or because a listing divides.
 
     Raises:
-        UsageError: They were asked for, and val.txt divides.
+        UsageError: They were asked for, but val.txt divides, or the split is neither train nor val.
     """
     from petseg.data import SPLIT_SEED, VAL_FRACTION, VAL_LISTING, Split, find, listed_validation
     from petseg.evaluate import listed_split, split_of
 
     if split not in (Split.TRAIN, Split.VAL):
+        if (val_fraction, split_seed) != (None, None):
+            raise UsageError(
+                f"--val-fraction and --split-seed have no effect on --split {split}; leave them out, or use --split val "
+                "or train"
+            )
         return {split: find(root, split)}, None, None
     fraction, seed = None, None
     if (val_fraction, split_seed) == (None, None) and (listed := listed_split(model.provenance, root)):

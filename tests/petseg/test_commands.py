@@ -720,6 +720,8 @@ def test_names_that_are_no_utf8_or_command_the_terminal_are_trained_on_measured_
         (["--threshold", "nan"], 2, "--threshold"),
         (["--split", "val", "--val-fraction", "nan"], 2, "--val-fraction"),
         (["--split", "val", "--val-fraction", "1"], 2, "--val-fraction"),
+        (["--val-fraction", "0.5"], 2, "have no effect on --split test"),
+        (["--split", "trainval", "--split-seed", "0"], 2, "have no effect on --split trainval"),
         (["--split", "all"], 2, "--split"),
         (["--batch", "0"], 2, "--batch"),
         (["--data", "/nowhere"], 8, "/nowhere"),
