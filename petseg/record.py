@@ -17,6 +17,7 @@ import petseg_runtime
 from petseg.evaluate import without_keys
 from petseg.log import Row
 from petseg.metrics import PUBLISHED
+from petseg.run_state import RUN
 from petseg.train import Trainer
 from petseg_runtime.errors import OutputError
 from petseg_runtime.files import write_atomic
@@ -24,8 +25,6 @@ from petseg_runtime.files import write_atomic
 __all__ = ["PUBLISHED_IOU", "RUN", "commit", "reached", "record", "write_record"]
 
 SCHEMA_VERSION: Final = 2
-#: File name of the record, beside the checkpoints.
-RUN: Final = "run.json"
 #: Test IoU of the published network; the record has the time at which the validation IoU reaches it.
 PUBLISHED_IOU: Final = PUBLISHED["iou"]
 

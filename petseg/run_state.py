@@ -24,8 +24,11 @@ from petseg_runtime.errors import CheckpointError, TrainingError
 
 __all__ = [
     "BEST",
+    "CURVES",
     "LAST",
+    "PREDICTIONS",
     "QUICK_SAVE",
+    "RUN",
     "RunState",
     "StateFile",
     "check_folder",
@@ -40,6 +43,11 @@ __all__ = [
 BEST: Final = "best.safetensors"
 #: The complete training state, for ``--resume``.
 LAST: Final = "last.safetensors"
+
+#: The record of the run, see :mod:`petseg.record`, and its plots, see :mod:`petseg.plots`.
+RUN: Final = "run.json"
+CURVES: Final = "curves.png"
+PREDICTIONS: Final = "predictions.png"
 
 #: A state that took at most this many seconds to write is written after every epoch.
 QUICK_SAVE = 0.1
@@ -200,7 +208,7 @@ def check_folder(folder: Path, resume: bool) -> None:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove the temporary files of a run that was killed while writing."""
-    for name in (BEST, LAST, LOG):
+    for name in (BEST, LAST, LOG, RUN, CURVES, PREDICTIONS):
         for part in folder.glob(f".{Path(name).stem}.*.part*"):
             part.unlink(missing_ok=True)
 

@@ -150,8 +150,10 @@ class Trainer:
         self._clock = self._mark = time.perf_counter()
         self._stop = self._agreed = False  # not an Event, on whose lock a handler could block if it interrupts another
         check_folder(output, resume)
-        # Held until the end of `fit`, or until a trainer that never gets there is garbage-collected.
-        self._let_others_in = weakref.finalize(self, keep_others_out(output) if self.ranks.first else lambda: None)
+        # Held until `unlock`, or until a trainer that never gets there is garbage-collected.
+        self._release = weakref.finalize(self, keep_others_out(output) if self.ranks.first else lambda: None)
+        if self.ranks.first:
+            remove_unfinished(output)
         self.dtype = pick_precision(config.amp, device)
         self.last = StateFile(output)
         inside = self._before_photos(None if resume else init, teacher)
@@ -232,8 +234,12 @@ class Trainer:
             return Objective(self.config, self.ranks)
         return Distillation(self.config, self.ranks, self.model, teacher, self.device)
 
-    def fit(self) -> Path:
+    def fit(self, *, unlock: bool = True) -> Path:
         """Train to the last epoch.
+
+        Args:
+            unlock: Call :meth:`unlock` at the end. If False, the caller does so after writing more files to the folder;
+                after an error, the folder is unlocked in any case.
 
         Returns:
             The path of the best checkpoint.
@@ -253,11 +259,19 @@ class Trainer:
                     self._validate()
                     if self.stopped_early:
                         self.observer.started(f"stopped: no better validation IoU for {self.config.early_stop} epochs")
+        except BaseException:
+            unlock = True
+            raise
         finally:
             # Replacing the loader ends its workers. They ignore SIGTERM, so Python would wait for them at exit.
             self.loader = loader(self.photos.train, self.sampler, self.config, self.device, self.ranks)
-            self._let_others_in()
+            if unlock:
+                self.unlock()
         return self.output / BEST
+
+    def unlock(self) -> None:
+        """Let other runs use the folder."""
+        self._release()
 
     @property
     def finished(self) -> bool:
@@ -529,8 +543,6 @@ class Trainer:
             TrainingError: It is a different run.
             CheckpointError: Its state is damaged.
         """
-        if self.ranks.first:
-            remove_unfinished(self.output)
         room = "free some memory on the device (another program is using it), then --resume again"
         with self.last.taking_up() as saved, enough_memory(room):
             refuse_another_run(saved.meta, {**self.meta, "masks": self.photos.masks()}, self.output)

@@ -198,8 +198,8 @@ def _divided(
     if split not in (Split.TRAIN, Split.VAL):
         if (val_fraction, split_seed) != (None, None):
             raise UsageError(
-                f"--val-fraction and --split-seed have no effect on --split {split}; leave them out, or use --split val "
-                "or train"
+                f"--val-fraction and --split-seed have no effect on --split {split}; leave them out, or use --split "
+                "val or train"
             )
         return {split: find(root, split)}, None, None
     fraction, seed = None, None

@@ -184,7 +184,7 @@ def _train(config: TrainConfig, asked: Asked) -> int:
                 ranks=ranks,
             )
             try:
-                best = trainer.fit()
+                best = trainer.fit(unlock=False)
             except KeyboardInterrupt:
                 if ranks.first:
                     click.echo("petseg: interrupted", err=True)
@@ -263,8 +263,11 @@ def _finish(trainer: Trainer, best: Path, asked: Asked) -> None:
     from petseg.log import LOG
     from petseg.record import RUN, write_record
 
-    write_record(trainer)  # first, so that it is not lost if a plot fails
-    drawn = _draw(trainer, best)
+    try:
+        write_record(trainer)  # first, so that it is not lost if a plot fails
+        drawn = _draw(trainer, best)
+    finally:
+        trainer.unlock()
     row = trainer.best
     if asked.as_json:
         click.echo(json.dumps({"schema_version": 1, "checkpoint": str(best), "best": row.as_dict()}))
@@ -276,12 +279,13 @@ def _finish(trainer: Trainer, best: Path, asked: Asked) -> None:
 def _draw(trainer: Trainer, best: Path) -> list[str]:
     """Draw the plots of a run; returns the names of those that were written. Failures are reported on stderr."""
     from petseg import plots
+    from petseg.run_state import CURVES, PREDICTIONS
     from petseg_runtime.errors import PetsegError
 
     output, drawn = trainer.output, []
     pictures: dict[str, Callable[[Path], None]] = {
-        "curves.png": lambda path: plots.curves(trainer.state.history, path),
-        "predictions.png": lambda path: plots.predictions(best, trainer.photos.good_val[:6], path),
+        CURVES: lambda path: plots.curves(trainer.state.history, path),
+        PREDICTIONS: lambda path: plots.predictions(best, trainer.photos.good_val[:6], path),
     }
     for name, draw in pictures.items():
         try:

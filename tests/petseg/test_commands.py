@@ -30,6 +30,7 @@ from petseg.cli import run
 from petseg.config import TrainConfig, to_dict
 from petseg.data import Split, find
 from petseg.evaluate import as_shown, evaluate, open_model
+from petseg.lock import LOCK
 from petseg.model import AttentionUNetConfig
 from petseg_export import OnnxConfig, export
 
@@ -164,6 +165,7 @@ def test_a_photo_that_became_unreadable_costs_a_picture_and_not_the_run(
     def spoil_and_write(trainer: training.Trainer) -> None:
         for pair in trainer.photos.val:
             pair.image.write_bytes(b"no photo")
+        assert (out / LOCK).exists(), "another run would remove what this one is still writing"
         write(trainer)
 
     monkeypatch.setattr(records, "write_record", spoil_and_write)
@@ -362,9 +364,9 @@ def test_the_commit_on_record_is_that_of_the_start(
     oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Committed(training.Trainer):
-        def fit(self) -> Path:
+        def fit(self, *, unlock: bool = True) -> Path:
             monkeypatch.setattr(records, "commit", lambda: "somebody else's")
-            return super().fit()
+            return super().fit(unlock=unlock)
 
     monkeypatch.setattr(records, "commit", lambda: "of the start")
     monkeypatch.setattr(training, "Trainer", Committed)

@@ -21,6 +21,7 @@ from petseg import checkpoint
 from petseg.checkpoint import load, save_checkpoint
 from petseg.config import to_dict
 from petseg.data import Split, find, read_trimap
+from petseg.lock import LOCK
 from petseg.log import LOG
 from petseg.metrics import PET
 from petseg.record import record
@@ -215,10 +216,19 @@ def test_a_run_that_came_to_its_last_epoch_was_not_stopped_early(oxford_root: Pa
 
 def test_what_a_killed_run_was_writing_is_removed(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
     folder = Path(shutil.copytree(whole.folder, tmp_path / "run"))
-    for name in (".last.0123abcd.part.safetensors", ".log.0123abcd.part.csv"):
-        (folder / name).write_bytes(b"half")
+    for name in ("last.0123abcd.part.safetensors", "log.0123abcd.part.csv", "run.0123abcd.part.json"):
+        (folder / f".{name}").write_bytes(b"half")
+    for name in ("curves", "predictions"):
+        (folder / f".{name}.0123abcd.part.png").write_bytes(b"half")
     Trainer(tiny(), oxford_root, folder, device=CPU, resume=True)
     assert {p.name for p in folder.iterdir()} == {BEST, LAST, LOG}
+
+
+def test_a_first_checkpoint_that_a_killed_run_was_writing_is_removed(oxford_root: Path, tmp_path: Path) -> None:
+    (tmp_path / ".last.0123abcd.part.safetensors").write_bytes(b"half")
+    trainer = Trainer(tiny(), oxford_root, tmp_path, device=CPU)
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    trainer.unlock()
 
 
 @pytest.mark.parametrize(
