@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from rich.progress import Progress
 
 from petseg.commands.console import check_writable, progress_line
 from petseg_runtime.cli.text import PATH, parse_size
-from petseg_runtime.errors import UsageError
+from petseg_runtime.errors import PetsegError, UsageError
 from petseg_runtime.signals import EXITS
 from petseg_runtime.text import shown
 
@@ -60,7 +61,37 @@ class Asked:
     quiet: bool
 
 
-@click.command()
+class RankedCommand(click.Command):
+    """A command whose error messages begin with the rank if torchrun started several processes."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """As click; parsing the options may fail."""
+        with _ranked():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click."""
+        with _ranked():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _ranked() -> Iterator[None]:
+    """Prefix errors with the rank, because each process prints its own, possibly all the same one."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
+        yield
+        return
+    rank = f"rank {os.environ['RANK']}"
+    try:
+        yield
+    except PetsegError as error:
+        error.args = (f"{rank}: {error}",)
+        raise
+    except click.UsageError as error:
+        raise click.UsageError(f"{rank}: {error.format_message()}", error.ctx) from error
+
+
+@click.command(cls=RankedCommand)
 @click.option("--data", "root", type=PATH, help="Data folder (see `petseg data check`).  [required]")
 @click.option("--output", type=PATH, help="Folder for checkpoints, log and plots.  [required]")
 @click.option(

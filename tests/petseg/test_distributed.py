@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -334,6 +335,20 @@ def test_processes_that_do_not_meet_say_so(monkeypatch: pytest.MonkeyPatch, oxfo
         pass
     args = ["train", "--data", str(oxford_root), "--output", str(tmp_path / "run"), *OPTIONS, "-q"]
     assert run(args) == 9
+
+
+@pytest.mark.parametrize("more", [["--data", "/nowhere"], ["--batch", "x"]])
+def test_an_error_says_which_process_it_is_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, more: list[str]
+) -> None:
+    args = ["train", "--output", str(tmp_path / "run"), "--device", "cpu", *more]
+    for world, rank in (("1", ""), ("2", "rank 1: ")):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setattr(distributed, "join", lambda device: contextlib.nullcontext(Ranks(1, 2, 2)))
+        assert run(args) in (2, 8)
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message.startswith((f"petseg: {rank}/nowhere", f"Error: {rank}Invalid value for '--batch'"))
 
 
 def test_each_process_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
