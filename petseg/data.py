@@ -249,7 +249,7 @@ def download(folder: Path) -> None:
 
     place, beside = folder / "oxford-iiit-pet", folder / ".oxford-iiit-pet.part"
     if place.exists():
-        _check_whole(place)
+        _check_complete(place)
         return
     unpacked = beside / place.name
     try:
@@ -257,7 +257,7 @@ def download(folder: Path) -> None:
             if (unpacked / part).exists():
                 shutil.rmtree(unpacked / part)
         OxfordIIITPet(beside, download=True)
-        _check_whole(unpacked)
+        _check_complete(unpacked)
         unpacked.replace(place)
         beside.rmdir()
     except (RuntimeError, http.client.HTTPException, URLError) as error:
@@ -268,7 +268,7 @@ def download(folder: Path) -> None:
         raise DataError(f"{folder}: the data set could not be downloaded ({error}); try again later") from error
 
 
-def _check_whole(folder: Path) -> None:
+def _check_complete(folder: Path) -> None:
     """Raises DataError if a photo or mask that is named in the data set's listings is missing."""
     try:
         pairs = [pair for split in (Split.TRAINVAL, Split.TEST) for pair in find(folder, split)]
@@ -399,11 +399,11 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _at_once(size: int) -> None:
+def _no_wait(size: int) -> None:
     """The default ``take``: never blocks."""
 
 
-def read_trimap(pair: Pair, take: Take = _at_once) -> U8:
+def read_trimap(pair: Pair, take: Take = _no_wait) -> U8:
     """Read a mask as a trimap.
 
     Args:
@@ -429,7 +429,7 @@ def read_trimap(pair: Pair, take: Take = _at_once) -> U8:
     return mask.astype(np.uint8)
 
 
-def read_pair(pair: Pair, take: Take = _at_once) -> tuple[U8, U8]:
+def read_pair(pair: Pair, take: Take = _no_wait) -> tuple[U8, U8]:
     """Read photo (uint8 [H, W, 3]) and trimap (uint8 [h, w]), each at its original size; their aspect ratios match.
 
     Args:
@@ -503,7 +503,7 @@ def each_read(
     Raises:
         DataError: A pair cannot be used, and ``failed`` was not given.
     """
-    with contextlib.closing(_being_read(pairs, read, processes, promised)) as readings:
+    with contextlib.closing(_read_ahead(pairs, read, processes, promised)) as readings:
         for pair, reading in readings:
             try:
                 found = reading.result()
@@ -516,7 +516,7 @@ def each_read(
                 yield pair, found
 
 
-def _being_read(
+def _read_ahead(
     pairs: Sequence[Pair], read: Callable[[Pair, Take], T], processes: int, promised: int
 ) -> Generator[tuple[Pair, Future[T]], None, None]:
     """Yields each pair, in order, with the future of its reading; threads read the next ones.
@@ -610,7 +610,7 @@ def _checked(pair: Pair, take: Take) -> CheckReport:
         return report
     try:
         photo, trimap = _decoded(pair, take), read_trimap(pair, take)
-        turned = _unsure_turn(pair, photo)
+        turned = _ambiguous_orientation(pair, photo)
     except (DataError, InputError) as error:
         report.unreadable.append(str(error))
         return report
@@ -626,7 +626,7 @@ def _checked(pair: Pair, take: Take) -> CheckReport:
     return report
 
 
-def _unsure_turn(pair: Pair, photo: images.Photo) -> int | None:
+def _ambiguous_orientation(pair: Pair, photo: images.Photo) -> int | None:
     """Returns a photo's EXIF orientation if its mask has none and fits the photo's shape whether rotated or not.
 
     Raises:

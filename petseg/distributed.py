@@ -32,7 +32,7 @@ __all__ = ["Ranks", "SyncedBatchNorm", "join", "local_device", "synchronized"]
 TIMEOUT: Final = timedelta(minutes=30)
 #: Errors of gloo and NCCL about a lost peer, which have no exception class. Errors of this process or machine, like a
 #: missing network interface or one GPU for two ranks, have other messages.
-GONE: Final = re.compile(
+PEER_LOST: Final = re.compile(
     r"gloo/transport/\w+/(pair|buffer|unbound_buffer)\.|pair closure|Connection (closed|reset) by peer"
     r"|ncclRemoteError|NCCL communicator was aborted|NCCL operations have failed or timed out"
     r"|collective operation timeout"
@@ -63,7 +63,7 @@ class Ranks:
             return True
         mine = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=device)
         all_ = [torch.empty_like(mine) for _ in range(self.size)]
-        with _exchange():
+        with _collective():
             dist.all_gather(all_, mine)
         return all(torch.equal(one, mine) for one in all_)
 
@@ -77,7 +77,7 @@ class Ranks:
             return action()
         answer = torch.zeros(2, dtype=torch.float64, device=device)  # done or not, value
         if not self.first:
-            with _exchange():
+            with _collective():
                 dist.broadcast(answer, 0)
             done, value = answer.tolist()
             if not done:
@@ -87,7 +87,7 @@ class Ranks:
             answer[1] = action()
             answer[0] = 1
         finally:
-            with _exchange():
+            with _collective():
                 dist.broadcast(answer, 0)
         return float(answer[1])
 
@@ -95,16 +95,16 @@ class Ranks:
         """Wrap the network for training (DDP); its weights and their names stay those of ``model``."""
         if self.size == 1:
             return model
-        with _exchange():
+        with _collective():
             return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
-    def exchanging(self) -> AbstractContextManager[None]:
+    def communicating(self) -> AbstractContextManager[None]:
         """Context for forward and backward calls of a wrapped network, in which PyTorch itself communicates.
 
         Raises:
             TrainingError: Another rank ended, or did not answer in time.
         """
-        return _exchange() if self.size > 1 else contextlib.nullcontext()
+        return _collective() if self.size > 1 else contextlib.nullcontext()
 
 
 def local_device(name: str) -> torch.device:
@@ -158,7 +158,7 @@ def join(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
 
 
 @contextlib.contextmanager
-def _exchange() -> Iterator[None]:
+def _collective() -> Iterator[None]:
     """Turn errors of a collective about a lost rank into one line; other errors pass unchanged.
 
     Raises:
@@ -167,7 +167,7 @@ def _exchange() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistNetworkError | dist.DistStoreError) or GONE.search(str(error))):
+        if not (isinstance(error, dist.DistNetworkError | dist.DistStoreError) or PEER_LOST.search(str(error))):
             raise
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TrainingError(
@@ -228,13 +228,13 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         total = tensor.detach().clone()
-        with _exchange():
+        with _collective():
             dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         total = grad.contiguous().clone()
-        with _exchange():
+        with _collective():
             dist.all_reduce(total)
         return total

@@ -308,13 +308,13 @@ def doubt_about(
     found: list[str] = []
     # Keys tell for each photo whether it was trained on; without them only the division of the folder is known.
     if split is Split.TRAIN or (split is Split.VAL and not train_keys(provenance)):
-        found += _another_val(provenance, parts[Split.TRAIN], parts[Split.VAL], fraction, seed)
+        found += _other_split(provenance, parts[Split.TRAIN], parts[Split.VAL], fraction, seed)
     if split in (Split.VAL, Split.TEST) and (seen := trained_on(provenance, root, parts[split])):
         found.append(f"the model was trained on {len(seen)} of the {len(parts[split])} photos of {split}")
     return "; ".join(found) or None
 
 
-def _another_val(
+def _other_split(
     provenance: Mapping[str, Any], train: Sequence[Pair], val: Sequence[Pair], fraction: float | None, seed: int | None
 ) -> Iterator[str]:
     """Yields how train and val differ from those of the model's own run; nothing if they do not."""

@@ -11,13 +11,13 @@ from typing import Final
 from petseg_runtime.errors import TrainingError
 from petseg_runtime.files import is_at
 
-__all__ = ["LOCK", "keep_others_out"]
+__all__ = ["LOCK", "lock_folder"]
 
 #: The lock file of an active run; a stale one, left by a killed run, does not lock the folder.
 LOCK: Final = ".petseg-train.lock"
 
 
-def keep_others_out(folder: Path) -> Callable[[], None]:
+def lock_folder(folder: Path) -> Callable[[], None]:
     """Lock a folder for training, creating it if needed.
 
     Without file locks (Windows, some file systems) the folder is not locked.
@@ -37,7 +37,7 @@ def keep_others_out(folder: Path) -> Callable[[], None]:
         ) from error
     owner = os.getpid()
 
-    def let_in() -> None:
+    def unlock() -> None:
         if descriptor is None or os.getpid() != owner:  # in a forked worker
             return
         with contextlib.suppress(OSError):
@@ -48,7 +48,7 @@ def keep_others_out(folder: Path) -> Callable[[], None]:
             for parent in made:
                 parent.rmdir()
 
-    return let_in
+    return unlock
 
 
 def _locked(folder: Path) -> int | None:

@@ -110,12 +110,12 @@ def _class_levels(mask: U8, lossy: bool) -> list[int]:
     so was enlarged without smoothing, or is soft with few levels.
     """
     levels = _filled_levels(mask, lossy)
-    if levels and min((small := _once(mask)).shape) >= FEWEST_ROWS:
+    if levels and min((small := _without_repeats(mask)).shape) >= FEWEST_ROWS:
         mask, levels = small, _filled_levels(small, lossy)
     return [] if _is_ramp(mask, levels) else levels
 
 
-def _once(mask: U8) -> U8:
+def _without_repeats(mask: U8) -> U8:
     """Drop rows and columns that repeat the one before; this undoes enlarging by nearest neighbour."""
     rows = mask[np.r_[True, (mask[1:] != mask[:-1]).any(axis=1)]]
     return rows[:, np.r_[True, (rows[:, 1:] != rows[:, :-1]).any(axis=0)]]

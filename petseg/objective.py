@@ -43,9 +43,9 @@ class Objective:
             labels: uint8, as :class:`petseg.train_set.TrainSet` returns them.
         """
         logits: Tensor = forward(image)
-        return self._against(target_of(labels, self.border_target, self.loss.teacher), logits)
+        return self._loss_against(target_of(labels, self.border_target, self.loss.teacher), logits)
 
-    def _against(self, target: Tensor, logits: Tensor) -> Tensor:
+    def _loss_against(self, target: Tensor, logits: Tensor) -> Tensor:
         w = self.loss
         return bce_dice(logits, target, w.bce, w.dice, w.epsilon, self.ranks.sum, DICE_LOSSES[w.dice_form])
 
@@ -93,14 +93,14 @@ class Distillation(Objective):
         logits, hinted = forward(image)
         share = torch.where(labels == UNKNOWN, 1.0, self.loss.teacher).unsqueeze(1)
         target = target_of(labels, self.border_target).lerp(torch.sigmoid(said.float()), share)
-        loss = self._against(target, logits)
+        loss = self._loss_against(target, logits)
         apart = [
-            F.mse_loss(own.float(), self._standard(F.adaptive_avg_pool2d(block.float(), own.shape[-2:])))
+            F.mse_loss(own.float(), self._standardized(F.adaptive_avg_pool2d(block.float(), own.shape[-2:])))
             for own, block in zip(hinted, blocks, strict=True)
         ]
         return loss + self.loss.features * torch.stack(apart).mean()
 
-    def _standard(self, block: Tensor) -> Tensor:
+    def _standardized(self, block: Tensor) -> Tensor:
         """Standardize features [N, C, H, W] to mean 0, standard deviation 1 per channel over the batch of all ranks."""
         count = self.ranks.size * block.numel() // block.shape[1]
         mean = self.ranks.sum(block.sum((0, 2, 3), keepdim=True)) / count

@@ -113,9 +113,9 @@ class RunPhotos:
         )
         self.train = self._read(found, config, output, device, teacher)
         kept = {*self.train.names}
-        # Those of the initial weights are added later, by begin_with.
+        # Those of the initial weights are added later, by start_from.
         self._keys = {key for pair in found if pair.name in kept and (key := photo_key(pair))}
-        self._agree(device)
+        self._check_same_photos(device)
 
     @property
     def good_val(self) -> list[Pair]:
@@ -128,7 +128,7 @@ class RunPhotos:
 
         A file can also become unreadable in the middle of a run.
         """
-        return self._leave_out if self._config.on_bad == "skip" else None
+        return self._exclude if self._config.on_bad == "skip" else None
 
     def about(self) -> dict[str, Any]:
         """Returns what every checkpoint says about the photos; JSON values."""
@@ -154,7 +154,7 @@ class RunPhotos:
         train = dict(zip(self.train.names, self.train.masks, strict=True))
         return {str(Split.TRAIN): train, str(Split.VAL): self._val_masks}
 
-    def begin_with(self, init: Path, loaded: checkpoint.Checkpoint) -> None:
+    def start_from(self, init: Path, loaded: checkpoint.Checkpoint) -> None:
         """Record the checkpoint to start from; reject one that was trained on the validation photos.
 
         Args:
@@ -198,10 +198,10 @@ class RunPhotos:
         once = None if config.loss.features else teacher  # otherwise the teacher is run at every step
         # Only a teacher that sees the mixed picture can provide its target.
         augment = config.augment if teacher and not once else dataclasses.replace(config.augment, mix=0)
-        folder, here = self._place_for(len(found), output, once is not None), self._ranks.here
-        self._look_at_val()  # now rather than after the first epoch
+        folder, here = self._storage_for(len(found), output, once is not None), self._ranks.here
+        self._check_val()  # now rather than after the first epoch
         if teacher and not once:
-            self._note_teacher(*_said_of(teacher))
+            self._note_teacher(*_identify(teacher))
         remedy = "train without --teacher, or with a smaller one"
         with enough_memory(remedy), open_teacher(once, d.height, d.width, device) as taught:
             if taught:
@@ -210,7 +210,7 @@ class RunPhotos:
             until = math.ceil(round(augment.mix_until * config.epochs, 6))  # 0.55 * 100 is slightly more than 55
             return TrainSet(found, d.height, d.width, augment, config.seed, taught, self.failed, folder, here, until)
 
-    def _look_at_val(self) -> None:
+    def _check_val(self) -> None:
         """Raises DataError if no validation photo can be used, or none shows a pet; warns if there are few."""
         with_pet = []
         for pair, _, trimap in usable(self.val, self.failed, self._ranks.here):
@@ -240,11 +240,11 @@ class RunPhotos:
         self.warnings.append(message)
         self._observer.started(f"warning: {message}")
 
-    def _leave_out(self, pair: Pair, error: DataError) -> None:
+    def _exclude(self, pair: Pair, error: DataError) -> None:
         self.bad.append(pair.name)
         self._observer.excluded(f"excluded: {error}")
 
-    def _place_for(self, photos: int, output: Path, taught: bool) -> Path | None:
+    def _storage_for(self, photos: int, output: Path, taught: bool) -> Path | None:
         """Returns the folder for the decoded photos, if all ranks here together need more than half of free memory."""
         size = self._ranks.here * decoded_size(photos, self._config.height, self._config.width, taught)
         if 2 * size <= available_memory():
@@ -254,7 +254,7 @@ class RunPhotos:
         self._observer.started(f"reading {photos} photos into a file in {output}: {why}")
         return output
 
-    def _agree(self, device: torch.device) -> None:
+    def _check_same_photos(self, device: torch.device) -> None:
         """Raises TrainingError if the ranks have different photos: the order of their batches would differ."""
         if not self._ranks.same(self._names_sha256(), device):
             bad = f"excluded {', '.join(self.bad)}" if self.bad else "could read all that it found"
@@ -267,7 +267,7 @@ class RunPhotos:
         return names_sha256(self.train.names, self.val)
 
 
-def _said_of(teacher: Path) -> tuple[dict[str, str], dict[str, Any]]:
+def _identify(teacher: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Returns a teacher checkpoint's file and identity, and its provenance; does not keep its tensors."""
     loaded = checkpoint.load(teacher)
     return {"file": teacher.name, "identity": loaded.sha256}, loaded.meta

@@ -148,7 +148,7 @@ class StateFile:
         """
         return self.took <= QUICK_SAVE or time.perf_counter() - self._written >= 10 * self.took
 
-    def look_at(self, config: TrainConfig, taught: bool) -> None:
+    def check_settings(self, config: TrainConfig, taught: bool) -> None:
         """Check from its settings that this run can be resumed, without reading the tensors.
 
         Args:
@@ -165,7 +165,7 @@ class StateFile:
             refuse_other_settings(meta, config, taught, self.path.parent)
 
     @contextlib.contextmanager
-    def taking_up(self) -> Iterator[checkpoint.Checkpoint]:
+    def opened(self) -> Iterator[checkpoint.Checkpoint]:
         """Yields the saved state; errors in the caller's use of it are raised as damage to the file.
 
         Raises:
@@ -300,27 +300,27 @@ def load_tensors(
         KeyError, RuntimeError, ValueError: A tensor is missing, unexpected, or of another shape.
     """
     model.load_state_dict({name: t for name, t in tensors.items() if "/" not in name and name != "ema_updates"})
-    hints.load_state_dict(_under("hints/", tensors))
-    ema.module.load_state_dict(_under("ema/", tensors))
+    hints.load_state_dict(_with_prefix("hints/", tensors))
+    ema.module.load_state_dict(_with_prefix("ema/", tensors))
     ema.updates = int(tensors["ema_updates"])
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     slots: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer/"):
             _, number, slot = name.split("/")
-            slots.setdefault(int(number), {})[slot] = _laid_out(value, weights[int(number)])
+            slots.setdefault(int(number), {})[slot] = _in_layout_of(value, weights[int(number)])
     for index in range(len(weights)):
         if missing := {"step", "exp_avg", "exp_avg_sq"} - slots.get(index, {}).keys():
             raise ValueError(f"optimizer state {index} lacks {', '.join(sorted(missing))}")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the tensors whose names begin with ``prefix``, by the rest of their names."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _laid_out(value: Tensor, weight: Tensor) -> Tensor:
+def _in_layout_of(value: Tensor, weight: Tensor) -> Tensor:
     """Returns a moment in the memory format of its weight (channels_last): fused AdamW assumes the same layout."""
     if value.shape != weight.shape:
         return value  # the step count

@@ -7,7 +7,7 @@ from typing import Final
 
 from petseg.config import ScheduleConfig
 
-__all__ = ["learning_rate", "left_at_the_end"]
+__all__ = ["final_rate", "learning_rate"]
 
 #: Initial learning rate of a one-cycle run, as a share of the peak: 1 / 25, as in PyTorch's OneCycleLR.
 FIRST: Final = 0.04
@@ -48,7 +48,7 @@ def learning_rate(config: ScheduleConfig, peak: float, step: int, steps_per_epoc
     return peak / 2 * (1 + math.cos(math.pi * now / period))
 
 
-def left_at_the_end(config: ScheduleConfig, epochs: int) -> float:
+def final_rate(config: ScheduleConfig, epochs: int) -> float:
     """Returns the final learning rate of a run with warm restarts, as a share of the peak; 0 at the end of a period.
 
     Returns 0 for the other schedules: ``constant`` is meant to stay at its peak, and the rest end at 0.

@@ -28,7 +28,7 @@ from petseg.device import pick_precision
 from petseg.distributed import Ranks, synchronized
 from petseg.ema import MovingAverage
 from petseg.evaluate import Evaluation, Run, evaluate
-from petseg.lock import keep_others_out
+from petseg.lock import lock_folder
 from petseg.log import LOG, Row
 from petseg.memory import enough_memory
 from petseg.metrics import Border, best_threshold
@@ -47,7 +47,7 @@ from petseg.run_state import (
     remove_unfinished,
     tensors_of,
 )
-from petseg.schedule import learning_rate, left_at_the_end
+from petseg.schedule import final_rate, learning_rate
 from petseg.train_set import EpochSampler
 from petseg.warm_start import first_weights
 from petseg_runtime import __version__
@@ -60,9 +60,9 @@ __all__ = ["Step", "Trainer"]
 T = TypeVar("T")
 
 #: Below this scale, fp16's smallest gradients have long underflowed; a GradScaler that gets here will not recover.
-LEAST_SCALE = 1e-4
+MIN_SCALE = 1e-4
 #: Above this share of its peak, the learning rate at the end of the run is warned about.
-MUCH_LEFT = 0.05
+HIGH_FINAL_RATE = 0.05
 
 
 @dataclass(frozen=True)
@@ -151,14 +151,14 @@ class Trainer:
         self._stop = self._agreed = False  # not an Event, on whose lock a handler could block if it interrupts another
         check_folder(output, resume)
         # Held until `unlock`, or until a trainer that never gets there is garbage-collected.
-        self._release = weakref.finalize(self, keep_others_out(output) if self.ranks.first else lambda: None)
+        self._release = weakref.finalize(self, lock_folder(output) if self.ranks.first else lambda: None)
         if self.ranks.first:
             remove_unfinished(output)
         self.dtype = pick_precision(config.amp, device)
         self.last = StateFile(output)
-        inside = self._before_photos(None if resume else init, teacher)
+        inside = self._check_models(None if resume else init, teacher)
         if resume:
-            self.last.look_at(config, taught=teacher is not None)
+            self.last.check_settings(config, taught=teacher is not None)
         self.photos = RunPhotos(
             config, root, output, device=device, teacher=teacher, observer=self.observer, ranks=self.ranks
         )
@@ -183,14 +183,14 @@ class Trainer:
         self.scaler = self._scaler()
         self.state = RunState()
         self.meta = self._about(provenance or {})
-        doubts = list(self._doubts())
+        doubts = list(self._setting_warnings())
         self.warnings = [*self.photos.warnings, *doubts]  # RunPhotos has already reported its own
         self._announce(doubts)
         if resume:
-            self._take_up()
+            self._resume()
         self.forward = self._callable()
 
-    def _before_photos(self, init: Path | None, teacher: Path | None) -> AttentionUNet | None:
+    def _check_models(self, init: Path | None, teacher: Path | None) -> AttentionUNet | None:
         """Check the given models before minutes of reading photos; returns the teacher of features, or None.
 
         Raises:
@@ -205,7 +205,7 @@ class Trainer:
         if teacher.suffix in checkpoint.EXPORTED:
             open_artifact(teacher)
         elif checkpoint.peek(teacher).get("kind") == "training":
-            raise _no_model(teacher)
+            raise _not_a_model(teacher)
         return None
 
     def first_network(self, init: Path | None) -> AttentionUNet:
@@ -225,7 +225,7 @@ class Trainer:
             )
         network, loaded = checkpoint.load_model(path)
         if loaded.spec() is None:
-            raise _no_model(path)
+            raise _not_a_model(path)
         return network
 
     def _objective(self, teacher: AttentionUNet | None) -> Objective:
@@ -251,7 +251,7 @@ class Trainer:
         """
         try:
             remedy = f"use a smaller --batch than {self.config.batch}, or a smaller --size"
-            with handled(self._stop_for, *EXITS), enough_memory(remedy):
+            with handled(self._request_stop, *EXITS), enough_memory(remedy):
                 # The log has one row per finished epoch, so a run that was stopped between an epoch's last step and its
                 # validation resumes with the validation.
                 while not self.finished:
@@ -320,7 +320,7 @@ class Trainer:
                 torch.backends.cudnn.allow_tf32 = False
         return torch.compile(forward) if self.config.compile else forward
 
-    def _stop_for(self, number: int, frame: object) -> None:
+    def _request_stop(self, number: int, frame: object) -> None:
         """Signal handler: request a stop after the current step."""
         self.stopped_by = signal.Signals(number)
         self._stop = True
@@ -341,7 +341,7 @@ class Trainer:
         self.model.train()
         self._mark = time.perf_counter()
         with contextlib.closing(self._steps()) as steps:
-            for step in _one_behind(steps) if self.late else steps:
+            for step in _delayed(steps) if self.late else steps:
                 self._settle(step)
         if self._stopping:
             self._save_last()
@@ -365,10 +365,10 @@ class Trainer:
         image = normalize(photo.to(self.device, non_blocking=True))
         labels = trimap.to(self.device, non_blocking=True)
         mixed = torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
-        with self.ranks.exchanging(), mixed:
+        with self.ranks.communicating(), mixed:
             loss = self.objective(self.forward, image, labels)
         self.optimizer.zero_grad(set_to_none=True)
-        with self.ranks.exchanging():
+        with self.ranks.communicating():
             self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self._weights, self.config.optimizer.clip)
@@ -382,9 +382,9 @@ class Trainer:
         self.scaler.update()
         self.ema.update(self.model)
         scale = self.scaler.scale(torch.ones_like(norm))
-        return self._sent(torch.cat((numbers, scale[None])), lr)
+        return self._start_copy(torch.cat((numbers, scale[None])), lr)
 
-    def _sent(self, numbers: Tensor, lr: float) -> Step:
+    def _start_copy(self, numbers: Tensor, lr: float) -> Step:
         """Returns a step whose numbers are being copied to the CPU."""
         if self.device.type == "cpu":
             return Step(numbers, None, lr)
@@ -407,7 +407,7 @@ class Trainer:
         overflow = self.scaler.is_enabled() and not math.isfinite(norm)
         if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
             self._give_up(f"loss {loss}, gradient norm {norm}")
-        if overflow and scale < LEAST_SCALE:
+        if overflow and scale < MIN_SCALE:
             self._give_up(f"gradients overflow in fp16 at every scale (now {scale:.1e})")
         state = self.state
         state.step += 1
@@ -493,12 +493,12 @@ class Trainer:
 
     def _evaluate_ema(self) -> Evaluation:
         d, pairs, failed = self.config.data, self.photos.good_val, self.photos.failed
-        run, watch = self._ema_run(), lambda done: self._heed_in_validation()
+        run, watch = self._ema_run(), lambda done: self._stop_in_validation()
         # Only rank 0 validates, and its device may not have room for more than its part of a batch.
         own = self.config.batch // self.ranks.size
         return evaluate(run, pairs, d.height, d.width, batch=own, watch=watch, failed=failed)
 
-    def _heed_in_validation(self) -> None:
+    def _stop_in_validation(self) -> None:
         """Stop during a validation, which may take longer than a scheduler waits; the run resumes with that validation.
 
         With several ranks the others wait for this one's result, so all of them stop after the next step instead.
@@ -536,7 +536,7 @@ class Trainer:
         self.last.write(tensors_of(self.model, self.objective.hints, self.ema, self.optimizer), meta)
         return 0.0
 
-    def _take_up(self) -> None:
+    def _resume(self) -> None:
         """Load the state of the run in the folder.
 
         Raises:
@@ -544,10 +544,10 @@ class Trainer:
             CheckpointError: Its state is damaged.
         """
         room = "free some memory on the device (another program is using it), then --resume again"
-        with self.last.taking_up() as saved, enough_memory(room):
+        with self.last.opened() as saved, enough_memory(room):
             refuse_another_run(saved.meta, {**self.meta, "masks": self.photos.masks()}, self.output)
             load_tensors(saved.tensors, self.model, self.objective.hints, self.ema, self.optimizer)
-            self._go_on_in(saved.meta["precision"])
+            self._keep_precision(saved.meta["precision"])
             if saved.meta["scaler"]:  # empty if the precision needs no GradScaler
                 self.scaler.load_state_dict(saved.meta["scaler"])
             self.state = RunState.from_dict(saved.meta["state"])
@@ -562,9 +562,9 @@ class Trainer:
             self.observer.started(f"warning: {warning}")
         self.observer.started(f"resumed at step {self.state.step}")
         if self.ranks.first:
-            self._mend_after_a_crash()
+            self._repair_after_crash()
 
-    def _mend_after_a_crash(self) -> None:
+    def _repair_after_crash(self) -> None:
         """Rewrite the log from the state, and keep a best checkpoint of an epoch that the state does not have.
 
         The state is not saved after every epoch, and on a GPU a repeated epoch does not give exactly the same weights.
@@ -589,7 +589,7 @@ class Trainer:
     def _scaler(self) -> torch.amp.GradScaler:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
-    def _go_on_in(self, before: str) -> None:
+    def _keep_precision(self, before: str) -> None:
         """Keep the precision of the run so far if this device supports it; ``amp=auto`` may choose another one here."""
         chosen = self.meta["precision"]
         if before == chosen:
@@ -604,10 +604,10 @@ class Trainer:
                 f"computing in {chosen} from here on ({why}): the weights will differ slightly from an unbroken run's"
             )
 
-    def _doubts(self) -> Iterator[str]:
+    def _setting_warnings(self) -> Iterator[str]:
         """Yields a warning for each questionable setting."""
         last = self.config.epochs
-        if (left := left_at_the_end(self.config.schedule, last)) > MUCH_LEFT:
+        if (left := final_rate(self.config.schedule, last)) > HIGH_FINAL_RATE:
             yield (
                 f"the learning rate ends at {100 * left:.0f} % of its peak, because no schedule period ends with "
                 f"epoch {last}; in a new run, --set schedule.restart_epochs={last} makes one end there"
@@ -633,7 +633,7 @@ class Trainer:
             say(f"warning: {warning}")
 
 
-def _no_model(path: Path) -> CheckpointError:
+def _not_a_model(path: Path) -> CheckpointError:
     return CheckpointError(f"{path}: the state of a run, not a model; give the best.safetensors beside it")
 
 
@@ -648,7 +648,7 @@ def _optimizer(parameters: Sequence[nn.Parameter], config: TrainConfig) -> torch
     return torch.optim.AdamW(groups, lr=config.optimizer.lr, fused=True)
 
 
-def _one_behind(items: Iterable[T]) -> Iterator[T]:
+def _delayed(items: Iterable[T]) -> Iterator[T]:
     """Yields each item once the next one is there, and the last one at the end."""
     waiting: list[T] = []
     for item in items:

@@ -23,7 +23,16 @@ from petseg.metrics import BACKGROUND, BORDER, PET
 from petseg_runtime import images
 from petseg_runtime.errors import DataError, OutputError, UsageError
 
-__all__ = ["UNKNOWN", "EpochSampler", "TrainSet", "colours", "decoded_size", "moves", "refuse_batch", "target_of"]
+__all__ = [
+    "UNKNOWN",
+    "EpochSampler",
+    "TrainSet",
+    "colour_jitter",
+    "decoded_size",
+    "geometric_transform",
+    "refuse_batch",
+    "target_of",
+]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
@@ -31,7 +40,7 @@ U8: TypeAlias = npt.NDArray[np.uint8]
 UNKNOWN: Final = 0
 
 
-def moves(config: AugmentConfig) -> v2.Transform:
+def geometric_transform(config: AugmentConfig) -> v2.Transform:
     """Returns the random geometric transform, the same for all inputs of a call; nearest for masks, else bilinear.
 
     Uncovered pixels become black in images, and background in masks.
@@ -51,7 +60,7 @@ def moves(config: AugmentConfig) -> v2.Transform:
     return v2.Compose(steps)
 
 
-def colours(config: AugmentConfig) -> v2.Transform:
+def colour_jitter(config: AugmentConfig) -> v2.Transform:
     """Returns the random colour jitter."""
     if config.brightness or config.contrast or config.saturation or config.hue:
         return v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)
@@ -112,8 +121,8 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
         self.skipped_tiny: list[str] = []
         self.masks: list[str] = []
         planes = (len(pairs), 2, height, width) if teacher else (len(pairs), height, width)
-        self._photos = _room((len(pairs), height, width, 3), folder)  # an upper bound
-        self._trimaps = _room(planes, folder)
+        self._photos = _allocate((len(pairs), height, width, 3), folder)  # an upper bound
+        self._trimaps = _allocate(planes, folder)
         # This memory has not been touched yet, so the system still counts it as free.
         promised = 0 if folder else self._photos.nbytes + self._trimaps.nbytes
         for pair, photo, trimap in usable(pairs, failed, processes, promised):
@@ -131,7 +140,7 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
         if not self.names:
             tiny = f" (at {height}x{width} the pets of {len(self.skipped_tiny)} vanish)" if self.skipped_tiny else ""
             raise DataError(f"no photo with a pet in its mask{tiny}: nothing to train on")
-        self._move, self._colour = moves(augment), colours(augment)
+        self._move, self._colour = geometric_transform(augment), colour_jitter(augment)
         self._paste, self._mixed, self._mix_epochs = augment.paste, augment.mix, mix_epochs
         self._seed = seed
 
@@ -176,7 +185,7 @@ def decoded_size(photos: int, height: int, width: int, taught: bool) -> int:
     return photos * height * width * (5 if taught else 4)
 
 
-def _room(shape: tuple[int, ...], folder: Path | None) -> U8:
+def _allocate(shape: tuple[int, ...], folder: Path | None) -> U8:
     """Allocate bytes in memory, or in a file in ``folder`` that has no name, so that it vanishes with its process.
 
     Raises:

@@ -31,7 +31,7 @@ def first_weights(
     if init is None:
         return AttentionUNet(config)
     given, loaded = checkpoint.load_model(init)
-    photos.begin_with(init, loaded)
+    photos.start_from(init, loaded)
     if loaded.model_config == config:
         return given
     model = AttentionUNet(config)

@@ -33,7 +33,7 @@ __all__ = ["train"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Options:
     """The options of ``petseg train`` that are not settings of the run.
 
     Attributes:
@@ -173,7 +173,7 @@ def train(
         return 0
     assert root is not None
     assert output is not None
-    asked = Asked(
+    options = Options(
         root=root,
         output=output,
         recipe=recipe,
@@ -185,10 +185,10 @@ def train(
         as_json=as_json,
         quiet=quiet,
     )
-    return _train(config, asked)
+    return _train(config, options)
 
 
-def _train(config: TrainConfig, asked: Asked) -> int:
+def _train(config: TrainConfig, options: Options) -> int:
     """Train with complete settings; returns the exit code."""
     from petseg.distributed import join, local_device
     from petseg.record import commit
@@ -196,22 +196,22 @@ def _train(config: TrainConfig, asked: Asked) -> int:
     from petseg_runtime.errors import EXIT_PARTIAL, NonFiniteLoss
 
     origin = {"command": shlex.join(["petseg", *sys.argv[1:]]), "commit": commit()}
-    device = local_device(asked.device)
-    check_writable(asked.output)  # before an epoch, which may take hours
+    device = local_device(options.device)
+    check_writable(options.output)  # before an epoch, which may take hours
     with join(device) as ranks:
-        hushed = asked.quiet or not ranks.first
-        with progress_line(hushed) as progress, _board(config, asked, ranks.first) as board:
-            observer = _observer(config.epochs, progress, hushed, ranks.first)
+        quiet = options.quiet or not ranks.first
+        with progress_line(quiet) as progress, _board(config, options, ranks.first) as board:
+            observer = _observer(config.epochs, progress, quiet, ranks.first)
             trainer = Trainer(
                 config,
-                asked.root,
-                asked.output,
+                options.root,
+                options.output,
                 device=device,
-                init=asked.init,
-                teacher=asked.teacher,
-                resume=asked.resume,
+                init=options.init,
+                teacher=options.teacher,
+                resume=options.resume,
                 observer=_both(observer, board),
-                provenance={**origin, **({"recipe": asked.recipe} if asked.recipe else {})},
+                provenance={**origin, **({"recipe": options.recipe} if options.recipe else {})},
                 ranks=ranks,
             )
             try:
@@ -226,7 +226,7 @@ def _train(config: TrainConfig, asked: Asked) -> int:
                 return error.exit_code  # rank 0 reports it for all
     if not ranks.first:
         return 0  # with another code, torchrun would end rank 0, which still has plots to make
-    _finish(trainer, best, asked)
+    _finish(trainer, best, options)
     return EXIT_PARTIAL if trainer.photos.bad else 0
 
 
@@ -289,7 +289,7 @@ def _train_config(
     return from_dict(TrainConfig, raw)
 
 
-def _finish(trainer: Trainer, best: Path, asked: Asked) -> None:
+def _finish(trainer: Trainer, best: Path, options: Options) -> None:
     """Write the record, draw the plots, and print the result."""
     from petseg.log import LOG
     from petseg.record import RUN, write_record
@@ -300,11 +300,11 @@ def _finish(trainer: Trainer, best: Path, asked: Asked) -> None:
     finally:
         trainer.unlock()
     row = trainer.best
-    if asked.as_json:
+    if options.as_json:
         click.echo(json.dumps({"schema_version": 1, "checkpoint": str(best), "best": row.as_dict()}))
-    elif not asked.quiet:
+    elif not options.quiet:
         click.echo(f"{best}: validation IoU {row.val_iou:.4f} at threshold {row.val_threshold:.2f}")
-        click.echo(f"{asked.output / LOG}; beside it {', '.join((RUN, *drawn))}")
+        click.echo(f"{options.output / LOG}; beside it {', '.join((RUN, *drawn))}")
 
 
 def _draw(trainer: Trainer, best: Path) -> list[str]:
@@ -331,14 +331,14 @@ def _draw(trainer: Trainer, best: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _board(config: TrainConfig, asked: Asked, first: bool) -> Iterator[Observer | None]:
-    """Yields the TensorBoard observer, if it was asked for, on rank 0."""
-    if not (asked.tensorboard and first):
+def _board(config: TrainConfig, options: Options, first: bool) -> Iterator[Observer | None]:
+    """Yields the TensorBoard observer, if requested, on rank 0."""
+    if not (options.tensorboard and first):
         yield None
         return
     from petseg.tensorboard import TensorBoard  # tensorboard takes seconds to import
 
-    board = TensorBoard(asked.output / "tensorboard", config.data.height, config.data.width)
+    board = TensorBoard(options.output / "tensorboard", config.data.height, config.data.width)
     try:
         yield board
     finally:

@@ -411,9 +411,9 @@ def test_an_exchange_with_a_process_that_is_gone_says_so_and_keeps_the_words(
         with pytest.raises(TrainingError, match="another process of this run ended") as caught:
             act()
         assert str(caught.value).endswith(f"({first})")
-    with pytest.raises(TrainingError, match="--resume"), ranks.exchanging():
+    with pytest.raises(TrainingError, match="--resume"), ranks.communicating():
         raise error
-    with pytest.raises(type(error)), Ranks().exchanging():
+    with pytest.raises(type(error)), Ranks().communicating():
         raise error
 
 
@@ -428,7 +428,7 @@ def test_what_is_wrong_with_this_process_is_not_blamed_on_another(
     with pytest.raises(type(error)) as caught:
         Ranks(0, 2, 2).sum(torch.ones(2))
     assert caught.value is error
-    with pytest.raises(type(error)), Ranks(0, 2, 2).exchanging():
+    with pytest.raises(type(error)), Ranks(0, 2, 2).communicating():
         raise error
 
 

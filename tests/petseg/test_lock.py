@@ -14,24 +14,24 @@ from pathlib import Path
 
 import pytest
 
-from petseg.lock import LOCK, keep_others_out
+from petseg.lock import LOCK, lock_folder
 from petseg_runtime.errors import TrainingError
 
 #: Has a folder until its standard input ends. First it forks a worker, which must not let anybody in.
 HOLDS = """
 import os, sys
 from pathlib import Path
-from petseg.lock import keep_others_out
+from petseg.lock import lock_folder
 
-let_in = keep_others_out(Path(sys.argv[1]))
+unlock = lock_folder(Path(sys.argv[1]))
 worker = os.fork()
 if worker == 0:
-    let_in()
+    unlock()
     os._exit(0)
 os.waitpid(worker, 0)
 print("held", flush=True)
 sys.stdin.read()
-let_in()
+unlock()
 """
 
 
@@ -52,10 +52,10 @@ def test_a_folder_that_another_process_has_is_refused_until_that_ends(tmp_path: 
     folder = tmp_path / "run"
     with held(folder) as process:
         with pytest.raises(TrainingError, match=r"run: another process is training there; .* another --output"):
-            keep_others_out(folder)
+            lock_folder(folder)
         process.communicate(timeout=30)
         assert not folder.exists(), "it made it, and left nothing in it"
-        keep_others_out(folder)()
+        lock_folder(folder)()
 
 
 def test_what_a_killed_process_left_keeps_nobody_out(tmp_path: Path) -> None:
@@ -63,19 +63,19 @@ def test_what_a_killed_process_left_keeps_nobody_out(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait(30)
     assert (tmp_path / LOCK).exists()
-    keep_others_out(tmp_path)()
+    lock_folder(tmp_path)()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_one_process_may_have_it_twice_and_removes_only_its_own(tmp_path: Path) -> None:
-    first = keep_others_out(tmp_path)
-    second = keep_others_out(tmp_path)
+    first = lock_folder(tmp_path)
+    second = lock_folder(tmp_path)
     first()
     assert list(tmp_path.iterdir()) == []
     with held(tmp_path):
         second()
         with pytest.raises(TrainingError, match="another process"):
-            keep_others_out(tmp_path)
+            lock_folder(tmp_path)
 
 
 def test_a_lock_that_has_just_been_removed_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,10 +88,10 @@ def test_a_lock_that_has_just_been_removed_is_made_anew(tmp_path: Path, monkeypa
         lock(descriptor, how)
 
     monkeypatch.setattr(fcntl, "lockf", late)
-    let_in = keep_others_out(tmp_path)
+    unlock = lock_folder(tmp_path)
     assert removed
     assert (tmp_path / LOCK).exists()
-    let_in()
+    unlock()
 
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP])
@@ -102,11 +102,11 @@ def test_a_file_system_without_locks_keeps_nobody_out(
         raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr(fcntl, "lockf", none)
-    keep_others_out(tmp_path / "run")()
+    lock_folder(tmp_path / "run")()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_made_is_told_by_who_writes_there(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    keep_others_out(tmp_path / "file" / "run")()
+    lock_folder(tmp_path / "file" / "run")()
     assert (tmp_path / "file").is_file()

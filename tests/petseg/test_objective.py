@@ -149,7 +149,7 @@ def test_a_teachers_block_is_brought_to_the_size_of_the_networks() -> None:
 
 def test_a_channel_that_is_the_same_everywhere_is_no_number_that_grows() -> None:
     block = torch.randn(4, 3, 5, 5) * torch.tensor([1.0, 100.0, 0.0])[:, None, None] + 7
-    standard = distillation()._standard(block)
+    standard = distillation()._standardized(block)
     torch.testing.assert_close(standard.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(standard.std((0, 2, 3), correction=0), torch.tensor([1.0, 1.0, 0.0]), atol=1e-3, rtol=0)
 

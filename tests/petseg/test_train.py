@@ -538,9 +538,7 @@ def test_a_run_that_is_killed_again_and_again_at_any_moment_ends_the_same(
 
 
 #: Has a run's folder until it is killed.
-HOLDS = (
-    "import sys, time; from pathlib import Path; from petseg.lock import *; let_in = keep_others_out(Path(sys.argv[1]))"
-)
+HOLDS = "import sys, time; from pathlib import Path; from petseg.lock import *; unlock = lock_folder(Path(sys.argv[1]))"
 
 
 @pytest.mark.parametrize("resume", [True, False])
