@@ -31,12 +31,12 @@ __all__ = [
     "ScheduleConfig",
     "TrainConfig",
     "from_dict",
-    "idle_settings",
+    "unused_settings",
     "is_deep",
     "load_toml",
     "merge",
     "override",
-    "refuse_idle",
+    "reject_unused",
     "to_dict",
     "to_toml",
 ]
@@ -303,7 +303,7 @@ def to_toml(config: TrainConfig, taught: bool) -> str:
         config: The run's settings.
         taught: Whether there is a teacher.
     """
-    idle = idle_settings(config, taught)
+    idle = unused_settings(config, taught)
 
     def line(name: str, value: Any, where: str = "") -> str:
         setting = f"{name} = {json.dumps(value)}"  # numbers, strings and lists of numbers are the same in JSON and TOML
@@ -335,7 +335,7 @@ def load_toml(path: Path) -> dict[str, Any]:
     return settings
 
 
-def refuse_idle(config: TrainConfig, start: TrainConfig, taught: bool) -> None:
+def reject_unused(config: TrainConfig, start: TrainConfig, taught: bool) -> None:
     """Reject settings that were changed but have no effect.
 
     Args:
@@ -346,7 +346,7 @@ def refuse_idle(config: TrainConfig, start: TrainConfig, taught: bool) -> None:
     Raises:
         UsageError: There is such a setting; the message says what it would need to have an effect.
     """
-    for name, user in idle_settings(config, taught).items():
+    for name, user in unused_settings(config, taught).items():
         value, before = (operator.attrgetter(name)(settings) for settings in (config, start))
         if value != before:
             raise UsageError(
@@ -354,7 +354,7 @@ def refuse_idle(config: TrainConfig, start: TrainConfig, taught: bool) -> None:
             )
 
 
-def idle_settings(config: TrainConfig, taught: bool) -> dict[str, str]:
+def unused_settings(config: TrainConfig, taught: bool) -> dict[str, str]:
     """Returns the settings that have no effect, each with what it would need to have one."""
     schedule, restarts = config.schedule, "schedule.name=cosine-restarts"
     seen = taught and config.loss.features > 0

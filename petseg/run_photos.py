@@ -38,7 +38,7 @@ from petseg.memory import enough_memory
 from petseg.metrics import PET
 from petseg.observers import Observer
 from petseg.teacher import open_teacher
-from petseg.train_set import EpochSampler, TrainSet, decoded_size, refuse_batch
+from petseg.train_set import EpochSampler, TrainSet, decoded_size, check_batch
 from petseg_runtime.errors import DataError, TrainingError
 from petseg_runtime.host import available_memory, usable_cpus
 from petseg_runtime.signals import EXITS
@@ -164,7 +164,7 @@ class RunPhotos:
         Raises:
             TrainingError: It was trained on some of them; the message says which split to use.
         """
-        self._refuse_weights(init, loaded.meta)
+        self._check_unseen_val(init, loaded.meta)
         test = find_listed(self._root, (Split.TRAINVAL, Split.TEST)).get(Split.TEST, [])
         if seen := trained_on(loaded.meta, self._root, test):
             self._warn(
@@ -174,7 +174,7 @@ class RunPhotos:
         self._keys |= train_keys(loaded.meta)
         self.init = {"file": init.name, "identity": loaded.sha256}
 
-    def _refuse_weights(self, init: Path, provenance: Mapping[str, Any]) -> None:
+    def _check_unseen_val(self, init: Path, provenance: Mapping[str, Any]) -> None:
         """Raises TrainingError if a checkpoint was trained on validation photos of this run."""
         seen = trained_on(provenance, self._root, self.val)
         if not seen:
@@ -194,7 +194,7 @@ class RunPhotos:
     ) -> TrainSet:
         """Check the validation photos, then decode the training photos that were found."""
         d = config.data
-        refuse_batch(len(found), config.batch, self._ranks.size)  # fewer may remain once they have been read
+        check_batch(len(found), config.batch, self._ranks.size)  # fewer may remain once they have been read
         once = None if config.loss.features else teacher  # otherwise the teacher is run at every step
         # Only a teacher that sees the mixed picture can provide its target.
         augment = config.augment if teacher and not once else dataclasses.replace(config.augment, mix=0)

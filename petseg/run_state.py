@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from petseg import checkpoint
-from petseg.config import TrainConfig, from_dict, idle_settings, to_dict
+from petseg.config import TrainConfig, from_dict, unused_settings, to_dict
 from petseg.ema import MovingAverage
 from petseg.log import LOG, Row
 from petseg_runtime.errors import CheckpointError, TrainingError
@@ -33,8 +33,8 @@ __all__ = [
     "StateFile",
     "check_folder",
     "load_tensors",
-    "refuse_another_run",
-    "refuse_other_settings",
+    "check_same_run",
+    "check_same_settings",
     "remove_unfinished",
     "tensors_of",
 ]
@@ -156,13 +156,13 @@ class StateFile:
             taught: Whether this run has a teacher.
 
         Raises:
-            TrainingError: See :func:`refuse_other_settings`.
+            TrainingError: See :func:`check_same_settings`.
             CheckpointError: The file cannot be read, is a model, or is damaged.
         """
         with self._damage():
             meta = checkpoint.peek(self.path)
-            self._refuse_model(meta)
-            refuse_other_settings(meta, config, taught, self.path.parent)
+            self._check_is_state(meta)
+            check_same_settings(meta, config, taught, self.path.parent)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[checkpoint.Checkpoint]:
@@ -172,11 +172,11 @@ class StateFile:
             CheckpointError: The file cannot be read, is a model, or is damaged.
         """
         saved = checkpoint.load(self.path)
-        self._refuse_model(saved.meta)
+        self._check_is_state(saved.meta)
         with self._damage():
             yield saved
 
-    def _refuse_model(self, meta: Mapping[str, Any]) -> None:
+    def _check_is_state(self, meta: Mapping[str, Any]) -> None:
         if meta.get("kind") != "training":
             raise CheckpointError(f"{self.path}: a model, not the state of a run; give it to --init")
 
@@ -213,7 +213,7 @@ def remove_unfinished(folder: Path) -> None:
             part.unlink(missing_ok=True)
 
 
-def refuse_other_settings(saved: Mapping[str, Any], config: TrainConfig, taught: bool, folder: Path) -> None:
+def check_same_settings(saved: Mapping[str, Any], config: TrainConfig, taught: bool, folder: Path) -> None:
     """Reject resuming with other settings, except those in :data:`FREE` and those that have no effect.
 
     Args:
@@ -227,12 +227,12 @@ def refuse_other_settings(saved: Mapping[str, Any], config: TrainConfig, taught:
         KeyError, TypeError, UsageError: The metadata is damaged.
     """
     before = from_dict(TrainConfig, saved["config"])  # a setting that the saved run did not know yet has its default
-    unused = idle_settings(before, taught).keys() & idle_settings(config, taught).keys()
+    unused = unused_settings(before, taught).keys() & unused_settings(config, taught).keys()
     if differs := _differences(to_dict(before), to_dict(config), {*FREE, *unused}):
         raise TrainingError(f"{folder}: the run to resume has other settings: {'; '.join(differs)}")
 
 
-def refuse_another_run(saved: Mapping[str, Any], meta: Mapping[str, Any], folder: Path) -> None:
+def check_same_run(saved: Mapping[str, Any], meta: Mapping[str, Any], folder: Path) -> None:
     """Reject resuming with other photos, masks or another teacher.
 
     Args:

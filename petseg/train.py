@@ -43,7 +43,7 @@ from petseg.run_state import (
     StateFile,
     check_folder,
     load_tensors,
-    refuse_another_run,
+    check_same_run,
     remove_unfinished,
     tensors_of,
 )
@@ -545,7 +545,7 @@ class Trainer:
         """
         room = "free some memory on the device (another program is using it), then --resume again"
         with self.last.opened() as saved, enough_memory(room):
-            refuse_another_run(saved.meta, {**self.meta, "masks": self.photos.masks()}, self.output)
+            check_same_run(saved.meta, {**self.meta, "masks": self.photos.masks()}, self.output)
             load_tensors(saved.tensors, self.model, self.objective.hints, self.ema, self.optimizer)
             self._keep_precision(saved.meta["precision"])
             if saved.meta["scaler"]:  # empty if the precision needs no GradScaler

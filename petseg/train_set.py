@@ -30,7 +30,7 @@ __all__ = [
     "colour_jitter",
     "decoded_size",
     "geometric_transform",
-    "refuse_batch",
+    "check_batch",
     "target_of",
 ]
 
@@ -207,7 +207,7 @@ def _allocate(shape: tuple[int, ...], folder: Path | None) -> U8:
         ) from error
 
 
-def refuse_batch(photos: int, batch: int, ranks: int = 1) -> None:
+def check_batch(photos: int, batch: int, ranks: int = 1) -> None:
     """Reject a batch size that does not fit the photos or the number of ranks.
 
     Raises:
@@ -231,9 +231,9 @@ class EpochSampler(Sampler[list[int]]):
         """Sample batches of ``batch`` from ``size`` photos, for rank ``rank`` of ``ranks``.
 
         Raises:
-            DataError, UsageError: See :func:`refuse_batch`.
+            DataError, UsageError: See :func:`check_batch`.
         """
-        refuse_batch(size, batch, ranks)
+        check_batch(size, batch, ranks)
         self.size, self.batch, self.seed = size, batch, seed
         self.rank, self.ranks = rank, ranks
         self.epoch, self.start = 0, 0

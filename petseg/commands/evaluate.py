@@ -50,8 +50,8 @@ __all__ = ["evaluate"]
 @click.option(
     "--without-doubtful",
     is_flag=True,
-    help="Measure what `petseg infer` shows: masks without low-confidence regions, those with no near-certain pixel.  "
-    "[default: complete masks]",
+    help="Measure the masks that `petseg infer` shows: without low-confidence regions (no near-certain pixel).  "
+    "[default: with them]",
 )
 @click.option(
     "--val-fraction",
@@ -89,9 +89,9 @@ def evaluate(
     trimap's border as background; the other two ways to count it are shown below them. A photo that cannot be read ends
     the measurement; with --report it is named and excluded, and the exit code is 3.
 
-    --split val and train are by default the photos that the model's own run validated or trained on. Exported files of
-    older versions do not record which those were, and can only confirm that a split given here was theirs. If the data
-    folder lists its validation photos in val.txt, those are val, and --val-fraction is rejected.
+    With --split val or train, the photos are by default those that the model's own run validated or trained on.
+    Exported files of older versions do not record that split; they can only confirm that a given split is the run's. If
+    the data folder lists its validation photos in val.txt, those are val, and --val-fraction is rejected.
 
     A checkpoint needs PyTorch, an exported file does not; --report and worst.png need matplotlib. The extra `train` has
     both.

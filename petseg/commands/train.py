@@ -103,14 +103,17 @@ def _ranked() -> Iterator[None]:
     help="Use a named recipe; without NAME, list the recipes.",
 )
 @click.option(
-    "--config", "config_file", type=PATH, help="TOML file with settings; overrides --recipe, other options override it."
+    "--config",
+    "config_file",
+    type=PATH,
+    help="TOML file with settings; takes precedence over --recipe, other options over both.",
 )
 @click.option(
     "--set",
     "settings",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Set one setting, like optimizer.lr=0.002 (repeatable); --settings lists them.",
+    help="Change one setting, like optimizer.lr=0.002 (repeatable); --settings lists them.",
 )
 @click.option("--settings", "show", is_flag=True, help="Print the run's settings as TOML for --config, and exit.")
 @click.option("--epochs", type=int, help="Passes over the training photos.")
@@ -162,12 +165,12 @@ def train(
         if path is None and not show:
             raise click.MissingParameter(ctx=click.get_current_context(), param_hint=option, param_type="option")
 
-    from petseg.config import refuse_idle, to_toml
+    from petseg.config import reject_unused, to_toml
 
     short = {"epochs": epochs, "batch": batch, "seed": seed, "model.width": width}
     config = _train_config(recipe, config_file, short, size, settings)
     if not resume:  # the run may have been started by an older version, which did not check
-        refuse_idle(config, _train_config(recipe), taught=teacher is not None)
+        reject_unused(config, _train_config(recipe), taught=teacher is not None)
     if show:
         click.echo(to_toml(config, taught=teacher is not None), nl=False)
         return 0

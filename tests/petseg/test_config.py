@@ -19,7 +19,7 @@ from petseg.config import (
     from_dict,
     load_toml,
     override,
-    refuse_idle,
+    reject_unused,
     to_dict,
     to_toml,
 )
@@ -70,7 +70,7 @@ def test_to_toml_and_back(config: TrainConfig, taught: bool, tmp_path: Path) -> 
         features=config.loss.features if taught else 0.0,
     )
     assert back == dataclasses.replace(config, schedule=used, loss=loss)
-    refuse_idle(back, TrainConfig(), taught)
+    reject_unused(back, TrainConfig(), taught)
     assert tomllib.loads(re.sub(r"^# ", "", file.read_text(), flags=re.MULTILINE)) == to_dict(config)
 
 
@@ -254,8 +254,8 @@ def test_a_setting_is_named_once(raw: dict[str, Any], said: str) -> None:
 def test_a_setting_that_nothing_uses_is_refused_with_what_would(raw: dict[str, Any], taught: bool, said: str) -> None:
     config = from_dict(TrainConfig, raw)
     with pytest.raises(UsageError, match=said):
-        refuse_idle(config, TrainConfig(), taught)
-    refuse_idle(config, config, taught)  # as a recipe has it
+        reject_unused(config, TrainConfig(), taught)
+    reject_unused(config, config, taught)  # as a recipe has it
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_a_setting_that_nothing_uses_is_refused_with_what_would(raw: dict[str, A
     ],
 )
 def test_a_setting_that_is_used_or_at_its_default_is_let_pass(raw: dict[str, Any]) -> None:
-    refuse_idle(from_dict(TrainConfig, raw), TrainConfig(), taught=True)
+    reject_unused(from_dict(TrainConfig, raw), TrainConfig(), taught=True)
 
 
 @pytest.mark.parametrize(("text", "workers"), [("auto", "auto"), ('"auto"', "auto"), ("3", 3), ("0", 0)])

@@ -25,7 +25,7 @@ from petseg.lock import LOCK
 from petseg.log import LOG
 from petseg.metrics import PET
 from petseg.record import record
-from petseg.run_state import BEST, LAST, QUICK_SAVE, RunState, StateFile, refuse_another_run
+from petseg.run_state import BEST, LAST, QUICK_SAVE, RunState, StateFile, check_same_run
 from petseg.train import Trainer
 from petseg_runtime.errors import CheckpointError, EngineError, TrainingError
 from tiny_runs import (
@@ -78,7 +78,7 @@ def test_a_state_of_before_photos_with_tiny_pets_were_left_out_says_so(
     saved = {"data": {"names_sha256": "a", **before}}
     meta = {"data": {"names_sha256": "b", "skipped_too_small": ["pet_05", "pet_06"]}, "masks": {}}
     with pytest.raises(TrainingError, match=said):
-        refuse_another_run(saved, meta, tmp_path)
+        check_same_run(saved, meta, tmp_path)
 
 
 @pytest.mark.usefixtures("usual_disk")
