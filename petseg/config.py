@@ -31,7 +31,6 @@ __all__ = [
     "ScheduleConfig",
     "TrainConfig",
     "from_dict",
-    "unused_settings",
     "is_deep",
     "load_toml",
     "merge",
@@ -39,6 +38,7 @@ __all__ = [
     "reject_unused",
     "to_dict",
     "to_toml",
+    "unused_settings",
 ]
 
 

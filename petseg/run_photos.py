@@ -38,7 +38,7 @@ from petseg.memory import enough_memory
 from petseg.metrics import PET
 from petseg.observers import Observer
 from petseg.teacher import open_teacher
-from petseg.train_set import EpochSampler, TrainSet, decoded_size, check_batch
+from petseg.train_set import EpochSampler, TrainSet, check_batch, decoded_size
 from petseg_runtime.errors import DataError, TrainingError
 from petseg_runtime.host import available_memory, usable_cpus
 from petseg_runtime.signals import EXITS

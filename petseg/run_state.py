@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from petseg import checkpoint
-from petseg.config import TrainConfig, from_dict, unused_settings, to_dict
+from petseg.config import TrainConfig, from_dict, to_dict, unused_settings
 from petseg.ema import MovingAverage
 from petseg.log import LOG, Row
 from petseg_runtime.errors import CheckpointError, TrainingError
@@ -32,9 +32,9 @@ __all__ = [
     "RunState",
     "StateFile",
     "check_folder",
-    "load_tensors",
     "check_same_run",
     "check_same_settings",
+    "load_tensors",
     "remove_unfinished",
     "tensors_of",
 ]

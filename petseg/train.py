@@ -42,8 +42,8 @@ from petseg.run_state import (
     RunState,
     StateFile,
     check_folder,
-    load_tensors,
     check_same_run,
+    load_tensors,
     remove_unfinished,
     tensors_of,
 )

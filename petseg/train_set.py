@@ -27,10 +27,10 @@ __all__ = [
     "UNKNOWN",
     "EpochSampler",
     "TrainSet",
+    "check_batch",
     "colour_jitter",
     "decoded_size",
     "geometric_transform",
-    "check_batch",
     "target_of",
 ]
 

@@ -1,4 +1,4 @@
-"""One process at a time trains into a folder; what ended in whatever way keeps nobody out."""
+"""One process at a time trains in a folder; a process that ended in any way does not lock it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from petseg.lock import LOCK, lock_folder
 from petseg_runtime.errors import TrainingError
 
-#: Has a folder until its standard input ends. First it forks a worker, which must not let anybody in.
+#: Locks a folder until its standard input ends. First it forks a worker, which must not unlock the folder.
 HOLDS = """
 import os, sys
 from pathlib import Path
@@ -37,7 +37,7 @@ unlock()
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process has a folder."""
+    """Another process has locked a folder."""
     command, pipe = [sys.executable, "-c", HOLDS, str(folder)], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
         try:
@@ -48,7 +48,7 @@ def held(folder: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def test_a_folder_that_another_process_has_is_refused_until_that_ends(tmp_path: Path) -> None:
+def test_a_folder_that_another_process_has_locked_is_rejected_until_that_ends(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with held(folder) as process:
         with pytest.raises(TrainingError, match=r"run: another process is training there; .* another --output"):
@@ -58,7 +58,7 @@ def test_a_folder_that_another_process_has_is_refused_until_that_ends(tmp_path: 
         lock_folder(folder)()
 
 
-def test_what_a_killed_process_left_keeps_nobody_out(tmp_path: Path) -> None:
+def test_a_stale_lock_does_not_lock_the_folder(tmp_path: Path) -> None:
     with held(tmp_path) as process:
         process.send_signal(signal.SIGKILL)
         process.wait(30)
@@ -67,7 +67,7 @@ def test_what_a_killed_process_left_keeps_nobody_out(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_process_may_have_it_twice_and_removes_only_its_own(tmp_path: Path) -> None:
+def test_one_process_may_lock_it_twice_and_removes_only_its_own_file(tmp_path: Path) -> None:
     first = lock_folder(tmp_path)
     second = lock_folder(tmp_path)
     first()
@@ -78,8 +78,10 @@ def test_one_process_may_have_it_twice_and_removes_only_its_own(tmp_path: Path) 
             lock_folder(tmp_path)
 
 
-def test_a_lock_that_has_just_been_removed_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a run that ended between the opening of the file and its locking."""
+def test_a_lock_file_that_has_just_been_removed_is_created_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was removed by a run that ended after the file was opened and before it was locked."""
     lock, removed = fcntl.lockf, []
 
     def late(descriptor: int, how: int) -> None:
@@ -95,7 +97,7 @@ def test_a_lock_that_has_just_been_removed_is_made_anew(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_keeps_nobody_out(
+def test_a_file_system_without_locks_does_not_lock_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
     def none(*_: object) -> None:
@@ -106,7 +108,7 @@ def test_a_file_system_without_locks_keeps_nobody_out(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_made_is_told_by_who_writes_there(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_reported_by_the_first_write(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     lock_folder(tmp_path / "file" / "run")()
     assert (tmp_path / "file").is_file()

@@ -1,4 +1,4 @@
-"""The learning rate of every step, by the formulas and by PyTorch's own schedulers."""
+"""The learning rate of every step, checked against the formulas and PyTorch's schedulers."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_constant_is_constant() -> None:
         (70, 10, 2, 0),
     ],
 )
-def test_what_restarts_leave_of_the_rate_at_the_end(epochs: int, restart: int, factor: int, left: float) -> None:
+def test_the_final_rate_of_warm_restarts(epochs: int, restart: int, factor: int, left: float) -> None:
     config = ScheduleConfig(restart_epochs=restart, restart_factor=factor)
     assert final_rate(config, epochs) == pytest.approx(left, abs=1e-3)
     last = learning_rate(config, 1.0, 1000 * epochs - 1, 1000, epochs)
