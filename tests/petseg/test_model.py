@@ -295,7 +295,7 @@ def test_a_gate_can_close_and_open(bias: float, share: float) -> None:
 
 
 def test_closed_gates_cut_the_skips_out_of_the_network() -> None:
-    """With all gates closed, only the deepest level remains: the output does not depend on the first level's weights."""
+    """With all gates closed, only the deepest level remains: the output ignores the first level's weights."""
     model = small().eval()
     x = torch.randn(1, 3, 32, 32)
     with torch.inference_mode():
