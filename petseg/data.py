@@ -301,7 +301,7 @@ def names_sha256(train: Iterable[str], val: Iterable[Pair]) -> str:
 
 
 def mask_digest(trimap: U8) -> str:
-    """Returns eight hex digits that identify a mask by its pixels, so that its file may be saved anew."""
+    """Returns eight hex digits that identify a mask by its pixels, whatever its file format."""
     return hashlib.sha256(f"{trimap.shape}".encode() + trimap.tobytes()).hexdigest()[:8]
 
 

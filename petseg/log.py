@@ -90,7 +90,7 @@ def read(path: Path) -> list[Row]:
         with path.open(newline="", encoding="utf-8") as file:
             return [Row.from_dict(line) for line in csv.DictReader(file)]
     except (OSError, TypeError, ValueError, csv.Error) as error:
-        raise TrainingError(f"{path}: not a readable log of petseg train ({error})") from error
+        raise TrainingError(f"{path}: not a log of petseg train, or not readable ({error})") from error
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:

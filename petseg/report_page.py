@@ -296,7 +296,8 @@ def _training(values: Mapping[str, Any]) -> str:
     log, kept = found["log"], found["checkpoint_epoch"]
     chart = charts.training(log, kept, "Training curves")
     said = "" if kept is None else f" This checkpoint is from epoch {kept:g}, the dotted line."
-    return f"<p>{_count(len(log['epoch']), 'epoch')}, from log.csv beside it.{said}</p><figure>{chart}</figure>"
+    epochs = _count(len(log["epoch"]), "epoch")
+    return f"<p>{epochs}, from log.csv beside the checkpoint.{said}</p><figure>{chart}</figure>"
 
 
 def _names(values: Mapping[str, Any]) -> str:
@@ -343,7 +344,7 @@ def _facts(values: Mapping[str, Any]) -> str:
     origin = list(_flat(model["provenance"]))
     more = {"…": f"{len(origin) - LIMIT} more, in report.json"} if len(origin) > LIMIT else {}
     return (
-        f"{_list(facts)}<h3>Provenance of the model</h3>{_list({**dict(origin[:LIMIT]), **more}, 'small')}"
+        f"{_list(facts)}<h3>Origin of the model</h3>{_list({**dict(origin[:LIMIT]), **more}, 'small')}"
         if origin
         else _list(facts)
     )

@@ -168,7 +168,7 @@ class Trainer:
         self.observer.begin(len(self.sampler), config.batch)
         torch.manual_seed(config.seed)
         if init and resume:
-            self.observer.started(f"resumed, so that {init} is not read: the run has weights of its own")
+            self.observer.started(f"{init} is not read, because the resumed run has its own weights")
         network = self.first_network(None if resume else init)
         with enough_memory("use a network of a smaller --width"):
             self.model = network.to(device).to(memory_format=torch.channels_last)
@@ -282,7 +282,7 @@ class Trainer:
     def stopped_early(self) -> bool:
         """Whether epochs remain, but the best one is ``early_stop`` or more epochs ago.
 
-        This depends on the log only, so that a resumed run decides alike.
+        This depends on the log only, so that a resumed run makes the same decision.
         """
         return len(self.state.ious) < self.config.epochs and self.state.stalled(self.config.early_stop)
 

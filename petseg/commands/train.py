@@ -77,7 +77,7 @@ class RankedCommand(click.Command):
 
 @contextlib.contextmanager
 def _ranked() -> Iterator[None]:
-    """Prefix errors with the rank, because each process prints its own, possibly all the same one."""
+    """Prefix errors with the rank, because all processes print theirs, which may be the same."""
     if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
         yield
         return

@@ -266,14 +266,14 @@ def test_a_header_that_is_a_list_is_rejected(tmp_path: Path) -> None:
 @pytest.mark.parametrize("version", [0, 2, 99, "1", None, [1]])
 def test_another_schema_version_is_rejected_with_both_numbers(tmp_path: Path, version: Any) -> None:
     path = raw_header(tmp_path / "newer.safetensors", {"schema_version": version, **META})
-    refused(path, f"schema_version {version!r}, this version of petseg reads 1")
+    refused(path, f"schema_version {version!r}, but this version of petseg reads 1")
 
 
 @pytest.mark.parametrize("width", [4, 16])
 def test_tensors_of_another_width_are_rejected(tmp_path: Path, width: int) -> None:
     path = tmp_path / "wide.safetensors"
     save_checkpoint(path, network(width=width).state_dict(), META)
-    with pytest.raises(CheckpointError, match=r"wide\.safetensors: its tensors are not those"):
+    with pytest.raises(CheckpointError, match=r"wide\.safetensors: its tensors do not fit"):
         load_model(path)
 
 

@@ -130,7 +130,9 @@ def test_a_data_set_that_lacks_a_file_is_not_called_ready(server: Server, tmp_pa
     download(tmp_path)
     gone = find(tmp_path, Split.TEST)[0].mask
     gone.unlink()
-    with pytest.raises(DataError, match=rf"1 of the data set's files are missing, {gone.name}.* download again"):
+    with pytest.raises(
+        DataError, match=rf"1 of the data set's files are missing, among them {gone.name}.* download again"
+    ):
         download(tmp_path)
 
 

@@ -54,7 +54,7 @@ def test_an_exported_file_is_measured_alike_with_torch_and_without(oxford_root: 
     assert json.loads(gone[1])["photos"] == 6
     assert gone[1] == there[1]
     picture = tmp_path / "gone" / "worst.png"
-    assert gone[2] == [f"petseg: {picture}: not drawn, which needs matplotlib: pip install matplotlib"]
+    assert gone[2] == [f"petseg: {picture}: not drawn, because it needs matplotlib: pip install matplotlib"]
     files = contents(tmp_path / "there")
     assert files.pop("worst.png")
     assert contents(tmp_path / "gone") == files
