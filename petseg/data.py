@@ -83,7 +83,7 @@ KEY_LENGTH: Final = 6
 #: Bytes from the middle of a photo's file that enter its key.
 KEY_BYTES: Final = 4096
 
-#: Most threads that decode photos; more gain nothing, and need more memory.
+#: Most threads that decode photos; disk and memory are no faster with more.
 MAX_READERS = 16
 
 #: Bytes per pixel that reading a mask takes: a mask in colour, with Pillow's copies and the analysis of its values.

@@ -300,9 +300,9 @@ def _finish(trainer: Trainer, best: Path, options: Options) -> None:
     try:
         write_record(trainer)  # first, so that it is not lost if a plot fails
         drawn = _draw(trainer, best)
+        row = trainer.best
     finally:
         trainer.unlock()
-    row = trainer.best
     if options.as_json:
         click.echo(json.dumps({"schema_version": 1, "checkpoint": str(best), "best": row.as_dict()}))
     elif not options.quiet:
