@@ -536,8 +536,7 @@ def test_another_val_than_the_runs_is_warned_about(
     assert json.loads(out)["photos"] == photos
     assert len(err.splitlines()) == 1
     assert said in err
-    assert run([*args, "--split", "test"]) == 0
-    assert not capsys.readouterr().err, "the test photos are the same by any seed"
+    assert run([*args, "--split", "test"]) == 2, "the test photos are the same by any seed"
 
 
 def test_val_is_what_the_run_of_an_exported_file_kept(
