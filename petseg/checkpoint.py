@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors with a JSON header, one file, written beside and renamed. Nothing is ever unpickled."""
+"""Checkpoints: one safetensors file with a JSON header, written atomically. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ __all__ = ["Checkpoint", "load", "load_model", "peek", "save_checkpoint"]
 
 KEY: Final = "petseg"
 SCHEMA_VERSION: Final = 1
-#: Of files that are made from a checkpoint.
+#: Suffixes of files that are exported from a checkpoint.
 EXPORTED: Final = (".onnx", *(suffix for suffix, _ in COMPILED.values()))
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file holds.
+    """The content of a checkpoint file.
 
     Attributes:
-        tensors: By name. A model's own parameters and buffers carry their module's name; a training state adds
-            ``ema/...``, ``hints/...`` and ``optimizer/...``.
-        meta: The JSON beside them: ``kind`` (``model`` or ``training``), ``model`` (the network's config), and
-            whatever the writer adds (training config, metrics, thresholds).
-        sha256: Digest of the file.
+        tensors: The tensors by name. A model's parameters and buffers have their state_dict names; a training state
+            adds ``ema/...``, ``hints/...`` and ``optimizer/...``.
+        meta: The JSON header: ``kind`` (``model`` or ``training``), ``model`` (the network's config), and whatever the
+            writer adds (training config, metrics, thresholds).
+        sha256: SHA-256 of the file, in hex.
     """
 
     tensors: dict[str, Tensor]
@@ -49,19 +49,19 @@ class Checkpoint:
 
     @property
     def model_config(self) -> AttentionUNetConfig:
-        """The network's shape.
+        """The network's architecture.
 
         Raises:
-            CheckpointError: The JSON does not describe one.
+            CheckpointError: The header does not describe one.
         """
         try:
             raw: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.meta["model"].items()}
             return AttentionUNetConfig(**raw)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the checkpoint does not say which network it is of ({error})") from error
+            raise CheckpointError(f"the checkpoint does not describe its network ({error})") from error
 
     def spec(self) -> ModelSpec | None:
-        """A model's input size and thresholds; None where this is the state of a run, which has none.
+        """Returns a model's input size and thresholds; None for the state of a run, which has none.
 
         Raises:
             CheckpointError: The height, the width or the threshold is missing, or a value is out of range.
@@ -70,22 +70,22 @@ class Checkpoint:
         if raw is None:
             return None
         try:
-            # Thresholds have a default, but one that nobody chose is no model's.
+            # ModelSpec has a default threshold, which was not chosen for this model.
             return ModelSpec(**{"name": "", **raw, "threshold": raw["threshold"]})
         except (KeyError, TypeError, ModelError) as error:
             raise CheckpointError(f"its specification is damaged ({error})") from error
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write a checkpoint: beside its place first, then renamed, so that a crash never leaves half a file.
+    """Write a checkpoint to a temporary file and rename it, so that a crash never leaves an incomplete one.
 
     Args:
-        path: Where; its folder is made.
-        tensors: Any number, any device; stored as they are, contiguous, on the CPU.
-        meta: JSON values; ``kind`` and ``model`` are expected by readers.
+        path: The file; its folder is created.
+        tensors: Tensors on any device; stored in their dtype, contiguous, from the CPU.
+        meta: JSON values; readers expect ``kind`` and ``model``.
 
     Raises:
-        OutputError: It cannot be written (no permission, disk full); whatever was there before still is.
+        OutputError: It cannot be written (no permission, disk full); an existing file is unchanged.
     """
     plain = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
     header = json.dumps({"schema_version": SCHEMA_VERSION, **meta}, sort_keys=True)
@@ -99,7 +99,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        CheckpointError: Missing, truncated, not safetensors, not petseg's, or of a newer schema.
+        CheckpointError: The file is missing, truncated, not safetensors, not from petseg, or has a newer schema.
     """
     path = Path(path)
     with _opened(path) as file:
@@ -111,7 +111,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def peek(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a checkpoint says of itself (:attr:`Checkpoint.meta`); its tensors are not read.
+    """Read only the JSON header of a checkpoint (:attr:`Checkpoint.meta`), not its tensors.
 
     Raises:
         CheckpointError: As :func:`load`.
@@ -124,7 +124,7 @@ def peek(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """An open safetensors file; what goes wrong while it is used is told as an error of the file."""
+    """Open a safetensors file; errors while it is in use become CheckpointErrors."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -133,53 +133,53 @@ def _opened(path: Path) -> Iterator[Any]:
     except (OSError, SafetensorError, ValueError) as error:
         if path.is_dir():
             raise CheckpointError(
-                f"{path}: a folder; give the checkpoint in it (a run's is best.safetensors)"
+                f"{path}: a folder; give the checkpoint in it (in a run's folder, best.safetensors)"
             ) from error
-        exported = "; an exported file is no checkpoint: give the .safetensors file that it was made from"
+        exported = "; an exported file is not a checkpoint: give the .safetensors file that it was made from"
         hint = exported if path.suffix in EXPORTED else ""
         raise CheckpointError(f"{path}: not a readable safetensors checkpoint ({error}){hint}") from error
 
 
 def _meta_in(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
-    """The JSON in a checkpoint's header."""
+    """Parse the JSON in a checkpoint's header."""
     if KEY not in metadata:
         raise CheckpointError(f"{path}: a safetensors file, but not a petseg checkpoint")
     try:
         meta: dict[str, Any] = json.loads(metadata[KEY])
         version = meta.pop("schema_version")
         if is_deep(meta):
-            raise ValueError(f"more than {MOST_LEVELS} levels of lists and objects in each other")
+            raise ValueError(f"more than {MOST_LEVELS} levels of nested lists and objects")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its JSON header is damaged ({error})") from error
     if version != SCHEMA_VERSION:
         raise CheckpointError(
-            f"{path}: checkpoint schema_version {version!r}, this version of petseg reads {SCHEMA_VERSION}: upgrade"
+            f"{path}: checkpoint schema_version {version!r}, but this version of petseg reads {SCHEMA_VERSION}; upgrade"
         )
     return meta
 
 
 def load_model(path: str | os.PathLike[str]) -> tuple[AttentionUNet, Checkpoint]:
-    """The network of a checkpoint, in evaluation mode, float32, on the CPU.
+    """Load the network of a checkpoint: in evaluation mode, float32, on the CPU.
 
-    Of a training state it is the moving average, which is what would be deployed.
+    From a training state, the EMA weights are loaded, which are those to deploy.
 
     Raises:
-        CheckpointError: As :func:`load`; or tensors are missing, left over, or of another width; or what the model is
-            used with (:meth:`Checkpoint.spec`) is damaged.
+        CheckpointError: As :func:`load`; or tensors are missing, unexpected, or of another shape; or the model's
+            specification (:meth:`Checkpoint.spec`) is damaged.
     """
     checkpoint = load(path)
     prefix = "ema/" if checkpoint.meta.get("kind") == "training" else ""
     state = {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
     try:
         checkpoint.spec()
-        # Shapes only, then the file's own tensors: a header that asks for an absurd width allocates nothing.
+        # Built without memory, then given the file's tensors: an absurd width in a header allocates nothing.
         with torch.device("meta"):
             model = AttentionUNet(checkpoint.model_config)
         model.load_state_dict(state, assign=True)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{path}: its tensors are not those of the network it names ({error})") from error
+        raise CheckpointError(f"{path}: its tensors do not fit the network in its header ({error})") from error
     if bad := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
-        raise CheckpointError(f"{path}: NaN or infinity in {', '.join(bad[:3])}: the training run went wrong")
+        raise CheckpointError(f"{path}: NaN or infinity in {', '.join(bad[:3])}; the training run diverged")
     return model.float().eval(), checkpoint

@@ -1,7 +1,7 @@
-"""A training run as data: what the command line, a TOML file and a checkpoint share.
+"""The settings of a training run, as shared by the command line, TOML files and checkpoints.
 
-A setting that cannot be is a UsageError, whoever gave it: an option, ``--set``, or a file that could be read. A file
-that could not is a TrainingError, and settings in a checkpoint that cannot be are damage to it, a CheckpointError.
+An invalid setting raises UsageError, whether it comes from an option, from ``--set`` or from a readable file. A file
+that cannot be read or parsed raises TrainingError, and invalid settings in a checkpoint raise CheckpointError.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ __all__ = [
     "ScheduleConfig",
     "TrainConfig",
     "from_dict",
-    "idle_settings",
     "is_deep",
     "load_toml",
     "merge",
     "override",
-    "refuse_idle",
+    "reject_unused",
     "to_dict",
     "to_toml",
+    "unused_settings",
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which photos, at which size, and what their border means.
+    """Which photos to use, at which size, and how the border class is taught.
 
     Attributes:
         height: Training height in pixels, a multiple of 16. (The published source gives no input size.)
         width: Training width in pixels, a multiple of 16.
-        val_fraction: Share of trainval that is kept for validation; checkpoint and threshold are chosen on it. Where
-            ``val.txt`` in the data folder lists the validation photos, this and ``split_seed`` have no effect.
-        split_seed: Seed of that choice; apart from the run's seed, so that runs can be compared.
-        border_target: What the trimap's border is taught as: 0 background (published), 1 pet, between: soft. What the
-            network comes to say there is not quite that: the soft Dice loss pushes soft targets below half of the Dice
-            coefficient to 0, and others to 1 (see :func:`petseg.losses.dice_loss`).
-        workers: Processes that augment; 0 does it in the training process. ``auto``: for a GPU all cores but two (with
-            several GPUs, of each one's share), at most 16, and no more than have room for their batches in /dev/shm;
-            for a CPU, whose cores they would only take away, none.
-        on_bad: What a photo that cannot be read, or whose mask is not of its size, does: ``stop`` ends the run with its
-            name, ``skip`` leaves it out, and it is named and counted.
+        val_fraction: Share of trainval held out for validation, on which checkpoint and threshold are chosen. This and
+            ``split_seed`` have no effect if ``val.txt`` in the data folder lists the validation photos.
+        split_seed: Seed of that split; separate from the run's seed, so that runs can be compared.
+        border_target: Target for the trimap's border class: 0 background (published), 1 pet, in between: a soft target.
+            The network does not learn to predict quite that value: the soft Dice loss pushes soft targets below half of
+            the Dice coefficient to 0, and others to 1 (see :func:`petseg.losses.dice_loss`).
+        workers: Dataloader workers, which augment the photos; 0 augments in the training process. ``auto``: on a GPU,
+            all cores but two (with several GPUs, of each one's share), at most 16, and no more than have room for their
+            batches in /dev/shm; on a CPU none, because they would only take cores away from it.
+        on_bad: What to do about a photo that cannot be read, or whose mask has another size: ``stop`` ends the run with
+            an error that names it, ``skip`` excludes the photo, names and counts it.
     """
 
     height: int = 256
@@ -80,26 +80,26 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random changes, the same for a photo and its mask. The published run flips, rotates and jitters colours.
+    """Random augmentation, the same for a photo and its mask. The published run flips, rotates and jitters colours.
 
     Attributes:
-        flip: Probability of a left-right flip.
+        flip: Probability of a horizontal flip.
         rotate: Largest rotation either way, degrees.
-        translate: Largest shift, as a share of the size.
-        scale_min: Smallest scale (below 1 shrinks; the uncovered edge is black and background).
+        translate: Largest shift, as a share of the image size.
+        scale_min: Smallest scale (below 1 shrinks; the uncovered edge becomes black and background).
         scale_max: Largest scale (above 1 crops).
-        brightness: Factor drawn from 1 +- this; 0 changes nothing.
+        brightness: The factor is drawn from 1 +- this; 0 changes nothing.
         contrast: As for ``brightness``.
         saturation: As for ``brightness``.
-        hue: Shift drawn from +- this, in turns of the colour circle (at most 0.5).
-        paste: Probability that the pet of another photo, changed on its own, is laid over this one (Ghiasi et al. 2021,
-            "Simple Copy-Paste", arXiv:2012.07177).
-        mix: Probability that another photo, changed on its own, shines through this one, with a weight drawn from 0 to
-            one half (Zhang et al. 2018, "mixup", arXiv:1710.09412). What is to be seen there is taught by a teacher of
-            features alone, who sees the same picture (:class:`petseg.objective.Distillation`); without one nothing is
-            mixed.
-        mix_until: Share of the epochs, rounded up, after which nothing is mixed; the last ones see photos as they are
-            (as in Ge et al. 2021, "YOLOX", arXiv:2107.08430).
+        hue: The shift is drawn from +- this, in turns of the colour circle (at most 0.5).
+        paste: Probability that the pet of another, separately augmented photo is pasted over this one (Ghiasi et al.
+            2021, "Simple Copy-Paste", arXiv:2012.07177).
+        mix: Probability that another, separately augmented photo is blended into this one, with a weight drawn from 0
+            to one half (Zhang et al. 2018, "mixup", arXiv:1710.09412). The target of such a picture comes only from a
+            teacher of features, which sees the same picture (:class:`petseg.objective.Distillation`); without one
+            nothing is mixed.
+        mix_until: Share of the epochs, rounded up, after which nothing is mixed, so that the last ones see unmixed
+            photos (as in Ge et al. 2021, "YOLOX", arXiv:2107.08430).
     """
 
     flip: float = 0.5
@@ -132,21 +132,22 @@ class AugmentConfig:
 class LossConfig:
     """``bce * BCE + dice * L_Dice + features * distance``; 0.5, 0.5 and 0 are the published weights.
 
-    The first two are in :mod:`petseg.losses`, the last in :mod:`petseg.objective`; the log has their sum.
+    The first two terms are in :mod:`petseg.losses`, the last in :mod:`petseg.objective`; the log has their sum.
 
     Attributes:
         bce: Weight of the cross-entropy.
         dice: Weight of the Dice loss.
-        dice_form: ``soft``, the published one, or ``semimetric``, which is the same for hard targets, and least at soft
-            ones, too (:func:`petseg.losses.semimetric_dice_loss`). We have not trained with ``semimetric`` yet.
-        epsilon: Added above and below the fraction of the Dice loss, so that it is defined without a pet.
-        teacher: With a teacher, the share of the target that is its probability (Hinton et al. 2015,
-            arXiv:1503.02531, at temperature 1); the rest is the truth. The soft Dice loss is not least at such
-            targets: it pushes a pixel to 1 where its target is above half of the Dice coefficient, else to 0, so
-            that only the cross-entropy teaches the probability itself (see :func:`petseg.losses.dice_loss`).
+        dice_form: ``soft``, the published one, or ``semimetric``, which equals it for hard targets and has its minimum
+            at the target for soft ones, too (:func:`petseg.losses.semimetric_dice_loss`). We have not trained with
+            ``semimetric`` yet.
+        epsilon: Added to the numerator and denominator of the Dice loss, so that it is defined without a pet.
+        teacher: With a teacher, its probability's share of the target (Hinton et al. 2015, arXiv:1503.02531, at
+            temperature 1); the rest is the ground truth. The soft Dice loss does not have its minimum at such targets:
+            it pushes a pixel to 1 where its target is above half of the Dice coefficient, else to 0, so only the
+            cross-entropy teaches the probability itself (see :func:`petseg.losses.dice_loss`).
         features: Weight of the distance to the teacher's features (:class:`petseg.objective.Distillation`). The teacher
-            has to be a checkpoint then, and is asked at every step about the photos as they were changed; at 0 it is
-            asked about each photo once, before training.
+            then has to be a checkpoint, and is run on the augmented photos at every step; at 0 it is run on each photo
+            once, before training.
     """
 
     bce: float = 0.5
@@ -171,8 +172,8 @@ class OptimizerConfig:
 
     Attributes:
         lr: Peak learning rate.
-        weight_decay: Decoupled decay, on convolution weights only (not on BatchNorm or biases).
-        clip: Largest norm of the whole gradient; longer ones are scaled down to it.
+        weight_decay: Decoupled weight decay, on convolution weights only (not on BatchNorm or biases).
+        clip: Gradient clipping: the largest norm of the whole gradient; longer ones are scaled down to it.
     """
 
     lr: float = 1e-3
@@ -187,14 +188,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """How the learning rate moves; a pure function of the step, so that a resumed run follows it exactly.
+    """The learning rate schedule: a pure function of the step, so that a resumed run follows it exactly.
 
     Attributes:
         name: ``cosine-restarts`` (published: CosineAnnealingWarmRestarts, Loshchilov & Hutter 2017), ``one-cycle``
-            (up for the ``warmup`` share of the run, then a cosine to zero), ``cosine``, or ``constant``.
+            (warm-up over the ``warmup`` share of the run, then cosine annealing to zero), ``cosine``, or ``constant``.
         restart_epochs: T_0, epochs up to the first restart. (The source gives none: our choice.)
-        restart_factor: T_mult, by which each period is longer than the last.
-        warmup: Share of a one-cycle run spent rising.
+        restart_factor: T_mult, the factor by which each period is longer than the one before.
+        warmup: Share of a one-cycle run during which the learning rate rises.
     """
 
     name: Literal["cosine-restarts", "one-cycle", "cosine", "constant"] = "cosine-restarts"
@@ -210,18 +211,19 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run. The defaults are the published recipe, as far as its source gives it.
+    """The settings of one training run. The defaults are the published recipe, as far as its source gives it.
 
     Attributes:
-        epochs: Passes over the training part.
-        batch: Photos per step, in all processes together.
+        epochs: Passes over the training photos.
+        batch: Photos per step (mini-batch size), summed over all ranks.
         seed: Seed of the weights, the order of the photos and their augmentation.
-        ema: Decay of the exponential moving average of the weights, which is what is evaluated and kept; 0: none.
-        amp: ``auto`` is bf16 where the device computes in it, fp16 with a gradient scaler on other GPUs, else fp32.
+        ema: Decay of the exponential moving average of the weights, which is evaluated and saved; 0: no averaging.
+        amp: Precision. ``auto`` is bf16 where the hardware supports it, fp16 with a GradScaler on other GPUs, else
+            fp32.
         early_stop: Epochs without a better validation IoU after which the run ends; 0: never. The schedule does not
-            know of it: a one-cycle run that ends early has not come down from its peak.
-        compile: Whether ``torch.compile`` makes kernels of the network, a minute or more at the start. On our CPU it
-            did not pay.
+            take it into account: a one-cycle run that stops early has not annealed to the end.
+        compile: Whether to compile the network with ``torch.compile``, which takes a minute or more at the start. On
+            our CPU it did not pay.
     """
 
     epochs: int = 30
@@ -243,18 +245,18 @@ class TrainConfig:
         _require(self.batch >= 2, "batch", self.batch, "2 or more (BatchNorm)")
         _require(0 <= self.ema < 1, "ema", self.ema, "at least 0 and below 1")
         _require(self.early_stop >= 0, "early_stop", self.early_stop, "0 or more")
-        _require(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a number of 64 bits")
+        _require(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a signed 64-bit integer")
 
 
 T = TypeVar("T")
 
-#: Of tables and lists in each other; ours have two, and the JSON of a checkpoint four.
+#: Nesting levels of tables and lists; our settings have two, and the JSON of a checkpoint four.
 MOST_LEVELS: Final = 30
-_DEEP: Final = f"more than {MOST_LEVELS} levels of tables and lists in each other; a setting is section.name = value"
+_DEEP: Final = f"more than {MOST_LEVELS} levels of nested tables and lists; a setting is section.name = value"
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """The config as nested plain values, for JSON and for comparison; tuples are lists, as JSON gives them back."""
+    """Convert a config to nested plain values, for JSON and for comparison; tuples become lists, as in JSON."""
 
     def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
@@ -263,22 +265,22 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], raw: Mapping[str, Any], where: str = "") -> T:
-    """A config from nested plain values; the reverse of :func:`to_dict`.
+    """Build a config from nested plain values; the reverse of :func:`to_dict`.
 
     Args:
         cls: A config dataclass.
-        raw: Its values; what is missing keeps its default.
-        where: Prefix for messages.
+        raw: Its values; missing ones keep their defaults.
+        where: Prefix of names in messages.
 
     Raises:
-        UsageError: An unknown name (with the known ones), a wrong type, or a value out of range.
+        UsageError: An unknown name (the message lists the known ones), a wrong type, or a value out of range.
     """
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for name, value in raw.items():
         if name not in known:
-            raise UsageError(f"unknown setting {where + name!r}; there are: {', '.join(sorted(known))}")
+            raise UsageError(f"unknown setting {where + name!r}; the settings are: {', '.join(sorted(known))}")
         hint = hints[name]
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
@@ -288,23 +290,23 @@ def from_dict(cls: type[T], raw: Mapping[str, Any], where: str = "") -> T:
             values[name] = _typed(hint, value, where + name)
     try:
         return cls(**values)
-    except UsageError:  # says which setting by its whole name
+    except UsageError:  # already has the full name of the setting
         raise
     except ValueError as error:
         raise UsageError(f"{where}{error}") from error
 
 
 def to_toml(config: TrainConfig, taught: bool) -> str:
-    """The settings as TOML for :func:`load_toml`; those that nothing uses are comments.
+    """Write the settings as TOML for :func:`load_toml`; settings without effect are commented out.
 
     Args:
         config: The run's settings.
         taught: Whether there is a teacher.
     """
-    idle = idle_settings(config, taught)
+    idle = unused_settings(config, taught)
 
     def line(name: str, value: Any, where: str = "") -> str:
-        setting = f"{name} = {json.dumps(value)}"  # of numbers, words and lists of numbers, JSON is TOML
+        setting = f"{name} = {json.dumps(value)}"  # numbers, strings and lists of numbers are the same in JSON and TOML
         user = idle.get(where + name)
         return f"# {setting}  # no effect without {user}" if user else setting
 
@@ -317,10 +319,10 @@ def to_toml(config: TrainConfig, taught: bool) -> str:
 
 
 def load_toml(path: Path) -> dict[str, Any]:
-    """The settings in a TOML file, for :func:`from_dict`.
+    """Read the settings in a TOML file, for :func:`from_dict`.
 
     Raises:
-        TrainingError: The file cannot be read, is not TOML, or has tables and lists nested too deeply.
+        TrainingError: The file cannot be read, is not TOML, or nests tables and lists too deeply.
     """
     try:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -333,27 +335,27 @@ def load_toml(path: Path) -> dict[str, Any]:
     return settings
 
 
-def refuse_idle(config: TrainConfig, start: TrainConfig, taught: bool) -> None:
-    """Refuse settings that were changed and that nothing uses.
+def reject_unused(config: TrainConfig, start: TrainConfig, taught: bool) -> None:
+    """Reject settings that were changed but have no effect.
 
     Args:
         config: The run's settings.
-        start: What they were before they were changed: the defaults, or a recipe's.
+        start: The settings before the change: the defaults, or a recipe's.
         taught: Whether there is a teacher.
 
     Raises:
-        UsageError: There is one; the message says what would use it.
+        UsageError: There is such a setting; the message says what it would need to have an effect.
     """
-    for name, user in idle_settings(config, taught).items():
+    for name, user in unused_settings(config, taught).items():
         value, before = (operator.attrgetter(name)(settings) for settings in (config, start))
         if value != before:
             raise UsageError(
-                f"{name} is {value!r}, which has no effect without {user}: add that, or leave it at {before!r}"
+                f"{name} is {value!r}, which has no effect without {user}; add that, or leave it at {before!r}"
             )
 
 
-def idle_settings(config: TrainConfig, taught: bool) -> dict[str, str]:
-    """Settings that nothing uses, each with what would use it."""
+def unused_settings(config: TrainConfig, taught: bool) -> dict[str, str]:
+    """Returns the settings that have no effect, each with what it would need to have one."""
     schedule, restarts = config.schedule, "schedule.name=cosine-restarts"
     seen = taught and config.loss.features > 0
     settings = (
@@ -375,7 +377,7 @@ def idle_settings(config: TrainConfig, taught: bool) -> dict[str, str]:
 
 
 def is_deep(values: Any) -> bool:
-    """Whether plain values are nested so deeply that who goes through them might come to the end of the stack."""
+    """Whether plain values are nested so deeply that a recursive function could overflow the stack."""
     level = [values]
     for _ in range(MOST_LEVELS):
         nested = [value for value in level if isinstance(value, dict | list)]
@@ -384,7 +386,7 @@ def is_deep(values: Any) -> bool:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings in which ``over`` has the last word, setting by setting; neither is changed."""
+    """Merge nested settings, setting by setting; ``over`` takes precedence. Neither argument is changed."""
     merged = {name: merge(value, {}) if isinstance(value, Mapping) else value for name, value in base.items()}
     for name, value in over.items():
         below = merged.get(name)
@@ -395,10 +397,10 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def override(raw: dict[str, Any], assignment: str) -> None:
-    """Put one ``section.name=value`` (value as TOML, or a bare word) into nested settings, in place.
+    """Apply one ``section.name=value`` (the value as TOML or as a bare word) to nested settings, in place.
 
     Raises:
-        UsageError: The text is not of that form, or nests too deeply.
+        UsageError: The text does not have that form, or nests too deeply.
     """
     key, equals, text = assignment.partition("=")
     if not equals or not key.strip():

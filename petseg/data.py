@@ -1,6 +1,6 @@
-"""Photos and masks: the Oxford-IIIT Pet layout, or a folder of your own.
+"""Photos and masks: the Oxford-IIIT Pet layout, or your own folder.
 
-Nothing here imports torch but :func:`download`, which fetches the data set with torchvision.
+Only :func:`download` imports torch: it fetches the data set with torchvision.
 """
 
 from __future__ import annotations
@@ -64,34 +64,34 @@ __all__ = [
 
 T = TypeVar("T")
 U8: TypeAlias = npt.NDArray[np.uint8]
-#: Called with the bytes that a picture will take, before it is decoded; may wait.
+#: Called before an image is decoded, with the bytes that decoding will take; may block.
 Take: TypeAlias = Callable[[int], None]
 
-#: In the folder layout: the names of the test photos, and of the validation photos.
+#: In the folder layout: the listings of the test photos and of the validation photos.
 TEST_LISTING: Final = "test.txt"
 VAL_LISTING: Final = "val.txt"
 
-#: Where nobody says otherwise: the share of trainval that is validation, and the seed that decides which photos.
+#: Defaults for the share of trainval that is validation, and for the seed that decides which photos.
 VAL_FRACTION: Final = 0.05
 SPLIT_SEED: Final = 0
 
-#: Errors of a disk, not of a network.
+#: Errors of the disk, not of the network.
 LOCAL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
-#: Characters of a photo's key: a checkpoint and the files that are exported from it keep one for each photo.
+#: Characters of a photo's key; a checkpoint and the files exported from it keep one key for each training photo.
 KEY_LENGTH: Final = 6
-#: Bytes of a photo's file, from its middle, that its key is made of.
+#: Bytes from the middle of a photo's file that enter its key.
 KEY_BYTES: Final = 4096
 
-#: Threads that decode photos; disks and the memory gain nothing from more.
+#: Most threads that decode photos; disk and memory are no faster with more.
 MAX_READERS = 16
 
-#: Bytes a pixel that a mask takes while it is read: one in colour, with Pillow's copies and what is looked for in it.
+#: Bytes per pixel that reading a mask takes: a mask in colour, with Pillow's copies and the analysis of its values.
 MASK_DECODED: Final = 12
 
 
 class Split(StrEnum):
-    """Which photos: trainval is train and val together; test is for reporting only."""
+    """The splits: trainval is train and val together; test is for reporting only."""
 
     TRAIN = "train"
     VAL = "val"
@@ -105,10 +105,10 @@ class Layout(StrEnum):
     ``OXFORD``: ``images/NAME.jpg``, ``annotations/trimaps/NAME.png`` (1 pet, 2 background, 3 border) and
     ``annotations/{trainval,test}.txt`` with the name first on each line.
 
-    ``FOLDER``: ``images/`` and ``masks/`` with equal stems; a mask is any image in which black is background and
-    white is pet (a two-valued 0/1 mask is taken as such). The stems in ``test.txt``, if it is there, one on each line,
-    are the test split; the rest is trainval. Those in ``val.txt``, if it is there, are the validation part of trainval;
-    without it a seed chooses that part.
+    ``FOLDER``: ``images/`` and ``masks/`` with matching stems; a mask is any image in which black is background and
+    white is pet (two-valued 0/1 masks are accepted, too). If there is a ``test.txt``, the stems in it, one per line,
+    are the test split; the rest is trainval. If there is a ``val.txt``, the stems in it are the validation part of
+    trainval; otherwise a seed chooses that part.
     """
 
     OXFORD = "oxford"
@@ -117,7 +117,7 @@ class Layout(StrEnum):
 
 @dataclass(frozen=True)
 class Pair:
-    """A photo and where its truth is."""
+    """A photo and its mask."""
 
     name: str
     image: Path
@@ -126,10 +126,10 @@ class Pair:
 
 
 def locate(root: Path) -> tuple[Path, Layout]:
-    """The data folder itself and its layout (torchvision downloads into a sub-folder ``oxford-iiit-pet``).
+    """Find the data folder itself and its layout (torchvision downloads into a sub-folder ``oxford-iiit-pet``).
 
     Raises:
-        DataError: Neither layout is there, or it cannot be looked for.
+        DataError: Neither layout is there, or the folder cannot be read.
     """
     try:
         for folder in (root, root / "oxford-iiit-pet"):
@@ -146,16 +146,16 @@ def locate(root: Path) -> tuple[Path, Layout]:
 
 
 def find(root: Path, split: Split, *, val_fraction: float = VAL_FRACTION, seed: int = SPLIT_SEED) -> list[Pair]:
-    """The pairs of a split, sorted by name. Files are not opened; see :func:`check`.
+    """Returns the pairs of a split, sorted by name. Files are not opened; see :func:`check`.
 
     Args:
         root: The data folder.
-        split: Which part. ``TRAIN`` and ``VAL`` divide trainval.
-        val_fraction: Share of trainval that is validation; without effect where ``val.txt`` lists that part.
-        seed: Decides which; the same names, fraction and seed give the same parts on every machine.
+        split: The split. ``TRAIN`` and ``VAL`` divide trainval.
+        val_fraction: Share of trainval that is validation; has no effect if ``val.txt`` lists that part.
+        seed: Decides which photos; the same names, fraction and seed give the same parts on every machine.
 
     Raises:
-        DataError: No data set, no photo in that split, or a listing that does not go with the photos.
+        DataError: No data set, no photo in that split, or a listing that does not match the photos.
     """
     folder, layout = locate(root)
     pairs = _find(folder, layout, split, val_fraction, seed)
@@ -167,7 +167,7 @@ def find(root: Path, split: Split, *, val_fraction: float = VAL_FRACTION, seed: 
 def _find(
     folder: Path, layout: Layout, split: Split, val_fraction: float = VAL_FRACTION, seed: int = SPLIT_SEED
 ) -> list[Pair]:
-    """As :func:`find`, for the data folder itself; may be empty."""
+    """As :func:`find`, for the data folder itself; the result may be empty."""
     listed = Split.TEST if split is Split.TEST else Split.TRAINVAL
     pairs = _oxford(folder, listed) if layout is Layout.OXFORD else _folder(folder, listed)
     if split in (Split.TEST, Split.TRAINVAL):
@@ -179,19 +179,19 @@ def _find(
 
 
 def _remedy(folder: Path, layout: Layout, split: Split) -> str:
-    """What gives photos to a split that has none."""
+    """Says how to give photos to a split that has none."""
     if split is Split.TEST:
         listing = _listing(folder, split) if layout is Layout.OXFORD else folder / TEST_LISTING
-        return f": name some in {listing}, one on each line, without suffix; or take another split (val, trainval)"
+        return f": name some in {listing}, one on each line, without suffix; or use another split (val, trainval)"
     if split in (Split.TRAIN, Split.VAL) and listed_validation(folder) is not None:
-        return f": {folder / VAL_LISTING} names the validation photos, and the rest of trainval is for training"
+        return f": {folder / VAL_LISTING} lists the validation photos, and the rest of trainval is for training"
     if split in (Split.TRAIN, Split.VAL):
-        return ": trainval needs at least one photo for training and one for validation, which are a share of it"
+        return ": trainval needs at least one photo for training and one for validation"
     return ""
 
 
 def listed_validation(root: Path) -> set[str] | None:
-    """Names in ``val.txt`` of a data set in the folder layout; None where there is no such listing.
+    """Returns the names in ``val.txt`` of a data set in the folder layout; None if there is no such listing.
 
     Raises:
         DataError: No data set, or a listing that cannot be read.
@@ -202,9 +202,9 @@ def listed_validation(root: Path) -> set[str] | None:
 
 
 def find_listed(root: Path, splits: Sequence[Split]) -> dict[Split, list[Pair]]:
-    """The pairs of several of the data set's own splits (trainval, test; train and val where ``val.txt`` divides them).
+    """Returns the pairs of several splits that the data set itself defines; splits that it does not have are skipped.
 
-    One that it does not have is passed over.
+    These are trainval and test, and train and val if ``val.txt`` divides trainval.
 
     Raises:
         DataError: No data set, none of the splits, or a listing that is there and cannot be read.
@@ -221,13 +221,13 @@ def find_listed(root: Path, splits: Sequence[Split]) -> dict[Split, list[Pair]]:
 
 
 def find_unused(root: Path) -> list[Path]:
-    """Files of a data set in the folder layout that nothing is made of: masks without a photo, and what is no picture.
+    """Returns the unused files of a data set in the folder layout: masks without a photo, and files that are no image.
 
     Raises:
         DataError: No data set.
     """
     folder, layout = locate(root)
-    if layout is Layout.OXFORD:  # its listings say which photos are meant, and others lie beside them
+    if layout is Layout.OXFORD:  # its listings say which photos belong to it; other files lie beside them
         return []
     photos, masks = _by_stem(folder / "images"), _by_stem(folder / "masks")
     used = {*photos.values(), *(path for stem, path in masks.items() if stem in photos)}
@@ -236,28 +236,28 @@ def find_unused(root: Path) -> list[Path]:
 
 
 def download(folder: Path) -> None:
-    """Fetch the Oxford-IIIT Pet data set through torchvision, which verifies the archives' checksums.
+    """Download the Oxford-IIIT Pet data set with torchvision, which verifies the archives' checksums.
 
-    It is unpacked beside its place, so that what is at ``folder/oxford-iiit-pet`` is whole. Archives that have come in
-    an earlier try are kept, and not fetched again.
+    The data set is unpacked in a temporary folder and moved, so that ``folder/oxford-iiit-pet`` is always complete.
+    Archives of an earlier attempt are kept and not downloaded again.
 
     Raises:
-        DataError: The server cannot be reached, what it sent is not the data set, or what is there is not whole.
+        DataError: The server cannot be reached, its data is not the data set, or an existing data set is incomplete.
         OutputError: The folder cannot be written to.
     """
-    from torchvision.datasets import OxfordIIITPet  # seconds to import, and nothing else here needs it
+    from torchvision.datasets import OxfordIIITPet  # takes seconds to import, and nothing else here needs it
 
     place, beside = folder / "oxford-iiit-pet", folder / ".oxford-iiit-pet.part"
     if place.exists():
-        _check_whole(place)
+        _check_complete(place)
         return
     unpacked = beside / place.name
     try:
-        for part in ("images", "annotations"):  # torchvision takes a folder that is there for a whole one
+        for part in ("images", "annotations"):  # torchvision assumes that an existing folder is complete
             if (unpacked / part).exists():
                 shutil.rmtree(unpacked / part)
         OxfordIIITPet(beside, download=True)
-        _check_whole(unpacked)
+        _check_complete(unpacked)
         unpacked.replace(place)
         beside.rmdir()
     except (RuntimeError, http.client.HTTPException, URLError) as error:
@@ -268,53 +268,53 @@ def download(folder: Path) -> None:
         raise DataError(f"{folder}: the data set could not be downloaded ({error}); try again later") from error
 
 
-def _check_whole(folder: Path) -> None:
-    """Raises DataError if a photo or a mask that a listing of the data set names is not there."""
+def _check_complete(folder: Path) -> None:
+    """Raises DataError if a photo or mask that is named in the data set's listings is missing."""
     try:
         pairs = [pair for split in (Split.TRAINVAL, Split.TEST) for pair in find(folder, split)]
     except DataError as error:
         raise DataError(
-            f"{folder}: not a whole data set: move the folder away, and download again ({error})"
+            f"{folder}: not a complete data set; move the folder away, and download again ({error})"
         ) from error
     gone = [path for pair in pairs for path in (pair.image, pair.mask) if not path.exists()]
     if gone:
         raise DataError(
-            f"{folder}: {len(gone)} of the data set's files are missing, {gone[0].name} among them: move the folder "
+            f"{folder}: {len(gone)} of the data set's files are missing, among them {gone[0].name}; move the folder "
             "away, and download again"
         )
 
 
 def validation_names(names: Sequence[str], fraction: float, seed: int) -> set[str]:
-    """Which names are validation: at least one, chosen by seed from the sorted names."""
+    """Returns the names of the validation photos: at least one, drawn by seed from the sorted names."""
     ordered = sorted(names)
     return set(random.Random(seed).sample(ordered, min(len(ordered), max(1, round(fraction * len(ordered))))))
 
 
 def encoded(names: str) -> bytes:
-    """Names of files as UTF-8; bytes of a name that are none, which Python keeps as half a surrogate, are escaped."""
+    """Encode file names as UTF-8; bytes that are not valid UTF-8 (surrogate escapes in Python) are escaped."""
     return names.encode(errors="backslashreplace")
 
 
 def names_sha256(train: Iterable[str], val: Iterable[Pair]) -> str:
-    """What tells whether two runs have the same photos."""
+    """Returns a digest that is equal if two runs have the same photos."""
     return hashlib.sha256(encoded("\n".join([*train, "--", *(pair.name for pair in val)]))).hexdigest()
 
 
 def mask_digest(trimap: U8) -> str:
-    """Eight hex digits that tell whether a mask is what it was; of its pixels, so that its file may be another."""
+    """Returns eight hex digits that identify a mask by its pixels, whatever its file format."""
     return hashlib.sha256(f"{trimap.shape}".encode() + trimap.tobytes()).hexdigest()[:8]
 
 
 def photo_key(pair: Pair) -> str | None:
-    """What tells a photo among others wherever its folder lies: a digest of its name, its file's size and its middle.
+    """Identify a photo, wherever its folder is, by a digest of its name, its file's size and the middle of the file.
 
-    ``KEY_LENGTH`` characters of 6 bits, so that of 4000 photos and 4000 others one pair in four thousand runs is taken
-    for the same. (A name alone, like ``001``, is that of many photos; and files that are not compressed have one size
-    for all photos of a camera.) None: there is no such file, or none that can be read.
+    ``KEY_LENGTH`` characters of 6 bits each: between 4000 photos and 4000 others, two have the same key in about one
+    run in four thousand. (Many photos share a name like ``001``, and uncompressed files of one camera have one size.)
+    None: the file does not exist or cannot be read.
     """
     try:
         size = pair.image.stat().st_size
-        if not pair.image.is_file():  # reading a pipe would wait
+        if not pair.image.is_file():  # reading a pipe would block
             return None
         with pair.image.open("rb") as file:
             file.seek(max(0, (size - KEY_BYTES) // 2))
@@ -330,20 +330,20 @@ def _listing(folder: Path, split: Split) -> Path:
 
 
 def _lines(listing: Path) -> list[str]:
-    """A listing's lines, without blank ones.
+    """Returns a listing's lines without blank ones.
 
     Raises:
-        DataError: It cannot be read.
+        DataError: The listing cannot be read.
     """
     try:
-        lines = listing.read_text(encoding="utf-8-sig").splitlines()  # some editors begin with a byte order mark
+        lines = listing.read_text(encoding="utf-8-sig").splitlines()  # some editors write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{listing}: cannot be read ({error})") from error
     return [line.strip() for line in lines if line.strip()]
 
 
 def _oxford(folder: Path, split: Split) -> list[Pair]:
-    lines = [line for line in _lines(_listing(folder, split)) if not line.startswith("#")]  # as list.txt begins
+    lines = [line for line in _lines(_listing(folder, split)) if not line.startswith("#")]  # list.txt has comments
     names = sorted({line.split()[0] for line in lines})
     trimaps = folder / "annotations" / "trimaps"
     return [Pair(n, folder / "images" / f"{n}.jpg", trimaps / f"{n}.png", Layout.OXFORD) for n in names]
@@ -355,36 +355,36 @@ def _folder(folder: Path, split: Split) -> list[Pair]:
     test, val = (_stems(folder / listing, photos) for listing in (TEST_LISTING, VAL_LISTING))
     if both := sorted(test & val):
         raise DataError(
-            f"{folder / VAL_LISTING}: {len(both)} of its names are in {TEST_LISTING}, too, the first is {both[0]!r}: "
-            "take each out of one of the two, for test photos are for the final figure alone"
+            f"{folder / VAL_LISTING}: {len(both)} of its names are also in {TEST_LISTING}, the first is {both[0]!r}; "
+            "remove each from one of the two, because test photos are only for the final figure"
         )
     names = [n for n in sorted(photos) if (n in test) is (split is Split.TEST)]
-    # A photo without a mask stays in the list, with the path where its mask should be: `check` will name it.
+    # A photo without a mask stays in the list, with the path where its mask should be: `check` reports it.
     return [Pair(n, photos[n], masks.get(n, folder / "masks" / f"{n}.png"), Layout.FOLDER) for n in names]
 
 
 def _stems(listing: Path, photos: Mapping[str, Path]) -> set[str]:
-    """The names in a listing of the folder layout; none where there is no such file.
+    """Returns the names in a listing of the folder layout; none if there is no such file.
 
-    A photo may be called ``#1``, so there are no comments: one taken for a comment would be trained on.
+    Comments are not supported, because a photo may be called ``#1`` and would then be trained on.
 
     Raises:
-        DataError: It cannot be read, or a name is of no photo.
+        DataError: The listing cannot be read, or has a name without a photo.
     """
     names = set(_lines(listing)) if listing.exists() else set()
-    if strange := sorted(names - photos.keys()):  # as a photo of the rest it would be trained on
+    if strange := sorted(names - photos.keys()):  # the photo that a misspelt name means would be trained on
         raise DataError(
-            f"{listing}: {len(strange)} lines name no photo in images/, the first is {strange[0]!r}: one name on each "
-            "line is expected, without its suffix, and no comments"
+            f"{listing}: {len(strange)} lines name no photo in images/, the first is {strange[0]!r}; one name per line "
+            "is expected, without suffix, and no comments"
         )
     return names
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
-    """The pictures in a folder.
+    """Returns the images in a folder by stem.
 
     Raises:
-        DataError: Two have one stem, or the folder cannot be read.
+        DataError: Two have the same stem, or the folder cannot be read.
     """
     found: dict[str, Path] = {}
     try:
@@ -399,22 +399,22 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _at_once(size: int) -> None:
-    """Takes memory without waiting for it."""
+def _no_wait(size: int) -> None:
+    """The default ``take``: never blocks."""
 
 
-def read_trimap(pair: Pair, take: Take = _at_once) -> U8:
-    """The truth of a pair as a trimap.
+def read_trimap(pair: Pair, take: Take = _no_wait) -> U8:
+    """Read a mask as a trimap.
 
     Args:
         pair: The photo and its mask.
-        take: Called with about how many bytes decoding it takes, before it is decoded; may wait.
+        take: Called before decoding with about the bytes that decoding takes; may block.
 
     Returns:
-        uint8 [H, W] of 1 (pet), 2 (background), 3 (border; only in the Oxford layout); upright, as the photo is.
+        uint8 [H, W] of 1 (pet), 2 (background), 3 (border; only in the Oxford layout); upright, like the photo.
 
     Raises:
-        DataError: Missing, unreadable, too large, or with values that are not a mask's.
+        DataError: The mask is missing, unreadable, too large, or has values that no mask has.
     """
     try:
         with images.opened(pair.mask) as image:
@@ -425,25 +425,25 @@ def read_trimap(pair: Pair, take: Take = _at_once) -> U8:
     except InputError as error:
         raise DataError(f"{error} (a mask; `petseg data check` lists every such file)") from error
     if mask.ndim != 2 or mask.size == 0 or mask.min() < PET or mask.max() > BORDER:
-        raise DataError(f"{pair.mask}: not a trimap (expected one channel of 1, 2 and 3)")
+        raise DataError(f"{pair.mask}: not a trimap; one channel with values 1, 2 and 3 is expected")
     return mask.astype(np.uint8)
 
 
-def read_pair(pair: Pair, take: Take = _at_once) -> tuple[U8, U8]:
-    """Photo (uint8 [H, W, 3]) and trimap (uint8 [h, w]) at their own sizes, which have one shape.
+def read_pair(pair: Pair, take: Take = _no_wait) -> tuple[U8, U8]:
+    """Read photo (uint8 [H, W, 3]) and trimap (uint8 [h, w]), each at its original size; their aspect ratios match.
 
     Args:
         pair: The photo and its mask.
-        take: As of :func:`petseg_runtime.images.read`.
+        take: As of :func:`read_trimap`.
 
     Raises:
-        DataError: Either cannot be read, or the mask is of another shape than the photo, so that it is not of it.
+        DataError: Either cannot be read, or the mask's aspect ratio differs, so that it is not the photo's mask.
     """
     photo, trimap = _read_photo(pair, take), read_trimap(pair, take)
     (high, wide), (rows, columns) = photo.shape[:2], trimap.shape
-    # A copy at another size is off by a pixel at most.
+    # A mask of a resized copy differs by at most a pixel.
     if abs(high * columns - wide * rows) > max(high, wide, rows, columns):
-        raise DataError(f"{pair.mask}: {_sizes(photo, trimap)}, which is of another shape")
+        raise DataError(f"{pair.mask}: {_sizes(photo, trimap)}: the aspect ratios differ")
     return photo, trimap
 
 
@@ -466,13 +466,13 @@ def usable(
     processes: int = 1,
     promised: int = 0,
 ) -> Iterator[tuple[Pair, U8, U8]]:
-    """Each pair with its photo and trimap (uint8 [H, W, 3] and [H, W]), if they can be read and are of one size.
+    """Yields each pair with its photo and trimap (uint8 [H, W, 3] and [H, W]) that can be read and are of equal size.
 
-    They come in the order of ``pairs``; those next in line are decoded in threads meanwhile.
+    They come in the order of ``pairs``, while threads decode the next ones.
 
     Args:
-        pairs: What to read.
-        failed: Called with each pair that cannot be used, which is then left out.
+        pairs: The pairs to read.
+        failed: Called with each pair that cannot be used, which is then excluded.
         processes: As of :func:`each_read`.
         promised: Likewise.
 
@@ -491,19 +491,19 @@ def each_read(
     processes: int = 1,
     promised: int = 0,
 ) -> Generator[tuple[Pair, T | None], None, None]:
-    """Each pair with what ``read`` makes of it in a thread, in order; None once ``failed`` was called with it.
+    """Yields each pair, in order, with what ``read`` returned for it in a thread; None after ``failed`` was called.
 
     Args:
-        pairs: What to read.
-        read: Reads one, and takes the memory for it first.
+        pairs: The pairs to read.
+        read: Reads one pair, after reserving the memory for it.
         failed: Called with each pair that cannot be used.
-        processes: How many of this machine read at the same time, this one among them.
-        promised: Bytes that each of them has allocated but not used so far, so that the system still calls them free.
+        processes: Number of processes on this machine that read at the same time, including this one.
+        promised: Bytes that each of them has allocated but not touched, so that the system still counts them as free.
 
     Raises:
         DataError: A pair cannot be used, and ``failed`` was not given.
     """
-    with contextlib.closing(_being_read(pairs, read, processes, promised)) as readings:
+    with contextlib.closing(_read_ahead(pairs, read, processes, promised)) as readings:
         for pair, reading in readings:
             try:
                 found = reading.result()
@@ -516,14 +516,14 @@ def each_read(
                 yield pair, found
 
 
-def _being_read(
+def _read_ahead(
     pairs: Sequence[Pair], read: Callable[[Pair, Take], T], processes: int, promised: int
 ) -> Generator[tuple[Pair, Future[T]], None, None]:
-    """Each pair with its reading, in order; those next in line are read in threads.
+    """Yields each pair, in order, with the future of its reading; threads read the next ones.
 
-    A reading has to be awaited before the next one is asked for. Those ahead are two for each reader at most, and fewer
-    where they would take more than half of the memory that is there: a pair that finds too little left waits, unless it
-    is the one that is asked for. The arguments are those of :func:`each_read`.
+    The caller has to await a future before asking for the next one. At most two readings per reader run ahead, and
+    fewer if they would take more than half of the available memory: a reading that finds too little left waits, unless
+    it is the one that the caller is waiting for. The arguments are those of :func:`each_read`.
     """
     readers = min(usable_cpus(), MAX_READERS)
     budget = MemoryBudget(max(0, available_memory() - processes * promised) // (2 * processes))
@@ -535,7 +535,7 @@ def _being_read(
         yield pair, reading
         budget.release(reservation)
 
-    with ThreadPoolExecutor(readers) as pool, contextlib.closing(budget):  # first the budget, on which readers may wait
+    with ThreadPoolExecutor(readers) as pool, contextlib.closing(budget):  # closes the budget first: readers may wait
         for pair in pairs:
             reservation = Reservation()
             reading = pool.submit(read, pair, functools.partial(budget.reserve, reservation))
@@ -547,7 +547,7 @@ def _being_read(
 
 
 def _read_equal(pair: Pair, take: Take) -> tuple[U8, U8]:
-    """As :func:`read_pair`; a mask of another size than its photo is a DataError, too."""
+    """As :func:`read_pair`, but any difference in size between photo and mask is a DataError."""
     photo, trimap = _read_photo(pair, take), read_trimap(pair, take)
     if photo.shape[:2] != trimap.shape:
         raise DataError(f"{pair.name}: {_sizes(photo, trimap)} (`petseg data check` lists every such pair)")
@@ -556,7 +556,7 @@ def _read_equal(pair: Pair, take: Take) -> tuple[U8, U8]:
 
 @dataclass
 class CheckReport:
-    """What :func:`check` found, by kind; every list holds names (or ``name: reason``)."""
+    """The findings of :func:`check`, by kind; each list holds names (or ``name: reason``)."""
 
     pairs: int = 0
     missing: list[str] = field(default_factory=list)
@@ -567,13 +567,15 @@ class CheckReport:
 
     @property
     def usable(self) -> bool:
-        """Whether all of it can be used: nothing missing, unreadable or of the wrong size. Empty masks are left out
-        of training by name, and counted in an evaluation; those that may lie another way than their photos are used.
+        """Whether all pairs can be used: nothing missing, unreadable or of the wrong size.
+
+        Photos with empty masks are excluded from training and counted in an evaluation; photos whose masks may be
+        oriented differently are used.
         """
         return self.pairs > 0 and not (self.missing or self.unreadable or self.wrong_size)
 
     def add(self, other: CheckReport) -> None:
-        """Take in what was found in other pairs."""
+        """Add the findings about other pairs."""
         self.pairs += other.pairs
         self.missing += other.missing
         self.unreadable += other.unreadable
@@ -583,13 +585,13 @@ class CheckReport:
 
 
 def check(pairs: Sequence[Pair], watch: Callable[[int], None] | None = None) -> CheckReport:
-    """Open every photo and mask; say which are missing, unreadable, of unequal sizes, or without any pet.
+    """Open every photo and mask; report which are missing, unreadable, of unequal sizes, or without any pet.
 
-    They are opened in threads, and what is found stands in the order of ``pairs``.
+    They are opened in threads; the findings are in the order of ``pairs``.
 
     Args:
-        pairs: What to look at.
-        watch: Called with the number of pairs looked at so far.
+        pairs: The pairs to check.
+        watch: Called with the number of pairs checked so far.
     """
     report = CheckReport()
     for _, found in each_read(pairs, _checked):
@@ -601,14 +603,14 @@ def check(pairs: Sequence[Pair], watch: Callable[[int], None] | None = None) -> 
 
 
 def _checked(pair: Pair, take: Take) -> CheckReport:
-    """What :func:`check` finds in one pair."""
+    """Check one pair."""
     report = CheckReport(pairs=1)
     if gone := [path for path in (pair.image, pair.mask) if not path.exists()]:
         report.missing += map(str, gone)
         return report
     try:
         photo, trimap = _decoded(pair, take), read_trimap(pair, take)
-        turned = _unsure_turn(pair, photo)
+        turned = _ambiguous_orientation(pair, photo)
     except (DataError, InputError) as error:
         report.unreadable.append(str(error))
         return report
@@ -619,21 +621,21 @@ def _checked(pair: Pair, take: Take) -> CheckReport:
     if turned:
         report.orientation_unsure.append(
             f"{pair.name}: the photo's EXIF orientation is {turned}, {pair.mask.name} has none, and their shapes "
-            "cannot tell whether it lies as the photo is seen: look at both"
+            "cannot tell whether the mask is oriented like the displayed photo; compare the two"
         )
     return report
 
 
-def _unsure_turn(pair: Pair, photo: images.Photo) -> int | None:
-    """A photo's EXIF orientation if its mask has none, and would be of the photo's shape turned or not.
+def _ambiguous_orientation(pair: Pair, photo: images.Photo) -> int | None:
+    """Returns a photo's EXIF orientation if its mask has none and fits the photo's shape whether rotated or not.
 
     Raises:
-        InputError: The mask is gone.
+        InputError: The mask is missing.
     """
     turned, square = photo.orientation, photo.pixels.shape[0] == photo.pixels.shape[1]
     if pair.layout is not Layout.FOLDER or turned == 1 or not (square or turned in (2, 3, 4)):
         return None
-    with images.opened(pair.mask) as mask:  # once more: the orientation of a PNG is known when it is decoded
+    with images.opened(pair.mask) as mask:  # opened again: a PNG's orientation is known only after decoding
         return turned if images.orientation(mask) == 1 else None
 
 
@@ -642,5 +644,5 @@ def _sizes(photo: U8, trimap: U8) -> str:
 
 
 def resize_trimap(trimap: U8, height: int, width: int) -> U8:
-    """A trimap, uint8 [h, w], at another size, [height, width]; nearest: a class is not a quantity."""
+    """Resize a trimap, uint8 [h, w], to [height, width] by nearest neighbour, because classes cannot be averaged."""
     return np.array(Image.fromarray(trimap).resize((width, height), Image.Resampling.NEAREST))

@@ -1,4 +1,4 @@
-"""Which device computes, and in which precision."""
+"""Choose the device to compute on, and the precision."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["pick_device", "pick_precision"]
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the first GPU if there is one, else the CPU; anything else is taken at its word.
+    """Returns the named device; ``auto`` is the first GPU if there is one, else the CPU.
 
     Raises:
-        EngineError: The device that was asked for is not there.
+        EngineError: The name is not a device, or the device is not available.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,10 +33,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(amp: str, device: torch.device) -> torch.dtype:
-    """What to compute in: bf16 where the hardware has it, fp16 on other GPUs, fp32 on other CPUs.
+    """Returns the precision for ``amp``; auto is bf16 if the hardware supports it, else fp16 on GPUs and fp32 on CPUs.
 
     Raises:
-        UsageError: fp16 was asked for on a CPU, whose gradients would underflow unscaled.
+        UsageError: fp16 on a CPU, where gradients would underflow because they are not scaled.
     """
     if amp == "auto":
         if device.type == "cuda":

@@ -1,10 +1,10 @@
-"""Several processes, one run: what ``torchrun --nproc-per-node N -m petseg.cli train ...`` needs.
+"""Distributed training: several processes (ranks) started by ``torchrun --nproc-per-node N -m petseg.cli train ...``.
 
-Each process (a rank) computes on its own device with its own part of every batch, so that N processes take the steps
-of one, up to rounding: BatchNorm's statistics and the sums of the Dice loss are over the whole batch, and gradients are
-averaged by DistributedDataParallel. Each holds all photos and asks the teacher itself.
+Each rank computes on its own device with its own part of every batch, so that N ranks take the same steps as a single
+process, up to rounding: BatchNorm statistics and the sums of the Dice loss are all-reduced over the whole batch, and
+DistributedDataParallel averages the gradients. Each rank holds all photos and runs the teacher itself.
 
-Built and tested on the CPU with gloo and two processes; never run on several GPUs by us.
+Built and tested with gloo on the CPU and two processes; we have never run it on several GPUs.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from petseg_runtime.errors import EngineError, TrainingError
 
 __all__ = ["Ranks", "SyncedBatchNorm", "join", "local_device", "synchronized"]
 
-#: How long a process waits for the others. The first one validates alone meanwhile, so it is not short.
+#: How long a rank waits for the others. Rank 0 validates alone meanwhile, so it is not short.
 TIMEOUT: Final = timedelta(minutes=30)
-#: How gloo and NCCL say that another process is gone; such errors have no class of their own. What is wrong with this
-#: process or machine, as no network interface or one GPU for two processes, is said in other words.
-GONE: Final = re.compile(
+#: Errors of gloo and NCCL about a lost peer, which have no exception class. Errors of this process or machine, like a
+#: missing network interface or one GPU for two ranks, have other messages.
+PEER_LOST: Final = re.compile(
     r"gloo/transport/\w+/(pair|buffer|unbound_buffer)\.|pair closure|Connection (closed|reset) by peer"
     r"|ncclRemoteError|NCCL communicator was aborted|NCCL operations have failed or timed out"
     r"|collective operation timeout"
@@ -41,85 +41,85 @@ GONE: Final = re.compile(
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which process this is, of how many. The default is the only one, and then nothing here communicates."""
+    """Rank and world size. The default is a single process, for which nothing here communicates."""
 
     rank: int = 0
     size: int = 1
-    #: How many of them share this machine's cores and memory.
+    #: Number of ranks on this machine, which share its cores and memory.
     here: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes files and prints."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, of the same shape; gradients flow back to each of them."""
+        """All-reduce: returns the sum over all ranks, in the same shape; gradients flow back to each rank."""
         return tensor if self.size == 1 else _Sum.apply(tensor)
 
     def same(self, digest: str, device: torch.device) -> bool:
-        """Whether all processes give the same digest, in hexadecimal digits and of one length; all of them learn it."""
+        """Whether all ranks pass the same digest (hexadecimal, of equal length); all ranks get the same answer."""
         if self.size == 1:
             return True
         mine = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=device)
         all_ = [torch.empty_like(mine) for _ in range(self.size)]
-        with _exchange():
+        with _collective():
             dist.all_gather(all_, mine)
         return all(torch.equal(one, mine) for one in all_)
 
     def on_first(self, action: Callable[[], float], device: torch.device) -> float:
-        """What ``action`` gives in the first process, in all of them; they wait for it.
+        """Run ``action`` on rank 0 while the others wait; returns its result on all ranks.
 
         Raises:
-            TrainingError: It failed there. (There, its own error is raised.)
+            TrainingError: It failed on rank 0. (There, its own error is raised.)
         """
         if self.size == 1:
             return action()
         answer = torch.zeros(2, dtype=torch.float64, device=device)  # done or not, value
         if not self.first:
-            with _exchange():
+            with _collective():
                 dist.broadcast(answer, 0)
             done, value = answer.tolist()
             if not done:
-                raise TrainingError("the first process of this run could not go on; it says why")
+                raise TrainingError("rank 0 of this run failed; see its message")
             return float(value)
         try:
             answer[1] = action()
             answer[0] = 1
         finally:
-            with _exchange():
+            with _collective():
                 dist.broadcast(answer, 0)
         return float(answer[1])
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The network as it is called in training; its weights and their names stay those of ``model``."""
+        """Wrap the network for training (DDP); its weights and their names stay those of ``model``."""
         if self.size == 1:
             return model
-        with _exchange():
+        with _collective():
             return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
-    def exchanging(self) -> AbstractContextManager[None]:
-        """Around calls of a wrapped network, forwards and backwards, in which PyTorch itself exchanges.
+    def communicating(self) -> AbstractContextManager[None]:
+        """Context for forward and backward calls of a wrapped network, in which PyTorch itself communicates.
 
         Raises:
-            TrainingError: Another process ended, or did not answer in time.
+            TrainingError: Another rank ended, or did not answer in time.
         """
-        return _exchange() if self.size > 1 else contextlib.nullcontext()
+        return _collective() if self.size > 1 else contextlib.nullcontext()
 
 
 def local_device(name: str) -> torch.device:
-    """The device of this process: ``cuda`` is the GPU of its number on this machine.
+    """Returns the device of this process: for ``cuda``, the GPU whose number is its local rank.
 
     Raises:
-        EngineError: It is not there, or one GPU was named for several processes.
+        EngineError: The device is not available, or one GPU was named for several processes.
     """
     device = pick_device(name)
     if device.type == "cpu" or _world() == 1:
         return device
-    if device.index is None:  # what comes next wants a number, also where a machine has one process only
+    if device.index is None:  # the index is needed below, also on a machine with one process only
         return pick_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     if _here() > 1:
-        raise EngineError(f"--device {name} is one GPU, but there are several processes: use --device cuda")
+        raise EngineError(f"--device {name} is one GPU, but there are several processes; use --device cuda")
     return device
 
 
@@ -128,20 +128,20 @@ def _world() -> int:
 
 
 def _here() -> int:
-    """Processes of the run on this machine; where whoever started them does not say, all of them may be."""
+    """Returns the number of ranks on this machine; without LOCAL_WORLD_SIZE, all may be here."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", str(_world())))
 
 
 @contextlib.contextmanager
 def join(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
-    """Meet the processes that torchrun started, if it did.
+    """Join the process group if torchrun started several processes.
 
     Args:
-        device: Of this process: NCCL between GPUs, gloo between CPUs.
-        timeout: After which a process that waits for the others gives up.
+        device: The device of this process: NCCL between GPUs, gloo between CPUs.
+        timeout: How long a rank waits for the others.
 
     Raises:
-        TrainingError: They do not find each other.
+        TrainingError: The processes cannot connect.
     """
     if _world() == 1:
         yield Ranks()
@@ -151,38 +151,38 @@ def join(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     except (RuntimeError, ValueError) as error:
-        raise TrainingError(f"the processes of this run do not find each other ({error})") from error
+        raise TrainingError(f"the processes of this run cannot connect to each other ({error})") from error
     yield Ranks(dist.get_rank(), dist.get_world_size(), _here())
-    # After an error the others may be in the middle of an exchange, and leaving in order would wait for them.
+    # Not after an error: the others may be in the middle of a collective, and an orderly leave would wait for them.
     dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def _exchange() -> Iterator[None]:
-    """Turns the error of an exchange with a process that is gone into one line; others are left as they are.
+def _collective() -> Iterator[None]:
+    """Turn errors of a collective about a lost rank into one line; other errors pass unchanged.
 
     Raises:
-        TrainingError: Another process ended, or did not answer in time.
+        TrainingError: Another rank ended, or did not answer in time.
     """
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistNetworkError | dist.DistStoreError) or GONE.search(str(error))):
+        if not (isinstance(error, dist.DistNetworkError | dist.DistStoreError) or PEER_LOST.search(str(error))):
             raise
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TrainingError(
-            "another process of this run ended or did not answer; --resume goes on, with any number of processes "
-            f"({said})"
+            "another process of this run ended or did not answer; --resume continues the run, with any number of "
+            f"processes ({said})"
         ) from error
 
 
 class SyncedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the batch of all processes, in plain tensor arithmetic: torch's own works on GPUs only."""
+    """BatchNorm over the batch of all ranks, in plain tensor operations; nn.SyncBatchNorm works on GPUs only."""
 
     ranks = Ranks()
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
-        """[N, C, H, W] to the same; in evaluation, exactly ``nn.BatchNorm2d``."""
+        """Normalizes [N, C, H, W]; in evaluation mode, exactly ``nn.BatchNorm2d``."""
         if not self.training:
             return super().forward(input)
         assert self.running_mean is not None
@@ -192,7 +192,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         count = self.ranks.size * x.numel() // x.shape[1]
         mean = self.ranks.sum(x.sum((0, 2, 3))) / count
         centred = x - mean[:, None, None]
-        variance = self.ranks.sum(centred.square().sum((0, 2, 3))) / count  # in two passes: no cancellation
+        variance = self.ranks.sum(centred.square().sum((0, 2, 3))) / count  # two passes avoid cancellation
         with torch.no_grad():
             momentum = self.momentum or 0.0
             self.running_mean.lerp_(mean, momentum)
@@ -203,7 +203,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
 
 
 def synchronized(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
-    """Make every BatchNorm of a model take its statistics over all processes, in place; names and values stay."""
+    """Make every BatchNorm of a model use statistics over all ranks, in place; names and values do not change."""
     if ranks.size == 1:
         return
     for module in list(model.modules()):
@@ -223,18 +223,18 @@ def _synced(norm: nn.BatchNorm2d, ranks: Ranks, device: torch.device) -> nn.Modu
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over processes. Backwards, the gradients are summed too: what each computed depends on what all put in."""
+    """All-reduce sum. In backward, gradients are summed, too, because each rank's result depends on all inputs."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         total = tensor.detach().clone()
-        with _exchange():
+        with _collective():
             dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         total = grad.contiguous().clone()
-        with _exchange():
+        with _collective():
             dist.all_reduce(total)
         return total

@@ -1,4 +1,4 @@
-"""The exponential moving average of a network's weights, which is what is evaluated and kept."""
+"""The exponential moving average (EMA) of a network's weights, which is evaluated and saved."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["MovingAverage"]
 
 
 class MovingAverage:
-    """An average whose decay grows to its value, so that random first weights are soon forgotten.
+    """An EMA whose decay grows up to its final value, so that the random initial weights are soon forgotten.
 
-    torch's AveragedModel counts its updates in a tensor and reads that back from the GPU at every step; this counts
-    in Python, so that an update never waits.
+    torch's AveragedModel counts its updates in a tensor and reads it back from the GPU at every step; this class counts
+    in Python, so that an update never waits for the GPU.
 
     Attributes:
-        module: The averaged network; BatchNorm's statistics are averaged too, its counters copied.
-        updates: Updates so far.
+        module: The averaged network; BatchNorm statistics are averaged, too, and its counters copied.
+        updates: Number of updates so far.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -31,7 +31,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Average in the weights that ``model`` has now."""
+        """Update the average with the current weights of ``model``."""
         n = self.updates
         weight = 1 - min(self.decay, (1 + n) / (10 + n))
         averages: list[Tensor] = []
@@ -43,7 +43,7 @@ class MovingAverage:
             else:
                 average.copy_(current)
         if averages:
-            torch._foreach_lerp_(averages, currents, weight)  # a few kernels on a GPU, in place of one for each tensor
+            torch._foreach_lerp_(averages, currents, weight)  # on a GPU, a few kernels instead of one per tensor
         self.updates += 1
 
 

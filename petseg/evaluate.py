@@ -1,4 +1,4 @@
-"""A model (checkpoint or exported file) against a labelled split.
+"""Measure a model (checkpoint or exported file) on a labelled split.
 
 An exported file needs no PyTorch, so that it can be measured on the device; a checkpoint does: see petseg.reference.
 """
@@ -60,13 +60,13 @@ __all__ = [
 ]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
-#: What every model is here: uint8 [N, H, W, 3] RGB in, uint8 [N, H, W] probability out.
+#: Every model, for this module: uint8 [N, H, W, 3] RGB in, uint8 [N, H, W] probability out.
 Run: TypeAlias = Callable[[U8], U8]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One histogram per photo; every metric, reading and threshold follows from them.
+    """One histogram per photo, from which the metrics follow for any threshold and any way to count the border.
 
     Attributes:
         names: The photos, in order.
@@ -86,17 +86,17 @@ class Evaluation:
         return counts(self.total, threshold, border)
 
     def image_ious(self, threshold: float, border: Border = Border.BACKGROUND) -> npt.NDArray[np.float64]:
-        """IoU of each photo, float64 [photos]; 1 where there is no pet and none was found."""
+        """IoU of each photo, float64 [photos]; 1 for a photo without a pet in which none was found."""
         return np.array([counts(hist, threshold, border).iou for hist in self.histograms])
 
     def at_threshold(self, threshold: float) -> dict[str, Any]:
-        """The headline reading's ratios alone, and the threshold; JSON values."""
+        """The threshold and the headline ratios (border as background) only; JSON values."""
         names = ("threshold", "iou", "dice", "accuracy", "precision", "recall", "mean_image_iou")
         found = self.summary(threshold)
         return {name: found[name] for name in names}
 
     def summary(self, threshold: float) -> dict[str, Any]:
-        """The headline reading at the top level, the others below; JSON values."""
+        """The headline figures (border as background) at the top level, all three under ``readings``; JSON values."""
         readings = {
             str(border): {
                 **{name: json_ratio(value) for name, value in self.counts(threshold, border).ratios().items()},
@@ -130,22 +130,22 @@ def evaluate(
     watch: Callable[[int], None] | None = None,
     failed: Callable[[Pair, DataError], None] | None = None,
 ) -> Evaluation:
-    """Segment every photo and count, at each trimap's own resolution.
+    """Segment every photo, and count its pixels at its trimap's resolution.
 
-    Photos are read in threads, ahead of the model, and in order; see :func:`petseg.data.each_read`.
+    Threads read the photos ahead of the model, in order; see :func:`petseg.data.each_read`.
 
     Args:
         run: The model.
-        pairs: Photos with their truth.
+        pairs: Photos with their masks.
         height: The model's input height.
         width: The model's input width.
         batch: Photos per call of ``run``.
-        watch: Called with the number of photos done so far, those left out among them.
-        failed: Called with each pair that cannot be read, which is then left out. Without it, the first one ends the
-            measurement: a figure over fewer photos than were asked for is only for who asked for that, too.
+        watch: Called with the number of photos done so far, including excluded ones.
+        failed: Called with each pair that cannot be read, which is then excluded. Without it, the first one ends the
+            measurement: a figure over fewer photos than were asked for is only for callers that asked for that, too.
 
     Raises:
-        DataError: A photo or mask cannot be read, and ``failed`` was not given; or none can be.
+        DataError: A photo or mask cannot be read, and ``failed`` was not given; or none can be read.
     """
     names: list[str] = []
     found: list[Histogram] = []
@@ -159,12 +159,12 @@ def evaluate(
             if watch:
                 watch(min(start + batch, len(pairs)))
     if not found:
-        raise DataError(f"none of the {len(pairs)} photos can be read with its mask (`petseg data check` says why)")
+        raise DataError(f"none of the {len(pairs)} photos can be read with its mask; `petseg data check` says why")
     return Evaluation(tuple(names), np.stack(found))
 
 
 def as_shown(run: Run) -> Run:
-    """A model whose answers are those that ``petseg infer`` shows: without what is doubtful in them.
+    """Wrap a model so that it returns what ``petseg infer`` shows: probabilities without low-confidence regions.
 
     See :func:`petseg_runtime.regions.without_doubtful`.
     """
@@ -173,19 +173,19 @@ def as_shown(run: Run) -> Run:
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model of either kind, ready to be measured.
+    """A checkpoint or exported file, ready to be measured.
 
     Attributes:
         run: The model itself.
         height: Its input height, pixels.
         width: Its input width, pixels.
-        threshold: Its own, chosen with the border as background.
+        threshold: Its threshold, chosen with the border as background.
         file: The file's name.
-        identity: SHA-256, in hex: of a checkpoint's file; of an exported one, what
-            :attr:`petseg_runtime.artifact.Artifact.identity` is.
-        engine: What runs it, where, and in which precision.
-        cutout_threshold: The lower threshold at which the border belongs to the pet; None: the file has none.
-        provenance: All that the file says of where it comes from.
+        identity: SHA-256, in hex: of a checkpoint's file; for an exported file,
+            :attr:`petseg_runtime.artifact.Artifact.identity`.
+        engine: The engine, its device and its precision.
+        cutout_threshold: The lower threshold, for which the border counts as pet; None: the file has none.
+        provenance: All that the file says about its origin.
     """
 
     run: Run
@@ -199,29 +199,29 @@ class OpenedModel:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def describe(self) -> dict[str, str]:
-        """What it is and what runs it; JSON values."""
+        """The file, its identity and its engine; JSON values."""
         return {"file": self.file, "identity": self.identity, "engine": self.engine}
 
 
 @contextlib.contextmanager
 def open_model(path: Path, device: str = "auto", backend: str = "auto") -> Iterator[OpenedModel]:
-    """A checkpoint (``.safetensors``) in PyTorch, or an exported file in the runtime's engine.
+    """Open a checkpoint (``.safetensors``) in PyTorch, or an exported file in one of the runtime's engines.
 
     Args:
         path: The file.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; for an exported file ``intel-gpu``, too.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; for an exported file also ``intel-gpu``.
         backend: The engine of an exported file, or ``auto``.
 
     Raises:
-        UsageError: An engine is asked for, and it is a checkpoint.
-        ModelError: It cannot be read; CheckpointError if it is a checkpoint.
-        EngineError: The device or the engine cannot be had.
+        UsageError: An engine was given for a checkpoint.
+        ModelError: The file cannot be read; CheckpointError if it is a checkpoint.
+        EngineError: The device or the engine is not available.
         ModuleNotFoundError: It is a checkpoint, and PyTorch is not installed.
     """
     if path.suffix == ".safetensors":
         if backend != "auto":
             raise UsageError(
-                f"{path}: a checkpoint is measured in PyTorch, not in {backend}: export it, or name no engine"
+                f"{path}: a checkpoint is measured in PyTorch, not in {backend}; export it, or leave out the engine"
             )
         from petseg.reference import open_checkpoint  # needs PyTorch, which takes seconds to import
 
@@ -244,12 +244,12 @@ def open_model(path: Path, device: str = "auto", backend: str = "auto") -> Itera
 
 
 def split_of(provenance: Mapping[str, Any]) -> tuple[float, int] | None:
-    """Share of trainval that a model's run kept for validation, and the seed that chose it.
+    """Returns the share of trainval that a model's run held out for validation, and the seed of that choice.
 
-    None if it does not tell, or if a listing chose: see :func:`listed_by`. Runs of older versions tell it in their
-    settings alone, which exported files do not have.
+    None if the file does not say, or if a listing chose: see :func:`listed_by`. Runs of older versions record it only
+    in their settings, which exported files do not have.
     """
-    if listed_by(provenance) is not None:  # its settings have a share, too, which had no effect
+    if listed_by(provenance) is not None:  # its settings also have a share, which had no effect
         return None
     for where in (("data",), ("config", "data")):
         try:
@@ -257,7 +257,7 @@ def split_of(provenance: Mapping[str, Any]) -> tuple[float, int] | None:
             for name in where:
                 data = data[name]
             fraction, seed = float(data["val_fraction"]), int(data["split_seed"])
-        except (KeyError, TypeError, ValueError, OverflowError):  # not there; or edited by somebody
+        except (KeyError, TypeError, ValueError, OverflowError):  # missing, or edited by hand
             continue
         if 0 < fraction < 1:
             return fraction, seed
@@ -265,18 +265,18 @@ def split_of(provenance: Mapping[str, Any]) -> tuple[float, int] | None:
 
 
 def listed_by(provenance: Mapping[str, Any]) -> frozenset[str] | None:
-    """Names of the photos that a model's run was validated on, if ``val.txt`` listed them; None if it did not."""
+    """Returns the names of a run's validation photos if ``val.txt`` listed them, else None."""
     try:
         names = provenance["data"]["val_names"]
         return frozenset(names) if isinstance(names, list) else None
-    except (KeyError, TypeError):  # not there; or edited by somebody
+    except (KeyError, TypeError):  # missing, or edited by hand
         return None
 
 
 def is_split_of(provenance: Mapping[str, Any], train: Sequence[Pair], val: Sequence[Pair]) -> bool | None:
-    """Whether a model, also an exported one, was trained and validated on these photos; None if it does not say.
+    """Whether a model (or its exported file) was trained and validated on these photos; None if it does not say.
 
-    The run left out of ``train``, and names, the photos that show no pet, at its size or at all, or could not be read.
+    The run excluded from ``train``, and recorded, photos that could not be read or show no pet (at its size or at all).
     """
     try:
         data = provenance["data"]
@@ -295,29 +295,29 @@ def doubt_about(
     fraction: float | None,
     seed: int | None,
 ) -> str | None:
-    """Why a figure on a split flatters a model, in words; None if nothing says that it does.
+    """Says why a figure on a split may flatter a model; None if nothing says that it does.
 
     Args:
-        provenance: What its file says of itself.
+        provenance: The provenance in the model's file.
         root: The data folder.
         parts: The photos of the split; for train or val those of both, as the folder is divided.
-        split: Which is measured.
-        fraction: The share of trainval that val is; None where ``val.txt`` lists it.
-        seed: The seed that chose it, likewise.
+        split: The split that is measured.
+        fraction: The share of trainval that is val; None if ``val.txt`` lists it.
+        seed: The seed of that choice; None likewise.
     """
     found: list[str] = []
-    # Keys say of each photo whether it was trained on; without them there is only how the folder is divided.
+    # Keys tell for each photo whether it was trained on; without them only the division of the folder is known.
     if split is Split.TRAIN or (split is Split.VAL and not train_keys(provenance)):
-        found += _another_val(provenance, parts[Split.TRAIN], parts[Split.VAL], fraction, seed)
+        found += _other_split(provenance, parts[Split.TRAIN], parts[Split.VAL], fraction, seed)
     if split in (Split.VAL, Split.TEST) and (seen := trained_on(provenance, root, parts[split])):
         found.append(f"the model was trained on {len(seen)} of the {len(parts[split])} photos of {split}")
     return "; ".join(found) or None
 
 
-def _another_val(
+def _other_split(
     provenance: Mapping[str, Any], train: Sequence[Pair], val: Sequence[Pair], fraction: float | None, seed: int | None
 ) -> Iterator[str]:
-    """How train and val differ from those of the model's own run, in words; nothing if they do not."""
+    """Yields how train and val differ from those of the model's own run; nothing if they do not."""
     own, risk = split_of(provenance), "photos that it was trained on may be among val"
     if fraction is not None and own and own != (fraction, seed):
         asked = f"{fraction:g} by {seed}"
@@ -328,23 +328,23 @@ def _another_val(
 
 
 def trained_on(provenance: Mapping[str, Any], root: Path, pairs: Sequence[Pair]) -> list[Pair]:
-    """Those of some photos of a data folder on which a model was certainly trained, or the weights that it began with.
+    """Returns the photos that a model, or the weights that it started from, was certainly trained on.
 
     Args:
-        provenance: What its file says of itself.
+        provenance: The provenance in the model's file.
         root: The data folder.
-        pairs: Photos of it.
+        pairs: Photos in it.
 
     Returns:
-        Those whose keys are in the file, whatever else the folder holds now; and where it holds the very photos that
-        the run had, those of its part for training, which is all that is known of files of older versions.
+        Those whose keys are in the file, whatever else the folder now holds. Files of older versions have no keys: for
+        them, if the folder holds exactly the photos of the run, those of its training part.
     """
     names, keys = _own_train(provenance, root), train_keys(provenance)
     return [pair for pair in pairs if pair.name in names or (keys and photo_key(pair) in keys)]
 
 
 def _own_train(provenance: Mapping[str, Any], root: Path) -> Set[str]:
-    """Names of the photos that a model's run trained on, if the folder holds the very photos that it had."""
+    """Returns the names of the photos that a model's run trained on, if the folder holds exactly the run's photos."""
     try:
         trainval = find(root, Split.TRAINVAL)
     except DataError:
@@ -357,24 +357,24 @@ def _own_train(provenance: Mapping[str, Any], root: Path) -> Set[str]:
 
 
 def train_keys(provenance: Mapping[str, Any]) -> frozenset[str]:
-    """Keys (:func:`petseg.data.photo_key`) of all photos that a model was trained on, as its file says; else none."""
+    """Returns the keys (:func:`petseg.data.photo_key`) of all photos that a model's file says it was trained on."""
     try:
         text = provenance["data"]["train_keys"]
         return frozenset(text[at : at + KEY_LENGTH] for at in range(0, len(text), KEY_LENGTH))
-    except (KeyError, TypeError):  # not there; or edited by somebody
+    except (KeyError, TypeError):  # missing, or edited by hand
         return frozenset()
 
 
 def without_keys(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file says of its photos, without their keys: thousands of characters, and for programs alone."""
+    """Returns a file's description of its photos without their keys: thousands of characters, for programs only."""
     return {name: value for name, value in data.items() if name != "train_keys"}
 
 
 def listed_split(provenance: Mapping[str, Any], root: Path) -> dict[Split, list[Pair]] | None:
-    """Train and val of a model's run of which ``val.txt`` listed val, also where that listing is gone.
+    """Returns train and val of a run whose val was listed in ``val.txt``, even if that listing is gone.
 
-    None where no listing chose, where the folder has one now (which has the last word), and where it holds other
-    photos than the run had: their names may be the same.
+    None if no listing chose, if the folder has a listing now (which takes precedence), or if the folder holds other
+    photos than the run had, possibly under the same names.
 
     Raises:
         DataError: Not a data folder.
@@ -387,7 +387,7 @@ def listed_split(provenance: Mapping[str, Any], root: Path) -> dict[Split, list[
 def _divided(
     provenance: Mapping[str, Any], trainval: Sequence[Pair], held: Set[str] | None
 ) -> dict[Split, list[Pair]] | None:
-    """Trainval into train and val, of which these are the names; None unless that is what the model's run had."""
+    """Split trainval by the names of the validation photos; None unless that is the split of the model's run."""
     if held is None:
         return None
     train, val = ([pair for pair in trainval if (pair.name in held) is kept] for kept in (False, True))
@@ -395,7 +395,7 @@ def _divided(
 
 
 def write_evaluation(result: Evaluation, record: Mapping[str, Any], folder: Path) -> None:
-    """Write evaluation.json and images.csv (each photo's IoU in every reading).
+    """Write evaluation.json and images.csv (each photo's IoU for all three ways to count the border).
 
     Raises:
         OutputError: The folder cannot be written to.
@@ -416,9 +416,9 @@ def write_evaluation(result: Evaluation, record: Mapping[str, Any], folder: Path
 def _inputs(
     pairs: Sequence[Pair], height: int, width: int, failed: Callable[[Pair, DataError], None] | None
 ) -> Generator[tuple[str, U8, U8] | None, None, None]:
-    """For each pair its name, its photo as the model takes it (uint8 [height, width, 3]) and its trimap (uint8 [h, w]).
+    """Yields each pair's name, model input (uint8 [height, width, 3]) and trimap (uint8 [h, w]).
 
-    None for one that cannot be read, once ``failed`` has been called.
+    Yields None for one that cannot be read, after calling ``failed``.
     """
 
     def read(pair: Pair, take: Take) -> tuple[U8, U8]:

@@ -1,4 +1,4 @@
-"""One run at a time in a folder: two would remove what the other is writing, and replace what it has written."""
+"""A lock file for one run at a time in a folder: two runs would delete and overwrite each other's files."""
 
 from __future__ import annotations
 
@@ -11,51 +11,51 @@ from typing import Final
 from petseg_runtime.errors import TrainingError
 from petseg_runtime.files import is_at
 
-__all__ = ["LOCK", "keep_others_out"]
+__all__ = ["LOCK", "lock_folder"]
 
-#: Of a run that is under way; what a killed one leaves keeps nobody out.
+#: The lock file of an active run; a stale one, left by a killed run, does not lock the folder.
 LOCK: Final = ".petseg-train.lock"
 
 
-def keep_others_out(folder: Path) -> Callable[[], None]:
-    """Let no other process train into a folder, which is made if need be.
+def lock_folder(folder: Path) -> Callable[[], None]:
+    """Lock a folder for training, creating it if needed.
 
-    Where there are no locks (Windows, some file systems), nobody is kept out.
+    Without file locks (Windows, some file systems) the folder is not locked.
 
     Returns:
-        A function that releases the folder; the end of this process releases it, too.
+        A function that releases the lock; the end of the process releases it, too.
 
     Raises:
-        TrainingError: Another process has it.
+        TrainingError: Another process has locked it.
     """
     made = [parent for parent in (folder, *folder.absolute().parents) if not parent.exists()]
     try:
         descriptor = _locked(folder)
     except (BlockingIOError, PermissionError) as error:
         raise TrainingError(
-            f"{folder}: another process is training there: wait for its end, or choose another --output"
+            f"{folder}: another process is training there; wait for its end, or choose another --output"
         ) from error
     owner = os.getpid()
 
-    def let_in() -> None:
-        if descriptor is None or os.getpid() != owner:  # a worker that was forked
+    def unlock() -> None:
+        if descriptor is None or os.getpid() != owner:  # in a forked worker
             return
         with contextlib.suppress(OSError):
             if is_at(descriptor, folder / LOCK):
-                (folder / LOCK).unlink()  # while it is held: who opened it meanwhile sees that it is gone
+                (folder / LOCK).unlink()  # while locked: a process that has just opened it will see that it is gone
         os.close(descriptor)
-        with contextlib.suppress(OSError):  # something is in them, as there should be after a run
+        with contextlib.suppress(OSError):  # they are not empty, as is normal after a run
             for parent in made:
                 parent.rmdir()
 
-    return let_in
+    return unlock
 
 
 def _locked(folder: Path) -> int | None:
-    """The descriptor of the lock; None: there are no locks here.
+    """Lock the folder; returns the descriptor of the lock file, or None without file locks.
 
     Raises:
-        BlockingIOError: Another process has it; by some systems' word for it, PermissionError.
+        BlockingIOError: Another process holds the lock; some systems raise PermissionError instead.
     """
     try:
         import fcntl  # POSIX only
@@ -65,10 +65,10 @@ def _locked(folder: Path) -> int | None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        except OSError:  # who writes the first checkpoint there says why that cannot be
+        except OSError:  # writing the first checkpoint there will fail with the reason
             return None
         try:
-            # Not flock, which the workers that are forked would share: one that outlives this process would keep it.
+            # Not flock, which forked workers inherit: one that outlives this process would keep the folder locked.
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             os.close(descriptor)
@@ -77,4 +77,4 @@ def _locked(folder: Path) -> int | None:
             return descriptor
         if is_at(descriptor, folder / LOCK):
             return descriptor
-        os.close(descriptor)  # that of a run which has just ended, and removed it
+        os.close(descriptor)  # the lock file of a run that has just ended and removed it

@@ -1,4 +1,4 @@
-"""The training log: a row for each epoch, in ``log.csv`` for people and in the state of a run for ``--resume``."""
+"""The training log: a row per epoch, in ``log.csv`` for people and in the state of a run for ``--resume``."""
 
 from __future__ import annotations
 
@@ -16,34 +16,33 @@ from petseg_runtime.files import write_atomic
 
 __all__ = ["LOG", "Row", "read", "write"]
 
-#: The log's file, beside the checkpoints.
+#: The log's file name, beside the checkpoints.
 LOG: Final = "log.csv"
-#: Columns that are not called as their attribute; in older logs they are.
+#: Columns whose names differ from their attributes'; in older logs they do not.
 COLUMNS: Final = {"val_mean_iou_border_ignored": "val_mean_iou_border_ignored_at_0.5"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """An epoch that is done and validated. What is measured on validation photos is the moving average's.
+    """A finished and validated epoch. Validation figures are those of the EMA weights.
 
-    On the disk and in JSON, each attribute is the column of its name, or of the one in :data:`COLUMNS`.
+    In the file and in JSON, each attribute is the column of the same name, or the one in :data:`COLUMNS`.
 
     Attributes:
-        epoch: Its number, from 1.
-        step: Steps of the run up to its end.
-        loss: Mean of the training loss over its steps, 0 or more.
-        val_iou: IoU of all validation pixels together, 0 to 1, the trimap's border as background, at ``val_threshold``.
-        val_dice: Their Dice coefficient, 0 to 1, read in the same way.
-        val_threshold: The probability, 0 to 1, from which on a pixel is pet: the one of the highest ``val_iou``.
-        val_mean_iou_border_ignored: Mean of the validation photos' own IoUs, 0 to 1, at threshold 0.5, the border
-            ignored.
-        seconds: What its steps took, with waiting for photos, without validation.
-        images_per_s: Photos trained on, those of all processes, in each of these seconds.
-        data_wait: Share of ``seconds`` that was spent waiting for photos, 0 to 1.
-        elapsed: Seconds of the run up to its validation, all sessions added up, with reading the photos and validation.
-            This and what follows are None where the row is of a version that did not keep it.
-        skipped: Photos left out so far because they could not be used.
-        gpu_memory: Largest GPU memory in use so far, bytes; 0 on a CPU.
+        epoch: Number of the epoch, from 1.
+        step: Steps of the run up to the end of the epoch.
+        loss: Mean training loss of the epoch's steps, 0 or more.
+        val_iou: IoU over all validation pixels, 0 to 1, with the trimap's border as background, at ``val_threshold``.
+        val_dice: Dice coefficient of the same pixels, 0 to 1.
+        val_threshold: The threshold, 0 to 1, with the highest ``val_iou``.
+        val_mean_iou_border_ignored: Mean IoU per validation photo, 0 to 1, at threshold 0.5, with the border ignored.
+        seconds: Duration of the epoch's steps, including waiting for photos, without validation.
+        images_per_s: Training throughput in photos per second, of all ranks together.
+        data_wait: Share of ``seconds`` spent waiting for photos, 0 to 1.
+        elapsed: Seconds of the run up to the end of the validation, over all sessions, including reading the photos and
+            validation. This and the following are None in a row of a version that did not record them.
+        skipped: Photos excluded so far because they could not be used.
+        gpu_memory: Peak GPU memory so far, bytes; 0 on a CPU.
     """
 
     epoch: int
@@ -61,20 +60,20 @@ class Row:
     gpu_memory: int | None = None
 
     def as_dict(self) -> dict[str, float]:
-        """The values by column, in the log's order, without those that are None."""
+        """Returns the values by column, in the log's order, without those that are None."""
         values = {column: getattr(self, name) for name, column in _columns().items()}
         return {column: value for column, value in values.items() if value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Row:
-        """A row from its columns: of :meth:`as_dict`, of an older version, or of a line of the file, which is text.
+        """Build a row from its columns: from :meth:`as_dict`, also of an older version, or from a line of the file.
 
         Args:
-            values: Numbers, or their text, by column. Columns that are none of a row's are ignored.
+            values: Numbers, or numbers as text, by column. Unknown columns are ignored.
 
         Raises:
-            TypeError: A column is missing, or what is in it is no number.
-            ValueError: A text in it is no number.
+            TypeError: A column is missing, or its value is not a number.
+            ValueError: Its text is not a number.
         """
         found = {name: values.get(column, values.get(name)) for name, column in _columns().items()}
         hints = typing.get_type_hints(cls)
@@ -82,20 +81,20 @@ class Row:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a log, one for each epoch.
+    """Read the rows of a log, one per epoch.
 
     Raises:
-        TrainingError: It cannot be read, or is not a log of ``petseg train``.
+        TrainingError: The file cannot be read, or is not a log of ``petseg train``.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
             return [Row.from_dict(line) for line in csv.DictReader(file)]
     except (OSError, TypeError, ValueError, csv.Error) as error:
-        raise TrainingError(f"{path}: not a log of petseg train that can be read ({error})") from error
+        raise TrainingError(f"{path}: not a log of petseg train, or not readable ({error})") from error
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """Write a log, whole or not at all; what a row of an older version lacks is empty.
+    """Write a log atomically; values that rows of older versions lack are left empty.
 
     Raises:
         OutputError: It cannot be written.
@@ -111,12 +110,12 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _columns() -> dict[str, str]:
-    """The column of each attribute, in order."""
+    """Returns the column of each attribute, in order."""
     return {field.name: COLUMNS.get(field.name, field.name) for field in dataclasses.fields(Row)}
 
 
 def _number(value: Any, hint: Any) -> Any:
-    """A number, or what a text says; text for whole numbers gives whole numbers."""
+    """Returns a number, or parses one from text; an integer for an integer attribute."""
     if isinstance(value, str):
         number = float(value)
         whole = int in (hint, *typing.get_args(hint)) and number.is_integer()

@@ -1,4 +1,4 @@
-"""Masks of one's own: what is pet in a picture of black, white and grey, and which pictures are no masks at all."""
+"""Black-and-white masks: which pixels are pet, and which images are not such masks."""
 
 from __future__ import annotations
 
@@ -17,53 +17,54 @@ __all__ = ["LOSSY", "black_and_white"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
-#: White in a mask of 16 bits.
+#: White in a 16-bit mask.
 FULL_16: Final = 65535
 
-#: Up to so much above a mask's black a pixel is as good as black, and from the other value on white: what JPEG makes of
-#: 0 and 255. In a mask that is none of these, and has no more than so many greys, black is one value.
+#: Pixels up to ``BLACK`` above a mask's black count as black, those from ``WHITE`` on as white: JPEG changes 0 and 255.
+#: In a mask of a lossless format with at most ``FEW_GREYS`` greys, black is a single value.
 BLACK: Final = 8
 WHITE: Final = 247
 LOSSY: Final = ("JPEG", "MPO", "WEBP", "AVIF", "HEIF")
 FEW_GREYS: Final = 24
-#: The least value that fills an area is black up to here, and the largest white from there on (video has 16 and 235).
+#: Black is at most, and white at least: the darkest and brightest values that fill an area (video has 16 and 235).
 DARKEST: Final = 24
 LIGHTEST: Final = 235
-#: A grey is a level of its own, with those so near to it, from this share on of what is one colour in a mask; one of
-#: numbered classes has levels for more than ``MOST_GREY`` of it.
+#: A grey, with those within ``NEAR`` of it, is a level if it makes up this share of the non-black area. In a mask of
+#: numbered classes, levels make up more than ``MOST_GREY`` of that area.
 NEAR: Final = 3
 LEVEL: Final = 0.02
 MOST_GREY: Final = 0.2
-#: A mask that is larger without the rows and columns that repeat others is looked at without them: drawn by hand, areas
-#: have outlines in which hardly any repeat.
+#: A mask is analysed without its repeated rows and columns if at least this many remain: in hand-drawn outlines hardly
+#: any repeat.
 FEWEST_ROWS: Final = 8
-#: So many levels are steps from black to white, if no gap is larger than so many times the mean, so much of all
-#: outlines is between one and the next, and of each one's own so much is on its darker side, and on its lighter side.
+#: Levels, if at least ``FEWEST_STEPS``, are steps of a ramp from black to white if no gap exceeds ``UNEVEN`` times the
+#: mean gap, at least ``MOST_STEPS`` of all boundaries are between adjacent levels, and at least ``LEAST_SIDE`` of each
+#: level's boundary is with darker levels, and as much with lighter ones.
 FEWEST_STEPS: Final = 2
 UNEVEN: Final = 2
 MOST_STEPS: Final = 0.8
 LEAST_SIDE: Final = 0.2
-#: So many of them are named.
+#: Levels that an error message names at most.
 MOST_NAMED: Final = 8
 
 
 def black_and_white(image: Image.Image, path: Path, lossy: bool) -> U8:
-    """A mask of one's own as a trimap: of 0 and 255, of 0 and 1, of fractions or 16 bits, with hard or soft edges.
+    """Convert a black-and-white mask to a trimap: 0 and 255, 0 and 1, fractions or 16 bits; hard or soft edges.
 
     Args:
         image: The mask, upright.
-        path: Its file, for errors.
-        lossy: Its format (one of :data:`LOSSY`) changes values.
+        path: Its file, for error messages.
+        lossy: Whether its format (one of :data:`LOSSY`) changes values.
 
     Returns:
-        uint8 [H, W]: ``PET`` where it is nearer to white than to black, ``BACKGROUND`` elsewhere.
+        uint8 [H, W]: ``PET`` where the mask is nearer to white than to black, ``BACKGROUND`` elsewhere.
 
     Raises:
-        DataError: It is of numbered classes, too dark, of a range that masks do not have, or partly transparent.
+        DataError: The mask has numbered classes, is too dark, has a range that no mask has, or is partly transparent.
     """
     expected = "black for background and white for the pet are expected, or 0 and 1"
     if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
-        raise DataError(f"{path}: a mask that is partly transparent; {expected}, without transparency")
+        raise DataError(f"{path}: this mask is partly transparent; {expected}, without transparency")
     mask = (
         _eight_bits(image, path) if image.mode in ("I", "F") or image.mode[:2] == "I;" else np.array(image.convert("L"))
     )
@@ -72,7 +73,7 @@ def black_and_white(image: Image.Image, path: Path, lossy: bool) -> U8:
     if most > 1 and (levels := _class_levels(mask, lossy)):
         named = ", ".join(map(str, levels[:MOST_NAMED])) + (", ..." if len(levels) > MOST_NAMED else "")
         raise DataError(
-            f"{path}: much of this mask is neither black nor white, but of the values {named}, as of numbered classes; "
+            f"{path}: much of this mask is neither black nor white, but has the values {named}, like numbered classes; "
             f"{expected}: make the pet's class white and all others black; or, if it is a soft mask that was enlarged "
             "without smoothing, save it as black and white, or smooth it"
         )
@@ -80,10 +81,10 @@ def black_and_white(image: Image.Image, path: Path, lossy: bool) -> U8:
 
 
 def _eight_bits(image: Image.Image, path: Path) -> U8:
-    """A mask of larger numbers or of fractions, scaled to 0..255: Pillow would cut off what is above.
+    """Scale a mask of integers above 255 or of fractions to 0..255; Pillow's conversion would clip them.
 
     Raises:
-        DataError: Its range is none that masks have.
+        DataError: It has a range that no mask has.
     """
     values = np.asarray(image)
     least, most = (values.min().item(), values.max().item()) if values.size else (0, 0)
@@ -94,39 +95,39 @@ def _eight_bits(image: Image.Image, path: Path) -> U8:
     kind, full = ("fractions", 1) if image.mode == "F" else ("larger integers", FULL_16)
     if full == FULL_16 and least >= 0 and full // 2 < most <= full:
         return np.asarray(values >> 8, np.uint8)
-    if full == FULL_16 and least == 0 and ((values == 0) | (values == most)).all():  # as where white is 4095
+    if full == FULL_16 and least == 0 and ((values == 0) | (values == most)).all():  # for example, white is 4095
         return np.where(values > 0, np.uint8(255), np.uint8(0))
     found = f"a mask of {kind} from {least:g} to {most:g}"
     raise DataError(
-        f"{path}: {found}, where 0 to {full} or 0 to 255 are expected: save it with 8 bits, white where the pet is"
+        f"{path}: {found}, where 0 to {full} or 0 to 255 are expected; save it with 8 bits, white where the pet is"
     )
 
 
 def _class_levels(mask: U8, lossy: bool) -> list[int]:
-    """The greys that areas of a mask are filled with, if they are much of it; none in one of black and white.
+    """Returns the greys that fill much of a mask's area, as numbered classes do; none for a black-and-white mask.
 
-    Soft edges and what JPEG leaves are grey, too, but of many values, and fill no area. Where they seem to, the mask
-    was enlarged without smoothing, or is a soft one of few levels.
+    Soft edges and JPEG artefacts are grey, too, but have many values and fill no area. A mask in which they seem to do
+    so was enlarged without smoothing, or is soft with few levels.
     """
     levels = _filled_levels(mask, lossy)
-    if levels and min((small := _once(mask)).shape) >= FEWEST_ROWS:
+    if levels and min((small := _without_repeats(mask)).shape) >= FEWEST_ROWS:
         mask, levels = small, _filled_levels(small, lossy)
     return [] if _is_ramp(mask, levels) else levels
 
 
-def _once(mask: U8) -> U8:
-    """A mask without the rows and columns that repeat the one before: as it was before it was enlarged by NEAREST."""
+def _without_repeats(mask: U8) -> U8:
+    """Drop rows and columns that repeat the one before; this undoes enlarging by nearest neighbour."""
     rows = mask[np.r_[True, (mask[1:] != mask[:-1]).any(axis=1)]]
     return rows[:, np.r_[True, (rows[:, 1:] != rows[:, :-1]).any(axis=0)]]
 
 
 def _is_ramp(mask: U8, levels: Sequence[int]) -> bool:
-    """Whether levels are steps from black to white: each lies between its neighbours, as areas of classes do not."""
+    """Whether levels are steps of a ramp: each lies between its neighbours, which the areas of classes do not."""
     if len(levels) < FEWEST_STEPS:
         return False
     counts = np.array(Image.fromarray(mask).histogram())
     counts[: levels[0]] = counts[levels[-1] + 1 :] = 0
-    steps = np.flatnonzero(counts >= LEVEL * counts.sum())  # some may be too thin to fill an area
+    steps = np.flatnonzero(counts >= LEVEL * counts.sum())  # includes steps too thin to fill an area
     edges = np.array([0, *steps, 255])
     if np.diff(edges).max() > UNEVEN * 255 / (len(steps) + 1):
         return False
@@ -140,23 +141,23 @@ def _is_ramp(mask: U8, levels: Sequence[int]) -> bool:
 
 
 def _filled_levels(mask: U8, lossy: bool) -> list[int]:
-    """As :func:`_class_levels`, whatever the areas lie beside.
+    """As :func:`_class_levels`, without regard to enlarging and ramps.
 
-    One light grey on black, with no white beside it, is a pet of another colour.
+    A single light grey on black, without white, is a pet painted in another colour.
     """
     everywhere = np.array(Image.fromarray(mask).histogram())
     noisy = lossy or np.count_nonzero(everywhere[1:WHITE]) > FEW_GREYS
     spread = BLACK if noisy else 0
-    if everywhere[spread + 1 : WHITE].sum() <= LEVEL * everywhere[spread + 1 :].sum():  # nearly all masks
+    if everywhere[spread + 1 : WHITE].sum() <= LEVEL * everywhere[spread + 1 :].sum():  # true for nearly all masks
         return []
-    # Pixels that are like their four neighbours: an edge, however drawn, is too thin to have any.
+    # Pixels that equal their four neighbours; edges of any kind are too thin to have such pixels.
     across, down = mask[:, 1:] == mask[:, :-1], mask[1:] == mask[:-1]
     inside = across[1:-1, 1:] & across[1:-1, :-1] & down[1:, 1:-1] & down[:-1, 1:-1]
     if not inside.any():
         return []
     filled = np.array(Image.fromarray(mask[1:-1, 1:-1]).histogram(Image.fromarray(inside)))
     least, most = map(int, np.flatnonzero(filled)[[0, -1]])
-    dark = (least if least <= DARKEST else 0) + spread + 1  # the first that is not black
+    dark = (least if least <= DARKEST else 0) + spread + 1  # the darkest value that is not black
     white = min(WHITE, most - BLACK) if most >= LIGHTEST else WHITE
     own = _peaks(filled[:white], everywhere[:white], dark, max(1, LEVEL * filled[dark:].sum()))
     much = sum(area for area, _ in own.values()) > MOST_GREY * filled[dark:].sum()
@@ -168,7 +169,7 @@ def _filled_levels(mask: U8, lossy: bool) -> list[int]:
 def _peaks(
     filled: npt.NDArray[Any], everywhere: npt.NDArray[Any], dark: int, least: float
 ) -> dict[int, tuple[int, int]]:
-    """The greys from ``dark`` on that fill so many pixels at least, those nearby taken together; with both counts."""
+    """Returns the greys from ``dark`` on that fill ``least`` pixels or more, nearby ones merged; with both counts."""
     rest, found = filled.copy(), {}
     rest[:dark] = 0
     while rest.any():

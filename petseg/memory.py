@@ -1,4 +1,4 @@
-"""Errors of a device that had too little memory, in one line."""
+"""One-line errors for a device or a dataloader worker that ran out of memory."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from petseg_runtime.errors import EngineError
 
 __all__ = ["enough_memory"]
 
-#: What PyTorch, cuDNN, cuBLAS and CUDA say where there is no memory and the error has no class of its own; and of a
-#: worker that is gone.
+#: Out-of-memory errors of PyTorch, cuDNN, cuBLAS and CUDA that have no exception class, and the error about a dead
+#: dataloader worker.
 NO_MEMORY: Final = re.compile(r"can't allocate memory|CU(DNN|BLAS)_STATUS_ALLOC_FAILED|CUDA error: out of memory")
 WORKER_GONE: Final = re.compile(r"DataLoader worker \(pid")
 
 
 @contextlib.contextmanager
 def enough_memory(remedy: str) -> Iterator[None]:
-    """Turns the errors of a device, or of a worker of the data loader, that had too little memory into one line.
+    """Turn the out-of-memory errors of a device or a dataloader worker into one line.
 
     Args:
-        remedy: What takes less of the device's memory.
+        remedy: How to use less of the device's memory.
 
     Raises:
-        EngineError: There was too little.
+        EngineError: Memory ran out.
     """
     try:
         yield
@@ -34,11 +34,11 @@ def enough_memory(remedy: str) -> Iterator[None]:
         if WORKER_GONE.search(str(error)):
             more = "more shared memory (docker run --shm-size=2g)" if "Bus error" in str(error) else "more memory"
             raise EngineError(
-                f"a process that prepares photos is gone ({said}): give it {more}, or do with fewer such processes or "
-                "none (--set data.workers=0)"
+                f"a dataloader worker died ({said}); provide {more}, or use fewer workers or none (--set "
+                "data.workers=0)"
             ) from error
-        # By its name: torch.OutOfMemoryError, without torch.
+        # By name, because torch.OutOfMemoryError itself would need torch.
         gone = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         if gone or NO_MEMORY.search(str(error)):
-            raise EngineError(f"too little memory: {remedy} ({said})") from error
+            raise EngineError(f"out of memory: {remedy} ({said})") from error
         raise

@@ -1,7 +1,7 @@
-"""Pixel counts that add up over a data set, and the ratios made from them.
+"""Pixel counts, which add up over a data set, and the metrics computed from them.
 
-Probabilities are bytes (``round(255 p)``), so one histogram of them for each class of the trimap holds the exact
-counts at *every* threshold and for every reading of the border: nothing is computed twice, nothing approximated.
+Probabilities are bytes (``round(255 p)``), so one histogram of them per trimap class holds the exact counts at *every*
+threshold and for every way to count the border: nothing is computed twice, nothing approximated.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ U8: TypeAlias = npt.NDArray[np.uint8]
 
 
 class Border(StrEnum):
-    """What the trimap's border (class 3: fur, outline, uncertain) counts as. ``BACKGROUND`` is the headline."""
+    """What the trimap's border (class 3: fur, outline, uncertain) counts as; ``BACKGROUND`` in headline figures."""
 
     BACKGROUND = "background"
     PET = "pet"
@@ -49,10 +49,10 @@ class Border(StrEnum):
 
 @dataclass(frozen=True)
 class PixelCounts:
-    """How many pixels were right and wrong; counts of two data sets add up with ``+``.
+    """True and false positives and negatives, in pixels; counts of two data sets add up with ``+``.
 
-    Ratios are ``nan`` where they are undefined (nothing to divide by), except on a photo without pet in which none
-    was found: there every ratio is 1.
+    Undefined ratios (division by zero) are ``nan``, except for a photo without a pet in which none was found: there
+    every ratio is 1.
     """
 
     tp: int = 0
@@ -103,17 +103,17 @@ class PixelCounts:
 
 
 def histogram(probability: U8, trimap: U8) -> Histogram:
-    """How often each probability occurs in each class.
+    """Count how often each probability occurs in each class.
 
     Args:
         probability: uint8 [H, W], ``round(255 * p(pet))``.
         trimap: uint8 [H, W] of 1 (pet), 2 (background), 3 (border).
 
     Returns:
-        int64 [3, 256]: rows pet, background, border. Histograms add up.
+        int64 [3, 256]: rows pet, background, border. Histograms can be summed.
 
     Raises:
-        ValueError: The shapes differ, or the trimap holds another value.
+        ValueError: The shapes differ, or the trimap has another value.
     """
     if probability.shape != trimap.shape:
         raise ValueError(f"probability is {probability.shape}, trimap is {trimap.shape}: they must be equal")
@@ -124,20 +124,20 @@ def histogram(probability: U8, trimap: U8) -> Histogram:
 
 
 def json_ratio(ratio: float) -> float | None:
-    """JSON has no NaN: an undefined ratio is null."""
+    """Convert an undefined ratio (NaN) to None, because JSON has no NaN."""
     return None if math.isnan(ratio) else ratio
 
 
 def counts(hist: Histogram, threshold: float, border: Border = Border.BACKGROUND) -> PixelCounts:
-    """Pixel counts at a threshold, for one reading of the border.
+    """Returns the pixel counts at a threshold, for one way to count the border.
 
     Args:
-        hist: int64 [3, 256] from :func:`histogram`, or a sum of such.
+        hist: int64 [3, 256] from :func:`histogram`, or a sum of them.
         threshold: In [0, 1]; see :func:`petseg_runtime.spec.lowest_pet`.
         border: What class 3 counts as.
 
     Raises:
-        UsageError: The threshold is outside.
+        UsageError: The threshold is out of range.
     """
     positive, negative = _readings(hist, border)
     cut = lowest_pet(threshold)
@@ -146,9 +146,9 @@ def counts(hist: Histogram, threshold: float, border: Border = Border.BACKGROUND
 
 
 def best_threshold(hist: Histogram, border: Border = Border.BACKGROUND) -> float:
-    """The threshold with the highest IoU, in steps of 1/255 (ties: the middle one). For validation data only."""
+    """Returns the threshold with the highest IoU, in steps of 1/255 (of ties, the middle one). For validation only."""
     positive, negative = _readings(hist, border)
-    tp = positive[::-1].cumsum()[::-1][1:255]  # at cuts 1..254: a threshold of 0 or 1 is none
+    tp = positive[::-1].cumsum()[::-1][1:255]  # at cuts 1..254: thresholds 0 and 1 are not useful
     fp = negative[::-1].cumsum()[::-1][1:255]
     iou = tp / np.maximum(positive.sum() + fp, 1)
     ties = np.flatnonzero(iou == iou.max())
@@ -156,7 +156,7 @@ def best_threshold(hist: Histogram, border: Border = Border.BACKGROUND) -> float
 
 
 def _readings(hist: Histogram, border: Border) -> tuple[Histogram, Histogram]:
-    """Histograms of what should be pet and of what should not."""
+    """Returns the histograms of the positive and of the negative pixels."""
     pet, background, edge = hist
     if border is Border.PET:
         return pet + edge, background

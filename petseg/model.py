@@ -1,9 +1,9 @@
-"""The attention U-Net, whole, on one page.
+"""The attention U-Net, complete on one page.
 
 A U-Net (Ronneberger et al. 2015, arXiv:1505.04597) whose skip connections pass through additive attention gates
 (Oktay et al. 2018, "Attention U-Net: Learning Where to Look for the Pancreas", arXiv:1804.03999, eq. 1 and 2).
 The published pet network is ``AttentionUNetConfig()``: 29,300,205 parameters. The edge network is the same code with
-another config, ``AttentionUNetConfig(width=16, stem="strided")``: 1,834,680 parameters, a 63rd of the arithmetic.
+    another config, ``AttentionUNetConfig(width=16, stem="strided")``: 1,834,680 parameters, 1/63 of the arithmetic.
 """
 
 from __future__ import annotations
@@ -21,25 +21,23 @@ from petseg_runtime.spec import STRIDE
 
 __all__ = ["AttentionGate", "AttentionUNet", "AttentionUNetConfig", "ConvBlock", "normalize"]
 
-#: Channel means and standard deviations of ImageNet photos in [0, 1], RGB (the convention of torchvision).
+#: Channel means and standard deviations of ImageNet photos in [0, 1], RGB (as in torchvision).
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionUNetConfig:
-    """Everything that decides the network's shape.
-
-    The defaults are the published network.
+    """The architecture of the network. The defaults are the published one.
 
     Attributes:
-        width: The unit in which channels are counted. 64 is the published network. Even and positive.
+        width: Base number of channels. 64 in the published network. Even and positive.
         levels: Channels of each level, finest first, in multiples of ``width``.
-        stem: ``full`` keeps the first level at the image's resolution (published). ``strided`` halves the image in
-            the first convolution, and the head gives four pixels for each place, a sub-pixel convolution (Shi et al.
+        stem: ``full`` keeps the first level at the image's resolution (published). ``strided`` halves the resolution in
+            the first convolution, and the head outputs four pixels per position, a sub-pixel convolution (Shi et al.
             2016, arXiv:1609.05158): a quarter of the cost at every level.
-        ungated: Levels whose skips pass without an attention gate, 1 the finest. Published: none.
-        decoder_convs: 3x3 convolutions in a block of the decoder, 1 or 2 (published).
+        ungated: Levels whose skip connections have no attention gate, 1 being the finest. Published: none.
+        decoder_convs: 3x3 convolutions per decoder block, 1 or 2 (published).
     """
 
     width: int = 64
@@ -52,8 +50,7 @@ class AttentionUNetConfig:
         """Check every field.
 
         Raises:
-            ValueError: The width is odd (the gates halve it) or not positive, or another field has a value that it
-                does not take.
+            ValueError: The width is odd (the gates halve it) or not positive, or another field has an invalid value.
         """
         if self.width < 2 or self.width % 2:
             raise ValueError(f"width is {self.width}; the attention gates halve it, so it must be even and positive")
@@ -74,9 +71,9 @@ class AttentionUNetConfig:
 
 
 class ConvBlock(nn.Sequential):
-    """(3x3 convolution without bias, BatchNorm, ReLU), twice unless told otherwise.
+    """(3x3 convolution without bias, BatchNorm, ReLU), ``convs`` times.
 
-    Keeps height and width; with a stride, the first convolution divides them by it.
+    Keeps height and width; a ``stride`` in the first convolution divides them.
     """
 
     def __init__(self, inputs: int, outputs: int, *, convs: int = 2, stride: int = 1) -> None:
@@ -89,17 +86,17 @@ class ConvBlock(nn.Sequential):
 
 
 class AttentionGate(nn.Module):
-    """Additive attention (Oktay et al. 2018): which pixels of the skip matter, judged by the coarser level.
+    """Additive attention (Oktay et al. 2018): the coarser level decides which pixels of the skip connection matter.
 
     ``alpha = sigmoid(psi(relu(W_g g + W_x x)))``, one value per pixel; returns ``alpha * x``.
-    W_g, W_x and psi are 1x1 convolutions, each followed by BatchNorm; half the channels inside.
+    W_g, W_x and psi are 1x1 convolutions, each followed by BatchNorm, with half the channels in between.
 
-    This differs from Oktay et al., who compute alpha at the coarser level's resolution and resample it to the skip's:
-    here g is what :class:`Up` has upsampled and projected already, so that alpha has the skip's full resolution at
-    once. Nor does their equation have BatchNorm in it, or a bias of W_x.
+    Oktay et al. compute alpha at the coarser level's resolution and resample it to the skip's. Here, :class:`Up` has
+    already upsampled and projected g, so that alpha is computed at the skip's full resolution. Their equation also has
+    no BatchNorm, and no bias in W_x.
 
-    BatchNorm takes the mean off, so that the biases of the three convolutions have no effect. They stay because the
-    count of the published network, 29,300,205 parameters, includes them: without those 964 it would be 29,299,241.
+    BatchNorm subtracts the mean, so the biases of the three convolutions have no effect. They stay because the
+    parameter count of the published network, 29,300,205, includes them: without those 964 it would be 29,299,241.
     """
 
     def __init__(self, channels: int) -> None:
@@ -116,21 +113,21 @@ class AttentionGate(nn.Module):
 
 
 class Up(nn.Module):
-    """One decoder level: bilinear x2 and a 1x1 convolution, the gated skip beside it, then a ConvBlock.
+    """One decoder level: 1x1 convolution, bilinear x2, concatenation with the gated skip, then a ConvBlock.
 
-    The 1x1 convolution runs before the interpolation: both are linear and the interpolation's weights sum to 1, so
-    the order changes nothing but the cost, which falls to a quarter.
+    The 1x1 convolution comes before the interpolation: both are linear and the interpolation weights sum to 1, so the
+    order changes only the cost, which is a quarter.
     """
 
     def __init__(self, inputs: int, outputs: int, *, gated: bool = True, convs: int = 2, crop: bool = False) -> None:
-        """Make the level.
+        """Build the level.
 
         Args:
             inputs: Channels of the level below.
             outputs: Channels of this level and of its skip.
-            gated: Whether the skip passes an attention gate.
+            gated: Whether the skip has an attention gate.
             convs: 3x3 convolutions in the block.
-            crop: Whether the level below was rounded up, so that twice its size can be a pixel too many.
+            crop: Whether the size of the level below was rounded up, so that twice that size may be a pixel too large.
         """
         super().__init__()
         self.project = nn.Conv2d(inputs, outputs, 1)
@@ -139,7 +136,7 @@ class Up(nn.Module):
         self.crop = crop
 
     def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
-        """``deep`` [N, D, H/2, W/2] and ``skip`` [N, C, H, W] to [N, C, H, W]."""
+        """Map ``deep`` [N, D, H/2, W/2] and ``skip`` [N, C, H, W] to [N, C, H, W]."""
         up = self.project(deep)  # [N, C, H/2, W/2]
         up = F.interpolate(up, scale_factor=2, mode="bilinear", align_corners=False)  # [N, C, H, W]
         if self.crop:
@@ -153,17 +150,17 @@ class AttentionUNet(nn.Module):
     """Attention U-Net with one output channel.
 
     Input: float [N, 3, H, W], normalised (see :func:`normalize`), H and W divisible by 16.
-    Output: logits, float [N, 1, H, W]; ``sigmoid`` of them is the probability of pet.
+    Output: logits, float [N, 1, H, W]; their ``sigmoid`` is the probability of pet.
 
-    Its modules, in order: ``down1``, ``down2``, ... (a level each), ``bottom`` (the coarsest), ..., ``up2``, ``up1``,
-    ``head``. The fifth halving and those after it, where there are any, round up.
+    Its modules, in order: ``down1``, ``down2``, ... (one per level), ``bottom`` (the coarsest), ..., ``up2``, ``up1``,
+    ``head``. From the fifth halving on, if there are that many, sizes are rounded up.
     """
 
     def __init__(self, config: AttentionUNetConfig | None = None) -> None:
         super().__init__()
         self.config = c = config or AttentionUNetConfig()
-        self.factor = 2 if c.stem == "strided" else 1  # of the image's height to the first level's
-        exact = 4 if self.factor == 1 else 3  # poolings of a multiple of 16 that leave no remainder
+        self.factor = 2 if c.stem == "strided" else 1  # from the first level's height to the image's
+        exact = 4 if self.factor == 1 else 3  # number of poolings of a multiple of 16 without remainder
         self.rounds = [level > exact for level in range(1, len(c.channels))]
         for level, (inputs, outputs) in enumerate(itertools.pairwise((3, *c.channels)), start=1):
             name = f"down{level}" if level < len(c.channels) else "bottom"
@@ -175,7 +172,7 @@ class AttentionUNet(nn.Module):
         self.head = nn.Conv2d(c.channels[0], self.factor**2, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits [N, 1, H, W] of a normalised image [N, 3, H, W].
+        """Returns the logits [N, 1, H, W] of a normalised image [N, 3, H, W].
 
         Raises:
             ValueError: H or W is not divisible by 16, or the image does not have 3 channels.
@@ -183,9 +180,9 @@ class AttentionUNet(nn.Module):
         return self.with_features(image)[0]
 
     def with_features(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """As :meth:`forward`, and what each block but the head gives, by the block's name.
+        """As :meth:`forward`, but also returns the output of each block except the head, by the block's name.
 
-        In the shapes below, H and W are the first level's: with a strided stem, half the image's.
+        In the shapes below, H and W are those of the first level: with a strided stem, half the image's.
 
         Raises:
             ValueError: H or W is not divisible by 16, or the image does not have 3 channels.
@@ -195,16 +192,16 @@ class AttentionUNet(nn.Module):
         for level, rounds in enumerate(self.rounds, start=1):
             made[f"down{level}"] = deep = self.get_submodule(f"down{level}")(deep)  # [N, c1, H, W], [N, c2, H/2, W/2]
             deep = F.max_pool2d(deep, 2, ceil_mode=rounds)
-        made["bottom"] = deep = self.get_submodule("bottom")(deep)  # [N, c5, H/16, W/16] where there are five levels
+        made["bottom"] = deep = self.get_submodule("bottom")(deep)  # [N, c5, H/16, W/16] with five levels
         for level in range(len(self.rounds), 0, -1):
             skip = made[f"down{level}"]
             made[f"up{level}"] = deep = self.get_submodule(f"up{level}")(deep, skip)  # ..., [N, c1, H, W]
-        logits = self.head(deep)  # [N, 1, H, W]; with a strided stem [N, 4, H, W], four pixels for each place
+        logits = self.head(deep)  # [N, 1, H, W]; with a strided stem [N, 4, H, W], four pixels per position
         return (logits if self.factor == 1 else F.pixel_shuffle(logits, self.factor)), made
 
 
 def check_input(shape: torch.Size) -> None:
-    """Raise the ``ValueError`` that names what is wrong with an input shape, if anything is."""
+    """Raises ValueError if an input has the wrong shape; the message names what is wrong."""
     if len(shape) != 4 or shape[1] != 3:
         raise ValueError(f"input shape is {tuple(shape)}; [N, 3, H, W] is expected")
     height, width = shape[2:]
@@ -213,18 +210,18 @@ def check_input(shape: torch.Size) -> None:
 
 
 def normalize(image: Tensor) -> Tensor:
-    """uint8 [N, H, W, 3] RGB to what the network takes: float32 [N, 3, H, W], ImageNet mean 0 and deviation 1."""
-    # What is made while a graph is traced belongs to that graph, and must not be kept for others.
+    """Convert uint8 [N, H, W, 3] RGB to the network's input: float32 [N, 3, H, W], ImageNet mean 0 and deviation 1."""
+    # A tensor that is made while a graph is traced belongs to that graph, and must not be cached for others.
     mean, std = _statistics(image.device) if torch.compiler.is_compiling() else _kept_statistics(image.device)
     scaled = (image.to(torch.float32) / 255 - mean) / std
     return scaled.permute(0, 3, 1, 2)  # channels_last in memory
 
 
-@torch.inference_mode(False)  # made in a validation, they must do in a training step, too
+@torch.inference_mode(False)  # made during validation, they must also be usable in a training step
 def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     """:data:`IMAGE_MEAN` and :data:`IMAGE_STD` on a device, float32 [3]."""
     return torch.tensor(IMAGE_MEAN, device=device), torch.tensor(IMAGE_STD, device=device)
 
 
-#: Once for each device: copying them to a GPU would wait for all that it still has to do, at every step.
+#: Cached per device, because copying them to a GPU at every step would wait for all its pending work.
 _kept_statistics = functools.cache(_statistics)

@@ -1,4 +1,4 @@
-"""Who is told what happens during a run: the command line prints it, TensorBoard draws it."""
+"""Observers of a training run: callbacks with which the command line prints events and TensorBoard logs them."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ __all__ = ["Observer", "Observers"]
 
 
 class Observer:
-    """Told what happens during a run; by default it does nothing about it."""
+    """Callbacks of a training run; by default they do nothing."""
 
     def begin(self, per_epoch: int, batch: int) -> None:
-        """Told once, before the first step: steps in an epoch, and photos per step, those of all processes."""
+        """Called once, before the first step: steps per epoch, and photos per step in all ranks together."""
 
     def started(self, message: str) -> None:
-        """Something worth knowing, in words: most of it before the first step."""
+        """Called with a message about the run, in most cases before the first step."""
 
-    def left_out(self, message: str) -> None:
-        """A photo cannot be used, and the run goes on without it. Unless overridden, :meth:`started` is told."""
+    def excluded(self, message: str) -> None:
+        """Called when a photo cannot be used and the run continues without it. By default calls :meth:`started`."""
         self.started(message)
 
     def step(self, state: RunState, loss: float, lr: float) -> None:
-        """A step is done."""
+        """Called after each step."""
 
     def epoch(self, row: Row) -> None:
-        """An epoch is done and validated; the row is the log's."""
+        """Called after each epoch and its validation, with the log's row."""
 
     def validated(self, run: Run, pairs: Sequence[Pair], row: Row) -> None:
-        """Told just before :meth:`epoch`: the moving average as a model, and the photos that it was measured on."""
+        """Called just before :meth:`epoch`, with the EMA model and the photos that it was measured on."""
 
 
 class Observers(Observer):
-    """Several observers in place of one; each is told everything, in this order."""
+    """Forwards each call to several observers, in order."""
 
     def __init__(self, *each: Observer) -> None:
         self.each = each
@@ -51,10 +51,10 @@ class Observers(Observer):
         for one in self.each:
             one.started(message)
 
-    def left_out(self, message: str) -> None:
+    def excluded(self, message: str) -> None:
         """As :class:`Observer`."""
         for one in self.each:
-            one.left_out(message)
+            one.excluded(message)
 
     def step(self, state: RunState, loss: float, lr: float) -> None:
         """As :class:`Observer`."""

@@ -1,4 +1,4 @@
-"""Pictures of a run or an evaluation: training curves, and grids of photo, truth and prediction."""
+"""Plots of a run or an evaluation: training curves, and grids of photo, ground truth and prediction."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["curves", "grid", "predictions", "worst"]
 
 
 def curves(history: Sequence[Row], path: Path) -> None:
-    """Loss, validation IoU and Dice over epochs, as a PNG.
+    """Plot loss, validation IoU and Dice over epochs, as a PNG.
 
     Raises:
         OSError: It cannot be written.
@@ -34,7 +34,7 @@ def curves(history: Sequence[Row], path: Path) -> None:
     left.plot(epochs, [row.loss for row in history], marker=marker, label="training loss")
     right.plot(epochs, [row.val_iou for row in history], marker=marker, label="validation IoU")
     right.plot(epochs, [row.val_dice for row in history], marker=marker, label="validation Dice")
-    # The curves fall on the left and rise on the right; "best" would search, and warn of it on a slow machine.
+    # The curves fall on the left and rise on the right; "best" would search, and warn on a slow machine.
     for axes, free in ((left, "upper right"), (right, "lower right")):
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
@@ -43,19 +43,19 @@ def curves(history: Sequence[Row], path: Path) -> None:
 
 
 def predictions(checkpoint: Path, pairs: Sequence[Pair], path: Path) -> None:
-    """A grid for some pairs of a checkpoint's own size and threshold: see :func:`grid`."""
+    """Plot a grid for some pairs, at a checkpoint's size and threshold: see :func:`grid`."""
     with open_model(checkpoint, "cpu") as model:
         grid(model.run, pairs, model.height, model.width, model.threshold, path)
 
 
 def worst(result: Evaluation, model: OpenedModel, pairs: Sequence[Pair], threshold: float, path: Path) -> None:
-    """A grid of the eight photos with the lowest IoU, the border as background: see :func:`grid`.
+    """Plot a grid of the eight photos with the lowest IoU, with the border as background: see :func:`grid`.
 
     Args:
         result: The measurement.
-        model: What was measured.
-        pairs: What it was measured on, in the same order.
-        threshold: At which the photos' IoU is taken.
+        model: The model that was measured.
+        pairs: The photos that it was measured on, in the same order.
+        threshold: The threshold for the photos' IoU.
         path: The PNG.
     """
     order = np.argsort(result.image_ious(threshold), kind="stable")
@@ -63,11 +63,11 @@ def worst(result: Evaluation, model: OpenedModel, pairs: Sequence[Pair], thresho
 
 
 def grid(run: Run, pairs: Sequence[Pair], height: int, width: int, threshold: float, path: Path) -> None:
-    """Photo, truth (border grey), probability and mask, one row for each pair, as a PNG.
+    """Plot photo, ground truth (border grey), probability and mask, one row per pair, as a PNG.
 
     Args:
         run: The model.
-        pairs: What to show.
+        pairs: The photos to show.
         height: The model's input height.
         width: The model's input width.
         threshold: See :func:`petseg_runtime.spec.lowest_pet`.
@@ -88,13 +88,13 @@ def grid(run: Run, pairs: Sequence[Pair], height: int, width: int, threshold: fl
         titles = (_writable(pair.name), "truth (border grey)", "probability", f"prediction, IoU {iou:.3f}")
         for axis, picture, title in zip(axes, (photo, truth, probability, mask), titles, strict=True):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=255, aspect="auto")
-            axis.set_title(title, fontsize=8, parse_math=False)  # a name may have dollar signs
+            axis.set_title(title, fontsize=8, parse_math=False)  # a name may contain dollar signs
             axis.axis("off")
     _save(figure, path)
 
 
 def _writable(name: str) -> str:
-    """A name in letters that the pictures' font has; the others, which would be warned of and become boxes, escaped."""
+    """Escape characters that the plots' font lacks, which would otherwise give a warning and boxes."""
     font = get_font(findfont(FontProperties()))
     return "".join(c if font.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in shown(name))
 

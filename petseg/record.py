@@ -1,4 +1,4 @@
-"""What a training run was and what it reached, as one JSON file: the row of a comparison that can be trusted later."""
+"""``run.json``: the settings and results of a training run, so that it can be compared with others later."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import petseg_runtime
 from petseg.evaluate import without_keys
 from petseg.log import Row
 from petseg.metrics import PUBLISHED
+from petseg.run_state import RUN
 from petseg.train import Trainer
 from petseg_runtime.errors import OutputError
 from petseg_runtime.files import write_atomic
@@ -24,22 +25,20 @@ from petseg_runtime.files import write_atomic
 __all__ = ["PUBLISHED_IOU", "RUN", "commit", "reached", "record", "write_record"]
 
 SCHEMA_VERSION: Final = 2
-#: Beside the checkpoints.
-RUN: Final = "run.json"
-#: What the published network reached on the test split: the mark to which times are taken, on validation.
+#: Test IoU of the published network; the record has the time at which the validation IoU reaches it.
 PUBLISHED_IOU: Final = PUBLISHED["iou"]
 
 
 def record(trainer: Trainer) -> dict[str, Any]:
-    """The run so far, all sessions together; JSON values. See :func:`reached`.
+    """Returns the record of the run so far, over all sessions; JSON values. See :func:`reached`.
 
-    ``best`` is what the best checkpoint says of itself, which may be of an epoch that a crash took from the log.
+    ``best`` is the validation row in the best checkpoint; a crash may have removed its epoch from the log.
 
-    ``commit`` is that of the run's start: people commit while it runs. ``elapsed`` is without what a killed session did
-    after its last checkpoint, and ``peak_gpu_memory_bytes`` is null on a CPU.
+    ``commit`` is the one at the start of the run, because commits may be made while it runs. ``elapsed`` does not
+    include the time of a killed session after its last checkpoint; ``peak_gpu_memory_bytes`` is null on a CPU.
 
     Raises:
-        CheckpointError: The best checkpoint is gone, or damaged.
+        CheckpointError: The best checkpoint is missing or damaged.
     """
     state, meta = trainer.state, trainer.meta
     return {
@@ -70,18 +69,18 @@ def record(trainer: Trainer) -> dict[str, Any]:
 
 
 def reached(rows: Sequence[Row], batch: int) -> dict[str, Any]:
-    """What the rows of a log come to; JSON values.
+    """Summarize the rows of a log; JSON values.
 
     Args:
-        rows: One for each epoch, at least one.
+        rows: One per epoch, at least one.
         batch: Photos per step.
 
     Returns:
-        ``epochs``; ``best``, the row with the highest validation IoU; ``elapsed``, seconds of the wall clock up to the
-        last validation, with reading the photos, validating and saving; ``seconds``, those of the steps alone, which
-        ``images_per_s`` and ``data_wait`` (the share of waiting for photos) are of; ``validation_reached_published``,
-        the first epoch at which the IoU on *validation* photos was the published one, which was measured on test
-        photos, or null. Elapsed seconds are null where the log is of a version that did not take them.
+        ``epochs``; ``best``, the row with the highest validation IoU; ``elapsed``, seconds of wall-clock time up to the
+        last validation, including reading the photos, validation and saving; ``seconds``, those of the steps only, to
+        which ``images_per_s`` and ``data_wait`` (the share of waiting for photos) refer;
+        ``validation_reached_published``, the first epoch whose IoU on *validation* photos reached the published one,
+        which was measured on test photos, or null. Elapsed seconds are null in logs of versions without them.
     """
     seconds = sum(row.seconds for row in rows)
     first = next((row for row in rows if row.val_iou >= PUBLISHED_IOU), None)
@@ -113,14 +112,14 @@ def write_record(trainer: Trainer) -> None:
 
 
 def commit() -> str | None:
-    """The commit of petseg, with ``+`` where files were changed since; null where it does not run from a checkout."""
+    """Returns the commit of petseg, with ``+`` if files were changed since; None if it does not run from a checkout."""
     here = Path(__file__).resolve().parent
-    if _git(here, "ls-files", "--error-unmatch", Path(__file__).name) is None:  # a checkout of something else
+    if _git(here, "ls-files", "--error-unmatch", Path(__file__).name) is None:  # the checkout of another project
         return None
     head, top = _git(here, "rev-parse", "HEAD"), _git(here, "rev-parse", "--show-toplevel")
     if not head or not top:
         return None
-    # Photos are decoded and resized by the runtime: a change there makes another run, too.
+    # The runtime decodes and resizes the photos, so a change there makes a different run, too.
     ours = (here, Path(petseg_runtime.__file__).resolve().parent)
     folders = [str(folder) for folder in ours if folder.is_relative_to(Path(top).resolve())]
     return head + ("+" if _git(here, "status", "--porcelain", "--untracked-files=no", "--", *folders) else "")
@@ -128,7 +127,7 @@ def commit() -> str | None:
 
 def _git(folder: Path, *words: str) -> str | None:
     try:
-        done = subprocess.run(  # noqa: S603 (our own words)
+        done = subprocess.run(  # noqa: S603 (fixed arguments)
             ["git", "-C", str(folder), *words],  # noqa: S607 (the user's git)
             capture_output=True,
             text=True,

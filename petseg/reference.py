@@ -1,6 +1,6 @@
-"""A checkpoint in PyTorch, float32: the reference that exported files are held against.
+"""Checkpoints in PyTorch, float32: the reference that exported files are checked against.
 
-Measuring an exported file needs none of this, so :mod:`petseg.evaluate` imports it for a checkpoint only.
+:mod:`petseg.evaluate` imports this module only for checkpoints, because exported files do not need PyTorch.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["open_checkpoint", "torch_run"]
 
 
 def torch_run(model: AttentionUNet, device: torch.device | str = "cpu") -> Run:
-    """A network in PyTorch, float32, as a :data:`petseg.evaluate.Run`."""
+    """Wrap a network as a :data:`petseg.evaluate.Run` that computes in float32."""
     model = model.to(device).eval()
 
     def run(batch: U8) -> U8:
-        # On a GPU, convolutions would use TF32 unless told otherwise: not float32, and not the reference.
+        # On a GPU, convolutions use TF32 by default, which is not float32 and not the reference.
         exactly = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with torch.inference_mode(), exactly:
             logits = model(normalize(torch.from_numpy(batch).to(device)))
@@ -35,19 +35,19 @@ def torch_run(model: AttentionUNet, device: torch.device | str = "cpu") -> Run:
 
 
 def open_checkpoint(path: Path, device: str = "auto") -> OpenedModel:
-    """A checkpoint, ready to be measured.
+    """Open a checkpoint for measuring.
 
     Args:
         path: The file.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        CheckpointError: It cannot be read, or is the state of a run.
-        EngineError: The device cannot be had.
+        CheckpointError: The file cannot be read, or is the state of a run.
+        EngineError: The device is not available.
     """
     model, loaded = load_model(path)
     if (spec := loaded.spec()) is None:
-        raise CheckpointError(f"{path}: the state of a run, not a model; evaluate best.safetensors beside it")
+        raise CheckpointError(f"{path}: the state of a run, not a model; evaluate the best.safetensors beside it")
     where = pick_device(device)
     return OpenedModel(
         run=torch_run(model, where),
@@ -57,13 +57,13 @@ def open_checkpoint(path: Path, device: str = "auto") -> OpenedModel:
         file=path.name,
         identity=loaded.sha256,
         engine=f"PyTorch {torch.__version__} on {where}, f32",
-        cutout_threshold=loaded.meta["spec"].get("cutout_threshold"),  # older ones have none
+        cutout_threshold=loaded.meta["spec"].get("cutout_threshold"),  # older checkpoints have none
         provenance=_origin(model, loaded.meta),
     )
 
 
 def _origin(model: AttentionUNet, meta: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of itself, less what is said elsewhere, and how large its network is."""
+    """Returns a checkpoint's provenance, without what OpenedModel has elsewhere, and its number of parameters."""
     return {
         "parameters": sum(tensor.numel() for tensor in model.parameters()),
         **{name: value for name, value in meta.items() if name not in ("kind", "spec")},

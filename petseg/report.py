@@ -1,7 +1,7 @@
-"""An evaluation as a page to read, ``report.html``, and as numbers to work with, ``report.json``.
+"""Reports of an evaluation: ``report.html``, a page to read, and ``report.json``, the numbers.
 
-Nothing is measured anew: all numbers follow from the histograms that :func:`petseg.evaluate.evaluate` has counted. Only
-the best and worst photos are segmented once more, to be shown. The page says nothing that the JSON does not hold.
+Nothing is measured again: all numbers follow from the histograms of :func:`petseg.evaluate.evaluate`. Only the best and
+worst photos are segmented again, to show them. All facts on the page are in the JSON, too.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ __all__ = ["PUBLISHED", "Source", "cases", "numbers", "write"]
 SCHEMA_VERSION: Final = 1
 HTML, JSON = "report.html", "report.json"
 
-#: How many photos are shown of each end; of few photos fewer, so that none is shown twice.
+#: How many of the best and worst photos are shown; fewer of few photos, so that none is shown twice.
 BEST, WORST = 6, 12
-BINS: Final = 20  # of the photos' IoU
-LEVELS: Final = 16  # probability bytes in one bin of the reliability curve: 16 bins
-THUMBNAIL: Final = 260  # pixels; 54 pictures of this size stay below a megabyte
+BINS: Final = 20  # of the histogram of the photos' IoU
+LEVELS: Final = 16  # probability bytes per bin of the reliability curve, which has 16 bins
+THUMBNAIL: Final = 260  # pixels; 54 pictures of this size take less than a megabyte
 
-#: Breed and number, as in ``Maine_Coon_24``; cats are written with a capital letter, dogs without.
+#: Breed and number, as in ``Maine_Coon_24``; cat breeds begin with a capital letter, dog breeds do not.
 NAME: Final = re.compile(r"([A-Za-z]+(?:_[A-Za-z]+)*)_\d+")
 SPECIES: Final = {"1": "cat", "2": "dog"}
 #: The breeds of Oxford-IIIT Pet, cats and dogs.
@@ -58,15 +58,15 @@ BREEDS: Final = frozenset(
 
 @dataclass(frozen=True)
 class Source:
-    """What was measured on.
+    """The data that was measured on.
 
     Attributes:
         root: The data folder.
-        split: Which part of it.
+        split: The split.
         pairs: The photos that were measured, in the evaluation's order.
         failed: Name and reason of each photo that could not be read.
-        val_fraction: Share of trainval that is validation; None where a listing says which photos are.
-        split_seed: Seed of the choice of those photos; likewise.
+        val_fraction: Share of trainval that is validation; None if a listing says which photos are.
+        split_seed: Seed of the choice of those photos; None likewise.
     """
 
     root: Path
@@ -85,13 +85,13 @@ def write(
     Args:
         result: The measurement.
         record: Its summary, as ``evaluate --json`` prints it.
-        model: What was measured.
-        source: What it was measured on.
+        model: The model that was measured.
+        source: The data that it was measured on.
         path: The model's file; a ``log.csv`` beside a checkpoint gives the training curves.
-        to: The folder, which is made if need be.
+        to: The folder, created if needed.
 
     Raises:
-        DataError: A photo that was read before cannot be read again.
+        DataError: A photo that was measured cannot be read again.
         OutputError: The folder cannot be written to.
     """
     values = numbers(result, record, model, source, path)
@@ -106,9 +106,9 @@ def write(
 def numbers(
     result: Evaluation, record: Mapping[str, Any], model: OpenedModel, source: Source, path: Path
 ) -> dict[str, Any]:
-    """All that the page says, as JSON values. See :func:`write`.
+    """Returns all facts of the page, as JSON values. See :func:`write`.
 
-    ``evaluation`` is the record as it is; ``published`` is None if those figures are of other photos.
+    ``evaluation`` is the record unchanged; ``published`` is None if those figures are for other photos.
     """
     threshold = record["threshold"]
     ious = {str(border): result.image_ious(threshold, border) for border in Border}
@@ -150,9 +150,9 @@ def numbers(
 
 
 def ends(iou: npt.NDArray[np.float64], with_pet: npt.NDArray[np.bool_]) -> tuple[list[int], list[int]]:
-    """The best photos, best first, and the worst, worst first.
+    """Returns the indices of the best photos, best first, and of the worst, worst first.
 
-    A photo without a pet is never among the best: finding none there is no feat to look at.
+    A photo without a pet is never among the best, because a correct empty mask shows nothing.
     """
     order = np.argsort(iou, kind="stable")
     best = [int(i) for i in order[::-1] if with_pet[i]][: min(BEST, len(iou) // 3)]
@@ -160,7 +160,7 @@ def ends(iou: npt.NDArray[np.float64], with_pet: npt.NDArray[np.bool_]) -> tuple
 
 
 def photo_iou(iou: npt.NDArray[np.float64]) -> dict[str, Any]:
-    """How the photos' IoU is spread: a histogram over [0, 1], mean, and percentiles."""
+    """Returns the distribution of the photos' IoU: a histogram over [0, 1], mean, and percentiles."""
     found, edges = np.histogram(iou, bins=BINS, range=(0, 1))
     p5, p25, p50, p75, p95 = np.percentile(iou, (5, 25, 50, 75, 95)).tolist()
     spread = {"p5": p5, "p25": p25, "median": p50, "p75": p75, "p95": p95}
@@ -168,13 +168,13 @@ def photo_iou(iou: npt.NDArray[np.float64]) -> dict[str, Any]:
 
 
 def reliability(total: Histogram) -> dict[str, Any]:
-    """Predicted probability against the share of pixels that are pet, the border ignored.
+    """Compares predicted probabilities with the share of pixels that are pet, with the border ignored.
 
     Args:
         total: int64 [3, 256], see :func:`petseg.metrics.histogram`.
 
     Returns:
-        ``bins``, each with its limits, pixels, mean ``predicted`` and ``observed`` share (None without pixels); and
+        ``bins``, each with its limits, pixels, mean ``predicted`` and ``observed`` share (None if empty); and
         ``expected_calibration_error``, their mean distance weighted by pixels (Guo et al. 2017, arXiv:1706.04599).
     """
     pet, background, _ = total
@@ -198,7 +198,7 @@ def reliability(total: Histogram) -> dict[str, Any]:
 
 
 def sweep(total: Histogram) -> dict[str, Any]:
-    """The ratios at every threshold there is, 1/255 to 254/255, in each reading of the border; and the best one."""
+    """Returns the ratios at all thresholds, 1/255 to 254/255, for each way to count the border; and the best one."""
     thresholds = [cut / 255 for cut in range(1, 255)]
     readings: dict[str, Any] = {}
     for border in Border:
@@ -212,10 +212,10 @@ def sweep(total: Histogram) -> dict[str, Any]:
 
 
 def cases(values: Mapping[str, Any], model: OpenedModel, pairs: Sequence[Pair]) -> dict[str, list[Case]]:
-    """The best and worst photos, segmented and painted.
+    """Segment and paint the best and worst photos.
 
     Raises:
-        DataError: One cannot be read.
+        DataError: A photo cannot be read.
     """
     named = {pair.name: pair for pair in pairs}
     ious = {row["name"]: row["iou"][str(Border.BACKGROUND)] for row in values["photos"]}
@@ -246,7 +246,7 @@ def _case(pair: Pair, iou: float, model: OpenedModel, threshold: float, empty: b
 
 
 def _paint(photo: npt.NDArray[np.uint8], bright: npt.NDArray[np.bool_], *tints: Any) -> npt.NDArray[np.uint8]:
-    """The photo, dark but where it is ``bright``, and tinted where a mask of (mask, colour's name) says so."""
+    """Darken a photo except where ``bright``, and tint it by each (mask, colour name)."""
     light = photo.astype(np.float32)
     picture = np.where(bright[..., None], light, 0.28 * light)
     for mask, name in tints:
@@ -261,9 +261,9 @@ def _jpeg(pixels: npt.NDArray[np.uint8]) -> bytes:
 
 
 def _comparable(source: Source) -> bool:
-    """Whether these are photos that the published figures are of: the data set's test split, whole or in part.
+    """Whether the published figures are for these photos: the data set's test split, all or part of it.
 
-    Others may lie in the same layout; they are told by their names.
+    Other photos may have the same layout; they are recognized by their names.
     """
     names = [NAME.fullmatch(pair.name) for pair in source.pairs]
     known = all(match and match[1] in BREEDS for match in names) and len(names) <= report_page.TEST_PHOTOS
@@ -284,25 +284,25 @@ def _data(result: Evaluation, source: Source) -> dict[str, Any]:
 
 
 def _breeds(result: Evaluation, pairs: Sequence[Pair]) -> tuple[list[dict[str, str]], str | None]:
-    """Breed and species of each photo; or none, and why."""
+    """Returns breed and species of each photo; or none, and the reason."""
     if any(pair.layout is not Layout.OXFORD for pair in pairs):
         return [], "This data set is a folder of photos and masks, which names no breeds."
     matches = [NAME.fullmatch(name) for name in result.names]
     if strange := [name for name, match in zip(result.names, matches, strict=True) if match is None]:
-        return [], f"Not every photo is named BREED_NUMBER, as in Oxford-IIIT Pet ({strange[0]}, for one)."
+        return [], f"Not every photo is named BREED_NUMBER, as in Oxford-IIIT Pet (for example {strange[0]})."
     listed = _listed_species(pairs[0].mask.parent.parent)
     rows = []
     for name, match in zip(result.names, matches, strict=True):
         assert match is not None
         if name not in listed and match[1] not in BREEDS:
-            return [], f"Nothing says of every photo whether it is of a cat or a dog ({name}, for one)."
+            return [], f"It is not known for every photo whether it shows a cat or a dog (for example {name})."
         species = listed.get(name) or ("cat" if name[0].isupper() else "dog")
         rows.append({"breed": match[1].replace("_", " "), "species": species})
     return rows, None
 
 
 def _listed_species(annotations: Path) -> dict[str, str]:
-    """What the data set's lists say of each name (``NAME CLASS SPECIES BREED``); empty where they do not."""
+    """Returns the species of each name in the data set's lists (``NAME CLASS SPECIES BREED``), as far as listed."""
     found: dict[str, str] = {}
     for listing in ("trainval.txt", "test.txt", "list.txt"):
         try:
@@ -318,7 +318,7 @@ def _listed_species(annotations: Path) -> dict[str, str]:
 def _groups(
     result: Evaluation, threshold: float, labels: Sequence[str], species: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """IoU of the photos with each label, best first: their pixels added up, and the mean of the photos."""
+    """Returns the IoU of the photos with each label, best first: over all their pixels, and their mean IoU."""
     rows = []
     each = result.image_ious(threshold)
     for label in sorted(set(labels)):
@@ -335,31 +335,31 @@ def _groups(
 
 
 def _training(path: Path, provenance: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The columns of the log beside a checkpoint, and the checkpoint's epoch; None if there is no such log."""
+    """Returns the columns of the log beside a checkpoint, and the checkpoint's epoch; None if there is no log."""
     file = path.parent / log.LOG
     if path.suffix != ".safetensors" or not file.is_file():
         return None
     try:
         rows = log.read(file)
-    except TrainingError:  # the curves are an extra; a log that somebody has edited is no reason to lose the report
+    except TrainingError:  # the curves are optional; a log that was edited by hand must not fail the report
         rows = []
     curves = ("epoch", "loss", "val_iou", "val_dice")
     columns = {name: [_finite(getattr(row, name)) for row in rows] for name in curves}
     if not rows or None in columns["epoch"]:
         return {"problem": f"{log.LOG} beside the checkpoint is not a log of petseg train"}
     epoch = provenance.get("epoch")
-    drawn = isinstance(epoch, int | float) and 0 < epoch < 1e9  # NaN and infinity, which no JSON has, are not
+    drawn = isinstance(epoch, int | float) and 0 < epoch < 1e9  # not NaN or infinity, which JSON does not have
     return {"log": columns, "checkpoint_epoch": epoch if drawn else None}
 
 
 def _without_keys(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model says of itself, less the keys of its photos."""
+    """Returns a provenance without the keys of its photos."""
     data = provenance.get("data")
     return {**provenance, **({"data": without_keys(data)} if isinstance(data, dict) else {})}
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for NaN and infinity, which a checkpoint's JSON may hold and no other reader takes."""
+    """Replaces NaN and infinity by None: a checkpoint's JSON may contain them, but other readers reject them."""
     if isinstance(value, dict):
         return {str(name): _finite(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):

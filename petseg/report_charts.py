@@ -1,4 +1,4 @@
-"""The charts of a report, as SVG that takes its colours from the page around it."""
+"""The charts of a report, as SVG that takes its colours from the page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 __all__ = ["bars", "photo_histogram", "reliability", "sweep", "training"]
 
-#: Stand-ins that matplotlib draws with and the page's CSS variable of each: a chart is right in light and in dark.
+#: Placeholder colours for matplotlib and the page's CSS variable for each, so that charts suit light and dark mode.
 COLOURS: Final = {
     "#010101": "ink",
     "#020202": "muted",
@@ -27,12 +27,12 @@ COLOURS: Final = {
 }
 INK, MUTED, LINE, BLUE, ORANGE, GREEN, PURPLE = COLOURS
 
-#: The four ratios of the sweep, each with its colour and dashes, for who cannot tell the colours apart.
+#: The four ratios of the sweep, each with a colour and, for readers who cannot distinguish them, a line style.
 CURVES: Final = (("iou", BLUE, "-"), ("dice", PURPLE, "--"), ("precision", ORANGE, "-."), ("recall", GREEN, ":"))
 
 
 def bars(rows: Sequence[tuple[str, float, int, str]], label: str) -> str:
-    """A horizontal bar of IoU for each (name, IoU, number of photos, colour); the number is written beside it."""
+    """Draw a horizontal bar for each (name, IoU, number of photos, colour), labelled with IoU and number."""
     figure = _figure(0.55 + 0.24 * len(rows))
     axes = _axes(figure.subplots(), "IoU", "")
     places = np.arange(len(rows))
@@ -41,7 +41,7 @@ def bars(rows: Sequence[tuple[str, float, int, str]], label: str) -> str:
         drawn, [f"{iou:.3f} · {_photos(count)}" for _, iou, count, _ in rows], padding=4, color=MUTED, size=9
     )
     axes.set_yticks(places, [row[0] for row in rows], color=INK, parse_math=False)
-    axes.set_xlim(0, 1.2)  # room for what is written beside a bar of 1
+    axes.set_xlim(0, 1.2)  # room for the label of a bar of 1
     axes.set_xticks(np.arange(0, 1.01, 0.2))
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
@@ -49,7 +49,7 @@ def bars(rows: Sequence[tuple[str, float, int, str]], label: str) -> str:
 
 
 def photo_histogram(photo_iou: Mapping[str, Any], label: str) -> str:
-    """How many photos have which IoU, with the mean and the median."""
+    """Draw a histogram of the photos' IoU, with mean and median."""
     figure = _figure(2.7)
     axes = _axes(figure.subplots(), "IoU of a photo", "photos")
     edges = photo_iou["edges"]
@@ -64,7 +64,7 @@ def photo_histogram(photo_iou: Mapping[str, Any], label: str) -> str:
 
 
 def reliability(bins: Sequence[Mapping[str, Any]], label: str) -> str:
-    """Predicted probability against the share of pet pixels, over a strip of how many pixels each bin holds."""
+    """Draw the share of pet pixels against the predicted probability, above a strip with the pixels of each bin."""
     figure = _figure(4.4, width=5.6)
     above, below = figure.subplots(2, 1, height_ratios=(4, 1), sharex=True)
     _axes(above, "", "share that is pet")
@@ -91,13 +91,13 @@ def reliability(bins: Sequence[Mapping[str, Any]], label: str) -> str:
 
 
 def sweep(thresholds: Sequence[float], values: Mapping[str, Any], marks: Mapping[str, float], label: str) -> str:
-    """IoU, Dice, precision and recall against the threshold.
+    """Draw IoU, Dice, precision and recall against the threshold.
 
     Args:
-        thresholds: The thresholds at which the ratios are given.
-        values: Each ratio by name, at every threshold; None where it is undefined.
-        marks: Thresholds to be marked, by name.
-        label: What the chart is, for who cannot see it.
+        thresholds: The thresholds of the ratios.
+        values: Each ratio by name, at every threshold; None if undefined.
+        marks: Thresholds to mark, by name.
+        label: Description of the chart for screen readers.
     """
     figure = _figure(3.6, width=5.6)
     axes = _axes(figure.subplots(), "threshold", "")
@@ -108,7 +108,7 @@ def sweep(thresholds: Sequence[float], values: Mapping[str, Any], marks: Mapping
     for number, (name, value) in enumerate(marks.items()):
         axes.axvline(value, color=INK, linewidth=1, linestyle=(0, (2, 2)))
         gap = min((other - value for other in marks.values() if other > value), default=1 - value)
-        right = gap < 0.25 and value > 0.3  # room for the words on the left only
+        right = gap < 0.25 and value > 0.3  # room for the text on the left only
         axes.text(
             value + (-0.012 if right else 0.012),
             0.03 + 0.08 * number,
@@ -124,7 +124,7 @@ def sweep(thresholds: Sequence[float], values: Mapping[str, Any], marks: Mapping
 
 
 def training(log: Mapping[str, Sequence[float | None]], kept: float | None, label: str) -> str:
-    """Training loss, and validation IoU and Dice, over epochs; ``kept`` is the epoch of the checkpoint."""
+    """Draw training loss, and validation IoU and Dice, over epochs; ``kept`` is the epoch of the checkpoint."""
     figure = _figure(2.9)
     left, right = figure.subplots(1, 2)
     _axes(left, "epoch", "training loss")
@@ -170,14 +170,14 @@ def _photos(count: int) -> str:
 
 
 def _svg(figure: Figure, label: str) -> str:
-    """The figure as an ``<svg>`` element: no prologue, no namespaces, its own ids, the page's colours.
+    """Convert a figure to an ``<svg>`` element: no prologue, no namespaces, unique ids, the page's colours.
 
-    ``label`` must be plain text of ours: it is not escaped.
+    ``label`` must be trusted plain text, because it is not escaped.
     """
     text = io.StringIO()
-    # Text stays text, so that the page can be searched and read aloud; ids are the same on every run.
+    # Text stays text, so that it can be searched and read aloud; the fixed salt makes ids reproducible.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "petseg"}):
-        # Without any metadata there is no block of RDF with its URLs.
+        # Without metadata there is no RDF block with its URLs.
         figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = text.getvalue()
     view = re.search(r'viewBox="([^"]+)"', svg)

@@ -1,4 +1,4 @@
-"""The HTML of a report: one file, no script, nothing fetched, right on paper, in light and in dark."""
+"""The HTML of a report: one file without scripts or external resources, for print, light and dark mode."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from petseg.data import Layout
 
 __all__ = ["TINTS", "Case", "page"]
 
-#: RGB of what the pictures are tinted with; the legend below them has the same.
+#: RGB tints of the pictures; their legend uses the same.
 TINTS: Final = {"border": (245, 190, 60), "false": (230, 60, 60), "missed": (50, 120, 240)}
 
 RATIOS: Final = {
@@ -23,36 +23,36 @@ RATIOS: Final = {
     "precision": "precision",
     "recall": "recall",
 }
-#: Of Oxford-IIIT Pet, all of which the published figures are of.
+#: Test photos of Oxford-IIIT Pet; the published figures are for all of them.
 TEST_PHOTOS: Final = 3669
-#: Why the figures of a split are better than those of new photos would be.
+#: Why the figures on a split are better than they would be on new photos.
 FLATTERS: Final = {
     "train": "The model may have been trained on these photos",
     "trainval": "The model may have been trained on most of these photos",
     "val": "The checkpoint and its threshold are those that were best on validation photos, such as these",
 }
-#: Rows or names that a page shows at most; report.json has them all.
+#: Rows or names that a page shows at most; report.json has all of them.
 LIMIT: Final = 150
 BREEDS: Final = 60
 
 READINGS: Final = {
-    "background": "background: the headline, and how published figures count",
-    "pet": "pet: fur and outline belong to the animal",
+    "background": "background: the headline, as in the published figures",
+    "pet": "pet: fur and outline count as the animal",
     "ignored": "ignored: only pixels that the annotators were sure of",
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """A photo to look at.
+    """A photo that is shown with its result.
 
     Attributes:
         name: Its name.
-        iou: Its IoU, the border as background.
+        iou: Its IoU, with the border as background.
         empty: Whether its mask has no pet.
-        photo: JPEG.
-        truth: JPEG: the photo, dark outside the pet.
-        prediction: JPEG: the photo, dark outside what was found, and mistakes tinted.
+        photo: The photo, as JPEG.
+        truth: JPEG: the photo, darkened outside the pet.
+        prediction: JPEG: the photo, darkened outside the prediction, with mistakes tinted.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Case:
 
 
 def page(values: Mapping[str, Any], cases: Mapping[str, Sequence[Case]]) -> str:
-    """The page.
+    """Render the page.
 
     Args:
         values: See :func:`petseg.report.numbers`.
@@ -88,7 +88,7 @@ def page(values: Mapping[str, Any], cases: Mapping[str, Sequence[Case]]) -> str:
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(_title(values))}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # The page says itself that it fetches nothing, and the browser holds it to that.
+        # The policy makes the browser enforce that the page fetches nothing.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">"
         f'<meta name="color-scheme" content="light dark"><style>{CSS}</style></head>\n<body><main>\n'
@@ -107,19 +107,19 @@ def _header(values: Mapping[str, Any]) -> str:
     model, data, record = values["model"], values["data"], values["evaluation"]
     lines = [
         f"<b>{_count(data['photos'], 'photo')}</b> of the {_text(data['split'])} split of {_code(data['folder'])}, "
-        f"{model['width']} × {model['height']} pixels into the network, pet from a probability of "
-        f"<b>{record['threshold']:.3f}</b> on.",
+        f"{model['width']} × {model['height']} pixels network input, threshold "
+        f"<b>{record['threshold']:.3f}</b>.",
     ]
     if data["split"] in FLATTERS:
-        lines.append(f"<b>{FLATTERS[data['split']]}: the figures flatter the model.</b>")
+        lines.append(f"<b>{FLATTERS[data['split']]}, so these figures flatter the model.</b>")
     if values["published"] and data["photos"] < TEST_PHOTOS:
         part = f"{data['photos']} of {TEST_PHOTOS} test photos"
-        lines.append(f"These figures are of <b>{part}</b>, the published ones of all.")
+        lines.append(f"These figures are for <b>{part}</b>, the published ones for all.")
     if record.get("doubtful") == "left out":
-        lines.append("Without regions in which the model is sure of no pixel, as <code>petseg infer</code> shows it.")
+        lines.append("Without low-confidence regions (no near-certain pixel), as <code>petseg infer</code> shows it.")
     if data["failed"]:
         lines.append(
-            f'<b>{_count(data["failed"], "photo")} could not be read</b> and <a href="#look">are left out</a>.'
+            f'<b>{_count(data["failed"], "photo")} could not be read</b> and <a href="#look">are excluded</a>.'
         )
     tiles = "".join(
         f'<div class="tile"><div class="what">{title}</div><div class="value">{_ratio(record[name], name)}</div>'
@@ -134,17 +134,17 @@ def _header(values: Mapping[str, Any]) -> str:
 
 def _metrics(values: Mapping[str, Any]) -> str:
     record, published = values["evaluation"], values["published"]
-    head = "".join(f"<th>{title}</th>" for title in (*RATIOS.values(), "mean IoU of the photos"))
+    head = "".join(f"<th>{title}</th>" for title in (*RATIOS.values(), "mean IoU per photo"))
     readings = _readings(values)
     rows = [_row("this model", READINGS[b], record["readings"][b], b) for b in readings]
-    note = "No published figures are beside these: they are of the test photos of Oxford-IIIT Pet."
+    note = "Published figures are not shown, because they are for the test photos of Oxford-IIIT Pet."
     if published:
         theirs = {**published, "mean_image_iou": None}
         rows.insert(0, _row("published attention U-Net", "background", theirs, "published"))
         note = (
-            f"The published figures are of a network of 29.3 M parameters on all {TEST_PHOTOS} test photos of "
-            "Oxford-IIIT Pet, at an input size that its source does not give. Compare with them only what was measured "
-            "on photos like those."
+            f"The published figures are those of a network with 29.3 M parameters on all {TEST_PHOTOS} test photos of "
+            "Oxford-IIIT Pet, at an input size that its source does not give. Compare only figures that were measured "
+            "on such photos with them."
         )
     counted = "".join(
         f'<tr><th scope="row">{b}</th>'
@@ -153,16 +153,16 @@ def _metrics(values: Mapping[str, Any]) -> str:
         for b in readings
     )
     border = (
-        "The hand-drawn masks have a third class, the <b>border</b> (fur, outline); what it counts as moves every "
-        "figure, so all three readings are given."
+        "The hand-drawn masks have a third class, the <b>border</b> (fur, outline). How it is counted changes every "
+        "figure, so all three ways are shown."
         if len(readings) > 1
-        else "These masks have no border, so that there is nothing to read in several ways."
+        else "These masks have no border, so there is only one way to count."
     )
     return (
-        "<p>Each pixel is compared with a mask drawn by hand; pixels are added up over all photos. <b>IoU</b> is the "
+        "<p>Each pixel is compared with a hand-drawn mask; pixels are added up over all photos. <b>IoU</b> is the "
         "share of pixels that are pet in both masks among those that are pet in either: 1 is perfect, 0 is a miss. "
-        "<b>Precision</b> is how much of what was found is pet, <b>recall</b> how much of the pet was found; "
-        f"<b>Dice</b> is their harmonic mean. {border}</p>"
+        "<b>Precision</b> is the share of pixels found that are pet, <b>recall</b> the share of pet pixels that were "
+        f"found; <b>Dice</b> is their harmonic mean. {border}</p>"
         f'<div class="wide"><table><thead><tr><th></th><th class="words">border counts as</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
         f'<p class="note">{note}</p>'
@@ -173,7 +173,7 @@ def _metrics(values: Mapping[str, Any]) -> str:
 
 
 def _readings(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """The readings of the border that differ; masks in black and white have none."""
+    """Returns the ways to count the border that differ; black-and-white masks have no border."""
     return tuple(READINGS) if values["data"]["pixels"]["border"] else ("background",)
 
 
@@ -186,8 +186,8 @@ def _photos(values: Mapping[str, Any]) -> str:
     spread = values["photo_iou"]
     return (
         f"<p>Half of the photos have an IoU of <b>{spread['median']:.3f}</b> or more; one in twenty has "
-        f"<b>{spread['p5']:.3f}</b> or less. The mean is {spread['mean']:.3f}. (Border as background. A photo counts "
-        "the same here whatever its size.)</p>"
+        f"<b>{spread['p5']:.3f}</b> or less. The mean is {spread['mean']:.3f}. (Border as background. Each photo "
+        "counts the same here, whatever its size.)</p>"
         f"<figure>{charts.photo_histogram(spread, 'Histogram of the IoU of the photos')}</figure>"
     )
 
@@ -200,8 +200,8 @@ def _cases(cases: Sequence[Case], worst: bool) -> str:
         for name, words in (("missed", "pet, missed"), ("false", "not pet, found"), ("border", "border"))
     )
     lead = (
-        "Photo, truth, prediction. What is pet, or was taken for it, is bright. Look for what these have in common, "
-        "and for masks that are wrong themselves."
+        "Photo, ground truth, prediction. Pixels that are pet, or predicted as pet, are bright. Look for what these "
+        "photos have in common, and for wrong masks."
         if worst
         else "The same for those with the highest IoU."
     )
@@ -223,15 +223,15 @@ def _card(case: Case) -> str:
 
 def _breeds(values: Mapping[str, Any]) -> str:
     if values["breeds_left_out"]:
-        return f"<p>Left out. {_text(values['breeds_left_out'])}</p>"
+        return f"<p>Not available. {_text(values['breeds_left_out'])}</p>"
     colours = {"cat": charts.ORANGE, "dog": charts.BLUE}
     species = [(f"{r['name']}s", r["iou"], r["photos"], colours[r["name"]]) for r in values["species"]]
     breeds = [(r["name"], r["iou"], r["photos"], colours[r["species"]]) for r in values["breeds"]]
     cut = f" The {BREEDS} lowest of {len(breeds)} breeds; report.json has the others." if len(breeds) > BREEDS else ""
     legend = '<span><i class="orange"></i>cats</span><span><i class="blue"></i>dogs</span>'
     return (
-        "<p>IoU of the pixels of each group added up, border as background, and how many photos it has: of few photos "
-        f'the figure is shaky.{cut}</p><p class="legend">{legend}</p>'
+        "<p>IoU over all pixels of each group, with the border as background, and the number of photos; with few "
+        f'photos the figure is unreliable.{cut}</p><p class="legend">{legend}</p>'
         f"<figure>{charts.bars(species, 'IoU of cats and dogs')}</figure>"
         f"<figure>{charts.bars(breeds[-BREEDS:], 'IoU of each breed')}</figure>"
     )
@@ -254,20 +254,20 @@ def _sweep(values: Mapping[str, Any]) -> str:
         if reading in _readings(values)
     )
     return (
-        f"<p>A lower threshold finds more of the pet and more that is none. {_thresholds(thresholds)}Thresholds are "
-        "chosen on validation photos; the best one of a test set is a finding, not a setting.</p>"
+        f"<p>A lower threshold finds more of the pet and more background. {_thresholds(thresholds)}Thresholds are "
+        "chosen on validation photos; the best one on a test set is a finding, not a setting.</p>"
         f'<div class="two">{charted}</div>'
     )
 
 
 def _thresholds(thresholds: Mapping[str, Any]) -> str:
-    """What the model's two thresholds are for, where it has two."""
+    """Explains the model's two thresholds, if it has two."""
     cutout = thresholds["cutout"]
     if cutout is None or cutout >= thresholds["own"]:
         return ""
     return (
-        "The model has two of its own: one for <b>masks</b>, which leaves the outline out as the published metric "
-        "does, and a lower one for <b>cutouts</b>, where fur belongs to the pet. "
+        "The model has two thresholds: one for <b>masks</b>, which excludes the outline like the published metric, and "
+        "a lower one for <b>cutouts</b>, where fur belongs to the pet. "
     )
 
 
@@ -278,10 +278,10 @@ def _reliability(values: Mapping[str, Any]) -> str:
         return ""
     chart = charts.reliability(found["bins"], "Reliability curve")
     return (
-        '<div class="two"><figure>' + chart + "</figure><div><p>Of all pixels to which the model gives 70 %, are "
-        "70 % pet? On the dashed line they are. Above it the model is too careful, below it too sure of "
-        "itself. The strip says how many pixels stand behind each point: most are near 0 or 1, and points with few "
-        "pixels weigh little.</p>"
+        '<div class="two"><figure>' + chart + "</figure><div><p>Of the pixels with a predicted probability of "
+        "70 %, are 70 % pet? On the dashed line they are. Above it the model is underconfident, below it "
+        "overconfident. The strip shows how many pixels each point represents: most are near 0 or 1, and points with "
+        "few pixels have little weight.</p>"
         f"<p>Expected calibration error: <b>{error:.4f}</b>, the mean distance from the line, weighted by pixels "
         f"({len(found['bins'])} bins, {found['pixels']:,} pixels, border ignored).</p></div></div>"
     )
@@ -292,20 +292,21 @@ def _training(values: Mapping[str, Any]) -> str:
     if found is None:
         return ""
     if "problem" in found:
-        return f"<p>Left out: {_text(found['problem'])}.</p>"
+        return f"<p>Not available: {_text(found['problem'])}.</p>"
     log, kept = found["log"], found["checkpoint_epoch"]
     chart = charts.training(log, kept, "Training curves")
-    said = "" if kept is None else f" This checkpoint is of epoch {kept:g}, the dotted line."
-    return f"<p>{_count(len(log['epoch']), 'epoch')}, from log.csv beside it.{said}</p><figure>{chart}</figure>"
+    said = "" if kept is None else f" This checkpoint is from epoch {kept:g}, the dotted line."
+    epochs = _count(len(log["epoch"]), "epoch")
+    return f"<p>{epochs}, from log.csv beside the checkpoint.{said}</p><figure>{chart}</figure>"
 
 
 def _names(values: Mapping[str, Any]) -> str:
     failed = [f"{_text(row['reason'])}" for row in values["failed"]]
     kinds = (
-        ("Could not be read, and are not in any figure", failed),
-        ("No pet in the hand-drawn mask; counted all the same", [_code(name) for name in values["without_pet"]]),
+        ("Could not be read; excluded from all figures", failed),
+        ("No pet in the hand-drawn mask; counted nevertheless", [_code(name) for name in values["without_pet"]]),
         (
-            "Nothing that was found is pet in the hand-drawn mask (IoU 0): a miss, or a wrong mask",
+            "No pixel that was found is pet in the hand-drawn mask (IoU 0): a miss, or a wrong mask",
             [_code(name) for name in values["missed"]],
         ),
     )
@@ -329,7 +330,7 @@ def _facts(values: Mapping[str, Any]) -> str:
         "input": f"{model['width']} × {model['height']} (width × height)",
         "threshold used": f"{thresholds['used']:.4f}",
         "threshold of the model": f"{thresholds['own']:.4f}",
-        "threshold for cutouts": "not said" if thresholds["cutout"] is None else f"{thresholds['cutout']:.4f}",
+        "threshold for cutouts": "none" if thresholds["cutout"] is None else f"{thresholds['cutout']:.4f}",
         "data": f"{data['folder']} ({data['layout']} layout), split {data['split']}",
         "photos": f"{data['photos']} measured, {data['failed']} not readable",
         "photos without a pet": len(values["without_pet"]),
@@ -339,11 +340,11 @@ def _facts(values: Mapping[str, Any]) -> str:
     if "val_fraction" in data:
         facts["validation"] = f"{data['val_fraction']:g} of trainval, chosen by seed {data['split_seed']}"
     if "val_listing" in data:
-        facts["validation"] = f"the photos that {data['val_listing']} lists"
+        facts["validation"] = f"the photos listed in {data['val_listing']}"
     origin = list(_flat(model["provenance"]))
     more = {"…": f"{len(origin) - LIMIT} more, in report.json"} if len(origin) > LIMIT else {}
     return (
-        f"{_list(facts)}<h3>Where the model says it comes from</h3>{_list({**dict(origin[:LIMIT]), **more}, 'small')}"
+        f"{_list(facts)}<h3>Origin of the model</h3>{_list({**dict(origin[:LIMIT]), **more}, 'small')}"
         if origin
         else _list(facts)
     )
@@ -355,8 +356,8 @@ def _footer(values: Mapping[str, Any]) -> str:
         "CC BY-SA 4.0)."
     )
     return (
-        f"<footer>petseg {_text(values['petseg'])}, {_text(values['created'])}. All numbers of this page, and those of "
-        f"each photo: report.json beside it.{theirs if values['data']['layout'] == Layout.OXFORD else ''}</footer>\n"
+        f"<footer>petseg {_text(values['petseg'])}, {_text(values['created'])}. All numbers of this page and of each "
+        f"photo are in report.json beside it.{theirs if values['data']['layout'] == Layout.OXFORD else ''}</footer>\n"
     )
 
 
@@ -364,7 +365,7 @@ def _footer(values: Mapping[str, Any]) -> str:
 
 
 def _text(value: object) -> str:
-    """Escaped for HTML; what cannot be seen (control and direction characters, half a surrogate) as ``\\x1b``."""
+    """Escape text for HTML; invisible characters (control and direction characters, surrogates) become ``\\x1b``."""
     seen = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
     return html.escape(seen)
 
@@ -378,7 +379,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _ratio(value: float | None, name: str) -> str:
-    """Four digits; pixel accuracy, precision and recall in percent, as they were published."""
+    """Format with four digits; pixel accuracy, precision and recall in percent, as in the published figures."""
     if value is None:
         return "–"
     return f"{value:.2%}".replace("%", " %") if name in ("accuracy", "precision", "recall") else f"{value:.4f}"
@@ -386,7 +387,7 @@ def _ratio(value: float | None, name: str) -> str:
 
 def _delta(value: float | None, published: Mapping[str, float] | None, name: str) -> str:
     if value is None:
-        return "undefined: nothing to divide by"
+        return "undefined: division by zero"
     if published is None:
         return ""
     points = 100 * (value - published[name])
@@ -404,7 +405,7 @@ def _short(value: object) -> str:
 
 
 def _flat(value: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, object]]:
-    """Nested objects as ``outer.inner``, lists as words."""
+    """Flatten nested objects to ``outer.inner``, and join lists to text."""
     for name, inner in value.items():
         if isinstance(inner, Mapping):
             yield from _flat(inner, f"{before}{name}.")

@@ -1,8 +1,7 @@
-"""Where a run stands, and ``last.safetensors``, the file from which ``--resume`` goes on as if nothing had been.
+"""The state of a training run, and ``last.safetensors``, from which ``--resume`` continues as if uninterrupted.
 
-Everything random is a function of (seed, epoch, photo), and the learning rate one of the step, so the state of a run is
-its weights (those of the hints that a teacher gives among them), its moving average, its optimizer and one number: the
-step.
+All randomness is a function of (seed, epoch, photo), and the learning rate is one of the step. So the state of a run is
+its weights (including those of the hints for a teacher's features), its EMA, its optimizer and one number: the step.
 """
 
 from __future__ import annotations
@@ -18,55 +17,63 @@ import torch
 from torch import Tensor, nn
 
 from petseg import checkpoint
-from petseg.config import TrainConfig, from_dict, idle_settings, to_dict
+from petseg.config import TrainConfig, from_dict, to_dict, unused_settings
 from petseg.ema import MovingAverage
 from petseg.log import LOG, Row
 from petseg_runtime.errors import CheckpointError, TrainingError
 
 __all__ = [
     "BEST",
+    "CURVES",
     "LAST",
+    "PREDICTIONS",
     "QUICK_SAVE",
+    "RUN",
     "RunState",
     "StateFile",
     "check_folder",
+    "check_same_run",
+    "check_same_settings",
     "load_tensors",
-    "refuse_another_run",
-    "refuse_other_settings",
     "remove_unfinished",
     "tensors_of",
 ]
 
-#: The best moving average so far: the checkpoint to evaluate and export.
+#: The best EMA weights so far: the checkpoint to evaluate and export.
 BEST: Final = "best.safetensors"
-#: The whole training state, for ``--resume``.
+#: The complete training state, for ``--resume``.
 LAST: Final = "last.safetensors"
 
-#: A state that took no longer than this many seconds to write is written after every epoch.
+#: The record of the run, see :mod:`petseg.record`, and its plots, see :mod:`petseg.plots`.
+RUN: Final = "run.json"
+CURVES: Final = "curves.png"
+PREDICTIONS: Final = "predictions.png"
+
+#: A state that took at most this many seconds to write is written after every epoch.
 QUICK_SAVE = 0.1
 
-#: Photos that a message names.
+#: Photos that an error message names at most.
 MOST_NAMED: Final = 5
 
-#: Settings that ``--resume`` takes anew: they decide where and how long a run goes, not which steps it takes.
+#: Settings that may differ on ``--resume``: they decide where and how long a run goes, not which steps it takes.
 FREE: Final = ("compile", "data.on_bad", "data.workers", "early_stop")
 
 
 @dataclass
 class RunState:
-    """Where a run stands, beside its tensors.
+    """The progress of a run: its state apart from the tensors.
 
     Attributes:
         step: Steps taken since the run began.
-        best_iou: The IoU of the best checkpoint on the validation photos; -1 before there is one.
-        loss_sum: The losses of this epoch's steps so far, added up.
-        steps_summed: How many steps those are.
-        seconds: Seconds that those steps took, with waiting for photos, without validation.
-        waited: The part of ``seconds`` that was spent waiting for photos.
-        history: The log's rows, one for each finished epoch. Of several processes only the first adds to them.
-        elapsed: Seconds of the whole run, all sessions added up, with reading the photos and validation.
-        peak_memory: Largest GPU memory in use so far, bytes; 0 on a CPU.
-        ious: The IoU of each finished epoch on the validation photos, which all processes are told.
+        best_iou: Validation IoU of the best checkpoint; -1 before there is one.
+        loss_sum: Sum of the losses of this epoch's steps so far.
+        steps_summed: Number of those steps.
+        seconds: Duration of those steps, including waiting for photos, without validation.
+        waited: The part of ``seconds`` spent waiting for photos.
+        history: The log's rows, one for each finished epoch. With several ranks, only rank 0 appends to them.
+        elapsed: Seconds of the whole run, over all sessions, including reading the photos and validation.
+        peak_memory: Peak GPU memory so far, bytes; 0 on a CPU.
+        ious: Validation IoU of each finished epoch, on all ranks.
     """
 
     step: int = 0
@@ -84,27 +91,27 @@ class RunState:
         self.ious = [row.val_iou for row in self.history]
 
     def next_epoch(self, iou: float) -> None:
-        """Count the epoch that is done, with its validation IoU, and forget its sums."""
+        """Count a finished epoch with its validation IoU, and reset the sums of the epoch."""
         self.ious.append(iou)
         self.loss_sum = self.seconds = self.waited = 0.0
         self.steps_summed = 0
 
     def stalled(self, patience: int) -> bool:
-        """Whether the best epoch is ``patience`` epochs ago, or more; never if that is 0."""
+        """Whether the best epoch is ``patience`` or more epochs ago; never if ``patience`` is 0."""
         return bool(self.ious) and 0 < patience < len(self.ious) - self.ious.index(max(self.ious))
 
     def as_dict(self) -> dict[str, Any]:
-        """What is saved of it; JSON values."""
+        """The fields that are saved; JSON values."""
         saved = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
         return {**saved, "history": [row.as_dict() for row in self.history]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunState:
-        """The reverse of :meth:`as_dict`, also of older versions', which kept less.
+        """The reverse of :meth:`as_dict`; also reads the states of older versions, which saved fewer fields.
 
         Raises:
             KeyError: There is no history.
-            TypeError: There is a value of an unknown name, or something in a row is no number.
+            TypeError: A field is unknown, or a value in a row is not a number.
         """
         return cls(**{**values, "history": [Row.from_dict(row) for row in values["history"]]})
 
@@ -113,19 +120,19 @@ class StateFile:
     """``last.safetensors`` in a run's folder.
 
     Attributes:
-        path: Where it is, or will be.
-        took: Seconds that it took to write it the last time; 0 before.
+        path: Its path, whether or not the file exists.
+        took: Seconds that the last write took; 0 before.
     """
 
     def __init__(self, folder: Path) -> None:
-        """The file of the run in a folder, whether or not it is there yet."""
+        """The file of the run in a folder, whether or not it exists yet."""
         self.path, self.took, self._written = folder / LAST, 0.0, 0.0
 
     def write(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Replace it by a newer state.
+        """Replace the file with a newer state.
 
         Raises:
-            OutputError: It cannot be written; the older one is still there.
+            OutputError: It cannot be written; the older state is still there.
         """
         start = time.perf_counter()
         checkpoint.save_checkpoint(self.path, tensors, meta)
@@ -134,42 +141,42 @@ class StateFile:
 
     @property
     def pays(self) -> bool:
-        """Whether writing it now is worth it: all writing takes a tenth of the time at most.
+        """Whether to write now: saving may take at most a tenth of the time.
 
-        The published network's is half a gigabyte, flushed to the disk, and an epoch on a fast GPU may take seconds. A
-        crash then costs up to ten times what a save takes; a stop in order always saves.
+        The state of the published network is half a gigabyte, flushed to disk, while an epoch on a fast GPU may take
+        seconds. A crash therefore loses up to ten times the duration of a save; an orderly stop always saves.
         """
         return self.took <= QUICK_SAVE or time.perf_counter() - self._written >= 10 * self.took
 
-    def look_at(self, config: TrainConfig, taught: bool) -> None:
-        """Refuse a state that this run cannot go on from, as far as its settings tell, without reading its tensors.
+    def check_settings(self, config: TrainConfig, taught: bool) -> None:
+        """Check from its settings that this run can be resumed, without reading the tensors.
 
         Args:
             config: This run's settings.
             taught: Whether this run has a teacher.
 
         Raises:
-            TrainingError: See :func:`refuse_other_settings`.
-            CheckpointError: It cannot be read, is a model, or is damaged.
+            TrainingError: See :func:`check_same_settings`.
+            CheckpointError: The file cannot be read, is a model, or is damaged.
         """
         with self._damage():
             meta = checkpoint.peek(self.path)
-            self._refuse_model(meta)
-            refuse_other_settings(meta, config, taught, self.path.parent)
+            self._check_is_state(meta)
+            check_same_settings(meta, config, taught, self.path.parent)
 
     @contextlib.contextmanager
-    def taking_up(self) -> Iterator[checkpoint.Checkpoint]:
-        """What is in it; what the caller finds missing or damaged there is told as damage to the file.
+    def opened(self) -> Iterator[checkpoint.Checkpoint]:
+        """Yields the saved state; errors in the caller's use of it are raised as damage to the file.
 
         Raises:
-            CheckpointError: It cannot be read, is a model, or is damaged.
+            CheckpointError: The file cannot be read, is a model, or is damaged.
         """
         saved = checkpoint.load(self.path)
-        self._refuse_model(saved.meta)
+        self._check_is_state(saved.meta)
         with self._damage():
             yield saved
 
-    def _refuse_model(self, meta: Mapping[str, Any]) -> None:
+    def _check_is_state(self, meta: Mapping[str, Any]) -> None:
         if meta.get("kind") != "training":
             raise CheckpointError(f"{self.path}: a model, not the state of a run; give it to --init")
 
@@ -178,78 +185,78 @@ class StateFile:
         try:
             yield
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{self.path}: the state in it is damaged or not complete ({error!r})") from error
+            raise CheckpointError(f"{self.path}: the state in it is damaged or incomplete ({error!r})") from error
 
 
 def check_folder(folder: Path, resume: bool) -> None:
-    """Refuse a folder that cannot hold this run.
+    """Reject a folder that cannot hold this run.
 
     Raises:
-        TrainingError: There is no state to resume in it, or a run that is not to be resumed.
+        TrainingError: There is no state to resume, or there is a run that is not to be resumed.
     """
     last = folder / LAST
     there = [name for name in (BEST, LAST, LOG) if (folder / name).exists()]
     if resume and LAST not in there:
         remedy = (
-            f"{there[0]} is of a run whose state is gone: start in another folder" if there else "leave out --resume"
+            f"{there[0]} is from a run whose state is gone; start in another folder" if there else "leave out --resume"
         )
         raise TrainingError(f"{last}: nothing to resume; {remedy}")
     if not resume and there:
-        more = "--resume goes on with it, or " if LAST in there else ""
-        raise TrainingError(f"{folder} already holds a run ({', '.join(there)}): {more}choose another folder")
+        more = "use --resume to continue it, or " if LAST in there else ""
+        raise TrainingError(f"{folder} already holds a run ({', '.join(there)}); {more}choose another folder")
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed run was writing in its folder."""
-    for name in (BEST, LAST, LOG):
+    """Remove the temporary files of a run that was killed while writing."""
+    for name in (BEST, LAST, LOG, RUN, CURVES, PREDICTIONS):
         for part in folder.glob(f".{Path(name).stem}.*.part*"):
             part.unlink(missing_ok=True)
 
 
-def refuse_other_settings(saved: Mapping[str, Any], config: TrainConfig, taught: bool, folder: Path) -> None:
-    """Refuse to go on with a run that has other settings, but for those in :data:`FREE` and those that nothing uses.
+def check_same_settings(saved: Mapping[str, Any], config: TrainConfig, taught: bool, folder: Path) -> None:
+    """Reject resuming with other settings, except those in :data:`FREE` and those that have no effect.
 
     Args:
-        saved: What its state says of it.
+        saved: The metadata of the saved state.
         config: This run's settings.
         taught: Whether this run has a teacher.
-        folder: Where the state is.
+        folder: The folder of the saved state.
 
     Raises:
-        TrainingError: It has; the message names them.
-        KeyError, TypeError, UsageError: What the state says is damaged.
+        TrainingError: Settings differ; the message names them.
+        KeyError, TypeError, UsageError: The metadata is damaged.
     """
-    before = from_dict(TrainConfig, saved["config"])  # a setting that is newer than the run has its default
-    unused = idle_settings(before, taught).keys() & idle_settings(config, taught).keys()
+    before = from_dict(TrainConfig, saved["config"])  # a setting that the saved run did not know yet has its default
+    unused = unused_settings(before, taught).keys() & unused_settings(config, taught).keys()
     if differs := _differences(to_dict(before), to_dict(config), {*FREE, *unused}):
         raise TrainingError(f"{folder}: the run to resume has other settings: {'; '.join(differs)}")
 
 
-def refuse_another_run(saved: Mapping[str, Any], meta: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to go on with a run that had other photos, masks or another teacher.
+def check_same_run(saved: Mapping[str, Any], meta: Mapping[str, Any], folder: Path) -> None:
+    """Reject resuming with other photos, masks or another teacher.
 
     Args:
-        saved: What its state says of it.
-        meta: What this run's state would say.
-        folder: Where the state is.
+        saved: The metadata of the saved state.
+        meta: The metadata that this run would save.
+        folder: The folder of the saved state.
 
     Raises:
-        TrainingError: It had.
-        KeyError, TypeError, AttributeError: What the state says is damaged.
+        TrainingError: They differ.
+        KeyError, TypeError, AttributeError: The metadata is damaged.
     """
     if saved["data"]["names_sha256"] != meta["data"]["names_sha256"]:
         tiny = meta["data"]["skipped_too_small"]
         if tiny and "skipped_too_small" not in saved["data"]:
             raise TrainingError(
-                f"{folder}: the run to resume is of an older version, which kept {len(tiny)} photos of whose pet "
-                f"nothing is left at this size ({_named(tiny)}); they are left out now, so that the photos are others: "
-                f"start another run in another --output, with --init {folder / LAST}"
+                f"{folder}: the run to resume was made by an older version, which kept {len(tiny)} photos whose pet "
+                f"vanishes at this size ({_named(tiny)}); they are now excluded, so the photos differ; start a new run "
+                f"in another --output, with --init {folder / LAST}"
             )
         raise TrainingError(f"{folder}: the run to resume was trained on other photos than these")
     if changed := _changed(saved.get("masks", {}), meta["masks"]):
         raise TrainingError(
-            f"{folder}: the masks of {len(changed)} photos are not what they were when the run to resume began "
-            f"({_named(changed)}): put them back, or start another run in another --output, with --init {folder / LAST}"
+            f"{folder}: the masks of {len(changed)} photos have changed since the run to resume began "
+            f"({_named(changed)}); restore them, or start a new run in another --output, with --init {folder / LAST}"
         )
     if saved.get("teacher") != meta.get("teacher"):
         was, now = (each.get("teacher", "none") for each in (saved, meta))
@@ -261,7 +268,7 @@ def _named(names: Sequence[str]) -> str:
 
 
 def _changed(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Names of the photos whose masks are others; a photo that was left out then or is now has none to compare."""
+    """Returns the names of photos whose masks changed; photos excluded then or now cannot be compared."""
     return [
         name for part, was in before.items() for name, digest in was.items() if now[part].get(name, digest) != digest
     ]
@@ -270,7 +277,7 @@ def _changed(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[
 def tensors_of(
     model: nn.Module, hints: nn.Module, ema: MovingAverage, optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """All tensors of a run by name, where they are; the reverse of :func:`load_tensors`."""
+    """Returns all tensors of a run by name, without copying them; the reverse of :func:`load_tensors`."""
     tensors = dict(model.state_dict())
     tensors |= {f"hints/{name}": value for name, value in hints.state_dict().items()}
     tensors |= {f"ema/{name}": value for name, value in ema.module.state_dict().items()}
@@ -287,41 +294,41 @@ def load_tensors(
     ema: MovingAverage,
     optimizer: torch.optim.AdamW,
 ) -> None:
-    """Put a run's tensors into its parts.
+    """Load a run's tensors into its modules and optimizer.
 
     Raises:
-        KeyError, RuntimeError, ValueError: One is missing, left over, or of another shape.
+        KeyError, RuntimeError, ValueError: A tensor is missing, unexpected, or of another shape.
     """
     model.load_state_dict({name: t for name, t in tensors.items() if "/" not in name and name != "ema_updates"})
-    hints.load_state_dict(_under("hints/", tensors))
-    ema.module.load_state_dict(_under("ema/", tensors))
+    hints.load_state_dict(_with_prefix("hints/", tensors))
+    ema.module.load_state_dict(_with_prefix("ema/", tensors))
     ema.updates = int(tensors["ema_updates"])
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     slots: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer/"):
             _, number, slot = name.split("/")
-            slots.setdefault(int(number), {})[slot] = _laid_out(value, weights[int(number)])
+            slots.setdefault(int(number), {})[slot] = _in_layout_of(value, weights[int(number)])
     for index in range(len(weights)):
         if missing := {"step", "exp_avg", "exp_avg_sq"} - slots.get(index, {}).keys():
             raise ValueError(f"optimizer state {index} lacks {', '.join(sorted(missing))}")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those whose names begin so, by the rest of their names."""
+def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors whose names begin with ``prefix``, by the rest of their names."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _laid_out(value: Tensor, weight: Tensor) -> Tensor:
-    """A moment in the memory layout of its weight: the fused AdamW walks both as they lie (channels_last)."""
+def _in_layout_of(value: Tensor, weight: Tensor) -> Tensor:
+    """Returns a moment in the memory format of its weight (channels_last): fused AdamW assumes the same layout."""
     if value.shape != weight.shape:
         return value  # the step count
     return torch.empty_like(weight, requires_grad=False).copy_(value)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], free: Set[str], where: str = "") -> list[str]:
-    """Settings that are not the same, but for those that are free."""
+    """Returns the settings that differ, as text, except free ones."""
     found = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)

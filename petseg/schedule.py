@@ -1,4 +1,4 @@
-"""How the learning rate moves: a pure function of the step, so that a resumed run follows it exactly."""
+"""The learning rate schedule: a pure function of the step, so that a resumed run follows it exactly."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import Final
 
 from petseg.config import ScheduleConfig
 
-__all__ = ["learning_rate", "left_at_the_end"]
+__all__ = ["final_rate", "learning_rate"]
 
-#: Share of the peak at which a one-cycle run begins: 1 / 25, as in PyTorch's OneCycleLR.
+#: Initial learning rate of a one-cycle run, as a share of the peak: 1 / 25, as in PyTorch's OneCycleLR.
 FIRST: Final = 0.04
 
 
 def learning_rate(config: ScheduleConfig, peak: float, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """The rate of a step.
+    """Returns the learning rate of a step.
 
     ``cosine-restarts`` is ``CosineAnnealingWarmRestarts`` with eta_min 0, advanced every step (T_cur in fractions of
     an epoch): ``peak / 2 * (1 + cos(pi * T_cur / T_i))`` (Loshchilov & Hutter 2017, "SGDR", arXiv:1608.03983).
-    ``one-cycle`` (Smith & Topin 2018, "Super-Convergence", arXiv:1708.07120) has PyTorch's half cosines in place of
-    straight lines: up from ``peak / 25``, then down to 0. ``cosine`` is one such half over the whole run.
+    ``one-cycle`` (Smith & Topin 2018, "Super-Convergence", arXiv:1708.07120) uses half cosines instead of straight
+    lines, like PyTorch: warm-up from ``peak / 25``, then annealing to 0. ``cosine`` is one annealing over the run.
 
     Args:
-        config: Which schedule, and its own settings.
-        peak: The highest rate.
-        step: Counted from 0.
+        config: The schedule and its settings.
+        peak: The peak learning rate.
+        step: The step, counted from 0.
         steps_per_epoch: Steps in an epoch.
-        epochs: Of the whole run.
+        epochs: Epochs of the whole run.
 
     Returns:
         The rate, above 0 and at most ``peak``.
@@ -48,10 +48,10 @@ def learning_rate(config: ScheduleConfig, peak: float, step: int, steps_per_epoc
     return peak / 2 * (1 + math.cos(math.pi * now / period))
 
 
-def left_at_the_end(config: ScheduleConfig, epochs: int) -> float:
-    """The share of the peak that restarts leave where a run of so many epochs ends: 0 at the end of a period.
+def final_rate(config: ScheduleConfig, epochs: int) -> float:
+    """Returns the final learning rate of a run with warm restarts, as a share of the peak; 0 at the end of a period.
 
-    Of the other schedules, a constant one is meant to stay as high as it is, and the rest end at 0: 0 for all of them.
+    Returns 0 for the other schedules: ``constant`` is meant to stay at its peak, and the rest end at 0.
     """
     if config.name != "cosine-restarts":
         return 0.0

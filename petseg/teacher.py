@@ -1,4 +1,4 @@
-"""Another model, of whose probabilities a network learns (Hinton et al. 2015, arXiv:1503.02531, at temperature 1)."""
+"""A teacher: another model whose probabilities are learned (Hinton et al. 2015, arXiv:1503.02531, temperature 1)."""
 
 from __future__ import annotations
 
@@ -24,14 +24,12 @@ U8: TypeAlias = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model that is asked about a photo and its mirror image, of which the mean is taken.
-
-    That is a better teacher for twice the time, once.
+    """Averages a model's outputs for a photo and its mirror image: a better teacher for twice the time, once.
 
     Attributes:
-        model: What is asked, at its own input size.
-        height: Height of its answers.
-        width: Width of its answers.
+        model: The model, with its own input size.
+        height: Height of the output.
+        width: Width of the output.
     """
 
     model: OpenedModel
@@ -39,7 +37,7 @@ class Teacher:
     width: int
 
     def __call__(self, photo: U8) -> U8:
-        """Its probability, uint8 [height, width], of a photo, uint8 [h, w, 3] RGB."""
+        """Returns the probability, uint8 [height, width], for a photo, uint8 [h, w, 3] RGB."""
         inputs = images.to_model(photo, self.model.height, self.model.width)
         straight, mirrored = self.model.run(np.stack((inputs, inputs[:, ::-1]))).astype(np.uint16)
         mean = (straight + mirrored[:, ::-1] + 1) // 2
@@ -47,24 +45,24 @@ class Teacher:
 
     @property
     def about(self) -> dict[str, str]:
-        """Which model it is: the name of its file, and its identity."""
+        """The name of the model's file, and its identity."""
         return {"file": self.model.file, "identity": self.model.identity}
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What it says of its own training."""
+        """The provenance in the model's file."""
         return self.model.provenance
 
 
 @contextlib.contextmanager
 def open_teacher(path: Path | None, height: int, width: int, device: torch.device) -> Iterator[Teacher | None]:
-    """The teacher in a checkpoint or exported file, whose answers are of the training size; None without a path.
+    """Open the teacher in a checkpoint or exported file, with outputs of the training size; None without a path.
 
-    It computes on the run's device; an exported file for which there is no engine there, on the best that there is: it
-    is asked but once for each photo.
+    It runs on the device of the training run. An exported file without an engine for that device runs on the best
+    available one, which is enough because it is run only once for each photo.
 
     Raises:
-        ModelError: It cannot be read.
+        ModelError: The file cannot be read.
     """
     if path is None:
         yield None

@@ -1,4 +1,4 @@
-"""A run in TensorBoard: curves of every step and epoch, and what the network makes of some photos."""
+"""TensorBoard logging: scalars of every step and epoch, and predictions for some validation photos."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["TensorBoard"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
-#: Columns of the log that are curves.
+#: Columns of the log that are logged as scalars.
 CURVES: Final = (
     "val_iou",
     "val_dice",
@@ -43,10 +43,10 @@ class TensorBoard(Observer):
     """Writes events to a folder, for ``tensorboard --logdir FOLDER``."""
 
     def __init__(self, folder: Path, height: int, width: int) -> None:
-        """Open nothing yet: where a resumed run goes on is known at its first step.
+        """Nothing is opened yet, because the step at which a resumed run continues is known only at its first step.
 
         Args:
-            folder: The folder for the events, which is made if need be.
+            folder: The folder for the events, created if needed.
             height: The network's input height.
             width: The network's input width.
         """
@@ -54,13 +54,13 @@ class TensorBoard(Observer):
         self._writer: SummaryWriter | None = None
 
     def step(self, state: RunState, loss: float, lr: float) -> None:
-        """Loss and learning rate."""
+        """Log loss and learning rate."""
         with self._writing(state.step) as board:
             board.add_scalar("train/loss", loss, state.step)
             board.add_scalar("train/lr", lr, state.step)
 
     def epoch(self, row: Row) -> None:
-        """Metrics and speed; they are on the disk afterwards."""
+        """Log metrics and speed, and flush them to disk."""
         columns = row.as_dict()
         with self._writing(row.step) as board:
             for name in CURVES:
@@ -68,13 +68,13 @@ class TensorBoard(Observer):
             board.flush()
 
     def validated(self, run: Run, pairs: Sequence[Pair], row: Row) -> None:
-        """Photo, truth, probability and mask, side by side, a row for each of the first photos."""
+        """Log photo, ground truth, probability and mask side by side, one row for each of the first photos."""
         rows = [self._row(run, pair, row.val_threshold) for pair in pairs[:SHOWN]]
         with self._writing(row.step) as board:
             board.add_image("validation", np.concatenate(rows), row.step, dataformats="HWC")
 
     def close(self) -> None:
-        """Finish the file.
+        """Close the file.
 
         Raises:
             OutputError: It cannot be written.
@@ -95,7 +95,7 @@ class TensorBoard(Observer):
     def _writing(self, step: int) -> Iterator[SummaryWriter]:
         try:
             if self._writer is None:
-                # Of a run that was killed, the events after its last checkpoint are hidden.
+                # Hides the events that a killed run wrote after its last checkpoint.
                 self._writer = SummaryWriter(str(self._folder), purge_step=step)
             yield self._writer
         except OSError as error:
@@ -103,5 +103,5 @@ class TensorBoard(Observer):
 
 
 def _grey(plane: U8) -> U8:
-    """A plane, uint8 [H, W], as RGB."""
+    """Convert a plane, uint8 [H, W], to RGB."""
     return np.repeat(plane[..., None], 3, axis=2)

@@ -1,10 +1,9 @@
-"""The training loop: mixed precision, a moving average, validation, and an orderly end.
+"""The training loop: mixed precision, an EMA of the weights, validation, checkpoints, and an orderly stop.
 
-The rooms around it: the photos (:mod:`petseg.run_photos`), where a run stands and goes on from
-(:mod:`petseg.run_state`), the first weights (:mod:`petseg.warm_start`), what a step minimises
-(:mod:`petseg.objective`), the learning rate (:mod:`petseg.schedule`), the log (:mod:`petseg.log`), and who is told
-(:mod:`petseg.observers`). A run that was killed and resumed takes the same steps as one that was not, on a CPU bit for
-bit.
+It builds on these modules: the photos (:mod:`petseg.run_photos`), the saved state of a run (:mod:`petseg.run_state`),
+the initial weights (:mod:`petseg.warm_start`), the loss of a step (:mod:`petseg.objective`), the learning rate
+(:mod:`petseg.schedule`), the log (:mod:`petseg.log`), and the observers of a run (:mod:`petseg.observers`). A run that
+was killed and resumed takes the same steps as an uninterrupted one, bit for bit on a CPU.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from petseg.device import pick_precision
 from petseg.distributed import Ranks, synchronized
 from petseg.ema import MovingAverage
 from petseg.evaluate import Evaluation, Run, evaluate
-from petseg.lock import keep_others_out
+from petseg.lock import lock_folder
 from petseg.log import LOG, Row
 from petseg.memory import enough_memory
 from petseg.metrics import Border, best_threshold
@@ -43,12 +42,12 @@ from petseg.run_state import (
     RunState,
     StateFile,
     check_folder,
+    check_same_run,
     load_tensors,
-    refuse_another_run,
     remove_unfinished,
     tensors_of,
 )
-from petseg.schedule import learning_rate, left_at_the_end
+from petseg.schedule import final_rate, learning_rate
 from petseg.train_set import EpochSampler
 from petseg.warm_start import first_weights
 from petseg_runtime import __version__
@@ -60,21 +59,21 @@ __all__ = ["Step", "Trainer"]
 
 T = TypeVar("T")
 
-#: Below this scale, fp16's smallest gradients are long lost; a scaler that gets here will not recover.
-LEAST_SCALE = 1e-4
-#: A share of the peak rate at which a run had better not end.
-MUCH_LEFT = 0.05
+#: Below this scale, fp16's smallest gradients have long underflowed; a GradScaler that gets here will not recover.
+MIN_SCALE = 1e-4
+#: Above this share of its peak, the learning rate at the end of the run is warned about.
+HIGH_FINAL_RATE = 0.05
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step that the device has been told to take, perhaps before it has.
+    """An optimizer step that was issued to the device, which may not have executed it yet.
 
     Attributes:
-        numbers: float32 [4] on the CPU, once ``arrived``: loss, norm of the gradient, whether a process wishes to stop,
-            all three summed over the processes, and the scaler's scale after the step.
-        arrived: On a GPU, when the numbers are there.
-        lr: Its learning rate.
+        numbers: float32 [4] on the CPU, valid once ``arrived``: loss, gradient norm and stop request, all three summed
+            over the ranks, and the GradScaler's scale after the step.
+        arrived: On a GPU, the event that is recorded when the numbers have been copied.
+        lr: The learning rate of the step.
     """
 
     numbers: Tensor
@@ -82,7 +81,7 @@ class Step:
     lr: float
 
     def read(self) -> tuple[float, float, float, float]:
-        """The numbers; waits for them."""
+        """Returns the numbers, after waiting for them."""
         if self.arrived is not None:
             self.arrived.synchronize()
         loss, norm, stops, scale = self.numbers.tolist()
@@ -90,17 +89,17 @@ class Step:
 
 
 class Trainer:
-    """One run: built once, then :meth:`fit`.
+    """One training run: construct it, then call :meth:`fit`.
 
     Attributes:
-        late: Whether a step's loss is read when the next step is under way, so that a GPU always has work; a CPU has
-            done a step when it has been told to. Before anything is saved, validated or ended, all have been read.
-        stopped_by: The signal that ended the run, if one did.
-        photos: The run's photos; which were left out.
-        state: Where the run stands.
-        last: The file that it goes on from, if it is stopped.
-        meta: What every checkpoint says of the run; JSON values.
-        warnings: What makes the run's figures less than they seem; the observer was told each.
+        late: Whether a step's loss is read only after the next step was issued, so that a GPU always has work. A CPU
+            executes a step as it is issued. All losses are read before anything is saved or validated, and at the end.
+        stopped_by: The signal that stopped the run, if one did.
+        photos: The photos of the run, and which were excluded.
+        state: The progress of the run.
+        last: The file that the run is resumed from if it is stopped.
+        meta: The description of the run in every checkpoint; JSON values.
+        warnings: Why the figures of the run may be worse than they look; each was also reported to the observer.
     """
 
     def __init__(
@@ -117,31 +116,31 @@ class Trainer:
         provenance: dict[str, Any] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        """Read the data, make the network, and take up a stopped run if ``resume``.
+        """Read the data and build the network; with ``resume``, load the state of a stopped run.
 
         Args:
-            config: The run.
+            config: The settings of the run.
             root: The data folder.
-            output: Where checkpoints and log go.
+            output: The folder for checkpoints and log.
             device: CUDA or CPU.
-            init: A checkpoint to start from, instead of random weights. One of another shape gives the tensors that
-                fit, if those are half or more.
-            teacher: A checkpoint or exported file whose probabilities are part of the target; with ``loss.features`` a
-                checkpoint, whose features are taught, too. See :class:`petseg.config.LossConfig`.
-            resume: Go on from ``output/last.safetensors``.
-            observer: Told what happens.
-            provenance: Kept in the checkpoints as it is (the command, for example).
-            ranks: Which of several processes this is; see :mod:`petseg.distributed`. By default the only one.
+            init: A checkpoint to start from, instead of random weights. From a checkpoint of another architecture, the
+                tensors whose names and shapes match are used; they must be at least half of the network's.
+            teacher: A checkpoint or exported file whose probabilities are part of the target. With ``loss.features`` it
+                must be a checkpoint, whose features are learned, too. See :class:`petseg.config.LossConfig`.
+            resume: Resume from ``output/last.safetensors``.
+            observer: Receives the events of the run.
+            provenance: Stored in the checkpoints unchanged (the command line, for example).
+            ranks: Rank and world size, see :mod:`petseg.distributed`. The default is a single process.
 
         Raises:
             DataError: The data cannot be used.
-            UsageError: The precision is not for this device, or a batch cannot be split over the processes.
-            TrainingError: The folder already holds a run, or holds none to resume, or one of another config, or another
-                process trains there; ``init`` was trained on photos that this run validates on; or another process has
-                other photos.
-            OutputError: ``output`` has no room for photos that are too many for the memory.
-            CheckpointError: ``init`` or the state to resume is damaged, or of another network; or the teacher is no
-                checkpoint where its features are taught.
+            UsageError: The device does not support the precision, or the batch cannot be split evenly over the ranks.
+            TrainingError: The folder already holds a run, has no run to resume, or has one with other settings; another
+                process is training there; ``init`` was trained on photos that this run validates on; or another rank
+                has different photos.
+            OutputError: The photos do not fit into memory, and ``output`` has no room for them.
+            CheckpointError: ``init`` or the state to resume is damaged or belongs to another network; or the teacher is
+                not a checkpoint although its features are to be learned.
             ModelError: The teacher cannot be read.
         """
         self.config, self.output, self.device = config, output, device
@@ -149,15 +148,17 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.late, self.stopped_by = device.type == "cuda", signal.SIGINT
         self._clock = self._mark = time.perf_counter()
-        self._stop = self._agreed = False  # no Event: its lock would hold up a signal that interrupts another's handler
+        self._stop = self._agreed = False  # not an Event, on whose lock a handler could block if it interrupts another
         check_folder(output, resume)
-        # Until the end of `fit`, or of a trainer that does not come to it.
-        self._let_others_in = weakref.finalize(self, keep_others_out(output) if self.ranks.first else lambda: None)
+        # Held until `unlock`, or until a trainer that never gets there is garbage-collected.
+        self._release = weakref.finalize(self, lock_folder(output) if self.ranks.first else lambda: None)
+        if self.ranks.first:
+            remove_unfinished(output)
         self.dtype = pick_precision(config.amp, device)
         self.last = StateFile(output)
-        inside = self._before_photos(None if resume else init, teacher)
+        inside = self._check_models(None if resume else init, teacher)
         if resume:
-            self.last.look_at(config, taught=teacher is not None)
+            self.last.check_settings(config, taught=teacher is not None)
         self.photos = RunPhotos(
             config, root, output, device=device, teacher=teacher, observer=self.observer, ranks=self.ranks
         )
@@ -167,7 +168,7 @@ class Trainer:
         self.observer.begin(len(self.sampler), config.batch)
         torch.manual_seed(config.seed)
         if init and resume:
-            self.observer.started(f"resumed, so that {init} is not read: the run has weights of its own")
+            self.observer.started(f"{init} is not read, because the resumed run has its own weights")
         network = self.first_network(None if resume else init)
         with enough_memory("use a network of a smaller --width"):
             self.model = network.to(device).to(memory_format=torch.channels_last)
@@ -182,18 +183,18 @@ class Trainer:
         self.scaler = self._scaler()
         self.state = RunState()
         self.meta = self._about(provenance or {})
-        doubts = list(self._doubts())
-        self.warnings = [*self.photos.warnings, *doubts]  # the photos' own were told as they came
+        doubts = list(self._setting_warnings())
+        self.warnings = [*self.photos.warnings, *doubts]  # RunPhotos has already reported its own
         self._announce(doubts)
         if resume:
-            self._take_up()
+            self._resume()
         self.forward = self._callable()
 
-    def _before_photos(self, init: Path | None, teacher: Path | None) -> AttentionUNet | None:
-        """Look at the models that were given, before minutes of reading photos; the network whose features are taught.
+    def _check_models(self, init: Path | None, teacher: Path | None) -> AttentionUNet | None:
+        """Check the given models before minutes of reading photos; returns the teacher of features, or None.
 
         Raises:
-            ModelError: One is not there, or is not what it should be.
+            ModelError: A file is missing or is not the kind of model that is needed.
         """
         if init:
             checkpoint.peek(init)
@@ -204,86 +205,98 @@ class Trainer:
         if teacher.suffix in checkpoint.EXPORTED:
             open_artifact(teacher)
         elif checkpoint.peek(teacher).get("kind") == "training":
-            raise _no_model(teacher)
+            raise _not_a_model(teacher)
         return None
 
     def first_network(self, init: Path | None) -> AttentionUNet:
-        """The network that the run starts with; what trains another network overrides this."""
+        """Returns the network that the run starts with; subclasses that train another network override this."""
         return first_weights(self.config.model, init, self.photos, self.observer.started)
 
     def teacher_network(self, path: Path) -> AttentionUNet:
-        """The network whose features are taught; what has a teacher of another kind overrides this.
+        """Load the network whose features are learned; subclasses with another kind of teacher override this.
 
         Raises:
-            CheckpointError: It is no checkpoint, damaged, or the state of a run.
+            CheckpointError: The file is not a checkpoint, is damaged, or is the state of a run.
         """
         if path.suffix in checkpoint.EXPORTED:
             raise CheckpointError(
-                f"{path}: an exported file, whose features cannot be seen: give the checkpoint that it was made "
-                "from, or --set loss.features=0 to learn from its probabilities alone"
+                f"{path}: an exported file, whose features cannot be accessed; give the checkpoint that it was made "
+                "from, or --set loss.features=0 to learn from its probabilities only"
             )
         network, loaded = checkpoint.load_model(path)
         if loaded.spec() is None:
-            raise _no_model(path)
+            raise _not_a_model(path)
         return network
 
     def _objective(self, teacher: AttentionUNet | None) -> Objective:
-        """What the steps minimise."""
+        """Returns the loss that the steps minimise."""
         if teacher is None:
             return Objective(self.config, self.ranks)
         return Distillation(self.config, self.ranks, self.model, teacher, self.device)
 
-    def fit(self) -> Path:
+    def fit(self, *, unlock: bool = True) -> Path:
         """Train to the last epoch.
+
+        Args:
+            unlock: Call :meth:`unlock` at the end. If False, the caller does so after writing more files to the folder;
+                after an error, the folder is unlocked in any case.
 
         Returns:
             The path of the best checkpoint.
 
         Raises:
             NonFiniteLoss: The loss or the gradient became NaN or infinite; ``last.safetensors`` is untouched.
-            EngineError: The device, or a process that prepares photos, had too little memory.
-            KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came; the state was saved first.
+            EngineError: The device, or a dataloader worker, ran out of memory.
+            KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP arrived; the state was saved first.
         """
         try:
             remedy = f"use a smaller --batch than {self.config.batch}, or a smaller --size"
-            with handled(self._stop_for, *EXITS), enough_memory(remedy):
-                # The log has one row per finished epoch: a run that was stopped after an epoch's last step, before its
-                # validation, takes up at the validation.
+            with handled(self._request_stop, *EXITS), enough_memory(remedy):
+                # The log has one row per finished epoch, so a run that was stopped between an epoch's last step and its
+                # validation resumes with the validation.
                 while not self.finished:
                     self._epoch(len(self.state.ious))
                     self._validate()
                     if self.stopped_early:
                         self.observer.started(f"stopped: no better validation IoU for {self.config.early_stop} epochs")
+        except BaseException:
+            unlock = True
+            raise
         finally:
-            # Workers end with their loader. They heed no SIGTERM, so Python would wait for them at its own end.
+            # Replacing the loader ends its workers. They ignore SIGTERM, so Python would wait for them at exit.
             self.loader = loader(self.photos.train, self.sampler, self.config, self.device, self.ranks)
-            self._let_others_in()
+            if unlock:
+                self.unlock()
         return self.output / BEST
+
+    def unlock(self) -> None:
+        """Let other runs use the folder."""
+        self._release()
 
     @property
     def finished(self) -> bool:
-        """Whether the last epoch is done; a function of the log."""
+        """Whether the last epoch is done; depends on the log only."""
         return len(self.state.ious) >= self.config.epochs or self.stopped_early
 
     @property
     def stopped_early(self) -> bool:
-        """Whether epochs are left, and the best is ``early_stop`` epochs ago.
+        """Whether epochs remain, but the best one is ``early_stop`` or more epochs ago.
 
-        That is a function of the log, so that a resumed run agrees.
+        This depends on the log only, so that a resumed run makes the same decision.
         """
         return len(self.state.ious) < self.config.epochs and self.state.stalled(self.config.early_stop)
 
     @property
     def best(self) -> Row:
-        """What ``best.safetensors`` says that it reached: a row of the log, or one that a crash took from it.
+        """The validation row stored in ``best.safetensors``; a crash may have removed its epoch from the log.
 
         Raises:
-            CheckpointError: It is gone, or damaged.
+            CheckpointError: The file is missing or damaged.
         """
         return Row.from_dict(checkpoint.peek(self.output / BEST)["validation"])
 
     def _about(self, provenance: dict[str, Any]) -> dict[str, Any]:
-        """What every checkpoint says of its run; JSON values. Exported files keep ``data``, but not ``config``."""
+        """Returns what every checkpoint says of its run, as JSON. Exported files keep ``data`` but not ``config``."""
         config, teacher, init = to_dict(self.config), self.photos.teacher, self.photos.init
         return {
             "model": config["model"],
@@ -298,27 +311,27 @@ class Trainer:
         }
 
     def _callable(self) -> Callable[[Tensor], Any]:
-        """The network as the steps call it: gradients averaged over processes, compiled, or as it is."""
+        """Returns the network as the steps call it: wrapped in DDP if there are several ranks, and compiled if set."""
         forward = self.ranks.wrap(self.objective.student(self.model), self.device)
         if self.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True  # all batches are of one shape: try the algorithms once
+            torch.backends.cudnn.benchmark = True  # all batches have one shape: benchmark the algorithms once
             if self.dtype is torch.float32:
-                # Else convolutions would compute in TF32, and it would be called float32.
+                # Otherwise convolutions would compute in TF32 under the name of float32.
                 torch.backends.cudnn.allow_tf32 = False
         return torch.compile(forward) if self.config.compile else forward
 
-    def _stop_for(self, number: int, frame: object) -> None:
-        """In place of ending the process."""
+    def _request_stop(self, number: int, frame: object) -> None:
+        """Signal handler: request a stop after the current step."""
         self.stopped_by = signal.Signals(number)
         self._stop = True
 
     @property
     def _stopping(self) -> bool:
-        """Several processes stop after the same step, so each heeds what all have agreed on."""
+        """Whether to stop. Several ranks must stop after the same step, so each follows the all-reduced request."""
         return self._agreed if self.ranks.size > 1 else self._stop
 
     def _epoch(self, epoch: int) -> None:
-        """The rest of an epoch's steps.
+        """Run the remaining steps of an epoch.
 
         Raises:
             NonFiniteLoss: See :meth:`fit`.
@@ -328,14 +341,14 @@ class Trainer:
         self.model.train()
         self._mark = time.perf_counter()
         with contextlib.closing(self._steps()) as steps:
-            for step in _one_behind(steps) if self.late else steps:
+            for step in _delayed(steps) if self.late else steps:
                 self._settle(step)
         if self._stopping:
             self._save_last()
             raise KeyboardInterrupt
 
     def _steps(self) -> Generator[Step, None, None]:
-        """The rest of an epoch's steps, to be settled in this order, until the run is to stop."""
+        """Issue the remaining steps of an epoch until a stop is requested; the caller settles them in this order."""
         schedule, peak, epochs = self.config.schedule, self.config.optimizer.lr, self.config.epochs
         asked = time.perf_counter()
         for number, (photo, trimap, _) in enumerate(self.loader, self.state.step):
@@ -346,56 +359,56 @@ class Trainer:
             asked = time.perf_counter()
 
     def _step(self, photo: Tensor, trimap: Tensor, lr: float) -> Step:
-        """Tell the device to take a step; nothing here waits until it has."""
+        """Issue one step to the device, without waiting for it to execute."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         image = normalize(photo.to(self.device, non_blocking=True))
         labels = trimap.to(self.device, non_blocking=True)
         mixed = torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
-        with self.ranks.exchanging(), mixed:
+        with self.ranks.communicating(), mixed:
             loss = self.objective(self.forward, image, labels)
         self.optimizer.zero_grad(set_to_none=True)
-        with self.ranks.exchanging():
+        with self.ranks.communicating():
             self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self._weights, self.config.optimizer.clip)
         stop = torch.full_like(norm, float(self._stop))
         numbers = self.ranks.sum(torch.stack((loss.detach(), norm, stop)))
         if not self.scaler.is_enabled():
-            # Where this is 1, the fused AdamW leaves the weights alone: the run ends, once the loss has been read.
-            # (A scaler, where there is one, sets it.)
+            # Where this is 1, the fused AdamW leaves the weights unchanged; the run ends once the loss has been read.
+            # (An enabled GradScaler sets it itself.)
             self.optimizer.found_inf = 1 - numbers[:2].isfinite().all().float()  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.ema.update(self.model)
         scale = self.scaler.scale(torch.ones_like(norm))
-        return self._sent(torch.cat((numbers, scale[None])), lr)
+        return self._start_copy(torch.cat((numbers, scale[None])), lr)
 
-    def _sent(self, numbers: Tensor, lr: float) -> Step:
-        """A step whose numbers are on their way to the CPU."""
+    def _start_copy(self, numbers: Tensor, lr: float) -> Step:
+        """Returns a step whose numbers are being copied to the CPU."""
         if self.device.type == "cpu":
             return Step(numbers, None, lr)
-        # Reading a tensor of the GPU waits for all that it has been told to do up to then, the next step too; an event
-        # comes when this copy is done. Until then, the core is left to the workers.
+        # Reading a GPU tensor waits for all work issued so far, including the next step; the event fires as soon as
+        # this copy is done. A blocking event leaves the core to the dataloader workers meanwhile.
         numbers, arrived = numbers.to("cpu", non_blocking=True), torch.cuda.Event(blocking=True)
         arrived.record(torch.cuda.current_stream(self.device))
         return Step(numbers, arrived, lr)
 
     def _settle(self, step: Step) -> None:
-        """Read a step's numbers, count them, and tell the observer, whose time is not counted.
+        """Read a step's numbers, add them to the state, and call the observer, whose time is not counted.
 
         Raises:
-            NonFiniteLoss: They are none.
+            NonFiniteLoss: The loss or the gradient norm is NaN or infinite.
         """
         loss, norm, stops, scale = step.read()
         loss, norm = loss / self.ranks.size, norm / self.ranks.size
         self._agreed = stops > 0
-        # An infinite gradient under fp16 is the scaler's business: it skips the step and scales less.
+        # Under fp16 an infinite gradient is left to the GradScaler, which skips the step and lowers its scale.
         overflow = self.scaler.is_enabled() and not math.isfinite(norm)
         if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
             self._give_up(f"loss {loss}, gradient norm {norm}")
-        if overflow and scale < LEAST_SCALE:
-            self._give_up(f"gradients overflow in fp16 however small the scale (now {scale:.1e})")
+        if overflow and scale < MIN_SCALE:
+            self._give_up(f"gradients overflow in fp16 at every scale (now {scale:.1e})")
         state = self.state
         state.step += 1
         state.loss_sum += loss
@@ -409,30 +422,28 @@ class Trainer:
         names = ", ".join(self.photos.train.names[i] for i in self.sampler.photos(step))
         last, change = self.last.path, "a lower optimizer.lr or another amp (amp=bf16 or fp32)"
         remedy = (
-            f"the last good checkpoint is {last}. --resume would take the same steps: start from it (--init {last}) in "
-            f"another --output, with {change}"
+            f"the last good checkpoint is {last}. --resume would repeat the same steps, so start from that checkpoint "
+            f"(--init {last}) in another --output, with {change}"
             if last.exists()
             else f"no checkpoint had been written yet. Start again with {change}"
         )
-        raise NonFiniteLoss(
-            f"{what} in epoch {epoch + 1}, batch {step + 1} ({names}); {remedy}, or look at those photos"
-        )
+        raise NonFiniteLoss(f"{what} in epoch {epoch + 1}, batch {step + 1} ({names}); {remedy}, or check those photos")
 
     def _validate(self) -> None:
-        """One process measures, writes and tells; the others wait for what it found."""
+        """Rank 0 validates, writes the files and calls the observer; the other ranks wait for its result."""
         iou = self.ranks.on_first(self._measure_and_keep, self.device)
         if not self.ranks.first:
             self.state.next_epoch(iou)
 
     def _measure_and_keep(self) -> float:
-        """The moving average's IoU on the validation photos, once it is in the log and what is best is saved.
+        """Validate the EMA weights, save the checkpoints that are due, write the log; returns the validation IoU.
 
         Raises:
             KeyboardInterrupt: See :meth:`fit`.
         """
         state = self.state
         if not self.last.path.exists():
-            self._write_last()  # what is killed while it writes the first best checkpoint can be resumed, too
+            self._write_last()  # so that a run that is killed while writing the first best checkpoint can be resumed
         result = self._evaluate_ema()
         row = self._row(result)
         state.history.append(row)
@@ -448,7 +459,7 @@ class Trainer:
         return row.val_iou
 
     def _row(self, result: Evaluation) -> Row:
-        """What the log says of the epoch that is done."""
+        """Returns the log's row for the epoch that is done."""
         state, threshold = self.state, best_threshold(result.total)
         headline = result.counts(threshold)
         if self.device.type == "cuda":
@@ -470,7 +481,7 @@ class Trainer:
         )
 
     def _elapsed(self) -> float:
-        """Seconds of the whole run up to now."""
+        """Returns the seconds of the whole run so far."""
         now = time.perf_counter()
         self.state.elapsed += now - self._clock
         self._clock = now
@@ -482,15 +493,15 @@ class Trainer:
 
     def _evaluate_ema(self) -> Evaluation:
         d, pairs, failed = self.config.data, self.photos.good_val, self.photos.failed
-        run, watch = self._ema_run(), lambda done: self._heed_in_validation()
-        # One process validates, and its device may have no room for more than its part of a batch.
+        run, watch = self._ema_run(), lambda done: self._stop_in_validation()
+        # Only rank 0 validates, and its device may not have room for more than its part of a batch.
         own = self.config.batch // self.ranks.size
         return evaluate(run, pairs, d.height, d.width, batch=own, watch=watch, failed=failed)
 
-    def _heed_in_validation(self) -> None:
-        """End a run that is to stop: it takes up at its validation, which may take longer than a scheduler waits.
+    def _stop_in_validation(self) -> None:
+        """Stop during a validation, which may take longer than a scheduler waits; the run resumes with that validation.
 
-        Of several processes, the others wait for this one's figure, and all heed the signal with the next step.
+        With several ranks the others wait for this one's result, so all of them stop after the next step instead.
         """
         if self._stop and self.ranks.size == 1:
             self._write_last()
@@ -504,7 +515,7 @@ class Trainer:
             "threshold": row.val_threshold,
             "cutout_threshold": best_threshold(result.total, Border.PET),
             "border_target": d.border_target,
-            "certain_share": None,  # a choice that needs photos without a pet, too
+            "certain_share": None,  # choosing it needs photos without a pet, too
         }
         meta = {**self.meta, "kind": "model", "spec": spec, "epoch": row.epoch, "validation": row.as_dict()}
         checkpoint.save_checkpoint(self.output / BEST, self.ema.module.state_dict(), meta)
@@ -525,40 +536,38 @@ class Trainer:
         self.last.write(tensors_of(self.model, self.objective.hints, self.ema, self.optimizer), meta)
         return 0.0
 
-    def _take_up(self) -> None:
-        """Go on where the run in the folder was stopped.
+    def _resume(self) -> None:
+        """Load the state of the run in the folder.
 
         Raises:
-            TrainingError: It is another run.
+            TrainingError: It is a different run.
             CheckpointError: Its state is damaged.
         """
-        if self.ranks.first:
-            remove_unfinished(self.output)
-        room = "make room on the device (another program has some of its memory), and --resume once more"
-        with self.last.taking_up() as saved, enough_memory(room):
-            refuse_another_run(saved.meta, {**self.meta, "masks": self.photos.masks()}, self.output)
+        room = "free some memory on the device (another program is using it), then --resume again"
+        with self.last.opened() as saved, enough_memory(room):
+            check_same_run(saved.meta, {**self.meta, "masks": self.photos.masks()}, self.output)
             load_tensors(saved.tensors, self.model, self.objective.hints, self.ema, self.optimizer)
-            self._go_on_in(saved.meta["precision"])
-            if saved.meta["scaler"]:  # empty: what it was computed in needs none
+            self._keep_precision(saved.meta["precision"])
+            if saved.meta["scaler"]:  # empty if the precision needs no GradScaler
                 self.scaler.load_state_dict(saved.meta["scaler"])
             self.state = RunState.from_dict(saved.meta["state"])
             self.meta["provenance"] = saved.meta["provenance"]
             self.meta |= {"init": saved.meta["init"]} if "init" in saved.meta else {}
-            if "train_keys" in saved.meta["data"]:  # those of the weights that the run began with among them
+            if "train_keys" in saved.meta["data"]:  # includes those of the --init checkpoint
                 self.meta["data"]["train_keys"] = saved.meta["data"]["train_keys"]
-            # What was said of those weights is not found out anew. (A state of an older version keeps none.)
+            # Warnings about the --init checkpoint are not raised again on resuming. (Older versions saved none.)
             before = [warning for warning in saved.meta.get("warnings", ()) if warning not in self.warnings]
             self.warnings += before
         for warning in before:
             self.observer.started(f"warning: {warning}")
         self.observer.started(f"resumed at step {self.state.step}")
         if self.ranks.first:
-            self._mend_after_a_crash()
+            self._repair_after_crash()
 
-    def _mend_after_a_crash(self) -> None:
-        """Make the log that of the state, and keep a best checkpoint of an epoch that is not in it.
+    def _repair_after_crash(self) -> None:
+        """Rewrite the log from the state, and keep a best checkpoint of an epoch that the state does not have.
 
-        The state is not saved after every epoch, and on a GPU an epoch, taken again, is not quite what it was.
+        The state is not saved after every epoch, and on a GPU a repeated epoch does not give exactly the same weights.
         """
         if self.state.history:
             log.write(self.output / LOG, self.state.history)
@@ -567,38 +576,41 @@ class Trainer:
         try:
             row = self.best
         except (CheckpointError, LookupError, TypeError, ValueError, AttributeError):
-            self.state.best_iou = -1.0  # else an epoch would have to be better than what is gone
+            self.state.best_iou = -1.0  # otherwise an epoch would have to beat a checkpoint that is gone
             if self.state.history:
-                self.observer.started(f"{BEST} is gone or damaged: what is kept is the best of the epochs from here on")
+                self.observer.started(f"{BEST} is missing or damaged; the best of the epochs from here on is kept")
             return
         self.state.best_iou = row.val_iou
         if row.val_iou > max(self.state.ious, default=-1.0):
-            kept = "not in the state: kept until there is a better one"
-            self.observer.started(f"{BEST} is of epoch {row.epoch}, which is {kept}")
+            self.observer.started(
+                f"{BEST} is from epoch {row.epoch}, which the saved state does not have; kept until a better one"
+            )
 
     def _scaler(self) -> torch.amp.GradScaler:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
-    def _go_on_in(self, before: str) -> None:
-        """Compute as the run did so far, where this device can: with ``amp=auto`` it would choose for itself."""
+    def _keep_precision(self, before: str) -> None:
+        """Keep the precision of the run so far if this device supports it; ``amp=auto`` may choose another one here."""
         chosen = self.meta["precision"]
         if before == chosen:
             return
         if before == "float32" or (before == "float16" and self.device.type == "cuda"):
             self.dtype, self.meta["precision"] = getattr(torch, before), before
             self.scaler = self._scaler()
-            self.observer.started(f"in {before} as so far, where this device would choose {chosen}")
+            self.observer.started(f"computing in {before}, as so far; this device would choose {chosen}")
         else:
-            why = f"this device does not compute in {before}, as so far"
-            self.observer.started(f"in {chosen} from here on ({why}): not quite the weights of a run in one piece")
+            why = f"this device does not support {before}, used so far"
+            self.observer.started(
+                f"computing in {chosen} from here on ({why}): the weights will differ slightly from an unbroken run's"
+            )
 
-    def _doubts(self) -> Iterator[str]:
-        """What is to be warned of in the settings."""
+    def _setting_warnings(self) -> Iterator[str]:
+        """Yields a warning for each questionable setting."""
         last = self.config.epochs
-        if (left := left_at_the_end(self.config.schedule, last)) > MUCH_LEFT:
+        if (left := final_rate(self.config.schedule, last)) > HIGH_FINAL_RATE:
             yield (
-                f"the learning rate ends at {100 * left:.0f} % of its peak, because none of its periods ends with "
-                f"epoch {last}: in a new run, --set schedule.restart_epochs={last} ends one there"
+                f"the learning rate ends at {100 * left:.0f} % of its peak, because no schedule period ends with "
+                f"epoch {last}; in a new run, --set schedule.restart_epochs={last} makes one end there"
             )
 
     def _announce(self, doubts: Sequence[str]) -> None:
@@ -607,26 +619,26 @@ class Trainer:
         name = "attention U-Net" if shape.stem == "full" else "attention U-Net with a strided stem"
         say(f"{name}, width {shape.width}, {parameters:,} parameters, {self.meta['precision']}")
         if self.ranks.size > 1:
-            say(f"{self.ranks.size} processes, {self.config.batch // self.ranks.size} photos of a batch each")
-        listed = f", as {VAL_LISTING} lists them, without data.val_fraction" if "val_names" in self.meta["data"] else ""
+            say(f"{self.ranks.size} processes, {self.config.batch // self.ranks.size} photos of each batch per process")
+        listed = f", listed in {VAL_LISTING}; data.val_fraction is ignored" if "val_names" in self.meta["data"] else ""
         say(f"{len(self.photos.train)} photos to train on, {len(self.photos.val)} for validation{listed}")
         if workers := self.loader.num_workers:
-            say(f"{workers} processes augment them")
+            say(f"{workers} dataloader workers augment them")
         if skipped := self.photos.train.skipped_empty:
-            say(f"left out, because their masks show no pet: {', '.join(skipped)}")
+            say(f"excluded, because their masks show no pet: {', '.join(skipped)}")
         if tiny := self.photos.train.skipped_tiny:
             size = f"{self.config.data.height}x{self.config.data.width}"
-            say(f"left out, because at {size} nothing is left of their pet: {', '.join(tiny)}")
+            say(f"excluded, because at {size} nothing is left of their pet: {', '.join(tiny)}")
         for warning in doubts:
             say(f"warning: {warning}")
 
 
-def _no_model(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path}: the state of a run, not a model; give best.safetensors beside it")
+def _not_a_model(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path}: the state of a run, not a model; give the best.safetensors beside it")
 
 
 def _optimizer(parameters: Sequence[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on convolution kernels alone (BatchNorm and biases have one dimension)."""
+    """AdamW with weight decay on convolution kernels only (BatchNorm parameters and biases have one dimension)."""
     kernels = [p for p in parameters if p.ndim > 1]
     others = [p for p in parameters if p.ndim <= 1]
     groups = [
@@ -636,8 +648,8 @@ def _optimizer(parameters: Sequence[nn.Parameter], config: TrainConfig) -> torch
     return torch.optim.AdamW(groups, lr=config.optimizer.lr, fused=True)
 
 
-def _one_behind(items: Iterable[T]) -> Iterator[T]:
-    """Each item when the next one is there, and the last one at the end."""
+def _delayed(items: Iterable[T]) -> Iterator[T]:
+    """Yields each item once the next one is there, and the last one at the end."""
     waiting: list[T] = []
     for item in items:
         yield from waiting

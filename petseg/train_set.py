@@ -1,4 +1,4 @@
-"""Photos as training draws them: decoded once, image and mask augmented as one, in an order of the run's own."""
+"""The training set: photos decoded once, image and mask augmented together, and the order of each epoch."""
 
 from __future__ import annotations
 
@@ -23,18 +23,27 @@ from petseg.metrics import BACKGROUND, BORDER, PET
 from petseg_runtime import images
 from petseg_runtime.errors import DataError, OutputError, UsageError
 
-__all__ = ["UNKNOWN", "EpochSampler", "TrainSet", "colours", "decoded_size", "moves", "refuse_batch", "target_of"]
+__all__ = [
+    "UNKNOWN",
+    "EpochSampler",
+    "TrainSet",
+    "check_batch",
+    "colour_jitter",
+    "decoded_size",
+    "geometric_transform",
+    "target_of",
+]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
-#: In the trimap of two photos that are mixed: no class, but what only a teacher can say. No trimap of a file has it.
+#: Fills the trimap of two mixed photos: no class, because only a teacher can provide the target. Not in any file.
 UNKNOWN: Final = 0
 
 
-def moves(config: AugmentConfig) -> v2.Transform:
-    """The random changes of place, the same for all that they are given; the nearest pixel for masks, else bilinear.
+def geometric_transform(config: AugmentConfig) -> v2.Transform:
+    """Returns the random geometric transform, the same for all inputs of a call; nearest for masks, else bilinear.
 
-    What is uncovered becomes black, or background.
+    Uncovered pixels become black in images, and background in masks.
     """
     fill = {tv_tensors.Image: 0, tv_tensors.Mask: BACKGROUND}
     steps: list[v2.Transform] = [v2.RandomHorizontalFlip(config.flip)]
@@ -51,24 +60,24 @@ def moves(config: AugmentConfig) -> v2.Transform:
     return v2.Compose(steps)
 
 
-def colours(config: AugmentConfig) -> v2.Transform:
-    """The random changes of a photo's colours."""
+def colour_jitter(config: AugmentConfig) -> v2.Transform:
+    """Returns the random colour jitter."""
     if config.brightness or config.contrast or config.saturation or config.hue:
         return v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)
     return v2.Identity()
 
 
 class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
-    """Photos and trimaps decoded once, kept as bytes in memory or in a file, augmented anew each time they are drawn.
+    """Photos and trimaps, decoded once, kept as bytes in memory or in a file, and augmented whenever they are drawn.
 
-    An item is drawn by ``epoch * len(self) + index``, and its random changes depend on that number and the seed
-    alone: not on the order, nor on the number of workers, nor on whether the run was stopped in between.
+    An item is drawn by the number ``epoch * len(self) + index``, and its augmentation depends only on that number and
+    the seed: not on the order, the number of workers, or whether the run was stopped in between.
 
     Attributes:
-        names: Of the photos, in order.
-        masks: Of each, what :func:`petseg.data.mask_digest` makes of its mask at the training size.
-        skipped_empty: Names of photos that were left out because their masks show no pet.
-        skipped_tiny: Those of which nothing is left at the training size, so that they would teach "no pet".
+        names: The names of the photos, in order.
+        masks: For each photo, the :func:`petseg.data.mask_digest` of its mask at the training size.
+        skipped_empty: Names of photos that were excluded because their masks show no pet.
+        skipped_tiny: Names of those whose pet vanishes at the training size, so that they would teach "no pet".
     """
 
     def __init__(
@@ -84,41 +93,41 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
         processes: int = 1,
         mix_epochs: float = math.inf,
     ) -> None:
-        """Decode everything.
+        """Decode all photos.
 
         Args:
-            pairs: Photos with their truth.
+            pairs: Photos with their masks.
             height: Training height.
             width: Training width.
-            augment: The random changes. What is mixed needs a teacher who sees it, not this ``teacher``.
-            seed: Seed of the random changes.
-            teacher: What another model says of a photo, uint8 [h, w, 3] to a probability uint8 [height, width]. It is
-                asked once for each photo; what it says is moved with the photo, as a grey picture would be.
-            failed: Called with each pair that cannot be used, which is then left out. Without it the first one raises.
-            folder: Where to keep what is decoded, in a file that goes with this process, in place of the memory.
-            processes: How many of this machine do this at the same time, this one among them.
-            mix_epochs: From this epoch on nothing is mixed (the run's ``augment.mix_until``, counted in epochs).
+            augment: The random augmentation. Mixing needs a teacher that sees the mixed picture, not this ``teacher``.
+            seed: Seed of the augmentation.
+            teacher: Maps a photo, uint8 [h, w, 3], to another model's probability, uint8 [height, width]. It is called
+                once for each photo; its map is transformed geometrically with the photo, like a grey image.
+            failed: Called with each pair that cannot be used, which is then excluded. Without it, the first one raises.
+            folder: Keep the decoded photos in a file there, which is removed with this process, instead of in memory.
+            processes: Number of processes on this machine that do this at the same time, including this one.
+            mix_epochs: From this epoch on nothing is mixed (the run's ``augment.mix_until``, in epochs).
 
         Raises:
-            ValueError: ``augment.mix`` with ``teacher``.
-            DataError: A file cannot be read or a mask is not of its photo's size, and ``failed`` was not given; or no
-                photo with a pet is left.
-            OutputError: ``folder`` has no room for them.
+            ValueError: ``augment.mix`` was given with ``teacher``.
+            DataError: A file cannot be read or a mask and its photo differ in size, and ``failed`` was not given; or no
+                photo with a pet remains.
+            OutputError: ``folder`` has no room for the photos.
         """
         if teacher is not None and augment.mix:
-            raise ValueError("augment.mix: a teacher that is asked once for each photo cannot say what is in two")
+            raise ValueError("augment.mix: a teacher that is run on each photo once has no target for two mixed photos")
         self.names: list[str] = []
         self.skipped_empty: list[str] = []
         self.skipped_tiny: list[str] = []
         self.masks: list[str] = []
         planes = (len(pairs), 2, height, width) if teacher else (len(pairs), height, width)
-        self._photos = _room((len(pairs), height, width, 3), folder)  # as many as there are at most
-        self._trimaps = _room(planes, folder)
-        # Nothing of it has been touched so far, so that the system still counts it as free.
+        self._photos = _allocate((len(pairs), height, width, 3), folder)  # an upper bound
+        self._trimaps = _allocate(planes, folder)
+        # This memory has not been touched yet, so the system still counts it as free.
         promised = 0 if folder else self._photos.nbytes + self._trimaps.nbytes
         for pair, photo, trimap in usable(pairs, failed, processes, promised):
             if not (trimap == PET).any():
-                self.skipped_empty.append(pair.name)  # a known flaw of the data set; it would teach "no pet"
+                self.skipped_empty.append(pair.name)  # a known flaw of the data set, which would teach "no pet"
                 continue
             labels = resize_trimap(trimap, height, width)
             if not (labels == PET).any():
@@ -129,9 +138,9 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
             self.names.append(pair.name)
             self.masks.append(mask_digest(labels))
         if not self.names:
-            tiny = f" (at {height}x{width} nothing is left of {len(self.skipped_tiny)})" if self.skipped_tiny else ""
+            tiny = f" (at {height}x{width} the pets of {len(self.skipped_tiny)} vanish)" if self.skipped_tiny else ""
             raise DataError(f"no photo with a pet in its mask{tiny}: nothing to train on")
-        self._move, self._colour = moves(augment), colours(augment)
+        self._move, self._colour = geometric_transform(augment), colour_jitter(augment)
         self._paste, self._mixed, self._mix_epochs = augment.paste, augment.mix, mix_epochs
         self._seed = seed
 
@@ -139,10 +148,10 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
         return len(self.names)
 
     def __getitem__(self, draw: int) -> tuple[Tensor, Tensor, int]:
-        """Photo uint8 [H, W, 3], trimap uint8 [H, W], and the index of its name.
+        """Returns a photo, uint8 [H, W, 3], its trimap, uint8 [H, W], and the index of its name.
 
-        With a teacher, trimap and probability as one uint8 [2, H, W] in place of the trimap. Of two mixed photos it is
-        ``UNKNOWN`` everywhere.
+        With a teacher, trimap and probability are stacked, uint8 [2, H, W], in place of the trimap. For two mixed
+        photos all of it is ``UNKNOWN``.
         """
         epoch, index = divmod(draw, len(self))
         with torch.random.fork_rng(devices=[]):
@@ -150,7 +159,7 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
             image, mask = self._changed(index)
             if self._paste and torch.rand(()) < self._paste:
                 other, its_mask = self._changed(int(torch.randint(len(self), ())))
-                # The border goes with the pet: its fur is there, and a cut along its inside would show where.
+                # The border is pasted, too: it contains fur, and a cut along its inner edge would give the paste away.
                 pet = (its_mask if its_mask.ndim == 2 else its_mask[0]) != BACKGROUND
                 image, mask = torch.where(pet, other, image), torch.where(pet, its_mask, mask)
             if self._mixed and epoch < self._mix_epochs and torch.rand(()) < self._mixed:
@@ -161,76 +170,76 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
         return image.permute(1, 2, 0), mask, index
 
     def _changed(self, index: int) -> tuple[Tensor, Tensor]:
-        """A photo, uint8 [3, H, W], and what is known of it, changed alike by the next random numbers."""
+        """Returns a photo, uint8 [3, H, W], and its labels, transformed together with the next random numbers."""
         image = tv_tensors.Image(torch.from_numpy(self._photos[index]).permute(2, 0, 1))
         known = torch.from_numpy(self._trimaps[index])
         trimap, *said = known.unbind() if known.ndim == 3 else (known,)
-        # What a teacher says is a quantity, and nothing outside of the photo: as of a grey picture.
+        # A teacher's probability is interpolated, and 0 outside of the photo, like a grey image.
         image, mask, *maps = self._move(image, tv_tensors.Mask(trimap), *map(tv_tensors.Image, said))
         planes = [plane.as_subclass(Tensor) for plane in (mask, *(grey[0] for grey in maps))]
         return self._colour(image).as_subclass(Tensor), torch.stack(planes) if maps else planes[0]
 
 
 def decoded_size(photos: int, height: int, width: int, taught: bool) -> int:
-    """Bytes that a :class:`TrainSet` takes, with a teacher's probabilities or without."""
+    """Returns the bytes that a :class:`TrainSet` takes, with or without a teacher's probabilities."""
     return photos * height * width * (5 if taught else 4)
 
 
-def _room(shape: tuple[int, ...], folder: Path | None) -> U8:
-    """Bytes to be filled, in memory or in a file in ``folder``. The file has no name, so it goes with its process.
+def _allocate(shape: tuple[int, ...], folder: Path | None) -> U8:
+    """Allocate bytes in memory, or in a file in ``folder`` that has no name, so that it vanishes with its process.
 
     Raises:
-        OutputError: The folder cannot be written to, or its disk has too little room.
+        OutputError: The folder cannot be written to, or its disk is too full.
     """
     if folder is None:
         return np.empty(shape, np.uint8)
     size = math.prod(shape)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:  # the mapping keeps it
+        with tempfile.TemporaryFile(dir=folder) as file:  # the mapping keeps the file alive
             if hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(file.fileno(), 0, size)  # else a disk that fills up would kill the process
+                os.posix_fallocate(file.fileno(), 0, size)  # without it, a full disk would kill the process later
             return np.asarray(np.memmap(file, np.uint8, "r+", shape=shape))
     except OSError as error:
         raise OutputError(
-            f"{folder}: no place for {size / 1e9:.1f} GB of decoded photos, which are too many for the memory "
-            f"({error.strerror or error}): use a smaller --size, or an --output with more room"
+            f"{folder}: no room for {size / 1e9:.1f} GB of decoded photos, which do not fit into memory "
+            f"({error.strerror or error}); use a smaller --size, or an --output with more room"
         ) from error
 
 
-def refuse_batch(photos: int, batch: int, ranks: int = 1) -> None:
-    """Refuse a size of batches that some processes cannot draw together.
+def check_batch(photos: int, batch: int, ranks: int = 1) -> None:
+    """Reject a batch size that does not fit the photos or the number of ranks.
 
     Raises:
-        UsageError: A batch cannot be split evenly over them.
+        UsageError: A batch cannot be split evenly over the ranks.
         DataError: There are fewer photos than one batch takes.
     """
     if batch % ranks:
         raise UsageError(f"batch is {batch}; it must be a multiple of the {ranks} processes that share it")
     if photos < batch:
         remedy = "use a smaller --batch" if photos >= max(2, ranks) else f"{max(2, ranks)} or more are needed"
-        raise DataError(f"{photos} photos to train on, but a batch takes {batch}: {remedy}")
+        raise DataError(f"{photos} photos to train on, but a batch takes {batch}; {remedy}")
 
 
 class EpochSampler(Sampler[list[int]]):
-    """Batches of draws for one epoch, from a given batch on; full batches only (BatchNorm dislikes remainders).
+    """The batches of one epoch, from a given batch on; full batches only (BatchNorm suffers from incomplete ones).
 
-    The order is that of the whole run, whatever the number of processes: each takes its part of every batch.
+    The order does not depend on the number of ranks: each rank takes its part of every batch.
     """
 
     def __init__(self, size: int, batch: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
-        """Batches of ``batch`` draws of ``size`` photos, of which this is process ``rank`` of ``ranks``.
+        """Sample batches of ``batch`` from ``size`` photos, for rank ``rank`` of ``ranks``.
 
         Raises:
-            DataError, UsageError: See :func:`refuse_batch`.
+            DataError, UsageError: See :func:`check_batch`.
         """
-        refuse_batch(size, batch, ranks)
+        check_batch(size, batch, ranks)
         self.size, self.batch, self.seed = size, batch, seed
         self.rank, self.ranks = rank, ranks
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
+        """Batches in a complete epoch."""
         return self.size // self.batch
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -240,7 +249,7 @@ class EpochSampler(Sampler[list[int]]):
             yield [self.epoch * self.size + index for index in mine]
 
     def photos(self, number: int) -> list[int]:
-        """Indices of the photos in a batch of this epoch, those of all processes."""
+        """Returns the indices of the photos in a batch of this epoch, over all ranks."""
         return self._order()[number * self.batch : (number + 1) * self.batch]
 
     def _order(self) -> list[int]:
@@ -249,13 +258,13 @@ class EpochSampler(Sampler[list[int]]):
 
 
 def target_of(labels: Tensor, border_target: float, teacher_share: float = 0.0) -> Tensor:
-    """What the network is taught; pet 1, background 0.
+    """Returns the target of the network: pet 1, background 0.
 
     Args:
-        labels: What :class:`TrainSet` gives: trimaps, uint8 [N, H, W]; or trimaps and the teacher's probabilities,
-            uint8 [N, 2, H, W]. What is ``UNKNOWN`` becomes 0: it is for the caller to put something better there.
-        border_target: What the trimap's border is taught as.
-        teacher_share: How much of the target is the teacher's probability, where there is one.
+        labels: Labels from :class:`TrainSet`: trimaps, uint8 [N, H, W]; or trimaps and the teacher's probabilities,
+            uint8 [N, 2, H, W]. ``UNKNOWN`` becomes 0, which the caller has to replace.
+        border_target: The target for the trimap's border.
+        teacher_share: The share of the teacher's probability, if there is one, in the target.
 
     Returns:
         float32 [N, 1, H, W].
@@ -268,7 +277,7 @@ def target_of(labels: Tensor, border_target: float, teacher_share: float = 0.0) 
 
 
 def _mix(seed: int, epoch: int, index: int) -> int:
-    """One number for the generator from three, well spread (the finaliser of SplitMix64)."""
+    """Hash three numbers to one seed for the generator (the finaliser of SplitMix64)."""
     x = (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + (index + 1) * 0x94D049BB133111EB) & (2**64 - 1)
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)

@@ -1,4 +1,4 @@
-"""A network with its first weights: random ones, or those of a checkpoint, as far as they fit."""
+"""Initial weights for a network: random ones, or those of a checkpoint, as far as they fit."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ __all__ = ["first_weights"]
 def first_weights(
     config: AttentionUNetConfig, init: Path | None, photos: RunPhotos, say: Callable[[str], None]
 ) -> AttentionUNet:
-    """The network that a run starts with, on the CPU; random weights come from PyTorch's own generator.
+    """Build the network that a run starts with, on the CPU; random weights come from PyTorch's global generator.
 
     Args:
-        config: Its shape.
-        init: A checkpoint, which gives all its tensors, or of another shape those that fit.
-        photos: The run's, some of which the checkpoint must not have seen; they note which it is.
-        say: Told which tensors fit, if not all do.
+        config: The architecture.
+        init: A checkpoint of this architecture, or of another one, of which the tensors that fit are used.
+        photos: The photos of the run; they record the checkpoint, and reject one trained on validation photos.
+        say: Called with a message about which tensors fit, if not all do.
 
     Raises:
-        CheckpointError: ``init`` cannot be read, or fewer than half of the tensors fit.
-        TrainingError: It was trained on photos that the run validates on.
+        CheckpointError: ``init`` cannot be read, or fewer than half of the network's tensors fit.
+        TrainingError: ``init`` was trained on photos that the run validates on.
     """
     if init is None:
         return AttentionUNet(config)
     given, loaded = checkpoint.load_model(init)
-    photos.begin_with(init, loaded)
+    photos.start_from(init, loaded)
     if loaded.model_config == config:
         return given
     model = AttentionUNet(config)
@@ -39,9 +39,9 @@ def first_weights(
     fits = {n: t for n, t in given.state_dict().items() if n in own and t.shape == own[n].shape}
     if 2 * len(fits) < len(own):
         raise CheckpointError(
-            f"{init}: a network of {loaded.model_config}, this run is of {config}: only {len(fits)} of {len(own)} "
+            f"{init}: its network is {loaded.model_config}, but this run's is {config}: only {len(fits)} of {len(own)} "
             "tensors fit"
         )
     model.load_state_dict(fits, strict=False)
-    say(f"of {init.name} {len(fits)} tensors; random: {', '.join(sorted(own.keys() - fits))}")
+    say(f"{len(fits)} tensors from {init.name}; random: {', '.join(sorted(own.keys() - fits))}")
     return model

@@ -1,1 +1,1 @@
-"""What people type to train, evaluate and look at data: options in, calls to the modules beside, tables out."""
+"""The ``train``, ``evaluate`` and ``data`` commands: they parse options, call the library, and print the results."""

@@ -1,4 +1,4 @@
-"""What the commands share: a progress line, and a look at the output before hours of work."""
+"""Shared by the commands: a progress line, and a check that the output folder is writable, before hours of work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["check_writable", "progress_line"]
 
 
 def progress_line(quiet: bool) -> Progress:
-    """A progress line on stderr; silent where stderr is not a terminal."""
+    """Returns a progress line on stderr; it is disabled if stderr is not a terminal."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
@@ -28,7 +28,7 @@ def progress_line(quiet: bool) -> Progress:
 
 
 def check_writable(*folders: Path | None) -> None:
-    """Raises OutputError where a folder, or the nearest one above it that is there, is no folder or not ours."""
+    """Raises OutputError if a folder, or its nearest existing parent, is not a folder or not writable."""
     for folder in filter(None, folders):
         there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
         if not there.is_dir():

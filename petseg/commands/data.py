@@ -1,4 +1,4 @@
-"""``petseg data``: download a data set, or look at every file of one."""
+"""``petseg data``: download a data set, or check every file of one."""
 
 from __future__ import annotations
 
@@ -22,30 +22,32 @@ def data() -> None:
 @data.command()
 @click.argument("folder", type=PATH)
 def download(folder: Path) -> int:
-    """Download the Oxford-IIIT Pet data set (0.8 GB) into FOLDER, with its checksums verified.
+    """Download the Oxford-IIIT Pet data set (0.8 GB) into FOLDER and verify its checksums.
 
     Photos and masks are CC BY-SA 4.0; cite Parkhi et al., "Cats and Dogs", CVPR 2012.
     """
     from petseg.data import download as fetch
 
     fetch(folder)
-    click.echo(f"{folder / 'oxford-iiit-pet'}: ready; `petseg data check {folder}` looks at every file")
+    click.echo(f"{folder / 'oxford-iiit-pet'}: ready; `petseg data check {folder}` checks every file")
     return 0
 
 
 @data.command()
 @click.argument("folder", type=PATH)
-@click.option("--split", type=click.Choice(["all", "trainval", "test"]), default="all", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON on stdout.")
-@click.option("-q", "--quiet", is_flag=True, help="Only the exit code.")
+@click.option(
+    "--split", type=click.Choice(["all", "trainval", "test"]), default="all", show_default=True, help="Part to check."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the findings to stdout as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing; only set the exit code.")
 def check(folder: Path, split: str, as_json: bool, quiet: bool) -> int:
-    """Open every photo and mask of FOLDER and name what is wrong. Exit code 0: usable; 8: not.
+    """Open every photo and mask in FOLDER and report problems. Exit code 0: usable; 8: not.
 
-    Masks without a pet, masks that may lie another way than their photos, and files that are not used, are named, and
-    leave it usable.
+    A data set is still usable with masks without a pet, masks that may be oriented differently from their photos, and
+    unused files; these are reported, too.
 
-    Photos are counted for each part that the data set lists itself: test, and trainval, or train and val where there is
-    a val.txt.
+    Photos are counted for each part that the data set itself lists: test, and trainval (train and val if there is a
+    val.txt).
     """
     from petseg.data import Split, find_listed, find_unused, listed_validation
     from petseg.data import check as look

@@ -1,4 +1,4 @@
-"""``petseg evaluate``: a model on labelled photos, as a table, files and a page."""
+"""``petseg evaluate``: measure a model on labelled photos; prints a table, and writes files and a report page."""
 
 from __future__ import annotations
 
@@ -28,27 +28,45 @@ __all__ = ["evaluate"]
 @click.command()
 @click.argument("model", type=PATH)
 @click.option("--data", "root", type=PATH, required=True, help="Labelled data folder.")
-@click.option("--split", type=click.Choice(["test", "val", "train", "trainval"]), default="test", show_default=True)
-@click.option("--threshold", type=UNIT, help="Pet from this probability on, 0 to 1.  [default: the model's own]")
 @click.option(
-    "--backend", type=BACKEND, default="auto", show_default=True, help=f"{HELP['backend']} Of exported files."
+    "--split",
+    type=click.Choice(["test", "val", "train", "trainval"]),
+    default="test",
+    show_default=True,
+    help="Photos to measure on.",
 )
 @click.option(
-    "--device", default="auto", show_default=True, help=f"{HELP['device']} Of a checkpoint: cpu, cuda or cuda:N."
+    "--threshold",
+    type=UNIT,
+    help="Probability from which a pixel counts as pet, 0 to 1.  [default: the model's own]",
 )
-@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Photos per call.")
+@click.option(
+    "--backend", type=BACKEND, default="auto", show_default=True, help=f"{HELP['backend']} For exported files."
+)
+@click.option(
+    "--device", default="auto", show_default=True, help=f"{HELP['device']} For a checkpoint: cpu, cuda or cuda:N."
+)
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Photos per forward pass.")
 @click.option(
     "--without-doubtful",
     is_flag=True,
-    help="Of what `petseg infer` shows: without regions in which the model is sure of no pixel.  [default: all that it "
-    "says]",
+    help="Measure the masks that `petseg infer` shows: without low-confidence regions (no near-certain pixel).  "
+    "[default: with them]",
 )
-@click.option("--val-fraction", type=UNIT, help="Share of trainval that is val.  [default: the run's own, or 0.05]")
-@click.option("--split-seed", type=int, help="Decides which photos are val.  [default: the run's own, or 0]")
+@click.option(
+    "--val-fraction",
+    type=UNIT,
+    help="For --split val or train: share of trainval that is val.  [default: as in the model's run, or 0.05]",
+)
+@click.option(
+    "--split-seed",
+    type=int,
+    help="For --split val or train: seed that decides which photos are val.  [default: as in the model's run, or 0]",
+)
 @click.option("--output", type=PATH, help="Folder for evaluation.json, worst.png and per-photo images.csv.")
-@click.option("--report", type=PATH, help="Folder for report.html, one page that explains the result, and report.json.")
-@click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON on stdout.")
-@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+@click.option("--report", type=PATH, help="Folder for report.html, a page that explains the result, and report.json.")
+@click.option("--json", "as_json", is_flag=True, help="Print the metrics to stdout as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only errors.")
 def evaluate(
     model: Path,
     root: Path,
@@ -67,25 +85,25 @@ def evaluate(
 ) -> int:
     """Measure MODEL, a checkpoint or an exported file, on a labelled split.
 
-    Pixels are counted at each mask's own resolution and added up over the split. The headline counts the trimap's
-    border as background; the other two readings are below it. With --report, a photo that cannot be read is named and
-    left out, and the exit code is 3; without it, it ends the measurement.
+    Pixels are counted at each mask's original resolution and added up over the split. The headline figures count the
+    trimap's border as background; the other two ways to count it are shown below them. A photo that cannot be read ends
+    the measurement; with --report it is named and excluded, and the exit code is 3.
 
-    With --split val or train, the photos are those that the model's own run validated or trained on. An exported file
-    of an older version does not say which those were, and can only confirm that a split given here was its own. Where
-    the data folder lists its validation photos in val.txt, val is these, and --val-fraction is wrong usage.
+    With --split val or train, the photos are by default those that the model's own run validated or trained on.
+    Exported files of older versions do not record that split; they can only confirm that a given split is the run's. If
+    the data folder lists its validation photos in val.txt, those are val, and --val-fraction is rejected.
 
-    An exported file needs no PyTorch, a checkpoint does; --report and worst.png need matplotlib. The extra `train` has
+    A checkpoint needs PyTorch, an exported file does not; --report and worst.png need matplotlib. The extra `train` has
     both.
     """
     from petseg.data import Split
     from petseg.evaluate import as_shown, open_model
     from petseg_runtime.errors import EXIT_PARTIAL
 
-    check_writable(output, report)  # before minutes of measuring, not after them
+    check_writable(output, report)  # before minutes of measuring
     if report:
         _check_drawable()
-    failed: list[tuple[str, str]] | None = [] if report else None  # name and reason
+    failed: list[tuple[str, str]] | None = [] if report else None  # name of the photo, error message
     with open_model(model, device, backend) as opened, progress_line(quiet) as progress:
         pairs, val_fraction, split_seed = _measured_pairs(root, Split(split), opened, val_fraction, split_seed)
         if without_doubtful:
@@ -110,7 +128,7 @@ def evaluate(
             pages.write(result, record, opened, source, model, report)
             written.append(f"{report}: report.html, report.json")
     for _, reason in failed or []:
-        click.echo(f"petseg: {shown(reason)}; left out", err=True)
+        click.echo(f"petseg: {shown(reason)}; excluded", err=True)
     if as_json:
         click.echo(json.dumps(record, indent=2))
     elif not quiet:
@@ -122,14 +140,14 @@ def evaluate(
 def _measured(
     model: OpenedModel, pairs: Sequence[Pair], batch: int, progress: Progress, failed: list[tuple[str, str]] | None
 ) -> Evaluation:
-    """Measure a model on photos, with a line of progress.
+    """Measure a model on photos, with a progress line.
 
     Args:
         model: The model.
         pairs: The photos.
-        batch: Photos per call.
-        progress: The line.
-        failed: Takes the name of each photo that cannot be read, and why; None: the first one ends it.
+        batch: Photos per forward pass.
+        progress: The progress line.
+        failed: Receives the name of each photo that cannot be read, and the error; None: the first one is raised.
     """
     from petseg.evaluate import evaluate as measure
     from petseg.memory import enough_memory
@@ -150,9 +168,10 @@ def _measured(
 def _measured_pairs(
     root: Path, split: Split, model: OpenedModel, val_fraction: float | None, split_seed: int | None
 ) -> tuple[list[Pair], float | None, int | None]:
-    """The photos of a split, and the share of trainval and the seed that divide it into train and val.
+    """Find the photos of a split; returns them, and the fraction and seed that divide trainval into train and val.
 
-    A line on stderr says so where val or test hold photos that the model was trained on, or may. See :func:`_divided`.
+    Prints a line to stderr if val or test contain photos that the model was, or may have been, trained on. See
+    :func:`_divided`.
     """
     from petseg.evaluate import doubt_about
 
@@ -165,17 +184,23 @@ def _measured_pairs(
 def _divided(
     root: Path, split: Split, model: OpenedModel, val_fraction: float | None, split_seed: int | None
 ) -> tuple[dict[Split, list[Pair]], float | None, int | None]:
-    """The photos of a split, of train and val both, and the share of trainval and the seed that divide it into these.
+    """Find the photos of a split (of both train and val, for one of them), and what divides trainval into these.
 
-    Both are as asked, or else as in the run that made the model; they are None where they divide nothing.
+    Fraction and seed are those asked for, or else those of the run that made the model; they are None if they are not
+    used: for another split, or because a listing divides.
 
     Raises:
-        UsageError: They were asked for, and val.txt divides.
+        UsageError: They were asked for, but val.txt divides, or the split is neither train nor val.
     """
     from petseg.data import SPLIT_SEED, VAL_FRACTION, VAL_LISTING, Split, find, listed_validation
     from petseg.evaluate import listed_split, split_of
 
     if split not in (Split.TRAIN, Split.VAL):
+        if (val_fraction, split_seed) != (None, None):
+            raise UsageError(
+                f"--val-fraction and --split-seed have no effect on --split {split}; leave them out, or use --split "
+                "val or train"
+            )
         return {split: find(root, split)}, None, None
     fraction, seed = None, None
     if (val_fraction, split_seed) == (None, None) and (listed := listed_split(model.provenance, root)):
@@ -185,7 +210,7 @@ def _divided(
         fraction = own[0] if val_fraction is None else val_fraction
         seed = own[1] if split_seed is None else split_seed
     elif (val_fraction, split_seed) != (None, None):
-        raise UsageError(f"{root}: {VAL_LISTING} says which photos are val: leave out --val-fraction and --split-seed")
+        raise UsageError(f"{root}: {VAL_LISTING} says which photos are val; leave out --val-fraction and --split-seed")
     parts: dict[Split, list[Pair]] = {}
     for part in (Split.TRAIN, Split.VAL):
         try:
@@ -193,12 +218,12 @@ def _divided(
         except DataError:
             if part is split:
                 raise
-            parts[part] = []  # a folder may have none: val.txt may list every photo
+            parts[part] = []  # this is possible: val.txt may list every photo
     return parts, fraction, seed
 
 
 def _check_drawable() -> None:
-    """Raises MissingExtra where matplotlib is not installed; importing it takes a second."""
+    """Raises MissingExtra if matplotlib is not installed; tested before measuring because the charts come last."""
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
@@ -211,7 +236,7 @@ def _check_drawable() -> None:
 def _write_output(
     result: Evaluation, record: dict[str, Any], model: OpenedModel, pairs: Sequence[Pair], folder: Path
 ) -> list[str]:
-    """Write what --output is for; returns the files' names. Without matplotlib the picture is not drawn, and told of.
+    """Write the files of --output; returns their names. Without matplotlib the picture is skipped, with a message.
 
     Raises:
         OutputError: The folder cannot be written to.
@@ -223,7 +248,7 @@ def _write_output(
     try:
         from petseg import plots  # matplotlib takes a second to import
     except ModuleNotFoundError as error:
-        said = f"not drawn, which needs {error.name}: pip install {error.name}"
+        said = f"not drawn, because it needs {error.name}: pip install {error.name}"
         click.echo(f"petseg: {shown(folder / picture)}: {said}", err=True)
         return names
     try:
@@ -234,15 +259,15 @@ def _write_output(
 
 
 def _has_border(record: dict[str, Any]) -> bool:
-    """Whether masks have one: ignoring it leaves as many pixels where there is none, as in masks of black and white."""
+    """Whether the masks have a border class. If not (black and white masks), ignoring it leaves as many pixels."""
     ignored, background = (sum(record["readings"][name]["pixels"].values()) for name in ("ignored", "background"))
     return bool(ignored < background)
 
 
 def _lower_cut(record: dict[str, Any], model: OpenedModel) -> float | None:
-    """The model's threshold for cutouts, where it may be the fairer one: masks without a border may hold the fur.
+    """Returns the model's threshold for cutouts, which may be the fairer one: masks without a border may include fur.
 
-    None where the masks have a border, or the model has no lower threshold.
+    None if the masks have a border, or the model has no lower threshold.
     """
     cut = model.cutout_threshold
     return cut if cut is not None and cut < model.threshold and not _has_border(record) else None
@@ -262,9 +287,9 @@ def _print_metrics(record: dict[str, Any]) -> None:
         table.add_row(title, *("-" if values[name] is None else f"{values[name]:.4f}" for name in names))
     Console().print(table)
     if not bordered:
-        click.echo("the masks have no border: every reading of it gives these figures")
+        click.echo("the masks have no border class, so all three ways to count it give these figures")
     if cutout:
-        click.echo("if they hold the fur at the outline, the threshold for cutouts is the one to compare by")
+        click.echo("if the masks include the fur at the outline, compare by the threshold for cutouts")
     if record["photos_without_pet"]:
         without = ", ".join(map(shown, record["photos_without_pet"]))
-        click.echo(f"masks without any pet, counted all the same: {without}")
+        click.echo(f"masks without any pet, counted nevertheless: {without}")

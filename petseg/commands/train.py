@@ -1,9 +1,10 @@
-"""``petseg train``: settings from recipe, file and options, a run, and its record and pictures."""
+"""``petseg train``: settings from recipe, file and options; a training run; its record and its plots."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from rich.progress import Progress
 
 from petseg.commands.console import check_writable, progress_line
 from petseg_runtime.cli.text import PATH, parse_size
-from petseg_runtime.errors import UsageError
+from petseg_runtime.errors import PetsegError, UsageError
 from petseg_runtime.signals import EXITS
 from petseg_runtime.text import shown
 
@@ -32,20 +33,20 @@ __all__ = ["train"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What `petseg train` is to do with a run's settings; as its options say it.
+class Options:
+    """The options of ``petseg train`` that are not settings of the run.
 
     Attributes:
         root: The data folder.
-        output: Where everything goes.
-        recipe: From which the settings came, if from one.
-        device: What computes: auto, cpu, cuda or cuda:N.
+        output: The folder for everything that is written.
+        recipe: The recipe that the settings came from, if any.
+        device: auto, cpu, cuda or cuda:N.
         init: A checkpoint to start from.
         teacher: A model to learn from.
-        resume: Whether to go on with the run in ``output``.
-        tensorboard: Whether to write curves and pictures for TensorBoard.
-        as_json: Whether the result is printed as JSON.
-        quiet: Whether nothing but errors is printed.
+        resume: Whether to resume the run in ``output``.
+        tensorboard: Whether to write scalars and images for TensorBoard.
+        as_json: Whether to print the result as JSON.
+        quiet: Whether to print only errors.
     """
 
     root: Path
@@ -60,38 +61,73 @@ class Asked:
     quiet: bool
 
 
-@click.command()
+class RankedCommand(click.Command):
+    """A command whose error messages begin with the rank if torchrun started several processes."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """As click; parsing the options may fail."""
+        with _ranked():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click."""
+        with _ranked():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _ranked() -> Iterator[None]:
+    """Prefix errors with the rank, because all processes print theirs, which may be the same."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
+        yield
+        return
+    rank = f"rank {os.environ['RANK']}"
+    try:
+        yield
+    except PetsegError as error:
+        error.args = (f"{rank}: {error}",)
+        raise
+    except click.UsageError as error:
+        raise click.UsageError(f"{rank}: {error.format_message()}", error.ctx) from error
+
+
+@click.command(cls=RankedCommand)
 @click.option("--data", "root", type=PATH, help="Data folder (see `petseg data check`).  [required]")
-@click.option("--output", type=PATH, help="Where checkpoints, log and pictures go.  [required]")
+@click.option("--output", type=PATH, help="Folder for checkpoints, log and plots.  [required]")
 @click.option(
     "--recipe",
     is_flag=False,
     flag_value="",
     callback=lambda ctx, option, value: _known_recipe(ctx, value),
     metavar="NAME",
-    help="Settings by name; without a name, the list of them.",
+    help="Use a named recipe; without NAME, list the recipes.",
 )
-@click.option("--config", "config_file", type=PATH, help="Settings as TOML; they override the recipe, options both.")
+@click.option(
+    "--config",
+    "config_file",
+    type=PATH,
+    help="TOML file with settings; takes precedence over --recipe, other options over both.",
+)
 @click.option(
     "--set",
     "settings",
     multiple=True,
     metavar="NAME=VALUE",
-    help="One setting, like optimizer.lr=0.002; see --settings.",
+    help="Change one setting, like optimizer.lr=0.002 (repeatable); --settings lists them.",
 )
-@click.option("--settings", "show", is_flag=True, help="Print the run's settings as TOML for --config; train nothing.")
-@click.option("--epochs", type=int, help="Passes over the data.")
-@click.option("--batch", type=int, help="Photos per step.")
+@click.option("--settings", "show", is_flag=True, help="Print the run's settings as TOML for --config, and exit.")
+@click.option("--epochs", type=int, help="Passes over the training photos.")
+@click.option("--batch", type=int, help="Photos per step (mini-batch size), in all processes together.")
 @click.option("--size", metavar="HxW", help="Training size, multiples of 16 (192 means 192x192).")
-@click.option("--width", type=int, help="Channels of the first level: 64 published, 16 edge.")
-@click.option("--seed", type=int, help="Of weights, order and augmentation.")
+@click.option("--width", type=int, help="Channels of the network's first level: 64 published, 16 edge.")
+@click.option("--seed", type=int, help="Seed of weights, photo order and augmentation.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--init", type=PATH, help="Start from this checkpoint's weights, as far as they fit.")
-@click.option("--teacher", type=PATH, help="Learn from this model, too (loss.teacher, loss.features: how much).")
-@click.option("--resume", is_flag=True, help="Go on with the run in --output.")
-@click.option("--tensorboard", is_flag=True, help="Curves and pictures for TensorBoard in --output/tensorboard.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result, or the recipes, as JSON on stdout.")
-@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+@click.option("--teacher", type=PATH, help="Also learn from this model (loss.teacher and loss.features set how much).")
+@click.option("--resume", is_flag=True, help="Resume the run in --output.")
+@click.option("--tensorboard", is_flag=True, help="Write scalars and images for TensorBoard to --output/tensorboard.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result, or the recipes, to stdout as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only errors.")
 def train(
     root: Path | None,
     output: Path | None,
@@ -114,33 +150,33 @@ def train(
 ) -> int:
     """Train the attention U-Net; the defaults are the published recipe.
 
-    Keeps best.safetensors (to evaluate and export), last.safetensors (to --resume), log.csv, curves.png,
-    predictions.png and run.json in --output. With several GPUs: torchrun --nproc-per-node N -m petseg.cli train ...
+    Writes best.safetensors (to evaluate and export), last.safetensors (for --resume), log.csv, curves.png,
+    predictions.png and run.json to --output. With several GPUs: torchrun --nproc-per-node N -m petseg.cli train ...
 
-    Exit code 3: done, but without photos that could not be used (data.on_bad=skip); they are named. 130, 143, 129:
-    stopped by Ctrl-C, SIGTERM or SIGHUP, to be resumed.
+    Exit code 3: done, but some photos could not be used and were excluded (data.on_bad=skip); they are named. 130, 143,
+    129: stopped by Ctrl-C, SIGTERM or SIGHUP; resume with --resume.
     """
     if recipe == "":
         _list_recipes(as_json)
         return 0
     if show and as_json:
-        raise UsageError("--settings prints TOML: leave out --json")
+        raise UsageError("--settings prints TOML; leave out --json")
     for option, path in (("--data", root), ("--output", output)):
         if path is None and not show:
             raise click.MissingParameter(ctx=click.get_current_context(), param_hint=option, param_type="option")
 
-    from petseg.config import refuse_idle, to_toml
+    from petseg.config import reject_unused, to_toml
 
     short = {"epochs": epochs, "batch": batch, "seed": seed, "model.width": width}
     config = _train_config(recipe, config_file, short, size, settings)
-    if not resume:  # a run may have been begun by an older version, which did not look
-        refuse_idle(config, _train_config(recipe), taught=teacher is not None)
+    if not resume:  # the run may have been started by an older version, which did not check
+        reject_unused(config, _train_config(recipe), taught=teacher is not None)
     if show:
         click.echo(to_toml(config, taught=teacher is not None), nl=False)
         return 0
     assert root is not None
     assert output is not None
-    asked = Asked(
+    options = Options(
         root=root,
         output=output,
         recipe=recipe,
@@ -152,37 +188,37 @@ def train(
         as_json=as_json,
         quiet=quiet,
     )
-    return _train(config, asked)
+    return _train(config, options)
 
 
-def _train(config: TrainConfig, asked: Asked) -> int:
-    """Train with settings that are complete; returns the exit code."""
+def _train(config: TrainConfig, options: Options) -> int:
+    """Train with complete settings; returns the exit code."""
     from petseg.distributed import join, local_device
     from petseg.record import commit
     from petseg.train import Trainer
     from petseg_runtime.errors import EXIT_PARTIAL, NonFiniteLoss
 
     origin = {"command": shlex.join(["petseg", *sys.argv[1:]]), "commit": commit()}
-    device = local_device(asked.device)
-    check_writable(asked.output)  # before an epoch, which may take hours, not after it
+    device = local_device(options.device)
+    check_writable(options.output)  # before an epoch, which may take hours
     with join(device) as ranks:
-        hushed = asked.quiet or not ranks.first
-        with progress_line(hushed) as progress, _board(config, asked, ranks.first) as board:
-            observer = _observer(config.epochs, progress, hushed, ranks.first)
+        quiet = options.quiet or not ranks.first
+        with progress_line(quiet) as progress, _board(config, options, ranks.first) as board:
+            observer = _observer(config.epochs, progress, quiet, ranks.first)
             trainer = Trainer(
                 config,
-                asked.root,
-                asked.output,
+                options.root,
+                options.output,
                 device=device,
-                init=asked.init,
-                teacher=asked.teacher,
-                resume=asked.resume,
+                init=options.init,
+                teacher=options.teacher,
+                resume=options.resume,
                 observer=_both(observer, board),
-                provenance={**origin, **({"recipe": asked.recipe} if asked.recipe else {})},
+                provenance={**origin, **({"recipe": options.recipe} if options.recipe else {})},
                 ranks=ranks,
             )
             try:
-                best = trainer.fit()
+                best = trainer.fit(unlock=False)
             except KeyboardInterrupt:
                 if ranks.first:
                     click.echo("petseg: interrupted", err=True)
@@ -190,15 +226,19 @@ def _train(config: TrainConfig, asked: Asked) -> int:
             except NonFiniteLoss as error:
                 if ranks.first:
                     raise
-                return error.exit_code  # the first process says it for all
+                return error.exit_code  # rank 0 reports it for all
     if not ranks.first:
-        return 0  # torchrun would end the first one, which still has pictures to make, for any other
-    _finish(trainer, best, asked)
+        return 0  # with another code, torchrun would end rank 0, which still has plots to make
+    _finish(trainer, best, options)
     return EXIT_PARTIAL if trainer.photos.bad else 0
 
 
 def _known_recipe(ctx: click.Context, name: str | None) -> str | None:
-    """The name, if there is such a recipe, or an empty one."""
+    """Returns the name, if it is empty or there is such a recipe.
+
+    Raises:
+        click.BadParameter: There is none; the message lists the recipes.
+    """
     from petseg import recipes
 
     if not name or name in recipes.names():
@@ -230,10 +270,10 @@ def _train_config(
     size: str | None = None,
     settings: Sequence[str] = (),
 ) -> TrainConfig:
-    """Recipe, file, options, --set: the later has the last word.
+    """Combine recipe, file, options and --set; later ones take precedence.
 
     Raises:
-        UsageError: There is no such setting, or one has a value that it cannot have.
+        UsageError: A setting is unknown, or its value is invalid.
         TrainingError: The file cannot be read.
     """
     from petseg import recipes
@@ -252,30 +292,34 @@ def _train_config(
     return from_dict(TrainConfig, raw)
 
 
-def _finish(trainer: Trainer, best: Path, asked: Asked) -> None:
-    """The record, the pictures, and what is printed at the end."""
+def _finish(trainer: Trainer, best: Path, options: Options) -> None:
+    """Write the record, draw the plots, and print the result."""
     from petseg.log import LOG
     from petseg.record import RUN, write_record
 
-    write_record(trainer)  # first: a picture that cannot be made is no reason to lose it
-    drawn = _draw(trainer, best)
-    row = trainer.best
-    if asked.as_json:
+    try:
+        write_record(trainer)  # first, so that it is not lost if a plot fails
+        drawn = _draw(trainer, best)
+        row = trainer.best
+    finally:
+        trainer.unlock()
+    if options.as_json:
         click.echo(json.dumps({"schema_version": 1, "checkpoint": str(best), "best": row.as_dict()}))
-    elif not asked.quiet:
+    elif not options.quiet:
         click.echo(f"{best}: validation IoU {row.val_iou:.4f} at threshold {row.val_threshold:.2f}")
-        click.echo(f"{asked.output / LOG}; beside it {', '.join((RUN, *drawn))}")
+        click.echo(f"{options.output / LOG}; beside it {', '.join((RUN, *drawn))}")
 
 
 def _draw(trainer: Trainer, best: Path) -> list[str]:
-    """Make the pictures of a run; returns the names of those that could be made. The others are named on stderr."""
+    """Draw the plots of a run; returns the names of those that were written. Failures are reported on stderr."""
     from petseg import plots
+    from petseg.run_state import CURVES, PREDICTIONS
     from petseg_runtime.errors import PetsegError
 
     output, drawn = trainer.output, []
     pictures: dict[str, Callable[[Path], None]] = {
-        "curves.png": lambda path: plots.curves(trainer.state.history, path),
-        "predictions.png": lambda path: plots.predictions(best, trainer.photos.good_val[:6], path),
+        CURVES: lambda path: plots.curves(trainer.state.history, path),
+        PREDICTIONS: lambda path: plots.predictions(best, trainer.photos.good_val[:6], path),
     }
     for name, draw in pictures.items():
         try:
@@ -283,21 +327,21 @@ def _draw(trainer: Trainer, best: Path) -> list[str]:
         except OSError as error:
             click.echo(f"petseg: {shown(output / name)}: cannot be written ({error.strerror or error})", err=True)
         except PetsegError as error:
-            click.echo(f"petseg: {shown(output / name)}: cannot be made ({shown(error)})", err=True)
+            click.echo(f"petseg: {shown(output / name)}: cannot be drawn ({shown(error)})", err=True)
         else:
             drawn.append(name)
     return drawn
 
 
 @contextlib.contextmanager
-def _board(config: TrainConfig, asked: Asked, first: bool) -> Iterator[Observer | None]:
-    """What writes for TensorBoard, if that is asked for, in the first of several processes."""
-    if not (asked.tensorboard and first):
+def _board(config: TrainConfig, options: Options, first: bool) -> Iterator[Observer | None]:
+    """Yields the TensorBoard observer, if requested, on rank 0."""
+    if not (options.tensorboard and first):
         yield None
         return
     from petseg.tensorboard import TensorBoard  # tensorboard takes seconds to import
 
-    board = TensorBoard(asked.output / "tensorboard", config.data.height, config.data.width)
+    board = TensorBoard(options.output / "tensorboard", config.data.height, config.data.width)
     try:
         yield board
     finally:
@@ -311,7 +355,7 @@ def _both(observer: Observer, board: Observer | None) -> Observer:
 
 
 def _observer(epochs: int, progress: Progress, quiet: bool, first: bool) -> Observer:
-    """Prints what happens to stderr; if quiet, only what is missing from the result."""
+    """Returns an observer that prints to stderr; with ``quiet``, only which photos were excluded."""
     from petseg.observers import Observer
 
     class Printer(Observer):
@@ -321,13 +365,13 @@ def _observer(epochs: int, progress: Progress, quiet: bool, first: bool) -> Obse
 
         def started(self, message: str) -> None:
             if not quiet:
-                # A file's name is neither broken into lines nor read as markup.
+                # File names must be neither wrapped nor read as markup.
                 self._print(message)
 
         def _print(self, message: str) -> None:
             progress.console.print(shown(message), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
-        def left_out(self, message: str) -> None:
+        def excluded(self, message: str) -> None:
             if first:
                 self._print(message)
 

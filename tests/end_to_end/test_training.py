@@ -41,7 +41,7 @@ def test_photos_that_are_left_out_are_named_and_make_the_run_a_partial_one(
     assert done.returncode == 3, done.stderr
     assert json.loads(done.stdout)["best"]["skipped"] == 2
     lines = done.stderr.splitlines()
-    told = [line for line in lines if line.startswith("left out: ")]
+    told = [line for line in lines if line.startswith("excluded: ")]
     assert [name for line in told for name in (VALIDATION, TRAINING) if f"{name}.jpg" in line] == [VALIDATION, TRAINING]
     assert all("petseg data check" in line for line in told), "broken into several lines"
     assert (lines == told) is quiet

@@ -434,7 +434,7 @@ def test_a_checkpoint_that_tells_nonsense_of_its_training_is_refused(
 ) -> None:
     loaded = Checkpoint({}, {**meta, **damaged}, "0" * 64)
     spec = spec_of(Checkpoint({}, meta, "0" * 64), OnnxConfig())
-    with pytest.raises(CheckpointError, match=r"damaged|does not say which network"):
+    with pytest.raises(CheckpointError, match=r"damaged|does not describe its network"):
         metadata_of("odd.safetensors", loaded, spec, OnnxConfig())
 
 

@@ -17,7 +17,7 @@ from tiny_runs import CPU, Recorder, Run, tiny
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """These networks are so small that threads cost more than they give, most of all on a busy machine."""
+    """Use one thread: these networks are so small that threads cost more than they gain, mostly on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -26,13 +26,13 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A state is saved after every epoch, however busy the disk of this machine is."""
+    """Save the state after every epoch, however busy the disk is."""
     monkeypatch.setattr("petseg.run_state.QUICK_SAVE", math.inf)
 
 
 @pytest.fixture(scope="session")
 def whole(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run that nothing disturbed. To be read only."""
+    """An uninterrupted run. Read only."""
     folder, observer = tmp_path_factory.mktemp("whole"), Recorder()
     trainer = Trainer(tiny(), oxford_root, folder, device=CPU, observer=observer, provenance={"command": "tests"})
     assert trainer.fit() == folder / BEST
@@ -41,7 +41,7 @@ def whole(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="session")
 def model() -> AttentionUNet:
-    """Random, with a head under which the probabilities of `oxford_root`-like photos spread over 0..1."""
+    """Random weights, with a head for which the probabilities on photos like `oxford_root`'s spread over 0..1."""
     torch.manual_seed(3)
     net = AttentionUNet(AttentionUNetConfig(width=4)).eval()
     photos = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)

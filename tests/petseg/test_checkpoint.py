@@ -160,7 +160,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         save_checkpoint(tmp_path / "file" / "x.safetensors", {}, META)
 
 
-# reading what is damaged or foreign
+# reading damaged or foreign files
 
 
 def refused(path: Path, said: str = "") -> None:
@@ -171,9 +171,9 @@ def refused(path: Path, said: str = "") -> None:
         assert said in str(caught.value)
 
 
-def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_or_a_folder_is_rejected(tmp_path: Path) -> None:
     refused(tmp_path / "none.safetensors", "no such file")
-    refused(tmp_path, "a folder; give the checkpoint in it (a run's is best.safetensors)")
+    refused(tmp_path, "a folder; give the checkpoint in it (in a run's folder, best.safetensors)")
 
 
 def test_an_exported_file_is_no_checkpoint(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_an_exported_file_is_no_checkpoint(tmp_path: Path) -> None:
         load(path)
 
 
-def test_a_truncated_file_is_refused_at_every_length(good: Path) -> None:
+def test_a_truncated_file_is_rejected_at_every_length(good: Path) -> None:
     whole = good.read_bytes()
     header = 8 + struct.unpack("<Q", whole[:8])[0]
     lengths = {*range(16), header - 1, header, header + 1, len(whole) - 1, *range(0, len(whole), len(whole) // 50)}
@@ -194,13 +194,13 @@ def test_a_truncated_file_is_refused_at_every_length(good: Path) -> None:
             load(path)
 
 
-def test_bytes_appended_are_refused(good: Path) -> None:
+def test_bytes_appended_are_rejected(good: Path) -> None:
     good.write_bytes(good.read_bytes() + b"\0" * 100)
     refused(good, "not a readable")
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_random_bytes_are_refused(tmp_path: Path, seed: int) -> None:
+def test_random_bytes_are_rejected(tmp_path: Path, seed: int) -> None:
     path = tmp_path / "noise.safetensors"
     path.write_bytes(torch.randint(0, 256, (4096,), generator=torch.Generator().manual_seed(seed)).byte().numpy())
     refused(path, "not a readable")
@@ -214,7 +214,7 @@ class Bomb:
         self.target = target
 
 
-def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
+def test_a_pickle_is_rejected_and_never_run(tmp_path: Path) -> None:
     target = tmp_path / "it_ran"
     path = tmp_path / "model.safetensors"
     path.write_bytes(pickle.dumps(Bomb(target)))
@@ -224,7 +224,7 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
     assert not target.exists()
 
 
-def test_flipped_bytes_in_the_header_are_refused_or_harmless(good: Path) -> None:
+def test_flipped_bytes_in_the_header_are_rejected_or_harmless(good: Path) -> None:
     whole = good.read_bytes()
     start = whole.index(b"__metadata__")
     path = good.with_name("flipped.safetensors")
@@ -239,7 +239,7 @@ def test_flipped_bytes_in_the_header_are_refused_or_harmless(good: Path) -> None
     assert caught > 30
 
 
-def test_a_foreign_safetensors_file_is_refused(tmp_path: Path) -> None:
+def test_a_foreign_safetensors_file_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "foreign.safetensors"
     save_file(network().state_dict(), path)
     refused(path, "not a petseg checkpoint")
@@ -248,36 +248,36 @@ def test_a_foreign_safetensors_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("header", ["", "{", "nonsense", "null", "3", '"text"', "{}", '{"kind": "model"}'])
-def test_a_damaged_header_is_refused(tmp_path: Path, header: str) -> None:
+def test_a_damaged_header_is_rejected(tmp_path: Path, header: str) -> None:
     refused(raw_header(tmp_path / "bad.safetensors", header), "JSON header is damaged")
 
 
 @pytest.mark.parametrize("levels", [40, 100_000])
 @pytest.mark.parametrize(("opens", "closes"), [('{"a": ', "}"), ("[", "]")])
-def test_a_header_that_is_nested_too_deeply_is_refused(tmp_path: Path, levels: int, opens: str, closes: str) -> None:
+def test_a_header_that_is_nested_too_deeply_is_rejected(tmp_path: Path, levels: int, opens: str, closes: str) -> None:
     deep = f'{{"schema_version": 1, "note": {opens * levels}1{closes * levels}}}'
     refused(raw_header(tmp_path / "deep.safetensors", deep), "JSON header is damaged")
 
 
-def test_a_header_that_is_a_list_is_refused(tmp_path: Path) -> None:
+def test_a_header_that_is_a_list_is_rejected(tmp_path: Path) -> None:
     refused(raw_header(tmp_path / "bad.safetensors", "[1]"), "JSON header is damaged")
 
 
 @pytest.mark.parametrize("version", [0, 2, 99, "1", None, [1]])
-def test_another_schema_version_is_refused_with_both_numbers(tmp_path: Path, version: Any) -> None:
+def test_another_schema_version_is_rejected_with_both_numbers(tmp_path: Path, version: Any) -> None:
     path = raw_header(tmp_path / "newer.safetensors", {"schema_version": version, **META})
-    refused(path, f"schema_version {version!r}, this version of petseg reads 1")
+    refused(path, f"schema_version {version!r}, but this version of petseg reads 1")
 
 
 @pytest.mark.parametrize("width", [4, 16])
-def test_tensors_of_another_width_are_refused(tmp_path: Path, width: int) -> None:
+def test_tensors_of_another_width_are_rejected(tmp_path: Path, width: int) -> None:
     path = tmp_path / "wide.safetensors"
     save_checkpoint(path, network(width=width).state_dict(), META)
-    with pytest.raises(CheckpointError, match=r"wide\.safetensors: its tensors are not those"):
+    with pytest.raises(CheckpointError, match=r"wide\.safetensors: its tensors do not fit"):
         load_model(path)
 
 
-def test_a_tensor_missing_or_left_over_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_tensor_missing_or_left_over_is_rejected_by_name(tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
     state = network().state_dict()
     save_checkpoint(path, {n: t for n, t in state.items() if n != "head.bias"}, META)
@@ -286,14 +286,14 @@ def test_a_tensor_missing_or_left_over_is_refused_by_name(tmp_path: Path) -> Non
     save_checkpoint(path, {**state, "extra": torch.zeros(1)}, META)
     with pytest.raises(CheckpointError, match=r"odd\.safetensors[\s\S]*extra"):
         load_model(path)
-    save_checkpoint(path, state, {**META, "kind": "training"})  # holds no moving average
+    save_checkpoint(path, state, {**META, "kind": "training"})  # has no EMA weights
     with pytest.raises(CheckpointError, match=r"odd\.safetensors"):
         load_model(path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["down3.0.weight", "bottom.1.running_var", "head.bias"])
-def test_a_weight_that_is_no_number_is_refused_by_name(tmp_path: Path, name: str, value: float) -> None:
+def test_a_weight_that_is_no_number_is_rejected_by_name(tmp_path: Path, name: str, value: float) -> None:
     state = network().state_dict()
     state[name].view(-1)[-1] = value
     path = tmp_path / "nan.safetensors"
@@ -319,13 +319,13 @@ BAD_SHAPES = [{"levels": 3}, {"levels": ["a", "b"]}, {"stem": 1}, {"ungated": [9
 
 
 @pytest.mark.parametrize("model", [*BAD, *({"width": 2, **bad} for bad in BAD_SHAPES)])
-def test_a_header_without_a_network_is_refused(tmp_path: Path, model: Any) -> None:
+def test_a_header_without_a_network_is_rejected(tmp_path: Path, model: Any) -> None:
     save_checkpoint(tmp_path / "x.safetensors", network().state_dict(), {**META, "model": model})
     with pytest.raises(CheckpointError, match="network"):
         load_model(tmp_path / "x.safetensors")
 
 
-def test_a_header_without_a_network_is_refused_by_file(tmp_path: Path) -> None:
+def test_a_header_without_a_network_is_rejected_by_file(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "x.safetensors", network().state_dict(), {"kind": "model"})
     with pytest.raises(CheckpointError, match=r"x\.safetensors"):
         load_model(tmp_path / "x.safetensors")
@@ -348,7 +348,7 @@ INFINITE, NO_NUMBER = float("inf"), float("nan")
     ],
     ids=str,
 )
-def test_what_a_model_is_used_with_is_looked_at_when_it_is_loaded(tmp_path: Path, damage: dict[str, Any]) -> None:
+def test_the_specification_of_a_model_is_checked_when_it_is_loaded(tmp_path: Path, damage: dict[str, Any]) -> None:
     path = tmp_path / "x.safetensors"
     save_checkpoint(path, network().state_dict(), {**META, "spec": {**SPEC, **damage}})
     with pytest.raises(CheckpointError, match=r"x\.safetensors: its specification is damaged"):
@@ -356,7 +356,7 @@ def test_what_a_model_is_used_with_is_looked_at_when_it_is_loaded(tmp_path: Path
 
 
 @pytest.mark.parametrize("spec", [{}, {"height": 32, "width": 32}, {"width": 32, "threshold": 0.5}, 5, [1], "spec"])
-def test_a_model_without_a_size_or_a_threshold_is_refused(tmp_path: Path, spec: Any) -> None:
+def test_a_model_without_a_size_or_a_threshold_is_rejected(tmp_path: Path, spec: Any) -> None:
     path = tmp_path / "x.safetensors"
     save_checkpoint(path, network().state_dict(), {**META, "spec": spec})
     with pytest.raises(CheckpointError, match=r"x\.safetensors: its specification is damaged"):
@@ -364,13 +364,13 @@ def test_a_model_without_a_size_or_a_threshold_is_refused(tmp_path: Path, spec: 
 
 
 @pytest.mark.parametrize("width", [2.0, 10**12])
-def test_a_width_that_cannot_be_is_refused(tmp_path: Path, width: float) -> None:
+def test_a_width_that_cannot_be_is_rejected(tmp_path: Path, width: float) -> None:
     save_checkpoint(tmp_path / "x.safetensors", network().state_dict(), {**META, "model": {"width": width}})
     with pytest.raises(CheckpointError):
         load_model(tmp_path / "x.safetensors")
 
 
-def test_a_peek_gives_what_is_said_without_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peek_returns_the_header_without_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.safetensors"
     save_checkpoint(path, {"weight": torch.zeros(3)}, {"kind": "model", "model": {}})
     monkeypatch.setattr("hashlib.file_digest", lambda *_: pytest.fail("all of it was read"))

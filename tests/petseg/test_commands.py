@@ -1,4 +1,4 @@
-"""`petseg train`, `evaluate` and `data check` as people and scripts use them."""
+"""`petseg train`, `evaluate` and `data check` as users and scripts call them."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ from petseg.cli import run
 from petseg.config import TrainConfig, to_dict
 from petseg.data import Split, find
 from petseg.evaluate import as_shown, evaluate, open_model
+from petseg.lock import LOCK
 from petseg.model import AttentionUNetConfig
 from petseg_export import OnnxConfig, export
 
 SMALL = ["--width", "2", "--size", "32", "--batch", "4", "--device", "cpu", "--set", "amp=fp32"]
-#: Each test's own cache folder is empty, and matplotlib would spend seconds on filling it.
+#: The cache folder of each test is empty, and matplotlib would take seconds to fill it.
 FONTS = matplotlib.get_cachedir()
 FILES = {"best.safetensors", "last.safetensors", "log.csv", "run.json", "curves.png", "predictions.png"}
 
@@ -50,7 +51,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def trained(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Two epochs of a tiny network. To be read only."""
+    """Two epochs of a tiny network. Read only."""
     folder = tmp_path_factory.mktemp("commands") / "run"
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -122,7 +123,7 @@ def test_a_finished_run_resumed_says_the_same_again(
     assert second.startswith(str(trained_copy / "log.csv"))
 
 
-def test_a_second_run_in_the_same_folder_is_refused(
+def test_a_second_run_in_the_same_folder_is_rejected(
     trained_copy: Path, oxford_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(trained_copy)
@@ -158,12 +159,13 @@ def test_a_picture_that_cannot_be_written_is_named_and_the_run_is_done(
 def test_a_photo_that_became_unreadable_costs_a_picture_and_not_the_run(
     trained: Run, oxford_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the last validation, so that only the pictures miss it."""
+    """The photo is spoilt after the last validation, so that only the plots miss it."""
     write, out = records.write_record, tmp_path / "run"
 
     def spoil_and_write(trainer: training.Trainer) -> None:
         for pair in trainer.photos.val:
             pair.image.write_bytes(b"no photo")
+        assert (out / LOCK).exists(), "another run would remove what this one is still writing"
         write(trainer)
 
     monkeypatch.setattr(records, "write_record", spoil_and_write)
@@ -171,7 +173,7 @@ def test_a_photo_that_became_unreadable_costs_a_picture_and_not_the_run(
     printed, err = capsys.readouterr()
     assert not printed
     (line,) = err.splitlines()
-    assert line.startswith(f"petseg: {out / 'predictions.png'}: cannot be made ({oxford_copy}")
+    assert line.startswith(f"petseg: {out / 'predictions.png'}: cannot be drawn ({oxford_copy}")
     assert {path.name for path in out.iterdir()} == FILES - {"predictions.png"}
     assert json.loads((out / "run.json").read_text())["epochs"] == 1
 
@@ -245,12 +247,12 @@ def test_data_and_output_are_required(given: list[str], missing: str, capsys: py
 
 
 class Seen(Exception):
-    """Carries what the command gave to the trainer."""
+    """Carries the command's arguments to the trainer."""
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that returns what `petseg train` with some options would give to the trainer."""
+    """Returns a function that returns the trainer's arguments for some options of `petseg train`."""
 
     class Spy:
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -296,7 +298,7 @@ def test_the_settings_that_are_printed_make_the_same_run(
     (got, *_), _ = asked("--config", str(tmp_path / "run.toml"), *teacher)
     if teacher:
         assert got == want
-    else:  # what the recipe says of a teacher is a comment
+    else:  # the recipe's settings of a teacher are comments
         plain = dataclasses.replace(want.augment, mix=0.0, mix_until=1.0)
         assert got == dataclasses.replace(want, augment=plain, loss=dataclasses.replace(want.loss, features=0.0))
     assert list(tmp_path.iterdir()) == [tmp_path / "run.toml"]
@@ -322,7 +324,7 @@ def test_a_recipe_gives_way_to_a_file(tmp_path: Path, asked: Any) -> None:
     assert (config.schedule.name, config.schedule.warmup) == ("one-cycle", 0.5)
 
 
-def test_what_a_recipe_sets_for_others_may_be_without_effect_but_not_what_people_set(
+def test_settings_of_a_recipe_may_be_without_effect_but_not_those_of_the_user(
     asked: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (config, *_), _ = asked("--recipe", "edge", "--set", "schedule.name=cosine")
@@ -331,7 +333,7 @@ def test_what_a_recipe_sets_for_others_may_be_without_effect_but_not_what_people
         options = ["--recipe", "edge", "--set", "schedule.name=cosine", "--set", setting]
         assert run(["train", "--data", "d", "--output", "o", *options]) == 2
         assert f"{setting.replace('=', ' is ')}, which has no effect" in capsys.readouterr().err
-    # A run of an older version, which did not look, goes on with the settings that it began with.
+    # A run of an older version, which did not check, is resumed with its first settings.
     asked("--set", "schedule.warmup=0.2", "--resume")
 
 
@@ -362,9 +364,9 @@ def test_the_commit_on_record_is_that_of_the_start(
     oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Committed(training.Trainer):
-        def fit(self) -> Path:
+        def fit(self, *, unlock: bool = True) -> Path:
             monkeypatch.setattr(records, "commit", lambda: "somebody else's")
-            return super().fit()
+            return super().fit(unlock=unlock)
 
     monkeypatch.setattr(records, "commit", lambda: "of the start")
     monkeypatch.setattr(training, "Trainer", Committed)
@@ -487,7 +489,7 @@ def test_each_split_is_measured_by_its_own_photos(
 def test_the_validation_photos_are_those_of_the_run(
     trained: Run, oxford_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The numbers that training saw are those that are measured afterwards."""
+    """The figures during training are those that are measured afterwards."""
     row = trained.printed["best"]
     options = ["--split", "val", "--threshold", row["val_threshold"]]
     got = measured(capsys, trained.folder / "best.safetensors", "--data", oxford_root, *options)
@@ -496,7 +498,7 @@ def test_the_validation_photos_are_those_of_the_run(
 
 @pytest.fixture(scope="module")
 def unusual(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose run kept a quarter of trainval, six photos, by another seed."""
+    """A checkpoint whose run held out a quarter of trainval, six photos, by another seed."""
     folder = tmp_path_factory.mktemp("unusual") / "run"
     split = ["--set", "data.val_fraction=0.25", "--set", "data.split_seed=3"]
     args = ["train", "--data", str(oxford_root), "--output", str(folder), *SMALL, "--epochs", "1", "-q", *split]
@@ -525,7 +527,7 @@ def test_val_is_what_the_checkpoints_own_run_kept(
         (["--split-seed", "0"], 6, "the model was trained on 5 of the 6 photos of val"),
     ],
 )
-def test_another_val_than_the_runs_is_warned_of(
+def test_another_val_than_the_runs_is_warned_about(
     unusual: Path, oxford_root: Path, options: list[str], photos: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["evaluate", str(unusual), "--data", str(oxford_root), "--json", *options]
@@ -534,8 +536,7 @@ def test_another_val_than_the_runs_is_warned_of(
     assert json.loads(out)["photos"] == photos
     assert len(err.splitlines()) == 1
     assert said in err
-    assert run([*args, "--split", "test"]) == 0
-    assert not capsys.readouterr().err, "the test photos are the same by any seed"
+    assert run([*args, "--split", "test"]) == 2, "the test photos are the same by any seed"
 
 
 def test_val_is_what_the_run_of_an_exported_file_kept(
@@ -570,7 +571,7 @@ def test_an_exported_file_of_an_older_version_knows_whether_val_is_what_it_was_v
     assert (json.loads(out)["photos"], err) == (6, "")
 
 
-def test_test_photos_that_a_model_was_trained_on_are_warned_of(
+def test_test_photos_that_a_model_was_trained_on_are_warned_about(
     unusual: Path, oxford_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainval, test = (oxford_copy / "annotations" / f"{split}.txt" for split in ("trainval", "test"))
@@ -597,8 +598,8 @@ def test_val_is_what_val_txt_lists(folder_copy: Path, tmp_path: Path, capsys: py
 
     code, message = failed(["evaluate", str(best), *map(str, own), "--val-fraction", "0.5"], capsys)
     assert code == 2
-    assert "val.txt says which photos are val: leave out --val-fraction" in message
-    (folder_copy / "val.txt").unlink()  # the file names its photos
+    assert "val.txt says which photos are val; leave out --val-fraction" in message
+    (folder_copy / "val.txt").unlink()  # the exported file has their names
     again = measured(capsys, tmp_path / "m.onnx", *own)
     assert (again["photos"], again["iou"]) == (2, pytest.approx(row["val_iou"], abs=1e-3))
     for more, said in (
@@ -632,7 +633,7 @@ def test_masks_without_a_border_have_one_reading(
 def test_masks_without_a_border_are_measured_at_the_threshold_for_cutouts_too(
     trained: Run, folder_root: Path, oxford_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A model that was taught to leave the outline out is judged by masks that may hold it."""
+    """A model that learned to exclude the outline is measured on masks that may include it."""
     saved, path = checkpoints.load(trained.folder / "best.safetensors"), tmp_path / "m.safetensors"
     spec = {**saved.meta["spec"], "threshold": 0.6, "cutout_threshold": 0.25}
     checkpoints.save_checkpoint(path, saved.tensors, {**saved.meta, "spec": spec})
@@ -649,7 +650,7 @@ def test_masks_without_a_border_are_measured_at_the_threshold_for_cutouts_too(
     )
     assert f"{record['iou']:.4f}" in masks
     assert f"{lower['iou']:.4f}" in cutouts
-    assert "if they hold the fur at the outline, the threshold for cutouts is the one to compare by" in out
+    assert "if the masks include the fur at the outline, compare by the threshold for cutouts" in out
     assert "cutout" not in measured(capsys, path, "--data", oxford_root)
     checkpoints.save_checkpoint(path, saved.tensors, {**saved.meta, "spec": {**spec, "cutout_threshold": 0.6}})
     assert "cutout" not in measured(capsys, path, "--data", folder_root)
@@ -687,7 +688,7 @@ def test_an_undefined_ratio_and_an_empty_mask_are_said_in_the_table(
     assert run(args) == 0
     out = capsys.readouterr().out
     assert "nan" not in out
-    assert "masks without any pet, counted all the same: pet_24, pet_25" in out
+    assert "masks without any pet, counted nevertheless: pet_24, pet_25" in out
 
 
 def test_names_that_are_no_utf8_or_command_the_terminal_are_trained_on_measured_and_shown_escaped(
@@ -704,7 +705,7 @@ def test_names_that_are_no_utf8_or_command_the_terminal_are_trained_on_measured_
     args += ["--split", "trainval", "--output", str(tmp_path), "--report", str(tmp_path)]
     assert run(["evaluate", str(tmp_path / "run" / "best.safetensors"), *args]) == 3
     out, err = capsys.readouterr()
-    assert r"counted all the same: caf\udce9\x1b[31mown_00" in out
+    assert r"counted nevertheless: caf\udce9\x1b[31mown_00" in out
     assert r"caf\udce9\x1b[31mown_01.png: not an image" in err
     assert "\x1b" not in out + err
     assert r"caf\udce9" in (tmp_path / "images.csv").read_text(encoding="utf-8")
@@ -720,6 +721,8 @@ def test_names_that_are_no_utf8_or_command_the_terminal_are_trained_on_measured_
         (["--threshold", "nan"], 2, "--threshold"),
         (["--split", "val", "--val-fraction", "nan"], 2, "--val-fraction"),
         (["--split", "val", "--val-fraction", "1"], 2, "--val-fraction"),
+        (["--val-fraction", "0.5"], 2, "have no effect on --split test"),
+        (["--split", "trainval", "--split-seed", "0"], 2, "have no effect on --split trainval"),
         (["--split", "all"], 2, "--split"),
         (["--batch", "0"], 2, "--batch"),
         (["--data", "/nowhere"], 8, "/nowhere"),
@@ -797,7 +800,7 @@ def test_photos_are_counted_as_val_txt_divides_them(folder_copy: Path, capsys: p
     assert "val.txt: 1 lines name no photo" in message
 
 
-def test_what_a_folder_holds_for_nothing_is_named(folder_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unused_files_in_a_folder_are_named(folder_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder_copy / "images" / "own_04.png").rename(folder_copy / "images" / "own_04.svg")
     (folder_copy / "images" / ".hidden").touch()
     found = checked(capsys, folder_copy)

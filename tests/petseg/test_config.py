@@ -19,7 +19,7 @@ from petseg.config import (
     from_dict,
     load_toml,
     override,
-    refuse_idle,
+    reject_unused,
     to_dict,
     to_toml,
 )
@@ -52,7 +52,7 @@ def test_to_dict_and_back_through_json(config: TrainConfig) -> None:
 @pytest.mark.parametrize("taught", [True, False])
 @pytest.mark.parametrize("config", [TrainConfig(), UNUSUAL])
 def test_to_toml_and_back(config: TrainConfig, taught: bool, tmp_path: Path) -> None:
-    """All that is used comes back; what is not is told in a comment, and a run of these settings is not refused."""
+    """Settings with an effect come back; others are comments, and a run with these settings is not rejected."""
     file = tmp_path / "run.toml"
     file.write_text(to_toml(config, taught))
     back = from_dict(TrainConfig, load_toml(file))
@@ -70,11 +70,11 @@ def test_to_toml_and_back(config: TrainConfig, taught: bool, tmp_path: Path) -> 
         features=config.loss.features if taught else 0.0,
     )
     assert back == dataclasses.replace(config, schedule=used, loss=loss)
-    refuse_idle(back, TrainConfig(), taught)
+    reject_unused(back, TrainConfig(), taught)
     assert tomllib.loads(re.sub(r"^# ", "", file.read_text(), flags=re.MULTILINE)) == to_dict(config)
 
 
-def test_a_setting_that_nothing_uses_is_a_comment_with_what_would_use_it() -> None:
+def test_a_setting_without_effect_is_a_comment_with_what_it_needs() -> None:
     lines = to_toml(UNUSUAL, taught=False).splitlines()
     assert "# teacher = 0.9  # no effect without --teacher FILE" in lines
     assert "# restart_epochs = 3  # no effect without schedule.name=cosine-restarts" in lines
@@ -83,7 +83,7 @@ def test_a_setting_that_nothing_uses_is_a_comment_with_what_would_use_it() -> No
 
 
 def test_the_unusual_config_differs_everywhere() -> None:
-    """Else the round trip above could lose a setting unseen."""
+    """Otherwise the round trip above could lose a setting unnoticed."""
     same = []
     for f in dataclasses.fields(TrainConfig):
         one, two = getattr(TrainConfig(), f.name), getattr(UNUSUAL, f.name)
@@ -118,7 +118,7 @@ def test_a_whole_number_is_a_float_where_one_is_wanted() -> None:
         ({"model": {"channels": 3}}, "'model.channels'", "width"),
     ],
 )
-def test_an_unknown_name_is_refused_with_the_known_ones(raw: dict[str, Any], named: str, offered: str) -> None:
+def test_an_unknown_name_is_rejected_with_the_known_ones(raw: dict[str, Any], named: str, offered: str) -> None:
     with pytest.raises(UsageError, match=rf"unknown setting {named}.*\b{offered}\b"):
         from_dict(TrainConfig, raw)
 
@@ -148,7 +148,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(raw: dict[str, Any], nam
         ({"data": {"workers": True}}, "data.workers is True; int"),
     ],
 )
-def test_a_wrong_type_is_refused_by_name(raw: dict[str, Any], said: str) -> None:
+def test_a_wrong_type_is_rejected_by_name(raw: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         from_dict(TrainConfig, raw)
 
@@ -189,14 +189,14 @@ NAN = float("nan")
         *(("schedule.warmup", v) for v in (0.0, 1.0)),
     ],
 )
-def test_a_value_out_of_range_is_refused_by_name(name: str, value: float) -> None:
+def test_a_value_out_of_range_is_rejected_by_name(name: str, value: float) -> None:
     *section, key = name.split(".")
     raw: dict[str, Any] = {section[0]: {key: value}} if section else {key: value}
     with pytest.raises(UsageError, match=f"{name} is {value}"):
         from_dict(TrainConfig, raw)
 
 
-def test_no_loss_at_all_is_refused() -> None:
+def test_no_loss_at_all_is_rejected() -> None:
     with pytest.raises(UsageError, match=r"loss\.bce \+ loss\.dice"):
         LossConfig(bce=0, dice=0)
 
@@ -246,16 +246,16 @@ def test_a_setting_is_named_once(raw: dict[str, Any], said: str) -> None:
         (
             {"loss": {"teacher": 0.3}},
             False,
-            "loss.teacher is 0.3, which has no effect without --teacher FILE: add that",
+            "loss.teacher is 0.3, which has no effect without --teacher FILE; add that",
         ),
         ({"loss": {"features": 0.3}}, False, "loss.features is 0.3, .*without --teacher FILE"),
     ],
 )
-def test_a_setting_that_nothing_uses_is_refused_with_what_would(raw: dict[str, Any], taught: bool, said: str) -> None:
+def test_a_setting_without_effect_is_rejected_with_what_it_needs(raw: dict[str, Any], taught: bool, said: str) -> None:
     config = from_dict(TrainConfig, raw)
     with pytest.raises(UsageError, match=said):
-        refuse_idle(config, TrainConfig(), taught)
-    refuse_idle(config, config, taught)  # as a recipe has it
+        reject_unused(config, TrainConfig(), taught)
+    reject_unused(config, config, taught)  # as a recipe has it
 
 
 @pytest.mark.parametrize(
@@ -269,8 +269,8 @@ def test_a_setting_that_nothing_uses_is_refused_with_what_would(raw: dict[str, A
         {"loss": {"epsilon": 2.0}},
     ],
 )
-def test_a_setting_that_is_used_or_at_its_default_is_let_pass(raw: dict[str, Any]) -> None:
-    refuse_idle(from_dict(TrainConfig, raw), TrainConfig(), taught=True)
+def test_a_setting_that_is_used_or_at_its_default_is_accepted(raw: dict[str, Any]) -> None:
+    reject_unused(from_dict(TrainConfig, raw), TrainConfig(), taught=True)
 
 
 @pytest.mark.parametrize(("text", "workers"), [("auto", "auto"), ('"auto"', "auto"), ("3", 3), ("0", 0)])
@@ -302,14 +302,14 @@ def test_toml_is_read(tmp_path: Path) -> None:
         (b"name = '\xff\xfe'", "not valid TOML"),
     ],
 )
-def test_a_file_that_is_not_toml_is_refused_by_name(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_file_that_is_not_toml_is_rejected_by_name(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "run.toml"
     path.write_bytes(content)
     with pytest.raises(TrainingError, match=rf"run\.toml: {said}"):
         load_toml(path)
 
 
-def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_rejected_by_name(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"none\.toml: cannot be read"):
         load_toml(tmp_path / "none.toml")
     with pytest.raises(TrainingError, match="cannot be read"):
@@ -344,7 +344,7 @@ def test_override_replaces_one_value_and_keeps_its_neighbours() -> None:
 
 
 @pytest.mark.parametrize("assignment", ["epochs", "", "=3", "  =3", "epochs:3"])
-def test_override_without_a_name_or_a_value_is_refused(assignment: str) -> None:
+def test_override_without_a_name_or_a_value_is_rejected(assignment: str) -> None:
     with pytest.raises(UsageError, match="NAME=VALUE"):
         override({}, assignment)
 
@@ -352,8 +352,8 @@ def test_override_without_a_name_or_a_value_is_refused(assignment: str) -> None:
 @pytest.mark.parametrize(
     "assignment", ["epochs=" + "[" * 5000, "epochs=" + "[" * 50 + "]" * 50, "model.width" + ".a" * 5000 + "=1"]
 )
-def test_a_setting_that_nests_too_deeply_is_refused_in_one_short_line(assignment: str) -> None:
-    with pytest.raises(UsageError, match=r"^--set '.{60}': more than 30 levels of tables and lists in each other; a"):
+def test_a_setting_that_nests_too_deeply_is_rejected_in_one_short_line(assignment: str) -> None:
+    with pytest.raises(UsageError, match=r"^--set '.{60}': more than 30 levels of nested tables and lists; a"):
         override({}, assignment)
 
 
@@ -361,17 +361,17 @@ def test_a_setting_that_nests_too_deeply_is_refused_in_one_short_line(assignment
     ("text", "said"),
     [
         ("x = " + "[" * 5000, "not valid TOML"),
-        ("epochs = " + "[" * 50 + "]" * 50, "more than 30 levels of tables and lists"),
-        ("[model]\nwidth" + ".a" * 5000 + " = 1", "more than 30 levels of tables and lists"),
+        ("epochs = " + "[" * 50 + "]" * 50, "more than 30 levels of nested tables and lists"),
+        ("[model]\nwidth" + ".a" * 5000 + " = 1", "more than 30 levels of nested tables and lists"),
     ],
 )
-def test_a_file_that_nests_too_deeply_is_refused_by_name(tmp_path: Path, text: str, said: str) -> None:
+def test_a_file_that_nests_too_deeply_is_rejected_by_name(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "run.toml"
     path.write_text(text)
     with pytest.raises(TrainingError, match=rf"run\.toml: {said}"):
         load_toml(path)
 
 
-def test_override_inside_a_plain_setting_is_refused() -> None:
+def test_override_inside_a_plain_setting_is_rejected() -> None:
     with pytest.raises(UsageError, match="'epochs' is a setting"):
         override({"epochs": 3}, "epochs.lr=3")

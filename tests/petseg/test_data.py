@@ -91,13 +91,13 @@ def test_the_seed_alone_decides_what_is_validation(oxford_root: Path) -> None:
     assert val(0) == val(0)
     assert val(0) != val(1)
     assert len(val(0, 0.001)) == 1, "at least one"
-    # The same on every machine and for every Python: these names are part of the contract.
+    # These names are the same on every machine and for every Python: they are part of the contract.
     order = [f"pet_{i:02d}" for i in range(24)]
     assert validation_names(order, 0.125, 0) == {"pet_12", "pet_13", "pet_01"}
     assert validation_names(order[::-1], 0.125, 0) == validation_names(order, 0.125, 0)
 
 
-def test_a_fraction_that_leaves_nothing_to_train_on_is_refused(oxford_root: Path) -> None:
+def test_a_fraction_that_leaves_nothing_to_train_on_is_rejected(oxford_root: Path) -> None:
     with pytest.raises(DataError, match="train split has no photos: trainval needs at least one photo for training"):
         find(oxford_root, Split.TRAIN, val_fraction=0.999)
 
@@ -120,14 +120,14 @@ def test_a_listing_with_comments_blanks_and_repetitions(oxford_copy: Path) -> No
     assert names(find(oxford_copy, Split.TEST)) == ["pet_24", "pet_25"]
 
 
-def test_an_empty_split_is_refused(folder_copy: Path) -> None:
+def test_an_empty_split_is_rejected(folder_copy: Path) -> None:
     (folder_copy / "test.txt").unlink()
     with pytest.raises(DataError, match=r"test split has no photos: name some in .*/test\.txt, one on each line"):
         find(folder_copy, Split.TEST)
     assert len(find(folder_copy, Split.TRAINVAL)) == 12
 
 
-def test_two_photos_of_one_stem_are_refused(folder_copy: Path) -> None:
+def test_two_photos_of_one_stem_are_rejected(folder_copy: Path) -> None:
     Image.new("RGB", (64, 64)).save(folder_copy / "images" / "own_03.jpg")
     with pytest.raises(DataError, match=r"own_03\.png and .*own_03\.jpg"):
         find(folder_copy, Split.TRAIN)
@@ -147,13 +147,13 @@ def test_what_can_be_segmented_can_be_trained_on(folder_copy: Path, suffix: str)
     assert (trimap == PET).any()
 
 
-def test_hidden_and_foreign_files_are_passed_over(folder_copy: Path) -> None:
+def test_hidden_and_foreign_files_are_skipped(folder_copy: Path) -> None:
     (folder_copy / "images" / ".own_00.png").write_bytes(b"")
     (folder_copy / "images" / "Thumbs.db").write_bytes(b"")
     assert len(find(folder_copy, Split.TRAINVAL)) == 9
 
 
-def test_find_listed_joins_splits_and_passes_over_the_absent(oxford_copy: Path) -> None:
+def test_find_listed_joins_splits_and_skips_absent_ones(oxford_copy: Path) -> None:
     both = find_listed(oxford_copy, [Split.TRAINVAL, Split.TEST])
     assert {split: len(pairs) for split, pairs in both.items()} == {Split.TRAINVAL: 24, Split.TEST: 6}
     (oxford_copy / "annotations" / "test.txt").unlink()
@@ -166,7 +166,7 @@ def test_find_listed_joins_splits_and_passes_over_the_absent(oxford_copy: Path) 
 def test_a_test_photo_that_is_not_there_is_named_and_not_trained_on(folder_copy: Path, wrong: str) -> None:
     (folder_copy / "test.txt").write_text(f"own_11\n{wrong}\n")
     for split in Split:
-        with pytest.raises(DataError, match=rf"test\.txt: 1 lines name no photo .*'{wrong}'.* without its suffix"):
+        with pytest.raises(DataError, match=rf"test\.txt: 1 lines name no photo .*'{wrong}'.* without suffix"):
             find(folder_copy, split)
 
 
@@ -204,14 +204,14 @@ def test_val_txt_is_the_validation_part_whatever_share_and_seed_say(folder_copy:
 def test_a_validation_photo_that_is_not_there_is_named_and_not_trained_on(folder_copy: Path, wrong: str) -> None:
     (folder_copy / "val.txt").write_text(f"own_02\n{wrong}\n")
     for split in Split:
-        with pytest.raises(DataError, match=rf"val\.txt: 1 lines name no photo .*'{wrong}'.* without its suffix"):
+        with pytest.raises(DataError, match=rf"val\.txt: 1 lines name no photo .*'{wrong}'.* without suffix"):
             find(folder_copy, split)
 
 
 def test_a_photo_of_both_listings_is_named(folder_copy: Path) -> None:
     (folder_copy / "val.txt").write_text("own_02\nown_10\nown_09\n")
     for split in Split:
-        with pytest.raises(DataError, match=r"val\.txt: 2 of its names are in test\.txt, too, the first is 'own_09'"):
+        with pytest.raises(DataError, match=r"val\.txt: 2 of its names are also in test\.txt, the first is 'own_09'"):
             find(folder_copy, split)
 
 
@@ -220,7 +220,7 @@ def test_a_listing_that_leaves_nothing_to_validate_or_train_on_is_named(
     folder_copy: Path, lines: range, split: Split
 ) -> None:
     (folder_copy / "val.txt").write_text("".join(f"own_{i:02d}\n" for i in lines))
-    with pytest.raises(DataError, match=rf"the {split} split has no photos: .*val\.txt names the validation photos"):
+    with pytest.raises(DataError, match=rf"the {split} split has no photos: .*val\.txt lists the validation photos"):
         find(folder_copy, split)
 
 
@@ -255,12 +255,12 @@ def test_a_trimap_is_read_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("values", [[0, 1], [1, 4], [0, 255], [2, 0]])
-def test_a_trimap_with_other_values_is_refused(tmp_path: Path, values: list[int]) -> None:
+def test_a_trimap_with_other_values_is_rejected(tmp_path: Path, values: list[int]) -> None:
     with pytest.raises(DataError, match=r"mask\.png: not a trimap"):
         read_trimap(trimap_pair(tmp_path, np.array([values], np.uint8)))
 
 
-def test_a_colour_trimap_is_refused(tmp_path: Path) -> None:
+def test_a_colour_trimap_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"mask\.png: not a trimap"):
         read_trimap(trimap_pair(tmp_path, np.ones((4, 4, 3), np.uint8)))
 
@@ -281,7 +281,7 @@ def test_a_missing_foreign_or_truncated_mask_is_named(tmp_path: Path, layout: La
             read_trimap(pair)
 
 
-def test_a_mask_with_damaged_bytes_is_read_or_refused_by_name(tmp_path: Path) -> None:
+def test_a_mask_with_damaged_bytes_is_read_or_rejected_by_name(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pair = trimap_pair(tmp_path, rng.integers(1, 4, (16, 16)).astype(np.uint8))
     whole = pair.mask.read_bytes()
@@ -312,13 +312,13 @@ def test_whatever_pillow_raises_of_a_mask_is_a_data_error(
 
 
 @pytest.mark.parametrize("layout", list(Layout))
-def test_a_mask_that_is_no_regular_file_is_refused_and_nobody_waits_for_it(
+def test_a_mask_that_is_no_regular_file_is_rejected_and_nobody_waits_for_it(
     oxford_copy: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = dataclasses.replace(find(oxford_copy, Split.TEST)[0], layout=layout)
     pair.mask.unlink()
     os.mkfifo(pair.mask)
-    # Without it, opening the pipe would wait for ever for somebody who writes into it.
+    # Otherwise opening the pipe would wait for a writer forever.
     keep = os.open(pair.mask, os.O_RDWR | os.O_NONBLOCK)
     monkeypatch.setattr(Image, "open", lambda *args, **options: pytest.fail("it was opened"))
     try:
@@ -330,18 +330,18 @@ def test_a_mask_that_is_no_regular_file_is_refused_and_nobody_waits_for_it(
 
 @pytest.mark.parametrize("layout", list(Layout))
 def test_a_mask_comes_in_the_formats_of_photos_and_no_other(tmp_path: Path, layout: Layout) -> None:
-    """Of the others, EPS is the worst: Pillow hands it to Ghostscript, whatever the file is called."""
+    """Of the other formats, EPS is the worst: Pillow passes it to Ghostscript, whatever the file is called."""
     pair = trimap_pair(tmp_path, None, layout)
     Image.fromarray(np.ones((8, 8), np.uint8)).save(pair.mask, "EPS")
     with pytest.raises(DataError, match=r"mask\.png: not an image that can be read \(its"):
         read_trimap(pair)
 
 
-def test_a_mask_with_too_many_pixels_is_refused_before_it_is_decoded(
+def test_a_mask_with_too_many_pixels_is_rejected_before_it_is_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = trimap_pair(tmp_path, None)
-    Image.new("1", (13370, 13350)).save(pair.mask)  # fewer than Pillow's own limit
+    Image.new("1", (13370, 13350)).save(pair.mask)  # below Pillow's own limit
     monkeypatch.setattr(PngImageFile, "load", lambda self: pytest.fail("it was decoded"))
     with pytest.raises(DataError, match=r"mask\.png: 13370 x 13350 is 178 megapixels; the"):
         read_trimap(pair)
@@ -366,11 +366,11 @@ def test_a_mask_may_be_smaller_or_larger_than_its_photo_but_not_of_another_shape
     if same:
         assert read_pair(pair)[1].shape == size[::-1]
     else:
-        with pytest.raises(DataError, match=rf"{pair.name}\.png: photo 64 x 64, mask 64 x 62, which is of another"):
+        with pytest.raises(DataError, match=rf"{pair.name}\.png: photo 64 x 64, mask 64 x 62: the aspect"):
             read_pair(pair)
 
 
-def test_a_mask_of_the_photo_before_its_camera_turned_it_is_refused(oxford_copy: Path) -> None:
+def test_a_mask_of_the_photo_before_its_camera_turned_it_is_rejected(oxford_copy: Path) -> None:
     pair = find(oxford_copy, Split.TEST)[0]
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -397,7 +397,7 @@ def test_a_photo_has_the_same_key_wherever_its_folder_lies_and_another_one_anoth
 
 
 def test_photos_of_one_name_and_one_file_size_have_keys_of_their_own(tmp_path: Path) -> None:
-    """As frames of videos that are not compressed."""
+    """Like the frames of uncompressed videos."""
     keys = set()
     for grey in (40, 90):
         path = tmp_path / f"{grey}" / "frame_0001.bmp"
@@ -414,7 +414,7 @@ def test_what_is_no_regular_file_has_no_key_and_nobody_waits_for_it(tmp_path: Pa
 
 
 def turned_pair(root: Path, photo: int, mask: int, shape: tuple[int, int]) -> tuple[Pair, np.ndarray]:
-    """A pair stored alike, with an EXIF orientation each (1: none), and its truth as it is stored."""
+    """A photo and mask stored alike, each with an EXIF orientation (1: none), and the trimap as stored."""
     pair, truth = find(root, Split.TEST)[0], np.zeros(shape, np.uint8)
     truth[2:20, 4:12] = 255
     for path, turn in ((pair.image, photo), (pair.mask, mask)):
@@ -453,7 +453,7 @@ def test_a_mask_that_may_lie_another_way_than_its_photo_is_named(
 def test_a_mask_is_opened_once_more_only_where_its_photo_was_turned(
     folder_copy: Path, monkeypatch: pytest.MonkeyPatch, photo: int
 ) -> None:
-    """Asked for its orientation, a PNG is decoded."""
+    """Asking for a PNG's orientation decodes it."""
     pair, _ = turned_pair(folder_copy, photo, 1, (48, 48))
     opened, asked = images.opened, []
 
@@ -505,7 +505,7 @@ def test_photos_are_decoded_at_the_same_time_and_come_in_order(
     monkeypatch.setattr(images, "open_photo", slow)
     found = usable(pairs)
     first = next(found)
-    time.sleep(0.3)  # for readers to go on, who should not
+    time.sleep(0.3)  # time for readers to continue, which they must not
     assert len(started) <= 7, "all at their full size would fill the memory"
     rest = list(found)
     assert len(started) == len(pairs)
@@ -537,13 +537,13 @@ def test_photos_wait_for_memory_and_none_for_ever(
     monkeypatch.setattr(data_module, "_read_photo", counted)
     found = usable(pairs, processes=processes, promised=64 * 64 * 16 * promised)
     first = next(found)
-    time.sleep(0.2)  # for readers to go on, who should not
-    # The one that was asked for gets what it wants, and so does one that is alone; the others find room, or wait.
+    time.sleep(0.2)  # time for readers to continue, which they must not
+    # The requested one gets its memory, and so does one that is alone; the others fit, or wait.
     assert len(begun) <= most, "without a limit 13 would be ahead"
     assert names([pair for pair, *_ in (first, *found)]) == names(pairs)
 
 
-def test_who_stops_asking_keeps_no_reader_waiting(oxford_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_caller_that_stops_leaves_no_reader_waiting(oxford_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_module, "available_memory", lambda: 0)
     monkeypatch.setattr(data_module, "usable_cpus", lambda: 6)
     before = {*threading.enumerate()}
@@ -553,7 +553,7 @@ def test_who_stops_asking_keeps_no_reader_waiting(oxford_root: Path, monkeypatch
     assert {*threading.enumerate()} <= before
 
 
-def test_what_cannot_be_used_is_told_in_order_by_the_thread_that_asks(oxford_copy: Path) -> None:
+def test_unusable_pairs_are_reported_in_order_in_the_calling_thread(oxford_copy: Path) -> None:
     pairs = find(oxford_copy, Split.TRAINVAL)
     for number in (3, 4, 20):
         pairs[number].image.write_bytes(b"no photo")

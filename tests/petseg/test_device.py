@@ -1,4 +1,4 @@
-"""Which device computes, and in which precision."""
+"""The choice of the device and the precision."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_auto_is_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch, gpu
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:0", "cuda:1"])
-def test_a_device_that_is_there_is_taken_at_its_word(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_device_that_is_there_is_used_as_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     with_gpus(monkeypatch, 2)
     assert pick_device(name) == torch.device(name)
 
@@ -44,13 +44,13 @@ def test_a_gpu_that_is_not_there_is_an_error_and_never_the_cpu(
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:-1", "cuda:x", "0"])
-def test_what_is_no_device_is_refused_with_the_choices(name: str) -> None:
+def test_what_is_no_device_is_rejected_with_the_choices(name: str) -> None:
     with pytest.raises(EngineError, match=re.escape(f"--device {name!r} is not a device; auto, cpu, cuda or cuda:N")):
         pick_device(name)
 
 
 @pytest.mark.parametrize("name", ["meta", "mps", "xpu"])
-def test_devices_that_petseg_does_not_know_are_refused(name: str) -> None:
+def test_devices_that_petseg_does_not_know_are_rejected(name: str) -> None:
     with pytest.raises(EngineError, match="cuda or cpu"):
         pick_device(name)
 

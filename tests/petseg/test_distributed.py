@@ -1,7 +1,8 @@
-"""Two processes with gloo on one CPU: the steps of one, and one end for both."""
+"""Two processes with gloo on one CPU: they take the steps of a single one, and end together."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -33,7 +34,7 @@ CPU = torch.device("cpu")
 SETTINGS = ["model.width=4", "model.levels=[1,2]", "data.val_fraction=0.1", "amp=fp32", "optimizer.lr=0.01"]
 OPTIONS = ["--size", "32", "--batch", "4", "--epochs", "2", "--device", "cpu"]
 OPTIONS += [word for setting in SETTINGS for word in ("--set", setting)]
-#: A bias before a BatchNorm does nothing: its gradient is rounding noise, which Adam scales up; the mean follows it.
+#: A bias before a BatchNorm has no effect: its gradient is rounding noise, which Adam scales up; the mean follows it.
 IDLE = tuple(f"{conv}.{name}" for conv in ("w_g", "w_x", "psi") for name in ("0.bias", "1.running_mean"))
 
 
@@ -51,7 +52,7 @@ def tiny(**more: Any) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def whole(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of one process that nothing disturbed."""
+    """The folder of an uninterrupted run of one process."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     Trainer(tiny(), oxford_root, folder, device=CPU).fit()
     return folder
@@ -75,7 +76,7 @@ def assert_same_within_rounding(folder: Path, whole: Path) -> None:
         assert mine["step"] == other["step"]
 
 
-def test_torchrun_takes_the_steps_of_one_process_and_speaks_with_one_voice(
+def test_torchrun_takes_the_steps_of_one_process_and_prints_once(
     oxford_root: Path, tmp_path: Path, whole: Path
 ) -> None:
     out = tmp_path / "run"
@@ -86,7 +87,7 @@ def test_torchrun_takes_the_steps_of_one_process_and_speaks_with_one_voice(
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["checkpoint"] == str(out / BEST)
-    assert done.stderr.count("2 processes, 2 photos of a batch each") == 1
+    assert done.stderr.count("2 processes, 2 photos of each batch per process") == 1
     assert done.stderr.count("epoch 2/2") == 1
     assert {path.name for path in out.iterdir()} == {BEST, LAST, LOG, "run.json", "curves.png", "predictions.png"}
     record = json.loads((out / "run.json").read_text())
@@ -144,7 +145,7 @@ def nothing(): pass
 with join(torch.device("cpu"), timeout=timedelta(seconds=12)) as ranks:
     second = ranks.rank == 1
 {body}
-os._exit(0)  # the other is gone: leaving in order would wait for it
+os._exit(0)  # the other process is gone: an orderly exit would wait for it
 """
 
 IN_ORDER = """
@@ -192,7 +193,7 @@ DIES = """
 """
 
 
-#: Runs scripts at the same time, each in a fork of its own: what they import takes longer than what they then do.
+#: Runs scripts concurrently, each in a fork, because their imports take longer than their work.
 FORKED = """
 import json, os, sys
 import petseg.train
@@ -207,7 +208,7 @@ print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 def two(body: str, root: Path, out: Path, teacher: Path, port: int) -> list[tuple[str, dict[str, str]]]:
-    """The script of two processes that meet at a port, and the variables of each."""
+    """The script of two processes that connect at a port, and the environment variables of each."""
     code = SCRIPT.format(config=to_dict(tiny()), root=str(root), out=str(out), best=str(teacher), body=body)
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     return [(code, {"RANK": str(rank), "LOCAL_RANK": str(rank), **meet}) for rank in range(2)]
@@ -215,11 +216,11 @@ def two(body: str, root: Path, out: Path, teacher: Path, port: int) -> list[tupl
 
 @pytest.fixture(scope="module")
 def ends(oxford_root: Path, whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What became of both processes, one JSON file for each process and mishap."""
+    """The outcome for both processes, one JSON file per process and failure."""
     out = tmp_path_factory.mktemp("ends")
     stop_after(oxford_root, out / "resumed", step=7)
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        ports = [free.getsockname()[1] for free in (one, other)]  # held until both are known: else they may be the same
+        ports = [free.getsockname()[1] for free in (one, other)]  # held until both are known, so that they differ
     bodies = zip((IN_ORDER, DIES), ports, strict=True)
     scripts = json.dumps([s for body, port in bodies for s in two(body, oxford_root, out, whole / BEST, port)])
     command = [sys.executable, "-c", FORKED]
@@ -229,7 +230,7 @@ def ends(oxford_root: Path, whole: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def stop_after(root: Path, out: Path, step: int) -> None:
-    """One process, stopped."""
+    """Run one process, and stop it."""
     observer = Recorder(at_step=at(step, lambda: signal.raise_signal(signal.SIGTERM)))
     with pytest.raises(KeyboardInterrupt):
         Trainer(tiny(), root, out, device=CPU, observer=observer).fit()
@@ -239,12 +240,12 @@ def end_of(ends: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads((ends / f"{name}.{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(ends: Path) -> None:
+def test_a_batch_that_cannot_be_shared_is_rejected(ends: Path) -> None:
     for one in end_of(ends, "odd"):
         assert one["end"] == "UsageError: batch is 5; it must be a multiple of the 2 processes that share it"
 
 
-def test_a_signal_to_one_process_stops_both_after_the_same_step_and_one_can_go_on(
+def test_a_signal_to_one_process_stops_both_after_the_same_step_and_one_can_resume(
     ends: Path, oxford_root: Path, whole: Path
 ) -> None:
     first, second = end_of(ends, "stopped")
@@ -259,21 +260,21 @@ def test_two_processes_that_read_their_losses_late_stop_after_the_same_step(
 ) -> None:
     first, second = end_of(ends, "late")
     assert first["end"] == second["end"] == "KeyboardInterrupt: "
-    # Told at step 3, when 4 is under way; 5 carries it, and is read when 6 is under way, but the epoch ends with 5.
+    # Signalled at step 3, when 4 is issued; 5 carries the request and is read after the epoch's last step, 5.
     assert first["steps"] == second["steps"] == [1, 2, 3, 4, 5]
     assert load(ends / "late" / LAST).meta["state"]["step"] == 5
     Trainer(tiny(), oxford_root, ends / "late", device=CPU, resume=True).fit()
     assert_same_within_rounding(ends / "late", whole)
 
 
-def test_processes_with_other_photos_than_each_other_do_not_start(ends: Path) -> None:
-    for one, bad in zip(end_of(ends, "unlike"), ("0 could read all that it found", "1 left out pet_07"), strict=True):
+def test_processes_with_different_photos_do_not_start(ends: Path) -> None:
+    for one, bad in zip(end_of(ends, "unlike"), ("0 could read all that it found", "1 excluded pet_07"), strict=True):
         assert one["end"].startswith("TrainingError: the processes of this run have different photos")
-        assert f"process {bad} (`petseg data check`" in one["end"]
+        assert f"rank {bad} (`petseg data check`" in one["end"]
         assert one["steps"] == []
 
 
-def test_a_run_of_one_process_goes_on_with_two(ends: Path, whole: Path) -> None:
+def test_a_run_of_one_process_can_be_resumed_with_two(ends: Path, whole: Path) -> None:
     assert [one["end"] for one in end_of(ends, "resumed")] == ["done", "done"]
     assert [one["steps"] for one in end_of(ends, "resumed")] == [[8, 9, 10]] * 2
     assert_same_within_rounding(ends / "resumed", whole)
@@ -298,7 +299,7 @@ def test_a_nan_in_the_part_of_one_process_stops_both_and_names_the_whole_batch(e
 def test_an_error_of_the_first_process_ends_the_other(ends: Path) -> None:
     first, second = end_of(ends, "full")
     assert first["end"] == "OutputError: the disk is full"
-    assert second["end"] == "TrainingError: the first process of this run could not go on; it says why"
+    assert second["end"] == "TrainingError: rank 0 of this run failed; see its message"
 
 
 def test_both_stop_early_together(ends: Path) -> None:
@@ -314,7 +315,7 @@ def test_a_process_that_is_gone_ends_the_other_in_time(ends: Path, how: str) -> 
     assert first["seconds"] < 60, "not the half hour that PyTorch would wait"
 
 
-# one process, pretending
+# simulated in one process
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,13 +328,29 @@ def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) 
     assert ranks.wrap(model, CPU) is model
 
 
-def test_processes_that_do_not_meet_say_so(monkeypatch: pytest.MonkeyPatch, oxford_root: Path, tmp_path: Path) -> None:
+def test_processes_that_cannot_connect_say_so(
+    monkeypatch: pytest.MonkeyPatch, oxford_root: Path, tmp_path: Path
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(TrainingError, match="do not find each other"), join(CPU):
+    with pytest.raises(TrainingError, match="cannot connect to each other"), join(CPU):
         pass
     args = ["train", "--data", str(oxford_root), "--output", str(tmp_path / "run"), *OPTIONS, "-q"]
     assert run(args) == 9
+
+
+@pytest.mark.parametrize("more", [["--data", "/nowhere"], ["--batch", "x"]])
+def test_an_error_begins_with_the_rank_of_its_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, more: list[str]
+) -> None:
+    args = ["train", "--output", str(tmp_path / "run"), "--device", "cpu", *more]
+    for world, rank in (("1", ""), ("2", "rank 1: ")):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setattr(distributed, "join", lambda device: contextlib.nullcontext(Ranks(1, 2, 2)))
+        assert run(args) in (2, 8)
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message.startswith((f"petseg: {rank}/nowhere", f"Error: {rank}Invalid value for '--batch'"))
 
 
 def test_each_process_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +394,7 @@ HERE = (
         torch.distributed.DistStoreError("wait timeout after 12000ms"),
     ],
 )
-def test_an_exchange_with_a_process_that_is_gone_says_so_and_keeps_the_words(
+def test_a_collective_with_a_lost_process_says_so_and_keeps_the_message(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fails(tensor: torch.Tensor, *words: Any) -> None:
@@ -396,16 +413,14 @@ def test_an_exchange_with_a_process_that_is_gone_says_so_and_keeps_the_words(
         with pytest.raises(TrainingError, match="another process of this run ended") as caught:
             act()
         assert str(caught.value).endswith(f"({first})")
-    with pytest.raises(TrainingError, match="--resume"), ranks.exchanging():
+    with pytest.raises(TrainingError, match="--resume"), ranks.communicating():
         raise error
-    with pytest.raises(type(error)), Ranks().exchanging():
+    with pytest.raises(type(error)), Ranks().communicating():
         raise error
 
 
 @pytest.mark.parametrize("error", HERE, ids=str)
-def test_what_is_wrong_with_this_process_is_not_blamed_on_another(
-    monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_an_error_of_this_process_is_not_blamed_on_another(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fails(tensor: torch.Tensor) -> None:
         raise error
 
@@ -413,11 +428,11 @@ def test_what_is_wrong_with_this_process_is_not_blamed_on_another(
     with pytest.raises(type(error)) as caught:
         Ranks(0, 2, 2).sum(torch.ones(2))
     assert caught.value is error
-    with pytest.raises(type(error)), Ranks(0, 2, 2).exchanging():
+    with pytest.raises(type(error)), Ranks(0, 2, 2).communicating():
         raise error
 
 
-def test_an_error_outside_of_an_exchange_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_outside_of_a_collective_passes_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda *words, **options: None)
     monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)

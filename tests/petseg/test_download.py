@@ -1,4 +1,4 @@
-"""The download of the data set, from a server on this machine."""
+"""Downloading the data set, from a local server."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Server:
         self.running = True
 
     def resources(self) -> tuple[tuple[str, str], ...]:
-        """As in torchvision: address and MD5 of each archive, as it is now."""
+        """As in torchvision: URL and current MD5 of each archive."""
         return tuple(
             (
                 f"http://127.0.0.1:{self.http.server_port}/{name}",
@@ -63,7 +63,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def archives(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The official archives' layout, with the photos of `oxford_root`."""
+    """Archives with the official layout and the photos of `oxford_root`."""
     folder = tmp_path_factory.mktemp("archives")
     with tarfile.open(folder / "images.tar.gz", "w:gz") as archive:
         archive.add(oxford_root / "images", "images")
@@ -104,7 +104,7 @@ def test_what_is_there_is_not_downloaded_again(server: Server, tmp_path: Path) -
     download(tmp_path)
 
 
-def test_what_was_not_unpacked_to_its_end_is_unpacked_anew(
+def test_an_incompletely_unpacked_archive_is_unpacked_again(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(source: str, to: str, remove: bool = False) -> str:
@@ -120,7 +120,7 @@ def test_what_was_not_unpacked_to_its_end_is_unpacked_anew(
     monkeypatch.setattr(utils, "extract_archive", unpack)
     with pytest.raises(DataError, match="no data set here"):
         find(tmp_path, Split.TEST)
-    server.stop()  # both archives have come
+    server.stop()  # both archives have been downloaded
     download(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["oxford-iiit-pet"]
     assert len(find(tmp_path, Split.TEST)) == 6
@@ -130,7 +130,9 @@ def test_a_data_set_that_lacks_a_file_is_not_called_ready(server: Server, tmp_pa
     download(tmp_path)
     gone = find(tmp_path, Split.TEST)[0].mask
     gone.unlink()
-    with pytest.raises(DataError, match=rf"1 of the data set's files are missing, {gone.name}.* download again"):
+    with pytest.raises(
+        DataError, match=rf"1 of the data set's files are missing, among them {gone.name}.* download again"
+    ):
         download(tmp_path)
 
 
@@ -143,7 +145,7 @@ def test_a_full_disk_is_not_the_servers_fault(tmp_path: Path, monkeypatch: pytes
         download(tmp_path)
 
 
-def test_another_file_than_the_official_one_is_refused_and_a_second_try_mends_it(
+def test_an_unofficial_file_is_rejected_and_a_second_try_fixes_it(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = OxfordIIITPet._RESOURCES

@@ -1,4 +1,4 @@
-"""The moving average is the one of its formula, buffers and all, and a decay of 0 is the network itself."""
+"""The EMA follows its formula, including buffers, and with a decay of 0 is the network itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def network() -> nn.Sequential:
 
 
 def set_to(model: nn.Module, value: float) -> None:
-    """Every weight and statistic; what is counted becomes the whole number."""
+    """Set every weight and statistic; counters become the integer part."""
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.fill_(value if tensor.is_floating_point() else int(value))
@@ -33,7 +33,7 @@ def test_it_is_the_average_of_its_formula(values: list[float], decay: float) -> 
     for n, value in enumerate(values):
         set_to(model, value)
         average.update(model)
-        kept = min(decay, (1 + n) / (10 + n)) if n else 0.0  # random first weights count for nothing
+        kept = min(decay, (1 + n) / (10 + n)) if n else 0.0  # the random initial weights do not count
         expected = kept * expected + (1 - kept) * value
     for name, tensor in average.module.state_dict().items():
         wanted = expected if tensor.is_floating_point() else float(int(values[-1]))

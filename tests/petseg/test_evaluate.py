@@ -1,4 +1,4 @@
-"""The measurement, against pixels counted one by one."""
+"""The measurement, checked against counting pixels one by one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SIZES = [((37, 53), (37, 53)), ((64, 64), (64, 64)), ((120, 80), (60, 40)), ((16
 
 
 def smooth(rng: np.random.Generator, height: int, width: int, channels: int) -> np.ndarray:
-    """A random field with structure larger than a pixel, uint8 [H, W, C]."""
+    """A random field with structures larger than a pixel, uint8 [H, W, C]."""
     coarse = rng.integers(0, 256, (4, 5, channels), np.uint8)
     layers = [
         Image.fromarray(coarse[..., c]).resize((width, height), Image.Resampling.BICUBIC) for c in range(channels)
@@ -73,7 +73,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[Pair]:
 
 
 def brute(pairs: list[Pair], threshold: float, reading: str) -> list[tuple[int, int, int, int]]:
-    """(TP, FP, FN, TN) of the model `red` for each photo, at its trimap's own resolution."""
+    """(TP, FP, FN, TN) of the model `red` for each photo, at its trimap's resolution."""
     found = []
     for pair in pairs:
         trimap = np.asarray(Image.open(pair.mask))
@@ -192,9 +192,7 @@ def test_photos_wait_for_memory_and_none_for_ever(pairs: list[Pair], monkeypatch
     assert (evaluate(red, pairs, H, W).histograms == want).all()
 
 
-def test_photos_that_cannot_be_read_are_told_in_order_by_the_thread_that_asks(
-    pairs: list[Pair], tmp_path: Path
-) -> None:
+def test_unreadable_photos_are_reported_in_order_in_the_calling_thread(pairs: list[Pair], tmp_path: Path) -> None:
     bad = [Pair(f"bad {i}", tmp_path / f"{i}.jpg", pairs[0].mask, Layout.OXFORD) for i in range(2)]
     told: list[tuple[str, threading.Thread]] = []
     watched: list[int] = []
@@ -314,7 +312,7 @@ def test_an_exported_file_is_closed_afterwards(exported: Path) -> None:
     [None, 3, [], {}, {"data": None}, {"data": {"val_fraction": 0.1}}]
     + [{"data": {"val_fraction": f, "split_seed": s}} for f, s in ((2, 0), ("x", 0), (math.nan, 0), (0.1, math.inf))],
 )
-def test_a_split_that_is_not_told_or_nonsense_is_none(config: object) -> None:
+def test_a_split_that_is_missing_or_nonsense_is_none(config: object) -> None:
     assert split_of({} if config is None else {"config": config}) is None
     told = {"data": {"val_fraction": 0.2, "split_seed": 4}}
     assert split_of({**told, **({} if config is None else {"config": config})}) == (0.2, 4)
@@ -337,8 +335,8 @@ def test_validation_photos_that_are_not_listed_or_nonsense_are_none(data: object
     assert listed_by({} if data is None else {"data": data}) is None
 
 
-def test_a_run_whose_validation_photos_were_listed_tells_them_by_name_and_not_by_share() -> None:
-    """Its settings have a share and a seed, too, which had no effect."""
+def test_a_run_whose_validation_photos_were_listed_records_their_names_not_a_share() -> None:
+    """Its settings also have a share and a seed, which had no effect."""
     told = {"data": {"val_names": ["own_01", "own_07"]}, "config": {"data": {"val_fraction": 0.05, "split_seed": 0}}}
     assert listed_by(told) == {"own_01", "own_07"}
     assert split_of(told) is None

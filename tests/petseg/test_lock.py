@@ -1,4 +1,4 @@
-"""One process at a time trains into a folder; what ended in whatever way keeps nobody out."""
+"""One process at a time trains in a folder; a process that ended in any way does not lock it."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from pathlib import Path
 
 import pytest
 
-from petseg.lock import LOCK, keep_others_out
+from petseg.lock import LOCK, lock_folder
 from petseg_runtime.errors import TrainingError
 
-#: Has a folder until its standard input ends. First it forks a worker, which must not let anybody in.
+#: Locks a folder until its standard input ends. First it forks a worker, which must not unlock the folder.
 HOLDS = """
 import os, sys
 from pathlib import Path
-from petseg.lock import keep_others_out
+from petseg.lock import lock_folder
 
-let_in = keep_others_out(Path(sys.argv[1]))
+unlock = lock_folder(Path(sys.argv[1]))
 worker = os.fork()
 if worker == 0:
-    let_in()
+    unlock()
     os._exit(0)
 os.waitpid(worker, 0)
 print("held", flush=True)
 sys.stdin.read()
-let_in()
+unlock()
 """
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process has a folder."""
+    """Another process has locked a folder."""
     command, pipe = [sys.executable, "-c", HOLDS, str(folder)], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
         try:
@@ -48,38 +48,40 @@ def held(folder: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def test_a_folder_that_another_process_has_is_refused_until_that_ends(tmp_path: Path) -> None:
+def test_a_folder_that_another_process_has_locked_is_rejected_until_that_ends(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with held(folder) as process:
-        with pytest.raises(TrainingError, match=r"run: another process is training there: .* another --output"):
-            keep_others_out(folder)
+        with pytest.raises(TrainingError, match=r"run: another process is training there; .* another --output"):
+            lock_folder(folder)
         process.communicate(timeout=30)
         assert not folder.exists(), "it made it, and left nothing in it"
-        keep_others_out(folder)()
+        lock_folder(folder)()
 
 
-def test_what_a_killed_process_left_keeps_nobody_out(tmp_path: Path) -> None:
+def test_a_stale_lock_does_not_lock_the_folder(tmp_path: Path) -> None:
     with held(tmp_path) as process:
         process.send_signal(signal.SIGKILL)
         process.wait(30)
     assert (tmp_path / LOCK).exists()
-    keep_others_out(tmp_path)()
+    lock_folder(tmp_path)()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_process_may_have_it_twice_and_removes_only_its_own(tmp_path: Path) -> None:
-    first = keep_others_out(tmp_path)
-    second = keep_others_out(tmp_path)
+def test_one_process_may_lock_it_twice_and_removes_only_its_own_file(tmp_path: Path) -> None:
+    first = lock_folder(tmp_path)
+    second = lock_folder(tmp_path)
     first()
     assert list(tmp_path.iterdir()) == []
     with held(tmp_path):
         second()
         with pytest.raises(TrainingError, match="another process"):
-            keep_others_out(tmp_path)
+            lock_folder(tmp_path)
 
 
-def test_a_lock_that_has_just_been_removed_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a run that ended between the opening of the file and its locking."""
+def test_a_lock_file_that_has_just_been_removed_is_created_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was removed by a run that ended after the file was opened and before it was locked."""
     lock, removed = fcntl.lockf, []
 
     def late(descriptor: int, how: int) -> None:
@@ -88,25 +90,25 @@ def test_a_lock_that_has_just_been_removed_is_made_anew(tmp_path: Path, monkeypa
         lock(descriptor, how)
 
     monkeypatch.setattr(fcntl, "lockf", late)
-    let_in = keep_others_out(tmp_path)
+    unlock = lock_folder(tmp_path)
     assert removed
     assert (tmp_path / LOCK).exists()
-    let_in()
+    unlock()
 
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_keeps_nobody_out(
+def test_a_file_system_without_locks_does_not_lock_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
     def none(*_: object) -> None:
         raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr(fcntl, "lockf", none)
-    keep_others_out(tmp_path / "run")()
+    lock_folder(tmp_path / "run")()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_made_is_told_by_who_writes_there(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_reported_by_the_first_write(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    keep_others_out(tmp_path / "file" / "run")()
+    lock_folder(tmp_path / "file" / "run")()
     assert (tmp_path / "file").is_file()

@@ -1,4 +1,4 @@
-"""The log: what is written is read back, and so are the logs of older versions."""
+"""The log: what is written can be read back, and so can the logs of older versions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from petseg.log import LOG, Row, read, write
 from petseg_runtime.errors import OutputError, TrainingError
 from tiny_runs import a_row
 
-#: As the versions wrote it that kept less.
+#: As written by versions that recorded less.
 OLD = {
     "epoch": 1,
     "step": 5,
@@ -86,15 +86,15 @@ def test_a_value_that_is_not_defined_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("column", OLD)
 @pytest.mark.parametrize("value", [None, "", "much", [1], True])
-def test_a_row_that_lacks_a_number_is_refused(column: str, value: object) -> None:
+def test_a_row_that_lacks_a_number_is_rejected(column: str, value: object) -> None:
     with pytest.raises((TypeError, ValueError)):
         Row.from_dict({**OLD, column: value})
 
 
 @pytest.mark.parametrize("data", [b"a,b\n1,2\n", b"epoch\n1\n", b"\xff\xfe", b"epoch,loss\n1,x\n"])
-def test_a_file_that_is_no_log_is_refused_by_name(tmp_path: Path, data: bytes) -> None:
+def test_a_file_that_is_no_log_is_rejected_by_name(tmp_path: Path, data: bytes) -> None:
     (tmp_path / LOG).write_bytes(data)
-    with pytest.raises(TrainingError, match=r"log\.csv: not a log of petseg train that can be read"):
+    with pytest.raises(TrainingError, match=r"log\.csv: not a log of petseg train, or not readable"):
         read(tmp_path / LOG)
 
 

@@ -60,7 +60,7 @@ def test_one_weight_alone() -> None:
 
 
 def test_dice_sums_over_the_whole_batch_not_over_each_photo() -> None:
-    """Photo 0 has no pet and a perfect answer, photo 1 is half right: averaged photo by photo it would be 0.25."""
+    """Photo 0 has no pet and a perfect prediction, photo 1 is half right: averaged per photo, it would be 0.25."""
     z = torch.full((2, 1, 10, 100), -100.0)
     g = torch.zeros(2, 1, 10, 100)
     g[1] = 1
@@ -185,7 +185,7 @@ def test_the_form_of_the_dice_loss_is_that_of_the_sum() -> None:
 
 
 def test_the_dice_loss_makes_soft_targets_hard_as_its_docstring_says() -> None:
-    """300 pixels of pet, 580 of background, and 120 of border that are taught as 0.2."""
+    """300 pixels of pet, 580 of background, and 120 of border with target 0.2."""
     truth = torch.cat((torch.ones(300), torch.full((120,), 0.2), torch.zeros(580)))
 
     def loss(border: float) -> float:
@@ -194,7 +194,7 @@ def test_the_dice_loss_makes_soft_targets_hard_as_its_docstring_says() -> None:
 
     assert loss(0.0) == pytest.approx(0.0384, abs=1e-4)
     assert loss(0.2) == pytest.approx(0.0592, abs=1e-4)
-    # By each p the gradient is (D - 2 g) / S: where it changes its sign is half of D, whatever g is.
+    # The gradient with respect to each p is (D - 2 g) / S: it changes its sign at half of D, whatever g is.
     p = torch.rand(1000, generator=torch.Generator().manual_seed(0)).requires_grad_()
     targets = torch.linspace(0, 1, 1000)
     both, total = (p * targets).sum(), p.sum() + targets.sum()

@@ -1,4 +1,4 @@
-"""Masks of one's own, as `read_trimap` takes them from a folder: what is pet in them, and which are none."""
+"""Black-and-white masks, as `read_trimap` reads them from a folder: what is pet in them, and which are not masks."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def test_a_black_and_white_mask_is_pet_and_background(tmp_path: Path, values: li
 
 
 @pytest.mark.parametrize("values", [[0, 2], [0, 127], [38, 75]])
-def test_a_mask_of_numbered_classes_is_refused(tmp_path: Path, values: list[int]) -> None:
+def test_a_mask_of_numbered_classes_is_rejected(tmp_path: Path, values: list[int]) -> None:
     pair = saved(tmp_path, np.array([values], np.uint8))
     with pytest.raises(DataError, match=rf"mask\.png: nothing in this mask is white.* {max(values)}; black for"):
         read_trimap(pair)
 
 
 def filled(*areas: tuple[int, int, int]) -> np.ndarray:
-    """A mask of 96 x 96, black but for squares; of each its half side and its value, around one column."""
+    """A mask of 96 x 96, black except for squares around one column, each with a half side and a value."""
     mask = np.zeros((96, 96), np.uint8)
     for column, half, value in areas:
         mask[48 - half : 48 + half, max(column - half, 0) : column + half] = value
@@ -63,18 +63,18 @@ def filled(*areas: tuple[int, int, int]) -> np.ndarray:
         (filled(*((column, 48, 100 + column) for column in range(92, 0, -8)), (40, 8, 30)), "30, 104, .*, ..."),
     ],
 )
-def test_a_mask_whose_areas_are_of_classes_is_refused(tmp_path: Path, mask: np.ndarray, named: str) -> None:
+def test_a_mask_whose_areas_are_of_classes_is_rejected(tmp_path: Path, mask: np.ndarray, named: str) -> None:
     pair = saved(tmp_path, mask)
     with pytest.raises(
-        DataError, match=rf"mask\.png: much of this mask .* values {named}, as of numbered.*make the pet"
+        DataError, match=rf"mask\.png: much of this mask .* values {named}, like numbered.*make the pet"
     ):
         read_trimap(pair)
 
 
-def test_classes_in_a_jpeg_are_refused(tmp_path: Path) -> None:
+def test_classes_in_a_jpeg_are_rejected(tmp_path: Path) -> None:
     pair = pair_of(tmp_path / "mask.jpg")
     Image.fromarray(filled((24, 16, 100), (72, 16, 200))).save(pair.mask, quality=75)
-    with pytest.raises(DataError, match="values 100, 200, as of numbered classes"):
+    with pytest.raises(DataError, match="values 100, 200, like numbered classes"):
         read_trimap(pair)
 
 
@@ -82,7 +82,7 @@ def test_classes_in_a_jpeg_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "file", ["4x4.png", "2x2.png", "bilinear.png", "soft.png", "10.jpg", "50.jpg", "10.webp", "75.webp"]
 )
-def test_soft_edges_and_what_is_lost_are_no_classes(tmp_path: Path, radius: int, file: str) -> None:
+def test_soft_edges_and_compression_artefacts_are_no_classes(tmp_path: Path, radius: int, file: str) -> None:
     y, x = np.mgrid[:384, :384] / 4
     fine = Image.fromarray(((np.hypot(y - 48, x - 48) < radius) * 255).astype(np.uint8))
     hard = fine.resize((96, 96), Image.Resampling.NEAREST)
@@ -131,10 +131,10 @@ def test_a_mask_of_16_bits_or_of_fractions_is_scaled(tmp_path: Path, form: str, 
         (np.array([[0, np.nan]], np.float32), "fractions from nan to nan"),
     ],
 )
-def test_a_mask_of_another_range_is_refused(tmp_path: Path, values: np.ndarray, said: str) -> None:
+def test_a_mask_of_another_range_is_rejected(tmp_path: Path, values: np.ndarray, said: str) -> None:
     path = tmp_path / "mask.tif"
     Image.fromarray(values).save(path)
-    with pytest.raises(DataError, match=rf"mask\.tif: a mask of {said}.*: save it with 8 bits"):
+    with pytest.raises(DataError, match=rf"mask\.tif: a mask of {said}.*; save it with 8 bits"):
         read_trimap(pair_of(path))
 
 
@@ -146,7 +146,7 @@ def test_two_larger_integers_are_black_and_white(tmp_path: Path, white: int) -> 
 
 
 def blob(size: int, share: float, shift: int = 0) -> Image.Image:
-    """A mask in black and white of an outline that is neither straight nor round, around the middle."""
+    """A black-and-white mask around the middle, with an outline that is neither straight nor round."""
     y, x = np.mgrid[:size, :size] - size / 2
     angle = np.arctan2(y, x - shift)
     radius = share * size * (1 + 0.15 * np.sin(3 * angle) + 0.08 * np.sin(7 * angle + share))
@@ -190,7 +190,7 @@ def test_a_small_pet_of_few_levels_that_was_enlarged_is_no_class(tmp_path: Path,
 
 
 @pytest.mark.parametrize("quality", [50, 75, 90])
-def test_one_light_grey_that_has_lost_is_the_pet(tmp_path: Path, quality: int) -> None:
+def test_one_light_grey_after_lossy_compression_is_the_pet(tmp_path: Path, quality: int) -> None:
     path = tmp_path / "mask.webp"
     blob(96, 0.3).point(lambda value: 200 if value else 0).save(path, quality=quality)
     got = read_trimap(pair_of(path)) == PET
@@ -206,17 +206,17 @@ def test_one_light_grey_that_has_lost_is_the_pet(tmp_path: Path, quality: int) -
         [(0.12, 85, -30), (0.12, 170, 0), (0.12, 255, 30)],
         [(0.42, 170, 0), (0.3, 85, 0), (0.2, 255, 0)],
         [(0.2, 255, -26), (0.16, 12, -26), (0.2, 255, 26), (0.16, 8, 26)],  # with a void around each
-        [(0.9, 96, 0), (0.3, 157, -30), (0.25, 18, 30), (0.1, 255, 5)],  # of stuff and things
+        [(0.9, 96, 0), (0.3, 157, -30), (0.25, 18, 30), (0.1, 255, 5)],  # with stuff and things
     ],
 )
-def test_classes_with_outlines_of_their_own_are_refused(
+def test_classes_with_outlines_of_their_own_are_rejected(
     tmp_path: Path, areas: list[tuple[float, int, int]], enlarge: int
 ) -> None:
     mask = np.zeros((96, 96), np.uint8)
     for share, value, shift in areas:
         mask[np.asarray(blob(96, share, shift)) > 0] = value
     mask = mask.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
-    with pytest.raises(DataError, match=r"as of numbered classes.*a soft mask that was enlarged without smoothing"):
+    with pytest.raises(DataError, match=r"like numbered classes.*a soft mask that was enlarged without smoothing"):
         read_trimap(saved(tmp_path, mask))
 
 
@@ -226,20 +226,20 @@ def test_one_light_colour_on_black_is_the_pet(tmp_path: Path) -> None:
     assert (read_trimap(saved(tmp_path, mask)) == PET).sum() == 400
 
 
-def test_a_mask_in_the_alpha_channel_is_refused_and_an_opaque_one_is_taken(tmp_path: Path) -> None:
+def test_a_mask_in_the_alpha_channel_is_rejected_and_an_opaque_one_is_accepted(tmp_path: Path) -> None:
     mask = np.zeros((2, 2, 4), np.uint8)
     mask[0] = 255
     pair = saved(tmp_path, mask)
-    with pytest.raises(DataError, match=r"mask\.png: a mask that is partly transparent; black for"):
+    with pytest.raises(DataError, match=r"mask\.png: this mask is partly transparent; black for"):
         read_trimap(pair)
-    Image.fromarray(mask).quantize(4).save(pair.mask)  # as in small PNGs: in the palette
-    with pytest.raises(DataError, match=r"mask\.png: a mask that is partly transparent"):
+    Image.fromarray(mask).quantize(4).save(pair.mask)  # in a palette, as in small PNGs
+    with pytest.raises(DataError, match=r"mask\.png: this mask is partly transparent"):
         read_trimap(pair)
     mask[..., 3] = 255
     assert np.array_equal(read_trimap(saved(tmp_path, mask)), [[1, 1], [2, 2]])
 
 
-def test_a_two_valued_or_coloured_mask_is_taken(tmp_path: Path) -> None:
+def test_a_two_valued_or_coloured_mask_is_accepted(tmp_path: Path) -> None:
     mask = np.array([[0, 255], [255, 0]], np.uint8)
     pair = saved(tmp_path, np.repeat(mask[..., None], 3, axis=2))
     assert np.array_equal(read_trimap(pair), [[2, 1], [1, 2]])

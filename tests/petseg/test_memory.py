@@ -1,4 +1,4 @@
-"""Too little memory is one line with a remedy, however a device says it; other errors stay what they are."""
+"""Running out of memory is a one-line error with a remedy, however a device reports it; other errors do not change."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from petseg_runtime.errors import EngineError
 
 
 class OutOfMemoryError(RuntimeError):
-    """As torch's is called."""
+    """Has the name of torch's class."""
 
 
 @pytest.mark.parametrize(
@@ -23,8 +23,8 @@ class OutOfMemoryError(RuntimeError):
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
     ],
 )
-def test_the_remedy_is_told_in_one_line(error: Exception) -> None:
-    said = r"^too little memory: use a smaller --batch than 8 \(.+\)$"
+def test_the_error_is_one_line_with_a_remedy(error: Exception) -> None:
+    said = r"^out of memory: use a smaller --batch than 8 \(.+\)$"
     with pytest.raises(EngineError, match=said) as caught, enough_memory("use a smaller --batch than 8"):
         raise error
     assert "\n" not in str(caught.value)
@@ -35,11 +35,11 @@ def test_the_remedy_is_told_in_one_line(error: Exception) -> None:
     ("said", "remedy"),
     [
         ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible ...", "docker run --shm-size"),
-        ("DataLoader worker (pid(s) 7) exited unexpectedly", "give it more memory"),
+        ("DataLoader worker (pid(s) 7) exited unexpectedly", "provide more memory"),
     ],
 )
-def test_a_worker_that_is_gone_is_told_apart(said: str, remedy: str) -> None:
-    with pytest.raises(EngineError, match=r"a process that prepares photos is gone") as caught, enough_memory("less"):
+def test_a_dead_worker_is_distinguished(said: str, remedy: str) -> None:
+    with pytest.raises(EngineError, match=r"a dataloader worker died") as caught, enough_memory("less"):
         raise RuntimeError(said)
     assert remedy in str(caught.value)
 

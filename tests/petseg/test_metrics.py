@@ -91,13 +91,13 @@ def test_the_border_reading_is_background_by_default() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (3, 2, 1), (6,)])
-def test_unequal_shapes_are_refused(shape: tuple[int, ...]) -> None:
+def test_unequal_shapes_are_rejected(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"\(3, 2\)"):
         histogram(np.zeros((3, 2), np.uint8), np.ones(shape, np.uint8))
 
 
 @pytest.mark.parametrize("value", [0, 4, 255])
-def test_a_trimap_with_another_value_is_refused(value: int) -> None:
+def test_a_trimap_with_another_value_is_rejected(value: int) -> None:
     with pytest.raises(ValueError, match=f"{value}"):
         histogram(np.zeros((1, 2), np.uint8), np.array([[2, value]], np.uint8))
 
@@ -116,7 +116,7 @@ def test_the_lowest_pet_is_the_first_byte_that_reaches_the_threshold(threshold: 
 
 
 @pytest.mark.parametrize("threshold", [-0.001, 1.001, 255, math.nan, math.inf, -math.inf])
-def test_a_threshold_outside_0_and_1_is_refused(threshold: float) -> None:
+def test_a_threshold_outside_0_and_1_is_rejected(threshold: float) -> None:
     with pytest.raises(ValueError, match="threshold"):
         lowest_pet(threshold)
     with pytest.raises(ValueError, match="threshold"):
@@ -126,7 +126,7 @@ def test_a_threshold_outside_0_and_1_is_refused(threshold: float) -> None:
 @given(HISTOGRAMS, st.sampled_from(Border))
 def test_best_threshold_is_the_best_of_all(hist: np.ndarray, border: Border) -> None:
     hist[:, 255] = 0  # a cut at 255 itself: see below
-    hist[0, 77] += 1  # without any pet there is nothing to choose by
+    hist[0, 77] += 1  # without any pet no threshold can be chosen
     found = best_threshold(hist, border)
     assert 0 < found < 1
     assert (255 * found) == pytest.approx(round(255 * found))
@@ -143,7 +143,7 @@ def test_best_threshold_of_sparse_counts(photo: tuple[np.ndarray, np.ndarray], b
 
 
 def test_best_threshold_when_the_cut_255_would_win() -> None:
-    """255 itself is no threshold (a spec's lie below 1), so the best of the others is what must come back."""
+    """255 itself is not a threshold (a spec's are below 1), so the best of the others must be returned."""
     hist = np.zeros((3, 256), np.int64)
     hist[0, 255], hist[0, 100], hist[1, 254], hist[1, 90] = 100, 40, 60, 500
     assert counts(hist, 1.0).iou > counts(hist, 100 / 255).iou > counts(hist, 254 / 255).iou

@@ -18,7 +18,7 @@ def small(seed: int = 0, width: int = 4, **config: Any) -> AttentionUNet:
 
 
 def lively(module: torch.nn.Module) -> torch.nn.Module:
-    """BatchNorm statistics and factors that are not the identity, so that leaving one out is noticed."""
+    """Set BatchNorm statistics and weights that are not the identity, so that omitting one is noticed."""
     generator = torch.Generator().manual_seed(7)
     for part in module.modules():
         if isinstance(part, torch.nn.BatchNorm2d):
@@ -51,7 +51,7 @@ def test_the_published_count_has_the_biases_that_batch_norm_takes_off() -> None:
     torch.testing.assert_close(gate(g, x), before, rtol=1e-4, atol=1e-4)
 
 
-#: Other members of the family, by what they change.
+#: Other variants of the network, by the fields that they change.
 VARIANTS: dict[str, dict[str, Any]] = {
     "strided": {"stem": "strided"},
     "strided, four levels": {"stem": "strided", "levels": (1, 2, 6, 12)},
@@ -160,24 +160,24 @@ def test_output_is_logits_not_probabilities() -> None:
 
 
 @pytest.mark.parametrize(("h", "w"), [(17, 32), (32, 40), (8, 24), (31, 33)])
-def test_a_size_not_divisible_by_16_is_refused_with_both_numbers(h: int, w: int) -> None:
+def test_a_size_not_divisible_by_16_is_rejected_with_both_numbers(h: int, w: int) -> None:
     with pytest.raises(ValueError, match=rf"\b{h} x {w}\b.*\b16\b"):
         small(width=2)(torch.zeros(1, 3, h, w))
 
 
-def test_an_empty_image_is_refused() -> None:
+def test_an_empty_image_is_rejected() -> None:
     with pytest.raises(ValueError, match="0 x 16"):
         small(width=2)(torch.zeros(1, 3, 0, 16))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 16, 16), (1, 4, 16, 16), (3, 16, 16), (1, 16, 16, 3)])
-def test_wrong_channels_or_dimensions_are_refused_with_the_shape(shape: tuple[int, ...]) -> None:
+def test_wrong_channels_or_dimensions_are_rejected_with_the_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=", ".join(map(str, shape))):
         small(width=2)(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("width", [-2, 0, 1, 3, 63])
-def test_an_odd_or_not_positive_width_is_refused(width: int) -> None:
+def test_an_odd_or_not_positive_width_is_rejected(width: int) -> None:
     with pytest.raises(ValueError, match=f"width is {width}"):
         AttentionUNetConfig(width=width)
 
@@ -195,7 +195,7 @@ def test_an_odd_or_not_positive_width_is_refused(width: int) -> None:
         ("decoder_convs", 3, "decoder_convs is 3"),
     ],
 )
-def test_a_value_that_no_network_has_is_refused_by_name(field: str, value: object, said: str) -> None:
+def test_an_invalid_value_is_rejected_by_name(field: str, value: object, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         AttentionUNetConfig(**{field: value})
 
@@ -295,7 +295,7 @@ def test_a_gate_can_close_and_open(bias: float, share: float) -> None:
 
 
 def test_closed_gates_cut_the_skips_out_of_the_network() -> None:
-    """With every gate shut, only the deepest level is left: the output no longer sees the first level's weights."""
+    """With all gates closed, only the deepest level remains: the output ignores the first level's weights."""
     model = small().eval()
     x = torch.randn(1, 3, 32, 32)
     with torch.inference_mode():

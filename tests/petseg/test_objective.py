@@ -1,4 +1,4 @@
-"""What a step minimises, and a network that learns from the inside of another."""
+"""The training objective, and a network that learns from the features of another."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TAUGHT = ("loss.features=0.5", "loss.teacher=0.3")
 
 @pytest.fixture(scope="module")
 def taught(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory, whole: Run) -> Run:
-    """A run with a teacher's features that nothing disturbed. To be read only."""
+    """An uninterrupted run with a teacher's features. Read only."""
     folder, observer = tmp_path_factory.mktemp("taught"), Recorder()
     teacher = whole.folder / BEST
     trainer = Trainer(tiny(*TAUGHT), oxford_root, folder, device=CPU, teacher=teacher, observer=observer)
@@ -76,7 +76,7 @@ def test_the_loss_is_that_of_truth_and_teacher_and_the_mean_distance_of_three_bl
     assert found.dtype == torch.float32
 
 
-def test_of_a_mixed_photo_only_the_teacher_knows_anything() -> None:
+def test_the_target_of_a_mixed_photo_comes_from_the_teacher_only() -> None:
     objective, (image, labels) = distillation("loss.teacher=0.25", "data.border_target=0.2"), a_batch()
     labels[1:3] = UNKNOWN
     network = AttentionUNet(tiny().model).eval()
@@ -87,7 +87,7 @@ def test_of_a_mixed_photo_only_the_teacher_knows_anything() -> None:
     torch.testing.assert_close(found, bce_dice(network(image), target), rtol=1e-4, atol=1e-5)
 
 
-def test_what_the_features_teach_reaches_the_network_through_the_hints_and_never_the_teacher() -> None:
+def test_gradients_of_the_features_reach_the_network_through_the_hints_and_never_the_teacher() -> None:
     objective, (image, labels) = distillation("loss.features=1"), a_batch()
     network = AttentionUNet(tiny().model)
     before = {name: tensor.clone() for name, tensor in objective.teacher.state_dict().items()}
@@ -130,7 +130,7 @@ def test_a_teachers_block_is_brought_to_the_size_of_the_networks() -> None:
     network = AttentionUNet(tiny().model).eval()
     assert network.with_features(image)[1]["bottom"].shape == (4, 16, 8, 8)
     with torch.no_grad():
-        objective.hints[1].weight *= 100  # else what a fresh network says is hardly different from place to place
+        objective.hints[1].weight *= 100  # otherwise the output of a new network hardly differs between positions
 
     def loss_at(block: Tensor) -> Tensor:
         made = {"down2": torch.ones(4, 8, 16, 16), "bottom": block, "up2": torch.ones(4, 8, 16, 16)}
@@ -140,16 +140,16 @@ def test_a_teachers_block_is_brought_to_the_size_of_the_networks() -> None:
     coarse = torch.randn(4, 16, 4, 4)
     eight = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)
     noise = torch.randn(4, 16, 8, 8).repeat_interleave(2, 2).repeat_interleave(2, 3)
-    checks = noise * torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(8, 8)  # which a mean over two by two does not see
+    checks = noise * torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(8, 8)  # which a 2 x 2 mean removes
     fine = coarse.repeat_interleave(4, 2).repeat_interleave(4, 3) + checks
     torch.testing.assert_close(loss_at(fine), loss_at(eight))
     torch.testing.assert_close(loss_at(coarse), loss_at(eight))
     assert not torch.allclose(loss_at(eight.flip(3)), loss_at(eight))
 
 
-def test_a_channel_that_is_the_same_everywhere_is_no_number_that_grows() -> None:
+def test_a_constant_channel_does_not_blow_up() -> None:
     block = torch.randn(4, 3, 5, 5) * torch.tensor([1.0, 100.0, 0.0])[:, None, None] + 7
-    standard = distillation()._standard(block)
+    standard = distillation()._standardized(block)
     torch.testing.assert_close(standard.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(standard.std((0, 2, 3), correction=0), torch.tensor([1.0, 1.0, 0.0]), atol=1e-3, rtol=0)
 
@@ -158,7 +158,7 @@ def test_a_channel_that_is_the_same_everywhere_is_no_number_that_grows() -> None
 
 
 def test_a_network_comes_nearer_to_its_teachers_features(taught: Run, whole: Run) -> None:
-    """As a 1x1 convolution that is fitted anew sees it, so that it is the network which came nearer, not the hints."""
+    """Measured by a newly fitted 1x1 convolution, so that it is the network that came closer, not the hints."""
     teacher = whole.trainer.model
     photo, _, _ = next(iter(taught.trainer.loader))
     image = normalize(photo)
@@ -204,7 +204,7 @@ class Frozen(Trainer):
         return network
 
 
-def test_a_run_of_which_a_part_is_frozen_goes_on(oxford_root: Path, tmp_path: Path) -> None:
+def test_a_run_of_which_a_part_is_frozen_continues(oxford_root: Path, tmp_path: Path) -> None:
     Frozen(tiny(), oxford_root, tmp_path / "whole", device=CPU).fit()
     stop = Recorder(at_step=at(7, lambda: signal.raise_signal(signal.SIGTERM)))
     with pytest.raises(KeyboardInterrupt):
@@ -216,7 +216,7 @@ def test_a_run_of_which_a_part_is_frozen_goes_on(oxford_root: Path, tmp_path: Pa
 def test_a_state_without_its_hints_is_damaged(oxford_root: Path, tmp_path: Path, taught: Run, whole: Run) -> None:
     kept = {name: tensor for name, tensor in taught.last.tensors.items() if not name.startswith("hints/1")}
     save_checkpoint(tmp_path / LAST, kept, taught.last.meta)
-    with pytest.raises(CheckpointError, match=r"last\.safetensors: the state in it is damaged or not complete"):
+    with pytest.raises(CheckpointError, match=r"last\.safetensors: the state in it is damaged or incomplete"):
         Trainer(tiny(*TAUGHT), oxford_root, tmp_path, device=CPU, teacher=whole.folder / BEST, resume=True)
 
 
@@ -262,7 +262,7 @@ def test_a_run_mixes_photos_and_is_the_same_run_if_it_was_stopped(
 @pytest.mark.parametrize(
     ("setting", "said"), [("augment.mix=0.25", "mix was 0.5, now 0.25"), ("augment.mix=0.0", "now 0.0")]
 )
-def test_a_run_that_mixes_goes_on_as_it_began(
+def test_a_run_that_mixes_continues_as_it_began(
     oxford_root: Path, tmp_path: Path, whole: Run, setting: str, said: str
 ) -> None:
     config, teacher = (*TAUGHT, "augment.mix=0.5"), whole.folder / BEST
@@ -285,7 +285,7 @@ def test_a_share_of_the_epochs_is_mixed_rounded_up(
 
 
 @pytest.mark.parametrize("taught_once", [True, False], ids=["a teacher asked once", "no teacher"])
-def test_nothing_is_mixed_that_nobody_could_tell_apart(
+def test_nothing_is_mixed_without_a_teacher_of_features(
     oxford_root: Path, tmp_path: Path, whole: Run, taught_once: bool
 ) -> None:
     teacher = whole.folder / BEST if taught_once else None
@@ -293,7 +293,7 @@ def test_nothing_is_mixed_that_nobody_could_tell_apart(
     assert not any((labels == UNKNOWN).all() for _, batch, _ in trainer.loader for labels in batch)
 
 
-def test_bf16_teaches_too(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+def test_distillation_works_in_bf16(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
     observer = Recorder()
     config = tiny("amp=bf16", "epochs=1", *TAUGHT)
     Trainer(config, oxford_root, tmp_path, device=CPU, teacher=whole.folder / BEST, observer=observer).fit()
@@ -301,12 +301,12 @@ def test_bf16_teaches_too(oxford_root: Path, tmp_path: Path, whole: Run) -> None
     assert {t.dtype for n, t in load(tmp_path / LAST).tensors.items() if n.startswith("hints/")} == {torch.float32}
 
 
-def test_the_state_of_a_run_is_no_teacher_of_features(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
-    with pytest.raises(CheckpointError, match=r"last\.safetensors: the state of a run, not a model; give best"):
+def test_the_state_of_a_run_cannot_be_a_teacher_of_features(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+    with pytest.raises(CheckpointError, match=r"last\.safetensors: the state of a run, not a model; give the best"):
         Trainer(tiny(*TAUGHT), oxford_root, tmp_path, device=CPU, teacher=whole.folder / LAST)
 
 
-def test_features_of_an_exported_file_are_refused(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+def test_features_of_an_exported_file_are_rejected(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
     exported = tmp_path / "teacher.onnx"
     export(whole.folder / BEST, OnnxConfig(output=exported, data=oxford_root, split="test", photos=4))
     with pytest.raises(CheckpointError, match=r"teacher\.onnx: an exported file, .* or --set loss\.features=0"):
@@ -314,7 +314,7 @@ def test_features_of_an_exported_file_are_refused(oxford_root: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("teacher", [True, False], ids=["a teacher asked once", "no teacher"])
-def test_mixing_without_a_teacher_of_features_is_refused(
+def test_mixing_without_a_teacher_of_features_is_rejected(
     oxford_root: Path, tmp_path: Path, whole: Run, capsys: pytest.CaptureFixture[str], teacher: bool
 ) -> None:
     args = ["train", "--data", str(oxford_root), "--output", str(tmp_path / "run"), "--set", "augment.mix=0.5"]
@@ -323,7 +323,7 @@ def test_mixing_without_a_teacher_of_features_is_refused(
     assert "augment.mix is 0.5, which has no effect without --teacher FILE and loss.features above 0" in told
 
 
-def test_features_without_a_teacher_are_refused(
+def test_features_without_a_teacher_are_rejected(
     oxford_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["train", "--data", str(oxford_root), "--output", str(tmp_path), "--set", "loss.features=0.25"]
@@ -332,7 +332,7 @@ def test_features_without_a_teacher_are_refused(
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("default")  # of forks beside CUDA's threads, of TF32: they differ between versions
+@pytest.mark.filterwarnings("default")  # about forks beside CUDA's threads and about TF32; they differ between versions
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use")
 @pytest.mark.parametrize("settings", [("amp=fp16",), ("amp=bf16", "compile=true"), ("amp=fp32",)], ids=str)
 def test_features_are_taught_on_a_gpu(oxford_root: Path, tmp_path: Path, whole: Run, settings: tuple[str, ...]) -> None:
@@ -351,7 +351,7 @@ def test_a_step_with_features_waits_for_nothing(oxford_root: Path, tmp_path: Pat
     config, where = tiny("amp=bf16", *TAUGHT), torch.device("cuda")
     trainer = Trainer(config, oxford_root, tmp_path, device=where, teacher=whole.folder / BEST)
     photo, trimap, _ = next(iter(trainer.loader))
-    trainer._step(photo, trimap, 1e-3).read()  # what is made once has been made
+    trainer._step(photo, trimap, 1e-3).read()  # one-time initialisation is done
     torch.cuda.set_sync_debug_mode("error")
     try:
         step = trainer._step(photo, trimap, 1e-3)

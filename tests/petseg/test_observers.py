@@ -1,4 +1,4 @@
-"""Several observers in place of one."""
+"""Several observers as one."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from petseg.run_state import RunState
 from tiny_runs import Recorder, a_row
 
 
-def test_each_observer_is_told_what_is_left_out_and_once_how_long_an_epoch_is() -> None:
+def test_each_observer_gets_excluded_photos_and_once_the_length_of_an_epoch() -> None:
     one, two = Recorder(), Recorder()
     both = Observers(one, two)
     both.begin(7, 4)
-    both.left_out("left out: pet")
+    both.excluded("excluded: pet")
     both.step(RunState(), 0.5, 0.1)
-    assert one.messages == two.messages == ["left out: pet"]
+    assert one.messages == two.messages == ["excluded: pet"]
     assert one.begun == two.begun == [(7, 4)]
 
 
-@pytest.mark.parametrize("told", ["begin", "started", "left_out", "step", "epoch", "validated"])
-def test_several_are_told_everything_in_their_order(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
+@pytest.mark.parametrize("told", ["begin", "started", "excluded", "step", "epoch", "validated"])
+def test_several_observers_get_every_call_in_order(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
     row = a_row()
     words: dict[str, tuple[Any, ...]] = {
         "begin": (7, 4),
         "started": ("a word",),
-        "left_out": ("left out: pet",),
+        "excluded": ("excluded: pet",),
         "step": (RunState(), 0.5, 0.1),
         "epoch": (row,),
         "validated": (lambda batch: batch[..., 0], [], row),

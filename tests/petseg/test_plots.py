@@ -1,4 +1,4 @@
-"""The pictures: written whole, and showing what they say they show."""
+"""The plots: they are complete, and show what they claim to show."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def pairs(tmp_path: Path) -> list[Pair]:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were saved."""
+    """The saved figures."""
     figures: list[Figure] = []
     save = plots._save
 
@@ -74,7 +74,7 @@ def alone(path: Path) -> bool:
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 200])
-def test_curves_are_a_whole_png(tmp_path: Path, epochs: int) -> None:
+def test_curves_are_a_complete_png(tmp_path: Path, epochs: int) -> None:
     path = tmp_path / "new folder" / "curves.png"
     plots.curves(history(epochs), path)
     picture = opened(path)
@@ -149,7 +149,7 @@ def test_a_grid_shows_photo_truth_probability_and_mask(tmp_path: Path, pairs: li
 
 @pytest.mark.parametrize("name", ["a_b_c", "$x$", "$\\frac$", "50%", "{x}", "émile"])
 def test_a_name_is_shown_as_it_is(tmp_path: Path, drawn: list[Figure], name: str) -> None:
-    """As these very letters: none of them begins a formula."""
+    """Literally: no character of it begins a formula."""
     plots.grid(red, [write_pair(tmp_path, name, 20, 20)], 16, 16, 0.5, tmp_path / "grid.png")
     opened(tmp_path / "grid.png")
     title = drawn[0].axes[0].title
@@ -157,7 +157,7 @@ def test_a_name_is_shown_as_it_is(tmp_path: Path, drawn: list[Figure], name: str
     assert not title.get_parse_math()
 
 
-def test_letters_that_the_font_lacks_are_escaped_and_not_warned_of(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_letters_that_the_font_lacks_are_escaped_without_a_warning(tmp_path: Path, drawn: list[Figure]) -> None:
     plots.grid(red, [write_pair(tmp_path, "猫_é", 20, 20)], 16, 16, 0.5, tmp_path / "grid.png")
     assert drawn[0].axes[0].title.get_text() == r"\u732b_é"
 

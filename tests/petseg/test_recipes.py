@@ -1,4 +1,4 @@
-"""The recipes are what they say, and each runs."""
+"""The recipes have the settings that they claim, and each one runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from petseg.config import TrainConfig, from_dict
 from petseg.model import AttentionUNetConfig
 from petseg_runtime.errors import UsageError
 
-#: A few steps of anything.
+#: A few steps of any recipe.
 SHORT = ["--epochs", "1", "--batch", "4", "--size", "32", "--device", "cpu"]
 SHORT += ["--set", "model.width=2", "--set", "amp=fp32", "--set", "data.workers=0", "--set", "data.val_fraction=0.1"]
 
@@ -38,7 +38,7 @@ def test_each_runs_and_is_on_record(
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["recipe"] == name
     assert record["config"]["schedule"]["name"] == config_of(name).schedule.name
-    if name == "edge":  # once more, distilled
+    if name == "edge":  # again, with distillation
         again = [*args, "--output", str(tmp_path / "again"), "--teacher", str(tmp_path / "run" / "best.safetensors")]
         assert run(again) == 0
         assert load(tmp_path / "again" / "best.safetensors").meta["teacher"]["identity"] == made.sha256
@@ -65,7 +65,7 @@ def test_what_has_not_been_run_says_so() -> None:
         assert 20 < len(recipes.describe(name)) < 120
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_name_is_rejected_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match=r"'bset'.*best, edge, published"):
         recipes.load("bset")
     assert run(["train", "--data", "d", "--output", "o", "--recipe", "bset"]) == 2

@@ -1,4 +1,4 @@
-"""run.json: what a run was and what it reached."""
+"""run.json: the settings and results of a run."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_best_epoch_is_the_one_of_the_highest_iou() -> None:
     assert reached(rows, 4)["best"] == rows[1].as_dict()
 
 
-def test_a_log_of_a_version_without_the_wall_clock_is_read_all_the_same(finished: Trainer) -> None:
+def test_a_log_of_a_version_without_the_wall_clock_is_read_nevertheless(finished: Trainer) -> None:
     found = reached([dataclasses.replace(row, elapsed=None, val_iou=0.9) for row in finished.state.history], 4)
     assert (found["elapsed"], found["validation_reached_published"]["elapsed"]) == (None, None)
     assert "elapsed" not in found["best"]

@@ -1,4 +1,4 @@
-"""A checkpoint in PyTorch: bytes in, bytes out, as the formula says."""
+"""A checkpoint in PyTorch: bytes in, bytes out, according to the formula."""
 
 from __future__ import annotations
 

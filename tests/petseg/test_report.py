@@ -1,4 +1,4 @@
-"""The report: its numbers are those of the evaluation, and its page stands alone."""
+"""The report: its numbers are those of the evaluation, and its page is self-contained."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from tiny_runs import a_row, red
 H, W = 16, 48
 READINGS = ("background", "pet", "ignored")
 VOID = {"meta", "img", "br", "link", "input", "hr"}
-#: What must not be on the page of a hostile name: a tag, an attribute that ends early, a character nobody sees.
+#: A hostile name: a tag, an attribute that ends early and an invisible character, which must not reach the page.
 HOSTILE = ["<script>alert(1)</script>", '" onerror="alert(1)', "a&b", "x\u202egpj.exe", "line\nfeed", "half\udc80", "'"]
 
 
 class Page(HTMLParser):
-    """A page taken apart; a tag that is not closed, or closed twice, is an error."""
+    """Parses a page; a tag that is not closed, or closed twice, is an error."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Page(HTMLParser):
 
 
 def write_pair(folder: Path, name: str, number: int, size: tuple[int, int] = (40, 56), pet: bool = True) -> Pair:
-    """A photo that is red where the pet is, more or less."""
+    """A photo that is approximately red where the pet is."""
     rng = np.random.default_rng(number)
     height, width = size
     y, x = np.mgrid[:height, :width]
@@ -90,7 +90,7 @@ def write_pair(folder: Path, name: str, number: int, size: tuple[int, int] = (40
 
 @dataclasses.dataclass
 class Written:
-    """A report that was written, read back."""
+    """A written report, read back."""
 
     result: Evaluation
     record: dict[str, Any]
@@ -127,7 +127,7 @@ def make(tmp_path: Path) -> Maker:
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> list[Pair]:
-    """Two breeds of cat, one of dog, sizes that differ; the last has no pet in its mask."""
+    """Two breeds of cat, one of dog, different sizes; the last has no pet in its mask."""
     (tmp_path / "photos").mkdir()
     names = [
         *(f"Maine_Coon_{i}" for i in range(9)),
@@ -184,7 +184,7 @@ def test_other_photos_are_not_compared_with_the_published_figures(
     text = made.page.text
     for words in ("than published", "published attention U-Net", "0.8375", "of 3669"):
         assert words not in text
-    assert "No published figures are beside these" in text
+    assert "Published figures are not shown" in text
 
 
 def test_masks_without_a_border_have_one_reading_on_the_page(make: Maker, pairs: list[Pair], folder_root: Path) -> None:
@@ -283,14 +283,12 @@ def test_breeds_and_species_come_from_the_names(make: Maker, pairs: list[Pair]) 
 
 
 def test_the_data_sets_own_list_of_species_is_believed(make: Maker, oxford_root: Path) -> None:
-    made = make(
-        find(oxford_root, Split.TEST)
-    )  # pet_24 and so on, small letters, of which the list says that it is a cat
+    made = make(find(oxford_root, Split.TEST))  # pet_24 and so on, in lower case, which the list says are cats
     assert [(r["name"], r["species"]) for r in made.values["breeds"]] == [("pet", "cat")]
 
 
 @pytest.mark.parametrize(("own", "oxfords"), [(True, False), (False, True)])
-def test_the_rights_are_said_of_oxfords_photos_alone(
+def test_the_licence_is_shown_for_oxfords_photos_only(
     make: Maker, pairs: list[Pair], folder_root: Path, own: bool, oxfords: bool
 ) -> None:
     text = make(find(folder_root, Split.TEST) if own else pairs[:4]).page.text
@@ -303,23 +301,23 @@ def test_two_thresholds_are_explained_where_there_are_two(
     make: Maker, pairs: list[Pair], cutout: float | None, said: bool
 ) -> None:
     text = make(pairs[:4], model=dataclasses.replace(MODEL, cutout_threshold=cutout)).page.text
-    assert ("two of its own: one for masks , which" in text) is said
+    assert ("two thresholds: one for masks , which" in text) is said
     assert "Thresholds are chosen on validation photos" in text
 
 
-def test_a_folder_of_ones_own_has_no_breeds(make: Maker, folder_root: Path) -> None:
+def test_your_own_folder_has_no_breeds(make: Maker, folder_root: Path) -> None:
     made = make(find(folder_root, Split.TEST))
     assert made.values["breeds"] == made.values["species"] == []
     assert "names no breeds" in made.page.text
     assert not [label for label in made.page.all("aria-label") if "breed" in label]
 
 
-@pytest.mark.parametrize(("name", "said"), [("IMG-1 (2)", "is named BREED_NUMBER"), ("IMG_0001", "of a cat or a dog")])
+@pytest.mark.parametrize(("name", "said"), [("IMG-1 (2)", "is named BREED_NUMBER"), ("IMG_0001", "a cat or a dog")])
 def test_one_strange_name_and_there_are_no_breeds(make: Maker, pairs: list[Pair], name: str, said: str) -> None:
     made = make([*pairs[:3], dataclasses.replace(pairs[3], name=name)])
     assert made.values["breeds"] == made.values["species"] == []
     assert said in made.values["breeds_left_out"]
-    assert f"{name}, for one" in made.page.text
+    assert f"(for example {name})" in made.page.text
 
 
 def test_of_very_many_breeds_the_lowest_are_shown(
@@ -396,7 +394,7 @@ def test_of_few_photos_none_is_shown_twice(make: Maker, pairs: list[Pair], photo
 @pytest.mark.parametrize("answer", [0, 255])
 @pytest.mark.parametrize("pet", [True, False])
 def test_a_model_that_always_says_the_same(make: Maker, tmp_path: Path, answer: int, pet: bool) -> None:
-    """Undefined ratios, bins without pixels, nothing to tell apart: the page says so and stands."""
+    """Undefined ratios, empty bins, equal values: the page says so and is still made."""
     (tmp_path / "photos").mkdir()
     same = dataclasses.replace(MODEL, run=lambda batch: np.full(batch.shape[:3], answer, np.uint8))
     made = make([write_pair(tmp_path / "photos", "pug_1", 0, pet=pet)], model=same)
@@ -406,7 +404,7 @@ def test_a_model_that_always_says_the_same(make: Maker, tmp_path: Path, answer: 
     assert made.values["best"] == []
     if pet and not answer:
         assert made.record["precision"] is None
-        assert "undefined: nothing to divide by" in made.page.text
+        assert "undefined: division by zero" in made.page.text
 
 
 def test_tiny_photos_of_any_shape(make: Maker, tmp_path: Path) -> None:
@@ -422,7 +420,7 @@ def test_what_failed_what_has_no_pet_and_what_was_missed_is_named(make: Maker, p
     assert made.values["without_pet"] == ["pug_6"]
     assert made.values["missed"] == ["pug_4", "pug_5"]
     text = made.page.text
-    for words in ("1 photo could not be read", "/data/pug_99.jpg: truncated", "mask; counted all the same: 1"):
+    for words in ("1 photo could not be read", "/data/pug_99.jpg: truncated", "mask; counted nevertheless: 1"):
         assert words in text
 
 
@@ -436,13 +434,13 @@ def test_a_long_list_of_names_is_cut_on_the_page_only(make: Maker, pairs: list[P
 @pytest.mark.parametrize(
     ("split", "said"),
     [
-        ("train", "trained on these photos: the figures flatter"),
-        ("trainval", "trained on most of these photos: the figures flatter"),
-        ("val", "best on validation photos, such as these: the figures flatter"),
+        ("train", "trained on these photos, so these figures flatter"),
+        ("trainval", "trained on most of these photos, so these figures flatter"),
+        ("val", "best on validation photos, such as these, so these figures flatter"),
         ("test", None),
     ],
 )
-def test_a_split_that_the_model_was_made_with_is_said_to_flatter(
+def test_a_split_that_the_model_was_made_with_is_reported_as_flattering(
     make: Maker, pairs: list[Pair], split: str, said: str | None
 ) -> None:
     made = make(pairs[:2], split=Split(split), val_fraction=0.2, split_seed=7)
@@ -489,11 +487,11 @@ def test_the_log_beside_a_checkpoint_is_drawn(make: Maker, pairs: list[Pair], tm
     assert made.values["training"]["log"]["val_dice"] == [None] * epochs
     assert made.values["training"]["checkpoint_epoch"] == 2
     assert "Training curves" in made.page.all("aria-label")
-    assert "This checkpoint is of epoch 2" in made.page.text
+    assert "This checkpoint is from epoch 2" in made.page.text
 
 
 @pytest.mark.parametrize("epoch", [float("nan"), float("inf"), 10**400, -1, "2", [2]], ids=lambda epoch: str(epoch)[:9])
-def test_an_epoch_that_can_be_none_is_left_out(make: Maker, pairs: list[Pair], tmp_path: Path, epoch: object) -> None:
+def test_an_impossible_epoch_is_not_drawn(make: Maker, pairs: list[Pair], tmp_path: Path, epoch: object) -> None:
     path = write_log(tmp_path, [a_row()])
     made = make(pairs[:2], path=path, model=dataclasses.replace(MODEL, provenance={"epoch": epoch}))
     assert made.values["training"]["checkpoint_epoch"] is None
@@ -509,7 +507,7 @@ def test_of_an_exported_file_or_without_a_log_there_is_no_training(
     assert 'id="training"' not in made.html
 
 
-#: Of a log, of the columns that every version has had.
+#: A log with the columns that all versions have had.
 HEADER = ",".join(list(a_row().as_dict())[:10]) + "\n"
 
 
@@ -517,7 +515,7 @@ HEADER = ",".join(list(a_row().as_dict())[:10]) + "\n"
     "text",
     ["", "a,b\n1,2\n", HEADER, HEADER + ",".join(["1", *["x"] * 9]), HEADER + ",".join(["nan"] * 10), "\0", "epoch\n1"],
 )
-def test_a_log_of_something_else_is_left_out_with_a_word(
+def test_a_log_of_something_else_is_reported_and_not_drawn(
     make: Maker, pairs: list[Pair], tmp_path: Path, text: str
 ) -> None:
     (tmp_path / "log.csv").write_text(text)
@@ -537,7 +535,7 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_of_its_own(
     assert caught.value.exit_code == 6
 
 
-def test_a_photo_that_is_gone_since_leaves_no_report(make: Maker, pairs: list[Pair], tmp_path: Path) -> None:
+def test_a_photo_that_has_disappeared_leaves_no_report(make: Maker, pairs: list[Pair], tmp_path: Path) -> None:
     def once(batch: np.ndarray) -> np.ndarray:
         pairs[0].image.unlink(missing_ok=True)
         return red(batch)
@@ -567,7 +565,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_keys_of_the_photos_of_the_training_are_left_out(make: Maker, pairs: list[Pair]) -> None:
+def test_keys_of_the_photos_of_the_training_are_excluded(make: Maker, pairs: list[Pair]) -> None:
     origin = {"epoch": 2, "data": {"train_photos": 2, "train_keys": "abcdefghijkl"}}
     made = make(pairs[:2], model=dataclasses.replace(MODEL, provenance=origin))
     assert made.values["model"]["provenance"] == {"epoch": 2, "data": {"train_photos": 2}}
@@ -575,13 +573,13 @@ def test_keys_of_the_photos_of_the_training_are_left_out(make: Maker, pairs: lis
 
 
 @pytest.mark.parametrize("options", [[], ["--without-doubtful"]])
-def test_a_page_says_that_what_is_doubtful_was_left_out(
+def test_a_page_says_that_low_confidence_regions_were_removed(
     checkpoint: Path, oxford_root: Path, tmp_path: Path, options: list[str]
 ) -> None:
     args = ["evaluate", str(checkpoint), "--data", str(oxford_root), "--device", "cpu", "-q", *options]
     assert run([*args, "--report", str(tmp_path)]) == 0
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
-    said = "Without regions in which the model is sure of no pixel, as petseg infer shows it."
+    said = "Without low-confidence regions (no near-certain pixel), as petseg infer shows it."
     assert (said in page.text) is bool(options)
 
 
@@ -627,7 +625,7 @@ def test_output_and_report_together_measure_once(
 
 
 @pytest.mark.parametrize("batch", ["1", "4"])
-def test_a_broken_photo_is_named_and_left_out_of_a_report(
+def test_a_broken_photo_is_named_and_excluded_of_a_report(
     checkpoint: Path, oxford_copy: Path, tmp_path: Path, batch: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken, *others = find(oxford_copy, Split.TEST)
@@ -677,7 +675,7 @@ def test_a_bad_folder_is_found_before_the_measurement(
         assert "is not a folder" in err
 
 
-def test_a_report_is_replaced_whole(checkpoint: Path, oxford_copy: Path, tmp_path: Path) -> None:
+def test_a_report_is_replaced_atomically(checkpoint: Path, oxford_copy: Path, tmp_path: Path) -> None:
     args = [
         "evaluate",
         str(checkpoint),

@@ -1,4 +1,4 @@
-"""The photos of a run: which are read, where they are kept, who augments them, and what is said of them."""
+"""The photos of a run: which are read, where they are kept, by whom they are augmented, and what is recorded."""
 
 from __future__ import annotations
 
@@ -32,14 +32,12 @@ def test_photos_without_pet_are_announced_and_recorded(oxford_copy: Path, tmp_pa
     assert any("pet_05" in message for message in observer.messages)
 
 
-def test_the_folder_that_one_works_in_has_a_name_too(
-    oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_current_folder_has_a_name_too(oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(oxford_root)
     assert Trainer(tiny(), Path(), tmp_path / "out", device=CPU).meta["data"]["folder"] == oxford_root.name
 
 
-def test_photos_whose_pet_is_lost_at_the_training_size_are_left_out_and_named(
+def test_photos_whose_pet_is_lost_at_the_training_size_are_excluded_and_named(
     oxford_copy: Path, tmp_path: Path
 ) -> None:
     trimap = np.full((64, 64), BACKGROUND, np.uint8)
@@ -47,7 +45,7 @@ def test_photos_whose_pet_is_lost_at_the_training_size_are_left_out_and_named(
     Image.fromarray(trimap).save(oxford_copy / "annotations" / "trimaps" / "pet_05.png")
     observer = Recorder()
     trainer = Trainer(tiny("data.height=16", "data.width=32"), oxford_copy, tmp_path, device=CPU, observer=observer)
-    assert "left out, because at 16x32 nothing is left of their pet: pet_05" in observer.messages
+    assert "excluded, because at 16x32 nothing is left of their pet: pet_05" in observer.messages
     assert "pet_05" not in trainer.photos.train.names
     about = trainer.meta["data"]
     assert (about["skipped_without_pet"], about["skipped_too_small"]) == ([], ["pet_05"])
@@ -86,7 +84,7 @@ def test_workers_have_room_for_their_batches(monkeypatch: pytest.MonkeyPatch, fr
     assert workers_of(5, torch.device("cuda"), 2**20) == 5
 
 
-def test_data_that_cannot_be_used_is_refused(oxford_root: Path, tmp_path: Path) -> None:
+def test_data_that_cannot_be_used_is_rejected(oxford_root: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no data set"):
         Trainer(tiny(), tmp_path, tmp_path / "out", device=CPU)
     with pytest.raises(DataError, match="batch takes 23"):
@@ -107,7 +105,7 @@ def test_a_bad_photo_can_be_skipped_and_is_named_and_counted(oxford_copy: Path, 
     config = tiny("data.on_bad=skip", "epochs=1", "model.width=2")
     trainer = Trainer(config, oxford_copy, tmp_path / "out", device=CPU, observer=observer)
     trainer.fit()
-    assert {m.partition(": ")[0] for m in observer.messages if "pet_" in m} == {"left out"}
+    assert {m.partition(": ")[0] for m in observer.messages if "pet_" in m} == {"excluded"}
     assert all(any(name in m for m in observer.messages) for name in names)
     assert (len(trainer.photos.train), len(trainer.photos.good_val)) == (20, 1)
     assert trainer.state.history[-1].skipped == 3
@@ -120,7 +118,7 @@ def test_photos_too_many_for_the_memory_are_kept_in_a_file(
     oxford_root: Path, tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = 22 * 32 * 32 * 4
-    for room, place in ((2 * size - 1, f"a file in {tmp_path / 'file'}: decoded, they are"), (2 * size, "memory")):
+    for room, place in ((2 * size - 1, f"a file in {tmp_path / 'file'}: decoded, they take"), (2 * size, "memory")):
         monkeypatch.setattr("petseg.run_photos.available_memory", lambda room=room: room)
         observer, folder = Recorder(), tmp_path / place.split()[-1 if place == "memory" else 1]
         trainer = Trainer(tiny(), oxford_root, folder, device=CPU, observer=observer)
@@ -131,14 +129,14 @@ def test_photos_too_many_for_the_memory_are_kept_in_a_file(
         assert {path.name for path in folder.iterdir()} == {BEST, LAST, LOG}
 
 
-def test_no_validation_photo_that_can_be_used_is_refused(oxford_copy: Path, tmp_path: Path) -> None:
+def test_no_validation_photo_that_can_be_used_is_rejected(oxford_copy: Path, tmp_path: Path) -> None:
     for number in range(2):
         spoil_photo(oxford_copy, Split.VAL, number)
     with pytest.raises(DataError, match="of the 2 validation photos 0 can be used"):
         Trainer(tiny("data.on_bad=skip"), oxford_copy, tmp_path / "out", device=CPU)
 
 
-def test_validation_photos_without_a_pet_are_refused(oxford_copy: Path, tmp_path: Path) -> None:
+def test_validation_photos_without_a_pet_are_rejected(oxford_copy: Path, tmp_path: Path) -> None:
     for pair in find(oxford_copy, Split.VAL, val_fraction=0.1):
         Image.fromarray(np.full((64, 64), 2, np.uint8)).save(pair.mask)
     with pytest.raises(DataError, match="of the 2 validation photos 2 can be used, and none of those shows a pet"):
@@ -149,13 +147,15 @@ def test_listed_validation_photos_are_on_record_and_stay_known(folder_copy: Path
     (folder_copy / "val.txt").write_text("own_01\nown_07\n")
     observer = Recorder()
     trainer = Trainer(tiny("epochs=1"), folder_copy, tmp_path / "run", device=CPU, observer=observer)
-    said = "7 photos to train on, 2 for validation, as val.txt lists them, without data.val_fraction"
+    said = "7 photos to train on, 2 for validation, listed in val.txt; data.val_fraction is ignored"
     assert said in observer.messages
     best = trainer.fit()
     about = load(best).meta["data"]
     assert about["val_names"] == ["own_01", "own_07"]
     assert {"val_fraction", "split_seed"} & about.keys() == set()
-    again = Trainer(tiny("epochs=1"), folder_copy, tmp_path / "again", device=CPU, init=best)  # the same are left out
+    again = Trainer(
+        tiny("epochs=1"), folder_copy, tmp_path / "again", device=CPU, init=best
+    )  # the same ones are excluded
     assert again.meta["data"]["names_sha256"] == about["names_sha256"]
     (folder_copy / "val.txt").write_text("own_07\nown_08\n")
     with pytest.raises(TrainingError, match=r"trained on 1 of the 2 photos.* list in val\.txt the photos that it was"):
@@ -168,7 +168,9 @@ def test_listed_validation_photos_are_on_record_and_stay_known(folder_copy: Path
 
 
 @pytest.mark.parametrize(("empty", "warned"), [(0, False), (1, True)])
-def test_too_few_validation_photos_are_warned_of(oxford_copy: Path, tmp_path: Path, empty: int, warned: bool) -> None:
+def test_too_few_validation_photos_are_warned_about(
+    oxford_copy: Path, tmp_path: Path, empty: int, warned: bool
+) -> None:
     config = tiny(f"data.val_fraction={FEW / 24}", "batch=2")
     for pair in find(oxford_copy, Split.VAL, val_fraction=FEW / 24)[:empty]:
         Image.fromarray(np.full((64, 64), 2, np.uint8)).save(pair.mask)

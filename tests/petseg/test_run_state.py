@@ -1,4 +1,4 @@
-"""Where a run stands: what is saved of it, when, and what is refused on the way back."""
+"""The state of a run: what is saved, when, and what is rejected on resuming."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from petseg import checkpoint
 from petseg.checkpoint import load, save_checkpoint
 from petseg.config import to_dict
 from petseg.data import Split, find, read_trimap
+from petseg.lock import LOCK
 from petseg.log import LOG
 from petseg.metrics import PET
 from petseg.record import record
-from petseg.run_state import BEST, LAST, QUICK_SAVE, RunState, StateFile, refuse_another_run
+from petseg.run_state import BEST, LAST, QUICK_SAVE, RunState, StateFile, check_same_run
 from petseg.train import Trainer
 from petseg_runtime.errors import CheckpointError, EngineError, TrainingError
 from tiny_runs import (
@@ -66,18 +67,18 @@ def test_last_holds_weights_average_and_optimizer(whole: Run) -> None:
     [
         (
             {},
-            r"an older version, which kept 2 photos of whose pet .* \(pet_05, pet_06\); .* --init",
+            r"an older version, which kept 2 photos whose pet .* \(pet_05, pet_06\); .* --init",
         ),
         ({"skipped_too_small": []}, "trained on other photos than these"),
     ],
 )
-def test_a_state_of_before_photos_with_tiny_pets_were_left_out_says_so(
+def test_a_state_from_before_photos_with_tiny_pets_were_excluded_says_so(
     tmp_path: Path, before: dict[str, Any], said: str
 ) -> None:
     saved = {"data": {"names_sha256": "a", **before}}
     meta = {"data": {"names_sha256": "b", "skipped_too_small": ["pet_05", "pet_06"]}, "masks": {}}
     with pytest.raises(TrainingError, match=said):
-        refuse_another_run(saved, meta, tmp_path)
+        check_same_run(saved, meta, tmp_path)
 
 
 @pytest.mark.usefixtures("usual_disk")
@@ -87,7 +88,7 @@ def test_a_state_of_before_photos_with_tiny_pets_were_left_out_says_so(
 def test_saving_takes_a_tenth_of_the_time_at_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, took: float, since: float, pays: bool
 ) -> None:
-    now = iter((100.0, 100.0 + took, 100.0 + took + since))  # before it is written, after, and when it is asked
+    now = iter((100.0, 100.0 + took, 100.0 + took + since))  # before the write, after it, and at the query
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     file = StateFile(tmp_path)
     assert file.pays, "nothing is saved yet"
@@ -98,7 +99,7 @@ def test_saving_takes_a_tenth_of_the_time_at_most(
 
 @pytest.fixture
 def slow_disk(usual_disk: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """By the clock, every state takes an hour to write; the steps at which one was written."""
+    """Make every write take an hour by the clock; returns the steps at which a state was written."""
     clock, write, saved = time.perf_counter, checkpoint.save_checkpoint, []
 
     def slow(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
@@ -121,7 +122,7 @@ def test_a_state_whose_saving_takes_long_is_saved_at_the_end(
 
 
 @pytest.mark.parametrize("orderly", [False, True])
-def test_a_run_whose_state_is_not_saved_after_each_epoch_goes_on(
+def test_a_run_whose_state_is_not_saved_after_each_epoch_continues(
     oxford_root: Path, tmp_path: Path, whole: Run, slow_disk: list[int], orderly: bool
 ) -> None:
     act = functools.partial(signal.raise_signal, signal.SIGTERM) if orderly else crash
@@ -136,10 +137,10 @@ def test_a_run_whose_state_is_not_saved_after_each_epoch_goes_on(
     assert_same_run(tmp_path, whole)
 
 
-def test_a_best_checkpoint_of_an_epoch_that_a_crash_took_is_kept_and_told_of(
+def test_a_best_checkpoint_of_an_epoch_that_a_crash_took_is_kept_and_reported(
     oxford_root: Path, tmp_path: Path, whole: Run, slow_disk: list[int]
 ) -> None:
-    """On a GPU the state may be older than the best checkpoint, and the epochs taken again are not quite the same."""
+    """On a GPU the state may be older than the best checkpoint, and repeated epochs differ slightly."""
     with pytest.raises(Crash):
         Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=Recorder(at_step=at(PER_EPOCH + 1, crash))).fit()
     best = load(tmp_path / BEST)
@@ -151,7 +152,9 @@ def test_a_best_checkpoint_of_an_epoch_that_a_crash_took_is_kept_and_told_of(
     for done in (False, True):
         observer = Recorder()
         trainer = Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True, observer=observer)
-        assert f"{BEST} is of epoch 2, which is not in the state: kept until there is a better one" in observer.messages
+        assert (
+            f"{BEST} is from epoch 2, which the saved state does not have; kept until a better one" in observer.messages
+        )
         assert (tmp_path / LOG).exists() == done, "the log is that of the state, which has no epoch at first"
         trainer.fit()
         assert (tmp_path / BEST).read_bytes() == kept
@@ -164,7 +167,7 @@ def test_a_best_checkpoint_of_an_epoch_that_a_crash_took_is_kept_and_told_of(
 def test_a_run_whose_best_checkpoint_is_gone_keeps_another(
     oxford_root: Path, tmp_path: Path, damage: Callable[[Path], object]
 ) -> None:
-    """Though no later epoch is as good: else it would end without any, and say that there is one."""
+    """Even if no later epoch is as good: otherwise the run would end without a best checkpoint, but name one."""
     with pytest.raises(Crash):
         Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=Recorder(at_step=at(PER_EPOCH + 1, crash))).fit()
     saved = load(tmp_path / LAST)
@@ -173,7 +176,7 @@ def test_a_run_whose_best_checkpoint_is_gone_keeps_another(
     damage(tmp_path / BEST)
     observer = Recorder()
     trainer = Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True, observer=observer)
-    assert f"{BEST} is gone or damaged: what is kept is the best of the epochs from here on" in observer.messages
+    assert f"{BEST} is missing or damaged; the best of the epochs from here on is kept" in observer.messages
     kept = load(trainer.fit()).meta["validation"]
     assert record(trainer)["best"] == kept == max(observer.rows, key=lambda row: row.val_iou).as_dict()
     (tmp_path / BEST).unlink()
@@ -189,7 +192,7 @@ def test_a_log_that_lacks_an_epoch_after_a_crash_is_completed(oxford_root: Path,
     assert (folder / LOG).read_text() == log
 
 
-def test_too_little_memory_on_the_way_back_is_no_damage_to_the_state(
+def test_running_out_of_memory_while_resuming_is_not_damage_to_the_state(
     oxford_root: Path, tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
@@ -197,7 +200,7 @@ def test_too_little_memory_on_the_way_back_is_no_damage_to_the_state(
 
     folder = Path(shutil.copytree(whole.folder, tmp_path / "run"))
     monkeypatch.setattr("petseg.train.load_tensors", full)
-    with pytest.raises(EngineError, match="make room on the device"):
+    with pytest.raises(EngineError, match="free some memory on the device"):
         Trainer(tiny(), oxford_root, folder, device=CPU, resume=True)
 
 
@@ -211,12 +214,21 @@ def test_a_run_that_came_to_its_last_epoch_was_not_stopped_early(oxford_root: Pa
     assert (trainer.finished, trainer.stopped_early) == (True, True)
 
 
-def test_what_a_killed_run_was_writing_is_removed(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+def test_temporary_files_of_a_killed_run_are_removed(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
     folder = Path(shutil.copytree(whole.folder, tmp_path / "run"))
-    for name in (".last.0123abcd.part.safetensors", ".log.0123abcd.part.csv"):
-        (folder / name).write_bytes(b"half")
+    for name in ("last.0123abcd.part.safetensors", "log.0123abcd.part.csv", "run.0123abcd.part.json"):
+        (folder / f".{name}").write_bytes(b"half")
+    for name in ("curves", "predictions"):
+        (folder / f".{name}.0123abcd.part.png").write_bytes(b"half")
     Trainer(tiny(), oxford_root, folder, device=CPU, resume=True)
     assert {p.name for p in folder.iterdir()} == {BEST, LAST, LOG}
+
+
+def test_a_temporary_file_of_a_first_checkpoint_is_removed(oxford_root: Path, tmp_path: Path) -> None:
+    (tmp_path / ".last.0123abcd.part.safetensors").write_bytes(b"half")
+    trainer = Trainer(tiny(), oxford_root, tmp_path, device=CPU)
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    trainer.unlock()
 
 
 @pytest.mark.parametrize(
@@ -230,7 +242,7 @@ def test_what_a_killed_run_was_writing_is_removed(oxford_root: Path, tmp_path: P
         ("augment.flip=0.25", "augment.flip was 0.5, now 0.25"),
     ],
 )
-def test_other_settings_are_refused_on_resume(oxford_root: Path, whole: Run, setting: str, said: str) -> None:
+def test_other_settings_are_rejected_on_resume(oxford_root: Path, whole: Run, setting: str, said: str) -> None:
     before = (whole.folder / LAST).read_bytes()
     with pytest.raises(TrainingError, match=said):
         Trainer(tiny(setting), oxford_root, whole.folder, device=CPU, resume=True)
@@ -238,7 +250,7 @@ def test_other_settings_are_refused_on_resume(oxford_root: Path, whole: Run, set
 
 
 @pytest.mark.parametrize("setting", ["data.workers=0", "data.on_bad=skip", "early_stop=7", "compile=true"])
-def test_settings_that_say_where_and_how_long_are_taken_anew(
+def test_settings_that_say_where_and_how_long_may_change_on_resume(
     oxford_root: Path, tmp_path: Path, whole: Run, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda model: model)
@@ -257,8 +269,8 @@ def test_settings_that_say_where_and_how_long_are_taken_anew(
 @pytest.mark.parametrize(
     "setting", ["augment.mix=0.5", "augment.mix_until=0.5", "loss.features=0.25", "schedule.warmup=0.2"]
 )
-def test_settings_that_nothing_uses_may_differ(oxford_root: Path, tmp_path: Path, whole: Run, setting: str) -> None:
-    """As those that a recipe has for a teacher, in a run without one that began with an older form of the recipe."""
+def test_settings_without_effect_may_differ(oxford_root: Path, tmp_path: Path, whole: Run, setting: str) -> None:
+    """For example a recipe's settings of a teacher, in a run without one that began with an older recipe."""
     stop = Recorder(at_step=at(7, lambda: signal.raise_signal(signal.SIGINT)))
     with pytest.raises(KeyboardInterrupt):
         Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=stop).fit()
@@ -271,7 +283,7 @@ def test_every_other_setting_is_named(oxford_root: Path, whole: Run) -> None:
         Trainer(tiny("seed=1", "batch=5"), oxford_root, whole.folder, device=CPU, resume=True)
 
 
-def test_other_photos_are_refused_on_resume(oxford_copy: Path, whole: Run) -> None:
+def test_other_photos_are_rejected_on_resume(oxford_copy: Path, whole: Run) -> None:
     listing = oxford_copy / "annotations" / "trainval.txt"
     listing.write_text("".join(line for line in listing.read_text().splitlines(True) if "pet_07" not in line))
     with pytest.raises(TrainingError, match="other photos"):
@@ -279,21 +291,21 @@ def test_other_photos_are_refused_on_resume(oxford_copy: Path, whole: Run) -> No
 
 
 @pytest.mark.parametrize("split", [Split.TRAIN, Split.VAL])
-def test_other_masks_are_refused_on_resume_and_named(
+def test_other_masks_are_rejected_on_resume_and_named(
     oxford_copy: Path, tmp_path: Path, whole: Run, split: Split
 ) -> None:
     changed = find(oxford_copy, split, val_fraction=0.1)[1]
     trimap = read_trimap(changed)
-    Image.fromarray(trimap).save(changed.mask, optimize=True)  # another file, and the same mask
+    Image.fromarray(trimap).save(changed.mask, optimize=True)  # another file with the same mask
     Trainer(tiny(), oxford_copy, Path(shutil.copytree(whole.folder, tmp_path / "same")), device=CPU, resume=True)
     trimap[:2] = PET
     Image.fromarray(trimap).save(changed.mask)
-    said = rf"the masks of 1 photos are not what they were .*\({changed.name}\): put them back, or .* --init .*{LAST}"
+    said = rf"the masks of 1 photos have changed since .*\({changed.name}\); restore them, or .* --init .*{LAST}"
     with pytest.raises(TrainingError, match=said):
         Trainer(tiny(), oxford_copy, whole.folder, device=CPU, resume=True)
 
 
-def test_a_state_of_before_masks_were_kept_goes_on(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+def test_a_state_from_before_masks_were_recorded_can_be_resumed(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
     last = whole.last
     assert {part: len(names) for part, names in last.meta["masks"].items()} == {"train": 22, "val": 2}
     assert "masks" not in whole.best.meta
@@ -302,7 +314,7 @@ def test_a_state_of_before_masks_were_kept_goes_on(oxford_root: Path, tmp_path: 
     assert Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True).state.step == EPOCHS * PER_EPOCH
 
 
-def test_a_folder_that_holds_a_run_is_refused(oxford_root: Path, whole: Run) -> None:
+def test_a_folder_that_holds_a_run_is_rejected(oxford_root: Path, whole: Run) -> None:
     before = {p.name: p.read_bytes() for p in whole.folder.iterdir()}
     with pytest.raises(TrainingError, match=r"already holds a run.*--resume"):
         Trainer(tiny(), oxford_root, whole.folder, device=CPU)
@@ -310,20 +322,22 @@ def test_a_folder_that_holds_a_run_is_refused(oxford_root: Path, whole: Run) -> 
 
 
 @pytest.mark.parametrize("name", [BEST, LAST, LOG])
-def test_a_folder_that_holds_a_part_of_a_run_is_refused(
+def test_a_folder_that_holds_a_part_of_a_run_is_rejected(
     oxford_root: Path, tmp_path: Path, whole: Run, name: str
 ) -> None:
     shutil.copy(whole.folder / name, tmp_path)
-    remedy = "--resume goes on with it, or choose another" if name == LAST else "choose another"
-    with pytest.raises(TrainingError, match=rf"already holds a run \({name}\): {remedy} folder"):
+    remedy = "use --resume to continue it, or choose another" if name == LAST else "choose another"
+    with pytest.raises(TrainingError, match=rf"already holds a run \({name}\); {remedy} folder"):
         Trainer(tiny(), oxford_root, tmp_path, device=CPU)
     if name != LAST:
-        with pytest.raises(TrainingError, match=rf"{LAST}: nothing to resume; {name} is of a run whose state is gone"):
+        with pytest.raises(
+            TrainingError, match=rf"{LAST}: nothing to resume; {name} is from a run whose state is gone"
+        ):
             Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
     assert (tmp_path / name).read_bytes() == (whole.folder / name).read_bytes()
 
 
-def test_nothing_to_resume_is_refused(oxford_root: Path, tmp_path: Path) -> None:
+def test_nothing_to_resume_is_rejected(oxford_root: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"last\.safetensors: nothing to resume"):
         Trainer(tiny(), oxford_root, tmp_path / "none", device=CPU, resume=True)
     assert not (tmp_path / "none").exists()
@@ -335,7 +349,7 @@ def test_a_model_is_no_state_to_resume(oxford_root: Path, tmp_path: Path, whole:
         Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
 
 
-def test_a_truncated_state_is_refused(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+def test_a_truncated_state_is_rejected(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
     data = (whole.folder / LAST).read_bytes()
     (tmp_path / LAST).write_bytes(data[: len(data) // 2])
     with pytest.raises(CheckpointError, match=r"last\.safetensors"):
@@ -345,7 +359,7 @@ def test_a_truncated_state_is_refused(oxford_root: Path, tmp_path: Path, whole: 
 @pytest.mark.parametrize(
     "damage", ["head.bias", "ema/head.bias", "ema_updates", "optimizer/0/exp_avg", "state", "config"]
 )
-def test_a_state_that_lacks_a_part_is_refused_by_name(
+def test_a_state_that_lacks_a_part_is_rejected_by_name(
     oxford_root: Path, tmp_path: Path, whole: Run, damage: str
 ) -> None:
     last = whole.last
@@ -365,7 +379,7 @@ def test_settings_in_a_state_that_cannot_be_are_damage_to_it(
         Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
 
 
-def test_a_run_from_before_a_setting_was_there_goes_on_with_its_default(
+def test_a_run_from_before_a_setting_was_there_continues_with_its_default(
     oxford_root: Path, tmp_path: Path, whole: Run
 ) -> None:
     last = whole.last
@@ -375,7 +389,7 @@ def test_a_run_from_before_a_setting_was_there_goes_on_with_its_default(
     assert trainer.state.step == EPOCHS * PER_EPOCH
 
 
-def test_another_teacher_is_refused_on_resume(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+def test_another_teacher_is_rejected_on_resume(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
     with pytest.raises(TrainingError, match=r"the teacher of the run to resume was none, now .*best\.safetensors"):
         Trainer(tiny(), oxford_root, whole.folder, device=CPU, teacher=whole.folder / BEST, resume=True)
 
@@ -400,7 +414,7 @@ def test_when_a_run_has_stalled(patience: int, ious: list[float], stalled: bool)
     assert state.stalled(patience) is stalled
 
 
-def test_a_log_of_an_older_version_goes_on_with_more_columns(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+def test_a_log_of_an_older_version_continues_with_more_columns(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
     with pytest.raises(Crash):
         Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=Recorder(at_step=at(PER_EPOCH + 1, crash))).fit()
     last = load(tmp_path / LAST)

@@ -1,4 +1,4 @@
-"""The learning rate of every step, by the formulas and by PyTorch's own schedulers."""
+"""The learning rate of every step, checked against the formulas and PyTorch's schedulers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from petseg.config import ScheduleConfig
-from petseg.schedule import learning_rate, left_at_the_end
+from petseg.schedule import final_rate, learning_rate
 
 
 @pytest.mark.parametrize(("restart", "factor"), [(1, 1), (2, 1), (1, 2), (3, 2), (2, 3), (10, 2)])
@@ -66,13 +66,13 @@ def test_constant_is_constant() -> None:
         (70, 10, 2, 0),
     ],
 )
-def test_what_restarts_leave_of_the_rate_at_the_end(epochs: int, restart: int, factor: int, left: float) -> None:
+def test_the_final_rate_of_warm_restarts(epochs: int, restart: int, factor: int, left: float) -> None:
     config = ScheduleConfig(restart_epochs=restart, restart_factor=factor)
-    assert left_at_the_end(config, epochs) == pytest.approx(left, abs=1e-3)
+    assert final_rate(config, epochs) == pytest.approx(left, abs=1e-3)
     last = learning_rate(config, 1.0, 1000 * epochs - 1, 1000, epochs)
     assert last == pytest.approx(left, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["one-cycle", "cosine", "constant"])
 def test_other_schedules_end_as_they_are_meant_to(name: str) -> None:
-    assert left_at_the_end(dataclasses.replace(ScheduleConfig(), name=name), 7) == 0
+    assert final_rate(dataclasses.replace(ScheduleConfig(), name=name), 7) == 0

@@ -32,7 +32,7 @@ def test_a_run_with_a_teacher_learns_from_it_and_names_it(oxford_root: Path, tmp
     assert "teacher" not in whole.best.meta
 
 
-def test_the_target_is_the_mean_of_what_the_teacher_says_of_a_photo_and_its_mirror_image(
+def test_the_target_is_the_mean_of_the_teachers_output_for_a_photo_and_its_mirror_image(
     oxford_root: Path, tmp_path: Path, whole: Run
 ) -> None:
     still = ("augment.flip=0", "augment.rotate=0", "augment.brightness=0", "augment.contrast=0", "augment.saturation=0")
@@ -50,12 +50,12 @@ def test_the_target_is_the_mean_of_what_the_teacher_says_of_a_photo_and_its_mirr
         assert straight.std() > 10
 
 
-def test_a_teacher_that_is_no_model_is_refused(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+def test_a_teacher_that_is_no_model_is_rejected(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
     with pytest.raises(CheckpointError, match=r"last\.safetensors: the state of a run"):
         Trainer(tiny(), oxford_root, tmp_path, device=CPU, teacher=whole.folder / LAST)
 
 
-def test_a_teacher_that_has_seen_the_validation_photos_is_told_of_checkpoint_or_exported(
+def test_a_teacher_that_has_seen_the_validation_photos_is_reported_for_checkpoints_and_exported_files(
     oxford_root: Path, tmp_path: Path, whole: Run
 ) -> None:
     best, exported = whole.folder / BEST, tmp_path / "teacher.onnx"

@@ -1,4 +1,4 @@
-"""What TensorBoard is given, read back with its own reader."""
+"""TensorBoard events, read back with its own reader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop: what a run does, and that one that was stopped, killed or starved is the same run."""
+"""The training loop: what a run does, and that a stopped, killed or starved run is the same once resumed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ from tiny_runs import (
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
-# an undisturbed run
+# an uninterrupted run
 
 
 def test_the_network_learns(whole: Run) -> None:
@@ -129,7 +129,7 @@ def test_the_beginning_is_announced(whole: Run) -> None:
 
 
 def test_the_same_seed_is_the_same_run_and_another_is_not(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
-    torch.manual_seed(987)  # what came before must not matter
+    torch.manual_seed(987)  # the global generator must not matter
     Trainer(tiny(), oxford_root, tmp_path / "same", device=CPU).fit()
     assert_same_run(tmp_path / "same", whole)
     other = Trainer(tiny("seed=1"), oxford_root, tmp_path / "other", device=CPU)
@@ -158,7 +158,7 @@ def test_workers_are_forked_once_and_end_with_the_run(oxford_root: Path, tmp_pat
     trainer = Trainer(tiny("data.workers=2", "model.width=2"), oxford_root, tmp_path, device=CPU, observer=observer)
     assert trainer.loader.multiprocessing_context is not None
     assert trainer.loader.multiprocessing_context.get_start_method() == "fork"
-    assert "2 processes augment them" in observer.messages
+    assert "2 dataloader workers augment them" in observer.messages
     with pytest.raises(Crash):
         trainer.fit()
     assert {len(pids) for pids in seen} == {2}
@@ -167,7 +167,7 @@ def test_workers_are_forked_once_and_end_with_the_run(oxford_root: Path, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_stopped_run_with_workers_goes_on(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+def test_a_stopped_run_with_workers_continues(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
     config = tiny("data.workers=1")
     stop = Recorder(at_step=at(8, lambda: signal.raise_signal(signal.SIGINT)))
     with pytest.raises(KeyboardInterrupt):
@@ -185,7 +185,7 @@ def test_a_stopped_run_with_workers_goes_on(oxford_root: Path, tmp_path: Path, w
         (1, signal.SIGINT),
         (7, signal.SIGTERM),
         (9, signal.SIGHUP),
-        (PER_EPOCH, signal.SIGINT),  # an epoch's last step: its validation is still to come
+        (PER_EPOCH, signal.SIGINT),  # an epoch's last step, before its validation
         (EPOCHS * PER_EPOCH, signal.SIGINT),
     ],
 )
@@ -212,10 +212,10 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_run(
 
 
 @pytest.mark.parametrize("epoch", [0, 1, EPOCHS - 1])
-def test_a_run_that_is_stopped_in_a_validation_takes_up_there(
+def test_a_run_that_is_stopped_in_a_validation_resumes_there(
     oxford_root: Path, tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch, epoch: int
 ) -> None:
-    """It may take longer than a scheduler waits before it kills."""
+    """A validation may take longer than a scheduler waits before it kills the process."""
     begun: list[None] = []
 
     def stopped(*args: Any, **options: Any) -> Evaluation:
@@ -238,7 +238,7 @@ def test_a_run_that_is_stopped_in_a_validation_takes_up_there(
     assert_same_run(tmp_path, whole)
 
 
-#: A second signal comes while the first one's handler is about to wake whoever waits.
+#: A second signal arrives while the handler of the first is about to wake a waiter.
 NESTED = """
 import signal, threading, torch
 from pathlib import Path
@@ -280,11 +280,11 @@ def test_a_signal_that_interrupts_the_handler_of_another_stops_the_run(oxford_ro
 @pytest.mark.parametrize(
     ("amp", "other", "said"),
     [
-        ("fp32", torch.bfloat16, "in float32 as so far, where this device would choose bfloat16"),
-        ("bf16", torch.float32, "in float32 from here on (this device does not compute in bfloat16, as so far)"),
+        ("fp32", torch.bfloat16, "computing in float32, as so far; this device would choose bfloat16"),
+        ("bf16", torch.float32, "computing in float32 from here on (this device does not support bfloat16, used so"),
     ],
 )
-def test_a_run_goes_on_in_the_precision_it_began_in_where_the_device_has_it(
+def test_a_run_continues_in_its_first_precision_if_the_device_supports_it(
     oxford_root: Path,
     tmp_path: Path,
     whole: Run,
@@ -320,7 +320,7 @@ def test_a_run_stopped_at_every_other_step_is_still_the_same_run(oxford_root: Pa
 
 
 @pytest.mark.parametrize("step", [6, 10])
-def test_a_run_that_crashed_goes_on_from_the_last_epoch(
+def test_a_run_that_crashed_continues_from_the_last_epoch(
     oxford_root: Path, tmp_path: Path, whole: Run, step: int
 ) -> None:
     with pytest.raises(Crash):
@@ -331,10 +331,10 @@ def test_a_run_that_crashed_goes_on_from_the_last_epoch(
 
 
 @pytest.mark.parametrize("failing", [BEST, LAST, LOG])
-def test_a_run_that_crashed_while_writing_goes_on(
+def test_a_run_that_crashed_while_writing_continues(
     oxford_root: Path, tmp_path: Path, whole: Run, failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the second epoch's writing: whatever is on the disk by then must lead to the same end."""
+    """Killed while writing after the second epoch: whatever is on disk by then must lead to the same result."""
     folder = tmp_path / "run"
     armed: list[bool] = []
     replace = Path.replace
@@ -347,7 +347,7 @@ def test_a_run_that_crashed_while_writing_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", dies)
         observer = Recorder(at_step=at(PER_EPOCH + 1, lambda: armed.append(True)))
-        # width 4 improves at every epoch here, so that all three files are written each time
+        # width 4 improves in every epoch here, so all three files are written each time
         try:
             Trainer(tiny(), oxford_root, folder, device=CPU, observer=observer).fit()
             assert failing == BEST, "the run should have died"
@@ -358,7 +358,7 @@ def test_a_run_that_crashed_while_writing_goes_on(
     assert {p.name for p in folder.iterdir()} == {BEST, LAST, LOG}
 
 
-def test_a_run_that_crashed_while_writing_its_first_best_checkpoint_goes_on(
+def test_a_run_that_crashed_while_writing_its_first_best_checkpoint_continues(
     oxford_root: Path, tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = checkpoint.save_checkpoint
@@ -377,7 +377,7 @@ def test_a_run_that_crashed_while_writing_its_first_best_checkpoint_goes_on(
     assert_same_run(tmp_path, whole)
 
 
-# losses that are read when the next step is under way, as on a GPU
+# losses that are read after the next step was issued, as on a GPU
 
 
 def late(trainer: Trainer) -> Trainer:
@@ -385,7 +385,7 @@ def late(trainer: Trainer) -> Trainer:
     return trainer
 
 
-def test_only_a_gpu_is_told_the_next_step_before_the_last_one_is_read(oxford_root: Path, tmp_path: Path) -> None:
+def test_only_on_a_gpu_the_next_step_is_issued_before_the_last_one_is_read(oxford_root: Path, tmp_path: Path) -> None:
     def order(folder: str, behind: bool) -> list[str]:
         said: list[str] = []
         observer = Recorder(lambda step: said.append("read"), lambda epoch: said.append("validated"))
@@ -456,7 +456,7 @@ def test_a_late_loss_that_is_no_number_names_its_own_batch_and_saves_nothing(
 
 
 class Waits(TorchDispatchMode):
-    """Counts what would make the CPU wait for a GPU: numbers that are read back."""
+    """Counts what would make the CPU wait for a GPU: reading numbers back."""
 
     found = 0
 
@@ -495,7 +495,7 @@ Trainer(config, Path({root!r}), Path({out!r}), device=torch.device("cpu"), obser
 """
 
 
-def test_a_run_that_was_killed_in_another_process_goes_on(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+def test_a_run_that_was_killed_in_another_process_continues(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
     out = tmp_path / "run"
     code = KILLED.format(threads=torch.get_num_threads(), config=to_dict(tiny()), root=str(oxford_root), out=str(out))
     ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=tmp_path)
@@ -519,7 +519,7 @@ for number in range(1, 9):
     if child == 0:
         Trainer(config, root, out, device=torch.device("cpu"), resume=(out / LAST).exists()).fit()
         os._exit(0)
-    time.sleep(lot.uniform(0, 0.15 * number))  # ever later, so that fast machines and slow ones see both ends
+    time.sleep(lot.uniform(0, 0.15 * number))  # later each time, so that fast and slow machines cover the whole run
     os.kill(child, signal.SIGKILL)
     kills += os.waitpid(child, 0)[1] == signal.SIGKILL
 print(kills)
@@ -537,14 +537,12 @@ def test_a_run_that_is_killed_again_and_again_at_any_moment_ends_the_same(
     assert_same_run(out, whole)
 
 
-#: Has a run's folder until it is killed.
-HOLDS = (
-    "import sys, time; from pathlib import Path; from petseg.lock import *; let_in = keep_others_out(Path(sys.argv[1]))"
-)
+#: Locks a run's folder until it is killed.
+HOLDS = "import sys, time; from pathlib import Path; from petseg.lock import *; unlock = lock_folder(Path(sys.argv[1]))"
 
 
 @pytest.mark.parametrize("resume", [True, False])
-def test_a_folder_that_another_process_trains_into_is_refused_and_left_alone(
+def test_a_folder_that_another_process_trains_into_is_rejected_and_left_alone(
     oxford_root: Path, tmp_path: Path, whole: Run, resume: bool
 ) -> None:
     folder = tmp_path / "run"
@@ -579,7 +577,7 @@ def test_a_run_outside_the_main_thread_works_without_signals(oxford_root: Path, 
     assert (tmp_path / BEST).exists()
 
 
-def test_a_strided_run_that_was_interrupted_goes_on(oxford_root: Path, tmp_path: Path) -> None:
+def test_a_strided_run_that_was_interrupted_can_be_resumed(oxford_root: Path, tmp_path: Path) -> None:
     settings = tiny("model.stem=strided", "model.levels=[1,2,3,4]", "epochs=1")
     stopping = Recorder(at(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     with pytest.raises(KeyboardInterrupt):
@@ -588,7 +586,7 @@ def test_a_strided_run_that_was_interrupted_goes_on(oxford_root: Path, tmp_path:
     assert load(tmp_path / LAST).meta["state"]["step"] == PER_EPOCH
 
 
-# numbers that are none
+# NaN and infinity
 
 
 def names_of_batch(trainer: Trainer, epoch: int, batch: int) -> list[str]:
@@ -613,7 +611,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_photos(oxford_root
     assert (tmp_path / LAST).read_bytes() == kept[0]
     assert load(tmp_path / LAST).meta["state"]["step"] == PER_EPOCH
     Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
-    # What it says to do can be done.
+    # The remedy in the message works.
     assert f"--init {tmp_path / LAST}" in str(caught.value)
     assert re.search(r"another --output.*lower optimizer\.lr or another amp", str(caught.value))
     again = Trainer(tiny("optimizer.lr=0.001"), oxford_root, tmp_path / "new", device=CPU, init=tmp_path / LAST)
@@ -656,10 +654,10 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_the_weights_move(
         ({"teacher": "text.onnx"}, [], ModelError, r"text\.onnx"),
         ({"resume": True}, ["seed=1"], TrainingError, "other settings: seed was 0, now 1"),
         ({"ranks": Ranks(0, 2, 2)}, ["batch=5"], UsageError, "batch is 5; it must be a multiple of the 2 processes"),
-        ({}, ["batch=23"], DataError, "22 photos to train on, but a batch takes 23: use a smaller"),
+        ({}, ["batch=23"], DataError, "22 photos to train on, but a batch takes 23; use a smaller"),
     ],
 )
-def test_a_mistake_in_the_arguments_is_told_before_photos_are_read(
+def test_a_mistake_in_the_arguments_is_reported_before_photos_are_read(
     oxford_root: Path,
     tmp_path: Path,
     whole: Run,
@@ -679,7 +677,7 @@ def test_a_mistake_in_the_arguments_is_told_before_photos_are_read(
         Trainer(tiny(*settings), oxford_root, folder, device=CPU, **options)
 
 
-def test_fp16_on_a_cpu_is_refused(oxford_root: Path, tmp_path: Path) -> None:
+def test_fp16_on_a_cpu_is_rejected(oxford_root: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="fp16 on a CPU"):
         Trainer(tiny("amp=fp16"), oxford_root, tmp_path, device=CPU)
 
@@ -694,10 +692,10 @@ def test_bf16_trains_with_weights_in_float32(oxford_root: Path, tmp_path: Path) 
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("default")  # of forks beside CUDA's threads, of TF32: they differ between versions
+@pytest.mark.filterwarnings("default")  # about forks beside CUDA's threads and about TF32; they differ between versions
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use")
 @pytest.mark.parametrize("amp", ["fp16", "bf16", "fp32"])
-def test_training_on_a_gpu_and_going_on(oxford_root: Path, tmp_path: Path, amp: str) -> None:
+def test_training_on_a_gpu_and_resuming(oxford_root: Path, tmp_path: Path, amp: str) -> None:
     device, config, out = torch.device("cuda"), tiny(f"amp={amp}", "epochs=6"), tmp_path / "run"
     stop = Recorder(at_step=at(8, lambda: signal.raise_signal(signal.SIGINT)))
     trainer = Trainer(config, oxford_root, out, device=device, observer=stop)
@@ -714,7 +712,7 @@ def test_training_on_a_gpu_and_going_on(oxford_root: Path, tmp_path: Path, amp: 
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("default")  # of forks beside CUDA's threads, of TF32: they differ between versions
+@pytest.mark.filterwarnings("default")  # about forks beside CUDA's threads and about TF32; they differ between versions
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use")
 def test_an_overflow_in_fp16_skips_the_step_and_scales_less(oxford_root: Path, tmp_path: Path) -> None:
     trainer = Trainer(tiny("amp=fp16", "epochs=1"), oxford_root, tmp_path, device=torch.device("cuda"))
@@ -730,7 +728,7 @@ def test_an_overflow_in_fp16_skips_the_step_and_scales_less(oxford_root: Path, t
     assert not torch.equal(trainer.model.head.weight, before)
 
 
-# the optimizer and the moving average
+# the optimizer and the EMA
 
 
 def test_only_kernels_decay_and_every_parameter_is_in_one_group(oxford_root: Path, tmp_path: Path) -> None:
@@ -746,7 +744,7 @@ def test_only_kernels_decay_and_every_parameter_is_in_one_group(oxford_root: Pat
     assert not placed
 
 
-def test_long_gradients_are_cut_and_short_ones_are_not(oxford_root: Path, tmp_path: Path) -> None:
+def test_long_gradients_are_clipped_and_short_ones_are_not(oxford_root: Path, tmp_path: Path) -> None:
     def norm(clip: float, folder: str) -> float:
         config = tiny(f"optimizer.clip={clip}", "model.width=2")
         trainer = Trainer(config, oxford_root, tmp_path / folder, device=CPU)
@@ -824,7 +822,7 @@ def test_a_full_disk_keeps_the_state_of_the_last_epoch(
 def test_a_file_system_that_takes_no_more_keeps_the_state_of_the_last_epoch(
     oxford_root: Path, tmp_path: Path, whole: Run
 ) -> None:
-    """The kernel itself refuses, in the middle of a file."""
+    """The kernel rejects a write in the middle of a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill() -> None:
@@ -842,11 +840,11 @@ def test_a_file_system_that_takes_no_more_keeps_the_state_of_the_last_epoch(
     assert_same_run(tmp_path, whole)
 
 
-# photos that are bad
+# bad photos
 
 
 def test_a_photo_that_goes_bad_in_the_middle_of_a_run(oxford_copy: Path, tmp_path: Path) -> None:
-    """Training photos are in memory; validation reads its files each time."""
+    """Training photos are in memory; every validation reads its files."""
 
     def run(folder: str, *settings: str) -> Trainer:
         good = {pair.image: pair.image.read_bytes() for pair in find(oxford_copy, Split.VAL, val_fraction=0.1)}
@@ -875,8 +873,8 @@ def test_one_of_several_processes_validates_no_more_at_a_time_than_it_trains_on(
     assert trainer._evaluate_ema() == 2
 
 
-def test_a_rate_that_ends_high_is_warned_of(oxford_root: Path, tmp_path: Path) -> None:
-    said = "the learning rate ends at 85 % of its peak, because none of its periods ends with epoch 3"
+def test_a_high_final_rate_is_warned_about(oxford_root: Path, tmp_path: Path) -> None:
+    said = "the learning rate ends at 85 % of its peak, because no schedule period ends with epoch 3"
     for settings, warned in (((), True), (("schedule.restart_epochs=3",), False)):
         observer = Recorder()
         trainer = Trainer(tiny(*settings), oxford_root, tmp_path, device=CPU, observer=observer)
@@ -884,7 +882,7 @@ def test_a_rate_that_ends_high_is_warned_of(oxford_root: Path, tmp_path: Path) -
         assert any(message.startswith(f"warning: {said}") for message in observer.messages) == warned
 
 
-def test_a_run_that_a_bad_validation_photo_ended_goes_on_without_it(oxford_copy: Path, tmp_path: Path) -> None:
+def test_a_run_ended_by_a_bad_validation_photo_can_be_resumed_without_it(oxford_copy: Path, tmp_path: Path) -> None:
     out, bad = tmp_path / "out", find(oxford_copy, Split.VAL, val_fraction=0.1)[0]
     spoil = Recorder(at_step=at(PER_EPOCH + 2, lambda: spoil_photo(oxford_copy, Split.VAL, 0)))
     with pytest.raises(DataError, match=bad.name):
@@ -892,7 +890,7 @@ def test_a_run_that_a_bad_validation_photo_ended_goes_on_without_it(oxford_copy:
     observer = Recorder()
     Trainer(tiny("data.on_bad=skip"), oxford_copy, out, device=CPU, observer=observer, resume=True).fit()
     assert [row.skipped for row in observer.rows] == [1, 1]
-    spoil_photo(oxford_copy, Split.TRAIN, 0)  # the order of the photos would be another
+    spoil_photo(oxford_copy, Split.TRAIN, 0)  # the order of the photos would change
     with pytest.raises(TrainingError, match="other photos"):
         Trainer(tiny("data.on_bad=skip"), oxford_copy, out, device=CPU, resume=True)
 
@@ -901,7 +899,7 @@ def test_a_run_that_a_bad_validation_photo_ended_goes_on_without_it(oxford_copy:
     ("error", "said"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), "smaller --batch than 4"),
-        (MemoryError(), "too little memory: use a smaller --batch"),
+        (MemoryError(), "out of memory: use a smaller --batch"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "or a smaller --size"),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "smaller --batch than 4"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "smaller --batch"),
@@ -909,7 +907,7 @@ def test_a_run_that_a_bad_validation_photo_ended_goes_on_without_it(oxford_copy:
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "--set data.workers=0"),
     ],
 )
-def test_too_little_memory_is_told_with_what_takes_less(
+def test_out_of_memory_is_reported_with_a_remedy(
     oxford_root: Path, tmp_path: Path, error: Exception, said: str
 ) -> None:
     def fails(image: Tensor) -> Tensor:
@@ -947,14 +945,12 @@ def test_a_batch_with_a_nan_stops_the_run_and_names_its_photos(
 
 
 def test_a_scaler_that_shrinks_for_ever_stops_the_run(oxford_root: Path, tmp_path: Path) -> None:
-    """fp16 is for GPUs, but the scaler works on a CPU: what it does about gradients that always overflow."""
+    """fp16 is for GPUs, but the GradScaler also works on a CPU: here with gradients that always overflow."""
     trainer = Trainer(tiny("epochs=20"), oxford_root, tmp_path, device=CPU)
     trainer.scaler = torch.amp.GradScaler("cpu", enabled=True)
     trainer.model.head.weight.register_hook(lambda grad: grad * math.inf)
     before = trainer.model.head.weight.detach().clone()
-    with pytest.raises(
-        NonFiniteLoss, match=r"overflow in fp16 however small the scale \(now 6.1e-05\) .*pet_.*amp=bf16"
-    ):
+    with pytest.raises(NonFiniteLoss, match=r"overflow in fp16 at every scale \(now 6.1e-05\) .*pet_.*amp=bf16"):
         trainer.fit()
     assert trainer.state.step == 29  # 2 ** 16 halved thirty times
     assert torch.equal(trainer.model.head.weight, before)
@@ -983,7 +979,7 @@ def test_a_run_without_progress_stops_early_and_resumed_stays_stopped(oxford_roo
 def test_a_compiled_network_takes_the_same_steps(
     oxford_root: Path, tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the code generator, which takes minutes: that the compiled network is the one that learns."""
+    """The compiled network is the one that learns; without the code generator, which takes minutes."""
     made = []
 
     def eager(model: torch.nn.Module) -> Any:
@@ -997,10 +993,10 @@ def test_a_compiled_network_takes_the_same_steps(
     assert_same_run(tmp_path, whole)
 
 
-def test_a_network_that_is_really_compiled_goes_on_and_ends_near_the_other(
+def test_a_network_that_is_really_compiled_continues_and_ends_near_the_other(
     oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of torch.compile but its code generator, which takes minutes."""
+    """All of torch.compile except its code generator, which takes minutes."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     settings, compiled = ("amp=bf16", "model.width=2", "epochs=2"), tmp_path / "compiled"
     plain = Trainer(tiny(*settings), oxford_root, tmp_path / "plain", device=CPU)
@@ -1023,7 +1019,7 @@ def test_a_network_that_is_really_compiled_goes_on_and_ends_near_the_other(
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("default")  # of forks beside CUDA's threads, of TF32: they differ between versions
+@pytest.mark.filterwarnings("default")  # about forks beside CUDA's threads and about TF32; they differ between versions
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use")
 def test_a_network_compiled_for_a_gpu_learns(oxford_root: Path, tmp_path: Path) -> None:
     trainer = Trainer(tiny("compile=true"), oxford_root, tmp_path, device=torch.device("cuda"))
@@ -1032,7 +1028,7 @@ def test_a_network_compiled_for_a_gpu_learns(oxford_root: Path, tmp_path: Path) 
     assert trainer.state.peak_memory > 0
 
 
-def test_what_the_observer_takes_is_no_time_of_the_steps(oxford_root: Path, tmp_path: Path) -> None:
+def test_the_time_of_the_observer_is_not_counted(oxford_root: Path, tmp_path: Path) -> None:
     steps: list[int] = []
 
     def take(step: int) -> None:
@@ -1067,7 +1063,7 @@ def test_the_log_has_the_memory_of_the_gpu(
     assert load(tmp_path / LAST).meta["state"]["peak_memory"] == 12345
 
 
-def test_the_time_of_a_run_goes_on_where_it_was_left(oxford_root: Path, tmp_path: Path) -> None:
+def test_the_time_of_a_run_continues_where_it_was_left(oxford_root: Path, tmp_path: Path) -> None:
     config = tiny("model.width=2")
     stop = Recorder(at_step=at(7, lambda: signal.raise_signal(signal.SIGINT)))
     with pytest.raises(KeyboardInterrupt):

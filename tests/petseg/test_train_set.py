@@ -46,7 +46,7 @@ def test_without_augmentation_items_are_the_photos_through_the_one_resize(oxford
         assert np.array_equal(photo.numpy(), images.to_model(truth, 32, 48))
         assert trimap.shape == (32, 48)
         assert set(trimap.unique().tolist()) == {1, 2, 3}
-        # nearest, from 64 x 64: every value is one of the mask's own neighbours
+        # nearest neighbour, from 64 x 64: every value is that of a neighbouring pixel of the mask
         nearest = np.array(Image.fromarray(mask).resize((48, 32), Image.Resampling.NEAREST))
         assert np.array_equal(trimap.numpy(), nearest)
 
@@ -80,7 +80,7 @@ def test_the_number_of_workers_changes_nothing(oxford_root: Path) -> None:
     data = train_set(oxford_root)
 
     def batches(workers: int) -> list[list[torch.Tensor]]:
-        """Of one epoch and the end of the next, by the same workers."""
+        """Draws of one epoch and of the end of the next, by the same workers."""
         sampler = EpochSampler(len(data), 4, seed=0)
         loader = DataLoader(data, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
         found = []
@@ -95,7 +95,7 @@ def test_the_number_of_workers_changes_nothing(oxford_root: Path) -> None:
 
 
 def inner(mask: np.ndarray) -> np.ndarray:
-    """Pixels whose whole 5 x 5 surroundings are of one class: no interpolation touches them."""
+    """Pixels whose 5 x 5 neighbourhood has one class only, so that interpolation does not change them."""
     size = 2
     padded = np.pad(mask, size, mode="edge")
     windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * size + 1, 2 * size + 1))
@@ -104,11 +104,11 @@ def inner(mask: np.ndarray) -> np.ndarray:
     return flat
 
 
-def test_photo_and_mask_are_moved_as_one(folder_copy: Path) -> None:
-    """The photos show their own masks: after any move, bright must still be where the mask says pet."""
+def test_photo_and_mask_are_transformed_together(folder_copy: Path) -> None:
+    """The photos show their masks: after any transform, pixels must be bright where the mask is pet."""
     for path in (folder_copy / "masks").iterdir():
         mask = np.zeros((64, 64), np.uint8)
-        mask[10:40, 30:58] = 255  # a lopsided L: no flip or turn maps it onto itself
+        mask[10:40, 30:58] = 255  # an asymmetric L: no flip or rotation maps it onto itself
         mask[30:40, 14:30] = 255
         Image.fromarray(mask).save(path)
         Image.fromarray(np.repeat(mask[..., None], 3, axis=2)).save(folder_copy / "images" / path.name)
@@ -126,8 +126,8 @@ def test_photo_and_mask_are_moved_as_one(folder_copy: Path) -> None:
     assert changed > 4 * len(moved), "the augmentation hardly moves anything"
 
 
-def test_what_a_teacher_says_is_moved_with_the_photo_and_never_coloured(oxford_root: Path) -> None:
-    """A teacher that says the photo's red: after any move it must be the red of the moved photo, to the bit."""
+def test_a_teachers_map_is_transformed_with_the_photo_but_not_colour_jittered(oxford_root: Path) -> None:
+    """A teacher that returns the photo's red: after any transform it must equal the red of the transformed photo."""
     pairs = find(oxford_root, Split.TRAIN, val_fraction=0.1)
     asked: list[np.ndarray] = []
 
@@ -148,7 +148,7 @@ def test_what_a_teacher_says_is_moved_with_the_photo_and_never_coloured(oxford_r
         assert not torch.equal(coloured[draw][0], photo)
 
 
-def test_what_a_teacher_says_is_interpolated_and_nothing_outside_of_the_photo(oxford_root: Path) -> None:
+def test_a_teachers_map_is_interpolated_and_zero_outside_of_the_photo(oxford_root: Path) -> None:
     pairs = find(oxford_root, Split.TRAIN, val_fraction=0.1)
     ramp = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))
     turned = AugmentConfig(flip=0, rotate=30, brightness=0, contrast=0, saturation=0)
@@ -166,7 +166,7 @@ def test_what_a_teacher_says_is_interpolated_and_nothing_outside_of_the_photo(ox
 
 
 def test_a_pasted_pet_comes_with_its_mask_and_its_teacher(folder_copy: Path) -> None:
-    """Photos of one grey each, and a teacher that says that grey: all three come from the same photo everywhere."""
+    """Photos of one grey each, and a teacher that returns that grey: photo, mask and teacher must agree everywhere."""
     folder = folder_copy / "masks"
     for number, path in enumerate(sorted(folder.iterdir())):
         mask = np.zeros((64, 64), np.uint8)
@@ -180,14 +180,14 @@ def test_a_pasted_pet_comes_with_its_mask_and_its_teacher(folder_copy: Path) -> 
     pasted = 0
     for draw in range(20 * len(data)):
         photo, labels, index = data[draw]
-        shown, moved = photo[..., 0], photo.amax(2) > 0  # black: what the shift uncovered
+        shown, moved = photo[..., 0], photo.amax(2) > 0  # black: uncovered by the shift
         assert torch.equal(labels[1][moved], shown[moved])
         assert torch.equal(labels[0] == PET, shown >= 100)
         own = int(read_pair(pairs[index])[0][0, 0, 0]) - 10
         background = shown[moved & (shown < 100)]
         assert set(background.tolist()) <= {10 + own}, "the photo behind is the one that was drawn"
         pasted += bool(set(shown[shown >= 100].tolist()) - {100 + own})
-    # Half of the draws paste, and now and then a photo's own pet.
+    # Half of the draws paste a pet, occasionally the photo's own.
     assert 0.3 < pasted / (20 * len(data)) < 0.6
 
 
@@ -199,7 +199,7 @@ def test_the_border_is_pasted_with_the_pet(oxford_root: Path) -> None:
     for draw in range(len(data)):
         photo, trimap, index = data[draw]
         behind, its_trimap = plain[index]
-        fits = []  # which one's pet it is
+        fits = []  # whose pet it is
         for other, (pet, its_own) in enumerate(plain):
             fur = its_own != BACKGROUND
             pasted = torch.where(fur[..., None], pet, behind), torch.where(fur, its_own, its_trimap)
@@ -211,7 +211,7 @@ def test_the_border_is_pasted_with_the_pet(oxford_root: Path) -> None:
 
 
 def test_half_of_the_photos_are_mixed_with_another_which_is_the_weaker_one(folder_copy: Path) -> None:
-    """Photos of one grey each, ten apart: a draw is mixed if its grey is not its own, and lies towards another's."""
+    """Photos of one grey each, ten apart: a draw is mixed if its grey is not its own, but towards another's."""
     paths = sorted((folder_copy / "images").iterdir())
     greys = {path.stem: 10 * number for number, path in enumerate(paths, 2)}
     for path in paths:
@@ -235,14 +235,14 @@ def test_half_of_the_photos_are_mixed_with_another_which_is_the_weaker_one(folde
     assert len(set(apart)) > 5, "the weight is drawn"
 
 
-def test_the_mixed_photo_is_changed_on_its_own(oxford_root: Path) -> None:
-    """A single photo: what is mixed with itself is still another picture."""
+def test_the_mixed_photo_is_augmented_separately(oxford_root: Path) -> None:
+    """A single photo: mixed with itself, it still is a different picture."""
     pairs = find(oxford_root, Split.TRAIN, val_fraction=0.1)[:1]
     plain = TrainSet(pairs, 32, 32, GEOMETRIC, 0)
     mixed = TrainSet(pairs, 32, 32, dataclasses.replace(GEOMETRIC, mix=1.0), 0)
     assert not any(torch.equal(plain[draw][0], mixed[draw][0]) for draw in range(10))
     assert same(mixed[3], mixed[3])
-    # Flipped with certainty, both are: one as it is on the disk would shine through.
+    # With certain flips both are flipped: an unflipped one would show through.
     flipped = dataclasses.replace(STILL, flip=1.0)
     still, twice = (
         TrainSet(pairs, 32, 32, flipped, 0),
@@ -251,7 +251,7 @@ def test_the_mixed_photo_is_changed_on_its_own(oxford_root: Path) -> None:
     assert all(torch.equal(still[draw][0], twice[draw][0]) for draw in range(10))
 
 
-def test_the_last_epochs_see_the_photos_as_they_are(oxford_root: Path) -> None:
+def test_the_last_epochs_see_unmixed_photos(oxford_root: Path) -> None:
     pairs = find(oxford_root, Split.TRAIN, val_fraction=0.1)
     mixed = TrainSet(pairs, 32, 32, dataclasses.replace(STILL, mix=1.0), 0, mix_epochs=1.5)
     plain = TrainSet(pairs, 32, 32, STILL, 0)
@@ -261,13 +261,13 @@ def test_the_last_epochs_see_the_photos_as_they_are(oxford_root: Path) -> None:
         assert unknown or same(mixed[draw], plain[draw])
 
 
-def test_a_teacher_that_is_asked_once_cannot_say_what_is_in_a_mixed_photo(oxford_root: Path) -> None:
+def test_a_teacher_that_is_run_once_per_photo_cannot_be_combined_with_mixing(oxford_root: Path) -> None:
     pairs = find(oxford_root, Split.TRAIN, val_fraction=0.1)
     with pytest.raises(ValueError, match=r"augment\.mix"):
         TrainSet(pairs, 32, 32, dataclasses.replace(STILL, mix=0.5), 0, lambda photo: photo[..., 0])
 
 
-def test_the_flip_comes_as_often_as_it_should(folder_root: Path) -> None:
+def test_flips_have_the_given_probability(folder_root: Path) -> None:
     still, flips = train_set(folder_root, STILL), []
     for probability in (0.0, 0.5, 1.0):
         data = train_set(folder_root, AugmentConfig(flip=probability, rotate=0, brightness=0, contrast=0, saturation=0))
@@ -285,7 +285,7 @@ def test_the_flip_comes_as_often_as_it_should(folder_root: Path) -> None:
     assert flips[2] == 1
 
 
-def test_a_mask_is_never_interpolated_and_never_coloured(oxford_root: Path) -> None:
+def test_a_mask_is_never_interpolated_or_colour_jittered(oxford_root: Path) -> None:
     moved = train_set(oxford_root, GEOMETRIC)
     assert {v for draw in range(len(moved)) for v in moved[draw][1].unique().tolist()} == {1, 2, 3}
     coloured = train_set(oxford_root, AugmentConfig(flip=0, rotate=0, hue=0.1))
@@ -295,7 +295,7 @@ def test_a_mask_is_never_interpolated_and_never_coloured(oxford_root: Path) -> N
         assert not torch.equal(coloured[draw][0], still[draw][0])
 
 
-def test_what_a_shrunk_photo_uncovers_is_black_and_background(oxford_root: Path) -> None:
+def test_pixels_uncovered_by_shrinking_are_black_and_background(oxford_root: Path) -> None:
     data = train_set(oxford_root, AugmentConfig(rotate=0, scale_min=0.5, scale_max=0.5, brightness=0, contrast=0))
     photo, trimap, _ = data[0]
     for corner in (np.s_[:4, :4], np.s_[-4:, -4:]):
@@ -303,7 +303,7 @@ def test_what_a_shrunk_photo_uncovers_is_black_and_background(oxford_root: Path)
         assert (trimap[corner] == BACKGROUND).all()
 
 
-def test_photos_with_an_empty_mask_are_left_out_by_name(oxford_copy: Path) -> None:
+def test_photos_with_an_empty_mask_are_excluded_by_name(oxford_copy: Path) -> None:
     for name, value in (("pet_03", 2), ("pet_11", 3)):
         Image.fromarray(np.full((64, 64), value, np.uint8)).save(oxford_copy / "annotations/trimaps" / f"{name}.png")
     data = TrainSet(find(oxford_copy, Split.TRAINVAL), 32, 32, STILL, 0)
@@ -316,7 +316,7 @@ def test_photos_with_an_empty_mask_are_left_out_by_name(oxford_copy: Path) -> No
     assert np.array_equal(photo.numpy(), images.to_model(truth, 32, 32))
 
 
-def test_nothing_but_empty_masks_is_refused(oxford_copy: Path) -> None:
+def test_nothing_but_empty_masks_is_rejected(oxford_copy: Path) -> None:
     for path in (oxford_copy / "annotations" / "trimaps").iterdir():
         Image.fromarray(np.full((64, 64), 2, np.uint8)).save(path)
     with pytest.raises(DataError, match="no photo with a pet"):
@@ -329,8 +329,8 @@ def test_an_unreadable_photo_stops_the_reading_by_name(oxford_copy: Path) -> Non
         TrainSet(find(oxford_copy, Split.TRAINVAL), 32, 32, STILL, 0)
 
 
-def test_a_mask_of_another_size_than_its_photo_is_refused_by_name(oxford_copy: Path) -> None:
-    """`CheckReport.usable` says that training would not start on it."""
+def test_a_mask_of_another_size_than_its_photo_is_rejected_by_name(oxford_copy: Path) -> None:
+    """`CheckReport.usable` says that training would not start with it."""
     Image.fromarray(np.ones((32, 64), np.uint8)).save(oxford_copy / "annotations" / "trimaps" / "pet_05.png")
     with pytest.raises(DataError, match="pet_05"):
         TrainSet(find(oxford_copy, Split.TRAINVAL), 32, 32, STILL, 0)
@@ -362,7 +362,7 @@ def test_a_disk_without_room_for_the_photos_is_an_output_error(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OutputError, match=rf"{tmp_path}: no place for 0\.0 GB .*No space left on device.*--size"):
+    with pytest.raises(OutputError, match=rf"{tmp_path}: no room for 0\.0 GB .*No space left on device.*--size"):
         TrainSet(find(oxford_root, Split.TRAIN), 32, 32, STILL, 0, folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -371,7 +371,7 @@ def test_a_disk_without_room_for_the_photos_is_an_output_error(
 def test_readers_leave_the_memory_that_the_decoded_photos_will_take(
     oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: Any
 ) -> None:
-    """What is allocated and not touched so far is still free, as the system sees it."""
+    """The system still counts memory as free that was allocated but not touched."""
     pairs, told = find(oxford_root, Split.TRAIN, val_fraction=0.1), []
 
     def spied(*words: Any) -> Any:
@@ -418,7 +418,7 @@ def test_every_epoch_has_its_own_order_and_numbers() -> None:
     assert tuple(d for b in EpochSampler(20, 4, seed=1) for d in b) not in orders
 
 
-def test_over_the_epochs_no_photo_is_left_out() -> None:
+def test_over_the_epochs_every_photo_is_drawn() -> None:
     sampler = EpochSampler(22, 4, seed=0)
     seen = set()
     for epoch in range(12):
@@ -428,7 +428,7 @@ def test_over_the_epochs_no_photo_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("start", range(6))
-def test_a_resumed_epoch_goes_on_where_it_was_stopped(start: int) -> None:
+def test_a_resumed_epoch_continues_where_it_was_stopped(start: int) -> None:
     whole, rest = EpochSampler(22, 4, seed=9), EpochSampler(22, 4, seed=9)
     whole.epoch = rest.epoch = 2
     rest.start = start
@@ -442,10 +442,10 @@ def test_the_order_does_not_depend_on_the_global_generator() -> None:
     assert list(EpochSampler(20, 4, seed=0)) == first
 
 
-def test_fewer_photos_than_a_batch_are_refused() -> None:
+def test_fewer_photos_than_a_batch_are_rejected() -> None:
     with pytest.raises(DataError, match=r"3 photos.*batch takes 4.*--batch"):
         EpochSampler(3, 4, seed=0)
-    with pytest.raises(DataError, match="1 photos to train on, but a batch takes 2: 2 or more are needed"):
+    with pytest.raises(DataError, match="1 photos to train on, but a batch takes 2; 2 or more are needed"):
         EpochSampler(1, 2, seed=0)
     assert len(EpochSampler(4, 4, seed=0)) == 1
 

@@ -1,4 +1,4 @@
-"""An exported file is measured without PyTorch, which a device does not have."""
+"""Exported files are measured without PyTorch, which devices do not have."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = {"torch", "torchvision", "safetensors", "tensorboard", "onnx", "onnxs
 DRAWING = {"matplotlib"}
 MEASURE = ("evaluate", default_model(), "--device", "cpu")
 
-#: Runs the command line in which the packages named first look as if they were not installed; prints what it imported.
+#: Runs the command line as if the packages named first were not installed; prints what it imported.
 PROGRAM = """
 import sys
 
@@ -37,7 +37,7 @@ sys.exit(code)
 
 
 def petseg(*args: object, blocked: set[str] | None = None) -> tuple[int, str, list[str], set[str]]:
-    """Exit code, standard output, the lines of standard error, and the packages that were imported."""
+    """Exit code, stdout, the lines of stderr, and the imported packages."""
     command = [sys.executable, "-W", "error", "-c", PROGRAM, " ".join(blocked or ()), *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     *lines, modules = done.stderr.splitlines()
@@ -54,7 +54,7 @@ def test_an_exported_file_is_measured_alike_with_torch_and_without(oxford_root: 
     assert json.loads(gone[1])["photos"] == 6
     assert gone[1] == there[1]
     picture = tmp_path / "gone" / "worst.png"
-    assert gone[2] == [f"petseg: {picture}: not drawn, which needs matplotlib: pip install matplotlib"]
+    assert gone[2] == [f"petseg: {picture}: not drawn, because it needs matplotlib: pip install matplotlib"]
     files = contents(tmp_path / "there")
     assert files.pop("worst.png")
     assert contents(tmp_path / "gone") == files
@@ -64,7 +64,7 @@ def test_an_exported_file_is_measured_alike_with_torch_and_without(oxford_root: 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model that ships as an OpenVINO IR, made as `petseg export` makes it."""
+    """The shipped model as an OpenVINO IR, made like `petseg export` makes it."""
     pytest.importorskip("openvino")
     file = tmp_path_factory.mktemp("compiled") / "edge.xml"
     checkpoint = Path(__file__).parents[2] / "petseg" / "weights" / "edge.safetensors"

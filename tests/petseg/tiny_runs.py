@@ -1,4 +1,4 @@
-"""Training runs of a second, for all tests of what trains: few photos, a tiny network, three epochs."""
+"""Training runs of a second for all tests of training: few photos, a tiny network, three epochs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EPOCHS, PER_EPOCH = 3, 5  # 24 photos, of which 2 validate; batches of 4
 
 
 def a_row(**values: Any) -> Row:
-    """A row of a log, of which a test names what it is about."""
+    """A row of a log; a test gives the values that it is about."""
     usual: dict[str, Any] = {
         "epoch": 1,
         "step": 5,
@@ -48,7 +48,7 @@ def tiny(*settings: str) -> TrainConfig:
         "epochs": EPOCHS,
         "batch": 4,
         "amp": "fp32",
-        "model": {"width": 4, "levels": [1, 2, 4]},  # five levels take half as long again
+        "model": {"width": 4, "levels": [1, 2, 4]},  # five levels take 1.5 times as long
         "data": {"height": 32, "width": 32, "val_fraction": 0.1},
         "optimizer": {"lr": 1e-2},
         "schedule": {"restart_epochs": 2},
@@ -59,7 +59,7 @@ def tiny(*settings: str) -> TrainConfig:
 
 
 class Recorder(Observer):
-    """Keeps what it is told, and calls `at_step` and `at_epoch`, if given, in the middle of the run."""
+    """Records all calls, and calls `at_step` and `at_epoch`, if given, in the middle of the run."""
 
     def __init__(self, at_step: Callable[[int], None] | None = None, at_epoch: Callable[[int], None] | None = None):
         self.begun: list[tuple[int, int]] = []
@@ -117,7 +117,7 @@ def without_times(history: Sequence[Mapping[str, float]]) -> list[dict[str, floa
 
 
 def assert_same_run(folder: Path, whole: Run) -> None:
-    """Bit for bit: weights, moving average, optimizer, history."""
+    """Bit for bit: weights, EMA, optimizer, history."""
     best, last = load(folder / BEST), load(folder / LAST)
     assert same_tensors(best.tensors, whole.best.tensors)
     assert same_tensors(last.tensors, whole.last.tensors)
