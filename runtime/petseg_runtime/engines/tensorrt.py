@@ -87,7 +87,8 @@ class TensorRTEngine(Engine):
             EngineMissing: The library, or cuda-bindings, is not installed.
             EngineError: One of them is broken, there is no such GPU, the engine was built for another version or
                 GPU, or the library or CUDA refuses it.
-            ModelError: The file cannot be read, breaks the contract, or was not built for that size.
+            ModelError: The file cannot be read, breaks the contract, or was not built for the specification's size.
+            UsageError: The file was not built for ``size``.
         """
         self._path, self._spec, self._precision, self._notes = path, spec, precision, notes
         self._size = size or (spec.height, spec.width)
@@ -129,10 +130,7 @@ class TensorRTEngine(Engine):
             if self._context is None:
                 raise EngineError("the engine is closed")
             check_batch(images, self._spec)
-            try:
-                self._check_size(images.shape[1], images.shape[2])
-            except ModelError as error:  # the file is well; it is the batch that is not
-                raise UsageError(str(error)) from error
+            self._check_size(images.shape[1], images.shape[2])
             self._gpu.activate()
             result = np.empty(images.shape[:3], np.uint8)
             for start in range(0, len(images), self._high[0]):
@@ -194,7 +192,12 @@ class TensorRTEngine(Engine):
         except EngineError as error:
             raise _Refused(str(error)) from error
         self._low, self._high = _check_contract(self._path, self._trt, self._engine)
-        self._check_size(*self._size)
+        try:
+            self._check_size(*self._size)
+        except UsageError as error:
+            if self._size == (self._spec.height, self._spec.width):  # the engine contradicts its own specification
+                raise ModelError(str(error)) from error
+            raise
         if self._library is RTX:
             self._config = self._ask("configure it", self._engine.create_runtime_config)
             self._configure(self._config, data)
@@ -234,9 +237,9 @@ class TensorRTEngine(Engine):
     def _check_size(self, height: int, width: int) -> None:
         low, high = self._low[1:3], self._high[1:3]
         if not (low[0] <= height <= high[0] and low[1] <= width <= high[1]):
-            raise ModelError(
-                f"{self._path}: {height} x {width} photos are not what it was built for, which is {low[0]} x {low[1]} "
-                f"to {high[0]} x {high[1]}"
+            raise UsageError(
+                f"{self._path}: the engine was built for photos of {low[0]} x {low[1]} to {high[0]} x {high[1]}, not "
+                f"of {height} x {width}"
             )
 
     def _run_piece(self, images: U8, result: U8) -> None:
