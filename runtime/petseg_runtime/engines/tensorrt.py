@@ -286,27 +286,34 @@ class TensorRTEngine(Engine):
         self._ask("run", self._context.execute_async_v3, int(self._gpu.stream))
 
     def _capture(self) -> Any:
-        """The launch as an executable CUDA graph; None, and a note for ``describe``, if it cannot be one."""
-        gpu, cudart = self._gpu, self._gpu.cudart
-        graph = None
+        """The launch as an executable CUDA graph; None, and a note for ``describe``, if it cannot be captured."""
         try:
-            # What other threads do with CUDA meanwhile is neither recorded nor forbidden.
-            mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-            gpu.call("capture", cudart.cudaStreamBeginCapture, gpu.stream, mode)
-            try:
-                self._launch()
-            except EngineError:
-                _, graph = cudart.cudaStreamEndCapture(gpu.stream)  # or the stream would go on recording
-                raise
-            graph = gpu.call("end the capture", cudart.cudaStreamEndCapture, gpu.stream)
-            return gpu.call("instantiate the CUDA graph", cudart.cudaGraphInstantiate, graph, 0)
+            return self._captured()
         except EngineError as error:
-            cudart.cudaGetLastError()  # a refused capture leaves its error to the next call that asks
+            # A failed capture leaves its error code to the next caller of cudaGetLastError, which may be the library.
+            self._gpu.cudart.cudaGetLastError()
             self._may_capture = False
             self._graph_note = f"no CUDA graph ({one_line(error)})"
             return None
+
+    def _captured(self) -> Any:
+        """Capture the launch on the stream and instantiate the graph."""
+        gpu, cudart = self._gpu, self._gpu.cudart
+        graph = None
+        # CUDA calls of other threads are neither recorded nor forbidden during the capture.
+        mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        gpu.call("capture", cudart.cudaStreamBeginCapture, gpu.stream, mode)
+        try:
+            try:
+                self._launch()
+            except EngineError:
+                _, graph = cudart.cudaStreamEndCapture(gpu.stream)  # otherwise the stream would go on recording
+                raise
+            graph = gpu.call("end the capture", cudart.cudaStreamEndCapture, gpu.stream)
+            return gpu.call("instantiate the CUDA graph", cudart.cudaGraphInstantiate, graph, 0)
         finally:
-            if graph is not None:  # the recording; if it cannot be freed the GPU is lost, and the next call says so
+            # The template, not the executable graph. If it cannot be freed, the GPU is lost, and the next call says so.
+            if graph is not None:
                 cudart.cudaGraphDestroy(graph)
 
     def _drop_graph(self) -> None:

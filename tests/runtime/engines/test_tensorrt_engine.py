@@ -734,6 +734,30 @@ def test_a_graph_that_cuda_refuses_is_said(fakes: None, name: str, tmp_path: Pat
         np.testing.assert_array_equal(engine.run(photos(1)), photos(1)[..., 0])
 
 
+def test_a_capture_that_ends_with_a_null_graph_leaves_no_error_behind(
+    fakes: None, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To free it sets the last error once more, which the library would take for one of its launches."""
+    null, end, destroy = Graph([]), FakeCudart.cudaStreamEndCapture, FakeCudart.cudaGraphDestroy
+
+    def ended(cudart: FakeCudart, stream: Any) -> tuple[Any, Any]:
+        status, graph = end(cudart, stream)
+        return status, graph or null
+
+    def destroyed(cudart: FakeCudart, graph: Graph) -> Any:
+        if graph is not null:
+            return destroy(cudart, graph)
+        world.last_error = 1
+        return (cudaError_t.cudaErrorUnknown,)
+
+    monkeypatch.setattr(FakeCudart, "cudaStreamEndCapture", ended)
+    monkeypatch.setattr(FakeCudart, "cudaGraphDestroy", destroyed)
+    world.refuses_capture = world.invalidates_capture = True
+    with open_engine(tmp_path, "tensorrt") as engine:
+        assert "no CUDA graph" in engine.describe().provider
+        assert world.last_error == 0
+
+
 def test_tensorrt_for_rtx_makes_its_own(fakes: None, tmp_path: Path, world: World) -> None:
     with open_engine(tmp_path, "tensorrt_rtx") as engine:
         for _ in range(3):
