@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 import threading
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -241,7 +242,7 @@ def _session(artifact: Artifact, provider: str, settings: dict[str, str], thread
     options.log_severity_level = _ERRORS_ONLY
     try:
         session = onnxruntime.InferenceSession(
-            os.fspath(artifact.path),
+            _model(artifact.path),
             options,
             providers=[(provider, settings)],
             enable_fallback=0,  # which would print to stdout, and go on with the CPU
@@ -252,6 +253,16 @@ def _session(artifact: Artifact, provider: str, settings: dict[str, str], thread
     if active != provider:  # without an exception: it only says so in its log
         raise EngineError(f"{artifact.path}: ONNX Runtime would run it with {active} instead of {provider}")
     return session
+
+
+def _model(path: Path) -> str | bytes:
+    """The path, or the file's content where ONNX Runtime cannot be given the path because it is not valid UTF-8."""
+    name = os.fspath(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return path.read_bytes()
+    return name
 
 
 def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:

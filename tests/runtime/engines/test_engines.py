@@ -117,6 +117,13 @@ def test_the_graph_gets_the_bytes_in_the_order_of_rgb(backend: str, toy: Toy, tm
             np.testing.assert_array_equal(engine.run(pixels), pixels[..., channel])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are Unicode here")
+def test_a_path_that_is_not_utf8_is_no_obstacle(backend: str, toy: Toy, tmp_path: Path) -> None:
+    pixels = noise(2, 16, 32)
+    with load_engine(toy(tmp_path / os.fsdecode(b"t\xff.onnx"), 0), backend, threads=1) as engine:
+        np.testing.assert_array_equal(engine.run(pixels), pixels[..., 0])
+
+
 def test_memory_layout_does_not_matter(engine: Engine, batch: np.ndarray) -> None:
     strided = np.asfortranarray(batch)
     assert not strided.flags.c_contiguous
