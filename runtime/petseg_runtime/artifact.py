@@ -6,6 +6,7 @@ it, ``FILE.json``, together with the environment it was compiled for and the dig
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -122,6 +123,7 @@ def open_artifact(path: Path) -> Artifact:
         spec = ModelSpec.from_json(onnx.metadata[SPEC_KEY])
         provenance = _object(onnx.metadata, PROVENANCE_KEY)
         receipt = _object(onnx.metadata, RECEIPT_KEY)
+        _check_certified(spec, receipt)
     except ModelError as error:
         raise ModelError(f"{path}: {_short(error)}") from error
     _check_contract(path, onnx, spec)
@@ -165,6 +167,7 @@ def _open_compiled(path: Path) -> Artifact:
         identity = raw["onnx_identity"]
         if not (isinstance(identity, str) and all(isinstance(value, dict) for value in (*objects.values(), digests))):
             raise ModelError("not what petseg writes beside a model")
+        _check_certified(spec, objects["receipt"])
     except (KeyError, TypeError) as error:
         raise ModelError(f"{sidecar}: not what petseg writes beside a model ({error!r})") from error
     except ModelError as error:
@@ -222,6 +225,27 @@ def _object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"its {key} is not a JSON object")
     return value
+
+
+def _check_certified(spec: ModelSpec, receipt: Mapping[str, Any]) -> None:
+    """Check a specification against the one that its file was tested with, if the receipt states it.
+
+    Raises:
+        ModelError: They differ, or the receipt's is damaged.
+    """
+    certified = receipt.get("spec")
+    if certified is None:
+        return
+    tested = dataclasses.asdict(ModelSpec.from_json(json.dumps(certified)))
+    changed = [
+        f"{name} {value!r} instead of {tested[name]!r}"
+        for name, value in dataclasses.asdict(spec).items()
+        if value != tested[name]
+    ]
+    if changed:
+        raise ModelError(
+            f"its specification is not the one that its receipt certifies ({'; '.join(changed)}): export it again"
+        )
 
 
 def _check_contract(path: Path, onnx: onnx_metadata.OnnxFile, spec: ModelSpec) -> None:

@@ -303,6 +303,7 @@ class Receipt:
             None where no scan was made.
         quantization: How int8 was chosen; None for other precisions.
         note: Why nothing ran it, where nothing did; else what makes IoU on labelled photos less than it seems.
+        spec: The specification that the file was tested with, as JSON values; None in receipts that predate this field.
     """
 
     identity: str
@@ -316,6 +317,7 @@ class Receipt:
     scan: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
     note: str = ""
+    spec: dict[str, Any] | None = None
 
     @property
     def kind(self) -> str:
@@ -364,6 +366,7 @@ class Receipt:
             "scan": self.scan,
             "quantization": self.quantization,
             "note": self.note,
+            "spec": self.spec,
         }
 
 

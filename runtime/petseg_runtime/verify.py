@@ -186,6 +186,7 @@ def _receipt(artifact: Artifact, photos: Proof, rows: tuple[Comparison, ...]) ->
         reference=photos.reference,
         stored=artifact.spec.precision,
         rows=rows,
+        spec=json.loads(artifact.spec.to_json()),
     )
 
 

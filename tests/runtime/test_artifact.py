@@ -84,6 +84,26 @@ def test_what_was_written_into_a_file_is_read_back(make: Make) -> None:
     assert (artifact.format, artifact.environment) == ("onnx", {})
 
 
+def test_a_specification_other_than_the_receipt_certifies_is_refused(make: Make) -> None:
+    spec = json.loads(SPEC.to_json())
+    assert open_artifact(make(receipt=json.dumps({"spec": {**spec, "of_a_later_version": 1}}))).spec == SPEC
+    assert open_artifact(make(receipt=json.dumps({"spec": None}))).spec == SPEC
+    told = refused(make(receipt=json.dumps({"spec": {**spec, "threshold": 0.25}})))
+    assert told.startswith(
+        "its specification is not the one that its receipt certifies (threshold 0.3 instead of 0.25)"
+    )
+    assert "lacks 'height'" in refused(make(receipt=json.dumps({"spec": {"schema_version": 1, "name": "toy"}})))
+    assert "not a JSON object" in refused(make(receipt=json.dumps({"spec": 7})))
+
+
+def test_a_specification_edited_beside_a_compiled_file_is_refused(openvino: Artifact) -> None:
+    spec = json.loads(openvino.spec.to_json())
+    sidecar = edited(openvino.path, receipt={"spec": spec})
+    assert open_artifact(openvino.path).receipt == {"spec": spec}
+    edited(openvino.path, spec={**spec, "threshold": 0.75})
+    assert "certifies (threshold 0.75 instead of 0.3)" in refused(openvino.path, sidecar)
+
+
 def test_provenance_and_receipt_may_be_absent(make: Make) -> None:
     artifact = open_artifact(make(provenance=None, receipt=None))
     assert artifact.provenance == artifact.receipt == {}
