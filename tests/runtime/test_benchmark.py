@@ -221,8 +221,8 @@ def test_the_summary_is_of_all_runs_and_the_spread_of_the_rounds() -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ([["abacus"]], "there is no engine 'abacus'"),
-        ([[], "tpu"], "there is no device 'tpu'"),
+        ([["abacus"]], "unknown engine 'abacus'"),
+        ([[], "tpu"], "unknown device 'tpu'"),
         ([["onnxruntime"], "intel-gpu"], "onnxruntime: no such engine on intel-gpu"),
     ],
 )

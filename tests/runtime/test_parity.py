@@ -1202,5 +1202,5 @@ def test_each_row_hands_its_answers_to_the_task(toy: Toy, prove: Toy, tmp_path: 
 
 def test_an_engine_that_cannot_be_had_is_no_row(toy: Toy, prove: Toy, tmp_path: Path) -> None:
     artifact = toy(tmp_path / "toy.onnx")
-    with pytest.raises(EngineError, match="there is no engine 'pytorch'"):
+    with pytest.raises(EngineError, match="unknown engine 'pytorch'"):
         parity.measure(artifact, prove(artifact.spec), backend="pytorch")

@@ -583,7 +583,7 @@ def test_a_device_that_is_not_there_is_never_another_one(red: Path, monkeypatch:
     for device in ("cuda", "cuda:1"):
         with pytest.raises(EngineError):
             Segmenter(red, device=device)
-    with pytest.raises(EngineError, match="there is no device 'tpu'"):
+    with pytest.raises(EngineError, match="unknown device 'tpu'"):
         Segmenter(red, device="tpu")
 
 

@@ -320,7 +320,7 @@ def test_an_engine_that_cannot_be_had_is_5(proven: Artifact, capsys: pytest.Capt
     assert run(["benchmark", str(proven.path), "--sustained", "1", "--backend", "abacus"]) == 5
     out, err = capsys.readouterr()
     assert out == ""
-    assert "there is no engine 'abacus'" in err
+    assert "unknown engine 'abacus'" in err
 
 
 def test_an_engine_that_fails_on_the_way_is_5_and_what_was_measured_is_told(

@@ -400,7 +400,7 @@ def test_the_backend_that_is_asked_for_verifies(proven: Artifact, capsys: pytest
     [
         ("openvino", install("openvino")),
         ("ov", install("openvino")),
-        ("abacus", "there is no engine 'abacus'"),
+        ("abacus", "unknown engine 'abacus'"),
     ],
 )
 def test_a_backend_that_cannot_be_had_is_5_and_no_other_steps_in(

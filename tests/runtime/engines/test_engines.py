@@ -709,7 +709,7 @@ def test_what_is_asked_for_is_what_runs_or_an_error(furnish: Furnish, backend: s
     able = [line for line in RULE if line.kind == kind and backend in ("auto", line.engine)]
     house = furnish(gpus=3)
     if not able:
-        with pytest.raises(EngineError, match=f"{backend} cannot run it on {kind}.*; what can: {backend} on "):
+        with pytest.raises(EngineError, match=f"{backend} cannot run it on {kind}.*; supported: {backend} on "):
             house.choose(backend, device=device)
         assert house.tried == []
         return
@@ -732,7 +732,7 @@ def test_a_backend_that_is_asked_for_is_the_only_one_that_is_tried(furnish: Furn
 
 def test_a_gpu_that_is_asked_for_where_there_is_none_is_an_error_with_the_remedy(furnish: Furnish) -> None:
     everything = {f"{name} on cuda": "missing" for name in ENGINES}
-    said = "^cuda:1 cannot be had: this machine shows no NVIDIA GPU: install its driver, or use --device cpu$"
+    said = "^cuda:1 is not available: this machine shows no NVIDIA GPU: install its driver, or use --device cpu$"
     with pytest.raises(EngineError, match=said) as caught:
         furnish(everything, gpus=0).choose(device="cuda:1")
     assert not isinstance(caught.value, EngineMissing)
@@ -789,7 +789,7 @@ def test_on_any_machine_it_is_the_first_line_that_works(furnish: Furnish, data: 
     "device", ["gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:1.5", "cuda:²", "cpu:0", "CPU", "", "auto:1"]
 )
 def test_a_device_that_there_is_not_is_answered_with_those_there_are(furnish: Furnish, device: str) -> None:
-    said = f"there is no device {device!r}; there are: auto, cpu, cuda, cuda:N, intel-gpu, intel-gpu:N"
+    said = f"unknown device {device!r}; choose one of: auto, cpu, cuda, cuda:N, intel-gpu, intel-gpu:N"
     with pytest.raises(EngineError, match=f"^{re.escape(said)}$"):
         furnish(gpus=1).choose(device=device)
 
@@ -1053,7 +1053,7 @@ def test_on_cuda_it_says_which_gpu_computes_and_in_what(
     assert (info.name, info.device, info.precision) == ("onnxruntime", f"cuda:{index}", precision)
     wide = "tf32" if not exact and index == "0" else "f32"
     assert (info.float32, info.narrowed) == (wide, wide == "tf32")
-    rest = "" if stored == "fp32" else f", {wide} in what is float32 in the file"
+    rest = "" if stored == "fp32" else f", {wide} for the graph's float32 operations"
     assert info.provider == f"CUDAExecutionProvider, Stand-in {index}{rest}"
     assert (info.threads, info.streams, info.batch) == (0, 1, 8)
 
@@ -1105,9 +1105,9 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused_with_the_remedy(
     with pytest.raises(EngineError) as caught:
         load_engine(artifact, "onnxruntime", device="cuda")
     message = str(caught.value)
-    assert message.startswith("cuda:0 cannot be had: ")
+    assert message.startswith("cuda:0 is not available: ")
     assert "would run it with CPUExecutionProvider instead of CUDAExecutionProvider" in message
-    assert "its GPUs: cuda:0 Stand-in, CUDA 13.0; CUDA and cuDNN of the version" in message
+    assert "GPUs of this machine: cuda:0 Stand-in, CUDA 13.0; the versions of CUDA and cuDNN" in message
     assert install("gpu") in message
     assert "Failed to load libcudnn.so.9: no such file" in message
     assert capsys.readouterr() == ("", ""), "what it prints is part of the message"
@@ -1149,7 +1149,7 @@ def test_two_that_load_at_once_leave_stdout_as_it_was(
         with pytest.raises(EngineError):
             load_engine(artifact, "onnxruntime", device="cuda")
 
-    monkeypatch.setattr(module, "_CATCHING", Lock(), raising=False)
+    monkeypatch.setattr(module, "_REDIRECTING", Lock(), raising=False)
     monkeypatch.setattr(onnxruntime, "preload_dlls", preload)
     before = sys.stdout
     try:
@@ -1191,7 +1191,7 @@ def test_the_session_is_told_which_gpu_and_whether_it_may_use_tf32_and_no_thread
     artifact: Artifact, gpu_package: Callable[..., list[Any]], exact: bool, tf32: str
 ) -> None:
     calls = gpu_package(["CPUExecutionProvider"])
-    with pytest.raises(EngineError, match="cuda:3 cannot be had"):
+    with pytest.raises(EngineError, match="cuda:3 is not available"):
         load_engine(artifact, "onnxruntime", device="cuda:3", exact=exact)
     providers, threads = calls[0]
     assert providers == [("CUDAExecutionProvider", {"device_id": "3", "use_tf32": tf32})]
@@ -1201,14 +1201,14 @@ def test_the_session_is_told_which_gpu_and_whether_it_may_use_tf32_and_no_thread
 @pytest.mark.parametrize(
     ("installed", "said", "missing"),
     [
-        ({"onnxruntime"}, "the onnxruntime that is installed has no CUDA: pip uninstall onnxruntime, then", True),
+        ({"onnxruntime"}, "the installed onnxruntime was built without CUDA: pip uninstall onnxruntime, then", True),
         (
             {"onnxruntime", "onnxruntime-gpu"},
             "onnxruntime and onnxruntime-gpu are both installed and break each other: "
             "pip uninstall onnxruntime onnxruntime-gpu, then",
             False,
         ),
-        (set(), "the onnxruntime that is installed has no CUDA: uninstall it, then", True),
+        (set(), "the installed onnxruntime was built without CUDA: uninstall it, then", True),
     ],
 )
 def test_a_package_without_cuda_says_what_to_do(
@@ -1300,7 +1300,7 @@ def test_openvinos_own_files_keep_batch_and_free_size(
 
 @pytest.mark.parametrize("name", [name for name, entry in ENGINES.items() if "openvino" not in entry.formats])
 def test_other_engines_do_not_run_openvinos_files(compiled: Artifact, name: str) -> None:
-    with pytest.raises(EngineError, match=f"{name} does not run openvino files; what does: openvino"):
+    with pytest.raises(EngineError, match=f"{name} does not run openvino files; engines that do: openvino"):
         load_engine(compiled, name)
 
 
@@ -1358,7 +1358,7 @@ def test_in_openvino_the_answer_to_another_size_is_an_engine_error(compiled: Art
 
     engine: Any = load_engine(compiled, threads=1)
     engine._compiled, engine._local = Stuck(), threading.local()
-    with pytest.raises(EngineError, match=r"OpenVINO failed \(it answers \[1, 16, 32, 3\] with \[1, 32, 32\]\)"):
+    with pytest.raises(EngineError, match=r"OpenVINO failed \(it returned \[1, 32, 32\] for \[1, 16, 32, 3\]\)"):
         engine.run(noise(1, 16, 32))
 
 
@@ -1424,7 +1424,9 @@ def test_openvino_does_not_compute_in_half_what_half_cannot_hold(
     monkeypatch.setattr(module, "_X86", False)
     with load_engine(artifact, "openvino", threads=1, exact=exact) as engine:
         notes = engine.describe().notes
-    assert notes == (("OpenVINO: in float32, as some activations are too large for float16",) if note else ())
+    assert notes == (
+        ("OpenVINO: computes in float32, because some activations are too large for float16",) if note else ()
+    )
     assert ("INFERENCE_PRECISION_HINT" in asked[0]) is (note or exact)
 
 

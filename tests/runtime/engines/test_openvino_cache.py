@@ -136,7 +136,7 @@ def test_a_blob_that_openvino_refuses_is_compiled_again(core: Core, edge: Artifa
     again, info = answer(edge, notes=("passed over",))
     assert (core.calls, first) == (["compile", "import", "compile"], again)
     assert info.notes[0] == "passed over"
-    assert "OpenVINO refuses the cached file (Exception from src/inference cannot deserialize)" in info.notes[1]
+    assert "OpenVINO rejects the cached file (Exception from src/inference cannot deserialize)" in info.notes[1]
 
 
 def test_a_cache_that_cannot_be_used_is_said(core: Core, edge: Artifact, tmp_path: Path) -> None:

@@ -818,7 +818,7 @@ def test_kernels_that_the_library_refuses_are_said_and_replaced(fakes: None, tmp
     assert entry.key
     cache.Slot(entry.key, "kernels").write(b"of another driver")
     with open_engine(tmp_path, "tensorrt_rtx") as engine:
-        note = "kernels compiled again: the library refuses those in the cache"
+        note = "kernels compiled again: the library rejects those in the cache"
         assert engine.describe().notes == (f"TensorRT for RTX: {note}",)
     assert kernels() == [[1, H, W, 3]]
 
@@ -832,7 +832,7 @@ def test_kernels_at_which_the_library_raises_are_said_and_compiled_again(
     open_engine(tmp_path, "tensorrt_rtx").close()
     monkeypatch.setattr(FakeRuntimeCache, "deserialize", raises)
     with open_engine(tmp_path, "tensorrt_rtx") as engine:
-        note = "kernels compiled again: the library refuses those in the cache (not a cache of kernels)"
+        note = "kernels compiled again: the library rejects those in the cache (not a cache of kernels)"
         assert engine.describe().notes == (f"TensorRT for RTX: {note}",)
         np.testing.assert_array_equal(engine.run(photos(2)), photos(2)[..., 0])
 
@@ -1257,7 +1257,7 @@ def test_another_gpu_is_refused_with_both_and_the_remedy(
 def test_an_environment_that_does_not_say_is_refused(
     library: str, environment: dict[str, object], tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelError, match="does not say what it was built for"):
+    with pytest.raises(ModelError, match="does not state what it was built for"):
         open_engine(tmp_path, library, environment=environment)
 
 
@@ -1298,7 +1298,7 @@ def test_a_driver_that_is_too_old_has_two_remedies(
 
 def test_no_memory_is_said_with_its_size(library: str, tmp_path: Path, world: World) -> None:
     world.fail_names = {"cudaHostAlloc"}
-    with pytest.raises(EngineError, match=f"cuda:0 cannot give {4 * H * W * 3} bytes of page-locked memory"):
+    with pytest.raises(EngineError, match=f"cuda:0 cannot allocate {4 * H * W * 3} bytes of page-locked memory"):
         open_engine(tmp_path, library)
 
 
@@ -1539,9 +1539,9 @@ def test_the_real_library_logs_to_us_and_gives_its_memory_as_bytes(tmp_path: Pat
     trt = build("tensorrt_rtx", tmp_path / "toy.engine")
     assert (tmp_path / "toy.engine").stat().st_size > 1000
     logger = logger_of(trt.ILogger)
-    logger.heard.clear()
+    logger.recent_errors.clear()
     assert trt.Runtime(logger).deserialize_cuda_engine(b"garbage" * 100) is None
-    assert any("Serialization" in message and "\n" not in message for message in logger.heard)
+    assert any("Serialization" in message and "\n" not in message for message in logger.recent_errors)
     assert logger_of(trt.ILogger) is logger
 
 
