@@ -375,7 +375,7 @@ def of_another_model(file: Path) -> None:
         (flip_weights, "small.bin: not the file that small.xml.json describes"),
         (lambda file: file.write_bytes(file.read_bytes() + b"\n"), "small.xml: not the file that"),
         (lambda file: file.with_suffix(".bin").unlink(), "small.bin: missing"),
-        (lambda file: sidecar_of(file).unlink(), "small.xml.json is not beside it"),
+        (lambda file: sidecar_of(file).unlink(), "sidecar file small.xml.json is missing"),
         (lambda file: sidecar_of(file).write_text("{"), "small.xml.json: not JSON"),
         (lambda file: edit_sidecar(file, lambda raw: raw.update(format="trt")), "its format is 'trt'"),
         (lambda file: edit_sidecar(file, lambda raw: raw["spec"].update(height=33)), "height is 33"),

@@ -114,7 +114,7 @@ def test_the_keys_are_those_that_files_in_the_field_carry() -> None:
 
 
 def test_a_foreign_onnx_file_is_said_to_be_foreign(make: Make) -> None:
-    assert "not one that petseg exported" in refused(make(spec=None))
+    assert "that petseg did not export" in refused(make(spec=None))
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_a_compiled_file_that_is_missing_is_named(tmp_path: Path) -> None:
 def test_without_its_sidecar_a_compiled_file_says_what_to_copy(compiled: Artifact) -> None:
     sidecar_of(compiled.path).unlink()
     message = refused(compiled.path)
-    assert f"{sidecar_of(compiled.path).name} is not beside it" in message
+    assert f"sidecar file {sidecar_of(compiled.path).name} is missing" in message
     assert "copy both" in message
 
 
@@ -417,7 +417,7 @@ def test_a_sidecar_of_another_schema_says_to_export_again(openvino: Artifact, ve
 @pytest.mark.parametrize("name", ["trt", "trt-rtx", "onnx", "", "OpenVINO", None, 7, [], ["openvino"], {}])
 def test_a_format_that_has_another_suffix_is_refused(openvino: Artifact, name: object) -> None:
     message = refused(openvino.path, edited(openvino.path, format=name))
-    assert "no .xml file has" in message or "not what petseg writes" in message
+    assert "does not belong to a .xml file" in message or "not a sidecar file written by petseg" in message
 
 
 def test_engines_of_one_suffix_are_told_apart_by_their_sidecar(tmp_path: Path) -> None:
@@ -464,7 +464,7 @@ def test_a_checkpoint_is_told_from_a_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such file"):
         open_artifact(path)
     path.write_bytes(bytes(9))
-    with pytest.raises(ModelError, match=r"a checkpoint, which has to be exported first: `petseg export "):
+    with pytest.raises(ModelError, match=r"is a checkpoint; export it first: `petseg export "):
         open_artifact(path)
 
 

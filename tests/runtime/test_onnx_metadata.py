@@ -470,10 +470,10 @@ def test_a_location_that_hides_in_the_upper_half_of_its_number_is_found(number: 
         (GRAPH + b"\x08" + b"\xff" * 4, "inside a number"),
         (GRAPH + b"\x82\x80\x80\x80\x10\x00", "no valid field"),
         (GRAPH + b"\x3a", "inside a number"),
-        (GRAPH + b"\x12\x05pyto", "wants 5 bytes where 4 are left"),
-        (GRAPH + b"\x0d\x01\x02", "wants 4 bytes"),
-        (GRAPH + b"\x09" + bytes(7), "wants 8 bytes"),
-        (block(7, b"\x5a\x05" + b"\x0a\x01x") + block(2, b"more"), "wants 5 bytes where 3 are left"),
+        (GRAPH + b"\x12\x05pyto", "has 5 bytes where 4 are left"),
+        (GRAPH + b"\x0d\x01\x02", "has 4 bytes"),
+        (GRAPH + b"\x09" + bytes(7), "has 8 bytes"),
+        (block(7, b"\x5a\x05" + b"\x0a\x01x") + block(2, b"more"), "has 5 bytes where 3 are left"),
         (block(7, block(11, block(2, block(1, block(2, block(1, b"") * 65))))), "more than 64 axes"),
     ],
 )
@@ -580,7 +580,7 @@ def test_a_length_beyond_its_message_allocates_nothing() -> None:
 
 def test_a_length_may_not_reach_over_its_message_into_the_next() -> None:
     inner = b"\x0a\x7f"  # a key of 127 bytes, which the file has and the entry has not
-    refused(GRAPH + block(14, inner) + block(2, b"x" * 200), "wants 127 bytes where 0 are left")
+    refused(GRAPH + block(14, inner) + block(2, b"x" * 200), "has 127 bytes where 0 are left")
 
 
 def deep(levels: int) -> bytes:

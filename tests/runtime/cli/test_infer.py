@@ -233,7 +233,7 @@ def test_a_missing_or_damaged_model_is_4(photo: Path, tmp_path: Path, capsys: py
         assert run(["infer", str(photo), "--model", str(model), "--output", str(tmp_path / "out")]) == 4
         out, err = capsys.readouterr()
         assert out == ""
-        assert ("a file that `petseg export` made is expected" in err) == (model.name != "missing.onnx")
+        assert ("use a file made by `petseg export`" in err) == (model.name != "missing.onnx")
         assert err.startswith(f"petseg: {model}: ")
         assert len(err.splitlines()) == 1
 
