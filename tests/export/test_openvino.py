@@ -379,9 +379,12 @@ def of_another_model(file: Path) -> None:
         (lambda file: sidecar_of(file).write_text("{"), "small.xml.json: not JSON"),
         (lambda file: edit_sidecar(file, lambda raw: raw.update(format="trt")), "its format is 'trt'"),
         (lambda file: edit_sidecar(file, lambda raw: raw["spec"].update(height=33)), "height is 33"),
-        (lambda file: proof_of(file).unlink(), "small.xml.parity.npz: not there"),
-        (lambda file: proof_of(file).write_bytes(proof_of(file).read_bytes()[:-500]), "parity.npz: not a proof"),
-        (of_another_model, "the proof of another model"),
+        (lambda file: proof_of(file).unlink(), "small.xml.parity.npz: no such file"),
+        (
+            lambda file: proof_of(file).write_bytes(proof_of(file).read_bytes()[:-500]),
+            "parity.npz: not a parity record",
+        ),
+        (of_another_model, "the parity record of another model"),
     ],
     ids=["weights", "xml", "no bin", "no sidecar", "sidecar", "format", "spec", "no proof", "proof", "foreign proof"],
 )

@@ -507,7 +507,7 @@ def test_a_failure_names_photo_place_numbers_and_what_is_allowed() -> None:
     assert iou == "smallest mask IoU 0.90000, allowed 0.999 (pet 2.jpg)"
     mean, of_cutouts = compare(expected, got, "fp16").failures
     assert mean == "mean mask IoU 0.96667, allowed 0.995 (smallest in pet 2.jpg)"
-    assert of_cutouts == "mean mask IoU at the threshold of cutouts 0.96667, allowed 0.995"
+    assert of_cutouts == "mean mask IoU at the cutout threshold 0.96667, allowed 0.995"
     got[0] += 50
     percentile = compare(expected, got, "fp16").failures[0]
     assert percentile.startswith("99th percentile of the differences 50/255, allowed 4/255 (largest in pet 1.jpg at")
@@ -531,7 +531,7 @@ def test_a_haze_around_the_pet_that_only_cutouts_show_fails(precision: str) -> N
     got = expected.copy()
     got[:, rows[::8], columns[::8]] = 14
     told = parity.compare(answering(got), INFO, proof, spec).failures
-    assert [line for line in told if line.startswith("mean mask IoU at the threshold of cutouts 0.")]
+    assert [line for line in told if line.startswith("mean mask IoU at the cutout threshold 0.")]
     assert not [line for line in told if "smallest" in line]
 
 
@@ -561,8 +561,8 @@ def test_an_answer_that_is_moved_by_one_pixel_fails(direction: str, precision: s
     back = f"{-dy},{-dx}"
     assert row.registration[back] == 0 < row.registration["0,0"]
     (told,) = (failure for failure in row.failures if "aligned" in failure)
-    assert f"moved by (dy, dx) = ({back})" in told
-    assert f"(0.000/255 against {row.registration['0,0']:.3f}/255 mean difference)" in told
+    assert f"shifted by (dy, dx) = ({back})" in told
+    assert f"(mean difference 0.000/255 against {row.registration['0,0']:.3f}/255)" in told
 
 
 def test_an_answer_in_its_place_passes_and_is_told_to_be_there() -> None:
@@ -581,7 +581,7 @@ def test_a_constant_answer_to_a_constant_shows_nothing_and_fails(value: int, pre
     assert (row.max_difference, row.min_mask_iou) == (0, 1)
     (told,) = row.failures
     assert "0.000/255 against 0.000/255" in told
-    assert "if that is 0, the photos show the model nothing" in told
+    assert "if both are 0, the photos show the model nothing" in told
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])
@@ -797,14 +797,14 @@ def test_of_large_photos_a_proof_has_no_more_than_may_be_read(
 
 def test_a_missing_proof_says_where_it_comes_from(tmp_path: Path) -> None:
     message = refused(tmp_path / "none.parity.npz")
-    assert "not there" in message
+    assert "no such file" in message
     assert "copy it to the device" in message
 
 
 @pytest.mark.parametrize("content", [b"", b"no proof", b"PK\x03\x04", b"\x93NUMPY\x01\x00", b"\x80\x04N."])
 def test_what_is_no_proof_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "file.npz").write_bytes(content)
-    assert "not a proof" in refused(tmp_path / "file.npz")
+    assert "not a parity record" in refused(tmp_path / "file.npz")
 
 
 def test_a_folder_is_no_proof(tmp_path: Path) -> None:
@@ -814,7 +814,7 @@ def test_a_folder_is_no_proof(tmp_path: Path) -> None:
 def test_a_lone_array_is_no_proof(tmp_path: Path) -> None:
     with (tmp_path / "file.npz").open("wb") as file:
         np.save(file, np.zeros(3, np.uint8))
-    assert "not a proof" in refused(tmp_path / "file.npz")
+    assert "not a parity record" in refused(tmp_path / "file.npz")
 
 
 def test_a_truncated_proof_is_refused(file: Path) -> None:
@@ -882,7 +882,7 @@ def test_a_proof_that_claims_more_than_memory_is_refused_unread(file: Path, monk
 
     monkeypatch.setattr(np, "load", never)
     message = refused(file)
-    assert f"claims more than {parity.MAX_PROOF} bytes" in message
+    assert f"declares more than {parity.MAX_PROOF} bytes" in message
 
 
 def test_parts_that_are_too_large_only_together_are_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -891,7 +891,7 @@ def test_parts_that_are_too_large_only_together_are_refused(file: Path, monkeypa
     monkeypatch.setattr(parity, "MAX_PROOF", sum(sizes))
     load_proof(file, SPEC, CHECKPOINT)
     monkeypatch.setattr(parity, "MAX_PROOF", sum(sizes) - 1)
-    assert "claims more" in refused(file)
+    assert "declares more" in refused(file)
 
 
 def test_a_proof_whose_text_would_fill_the_memory_is_refused_unread(file: Path) -> None:
@@ -910,7 +910,7 @@ def test_a_member_that_numpy_would_take_for_another_is_refused_unread(name: str,
         archive.writestr(name, there)
     names = sorted(["about.npy", "expected.npy", "images.npy", name])
     assert refused(file).startswith(
-        f"holds {names}, where about.npy, expected.npy, images.npy are expected; not a proof"
+        f"contains {names}, where about.npy, expected.npy, images.npy are expected; not a parity record"
     )
 
 
@@ -920,7 +920,7 @@ def test_members_of_one_name_are_refused(file: Path) -> None:
     with zipfile.ZipFile(file, "a") as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         archive.writestr("about.npy", there)
-    assert refused(file).startswith("holds ['about.npy', 'about.npy', 'expected.npy', 'images.npy'], where ")
+    assert refused(file).startswith("contains ['about.npy', 'about.npy', 'expected.npy', 'images.npy'], where ")
 
 
 @pytest.mark.parametrize("kept", [(), ("about.npy",)])
@@ -930,7 +930,7 @@ def test_an_archive_that_lacks_a_member_is_refused(file: Path, kept: tuple[str, 
     with zipfile.ZipFile(file, "w") as archive:
         for name, data in content.items():
             archive.writestr(name, data)
-    assert refused(file).startswith(f"holds {[*kept]}, where ")
+    assert refused(file).startswith(f"contains {[*kept]}, where ")
 
 
 def test_a_pipe_is_no_proof_and_is_not_waited_for(tmp_path: Path) -> None:

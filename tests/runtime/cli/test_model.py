@@ -214,7 +214,7 @@ def test_without_a_proof_there_is_nothing_to_verify_and_nothing_is_written(
     assert run(["verify", str(proven.path)]) == 4
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"petseg: {proof_of(proven.path)}: not there")
+    assert err.startswith(f"petseg: {proof_of(proven.path)}: no such file")
     assert len(err.splitlines()) == 1
     assert files(proven.path.parent) == {"toy.onnx"}
 
