@@ -417,7 +417,7 @@ def test_verify_finds_answers_that_are_not_the_files(copied: Path) -> None:
     proof: Proof = load_proof(proof_of(copied), artifact.spec, artifact.provenance["checkpoint_sha256"])
     moved = dataclasses.replace(proof, expected=np.roll(proof.expected, 1, axis=2))
     proof_of(copied).write_bytes(moved.to_bytes())
-    with pytest.raises(ModelError, match="not the proof that"):
+    with pytest.raises(ModelError, match="not the parity record that"):
         verify_artifact(artifact)
     receipt = verify_artifact(artifact, proof=proof_of(copied))
     assert receipt.passed is False

@@ -151,7 +151,7 @@ def opaque(function: Any) -> Any:
     return lambda image, name, notes: np.array(image.convert("RGB"))
 
 
-RESIZED, BROUGHT_BACK = "read and resized: ", "an answer brought back: "
+RESIZED, BROUGHT_BACK = "read and resized: ", "output resized back: "
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ RESIZED, BROUGHT_BACK = "read and resized: ", "an answer brought back: "
         ("open_photo", decoding(swapped), [*NAMES, ON_ITS_SIDE, HALVED, TRANSPARENT], RESIZED + "mean difference"),
         ("open_photo", decoding(without_last_row), [*NAMES, ON_ITS_SIDE], RESIZED + "largest difference"),
         ("open_photo", decoding(limited), [*NAMES, TRANSPARENT], RESIZED + "mean difference"),
-        ("_turn", unturned, [ON_ITS_SIDE], "is 300 x 451 here, 451 x 300 where the road was recorded"),
+        ("_turn", unturned, [ON_ITS_SIDE], "is 300 x 451 here, 451 x 300 in the record"),
         ("_turn", unturned, [ON_ITS_SIDE], RESIZED + "largest difference"),
         ("_to_rgb", opaque, [TRANSPARENT], RESIZED + "largest difference"),
         *(
@@ -189,7 +189,7 @@ def test_a_defect_is_found_in_each_photo_that_shows_it(
     assert found >= set(photos)
     *failures, remedy = receipt.failures
     assert all(" allowed " in failure or " is " in failure for failure in failures)
-    assert remedy.startswith("look at Pillow and its JPEG library (`python -m PIL` lists them): here Pillow ")
+    assert remedy.startswith("check Pillow and its JPEG library (`python -m PIL` lists them): here Pillow ")
 
 
 def test_what_rounds_otherwise_by_one_level_is_no_defect(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,14 +281,14 @@ def test_verify_fails_where_the_network_is_right_and_the_road_is_not(
     assert "computes in f32: passed" in out
     assert "photo road  FAILED, 9 photos with Pillow " in out
     lines = err.splitlines()
-    assert all(line.startswith("petseg: the road around the network: ") for line in lines)
+    assert all(line.startswith("petseg: pre- and postprocessing: ") for line in lines)
     assert any(
         "chelsea.jpg: read and resized: largest difference" in line and "allowed 8/255" in line for line in lines
     )
-    assert "look at Pillow and its JPEG library" in lines[-1]
+    assert "check Pillow and its JPEG library" in lines[-1]
     result = json.loads(proven.path.with_name("toy.onnx.verified.json").read_text(encoding="utf-8"))
     assert (result["passed"], result["road"]["passed"], result["rows"][0]["passed"]) == (False, False, True)
-    assert "; the road around the network: FAILED" in result["summary"]
+    assert "; pre- and postprocessing: FAILED" in result["summary"]
     assert run(["info", str(proven.path)]) == 0
     assert "verified here  the road around the network: FAILED, 9 photos" in capsys.readouterr().out
     assert run(["verify", str(proven.path), "-q"]) == 10

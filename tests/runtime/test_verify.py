@@ -240,7 +240,7 @@ def test_of_what_another_petseg_verified_only_the_network_is_left(
     path.write_text(json.dumps({**older, "others": [older]}))
     assert run(["info", str(proven.path)]) == 0
     out = capsys.readouterr().out
-    said = f"found by petseg 0.0.1, and this is {__version__}: run `petseg verify` again"
+    said = f"verified by petseg 0.0.1, and this is {__version__}: run `petseg verify` again"
     assert "verified here  smoke, 4 photos, passed, f32 in onnxruntime" in out
     assert f"verified here  the road around the network: {said}" in out
     assert "9 photos with Pillow" not in out

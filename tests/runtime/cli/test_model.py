@@ -310,7 +310,7 @@ def test_a_proof_of_this_checkpoint_that_is_not_this_files_is_4_unless_it_is_nam
     receipt = json.dumps({"proof": prove(proven.spec, 7).identity})
     proven.path.write_bytes(onnx_metadata.with_metadata(proven.path.read_bytes(), {**metadata, RECEIPT_KEY: receipt}))
     assert run(["verify", str(proven.path), "-q"]) == 4
-    assert "not the proof that toy.onnx was exported with" in capsys.readouterr().err
+    assert "not the parity record that toy.onnx was exported with" in capsys.readouterr().err
     assert run(["verify", str(proven.path), "-q", "--proof", str(proof_of(proven.path))]) == 0
     proof_of(proven.path).write_bytes(prove(proven.spec, 7).to_bytes())
     assert run(["verify", str(proven.path), "-q"]) == 0
