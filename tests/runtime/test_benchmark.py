@@ -161,7 +161,7 @@ def test_an_engine_that_fails_while_it_is_timed_leaves_with_its_reason(
     abaci(fails=5)
     done = measure(proven, threads=1, seconds=SHORT)
     assert done.rows == ()
-    assert [check.why for check in done.failed] == ["failed while timed: a bead fell off"] * 2
+    assert [check.why for check in done.failed] == ["failed while it was measured: a bead fell off"] * 2
 
 
 def test_an_engine_that_fails_to_load_leaves_with_its_reason(
@@ -223,7 +223,7 @@ def test_the_summary_is_of_all_runs_and_the_spread_of_the_rounds() -> None:
     [
         ([["abacus"]], "unknown engine 'abacus'"),
         ([[], "tpu"], "unknown device 'tpu'"),
-        ([["onnxruntime"], "intel-gpu"], "onnxruntime: no such engine on intel-gpu"),
+        ([["onnxruntime"], "intel-gpu"], "onnxruntime: not available on intel-gpu"),
     ],
 )
 def test_what_there_is_not_is_refused(proven: Artifact, args: list[Any], said: str) -> None:

@@ -178,7 +178,7 @@ def test_intervals_that_are_shorter_than_a_run_are_told(clock: Clock, seconds: f
     done = measured(batch=3)
     done.intervals.extend(sustain(Abacus(lambda count: clock.sleep(seconds)), PHOTOS, 10.0))
     assert done.short is short
-    said = "; but a run takes longer than an interval, whose rate says little by itself: give it more minutes"
+    said = "; but a run takes longer than an interval, so that single rates mean little: measure for more minutes"
     assert done.verdict.endswith(": this machine keeps its pace" + said * short)
 
 
@@ -202,13 +202,21 @@ def test_intervals_that_are_shorter_than_a_run_are_told(clock: Clock, seconds: f
             0.2,
             "interval 3, the last one measured, is 20 % slower than the first: this machine slows down under load",
         ),
-        ([50.0], None, "there are not two intervals with runs in them, so nothing can be said of slowing down"),
+        (
+            [50.0],
+            None,
+            "there are no two intervals with runs to compare, so it is unknown whether this machine slows down",
+        ),
         (
             [5.0] * 9 + [0.0],
             None,
-            "there are not two intervals with runs in them, so nothing can be said of slowing down",
+            "there are no two intervals with runs to compare, so it is unknown whether this machine slows down",
         ),
-        ([0.0, 1.0], None, "there are not two intervals with runs in them, so nothing can be said of slowing down"),
+        (
+            [0.0, 1.0],
+            None,
+            "there are no two intervals with runs to compare, so it is unknown whether this machine slows down",
+        ),
     ],
 )
 def test_the_verdict_is_a_sentence(rates: list[float], loss: float | None, verdict: str) -> None:
