@@ -24,7 +24,7 @@ import pytest
 
 from petseg.cli import run
 from petseg_runtime import cache
-from petseg_runtime.cache import Compiled, Key, Slot, _alone, cache_folder, clear, compiled, entries
+from petseg_runtime.cache import Compiled, Key, Slot, _locked, cache_folder, clear, compiled, entries
 from petseg_runtime.cli.cache import _age
 from petseg_runtime.errors import OutputError
 
@@ -253,7 +253,7 @@ DAMAGED = "its description is damaged"
         pytest.param(lambda path: path.write_bytes(b""), "the cached file's SHA-256 differs", id="empty"),
         pytest.param(lambda path: path.unlink(), "No such file or directory", id="gone"),
         pytest.param(linked, "symbolic links", id="link"),
-        pytest.param(piped, "is not a file", id="pipe"),
+        pytest.param(piped, "is not a regular file", id="pipe"),
         pytest.param(linked_description, "symbolic links", id="description is a link"),
         pytest.param(lambda path: sidecar(path).unlink(), "No such file or directory", id="description gone"),
         pytest.param(copied, "compiled from or for something else", id="wrong key"),
@@ -299,10 +299,13 @@ def test_a_folder_that_others_may_write_to_is_not_used(mode: int, folder: Path, 
     compiled(SLOT, make)
     folder.chmod(mode)
     again = compiled(SLOT, make)
-    assert (again.data, again.not_kept) == (b"compiled 2", f"others may write to {folder}; chmod go-w it, or remove it")
-    assert "others may write to it" not in again.why
+    assert (again.data, again.not_kept) == (
+        b"compiled 2",
+        f"other users may write to {folder}: run chmod go-w on it, or remove it",
+    )
+    assert "other users may write to it" not in again.why
     assert SLOT.path(folder).read_bytes() == b"compiled 1"
-    assert "others may write to" in SLOT.write(b"x")
+    assert "other users may write to" in SLOT.write(b"x")
     with pytest.raises(OutputError, match="cannot be cleared"):
         clear()
     folder.chmod(0o700)
@@ -391,7 +394,7 @@ def test_a_file_system_without_locks_keeps_nothing(
 def test_a_cache_that_can_only_be_read_is_used(folder: Path, make: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled(SLOT, make)
     monkeypatch.setattr(os, "mkdir", failing(errno.EROFS))
-    monkeypatch.setattr(cache, "_alone", failing(errno.EROFS))
+    monkeypatch.setattr(cache, "_locked", failing(errno.EROFS))
     monkeypatch.setattr(cache, "write_atomic", failing(errno.EROFS))
     assert compiled(SLOT, make).note == "from the cache"
     changed(SLOT.path(folder))
@@ -533,7 +536,7 @@ def test_clearing_removes_what_is_ours_and_follows_no_link(filled: Path) -> None
 
 def test_clearing_leaves_the_lock_of_who_compiles(filled: Path) -> None:
     path = filled / f"{'4' * 64}.engine"
-    with _alone(path):
+    with _locked(path):
         clear()
         assert [file.name for file in filled.iterdir() if file.name.endswith(".lock")] == [f"{path.name}.lock"]
     assert clear()[0] == 1
@@ -551,10 +554,10 @@ def test_who_waited_for_a_lock_that_was_cleared_takes_the_new_one(
         real(descriptor, how)
 
     def wait() -> None:
-        with _alone(path):
+        with _locked(path):
             order.append("second")
 
-    with _alone(path):
+    with _locked(path):
         monkeypatch.setattr(fcntl, "flock", flock)
         waiting = threading.Thread(target=wait)
         waiting.start()
@@ -642,7 +645,7 @@ def test_the_command_says_that_nothing_is_kept(
 def test_the_command_fails_with_6_where_it_may_not_clear(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     filled.chmod(0o777)
     assert run(["cache", "--clear"]) == 6
-    assert "others may write to" in capsys.readouterr().err
+    assert "other users may write to" in capsys.readouterr().err
     assert len(entries()) > 3
 
 
