@@ -34,7 +34,7 @@ from petseg_runtime.engines.base import (
     check_batch,
     in_batches,
 )
-from petseg_runtime.errors import EngineError, ModelError, one_line
+from petseg_runtime.errors import EngineError, ModelError, UsageError, one_line
 from petseg_runtime.spec import HALF_LIMIT, ModelSpec
 
 __all__ = ["OpenVINOEngine", "computes_in_less", "load"]
@@ -77,6 +77,7 @@ class OpenVINOEngine(Engine):
         Raises:
             EngineError: There is no such device, OpenVINO rejects the file, or it computes in the wrong precision.
             ModelError: The file has changed since it was opened.
+            UsageError: The model does not accept ``size``.
         """
         self._spec, self._device = artifact.spec, options.device
         height, width = options.size or (artifact.spec.height, artifact.spec.width)
@@ -92,7 +93,7 @@ class OpenVINOEngine(Engine):
                 self._compiled, note = _compiled(artifact, where, self._settings(options, exact=options.exact or wide))
                 computed = self._compiled.get_property(properties.hint.inference_precision()).get_type_name()
                 self.run(np.zeros((max(1, self._spec.batch), height, width, 3), np.uint8))
-            except ModelError:
+            except (ModelError, UsageError):
                 raise
             except Exception as error:
                 raise EngineError(f"{artifact.path}: OpenVINO cannot load it ({one_line(error)})") from error

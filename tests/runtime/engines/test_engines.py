@@ -312,6 +312,17 @@ def test_what_openvino_loads_for_a_size_has_run_at_it(
     assert shapes == []
 
 
+@pytest.mark.parametrize("size", [(32, 32), (20, 32)])
+def test_a_size_that_the_model_does_not_take_is_a_usage_error_in_openvino(
+    toy: Toy, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    """Not one of the engine, which `auto` would pass over."""
+    pytest.importorskip("openvino")
+    artifact = toy(tmp_path / "toy.onnx", dynamic_size=size != (32, 32))
+    with pytest.raises(UsageError, match=f"{size[0]}"):
+        load_engine(artifact, "openvino", threads=1, size=size)
+
+
 # ------------------------------------------------------------------------------------------------ exact or not
 
 
