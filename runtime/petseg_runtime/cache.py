@@ -230,7 +230,7 @@ def cache_folder() -> Path | None:
 def no_folder() -> str:
     """Why there is no folder although caching is wanted; "" if there is one, or if caching is not wanted."""
     wanted = os.environ.get(VARIABLE) != "" and os.name == "posix"
-    return f"there is no home folder; {VARIABLE} names another" if wanted and cache_folder() is None else ""
+    return f"there is no home folder; set {VARIABLE} to a folder" if wanted and cache_folder() is None else ""
 
 
 def _users_folder() -> Path | None:

@@ -99,10 +99,10 @@ def test_without_a_home_nothing_is_kept_and_the_reason_said(
     monkeypatch.delenv(cache.VARIABLE, raising=False)
     monkeypatch.setattr(cache.platformdirs, "user_cache_path", user_cache_path)
     monkeypatch.chdir(tmp_path)
-    assert compiled(SLOT, make).note.endswith("; not kept: there is no home folder; PETSEG_CACHE names another")
+    assert compiled(SLOT, make).note.endswith("; not kept: there is no home folder; set PETSEG_CACHE to a folder")
     assert (SLOT.write(b"x"), SLOT.read(), entries(), clear()) == ("", (None, ""), [], (0, 0))
     assert run(["cache"]) == 0
-    told = "0 entries, 0.0 MB: nothing is kept, because there is no home folder; PETSEG_CACHE names another\n"
+    told = "0 entries, 0.0 MB: nothing is kept, because there is no home folder; set PETSEG_CACHE to a folder\n"
     assert capsys.readouterr().out == told
     assert list(tmp_path.iterdir()) == []
 
