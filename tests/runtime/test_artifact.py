@@ -1,4 +1,4 @@
-"""A model file is opened only if it is petseg's, whole, and keeps the contract; whatever is wrong names the file."""
+"""A model file is opened only if petseg exported it, it is complete and keeps the contract; errors name the file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PROBABILITY: tuple[str, int, list[int | str]] = ("probability", TensorProto.UINT
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """Writes an ONNX file that keeps the contract, but for what the test asks to be otherwise."""
+    """Writes an ONNX file that keeps the contract, except for what the test changes."""
 
     def write(inputs: Tensors | None = None, outputs: Tensors | None = None, **metadata: str | None) -> Path:
         graph = helper.make_graph(
@@ -60,7 +60,7 @@ def make(tmp_path: Path) -> Make:
 
 
 def refused(path: Path, named: Path | None = None) -> str:
-    """The message with which a file is refused: one line that begins with it, or with the one to blame."""
+    """The error message for a file: one line that begins with its path, or with that of the faulty file."""
     with pytest.raises(ModelError) as caught:
         open_artifact(path)
     message = str(caught.value)
@@ -272,7 +272,7 @@ def test_the_model_that_ships_keeps_the_contract() -> None:
 
 
 def test_the_proof_that_ships_is_of_photos_from_all_over_the_receipts() -> None:
-    """A data set has an order: the first sixteen are of one breed."""
+    """Data sets are ordered: the first sixteen photos are of one breed."""
     artifact = open_artifact(default_model())
     proof = load_proof(proof_of(artifact.path), artifact.spec, artifact.provenance["checkpoint_sha256"])
     names = artifact.receipt["names"]
@@ -293,7 +293,7 @@ IDENTITY = "1d" * 32
 
 
 def write_compiled(folder: Path, name: str, stem: str = "a model.v2", **changes: Any) -> Artifact:
-    """Files that look like a compiled model, as far as anyone can tell without its engine, with their sidecar."""
+    """Files that look like a compiled model until an engine loads them, with their sidecar."""
     suffix, others = COMPILED[name]
     path = folder / f"{stem}{suffix}"
     for number, ending in enumerate((suffix, *others)):
@@ -319,7 +319,7 @@ def openvino(tmp_path: Path) -> Artifact:
 
 
 def edited(path: Path, *without: str, **changes: Any) -> Path:
-    """The file, with other values in its sidecar; returns the sidecar."""
+    """Change values in a file's sidecar; returns the path of the sidecar."""
     sidecar = sidecar_of(path)
     raw = {**json.loads(sidecar.read_text(encoding="utf-8")), **changes}
     for key in without:

@@ -1,4 +1,4 @@
-"""What is measured is what was asked for; what cannot be measured is listed with the reason."""
+"""Benchmarks measure the requested engines; those that cannot be measured are listed with the reason."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ LINE = RuleLine(engine="abacus", device="cpu", text="", module="abacus", extra="
 
 
 class Abacus(Engine):
-    """Answers almost at once: other callers have their turn first; fails at its ``fails``-th run."""
+    """A fast engine that lets other callers run first; fails at its ``fails``-th run."""
 
     def __init__(self, spec: ModelSpec, options: EngineOptions, fails: int = -1) -> None:
         self._spec, self.options, self.fails = spec, options, fails
@@ -102,13 +102,13 @@ class Abacus(Engine):
 
     def close(self) -> None:
         self.closed = True
-        if 0 < self.fails <= len(self.sizes):  # as a GPU that has failed: nothing can be freed
+        if 0 < self.fails <= len(self.sizes):  # like a GPU that has failed: nothing can be freed
             raise EngineError("cannot take the beads off")
 
 
 @pytest.fixture
 def abaci(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Abacus]]]:
-    """Makes an abacus the only engine; returns those that will have been loaded, all closed at the end."""
+    """Makes an abacus the only engine; returns the list of loaded engines, which must all be closed at the end."""
     made: list[Abacus] = []
 
     def set_up(fails: int = -1, exact_fails: bool = False) -> list[Abacus]:
@@ -174,7 +174,7 @@ def test_an_engine_that_fails_to_load_leaves_with_its_reason(
 
 
 def test_ctrl_c_ends_it_with_130_and_nothing_on_stdout(proven: Artifact) -> None:
-    # A shell's background jobs, and all that they start, ignore the signal unless told otherwise.
+    # Background jobs of a shell, and their children, ignore this signal by default.
     text = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from petseg.cli import main; main()"
     )
@@ -193,7 +193,7 @@ def test_ctrl_c_ends_it_with_130_and_nothing_on_stdout(proven: Artifact) -> None
 
 
 def test_where_one_caller_fails_the_others_end_with_their_run() -> None:
-    """Seconds to come are not waited for."""
+    """It does not wait for the rest of the time."""
     spec = ModelSpec(name="toy", height=16, width=32)
     engine = Abacus(spec, EngineOptions(streams=2), fails=50)
     with pytest.raises(EngineError, match="a bead fell off"):

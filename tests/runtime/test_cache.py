@@ -1,4 +1,4 @@
-"""Compiled engines are kept; what is wrong, stale or somebody else's is compiled again, and the reason said."""
+"""Compiled engines are cached; damaged, stale and foreign ones are compiled again, and the reason is reported."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SLOT = Slot(KEY, "engine")
 
 
 class Compiler:
-    """Counts, and never gives the same bytes twice: two builds of TensorRT do not, either."""
+    """A fake compiler that counts its calls and never returns the same bytes twice, like TensorRT."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -58,7 +58,7 @@ def make() -> Compiler:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache's folder, which is not there yet."""
+    """The cache's folder, which does not exist yet."""
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache" / "engines"
 
@@ -89,7 +89,7 @@ def test_the_folder_is_the_users_own_or_the_one_that_is_named(
 def test_without_a_home_nothing_is_kept_and_the_reason_said(
     older: bool, make: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As in a container that runs as a number which its /etc/passwd does not have."""
+    """As in a container that runs under a user ID that is not in its /etc/passwd."""
 
     def user_cache_path(name: str) -> Path:
         if not older:
@@ -207,7 +207,7 @@ def changed(path: Path) -> None:
 
 
 def copied(path: Path) -> None:
-    """Another entry, whole, under this one's name."""
+    """Another, complete entry under this entry's name."""
     other = Slot(dataclasses.replace(KEY, device="another GPU"), "engine")
     compiled(other, Compiler())
     for one, two in ((other.path(path.parent), path), (sidecar(other.path(path.parent)), sidecar(path))):
@@ -366,7 +366,7 @@ def failing(number: int) -> Callable[..., None]:
 def test_a_full_disk_is_said_and_leaves_nothing_that_is_believed(
     after: int, folder: Path, make: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Full before the first file, or between the file and what describes it."""
+    """The disk is full before the compiled file, or between it and its JSON file."""
     written: list[Path] = []
     real = cache.write_atomic
 
@@ -489,7 +489,7 @@ def test_of_threads_that_want_the_same_at_once_one_compiles(folder: Path) -> Non
 
 @pytest.fixture
 def filled(folder: Path, make: Compiler) -> Path:
-    """A cache with an engine, kernels, a damaged engine, an unfinished file, and things that are not ours."""
+    """A cache with an engine, kernels, a damaged engine, an unfinished file, and foreign files."""
     compiled(SLOT, make)
     Slot(KEY, "kernels").write(b"kernels")
     damaged = Slot(dataclasses.replace(KEY, version="10.8"), "engine")
@@ -562,7 +562,7 @@ def test_who_waited_for_a_lock_that_was_cleared_takes_the_new_one(
         waiting = threading.Thread(target=wait)
         waiting.start()
         assert asks.wait(10)
-        lock.unlink()  # by somebody who does not know better
+        lock.unlink()  # by another program
         order.append("first")
     waiting.join(10)
     assert order == ["first", "second"]

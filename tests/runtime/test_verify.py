@@ -1,4 +1,4 @@
-"""What was verified, as it is kept beside a model: by whom, where, with what; and what of it still holds here."""
+"""The results of verifications saved beside a model, and which of them are still valid on this device."""
 
 from __future__ import annotations
 
@@ -124,7 +124,9 @@ def test_each_device_of_an_engine_has_a_result_of_its_own(proven: Artifact, monk
         {"identity": "of another file"},
         {"schema_version": 9},
         {"device": "of another machine"},
-        {"rows": [{"engine": "onnxruntime 1.20 (cpu, CPUExecutionProvider)"}]},  # of before rows named their engine
+        {
+            "rows": [{"engine": "onnxruntime 1.20 (cpu, CPUExecutionProvider)"}]
+        },  # written before rows named their engine
         {"rows": 7},
     ],
     ids=lambda change: next(iter(change)),
@@ -149,7 +151,7 @@ def test_what_does_not_hold_here_or_cannot_be_told_apart_is_replaced(
 def test_odd_others_in_a_result_do_not_keep_info_from_its_work(
     proven: Artifact, capsys: pytest.CaptureFixture[str], others: object
 ) -> None:
-    """Any program may have written them."""
+    """Any program may have written the results."""
     assert run(["verify", str(proven.path), "-q"]) == 0
     path = sidecar_of(proven.path)
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "others": others}))
@@ -191,7 +193,7 @@ def test_what_was_verified_on_another_machine_of_the_same_kind_is_not_shown(
             [dataclasses.asdict(L4), {**dataclasses.asdict(T4), "index": 1}],
             (L4,),
             "",
-        ),  # what has no row does not matter
+        ),  # a GPU without a row does not matter
         (
             [dataclasses.asdict(T4)],
             (L4,),
@@ -312,7 +314,7 @@ def test_a_result_that_cannot_be_read_does_not_keep_info_from_its_work(
 def test_an_odd_road_in_a_result_does_not_keep_info_from_its_work(
     proven: Artifact, capsys: pytest.CaptureFixture[str], road: object
 ) -> None:
-    """Any program may have written it."""
+    """Any program may have written the file."""
     assert run(["verify", str(proven.path), "-q"]) == 0
     path = sidecar_of(proven.path)
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "road": road}))
@@ -323,7 +325,7 @@ def test_an_odd_road_in_a_result_does_not_keep_info_from_its_work(
 def test_the_result_of_an_earlier_build_is_not_shown_as_this_ones(
     toy_ir: Artifact, prove: Callable[..., Proof], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A model that is compiled again has the identity of its ONNX file, as before."""
+    """A model that is compiled again still has the identity of its ONNX file."""
     proof_of(toy_ir.path).write_bytes(prove(toy_ir.spec).to_bytes())
     assert run(["verify", str(toy_ir.path), "-q"]) == 0
     toy_ir.path.write_bytes(toy_ir.path.read_bytes().replace(b"<net", b"<!-- again --><net"))

@@ -1,6 +1,6 @@
-"""What of building TensorRT's engines needs no graph: libraries that are missing or broken, GPUs, and profiles.
+"""Tests of building TensorRT engines that need no graph: missing and broken libraries, GPUs, and profiles.
 
-The graphs that we export are built in tests/export/test_tensorrt.py.
+Tests that build exported graphs are in tests/export/test_tensorrt.py.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def test_a_library_that_is_not_installed_names_its_packages(
         build(b"", None, library=library)
     message = str(caught.value)
     assert message == f"{name} is not installed: {extras.install(library.extra)}"
-    # Both packages, by their own names: a stranger may register "petseg" where pip looks.
+    # Both packages by their names: somebody else may have registered "petseg" on the package index.
     assert re.search(rf"pip install 'cuda-bindings[^']*' '{name}>=[0-9.]+'$", message)
 
 
