@@ -151,6 +151,7 @@ def load_engine(
         UsageError: The number of threads or streams is out of range, or the engine was not built for ``size``.
         EngineMissing: The engine is not installed; the message says what to install.
         EngineError: There is no such engine or device, or it cannot load the model.
+        ModelError: The file cannot be read, breaks the contract, or has changed since it was opened.
     """
     for name, value in (("threads", threads), ("streams", streams)):
         if value is not None and not (isinstance(value, int) and value >= 1):
