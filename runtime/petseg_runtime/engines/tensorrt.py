@@ -309,8 +309,8 @@ class TensorRTEngine(Engine):
         try:
             try:
                 self._launch()
-            except EngineError:
-                _, graph = cudart.cudaStreamEndCapture(gpu.stream)  # otherwise the stream would go on recording
+            except BaseException:  # Ctrl-C, too: otherwise the stream would stay in capture mode
+                _, graph = cudart.cudaStreamEndCapture(gpu.stream)
                 raise
             graph = gpu.call("end the capture", cudart.cudaStreamEndCapture, gpu.stream)
             return gpu.call("instantiate the CUDA graph", cudart.cudaGraphInstantiate, graph, 0)

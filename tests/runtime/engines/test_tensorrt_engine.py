@@ -277,7 +277,10 @@ class FakeCudart:
 
     @cuda()
     def cudaStreamBeginCapture(self, stream: Any, mode: cudaStreamCaptureMode) -> None:
-        Stand.world.stream(stream).recording = []
+        found = Stand.world.stream(stream)
+        if found.recording is not None:
+            Stand.world.wrong("a capture begun on a stream that is capturing")
+        found.recording = []
 
     @cuda(1)
     def cudaStreamEndCapture(self, stream: Any) -> Graph:
@@ -732,6 +735,23 @@ def test_a_graph_that_cuda_refuses_is_said(fakes: None, name: str, tmp_path: Pat
     with open_engine(tmp_path, "tensorrt") as engine:
         assert re.search(r"no CUDA graph \(cuda:0 cannot .*words of CUDA", engine.describe().provider)
         np.testing.assert_array_equal(engine.run(photos(1)), photos(1)[..., 0])
+
+
+def test_after_ctrl_c_during_the_capture_the_engine_still_works(
+    fakes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with open_engine(tmp_path, "tensorrt") as engine:
+        engine.run(photos(2))
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "_launch", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.run(photos(2))
+        for batch in (255 - photos(2), photos(2)):
+            np.testing.assert_array_equal(engine.run(batch), batch[..., 0])
+        assert engine.describe().provider == "NVIDIA Toy, CUDA graph"
 
 
 def test_a_capture_that_ends_with_a_null_graph_leaves_no_error_behind(
