@@ -318,7 +318,7 @@ def _ran_in(result: Any) -> set[tuple[str, str]]:
 def _fault(artifact: Artifact, result: Any) -> str:
     """Why a result is not valid for a file on this device as it is now; "" if it is."""
     if not isinstance(result, dict) or _identified(result) != _identify(artifact):
-        return "of another file"
+        return "is of another file"
     if (version := result.get("schema_version")) not in (WITHOUT_ROAD, SCHEMA_VERSION):
         return f"its schema_version is {version!r}, not {SCHEMA_VERSION}"
     return _change(result)
@@ -330,17 +330,17 @@ def _change(result: dict[str, Any]) -> str:
     was: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
     there, here = _processor(was), _processor(now)
     if there != here:
-        return f"on another machine ({there}, this is {here})"
+        return f"was made on another machine ({there}, this is {here})"
     device, this = result.get("device"), hosts.identity()
     if device and this and device != this:  # systems without an identity may be the same one
-        return "on another machine of this kind"
+        return "was made on another machine of this kind"
     packages = was.get("packages")
     then = packages if isinstance(packages, dict) else now["packages"]  # older results do not state them
     pairs = [(name, then.get(name), now["packages"].get(name)) for name in hosts.MASK_PACKAGES]
     pairs.append(("NVIDIA's driver", was.get("nvidia_driver"), now["nvidia_driver"]))
     for name, before, installed in pairs:
         if (before or "none") != (installed or "none"):
-            return f"with {name} {before or 'none'}, and now it is {installed or 'none'}"
+            return f"was made with {name} {before or 'none'}, and now it is {installed or 'none'}"
     return _other_gpu(was, {device for _, device in _ran_in(result) if device.startswith("cuda:")})
 
 
@@ -354,7 +354,7 @@ def _other_gpu(was: dict[str, Any], devices: Set[str]) -> str:
     for device in sorted(devices):
         before, now = then.get(device, "unknown"), here.get(device, "none")
         if before != now or before == "unknown":
-            return f"on another {device} ({before}, this is {now})"
+            return f"was made on another {device} ({before}, this is {now})"
     return ""
 
 

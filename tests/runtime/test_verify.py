@@ -58,13 +58,21 @@ def test_what_was_verified_with_another_threshold_or_on_another_machine_is_not_s
     result = json.loads(path.read_text(encoding="utf-8"))
     packages = result["host"]["packages"]
     for key, change, said in (
-        ("spec", {"threshold": 0.9}, "of another file"),
-        ("host", {"cpu": {**result["host"]["cpu"], "name": "Cortex-A76"}}, "on another machine (Cortex-A76, "),
-        ("host", {"cpu": None}, "on another machine (unknown, "),
-        ("host", {"packages": {**packages, "onnxruntime": "1.20.0"}}, "with onnxruntime 1.20.0, and now it is 1."),
-        ("host", {"packages": {**packages, "tensorrt": "10.9"}}, "with tensorrt 10.9, and now it is "),
-        ("host", {"packages": {**packages, "tensorrt-cu12": "10.9"}}, "with tensorrt-cu12 10.9, and now it is "),
-        ("host", {"nvidia_driver": "570.1"}, "with NVIDIA's driver 570.1, and now it is "),
+        ("spec", {"threshold": 0.9}, "is of another file"),
+        ("host", {"cpu": {**result["host"]["cpu"], "name": "Cortex-A76"}}, "was made on another machine (Cortex-A76, "),
+        ("host", {"cpu": None}, "was made on another machine (unknown, "),
+        (
+            "host",
+            {"packages": {**packages, "onnxruntime": "1.20.0"}},
+            "was made with onnxruntime 1.20.0, and now it is 1.",
+        ),
+        ("host", {"packages": {**packages, "tensorrt": "10.9"}}, "was made with tensorrt 10.9, and now it is "),
+        (
+            "host",
+            {"packages": {**packages, "tensorrt-cu12": "10.9"}},
+            "was made with tensorrt-cu12 10.9, and now it is ",
+        ),
+        ("host", {"nvidia_driver": "570.1"}, "was made with NVIDIA's driver 570.1, and now it is "),
     ):
         path.write_text(json.dumps({**result, key: {**result[key], **change}}))
         assert run(["info", str(proven.path)]) == 0
@@ -197,13 +205,17 @@ def test_what_was_verified_on_another_machine_of_the_same_kind_is_not_shown(
         (
             [dataclasses.asdict(T4)],
             (L4,),
-            "on another cuda:0 (Stand-in T4, compute capability 7.5, this is Stand-in L4, ",
+            "was made on another cuda:0 (Stand-in T4, compute capability 7.5, this is Stand-in L4, ",
         ),
-        ([dataclasses.asdict(L4)], (), "on another cuda:0 (Stand-in L4, compute capability 8.9, this is none)"),
-        (1, (L4,), "on another cuda:0 (unknown, this is Stand-in L4, compute capability 8.9)"),
-        ([7, {"index": 0}], (L4,), "on another cuda:0 (unknown, this is "),
-        ([{"index": 0}], (), "on another cuda:0 (unknown, this is none)"),
-        (None, (), "on another cuda:0 (unknown, this is none)"),
+        (
+            [dataclasses.asdict(L4)],
+            (),
+            "was made on another cuda:0 (Stand-in L4, compute capability 8.9, this is none)",
+        ),
+        (1, (L4,), "was made on another cuda:0 (unknown, this is Stand-in L4, compute capability 8.9)"),
+        ([7, {"index": 0}], (L4,), "was made on another cuda:0 (unknown, this is "),
+        ([{"index": 0}], (), "was made on another cuda:0 (unknown, this is none)"),
+        (None, (), "was made on another cuda:0 (unknown, this is none)"),
     ],
 )
 def test_what_was_verified_on_another_gpu_is_not_shown(
