@@ -279,6 +279,7 @@ class _Job:
             scan=self._scan(source),
             quantization=quantization,
             note=note or self.doubt,
+            spec=json.loads(target.spec.to_json()),
         )
         require(receipt)
         if compiled:

@@ -1,11 +1,12 @@
-"""A model file as a whole: its specification, where it comes from, and the receipt of its parity test.
+"""Read a model file's specification, its provenance, and the receipt of its parity test.
 
-An ONNX file carries all of it inside. A compiled file (an OpenVINO IR, a TensorRT engine) has it in a JSON file beside
-it, ``FILE.json``, together with the environment it was compiled for and the digests of its parts.
+An ONNX file contains all three as metadata. A compiled file (an OpenVINO IR, a TensorRT engine) has them in a JSON
+sidecar file, ``FILE.json``, with the environment that it was compiled for and the digests of its files.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -34,13 +35,13 @@ __all__ = [
 
 PROVENANCE_KEY: Final = "petseg.provenance"
 RECEIPT_KEY: Final = "petseg.receipt"
-#: Of what `petseg export` makes models from.
+#: Suffix of training checkpoints, from which `petseg export` makes models.
 CHECKPOINT_SUFFIX: Final = ".safetensors"
 #: The names of the graph's one input and one output.
 INPUT: Final = "image"
 OUTPUT: Final = "probability"
 
-#: The compiled formats: the suffix of the file that is named, and of the files that belong to it.
+#: The compiled formats: the suffix of the main file, and the suffixes of the files that belong to it.
 COMPILED: Final = {"openvino": (".xml", (".bin",)), "trt": (".engine", ()), "trt-rtx": (".engine", ())}
 
 SCHEMA_VERSION: Final = 1
@@ -51,18 +52,18 @@ _MODELS: Final = Path(__file__).parent / "models"
 
 @dataclass(frozen=True)
 class Artifact:
-    """An exported model file, read without its engine.
+    """The description of an exported model file, read without loading the model in an engine.
 
     Attributes:
         path: The file.
         format: ``onnx``, or one of :data:`COMPILED`.
-        spec: What it expects and returns.
-        provenance: Where it comes from: checkpoint digest, training, measured metrics, versions.
-        receipt: What its parity test measured; empty if it has none.
-        identity: SHA-256 of the ONNX file without its metadata; of a compiled file, that of the ONNX it came from.
-        size: Bytes, of all files that belong to it.
-        onnx: An ONNX file's own header: inputs, outputs, opset. None for a compiled file.
-        environment: What a compiled file was built for, and needs. Empty for ONNX.
+        spec: The model's specification.
+        provenance: Where the model comes from: checkpoint digest, training, measured metrics, versions.
+        receipt: The results of its parity test; empty if it has none.
+        identity: SHA-256 of the ONNX file without its metadata; for a compiled file, of the ONNX file it was made from.
+        size: Size in bytes of all files that belong to it.
+        onnx: The header of an ONNX file: inputs, outputs, opset. None for a compiled file.
+        environment: What a compiled file was built for and needs. Empty for ONNX.
     """
 
     path: Path
@@ -76,65 +77,66 @@ class Artifact:
     environment: dict[str, Any]
 
     def check_same(self, identity: str) -> None:
-        """Refuse what was read of the ONNX file since, under this identity, if it is another graph by then.
+        """Check that the ONNX file, read again and found to have this identity, still has the same graph.
 
         Raises:
-            ModelError: It is.
+            ModelError: The graph has changed.
         """
         if identity != self.identity:
             raise ModelError(f"{self.path}: changed while it was loaded: load it again")
 
 
 def default_model() -> Path:
-    """The model that ships with petseg."""
+    """The path of the model that ships with petseg."""
     return _MODELS / "edge.onnx"
 
 
 def sample_photos() -> list[Path]:
-    """The sample photos that ship with petseg, sorted."""
+    """The paths of the sample photos that ship with petseg, sorted."""
     return sorted(path for path in (_MODELS / "samples").iterdir() if path.suffix == ".jpg")
 
 
 def sidecar_of(path: Path) -> Path:
-    """Where a compiled file's JSON lies: its whole name and ``.json``."""
+    """The path of a compiled file's JSON sidecar: its full name and ``.json``."""
     return path.with_name(f"{path.name}.json")
 
 
 def open_artifact(path: Path) -> Artifact:
-    """Read what a model file says of itself, and hold its graph, or its digests, against that.
+    """Read a model file's description, and check its graph, or the digests of its files, against it.
 
     Raises:
-        ModelError: Missing, damaged, not exported by petseg, without the files that belong to it, other than what its
-            receipt certifies, or with inputs and outputs other than ``image`` uint8 [N, H, W, 3] and ``probability``
-            uint8 [N, H, W].
+        ModelError: The file is missing, damaged, not exported by petseg, lacks files that belong to it, differs from
+            what its receipt certifies, or has inputs and outputs other than ``image`` uint8 [N, H, W, 3] and
+            ``probability`` uint8 [N, H, W].
     """
     if path.suffix in {suffix for suffix, _ in COMPILED.values()}:
         return _open_compiled(path)
     if path.suffix == CHECKPOINT_SUFFIX and path.exists():
-        raise ModelError(f"{path}: a checkpoint, which has to be exported first: `petseg export {path}`")
+        raise ModelError(f"{path}: is a checkpoint; export it first: `petseg export {path}`")
     onnx = onnx_metadata.read(path)
     if SPEC_KEY not in onnx.metadata:
         raise ModelError(
-            f"{path}: an ONNX file, but not one that petseg exported (it has no {SPEC_KEY!r} metadata): name one that "
-            "`petseg export` made"
+            f"{path}: is an ONNX file that petseg did not export (it has no {SPEC_KEY!r} metadata); use a file made by "
+            "`petseg export`"
         )
     try:
         spec = ModelSpec.from_json(onnx.metadata[SPEC_KEY])
         provenance = _object(onnx.metadata, PROVENANCE_KEY)
         receipt = _object(onnx.metadata, RECEIPT_KEY)
+        _check_certified(spec, receipt)
     except ModelError as error:
         raise ModelError(f"{path}: {_short(error)}") from error
     _check_contract(path, onnx, spec)
     if receipt.get("identity", onnx.identity) != onnx.identity:
         raise ModelError(
             f"{path}: damaged, or changed since it was exported: its graph is not the one that its receipt certifies "
-            "(their SHA-256 differ): copy it again, or export it again"
+            "(the SHA-256 digests differ); copy it again, or export it again"
         )
     return Artifact(path, "onnx", spec, provenance, receipt, onnx.identity, onnx.size, onnx, {})
 
 
 def sidecar_text(artifact: Artifact) -> str:
-    """The JSON that goes beside a compiled file; its digests are taken of the files as they are now."""
+    """The content of a compiled file's JSON sidecar, with the digests of its files as they are now."""
     files = _files(artifact.path, artifact.format)
     value = {
         "schema_version": SCHEMA_VERSION,
@@ -159,14 +161,15 @@ def _open_compiled(path: Path) -> Artifact:
             raise ModelError("written by another version of petseg: export the model again")
         name, digests = raw["format"], raw["files"]
         if COMPILED.get(name, ("",))[0] != path.suffix:
-            raise ModelError(f"its format is {name!r}, which no {path.suffix} file has")
+            raise ModelError(f"its format is {name!r}, which does not belong to a {path.suffix} file")
         spec = ModelSpec.from_json(json.dumps(raw["spec"]))
         objects = {key: raw[key] for key in ("provenance", "receipt", "environment")}
         identity = raw["onnx_identity"]
         if not (isinstance(identity, str) and all(isinstance(value, dict) for value in (*objects.values(), digests))):
-            raise ModelError("not what petseg writes beside a model")
+            raise ModelError("not a sidecar file written by petseg")
+        _check_certified(spec, objects["receipt"])
     except (KeyError, TypeError) as error:
-        raise ModelError(f"{sidecar}: not what petseg writes beside a model ({error!r})") from error
+        raise ModelError(f"{sidecar}: not a sidecar file written by petseg ({error!r})") from error
     except ModelError as error:
         raise ModelError(f"{sidecar}: {_short(error)}") from error
     files = _files(path, name)
@@ -175,7 +178,7 @@ def _open_compiled(path: Path) -> Artifact:
             raise ModelError(f"{file}: missing; it belongs to {path.name}")
         if _sha256(file) != digests.get(file.suffix):
             raise ModelError(
-                f"{file}: not the file that {sidecar.name} describes (its SHA-256 differs): export it again"
+                f"{file}: not the file that {sidecar.name} describes (its SHA-256 differs); export it again"
             )
     size = sum(file.stat().st_size for file in files)
     return Artifact(path, name, spec, identity=identity, size=size, onnx=None, **objects)
@@ -186,7 +189,7 @@ def _read_sidecar(path: Path, sidecar: Path) -> dict[str, Any]:
         raw = json.loads(read_text(sidecar, MAX_SIDECAR))
     except FileNotFoundError as error:
         raise ModelError(
-            f"{path}: {sidecar.name} is not beside it; that file says what the model expects, so copy both"
+            f"{path}: its sidecar file {sidecar.name} is missing; it has the model's specification, so copy both files"
         ) from error
     except OSError as error:
         raise ModelError(f"{sidecar}: cannot be read ({error.strerror or error})") from error
@@ -210,7 +213,7 @@ def _sha256(path: Path) -> str:
 
 
 def _short(text: object) -> str:
-    """What a file says of itself may be megabytes, or many lines; an error is one line."""
+    """Shorten text from a file, which may be megabytes or many lines long, to one line for an error message."""
     return " ".join(str(text)[:500].split())
 
 
@@ -224,6 +227,27 @@ def _object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     return value
 
 
+def _check_certified(spec: ModelSpec, receipt: Mapping[str, Any]) -> None:
+    """Check a specification against the one that its file was tested with, if the receipt states it.
+
+    Raises:
+        ModelError: They differ, or the receipt's is damaged.
+    """
+    certified = receipt.get("spec")
+    if certified is None:
+        return
+    tested = dataclasses.asdict(ModelSpec.from_json(json.dumps(certified)))
+    changed = [
+        f"{name} {value!r} instead of {tested[name]!r}"
+        for name, value in dataclasses.asdict(spec).items()
+        if value != tested[name]
+    ]
+    if changed:
+        raise ModelError(
+            f"its specification is not the one that its receipt certifies ({'; '.join(changed)}): export it again"
+        )
+
+
 def _check_contract(path: Path, onnx: onnx_metadata.OnnxFile, spec: ModelSpec) -> None:
     for kind, tensors, name, rank in (("input", onnx.inputs, INPUT, 4), ("output", onnx.outputs, OUTPUT, 3)):
         if [tensor.name for tensor in tensors] != [name]:
@@ -231,7 +255,7 @@ def _check_contract(path: Path, onnx: onnx_metadata.OnnxFile, spec: ModelSpec) -
             raise ModelError(f"{path}: its {kind}s are {found}; exactly one named {name!r} is expected")
         expected = (spec.batch or "N", *(("H", "W") if spec.dynamic_size else (spec.height, spec.width)), 3)[:rank]
         shape = tensors[0].shape
-        # A size is either that number, or dynamic under whatever name.
+        # Each dimension is either exactly that number, or dynamic, under any name.
         fits = len(shape) == rank and all(
             got == want if isinstance(want, int) else not isinstance(got, int)
             for got, want in zip(shape, expected, strict=True)

@@ -1,8 +1,9 @@
-"""Latency and throughput of every engine that works here, from the engine alone to the whole road of a photo.
+"""Measure latency and throughput of every engine that works on this machine, alone and with pre- and postprocessing.
 
-Every engine's ``run`` takes and returns host memory, so a run that has returned is over, on a GPU too: no time here is
-that of a launch alone. Before anything is timed it has been run. The engines take turns, round after round, so that
-what else the machine does hits all of them alike; the spread of the rounds' medians says how much that was.
+Every engine's ``run`` takes and returns host memory, so that a run that has returned is finished, on a GPU, too: no
+measured time is that of an asynchronous launch alone. Everything is warmed up before it is timed. The engines take
+turns, round after round, so that other load on the machine affects all of them alike; the spread of the rounds' medians
+shows how large that effect was.
 """
 
 from __future__ import annotations
@@ -33,27 +34,27 @@ __all__ = ["ROUNDS", "STAGES", "Benchmark", "Row", "measure", "sample_batch"]
 U8: TypeAlias = npt.NDArray[np.uint8]
 
 ROUNDS: Final = 5
-#: The road of a photo, in the words of `petseg infer --json` on videos. (On photos it has "read" for "decode" and
-#: "convert", and "write" for "finish" and the encoding of the result.) "total" is measured over all of it.
+#: The stages of a photo, named as in `petseg infer --json` for videos. (For photos, "read" there is "decode" plus
+#: "convert", and "write" is "finish" plus the encoding of the result.) "total" is measured over all of them.
 STAGES: Final = ("decode", "convert", "infer", "finish", "total")
 
-# How an engine's turn is divided.
+# The shares of an engine's turn.
 _LATENCY, _THROUGHPUT, _PHOTOS = 0.45, 0.35, 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What was measured of one engine; times in milliseconds.
+    """The measurements of one engine; times are in milliseconds.
 
     Attributes:
-        info: What ran.
-        exact: Whether it was kept from computing float32 in anything less.
-        load: From file to engine.
-        first: The first run after that.
-        latency: Of every run of a batch with all threads, one caller: a list per round.
-        callers: Threads that called it at a time for the throughput.
-        throughput: Photos a second, per round.
-        stages: Of every sample photo in every pass, for each of :data:`STAGES`.
+        info: The description of the engine.
+        exact: Whether it was loaded with ``exact``, to compute float32 in float32.
+        load: Time to load the file.
+        first: Time of the first run after loading.
+        latency: Time of every run of a batch with all threads and one caller: a list per round.
+        callers: Concurrent callers in the measurement of throughput.
+        throughput: Photos per second, per round.
+        stages: Times of every sample photo in every pass, for each of :data:`STAGES`.
     """
 
     info: EngineInfo
@@ -66,7 +67,7 @@ class Row:
     stages: dict[str, list[float]] = field(default_factory=lambda: {stage: [] for stage in STAGES})
 
     def summary(self) -> dict[str, Any]:
-        """JSON values: percentiles over all runs, and the spread of the rounds' medians."""
+        """Return JSON values: percentiles over all runs, and the spread of the rounds' medians."""
         runs = [value for values in self.latency for value in values]
         medians = [float(np.median(values)) for values in self.latency]
         return {
@@ -84,7 +85,7 @@ class Row:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values: the summary, and the times that it was made of."""
+        """Return JSON values: the summary, and the times from which it was computed."""
         raw = {"latency_ms": self.latency, "photos_per_second": self.throughput, "stages_ms": self.stages}
         about = {"exact": self.exact, "load_ms": self.load, "first_run_ms": self.first}
         return {**dataclasses.asdict(self.info), **about, **self.summary(), "raw": raw}
@@ -92,16 +93,16 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """What was measured, and on what.
+    """The results of a benchmark.
 
     Attributes:
         rows: One per engine, device and precision.
         failed: Engines that could not be measured, each with the reason.
         host: The machine.
-        gpus: NVIDIA's.
-        threads: CPU threads that each engine had.
-        batch: Photos a run.
-        seconds: Of measuring, as asked for.
+        gpus: Its NVIDIA GPUs.
+        threads: CPU threads of each engine.
+        batch: Photos per run.
+        seconds: The requested duration of the measurements.
     """
 
     rows: tuple[Row, ...]
@@ -115,7 +116,7 @@ class Benchmark:
 
 @dataclass
 class _Runner:
-    """An engine at work: ``alone`` for one caller with all threads, ``shared`` for as many callers as there are."""
+    """A loaded engine: ``alone`` for one caller with all threads, ``shared`` for concurrent callers."""
 
     check: EngineCheck
     row: Row
@@ -136,18 +137,18 @@ def measure(
 ) -> Benchmark:
     """Measure every engine that works with a file.
 
-    Each is first tried in a process of its own (see :func:`petseg_runtime.doctor.check_engine`), so that one that
-    crashes, or whose masks are wrong, is a line in the result and not the end of it.
+    Each engine is first tried in a separate process (see :func:`petseg_runtime.doctor.check_engine`), so that one that
+    crashes, or whose masks are wrong, becomes a line in the results instead of ending the benchmark.
 
     Args:
         artifact: The file.
-        backends: Engines; empty: all.
-        device: As ``--device`` says it.
+        backends: The engines to measure; empty: all.
+        device: A device, as in ``--device``.
         threads: CPU threads; None: as many as this process may use.
-        batch: Photos a run.
-        seconds: Of measuring, in all; loading comes on top. Every measurement is taken at least once a round.
-        cuda_graph: Let TensorRT launch the network as one CUDA graph.
-        watch: Told what is about to be done.
+        batch: Photos per run.
+        seconds: Total duration of the measurements, without loading. Each measurement is made at least once per round.
+        cuda_graph: Whether TensorRT launches the network as one CUDA graph.
+        watch: Called with the name of each step before it starts.
 
     Raises:
         EngineError: There is no such engine or device.
@@ -178,7 +179,7 @@ def measure(
 
 
 def _lines(backends: Sequence[str], device: str) -> list[doctor.RuleLine]:
-    """The engines and kinds of device that are asked for.
+    """The requested engines and kinds of device.
 
     Raises:
         EngineError: There are none.
@@ -186,7 +187,7 @@ def _lines(backends: Sequence[str], device: str) -> list[doctor.RuleLine]:
     kind = None if device == "auto" else Device.parse(device).kind
     for name in backends:
         if name not in ENGINES:
-            raise EngineError(f"there is no engine {name!r}; there are: {', '.join(ENGINES)}")
+            raise EngineError(f"unknown engine {name!r}; choose one of: {', '.join(ENGINES)}")
     rule, problem = doctor.read_rule()
     every = {(line.engine, line.device): line for line in rule}
     lines = [
@@ -195,7 +196,7 @@ def _lines(backends: Sequence[str], device: str) -> list[doctor.RuleLine]:
         if (not backends or line.engine in backends) and (kind is None or line.device == kind)
     ]
     if not lines:
-        raise EngineError(problem or f"{', '.join(backends)}: no such engine on {device}")
+        raise EngineError(problem or f"{', '.join(backends) or 'no engine'}: not available on {device}")
     return lines
 
 
@@ -209,10 +210,10 @@ def _load(
     exact: bool,
     cuda_graph: bool,
 ) -> _Runner:
-    """An engine for one caller, and for many; ``stack`` closes both.
+    """Load an engine for one caller, and for concurrent callers; ``stack`` closes both.
 
     Raises:
-        EngineError: It cannot be loaded, or fails at its first run.
+        EngineError: The engine cannot be loaded, or fails in its first run.
     """
 
     def load(streams: int) -> Engine:
@@ -225,7 +226,7 @@ def _load(
             exact=exact,
             cuda_graph=cuda_graph,
         )
-        stack.callback(_closed, engine)
+        stack.callback(_close, engine)
         return engine
 
     start = time.perf_counter()
@@ -233,7 +234,7 @@ def _load(
     loaded = time.perf_counter()
     alone.run(_blank(artifact, batch))
     done = time.perf_counter()
-    # On an NVIDIA GPU callers take turns: more of them gain nothing.
+    # On an NVIDIA GPU callers take turns, so that more of them gain nothing.
     shared = alone if check.device.startswith("cuda") else load(threads)
     row = Row(
         info=alone.describe(),
@@ -245,8 +246,8 @@ def _load(
     return _Runner(check, row, alone, shared)
 
 
-def _closed(engine: Engine) -> None:
-    """Close an engine; one whose GPU has failed cannot be, which must not cost the others their results."""
+def _close(engine: Engine) -> None:
+    """Close an engine; if that fails because its GPU has failed, the other engines' results must not be lost."""
     with contextlib.suppress(EngineError):
         engine.close()
 
@@ -259,7 +260,7 @@ def _rounds(
     seconds: float,
     watch: Callable[[str], None],
 ) -> tuple[Row, ...]:
-    """Let the engines take turns; one that fails leaves, with its reason, for ``failed``."""
+    """Measure the engines in turn; an engine that fails is moved to ``failed``, with the reason."""
     photos = sample_batch(artifact, batch)
     for number in range(ROUNDS if runners else 0):
         watch(f"round {number + 1} of {ROUNDS}: {len(runners)} engines")
@@ -274,12 +275,14 @@ def _rounds(
                 _time_stages(runner, turn * _PHOTOS)
             except EngineError as error:
                 runners.remove(runner)
-                failed.append(dataclasses.replace(runner.check, works=False, why=f"failed while timed: {error}"))
+                failed.append(
+                    dataclasses.replace(runner.check, works=False, why=f"failed while it was measured: {error}")
+                )
     return tuple(runner.row for runner in runners)
 
 
 def sample_batch(artifact: Artifact, batch: int) -> U8:
-    """Sample photos as the model takes them, repeated if need be: uint8 [batch, H, W, 3]."""
+    """Preprocessed sample photos, repeated if necessary: uint8 [batch, H, W, 3]."""
     spec, paths = artifact.spec, sample_photos()
     ready = [images.to_model(images.read(path).pixels, spec.height, spec.width) for path in paths[:batch]]
     return np.stack([ready[index % len(ready)] for index in range(batch)])
@@ -290,13 +293,13 @@ def _blank(artifact: Artifact, batch: int) -> U8:
 
 
 def _warm(engine: Engine, photos: U8) -> None:
-    """Bring an engine's threads and caches back to it, after another engine's turn."""
+    """Warm up an engine after another engine's turn, so that its threads run and its data is in the CPU caches."""
     for _ in range(2):
         engine.run(photos)
 
 
 def _timed(run: Callable[[], object], seconds: float) -> list[float]:
-    """Milliseconds of each run, for so long; at least one."""
+    """Run for that many seconds, at least once; returns the milliseconds of each run."""
     times = []
     end = time.perf_counter() + seconds
     while True:
@@ -309,7 +312,7 @@ def _timed(run: Callable[[], object], seconds: float) -> list[float]:
 
 
 def _runs_per_second(engine: Engine, photos: U8, callers: int, seconds: float) -> float:
-    """Runs a second of all callers together, each in a thread of its own.
+    """Total runs per second of all callers, each in its own thread.
 
     Raises:
         EngineError: A run failed.
@@ -317,7 +320,7 @@ def _runs_per_second(engine: Engine, photos: U8, callers: int, seconds: float) -
     stop = threading.Event()
 
     def call() -> float:
-        engine.run(photos)  # a thread's first run makes what is the thread's own
+        engine.run(photos)  # a thread's first run creates per-thread resources
         count, start = 0, time.perf_counter()
         while True:
             engine.run(photos)
@@ -330,11 +333,11 @@ def _runs_per_second(engine: Engine, photos: U8, callers: int, seconds: float) -
         try:
             return sum(future.result() for future in [pool.submit(call) for _ in range(callers)])
         finally:
-            stop.set()  # after Ctrl-C, or the failure of one, the others end with their run
+            stop.set()  # after Ctrl-C or a failure, the other callers stop after their current run
 
 
 def _time_stages(runner: _Runner, seconds: float) -> None:
-    """Take all sample photos the whole way, pass after pass, for so long; at least once."""
+    """Time the stages of all sample photos, pass after pass, for that many seconds; at least once."""
     spec, end = runner.alone.spec, time.perf_counter() + seconds
     while True:
         for path in sample_photos():

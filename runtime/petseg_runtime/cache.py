@@ -1,16 +1,18 @@
-"""Compiled models, kept for the next time.
+"""A cache of compiled models.
 
-An entry is two files, ``DIGEST.KIND`` and ``DIGEST.KIND.json``. DIGEST is the SHA-256 of a :class:`Key`, which names
-all that a compiled file depends on; the JSON has the key in clear, and the file's own SHA-256.
+An entry is two files, ``DIGEST.KIND`` and ``DIGEST.KIND.json``. DIGEST is the SHA-256 of a :class:`Key`, which contains
+everything that a compiled file depends on; the JSON file has the key in plain text, and the SHA-256 of the compiled
+file.
 
-A compiled file is code. It is used only if it lies in a folder that belongs to the user and that nobody else may write
-to, belongs to the user itself, and is what its JSON says; the bytes that were checked are those that are loaded.
-Whatever does not fit is compiled again, and the reason said. A cache that cannot be used costs time, not results.
+A compiled file is code. It is used only if its folder belongs to the user and nobody else may write to it, if the file
+belongs to the user, and if it matches its JSON file; the bytes that were checked are the bytes that are loaded.
+Anything that does not match is compiled again, and the reason is reported. If the cache cannot be used, only
+compilation time is lost.
 
-Nothing is removed on its own: what another version of a library left may still be wanted by another environment.
-``petseg cache`` shows the sizes, and clears. The environment variable ``PETSEG_CACHE`` names another folder than the
-user's cache folder for petseg; if it is empty, nothing is kept. Without a home folder, or away from POSIX, nothing is
-kept either.
+Nothing is removed automatically: another environment may still need the files of another version of a library.
+``petseg cache`` shows the sizes, and clears the cache. The environment variable ``PETSEG_CACHE`` names a folder to use
+instead of the user's cache folder for petseg; if it is empty, nothing is cached. Without a home folder, or on systems
+other than POSIX, nothing is cached either.
 """
 
 from __future__ import annotations
@@ -51,29 +53,29 @@ __all__ = [
 
 VARIABLE: Final = "PETSEG_CACHE"
 
-#: An engine of TensorRT, a compiled model of OpenVINO, kernels of TensorRT for RTX, and what TensorRT has timed.
+#: A TensorRT engine, an OpenVINO blob, the runtime cache of TensorRT for RTX, and a TensorRT timing cache.
 KINDS: Final = ("engine", "blob", "kernels", "timings")
 
-#: Of the entries; part of every key, so to be raised as well when the same key would give another compiled file.
+#: Version of the entries. It is part of every key: increment it also if the same key would give another compiled file.
 SCHEMA_VERSION: Final = 1
 MAX_SIDECAR: Final = 2**20
 
 _ENTRY: Final = re.compile(rf"([0-9a-f]{{64}}\.({'|'.join(KINDS)}))(\.json|\.lock)?")
-_UNFINISHED: Final = re.compile(r"\.[0-9a-f]{35}\.[0-9a-f]{8}\.part\.\w+")  # of files.replacing
+_UNFINISHED: Final = re.compile(r"\.[0-9a-f]{35}\.[0-9a-f]{8}\.part\.\w+")  # temporary files of files.replacing
 
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """All that a compiled file depends on.
+    """Everything that a compiled file depends on.
 
     Attributes:
-        model: Identity of what is compiled, a SHA-256.
-        name: What people call it.
-        engine: What runs it, as ``--backend`` calls it.
-        version: Of the engine's library.
-        device: What it is compiled for, as its driver describes it.
-        driver: Its version; "" if there is none.
-        settings: How it is compiled; JSON values.
+        model: Identity of the model, a SHA-256.
+        name: Name of the model, for people.
+        engine: Name of the engine that runs it, as in ``--backend``.
+        version: Version of the engine's library.
+        device: The device that it is compiled for, as its driver describes it.
+        driver: Version of the driver; "" if there is none.
+        settings: Settings of the compilation; JSON values.
     """
 
     model: str
@@ -86,11 +88,11 @@ class Key:
 
     @property
     def text(self) -> str:
-        """The same text for the same key."""
+        """A canonical text: equal keys have equal texts."""
         return json.dumps({"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}, sort_keys=True)
 
     def differs(self, other: Key) -> str:
-        """How another key that is the same but for versions differs, in words; "" if more does, or nothing."""
+        """Describe the difference if another key differs in versions only; "" if it is equal or differs in more."""
         if dataclasses.replace(other, version=self.version, driver=self.driver).text != self.text:
             return ""
         pairs = ((self.engine, self.version, other.version), ("driver", self.driver, other.driver))
@@ -99,16 +101,16 @@ class Key:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One file that is kept.
+    """An entry of the cache.
 
     Attributes:
         path: The compiled file.
-        size: Bytes, with what belongs to it.
-        key: What it depends on; None if that cannot be told.
-        created: When it was compiled, in ISO 8601; "" if that cannot be told.
-        sha256: Of the compiled file, by what describes it; likewise.
-        environment: What its maker said of it; JSON values.
-        problem: Why it will be compiled again, as far as that can be told without reading all of it; "" if it is well.
+        size: Size in bytes, including its JSON file.
+        key: What it depends on; None if unknown.
+        created: When it was compiled, in ISO 8601; "" if unknown.
+        sha256: Digest of the compiled file according to its JSON file; "" if unknown.
+        environment: The engine's description of the compiled file; JSON values.
+        problem: Why it will be compiled again, as far as is known without reading all of it; "" if it is valid.
     """
 
     path: Path
@@ -121,7 +123,7 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """One of :data:`KINDS`; of a file that is not finished, maybe ``json``."""
+        """One of :data:`KINDS`; for an unfinished file, possibly ``json``."""
         return self.path.suffix.removeprefix(".")
 
 
@@ -130,11 +132,11 @@ class Compiled:
     """A compiled file, and whether it came from the cache.
 
     Attributes:
-        data: The file.
-        environment: What its maker said of it; JSON values.
-        seconds: That compiling took; None: it was in the cache.
-        why: Why it was compiled again; "" if for the first time.
-        not_kept: Why it could not be kept; "" if it is, or shall not be.
+        data: Content of the file.
+        environment: The engine's description of it; JSON values.
+        seconds: Time that the compilation took; None: it was in the cache.
+        why: Why it was compiled again; "" if it was compiled for the first time.
+        not_kept: Why it could not be cached; "" if it was, or if there is no cache.
     """
 
     data: bytes = field(repr=False)
@@ -145,7 +147,7 @@ class Compiled:
 
     @property
     def note(self) -> str:
-        """Where it came from, for people."""
+        """Where the file came from, as text for people."""
         if self.seconds is None:
             return "from the cache"
         again, reason = (" again", f": {self.why}") if self.why else ("", "")
@@ -165,11 +167,11 @@ class Slot:
     kind: str
 
     def path(self, folder: Path) -> Path:
-        """Of the file, in the cache's folder."""
+        """The path of the file in the cache's folder."""
         return folder / f"{hashlib.sha256(self.key.text.encode()).hexdigest()}.{self.kind}"
 
     def read(self) -> tuple[Compiled | None, str]:
-        """What is kept; or None, and why it cannot be used ("": there is nothing, or no cache)."""
+        """Read the file; returns None and the reason if it cannot be used ("" if there is no file or no cache)."""
         folder = cache_folder()
         if folder is None or not os.path.lexists(folder):
             return None, ""
@@ -181,7 +183,7 @@ class Slot:
             entry = _described(path)
             data = _read_own(path)
         except (OSError, ValueError) as error:
-            return None, f"the cached file cannot be used ({_words(error)})"
+            return None, f"the cached file cannot be used ({_reason(error)})"
         if entry.key is None or entry.key.text != self.key.text:
             return None, "the cached file was compiled from or for something else"
         if hashlib.sha256(data).hexdigest() != entry.sha256:
@@ -189,20 +191,20 @@ class Slot:
         return Compiled(data=data, environment=entry.environment), ""
 
     def write(self, data: bytes) -> str:
-        """Keep a file; returns why it cannot be, "" if it is, or if there is no cache."""
+        """Write the file; returns the reason if that fails, "" if it succeeds or there is no cache."""
         folder = cache_folder()
         if folder is None:
             return ""
         try:
             _make_own(folder)
-            with _alone(self.path(folder)):
+            with _locked(self.path(folder)):
                 self._write(folder, data, {})
         except OSError as error:
-            return _words(error)
+            return _reason(error)
         return ""
 
     def _write(self, folder: Path, data: bytes, environment: dict[str, Any]) -> None:
-        """What describes the file comes last: without it, or beside another file than it names, nothing is used."""
+        """Write the JSON file last: a compiled file without it, or with another digest than it states, is not used."""
         path = self.path(folder)
         write_atomic(path, data)
         described = {
@@ -217,41 +219,41 @@ class Slot:
 
 
 def cache_folder() -> Path | None:
-    """Where compiled files are kept; None: nowhere."""
+    """The folder of the cache; None: nothing is cached."""
     asked = os.environ.get(VARIABLE)
-    if asked == "" or os.name != "posix":  # elsewhere, owners and modes say less
+    if asked == "" or os.name != "posix":  # on other systems, owners and modes mean less
         return None
     place = Path(asked).absolute() if asked else _users_folder()
     return place and place / "engines"
 
 
 def no_folder() -> str:
-    """Why there is no folder although files shall be kept; "" if there is one, or they shall not."""
+    """Why there is no folder although caching is wanted; "" if there is one, or if caching is not wanted."""
     wanted = os.environ.get(VARIABLE) != "" and os.name == "posix"
-    return f"there is no home folder; {VARIABLE} names another" if wanted and cache_folder() is None else ""
+    return f"there is no home folder; set {VARIABLE} to a folder" if wanted and cache_folder() is None else ""
 
 
 def _users_folder() -> Path | None:
-    """The user's cache folder for petseg; None where the system does not know the user (a container)."""
+    """The user's cache folder for petseg; None if the system does not know the user (in a container)."""
     try:
         place = platformdirs.user_cache_path("petseg")
     except RuntimeError:
         return None
-    return place if place.is_absolute() else None  # an older platformdirs names a folder "~" in the current one
+    return place if place.is_absolute() else None  # older versions of platformdirs return a relative path, "~/..."
 
 
 def compiled(slot: Slot, make: Callable[[], tuple[bytes, dict[str, Any]]], *, again: str = "") -> Compiled:
-    """A compiled file from the cache, or made and kept there.
+    """Return a compiled file from the cache, or compile it and add it to the cache.
 
-    Of several processes or threads that want the same one at the same time, one compiles and the others wait for it.
+    If several processes or threads need the same file at the same time, one compiles it and the others wait.
 
     Args:
-        slot: Where it is kept.
-        make: Compiles it; returns the file, and what there is to say of it (JSON values).
-        again: Why what is in the cache must not be used; "" if it may.
+        slot: The file's place in the cache.
+        make: Compiles the file; returns its content and a description (JSON values).
+        again: Why a cached file must not be used; "" if it may.
 
     Raises:
-        Exception: What ``make`` raises. A cache that cannot be used is no error.
+        Exception: Any exception of ``make``. If the cache cannot be used, that is not an error.
     """
     kept, why = (None, again) if again else slot.read()
     if kept:
@@ -261,12 +263,12 @@ def compiled(slot: Slot, make: Callable[[], tuple[bytes, dict[str, Any]]], *, ag
         if folder is not None:
             try:
                 _make_own(folder)
-                held.enter_context(_alone(slot.path(folder)))
+                held.enter_context(_locked(slot.path(folder)))
                 outdated = _outdated(folder, slot)
             except OSError as error:
-                folder, not_kept = None, _words(error)
+                folder, not_kept = None, _reason(error)
         if folder is not None and not again:
-            kept, why = slot.read()  # somebody else may have compiled it in the meantime
+            kept, why = slot.read()  # another process may have compiled it in the meantime
             if kept:
                 return kept
         start = time.monotonic()
@@ -276,12 +278,12 @@ def compiled(slot: Slot, make: Callable[[], tuple[bytes, dict[str, Any]]], *, ag
             try:
                 slot._write(folder, data, environment)
             except OSError as error:
-                not_kept = _words(error)
+                not_kept = _reason(error)
     return Compiled(data=data, environment=environment, seconds=seconds, why=why or outdated, not_kept=not_kept)
 
 
 def entries() -> list[Entry]:
-    """All that lies in the cache, the newest last; unfinished and damaged files too, but nothing that is not ours.
+    """The entries of the cache, the newest last, with unfinished and damaged files, but without foreign files.
 
     Raises:
         OutputError: The folder cannot be read.
@@ -292,22 +294,22 @@ def entries() -> list[Entry]:
             return []
         names = sorted(file.name for file in _ours(folder))
         paths = dict.fromkeys(folder / found[1] for name in names if (found := _ENTRY.fullmatch(name)))
-        kept = [entry for path in paths if (entry := _entry(path)).size]  # a lock alone is empty, and no entry
+        kept = [entry for path in paths if (entry := _entry(path)).size]  # a lock file alone is not an entry
         unfinished = [folder / name for name in names if _UNFINISHED.fullmatch(name)]
         kept += [Entry(path=path, size=_size(path), problem="not finished") for path in unfinished]
     except OSError as error:
-        raise OutputError(f"{folder}: the cache cannot be read ({_words(error)})") from error
+        raise OutputError(f"{folder}: the cache cannot be read ({_reason(error)})") from error
     return sorted(kept, key=lambda entry: entry.created)
 
 
 def clear() -> tuple[int, int]:
-    """Remove all that lies in the cache and is ours; links are removed, not followed.
+    """Remove all files of the cache, but no foreign files; links are removed, not followed.
 
     Returns:
-        How many files, and their bytes.
+        The number of removed files, and their total size in bytes.
 
     Raises:
-        OutputError: The folder belongs to somebody else, or something in it cannot be removed; the rest is.
+        OutputError: The folder belongs to another user, or some files cannot be removed; all others are.
     """
     folder, count, size = cache_folder(), 0, 0
     if folder is None or not os.path.lexists(folder):
@@ -318,38 +320,38 @@ def clear() -> tuple[int, int]:
         for file in _ours(folder):
             try:
                 size_of = file.stat(follow_symlinks=False).st_size
-                if not _removed(Path(file.path)):
+                if not _remove(Path(file.path)):
                     continue
-            except FileNotFoundError:  # somebody else was quicker
+            except FileNotFoundError:  # another process has removed it
                 continue
             except OSError as error:
-                failures.append(f"{file.path}: {_words(error)}")
+                failures.append(f"{file.path}: {_reason(error)}")
                 continue
             count, size = count + 1, size + size_of
     except OSError as error:
-        raise OutputError(f"{folder}: the cache cannot be cleared ({_words(error)})") from error
+        raise OutputError(f"{folder}: the cache cannot be cleared ({_reason(error)})") from error
     if failures:
         raise OutputError(f"not removed: {'; '.join(failures)} ({count} other files were)")
     return count, size
 
 
 def _entry(path: Path) -> Entry:
-    """What lies at the place of an entry, whole or not."""
+    """The entry at a path, complete or not."""
     size = _size(path) + _size(_sidecar(path))
     try:
         entry, there = _described(path), path.lstat().st_size
     except (OSError, ValueError) as error:
-        return Entry(path=path, size=size, problem=_words(error))
+        return Entry(path=path, size=size, problem=_reason(error))
     problem = "" if there == entry.size else "its size differs"
     return dataclasses.replace(entry, size=size, problem=problem)
 
 
 def _described(path: Path) -> Entry:
-    """An entry by the JSON beside it; its size without that.
+    """Read an entry from its JSON file; its size is that of the compiled file alone.
 
     Raises:
-        OSError: The JSON cannot be read, or is not the user's own.
-        ValueError: It is not what we write.
+        OSError: The JSON file cannot be read, or belongs to another user.
+        ValueError: It was not written by petseg, or is damaged.
     """
     text = _read_own(_sidecar(path), MAX_SIDECAR)
     try:
@@ -360,7 +362,7 @@ def _described(path: Path) -> Entry:
         types_fit = all(isinstance(word, str) for word in words) and isinstance(raw["bytes"], int)
         dated = datetime.datetime.fromisoformat(created).tzinfo is not None
         if not (types_fit and dated and isinstance(key.settings, dict) and isinstance(environment, dict)):
-            raise TypeError("other types than we write")
+            raise TypeError("wrong types")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError("its description is damaged") from error
     if version != SCHEMA_VERSION:
@@ -369,7 +371,7 @@ def _described(path: Path) -> Entry:
 
 
 def _outdated(folder: Path, slot: Slot) -> str:
-    """How the newest entry that is the same but for versions differs from the one that is asked for; "": none does."""
+    """How the newest entry that differs from the slot's key in versions only differs from it; "": there is none."""
     others = [
         entry
         for file in _ours(folder)
@@ -382,7 +384,7 @@ def _outdated(folder: Path, slot: Slot) -> str:
 
 
 def _size(path: Path) -> int:
-    """Bytes; 0 of what is not there, or not any more."""
+    """Size in bytes; 0 if the file does not exist, or no longer exists."""
     try:
         return path.lstat().st_size
     except FileNotFoundError:
@@ -394,42 +396,42 @@ def _sidecar(path: Path) -> Path:
 
 
 def _ours(folder: Path) -> list[os.DirEntry[str]]:
-    """The files in the cache's folder that have names which we give; links count as what they are."""
+    """The files in the cache's folder whose names are those of the cache; links are not followed."""
     with os.scandir(folder) as files:
         found = [file for file in files if not file.is_dir(follow_symlinks=False)]
     return [file for file in found if _ENTRY.fullmatch(file.name) or _UNFINISHED.fullmatch(file.name)]
 
 
 def _make_own(folder: Path) -> None:
-    """Make the cache's folder, or see that it is the user's own.
+    """Create the cache's folder if necessary, and check that it belongs to the user.
 
     Raises:
-        OSError: It cannot be made, or is not.
+        OSError: It cannot be created, belongs to another user, or others may write to it.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_own(folder)
 
 
 def _check_own(folder: Path) -> None:
-    """Raise the ``OSError`` of a folder that is not the user's own, or that others may write to."""
+    """Raise an ``OSError`` if a folder belongs to another user, or if others may write to it."""
     found = folder.stat()
     if found.st_uid != os.getuid():
         raise PermissionError(errno.EPERM, f"{folder} belongs to another user")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(errno.EPERM, f"others may write to {folder}; chmod go-w it, or remove it")
+        raise PermissionError(errno.EPERM, f"other users may write to {folder}: run chmod go-w on it, or remove it")
 
 
 def _read_own(path: Path, limit: int | None = None) -> bytes:
-    """A regular file of the user's own; links are not followed.
+    """Read a regular file that belongs to the user; links are not followed.
 
     Raises:
-        OSError: It is none, or larger than ``limit`` bytes, or cannot be read.
+        OSError: It is not such a file, is larger than ``limit`` bytes, or cannot be read.
     """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # opening a pipe would wait for its writer
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # nonblocking: opening a pipe would wait
     with os.fdopen(os.open(path, flags), "rb") as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, f"{path.name} is not a file")
+            raise OSError(errno.EINVAL, f"{path.name} is not a regular file")
         if found.st_uid != os.getuid():
             raise PermissionError(errno.EPERM, f"{path.name} belongs to another user")
         if limit is not None and found.st_size > limit:
@@ -438,11 +440,11 @@ def _read_own(path: Path, limit: int | None = None) -> bytes:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Keep all other processes and threads from writing an entry; the system lets go if this process dies.
+def _locked(path: Path) -> Iterator[None]:
+    """Lock an entry against all other processes and threads; the system releases the lock if this process dies.
 
     Raises:
-        OSError: The file system has no locks, or cannot be written to.
+        OSError: The file system does not support locks, or cannot be written to.
     """
     import fcntl  # POSIX only
 
@@ -452,7 +454,7 @@ def _alone(path: Path) -> Iterator[None]:
         lock = os.open(file, flags, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not is_at(lock, file):  # somebody cleared the cache meanwhile: this one keeps nobody out
+            if not is_at(lock, file):  # the cache was cleared meanwhile, so that this lock excludes nobody
                 continue
             yield
             return
@@ -460,29 +462,32 @@ def _alone(path: Path) -> Iterator[None]:
             os.close(lock)
 
 
-def _removed(file: Path) -> bool:
-    """Remove a file, but no lock that somebody holds: the next one would compile the same at the same time.
+def _remove(file: Path) -> bool:
+    """Remove a file, except a lock file that is held: another process would then compile the same model concurrently.
+
+    Returns:
+        Whether the file was removed.
 
     Raises:
         OSError: It cannot be removed.
     """
     import fcntl  # POSIX only
 
-    if file.suffix != ".lock" or file.is_symlink():  # no lock of ours is a link
+    if file.suffix != ".lock" or file.is_symlink():  # lock files of the cache are never links
         file.unlink()
         return True
     lock = os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
+        with contextlib.suppress(OSError):  # the file system does not support locks
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
-        file.unlink()  # while it is held: who waits for it will see that it is gone
+        file.unlink()  # while the lock is held: a waiting process will notice that the file is gone
         return True
     finally:
         os.close(lock)
 
 
-def _words(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -1,13 +1,13 @@
-"""What an ONNX file says about itself, read without onnx: metadata, inputs, outputs, opset, identity.
+"""Read an ONNX file's metadata, inputs, outputs, opset and identity without the onnx package.
 
-An ONNX file is one protobuf message. The wire format is small enough to read here (varints, lengths, fixed
-words), and reading it here means that a device needs neither onnx nor protobuf to know which model it has.
+An ONNX file is one protobuf message. The wire format is simple enough to be parsed here (varints, lengths, fixed
+words), so that a device needs neither onnx nor protobuf to identify a model.
 
-The bytes are not trusted. Lengths are checked against the end of the enclosing message before they are used,
-nesting is followed with an explicit stack of bounded depth, each field is visited a fixed number of times, the
+The bytes are not trusted. Lengths are checked against the end of the enclosing message before they are used, nested
+messages are traversed with an explicit stack of bounded depth, each field is visited a fixed number of times, the
 number of fields and the amount of text are limited, and the weights are skipped, never copied.
 
-Field numbers are those of ``onnx.proto`` (onnx 1.23, IR version 14); they never change there, by protobuf's rules.
+Field numbers are those of ``onnx.proto`` (onnx 1.23, IR version 14); by protobuf's rules they never change.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from petseg_runtime.errors import ModelError
 
 __all__ = ["OnnxFile", "Tensor", "parse", "read", "with_metadata"]
 
-#: Protobuf's own limit on a message, and so ONNX's on a file: sizes are signed 32-bit numbers.
+#: Protobuf's limit on the size of a message, and so ONNX's on a file: sizes are signed 32-bit numbers.
 MAX_SIZE: Final = 2**31 - 1
 MAX_METADATA: Final = 1000
-#: Bytes of text taken out of a file, for the metadata and once more for all names together.
+#: Bytes of text read from a file; one such limit for the metadata, another for all names together.
 MAX_TEXT: Final = 16 * 2**20
-#: Fields visited in one walk: a few seconds at worst. A segmentation network has thousands, a language model that
-#: fits into one file has some hundred thousand.
+#: Fields visited in one traversal, which takes a few seconds at worst. A segmentation network has thousands, a language
+#: model that fits into one file some hundred thousand.
 MAX_FIELDS: Final = 2_000_000
-#: Messages in messages. Protobuf itself stops at 100; a subgraph takes three levels (node, attribute, graph).
+#: Nesting of messages. Protobuf itself stops at 100; a subgraph takes three levels (node, attribute, graph).
 MAX_DEPTH: Final = 100
 MAX_VALUES: Final = 10_000
 MAX_RANK: Final = 64
@@ -41,7 +41,7 @@ MAX_RANK: Final = 64
 _Buffer: TypeAlias = bytes | mmap.mmap
 _Shape: TypeAlias = tuple[int | str | None, ...]
 
-# TensorProto.DataType, from 0, under the names that numpy and ml_dtypes use.
+# TensorProto.DataType from 0 on, with the names of numpy and ml_dtypes.
 # fmt: off
 _DTYPES: Final = (
     "undefined", "float32", "uint8", "int8", "uint16", "int16", "int32", "int64", "string", "bool", "float16",
@@ -61,10 +61,10 @@ class Tensor:
 
     Attributes:
         name: Its name in the graph.
-        dtype: Element type, under numpy's name (``"uint8"``); what is not a dense tensor is named by its kind
-            (``"sequence"``), what has no type is ``"undefined"``.
+        dtype: Element type, with numpy's name (``"uint8"``); for anything but a dense tensor its kind
+            (``"sequence"``); ``"undefined"`` without a type.
         shape: One entry per axis: a size, the name of a dynamic size, or None for a dynamic size without a name.
-            Empty for a scalar, and where the file declares no shape.
+            Empty for a scalar, and if the file declares no shape.
     """
 
     name: str
@@ -74,11 +74,11 @@ class Tensor:
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """What an ONNX file says about itself.
+    """The header of an ONNX file.
 
     Attributes:
-        identity: SHA-256, in hex, of the file without its metadata: a receipt does not change what it certifies.
-        metadata: ``metadata_props``, without interpretation.
+        identity: SHA-256, in hex, of the file without its metadata, so that adding a receipt does not change it.
+        metadata: ``metadata_props``, not interpreted.
         inputs: The graph's inputs, in order. (Before IR version 4 initializers are listed among them.)
         outputs: The graph's outputs, in order.
         opset: Version of the default operator set; 0 if the model imports none.
@@ -96,15 +96,15 @@ class OnnxFile:
 
 
 def read(path: str | os.PathLike[str]) -> OnnxFile:
-    """Read what an ONNX file says about itself; the file is mapped, not loaded.
+    """Read the header of an ONNX file; the file is memory-mapped, not loaded.
 
     Raises:
-        ModelError: The file is missing, empty, too large, not an ONNX model, damaged, or not a single file
-            (some of its weights lie in another one).
+        ModelError: The file is missing, empty, too large, not an ONNX model, damaged, or keeps some of its weights in
+            another file.
     """
     name, file = os.fspath(path), Path(path)
     try:
-        if not file.is_file():  # opening a pipe would block for ever
+        if not file.is_file():  # opening a pipe would block forever
             raise ModelError(f"{name}: {_why_no_file(file)}")
         with file.open("rb") as opened:
             size = os.fstat(opened.fileno()).st_size
@@ -116,11 +116,11 @@ def read(path: str | os.PathLike[str]) -> OnnxFile:
 
 
 def parse(data: bytes | mmap.mmap, name: str = "the model") -> OnnxFile:
-    """The same as ``read``, for an ONNX file whose bytes are at hand.
+    """Read the header of an ONNX file from its bytes; see :func:`read`.
 
     Args:
-        data: The whole file.
-        name: What to call it in errors.
+        data: The complete file.
+        name: Its name in error messages.
 
     Raises:
         ModelError: As for ``read``.
@@ -141,15 +141,15 @@ def parse(data: bytes | mmap.mmap, name: str = "the model") -> OnnxFile:
 
 
 def with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
-    """The same model with other metadata: every byte outside ``metadata_props`` stays, and so does the identity.
+    """Replace the metadata of a model; every byte outside ``metadata_props`` stays, and so does the identity.
 
     Args:
-        data: A whole ONNX file.
-        metadata: All that the result will carry; written at the end, in the order of the keys.
+        data: A complete ONNX file.
+        metadata: All metadata of the result; written at the end, in the order of the keys.
 
     Raises:
-        ModelError: ``data`` is not an ONNX file, or the result could not be read back: more metadata, or a
-            larger file, than the limits allow, or text that UTF-8 cannot hold (half of a surrogate pair).
+        ModelError: ``data`` is not an ONNX file, or the result could not be read back: more metadata or a larger file
+            than the limits allow, or text that cannot be encoded as UTF-8 (half of a surrogate pair).
     """
     name = "the model"
     _check_size(len(data), name)
@@ -168,7 +168,7 @@ def with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
 
 
 class _Kind(IntEnum):
-    """Wire types. Groups (3 and 4) have been obsolete since before ONNX; 6 and 7 are undefined."""
+    """Wire types. Groups (3 and 4) were obsolete before ONNX existed; 6 and 7 are undefined."""
 
     VARINT = 0
     FIXED64 = 1
@@ -177,7 +177,7 @@ class _Kind(IntEnum):
 
 
 class _Field(NamedTuple):
-    """One field of a message. ``begin`` is where its tag starts; its value is ``number``, or the bytes start:end."""
+    """One field of a message. Its tag starts at ``begin``; its value is ``number``, or the bytes start:end."""
 
     id: int
     kind: _Kind
@@ -188,7 +188,7 @@ class _Field(NamedTuple):
 
 
 class _Wire:
-    """A protobuf message's bytes, with the limits of one walk over them."""
+    """The bytes of a protobuf message, with the remaining limits of one traversal."""
 
     def __init__(self, data: _Buffer, name: str) -> None:
         self.data = data
@@ -197,11 +197,11 @@ class _Wire:
         self.text_left = MAX_TEXT
 
     def error(self, reason: str) -> ModelError:
-        remedy = "a file that `petseg export` made is expected: name one, or copy it again"
+        remedy = "use a file made by `petseg export`, or copy it again"
         return ModelError(f"{self.name}: not an ONNX model, or a damaged one ({reason}); {remedy}")
 
     def fields(self, message: _Field | None = None) -> Iterator[_Field]:
-        """The fields of one message (None: of the whole file), each checked to lie inside it."""
+        """Iterate over the fields of a message (None: of the file), each checked to lie inside it."""
         position, end = (0, len(self.data)) if message is None else (message.start, message.end)
         if message is not None:
             self.expect(message, _Kind.LENGTH)
@@ -229,12 +229,12 @@ class _Wire:
             raise self.error(f"field {identifier} at byte {begin} has the wire type {kind}")
         if length > limit - start:
             raise self.error(
-                f"field {identifier} at byte {begin} wants {length} bytes where {limit - start} are left (truncated?)"
+                f"field {identifier} at byte {begin} has {length} bytes where {limit - start} are left (truncated?)"
             )
         return _Field(identifier, _Kind(kind), 0, begin, start, start + length)
 
     def _varint(self, position: int, limit: int) -> tuple[int, int]:
-        """An unsigned 64-bit number, seven bits per byte, low bits first; and where it ends."""
+        """Decode an unsigned 64-bit number, seven bits per byte, low bits first; returns it and its end position."""
         value = 0
         for shift in range(0, 70, 7):
             if position >= limit:
@@ -257,7 +257,7 @@ class _Wire:
         return field.number - 2**64 if field.number >= 2**63 else field.number
 
     def int32(self, field: _Field) -> int:
-        """Also for enums: every protobuf reader drops the upper half, so dropping it here hides nothing from us."""
+        """Decode an int32 or an enum. As in every protobuf parser, the upper 32 bits are dropped."""
         self.expect(field, _Kind.VARINT)
         low = field.number & 0xFFFFFFFF
         return low - 2**32 if low >= 2**31 else low
@@ -274,7 +274,7 @@ class _Wire:
 
 
 def _encoded(identifier: int, payload: bytes) -> bytes:
-    """A length-delimited field."""
+    """Encode a length-delimited field."""
     return _encoded_varint(identifier << 3 | _Kind.LENGTH) + _encoded_varint(len(payload)) + payload
 
 
@@ -326,7 +326,7 @@ def _read_header(wire: _Wire) -> _Header:
             case 1:
                 header.ir_version = wire.int64(field)
             case 7:
-                # Protobuf would merge two graphs into one. No exporter writes that, and engines may differ on it.
+                # Protobuf would merge two graphs into one. No exporter writes two, and engines may differ on them.
                 graph = _only(wire, field, graph)
             case 8:
                 domain, version = _read_opset(wire, field)
@@ -403,7 +403,7 @@ def _read_size(wire: _Wire, dimension: _Field) -> int | str | None:
     for field in wire.fields(dimension):
         if field.id == 1:
             size = wire.int64(field)
-            size = None if size < 0 else size  # some exporters write -1 for a dynamic size
+            size = None if size < 0 else size  # some exporters write -1 for a dynamic dimension
         elif field.id == 2:
             size = wire.text(field) or None
     return size
@@ -416,7 +416,7 @@ def _only(wire: _Wire, field: _Field, before: _Field | None) -> _Field:
     return field
 
 
-# Where tensors can hide: for each kind of message, the fields that lead on to one.
+# Where a message may contain tensors: for each kind of message, the fields whose messages may contain one.
 _LEADS_TO: Final[Mapping[str, Mapping[int, str]]] = {
     "Model": {7: "Graph", 20: "TrainingInfo", 25: "Function"},  # graph, training_info, functions
     "TrainingInfo": {1: "Graph", 2: "Graph"},  # initialization, algorithm
@@ -431,7 +431,7 @@ _LEADS_TO: Final[Mapping[str, Mapping[int, str]]] = {
 
 
 def _refuse_external_data(wire: _Wire) -> None:
-    """Walk to every tensor, wherever it hides, depth first; only the path to the present one is held in memory."""
+    """Visit every tensor, depth first; only the path to the current one is held in memory."""
     path = [("Model", wire.fields())]
     while path:
         kind, fields = path[-1]
@@ -455,13 +455,13 @@ def _refuse_external_tensor(wire: _Wire, field: _Field) -> None:
     elif field.id != 14 or wire.int32(field) != 1:
         return
     raise ModelError(
-        f"{wire.name}: keeps weights in another file (ONNX external data); petseg takes single-file models only: "
+        f"{wire.name}: keeps weights in another file (ONNX external data); petseg supports single-file models only: "
         "save it as one file with onnx.save(onnx.load(path), path, save_as_external_data=False)"
     )
 
 
 def _outside_metadata(wire: _Wire) -> Iterator[tuple[int, int]]:
-    """The stretches of the file between the fields of ModelProto.metadata_props = 14."""
+    """The byte ranges of the file outside of ModelProto.metadata_props = 14."""
     begin = 0
     for field in wire.fields():
         if field.id == 14:
@@ -475,12 +475,12 @@ def _outside_metadata(wire: _Wire) -> Iterator[tuple[int, int]]:
 
 def _hash_without_metadata(wire: _Wire) -> str:
     digest = hashlib.sha256()
-    # Each view is released at once: a mapped file cannot be closed while one is left, not even on the way out of an
-    # error.
+    # Each view is released immediately: a memory-mapped file cannot be closed while a view exists, not even while an
+    # error propagates.
     with memoryview(wire.data) as whole:
         for begin, end in _outside_metadata(wire):
-            with whole[begin:end] as stretch:
-                digest.update(stretch)
+            with whole[begin:end] as part:
+                digest.update(part)
     return digest.hexdigest()
 
 
@@ -488,7 +488,7 @@ def _check_size(size: int, name: str) -> None:
     if size == 0:
         raise ModelError(f"{name}: empty (0 bytes)")
     if size > MAX_SIZE:
-        raise ModelError(f"{name}: {size / 2**30:.1f} GiB; an ONNX file has less than 2 GiB")
+        raise ModelError(f"{name}: {size / 2**30:.1f} GiB; an ONNX file must have less than 2 GiB")
 
 
 def _why_no_file(file: Path) -> str:

@@ -1,8 +1,8 @@
-"""The receipt: a model file, in the engine that runs it, against the fp32 checkpoint it was made from, on real photos.
+"""The parity test: compares a model file, in its engine, with the fp32 checkpoint it was made from, on real photos.
 
-The comparison needs numpy and an engine, no torch: `petseg export` makes the reference (a :class:`Proof`: photos and
-what the checkpoint says of them) and compares where it can; the proof then travels beside the file, and `petseg verify`
-compares once more on the device.
+Its results are the receipt. The comparison needs numpy and an engine, not torch: `petseg export` computes the reference
+(a :class:`Proof`: photos and the checkpoint's outputs for them) and compares where it can. The proof is saved beside
+the file as its parity record, and `petseg verify` repeats the comparison on the device.
 """
 
 from __future__ import annotations
@@ -50,23 +50,23 @@ Run: TypeAlias = Callable[[U8], U8]
 
 SCHEMA_VERSION: Final = 3
 
-#: With fewer photos than this, a receipt calls itself "smoke": it shows that the file works, not how well.
+#: With fewer photos than this, a receipt is of the kind "smoke": it shows that the file works, not how well.
 SMOKE: Final = 16
 
-#: Photos that a model which takes any number of them is run on together.
+#: Batch in which a model with a dynamic batch is run as well, if the engine does not gain from batches.
 FEW: Final = 3
 
-#: Bytes that a proof may take in memory, and of these its text, which takes twenty times as many once it is objects. A
-#: file that claims more is refused unread.
+#: Largest size in bytes of a proof in memory, and of its text, which takes twenty times as much memory as objects. A
+#: file that declares more is rejected unread.
 MAX_PROOF: Final = 2**30
 MAX_ABOUT: Final = 2**20
-#: What a proof holds, and no more.
+#: The members of a proof's archive; no others are allowed.
 _MEMBERS: Final = ["about.npy", "expected.npy", "images.npy"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """How far a file may be from its checkpoint; None: anything.
+    """How far the outputs of a file may differ from its checkpoint's; None: no limit.
 
     Attributes:
         max_difference: Largest difference of a pixel's probability, in steps of 1/255.
@@ -74,8 +74,8 @@ class Tolerance:
         p99_difference: 99th percentile of the differences.
         min_mask_iou: Smallest IoU of the two masks of a photo.
         mean_mask_iou: Mean IoU of the two masks.
-        mean_cutout_iou: Mean IoU of the two masks at the threshold of cutouts.
-        task_loss: Loss of IoU on labelled photos, in points (hundredths), where labels are there.
+        mean_cutout_iou: Mean IoU of the two masks at the cutout threshold.
+        task_loss: Loss of IoU on labelled photos, in points (hundredths), if there are labels.
     """
 
     max_difference: int | None = None
@@ -87,37 +87,38 @@ class Tolerance:
     task_loss: float | None = None
 
 
-#: The smallest IoU says little of a precision: in a photo with a small pet, or none, a few pixels make it low. Its
-#: limit is there for what goes wrong in one photo alone.
+#: The smallest IoU says little about a precision: in a photo with a small pet, or none, a few pixels make it low. Its
+#: limit is meant to find failures in a single photo.
 _HALF: Final = Tolerance(p99_difference=4, min_mask_iou=0.85, mean_mask_iou=0.995, mean_cutout_iou=0.995)
 
-#: By the precision that was really computed in, from the finest down.
+#: Tolerances by the precision actually computed in, from the finest to the coarsest.
 TOLERANCES: Final = {
     "f32": Tolerance(max_difference=1, min_mask_iou=0.999),
     "tf32": _HALF,
     "fp16": _HALF,
     "bf16": _HALF,
-    # The mean: a mask in place of a probability has the same mask IoU, and is of no use to a cutout.
+    # The mean difference is limited because a mask instead of a probability has the same mask IoU, but is useless for
+    # cutouts.
     "int8": Tolerance(mean_difference=2, min_mask_iou=0.5, mean_mask_iou=0.97, mean_cutout_iou=0.93, task_loss=0.5),
 }
 
 
 def tolerance_for(stored: str, computed: str) -> Tolerance:
-    """What is allowed: the tolerance of the coarser of what the file is stored in and what the engine computes in."""
+    """The tolerance of the coarser of two precisions: the one stored in the file and the one the engine computes in."""
     order = list(TOLERANCES)
     return TOLERANCES[max("f32" if stored == "fp32" else stored, computed, key=order.index)]
 
 
 @dataclass(frozen=True, eq=False)
 class Proof:
-    """Photos as the model sees them, and what the fp32 checkpoint in PyTorch says of them.
+    """The parity record: preprocessed photos, and the outputs of the fp32 checkpoint in PyTorch for them.
 
     Attributes:
-        names: Of the photos, for the report.
+        names: Names of the photos, for the report.
         images: uint8 [N, H, W, 3] RGB.
-        expected: uint8 [N, H, W], ``round(255 * p(pet))``.
-        checkpoint_sha256: Of the checkpoint that said it.
-        reference: What computed it.
+        expected: The checkpoint's outputs, uint8 [N, H, W], ``round(255 * p(pet))``.
+        checkpoint_sha256: Digest of that checkpoint.
+        reference: The software and device that computed the outputs.
     """
 
     names: tuple[str, ...]
@@ -133,18 +134,18 @@ class Proof:
 
     @property
     def identity(self) -> str:
-        """Digest over the photos' pixels and the answers."""
+        """Digest over the photos' pixels and the expected outputs."""
         return hashlib.sha256(f"{self.sha256}\n".encode() + np.ascontiguousarray(self.expected).tobytes()).hexdigest()
 
     def spread(self, count: int) -> Proof:
-        """The same with at most ``count`` photos, and no more than :func:`load_proof` takes; see :func:`spread`."""
+        """A subset of at most ``count`` photos, and of no more than :func:`load_proof` accepts; see :func:`spread`."""
         room = (MAX_PROOF - MAX_ABOUT) // (self.images[:1].nbytes + self.expected[:1].nbytes)
         index = spread(len(self.names), min(count, max(1, room)))
         names = tuple(self.names[i] for i in index)
         return replace(self, names=names, images=self.images[index], expected=self.expected[index])
 
     def to_bytes(self) -> bytes:
-        """As an ``.npz`` file; the same proof gives the same bytes."""
+        """Serialize as an ``.npz`` file; equal proofs give equal bytes."""
         about = {"schema_version": 1, "checkpoint_sha256": self.checkpoint_sha256, "reference": self.reference}
         about["names"] = list(self.names)
         text = np.frombuffer(json.dumps(about).encode(), np.uint8)
@@ -154,18 +155,18 @@ class Proof:
 
 
 def proof_of(path: Path) -> Path:
-    """Where the proof of a model file lies: its whole name and ``.parity.npz``."""
+    """The path of a model file's parity record: its full name and ``.parity.npz``."""
     return path.with_name(f"{path.name}.parity.npz")
 
 
 def load_proof(path: Path, spec: ModelSpec, checkpoint_sha256: str) -> Proof:
-    """Read a proof, and make sure that it is of this model.
+    """Read a parity record, and check that it belongs to this model.
 
     Raises:
-        ModelError: Missing, damaged, too large, or of another model.
+        ModelError: It is missing, damaged, too large, or of another model.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # opening a pipe would block
             raise ModelError(f"{path}: not a regular file")
         with zipfile.ZipFile(path) as archive:
             _check_members(path, archive.infolist())
@@ -178,70 +179,73 @@ def load_proof(path: Path, spec: ModelSpec, checkpoint_sha256: str) -> Proof:
         raise
     except FileNotFoundError as error:
         raise ModelError(
-            f"{path}: not there; `petseg export` writes it beside the model, so copy it to the device too"
+            f"{path}: no such file; `petseg export` writes this parity record beside the model: copy it to the device, "
+            "too"
         ) from error
-    except Exception as error:  # whatever numpy, zipfile and its decompressors make of damage
-        raise ModelError(f"{path}: not a proof that petseg wrote, or damaged ({one_line(error)})") from error
+    except Exception as error:  # anything that numpy, zipfile and its decompressors raise for a damaged file
+        raise ModelError(f"{path}: not a parity record written by petseg, or damaged ({one_line(error)})") from error
     if version != 1:
-        raise ModelError(f"{path}: schema_version {version!r}; this version of petseg reads 1: upgrade")
+        raise ModelError(f"{path}: schema_version {version!r}; this version of petseg reads 1: upgrade petseg")
     count, shape = len(proof.names), (spec.height, spec.width)
     sound = images.dtype == expected.dtype == np.uint8 and count > 0
     if not sound or images.shape != (count, *shape, 3) or expected.shape != (count, *shape):
         raise ModelError(
-            f"{path}: photos {images.dtype} {list(images.shape)} with answers {expected.dtype} "
+            f"{path}: photos {images.dtype} {list(images.shape)} with outputs {expected.dtype} "
             f"{list(expected.shape)}; uint8 [{count}, {shape[0]}, {shape[1]}, 3] and [{count}, {shape[0]}, "
             f"{shape[1]}] are expected"
         )
     if proof.checkpoint_sha256 != checkpoint_sha256:
         raise ModelError(
-            f"{path}: the proof of another model (checkpoint {str(proof.checkpoint_sha256)[:12]}..., this model was "
-            f"made from {checkpoint_sha256[:12] or 'none'}...)"
+            f"{path}: the parity record of another model (checkpoint {str(proof.checkpoint_sha256)[:12]}..., but this "
+            f"model was made from {checkpoint_sha256[:12] or 'none'}...)"
         )
     return proof
 
 
 def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
-    """Hold an archive against what is read of it: numpy also takes a name without its suffix, and the last of two.
+    """Check an archive's members: numpy also accepts a name without its suffix, and the last of two equal names.
 
     Raises:
-        ModelError: Other members, or larger ones than a proof may have.
+        ModelError: There are other members, or larger ones than allowed.
     """
     names = sorted(member.filename for member in members)
     if names != _MEMBERS:
         raise ModelError(
-            f"{path}: holds {str(names)[:200]}, where {', '.join(_MEMBERS)} are expected; not a proof that petseg wrote"
+            f"{path}: contains {str(names)[:200]}, where {', '.join(_MEMBERS)} are expected; not a parity record "
+            "written by petseg"
         )
     sizes = {member.filename: member.file_size for member in members}
     if sum(sizes.values()) > MAX_PROOF or sizes["about.npy"] > MAX_ABOUT:
         raise ModelError(
-            f"{path}: claims more than {MAX_PROOF} bytes, or {MAX_ABOUT} of text; not a proof that petseg wrote"
+            f"{path}: declares more than {MAX_PROOF} bytes, or {MAX_ABOUT} of text; not a parity record written by "
+            "petseg"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One engine's row. Differences are in steps of 1/255 of probability, over all pixels.
+    """The results of one engine in the parity test. Differences are in steps of 1/255 of probability, over all pixels.
 
     Attributes:
-        engine: What ran the file, for people.
-        backend: The same as ``--backend`` calls it.
-        device: What it computed on ("cpu", "cuda:0").
-        precision: What it computed in.
+        engine: The engine that ran the file, as text for people.
+        backend: Its name, as in ``--backend``.
+        device: The device that it computed on ("cpu", "cuda:0").
+        precision: The precision that it computed in.
         max_difference: Largest difference.
         mean_difference: Mean difference.
         p99_difference: 99th percentile of the differences.
         min_mask_iou: Smallest mask IoU of a photo, at the model's threshold.
         mean_mask_iou: Mean mask IoU.
-        mean_cutout_iou: The same at the model's threshold of cutouts.
-        registration: Mean difference away from the frame, with the result as it is (``0,0``) and moved by one pixel
-            (``dy,dx``); the first must be the smallest.
-        worst: Where the largest difference is: photo, y, x, expected, got.
-        task: IoU on the labels, where there are any: ``photos``, ``reference``, ``this``, ``loss`` in points.
-        tolerance: What was allowed.
-        failures: What was not as it should be; empty if it passed.
-        batch: How many photos were run at a time as well, within the same tolerance; 1: only one by one. All numbers
+        mean_cutout_iou: Mean mask IoU at the model's cutout threshold.
+        registration: Mean difference away from the image border, with the output as it is (``0,0``) and shifted by one
+            pixel (``dy,dx``); the first must be the smallest.
+        worst: The location of the largest difference: photo, y, x, expected, got.
+        task: IoU on the labels, if there are any: ``photos``, ``reference``, ``this``, ``loss`` in points.
+        tolerance: The tolerance that was applied.
+        failures: What exceeded it; empty if the test passed.
+        batch: The batch in which photos were run as well, within the same tolerance; 1: only one by one. All numbers
             are of the runs one by one.
-        notes: How the engine came about; see :class:`petseg_runtime.engines.base.EngineInfo`.
+        notes: How the engine was chosen; see :class:`petseg_runtime.engines.base.EngineInfo`.
     """
 
     engine: str
@@ -264,12 +268,12 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """The verdict."""
+        """Whether the test passed."""
         return not self.failures
 
     @property
     def summary(self) -> str:
-        """One line for people."""
+        """The results in one line."""
         task = (
             f"; task IoU {self.task['this']:.4f}, {0.0 - round(self.task['loss'], 2):+.2f} points" if self.task else ""
         )
@@ -280,29 +284,30 @@ class Comparison:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the results as JSON values."""
         lists = {"failures": list(self.failures), "notes": list(self.notes)}
         return {**asdict(self), **lists, "passed": self.passed, "summary": self.summary}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """What is known of a file's parity.
+    """The results of a file's parity test.
 
     Attributes:
-        identity: Of the ONNX graph that it certifies; see :attr:`petseg_runtime.artifact.Artifact.identity`.
-        proof: :attr:`Proof.identity` of what travels beside the file, for `petseg verify`; in a receipt of such a
-            verification, of what the file was held against.
-        photos: How many photos were compared.
+        identity: Identity of the ONNX graph that it certifies; see :attr:`petseg_runtime.artifact.Artifact.identity`.
+        proof: :attr:`Proof.identity` of the parity record saved beside the file for `petseg verify`; in the receipt of
+            such a verification, of the record that the file was compared with.
+        photos: Number of photos that were compared.
         photos_sha256: Digest over their pixels as the model saw them, in order.
-        names: Of these photos.
-        reference: What they were compared with.
-        stored: What the file's numbers are stored in.
-        rows: One per engine and precision that ran it; none: built, not run.
-        scan: What the scan of the ONNX graph's activations found (``photos``, ``tensors``, ``non_finite``, ...), or
-            None where no scan was made.
-        quantization: How int8 was chosen; None for other precisions.
-        note: Why nothing ran it, where nothing did; else what makes IoU on labelled photos less than it seems.
+        names: Names of these photos.
+        reference: The software and device that computed the expected outputs.
+        stored: The precision that the file is stored in.
+        rows: One per engine and precision that ran the file; empty: built, not run.
+        scan: What the scan of the ONNX graph's activations found (``photos``, ``tensors``, ``non_finite``, ...); None
+            if there was no scan.
+        quantization: How the int8 quantization was chosen; None for other precisions.
+        note: If no engine ran the file, why; otherwise a reason why the IoU on labelled photos may be too high.
+        spec: The specification that the file was tested with, as JSON values; None in receipts that predate this field.
     """
 
     identity: str
@@ -316,17 +321,18 @@ class Receipt:
     scan: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
     note: str = ""
+    spec: dict[str, Any] | None = None
 
     @property
     def kind(self) -> str:
-        """``full``, ``smoke`` (fewer than 16 photos) or ``built, not run``."""
+        """The kind of the receipt: ``full``, ``smoke`` (fewer than 16 photos) or ``built, not run``."""
         if not self.rows:
             return "built, not run"
         return "smoke" if self.photos < SMOKE else "full"
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Everything that was not as it should be."""
+        """All failures of all engines and of the scan."""
         found = [f"{row.precision} in {row.engine}: {failure}" for row in self.rows for failure in row.failures]
         if self.scan and self.scan["non_finite"]:
             found.append(f"NaN or infinity in {', '.join(self.scan['non_finite'][:5])}")
@@ -334,20 +340,20 @@ class Receipt:
 
     @property
     def passed(self) -> bool | None:
-        """The verdict; None where nothing ran it."""
+        """Whether the test passed; None if no engine ran the file."""
         if self.failures:
             return False
         return True if self.rows else None
 
     @property
     def summary(self) -> str:
-        """One line for people."""
+        """The results in one line."""
         if not self.rows:
             return f"built, not run: {self.note}"
         return f"{self.kind}, {self.photos} photos: " + "; ".join(row.summary for row in self.rows)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values, the summary among them."""
+        """Return the receipt as JSON values, including the summary."""
         return {
             "schema_version": SCHEMA_VERSION,
             "kind": self.kind,
@@ -364,24 +370,25 @@ class Receipt:
             "scan": self.scan,
             "quantization": self.quantization,
             "note": self.note,
+            "spec": self.spec,
         }
 
 
 def spread(photos: int, count: int) -> npt.NDArray[np.int64]:
-    """Indices of at most ``count`` of so many photos, int64, ascending; from all over: a data set has an order."""
+    """Indices of at most ``count`` photos, int64, ascending; spread evenly, because data sets are ordered."""
     return np.unique(np.linspace(0, photos - 1, min(count, photos)).round().astype(np.int64))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checks:
-    """What is looked at besides the answers to a proof's photos.
+    """Additional checks of a comparison, beyond the outputs for a proof's photos.
 
     Attributes:
-        task: Takes the model's answers, uint8 [N, H, W], and says what they are worth on the labels; see
+        task: Takes the model's outputs, uint8 [N, H, W], and evaluates them on the labels; see
             :attr:`Comparison.task`.
-        budget: The loss of IoU that is allowed instead of the tolerance's own, where that limits it.
-        another_size: A few photos at another size, for a model that takes any. Of these, as of a batch, only the
-            differences of probabilities are held to the tolerance: they are too few for IoUs.
+        budget: The allowed loss of IoU, which replaces the tolerance's limit if it has one.
+        another_size: A few photos at another size, for a model with a dynamic size. For these, as for a batch, only the
+            differences of probabilities are checked against the tolerance: they are too few for IoUs.
     """
 
     task: Callable[[U8], dict[str, Any]] | None = None
@@ -401,38 +408,39 @@ def compare(
     checks: Checks = _NO_MORE,
     watch: Callable[[int], None] | None = None,
 ) -> Comparison:
-    """Run a model on every photo of a proof, one by one, and measure how far it is from the reference.
+    """Run a model on every photo of a proof, one by one, and measure how far its outputs are from the reference.
 
-    If the engine gains from batches, the first photos are run once more as one of them; otherwise, if the model takes
-    any number of photos, three are. Each must get what it got alone.
+    The first photos are then run again as a batch: as large as the engine gains from, or of three photos if the engine
+    does not gain from batches and the batch is dynamic. Each photo must have the same output as alone, within the
+    tolerance.
 
     Args:
         run: The model, in the engine that will run it.
-        info: That engine.
-        proof: Photos and reference.
+        info: The description of that engine.
+        proof: Photos and expected outputs.
         spec: The model's specification.
-        checks: What is looked at besides.
+        checks: Additional checks.
         watch: Called with the number of photos done so far.
 
     Raises:
-        ParityShapes: An output's shape or type is not the contract's.
+        ParityShapes: An output's shape or type breaks the contract.
     """
-    answers = np.empty_like(proof.expected)
+    outputs = np.empty_like(proof.expected)
     for i, (image, expected) in enumerate(zip(proof.images, proof.expected, strict=True)):
         got = run(image[None])
         _check_output(got, expected[None])
-        answers[i] = got[0]
+        outputs[i] = got[0]
         if watch:
             watch(i + 1)
     tolerance = tolerance_for(spec.precision, info.precision)
     if checks.budget is not None and tolerance.task_loss is not None:
         tolerance = replace(tolerance, task_loss=checks.budget)
-    row, failures = _judged(proof, answers, spec, info, tolerance, checks.task)
+    row, failures = _judge(proof, outputs, spec, info, tolerance, checks.task)
     together = info.batch if info.batch > 1 or spec.batch else FEW
     if together > 1:
         index = np.arange(together) % len(proof.names)
         got = run(proof.images[index])
-        failures += [f"{together} at a time: {failure}" for failure in _too_far(answers[index], got, tolerance)]
+        failures += [f"{together} at a time: {failure}" for failure in _too_far(outputs[index], got, tolerance)]
     if (other := checks.another_size) is not None:
         got = run(other.images)
         failures += [f"at another size: {failure}" for failure in _too_far(other.expected, got, tolerance)]
@@ -449,22 +457,25 @@ def measure(
     checks: Checks = _NO_MORE,
     watch: Callable[[int], None] | None = None,
 ) -> tuple[Comparison, ...]:
-    """The row of an engine as it computes if left alone; before it, if that narrows float32, one that does not.
+    """Compare an engine in its default precision, and also with ``exact`` if the default is less than float32.
 
-    ``auto`` may take another engine for each, by its rule.
+    ``auto`` may choose a different engine for each of the two.
 
     Args:
         artifact: The file.
-        proof: Photos and reference.
+        proof: Photos and expected outputs.
         backend: The engine, or ``auto``.
-        device: What it runs on, or ``auto``.
+        device: The device that it runs on, or ``auto``.
         threads: CPU threads; None: as many as this process may use.
-        checks: What is looked at besides.
+        checks: Additional checks.
         watch: Called with the number of photos done so far, from 1 for each row.
 
+    Returns:
+        The results with ``exact``, if any, and those in the default precision.
+
     Raises:
-        EngineError: The engine cannot be had, or cannot load or run the file.
-        ParityShapes: An output's shape or type is not the contract's.
+        EngineError: The engine is not available, or cannot load or run the file.
+        ParityShapes: An output's shape or type breaks the contract.
     """
 
     def row(exact: bool) -> tuple[EngineInfo, Comparison]:
@@ -472,15 +483,15 @@ def measure(
             info = engine.describe()
             return info, compare(engine.run, info, proof, artifact.spec, checks=checks, watch=watch)
 
-    info, left_alone = row(exact=False)
-    if not info.narrowed:  # a second load would be the same again, and in TensorRT it takes its time
-        return (left_alone,)
+    info, default = row(exact=False)
+    if not info.narrowed:  # a second load would compute the same, and in TensorRT it takes long
+        return (default,)
     _, exact = row(exact=True)
-    return exact, left_alone
+    return exact, default
 
 
 def require(receipt: Receipt) -> None:
-    """A failed receipt is a failed export.
+    """Raise an error for a failed receipt, which makes an export fail.
 
     Raises:
         ParityTolerance: The receipt failed; the message says where and by how much.
@@ -488,27 +499,28 @@ def require(receipt: Receipt) -> None:
     if receipt.failures:
         good = [f"{row.precision} in {row.engine}" for row in receipt.rows if not row.failures]
         raise ParityTolerance(
-            f"the file does not do what its checkpoint does ({receipt.photos} photos, FAILED): "
+            f"the file's outputs differ too much from its checkpoint's ({receipt.photos} photos, FAILED): "
             + "; ".join(receipt.failures)
             + (
-                f". It does in {', '.join(good)}: --backend proves it in one engine only, to be run in that"
+                f". It passes in {', '.join(good)}: with --backend it is tested in one engine only, which then must "
+                "run it"
                 if good
                 else ""
             )
         )
 
 
-def _judged(
+def _judge(
     proof: Proof,
-    answers: U8,
+    outputs: U8,
     spec: ModelSpec,
     info: EngineInfo,
     allowed: Tolerance,
     task: Callable[[U8], dict[str, Any]] | None,
 ) -> tuple[Comparison, list[str]]:
-    """What is measured of the answers to a proof's photos, one by one, and what exceeds its tolerance."""
-    ious = _ious(proof.expected, answers, spec.threshold)
-    found = _differences(proof.expected, answers)
+    """Compare the outputs for a proof's photos with the expected ones; returns the row and its failures."""
+    ious = _ious(proof.expected, outputs, spec.threshold)
+    found = _differences(proof.expected, outputs)
     row = Comparison(
         engine=f"{info.name} {info.version} ({info.device}, {info.provider})",
         backend=info.name,
@@ -519,10 +531,10 @@ def _judged(
         p99_difference=found.p99,
         min_mask_iou=min(ious),
         mean_mask_iou=float(np.mean(ious)),
-        mean_cutout_iou=float(np.mean(_ious(proof.expected, answers, spec.cutout_threshold))),
-        registration=_registration(proof.expected, answers),
-        worst=_worst(proof, answers),
-        task=task(answers) if task else None,
+        mean_cutout_iou=float(np.mean(_ious(proof.expected, outputs, spec.cutout_threshold))),
+        registration=_registration(proof.expected, outputs),
+        worst=_worst(proof, outputs),
+        task=task(outputs) if task else None,
         tolerance=allowed,
         failures=(),
         notes=info.notes,
@@ -531,10 +543,10 @@ def _judged(
 
 
 def _too_far(expected: U8, got: U8, allowed: Tolerance) -> list[str]:
-    """Where probabilities of a few photos differ by more than a tolerance has for probabilities.
+    """Messages on the probabilities of a few photos that differ by more than the tolerance allows.
 
     Raises:
-        ParityShapes: The answers are not even of one shape.
+        ParityShapes: The outputs differ in shape.
     """
     _check_output(got, expected)
     return list(_exceeded(_differences(expected, got), allowed))
@@ -542,7 +554,7 @@ def _too_far(expected: U8, got: U8, allowed: Tolerance) -> list[str]:
 
 @dataclass(frozen=True)
 class _Differences:
-    """Of probabilities, over all pixels; see :class:`Comparison`."""
+    """Differences of probabilities over all pixels; see :class:`Comparison`."""
 
     largest: int
     mean: float
@@ -550,27 +562,27 @@ class _Differences:
 
 
 def _differences(expected: U8, got: U8) -> _Differences:
-    """Between uint8 [N, H, W]."""
+    """Differences between two arrays, uint8 [N, H, W]."""
     counts = np.zeros(256, np.int64)  # how often each difference occurs
     for one, other in zip(expected, got, strict=True):
-        counts += np.bincount(_apart(one, other).ravel(), minlength=256)
+        counts += np.bincount(_absolute(one, other).ravel(), minlength=256)
     total = counts.sum()
     return _Differences(
         largest=int(np.flatnonzero(counts)[-1]),
         mean=float((np.arange(256) * counts).sum() / total),
-        # The smallest that 99 of 100 pixels do not exceed, in integers: 0.99 is no number in binary.
+        # The smallest difference that 99 of 100 pixels do not exceed; in integers, as 0.99 has no exact binary form.
         p99=int(np.searchsorted(100 * counts.cumsum(), 99 * total)),
     )
 
 
-def _apart(expected: U8, got: U8) -> npt.NDArray[np.int16]:
-    """How far probabilities are apart, in steps of 1/255."""
-    apart: npt.NDArray[np.int16] = np.abs(got.astype(np.int16) - expected)
-    return apart
+def _absolute(expected: U8, got: U8) -> npt.NDArray[np.int16]:
+    """Absolute differences of probabilities, in steps of 1/255."""
+    difference: npt.NDArray[np.int16] = np.abs(got.astype(np.int16) - expected)
+    return difference
 
 
 def _exceeded(found: _Differences, allowed: Tolerance, place: str = "") -> Iterator[str]:
-    """What is to be said of the differences that exceed their tolerance; ``place`` is that of the largest."""
+    """Messages on the differences that exceed their tolerance; ``place`` is the location of the largest."""
     at, largest_at = (f" ({place})", f" (largest in {place})") if place else ("", "")
     for text, value, limit, where in (
         ("largest difference", found.largest, allowed.max_difference, at),
@@ -582,14 +594,14 @@ def _exceeded(found: _Differences, allowed: Tolerance, place: str = "") -> Itera
 
 
 def _failures(row: Comparison, name: str) -> Iterator[str]:
-    """What exceeds its tolerance, each with the numbers and the place; ``name`` is the photo of the smallest IoU."""
+    """Messages on what exceeds its tolerance, with the location; ``name`` is the photo with the smallest IoU."""
     worst, allowed = row.worst, row.tolerance
     place = f"{worst['photo']} at y {worst['y']}, x {worst['x']}: {worst['got']} instead of {worst['expected']}"
     yield from _exceeded(_Differences(row.max_difference, row.mean_difference, row.p99_difference), allowed, place)
     for text, value, limit, where in (
         ("smallest mask IoU", row.min_mask_iou, allowed.min_mask_iou, f" ({name})"),
         ("mean mask IoU", row.mean_mask_iou, allowed.mean_mask_iou, f" (smallest in {name})"),
-        ("mean mask IoU at the threshold of cutouts", row.mean_cutout_iou, allowed.mean_cutout_iou, ""),
+        ("mean mask IoU at the cutout threshold", row.mean_cutout_iou, allowed.mean_cutout_iou, ""),
     ):
         if limit is not None and not value >= limit:
             yield f"{text} {value:.5f}, allowed {limit}{where}"
@@ -600,20 +612,20 @@ def _failures(row: Comparison, name: str) -> Iterator[str]:
 
 
 def _misaligned(registration: dict[str, float]) -> Iterator[str]:
-    """What to say where the result agrees no worse if it is moved by a pixel."""
+    """A message if the output, shifted by one pixel, agrees with the reference at least as well."""
     (_, as_it_is), *moved = registration.items()
     for where, difference in moved:
         if not difference > as_it_is:
             yield (
-                f"not aligned: moved by (dy, dx) = ({where}) it agrees no worse than as it is "
-                f"({difference:.3f}/255 against {as_it_is:.3f}/255 mean difference); if "
-                "that is 0, the photos show the model nothing"
+                f"not aligned: shifted by (dy, dx) = ({where}), the output agrees no worse than as it is (mean "
+                f"difference {difference:.3f}/255 against {as_it_is:.3f}/255); if both are 0, the photos show the "
+                "model nothing"
             )
             return
 
 
 def _registration(expected: U8, got: U8) -> dict[str, float]:
-    """Mean difference in the interior with the result as it is, and moved by one pixel in each direction."""
+    """Mean difference in the interior with the output as it is, and shifted by one pixel in each direction."""
     inside = expected[:, 1:-1, 1:-1].astype(np.int16)
     height, width = expected.shape[1:]
     return {
@@ -622,12 +634,12 @@ def _registration(expected: U8, got: U8) -> dict[str, float]:
     }
 
 
-def _worst(proof: Proof, answers: U8) -> dict[str, Any]:
-    """See :class:`Comparison`; the first of several."""
-    largest = [int(_apart(*pair).max()) for pair in zip(proof.expected, answers, strict=True)]
+def _worst(proof: Proof, outputs: U8) -> dict[str, Any]:
+    """The location of the largest difference (the first of several); see :class:`Comparison`."""
+    largest = [int(_absolute(*pair).max()) for pair in zip(proof.expected, outputs, strict=True)]
     index = int(np.argmax(largest))
-    expected, got = proof.expected[index], answers[index]
-    y, x = np.unravel_index(int(_apart(expected, got).argmax()), got.shape)
+    expected, got = proof.expected[index], outputs[index]
+    y, x = np.unravel_index(int(_absolute(expected, got).argmax()), got.shape)
     return {
         "photo": proof.names[index],
         "y": int(y),
@@ -640,7 +652,7 @@ def _worst(proof: Proof, answers: U8) -> dict[str, Any]:
 def _check_output(got: U8, expected: U8) -> None:
     if got.shape != expected.shape or got.dtype != np.uint8:
         raise ParityShapes(
-            f"output is {got.dtype} {list(got.shape)}; the contract is {expected.dtype} {list(expected.shape)}"
+            f"the output is {got.dtype} {list(got.shape)}; {expected.dtype} {list(expected.shape)} is expected"
         )
 
 

@@ -1,9 +1,10 @@
-"""The road around the network, proven on the device: photos read and brought to an input, an answer brought back.
+"""Verify the pre- and postprocessing on a device: reading and resizing photos, and resizing the output back.
 
-The proof of a network starts from photos that are decoded and resized already. What another JPEG library, another
-Pillow or another processor makes of the steps before and after shows here: the sample photos go the way that
-:class:`~petseg_runtime.segmenter.Segmenter` sends them, with a fixed answer in place of a network's, and what comes of
-it is held against the record in the package (``python -m benchmarks.embedded.road`` made it). No model takes part.
+The parity test of a network starts from photos that are already decoded and resized. The effect of another JPEG
+library, another Pillow or another processor on the steps before and after is tested here: the sample photos take the
+same path as in :class:`~petseg_runtime.segmenter.Segmenter`, with a fixed output instead of a network's, and the
+results are compared with the record in the package (made by ``python -m benchmarks.embedded.road``). No model is
+involved. The code calls the whole path the road.
 """
 
 from __future__ import annotations
@@ -48,23 +49,23 @@ Bool: TypeAlias = npt.NDArray[np.bool_]
 
 SCHEMA_VERSION: Final = 1
 
-#: What the road gave where petseg was made.
+#: The recorded results, from the machine on which petseg was made.
 RECORD: Final = Path(__file__).parent / "models" / "road.npz"
 
-#: Height and width of the input that photos are brought to here: the record has tens of kB at it, and a JPEG of
-#: 600 x 400 may be decoded at half its size for it.
+#: Height and width that photos are resized to here: small enough for a record of tens of kB, and for a JPEG of
+#: 600 x 400 to be decoded at half its size.
 SIZE: Final = 64
 
-#: Where the answer is cut into a mask. It is the record's own, so that no model's threshold matters.
+#: Threshold of the masks; fixed, so that it does not depend on a model.
 _THRESHOLD: Final = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoadLimits:
-    """How far the road may lead from the record, for each photo; differences in levels of 0 to 255.
+    """Limits on the differences from the record, for each photo; differences are in levels of 0 to 255.
 
     Attributes:
-        max_difference: Largest difference of a value of the input.
+        max_difference: Largest difference of a value of the network's input.
         mean_difference: Mean difference of the input's values.
         answer_difference: Largest difference of the probability at the photo's size.
         min_mask_iou: IoU of the two masks at the photo's size.
@@ -76,23 +77,23 @@ class RoadLimits:
     min_mask_iou: float
 
 
-#: Pillow 10.1 to 13.0, with libjpeg-turbo 3.0 to 3.2, give the same to the last bit. The farthest that JPEG libraries
-#: go (libjpeg-turbo's fast inverse DCT, colours enlarged without interpolation) is 5 levels and 0.94 in the mean,
-#: FFmpeg's own decoder 3 and 0.68. Of what is wrong, the least that we tried is a last row that is lost (9 levels in
-#: one photo, 23 in another); another filter is 13 or more in each. Pillow 9.5 rounds some enlargements otherwise, by
-#: one level: if all of an answer were one level off, the masks' IoU would be 0.997; moved by one pixel, it is 0.990 or
-#: less.
+#: Pillow 10.1 to 13.0, with libjpeg-turbo 3.0 to 3.2, give bit-identical results. The largest legitimate difference of
+#: JPEG decoders (libjpeg-turbo's fast inverse DCT, chroma upsampled without interpolation) is 5 levels and 0.94 in the
+#: mean; FFmpeg's decoder differs by 3 and 0.68. Of the errors that we tried, the smallest effect was that of a lost
+#: last row (9 levels in one photo, 23 in another); another filter changes each photo by 13 or more. Pillow 9.5 rounds
+#: some enlargements differently, by one level: with an output one level off everywhere, the IoU of the masks would be
+#: 0.997; shifted by one pixel, it is 0.990 or less.
 LIMITS: Final = RoadLimits(max_difference=8, mean_difference=1.25, answer_difference=2, min_mask_iou=0.995)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A photo that goes along the road.
+    """A photo to be processed.
 
     Attributes:
-        name: For the report.
+        name: Its name in the report.
         source: The encoded photo.
-        reduced: It may be decoded at a reduced size, as by ``petseg infer --fast-decode``.
+        reduced: Whether it may be decoded at a reduced size, as by ``petseg infer --fast-decode``.
     """
 
     name: str
@@ -102,12 +103,12 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Passage:
-    """What came of a photo.
+    """The results for a photo.
 
     Attributes:
-        image: uint8 [SIZE, SIZE, 3] RGB, as a model would see it.
-        answer: uint8 [SIZE, SIZE], the probability at the photo's size, at places spread evenly from edge to edge.
-        mask: bool [height, width] of the photo.
+        image: The network's input, uint8 [SIZE, SIZE, 3] RGB.
+        answer: The probability at the photo's size, sampled evenly from edge to edge, uint8 [SIZE, SIZE].
+        mask: The mask at the photo's size, bool [height, width].
     """
 
     image: U8
@@ -117,13 +118,13 @@ class Passage:
 
 @dataclass(frozen=True, eq=False)
 class RoadProof:
-    """What the road gave where it was recorded.
+    """The recorded results.
 
     Attributes:
         recorded_with: The versions of Pillow and its JPEG library.
         photos: SHA-256 of each sample photo's file, by its name.
-        probability: uint8 [SIZE, SIZE], the answer that stands in for a network's, ``round(255 * p)``.
-        passages: What came of each case, by its name.
+        probability: The output used instead of a network's, uint8 [SIZE, SIZE], ``round(255 * p)``.
+        passages: The results for each case, by its name.
     """
 
     recorded_with: str
@@ -132,7 +133,7 @@ class RoadProof:
     passages: dict[str, Passage]
 
     def to_bytes(self) -> bytes:
-        """As an ``.npz`` file; the same proof gives the same bytes, as long as zlib is the same."""
+        """Serialize as an ``.npz`` file; equal records give equal bytes, with the same version of zlib."""
         passages = self.passages.values()
         about = {
             "schema_version": SCHEMA_VERSION,
@@ -154,15 +155,15 @@ class RoadProof:
 
 @dataclass(frozen=True, kw_only=True)
 class RoadRow:
-    """How far one photo came from the record; differences in levels of 0 to 255.
+    """The differences of one photo's results from the record, in levels of 0 to 255.
 
     Attributes:
-        photo: Its name.
-        max_difference: Largest difference of a value of the input.
+        photo: The photo's name.
+        max_difference: Largest difference of a value of the network's input.
         mean_difference: Mean difference of the input's values.
         answer_difference: Largest difference of the probability at the photo's size.
-        mask_iou: IoU of the two masks at the photo's size; 0 where the sizes differ.
-        failures: What was not as it should be; empty if it passed.
+        mask_iou: IoU of the two masks at the photo's size; 0 if the sizes differ.
+        failures: What exceeded the limits; empty if the photo passed.
     """
 
     photo: str
@@ -175,13 +176,13 @@ class RoadRow:
 
 @dataclass(frozen=True, kw_only=True)
 class RoadReceipt:
-    """What is known of the road on this device.
+    """The results of verifying the pre- and postprocessing on this device.
 
     Attributes:
         rows: One for each photo.
-        limits: What was allowed.
+        limits: The limits that were applied.
         here: The versions of Pillow and its JPEG library on this device.
-        recorded_with: Those that the record was made with.
+        recorded_with: The versions that the record was made with.
     """
 
     rows: tuple[RoadRow, ...]
@@ -191,33 +192,33 @@ class RoadReceipt:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Everything that was not as it should be, with the photo, and at the end what to look at."""
+        """All failures, each with its photo, and finally the remedy."""
         found = [f"{row.photo}: {failure}" for row in self.rows for failure in row.failures]
         remedy = (
-            f"look at Pillow and its JPEG library (`python -m PIL` lists them): here {self.here}, recorded with "
-            f"{self.recorded_with}; Pillow's own wheel brings the library it was tested with"
+            f"check Pillow and its JPEG library (`python -m PIL` lists them): here {self.here}, recorded with "
+            f"{self.recorded_with}; Pillow's official wheels include the library that they were tested with"
         )
         return (*found, remedy) if found else ()
 
     @property
     def passed(self) -> bool:
-        """The verdict."""
+        """Whether all photos passed."""
         return not self.failures
 
     @property
     def summary(self) -> str:
-        """One line for people."""
+        """The results in one line."""
         rows = self.rows
         return (
             f"{'passed' if self.passed else 'FAILED'}, {len(rows)} photos with {self.here}: read and resized, "
             f"difference max {max(row.max_difference for row in rows)}/255, "
-            f"mean {sum(row.mean_difference for row in rows) / len(rows):.4f}/255; an answer brought back, difference "
+            f"mean {sum(row.mean_difference for row in rows) / len(rows):.4f}/255; output resized back, difference "
             f"max {max(row.answer_difference for row in rows)}/255, "
             f"mask IoU min {min(row.mask_iou for row in rows):.5f}"
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values, verdict and summary among them."""
+        """Return the results as JSON values, including verdict and summary."""
         return {
             "passed": self.passed,
             "summary": self.summary,
@@ -230,7 +231,7 @@ class RoadReceipt:
 
 
 def verify_road(proof: RoadProof | None = None) -> RoadReceipt:
-    """Send the sample photos along the road, and hold what comes of them against the record.
+    """Process the sample photos, and compare the results with the record.
 
     Args:
         proof: The record; None: the one in the package.
@@ -241,23 +242,23 @@ def verify_road(proof: RoadProof | None = None) -> RoadReceipt:
     proof = proof or load_road()
     cases = list(_cases(_samples(proof.photos)))
     if [case.name for case in cases] != list(proof.passages):
-        raise ModelError(f"{RECORD}: of another version of petseg, with other photos: install petseg again")
+        raise ModelError(f"{RECORD}: of another version of petseg, with other photos; install petseg again")
     rows = [_row(case, proof.passages[case.name], proof.probability) for case in cases]
     return RoadReceipt(rows=tuple(rows), limits=LIMITS, here=_versions(), recorded_with=proof.recorded_with)
 
 
 def record_road(probability: U8) -> RoadProof:
-    """What the road gives on this machine.
+    """Record the results on this machine.
 
     Args:
-        probability: uint8 [SIZE, SIZE], the answer that is to be brought back.
+        probability: The output to be resized back, uint8 [SIZE, SIZE].
     """
     samples = {path.name: path.read_bytes() for path in sample_photos()}
     return RoadProof(
         _versions(),
         {name: hashlib.sha256(data).hexdigest() for name, data in samples.items()},
         probability,
-        {case.name: _sent(case, probability) for case in _cases(samples)},
+        {case.name: _process(case, probability) for case in _cases(samples)},
     )
 
 
@@ -265,7 +266,7 @@ def load_road(path: Path = RECORD) -> RoadProof:
     """Read a record.
 
     Raises:
-        ModelError: Missing, damaged, or of another version of petseg.
+        ModelError: It is missing, damaged, or of another version of petseg.
     """
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
@@ -280,15 +281,15 @@ def load_road(path: Path = RECORD) -> RoadProof:
         masks = (part.reshape(size) for part, size in zip(parts, sizes.values(), strict=True))
         passages = dict(zip(sizes, map(Passage, images, answers, masks), strict=True))
         return RoadProof(about["recorded_with"], about["photos"], probability, passages)
-    except Exception as error:  # whatever numpy, zipfile and its decompressors make of damage
+    except Exception as error:  # anything that numpy, zipfile and its decompressors raise for a damaged file
         raise ModelError(f"{path}: missing or damaged ({one_line(error)}): install petseg again") from error
 
 
 def _samples(photos: Mapping[str, str]) -> dict[str, bytes]:
-    """The sample photos, encoded, by their names, of which each has its SHA-256.
+    """Read the sample photos, by their names, and check their SHA-256 digests.
 
     Raises:
-        ModelError: One is missing, or another one.
+        ModelError: A photo is missing, or differs.
     """
     samples = {}
     for name, sha256 in photos.items():
@@ -303,7 +304,7 @@ def _samples(photos: Mapping[str, str]) -> dict[str, bytes]:
 
 
 def _cases(samples: Mapping[str, bytes]) -> Iterator[Case]:
-    """The sample photos, and what none of them has: an EXIF orientation, a size that is halved, transparency."""
+    """The sample photos, and photos with what these lack: an EXIF orientation, a halved size, transparency."""
     yield from (Case(name, data) for name, data in samples.items())
     yield Case("chelsea.jpg on its side by EXIF", _on_its_side(samples["chelsea.jpg"]))
     yield Case("coffee.jpg decoded at half its size", samples["coffee.jpg"], reduced=True)
@@ -311,14 +312,14 @@ def _cases(samples: Mapping[str, bytes]) -> Iterator[Case]:
 
 
 def _on_its_side(jpeg: bytes) -> bytes:
-    """The same JPEG with EXIF orientation 6, to be turned by a quarter; by hand, as the reader is what is proven."""
+    """The same JPEG with EXIF orientation 6 (rotate by 90 degrees); built by hand, since the reader is under test."""
     entry = b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"  # tag 274, one short: 6
     exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01" + entry + b"\0\0\0\0"  # a TIFF with one entry, and no more
     return jpeg[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + jpeg[2:]
 
 
 def _transparent() -> bytes:
-    """A PNG of 120 x 80, from colours that are opaque to colours that are not there at all."""
+    """A PNG of 120 x 80 with alpha from fully opaque to fully transparent."""
     y, x = np.mgrid[:80, :120]
     channels = (2 * x, 3 * y, 255 - x - y, np.clip(4 * x - 2 * y, 0, 255))
     out = io.BytesIO()
@@ -326,8 +327,8 @@ def _transparent() -> bytes:
     return out.getvalue()
 
 
-def _sent(case: Case, probability: U8) -> Passage:
-    """Send a photo along the road.
+def _process(case: Case, probability: U8) -> Passage:
+    """Process a photo.
 
     Raises:
         InputError: It cannot be read.
@@ -341,9 +342,9 @@ def _sent(case: Case, probability: U8) -> Passage:
 
 
 def _row(case: Case, expected: Passage, probability: U8) -> RoadRow:
-    """Send a photo along the road, and compare; one that cannot be read is as different as can be."""
+    """Process a photo and compare the results; a photo that cannot be read gets the largest possible differences."""
     try:
-        got = _sent(case, probability)
+        got = _process(case, probability)
     except InputError as error:
         return RoadRow(
             photo=case.name,
@@ -367,22 +368,22 @@ def _row(case: Case, expected: Passage, probability: U8) -> RoadRow:
 
 
 def _failures(row: RoadRow, expected: tuple[int, ...], got: tuple[int, ...]) -> Iterator[str]:
-    """What exceeds its limit, with the numbers; the sizes are those of the photo, upright."""
+    """Messages on what exceeds its limit; the sizes are those of the photo, upright."""
     for text, found, limit in (
         ("read and resized: largest difference", row.max_difference, LIMITS.max_difference),
         ("read and resized: mean difference", row.mean_difference, LIMITS.mean_difference),
-        ("an answer brought back: largest difference", row.answer_difference, LIMITS.answer_difference),
+        ("output resized back: largest difference", row.answer_difference, LIMITS.answer_difference),
     ):
         if found > limit:
             yield f"{text} {found:.4g}/255, allowed {limit}/255"
     if expected != got:
-        yield f"is {got[0]} x {got[1]} here, {expected[0]} x {expected[1]} where the road was recorded"
+        yield f"is {got[0]} x {got[1]} here, {expected[0]} x {expected[1]} in the record"
     elif row.mask_iou < LIMITS.min_mask_iou:
-        yield f"an answer brought back: mask IoU {row.mask_iou:.5f}, allowed {LIMITS.min_mask_iou}"
+        yield f"output resized back: mask IoU {row.mask_iou:.5f}, allowed {LIMITS.min_mask_iou}"
 
 
 def _versions() -> str:
-    """Of what reads and resizes photos."""
+    """The versions of the libraries that read and resize photos."""
     turbo = features.version_feature("libjpeg_turbo")
     jpeg = f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {features.version_codec('jpg') or 'missing'}"
     return f"Pillow {PIL.__version__}, {jpeg}"

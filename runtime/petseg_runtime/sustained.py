@@ -1,7 +1,7 @@
-"""What an engine keeps up: all its callers at work without pause, and the rate of one interval after the other.
+"""Measure sustained throughput: all callers of an engine run without pause, and the rate is taken per interval.
 
-Devices without a fan slow down as they get warm, and a benchmark of seconds is over before that. Beside each rate
-stands how warm the machine was and how fast its cores ran, where the kernel says so.
+Devices without a fan throttle as they get warm, which a benchmark of seconds does not show. Each rate comes with the
+machine's temperature and the clock rates of its cores, if the kernel reports them.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ __all__ = ["INTERVALS", "SLOWER", "Interval", "Sustained", "sustain"]
 U8: TypeAlias = npt.NDArray[np.uint8]
 
 INTERVALS: Final = 10
-#: What the last interval must lose against the first before that is called slowing down: our choice; whatever else a
-#: machine does makes intervals differ by some per cent.
+#: The loss of the last interval against the first from which the machine counts as slowing down. This is our choice:
+#: other load makes intervals differ by a few per cent.
 SLOWER: Final = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """What was measured in one interval.
+    """The measurements of one interval.
 
     Attributes:
-        start: Seconds since all callers were at work.
-        end: Likewise.
-        photos_per_second: Of all callers together; of a run that lies in several intervals, each has its share.
-        celsius: At its end (or, where a run outlasts it, that of the run), of each of the kernel's thermal zones by its
-            type; empty where there are none.
-        mhz: At its end, of each core; empty where the kernel does not say.
+        start: Start of the interval, in seconds since all callers were running.
+        end: End of the interval, likewise.
+        photos_per_second: Total rate of all callers; a run that spans several intervals counts proportionally in each.
+        celsius: Temperature of each thermal zone of the kernel, by its type, read at the end of the interval (or of a
+            run that outlasts it); empty if there are none.
+        mhz: Clock rate of each core at the end of the interval; empty if the kernel does not report it.
     """
 
     start: float
@@ -52,28 +52,28 @@ class Interval:
 
     @property
     def state(self) -> str:
-        """The warmest zone, and the slowest and the fastest core, for people; "" where neither is known."""
+        """The temperature of the warmest zone, and the clock rates of the slowest and fastest core; "" if unknown."""
         warmth = [f"{max(self.celsius.values()):.1f} °C"] if self.celsius else []
         pace = dict.fromkeys(f"{extreme(self.mhz):.0f}" for extreme in (min, max)) if self.mhz else {}
         return ", ".join(warmth + ["-".join(pace) + " MHz"] * bool(pace))
 
     @property
     def summary(self) -> str:
-        """One line for people."""
+        """The measurements in one line."""
         return f"{self.photos_per_second:.1f} photos/s" + (f", {self.state}" if self.state else "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sustained:
-    """What was measured so far, and of what.
+    """The results so far.
 
     Attributes:
-        info: What ran; each of its streams had a caller.
-        batch: Photos a run.
-        seconds: As asked for, of all intervals together.
+        info: The description of the engine; each of its streams had a caller.
+        batch: Photos per run.
+        seconds: The requested duration of all intervals together.
         host: The machine.
-        gpus: NVIDIA's.
-        intervals: Those that are complete, in their order.
+        gpus: Its NVIDIA GPUs.
+        intervals: The completed intervals, in order.
     """
 
     info: EngineInfo
@@ -90,7 +90,7 @@ class Sustained:
 
     @property
     def loss(self) -> float | None:
-        """By which share the last interval is slower than the first (negative: faster); None: it cannot be said."""
+        """The share by which the last interval is slower than the first (negative: faster); None: unknown."""
         if len(self.intervals) < 2:
             return None
         first, last = (self.intervals[place].photos_per_second for place in (0, -1))
@@ -98,23 +98,23 @@ class Sustained:
 
     @property
     def short(self) -> bool:
-        """Whether an interval is shorter than a run, so that its rate is in part that of its neighbours."""
+        """Whether an interval is shorter than a run, so that its rate depends on the neighbouring intervals."""
         at_a_time = self.batch * self.info.streams
         return any(one.photos_per_second * (one.end - one.start) < at_a_time for one in self.intervals)
 
     @property
     def verdict(self) -> str:
-        """Whether the machine slows down, in a sentence."""
+        """A sentence that says whether the machine slows down."""
         if self.loss is None:
-            return "there are not two intervals with runs in them, so nothing can be said of slowing down"
+            return "there are no two intervals with runs to compare, so it is unknown whether this machine slows down"
         last = "the last interval" if self.complete else f"interval {len(self.intervals)}, the last one measured,"
         change = f"{100 * abs(self.loss):.0f} % {'slower' if self.loss > 0 else 'faster'}"
         pace = "slows down under load" if self.loss >= SLOWER else "keeps its pace"
-        short = "; but a run takes longer than an interval, whose rate says little by itself: give it more minutes"
+        short = "; but a run takes longer than an interval, so that single rates mean little: measure for more minutes"
         return f"{last} is {change} than the first: this machine {pace}{short if self.short else ''}"
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the results as JSON values."""
         return {
             "engine": asdict(self.info),
             "batch": self.batch,
@@ -129,25 +129,25 @@ class Sustained:
 
 
 def sustain(engine: Engine, photos: U8, seconds: float) -> Generator[Interval]:
-    """Keep an engine's callers at work, and tell each interval; closed early, they end with their run.
+    """Keep an engine's callers running and yield each interval; if closed early, they stop after their current run.
 
-    An interval is told when the runs that were under way at its end are done, for only then is it known how much of
-    them lies in it.
+    An interval is yielded when the runs in progress at its end have finished, because only then is it known what share
+    of them lies in it.
 
     Args:
-        engine: Gets as many callers as it has streams, each in a thread of its own.
-        photos: uint8 [N, H, W, 3], what each run is given.
-        seconds: Of all :data:`INTERVALS` together; what the callers need for their first run comes on top.
+        engine: The engine; it gets as many callers as it has streams, each in its own thread.
+        photos: The batch of each run, uint8 [N, H, W, 3].
+        seconds: Duration of all :data:`INTERVALS` together, without the callers' first run.
 
     Raises:
         EngineError: A run failed.
     """
     callers = engine.describe().streams
-    marks: list[list[float]] = [[] for _ in range(callers)]  # when each caller began, and was done with each run
+    marks: list[list[float]] = [[] for _ in range(callers)]  # for each caller, its start and the end of each run
     stop = threading.Event()
 
     def call(caller: int) -> None:
-        engine.run(photos)  # a thread's first run makes what is the thread's own
+        engine.run(photos)  # a thread's first run creates per-thread resources
         marks[caller].append(time.perf_counter())
         while not stop.is_set():
             engine.run(photos)
@@ -155,7 +155,7 @@ def sustain(engine: Engine, photos: U8, seconds: float) -> Generator[Interval]:
 
     def reach(when: float) -> None:
         while not all(of_caller and of_caller[-1] >= when for of_caller in marks):
-            _let_work(working, time.perf_counter() + 0.01)
+            _wait_until(working, time.perf_counter() + 0.01)
 
     with ThreadPoolExecutor(callers) as pool:
         try:
@@ -164,37 +164,37 @@ def sustain(engine: Engine, photos: U8, seconds: float) -> Generator[Interval]:
             start, length = time.perf_counter(), seconds / INTERVALS
             for number in range(INTERVALS):
                 begun, ended = number * length, (number + 1) * length
-                _let_work(working, start + ended)
+                _wait_until(working, start + ended)
                 celsius, mhz = host.temperatures(), host.frequencies()
                 reach(start + ended)
                 runs = sum(_runs(of_caller, start + begun, start + ended) for of_caller in marks)
                 rate = len(photos) * runs / length
                 yield Interval(start=begun, end=ended, photos_per_second=rate, celsius=celsius, mhz=mhz)
         finally:
-            stop.set()  # after Ctrl-C, or the failure of one, the others end with their run
+            stop.set()  # after Ctrl-C or a failure, the other callers stop after their current run
 
 
-def _let_work(working: Sequence[Future[None]], until: float) -> None:
-    """Wait until then, by the performance counter.
+def _wait_until(working: Sequence[Future[None]], when: float) -> None:
+    """Wait until a time of the performance counter while the callers run.
 
     Raises:
         EngineError: A caller's run failed.
     """
-    while (left := until - time.perf_counter()) > 0:
+    while (left := when - time.perf_counter()) > 0:
         ended, _ = wait(working, min(left, host.LOOK_UP), FIRST_EXCEPTION)
         for future in ended:
             future.result()
 
 
 def _runs(marks: list[float], begun: float, ended: float) -> float:
-    """How many runs a caller has done between two times, parts of runs counted as such.
+    """The number of runs of a caller between two times, including fractions of runs.
 
     Args:
-        marks: When it began its first run, and was done with each; what is no longer needed is dropped.
-        begun: No earlier than the first of them.
-        ended: No later than the last.
+        marks: The start of its first run, and the end of each run; times that are no longer needed are removed.
+        begun: A time no earlier than the first of these.
+        ended: A time no later than the last.
     """
-    known = tuple(marks)  # the caller goes on
+    known = tuple(marks)  # a snapshot: the caller keeps appending
     first, last = np.interp([begun, ended], known, np.arange(len(known)))
-    del marks[: int(last)]  # hours of short runs would be millions
+    del marks[: int(last)]  # in hours of short runs, there would be millions
     return float(last - first)

@@ -1,6 +1,6 @@
-"""``petseg verify``: the parity test once more, on the device, with what travelled beside the model file.
+"""``petseg verify``: repeats the parity test on the device, with the parity record saved beside the model file.
 
-Two proofs make it whole: of the network, from photos that are decoded and resized already, and of the road around it
+It has two parts: the network, on photos that are already decoded and resized, and the pre- and postprocessing around it
 (:mod:`petseg_runtime.road`), which is the same for every model.
 """
 
@@ -42,20 +42,21 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 3
-#: What is read, too: results of the network alone.
+#: An earlier version that is also read: results of the network alone.
 WITHOUT_ROAD = 2
-_AND_THE_ROAD = "; the road around the network: "
-#: Bytes of a file of results, which has a line or two for each engine.
+_ROAD = "pre- and postprocessing: "
+#: Largest file of results, in bytes; it has a few lines for each engine.
 MAX_RESULT = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What was found on this device.
+    """The results of a verification on this device.
 
     Attributes:
-        network: A model file in an engine, against its checkpoint.
-        road: Reading, resizing and bringing back, against the record in the package.
+        network: The comparison of a model file, in an engine, with its checkpoint.
+        road: The comparison of the pre- and postprocessing (reading and resizing photos, resizing the output back) with
+            the record in the package.
     """
 
     network: Receipt
@@ -63,22 +64,22 @@ class Verification:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Everything that was not as it should be."""
-        return (*self.network.failures, *(f"the road around the network: {failure}" for failure in self.road.failures))
+        """All failures of both parts."""
+        return (*self.network.failures, *(f"{_ROAD}{failure}" for failure in self.road.failures))
 
     @property
     def passed(self) -> bool:
-        """The verdict."""
+        """Whether both parts passed."""
         return not self.failures
 
     @property
     def summary(self) -> str:
-        """One line for people."""
-        return f"{self.network.summary}{_AND_THE_ROAD}{self.road.summary}"
+        """The results in one line."""
+        return f"{self.network.summary}; {_ROAD}{self.road.summary}"
 
 
 def sidecar_of(path: Path) -> Path:
-    """Where the result for a model file goes: its whole name and ``.verified.json``. Never into the model."""
+    """The path of the results for a model file: its full name and ``.verified.json``. Never the model file itself."""
     return path.with_name(f"{path.name}.verified.json")
 
 
@@ -89,10 +90,10 @@ def verify_file(
     proof: Path | None = None,
     device: str = "auto",
 ) -> Verification:
-    """Both proofs, as ``petseg verify`` makes them; see :func:`verify_artifact`.
+    """Verify a model file and the pre- and postprocessing, as ``petseg verify`` does; see :func:`verify_artifact`.
 
     Raises:
-        ModelError: Also, the record of the road or a sample photo is missing or damaged.
+        ModelError: Also if the record of the pre- and postprocessing or a sample photo is missing or damaged.
     """
     from petseg_runtime.road import verify_road
 
@@ -100,17 +101,17 @@ def verify_file(
 
 
 def verify_engine(artifact: Artifact, engine: Engine, proof: Path | None = None) -> Verification:
-    """Both proofs, in an engine that is loaded already and computes as it will.
+    """Verify a model in an engine that is already loaded, and the pre- and postprocessing.
 
     Args:
-        artifact: What the engine runs.
-        engine: That engine, at the size of the artifact's specification.
+        artifact: The model that the engine runs.
+        engine: The engine, at the size of the artifact's specification.
         proof: See :func:`verify_artifact`.
 
     Raises:
-        ModelError: No proof, or one that is damaged or of another model.
+        ModelError: The parity record is missing, damaged, or of another model.
         EngineError: The engine failed.
-        ParityShapes: The outputs' shapes or types are not the contract's.
+        ParityShapes: The outputs' shapes or types break the contract.
     """
     from petseg_runtime.parity import compare
     from petseg_runtime.road import verify_road
@@ -127,39 +128,39 @@ def verify_artifact(
     proof: Path | None = None,
     device: str = "auto",
 ) -> Receipt:
-    """Compare a model file, in this device's engine, with what its checkpoint said when it was exported.
+    """Compare a model file, in an engine of this device, with the checkpoint's outputs recorded at export.
 
     Args:
         artifact: The file.
         backend: The engine, or ``auto``.
         threads: CPU threads; None: as many as this process may use.
-        proof: The photos and answers, which may be others of this checkpoint than those that the file was exported
-            with; None: ``FILE.parity.npz`` beside it, which may not.
-        device: What it runs on, or ``auto``.
+        proof: The parity record, which may be another one of this checkpoint than the file was exported with; None:
+            ``FILE.parity.npz`` beside the file, which must be the one it was exported with.
+        device: The device that it runs on, or ``auto``.
 
     Returns:
-        The receipt; ``passed`` is its verdict.
+        The receipt; its ``passed`` is the verdict.
 
     Raises:
-        ModelError: No proof, or one that is damaged or of another model.
-        EngineError: The engine cannot be had, or cannot run the file.
-        ParityShapes: The outputs' shapes or types are not the contract's.
+        ModelError: The parity record is missing, damaged, or of another model.
+        EngineError: The engine is not available, or cannot run the file.
+        ParityShapes: The outputs' shapes or types break the contract.
     """
-    from petseg_runtime.parity import measure  # numpy: `petseg info` needs none
+    from petseg_runtime.parity import measure  # imports numpy, which `petseg info` does not need
 
     photos = proof_for(artifact, proof)
     return _receipt(artifact, photos, measure(artifact, photos, backend=backend, device=device, threads=threads))
 
 
 def proof_for(artifact: Artifact, proof: Path | None = None) -> Proof:
-    """The photos and answers that a file is held against.
+    """Load the parity record that a file is compared with.
 
     Args:
         artifact: The file.
         proof: See :func:`verify_artifact`.
 
     Raises:
-        ModelError: None, or damaged, of another model, or not those that the file was exported with.
+        ModelError: It is missing, damaged, of another model, or not the one that the file was exported with.
     """
     from petseg_runtime.parity import load_proof, proof_of
 
@@ -168,8 +169,8 @@ def proof_for(artifact: Artifact, proof: Path | None = None) -> Proof:
     photos = load_proof(path, artifact.spec, checkpoint)
     if proof is None and artifact.receipt.get("proof", photos.identity) != photos.identity:
         raise ModelError(
-            f"{path}: not the proof that {artifact.path.name} was exported with (their SHA-256 differ): copy that one, "
-            "or name this one with --proof"
+            f"{path}: not the parity record that {artifact.path.name} was exported with (the SHA-256 digests differ): "
+            "copy that one, or name this one with --proof"
         )
     return photos
 
@@ -186,11 +187,12 @@ def _receipt(artifact: Artifact, photos: Proof, rows: tuple[Comparison, ...]) ->
         reference=photos.reference,
         stored=artifact.spec.precision,
         rows=rows,
+        spec=json.loads(artifact.spec.to_json()),
     )
 
 
 def parts_of(artifact: Artifact, proof: Path | None) -> list[Path]:
-    """Everything that a verification reads: the model, what belongs to it, and the proof."""
+    """All files that a verification reads: the model, the files that belong to it, and the parity record."""
     from petseg_runtime.parity import proof_of
 
     path = artifact.path
@@ -198,16 +200,17 @@ def parts_of(artifact: Artifact, proof: Path | None) -> list[Path]:
 
 
 def record(artifact: Artifact, done: Verification) -> dict[str, Any]:
-    """The result, with the file and the device that it was measured on; JSON values.
+    """The result as JSON values, with the file that was verified and the device.
 
-    ``rows`` and what they are of are the network's, ``road`` is the road's; ``passed`` and ``summary`` are of both.
+    ``rows`` and the fields that belong to them are of the network, ``road`` is of the pre- and postprocessing;
+    ``passed`` and ``summary`` are of both.
     """
     return {
         **done.network.as_dict(),
         "road": done.road.as_dict(),
         "passed": done.passed,
         "summary": done.summary,
-        **_this(artifact),
+        **_identify(artifact),
         "schema_version": SCHEMA_VERSION,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "petseg": __version__,
@@ -221,18 +224,18 @@ def record(artifact: Artifact, done: Verification) -> dict[str, Any]:
 
 
 def with_others(result: dict[str, Any], artifact: Artifact, path: Path) -> dict[str, Any]:
-    """A new result as it is to be written, with what is there already of other engines and devices, as ``others``.
+    """Merge a new result with the file's earlier results for other engines and devices, which become its ``others``.
 
-    What does not hold here is forgotten, and so is what the new result is a repetition of.
+    Earlier results that no longer hold on this device are dropped, and so are those that the new result repeats.
 
     Args:
-        result: As of :func:`record`.
-        artifact: What was verified.
-        path: Where it is to be written.
+        result: As returned by :func:`record`.
+        artifact: The model that was verified.
+        path: The file that the result will be written to.
     """
     try:
         known = _read(path)
-    except (OSError, ValueError, RecursionError):  # none, or nothing that could be told of, which a result replaces
+    except (OSError, ValueError, RecursionError):  # no file, or an unreadable one, which the result replaces
         known = None
     new, others = _ran_in(result), []
     for earlier in (known, *_others(known)):
@@ -243,27 +246,27 @@ def with_others(result: dict[str, Any], artifact: Artifact, path: Path) -> dict[
 
 
 def save(result: dict[str, Any], path: Path) -> None:
-    """Write a result.
+    """Write a result to a file.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The file cannot be written.
     """
     try:
         write_atomic(path, (json.dumps(result, indent=2) + "\n").encode())
     except OSError as error:
         raise OutputError(
-            f"{path}: cannot be written ({error.strerror or error}): give another place with --output"
+            f"{path}: cannot be written ({error.strerror or error}): name another file with --output"
         ) from error
 
 
 def verified(artifact: Artifact) -> dict[str, Any]:
-    """What was verified of this very file, on this device, with what is installed now; empty: nothing.
+    """The result that is valid for this file, on this device, with the packages installed now; empty if there is none.
 
-    The latest result; those of other engines and devices that hold, too, are its ``others``, the latest first. Where
-    the latest does not hold, a ``summary`` says why not.
+    It is the latest result; valid results for other engines and devices are its ``others``, the latest first. If the
+    latest is not valid, only a ``summary`` is returned, which says why.
 
-    A result of an earlier version, of the network alone, is one without ``road``. Of one that another version of petseg
-    found of both, only the network's is left, and ``road`` says so.
+    A result of the earlier schema, for the network alone, has no ``road``. In a result by another version of petseg,
+    only the network's part is kept, and ``road`` says so.
     """
     path = sidecar_of(artifact.path)
     try:
@@ -281,21 +284,21 @@ def verified(artifact: Artifact) -> dict[str, Any]:
 
 
 def _as_of_now(result: dict[str, Any]) -> dict[str, Any]:
-    """A result without what was found of the road, if petseg was another then: the road is petseg's own code."""
+    """Drop the part on pre- and postprocessing, which is petseg's code, if another version of petseg measured it."""
     was = result.get("petseg")
     if "road" not in result or was == __version__:
         return result
     rows = result.get("rows")
     return {
         **result,
-        "road": {"summary": f"found by petseg {was}, and this is {__version__}: run `petseg verify` again"},
+        "road": {"summary": f"verified by petseg {was}, and this is {__version__}: run `petseg verify` again"},
         "passed": isinstance(rows, list) and all(isinstance(row, dict) and row.get("passed") is True for row in rows),
-        "summary": str(result.get("summary", "")).partition(_AND_THE_ROAD)[0],
+        "summary": str(result.get("summary", "")).partition(f"; {_ROAD}")[0],
     }
 
 
 def _read(path: Path) -> Any:
-    """What is in a file of results, which any program may have written."""
+    """Read a file of results, which any program may have written."""
     return json.loads(read_text(path, MAX_RESULT))
 
 
@@ -305,53 +308,53 @@ def _others(result: Any) -> list[Any]:
 
 
 def _ran_in(result: Any) -> set[tuple[str, str]]:
-    """The engine and the device of a result, in which it has a row for each precision; empty if it does not say."""
+    """The engine and the device of a result, which has a row for each precision; empty if it does not state them."""
     try:
         return {(str(row["backend"]), str(row["device"])) for row in result["rows"]}
-    except (KeyError, TypeError):  # of an earlier version; or edited by somebody
+    except (KeyError, TypeError):  # written by an earlier version, or edited
         return set()
 
 
 def _fault(artifact: Artifact, result: Any) -> str:
-    """Why a result says nothing of a file on this device as it is now; "" if it does."""
-    if not isinstance(result, dict) or _of(result) != _this(artifact):
-        return "of another file"
+    """Why a result is not valid for a file on this device as it is now; "" if it is."""
+    if not isinstance(result, dict) or _identified(result) != _identify(artifact):
+        return "is of another file"
     if (version := result.get("schema_version")) not in (WITHOUT_ROAD, SCHEMA_VERSION):
         return f"its schema_version is {version!r}, not {SCHEMA_VERSION}"
     return _change(result)
 
 
 def _change(result: dict[str, Any]) -> str:
-    """What is another here than where a result was found; "" if nothing that matters is."""
-    told, now = result.get("host"), dataclasses.asdict(hosts.host())
-    was: dict[str, Any] = told if isinstance(told, dict) else {}
+    """The first relevant difference between this device and the one that produced a result; "" if there is none."""
+    recorded, now = result.get("host"), dataclasses.asdict(hosts.host())
+    was: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
     there, here = _processor(was), _processor(now)
     if there != here:
-        return f"on another machine ({there}, this is {here})"
+        return f"was made on another machine ({there}, this is {here})"
     device, this = result.get("device"), hosts.identity()
-    if device and this and device != this:  # systems that say nothing may be the same one
-        return "on another machine of this kind"
+    if device and this and device != this:  # systems without an identity may be the same one
+        return "was made on another machine of this kind"
     packages = was.get("packages")
-    then = packages if isinstance(packages, dict) else now["packages"]  # a result of before does not tell
+    then = packages if isinstance(packages, dict) else now["packages"]  # older results do not state them
     pairs = [(name, then.get(name), now["packages"].get(name)) for name in hosts.MASK_PACKAGES]
     pairs.append(("NVIDIA's driver", was.get("nvidia_driver"), now["nvidia_driver"]))
     for name, before, installed in pairs:
         if (before or "none") != (installed or "none"):
-            return f"with {name} {before or 'none'}, and now it is {installed or 'none'}"
+            return f"was made with {name} {before or 'none'}, and now it is {installed or 'none'}"
     return _other_gpu(was, {device for _, device in _ran_in(result) if device.startswith("cuda:")})
 
 
 def _other_gpu(was: dict[str, Any], devices: Set[str]) -> str:
-    """Which of these GPUs is another one here than in the x-ray of a result; "" if none is."""
-    if not devices:  # asking the driver takes a while
+    """The first of these GPUs that differs from the one in a result's host record; "" if none does."""
+    if not devices:  # querying the driver takes a while
         return ""
-    told = was.get("gpus")  # an earlier version told how many there are, and no more
-    then = {_index(gpu): _kind_of(gpu) for gpu in told} if isinstance(told, list) else {}
+    recorded = was.get("gpus")  # an earlier version recorded only their number
+    then = {_index(gpu): _kind_of(gpu) for gpu in recorded} if isinstance(recorded, list) else {}
     here = {f"cuda:{gpu.index}": _kind_of(dataclasses.asdict(gpu)) for gpu in hosts.gpus()}
     for device in sorted(devices):
         before, now = then.get(device, "unknown"), here.get(device, "none")
         if before != now or before == "unknown":
-            return f"on another {device} ({before}, this is {now})"
+            return f"was made on another {device} ({before}, this is {now})"
     return ""
 
 
@@ -360,7 +363,7 @@ def _index(gpu: Any) -> str:
 
 
 def _kind_of(gpu: Any) -> str:
-    """What a GPU is, of one in an x-ray; any program may have written it."""
+    """The kind of a GPU in a host record, which any program may have written."""
     try:
         return f"{gpu['name']}, compute capability {gpu['compute_capability']}"
     except (KeyError, TypeError):
@@ -368,24 +371,24 @@ def _kind_of(gpu: Any) -> str:
 
 
 def _processor(host: Any) -> str:
-    """Of a machine's x-ray; any program may have written it."""
+    """The processor in a host record, which any program may have written."""
     try:
         return f"{host['cpu']['name']}, {host['cpu']['machine']}"
     except (KeyError, TypeError):
         return "unknown"
 
 
-def _of(result: dict[str, Any]) -> dict[str, Any]:
-    """What a result says that it is of, as :func:`_this` does; of a specification of before, with today's defaults."""
-    told = {key: result.get(key) for key in ("identity", "format", "spec", "files")}
+def _identified(result: dict[str, Any]) -> dict[str, Any]:
+    """The file that a result is for, as in :func:`_identify`; an older specification is completed with the defaults."""
+    stated = {key: result.get(key) for key in ("identity", "format", "spec", "files")}
     try:
-        return {**told, "spec": json.loads(ModelSpec.from_json(json.dumps(told["spec"])).to_json())}
+        return {**stated, "spec": json.loads(ModelSpec.from_json(json.dumps(stated["spec"])).to_json())}
     except ModelError:
-        return told
+        return stated
 
 
-def _this(artifact: Artifact) -> dict[str, Any]:
-    """What tells a file from all others; one that is compiled again has the same identity, but other digests."""
+def _identify(artifact: Artifact) -> dict[str, Any]:
+    """What identifies a file; a file that is compiled again has the same identity, but other digests."""
     compiled = artifact.format != "onnx"
     files = json.loads(artifacts.sidecar_of(artifact.path).read_text(encoding="utf-8"))["files"] if compiled else {}
     spec = json.loads(artifact.spec.to_json())

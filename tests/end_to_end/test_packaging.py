@@ -185,7 +185,7 @@ def test_onnxruntime_gpu_that_falls_back_to_the_cpu_is_an_error_not_a_slow_succe
     )
     assert done.returncode == 5
     assert done.stdout == ""
-    assert "petseg: cuda:0 cannot be had" in done.stderr
+    assert "petseg: cuda:0 is not available" in done.stderr
     assert "would run it with CPUExecutionProvider instead of CUDAExecutionProvider" in done.stderr
     assert not list((tmp_path / "out").rglob("*.png"))
 

@@ -188,18 +188,18 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["--precision", "int8"], 2, "labelled photos: give a folder of them with --data"),
     (["--threads", "0"], 2, "--threads"),
     (["--certain-share", "0"], 2, "--certain-share"),
-    (["--device", "gpu"], 5, "there is no device 'gpu'; there are: auto, cpu"),
+    (["--device", "gpu"], 5, "unknown device 'gpu'; choose one of: auto, cpu"),
     (
         ["--format", "openvino", "--device", "cuda"],
         5,
-        "openvino: openvino cannot run it on cuda:0; what can: openvino on cpu",
+        "openvino: openvino cannot run it on cuda:0; supported: openvino on cpu",
     ),
     (["--precision", "bf16"], 2, "--precision"),
     (["--int8-budget", "-1"], 2, "--int8-budget"),
     (["--int8-judges", "0", "--precision", "int8"], 2, "judge int8 is 0"),
     (["--int8-photos", "7"], 2, "settings of int8 (--int8-...) are of an export that makes int8, and this is fp32"),
     (["--format", "trt-rtx", "--batch", "1", "--max-batch", "4"], 2, "max_batch is of a graph that takes any batch"),
-    (["--backend", "nonsense"], 5, "there is no engine 'nonsense'; there are: auto, onnxruntime"),
+    (["--backend", "nonsense"], 5, "unknown engine 'nonsense'; choose one of: auto, onnxruntime"),
     (["--split", "train"], 2, "--split"),
 ]
 

@@ -390,7 +390,9 @@ def test_the_receipt_in_the_file_is_the_one_that_was_returned(variant: Any, phot
     assert variant.receipt.kind == "full"
     assert variant.receipt.photos == len(photos)
     assert list(variant.receipt.names) == [photo.name for photo in photos]
-    assert open_artifact(variant.file).receipt == json.loads(json.dumps(variant.receipt.as_dict(), allow_nan=False))
+    artifact = open_artifact(variant.file)
+    assert artifact.receipt == json.loads(json.dumps(variant.receipt.as_dict(), allow_nan=False))
+    assert artifact.receipt["spec"] == json.loads(artifact.spec.to_json())
 
 
 def test_the_file_carries_nothing_but_the_three_entries(variant: Any) -> None:

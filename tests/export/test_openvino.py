@@ -375,13 +375,16 @@ def of_another_model(file: Path) -> None:
         (flip_weights, "small.bin: not the file that small.xml.json describes"),
         (lambda file: file.write_bytes(file.read_bytes() + b"\n"), "small.xml: not the file that"),
         (lambda file: file.with_suffix(".bin").unlink(), "small.bin: missing"),
-        (lambda file: sidecar_of(file).unlink(), "small.xml.json is not beside it"),
+        (lambda file: sidecar_of(file).unlink(), "sidecar file small.xml.json is missing"),
         (lambda file: sidecar_of(file).write_text("{"), "small.xml.json: not JSON"),
         (lambda file: edit_sidecar(file, lambda raw: raw.update(format="trt")), "its format is 'trt'"),
         (lambda file: edit_sidecar(file, lambda raw: raw["spec"].update(height=33)), "height is 33"),
-        (lambda file: proof_of(file).unlink(), "small.xml.parity.npz: not there"),
-        (lambda file: proof_of(file).write_bytes(proof_of(file).read_bytes()[:-500]), "parity.npz: not a proof"),
-        (of_another_model, "the proof of another model"),
+        (lambda file: proof_of(file).unlink(), "small.xml.parity.npz: no such file"),
+        (
+            lambda file: proof_of(file).write_bytes(proof_of(file).read_bytes()[:-500]),
+            "parity.npz: not a parity record",
+        ),
+        (of_another_model, "the parity record of another model"),
     ],
     ids=["weights", "xml", "no bin", "no sidecar", "sidecar", "format", "spec", "no proof", "proof", "foreign proof"],
 )
@@ -414,7 +417,7 @@ def test_verify_finds_answers_that_are_not_the_files(copied: Path) -> None:
     proof: Proof = load_proof(proof_of(copied), artifact.spec, artifact.provenance["checkpoint_sha256"])
     moved = dataclasses.replace(proof, expected=np.roll(proof.expected, 1, axis=2))
     proof_of(copied).write_bytes(moved.to_bytes())
-    with pytest.raises(ModelError, match="not the proof that"):
+    with pytest.raises(ModelError, match="not the parity record that"):
         verify_artifact(artifact)
     receipt = verify_artifact(artifact, proof=proof_of(copied))
     assert receipt.passed is False

@@ -402,7 +402,7 @@ def test_a_shifted_mask_is_called_that_in_every_precision(
 ) -> None:
     row = gate.row(lambda batch: np.roll(gate.run(batch), shift, axis=axis), precision)
     assert row.registration[back] < 0.05 < 1 < row.registration["0,0"]
-    assert any(f"not aligned: moved by (dy, dx) = ({back})" in failure for failure in row.failures)
+    assert any(f"not aligned: shifted by (dy, dx) = ({back})" in failure for failure in row.failures)
 
 
 #: What a bug in the exporter could do to the graph that is written.

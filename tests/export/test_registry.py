@@ -163,7 +163,7 @@ def test_one_engine_is_enough_for_the_parity_test(missing: set[str]) -> None:
     ],
 )
 def test_an_engine_that_does_not_run_the_format_is_refused_before_the_work(config: ExportConfig) -> None:
-    said = f"there is no engine {config.backends[-1]!r}|: {config.backends[-1]} does not run .* files; what does: "
+    said = f"unknown engine {config.backends[-1]!r}|: {config.backends[-1]} does not run .* files; engines that do: "
     with pytest.raises(EngineError, match=said) as caught:
         check(config)
     assert caught.value.exit_code == 5
@@ -172,11 +172,14 @@ def test_an_engine_that_does_not_run_the_format_is_refused_before_the_work(confi
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (OnnxConfig(device="gpu"), "there is no device 'gpu'"),
-        (OnnxConfig(device="cpu:1"), "there is no device 'cpu:1'"),
-        (OnnxConfig(device="intel-gpu", backends=("onnxruntime",)), "on intel-gpu:0; what can: onnxruntime on cuda"),
-        (OpenVINOConfig(device="cuda:1"), "on cuda:1; what can: openvino on cpu.*openvino on intel-gpu"),
-        (TensorRTRTXConfig(device="cpu"), "trt-rtx: tensorrt-rtx cannot run it on cpu; what can: tensorrt-rtx on cuda"),
+        (OnnxConfig(device="gpu"), "unknown device 'gpu'"),
+        (OnnxConfig(device="cpu:1"), "unknown device 'cpu:1'"),
+        (OnnxConfig(device="intel-gpu", backends=("onnxruntime",)), "on intel-gpu:0; supported: onnxruntime on cuda"),
+        (OpenVINOConfig(device="cuda:1"), "on cuda:1; supported: openvino on cpu.*openvino on intel-gpu"),
+        (
+            TensorRTRTXConfig(device="cpu"),
+            "trt-rtx: tensorrt-rtx cannot run it on cpu; supported: tensorrt-rtx on cuda",
+        ),
     ],
 )
 @pytest.mark.usefixtures("everything")

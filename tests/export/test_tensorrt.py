@@ -206,7 +206,7 @@ def test_the_embedded_model_compiles_and_says_what_for() -> None:
         "flags": {"strongly_typed": True, "tf32": False},
     }
     assert convolutions(built) == {"fp32": CONVOLUTIONS}
-    assert built.description["unknown"] == ["kernels: the device chooses them when it loads the engine"]
+    assert built.description["unknown"] == ["kernels: the device compiles them when it loads the engine"]
     assert len(built.engine) < 2 * EDGE.stat().st_size
 
 
@@ -220,7 +220,7 @@ def test_two_builds_agree_on_what_they_are() -> None:
 def test_gpus_can_be_asked_for() -> None:
     built = build(graph(), profile(), library=RTX, compute_capabilities=("8.9", "12.0"))
     assert built.environment["compute_capability"] == ["8.9", "12.0"]
-    with pytest.raises(EngineError, match=r"cannot build for a GPU of 9\.0; it knows .*8\.6, 8\.9.*12\.0"):
+    with pytest.raises(EngineError, match=r"cannot build for compute capability 9\.0; it supports .*8\.6, 8\.9.*12\.0"):
         build(graph(), profile(), library=RTX, compute_capabilities=("8.9", "9.0"))
 
 
@@ -240,7 +240,7 @@ def test_int32_biases_are_refused_with_the_name_of_the_node(capfd: pytest.Captur
 
 @needs_rtx
 def test_uint8_activations_are_refused_because_they_would_become_int8() -> None:
-    with pytest.raises(ModelError, match=r"would read the graph as another \(.*UINT8 zero_point"):
+    with pytest.raises(ModelError, match=r"would change the meaning of the graph \(.*UINT8 zero_point"):
         build(quantized(graph(), activations=np.uint8), profile(), library=RTX)
 
 
@@ -292,7 +292,7 @@ def test_a_graph_that_breaks_the_contract_is_refused(data: Callable[[], bytes], 
     [
         (0, profile(64, 64), r"\[1, 64, 64, 3\] to \[4, 64, 64, 3\].* contradicts the graph, .* \[-1, 32, 32, 3\]"),
         (2, profile(batch=2), r"\[1, 32, 32, 3\] to \[2, .* contradicts the graph, .* \[2, 32, 32, 3\]"),
-        (0, None, r"image is \[-1, 32, 32, 3\]: a profile has to say"),
+        (0, None, r"image is \[-1, 32, 32, 3\]: an optimization profile for -1 is needed"),
     ],
     ids=["size", "batch", "none"],
 )
@@ -455,14 +455,14 @@ def test_a_timing_cache_is_kept_and_a_damaged_one_made_anew(disguised: dict[str,
     assert saved
     path.write_bytes(b"damaged" * 40)
     said = messages()[-1]
-    assert said.startswith(f"{path}: the timing cache is made anew: damaged, or of another GPU or version")
+    assert said.startswith(f"{path}: the timing cache is created again: damaged, or of another GPU or version")
     assert "Failed to deserialize" in said
     assert len(path.read_bytes()) == len(saved)
     assert [file.name for file in path.parent.iterdir()] == ["timing"]
     path.unlink()
     path.mkdir()
     unreadable, unwritten = messages()
-    assert "is made anew: cannot be read (Is a directory)" in unreadable
+    assert "is created again: cannot be read (Is a directory)" in unreadable
     assert "cannot be written (Is a directory)" in unwritten
 
 
@@ -482,12 +482,12 @@ def test_a_timing_cache_has_its_place_in_the_cache_of_each_gpu_and_version(
     (entry,) = cache.entries()
     assert (entry.path.suffix, entry.problem) == (".timings", "")
     entry.path.write_bytes(b"damaged" * 40)
-    assert messages() == ("the timing cache is made anew: the cached file's SHA-256 differs",)
+    assert messages() == ("the timing cache is created again: the cached file's SHA-256 differs",)
     assert slot.read()[1] == ""
     entry.path.unlink()
     entry.path.mkdir()
     unreadable, unwritten = messages()
-    assert unreadable.startswith("the timing cache is made anew: the cached file cannot be used (")
+    assert unreadable.startswith("the timing cache is created again: the cached file cannot be used (")
     assert unwritten == "the timing cache cannot be written (Is a directory)"
 
 

@@ -1,4 +1,4 @@
-"""Small models that keep the contract, and whose answers can be told in a line of numpy; proofs of them."""
+"""Small models that keep the contract and whose outputs one line of numpy can predict, and their parity records."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Toy: TypeAlias = Callable[..., Artifact]
 
 
 def write_toy(path: Path, channel: int = 0, op: str = "Gather", *, nodes: Any = None, **spec: Any) -> Artifact:
-    """A file that keeps the contract on paper: it returns channel ``channel`` of the image, if ``op`` is Gather."""
+    """Write a model that keeps the contract; if ``op`` is Gather, it returns channel ``channel`` of the image."""
     expected = ModelSpec(**{"name": "toy", "height": 16, "width": 32, **spec})
     batch = expected.batch or "N"
     size = ("H", "W") if expected.dynamic_size else (expected.height, expected.width)
@@ -40,7 +40,7 @@ def write_toy(path: Path, channel: int = 0, op: str = "Gather", *, nodes: Any = 
 
 
 def write_blur(path: Path) -> Artifact:
-    """The same in float32: a 3 x 3 convolution, cut off at 255. What computes in less than float32 shows."""
+    """Write a 3 x 3 convolution in float32, clipped at 255; computing it in less than float32 changes its output."""
     weight = np.random.default_rng(1).random((1, 3, 3, 3)) * 0.1
     constants = {
         "weight": helper.make_tensor("", TensorProto.FLOAT, weight.shape, weight.ravel().tolist()),
@@ -64,7 +64,7 @@ def write_blur(path: Path) -> Artifact:
 
 
 def write_ir(artifact: Artifact) -> Artifact:
-    """An ONNX file as an OpenVINO IR, with its sidecar, in the same folder."""
+    """Convert an ONNX file to an OpenVINO IR, with its sidecar, in the same folder."""
     openvino = pytest.importorskip("openvino")
     path = artifact.path.with_suffix(".xml")
     openvino.save_model(openvino.Core().read_model(artifact.path), path)
@@ -80,7 +80,7 @@ def noise(count: int, spec: ModelSpec, seed: int = 0) -> np.ndarray:
 
 
 def red_proof(spec: ModelSpec, count: int = 4, channel: int = 0) -> Proof:
-    """Noise, and its red channel for an answer: what the toy says."""
+    """A parity record for the toy: noise, and its red channel as the expected output."""
     images = noise(count, spec)
     names = tuple(f"{index:02d}.png" for index in range(count))
     return Proof(names, images, np.ascontiguousarray(images[..., channel]), CHECKPOINT, "numpy")
@@ -118,7 +118,7 @@ def prove() -> Callable[..., Proof]:
 
 @pytest.fixture
 def proven(tmp_path: Path) -> Artifact:
-    """The toy with a proof of four photos beside it."""
+    """The toy with a parity record of four photos."""
     artifact = write_toy(tmp_path / "toy.onnx")
     proof_of(artifact.path).write_bytes(red_proof(artifact.spec).to_bytes())
     return artifact

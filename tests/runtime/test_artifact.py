@@ -1,4 +1,4 @@
-"""A model file is opened only if it is petseg's, whole, and keeps the contract; whatever is wrong names the file."""
+"""A model file is opened only if petseg exported it, it is complete and keeps the contract; errors name the file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PROBABILITY: tuple[str, int, list[int | str]] = ("probability", TensorProto.UINT
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """Writes an ONNX file that keeps the contract, but for what the test asks to be otherwise."""
+    """Writes an ONNX file that keeps the contract, except for what the test changes."""
 
     def write(inputs: Tensors | None = None, outputs: Tensors | None = None, **metadata: str | None) -> Path:
         graph = helper.make_graph(
@@ -60,7 +60,7 @@ def make(tmp_path: Path) -> Make:
 
 
 def refused(path: Path, named: Path | None = None) -> str:
-    """The message with which a file is refused: one line that begins with it, or with the one to blame."""
+    """The error message for a file: one line that begins with its path, or with that of the faulty file."""
     with pytest.raises(ModelError) as caught:
         open_artifact(path)
     message = str(caught.value)
@@ -84,6 +84,26 @@ def test_what_was_written_into_a_file_is_read_back(make: Make) -> None:
     assert (artifact.format, artifact.environment) == ("onnx", {})
 
 
+def test_a_specification_other_than_the_receipt_certifies_is_refused(make: Make) -> None:
+    spec = json.loads(SPEC.to_json())
+    assert open_artifact(make(receipt=json.dumps({"spec": {**spec, "of_a_later_version": 1}}))).spec == SPEC
+    assert open_artifact(make(receipt=json.dumps({"spec": None}))).spec == SPEC
+    told = refused(make(receipt=json.dumps({"spec": {**spec, "threshold": 0.25}})))
+    assert told.startswith(
+        "its specification is not the one that its receipt certifies (threshold 0.3 instead of 0.25)"
+    )
+    assert "lacks 'height'" in refused(make(receipt=json.dumps({"spec": {"schema_version": 1, "name": "toy"}})))
+    assert "not a JSON object" in refused(make(receipt=json.dumps({"spec": 7})))
+
+
+def test_a_specification_edited_beside_a_compiled_file_is_refused(openvino: Artifact) -> None:
+    spec = json.loads(openvino.spec.to_json())
+    sidecar = edited(openvino.path, receipt={"spec": spec})
+    assert open_artifact(openvino.path).receipt == {"spec": spec}
+    edited(openvino.path, spec={**spec, "threshold": 0.75})
+    assert "certifies (threshold 0.75 instead of 0.3)" in refused(openvino.path, sidecar)
+
+
 def test_provenance_and_receipt_may_be_absent(make: Make) -> None:
     artifact = open_artifact(make(provenance=None, receipt=None))
     assert artifact.provenance == artifact.receipt == {}
@@ -94,7 +114,7 @@ def test_the_keys_are_those_that_files_in_the_field_carry() -> None:
 
 
 def test_a_foreign_onnx_file_is_said_to_be_foreign(make: Make) -> None:
-    assert "not one that petseg exported" in refused(make(spec=None))
+    assert "that petseg did not export" in refused(make(spec=None))
 
 
 @pytest.mark.parametrize(
@@ -252,7 +272,7 @@ def test_the_model_that_ships_keeps_the_contract() -> None:
 
 
 def test_the_proof_that_ships_is_of_photos_from_all_over_the_receipts() -> None:
-    """A data set has an order: the first sixteen are of one breed."""
+    """Data sets are ordered: the first sixteen photos are of one breed."""
     artifact = open_artifact(default_model())
     proof = load_proof(proof_of(artifact.path), artifact.spec, artifact.provenance["checkpoint_sha256"])
     names = artifact.receipt["names"]
@@ -273,7 +293,7 @@ IDENTITY = "1d" * 32
 
 
 def write_compiled(folder: Path, name: str, stem: str = "a model.v2", **changes: Any) -> Artifact:
-    """Files that look like a compiled model, as far as anyone can tell without its engine, with their sidecar."""
+    """Files that look like a compiled model until an engine loads them, with their sidecar."""
     suffix, others = COMPILED[name]
     path = folder / f"{stem}{suffix}"
     for number, ending in enumerate((suffix, *others)):
@@ -299,7 +319,7 @@ def openvino(tmp_path: Path) -> Artifact:
 
 
 def edited(path: Path, *without: str, **changes: Any) -> Path:
-    """The file, with other values in its sidecar; returns the sidecar."""
+    """Change values in a file's sidecar; returns the path of the sidecar."""
     sidecar = sidecar_of(path)
     raw = {**json.loads(sidecar.read_text(encoding="utf-8")), **changes}
     for key in without:
@@ -342,7 +362,7 @@ def test_a_compiled_file_that_is_missing_is_named(tmp_path: Path) -> None:
 def test_without_its_sidecar_a_compiled_file_says_what_to_copy(compiled: Artifact) -> None:
     sidecar_of(compiled.path).unlink()
     message = refused(compiled.path)
-    assert f"{sidecar_of(compiled.path).name} is not beside it" in message
+    assert f"sidecar file {sidecar_of(compiled.path).name} is missing" in message
     assert "copy both" in message
 
 
@@ -397,7 +417,7 @@ def test_a_sidecar_of_another_schema_says_to_export_again(openvino: Artifact, ve
 @pytest.mark.parametrize("name", ["trt", "trt-rtx", "onnx", "", "OpenVINO", None, 7, [], ["openvino"], {}])
 def test_a_format_that_has_another_suffix_is_refused(openvino: Artifact, name: object) -> None:
     message = refused(openvino.path, edited(openvino.path, format=name))
-    assert "no .xml file has" in message or "not what petseg writes" in message
+    assert "does not belong to a .xml file" in message or "not a sidecar file written by petseg" in message
 
 
 def test_engines_of_one_suffix_are_told_apart_by_their_sidecar(tmp_path: Path) -> None:
@@ -444,7 +464,7 @@ def test_a_checkpoint_is_told_from_a_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such file"):
         open_artifact(path)
     path.write_bytes(bytes(9))
-    with pytest.raises(ModelError, match=r"a checkpoint, which has to be exported first: `petseg export "):
+    with pytest.raises(ModelError, match=r"is a checkpoint; export it first: `petseg export "):
         open_artifact(path)
 
 

@@ -1,4 +1,4 @@
-"""What is measured is what was asked for; what cannot be measured is listed with the reason."""
+"""Benchmarks measure the requested engines; those that cannot be measured are listed with the reason."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ LINE = RuleLine(engine="abacus", device="cpu", text="", module="abacus", extra="
 
 
 class Abacus(Engine):
-    """Answers almost at once: other callers have their turn first; fails at its ``fails``-th run."""
+    """A fast engine that lets other callers run first; fails at its ``fails``-th run."""
 
     def __init__(self, spec: ModelSpec, options: EngineOptions, fails: int = -1) -> None:
         self._spec, self.options, self.fails = spec, options, fails
@@ -102,13 +102,13 @@ class Abacus(Engine):
 
     def close(self) -> None:
         self.closed = True
-        if 0 < self.fails <= len(self.sizes):  # as a GPU that has failed: nothing can be freed
+        if 0 < self.fails <= len(self.sizes):  # like a GPU that has failed: nothing can be freed
             raise EngineError("cannot take the beads off")
 
 
 @pytest.fixture
 def abaci(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Abacus]]]:
-    """Makes an abacus the only engine; returns those that will have been loaded, all closed at the end."""
+    """Makes an abacus the only engine; returns the list of loaded engines, which must all be closed at the end."""
     made: list[Abacus] = []
 
     def set_up(fails: int = -1, exact_fails: bool = False) -> list[Abacus]:
@@ -161,7 +161,7 @@ def test_an_engine_that_fails_while_it_is_timed_leaves_with_its_reason(
     abaci(fails=5)
     done = measure(proven, threads=1, seconds=SHORT)
     assert done.rows == ()
-    assert [check.why for check in done.failed] == ["failed while timed: a bead fell off"] * 2
+    assert [check.why for check in done.failed] == ["failed while it was measured: a bead fell off"] * 2
 
 
 def test_an_engine_that_fails_to_load_leaves_with_its_reason(
@@ -174,7 +174,7 @@ def test_an_engine_that_fails_to_load_leaves_with_its_reason(
 
 
 def test_ctrl_c_ends_it_with_130_and_nothing_on_stdout(proven: Artifact) -> None:
-    # A shell's background jobs, and all that they start, ignore the signal unless told otherwise.
+    # Background jobs of a shell, and their children, ignore this signal by default.
     text = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from petseg.cli import main; main()"
     )
@@ -193,7 +193,7 @@ def test_ctrl_c_ends_it_with_130_and_nothing_on_stdout(proven: Artifact) -> None
 
 
 def test_where_one_caller_fails_the_others_end_with_their_run() -> None:
-    """Seconds to come are not waited for."""
+    """It does not wait for the rest of the time."""
     spec = ModelSpec(name="toy", height=16, width=32)
     engine = Abacus(spec, EngineOptions(streams=2), fails=50)
     with pytest.raises(EngineError, match="a bead fell off"):
@@ -221,9 +221,9 @@ def test_the_summary_is_of_all_runs_and_the_spread_of_the_rounds() -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ([["abacus"]], "there is no engine 'abacus'"),
-        ([[], "tpu"], "there is no device 'tpu'"),
-        ([["onnxruntime"], "intel-gpu"], "onnxruntime: no such engine on intel-gpu"),
+        ([["abacus"]], "unknown engine 'abacus'"),
+        ([[], "tpu"], "unknown device 'tpu'"),
+        ([["onnxruntime"], "intel-gpu"], "onnxruntime: not available on intel-gpu"),
     ],
 )
 def test_what_there_is_not_is_refused(proven: Artifact, args: list[Any], said: str) -> None:

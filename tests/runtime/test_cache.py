@@ -1,4 +1,4 @@
-"""Compiled engines are kept; what is wrong, stale or somebody else's is compiled again, and the reason said."""
+"""Compiled engines are cached; damaged, stale and foreign ones are compiled again, and the reason is reported."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import pytest
 
 from petseg.cli import run
 from petseg_runtime import cache
-from petseg_runtime.cache import Compiled, Key, Slot, _alone, cache_folder, clear, compiled, entries
+from petseg_runtime.cache import Compiled, Key, Slot, _locked, cache_folder, clear, compiled, entries
 from petseg_runtime.cli.cache import _age
 from petseg_runtime.errors import OutputError
 
@@ -41,7 +41,7 @@ SLOT = Slot(KEY, "engine")
 
 
 class Compiler:
-    """Counts, and never gives the same bytes twice: two builds of TensorRT do not, either."""
+    """A fake compiler that counts its calls and never returns the same bytes twice, like TensorRT."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -58,7 +58,7 @@ def make() -> Compiler:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache's folder, which is not there yet."""
+    """The cache's folder, which does not exist yet."""
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache" / "engines"
 
@@ -89,7 +89,7 @@ def test_the_folder_is_the_users_own_or_the_one_that_is_named(
 def test_without_a_home_nothing_is_kept_and_the_reason_said(
     older: bool, make: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As in a container that runs as a number which its /etc/passwd does not have."""
+    """As in a container that runs under a user ID that is not in its /etc/passwd."""
 
     def user_cache_path(name: str) -> Path:
         if not older:
@@ -99,10 +99,10 @@ def test_without_a_home_nothing_is_kept_and_the_reason_said(
     monkeypatch.delenv(cache.VARIABLE, raising=False)
     monkeypatch.setattr(cache.platformdirs, "user_cache_path", user_cache_path)
     monkeypatch.chdir(tmp_path)
-    assert compiled(SLOT, make).note.endswith("; not kept: there is no home folder; PETSEG_CACHE names another")
+    assert compiled(SLOT, make).note.endswith("; not kept: there is no home folder; set PETSEG_CACHE to a folder")
     assert (SLOT.write(b"x"), SLOT.read(), entries(), clear()) == ("", (None, ""), [], (0, 0))
     assert run(["cache"]) == 0
-    told = "0 entries, 0.0 MB: nothing is kept, because there is no home folder; PETSEG_CACHE names another\n"
+    told = "0 entries, 0.0 MB: nothing is kept, because there is no home folder; set PETSEG_CACHE to a folder\n"
     assert capsys.readouterr().out == told
     assert list(tmp_path.iterdir()) == []
 
@@ -207,7 +207,7 @@ def changed(path: Path) -> None:
 
 
 def copied(path: Path) -> None:
-    """Another entry, whole, under this one's name."""
+    """Another, complete entry under this entry's name."""
     other = Slot(dataclasses.replace(KEY, device="another GPU"), "engine")
     compiled(other, Compiler())
     for one, two in ((other.path(path.parent), path), (sidecar(other.path(path.parent)), sidecar(path))):
@@ -253,7 +253,7 @@ DAMAGED = "its description is damaged"
         pytest.param(lambda path: path.write_bytes(b""), "the cached file's SHA-256 differs", id="empty"),
         pytest.param(lambda path: path.unlink(), "No such file or directory", id="gone"),
         pytest.param(linked, "symbolic links", id="link"),
-        pytest.param(piped, "is not a file", id="pipe"),
+        pytest.param(piped, "is not a regular file", id="pipe"),
         pytest.param(linked_description, "symbolic links", id="description is a link"),
         pytest.param(lambda path: sidecar(path).unlink(), "No such file or directory", id="description gone"),
         pytest.param(copied, "compiled from or for something else", id="wrong key"),
@@ -299,10 +299,13 @@ def test_a_folder_that_others_may_write_to_is_not_used(mode: int, folder: Path, 
     compiled(SLOT, make)
     folder.chmod(mode)
     again = compiled(SLOT, make)
-    assert (again.data, again.not_kept) == (b"compiled 2", f"others may write to {folder}; chmod go-w it, or remove it")
-    assert "others may write to it" not in again.why
+    assert (again.data, again.not_kept) == (
+        b"compiled 2",
+        f"other users may write to {folder}: run chmod go-w on it, or remove it",
+    )
+    assert "other users may write to it" not in again.why
     assert SLOT.path(folder).read_bytes() == b"compiled 1"
-    assert "others may write to" in SLOT.write(b"x")
+    assert "other users may write to" in SLOT.write(b"x")
     with pytest.raises(OutputError, match="cannot be cleared"):
         clear()
     folder.chmod(0o700)
@@ -363,7 +366,7 @@ def failing(number: int) -> Callable[..., None]:
 def test_a_full_disk_is_said_and_leaves_nothing_that_is_believed(
     after: int, folder: Path, make: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Full before the first file, or between the file and what describes it."""
+    """The disk is full before the compiled file, or between it and its JSON file."""
     written: list[Path] = []
     real = cache.write_atomic
 
@@ -391,7 +394,7 @@ def test_a_file_system_without_locks_keeps_nothing(
 def test_a_cache_that_can_only_be_read_is_used(folder: Path, make: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled(SLOT, make)
     monkeypatch.setattr(os, "mkdir", failing(errno.EROFS))
-    monkeypatch.setattr(cache, "_alone", failing(errno.EROFS))
+    monkeypatch.setattr(cache, "_locked", failing(errno.EROFS))
     monkeypatch.setattr(cache, "write_atomic", failing(errno.EROFS))
     assert compiled(SLOT, make).note == "from the cache"
     changed(SLOT.path(folder))
@@ -486,7 +489,7 @@ def test_of_threads_that_want_the_same_at_once_one_compiles(folder: Path) -> Non
 
 @pytest.fixture
 def filled(folder: Path, make: Compiler) -> Path:
-    """A cache with an engine, kernels, a damaged engine, an unfinished file, and things that are not ours."""
+    """A cache with an engine, kernels, a damaged engine, an unfinished file, and foreign files."""
     compiled(SLOT, make)
     Slot(KEY, "kernels").write(b"kernels")
     damaged = Slot(dataclasses.replace(KEY, version="10.8"), "engine")
@@ -533,7 +536,7 @@ def test_clearing_removes_what_is_ours_and_follows_no_link(filled: Path) -> None
 
 def test_clearing_leaves_the_lock_of_who_compiles(filled: Path) -> None:
     path = filled / f"{'4' * 64}.engine"
-    with _alone(path):
+    with _locked(path):
         clear()
         assert [file.name for file in filled.iterdir() if file.name.endswith(".lock")] == [f"{path.name}.lock"]
     assert clear()[0] == 1
@@ -551,15 +554,15 @@ def test_who_waited_for_a_lock_that_was_cleared_takes_the_new_one(
         real(descriptor, how)
 
     def wait() -> None:
-        with _alone(path):
+        with _locked(path):
             order.append("second")
 
-    with _alone(path):
+    with _locked(path):
         monkeypatch.setattr(fcntl, "flock", flock)
         waiting = threading.Thread(target=wait)
         waiting.start()
         assert asks.wait(10)
-        lock.unlink()  # by somebody who does not know better
+        lock.unlink()  # by another program
         order.append("first")
     waiting.join(10)
     assert order == ["first", "second"]
@@ -642,7 +645,7 @@ def test_the_command_says_that_nothing_is_kept(
 def test_the_command_fails_with_6_where_it_may_not_clear(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     filled.chmod(0o777)
     assert run(["cache", "--clear"]) == 6
-    assert "others may write to" in capsys.readouterr().err
+    assert "other users may write to" in capsys.readouterr().err
     assert len(entries()) > 3
 
 

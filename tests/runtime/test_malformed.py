@@ -1,7 +1,7 @@
-"""Bytes that mean harm: whatever a photo or a model file contains, it ends in a result or in a documented error.
+"""Malicious input: any content of a photo or a model file leads to a result or to a documented error.
 
-The inputs run in a process of their own, with limits on memory and time, which tells of each before it begins: a crash
-or a hang has a name. As a script, the same goes on for longer:
+The inputs are processed in a separate process with limits on memory and time, which reports each input before it
+begins, so that a crash or a hang can be attributed. As a script, the fuzzer runs for longer:
 
     python tests/runtime/test_malformed.py fuzz --runs 100000 --seed 1
 """
@@ -44,11 +44,11 @@ from raw_files import block, chunk, raw_png, varint
 
 Action: TypeAlias = Callable[[], object]
 
-#: Executions of the fuzzer in each of the two readers, as part of the tests.
+#: Runs of the fuzzer for each of the two readers, as part of the tests.
 RUNS = int(os.environ.get("PETSEG_FUZZ_RUNS", "3000"))
-#: Of one input. Wall time, and generous: it tells a hang from work on a busy machine.
+#: Wall time per input; generous, because it must tell a hang from slow work on a busy machine.
 SECONDS = 60
-#: A picture of as many pixels as the harness allows is held as RGBA, RGB and in the decoder's own form.
+#: A picture of as many pixels as the harness allows is held as RGBA, as RGB and in the decoder's internal format.
 MAX_PIXELS = 4_000_000
 MAX_GROWTH = 400 * 2**20
 ADDRESS_SPACE = 4 * 2**30
@@ -59,7 +59,7 @@ ADDRESS_SPACE = 4 * 2**30
 
 def encoded(image: Image.Image, kind: str, frames: tuple[Image.Image, ...] = (), **options) -> bytes:
     file = io.BytesIO()
-    # Copies: saving leaves its settings on an image, for the next one to trip over.
+    # Copies, because saving leaves its settings on an image, which would affect the next save.
     more = {"save_all": True, "append_images": [frame.copy() for frame in frames]} if frames else {}
     image.copy().save(file, kind, **more, **options)
     return file.getvalue()
@@ -86,7 +86,7 @@ def grey_tiff(width: int, height: int, **more: tuple[int, int, int]) -> dict[int
 
 @functools.cache
 def photos() -> dict[str, bytes]:
-    """A small file of each kind that is read."""
+    """A small file of each supported kind."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:24, :40]
     pixels = np.stack([x * 6, y * 10, (x + y) * 4], axis=2) + rng.integers(0, 8, (24, 40, 3))
@@ -140,7 +140,7 @@ def photos() -> dict[str, bytes]:
 
 
 def heic(picture: Image.Image, turned: Image.Image, exif: Image.Exif) -> dict[str, bytes]:
-    """One photo, several, and one in tiles, as iPhones write it."""
+    """One photo, several photos, and one in tiles, as iPhones write it."""
     import pillow_heif
 
     def written(*photos: Image.Image, **options) -> bytes:
@@ -157,7 +157,7 @@ def heic(picture: Image.Image, turned: Image.Image, exif: Image.Exif) -> dict[st
 
 @functools.cache
 def model() -> bytes:
-    """A model with something of everything the reader looks at."""
+    """A model with everything that the reader looks at."""
     weights = helper.make_tensor("w", TensorProto.FLOAT, [4], [1.0, 2.0, 3.0, 4.0])
     branch = helper.make_graph([helper.make_node("Constant", [], ["c"], value=weights)], "branch", [], [])
     indices = helper.make_tensor("i", TensorProto.INT64, [1], [2])
@@ -181,7 +181,7 @@ def model() -> bytes:
 
 
 def read_photo(data: bytes, name: str = "") -> None:
-    """As bytes or, with a name, as a file; at its own size and reduced."""
+    """Read a photo as bytes or, with a name, as a file; at its full size and reduced."""
     source: bytes | Path = data
     if name:
         source = Path(tempfile.gettempdir(), name)
@@ -229,7 +229,7 @@ READERS: dict[str, tuple[Callable[..., None], type[PetsegError]]] = {
 
 
 def cases() -> Iterator[tuple[str, str, Action]]:
-    """Name, reader and action of each malformed input; the same every time."""
+    """The name, reader and action of each malformed input; deterministic."""
     for name, data in photos().items():
         for cut, part in truncations(data):
             yield f"{name}, {cut}", "photo", functools.partial(read_photo, part)
@@ -287,7 +287,7 @@ def foreign() -> Iterator[tuple[str, bytes]]:
 
 
 def bombs() -> Iterator[tuple[str, bytes]]:
-    """Small files that claim, or unfold to, far more than they should."""
+    """Small files that declare, or decompress to, far more than they should."""
     jpeg, webp = photos()["jpeg"], photos()["webp lossless"]
     frame = jpeg.index(b"\xff\xc0") + 5
     yield "jpeg of 65500 x 65500", jpeg[:frame] + struct.pack(">HH", 65500, 65500) + jpeg[frame + 4 :]
@@ -335,7 +335,7 @@ def bombs() -> Iterator[tuple[str, bytes]]:
 
 
 def scan_bombs() -> Iterator[tuple[str, bytes]]:
-    """A pass over the whole picture for every ten bytes."""
+    """JPEGs with a scan of the whole picture for every ten bytes."""
     for name in ("jpeg", "jpeg progressive"):
         data = encoded(Image.new("RGB", (1900, 1900)), "JPEG", progressive=name != "jpeg")
         first = data.index(b"\xff\xda")
@@ -396,7 +396,7 @@ def model_bombs() -> Iterator[tuple[str, bytes]]:
     for what, name in (
         ("lines", "a\n\u2028b"),
         ("1 MB", "a" * 1_000_000),
-    ):  # found by the fuzzer: it went into the error
+    ):  # found by the fuzzer: it was copied into the error message
         other = onnx.load_model_from_string(good)
         other.graph.output[0].name = name
         yield f"model whose output has a name of {what}", other.SerializeToString()
@@ -433,7 +433,7 @@ def hostile_json() -> Iterator[tuple[str, bytes]]:
     yield "a list", b"[]"
     yield "no UTF-8", b"\xff\xfe{}"
     yield "3 million lists", b'{"name": [' + b"[]," * 3_000_000 + b"[]]}"
-    # Python's limit on recursion is counted from where it is called: one of these is read, but not written again.
+    # Python's recursion limit counts from the call site: one of these can be read, but not written again.
     for depth in (*range(940, 1000), 5000, 20_000):
         nested = b"[" * depth + b"]" * depth
         yield f"{depth} lists in a name", b'{"schema_version": 1, "height": 16, "width": 16, "name": ' + nested + b"}"
@@ -480,7 +480,7 @@ INTERESTING = [
 
 
 def mutated(rng: random.Random, seeds: list[bytes]) -> bytes:
-    """One of the files with one to six changes."""
+    """One of the files with one to six mutations."""
     data = bytearray(rng.choice(seeds))
     for _ in range(rng.choice((1, 1, 2, 3, 6))):
         rng.choice(CHANGES)(rng, data, seeds)
@@ -488,7 +488,7 @@ def mutated(rng: random.Random, seeds: list[bytes]) -> bytes:
 
 
 def somewhere(rng: random.Random, data: bytearray) -> tuple[int, int]:
-    """A stretch, short and near the beginning more often than not: headers are there."""
+    """A random range, mostly short and near the beginning, where the headers are."""
     begin = rng.randrange(min(len(data), rng.choice((64, 400, len(data) + 1))) + 1)
     return begin, min(len(data), begin + rng.choice((1, 2, 4, 8, 30, 200)))
 
@@ -510,7 +510,7 @@ def set_interesting(rng: random.Random, data: bytearray, seeds: list[bytes]) -> 
 
 
 def add_to_number(rng: random.Random, data: bytearray, seeds: list[bytes]) -> None:
-    """Lengths, offsets, sizes and counts: a little more, or less."""
+    """Change a length, an offset, a size or a count by a little."""
     begin, form = somewhere(rng, data)[0], rng.choice(("<H", ">H", "<I", ">I", "B"))
     size = struct.calcsize(form)
     if begin + size <= len(data):
@@ -543,7 +543,7 @@ CHANGES = (flip, flip, overwrite, set_interesting, set_interesting, add_to_numbe
 
 
 def fuzz(runs: int, seed: int) -> Iterator[tuple[str, str, Action]]:
-    """As many mutated photos, and model files, as ``runs``. Each is made from its own number, so it can be repeated."""
+    """Mutated photos, and as many model files. Each is generated from its number, and so can be reproduced."""
     pictures, texts = list(photos().values()), [sidecar()]
     for number in range(runs):
         rng = random.Random(f"{seed} {number}")
@@ -558,7 +558,7 @@ def fuzz(runs: int, seed: int) -> Iterator[tuple[str, str, Action]]:
 
 
 def attempt(action: Action, documented: type[PetsegError]) -> str:
-    """How an input ended; raises what it must not end in."""
+    """The outcome of an input; raises any exception that it must not end in."""
     try:
         action()
     except documented as error:
@@ -571,7 +571,7 @@ def attempt(action: Action, documented: type[PetsegError]) -> str:
 
 
 def run_all(inputs: Iterable[tuple[str, str, Action]]) -> None:
-    """Run each input, with a line of JSON before it and one after it."""
+    """Process each input, with a line of JSON before it and one after it."""
     status = Path("/proc/self/statm")
     used = int(status.read_text().split()[0]) * resource.getpagesize() if status.exists() else 0
     resource.setrlimit(resource.RLIMIT_AS, (used + ADDRESS_SPACE, resource.RLIM_INFINITY))
@@ -613,7 +613,7 @@ def main() -> None:
 
 
 def ended(*arguments: str) -> list[dict[str, object]]:
-    """What the process told of each input; whatever went wrong is named."""
+    """The outcomes that the process reported; anything that went wrong is named."""
     command = [sys.executable, "-W", "error", __file__, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [json.loads(line) for line in done.stdout.splitlines()]

@@ -1,4 +1,4 @@
-"""The ONNX reader against onnx itself, and against bytes that mean harm."""
+"""The ONNX reader compared with onnx itself, and with malicious input."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def small_model(graph: onnx.GraphProto | None = None, **more) -> onnx.ModelProto
 
 @functools.cache
 def small_bytes() -> bytes:
-    """A model with something of everything the reader looks at: metadata, a subgraph, a function, a sparse tensor."""
+    """A model with everything that the reader looks at: metadata, a subgraph, a function, a sparse tensor."""
     branch = helper.make_graph([helper.make_node("Constant", [], ["c"], value=weights("c"))], "branch", [], [])
     sparse = helper.make_sparse_tensor(weights("s", 1), helper.make_tensor("i", TensorProto.INT64, [1], [2]), [4])
     model = small_model(
@@ -81,7 +81,7 @@ def small_bytes() -> bytes:
     return model.SerializeToString()
 
 
-GRAPH = block(7, b"")  # the smallest file that is a model
+GRAPH = block(7, b"")  # the smallest valid model
 
 
 def refused(data: bytes, match: str = "file") -> str:
@@ -128,7 +128,7 @@ def assert_agrees(ours: OnnxFile, theirs: onnx.ModelProto) -> None:
 
 
 def tensors_in(message: Message) -> Iterator[TensorProto]:
-    """Every TensorProto anywhere, found by protobuf's own reflection and not by a table of places."""
+    """Every TensorProto, found by protobuf's reflection instead of a table of fields."""
     for field, value in message.ListFields():
         if field.message_type is None:
             continue
@@ -149,7 +149,7 @@ def onnx_reads(data: bytes) -> onnx.ModelProto | None:
         return None
 
 
-#: What we refuse and protobuf lets pass: groups, fields of a foreign wire type, text that is not UTF-8, and repeats.
+#: What we reject and protobuf accepts: groups, fields of the wrong wire type, text that is not UTF-8, and repeats.
 STRICTER = re.compile("wire type|stored as|not UTF-8|second time|twice|no graph|no valid field|another file")
 
 
@@ -411,7 +411,7 @@ def test_external_data_are_refused_wherever_they_are(place: str) -> None:
         message = refused(PLACES[place](tensor).SerializeToString(), "another file")
         assert "single-file models only" in message
         assert "onnx.save(" in message
-    parse(PLACES[place](weights()).SerializeToString())  # so it was the tensor and not the place
+    parse(PLACES[place](weights()).SerializeToString())  # so the tensor was rejected, not its position
 
 
 def test_what_onnx_saves_with_external_data_is_refused_and_the_remedy_helps(tmp_path: Path) -> None:
@@ -470,10 +470,10 @@ def test_a_location_that_hides_in_the_upper_half_of_its_number_is_found(number: 
         (GRAPH + b"\x08" + b"\xff" * 4, "inside a number"),
         (GRAPH + b"\x82\x80\x80\x80\x10\x00", "no valid field"),
         (GRAPH + b"\x3a", "inside a number"),
-        (GRAPH + b"\x12\x05pyto", "wants 5 bytes where 4 are left"),
-        (GRAPH + b"\x0d\x01\x02", "wants 4 bytes"),
-        (GRAPH + b"\x09" + bytes(7), "wants 8 bytes"),
-        (block(7, b"\x5a\x05" + b"\x0a\x01x") + block(2, b"more"), "wants 5 bytes where 3 are left"),
+        (GRAPH + b"\x12\x05pyto", "has 5 bytes where 4 are left"),
+        (GRAPH + b"\x0d\x01\x02", "has 4 bytes"),
+        (GRAPH + b"\x09" + bytes(7), "has 8 bytes"),
+        (block(7, b"\x5a\x05" + b"\x0a\x01x") + block(2, b"more"), "has 5 bytes where 3 are left"),
         (block(7, block(11, block(2, block(1, block(2, block(1, b"") * 65))))), "more than 64 axes"),
     ],
 )
@@ -579,8 +579,8 @@ def test_a_length_beyond_its_message_allocates_nothing() -> None:
 
 
 def test_a_length_may_not_reach_over_its_message_into_the_next() -> None:
-    inner = b"\x0a\x7f"  # a key of 127 bytes, which the file has and the entry has not
-    refused(GRAPH + block(14, inner) + block(2, b"x" * 200), "wants 127 bytes where 0 are left")
+    inner = b"\x0a\x7f"  # a key of 127 bytes, which fit into the file but not into the entry
+    refused(GRAPH + block(14, inner) + block(2, b"x" * 200), "has 127 bytes where 0 are left")
 
 
 def deep(levels: int) -> bytes:
@@ -599,7 +599,7 @@ def test_graphs_nested_as_deep_as_onnx_reads_them_are_read_and_deeper_ones_are_n
 
 
 def test_deep_nesting_ends_early_and_in_little_memory() -> None:
-    assert sys.getrecursionlimit() < 2000  # it would be a RecursionError otherwise
+    assert sys.getrecursionlimit() < 2000  # a recursive reader would raise a RecursionError
     assert peak_while_refusing(deep(5000), "nested more than 100") < 1_000_000
 
 
@@ -663,7 +663,7 @@ def test_weights_are_not_copied(tmp_path: Path) -> None:
 
 def test_a_missing_file_an_empty_one_a_folder_and_a_pipe_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.onnx").touch()
-    os.mkfifo(tmp_path / "pipe.onnx")  # with nobody writing: opening it would block
+    os.mkfifo(tmp_path / "pipe.onnx")  # without a writer: opening it would block
     for path, match in (
         (tmp_path / "missing.onnx", "no such file"),
         (tmp_path / "empty.onnx", "empty"),
@@ -680,7 +680,7 @@ def test_more_than_two_gibibytes_are_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "huge.onnx"
     with path.open("wb") as file:
         file.write(small_bytes())
-        file.truncate(2**31)  # sparse: it takes no room
+        file.truncate(2**31)  # a sparse file, which occupies no space
     with pytest.raises(ModelError, match=r"huge\.onnx: 2\.0 GiB; .* less than 2 GiB"):
         read(path)
 
@@ -703,7 +703,7 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pyt
     def denied(*args, **kwargs):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "open", denied)  # chmod would not stop root
+    monkeypatch.setattr(Path, "open", denied)  # chmod does not restrict root
     with pytest.raises(ModelError, match=r"secret\.onnx: cannot be read \(Permission denied\)"):
         read(path)
 

@@ -1,4 +1,4 @@
-"""The receipt: what it measures, what it lets pass and what not, and the proof that travels beside a file."""
+"""The parity test: what it measures, what passes and what fails, and the parity record saved beside a file."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Toy: TypeAlias = Callable[..., Any]
 
 
 def proof_with(expected: np.ndarray, seed: int = 0) -> Proof:
-    """Photos of noise, whose pixels do not matter, with these answers [N, H, W]."""
+    """Photos of noise, whose pixels do not matter, with these expected outputs [N, H, W]."""
     images = np.random.default_rng(seed).integers(0, 256, (*expected.shape, 3), np.uint8)
     names = tuple(f"pet {index}.jpg" for index in range(len(expected)))
     return Proof(names, images, expected, CHECKPOINT, "torch 9.9")
@@ -60,7 +60,7 @@ def spec_of(proof: Proof, **changes: Any) -> ModelSpec:
 
 
 def answering(answers: np.ndarray) -> Run:
-    """A model that gives these answers, one after the other, whatever it is shown."""
+    """A model that returns these outputs, one after the other, for any input."""
     left = iter(answers)
     return lambda batch: next(left)[None]
 
@@ -75,12 +75,12 @@ def compare(
 
 @pytest.fixture(scope="module")
 def noisy() -> np.ndarray:
-    """Answers to 20 photos: noise."""
+    """Outputs for 20 photos: noise."""
     return np.random.default_rng(7).integers(0, 256, (20, H, W), np.uint8)
 
 
 def pet(union: int = 1000) -> np.ndarray:
-    """The answer to one photo of 64 x 64, rough all over, with ``union`` pixels of pet, just."""
+    """The output for one photo of 64 x 64, noisy everywhere, with ``union`` pixels just above the threshold."""
     rng = np.random.default_rng(3)
     answer = rng.integers(0, 100, 64 * 64, np.uint8)
     answer[rng.permutation(64 * 64)[:union]] = 128
@@ -88,7 +88,7 @@ def pet(union: int = 1000) -> np.ndarray:
 
 
 def without(answer: np.ndarray, lost: int, step: int = 1) -> np.ndarray:
-    """The same with ``lost`` pixels of pet that are just none: IoU (union - lost) / union."""
+    """The same with ``lost`` of these pixels just below the threshold: IoU (union - lost) / union."""
     got = answer.copy()
     flat = got.reshape(-1)
     flat[np.flatnonzero(flat == 128)[:lost]] -= step
@@ -96,7 +96,7 @@ def without(answer: np.ndarray, lost: int, step: int = 1) -> np.ndarray:
 
 
 def disc(size: int = 160, radius: int = 60) -> np.ndarray:
-    """A smooth pet on a smooth ground: what moves by a pixel hardly changes."""
+    """A smooth pet on a smooth background: a shift by a pixel hardly changes it."""
     y, x = np.mgrid[:size, :size]
     distance = np.hypot(y - size / 2, x - size / 2) - radius
     return np.round(255 / (1 + np.exp(distance / 6))).astype(np.uint8)[None]
@@ -139,7 +139,7 @@ def test_the_model_gets_the_photos_one_by_one_and_the_watcher_counts_them(noisy:
 
 
 def test_answers_are_taken_before_the_model_can_change_them(noisy: np.ndarray) -> None:
-    """An engine that gives its own buffer away is not compared with its last answer only."""
+    """If an engine returns its internal buffer, every photo is still compared with its own output."""
     buffer, left = np.zeros((1, H, W), np.uint8), iter(noisy)
 
     def run(batch: np.ndarray) -> np.ndarray:
@@ -172,7 +172,7 @@ def test_a_model_that_takes_any_number_is_run_on_three_too(noisy: np.ndarray, ph
 
 
 def test_the_99th_percentile_of_a_batch_is_that_of_a_row(noisy: np.ndarray) -> None:
-    """Sixteen of 1536 pixels are more than a hundredth; half-way between two pixels, it would be 3.25."""
+    """Sixteen of 1536 pixels are more than 1 %; an interpolated percentile would be 3.25."""
     proof = proof_with(np.minimum(noisy, 250))
     together = proof.expected[:3].copy()
     together.reshape(-1)[:16] += 5
@@ -222,7 +222,7 @@ def test_an_engine_that_takes_batches_is_held_to_one_too(noisy: np.ndarray, phot
     np.testing.assert_array_equal(batches[-1], np.resize(proof.images, (8, H, W, 3)))
 
     batches.clear()
-    shift = 1  # each photo gets the answer to its neighbour
+    shift = 1  # each photo gets its neighbour's output
     row = parity.compare(run, info, proof, SPEC)
     assert (row.passed, row.max_difference) == (False, 0), "what is measured is measured one by one"
     assert all(failure.startswith("8 at a time: ") for failure in row.failures)
@@ -307,7 +307,7 @@ def test_every_number_is_what_brute_force_finds(data: st.DataObject, seed: int, 
 
 @pytest.mark.parametrize("count", [25, 50, 75, 100])
 def test_the_99th_percentile_does_not_stumble_over_rounding(count: int) -> None:
-    """Where a hundredth of the pixels is a whole number, exactly so many may be off by more."""
+    """If 1 % of the pixels is a whole number, exactly that many may differ by more."""
     expected = np.random.default_rng(0).integers(50, 200, (count, H, W), np.uint8)
     got = expected.copy()
     hundredth = count * H * W // 100
@@ -452,7 +452,7 @@ def test_masks_may_differ_by_so_many_pixels_in_a_thousand(precision: str, lost: 
 
 
 def test_in_f32_the_worst_mask_decides_and_elsewhere_the_mean() -> None:
-    """One photo in 20 with an IoU of 0.91."""
+    """One of 20 photos has an IoU of 0.91."""
     expected = np.concatenate([pet(1000)] * 20)
     got = np.concatenate([pet(1000)] * 19 + [without(pet(1000), 90)])
     row = compare(expected, got)
@@ -468,7 +468,7 @@ def test_in_f32_the_worst_mask_decides_and_elsewhere_the_mean() -> None:
 def test_in_half_precision_99_pixels_in_100_may_be_off_by_four_steps(step: int, passes: bool, precision: str) -> None:
     expected = np.random.default_rng(0).integers(0, 100, (1, 64, 64), np.uint8)
     got = expected.copy()
-    got.reshape(-1)[:40] += 27  # fewer than a hundredth may be off by anything that leaves the masks alone
+    got.reshape(-1)[:40] += 27  # fewer than 1 % may differ by anything that leaves the masks unchanged
     got.reshape(-1)[40:100] += np.uint8(step)
     row = compare(expected, got, computed=precision)
     assert (row.max_difference, row.p99_difference, row.passed) == (27, step, passes)
@@ -507,7 +507,7 @@ def test_a_failure_names_photo_place_numbers_and_what_is_allowed() -> None:
     assert iou == "smallest mask IoU 0.90000, allowed 0.999 (pet 2.jpg)"
     mean, of_cutouts = compare(expected, got, "fp16").failures
     assert mean == "mean mask IoU 0.96667, allowed 0.995 (smallest in pet 2.jpg)"
-    assert of_cutouts == "mean mask IoU at the threshold of cutouts 0.96667, allowed 0.995"
+    assert of_cutouts == "mean mask IoU at the cutout threshold 0.96667, allowed 0.995"
     got[0] += 50
     percentile = compare(expected, got, "fp16").failures[0]
     assert percentile.startswith("99th percentile of the differences 50/255, allowed 4/255 (largest in pet 1.jpg at")
@@ -515,7 +515,7 @@ def test_a_failure_names_photo_place_numbers_and_what_is_allowed() -> None:
 
 @pytest.mark.parametrize(("precision", "lost"), [("fp16", 160), ("int8", 510)])
 def test_one_photo_that_is_broken_among_many_good_ones_fails(precision: str, lost: int) -> None:
-    """The means of many photos do not see it."""
+    """The means over many photos hide it."""
     expected = np.concatenate([pet(1000)] * 200)
     got = expected.copy()
     got[17] = without(got[17], lost)
@@ -531,12 +531,12 @@ def test_a_haze_around_the_pet_that_only_cutouts_show_fails(precision: str) -> N
     got = expected.copy()
     got[:, rows[::8], columns[::8]] = 14
     told = parity.compare(answering(got), INFO, proof, spec).failures
-    assert [line for line in told if line.startswith("mean mask IoU at the threshold of cutouts 0.")]
+    assert [line for line in told if line.startswith("mean mask IoU at the cutout threshold 0.")]
     assert not [line for line in told if "smallest" in line]
 
 
 def test_a_row_says_how_its_engine_came_about(noisy: np.ndarray) -> None:
-    """Another one may have been meant to run."""
+    """A different one may have been intended to run."""
     info = dataclasses.replace(INFO, notes=("cuda is broken",))
     row = parity.compare(answering(noisy), info, proof_with(noisy), SPEC)
     assert row.notes == ("cuda is broken",)
@@ -551,7 +551,7 @@ DIRECTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 @pytest.mark.parametrize("precision", list(TOLERANCES))
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_an_answer_that_is_moved_by_one_pixel_fails(direction: str, precision: str) -> None:
-    """Even if it is so smooth that the masks hardly differ."""
+    """Even if the output is so smooth that the masks hardly differ."""
     dy, dx = DIRECTIONS[direction]
     expected = disc()
     got = np.roll(expected, (dy, dx), (1, 2))
@@ -561,8 +561,8 @@ def test_an_answer_that_is_moved_by_one_pixel_fails(direction: str, precision: s
     back = f"{-dy},{-dx}"
     assert row.registration[back] == 0 < row.registration["0,0"]
     (told,) = (failure for failure in row.failures if "aligned" in failure)
-    assert f"moved by (dy, dx) = ({back})" in told
-    assert f"(0.000/255 against {row.registration['0,0']:.3f}/255 mean difference)" in told
+    assert f"shifted by (dy, dx) = ({back})" in told
+    assert f"(mean difference 0.000/255 against {row.registration['0,0']:.3f}/255)" in told
 
 
 def test_an_answer_in_its_place_passes_and_is_told_to_be_there() -> None:
@@ -581,7 +581,7 @@ def test_a_constant_answer_to_a_constant_shows_nothing_and_fails(value: int, pre
     assert (row.max_difference, row.min_mask_iou) == (0, 1)
     (told,) = row.failures
     assert "0.000/255 against 0.000/255" in told
-    assert "if that is 0, the photos show the model nothing" in told
+    assert "if both are 0, the photos show the model nothing" in told
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])
@@ -653,7 +653,7 @@ def test_what_nothing_ran_has_no_verdict() -> None:
     assert (receipt.kind, receipt.passed, receipt.failures) == ("built, not run", None, ())
     assert receipt.summary == "built, not run: no GPU here"
     assert receipt.as_dict()["passed"] is None
-    require(receipt)  # and is no error
+    require(receipt)  # and no error is raised
 
 
 def test_numbers_that_are_none_fail_with_the_tensors_names(good: Comparison) -> None:
@@ -702,7 +702,7 @@ def test_a_failed_receipt_is_an_error_that_says_where_and_by_how_much(good: Comp
 
 @pytest.fixture(scope="module")
 def proof() -> Proof:
-    """Of two photos."""
+    """A parity record of two photos."""
     return proof_with(np.random.default_rng(5).integers(0, 256, (2, H, W), np.uint8))
 
 
@@ -721,7 +721,7 @@ def assert_same(a: Proof, b: Proof) -> None:
 
 
 def refused(path: Path, checkpoint: str = CHECKPOINT, spec: ModelSpec = SPEC) -> str:
-    """The message with which a proof is refused: one line that begins with the file."""
+    """The error message for a parity record: one line that begins with the file."""
     with pytest.raises(ModelError) as caught:
         load_proof(path, spec, checkpoint)
     message = str(caught.value)
@@ -732,7 +732,7 @@ def refused(path: Path, checkpoint: str = CHECKPOINT, spec: ModelSpec = SPEC) ->
 
 
 def rewrite(path: Path, says: dict[str, Any] | None = None, /, **arrays: Any) -> None:
-    """The proof with other arrays, and other values in what it says of itself."""
+    """The parity record with other arrays, and other values in its description."""
     with np.load(path) as old:
         new = {name: old[name] for name in old}
     values = {**json.loads(new["about"].tobytes()), **(says or {})}
@@ -784,7 +784,7 @@ def test_the_first_photos_are_a_proof_too(proof: Proof, file: Path) -> None:
 def test_of_large_photos_a_proof_has_no_more_than_may_be_read(
     proof: Proof, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As of 16 photos of 4096 x 4096, which fill the gibibyte."""
+    """As for 16 photos of 4096 x 4096, which fill the gibibyte."""
     two = 2 * (proof.images[0].nbytes + proof.expected[0].nbytes)
     monkeypatch.setattr(parity, "MAX_PROOF", parity.MAX_ABOUT + two)
     most = proof.spread(16)
@@ -797,14 +797,14 @@ def test_of_large_photos_a_proof_has_no_more_than_may_be_read(
 
 def test_a_missing_proof_says_where_it_comes_from(tmp_path: Path) -> None:
     message = refused(tmp_path / "none.parity.npz")
-    assert "not there" in message
+    assert "no such file" in message
     assert "copy it to the device" in message
 
 
 @pytest.mark.parametrize("content", [b"", b"no proof", b"PK\x03\x04", b"\x93NUMPY\x01\x00", b"\x80\x04N."])
 def test_what_is_no_proof_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "file.npz").write_bytes(content)
-    assert "not a proof" in refused(tmp_path / "file.npz")
+    assert "not a parity record" in refused(tmp_path / "file.npz")
 
 
 def test_a_folder_is_no_proof(tmp_path: Path) -> None:
@@ -814,7 +814,7 @@ def test_a_folder_is_no_proof(tmp_path: Path) -> None:
 def test_a_lone_array_is_no_proof(tmp_path: Path) -> None:
     with (tmp_path / "file.npz").open("wb") as file:
         np.save(file, np.zeros(3, np.uint8))
-    assert "not a proof" in refused(tmp_path / "file.npz")
+    assert "not a parity record" in refused(tmp_path / "file.npz")
 
 
 def test_a_truncated_proof_is_refused(file: Path) -> None:
@@ -825,7 +825,7 @@ def test_a_truncated_proof_is_refused(file: Path) -> None:
 
 
 def test_a_flipped_bit_is_refused_or_changes_nothing(proof: Proof, file: Path) -> None:
-    """In all that frames the arrays, and here and there in them; what no checksum covers (dates) says nothing."""
+    """In all headers, and at some places in the arrays; bytes without a checksum (dates) do not matter."""
     whole, accepted = file.read_bytes(), 0
     places = [*range(150), *range(150, len(whole) - 350, 11), *range(len(whole) - 350, len(whole))]
     for place in places:
@@ -839,7 +839,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(proof: Proof, file: Path) -
 
 
 class Trap:
-    """Unpickled, it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -857,7 +857,7 @@ def test_nothing_in_a_proof_is_ever_unpickled(name: str, file: Path, tmp_path: P
     assert not sprung.exists()
     assert "pickle" in refused(file)
     assert not sprung.exists()
-    with np.load(file, allow_pickle=True) as arrays, warnings.catch_warnings():  # the trap is armed
+    with np.load(file, allow_pickle=True) as arrays, warnings.catch_warnings():  # unpickling it really creates the file
         warnings.simplefilter("ignore")
         arrays[name][0].close()
     assert sprung.exists()
@@ -882,7 +882,7 @@ def test_a_proof_that_claims_more_than_memory_is_refused_unread(file: Path, monk
 
     monkeypatch.setattr(np, "load", never)
     message = refused(file)
-    assert f"claims more than {parity.MAX_PROOF} bytes" in message
+    assert f"declares more than {parity.MAX_PROOF} bytes" in message
 
 
 def test_parts_that_are_too_large_only_together_are_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -891,11 +891,11 @@ def test_parts_that_are_too_large_only_together_are_refused(file: Path, monkeypa
     monkeypatch.setattr(parity, "MAX_PROOF", sum(sizes))
     load_proof(file, SPEC, CHECKPOINT)
     monkeypatch.setattr(parity, "MAX_PROOF", sum(sizes) - 1)
-    assert "claims more" in refused(file)
+    assert "declares more" in refused(file)
 
 
 def test_a_proof_whose_text_would_fill_the_memory_is_refused_unread(file: Path) -> None:
-    """A megabyte of zeros and ones on the disk, gigabytes of lists in lists once it is read as JSON."""
+    """A megabyte on disk, gigabytes of nested lists once it is parsed as JSON."""
     text = b"[" + b"[]," * (parity.MAX_ABOUT // 3) + b"[]]"
     with_member(file, "about.npy", array_file((len(text),), text))
     assert f"or {parity.MAX_ABOUT} of text" in refused(file)
@@ -903,14 +903,14 @@ def test_a_proof_whose_text_would_fill_the_memory_is_refused_unread(file: Path) 
 
 @pytest.mark.parametrize("name", ["about", "images", "expected"])
 def test_a_member_that_numpy_would_take_for_another_is_refused_unread(name: str, file: Path) -> None:
-    """Beside the one whose size is looked at; numpy prefers the name without its suffix."""
+    """In addition to the member whose size is checked; numpy prefers the name without its suffix."""
     with zipfile.ZipFile(file) as archive:
         there = archive.read(f"{name}.npy")
     with zipfile.ZipFile(file, "a") as archive:
         archive.writestr(name, there)
     names = sorted(["about.npy", "expected.npy", "images.npy", name])
     assert refused(file).startswith(
-        f"holds {names}, where about.npy, expected.npy, images.npy are expected; not a proof"
+        f"contains {names}, where about.npy, expected.npy, images.npy are expected; not a parity record"
     )
 
 
@@ -920,7 +920,7 @@ def test_members_of_one_name_are_refused(file: Path) -> None:
     with zipfile.ZipFile(file, "a") as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         archive.writestr("about.npy", there)
-    assert refused(file).startswith("holds ['about.npy', 'about.npy', 'expected.npy', 'images.npy'], where ")
+    assert refused(file).startswith("contains ['about.npy', 'about.npy', 'expected.npy', 'images.npy'], where ")
 
 
 @pytest.mark.parametrize("kept", [(), ("about.npy",)])
@@ -930,7 +930,7 @@ def test_an_archive_that_lacks_a_member_is_refused(file: Path, kept: tuple[str, 
     with zipfile.ZipFile(file, "w") as archive:
         for name, data in content.items():
             archive.writestr(name, data)
-    assert refused(file).startswith(f"holds {[*kept]}, where ")
+    assert refused(file).startswith(f"contains {[*kept]}, where ")
 
 
 def test_a_pipe_is_no_proof_and_is_not_waited_for(tmp_path: Path) -> None:
@@ -939,14 +939,14 @@ def test_a_pipe_is_no_proof_and_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def array_file(shape: tuple[int, ...], data: bytes = b"", descr: str = "|u1") -> bytes:
-    """An array as a file, whose header may claim more than there is."""
+    """An array as an .npy file, whose header may declare more than the file contains."""
     out = io.BytesIO()
     np.lib.format.write_array_header_1_0(out, {"descr": descr, "fortran_order": False, "shape": shape})
     return out.getvalue() + data
 
 
 def with_member(path: Path, name: str, content: bytes) -> None:
-    """Replace one file of the archive."""
+    """Replace a member of the archive."""
     with zipfile.ZipFile(path) as archive:
         old = {entry: archive.read(entry) for entry in archive.namelist()}
     old.pop(f"{name.removesuffix('.npy')}.npy")
@@ -981,7 +981,7 @@ def test_an_odd_array_in_a_proof_is_refused(name: str, content: bytes, file: Pat
 
 @pytest.mark.parametrize("name", ["about", "images", "expected"])
 def test_a_member_that_is_no_array_is_refused(name: str, file: Path) -> None:
-    """numpy gives the bytes of such a member as they are."""
+    """numpy returns such a member as raw bytes."""
     with_member(file, name, b'{"names": ["a"]}')
     refused(file)
 
@@ -1116,7 +1116,7 @@ def test_in_openvino_there_is_a_row_in_f32_and_one_in_what_it_prefers(
 
 
 class Abacus(Engine):
-    """Computes float32 in something else, unless told otherwise, and gives the right answers."""
+    """An engine that computes float32 in less by default, and returns the right outputs."""
 
     def __init__(self, proof: Proof, info: EngineInfo) -> None:
         self.left, self.info = iter(proof.expected), info
@@ -1156,7 +1156,7 @@ def test_a_file_is_loaded_once_more_only_where_exact_changes_what_is_computed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """TensorRT takes its time to load, and never computes float32 in less."""
+    """Loading in TensorRT takes long, and it never computes float32 in less."""
     proof, loaded = proof_with(noisy), []
 
     def load(*_: object, exact: bool, **__: object) -> Abacus:
@@ -1202,5 +1202,5 @@ def test_each_row_hands_its_answers_to_the_task(toy: Toy, prove: Toy, tmp_path: 
 
 def test_an_engine_that_cannot_be_had_is_no_row(toy: Toy, prove: Toy, tmp_path: Path) -> None:
     artifact = toy(tmp_path / "toy.onnx")
-    with pytest.raises(EngineError, match="there is no engine 'pytorch'"):
+    with pytest.raises(EngineError, match="unknown engine 'pytorch'"):
         parity.measure(artifact, prove(artifact.spec), backend="pytorch")

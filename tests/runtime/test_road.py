@@ -1,4 +1,4 @@
-"""The road around the network: what it gives here is what the package says, and what is wrong with it is found."""
+"""Tests of verifying the pre- and postprocessing: it matches the record here, and defects in it are found."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ON_ITS_SIDE, HALVED, TRANSPARENT = (
 
 
 def test_the_record_is_what_the_code_makes_here() -> None:
-    """To the last bit with the libraries that it was made with, within the limits with others."""
+    """Bit-identical with the libraries that the record was made with, within the limits with others."""
     kept, made = load_road(), record_road(answer())
     assert kept.photos == made.photos
     assert list(kept.passages) == list(made.passages) == [*NAMES, ON_ITS_SIDE, HALVED, TRANSPARENT]
@@ -67,7 +67,7 @@ def test_with_the_recorded_libraries_nothing_differs() -> None:
 
 
 def test_a_segmenter_takes_the_same_road() -> None:
-    """What is proven is what photos go through, not a copy of it."""
+    """The code under test is the code that processes photos, not a copy."""
     proof = load_road()
     with Segmenter(threads=1, threshold=0.5) as segmenter:
         segmenter.size = (SIZE, SIZE)
@@ -79,7 +79,7 @@ def test_a_segmenter_takes_the_same_road() -> None:
 
 
 def decoding(change: Callable[[Photo], Photo]) -> Callable[[Any], Any]:
-    """What :func:`petseg_runtime.images.open_photo` is put in the place of, to change what it decodes."""
+    """A replacement for :func:`petseg_runtime.images.open_photo` that changes the decoded photo."""
 
     def changed(whole: Any) -> Any:
         @contextlib.contextmanager
@@ -107,26 +107,26 @@ def test_the_photos_beside_the_samples_are_what_they_say(monkeypatch: pytest.Mon
     assert notes[-1] == ("transparency laid over white",)
 
 
-# What could go wrong on a device, or in our own code. Each takes the function that it is put in the place of.
+# Possible defects of a device or of our code. Each takes the function that it replaces.
 
 
 def swapped(photo: Photo) -> Photo:
-    """Blue for red, as OpenCV has them."""
+    """Red and blue swapped, as in OpenCV."""
     return dataclasses.replace(photo, pixels=np.ascontiguousarray(photo.pixels[..., ::-1]))
 
 
 def without_last_row(photo: Photo) -> Photo:
-    """A decoder that loses the last row, and the last column: off by one."""
+    """A decoder with an off-by-one error that loses the last row and column."""
     return dataclasses.replace(photo, pixels=np.ascontiguousarray(photo.pixels[:-1, :-1]))
 
 
 def limited(photo: Photo) -> Photo:
-    """Limited range, as videos have it, taken for full."""
+    """Limited range, as in videos, mistaken for full range."""
     return dataclasses.replace(photo, pixels=(16 + photo.pixels.astype(int) * 219 // 255).astype(np.uint8))
 
 
 def resampled(method: Image.Resampling) -> Callable[[Any], Any]:
-    """Another filter."""
+    """A different resampling filter."""
 
     def broken(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
         return np.array(Image.fromarray(pixels).resize((width, height), method))
@@ -135,7 +135,7 @@ def resampled(method: Image.Resampling) -> Callable[[Any], Any]:
 
 
 def moved(function: Any) -> Any:
-    """By one pixel."""
+    """Shifts the output by one pixel."""
     return lambda *args: np.roll(function(*args), 1, axis=1)
 
 
@@ -151,7 +151,7 @@ def opaque(function: Any) -> Any:
     return lambda image, name, notes: np.array(image.convert("RGB"))
 
 
-RESIZED, BROUGHT_BACK = "read and resized: ", "an answer brought back: "
+RESIZED, BROUGHT_BACK = "read and resized: ", "output resized back: "
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ RESIZED, BROUGHT_BACK = "read and resized: ", "an answer brought back: "
         ("open_photo", decoding(swapped), [*NAMES, ON_ITS_SIDE, HALVED, TRANSPARENT], RESIZED + "mean difference"),
         ("open_photo", decoding(without_last_row), [*NAMES, ON_ITS_SIDE], RESIZED + "largest difference"),
         ("open_photo", decoding(limited), [*NAMES, TRANSPARENT], RESIZED + "mean difference"),
-        ("_turn", unturned, [ON_ITS_SIDE], "is 300 x 451 here, 451 x 300 where the road was recorded"),
+        ("_turn", unturned, [ON_ITS_SIDE], "is 300 x 451 here, 451 x 300 in the record"),
         ("_turn", unturned, [ON_ITS_SIDE], RESIZED + "largest difference"),
         ("_to_rgb", opaque, [TRANSPARENT], RESIZED + "largest difference"),
         *(
@@ -189,7 +189,7 @@ def test_a_defect_is_found_in_each_photo_that_shows_it(
     assert found >= set(photos)
     *failures, remedy = receipt.failures
     assert all(" allowed " in failure or " is " in failure for failure in failures)
-    assert remedy.startswith("look at Pillow and its JPEG library (`python -m PIL` lists them): here Pillow ")
+    assert remedy.startswith("check Pillow and its JPEG library (`python -m PIL` lists them): here Pillow ")
 
 
 def test_what_rounds_otherwise_by_one_level_is_no_defect(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +203,7 @@ def test_what_rounds_otherwise_by_one_level_is_no_defect(monkeypatch: pytest.Mon
 
 
 def test_a_photo_that_cannot_be_read_here_is_a_failure_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with a Pillow that was built without a JPEG library."""
+    """As with a Pillow built without a JPEG library."""
 
     def open_photo(source: bytes, **options: Any) -> Any:
         if source[:2] == b"\xff\xd8":
@@ -219,7 +219,7 @@ def test_a_photo_that_cannot_be_read_here_is_a_failure_that_names_it(monkeypatch
 
 @pytest.fixture
 def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The record in a folder of the test's own, with the samples beside it."""
+    """A copy of the record in a temporary folder, with the sample photos."""
     shutil.copytree(RECORD.with_name("samples"), tmp_path / "samples")
     shutil.copy(RECORD, tmp_path / "road.npz")
     monkeypatch.setattr(road, "RECORD", tmp_path / "road.npz")
@@ -281,14 +281,14 @@ def test_verify_fails_where_the_network_is_right_and_the_road_is_not(
     assert "computes in f32: passed" in out
     assert "processing  FAILED, 9 photos with Pillow " in out
     lines = err.splitlines()
-    assert all(line.startswith("petseg: the road around the network: ") for line in lines)
+    assert all(line.startswith("petseg: pre- and postprocessing: ") for line in lines)
     assert any(
         "chelsea.jpg: read and resized: largest difference" in line and "allowed 8/255" in line for line in lines
     )
-    assert "look at Pillow and its JPEG library" in lines[-1]
+    assert "check Pillow and its JPEG library" in lines[-1]
     result = json.loads(proven.path.with_name("toy.onnx.verified.json").read_text(encoding="utf-8"))
     assert (result["passed"], result["road"]["passed"], result["rows"][0]["passed"]) == (False, False, True)
-    assert "; the road around the network: FAILED" in result["summary"]
+    assert "; pre- and postprocessing: FAILED" in result["summary"]
     assert run(["info", str(proven.path)]) == 0
     assert "verified here  pre- and postprocessing: FAILED, 9 photos" in capsys.readouterr().out
     assert run(["verify", str(proven.path), "-q"]) == 10

@@ -1,4 +1,4 @@
-"""The specification: out as JSON, back the same, and nothing doubtful accepted."""
+"""The specification survives a round trip through JSON, and invalid ones are rejected."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_json_is_one_line_in_ascii_with_all_fields_and_the_version() -> None
         "batch": 0,
         "precision": "fp32",
     }
-    assert (SPEC_KEY, SCHEMA_VERSION) == ("petseg.spec", 1)  # both are in files that exist
+    assert (SPEC_KEY, SCHEMA_VERSION) == ("petseg.spec", 1)  # both are in existing files
 
 
 def test_the_json_of_equal_specs_is_equal() -> None:

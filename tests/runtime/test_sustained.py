@@ -1,4 +1,4 @@
-"""Full load for long: each interval has its rate, slowing down is told, and what was measured is told at any end."""
+"""Sustained load: each interval has its rate, throttling is reported, and results are reported however it ends."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ IN_ONNXRUNTIME = ["--backend", "onnxruntime", "--device", "cpu", "--threads", "2
 
 
 class Clock:
-    """Time that passes only while all callers are in a run and the main thread waits; a run ends when it is told to."""
+    """A fake clock: it advances only while all callers are in a run and the main thread waits, and it ends the runs."""
 
     def __init__(self, callers: int) -> None:
         self.now = 0.0
@@ -45,7 +45,7 @@ class Clock:
         return self.now
 
     def sleep(self, seconds: float) -> None:
-        """A caller's run."""
+        """A run of a caller."""
         me = threading.get_ident()
         with self.changed:
             self.until[me] = self.now + seconds
@@ -54,7 +54,7 @@ class Clock:
             self.until.pop(me, None)
 
     def wait(self, working: Any, seconds: float, when: str) -> tuple[set[Any], set[Any]]:
-        """The main thread's waiting: everything that is due before it is done comes first, in order."""
+        """The main thread waits: all events due before the end of the wait happen first, in order."""
         end = self.now + seconds
         with self.changed:
             while True:
@@ -74,7 +74,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Two callers' time."""
+    """The fake clock of two callers."""
     clock = Clock(2)
 
     class Stop(threading.Event):
@@ -89,7 +89,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Abacus(Engine):
-    """Does what it is told in a run, given how many it has done; two callers at a time."""
+    """An engine for two callers; a function of the number of finished runs decides what a run does."""
 
     def __init__(self, work: Callable[[int], object] = lambda count: None) -> None:
         self.work = work
@@ -110,7 +110,7 @@ class Abacus(Engine):
         return INFO
 
     def close(self) -> None:
-        """There is nothing to free."""
+        """Nothing needs to be freed."""
 
 
 def interval(number: int, rate: float, **state: Any) -> Interval:
@@ -138,7 +138,7 @@ def test_each_interval_follows_the_one_before_and_each_caller_has_a_thread() -> 
 
 @pytest.mark.parametrize("seconds", [0.01, 0.3, 1.0, 1.4, 5.0])
 def test_a_steady_machine_has_the_same_rate_in_each_interval(clock: Clock, seconds: float) -> None:
-    """However long its runs are beside an interval, here of a second."""
+    """However long its runs are compared with an interval, which is a second here."""
     done = measured()
     done.intervals.extend(sustain(Abacus(lambda count: clock.sleep(seconds)), PHOTOS, 10.0))
     assert [one.photos_per_second for one in done.intervals] == [pytest.approx(2 * 3 / seconds)] * INTERVALS
@@ -178,7 +178,7 @@ def test_intervals_that_are_shorter_than_a_run_are_told(clock: Clock, seconds: f
     done = measured(batch=3)
     done.intervals.extend(sustain(Abacus(lambda count: clock.sleep(seconds)), PHOTOS, 10.0))
     assert done.short is short
-    said = "; but a run takes longer than an interval, whose rate says little by itself: give it more minutes"
+    said = "; but a run takes longer than an interval, so that single rates mean little: measure for more minutes"
     assert done.verdict.endswith(": this machine keeps its pace" + said * short)
 
 
@@ -202,13 +202,21 @@ def test_intervals_that_are_shorter_than_a_run_are_told(clock: Clock, seconds: f
             0.2,
             "interval 3, the last one measured, is 20 % slower than the first: this machine slows down under load",
         ),
-        ([50.0], None, "there are not two intervals with runs in them, so nothing can be said of slowing down"),
+        (
+            [50.0],
+            None,
+            "there are no two intervals with runs to compare, so it is unknown whether this machine slows down",
+        ),
         (
             [5.0] * 9 + [0.0],
             None,
-            "there are not two intervals with runs in them, so nothing can be said of slowing down",
+            "there are no two intervals with runs to compare, so it is unknown whether this machine slows down",
         ),
-        ([0.0, 1.0], None, "there are not two intervals with runs in them, so nothing can be said of slowing down"),
+        (
+            [0.0, 1.0],
+            None,
+            "there are no two intervals with runs to compare, so it is unknown whether this machine slows down",
+        ),
     ],
 )
 def test_the_verdict_is_a_sentence(rates: list[float], loss: float | None, verdict: str) -> None:
@@ -243,7 +251,7 @@ def test_a_run_that_fails_ends_it_at_once_with_its_reason() -> None:
             raise EngineError("a bead fell off")
 
     engine = Abacus(fail)
-    with pytest.raises(EngineError, match="a bead fell off"):  # and the hours to come are not waited for
+    with pytest.raises(EngineError, match="a bead fell off"):  # and it does not wait for the remaining hours
         list(sustain(engine, PHOTOS, 10_000))
     assert not any(caller.is_alive() for caller in engine.callers), "the other caller has ended, too"
 
@@ -320,7 +328,7 @@ def test_an_engine_that_cannot_be_had_is_5(proven: Artifact, capsys: pytest.Capt
     assert run(["benchmark", str(proven.path), "--sustained", "1", "--backend", "abacus"]) == 5
     out, err = capsys.readouterr()
     assert out == ""
-    assert "there is no engine 'abacus'" in err
+    assert "unknown engine 'abacus'" in err
 
 
 def test_an_engine_that_fails_on_the_way_is_5_and_what_was_measured_is_told(
@@ -334,7 +342,7 @@ def test_an_engine_that_fails_on_the_way_is_5_and_what_was_measured_is_told(
         whole = loaded.run
 
         def run(images: Any) -> Any:
-            if len(ended) > 2:  # two intervals were told by then
+            if len(ended) > 2:  # two intervals had been reported by then
                 raise EngineError("a bead fell off")
             return whole(images)
 

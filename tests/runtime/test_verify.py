@@ -1,4 +1,4 @@
-"""What was verified, as it is kept beside a model: by whom, where, with what; and what of it still holds here."""
+"""The results of verifications saved beside a model, and which of them are still valid on this device."""
 
 from __future__ import annotations
 
@@ -58,13 +58,21 @@ def test_what_was_verified_with_another_threshold_or_on_another_machine_is_not_s
     result = json.loads(path.read_text(encoding="utf-8"))
     packages = result["host"]["packages"]
     for key, change, said in (
-        ("spec", {"threshold": 0.9}, "of another file"),
-        ("host", {"cpu": {**result["host"]["cpu"], "name": "Cortex-A76"}}, "on another machine (Cortex-A76, "),
-        ("host", {"cpu": None}, "on another machine (unknown, "),
-        ("host", {"packages": {**packages, "onnxruntime": "1.20.0"}}, "with onnxruntime 1.20.0, and now it is 1."),
-        ("host", {"packages": {**packages, "tensorrt": "10.9"}}, "with tensorrt 10.9, and now it is "),
-        ("host", {"packages": {**packages, "tensorrt-cu12": "10.9"}}, "with tensorrt-cu12 10.9, and now it is "),
-        ("host", {"nvidia_driver": "570.1"}, "with NVIDIA's driver 570.1, and now it is "),
+        ("spec", {"threshold": 0.9}, "is of another file"),
+        ("host", {"cpu": {**result["host"]["cpu"], "name": "Cortex-A76"}}, "was made on another machine (Cortex-A76, "),
+        ("host", {"cpu": None}, "was made on another machine (unknown, "),
+        (
+            "host",
+            {"packages": {**packages, "onnxruntime": "1.20.0"}},
+            "was made with onnxruntime 1.20.0, and now it is 1.",
+        ),
+        ("host", {"packages": {**packages, "tensorrt": "10.9"}}, "was made with tensorrt 10.9, and now it is "),
+        (
+            "host",
+            {"packages": {**packages, "tensorrt-cu12": "10.9"}},
+            "was made with tensorrt-cu12 10.9, and now it is ",
+        ),
+        ("host", {"nvidia_driver": "570.1"}, "was made with NVIDIA's driver 570.1, and now it is "),
     ):
         path.write_text(json.dumps({**result, key: {**result[key], **change}}))
         assert run(["info", str(proven.path)]) == 0
@@ -124,7 +132,9 @@ def test_each_device_of_an_engine_has_a_result_of_its_own(proven: Artifact, monk
         {"identity": "of another file"},
         {"schema_version": 9},
         {"device": "of another machine"},
-        {"rows": [{"engine": "onnxruntime 1.20 (cpu, CPUExecutionProvider)"}]},  # of before rows named their engine
+        {
+            "rows": [{"engine": "onnxruntime 1.20 (cpu, CPUExecutionProvider)"}]
+        },  # written before rows named their engine
         {"rows": 7},
     ],
     ids=lambda change: next(iter(change)),
@@ -149,7 +159,7 @@ def test_what_does_not_hold_here_or_cannot_be_told_apart_is_replaced(
 def test_odd_others_in_a_result_do_not_keep_info_from_its_work(
     proven: Artifact, capsys: pytest.CaptureFixture[str], others: object
 ) -> None:
-    """Any program may have written them."""
+    """Any program may have written the results."""
     assert run(["verify", str(proven.path), "-q"]) == 0
     path = sidecar_of(proven.path)
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "others": others}))
@@ -191,17 +201,21 @@ def test_what_was_verified_on_another_machine_of_the_same_kind_is_not_shown(
             [dataclasses.asdict(L4), {**dataclasses.asdict(T4), "index": 1}],
             (L4,),
             "",
-        ),  # what has no row does not matter
+        ),  # a GPU without a row does not matter
         (
             [dataclasses.asdict(T4)],
             (L4,),
-            "on another cuda:0 (Stand-in T4, compute capability 7.5, this is Stand-in L4, ",
+            "was made on another cuda:0 (Stand-in T4, compute capability 7.5, this is Stand-in L4, ",
         ),
-        ([dataclasses.asdict(L4)], (), "on another cuda:0 (Stand-in L4, compute capability 8.9, this is none)"),
-        (1, (L4,), "on another cuda:0 (unknown, this is Stand-in L4, compute capability 8.9)"),
-        ([7, {"index": 0}], (L4,), "on another cuda:0 (unknown, this is "),
-        ([{"index": 0}], (), "on another cuda:0 (unknown, this is none)"),
-        (None, (), "on another cuda:0 (unknown, this is none)"),
+        (
+            [dataclasses.asdict(L4)],
+            (),
+            "was made on another cuda:0 (Stand-in L4, compute capability 8.9, this is none)",
+        ),
+        (1, (L4,), "was made on another cuda:0 (unknown, this is Stand-in L4, compute capability 8.9)"),
+        ([7, {"index": 0}], (L4,), "was made on another cuda:0 (unknown, this is "),
+        ([{"index": 0}], (), "was made on another cuda:0 (unknown, this is none)"),
+        (None, (), "was made on another cuda:0 (unknown, this is none)"),
     ],
 )
 def test_what_was_verified_on_another_gpu_is_not_shown(
@@ -240,7 +254,7 @@ def test_of_what_another_petseg_verified_only_the_network_is_left(
     path.write_text(json.dumps({**older, "others": [older]}))
     assert run(["info", str(proven.path)]) == 0
     out = capsys.readouterr().out
-    said = f"found by petseg 0.0.1, and this is {__version__}: run `petseg verify` again"
+    said = f"verified by petseg 0.0.1, and this is {__version__}: run `petseg verify` again"
     assert "verified here  smoke, 4 photos, passed, f32 in onnxruntime" in out
     assert f"verified here  pre- and postprocessing: {said}" in out
     assert "9 photos with Pillow" not in out
@@ -312,7 +326,7 @@ def test_a_result_that_cannot_be_read_does_not_keep_info_from_its_work(
 def test_an_odd_road_in_a_result_does_not_keep_info_from_its_work(
     proven: Artifact, capsys: pytest.CaptureFixture[str], road: object
 ) -> None:
-    """Any program may have written it."""
+    """Any program may have written the file."""
     assert run(["verify", str(proven.path), "-q"]) == 0
     path = sidecar_of(proven.path)
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "road": road}))
@@ -323,7 +337,7 @@ def test_an_odd_road_in_a_result_does_not_keep_info_from_its_work(
 def test_the_result_of_an_earlier_build_is_not_shown_as_this_ones(
     toy_ir: Artifact, prove: Callable[..., Proof], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A model that is compiled again has the identity of its ONNX file, as before."""
+    """A model that is compiled again still has the identity of its ONNX file."""
     proof_of(toy_ir.path).write_bytes(prove(toy_ir.spec).to_bytes())
     assert run(["verify", str(toy_ir.path), "-q"]) == 0
     toy_ir.path.write_bytes(toy_ir.path.read_bytes().replace(b"<net", b"<!-- again --><net"))

@@ -1,1 +1,1 @@
-"""Inference engines behind one small protocol: bytes in, bytes out."""
+"""Inference engines behind one small protocol: uint8 images in, uint8 probabilities out."""

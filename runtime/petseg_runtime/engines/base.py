@@ -1,4 +1,4 @@
-"""What all engines have in common: their interface, their options, and what they say of themselves."""
+"""The interface that all engines share: the protocol, its options, and the description of a running engine."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ DEVICES: Final = ("cpu", "cuda", "intel-gpu")
 
 @dataclass(frozen=True)
 class Device:
-    """Something to compute on.
+    """A device to compute on.
 
     Attributes:
         kind: ``cpu``, ``cuda`` (an NVIDIA GPU) or ``intel-gpu``.
-        index: Which of them, as the driver counts.
+        index: Number of the device among those of its kind, as the driver counts them.
     """
 
     kind: str = "cpu"
@@ -46,33 +46,33 @@ class Device:
 
     @classmethod
     def parse(cls, text: str) -> Device:
-        """``cpu``, ``cuda``, ``cuda:1``, ``intel-gpu``.
+        """Parse the name of a device: ``cpu``, ``cuda``, ``cuda:1``, ``intel-gpu``.
 
         Raises:
-            EngineError: None of these.
+            EngineError: The text names no device.
         """
         kind, colon, index = text.partition(":")
         if kind not in DEVICES or (colon and (kind == "cpu" or not (index.isascii() and index.isdecimal()))):
             raise EngineError(
-                f"there is no device {text!r}; there are: auto, cpu, cuda, cuda:N, intel-gpu, intel-gpu:N"
+                f"unknown device {text!r}; choose one of: auto, cpu, cuda, cuda:N, intel-gpu, intel-gpu:N"
             )
         return cls(kind, int(index or 0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What may be asked of an engine.
+    """Options for loading an engine.
 
     Attributes:
-        threads: CPU threads in all; None: as many as this process may use.
-        streams: How many runs at a time, which share the threads: 1 for the shortest wait, as many as there are threads
-            for the most photos a second.
-        exact: Compute in float32 where the graph says so, even where the engine knows something faster (bf16, TF32).
-        device: What to compute on.
-        cuda_graph: Launch the network as one CUDA graph, where the engine can (TensorRT); off only to measure it.
-        size: Height and width of the photos to come, for a model that takes any; None: the specification's.
-        tell: Told, in a few words, before something that takes long (a compilation).
-        notes: What was decided on the way to this engine, for :attr:`EngineInfo.notes`.
+        threads: Total number of CPU threads; None: as many as this process may use.
+        streams: Concurrent runs, which share the threads: 1 for the lowest latency, the number of threads for the
+            highest throughput.
+        exact: Compute in float32 where the graph says so, even if the engine has a faster precision (bf16, TF32).
+        device: The device to compute on.
+        cuda_graph: Launch the network as one CUDA graph if the engine can (TensorRT); turned off only to measure it.
+        size: Height and width that a model with a dynamic size will be run at; None: the specification's.
+        tell: Called with a short message before a slow step (a compilation).
+        notes: Decisions that led to this engine, for :attr:`EngineInfo.notes`.
     """
 
     threads: int | None = None
@@ -87,21 +87,22 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
-    """What is really running.
+    """Description of a running engine.
 
     Attributes:
-        name: The engine, as ``--backend`` calls it.
-        version: Of its library.
-        device: What it computes on ("cpu", "cuda:0").
-        provider: What the library calls the part of it that does the work.
-        precision: What it computes in (f32, tf32, bf16, fp16, int8), which can differ from what the file is stored in.
-            int8: the operands of the quantized convolutions are on the int8 grid, whatever multiplies them.
-        threads: CPU threads it may use; 0 if it decides by itself.
-        streams: Concurrent ``run`` calls that increase throughput.
-        batch: Photos in one ``run`` beyond which throughput does not increase.
-        notes: What people should know of how it came about: an engine passed over and why, a compilation.
-        float32: What it computes in where :attr:`EngineOptions.exact` asks for float32: with it f32, without it f32,
-            tf32, bf16 or fp16.
+        name: The engine's name, as in ``--backend``.
+        version: Version of its library.
+        device: The device that it computes on ("cpu", "cuda:0").
+        provider: The library's name for the component that runs the network (execution provider, plugin).
+        precision: The precision that it computes in (f32, tf32, bf16, fp16, int8), which can differ from the precision
+            that the file is stored in. int8: the operands of the quantized convolutions are on the int8 grid, whatever
+            arithmetic multiplies them.
+        threads: CPU threads that it may use; 0 if the engine decides.
+        streams: Number of concurrent ``run`` calls up to which throughput increases.
+        batch: Number of photos per ``run`` up to which throughput increases.
+        notes: Remarks for people on how this engine was chosen: engines that were skipped and why, a compilation.
+        float32: The precision of computations that :attr:`EngineOptions.exact` asks to do in float32: f32 with that
+            option, and f32, tf32, bf16 or fp16 without it.
     """
 
     name: str
@@ -117,43 +118,43 @@ class EngineInfo:
 
     @property
     def narrowed(self) -> bool:
-        """Whether :attr:`EngineOptions.exact` would change what it computes: only then is that worth a second load."""
+        """Whether :attr:`EngineOptions.exact` would change the results; otherwise a second load would be pointless."""
         return self.float32 != "f32"
 
 
 class Engine(Protocol):
-    """A loaded model. Use it as a context manager, or call ``close``. Engines derive from it."""
+    """A loaded model. Use it as a context manager, or call ``close``. All engines derive from it."""
 
     @property
     def spec(self) -> ModelSpec:
-        """What the model expects and returns."""
+        """The specification of the model."""
 
     def run(self, images: U8) -> U8:
-        """Segment a batch; safe to call from several threads.
+        """Segment a batch. Thread-safe.
 
         Args:
-            images: uint8 [N, H, W, 3] RGB, of the spec's size (or any multiple of 16 if its size is dynamic), N at
-                least 1.
+            images: uint8 [N, H, W, 3] RGB, of the specification's size (or any multiple of 16 if its size is dynamic),
+                N at least 1.
 
         Returns:
-            uint8 [N, H, W], ``round(255 * p(pet))``; the caller's own array, which no later call changes.
+            uint8 [N, H, W], ``round(255 * p(pet))``: a new array, which belongs to the caller.
 
         Raises:
-            UsageError: The batch does not fit the spec, or is of a size that the engine was not built for.
+            UsageError: The batch does not fit the specification, or its size is one the engine was not built for.
             EngineError: The engine failed.
         """
 
     def describe(self) -> EngineInfo:
-        """What is really running."""
+        """Describe what is actually running."""
 
     def close(self) -> None:
-        """Free the model; calling it again does nothing."""
+        """Free the model. Closing it again does nothing."""
 
     def warm_up(self, count: int = 1, size: tuple[int, int] | None = None) -> None:
-        """Run a blank batch of ``count`` photos twice, so that what is done at the first run is done.
+        """Run a blank batch of ``count`` photos twice, so that one-time work is done before the first real run.
 
         Args:
-            count: How many photos.
+            count: Number of photos.
             size: Their height and width; None: the specification's.
 
         Raises:
@@ -173,22 +174,22 @@ class Engine(Protocol):
 
 
 def check_batch(images: U8, spec: ModelSpec) -> None:
-    """Raise the ``UsageError`` that names both shapes if a batch does not fit a spec."""
+    """Raise a ``UsageError`` that names both shapes if a batch does not fit a specification."""
     fits = images.ndim == 4 and images.shape[0] >= 1 and images.shape[3] == 3 and images.dtype == np.uint8
     if not fits:
         raise UsageError(
-            f"batch is {images.dtype} {list(images.shape)}; uint8 [N, {spec.height}, {spec.width}, 3] is expected"
+            f"the batch is {images.dtype} {list(images.shape)}; uint8 [N, {spec.height}, {spec.width}, 3] is expected"
         )
     try:
         spec.sized(images.shape[1], images.shape[2])
-    except ModelError as error:  # the model is well; it is the size that is not
+    except ModelError as error:  # the size is wrong, not the model
         raise UsageError(str(error)) from error
 
 
 def in_batches(run: Callable[[U8], U8], images: U8, size: int) -> U8:
-    """Run a graph that takes ``size`` photos at a time on any number of them (0: it takes any number by itself).
+    """Run a graph with a fixed batch size on any number of photos (``size`` 0: the batch size is dynamic).
 
-    The last batch is filled up with repeats of its last photo, whose results are dropped.
+    The last batch is padded with copies of its last photo, whose results are dropped.
     """
     if size in (0, len(images)):
         return run(images)

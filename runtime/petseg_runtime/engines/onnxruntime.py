@@ -1,8 +1,8 @@
-"""ONNX Runtime: on the CPU the embedded default, on any laptop and board; on an NVIDIA GPU through CUDA.
+"""ONNX Runtime: the default engine on the CPU of any laptop or board, and on NVIDIA GPUs through CUDA.
 
-The road over CUDA was built from the documentation (:data:`petseg_runtime.engines.registry.ENGINES` says what of it we
-have run); that a session which silently fell back to the CPU is refused was tested with the real GPU package. Single
-nodes for which CUDA has no code run on the CPU all the same.
+The code for CUDA was written from the documentation (:data:`petseg_runtime.engines.registry.ENGINES` lists what we have
+run). That a session which silently fell back to the CPU is rejected was tested with the real GPU package. Single nodes
+for which the CUDA execution provider has no kernel still run on the CPU.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 import threading
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -36,7 +37,7 @@ from petseg_runtime.spec import ModelSpec
 
 __all__ = ["OnnxRuntimeCudaEngine", "OnnxRuntimeEngine", "load"]
 
-if not hasattr(onnxruntime, "InferenceSession"):  # a folder without its files is imported as an empty package
+if not hasattr(onnxruntime, "InferenceSession"):  # Python imports a folder without files as a namespace package
     raise ImportError(
         f"only its empty folder is left: pip uninstall onnxruntime onnxruntime-gpu, then {install('cpu')}, or "
         f"{install('gpu')} for an NVIDIA GPU"
@@ -50,39 +51,39 @@ _CUDA: Final = "CUDAExecutionProvider"
 
 _ARM: Final = platform.machine().lower() in ("aarch64", "arm64")
 
-#: Held while stdout is caught, which is one for all threads: of two that catch it at once, the second to begin would
-#: put back what the first had put in its place.
-_CATCHING: Final = threading.Lock()
+#: Held while stdout, which all threads share, is redirected: of two threads that redirect it at once, the second would
+#: restore the first one's buffer instead of stdout.
+_REDIRECTING: Final = threading.Lock()
 
-#: The packages that are all imported as `onnxruntime`, and overwrite each other's files.
+#: Packages that are both imported as `onnxruntime` and overwrite each other's files.
 _PACKAGES: Final = ("onnxruntime", "onnxruntime-gpu")
 
 
 class OnnxRuntimeEngine(Engine):
-    """An ONNX Runtime session with the CPU provider."""
+    """An ONNX Runtime session with the CPU execution provider."""
 
     def __init__(self, artifact: Artifact, options: EngineOptions) -> None:
         """Load the model.
 
         Args:
-            artifact: What to run.
-            options: Its CPU provider never computes float32 in anything else, so ``exact`` changes nothing. Each
-                stream is a caller's thread; what is left of the threads helps all of them.
+            artifact: The model to run.
+            options: ``exact`` has no effect: the CPU execution provider always computes float32 in float32. Each stream
+                is a caller's thread; the remaining threads help all callers.
 
         Raises:
-            EngineError: ONNX Runtime refuses the file, or runs it with another provider than asked for.
+            EngineError: ONNX Runtime rejects the file, or runs it with another execution provider than requested.
         """
         self._spec = artifact.spec
         self._threads = options.threads or host.usable_cpus()
         self._streams = min(options.streams, self._threads)
         self._notes = options.notes
-        # A session has one pool for all callers, of one thread less than it is told: the caller's counts. With as many
-        # callers as streams, this makes `threads` at work.
+        # A session has one thread pool for all callers, with intra_op_num_threads - 1 threads: the caller's own thread
+        # counts as one. With as many callers as streams, `threads` threads are at work.
         self._session: Any = _session(artifact, _CPU, {}, self._threads - self._streams + 1)
 
     @property
     def spec(self) -> ModelSpec:
-        """What the model expects and returns."""
+        """The specification of the model."""
         return self._spec
 
     def run(self, images: U8) -> U8:
@@ -102,7 +103,7 @@ class OnnxRuntimeEngine(Engine):
             raise EngineError(f"ONNX Runtime failed ({one_line(error)})") from error
 
     def describe(self) -> EngineInfo:
-        """What is really running."""
+        """Describe what is actually running."""
         computed = {"fp32": "f32", "fp16": "fp16" if _fp16_on_cpu() else "f32", "int8": "int8"}
         return EngineInfo(
             name="onnxruntime",
@@ -122,22 +123,22 @@ class OnnxRuntimeEngine(Engine):
 
 
 class OnnxRuntimeCudaEngine(Engine):
-    """An ONNX Runtime session with the CUDA provider.
+    """An ONNX Runtime session with the CUDA execution provider.
 
-    Input and output are bound to buffers on the GPU that are used again for every batch of the same shape; calls from
+    Input and output are bound to device buffers, which are reused for consecutive batches of the same shape. Calls from
     several threads take turns.
     """
 
     def __init__(self, artifact: Artifact, options: EngineOptions) -> None:
-        """Load the model and run it, so that whatever can fail does so here.
+        """Load the model and run it once, so that failures occur here rather than in the first real run.
 
         Args:
-            artifact: What to run.
-            options: ``exact`` switches TF32 off; ``size`` is what it is run at.
+            artifact: The model to run.
+            options: ``exact`` switches TF32 off; ``size`` is the size of the warm-up run.
 
         Raises:
             EngineMissing: This ONNX Runtime was built without CUDA.
-            EngineError: There is no such GPU, or ONNX Runtime would run on something else.
+            EngineError: There is no such GPU, or ONNX Runtime would run the model on another device.
         """
         self._spec, self._device, self._notes = artifact.spec, options.device, options.notes
         self._tf32 = not options.exact
@@ -152,7 +153,7 @@ class OnnxRuntimeCudaEngine(Engine):
 
     @property
     def spec(self) -> ModelSpec:
-        """What the model expects and returns."""
+        """The specification of the model."""
         return self._spec
 
     def run(self, images: U8) -> U8:
@@ -167,14 +168,13 @@ class OnnxRuntimeCudaEngine(Engine):
                 raise EngineError(f"ONNX Runtime on {self._device} failed ({one_line(error)})") from error
 
     def describe(self) -> EngineInfo:
-        """What is really running."""
-        there = {gpu.index: gpu for gpu in host.gpus()}
-        gpu = there.get(self._device.index)
+        """Describe what is actually running."""
+        gpu = next((gpu for gpu in host.gpus() if gpu.index == self._device.index), None)
         ampere = gpu is not None and int(gpu.compute_capability.partition(".")[0]) >= 8  # the first with TF32
         wide = "tf32" if self._tf32 and ampere else "f32"
         computed = {"fp32": wide, "fp16": "fp16", "int8": "int8"}
-        # Layers that are left in float, and convolutions between QuantizeLinear and DequantizeLinear.
-        rest = "" if self._spec.precision == "fp32" else f", {wide} in what is float32 in the file"
+        # float32 layers, and convolutions between QuantizeLinear and DequantizeLinear.
+        rest = "" if self._spec.precision == "fp32" else f", {wide} for the graph's float32 operations"
         return EngineInfo(
             name="onnxruntime",
             version=onnxruntime.__version__,
@@ -195,7 +195,7 @@ class OnnxRuntimeCudaEngine(Engine):
 
 
 class _Bound:
-    """A session's input and output in buffers on a device."""
+    """An I/O binding of a session's input and output to device buffers."""
 
     def __init__(self, session: Any, device: Device) -> None:
         self._session, self._device = session, device
@@ -204,13 +204,13 @@ class _Bound:
         self._received: Any = None
 
     def run(self, images: U8) -> U8:
-        """uint8 [N, H, W, 3] to uint8 [N, H, W], the caller's own."""
+        """Run uint8 [N, H, W, 3]; returns a new array, uint8 [N, H, W]."""
         images = np.ascontiguousarray(images)
         if self._sent is None or tuple(self._sent.shape()) != images.shape:
             self._bind(images.shape)
         self._sent.update_inplace(images)
         self._session.run_with_iobinding(self._binding)
-        # On the CPU the array is a view of the buffer that the next run writes to; from a GPU it is a copy already.
+        # On the CPU, numpy() is a view of the buffer, which the next run overwrites; from a GPU it is already a copy.
         return np.array(self._received.numpy())
 
     def _bind(self, shape: tuple[int, ...]) -> None:
@@ -222,60 +222,71 @@ class _Bound:
 
 
 def _fp16_on_cpu() -> bool:
-    """Whether its CPU provider computes an fp16 graph in fp16; where not, it casts it to float32.
+    """Whether the CPU execution provider computes an fp16 graph in fp16 instead of casting it to float32.
 
-    It has such kernels for ARM only, and takes them only where the processor has fp16 arithmetic: a Cortex-A72 does
-    not. Of that, Linux tells; Apple's processors all have it.
+    It has fp16 kernels for ARM only, and uses them only if the processor has fp16 arithmetic, which a Cortex-A72 lacks.
+    Linux reports that; all Apple processors have it.
     """
     return _ARM and (sys.platform != "linux" or "asimdhp" in host.features())
 
 
 def _session(artifact: Artifact, provider: str, settings: dict[str, str], threads: int) -> Any:
-    """A session that really has ``provider`` for its first.
+    """Open a session and make sure that ``provider`` is its first execution provider.
 
     Raises:
-        EngineError: It has not, or there is none.
+        EngineError: The session cannot be opened, or has another execution provider.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _ERRORS_ONLY
     try:
         session = onnxruntime.InferenceSession(
-            os.fspath(artifact.path),
+            _model(artifact.path),
             options,
             providers=[(provider, settings)],
-            enable_fallback=0,  # which would print to stdout, and go on with the CPU
+            enable_fallback=0,  # the fallback would print to stdout and continue on the CPU
         )
     except Exception as error:
         raise EngineError(f"{artifact.path}: ONNX Runtime cannot load it ({one_line(error)})") from error
     active = session.get_providers()[0]
-    if active != provider:  # without an exception: it only says so in its log
+    if active != provider:  # ONNX Runtime raises nothing: it only logs this
         raise EngineError(f"{artifact.path}: ONNX Runtime would run it with {active} instead of {provider}")
     return session
 
 
+def _model(path: Path) -> str | bytes:
+    """The path of a model, or the content of the file: ONNX Runtime cannot open a path that is not valid UTF-8."""
+    name = os.fspath(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return path.read_bytes()
+    return name
+
+
 def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
-    """A session on an NVIDIA GPU.
+    """Open a session on an NVIDIA GPU.
 
     Raises:
         EngineMissing: This ONNX Runtime was built without CUDA.
-        EngineError: It does not start on that GPU, or two packages of ONNX Runtime are in each other's way; says what
-            may be wrong.
+        EngineError: The session cannot be opened on that GPU, or two packages of ONNX Runtime have overwritten each
+            other; the message says what may be wrong.
     """
     if _CUDA not in onnxruntime.get_available_providers():
         both = [name for name in _PACKAGES if _installed(name)]
-        # None: a package of another name, which conda and boards have.
+        # Neither: a package of another name, such as those of conda and of board vendors.
         away = f"pip uninstall {' '.join(both)}" if both else "uninstall it"
         remedy = f"{away}, then {install('gpu')}"
         if len(both) == 2:
             raise EngineError(f"onnxruntime and onnxruntime-gpu are both installed and break each other: {remedy}")
-        raise EngineMissing(f"the onnxruntime that is installed has no CUDA: {remedy}")
-    said = io.StringIO()
-    with _CATCHING, contextlib.redirect_stdout(said):  # it prints what it cannot find
+        raise EngineMissing(f"the installed onnxruntime was built without CUDA: {remedy}")
+    printed = io.StringIO()
+    with _REDIRECTING, contextlib.redirect_stdout(printed):  # it prints which libraries it cannot find
         onnxruntime.preload_dlls()
     try:
         settings = {"device_id": str(device.index), "use_tf32": str(int(tf32))}
-        # The GPU computes; 0 would be a thread for each core, pinned to it, with errors where it may not be used.
+        # One thread, since the GPU computes. 0 would start a thread for each core, pinned to it, and log an error for
+        # each core that this process may not use.
         return _session(artifact, _CUDA, settings, 1)
     except EngineError as error:
         there = host.gpus()
@@ -283,11 +294,11 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
         if there:
             shown = ", ".join(f"cuda:{gpu.index} {gpu.name}, {gpu.driver}" for gpu in there)
             remedy = host.old_driver(there[0].driver, host.ONNXRUNTIME_CUDA12) or (
-                f"CUDA and cuDNN of the version that this onnxruntime-gpu wants are needed: {install('gpu')}"
+                f"the versions of CUDA and cuDNN that this onnxruntime-gpu was built for are needed: {install('gpu')}"
             )
-            why = f"its GPUs: {shown}; {remedy}"
-        heard = f"; {one_line(said.getvalue())}" if said.getvalue() else ""
-        raise EngineError(f"{device} cannot be had: {error} ({why}{heard})") from error
+            why = f"GPUs of this machine: {shown}; {remedy}"
+        heard = f"; {one_line(printed.getvalue())}" if printed.getvalue() else ""
+        raise EngineError(f"{device} is not available: {error} ({why}{heard})") from error
 
 
 def _installed(package: str) -> bool:
@@ -299,7 +310,7 @@ def _installed(package: str) -> bool:
 
 
 def load(artifact: Artifact, options: EngineOptions) -> Engine:
-    """What the registry calls; the device decides between the two."""
+    """Load a model on the CPU or on an NVIDIA GPU, as ``options.device`` says; called by the registry."""
     if options.device.kind == "cuda":
         return OnnxRuntimeCudaEngine(artifact, options)
     return OnnxRuntimeEngine(artifact, options)

@@ -1,11 +1,11 @@
-"""OpenVINO: the fastest path on CPUs that compute in bf16, fp16 or int8. Takes its own IR and ONNX files.
+"""OpenVINO: the fastest engine on CPUs that compute in bf16, fp16 or int8. Runs OpenVINO IR and ONNX files.
 
-What it compiles of an ONNX file is kept (:mod:`petseg_runtime.cache`) where that gains: on CPUs for small files, and on
-GPUs, where compiling takes longest. What a CPU's plugin gives to keep is the optimised graph with its weights, without
-kernels. It spares a fifth of the time of loading the embedded model in a new process (195 to 152 ms), but nothing that
-counts of a file of 117 MB (305 to 263 of 850 ms). An IR is compiled every time.
+A model compiled from an ONNX file is cached (:mod:`petseg_runtime.cache`) where that pays: on CPUs for small files, and
+on GPUs, where compilation takes longest. The CPU plugin exports the optimized graph with its weights, without kernels.
+The cache saves a fifth of the time to load the embedded model in a new process (195 to 152 ms), but little for a file
+of 117 MB (305 to 263 of 850 ms). An IR is compiled every time.
 
-On which devices we have run it is in :data:`petseg_runtime.engines.registry.ENGINES`.
+:data:`petseg_runtime.engines.registry.ENGINES` lists the devices that we have run it on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from petseg_runtime.engines.base import (
     check_batch,
     in_batches,
 )
-from petseg_runtime.errors import EngineError, ModelError, one_line
+from petseg_runtime.errors import EngineError, ModelError, UsageError, one_line
 from petseg_runtime.spec import HALF_LIMIT, ModelSpec
 
 __all__ = ["OpenVINOEngine", "computes_in_less", "load"]
@@ -43,46 +43,48 @@ U8: TypeAlias = npt.NDArray[np.uint8]
 
 _NAMES: Final = {"f32": "f32", "f16": "fp16", "bf16": "bf16"}
 
-#: Of x86 CPUs and of all others, what is computed in unless told otherwise is known in different words.
+#: OpenVINO's default precision depends on other properties on x86 CPUs than on all others.
 _X86: Final = platform.machine().lower() in ("x86_64", "amd64")
 
-#: One model is loaded, and run for the first time, at a time. OpenVINO's Python binding looks up numpy when it is first
-#: asked for a tensor's data, in a C++ static: a second thread that comes then waits for it while it holds the GIL, and
-#: the first one waits for the GIL, for ever (2026.4.1; three of twelve processes with eight threads).
+#: Serializes loading and the first run. OpenVINO's Python binding imports numpy in the initializer of a C++ static when
+#: a tensor's data is first accessed: a second thread that arrives then waits for the initializer while it holds the
+#: GIL, and the first waits for the GIL: a deadlock (2026.4.1; in 3 of 12 processes with eight threads).
 _FIRST: Final = threading.Lock()
 
-#: What its GPU plugin's own cache depends on besides: what is compiled for a GPU belongs to the driver's compiler.
+#: Properties that the GPU plugin's own cache depends on, too: a model for a GPU is compiled by the driver's compiler.
 _DRIVER: Final = "GPU_DRIVER_VERSION"
 _ARCHITECTURE: Final = "DEVICE_ARCHITECTURE"
 
-#: Up to so many bytes of ONNX, the cache gains on a CPU.
+#: Largest ONNX file, in bytes, for which the cache pays on a CPU.
 _SMALL: Final = 32 * 2**20
 
 
 class OpenVINOEngine(Engine):
     """A compiled OpenVINO model.
 
-    On devices that have it, OpenVINO computes float32 models in bf16 or fp16 unless told otherwise; ``describe`` says
-    which. Not in fp16 where the receipt says that activations come near its end.
+    By default OpenVINO computes float32 models in bf16 or fp16 on devices that support it; ``describe`` says which.
+    fp16 is not used if, according to the receipt, activations come near the end of its range.
     """
 
     def __init__(self, artifact: Artifact, options: EngineOptions) -> None:
         """Load and compile the model.
 
         Args:
-            artifact: What to run, an ONNX file or an OpenVINO IR.
-            options: ``exact`` keeps it from computing in bf16 or fp16; ``size`` is what it is run at, once.
+            artifact: The model to run, an ONNX file or an OpenVINO IR.
+            options: ``exact`` keeps it from computing in bf16 or fp16; ``size`` is the size of the first run, done
+                here.
 
         Raises:
-            EngineError: There is no such device, OpenVINO refuses the file, or computes in something it should not.
+            EngineError: There is no such device, OpenVINO rejects the file, or it computes in the wrong precision.
             ModelError: The file has changed since it was opened.
+            UsageError: The model does not accept ``size``.
         """
         self._spec, self._device = artifact.spec, options.device
         height, width = options.size or (artifact.spec.height, artifact.spec.width)
         cpu = options.device.kind == "cpu"
         self._threads = (options.threads or host.usable_cpus()) if cpu else 0
         self._streams = min(options.streams, self._threads) if cpu else options.streams
-        # An infer request serves one call at a time; each thread has its own.
+        # An infer request serves one call at a time, so each thread has its own.
         self._local = threading.local()
         with _FIRST:
             where = _plugin(options.device)
@@ -91,17 +93,18 @@ class OpenVINOEngine(Engine):
                 self._compiled, note = _compiled(artifact, where, self._settings(options, exact=options.exact or wide))
                 computed = self._compiled.get_property(properties.hint.inference_precision()).get_type_name()
                 self.run(np.zeros((max(1, self._spec.batch), height, width, 3), np.uint8))
-            except ModelError:
+            except (ModelError, UsageError):
                 raise
             except Exception as error:
                 raise EngineError(f"{artifact.path}: OpenVINO cannot load it ({one_line(error)})") from error
         if computed not in _NAMES or (options.exact and computed != "f32"):
-            raise EngineError(f"{artifact.path}: OpenVINO computes in {computed}, which is not what was asked for")
+            wanted = "f32" if options.exact else " or ".join(_NAMES)
+            raise EngineError(f"{artifact.path}: OpenVINO computes in {computed} instead of {wanted}")
         self._float32 = _NAMES[computed]
         self._precision = "int8" if artifact.spec.precision == "int8" else self._float32
         rest = f", {self._float32} between the int8 layers" if self._precision == "int8" else ""
         self._provider = f"{where.partition('.')[0]} plugin{rest}"
-        notes = (note, "in float32, as some activations are too large for float16" if wide else "")
+        notes = (note, "computes in float32, because some activations are too large for float16" if wide else "")
         self._notes = (*options.notes, *(f"OpenVINO: {note}" for note in notes if note))
 
     def _settings(self, options: EngineOptions, *, exact: bool) -> dict[Any, Any]:
@@ -111,7 +114,7 @@ class OpenVINOEngine(Engine):
         }
         if options.device.kind == "cpu":
             settings[properties.inference_num_threads()] = self._threads
-            if self._threads < host.cores():  # else every process with so many threads runs on the same, first cores
+            if self._threads < host.cores():  # otherwise all such processes would be pinned to the same first cores
                 settings[properties.hint.enable_cpu_pinning()] = False
         if exact:
             settings[properties.hint.inference_precision()] = openvino.Type.f32
@@ -119,7 +122,7 @@ class OpenVINOEngine(Engine):
 
     @property
     def spec(self) -> ModelSpec:
-        """What the model expects and returns."""
+        """The specification of the model."""
         return self._spec
 
     def run(self, images: U8) -> U8:
@@ -135,15 +138,15 @@ class OpenVINOEngine(Engine):
                 self._local.request = self._compiled.create_infer_request()
             request = self._local.request
             request.infer({INPUT: np.ascontiguousarray(images)})
-            answer = np.array(request.get_output_tensor(0).data, copy=True)
-            if answer.shape != images.shape[:3]:  # in one thread, it passes over what fails, and has its last answer
-                raise RuntimeError(f"it answers {list(images.shape)} with {list(answer.shape)}")
-            return answer
+            output = np.array(request.get_output_tensor(0).data, copy=True)
+            if output.shape != images.shape[:3]:  # with one thread, it ignores a failure and keeps its last output
+                raise RuntimeError(f"it returned {list(output.shape)} for {list(images.shape)}")
+            return output
         except Exception as error:
             raise EngineError(f"OpenVINO failed ({one_line(error)})") from error
 
     def describe(self) -> EngineInfo:
-        """What is really running."""
+        """Describe what is actually running."""
         return EngineInfo(
             name="openvino",
             version=openvino.__version__.partition("-")[0],
@@ -165,7 +168,7 @@ class OpenVINOEngine(Engine):
 
 @functools.cache
 def _core() -> Any:
-    """OpenVINO itself, once for all models: it takes a tenth of a second to start.
+    """The OpenVINO core, shared by all models: it takes a tenth of a second to start.
 
     Raises:
         EngineError: It does not start.
@@ -176,7 +179,7 @@ def _core() -> Any:
 
 @contextlib.contextmanager
 def _asking(what: str) -> Iterator[None]:
-    """Turns whatever OpenVINO raises into an ``EngineError`` that says what was asked of it."""
+    """Turn any exception of OpenVINO into an ``EngineError`` that names the operation."""
     try:
         yield
     except Exception as error:
@@ -184,10 +187,10 @@ def _asking(what: str) -> Iterator[None]:
 
 
 def _plugin(device: Device) -> str:
-    """What OpenVINO calls a device.
+    """OpenVINO's name for a device.
 
     Raises:
-        EngineError: It sees no such device.
+        EngineError: OpenVINO finds no such device.
     """
     if device.kind == "cpu":
         return "CPU"
@@ -198,12 +201,13 @@ def _plugin(device: Device) -> str:
         if int(name.partition(".")[2] or 0) == device.index:
             return name
     raise EngineError(
-        f"{device} cannot be had: OpenVINO sees {', '.join(there) or 'nothing'}; an Intel GPU needs its compute driver"
+        f"{device} is not available: OpenVINO finds {', '.join(there) or 'no device'}; an Intel GPU needs its compute "
+        "driver"
     )
 
 
 def _compiled(artifact: Artifact, where: str, settings: dict[Any, Any]) -> tuple[Any, str]:
-    """The compiled model, new or from the cache, and what is to be said of that: "" if all is as it should be."""
+    """Compile a model or load it from the cache; returns it with a note, which is "" if there is nothing to report."""
     fresh: list[Any] = []
 
     def compile_model() -> Any:
@@ -213,7 +217,7 @@ def _compiled(artifact: Artifact, where: str, settings: dict[Any, Any]) -> tuple
     def make() -> tuple[bytes, dict[str, Any]]:
         exported = io.BytesIO()
         compile_model().export_model(exported)
-        artifact.check_same(onnx_metadata.read(artifact.path).identity)  # or it would be kept under a wrong name
+        artifact.check_same(onnx_metadata.read(artifact.path).identity)  # else it would be cached under a wrong key
         return exported.getvalue(), {}
 
     gains = artifact.format == "onnx" and (where != "CPU" or artifact.size <= _SMALL)
@@ -227,8 +231,8 @@ def _compiled(artifact: Artifact, where: str, settings: dict[Any, Any]) -> tuple
     if not fresh:
         try:
             return _core().import_model(kept.data, where, settings), ""
-        except Exception as error:  # noqa: BLE001 (whatever OpenVINO raises of a file that it wrote)
-            kept = cache.compiled(slot, make, again=f"OpenVINO refuses the cached file ({one_line(error)})")
+        except Exception as error:  # noqa: BLE001 (anything that OpenVINO may raise)
+            kept = cache.compiled(slot, make, again=f"OpenVINO rejects the cached file ({one_line(error)})")
     return fresh[-1], kept.note if kept.why or kept.not_kept else ""
 
 
@@ -239,43 +243,43 @@ def _key(artifact: Artifact, where: str, able: set[str], settings: dict[Any, Any
         engine="openvino",
         version=openvino.__version__,
         device=f"{where}, {_core().get_property(where, properties.device.full_name())}",
-        driver=_said(where, _DRIVER),
+        driver=_optional_property(where, _DRIVER),
         settings={
             "machine": platform.machine(),
-            "architecture": _said(where, _ARCHITECTURE),
+            "architecture": _optional_property(where, _ARCHITECTURE),
             "capabilities": sorted(able),
             **{str(name): str(value) for name, value in settings.items()},
         },
     )
 
 
-def _said(where: str, name: str) -> str:
-    """A property that not every device has, nor every version of OpenVINO knows; "" where this one says nothing."""
+def _optional_property(where: str, name: str) -> str:
+    """A property that not every device has and not every version of OpenVINO knows; "" if it is missing."""
     try:
         return str(_core().get_property(where, name))
-    except Exception:  # noqa: BLE001 (OpenVINO has no other way to say so)
+    except Exception:  # noqa: BLE001 (OpenVINO has no other way to report that)
         return ""
 
 
 def computes_in_less(spec: ModelSpec, options: EngineOptions) -> bool:
-    """Whether it would compute in less than float32 on this CPU, and so be the fastest there is."""
+    """Whether OpenVINO would compute in less than float32 on this CPU, which makes it the fastest engine here."""
     if spec.precision == "int8":
         return True
     return not options.exact and (_in_half("CPU") or _in_bfloat())
 
 
 def _in_bfloat() -> bool:
-    """Whether it computes in bf16 on this CPU: it can on some with AVX2 only, too, but does so only when told."""
+    """Whether the default is bf16 on this CPU: on some with AVX2 only, it is supported but not the default."""
     return "BF16" in _capabilities("CPU") and "avx512_bf16" in host.features()
 
 
 def _in_half(where: str) -> bool:
-    """Whether it computes in fp16 on a device unless told otherwise: on GPUs, and on CPUs that are not x86."""
+    """Whether the default on a device is fp16: on GPUs, and on CPUs other than x86, that support it."""
     return not (where == "CPU" and _X86) and "FP16" in _capabilities(where)
 
 
 def _too_wide(artifact: Artifact, where: str) -> bool:
-    """Whether a device would compute in fp16 what the scan at export found too large for it."""
+    """Whether a device would compute in fp16 although the scan at export found activations too large for it."""
     scan = artifact.receipt.get("scan")
     largest = scan.get("largest") if isinstance(scan, dict) else None
     return isinstance(largest, int | float) and largest > HALF_LIMIT and _in_half(where)
@@ -287,5 +291,5 @@ def _capabilities(where: str) -> set[str]:
 
 
 def load(artifact: Artifact, options: EngineOptions) -> OpenVINOEngine:
-    """What the registry calls; see :class:`OpenVINOEngine`."""
+    """Load a model; called by the registry. See :class:`OpenVINOEngine`."""
     return OpenVINOEngine(artifact, options)

@@ -1,4 +1,4 @@
-"""The engines as data: which there are, what each needs, how each is loaded, and which one ``auto`` takes."""
+"""The table of engines: what each needs, how each is loaded, and which one ``auto`` chooses."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ class EngineEntry:
     """One engine.
 
     Attributes:
-        loader: ``module:function`` that takes (artifact, options).
-        module: What it cannot do without.
-        extra: What to install for it.
-        formats: What it runs. One that runs ``onnx`` besides a compiled format of its own compiles at first use.
-        run_by_us: The kinds of device that we have run it on. Docstrings point here, and do not say it themselves.
+        loader: ``module:function``; the function takes (artifact, options).
+        module: The Python module that it requires.
+        extra: The extra that installs it.
+        formats: The file formats that it runs. An engine that runs ``onnx`` besides its compiled format compiles at
+            first use.
+        run_by_us: The kinds of device that we have run it on. Docstrings refer to this instead of repeating it.
     """
 
     loader: str
@@ -37,7 +38,7 @@ class EngineEntry:
     run_by_us: tuple[str, ...]
 
     def extra_on(self, kind: str) -> str:
-        """What to install for it where it shall run on a kind of device: ONNX Runtime has another package for CUDA."""
+        """The extra to install for a kind of device: ONNX Runtime has a separate package for CUDA."""
         return "gpu" if self.extra == "cpu" and kind == "cuda" else self.extra
 
 
@@ -75,14 +76,14 @@ ENGINES: Final = {
 
 @dataclass(frozen=True)
 class Choice:
-    """One line of the rule.
+    """One line of the rule by which ``auto`` chooses.
 
     Attributes:
         engine: A name in :data:`ENGINES`.
-        kind: Of device.
-        gain: ``module:function`` that takes (spec, options) and says whether the choice stands at this place.
-        when: The condition, for people.
-        asked_only: Taken only where its kind of device is asked for.
+        kind: The kind of device.
+        gain: ``module:function``; the function takes (spec, options) and returns whether this line applies.
+        when: The condition, in words.
+        asked_only: Used only if this kind of device was requested.
     """
 
     engine: str
@@ -96,9 +97,9 @@ class Choice:
         return f"{self.engine} on {self.kind}" + (f", {when}" if when else "")
 
 
-#: What ``auto`` takes: the first of these that runs the file, is installed, and works. Where a device or an engine is
-#: asked for, only its lines are left. In the order of speed, as far as we could measure it: OpenVINO is twice as fast
-#: as ONNX Runtime on a CPU that it computes on in less than float32, and slower elsewhere.
+#: ``auto`` chooses the first line whose engine runs the file, is installed, and works. If a device or an engine was
+#: requested, only its lines count. They are in the order of speed, as far as we could measure it: OpenVINO is twice as
+#: fast as ONNX Runtime on a CPU on which it computes in less than float32, and slower on others.
 RULE: Final = (
     Choice("tensorrt", "cuda"),
     Choice("tensorrt-rtx", "cuda"),
@@ -111,8 +112,8 @@ RULE: Final = (
     ),
     Choice("onnxruntime", "cpu"),
     Choice("openvino", "cpu"),
-    # No help where the lines above fail: OpenVINO has refused the file by then. NVIDIA's GPUs are taken unasked, though
-    # we may not have run them: the gain is worth a try, and what does not load is passed over.
+    # Never a fallback: if the lines above have failed, OpenVINO has already rejected the file. NVIDIA GPUs are used
+    # unrequested although we may not have run on them: the gain is worth a try, and what does not load is skipped.
     Choice("openvino", "intel-gpu", asked_only=True),
 )
 
@@ -130,35 +131,36 @@ def load_engine(
     tell: Callable[[str], None] | None = None,
     warn: Callable[[str], None] = lambda why: None,
 ) -> Engine:
-    """Load a model in an engine, by the rule above.
+    """Load a model in the engine that :data:`RULE` chooses.
 
     Args:
-        artifact: What to run.
+        artifact: The model to run.
         backend: A name in :data:`ENGINES`, or ``auto``.
         threads: CPU threads; None: as many as this process may use.
-        device: ``cpu``, ``cuda``, ``cuda:N``, ``intel-gpu``, ``intel-gpu:N`` or ``auto``. One that is asked for and
-            is not there is an error, never another one.
+        device: ``cpu``, ``cuda``, ``cuda:N``, ``intel-gpu``, ``intel-gpu:N`` or ``auto``. A requested device that is
+            not available is an error; another device is never used instead.
         streams: See :class:`EngineOptions`.
-        exact: Compute in float32 where the graph says so, even where the engine knows something faster.
+        exact: Compute in float32 where the graph says so, even if the engine has a faster precision.
         cuda_graph: See :class:`EngineOptions`.
         size: See :class:`EngineOptions`.
         tell: See :class:`EngineOptions`.
-        warn: Told of each engine that is installed and was passed over, because it does not work;
-            :attr:`EngineInfo.notes` say so, too.
+        warn: Called with the reason for each engine that is installed but was skipped because it does not work;
+            :attr:`EngineInfo.notes` has the same reasons.
 
     Raises:
-        UsageError: No such number of threads or streams.
-        EngineMissing: Not installed; the message says what to install.
-        EngineError: No such engine or device, or it cannot load the model.
+        UsageError: The number of threads or streams is out of range, or the engine was not built for ``size``.
+        EngineMissing: The engine is not installed; the message says what to install.
+        EngineError: There is no such engine or device, or it cannot load the model.
+        ModelError: The file cannot be read, breaks the contract, or has changed since it was opened.
     """
     for name, value in (("threads", threads), ("streams", streams)):
         if value is not None and not (isinstance(value, int) and value >= 1):
             raise UsageError(f"{name} is {value}; it must be a whole number, 1 or more")
     wanted = None if device == "auto" else Device.parse(device)
-    passed: list[EngineError] = []
+    skipped: list[EngineError] = []
     handled = sys.exception()
     for choice in choices(artifact.format, backend, wanted, what=str(artifact.path)):
-        notes = tuple(str(error) for error in passed if not isinstance(error, EngineMissing))
+        notes = tuple(str(error) for error in skipped if not isinstance(error, EngineMissing))
         options = EngineOptions(
             threads=threads,
             streams=streams,
@@ -176,20 +178,20 @@ def load_engine(
                     warn(why)
                 return engine
         except EngineError as error:
-            _let_go(error, handled)
-            passed.append(error)
-    raise _failure(artifact, backend, wanted, passed)
+            _clear_frames(error, handled)
+            skipped.append(error)
+    raise _failure(artifact, backend, wanted, skipped)
 
 
-def _let_go(error: BaseException, handled: BaseException | None) -> None:
-    """Empty the frames of an error and of those behind it, which hold what failed, and a GPU's memory with that.
+def _clear_frames(error: BaseException, handled: BaseException | None) -> None:
+    """Clear the frames of an error and of its causes: they hold the engine that failed, and with it GPU memory.
 
-    What is loaded next may need that memory, and only the collector would free it, whenever it comes: the error is kept
-    in a frame that it holds itself.
+    The next engine may need that memory. The error is in a reference cycle with its frame, so that otherwise only the
+    garbage collector would free it, at some later time.
 
     Args:
-        error: Why an engine was passed over.
-        handled: What was being handled before; its frames are others' and stay as they are.
+        error: Why an engine was skipped.
+        handled: The exception that was being handled before; its frames belong to others and stay as they are.
     """
     waiting: list[BaseException | None] = [error]
     done = {id(handled)}
@@ -203,48 +205,48 @@ def _let_go(error: BaseException, handled: BaseException | None) -> None:
 
 
 def choices(form: str, backend: str, wanted: Device | None, *, what: str) -> list[Choice]:
-    """The lines of the rule that are left for files of a format, where an engine or a device is asked for.
+    """The lines of the rule that apply to a file format, and to the engine and device that were requested.
 
     Args:
-        form: The format, as :attr:`petseg_runtime.artifact.Artifact.format` calls it.
+        form: The format, as in :attr:`petseg_runtime.artifact.Artifact.format`.
         backend: A name in :data:`ENGINES`, or ``auto``.
-        wanted: The device that is asked for; None: those that are here.
-        what: What an error is about: a file, or a format.
+        wanted: The requested device; None: those that this machine has.
+        what: The subject of error messages: a file, or a format.
 
     Raises:
-        EngineError: None; says what contradicts what.
+        EngineError: No line applies; the message says what contradicts what.
     """
     if backend != "auto" and backend not in ENGINES:
-        raise EngineError(f"there is no engine {backend!r}; there are: auto, {', '.join(ENGINES)}")
+        raise EngineError(f"unknown engine {backend!r}; choose one of: auto, {', '.join(ENGINES)}")
     able = [name for name, entry in ENGINES.items() if form in entry.formats]
     if backend != "auto" and backend not in able:
-        raise EngineError(f"{what}: {backend} does not run {form} files; what does: {', '.join(able)}")
+        raise EngineError(f"{what}: {backend} does not run {form} files; engines that do: {', '.join(able)}")
     lines = [line for line in RULE if line.engine in able and backend in ("auto", line.engine)]
     if wanted:
         fitting = [line for line in lines if line.kind == wanted.kind]
         if not fitting:
             raise EngineError(
                 f"{what}: {', '.join(dict.fromkeys(line.engine for line in lines))} cannot run it on "
-                f"{wanted}; what can: {'; '.join(map(str, lines))}"
+                f"{wanted}; supported: {'; '.join(map(str, lines))}"
             )
         return fitting
     lines = [line for line in lines if not line.asked_only]
     there = [line for line in lines if line.kind != "cuda" or host.nvidia_gpus()]
-    return there or lines  # without a GPU, what needs one says so itself
+    return there or lines  # without a GPU, engines that need one raise their own error
 
 
 def _function(choice: Choice, where: str) -> Callable[..., Any]:
-    """A function of an engine's module.
+    """Import a function of an engine's module.
 
     Raises:
-        EngineMissing: Its library is not installed.
-        EngineError: It is, but cannot be imported.
+        EngineMissing: The engine's library is not installed.
+        EngineError: The library is installed but cannot be imported.
     """
     entry = ENGINES[choice.engine]
     module, _, name = where.partition(":")
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except Exception as error:  # a shared library of another version, a package that is missing, whatever it does there
+    except Exception as error:  # a shared library of another version, a missing package, anything an import may raise
         lacks = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
         if lacks == __name__.partition(".")[0]:
             raise
@@ -254,17 +256,17 @@ def _function(choice: Choice, where: str) -> Callable[..., Any]:
     return function
 
 
-def _failure(artifact: Artifact, backend: str, wanted: Device | None, passed: Sequence[EngineError]) -> EngineError:
-    """One error of all that was tried."""
+def _failure(artifact: Artifact, backend: str, wanted: Device | None, skipped: Sequence[EngineError]) -> EngineError:
+    """Combine the errors of all engines that were tried into one."""
     if backend == "auto" and wanted and wanted.kind == "cuda" and not host.nvidia_gpus():
-        # What the engines lack is beside the point.
+        # Without a GPU it does not matter what the engines lack.
         return EngineError(
-            f"{wanted} cannot be had: this machine shows no NVIDIA GPU: install its driver, or use --device cpu"
+            f"{wanted} is not available: this machine shows no NVIDIA GPU: install its driver, or use --device cpu"
         )
-    reasons = list(dict.fromkeys(map(str, passed)))
+    reasons = list(dict.fromkeys(map(str, skipped)))
     if len(reasons) == 1:
-        return passed[0]
-    if not all(isinstance(error, EngineMissing) for error in passed):
+        return skipped[0]
+    if not all(isinstance(error, EngineMissing) for error in skipped):
         return EngineError("; ".join(reasons))
     if backend == "auto" and not wanted:
         able = [entry for entry in ENGINES.values() if artifact.format in entry.formats]

@@ -1,15 +1,15 @@
-"""TensorRT and TensorRT for RTX: a serialized engine on the NVIDIA GPU that it was built for.
+"""TensorRT and TensorRT for RTX: run an engine on the NVIDIA GPU that it was built for.
 
-Of an ONNX file, the engine is compiled when it is first loaded on a GPU, and kept (:mod:`petseg_runtime.cache`): for
-batches of 1 to 8 photos if the file takes any, and, if it takes any size, for those up to twice its own or the one
-asked for. TensorRT needs minutes for that, on a small board many. TensorRT for RTX takes a second, for the one kind of
-GPU that is here.
+From an ONNX file, the engine is built when the file is first loaded on a GPU, and cached (:mod:`petseg_runtime.cache`).
+If the file accepts any batch, the optimization profile covers batches of 1 to 8 photos; if it accepts any size, all
+sizes up to twice its own or up to the requested one. TensorRT needs minutes to build, on a small board many. TensorRT
+for RTX needs a second; it builds for the compute capability of this GPU.
 
-Built from the two libraries' and CUDA's documentation, and tested against stand-ins for them; what of it we have run is
-in :data:`petseg_runtime.engines.registry.ENGINES`.
+Written from the documentation of the two libraries and of CUDA, and tested against stand-ins for them;
+:data:`petseg_runtime.engines.registry.ENGINES` lists what we have run.
 
-The two libraries have one API as far as it is used here. What differs: TensorRT for RTX compiles its kernels when the
-engine is loaded, which the cache keeps for the next time, and makes CUDA graphs by itself.
+The two libraries share the part of the API that is used here. The differences: TensorRT for RTX compiles its kernels
+when the engine is loaded, which the cache keeps for the next time, and captures CUDA graphs by itself.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ U8: TypeAlias = npt.NDArray[np.uint8]
 Dims: TypeAlias = tuple[int, ...]
 
 
-class _Refused(EngineForeign):
-    """The library does not load an engine's bytes, as on a GPU that it does not know."""
+class _NotDeserialized(EngineForeign):
+    """The library cannot deserialize an engine, for example because it does not support the GPU."""
 
 
 class TensorRTEngine(Engine):
-    """One execution context, one stream, and buffers for the largest batch that the engine was built for.
+    """One execution context, one CUDA stream, and buffers for the largest batch that the engine was built for.
 
-    Calls from several threads take turns. Batches larger than the engine takes are run in pieces; smaller ones are
-    filled up with repeats of the last photo, whose results are dropped. Whichever thread loads, runs or closes the
-    engine has its GPU as its current CUDA device afterwards.
+    Calls from several threads take turns. Batches above the profile's maximum are run in parts; batches below its
+    minimum are padded with copies of the last photo, whose results are dropped. A thread that loads, runs or closes the
+    engine has the engine's GPU as its current CUDA device afterwards.
     """
 
     def __init__(
@@ -69,25 +69,26 @@ class TensorRTEngine(Engine):
         size: tuple[int, int] | None = None,
         notes: tuple[str, ...] = (),
     ) -> None:
-        """Load the engine and run it once, so that whatever can fail does so here.
+        """Load the engine and run it, so that failures occur here rather than in the first real run.
 
         Args:
-            path: The serialized engine, or what it was compiled from.
-            spec: What it expects and returns.
-            environment: What it was built for: ``library`` ("tensorrt" or "tensorrt_rtx"), ``version`` of it, and
-                ``compute_capability``: of the GPU ("8.9"), a list of them, or "portable".
-            device: Which GPU, as CUDA counts them.
-            precision: What it computes in, for ``describe``: f32, tf32, fp16 or int8.
-            data: The serialized engine, if it is not what is in the file.
-            cuda_graph: Launch the network as one CUDA graph where that can be.
-            size: Height and width that it will be run at; None: the specification's.
-            notes: For ``describe``.
+            path: The file with the serialized engine, or the file that it was built from.
+            spec: The model's specification.
+            environment: What the engine was built for: ``library`` ("tensorrt" or "tensorrt_rtx"), its ``version``, and
+                the ``compute_capability`` of the GPU ("8.9"), a list of these, or "portable".
+            device: Number of the GPU, as CUDA counts them.
+            precision: The precision that it computes in, for ``describe``: f32, tf32, fp16 or int8.
+            data: The serialized engine, if ``path`` does not contain it.
+            cuda_graph: Launch the network as one CUDA graph if possible.
+            size: Height and width that the engine will be run at; None: the specification's.
+            notes: Notes for ``describe``.
 
         Raises:
-            EngineMissing: The library, or cuda-bindings, is not installed.
-            EngineError: One of them is broken, there is no such GPU, the engine was built for another version or
-                GPU, or the library or CUDA refuses it.
-            ModelError: The file cannot be read, breaks the contract, or was not built for that size.
+            EngineMissing: The library or cuda-bindings is not installed.
+            EngineError: One of them is broken, there is no such GPU, the engine was built for another version or GPU,
+                or a call of the library or of CUDA failed.
+            ModelError: The file cannot be read, breaks the contract, or was not built for the specification's size.
+            UsageError: The engine was not built for ``size``.
         """
         self._path, self._spec, self._precision, self._notes = path, spec, precision, notes
         self._size = size or (spec.height, spec.width)
@@ -102,8 +103,8 @@ class TensorRTEngine(Engine):
         self._engine: Any = None
         self._config: Any = None
         self._context: Any = None
-        self._shape: Dims = ()  # what the context is set to
-        self._graph: Any = None  # and its launch as a CUDA graph, once there is one
+        self._shape: Dims = ()  # the input shape that is set in the context
+        self._graph: Any = None  # the executable CUDA graph for that shape, once it is captured
         self._graphs = cuda_graph
         self._may_capture = cuda_graph and self._library is not RTX
         self._graph_note = "CUDA graph" if self._may_capture else "CUDA graph left to the library"
@@ -120,7 +121,7 @@ class TensorRTEngine(Engine):
 
     @property
     def spec(self) -> ModelSpec:
-        """What the model expects and returns."""
+        """The specification of the model."""
         return self._spec
 
     def run(self, images: U8) -> U8:
@@ -129,19 +130,16 @@ class TensorRTEngine(Engine):
             if self._context is None:
                 raise EngineError("the engine is closed")
             check_batch(images, self._spec)
-            try:
-                self._check_size(images.shape[1], images.shape[2])
-            except ModelError as error:  # the file is well; it is the batch that is not
-                raise UsageError(str(error)) from error
+            self._check_size(images.shape[1], images.shape[2])
             self._gpu.activate()
             result = np.empty(images.shape[:3], np.uint8)
             for start in range(0, len(images), self._high[0]):
-                piece = slice(start, start + self._high[0])
-                self._run_piece(images[piece], result[piece])
+                part = slice(start, start + self._high[0])
+                self._run_part(images[part], result[part])
             return result
 
     def describe(self) -> EngineInfo:
-        """What is really running; the provider says whether as a CUDA graph, and why not."""
+        """Describe what is actually running; ``provider`` says whether it runs as a CUDA graph, or why it does not."""
         kernels = self._kernels.notes
         return EngineInfo(
             name=self._library.engine,
@@ -151,21 +149,21 @@ class TensorRTEngine(Engine):
             precision=self._precision,
             threads=0,
             batch=self._high[0],
-            # Notes do not tell engines apart: the same one compiles its kernels the first time, and not the next.
+            # Notes do not count when engines are compared: the same engine compiles its kernels only the first time.
             notes=(*self._notes, f"{self._library.title}: {', '.join(kernels)}") if kernels else self._notes,
         )
 
     def close(self) -> None:
-        """Free the engine, its buffers and its stream; calling it again does nothing.
+        """Free the engine, its buffers and its stream. Closing it again does nothing.
 
         Raises:
-            EngineError: CUDA could not free something; the rest is freed.
+            EngineError: CUDA could not free a resource; all others are freed.
         """
         with self._lock:
             if self._context is None:
                 return
             try:
-                with contextlib.suppress(EngineError):  # a thread without the GPU has compiled nothing to keep either
+                with contextlib.suppress(EngineError):  # if the GPU cannot be used, there are no new kernels to keep
                     self._gpu.activate()
                     self._kernels.keep()
             finally:
@@ -179,68 +177,76 @@ class TensorRTEngine(Engine):
         try:
             self.close()
         except EngineError:
-            if error is None:  # after a failure of the GPU nothing can be freed; what matters is the failure
+            if error is None:  # after a GPU failure nothing can be freed; the original error matters more
                 raise
 
     def __del__(self) -> None:
-        # What CUDA allocates is not Python's to collect. An engine that was never whole has nothing left to free.
+        # Python does not collect what CUDA allocates. An engine whose constructor failed has already freed everything.
         with contextlib.suppress(EngineError, AttributeError):
             self.close()
 
     def _load(self, data: bytes) -> None:
-        self._runtime = self._ask("start", self._trt.Runtime, self._logger)
+        self._runtime = self._call("start", self._trt.Runtime, self._logger)
         try:
-            self._engine = self._ask("load it", self._runtime.deserialize_cuda_engine, data)
+            self._engine = self._call("load it", self._runtime.deserialize_cuda_engine, data)
         except EngineError as error:
-            raise _Refused(str(error)) from error
+            raise _NotDeserialized(str(error)) from error
         self._low, self._high = _check_contract(self._path, self._trt, self._engine)
-        self._check_size(*self._size)
+        try:
+            self._check_size(*self._size)
+        except UsageError as error:
+            if self._size == (self._spec.height, self._spec.width):  # the engine contradicts its own specification
+                raise ModelError(str(error)) from error
+            raise
         if self._library is RTX:
-            self._config = self._ask("configure it", self._engine.create_runtime_config)
+            self._config = self._call("create a runtime configuration", self._engine.create_runtime_config)
             self._configure(self._config, data)
-            self._context = self._ask("prepare it", self._engine.create_execution_context, self._config)
+            self._context = self._call(
+                "create an execution context", self._engine.create_execution_context, self._config
+            )
         else:
-            self._context = self._ask("prepare it", self._engine.create_execution_context)
+            self._context = self._call("create an execution context", self._engine.create_execution_context)
 
     def _configure(self, config: Any, data: bytes) -> None:
-        """Set TensorRT for RTX to make CUDA graphs, and to use one set of kernels that it keeps in the cache."""
+        """Configure TensorRT for RTX to capture CUDA graphs, and to use one set of kernels, kept in the cache."""
         strategy = self._trt.CudaGraphStrategy
         config.cuda_graph_strategy = strategy.WHOLE_GRAPH_CAPTURE if self._graphs else strategy.DISABLED
-        # LAZY would change kernels, and with them the rounding of a pixel here and there, while a video runs.
+        # LAZY would replace kernels, and with them the rounding of single pixels, in the middle of a video.
         strategies = self._trt.DynamicShapesKernelSpecializationStrategy
         config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
         if cache.cache_folder() is not None:
-            kernels = self._ask("make a cache", config.create_runtime_cache)
+            kernels = self._call("create a runtime cache", config.create_runtime_cache)
             key = _key(self._library, self._trt, self._gpu, hashlib.sha256(data).hexdigest(), self._spec.name)
             self._kernels.load_into(kernels, cache.Slot(key, "kernels"))
-            self._ask("use its cache", config.set_runtime_cache, kernels)
+            self._call("set the runtime cache", config.set_runtime_cache, kernels)
 
     def _allocate(self) -> None:
-        """Take buffers for the largest batch, and tell the context where they are."""
+        """Allocate buffers for the largest batch, and set their addresses in the execution context."""
         gpu = self._gpu
         gpu.open_stream()
         pixels = math.prod(self._high[:3])
         self._input, self._output = Buffers(gpu, 3 * pixels), Buffers(gpu, pixels)
         for name, buffers in ((INPUT, self._input), (OUTPUT, self._output)):
-            self._ask("take a buffer", self._context.set_tensor_address, name, buffers.device)
+            self._call("set a tensor address", self._context.set_tensor_address, name, buffers.device)
 
     def _run_once(self) -> None:
-        """Compile, capture and fail now rather than in the first frame."""
+        """Run a blank batch twice, so that kernels are compiled and the graph is captured before the first frame."""
         blank = np.zeros((self._low[0], *self._size, 3), np.uint8)
-        for _ in range(2):  # the second time as a CUDA graph
-            self._run_piece(blank, np.empty(blank.shape[:3], np.uint8))
-        self._kernels.keep()  # a program that is killed later has them all the same
+        for _ in range(2):  # the second run is captured as a CUDA graph
+            self._run_part(blank, np.empty(blank.shape[:3], np.uint8))
+        self._kernels.keep()  # now, because the program may be killed before it closes the engine
 
     def _check_size(self, height: int, width: int) -> None:
+        """Raise a ``UsageError`` if a size is outside the range that the engine was built for."""
         low, high = self._low[1:3], self._high[1:3]
         if not (low[0] <= height <= high[0] and low[1] <= width <= high[1]):
-            raise ModelError(
-                f"{self._path}: {height} x {width} photos are not what it was built for, which is {low[0]} x {low[1]} "
-                f"to {high[0]} x {high[1]}"
+            raise UsageError(
+                f"{self._path}: the engine was built for photos of {low[0]} x {low[1]} to {high[0]} x {high[1]}, not "
+                f"of {height} x {width}"
             )
 
-    def _run_piece(self, images: U8, result: U8) -> None:
-        """Run uint8 [n, H, W, 3], n no more than the engine takes, into uint8 [n, H, W]."""
+    def _run_part(self, images: U8, result: U8) -> None:
+        """Run uint8 [n, H, W, 3], n at most the profile's maximum, and write ``result``, uint8 [n, H, W]."""
         count = max(len(images), self._low[0])
         shape = (count, *images.shape[1:])
         staged = self._input.host[: math.prod(shape)].reshape(shape)
@@ -258,17 +264,17 @@ class TensorRTEngine(Engine):
         result[:] = received.host[: result.size].reshape(result.shape)
 
     def _enqueue(self, shape: Dims) -> None:
-        """Launch the network on what lies in the GPU's input buffer.
+        """Enqueue the network on the stream; its input is in the device buffer.
 
-        A graph belongs to the state in which its context was captured, so there is one at a time: it is made when a
-        shape comes the second time in a row (the first launch after a change prepares what a capture may not), and
-        dropped with the shape.
+        A captured graph is valid only for the state that the execution context had, so there is one graph at a time. It
+        is captured when a shape occurs the second time in a row (the first enqueue after a change of shape updates
+        internal state, which is not allowed during capture), and destroyed when the shape changes.
         """
         gpu, cudart = self._gpu, self._gpu.cudart
         if shape != self._shape:
             self._drop_graph()
             self._shape = ()
-            self._ask(f"take {list(shape)}", self._context.set_input_shape, INPUT, shape)
+            self._call(f"accept the input shape {list(shape)}", self._context.set_input_shape, INPUT, shape)
             self._launch()
             self._shape = shape
             return
@@ -280,30 +286,37 @@ class TensorRTEngine(Engine):
             gpu.call("launch the CUDA graph", cudart.cudaGraphLaunch, self._graph, gpu.stream)
 
     def _launch(self) -> None:
-        self._ask("run", self._context.execute_async_v3, int(self._gpu.stream))
+        self._call("run", self._context.execute_async_v3, int(self._gpu.stream))
 
     def _capture(self) -> Any:
-        """The launch as an executable CUDA graph; None, and a note for ``describe``, if it cannot be one."""
-        gpu, cudart = self._gpu, self._gpu.cudart
-        graph = None
+        """The launch as an executable CUDA graph; None, and a note for ``describe``, if it cannot be captured."""
         try:
-            # What other threads do with CUDA meanwhile is neither recorded nor forbidden.
-            mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-            gpu.call("capture", cudart.cudaStreamBeginCapture, gpu.stream, mode)
-            try:
-                self._launch()
-            except EngineError:
-                _, graph = cudart.cudaStreamEndCapture(gpu.stream)  # or the stream would go on recording
-                raise
-            graph = gpu.call("end the capture", cudart.cudaStreamEndCapture, gpu.stream)
-            return gpu.call("instantiate the CUDA graph", cudart.cudaGraphInstantiate, graph, 0)
+            return self._captured()
         except EngineError as error:
-            cudart.cudaGetLastError()  # a refused capture leaves its error to the next call that asks
+            # A failed capture leaves its error code to the next caller of cudaGetLastError, which may be the library.
+            self._gpu.cudart.cudaGetLastError()
             self._may_capture = False
             self._graph_note = f"no CUDA graph ({one_line(error)})"
             return None
+
+    def _captured(self) -> Any:
+        """Capture the launch on the stream and instantiate the graph."""
+        gpu, cudart = self._gpu, self._gpu.cudart
+        graph = None
+        # CUDA calls of other threads are neither recorded nor forbidden during the capture.
+        mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        gpu.call("capture", cudart.cudaStreamBeginCapture, gpu.stream, mode)
+        try:
+            try:
+                self._launch()
+            except BaseException:  # Ctrl-C, too: otherwise the stream would stay in capture mode
+                _, graph = cudart.cudaStreamEndCapture(gpu.stream)
+                raise
+            graph = gpu.call("end the capture", cudart.cudaStreamEndCapture, gpu.stream)
+            return gpu.call("instantiate the CUDA graph", cudart.cudaGraphInstantiate, graph, 0)
         finally:
-            if graph is not None:  # the recording; if it cannot be freed the GPU is lost, and the next call says so
+            # The template, not the executable graph. If it cannot be freed, the GPU is lost, and the next call says so.
+            if graph is not None:
                 cudart.cudaGraphDestroy(graph)
 
     def _drop_graph(self) -> None:
@@ -312,35 +325,44 @@ class TensorRTEngine(Engine):
             self._gpu.call("free a CUDA graph", self._gpu.cudart.cudaGraphExecDestroy, graph)
 
     def _release(self) -> list[str]:
-        """Free everything, users before what they use; returns what could not be freed, and why."""
-        failures = self._gpu.failures(self._gpu.wait, self._drop_graph)
+        """Free everything in reverse order of dependency; returns the error messages of what could not be freed."""
+        failures = self._gpu.failures(self._gpu.synchronize, self._drop_graph)
         self._context = self._config = None
-        self._kernels.forget()
+        self._kernels.release()
         self._engine = self._runtime = None
-        return failures + self._gpu.give_back()
+        return failures + self._gpu.free_all()
 
-    def _ask(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
-        """Call the library, whose failures are exceptions, None or False, with the reason in its log."""
-        self._logger.heard.clear()
+    def _call(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
+        """Call the library, which reports a failure as an exception, None or False, and the reason in its log.
+
+        Args:
+            what: What the library cannot do if the call fails, for the message.
+            function: Returns anything but None or False if it succeeds.
+            args: Its arguments.
+
+        Raises:
+            EngineError: The call failed.
+        """
+        self._logger.recent_errors.clear()
         try:
             value = function(*args)
         except Exception as error:
-            raise self._refusal(what, one_line(error)) from error
+            raise self._error(what, one_line(error)) from error
         finally:
-            del function, args  # or an error's traceback would keep alive what is about to be freed
+            del function, args  # otherwise an error's traceback would keep alive what is about to be freed
         if value is None or value is False:
-            raise self._refusal(what, "no reason given")
+            raise self._error(what, "no reason given")
         return value
 
-    def _refusal(self, what: str, otherwise: str) -> EngineError:
-        reason = "; ".join(self._logger.heard) or otherwise
+    def _error(self, what: str, default: str) -> EngineError:
+        reason = "; ".join(self._logger.recent_errors) or default
         return EngineError(f"{self._path}: {self._library.title} cannot {what} ({reason[:400]})")
 
 
 class _Kernels:
-    """The kernels that TensorRT for RTX has compiled of an engine, and their place in the cache.
+    """The kernels that TensorRT for RTX compiles for an engine (its runtime cache), and their entry in petseg's cache.
 
-    A cache that cannot be used or kept costs time, not results: it is a note for ``describe``, not an error.
+    Without the cache only loading takes longer, so problems with it become notes for ``describe``, not errors.
     """
 
     def __init__(self) -> None:
@@ -350,66 +372,66 @@ class _Kernels:
         self._kept = b""
 
     def load_into(self, kernels: Any, slot: cache.Slot) -> None:
-        """Fill the library's cache with what was kept, if there is anything that fits."""
+        """Fill the library's runtime cache with the kernels that were kept, if they fit."""
         self._cache, self._slot = kernels, slot
         kept, why = slot.read()
         if kept is None:
             self.notes = [f"kernels compiled again: {why}" if why else "kernels compiled"]
-        elif refusal := self._refusal(kernels, kept.data):
-            self.notes = [f"kernels compiled again: {refusal}"]
+        elif problem := self._deserialize(kernels, kept.data):
+            self.notes = [f"kernels compiled again: {problem}"]
         else:
-            self._kept, self.notes = kept.data, []  # nothing to speak of
+            self._kept, self.notes = kept.data, []
 
     def keep(self) -> None:
-        """Put what has been compiled into the cache, if it is not there already."""
+        """Write the compiled kernels to the cache, unless they are there already."""
         if self._cache is None or self._slot is None:
             return
         try:
             serialized = self._cache.serialize()
             data = b"" if serialized is None else bytes(memoryview(serialized))
-        except Exception as error:  # noqa: BLE001 (whatever the library raises)
-            self._not_kept(one_line(error))
+        except Exception as error:  # noqa: BLE001 (anything that the library may raise)
+            self._note_not_kept(one_line(error))
             return
         if data in (b"", self._kept):
             return
         if problem := self._slot.write(data):
-            self._not_kept(problem)
+            self._note_not_kept(problem)
         else:
             self._kept = data
 
-    def _not_kept(self, problem: str) -> None:
+    def _note_not_kept(self, problem: str) -> None:
         self.notes = [*self.notes[:1], f"which cannot be kept ({problem})"]
 
     @staticmethod
-    def _refusal(kernels: Any, data: bytes) -> str:
-        """Why the library does not take what was kept; "" if it has taken it."""
+    def _deserialize(kernels: Any, data: bytes) -> str:
+        """Load cached kernels into the library's runtime cache; returns why it rejects them, "" if it does not."""
         try:
-            return "" if kernels.deserialize(data) else "the library refuses those in the cache"
-        except Exception as error:  # noqa: BLE001 (whatever the library raises)
-            return f"the library refuses those in the cache ({one_line(error)})"
+            return "" if kernels.deserialize(data) else "the library rejects those in the cache"
+        except Exception as error:  # noqa: BLE001 (anything that the library may raise)
+            return f"the library rejects those in the cache ({one_line(error)})"
 
-    def forget(self) -> None:
-        """Let go of the library's cache; the notes stay."""
+    def release(self) -> None:
+        """Release the library's runtime cache; the notes stay."""
         self._cache = None
 
 
 def load(artifact: Artifact, options: EngineOptions) -> TensorRTEngine:
-    """What the registry calls for TensorRT; see :class:`TensorRTEngine`.
+    """Load a model in TensorRT; called by the registry. See :class:`TensorRTEngine`.
 
     Args:
-        artifact: A compiled file, or ONNX.
-        options: Which GPU, and the size to be ready for. The threads are the GPU's, and ``exact`` changes nothing:
+        artifact: A compiled file, or an ONNX file.
+        options: The GPU and the size to prepare for. ``threads`` and ``exact`` have no effect: the GPU computes, and
             engines are built with TF32 off.
     """
-    return _loaded(artifact, options, TRT)
+    return _load_with(artifact, options, TRT)
 
 
 def load_rtx(artifact: Artifact, options: EngineOptions) -> TensorRTEngine:
-    """The same for TensorRT for RTX."""
-    return _loaded(artifact, options, RTX)
+    """Load a model in TensorRT for RTX; see :func:`load`."""
+    return _load_with(artifact, options, RTX)
 
 
-def _loaded(artifact: Artifact, options: EngineOptions, library: Library) -> TensorRTEngine:
+def _load_with(artifact: Artifact, options: EngineOptions, library: Library) -> TensorRTEngine:
     computed = {"fp32": "f32", "fp16": "fp16", "int8": "int8"}[artifact.spec.precision]
     opened = functools.partial(
         TensorRTEngine,
@@ -423,14 +445,17 @@ def _loaded(artifact: Artifact, options: EngineOptions, library: Library) -> Ten
     if artifact.format != "onnx":
         return opened(artifact.environment, notes=options.notes)
     trt = imported(library.module, library)
-    # Without a GPU, it ends before anything is built.
+    # Raises if there is no GPU, before anything is built.
     gpu = CudaGpu(imported(CUDART, library), options.device.index, library.cuda12)
     targets = (gpu.capability,) if library is RTX else ()
     profile = _profile(artifact.spec, options)
 
     def make() -> tuple[bytes, dict[str, Any]]:
         if options.tell:
-            options.tell(f"{library.title} compiles {artifact.path.name} for {gpu.name}: it can take minutes, once")
+            options.tell(
+                f"{library.title} builds an engine of {artifact.path.name} for {gpu.name}; the first time, this can "
+                "take minutes"
+            )
         graph = _graph(artifact)
         try:
             built = tensorrt_build.build(
@@ -442,7 +467,7 @@ def _loaded(artifact: Artifact, options: EngineOptions, library: Library) -> Ten
                 device=options.device.index,
                 activate=gpu.activate,
             )
-        except ModelError as error:  # the file is well; what this library cannot take, `auto` gives to another
+        except ModelError as error:  # the file is sound; `auto` may try another engine for what this library rejects
             raise EngineError(f"{artifact.path}: {error}") from error
         return built.engine, built.record
 
@@ -452,7 +477,7 @@ def _loaded(artifact: Artifact, options: EngineOptions, library: Library) -> Ten
     engine = cache.compiled(slot, make)
     try:
         return opened(engine.environment, data=engine.data, notes=_notes(options, library, engine))
-    except _Refused as error:
+    except _NotDeserialized as error:
         if engine.seconds is not None:
             raise
         engine = cache.compiled(slot, make, again=one_line(error))
@@ -460,10 +485,10 @@ def _loaded(artifact: Artifact, options: EngineOptions, library: Library) -> Ten
 
 
 def _profile(spec: ModelSpec, options: EngineOptions) -> tensorrt_build.Profile | None:
-    """The shapes that an engine is compiled for: room for other sizes, and for the one asked for.
+    """The optimization profile that an engine is built for.
 
-    One engine serves all sizes that need no more room than there always is, so that another one of these costs no
-    compilation. What is compiled for a larger size alone is tuned for it, too.
+    If the requested size is at most twice the specification's, the maximum is twice the specification's, so that one
+    engine serves all such sizes. For a larger size, that size is both the maximum and the optimum.
     """
     height, width = options.size or (0, 0)
     room = (2 * spec.height, 2 * spec.width)
@@ -472,7 +497,7 @@ def _profile(spec: ModelSpec, options: EngineOptions) -> tensorrt_build.Profile 
 
 
 def _notes(options: EngineOptions, library: Library, engine: cache.Compiled) -> tuple[str, ...]:
-    """With what people should know of a compilation; an engine from the cache is nothing to speak of."""
+    """The options' notes, and those on a build; an engine from the cache adds none."""
     if engine.seconds is None:
         return options.notes
     return (*options.notes, f"{library.title}: {engine.note}", *engine.environment["messages"])
@@ -491,10 +516,10 @@ def _key(library: Library, trt: Any, gpu: CudaGpu, model: str, name: str) -> cac
 
 
 def _graph(artifact: Artifact) -> bytes:
-    """An ONNX file's bytes.
+    """Read an ONNX file.
 
     Raises:
-        ModelError: It cannot be read, or has changed since it was opened: its engine would be kept under a wrong name.
+        ModelError: It cannot be read, or has changed since it was opened: its engine would be cached under a wrong key.
     """
     graph = _contents(artifact.path)
     artifact.check_same(onnx_metadata.parse(graph, str(artifact.path)).identity)
@@ -518,18 +543,18 @@ def _library_of(path: Path, environment: Mapping[str, Any]) -> Library:
 def _check_built_for(
     path: Path, library: Library, environment: Mapping[str, Any], version: str, capability: str
 ) -> None:
-    """Hold what an engine was built for against what is here.
+    """Check the library version and the GPU that an engine was built for against those of this machine.
 
     Raises:
-        ModelError: The environment does not say.
-        EngineForeign: The GPU is another.
-        EngineError: The version is another.
+        ModelError: The environment does not state them.
+        EngineForeign: The GPU differs.
+        EngineError: The version differs.
     """
     built, target = environment.get("version"), environment.get("compute_capability")
     targets = [target] if isinstance(target, str) else target
     if not (isinstance(built, str) and built and isinstance(targets, list) and targets):
-        raise ModelError(f"{path}: its environment does not say what it was built for: export it again")
-    # Either may leave out the last number, the build.
+        raise ModelError(f"{path}: its environment does not state what it was built for: export it again")
+    # Either version may lack the last number, the build.
     if any(ours != theirs for ours, theirs in zip(version.split("."), built.split("."), strict=False)):
         raise EngineError(
             f"{path}: built with {library.title} {built}, and {version} is installed, which cannot load it: "
@@ -543,10 +568,10 @@ def _check_built_for(
 
 
 def _check_contract(path: Path, trt: Any, engine: Any) -> tuple[Dims, Dims]:
-    """The smallest and the largest input [N, H, W, 3] of an engine that keeps the contract.
+    """Check that an engine keeps the contract; returns its smallest and its largest input shape [N, H, W, 3].
 
     Raises:
-        ModelError: It does not: other names, types or shapes.
+        ModelError: Names, types or shapes differ from the contract.
     """
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     if sorted(names) != sorted((INPUT, OUTPUT)):

@@ -1,17 +1,17 @@
-"""An ONNX graph as a TensorRT engine: one road for TensorRT 10 and 11 and for TensorRT for RTX.
+"""Build TensorRT engines from ONNX graphs: one code path for TensorRT 10 and 11 and for TensorRT for RTX.
 
-All of them compile a strongly typed network: every tensor has the type that the graph gives it, and there are no flags
+All of them build a strongly typed network: every tensor has the type that the graph gives it, and there are no flags
 for precision. TF32 is switched off, because an fp32 receipt promises float32.
 
-TensorRT for RTX builds on any machine, without a GPU; the device chooses the kernels when it loads the engine. The road
-through ``tensorrt`` was built from its documentation; what of it we have run is in
-:data:`petseg_runtime.engines.registry.ENGINES`. It differs from the other in the lines that ask for ``library``: it
-needs a GPU, is built for that one, and has a timing cache.
+TensorRT for RTX builds on any machine, without a GPU; the device compiles the kernels when it loads the engine. The
+path for ``tensorrt`` was written from its documentation; :data:`petseg_runtime.engines.registry.ENGINES` lists what we
+have run. It differs from the other where the code tests ``library``: TensorRT needs a GPU, builds for that GPU, and has
+a timing cache.
 
-Two builds of one graph need not give the same bytes (TensorRT for RTX 1.7: equal length, other internal names), so an
-engine is identified by the graph and the environment that it was built from, not by a digest of its own.
+Two builds of one graph need not be identical (TensorRT for RTX 1.7: equal length, other internal names), so an engine
+is identified by its graph and its build environment, not by a digest of its bytes.
 
-Needs neither torch nor onnx: ``petseg export`` and the runtime, which compiles at first use, share it.
+Needs neither torch nor onnx: shared by ``petseg export`` and by the runtime, which builds at first use.
 """
 
 from __future__ import annotations
@@ -39,33 +39,33 @@ __all__ = ["MAX_BATCH", "Built", "Profile", "Watch", "build", "profile_of", "tim
 
 Shape: TypeAlias = tuple[int, int, int, int]
 
-#: Called with the name of a phase, how many of its steps are done, and how many it has; from another thread.
+#: Called, on another thread, with the name of a build phase, the number of finished steps, and their total number.
 Watch: TypeAlias = Callable[[str, int, int], None]
 
-#: Of a graph that takes any batch, unless another is asked for.
+#: The default maximum batch of a graph with a dynamic batch.
 MAX_BATCH: Final = 8
 
-#: Of TensorRT; the first that takes uint8 inputs in a strongly typed network.
+#: The oldest supported version of TensorRT, the first with uint8 inputs in a strongly typed network.
 _OLDEST: Final = (10, 9)
 
-#: How the libraries write the type of a tensor, and how we do.
+#: The libraries' names of tensor types, and ours.
 _TYPES: Final = {"float": "fp32", "half": "fp16", "bfloat16": "bf16"}
 _TYPE_WORD: Final = re.compile(r"\b(float|fp32|half|fp16|bfloat16|bf16|fp8|u?int8|int32|int64|bool)\b", re.IGNORECASE)
 
-#: What the parser says, and no more, when it takes uint8 Q/DQ for int8: activations are then cut off at 127.
+#: The parser's warning, and its only reaction, when it treats uint8 Q/DQ as int8, which clips activations at 127.
 _REINTERPRETED: Final = "Defaulting to INT8"
 
-#: A library has one logger for all that it does in a process.
+#: Serializes builds: a library has a single logger in a process.
 _ONE_AT_A_TIME: Final = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """The shapes of ``image``, uint8 [N, H, W, 3], that an engine takes, and the one it is tuned for.
+    """The optimization profile of ``image``, uint8 [N, H, W, 3].
 
     Attributes:
         minimum: Smallest N, H and W.
-        optimum: The shape to be fastest at.
+        optimum: The shape that kernels are tuned for.
         maximum: Largest N, H and W.
     """
 
@@ -74,10 +74,10 @@ class Profile:
     maximum: Shape
 
     def __post_init__(self) -> None:
-        """Check what TensorRT would refuse with more words, and the sizes that it would accept and fail at later.
+        """Check the shapes: TensorRT's own messages are longer, and it accepts some sizes at which it fails later.
 
         Raises:
-            ModelError: A shape is none that the network takes, or the three are not in order.
+            ModelError: The network does not support a shape, or the three are not in ascending order.
         """
         for name, shape in (("minimum", self.minimum), ("optimum", self.optimum), ("maximum", self.maximum)):
             _, height, width, channels = shape
@@ -95,18 +95,18 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """A finished engine.
+    """A built engine.
 
     Attributes:
-        engine: The serialised engine.
-        environment: What a device must match, and how it was built; JSON values. ``library``, ``version``,
-            ``platform``, ``compute_capability`` (of the GPU, such as ``8.9``; for TensorRT for RTX a list of those
-            asked for, or ``portable``), ``gpu`` and ``driver`` (None for TensorRT for RTX: its engines depend on
+        engine: The serialized engine.
+        environment: What a device must match, and how the engine was built; JSON values. ``library``, ``version``,
+            ``platform``, ``compute_capability`` (of the GPU, such as ``8.9``; for TensorRT for RTX a list of the
+            requested ones, or ``portable``), ``gpu`` and ``driver`` (None for TensorRT for RTX, whose engines depend on
             neither), ``profile``, ``flags``.
-        description: What the library says of the engine it built; JSON values. ``bytes``; ``inputs`` and ``outputs``
-            (name, dtype, shape, -1 for any); ``layers``, how many; ``computed``, how many layers of each kind read and
-            write which types (weights not counted); ``unknown``, what cannot be said here and why.
-        messages: Warnings of the library, and what became of the timing cache.
+        description: What the library reports about the engine; JSON values. ``bytes``; ``inputs`` and ``outputs``
+            (name, dtype, shape, -1 for dynamic); ``layers``, their number; ``computed``, the number of layers of each
+            kind by the types that they read and write (weights not counted); ``unknown``, what is not known, and why.
+        messages: Warnings of the library, and remarks on the timing cache.
     """
 
     engine: bytes = field(repr=False)
@@ -116,19 +116,19 @@ class Built:
 
     @property
     def record(self) -> dict[str, Any]:
-        """All but the engine itself, as it is kept beside one: the environment, ``engine`` and ``messages``."""
+        """Everything but the engine, as stored beside it: the environment, ``engine`` and ``messages``."""
         return {**self.environment, "engine": self.description, "messages": list(self.messages)}
 
 
 @dataclass(frozen=True)
 class _Compiler:
-    """A library that was found usable, and what it shall build for.
+    """A usable library, and its build target.
 
     Attributes:
         trt: Its module.
-        library: Its name.
-        gpu: The GPU it builds for; None: any, or ``compute_capabilities``.
-        compute_capabilities: What was asked for.
+        library: Which library it is.
+        gpu: The GPU that it builds for; None: any, or ``compute_capabilities``.
+        compute_capabilities: The requested compute capabilities.
     """
 
     trt: Any
@@ -143,7 +143,7 @@ class _Compiler:
 
 
 class _Progress:
-    """What passes between the thread that builds and the one that waits: news one way, the word to stop the other."""
+    """Connects the build thread, which reports progress, with the waiting thread, which can tell it to stop."""
 
     def __init__(self, watch: Watch | None) -> None:
         self.watch = watch
@@ -152,7 +152,7 @@ class _Progress:
         self.failure: BaseException | None = None
 
     def tell(self, phase: str, done: int, total: int) -> None:
-        """Pass news on; never raises, because who calls it would print and forget it."""
+        """Report progress to ``watch``; never raises, because the caller would print the exception and drop it."""
         if self.watch is None or self.stop.is_set():
             return
         try:
@@ -173,33 +173,33 @@ def build(
     device: int = 0,
     activate: Callable[[], None] | None = None,
 ) -> Built:
-    """Compile a graph.
+    """Build an engine from a graph.
 
     Args:
-        graph: Serialised ONNX, from ``image`` uint8 [N, H, W, 3] to ``probability`` uint8 [N, H, W].
-        profile: Shapes to build for; None is enough for a graph without free dimensions.
-        library: The one that builds, and later runs, the engine.
-        timing_cache: Where TensorRT keeps what it measured, to build faster the next time. One that is damaged or of
-            another GPU or version is made anew, and ``messages`` says so.
-        watch: Told about the progress. What it raises cancels the build and reaches the caller.
-        compute_capabilities: GPUs to build for, such as ``8.9``; only TensorRT for RTX can be asked. Empty: those that
-            the library calls portable, Ampere and later. Turing (7.5) is not among them.
-        device: The GPU that TensorRT builds for, as CUDA counts them.
-        activate: Makes that GPU the current one of the thread that calls it; without it, CUDA's first is.
+        graph: Serialized ONNX, from ``image`` uint8 [N, H, W, 3] to ``probability`` uint8 [N, H, W].
+        profile: The optimization profile; may be None for a graph without dynamic dimensions.
+        library: The library that builds, and later runs, the engine.
+        timing_cache: Where TensorRT's timing cache is kept, which makes the next build faster. If it is damaged or of
+            another GPU or version, it is created again, and ``messages`` says so.
+        watch: Called with the progress. An exception that it raises cancels the build and reaches the caller.
+        compute_capabilities: GPUs to build for, such as ``8.9``; TensorRT for RTX only. Empty: what the library calls
+            portable, which is Ampere and later, without Turing (7.5).
+        device: Number of the GPU that TensorRT builds for, as CUDA counts them.
+        activate: Makes that GPU the current device of the calling thread; without it, CUDA's first is.
 
     Returns:
-        The engine, with what is known about it.
+        The engine and its description.
 
     Raises:
         EngineMissing: The library is not installed.
-        EngineError: It is broken, lacks its GPU, does not know such a GPU, or fails to build.
-        ModelError: It cannot read the graph; the graph breaks the contract, or the profile contradicts it.
-        KeyboardInterrupt: Ctrl-C; the build is cancelled first.
+        EngineError: It is broken, finds no GPU, does not know such a GPU, or fails to build.
+        ModelError: It cannot parse the graph, the graph breaks the contract, or the profile contradicts the graph.
+        KeyboardInterrupt: Ctrl-C was pressed; the build is cancelled first.
     """
     compiler = _load(library, compute_capabilities, device)
     progress = _Progress(watch)
-    # The bindings print and swallow what Python raises inside their callbacks, and Python raises KeyboardInterrupt in
-    # whatever the main thread runs. So the library never runs in the caller's thread.
+    # The bindings print and swallow exceptions raised in their callbacks, and Python raises KeyboardInterrupt in
+    # whatever the main thread is running. So the library never runs in the caller's thread.
     with _ONE_AT_A_TIME, ThreadPoolExecutor(1, thread_name_prefix="petseg-tensorrt") as pool:
         try:
             future = pool.submit(_build, compiler, graph, profile, timing_cache, progress, activate)
@@ -219,16 +219,16 @@ def profile_of(
     max_size: tuple[int, int] | None = None,
     best: tuple[int, int] | None = None,
 ) -> Profile | None:
-    """The shapes that an engine is built for; one photo, or the one batch there is, is what it shall be fastest at.
+    """The optimization profile for a graph; its optimum is a single photo, or the graph's fixed batch.
 
     Args:
-        spec: Of the graph.
-        max_batch: Largest batch of a graph that takes any.
-        max_size: Largest height and width of a graph that takes any; None: twice the specification's.
-        best: Height and width that it shall be fastest at, of such a graph; None: the specification's.
+        spec: The graph's specification.
+        max_batch: Largest batch, if the batch is dynamic.
+        max_size: Largest height and width, if the size is dynamic; None: twice the specification's.
+        best: Height and width of the optimum, if the size is dynamic; None: the specification's.
 
     Returns:
-        None for a graph without free dimensions.
+        The profile; None for a graph without dynamic dimensions.
     """
     if spec.batch and not spec.dynamic_size:
         return None
@@ -243,11 +243,11 @@ def profile_of(
 
 
 def timings_slot(device: int = 0) -> Slot:
-    """Where TensorRT's measurements on a GPU are kept in the cache; they serve all models.
+    """The entry of a GPU's timing cache in petseg's cache; all models share it.
 
     Raises:
         EngineMissing: TensorRT is not installed.
-        EngineError: It is broken, or there is no such GPU.
+        EngineError: TensorRT is broken, or there is no such GPU.
     """
     compiler = _load(TRT, (), device)
     assert compiler.gpu is not None
@@ -270,8 +270,9 @@ def _build(
     progress: _Progress,
     activate: Callable[[], None] | None,
 ) -> Built:
-    """See :func:`build`; runs in a thread of its own until ``progress`` tells it to stop."""
-    # A pool forgets a thread, and does not wait for it, if Ctrl-C comes while it starts: nothing is begun before that.
+    """See :func:`build`; runs in a separate thread until ``progress`` tells it to stop."""
+    # If Ctrl-C arrives while the thread starts, the pool loses track of it and does not wait for it. So nothing begins
+    # before `start` is set.
     progress.start.wait()
     if progress.stop.is_set():
         raise KeyboardInterrupt
@@ -286,7 +287,7 @@ def _build(
     cache, messages = _timing_cache(compiler, config, timing_cache, record)
     config.progress_monitor = monitor = _monitor(compiler.trt, progress)
     serialized = builder.build_serialized_network(network, config)
-    del parser, monitor  # until here the library refers to both
+    del parser, monitor  # the library refers to both until the build has ended
     if progress.failure is not None:
         raise progress.failure
     if serialized is None:
@@ -303,16 +304,16 @@ def _build(
 
 
 def _load(library: Library, compute_capabilities: tuple[str, ...], device: int) -> _Compiler:
-    """Import a library, and see that it has what it needs here.
+    """Import a library and check that it can build on this machine.
 
     Raises:
         EngineMissing: It is not installed.
-        EngineError: It is, and cannot be used.
+        EngineError: It is installed but cannot be used.
     """
     trt = imported(library.module, library)
     if not all(hasattr(trt, name) for name in ("__version__", "Builder", "OnnxParser")):
         raise EngineError(
-            f"{library.module} is installed, but holds no library (a placeholder): {install(library.extra)}"
+            f"{library.module} is installed, but holds no library (it is a placeholder): {install(library.extra)}"
         )
     if library is RTX:
         return _Compiler(trt, library, None, compute_capabilities)
@@ -320,14 +321,14 @@ def _load(library: Library, compute_capabilities: tuple[str, ...], device: int) 
         raise EngineError(f"TensorRT {trt.__version__} is too old: {'.'.join(map(str, _OLDEST))} or newer is needed")
     if compute_capabilities:
         raise EngineError(
-            f"TensorRT cannot be asked to build for {', '.join(compute_capabilities)}; it builds for its own GPU"
+            f"TensorRT cannot build for {', '.join(compute_capabilities)} on request; it builds for the GPU it runs on"
         )
     gpus = {gpu.index: gpu for gpu in host.gpus()}
     if device not in gpus:
         shown = ", ".join(f"cuda:{gpu.index} {gpu.name}" for gpu in gpus.values()) or "none"
         raise EngineError(
             f"TensorRT builds an engine for an NVIDIA GPU of the machine it runs on, and there is no cuda:{device} "
-            f"(there is: {shown}); build on the device, or for tensorrt_rtx, which needs no GPU"
+            f"(found: {shown}); build on the device, or for tensorrt_rtx, which needs no GPU"
         )
     return _Compiler(trt, library, gpus[device], ())
 
@@ -337,19 +338,19 @@ def _builder(compiler: _Compiler, record: Record) -> Any:
     logger.record = record
     try:
         return compiler.trt.Builder(logger)
-    except (TypeError, RuntimeError) as error:  # TypeError: how the bindings say that the library returned nothing
+    except (TypeError, RuntimeError) as error:  # TypeError: the bindings' reaction if the library returned nullptr
         old = (host.old_driver(gpu.driver, compiler.library.cuda12) for gpu in host.gpus())
         remedy = next((f"; {what}" for what in old if what), "")
         raise EngineError(f"{compiler.title} does not start ({_reason(record)}{remedy})") from error
 
 
 def _parse(compiler: _Compiler, builder: Any, graph: bytes, record: Record) -> tuple[Any, Any]:
-    """The network of a graph, and the parser, which holds the weights and must live as long.
+    """Parse a graph; returns the network, and the parser, which owns the weights and must live as long.
 
     Raises:
-        ModelError: The library cannot read the graph, and names the nodes; or reads it as something else.
+        ModelError: The library cannot read the graph (the message names the nodes), or would change its meaning.
     """
-    # TensorRT 10 has to be asked for strong typing; the others do it anyway, and take the flag.
+    # TensorRT 10 needs the flag for strong typing; the others are always strongly typed, and accept the flag.
     network = builder.create_network(1 << int(compiler.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = compiler.trt.OnnxParser(network, builder.logger)
     if not parser.parse(graph):
@@ -360,15 +361,15 @@ def _parse(compiler: _Compiler, builder: Any, graph: bytes, record: Record) -> t
             problems.append(f"{where}: {_one_line(error.desc())}" if where else _one_line(error.desc()))
         raise ModelError(f"{compiler.title} cannot read the graph ({'; '.join(problems) or _reason(record)})")
     if changed := [warning for warning in record.warnings if _REINTERPRETED in warning]:
-        raise ModelError(f"{compiler.title} would read the graph as another ({_one_line(changed[0])})")
+        raise ModelError(f"{compiler.title} would change the meaning of the graph ({_one_line(changed[0])})")
     return network, parser
 
 
 def _check_contract(network: Any) -> None:
-    """Refuse a network that is not uint8 ``image`` to uint8 ``probability``.
+    """Check that a network maps uint8 ``image`` to uint8 ``probability``.
 
     Raises:
-        ModelError: Names what is there.
+        ModelError: It does not; the message names its tensors.
     """
     inputs, outputs = _tensors(network)
     for mode, found, name, rank in (("input", inputs, INPUT, 4), ("output", outputs, OUTPUT, 3)):
@@ -386,65 +387,67 @@ def _tensors(network: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def _config(compiler: _Compiler, builder: Any) -> Any:
-    """The builder's configuration, without shapes.
+    """The builder configuration, without the optimization profile.
 
     Raises:
-        EngineError: The library does not know a GPU that was asked for.
+        EngineError: The library does not know a requested GPU.
     """
     trt, wanted = compiler.trt, compiler.compute_capabilities
     config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; it computes float32 convolutions with 10 bits of mantissa
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # lists every layer with its types
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; computes float32 convolutions with 10 bits of mantissa
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # logs every layer with its types
     if wanted:
         members = trt.ComputeCapability.__members__
         known = {f"{name[2:-1]}.{name[-1]}": value for name, value in members.items() if name.startswith("SM")}  # SM120
         config.num_compute_capabilities = len(wanted)
         for i, name in enumerate(wanted):
             if name not in known or not config.set_compute_capability(known[name], i):
-                raise EngineError(f"{compiler.title} cannot build for a GPU of {name}; it knows {', '.join(known)}")
+                raise EngineError(
+                    f"{compiler.title} cannot build for compute capability {name}; it supports {', '.join(known)}"
+                )
     return config
 
 
 def _set_profile(builder: Any, config: Any, image: Any, profile: Profile | None, record: Record) -> None:
-    """Give the profile to the builder.
+    """Add the optimization profile to the builder configuration.
 
     Raises:
-        ModelError: It contradicts the graph's ``image``, or is missing where that has free dimensions.
+        ModelError: It contradicts the graph's ``image``, or is missing although that has dynamic dimensions.
     """
     shape = [int(size) for size in image.shape]
     if profile is None:
         if -1 in shape:
-            raise ModelError(f"the graph's {INPUT} is {shape}: a profile has to say what -1 may be")
+            raise ModelError(f"the graph's {INPUT} is {shape}: an optimization profile for -1 is needed")
         return
     for size, low, high in zip(shape, profile.minimum, profile.maximum, strict=True):
         if size != -1 and not size == low == high:
-            raise ModelError(f"profile {profile} contradicts the graph, whose {INPUT} is {shape} (-1: any)")
+            raise ModelError(f"profile {profile} contradicts the graph, whose {INPUT} is {shape} (-1: dynamic)")
     optimization = builder.create_optimization_profile()
     optimization.set_shape(INPUT, profile.minimum, profile.optimum, profile.maximum)
     if config.add_optimization_profile(optimization) < 0:
-        raise ModelError(f"profile {profile} was refused ({_reason(record)})")
+        raise ModelError(f"the library rejects profile {profile} ({_reason(record)})")
 
 
 def _timing_cache(compiler: _Compiler, config: Any, place: Path | Slot | None, record: Record) -> tuple[Any, list[str]]:
-    """Give what is kept at ``place`` to the builder: the cache, None if none is used, and what there is to say."""
+    """Give the builder the timing cache kept at ``place``; returns it (None if none is used) and messages."""
     if place is None:
         return None, []
-    if compiler.library is RTX:  # its functions are still there, deprecated, and do nothing
+    if compiler.library is RTX:  # it still has the functions, deprecated and without effect
         return None, [f"{place}: not used; TensorRT for RTX times nothing and has no timing cache"]
     saved, problem = _kept(place)
     before = len(record.warnings)
     cache = config.create_timing_cache(saved)
     fits = cache is not None and config.set_timing_cache(cache, ignore_mismatch=False)
-    said = record.warnings[before:]  # of a damaged one the library says so, and returns an empty cache
-    if not fits or said:
-        problem = f"damaged, or of another GPU or version ({_one_line(' '.join(said)) or 'refused'})"
+    warnings = record.warnings[before:]  # the library logs that a cache is damaged, and returns an empty one
+    if not fits or warnings:
+        problem = f"damaged, or of another GPU or version ({_one_line(' '.join(warnings)) or 'rejected'})"
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
-    return cache, [f"{_shown(place)} is made anew: {problem}"] if problem else []
+    return cache, [f"{_shown(place)} is created again: {problem}"] if problem else []
 
 
 def _kept(place: Path | Slot) -> tuple[bytes, str]:
-    """The timing cache that is kept, empty if there is none, and why it cannot be used."""
+    """The timing cache that was kept (empty if there is none), and why it cannot be used."""
     if isinstance(place, Slot):
         kept, why = place.read()
         return kept.data if kept else b"", why
@@ -455,7 +458,7 @@ def _kept(place: Path | Slot) -> tuple[bytes, str]:
 
 
 def _save(cache: Any, place: Path | Slot) -> list[str]:
-    """Write a timing cache; an engine that was built is not lost because that fails."""
+    """Write the timing cache; a failure becomes a message, because the engine has been built all the same."""
     data, problem = bytes(cache.serialize()), ""
     if isinstance(place, Slot):
         problem = place.write(data)
@@ -472,7 +475,7 @@ def _shown(place: Path | Slot) -> str:
 
 
 def _monitor(trt: Any, progress: _Progress) -> Any:
-    """The library's way to ``progress``; a build that shall stop is told so at its next step."""
+    """A progress monitor that reports to ``progress`` and cancels the build at its next step after a stop."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -487,7 +490,7 @@ def _monitor(trt: Any, progress: _Progress) -> Any:
             progress.tell(phase_name, step + 1, self.steps[phase_name])
             return not progress.stop.is_set()
 
-        def phase_finish(self, phase_name: str) -> None:  # perhaps before its last step
+        def phase_finish(self, phase_name: str) -> None:  # may come before the last step
             progress.tell(phase_name, self.steps[phase_name], self.steps[phase_name])
 
     return Monitor()
@@ -511,13 +514,13 @@ def _environment(compiler: _Compiler, profile: Profile | None) -> dict[str, Any]
 
 def _description(compiler: _Compiler, network: Any, engine: bytes, record: Record) -> dict[str, Any]:
     """See :class:`Built`."""
-    # An engine cannot be loaded, and so not inspected, without a GPU. But the library lists its layers when they are
-    # built, in the words of its inspector.
+    # Without a GPU the engine cannot be loaded, and so not inspected. But the library logs its layers during the build,
+    # in the format of the engine inspector.
     inputs, outputs = _tensors(network)
     layers = _layers(record.layers)
     unknown = [] if layers else ["layers: the library did not list them"]
     if compiler.library is RTX:
-        unknown.append("kernels: the device chooses them when it loads the engine")
+        unknown.append("kernels: the device compiles them when it loads the engine")
     return {
         "bytes": len(engine),
         "inputs": inputs,
@@ -533,9 +536,9 @@ def _description(compiler: _Compiler, network: Any, engine: bytes, record: Recor
 
 
 def _layers(text: str) -> Counter[tuple[str, str, str]]:
-    """How many layers there are of a kind, with the types that they read and write, in a library's list of layers."""
+    """Count the layers in a library's log by their kind and by the types that they read and write."""
     counts: Counter[tuple[str, str, str]] = Counter()
-    for line in text.split("\n"):  # not splitlines: it takes the separators inside a line for ends
+    for line in text.split("\n"):  # not splitlines(), which also splits at separators inside a line
         if kind := re.search(r"LayerType: (\w+), Inputs: ", line):
             before, _, after = line[kind.end() :].partition(", Outputs: ")
             reads = before.partition(", Constants: ")[0]
@@ -544,19 +547,19 @@ def _layers(text: str) -> Counter[tuple[str, str, str]]:
 
 
 def _types(tensors: str) -> str:
-    """The types in a list of tensors: ``Datatype: Half, ...`` or ``Format/Datatype: Row major FP16 format``."""
+    """The types in a list of tensors, such as ``Datatype: Half, ...`` or ``Format/Datatype: Row major FP16 format``."""
     words = [_TYPE_WORD.search(text) for text in re.findall(r"[Dd]ata[Tt]ype: ([^,}]*)", tensors)]
     found = {word[1].lower() for word in words if word}
     return " ".join(sorted(_TYPES.get(word, word) for word in found))
 
 
 def _reason(record: Record) -> str:
-    """The errors so far, in one line."""
-    return _one_line("\n".join(record.errors)) or "the library gives no reason"
+    """The logged errors in one line."""
+    return _one_line("\n".join(record.errors)) or "no reason given"
 
 
 def _one_line(text: str) -> str:
-    """A library's message without line ends, and without the one it adds to every error where there is no driver."""
+    """A library's message in one line, without the line that it adds to every error if there is no driver."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    told = [line for line in lines if "cudaError 35" not in line] or lines
-    return " ".join(told)[:1000]
+    relevant = [line for line in lines if "cudaError 35" not in line] or lines
+    return " ".join(relevant)[:1000]

@@ -1,4 +1,4 @@
-"""What building and running have in common: TensorRT's two libraries, how they are imported, and their loggers."""
+"""TensorRT and TensorRT for RTX as libraries: how they are imported, and their loggers; for building and running."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CUDART: Final = "cuda.bindings.runtime"
 
 @dataclass(frozen=True, kw_only=True)
 class Library:
-    """One of the two libraries: its module, and what people call it, its engine, its extra and its export format."""
+    """One of the two libraries: its module, its title, and the names of its engine, extra and export format."""
 
     module: str
     title: str
@@ -29,12 +29,12 @@ class Library:
 
     @property
     def remedy(self) -> str:
-        """What to do about an engine that does not fit."""
+        """The remedy for an engine that does not fit this device."""
         return f"build it again on this device: `petseg export CHECKPOINT --format {self.format}`"
 
     @property
     def cuda12(self) -> str:
-        """Its packages for CUDA 12, for pip."""
+        """The pip packages of this library for CUDA 12."""
         return f"{self.engine}-cu12 'cuda-bindings<13'"
 
 
@@ -42,13 +42,13 @@ TRT: Final = Library(module="tensorrt", title="TensorRT", engine="tensorrt", ext
 RTX: Final = Library(
     module="tensorrt_rtx", title="TensorRT for RTX", engine="tensorrt-rtx", extra="rtx", format="trt-rtx"
 )
-#: By the name of the module.
+#: The libraries by the name of their module.
 LIBRARIES: Final = {library.module: library for library in (TRT, RTX)}
 
 
 @dataclass
 class Record:
-    """What a library says while it builds, on whatever thread it does."""
+    """What a library logs during a build, on any of its threads."""
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -56,50 +56,50 @@ class Record:
 
 
 def imported(module: str, library: Library) -> Any:
-    """Import what an engine cannot do without.
+    """Import a module that an engine requires.
 
     Raises:
         EngineMissing: It is not installed.
-        EngineError: It is, but does not work.
+        EngineError: It is installed but does not work.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):  # a part of it, or something that it needs
+        if not f"{module}.".startswith(f"{error.name}."):  # a submodule or a dependency is missing
             raise EngineError(f"{module} is installed but cannot be imported ({one_line(error)})") from error
-        if module == CUDART:  # its extra brings it; without it, the library is the system's own
+        if module == CUDART:  # the extra installs both; if only this is missing, the library came with the system
             raise EngineMissing(f"cuda-bindings is not installed: pip install {bindings()}") from error
         raise EngineMissing(f"{library.engine} is not installed: {install(library.extra)}") from error
-    except Exception as error:  # whatever its search for shared libraries ends in
+    except Exception as error:  # anything that the search for shared libraries may raise
         raise EngineError(f"{module} is installed but cannot be imported ({one_line(error)})") from error
 
 
 def bindings() -> str:
-    """The cuda-bindings that run with this machine's driver, for pip."""
+    """The requirement, for pip, of the cuda-bindings that work with this machine's driver."""
     old = any(host.old_driver(gpu.driver, "") for gpu in host.gpus())
     return "'cuda-bindings<13'" if old else "cuda-bindings"
 
 
 @functools.cache
 def logger_of(base: Any) -> Any:
-    """The one logger of a library: it uses the first that it is given, for builders and for engines.
+    """The single logger of a library, which uses the first logger that it is given for all builders and runtimes.
 
     Args:
         base: The library's ``ILogger``.
 
     Returns:
-        A logger whose ``heard`` has the latest errors, and whose ``record`` is filled while one is set.
+        A logger. ``recent_errors`` has its latest errors; ``record``, while it is set, collects all that is logged.
     """
 
     class Logger(base):  # type: ignore[misc]
         def __init__(self) -> None:
-            base.__init__(self)  # pybind11 wants it by name
-            self.heard: deque[str] = deque(maxlen=4)
+            base.__init__(self)  # pybind11 requires the explicit call
+            self.recent_errors: deque[str] = deque(maxlen=4)
             self.record: Record | None = None
 
         def log(self, severity: Any, msg: str) -> None:
             if severity in (base.Severity.INTERNAL_ERROR, base.Severity.ERROR):
-                self.heard.append(" ".join(msg.split()))
+                self.recent_errors.append(" ".join(msg.split()))
                 if self.record is not None:
                     self.record.errors.append(msg)
             elif self.record is not None and severity == base.Severity.WARNING:

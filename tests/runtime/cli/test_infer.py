@@ -233,7 +233,7 @@ def test_a_missing_or_damaged_model_is_4(photo: Path, tmp_path: Path, capsys: py
         assert run(["infer", str(photo), "--model", str(model), "--output", str(tmp_path / "out")]) == 4
         out, err = capsys.readouterr()
         assert out == ""
-        assert ("a file that `petseg export` made is expected" in err) == (model.name != "missing.onnx")
+        assert ("use a file made by `petseg export`" in err) == (model.name != "missing.onnx")
         assert err.startswith(f"petseg: {model}: ")
         assert len(err.splitlines()) == 1
 
@@ -559,17 +559,23 @@ def test_the_engine_can_be_chosen(photo: Path, tmp_path: Path, capsys: pytest.Ca
     assert run([*command, "onnxruntime"]) == 0
     assert " in onnxruntime " in capsys.readouterr().err
     assert run([*command, "abacus"]) == 5
-    assert "there is no engine 'abacus'; there are: auto, onnxruntime, openvino" in capsys.readouterr().err
+    assert "unknown engine 'abacus'; choose one of: auto, onnxruntime, openvino" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--device", "cuda"], "cuda:0 cannot be had: this machine shows no NVIDIA GPU: install its driver, or use"),
-        (["--device", "cuda:1"], "cuda:1 cannot be had: this machine shows no NVIDIA GPU: install its driver, or use"),
-        (["--device", "gpu"], "there is no device 'gpu'; there are: auto, cpu, cuda, cuda:N"),
-        (["--device", "cuda", "--backend", "openvino"], "openvino cannot run it on cuda:0; what can: openvino on cpu"),
-        (["--device", "intel-gpu", "--backend", "onnxruntime"], "onnxruntime cannot run it on intel-gpu:0; what can: "),
+        (["--device", "cuda"], "cuda:0 is not available: this machine shows no NVIDIA GPU: install its driver, or use"),
+        (
+            ["--device", "cuda:1"],
+            "cuda:1 is not available: this machine shows no NVIDIA GPU: install its driver, or use",
+        ),
+        (["--device", "gpu"], "unknown device 'gpu'; choose one of: auto, cpu, cuda, cuda:N"),
+        (["--device", "cuda", "--backend", "openvino"], "openvino cannot run it on cuda:0; supported: openvino on cpu"),
+        (
+            ["--device", "intel-gpu", "--backend", "onnxruntime"],
+            "onnxruntime cannot run it on intel-gpu:0; supported: ",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

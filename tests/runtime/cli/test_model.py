@@ -212,7 +212,7 @@ def test_without_a_proof_there_is_nothing_to_verify_and_nothing_is_written(
     assert run(["verify", str(proven.path)]) == 4
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"petseg: {proof_of(proven.path)}: not there")
+    assert err.startswith(f"petseg: {proof_of(proven.path)}: no such file")
     assert len(err.splitlines()) == 1
     assert files(proven.path.parent) == {"toy.onnx"}
 
@@ -308,7 +308,7 @@ def test_a_proof_of_this_checkpoint_that_is_not_this_files_is_4_unless_it_is_nam
     receipt = json.dumps({"proof": prove(proven.spec, 7).identity})
     proven.path.write_bytes(onnx_metadata.with_metadata(proven.path.read_bytes(), {**metadata, RECEIPT_KEY: receipt}))
     assert run(["verify", str(proven.path), "-q"]) == 4
-    assert "not the proof that toy.onnx was exported with" in capsys.readouterr().err
+    assert "not the parity record that toy.onnx was exported with" in capsys.readouterr().err
     assert run(["verify", str(proven.path), "-q", "--proof", str(proof_of(proven.path))]) == 0
     proof_of(proven.path).write_bytes(prove(proven.spec, 7).to_bytes())
     assert run(["verify", str(proven.path), "-q"]) == 0
@@ -412,7 +412,7 @@ def test_the_backend_that_is_asked_for_verifies(proven: Artifact, capsys: pytest
     [
         ("openvino", install("openvino")),
         ("ov", install("openvino")),
-        ("abacus", "there is no engine 'abacus'"),
+        ("abacus", "unknown engine 'abacus'"),
     ],
 )
 def test_a_backend_that_cannot_be_had_is_5_and_no_other_steps_in(

@@ -1,4 +1,4 @@
-"""An engine takes bytes and gives bytes; what it cannot do it says in one of petseg's own errors."""
+"""Tests of the engines: uint8 images in, uint8 probabilities out, and petseg's errors for everything else."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from petseg_runtime.spec import ModelSpec
 
 Toy: TypeAlias = Callable[..., Any]
 
-#: The engines that run ONNX files on a CPU; those that are not installed are skipped with the reason.
+#: The engines that run ONNX files on a CPU; those that are not installed are skipped, with the reason.
 ON_CPU = {line.engine for line in RULE if line.kind == "cpu"}
 BACKENDS = [name for name, entry in ENGINES.items() if "onnx" in entry.formats and name in ON_CPU]
 
@@ -61,7 +61,7 @@ def module_of(backend: str) -> str:
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every engine that runs ONNX files on a CPU and is installed."""
+    """Each engine that runs ONNX files on a CPU and is installed."""
     name = str(request.param)
     if importlib.util.find_spec(ENGINES[name].module) is None:
         pytest.skip(f"{name} is not installed: {install(ENGINES[name].extra)}")
@@ -81,7 +81,7 @@ def engine(artifact: Artifact, backend: str) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def batch(artifact: Artifact) -> np.ndarray:
-    """Three different photos, as the model takes them."""
+    """Three different photos, preprocessed."""
     spec = artifact.spec
     photos = [images.read(path).pixels for path in sample_photos()[:3]]
     return np.stack([images.to_model(photo, spec.height, spec.width) for photo in photos])
@@ -105,9 +105,9 @@ def test_a_batch_of_bytes_gives_as_many_maps_of_bytes(engine: Engine, batch: np.
 def test_a_batch_gives_what_its_photos_give_one_by_one(engine: Engine, batch: np.ndarray) -> None:
     together = engine.run(batch)
     for photo, result in zip(batch, together, strict=True):
-        # Kernels may tile a batch otherwise; what rounds to another byte may do so by one.
+        # Kernels may tile a batch differently, so a byte may be rounded differently, by one.
         assert difference(engine.run(photo[None])[0], result) <= 1
-    assert difference(together[0], together[1]) > 50  # or the comparison above says nothing
+    assert difference(together[0], together[1]) > 50  # otherwise the comparison above would be meaningless
 
 
 def test_the_graph_gets_the_bytes_in_the_order_of_rgb(backend: str, toy: Toy, tmp_path: Path) -> None:
@@ -115,6 +115,13 @@ def test_the_graph_gets_the_bytes_in_the_order_of_rgb(backend: str, toy: Toy, tm
     for channel in range(3):
         with load_engine(toy(tmp_path / "toy.onnx", channel), backend, threads=1) as engine:
             np.testing.assert_array_equal(engine.run(pixels), pixels[..., channel])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are Unicode here")
+def test_a_path_that_is_not_utf8_is_no_obstacle(backend: str, toy: Toy, tmp_path: Path) -> None:
+    pixels = noise(2, 16, 32)
+    with load_engine(toy(tmp_path / os.fsdecode(b"t\xff.onnx"), 0), backend, threads=1) as engine:
+        np.testing.assert_array_equal(engine.run(pixels), pixels[..., 0])
 
 
 def test_memory_layout_does_not_matter(engine: Engine, batch: np.ndarray) -> None:
@@ -244,7 +251,7 @@ def test_streams_share_the_threads_and_there_are_no_more_of_them(
 def test_in_onnx_runtime_callers_and_pool_are_as_many_as_the_threads(
     toy: Toy, tmp_path: Path, threads: int, streams: int, told: int
 ) -> None:
-    """A session told N has N - 1 threads of its own, for all callers together."""
+    """A session with intra_op_num_threads N has a pool of N - 1 threads, which all callers share."""
     engine: Any = load_engine(toy(tmp_path / "toy.onnx"), "onnxruntime", threads, device="cpu", streams=streams)
     with engine:
         own = engine._session.get_session_options().intra_op_num_threads
@@ -291,7 +298,7 @@ def test_warming_up_runs_blank_batches_of_the_size_that_is_asked_for(
 def test_what_openvino_loads_for_a_size_has_run_at_it(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is too large for a device fails then, not at the first photo."""
+    """A size that is too large for a device fails when the model is loaded, not at the first photo."""
     module = pytest.importorskip("petseg_runtime.engines.openvino")
     shapes: list[tuple[int, ...]] = []
     run = module.OpenVINOEngine.run
@@ -305,11 +312,22 @@ def test_what_openvino_loads_for_a_size_has_run_at_it(
     assert shapes == []
 
 
+@pytest.mark.parametrize("size", [(32, 32), (20, 32)])
+def test_a_size_that_the_model_does_not_take_is_a_usage_error_in_openvino(
+    toy: Toy, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    """An EngineError would make `auto` skip the engine."""
+    pytest.importorskip("openvino")
+    artifact = toy(tmp_path / "toy.onnx", dynamic_size=size != (32, 32))
+    with pytest.raises(UsageError, match=f"{size[0]}"):
+        load_engine(artifact, "openvino", threads=1, size=size)
+
+
 # ------------------------------------------------------------------------------------------------ exact or not
 
 
 def test_exact_is_float32_and_anything_else_is_owned_up_to(backend: str, blur: Toy, tmp_path: Path) -> None:
-    """What computes in bf16 rounds otherwise, in a graph whose sums lie close to whole numbers."""
+    """The graph's sums lie close to whole numbers, so that bf16 rounds them differently."""
     artifact, pixels = blur(tmp_path / "blur.onnx"), noise(3, 16, 32)
     weight = (np.random.default_rng(1).random((1, 3, 3, 3)) * 0.1).astype(np.float32)[0]
     padded = np.pad(pixels.astype(np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -442,7 +460,7 @@ def test_a_graph_of_free_size_takes_nothing_else(backend: str, toy: Toy, tmp_pat
 def test_a_batch_is_checked_against_the_spec_alone() -> None:
     fixed = ModelSpec(name="m", height=16, width=32, batch=3)
     for count in (1, 3, 7):
-        check_batch(np.zeros((count, 16, 32, 3), np.uint8), fixed)  # the engine makes batches of three
+        check_batch(np.zeros((count, 16, 32, 3), np.uint8), fixed)  # the engine pads it to batches of three
     with pytest.raises(UsageError, match=r"uint8 \[0, 16, 32, 3\]"):
         check_batch(np.zeros((0, 16, 32, 3), np.uint8), fixed)
 
@@ -534,7 +552,7 @@ def test_the_tables_are_sound() -> None:
 
 @dataclass
 class House:
-    """A machine on which each engine works, fails or is missing, on each kind of device."""
+    """A simulated machine on which each engine works, fails or is missing, on each kind of device."""
 
     artifact: Artifact
     behaviour: dict[tuple[str, str], str]
@@ -569,7 +587,7 @@ Furnish: TypeAlias = Callable[..., House]
 
 @pytest.fixture
 def furnish(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> Furnish:
-    """Makes a house; what is not mentioned works."""
+    """Creates a simulated machine; engines that are not mentioned work."""
 
     def make(behaviour: dict[str, str] | None = None, *, gpus: int = 0, gain: bool = False) -> House:
         pairs = {tuple(name.split(" on ")): what for name, what in (behaviour or {}).items()}
@@ -632,7 +650,7 @@ def test_what_fails_is_passed_over_and_that_is_noted(furnish: Furnish) -> None:
 
 
 def test_what_failed_is_gone_before_the_next_is_loaded(furnish: Furnish, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A session that failed holds the memory of the GPU that the next one needs, and no collector may have come."""
+    """A failed session holds GPU memory that the next one needs, and the garbage collector may not have run yet."""
     house = furnish({"tensorrt-rtx on cuda": "missing"}, gpus=1)
     load = house.load
     gone: list[bool] = []
@@ -702,7 +720,7 @@ def test_what_is_asked_for_is_what_runs_or_an_error(furnish: Furnish, backend: s
     able = [line for line in RULE if line.kind == kind and backend in ("auto", line.engine)]
     house = furnish(gpus=3)
     if not able:
-        with pytest.raises(EngineError, match=f"{backend} cannot run it on {kind}.*; what can: {backend} on "):
+        with pytest.raises(EngineError, match=f"{backend} cannot run it on {kind}.*; supported: {backend} on "):
             house.choose(backend, device=device)
         assert house.tried == []
         return
@@ -725,7 +743,7 @@ def test_a_backend_that_is_asked_for_is_the_only_one_that_is_tried(furnish: Furn
 
 def test_a_gpu_that_is_asked_for_where_there_is_none_is_an_error_with_the_remedy(furnish: Furnish) -> None:
     everything = {f"{name} on cuda": "missing" for name in ENGINES}
-    said = "^cuda:1 cannot be had: this machine shows no NVIDIA GPU: install its driver, or use --device cpu$"
+    said = "^cuda:1 is not available: this machine shows no NVIDIA GPU: install its driver, or use --device cpu$"
     with pytest.raises(EngineError, match=said) as caught:
         furnish(everything, gpus=0).choose(device="cuda:1")
     assert not isinstance(caught.value, EngineMissing)
@@ -782,7 +800,7 @@ def test_on_any_machine_it_is_the_first_line_that_works(furnish: Furnish, data: 
     "device", ["gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:1.5", "cuda:²", "cpu:0", "CPU", "", "auto:1"]
 )
 def test_a_device_that_there_is_not_is_answered_with_those_there_are(furnish: Furnish, device: str) -> None:
-    said = f"there is no device {device!r}; there are: auto, cpu, cuda, cuda:N, intel-gpu, intel-gpu:N"
+    said = f"unknown device {device!r}; choose one of: auto, cpu, cuda, cuda:N, intel-gpu, intel-gpu:N"
     with pytest.raises(EngineError, match=f"^{re.escape(said)}$"):
         furnish(gpus=1).choose(device=device)
 
@@ -832,8 +850,8 @@ def test_auto_on_this_machine_is_what_the_rule_says(
         ("x86", {"FP32", "INT8"}, "fp32", False, False),
         ("x86 avx512_bf16", {"FP32", "BF16"}, "fp32", False, True),
         ("x86 avx512_bf16", {"FP32", "BF16"}, "fp32", True, False),
-        ("x86 avx512_bf16", {"FP32"}, "fp32", False, False),  # the plugin was told to do without
-        ("x86 avx_ne_convert", {"FP32", "BF16", "FP16"}, "fp32", False, False),  # it can, but only when told
+        ("x86 avx512_bf16", {"FP32"}, "fp32", False, False),  # it is switched off in the plugin
+        ("x86 avx_ne_convert", {"FP32", "BF16", "FP16"}, "fp32", False, False),  # supported, but not the default
         ("arm", {"FP32", "FP16"}, "fp16", False, True),
         ("arm", {"FP32"}, "fp32", False, False),
         ("x86", {"FP32"}, "int8", False, True),
@@ -931,7 +949,7 @@ def session_of(artifact: Artifact) -> Any:
 
 
 def bound(artifact: Artifact) -> Any:
-    """Buffers as on a GPU, but on the CPU."""
+    """I/O binding as for a GPU, but on the CPU."""
     from petseg_runtime.engines.onnxruntime import _Bound
 
     return _Bound(session_of(artifact), Device("cpu"))
@@ -972,7 +990,7 @@ def test_buffers_of_the_same_shape_are_used_again(toy: Toy, tmp_path: Path) -> N
 
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
-    """Makes the engine for CUDA with its session and its buffers on the CPU."""
+    """Creates the engine for CUDA with its session and its buffers on the CPU."""
     module = importlib.import_module("petseg_runtime.engines.onnxruntime")
     gpus = tuple(
         Gpu(index=index, name=f"Stand-in {index}", compute_capability=capability, memory=2**34, driver="CUDA 13.0")
@@ -1046,7 +1064,7 @@ def test_on_cuda_it_says_which_gpu_computes_and_in_what(
     assert (info.name, info.device, info.precision) == ("onnxruntime", f"cuda:{index}", precision)
     wide = "tf32" if not exact and index == "0" else "f32"
     assert (info.float32, info.narrowed) == (wide, wide == "tf32")
-    rest = "" if stored == "fp32" else f", {wide} in what is float32 in the file"
+    rest = "" if stored == "fp32" else f", {wide} for the graph's float32 operations"
     assert info.provider == f"CUDAExecutionProvider, Stand-in {index}{rest}"
     assert (info.threads, info.streams, info.batch) == (0, 1, 8)
 
@@ -1060,7 +1078,7 @@ def test_on_cuda_a_graph_that_fails_does_so_when_it_is_loaded(
 
 @pytest.fixture
 def gpu_package(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
-    """Makes the ONNX Runtime that is installed look like the one for GPUs, whose session turns out so or so."""
+    """Makes the installed ONNX Runtime look like the GPU package, with sessions that behave as the test says."""
     onnxruntime = pytest.importorskip("onnxruntime")
     assert "providers" in inspect.signature(onnxruntime.InferenceSession.__init__).parameters
 
@@ -1098,9 +1116,9 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused_with_the_remedy(
     with pytest.raises(EngineError) as caught:
         load_engine(artifact, "onnxruntime", device="cuda")
     message = str(caught.value)
-    assert message.startswith("cuda:0 cannot be had: ")
+    assert message.startswith("cuda:0 is not available: ")
     assert "would run it with CPUExecutionProvider instead of CUDAExecutionProvider" in message
-    assert "its GPUs: cuda:0 Stand-in, CUDA 13.0; CUDA and cuDNN of the version" in message
+    assert "GPUs of this machine: cuda:0 Stand-in, CUDA 13.0; the versions of CUDA and cuDNN" in message
     assert install("gpu") in message
     assert "Failed to load libcudnn.so.9: no such file" in message
     assert capsys.readouterr() == ("", ""), "what it prints is part of the message"
@@ -1109,7 +1127,7 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused_with_the_remedy(
 def test_two_that_load_at_once_leave_stdout_as_it_was(
     artifact: Artifact, gpu_package: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second comes while the first has caught stdout, and is still there when the first has let it go."""
+    """The second thread starts while the first has redirected stdout, and ends after the first has restored it."""
     import onnxruntime
 
     module = importlib.import_module(module_of("onnxruntime"))
@@ -1117,7 +1135,7 @@ def test_two_that_load_at_once_leave_stdout_as_it_was(
     first_is_in, second_is_there, first_is_out = (threading.Event() for _ in range(3))
 
     class Lock:
-        """That of the module, if it has one, which tells of the second that comes to it."""
+        """The module's lock, if it has one; reports when the second thread reaches it."""
 
         def __init__(self) -> None:
             self.lock = threading.Lock()
@@ -1142,7 +1160,7 @@ def test_two_that_load_at_once_leave_stdout_as_it_was(
         with pytest.raises(EngineError):
             load_engine(artifact, "onnxruntime", device="cuda")
 
-    monkeypatch.setattr(module, "_CATCHING", Lock(), raising=False)
+    monkeypatch.setattr(module, "_REDIRECTING", Lock(), raising=False)
     monkeypatch.setattr(onnxruntime, "preload_dlls", preload)
     before = sys.stdout
     try:
@@ -1184,7 +1202,7 @@ def test_the_session_is_told_which_gpu_and_whether_it_may_use_tf32_and_no_thread
     artifact: Artifact, gpu_package: Callable[..., list[Any]], exact: bool, tf32: str
 ) -> None:
     calls = gpu_package(["CPUExecutionProvider"])
-    with pytest.raises(EngineError, match="cuda:3 cannot be had"):
+    with pytest.raises(EngineError, match="cuda:3 is not available"):
         load_engine(artifact, "onnxruntime", device="cuda:3", exact=exact)
     providers, threads = calls[0]
     assert providers == [("CUDAExecutionProvider", {"device_id": "3", "use_tf32": tf32})]
@@ -1194,14 +1212,14 @@ def test_the_session_is_told_which_gpu_and_whether_it_may_use_tf32_and_no_thread
 @pytest.mark.parametrize(
     ("installed", "said", "missing"),
     [
-        ({"onnxruntime"}, "the onnxruntime that is installed has no CUDA: pip uninstall onnxruntime, then", True),
+        ({"onnxruntime"}, "the installed onnxruntime was built without CUDA: pip uninstall onnxruntime, then", True),
         (
             {"onnxruntime", "onnxruntime-gpu"},
             "onnxruntime and onnxruntime-gpu are both installed and break each other: "
             "pip uninstall onnxruntime onnxruntime-gpu, then",
             False,
         ),
-        (set(), "the onnxruntime that is installed has no CUDA: uninstall it, then", True),
+        (set(), "the installed onnxruntime was built without CUDA: uninstall it, then", True),
     ],
 )
 def test_a_package_without_cuda_says_what_to_do(
@@ -1293,7 +1311,7 @@ def test_openvinos_own_files_keep_batch_and_free_size(
 
 @pytest.mark.parametrize("name", [name for name, entry in ENGINES.items() if "openvino" not in entry.formats])
 def test_other_engines_do_not_run_openvinos_files(compiled: Artifact, name: str) -> None:
-    with pytest.raises(EngineError, match=f"{name} does not run openvino files; what does: openvino"):
+    with pytest.raises(EngineError, match=f"{name} does not run openvino files; engines that do: openvino"):
         load_engine(compiled, name)
 
 
@@ -1306,7 +1324,7 @@ def test_without_openvino_its_files_say_what_to_install(compiled: Artifact, monk
 
 
 def test_an_ir_that_openvino_cannot_read_is_an_engine_error_that_names_the_file(compiled: Artifact) -> None:
-    """The digests of its sidecar agree, so only OpenVINO can tell."""
+    """The digests in its sidecar match, so that only OpenVINO can detect the damage."""
     sidecar = sidecar_of(compiled.path)
     graph = compiled.path.read_bytes()
     for content in (b"", b"no graph", graph[: len(graph) // 2], graph.replace(b"Gather", b"Nonsense")):
@@ -1342,7 +1360,7 @@ def test_in_openvino_a_failure_while_running_is_an_engine_error(compiled: Artifa
 
 
 def test_in_openvino_the_answer_to_another_size_is_an_engine_error(compiled: Artifact) -> None:
-    """With one thread, what it refuses while it runs is not raised: it has the answer of the call before."""
+    """With one thread, OpenVINO raises no error for a failed run: the output tensor keeps its earlier content."""
 
     class Stuck:
         def create_infer_request(self) -> Any:
@@ -1351,12 +1369,12 @@ def test_in_openvino_the_answer_to_another_size_is_an_engine_error(compiled: Art
 
     engine: Any = load_engine(compiled, threads=1)
     engine._compiled, engine._local = Stuck(), threading.local()
-    with pytest.raises(EngineError, match=r"OpenVINO failed \(it answers \[1, 16, 32, 3\] with \[1, 32, 32\]\)"):
+    with pytest.raises(EngineError, match=r"OpenVINO failed \(it returned \[1, 32, 32\] for \[1, 16, 32, 3\]\)"):
         engine.run(noise(1, 16, 32))
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, computed: str) -> None:
-    """Have OpenVINO compute in this."""
+    """Make OpenVINO report this precision."""
 
     class Model:
         def get_property(self, name: str) -> Any:
@@ -1399,7 +1417,7 @@ def test_openvino_says_what_it_computes_in_and_in_int8_also_what_the_rest_is(
 def test_openvino_does_not_compute_in_half_what_half_cannot_hold(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: float | None, exact: bool, note: bool
 ) -> None:
-    """As on ARM's CPUs and on GPUs, where float16 is what it computes in unless told otherwise."""
+    """As on ARM CPUs and on GPUs, where float16 is the default."""
     module = pytest.importorskip("petseg_runtime.engines.openvino")
     receipt = {} if largest is None else {"scan": {"largest": largest}}
     artifact = dataclasses.replace(toy(tmp_path / "toy.onnx"), receipt=receipt)
@@ -1417,7 +1435,9 @@ def test_openvino_does_not_compute_in_half_what_half_cannot_hold(
     monkeypatch.setattr(module, "_X86", False)
     with load_engine(artifact, "openvino", threads=1, exact=exact) as engine:
         notes = engine.describe().notes
-    assert notes == (("OpenVINO: in float32, as some activations are too large for float16",) if note else ())
+    assert notes == (
+        ("OpenVINO: computes in float32, because some activations are too large for float16",) if note else ()
+    )
     assert ("INFERENCE_PRECISION_HINT" in asked[0]) is (note or exact)
 
 
@@ -1425,7 +1445,7 @@ def test_openvino_does_not_compute_in_half_what_half_cannot_hold(
 def test_openvino_with_fewer_threads_than_cores_leaves_the_cores_to_the_scheduler(
     compiled: Artifact, monkeypatch: pytest.MonkeyPatch, cores: set[int], pinned: bool
 ) -> None:
-    """Pinned, all processes with one thread run on the first core."""
+    """With pinning, all processes with one thread would run on the first core."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores, raising=False)
     engine: Any = load_engine(compiled, threads=1)
     with engine:
@@ -1433,7 +1453,7 @@ def test_openvino_with_fewer_threads_than_cores_leaves_the_cores_to_the_schedule
 
 
 def test_openvino_has_run_once_before_several_threads_can_run_it_first(compiled: Artifact) -> None:
-    """Its Python binding can lock up for ever if two threads are the first to ask for a tensor's data."""
+    """OpenVINO's Python binding can deadlock if two threads access a tensor's data for the first time."""
     engine: Any = load_engine(compiled, threads=1)
     assert hasattr(engine._local, "request"), "made by the first run of a thread, here that which has loaded it"
 

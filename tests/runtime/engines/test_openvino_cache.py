@@ -1,4 +1,4 @@
-"""What OpenVINO has compiled is kept where that gains, and what comes from the cache computes the same."""
+"""Tests of the cache of models that OpenVINO has compiled: when it is used, and that results stay the same."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from petseg_runtime.errors import EngineError, ModelError  # noqa: E402
 
 
 class Core:
-    """OpenVINO itself, which counts what is asked of it."""
+    """OpenVINO's core, with its calls counted."""
 
     def __init__(self) -> None:
         self.real = openvino.Core()
@@ -59,7 +59,7 @@ def edge() -> Artifact:
 
 
 def answer(artifact: Artifact, **options: Any) -> tuple[bytes, EngineInfo]:
-    """What an engine says to noise, and of itself."""
+    """An engine's output for noise, and its description."""
     shape = (2, artifact.spec.height, artifact.spec.width, 3)
     photos = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     with OpenVINOEngine(artifact, EngineOptions(**{"threads": 1, **options})) as engine:
@@ -136,7 +136,7 @@ def test_a_blob_that_openvino_refuses_is_compiled_again(core: Core, edge: Artifa
     again, info = answer(edge, notes=("passed over",))
     assert (core.calls, first) == (["compile", "import", "compile"], again)
     assert info.notes[0] == "passed over"
-    assert "OpenVINO refuses the cached file (Exception from src/inference cannot deserialize)" in info.notes[1]
+    assert "OpenVINO rejects the cached file (Exception from src/inference cannot deserialize)" in info.notes[1]
 
 
 def test_a_cache_that_cannot_be_used_is_said(core: Core, edge: Artifact, tmp_path: Path) -> None:

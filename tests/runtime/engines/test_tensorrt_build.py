@@ -1,6 +1,6 @@
-"""What of building TensorRT's engines needs no graph: libraries that are missing or broken, GPUs, and profiles.
+"""Tests of building TensorRT engines that need no graph: missing and broken libraries, GPUs, and profiles.
 
-The graphs that we export are built in tests/export/test_tensorrt.py.
+Tests that build exported graphs are in tests/export/test_tensorrt.py.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def test_a_library_that_is_not_installed_names_its_packages(
         build(b"", None, library=library)
     message = str(caught.value)
     assert message == f"{name} is not installed: {extras.install(library.extra)}"
-    # Both packages, by their own names: a stranger may register "petseg" where pip looks.
+    # Both packages by their names: somebody else may have registered "petseg" on the package index.
     assert re.search(rf"pip install 'cuda-bindings[^']*' '{name}>=[0-9.]+'$", message)
 
 
@@ -68,7 +68,7 @@ def test_a_library_that_cannot_be_imported_gives_the_reason(error: Exception, mo
 
 def test_a_placeholder_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "tensorrt", __version__="0.0.1")
-    with pytest.raises(EngineError, match=r"holds no library \(a placeholder\): pip install '.*' 'tensorrt>="):
+    with pytest.raises(EngineError, match=r"holds no library \(it is a placeholder\): pip install '.*' 'tensorrt>="):
         build(b"", None, library=TRT)
 
 
@@ -83,12 +83,12 @@ def test_tensorrt_needs_a_gpu_and_takes_no_other(monkeypatch: pytest.MonkeyPatch
     install(monkeypatch, "tensorrt", __version__="10.9.0", Builder=None, OnnxParser=None)
     monkeypatch.setattr(host, "gpus", tuple)
     for ask in (lambda: build(b"", None, library=TRT), timings_slot):
-        with pytest.raises(EngineError, match=r"there is no cuda:0 \(there is: none\).*tensorrt_rtx"):
+        with pytest.raises(EngineError, match=r"there is no cuda:0 \(found: none\).*tensorrt_rtx"):
             ask()
-    with pytest.raises(EngineError, match=r"cannot be asked to build for 8\.9"):
+    with pytest.raises(EngineError, match=r"cannot build for 8\.9 on request"):
         build(b"", None, library=TRT, compute_capabilities=("8.9",))
     monkeypatch.setattr(host, "gpus", lambda: (GPU,))
-    with pytest.raises(EngineError, match=r"no cuda:2 \(there is: cuda:1 NVIDIA Fake\)"):
+    with pytest.raises(EngineError, match=r"no cuda:2 \(found: cuda:1 NVIDIA Fake\)"):
         build(b"", None, library=TRT, device=2)
     assert timings_slot(1).key.driver == "CUDA 12.6"
 

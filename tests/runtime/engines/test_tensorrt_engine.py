@@ -1,7 +1,7 @@
-"""TensorRT's engine against stand-ins for CUDA and the library, and those against the real ones where they are here.
+"""Tests of the TensorRT engine with fakes for CUDA and the library, and of the fakes against the real modules.
 
-The stand-ins are as strict as their models: work on a stream happens at the next synchronisation and not before; what
-is leaked, freed twice, used after it was freed or used on the wrong device is written down in ``World.misuse``.
+The fakes are as strict as the originals: work on a stream runs at the next synchronization and not before. Leaks,
+double frees, use after free, and use on the wrong device are recorded in ``World.misuse``.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ VERSION = "10.13.2.6"
 
 
 class World:
-    """What there is on the stand-in machine, what was called, and what was done wrong."""
+    """The state of the fake machine, the calls that were made, and the errors in their use."""
 
     def __init__(self) -> None:
         self.devices, self.driver, self.capability = 2, 13000, (8, 9)
-        self.memory: dict[int, np.ndarray] = {}  # by address, of the GPU
-        self.pinned: dict[int, np.ndarray] = {}  # by address, of the host
+        self.memory: dict[int, np.ndarray] = {}  # device memory, by address
+        self.pinned: dict[int, np.ndarray] = {}  # page-locked host memory, by address
         self.streams: dict[int, FakeStream] = {}
         self.handles: set[object] = set()  # graphs and executable graphs
-        self.objects: weakref.WeakSet[Object] = weakref.WeakSet()  # of the library
-        self.graveyard: list[np.ndarray] = []  # freed, but kept so that a use of it is no segmentation fault
+        self.objects: weakref.WeakSet[Object] = weakref.WeakSet()  # objects of the library
+        self.graveyard: list[np.ndarray] = []  # freed memory, kept so that a use after free does not crash
         self.misuse: list[str] = []
         self.last_error = 0
         self.calls: list[str] = []
@@ -99,7 +99,7 @@ class World:
 
 
 class Stand:
-    world: World  # each test's own
+    world: World  # a new one for each test
 
 
 class CudaFailure(Exception):
@@ -144,8 +144,8 @@ class Graph:
 
 
 def cuda(values: int = 0, frees: bool = False) -> Callable[[Callable[..., Any]], Any]:
-    """Give a function the calling convention of cuda.bindings: the status and `values` values, which may be made to
-    fail; what frees is made to fail by name only."""
+    """Give a function the calling convention of cuda.bindings: it returns an error code and `values` values, and can be
+    made to fail; functions that free are made to fail by name only."""
 
     def decorate(function: Callable[..., Any]) -> Any:
         @functools.wraps(function)
@@ -156,7 +156,7 @@ def cuda(values: int = 0, frees: bool = False) -> Callable[[Callable[..., Any]],
                 if failing and not name.startswith("cudaStreamEndCapture"):
                     raise CudaFailure(cudaError_t.cudaErrorUnknown)
                 value = function(self, *args)
-                if failing:  # a capture that is ended has ended, whatever its result
+                if failing:  # EndCapture ends the capture even if it fails
                     world.handles.discard(value)
                     raise CudaFailure(cudaError_t.cudaErrorUnknown)
             except CudaFailure as failure:
@@ -170,7 +170,7 @@ def cuda(values: int = 0, frees: bool = False) -> Callable[[Callable[..., Any]],
 
 
 class FakeCudart:
-    """`cuda.bindings.runtime`, as far as it is used."""
+    """A fake of the part of `cuda.bindings.runtime` that is used."""
 
     cudaError_t = cudaError_t
     cudaMemcpyKind = cudaMemcpyKind
@@ -277,7 +277,10 @@ class FakeCudart:
 
     @cuda()
     def cudaStreamBeginCapture(self, stream: Any, mode: cudaStreamCaptureMode) -> None:
-        Stand.world.stream(stream).recording = []
+        found = Stand.world.stream(stream)
+        if found.recording is not None:
+            Stand.world.wrong("a capture begun on a stream that is capturing")
+        found.recording = []
 
     @cuda(1)
     def cudaStreamEndCapture(self, stream: Any) -> Graph:
@@ -349,7 +352,7 @@ class ILogger:
 
 
 class Object:
-    """Anything of the library that must go before CUDA's things go."""
+    """An object of the library, which must be freed before the CUDA resources."""
 
     def __init__(self, logger: ILogger) -> None:
         self.logger = logger
@@ -357,7 +360,7 @@ class Object:
 
 
 def asked(refusal: object) -> Callable[[Callable[..., Any]], Any]:
-    """Let a method of the library be made to fail: it logs, and returns `refusal` or raises."""
+    """Make it possible for a method of the library to fail: it logs, and returns `refusal` or raises."""
 
     def decorate(method: Callable[..., Any]) -> Any:
         @functools.wraps(method)
@@ -365,7 +368,7 @@ def asked(refusal: object) -> Callable[[Callable[..., Any]], Any]:
             if not Stand.world.fails(method.__name__):
                 return method(self, *args)
             if Stand.world.raises:
-                del self, args  # which a traceback through C++ does not keep alive
+                del self, args  # a traceback through C++ does not keep these alive
                 raise RuntimeError("pybind11\nhas an exception")
             self.logger.log(Severity.WARNING, "of no interest")
             self.logger.log(Severity.ERROR, f"{method.__name__}: Error Code 1:\n  injected")
@@ -440,7 +443,7 @@ class FakeRuntimeConfig(Object):
 
 
 class FakeRuntimeCache(Object):
-    """Holds the shapes that kernels were compiled for, as JSON."""
+    """Contains the shapes that kernels were compiled for, as JSON."""
 
     def __init__(self, logger: ILogger) -> None:
         super().__init__(logger)
@@ -458,14 +461,14 @@ class FakeRuntimeCache(Object):
 
 
 class FakeContext(Object):
-    """Computes the red channel."""
+    """Its network returns the red channel."""
 
     def __init__(self, engine: FakeEngine, config: FakeRuntimeConfig | None) -> None:
         super().__init__(engine.logger)
         self.engine, self.config = engine, config
         self.shape: tuple[int, ...] = ()
         self.addresses: dict[str, int] = {}
-        self.state = 0  # what a graph of it depends on
+        self.state = 0  # a captured graph is valid for this state only
         self.warm = False
         if config is not None:
             assert config.cuda_graph_strategy is CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
@@ -534,11 +537,11 @@ def fake_library(name: str) -> types.ModuleType:
 
 @pytest.fixture(autouse=True)
 def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    """A machine of each test's own, on which nothing may be left behind or misused, whatever the test is about."""
+    """A new fake machine for each test; at the end nothing may have leaked or been misused, in every test."""
     world = World()
     monkeypatch.setattr(Stand, "world", world, raising=False)
     yield world
-    gc.collect()  # errors that a test has caught hold frames, and those the library's objects
+    gc.collect()  # errors that a test has caught hold frames, which hold objects of the library
     world.check_clean()
 
 
@@ -559,7 +562,7 @@ def library(request: pytest.FixtureRequest, fakes: None) -> str:
 def content(
     low: tuple[int, ...] = (1, H, W, 3), high: tuple[int, ...] = (4, H, W, 3), **tensors: tuple[str, str, list[int]]
 ) -> dict[str, Any]:
-    """What a file of the stand-in library says."""
+    """The content of a serialized engine of the fake library."""
     shape = [a if a == b else -1 for a, b in zip(low, high, strict=True)]
     default = {"image": ("INPUT", "UINT8", shape), "probability": ("OUTPUT", "UINT8", shape[:3])}
     return {"tensors": tensors or default, "profile": [low, low, high]}
@@ -611,9 +614,7 @@ def test_a_dynamic_size_runs_within_the_profile(library: str, tmp_path: Path) ->
         for height, width in ((16, 16), (48, 64), (32, 16), (32, 16)):
             batch = photos(3, height, width)
             np.testing.assert_array_equal(engine.run(batch), batch[..., 0])
-        with pytest.raises(
-            UsageError, match="64 x 64 photos are not what it was built for, which is 16 x 16 to 48 x 64"
-        ):
+        with pytest.raises(UsageError, match="built for photos of 16 x 16 to 48 x 64, not of 64 x 64"):
             engine.run(photos(1, 64, 64))
 
 
@@ -705,7 +706,7 @@ def test_a_shape_that_comes_again_is_run_as_a_graph_made_once(fakes: None, tmp_p
         assert world.calls.count("cudaGraphLaunch") == 5
         assert world.calls.count("execute_async_v3") == 0
         engine.run(photos(2))
-        assert len(world.handles) == 0  # a graph is of no use once its context has changed
+        assert len(world.handles) == 0  # a graph is invalid once its context has changed
         engine.run(photos(2))
         engine.run(photos(2))
         assert len(world.handles) == 1
@@ -736,6 +737,47 @@ def test_a_graph_that_cuda_refuses_is_said(fakes: None, name: str, tmp_path: Pat
         np.testing.assert_array_equal(engine.run(photos(1)), photos(1)[..., 0])
 
 
+def test_after_ctrl_c_during_the_capture_the_engine_still_works(
+    fakes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with open_engine(tmp_path, "tensorrt") as engine:
+        engine.run(photos(2))
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "_launch", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.run(photos(2))
+        for batch in (255 - photos(2), photos(2)):
+            np.testing.assert_array_equal(engine.run(batch), batch[..., 0])
+        assert engine.describe().provider == "NVIDIA Toy, CUDA graph"
+
+
+def test_a_capture_that_ends_with_a_null_graph_leaves_no_error_behind(
+    fakes: None, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Freeing it sets CUDA's last error again, which the library would attribute to one of its launches."""
+    null, end, destroy = Graph([]), FakeCudart.cudaStreamEndCapture, FakeCudart.cudaGraphDestroy
+
+    def ended(cudart: FakeCudart, stream: Any) -> tuple[Any, Any]:
+        status, graph = end(cudart, stream)
+        return status, graph or null
+
+    def destroyed(cudart: FakeCudart, graph: Graph) -> Any:
+        if graph is not null:
+            return destroy(cudart, graph)
+        world.last_error = 1
+        return (cudaError_t.cudaErrorUnknown,)
+
+    monkeypatch.setattr(FakeCudart, "cudaStreamEndCapture", ended)
+    monkeypatch.setattr(FakeCudart, "cudaGraphDestroy", destroyed)
+    world.refuses_capture = world.invalidates_capture = True
+    with open_engine(tmp_path, "tensorrt") as engine:
+        assert "no CUDA graph" in engine.describe().provider
+        assert world.last_error == 0
+
+
 def test_tensorrt_for_rtx_makes_its_own(fakes: None, tmp_path: Path, world: World) -> None:
     with open_engine(tmp_path, "tensorrt_rtx") as engine:
         for _ in range(3):
@@ -747,7 +789,7 @@ def test_tensorrt_for_rtx_makes_its_own(fakes: None, tmp_path: Path, world: Worl
 
 
 def kernels() -> list[Any]:
-    """What the stand-in for TensorRT for RTX has compiled, as it lies in the cache."""
+    """The kernels compiled by the fake TensorRT for RTX, as stored in the cache."""
     (entry,) = (entry for entry in cache.entries() if entry.path.suffix == ".kernels")
     return list(json.loads(entry.path.read_bytes()))
 
@@ -763,7 +805,7 @@ def test_kernels_are_kept_as_soon_as_they_are_compiled_and_used_again(fakes: Non
     with open_engine(tmp_path, "tensorrt_rtx") as engine:
         assert engine.describe().notes == ()
         engine.run(photos(3))
-    assert entry.path.stat() == before  # nothing new, nothing written
+    assert entry.path.stat() == before  # nothing new was compiled, so nothing is written
     assert len(cache.entries()) == 1
 
 
@@ -796,7 +838,7 @@ def test_kernels_that_the_library_refuses_are_said_and_replaced(fakes: None, tmp
     assert entry.key
     cache.Slot(entry.key, "kernels").write(b"of another driver")
     with open_engine(tmp_path, "tensorrt_rtx") as engine:
-        note = "kernels compiled again: the library refuses those in the cache"
+        note = "kernels compiled again: the library rejects those in the cache"
         assert engine.describe().notes == (f"TensorRT for RTX: {note}",)
     assert kernels() == [[1, H, W, 3]]
 
@@ -810,7 +852,7 @@ def test_kernels_at_which_the_library_raises_are_said_and_compiled_again(
     open_engine(tmp_path, "tensorrt_rtx").close()
     monkeypatch.setattr(FakeRuntimeCache, "deserialize", raises)
     with open_engine(tmp_path, "tensorrt_rtx") as engine:
-        note = "kernels compiled again: the library refuses those in the cache (not a cache of kernels)"
+        note = "kernels compiled again: the library rejects those in the cache (not a cache of kernels)"
         assert engine.describe().notes == (f"TensorRT for RTX: {note}",)
         np.testing.assert_array_equal(engine.run(photos(2)), photos(2)[..., 0])
 
@@ -884,7 +926,7 @@ def test_tensorrt_has_no_kernels_to_keep(fakes: None, tmp_path: Path) -> None:
 
 
 class Factory:
-    """Stands in for the builder: writes down what it is asked for, and gives engines of the stand-in library."""
+    """A fake builder: records its arguments, and returns engines of the fake library."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
@@ -911,7 +953,7 @@ class Factory:
 def factory(fakes: None, monkeypatch: pytest.MonkeyPatch) -> Factory:
     factory = Factory()
     monkeypatch.setattr(tensorrt_build, "build", factory.build)
-    for name in LIBRARIES:  # as far as the builder's place for its timings wants them
+    for name in LIBRARIES:  # what `timings_slot` needs of it
         vars(sys.modules[name]).update(Builder=None, OnnxParser=None)
     gpu = host.Gpu(index=0, name="NVIDIA Toy", compute_capability="8.9", memory=2**33, driver="CUDA 13.0")
     monkeypatch.setattr(host, "gpus", lambda: (gpu, dataclasses.replace(gpu, index=1)))
@@ -981,7 +1023,7 @@ def test_a_cached_engine_that_the_library_refuses_is_compiled_again(
 ) -> None:
     artifact = toy(tmp_path / "toy.onnx")
     good, factory.engine = factory.engine, b"of no use"
-    for _ in range(2):  # what is refused when it is new is not built a second time
+    for _ in range(2):  # a newly built engine that is rejected is not built a second time
         with pytest.raises(EngineError, match=r"toy\.onnx: TensorRT.* cannot load it \(Serialization assertion"):
             opened(artifact, library)
         factory.engine = b"of no use either" if len(factory.asked) == 1 else good
@@ -1049,14 +1091,14 @@ def test_an_engine_is_compiled_for_the_size_that_is_asked_for(
             batch = photos(2, *(size or (H, W)))
             np.testing.assert_array_equal(segmenter.infer(batch), batch[..., 0])
         assert factory.asked[-1]["profile"].maximum == (8, *largest, 3)
-        best = size if size == (96, 16) else (H, W)  # what is compiled for a size alone is tuned for it
+        best = size if size == (96, 16) else (H, W)  # an engine built for a single large size is tuned for it
         assert factory.asked[-1]["profile"].optimum == (1, *best, 3)
     assert len(factory.asked) == 2, "what lies within the usual room shares an engine"
 
 
 def test_a_compiled_file_that_is_too_small_says_so_when_it_is_loaded(library: str, tmp_path: Path) -> None:
     spec = ModelSpec(name="toy", height=H, width=W, dynamic_size=True)
-    with pytest.raises(ModelError, match="64 x 64 photos are not what it was built for, which is 16 x 16 to 48 x 64"):
+    with pytest.raises(UsageError, match="built for photos of 16 x 16 to 48 x 64, not of 64 x 64"):
         open_engine(tmp_path, library, content((1, 16, 16, 3), (2, 48, 64, 3)), spec, size=(64, 64))
 
 
@@ -1075,7 +1117,7 @@ def test_a_compiled_file_is_loaded_as_it_is(library: str, factory: Factory, tmp_
 def test_the_builder_of_tensorrt_for_rtx_and_the_cache_fit_together(
     fakes: None, toy: Callable[..., Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All is real but the GPU: the engine is built for what it says it is, and what is loaded are the bytes kept."""
+    """Only the GPU is fake: the engine is built for the GPU that it reports, and the cached bytes are loaded."""
     monkeypatch.delitem(sys.modules, "tensorrt_rtx")
     trt = real("tensorrt_rtx")
     loaded: list[bytes] = []
@@ -1102,7 +1144,7 @@ def test_the_builder_of_tensorrt_for_rtx_and_the_cache_fit_together(
 
 
 def scenario(folder: Path, library: str) -> None:
-    """Everything an engine does, once."""
+    """Everything that an engine does, once."""
     with open_engine(folder, library) as engine:
         for count in (1, 3, 3, 6):
             np.testing.assert_array_equal(engine.run(photos(count)), photos(count)[..., 0])
@@ -1128,7 +1170,12 @@ def test_whatever_fails_it_is_an_error_of_ours_and_all_is_freed(
             scenario(tmp_path, library)
         except EngineError as error:
             messages.append(str(error))
-            held += [*world.memory, *world.pinned, *world.streams, *world.handles]  # while the error is still at large
+            held += [
+                *world.memory,
+                *world.pinned,
+                *world.streams,
+                *world.handles,
+            ]  # while the error is still referenced
         else:
             spared.add(name)
         assert world.calls[index] == name
@@ -1136,7 +1183,7 @@ def test_whatever_fails_it_is_an_error_of_ours_and_all_is_freed(
     assert held == []
     reason = re.compile("in the words of CUDA: cuda|Error Code 1: injected|pybind11 has an exception")
     assert [message for message in messages if not reason.search(message) or "\n" in message] == []
-    # Not an error, but a note: what a graph is made of. (A driver's version is asked for after an error only.)
+    # Failures of the capture are notes, not errors. (The driver's version is queried only after an error.)
     graph = {"cudaStreamBeginCapture", "execute_async_v3", "cudaStreamEndCapture", "cudaGraphInstantiate"}
     assert spared <= {*graph, "cudaSetDevice"} if library == "tensorrt" else spared <= {"cudaSetDevice"}
 
@@ -1235,7 +1282,7 @@ def test_another_gpu_is_refused_with_both_and_the_remedy(
 def test_an_environment_that_does_not_say_is_refused(
     library: str, environment: dict[str, object], tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelError, match="does not say what it was built for"):
+    with pytest.raises(ModelError, match="does not state what it was built for"):
         open_engine(tmp_path, library, environment=environment)
 
 
@@ -1276,7 +1323,7 @@ def test_a_driver_that_is_too_old_has_two_remedies(
 
 def test_no_memory_is_said_with_its_size(library: str, tmp_path: Path, world: World) -> None:
     world.fail_names = {"cudaHostAlloc"}
-    with pytest.raises(EngineError, match=f"cuda:0 cannot give {4 * H * W * 3} bytes of page-locked memory"):
+    with pytest.raises(EngineError, match=f"cuda:0 cannot allocate {4 * H * W * 3} bytes of page-locked memory"):
         open_engine(tmp_path, library)
 
 
@@ -1336,7 +1383,7 @@ def test_a_damaged_file_is_an_error_with_what_the_library_logged(library: str, t
 def test_a_library_that_gives_no_reason_is_quoted_as_such(
     library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As when somebody else's logger was there first: a library listens to one only.
+    # As if another program's logger had been registered first: a library uses only one.
     monkeypatch.setattr(FakeRuntime, "deserialize_cuda_engine", lambda self, data: None)
     with pytest.raises(EngineError, match=r"cannot load it \(no reason given\)"):
         open_engine(tmp_path, library)
@@ -1372,7 +1419,7 @@ def test_an_engine_that_breaks_the_contract_is_refused(
 
 
 def test_an_engine_of_another_size_than_its_spec_is_refused(library: str, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="16 x 32 photos are not what it was built for, which is 32 x 32 to 32 x 32"):
+    with pytest.raises(ModelError, match="built for photos of 32 x 32 to 32 x 32, not of 16 x 32"):
         open_engine(tmp_path, library, content((1, 32, 32, 3), (4, 32, 32, 3)))
 
 
@@ -1388,7 +1435,7 @@ def test_importing_it_imports_neither_the_library_nor_cuda() -> None:
 
 
 def real(name: str) -> Any:
-    """The real module. TensorRT itself is where `make gpu-check` is run, and nowhere else: nothing installs it here."""
+    """The real module. TensorRT is installed only where `make gpu-check` is run."""
     return pytest.importorskip(name, reason=f"{name} is not installed")
 
 
@@ -1436,7 +1483,7 @@ def test_the_stand_in_for_the_library_is_like_the_real_one(name: str, library: s
     for method, function in inspect.getmembers(STANDS[name], inspect.isfunction):
         if method.startswith("_") or (method == "create_runtime_config" and library == "tensorrt"):
             continue
-        # pybind11: "method(self: ..., name: str, index: int) -> str", and another such line for each overload.
+        # pybind11: "method(self: ..., name: str, index: int) -> str", and one such line for each overload.
         signatures = re.findall(rf"\b{method}\(self: [\w.]+(.*)\) ->", getattr(getattr(trt, name), method).__doc__)
         parameters = [*inspect.signature(function).parameters][1:]
         assert any(re.findall(r", (\w+):", signature) == parameters for signature in signatures), signatures
@@ -1466,7 +1513,7 @@ def test_the_properties_of_a_real_gpu_have_the_fields_that_are_used() -> None:
 
 
 def red_in_float() -> list[Any]:
-    """The nodes of a graph that returns the red channel; TensorRT takes uint8 only to cast it."""
+    """The nodes of a graph that returns the red channel; TensorRT accepts uint8 only as the input of a cast."""
     onnx = real("onnx")
     node = onnx.helper.make_node
     return [
@@ -1513,13 +1560,13 @@ def test_without_a_gpu_the_real_library_is_an_error_that_says_so(library: str, t
 
 @pytest.mark.tensorrt
 def test_the_real_library_logs_to_us_and_gives_its_memory_as_bytes(tmp_path: Path) -> None:
-    # What can be had of the real one without a GPU: its logger, a refused file, and the memory of a built engine.
+    # What works of the real library without a GPU: its logger, a rejected file, and the memory of a built engine.
     trt = build("tensorrt_rtx", tmp_path / "toy.engine")
     assert (tmp_path / "toy.engine").stat().st_size > 1000
     logger = logger_of(trt.ILogger)
-    logger.heard.clear()
+    logger.recent_errors.clear()
     assert trt.Runtime(logger).deserialize_cuda_engine(b"garbage" * 100) is None
-    assert any("Serialization" in message and "\n" not in message for message in logger.heard)
+    assert any("Serialization" in message and "\n" not in message for message in logger.recent_errors)
     assert logger_of(trt.ILogger) is logger
 
 
