@@ -592,7 +592,7 @@ def test_a_result_from_another_process_is_not_changed_either(passed_on: Callable
     [
         (lambda result: result.overlay(strength=1.5), "strength is 1.5"),
         (lambda result: result.overlay(strength=float("nan")), "strength is nan"),
-        (lambda result: result.overlay(color=(0, 256, 0)), r"colour \(0, 256, 0\); red, green and blue"),
+        (lambda result: result.overlay(color=(0, 256, 0)), r"colour is \(0, 256, 0\); it must be red, green and blue"),
         (lambda result: result.overlay(color=(0.5, 0, 0)), "colour"),
         (lambda result: result.on_background((1, 2)), "colour"),
         (lambda result: result.polygons(-1), "tolerance is -1"),

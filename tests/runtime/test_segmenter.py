@@ -336,7 +336,7 @@ def test_a_map_goes_on_after_a_bad_photo_and_keeps_the_order(segmenter: Segmente
         ({"threads": 0}, "threads is 0"),
         ({"threads": 1.5}, "threads is 1.5"),
         ({"streams": 0}, "streams is 0"),
-        ({"size": 256}, r"size is 256; \(height, width\) is expected"),
+        ({"size": 256}, r"size is 256; it must be \(height, width\)"),
         ({"size": ()}, r"size is \(\)"),
         ({"size": "16x32"}, "size is '16x32'"),
     ],
@@ -364,7 +364,7 @@ def test_an_engine_that_is_passed_over_is_no_secret(red: Path, monkeypatch: pyte
     monkeypatch.setattr("petseg_runtime.host.nvidia_gpus", lambda: 1)
     monkeypatch.setattr(registry, "RULE", [line for line in registry.RULE if line.engine == "onnxruntime"])
     monkeypatch.setattr("petseg_runtime.engines.onnxruntime.load", broken := Broken(onnxruntime.load))
-    with pytest.warns(RuntimeWarning, match="passed over: the library of cuda is broken") as caught:
+    with pytest.warns(RuntimeWarning, match="skipped: the library of cuda is broken") as caught:
         Segmenter(red).close()
     assert {warning.filename for warning in caught} == {__file__}
     assert broken.asked == ["cuda", "cpu"]
@@ -393,7 +393,7 @@ class Broken:
 )
 def test_a_map_of_one_photo_is_refused_at_once(segmenter: Segmenter, one: Any, pixels: np.ndarray) -> None:
     for source in (one, pixels):
-        with pytest.raises(UsageError, match=rf"was given one \({type(source).__name__}\): call the segmenter with it"):
+        with pytest.raises(UsageError, match=rf"not a single one \({type(source).__name__}\); call the"):
             segmenter.map(source)
 
 
