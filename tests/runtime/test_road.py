@@ -160,8 +160,8 @@ RESIZED, BROUGHT_BACK = "read and resized: ", "an answer brought back: "
         ("open_photo", decoding(swapped), [*NAMES, ON_ITS_SIDE, HALVED, TRANSPARENT], RESIZED + "mean difference"),
         ("open_photo", decoding(without_last_row), [*NAMES, ON_ITS_SIDE], RESIZED + "largest difference"),
         ("open_photo", decoding(limited), [*NAMES, TRANSPARENT], RESIZED + "mean difference"),
-        ("_turn", unturned, [ON_ITS_SIDE], "is 300 x 451 here, 451 x 300 where the road was recorded"),
-        ("_turn", unturned, [ON_ITS_SIDE], RESIZED + "largest difference"),
+        ("_transposition", unturned, [ON_ITS_SIDE], "is 300 x 451 here, 451 x 300 where the road was recorded"),
+        ("_transposition", unturned, [ON_ITS_SIDE], RESIZED + "largest difference"),
         ("_to_rgb", opaque, [TRANSPARENT], RESIZED + "largest difference"),
         *(
             ("to_model", resampled(method), NAMES, RESIZED + "largest difference")

@@ -159,7 +159,7 @@ def test_what_is_no_photo_is_told_by_its_type(segmenter: Segmenter, wrong: Any) 
             error = take(wrong)
         except InputError as raised:
             error = raised
-        said = "a photo is a path, bytes, an open binary file, a uint8 array or a PIL image, not "
+        said = "a photo must be a path, bytes, an open binary file, a uint8 array or a PIL image, not "
         assert str(error).startswith(said + type(wrong).__name__)
         assert ("cv2.imread" in str(error)) == (wrong is None)
 
@@ -699,7 +699,7 @@ def test_what_is_loaded_can_be_proven_here(proven: Artifact, prove: Callable[...
 
 
 def test_a_broken_road_is_found_through_a_segmenter(proven: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_turn", lambda image: None)
+    monkeypatch.setattr(images, "_transposition", lambda image: None)
     with Segmenter(proven.path, backend="onnxruntime", threads=1) as segmenter:
         done = segmenter.verify()
     assert done.network.passed

@@ -789,7 +789,7 @@ def test_what_a_search_passes_over_is_named_on_stderr(
     link, heic = capsys.readouterr().err.splitlines()
     assert link == f"petseg: {photos / 'more'}: a link to a folder, which is not followed: to take its photos, name it"
     assert heic == (
-        f"petseg: {photos / 'phone.heic'}: a HEIC photo, which needs pillow-heif: {install('heic')}, or convert the "
+        f"petseg: {photos / 'phone.heic'}: a HEIC photo needs pillow-heif; {install('heic')}, or convert the "
         "photo to JPEG"
     )
     assert run([*reds, str(tmp_path / "quiet"), "--quiet"]) == 3
