@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from petseg_runtime import images
 from petseg_runtime.errors import UsageError
-from petseg_runtime.regions import CERTAIN, leave_out, regions, runs
+from petseg_runtime.regions import CERTAIN, connected_components, runs, without_runs
 from petseg_runtime.spec import lowest_pet
 
 __all__ = ["Polygon", "Segmentation", "fitted"]
@@ -303,14 +303,14 @@ class Segmentation:
         shown = int(np.argmax(_opacity(self.cutout_threshold) > 0))
         starts, ends = runs(self.probability >= min(shown, self._lowest_pet))
         pet_starts, pet_ends = runs(self.mask)
-        region = regions(starts, ends, self.probability.shape[1] + 1)
+        label = connected_components(starts, ends, self.probability.shape[1] + 1)
         # Each run of the mask lies within a run of the shown pixels.
-        of_pet = region[np.searchsorted(starts, pet_starts, side="right") - 1]
-        area = np.bincount(of_pet, weights=pet_ends - pet_starts, minlength=len(starts))
-        small = area[region] / self.probability.size < min_area
+        pet_label = label[np.searchsorted(starts, pet_starts, side="right") - 1]
+        area = np.bincount(pet_label, weights=pet_ends - pet_starts, minlength=len(starts))
+        small = area[label] / self.probability.size < min_area
         if not small.any():
             return self
-        return dataclasses.replace(self, probability=leave_out(self.probability, starts[small], ends[small]))
+        return dataclasses.replace(self, probability=without_runs(self.probability, starts[small], ends[small]))
 
     @property
     def _lowest_pet(self) -> int:

@@ -684,7 +684,7 @@ def test_a_photo_that_does_not_fit_into_the_memory_fails_alone(
         report = go(segmenter, own, tmp_path / "out", "mask")
     assert report.done == 7
     assert len(report.failed) == 1
-    assert "not enough memory for it: make it smaller first" in report.failed[0]
+    assert "not enough memory for it; make it smaller first" in report.failed[0]
 
 
 @pytest.mark.parametrize("kind", sorted(sinks.KINDS))

@@ -254,7 +254,7 @@ def test_other_settings_are_refused_with_both_values(folder: Path, photo: Photo)
     with pytest.raises(OutputError) as caught:
         is_finished(folder, cat, threshold=0.7, background="white")
     message = str(caught.value)
-    assert message.startswith(f"{folder}: the run there was another")
+    assert message.startswith(f"{folder}: the run there had other settings")
     assert "threshold was 0.5, now 0.7" in message
     assert "background was None, now 'white'" in message
     assert "as was" not in message
@@ -288,7 +288,7 @@ def test_a_setting_of_videos_alone_costs_no_photo(folder: Path, photo: Photo) ->
 )
 def test_a_journal_of_another_version_is_refused(folder: Path, photo: Photo, header: str) -> None:
     (folder / JOURNAL).write_text(header + "\n")
-    with pytest.raises(OutputError, match="not a journal of this version of petseg: start again without --resume"):
+    with pytest.raises(OutputError, match="not a journal of this version of petseg; start again without --resume"):
         is_finished(folder, photo())
     note(folder, photo())  # which is what the message says
     assert is_finished(folder, photo())
@@ -303,7 +303,7 @@ def test_a_file_that_is_no_journal_is_left_as_it_is(folder: Path, text: str, res
         Journal(folder, SETTINGS, resume=resume).close()
         assert json.loads((folder / JOURNAL).read_text())["settings"] == SETTINGS
         return
-    with pytest.raises(OutputError, match=r"ndjson: not a journal of petseg, so it is left .* move it away, or choose"):
+    with pytest.raises(OutputError, match=r"ndjson: not a journal of petseg, so it was not changed; move it away, or choose"):
         Journal(folder, SETTINGS, resume=resume)
     assert (folder / JOURNAL).read_text() == text
 
@@ -321,14 +321,14 @@ def test_a_link_in_the_journals_place_is_not_followed(
         note(elsewhere, photo())  # even if that is a journal
     before = mine.read_bytes() if there else None
     (folder / JOURNAL).symlink_to(mine)
-    with pytest.raises(OutputError, match=r"ndjson: a link, which is not written through: remove it"):
+    with pytest.raises(OutputError, match=r"ndjson: a symlink, which is not followed; remove it"):
         Journal(folder, SETTINGS, resume=resume)
     assert (mine.read_bytes() if mine.exists() else None) == before
 
 
 def test_a_pipe_in_the_journals_place_is_refused_and_not_waited_for(folder: Path) -> None:
     os.mkfifo(folder / JOURNAL)
-    with pytest.raises(OutputError, match=r"ndjson: not a regular file: remove it"):
+    with pytest.raises(OutputError, match=r"ndjson: not a regular file; remove it"):
         Journal(folder, SETTINGS, resume=False)
 
 
@@ -496,7 +496,7 @@ def test_of_several_runs_with_other_settings_the_last_one_is_told_of(folder: Pat
     with (
         Journal(folder, SETTINGS | {"threshold": 0.1}, resume=False),
         Journal(folder, SETTINGS | {"threshold": 0.2}, resume=False),
-        pytest.raises(OutputError, match="another run writes there"),
+        pytest.raises(OutputError, match="another run is writing there"),
     ):
         is_finished(folder, photo())
     with pytest.raises(OutputError, match=r"threshold was 0\.2, now 0\.5"):
@@ -525,7 +525,7 @@ def test_a_run_that_goes_on_shares_the_folder_with_nobody(folder: Path, photo: P
     with Journal(folder, SETTINGS, resume=theirs):
         before = (folder / JOURNAL).read_bytes()
         part.touch()
-        with pytest.raises(OutputError, match="another run writes there; wait for it, or stop it") as caught:
+        with pytest.raises(OutputError, match="another run is writing there; wait for it, or stop it") as caught:
             Journal(folder, SETTINGS, resume=ours)
         assert str(folder) in str(caught.value)
         assert part.exists()
