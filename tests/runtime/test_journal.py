@@ -303,7 +303,9 @@ def test_a_file_that_is_no_journal_is_left_as_it_is(folder: Path, text: str, res
         Journal(folder, SETTINGS, resume=resume).close()
         assert json.loads((folder / JOURNAL).read_text())["settings"] == SETTINGS
         return
-    with pytest.raises(OutputError, match=r"ndjson: not a journal of petseg, so it was not changed; move it away, or choose"):
+    with pytest.raises(
+        OutputError, match=r"ndjson: not a journal of petseg, so it was not changed; move it away, or choose"
+    ):
         Journal(folder, SETTINGS, resume=resume)
     assert (folder / JOURNAL).read_text() == text
 

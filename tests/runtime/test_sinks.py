@@ -160,12 +160,12 @@ def test_only_the_kinds_with_the_photo_in_them_need_it(result: Segmentation) -> 
 )
 def test_a_format_that_cannot_hold_a_kind_is_refused_with_those_that_can(kind: str, form: str) -> None:
     able = ", ".join(KINDS[kind].formats) or "JSON only"
-    with pytest.raises(UsageError, match=f"^a {kind} is not written as {form}; it can be: {able}$"):
+    with pytest.raises(UsageError, match=f"^a {kind} cannot be written as {form}; available: {able}$"):
         check_looks(kind, form, "white" if kind == "background" else None)
 
 
 def test_a_transparent_cutout_is_never_a_jpeg() -> None:
-    with pytest.raises(UsageError, match="a cutout is not written as jpg; it can be: png, webp"):
+    with pytest.raises(UsageError, match="a cutout cannot be written as jpg; available: png, webp"):
         picture("cutout", "jpg")
 
 
@@ -228,7 +228,7 @@ def test_a_background_is_made_to_fit_once_for_photos_of_one_size_and_profile(
         assert "icc_profile" not in render(result).info
     assert len(made) == 5
     with monkeypatch.context() as patch:
-        patch.setattr("petseg_runtime.sinks._KEPT", 599)  # of 30 x 20: a large photo's is not kept in memory
+        patch.setattr("petseg_runtime.sinks._CACHED_PIXELS", 599)  # of 30 x 20: a large photo's is not kept in memory
         assert render(result).tobytes() == render(result).tobytes()
     assert len(made) == 7
     for side in range(2, 8):  # many sizes: it stays right, and no more than a few are kept
@@ -241,7 +241,7 @@ def test_a_background_is_made_to_fit_once_for_photos_of_one_size_and_profile(
 
 
 def test_a_background_that_is_partly_transparent_is_refused() -> None:
-    with pytest.raises(InputError, match="'#0f08': a colour without transparency"):
+    with pytest.raises(InputError, match="'#0f08': a colour must be opaque"):
         background_of("#0f08")
 
 
@@ -457,7 +457,7 @@ def test_annotations_beside_the_photos_are_not_replaced(tmp_path: Path) -> None:
     for folder in ("in", "out"):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / "annotations.json").write_text("weeks of work")
-    with pytest.raises(OutputError, match=r"annotations\.json: there already, beside the photos"):
+    with pytest.raises(OutputError, match=r"annotations\.json: already exists, beside the photos"):
         CocoSink(tmp_path / "in", "coco-rle", items)
     CocoSink(tmp_path / "in", "coco-rle", items, resume=True).finish([])
     CocoSink(tmp_path / "out", "coco-rle", items).finish([])

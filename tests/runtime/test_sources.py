@@ -188,7 +188,7 @@ def test_an_output_reached_through_a_link_is_passed_over_too(tmp_path: Path) -> 
 def test_an_output_that_is_searched_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "out/cat.png")
     for output in (tmp_path / "out", tmp_path / "in" / ".." / "out"):
-        with pytest.raises(UsageError, match="later searches pass over folders with results"):
+        with pytest.raises(UsageError, match="later searches skip folders with results"):
             find_photos([tmp_path / "out"], output)
     (item,) = find_photos([tmp_path / "out" / "cat.png"], tmp_path / "out")  # named, not searched for
     assert str(item.name) == "cat"
@@ -197,7 +197,9 @@ def test_an_output_that_is_searched_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pattern", ["", "**/*.jpg", "*"])
 def test_an_output_in_what_is_searched_holds_nothing_but_results(tmp_path: Path, pattern: str) -> None:
     touch(tmp_path, "in/cat.jpg", "in/out/notes.txt", "in/out/deep/dog.jpg")
-    with pytest.raises(UsageError, match=r"out: it lies in what is searched, and holds photos .*\(dog.jpg, for one\)"):
+    with pytest.raises(
+        UsageError, match=r"out: it is in a folder that is searched, and contains photos .*\(dog.jpg, for one\)"
+    ):
         find_photos([tmp_path / "in" / pattern], tmp_path / "in" / "out")
     (tmp_path / "in" / "out" / "deep" / "dog.jpg").unlink()
     assert names(find_photos([tmp_path / "in" / pattern], tmp_path / "in" / "out")) == ["cat"]
@@ -206,7 +208,7 @@ def test_an_output_in_what_is_searched_holds_nothing_but_results(tmp_path: Path,
 def test_a_wildcard_does_not_lead_out_of_the_output(tmp_path: Path) -> None:
     touch(tmp_path, "in/p/a.jpg", "dest/c.jpg")
     (item,) = find_photos([tmp_path / "in" / "*" / ".." / ".." / "dest" / "*.jpg"], tmp_path / "o")
-    assert "behind a wildcard, .. leads out" in (item.problem or "")
+    assert ".. after a wildcard leads out" in (item.problem or "")
     assert names(find_photos([tmp_path / "in" / ".." / "dest" / "*.jpg"], tmp_path / "o")) == ["c"]
 
 
@@ -254,7 +256,7 @@ def test_pipes_and_sockets_that_are_found_are_problems_and_those_that_are_named_
     assert names(found) == ["a", "b", "c", "d", "e"]
     problems = [item.problem for item in found]
     for number in (1, 2, 4):
-        assert str(problems[number]).startswith(f"{found[number].source}: not a regular file, which a search does not")
+        assert str(problems[number]).startswith(f"{found[number].source}: not a regular file, so a search does not")
     assert problems[0] is problems[3] is None
     (named,) = find_photos([tmp_path / "b.jpg"])
     assert named.problem is None
@@ -324,8 +326,8 @@ def test_a_folder_that_fits_a_pattern_is_searched_and_each_photo_is_taken_once(t
 def test_a_pattern_that_nothing_fits_is_a_problem_that_is_counted(tmp_path: Path) -> None:
     touch(tmp_path, "cat.jpg")
     first, second, cat = find_photos([tmp_path / "*.png", tmp_path / "none" / "**" / "*.jpg", tmp_path / "cat.jpg"])
-    assert first.problem == f"{tmp_path / '*.png'}: no file fits this pattern"
-    assert second.problem == f"{tmp_path / 'none' / '**' / '*.jpg'}: no file fits this pattern"
+    assert first.problem == f"{tmp_path / '*.png'}: no file matches this pattern"
+    assert second.problem == f"{tmp_path / 'none' / '**' / '*.jpg'}: no file matches this pattern"
     assert cat == Item(tmp_path / "cat.jpg", PurePath("cat"))
 
 
@@ -351,7 +353,7 @@ def test_the_output_is_passed_over_by_a_pattern_too(tmp_path: Path, pattern: str
 def test_an_output_that_a_pattern_searches_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "out/cat.jpg", "out/deep/cat.jpg")
     for pattern in ("*.jpg", "*", "**", "**/*.jpg", "c*"):
-        with pytest.raises(UsageError, match="later searches pass over folders with results"):
+        with pytest.raises(UsageError, match="later searches skip folders with results"):
             find_photos([tmp_path / "out" / pattern], tmp_path / "out")
     assert names(find_photos([tmp_path / "out" / "deep" / "*"], tmp_path / "out")) == ["cat"]
 
@@ -380,7 +382,9 @@ def test_results_of_earlier_runs_are_passed_over(tmp_path: Path, pattern: str) -
     touch(tmp_path, "masks/.petseg-run.ndjson", "masks/cat.jpg", "masks/deep/cat.jpg")
     found, notes = told([tmp_path / pattern], tmp_path / "petseg-output" / "cutout")
     assert sorted(found) == ["a/dog", "cat"]
-    assert notes == [f"{tmp_path / 'masks'}: results of an earlier run, which are passed over: to take them, name it"]
+    assert notes == [
+        f"{tmp_path / 'masks'}: skipped, because it has results of an earlier run; to segment them, name it"
+    ]
 
 
 def test_of_this_runs_own_output_nothing_is_told(tmp_path: Path) -> None:
@@ -401,7 +405,7 @@ def links(root: Path) -> list[str]:
     (root / "in" / "a" / "up").symlink_to("..", target_is_directory=True)
     (root / "in" / "a" / "again").symlink_to("..", target_is_directory=True)
     (root / "in" / "b").symlink_to(root / "else", target_is_directory=True)
-    why = "a link to a folder, which is not followed: to take its photos, name it"
+    why = "skipped, because it is a link to a folder; to segment its photos, name it"
     return [f"{root / 'in' / name}: {why}" for name in ("a/again", "a/up", "b")]
 
 
@@ -429,20 +433,20 @@ def test_photos_of_other_kinds_are_counted_by_their_suffix(tmp_path: Path, patte
     notes: list[str] = []
     find_photos([tmp_path / pattern], suffixes=IMAGE_SUFFIXES | VIDEO_SUFFIXES, tell=notes.append)
     # What a pattern fits is taken whatever its suffix.
-    said = [] if "**" in pattern else ["passed over by their suffix: 3 .nef, 2 without a suffix, 1 .jp2, 1 .jxl"]
+    said = [] if "**" in pattern else ["skipped because of their suffix: 3 .nef, 2 without a suffix, 1 .jp2, 1 .jxl"]
     assert notes[1:] == said
-    assert notes[0].startswith(f"{tmp_path / '2024' / 'masks'}: results of an earlier run")
+    assert notes[0].startswith(f"{tmp_path / '2024' / 'masks'}: skipped, because it has results of an earlier run")
 
 
 def test_what_is_named_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "1.nef", "2.nef", "a/3.nef")
     monkeypatch.chdir(tmp_path)
-    assert told([Path(), Path("1.nef"), Path("a", "3.nef")])[1] == ["passed over by their suffix: 1 .nef"]
+    assert told([Path(), Path("1.nef"), Path("a", "3.nef")])[1] == ["skipped because of their suffix: 1 .nef"]
 
 
 def test_of_many_other_kinds_the_most_frequent_are_named(tmp_path: Path) -> None:
     touch(tmp_path, *(f"{number}.{kind}" for kind in "abcdefg" for number in range(2 if kind == "g" else 1)))
-    assert told([tmp_path]) == ([], ["passed over by their suffix: 2 .g, 1 .a, 1 .b, 1 .c, 1 .d, 2 of other kinds"])
+    assert told([tmp_path]) == ([], ["skipped because of their suffix: 2 .g, 1 .a, 1 .b, 1 .c, 1 .d, 2 of other kinds"])
 
 
 def test_nothing_is_said_of_other_kinds_in_this_runs_own_output(tmp_path: Path) -> None:
@@ -502,7 +506,7 @@ def test_standard_input_is_read_only_where_it_is_asked_for(tmp_path: Path, monke
 
 def test_a_second_dash_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     give(monkeypatch, b"one")
-    with pytest.raises(UsageError, match=r"standard input .* once only"):
+    with pytest.raises(UsageError, match=r"standard input .* only once"):
         find_photos([STDIN, STDIN])
 
 

@@ -176,7 +176,7 @@ def test_going_on_beside_the_photos_replaces_only_what_a_run_wrote(
     (tmp_path / "cat.jpg").write_bytes(b"somebody's own")
     command = ["infer", str(photo), "--as", "overlay", "--model", str(toy(tmp_path / "toy.onnx").path), "--resume"]
     assert run([*command, "--output", str(tmp_path)]) == 6
-    assert "there already, beside the photos" in capsys.readouterr().err
+    assert "already exists, beside the photos" in capsys.readouterr().err
     assert (tmp_path / "cat.jpg").read_bytes() == b"somebody's own"
     (tmp_path / "cat.jpg").unlink()
     assert run([*command, "--output", str(tmp_path)]) == 0

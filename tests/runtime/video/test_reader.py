@@ -953,7 +953,9 @@ def test_raw_frames_of_another_form_are_refused(text: str) -> None:
 
 
 def test_raw_frames_of_no_pixel_format_are_refused() -> None:
-    with pytest.raises(UsageError, match="--raw 64x48@25:nothing: FFmpeg has no pixel format nothing; rgb24"):
+    with pytest.raises(
+        UsageError, match="--raw 64x48@25:nothing: FFmpeg has no pixel format nothing; use one such as rgb24"
+    ):
         raw_video("64x48@25:nothing")
 
 
