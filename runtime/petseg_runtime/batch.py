@@ -133,13 +133,12 @@ def segment_photos(
 
 def _steps(segmenter: Segmenter, sink: Sink, mask_only: bool, fast_decode: bool, spare: int) -> Steps[Item, Done]:
     at_least = segmenter.size if fast_decode else None
-    model_size = segmenter.size if mask_only else None
 
     def read(item: Item, reserve: Callable[[int], None]) -> Prepared:
         if item.problem:
             raise InputError(item.problem)
         source = item.source if item.data is None else item.data
-        opened = images.open_photo(source, at_least=at_least, model_size=model_size, name=_name_of(item))
+        opened = images.open_photo(source, at_least=at_least, name=_name_of(item))
         with _enough_memory(item), opened as photo:
             reserve(photo.memory + spare * photo.pixels)
             return segmenter.prepare_opened(photo, mask_only=mask_only)

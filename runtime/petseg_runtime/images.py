@@ -18,10 +18,10 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeAlias
+from typing import Any, BinaryIO, Final, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -122,6 +122,7 @@ class Photo:
         width: Width of the full-size photo, upright; 0 stands for that of ``pixels``.
         icc_profile: The ICC profile of its RGB values; None: it has none, which means sRGB.
         orientation: Its EXIF orientation, 1 to 8, already applied to ``pixels``; 1: none was needed.
+        model_input: uint8 [H, W, 3], the photo at a model's size, if it was decoded for one; else None.
     """
 
     pixels: U8
@@ -130,11 +131,26 @@ class Photo:
     width: int = 0
     icc_profile: bytes | None = None
     orientation: int = 1
+    model_input: U8 | None = None
 
     def __post_init__(self) -> None:
         """Replaces a height and width of 0 with those of the pixels."""
         object.__setattr__(self, "height", self.height or self.pixels.shape[0])
         object.__setattr__(self, "width", self.width or self.pixels.shape[1])
+
+
+class Decode(Protocol):
+    """Decodes an open photo."""
+
+    def __call__(self, model_size: tuple[int, int] | None = None, *, mask_only: bool = False) -> Photo:
+        """Returns and raises what :func:`read` does.
+
+        Args:
+            model_size: The height and width that the photo is resized to, as by ``to_model``; an encoded image or a PIL
+                image gets its :attr:`Photo.model_input` before it becomes an array, which saves a copy of the photo.
+            mask_only: The pixels serve no other purpose: :attr:`Photo.pixels` may be the model's input, too, which
+                saves another copy. Requires ``model_size``.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,12 +160,12 @@ class OpenPhoto:
     Attributes:
         pixels: The number of pixels of the full-size photo.
         memory: About how many bytes decoding takes, plus a result of the full size.
-        decode: Decodes it; returns and raises what :func:`read` does.
+        decode: Decodes it; see :class:`Decode`.
     """
 
     pixels: int
     memory: int
-    decode: Callable[[], Photo]
+    decode: Decode
 
 
 def read(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: tuple[int, int] | None = None) -> Photo:
@@ -185,7 +201,6 @@ def open_photo(
     *,
     max_pixels: int = MAX_PIXELS,
     at_least: tuple[int, int] | None = None,
-    model_size: tuple[int, int] | None = None,
     name: str | None = None,
 ) -> Iterator[OpenPhoto]:
     """Open a photo without decoding it, for callers that reserve memory first; :func:`read` in two steps.
@@ -194,8 +209,6 @@ def open_photo(
         source: As for :func:`read`.
         max_pixels: As for :func:`read`.
         at_least: As for :func:`read`.
-        model_size: The model's height and width, if the pixels serve no other purpose: an image may then be resized
-            before it becomes an array, which saves two copies of the full-size photo. None: keep its size.
         name: The photo's name in error messages; None: its path, or a description.
 
     Yields:
@@ -215,7 +228,7 @@ def open_photo(
             if not isinstance(given, Image.Image):
                 image = _open_encoded(given, name, file)
                 _check_cost(image, name, max_pixels)
-            photo = _open_image(image, name, max_pixels, at_least if image is not given else None, model_size)
+            photo = _open_image(image, name, max_pixels, at_least if image is not given else None)
         yield photo
 
 
@@ -290,17 +303,19 @@ def may_change(image: Image.Image) -> bool:
         return not isinstance(image, ImageFile.ImageFile) or bool(getattr(image, "is_animated", False))
 
 
-def to_model(pixels: U8, height: int, width: int) -> U8:
+def to_model(pixels: U8 | Image.Image, height: int, width: int) -> U8:
     """Resize a photo to a model's input: aspect ratio not kept, bilinear, antialiased when shrinking.
 
     Args:
-        pixels: uint8 [h, w, 3] RGB.
+        pixels: uint8 [h, w, 3] RGB, or a PIL image in RGB, which saves a copy.
         height: The model's input height.
         width: The model's input width.
 
     Returns:
         uint8 [height, width, 3], contiguous, sharing no memory with ``pixels``.
     """
+    if isinstance(pixels, Image.Image):
+        return _resized(pixels, height, width)
     if pixels.shape[:2] == (height, width):
         return np.ascontiguousarray(pixels).copy()
     return _resized(Image.fromarray(pixels), height, width)
@@ -519,28 +534,22 @@ def _count_scans(file: Any) -> tuple[int, int]:
     return scans, size
 
 
-def _open_image(
-    image: Image.Image,
-    name: str,
-    max_pixels: int,
-    at_least: tuple[int, int] | None = None,
-    model_size: tuple[int, int] | None = None,
-) -> OpenPhoto:
+def _open_image(image: Image.Image, name: str, max_pixels: int, at_least: tuple[int, int] | None = None) -> OpenPhoto:
     _check_pixels(image.width, image.height, name, max_pixels)
     pixels = image.width * image.height
     height, width = _reduce(image, *at_least) if at_least else (0, 0)
 
-    def decode() -> Photo:
+    def decode(model_size: tuple[int, int] | None = None, *, mask_only: bool = False) -> Photo:
         with _reading(name):
-            return _decoded(image, name, height, width, model_size)
+            return _decoded(image, name, height, width, model_size, mask_only=mask_only)
 
     return OpenPhoto(pixels, _DECODED * image.width * image.height + _RESULT * pixels, decode)
 
 
 def _decoded(
-    image: Image.Image, name: str, height: int, width: int, model_size: tuple[int, int] | None = None
+    image: Image.Image, name: str, height: int, width: int, model_size: tuple[int, int] | None, *, mask_only: bool
 ) -> Photo:
-    """Decode an open image; ``height`` and ``width`` are those of :class:`Photo`, the rest as for ``open_photo``."""
+    """Decode an open image; ``height`` and ``width`` are those of :class:`Photo`, the rest as for :class:`Decode`."""
     notes: list[str] = []
     # ``n_frames`` is not used: to count pages or frames, Pillow walks through the whole TIFF or GIF, for minutes if a
     # file of a few MB is crafted for that.
@@ -553,12 +562,22 @@ def _decoded(
     meant = orientation(image)  # asked first: Pillow transposes a TIFF as it decodes it, and clears the tag
     image.load()
     turned = upright(image)
+    model_input = None
     if sixteen:
         pixels = _from_sixteen(image, turned, notes)
     else:
         rgb = _to_rgb(turned, name, notes)
-        pixels = _resized(rgb, *model_size) if model_size else np.array(rgb)
-    return Photo(pixels, tuple(notes), height or turned.height, width or turned.width, _profile(image), meant)
+        model_input = to_model(rgb, *model_size) if model_size else None
+        pixels = np.array(rgb) if model_input is None or not mask_only else model_input
+    return Photo(
+        pixels,
+        tuple(notes),
+        height or turned.height,
+        width or turned.width,
+        _profile(image),
+        meant,
+        model_input,
+    )
 
 
 def _profile(image: Image.Image) -> bytes | None:
@@ -693,7 +712,7 @@ def _open_array(array: npt.NDArray[Any], max_pixels: int) -> OpenPhoto:
         return _open_image(Image.fromarray(np.ascontiguousarray(array)), "array", max_pixels)
     pixels = array.shape[0] * array.shape[1]
 
-    def decode() -> Photo:
+    def decode(model_size: tuple[int, int] | None = None, *, mask_only: bool = False) -> Photo:
         return Photo(np.repeat(array[..., None], 3, axis=2) if array.ndim == 2 else np.array(array, order="C"))
 
     return OpenPhoto(pixels, (_DECODED + _RESULT) * pixels, decode)

@@ -62,8 +62,8 @@ class Prepared:
 
 def prepare_opened(photo: images.OpenPhoto, size: tuple[int, int], *, mask_only: bool = False) -> Prepared:
     """Decode a photo and resize it to a model's height and width; see :meth:`Segmenter.prepare_opened`."""
-    read = photo.decode()
-    image = images.to_model(read.pixels, *size)
+    read = photo.decode(size, mask_only=mask_only)
+    image = images.to_model(read.pixels, *size) if read.model_input is None else read.model_input
     whole = read.pixels.shape[:2] == (read.height, read.width)
     pixels = read.pixels if whole and not mask_only else None
     return Prepared(image, pixels, read.height, read.width, read.notes, read.icc_profile)
@@ -342,7 +342,7 @@ class Segmenter:
         Raises:
             InputError: The photo cannot be used.
         """
-        with images.open_photo(source, model_size=self.size if mask_only else None) as photo:
+        with images.open_photo(source) as photo:
             return self.prepare_opened(photo, mask_only=mask_only)
 
     def prepare_opened(self, photo: images.OpenPhoto, *, mask_only: bool = False) -> Prepared:

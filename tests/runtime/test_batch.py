@@ -241,14 +241,14 @@ def test_where_only_masks_are_wanted_the_photos_are_not_kept_and_never_whole_arr
     segmenter: Segmenter, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such an array takes as long as the mask itself, of a large photo."""
-    kept, brought = [], []
-    to_model = images.to_model
+    kept, whole = [], []
+    photo = images.Photo
 
-    def noted(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-        brought.append(pixels.shape[:2] == (height, width))
-        return to_model(pixels, height, width)
+    def noted(pixels: np.ndarray, *args: Any) -> images.Photo:
+        whole.append(pixels.shape[:2] != segmenter.size)
+        return photo(pixels, *args)
 
-    monkeypatch.setattr(images, "to_model", noted)
+    monkeypatch.setattr(images, "Photo", noted)
 
     class Spy(ImageSink):
         def write(self, item: Item, result: Segmentation) -> Written:
@@ -259,7 +259,7 @@ def test_where_only_masks_are_wanted_the_photos_are_not_kept_and_never_whole_arr
     for mask_only in (True, False):
         out = tmp_path / str(mask_only)
         segment_photos(items, segmenter, Spy(out, picture("mask"), items), ignore, mask_only=mask_only)
-    assert kept == [not early for early in brought] == [False] * COUNT + [True] * COUNT
+    assert kept == whole == [False] * COUNT + [True] * COUNT
 
 
 # ------------------------------------------------------------------------------------------------ beside a GPU

@@ -702,7 +702,7 @@ def test_a_truncated_jpeg_is_refused_when_reduced_too() -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "I;16"])
 @pytest.mark.parametrize("size", [(32, 48), (20, 12), (12, 20)])
-def test_brought_to_the_models_size_while_it_is_read_a_photo_is_the_same(mode: str, size: tuple[int, int]) -> None:
+def test_the_models_input_is_the_same_made_from_the_image_and_from_its_pixels(mode: str, size: tuple[int, int]) -> None:
     image = Image.fromarray(noise(12, 20, channels=4)).convert("RGB" if mode == "I;16" else mode)
     image = Image.fromarray(noise(12, 20)[..., 0].astype(np.uint16) << 8) if mode == "I;16" else image
     exif = Image.Exif()
@@ -710,12 +710,20 @@ def test_brought_to_the_models_size_while_it_is_read_a_photo_is_the_same(mode: s
     data = encoded(image, "TIFF" if mode in ("CMYK", "I;16") else "PNG", exif=exif)
     whole = read(data)
     assert whole.pixels.shape == (20, 12, 3)
-    with open_photo(data, model_size=size) as opened:
-        photo = opened.decode()
-    np.testing.assert_array_equal(to_model(photo.pixels, *size), to_model(whole.pixels, *size))
-    assert (photo.height, photo.width, photo.notes) == (20, 12, whole.notes)
-    if mode != "I;16":
-        assert photo.pixels.shape == (*size, 3)
+    assert whole.model_input is None
+    for mask_only in (False, True):
+        with open_photo(data) as opened:
+            photo = opened.decode(size, mask_only=mask_only)
+        assert (photo.height, photo.width, photo.notes) == (20, 12, whole.notes)
+        np.testing.assert_array_equal(to_model(photo.pixels, *size), to_model(whole.pixels, *size))
+        if mode == "I;16":
+            assert photo.model_input is None
+        else:
+            np.testing.assert_array_equal(photo.model_input, to_model(whole.pixels, *size))
+        if mode == "I;16" or not mask_only:
+            np.testing.assert_array_equal(photo.pixels, whole.pixels)
+        else:
+            assert photo.pixels is photo.model_input
 
 
 def test_a_photo_without_a_size_of_its_own_is_as_large_as_its_pixels() -> None:

@@ -85,7 +85,7 @@ def decoding(change: Callable[[Photo], Photo]) -> Callable[[Any], Any]:
         @contextlib.contextmanager
         def open_photo(*args: Any, **options: Any) -> Iterator[OpenPhoto]:
             with whole(*args, **options) as photo:
-                yield dataclasses.replace(photo, decode=lambda: change(photo.decode()))
+                yield dataclasses.replace(photo, decode=lambda size, **options: change(photo.decode()))
 
         return open_photo
 
@@ -129,7 +129,7 @@ def resampled(method: Image.Resampling) -> Callable[[Any], Any]:
     """Another filter."""
 
     def broken(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-        return np.array(Image.fromarray(pixels).resize((width, height), method))
+        return np.array(Image.fromarray(np.asarray(pixels)).resize((width, height), method))
 
     return lambda function: broken
 
