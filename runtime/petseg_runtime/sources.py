@@ -161,21 +161,21 @@ def find_photos(
     """
     if sum(path == STDIN for path in paths) > 1:
         raise UsageError("standard input (-) can be given only once")
-    several = sum(_is_folder(path) for path in paths) > 1
+    several = sum(path != STDIN and _is_folder(path) for path in paths) > 1
     search = _Search(os.path.realpath(output) if output else None, suffixes)  # Path.resolve raises on a loop of links
     found: list[tuple[Path, PurePath, str | None]] = []
     named: set[int] = set()  # indices of those named explicitly
     for path in paths:
-        if _is_folder(path):
+        if path == STDIN:
+            named.add(len(found))
+            found.append((path, PurePath("stdin"), None))
+        elif _is_folder(path):
             search.check_is_not_output(path)
             own_name = PurePath(path.resolve().name or "root")
             prefix = own_name if several else PurePath()
             for file, problem in search.below(path):
                 relative = prefix / file.relative_to(path)
                 found.append((file, relative if relative.name else own_name, problem))
-        elif path == STDIN:
-            named.add(len(found))
-            found.append((path, PurePath("stdin"), None))
         elif glob.has_magic(str(path)) and not os.path.lexists(path):
             found += search.matching(path)
         else:
@@ -186,12 +186,14 @@ def find_photos(
     for what in search.notes():
         tell(what)
     names = _unique([relative for _, relative, _ in found])
-    return [
-        Item(
-            file, name, problem, (from_pipe()[1] if pipe is None else pipe) if file == STDIN else None, at not in named
-        )
-        for at, ((file, _, problem), name) in enumerate(zip(found, names, strict=True))
-    ]
+    items = []
+    for number, ((file, _, problem), name) in enumerate(zip(found, names, strict=True)):
+        if file == STDIN and number in named:
+            items.append(Item(file, name, problem, from_pipe()[1] if pipe is None else pipe))
+        else:  # a pattern may have found a file with that name
+            file = file.absolute() if file == STDIN else file
+            items.append(Item(file, name, problem, found=number not in named))
+    return items
 
 
 def stream_origin(text: str, options: Mapping[str, str] | None = None) -> Origin | None:

@@ -504,6 +504,26 @@ def test_standard_input_is_read_only_where_it_is_asked_for(tmp_path: Path, monke
     assert names(find_photos([tmp_path])) == ["cat"]
 
 
+@pytest.mark.parametrize("pattern", ["*", "?", "**", "./*"])
+def test_a_file_called_dash_that_a_pattern_finds_is_not_standard_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    touch(tmp_path, "-", "a")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", None)
+    dash, a = find_photos([Path(pattern)])
+    assert (dash.source, str(dash.name), dash.data, dash.found) == (tmp_path / "-", "-", None, True)
+    assert a.source == Path("a")
+
+
+def test_a_dash_is_standard_input_beside_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "-/cat.jpg", "in/dog.jpg")
+    monkeypatch.chdir(tmp_path)
+    piped, dog = find_photos([STDIN, Path("in")], pipe=b"photo")
+    assert (piped.source, str(piped.name), piped.data) == (STDIN, "stdin", b"photo")
+    assert str(dog.name) == "dog"
+
+
 def test_a_second_dash_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     give(monkeypatch, b"one")
     with pytest.raises(UsageError, match=r"standard input .* only once"):
