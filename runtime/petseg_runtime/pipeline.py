@@ -133,7 +133,10 @@ class Pipeline(Generic[Source, Result]):
         self.window = 2 * (workers + streams * batch)
         self._memory = MemoryBudget(host.available_memory() // 2 if memory is None else memory)
         self._unread: queue.SimpleQueue[_Job[Source, Result] | None] = queue.SimpleQueue()
-        self._write = ThreadPoolExecutor(workers, "petseg-write")
+        self._writers: set[threading.Thread] = set()
+        self._write = ThreadPoolExecutor(
+            workers, "petseg-write", initializer=lambda: self._writers.add(threading.current_thread())
+        )
         self._ready: queue.SimpleQueue[_Job[Source, Result] | None] = queue.SimpleQueue()
         # A script may end before it has consumed all results, and without closing. At exit, Python joins threads that
         # are not daemons before it calls atexit handlers, and such threads would never end.
@@ -170,6 +173,11 @@ class Pipeline(Generic[Source, Result]):
 
     def close(self) -> None:
         """Stop all threads, and drop the steps that have not begun. After a Ctrl-C within it, call it again."""
+        if threading.current_thread() in (*self._read, *self._infer, *self._writers):
+            # The garbage collector closes an abandoned pipeline in whatever thread it runs. One of the pipeline's own
+            # cannot wait for itself, nor for threads that need a lock which it holds: another thread does it.
+            threading.Thread(target=self.close, name="petseg-close", daemon=True).start()
+            return
         self._stopping = True
         self._memory.close()
         # In this order, because each step queues work for the next.

@@ -344,6 +344,36 @@ with pipeline.Pipeline(steps, 1, 2, workers=1) as running:
 """
 
 
+@pytest.mark.parametrize("where", ["read", "infer", "write"])
+def test_one_of_its_own_threads_may_close_it(where: str) -> None:
+    """As the garbage collector does in whatever thread it runs, if the consumer has left the results in a cycle."""
+    abandoned, raised = threading.Event(), []
+
+    def closing(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            first = args[0] == 0 if step != "infer" else not args[0].any()
+            if step == where and not first:
+                assert abandoned.wait(10)
+                try:
+                    pipeline.close()
+                except RuntimeError as error:  # the collector would print it and continue
+                    raised.append(error)
+            return function(*args)
+
+        return run
+
+    steps: Steps[int, Any] = Steps(closing("read", read), closing("infer", infer), closing("write", write))
+    pipeline = Pipeline(steps, 2, workers=2)
+    outcomes = pipeline.run([0, 1])
+    assert next(outcomes).value == (0, 0)
+    del outcomes
+    abandoned.set()
+    deadline = time.monotonic() + 10
+    while threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (threads(), raised) == (set(), [])
+
+
 def test_a_batch_does_not_wait_for_what_another_thread_has_taken() -> None:
     done = subprocess.run([sys.executable, "-c", OVERTAKEN], capture_output=True, text=True, timeout=30)
     assert (done.stdout, done.stderr) == ("written\n", "")
