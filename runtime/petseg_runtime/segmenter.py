@@ -365,10 +365,23 @@ class Segmenter:
         return self._engine.run(batch)
 
     def finish(self, prepared: Prepared, probability: U8) -> Segmentation:
-        """Postprocess the network's output, uint8 [H, W], and resize it to the photo's size: the last step of a call.
+        """Postprocess the network's output and resize it to the photo's size: the last step of a call.
 
         Low-confidence regions are removed, unless ``keep_doubtful``, and so are those smaller than ``min_area``.
+
+        Args:
+            prepared: The photo, from :meth:`prepare`.
+            probability: uint8 [H, W], ``round(255 * p(pet))``: the photo's output from :meth:`infer`.
+
+        Raises:
+            UsageError: ``probability`` has another shape or dtype.
         """
+        expected = prepared.image.shape[:2]
+        if probability.dtype != np.uint8 or probability.shape != expected:
+            raise UsageError(
+                f"probability is {probability.dtype} {list(probability.shape)}; it must be uint8 {list(expected)}, "
+                "one photo's output of infer()"
+            )
         if not self.keep_doubtful:
             probability = without_doubtful(probability)
         result = finish(prepared, probability, self.threshold, self.cutout_threshold, self.certain_share)

@@ -509,6 +509,23 @@ def test_its_steps_one_by_one_are_a_call(segmenter: Segmenter, pixels: np.ndarra
     np.testing.assert_array_equal(result.pixels, pixels)
 
 
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (np.zeros((H, W), np.float32), rf"^probability is float32 \[{H}, {W}\]; it must be uint8 \[{H}, {W}\]"),
+        (np.zeros((H, W), np.bool_), "^probability is bool"),
+        (np.zeros((1, H, W), np.uint8), rf"^probability is uint8 \[1, {H}, {W}\]"),
+        (np.zeros((W, H), np.uint8), rf"^probability is uint8 \[{W}, {H}\]"),
+    ],
+)
+def test_what_is_no_output_of_the_network_is_wrong_usage(
+    segmenter: Segmenter, pixels: np.ndarray, output: np.ndarray, said: str
+) -> None:
+    """Most of these would otherwise be resized to a wrong mask, without an error."""
+    with pytest.raises(UsageError, match=said):
+        segmenter.finish(segmenter.prepare(pixels), output)
+
+
 def test_an_encoded_photo_is_resized_before_it_becomes_an_array(
     segmenter: Segmenter, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
