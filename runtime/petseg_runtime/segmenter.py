@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeAlias, overload
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +60,19 @@ class Prepared:
     width: int
     notes: tuple[str, ...]
     icc_profile: bytes | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Pending:
+    """A photo of :meth:`Segmenter.map` that waits for a reader thread.
+
+    Attributes:
+        source: The photo, which the caller does not change meanwhile.
+        lock: Held while it is decoded: threads that read the same PIL image share the position in its file.
+    """
+
+    source: images.ImageSource
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 def prepare_opened(photo: images.OpenPhoto, size: tuple[int, int], *, mask_only: bool = False) -> Prepared:
@@ -213,7 +228,8 @@ class Segmenter:
         Args:
             sources: Photos, each as for a call. Iterated over lazily, a bounded number of photos ahead of the results.
                 Arrays, byte buffers and BytesIO objects are copied, so you may refill them with the next photo; you
-                may likewise draw on a PIL image again, or seek it to its next frame.
+                may likewise draw on a PIL image again, or seek it to its next frame. Other open files, and those of
+                images that ``Image.open`` has returned, must stay open until the photo's result is there.
 
         Returns:
             An iterator over each photo's result, or the :class:`InputError` that explains why there is none.
@@ -230,40 +246,55 @@ class Segmenter:
         return self._map(sources)
 
     def _map(self, sources: Iterable[images.ImageSource]) -> Generator[Segmentation | InputError]:
-        def read(source: images.ImageSource | Prepared | InputError, reserve: Callable[[int], None]) -> Prepared:
+        def read(source: _Pending | Prepared | InputError, reserve: Callable[[int], None]) -> Prepared:
             if isinstance(source, Prepared):
                 return source
             if isinstance(source, InputError):
                 raise source
-            with images.open_photo(source) as photo:
+            with images.open_photo(source.source) as photo:
                 reserve(photo.memory)
-                return self.prepare_opened(photo)
+                with source.lock:
+                    return self.prepare_opened(photo)
 
         info = self.describe()
-        steps: pipeline.Steps[images.ImageSource | Prepared | InputError, Segmentation] = pipeline.Steps(
-            read, self.infer, lambda _, prepared, answer: self.finish(prepared, answer)
+        steps: pipeline.Steps[_Pending | Prepared | InputError, Segmentation] = pipeline.Steps(
+            read, self.infer, lambda _, prepared, output: self.finish(prepared, output)
         )
+        lazy: WeakValueDictionary[int, _Pending] = WeakValueDictionary()  # PIL images in the pipeline by their id()
         with pipeline.Pipeline(steps, info.streams, info.batch, workers=self.workers) as running:
-            for outcome in running.run(map(self._kept, sources)):
+            for outcome in running.run(self._kept(source, lazy) for source in sources):
                 result = outcome.error or outcome.value
                 assert result is not None
                 yield result
 
-    def _kept(self, source: images.ImageSource) -> images.ImageSource | Prepared | InputError:
+    def _kept(
+        self, source: images.ImageSource, lazy: WeakValueDictionary[int, _Pending]
+    ) -> _Pending | Prepared | InputError:
         """Returns a source that is safe to read later, whatever the caller does with the original meanwhile.
 
         Arrays and buffers are copied, since camera loops refill the same one; a PIL image that may change is read now.
+
+        Args:
+            source: As the caller has given it.
+            lazy: The PIL images that reader threads may be reading; this one is added if it is read later.
         """
         if isinstance(source, np.ndarray):
-            return source.copy()
+            return _Pending(source.copy())
         if isinstance(source, (bytearray, memoryview)):
-            return bytes(source)
+            return _Pending(bytes(source))
         if isinstance(source, io.BytesIO) and not source.closed:
-            return source.getvalue()
+            return _Pending(source.getvalue())
+        if not isinstance(source, Image.Image):
+            return _Pending(source)
         try:
-            return self.prepare(source) if isinstance(source, Image.Image) and images.may_change(source) else source
+            if pending := lazy.get(id(source)):
+                return pending
+            if images.may_change(source):
+                return self.prepare(source)
         except InputError as error:
             return error
+        lazy[id(source)] = pending = _Pending(source)
+        return pending
 
     def stream(
         self,

@@ -454,6 +454,20 @@ def test_a_map_keeps_what_a_pillow_image_held_that_is_drawn_on_or_turned_to_its_
         assert results == list(reds)
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP", "GIF"])
+def test_a_pillow_image_may_be_given_to_a_map_several_times_before_it_is_loaded(red: Path, form: str) -> None:
+    """The threads that read it share the position in its file."""
+    file = io.BytesIO()
+    Image.effect_noise((600, 600), 60).convert("L" if form == "GIF" else "RGB").save(file, form)
+    expected = None
+    with Segmenter(red, threads=4, streams=4, keep_doubtful=True) as segmenter:
+        for _ in range(3):
+            for result in segmenter.map([Image.open(file)] * 12):
+                assert isinstance(result, Segmentation), result
+                expected = result.probability if expected is None else expected
+                np.testing.assert_array_equal(result.probability, expected)
+
+
 def test_a_map_goes_on_after_pillow_images_that_cannot_be_read(segmenter: Segmenter, pixels: np.ndarray) -> None:
     film = io.BytesIO()
     first, second = (Image.effect_noise((W, H), sigma).convert("RGB") for sigma in (50, 60))
