@@ -37,6 +37,7 @@ __all__ = [
     "ImageSource",
     "OpenPhoto",
     "Photo",
+    "contents",
     "from_model",
     "in_profile",
     "is_photo",
@@ -291,6 +292,17 @@ def is_photo(source: object) -> bool:
     return hasattr(source, "read") and not isinstance(source, io.TextIOBase)
 
 
+def contents(file: BinaryIO) -> tuple[bytes, str]:
+    """Read an open file from its beginning, at most one byte more than ``MAX_BYTES``; returns that, and its name.
+
+    Raises:
+        UnreadableImage: It cannot be read.
+    """
+    name = _name_of(file)
+    with _reading(name):
+        return _drained(_rewindable(file)), name
+
+
 def may_change(image: Image.Image) -> bool:
     """Whether the caller may modify a PIL image before it is read: draw on it, or seek it to its next frame.
 
@@ -487,10 +499,15 @@ def _rewindable(file: Any) -> Any:
         file.seek(0)
         return file
     except (AttributeError, OSError):
-        data = bytearray()
-        while len(data) <= MAX_BYTES and (more := file.read(min(2**20, MAX_BYTES + 1 - len(data)))):
-            data += more
-        return io.BytesIO(data)
+        return io.BytesIO(_drained(file))
+
+
+def _drained(file: Any) -> bytes:
+    """Reads a file to its end, or to one byte more than ``MAX_BYTES``."""
+    data = bytearray()
+    while len(data) <= MAX_BYTES and (more := file.read(min(2**20, MAX_BYTES + 1 - len(data)))):
+        data += more
+    return bytes(data)
 
 
 def _check_pixels(width: int, height: int, name: str, max_pixels: int) -> None:

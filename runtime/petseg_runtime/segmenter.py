@@ -68,10 +68,12 @@ class _Pending:
 
     Attributes:
         source: The photo, which the caller does not change meanwhile.
+        name: Its name in error messages; None: as its source.
         lock: Held while it is decoded: threads that read the same PIL image share the position in its file.
     """
 
     source: images.ImageSource
+    name: str | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -227,9 +229,9 @@ class Segmenter:
 
         Args:
             sources: Photos, each as for a call. Iterated over lazily, a bounded number of photos ahead of the results.
-                Arrays, byte buffers and BytesIO objects are copied, so you may refill them with the next photo; you
-                may likewise draw on a PIL image again, or seek it to its next frame. Other open files, and those of
-                images that ``Image.open`` has returned, must stay open until the photo's result is there.
+                Arrays, byte buffers and open files are copied, so you may refill or close them before the next photo;
+                you may likewise draw on a PIL image again, or seek it to its next frame. But a file that
+                ``PIL.Image.open`` has opened must stay open until the photo's result is there.
 
         Returns:
             An iterator over each photo's result, or the :class:`InputError` that explains why there is none.
@@ -251,7 +253,7 @@ class Segmenter:
                 return source
             if isinstance(source, InputError):
                 raise source
-            with images.open_photo(source.source) as photo:
+            with images.open_photo(source.source, name=source.name) as photo:
                 reserve(photo.memory)
                 with source.lock:
                     return self.prepare_opened(photo)
@@ -272,7 +274,8 @@ class Segmenter:
     ) -> _Pending | Prepared | InputError:
         """Returns a source that is safe to read later, whatever the caller does with the original meanwhile.
 
-        Arrays and buffers are copied, since camera loops refill the same one; a PIL image that may change is read now.
+        Arrays and buffers are copied, since camera loops refill the same one. An open file is read into memory, since a
+        generator may close it when the next photo is requested. A PIL image that may change is decoded now.
 
         Args:
             source: As the caller has given it.
@@ -284,9 +287,11 @@ class Segmenter:
             return _Pending(bytes(source))
         if isinstance(source, io.BytesIO) and not source.closed:
             return _Pending(source.getvalue())
-        if not isinstance(source, Image.Image):
-            return _Pending(source)
         try:
+            if hasattr(source, "read") and images.is_photo(source):
+                return _Pending(*images.contents(source))
+            if not isinstance(source, Image.Image):
+                return _Pending(source)
             if pending := lazy.get(id(source)):
                 return pending
             if images.may_change(source):

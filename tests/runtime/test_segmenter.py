@@ -412,9 +412,9 @@ def test_a_map_keeps_what_a_buffer_held_that_is_filled_anew(
 
     refilled, open_photo = threading.Event(), images.open_photo
 
-    def later(source: Any) -> Any:
+    def later(source: Any, **options: Any) -> Any:
         assert refilled.wait(60)
-        return open_photo(source)
+        return open_photo(source, **options)
 
     monkeypatch.setattr(images, "open_photo", later)
 
@@ -466,6 +466,31 @@ def test_a_pillow_image_may_be_given_to_a_map_several_times_before_it_is_loaded(
                 assert isinstance(result, Segmentation), result
                 expected = result.probability if expected is None else expected
                 np.testing.assert_array_equal(result.probability, expected)
+
+
+def test_files_may_be_closed_or_given_again_before_a_map_has_segmented_them(
+    red: Path, pixels: np.ndarray, tmp_path: Path
+) -> None:
+    """A generator closes each when it is asked for the next one; the threads that read one share its position."""
+    photos = [np.roll(pixels, shift, axis=1) for shift in range(12)]
+    for number, photo in enumerate(photos):
+        (tmp_path / f"{number}.png").write_bytes(encoded(photo))
+    (tmp_path / "cut.png").write_bytes(encoded(pixels)[:-100])
+
+    def opened() -> Iterator[Any]:
+        for number in (*range(len(photos)), "cut"):
+            with (tmp_path / f"{number}.png").open("rb") as file:
+                yield file
+
+    with Segmenter(red, threads=4, streams=4, keep_doubtful=True) as segmenter:
+        *results, of_a_cut_file = segmenter.map(opened())
+        assert str(of_a_cut_file).startswith(f"{tmp_path / 'cut.png'}: damaged or truncated")
+        for photo, result in zip(photos, results, strict=True):
+            assert isinstance(result, Segmentation), result
+            np.testing.assert_array_equal(result.pixels, photo)
+        with (tmp_path / "0.png").open("rb") as file:
+            for result in segmenter([file] * 12):
+                np.testing.assert_array_equal(result.pixels, photos[0])
 
 
 def test_a_map_goes_on_after_pillow_images_that_cannot_be_read(segmenter: Segmenter, pixels: np.ndarray) -> None:
