@@ -34,6 +34,7 @@ __all__ = [
     "HEIF_BRANDS",
     "MAX_BYTES",
     "MAX_PIXELS",
+    "Decode",
     "ImageSource",
     "OpenPhoto",
     "Photo",
@@ -257,8 +258,11 @@ def opened(source: str | os.PathLike[str] | bytes | BinaryIO, *, max_pixels: int
 
 
 @contextlib.contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Mutes Pillow's warnings, and converts its errors to ours."""
+def _reading(name: str, image: Image.Image | None = None) -> Iterator[None]:
+    """Mutes Pillow's warnings, and converts its errors to ours; ``image`` is the one that is read, if it is open."""
+    closed = False
+    if isinstance(image, ImageFile.ImageFile) and image.format != "HEIF":  # whose plug-in reads all when it opens it
+        closed = getattr(image.fp, "closed", image.fp is None)
     try:
         with _PILLOW_MUTED:
             yield
@@ -278,6 +282,8 @@ def _reading(name: str) -> Iterator[None]:
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, IndexError... on damage.
         # Whatever it is, this one image is unreadable, and the message keeps the reason.
+        if closed:
+            raise UnreadableImage(f"{name}: its file was closed; keep it open until the photo is read") from error
         if isinstance(error, OSError) and error.errno is not None:  # from the operating system
             raise UnreadableImage(f"{name}: cannot be read ({error.strerror})") from error
         raise UnreadableImage(f"{name}: damaged or truncated ({one_line(error)})") from error
@@ -293,25 +299,25 @@ def is_photo(source: object) -> bool:
 
 
 def contents(file: BinaryIO) -> tuple[bytes, str]:
-    """Read an open file from its beginning, at most one byte more than ``MAX_BYTES``; returns that, and its name.
+    """Read an open file from its beginning; returns its bytes, at most one more than ``MAX_BYTES``, and its name.
 
     Raises:
         UnreadableImage: It cannot be read.
     """
     name = _name_of(file)
     with _reading(name):
-        return _drained(_rewindable(file)), name
+        return _drained(_rewindable(file, name)), name
 
 
 def may_change(image: Image.Image) -> bool:
-    """Whether the caller may modify a PIL image before it is read: draw on it, or seek it to its next frame.
+    """Whether a PIL image may change before it is read, because its owner draws on it or seeks to its next frame.
 
-    Not if Pillow has opened it from a file with a single picture.
+    False for an image that Pillow has opened from a file with a single picture.
 
     Raises:
         UnreadableImage: It is damaged.
     """
-    with _reading(_name_of(image)):
+    with _reading(_name_of(image), image):
         return not isinstance(image, ImageFile.ImageFile) or bool(getattr(image, "is_animated", False))
 
 
@@ -477,7 +483,7 @@ def _open_file(source: Any, name: str, stack: contextlib.ExitStack) -> Any:
         file = stack.enter_context(path.open("rb"))
         size, opened = os.fstat(file.fileno()).st_size, file  # type: ignore[assignment]
     else:
-        opened = _rewindable(source)
+        opened = _rewindable(source, name)
         opened.seek(0, os.SEEK_END)
         size = opened.tell()
     if size == 0:
@@ -493,8 +499,14 @@ def _why_no_file(path: Path, name: str) -> str:
     return "no such file" + ("; URLs are not fetched, download the photo first" if "://" in name else "")
 
 
-def _rewindable(file: Any) -> Any:
-    """Returns the file if it is seekable; else, as for a pipe, a buffer with its contents, at most a byte too many."""
+def _rewindable(file: Any, name: str) -> Any:
+    """Returns the file if it is seekable; else, as for a pipe, a buffer with its contents, at most a byte too many.
+
+    Raises:
+        UnreadableImage: The file is closed.
+    """
+    if getattr(file, "closed", False):
+        raise UnreadableImage(f"{name}: the file is closed; open it again, or give its path")
     try:
         file.seek(0)
         return file
@@ -557,7 +569,7 @@ def _open_image(image: Image.Image, name: str, max_pixels: int, at_least: tuple[
     height, width = _reduce(image, *at_least) if at_least else (0, 0)
 
     def decode(model_size: tuple[int, int] | None = None, *, mask_only: bool = False) -> Photo:
-        with _reading(name):
+        with _reading(name, image):
             return _decoded(image, name, height, width, model_size, mask_only=mask_only)
 
     return OpenPhoto(pixels, _DECODED * image.width * image.height + _RESULT * pixels, decode)

@@ -571,6 +571,21 @@ def test_a_tiff_is_read_from_its_path_as_a_png_of_the_same_picture(
     np.testing.assert_array_equal(read(path.read_bytes()).pixels, wanted)
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "GIF", "BMP"])
+def test_a_closed_file_is_not_called_damaged(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "photo"
+    Image.fromarray(smooth()).save(path, form)
+    with path.open("rb") as file, Image.open(path) as image, Image.open(path) as loaded, Image.open(file) as of_file:
+        loaded.load()
+    with pytest.raises(UnreadableImage, match="photo: the file is closed; open it again, or give its path"):
+        read(file)
+    for lazy in (image, of_file):
+        with pytest.raises(UnreadableImage, match=": its file was closed; keep it open until the photo is read"):
+            read(lazy)
+    if form != "GIF":  # Pillow seeks in it to tell whether it is animated
+        assert read(loaded).pixels.shape == (96, 128, 3)
+
+
 def test_a_file_is_closed_when_it_is_read_or_refused(tmp_path: Path, png: Path) -> None:
     (tmp_path / "cut.png").write_bytes(png.read_bytes()[:60])
     (tmp_path / "text.png").write_text("no picture")
