@@ -85,12 +85,12 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Keeps the suffix, by which writers may choose the format, unless it is too long to be one.
     suffix = path.suffix if len(path.suffix) <= 20 else ""
-    beside = path.with_name(f".{path.stem[:STEM]}.{secrets.token_hex(4)}.part{suffix}")
+    temporary = path.with_name(f".{path.stem[:STEM]}.{secrets.token_hex(4)}.part{suffix}")
     try:
-        yield beside
-        beside.replace(path)
+        yield temporary
+        temporary.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -174,7 +174,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         OSError: It cannot be written; a previous file at ``path`` is unchanged.
     """
-    with replacing(path) as beside, beside.open("xb") as file:
+    with replacing(path) as temporary, temporary.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

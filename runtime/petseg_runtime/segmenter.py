@@ -81,8 +81,8 @@ def prepare_opened(photo: images.OpenPhoto, size: tuple[int, int], *, mask_only:
     """Decode a photo and resize it to a model's height and width; see :meth:`Segmenter.prepare_opened`."""
     read = photo.decode(size, mask_only=mask_only)
     image = images.to_model(read.pixels, *size) if read.model_input is None else read.model_input
-    whole = read.pixels.shape[:2] == (read.height, read.width)
-    pixels = read.pixels if whole and not mask_only else None
+    full_size = read.pixels.shape[:2] == (read.height, read.width)
+    pixels = read.pixels if full_size and not mask_only else None
     return Prepared(image, pixels, read.height, read.width, read.notes, read.icc_profile)
 
 

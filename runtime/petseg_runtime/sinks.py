@@ -322,8 +322,8 @@ class ImageSink:
         """Write an item's result; see :class:`Sink`."""
         path = self.path_of(item)
         try:
-            with replacing(path) as beside:
-                self._picture.save(result, beside)
+            with replacing(path) as temporary:
+                self._picture.save(result, temporary)
         except (OSError, ValueError) as error:  # ValueError: too large for the format
             reason = getattr(error, "strerror", None) or str(error)
             if getattr(error, "errno", None) in _FATAL:
@@ -379,7 +379,7 @@ class CocoSink:
         """
         path = self._path
         try:
-            with replacing(path) as beside, beside.open("x", encoding="ascii") as file:
+            with replacing(path) as temporary, temporary.open("x", encoding="ascii") as file:
                 file.writelines(_coco(values))
                 file.flush()
                 os.fsync(file.fileno())
@@ -461,8 +461,8 @@ def probe(output: Path) -> None:
         OutputError: It cannot.
     """
     try:
-        with replacing(output / ".petseg-probe") as beside:
-            beside.touch()
+        with replacing(output / ".petseg-probe") as temporary:
+            temporary.touch()
         (output / ".petseg-probe").unlink(missing_ok=True)  # another run may be doing the same
     except OSError as error:
         raise OutputError(f"{output}: cannot be written to ({error.strerror}); choose another --output") from error
