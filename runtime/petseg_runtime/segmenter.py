@@ -427,8 +427,8 @@ class Segmenter:
         """Check, in a few seconds, that this engine on this machine computes what the model's checkpoint does.
 
         Repeats the parity test: the engine's outputs on the photos of the parity record must match the checkpoint's
-        outputs stored in it. Also checks that the sample photos are decoded, resized and given masks of their size as
-        on the machine that built petseg.
+        outputs stored in it, within the tolerances. Also checks that the sample photos are decoded, resized and given
+        masks of their size as on the machine where petseg was built.
 
         >>> Segmenter().verify().passed  # doctest: +SKIP
 

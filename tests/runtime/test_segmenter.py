@@ -1,4 +1,4 @@
-"""Photo in, mask at the photo's size out, whatever form the photo comes in."""
+"""The Python API: from photos in any form to masks of their size."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONFIDENT = ("Abyssinian_204.jpg", "american_bulldog_60.jpg", "chelsea.jpg")
 
 @pytest.fixture(scope="module")
 def red(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that takes red for pet: its probability is the image's red channel."""
+    """A model whose probability is the image's red channel."""
     spec = ModelSpec(name="red", height=H, width=W, threshold=0.7, cutout_threshold=0.2)
     graph = helper.make_graph(
         [helper.make_node("Gather", ["image", "index"], ["probability"], axis=3)],
@@ -51,7 +51,7 @@ def red(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def segmenter(red: Path) -> Iterator[Segmenter]:
-    """The answer is the photo's red, and all of it is shown."""
+    """Outputs the photo's red channel, without removing low-confidence regions."""
     with Segmenter(red, threads=1, keep_doubtful=True) as segmenter:
         yield segmenter
 
@@ -70,7 +70,7 @@ def pixels() -> np.ndarray:
 
 
 def encoded(pixels: np.ndarray) -> bytes:
-    """As PNG."""
+    """The pixels as a PNG."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "png")
     return file.getvalue()
@@ -270,7 +270,7 @@ def test_eight_threads_share_the_model_that_ships(embedded: Segmenter) -> None:
         results = list(pool.map(embedded, photos))
     for photo, result in zip(photos, results, strict=True):
         expected = embedded(photo)
-        assert np.abs(result.probability.astype(int) - expected.probability).max() <= 1  # kernels may round otherwise
+        assert np.abs(result.probability.astype(int) - expected.probability).max() <= 1  # kernels may round differently
 
 
 # ---------------------------------------------------------------------------------------------- several photos
@@ -360,7 +360,7 @@ def test_a_batch_that_is_none_of_this_models_is_wrong_usage(segmenter: Segmenter
 
 
 def test_an_engine_that_is_passed_over_is_no_secret(red: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program of one's own would run on another device than it was meant to, and nobody would know."""
+    """Otherwise a user's program would run on another device than intended without notice."""
     monkeypatch.setattr("petseg_runtime.host.nvidia_gpus", lambda: 1)
     monkeypatch.setattr(registry, "RULE", [line for line in registry.RULE if line.engine == "onnxruntime"])
     monkeypatch.setattr("petseg_runtime.engines.onnxruntime.load", broken := Broken(onnxruntime.load))
@@ -374,7 +374,7 @@ def test_an_engine_that_is_passed_over_is_no_secret(red: Path, monkeypatch: pyte
 
 
 class Broken:
-    """ONNX Runtime's loader, on a machine where it does not work on the GPU."""
+    """ONNX Runtime's loader on a machine where it fails on the GPU."""
 
     def __init__(self, load: Any) -> None:
         self.load, self.asked = load, []
@@ -405,7 +405,7 @@ def test_a_map_of_an_array_of_photos_takes_each(segmenter: Segmenter, pixels: np
 def test_a_map_keeps_what_a_buffer_held_that_is_filled_anew(
     segmenter: Segmenter, pixels: np.ndarray, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the loop over a camera does, while photos wait for their turn."""
+    """A loop over a camera refills its buffer while photos wait for a reader thread."""
     photos = [np.roll(pixels, shift, axis=1) for shift in range(12)]
     array, buffer = np.empty_like(pixels), bytearray(max(len(encoded(photo)) for photo in photos))
     held = {np.ndarray: array, bytearray: buffer, memoryview: memoryview(buffer), io.BytesIO: io.BytesIO()}[kind]
@@ -421,7 +421,7 @@ def test_a_map_keeps_what_a_buffer_held_that_is_filled_anew(
     def taken() -> Iterator[Any]:
         for number, photo in enumerate(photos):
             array[:] = photo
-            file = encoded(photo)  # what a longer one has left behind it is no part of a PNG
+            file = encoded(photo)  # bytes of a longer file may remain after it, which are not part of the PNG
             buffer[: len(file)] = file
             if kind is io.BytesIO:
                 held.seek(0)
@@ -471,7 +471,7 @@ def test_a_pillow_image_may_be_given_to_a_map_several_times_before_it_is_loaded(
 def test_files_may_be_closed_or_given_again_before_a_map_has_segmented_them(
     red: Path, pixels: np.ndarray, tmp_path: Path
 ) -> None:
-    """A generator closes each when it is asked for the next one; the threads that read one share its position."""
+    """A generator closes a file when the next one is requested; threads that read one file share its position."""
     photos = [np.roll(pixels, shift, axis=1) for shift in range(12)]
     for number, photo in enumerate(photos):
         (tmp_path / f"{number}.png").write_bytes(encoded(photo))
@@ -587,7 +587,7 @@ def test_a_photo_read_for_its_mask_only_has_the_same_mask_and_decoded_smaller_ne
 ) -> None:
     shares = []
     for path in sample_photos():
-        if path.name == "coffee.jpg":  # no pet: what the model makes of it is decided by next to nothing
+        if path.name == "coffee.jpg":  # no pet: tiny differences decide its mask
             continue
         photo = tmp_path / path.name
         with Image.open(path) as image:
@@ -687,7 +687,7 @@ def test_the_model_that_ships_finds_a_pet_that_is_not_the_whole_photo(embedded: 
 
 @pytest.fixture(scope="module")
 def free(toy: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The red model for any input size; proven at 16 x 32."""
+    """The red model for any input size, with a parity record at 16 x 32."""
     path: Path = toy(tmp_path_factory.mktemp("free") / "free.onnx", dynamic_size=True).path
     return path
 

@@ -1,4 +1,4 @@
-"""Every photo is found once, and its result has a name of its own."""
+"""Every photo is found once, and the names of results are unique."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def names(items: list[Item]) -> list[str]:
 
 
 def deny(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Make a folder that may not be listed, also for root."""
+    """Make a folder that cannot be listed, not even by root."""
     listed = os.scandir
 
     def scandir(path: Any = ".") -> Any:
@@ -248,9 +248,9 @@ def test_pipes_and_sockets_that_are_found_are_problems_and_those_that_are_named_
     touch(tmp_path, "a.jpg")
     os.mkfifo(tmp_path / "b.jpg")
     (tmp_path / "c.jpg").symlink_to("b.jpg")
-    (tmp_path / "d.jpg").symlink_to("nowhere")  # reading it will say so
+    (tmp_path / "d.jpg").symlink_to("nowhere")  # reading it will report that
     with socket.socket(socket.AF_UNIX) as ear:
-        monkeypatch.chdir(tmp_path)  # a socket's name has about 100 letters at most
+        monkeypatch.chdir(tmp_path)  # a socket's path has about 100 characters at most
         ear.bind("e.jpg")
     found = find_photos([tmp_path / pattern] if pattern else [tmp_path])
     assert names(found) == ["a", "b", "c", "d", "e"]
@@ -342,7 +342,7 @@ def test_a_file_or_folder_whose_name_looks_like_a_pattern_is_taken_as_it_is(tmp_
 
 @pytest.mark.parametrize("pattern", ["**/*.jpg", "**", "*", "*/*.jpg", "o*/*.jpg"])
 def test_the_output_is_passed_over_by_a_pattern_too(tmp_path: Path, pattern: str) -> None:
-    """Else a second run would segment the results of the first."""
+    """Otherwise a second run would segment the results of the first."""
     touch(tmp_path, "in/cat.jpg", "in/out/cat.jpg", "in/out/deep/cat.jpg", "in/other/dog.jpg")
     touch(tmp_path, "in/out/.petseg-run.ndjson")
     found = find_photos([tmp_path / "in" / pattern], tmp_path / "in" / "out")
@@ -370,14 +370,14 @@ def test_an_unreadable_folder_below_a_pattern_is_a_problem(tmp_path: Path, monke
 
 
 def told(paths: list[Path], output: Path | None = None) -> tuple[list[str], list[str]]:
-    """The names of what is found, and what is told of what was passed over."""
+    """The names of the photos found, and the notes on what was skipped."""
     notes: list[str] = []
     return names(find_photos(paths, output, tell=notes.append)), notes
 
 
 @pytest.mark.parametrize("pattern", ["", "**/*.jpg", "**", "*"])
 def test_results_of_earlier_runs_are_passed_over(tmp_path: Path, pattern: str) -> None:
-    """Of other kinds, too, which lie in other folders than this run's."""
+    """Also those of other kinds, which are in other folders than this run's."""
     touch(tmp_path, "cat.jpg", "petseg-output/overlay/cat.jpg", "a/petseg-output/mask/dog.jpg", "a/dog.jpg")
     touch(tmp_path, "masks/.petseg-run.ndjson", "masks/cat.jpg", "masks/deep/cat.jpg")
     found, notes = told([tmp_path / pattern], tmp_path / "petseg-output" / "cutout")
@@ -400,7 +400,7 @@ def test_results_that_are_named_are_taken(tmp_path: Path) -> None:
 
 
 def links(root: Path) -> list[str]:
-    """A folder with two photos, and links to folders: in a circle, to each other, and to elsewhere."""
+    """A folder with two photos, and links to folders: in a loop, to each other, and to other places."""
     touch(root, "in/cat.jpg", "in/a/dog.jpg", "else/bird.jpg")
     (root / "in" / "a" / "up").symlink_to("..", target_is_directory=True)
     (root / "in" / "a" / "again").symlink_to("..", target_is_directory=True)
@@ -426,13 +426,13 @@ def test_links_to_folders_are_told_of_and_not_followed(tmp_path: Path, pattern: 
 
 @pytest.mark.parametrize("pattern", ["", "*", "2*", "2*/**", "**/*"])
 def test_photos_of_other_kinds_are_counted_by_their_suffix(tmp_path: Path, pattern: str) -> None:
-    """Each once, though a pattern may lead to a folder twice; what only lies beside photos is not worth a word."""
+    """Each once, although a pattern may match a folder twice; companion files are not mentioned."""
     kinds = ["1.NEF", "2.nef", "deep/3.nef", "4.jp2", "no suffix", "v1.2 with my cat", "5.jxl"]
     beside = ["notes.txt", "1.xmp", "Thumbs.db", ".hidden.nef", "masks/.petseg-run.ndjson", "masks/6.nef", "program.ts"]
     touch(tmp_path, *(f"2024/{name}" for name in ["cat.jpg", "cat.mov", "cat.aae", *kinds, *beside]))
     notes: list[str] = []
     find_photos([tmp_path / pattern], suffixes=IMAGE_SUFFIXES | VIDEO_SUFFIXES, tell=notes.append)
-    # What a pattern fits is taken whatever its suffix.
+    # A file that matches a pattern is found whatever its suffix.
     said = [] if "**" in pattern else ["skipped because of their suffix: 3 .nef, 2 without a suffix, 1 .jp2, 1 .jxl"]
     assert notes[1:] == said
     assert notes[0].startswith(f"{tmp_path / '2024' / 'masks'}: skipped, because it has results of an earlier run")
@@ -545,7 +545,7 @@ def test_a_file_that_is_called_like_standard_input_keeps_its_name(
     assert len(set(names(find_photos([tmp_path / "stdin.jpg", STDIN])))) == 2
 
 
-# Few stems and suffixes, so that they collide; ß and ss are one without case.
+# Few stems and suffixes, so that they collide; ß and ss are equal when case is ignored.
 stems = st.sampled_from(["cat", "CAT", "cat.jpg", "cat-2", "cat.jpg-2", "straße", "STRASSE", "é"])
 suffixes = st.sampled_from([".jpg", ".JPG", ".png", ".webp"])
 folders = st.sampled_from(["", "one/pets/", "two/pets/", "two/Pets/", "one/pets/cat/", "one/pets/cat.jpg-2/"])
@@ -643,7 +643,7 @@ def test_any_text_can_be_shown(text: str) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "video"),
     [
-        ("cat.mp4", b"\xff\xd8\xff", True),  # named so, and then refused as one
+        ("cat.mp4", b"\xff\xd8\xff", True),  # treated as a video by its name, and then rejected as one
         ("cat.MKV", b"", True),
         ("cat.jpg", b"\x1a\x45\xdf\xa3", False),
         ("cat.gif", b"GIF89a", False),
