@@ -287,11 +287,12 @@ class Segmenter:
             return _Pending(bytes(source))
         if isinstance(source, io.BytesIO) and not source.closed:
             return _Pending(source.getvalue())
+        # An object of another type is rejected when it is read.
+        if isinstance(source, (str, os.PathLike, bytes)) or not images.is_photo(source):
+            return _Pending(source)
         try:
-            if hasattr(source, "read") and images.is_photo(source):
-                return _Pending(*images.contents(source))
             if not isinstance(source, Image.Image):
-                return _Pending(source)
+                return _Pending(*images.contents(source))
             if pending := lazy.get(id(source)):
                 return pending
             if images.may_change(source):
