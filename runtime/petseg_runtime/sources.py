@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import IO, Final
-from urllib.parse import urlsplit
 
 from petseg_runtime.errors import InputError, UsageError
 from petseg_runtime.images import HEIF_BRANDS, MAX_BYTES
@@ -216,12 +215,14 @@ def stream_origin(text: str, options: Mapping[str, str] | None = None) -> Origin
     device = f"/dev/video{text}" if text.isdecimal() and not os.path.lexists(text) else text
     if re.fullmatch(r"/dev/video\d+", device):
         return Origin(device, device, PurePath(Path(device).name), "v4l2", given, endless=True)
-    scheme = urlsplit(text).scheme.lower() if "://" in text else ""
-    if not scheme or scheme == "file":
+    # Not urlsplit, which raises on brackets that are not of an IPv6 address, such as one in a password.
+    scheme = text.partition(":")[0].lower() if "://" in text else ""
+    if not re.fullmatch(r"[a-z][a-z\d+.-]*", scheme, re.ASCII) or scheme == "file":
         return None
     shown = redacted(text)
     name = PurePath(_file_name(shown))
-    suffix = PurePath(urlsplit(text).path).suffix.lower() if scheme in ("http", "https") else ""
+    path = re.split(r"[?#]", text.partition("://")[2], maxsplit=1)[0].partition("/")[2]
+    suffix = PurePath(path).suffix.lower() if scheme in ("http", "https") else ""
     if suffix in IMAGE_SUFFIXES and not given:
         raise UsageError(
             f"{shown}: a photo on a server, by its suffix; download it first (curl -s URL | petseg infer -), or if it "

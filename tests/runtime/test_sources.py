@@ -577,6 +577,8 @@ def test_names_never_collide_and_no_photo_is_lost(tree: set[str], chosen: list[s
     [
         ("rtsp://user:secret@cam:554/live?token=secret", "rtsp://***@cam:554/live?***"),
         ("rtsp://user:se/cret@cam/live", "rtsp://***@cam/live"),
+        ("rtsp://user:se[cret@cam/live", "rtsp://***@cam/live"),
+        ("rtsp://user:secret]@cam/live", "rtsp://***@cam/live"),
         ("rtsp://user:se?cret@cam/live?x=1", "rtsp://***"),
         ("rtsp://user:1234?5@cam/live", "rtsp://***"),
         ("rtsp://user:se#cret@cam/live", "rtsp://***"),
@@ -609,7 +611,7 @@ def test_what_is_shown_of_a_url(url: str, shown: str) -> None:
 
 part = st.text("abcXYZ019._-~%+!$&'()*,;=:@", min_size=1, max_size=10)
 #: Passwords are not always encoded as they ought to be.
-password = st.text("abcXYZ._-~%+!$&'()*,;=:@/?#", max_size=10)
+password = st.text("abcXYZ._-~%+!$&'()*,;=:@/?#[]", max_size=10)
 plain = st.text("abcxyz019.-", min_size=1, max_size=10)
 
 
@@ -755,7 +757,8 @@ def test_a_photo_on_a_server_is_no_stream(scheme: str, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://host/cam.mjpg", "http://host/live", "rtsp://host/cam.jpg", "http://a.jpg/live"]
+    "url",
+    ["http://host/cam.mjpg", "http://host/live", "rtsp://host/cam.jpg", "http://a.jpg/live", "http://me:p[w@host/live"],
 )
 def test_other_addresses_are_streams_without_being_told(url: str) -> None:
     camera = stream_origin(url)
