@@ -723,6 +723,8 @@ def _to_rgb(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
         raise UnsupportedImage(
             f"{name}: 32-bit pixels (mode {image.mode}) have no agreed range; save it with 8 or 16 bits first"
         )
+    if image.mode == "La":  # premultiplied; Pillow converts it to LA only
+        image = image.convert("LA")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         if rgba.getchannel("A").getextrema() != (255, 255):

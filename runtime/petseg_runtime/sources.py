@@ -439,7 +439,7 @@ class _Search:
             )
 
     def below(self, top: Path) -> Iterator[tuple[Path, str | None]]:
-        """Photos below a folder, sorted, each with None or the problem; so is a folder that cannot be listed."""
+        """Yields photos below a folder, sorted, each with its problem or None, and folders that cannot be listed."""
         known = self.suffixes | _COMPANIONS
         for folder, files, problem in self._walk(top):
             if problem:
@@ -452,7 +452,7 @@ class _Search:
                     yield file, _why_not_regular(file)
 
     def matching(self, pattern: Path) -> list[tuple[Path, PurePath, str | None]]:
-        """Photos that match a pattern, sorted, and those in folders that match; if there are none, a problem."""
+        """Returns photos that match a pattern, sorted, and those in matching folders; a problem if there are none."""
         fixed = next(path for path in pattern.parents if not glob.has_magic(str(path)) or os.path.lexists(path))
         if ".." in pattern.relative_to(fixed).parts:
             why = f"{pattern}: .. after a wildcard leads out of the searched folders; name the folder you mean"

@@ -454,6 +454,14 @@ def test_alpha_is_laid_over_white() -> None:
     assert photo.notes == OVER_WHITE
 
 
+@pytest.mark.parametrize("mode", ["La", "RGBa"])
+def test_premultiplied_alpha_is_laid_over_white_too(mode: str) -> None:
+    image = Image.fromarray(np.array([[[10, 0], [10, 255]]], np.uint8)).convert("RGBA" if mode == "RGBa" else "LA")
+    photo = read(image.convert(mode))
+    assert photo.pixels.tolist() == [[[255] * 3, [10] * 3]]
+    assert photo.notes == OVER_WHITE
+
+
 def test_alpha_that_is_opaque_everywhere_is_not_worth_a_note() -> None:
     photo = read(encoded(np.dstack([noise(), np.full((12, 20), 255, np.uint8)])))
     np.testing.assert_array_equal(photo.pixels, noise())
@@ -509,7 +517,7 @@ def test_every_mode_of_pillow_with_a_meaning_is_read(mode: str) -> None:
     assert read(Image.new(mode, (5, 3))).pixels.shape == (3, 5, 3)
 
 
-@pytest.mark.parametrize("mode", ["I", "F", "La"])
+@pytest.mark.parametrize("mode", ["I", "F"])
 def test_every_other_mode_is_refused(mode: str) -> None:
     with pytest.raises(InputError):
         read(Image.new(mode, (5, 3)))
