@@ -132,7 +132,7 @@ def tree(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.md5(path.read_bytes()).hexdigest() for path in files}
 
 
-# -------------------------------------------------------------------------------------------- one whole run
+# ----------------------------------------------------------------------------------------- one complete run
 
 
 def test_each_photo_is_answered_for_once_and_in_order(segmenter: Segmenter, photos: Path, tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def test_on_the_cpu_as_many_photos_are_read_at_a_time_as_are_inferred(model: Pat
             assert segmenter.workers == streams
 
 
-# ------------------------------------------------------------------------------------------------ going on
+# ------------------------------------------------------------------------------------------------ resuming
 
 
 KINDS = ["mask", "overlay", "coco-polygons", "coco-rle"]
@@ -550,7 +550,7 @@ def test_a_coco_file_knows_only_photos_as_they_are_now(segmenter: Segmenter, own
     assert {name for name in second if second[name] != first[name]} == {"004.jpg"}
 
 
-# ------------------------------------------------------------------------------- the real thing, and kill -9
+# ------------------------------------------------------------------------------- real processes, and kill -9
 
 PHOTOS = 500
 

@@ -976,7 +976,7 @@ def test_random_bytes_are_refused(data: bytes) -> None:
         read(data)
 
 
-# ---------------------------------------------------------------------------------------- to the model, and back
+# ------------------------------------------------------------------------------- resizing to the model, and back
 
 sides = st.integers(1, 40)
 
@@ -1319,7 +1319,7 @@ def test_a_backgrounds_colours_are_converted_once_for_all_photos_alike(
     assert len(converted) == 1
 
 
-# ------------------------------------------------------------------------------------------- grey of two bytes
+# ------------------------------------------------------------------------------------------------- 16-bit grey
 
 
 @pytest.mark.parametrize(("bits", "white", "white_is_zero"), [(12, 4095, False), (16, 65535, False), (16, 65535, True)])

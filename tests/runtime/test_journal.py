@@ -65,7 +65,7 @@ def is_finished(folder: Path, item: Item, **changes: Any) -> bool:
 Photo = Callable[..., Item]
 
 
-# --------------------------------------------------------------------------------------------- going on
+# --------------------------------------------------------------------------------------------- resuming
 
 
 def test_what_was_noted_is_finished_and_nothing_else_is(folder: Path, photo: Photo) -> None:
@@ -198,7 +198,7 @@ def test_a_run_knows_how_much_is_noted_and_of_which_photos(folder: Path, photo: 
         assert (journal.noted, journal.knows(cat)) == (0, False)
 
 
-# ------------------------------------------------------------------------------- results that go into one file
+# ----------------------------------------------------------------------------------------- results in one file
 
 
 def test_values_come_back_and_those_of_photos_that_changed_do_not(folder: Path, photo: Photo) -> None:

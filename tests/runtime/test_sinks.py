@@ -151,7 +151,7 @@ def test_only_the_kinds_with_the_photo_in_them_need_it(result: Segmentation) -> 
                 looks(kind).render(bare)
 
 
-# ------------------------------------------------------------------------------------ what does not go together
+# ----------------------------------------------------------------------------- options that do not fit together
 
 
 @pytest.mark.parametrize(

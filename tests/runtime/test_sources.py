@@ -366,7 +366,7 @@ def test_an_unreadable_folder_below_a_pattern_is_a_problem(tmp_path: Path, monke
     assert str(problem.problem) == f"{tmp_path / 'secret'}: the folder cannot be listed (Permission denied)"
 
 
-# --------------------------------------------------------------------------- what a search passes over
+# --------------------------------------------------------------------------------- what a search skips
 
 
 def told(paths: list[Path], output: Path | None = None) -> tuple[list[str], list[str]]:
