@@ -1,4 +1,4 @@
-"""petseg's runtime: a pet segmentation model on images, without torch.
+"""petseg's runtime: runs a pet segmentation model on images and videos, without PyTorch.
 
 >>> from petseg_runtime import Segmenter
 >>> Segmenter()("cat.jpg").mask  # doctest: +SKIP
@@ -37,7 +37,7 @@ __all__ = [
     "sample_photos",
 ]
 
-# Imported when first used, so that `petseg --help` and `--version` load neither numpy nor pillow.
+# Imported on first use, so that `petseg --help` and `--version` load neither NumPy nor Pillow.
 _HOMES = {
     "EngineError": "errors",
     "InputError": "errors",
@@ -55,7 +55,7 @@ _HOMES = {
 }
 
 
-if not TYPE_CHECKING:  # a type checker would take any name for one of the module's
+if not TYPE_CHECKING:  # a type checker would accept any attribute of the module
 
     def __getattr__(name: str) -> Any:
         if name in _HOMES:

@@ -1,4 +1,4 @@
-"""Many photos: find what is left to do, do it in a pipeline, note what is done."""
+"""Segments many photos in a pipeline, skips those that the journal has as done, and notes each result in it."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ __all__ = ["Done", "Report", "segment_photos"]
 
 @dataclass(frozen=True)
 class Done:
-    """What is kept of a photo once its result is written; the result itself is too large to keep.
+    """A summary of a photo whose result is written; the result itself is too large to keep.
 
     Attributes:
-        path: Its result, if that is a file of its own.
-        height: Of the photo.
-        width: Of the photo.
+        path: The file with its result; None if results share one file.
+        height: Height of the photo.
+        width: Width of the photo.
         coverage: Share of the photo that is pet.
         found: Whether there is a pet.
-        box: Its bounding box: x, y, width, height in pixels.
-        notes: What had to be decided while reading it.
-        value: Its part of a file that is written at the end.
-        left_out: Nothing was written, because there is no pet; see :class:`petseg_runtime.sinks.OnlyFound`.
+        box: The bounding box of the mask: x, y, width, height in pixels; None if the mask is empty.
+        notes: Decisions made while decoding it; see :class:`petseg_runtime.Photo`.
+        value: Its entry in a file that is written at the end, if there is one.
+        left_out: Nothing was written because there is no pet; see :class:`petseg_runtime.sinks.OnlyFound`.
     """
 
     path: Path | None
@@ -54,16 +54,16 @@ Watch: TypeAlias = Callable[[Outcome[Item, Done]], None]
 
 @dataclass
 class Report:
-    """The whole run: ``done + failed + skipped`` is the number of photos.
+    """A summary of a run: ``done``, ``skipped`` and the length of ``failed`` add up to the number of photos.
 
     Attributes:
-        done: Photos that were segmented, and whose result was written but for ``left_out``.
-        left_out: Of these, the photos without a pet of which nothing was to be written.
-        failed: Why the others were not, a line each.
-        skipped: Photos whose result was there already.
+        done: Number of photos that were segmented, and whose results were written, except for ``left_out``.
+        left_out: How many of these have no pet, so that nothing was written of them.
+        failed: The reasons why photos failed, one line each.
+        skipped: Number of photos whose results existed already.
         seconds: Wall time.
-        steps: What each step took, over all photos: ``sum``, ``p50``, ``p95``, ``p99`` in seconds.
-        path: The file for all results, if there is one.
+        steps: The durations of each step over all photos: ``sum``, ``p50``, ``p95``, ``p99`` in seconds.
+        path: The file with all results, if there is one.
     """
 
     done: int = 0
@@ -87,21 +87,21 @@ def segment_photos(
     fast_decode: bool = False,
     spare: int = 0,
 ) -> Report:
-    """Segment every photo and write every result; one bad photo never stops the rest.
+    """Segment every photo and write every result; a photo that fails does not stop the rest.
 
     Args:
         items: The photos.
         segmenter: The model.
-        sink: Where results go.
-        watch: Told of each photo as it is done or has failed.
-        begun: Told before of how many, those that are done already left out.
-        journal: Where it is noted, and which photos are done already; a sink that writes at the end needs one.
-        mask_only: The photos themselves are not part of the results.
-        fast_decode: Decode large JPEGs at a reduced size, which changes masks a little; with ``mask_only``.
-        spare: Bytes for each pixel of a photo that making its result takes; see :class:`petseg_runtime.sinks.Kind`.
+        sink: Writes the results.
+        watch: Called with the outcome of each photo, in order.
+        begun: Called once before that, with the number of photos that are left to do.
+        journal: Says which photos are done already, and notes each new result; a sink that writes at the end needs one.
+        mask_only: The photos' pixels are not part of the results.
+        fast_decode: Decode large JPEGs at a reduced size, which changes masks slightly; requires ``mask_only``.
+        spare: Bytes per pixel of a photo that rendering its result takes; see :class:`petseg_runtime.sinks.Kind`.
 
     Raises:
-        OutputError: Nothing more can be written.
+        OutputError: No further result can be written.
         EngineError: The engine failed.
     """
     report, timings = Report(), Timings()
@@ -133,13 +133,12 @@ def segment_photos(
 
 def _steps(segmenter: Segmenter, sink: Sink, mask_only: bool, fast_decode: bool, spare: int) -> Steps[Item, Done]:
     at_least = segmenter.size if fast_decode else None
-    model_size = segmenter.size if mask_only else None
 
     def read(item: Item, reserve: Callable[[int], None]) -> Prepared:
         if item.problem:
             raise InputError(item.problem)
         source = item.source if item.data is None else item.data
-        opened = images.open_photo(source, at_least=at_least, model_size=model_size, name=_name_of(item))
+        opened = images.open_photo(source, at_least=at_least, name=_name_of(item))
         with _enough_memory(item), opened as photo:
             reserve(photo.memory + spare * photo.pixels)
             return segmenter.prepare_opened(photo, mask_only=mask_only)
@@ -154,21 +153,21 @@ def _steps(segmenter: Segmenter, sink: Sink, mask_only: bool, fast_decode: bool,
 
 
 def _name_of(item: Item) -> str:
-    """What errors call it."""
+    """The photo's name in error messages."""
     return str(item.source) if item.data is None else "standard input"
 
 
 @contextlib.contextmanager
 def _enough_memory(item: Item) -> Iterator[None]:
-    """Turn a ``MemoryError`` into the failure of this one photo, so that the run goes on.
+    """Converts a ``MemoryError`` to the failure of this photo, so that the run continues.
 
     Raises:
-        ImageTooLarge: There was one.
+        ImageTooLarge: On a ``MemoryError``.
     """
     try:
         yield
     except MemoryError as error:
-        raise ImageTooLarge(f"{_name_of(item)}: not enough memory for it: make it smaller first") from error
+        raise ImageTooLarge(f"{_name_of(item)}: not enough memory for it; make it smaller first") from error
 
 
 def _done(result: Segmentation, written: Written) -> Done:

@@ -1,6 +1,4 @@
-"""Files that are either whole or not there: written beside their place, then renamed; small ones that are read; and
-where files really are.
-"""
+"""Writing files atomically (to a temporary name, then renamed), reading small files safely, and real paths."""
 
 from __future__ import annotations
 
@@ -27,23 +25,23 @@ __all__ = [
     "write_atomic",
 ]
 
-#: So many letters of a file's stem are in the name that it has while it is written: a name has at most 255 bytes, and a
-#: letter up to four.
+#: A temporary name contains this many characters of the file's stem: a name has at most 255 bytes, and a character up
+#: to four.
 STEM: Final = 35
 
 
 def read_text(path: Path, most: int) -> str:
-    """A file's text, where somebody else may have put there what never ends: a pipe, a device.
+    """Read a small UTF-8 file from an untrusted path, where somebody may have put a pipe or device that never ends.
 
     Args:
         path: The file.
-        most: Bytes that it may have.
+        most: The maximum size in bytes.
 
     Raises:
-        OSError: It cannot be read, is no regular file, or is larger.
+        OSError: It cannot be read, is not a regular file, or is larger.
         UnicodeDecodeError: It is not UTF-8.
     """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)  # a pipe would be waited for
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)  # opening a pipe would block
     with os.fdopen(os.open(path, flags), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -54,7 +52,7 @@ def read_text(path: Path, most: int) -> str:
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is what now lies at a path."""
+    """Whether an open file is the one now at ``path``: it was not replaced or removed since."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
@@ -62,14 +60,12 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 
 def real_paths() -> Callable[[str | Path], str]:
-    """What gives files' real paths as ``os.path.realpath`` does, and looks up each folder once, not for each of a
-    million files in it.
-    """
-    folder = functools.cache(os.path.realpath)  # Path.resolve raises on a loop of links
+    """A function like ``os.path.realpath`` that resolves each folder once, not for each of a million files in it."""
+    folder = functools.cache(os.path.realpath)  # unlike Path.resolve, does not raise on a loop of symlinks
 
     def real(path: str | Path) -> str:
         above, name = os.path.split(path)
-        if name in ("", os.curdir, os.pardir) or os.path.islink(path):  # noqa: PTH114 (a text, one of a million)
+        if name in ("", os.curdir, os.pardir) or os.path.islink(path):  # noqa: PTH114 (a string, one of a million)
             return os.path.realpath(path)
         return os.path.join(folder(above), name)  # noqa: PTH118
 
@@ -78,34 +74,35 @@ def real_paths() -> Callable[[str | Path], str]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A free path in the destination's folder to write to; renamed to ``path`` at the end, removed on any error.
+    """Replace a file atomically: yields a temporary path, which is renamed to ``path`` at the end, or removed on error.
 
-    The rename is atomic because both lie on one file system. The folder is made if need be.
+    The temporary file is in the same folder, so that the rename stays within one file system. The folder is created if
+    it is missing.
 
     Raises:
-        OSError: The folder cannot be made or written to.
+        OSError: The folder cannot be created, or the file not be renamed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Writers may go by the suffix, so it stays if it is one.
+    # Keeps the suffix, by which writers may choose the format, unless it is too long to be one.
     suffix = path.suffix if len(path.suffix) <= 20 else ""
-    beside = path.with_name(f".{path.stem[:STEM]}.{secrets.token_hex(4)}.part{suffix}")
+    temporary = path.with_name(f".{path.stem[:STEM]}.{secrets.token_hex(4)}.part{suffix}")
     try:
-        yield beside
-        beside.replace(path)
+        yield temporary
+        temporary.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 @contextlib.contextmanager
 def staging(path: Path) -> Iterator[Path]:
-    """A free folder beside ``path`` for all files that belong to it, under the names they will have.
+    """Replace several files together: yields a temporary folder for ``path`` and its companions, under their names.
 
-    At the end they are moved to where ``path`` lies, ``path`` itself last; on any error, also of a move, the folder is
-    removed and what was there before is there again.
+    At the end the files are moved into the folder of ``path``, ``path`` itself last. On any error, also while moving,
+    the temporary folder is removed and the previous files are restored.
 
     Raises:
-        OSError: The folder cannot be made, or the files cannot be moved.
+        OSError: The folder cannot be created, or the files cannot be moved.
     """
     missing = [parent for parent in (path.parent, *path.parent.parents) if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,20 +115,20 @@ def staging(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder)
         for parent in missing:
-            with contextlib.suppress(OSError):  # somebody else has put something there
+            with contextlib.suppress(OSError):  # somebody else has used the folder meanwhile
                 parent.rmdir()
         raise
     shutil.rmtree(folder)
 
 
 def _swap(moves: list[tuple[Path, Path]], folder: Path) -> None:
-    """Move each file to its place, or none; what was there waits in ``folder`` until all have arrived."""
+    """Move each file to its place, or none; previous files are kept in ``folder`` until all are moved."""
     for _, place in moves:
-        if place.is_dir():  # found out before anything is moved
+        if place.is_dir():  # checked before anything is moved
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(place))
     with contextlib.ExitStack() as undo:
         for number, (file, place) in enumerate(moves):
-            if number < len(moves) - 1:  # the last one is there or not, and needs no way back
+            if number < len(moves) - 1:  # nothing can fail after the last move, so it needs no undo
                 before, occupied = folder / f".{number}.before", os.path.lexists(place)
                 undo.callback(_restore, before, place, occupied)
                 if occupied:
@@ -149,21 +146,21 @@ def _restore(before: Path, place: Path, occupied: bool) -> None:
 
 @contextlib.contextmanager
 def synced(path: Path) -> Iterator[None]:
-    """Have the disk itself hold a file that is written and closed in between; after an error nothing is done.
+    """Flush a file to the disk (fsync) after the body has written and closed it; nothing is done after an error.
 
     Raises:
-        OSError: The disk does not take it.
+        OSError: The flush fails.
     """
     yield
-    with path.open("rb+") as file:  # Windows flushes only what is open for writing
+    with path.open("rb+") as file:  # Windows flushes only files that are open for writing
         os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
 def synced_folder(folder: Path) -> Iterator[None]:
-    """Have the disk itself hold the names that files are given in between, as far as the system can do that."""
+    """Flush a folder to the disk after the body has renamed files in it, if the operating system supports that."""
     yield
-    with contextlib.suppress(OSError):  # neither Windows nor every network's file system can
+    with contextlib.suppress(OSError):  # unsupported on Windows and on some network file systems
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -172,12 +169,12 @@ def synced_folder(folder: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``, whole or not at all, flushed to the disk before the rename.
+    """Write ``data`` to ``path`` atomically: completely or not at all, flushed to the disk before the rename.
 
     Raises:
-        OSError: It cannot be written; whatever was at ``path`` before still is.
+        OSError: It cannot be written; a previous file at ``path`` is unchanged.
     """
-    with replacing(path) as beside, beside.open("xb") as file:
+    with replacing(path) as temporary, temporary.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""The memory that photos may take at once, where several threads read them."""
+"""A budget for the memory of the photos that several threads are reading."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["MemoryBudget", "Reservation"]
 
 @dataclass
 class Reservation:
-    """What one photo has of a budget.
+    """One photo's share of a budget.
 
     Attributes:
         size: Bytes reserved.
         waited: Seconds spent waiting for them.
-        awaited: The consumer is blocked on this photo; what it asks for is granted at once.
-        released: The reservation was given back; nothing more is granted.
+        awaited: Whether the consumer is blocked on this photo; its requests are then granted at once.
+        released: Whether the reservation was released; nothing more is granted.
     """
 
     size: int = 0
@@ -30,23 +30,23 @@ class Reservation:
 
 
 class MemoryBudget:
-    """Bytes that photos may take at once; a thread that asks for more than is left waits until others give theirs back.
+    """Bytes that photos may take together; a thread that requests more than is left waits until others release theirs.
 
-    Two requests are granted whatever is left, since nothing else could ever end their wait: that of the photo whose
-    result the consumer is blocked on, and that of a photo while no other has anything.
+    Two requests are granted whatever is left, because waiting would deadlock: that of the photo whose result the
+    consumer is blocked on, and that of a photo while nothing is reserved.
     """
 
     def __init__(self, size: int) -> None:
-        """Begin with nothing reserved.
+        """Create a budget of which nothing is reserved.
 
         Args:
-            size: Bytes.
+            size: Its bytes.
         """
         self._size, self._reserved, self._waiting, self._closed = size, 0, 0, False
         self._changed = threading.Condition()
 
     def reserve(self, reservation: Reservation, size: int) -> None:
-        """Add ``size`` bytes to a reservation; waits until that many are left.
+        """Add ``size`` bytes to a reservation; blocks until that many are left.
 
         Raises:
             CancelledError: The budget was closed, or the reservation released.
@@ -65,25 +65,25 @@ class MemoryBudget:
         reservation.waited += time.perf_counter() - start
 
     def expedite(self, reservation: Reservation) -> None:
-        """Grant what this photo asks for at once from now on: the consumer is blocked on it."""
+        """Grant this photo's requests at once from now on: the consumer is blocked on it."""
         with self._changed:
             reservation.awaited = True
             self._changed.notify_all()
 
     def release(self, *reservations: Reservation) -> None:
-        """Give reservations back; the memory itself must be free by now. Nothing more is granted to them."""
+        """Return reservations, whose memory must be free by now, to the budget. Nothing more is granted to them."""
         with self._changed:
             for reservation in reservations:
                 reservation.released = True
                 self._reserved -= reservation.size
             if not self._waiting:
-                return  # the allocator may keep the memory: nobody needs it, and using it again is faster
+                return  # leave the memory with the allocator: no thread needs it, and reusing it is faster
         host.give_back_memory()
         with self._changed:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Cancel all waits."""
+        """Cancel all waiting and future requests."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

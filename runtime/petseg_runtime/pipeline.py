@@ -1,4 +1,4 @@
-"""Read, infer and write at the same time, with every photo accounted for, in order, and in bounded memory."""
+"""Reads, infers and writes photos concurrently, in order, in bounded memory, with every photo accounted for."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Steps(Generic[Source, Result]):
-    """What is done to a photo; each is called from several threads.
+    """The steps of a pipeline; each is called from several threads.
 
     Attributes:
-        read: A source to a photo that has been read, whose ``image`` is uint8 [H, W, 3]. What it raises of
-            :class:`InputError` is the photo's own failure. Its second argument is a function to be called with the
-            number of bytes that the photo and its result will take, before they are allocated; it waits until the
-            memory budget has them.
+        read: Takes a source, and a function that reserves memory; returns the decoded photo, whose ``image`` is uint8
+            [H, W, 3]. It must call that function with the number of bytes that the photo and its result will take
+            before allocating them; the call blocks until the memory budget has them. An :class:`InputError` fails this
+            photo alone.
         infer: uint8 [N, H, W, 3] to uint8 [N, H, W].
-        write: The source, the photo and its answer uint8 [H, W] to what becomes of it; as ``read``.
+        write: Takes the source, the photo and the network's output uint8 [H, W]; returns the photo's result. An
+            :class:`InputError` fails this photo alone.
     """
 
     read: Callable[[Source, Callable[[int], None]], Any]
@@ -49,13 +50,13 @@ class Steps(Generic[Source, Result]):
 
 @dataclass
 class Outcome(Generic[Source, Result]):
-    """What became of one photo.
+    """The outcome of one photo.
 
     Attributes:
         source: The photo.
-        value: What the last step returned; None if it failed.
-        error: Why it failed; None if it did not.
-        seconds: What each step took, those it came to. Of a batch, each photo has its share.
+        value: What the last step returned; None if the photo failed.
+        error: Why the photo failed; None if it did not.
+        seconds: The duration of each step that ran. The time of a batch is divided equally among its photos.
     """
 
     source: Source
@@ -65,7 +66,7 @@ class Outcome(Generic[Source, Result]):
 
 
 class Timings:
-    """How long steps take, over hours in bounded memory: a histogram whose bins are 2 % wide."""
+    """Durations of steps as histograms with bins 2 % wide, so that hours of them take bounded memory."""
 
     _WIDTH: Final = math.log(1.02)
 
@@ -75,13 +76,13 @@ class Timings:
         self._lock = threading.Lock()
 
     def add(self, step: str, seconds: float) -> None:
-        """Count one duration."""
+        """Add one duration."""
         with self._lock:
             self._bins.setdefault(step, Counter())[math.floor(math.log(max(seconds, 1e-7)) / self._WIDTH)] += 1
             self._sums[step] = self._sums.get(step, 0.0) + seconds
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Of each step: the sum, and ``p50``, ``p95``, ``p99`` to 1 %; in seconds."""
+        """Returns ``sum``, ``p50``, ``p95`` and ``p99`` of each step in seconds; the percentiles are exact to 1 %."""
         with self._lock:
             return {
                 step: {"sum": self._sums[step]} | {f"p{p}": self._percentile(bins, p) for p in (50, 95, 99)}
@@ -102,15 +103,15 @@ class _Job(Generic[Source, Result]):
     outcome: Outcome[Source, Result]
     future: Future[None] = field(default_factory=Future)
     value: Any = None  # what the latest step returned
-    reservation: Reservation = field(default_factory=Reservation)  # of memory
+    reservation: Reservation = field(default_factory=Reservation)
 
 
 class Pipeline(Generic[Source, Result]):
-    """Threads that read, threads that infer, threads that write, and queues between them.
+    """Threads that read, threads that infer and threads that write, connected by bounded queues.
 
-    All queues together hold at most ``window`` photos, and fewer where these would take more than half of the memory
-    that is there: the consumer sets the pace, and a slow photo makes the others wait once so many are ahead of it.
-    Use it as a context manager: leaving it waits for what is being done, and drops what has not begun.
+    At most ``window`` photos are in flight, fewer if they would take more than half of the available memory. This is
+    the backpressure: the consumer sets the pace, and a slow photo stops the others once the window is full. Use the
+    pipeline as a context manager: leaving it waits for the steps that are running, and drops all other photos.
     """
 
     def __init__(
@@ -119,39 +120,43 @@ class Pipeline(Generic[Source, Result]):
         """Start the threads.
 
         Args:
-            steps: What to do.
-            streams: Threads that infer.
-            batch: Most photos in one run of the network; a run takes those that are ready, and waits for no more.
-            workers: Threads that read, and as many that write.
-            memory: Bytes that photos may take at once (one that is larger by itself is done alone); None: half of what
-                is available.
+            steps: The steps that each photo goes through.
+            streams: Number of threads that infer.
+            batch: Maximum number of photos in one run of the network; a run takes those that are ready and does not
+                wait for more.
+            workers: Number of threads that read, and of threads that write.
+            memory: Bytes that photos in flight may take together (a larger photo is processed alone); None: half of
+                the available memory.
         """
         self._steps, self._batch = steps, batch
         self._stopping = False
         self.window = 2 * (workers + streams * batch)
         self._memory = MemoryBudget(host.available_memory() // 2 if memory is None else memory)
         self._unread: queue.SimpleQueue[_Job[Source, Result] | None] = queue.SimpleQueue()
-        self._write = ThreadPoolExecutor(workers, "petseg-write")
+        self._writers: set[threading.Thread] = set()
+        self._write = ThreadPoolExecutor(
+            workers, "petseg-write", initializer=lambda: self._writers.add(threading.current_thread())
+        )
         self._ready: queue.SimpleQueue[_Job[Source, Result] | None] = queue.SimpleQueue()
-        # A script may end while results are left, and nobody closes then. Python waits for threads that are no daemons
-        # before it calls what is registered here, and these would wait for ever.
-        self._read = [_daemon(self._read_next, f"petseg-read-{number}") for number in range(workers)]
-        self._infer = [_daemon(self._infer_ready, f"petseg-infer-{number}") for number in range(streams)]
+        # A script may end before it has consumed all results, and without closing. At exit, Python joins threads that
+        # are not daemons before it calls atexit handlers, and such threads would never end.
+        self._read = [_daemon(self._read_loop, f"petseg-read-{number}") for number in range(workers)]
+        self._infer = [_daemon(self._infer_loop, f"petseg-infer-{number}") for number in range(streams)]
         atexit.register(self.close)
         for thread in (*self._read, *self._infer):
             thread.start()
 
     def run(self, sources: Iterable[Source]) -> Iterator[Outcome[Source, Result]]:
-        """Do all steps to every source.
+        """Run all steps on every source.
 
         Args:
-            sources: Taken from as results are.
+            sources: Iterated over lazily, at most ``window`` ahead of the outcomes.
 
         Yields:
-            What became of each, in order.
+            The outcome of each source, in order.
 
         Raises:
-            Exception: Whatever a step raises that is not an :class:`InputError`.
+            Exception: Whatever a step raises other than an :class:`InputError`.
         """
         jobs: deque[_Job[Source, Result]] = deque()
         try:
@@ -160,24 +165,29 @@ class Pipeline(Generic[Source, Result]):
                 jobs.append(job)
                 self._unread.put(job)
                 if len(jobs) == self.window:
-                    yield self._finished(jobs.popleft())
+                    yield self._wait_for(jobs.popleft())
             while jobs:
-                yield self._finished(jobs.popleft())
+                yield self._wait_for(jobs.popleft())
         finally:
             self._memory.release(*(job.reservation for job in jobs))
 
     def close(self) -> None:
-        """Stop all threads; what has not begun is dropped. A second time, it finishes what a Ctrl-C cut short."""
+        """Stop all threads, and drop the steps that have not begun. After a Ctrl-C within it, call it again."""
+        if threading.current_thread() in (*self._read, *self._infer, *self._writers):
+            # The garbage collector closes an abandoned pipeline in whatever thread it runs. One of the pipeline's own
+            # cannot wait for itself, nor for threads that need a lock which it holds: another thread does it.
+            threading.Thread(target=self.close, name="petseg-close", daemon=True).start()
+            return
         self._stopping = True
         self._memory.close()
-        # In this order, because each step hands its work to the next.
+        # In this order, because each step queues work for the next.
         for threads, work in ((self._read, self._unread), (self._infer, self._ready)):
             for _ in threads:
                 work.put(None)
             for thread in threads:
                 thread.join()
         self._write.shutdown(cancel_futures=True)
-        atexit.unregister(self.close)  # last: a Ctrl-C may come before, and what is left is done when Python ends
+        atexit.unregister(self.close)  # last: if a Ctrl-C interrupts this method, the rest is done at exit
 
     def __enter__(self) -> Self:
         return self
@@ -187,7 +197,7 @@ class Pipeline(Generic[Source, Result]):
     ) -> None:
         self.close()
 
-    def _finished(self, job: _Job[Source, Result]) -> Outcome[Source, Result]:
+    def _wait_for(self, job: _Job[Source, Result]) -> Outcome[Source, Result]:
         self._memory.expedite(job.reservation)
         try:
             job.future.result()
@@ -195,26 +205,26 @@ class Pipeline(Generic[Source, Result]):
             self._memory.release(job.reservation)
         return job.outcome
 
-    def _read_next(self) -> None:
-        """Read what is next, until told to stop."""
+    def _read_loop(self) -> None:
+        """The loop of a thread that reads: one photo after another, until the sentinel None."""
         while (job := self._unread.get()) is not None:
             if not self._stopping:
                 self._read_one(job)
-            del job  # which a thread that waits would keep, with the result that was made of it
+            del job  # else the waiting thread would keep it and its result alive
 
     def _read_one(self, job: _Job[Source, Result]) -> None:
         reserve = functools.partial(self._memory.reserve, job.reservation)
-        if self._attempt(job, "read", lambda: self._steps.read(job.outcome.source, reserve)):
+        if self._run_step(job, "read", lambda: self._steps.read(job.outcome.source, reserve)):
             self._ready.put(job)
 
     def _write_one(self, job: _Job[Source, Result], answer: U8) -> None:
         photo = job.value
-        if self._attempt(job, "write", lambda: self._steps.write(job.outcome.source, photo, answer)):
+        if self._run_step(job, "write", lambda: self._steps.write(job.outcome.source, photo, answer)):
             job.outcome.value = job.value
             job.future.set_result(None)
 
-    def _attempt(self, job: _Job[Source, Result], step: str, action: Callable[[], Any]) -> bool:
-        """Do a step; what it raises is the job's end."""
+    def _run_step(self, job: _Job[Source, Result], step: str, action: Callable[[], Any]) -> bool:
+        """Run a step, and return whether it succeeded; an error ends the job."""
         start = time.perf_counter()
         failure = None
         try:
@@ -222,7 +232,7 @@ class Pipeline(Generic[Source, Result]):
             return True
         except InputError as error:
             job.outcome.error = error
-        except BaseException as error:  # noqa: BLE001 (raised again where results are asked for)
+        except BaseException as error:  # noqa: BLE001 (raised again to the consumer)
             failure = error
         finally:
             job.outcome.seconds[step] = time.perf_counter() - start - job.reservation.waited
@@ -233,20 +243,20 @@ class Pipeline(Generic[Source, Result]):
             job.future.set_result(None)
         return False
 
-    def _infer_ready(self) -> None:
-        """Infer what is ready, in batches of what is waiting, until told to stop."""
-        while jobs := self._waiting():
+    def _infer_loop(self) -> None:
+        """The loop of a thread that infers: batches of the photos that are ready, until the sentinel None."""
+        while jobs := self._next_batch():
             if not self._stopping:
-                self._infer_some(jobs)
-            del jobs  # as in `_read_next`
+                self._infer_batch(jobs)
+            del jobs  # as in `_read_loop`
 
-    def _waiting(self) -> list[_Job[Source, Result]]:
-        """What has been read, up to a batch, as soon as there is one; empty: the end."""
+    def _next_batch(self) -> list[_Job[Source, Result]]:
+        """Waits for a photo to be read; returns it and others that are ready, up to a batch. Empty at the sentinel."""
         if (job := self._ready.get()) is None:
             return []
         jobs = [job]
         while len(jobs) < self._batch:
-            try:  # not `empty` first: another thread may take what was there, and this one would wait with its job
+            try:  # not `empty()`, then `get()`: another thread may take the job in between, and this one would block
                 another = self._ready.get_nowait()
             except queue.Empty:
                 break
@@ -256,15 +266,15 @@ class Pipeline(Generic[Source, Result]):
             jobs.append(another)
         return jobs
 
-    def _infer_some(self, jobs: list[_Job[Source, Result]]) -> None:
+    def _infer_batch(self, jobs: list[_Job[Source, Result]]) -> None:
         start = time.perf_counter()
         try:
             first = jobs[0].value.image
             batch = first[None] if len(jobs) == 1 else np.stack([job.value.image for job in jobs])
             answers = self._steps.infer(batch)
             if len(answers) != len(jobs):
-                raise EngineError(f"the engine was given {len(jobs)} photos, and answered {len(answers)}")
-        except BaseException as error:  # noqa: BLE001 (raised again where results are asked for)
+                raise EngineError(f"the engine returned {len(answers)} results for {len(jobs)} photos")
+        except BaseException as error:  # noqa: BLE001 (raised again to the consumer)
             for job in jobs:
                 job.future.set_exception(error)
             return
@@ -273,7 +283,7 @@ class Pipeline(Generic[Source, Result]):
             job.outcome.seconds["infer"] = share
             try:
                 self._write.submit(self._write_one, job, answer)
-            except RuntimeError as error:  # Python is ending, and takes no more work
+            except RuntimeError as error:  # Python is exiting, and executors accept no more work
                 job.future.set_exception(error)
 
 

@@ -1,4 +1,4 @@
-"""The result for one photo: a probability map at its size, and the masks, pictures and outlines made of it."""
+"""The result for one photo: its probability map, and the masks, pictures and polygons made from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from petseg_runtime import images
 from petseg_runtime.errors import UsageError
-from petseg_runtime.regions import CERTAIN, leave_out, regions, runs
+from petseg_runtime.regions import CERTAIN, connected_components, runs, without_runs
 from petseg_runtime.spec import lowest_pet
 
 __all__ = ["Polygon", "Segmentation", "fitted"]
@@ -26,28 +26,28 @@ Bool: TypeAlias = npt.NDArray[np.bool_]
 Points: TypeAlias = npt.NDArray[np.float64]
 Indices: TypeAlias = npt.NDArray[np.int64]
 
-#: Half the width of the ramp from transparent to opaque in a cutout, in log-odds, in which it is as soft at a low
-#: threshold as at a high one.
+#: Half the width of a cutout's ramp from transparent to opaque, in log-odds, so that edges are equally soft at low and
+#: high thresholds.
 _SOFTNESS: Final = 1.0
 
-#: Green, as no pet is.
+#: Green, a colour that no pet has.
 OVERLAY_COLOR: Final = (0, 200, 83)
 OVERLAY_STRENGTH: Final = 0.5
 
-#: From this probability on, of 255, a pixel is likelier pet than not; see :attr:`Segmentation.found`.
+#: From this probability (of 255) on, a pixel is more likely pet than background; see :attr:`Segmentation.found`.
 LIKELY: Final = 128
 
 
 @dataclass(frozen=True, eq=False)
 class Polygon:
-    """One region of the mask as outlines, in the photo's pixels.
+    """The outlines of one region of the mask, in pixel coordinates of the photo.
 
     Coordinates are continuous, as in COCO: the pixel in row i and column j covers x from j to j + 1 and y from i to
     i + 1, and its centre is (j + 0.5, i + 0.5). The first point is not repeated at the end.
 
     Attributes:
-        exterior: float64 [n, 2], x and y, 0 to the photo's width and height.
-        holes: float64 [m, 2] each, inside the exterior and turning the other way.
+        exterior: float64 [n, 2], x and y, from 0 to the photo's width and height.
+        holes: float64 [m, 2] each, inside the exterior and with the opposite orientation.
     """
 
     exterior: Points
@@ -56,19 +56,19 @@ class Polygon:
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    """One segmented photo.
+    """The segmentation of one photo.
 
     Attributes:
         pixels: uint8 [H, W, 3], the photo: RGB, upright; None if it was decoded for the mask only.
-        probability: uint8 [H, W], ``round(255 * p(pet))``, 0 in what was left out (as doubtful, or small); read-only,
-            since the mask is made of it once.
-        threshold: Where the mask is cut, in (0, 1).
-        cutout_threshold: Where a cutout is half transparent, in (0, 1); lower, so that the fur stays.
-        notes: What had to be decided while reading the photo.
-        icc_profile: Of the photo's colours, and so of the pictures with the photo in them, whose
-            ``info["icc_profile"]`` it is; None: none. PNG files get it from there, JPEG and WebP when it is given:
+        probability: uint8 [H, W], ``round(255 * p(pet))``, 0 in regions that were removed (low-confidence or small).
+            Read-only, since :attr:`mask` is computed from it once.
+        threshold: Probability from which a pixel is in the mask, in (0, 1).
+        cutout_threshold: Probability at which a cutout is half transparent, in (0, 1); lower, to keep the fur.
+        notes: Decisions made while decoding the photo; see :class:`petseg_runtime.Photo`.
+        icc_profile: The photo's ICC profile; None: it has none. The pictures that show the photo have it in
+            ``info["icc_profile"]``. Pillow writes it to PNG files by itself, to JPEG and WebP only if it is passed:
             ``picture.save("x.jpg", icc_profile=result.icc_profile)``.
-        certain_share: The model's rule of whether there is a pet, in (0, 1]; None: it has none. See :attr:`found`.
+        certain_share: The model's rule for whether there is a pet, in (0, 1]; None: it has none. See :attr:`found`.
     """
 
     pixels: U8 | None
@@ -80,20 +80,20 @@ class Segmentation:
     certain_share: float | None = None
 
     def __post_init__(self) -> None:
-        """Keep a view of the probability that nobody writes through."""
+        """Replaces the probability with a read-only view of it."""
         probability = self.probability.view()
         probability.flags.writeable = False
         object.__setattr__(self, "probability", probability)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled or copied it is made anew: else its arrays could be written to, and the mask not follow."""
+        """Pickling and copying call the constructor, which keeps the probability read-only and the mask in step."""
         return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     @cached_property
     def mask(self) -> Bool:
-        """bool [H, W], read-only: pet, where ``probability >= 255 * threshold``."""
+        """The pet as bool [H, W]: ``probability >= 255 * threshold``. Read-only."""
         mask = self.probability >= self._lowest_pet
-        mask.flags.writeable = False  # it is computed once, and shared
+        mask.flags.writeable = False  # computed once, and shared
         return mask
 
     @property
@@ -103,17 +103,17 @@ class Segmentation:
 
     @property
     def found(self) -> bool:
-        """Whether there is a pet at all.
+        """Whether the photo shows a pet at all.
 
-        Where nobody has chosen a rule for the model (``certain_share`` is None): whether the mask is not empty.
+        For a model without a rule (``certain_share`` is None): whether the mask is not empty.
 
-        The rule, which travels with the model: of the pixels that are likelier pet than not (probability 0.5), at least
-        the ``certain_share`` are all but certain (0.98), and the mask is not empty. How large the pet is does not
-        matter, and neither does the threshold as long as something reaches it.
+        The rule, which is stored in the model: of the pixels that are more likely pet than background (p >= 0.5), at
+        least ``certain_share`` are near-certain (p >= 0.98), and the mask is not empty. The size of the pet does not
+        matter, nor does the threshold as long as some pixel reaches it.
 
-        The model that ships has a share of a quarter. It learnt from photos with pets only: what it has never seen
-        makes it unsure, not silent. How often that is wrong is in the runtime's README ("No pet here"). Take it as a
-        hint, not as a classifier.
+        The model that ships has a ``certain_share`` of a quarter. It was trained on photos with pets only: unfamiliar
+        content makes it unsure, not silent. The runtime's README says how often the rule is wrong ("No pet here").
+        Treat it as a hint, not as a classifier.
         """
         if self.certain_share is None:
             return bool(self.mask.any())
@@ -123,7 +123,7 @@ class Segmentation:
 
     @property
     def box(self) -> tuple[int, int, int, int] | None:
-        """The smallest box around the mask: x, y, width, height in pixels. None if nothing is pet."""
+        """The bounding box of the mask: x, y, width, height in pixels. None if the mask is empty."""
         columns, rows = np.flatnonzero(self.mask.any(axis=0)), np.flatnonzero(self.mask.any(axis=1))
         if not len(rows):
             return None
@@ -131,17 +131,17 @@ class Segmentation:
         return x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y
 
     def mask_image(self) -> Image.Image:
-        """The mask as a one-channel picture: 255 pet, 0 background."""
+        """The mask as a greyscale picture: 255 is pet, 0 is background."""
         return Image.fromarray(self.mask.view(np.uint8) * np.uint8(255))
 
     def probability_image(self) -> Image.Image:
-        """The probability as a one-channel picture, 0 to 255."""
+        """The probability as a greyscale picture, 0 to 255."""
         return Image.fromarray(self.probability)
 
     def cutout(self) -> Image.Image:
-        """The pet alone, as an RGBA picture with soft edges: half transparent at ``cutout_threshold``.
+        """The pet alone as an RGBA picture with soft edges, half transparent at ``cutout_threshold``.
 
-        What is cut away is black, not only invisible: a file would keep it, and be twice as large.
+        Fully transparent pixels are set to black: a file would otherwise keep the hidden photo and be twice as large.
 
         Raises:
             UsageError: The photo was decoded for the mask only.
@@ -149,131 +149,132 @@ class Segmentation:
         picture, alpha = self._photo(), self._alpha()
         picture.paste((0, 0, 0), mask=alpha.point([255] + [0] * 255))
         picture.putalpha(alpha)
-        return self._in_its_colours(picture)
+        return self._with_photo_profile(picture)
 
     def on_background(self, background: images.ImageSource | tuple[int, int, int]) -> Image.Image:
-        """The pet before another background, as an RGB picture of the photo's size, with the edges of the cutout.
+        """The pet on another background, as an RGB picture of the photo's size, with the edges of the cutout.
 
         Args:
-            background: A colour, RGB, in the photo's own values; or a picture, in any form that can be segmented. A
-                picture is scaled until it covers the photo, what stands out is cut off on both sides alike, and its
-                colours are brought to the photo's profile.
+            background: An RGB colour in the photo's own colour space; or a picture, in any form that can be segmented.
+                A picture is scaled until it covers the photo, cropped equally on both sides, and converted to the
+                photo's ICC profile.
 
         Raises:
-            UsageError: The photo was decoded for the mask only, or that is no colour.
+            UsageError: The photo was decoded for the mask only, or the colour is invalid.
             InputError: The picture cannot be used.
         """
         height, width = self.probability.shape
         if isinstance(background, tuple):
-            return self.before(Image.new("RGB", (width, height), _colour(background)))
+            return self.before(Image.new("RGB", (width, height), _rgb(background)))
         read = images.read(background)
         picture = images.with_profile(Image.fromarray(read.pixels), read.icc_profile)
         return self.before(fitted(picture, (width, height), self.icc_profile))
 
     def before(self, behind: Image.Image) -> Image.Image:
-        """As :meth:`on_background`, of a picture that fits already, as :func:`fitted` makes it; it is not changed.
+        """As :meth:`on_background`, for a picture that :func:`fitted` has made; it is not modified.
 
         Raises:
             UsageError: The photo was decoded for the mask only.
         """
-        return self._in_its_colours(Image.composite(self._photo(), behind, self._alpha()))
+        return self._with_photo_profile(Image.composite(self._photo(), behind, self._alpha()))
 
     @property
     def opacity(self) -> U8:
-        """uint8 [H, W]: how opaque each pixel of a cutout is: soft around ``cutout_threshold``."""
+        """The alpha channel of a cutout, uint8 [H, W]: a soft ramp around ``cutout_threshold``."""
         return _opacity(self.cutout_threshold)[self.probability]
 
     @property
     def outline(self) -> Bool:
-        """bool [H, W]: the mask's own pixels along its edge, as thick as 1/250 of the photo's shorter side."""
+        """The mask's pixels along its edge, bool [H, W], as thick as 1/250 of the photo's shorter side."""
         return _outline(self.mask, max(1, round(min(self.mask.shape) / 250)))
 
     def overlay(self, color: tuple[int, int, int] = OVERLAY_COLOR, strength: float = OVERLAY_STRENGTH) -> Image.Image:
-        """The photo with the mask laid over it and its outline drawn.
+        """The photo with the mask tinted and outlined, as an RGB picture.
 
         Args:
             color: RGB.
-            strength: How much of it, in [0, 1].
+            strength: Opacity of the tint, in [0, 1].
 
         Raises:
             UsageError: The photo was decoded for the mask only, or a value is out of range.
         """
         if not 0 <= strength <= 1:
-            raise UsageError(f"strength is {strength}; it must lie between 0 and 1")
-        color = _colour(color)
+            raise UsageError(f"strength is {strength}; it must be between 0 and 1")
+        color = _rgb(color)
         picture = self._photo()
         tinted = Image.blend(picture, Image.new("RGB", picture.size, color), strength)
         picture.paste(tinted, mask=Image.fromarray(self.mask))
         picture.paste(color, mask=Image.fromarray(self.outline))
-        return self._in_its_colours(picture)
+        return self._with_photo_profile(picture)
 
     def polygons(self, tolerance: float = 0.5) -> list[Polygon]:
-        """The outlines of the mask, between the pixels: where the interpolated probability crosses the threshold.
+        """The outlines of the mask at subpixel precision, where the interpolated probability crosses the threshold.
 
-        A pixel is pet exactly if its centre lies in a polygon and in none of its holes; with a tolerance, centres
-        nearer to an outline than that may change sides. A pet that is cut by the photo's edge is closed along it.
+        With a tolerance of 0, a pixel is pet exactly if its centre lies in a polygon and in none of its holes; with a
+        larger one, centres within that distance of an outline may change sides. An outline that reaches the photo's
+        edge is closed along it.
 
         Args:
-            tolerance: Points are left out as long as no outline moves by more than this, in pixels (Douglas and
-                Peucker 1973); 0 keeps them all. An outline that would shrink to a line keeps all of its points.
+            tolerance: Outlines are simplified by at most this many pixels (Douglas and Peucker 1973); 0 keeps all
+                points. An outline that would collapse to a line keeps all of its points.
 
         Returns:
-            One for each piece of the mask; none if nothing is pet.
+            One polygon for each region of the mask; an empty list if the mask is empty.
 
         Raises:
-            UsageError: The tolerance is negative, or no number.
+            UsageError: The tolerance is negative or NaN.
         """
         if not tolerance >= 0:
-            raise UsageError(f"tolerance is {tolerance}; it is in pixels, from 0")
+            raise UsageError(f"tolerance is {tolerance}; it must be a number of pixels, 0 or more")
         if (box := self.box) is None:
             return []
         x, y = max(box[0] - 1, 0), max(box[1] - 1, 0)
         near = self.probability[y : box[1] + box[3] + 1, x : box[0] + box[2] + 1]
-        # The ring of copies carries outlines beyond the photo's edge, from where they are brought back onto it; the
-        # ring of zeros closes them. Zeros alone would draw faint pixels at the edge half a pixel too short.
+        # The ring of copies carries outlines beyond the photo's edge (the clip below brings them back onto it); the
+        # ring of zeros closes them. With zeros alone, faint pixels at the edge would be outlined half a pixel short.
         level = np.pad(np.pad(near, 1, mode="edge"), 1).astype(np.float64)
-        import contourpy  # most results are never asked for their outlines
+        import contourpy  # most programs need no outlines
 
         fill_type = contourpy.FillType.ChunkCombinedOffsetOffset
         # Between two byte values: no pixel's centre is on an outline.
         filled: Any = contourpy.contour_generator(z=level, fill_type=fill_type).filled(self._lowest_pet - 0.5, 256)
         (points,), (bounds,), (exteriors,) = filled
         points = (points + np.array((x - 1.5, y - 1.5))).clip(0, self.probability.shape[::-1])
-        rings = _thinned(points, bounds.astype(np.int64), tolerance)
+        rings = _simplified(points, bounds.astype(np.int64), tolerance)
         return [Polygon(rings[i], tuple(rings[i + 1 : end])) for i, end in itertools.pairwise(exteriors)]
 
     def rle(self) -> dict[str, Any]:
-        """The mask in COCO's compressed run-length encoding, as pycocotools writes it (but as text, which JSON takes).
+        """The mask in COCO's compressed run-length encoding, as pycocotools writes it, but as ``str`` for JSON.
 
-        Runs of background and pet in turn are counted down the columns, the first one background (it may be 0). From
-        the fourth on, the difference to the last run but one is stored; each number goes in groups of 5 bits, the
-        lowest first, as characters from "0" on, in which a sixth bit says that more follow (``rleToString`` in
-        cocoapi's ``maskApi.c``).
+        The lengths of alternating runs of background and pet are counted down the columns, background first (it may be
+        0). From the fourth on, the difference to the run before the previous one is stored. Each number is split into
+        groups of 5 bits, lowest first; a sixth bit says that more follow, and the characters start at "0"
+        (``rleToString`` in cocoapi's ``maskApi.c``).
 
         Returns:
             ``{"size": [H, W], "counts": "..."}``.
         """
         height, width = self.mask.shape
-        counts = np.diff(_changes_down(self.mask), prepend=0, append=height * width)
+        counts = np.diff(_column_major_changes(self.mask), prepend=0, append=height * width)
         counts[3:] -= counts[1:-2].copy()
-        return {"size": [height, width], "counts": _in_groups_of_5_bits(counts)}
+        return {"size": [height, width], "counts": _rle_to_string(counts)}
 
     def coco(self, tolerance: float = 0.5, *, exact: bool = False) -> dict[str, Any]:
-        """The fields of a COCO annotation that a mask decides.
+        """The fields of a COCO annotation that follow from the mask.
 
-        COCO's list of polygons knows no holes. It is used where there are none; the exact mask, as of :meth:`rle`,
-        stands in its place where the list would not be true: a pet with a hole, and a photo without a pet.
+        COCO's list of polygons cannot express holes. It is used if there are none; a pet with a hole, and a photo
+        without a pet, get the exact mask as of :meth:`rle` instead.
 
         Args:
             tolerance: As for :meth:`polygons`.
-            exact: The exact mask in any case; outlines, which take most of the time and memory, are not looked for.
+            exact: Always use the exact mask. Skips the outlines, which take most of the time and memory.
 
         Returns:
             ``segmentation`` (a list of ``[x1, y1, x2, y2, ...]``, to a hundredth of a pixel, or a run-length encoding),
-            ``bbox`` (x, y, width, height), ``area`` (in pixels of the mask) and ``iscrowd`` (0).
+            ``bbox`` (x, y, width, height), ``area`` (pixels in the mask) and ``iscrowd`` (0).
         """
         polygons = [] if exact else self.polygons(tolerance)
-        # To a hundredth of a pixel: what lies behind it is three quarters of the file.
+        # To a hundredth of a pixel: further digits would be three quarters of the file.
         rings = [polygon.exterior.round(2).ravel().tolist() for polygon in polygons if not polygon.holes]
         return {
             "segmentation": rings if rings and len(rings) == len(polygons) else self.rle(),
@@ -283,67 +284,74 @@ class Segmentation:
         }
 
     def without_small(self, min_area: float) -> Segmentation:
-        """The same photo without its small regions: their probability becomes 0.
+        """A copy without small regions: their probability is set to 0.
 
-        A region is what hangs together, by the sides of its pixels, of all that the mask or a cutout shows at all; so
-        a region goes with its soft edge. It is small if fewer of its pixels are in the mask than asked for.
+        A region is a 4-connected component of all pixels that the mask or a cutout shows, so it is removed together
+        with its soft edge. It is small if its pixels in the mask are less than ``min_area`` of the photo.
 
         Args:
             min_area: Share of the photo, in [0, 1).
 
+        Returns:
+            The new segmentation, or this one if it has no small regions.
+
         Raises:
-            UsageError: It is out of range.
+            UsageError: ``min_area`` is out of range.
         """
         if not 0 <= min_area < 1:
-            raise UsageError(f"min_area is {min_area}; it is a share of the photo, from 0 to below 1")
+            raise UsageError(f"min_area is {min_area}; it must be a share of the photo, at least 0 and below 1")
         shown = int(np.argmax(_opacity(self.cutout_threshold) > 0))
         starts, ends = runs(self.probability >= min(shown, self._lowest_pet))
         pet_starts, pet_ends = runs(self.mask)
-        region = regions(starts, ends, self.probability.shape[1] + 1)
-        # A run of the mask lies within one of what is shown.
-        of_pet = region[np.searchsorted(starts, pet_starts, side="right") - 1]
-        area = np.bincount(of_pet, weights=pet_ends - pet_starts, minlength=len(starts))
-        small = area[region] / self.probability.size < min_area
+        label = connected_components(starts, ends, self.probability.shape[1] + 1)
+        # Each run of the mask lies within a run of the shown pixels.
+        pet_label = label[np.searchsorted(starts, pet_starts, side="right") - 1]
+        area = np.bincount(pet_label, weights=pet_ends - pet_starts, minlength=len(starts))
+        small = area[label] / self.probability.size < min_area
         if not small.any():
             return self
-        return dataclasses.replace(self, probability=leave_out(self.probability, starts[small], ends[small]))
+        return dataclasses.replace(self, probability=without_runs(self.probability, starts[small], ends[small]))
 
     @property
     def _lowest_pet(self) -> int:
-        """The lowest probability, 1 to 255, that is in the mask."""
+        """The lowest probability value, 1 to 255, that is in the mask."""
         return max(1, lowest_pet(self.threshold))
 
     def _photo(self) -> Image.Image:
-        """A copy of the photo to work on."""
+        """A copy of the photo as a PIL image.
+
+        Raises:
+            UsageError: The photo was decoded for the mask only.
+        """
         if self.pixels is None:
-            raise UsageError("this photo was decoded for its mask only, so no picture can be made of it")
+            raise UsageError("this photo was decoded for its mask only; segment it again, keeping its pixels")
         return Image.fromarray(self.pixels)
 
-    def _in_its_colours(self, picture: Image.Image) -> Image.Image:
-        """The same picture, with the photo's profile."""
+    def _with_photo_profile(self, picture: Image.Image) -> Image.Image:
+        """Sets the picture's ICC profile to the photo's, and returns the picture."""
         if self.icc_profile:
             picture.info["icc_profile"] = self.icc_profile
         return picture
 
     def _alpha(self) -> Image.Image:
-        """:attr:`opacity` as a one-channel picture."""
+        """:attr:`opacity` as a greyscale picture."""
         return Image.fromarray(self.probability).point(_opacity(self.cutout_threshold).tolist())
 
 
 def fitted(picture: Image.Image, size: tuple[int, int], profile: bytes | None) -> Image.Image:
-    """A picture made to stand behind photos of one kind: scaled until it covers them, cut on both sides alike.
+    """Fit a background to a photo: scale it until it covers the photo, and crop it equally on both sides.
 
     Args:
-        picture: RGB; ``info["icc_profile"]`` is its profile, without it sRGB.
-        size: The photos' width and height.
-        profile: Theirs; None: sRGB.
+        picture: RGB; ``info["icc_profile"]`` is its ICC profile, if missing sRGB.
+        size: The photo's width and height.
+        profile: The photo's ICC profile, to which the colours are converted; None: sRGB.
     """
     return images.in_profile(ImageOps.fit(picture, size), profile)
 
 
 def _opacity(cutout_threshold: float) -> U8:
-    """uint8 [256]: how opaque a cutout is at each probability."""
-    with np.errstate(divide="ignore"):  # certainty is at infinity
+    """The opacity of a cutout at each probability value, uint8 [256]."""
+    with np.errstate(divide="ignore"):  # the log-odds of 0 and 255 are infinite
         odds = np.log(np.arange(256)) - np.log(255 - np.arange(256))
     threshold = np.log(cutout_threshold) - np.log(1 - cutout_threshold)
     opacity = 0.5 + (odds - threshold) / (2 * _SOFTNESS)
@@ -352,23 +360,26 @@ def _opacity(cutout_threshold: float) -> U8:
 
 
 def _outline(mask: Bool, thickness: int) -> Bool:
-    """Pixels of the mask nearer than ``thickness`` to one outside it (the picture's edge is not outside)."""
+    """Pixels of the mask with background ``thickness`` pixels above, below, left or right; the photo's edge is none."""
     t = thickness
     padded = np.pad(mask, t, mode="edge")
     inside = padded[: -2 * t, t:-t] & padded[2 * t :, t:-t] & padded[t:-t, : -2 * t] & padded[t:-t, 2 * t :]
     return mask & ~inside
 
 
-def _thinned(points: Points, bounds: Indices, tolerance: float) -> list[Points]:
-    """Each ring without its repeated point, and without those that the tolerance allows to leave out.
+def _simplified(points: Points, bounds: Indices, tolerance: float) -> list[Points]:
+    """Simplify closed rings, and split them.
 
     Args:
-        points: float64 [n, 2], the rings one after another, each with its first point again at its end.
-        bounds: int64 [rings + 1], where each begins, and n.
-        tolerance: In pixels; 0: all points stay.
+        points: float64 [n, 2], all rings concatenated, each with its first point repeated at its end.
+        bounds: int64 [rings + 1], the index of each ring's first point, and n.
+        tolerance: In pixels; 0 keeps all points.
+
+    Returns:
+        One array for each ring, without the repeated point.
     """
     distinct = np.ones(len(points), np.bool_)
-    distinct[1:] = (points[1:] != points[:-1]).any(axis=1)  # some met on the photo's edge
+    distinct[1:] = (points[1:] != points[:-1]).any(axis=1)  # clipping to the photo merged some
     distinct[bounds[:-1]] = True
     points, bounds = points[distinct], np.concatenate(([0], np.cumsum(distinct)[bounds[1:] - 1]))
     first, last = bounds[:-1], bounds[1:] - 1
@@ -382,28 +393,34 @@ def _thinned(points: Points, bounds: Indices, tolerance: float) -> list[Points]:
 
 
 def _douglas_peucker(points: Points, anchors: Indices, tolerance: float) -> Bool:
-    """bool [n]: the points of a line, [n, 2], that stay, the anchors among them; in all its segments at once."""
+    """The points of a polyline to keep: bool [n], all segments between anchors simplified at once.
+
+    Args:
+        points: float64 [n, 2].
+        anchors: Indices of points that are kept in any case.
+        tolerance: The largest distance from the original, in pixels.
+    """
     keep = np.zeros(len(points), np.bool_)
     keep[anchors] = True
-    open_ = np.flatnonzero(~keep)  # points of segments that may still have to be divided
+    undecided = np.flatnonzero(~keep)  # points of segments that may still have to be split
     while True:
         anchors = np.flatnonzero(keep)
-        segment = np.cumsum(keep)[open_] - 1
-        distance = _distance(points[open_], points[anchors[segment]], points[anchors[segment + 1]])
+        segment = np.cumsum(keep)[undecided] - 1
+        distance = _distance(points[undecided], points[anchors[segment]], points[anchors[segment + 1]])
         farthest = np.zeros(len(anchors))
         np.maximum.at(farthest, segment, distance)
-        divided = farthest[segment] > tolerance
-        if not divided.any():
+        split = farthest[segment] > tolerance
+        if not split.any():
             return keep
-        candidates = np.flatnonzero(divided & (distance == farthest[segment]))
+        candidates = np.flatnonzero(split & (distance == farthest[segment]))
         _, first = np.unique(segment[candidates], return_index=True)
-        keep[open_[candidates[first]]] = True
-        divided[candidates[first]] = False
-        open_ = open_[divided]
+        keep[undecided[candidates[first]]] = True
+        split[candidates[first]] = False
+        undecided = undecided[split]
 
 
 def _distance(points: Points, start: Points, end: Points) -> Points:
-    """float64 [n]: how far each point is from its segment, which may have no length. All [n, 2]."""
+    """The distance of each point, [n, 2], from its line segment, which may have no length: float64 [n]."""
     along, offset = end - start, points - start
     length = np.einsum("ij,ij->i", along, along)
     share = np.einsum("ij,ij->i", along, offset) / np.where(length, length, 1)
@@ -411,8 +428,8 @@ def _distance(points: Points, start: Points, end: Points) -> Points:
     return distance
 
 
-def _changes_down(mask: Bool) -> Indices:
-    """int64 [n], ascending: where, read down its columns, the mask differs from the pixel before; before it is 0."""
+def _column_major_changes(mask: Bool) -> Indices:
+    """Where the mask, read down its columns, differs from the pixel before (0 at first): int64 [n], ascending."""
     height, width = mask.shape
     row, column = np.divmod(np.flatnonzero(mask[1:] != mask[:-1]), width)
     # The pixel before the top of a column is the bottom of the column to its left.
@@ -420,7 +437,7 @@ def _changes_down(mask: Bool) -> Indices:
     return np.sort(np.concatenate((column * height + row + 1, top * height)))
 
 
-def _in_groups_of_5_bits(numbers: Indices) -> str:
+def _rle_to_string(numbers: Indices) -> str:
     """Signed numbers as text; see :meth:`Segmentation.rle`."""
     characters, used = [], []
     active = np.ones(len(numbers), np.bool_)
@@ -433,16 +450,16 @@ def _in_groups_of_5_bits(numbers: Indices) -> str:
     return np.stack(characters, axis=1)[np.stack(used, axis=1)].astype(np.uint8).tobytes().decode("ascii")
 
 
-def _colour(color: Sequence[int]) -> tuple[int, int, int]:
-    """As Pillow wants it.
+def _rgb(color: Sequence[int]) -> tuple[int, int, int]:
+    """An RGB colour as a tuple of Python ints, which Pillow requires.
 
     Raises:
-        UsageError: Not three whole numbers from 0 to 255.
+        UsageError: It is not three integers from 0 to 255.
     """
     try:
         red, green, blue = map(operator.index, color)
     except (TypeError, ValueError):
         red = green = blue = -1
     if not 0 <= min(red, green, blue) <= max(red, green, blue) <= 255:
-        raise UsageError(f"colour {color!r}; red, green and blue are expected, each a whole number from 0 to 255")
+        raise UsageError(f"colour is {color!r}; it must be red, green and blue, each an integer from 0 to 255")
     return red, green, blue

@@ -1,16 +1,18 @@
-"""The Python API: ``Segmenter()("cat.jpg").mask``."""
+"""The Python API: a :class:`Segmenter` loads a model and segments photos, videos and live streams."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
+import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeAlias, overload
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -34,21 +36,22 @@ __all__ = ["Prepared", "Segmenter", "finish", "prepare_opened"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
-#: Threads that read photos beside a GPU, at most, and as many that write; disks and the memory gain nothing from more.
+#: With the engine on a GPU, at most this many threads read photos, and as many write results; disks and memory gain
+#: nothing from more.
 MAX_WORKERS: Final = 16
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A photo that has been read.
+    """A decoded photo and the model input made from it.
 
     Attributes:
         image: uint8 [H, W, 3] RGB, at the model's size.
-        pixels: uint8 [height, width, 3] RGB, the photo; None where only the mask is wanted.
-        height: Of the photo, upright.
-        width: Of the photo, upright.
-        notes: What had to be decided while reading it.
-        icc_profile: Of the photo's colours; None: none.
+        pixels: uint8 [height, width, 3] RGB, the photo; None if only the mask is wanted.
+        height: Height of the upright photo.
+        width: Width of the upright photo.
+        notes: Decisions made while decoding it; see :class:`petseg_runtime.Photo`.
+        icc_profile: The photo's ICC profile; None: it has none.
     """
 
     image: U8
@@ -59,19 +62,34 @@ class Prepared:
     icc_profile: bytes | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class _Pending:
+    """A photo of :meth:`Segmenter.map` that waits for a reader thread.
+
+    Attributes:
+        source: The photo, which the caller does not change meanwhile.
+        name: Its name in error messages; None: as its source.
+        lock: Held while it is decoded: threads that read the same PIL image share the position in its file.
+    """
+
+    source: images.ImageSource
+    name: str | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
 def prepare_opened(photo: images.OpenPhoto, size: tuple[int, int], *, mask_only: bool = False) -> Prepared:
-    """Decode a photo, and bring it to a model's height and width; see :meth:`Segmenter.prepare_opened`."""
-    read = photo.decode()
-    image = images.to_model(read.pixels, *size)
-    whole = read.pixels.shape[:2] == (read.height, read.width)
-    pixels = read.pixels if whole and not mask_only else None
+    """Decode a photo and resize it to a model's height and width; see :meth:`Segmenter.prepare_opened`."""
+    read = photo.decode(size, mask_only=mask_only)
+    image = images.to_model(read.pixels, *size) if read.model_input is None else read.model_input
+    full_size = read.pixels.shape[:2] == (read.height, read.width)
+    pixels = read.pixels if full_size and not mask_only else None
     return Prepared(image, pixels, read.height, read.width, read.notes, read.icc_profile)
 
 
 def finish(
     prepared: Prepared, probability: U8, threshold: float, cutout_threshold: float, certain_share: float | None = None
 ) -> Segmentation:
-    """Bring a model's answer, uint8 [H, W], to the photo's size; see :meth:`Segmenter.finish`."""
+    """Resize a model's output, uint8 [H, W], to the photo's size; see :meth:`Segmenter.finish`."""
     return Segmentation(
         prepared.pixels,
         images.from_model(probability, prepared.height, prepared.width),
@@ -84,17 +102,18 @@ def finish(
 
 
 class Segmenter:
-    """A loaded model that segments photos. Safe to share between threads.
+    """A loaded model that segments photos, videos and live streams. Safe to share between threads.
 
     >>> Segmenter()("cat.jpg").cutout().save("cutout.png")  # doctest: +SKIP
 
     Attributes:
-        artifact: The model file: its specification, provenance and receipt.
-        size: Height and width that photos are brought to.
-        threshold: Where results' masks are cut, in (0, 1).
-        cutout_threshold: Where their cutouts are half transparent, in (0, 1).
-        certain_share: The model's rule of whether there is a pet, in (0, 1]; None: it has none.
-        min_area: As given; likewise ``keep_doubtful`` and ``threads``.
+        artifact: The model file: its specification, provenance and parity receipt.
+        size: Height and width that photos are resized to.
+        threshold: Probability from which a pixel is in the mask, in (0, 1).
+        cutout_threshold: Probability at which a cutout is half transparent, in (0, 1).
+        certain_share: The model's rule for whether a photo shows a pet, in (0, 1]; None: it has none. See
+            :attr:`petseg_runtime.Segmentation.found`.
+        min_area: As passed to the constructor; likewise ``keep_doubtful`` and ``threads``.
     """
 
     def __init__(
@@ -115,40 +134,42 @@ class Segmenter:
         """Load a model.
 
         Args:
-            model: A file that ``petseg export`` made; None: the one that ships with petseg.
-            backend: The engine, or ``auto``: the fastest that works here (``petseg doctor`` prints the rule).
-            device: ``cpu``, ``cuda[:N]``, ``intel-gpu[:N]`` or ``auto``. What is asked for and is not there is an
+            model: A file made by ``petseg export``; None: the model that ships with petseg.
+            backend: The engine, or ``auto``: the fastest that works on this machine (``petseg doctor`` prints the
+                rule).
+            device: ``cpu``, ``cuda[:N]``, ``intel-gpu[:N]`` or ``auto``. Naming a device that is not available is an
                 error.
             threads: CPU threads, 1 or more; None: as many as this process may use.
-            streams: How many photos share the threads at a time: 1 for the shortest wait for one photo, the number of
-                threads for the most photos a second (:meth:`map`, or several threads of your own).
-            size: Height and width that photos are brought to, for a model that takes any; None: the model's own.
-            threshold: In (0, 1); None: the model's own, chosen on validation photos.
-            cutout_threshold: In (0, 1); None: the model's own.
-            min_area: Regions smaller than this share of the photo are dropped; in [0, 1).
-            keep_doubtful: Results show all that the model says, not only the regions that it is all but certain of; see
+            streams: How many photos are inferred at a time, sharing the threads: 1 gives the lowest latency, the number
+                of threads the highest throughput (with :meth:`map`, or several threads of your own).
+            size: Height and width that photos are resized to, for a model that accepts any; None: the model's default.
+            threshold: Probability from which a pixel is in the mask, in (0, 1); None: the model's default, chosen on
+                validation photos.
+            cutout_threshold: Probability at which a cutout is half transparent, in (0, 1); None: the model's default.
+            min_area: Regions smaller than this share of the photo are removed from results; in [0, 1).
+            keep_doubtful: Keep everything the model outputs, not only regions with near-certain pixels; see
                 :func:`petseg_runtime.regions.without_doubtful`.
-            tell: Told, in a few words, before something that takes long (a compilation for this GPU), and of an engine
-                that ``auto`` passes over because it does not work; None: of the latter, a ``RuntimeWarning`` tells.
+            tell: Called with a short text before a slow step (compiling the model for this GPU), and for each engine
+                that ``auto`` skips because it does not work; None: a skipped engine is a ``RuntimeWarning``.
 
         Raises:
-            UsageError: A number is out of range, or the model does not take that size.
-            ModelError: The file is missing, damaged or not petseg's.
-            EngineError: The engine or the device cannot be had, or cannot load the model.
+            UsageError: A number is out of range, or the model does not accept that size.
+            ModelError: The file is missing, damaged or not a petseg model.
+            EngineError: The engine or device is not available, or cannot load the model.
         """
         for name, value in (("threshold", threshold), ("cutout_threshold", cutout_threshold)):
             if value is not None and not 0 < value < 1:
-                raise UsageError(f"{name} is {value}; it must lie between 0 and 1, both excluded")
+                raise UsageError(f"{name} is {value}; it must be between 0 and 1, exclusive")
         if not 0 <= min_area < 1:
-            raise UsageError(f"min_area is {min_area}; it is a share of the photo, from 0 to below 1")
+            raise UsageError(f"min_area is {min_area}; it must be a share of the photo, at least 0 and below 1")
         self.artifact = open_artifact(Path(model) if model is not None else default_model())
         spec = self.artifact.spec
         try:
             height, width = (spec.height, spec.width) if size is None else size
             spec.sized(height, width)
         except (TypeError, ValueError) as error:
-            raise UsageError(f"size is {size!r}; (height, width) is expected") from error
-        except ModelError as error:  # the model is well; it is the size that is not
+            raise UsageError(f"size is {size!r}; it must be (height, width)") from error
+        except ModelError as error:  # the size is wrong, not the model
             raise UsageError(str(error)) from error
         self.size = (height, width)
         self.threshold = threshold if threshold is not None else spec.threshold
@@ -164,7 +185,7 @@ class Segmenter:
             streams=streams,
             size=self.size,
             tell=tell,
-            warn=tell or (lambda why: warnings.warn(f"passed over: {why}", RuntimeWarning, stacklevel=4)),
+            warn=tell or (lambda why: warnings.warn(f"skipped: {why}", RuntimeWarning, stacklevel=4)),
         )
 
     @overload
@@ -177,15 +198,15 @@ class Segmenter:
         """Segment one photo, or a list of them.
 
         Args:
-            source: A path, encoded bytes, an open binary file, a uint8 array ([H, W, 3] RGB, [H, W] grey or [H, W, 4]
-                RGBA), or a PIL image; or a list or tuple of these.
+            source: A path, an encoded image as bytes, an open binary file, a uint8 array ([H, W, 3] RGB, [H, W] grey or
+                [H, W, 4] RGBA), or a PIL image; or a list or tuple of these.
 
         Returns:
-            The photo's result; of a list or tuple a list of them, in order.
+            The photo's result; for a list or tuple, a list of results in the same order.
 
         Raises:
-            InputError: A photo cannot be used: the first one of them, before those behind it are done. (:meth:`map`
-                goes on without it.)
+            InputError: A photo cannot be used. In a list, the first such photo ends the call at once; :meth:`map`
+                continues with the next photo instead.
             EngineError: The engine failed.
         """
         if isinstance(source, (list, tuple)):
@@ -194,7 +215,7 @@ class Segmenter:
         return self.finish(prepared, self.infer(prepared.image[None])[0])
 
     def _all(self, sources: Iterable[images.ImageSource]) -> list[Segmentation]:
-        """The results of many photos, or the first error, as soon as it is known."""
+        """Returns the results of all photos, or raises the first :class:`InputError` as soon as its turn comes."""
         results = []
         with contextlib.closing(self._map(sources)) as running:
             for result in running:
@@ -204,62 +225,82 @@ class Segmenter:
         return results
 
     def map(self, sources: Iterable[images.ImageSource]) -> Iterator[Segmentation | InputError]:
-        """Segment many photos, while others are being read: results come in order, and lazily.
+        """Segment many photos, reading the next ones meanwhile. Yields results lazily, in the order of the photos.
 
         Args:
-            sources: Photos, as for a call; a generator is taken from as results are, some photos ahead of them. An
-                array (a buffer of bytes, a BytesIO) is copied, so that it may be filled with the next photo; so may a
-                PIL image, or be turned to its next frame.
+            sources: Photos, each as for a call. Iterated over lazily, a bounded number of photos ahead of the results.
+                Arrays, byte buffers and open files are copied, so you may refill or close them before the next photo;
+                you may likewise draw on a PIL image again, or seek it to its next frame. But a file that
+                ``PIL.Image.open`` has opened must stay open until the photo's result is there.
 
         Returns:
-            For each photo its result, or the :class:`InputError` that says why there is none.
+            An iterator over each photo's result, or the :class:`InputError` that explains why there is none.
 
         Raises:
-            UsageError: It is one photo.
+            UsageError: ``sources`` is a single photo.
             EngineError: The engine failed.
         """
-        if images.is_photo(sources):  # a path's letters, a file's lines and an array's rows are no photos
+        if images.is_photo(sources):  # iterating would yield a path's letters, a file's lines, an array's rows
             kind = type(sources).__name__
             raise UsageError(
-                f"map takes many photos, and was given one ({kind}): call the segmenter with it, or map([it])"
+                f"map expects an iterable of photos, not a single one ({kind}); call the segmenter with it or map([it])"
             )
         return self._map(sources)
 
     def _map(self, sources: Iterable[images.ImageSource]) -> Generator[Segmentation | InputError]:
-        def read(source: images.ImageSource | Prepared | InputError, reserve: Callable[[int], None]) -> Prepared:
+        def read(source: _Pending | Prepared | InputError, reserve: Callable[[int], None]) -> Prepared:
             if isinstance(source, Prepared):
                 return source
             if isinstance(source, InputError):
                 raise source
-            with images.open_photo(source) as photo:
+            with images.open_photo(source.source, name=source.name) as photo:
                 reserve(photo.memory)
-                return self.prepare_opened(photo)
+                with source.lock:
+                    return self.prepare_opened(photo)
 
         info = self.describe()
-        steps: pipeline.Steps[images.ImageSource | Prepared | InputError, Segmentation] = pipeline.Steps(
-            read, self.infer, lambda _, prepared, answer: self.finish(prepared, answer)
+        steps: pipeline.Steps[_Pending | Prepared | InputError, Segmentation] = pipeline.Steps(
+            read, self.infer, lambda _, prepared, output: self.finish(prepared, output)
         )
+        lazy: WeakValueDictionary[int, _Pending] = WeakValueDictionary()  # PIL images in the pipeline by their id()
         with pipeline.Pipeline(steps, info.streams, info.batch, workers=self.workers) as running:
-            for outcome in running.run(map(self._kept, sources)):
+            for outcome in running.run(self._kept(source, lazy) for source in sources):
                 result = outcome.error or outcome.value
                 assert result is not None
                 yield result
 
-    def _kept(self, source: images.ImageSource) -> images.ImageSource | Prepared | InputError:
-        """A source that can be read later: arrays and buffers are copied, since camera loops fill the same one again.
+    def _kept(
+        self, source: images.ImageSource, lazy: WeakValueDictionary[int, _Pending]
+    ) -> _Pending | Prepared | InputError:
+        """Returns a source that is safe to read later, whatever the caller does with the original meanwhile.
 
-        A PIL image that may not be the same later is read now.
+        Arrays and buffers are copied, since camera loops refill the same one. An open file is read into memory, since a
+        generator may close it when the next photo is requested. A PIL image that may change is decoded now.
+
+        Args:
+            source: As the caller has given it.
+            lazy: The PIL images that reader threads may be reading; this one is added if it is read later.
         """
         if isinstance(source, np.ndarray):
-            return source.copy()
+            return _Pending(source.copy())
         if isinstance(source, (bytearray, memoryview)):
-            return bytes(source)
+            return _Pending(bytes(source))
         if isinstance(source, io.BytesIO) and not source.closed:
-            return source.getvalue()
+            return _Pending(source.getvalue())
+        # An object of another type is rejected when it is read.
+        if isinstance(source, (str, os.PathLike, bytes)) or not images.is_photo(source):
+            return _Pending(source)
         try:
-            return self.prepare(source) if isinstance(source, Image.Image) and images.may_change(source) else source
+            if not isinstance(source, Image.Image):
+                return _Pending(*images.contents(source))
+            if pending := lazy.get(id(source)):
+                return pending
+            if images.may_change(source):
+                return self.prepare(source)
         except InputError as error:
             return error
+        lazy[id(source)] = pending = _Pending(source)
+        return pending
 
     def stream(
         self,
@@ -275,7 +316,7 @@ class Segmenter:
         patience: float | None = None,
         tell: Callable[[StateChange], None] = lambda change: None,
     ) -> Stream:
-        """Segment a video or a live stream, frame by frame, while the next ones are being decoded.
+        """Segment a video or a live stream frame by frame, decoding the next frames meanwhile.
 
         >>> with Segmenter().stream("clip.mp4") as stream:  # doctest: +SKIP
         ...     for segmented in stream:
@@ -284,34 +325,36 @@ class Segmenter:
         Args:
             source: A video file, a camera (``0``, ``"0"``, ``/dev/video0``), a URL (RTSP, RTMP, HTTP, UDP, ...), or
                 an :class:`~petseg_runtime.sources.Origin` for more (options for FFmpeg).
-            policy: What becomes of a frame for which there is no time; None: ``block`` for what has an end, else
-                ``drop-oldest``. See :class:`~petseg_runtime.video.stream.Stream`.
-            start: Seconds to pass over, of what has an end; 0 or more.
-            stride: Take each so-many-th frame; 1 or more.
-            max_frames: End after so many, 1 or more; None: at the source's end.
-            mask_only: The frames' own pixels are not wanted: no picture can be made of the results.
-            smooth: Against flicker, in [0, 1); see :class:`~petseg_runtime.video.smoothing.Smoother`.
-            stall: Seconds without a frame after which a live source is connected anew; above 0.
-            patience: Seconds without a frame after which a live source is given up, 0 or more; None: half a minute
-                until it has sent one, and never after that.
-            tell: Told of each change of a live source's state.
+            policy: What happens to frames that arrive faster than they are processed: ``block``, ``drop-oldest`` or
+                ``latest``; None: ``block`` for a source that ends, ``drop-oldest`` for a live one. See
+                :class:`~petseg_runtime.video.stream.Stream`.
+            start: Seconds to skip at the beginning of a source that ends; 0 or more.
+            stride: Segment every ``stride``-th frame; 1 or more.
+            max_frames: Stop after this many frames, 1 or more; None: at the end of the source.
+            mask_only: Don't keep the frames' pixels; cutouts and overlays cannot be made from the results.
+            smooth: Strength of the smoothing against flicker, in [0, 1); see
+                :class:`~petseg_runtime.video.smoothing.Smoother`.
+            stall: Reconnect to a live source after this many seconds without a frame; above 0.
+            patience: Give up on a live source after this many seconds without a frame, 0 or more; None: after half a
+                minute until its first frame, never after that.
+            tell: Called with each change of a live source's state.
 
         Returns:
-            An iterator over :class:`~petseg_runtime.video.stream.Segmented`, and a context manager; its ``counts`` say
-            where frames went. While it is iterated over, too, the errors of a source and an engine may come.
+            An iterator over :class:`~petseg_runtime.video.stream.Segmented`, also a context manager; its ``counts``
+            attribute accounts for every frame. Iterating may raise the errors of the source and of the engine.
 
         Raises:
-            UsageError: A policy that there is not, or a value out of range; or the URL of a photo (of a camera whose
-                URL looks like one, give the :class:`~petseg_runtime.sources.Origin`, with options for FFmpeg).
-            InputError: A source that has an end cannot be opened.
+            UsageError: The policy is unknown, a value is out of range, or the URL is that of a photo (for a camera
+                whose URL looks like one, pass an :class:`~petseg_runtime.sources.Origin` with options for FFmpeg).
+            InputError: A source that ends cannot be opened.
         """
-        from petseg_runtime.video.live import open_frames  # FFmpeg is loaded for those who read videos
+        from petseg_runtime.video.live import open_frames  # loads FFmpeg, which photos do not need
         from petseg_runtime.video.stream import Reading, Stream
 
         if isinstance(source, Origin):
             origin = source
         else:
-            # A number is a camera, even where a file is called so.
+            # An int is a camera, even if a file has that name.
             text = f"/dev/video{source}" if isinstance(source, int) else os.fspath(source)
             origin = stream_origin(text) or Origin(text, text, PurePath(Path(text).stem))
         reading = Reading(
@@ -327,74 +370,98 @@ class Segmenter:
         return Stream(frames, self, reading, mask_only=mask_only)
 
     def prepare(self, source: images.ImageSource, *, mask_only: bool = False) -> Prepared:
-        """The first step: read a photo, and bring it to the model's size.
+        """Read a photo and resize it to the model's size: the first step of a call.
 
         Args:
             source: As for a call.
-            mask_only: The photo's own pixels are not kept: no picture can be made of the result.
+            mask_only: Don't keep the photo's pixels; cutouts and overlays cannot be made from the result.
 
         Raises:
             InputError: The photo cannot be used.
         """
-        with images.open_photo(source, model_size=self.size if mask_only else None) as photo:
+        with images.open_photo(source) as photo:
             return self.prepare_opened(photo, mask_only=mask_only)
 
     def prepare_opened(self, photo: images.OpenPhoto, *, mask_only: bool = False) -> Prepared:
-        """As :meth:`prepare`, of a photo that is open already; of one decoded at another size no pixels are kept."""
+        """As :meth:`prepare`, for a photo that is open; keeps no pixels if it is decoded at a reduced size."""
         return prepare_opened(photo, self.size, mask_only=mask_only)
 
     def infer(self, batch: U8) -> U8:
-        """The second step: uint8 [N, H, W, 3] RGB at the model's size to uint8 [N, H, W], ``round(255 * p(pet))``.
+        """Run the network on a batch: the second step of a call.
+
+        Args:
+            batch: uint8 [N, H, W, 3] RGB, at the model's size.
+
+        Returns:
+            uint8 [N, H, W], ``round(255 * p(pet))``.
 
         Raises:
-            UsageError: The batch is of another shape or type.
+            UsageError: The batch has another shape or dtype.
             EngineError: The engine failed.
         """
         return self._engine.run(batch)
 
     def finish(self, prepared: Prepared, probability: U8) -> Segmentation:
-        """The last step: bring the answer, uint8 [H, W], to the photo's size, without what is doubtful in it."""
+        """Postprocess the network's output and resize it to the photo's size: the last step of a call.
+
+        Low-confidence regions are removed, unless ``keep_doubtful``, and so are those smaller than ``min_area``.
+
+        Args:
+            prepared: The photo, from :meth:`prepare`.
+            probability: uint8 [H, W], ``round(255 * p(pet))``: the photo's output from :meth:`infer`.
+
+        Raises:
+            UsageError: ``probability`` has another shape or dtype.
+        """
+        expected = prepared.image.shape[:2]
+        if probability.dtype != np.uint8 or probability.shape != expected:
+            raise UsageError(
+                f"probability is {probability.dtype} {list(probability.shape)}; it must be uint8 {list(expected)}, "
+                "one photo's output of infer()"
+            )
         if not self.keep_doubtful:
             probability = without_doubtful(probability)
         result = finish(prepared, probability, self.threshold, self.cutout_threshold, self.certain_share)
         return result.without_small(self.min_area) if self.min_area else result
 
     def verify(self, proof: str | os.PathLike[str] | None = None) -> Verification:
-        """Prove, in some seconds, that what is loaded does here what it did where it was made.
+        """Check, in a few seconds, that this engine on this machine computes what the model's checkpoint does.
 
-        This very engine must say of the proof's photos what the model's checkpoint said, and the sample photos must be
-        read, resized and given masks of their size as where petseg was made.
+        Repeats the parity test: the engine's outputs on the photos of the parity record must match the checkpoint's
+        outputs stored in it, within the tolerances. Also checks that the sample photos are decoded, resized and given
+        masks of their size as on the machine where petseg was built.
 
         >>> Segmenter().verify().passed  # doctest: +SKIP
 
         Args:
-            proof: The photos and answers; None: ``FILE.parity.npz`` beside the model.
+            proof: The parity record: photos and the checkpoint's outputs; None: ``FILE.parity.npz`` beside the model.
 
         Raises:
-            UsageError: Photos are brought to another size than the proof's.
-            ModelError: No proof, or one that is damaged or of another model.
-            ParityShapes: The outputs' shapes or types are not the contract's.
+            UsageError: This segmenter's ``size`` differs from that of the parity record.
+            ModelError: The parity record is missing, damaged or of another model.
+            ParityShapes: The outputs' shapes or dtypes violate the model's contract.
         """
         spec = self.artifact.spec
         if self.size != (spec.height, spec.width):
             raise UsageError(
-                f"photos are brought to {self.size[0]} x {self.size[1]} here, and the proof is of {spec.height} x "
-                f"{spec.width}: verify with a Segmenter without a size"
+                f"this Segmenter resizes photos to {self.size[0]} x {self.size[1]}, but the parity record is for "
+                f"{spec.height} x {spec.width}; verify with a Segmenter without a size"
             )
-        from petseg_runtime.verify import verify_engine  # a few programs need it
+        from petseg_runtime.verify import verify_engine  # few programs need it
 
         return verify_engine(self.artifact, self._engine, Path(proof) if proof is not None else None)
 
     def describe(self) -> EngineInfo:
-        """What is really running."""
+        """Describe what is running: the engine, its device, precision, threads and batch size."""
         return self._engine.describe()
 
     @property
     def workers(self) -> int:
-        """How many threads read photos, and how many write results, where there are many photos.
+        """How many threads read photos, and how many write results, when there are many photos.
 
-        An engine on the CPU shares its threads with them: as many as it has streams. Beside one on a GPU the CPU is
-        theirs, and a GPU is fed by several: as many as there are CPU threads, up to :data:`MAX_WORKERS`.
+        With the engine on the CPU, which shares its threads with them: as many as the engine has streams. With the
+        engine on a GPU, which needs several threads to keep it busy: as many as there are CPU threads, up to
+        :data:`MAX_WORKERS`.
         """
         info = self.describe()
         if info.device == "cpu":
@@ -402,7 +469,7 @@ class Segmenter:
         return min(self.threads or host.usable_cpus(), MAX_WORKERS)
 
     def close(self) -> None:
-        """Free the model; to use it after that is an ``EngineError``."""
+        """Free the model. Using the segmenter after that raises ``EngineError``."""
         self._engine.close()
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Where results go: one picture per photo in folders like the photos' own, one COCO file for all, standard output."""
+"""Writes results: one picture per photo in folders like the photos', one COCO file for all, or standard output."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ __all__ = [
     "render_of",
 ]
 
-#: What is put behind the pet: a colour, or a picture with its profile.
+#: A new background: an RGB colour, or a picture with its ICC profile.
 Background: TypeAlias = tuple[int, int, int] | Image.Image
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """One form of result.
+    """One kind of result.
 
     Attributes:
-        formats: What it can be written as, the usual one first; none: not a picture.
-        needs_photo: Whether the photo itself is in it; where not, photos may be decoded at a reduced size.
-        spare: Bytes for each pixel of the photo that making it takes, beside the mask and the picture; as measured.
+        formats: The file formats that it can be written in, the default first; empty: it is not a picture.
+        needs_photo: Whether it shows the photo's pixels; if not, photos may be decoded at a reduced size.
+        spare: Bytes per pixel of the photo that rendering it takes beside the mask and the picture, as measured.
     """
 
     formats: tuple[str, ...] = ()
@@ -59,18 +59,18 @@ class Kind:
     spare: int = 0
 
 
-#: What ``--as`` offers.
+#: The choices of ``--as``.
 KINDS: Final = {
     "mask": Kind(formats=("png", "webp")),
     "probability": Kind(formats=("png", "webp")),
     "cutout": Kind(formats=("png", "webp"), needs_photo=True),
     "overlay": Kind(formats=("jpg", "png", "webp"), needs_photo=True),
-    "background": Kind(formats=("jpg", "png", "webp"), needs_photo=True, spare=4),  # what is kept to stand behind it
-    "coco-polygons": Kind(spare=30),  # 28 bytes a pixel of the pet's box, at 12 megapixels
+    "background": Kind(formats=("jpg", "png", "webp"), needs_photo=True, spare=4),  # the fitted background
+    "coco-polygons": Kind(spare=30),  # 28 bytes per pixel of the pet's box, at 12 megapixels
     "coco-rle": Kind(),
 }
 
-#: What each kind of result of a video can be written as, the usual one first. (Here: its sinks load FFmpeg.)
+#: The formats of each kind of result of a video, the default first. (Not in the video sinks, since these load FFmpeg.)
 VIDEO_FORMATS: Final = {
     "mask": ("mp4", "png", "raw"),
     "probability": ("mp4", "png", "raw"),
@@ -80,22 +80,26 @@ VIDEO_FORMATS: Final = {
     "lines": ("ndjson",),
 }
 
-#: How each format is written. PNG at level 1 takes a third of the time of level 6, for files a few per cent larger.
+#: Pillow's options for each format. PNG at level 1 takes a third of the time of level 6, and files are a few per cent
+#: larger.
 _OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "png": {"format": "PNG", "compress_level": 1, "compress_type": zlib.Z_RLE},
     "jpg": {"format": "JPEG", "quality": 92},
     "webp": {"format": "WEBP", "quality": 90, "method": 2},
 }
 
-#: No later photo could be written either: the run stops instead of failing a thousand times.
-_HOPELESS: Final = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+#: Errors after which no other result could be written either: the run stops instead of failing a thousand times.
+_FATAL: Final = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a sink made of a result: a file of its own, or a value that goes into a file for all (JSON values).
+    """What a sink has written of a result.
 
-    ``left_out``: neither, because there is no pet; see :class:`OnlyFound`.
+    Attributes:
+        path: The file with this result alone, if there is one.
+        value: Its entry for the file with all results, if there is one; JSON values.
+        left_out: Nothing was written because there is no pet; see :class:`OnlyFound`.
     """
 
     path: Path | None = None
@@ -104,43 +108,44 @@ class Written:
 
 
 class Sink(Protocol):
-    """Takes results, from several threads."""
+    """Writes results; called from several threads."""
 
     def path_of(self, item: Item) -> Path | None:
-        """Where an item's result goes; None if it is part of a file for all."""
+        """The file that an item's result is written to; None if results share one file."""
 
     def write(self, item: Item, result: Segmentation) -> Written:
         """Write an item's result.
 
         Raises:
-            InputError: This one cannot be written.
-            OutputError: Nothing more can be written.
+            InputError: This result cannot be written.
+            OutputError: No further result can be written.
         """
 
     def leave_out(self, result: Segmentation) -> dict[str, Any] | None:
-        """What the file for all results says of a photo without a pet; None: there is no such file."""
+        """The entry of a photo without a pet in the file with all results; None if there is no such file."""
 
     def finish(self, values: Iterable[tuple[Item, Mapping[str, Any]]]) -> Path | None:
-        """Write the one file for all results, if there is one, from all values in order; returns its path.
+        """Write the file with all results, if there is one, from all values in order; returns its path.
 
-        They may be gone through more than once, and are not kept: of a hundred thousand photos they take gigabytes.
+        Implementations may iterate over the values several times, but must not keep them: those of a hundred thousand
+        photos take gigabytes.
         """
 
 
 @dataclass(frozen=True)
 class OnlyFound:
-    """A sink that writes nothing of photos in which no pet is found; the others go to the sink behind it.
+    """A sink that passes results with a pet to another sink, and writes nothing for photos without one.
 
-    What an earlier run wrote of such a photo stays: it is not this run's to remove.
+    A file that an earlier run wrote for such a photo is kept: it is not this run's to remove.
 
     Attributes:
-        sink: Where results with a pet go.
+        sink: Writes the results with a pet.
     """
 
     sink: Sink
 
     def path_of(self, item: Item) -> Path | None:
-        """Where an item's result goes, if it has a pet."""
+        """The file that an item's result is written to, if it has a pet."""
         return self.sink.path_of(item)
 
     def write(self, item: Item, result: Segmentation) -> Written:
@@ -160,10 +165,10 @@ class OnlyFound:
 
 @dataclass(frozen=True)
 class Picture:
-    """How results become pictures.
+    """Renders results as pictures, and encodes them.
 
     Attributes:
-        kind: A name in :data:`KINDS`.
+        kind: A key of :data:`KINDS`.
         format: One of its formats.
         render: Makes the picture.
     """
@@ -173,29 +178,29 @@ class Picture:
     render: Callable[[Segmentation], Image.Image]
 
     def save(self, result: Segmentation, file: BinaryIO | Path) -> None:
-        """Write one result, to a file or a path."""
+        """Render a result and write it to a file or path; raises what :meth:`encode` does."""
         self.encode(self.render(result), file)
 
     def encode(self, picture: Image.Image, file: BinaryIO | Path) -> None:
-        """Write what :attr:`render` has made, to a file or a path.
+        """Write a rendered picture to a file or path.
 
         Raises:
-            OSError: It cannot be written, or the format does not take a picture of that size.
-            ValueError: As the latter; which of both it is differs between formats.
+            OSError: It cannot be written, or is too large for the format.
+            ValueError: It is too large for the format; which of the two is raised depends on the format.
         """
         # Masks and probabilities are data: WebP must not smooth them.
         options = dict(_OPTIONS[self.format])
         if self.format == "webp" and not KINDS[self.kind].needs_photo:
             options["lossless"] = True
-        picture.save(file, icc_profile=picture.info.get("icc_profile"), **options)  # only PNG takes it from the picture
+        picture.save(file, icc_profile=picture.info.get("icc_profile"), **options)  # PNG only gets it by itself
 
 
 def picture(kind: str, format: str | None = None, background: Background | None = None) -> Picture:  # noqa: A002
-    """What ``--as``, ``--format`` and ``--background`` ask for.
+    """The :class:`Picture` for ``--as``, ``--format`` and ``--background``.
 
     Args:
-        kind: A name in :data:`KINDS` that is a picture.
-        format: One of its formats; None: the usual one.
+        kind: A key of :data:`KINDS` that is a picture.
+        format: One of its formats; None: the default.
         background: For the kind ``background``; see :func:`background_of`.
 
     Raises:
@@ -206,7 +211,7 @@ def picture(kind: str, format: str | None = None, background: Background | None 
 
 
 def render_of(kind: str, background: Background | None = None) -> Callable[[Segmentation], Image.Image]:
-    """What makes a kind's pictures; see :func:`picture`."""
+    """The function that renders a kind of result as a picture; see :func:`picture`."""
     renders: dict[str, Callable[[Segmentation], Image.Image]] = {
         "mask": Segmentation.mask_image,
         "probability": Segmentation.probability_image,
@@ -214,65 +219,65 @@ def render_of(kind: str, background: Background | None = None) -> Callable[[Segm
         "overlay": Segmentation.overlay,
     }
     if background is not None:
-        renders["background"] = _before(background)
+        renders["background"] = _renderer_on(background)
     return renders[kind]
 
 
-#: Pixels of a photo up to which a background that was made to fit it is kept for the next: four of them are 48 MB.
-_KEPT: Final = 4_000_000
+#: A fitted background is cached for photos up to this many pixels: four of them take 48 MB.
+_CACHED_PIXELS: Final = 4_000_000
 
 
-def _before(background: Background) -> Callable[[Segmentation], Image.Image]:
+def _renderer_on(background: Background) -> Callable[[Segmentation], Image.Image]:
     if isinstance(background, tuple):
         return lambda result: result.on_background(background)
-    # To fit a picture of 12 megapixels takes longer than all else that is done to a small photo. The photos of most
-    # folders are of few sizes: two cameras' or phones', each upright and on its side. Of large ones it is a small part.
-    once = functools.lru_cache(4)(functools.partial(fitted, background))
+    # Fitting a picture of 12 megapixels takes longer than all other work on a small photo. Photos in one folder mostly
+    # have few sizes: those of two cameras or phones, each in portrait and landscape. For large ones it matters little.
+    cached = functools.lru_cache(4)(functools.partial(fitted, background))
 
     def render(result: Segmentation) -> Image.Image:
         height, width = result.probability.shape
-        fit = once if height * width <= _KEPT else functools.partial(fitted, background)
+        fit = cached if height * width <= _CACHED_PIXELS else functools.partial(fitted, background)
         return result.before(fit((width, height), result.icc_profile))
 
     return render
 
 
 def check_looks(kind: str, format: str | None = None, background: object = None) -> None:  # noqa: A002
-    """Refuse what does not fit together, of any kind; see :func:`picture`.
+    """Check that a kind of result, its format and its background fit together; see :func:`picture`.
 
     Raises:
-        UsageError: It does not; says what would.
+        UsageError: They do not; the message says what would.
     """
     formats = KINDS[kind].formats
     if format is not None and format not in formats:
-        raise UsageError(f"a {kind} is not written as {format}; it can be: {', '.join(formats) or 'JSON only'}")
+        raise UsageError(f"a {kind} cannot be written as {format}; available: {', '.join(formats) or 'JSON only'}")
     if (kind == "background") != (background is not None):
         raise UsageError("--background COLOUR or FILE and --as background belong together")
 
 
 def background_of(text: str) -> Background:
-    """What ``--background`` names: a colour (``white``, ``#00ff00``), or a picture's file.
+    """The background that ``--background`` names: a colour (``white``, ``#00ff00``), or the file of a picture.
 
     Raises:
-        InputError: Neither.
+        InputError: It is neither, or the picture cannot be read.
     """
     try:
         red, green, blue, *alpha = ImageColor.getrgb(text)
-        bytes((red, green, blue))  # Pillow takes rgb(300, 0, 0), too
+        bytes((red, green, blue))  # raises ValueError for rgb(300, 0, 0), which Pillow accepts
     except ValueError:
         pass
     else:
         if alpha and alpha != [255]:
-            raise InputError(f"background {text!r}: a colour without transparency is expected; `--as cutout` has none")
+            raise InputError(f"background {text!r}: a colour must be opaque; for no background use `--as cutout`")
         return red, green, blue
-    if not os.path.exists(text):  # noqa: PTH110 - of a text too long for a name, Path.exists raises
+    if not os.path.exists(text):  # noqa: PTH110 - Path.exists raises if the text is too long for a name
         raise InputError(f"background {text!r}: neither a colour (white, #00ff00) nor a file")
     photo = images.read(text)
     return images.with_profile(Image.fromarray(photo.pixels), photo.icc_profile)
 
 
 class ImageSink:
-    """Writes one picture per photo below a folder; each is whole or not there."""
+    """Writes one picture per photo below a folder, each atomically."""
 
     def __init__(
         self,
@@ -283,16 +288,16 @@ class ImageSink:
         beside: Sequence[Item] = (),
         resume: bool = False,
     ) -> None:
-        """Make the folder, and make sure that it can be written to and that no photo would be overwritten.
+        """Create the folder, and check that it can be written to and that no photo would be overwritten.
 
-        An earlier run's results are replaced, except beside the photos: there a file of that name may be somebody's.
+        Results of an earlier run are replaced, except beside the photos, where a file of that name may be the user's.
 
         Args:
             output: The folder.
-            picture: What to write.
-            items: What will be written.
-            beside: The run's other sources, as safe as the photos.
-            resume: What lies there is this run's own.
+            picture: Renders and encodes the results.
+            items: The photos whose results will be written.
+            beside: The run's other sources (videos), which must not be overwritten either.
+            resume: Existing files are this run's own results.
 
         Raises:
             OutputError: The folder cannot be written to, or a result would replace a photo or a file beside one.
@@ -305,11 +310,11 @@ class ImageSink:
             if real(path) in photos:
                 raise OutputError(f"{path}: the result of {item.source} would replace a photo; choose another --output")
         if not resume:
-            _refuse_beside(photos, results)
+            _reject_beside(photos, results)
         probe(output)
 
     def path_of(self, item: Item) -> Path:
-        """Where an item's result goes."""
+        """The file that an item's result is written to."""
         name = self._output / item.name
         return name.with_name(f"{name.name}.{self._picture.format}")
 
@@ -317,52 +322,52 @@ class ImageSink:
         """Write an item's result; see :class:`Sink`."""
         path = self.path_of(item)
         try:
-            with replacing(path) as beside:
-                self._picture.save(result, beside)
-        except (OSError, ValueError) as error:  # ValueError: Pillow, of a picture that is too large for its format
+            with replacing(path) as temporary:
+                self._picture.save(result, temporary)
+        except (OSError, ValueError) as error:  # ValueError: too large for the format
             reason = getattr(error, "strerror", None) or str(error)
-            if getattr(error, "errno", None) in _HOPELESS:
+            if getattr(error, "errno", None) in _FATAL:
                 raise OutputError(f"{path}: cannot be written ({reason})") from error
             raise InputError(f"{item.source}: its result {path} cannot be written ({reason})") from error
         return Written(path)
 
     def leave_out(self, result: Segmentation) -> None:
-        """There is no file for all results."""
+        """Returns None: there is no file with all results."""
 
     def finish(self, values: Iterable[tuple[Item, Mapping[str, Any]]]) -> None:
-        """Nothing is left to write."""
+        """Does nothing: all results are written."""
 
 
 class CocoSink:
     """Writes ``annotations.json`` in COCO's format: one category, and one annotation for each photo with a pet."""
 
     def __init__(self, output: Path, kind: str, items: Sequence[Item], *, resume: bool = False) -> None:
-        """Make the folder. A file of an earlier run is replaced, except beside the photos: see :class:`ImageSink`.
+        """Create the folder. A file of an earlier run is replaced, except beside the photos: see :class:`ImageSink`.
 
         Args:
             output: The folder.
-            kind: ``coco-polygons`` (pets with holes, which polygons cannot have, in RLE), or ``coco-rle``, exact.
-            items: What will be written, and the run's other sources.
-            resume: What lies there is this run's own.
+            kind: ``coco-polygons`` (RLE for pets with holes, which polygons cannot express), or ``coco-rle``, exact.
+            items: The photos whose results will be written, and the run's other sources.
+            resume: An existing file is this run's own.
 
         Raises:
             OutputError: The folder cannot be written to, or a file beside the photos would be replaced.
         """
         self._path, self._rle = output / "annotations.json", kind == "coco-rle"
         if not resume:
-            _refuse_beside(set(map(real_paths(), (item.source for item in items))), [self._path])
+            _reject_beside(set(map(real_paths(), (item.source for item in items))), [self._path])
         probe(output)
 
     def path_of(self, item: Item) -> None:
-        """No item has a file of its own."""
+        """Returns None: results share one file."""
 
     def write(self, item: Item, result: Segmentation) -> Written:
-        """Measure an item's result; see :class:`Sink`."""
+        """Compute the entry of an item in the file with all results; see :class:`Sink`."""
         annotation = None if result.box is None else result.coco(exact=self._rle)
         return Written(value=self.leave_out(result) | {"annotation": annotation})
 
     def leave_out(self, result: Segmentation) -> dict[str, Any]:
-        """A photo that was looked at, and has no annotation."""
+        """The entry of a photo without an annotation."""
         height, width = result.probability.shape
         return {"height": height, "width": width, "annotation": None}
 
@@ -374,7 +379,7 @@ class CocoSink:
         """
         path = self._path
         try:
-            with replacing(path) as beside, beside.open("x", encoding="ascii") as file:
+            with replacing(path) as temporary, temporary.open("x", encoding="ascii") as file:
                 file.writelines(_coco(values))
                 file.flush()
                 os.fsync(file.fileno())
@@ -384,7 +389,7 @@ class CocoSink:
 
 
 def _coco(values: Iterable[tuple[Item, Mapping[str, Any]]]) -> Iterator[str]:
-    """COCO's file, piece by piece; the values are gone through twice."""
+    """The COCO file in pieces; iterates over the values twice."""
     yield '{"images": ['
     for number, (item, value) in enumerate(values, start=1):
         size = {"height": value["height"], "width": value["width"]}
@@ -392,8 +397,8 @@ def _coco(values: Iterable[tuple[Item, Mapping[str, Any]]]) -> Iterator[str]:
     yield '], "annotations": ['
     annotated = ((number, value["annotation"]) for number, (_, value) in enumerate(values, start=1))
     with_a_pet = ((number, annotation) for number, annotation in annotated if annotation)
-    for own, (number, annotation) in enumerate(with_a_pet, start=1):
-        yield ", " * (own > 1) + json.dumps({"id": own, "image_id": number, "category_id": 1, **annotation})
+    for id_, (number, annotation) in enumerate(with_a_pet, start=1):
+        yield ", " * (id_ > 1) + json.dumps({"id": id_, "image_id": number, "category_id": 1, **annotation})
     category = {"id": 1, "name": "pet", "supercategory": "animal"}
     yield f'], "categories": {json.dumps([category])}}}\n'
 
@@ -402,19 +407,19 @@ class StreamSink:
     """Writes one picture to a stream, for pipes."""
 
     def __init__(self, stream: BinaryIO, picture: Picture) -> None:
-        """Take the stream.
+        """Create the sink.
 
         Args:
-            stream: Open for writing bytes.
-            picture: What to write.
+            stream: A binary stream open for writing.
+            picture: Renders and encodes the results.
         """
         self._stream, self._picture = stream, picture
 
     def path_of(self, item: Item) -> None:
-        """No item has a file of its own."""
+        """Returns None: no item has a file."""
 
     def write(self, item: Item, result: Segmentation) -> Written:
-        """Write the result, in one piece; see :class:`Sink`."""
+        """Write the result in one piece; see :class:`Sink`."""
         encoded = io.BytesIO()
         try:
             self._picture.save(result, encoded)
@@ -424,40 +429,40 @@ class StreamSink:
             self._stream.write(encoded.getvalue())
             self._stream.flush()
         except BrokenPipeError:
-            raise  # the reader has gone away, which is no error
+            raise  # the reader has closed the pipe, which is not an error
         except OSError as error:
             raise OutputError(f"standard output cannot be written to ({error.strerror or error})") from error
         return Written()
 
     def leave_out(self, result: Segmentation) -> None:
-        """There is no file for all results."""
+        """Returns None: there is no file with all results."""
 
     def finish(self, values: Iterable[tuple[Item, Mapping[str, Any]]]) -> None:
-        """Nothing is left to write."""
+        """Does nothing: all results are written."""
 
 
-def _refuse_beside(photos: Set[str], results: Iterable[Path]) -> None:
-    """Refuse results that would replace what lies beside the photos, which may be somebody's.
+def _reject_beside(photos: Set[str], results: Iterable[Path]) -> None:
+    """Reject results that would replace existing files beside the photos, which may be the user's.
 
     Raises:
         OutputError: One would.
     """
-    folders = {os.path.dirname(photo) for photo in photos}  # noqa: PTH120 (a text, one of a million)
+    folders = {os.path.dirname(photo) for photo in photos}  # noqa: PTH120 (a string, one of a million)
     real = functools.cache(os.path.realpath)
     for path in results:
         if real(os.path.dirname(path)) in folders and os.path.lexists(path):  # noqa: PTH120
-            raise OutputError(f"{path}: there already, beside the photos; move it, or choose another --output")
+            raise OutputError(f"{path}: already exists, beside the photos; move it, or choose another --output")
 
 
 def probe(output: Path) -> None:
-    """Make a folder, and see that it can be written to.
+    """Create a folder if it is missing, and check that it can be written to.
 
     Raises:
         OutputError: It cannot.
     """
     try:
-        with replacing(output / ".petseg-probe") as beside:
-            beside.touch()
-        (output / ".petseg-probe").unlink(missing_ok=True)  # another run may just do the same
+        with replacing(output / ".petseg-probe") as temporary:
+            temporary.touch()
+        (output / ".petseg-probe").unlink(missing_ok=True)  # another run may be doing the same
     except OSError as error:
         raise OutputError(f"{output}: cannot be written to ({error.strerror}); choose another --output") from error

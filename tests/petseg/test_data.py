@@ -307,7 +307,7 @@ def test_whatever_pillow_raises_of_a_mask_is_a_data_error(
 
     pair = trimap_pair(tmp_path, np.ones((2, 2), np.uint8), layout)
     monkeypatch.setattr(Image, "open", bomb)
-    with pytest.raises(DataError, match=r"mask\.png: too large \(limit of Pillow"):
+    with pytest.raises(DataError, match=r"mask\.png: too large \(Pillow's limit"):
         read_trimap(pair)
 
 

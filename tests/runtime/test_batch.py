@@ -1,4 +1,4 @@
-"""Many photos: each accounted for; and however often a run is stopped, the results are those of one that was not."""
+"""Batches of photos: each accounted for, and a run that is interrupted and resumed gives the same results."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ COUNT = 30
 
 
 def draw_pet(index: int) -> np.ndarray:
-    """uint8 [48, 64, 3]: a warm ellipse on a cool, noisy ground."""
+    """uint8 [48, 64, 3]: a warm ellipse on a cool, noisy background."""
     rng = np.random.default_rng(index)
     (cy, cx), (ry, rx) = rng.uniform(0.4, 0.6, 2) * (48, 64), rng.uniform(0.18, 0.32, 2) * (48, 64)
     y, x = np.mgrid[:48, :64]
@@ -57,7 +57,7 @@ def write_photos(folder: Path, count: int) -> Path:
 
 @pytest.fixture(scope="module")
 def model(toy: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """It takes red for pet; and it is small, because here the network is not what is tested."""
+    """A model whose probability is the red channel; small, because the network is not tested here."""
     path: Path = toy(tmp_path_factory.mktemp("model") / "toy.onnx", height=64, width=64).path
     return path
 
@@ -70,18 +70,18 @@ def segmenter(model: Path) -> Iterator[Segmenter]:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty photos in two folders. To be read only."""
+    """Thirty photos in two folders; tests must not modify them."""
     return write_photos(tmp_path_factory.mktemp("batch") / "photos", COUNT)
 
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    """Eight photos, for a test to spoil."""
+    """Eight photos that a test may modify."""
     return write_photos(tmp_path / "photos", 8)
 
 
 class Counted(Segmenter):
-    """Notes what its engine was given; and fails on purpose after so many photos."""
+    """Records the engine's inputs, and fails on purpose after a number of photos."""
 
     def __init__(self, model: Path, fails_after: int | None = None) -> None:
         super().__init__(model, backend="onnxruntime", threads=2, streams=2)
@@ -99,7 +99,7 @@ class Counted(Segmenter):
 
 
 def ignore(outcome: Outcome[Item, Done]) -> None:
-    """Nobody watches."""
+    """Ignores the outcome."""
 
 
 def make_sink(kind: str, out: Path, items: list[Item], resume: bool) -> Sink:
@@ -119,7 +119,7 @@ def go(
     begun: Callable[[int], None] = lambda left: None,
     sink: Callable[[Sink], Sink] = lambda sink: sink,
 ) -> Report:
-    """What `petseg infer FOLDER --as KIND` does."""
+    """Does what `petseg infer FOLDER --as KIND` does."""
     items = find_photos([folder], out)
     to = sink(make_sink(kind, out, items, resume))
     with Journal(out, {"as": kind}, resume=resume) as journal:
@@ -127,12 +127,12 @@ def go(
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Every file below, also the hidden ones, without the journal; and what is in it."""
+    """The contents of every file below, hidden ones included, except the journal."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != JOURNAL)
     return {str(path.relative_to(folder)): hashlib.md5(path.read_bytes()).hexdigest() for path in files}
 
 
-# -------------------------------------------------------------------------------------------- one whole run
+# ----------------------------------------------------------------------------------------- one complete run
 
 
 def test_each_photo_is_answered_for_once_and_in_order(segmenter: Segmenter, photos: Path, tmp_path: Path) -> None:
@@ -228,7 +228,9 @@ def test_what_steps_took_is_over_the_photos_that_came_to_them_and_no_photos_time
     def run(pipeline: Any, items: Any) -> Iterator[Any]:
         while outcomes:
             yield outcomes.pop(0)
-            assert not any(ref() for ref in kept[: -len(outcomes) - 1]), "a million photos' times fill the memory"
+            assert not any(ref() for ref in kept[: -len(outcomes) - 1]), (
+                "the times of a million photos would fill the memory"
+            )
 
     monkeypatch.setattr(batch.Pipeline, "run", run)
     sink: Any = object()
@@ -240,15 +242,15 @@ def test_what_steps_took_is_over_the_photos_that_came_to_them_and_no_photos_time
 def test_where_only_masks_are_wanted_the_photos_are_not_kept_and_never_whole_arrays(
     segmenter: Segmenter, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such an array takes as long as the mask itself, of a large photo."""
-    kept, brought = [], []
-    to_model = images.to_model
+    """Making such an array of a large photo takes as long as its mask."""
+    kept, whole = [], []
+    photo = images.Photo
 
-    def noted(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-        brought.append(pixels.shape[:2] == (height, width))
-        return to_model(pixels, height, width)
+    def noted(pixels: np.ndarray, *args: Any) -> images.Photo:
+        whole.append(pixels.shape[:2] != segmenter.size)
+        return photo(pixels, *args)
 
-    monkeypatch.setattr(images, "to_model", noted)
+    monkeypatch.setattr(images, "Photo", noted)
 
     class Spy(ImageSink):
         def write(self, item: Item, result: Segmentation) -> Written:
@@ -259,14 +261,14 @@ def test_where_only_masks_are_wanted_the_photos_are_not_kept_and_never_whole_arr
     for mask_only in (True, False):
         out = tmp_path / str(mask_only)
         segment_photos(items, segmenter, Spy(out, picture("mask"), items), ignore, mask_only=mask_only)
-    assert kept == [not early for early in brought] == [False] * COUNT + [True] * COUNT
+    assert kept == whole == [False] * COUNT + [True] * COUNT
 
 
 # ------------------------------------------------------------------------------------------------ beside a GPU
 
 
 class Gpu(Engine):
-    """In place of an engine on a GPU: one run at a time, of up to eight photos; red is pet."""
+    """Stands for an engine on a GPU: one run at a time, of up to eight photos; red is pet."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = spec
@@ -289,11 +291,11 @@ class Gpu(Engine):
         )
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing."""
 
 
 class Watched(Segmenter):
-    """With an engine on a GPU; each photo is watched when it has been read, and before it is written."""
+    """Has an engine on a GPU; calls a hook when each photo has been read, and before it is written."""
 
     def __init__(self, model: Path, monkeypatch: pytest.MonkeyPatch, threads: int | None) -> None:
         monkeypatch.setattr("petseg_runtime.segmenter.load_engine", lambda artifact, *_, **__: Gpu(artifact.spec))
@@ -321,7 +323,7 @@ def test_beside_a_gpu_several_photos_are_read_and_written_at_a_time(
     items = find_photos([photos])[:8]
     readers, writers = threading.Barrier(4), threading.Barrier(4)
     with Watched(model, monkeypatch, threads=4) as segmenter:
-        # Nobody passes before four are there.
+        # No thread passes before four are here.
         segmenter.reading, segmenter.writing = lambda: readers.wait(20), lambda: writers.wait(20)
         report = segment_photos(items, segmenter, ImageSink(tmp_path, picture("mask"), items), ignore)
         assert report.done == 8
@@ -332,7 +334,7 @@ def test_beside_a_gpu_batches_fill(model: Path, photos: Path, tmp_path: Path, mo
     items, ahead = find_photos([photos]), threading.Semaphore(0)
 
     def all_ahead() -> None:
-        for _ in range(20):  # of which the first run may have eight, and four readers hold one each
+        for _ in range(20):  # the first run may have eight of them, and four readers one each
             assert ahead.acquire(timeout=20)
 
     with Watched(model, monkeypatch, threads=4) as segmenter:
@@ -357,7 +359,7 @@ def test_on_the_cpu_as_many_photos_are_read_at_a_time_as_are_inferred(model: Pat
             assert segmenter.workers == streams
 
 
-# ------------------------------------------------------------------------------------------------ going on
+# ------------------------------------------------------------------------------------------------ resuming
 
 
 KINDS = ["mask", "overlay", "coco-polygons", "coco-rle"]
@@ -365,7 +367,7 @@ KINDS = ["mask", "overlay", "coco-polygons", "coco-rle"]
 
 @pytest.fixture(scope="module")
 def undisturbed(segmenter: Segmenter, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a run that nobody stops leaves behind, of each kind."""
+    """The results of a run that is not interrupted, of each kind."""
     root = tmp_path_factory.mktemp("undisturbed")
     for kind in KINDS:
         go(segmenter, photos, root / kind, kind)
@@ -373,11 +375,11 @@ def undisturbed(segmenter: Segmenter, photos: Path, tmp_path_factory: pytest.Tem
 
 
 class Stop(BaseException):
-    """Ctrl-C, in a test."""
+    """Stands for Ctrl-C in a test."""
 
 
 def stopping(after: int) -> Callable[[Outcome[Item, Done]], None]:
-    """Somebody who watches, and after so many photos stops the run."""
+    """A callback that stops the run after a number of photos."""
     left = [after]
 
     def watch(outcome: Outcome[Item, Done]) -> None:
@@ -398,13 +400,13 @@ def test_a_run_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
     with Counted(model) as second:
         report = go(second, photos, out, kind, resume=True)
     assert (report.done, report.failed, report.skipped) == (COUNT - 10, [], 10)
-    assert len(second.seen) == COUNT - 10, "nothing that was told of is done twice"
+    assert len(second.seen) == COUNT - 10, "no photo that was reported is done twice"
     assert {*first.seen, *second.seen} == {image_of(path) for path in photos.rglob("*.jpg")}
     assert tree(out) == undisturbed[kind]
 
 
 def image_of(path: Path) -> bytes:
-    """What the engine is given of a photo."""
+    """The engine's input for a photo."""
     with Image.open(path) as photo:
         return to_model(np.array(photo), 64, 64).tobytes()
 
@@ -447,7 +449,7 @@ def test_a_full_disk_ends_the_run_and_the_next_goes_on(
     segmenter: Segmenter, photos: Path, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
     class Full:
-        """Has room for eleven results."""
+        """Stands for a disk with room for eleven results."""
 
         def __init__(self, sink: Sink) -> None:
             self._sink, self._room = sink, [None] * 11
@@ -526,7 +528,7 @@ def test_what_failed_is_tried_again(segmenter: Segmenter, own: Path, tmp_path: P
 
 
 def annotated(out: Path) -> dict[str, Any]:
-    """Photo -> annotation, of a COCO file."""
+    """The annotations of a COCO file by photo."""
     file = json.loads((out / "annotations.json").read_text(encoding="utf-8"))
     names = {image["id"]: Path(image["file_name"]).name for image in file["images"]}
     return {names[annotation["image_id"]]: annotation["area"] for annotation in file["annotations"]}
@@ -548,7 +550,7 @@ def test_a_coco_file_knows_only_photos_as_they_are_now(segmenter: Segmenter, own
     assert {name for name in second if second[name] != first[name]} == {"004.jpg"}
 
 
-# ------------------------------------------------------------------------------- the real thing, and kill -9
+# ------------------------------------------------------------------------------- real processes, and kill -9
 
 PHOTOS = 500
 
@@ -560,17 +562,17 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(model: Path, folder: Path, out: Path) -> list[str]:
-    # A shell that starts this test in the background makes its children ignore Ctrl-C.
+    # If a shell runs this test in the background, its children ignore Ctrl-C.
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import petseg.cli as c; c.main()"
     )
     options = ["--as", "mask", "--resume", "--json", "--backend", "onnxruntime", "--model", str(model)]
-    options += ["--threads", "2"]  # on many cores it would be done before it is stopped
+    options += ["--threads", "2"]  # with many cores it would finish before it is stopped
     return [sys.executable, "-c", program, "infer", str(folder), "--output", str(out), *options]
 
 
 def results(out: Path) -> int:
-    """How many results are in their place."""
+    """The number of results in their place."""
     return sum(
         name.name.endswith(".png") and not name.name.startswith(".")
         for part in ("a", "b")
@@ -580,9 +582,9 @@ def results(out: Path) -> int:
 
 
 def stop_at(count: int, with_signal: int, call: list[str], out: Path) -> subprocess.CompletedProcess[str]:
-    """Start a run, and once so many results are there, stop it."""
+    """Starts a run, and stops it once it has written a number of results."""
     with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        # What it prints is taken from it, or it would wait for that.
+        # Its output is drained, or it would block.
         printed: list[tuple[str, str]] = []
         listener = threading.Thread(target=lambda: printed.append(process.communicate()))
         listener.start()
@@ -595,7 +597,7 @@ def stop_at(count: int, with_signal: int, call: list[str], out: Path) -> subproc
 
 
 def noted(out: Path) -> dict[Path, int]:
-    """The results that the journal knows of, and when they were written."""
+    """The results that the journal has noted, and when they were written."""
     lines = (out / JOURNAL).read_text(encoding="utf-8").splitlines()
     found = {}
     for text in lines:
@@ -629,7 +631,7 @@ def test_a_signal_leaves_whole_photos_and_a_whole_journal(
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
     model: Path, many: Path, tmp_path: Path
 ) -> None:
-    """Three times kill -9, once SIGTERM, once Ctrl-C, at five hundred photos."""
+    """kill -9 three times, SIGTERM once and Ctrl-C once, with five hundred photos."""
     out, whole = tmp_path / "out", tmp_path / "whole"
     call = command(model, many, out)
     codes = []
@@ -669,7 +671,7 @@ def test_a_photo_that_does_not_fit_into_the_memory_fails_alone(
     model: Path, own: Path, tmp_path: Path, step: str
 ) -> None:
     class Small(Segmenter):
-        """Has no memory for the third photo."""
+        """Runs out of memory at the third photo."""
 
         calls = 0
 
@@ -684,7 +686,7 @@ def test_a_photo_that_does_not_fit_into_the_memory_fails_alone(
         report = go(segmenter, own, tmp_path / "out", "mask")
     assert report.done == 7
     assert len(report.failed) == 1
-    assert "not enough memory for it: make it smaller first" in report.failed[0]
+    assert "not enough memory for it; make it smaller first" in report.failed[0]
 
 
 @pytest.mark.parametrize("kind", sorted(sinks.KINDS))

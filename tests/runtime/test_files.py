@@ -1,4 +1,4 @@
-"""A file is replaced whole or not at all."""
+"""Files are replaced atomically."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_real_paths_are_those_of_the_system(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.fixture(params=["absent", "present"])
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A destination, without and with something in its place."""
+    """A destination, with and without an existing file."""
     path = tmp_path / "result.png"
     if request.param == "present":
         path.write_bytes(b"old")
@@ -87,8 +87,8 @@ def test_until_the_end_the_destination_is_as_it_was(path: Path) -> None:
     with replacing(path) as beside:
         beside.write_bytes(b"half")
         assert content(path) == before
-        assert beside.parent == path.parent  # or the rename would not be atomic
-        assert beside.suffix == path.suffix  # writers go by it
+        assert beside.parent == path.parent  # otherwise the rename would not be atomic
+        assert beside.suffix == path.suffix  # writers choose the format by it
         assert beside.name.startswith(".")  # a glob for results does not find it
     assert content(path) == b"half"
 
@@ -138,7 +138,7 @@ def test_a_full_disk_leaves_the_old_file(path: Path, monkeypatch: pytest.MonkeyP
 
 @contextlib.contextmanager
 def room_for(most: int) -> Iterator[None]:
-    """No file can grow beyond so many bytes: the rest of a write fails, as on a disk that fills up."""
+    """Limits the size of files: the rest of a write fails, as on a disk that fills up."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
     try:
@@ -201,7 +201,7 @@ def test_a_link_is_replaced_and_what_it_pointed_to_stays(tmp_path: Path) -> None
 )
 def test_every_name_that_the_file_system_takes_is_taken_here(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
-    path.touch()  # it is a name that can be had
+    path.touch()  # the name is valid
     write_atomic(path, b"new")
     assert listed(tmp_path) == [name]
     assert path.read_bytes() == b"new"
@@ -226,7 +226,7 @@ PARTS = ("model.xml", "model.bin", "model.xml.json")
 
 @pytest.fixture(params=["absent", "present", "in part"])
 def main(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """The destination of a model of three files, without and with another model in its place, and with half of one."""
+    """The destination of a model of three files: empty, with another model, and with a part of one."""
     for name in {"absent": (), "present": PARTS, "in part": PARTS[:2]}[request.param]:
         (tmp_path / name).write_text(f"old {name}")
     (tmp_path / "other.bin").write_text("not ours")
@@ -266,7 +266,7 @@ def test_until_the_end_all_destinations_are_as_they_were(main: Path) -> None:
 
 
 def test_the_file_that_is_named_arrives_last(main: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who finds it finds the others, too."""
+    """If it exists, so do the others."""
     arrived = []
     replace = Path.replace
 
@@ -294,7 +294,7 @@ def test_after_an_error_while_staging_all_is_as_before(main: Path, error: type[B
 def test_after_a_move_that_fails_all_is_as_before(
     main: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    """Whichever of the moves it is; those that set things right again work."""
+    """Whichever of the moves fails; those that restore the previous files succeed."""
     before = everything(main.parent)
     set_aside = sum(name in before for name in PARTS if name != main.name)
     for failing in range(len(PARTS) + set_aside):

@@ -1,4 +1,4 @@
-"""What is done is noted once it is in its place; what was cut, changed or made otherwise counts for nothing."""
+"""Results are noted once they are in place; those truncated, changed or made with other settings are not reused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SETTINGS = {"as": "mask", "threshold": 0.5, "background": None}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where results go."""
+    """The output folder."""
     folder = tmp_path / "out"
     folder.mkdir()
     return folder
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def photo(tmp_path: Path, folder: Path) -> Callable[..., Item]:
-    """Makes a photo, and a result that is in its place."""
+    """A function that creates a photo, and its result in place."""
 
     def make(name: str = "cat") -> Item:
         source = tmp_path / f"{name}.jpg"
@@ -49,7 +49,7 @@ def result(folder: Path, name: str = "cat") -> Path:
 
 
 def note(folder: Path, *items: Item, **changes: Any) -> None:
-    """A first run that did these."""
+    """A first run that segmented these photos."""
     with Journal(folder, SETTINGS | changes, resume=False) as journal:
         for item in items:
             assert not journal.finished(item, result(folder, str(item.name)))
@@ -57,7 +57,7 @@ def note(folder: Path, *items: Item, **changes: Any) -> None:
 
 
 def is_finished(folder: Path, item: Item, **changes: Any) -> bool:
-    """Whether a run that goes on there passes over an item."""
+    """Whether a resumed run skips an item."""
     with Journal(folder, SETTINGS | changes, resume=True) as journal:
         return journal.finished(item, result(folder, str(item.name)))
 
@@ -65,7 +65,7 @@ def is_finished(folder: Path, item: Item, **changes: Any) -> bool:
 Photo = Callable[..., Item]
 
 
-# --------------------------------------------------------------------------------------------- going on
+# --------------------------------------------------------------------------------------------- resuming
 
 
 def test_what_was_noted_is_finished_and_nothing_else_is(folder: Path, photo: Photo) -> None:
@@ -118,7 +118,7 @@ def test_a_photo_that_changed_is_done_again(folder: Path, photo: Photo) -> None:
 
 
 def test_a_photo_that_changes_while_it_is_read_is_done_again(folder: Path, photo: Photo) -> None:
-    """Which of the two states was segmented, nobody knows."""
+    """It is unknown which of the two versions was segmented."""
     cat = photo()
     with Journal(folder, SETTINGS, resume=False) as journal:
         assert not journal.finished(cat, result(folder))
@@ -171,7 +171,7 @@ def test_a_photo_is_the_same_however_its_path_is_spelled(
 def test_a_journal_with_paths_as_they_were_typed_is_still_read(
     folder: Path, photo: Photo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As earlier versions wrote it; and without the results' suffixes."""
+    """As earlier versions wrote it, and without the suffixes of results."""
     cat = photo()
     note(folder, cat)
     header, line = map(json.loads, (folder / JOURNAL).read_text().splitlines())
@@ -180,7 +180,7 @@ def test_a_journal_with_paths_as_they_were_typed_is_still_read(
     (folder / JOURNAL).write_text(f"{json.dumps(header)}\n{json.dumps(line)}\n")
     monkeypatch.chdir(tmp_path)
     assert is_finished(folder, cat)
-    monkeypatch.chdir(folder)  # where that path leads nowhere
+    monkeypatch.chdir(folder)  # the relative path does not exist there
     assert not is_finished(folder, cat)
     for odd in ("cat\0", "x" * 9000, 7, None, ""):
         line["source"][0] = odd
@@ -198,7 +198,7 @@ def test_a_run_knows_how_much_is_noted_and_of_which_photos(folder: Path, photo: 
         assert (journal.noted, journal.knows(cat)) == (0, False)
 
 
-# ------------------------------------------------------------------------------- results that go into one file
+# ----------------------------------------------------------------------------------------- results in one file
 
 
 def test_values_come_back_and_those_of_photos_that_changed_do_not(folder: Path, photo: Photo) -> None:
@@ -254,7 +254,7 @@ def test_other_settings_are_refused_with_both_values(folder: Path, photo: Photo)
     with pytest.raises(OutputError) as caught:
         is_finished(folder, cat, threshold=0.7, background="white")
     message = str(caught.value)
-    assert message.startswith(f"{folder}: the run there was another")
+    assert message.startswith(f"{folder}: the run there had other settings")
     assert "threshold was 0.5, now 0.7" in message
     assert "background was None, now 'white'" in message
     assert "as was" not in message
@@ -288,9 +288,9 @@ def test_a_setting_of_videos_alone_costs_no_photo(folder: Path, photo: Photo) ->
 )
 def test_a_journal_of_another_version_is_refused(folder: Path, photo: Photo, header: str) -> None:
     (folder / JOURNAL).write_text(header + "\n")
-    with pytest.raises(OutputError, match="not a journal of this version of petseg: start again without --resume"):
+    with pytest.raises(OutputError, match="not a journal of this version of petseg; start again without --resume"):
         is_finished(folder, photo())
-    note(folder, photo())  # which is what the message says
+    note(folder, photo())  # as the message advises
     assert is_finished(folder, photo())
 
 
@@ -299,11 +299,13 @@ def test_a_journal_of_another_version_is_refused(folder: Path, photo: Photo, hea
 def test_a_file_that_is_no_journal_is_left_as_it_is(folder: Path, text: str, resume: bool) -> None:
     begun = '{"schema_version": '.startswith(text)
     (folder / JOURNAL).write_text(text)
-    if begun:  # cut by a crash
+    if begun:  # cut off by a crash
         Journal(folder, SETTINGS, resume=resume).close()
         assert json.loads((folder / JOURNAL).read_text())["settings"] == SETTINGS
         return
-    with pytest.raises(OutputError, match=r"ndjson: not a journal of petseg, so it is left .* move it away, or choose"):
+    with pytest.raises(
+        OutputError, match=r"ndjson: not a journal of petseg, so it was not changed; move it away, or choose"
+    ):
         Journal(folder, SETTINGS, resume=resume)
     assert (folder / JOURNAL).read_text() == text
 
@@ -313,7 +315,7 @@ def test_a_file_that_is_no_journal_is_left_as_it_is(folder: Path, text: str, res
 def test_a_link_in_the_journals_place_is_not_followed(
     folder: Path, tmp_path: Path, photo: Photo, there: bool, resume: bool
 ) -> None:
-    """In a folder that was unpacked it may lead to any file of the user's."""
+    """In an unpacked folder it may lead to any file of the user."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     mine = elsewhere / JOURNAL
@@ -321,19 +323,19 @@ def test_a_link_in_the_journals_place_is_not_followed(
         note(elsewhere, photo())  # even if that is a journal
     before = mine.read_bytes() if there else None
     (folder / JOURNAL).symlink_to(mine)
-    with pytest.raises(OutputError, match=r"ndjson: a link, which is not written through: remove it"):
+    with pytest.raises(OutputError, match=r"ndjson: a symlink, which is not followed; remove it"):
         Journal(folder, SETTINGS, resume=resume)
     assert (mine.read_bytes() if mine.exists() else None) == before
 
 
 def test_a_pipe_in_the_journals_place_is_refused_and_not_waited_for(folder: Path) -> None:
     os.mkfifo(folder / JOURNAL)
-    with pytest.raises(OutputError, match=r"ndjson: not a regular file: remove it"):
+    with pytest.raises(OutputError, match=r"ndjson: not a regular file; remove it"):
         Journal(folder, SETTINGS, resume=False)
 
 
 def test_lines_of_a_run_with_other_settings_count_for_nothing(folder: Path, photo: Photo) -> None:
-    """Two runs shared the folder; the one that began last has the header."""
+    """Two runs shared the folder; the header is that of the later one."""
     cat, dog = photo("cat"), photo("dog")
     with (
         Journal(folder, SETTINGS | {"threshold": 0.9}, resume=False) as first,
@@ -392,7 +394,7 @@ def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else_is(fold
     }
     whole = [".annotations.0123abcd.part.json"]  # of all items
     own = ["cat.part.png", ".cat.part.png", "cat.0123abcd.part.png", ".cat.0123abc.part.png", ".hidden", "deep/part"]
-    # Another run, over one video or photo, has no journal and may be at work.
+    # Another run, over a single video or photo, has no journal and may be active.
     own += [".movie.0123abcd.part.mp4", ".catalogue.0123abcd.part.png", "deep/.cat.0123abcd.part.png"]
     parts = [name for names in left.values() for name in names]
     for name in (*parts, *whole, *own):
@@ -402,7 +404,7 @@ def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else_is(fold
     assert all((folder / name).exists() for name in (*parts, *whole, *own)), "another run may be writing them"
     with Journal(folder, SETTINGS, resume=True) as journal:
         assert not any((folder / name).exists() for name in whole)
-        assert all((folder / name).exists() for name in parts), "nobody has asked for these items"
+        assert all((folder / name).exists() for name in parts), "finished() was not called for these items"
         for name in left:
             journal.finished(Item(folder / "photo.jpg", PurePath(name)), None)
             assert not any((folder / part).exists() for part in left[name])
@@ -413,7 +415,7 @@ def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else_is(fold
 
 
 def test_runs_without_resume_may_share_a_folder(folder: Path, photo: Photo) -> None:
-    with Journal(folder, SETTINGS, resume=False):  # its lock is another, also in one process
+    with Journal(folder, SETTINGS, resume=False):  # has another lock, even in the same process
         note(folder, photo())
     assert is_finished(folder, photo())
 
@@ -434,7 +436,7 @@ def test_a_run_that_begins_beside_a_live_one_keeps_what_that_has_noted(
     assert is_finished(folder, bird) is (threshold == 0.5)
     assert is_finished(folder, bird, threshold=threshold)
     note(folder)
-    assert not is_finished(folder, cat), "nobody is at work any more"
+    assert not is_finished(folder, cat), "no run is active any more"
 
 
 def test_where_two_runs_wrote_to_one_place_the_last_ones_result_is_there(folder: Path, photo: Photo) -> None:
@@ -472,7 +474,7 @@ def test_runs_whose_results_have_other_places_take_nothing_from_each_other(folde
 
 @pytest.mark.parametrize("written", [True, False])
 def test_a_run_that_wrote_nothing_of_a_photo_replaced_nothing(folder: Path, photo: Photo, written: bool) -> None:
-    """One with `--only-found`, of a photo without a pet."""
+    """A run with `--only-found` notes a photo without a pet."""
     cat = photo()
     with (
         Journal(folder, SETTINGS, resume=False) as ours,
@@ -496,7 +498,7 @@ def test_of_several_runs_with_other_settings_the_last_one_is_told_of(folder: Pat
     with (
         Journal(folder, SETTINGS | {"threshold": 0.1}, resume=False),
         Journal(folder, SETTINGS | {"threshold": 0.2}, resume=False),
-        pytest.raises(OutputError, match="another run writes there"),
+        pytest.raises(OutputError, match="another run is writing there"),
     ):
         is_finished(folder, photo())
     with pytest.raises(OutputError, match=r"threshold was 0\.2, now 0\.5"):
@@ -507,7 +509,7 @@ def test_of_several_runs_with_other_settings_the_last_one_is_told_of(folder: Pat
 def test_a_lock_that_is_held_for_a_moment_is_waited_for(
     folder: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch, resume: bool
 ) -> None:
-    """A run that begins empties the file alone."""
+    """A new run truncates the file only if no other run is active."""
     note(folder, photo())
     other = (folder / JOURNAL).open("rb")
     fcntl.flock(other, fcntl.LOCK_EX)
@@ -525,13 +527,13 @@ def test_a_run_that_goes_on_shares_the_folder_with_nobody(folder: Path, photo: P
     with Journal(folder, SETTINGS, resume=theirs):
         before = (folder / JOURNAL).read_bytes()
         part.touch()
-        with pytest.raises(OutputError, match="another run writes there; wait for it, or stop it") as caught:
+        with pytest.raises(OutputError, match="another run is writing there; wait for it, or stop it") as caught:
             Journal(folder, SETTINGS, resume=ours)
         assert str(folder) in str(caught.value)
         assert part.exists()
         assert (folder / JOURNAL).read_bytes() == before
     with Journal(folder, SETTINGS, resume=True) as journal:
-        assert journal.finished(cat, result(folder)) is theirs  # else they began anew
+        assert journal.finished(cat, result(folder)) is theirs  # otherwise they have started again
     assert not part.exists()
 
 
@@ -554,7 +556,7 @@ def test_a_disk_that_is_full_is_an_output_error_and_the_lines_before_it_count(fo
         resource.setrlimit(resource.RLIMIT_FSIZE, ((folder / JOURNAL).stat().st_size + 5, hard))
         with pytest.raises(OutputError, match=r"petseg-run\.ndjson: cannot be written"):
             journal.add(dog, result(folder, "dog"))
-        journal.close()  # what it still holds is lost without another error
+        journal.close()  # unwritten data is dropped without another error
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert is_finished(folder, cat)

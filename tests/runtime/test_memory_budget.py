@@ -1,4 +1,4 @@
-"""What photos take of the budget is counted, and nobody waits for ever."""
+"""Reservations are counted, and no thread waits forever."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from petseg_runtime.memory_budget import MemoryBudget, Reservation
 
 
 def waiting(budget: MemoryBudget, reservation: Reservation, size: int) -> tuple[threading.Thread, list[str]]:
-    """Somebody who finds too little left."""
+    """A thread that must wait because too little is left."""
     came: list[str] = []
 
     def take() -> None:

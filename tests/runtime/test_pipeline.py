@@ -1,4 +1,4 @@
-"""The pipeline by itself: order, failures, batches, bounds, and that nothing of it is left running."""
+"""The pipeline: order, failures, batches, memory bounds, and that no thread is left running."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def infer(batch: np.ndarray) -> np.ndarray:
 
 
 def write(source: int, photo: Photo, answer: np.ndarray) -> tuple[int, int]:
-    """The source, and the answer it got."""
+    """The source, and the network's output for it."""
     if source % 10 == 3:
         raise InputError(f"{source}: unwritable")
     return source, int(answer[0, 0])
@@ -81,7 +81,7 @@ def test_it_can_run_twice() -> None:
 
 
 def test_results_are_the_consumers_alone() -> None:
-    """A thread that waits for its next photo keeps nothing of the last one: of 48 megapixels, that would be 190 MB."""
+    """A thread that waits for its next photo does not keep the last one: at 48 megapixels, that would be 190 MB."""
 
     class Picture:
         pass
@@ -91,7 +91,7 @@ def test_results_are_the_consumers_alone() -> None:
         assert len(kept) == 7
         deadline = time.monotonic() + 5
         while any(picture() for picture in kept) and time.monotonic() < deadline:
-            time.sleep(0.01)  # the threads are on their way back to where they wait
+            time.sleep(0.01)  # the threads are about to wait again
         assert [picture() for picture in kept] == [None] * 7
 
 
@@ -164,7 +164,7 @@ def test_an_error_of_the_sources_ends_the_run() -> None:
 
 @pytest.mark.parametrize(("held", "before"), [("read", None), ("infer", "read"), ("write", "infer")])
 def test_leaving_early_drops_what_has_not_begun(held: str, before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second photo is held up in a step until the pipeline is being left, and the third waits for that step."""
+    """The second photo blocks in a step until the pipeline is closing, and the third waits for that step."""
     begun = dict.fromkeys(("read", "infer", "write"), 0)
     second, third, leaving = threading.Event(), threading.Event(), threading.Event()
 
@@ -181,7 +181,7 @@ def test_leaving_early_drops_what_has_not_begun(held: str, before: str | None, m
 
         return act
 
-    # What waits to be written is cancelled by its executor, which is told last; the others see that they are to stop.
+    # The executor cancels photos that wait to be written, last; the other threads check that they should stop.
     told, name = (Future, "cancel") if held == "write" else (MemoryBudget, "close")
     tell = getattr(told, name)
 
@@ -208,7 +208,7 @@ class Heavy:
 
 
 def crowd(sizes: list[int], memory: int, *, streams: int = 3, slow: int = -1) -> tuple[list[int], int]:
-    """Photos of these sizes with so much memory; in which order they came out, and the most that was taken at once."""
+    """Runs photos of these sizes with this much memory; returns their order, and the most memory reserved at once."""
     lock, held, most = threading.Lock(), 0, 0
 
     def read_sized(source: int, reserve: Callable[[int], None]) -> Heavy:
@@ -238,7 +238,7 @@ def crowd(sizes: list[int], memory: int, *, streams: int = 3, slow: int = -1) ->
 def test_photos_wait_for_memory_and_none_for_ever(sizes: list[int], streams: int) -> None:
     order, most = crowd(sizes, memory=10, streams=streams)
     assert order == list(range(len(sizes)))
-    # Beside the others there may be the one that is waited for, and the one that has just come out.
+    # Beside the others, the photo that the consumer waits for and the one just consumed may have memory.
     assert most <= 10 + 2 * max(sizes, default=0)
 
 
@@ -271,7 +271,9 @@ def test_who_leaves_while_photos_wait_for_memory_is_not_kept() -> None:
 
     with Pipeline(Steps(want, infer, write), 1, workers=3, memory=10) as pipeline:
         assert next(pipeline.run(range(100))).source == 0
-        assert [outcome.source for outcome in pipeline.run(range(4))] == list(range(4)), "what was left has no memory"
+        assert [outcome.source for outcome in pipeline.run(range(4))] == list(range(4)), (
+            "abandoned photos have no memory reserved"
+        )
     assert not threads()
 
 
@@ -286,7 +288,7 @@ def test_the_wait_for_memory_is_not_counted_as_reading() -> None:
 
     with Pipeline(Steps(want, infer, slow_write), 1, workers=2, memory=10) as pipeline:
         outcomes = list(pipeline.run(range(4)))
-    # Each but the first has waited for 0.1 s; one of them may have been held up by something else.
+    # Each but the first has waited for 0.1 s; one of them may have been delayed by something else.
     assert min(outcome.seconds["read"] for outcome in outcomes[1:]) < 0.05
 
 
@@ -320,7 +322,7 @@ sys.exit(7)
     "args", [("100", "0", "1000"), ("100", "1", "1000"), ("2", "0.2", "1000"), ("100", "0.2", "10")], ids=" ".join
 )
 def test_a_script_may_end_while_results_are_left(args: tuple[str, ...]) -> None:
-    """The threads are busy then, or wait for memory, or for what nobody will ask for."""
+    """The threads are busy then, or wait for memory, or for results that nobody will consume."""
     done = subprocess.run([sys.executable, "-c", UNFINISHED, *args], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (7, "", "")
 
@@ -342,6 +344,36 @@ steps = pipeline.Steps(lambda source, reserve: photo, lambda batch: batch[..., 0
 with pipeline.Pipeline(steps, 1, 2, workers=1) as running:
     print(*(outcome.value for outcome in running.run([0])))
 """
+
+
+@pytest.mark.parametrize("where", ["read", "infer", "write"])
+def test_one_of_its_own_threads_may_close_it(where: str) -> None:
+    """The garbage collector does so in whatever thread it runs, if the iterator is in a reference cycle."""
+    abandoned, raised = threading.Event(), []
+
+    def closing(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            first = args[0] == 0 if step != "infer" else not args[0].any()
+            if step == where and not first:
+                assert abandoned.wait(10)
+                try:
+                    pipeline.close()
+                except RuntimeError as error:  # the collector would print it and continue
+                    raised.append(error)
+            return function(*args)
+
+        return run
+
+    steps: Steps[int, Any] = Steps(closing("read", read), closing("infer", infer), closing("write", write))
+    pipeline = Pipeline(steps, 2, workers=2)
+    outcomes = pipeline.run([0, 1])
+    assert next(outcomes).value == (0, 0)
+    del outcomes
+    abandoned.set()
+    deadline = time.monotonic() + 10
+    while threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (threads(), raised) == (set(), [])
 
 
 def test_a_batch_does_not_wait_for_what_another_thread_has_taken() -> None:
@@ -378,7 +410,7 @@ print("at exit", *alive())
 
 
 def test_a_close_that_was_cut_short_is_finished_when_python_ends() -> None:
-    """Else a thread may be in native code while Python is taken down, which aborts the process."""
+    """Otherwise a thread may be in native code while Python shuts down, which aborts the process."""
     done = subprocess.run([sys.executable, "-c", CUT_SHORT], capture_output=True, text=True, timeout=30)
     left, at_exit = done.stdout.splitlines()
     assert "petseg-infer-0" in left

@@ -1,4 +1,4 @@
-"""What no pixel vouches for goes, with its soft edge; what one does stays as it is, and so does all where none does."""
+"""Regions without a near-certain pixel are removed with their soft edges; maps without such a pixel stay unchanged."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from petseg_runtime import Segmenter
 from petseg_runtime.regions import CERTAIN, DOUBTFUL, without_doubtful
 
 
-def slowly(probability: np.ndarray) -> np.ndarray:
-    """The same, pixel by pixel."""
+def reference(probability: np.ndarray) -> np.ndarray:
+    """A slow reference implementation, pixel by pixel."""
     height, width = probability.shape
     certain = [tuple(place) for place in np.argwhere(probability >= CERTAIN)]
     if not certain:
@@ -29,7 +29,7 @@ def slowly(probability: np.ndarray) -> np.ndarray:
             stays[row, column] = True
             left.extend([(row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)])
     kept = np.zeros_like(probability)
-    # In cells of 2 x 2 pixels: a square within reach, and from there on steps along rows and columns.
+    # In cells of 2 x 2 pixels: Chebyshev distance within reach, and city-block distance from there on.
     reach, cells = max(1, round(min(height, width) / 64)), np.argwhere(stays) // 2
     for place in np.ndindex(height, width):
         far = np.maximum(np.abs(cells - np.array(place) // 2) - reach, 0).sum(axis=1).min()
@@ -47,16 +47,16 @@ LEVELS = st.sampled_from([0, 1, DOUBTFUL - 1, DOUBTFUL, 128, CERTAIN - 1, CERTAI
 @given(SHAPES.flatmap(lambda shape: arrays(np.uint8, shape, elements=LEVELS)))
 def test_it_is_what_it_says(probability: np.ndarray) -> None:
     before = probability.copy()
-    np.testing.assert_array_equal(without_doubtful(probability), slowly(probability))
+    np.testing.assert_array_equal(without_doubtful(probability), reference(probability))
     np.testing.assert_array_equal(probability, before)
 
 
 def test_a_reach_of_several_cells() -> None:
-    """Also at all four sides, one of which cuts cells in two: nothing gets from the end of a row into the next."""
+    """Also at all four sides, one of which cuts cells in two: no dilation gets from the end of a row into the next."""
     haze = np.random.default_rng(0).integers(0, DOUBTFUL, (201, 230)).astype(np.uint8)
     for row, column in ((0, 0), (90, 229), (200, 100), (60, 0), (120, 120)):
         haze[row, column] = CERTAIN
-    np.testing.assert_array_equal(without_doubtful(haze), slowly(haze))
+    np.testing.assert_array_equal(without_doubtful(haze), reference(haze))
 
 
 def test_a_large_map() -> None:

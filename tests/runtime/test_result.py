@@ -1,4 +1,4 @@
-"""A probability map and what is made of it: mask, pictures, polygons, run lengths, and whether there is a pet."""
+"""A probability map and its derivatives: mask, pictures, polygons, run lengths, and whether there is a pet."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GREEN = (0, 200, 83)
 
 open_unit = st.floats(0, 1, exclude_min=True, exclude_max=True)
 maps = arrays.arrays(np.uint8, arrays.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=6))
-# Few values make regions; `maps` rarely has any.
+# Maps with few values have regions; those of `maps` rarely do.
 coarse = arrays.arrays(
     np.uint8,
     arrays.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=9),
@@ -40,13 +40,13 @@ def made(probability: np.ndarray, threshold: float = 0.5, cutout_threshold: floa
 
 
 def ellipse(shape: tuple[int, int]) -> np.ndarray:
-    """A pet that touches no edge, if there is room for one."""
+    """A pet that touches no edge, if the map is large enough."""
     y, x = (np.linspace(-1.5, 1.5, n) for n in shape)
     return np.where(y[:, None] ** 2 + x**2 < 1, 255, 0).astype(np.uint8)
 
 
 def blob(seed: int, shape: tuple[int, int] = (60, 80)) -> np.ndarray:
-    """Smooth shapes, some with holes, some cut by the edge, as a model's small map enlarged."""
+    """Smooth shapes, some with holes, some cut by the edge, like an enlarged model output."""
     small = np.random.default_rng(seed).integers(0, 256, (5, 6), dtype=np.uint8)
     return np.array(Image.fromarray(small).resize(shape[::-1], Image.Resampling.BICUBIC))
 
@@ -239,7 +239,7 @@ class TestOnBackground:
 
     def test_a_picture_is_scaled_to_cover_the_photo_and_cut_on_both_sides_alike(self) -> None:
         wide = np.zeros((10, 60, 3), np.uint8)
-        wide[:, 20:40] = 200  # a third; twice as high, the photo shows just this
+        wide[:, 20:40] = 200  # the middle third; on a photo twice as high, the background shows only this
         result = made(np.zeros((20, 40), np.uint8))
         seen = np.array(result.on_background(Image.fromarray(wide)))
         assert seen.shape == (20, 40, 3)
@@ -277,7 +277,7 @@ def rasterised(polygons: list[Polygon], shape: tuple[int, int]) -> np.ndarray:
 
 
 def distances(points: np.ndarray, polygons: list[Polygon]) -> np.ndarray:
-    """How far each point, [n, 2], is from the nearest outline."""
+    """The distance of each point, [n, 2], from the nearest outline."""
     nearest = np.full(len(points), np.inf)
     for ring in (ring for polygon in polygons for ring in (polygon.exterior, *polygon.holes)):
         for start, end in zip(ring, np.roll(ring, -1, axis=0), strict=True):
@@ -316,7 +316,7 @@ class TestPolygons:
         assert len(exact) == len(thinned)
         points = np.concatenate([ring for p in exact for ring in (p.exterior, *p.holes)] or [np.zeros((0, 2))])
         assert (distances(points, thinned) <= tolerance + 1e-9).all()
-        # What lies between an outline and a chord of it is nearer to the chord than the outline is.
+        # A point between an outline and its chord is nearer to the chord than the outline is.
         rows, columns = np.nonzero(rasterised(thinned, result.mask.shape) != result.mask)
         assert (distances(np.stack((columns, rows), 1) + 0.5, thinned) <= tolerance + 1e-9).all()
 
@@ -369,7 +369,7 @@ class TestPolygons:
 
 
 def decoded(rle: dict[str, object]) -> np.ndarray:
-    """COCO's run-length decoding, number by number, from its definition (``rleFrString`` and ``rleDecode``)."""
+    """A decoder of COCO's run-length encoding, written from its definition (``rleFrString`` and ``rleDecode``)."""
     height, width = rle["size"]
     counts: list[int] = []
     characters = iter(rle["counts"])
@@ -452,7 +452,7 @@ class TestCoco:
             rles = coco.frPyObjects(segmentation, 90, 120) if isinstance(segmentation, list) else [segmentation]
             merged = coco.merge(rles)
             seen = decoded({"size": merged["size"], "counts": merged["counts"].decode()})
-            # It draws polygons a little differently: along the outline it may be off by a pixel.
+            # It rasterizes polygons a little differently: pixels along the outline may differ.
             assert (seen & result.mask).sum() / (seen | result.mask).sum() > 0.97
 
 
@@ -564,7 +564,7 @@ class TestFound:
 
 
 def test_a_result_is_not_changed_through_what_it_gives_away() -> None:
-    """A mask that has been made would not follow."""
+    """A mask that was computed before would not change with it."""
     own = np.full((4, 4), 200, np.uint8)
     result = made(own)
     assert result.mask.all()
@@ -573,7 +573,7 @@ def test_a_result_is_not_changed_through_what_it_gives_away() -> None:
     picture = result.probability_image()
     picture.putpixel((1, 1), 7)
     assert result.probability.min() == 200
-    own[2, 2] = 7  # whose array it was keeps the right to write
+    own[2, 2] = 7  # the owner of the array may still write to it
 
 
 @pytest.mark.parametrize("passed_on", [lambda result: pickle.loads(pickle.dumps(result)), copy.deepcopy])
@@ -592,7 +592,7 @@ def test_a_result_from_another_process_is_not_changed_either(passed_on: Callable
     [
         (lambda result: result.overlay(strength=1.5), "strength is 1.5"),
         (lambda result: result.overlay(strength=float("nan")), "strength is nan"),
-        (lambda result: result.overlay(color=(0, 256, 0)), r"colour \(0, 256, 0\); red, green and blue"),
+        (lambda result: result.overlay(color=(0, 256, 0)), r"colour is \(0, 256, 0\); it must be red, green and blue"),
         (lambda result: result.overlay(color=(0.5, 0, 0)), "colour"),
         (lambda result: result.on_background((1, 2)), "colour"),
         (lambda result: result.polygons(-1), "tolerance is -1"),

@@ -85,7 +85,7 @@ def decoding(change: Callable[[Photo], Photo]) -> Callable[[Any], Any]:
         @contextlib.contextmanager
         def open_photo(*args: Any, **options: Any) -> Iterator[OpenPhoto]:
             with whole(*args, **options) as photo:
-                yield dataclasses.replace(photo, decode=lambda: change(photo.decode()))
+                yield dataclasses.replace(photo, decode=lambda size, **options: change(photo.decode()))
 
         return open_photo
 
@@ -129,7 +129,7 @@ def resampled(method: Image.Resampling) -> Callable[[Any], Any]:
     """A different resampling filter."""
 
     def broken(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-        return np.array(Image.fromarray(pixels).resize((width, height), method))
+        return np.array(Image.fromarray(np.asarray(pixels)).resize((width, height), method))
 
     return lambda function: broken
 
@@ -160,8 +160,8 @@ RESIZED, BROUGHT_BACK = "read and resized: ", "output resized back: "
         ("open_photo", decoding(swapped), [*NAMES, ON_ITS_SIDE, HALVED, TRANSPARENT], RESIZED + "mean difference"),
         ("open_photo", decoding(without_last_row), [*NAMES, ON_ITS_SIDE], RESIZED + "largest difference"),
         ("open_photo", decoding(limited), [*NAMES, TRANSPARENT], RESIZED + "mean difference"),
-        ("_turn", unturned, [ON_ITS_SIDE], "is 300 x 451 here, 451 x 300 in the record"),
-        ("_turn", unturned, [ON_ITS_SIDE], RESIZED + "largest difference"),
+        ("_transposition", unturned, [ON_ITS_SIDE], "is 300 x 451 here, 451 x 300 in the record"),
+        ("_transposition", unturned, [ON_ITS_SIDE], RESIZED + "largest difference"),
         ("_to_rgb", opaque, [TRANSPARENT], RESIZED + "largest difference"),
         *(
             ("to_model", resampled(method), NAMES, RESIZED + "largest difference")

@@ -1,4 +1,4 @@
-"""Photo in, mask at the photo's size out, whatever form the photo comes in."""
+"""The Python API: from photos in any form to masks of their size."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONFIDENT = ("Abyssinian_204.jpg", "american_bulldog_60.jpg", "chelsea.jpg")
 
 @pytest.fixture(scope="module")
 def red(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that takes red for pet: its probability is the image's red channel."""
+    """A model whose probability is the image's red channel."""
     spec = ModelSpec(name="red", height=H, width=W, threshold=0.7, cutout_threshold=0.2)
     graph = helper.make_graph(
         [helper.make_node("Gather", ["image", "index"], ["probability"], axis=3)],
@@ -51,7 +51,7 @@ def red(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def segmenter(red: Path) -> Iterator[Segmenter]:
-    """The answer is the photo's red, and all of it is shown."""
+    """Outputs the photo's red channel, without removing low-confidence regions."""
     with Segmenter(red, threads=1, keep_doubtful=True) as segmenter:
         yield segmenter
 
@@ -70,7 +70,7 @@ def pixels() -> np.ndarray:
 
 
 def encoded(pixels: np.ndarray) -> bytes:
-    """As PNG."""
+    """The pixels as a PNG."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "png")
     return file.getvalue()
@@ -159,7 +159,7 @@ def test_what_is_no_photo_is_told_by_its_type(segmenter: Segmenter, wrong: Any) 
             error = take(wrong)
         except InputError as raised:
             error = raised
-        said = "a photo is a path, bytes, an open binary file, a uint8 array or a PIL image, not "
+        said = "a photo must be a path, bytes, an open binary file, a uint8 array or a PIL image, not "
         assert str(error).startswith(said + type(wrong).__name__)
         assert ("cv2.imread" in str(error)) == (wrong is None)
 
@@ -270,7 +270,7 @@ def test_eight_threads_share_the_model_that_ships(embedded: Segmenter) -> None:
         results = list(pool.map(embedded, photos))
     for photo, result in zip(photos, results, strict=True):
         expected = embedded(photo)
-        assert np.abs(result.probability.astype(int) - expected.probability).max() <= 1  # kernels may round otherwise
+        assert np.abs(result.probability.astype(int) - expected.probability).max() <= 1  # kernels may round differently
 
 
 # ---------------------------------------------------------------------------------------------- several photos
@@ -336,7 +336,7 @@ def test_a_map_goes_on_after_a_bad_photo_and_keeps_the_order(segmenter: Segmente
         ({"threads": 0}, "threads is 0"),
         ({"threads": 1.5}, "threads is 1.5"),
         ({"streams": 0}, "streams is 0"),
-        ({"size": 256}, r"size is 256; \(height, width\) is expected"),
+        ({"size": 256}, r"size is 256; it must be \(height, width\)"),
         ({"size": ()}, r"size is \(\)"),
         ({"size": "16x32"}, "size is '16x32'"),
     ],
@@ -360,11 +360,11 @@ def test_a_batch_that_is_none_of_this_models_is_wrong_usage(segmenter: Segmenter
 
 
 def test_an_engine_that_is_passed_over_is_no_secret(red: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program of one's own would run on another device than it was meant to, and nobody would know."""
+    """Otherwise a user's program would run on another device than intended without notice."""
     monkeypatch.setattr("petseg_runtime.host.nvidia_gpus", lambda: 1)
     monkeypatch.setattr(registry, "RULE", [line for line in registry.RULE if line.engine == "onnxruntime"])
     monkeypatch.setattr("petseg_runtime.engines.onnxruntime.load", broken := Broken(onnxruntime.load))
-    with pytest.warns(RuntimeWarning, match="passed over: the library of cuda is broken") as caught:
+    with pytest.warns(RuntimeWarning, match="skipped: the library of cuda is broken") as caught:
         Segmenter(red).close()
     assert {warning.filename for warning in caught} == {__file__}
     assert broken.asked == ["cuda", "cpu"]
@@ -374,7 +374,7 @@ def test_an_engine_that_is_passed_over_is_no_secret(red: Path, monkeypatch: pyte
 
 
 class Broken:
-    """ONNX Runtime's loader, on a machine where it does not work on the GPU."""
+    """ONNX Runtime's loader on a machine where it fails on the GPU."""
 
     def __init__(self, load: Any) -> None:
         self.load, self.asked = load, []
@@ -393,7 +393,7 @@ class Broken:
 )
 def test_a_map_of_one_photo_is_refused_at_once(segmenter: Segmenter, one: Any, pixels: np.ndarray) -> None:
     for source in (one, pixels):
-        with pytest.raises(UsageError, match=rf"was given one \({type(source).__name__}\): call the segmenter with it"):
+        with pytest.raises(UsageError, match=rf"not a single one \({type(source).__name__}\); call the"):
             segmenter.map(source)
 
 
@@ -405,23 +405,23 @@ def test_a_map_of_an_array_of_photos_takes_each(segmenter: Segmenter, pixels: np
 def test_a_map_keeps_what_a_buffer_held_that_is_filled_anew(
     segmenter: Segmenter, pixels: np.ndarray, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the loop over a camera does, while photos wait for their turn."""
+    """A loop over a camera refills its buffer while photos wait for a reader thread."""
     photos = [np.roll(pixels, shift, axis=1) for shift in range(12)]
     array, buffer = np.empty_like(pixels), bytearray(max(len(encoded(photo)) for photo in photos))
     held = {np.ndarray: array, bytearray: buffer, memoryview: memoryview(buffer), io.BytesIO: io.BytesIO()}[kind]
 
     refilled, open_photo = threading.Event(), images.open_photo
 
-    def later(source: Any) -> Any:
+    def later(source: Any, **options: Any) -> Any:
         assert refilled.wait(60)
-        return open_photo(source)
+        return open_photo(source, **options)
 
     monkeypatch.setattr(images, "open_photo", later)
 
     def taken() -> Iterator[Any]:
         for number, photo in enumerate(photos):
             array[:] = photo
-            file = encoded(photo)  # what a longer one has left behind it is no part of a PNG
+            file = encoded(photo)  # bytes of a longer file may remain after it, which are not part of the PNG
             buffer[: len(file)] = file
             if kind is io.BytesIO:
                 held.seek(0)
@@ -452,6 +452,45 @@ def test_a_map_keeps_what_a_pillow_image_held_that_is_drawn_on_or_turned_to_its_
     for photos in (drawn(), ImageSequence.Iterator(Image.open(film))):
         results = [result.probability[0, 0] for result in segmenter.map(photos) if isinstance(result, Segmentation)]
         assert results == list(reds)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP", "GIF"])
+def test_a_pillow_image_may_be_given_to_a_map_several_times_before_it_is_loaded(red: Path, form: str) -> None:
+    """The threads that read it share the position in its file."""
+    file = io.BytesIO()
+    Image.effect_noise((600, 600), 60).convert("L" if form == "GIF" else "RGB").save(file, form)
+    expected = None
+    with Segmenter(red, threads=4, streams=4, keep_doubtful=True) as segmenter:
+        for _ in range(3):
+            for result in segmenter.map([Image.open(file)] * 12):
+                assert isinstance(result, Segmentation), result
+                expected = result.probability if expected is None else expected
+                np.testing.assert_array_equal(result.probability, expected)
+
+
+def test_files_may_be_closed_or_given_again_before_a_map_has_segmented_them(
+    red: Path, pixels: np.ndarray, tmp_path: Path
+) -> None:
+    """A generator closes a file when the next one is requested; threads that read one file share its position."""
+    photos = [np.roll(pixels, shift, axis=1) for shift in range(12)]
+    for number, photo in enumerate(photos):
+        (tmp_path / f"{number}.png").write_bytes(encoded(photo))
+    (tmp_path / "cut.png").write_bytes(encoded(pixels)[:-100])
+
+    def opened() -> Iterator[Any]:
+        for number in (*range(len(photos)), "cut"):
+            with (tmp_path / f"{number}.png").open("rb") as file:
+                yield file
+
+    with Segmenter(red, threads=4, streams=4, keep_doubtful=True) as segmenter:
+        *results, of_a_cut_file = segmenter.map(opened())
+        assert str(of_a_cut_file).startswith(f"{tmp_path / 'cut.png'}: damaged or truncated")
+        for photo, result in zip(photos, results, strict=True):
+            assert isinstance(result, Segmentation), result
+            np.testing.assert_array_equal(result.pixels, photo)
+        with (tmp_path / "0.png").open("rb") as file:
+            for result in segmenter([file] * 12):
+                np.testing.assert_array_equal(result.pixels, photos[0])
 
 
 def test_a_map_goes_on_after_pillow_images_that_cannot_be_read(segmenter: Segmenter, pixels: np.ndarray) -> None:
@@ -509,6 +548,34 @@ def test_its_steps_one_by_one_are_a_call(segmenter: Segmenter, pixels: np.ndarra
     np.testing.assert_array_equal(result.pixels, pixels)
 
 
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (np.zeros((H, W), np.float32), rf"^probability is float32 \[{H}, {W}\]; it must be uint8 \[{H}, {W}\]"),
+        (np.zeros((H, W), np.bool_), "^probability is bool"),
+        (np.zeros((1, H, W), np.uint8), rf"^probability is uint8 \[1, {H}, {W}\]"),
+        (np.zeros((W, H), np.uint8), rf"^probability is uint8 \[{W}, {H}\]"),
+    ],
+)
+def test_what_is_no_output_of_the_network_is_wrong_usage(
+    segmenter: Segmenter, pixels: np.ndarray, output: np.ndarray, said: str
+) -> None:
+    """Most of these would otherwise be resized to a wrong mask, without an error."""
+    with pytest.raises(UsageError, match=said):
+        segmenter.finish(segmenter.prepare(pixels), output)
+
+
+def test_an_encoded_photo_is_resized_before_it_becomes_an_array(
+    segmenter: Segmenter, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copying an array of 12 megapixels back into an image takes half as long as resizing it."""
+    photo, expected = encoded(pixels), segmenter.prepare(pixels)
+    monkeypatch.setattr(Image, "fromarray", None)
+    prepared = segmenter.prepare(photo)
+    np.testing.assert_array_equal(prepared.image, expected.image)
+    np.testing.assert_array_equal(prepared.pixels, pixels)
+
+
 def agreement(one: np.ndarray, two: np.ndarray) -> float:
     """Intersection over union."""
     return float((one & two).sum() / (one | two).sum())
@@ -520,7 +587,7 @@ def test_a_photo_read_for_its_mask_only_has_the_same_mask_and_decoded_smaller_ne
 ) -> None:
     shares = []
     for path in sample_photos():
-        if path.name == "coffee.jpg":  # no pet: what the model makes of it is decided by next to nothing
+        if path.name == "coffee.jpg":  # no pet: tiny differences decide its mask
             continue
         photo = tmp_path / path.name
         with Image.open(path) as image:
@@ -620,7 +687,7 @@ def test_the_model_that_ships_finds_a_pet_that_is_not_the_whole_photo(embedded: 
 
 @pytest.fixture(scope="module")
 def free(toy: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The red model for any input size; proven at 16 x 32."""
+    """The red model for any input size, with a parity record at 16 x 32."""
     path: Path = toy(tmp_path_factory.mktemp("free") / "free.onnx", dynamic_size=True).path
     return path
 
@@ -699,7 +766,7 @@ def test_what_is_loaded_can_be_proven_here(proven: Artifact, prove: Callable[...
 
 
 def test_a_broken_road_is_found_through_a_segmenter(proven: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_turn", lambda image: None)
+    monkeypatch.setattr(images, "_transposition", lambda image: None)
     with Segmenter(proven.path, backend="onnxruntime", threads=1) as segmenter:
         done = segmenter.verify()
     assert done.network.passed

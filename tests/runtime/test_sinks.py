@@ -1,4 +1,4 @@
-"""Results are written whole, beside no photo's place, and a disk that is full stops the run."""
+"""Results are written atomically and replace no photo, and a full disk stops the run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def tree(folder: Path) -> list[str]:
 
 
 def fail_halfway(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    """Saving a picture writes some bytes and then fails as the system would."""
+    """Makes saving a picture write some bytes and then fail as the operating system would."""
 
     def save(self: Image.Image, path: Path, **_: Any) -> None:
         Path(path).write_bytes(b"half of a picture")
@@ -97,7 +97,7 @@ def test_each_kind_in_each_format_decodes_to_what_it_is(
     assert rendered.mode == MODES[kind]
     with Image.open(path) as saved:
         assert (saved.format, saved.size) == ({"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[form], (30, 20))
-        assert saved.mode == (MODES[kind] if form != "webp" or kind == "cutout" else "RGB")  # WebP knows no grey
+        assert saved.mode == (MODES[kind] if form != "webp" or kind == "cutout" else "RGB")  # WebP has no greyscale
         written = np.array(saved.convert(MODES[kind])).astype(int)
     expected = np.array(rendered).astype(int)
     if form == "png" or kind in EXACT:
@@ -151,7 +151,7 @@ def test_only_the_kinds_with_the_photo_in_them_need_it(result: Segmentation) -> 
                 looks(kind).render(bare)
 
 
-# ------------------------------------------------------------------------------------ what does not go together
+# ----------------------------------------------------------------------------- options that do not fit together
 
 
 @pytest.mark.parametrize(
@@ -160,12 +160,12 @@ def test_only_the_kinds_with_the_photo_in_them_need_it(result: Segmentation) -> 
 )
 def test_a_format_that_cannot_hold_a_kind_is_refused_with_those_that_can(kind: str, form: str) -> None:
     able = ", ".join(KINDS[kind].formats) or "JSON only"
-    with pytest.raises(UsageError, match=f"^a {kind} is not written as {form}; it can be: {able}$"):
+    with pytest.raises(UsageError, match=f"^a {kind} cannot be written as {form}; available: {able}$"):
         check_looks(kind, form, "white" if kind == "background" else None)
 
 
 def test_a_transparent_cutout_is_never_a_jpeg() -> None:
-    with pytest.raises(UsageError, match="a cutout is not written as jpg; it can be: png, webp"):
+    with pytest.raises(UsageError, match="a cutout cannot be written as jpg; available: png, webp"):
         picture("cutout", "jpg")
 
 
@@ -221,27 +221,27 @@ def test_a_background_is_made_to_fit_once_for_photos_of_one_size_and_profile(
     render = picture("background", "png", beach).render
     for _ in range(3):
         assert np.array(render(result)).tobytes() == result.on_background(beach).tobytes()
-    assert made == [(30, 20)] * 4, "on_background, which keeps nothing, makes it fit each time"
+    assert made == [(30, 20)] * 4, "on_background has no cache, and fits it each time"
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for _ in range(2):
         assert render(dataclasses.replace(result, icc_profile=profile)).info["icc_profile"] == profile
         assert "icc_profile" not in render(result).info
     assert len(made) == 5
     with monkeypatch.context() as patch:
-        patch.setattr("petseg_runtime.sinks._KEPT", 599)  # of 30 x 20: a large photo's is not kept in memory
+        patch.setattr("petseg_runtime.sinks._CACHED_PIXELS", 599)  # below 30 x 20: that of a large photo is not cached
         assert render(result).tobytes() == render(result).tobytes()
     assert len(made) == 7
-    for side in range(2, 8):  # many sizes: it stays right, and no more than a few are kept
+    for side in range(2, 8):  # many sizes: results stay right, and only a few are cached
         small = Segmentation(np.zeros((side, side, 3), np.uint8), np.zeros((side, side), np.uint8), 0.5, 0.3)
         np.testing.assert_array_equal(np.array(render(small)), np.array(beach.resize((side, side))))
     made.clear()
     render(result)
-    assert made == [(30, 20)], "it was among the oldest"
+    assert made == [(30, 20)], "it was evicted from the cache"
     assert beach.tobytes() == before
 
 
 def test_a_background_that_is_partly_transparent_is_refused() -> None:
-    with pytest.raises(InputError, match="'#0f08': a colour without transparency"):
+    with pytest.raises(InputError, match="'#0f08': a colour must be opaque"):
         background_of("#0f08")
 
 
@@ -457,7 +457,7 @@ def test_annotations_beside_the_photos_are_not_replaced(tmp_path: Path) -> None:
     for folder in ("in", "out"):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / "annotations.json").write_text("weeks of work")
-    with pytest.raises(OutputError, match=r"annotations\.json: there already, beside the photos"):
+    with pytest.raises(OutputError, match=r"annotations\.json: already exists, beside the photos"):
         CocoSink(tmp_path / "in", "coco-rle", items)
     CocoSink(tmp_path / "in", "coco-rle", items, resume=True).finish([])
     CocoSink(tmp_path / "out", "coco-rle", items).finish([])
@@ -527,7 +527,7 @@ def items_of(count: int) -> list[Item]:
 
 
 def coco(folder: Path, kind: str, results: list[Segmentation]) -> dict[str, Any]:
-    """The file that a sink makes of results."""
+    """The file that a sink writes for results."""
     sink = CocoSink(folder, kind, [])
     values = []
     for item, result in zip(items_of(len(results)), results, strict=True):
@@ -576,7 +576,7 @@ def test_cocos_own_tools_read_the_masks_back(tmp_path: Path, kind: str, capsys: 
     for number, result in enumerate(results, start=1):
         (annotation,) = read.loadAnns(read.getAnnIds(imgIds=[number]))
         is_rle = isinstance(annotation["segmentation"], dict)
-        assert is_rle is (kind == "coco-rle" or number == len(results))  # of the two, only RLE knows holes
+        assert is_rle is (kind == "coco-rle" or number == len(results))  # only RLE can express holes
         mask = read.annToMask(annotation).astype(bool)
         assert mask.shape == result.mask.shape
         if is_rle:
@@ -605,10 +605,10 @@ def test_run_lengths_are_exact_by_a_decoder_of_our_own(tmp_path: Path) -> None:
 
 
 def test_a_coco_files_values_are_not_kept(tmp_path: Path) -> None:
-    """Those of a hundred thousand photos take gigabytes."""
+    """The values of a hundred thousand photos take gigabytes."""
 
     class Outline(list[float]):
-        """Which a weak set takes."""
+        """A list that a weak set accepts."""
 
         __hash__ = object.__hash__  # type: ignore[assignment]
 

@@ -1,4 +1,4 @@
-"""Every photo is found once, and its result has a name of its own."""
+"""Every photo is found once, and the names of results are unique."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def names(items: list[Item]) -> list[str]:
 
 
 def deny(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Make a folder that may not be listed, also for root."""
+    """Make a folder that cannot be listed, not even by root."""
     listed = os.scandir
 
     def scandir(path: Any = ".") -> Any:
@@ -188,7 +188,7 @@ def test_an_output_reached_through_a_link_is_passed_over_too(tmp_path: Path) -> 
 def test_an_output_that_is_searched_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "out/cat.png")
     for output in (tmp_path / "out", tmp_path / "in" / ".." / "out"):
-        with pytest.raises(UsageError, match="later searches pass over folders with results"):
+        with pytest.raises(UsageError, match="later searches skip folders with results"):
             find_photos([tmp_path / "out"], output)
     (item,) = find_photos([tmp_path / "out" / "cat.png"], tmp_path / "out")  # named, not searched for
     assert str(item.name) == "cat"
@@ -197,7 +197,9 @@ def test_an_output_that_is_searched_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pattern", ["", "**/*.jpg", "*"])
 def test_an_output_in_what_is_searched_holds_nothing_but_results(tmp_path: Path, pattern: str) -> None:
     touch(tmp_path, "in/cat.jpg", "in/out/notes.txt", "in/out/deep/dog.jpg")
-    with pytest.raises(UsageError, match=r"out: it lies in what is searched, and holds photos .*\(dog.jpg, for one\)"):
+    with pytest.raises(
+        UsageError, match=r"out: it is in a folder that is searched, and contains photos .*\(dog.jpg, for one\)"
+    ):
         find_photos([tmp_path / "in" / pattern], tmp_path / "in" / "out")
     (tmp_path / "in" / "out" / "deep" / "dog.jpg").unlink()
     assert names(find_photos([tmp_path / "in" / pattern], tmp_path / "in" / "out")) == ["cat"]
@@ -206,7 +208,7 @@ def test_an_output_in_what_is_searched_holds_nothing_but_results(tmp_path: Path,
 def test_a_wildcard_does_not_lead_out_of_the_output(tmp_path: Path) -> None:
     touch(tmp_path, "in/p/a.jpg", "dest/c.jpg")
     (item,) = find_photos([tmp_path / "in" / "*" / ".." / ".." / "dest" / "*.jpg"], tmp_path / "o")
-    assert "behind a wildcard, .. leads out" in (item.problem or "")
+    assert ".. after a wildcard leads out" in (item.problem or "")
     assert names(find_photos([tmp_path / "in" / ".." / "dest" / "*.jpg"], tmp_path / "o")) == ["c"]
 
 
@@ -246,15 +248,15 @@ def test_pipes_and_sockets_that_are_found_are_problems_and_those_that_are_named_
     touch(tmp_path, "a.jpg")
     os.mkfifo(tmp_path / "b.jpg")
     (tmp_path / "c.jpg").symlink_to("b.jpg")
-    (tmp_path / "d.jpg").symlink_to("nowhere")  # reading it will say so
+    (tmp_path / "d.jpg").symlink_to("nowhere")  # reading it will report that
     with socket.socket(socket.AF_UNIX) as ear:
-        monkeypatch.chdir(tmp_path)  # a socket's name has about 100 letters at most
+        monkeypatch.chdir(tmp_path)  # a socket's path has about 100 characters at most
         ear.bind("e.jpg")
     found = find_photos([tmp_path / pattern] if pattern else [tmp_path])
     assert names(found) == ["a", "b", "c", "d", "e"]
     problems = [item.problem for item in found]
     for number in (1, 2, 4):
-        assert str(problems[number]).startswith(f"{found[number].source}: not a regular file, which a search does not")
+        assert str(problems[number]).startswith(f"{found[number].source}: not a regular file, so a search does not")
     assert problems[0] is problems[3] is None
     (named,) = find_photos([tmp_path / "b.jpg"])
     assert named.problem is None
@@ -324,8 +326,8 @@ def test_a_folder_that_fits_a_pattern_is_searched_and_each_photo_is_taken_once(t
 def test_a_pattern_that_nothing_fits_is_a_problem_that_is_counted(tmp_path: Path) -> None:
     touch(tmp_path, "cat.jpg")
     first, second, cat = find_photos([tmp_path / "*.png", tmp_path / "none" / "**" / "*.jpg", tmp_path / "cat.jpg"])
-    assert first.problem == f"{tmp_path / '*.png'}: no file fits this pattern"
-    assert second.problem == f"{tmp_path / 'none' / '**' / '*.jpg'}: no file fits this pattern"
+    assert first.problem == f"{tmp_path / '*.png'}: no file matches this pattern"
+    assert second.problem == f"{tmp_path / 'none' / '**' / '*.jpg'}: no file matches this pattern"
     assert cat == Item(tmp_path / "cat.jpg", PurePath("cat"))
 
 
@@ -340,7 +342,7 @@ def test_a_file_or_folder_whose_name_looks_like_a_pattern_is_taken_as_it_is(tmp_
 
 @pytest.mark.parametrize("pattern", ["**/*.jpg", "**", "*", "*/*.jpg", "o*/*.jpg"])
 def test_the_output_is_passed_over_by_a_pattern_too(tmp_path: Path, pattern: str) -> None:
-    """Else a second run would segment the results of the first."""
+    """Otherwise a second run would segment the results of the first."""
     touch(tmp_path, "in/cat.jpg", "in/out/cat.jpg", "in/out/deep/cat.jpg", "in/other/dog.jpg")
     touch(tmp_path, "in/out/.petseg-run.ndjson")
     found = find_photos([tmp_path / "in" / pattern], tmp_path / "in" / "out")
@@ -351,7 +353,7 @@ def test_the_output_is_passed_over_by_a_pattern_too(tmp_path: Path, pattern: str
 def test_an_output_that_a_pattern_searches_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "out/cat.jpg", "out/deep/cat.jpg")
     for pattern in ("*.jpg", "*", "**", "**/*.jpg", "c*"):
-        with pytest.raises(UsageError, match="later searches pass over folders with results"):
+        with pytest.raises(UsageError, match="later searches skip folders with results"):
             find_photos([tmp_path / "out" / pattern], tmp_path / "out")
     assert names(find_photos([tmp_path / "out" / "deep" / "*"], tmp_path / "out")) == ["cat"]
 
@@ -364,23 +366,25 @@ def test_an_unreadable_folder_below_a_pattern_is_a_problem(tmp_path: Path, monke
     assert str(problem.problem) == f"{tmp_path / 'secret'}: the folder cannot be listed (Permission denied)"
 
 
-# --------------------------------------------------------------------------- what a search passes over
+# --------------------------------------------------------------------------------- what a search skips
 
 
 def told(paths: list[Path], output: Path | None = None) -> tuple[list[str], list[str]]:
-    """The names of what is found, and what is told of what was passed over."""
+    """The names of the photos found, and the notes on what was skipped."""
     notes: list[str] = []
     return names(find_photos(paths, output, tell=notes.append)), notes
 
 
 @pytest.mark.parametrize("pattern", ["", "**/*.jpg", "**", "*"])
 def test_results_of_earlier_runs_are_passed_over(tmp_path: Path, pattern: str) -> None:
-    """Of other kinds, too, which lie in other folders than this run's."""
+    """Also those of other kinds, which are in other folders than this run's."""
     touch(tmp_path, "cat.jpg", "petseg-output/overlay/cat.jpg", "a/petseg-output/mask/dog.jpg", "a/dog.jpg")
     touch(tmp_path, "masks/.petseg-run.ndjson", "masks/cat.jpg", "masks/deep/cat.jpg")
     found, notes = told([tmp_path / pattern], tmp_path / "petseg-output" / "cutout")
     assert sorted(found) == ["a/dog", "cat"]
-    assert notes == [f"{tmp_path / 'masks'}: results of an earlier run, which are passed over: to take them, name it"]
+    assert notes == [
+        f"{tmp_path / 'masks'}: skipped, because it has results of an earlier run; to segment them, name it"
+    ]
 
 
 def test_of_this_runs_own_output_nothing_is_told(tmp_path: Path) -> None:
@@ -396,12 +400,12 @@ def test_results_that_are_named_are_taken(tmp_path: Path) -> None:
 
 
 def links(root: Path) -> list[str]:
-    """A folder with two photos, and links to folders: in a circle, to each other, and to elsewhere."""
+    """A folder with two photos, and links to folders: in a loop, to each other, and to other places."""
     touch(root, "in/cat.jpg", "in/a/dog.jpg", "else/bird.jpg")
     (root / "in" / "a" / "up").symlink_to("..", target_is_directory=True)
     (root / "in" / "a" / "again").symlink_to("..", target_is_directory=True)
     (root / "in" / "b").symlink_to(root / "else", target_is_directory=True)
-    why = "a link to a folder, which is not followed: to take its photos, name it"
+    why = "skipped, because it is a link to a folder; to segment its photos, name it"
     return [f"{root / 'in' / name}: {why}" for name in ("a/again", "a/up", "b")]
 
 
@@ -422,27 +426,27 @@ def test_links_to_folders_are_told_of_and_not_followed(tmp_path: Path, pattern: 
 
 @pytest.mark.parametrize("pattern", ["", "*", "2*", "2*/**", "**/*"])
 def test_photos_of_other_kinds_are_counted_by_their_suffix(tmp_path: Path, pattern: str) -> None:
-    """Each once, though a pattern may lead to a folder twice; what only lies beside photos is not worth a word."""
+    """Each once, although a pattern may match a folder twice; companion files are not mentioned."""
     kinds = ["1.NEF", "2.nef", "deep/3.nef", "4.jp2", "no suffix", "v1.2 with my cat", "5.jxl"]
     beside = ["notes.txt", "1.xmp", "Thumbs.db", ".hidden.nef", "masks/.petseg-run.ndjson", "masks/6.nef", "program.ts"]
     touch(tmp_path, *(f"2024/{name}" for name in ["cat.jpg", "cat.mov", "cat.aae", *kinds, *beside]))
     notes: list[str] = []
     find_photos([tmp_path / pattern], suffixes=IMAGE_SUFFIXES | VIDEO_SUFFIXES, tell=notes.append)
-    # What a pattern fits is taken whatever its suffix.
-    said = [] if "**" in pattern else ["passed over by their suffix: 3 .nef, 2 without a suffix, 1 .jp2, 1 .jxl"]
+    # A file that matches a pattern is found whatever its suffix.
+    said = [] if "**" in pattern else ["skipped because of their suffix: 3 .nef, 2 without a suffix, 1 .jp2, 1 .jxl"]
     assert notes[1:] == said
-    assert notes[0].startswith(f"{tmp_path / '2024' / 'masks'}: results of an earlier run")
+    assert notes[0].startswith(f"{tmp_path / '2024' / 'masks'}: skipped, because it has results of an earlier run")
 
 
 def test_what_is_named_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "1.nef", "2.nef", "a/3.nef")
     monkeypatch.chdir(tmp_path)
-    assert told([Path(), Path("1.nef"), Path("a", "3.nef")])[1] == ["passed over by their suffix: 1 .nef"]
+    assert told([Path(), Path("1.nef"), Path("a", "3.nef")])[1] == ["skipped because of their suffix: 1 .nef"]
 
 
 def test_of_many_other_kinds_the_most_frequent_are_named(tmp_path: Path) -> None:
     touch(tmp_path, *(f"{number}.{kind}" for kind in "abcdefg" for number in range(2 if kind == "g" else 1)))
-    assert told([tmp_path]) == ([], ["passed over by their suffix: 2 .g, 1 .a, 1 .b, 1 .c, 1 .d, 2 of other kinds"])
+    assert told([tmp_path]) == ([], ["skipped because of their suffix: 2 .g, 1 .a, 1 .b, 1 .c, 1 .d, 2 of other kinds"])
 
 
 def test_nothing_is_said_of_other_kinds_in_this_runs_own_output(tmp_path: Path) -> None:
@@ -500,9 +504,29 @@ def test_standard_input_is_read_only_where_it_is_asked_for(tmp_path: Path, monke
     assert names(find_photos([tmp_path])) == ["cat"]
 
 
+@pytest.mark.parametrize("pattern", ["*", "?", "**", "./*"])
+def test_a_file_called_dash_that_a_pattern_finds_is_not_standard_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    touch(tmp_path, "-", "a")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", None)
+    dash, a = find_photos([Path(pattern)])
+    assert (dash.source, str(dash.name), dash.data, dash.found) == (tmp_path / "-", "-", None, True)
+    assert a.source == Path("a")
+
+
+def test_a_dash_is_standard_input_beside_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "-/cat.jpg", "in/dog.jpg")
+    monkeypatch.chdir(tmp_path)
+    piped, dog = find_photos([STDIN, Path("in")], pipe=b"photo")
+    assert (piped.source, str(piped.name), piped.data) == (STDIN, "stdin", b"photo")
+    assert str(dog.name) == "dog"
+
+
 def test_a_second_dash_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     give(monkeypatch, b"one")
-    with pytest.raises(UsageError, match=r"standard input .* once only"):
+    with pytest.raises(UsageError, match=r"standard input .* only once"):
         find_photos([STDIN, STDIN])
 
 
@@ -521,7 +545,7 @@ def test_a_file_that_is_called_like_standard_input_keeps_its_name(
     assert len(set(names(find_photos([tmp_path / "stdin.jpg", STDIN])))) == 2
 
 
-# Few stems and suffixes, so that they collide; ß and ss are one without case.
+# Few stems and suffixes, so that they collide; ß and ss are equal when case is ignored.
 stems = st.sampled_from(["cat", "CAT", "cat.jpg", "cat-2", "cat.jpg-2", "straße", "STRASSE", "é"])
 suffixes = st.sampled_from([".jpg", ".JPG", ".png", ".webp"])
 folders = st.sampled_from(["", "one/pets/", "two/pets/", "two/Pets/", "one/pets/cat/", "one/pets/cat.jpg-2/"])
@@ -553,6 +577,8 @@ def test_names_never_collide_and_no_photo_is_lost(tree: set[str], chosen: list[s
     [
         ("rtsp://user:secret@cam:554/live?token=secret", "rtsp://***@cam:554/live?***"),
         ("rtsp://user:se/cret@cam/live", "rtsp://***@cam/live"),
+        ("rtsp://user:se[cret@cam/live", "rtsp://***@cam/live"),
+        ("rtsp://user:secret]@cam/live", "rtsp://***@cam/live"),
         ("rtsp://user:se?cret@cam/live?x=1", "rtsp://***"),
         ("rtsp://user:1234?5@cam/live", "rtsp://***"),
         ("rtsp://user:se#cret@cam/live", "rtsp://***"),
@@ -585,7 +611,7 @@ def test_what_is_shown_of_a_url(url: str, shown: str) -> None:
 
 part = st.text("abcXYZ019._-~%+!$&'()*,;=:@", min_size=1, max_size=10)
 #: Passwords are not always encoded as they ought to be.
-password = st.text("abcXYZ._-~%+!$&'()*,;=:@/?#", max_size=10)
+password = st.text("abcXYZ._-~%+!$&'()*,;=:@/?#[]", max_size=10)
 plain = st.text("abcxyz019.-", min_size=1, max_size=10)
 
 
@@ -619,7 +645,7 @@ def test_any_text_can_be_shown(text: str) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "video"),
     [
-        ("cat.mp4", b"\xff\xd8\xff", True),  # named so, and then refused as one
+        ("cat.mp4", b"\xff\xd8\xff", True),  # treated as a video by its name, and then rejected as one
         ("cat.MKV", b"", True),
         ("cat.jpg", b"\x1a\x45\xdf\xa3", False),
         ("cat.gif", b"GIF89a", False),
@@ -731,7 +757,8 @@ def test_a_photo_on_a_server_is_no_stream(scheme: str, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://host/cam.mjpg", "http://host/live", "rtsp://host/cam.jpg", "http://a.jpg/live"]
+    "url",
+    ["http://host/cam.mjpg", "http://host/live", "rtsp://host/cam.jpg", "http://a.jpg/live", "http://me:p[w@host/live"],
 )
 def test_other_addresses_are_streams_without_being_told(url: str) -> None:
     camera = stream_origin(url)

@@ -204,7 +204,7 @@ def test_photos_of_kinds_that_are_not_read_are_told_of(
 ) -> None:
     for name in ("1.NEF", "2.NEF", "3.NEF", "4.jp2", "no suffix", "notes.txt"):
         (photo.parent / name).touch()
-    said = "passed over by their suffix: 3 .nef, 1 without a suffix, 1 .jp2\n"
+    said = "skipped because of their suffix: 3 .nef, 1 without a suffix, 1 .jp2\n"
     command = ["infer", str(photo.parent), "--model", str(toy(tmp_path / "toy.onnx").path)]
     assert run([*command, "--output", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().err == f"petseg: {said}"
@@ -354,12 +354,12 @@ def test_the_format_can_be_chosen(photo: Path, tmp_path: Path, kind: str, form: 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--format", "jpg"], "a cutout is not written as jpg; it can be: png, webp"),
-        (["--as", "mask", "--format", "jpg"], "a mask is not written as jpg; it can be: png, webp"),
-        (["--format", "mp4"], "a cutout is not written as mp4; it can be: png, webp"),
+        (["--format", "jpg"], "a cutout cannot be written as jpg; available: png, webp"),
+        (["--as", "mask", "--format", "jpg"], "a mask cannot be written as jpg; available: png, webp"),
+        (["--format", "mp4"], "a cutout cannot be written as mp4; available: png, webp"),
         (["--as", "lines"], "--as lines is for videos; for photos, --json prints the same"),
         (["--start", "1"], "--start is for videos and streams, and none was given"),
-        (["--as", "coco-rle", "--format", "png"], "a coco-rle is not written as png; it can be: JSON only"),
+        (["--as", "coco-rle", "--format", "png"], "a coco-rle cannot be written as png; available: JSON only"),
         (["--as", "background"], "--background COLOUR or FILE and --as background belong together"),
         (["--as", "mask", "--background", "white"], "--background COLOUR or FILE and --as background belong together"),
         (["--as", "coco-rle", "--background", "white"], "--as background belong together"),
@@ -746,12 +746,12 @@ def test_results_do_not_go_among_the_photos_that_are_searched(
     photos = tmp_path / "photos"
     before = files(photos)
     assert run([*reds, str(photos)]) == 2
-    assert "later searches pass over folders with results" in capsys.readouterr().err
+    assert "later searches skip folders with results" in capsys.readouterr().err
     sub = photos / "sub"
     sub.mkdir()
     Image.new("RGB", (20, 30), "red").save(sub / "1.png")
     assert run([*reds, str(sub)]) == 2
-    assert "holds photos that are no known results (1.png, for one)" in capsys.readouterr().err
+    assert "contains photos that may not be results (1.png, for one)" in capsys.readouterr().err
     with Image.open(sub / "1.png") as kept:
         assert kept.getpixel((0, 0)) == (255, 0, 0)
     (sub / "1.png").unlink()
@@ -784,7 +784,7 @@ def test_a_pattern_is_searched_and_one_that_nothing_fits_is_a_failure(
     shutil.copy(tmp_path / "photos" / "0.png", tmp_path / "photos" / "deep" / "0.png")
     reds[1:2] = [str(tmp_path / "photos" / "**" / "[0-2].png"), str(tmp_path / "*.gif")]
     assert run([*reds, str(tmp_path / "out")]) == 3
-    assert capsys.readouterr().err == f"petseg: {tmp_path / '*.gif'}: no file fits this pattern\n"
+    assert capsys.readouterr().err == f"petseg: {tmp_path / '*.gif'}: no file matches this pattern\n"
     written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png")}
     assert written == {"0.png", "1.png", "2.png", "deep/0.png"}
 
@@ -799,9 +799,11 @@ def test_what_a_search_passes_over_is_named_on_stderr(
     (photos / "more").symlink_to(tmp_path)
     assert run([*reds, str(tmp_path / "out")]) == 3
     link, heic = capsys.readouterr().err.splitlines()
-    assert link == f"petseg: {photos / 'more'}: a link to a folder, which is not followed: to take its photos, name it"
+    assert (
+        link == f"petseg: {photos / 'more'}: skipped, because it is a link to a folder; to segment its photos, name it"
+    )
     assert heic == (
-        f"petseg: {photos / 'phone.heic'}: a HEIC photo, which needs pillow-heif: {install('heic')}, or convert the "
+        f"petseg: {photos / 'phone.heic'}: a HEIC photo needs pillow-heif; {install('heic')}, or convert the "
         "photo to JPEG"
     )
     assert run([*reds, str(tmp_path / "quiet"), "--quiet"]) == 3

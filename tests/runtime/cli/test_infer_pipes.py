@@ -110,7 +110,7 @@ def test_a_full_disk_behind_standard_output_is_6(reds: list[str], tmp_path: Path
 @pytest.mark.parametrize(
     ("closed", "code", "said"),
     [
-        ("<&-", 1, "petseg: standard input (-) is closed: pipe something into it, or name a file\n"),
+        ("<&-", 1, "petseg: standard input (-) is closed; pipe something into it, or name a file\n"),
         (">&-", 6, "petseg: standard output is closed; give a folder with --output\n"),
     ],
 )
@@ -177,7 +177,7 @@ def test_a_file_that_is_called_like_standard_input_is_read(
 
 def test_standard_input_twice_is_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["infer", "-", "-", "--output", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == "petseg: standard input (-) can be read once only\n"
+    assert capsys.readouterr().err == "petseg: standard input (-) can be given only once\n"
     assert not (tmp_path / "out").exists()
 
 

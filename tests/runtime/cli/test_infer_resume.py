@@ -97,9 +97,9 @@ def test_another_run_than_the_one_that_was_stopped_is_6_and_changes_nothing(
     assert run([*command, "--resume", *options]) == 6
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"petseg: {tmp_path / 'out'}: the run there was another (")
+    assert err.startswith(f"petseg: {tmp_path / 'out'}: the run there had other settings (")
     assert said in err
-    assert err.endswith("resume it with its own settings, or start again without --resume\n")
+    assert err.endswith("resume it with those, or start again without --resume\n")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     assert run([*command, "--resume"]) == 0
 
@@ -165,7 +165,7 @@ def test_beside_an_active_run_another_may_begin_but_none_may_go_on(
         assert run([*reds, str(out)]) == 0
         capsys.readouterr()
         assert run([*reds, str(out), "--resume"]) == 6
-        assert capsys.readouterr().err == f"petseg: {out}: another run writes there; wait for it, or stop it\n"
+        assert capsys.readouterr().err == f"petseg: {out}: another run is writing there; wait for it, or stop it\n"
 
 
 def test_going_on_beside_the_photos_replaces_only_what_a_run_wrote(
@@ -176,7 +176,7 @@ def test_going_on_beside_the_photos_replaces_only_what_a_run_wrote(
     (tmp_path / "cat.jpg").write_bytes(b"somebody's own")
     command = ["infer", str(photo), "--as", "overlay", "--model", str(toy(tmp_path / "toy.onnx").path), "--resume"]
     assert run([*command, "--output", str(tmp_path)]) == 6
-    assert "there already, beside the photos" in capsys.readouterr().err
+    assert "already exists, beside the photos" in capsys.readouterr().err
     assert (tmp_path / "cat.jpg").read_bytes() == b"somebody's own"
     (tmp_path / "cat.jpg").unlink()
     assert run([*command, "--output", str(tmp_path)]) == 0

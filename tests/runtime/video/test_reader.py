@@ -953,7 +953,9 @@ def test_malformed_descriptions_of_raw_frames_are_rejected(text: str) -> None:
 
 
 def test_raw_frames_of_an_unknown_pixel_format_are_rejected() -> None:
-    with pytest.raises(UsageError, match="--raw 64x48@25:nothing: FFmpeg has no pixel format nothing; rgb24"):
+    with pytest.raises(
+        UsageError, match="--raw 64x48@25:nothing: FFmpeg has no pixel format nothing; use one such as rgb24"
+    ):
         raw_video("64x48@25:nothing")
 
 
