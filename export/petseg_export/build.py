@@ -423,12 +423,12 @@ class _Job:
             )
 
     def _at_another_size(self) -> Proof | None:
-        """A few photos at a size that is not the specification's, for a graph that takes any."""
-        height, width = (max(STRIDE, size - less) for size, less in ((self.spec.height, 16), (self.spec.width, 32)))
-        if not self.spec.dynamic_size or (height, width) == (self.spec.height, self.spec.width):
+        """The reference for a few photos at a size that is not the specification's, where the graph accepts any."""
+        size = _another_size(self.spec, getattr(self.config, "max_size", None))
+        if size is None:
             return None
         chosen = spread(len(self.photos.names), ANOTHER_SIZE)
-        resized = np.stack([images.to_model(photo, height, width) for photo in self.photos.images[chosen]])
+        resized = np.stack([images.to_model(photo, *size) for photo in self.photos.images[chosen]])
         names = tuple(self.photos.names[i] for i in chosen)
         return parity.prove(self.model, self.loaded, parity.Photos(names, resized, None))
 
@@ -440,6 +440,26 @@ class _Job:
 
     def _progress(self, what: str) -> Callable[[int], None]:
         return lambda done: self.tell(what, done, len(self.photos.names))
+
+
+def _another_size(spec: ModelSpec, largest: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The height and width of the parity test's second size.
+
+    Args:
+        spec: The specification of the graph.
+        largest: The largest height and width that the file accepts; None: at least twice the specification's.
+
+    Returns:
+        None if the size is fixed, or if the specification's is the only one that the file accepts.
+    """
+    if not spec.dynamic_size:
+        return None
+    # Smaller, or larger where the side is already the smallest that there is.
+    height = max(STRIDE, spec.height - 16) if spec.height > STRIDE else 2 * STRIDE
+    width = max(STRIDE, spec.width - 32) if spec.width > STRIDE else 2 * STRIDE
+    if largest:
+        height, width = min(height, largest[0]), min(width, largest[1])
+    return None if (height, width) == (spec.height, spec.width) else (height, width)
 
 
 def _budget(quantization: Any) -> float | None:

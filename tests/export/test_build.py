@@ -42,6 +42,7 @@ from petseg_runtime.errors import (
     UsageError,
 )
 from petseg_runtime.parity import Proof, Tolerance, load_proof, proof_of
+from petseg_runtime.spec import ModelSpec
 from petseg_runtime.verify import verify_artifact
 
 CONFIGS: list[type[ExportConfig]] = [OnnxConfig, OpenVINOConfig]
@@ -169,6 +170,44 @@ def test_the_parity_test_has_the_device_and_the_threads_that_are_asked_for(
     monkeypatch.setattr(parity, "load_engine", load)
     export(beside, OnnxConfig(photos=1, backends=("onnxruntime",), threads=3, device="cpu"))
     assert asked == [("onnxruntime", 3, "cpu")], "loaded once: it computes float32 in nothing less"
+
+
+@pytest.mark.parametrize(
+    ("size", "largest", "other"),
+    [
+        ((256, 256), None, (240, 224)),
+        ((32, 32), None, (16, 16)),
+        ((16, 48), None, (32, 16)),
+        ((16, 16), None, (32, 32)),
+        ((16, 16), (16, 32), (16, 32)),
+        ((16, 16), (16, 16), None),
+        ((64, 64), (64, 64), (48, 32)),
+    ],
+)
+def test_a_graph_of_any_size_is_tested_at_a_second_one(
+    size: tuple[int, int], largest: tuple[int, int] | None, other: tuple[int, int] | None
+) -> None:
+    height, width = size
+    assert build._another_size(ModelSpec(name="x", height=height, width=width, dynamic_size=True), largest) == other
+    assert build._another_size(ModelSpec(name="x", height=height, width=width), largest) is None
+
+
+def test_a_file_that_runs_only_at_the_smallest_size_is_not_written(
+    beside: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the specification's size is 16 x 16, below which there is none."""
+
+    def load(*args: Any, **options: Any) -> Any:
+        engine = load_engine(*args, **options)
+        honest = engine.run
+        engine.run = lambda batch: honest(batch) // (1 if batch.shape[1:3] == (16, 16) else 2)
+        return engine
+
+    monkeypatch.setattr(parity, "load_engine", load)
+    config = OnnxConfig(height=16, width=16, dynamic_size=True, photos=3, backends=("onnxruntime",))
+    with pytest.raises(ParityTolerance, match=r"FAILED.*at another size: largest difference"):
+        export(beside, config)
+    assert list(content(beside.parent)) == ["best.safetensors"]
 
 
 def test_progress_is_told_stage_by_stage(beside: Path, known_graph: None) -> None:
