@@ -23,13 +23,14 @@ from petseg.model import AttentionUNet
 from petseg_export import parity, registry
 from petseg_export.config import CompiledConfig, EngineConfig, ExportConfig
 from petseg_export.deploy import HALF_LIMIT, DeployedUNet, activation_peaks
-from petseg_export.onnx import graph_bytes, metadata_of, scan, spec_of
+from petseg_export.onnx import graph_bytes, provenance_of, scan, spec_of
 from petseg_export.registry import Compiler, Watch
 from petseg_runtime import images, onnx_metadata
 from petseg_runtime.artifact import (
     COMPILED,
     INPUT,
     OUTPUT,
+    PROVENANCE_KEY,
     RECEIPT_KEY,
     Artifact,
     open_artifact,
@@ -53,7 +54,7 @@ from petseg_runtime.files import staging
 from petseg_runtime.host import nvidia_gpus
 from petseg_runtime.onnx_metadata import with_metadata
 from petseg_runtime.parity import SMOKE, Checks, Comparison, Proof, Receipt, measure, proof_of, require, spread
-from petseg_runtime.spec import STRIDE, ModelSpec
+from petseg_runtime.spec import SPEC_KEY, STRIDE, ModelSpec
 
 __all__ = ["Exported", "export"]
 
@@ -122,12 +123,13 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
     with _naming(path):
         spec = dataclasses.replace(given.spec, precision=config.precision) if given else spec_of(loaded, config)
         _check_limits(config, spec)
+        provenance = provenance_of(path.name, loaded, config)
         if config.precision == "int8" and not given:
             _check_judges(config, loaded)
         chosen = parity.choose(config.data, config.split, config.photos, config.seed, loaded)
         photos = parity.read(chosen, spec)
         doubt = parity.doubt(config.data, config.split, loaded) or ""
-        job = _Job(name, form, config, path, model, loaded, spec, given, photos, doubt, tell)
+        job = _Job(name, form, config, path, model, loaded, spec, given, provenance, photos, doubt, tell)
         try:
             with staging(output) as folder:
                 receipt = job.run(folder / output.name)
@@ -254,6 +256,7 @@ class _Job:
     loaded: checkpoint.Checkpoint
     spec: ModelSpec
     given: Artifact | None
+    provenance: str
     photos: parity.Photos
     doubt: str
     tell: Watch
@@ -298,7 +301,7 @@ class _Job:
             return open_artifact(file), self._quantization_of(self.given)
         precision = self.form.sources.get(self.spec.precision, self.spec.precision)
         spec = dataclasses.replace(self.spec, precision=precision)
-        metadata = metadata_of(self.path.name, self.loaded, spec, self.config)  # before the long part: it may refuse
+        metadata = {SPEC_KEY: spec.to_json(), PROVENANCE_KEY: self.provenance}
         self.tell("tracing the network", 0, 0)
         half: set[str] = set()
         if precision == "fp16":

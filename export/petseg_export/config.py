@@ -26,6 +26,10 @@ __all__ = [
 ]
 
 _METHODS: Final = ("minmax", "percentile", "entropy")
+#: Keys of the provenance that the export writes (:func:`petseg_export.onnx.provenance_of`); notes cannot replace them.
+RESERVED: Final = frozenset(
+    {"schema_version", "checkpoint", "checkpoint_sha256", "model", "data", "validation", "training", "versions"}
+)
 _CAPABILITY: Final = re.compile(r"\d+\.\d", re.ASCII)
 
 
@@ -92,7 +96,8 @@ class ExportConfig:
             engine is built for the GPU that it names.
         threads: CPU threads of these engines; None: as many as this process may use.
         quantize: How int8 is chosen.
-        notes: Kept in the file's provenance as they are (measured metrics, for example). JSON values.
+        notes: JSON values that are added to the file's provenance unchanged (measured metrics, for example). Keys that
+            the export writes, such as ``checkpoint``, are reserved.
     """
 
     output: Path | None = None
@@ -275,6 +280,8 @@ def _check_size(name: str, value: object) -> None:
 def _check_notes(notes: object) -> None:
     if not isinstance(notes, dict):
         raise UsageError(f"notes are {type(notes).__name__}; a dict of JSON values is expected")
+    if taken := sorted(RESERVED & notes.keys()):
+        raise UsageError(f"notes: {', '.join(taken)}: reserved for what the export itself writes; rename them")
     try:
         json.dumps(notes, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:

@@ -18,14 +18,14 @@ import torch
 from onnx import checker
 
 from petseg import checkpoint
-from petseg_export.config import ExportConfig
+from petseg_export.config import RESERVED, ExportConfig
 from petseg_export.deploy import DeployedUNet
 from petseg_runtime import __version__
-from petseg_runtime.artifact import INPUT, OUTPUT, PROVENANCE_KEY
-from petseg_runtime.errors import CheckpointError, ModelError, UsageError
-from petseg_runtime.spec import SPEC_KEY, STRIDE, ModelSpec
+from petseg_runtime.artifact import INPUT, OUTPUT
+from petseg_runtime.errors import CheckpointError, ModelError
+from petseg_runtime.spec import STRIDE, ModelSpec
 
-__all__ = ["OPSET", "Session", "graph_bytes", "metadata_of", "scan", "spec_of"]
+__all__ = ["OPSET", "Session", "graph_bytes", "provenance_of", "scan", "spec_of"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
@@ -90,25 +90,23 @@ def spec_of(loaded: checkpoint.Checkpoint, config: ExportConfig) -> ModelSpec:
         raise CheckpointError(f"its specification is damaged ({error})") from error
 
 
-def metadata_of(name: str, loaded: checkpoint.Checkpoint, spec: ModelSpec, config: ExportConfig) -> dict[str, str]:
-    """Specification and provenance as they go into the file.
+def provenance_of(name: str, loaded: checkpoint.Checkpoint, config: ExportConfig) -> str:
+    """The provenance of an exported file, as JSON: which checkpoint it is made from, and how that was trained.
 
     Args:
-        name: The checkpoint file's.
+        name: The name of the checkpoint file.
         loaded: The checkpoint.
-        spec: The specification.
-        config: Whose notes are added.
+        config: Its notes are added.
 
     Raises:
-        CheckpointError: What the checkpoint says of its training is damaged.
-        UsageError: The notes would replace what the provenance says by itself.
+        CheckpointError: The checkpoint's training metadata is damaged.
     """
     meta = loaded.meta
     try:
         validation = {k: round(v, 4) for k, v in meta.get("validation", {}).items() if k.startswith("val_")}
         versions = {**meta.get("versions", {}), "petseg_export": __version__, "onnx": onnx.__version__}
     except (AttributeError, TypeError) as error:
-        raise CheckpointError(f"what it says of its training is damaged ({error})") from error
+        raise CheckpointError(f"its training metadata is damaged ({error})") from error
     own = {
         "schema_version": 1,
         "checkpoint": name,
@@ -119,10 +117,8 @@ def metadata_of(name: str, loaded: checkpoint.Checkpoint, spec: ModelSpec, confi
         "training": meta.get("provenance", {}),
         "versions": versions,
     }
-    notes = config.notes or {}
-    if taken := sorted(own.keys() & notes.keys()):
-        raise UsageError(f"the notes may not replace what the file says of itself: {', '.join(taken)}")
-    return {SPEC_KEY: spec.to_json(), PROVENANCE_KEY: json.dumps({**own, **notes})}
+    assert own.keys() == RESERVED
+    return json.dumps({**own, **(config.notes or {})})
 
 
 def scan(graph: bytes, images: Sequence[U8]) -> dict[str, Any]:

@@ -588,10 +588,15 @@ def test_a_request_that_cannot_be_met_is_refused_before_the_checkpoint_is_read(
         export(tmp_path / "there_is_none.safetensors", config)
 
 
-def test_notes_that_would_replace_what_the_file_says_of_itself_leave_nothing(beside: Path, known_graph: None) -> None:
-    with pytest.raises(UsageError, match="checkpoint_sha256"):
-        export(beside, OnnxConfig(notes={"checkpoint_sha256": "0" * 64}))
-    assert list(content(beside.parent)) == ["best.safetensors"]
+@pytest.mark.parametrize("damaged", [{"validation": 5}, {"versions": 5}])
+def test_damaged_training_metadata_is_found_before_any_photo_is_read(
+    trained: Any, meta: dict[str, Any], tmp_path: Path, damaged: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "odd.safetensors"
+    save_checkpoint(path, trained.model.state_dict(), {**meta, **damaged})
+    monkeypatch.delattr(build.parity, "read")
+    with pytest.raises(CheckpointError, match=r"odd\.safetensors: its training metadata is damaged"):
+        export(path, OnnxConfig())
 
 
 def test_the_same_photos_are_seen_by_every_format(beside: Path, oxford_root: Path, known_graph: None) -> None:

@@ -21,6 +21,7 @@ from petseg_export import (
     TensorRTRTXConfig,
     build,
 )
+from petseg_export.config import RESERVED
 from petseg_runtime.errors import UsageError
 
 CONFIGS = [OnnxConfig, OpenVINOConfig, TensorRTConfig, TensorRTRTXConfig]
@@ -95,6 +96,7 @@ def test_every_knob_is_named(kind: type) -> None:
         ({"notes": ["measured"]}, "notes are list; a dict"),
         ({"notes": {"measured": Path("x")}}, "notes are no JSON: .*Path"),
         ({"notes": {"iou": float("nan")}}, "notes are no JSON: Out of range float"),
+        *(({"notes": {key: "mine"}}, f"notes: {key}: reserved") for key in sorted(RESERVED)),
     ],
 )
 def test_what_makes_no_sense_is_wrong_usage_and_named_with_its_value(

@@ -16,13 +16,13 @@ import pytest
 import torch
 from onnx import TensorProto, checker, numpy_helper
 
-from petseg.checkpoint import Checkpoint, load, save_checkpoint
+from petseg.checkpoint import Checkpoint, save_checkpoint
 from petseg.config import TrainConfig, to_dict
 from petseg.model import AttentionUNetConfig
 from petseg.reference import torch_run
 from petseg_export import OnnxConfig, build, export
 from petseg_export.deploy import DeployedUNet, activation_peaks
-from petseg_export.onnx import metadata_of, scan, spec_of
+from petseg_export.onnx import provenance_of, scan, spec_of
 from petseg_runtime import __version__, images
 from petseg_runtime.artifact import PROVENANCE_KEY, RECEIPT_KEY, open_artifact
 from petseg_runtime.engines.registry import load_engine
@@ -433,17 +433,8 @@ def test_a_checkpoint_that_tells_nonsense_of_its_training_is_refused(
     meta: dict[str, Any], damaged: dict[str, Any]
 ) -> None:
     loaded = Checkpoint({}, {**meta, **damaged}, "0" * 64)
-    spec = spec_of(Checkpoint({}, meta, "0" * 64), OnnxConfig())
     with pytest.raises(CheckpointError, match=r"damaged|does not say which network"):
-        metadata_of("odd.safetensors", loaded, spec, OnnxConfig())
-
-
-@pytest.mark.parametrize("key", ["schema_version", "checkpoint", "checkpoint_sha256", "model", "versions"])
-def test_what_petseg_itself_says_of_a_file_is_not_replaced_by_notes(checkpoint_file: Path, key: str) -> None:
-    config = OnnxConfig(notes={key: "mine"})
-    loaded = load(checkpoint_file)
-    with pytest.raises(UsageError, match=key):
-        metadata_of("small.safetensors", loaded, spec_of(loaded, config), config)
+        provenance_of("odd.safetensors", loaded, OnnxConfig())
 
 
 # ------------------------------------------------------------------------------------------------ the published width
