@@ -295,7 +295,7 @@ class _Job:
         return receipt
 
     def _source(self, file: Path, proof: Proof) -> tuple[Artifact, dict[str, Any] | None]:
-        """The ONNX file that everything else is made from, and how its int8 was chosen."""
+        """Write the ONNX file that everything else is made from; return it and how its int8 was chosen."""
         if self.given:
             file.write_bytes(self.given.path.read_bytes())
             return open_artifact(file), self._quantization_of(self.given)
@@ -303,37 +303,47 @@ class _Job:
         spec = dataclasses.replace(self.spec, precision=precision)
         metadata = {SPEC_KEY: spec.to_json(), PROVENANCE_KEY: self.provenance}
         self.tell("tracing the network", 0, 0)
-        half: set[str] = set()
+        graph, quantization = graph_bytes(DeployedUNet(self.model), spec), None
+        file.write_bytes(with_metadata(graph, metadata))
+        if precision != "fp32" or self.form.compiler:
+            self._check_graph(_opened(file), "fp32", proof)
         if precision == "fp16":
             peaks = activation_peaks(self.model, self.photos.images[spread(len(self.photos.images), SCANNED)])
             half = {name for name, peak in peaks.items() if peak <= HALF_LIMIT}
-        graph, quantization = graph_bytes(DeployedUNet(self.model, half), spec), None
-        file.write_bytes(with_metadata(graph, metadata))
-        if precision == "int8":
-            self._hold(_opened(file), "fp32", proof)
+            file.write_bytes(with_metadata(graph_bytes(DeployedUNet(self.model, half), spec), metadata))
+            if self.form.compiler:
+                self._check_graph(_opened(file), "fp16", proof)
+        elif precision == "int8":
             graph, quantization = self._quantized(graph, spec)
             file.write_bytes(with_metadata(graph, metadata))
-        elif self.form.compiler:
-            self._hold(_opened(file), precision, proof)
         return _opened(file), quantization
 
-    def _hold(self, source: Artifact, stored: str, proof: Proof) -> None:
-        """Hold the graph itself to the checkpoint, in ONNX Runtime, before anything is made of it.
+    def _check_graph(self, source: Artifact, stored: str, proof: Proof) -> None:
+        """Check a traced graph against the checkpoint in ONNX Runtime, before anything is made from it.
 
-        What is made may be run nowhere here (TensorRT), or have so wide a tolerance (int8) that a wrong graph passes.
+        The result may not run on this machine (TensorRT), and the tolerances of fp16 and int8 are so wide that a graph
+        with a wrong normalisation passes. So the float32 trace of the same network is checked first, at the tolerance
+        of float32.
 
         Raises:
-            ParityTolerance: It does not do what the checkpoint does.
+            ParityTolerance: The graph's output differs from the checkpoint's by more than the tolerance.
         """
         if importlib.util.find_spec("onnxruntime") is None:
-            return  # said where activations could not be searched
+            return  # the missing activation scan is reported with the receipt
         source = dataclasses.replace(source, spec=dataclasses.replace(source.spec, precision=stored))
-        watch = self._progress("parity test of the graph")
-        rows = measure(source, proof, backend="onnxruntime", device="cpu", threads=self.config.threads, watch=watch)
+        rows = measure(
+            source,
+            proof,
+            backend="onnxruntime",
+            device="cpu",
+            threads=self.config.threads,
+            checks=Checks(another_size=self._at_another_size()),
+            watch=self._progress("parity test of the graph"),
+        )
         if failures := [failure for row in rows for failure in row.failures]:
             raise ParityTolerance(
-                f"the graph that the file would be made of does not do what the checkpoint does ({len(proof.names)} "
-                f"photos, FAILED): {'; '.join(failures)}"
+                f"the traced ONNX graph ({stored}) does not match the checkpoint ({len(proof.names)} photos, FAILED): "
+                f"{'; '.join(failures)}"
             )
 
     def _quantized(self, graph: bytes, spec: ModelSpec) -> tuple[bytes, dict[str, Any]]:

@@ -184,10 +184,11 @@ def test_a_budget_that_int8_cannot_keep_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_graph_that_is_wrong_before_it_is_quantized_leaves_nothing(
-    quarter: Path, oxford_root: Path, tmp_path: Path, tracer: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_wrong_normalisation_is_caught_at_float32_tolerance(
+    precision: str, quarter: Path, oxford_root: Path, tmp_path: Path, tracer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Normalised by 256: no receipt of int8 would show it."""
+    """Normalised by 256: neither a receipt of fp16 nor one of int8 would show it."""
 
     def dimmed(deployed: DeployedUNet, spec: ModelSpec) -> bytes:
         proto = onnx.load_from_string(tracer(deployed, spec))
@@ -196,8 +197,9 @@ def test_a_graph_that_is_wrong_before_it_is_quantized_leaves_nothing(
         return proto.SerializeToString()
 
     monkeypatch.setattr(build, "graph_bytes", dimmed)
-    config = OnnxConfig(output=tmp_path / "x.onnx", precision="int8", data=oxford_root, quantize=QUANTIZE)
-    with pytest.raises(ParityTolerance, match=r"^the graph that .* FAILED.*largest difference"):
+    quantize = QUANTIZE if precision == "int8" else QuantizeConfig()
+    config = OnnxConfig(output=tmp_path / "x.onnx", precision=precision, data=oxford_root, quantize=quantize)
+    with pytest.raises(ParityTolerance, match=r"^the traced ONNX graph \(fp32\) .* FAILED.*largest difference"):
         export(quarter, config)
     assert not list(tmp_path.iterdir())
 
