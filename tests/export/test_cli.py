@@ -168,9 +168,9 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["--size", "0"], 2, "height is 0"),
     (["--size", "16x24"], 2, "width is 24"),
     (["--dynamic-size", "--size", "20"], 2, "height is 20"),
-    (["--batch", "0"], 2, "'0': a number of photos is expected, or 'dynamic'"),
-    (["--batch", "-1"], 2, "'-1': a number of photos is expected"),
-    (["--batch", "x"], 2, "'x': a number of photos is expected"),
+    (["--batch", "0"], 2, "'0'; a positive integer or 'dynamic' is expected"),
+    (["--batch", "-1"], 2, "'-1'; a positive integer"),
+    (["--batch", "x"], 2, "'x'; a positive integer"),
     (["--batch", "2.5"], 2, "--batch"),
     (["--batch", "³"], 2, "--batch"),
     (["--max-batch", "8"], 2, "--max-batch: does not apply to --format onnx"),
@@ -183,7 +183,7 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["--format", "openvino", "--max-batch", "8"], 2, "--max-batch: does not apply to --format openvino"),
     (["--format", "trt", "--compute-capability", "8.9"], 2, "--compute-capability: does not apply to --format trt"),
     (["--format", "trt-rtx", "--timing-cache", "t"], 2, "--timing-cache: does not apply to --format trt-rtx"),
-    (["--format", "trt-rtx", "--compute-capability", "x"], 2, "compute capability 'x': one such as 8.9 is expected"),
+    (["--format", "trt-rtx", "--compute-capability", "x"], 2, "compute capability 'x': a string such as 8.9"),
     (["--format", "trt-rtx", "--max-batch", "0"], 2, "max_batch is 0"),
     (["--precision", "int8"], 2, "labelled photos: give a folder of them with --data"),
     (["--threads", "0"], 2, "--threads"),
@@ -196,7 +196,7 @@ REFUSED: list[tuple[list[str], int, str]] = [
     ),
     (["--precision", "bf16"], 2, "--precision"),
     (["--int8-budget", "-1"], 2, "--int8-budget"),
-    (["--int8-judges", "0", "--precision", "int8"], 2, "judge int8 is 0"),
+    (["--int8-judges", "0", "--precision", "int8"], 2, "validation photos of int8 is 0"),
     (["--int8-photos", "7"], 2, "settings of int8 (--int8-...) are of an export that makes int8, and this is fp32"),
     (["--format", "trt-rtx", "--batch", "1", "--max-batch", "4"], 2, "max_batch is of a graph that takes any batch"),
     (["--backend", "nonsense"], 5, "there is no engine 'nonsense'; there are: auto, onnxruntime"),
@@ -252,15 +252,15 @@ def test_the_list_says_what_is_missing_here(
     verdicts = {lines[i].split()[0]: lines[i + 2].strip() for i in range(0, len(lines), 3)}
     assert list(verdicts) == list(registry.FORMATS)
     assert verdicts["onnx"] == verdicts["trt-rtx"] == "available here"
-    assert verdicts["openvino"] == f"not here: openvino is not installed: {install('openvino')}"
-    assert verdicts["trt"].startswith("available" if gpus else "not here: no NVIDIA GPU")
+    assert verdicts["openvino"] == f"not available here: openvino is not installed: {install('openvino')}"
+    assert verdicts["trt"].startswith("available" if gpus else "not available here: no NVIDIA GPU")
     assert run(["export", "--list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert listed["schema_version"] == 1
     formats = {form["name"]: form for form in listed["formats"]}
     assert list(formats) == list(registry.FORMATS)
     assert formats["onnx"]["why_not"] is None
-    assert verdicts["openvino"] == f"not here: {formats['openvino']['why_not']}"
+    assert verdicts["openvino"] == f"not available here: {formats['openvino']['why_not']}"
     assert (formats["trt"]["suffix"], formats["trt"]["precisions"]) == (".engine", ["fp32", "fp16", "int8"])
     assert {"help", "proven"} <= formats["trt"].keys()
 
