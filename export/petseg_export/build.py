@@ -1,6 +1,6 @@
-"""From a checkpoint to a proven file: the one road that every format takes.
+"""Export a checkpoint to a file of any format, with its parity test: the pipeline that all formats share.
 
-checkpoint -> photos and what it says of them -> ONNX graph -> (compiled form) -> receipt -> all files in their place
+checkpoint -> photos and reference answers -> ONNX graph -> (compiled form) -> receipt -> files moved into place
 """
 
 from __future__ import annotations
@@ -58,16 +58,15 @@ from petseg_runtime.spec import SPEC_KEY, STRIDE, ModelSpec
 
 __all__ = ["Exported", "export"]
 
-#: Photos that travel beside the file for `petseg verify`: as many as a full receipt needs.
+#: Photos stored beside the file for `petseg verify`: as many as a full receipt needs.
 TRAVELLING: Final = SMOKE
-#: Photos of the activation scans, whose outputs are all of a network's activations at once.
+#: Photos of the activation scans; few, because a scan holds all activations of the network in memory.
 SCANNED: Final = 8
-#: A field of what a receipt says of int8: how many photos of the receipt were among those that judged it; None: it
-#: cannot be told.
+#: Key in a receipt's ``quantization``: on how many of the receipt's photos int8 was tuned; None: not known.
 SHARED: Final = "judged_on_photos_of_the_receipt"
-#: There, too: why photos that the checkpoint was trained on may be among those that int8 was judged on, or None.
+#: Key in a receipt's ``quantization``: why int8 may have been tuned on training photos, or None.
 DOUBT: Final = "doubt"
-#: Photos that a graph of any size is run on at another size than its specification's.
+#: Photos of the test at a second size, for a graph with dynamic height and width.
 ANOTHER_SIZE: Final = 3
 
 
@@ -76,10 +75,10 @@ class Exported:
     """A finished export.
 
     Attributes:
-        path: The file.
-        files: All files that were written, that one first.
-        receipt: What its parity test measured.
-        notes: Warnings for people, a line each: what the parity test cannot show.
+        path: The exported file.
+        files: All files that were written, ``path`` first.
+        receipt: The parity receipt.
+        notes: Warnings about what the parity test cannot show, one line each.
     """
 
     path: Path
@@ -89,33 +88,33 @@ class Exported:
 
 
 def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch: Watch | None = None) -> Exported:
-    """Turn a checkpoint into the file that a config describes, and prove it.
+    """Export a checkpoint to the format that ``config`` describes, and run the parity test.
 
-    The specification, the provenance and the receipt are in the file (ONNX) or in ``FILE.json`` beside it (compiled
-    forms); photos and reference answers for `petseg verify` are in ``FILE.parity.npz``.
+    Writes the file and ``FILE.parity.npz``, the photos and reference answers for `petseg verify`. The specification,
+    the provenance and the receipt are stored in an ONNX file itself, and beside a compiled one in ``FILE.json``.
 
     Args:
-        checkpoint_path: What ``petseg train`` wrote.
-        config: Its class says which format.
-        watch: Told about progress.
+        checkpoint_path: A checkpoint that ``petseg train`` wrote.
+        config: Its class selects the format.
+        watch: Called with progress; see :data:`petseg_export.registry.Watch`.
 
     Raises:
-        UsageError: What is asked for does not go together, with that checkpoint, or with the ONNX file that was given.
-        MissingExtra: A package that is needed is not installed.
-        EngineError: A device or engine that is needed is not there, or fails.
+        UsageError: The options contradict each other, the checkpoint, or the given ONNX file.
+        MissingExtra: A required package is not installed.
+        EngineError: A required device or engine is missing or fails.
         CheckpointError: The checkpoint cannot be used.
-        ModelError: The ONNX file that was given is not of this checkpoint, or the compiler cannot read the graph.
+        ModelError: The given ONNX file is not of this checkpoint, or the compiler cannot read the graph.
         DataError: The data cannot be used.
         InputError: A photo of the parity test cannot be read.
-        ParityError: The file does not do what the checkpoint does; nothing is left of it.
-        OutputError: It cannot be written.
+        ParityError: The file does not agree with the checkpoint; no file is written.
+        OutputError: The files cannot be written.
     """
     registry.check(config)
     tell: Watch = watch or (lambda what, done, total: None)
     path = Path(checkpoint_path)
     name, form = registry.format_of(config)
     output = config.output or path.with_suffix(form.suffix)
-    checkpoint.peek(path)  # an exported file is no checkpoint: that says more than that it would be replaced
+    checkpoint.peek(path)  # first: "not a checkpoint" is the better error for `petseg export mine.onnx`
     _check_places(_places(output, name), path, getattr(config, "onnx", None))
     tell("reading", 0, 0)
     model, loaded = checkpoint.load_model(path)
@@ -141,103 +140,101 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
 
 
 def _places(output: Path, name: str) -> list[Path]:
-    """All files of an export in a format."""
+    """All files that an export to a format writes."""
     compiled = COMPILED.get(name)
     beside = [*(output.with_suffix(suffix) for suffix in compiled[1]), sidecar_of(output)] if compiled else []
     return [output, *beside, proof_of(output)]
 
 
 def _check_places(places: list[Path], *sources: Path | None) -> None:
-    """Refuse to write any of the files over what they are made from: a checkpoint may be called ``model.bin``.
+    """Make sure that no output file overwrites a source: a checkpoint may be called ``model.bin``.
 
     Raises:
-        OutputError: Names it.
+        OutputError: One would.
     """
     for source in sources:
         for place in places:
             if source and source.exists() and place.exists() and place.samefile(source):
-                raise OutputError(
-                    f"{place}: would be written over what it is made from; give another file with --output"
-                )
+                raise OutputError(f"{place}: the export would overwrite its source; choose another file with --output")
 
 
 def _size_notes(path: Path, loaded: checkpoint.Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
-    """A warning where the file has another size than the network was trained at.
+    """A warning if the file's size is not the one that the network was trained at.
 
-    The parity test cannot show it: at that size, the checkpoint itself does no better.
+    The parity test cannot show the loss: at that size, the checkpoint itself does no better.
     """
     trained = loaded.meta.get("spec")
     if not isinstance(trained, dict) or (trained.get("height"), trained.get("width")) == (spec.height, spec.width):
         return ()
-    own, asked = f"{trained.get('height')} x {trained.get('width')}", f"{spec.height} x {spec.width}"
+    before, now = f"{trained.get('height')} x {trained.get('width')}", f"{spec.height} x {spec.width}"
     remedy = "measure them with `petseg evaluate`, or train at that size"
-    return (f"{path}: trained at {own}; at {asked} its masks may be much worse: {remedy}",)
+    return (f"{path}: trained at {before}; at {now} its masks may be much worse: {remedy}",)
 
 
 def _receipt_notes(receipt: Receipt) -> tuple[str, ...]:
-    """What people should know of a receipt, and may overlook in it."""
+    """Warnings about a receipt: facts in it that are easily overlooked."""
     notes = []
     doubts = (receipt.note if receipt.rows else None, (receipt.quantization or {}).get(DOUBT))
-    notes += [f"{doubt}, and the IoU on them is flattered" for doubt in dict.fromkeys(doubts) if doubt]
+    notes += [f"{doubt}; the IoU on such photos is optimistic" for doubt in dict.fromkeys(doubts) if doubt]
     if receipt.scan is None:
         notes.append(
-            "the ONNX graph itself was not run, and not searched for NaN and infinity, which onnxruntime does: "
+            "the ONNX graph was neither run nor scanned for NaN and infinity, because onnxruntime is not installed: "
             f"{install('cpu')}"
         )
-    of_labels = any(row.task for row in receipt.rows)  # else there is no loss that could be flattered
-    shared = (receipt.quantization or {}).get(SHARED, 0) if of_labels else 0
+    has_labels = any(row.task for row in receipt.rows)  # without labels there is no loss of IoU
+    shared = (receipt.quantization or {}).get(SHARED, 0) if has_labels else 0
     if shared is None:
         notes.append(
-            "whether int8 was chosen on photos of the parity test cannot be told, as --data is not what it was chosen "
-            "on; where it was, their loss of IoU is flattered"
+            "int8 was tuned on another folder than --data, so it is not known whether photos of the parity test "
+            "were among those; if they were, the loss of IoU is underestimated"
         )
     elif shared:
         notes.append(
-            f"int8 was chosen on {shared} of the {receipt.photos} photos of the parity test, whose loss of IoU is so "
-            "flattered: --split test takes others"
+            f"int8 was tuned on {shared} of the {receipt.photos} photos of the parity test, so the loss of IoU is "
+            "underestimated: choose other photos with --split test"
         )
     return tuple(notes)
 
 
 def _check_limits(config: ExportConfig, spec: ModelSpec) -> None:
-    """Hold the largest batch and size that are asked for against what the graph takes, before the minutes of work.
+    """Check the limits of an optimization profile against the graph's axes, before minutes of work.
 
     Raises:
-        UsageError: They contradict it.
+        UsageError: They contradict each other.
     """
     if not isinstance(config, EngineConfig):
         return
     registry.check_limits(config, batch=spec.batch, dynamic_size=spec.dynamic_size)
     if config.max_size and (config.max_size[0] < spec.height or config.max_size[1] < spec.width):
         largest = " x ".join(map(str, config.max_size))
-        raise UsageError(f"max_size is {largest}, less than the {spec.height} x {spec.width} of the model itself")
+        raise UsageError(f"max_size is {largest}; it must be at least the model's {spec.height} x {spec.width}")
 
 
 def _check_judges(config: ExportConfig, loaded: checkpoint.Checkpoint) -> None:
-    """Refuse int8 that too few photos would judge, before the minutes of work.
+    """Check that the validation split is large enough to evaluate int8, before minutes of work.
 
     Raises:
-        CheckpointError: It does not say which photos that would be.
-        DataError: There are fewer than are asked for.
+        CheckpointError: The checkpoint's record of its split is damaged.
+        DataError: The split has fewer photos than required.
     """
     data, least = _int8_data(config), config.quantize.judges
     if (found := len(parity.labelled(data, "val", loaded))) < least:
         raise DataError(
-            f"{data}: int8 is judged on the validation part, which has {found} photos; {least} are needed (a larger "
-            "val_fraction in training, or fewer with --int8-judges)"
+            f"{data}: int8 is evaluated on the validation split, which has {found} photos, and {least} are required; "
+            "train with a larger val_fraction, or require fewer with --int8-judges"
         )
 
 
 def _int8_data(config: ExportConfig) -> Path:
-    """The labelled photos that int8 is calibrated and judged on."""
+    """The folder of labelled photos that int8 is calibrated and evaluated on."""
     data = config.quantize.data or config.data
-    assert data is not None  # the registry has seen to it
+    assert data is not None  # registry.check requires it
     return data
 
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Name the file in errors about what is inside a checkpoint, which are raised where its name is not known."""
+    """Add the checkpoint's path to errors that are raised where only its content is known."""
     try:
         yield
     except CheckpointError as error:
@@ -246,7 +243,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Job:
-    """One export: what is asked, and what is known before anything is made."""
+    """One export: the request and everything that is read before work starts."""
 
     name: str
     form: registry.Format
@@ -262,7 +259,11 @@ class _Job:
     tell: Watch
 
     def run(self, file: Path) -> Receipt:
-        """Write the file and what belongs to it; raise if it does not do what the checkpoint does."""
+        """Write the file and its companions into the folder of ``file``, and return the receipt.
+
+        Raises:
+            ParityError: The file does not agree with the checkpoint.
+        """
         photos = self.photos
         compiled = self.form.compiler is not None
         proof = parity.prove(self.model, self.loaded, photos, self._progress("reference in PyTorch"))
@@ -347,7 +348,7 @@ class _Job:
             )
 
     def _quantized(self, graph: bytes, spec: ModelSpec) -> tuple[bytes, dict[str, Any]]:
-        """The graph in int8, calibrated on training photos and judged on validation photos."""
+        """Quantize the graph to int8, calibrated on training photos and evaluated on validation photos."""
         from petseg_export.quantize import judge_on, quantize
 
         config, data = self.config.quantize, _int8_data(self.config)
@@ -366,10 +367,10 @@ class _Job:
         return result.graph, {**result.choice, **about}
 
     def _quantization_of(self, given: Artifact) -> dict[str, Any] | None:
-        """How the int8 of the ONNX file that was given was chosen; None if it is not int8.
+        """The quantization record of the given ONNX file, for this receipt; None if the file is not int8.
 
         Raises:
-            ModelError: Its receipt does not say it as we write it.
+            ModelError: The record is damaged.
         """
         found = given.receipt.get("quantization")
         if found is None:
@@ -378,16 +379,16 @@ class _Job:
             raise ModelError(
                 f"{given.path}: its receipt is damaged (quantization {str(found)[:40]!r}): export it again"
             )
-        return {**found, SHARED: self._shared(found.get("judged_on"))}  # this receipt may be of other photos
+        return {**found, SHARED: self._shared(found.get("judged_on"))}  # the photos of this receipt may be others
 
     def _shared(self, judged_on: Any) -> int | None:
-        """See :data:`SHARED`, of an int8 file that was given, which tells of its judges no more than a digest."""
+        """See :data:`SHARED`; for a given int8 file, which records only a digest of these photos."""
         if self.photos.labels is None or self.config.data is None:
             return 0
-        self.tell("looking for the photos that int8 was chosen on", 0, 0)
+        self.tell("looking for the photos that int8 was tuned on", 0, 0)
         try:
             judges = parity.read(parity.labelled(self.config.data, "val", self.loaded), self.spec)
-        except (DataError, InputError):  # it has no such part, or not a whole one: not that of int8, then
+        except (DataError, InputError):  # this folder's split is missing or incomplete, so int8 was tuned elsewhere
             return None
         return self.photos.among(judges) if judges.about == judged_on else None
 
@@ -403,22 +404,25 @@ class _Job:
         )
 
     def _rows(self, target: Artifact, proof: Proof, budget: float | None) -> tuple[tuple[Comparison, ...], str]:
-        """A row for each engine and precision, or why there is none.
+        """One row per engine and precision, or no rows and the reason.
 
         Raises:
-            EngineError: An engine cannot be had, or does not run the file, which is a failed export.
+            EngineError: An engine is not available or cannot run the file, so the export fails.
         """
         if self.form.cuda and not nvidia_gpus():
-            return (), "no NVIDIA GPU where it was made; `petseg verify` on the device completes this"
+            return (), "no NVIDIA GPU on the machine that built it; run `petseg verify` on the device"
         try:
             return tuple(self._measured(target, proof, budget)), ""
         except EngineForeign as error:
             if not self.form.foreign:
                 raise
-            return (), f"the GPU where it was made does not load it ({error}); `petseg verify` on the device does"
+            return (
+                (),
+                f"the GPU of the machine that built it cannot load it ({error}); run `petseg verify` on the device",
+            )
 
     def _measured(self, target: Artifact, proof: Proof, budget: float | None) -> Iterator[Comparison]:
-        """The rows of all engines that are asked for."""
+        """The rows of all requested engines."""
         checks = Checks(
             task=self.photos.labels.task(proof.expected) if self.photos.labels else None,
             budget=budget,
@@ -476,17 +480,17 @@ def _another_size(spec: ModelSpec, largest: tuple[int, int] | None) -> tuple[int
 
 
 def _budget(quantization: Any) -> float | None:
-    """The loss of IoU, in points, that int8 was allowed."""
+    """The loss of IoU, in points, that int8 was allowed; None if there is no valid record of it."""
     budget = quantization.get("budget") if isinstance(quantization, dict) else None
     return float(budget) if isinstance(budget, int | float) else None
 
 
 def _given(config: ExportConfig, loaded: checkpoint.Checkpoint) -> Artifact | None:
-    """The ONNX file that is to be compiled as it is, if one was given.
+    """Open the ONNX file that the config wants compiled unchanged, if any.
 
     Raises:
-        ModelError: Not an ONNX file, or not one of this checkpoint.
-        UsageError: Something else is asked for than what it is.
+        ModelError: Not an ONNX file, or not of this checkpoint.
+        UsageError: The config asks for other properties than the file has.
     """
     if not isinstance(config, CompiledConfig) or config.onnx is None:
         return None
@@ -495,24 +499,26 @@ def _given(config: ExportConfig, loaded: checkpoint.Checkpoint) -> Artifact | No
     if given.format != "onnx":
         raise ModelError(f"{config.onnx}: an ONNX file is expected, not {given.format}")
     if given.provenance.get("checkpoint_sha256") != loaded.sha256:
-        raise ModelError(f"{config.onnx}: exported from another checkpoint than the one given")
+        raise ModelError(f"{config.onnx}: exported from another checkpoint than the given one")
     if given.spec.precision not in (config.precision, form.sources.get(config.precision)):
-        own = given.spec.precision
-        raise UsageError(f"{config.onnx}: it is {own}, not {config.precision} as asked: ask for --precision {own}")
-    standard = type(config)()
+        stored = given.spec.precision
+        raise UsageError(f"{config.onnx}: the file is {stored}, not {config.precision}; use --precision {stored}")
+    default = type(config)()
     for name in ("name", "height", "width", "dynamic_size", "batch", "certain_share", "notes"):
-        asked = getattr(config, name)
-        if asked not in (getattr(standard, name), getattr(given.spec, name, None)):
-            raise UsageError(f"{config.onnx}: it is compiled as it is, so {name} {asked!r} cannot be asked for with it")
+        value = getattr(config, name)
+        if value not in (getattr(default, name), getattr(given.spec, name, None)):
+            raise UsageError(
+                f"{config.onnx}: the file is compiled unchanged; {name} {value!r} does not apply, export again with it"
+            )
     return given
 
 
 def _opened(file: Path) -> Artifact:
-    """The ONNX file as the runtime reads it.
+    """Open an ONNX file as the runtime does.
 
     Raises:
-        ParityNames: Its inputs or outputs are named differently from the contract.
-        ParityShapes: Their shapes or types differ.
+        ParityNames: The names of its inputs or outputs break the contract.
+        ParityShapes: Their shapes or types do.
     """
     try:
         return open_artifact(file)

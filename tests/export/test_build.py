@@ -1,4 +1,4 @@
-"""The one road from a checkpoint to a proven file: what is written, and that nothing is where anything has failed."""
+"""The export from a checkpoint to a file: what is written, and that nothing is left behind when anything fails."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def test_a_receipt_on_photos_that_may_have_been_trained_on_says_so(
     done = export(path, OnnxConfig(data=oxford_root, backends=("onnxruntime",)))
     said = "is not what the model was validated on: photos that it was trained on may be among val"
     assert said in done.receipt.note
-    assert [note.endswith(f"{said}, and the IoU on them is flattered") for note in done.notes] == [True]
+    assert [note.endswith(f"{said}; the IoU on such photos is optimistic") for note in done.notes] == [True]
     test = export(path, OnnxConfig(data=oxford_root, split="test", backends=("onnxruntime",)))
     assert (test.receipt.note, test.notes) == ("", ())
 
@@ -396,7 +396,7 @@ def test_no_file_of_an_export_is_written_over_its_checkpoint(
 ) -> None:
     path = beside.rename(beside.with_name(name))
     before = content(beside.parent)
-    with pytest.raises(OutputError, match=rf"{name}: would be written over what it is made from"):
+    with pytest.raises(OutputError, match=rf"{name}: the export would overwrite its source"):
         export(path, config())
     assert content(beside.parent) == before
 

@@ -177,7 +177,7 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["--max-size", "64"], 2, "--max-size: does not apply to --format onnx"),
     (["--compute-capability", "8.9"], 2, "--compute-capability: does not apply to --format onnx"),
     (["--gpu", "8.9"], 2, "No such option '--gpu'"),
-    (["-o", "x.foo"], 2, "x.foo: onnx files end in .onnx; another --format has another suffix"),
+    (["-o", "x.foo"], 2, "x.foo: onnx files end in .onnx; rename it, or choose another --format"),
     (["--timing-cache", "t"], 2, "--timing-cache: does not apply to --format onnx"),
     (["--onnx", "m.onnx"], 2, "--onnx: does not apply to --format onnx"),
     (["--format", "openvino", "--max-batch", "8"], 2, "--max-batch: does not apply to --format openvino"),
@@ -185,7 +185,7 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["--format", "trt-rtx", "--timing-cache", "t"], 2, "--timing-cache: does not apply to --format trt-rtx"),
     (["--format", "trt-rtx", "--compute-capability", "x"], 2, "compute capability 'x': a string such as 8.9"),
     (["--format", "trt-rtx", "--max-batch", "0"], 2, "max_batch is 0"),
-    (["--precision", "int8"], 2, "labelled photos: give a folder of them with --data"),
+    (["--precision", "int8"], 2, "labelled photos: give their folder with --data"),
     (["--threads", "0"], 2, "--threads"),
     (["--certain-share", "0"], 2, "--certain-share"),
     (["--device", "gpu"], 5, "there is no device 'gpu'; there are: auto, cpu"),
@@ -197,8 +197,8 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["--precision", "bf16"], 2, "--precision"),
     (["--int8-budget", "-1"], 2, "--int8-budget"),
     (["--int8-judges", "0", "--precision", "int8"], 2, "validation photos of int8 is 0"),
-    (["--int8-photos", "7"], 2, "settings of int8 (--int8-...) are of an export that makes int8, and this is fp32"),
-    (["--format", "trt-rtx", "--batch", "1", "--max-batch", "4"], 2, "max_batch is of a graph that takes any batch"),
+    (["--int8-photos", "7"], 2, "int8 options (--int8-...) have no effect: the precision is fp32"),
+    (["--format", "trt-rtx", "--batch", "1", "--max-batch", "4"], 2, "max_batch needs a graph with a dynamic batch"),
     (["--backend", "nonsense"], 5, "there is no engine 'nonsense'; there are: auto, onnxruntime"),
     (["--split", "train"], 2, "--split"),
 ]
@@ -380,6 +380,6 @@ def test_an_onnx_file_that_is_not_what_is_asked_for_is_wrong_usage_and_one_that_
 ) -> None:
     args = ["export", str(checkpoint), "--format", "openvino", "--onnx"]
     code, message = failed([*args, str(exported_half.file)], capsys)
-    assert (code, "it is fp16, not fp32 as asked: ask for --precision fp16" in message) == (2, True)
+    assert (code, "the file is fp16, not fp32; use --precision fp16" in message) == (2, True)
     code, message = failed([*args, str(tmp_path / "none.onnx")], capsys)
     assert (code, "none.onnx: no such file" in message) == (4, True)

@@ -127,8 +127,8 @@ def test_calibration_judgement_and_receipt_are_on_different_photos(
 def test_a_receipt_on_the_photos_that_int8_was_chosen_on_says_so(int8: build.Exported) -> None:
     choice = {**(int8.receipt.quantization or {}), build.SHARED: 6}
     (note,) = build._receipt_notes(dataclasses.replace(int8.receipt, quantization=choice))
-    assert "chosen on 6 of the 6 photos of the parity test" in note
-    assert "--split test takes others" in note
+    assert "tuned on 6 of the 6 photos of the parity test" in note
+    assert "--split test" in note
 
 
 @pytest.mark.parametrize("shared", [6, None])
@@ -143,7 +143,7 @@ def test_without_iou_in_a_receipt_none_is_said_to_be_flattered(
 
 def test_a_receipt_without_a_search_for_nan_says_so(int8: build.Exported) -> None:
     (note,) = build._receipt_notes(dataclasses.replace(int8.receipt, scan=None))
-    assert "not searched for NaN" in note
+    assert "scanned for NaN" in note
 
 
 def test_the_loss_in_the_receipt_is_that_of_evaluate(int8: build.Exported, quarter: Path, oxford_root: Path) -> None:
@@ -163,7 +163,7 @@ def test_too_few_photos_to_judge_on_are_refused_with_the_remedy_before_the_work(
 ) -> None:
     config = OnnxConfig(output=tmp_path / "x.onnx", precision="int8", data=oxford_root)
     told: list[str] = []
-    with pytest.raises(DataError, match="which has 6 photos; 100 are needed") as caught:
+    with pytest.raises(DataError, match="which has 6 photos, and 100 are required") as caught:
         export(quarter, config, lambda what, done, total: told.append(what))
     assert "--int8-judges" in str(caught.value)
     assert told == ["reading"]
@@ -235,7 +235,7 @@ def test_the_ir_of_an_int8_file_says_which_of_its_photos_int8_was_chosen_on(
     done = export(quarter, config)
     assert done.receipt.quantization is not None
     assert done.receipt.quantization[build.SHARED] == shared
-    assert sum("chosen on 6 of the 6 photos of the parity test" in note for note in done.notes) == (shared > 0)
+    assert sum("tuned on 6 of the 6 photos of the parity test" in note for note in done.notes) == (shared > 0)
 
 
 @pytest.mark.parametrize("change", ["other pixels", "no such part"])
@@ -262,7 +262,7 @@ def test_where_it_cannot_be_told_what_int8_was_chosen_on_that_is_said(
     done = export(quarter, config)
     assert done.receipt.quantization is not None
     assert done.receipt.quantization[build.SHARED] is None
-    assert any("whether int8 was chosen on photos of the parity test cannot be told" in note for note in done.notes)
+    assert any("it is not known whether photos of the parity test" in note for note in done.notes)
 
 
 # ------------------------------------------------------------------------------------------------ engines
@@ -280,7 +280,7 @@ def test_an_rtx_engine_is_built_and_says_that_it_was_not_run(
     done = export(quarter, TensorRTRTXConfig(output=tmp_path / "x.engine", precision=precision, onnx=given))
     assert [file.name for file in done.files] == ["x.engine", "x.engine.json", "x.engine.parity.npz"]
     assert done.receipt.kind == "built, not run"
-    assert done.receipt.note.startswith("no NVIDIA GPU where it was made; ")
+    assert done.receipt.note.startswith("no NVIDIA GPU on the machine that built it; ")
     assert done.receipt.passed is None
     artifact = open_artifact(done.path)
     assert (artifact.format, artifact.spec.precision) == ("trt-rtx", precision)
@@ -351,10 +351,14 @@ def test_the_profile_follows_from_the_specification(
 @pytest.mark.parametrize(
     ("spec", "asked", "said"),
     [
-        ({"dynamic_size": True}, {"max_size": (16, 512)}, "max_size is 16 x 512, less than the 64 x 48 of the model"),
-        ({"dynamic_size": True}, {"max_size": (64, 32)}, "max_size is 64 x 32, less"),
-        ({}, {"max_size": (64, 48)}, "max_size is of a graph that takes any size"),
-        ({"batch": 1}, {"max_batch": 2}, "any batch, and this one takes 1"),
+        (
+            {"dynamic_size": True},
+            {"max_size": (16, 512)},
+            "max_size is 16 x 512; it must be at least the model's 64 x 48",
+        ),
+        ({"dynamic_size": True}, {"max_size": (64, 32)}, "max_size is 64 x 32; it must"),
+        ({}, {"max_size": (64, 48)}, "max_size needs a graph of dynamic size"),
+        ({"batch": 1}, {"max_batch": 2}, "dynamic batch, and this one has a batch of 1"),
     ],
 )
 def test_limits_that_contradict_the_graph_are_wrong_usage(
@@ -370,11 +374,11 @@ def test_limits_are_checked_before_the_work(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # a machine that has TensorRT and a GPU
     monkeypatch.setattr(host, "nvidia_gpus", lambda: 1)
     for asked, said in (
-        ({"dynamic_size": True, "max_size": (16, 64)}, "less than the"),
-        ({"max_size": (64, 64)}, "ask for that with --dynamic-size"),
-        ({"onnx": exported.file, "max_size": (64, 64)}, f"{exported.file} does not: leave it out"),
+        ({"dynamic_size": True, "max_size": (16, 64)}, "it must be at least the"),
+        ({"max_size": (64, 64)}, "add --dynamic-size"),
+        ({"onnx": exported.file, "max_size": (64, 64)}, f"{exported.file} does not have: omit it"),
     ):
-        with pytest.raises(UsageError, match=rf"max_size is .*{re.escape(said)}"):
+        with pytest.raises(UsageError, match=rf"max_size .*{re.escape(said)}"):
             export(checkpoint_file, TensorRTConfig(output=tmp_path / "x.engine", **asked))
     assert not list(tmp_path.iterdir())
 
