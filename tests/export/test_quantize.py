@@ -409,9 +409,9 @@ def test_progress_is_told(graph: bytes, labelled: parity.Photos) -> None:
     quantize(graph, labelled.images[:2], loses({"head": 1.0}), ONE, lambda *progress: told.append(progress))
     assert list(dict.fromkeys(what for what, _, _ in told)) == [
         "calibrating",
-        "judging the float graph",
-        "judging calibration methods",
-        "sensitivity of the layers",
+        "evaluating the float graph",
+        "evaluating calibration methods",
+        "measuring the sensitivity of layers",
         "choosing layers",
     ]
     assert all(done < total or total == 0 for _, done, total in told)
