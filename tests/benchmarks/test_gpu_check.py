@@ -119,7 +119,7 @@ def test_a_hang_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "DEADLINE", 1)
     done = check.ran([sys.executable, "-c", "import time; time.sleep(600)"])
     assert done["exit_code"] == -9
-    assert done["err"].endswith("no end within 1 s")
+    assert done["err"].endswith("did not end within 1 s")
 
 
 def engine(name: str = "onnxruntime", **values: Any) -> dict[str, Any]:
@@ -168,8 +168,8 @@ def test_people_get_a_summary() -> None:
         "onnxruntime: tf32, works",
         "tests: 1 passed",
         "batch 1: onnxruntime on cuda:0, tf32: 1.23 ms, 900 photos/s",
-        "in turns, batch 1: tensorrt fp16 exact on cuda, fp16: 0.50 ms, 4.0 times as fast as PyTorch",
-        "in turns, batch 8: tensorrt int8 exact on cuda, int8: 0.50 ms",
+        "interleaved, batch 1: tensorrt fp16 exact on cuda, fp16: 0.50 ms, 4.0 times as fast as PyTorch",
+        "interleaved, batch 8: tensorrt int8 exact on cuda, int8: 0.50 ms",
         "video as overlay: 311 frames/s",
         "FAILED this",
         "FAILED that",

@@ -196,7 +196,7 @@ def test_test_photos_may_be_measured_at_home(
     found = completed["tests"][photos.TEST_SETS[photos.NATIVE]]
     assert found == found | expected
     words[1] = str(out / "published.safetensors.00")
-    with pytest.raises(SystemExit, match=r"not the file that published\.json is of"):
+    with pytest.raises(SystemExit, match=r"not the file that published\.json describes"):
         lease.measure(words, standalone_mode=False)
 
 

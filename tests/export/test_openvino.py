@@ -253,7 +253,7 @@ def test_a_file_of_another_precision_is_refused(
     checkpoint_file: Path, exported: Any, exported_half: Any, tmp_path: Path
 ) -> None:
     assert "the file is fp16, not fp32" in refused(checkpoint_file, tmp_path, exported_half.file, error=UsageError)
-    assert "it is fp32, not int8" in refused(checkpoint_file, tmp_path, exported.file, "int8", UsageError)
+    assert "the file is fp32, not int8" in refused(checkpoint_file, tmp_path, exported.file, "int8", UsageError)
 
 
 def test_what_is_no_onnx_file_of_petseg_is_refused(
