@@ -1,8 +1,8 @@
 """Make the output of a network with random weights as smooth as a trained network's.
 
 Noise compresses badly: writing a mask of random weights as PNG takes 5 to 15 ms more than a pet's mask, a cost that no
-user of those networks has. So a hundredth of the network's logits, computed as always, is added to the logits of a fixed
-shape. As PNG at 500 x 375, the shape takes 2.4 kB, petseg's masks of the sample photos 2 to 5 kB, noise 30 kB.
+user of those networks has. So a hundredth of the network's logits, computed as always, is added to the logits of a
+fixed shape. As PNG at 500 x 375, the shape takes 2.4 kB, petseg's masks of the sample photos 2 to 5 kB, noise 30 kB.
 """
 
 from __future__ import annotations
