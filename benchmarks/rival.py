@@ -54,7 +54,7 @@ ROUNDS: Final = 15
 
 
 class LrAspp(AttentionUNet):
-    """LR-ASPP with the interface that the trainer expects: normalized images in, logits [N, 1, H, W] out."""
+    """LR-ASPP with the interface that the trainer expects: normalised images in, logits [N, 1, H, W] out."""
 
     def __init__(self, config: AttentionUNetConfig | None = None) -> None:
         nn.Module.__init__(self)

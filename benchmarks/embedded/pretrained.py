@@ -60,7 +60,7 @@ def _conv(inputs: int, outputs: int, size: int) -> tuple[nn.Module, nn.Module]:
 
 
 class Pretrained(AttentionUNet):
-    """The teacher with the interface that the trainer expects: normalized images in, logits and named features out.
+    """The teacher with the interface that the trainer expects: normalised images in, logits and named features out.
 
     It has five levels, so that the distilled features have the names of the edge network's (``petseg.objective``).
     Its checkpoints claim to be of the config's attention U-Net, but only this class can load them.
@@ -90,7 +90,7 @@ class Pretrained(AttentionUNet):
         nn.init.normal_(self.head.weight, std=0.01)
         for part in (self.enc._conv_stem, self.enc._bn0, *blocks[: self.halving[-1]]):
             part.requires_grad_(False)
-        # From our normalization to the encoder's, (x - 127) / 128.
+        # From our normalisation to the encoder's, (x - 127) / 128.
         renormalize = torch.tensor(IMAGE_STD) * 255 / 128, (torch.tensor(IMAGE_MEAN) * 255 - 127) / 128
         for name, values in zip(("scale", "shift"), renormalize, strict=True):
             self.register_buffer(name, values.view(1, 3, 1, 1), persistent=False)

@@ -76,7 +76,7 @@ class ISNet:
 
 
 def normalized(photo: U8) -> npt.NDArray[np.float32]:
-    """Normalize as the package does: uint8 [H, W, 3] to float32 [1, 3, H, W], (x - 128) / 256."""
+    """Normalise as the package does: uint8 [H, W, 3] to float32 [1, 3, H, W], (x - 128) / 256."""
     return np.ascontiguousarray((photo.astype(np.float32).transpose(2, 0, 1)[None] - 128) / 256)
 
 

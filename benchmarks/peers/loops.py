@@ -26,7 +26,7 @@ import numpy.typing as npt
 from PIL import Image
 
 F32: TypeAlias = npt.NDArray[np.float32]
-#: Maps a normalized photo, float32 [1, 3, H, W], to the probability, float32 [1, H, W].
+#: Maps a normalised photo, float32 [1, 3, H, W], to the probability, float32 [1, H, W].
 Network: TypeAlias = Callable[[F32], F32]
 
 #: As in networks.py, whose import would load torch.
@@ -51,7 +51,7 @@ def rembg(session: str, model: Path, photos: Sequence[Path], output: Path) -> No
 
 
 def plain(network: Network, photos: Sequence[Path], output: Path) -> None:
-    """Any network of one class: resize, normalize, run, resize the output to the photo."""
+    """Any network of one class: resize, normalise, run, resize the output to the photo."""
     for photo in photos:
         with Image.open(photo) as image:
             mask_of(network, image.convert("RGB")).save(output / f"{photo.stem}.png")

@@ -37,7 +37,7 @@ def _torchvision(name: str) -> nn.Module:
     return network
 
 
-#: Networks with a single mask as output, from a photo with ImageNet normalization.
+#: Networks with a single mask as output, from a photo with ImageNet normalisation.
 NETWORKS: Final[dict[str, Callable[[], nn.Module]]] = {
     "lraspp_mobilenet_v3_large": lambda: _torchvision("lraspp_mobilenet_v3_large"),
     "deeplabv3_mobilenet_v3_large": lambda: _torchvision("deeplabv3_mobilenet_v3_large"),

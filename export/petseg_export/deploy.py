@@ -19,7 +19,7 @@ __all__ = ["HALF_LIMIT", "DeployedUNet", "activation_peaks", "fold_batchnorm"]
 
 
 class DeployedUNet(nn.Module):
-    """Normalization, network and sigmoid in one module: the graph that is exported.
+    """Normalisation, network and sigmoid in one module: the graph that is exported.
 
     Input: ``image``, uint8 [N, H, W, 3], RGB. Output: ``probability``, uint8 [N, H, W], ``round(255 * p(pet))``.
     TensorRT requires that a uint8 input is cast first and a uint8 output last: so cast, then permute; squeeze, then
@@ -35,7 +35,7 @@ class DeployedUNet(nn.Module):
         Args:
             model: The network, float32.
             half: Names of the convolutions that compute in float16, as :func:`activation_peaks` returns them. The
-                operations between them follow their type; normalization and the last sigmoid are always float32.
+                operations between them follow their type; normalisation and the last sigmoid are always float32.
         """
         super().__init__()
         self.network = fold_batchnorm(model)
