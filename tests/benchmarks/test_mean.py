@@ -1,4 +1,4 @@
-"""The mean of two checkpoints' weights: what it is of, and what is measured of it."""
+"""The mean of two checkpoints' weights, and its metrics."""
 
 from __future__ import annotations
 

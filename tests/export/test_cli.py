@@ -27,7 +27,7 @@ COMMAND = [sys.executable, "-m", "petseg.cli", "export"]
 
 @pytest.fixture
 def checkpoint(checkpoint_file: Path, tmp_path: Path) -> Path:
-    """The session's checkpoint in a folder of the test's own."""
+    """A copy of the session's checkpoint in a new folder."""
     return Path(shutil.copy(checkpoint_file, tmp_path / "best.safetensors"))
 
 
@@ -87,7 +87,7 @@ def test_every_option_reaches_the_file(
     assert (spec.height, spec.width, spec.batch, spec.precision, spec.dynamic_size) == (16, 32, 3, "fp16", False)
     assert artifact.provenance["measured"] == {"iou": 0.9}
     assert artifact.receipt["photos"] == 2
-    # The file does what the checkpoint does, which was never trained for that.
+    # The file agrees with the checkpoint, but that was trained at another size.
     assert re.fullmatch(
         rf"petseg: {checkpoint}: trained at \d+ x \d+; at 16 x 32 its masks may be much worse: .*\n",
         capsys.readouterr().err,
@@ -118,7 +118,7 @@ def test_an_ir_from_an_onnx_file_in_two_steps(
 def test_a_real_process_exports_the_very_same_graph(
     checkpoint_file: Path, tmp_path: Path, photos: list[Path], exported: Any
 ) -> None:
-    """So whoever has the checkpoint can check a file that was given to them. And it is silent."""
+    """So anyone with the checkpoint can check a file that they were given. And stderr is empty."""
     output = tmp_path / "out.onnx"
     command = [*COMMAND, str(checkpoint_file), "-o", str(output), "--data", str(photos[0].parent), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
@@ -140,19 +140,19 @@ def test_ctrl_c_in_the_middle_leaves_nothing(checkpoint: Path) -> None:
         patience = time.monotonic() + 120
         while names(checkpoint.parent) == here and process.poll() is None and time.monotonic() < patience:
             time.sleep(0.02)
-        assert process.poll() is None, "it works in a folder of its own, which has appeared"
+        assert process.poll() is None, "its temporary folder has appeared"
         time.sleep(0.3)  # it is tracing, which takes seconds
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
-    # Python dies of the signal instead if it came in the middle of an `exec` (a dataclass in an import, say): 130 in
-    # a shell, too.
+    # Python is killed by the signal if it arrives during an `exec` (a dataclass in an import, for example); a shell
+    # shows that as 130, too.
     assert process.returncode in (130, -signal.SIGINT)
     assert (out, err.strip()) == ("", "petseg: interrupted")
     assert names(checkpoint.parent) == here
     assert checkpoint.with_suffix(".xml").read_bytes() == before
 
 
-#: Many command lines in one process, and the heavy packages that are imported by the end of each.
+#: Runs many command lines in one process, and prints the heavy packages that are imported after each.
 MANY = """
 import json, sys
 from petseg.cli import run
@@ -205,7 +205,7 @@ REFUSED: list[tuple[list[str], int, str]] = [
 
 
 def test_what_cannot_be_done_is_refused_before_anything_heavy_is_imported(tmp_path: Path) -> None:
-    """The checkpoint is not there at all: it is not looked at, either."""
+    """The checkpoint does not even exist, so nothing has tried to read it."""
     lines = [["export", str(tmp_path / "none.safetensors"), *options] for options, _, _ in REFUSED]
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", MANY, json.dumps(lines)], capture_output=True, text=True, timeout=200

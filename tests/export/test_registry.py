@@ -40,7 +40,7 @@ PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 @pytest.fixture
 def missing(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Packages that seem not to be installed; empty to begin with."""
+    """Names of packages that appear not to be installed; initially empty."""
     gone: set[str] = set()
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else real(name))
@@ -49,7 +49,7 @@ def missing(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 @pytest.fixture
 def everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that has every package and a GPU."""
+    """A machine with every package and a GPU."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(host, "nvidia_gpus", lambda: 1)
 
@@ -131,7 +131,7 @@ def test_where_an_engine_will_be_run_it_is_not_built_without_what_runs_it(
     with pytest.raises(MissingExtra, match=f"{name}: cuda-bindings is not installed.*: pip install cuda-bindings$"):
         check(FORMATS[name].config())
     monkeypatch.setattr(host, "nvidia_gpus", lambda: 0)
-    check(TensorRTRTXConfig())  # which builds without a GPU, and runs nothing
+    check(TensorRTRTXConfig())  # builds without a GPU, and runs nothing
 
 
 @pytest.mark.parametrize(("config", "extras"), [(OnnxConfig, ("cpu", "openvino")), (OpenVINOConfig, ("openvino",))])

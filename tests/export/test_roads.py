@@ -1,4 +1,4 @@
-"""The roads that need more than a graph: int8 with labelled data, and engines; all the way through `export`."""
+"""Complete exports that need more than a graph: int8 with labelled data, and TensorRT engines."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ QUANTIZE = QuantizeConfig(photos=6, judges=6, methods=("minmax", "entropy"))
 
 @pytest.fixture(scope="module")
 def quarter(trained: Any, meta: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that was trained with a quarter of the 24 photos held back."""
+    """A checkpoint that was trained with a quarter of the 24 photos for validation."""
     path = tmp_path_factory.mktemp("quarter") / "best.safetensors"
     config = {"data": {"val_fraction": 0.25, "split_seed": 7}}
     save_checkpoint(path, trained.model.state_dict(), {**meta, "config": config})
@@ -68,7 +68,7 @@ def quarter(trained: Any, meta: dict[str, Any], tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def int8(quarter: Path, oxford_root: Path, tracer: Any, tmp_path_factory: pytest.TempPathFactory) -> build.Exported:
-    """An int8 ONNX file, judged on the six photos of the validation part, with the test part's receipt. Read only."""
+    """An int8 ONNX file, tuned on the six validation photos, with a receipt of the test split. Read only."""
     file = tmp_path_factory.mktemp("int8") / "small.onnx"
     config = OnnxConfig(
         output=file,
@@ -188,7 +188,7 @@ def test_a_budget_that_int8_cannot_keep_leaves_nothing(
 def test_a_wrong_normalisation_is_caught_at_float32_tolerance(
     precision: str, quarter: Path, oxford_root: Path, tmp_path: Path, tracer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Normalised by 256: neither a receipt of fp16 nor one of int8 would show it."""
+    """Normalised by 256, which the tolerances of fp16 and int8 do not catch."""
 
     def dimmed(deployed: DeployedUNet, spec: ModelSpec) -> bytes:
         proto = onnx.load_from_string(tracer(deployed, spec))
@@ -289,7 +289,7 @@ def test_an_rtx_engine_is_built_and_says_that_it_was_not_run(
     assert sidecar["files"] == {".engine": hashlib.sha256(done.path.read_bytes()).hexdigest()}
     computed = {kind for row in artifact.environment["engine"]["computed"] for kind in row["reads"]}
     assert precision in computed
-    with pytest.raises(EngineError):  # no GPU: said, and not run on something else
+    with pytest.raises(EngineError):  # no GPU: an error, and no other device is used
         verify_artifact(artifact)
     if given:
         assert artifact.identity == open_artifact(given).identity
@@ -306,7 +306,7 @@ def test_a_graph_that_the_library_cannot_read_leaves_nothing(
     next(node for node in proto.graph.node if node.op_type == "Sigmoid").op_type = "Sigmund"
     metadata = open_artifact(exported.file).onnx
     assert metadata is not None
-    about = {key: text for key, text in metadata.metadata.items() if key != RECEIPT_KEY}  # which certifies the other
+    about = {key: text for key, text in metadata.metadata.items() if key != RECEIPT_KEY}  # it certifies the other file
     spoilt.write_bytes(with_metadata(proto.SerializeToString(), about))
     (tmp_path / "out").mkdir()
     with pytest.raises(ModelError, match="Sigmund"):
@@ -371,7 +371,7 @@ def test_limits_that_contradict_the_graph_are_wrong_usage(
 def test_limits_are_checked_before_the_work(
     checkpoint_file: Path, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # a machine that has TensorRT and a GPU
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # a machine with TensorRT and a GPU
     monkeypatch.setattr(host, "nvidia_gpus", lambda: 1)
     for asked, said in (
         ({"dynamic_size": True, "max_size": (16, 64)}, "it must be at least the"),
@@ -384,7 +384,7 @@ def test_limits_are_checked_before_the_work(
 
 
 class Cudart:
-    """CUDA's runtime with two GPUs, as far as choosing one goes."""
+    """A stand-in for the CUDA runtime with two GPUs, which can only select one."""
 
     class cudaError_t(enum.Enum):
         cudaSuccess = 0
@@ -420,7 +420,7 @@ def test_an_engine_is_built_for_the_gpu_that_is_asked_for(
     assert (asked["device"], asked["timing_cache"]) == (gpu, f"timings of {gpu}")
     assert asked["profile"].maximum == (2, 32, 32, 3)
     asked["activate"]()
-    assert cudart.chosen == [gpu], "CUDA knows a current GPU per thread, and the library builds for that one"
+    assert cudart.chosen == [gpu], "CUDA has a current GPU per thread, and the library builds for that one"
 
 
 def test_a_gpu_that_cuda_does_not_have_cannot_be_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,11 +452,11 @@ def test_a_larger_budget_counts_in_the_receipt_too(int8: build.Exported) -> None
 def test_only_an_engine_for_another_gpu_is_left_unrun(
     error: EngineError, quarter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a GPU, what is missing here is an error; that the GPU is none of those it was built for is said."""
+    """With a GPU, anything missing is an error; an engine for other GPUs is reported as not run."""
     pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install 'petseg[rtx]'")
 
     def refuse(artifact: Artifact, *rest: Any, **options: Any) -> Engine:
-        if artifact.format == "onnx":  # the graph that the engine is made of
+        if artifact.format == "onnx":  # the graph that the engine is built from
             return load_engine(artifact, *rest, **options)
         raise error
 
