@@ -124,7 +124,7 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
         _check_limits(config, spec)
         provenance = provenance_of(path.name, loaded, config)
         if config.precision == "int8" and not given:
-            _check_judges(config, loaded)
+            _check_int8_photos(config, loaded)
         chosen = parity.choose(config.data, config.split, config.photos, config.seed, loaded)
         photos = parity.read(chosen, spec)
         doubt = parity.doubt(config.data, config.split, loaded) or ""
@@ -210,14 +210,15 @@ def _check_limits(config: ExportConfig, spec: ModelSpec) -> None:
         raise UsageError(f"max_size is {largest}; it must be at least the model's {spec.height} x {spec.width}")
 
 
-def _check_judges(config: ExportConfig, loaded: checkpoint.Checkpoint) -> None:
-    """Check that the validation split is large enough to evaluate int8, before minutes of work.
+def _check_int8_photos(config: ExportConfig, loaded: checkpoint.Checkpoint) -> None:
+    """Check that there are photos to calibrate int8 on, and enough to evaluate it on, before minutes of work.
 
     Raises:
         CheckpointError: The checkpoint's record of its split is damaged.
-        DataError: The split has fewer photos than required.
+        DataError: The training split is empty, or the validation split has fewer photos than required.
     """
     data, least = _int8_data(config), config.quantize.judges
+    parity.labelled(data, "train", loaded)
     if (found := len(parity.labelled(data, "val", loaded))) < least:
         raise DataError(
             f"{data}: int8 is evaluated on the validation split, which has {found} photos, and {least} are required; "

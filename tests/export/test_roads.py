@@ -170,6 +170,18 @@ def test_too_few_photos_to_judge_on_are_refused_with_the_remedy_before_the_work(
     assert not list(tmp_path.iterdir())
 
 
+def test_without_photos_to_calibrate_on_int8_is_rejected_before_the_work(
+    quarter: Path, folder_copy: Path, tmp_path: Path
+) -> None:
+    names = [pair.name for pair in find(folder_copy, Split.TRAINVAL)]
+    (folder_copy / "val.txt").write_text("\n".join(names))
+    config = OnnxConfig(output=tmp_path / "x.onnx", precision="int8", data=folder_copy, quantize=QUANTIZE)
+    told: list[str] = []
+    with pytest.raises(DataError, match="the train split has no photos"):
+        export(quarter, config, lambda what, done, total: told.append(what))
+    assert told == ["reading"]
+
+
 def test_a_budget_that_int8_cannot_keep_leaves_nothing(
     quarter: Path, oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
