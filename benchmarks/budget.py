@@ -18,7 +18,7 @@ import click
 import torch
 
 from benchmarks import photos, records
-from benchmarks.rival import NAME, LrAspp, RivalTrainer, Said, measured
+from benchmarks.rival import NAME, EpochLines, LrAspp, RivalTrainer, measured
 from petseg import log, recipes
 from petseg.config import TrainConfig, from_dict
 from petseg.model import AttentionUNet
@@ -62,7 +62,7 @@ def reached(
         output,
         device=torch.device("cpu"),
         resume=resume and (output / LAST).exists(),
-        observer=Said(),
+        observer=EpochLines(),
     )
     found = measured(run.fit(), kind, data)
     return {**found, "precision": run.meta["precision"], "epoch_took_seconds": round(typical_epoch(output), 1)}

@@ -125,14 +125,14 @@ def tests(selection: Sequence[str]) -> list[dict[str, Any]]:
     # Warnings do not fail here: other versions of PyTorch deprecate other functions.
     pytest = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "default", *selection)
     say("looking for tests")
-    collected = ran([*pytest, "--collect-only", "-q"])
+    collected = run_program([*pytest, "--collect-only", "-q"])
     files = sorted({line.partition("::")[0] for line in collected["out"].splitlines() if "::" in line})
     cases = [] if files and not collected["exit_code"] else [_crash("collection", collected)]
     for file in files:
         say(f"testing {file}")
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
-            done = ran([*pytest, "-v", f"--junitxml={report}", file])
+            done = run_program([*pytest, "-v", f"--junitxml={report}", file])
             found = [_case(case) for case in ET.parse(report).iter("testcase")] if report.exists() else []
         cases += found or [_crash(file, done)]
     return cases
@@ -166,7 +166,7 @@ def command(*words: str) -> dict[str, Any]:
         ``exit_code``, ``answer`` (its JSON output; None if there is none) and ``said`` (the end of its stderr).
     """
     say(f"petseg {' '.join(words)}")
-    done = ran([sys.executable, "-m", "petseg.cli", *words])
+    done = run_program([sys.executable, "-m", "petseg.cli", *words])
     try:
         answer = json.loads(done["out"])
     except ValueError:
@@ -191,7 +191,7 @@ def latency() -> dict[str, Any]:
             "--output",
             str(output),
         ]
-        done = ran([sys.executable, "-c", code, *options])
+        done = run_program([sys.executable, "-c", code, *options])
         answer = json.loads(output.read_text(encoding="utf-8")) if output.exists() else None
     return {"exit_code": done["exit_code"], "answer": answer, "said": done["err"].splitlines()[-10:]}
 
@@ -201,13 +201,13 @@ def video(kind: str) -> dict[str, Any]:
     say(f"a video, {kind}")
     with tempfile.TemporaryDirectory() as folder:
         words = [CLIP, "--as", kind, "--device", "cuda", "--policy", "block", "--max-frames", "900", "--json"]
-        done = ran([sys.executable, "-m", "petseg.cli", "infer", *words, "--output", folder])
+        done = run_program([sys.executable, "-m", "petseg.cli", "infer", *words, "--output", folder])
     events = [json.loads(line) for line in done["out"].splitlines() if '"event": "video"' in line]
     answer = events[0] if events else None
     return {"exit_code": done["exit_code"], "answer": answer, "said": done["err"].splitlines()[-10:]}
 
 
-def ran(words: Sequence[str]) -> dict[str, Any]:
+def run_program(words: Sequence[str]) -> dict[str, Any]:
     """Run a program; return ``exit_code`` (negative: ended by that signal; -9 after a hang), ``out`` and ``err``."""
     done = subprocess.Popen(
         words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"

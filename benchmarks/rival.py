@@ -74,7 +74,7 @@ class RivalTrainer(Trainer):
         return LrAspp(self.config.model)
 
 
-class Said(Observer):
+class EpochLines(Observer):
     """Prints a line for each epoch."""
 
     def started(self, message: str) -> None:
@@ -102,7 +102,7 @@ def rival(data: Path, output: Path, teacher: Path | None, epochs: int, resume: b
         device=torch.device("cpu"),
         teacher=teacher,
         resume=resume,
-        observer=Said(),
+        observer=EpochLines(),
     )
     values = measured(trainer.fit(), LrAspp, data)
     about = {"name": NAME, "epochs": epochs, "teacher": teacher.name if teacher else None, "size": [SIZE, SIZE]}

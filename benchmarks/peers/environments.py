@@ -33,15 +33,15 @@ def petseg_environment() -> Path:
     for folder in ("petseg", "export", "runtime"):
         files = (records.ROOT / folder).rglob("*")
         parts += sorted(file for file in files if file.is_file() and "__pycache__" not in file.parts)
-    return made("petseg", ["--constraint", str(REQUIREMENTS), f"{records.ROOT}[cpu,openvino]"], parts)
+    return environment("petseg", ["--constraint", str(REQUIREMENTS), f"{records.ROOT}[cpu,openvino]"], parts)
 
 
 def peers_environment() -> Path:
     """The interpreter with all peers."""
-    return made("peers", ["--requirement", str(REQUIREMENTS)], [REQUIREMENTS])
+    return environment("peers", ["--requirement", str(REQUIREMENTS)], [REQUIREMENTS])
 
 
-def made(name: str, what: list[str], parts: Iterable[Path]) -> Path:
+def environment(name: str, what: list[str], parts: Iterable[Path]) -> Path:
     """Return the interpreter of an environment; make it first if it is missing or was made from other files.
 
     Args:

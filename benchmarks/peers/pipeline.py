@@ -159,8 +159,8 @@ def measured(
     """Measure all runs of all contenders, as ``folder`` and ``startup``; the first start of each is a warm-up.
 
     The first contender, `petseg infer`, runs before and after every two others, on their photos; these runs are the
-    others' ``folder before``, ``folder after``, ``startup before`` and ``startup after``. Those on all photos also
-    count as its ``folder``.
+    others' ``folder before``, ``folder after``, ``startup before`` and ``startup after``. Those on all photos, and all
+    start-ups, are also its ``folder`` and ``startup``.
     """
     results: dict[str, dict[str, list[Taken]]] = {one.name: defaultdict(list) for one in contenders}
 

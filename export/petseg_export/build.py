@@ -115,11 +115,11 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
     name, form = registry.format_of(config)
     output = config.output or path.with_suffix(form.suffix)
     checkpoint.peek(path)  # first: "not a checkpoint" is the better error for `petseg export mine.onnx`
-    _check_places(_places(output, name), path, getattr(config, "onnx", None))
+    _check_overwrites(_output_files(output, name), path, getattr(config, "onnx", None))
     tell("reading", 0, 0)
     model, loaded = checkpoint.load_model(path)
-    given = _given(config, loaded)
-    with _naming(path):
+    given = _open_given(config, loaded)
+    with _with_path(path):
         spec = dataclasses.replace(given.spec, precision=config.precision) if given else spec_of(loaded, config)
         _check_limits(config, spec)
         provenance = provenance_of(path.name, loaded, config)
@@ -139,14 +139,14 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
     return Exported(output, files, receipt, (*_size_notes(path, loaded, spec), *_receipt_notes(receipt)))
 
 
-def _places(output: Path, name: str) -> list[Path]:
+def _output_files(output: Path, name: str) -> list[Path]:
     """All files that an export to a format writes."""
     compiled = COMPILED.get(name)
     beside = [*(output.with_suffix(suffix) for suffix in compiled[1]), sidecar_of(output)] if compiled else []
     return [output, *beside, proof_of(output)]
 
 
-def _check_places(places: list[Path], *sources: Path | None) -> None:
+def _check_overwrites(places: list[Path], *sources: Path | None) -> None:
     """Make sure that no output file overwrites a source: a checkpoint may be called ``model.bin``.
 
     Raises:
@@ -234,7 +234,7 @@ def _int8_data(config: ExportConfig) -> Path:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _with_path(path: Path) -> Iterator[None]:
     """Add the checkpoint's path to errors that are raised where only its content is known."""
     try:
         yield
@@ -486,7 +486,7 @@ def _budget(quantization: Any) -> float | None:
     return float(budget) if isinstance(budget, int | float) else None
 
 
-def _given(config: ExportConfig, loaded: checkpoint.Checkpoint) -> Artifact | None:
+def _open_given(config: ExportConfig, loaded: checkpoint.Checkpoint) -> Artifact | None:
     """Open the ONNX file that the config wants compiled unchanged, if any.
 
     Raises:

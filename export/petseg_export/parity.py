@@ -124,7 +124,7 @@ def labelled(data: Path, split: str, loaded: Checkpoint) -> list[Pair]:
     part = Split(split)
     if (listed := listed_split(loaded.meta, data)) and part in listed:
         return listed[part]
-    fraction, seed = _shares(loaded)
+    fraction, seed = _split_settings(loaded)
     return find(data, part, val_fraction=fraction, seed=seed)
 
 
@@ -148,7 +148,7 @@ def doubt(data: Path | None, split: str, loaded: Checkpoint) -> str | None:
             if part == split:
                 raise
             parts[part] = []  # the other half may be empty: val.txt may list every photo
-    shares = (None, None) if listed_validation(data) is not None else _shares(loaded)
+    shares = (None, None) if listed_validation(data) is not None else _split_settings(loaded)
     found = doubt_about(loaded.meta, data, parts, Split(split), *shares)
     return f"{data}: {found}" if found else None
 
@@ -157,7 +157,7 @@ def _is_labelled(data: Path) -> bool:
     return any((folder / "images").is_dir() for folder in (data, data / "oxford-iiit-pet"))  # see petseg.data.locate
 
 
-def _shares(loaded: Checkpoint) -> tuple[float, int]:
+def _split_settings(loaded: Checkpoint) -> tuple[float, int]:
     """The validation share of trainval and the seed of the split, from the checkpoint or else the defaults.
 
     Raises:

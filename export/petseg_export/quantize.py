@@ -66,7 +66,7 @@ LARGEST_BIAS: Final = 2**30
 #: Bins of a histogram of magnitudes; at least half of them lie below the largest magnitude.
 BINS: Final = 4096
 #: Magnitudes up to this count as zero: the product of two scales must stay a normal float32.
-NOTHING: Final = 1e-15
+NEGLIGIBLE: Final = 1e-15
 #: Share of the magnitudes that `percentile` does not clip.
 KEPT: Final = 0.9999
 #: Largest number of calibration photos on which the change of the output is measured.
@@ -265,7 +265,7 @@ class Magnitudes:
 
     def __init__(self) -> None:
         self.counts: npt.NDArray[np.int64] = np.zeros(BINS, np.int64)
-        self.top = NOTHING
+        self.top = NEGLIGIBLE
         self.peak = 0.0
 
     def add(self, values: F32) -> None:
@@ -278,7 +278,7 @@ class Magnitudes:
         peak = float(sizes.max(initial=0))
         if not math.isfinite(peak):
             raise ModelError("an activation of the float network is NaN or infinite: train or export it again")
-        if peak <= NOTHING:
+        if peak <= NEGLIGIBLE:
             return
         self.peak = max(self.peak, peak)
         if not self.counts.any():
@@ -415,14 +415,14 @@ def int8_weight(weight: F32, least: F32 | None = None) -> tuple[I8, F32]:
     largest = np.abs(weight).max(axis=(1, 2, 3))
     scales = _scale(largest, LARGEST_WEIGHT)
     if least is not None:
-        scales = np.where(largest > NOTHING, np.maximum(scales, least), np.where(least > 0, least, scales))
+        scales = np.where(largest > NEGLIGIBLE, np.maximum(scales, least), np.where(least > 0, least, scales))
     values = np.rint(weight / scales.reshape(-1, 1, 1, 1))
     return np.clip(values, -LARGEST_WEIGHT, LARGEST_WEIGHT).astype(np.int8), scales
 
 
 def _scale(largest: Any, levels: int) -> F32:
     """The scale that maps the largest magnitude to ``levels``, elementwise; float32, always positive."""
-    return np.where(largest > NOTHING, largest / np.float32(levels), np.float32(1)).astype(np.float32)
+    return np.where(largest > NEGLIGIBLE, largest / np.float32(levels), np.float32(1)).astype(np.float32)
 
 
 def _activation_scale(proto: ModelProto, name: str, ranges: Mapping[str, float]) -> F32:
@@ -439,7 +439,7 @@ def _least_scales(
         channels = stored[weight].dims[0]
         bias = numpy_helper.to_array(stored[rest[0]]) if rest else np.zeros(channels, np.float32)
         sizes = np.abs(bias).astype(np.float32)
-        needed = np.where(sizes > NOTHING, sizes / (_activation_scale(proto, source, ranges) * LARGEST_BIAS), 0)
+        needed = np.where(sizes > NEGLIGIBLE, sizes / (_activation_scale(proto, source, ranges) * LARGEST_BIAS), 0)
         least[weight] = np.maximum(least.get(weight, np.float32(0)), needed).astype(np.float32)
     return least
 

@@ -212,7 +212,7 @@ def check_limits(config: EngineConfig, *, batch: int, dynamic_size: bool) -> Non
         raise UsageError(f"max_batch needs a graph with a dynamic batch, and this one has a batch of {batch}")
     if config.max_size and not dynamic_size:
         remedy = "omit it, or export that file again with --dynamic-size" if config.onnx else "add --dynamic-size"
-        graph = f", which {config.onnx} does not have" if config.onnx else ""
+        graph = f", and that of {config.onnx} is fixed" if config.onnx else ""
         raise UsageError(f"max_size needs a graph of dynamic size{graph}: {remedy}")
 
 

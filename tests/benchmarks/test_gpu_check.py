@@ -117,7 +117,7 @@ def test_no_tests_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_hang_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "DEADLINE", 1)
-    done = check.ran([sys.executable, "-c", "import time; time.sleep(600)"])
+    done = check.run_program([sys.executable, "-c", "import time; time.sleep(600)"])
     assert done["exit_code"] == -9
     assert done["err"].endswith("did not end within 1 s")
 
@@ -184,9 +184,9 @@ def test_the_record_of_latency_is_part_of_the_check(monkeypatch: pytest.MonkeyPa
         Path(words[words.index("--output") + 1]).write_text('{"rows": []}')
         return {"exit_code": 0, "out": "", "err": "\n".join(map(str, range(12)))}
 
-    monkeypatch.setattr(check, "ran", runs)
+    monkeypatch.setattr(check, "run_program", runs)
     assert check.latency() == {"exit_code": 0, "answer": {"rows": []}, "said": [str(n) for n in range(2, 12)]}
-    monkeypatch.setattr(check, "ran", lambda words: {"exit_code": 1, "out": "", "err": "no torch"})
+    monkeypatch.setattr(check, "run_program", lambda words: {"exit_code": 1, "out": "", "err": "no torch"})
     assert check.latency() == {"exit_code": 1, "answer": None, "said": ["no torch"]}
     # The command's options, as far as they can be tested without measuring.
     helped = subprocess.run([*ran[0], "--help"], cwd=ROOT, capture_output=True, text=True, timeout=100)
