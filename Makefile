@@ -1,4 +1,4 @@
-# make demo: segment the sample photos with the light runtime.   make test: everything that must pass.
+# make demo: segment the sample photos with the light runtime.   make test: run all checks and tests.
 PYTHON ?= python3
 DEMO   := .venv-demo
 DEV    := .venv
@@ -10,19 +10,19 @@ OUT    := demo-output
 
 help:
 	@echo "make demo    install the light runtime into $(DEMO) and cut pets out of the sample photos"
-	@echo "make test    install everything the tests need into $(DEV), then make check and the tests"
-	@echo "make check   formatting, lint, types, import contracts"
-	@echo "make format  let ruff rewrite what it can"
-	@echo "make bench   measure most of it (half an hour or less; wants DATA=data), then write the README's tables;"
-	@echo "             with RESULTS=folder the records go there, and the tables stay"
-	@echo "make gpu-check  on a machine with an NVIDIA GPU: all its tests and benchmarks, in one file to send back"
+	@echo "make test    install everything the tests need into $(DEV), then run make check and the tests"
+	@echo "make check   check formatting, lint, types and import contracts"
+	@echo "make format  let ruff format the code and fix what it can"
+	@echo "make bench   run most benchmarks (half an hour or less; needs DATA=data), then update the tables in the pages;"
+	@echo "             with RESULTS=folder, write the records there and leave the tables alone"
+	@echo "make gpu-check  with an NVIDIA GPU: run all its tests and benchmarks, and write one file to send back"
 	@echo "make clean   remove environments, caches and outputs"
 
 demo: $(DEMO)/.installed
 	$(DEMO)/bin/petseg infer runtime/petseg_runtime/models/samples --as cutout --output $(OUT)/cutout
 	$(DEMO)/bin/petseg infer runtime/petseg_runtime/models/samples --as overlay --output $(OUT)/overlay
 	@echo
-	@echo "The pictures are in $(CURDIR)/$(OUT): cutout/ has the pets alone, overlay/ shows them in their photos."
+	@echo "The pictures are in $(CURDIR)/$(OUT): cutout/ has the pets alone, overlay/ marks them in the photos."
 
 test: check pytest
 
@@ -32,7 +32,7 @@ check: $(DEV)/.installed
 	$(DEV)/bin/mypy
 	$(DEV)/bin/lint-imports
 
-# On as many cores as there are; most tests use one. `-n 0`, or plain pytest, runs them one after the other.
+# Runs in parallel on all cores (at most 8); most tests use one core. JOBS=0, or plain pytest, runs them sequentially.
 JOBS ?= auto
 pytest: $(DEV)/.installed
 	$(DEV)/bin/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
@@ -41,34 +41,34 @@ format: $(DEV)/.installed
 	$(DEV)/bin/ruff format .
 	$(DEV)/bin/ruff check --fix .
 
-# Nine to sixteen minutes on two cores with bf16 (537, 521 and, on an older EPYC, 858, 947 and 765 s were measured), about
-# half an hour with AVX2 alone (1927 s, with more rounds than these), once the peers' environments are there
-# (benchmarks.peers makes them). A step that fails does not keep the others from running; it is named at the end, and the
-# exit code tells. ISNET=FILE adds the background remover's quality. RESULTS=FOLDER takes the records, to compare them with
-# ours, or as those of another machine (benchmarks/results/machines/NAME).
+# Takes nine to sixteen minutes on two cores with bf16 (measured: 537, 521 and, on an older EPYC, 858, 947 and 765 s), about
+# half an hour with AVX2 only (1927 s, with more rounds than now), once the peers' environments exist (benchmarks.peers
+# makes them). If a step fails, the others still run; the failed steps are listed at the end, and the exit code is 1.
+# ISNET=FILE adds the background remover's quality. RESULTS=FOLDER writes the records there, to compare them with ours, or
+# as another machine's (benchmarks/results/machines/NAME).
 DATA    ?= data
 ISNET   ?=
 RESULTS ?=
 bench: $(DEV)/.installed
 	@BIN="$(DEV)/bin" DATA="$(DATA)" ISNET="$(ISNET)" PETSEG_RESULTS="$(RESULTS)" sh -c "$$BENCH"
 
-# Needs an NVIDIA GPU and its driver, and says so where there is none. CUDA and cuDNN come with the packages: `gpu` is ONNX
-# Runtime on CUDA, `rtx` TensorRT for RTX; `train` and `export` are there because the tests of training on a GPU, and of
-# compiling for one, are among those that run. TensorRT is taken from the system if $(PYTHON) can import it (a Jetson, a
-# container of NVIDIA's); elsewhere `make gpu-check GPU_EXTRAS=train,export,gpu,rtx,trt` installs it from NVIDIA.
+# Needs an NVIDIA GPU and its driver, and exits with a message if there is none. CUDA and cuDNN come with the packages:
+# `gpu` is ONNX Runtime on CUDA, `rtx` is TensorRT for RTX; `train` and `export` are for the tests of training on a GPU and
+# of compiling for one. TensorRT is taken from the system if $(PYTHON) can import it (a Jetson, an NVIDIA container);
+# otherwise, `make gpu-check GPU_EXTRAS=train,export,gpu,rtx,trt` installs it from NVIDIA.
 GPU_EXTRAS := train,export,gpu,rtx
 gpu-check: $(GPU)/.installed
 	@$(PYTHON) -c "$$LINK_TENSORRT" $$($(GPU)/bin/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
 	$(GPU)/bin/python -m benchmarks.gpu_check
 
-# Asked before 10 GB are installed; the module needs nothing but Python.
+# Checked before 10 GB are installed; the module needs only Python.
 gpu-there:
 	@PYTHONPATH=runtime $(PYTHON) -c 'import sys; from petseg_runtime.host import nvidia_gpus; sys.exit(nvidia_gpus() == 0 and "this machine shows no NVIDIA GPU: nothing was installed or checked")'
 
 clean:
 	rm -rf $(DEMO) $(DEV) $(GPU) $(OUT) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist build
 
-# An environment is made anew when pyproject.toml changes; the stamp is written last, so a broken install is repeated.
+# An environment is made again when pyproject.toml changes. The stamp is written last, so a failed install is repeated.
 $(DEMO)/.installed: pyproject.toml
 	$(call make_venv,$(DEMO))
 	$(DEMO)/bin/python -m pip install --quiet ".[cpu]"
@@ -84,7 +84,7 @@ $(GPU)/.installed: pyproject.toml | gpu-there
 	$(GPU)/bin/python -m pip install --quiet --editable ".[$(GPU_EXTRAS)]" pytest pytest-timeout hypothesis
 	@touch $@
 
-# The int8 file is made once, for two steps; without it they make their own.
+# The int8 file is exported once for two steps; if that fails, each step exports it itself.
 define BENCH
 scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT || exit 1
 failed= && began=$$(date +%s)
@@ -106,13 +106,13 @@ measure training --data "$$DATA" --epochs 3
 measure accuracy --data "$$DATA" $$int8 $${ISNET:+--isnet "$$ISNET"}
 measure peers --data "$$DATA" --photos 100 --rounds 5 --starts 5
 if [ -z "$$PETSEG_RESULTS" ]; then measure report
-else echo "$$BIN/python -m benchmarks compare benchmarks/results $$PETSEG_RESULTS tells what differs"; fi
+else echo "$$BIN/python -m benchmarks compare benchmarks/results $$PETSEG_RESULTS shows what differs"; fi
 echo "== all of it took $$(($$(date +%s) - began)) s"
 [ -z "$$failed" ] || { echo "FAILED:$$failed" >&2; exit 1; }
 endef
 export BENCH
 
-# The system's packages of TensorRT alone, linked into the environment: all of its packages could be of other versions.
+# Links only the system's TensorRT packages into the environment: its other packages could have other versions.
 define LINK_TENSORRT
 import importlib.util, pathlib, sys
 for name in ("tensorrt", "tensorrt_bindings", "tensorrt_libs"):

@@ -1,9 +1,10 @@
-"""The edge network and LR-ASPP, trained alike from random weights: what is the network's, and not its training's.
+"""Train the edge network and LR-ASPP alike from random weights, to separate the network's merit from its training's.
 
     python -m benchmarks budget --data data --output runs/budget --epochs 36
 
-The same photos in the same order, augmentation, schedule, seed and number of epochs (recipe ``edge``), no teacher. Each
-one's thresholds are chosen on the same validation photos. ``--resume`` goes on with what is in ``--output``.
+Both see the same photos in the same order, with the same augmentation, schedule, seed and number of epochs (recipe
+``edge``), without a teacher. The thresholds of each are chosen on the same validation photos. ``--resume`` resumes the
+runs in ``--output``.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import click
 import torch
 
 from benchmarks import photos, records
-from benchmarks.rival import NAME, LrAspp, RivalTrainer, Said, measured
+from benchmarks.rival import NAME, EpochLines, LrAspp, RivalTrainer, measured
 from petseg import log, recipes
 from petseg.config import TrainConfig, from_dict
 from petseg.model import AttentionUNet
 from petseg.run_state import LAST
 from petseg.train import Trainer
 
-#: Folder of each run: what the network is called, its class, what trains it.
+#: For each run's folder: the network's name, its class, and its trainer.
 NETWORKS: Final[dict[str, tuple[str, type[AttentionUNet], type[Trainer]]]] = {
     "edge": ("petseg's edge network", AttentionUNet, Trainer),
     "lraspp": (NAME, LrAspp, RivalTrainer),
@@ -33,9 +34,9 @@ NETWORKS: Final[dict[str, tuple[str, type[AttentionUNet], type[Trainer]]]] = {
 
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Where the checkpoints go.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder for the checkpoints.")
 @click.option("--epochs", type=click.IntRange(1), default=36, show_default=True)
-@click.option("--size", type=click.IntRange(32), default=256, show_default=True, help="Height and width of the photos.")
+@click.option("--size", type=click.IntRange(32), default=256, show_default=True, help="Input height and width.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--resume", is_flag=True)
 def budget(data: Path, output: Path, epochs: int, size: int, seed: int, resume: bool) -> None:
@@ -54,19 +55,19 @@ def budget(data: Path, output: Path, epochs: int, size: int, seed: int, resume: 
 def reached(
     kind: type[AttentionUNet], trainer: type[Trainer], config: TrainConfig, data: Path, output: Path, resume: bool
 ) -> dict[str, Any]:
-    """One network's time in training, and what came of it."""
+    """Train one network, and return its metrics and training time."""
     run = trainer(
         config,
         photos.training_set(data),
         output,
         device=torch.device("cpu"),
         resume=resume and (output / LAST).exists(),
-        observer=Said(),
+        observer=EpochLines(),
     )
     found = measured(run.fit(), kind, data)
     return {**found, "precision": run.meta["precision"], "epoch_took_seconds": round(typical_epoch(output), 1)}
 
 
 def typical_epoch(run: Path) -> float:
-    """What the steps of an epoch took, the median: a machine that is shared is slow at times."""
+    """Median seconds of the training steps of an epoch; the median, because a shared machine is slow at times."""
     return median(row.seconds for row in log.read(run / log.LOG))

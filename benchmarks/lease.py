@@ -1,21 +1,23 @@
-"""Train a recipe, round its weights, measure the rounded file and pack it: all that one lease of a GPU has time for.
+"""Train a recipe on a leased GPU, round the weights to float16, measure the rounded file and pack it for transfer.
 
     python -m benchmarks.lease photos data lease-data --size 256x256
     python -m benchmarks.lease published --data lease-data --out lease --size 256x256 --minutes 8 --no-tests
     python -m benchmarks.lease join lease/published.manifest.json petseg/weights/published.safetensors
     python -m benchmarks.lease measure lease/published.json petseg/weights/published.safetensors --data data
 
-The first and the last two run at home: what is sent are the photos to train on, at the size they are trained at, and
-the very file that came back is measured on all test photos here. Where all of ``data`` is at hand, neither is needed.
-petseg need not be installed there: ``PYTHONPATH=.:export:runtime``. Where there is no git, give ``--commit HASH``.
+The second command runs on the GPU machine, the others at home. ``photos`` makes a small data set to send: the
+training photos at the training size. ``measure`` measures the very file that came back on all test photos. If the GPU
+machine has all of ``data``, neither is needed. petseg need not be installed there: set ``PYTHONPATH=.:export:runtime``.
+Without git, pass ``--commit HASH``.
 
-The run is `petseg train`'s own, in a folder that is thrown away with its optimizer. What stays in OUT is small: the
-weights in pieces of at most 15 MiB with their manifest, and RECIPE.json, a record as those in ``results/training``. The
-pieces are there from the first validation on, and replaced by better ones: a lease that is cut off has left those.
+The run is a `petseg train` in a temporary folder, which is deleted with the optimizer state. OUT stays small: the
+weights in pieces of at most 15 MiB with a manifest, and RECIPE.json, a record like those in ``results/training``. The
+pieces are written after the first validation and replaced by better ones, so a lease that is cut off leaves the best
+weights so far.
 
-Kernels are rounded to float16. Biases and BatchNorm's scales, shifts and statistics stay in float32: they are a few
-thousandths of the bytes, and a variance can lie outside of what float16 holds. So does a kernel that would overflow.
-The figures in the record are those of the rounded file, which is the original from then on.
+Kernels are rounded to float16. Biases and the scales, shifts and statistics of BatchNorm stay in float32: they are a
+few thousandths of the bytes, and a variance can lie outside the range of float16. A kernel that would overflow stays in
+float32, too. The figures in the record are those of the rounded file, which is the original from then on.
 """
 
 from __future__ import annotations
@@ -60,26 +62,27 @@ from petseg_runtime.cli.text import PATH, parse_size
 from petseg_runtime.errors import DataError, PetsegError
 from petseg_runtime.files import staging, write_atomic
 
-PIECE: Final = 15 * 2**20  # what brings files home may take less than 16 MiB
-#: Seconds between looks at whether a run has a better checkpoint; those that one which is told to stop has for it.
+PIECE: Final = 15 * 2**20  # the transfer home may limit files to less than 16 MiB
+#: Seconds between checks for a better checkpoint.
 LOOK: Final = 20.0
+#: Seconds that an interrupted run has to stop before it is killed.
 STOPPING: Final = 45.0
-#: Steps of a warm-up epoch, of which the later half is timed: the batches that were made before the first are used up.
+#: Steps of a warm-up epoch; the second half is timed, after the prefetched batches are used up.
 STEPS: Final = 60
-#: Seconds from `petseg train` to its first photo: Python, torch, CUDA.
+#: Seconds from the start of `petseg train` to its first photo: Python, torch, CUDA.
 START: Final = 20.0
 #: Seconds from its last photo to its end: curves, pictures.
 FINISH: Final = 15.0
-#: What saving adds to the time of a run at most, where a state takes longer than QUICK_SAVE (petseg.run_state).
+#: Largest factor by which saving lengthens a run whose state takes longer than QUICK_SAVE (petseg.run_state).
 SAVING: Final = 1.1
-MARGIN: Final = 0.06  # share of the time that is kept back
-BATCH: Final = 16  # photos at a time, in the measurement
+MARGIN: Final = 0.06  # share of the time kept in reserve
+BATCH: Final = 16  # batch size of the measurement
 FILE: Final = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be trained: `petseg train`'s options."""
+    """A training run: the options of `petseg train`."""
 
     recipe: str
     root: Path
@@ -88,7 +91,7 @@ class Job:
     files: Mapping[str, Path]
 
     def config(self) -> TrainConfig:
-        """The run, as `petseg train` will see it."""
+        """The config of the run, as `petseg train` resolves it."""
         raw = recipes.load(self.recipe)
         for setting in self.settings:
             override(raw, setting)
@@ -105,16 +108,20 @@ class Job:
 @click.command()
 @click.argument("recipe", type=click.Choice(recipes.names()))
 @click.option("--data", type=PATH, required=True, help="Folder of the data sets.")
-@click.option("--out", type=PATH, required=True, help="Where the pieces and the record go.")
-@click.option("--teacher", type=FILE)
-@click.option("--init", type=FILE)
-@click.option("--size", metavar="HxW")
-@click.option("--epochs", type=click.IntRange(min=1), help="With --minutes, at most.  [default: the recipe's]")
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="As many epochs as end in this time.")
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="As of `petseg train`.")
+@click.option("--out", type=PATH, required=True, help="Folder for the pieces and the record.")
+@click.option("--teacher", type=FILE, help="As in `petseg train`.")
+@click.option("--init", type=FILE, help="As in `petseg train`.")
+@click.option("--size", metavar="HxW", help="Training size.  [default: the recipe's]")
+@click.option(
+    "--epochs", type=click.IntRange(min=1), help="Upper limit if --minutes is given.  [default: the recipe's]"
+)
+@click.option(
+    "--minutes", type=click.FloatRange(min=0, min_open=True), help="Train as many epochs as fit in this time."
+)
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="As in `petseg train`.")
 @click.option("--device", default="auto", show_default=True)
-@click.option("--commit", help="Of this checkout, where git cannot tell.")
-@click.option("--no-tests", is_flag=True, help="Test photos are elsewhere: see `measure`.")
+@click.option("--commit", help="Commit of this checkout, where git cannot tell it.")
+@click.option("--no-tests", is_flag=True, help="There are no test photos here: run `measure` at home.")
 def lease(
     recipe: str,
     data: Path,
@@ -129,9 +136,9 @@ def lease(
     commit: str | None,
     no_tests: bool,
 ) -> None:
-    """Train RECIPE, and leave in OUT what is to be brought home."""
+    """Train RECIPE, and leave the files to bring home in OUT."""
     began = time.perf_counter()
-    records.checkout()  # of the code that runs, before others commit more
+    records.checkout()  # cached now, before someone commits during the run
     files = {name: file.absolute() for name, file in (("teacher", teacher), ("init", init)) if file}
     asked = {"size": size, "epochs": epochs, "minutes": minutes, **{name: file.name for name, file in files.items()}}
     words = [f"--{name} {value}" for name, value in asked.items() if value] + [f"--set {each}" for each in settings]
@@ -141,8 +148,7 @@ def lease(
     settings += (*(f"data.{name}={value}" for name, value in sides), *([f"epochs={epochs}"] if epochs else ()))
     root = photos.first(data.absolute(), photos.BEST, photos.OFFICIAL, photos.COPIES)
     job = Job(recipe, root, device, settings, files)
-    # What is wrong is found now, not after the run.
-    tests = {} if no_tests else tests_in(data)
+    tests = {} if no_tests else tests_in(data)  # before the run, so that missing photos are found now
     out.mkdir(parents=True, exist_ok=True)
     record = out / f"{recipe}.json"
     with tempfile.TemporaryDirectory() as scratch:
@@ -152,11 +158,11 @@ def lease(
         run, weights = Path(scratch) / recipe, Path(scratch) / f"{recipe}.safetensors"
         left = began + plan["deadline"] - time.perf_counter() if plan else math.inf
         code = train(job, run, left, lambda best: pack(rounded(best, weights, commit), out))
-        told = {"commit": commit} if commit else {}
-        values: dict[str, Any] = {**told, "exit_code": code, "plan": plan}
+        origin = {"commit": commit} if commit else {}
+        values: dict[str, Any] = {**origin, "exit_code": code, "plan": plan}
         values["weights"] = pack(rounded(run / BEST, weights, commit), out)
-        values["runs"] = [{**trained([run])[0], **told}]
-        records.write(recipe, command, values, record)  # whatever becomes of the measurement
+        values["runs"] = [{**trained([run])[0], **origin}]
+        records.write(recipe, command, values, record)  # now, in case the measurement fails
         values |= validated(weights, job)
         values |= measured(weights, device, values["thresholds"], tests)
     records.write(recipe, command, {**values, "seconds": time.perf_counter() - began}, record)
@@ -165,18 +171,18 @@ def lease(
 
 
 def tests_in(data: Path) -> dict[str, list[Pair]]:
-    """Test photos with their truth, by what is told of them."""
+    """Labelled test photos, by the description of their set."""
     return {what: find(folder, Split.TEST) for what, folder in photos.test_sets(data).items()}
 
 
 def say(tests: Mapping[str, Mapping[str, Any]]) -> None:
-    """The headline of each set of test photos."""
+    """Print the headline metrics of each set of test photos."""
     for what, found in tests.items():
         click.echo(f"{what}: IoU {found['iou']:.4f}, Dice {found['dice']:.4f}")
 
 
 class Clock(Observer):
-    """Seconds from the start of the latest epoch to the end of each of its steps, without validation."""
+    """Records the seconds from the start of the latest epoch to the end of each of its steps, without validation."""
 
     def __init__(self) -> None:
         self.marks = [0.0]
@@ -188,7 +194,7 @@ class Clock(Observer):
 def planned(
     job: Job, folder: Path, tests: Mapping[str, Sequence[Pair]], seconds: float, began: float
 ) -> dict[str, Any]:
-    """How many epochs fit, what that follows from, and the second at which the run is stopped if it does not."""
+    """Plan the number of epochs that fit into the time, and the second at which an unfinished run is stopped."""
     config = job.config()
     fraction, seed = config.data.val_fraction, config.data.split_seed
     train, val = (len(find(job.root, part, val_fraction=fraction, seed=seed)) for part in (Split.TRAIN, Split.VAL))
@@ -199,30 +205,30 @@ def planned(
     epoch = costs["epoch_start"] + costs["step"] * (train // config.batch) + costs["validate_and_save"]
     epoch *= SAVING if costs["save"] > QUICK_SAVE else 1
     epochs = min(config.epochs, int((left - before - after) / epoch))
-    said = f"an epoch takes {epoch:.1f} s, all around them {before:.0f} s, and the measurement {after:.0f} s"
+    parts = f"an epoch takes {epoch:.1f} s, start and finish {before:.0f} s, and the measurement {after:.0f} s"
     if epochs < 1:
-        sys.exit(f"no epoch fits into the {left:.0f} s that are left: {said}")
-    click.echo(f"{epochs} epochs: {said}", err=True)
+        sys.exit(f"no epoch fits into the {left:.0f} s that are left: {parts}")
+    click.echo(f"{epochs} epochs: {parts}", err=True)
     click.echo(", ".join(f"{name} {value:.3g} s" for name, value in costs.items()), err=True)
     deadline = seconds * (1 - MARGIN / 2) - after
     return {"epochs": epochs, "epoch": epoch, "before": before, "after": after, "deadline": deadline, **costs}
 
 
 def shortened(config: TrainConfig, epochs: int) -> list[str]:
-    """The settings of a run of fewer epochs than its recipe's: restarts would leave its rate high at its end."""
+    """The settings for fewer epochs than the recipe's; one restart cycle, so that the learning rate ends low."""
     restarts = epochs < config.epochs and config.schedule.name == "cosine-restarts"
     return [f"epochs={epochs}", *([f"schedule.restart_epochs={epochs}"] if restarts else [])]
 
 
 def warmed_up(job: Job, config: TrainConfig, folder: Path, train: int, val: int) -> dict[str, float]:
-    """Seconds that the parts of a run take here, from two epochs over some of the photos and as many of validation."""
+    """Measure the seconds of each part of a run, in two epochs over some training photos and all of validation's."""
     some = min(train + val, STEPS * config.batch + val + SPARE)
     few(job.root, folder / "few", some)
-    # The second epoch is the one that is timed: it has all of what takes longer, for no run may be planned too long.
+    # The second epoch is timed. Mixing stays on in it, so that the time of an epoch is not underestimated.
     augment, share = replace(config.augment, mix_until=1.0), replace(config.data, val_fraction=val / some)
     short = replace(config, epochs=2, early_stop=0, augment=augment, data=share)
     device, clock = pick_device(job.device), Clock()
-    torch.zeros(1, device=device)  # CUDA's own start is in START
+    torch.zeros(1, device=device)  # CUDA's initialization is part of START
     begin = time.perf_counter()
     init, teacher = job.files.get("init"), job.files.get("teacher")
     trainer = Trainer(
@@ -238,9 +244,9 @@ def warmed_up(job: Job, config: TrainConfig, folder: Path, train: int, val: int)
     assert first.elapsed is not None
     assert second.elapsed is not None
     steps = len(clock.marks) - 1
-    step = (clock.marks[-1] - clock.marks[steps // 2]) / (steps - steps // 2)  # of the later half, in full swing
+    step = (clock.marks[-1] - clock.marks[steps // 2]) / (steps - steps // 2)  # the second half, at steady state
     save = trainer.last.took
-    del trainer  # what it holds of the GPU's memory is the run's
+    del trainer  # frees its GPU memory for the run
     gc.collect()
     torch.cuda.empty_cache()
     return {
@@ -255,9 +261,9 @@ def warmed_up(job: Job, config: TrainConfig, folder: Path, train: int, val: int)
 
 
 def train(job: Job, run: Path, seconds: float, keep: Callable[[Path], object]) -> int:
-    """Run `petseg train`; one that is not done in time is stopped, and its best checkpoint so far counts.
+    """Run `petseg train`, and interrupt it if it is not done in time: then its best checkpoint so far counts.
 
-    ``keep`` is given that of a run under way whenever it is found to be another one.
+    While the run goes on, ``keep`` is called with the best checkpoint whenever that has changed.
     """
     end, kept = time.monotonic() + seconds, 0
     with subprocess.Popen(job.words(run), cwd=records.ROOT) as process:
@@ -267,17 +273,17 @@ def train(job: Job, run: Path, seconds: float, keep: Callable[[Path], object]) -
             if (run / BEST).exists() and (now := (run / BEST).stat().st_mtime_ns) != kept:
                 try:
                     keep(run / BEST)
-                except (OSError, PetsegError) as error:  # the run goes on, and what it ends with is kept once more
+                except (OSError, PetsegError) as error:  # the run goes on, and its final checkpoint is kept anyway
                     click.echo(f"{run / BEST}: not kept ({error})", err=True)
                 kept = now
         code = stopped(process)
     if not (run / BEST).exists():
-        sys.exit(f"`petseg train` ended with exit code {code}, and left no checkpoint")
+        sys.exit(f"`petseg train` ended with exit code {code} and left no checkpoint")
     return code
 
 
 def stopped(process: subprocess.Popen[bytes]) -> int:
-    """The exit code of a run, which is told to stop if it has not ended; one that hangs is killed: files are whole."""
+    """Interrupt a run that has not ended, kill it if it hangs (its files are complete), and return its exit code."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         try:
@@ -288,7 +294,7 @@ def stopped(process: subprocess.Popen[bytes]) -> int:
 
 
 def rounded(best: Path, to: Path, commit: str | None = None) -> Path:
-    """Write a checkpoint's kernels in float16, and all else as it is."""
+    """Write a copy of a checkpoint with its kernels in float16 and everything else unchanged."""
     loaded = checkpoint.load(best)
     origin = {**loaded.meta["provenance"], **({"commit": commit} if commit else {})}
     meta = {**loaded.meta, "provenance": origin, "rounded": {"kernels": "float16", "from_sha256": loaded.sha256}}
@@ -302,7 +308,7 @@ def _half(tensor: Tensor) -> Tensor:
 
 
 def validated(weights: Path, job: Job) -> dict[str, Any]:
-    """The validation photos, and for each reading of the border the threshold that is best there."""
+    """Measure on the validation photos, and find the best threshold there for each reading of the border."""
     split = job.config().data
     pairs = find(job.root, Split.VAL, val_fraction=split.val_fraction, seed=split.split_seed)
     with open_model(weights, job.device) as model:
@@ -317,7 +323,7 @@ def validated(weights: Path, job: Job) -> dict[str, Any]:
 def measured(
     weights: Path, device: str, thresholds: Mapping[Border, float], tests: Mapping[str, Sequence[Pair]]
 ) -> dict[str, Any]:
-    """Each set of test photos at the file's own threshold, and each reading of the border at that of validation."""
+    """Measure each set of test photos, at the file's threshold and at validation's for each reading of the border."""
     found, failed = {}, []
     with open_model(weights, device) as model:
         for what, pairs in tests.items():
@@ -330,7 +336,7 @@ def measured(
 def evaluated(
     model: OpenedModel, pairs: Sequence[Pair], failed: Callable[[Pair, DataError], None] | None = None
 ) -> Evaluation:
-    """What it makes of the photos; see :func:`petseg.evaluate.evaluate`."""
+    """Evaluate a model on photos; see :func:`petseg.evaluate.evaluate`."""
     return evaluate(model.run, pairs, model.height, model.width, batch=BATCH, failed=failed)
 
 
@@ -340,10 +346,10 @@ def evaluated(
 @click.option("--data", type=PATH, required=True, help="Folder of the data sets.")
 @click.option("--device", default="auto", show_default=True)
 def measure(record: Path, weights: Path, data: Path, device: str) -> None:
-    """Put into RECORD, of a lease without test photos, what its WEIGHTS reach on them."""
+    """Measure WEIGHTS on the test photos, and add the result to RECORD, of a lease that had none."""
     values = json.loads(record.read_text(encoding="utf-8"))
-    if values["weights"] != values["weights"] | _told(weights.read_bytes()):
-        sys.exit(f"{weights}: not the file that {record.name} is of")
+    if values["weights"] != values["weights"] | _size_and_digest(weights.read_bytes()):
+        sys.exit(f"{weights}: not the file that {record.name} describes")
     values |= measured(weights, device, values["thresholds"], tests_in(data))
     values["tests_measured_on"] = {"machine": records.machine(), "versions": records.versions()}
     write_atomic(record, (json.dumps(values, indent=2) + "\n").encode())
@@ -353,10 +359,10 @@ def measure(record: Path, weights: Path, data: Path, device: str) -> None:
 @click.command(name="photos")
 @click.argument("data", type=PATH)
 @click.argument("out", type=PATH)
-@click.option("--size", metavar="HxW", required=True, help="At which they will be trained on.")
-@click.option("--quality", type=click.IntRange(1, 95), default=85, show_default=True, help="Of JPEG.")
+@click.option("--size", metavar="HxW", required=True, help="Training size.")
+@click.option("--quality", type=click.IntRange(1, 95), default=85, show_default=True, help="JPEG quality.")
 def send(data: Path, out: Path, size: str, quality: int) -> None:
-    """Write the photos to train on, of DATA, to OUT as data set of the same name, none larger than SIZE."""
+    """Write the training photos of DATA, none larger than SIZE, to OUT as a data set of the same name."""
     root = photos.first(data.absolute(), photos.BEST, photos.OFFICIAL, photos.COPIES)
     height, width = parse_size(size)
     folder = out / root.name
@@ -367,7 +373,7 @@ def send(data: Path, out: Path, size: str, quality: int) -> None:
         image, mask = folder / "images" / f"{pair.name}.jpg", folder / "annotations" / "trimaps" / f"{pair.name}.png"
         if photo.shape[0] <= height and photo.shape[1] <= width:
             shutil.copyfile(pair.image, image)
-        else:  # as training would
+        else:  # resized as in training
             Image.fromarray(images.to_model(photo, height, width)).save(image, quality=quality)
             trimap = resize_trimap(trimap, height, width)
         Image.fromarray(trimap).save(mask, optimize=True)
@@ -377,15 +383,15 @@ def send(data: Path, out: Path, size: str, quality: int) -> None:
 
 
 def pack(weights: Path, out: Path) -> dict[str, Any]:
-    """Write a file in pieces, and their manifest, which :func:`join` reads: all of them anew, or none."""
+    """Write a file in pieces with a manifest for :func:`join`; replaces all earlier pieces or, if it fails, none."""
     data = weights.read_bytes()
     pieces: list[dict[str, Any]] = []
     with staging(out / f"{weights.stem}.manifest.json") as beside:
         for at in range(0, len(data), PIECE):
             piece = data[at : at + PIECE]
-            pieces.append({"file": f"{weights.name}.{len(pieces):02d}", **_told(piece)})
+            pieces.append({"file": f"{weights.name}.{len(pieces):02d}", **_size_and_digest(piece)})
             write_atomic(beside / pieces[-1]["file"], piece)
-        manifest = {"file": weights.name, **_told(data), "pieces": pieces}
+        manifest = {"file": weights.name, **_size_and_digest(data), "pieces": pieces}
         write_atomic(beside / f"{weights.stem}.manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
     return manifest
 
@@ -394,18 +400,18 @@ def pack(weights: Path, out: Path) -> dict[str, Any]:
 @click.argument("manifest", type=FILE)
 @click.argument("out", type=PATH)
 def join(manifest: Path, out: Path) -> None:
-    """Put the pieces that MANIFEST names, and lie beside it, together to the file OUT."""
-    told = json.loads(manifest.read_text(encoding="utf-8"))
-    parts = [(manifest.parent / row["file"]).read_bytes() for row in told["pieces"]]
-    whole = b"".join(parts)
-    for row, part in zip((*told["pieces"], told), (*parts, whole), strict=True):
-        if row != row | _told(part):
-            sys.exit(f"{manifest.parent / row['file']}: not what {manifest.name} says it is; bring it once more")
-    write_atomic(out, whole)
-    click.echo(f"{out}: {told['sha256']}")
+    """Join the pieces that MANIFEST lists, and that lie beside it, to the file OUT."""
+    listed = json.loads(manifest.read_text(encoding="utf-8"))
+    parts = [(manifest.parent / row["file"]).read_bytes() for row in listed["pieces"]]
+    joined = b"".join(parts)
+    for row, part in zip((*listed["pieces"], listed), (*parts, joined), strict=True):
+        if row != row | _size_and_digest(part):
+            sys.exit(f"{manifest.parent / row['file']}: not the file that {manifest.name} describes; transfer it again")
+    write_atomic(out, joined)
+    click.echo(f"{out}: {listed['sha256']}")
 
 
-def _told(data: bytes) -> dict[str, Any]:
+def _size_and_digest(data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 

@@ -1,4 +1,4 @@
-"""The same figures of every machine that ``make bench`` has run on: which of them hold on all."""
+"""A table of the same figures on every machine that ran ``make bench``, to show which of them hold on all."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, Final, TypeAlias
 from benchmarks import records
 from benchmarks.compare import gflops
 
-#: A machine's records by their names.
+#: A machine's records by name.
 Machine: TypeAlias = Mapping[str, Mapping[str, Any]]
-#: What a column is made of; a record that is not there leaves its cells empty.
+#: The records that a column is made from; a missing record leaves its cells empty.
 MADE_OF: Final = ("latency", "peers", "video", "accuracy")
 
 
 def machines() -> str:
-    """A column for each machine, that of the other tables first."""
+    """The table, with a column for each machine; the machine of the other tables comes first."""
     columns = every()
     heads = " | ".join(name_of(column) for column in columns)
     lines = [
@@ -29,8 +29,8 @@ def machines() -> str:
         lines += [line(f"{what} {name}", [cells.get(name, "") for cells in found]) for name in names]
     return "\n".join(
         [
-            "What `make bench` gave, two cores each (`make bench RESULTS=benchmarks/results/machines/NAME` adds a "
-            "machine); medians; where its work was not the same for all, it is in brackets:",
+            "Results of `make bench` on two cores each (`make bench RESULTS=benchmarks/results/machines/NAME` adds a "
+            "machine); medians; where the work differed between machines, it is given in brackets:",
             "",
             f"| | {heads} |",
             f"|---|{'---|' * len(columns)}",
@@ -41,7 +41,7 @@ def machines() -> str:
 
 
 def earlier(columns: Sequence[Machine]) -> list[str]:
-    """Says which of the other machines ran an embedded model before the one that ships now."""
+    """Lines that name the other machines whose records are of an earlier embedded model; none if there are none."""
     now = records.shipped_model()
     old = [name_of(each) for each in columns[1:] if any(record.get("shipped_model") != now for record in each.values())]
     if not old:
@@ -50,7 +50,7 @@ def earlier(columns: Sequence[Machine]) -> list[str]:
 
 
 def every() -> list[Machine]:
-    """The records of each machine, that of the other tables first."""
+    """The records of each machine; the machine of the other tables comes first."""
     folders = (records.RESULTS, *records.machines())
     return [
         {name: records.load(name, folder) for name in MADE_OF if (folder / f"{name}.json").exists()}
@@ -59,7 +59,7 @@ def every() -> list[Machine]:
 
 
 def name_of(machine: Machine) -> str:
-    """Its processor, and when it was measured."""
+    """A machine's processor, and the date of its records."""
     record = machine[next(iter(machine))]
     return f"{record['machine']['cpu']}, {record['date']}"
 
@@ -70,68 +70,68 @@ def line(what: str, cells: Iterable[str]) -> str:
 
 
 def with_work(what: str, columns: Sequence[Machine], cells: Sequence[str]) -> list[str]:
-    """The cells of a row, each with its work if they are not all of the same."""
+    """The cells of a row, each with its workload if the workloads differ."""
     works = [WORK[what](column) if what in WORK else "" for column in columns]
     differ = len(set(filter(None, works))) > 1
     return [f"{cell} ({work})" if differ and work else cell for cell, work in zip(cells, works, strict=True)]
 
 
 def speed(machine: Machine) -> str:
-    """Of the machine itself."""
+    """The machine's GFLOP/s in numpy's matmul."""
     found = gflops(machine["latency"])
     return "" if found is None else f"{found:.0f}"
 
 
 def folder(machine: Machine) -> str:
-    """Photos a second, and the engine that was chosen."""
+    """Photos per second, and the engine that was chosen."""
     first = machine["peers"]["rows"][0]
     return f"{first['photos_per_second_once_running']['median']:.0f} ({first['engine']})"
 
 
 def over_peers(machine: Machine) -> str:
-    """How many times as fast as the peers `petseg infer` is on a folder, and which is the nearest."""
+    """How many times as fast as the peers `petseg infer` is on a folder, from the fastest peer to the slowest."""
     rows = peers(machine)
     found = {row["name"]: row["petseg_times_as_fast"]["once_running"]["median"] for row in rows}
-    nearest = min(found, key=lambda name: found[name])
-    return f"{found[nearest]:.2f} ({nearest}) to {max(found.values()):.0f}"
+    fastest = min(found, key=lambda name: found[name])
+    return f"{found[fastest]:.2f} ({fastest}) to {max(found.values()):.0f}"
 
 
 def start(machine: Machine) -> str:
-    """Seconds from a cold start, and those of the quickest peer."""
+    """Seconds for one photo from a cold start, and those of the fastest peer."""
     own = machine["peers"]["rows"][0]["startup_seconds"]["median"]
     return f"{own:.2f} ({min(median(row['startup']['seconds']) for row in peers(machine)):.2f})"
 
 
 def overlay(machine: Machine) -> str:
-    """A video in the engine that `auto` takes."""
+    """Speed of a video in the engine that `auto` chooses, in multiples of real time."""
     return f"{next(row['times_real_time'] for row in machine['video']['rows'] if row['kind'] == 'overlay'):.2f}"
 
 
 def photos(machine: Machine) -> str:
-    """In the folder of the peers' record."""
+    """The number of photos in the folder of the peers' record."""
     number = machine.get("peers", {}).get("photos")
     return f"{number} photos" if number else ""
 
 
 def ways(machine: Machine) -> str:
-    """How many of the peers' loops there are, and how large their folder."""
+    """The number of the peers' loops and of the photos in their folder."""
     number = photos(machine)
     return f"{len(peers(machine))} of them, {number}" if number else ""
 
 
 def frames(machine: Machine) -> str:
-    """Of the clip."""
+    """The number of frames in the clip."""
     number = machine.get("video", {}).get("frames")
     return f"{number} frames" if number else ""
 
 
 def peers(machine: Machine) -> list[Mapping[str, Any]]:
-    """The rows that are not petseg's."""
+    """The rows of the peers."""
     return [row for row in machine["peers"]["rows"] if not row["name"].startswith("petseg")]
 
 
 def alone(machine: Machine) -> dict[str, str]:
-    """Milliseconds of the network, by engine and what it computes in."""
+    """Milliseconds of the network alone, by engine and computation precision."""
     rows = machine["latency"]["rows"]
     return {
         f"{row['engine'].split()[0]}, {row['precision']}": f"{row['median']:.1f}"
@@ -141,12 +141,12 @@ def alone(machine: Machine) -> dict[str, str]:
 
 
 def rival(machine: Machine) -> dict[str, str]:
-    """How many times as fast as LR-ASPP it is, the networks alone in turns."""
+    """How many times as fast as LR-ASPP petseg's network is, the networks alone, measured in turns."""
     rows = machine["accuracy"]["rival_times"]
     return {f"{row['engine'].split()[0]}, {row['precision']}": f"{row['petseg_times_as_fast']:.2f}" for row in rows}
 
 
-#: What has one figure, and what has one for each engine: the record, and the figure.
+#: Rows with a single figure (SINGLE) and with one for each engine (SEVERAL): the record it needs, and the function.
 SINGLE: Final[Mapping[str, tuple[str, Callable[[Machine], str]]]] = {
     "numpy's matmul in float32, GFLOP/s": ("latency", speed),
     "`petseg infer` on a folder, photos/s": ("peers", folder),
@@ -158,7 +158,7 @@ SEVERAL: Final[Mapping[str, tuple[str, Callable[[Machine], Mapping[str, str]]]]]
     "the network alone, ms:": ("latency", alone),
     "times as fast as LR-ASPP's, alone:": ("accuracy", rival),
 }
-#: Of those with one figure, the work that it is of, in a few words; "" if a record does not say.
+#: The workload of some single figures, in a few words; "" if the record does not tell it.
 WORK: Final[Mapping[str, Callable[[Machine], str]]] = {
     "`petseg infer` on a folder, photos/s": photos,
     "times as fast as the peers on that folder": ways,

@@ -1,4 +1,4 @@
-"""What others published, and how the border is read: for the programs that measure and those that tell."""
+"""Figures that others published, and the readings of the border, for benchmarks and for the pages made from them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from petseg import metrics
 #: For each reading of the border, which threshold was chosen for it.
 CHOSEN: Final = {"background": "own", "pet": "cutout", "ignored": "ignored_border"}
 
-#: How a record tells that a figure is of the official test photos.
+#: How a record marks a figure on the official test photos.
 TEST_SPLIT: Final = "test split"
 
-#: The network that petseg trains, exports and runs, as it was published.
+#: The published network that petseg trains, exports and runs.
 PUBLISHED: Final[dict[str, Any]] = {
     "name": "published attention U-Net, 29.3 M parameters, from scratch",
     "source": "given to us; we know no publication to cite",
@@ -20,7 +20,7 @@ PUBLISHED: Final[dict[str, Any]] = {
     "readings": {"background": metrics.PUBLISHED},
 }
 
-#: The strongest figures that we know of, with an encoder that has seen ImageNet.
+#: The best figures that we know of, with an encoder pretrained on ImageNet.
 PRETRAINED: Final[dict[str, Any]] = {
     "name": "FPN with ResNet-34 pretrained on ImageNet, 23.2 M",
     "source": "segmentation_models.pytorch, pets example; the least and the best that it shows",
@@ -28,7 +28,7 @@ PRETRAINED: Final[dict[str, Any]] = {
     "readings": {"pet": {"iou": [0.9125, 0.9156]}},
 }
 
-#: Figures that we have not measured with this program: what, on which photos, and how the border is read.
+#: Figures that were not measured with this program: the model, its test photos, and the readings of the border.
 ELSEWHERE: Final[tuple[dict[str, Any], ...]] = (
     PUBLISHED,
     PRETRAINED,

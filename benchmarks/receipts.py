@@ -1,9 +1,9 @@
-"""``python -m benchmarks receipts``: every format and precision of a checkpoint, each with its receipt.
+"""``python -m benchmarks receipts``: export a checkpoint to every format and precision, each with its parity receipt.
 
-    python -m benchmarks receipts edge petseg/weights/edge.safetensors --data data
+    python -m benchmarks receipts edge petseg/weights/edge.safetensors --about "the embedded model" --data data
 
-The parity photos are test photos (they only report); int8 is calibrated on training photos and judged on validation
-photos of the merged set (see benchmarks/embedded/merge.py).
+The parity test uses test photos, on which nothing is tuned; int8 is calibrated on training photos and evaluated on
+validation photos of the merged set (see benchmarks/embedded/merge.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PHOTOS = 200
 
 
 def plan(data: Path, folder: Path) -> list[ExportConfig]:
-    """In an order in which each compiled form finds the ONNX file that it is made from."""
+    """The configs of all exports, in an order in which each compiled form follows its ONNX file."""
     common: dict[str, Any] = {
         "data": photos.original_size(data),
         "split": "test",
@@ -50,12 +50,12 @@ def plan(data: Path, folder: Path) -> list[ExportConfig]:
 @click.argument("name")
 @click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder of the data sets.")
-@click.option("--output", type=click.Path(path_type=Path), help="Where the files go.  [default: runs/receipts/NAME]")
-@click.option("--about", required=True, help="What the checkpoint is, for the record.")
+@click.option("--output", type=click.Path(path_type=Path), help="Output folder.  [default: runs/receipts/NAME]")
+@click.option("--about", required=True, help="Description of the checkpoint, for the record.")
 def receipts(name: str, checkpoint: Path, data: Path, output: Path | None, about: str) -> None:
-    """Export CHECKPOINT to everything that can be made here; the record is results/receipts-NAME.json."""
+    """Export CHECKPOINT to every format that can be built here, and write results/receipts-NAME.json."""
     if not about.strip():
-        raise click.UsageError("--about is empty: say what the checkpoint is, for the table's title")
+        raise click.UsageError("--about is empty: describe the checkpoint, for the table's title")
     folder = output or records.ROOT / "runs" / "receipts" / name
     rows = []
     for config in plan(data, folder):
@@ -71,7 +71,7 @@ def receipts(name: str, checkpoint: Path, data: Path, output: Path | None, about
                 "bytes": size,
                 "seconds": round(seconds, 1),
                 "compiled_from": config.onnx.name if isinstance(config, CompiledConfig) and config.onnx else None,
-                # The names of 200 photos say no more than their digest and the seed of their choice.
+                # The names of 200 photos are redundant: the digest and the seed identify them.
                 "receipt": {key: value for key, value in receipt.items() if key != "names"},
             }
         )

@@ -1,10 +1,10 @@
-"""Records: what was measured, on which machine, with which command. One JSON file each, in ``results/``.
+"""Benchmark records: what was measured, on which machine, with which command. One JSON file each, in ``results/``.
 
-Those of other machines are in ``results/machines/NAME/``; new ones go to the folder that ``PETSEG_RESULTS`` in the
-environment names, where it is set.
+Records of other machines are in ``results/machines/NAME/``. New records go to the folder in the environment variable
+``PETSEG_RESULTS``, if it is set.
 
-The name of a processor says little of a virtual machine: two that are called "AMD EPYC" differ twofold in speed. So a
-record tells its family, model, caches and instructions, and how fast it multiplied matrices when the record was made.
+In a virtual machine, the name of the processor says little: two called "AMD EPYC" differ twofold in speed. So a record
+contains its family, model, cache size and instruction sets, and the matmul speed at the time of the record.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from petseg_runtime import host
 from petseg_runtime.artifact import default_model, open_artifact
 from petseg_runtime.files import write_atomic
 
-#: The records that the pages are made of.
+#: The records that the pages are made from.
 RESULTS: Final = Path(__file__).parent / "results"
-#: In the environment: another folder for new records.
+#: Environment variable with another folder for new records.
 ELSEWHERE: Final = "PETSEG_RESULTS"
 ROOT: Final = Path(__file__).parent.parent
-#: Records, and the pages that are made of them, change while others are measured: pathspecs that leave them out.
+#: Pathspecs that exclude records and the pages made from them: they change while other benchmarks run.
 MADE: Final = (":!benchmarks/results", ":!benchmarks/RESULTS.md", ":!README.md", ":!runtime/README.md")
 
-#: Where Linux tells of the processor.
+#: Linux's description of the processor.
 CPUINFO: Final = Path("/proc/cpuinfo")
-#: What short names end with, the best first: what it is called, and the kernel's flag.
+#: Instruction sets for short names, best first: the name and the kernel's flag.
 BEST_INSTRUCTIONS: Final = {
     "AMX": "amx_bf16",
     "AVX-512 with bf16": "avx512_bf16",
@@ -45,12 +45,12 @@ BEST_INSTRUCTIONS: Final = {
     "AVX-512": "avx512f",
     "AVX2": "avx2",
 }
-#: Of the matmul by which machines are compared: rows and columns, and how long it is repeated. Tests take less.
+#: The matmul that compares machines: its rows and columns, and how long it is repeated; smaller in tests.
 CALIBRATION_SIZE, CALIBRATION_SECONDS = 1024, 1.0
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory, GPUs, system, Python: what a number depends on; and how fast it is just now."""
+    """Everything that a figure depends on: processor, cores, memory, GPUs, system, Python, and the current speed."""
     cpu = host.host().cpu
     about = processor(cpu)
     return {
@@ -67,7 +67,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor(cpu: host.Cpu) -> dict[str, Any]:
-    """What the kernel tells of the first core (None: it does not), and the instructions that engines make use of."""
+    """The kernel's description of the first core (None where missing), and the instruction sets that engines use."""
     fields: dict[str, str] = {}
     for line in CPUINFO.read_text(encoding="utf-8").splitlines() if CPUINFO.exists() else ():
         key, _, value = line.partition(":")
@@ -78,18 +78,18 @@ def processor(cpu: host.Cpu) -> dict[str, Any]:
 
 
 def short_name(about: Mapping[str, Any]) -> str:
-    """The processor in a few words: its product, or, where a virtual machine hides that, what it can be known by."""
+    """The processor in a few words: the product name or, where a virtual machine hides it, family and model."""
     name = " ".join(re.sub(r"\((R|TM)\)|\bProcessor\b|\bCPU\b|@.*", " ", str(about["name"])).split())
     if about["family"] is None or re.search(r"\d", name):
         return name
-    best = next((told for told, flag in BEST_INSTRUCTIONS.items() if flag in about["instructions"]), "no AVX2")
+    best = next((label for label, flag in BEST_INSTRUCTIONS.items() if flag in about["instructions"]), "no AVX2")
     return f"{name} (family {about['family']}, model {about['model']}, {best})"
 
 
 def calibration() -> dict[str, Any]:
-    """The best of as many float32 matmuls of 1024 x 1024 in numpy as there is time for: how fast the machine is.
+    """Measure the machine's speed: the fastest of numpy's 1024 x 1024 float32 matmuls within a second.
 
-    ``threads``: the cores that they kept busy, all in all, which is fewer than there are if others compute meanwhile.
+    ``threads`` is the number of cores they kept busy on average; fewer than all if other processes were running.
     """
     a, b = np.random.default_rng(0).random((2, CALIBRATION_SIZE, CALIBRATION_SIZE), dtype=np.float32)
     product = np.empty_like(a)
@@ -112,12 +112,12 @@ def calibration() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that matter, of those that are installed."""
+    """Versions of the relevant packages that are installed."""
     return host.versions(("petseg", *host.PACKAGES, "torch", "torchvision", "onnx"))
 
 
 def write(name: str, command: str, values: dict[str, Any], output: Path | None = None) -> Path:
-    """Write a record to ``output``, or as ``NAME.json`` where new records go; a name may hold a folder."""
+    """Write a record to ``output``, or as ``NAME.json`` to the folder of new records; the name may contain a folder."""
     record = {
         "schema_version": 1,
         "command": command,
@@ -136,9 +136,9 @@ def write(name: str, command: str, values: dict[str, Any], output: Path | None =
 
 @functools.cache
 def checkout() -> dict[str, Any]:
-    """The commit, and of what is measured what it does not have; when first asked, as people commit while it runs.
+    """The commit, and the uncommitted changes to what is measured; cached, because people commit during a benchmark.
 
-    Both are null where git cannot tell.
+    Both are None where git cannot tell.
     """
     if not (commit := git("rev-parse", "HEAD").strip()):
         return {"commit": None, "uncommitted": None}
@@ -146,13 +146,13 @@ def checkout() -> dict[str, Any]:
 
 
 def shipped_model() -> str:
-    """The model in the package: its name, and the beginning of its digest."""
+    """The bundled model: its name and the first digits of its digest."""
     artifact = open_artifact(default_model())
     return f"{artifact.spec.name}, {artifact.identity[:12]}"
 
 
 def git(*arguments: str) -> str:
-    """What git says; nothing where this is no checkout."""
+    """Run git and return its output; empty if this is not a checkout, or without git."""
     try:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout
     except FileNotFoundError:
@@ -160,11 +160,11 @@ def git(*arguments: str) -> str:
 
 
 def load(name: str, folder: Path | None = None) -> dict[str, Any]:
-    """The record of that name: of those that the pages are made of, or of another folder."""
+    """Load a record by name, from ``results/`` or another folder."""
     record: dict[str, Any] = json.loads(((folder or RESULTS) / f"{name}.json").read_text(encoding="utf-8"))
     return record
 
 
 def machines() -> list[Path]:
-    """The folders of records of other machines."""
+    """The folders with the records of other machines."""
     return sorted(path for path in (RESULTS / "machines").glob("*") if path.is_dir())

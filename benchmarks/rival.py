@@ -1,12 +1,13 @@
-"""LR-ASPP MobileNetV3 (torchvision; Howard et al. 2019), from scratch, by petseg's own trainer: the edge model's rival.
+"""Train LR-ASPP MobileNetV3 (torchvision; Howard et al. 2019) from scratch by petseg's trainer: the edge model's rival.
 
     python -m benchmarks rival --data data --output runs/rival --teacher petseg/weights/edge.safetensors --epochs 42
 
-It sees the same photos, targets, augmentation, schedule and teacher as the edge network (recipe ``edge``), for as many
-epochs as it is given. Its thresholds are chosen on the same validation photos, one for each reading of the border, as
-those of the model that ships; the test photos are for the figures only.
-Its time is measured by ``python -m benchmarks accuracy``, so that it is of the machine and day that those of the model
-that ships are of: the same export in the same engines, in turns with it. Random weights are as fast as these.
+It sees the same photos, targets, augmentation, schedule and teacher as the edge network (recipe ``edge``), for
+``--epochs`` epochs. Its thresholds are chosen like the bundled model's: one for each reading of the border, on the same
+validation photos. The test photos are used for the figures only.
+
+``python -m benchmarks accuracy`` measures its time, interleaved with the bundled model's and exported to the same
+engines, so that both are from the same machine and day. It uses random weights, which are as fast as trained ones.
 """
 
 from __future__ import annotations
@@ -45,15 +46,15 @@ from petseg_runtime.onnx_metadata import with_metadata
 from petseg_runtime.spec import SPEC_KEY, ModelSpec
 
 NAME: Final = "LR-ASPP MobileNetV3-Large, torchvision"
-#: Engine, and whether it has to compute in float32 as the file is stored.
+#: Engine, and whether it must compute in float32, the precision in which the file is stored.
 ENGINES: Final = (("onnxruntime", True), ("openvino", True), ("openvino", False))
-#: Height and width of its photos, which are those of the recipe.
+#: Input height and width, the same as the recipe's.
 SIZE: Final = 256
 ROUNDS: Final = 15
 
 
 class LrAspp(AttentionUNet):
-    """The rival where the trainer expects petseg's network: normalised images in, logits [N, 1, H, W] out."""
+    """LR-ASPP with the interface that the trainer expects: normalised images in, logits [N, 1, H, W] out."""
 
     def __init__(self, config: AttentionUNetConfig | None = None) -> None:
         nn.Module.__init__(self)
@@ -67,14 +68,14 @@ class LrAspp(AttentionUNet):
 
 
 class RivalTrainer(Trainer):
-    """The same trainer, another network."""
+    """The same trainer with another network."""
 
     def first_network(self, init: Path | None) -> AttentionUNet:
         return LrAspp(self.config.model)
 
 
-class Said(Observer):
-    """A line for each epoch."""
+class EpochLines(Observer):
+    """Prints a line for each epoch."""
 
     def started(self, message: str) -> None:
         click.echo(message, err=True)
@@ -85,14 +86,14 @@ class Said(Observer):
 
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Where its checkpoints go.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder for its checkpoints.")
 @click.option("--teacher", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--epochs", type=click.IntRange(1), default=42, show_default=True)
 @click.option("--resume", is_flag=True)
 def rival(data: Path, output: Path, teacher: Path | None, epochs: int, resume: bool) -> None:
     """Train LR-ASPP as the edge network was, and measure it on the same test photos."""
     recipe = from_dict(TrainConfig, recipes.load("edge"))
-    # It has no blocks like the teacher's, whose features could be taught: it learns from the probabilities alone.
+    # Its blocks do not match the teacher's, so there is no feature distillation; it learns from probabilities alone.
     config = replace(recipe, epochs=epochs, loss=replace(recipe.loss, features=0.0))
     trainer = RivalTrainer(
         config,
@@ -101,7 +102,7 @@ def rival(data: Path, output: Path, teacher: Path | None, epochs: int, resume: b
         device=torch.device("cpu"),
         teacher=teacher,
         resume=resume,
-        observer=Said(),
+        observer=EpochLines(),
     )
     values = measured(trainer.fit(), LrAspp, data)
     about = {"name": NAME, "epochs": epochs, "teacher": teacher.name if teacher else None, "size": [SIZE, SIZE]}
@@ -111,12 +112,12 @@ def rival(data: Path, output: Path, teacher: Path | None, epochs: int, resume: b
 
 
 def seconds_of(run: Path) -> float:
-    """What its steps took, all in all."""
+    """Total seconds of its training steps."""
     return sum(row.seconds for row in log.read(run / log.LOG))
 
 
 def measured(path: Path, kind: type[AttentionUNet], data: Path) -> dict[str, Any]:
-    """A checkpoint's parameters, its validation, and what it reaches on both test sets."""
+    """A checkpoint's number of parameters, its validation metrics, and its metrics on both test sets."""
     loaded = checkpoint.load(path)
     network = kind(loaded.model_config)
     network.load_state_dict(loaded.tensors)
@@ -134,7 +135,7 @@ def measured(path: Path, kind: type[AttentionUNet], data: Path) -> dict[str, Any
 
 
 def timed_beside(size: int = SIZE, rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """Milliseconds a photo in each engine, exported as petseg exports, in turns with the model that ships."""
+    """Measure milliseconds per photo in each engine, with petseg's export, interleaved with the bundled model."""
     spec = ModelSpec(name=NAME, height=size, width=size)
     graph = graph_bytes(DeployedUNet(LrAspp().eval()), spec)
     with contextlib.ExitStack() as stack:
@@ -146,7 +147,7 @@ def timed_beside(size: int = SIZE, rounds: int = ROUNDS) -> list[dict[str, Any]]
                 stack.enter_context(load_engine(open_artifact(path), engine, device="cpu", exact=exact))
                 for path in (file, default_model())
             ]
-            # A CPU without bf16 computes in float32 either way.
+            # Skip a repetition: a CPU without bf16 computes in float32 either way.
             if told(pair[0]) not in map(told, opened[::2]):
                 opened += pair
         random = np.random.default_rng(0)

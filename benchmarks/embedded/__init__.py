@@ -1,1 +1,1 @@
-"""How the embedded model was made: cycles of training, a teacher, and what makes a checkpoint the one that ships."""
+"""How the embedded model was made: training cycles, a teacher, and the script that bundles a checkpoint."""

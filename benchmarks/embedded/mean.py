@@ -1,9 +1,9 @@
-"""The mean of the weights of two or more checkpoints that were trained on from one another, measured on validation.
+"""Average the weights of successive checkpoints of one training lineage, and measure the mean on validation photos.
 
     python -m benchmarks.embedded.mean OUT CHECKPOINT CHECKPOINT... --data data
 
-Such weights lie in one valley of the loss, and their mean is often better than each (Wortsman et al. 2022, "Model
-soups", arXiv:2203.05482). Thresholds are chosen anew on the validation photos that all of them left out.
+Such weights lie in one valley of the loss, and their mean is often better than each of them (Wortsman et al. 2022,
+"Model soups", arXiv:2203.05482). The thresholds are chosen again, on the validation photos that none was trained on.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ def mean(out: Path, files: tuple[Path, ...], data: Path) -> None:
 
 
 def mean_of(loaded: Sequence[checkpoint.Checkpoint]) -> dict[str, Tensor]:
-    """The mean of each tensor; of what counts batches, the first's.
+    """The mean of each tensor; integer tensors (BatchNorm's counters) are taken from the first checkpoint.
 
     Raises:
-        SystemExit: They are of other networks, or left out other validation photos.
+        SystemExit: The networks or the validation photos of the checkpoints differ.
     """
     for key in ("model", "data"):
-        told: list[Any] = [each.meta[key] if key == "model" else each.meta[key]["names_sha256"] for each in loaded]
-        if any(each != told[0] for each in told):
-            sys.exit(f"these are not of one kind: {key} differs")
+        values: list[Any] = [each.meta[key] if key == "model" else each.meta[key]["names_sha256"] for each in loaded]
+        if any(each != values[0] for each in values):
+            sys.exit(f"these checkpoints cannot be averaged: {key} differs")
     first = loaded[0].tensors
     return {
         name: torch.stack([each.tensors[name] for each in loaded]).mean(0) if value.is_floating_point() else value

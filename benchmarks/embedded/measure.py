@@ -1,10 +1,10 @@
-"""Measure the model that ships, the very file: accuracy on both test sets.
+"""Measure the accuracy of the bundled model file on both test sets.
 
     python -m benchmarks embedded --data data
 
-where ``data`` holds ``oxford-iiit-pet-128``, ``oxford-iiit-pet-native``, and ``oxford-iiit-pet-best`` as merge.py makes
-it. The model's own threshold is the one for the headline, with the border as background. Where the border is ignored a
-lower one is better; it is chosen here on the validation photos, and both are reported.
+where ``data`` holds ``oxford-iiit-pet-128``, ``oxford-iiit-pet-native``, and ``oxford-iiit-pet-best``, which merge.py
+makes. The model's threshold is the one for the headline metric, with the border as background. Where the border is
+ignored, a lower threshold is better; it is chosen here on the validation photos, and both results are reported.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from petseg.data import Split, find
 from petseg.evaluate import evaluate, open_model
 from petseg_runtime.artifact import default_model
 
-#: For each record, the photos that it tells of.
+#: The photos of each record.
 RECORDS = {"embedded-test-128": COPIES, "embedded-test-native": NATIVE}
 
 
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder of the two data sets.")
 def embedded(data: Path) -> None:
-    """Accuracy of the embedded model."""
+    """Measure the accuracy of the embedded model."""
     command = "python -m benchmarks embedded --data DATA"
     lower = threshold_ignoring_border(data)
     for name, folder in RECORDS.items():

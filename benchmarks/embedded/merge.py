@@ -1,10 +1,10 @@
-"""The trainval photos at the best size at hand, for the second stage of the embedded model.
+"""Collect the trainval photos at the largest available size, for the second stage of the embedded model.
 
     python -m benchmarks.embedded.merge data data/oxford-iiit-pet-best
 
-takes, for each trainval photo of the 128 x 128 copies, the original photo with its original trimap if it is there,
-else a larger photo with the 128 x 128 trimap enlarged (nearest), else the copy itself. Test photos are never taken:
-the program stops if a name of either test list gets in.
+takes, for each trainval photo of the 128 x 128 copies, the original photo with its original trimap if available, else
+a larger photo with the 128 x 128 trimap enlarged (nearest), else the copy itself. Test photos are never taken: the
+program exits if a name of either test list is among them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def merge(root: Path, output: Path) -> Counter[str]:
     trainval = names(small, "trainval")
     test = set(names(small, "test")) | set(names(native, "test"))
     if leaked := test & set(trainval):
-        raise SystemExit(f"in trainval and in test: {sorted(leaked)}")
+        raise SystemExit(f"in both trainval and test: {sorted(leaked)}")
     originals = set(names(native, "trainval"))
     (output / "images").mkdir(parents=True)
     (output / "annotations" / "trimaps").mkdir(parents=True)

@@ -23,7 +23,7 @@ def checkerboard(width: int, height: int) -> Image.Image:
 
 @click.command()
 def main() -> None:
-    """Make the README's picture anew."""
+    """Make the picture of the README."""
     columns = []
     with Segmenter() as segmenter:
         for photo in (path for name in SHOWN for path in sample_photos() if path.stem == name):

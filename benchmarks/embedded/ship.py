@@ -1,12 +1,12 @@
-"""Make a checkpoint the embedded model: export it, prove it, measure it, record it.
+"""Make a checkpoint the embedded model: export it with its parity test, measure it, and record it.
 
     python -m benchmarks.embedded.ship runs/edge3/best.safetensors --data data --run runs/edge2 --run runs/edge3
 
 The file is exported once, measured, and exported again with the measured figures in its provenance; its identity (the
-digest without metadata) must not have changed. The rule of whether there is a pet (``certain_share``) stays that of the
-model that ships now; ``python -m benchmarks found`` says how it does. The runs that led to it, first to last, are
-recorded with what they took and reached (``results/training/edge.json``); with ``--on-from-shipped`` behind those of
-the model that ships now.
+digest without metadata) must not change. The threshold of whether a photo shows a pet (``certain_share``) stays that
+of the current bundled model; ``python -m benchmarks found`` measures it. The training runs, first to last, are recorded
+with their times and results (``results/training/edge.json``); with ``--on-from-shipped`` after those of the current
+model.
 """
 
 from __future__ import annotations
@@ -40,12 +40,17 @@ WEIGHTS = records.ROOT / "petseg" / "weights" / "edge.safetensors"
 @click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder of the data sets.")
 @click.option(
-    "--run", "runs", type=click.Path(path_type=Path, exists=True, file_okay=False), multiple=True, help="Led to it."
+    "--run",
+    "runs",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    multiple=True,
+    help="Folder of a training run that led to CHECKPOINT; repeatable, in order.",
 )
-@click.option("--on-from-shipped", is_flag=True, help="These runs began with the model that ships now.")
+@click.option("--on-from-shipped", is_flag=True, help="The first of these runs started from the current bundled model.")
 @click.pass_context
 def ship(context: click.Context, checkpoint: Path, data: Path, runs: tuple[Path, ...], on_from_shipped: bool) -> None:
-    taken = trained(runs)  # before anything is replaced: a folder that holds no run ends it here
+    """Make CHECKPOINT the embedded model."""
+    taken = trained(runs)  # before anything is replaced: this exits if a folder holds no run
     WEIGHTS.parent.mkdir(exist_ok=True)
     if checkpoint.resolve() != WEIGHTS:
         shutil.copy(checkpoint, WEIGHTS)
@@ -77,8 +82,8 @@ def ship(context: click.Context, checkpoint: Path, data: Path, runs: tuple[Path,
         noted = dataclasses.replace(config, output=default_model(), notes={"measured": measured})
         receipt = export(WEIGHTS, noted).receipt
         if open_artifact(default_model()).identity != open_artifact(first).identity:
-            raise SystemExit("the two exports differ: the measured file is not the shipped one")
-    if taken:  # at the end: a record says which model ships
+            raise SystemExit("the two exports differ: the measured file is not the bundled one")
+    if taken:  # at the end, because a record names the bundled model
         before = records.load("training/edge")["runs"] if on_from_shipped else []
         options = "".join(f" --run {run.name}" for run in runs) + (" --on-from-shipped" if on_from_shipped else "")
         command = f"python -m benchmarks.embedded.ship CHECKPOINT --data DATA{options}"
@@ -87,21 +92,21 @@ def ship(context: click.Context, checkpoint: Path, data: Path, runs: tuple[Path,
 
 
 def trained(runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """Each run, from its log, from what its best checkpoint says of it, and from its run.json if it came to its end."""
+    """Describe each run from its log, its best checkpoint's metadata and, if it finished, its run.json."""
     found = []
     for run in runs:
         meta = checkpoints.peek(run / "best.safetensors")
         rows = log.read(run / log.LOG)
         ended = json.loads((run / RUN).read_text(encoding="utf-8")) if (run / RUN).exists() else {}
-        told = ("config", "teacher", "device", "precision", "versions")
+        copied = ("config", "teacher", "device", "precision", "versions")
         found.append(
             {
                 "name": run.name,
                 **{key: meta["provenance"].get(key) for key in ("command", "commit")},
-                **{key: meta.get(key) for key in told},
+                **{key: meta.get(key) for key in copied},
                 "data": without_keys(meta["data"]),
                 **reached(rows, meta["config"]["batch"]),
-                "best": meta["validation"],  # perhaps of an epoch that a crash took from the log
+                "best": meta["validation"],  # possibly of an epoch that the log lost in a crash
                 **{key: ended.get(key) for key in ("peak_gpu_memory_bytes", "processes", "threads")},
                 "log": [row.as_dict() for row in rows],
             }

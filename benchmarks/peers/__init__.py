@@ -1,5 +1,5 @@
-"""petseg beside its peers: an environment for each side, and the same photos through both.
+"""Compare petseg with its peers: one environment for each side, and the same photos for both.
 
-The modules ``loops``, ``networks``, ``shape`` and ``u2net`` are run by the peers' interpreter, ``installed`` and
-``watch`` by any; none of these may import petseg.
+The modules ``loops``, ``networks``, ``shape`` and ``u2net`` run in the peers' interpreter, ``installed`` and ``watch``
+in any; none of these may import petseg.
 """

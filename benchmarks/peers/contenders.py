@@ -1,4 +1,4 @@
-"""Who takes part in ``python -m benchmarks peers``, and the command that each of them is run with."""
+"""The contenders of ``python -m benchmarks peers``, and the command of each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODELS: Final = environments.FOLDER / "models"
 RANDOM: Final = "random, for speed only"
 PYTORCH: Final = "PyTorch"
 
-#: Which engine petseg takes, asked in its own environment.
+#: Prints which engine petseg chooses; run in petseg's environment.
 TELL: Final = """
 import json, sys
 from petseg_runtime import Segmenter
@@ -27,7 +27,7 @@ with Segmenter(backend=sys.argv[1]) as segmenter:
 print(json.dumps([info.name, f"{info.name} {info.version}, {info.precision}"]))
 """
 
-#: petseg's Python API as the peers' loops are written (loops.py): one photo after the other.
+#: petseg's Python API in a loop like the peers' (loops.py): one photo after the other.
 LOOP: Final = """
 import sys
 from pathlib import Path
@@ -39,25 +39,25 @@ with Segmenter(backend=backend) as segmenter:
 """
 PLAIN: Final = "a plain loop"
 
-#: The command that brings the photos of one folder to masks in another.
+#: Builds the command that turns the photos of one folder into masks in another.
 Command: TypeAlias = Callable[[Path, Path], list[str]]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way from photos to masks.
+    """One way to turn photos into masks.
 
     Attributes:
-        name: Of the row.
+        name: Name of the row.
         how: What its user runs or writes.
-        engine: What computes the network.
+        engine: The engine that computes the network.
         size: Height and width of the network's input.
-        weights: Where they come from.
-        command: Runs it.
+        weights: Origin of the weights.
+        command: Builds its command.
         environment: ``petseg`` or ``peers``.
-        needs: The packages that a user of it alone installs.
-        model: Its file, where it is not in a package.
-        share: Of the photos; a slow one takes the first few, and petseg beside it takes those.
+        needs: The packages that a user of only this contender installs.
+        model: The model file, if it is not in a package.
+        share: Share of the photos that it processes; slow ones, and petseg beside them, process the first few.
     """
 
     name: str
@@ -73,18 +73,17 @@ class Contender:
 
     @property
     def every(self) -> int:
-        """Rounds from one of its turns to the next: the nearest, which take all photos, have theirs in each."""
+        """It takes part in every ``every``-th round; the fastest peers, which process all photos, in each."""
         return 1 if self.share == 1 else 2
 
 
-#: Of the photos, for the slowest, and for PyTorch.
+#: Shares of the photos for the slowest contenders, and for PyTorch.
 FEW, SOME = 0.06, 0.3
-#: Name and file of rembg's models. Their session is the one that takes a file, and does with it what the built-in ones
-#: of that network do.
+#: Name and file of rembg's models. rembg's session for custom files treats them like the built-in ones.
 REMBG: Final = (("u2netp", "u2netp.onnx"), ("u2net, its default", "u2net.onnx"))
-#: Library, name, what ``networks`` calls it, its share of the photos, and where it is run. Left out are those that say
-#: nothing new and take minutes, all of them far behind: rembg's ISNet, a Unet on MobileNetV2 (between DeepLabV3 and
-#: FPN), and the larger ones in a second engine. The nearest, on all photos, have their turn in every round.
+#: Library, name, name in ``networks``, share of the photos, and engines. Omitted because they take minutes, add nothing
+#: new and are far slower: rembg's ISNet, a Unet on MobileNetV2 (between DeepLabV3 and FPN), and the larger networks in
+#: a second engine. The fastest, on all photos, takes part in every round.
 NETWORKS: Final = (
     (
         "torchvision",
@@ -96,22 +95,22 @@ NETWORKS: Final = (
     ("torchvision", "deeplabv3 mobilenet_v3_large", "deeplabv3_mobilenet_v3_large", SOME, ("ONNX Runtime",)),
     ("segmentation-models-pytorch", "FPN resnet34", "fpn_resnet34", SOME, ("OpenVINO",)),
 )
-#: The engines that petseg has for CPUs.
+#: petseg's engines for CPUs.
 ENGINES_OF_CPUS: Final = ("onnxruntime", "openvino")
 
 
 def ours(python: Path) -> Iterator[Contender]:
-    """petseg's command and its Python API in a plain loop, in the engine that it chooses and in the other one."""
+    """petseg's command and its Python API in a plain loop, in the engine that `auto` chooses and in the other one."""
     spec = open_artifact(default_model()).spec
 
-    def told(backend: str) -> tuple[str, str]:
-        said = subprocess.run([python, "-c", TELL, backend], check=True, capture_output=True, text=True).stdout
-        name, engine = json.loads(said)
+    def engine_for(backend: str) -> tuple[str, str]:
+        out = subprocess.run([python, "-c", TELL, backend], check=True, capture_output=True, text=True).stdout
+        name, engine = json.loads(out)
         return name, engine
 
-    chosen = told("auto")
+    chosen = engine_for("auto")
     other = next(name for name in ENGINES_OF_CPUS if name != chosen[0])
-    for backend, (name, engine) in (("auto", chosen), (other, told(other))):
+    for backend, (name, engine) in (("auto", chosen), (other, engine_for(other))):
 
         def command(photos: Path, output: Path, backend: str = backend) -> list[str]:
             arguments = ["infer", str(photos), "--as", "mask", "--backend", backend, "--output", str(output), "--quiet"]
@@ -159,11 +158,11 @@ def theirs(python: Path) -> Iterator[Contender]:
 
 
 def engine_of(engine: str) -> str:
-    """The engine's name alone, however a contender writes it."""
+    """The name of the engine without version, in the same form for all contenders."""
     return re.split(r"\d", engine.lower().replace(" ", ""), maxsplit=1)[0]
 
 
 def loop(python: Path, *arguments: str | Path) -> Command:
-    """The command for one of the loops."""
+    """The command for one of the loops in loops.py."""
     start = [str(python), "-m", "benchmarks.peers.loops", *map(str, arguments)]
     return lambda photos, output: [*start, str(photos), str(output)]

@@ -1,6 +1,6 @@
-"""Two environments in ``.venv-peers/``: petseg's light runtime, and its peers; and what each of them takes on disk.
+"""Make two environments in ``.venv-peers/``, petseg's light runtime and its peers, and measure their size on disk.
 
-They are made anew when what they are made of changes: the pinned versions, or petseg's code.
+They are made again when the pinned versions or petseg's code change.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from benchmarks import records
 FOLDER: Final = records.ROOT / ".venv-peers"
 REQUIREMENTS: Final = Path(__file__).with_name("requirements.txt")
 
-#: What ``installed`` tells of each package, by its canonical name.
+#: The output of ``installed.py`` for each package, by canonical name.
 Packages: TypeAlias = Mapping[str, Mapping[str, Any]]
 
 
 def petseg_environment() -> Path:
-    """The light runtime with both CPU engines, installed as people install it: not editable."""
+    """The interpreter with the light runtime and both CPU engines, installed as by a user: not editable."""
     parts = [records.ROOT / "pyproject.toml", REQUIREMENTS]
     for folder in ("petseg", "export", "runtime"):
         files = (records.ROOT / folder).rglob("*")
         parts += sorted(file for file in files if file.is_file() and "__pycache__" not in file.parts)
-    return made("petseg", ["--constraint", str(REQUIREMENTS), f"{records.ROOT}[cpu,openvino]"], parts)
+    return environment("petseg", ["--constraint", str(REQUIREMENTS), f"{records.ROOT}[cpu,openvino]"], parts)
 
 
 def peers_environment() -> Path:
-    """The peers, all in one."""
-    return made("peers", ["--requirement", str(REQUIREMENTS)], [REQUIREMENTS])
+    """The interpreter with all peers."""
+    return environment("peers", ["--requirement", str(REQUIREMENTS)], [REQUIREMENTS])
 
 
-def made(name: str, what: list[str], parts: Iterable[Path]) -> Path:
-    """The interpreter of an environment, which is made if it is not there or was made of other files.
+def environment(name: str, what: list[str], parts: Iterable[Path]) -> Path:
+    """Return the interpreter of an environment; make it first if it is missing or was made from other files.
 
     Args:
-        name: Of its folder.
-        what: pip installs this.
-        parts: The files that it is made of.
+        name: Name of its folder.
+        what: Arguments of ``pip install``.
+        parts: The files that it is made from.
 
     Raises:
-        SystemExit: pip failed, and has said why.
+        SystemExit: pip failed; it has printed the reason.
     """
     folder, wanted = FOLDER / name, stamp_of(parts)
     stamp, python = folder / "stamp", folder / "bin" / "python"
@@ -60,13 +60,13 @@ def made(name: str, what: list[str], parts: Iterable[Path]) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     if subprocess.run([python, "-m", "pip", "install", "--quiet", *what], check=False).returncode:
-        sys.exit(f"{folder}: pip could not install {' '.join(what)}; see above, and run this again")
+        sys.exit(f"{folder}: pip could not install {' '.join(what)}; see above, then run this again")
     stamp.write_text(wanted, encoding="utf-8")  # last, so that a broken install is repeated
     return python
 
 
 def stamp_of(parts: Iterable[Path]) -> str:
-    """A digest of files, their names and this Python's version."""
+    """A digest of files, their names and the Python version."""
     digest = hashlib.sha256(sys.version.encode())
     for part in parts:
         digest.update(f"\0{part.relative_to(records.ROOT)}\0".encode())
@@ -75,14 +75,14 @@ def stamp_of(parts: Iterable[Path]) -> str:
 
 
 def packages_of(python: Path) -> Packages:
-    """Every package of an environment."""
+    """All packages of an environment."""
     script = Path(__file__).with_name("installed.py")
-    told = subprocess.run([python, "-I", str(script)], check=True, capture_output=True, text=True).stdout
-    return {canonicalize_name(name): about for name, about in json.loads(told).items()}
+    out = subprocess.run([python, "-I", str(script)], check=True, capture_output=True, text=True).stdout
+    return {canonicalize_name(name): about for name, about in json.loads(out).items()}
 
 
 def size_of(packages: Packages, roots: Iterable[str]) -> dict[str, float]:
-    """Megabytes that some packages take with all that they require, and how many of these serve NVIDIA GPUs only."""
+    """The size of some packages with all their requirements, and how much of it serves NVIDIA GPUs only."""
     needed = closure(packages, roots)
     return {
         "packages": len(needed),
@@ -92,7 +92,7 @@ def size_of(packages: Packages, roots: Iterable[str]) -> dict[str, float]:
 
 
 def closure(packages: Packages, roots: Iterable[str]) -> set[str]:
-    """What requirements such as ``petseg[cpu]`` bring with them, of what is installed.
+    """The installed packages that requirements such as ``petseg[cpu]`` depend on, themselves included.
 
     Raises:
         SystemExit: A requirement is not installed.

@@ -1,4 +1,4 @@
-"""Every package of the environment that runs this, with its size and its requirements, as JSON on stdout."""
+"""Print every package of the current environment, with its size and requirements, as JSON on stdout."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from importlib.metadata import Distribution
 from pathlib import Path
 from typing import Any, Final
 
-#: Packages that are there for NVIDIA GPUs alone.
+#: Packages that serve NVIDIA GPUs only.
 _CUDA: Final = ("nvidia-", "cuda-", "triton")
 
 
 def about(distribution: Distribution) -> dict[str, Any]:
-    """Version, requirements, bytes of its files on disk, and how many of these serve NVIDIA GPUs only."""
+    """A package's version, requirements, bytes on disk, and how many of these serve NVIDIA GPUs only."""
     name = distribution.metadata["Name"]
     paths = [Path(str(distribution.locate_file(file))) for file in distribution.files or ()]
     sizes = [(path.name, path.stat().st_size) for path in paths if path.exists()]  # some bytecode was never compiled
-    whole = name.lower().startswith(_CUDA)
+    only_cuda = name.lower().startswith(_CUDA)
     return {
         "version": distribution.version,
         "requires": distribution.requires or [],
         "bytes": sum(size for _, size in sizes),
-        "cuda_bytes": sum(size for file, size in sizes if whole or ("cuda" in file and ".so" in file)),
+        "cuda_bytes": sum(size for file, size in sizes if only_cuda or ("cuda" in file and ".so" in file)),
     }
 
 

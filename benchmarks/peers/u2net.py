@@ -1,7 +1,7 @@
 """U²-Net (Qin et al. 2020), the network behind rembg's default model, and U²-Net-p, its light one.
 
-rembg downloads its weights; these are random: good for measuring speed, and for nothing else. All seven outputs are
-computed, as in the files that rembg downloads; the first, which is the one that it writes, is as smooth as theirs.
+rembg downloads trained weights; these are random, good only for measuring speed. All seven outputs are computed, as in
+the files that rembg downloads; the first, which rembg writes, is made as smooth as a trained network's.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Block(nn.Module):
     """A small U-Net with a skip around it (RSU-depth), or the same with dilation in place of pooling (RSU-4F).
 
     Args:
-        depth: Units on the way down, the deepest among them.
-        channels: Into it, within it, out of it.
-        dilated: Nothing is pooled; each unit sees twice as far as the one above.
+        depth: Number of units on the way down, including the deepest.
+        channels: Input, inner and output channels.
+        dilated: Dilation instead of pooling; each unit has twice the dilation of the one above.
     """
 
     def __init__(self, depth: int, channels: tuple[int, int, int], dilated: bool = False) -> None:
@@ -57,10 +57,10 @@ class Block(nn.Module):
 
 
 class U2Net(nn.Module):
-    """Eleven blocks in the shape of a U, and a mask at each of its six levels.
+    """Eleven blocks in a U shape, with a mask at each of the six levels.
 
     Args:
-        light: U²-Net-p, 1.1 M parameters in place of 44 M.
+        light: U²-Net-p, with 1.1 M instead of 44 M parameters.
     """
 
     def __init__(self, light: bool = False) -> None:

@@ -1,10 +1,10 @@
-"""Run a command; say, as one line of JSON on stdout, how long it took and the most memory that it held.
+"""Run a command; print its time and peak memory as one line of JSON on stdout.
 
     python -I -S watch.py COMMAND ARGUMENT...
 
-A process of its own, and a small one: Linux counts into a process's largest memory that of the process which started
-it, as it was at that moment, and the benchmark itself holds more than what it measures. What the command prints goes
-to stderr. The exit code is the command's.
+This is a separate, small process because on Linux, a child's peak memory includes its parent's memory at the moment of
+the fork, and the benchmark process is larger than what it measures. The command's output goes to stderr. The exit code
+is the command's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 
 
 def main(command: list[str]) -> int:
-    """Run it and print what it took."""
+    """Run the command and print its time and memory."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
     _, status, usage = os.wait4(process.pid, 0)

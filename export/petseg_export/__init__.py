@@ -1,4 +1,4 @@
-"""petseg's export: from a checkpoint to files that devices run, each with a parity receipt.
+"""petseg's export: convert a checkpoint to files that devices run, each with a parity receipt.
 
 >>> from petseg_export import OnnxConfig, export
 >>> export("best.safetensors", OnnxConfig(precision="fp16")).receipt.passed  # doctest: +SKIP
@@ -34,7 +34,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Torch is imported when something is exported, not when a config is made."""
+    """Import torch only when something is exported, not when a config is made."""
     if name not in ("Exported", "export"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from petseg_export import build

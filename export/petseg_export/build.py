@@ -1,6 +1,6 @@
-"""From a checkpoint to a proven file: the one road that every format takes.
+"""Export a checkpoint to a file of any format, with its parity test: the pipeline that all formats share.
 
-checkpoint -> photos and what it says of them -> ONNX graph -> (compiled form) -> receipt -> all files in their place
+checkpoint -> photos and reference answers -> ONNX graph -> (compiled form) -> receipt -> files moved into place
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from petseg.model import AttentionUNet
 from petseg_export import parity, registry
 from petseg_export.config import CompiledConfig, EngineConfig, ExportConfig
 from petseg_export.deploy import HALF_LIMIT, DeployedUNet, activation_peaks
-from petseg_export.onnx import graph_bytes, metadata_of, scan, spec_of
+from petseg_export.onnx import graph_bytes, provenance_of, scan, spec_of
 from petseg_export.registry import Compiler, Watch
 from petseg_runtime import images, onnx_metadata
 from petseg_runtime.artifact import (
     COMPILED,
     INPUT,
     OUTPUT,
+    PROVENANCE_KEY,
     RECEIPT_KEY,
     Artifact,
     open_artifact,
@@ -53,20 +54,19 @@ from petseg_runtime.files import staging
 from petseg_runtime.host import nvidia_gpus
 from petseg_runtime.onnx_metadata import with_metadata
 from petseg_runtime.parity import SMOKE, Checks, Comparison, Proof, Receipt, measure, proof_of, require, spread
-from petseg_runtime.spec import STRIDE, ModelSpec
+from petseg_runtime.spec import SPEC_KEY, STRIDE, ModelSpec
 
 __all__ = ["Exported", "export"]
 
-#: Photos that travel beside the file for `petseg verify`: as many as a full receipt needs.
+#: Photos stored beside the file for `petseg verify`: as many as a full receipt needs.
 TRAVELLING: Final = SMOKE
-#: Photos of the activation scans, whose outputs are all of a network's activations at once.
+#: Photos of the activation scans; few, because a scan holds all activations of the network in memory.
 SCANNED: Final = 8
-#: A field of what a receipt says of int8: how many photos of the receipt were among those that judged it; None: it
-#: cannot be told.
+#: Key in a receipt's ``quantization``: on how many of the receipt's photos int8 was tuned; None: not known.
 SHARED: Final = "judged_on_photos_of_the_receipt"
-#: There, too: why photos that the checkpoint was trained on may be among those that int8 was judged on, or None.
+#: Key in a receipt's ``quantization``: why int8 may have been tuned on training photos, or None.
 DOUBT: Final = "doubt"
-#: Photos that a graph of any size is run on at another size than its specification's.
+#: Photos of the test at a second size, for a graph with dynamic height and width.
 ANOTHER_SIZE: Final = 3
 
 
@@ -75,10 +75,10 @@ class Exported:
     """A finished export.
 
     Attributes:
-        path: The file.
-        files: All files that were written, that one first.
-        receipt: What its parity test measured.
-        notes: Warnings for people, a line each: what the parity test cannot show.
+        path: The exported file.
+        files: All files that were written, ``path`` first.
+        receipt: The parity receipt.
+        notes: Warnings about what the parity test cannot show, one line each.
     """
 
     path: Path
@@ -88,46 +88,47 @@ class Exported:
 
 
 def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch: Watch | None = None) -> Exported:
-    """Turn a checkpoint into the file that a config describes, and prove it.
+    """Export a checkpoint to the format that ``config`` describes, and run the parity test.
 
-    The specification, the provenance and the receipt are in the file (ONNX) or in ``FILE.json`` beside it (compiled
-    forms); photos and reference answers for `petseg verify` are in ``FILE.parity.npz``.
+    Writes the file and ``FILE.parity.npz``, the photos and reference answers for `petseg verify`. The specification,
+    the provenance and the receipt are stored in an ONNX file itself, and beside a compiled one in ``FILE.json``.
 
     Args:
-        checkpoint_path: What ``petseg train`` wrote.
-        config: Its class says which format.
-        watch: Told about progress.
+        checkpoint_path: A checkpoint that ``petseg train`` wrote.
+        config: Its class selects the format.
+        watch: Called with progress; see :data:`petseg_export.registry.Watch`.
 
     Raises:
-        UsageError: What is asked for does not go together, with that checkpoint, or with the ONNX file that was given.
-        MissingExtra: A package that is needed is not installed.
-        EngineError: A device or engine that is needed is not there, or fails.
+        UsageError: The options contradict each other, the checkpoint, or the given ONNX file.
+        MissingExtra: A required package is not installed.
+        EngineError: A required device or engine is missing or fails.
         CheckpointError: The checkpoint cannot be used.
-        ModelError: The ONNX file that was given is not of this checkpoint, or the compiler cannot read the graph.
+        ModelError: The given ONNX file is not of this checkpoint, or the compiler cannot read the graph.
         DataError: The data cannot be used.
         InputError: A photo of the parity test cannot be read.
-        ParityError: The file does not do what the checkpoint does; nothing is left of it.
-        OutputError: It cannot be written.
+        ParityError: The file does not agree with the checkpoint; no file is written.
+        OutputError: The files cannot be written.
     """
     registry.check(config)
     tell: Watch = watch or (lambda what, done, total: None)
     path = Path(checkpoint_path)
     name, form = registry.format_of(config)
     output = config.output or path.with_suffix(form.suffix)
-    checkpoint.peek(path)  # an exported file is no checkpoint: that says more than that it would be replaced
-    _check_places(_places(output, name), path, getattr(config, "onnx", None))
+    checkpoint.peek(path)  # first: "not a checkpoint" is the better error for `petseg export mine.onnx`
+    _check_overwrites(_output_files(output, name), path, getattr(config, "onnx", None))
     tell("reading", 0, 0)
     model, loaded = checkpoint.load_model(path)
-    given = _given(config, loaded)
-    with _naming(path):
+    given = _open_given(config, loaded)
+    with _with_path(path):
         spec = dataclasses.replace(given.spec, precision=config.precision) if given else spec_of(loaded, config)
         _check_limits(config, spec)
+        provenance = provenance_of(path.name, loaded, config)
         if config.precision == "int8" and not given:
-            _check_judges(config, loaded)
+            _check_int8_photos(config, loaded)
         chosen = parity.choose(config.data, config.split, config.photos, config.seed, loaded)
         photos = parity.read(chosen, spec)
         doubt = parity.doubt(config.data, config.split, loaded) or ""
-        job = _Job(name, form, config, path, model, loaded, spec, given, photos, doubt, tell)
+        job = _Job(name, form, config, path, model, loaded, spec, given, provenance, photos, doubt, tell)
         try:
             with staging(output) as folder:
                 receipt = job.run(folder / output.name)
@@ -138,104 +139,103 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
     return Exported(output, files, receipt, (*_size_notes(path, loaded, spec), *_receipt_notes(receipt)))
 
 
-def _places(output: Path, name: str) -> list[Path]:
-    """All files of an export in a format."""
+def _output_files(output: Path, name: str) -> list[Path]:
+    """All files that an export to a format writes."""
     compiled = COMPILED.get(name)
     beside = [*(output.with_suffix(suffix) for suffix in compiled[1]), sidecar_of(output)] if compiled else []
     return [output, *beside, proof_of(output)]
 
 
-def _check_places(places: list[Path], *sources: Path | None) -> None:
-    """Refuse to write any of the files over what they are made from: a checkpoint may be called ``model.bin``.
+def _check_overwrites(places: list[Path], *sources: Path | None) -> None:
+    """Make sure that no output file overwrites a source: a checkpoint may be called ``model.bin``.
 
     Raises:
-        OutputError: Names it.
+        OutputError: One would.
     """
     for source in sources:
         for place in places:
             if source and source.exists() and place.exists() and place.samefile(source):
-                raise OutputError(
-                    f"{place}: would be written over what it is made from; give another file with --output"
-                )
+                raise OutputError(f"{place}: the export would overwrite its source; choose another file with --output")
 
 
 def _size_notes(path: Path, loaded: checkpoint.Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
-    """A warning where the file has another size than the network was trained at.
+    """A warning if the file's size is not the one that the network was trained at.
 
-    The parity test cannot show it: at that size, the checkpoint itself does no better.
+    The parity test cannot show the loss: at that size, the checkpoint itself does no better.
     """
     trained = loaded.meta.get("spec")
     if not isinstance(trained, dict) or (trained.get("height"), trained.get("width")) == (spec.height, spec.width):
         return ()
-    own, asked = f"{trained.get('height')} x {trained.get('width')}", f"{spec.height} x {spec.width}"
+    before, now = f"{trained.get('height')} x {trained.get('width')}", f"{spec.height} x {spec.width}"
     remedy = "measure them with `petseg evaluate`, or train at that size"
-    return (f"{path}: trained at {own}; at {asked} its masks may be much worse: {remedy}",)
+    return (f"{path}: trained at {before}; at {now} its masks may be much worse: {remedy}",)
 
 
 def _receipt_notes(receipt: Receipt) -> tuple[str, ...]:
-    """What people should know of a receipt, and may overlook in it."""
+    """Warnings about a receipt: facts in it that are easily overlooked."""
     notes = []
     doubts = (receipt.note if receipt.rows else None, (receipt.quantization or {}).get(DOUBT))
-    notes += [f"{doubt}, and the IoU on them is flattered" for doubt in dict.fromkeys(doubts) if doubt]
+    notes += [f"{doubt}; the IoU on such photos is optimistic" for doubt in dict.fromkeys(doubts) if doubt]
     if receipt.scan is None:
         notes.append(
-            "the ONNX graph itself was not run, and not searched for NaN and infinity, which onnxruntime does: "
+            "the ONNX graph was neither run nor scanned for NaN and infinity, because onnxruntime is not installed: "
             f"{install('cpu')}"
         )
-    of_labels = any(row.task for row in receipt.rows)  # else there is no loss that could be flattered
-    shared = (receipt.quantization or {}).get(SHARED, 0) if of_labels else 0
+    has_labels = any(row.task for row in receipt.rows)  # without labels there is no loss of IoU
+    shared = (receipt.quantization or {}).get(SHARED, 0) if has_labels else 0
     if shared is None:
         notes.append(
-            "whether int8 was chosen on photos of the parity test cannot be told, as --data is not what it was chosen "
-            "on; where it was, their loss of IoU is flattered"
+            "int8 was tuned on another folder than --data, so it is not known whether photos of the parity test "
+            "were among those; if they were, the loss of IoU is underestimated"
         )
     elif shared:
         notes.append(
-            f"int8 was chosen on {shared} of the {receipt.photos} photos of the parity test, whose loss of IoU is so "
-            "flattered: --split test takes others"
+            f"int8 was tuned on {shared} of the {receipt.photos} photos of the parity test, so the loss of IoU is "
+            "underestimated: choose other photos with --split test"
         )
     return tuple(notes)
 
 
 def _check_limits(config: ExportConfig, spec: ModelSpec) -> None:
-    """Hold the largest batch and size that are asked for against what the graph takes, before the minutes of work.
+    """Check the limits of an optimization profile against the graph's axes, before minutes of work.
 
     Raises:
-        UsageError: They contradict it.
+        UsageError: They contradict each other.
     """
     if not isinstance(config, EngineConfig):
         return
     registry.check_limits(config, batch=spec.batch, dynamic_size=spec.dynamic_size)
     if config.max_size and (config.max_size[0] < spec.height or config.max_size[1] < spec.width):
         largest = " x ".join(map(str, config.max_size))
-        raise UsageError(f"max_size is {largest}, less than the {spec.height} x {spec.width} of the model itself")
+        raise UsageError(f"max_size is {largest}; it must be at least the model's {spec.height} x {spec.width}")
 
 
-def _check_judges(config: ExportConfig, loaded: checkpoint.Checkpoint) -> None:
-    """Refuse int8 that too few photos would judge, before the minutes of work.
+def _check_int8_photos(config: ExportConfig, loaded: checkpoint.Checkpoint) -> None:
+    """Check that there are photos to calibrate int8 on, and enough to evaluate it on, before minutes of work.
 
     Raises:
-        CheckpointError: It does not say which photos that would be.
-        DataError: There are fewer than are asked for.
+        CheckpointError: The checkpoint's record of its split is damaged.
+        DataError: The training split is empty, or the validation split has fewer photos than required.
     """
     data, least = _int8_data(config), config.quantize.judges
+    parity.labelled(data, "train", loaded)
     if (found := len(parity.labelled(data, "val", loaded))) < least:
         raise DataError(
-            f"{data}: int8 is judged on the validation part, which has {found} photos; {least} are needed (a larger "
-            "val_fraction in training, or fewer with --int8-judges)"
+            f"{data}: int8 is evaluated on the validation split, which has {found} photos, and {least} are required; "
+            "train with a larger val_fraction, or require fewer with --int8-judges"
         )
 
 
 def _int8_data(config: ExportConfig) -> Path:
-    """The labelled photos that int8 is calibrated and judged on."""
+    """The folder of labelled photos that int8 is calibrated and evaluated on."""
     data = config.quantize.data or config.data
-    assert data is not None  # the registry has seen to it
+    assert data is not None  # registry.check requires it
     return data
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Name the file in errors about what is inside a checkpoint, which are raised where its name is not known."""
+def _with_path(path: Path) -> Iterator[None]:
+    """Add the checkpoint's path to errors that are raised where only its content is known."""
     try:
         yield
     except CheckpointError as error:
@@ -244,7 +244,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Job:
-    """One export: what is asked, and what is known before anything is made."""
+    """One export: the request and everything that is read before work starts."""
 
     name: str
     form: registry.Format
@@ -254,12 +254,17 @@ class _Job:
     loaded: checkpoint.Checkpoint
     spec: ModelSpec
     given: Artifact | None
+    provenance: str
     photos: parity.Photos
     doubt: str
     tell: Watch
 
     def run(self, file: Path) -> Receipt:
-        """Write the file and what belongs to it; raise if it does not do what the checkpoint does."""
+        """Write the file and its companions into the folder of ``file``, and return the receipt.
+
+        Raises:
+            ParityError: The file does not agree with the checkpoint.
+        """
         photos = self.photos
         compiled = self.form.compiler is not None
         proof = parity.prove(self.model, self.loaded, photos, self._progress("reference in PyTorch"))
@@ -293,49 +298,59 @@ class _Job:
         return receipt
 
     def _source(self, file: Path, proof: Proof) -> tuple[Artifact, dict[str, Any] | None]:
-        """The ONNX file that everything else is made from, and how its int8 was chosen."""
+        """Write the ONNX file that everything else is made from; return it and how its int8 was chosen."""
         if self.given:
             file.write_bytes(self.given.path.read_bytes())
             return open_artifact(file), self._quantization_of(self.given)
         precision = self.form.sources.get(self.spec.precision, self.spec.precision)
         spec = dataclasses.replace(self.spec, precision=precision)
-        metadata = metadata_of(self.path.name, self.loaded, spec, self.config)  # before the long part: it may refuse
+        metadata = {SPEC_KEY: spec.to_json(), PROVENANCE_KEY: self.provenance}
         self.tell("tracing the network", 0, 0)
-        half: set[str] = set()
+        graph, quantization = graph_bytes(DeployedUNet(self.model), spec), None
+        file.write_bytes(with_metadata(graph, metadata))
+        if precision != "fp32" or self.form.compiler:
+            self._check_graph(_opened(file), "fp32", proof)
         if precision == "fp16":
             peaks = activation_peaks(self.model, self.photos.images[spread(len(self.photos.images), SCANNED)])
             half = {name for name, peak in peaks.items() if peak <= HALF_LIMIT}
-        graph, quantization = graph_bytes(DeployedUNet(self.model, half), spec), None
-        file.write_bytes(with_metadata(graph, metadata))
-        if precision == "int8":
-            self._hold(_opened(file), "fp32", proof)
+            file.write_bytes(with_metadata(graph_bytes(DeployedUNet(self.model, half), spec), metadata))
+            if self.form.compiler:
+                self._check_graph(_opened(file), "fp16", proof)
+        elif precision == "int8":
             graph, quantization = self._quantized(graph, spec)
             file.write_bytes(with_metadata(graph, metadata))
-        elif self.form.compiler:
-            self._hold(_opened(file), precision, proof)
         return _opened(file), quantization
 
-    def _hold(self, source: Artifact, stored: str, proof: Proof) -> None:
-        """Hold the graph itself to the checkpoint, in ONNX Runtime, before anything is made of it.
+    def _check_graph(self, source: Artifact, stored: str, proof: Proof) -> None:
+        """Check a traced graph against the checkpoint in ONNX Runtime, before anything is made from it.
 
-        What is made may be run nowhere here (TensorRT), or have so wide a tolerance (int8) that a wrong graph passes.
+        The result may not run on this machine (TensorRT), and the tolerances of fp16 and int8 are so wide that a graph
+        with a wrong normalisation passes. So the float32 trace of the same network is checked first, at the tolerance
+        of float32.
 
         Raises:
-            ParityTolerance: It does not do what the checkpoint does.
+            ParityTolerance: The graph's output differs from the checkpoint's by more than the tolerance.
         """
         if importlib.util.find_spec("onnxruntime") is None:
-            return  # said where activations could not be searched
+            return  # the missing activation scan is reported with the receipt
         source = dataclasses.replace(source, spec=dataclasses.replace(source.spec, precision=stored))
-        watch = self._progress("parity test of the graph")
-        rows = measure(source, proof, backend="onnxruntime", device="cpu", threads=self.config.threads, watch=watch)
+        rows = measure(
+            source,
+            proof,
+            backend="onnxruntime",
+            device="cpu",
+            threads=self.config.threads,
+            checks=Checks(another_size=self._at_another_size()),
+            watch=self._progress("parity test of the graph"),
+        )
         if failures := [failure for row in rows for failure in row.failures]:
             raise ParityTolerance(
-                f"the graph that the file would be made of does not do what the checkpoint does ({len(proof.names)} "
-                f"photos, FAILED): {'; '.join(failures)}"
+                f"the traced ONNX graph ({stored}) does not match the checkpoint ({len(proof.names)} photos, FAILED): "
+                f"{'; '.join(failures)}"
             )
 
     def _quantized(self, graph: bytes, spec: ModelSpec) -> tuple[bytes, dict[str, Any]]:
-        """The graph in int8, calibrated on training photos and judged on validation photos."""
+        """Quantize the graph to int8, calibrated on training photos and evaluated on validation photos."""
         from petseg_export.quantize import judge_on, quantize
 
         config, data = self.config.quantize, _int8_data(self.config)
@@ -354,10 +369,10 @@ class _Job:
         return result.graph, {**result.choice, **about}
 
     def _quantization_of(self, given: Artifact) -> dict[str, Any] | None:
-        """How the int8 of the ONNX file that was given was chosen; None if it is not int8.
+        """The quantization record of the given ONNX file, for this receipt; None if the file is not int8.
 
         Raises:
-            ModelError: Its receipt does not say it as we write it.
+            ModelError: The record is damaged.
         """
         found = given.receipt.get("quantization")
         if found is None:
@@ -366,16 +381,16 @@ class _Job:
             raise ModelError(
                 f"{given.path}: its receipt is damaged (quantization {str(found)[:40]!r}): export it again"
             )
-        return {**found, SHARED: self._shared(found.get("judged_on"))}  # this receipt may be of other photos
+        return {**found, SHARED: self._shared(found.get("judged_on"))}  # the photos of this receipt may be others
 
     def _shared(self, judged_on: Any) -> int | None:
-        """See :data:`SHARED`, of an int8 file that was given, which tells of its judges no more than a digest."""
+        """See :data:`SHARED`; for a given int8 file, which records only a digest of these photos."""
         if self.photos.labels is None or self.config.data is None:
             return 0
-        self.tell("looking for the photos that int8 was chosen on", 0, 0)
+        self.tell("looking for the photos that int8 was tuned on", 0, 0)
         try:
             judges = parity.read(parity.labelled(self.config.data, "val", self.loaded), self.spec)
-        except (DataError, InputError):  # it has no such part, or not a whole one: not that of int8, then
+        except (DataError, InputError):  # this folder's split is missing or incomplete, so int8 was tuned elsewhere
             return None
         return self.photos.among(judges) if judges.about == judged_on else None
 
@@ -391,22 +406,25 @@ class _Job:
         )
 
     def _rows(self, target: Artifact, proof: Proof, budget: float | None) -> tuple[tuple[Comparison, ...], str]:
-        """A row for each engine and precision, or why there is none.
+        """One row per engine and precision, or no rows and the reason.
 
         Raises:
-            EngineError: An engine cannot be had, or does not run the file, which is a failed export.
+            EngineError: An engine is not available or cannot run the file, so the export fails.
         """
         if self.form.cuda and not nvidia_gpus():
-            return (), "no NVIDIA GPU where it was made; `petseg verify` on the device completes this"
+            return (), "no NVIDIA GPU on the machine that built it; run `petseg verify` on the device"
         try:
             return tuple(self._measured(target, proof, budget)), ""
         except EngineForeign as error:
             if not self.form.foreign:
                 raise
-            return (), f"the GPU where it was made does not load it ({error}); `petseg verify` on the device does"
+            return (
+                (),
+                f"the GPU of the machine that built it cannot load it ({error}); run `petseg verify` on the device",
+            )
 
     def _measured(self, target: Artifact, proof: Proof, budget: float | None) -> Iterator[Comparison]:
-        """The rows of all engines that are asked for."""
+        """The rows of all requested engines."""
         checks = Checks(
             task=self.photos.labels.task(proof.expected) if self.photos.labels else None,
             budget=budget,
@@ -424,12 +442,12 @@ class _Job:
             )
 
     def _at_another_size(self) -> Proof | None:
-        """A few photos at a size that is not the specification's, for a graph that takes any."""
-        height, width = (max(STRIDE, size - less) for size, less in ((self.spec.height, 16), (self.spec.width, 32)))
-        if not self.spec.dynamic_size or (height, width) == (self.spec.height, self.spec.width):
+        """The reference for a few photos at a size that is not the specification's, where the graph accepts any."""
+        size = _another_size(self.spec, getattr(self.config, "max_size", None))
+        if size is None:
             return None
         chosen = spread(len(self.photos.names), ANOTHER_SIZE)
-        resized = np.stack([images.to_model(photo, height, width) for photo in self.photos.images[chosen]])
+        resized = np.stack([images.to_model(photo, *size) for photo in self.photos.images[chosen]])
         names = tuple(self.photos.names[i] for i in chosen)
         return parity.prove(self.model, self.loaded, parity.Photos(names, resized, None))
 
@@ -443,18 +461,38 @@ class _Job:
         return lambda done: self.tell(what, done, len(self.photos.names))
 
 
+def _another_size(spec: ModelSpec, largest: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The height and width of the parity test's second size.
+
+    Args:
+        spec: The specification of the graph.
+        largest: The largest height and width that the file accepts; None: at least twice the specification's.
+
+    Returns:
+        None if the size is fixed, or if the specification's is the only one that the file accepts.
+    """
+    if not spec.dynamic_size:
+        return None
+    # Smaller, or larger where the side is already the smallest that there is.
+    height = max(STRIDE, spec.height - 16) if spec.height > STRIDE else 2 * STRIDE
+    width = max(STRIDE, spec.width - 32) if spec.width > STRIDE else 2 * STRIDE
+    if largest:
+        height, width = min(height, largest[0]), min(width, largest[1])
+    return None if (height, width) == (spec.height, spec.width) else (height, width)
+
+
 def _budget(quantization: Any) -> float | None:
-    """The loss of IoU, in points, that int8 was allowed."""
+    """The loss of IoU, in points, that int8 was allowed; None if there is no valid record of it."""
     budget = quantization.get("budget") if isinstance(quantization, dict) else None
     return float(budget) if isinstance(budget, int | float) else None
 
 
-def _given(config: ExportConfig, loaded: checkpoint.Checkpoint) -> Artifact | None:
-    """The ONNX file that is to be compiled as it is, if one was given.
+def _open_given(config: ExportConfig, loaded: checkpoint.Checkpoint) -> Artifact | None:
+    """Open the ONNX file that the config wants compiled unchanged, if any.
 
     Raises:
-        ModelError: Not an ONNX file, or not one of this checkpoint.
-        UsageError: Something else is asked for than what it is.
+        ModelError: Not an ONNX file, or not of this checkpoint.
+        UsageError: The config asks for other properties than the file has.
     """
     if not isinstance(config, CompiledConfig) or config.onnx is None:
         return None
@@ -463,24 +501,26 @@ def _given(config: ExportConfig, loaded: checkpoint.Checkpoint) -> Artifact | No
     if given.format != "onnx":
         raise ModelError(f"{config.onnx}: an ONNX file is expected, not {given.format}")
     if given.provenance.get("checkpoint_sha256") != loaded.sha256:
-        raise ModelError(f"{config.onnx}: exported from another checkpoint than the one given")
+        raise ModelError(f"{config.onnx}: exported from another checkpoint than the given one")
     if given.spec.precision not in (config.precision, form.sources.get(config.precision)):
-        own = given.spec.precision
-        raise UsageError(f"{config.onnx}: it is {own}, not {config.precision} as asked: ask for --precision {own}")
-    standard = type(config)()
+        stored = given.spec.precision
+        raise UsageError(f"{config.onnx}: the file is {stored}, not {config.precision}; use --precision {stored}")
+    default = type(config)()
     for name in ("name", "height", "width", "dynamic_size", "batch", "certain_share", "notes"):
-        asked = getattr(config, name)
-        if asked not in (getattr(standard, name), getattr(given.spec, name, None)):
-            raise UsageError(f"{config.onnx}: it is compiled as it is, so {name} {asked!r} cannot be asked for with it")
+        value = getattr(config, name)
+        if value not in (getattr(default, name), getattr(given.spec, name, None)):
+            raise UsageError(
+                f"{config.onnx}: the file is compiled unchanged; {name} {value!r} does not apply, export again with it"
+            )
     return given
 
 
 def _opened(file: Path) -> Artifact:
-    """The ONNX file as the runtime reads it.
+    """Open an ONNX file as the runtime does.
 
     Raises:
-        ParityNames: Its inputs or outputs are named differently from the contract.
-        ParityShapes: Their shapes or types differ.
+        ParityNames: The names of its inputs or outputs break the contract.
+        ParityShapes: Their shapes or types do.
     """
     try:
         return open_artifact(file)

@@ -1,4 +1,4 @@
-"""``petseg export``: a checkpoint in, a proven file out."""
+"""``petseg export``: export a checkpoint to a file, with a parity test."""
 
 from __future__ import annotations
 
@@ -20,56 +20,77 @@ from petseg_runtime.text import shown
 
 __all__ = ["export"]
 
-#: Options that are called otherwise than the fields of the configs.
+#: Options whose names differ from the config fields.
 _OPTIONS: Final = {"compute_capabilities": "--compute-capability"}
 
 
 @click.command()
 @click.argument("checkpoint", type=PATH, required=False)
-@click.option("--list", "listed", is_flag=True, help="Show the formats; needs no CHECKPOINT.")
+@click.option(
+    "--list", "listed", is_flag=True, help="List all formats, and why one cannot be built here; needs no CHECKPOINT."
+)
 @click.option("--format", "format_name", type=click.Choice(list(FORMATS)), default="onnx", show_default=True)
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True)
-@click.option("-o", "--output", type=PATH, help="The file to write.  [default: the checkpoint's name beside it]")
-@click.option("--size", metavar="HxW", help="Input size, multiples of 16.  [default: the training size]")
-@click.option("--dynamic-size", is_flag=True, help="A graph that takes any multiples of 16.")
-@click.option("--batch", default="dynamic", show_default=True, metavar="N|dynamic", help="Photos per call.")
-@click.option("--name", default="petseg attention U-Net", show_default=True, help="What the model calls itself.")
+@click.option("-o", "--output", type=PATH, help="File to write.  [default: beside CHECKPOINT, with its name]")
+@click.option("--size", metavar="HxW", help="Input height and width, multiples of 16.  [default: the training size]")
+@click.option("--dynamic-size", is_flag=True, help="Make height and width dynamic: any multiples of 16.")
+@click.option("--batch", default="dynamic", show_default=True, metavar="N|dynamic", help="Batch size.")
+@click.option("--name", default="petseg attention U-Net", show_default=True, help="Name of the model.")
 @click.option(
     "--certain-share",
     type=Finite(0, 1, min_open=True),
     metavar="SHARE",
-    help="Rule of whether a pet is found: of the pixels with a probability of 0.5 or more, at least this share must "
-    "reach 0.98.  [default: the checkpoint's, if any]",
+    help="A photo shows a pet if at least this share of its pixels with a probability of 0.5 or more reaches 0.98.  "
+    "[default: the checkpoint's, if any]",
 )
-@click.option("--data", type=PATH, help="Photos for the parity test, and for int8.  [default: the samples that ship]")
-@click.option("--split", type=click.Choice(["val", "test"]), default="val", show_default=True, help="Of labelled data.")
-@click.option("--photos", type=click.IntRange(min=1), default=200, show_default=True, help="At most this many.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of photos.")
-@click.option("--backend", "backends", type=BACKEND, multiple=True, help="Engine of the parity test; may be repeated.")
+@click.option("--data", type=PATH, help="Photos for the parity test, and for int8.  [default: the bundled samples]")
+@click.option(
+    "--split",
+    type=click.Choice(["val", "test"]),
+    default="val",
+    show_default=True,
+    help="Split of labelled --data that the parity test uses.",
+)
+@click.option(
+    "--photos",
+    type=click.IntRange(min=1),
+    default=200,
+    show_default=True,
+    help="Largest number of photos in the parity test.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed for choosing these photos.")
+@click.option("--backend", "backends", type=BACKEND, multiple=True, help="Engine of the parity test; repeatable.")
 @click.option(
     "--device",
     default="auto",
     show_default=True,
-    help="Of the parity test: cpu, cuda[:N], intel-gpu[:N]; no other device stands in.",
+    help="Device of the parity test: cpu, cuda[:N], intel-gpu[:N]; there is no fallback to another device. "
+    "trt builds for this GPU.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of the parity test.  [default: all]")
-@click.option("--onnx", type=PATH, help="Compile this file, exported from CHECKPOINT before, instead of a new one.")
+@click.option("--onnx", type=PATH, help="Compile this ONNX file, exported from CHECKPOINT, instead of a new one.")
 @click.option("--int8-data", type=PATH, help="Labelled photos for int8.  [default: those of --data]")
 @click.option("--int8-budget", type=Finite(0), metavar="POINTS", help="Largest loss of IoU.  [default: 0.5]")
-@click.option("--int8-photos", type=int, metavar="N", help="Training photos to calibrate on.  [default: 64]")
-@click.option("--int8-judges", type=int, metavar="N", help="Validation photos needed to judge it.  [default: 100]")
-@click.option("--max-batch", type=int, help="trt, trt-rtx: largest batch of a dynamic one.  [default: 8]")
-@click.option("--max-size", metavar="HxW", help="trt, trt-rtx: largest dynamic size.  [default: twice the size]")
-@click.option("--timing-cache", type=PATH, help="trt: where the builder keeps its measurements.")
-@click.option("--compute-capability", "capabilities", multiple=True, metavar="N.N", help="trt-rtx: GPUs to build for.")
-@click.option("--notes", type=PATH, help="A JSON object to keep in the file's provenance (measured metrics).")
-@click.option("--json", "as_json", is_flag=True, help="The receipt, or the list, as JSON on stdout.")
+@click.option("--int8-photos", type=int, metavar="N", help="Number of calibration photos.  [default: 64]")
+@click.option("--int8-judges", type=int, metavar="N", help="Required number of validation photos.  [default: 100]")
+@click.option("--max-batch", type=int, help="trt, trt-rtx: largest dynamic batch.  [default: 8]")
+@click.option("--max-size", metavar="HxW", help="trt, trt-rtx: largest dynamic size.  [default: twice the input size]")
+@click.option("--timing-cache", type=PATH, help="trt: timing cache file.  [default: in the user's cache folder]")
+@click.option(
+    "--compute-capability",
+    "capabilities",
+    multiple=True,
+    metavar="N.N",
+    help="trt-rtx: GPU to build for; repeatable.  [default: Ampere and later]",
+)
+@click.option("--notes", type=PATH, help="JSON object to add to the file's provenance (measured metrics, for example).")
+@click.option("--json", "as_json", is_flag=True, help="Print the receipt, or the list, as JSON on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help=HELP["quiet"])
 def export(checkpoint: Path | None, listed: bool, format_name: str, as_json: bool, quiet: bool, **options: Any) -> int:
-    """Export CHECKPOINT, compare the file with it on real photos, and write it only if it does the same.
+    """Export CHECKPOINT, and write the file only if it agrees with CHECKPOINT on real photos.
 
-    The file says what it expects (`petseg info FILE`) and carries the receipt of that comparison; what cannot be run
-    here is built, says so, and is proven on the device by `petseg verify FILE`.
+    The file contains its specification (`petseg info FILE`) and the receipt of this parity test. A format that cannot
+    run here is built, marked as not run, and tested on the device with `petseg verify FILE`.
     """
     if listed:
         click.echo(json.dumps(_listed(), indent=2) if as_json else _table())
@@ -78,7 +99,7 @@ def export(checkpoint: Path | None, listed: bool, format_name: str, as_json: boo
         raise click.UsageError("Missing argument 'CHECKPOINT'.")
     config = FORMATS[format_name].config(**_settings(format_name, options))
     check(config)
-    from petseg_export.build import export as build  # torch, onnx: only when the request can be met
+    from petseg_export.build import export as build  # torch and onnx are imported only once the request is valid
 
     with _progress(quiet) as watch:
         done = build(checkpoint, config, watch)
@@ -98,11 +119,11 @@ def export(checkpoint: Path | None, listed: bool, format_name: str, as_json: boo
 
 
 def _settings(format_name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options as fields of the format's config.
+    """Convert the command-line options to fields of the format's config.
 
     Raises:
-        click.UsageError: A value cannot be read, or the format does not have such an option.
-        UsageError: A value makes no sense.
+        click.UsageError: A value cannot be parsed, or an option does not apply to the format.
+        UsageError: A value is invalid.
         DataError: The notes cannot be read.
     """
     values = {key: value for key, value in options.items() if value is not None and value != ()}
@@ -136,7 +157,7 @@ def _batch(text: str) -> int:
     if text == "dynamic":
         return 0
     if not text.isdecimal() or int(text) < 1:
-        raise click.BadParameter(f"{text!r}: a number of photos is expected, or 'dynamic'", param_hint="--batch")
+        raise click.BadParameter(f"{text!r}; a positive integer or 'dynamic' is expected", param_hint="--batch")
     return int(text)
 
 
@@ -144,14 +165,14 @@ def _notes(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"--notes {path}: not readable as JSON ({error})") from error
+        raise DataError(f"--notes {path}: cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
         raise DataError(f"--notes {path}: a JSON object is expected")
     return value
 
 
 def _listed() -> dict[str, Any]:
-    """The formats, and what this machine can make of them; ``why_not`` is None where it can."""
+    """The formats as JSON values; ``why_not`` says why this machine cannot build one, or is None."""
     formats = []
     for name, form in FORMATS.items():
         reason = why_not(form)
@@ -161,21 +182,21 @@ def _listed() -> dict[str, Any]:
 
 
 def _table() -> str:
-    """The same for people."""
+    """The formats as text."""
     lines = []
     for form in _listed()["formats"]:
         reason = form["why_not"]
         lines += [
             f"{form['name']:10} {form['help']}",
             f"{'':10} files {form['suffix']}; {', '.join(form['precisions'])}; {form['proven']}",
-            f"{'':10} {'available here' if reason is None else f'not here: {reason}'}",
+            f"{'':10} {'available here' if reason is None else f'not available here: {reason}'}",
         ]
     return "\n".join(lines)
 
 
 @contextmanager
 def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress line on stderr for each stage; silent where stderr is not a terminal."""
+    """Show a progress bar on stderr for each stage, if stderr is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -1,6 +1,6 @@
-"""What may be asked of an export: one frozen config per format, so that a knob which does not apply cannot be passed.
+"""Export configs: one frozen dataclass per format, so that an option which does not apply cannot be passed.
 
-Light on purpose: a request is put together and checked before torch is imported. Every value that cannot be is a
+This module is light on purpose: configs are built and validated before torch is imported. Every invalid value raises
 :class:`petseg_runtime.errors.UsageError`.
 """
 
@@ -26,21 +26,25 @@ __all__ = [
 ]
 
 _METHODS: Final = ("minmax", "percentile", "entropy")
+#: Keys of the provenance that the export writes (:func:`petseg_export.onnx.provenance_of`); notes cannot replace them.
+RESERVED: Final = frozenset(
+    {"schema_version", "checkpoint", "checkpoint_sha256", "model", "data", "validation", "training", "versions"}
+)
 _CAPABILITY: Final = re.compile(r"\d+\.\d", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
-    """How int8 is chosen.
+    """How post-training int8 quantization is calibrated and evaluated.
 
     Attributes:
-        data: Labelled data folder to calibrate and judge on; None: the one of the parity test.
+        data: Labelled data folder for calibration and evaluation; None: the folder of the parity test.
         budget: Largest loss of IoU on the labelled validation photos, in points (hundredths).
-        methods: Ways to choose the ranges of activations, of ``minmax``, ``percentile`` and ``entropy``; the one that
-            loses least IoU is kept.
-        photos: Training photos to calibrate on.
-        judges: The validation part must have at least so many labelled photos; all of them judge.
-        seed: Of the choice of the calibration photos.
+        methods: Calibration methods for the activation ranges: ``minmax``, ``percentile``, ``entropy``. All are tried,
+            and the one that loses the least IoU is kept.
+        photos: Number of training photos to calibrate on.
+        judges: Smallest number of labelled photos in the validation split; all photos of the split are used.
+        seed: Seed for choosing the calibration photos.
     """
 
     data: Path | None = None
@@ -51,10 +55,10 @@ class QuantizeConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check every field.
+        """Validate every field.
 
         Raises:
-            UsageError: One of them makes no sense.
+            UsageError: A field has an invalid value.
         """
         _check_path("the data folder of int8", self.data)
         if not (_is_number(self.budget) and self.budget >= 0):
@@ -63,36 +67,37 @@ class QuantizeConfig:
             raise UsageError(f"calibration methods are {self.methods!r}; a tuple of {', '.join(_METHODS)} is expected")
         odd = [str(method) for method in self.methods if method not in _METHODS]
         if odd or not self.methods:
-            raise UsageError(f"calibration methods: {', '.join(odd) or 'none'}; there are {', '.join(_METHODS)}")
+            raise UsageError(f"calibration methods: {', '.join(odd) or 'none'}; choose from {', '.join(_METHODS)}")
         _check_count("the number of calibration photos of int8", self.photos)
-        _check_count("the number of photos that judge int8", self.judges)
-        _check_kind("the seed of int8", self.seed, int, "a whole number")
+        _check_count("the number of validation photos of int8", self.judges)
+        _check_kind("the seed of int8", self.seed, int, "an integer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """What every format takes.
+    """The options that all formats share.
 
     Attributes:
-        output: The file to write; None: the checkpoint's name with the format's suffix, beside it.
-        name: What the model is called in its specification.
+        output: File to write; None: beside the checkpoint, with its name and the format's suffix.
+        name: Name of the model in its specification.
         precision: ``fp32``, ``fp16`` or ``int8``.
         height: Input height, a multiple of 16; None: the checkpoint's training size.
         width: Input width; likewise.
-        dynamic_size: Whether the graph takes any height and width that are multiples of 16.
-        batch: The one batch size that the graph takes; 0: any.
-        certain_share: The rule of whether there is a pet (:class:`petseg_runtime.spec.ModelSpec`), in (0, 1], for a
-            model for which one was chosen; None: the checkpoint's.
+        dynamic_size: Whether height and width are dynamic axes: any multiples of 16.
+        batch: Fixed batch size; 0: dynamic.
+        certain_share: The threshold of the rule that decides whether a photo shows a pet
+            (:class:`petseg_runtime.spec.ModelSpec`), in (0, 1]; None: the checkpoint's.
         data: Folder with photos for the parity test, and for int8; None: the samples that ship with petseg.
-        split: The part of labelled data that the parity test uses, ``val`` or ``test``.
-        photos: At most so many photos in the parity test.
-        seed: Of the choice of those photos.
-        backends: Engines of the parity test; ``auto`` is the one that would run the file here.
-        device: What they run on: ``cpu``, ``cuda``, ``cuda:N``, ``intel-gpu``, ``intel-gpu:N`` or ``auto``. A TensorRT
-            engine is built for the GPU that it names.
+        split: Split of labelled data for the parity test: ``val`` or ``test``.
+        photos: Largest number of photos in the parity test.
+        seed: Seed for choosing those photos.
+        backends: Engines of the parity test; ``auto`` is the one that would run the file on this machine.
+        device: Device of these engines: ``cpu``, ``cuda``, ``cuda:N``, ``intel-gpu``, ``intel-gpu:N`` or ``auto``. A
+            TensorRT engine is built for the GPU given here.
         threads: CPU threads of these engines; None: as many as this process may use.
-        quantize: How int8 is chosen.
-        notes: Kept in the file's provenance as they are (measured metrics, for example). JSON values.
+        quantize: How int8 is calibrated and evaluated.
+        notes: JSON values that are added to the file's provenance unchanged (measured metrics, for example). Keys that
+            the export writes, such as ``checkpoint``, are reserved.
     """
 
     output: Path | None = None
@@ -114,26 +119,26 @@ class ExportConfig:
     notes: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """Check what can be checked without a checkpoint and without numpy.
+        """Validate what can be validated without a checkpoint and without numpy.
 
         Raises:
-            UsageError: A value that cannot be, or that the network does not take.
+            UsageError: A field has an invalid value, or one that the network does not support.
         """
-        _check_kind("name", self.name, str, "a text")
-        _check_kind("device", self.device, str, "a text")
-        _check_kind("seed", self.seed, int, "a whole number")
+        _check_kind("name", self.name, str, "a string")
+        _check_kind("device", self.device, str, "a string")
+        _check_kind("seed", self.seed, int, "an integer")
         _check_kind("quantize", self.quantize, QuantizeConfig, "a QuantizeConfig")
         _check_path("output", self.output)
         _check_path("data", self.data)
         if self.precision not in PRECISIONS:
-            raise UsageError(f"precision is {self.precision!r}; there are {', '.join(PRECISIONS)}")
+            raise UsageError(f"precision is {self.precision!r}; choose from {', '.join(PRECISIONS)}")
         for name, size in (("height", self.height), ("width", self.width)):
             if size is not None:
                 _check_size(name, size)
         if not isinstance(self.dynamic_size, bool):
             raise UsageError(f"dynamic_size is {self.dynamic_size!r}; True or False is expected")
         if not _is_count(self.batch, 0):
-            raise UsageError(f"batch is {self.batch!r}; a number of photos is expected, or 0 for any")
+            raise UsageError(f"batch is {self.batch!r}; a number of photos is expected, or 0 for a dynamic batch")
         _check_share("certain_share", self.certain_share)
         _check_count("the number of photos of the parity test", self.photos)
         if self.threads is not None:
@@ -148,16 +153,16 @@ class ExportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxConfig(ExportConfig):
-    """An ONNX file."""
+    """Options of an ONNX export."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompiledConfig(ExportConfig):
-    """What every format takes that is compiled from ONNX.
+    """The options of all formats that are compiled from ONNX.
 
     Attributes:
-        onnx: An ONNX file that was exported from the same checkpoint, to be compiled as it is; its precision, size and
-            batch are then those of the result. None: one is made on the way.
+        onnx: ONNX file exported from the same checkpoint, to compile unchanged; it determines the precision, size and
+            batch of the result. None: export a temporary one first.
     """
 
     onnx: Path | None = None
@@ -170,16 +175,16 @@ class CompiledConfig(ExportConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class OpenVINOConfig(CompiledConfig):
-    """An OpenVINO IR: ``.xml`` and ``.bin``."""
+    """Options of an OpenVINO IR (``.xml`` and ``.bin``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(CompiledConfig):
-    """What TensorRT and TensorRT for RTX both take.
+    """The options that TensorRT and TensorRT for RTX share: the upper end of the optimization profile.
 
     Attributes:
-        max_batch: Largest batch of a graph that takes any.
-        max_size: Largest height and width of a graph that takes any; None: twice the specification's.
+        max_batch: Largest batch, where the batch is dynamic.
+        max_size: Largest height and width, where they are dynamic; None: twice the specification's.
     """
 
     max_batch: int = 8
@@ -196,10 +201,10 @@ class EngineConfig(CompiledConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TensorRTConfig(EngineConfig):
-    """A TensorRT engine, for the GPU and the library it is built with.
+    """Options of a TensorRT engine, which runs only on the GPU model and with the TensorRT version it is built with.
 
     Attributes:
-        timing_cache: File in which TensorRT keeps what it measured, to build faster the next time; None: one in the
+        timing_cache: File in which TensorRT keeps kernel timings, to build faster the next time; None: one in the
             user's cache folder.
     """
 
@@ -213,11 +218,11 @@ class TensorRTConfig(EngineConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TensorRTRTXConfig(EngineConfig):
-    """A TensorRT for RTX engine; it is finished on the device, and needs no GPU to be built.
+    """Options of a TensorRT for RTX engine, which is built without a GPU; the device finishes the compilation.
 
     Attributes:
-        compute_capabilities: GPUs to build for, such as ``8.9``; empty: what the library calls
-            portable, Ampere and later.
+        compute_capabilities: Compute capabilities to build for, such as ``8.9``; empty: Ampere and later, which the
+            library calls portable.
     """
 
     compute_capabilities: tuple[str, ...] = ()
@@ -231,11 +236,11 @@ class TensorRTRTXConfig(EngineConfig):
             )
         for capability in self.compute_capabilities:
             if not (isinstance(capability, str) and _CAPABILITY.fullmatch(capability)):
-                raise UsageError(f"compute capability {capability!r}: one such as 8.9 is expected")
+                raise UsageError(f"compute capability {capability!r}: a string such as 8.9 is expected")
 
 
 def _is_count(value: object, least: int = 1) -> bool:
-    """Whether it is a whole number, and not too small. True and False are integers, too, and no numbers."""
+    """Whether a value is an integer of at least ``least``; a bool is an int in Python, but not a count."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -245,7 +250,7 @@ def _is_size(value: object) -> bool:
 
 def _check_count(name: str, value: object) -> None:
     if not _is_count(value):
-        raise UsageError(f"{name} is {value!r}; a whole number, 1 or more, is expected")
+        raise UsageError(f"{name} is {value!r}; an integer, 1 or more, is expected")
 
 
 def _is_number(value: object) -> bool:
@@ -264,7 +269,7 @@ def _check_path(name: str, value: object) -> None:
 
 def _check_share(name: str, value: float | None) -> None:
     if value is not None and not (_is_number(value) and 0 < value <= 1):
-        raise UsageError(f"{name} is {value!r}; it must lie above 0, up to 1")
+        raise UsageError(f"{name} is {value!r}; it must be above 0 and at most 1")
 
 
 def _check_size(name: str, value: object) -> None:
@@ -275,7 +280,9 @@ def _check_size(name: str, value: object) -> None:
 def _check_notes(notes: object) -> None:
     if not isinstance(notes, dict):
         raise UsageError(f"notes are {type(notes).__name__}; a dict of JSON values is expected")
+    if taken := sorted(RESERVED & notes.keys()):
+        raise UsageError(f"notes: {', '.join(taken)}: reserved for what the export itself writes; rename them")
     try:
         json.dumps(notes, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"notes are no JSON: {error}") from error
+        raise UsageError(f"notes cannot be written as JSON: {error}") from error

@@ -1,4 +1,4 @@
-"""The network as a device sees it: uint8 image in, uint8 probability out."""
+"""The network as it is exported: uint8 image in, uint8 probability out."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ __all__ = ["HALF_LIMIT", "DeployedUNet", "activation_peaks", "fold_batchnorm"]
 
 
 class DeployedUNet(nn.Module):
-    """Normalisation, network and sigmoid as one module; the graph that is exported.
+    """Normalisation, network and sigmoid in one module: the graph that is exported.
 
     Input: ``image``, uint8 [N, H, W, 3], RGB. Output: ``probability``, uint8 [N, H, W], ``round(255 * p(pet))``.
-    The order of the outermost operations is TensorRT's rule for uint8: cast, then permute; squeeze, then cast.
+    TensorRT requires that a uint8 input is cast first and a uint8 output last: so cast, then permute; squeeze, then
+    cast.
     """
 
     scale: Tensor
     offset: Tensor
 
     def __init__(self, model: AttentionUNet, half: Set[str] = frozenset()) -> None:
-        """Take a trained network; it is copied, and its BatchNorms are folded into their convolutions.
+        """Copy a trained network and fold its BatchNorms into the convolutions.
 
         Args:
             model: The network, float32.
-            half: Names of the convolutions that compute in float16, as :func:`activation_peaks` gives them. What lies
-                between them follows their type; normalisation and the last sigmoid are always float32.
+            half: Names of the convolutions that compute in float16, as :func:`activation_peaks` returns them. The
+                operations between them follow their type; normalisation and the last sigmoid are always float32.
         """
         super().__init__()
         self.network = fold_batchnorm(model)
         if half:
-            _set_types(self.network, half)
+            _set_dtypes(self.network, half)
         # (x / 255 - mean) / std as one multiplication and one addition, in NCHW
         std = torch.tensor(IMAGE_STD).reshape(1, 3, 1, 1)
         mean = torch.tensor(IMAGE_MEAN).reshape(1, 3, 1, 1)
@@ -56,26 +57,26 @@ class DeployedUNet(nn.Module):
 
 
 class TypedConv(nn.Module):
-    """A convolution in one type, whatever type its input comes in."""
+    """A convolution that computes in a fixed dtype and casts its input to it."""
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
         super().__init__()
         self.conv = conv.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """float [N, C, H, W] of any type to float [N, C', H, W] of this one's."""
+        """float [N, C, H, W] of any dtype to [N, C', H, W] of the convolution's dtype."""
         return self.conv(x.to(self.conv.weight.dtype))  # type: ignore[no-any-return]
 
 
 def activation_peaks(model: AttentionUNet, images: Iterable[npt.NDArray[np.uint8]]) -> dict[str, float]:
-    """The largest absolute value that float16 would have to hold in each convolution, over some photos.
+    """Measure the largest absolute value that float16 would have to represent in each convolution, over some photos.
 
     Args:
         model: The network, float32.
         images: uint8 [H, W, 3] each.
 
     Returns:
-        The largest of input, weights, bias and output, by the convolution's name in the network, in its order.
+        The maximum over input, weights, bias and output, by the convolution's name, in the network's order.
     """
     deployed = DeployedUNet(model)
     peaks = {
@@ -96,7 +97,7 @@ def activation_peaks(model: AttentionUNet, images: Iterable[npt.NDArray[np.uint8
     return peaks
 
 
-def _set_types(network: AttentionUNet, half: Set[str]) -> None:
+def _set_dtypes(network: AttentionUNet, half: Set[str]) -> None:
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Conv2d):
             parent, _, child = name.rpartition(".")
@@ -105,9 +106,9 @@ def _set_types(network: AttentionUNet, half: Set[str]) -> None:
 
 
 def fold_batchnorm(model: AttentionUNet) -> AttentionUNet:
-    """A copy in which every BatchNorm is part of the convolution before it (exact up to rounding).
+    """Return a copy with every BatchNorm folded into the preceding convolution (exact up to rounding).
 
-    Works on the network's blocks, which are all Sequentials of convolution, BatchNorm and perhaps ReLU.
+    Relies on the network's blocks: all are Sequentials of convolution, BatchNorm and optionally ReLU.
     """
     folded = copy.deepcopy(model).eval()
     for block in folded.modules():

@@ -1,4 +1,4 @@
-"""A checkpoint's network as an ONNX graph: traced, cleaned, checked, described."""
+"""Trace a checkpoint's network to an ONNX graph, clean and check it, and write its metadata."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ import torch
 from onnx import checker
 
 from petseg import checkpoint
-from petseg_export.config import ExportConfig
+from petseg_export.config import RESERVED, ExportConfig
 from petseg_export.deploy import DeployedUNet
 from petseg_runtime import __version__
-from petseg_runtime.artifact import INPUT, OUTPUT, PROVENANCE_KEY
-from petseg_runtime.errors import CheckpointError, ModelError, UsageError
-from petseg_runtime.spec import SPEC_KEY, STRIDE, ModelSpec
+from petseg_runtime.artifact import INPUT, OUTPUT
+from petseg_runtime.errors import CheckpointError, ModelError
+from petseg_runtime.spec import STRIDE, ModelSpec
 
-__all__ = ["OPSET", "Session", "graph_bytes", "metadata_of", "scan", "spec_of"]
+__all__ = ["OPSET", "Session", "graph_bytes", "provenance_of", "scan", "spec_of"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 
-#: Opset 20: every operator of the network as today's engines know it.
+#: Opset 20 has every operator of the network in a form that today's engines support.
 OPSET: Final = 20
 
 
 def graph_bytes(deployed: DeployedUNet, spec: ModelSpec) -> bytes:
-    """The deployed network as a serialised ONNX graph without metadata, with the spec's batch and size."""
-    # Traced at 16, a height or width that should stay free would be taken for a constant.
+    """Trace the deployed network to a serialized ONNX graph with the spec's batch and size, without metadata."""
+    # Traced at 16, where the deepest level is one pixel, a dynamic height or width would be specialized to a constant.
     height, width = (max(size, 2 * STRIDE) if spec.dynamic_size else size for size in (spec.height, spec.width))
     example = torch.zeros(spec.batch or 2, height, width, 3, dtype=torch.uint8)
     axes: dict[int, Any] = {}
@@ -65,17 +65,17 @@ def graph_bytes(deployed: DeployedUNet, spec: ModelSpec) -> bytes:
 
 
 def spec_of(loaded: checkpoint.Checkpoint, config: ExportConfig) -> ModelSpec:
-    """What the file will say that it expects: the checkpoint's own specification, and what was asked.
+    """The specification of the exported file: the checkpoint's, with the options of the config.
 
     Raises:
-        CheckpointError: It has none, or a damaged one.
+        CheckpointError: The checkpoint has no specification, or a damaged one.
     """
     raw = loaded.meta.get("spec")
     if not isinstance(raw, dict):
         raise CheckpointError(
-            "no input size and thresholds in it (it is the state of a run): export the best.safetensors beside it"
+            "no input size and thresholds in it, as in the saved state of a run: export the best.safetensors beside it"
         )
-    asked = {
+    options = {
         "name": config.name,
         "height": config.height,
         "width": config.width,
@@ -85,30 +85,28 @@ def spec_of(loaded: checkpoint.Checkpoint, config: ExportConfig) -> ModelSpec:
         "certain_share": config.certain_share,
     }
     try:
-        return ModelSpec(**{**raw, **{key: value for key, value in asked.items() if value is not None}})
-    except (TypeError, ModelError) as error:  # a field that is missing, unknown, no number, or out of range
+        return ModelSpec(**{**raw, **{key: value for key, value in options.items() if value is not None}})
+    except (TypeError, ModelError) as error:  # a field that is missing, unknown, not a number, or out of range
         raise CheckpointError(f"its specification is damaged ({error})") from error
 
 
-def metadata_of(name: str, loaded: checkpoint.Checkpoint, spec: ModelSpec, config: ExportConfig) -> dict[str, str]:
-    """Specification and provenance as they go into the file.
+def provenance_of(name: str, loaded: checkpoint.Checkpoint, config: ExportConfig) -> str:
+    """The provenance of an exported file, as JSON: which checkpoint it is made from, and how that was trained.
 
     Args:
-        name: The checkpoint file's.
+        name: The name of the checkpoint file.
         loaded: The checkpoint.
-        spec: The specification.
-        config: Whose notes are added.
+        config: Its notes are added.
 
     Raises:
-        CheckpointError: What the checkpoint says of its training is damaged.
-        UsageError: The notes would replace what the provenance says by itself.
+        CheckpointError: The checkpoint's training metadata is damaged.
     """
     meta = loaded.meta
     try:
         validation = {k: round(v, 4) for k, v in meta.get("validation", {}).items() if k.startswith("val_")}
         versions = {**meta.get("versions", {}), "petseg_export": __version__, "onnx": onnx.__version__}
     except (AttributeError, TypeError) as error:
-        raise CheckpointError(f"what it says of its training is damaged ({error})") from error
+        raise CheckpointError(f"its training metadata is damaged ({error})") from error
     own = {
         "schema_version": 1,
         "checkpoint": name,
@@ -119,24 +117,22 @@ def metadata_of(name: str, loaded: checkpoint.Checkpoint, spec: ModelSpec, confi
         "training": meta.get("provenance", {}),
         "versions": versions,
     }
-    notes = config.notes or {}
-    if taken := sorted(own.keys() & notes.keys()):
-        raise UsageError(f"the notes may not replace what the file says of itself: {', '.join(taken)}")
-    return {SPEC_KEY: spec.to_json(), PROVENANCE_KEY: json.dumps({**own, **notes})}
+    assert own.keys() == RESERVED
+    return json.dumps({**own, **(config.notes or {})})
 
 
 def scan(graph: bytes, images: Sequence[U8]) -> dict[str, Any]:
     """Run a graph with all its floating-point activations as outputs, and look for NaN and infinity.
 
-    A uint8 answer cannot show them: they become some byte.
+    The uint8 output cannot show them: they become arbitrary bytes.
 
     Args:
         graph: The ONNX graph.
         images: uint8 [H, W, 3] each.
 
     Returns:
-        ``photos``, ``tensors`` (how many were looked at), ``non_finite`` (the names of those with NaN or infinity) and
-        ``largest`` (absolute value, of the finite ones).
+        ``photos``, ``tensors`` (number of activations), ``non_finite`` (names of activations with NaN or infinity) and
+        ``largest`` (largest finite absolute value).
 
     Raises:
         ModuleNotFoundError: onnxruntime is not installed.
@@ -159,14 +155,13 @@ def scan(graph: bytes, images: Sequence[U8]) -> dict[str, Any]:
 
 
 class Session:
-    """A graph in ONNX Runtime on the CPU, photo by photo.
+    """A graph in ONNX Runtime on the CPU, run one photo at a time.
 
-    One for a fixed batch is run on one photo, too, not on its copies: the batch stands in its input and output alone,
-    no node of ours knows it.
+    A graph with a fixed batch is changed to a batch of 1, which needs no other change: our nodes do not depend on it.
     """
 
     def __init__(self, graph: bytes) -> None:
-        import onnxruntime  # the export has no engine of its own: the `cpu` or `gpu` extra brings it
+        import onnxruntime  # installed by the `cpu` or `gpu` extra, not by `export`
 
         proto = onnx.load_from_string(graph)
         proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
@@ -181,26 +176,27 @@ class Session:
         )
 
     def run(self, names: Sequence[str], photo: U8) -> list[npt.NDArray[Any]]:
-        """Outputs by name, each [1, ...], for a photo, uint8 [H, W, 3]."""
+        """Run a photo, uint8 [H, W, 3], and return the named outputs, each [1, ...]."""
         return self._session.run(list(names), {INPUT: photo[None]})  # type: ignore[no-any-return]
 
 
 def _pad_small_poolings(proto: onnx.ModelProto) -> None:
-    """Where a MaxPool rounds up and a side may be of one pixel, give it a row and a column more, which never win.
+    """Replace a MaxPool's ``ceil_mode`` by padding of one row and one column, where a side may be one pixel long.
 
-    It is the same: of an even number of pixels, they are in no window. OpenVINO refuses a window that is larger than
-    what it slides over.
+    The output is the same: padding is never the maximum, and beside an even side it lies in no window. OpenVINO rejects
+    a window that is larger than the input.
     """
     known = {v.name: [size.dim_value for size in v.type.tensor_type.shape.dim[2:]] for v in proto.graph.value_info}
     for node in proto.graph.node:
-        said = {attribute.name: attribute for attribute in node.attribute}
-        if node.op_type == "MaxPool" and said["ceil_mode"].i and min(known.get(node.input[0], [0])) < 2:  # 0: any
-            said["ceil_mode"].i = 0
-            said["pads"].ints[:] = [0, 0, 1, 1]
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        # A dynamic axis has the size 0 here.
+        if node.op_type == "MaxPool" and attributes["ceil_mode"].i and min(known.get(node.input[0], [0])) < 2:
+            attributes["ceil_mode"].i = 0
+            attributes["pads"].ints[:] = [0, 0, 1, 1]
 
 
 def _strip(proto: onnx.ModelProto) -> None:
-    """Remove the exporter's notes about Python source lines and internal shapes: they hold paths of this machine."""
+    """Remove the exporter's notes on Python source lines and internal shapes: they contain paths of this machine."""
     del proto.metadata_props[:]
     proto.doc_string = ""
     proto.graph.doc_string = ""
@@ -216,7 +212,7 @@ def _strip(proto: onnx.ModelProto) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter prints its progress and warns about its own internals; its errors still come through."""
+    """Silence the exporter's progress and its warnings about its internals; errors still propagate."""
     root = logging.getLogger("torch.onnx")
     level = root.level
     root.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""ONNX to OpenVINO IR: an ``.xml`` with the graph and a ``.bin`` with the weights."""
+"""Convert an ONNX file to OpenVINO IR: an ``.xml`` with the graph and a ``.bin`` with the weights."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ __all__ = ["compile_openvino"]
 
 
 def compile_openvino(onnx: Artifact, output: Path, config: OpenVINOConfig, _: Watch, /) -> dict[str, Any]:
-    """Write the IR of an ONNX file: a :class:`petseg_export.registry.Compiler`, with no progress to tell of.
+    """Write the IR of an ONNX file: a :class:`petseg_export.registry.Compiler` that reports no progress.
 
-    fp16 is how the weights are stored; the device computes in what it prefers.
+    fp16 is how the weights are stored; the device computes in the precision that it prefers.
 
     Args:
         onnx: The ONNX file.
-        output: The ``.xml``; the ``.bin`` goes beside it.
-        config: For its precision; an IR is the same for every device.
+        output: The ``.xml`` file; the ``.bin`` file is written beside it.
+        config: Its precision is used; an IR is the same for every device.
 
     Returns:
-        What the IR was made with and needs; JSON values.
+        What the IR was made with and what it needs; JSON values.
 
     Raises:
         ModelError: OpenVINO cannot read the graph.
-        OSError: It cannot write the files.
+        OSError: OpenVINO cannot write the files.
     """
     try:
         model = openvino.Core().read_model(onnx.path)

@@ -1,4 +1,4 @@
-"""The reference that exports are held against: photos, what the fp32 checkpoint says of them, and their labels."""
+"""The reference of the parity test: photos, the fp32 checkpoint's output for them, and their labels."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Labels:
-    """Trimaps at their own resolution, and how answers are judged on them.
+    """Trimaps at their original resolution, and the IoU of a model's output on them.
 
     Attributes:
         trimaps: uint8 [H, W] each; see :mod:`petseg.data`.
-        threshold: Of the model.
+        threshold: The model's threshold.
     """
 
     trimaps: tuple[U8, ...]
     threshold: float
 
     def iou(self, answers: U8) -> float:
-        """IoU of answers, uint8 [N, H, W], over all photos, with the border as background: the headline metric."""
+        """IoU of outputs, uint8 [N, H, W], over all photos, with the border as background: the headline metric."""
         total = sum(
             histogram(images.from_model(answer, *trimap.shape), trimap)
             for answer, trimap in zip(answers, self.trimaps, strict=True)
@@ -54,7 +54,7 @@ class Labels:
         return counts(total, self.threshold).iou
 
     def task(self, expected: U8) -> Callable[[U8], dict[str, Any]]:
-        """What :func:`petseg_runtime.parity.compare` takes: the IoU of answers, beside that of the reference."""
+        """Return the ``task`` of :class:`petseg_runtime.parity.Checks`: the IoU of outputs and of the reference."""
         reference = self.iou(expected)
 
         def judge(answers: U8) -> dict[str, Any]:
@@ -70,9 +70,9 @@ class Photos:
     """Photos as the model sees them.
 
     Attributes:
-        names: Of the files.
+        names: File names.
         images: uint8 [N, H, W, 3] RGB.
-        labels: Where the photos are labelled.
+        labels: Their labels; None for unlabelled photos.
     """
 
     names: tuple[str, ...]
@@ -81,19 +81,19 @@ class Photos:
 
     @property
     def about(self) -> dict[str, Any]:
-        """How many, and a digest over their names and pixels; JSON values."""
+        """The number of photos and a digest over their names and pixels; JSON values."""
         digest = hashlib.sha256(encoded("\n".join(self.names)))
         digest.update(self.images.tobytes())
         return {"photos": len(self.names), "sha256": digest.hexdigest()}
 
     def among(self, others: Photos) -> int:
-        """How many are among others, by what the model sees of them: another folder may have other photos of a name."""
+        """Count the photos that are also in ``others``, by pixels: in another folder, a name may be another photo's."""
         mine, theirs = ([hashlib.sha256(image.tobytes()).digest() for image in of.images] for of in (self, others))
         return sum(map({*theirs}.__contains__, mine))
 
 
 def choose(data: Path | None, split: str, count: int, seed: int, loaded: Checkpoint) -> list[Pair] | list[Path]:
-    """The photos of the parity test: a seeded choice of a labelled split, or of a folder, or all samples that ship.
+    """Choose the photos of the parity test: a random sample of a labelled split or of a folder, or the bundled samples.
 
     Raises:
         DataError: There are none.
@@ -106,35 +106,35 @@ def choose(data: Path | None, split: str, count: int, seed: int, loaded: Checkpo
         return sample(labelled(data, split, loaded), count, seed)
     found = [item.source for item in find_photos([data])]
     if not found:
-        raise DataError(f"--data {data}: no photos in it")
+        raise DataError(f"--data {data}: the folder has no photos")
     return sample(found, count, seed)
 
 
 def labelled(data: Path, split: str, loaded: Checkpoint) -> list[Pair]:
-    """A labelled split, drawn as it was when the checkpoint was trained.
+    """Return a labelled split, drawn as it was when the checkpoint was trained.
 
-    In the folder that it was trained on, what is val here was not trained on, also where ``val.txt``, which listed
-    those photos, is gone: the checkpoint names them. Another folder is split in the same way, and may have the same
-    photos on the other side.
+    In the folder that the checkpoint was trained on, its val photos were not trained on. This holds even if the
+    ``val.txt`` that listed them is gone, because the checkpoint records their names. Another folder is split by the
+    same rule, and may have the same photos on the other side of the split.
 
     Raises:
-        CheckpointError: It does not say how; without a training config at all, the defaults are taken.
+        CheckpointError: The checkpoint's record of its split is damaged; without a training config, defaults are used.
         DataError: Not a data folder.
     """
     part = Split(split)
     if (listed := listed_split(loaded.meta, data)) and part in listed:
         return listed[part]
-    fraction, seed = _shares(loaded)
+    fraction, seed = _split_settings(loaded)
     return find(data, part, val_fraction=fraction, seed=seed)
 
 
 def doubt(data: Path | None, split: str, loaded: Checkpoint) -> str | None:
-    """Why photos that the checkpoint was trained on are among those of a labelled split, or may be, in words.
+    """Explain why a labelled split contains, or may contain, photos that the checkpoint was trained on.
 
-    None if they are not, if the checkpoint does not say, or if the photos have no labels.
+    Returns None if it does not, if the checkpoint does not record its photos, or if the photos have no labels.
 
     Raises:
-        CheckpointError: As of :func:`labelled`.
+        CheckpointError: As :func:`labelled`.
         DataError: Likewise.
     """
     if data is None or not _is_labelled(data):
@@ -147,8 +147,8 @@ def doubt(data: Path | None, split: str, loaded: Checkpoint) -> str | None:
         except DataError:
             if part == split:
                 raise
-            parts[part] = []  # a folder may have none: val.txt may list every photo
-    shares = (None, None) if listed_validation(data) is not None else _shares(loaded)
+            parts[part] = []  # the other half may be empty: val.txt may list every photo
+    shares = (None, None) if listed_validation(data) is not None else _split_settings(loaded)
     found = doubt_about(loaded.meta, data, parts, Split(split), *shares)
     return f"{data}: {found}" if found else None
 
@@ -157,25 +157,25 @@ def _is_labelled(data: Path) -> bool:
     return any((folder / "images").is_dir() for folder in (data, data / "oxford-iiit-pet"))  # see petseg.data.locate
 
 
-def _shares(loaded: Checkpoint) -> tuple[float, int]:
-    """Share of trainval that is validation, and the seed that chooses it: the run's own, or the usual ones.
+def _split_settings(loaded: Checkpoint) -> tuple[float, int]:
+    """The validation share of trainval and the seed of the split, from the checkpoint or else the defaults.
 
     Raises:
-        CheckpointError: What the checkpoint says of them is damaged.
+        CheckpointError: The checkpoint's training config is damaged.
     """
     try:
-        of_run = loaded.meta.get("config", {}).get("data", {})
-        return float(of_run.get("val_fraction", VAL_FRACTION)), int(of_run.get("split_seed", SPLIT_SEED))
+        config = loaded.meta.get("config", {}).get("data", {})
+        return float(config.get("val_fraction", VAL_FRACTION)), int(config.get("split_seed", SPLIT_SEED))
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"its training config is damaged ({error})") from error
 
 
 def read(photos: Sequence[Pair] | Sequence[Path], spec: ModelSpec) -> Photos:
-    """Read photos, and their labels where they have them, at the size of a model.
+    """Read photos at the model's input size, and their labels if they have any.
 
     Raises:
-        InputError: A photo cannot be read.
-        DataError: A pair cannot be read.
+        InputError: An unlabelled photo cannot be read.
+        DataError: A labelled photo or its label cannot be read.
     """
     names, inputs, trimaps = [], [], []
     for photo in photos:
@@ -193,7 +193,7 @@ def read(photos: Sequence[Pair] | Sequence[Path], spec: ModelSpec) -> Photos:
 def prove(
     model: AttentionUNet, loaded: Checkpoint, photos: Photos, watch: Callable[[int], None] | None = None
 ) -> Proof:
-    """What the checkpoint in PyTorch, float32, says of some photos."""
+    """Run the checkpoint in PyTorch, in float32, on photos: the reference of the parity test."""
     run = torch_run(model)
     answers = np.empty(photos.images.shape[:3], np.uint8)
     for i, image in enumerate(photos.images):
@@ -204,6 +204,6 @@ def prove(
 
 
 def sample(found: Sequence[T], count: int, seed: int) -> list[T]:
-    """A seeded choice of at most ``count``, in their order."""
+    """A random sample of at most ``count`` items, in their original order."""
     chosen = set(random.Random(seed).sample(range(len(found)), min(count, len(found))))
     return [item for i, item in enumerate(found) if i in chosen]

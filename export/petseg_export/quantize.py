@@ -1,22 +1,22 @@
-"""Post-training int8: calibrated on photos, judged on the task; the layers that hurt stay in float.
+"""Post-training int8 quantization: calibrated on photos, evaluated by IoU; layers that lose too much stay in float.
 
-The result is a graph with QuantizeLinear and DequantizeLinear nodes ("Q/DQ") that every compiler takes as it is:
-symmetric int8 with zero points of 0, weights per output channel, activations per tensor, and biases in float, because
-TensorRT dequantizes no int32. ONNX Runtime does: it makes an int32 of a bias, in steps of the two scales' product, and
-does not look whether it fits. So where a channel's weights are next to nothing, its scale is what its bias wants.
+The result is a QDQ graph (QuantizeLinear and DequantizeLinear nodes) that every compiler accepts unchanged: symmetric
+int8 with zero points of 0, per-channel weights, per-tensor activations. Biases stay in float, because TensorRT does
+not dequantize int32. ONNX Runtime itself quantizes a bias to int32, with the product of the input's and the weight's
+scale as its scale, and does not check for overflow. So where the weights of a channel are nearly zero, their scale is
+raised until the bias fits.
 
-An activation is rounded where it is made, and what lies behind it takes the rounded one, gates and concatenations
-too: it is then kept in one byte only. Convolutions that are left in float are the exception: they take what they
-always took.
+An activation is quantized where it is produced, and all its consumers read the quantized tensor, attention gates and
+concatenations included, so that one byte per value is stored. Only convolutions that stay in float read the original.
 
-Weights have seven bits, -64 to 64: x86 CPUs without VNNI add two products of bytes in 16 bits and cut off what is too
-large, and the masks of a file with eight were ruined there while it passed its parity test on newer ones. What the bit
-costs is lost in chance (benchmarks/LOG.md).
+Weights have seven bits, -64 to 64: x86 CPUs without VNNI add two products of bytes in saturating 16-bit arithmetic.
+With eight bits, a file gave useless masks there although it had passed its parity test on newer CPUs. The accuracy
+lost with the eighth bit is within noise (benchmarks/LOG.md).
 
-Two things are there for OpenVINO alone, and change no value (but -128, which becomes -127). It forgets the scale of
-int8 activations where a MaxPool or a Concat lies between the rounding and the convolution, or a Concat right before
-the rounding: 2025.3 and 2026.4 do, without a word, and the masks are ruined. So what comes out of a MaxPool is rounded
-once more, at the same scale, and what comes out of a Concat is clipped to the range before it is rounded.
+Two workarounds are for OpenVINO alone and change no value (except -128, which becomes -127). It loses the scale of
+int8 activations where a MaxPool or a Concat lies between the quantization and the convolution, or a Concat directly
+precedes the quantization: versions 2025.3 and 2026.4 do so silently, and the masks are useless. So the output of a
+MaxPool is quantized again at the same scale, and the output of a Concat is clipped to the range before quantization.
 """
 
 from __future__ import annotations
@@ -53,40 +53,40 @@ __all__ = [
 U8: TypeAlias = npt.NDArray[np.uint8]
 I8: TypeAlias = npt.NDArray[np.int8]
 F32: TypeAlias = npt.NDArray[np.float32]
-#: IoU in [0, 1] of a serialised graph on labelled photos.
+#: Computes the IoU, in [0, 1], of a serialized graph on labelled photos.
 Judge: TypeAlias = Callable[[bytes], float]
 
-#: The largest int8 of an activation's symmetric scale; -128 is not used.
+#: Largest quantized activation; symmetric, so -128 is not used.
 LARGEST: Final = 127
-#: The largest int8 of a weight: two products with an unsigned byte fit 16 bits, 2 x 255 x 64 = 32,640. ("Saturation
+#: Largest quantized weight: two products with an unsigned byte fit 16 bits, 2 x 255 x 64 = 32,640. ("Saturation
 #: (overflow) issue workaround", OpenVINO's documentation; "Nuances of int8 computations", oneDNN's.)
 LARGEST_WEIGHT: Final = 64
-#: The largest int32 that a bias becomes; the products that are added to it have room above.
+#: Largest int32 of a quantized bias; leaves room for the products that are added to it.
 LARGEST_BIAS: Final = 2**30
 #: Bins of a histogram of magnitudes; at least half of them lie below the largest magnitude.
 BINS: Final = 4096
-#: What never exceeds this is taken for zero: the product of two scales must stay a normal float32.
-NOTHING: Final = 1e-15
-#: Share of the magnitudes that `percentile` keeps.
+#: Magnitudes up to this count as zero: the product of two scales must stay a normal float32.
+NEGLIGIBLE: Final = 1e-15
+#: Share of the magnitudes that `percentile` does not clip.
 KEPT: Final = 0.9999
-#: At most so many calibration photos show how far answers have changed.
+#: Largest number of calibration photos on which the change of the output is measured.
 PROBES: Final = 16
-#: At least this share of the layers is in int8, or the file is not what it says it is.
+#: At least this share of the layers must be in int8, else the file could hardly be called int8.
 FEWEST: Final = 0.25
-#: Layers that are tried in int8 once more after the search; each costs a judgement.
+#: Layers that are tried in int8 again after the bisection; each costs an evaluation.
 SECOND_TRIES: Final = 8
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """An int8 graph that is within the budget.
+    """An int8 graph whose loss of IoU is within the budget.
 
     Attributes:
-        graph: The Q/DQ ONNX graph, without metadata.
-        choice: How it was chosen, for the receipt; JSON values. ``loss`` is in points (hundredths) of IoU on the
-            labelled photos; ``change`` is the mean absolute change of the answers on calibration photos, in levels of
-            255; ``sensitivity`` is that change with one layer alone in int8, the most harmful first; ``search`` is
-            how many layers were in float at each judgement, and the loss.
+        graph: The QDQ ONNX graph, without metadata.
+        choice: How method and layers were chosen, for the receipt; JSON values. ``loss`` is in points (hundredths) of
+            IoU on the labelled photos; ``change`` is the mean absolute change of the output on calibration photos, in
+            steps of 1/255; ``sensitivity`` is that change with one layer alone in int8, most harmful layer first;
+            ``search`` lists the number of layers in float and the loss of each evaluation.
     """
 
     graph: bytes
@@ -95,7 +95,7 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far a graph is from the float one; see :class:`Quantized`."""
+    """How far a graph is from the float graph; see :class:`Quantized`."""
 
     loss: float
     change: float
@@ -107,13 +107,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Search:
-    """For the fewest layers in float.
+    """The search for the fewest layers that must stay in float.
 
     Attributes:
-        order: All layers, the most harmful first.
-        loss: Judges the graph with some layers in float and all others in int8.
-        budget: The largest loss.
-        judged: The losses so far, by the layers in float.
+        order: All layers, most harmful first.
+        loss: Evaluates the graph with the given layers in float and all others in int8.
+        budget: Largest allowed loss.
+        judged: The losses so far, keyed by the layers in float.
     """
 
     order: tuple[str, ...]
@@ -122,10 +122,10 @@ class _Search:
     judged: dict[frozenset[str], float]
 
     def fewest_in_float(self) -> frozenset[str]:
-        """A bisection over the order, then a second try of layers that may have been left in float for nothing.
+        """Bisect over the order, then try again in int8 some of the layers that stayed in float.
 
         Raises:
-            ParityTolerance: It takes too many of them.
+            ParityTolerance: Too many layers would have to stay in float.
         """
         if self._within(0):
             return frozenset()
@@ -142,7 +142,7 @@ class _Search:
         return kept
 
     def as_dict(self, in_float: frozenset[str]) -> dict[str, Any]:
-        """What was found, and every judgement on the way; JSON values."""
+        """The result and every evaluation of the search; JSON values."""
         return {
             "loss": round(self.judged[in_float], 4),
             "budget": self.budget,
@@ -153,7 +153,7 @@ class _Search:
         }
 
     def _within(self, first: int) -> bool:
-        """Whether it is enough to leave the first few of the order in float."""
+        """Whether the loss is within the budget with the first ``first`` layers of the order in float."""
         return self._lost(frozenset(self.order[:first])) <= self.budget
 
     def _lost(self, in_float: frozenset[str]) -> float:
@@ -165,54 +165,54 @@ class _Search:
         every, some = self._lost(frozenset()), self._lost(frozenset(self.order[:first]))
         return (
             f"int8 loses {every:.2f} points of IoU, and still {some:.2f} with {first} of the {len(self.order)} layers "
-            f"left in float; the budget is {self.budget:g}: give it more, or export as fp16"
+            f"left in float; the budget is {self.budget:g}: raise it with --int8-budget, or export as fp16"
         )
 
 
 def quantize(
     graph: bytes, calibration: Sequence[U8] | U8, judge: Judge, config: QuantizeConfig, watch: Watch | None = None
 ) -> Quantized:
-    """Put as many convolutions into int8 as the budget allows.
+    """Quantize as many convolutions to int8 as the budget allows.
 
-    Every method is judged with all layers in int8, and the best is kept. If that is over the budget, the layers that
-    change the answers most are left in float, as few as possible.
+    Every calibration method is evaluated with all layers in int8, and the best one is kept. If its loss exceeds the
+    budget, the layers that change the output most stay in float, as few as possible.
 
     Args:
         graph: The float32 graph, ``image`` uint8 [N, H, W, 3] to ``probability`` uint8 [N, H, W].
-        calibration: Photos for the ranges of activations, uint8 [H, W, 3] each, in the size of the graph.
-        judge: The task; see :func:`judge_on`.
+        calibration: Photos for the activation ranges, uint8 [H, W, 3] each, in the size of the graph.
+        judge: Computes the IoU of a graph; see :func:`judge_on`.
         config: The budget and the methods.
-        watch: Told about progress.
+        watch: Called with progress.
 
     Raises:
-        DataError: No calibration photos, or labelled photos on which the float graph finds nothing.
-        ModelError: The graph has no convolution with stored weights, or its activations are not finite.
-        ParityTolerance: The budget cannot be met unless most layers are left in float.
+        DataError: There are no calibration photos, or the IoU of the float graph is 0.
+        ModelError: The graph has no convolution with stored weights, or an activation is not finite.
+        ParityTolerance: The budget cannot be met, even with most layers in float.
     """
     if not len(calibration):
-        raise DataError("int8 needs photos to calibrate on, and there are none")
+        raise DataError("int8 needs photos to calibrate on: the training split has none")
     tell: Watch = watch or (lambda what, done, total: None)
     proto = onnx.load_from_string(graph)
     layers = frozenset(layers_of(proto))
     magnitudes = calibrate(proto, calibration, tell)
     ranges = {name: {of: METHODS[name](seen) for of, seen in magnitudes.items()} for name in config.methods}
     change = _change_from(graph, calibration)
-    tell("judging the float graph", 0, 0)
+    tell("evaluating the float graph", 0, 0)
     reference = judge(graph)
     if not reference > 0:
-        raise DataError(f"the float graph has an IoU of {reference} on the labelled photos: nothing can be lost")
+        raise DataError(f"the float graph has an IoU of {reference} on the labelled photos, so no loss can be measured")
 
     def loss(candidate: bytes) -> float:
         return 100 * (reference - judge(candidate))
 
     verdicts: dict[str, Verdict] = {}
-    for name in _told("judging calibration methods", config.methods, tell):
+    for name in _with_progress("evaluating calibration methods", config.methods, tell):
         candidate = with_int8(proto, layers, ranges[name])
         verdicts[name] = Verdict(loss(candidate), change(candidate))
     method = _best(verdicts)
     alone = {
         layer: change(with_int8(proto, {layer}, ranges[method]))
-        for layer in _told("sensitivity of the layers", layers_of(proto), tell)
+        for layer in _with_progress("measuring the sensitivity of layers", layers_of(proto), tell)
     }
 
     def loss_without(in_float: frozenset[str]) -> float:
@@ -237,49 +237,48 @@ def quantize(
 
 
 def judge_on(photos: Photos) -> Judge:
-    """The headline metric on labelled photos, in ONNX Runtime on the CPU.
+    """Return a function that computes a graph's IoU, the headline metric, in ONNX Runtime on the CPU.
 
-    It computes a Q/DQ graph in float32 with all operands of the quantized convolutions on the int8 grid, and biases in
-    such fine steps (see above) that no rounding of its own counts beside that.
+    It computes a QDQ graph in float32 with all operands of the quantized convolutions on the int8 grid, and biases in
+    such fine steps (see above) that its own rounding is negligible.
 
     Raises:
-        DataError: They are not labelled.
+        DataError: The photos have no labels.
     """
     labels = photos.labels
     if labels is None:
-        raise DataError("int8 is judged on labelled photos, and these have no labels")
+        raise DataError("int8 is evaluated on labelled photos, and these have no labels")
     return lambda graph: labels.iou(np.stack(list(_answers(graph, photos.images))))
 
 
 class Magnitudes:
-    """How often each magnitude occurs in a tensor: a histogram that grows with what it sees.
+    """A histogram of the magnitudes in a tensor, whose range grows with the values.
 
-    Zeros are not counted: they are exact at every range, and half of what comes out of a ReLU. The top of the
-    histogram is a power of two, so that the same values give the same counts in whatever order they come, and memory
-    is bounded however many come.
+    Zeros are not counted: every scale represents them exactly, and they are half of a ReLU's output. The upper end is
+    a power of two, so the counts do not depend on the order of the values, and memory is bounded for any number.
 
     Attributes:
-        counts: int64 [BINS], of equal width from 0 to ``top``.
+        counts: int64 [BINS], in bins of equal width from 0 to ``top``.
         top: A power of two above ``peak``.
         peak: The largest magnitude.
     """
 
     def __init__(self) -> None:
         self.counts: npt.NDArray[np.int64] = np.zeros(BINS, np.int64)
-        self.top = NOTHING
+        self.top = NEGLIGIBLE
         self.peak = 0.0
 
     def add(self, values: F32) -> None:
-        """Count values, float32 of any shape.
+        """Add values, float32 of any shape.
 
         Raises:
-            ModelError: One of them is NaN or infinite.
+            ModelError: A value is NaN or infinite.
         """
         sizes = np.abs(values[values != 0])
         peak = float(sizes.max(initial=0))
         if not math.isfinite(peak):
-            raise ModelError("an activation is NaN or infinite: train or export the float network again")
-        if peak <= NOTHING:
+            raise ModelError("an activation of the float network is NaN or infinite: train or export it again")
+        if peak <= NEGLIGIBLE:
             return
         self.peak = max(self.peak, peak)
         if not self.counts.any():
@@ -291,42 +290,42 @@ class Magnitudes:
 
     @property
     def used(self) -> int:
-        """The number of bins up to the last one with something in it."""
+        """The number of bins up to and including the last non-empty one."""
         return int(np.flatnonzero(self.counts)[-1]) + 1 if self.counts.any() else 0
 
     def edge(self, bins: int) -> float:
-        """The upper edge of that many bins, but not more than the peak."""
+        """The upper edge of the first ``bins`` bins, but at most the peak."""
         return min(self.peak, bins * self.top / BINS)
 
 
 def minmax(seen: Magnitudes) -> float:
-    """The largest magnitude: nothing is clipped."""
+    """Range by min-max: the largest magnitude, so nothing is clipped."""
     return seen.peak
 
 
 def percentile(seen: Magnitudes) -> float:
-    """The magnitude that only one in ten thousand exceeds."""
+    """Range by percentile: the magnitude that only one value in ten thousand exceeds."""
     total = seen.counts.cumsum()
     return seen.edge(int(np.searchsorted(total, KEPT * total[-1])) + 1)
 
 
 def entropy(seen: Magnitudes) -> float:
-    """The range with the least information lost, as Kullback-Leibler divergence.
+    """Range by entropy: the one that loses the least information, measured as Kullback-Leibler divergence.
 
-    Migacz, "8-bit Inference with TensorRT", GTC 2017 (S7310). For each candidate, what lies above it is added to its
-    last bin, and this is compared with the same bins after merging them into the levels of int8.
+    Migacz, "8-bit Inference with TensorRT", GTC 2017 (S7310). For each candidate, the counts above it are added to its
+    last bin, and this histogram is compared with the same bins merged into the levels of int8.
     """
     counts = seen.counts[: seen.used].astype(np.float64)
     levels = LARGEST + 1
     if len(counts) <= levels:
         return seen.peak
-    step = max(1, BINS // 1024)  # finer than the histogram of the talk, and a second for a whole network
-    candidates = range(len(counts), levels - 1, -step)  # equal ones: the widest
+    step = max(1, BINS // 1024)  # finer than the histogram in the talk; takes a second for the whole network
+    candidates = range(len(counts), levels - 1, -step)  # descending: of equals, the widest is kept
     return seen.edge(min(candidates, key=lambda bins: _divergence(counts, bins, levels)))
 
 
 def _divergence(counts: npt.NDArray[np.float64], bins: int, levels: int) -> float:
-    """Of the first ``bins`` counts, with the rest clipped into the last, from their own merging into levels."""
+    """Divergence of the first ``bins`` counts, with the rest clipped into the last, from their merge into levels."""
     kept = counts[:bins]
     p = kept.copy()
     p[-1] += counts[bins:].sum()
@@ -339,7 +338,7 @@ def _divergence(counts: npt.NDArray[np.float64], bins: int, levels: int) -> floa
     return float((p[seen] * np.log(p[seen] / np.maximum(q[seen], 1e-12))).sum())
 
 
-#: How the range of a tensor follows from its magnitudes; the order is that of `QuantizeConfig.methods`.
+#: Calibration methods: each computes a tensor's range from its magnitudes. In the order of `QuantizeConfig.methods`.
 METHODS: Final[Mapping[str, Callable[[Magnitudes], float]]] = {
     "minmax": minmax,
     "percentile": percentile,
@@ -348,15 +347,15 @@ METHODS: Final[Mapping[str, Callable[[Magnitudes], float]]] = {
 
 
 def calibrate(proto: ModelProto, photos: Sequence[U8] | U8, watch: Watch) -> dict[str, Magnitudes]:
-    """Magnitudes of what each convolution takes, by the tensor's name; of what comes before, if that is a MaxPool.
+    """Collect the magnitudes of each convolution's input, by tensor name; for a MaxPool's output, of its input.
 
-    One photo at a time, and of each photo only the histograms are kept. (onnxruntime's calibrators keep all
-    activations of all photos, run once per method, and at their default of 128 bins its entropy is its min-max.)
+    Runs one photo at a time and keeps only the histograms. (onnxruntime's calibrators keep all activations of all
+    photos, run once per method, and at their default of 128 bins their entropy method equals min-max.)
 
     Args:
         proto: The float graph.
         photos: uint8 [H, W, 3] each.
-        watch: Told about progress.
+        watch: Called with progress.
 
     Raises:
         ModelError: An activation is NaN or infinite.
@@ -375,18 +374,18 @@ def calibrate(proto: ModelProto, photos: Sequence[U8] | U8, watch: Watch) -> dic
 
 
 def with_int8(proto: ModelProto, layers: Set[str], ranges: Mapping[str, float]) -> bytes:
-    """The graph with some layers in int8, without metadata.
+    """Return the graph with some layers in int8, serialized, without metadata.
 
     Args:
-        proto: The float graph; it is left as it is.
-        layers: Those layers.
-        ranges: The largest magnitude of each activation; see :func:`calibrate`.
+        proto: The float graph; not modified.
+        layers: Names of the layers to quantize; see :func:`layers_of`.
+        ranges: Range of each activation, computed from :func:`calibrate` by one of :data:`METHODS`.
     """
     chosen = {weight for layer, weight in layers_of(proto).items() if layer in layers}
     convolutions = [conv for conv in _convolutions(proto) if conv.input[1] in chosen]
     rounded = {conv.input[0] for conv in convolutions}
     stored = {tensor.name: tensor for tensor in proto.graph.initializer}
-    takes_rounded = _takers(proto, chosen)
+    reads_quantized = _reader_of_quantized(proto, chosen)
     parts: list[NodeProto | TensorProto] = []
     least = _least_scales(proto, convolutions, stored, ranges)
     for weight in dict.fromkeys(conv.input[1] for conv in convolutions):
@@ -394,7 +393,7 @@ def with_int8(proto: ModelProto, layers: Set[str], ranges: Mapping[str, float]) 
     for node in proto.graph.node:
         copy = NodeProto.FromString(node.SerializeToString())
         for i, name in enumerate(node.input):
-            if name in chosen or (name in rounded and takes_rounded(node)):
+            if name in chosen or (name in rounded and reads_quantized(node)):
                 copy.input[i] = f"{name}_rounded"
         parts.append(copy)
         for name in rounded.intersection(node.output):
@@ -404,26 +403,26 @@ def with_int8(proto: ModelProto, layers: Set[str], ranges: Mapping[str, float]) 
 
 
 def int8_weight(weight: F32, least: F32 | None = None) -> tuple[I8, F32]:
-    """A convolution's weights in int8 with a scale per output channel.
+    """Quantize a convolution's weights to int8, per output channel.
 
     Args:
         weight: float32 [O, I, h, w].
-        least: What the scale of each channel is at least, float32 [O]. A channel of zeros has that, or 1.
+        least: Smallest scale of each channel, float32 [O]. A channel of zeros has this scale, or 1.
 
     Returns:
-        int8 [O, I, h, w], from -64 to 64, and its scales, float32 [O].
+        int8 [O, I, h, w], from -64 to 64, and the scales, float32 [O].
     """
     largest = np.abs(weight).max(axis=(1, 2, 3))
     scales = _scale(largest, LARGEST_WEIGHT)
     if least is not None:
-        scales = np.where(largest > NOTHING, np.maximum(scales, least), np.where(least > 0, least, scales))
+        scales = np.where(largest > NEGLIGIBLE, np.maximum(scales, least), np.where(least > 0, least, scales))
     values = np.rint(weight / scales.reshape(-1, 1, 1, 1))
     return np.clip(values, -LARGEST_WEIGHT, LARGEST_WEIGHT).astype(np.int8), scales
 
 
 def _scale(largest: Any, levels: int) -> F32:
-    """The scale that gives a largest magnitude that many levels; of an array, each: float32, always above zero."""
-    return np.where(largest > NOTHING, largest / np.float32(levels), np.float32(1)).astype(np.float32)
+    """The scale that maps the largest magnitude to ``levels``, elementwise; float32, always positive."""
+    return np.where(largest > NEGLIGIBLE, largest / np.float32(levels), np.float32(1)).astype(np.float32)
 
 
 def _activation_scale(proto: ModelProto, name: str, ranges: Mapping[str, float]) -> F32:
@@ -433,26 +432,26 @@ def _activation_scale(proto: ModelProto, name: str, ranges: Mapping[str, float])
 def _least_scales(
     proto: ModelProto, convolutions: Sequence[NodeProto], stored: Mapping[str, TensorProto], ranges: Mapping[str, float]
 ) -> dict[str, F32]:
-    """For each weight, the scales of its channels, float32 [O], below which a bias would not fit an int32."""
+    """For each weight, the smallest scales of its channels, float32 [O], at which the bias fits an int32."""
     least: dict[str, F32] = {}
     for conv in convolutions:
         source, weight, *rest = conv.input
         channels = stored[weight].dims[0]
         bias = numpy_helper.to_array(stored[rest[0]]) if rest else np.zeros(channels, np.float32)
         sizes = np.abs(bias).astype(np.float32)
-        needed = np.where(sizes > NOTHING, sizes / (_activation_scale(proto, source, ranges) * LARGEST_BIAS), 0)
+        needed = np.where(sizes > NEGLIGIBLE, sizes / (_activation_scale(proto, source, ranges) * LARGEST_BIAS), 0)
         least[weight] = np.maximum(least.get(weight, np.float32(0)), needed).astype(np.float32)
     return least
 
 
 def _convolutions(proto: ModelProto) -> list[NodeProto]:
-    """Those whose weights are stored in the graph."""
+    """The convolutions whose weights are stored in the graph."""
     stored = {tensor.name for tensor in proto.graph.initializer}
     return [node for node in proto.graph.node if node.op_type == "Conv" and node.input[1] in stored]
 
 
 def layers_of(proto: ModelProto) -> dict[str, str]:
-    """The layers that int8 may be chosen for: the name of each in the network, and of its weights in the graph.
+    """The layers that can be quantized: each layer's name in the network, mapped to its weight's name in the graph.
 
     Raises:
         ModelError: There are none.
@@ -464,28 +463,28 @@ def layers_of(proto: ModelProto) -> dict[str, str]:
 
 
 def _source(proto: ModelProto, name: str) -> str:
-    """The tensor that has the range of this one: the one before all MaxPools."""
-    makers = {output: node for node in proto.graph.node for output in node.output}
-    while name in makers and makers[name].op_type == "MaxPool":
-        name = makers[name].input[0]
+    """The tensor whose range this one shares: the input of the MaxPools that precede it, or the tensor itself."""
+    producers = {output: node for node in proto.graph.node for output in node.output}
+    while name in producers and producers[name].op_type == "MaxPool":
+        name = producers[name].input[0]
     return name
 
 
-def _takers(proto: ModelProto, chosen: Set[str]) -> Callable[[NodeProto], bool]:
-    """Whether a node takes a rounded activation: all do, except the way to convolutions in float."""
+def _reader_of_quantized(proto: ModelProto, chosen: Set[str]) -> Callable[[NodeProto], bool]:
+    """Return a test whether a node reads quantized activations: all nodes do, except on the way to a float Conv."""
 
-    def takes(node: NodeProto) -> bool:
+    def reads_quantized(node: NodeProto) -> bool:
         if node.op_type == "Conv":
             return node.input[1] in chosen
         if node.op_type == "MaxPool":
-            return any(takes(other) for other in proto.graph.node if node.output[0] in other.input)
+            return any(reads_quantized(other) for other in proto.graph.node if node.output[0] in other.input)
         return True
 
-    return takes
+    return reads_quantized
 
 
 def _dequantized(weight: str, values: F32, least: F32) -> Iterator[NodeProto | TensorProto]:
-    """Weights, float32 [O, I, h, w], in int8, and the node that makes ``{weight}_rounded`` of them."""
+    """A quantized weight, from float32 [O, I, h, w], and the DequantizeLinear that produces ``{weight}_rounded``."""
     stored, scales = int8_weight(values, least)
     yield numpy_helper.from_array(stored, f"{weight}_int8")
     yield from _parameters(weight, scales)
@@ -493,14 +492,14 @@ def _dequantized(weight: str, values: F32, least: F32) -> Iterator[NodeProto | T
 
 
 def _rounded(source: str, name: str, scale: F32) -> Iterator[NodeProto | TensorProto]:
-    """The pair of nodes that makes ``{name}_rounded`` of a tensor."""
+    """The QDQ pair that produces ``{name}_rounded`` from a tensor."""
     yield from _parameters(name, scale)
     yield _linear("Quantize", source, name, f"{name}_int8")
     yield _linear("Dequantize", f"{name}_int8", name, f"{name}_rounded")
 
 
 def _clipped_and_rounded(name: str, scale: F32) -> Iterator[NodeProto | TensorProto]:
-    """The same, with a Clip before it; see the module's docstring."""
+    """The same, with a Clip before it; see the module docstring."""
     lowest, highest, clipped = f"{name}_lowest", f"{name}_highest", f"{name}_clipped"
     yield numpy_helper.from_array(-LARGEST * scale, lowest)
     yield numpy_helper.from_array(LARGEST * scale, highest)
@@ -519,7 +518,7 @@ def _parameters(of: str, scales: F32) -> Iterator[TensorProto]:
 
 
 def _rebuilt(proto: ModelProto, parts: Sequence[NodeProto | TensorProto]) -> bytes:
-    """The graph with other nodes, in order, and more constants; without those that are no longer used."""
+    """The graph with these nodes instead, in order, and with added constants; unused constants are removed."""
     nodes = [part for part in parts if isinstance(part, NodeProto)]
     used = {name for node in nodes for name in node.input}
     constants = [part for part in (*proto.graph.initializer, *parts) if isinstance(part, TensorProto)]
@@ -531,18 +530,18 @@ def _rebuilt(proto: ModelProto, parts: Sequence[NodeProto | TensorProto]) -> byt
 
 
 def _answers(graph: bytes, photos: Sequence[U8] | U8) -> Iterator[U8]:
-    """Probabilities, uint8 [H, W] for each photo."""
+    """The graph's output for each photo, uint8 [H, W]."""
     session = Session(graph)
     return (session.run([OUTPUT], photo)[0][0] for photo in photos)
 
 
 def _change_from(graph: bytes, photos: Sequence[U8] | U8) -> Callable[[bytes], float]:
-    """What measures the mean absolute change of a graph's answers from those of this one, in levels of 255.
+    """Return a function that measures the mean absolute change of another graph's output, in steps of 1/255.
 
-    Although answers are whole levels, it is sharp far below one: of many pixels, as many change by a level as lie
-    within the change from the middle between two.
+    The output is rounded to whole steps, but the mean over many pixels resolves far smaller changes: the share of
+    pixels that cross a rounding boundary is proportional to the change.
     """
-    probes = photos[:: math.ceil(len(photos) / PROBES)]  # from all over: photos sorted by name begin with one breed
+    probes = photos[:: math.ceil(len(photos) / PROBES)]  # evenly spaced: photos sorted by name begin with one breed
     before = list(_answers(graph, probes))
 
     def change(other: bytes) -> float:
@@ -552,17 +551,17 @@ def _change_from(graph: bytes, photos: Sequence[U8] | U8) -> Callable[[bytes], f
     return change
 
 
-def _told(what: str, items: Collection[str], tell: Watch) -> Iterator[str]:
-    """The items one by one, with progress."""
+def _with_progress(what: str, items: Collection[str], tell: Watch) -> Iterator[str]:
+    """Yield the items and report progress."""
     for done, item in enumerate(items):
         tell(what, done, len(items))
         yield item
 
 
 def _best(verdicts: Mapping[str, Verdict]) -> str:
-    """The method that loses fewest points.
+    """The calibration method with the smallest loss.
 
-    A gain is no merit, and a tenth of a point on a few hundred photos is chance: between such, the method that stays
-    closest to the float graph.
+    A gain counts as no loss, and differences below a tenth of a point on a few hundred photos are noise: among such
+    methods, the one whose output changes least is chosen.
     """
     return min(verdicts, key=lambda name: (round(max(0.0, verdicts[name].loss), 1), verdicts[name].change))

@@ -1,4 +1,4 @@
-"""The formats as data; what cannot be done here is refused before anything heavy is imported."""
+"""Table of the export formats, and checks of a request before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ from petseg_runtime.extras import install
 
 __all__ = ["FORMATS", "Compiler", "Format", "Needs", "Watch", "check", "check_limits", "format_of", "why_not"]
 
-#: Called with what is being done, how far it is, and of how much (0: not known).
+#: Progress callback: called with the name of the stage, the steps done, and the steps in total (0: not known).
 Watch: TypeAlias = Callable[[str, int, int], None]
 
 
 class Compiler(Protocol):
-    """Makes a format's file from ONNX."""
+    """Compiles an ONNX file to a format's file."""
 
     def __call__(self, onnx: Artifact, output: Path, config: Any, watch: Watch, /) -> dict[str, Any]:
-        """Write ``output``, and what belongs to it beside it.
+        """Write ``output`` and the files that accompany it.
 
         Args:
             onnx: The ONNX file.
             output: The file to write.
-            config: The format's own config.
-            watch: Told about progress.
+            config: The format's config.
+            watch: Called with progress.
 
         Returns:
-            What the file was made with and needs on a device; JSON values.
+            What the file was built with and what it needs on a device; JSON values.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """A package that a format is built with, and the extra that brings it."""
+    """A package that building a format requires, and the extra that installs it."""
 
     module: str
     extra: str
@@ -59,19 +59,19 @@ class Needs:
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """One format that a checkpoint can be exported to.
+    """A format that a checkpoint can be exported to.
 
     Attributes:
-        help: What it is, in a few words.
-        suffix: Of its files.
-        config: What may be asked of it.
-        precisions: That it comes in.
-        needs: Packages that build it, beside torch and onnx.
-        gpu: Whether it is built on an NVIDIA GPU.
-        cuda: Whether it is run on an NVIDIA GPU alone, which needs cuda-bindings: a system's own TensorRT brings none.
-        foreign: Whether it may be built for other GPUs than the one that is here.
+        help: Description in a few words.
+        suffix: Suffix of its files.
+        config: Class of its config.
+        precisions: Precisions that it supports.
+        needs: Packages that build it, besides torch and onnx.
+        gpu: Whether building it requires an NVIDIA GPU.
+        cuda: Whether it runs on NVIDIA GPUs only, which requires cuda-bindings: a system's TensorRT does not bring it.
+        foreign: Whether it may be built for other GPUs than this machine's.
         compiler: ``module:function`` of its :class:`Compiler`; None for ONNX itself.
-        sources: The precision of the ONNX it is compiled from, where that is not its own.
+        sources: For each precision, that of the ONNX file to compile, where it differs.
         proven: Where we have run such files.
     """
 
@@ -93,7 +93,7 @@ FORMATS: Final = {
         help="ONNX: runs in ONNX Runtime and OpenVINO; every other format is compiled from it",
         suffix=".onnx",
         config=OnnxConfig,
-        proven="run on CPUs",
+        proven="tested on CPUs",
     ),
     "openvino": Format(
         help="OpenVINO IR: for CPUs, the fastest where they compute in bf16, fp16 or int8",
@@ -101,9 +101,9 @@ FORMATS: Final = {
         config=OpenVINOConfig,
         needs=(Needs(module="openvino", extra="openvino"),),
         compiler="petseg_export.openvino:compile_openvino",
-        # fp16 there is a way to store weights; from a graph in fp16, OpenVINO's CPU code takes twice as long.
+        # In an IR, fp16 is only how weights are stored; OpenVINO runs an fp16 graph at half the speed on CPUs.
         sources={"fp16": "fp32"},
-        proven="run on CPUs",
+        proven="tested on CPUs",
     ),
     "trt": Format(
         help="TensorRT engine: for NVIDIA GPUs, built on the GPU that runs it",
@@ -113,7 +113,7 @@ FORMATS: Final = {
         gpu=True,
         cuda=True,
         compiler="petseg_export.tensorrt:compile_tensorrt",
-        proven="never built or run by us",
+        proven="not tested: never built or run by us",
     ),
     "trt-rtx": Format(
         help="TensorRT for RTX engine: for RTX GPUs, built on any machine",
@@ -129,29 +129,29 @@ FORMATS: Final = {
 
 
 def format_of(config: ExportConfig) -> tuple[str, Format]:
-    """The format whose config this is.
+    """Look up the name and the format that a config belongs to.
 
     Raises:
-        TypeError: It is no format's config.
+        TypeError: It is not the config of a format.
     """
     for name, form in FORMATS.items():
         if form.config is type(config):
             return name, form
-    raise TypeError(f"{type(config).__name__} is no format's config: use one of OnnxConfig, OpenVINOConfig, ...")
+    raise TypeError(f"{type(config).__name__} is not the config of a format: use OnnxConfig, OpenVINOConfig, ...")
 
 
 def why_not(form: Format) -> EngineError | MissingExtra | None:
-    """Why this machine cannot build a format, with the remedy; None if it can."""
+    """The reason why this machine cannot build a format, with the remedy; None if it can."""
     for need in (*form.needs, Needs(module="torch", extra="export"), Needs(module="onnxscript", extra="export")):
         if importlib.util.find_spec(need.module) is None:
             return MissingExtra(f"{need.module} is not installed: {install(need.extra)}")
     if form.gpu and not host.nvidia_gpus():
         return EngineError(
-            "no NVIDIA GPU here: such an engine is built on the GPU that will run it, so export to ONNX here and "
-            "compile that file there (or use trt-rtx, whose engines are built anywhere)"
+            "no NVIDIA GPU here: an engine must be built on the GPU that will run it, so export to ONNX here and "
+            "compile that file there (or use trt-rtx, whose engines can be built on any machine)"
         )
-    if form.cuda and host.nvidia_gpus() and not _cuda_bindings():  # or it would fail after the minutes of building
-        return MissingExtra(f"cuda-bindings is not installed, which the parity test needs: pip install {bindings()}")
+    if form.cuda and host.nvidia_gpus() and not _cuda_bindings():  # else the export fails after minutes of building
+        return MissingExtra(f"cuda-bindings is not installed; the parity test needs it: pip install {bindings()}")
     return None
 
 
@@ -160,25 +160,25 @@ def _cuda_bindings() -> bool:
 
 
 def check(config: ExportConfig) -> None:
-    """Refuse what cannot be done here, with the remedy; imports nothing heavy.
+    """Check that this machine can do the requested export; imports nothing heavy.
 
     Raises:
-        MissingExtra: A package that is needed is not installed.
-        EngineError: A GPU that is needed is not there; EngineMissing: no engine for the parity test.
-        UsageError: The format has another suffix, or does not come in that precision; int8 has no data; a setting has
-            nothing to act on.
+        MissingExtra: A required package is not installed.
+        EngineError: A required GPU is missing; EngineMissing: no engine for the parity test is installed.
+        UsageError: The suffix or the precision is not one of the format's, int8 has no data, or an option has no
+            effect.
     """
     name, form = format_of(config)
     _check_applies(config)
     if config.output is not None and config.output.suffix != form.suffix:
-        raise UsageError(f"{config.output}: {name} files end in {form.suffix}; another --format has another suffix")
+        raise UsageError(f"{config.output}: {name} files end in {form.suffix}; rename it, or choose another --format")
     if config.precision not in form.precisions:
-        raise UsageError(f"{name} comes in {', '.join(form.precisions)}, not in {config.precision}")
+        raise UsageError(f"{name} supports {', '.join(form.precisions)}, not {config.precision}")
     if error := why_not(form):
         raise type(error)(f"{name}: {error}")
     if config.precision == "int8" and not (isinstance(config, CompiledConfig) and config.onnx):
         if (config.quantize.data or config.data) is None:
-            raise UsageError("int8 is calibrated and judged on labelled photos: give a folder of them with --data")
+            raise UsageError("int8 is calibrated and evaluated on labelled photos: give their folder with --data")
         if importlib.util.find_spec("onnxruntime") is None:
             raise MissingExtra(f"int8 is calibrated in onnxruntime, which is not installed: {install('cpu')}")
     for backend in config.backends:
@@ -186,42 +186,42 @@ def check(config: ExportConfig) -> None:
 
 
 def _check_applies(config: ExportConfig) -> None:
-    """Refuse settings that would be passed over in silence."""
+    """Reject options that would silently have no effect."""
     given = isinstance(config, CompiledConfig) and config.onnx is not None
     if config.quantize != QuantizeConfig() and (config.precision != "int8" or given):
-        made = "an ONNX file is compiled as it is" if given else f"this is {config.precision}"
-        raise UsageError(f"settings of int8 (--int8-...) are of an export that makes int8, and {made}")
+        reason = "--onnx is compiled unchanged" if given else f"the precision is {config.precision}"
+        raise UsageError(f"int8 options (--int8-...) have no effect: {reason}")
     if config.split != ExportConfig().split and config.data is None:
-        raise UsageError(f"split {config.split} is of labelled photos: give their folder with --data")
+        raise UsageError(f"split {config.split} needs labelled photos: give their folder with --data")
     if isinstance(config, EngineConfig) and not given:
         check_limits(config, batch=config.batch, dynamic_size=config.dynamic_size)
 
 
 def check_limits(config: EngineConfig, *, batch: int, dynamic_size: bool) -> None:
-    """Refuse limits of what a graph takes where it takes one thing only.
+    """Reject limits for an axis of the graph that is not dynamic.
 
     Args:
         config: Has ``max_batch`` and ``max_size``.
-        batch: Of the graph; 0: any.
-        dynamic_size: Of the graph.
+        batch: Batch of the graph; 0: dynamic.
+        dynamic_size: Whether height and width of the graph are dynamic.
 
     Raises:
         UsageError: Names the limit.
     """
     if batch and config.max_batch != EngineConfig().max_batch:
-        raise UsageError(f"max_batch is of a graph that takes any batch, and this one takes {batch}")
+        raise UsageError(f"max_batch needs a graph with a dynamic batch, and this one has a batch of {batch}")
     if config.max_size and not dynamic_size:
-        asked = ": ask for that with --dynamic-size"
-        given = f", as {config.onnx} does not: leave it out, or export that file anew with --dynamic-size"
-        raise UsageError(f"max_size is of a graph that takes any size{given if config.onnx else asked}")
+        remedy = "omit it, or export that file again with --dynamic-size" if config.onnx else "add --dynamic-size"
+        graph = f", and that of {config.onnx} is fixed" if config.onnx else ""
+        raise UsageError(f"max_size needs a graph of dynamic size{graph}: {remedy}")
 
 
 def _check_engine(name: str, backend: str, device: str) -> None:
-    """Refuse an engine, or a device, that the parity test of a format cannot be run in."""
+    """Check that the parity test of a format can run in an engine and on a device."""
     wanted = None if device == "auto" else Device.parse(device)
     lines = choices(name, backend, wanted, what=name)
     if wanted and wanted.kind == "cuda" and not host.nvidia_gpus():
-        raise EngineError(f"{name}: {wanted} cannot be had: this machine shows no NVIDIA GPU")
+        raise EngineError(f"{name}: {wanted} is not available: this machine shows no NVIDIA GPU")
     entries = {line.engine: ENGINES[line.engine] for line in lines}.values()
     if not any(importlib.util.find_spec(entry.module) for entry in entries):
         remedies = " or ".join(install(entry.extra) for entry in entries)

@@ -1,4 +1,4 @@
-"""An ONNX file as a TensorRT engine. The builder is the runtime's, which uses it to compile at first use, too."""
+"""Compile an ONNX file to a TensorRT engine, with the builder that the runtime also uses to compile at first use."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["compile_tensorrt", "compile_tensorrt_rtx"]
 
 
 def compile_tensorrt(onnx: Artifact, output: Path, config: TensorRTConfig, watch: Watch, /) -> dict[str, Any]:
-    """Write a TensorRT engine, for the GPU that the config names: a :class:`petseg_export.registry.Compiler`.
+    """Write a TensorRT engine for the GPU that the config names: a :class:`petseg_export.registry.Compiler`.
 
     Returns:
         :attr:`petseg_runtime.engines.tensorrt_build.Built.record`; JSON values.
 
     Raises:
-        EngineMissing: As for :func:`petseg_runtime.engines.tensorrt_build.build`; likewise EngineError and ModelError.
+        EngineMissing: As :func:`petseg_runtime.engines.tensorrt_build.build`; likewise EngineError and ModelError.
     """
     gpu = 0 if config.device == "auto" else Device.parse(config.device).index
     built = build(
@@ -41,7 +41,7 @@ def compile_tensorrt(onnx: Artifact, output: Path, config: TensorRTConfig, watch
 
 
 def compile_tensorrt_rtx(onnx: Artifact, output: Path, config: TensorRTRTXConfig, watch: Watch, /) -> dict[str, Any]:
-    """The same for TensorRT for RTX, which needs no GPU."""
+    """Write a TensorRT for RTX engine, which needs no GPU; otherwise as :func:`compile_tensorrt`."""
     built = build(
         onnx.path.read_bytes(),
         profile_of(onnx.spec, config.max_batch, config.max_size),
@@ -54,7 +54,7 @@ def compile_tensorrt_rtx(onnx: Artifact, output: Path, config: TensorRTRTXConfig
 
 
 def _activate(gpu: int) -> None:
-    """Make a GPU the current one of the thread that calls it.
+    """Make a GPU the current device of the calling thread.
 
     Raises:
         EngineMissing: cuda-bindings is not installed.

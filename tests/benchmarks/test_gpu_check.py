@@ -1,4 +1,4 @@
-"""The check of the owner's GPU, where there is none: it says so; what it would say elsewhere, from stand-ins."""
+"""The GPU check: its message without a GPU, and its record with stand-ins for one."""
 
 from __future__ import annotations
 
@@ -117,9 +117,9 @@ def test_no_tests_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_hang_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "DEADLINE", 1)
-    done = check.ran([sys.executable, "-c", "import time; time.sleep(600)"])
+    done = check.run_program([sys.executable, "-c", "import time; time.sleep(600)"])
     assert done["exit_code"] == -9
-    assert done["err"].endswith("no end within 1 s")
+    assert done["err"].endswith("did not end within 1 s")
 
 
 def engine(name: str = "onnxruntime", **values: Any) -> dict[str, Any]:
@@ -168,8 +168,8 @@ def test_people_get_a_summary() -> None:
         "onnxruntime: tf32, works",
         "tests: 1 passed",
         "batch 1: onnxruntime on cuda:0, tf32: 1.23 ms, 900 photos/s",
-        "in turns, batch 1: tensorrt fp16 exact on cuda, fp16: 0.50 ms, 4.0 times as fast as PyTorch",
-        "in turns, batch 8: tensorrt int8 exact on cuda, int8: 0.50 ms",
+        "interleaved, batch 1: tensorrt fp16 exact on cuda, fp16: 0.50 ms, 4.0 times as fast as PyTorch",
+        "interleaved, batch 8: tensorrt int8 exact on cuda, int8: 0.50 ms",
         "video as overlay: 311 frames/s",
         "FAILED this",
         "FAILED that",
@@ -184,11 +184,11 @@ def test_the_record_of_latency_is_part_of_the_check(monkeypatch: pytest.MonkeyPa
         Path(words[words.index("--output") + 1]).write_text('{"rows": []}')
         return {"exit_code": 0, "out": "", "err": "\n".join(map(str, range(12)))}
 
-    monkeypatch.setattr(check, "ran", runs)
+    monkeypatch.setattr(check, "run_program", runs)
     assert check.latency() == {"exit_code": 0, "answer": {"rows": []}, "said": [str(n) for n in range(2, 12)]}
-    monkeypatch.setattr(check, "ran", lambda words: {"exit_code": 1, "out": "", "err": "no torch"})
+    monkeypatch.setattr(check, "run_program", lambda words: {"exit_code": 1, "out": "", "err": "no torch"})
     assert check.latency() == {"exit_code": 1, "answer": None, "said": ["no torch"]}
-    # The command's own options, as far as they can be tried without measuring.
+    # The command's options, as far as they can be tested without measuring.
     helped = subprocess.run([*ran[0], "--help"], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert helped.returncode == 0, helped.stderr
     assert [words for words in ran[0] if words.startswith("--") and words.lstrip("-") not in helped.stdout] == []
@@ -216,7 +216,7 @@ def test_names_and_folders_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_record_of_a_gpu_is_written_without_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The whole road, with everything that takes long in place of the GPU's; the GPU itself is a stand-in."""
+    """The complete check, with stand-ins for the GPU and for everything that takes long."""
     monkeypatch.setattr(doctor, "read_gpus", lambda: ((GPU,), ""))
     monkeypatch.setattr(check, "tests", lambda selection: [{"name": "a::test", "outcome": "passed"}])
     monkeypatch.setattr(check, "command", lambda *words: {"exit_code": 0, "answer": None, "said": list(words)})
@@ -227,7 +227,7 @@ def test_the_record_of_a_gpu_is_written_without_names(
         check.gpu_check.main(["--output", str(output)])
     text = output.read_text(encoding="utf-8")
     written = json.loads(text)
-    assert ended.value.code == 1, "with no GPU behind it, no engine works on it"
+    assert ended.value.code == 1, "no engine works on the stand-in"
     assert "no engine works on the GPU" in written["failures"]
     assert "latency: nothing was measured on the GPU" in written["failures"]
     assert written["latency"]["answer"]["folder"] == ".../x"

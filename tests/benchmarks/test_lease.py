@@ -1,4 +1,4 @@
-"""A lease leaves the rounded weights in pieces, and what that very file reaches."""
+"""A lease leaves the rounded weights in pieces, and the metrics of that very file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from petseg.reference import torch_run
 from petseg.schedule import learning_rate
 from petseg_runtime.errors import DataError, OutputError
 
-#: width 4, and as fast as it gets
+#: width 4, as fast as possible
 SMALL = ["model.width=4", "batch=4", "amp=fp32", "data.val_fraction=0.25", "data.split_seed=3", "data.workers=0"]
 SET = [word for setting in SMALL for word in ("--set", setting)]
 KINDS = ("background", "pet", "ignored")
@@ -49,7 +49,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def data(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data sets of two names."""
+    """The same data set under two names."""
     folder = tmp_path_factory.mktemp("data")
     for name in (photos.COPIES, photos.NATIVE):
         (folder / name).symlink_to(oxford_root)
@@ -58,7 +58,7 @@ def data(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`petseg train` runs in this process, which has imported PyTorch already; that of `out` has one of its own."""
+    """Run `petseg train` in this process, which has already imported PyTorch; only `out` uses a separate one."""
 
     def train(job: Job, run: Path, seconds: float, keep: object) -> int:
         _, _, program, *words = job.words(run)
@@ -71,7 +71,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def leased(data: Path, out: Path, *words: str) -> dict[str, Any]:
-    """What a lease of two epochs at 32 x 32 left on record."""
+    """Run a lease at 32 x 32, and return its record."""
     options = ["published", "--data", str(data), "--out", str(out), "--size", "32", "--device", "cpu", *SET, *words]
     with pytest.raises(SystemExit) as ended:
         lease.lease(options, standalone_mode=False)
@@ -81,7 +81,7 @@ def leased(data: Path, out: Path, *words: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def out(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a whole lease left, in pieces of 100 kB."""
+    """The output of a complete lease, in pieces of 100 kB."""
     folder = tmp_path_factory.mktemp("lease") / "out"
     teacher = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
     spec = {"height": 32, "width": 32, "threshold": 0.5}
@@ -95,7 +95,7 @@ def out(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weights, put together again by `python -m benchmarks.lease join`, in this process."""
+    """The weights, joined by `python -m benchmarks.lease join` in this process."""
     path = tmp_path_factory.mktemp("joined") / "published.safetensors"
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
@@ -169,7 +169,7 @@ def test_the_figures_are_those_of_the_rounded_file(out: Path, weights: Path, dat
 def test_test_photos_may_be_measured_at_home(
     out: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Sent are the photos to train on alone, and smaller; what comes back is the same as with all of them there."""
+    """Only the training photos are sent, and smaller ones; the result is complete after measuring at home."""
     lease.send([str(data), str(tmp_path / "sent"), "--size", "24x40"], standalone_mode=False)
     assert re.search(r"oxford-iiit-pet-128: 49 files, 0\.\d MiB", capsys.readouterr().out)
     sent = find(tmp_path / "sent" / photos.COPIES, Split.TRAINVAL)
@@ -196,7 +196,7 @@ def test_test_photos_may_be_measured_at_home(
     found = completed["tests"][photos.TEST_SETS[photos.NATIVE]]
     assert found == found | expected
     words[1] = str(out / "published.safetensors.00")
-    with pytest.raises(SystemExit, match=r"not the file that published\.json is of"):
+    with pytest.raises(SystemExit, match=r"not the file that published\.json describes"):
         lease.measure(words, standalone_mode=False)
 
 
@@ -210,7 +210,7 @@ def test_kernels_are_rounded_and_nothing_else_is(weights: Path, tmp_path: Path) 
     torch.manual_seed(0)
     network = AttentionUNet(AttentionUNetConfig(width=2))
     state = network.state_dict()
-    state["head.weight"] = state["head.weight"] + 1e6  # as a kernel never is
+    state["head.weight"] = state["head.weight"] + 1e6  # larger than a kernel ever is
     statistics = [name for name in state if name.endswith("running_var")]
     for name in statistics:
         state[name] = torch.full_like(state[name], 1e-9)
@@ -232,7 +232,7 @@ def test_kernels_are_rounded_and_nothing_else_is(weights: Path, tmp_path: Path) 
 
 
 def test_pieces_are_replaced_all_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lease whose disk is full has left what it had."""
+    """With a full disk, a lease leaves the earlier pieces."""
     out, weights, write = tmp_path / "out", tmp_path / "w.safetensors", lease.write_atomic
     out.mkdir()
     monkeypatch.setattr(lease, "PIECE", 4)
@@ -292,13 +292,13 @@ def test_in_minutes_there_are_as_many_epochs_as_fit(
     # 18 photos to train on are 4 steps of 4; before: START + 24 / 2 + 3; after: (6 of val + 6 of test) / 4
     one, rest = 1 + 4 * 2 + 4, lease.START + 15 + 3 + lease.FINISH + 2
     for epochs, left in ((1, rest + 1.01 * one), (5, rest + 5.9 * one), (7, 1e6)):
-        seconds = (left + 7) / (1 - lease.MARGIN)  # seven are gone
+        seconds = (left + 7) / (1 - lease.MARGIN)  # seven seconds have passed
         plan = lease.planned(job(data, "epochs=7"), tmp_path, tests, seconds, 100)
         assert plan["epochs"] == epochs
         assert plan["deadline"] == pytest.approx(seconds * (1 - lease.MARGIN / 2) - 3)
     with pytest.raises(SystemExit, match=r"no epoch fits .* an epoch takes 13\.0 s"):
         lease.planned(job(data), tmp_path, tests, (rest + 0.99 * one + 7) / (1 - lease.MARGIN), 100)
-    saved["save"] = 4.0  # no longer quick: a tenth of the time goes into it
+    saved["save"] = 4.0  # no longer quick: it lengthens the run by a tenth
     seconds = (rest + 2 + 5.9 * one + 7) / (1 - lease.MARGIN)
     assert lease.planned(job(data, "epochs=7"), tmp_path, tests, seconds, 100)["epochs"] == 5
     assert lease.planned(job(data, "epochs=7"), tmp_path, tests, seconds, 100)["epoch"] == pytest.approx(1.1 * one)
@@ -312,8 +312,8 @@ def test_the_warm_up_tells_what_each_part_costs(data: Path, tmp_path: Path, monk
     assert min(costs[name] for name in ("read_a_photo", "step", "validate_and_save", "measure_a_photo")) > 0
     meta = checkpoint.load(tmp_path / "warm-up" / "best.safetensors").meta
     seen, augment = meta["data"], meta["config"]["augment"]
-    assert (seen["train_photos"], seen["val_photos"]) == (12, 6), "as many photos of validation as the run has"
-    assert augment["mix_until"] == 1.0, "the epoch that is timed mixes"
+    assert (seen["train_photos"], seen["val_photos"]) == (12, 6), "as many validation photos as in the run"
+    assert augment["mix_until"] == 1.0, "the timed epoch mixes photos"
 
 
 def test_the_later_half_of_an_epoch_is_timed() -> None:
@@ -359,7 +359,7 @@ def test_a_run_that_takes_longer_is_stopped_and_its_best_so_far_counts(
     best, kept = tmp_path / "run" / "best.safetensors", []
 
     class Popen(subprocess.Popen[bytes]):
-        """Its first wait ends with the first checkpoint, whatever the time."""
+        """Its first wait ends with the first checkpoint, however long that takes."""
 
         def wait(self, timeout: float | None = None) -> int:
             while not best.exists() and not kept:
@@ -381,7 +381,7 @@ def test_a_run_that_takes_longer_is_stopped_and_its_best_so_far_counts(
 def test_better_checkpoints_are_kept_while_a_run_goes_on(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a lease that is cut off leaves. The run is a shell's, which hangs when it is told to stop."""
+    """So a lease that is cut off leaves the best. The run is a shell script that ignores the interrupt."""
     run = tmp_path / "run"
     run.mkdir()
     better = "echo $i > new; mv new best.safetensors; until [ -e seen$i ]; do sleep 0.05; done"
@@ -391,7 +391,7 @@ def test_better_checkpoints_are_kept_while_a_run_goes_on(
     def keep(path: Path) -> None:
         kept.append(path.read_text().strip())
         (run / f"seen{kept[-1]}").touch()
-        if len(kept) < 3:  # for a moment: the run goes on
+        if len(kept) < 3:  # temporary errors: the run goes on
             raise (OSError(28, "No space left on device"), OutputError("no space"))[len(kept) - 1]
 
     monkeypatch.setattr(Job, "words", lambda *_: ["bash", "-c", script])

@@ -1,4 +1,4 @@
-"""What each machine gave stands side by side, and what one of them lacks is left empty."""
+"""The table has a column for each machine, with empty cells for missing records."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def one(folder: Path, cpu: str, ms: dict[tuple[str, str], float], rate: float, s
 
 
 def cells(text: str, what: str) -> list[str]:
-    """Of the row that begins with that."""
+    """The cells of the row that begins with this text."""
     return next(line for line in text.splitlines() if line.startswith(f"| {what}")).removesuffix(" |").split(" | ")[1:]
 
 
@@ -74,7 +74,9 @@ def test_work_that_differs_is_told(tmp_path: Path) -> None:
         record = json.loads((folder / "video.json").read_text())
         (folder / "video.json").write_text(json.dumps({**record, "frames": frames}))
     assert cells(machines.machines(), "a video to an overlay") == ["1.50 (240 frames)", "1.50 (180 frames)"]
-    assert cells(machines.machines(), "`petseg infer` on a folder")[0] == "174 (openvino 1, f32)", "it does not say"
+    assert cells(machines.machines(), "`petseg infer` on a folder")[0] == "174 (openvino 1, f32)", (
+        "the record does not tell"
+    )
     record["frames"] = 240
     (folder / "video.json").write_text(json.dumps(record))
     assert cells(machines.machines(), "a video to an overlay") == ["1.50", "1.50"]
@@ -97,7 +99,7 @@ def test_the_readme_has_a_column_for_each_machine(tmp_path: Path) -> None:
 def test_machines_that_ran_an_earlier_model_are_named(tmp_path: Path) -> None:
     for name, shipped in (("Old", "petseg edge, 0123"), ("New", None)):
         one(tmp_path / "machines" / name, name, {("openvino", "f32"): 12.0}, 55, shipped)
-    one(tmp_path, "First", {("openvino", "f32"): 6.0}, 174, "petseg edge, 0123")  # its own section tells
+    one(tmp_path, "First", {("openvino", "f32"): 6.0}, 174, "petseg edge, 0123")  # shown in a separate section
     said = "With an earlier embedded model (speeds hold, masks differ): Old, 2026-01-02."
     assert machines.machines().splitlines()[-2:] == ["", said]
     assert summary.by_machine()[-2:] == ["", said]

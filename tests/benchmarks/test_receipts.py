@@ -1,4 +1,4 @@
-"""The exports that are put on record can all be asked for."""
+"""All configs of the recorded exports are valid."""
 
 from __future__ import annotations
 

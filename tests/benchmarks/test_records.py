@@ -1,4 +1,4 @@
-"""A record says what was measured, where, with what."""
+"""A record contains what was measured, on which machine, with which versions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_record_says_which_model_commit_and_machine(tmp_path: Path, monkeypatc
     answers = {"rev-parse": "abc\n", "status": " M runtime/petseg_runtime/live.py\n"}
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     monkeypatch.setattr(records, "git", lambda *words: answers[words[0]])
-    records.checkout()  # as it was when the program began
+    records.checkout()  # as at the first call
     answers |= {"rev-parse": "later\n", "status": ""}
     path = records.write("training/mine", "python -m benchmarks mine", {"milliseconds": [1.5]})
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -63,7 +63,7 @@ def test_without_git_a_record_has_no_commit(tmp_path: Path, monkeypatch: pytest.
     assert (found["commit"], found["uncommitted"]) == (None, None)
 
 
-#: What Linux says of the first of two cores, on a machine like the one that our records of 2026 were made on.
+#: Linux's description of the first of two cores, on a machine like that of our records of 2026.
 CPUINFO = """processor\t: 0
 vendor_id\t: AuthenticAMD
 cpu family\t: 25

@@ -1,4 +1,4 @@
-"""The rival goes through petseg's own trainer."""
+"""The rival is trained by petseg's trainer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from petseg_runtime.artifact import default_model, open_artifact
 
 @pytest.fixture(scope="module")
 def best(tmp_path_factory: pytest.TempPathFactory, oxford_root: Path) -> Path:
-    """What an epoch leaves."""
+    """The checkpoint after one epoch."""
     config = TrainConfig(epochs=1, batch=2, data=DataConfig(height=64, width=64))
     return RivalTrainer(config, oxford_root, tmp_path_factory.mktemp("rival"), device=torch.device("cpu")).fit()
 

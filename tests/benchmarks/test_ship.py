@@ -1,4 +1,4 @@
-"""What ships is put in its place first, and then recorded with the runs that led to it."""
+"""A new bundled model is put in place first, and then recorded with its training runs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_run_that_was_stopped_or_is_of_an_older_version_is_told_as_far_as_it_g
 
 @pytest.fixture
 def place(oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A place of its own for all that is replaced: models/edge.onnx, weights/ and results/; and data/ to measure on."""
+    """Temporary places for all that is replaced: models/edge.onnx, weights/, results/; and data/ to measure on."""
     shipped = tmp_path / "models" / "edge.onnx"
     shipped.parent.mkdir()
     shutil.copy(default_model(), shipped)
@@ -93,11 +93,11 @@ def test_what_ships_is_the_checkpoint_measured_proven_and_recorded(run: Path, pl
     assert (
         shipped.provenance["checkpoint_sha256"] == hashlib.sha256((run / "best.safetensors").read_bytes()).hexdigest()
     )
-    assert proof_for(shipped).names, "its own proof lies beside it"
-    assert shipped.spec.certain_share == before.spec.certain_share == 0.25, "a checkpoint brings no rule of pets"
+    assert proof_for(shipped).names, "its parity record lies beside it"
+    assert shipped.spec.certain_share == before.spec.certain_share == 0.25, "a checkpoint has no certain_share"
     for name, folder in measure.RECORDS.items():
         record = records.load(name)
-        assert record["model"]["identity"] == shipped.identity, "what was measured is what ships"
+        assert record["model"]["identity"] == shipped.identity, "the measured file is the bundled one"
         for reading in shipped.provenance["measured"][TEST_SETS[folder]].values():
             assert 0 <= reading["iou"] <= 1
     assert records.load("training/edge")["shipped_model"] == f"{ship.NAME}, {shipped.identity[:12]}"

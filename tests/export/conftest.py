@@ -25,7 +25,7 @@ from petseg_runtime.parity import Receipt
 SIZE = 32
 STEPS = 90
 
-#: What `petseg train` writes beside the tensors, in small.
+#: A small version of the metadata that `petseg train` writes beside the tensors.
 META: dict[str, Any] = {
     "kind": "model",
     "model": {"width": 4},
@@ -40,7 +40,7 @@ META: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Trained:
-    """A network that finds the ellipses of `oxford_root`, and the same one half-way there. Copy before changing."""
+    """A network that finds the ellipses of `oxford_root`, also half-way through training. Copy before changing."""
 
     model: AttentionUNet
     earlier: AttentionUNet
@@ -54,7 +54,7 @@ class Exported:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """These networks are so small that threads cost more than they give, most of all on a busy machine."""
+    """With networks this small, threads cost more than they gain, especially on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -92,7 +92,7 @@ def photos(oxford_root: Path) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def meta() -> dict[str, Any]:
-    """The JSON of `checkpoint_file`; a copy for each session's reader to keep whole."""
+    """The JSON metadata of `checkpoint_file`, copied. Read only."""
     return copy.deepcopy(META)
 
 
@@ -105,11 +105,11 @@ def checkpoint_file(trained: Trained, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def known_graph(tracer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spares a test the seconds of tracing a network that another one has traced."""
+    """Reuses traced graphs: a network that another test has traced is not traced again, which takes seconds."""
     monkeypatch.setattr(build, "graph_bytes", tracer)
 
 
-#: (config, name of the file) -> the session's checkpoint, exported, with a receipt of 30 photos.
+#: Exports the session's checkpoint with a config.
 Make = Callable[[ExportConfig], Exported]
 
 
@@ -149,7 +149,7 @@ def exported_any(make_export: Make, oxford_root: Path, tmp_path_factory: pytest.
 
 @pytest.fixture(scope="session")
 def exported_ir(make_export: Make, oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """The same as an OpenVINO IR in fp32, of 16 photos. Copy the folder before spoiling it."""
+    """The same as an OpenVINO IR in fp32, of 16 photos. Copy the folder before damaging it."""
     file = tmp_path_factory.mktemp("exported_ir") / "small.xml"
     return make_export(OpenVINOConfig(output=file, data=oxford_root / "images", photos=16))
 
@@ -161,7 +161,7 @@ def random_network() -> Callable[..., AttentionUNet]:
 
 
 def make_random(seed: int, width: int = 4, size: int = 32, **config: Any) -> AttentionUNet:
-    """Random weights, BatchNorms as after much training, and a head under which probabilities spread over 0..1."""
+    """Random weights, BatchNorm statistics as after long training, and a head whose probabilities spread over 0..1."""
     torch.manual_seed(seed)
     model = AttentionUNet(AttentionUNetConfig(width=width, **config)).eval()
     for module in model.modules():
@@ -182,7 +182,7 @@ def make_random(seed: int, width: int = 4, size: int = 32, **config: Any) -> Att
 
 @pytest.fixture(scope="session")
 def random_images() -> Callable[..., np.ndarray]:
-    """Images on which no network's output is constant; see :func:`draw_images`."""
+    """Images on which no network has a constant output; see :func:`draw_images`."""
     return draw_images
 
 

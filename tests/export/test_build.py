@@ -1,4 +1,4 @@
-"""The one road from a checkpoint to a proven file: what is written, and that nothing is where anything has failed."""
+"""The export from a checkpoint to a file: what is written, and that nothing is left behind when anything fails."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ from petseg_runtime.errors import (
     UsageError,
 )
 from petseg_runtime.parity import Proof, Tolerance, load_proof, proof_of
+from petseg_runtime.spec import ModelSpec
 from petseg_runtime.verify import verify_artifact
 
 CONFIGS: list[type[ExportConfig]] = [OnnxConfig, OpenVINOConfig]
@@ -50,14 +51,14 @@ BEFORE = b"the file of an earlier export"
 
 @pytest.fixture
 def beside(checkpoint_file: Path, tmp_path: Path) -> Path:
-    """The session's checkpoint in a folder of the test's own."""
+    """A copy of the session's checkpoint in a new folder."""
     (tmp_path / "run").mkdir()
     return Path(shutil.copy(checkpoint_file, tmp_path / "run" / "best.safetensors"))
 
 
 @pytest.fixture
 def with_split(trained: Any, meta: dict[str, Any], tmp_path: Path) -> Path:
-    """A checkpoint that was trained with a quarter of the photos held back."""
+    """A checkpoint that was trained with a quarter of the photos for validation."""
     path = tmp_path / "split" / "best.safetensors"
     config = {"data": {"val_fraction": 0.25, "split_seed": 7}}
     save_checkpoint(path, trained.model.state_dict(), {**meta, "config": config})
@@ -65,13 +66,13 @@ def with_split(trained: Any, meta: dict[str, Any], tmp_path: Path) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Everything in a folder and below, by its path there."""
+    """The contents of all files in a folder and below, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @contextlib.contextmanager
 def full_disk(room: int) -> Iterator[None]:
-    """No file can grow beyond `room` bytes: writing fails as on a full disk (Python ignores the signal)."""
+    """Limit file sizes to `room` bytes: writing fails as on a full disk (Python ignores the signal)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
@@ -105,12 +106,12 @@ def test_the_files_lie_beside_the_checkpoint_and_are_named(
 
 @pytest.mark.parametrize("config", [OnnxConfig(precision="fp16"), OpenVINOConfig(), OpenVINOConfig(precision="fp16")])
 def test_a_second_export_gives_the_same_bytes(config: ExportConfig, beside: Path, known_graph: None) -> None:
-    """All but the tracing, which `test_cli` repeats: photos, receipt, proof, compiler."""
+    """Everything except the tracing, which `test_cli` repeats: photos, receipt, parity record, compiler."""
     made = []
     for _ in range(2):
         export(beside, config)
         made.append(content(beside.parent))
-        if made[-1].pop("best.xml", None):  # OpenVINO numbers the layers of all models of a process
+        if made[-1].pop("best.xml", None):  # OpenVINO numbers layers across all models of a process
             sidecar = json.loads(made[-1].pop("best.xml.json"))
             del sidecar["files"][".xml"]
             made[-1]["best.xml.json"] = json.dumps(sidecar).encode()
@@ -131,7 +132,7 @@ def test_missing_folders_are_made(
 def test_the_proof_travels_and_proves(exported: Any, checkpoint_file: Path, trained: Any, photos: list[Path]) -> None:
     artifact = open_artifact(exported.file)
     proof = load_proof(proof_of(exported.file), artifact.spec, artifact.provenance["checkpoint_sha256"])
-    chosen = np.linspace(0, len(photos) - 1, 16).round().astype(int)  # from all over: a data set has an order
+    chosen = np.linspace(0, len(photos) - 1, 16).round().astype(int)  # evenly spaced, because a data set is sorted
     assert proof.names == tuple(photos[i].name for i in chosen), "as many as a full receipt needs"
     assert (proof.expected == torch_run(trained.model)(proof.images)).all()
     assert (artifact.receipt["identity"], artifact.receipt["proof"]) == (artifact.identity, proof.identity)
@@ -153,7 +154,7 @@ def test_each_engine_that_is_asked_for_has_its_rows(beside: Path, oxford_root: P
     rows = export(beside, config).receipt.rows
     assert [row.engine.split()[0] for row in rows][:2] == ["onnxruntime", "openvino"]
     assert {row.engine.split()[0] for row in rows} == {"onnxruntime", "openvino"}
-    assert [row.precision for row in rows[:2]] == ["f32", "f32"], "first what the graph says"
+    assert [row.precision for row in rows[:2]] == ["f32", "f32"], "the exact rows come first"
     assert all(row.passed for row in rows)
 
 
@@ -168,7 +169,45 @@ def test_the_parity_test_has_the_device_and_the_threads_that_are_asked_for(
 
     monkeypatch.setattr(parity, "load_engine", load)
     export(beside, OnnxConfig(photos=1, backends=("onnxruntime",), threads=3, device="cpu"))
-    assert asked == [("onnxruntime", 3, "cpu")], "loaded once: it computes float32 in nothing less"
+    assert asked == [("onnxruntime", 3, "cpu")], "loaded once, because it always computes float32 in float32"
+
+
+@pytest.mark.parametrize(
+    ("size", "largest", "other"),
+    [
+        ((256, 256), None, (240, 224)),
+        ((32, 32), None, (16, 16)),
+        ((16, 48), None, (32, 16)),
+        ((16, 16), None, (32, 32)),
+        ((16, 16), (16, 32), (16, 32)),
+        ((16, 16), (16, 16), None),
+        ((64, 64), (64, 64), (48, 32)),
+    ],
+)
+def test_a_graph_of_any_size_is_tested_at_a_second_one(
+    size: tuple[int, int], largest: tuple[int, int] | None, other: tuple[int, int] | None
+) -> None:
+    height, width = size
+    assert build._another_size(ModelSpec(name="x", height=height, width=width, dynamic_size=True), largest) == other
+    assert build._another_size(ModelSpec(name="x", height=height, width=width), largest) is None
+
+
+def test_a_file_that_runs_only_at_the_smallest_size_is_not_written(
+    beside: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the specification's size is 16 x 16, the smallest."""
+
+    def load(*args: Any, **options: Any) -> Any:
+        engine = load_engine(*args, **options)
+        honest = engine.run
+        engine.run = lambda batch: honest(batch) // (1 if batch.shape[1:3] == (16, 16) else 2)
+        return engine
+
+    monkeypatch.setattr(parity, "load_engine", load)
+    config = OnnxConfig(height=16, width=16, dynamic_size=True, photos=3, backends=("onnxruntime",))
+    with pytest.raises(ParityTolerance, match=r"FAILED.*at another size: largest difference"):
+        export(beside, config)
+    assert list(content(beside.parent)) == ["best.safetensors"]
 
 
 def test_progress_is_told_stage_by_stage(beside: Path, known_graph: None) -> None:
@@ -195,7 +234,7 @@ def test_progress_is_told_stage_by_stage(beside: Path, known_graph: None) -> Non
 def test_the_receipts_iou_is_that_of_petseg_evaluate(
     config: type[ExportConfig], split: str, with_split: Path, trained: Any, oxford_root: Path, known_graph: None
 ) -> None:
-    """On the split of the checkpoint's own training, in every row."""
+    """On the split of the checkpoint's training, in every row."""
     done = export(with_split, config(data=oxford_root, split=split))
     pairs = find(oxford_root, Split(split), val_fraction=0.25, seed=7)
     assert done.receipt.names == tuple(pair.name for pair in pairs)
@@ -206,7 +245,7 @@ def test_the_receipts_iou_is_that_of_petseg_evaluate(
         assert row.task["photos"] == len(pairs) == 6
         assert row.task["reference"] == pytest.approx(want, abs=1e-12)
         assert row.task["loss"] == pytest.approx(100 * (want - row.task["this"]), abs=1e-4)
-    with open_model(done.path) as model:  # in the engine of the last row, left to its own choice
+    with open_model(done.path) as model:  # in the engine of the last row, at its default precision
         this = evaluate(model.run, pairs, model.height, model.width, batch=1).counts(model.threshold).iou
     assert done.receipt.rows[-1].task["this"] == pytest.approx(this, abs=1e-12)
 
@@ -219,16 +258,16 @@ def test_a_receipt_on_photos_that_may_have_been_trained_on_says_so(
     done = export(path, OnnxConfig(data=oxford_root, backends=("onnxruntime",)))
     said = "is not what the model was validated on: photos that it was trained on may be among val"
     assert said in done.receipt.note
-    assert [note.endswith(f"{said}, and the IoU on them is flattered") for note in done.notes] == [True]
+    assert [note.endswith(f"{said}; the IoU on such photos is optimistic") for note in done.notes] == [True]
     test = export(path, OnnxConfig(data=oxford_root, split="test", backends=("onnxruntime",)))
     assert (test.receipt.note, test.notes) == ("", ())
 
 
 def test_what_auto_would_run_has_a_row_beside_the_exact_one(beside: Path, oxford_root: Path, known_graph: None) -> None:
     engine = pytest.importorskip("petseg_runtime.engines.openvino")
-    with pytest.MonkeyPatch.context() as patch:  # undone before `any_cpu` of tests/conftest.py is
+    with pytest.MonkeyPatch.context() as patch:  # undone before tests/conftest.py's `any_cpu` is
         patch.setattr(engine, "computes_in_less", lambda spec, options: not options.exact)
-        patch.setattr(engine, "_NAMES", {"f32": "bf16", "bf16": "bf16"})  # as on a CPU that has it
+        patch.setattr(engine, "_NAMES", {"f32": "bf16", "bf16": "bf16"})  # as on a CPU with bf16
         exact, left_alone = export(beside, OnnxConfig(data=oxford_root / "images")).receipt.rows
     assert (exact.engine.split()[0], exact.precision) == ("onnxruntime", "f32")
     assert (left_alone.engine.split()[0], left_alone.precision) == ("openvino", "bf16")
@@ -242,7 +281,7 @@ def test_photos_without_labels_have_no_iou(exported: Any) -> None:
 
 
 def _flip(data: bytes) -> bytes:
-    """A byte in the middle of the JSON header."""
+    """Flip a byte in the middle of the JSON header."""
     return data[:40] + bytes([data[40] ^ 0xFF]) + data[41:]
 
 
@@ -357,7 +396,7 @@ def test_no_file_of_an_export_is_written_over_its_checkpoint(
 ) -> None:
     path = beside.rename(beside.with_name(name))
     before = content(beside.parent)
-    with pytest.raises(OutputError, match=rf"{name}: would be written over what it is made from"):
+    with pytest.raises(OutputError, match=rf"{name}: the export would overwrite its source"):
         export(path, config())
     assert content(beside.parent) == before
 
@@ -549,10 +588,15 @@ def test_a_request_that_cannot_be_met_is_refused_before_the_checkpoint_is_read(
         export(tmp_path / "there_is_none.safetensors", config)
 
 
-def test_notes_that_would_replace_what_the_file_says_of_itself_leave_nothing(beside: Path, known_graph: None) -> None:
-    with pytest.raises(UsageError, match="checkpoint_sha256"):
-        export(beside, OnnxConfig(notes={"checkpoint_sha256": "0" * 64}))
-    assert list(content(beside.parent)) == ["best.safetensors"]
+@pytest.mark.parametrize("damaged", [{"validation": 5}, {"versions": 5}])
+def test_damaged_training_metadata_is_found_before_any_photo_is_read(
+    trained: Any, meta: dict[str, Any], tmp_path: Path, damaged: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "odd.safetensors"
+    save_checkpoint(path, trained.model.state_dict(), {**meta, **damaged})
+    monkeypatch.delattr(build.parity, "read")
+    with pytest.raises(CheckpointError, match=r"odd\.safetensors: its training metadata is damaged"):
+        export(path, OnnxConfig())
 
 
 def test_the_same_photos_are_seen_by_every_format(beside: Path, oxford_root: Path, known_graph: None) -> None:

@@ -27,7 +27,7 @@ COMMAND = [sys.executable, "-m", "petseg.cli", "export"]
 
 @pytest.fixture
 def checkpoint(checkpoint_file: Path, tmp_path: Path) -> Path:
-    """The session's checkpoint in a folder of the test's own."""
+    """A copy of the session's checkpoint in a new folder."""
     return Path(shutil.copy(checkpoint_file, tmp_path / "best.safetensors"))
 
 
@@ -87,7 +87,7 @@ def test_every_option_reaches_the_file(
     assert (spec.height, spec.width, spec.batch, spec.precision, spec.dynamic_size) == (16, 32, 3, "fp16", False)
     assert artifact.provenance["measured"] == {"iou": 0.9}
     assert artifact.receipt["photos"] == 2
-    # The file does what the checkpoint does, which was never trained for that.
+    # The file agrees with the checkpoint, but that was trained at another size.
     assert re.fullmatch(
         rf"petseg: {checkpoint}: trained at \d+ x \d+; at 16 x 32 its masks may be much worse: .*\n",
         capsys.readouterr().err,
@@ -118,7 +118,7 @@ def test_an_ir_from_an_onnx_file_in_two_steps(
 def test_a_real_process_exports_the_very_same_graph(
     checkpoint_file: Path, tmp_path: Path, photos: list[Path], exported: Any
 ) -> None:
-    """So whoever has the checkpoint can check a file that was given to them. And it is silent."""
+    """So anyone with the checkpoint can check a file that they were given. And stderr is empty."""
     output = tmp_path / "out.onnx"
     command = [*COMMAND, str(checkpoint_file), "-o", str(output), "--data", str(photos[0].parent), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
@@ -140,19 +140,19 @@ def test_ctrl_c_in_the_middle_leaves_nothing(checkpoint: Path) -> None:
         patience = time.monotonic() + 120
         while names(checkpoint.parent) == here and process.poll() is None and time.monotonic() < patience:
             time.sleep(0.02)
-        assert process.poll() is None, "it works in a folder of its own, which has appeared"
+        assert process.poll() is None, "its temporary folder has appeared"
         time.sleep(0.3)  # it is tracing, which takes seconds
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
-    # Python dies of the signal instead if it came in the middle of an `exec` (a dataclass in an import, say): 130 in
-    # a shell, too.
+    # Python is killed by the signal if it arrives during an `exec` (a dataclass in an import, for example); a shell
+    # shows that as 130, too.
     assert process.returncode in (130, -signal.SIGINT)
     assert (out, err.strip()) == ("", "petseg: interrupted")
     assert names(checkpoint.parent) == here
     assert checkpoint.with_suffix(".xml").read_bytes() == before
 
 
-#: Many command lines in one process, and the heavy packages that are imported by the end of each.
+#: Runs many command lines in one process, and prints the heavy packages that are imported after each.
 MANY = """
 import json, sys
 from petseg.cli import run
@@ -168,24 +168,24 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["--size", "0"], 2, "height is 0"),
     (["--size", "16x24"], 2, "width is 24"),
     (["--dynamic-size", "--size", "20"], 2, "height is 20"),
-    (["--batch", "0"], 2, "'0': a number of photos is expected, or 'dynamic'"),
-    (["--batch", "-1"], 2, "'-1': a number of photos is expected"),
-    (["--batch", "x"], 2, "'x': a number of photos is expected"),
+    (["--batch", "0"], 2, "'0'; a positive integer or 'dynamic' is expected"),
+    (["--batch", "-1"], 2, "'-1'; a positive integer"),
+    (["--batch", "x"], 2, "'x'; a positive integer"),
     (["--batch", "2.5"], 2, "--batch"),
     (["--batch", "³"], 2, "--batch"),
     (["--max-batch", "8"], 2, "--max-batch: does not apply to --format onnx"),
     (["--max-size", "64"], 2, "--max-size: does not apply to --format onnx"),
     (["--compute-capability", "8.9"], 2, "--compute-capability: does not apply to --format onnx"),
     (["--gpu", "8.9"], 2, "No such option '--gpu'"),
-    (["-o", "x.foo"], 2, "x.foo: onnx files end in .onnx; another --format has another suffix"),
+    (["-o", "x.foo"], 2, "x.foo: onnx files end in .onnx; rename it, or choose another --format"),
     (["--timing-cache", "t"], 2, "--timing-cache: does not apply to --format onnx"),
     (["--onnx", "m.onnx"], 2, "--onnx: does not apply to --format onnx"),
     (["--format", "openvino", "--max-batch", "8"], 2, "--max-batch: does not apply to --format openvino"),
     (["--format", "trt", "--compute-capability", "8.9"], 2, "--compute-capability: does not apply to --format trt"),
     (["--format", "trt-rtx", "--timing-cache", "t"], 2, "--timing-cache: does not apply to --format trt-rtx"),
-    (["--format", "trt-rtx", "--compute-capability", "x"], 2, "compute capability 'x': one such as 8.9 is expected"),
+    (["--format", "trt-rtx", "--compute-capability", "x"], 2, "compute capability 'x': a string such as 8.9"),
     (["--format", "trt-rtx", "--max-batch", "0"], 2, "max_batch is 0"),
-    (["--precision", "int8"], 2, "labelled photos: give a folder of them with --data"),
+    (["--precision", "int8"], 2, "labelled photos: give their folder with --data"),
     (["--threads", "0"], 2, "--threads"),
     (["--certain-share", "0"], 2, "--certain-share"),
     (["--device", "gpu"], 5, "unknown device 'gpu'; choose one of: auto, cpu"),
@@ -196,16 +196,16 @@ REFUSED: list[tuple[list[str], int, str]] = [
     ),
     (["--precision", "bf16"], 2, "--precision"),
     (["--int8-budget", "-1"], 2, "--int8-budget"),
-    (["--int8-judges", "0", "--precision", "int8"], 2, "judge int8 is 0"),
-    (["--int8-photos", "7"], 2, "settings of int8 (--int8-...) are of an export that makes int8, and this is fp32"),
-    (["--format", "trt-rtx", "--batch", "1", "--max-batch", "4"], 2, "max_batch is of a graph that takes any batch"),
+    (["--int8-judges", "0", "--precision", "int8"], 2, "validation photos of int8 is 0"),
+    (["--int8-photos", "7"], 2, "int8 options (--int8-...) have no effect: the precision is fp32"),
+    (["--format", "trt-rtx", "--batch", "1", "--max-batch", "4"], 2, "max_batch needs a graph with a dynamic batch"),
     (["--backend", "nonsense"], 5, "unknown engine 'nonsense'; choose one of: auto, onnxruntime"),
     (["--split", "train"], 2, "--split"),
 ]
 
 
 def test_what_cannot_be_done_is_refused_before_anything_heavy_is_imported(tmp_path: Path) -> None:
-    """The checkpoint is not there at all: it is not looked at, either."""
+    """The checkpoint does not even exist, so nothing has tried to read it."""
     lines = [["export", str(tmp_path / "none.safetensors"), *options] for options, _, _ in REFUSED]
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", MANY, json.dumps(lines)], capture_output=True, text=True, timeout=200
@@ -252,15 +252,15 @@ def test_the_list_says_what_is_missing_here(
     verdicts = {lines[i].split()[0]: lines[i + 2].strip() for i in range(0, len(lines), 3)}
     assert list(verdicts) == list(registry.FORMATS)
     assert verdicts["onnx"] == verdicts["trt-rtx"] == "available here"
-    assert verdicts["openvino"] == f"not here: openvino is not installed: {install('openvino')}"
-    assert verdicts["trt"].startswith("available" if gpus else "not here: no NVIDIA GPU")
+    assert verdicts["openvino"] == f"not available here: openvino is not installed: {install('openvino')}"
+    assert verdicts["trt"].startswith("available" if gpus else "not available here: no NVIDIA GPU")
     assert run(["export", "--list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert listed["schema_version"] == 1
     formats = {form["name"]: form for form in listed["formats"]}
     assert list(formats) == list(registry.FORMATS)
     assert formats["onnx"]["why_not"] is None
-    assert verdicts["openvino"] == f"not here: {formats['openvino']['why_not']}"
+    assert verdicts["openvino"] == f"not available here: {formats['openvino']['why_not']}"
     assert (formats["trt"]["suffix"], formats["trt"]["precisions"]) == (".engine", ["fp32", "fp16", "int8"])
     assert {"help", "proven"} <= formats["trt"].keys()
 
@@ -380,6 +380,6 @@ def test_an_onnx_file_that_is_not_what_is_asked_for_is_wrong_usage_and_one_that_
 ) -> None:
     args = ["export", str(checkpoint), "--format", "openvino", "--onnx"]
     code, message = failed([*args, str(exported_half.file)], capsys)
-    assert (code, "it is fp16, not fp32 as asked: ask for --precision fp16" in message) == (2, True)
+    assert (code, "the file is fp16, not fp32; use --precision fp16" in message) == (2, True)
     code, message = failed([*args, str(tmp_path / "none.onnx")], capsys)
     assert (code, "none.onnx: no such file" in message) == (4, True)

@@ -1,4 +1,4 @@
-"""What may be asked of an export: frozen, checked where it is written down, and made without torch."""
+"""Export configs: frozen, validated when they are made, and made without torch."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from petseg_export import (
     TensorRTRTXConfig,
     build,
 )
+from petseg_export.config import RESERVED
 from petseg_runtime.errors import UsageError
 
 CONFIGS = [OnnxConfig, OpenVINOConfig, TensorRTConfig, TensorRTRTXConfig]
@@ -64,7 +65,7 @@ def test_every_knob_is_named(kind: type) -> None:
 @pytest.mark.parametrize(
     ("knobs", "told"),
     [
-        ({"precision": "bf16"}, "'bf16'; there are fp32, fp16, int8"),
+        ({"precision": "bf16"}, "'bf16'; choose from fp32, fp16, int8"),
         ({"height": 33}, "height is 33; it must be a positive multiple of 16"),
         ({"height": 0}, "height is 0"),
         ({"height": 32.0}, "height is 32.0"),
@@ -74,27 +75,28 @@ def test_every_knob_is_named(kind: type) -> None:
         ({"batch": -1}, "batch is -1"),
         ({"batch": True}, "batch is True"),
         ({"dynamic_size": 1}, "dynamic_size is 1; True or False"),
-        ({"photos": 0}, "photos of the parity test is 0; a whole number, 1 or more"),
+        ({"photos": 0}, "photos of the parity test is 0; an integer, 1 or more"),
         ({"photos": 2.5}, "photos of the parity test is 2.5"),
         ({"threads": 0}, "threads is 0"),
         ({"backends": ()}, "at least one engine"),
         ({"backends": "auto"}, "backends is 'auto'; a tuple"),
         ({"split": "train"}, "'train'; val or test"),
-        ({"precision": ["fp32"]}, "precision is \\['fp32'\\]; there are"),
+        ({"precision": ["fp32"]}, "precision is \\['fp32'\\]; choose from"),
         ({"backends": 7}, "backends is 7; a tuple"),
         ({"backends": (7,)}, "backends is \\(7,\\); a tuple"),
-        ({"certain_share": "x"}, "certain_share is 'x'; it must lie above 0, up to 1"),
+        ({"certain_share": "x"}, "certain_share is 'x'; it must be above 0 and at most 1"),
         ({"certain_share": float("nan")}, "certain_share is nan"),
         ({"certain_share": True}, "certain_share is True"),
-        ({"name": 7}, "name is 7; a text"),
-        ({"device": None}, "device is None; a text"),
-        ({"seed": "x"}, "seed is 'x'; a whole number"),
+        ({"name": 7}, "name is 7; a string"),
+        ({"device": None}, "device is None; a string"),
+        ({"seed": "x"}, "seed is 'x'; an integer"),
         ({"quantize": 0.5}, "quantize is 0.5; a QuantizeConfig"),
         ({"output": "x.onnx"}, "output is 'x.onnx'; a pathlib.Path"),
         ({"data": 7}, "data is 7; a pathlib.Path"),
         ({"notes": ["measured"]}, "notes are list; a dict"),
-        ({"notes": {"measured": Path("x")}}, "notes are no JSON: .*Path"),
-        ({"notes": {"iou": float("nan")}}, "notes are no JSON: Out of range float"),
+        ({"notes": {"measured": Path("x")}}, "notes cannot be written as JSON: .*Path"),
+        ({"notes": {"iou": float("nan")}}, "notes cannot be written as JSON: Out of range float"),
+        *(({"notes": {key: "mine"}}, f"notes: {key}: reserved") for key in sorted(RESERVED)),
     ],
 )
 def test_what_makes_no_sense_is_wrong_usage_and_named_with_its_value(
@@ -116,15 +118,15 @@ def test_what_makes_no_sense_is_wrong_usage_and_named_with_its_value(
         ({"budget": None}, "budget of int8 is None"),
         ({"budget": True}, "budget of int8 is True"),
         ({"data": "pets"}, "data folder of int8 is 'pets'; a pathlib.Path"),
-        ({"seed": 0.5}, "seed of int8 is 0.5; a whole number"),
+        ({"seed": 0.5}, "seed of int8 is 0.5; an integer"),
         ({"methods": "minmax"}, "calibration methods are 'minmax'; a tuple"),
         ({"methods": 7}, "calibration methods are 7; a tuple"),
-        ({"methods": ([],)}, r"calibration methods: \[\]; there are"),
+        ({"methods": ([],)}, r"calibration methods: \[\]; choose from"),
         ({"methods": ()}, "none"),
         ({"methods": ("minmax", "guess")}, "guess"),
         ({"photos": 0}, "calibration photos of int8 is 0"),
-        ({"judges": 0}, "photos that judge int8 is 0"),
-        ({"judges": 1.5}, "photos that judge int8 is 1.5"),
+        ({"judges": 0}, "validation photos of int8 is 0"),
+        ({"judges": 1.5}, "validation photos of int8 is 1.5"),
     ],
 )
 def test_int8_is_asked_for_sensibly(knobs: dict[str, Any], told: str) -> None:
@@ -147,13 +149,13 @@ def test_the_largest_batch_and_size_of_an_engine_are_checked(kind: type, knobs: 
 
 @pytest.mark.parametrize("odd", ["8", "sm_89", "8.9.1", "", "89"])
 def test_what_is_no_compute_capability_is_refused(odd: str) -> None:
-    with pytest.raises(UsageError, match=f"'{odd}': one such as 8.9"):
+    with pytest.raises(UsageError, match=f"'{odd}': a string such as 8.9"):
         TensorRTRTXConfig(compute_capabilities=("12.0", odd))
 
 
 @pytest.mark.parametrize("odd", [(8.9,), (None,)])
 def test_a_compute_capability_that_is_no_text_is_refused(odd: Any) -> None:
-    with pytest.raises(UsageError, match=f"compute capability {odd[0]}: one such as 8.9"):
+    with pytest.raises(UsageError, match=f"compute capability {odd[0]}: a string such as 8.9"):
         TensorRTRTXConfig(compute_capabilities=odd)
 
 

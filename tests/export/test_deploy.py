@@ -1,4 +1,4 @@
-"""The deployed network against normalisation, network and sigmoid done by hand; which layers float16 may hold."""
+"""The deployed network, compared with separate normalisation, network and sigmoid; and the layers that fit float16."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def test_the_deployed_network_is_normalisation_network_and_sigmoid(
 ) -> None:
     model, image = make(seed), random_images(3, height, width, seed)
     want, got = expected(model, image), deployed(model, image)
-    assert len(np.unique(want)) > 50, "a flat output would prove nothing"
+    assert len(np.unique(want)) > 50, "a constant output would prove nothing"
     assert np.abs(got - want).max() <= 1
-    assert (got == want).mean() > 0.99, "rounded, not cut off: only ties may differ"
+    assert (got == want).mean() > 0.99, "rounded, not truncated: only ties may differ"
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -63,7 +63,7 @@ def test_so_it_is_for_the_edge_network(height: int, width: int, make: Make, rand
     model = make(0, stem="strided", ungated=(1,), decoder_convs=1)
     image = random_images(3, height, width, 0)
     want, got = expected(model, image), deployed(model, image)
-    assert len(np.unique(want)) > 50, "a flat output would prove nothing"
+    assert len(np.unique(want)) > 50, "a constant output would prove nothing"
     assert np.abs(got - want).max() <= 1
     assert (got == want).mean() > 0.99
 
@@ -138,7 +138,7 @@ def test_a_size_that_the_network_cannot_halve_four_times_is_refused(make: Make, 
 
 
 def test_peaks_are_what_hooks_on_the_network_itself_see(make: Make, random_images: Draw) -> None:
-    """By hand, on one layer: its folded weights and bias, what goes in and what comes out, over all photos."""
+    """Computed separately for one layer: its folded weights and bias, its inputs and outputs, over all photos."""
     model, image = make(4), random_images(3, 32, 32)
     peaks = activation_peaks(model, image)
     convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]

@@ -1,4 +1,4 @@
-"""The edge network, strided stem and rounded level and all, on every road that the published one takes."""
+"""The edge network, with its strided stem and rounded-up level, in every export that the published one has."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from petseg_runtime.spec import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("known_graph")
 
-#: The fifth halving meets 3 x 3: it rounds up, and the decoder cuts off a row and a column.
+#: The fifth halving has an input of 3 x 3: it rounds up, and the decoder crops a row and a column.
 SIZE = 48
 STEPS = 60
 CONFIG = AttentionUNetConfig(width=4, stem="strided", ungated=(1,))
@@ -34,7 +34,7 @@ QUANTIZE = QuantizeConfig(photos=6, judges=6, methods=("minmax",))
 
 @pytest.fixture(scope="module")
 def edge(oxford_root: Path, meta: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that finds the ellipses, with a quarter of the photos held back."""
+    """A checkpoint that finds the ellipses, with a quarter of the photos for validation."""
     pairs = [read_pair(pair) for pair in find(oxford_root, Split.TRAINVAL)]
     photos = torch.from_numpy(np.stack([images.to_model(photo, SIZE, SIZE) for photo, _ in pairs]))
     pets = [images.to_model(np.repeat((mask == 1)[..., None] * np.uint8(255), 3, 2), SIZE, SIZE) for _, mask in pairs]
@@ -89,7 +89,7 @@ def test_the_onnx_file_passes_in_both_engines(precision: str, edge: Path, oxford
 def test_a_graph_of_any_size_gives_what_the_network_gives(
     engine: str, edge: Path, oxford_root: Path, tmp_path: Path, random_images: Any
 ) -> None:
-    """At a side of 16, the last pooling slides over a single pixel, which OpenVINO refuses if it rounds up."""
+    """At a side of 16, the input of the last pooling is a single pixel, which OpenVINO rejects with ceil_mode."""
     config = OnnxConfig(
         output=tmp_path / "x.onnx", data=oxford_root / "images", dynamic_size=True, photos=2, backends=(engine,)
     )
@@ -117,7 +117,7 @@ def test_a_pooling_over_one_pixel_or_more_is_rewritten_and_no_other(edge: Path) 
 def test_int8_passes_in_both_engines(int8: build.Exported) -> None:
     assert int8.receipt.passed
     assert int8.receipt.quantization is not None
-    assert int8.receipt.quantization["layers"] == 32  # a gate less than the published network
+    assert int8.receipt.quantization["layers"] == 32  # one gate less than the published network
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])

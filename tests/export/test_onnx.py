@@ -1,4 +1,4 @@
-"""The ONNX file: its graph in fp32 and fp16, of fixed and free size, what it says of itself, and what it computes."""
+"""The ONNX file: its graph in fp32 and fp16, with fixed and dynamic axes, its metadata, and its output."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import pytest
 import torch
 from onnx import TensorProto, checker, numpy_helper
 
-from petseg.checkpoint import Checkpoint, load, save_checkpoint
+from petseg.checkpoint import Checkpoint, save_checkpoint
 from petseg.config import TrainConfig, to_dict
 from petseg.model import AttentionUNetConfig
 from petseg.reference import torch_run
 from petseg_export import OnnxConfig, build, export
 from petseg_export.deploy import DeployedUNet, activation_peaks
-from petseg_export.onnx import metadata_of, scan, spec_of
+from petseg_export.onnx import provenance_of, scan, spec_of
 from petseg_runtime import __version__, images
 from petseg_runtime.artifact import PROVENANCE_KEY, RECEIPT_KEY, open_artifact
 from petseg_runtime.engines.registry import load_engine
@@ -41,7 +41,7 @@ VARIANTS = ["exported", "exported_half", "exported_any"]
 
 @pytest.fixture(params=VARIANTS)
 def variant(request: pytest.FixtureRequest) -> Any:
-    """Each of the session's ONNX files: fp32, fp16, and fp32 of any size."""
+    """Each of the session's ONNX files: fp32, fp16, and fp32 of dynamic size."""
     return request.getfixturevalue(request.param)
 
 
@@ -51,7 +51,7 @@ def proto(variant: Any) -> onnx.ModelProto:
 
 
 def stored(proto: onnx.ModelProto) -> dict[str, int]:
-    """The types of the initialisers by name."""
+    """The data types of the initializers, by name."""
     return {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
 
 
@@ -61,7 +61,7 @@ def shape(tensor: onnx.ValueInfoProto) -> list[int | str]:
 
 
 def runs_like(file: Path, model: AttentionUNet, batch: np.ndarray, at_most: int = 1) -> None:
-    """The file does on a batch what the network does in PyTorch, and that is not always the same."""
+    """On a batch, the file agrees with the network in PyTorch, whose output is not constant."""
     with load_engine(open_artifact(file), "onnxruntime", threads=1) as engine:
         got = engine.run(batch)
     want = torch_run(model)(batch)
@@ -109,7 +109,7 @@ def test_no_path_of_this_machine_is_anywhere_in_the_file(variant: Any, checkpoin
     assert b"site-packages" not in data
     proto = onnx.load_from_string(data)
     for tensor in proto.graph.initializer:
-        tensor.ClearField("raw_data")  # three letters do occur by chance in half a megabyte of weights
+        tensor.ClearField("raw_data")  # three letters occur by chance in half a megabyte of weights
     assert b".py" not in proto.SerializeToString()
 
 
@@ -196,7 +196,7 @@ def test_a_size_that_is_no_multiple_of_16_is_refused_by_a_file_for_any_size(
 def test_a_size_and_batch_of_ones_own(
     checkpoint_file: Path, trained: Any, oxford_root: Path, random_images: Any, tmp_path: Path
 ) -> None:
-    """A graph for three photos runs any number of them in the runtime, and nothing else by itself."""
+    """The graph has a fixed batch of three; the runtime runs any number of photos in it."""
     file = tmp_path / "wide.onnx"
     config = OnnxConfig(output=file, data=oxford_root / "images", photos=3, height=16, width=48, batch=3)
     receipt = export(checkpoint_file, config).receipt
@@ -215,7 +215,7 @@ def test_a_size_and_batch_of_ones_own(
 def test_a_graph_for_three_photos_is_scanned_a_photo_at_a_time(
     trained: Any, random_images: Any, monkeypatch: pytest.MonkeyPatch, free: bool
 ) -> None:
-    """All activations of copies would be as many times the memory."""
+    """Scanning a full batch of copies would multiply the memory of all activations."""
     onnxruntime = pytest.importorskip("onnxruntime")
     photos, asked = list(random_images(2, 32, 32)), []
     run = onnxruntime.InferenceSession.run
@@ -237,7 +237,7 @@ def test_a_graph_for_three_photos_is_scanned_a_photo_at_a_time(
 def test_a_free_size_from_16_by_16_on(
     checkpoint_file: Path, trained: Any, oxford_root: Path, random_images: Any, tmp_path: Path
 ) -> None:
-    """At 16 the deepest level is one pixel, which the tracer would take for a constant."""
+    """At 16 the deepest level is one pixel, which the tracer would specialize to a constant."""
     file = tmp_path / "tiny.onnx"
     config = OnnxConfig(output=file, data=oxford_root, height=16, width=16, dynamic_size=True, batch=1)
     assert export(checkpoint_file, config).receipt.passed
@@ -251,7 +251,7 @@ def test_a_free_size_from_16_by_16_on(
 
 
 def too_large_for_half(model: AttentionUNet, factor: float = 1e5) -> AttentionUNet:
-    """The same function with two activations that float16 cannot hold: in an encoder block, and before a gate."""
+    """The same function with two activations out of float16's range: in an encoder block, and before a gate."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         conv, norm, _, following, *_ = other.down2
@@ -266,7 +266,7 @@ def too_large_for_half(model: AttentionUNet, factor: float = 1e5) -> AttentionUN
     return other
 
 
-#: The layers in, around and behind which it does not fit.
+#: The layers with an input or output out of range.
 IN_FLOAT = {"down2.0", "down2.3", "up1.project", "up1.gate.w_g.0", "up1.block.0"}
 
 
@@ -296,7 +296,7 @@ def test_layers_that_float16_cannot_hold_stay_in_float32(
     assert sum(kind == TensorProto.FLOAT16 for kind in kinds.values()) > 40
     pixels = np.stack([images.to_model(images.read(photo).pixels, 32, 32) for photo in photos[:4]])
     runs_like(file, trained.model, pixels, 8)
-    # ONNX Runtime computes in float32 on most CPUs; PyTorch does compute in half here.
+    # On most CPUs, ONNX Runtime computes fp16 in float32; PyTorch really computes in float16 here.
     peaks = activation_peaks(too_large_for_half(trained.model), pixels)
     with torch.inference_mode():
         half = DeployedUNet(too_large_for_half(trained.model), peaks.keys() - IN_FLOAT)(torch.from_numpy(pixels))
@@ -307,7 +307,7 @@ def test_layers_that_float16_cannot_hold_stay_in_float32(
 def test_without_that_choice_the_overflow_is_found_and_named(
     large: Path, oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the engine here makes of it: a device that computes in float16 would answer nonsense."""
+    """Even if the engine here has no overflow: a device that computes in float16 would have one."""
     monkeypatch.setattr(build, "HALF_LIMIT", float("inf"))
     file = tmp_path / "large.onnx"
     with pytest.raises(ParityTolerance, match=r"NaN or infinity in \S+"):
@@ -327,7 +327,7 @@ def test_a_scan_looks_at_every_activation(exported: Any, random_images: Any) -> 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_scan_names_what_is_not_finite(exported: Any, random_images: Any, value: float) -> None:
-    """The bytes of the answer cannot show it."""
+    """The uint8 output cannot show it."""
     proto = onnx.load(exported.file)
     for tensor in proto.graph.initializer:
         if tensor.name == "network.up2.gate.psi.0.bias":
@@ -358,7 +358,7 @@ def test_the_file_opens_and_says_what_the_checkpoint_said(exported: Any, meta: d
 def test_the_rule_of_pets_is_the_checkpoints_or_the_one_that_is_asked_for(
     meta: dict[str, Any], said: dict[str, Any], asked: float | None, written: float | None
 ) -> None:
-    """A checkpoint of before there was a choice keeps the rule that all had then."""
+    """A checkpoint older than the option keeps the rule that all had then."""
     loaded = Checkpoint({}, {**meta, "spec": {**meta["spec"], **said}}, "0" * 64)
     assert spec_of(loaded, OnnxConfig(certain_share=asked)).certain_share == written
 
@@ -367,7 +367,7 @@ def test_fp16_says_so_and_is_judged_as_such(exported_half: Any) -> None:
     artifact = open_artifact(exported_half.file)
     assert artifact.spec.precision == artifact.receipt["stored"] == "fp16"
     (row,) = artifact.receipt["rows"]
-    assert row["precision"] in ("f32", "fp16"), "what ONNX Runtime computes it in depends on the CPU"
+    assert row["precision"] in ("f32", "fp16"), "the precision in which ONNX Runtime computes it depends on the CPU"
     assert row["tolerance"]["p99_difference"] == 4
     assert row["max_difference"] > 0
 
@@ -402,7 +402,7 @@ def test_the_file_carries_nothing_but_the_three_entries(variant: Any) -> None:
 def test_notes_leave_the_graph_and_the_identity_alone(
     exported: Any, checkpoint_file: Path, oxford_root: Path, tmp_path: Path
 ) -> None:
-    """That tracing again gives the same bytes is proven across processes; see `test_cli`."""
+    """`test_cli` shows that tracing again, in another process, gives the same bytes."""
     noted = {"measured": {"iou": 0.9}}
     config = OnnxConfig(output=tmp_path / "noted.onnx", data=oxford_root / "images", notes=noted)
     export(checkpoint_file, config)
@@ -435,17 +435,8 @@ def test_a_checkpoint_that_tells_nonsense_of_its_training_is_refused(
     meta: dict[str, Any], damaged: dict[str, Any]
 ) -> None:
     loaded = Checkpoint({}, {**meta, **damaged}, "0" * 64)
-    spec = spec_of(Checkpoint({}, meta, "0" * 64), OnnxConfig())
     with pytest.raises(CheckpointError, match=r"damaged|does not describe its network"):
-        metadata_of("odd.safetensors", loaded, spec, OnnxConfig())
-
-
-@pytest.mark.parametrize("key", ["schema_version", "checkpoint", "checkpoint_sha256", "model", "versions"])
-def test_what_petseg_itself_says_of_a_file_is_not_replaced_by_notes(checkpoint_file: Path, key: str) -> None:
-    config = OnnxConfig(notes={key: "mine"})
-    loaded = load(checkpoint_file)
-    with pytest.raises(UsageError, match=key):
-        metadata_of("small.safetensors", loaded, spec_of(loaded, config), config)
+        provenance_of("odd.safetensors", loaded, OnnxConfig())
 
 
 # ------------------------------------------------------------------------------------------------ the published width
@@ -460,7 +451,7 @@ def test_the_published_width_exports_and_passes(
     meta: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    """29 million random weights: nothing hangs on what a training would have made of them."""
+    """29 million random weights: the result does not depend on training."""
     model = random_network(0, width=64, size=64)
     checkpoint, file = tmp_path / "wide.safetensors", tmp_path / "wide.onnx"
     spec = {**meta["spec"], "height": 64, "width": 64, "threshold": 0.5}

@@ -1,4 +1,4 @@
-"""OpenVINO IRs: their files, what they say, what they compute, made on the way or from a file, and on the device."""
+"""OpenVINO IRs: their files, metadata and output, from a new or a given ONNX file, and verified on the device."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def variant(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def copied(exported_ir: Any, tmp_path: Path) -> Path:
-    """The fp32 IR and all that belongs to it, on a device of the test's own."""
+    """A copy of the fp32 IR and its companion files, as on a device."""
     return Path(shutil.copytree(exported_ir.file.parent, tmp_path / "device")) / exported_ir.file.name
 
 
@@ -73,7 +73,7 @@ def test_it_opens_and_says_what_the_checkpoint_said(variant: Any, exported: Any,
     assert artifact.format == "openvino"
     assert artifact.onnx is None
     assert artifact.provenance == open_artifact(exported.file).provenance
-    assert artifact.identity == open_artifact(exported.file).identity, "of the ONNX it was made from"
+    assert artifact.identity == open_artifact(exported.file).identity, "that of its ONNX file"
     assert artifact.receipt == json.loads(json.dumps(variant.receipt.as_dict(), allow_nan=False))
     assert artifact.size == sum((variant.file.with_suffix(suffix)).stat().st_size for suffix in (".xml", ".bin"))
     assert artifact.environment["library"] == "openvino"
@@ -143,7 +143,7 @@ def test_an_ir_of_any_size(
 def test_a_layer_that_float16_cannot_store_is_no_silent_infinity(
     trained: Any, meta: dict[str, Any], oxford_root: Path, tmp_path: Path
 ) -> None:
-    """Either the compiler leaves such weights in float32, or the receipt fails: the file that is left is right."""
+    """Either the compiler leaves such weights in float32, or the parity test fails: a written file is correct."""
     model = trained.model
     save_checkpoint(tmp_path / "large.safetensors", _too_large(model), meta)
     file = tmp_path / "large.xml"
@@ -158,7 +158,7 @@ def test_a_layer_that_float16_cannot_store_is_no_silent_infinity(
 
 
 def _too_large(model: Any) -> dict[str, torch.Tensor]:
-    """Weights of one layer beyond 65504, taken back in the next; the same function."""
+    """Weights of one layer scaled beyond 65504, and the next layer's scaled back: the same function."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name in ("down2.0.weight", "down2.1.running_mean", "down2.1.bias"):
         state[name] *= 1e7
@@ -173,7 +173,7 @@ def _too_large(model: Any) -> dict[str, torch.Tensor]:
 def test_an_onnx_file_is_compiled_as_it_is(
     precision: str, checkpoint_file: Path, exported: Any, oxford_root: Path, tmp_path: Path
 ) -> None:
-    """Both from the file in fp32: fp16 is how an IR stores its weights. Nothing is traced again."""
+    """Both from the fp32 file, because fp16 is only how an IR stores weights. Nothing is traced again."""
     file = tmp_path / "out.xml"
     config = OpenVINOConfig(output=file, onnx=exported.file, precision=precision, data=oxford_root / "images")
     with pytest.MonkeyPatch.context() as patch:
@@ -209,18 +209,18 @@ def test_the_ir_keeps_what_the_onnx_file_says_of_itself(checkpoint_file: Path, e
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"height": 64}, "height 64 cannot be asked for"),
-        ({"width": 64}, "width 64 cannot be asked for"),
-        ({"batch": 4}, "batch 4 cannot be asked for"),
-        ({"dynamic_size": True}, "dynamic_size True cannot be asked for"),
-        ({"name": "mine"}, "name 'mine' cannot be asked for"),
-        ({"notes": {"measured": 1}}, "notes {'measured': 1} cannot be asked for"),
+        ({"height": 64}, "height 64 does not apply"),
+        ({"width": 64}, "width 64 does not apply"),
+        ({"batch": 4}, "batch 4 does not apply"),
+        ({"dynamic_size": True}, "dynamic_size True does not apply"),
+        ({"name": "mine"}, "name 'mine' does not apply"),
+        ({"notes": {"measured": 1}}, "notes {'measured': 1} does not apply"),
     ],
 )
 def test_what_an_onnx_file_does_not_have_is_not_asked_of_it_silently(
     asked: dict[str, Any], told: str, checkpoint_file: Path, exported: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match=r"small\.onnx: it is compiled as it is") as caught:
+    with pytest.raises(UsageError, match=r"small\.onnx: the file is compiled unchanged") as caught:
         export(checkpoint_file, OpenVINOConfig(output=tmp_path / "out.xml", onnx=exported.file, **asked))
     assert told in str(caught.value)
     assert not list(tmp_path.iterdir())
@@ -252,8 +252,8 @@ def test_a_file_of_another_checkpoint_is_refused(
 def test_a_file_of_another_precision_is_refused(
     checkpoint_file: Path, exported: Any, exported_half: Any, tmp_path: Path
 ) -> None:
-    assert "it is fp16, not fp32" in refused(checkpoint_file, tmp_path, exported_half.file, error=UsageError)
-    assert "it is fp32, not int8" in refused(checkpoint_file, tmp_path, exported.file, "int8", UsageError)
+    assert "the file is fp16, not fp32" in refused(checkpoint_file, tmp_path, exported_half.file, error=UsageError)
+    assert "the file is fp32, not int8" in refused(checkpoint_file, tmp_path, exported.file, "int8", UsageError)
 
 
 def test_what_is_no_onnx_file_of_petseg_is_refused(
@@ -274,9 +274,9 @@ def test_what_is_no_onnx_file_of_petseg_is_refused(
 def test_a_file_whose_weights_were_changed_behind_its_back_fails(
     checkpoint_file: Path, exported: Any, oxford_root: Path, tmp_path: Path
 ) -> None:
-    """It still says that it is of this checkpoint; the receipt is a new one.
+    """It still names this checkpoint, and has a new receipt.
 
-    With the old one, which certifies another graph, it is not even opened.
+    With the old receipt, which certifies another graph, it is not even opened.
     """
     proto = onnx.load(exported.file)
     weight = next(tensor for tensor in proto.graph.initializer if tensor.name == "network.head.bias")
@@ -308,7 +308,7 @@ def test_a_compiler_that_cannot_read_the_graph_says_so(
 def test_a_disk_that_is_full_while_openvino_writes(
     room: int, checkpoint_file: Path, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its own C++ code writes, and fails in its own way."""
+    """OpenVINO's C++ code writes the files, and fails with another exception."""
     honest = openvino.save_model
 
     def on_a_full_disk(*args: Any, **options: Any) -> None:
@@ -339,7 +339,7 @@ def test_verify_on_the_device_accepts_it_and_leaves_its_result(
     assert result["passed"] is True
     assert result["photos"] == 16
     assert names(copied.parent) == PARTS | {"small.xml.verified.json"}
-    assert open_artifact(copied).receipt["passed"] is True, "the file's own receipt is as it was"
+    assert open_artifact(copied).receipt["passed"] is True, "the file's receipt has not changed"
 
 
 def test_verify_without_torch_and_onnx(copied: Path) -> None:
@@ -403,7 +403,7 @@ def test_verify_refuses_what_does_not_belong_together(
 def test_verify_finds_weights_that_were_changed_with_their_digest(
     copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Digests alone prove nothing against someone who writes them anew; the photos do."""
+    """Digests do not protect against someone who recomputes them; the photos do."""
     flip_weights(copied)
     digest = hashlib.sha256(copied.with_suffix(".bin").read_bytes()).hexdigest()
     edit_sidecar(copied, lambda raw: raw["files"].update({".bin": digest}))

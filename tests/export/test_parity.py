@@ -1,4 +1,4 @@
-"""The reference of the receipt: which photos, their labels, what the checkpoint says; and the gate, attacked."""
+"""The reference of the parity test: its photos, labels and outputs; and wrong files that the test must reject."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SPEC = ModelSpec(name="test", height=32, width=48, threshold=0.6)
 
 
 def checkpoint_of(data: Any = None, **config: Any) -> Checkpoint:
-    """What the choice of photos wants of a checkpoint: how its training divided the data."""
+    """A checkpoint with what the choice of photos reads: how training split the data."""
     return Checkpoint({}, {"config": {"data": config if data is None else data}}, "a" * 64)
 
 
@@ -73,7 +73,7 @@ def test_the_validation_part_is_the_one_of_the_checkpoints_own_training(
     assert names(parity.choose(oxford_root, "val", 200, 0, loaded)) == parts[Split.VAL]
     assert names(parity.choose(oxford_root, "test", 200, 0, loaded)) == parts[Split.TEST]
     assert names(parity.labelled(oxford_root, "train", loaded)) == parts[Split.TRAIN]
-    assert not set(parts[Split.VAL]) & set(parts[Split.TRAIN]), "nothing is judged on what was trained on"
+    assert not set(parts[Split.VAL]) & set(parts[Split.TRAIN]), "no evaluation on training photos"
     assert len(parts[Split.VAL]) == 24 * fraction
 
 
@@ -94,24 +94,24 @@ def test_a_training_config_that_makes_no_sense_is_not_guessed_at(oxford_root: Pa
 
 
 def test_photos_that_a_listing_chose_are_held_back_though_the_listing_is_gone(folder_copy: Path) -> None:
-    """Int8 would else be judged, and the export compared, on photos that the checkpoint was trained on."""
+    """Otherwise int8 would be tuned, and the export tested, on photos that the checkpoint was trained on."""
     held = ["own_01", "own_07"]
     (folder_copy / "val.txt").write_text("\n".join(held))
     digest = names_sha256(names(find(folder_copy, Split.TRAIN)), find(folder_copy, Split.VAL))
     (folder_copy / "val.txt").unlink()
     data = {"val_names": held, "names_sha256": digest, "skipped_without_pet": []}
-    config = {"data": {"val_fraction": 0.5, "split_seed": 0}}  # a run's settings have both, without effect
+    config = {"data": {"val_fraction": 0.5, "split_seed": 0}}  # a run's config contains both, without effect
     loaded = Checkpoint({}, {"config": config, "data": data}, "")
     assert names(parity.labelled(folder_copy, "val", loaded)) == held
     assert not {*held} & {*names(parity.labelled(folder_copy, "train", loaded))}
     assert len(parity.labelled(folder_copy, "train", loaded)) == 7
     assert names(parity.choose(folder_copy, "test", 200, 0, loaded)) == ["own_09", "own_10", "own_11"]
-    (folder_copy / "val.txt").write_text("own_02\n")  # what is there has the last word
+    (folder_copy / "val.txt").write_text("own_02\n")  # an existing listing takes precedence
     assert names(parity.labelled(folder_copy, "val", loaded)) == ["own_02"]
 
 
 def test_val_that_may_hold_photos_of_the_training_is_doubted(folder_copy: Path) -> None:
-    """As where photos have been added since, so that the same share and seed choose others."""
+    """For example after photos were added, so that the same share and seed choose others."""
     parts = (find(folder_copy, part, val_fraction=0.25, seed=3) for part in (Split.TRAIN, Split.VAL))
     train, val = parts
     data = {"names_sha256": names_sha256(names(train), val), "skipped_without_pet": []}
@@ -122,15 +122,15 @@ def test_val_that_may_hold_photos_of_the_training_is_doubted(folder_copy: Path) 
     said = "val, 0.25 of trainval by seed 3, is not what the model was validated on: photos that it was trained on"
     assert said in (parity.doubt(folder_copy, "val", loaded) or "")
     assert parity.doubt(folder_copy, "test", loaded) is None
-    assert parity.doubt(folder_copy, "val", checkpoint_of()) is None, "it does not say"
-    assert parity.doubt(folder_copy / "images", "val", loaded) is None, "without labels there is no IoU to flatter"
+    assert parity.doubt(folder_copy, "val", checkpoint_of()) is None, "it does not record its photos"
+    assert parity.doubt(folder_copy / "images", "val", loaded) is None, "without labels there is no IoU"
     assert parity.doubt(None, "val", loaded) is None
     (folder_copy / "val.txt").write_text(val[0].name)
     assert "val, as val.txt lists it, is not what" in (parity.doubt(folder_copy, "val", loaded) or "")
 
 
 def test_a_folder_without_a_part_to_train_on_is_judged_by_the_other(folder_copy: Path) -> None:
-    """As one that is there to measure on alone."""
+    """A folder that is only for measuring."""
     every = find(folder_copy, Split.TRAINVAL)
     (folder_copy / "val.txt").write_text("\n".join(names(every)))
     data: dict[str, Any] = {"names_sha256": "0" * 64, "skipped_without_pet": []}
@@ -156,7 +156,7 @@ def test_a_folder_of_ones_own_with_masks_is_labelled_too(folder_root: Path) -> N
 
 
 def test_the_folder_into_which_torchvision_downloads_is_labelled(oxford_root: Path, tmp_path: Path) -> None:
-    """Otherwise its trimaps would be taken for photos."""
+    """Otherwise its trimaps would count as photos."""
     shutil.copytree(oxford_root, tmp_path / "oxford-iiit-pet")
     chosen = parity.choose(tmp_path, "test", 200, 0, checkpoint_of())
     assert names(chosen) == [f"pet_{i}" for i in range(24, 30)]
@@ -229,7 +229,7 @@ def test_the_reference_is_what_the_network_says_in_pytorch(trained: Any, photos:
 
 
 def test_iou_on_the_labels_is_the_one_that_petseg_evaluate_reports(trained: Any, oxford_root: Path) -> None:
-    """Photos of 64 x 64 judged at that size, answers of 32 x 48; the border counts as background."""
+    """Photos of 64 x 64 evaluated at that size, from outputs of 32 x 48; the border counts as background."""
     pairs = find(oxford_root, Split.TRAINVAL)
     read = parity.read(pairs, SPEC)
     assert read.labels is not None
@@ -248,7 +248,7 @@ def test_iou_on_the_labels_is_the_one_that_petseg_evaluate_reports(trained: Any,
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """What an export judges with: the reference on 30 labelled photos, and the finished file in its engine."""
+    """The parity test of an export: the reference on 30 labelled photos, and the finished file in its engine."""
 
     proof: Proof
     spec: ModelSpec
@@ -256,7 +256,7 @@ class Gate:
     run: Run
 
     def row(self, candidate: Run, precision: str) -> Comparison:
-        """A candidate, as if an engine had computed it in that precision."""
+        """The row of a candidate, as if an engine had computed it in that precision."""
         info = EngineInfo(name="fake", version="1.2", device="cpu", provider="none", precision=precision, threads=1)
         return compare(candidate, info, self.proof, self.spec, checks=Checks(task=self.task))
 
@@ -322,7 +322,7 @@ def with_filter_at_zero(index: int) -> Callable[[AttentionUNet], None]:
     return change
 
 
-#: (trained, the file's run) -> a run that is not the checkpoint's network.
+#: (trained, run function of the file) -> run function that is not the checkpoint's network.
 MUTATIONS: dict[str, Callable[[Any, Run], Run]] = {
     "BGR for RGB": lambda t, run: lambda batch: run(np.ascontiguousarray(batch[..., ::-1])),
     "mask one pixel to the right": lambda t, run: lambda batch: np.roll(run(batch), 1, axis=2),
@@ -348,7 +348,7 @@ MUTATIONS: dict[str, Callable[[Any, Run], Run]] = {
 }
 
 
-#: One filter of four that the trained network hardly uses changes less than int8 itself does; finer rows catch it.
+#: Losing one of four filters, hardly used by the trained network, changes less than int8 itself; finer rows catch it.
 PASSES_AS_INT8 = {name for name in MUTATIONS if name.startswith("filter")}
 
 
@@ -365,7 +365,7 @@ def _stuck(run: Run) -> Run:
 
 @pytest.mark.parametrize("precision", TOLERANCES)
 def test_the_real_file_passes_and_its_output_is_not_flat(gate: Gate, precision: str) -> None:
-    """The control: without it, the mutations below would prove nothing."""
+    """The control for the mutations below."""
     seen: list[np.ndarray] = []
 
     def watched(batch: np.ndarray) -> np.ndarray:
@@ -405,7 +405,7 @@ def test_a_shifted_mask_is_called_that_in_every_precision(
     assert any(f"not aligned: shifted by (dy, dx) = ({back})" in failure for failure in row.failures)
 
 
-#: What a bug in the exporter could do to the graph that is written.
+#: Bugs that an exporter could have.
 EXPORTER_BUGS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
     "BGR": lambda honest, image: honest(image.flip(3)),
     "shifted": lambda honest, image: torch.roll(honest(image), 1, dims=2),
@@ -433,7 +433,7 @@ def test_an_exporter_that_exports_another_network_is_caught(
 def test_weights_that_are_lost_on_the_way_are_caught(
     checkpoint_file: Path, trained: Any, oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracer: Any
 ) -> None:
-    """Through the whole export: the graph of another epoch's network in place of this one's."""
+    """Through the complete export: the graph of another epoch's network is traced."""
     monkeypatch.setattr(build, "graph_bytes", lambda deployed, spec: tracer(DeployedUNet(trained.earlier), spec))
     with pytest.raises(ParityTolerance, match=r"mask IoU 0\.\d+, allowed 0\.999"):
         export(checkpoint_file, OnnxConfig(output=tmp_path / "out.onnx", data=oxford_root / "images"))

@@ -1,4 +1,4 @@
-"""int8: ranges, the Q/DQ graph, what the engines make of it, and which layers stay in float."""
+"""int8: activation ranges, the QDQ graph, its output in the engines, and the layers that stay in float."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def all_layers(graph: bytes) -> list[str]:
 
 
 def loses(points: dict[str, float]) -> Callable[[bytes], float]:
-    """A judge under which each of these layers costs so many points in int8, and the others nothing."""
+    """A judge with a given loss in points for each of these layers in int8, and none for the others."""
     return lambda graph: 0.9 - sum(points.get(layer, 0.0) for layer in layers_in_int8(graph)) / 100
 
 
@@ -140,7 +140,7 @@ def test_methods_treat_outliers_as_they_say() -> None:
     seen.add(np.abs(np.random.default_rng(0).normal(size=100_000)).astype(np.float32))
     seen.add(np.array([50.0], np.float32))
     assert METHODS["minmax"](seen) == 50
-    assert 3.5 < METHODS["percentile"](seen) < 4.5  # the normal distribution's is 3.89
+    assert 3.5 < METHODS["percentile"](seen) < 4.5  # for the normal distribution, it is 3.89
     assert 2.5 < METHODS["entropy"](seen) < 6
 
 
@@ -185,7 +185,7 @@ def test_calibration_keeps_no_activations(
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", run)
     seen = calibrate(onnx.load_from_string(graph), labelled.images[:8], watch)
     assert len(alive) == 8 * len(seen)
-    assert most <= len(seen)  # of the photo before
+    assert most <= len(seen)  # of the previous photo
 
 
 def test_a_fixed_batch_counts_each_photo_once(graph: bytes, labelled: parity.Photos) -> None:
@@ -215,7 +215,7 @@ def test_weights_are_within_half_a_step(seed: int, channels: int, size: float, f
     assert values.shape == weight.shape
     assert scales.shape == (channels,)
     assert (scales > 0).all()
-    assert np.abs(values.astype(int)).max() * 255 * 2 < 2**15  # two products fit the 16 bits of CPUs without VNNI
+    assert np.abs(values.astype(int)).max() * 255 * 2 < 2**15  # two products fit 16 bits, for CPUs without VNNI
     steps = scales.reshape(-1, 1, 1, 1).astype(np.float64)
     assert (np.abs(values * steps - weight) <= 0.5001 * steps).all()
 
@@ -233,7 +233,7 @@ def test_any_layers_may_be_in_int8(graph: bytes, ranges: dict[str, float], chose
     convolutions = [node for node in proto.graph.node if node.op_type == "Conv"]
     assert len(convolutions) == LAYERS
     for node in convolutions:
-        assert np.array_equal(after[node.input[2]], before[node.input[2]])  # biases stay as they are
+        assert np.array_equal(after[node.input[2]], before[node.input[2]])  # biases do not change
         weight = node.input[1].removesuffix("_rounded")
         if weight.removeprefix("network.").removesuffix(".weight") in layers:
             assert [makers[name].op_type for name in node.input[:2]] == ["DequantizeLinear"] * 2
@@ -260,7 +260,7 @@ def test_all_layers_left_in_float_is_the_graph_itself(graph: bytes, ranges: dict
 
 
 def test_an_activation_is_kept_in_one_byte_only(done: Quantized) -> None:
-    """Nothing but the rounding takes a tensor that is rounded."""
+    """Only the QuantizeLinear reads a tensor that is quantized."""
     nodes = onnx.load_from_string(done.graph).graph.node
     rounded = {name.removesuffix("_rounded") for node in nodes for name in node.output if name.endswith("_rounded")}
     takers = [(node.op_type, name) for node in nodes for name in node.input if name in rounded]
@@ -280,7 +280,7 @@ def test_what_comes_out_of_a_pool_is_rounded_at_the_same_scale(done: Quantized) 
 def test_a_dead_channel_and_a_dead_layer_are_no_obstacle(graph: bytes, labelled: parity.Photos) -> None:
     def kill(values: dict[str, np.ndarray]) -> None:
         values["network.down1.0.weight"][:] = 0
-        values["network.down1.0.bias"][:] = -1  # nothing comes out of its ReLU
+        values["network.down1.0.bias"][:] = -1  # its ReLU's output is 0
         values["network.down2.0.weight"][1] = 0
 
     dead = changed(graph, kill)
@@ -310,7 +310,7 @@ def convolutions(*parts: tuple[np.ndarray, np.ndarray]) -> bytes:
 @pytest.mark.parametrize("tiny", [0.0, 1e-10, 1e-6, 1e-3])
 @pytest.mark.parametrize("bias", [0.05, -0.5, 3.0])
 def test_a_bias_is_what_it_was_in_onnxruntime_however_small_the_weights(tiny: float, bias: float) -> None:
-    """ONNX Runtime makes an int32 of it, in steps of the scales, without a look at whether it fits."""
+    """ONNX Runtime quantizes it to int32 with the product of the scales, and does not check for overflow."""
     weights = np.array([[tiny, -tiny], [0.5, 0.25]])
     float_graph = convolutions((weights, np.array([bias, 0.1])), (np.array([[1.0, 1.0]]), np.array([0.0])))
     made = with_int8(onnx.load_from_string(float_graph), {"0", "1"}, {"x0": 20.0, "x1": 20.0})
@@ -324,13 +324,13 @@ def test_a_bias_is_what_it_was_in_onnxruntime_however_small_the_weights(tiny: fl
         options.graph_optimization_level = level
         session = onnxruntime.InferenceSession(made, options, providers=["CPUExecutionProvider"])
         answers.append(session.run(None, {"image": photo})[0])
-    np.testing.assert_allclose(answers[1], answers[0], atol=20 / 127 + 1e-5)  # a step of the activation in between
+    np.testing.assert_allclose(answers[1], answers[0], atol=20 / 127 + 1e-5)  # one step of the activation between them
     assert np.abs(answers[1] - answers[0]).mean() < 0.03
     exact = onnxruntime.InferenceSession(float_graph, providers=["CPUExecutionProvider"]).run(None, {"image": photo})[0]
     assert np.abs(answers[1] - exact).mean() < 0.15
 
 
-# --- what the engines make of it ---
+# --- its output in the engines ---
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_a_bias_is_what_it_was_in_onnxruntime_however_small_the_weights(tiny: fl
 def test_openvino_computes_the_same(
     graph: bytes, ranges: dict[str, float], labelled: parity.Photos, left: tuple[str, ...]
 ) -> None:
-    """It is where MaxPool and Concat lie that it would not, without the means in the module's docstring."""
+    """Without the workarounds in the module docstring, it would not after a MaxPool or a Concat."""
     openvino = pytest.importorskip("openvino")
     layers = set(all_layers(graph)) - set(left)
     made = with_int8(onnx.load_from_string(graph), layers, ranges)
@@ -409,16 +409,16 @@ def test_progress_is_told(graph: bytes, labelled: parity.Photos) -> None:
     quantize(graph, labelled.images[:2], loses({"head": 1.0}), ONE, lambda *progress: told.append(progress))
     assert list(dict.fromkeys(what for what, _, _ in told)) == [
         "calibrating",
-        "judging the float graph",
-        "judging calibration methods",
-        "sensitivity of the layers",
+        "evaluating the float graph",
+        "evaluating calibration methods",
+        "measuring the sensitivity of layers",
         "choosing layers",
     ]
     assert all(done < total or total == 0 for _, done, total in told)
 
 
 def test_a_sensitive_layer_is_found_and_left_in_float(graph: bytes, labelled: parity.Photos) -> None:
-    """One channel times 1000 and back again: in float nothing changes, in int8 it drowns the other channels."""
+    """One channel scaled by 1000 and back: no change in float, but in int8 it swamps the other channels."""
 
     def spread(values: dict[str, np.ndarray]) -> None:
         values["network.up1.block.0.weight"][0] *= 1000
@@ -445,7 +445,7 @@ def test_a_sensitive_layer_is_found_and_left_in_float(graph: bytes, labelled: pa
     [
         ((0.0, 0.4, 0.3), {"minmax"}),
         ((0.4, 0.3, 0.0), {"entropy"}),
-        ((0.4, -3.0, 0.01), {"percentile", "entropy"}),  # a gain is no merit, and a hundredth is chance
+        ((0.4, -3.0, 0.01), {"percentile", "entropy"}),  # a gain counts as no loss, and a hundredth of a point is noise
     ],
 )
 def test_the_method_that_loses_least_is_kept(
@@ -464,7 +464,7 @@ def test_only_what_costs_is_left_in_float(graph: bytes, labelled: parity.Photos)
     choice = quantize(graph, labelled.images[:2], loses(costly), ONE).choice
     assert choice["in_float"] == list(costly)
     assert choice["loss"] == 0
-    assert len(choice["search"]) <= 2 + 5 + SECOND_TRIES  # the ends, the bisection of 27, the second tries
+    assert len(choice["search"]) <= 2 + 5 + SECOND_TRIES  # both ends, the bisection of 27, the second tries
 
 
 def test_the_budget_is_used(graph: bytes, labelled: parity.Photos) -> None:
@@ -476,7 +476,7 @@ def test_the_budget_is_used(graph: bytes, labelled: parity.Photos) -> None:
     assert choice["loss"] == pytest.approx(1.5)
 
 
-# --- what cannot be ---
+# --- errors ---
 
 
 def test_no_photos(graph: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The formats as data, and what is refused before anything heavy is imported."""
+"""The table of export formats, and requests that are rejected before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 @pytest.fixture
 def missing(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Packages that seem not to be installed; empty to begin with."""
+    """Names of packages that appear not to be installed; initially empty."""
     gone: set[str] = set()
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else real(name))
@@ -49,7 +49,7 @@ def missing(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 @pytest.fixture
 def everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that has every package and a GPU."""
+    """A machine with every package and a GPU."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(host, "nvidia_gpus", lambda: 1)
 
@@ -82,7 +82,7 @@ def test_every_config_leads_to_its_format() -> None:
 
 
 def test_a_config_of_no_format_is_a_mistake_of_the_program() -> None:
-    with pytest.raises(TypeError, match="ExportConfig is no format's config"):
+    with pytest.raises(TypeError, match="ExportConfig is not the config of a format"):
         format_of(ExportConfig())
 
 
@@ -131,7 +131,7 @@ def test_where_an_engine_will_be_run_it_is_not_built_without_what_runs_it(
     with pytest.raises(MissingExtra, match=f"{name}: cuda-bindings is not installed.*: pip install cuda-bindings$"):
         check(FORMATS[name].config())
     monkeypatch.setattr(host, "nvidia_gpus", lambda: 0)
-    check(TensorRTRTXConfig())  # which builds without a GPU, and runs nothing
+    check(TensorRTRTXConfig())  # builds without a GPU, and runs nothing
 
 
 @pytest.mark.parametrize(("config", "extras"), [(OnnxConfig, ("cpu", "openvino")), (OpenVINOConfig, ("openvino",))])
@@ -193,7 +193,7 @@ def test_a_device_that_does_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     for config in (OnnxConfig(device="cpu"), OnnxConfig(device="cuda:1"), OpenVINOConfig(device="intel-gpu")):
         check(config)
     monkeypatch.setattr(host, "nvidia_gpus", lambda: 0)
-    with pytest.raises(EngineError, match="trt-rtx: cuda:0 cannot be had: this machine shows no NVIDIA GPU"):
+    with pytest.raises(EngineError, match="trt-rtx: cuda:0 is not available: this machine shows no NVIDIA GPU"):
         check(TensorRTRTXConfig(device="cuda"))
 
 
@@ -220,7 +220,7 @@ def test_int8_is_calibrated_in_onnxruntime(missing: set[str]) -> None:
 
 def test_a_precision_that_a_format_does_not_come_in_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS, "openvino", dataclasses.replace(FORMATS["openvino"], precisions=("fp32",)))
-    with pytest.raises(UsageError, match="openvino comes in fp32, not in fp16"):
+    with pytest.raises(UsageError, match="openvino supports fp32, not fp16"):
         check(OpenVINOConfig(precision="fp16"))
 
 
@@ -254,10 +254,13 @@ def test_every_refusal_is_an_error_of_petseg() -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (OnnxConfig(quantize=QuantizeConfig(budget=0.1)), "of int8 .* and this is fp32"),
-        (OpenVINOConfig(precision="int8", onnx=Path("x.onnx"), quantize=QuantizeConfig(photos=7)), "compiled as it is"),
+        (OnnxConfig(quantize=QuantizeConfig(budget=0.1)), "int8 options .* the precision is fp32"),
+        (
+            OpenVINOConfig(precision="int8", onnx=Path("x.onnx"), quantize=QuantizeConfig(photos=7)),
+            "compiled unchanged",
+        ),
         (OnnxConfig(split="test"), "give their folder with --data"),
-        (TensorRTRTXConfig(batch=1, max_batch=4), "this one takes 1"),
+        (TensorRTRTXConfig(batch=1, max_batch=4), "this one has a batch of 1"),
         (TensorRTConfig(max_size=(64, 64)), "--dynamic-size"),
     ],
 )

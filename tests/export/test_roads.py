@@ -1,4 +1,4 @@
-"""The roads that need more than a graph: int8 with labelled data, and engines; all the way through `export`."""
+"""Complete exports that need more than a graph: int8 with labelled data, and TensorRT engines."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ QUANTIZE = QuantizeConfig(photos=6, judges=6, methods=("minmax", "entropy"))
 
 @pytest.fixture(scope="module")
 def quarter(trained: Any, meta: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that was trained with a quarter of the 24 photos held back."""
+    """A checkpoint that was trained with a quarter of the 24 photos for validation."""
     path = tmp_path_factory.mktemp("quarter") / "best.safetensors"
     config = {"data": {"val_fraction": 0.25, "split_seed": 7}}
     save_checkpoint(path, trained.model.state_dict(), {**meta, "config": config})
@@ -68,7 +68,7 @@ def quarter(trained: Any, meta: dict[str, Any], tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def int8(quarter: Path, oxford_root: Path, tracer: Any, tmp_path_factory: pytest.TempPathFactory) -> build.Exported:
-    """An int8 ONNX file, judged on the six photos of the validation part, with the test part's receipt. Read only."""
+    """An int8 ONNX file, tuned on the six validation photos, with a receipt of the test split. Read only."""
     file = tmp_path_factory.mktemp("int8") / "small.onnx"
     config = OnnxConfig(
         output=file,
@@ -127,8 +127,8 @@ def test_calibration_judgement_and_receipt_are_on_different_photos(
 def test_a_receipt_on_the_photos_that_int8_was_chosen_on_says_so(int8: build.Exported) -> None:
     choice = {**(int8.receipt.quantization or {}), build.SHARED: 6}
     (note,) = build._receipt_notes(dataclasses.replace(int8.receipt, quantization=choice))
-    assert "chosen on 6 of the 6 photos of the parity test" in note
-    assert "--split test takes others" in note
+    assert "tuned on 6 of the 6 photos of the parity test" in note
+    assert "--split test" in note
 
 
 @pytest.mark.parametrize("shared", [6, None])
@@ -143,7 +143,7 @@ def test_without_iou_in_a_receipt_none_is_said_to_be_flattered(
 
 def test_a_receipt_without_a_search_for_nan_says_so(int8: build.Exported) -> None:
     (note,) = build._receipt_notes(dataclasses.replace(int8.receipt, scan=None))
-    assert "not searched for NaN" in note
+    assert "scanned for NaN" in note
 
 
 def test_the_loss_in_the_receipt_is_that_of_evaluate(int8: build.Exported, quarter: Path, oxford_root: Path) -> None:
@@ -163,11 +163,23 @@ def test_too_few_photos_to_judge_on_are_refused_with_the_remedy_before_the_work(
 ) -> None:
     config = OnnxConfig(output=tmp_path / "x.onnx", precision="int8", data=oxford_root)
     told: list[str] = []
-    with pytest.raises(DataError, match="which has 6 photos; 100 are needed") as caught:
+    with pytest.raises(DataError, match="which has 6 photos, and 100 are required") as caught:
         export(quarter, config, lambda what, done, total: told.append(what))
     assert "--int8-judges" in str(caught.value)
     assert told == ["reading"]
     assert not list(tmp_path.iterdir())
+
+
+def test_without_photos_to_calibrate_on_int8_is_rejected_before_the_work(
+    quarter: Path, folder_copy: Path, tmp_path: Path
+) -> None:
+    names = [pair.name for pair in find(folder_copy, Split.TRAINVAL)]
+    (folder_copy / "val.txt").write_text("\n".join(names))
+    config = OnnxConfig(output=tmp_path / "x.onnx", precision="int8", data=folder_copy, quantize=QUANTIZE)
+    told: list[str] = []
+    with pytest.raises(DataError, match="the train split has no photos"):
+        export(quarter, config, lambda what, done, total: told.append(what))
+    assert told == ["reading"]
 
 
 def test_a_budget_that_int8_cannot_keep_leaves_nothing(
@@ -184,10 +196,11 @@ def test_a_budget_that_int8_cannot_keep_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_graph_that_is_wrong_before_it_is_quantized_leaves_nothing(
-    quarter: Path, oxford_root: Path, tmp_path: Path, tracer: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_wrong_normalisation_is_caught_at_float32_tolerance(
+    precision: str, quarter: Path, oxford_root: Path, tmp_path: Path, tracer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Normalised by 256: no receipt of int8 would show it."""
+    """Normalised by 256, which the tolerances of fp16 and int8 do not catch."""
 
     def dimmed(deployed: DeployedUNet, spec: ModelSpec) -> bytes:
         proto = onnx.load_from_string(tracer(deployed, spec))
@@ -196,8 +209,9 @@ def test_a_graph_that_is_wrong_before_it_is_quantized_leaves_nothing(
         return proto.SerializeToString()
 
     monkeypatch.setattr(build, "graph_bytes", dimmed)
-    config = OnnxConfig(output=tmp_path / "x.onnx", precision="int8", data=oxford_root, quantize=QUANTIZE)
-    with pytest.raises(ParityTolerance, match=r"^the graph that .* FAILED.*largest difference"):
+    quantize = QUANTIZE if precision == "int8" else QuantizeConfig()
+    config = OnnxConfig(output=tmp_path / "x.onnx", precision=precision, data=oxford_root, quantize=quantize)
+    with pytest.raises(ParityTolerance, match=r"^the traced ONNX graph \(fp32\) .* FAILED.*largest difference"):
         export(quarter, config)
     assert not list(tmp_path.iterdir())
 
@@ -233,7 +247,7 @@ def test_the_ir_of_an_int8_file_says_which_of_its_photos_int8_was_chosen_on(
     done = export(quarter, config)
     assert done.receipt.quantization is not None
     assert done.receipt.quantization[build.SHARED] == shared
-    assert sum("chosen on 6 of the 6 photos of the parity test" in note for note in done.notes) == (shared > 0)
+    assert sum("tuned on 6 of the 6 photos of the parity test" in note for note in done.notes) == (shared > 0)
 
 
 @pytest.mark.parametrize("change", ["other pixels", "no such part"])
@@ -260,7 +274,7 @@ def test_where_it_cannot_be_told_what_int8_was_chosen_on_that_is_said(
     done = export(quarter, config)
     assert done.receipt.quantization is not None
     assert done.receipt.quantization[build.SHARED] is None
-    assert any("whether int8 was chosen on photos of the parity test cannot be told" in note for note in done.notes)
+    assert any("it is not known whether photos of the parity test" in note for note in done.notes)
 
 
 # ------------------------------------------------------------------------------------------------ engines
@@ -278,7 +292,7 @@ def test_an_rtx_engine_is_built_and_says_that_it_was_not_run(
     done = export(quarter, TensorRTRTXConfig(output=tmp_path / "x.engine", precision=precision, onnx=given))
     assert [file.name for file in done.files] == ["x.engine", "x.engine.json", "x.engine.parity.npz"]
     assert done.receipt.kind == "built, not run"
-    assert done.receipt.note.startswith("no NVIDIA GPU where it was made; ")
+    assert done.receipt.note.startswith("no NVIDIA GPU on the machine that built it; ")
     assert done.receipt.passed is None
     artifact = open_artifact(done.path)
     assert (artifact.format, artifact.spec.precision) == ("trt-rtx", precision)
@@ -287,7 +301,7 @@ def test_an_rtx_engine_is_built_and_says_that_it_was_not_run(
     assert sidecar["files"] == {".engine": hashlib.sha256(done.path.read_bytes()).hexdigest()}
     computed = {kind for row in artifact.environment["engine"]["computed"] for kind in row["reads"]}
     assert precision in computed
-    with pytest.raises(EngineError):  # no GPU: said, and not run on something else
+    with pytest.raises(EngineError):  # no GPU: an error, and no other device is used
         verify_artifact(artifact)
     if given:
         assert artifact.identity == open_artifact(given).identity
@@ -304,7 +318,7 @@ def test_a_graph_that_the_library_cannot_read_leaves_nothing(
     next(node for node in proto.graph.node if node.op_type == "Sigmoid").op_type = "Sigmund"
     metadata = open_artifact(exported.file).onnx
     assert metadata is not None
-    about = {key: text for key, text in metadata.metadata.items() if key != RECEIPT_KEY}  # which certifies the other
+    about = {key: text for key, text in metadata.metadata.items() if key != RECEIPT_KEY}  # it certifies the other file
     spoilt.write_bytes(with_metadata(proto.SerializeToString(), about))
     (tmp_path / "out").mkdir()
     with pytest.raises(ModelError, match="Sigmund"):
@@ -349,10 +363,14 @@ def test_the_profile_follows_from_the_specification(
 @pytest.mark.parametrize(
     ("spec", "asked", "said"),
     [
-        ({"dynamic_size": True}, {"max_size": (16, 512)}, "max_size is 16 x 512, less than the 64 x 48 of the model"),
-        ({"dynamic_size": True}, {"max_size": (64, 32)}, "max_size is 64 x 32, less"),
-        ({}, {"max_size": (64, 48)}, "max_size is of a graph that takes any size"),
-        ({"batch": 1}, {"max_batch": 2}, "any batch, and this one takes 1"),
+        (
+            {"dynamic_size": True},
+            {"max_size": (16, 512)},
+            "max_size is 16 x 512; it must be at least the model's 64 x 48",
+        ),
+        ({"dynamic_size": True}, {"max_size": (64, 32)}, "max_size is 64 x 32; it must"),
+        ({}, {"max_size": (64, 48)}, "max_size needs a graph of dynamic size"),
+        ({"batch": 1}, {"max_batch": 2}, "dynamic batch, and this one has a batch of 1"),
     ],
 )
 def test_limits_that_contradict_the_graph_are_wrong_usage(
@@ -365,20 +383,20 @@ def test_limits_that_contradict_the_graph_are_wrong_usage(
 def test_limits_are_checked_before_the_work(
     checkpoint_file: Path, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # a machine that has TensorRT and a GPU
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # a machine with TensorRT and a GPU
     monkeypatch.setattr(host, "nvidia_gpus", lambda: 1)
     for asked, said in (
-        ({"dynamic_size": True, "max_size": (16, 64)}, "less than the"),
-        ({"max_size": (64, 64)}, "ask for that with --dynamic-size"),
-        ({"onnx": exported.file, "max_size": (64, 64)}, f"{exported.file} does not: leave it out"),
+        ({"dynamic_size": True, "max_size": (16, 64)}, "it must be at least the"),
+        ({"max_size": (64, 64)}, "add --dynamic-size"),
+        ({"onnx": exported.file, "max_size": (64, 64)}, f"that of {exported.file} is fixed: omit it"),
     ):
-        with pytest.raises(UsageError, match=rf"max_size is .*{re.escape(said)}"):
+        with pytest.raises(UsageError, match=rf"max_size .*{re.escape(said)}"):
             export(checkpoint_file, TensorRTConfig(output=tmp_path / "x.engine", **asked))
     assert not list(tmp_path.iterdir())
 
 
 class Cudart:
-    """CUDA's runtime with two GPUs, as far as choosing one goes."""
+    """A stand-in for the CUDA runtime with two GPUs, which can only select one."""
 
     class cudaError_t(enum.Enum):
         cudaSuccess = 0
@@ -414,7 +432,7 @@ def test_an_engine_is_built_for_the_gpu_that_is_asked_for(
     assert (asked["device"], asked["timing_cache"]) == (gpu, f"timings of {gpu}")
     assert asked["profile"].maximum == (2, 32, 32, 3)
     asked["activate"]()
-    assert cudart.chosen == [gpu], "CUDA knows a current GPU per thread, and the library builds for that one"
+    assert cudart.chosen == [gpu], "CUDA has a current GPU per thread, and the library builds for that one"
 
 
 def test_a_gpu_that_cuda_does_not_have_cannot_be_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,11 +464,11 @@ def test_a_larger_budget_counts_in_the_receipt_too(int8: build.Exported) -> None
 def test_only_an_engine_for_another_gpu_is_left_unrun(
     error: EngineError, quarter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a GPU, what is missing here is an error; that the GPU is none of those it was built for is said."""
+    """With a GPU, anything missing is an error; an engine for other GPUs is reported as not run."""
     pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install 'petseg[rtx]'")
 
     def refuse(artifact: Artifact, *rest: Any, **options: Any) -> Engine:
-        if artifact.format == "onnx":  # the graph that the engine is made of
+        if artifact.format == "onnx":  # the graph that the engine is built from
             return load_engine(artifact, *rest, **options)
         raise error
 

@@ -1,4 +1,4 @@
-"""ONNX to engine: in TensorRT for RTX for real, and through the `tensorrt` branch with that library in its clothes."""
+"""ONNX to engine: with the real TensorRT for RTX, and through the `tensorrt` branch with that library in its place."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def profile(height: int = 32, width: int = 32, batch: int = 4) -> Profile:
 
 
 def network(width: int) -> AttentionUNet:
-    """Random weights; the BatchNorms have seen something, so that folding them changes every convolution."""
+    """Random weights and BatchNorm statistics, so that folding changes every convolution."""
     torch.manual_seed(0)
     model = AttentionUNet(AttentionUNetConfig(width=width)).eval()
     for module in model.modules():
@@ -77,7 +77,7 @@ def graph(width: int = 4, size: int = 32, *, half: bool = False, dynamic: bool =
 
 
 def fixed(batch: int) -> bytes:
-    """The graph with one batch size in place of any."""
+    """The graph with a fixed instead of a dynamic batch."""
     model = onnx.load_from_string(graph())
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = batch
@@ -85,7 +85,7 @@ def fixed(batch: int) -> bytes:
 
 
 def quantized(data: bytes, *, activations: type = np.int8, weights: str = "int8", biases: str = "float") -> bytes:
-    """Q/DQ around every convolution: activations per tensor, weights per output channel, zero points 0.
+    """QDQ around every convolution: activations per tensor, weights per output channel, zero points 0.
 
     Weights are stored as int8, or as float with a QuantizeLinear; biases as float, or as int32.
     """
@@ -177,7 +177,7 @@ def test_a_graph_becomes_an_engine_that_computes_in_its_types(
     assert capfd.readouterr() == ("", "")
     ((dtypes, count),) = convolutions(built).items()
     assert dtypes == expected
-    assert CONVOLUTIONS - 5 <= count <= CONVOLUTIONS  # of four channels, some become part of other kernels
+    assert CONVOLUTIONS - 5 <= count <= CONVOLUTIONS  # with four channels, some are fused into other kernels
     assert built.messages == ()
     described = built.description
     assert described["bytes"] == len(built.engine) > 100_000
@@ -224,7 +224,7 @@ def test_gpus_can_be_asked_for() -> None:
         build(graph(), profile(), library=RTX, compute_capabilities=("8.9", "9.0"))
 
 
-# --- graphs and profiles that are refused ---
+# --- graphs and profiles that are rejected ---
 
 
 @needs_rtx
@@ -339,8 +339,8 @@ def test_what_the_watcher_raises_cancels_the_build(error: BaseException, capfd: 
 def test_ctrl_c_cancels_the_build(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], wakes: bool
 ) -> None:
-    """Also where it comes while nothing wakes the thread that waits, as where another thread gets it."""
-    graph()  # traced before, so that Ctrl-C meets the build
+    """Even if nothing wakes the waiting thread, for example because another thread receives the signal."""
+    graph()  # traced before, so that Ctrl-C arrives during the build
     made: list[tensorrt_build._Progress] = []
     news: list[str] = []
 
@@ -366,12 +366,12 @@ def test_ctrl_c_cancels_the_build(
     assert capfd.readouterr() == ("", "")
 
 
-# --- the branch for `tensorrt`: TensorRT for RTX under its name ---
+# --- the `tensorrt` branch, with TensorRT for RTX under that name ---
 
 
 @pytest.fixture
 def disguised(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """`import tensorrt` gives TensorRT for RTX, on a machine that shows a GPU. What it was asked for is returned."""
+    """`import tensorrt` returns TensorRT for RTX, on a machine with a GPU. Returns a record of the calls."""
     asked: dict[str, Any] = {}
 
     class Builder:
@@ -493,7 +493,7 @@ def test_a_timing_cache_has_its_place_in_the_cache_of_each_gpu_and_version(
 
 @needs_rtx
 def test_builds_share_a_logger_and_not_their_messages() -> None:
-    with pytest.raises(ModelError) as kept:  # its traceback keeps a builder alive, and that one its logger
+    with pytest.raises(ModelError) as kept:  # its traceback keeps a builder alive, and the builder its logger
         build(b"not a graph", profile(), library=RTX)
     built = build(graph(), profile(), library=RTX)
     assert built.messages == ()
