@@ -312,13 +312,16 @@ def contents(file: BinaryIO) -> tuple[bytes, str]:
 def may_change(image: Image.Image) -> bool:
     """Whether a PIL image may change before it is read, because its owner draws on it or seeks to its next frame.
 
-    False for an image that Pillow has opened from a file with a single picture.
+    False for an image that Pillow has opened from a file with a single picture and not decoded yet: to draw on it,
+    Pillow decodes it first.
 
     Raises:
         UnreadableImage: It is damaged.
     """
     with _reading(_name_of(image), image):
-        return not isinstance(image, ImageFile.ImageFile) or bool(getattr(image, "is_animated", False))
+        # ``im`` would raise before the image is decoded.
+        undecoded = isinstance(image, ImageFile.ImageFile) and vars(image).get("_im") is None
+        return not undecoded or bool(getattr(image, "is_animated", False))
 
 
 def to_model(pixels: U8 | Image.Image, height: int, width: int) -> U8:
