@@ -171,7 +171,7 @@ class OpenPhoto:
 
 
 def read(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: tuple[int, int] | None = None) -> Photo:
-    """Decode an image to upright RGB. Safe to call from several threads, which decode in parallel.
+    """Decode an image to upright RGB. Several threads may decode different sources in parallel.
 
     Applies the EXIF orientation; composites transparency over white; scales 16-bit grey to 8 bits; converts CMYK;
     takes the first frame of an animation. HEIC needs the package pillow-heif.

@@ -185,7 +185,7 @@ class Segmentation:
 
     @property
     def outline(self) -> Bool:
-        """The mask's pixels along its edge, bool [H, W], as thick as 1/250 of the photo's shorter side."""
+        """The mask's pixels along its edge, bool [H, W], 1/250 of the photo's shorter side thick, at least 1 pixel."""
         return _outline(self.mask, max(1, round(min(self.mask.shape) / 250)))
 
     def overlay(self, color: tuple[int, int, int] = OVERLAY_COLOR, strength: float = OVERLAY_STRENGTH) -> Image.Image:
