@@ -89,7 +89,7 @@ class UnreadableImage(InputError):
 
 
 class UnsupportedImage(InputError):
-    """The pixel values of the image have no agreed meaning as RGB (32-bit float, for example)."""
+    """The pixel values have no agreed meaning as RGB (32-bit float, for example), or the type of source is unknown."""
 
 
 class ImageTooLarge(InputError):

@@ -122,7 +122,7 @@ class Photo:
         notes: Decisions made while decoding it, each in a few words ("transparency laid over white").
         height: Height of the full-size photo, upright; 0 stands for that of ``pixels``.
         width: Width of the full-size photo, upright; 0 stands for that of ``pixels``.
-        icc_profile: The ICC profile of its RGB values; None: it has none, which means sRGB.
+        icc_profile: The ICC profile of its RGB values; None: none applies to them, which means sRGB.
         orientation: Its EXIF orientation, 1 to 8, already applied to ``pixels``; 1: none was needed.
         model_input: uint8 [H, W, 3], the photo at a model's size, if it was decoded for one; else None.
     """

@@ -51,7 +51,7 @@ class Prepared:
         height: Height of the upright photo.
         width: Width of the upright photo.
         notes: Decisions made while decoding it; see :class:`petseg_runtime.Photo`.
-        icc_profile: The photo's ICC profile; None: it has none.
+        icc_profile: The ICC profile of ``pixels``; None: sRGB.
     """
 
     image: U8
