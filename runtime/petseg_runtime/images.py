@@ -124,7 +124,7 @@ class Photo:
         width: Width of the full-size photo, upright; 0 stands for that of ``pixels``.
         icc_profile: The ICC profile of its RGB values; None: none applies to them, which means sRGB.
         orientation: Its EXIF orientation, 1 to 8, already applied to ``pixels``; 1: none was needed.
-        model_input: uint8 [H, W, 3], the photo at a model's size, if it was decoded for one; else None.
+        model_input: uint8 [H, W, 3], the photo at a model's size, if decoding made it (see :class:`Decode`); else None.
     """
 
     pixels: U8
@@ -148,8 +148,8 @@ class Decode(Protocol):
         """Returns and raises what :func:`read` does.
 
         Args:
-            model_size: The height and width that the photo is resized to, as by ``to_model``; an encoded image or a PIL
-                image gets its :attr:`Photo.model_input` before it becomes an array, which saves a copy of the photo.
+            model_size: The height and width that the photo is resized to, as by ``to_model``; an image of Pillow, other
+                than 16-bit grey, is resized before it becomes an array (:attr:`Photo.model_input`), which saves a copy.
             mask_only: The pixels serve no other purpose: :attr:`Photo.pixels` may be the model's input, too, which
                 saves another copy. Requires ``model_size``.
         """
