@@ -13,7 +13,7 @@
     │                                    also a ValueError
     ├── ModelError                   4   a model file is damaged, not petseg's, or violates its contract
     │   └── CheckpointError              the same for a training checkpoint
-    ├── EngineError                  5   a requested engine or device is not available
+    ├── EngineError                  5   an engine or device is not available, or fails
     │   ├── EngineMissing                no inference engine is installed
     │   └── EngineForeign                compiled for another GPU, or the GPU here cannot be used
     ├── OutputError                  6   a result cannot be written to its destination
@@ -89,7 +89,7 @@ class UnreadableImage(InputError):
 
 
 class UnsupportedImage(InputError):
-    """The pixel values of the image have no agreed meaning as RGB (32-bit float, for example)."""
+    """The pixel values have no agreed meaning as RGB (32-bit float, for example), or the type of source is unknown."""
 
 
 class ImageTooLarge(InputError):
@@ -142,7 +142,7 @@ class CheckpointError(ModelError):
 
 
 class EngineError(PetsegError):
-    """A requested engine or device is not available."""
+    """An engine or device is not available, cannot load the model, or fails."""
 
     exit_code = 5
 

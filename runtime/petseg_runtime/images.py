@@ -122,9 +122,9 @@ class Photo:
         notes: Decisions made while decoding it, each in a few words ("transparency laid over white").
         height: Height of the full-size photo, upright; 0 stands for that of ``pixels``.
         width: Width of the full-size photo, upright; 0 stands for that of ``pixels``.
-        icc_profile: The ICC profile of its RGB values; None: it has none, which means sRGB.
+        icc_profile: The ICC profile of its RGB values; None: none applies to them, which means sRGB.
         orientation: Its EXIF orientation, 1 to 8, already applied to ``pixels``; 1: none was needed.
-        model_input: uint8 [H, W, 3], the photo at a model's size, if it was decoded for one; else None.
+        model_input: uint8 [H, W, 3], the photo at a model's size, if decoding made it (see :class:`Decode`); else None.
     """
 
     pixels: U8
@@ -148,8 +148,8 @@ class Decode(Protocol):
         """Returns and raises what :func:`read` does.
 
         Args:
-            model_size: The height and width that the photo is resized to, as by ``to_model``; an encoded image or a PIL
-                image gets its :attr:`Photo.model_input` before it becomes an array, which saves a copy of the photo.
+            model_size: The height and width that the photo is resized to, as by ``to_model``; an image of Pillow, other
+                than 16-bit grey, is resized before it becomes an array (:attr:`Photo.model_input`), which saves a copy.
             mask_only: The pixels serve no other purpose: :attr:`Photo.pixels` may be the model's input, too, which
                 saves another copy. Requires ``model_size``.
         """
@@ -171,7 +171,7 @@ class OpenPhoto:
 
 
 def read(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: tuple[int, int] | None = None) -> Photo:
-    """Decode an image to upright RGB. Safe to call from several threads, which decode in parallel.
+    """Decode an image to upright RGB. Several threads may decode different sources in parallel.
 
     Applies the EXIF orientation; composites transparency over white; scales 16-bit grey to 8 bits; converts CMYK;
     takes the first frame of an animation. HEIC needs the package pillow-heif.
@@ -312,13 +312,16 @@ def contents(file: BinaryIO) -> tuple[bytes, str]:
 def may_change(image: Image.Image) -> bool:
     """Whether a PIL image may change before it is read, because its owner draws on it or seeks to its next frame.
 
-    False for an image that Pillow has opened from a file with a single picture.
+    False for an image that Pillow has opened from a file with a single picture and not decoded yet: to draw on it,
+    Pillow decodes it first.
 
     Raises:
         UnreadableImage: It is damaged.
     """
     with _reading(_name_of(image), image):
-        return not isinstance(image, ImageFile.ImageFile) or bool(getattr(image, "is_animated", False))
+        # ``im`` would raise before the image is decoded.
+        undecoded = isinstance(image, ImageFile.ImageFile) and vars(image).get("_im") is None
+        return not undecoded or bool(getattr(image, "is_animated", False))
 
 
 def to_model(pixels: U8 | Image.Image, height: int, width: int) -> U8:

@@ -107,7 +107,7 @@ class _Job(Generic[Source, Result]):
 
 
 class Pipeline(Generic[Source, Result]):
-    """Threads that read, threads that infer and threads that write, connected by bounded queues.
+    """Threads that read, threads that infer and threads that write, connected by queues.
 
     At most ``window`` photos are in flight, fewer if they would take more than half of the available memory. This is
     the backpressure: the consumer sets the pace, and a slow photo stops the others once the window is full. Use the

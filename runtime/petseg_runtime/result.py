@@ -65,7 +65,7 @@ class Segmentation:
         threshold: Probability from which a pixel is in the mask, in (0, 1).
         cutout_threshold: Probability at which a cutout is half transparent, in (0, 1); lower, to keep the fur.
         notes: Decisions made while decoding the photo; see :class:`petseg_runtime.Photo`.
-        icc_profile: The photo's ICC profile; None: it has none. The pictures that show the photo have it in
+        icc_profile: The ICC profile of ``pixels``; None: sRGB. The pictures that show the photo have it in
             ``info["icc_profile"]``. Pillow writes it to PNG files by itself, to JPEG and WebP only if it is passed:
             ``picture.save("x.jpg", icc_profile=result.icc_profile)``.
         certain_share: The model's rule for whether there is a pet, in (0, 1]; None: it has none. See :attr:`found`.
@@ -185,7 +185,7 @@ class Segmentation:
 
     @property
     def outline(self) -> Bool:
-        """The mask's pixels along its edge, bool [H, W], as thick as 1/250 of the photo's shorter side."""
+        """The mask's pixels along its edge, bool [H, W], 1/250 of the photo's shorter side thick, at least 1 pixel."""
         return _outline(self.mask, max(1, round(min(self.mask.shape) / 250)))
 
     def overlay(self, color: tuple[int, int, int] = OVERLAY_COLOR, strength: float = OVERLAY_STRENGTH) -> Image.Image:

@@ -51,7 +51,7 @@ class Prepared:
         height: Height of the upright photo.
         width: Width of the upright photo.
         notes: Decisions made while decoding it; see :class:`petseg_runtime.Photo`.
-        icc_profile: The photo's ICC profile; None: it has none.
+        icc_profile: The ICC profile of ``pixels``; None: sRGB.
     """
 
     image: U8
@@ -205,8 +205,8 @@ class Segmenter:
             The photo's result; for a list or tuple, a list of results in the same order.
 
         Raises:
-            InputError: A photo cannot be used. In a list, the first such photo ends the call at once; :meth:`map`
-                continues with the next photo instead.
+            InputError: A photo cannot be used. In a list, the first such photo ends the call before the photos after it
+                are done; :meth:`map` continues with the next photo instead.
             EngineError: The engine failed.
         """
         if isinstance(source, (list, tuple)):
@@ -230,8 +230,8 @@ class Segmenter:
         Args:
             sources: Photos, each as for a call. Iterated over lazily, a bounded number of photos ahead of the results.
                 Arrays, byte buffers and open files are copied, so you may refill or close them before the next photo;
-                you may likewise draw on a PIL image again, or seek it to its next frame. But a file that
-                ``PIL.Image.open`` has opened must stay open until the photo's result is there.
+                you may likewise draw on a PIL image again, or seek it to its next frame. But an image of
+                ``PIL.Image.open`` that is not decoded yet must stay open and unchanged until its result is there.
 
         Returns:
             An iterator over each photo's result, or the :class:`InputError` that explains why there is none.

@@ -192,7 +192,7 @@ class Picture:
         options = dict(_OPTIONS[self.format])
         if self.format == "webp" and not KINDS[self.kind].needs_photo:
             options["lossless"] = True
-        picture.save(file, icc_profile=picture.info.get("icc_profile"), **options)  # PNG only gets it by itself
+        picture.save(file, icc_profile=picture.info.get("icc_profile"), **options)  # only PNG takes it from the picture
 
 
 def picture(kind: str, format: str | None = None, background: Background | None = None) -> Picture:  # noqa: A002

@@ -252,7 +252,7 @@ def redacted(url: str) -> str:
         return url
     shown, asked = re.match(r"([^?#]*)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr] # it always matches
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
-    clear = "/" in shown and re.fullmatch(r"(\[[^]]*\]|[^:]*)(:\d*)?", authority.rpartition("@")[2])
+    clear = "/" in shown and re.fullmatch(r"(\[[^]]*\]|[^:]*)(:\d+)?", authority.rpartition("@")[2])
     if "@" in asked and ":" in authority and not clear:  # user:pass?word@host
         return f"{scheme}://***"
     if _SECRET.search(shown[len(authority) :].rpartition("@")[0]):  # text after the @ may be the end of the password

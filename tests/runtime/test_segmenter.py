@@ -442,14 +442,16 @@ def test_a_map_keeps_what_a_pillow_image_held_that_is_drawn_on_or_turned_to_its_
     film = io.BytesIO()
     first, *rest = (Image.new("RGB", (W, H), (red, 0, 0)) for red in reds)
     first.save(film, "WEBP", save_all=True, append_images=rest, lossless=True)
-    canvas = Image.new("RGB", (W, H))
+    file = io.BytesIO()
+    first.save(file, "PNG")
 
-    def drawn() -> Iterator[Image.Image]:
+    def drawn(canvas: Image.Image) -> Iterator[Image.Image]:
         for red in reds:
             canvas.paste((red, 0, 0), (0, 0, W, H))
             yield canvas
 
-    for photos in (drawn(), ImageSequence.Iterator(Image.open(film))):
+    canvases = (Image.new("RGB", (W, H)), Image.open(file))
+    for photos in (*map(drawn, canvases), ImageSequence.Iterator(Image.open(film))):
         results = [result.probability[0, 0] for result in segmenter.map(photos) if isinstance(result, Segmentation)]
         assert results == list(reds)
 

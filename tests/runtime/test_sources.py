@@ -582,6 +582,7 @@ def test_names_never_collide_and_no_photo_is_lost(tree: set[str], chosen: list[s
         ("rtsp://user:se?cret@cam/live?x=1", "rtsp://***"),
         ("rtsp://user:1234?5@cam/live", "rtsp://***"),
         ("rtsp://user:se#cret@cam/live", "rtsp://***"),
+        ("rtsp://user:/se?cret@cam/live", "rtsp://***"),
         ("rtsp://user:se@cret@cam/live", "rtsp://***@cam/live"),
         ("http://proxy/http://user:secret@cam/live", "http://***@cam/live"),
         ("http://cam/live#secret", "http://cam/live?***"),

@@ -237,8 +237,8 @@ def infer(**values: Any) -> int:
     standard output.
 
     Inputs that cannot be used are reported, counted and skipped. Ctrl-C, SIGTERM and SIGHUP (the terminal was closed)
-    stop a run cleanly: videos written so far can be played, no result is left incomplete, and --resume continues the
-    run.
+    stop a run cleanly: a video that was being written can be played, no other file is left incomplete, and --resume
+    continues the run.
 
     Exit codes: 0 if all inputs succeeded, 3 if some failed, 1 if all failed; 130, 143 and 129 if Ctrl-C, SIGTERM or
     SIGHUP stopped the run and no live source failed.

@@ -195,8 +195,8 @@ def verify(
     """Run FILE on this device and compare its outputs with those of its checkpoint, recorded at export.
 
     Also run pre- and postprocessing on sample photos: decoding, resizing, and resizing a mask back to the photo's size
-    must give the results recorded where petseg was built. Without FILE, verify the built-in model; its result is
-    written only if --output is given.
+    must match the results recorded where petseg was built, within limits. Without FILE, verify the built-in model;
+    its result is written only if --output is given.
 
     Exit codes: 0 if everything matches; 10 if not, and the report says where and by how much.
 
