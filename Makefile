@@ -41,11 +41,11 @@ format: $(DEV)/.installed
 	$(DEV)/bin/ruff format .
 	$(DEV)/bin/ruff check --fix .
 
-# Takes nine to sixteen minutes on two cores with bf16 (measured: 537, 521 and, on an older EPYC, 858, 947 and 765 s), about
-# half an hour with AVX2 only (1927 s, with more rounds than now), once the peers' environments exist (benchmarks.peers
-# makes them). If a step fails, the others still run; the failed steps are listed at the end, and the exit code is 1.
-# ISNET=FILE adds the background remover's quality. RESULTS=FOLDER writes the records there, to compare them with ours, or
-# as another machine's (benchmarks/results/machines/NAME).
+# Takes nine to sixteen minutes on two cores with bf16 (measured: 537, 521 and, on an older EPYC, 858, 947 and 765 s),
+# about half an hour with AVX2 only (1927 s, with more rounds than now), once the peers' environments exist
+# (benchmarks.peers makes them). If a step fails, the others still run; the failed steps are listed at the end, and the
+# exit code is 1. ISNET=FILE adds the background remover's quality. RESULTS=FOLDER writes the records there, to compare
+# them with ours, or as another machine's (benchmarks/results/machines/NAME).
 DATA    ?= data
 ISNET   ?=
 RESULTS ?=

@@ -31,7 +31,7 @@ import torch
 
 from benchmarks import photos as folders
 from benchmarks import records
-from benchmarks.latency import CHECKPOINT, told
+from benchmarks.latency import CHECKPOINT, described
 from benchmarks.peers.isnet import SIZE, ISNet
 from benchmarks.published import CHOSEN
 from benchmarks.rival import timed_beside
@@ -145,7 +145,7 @@ def variants(files: dict[str, Path]) -> Iterator[tuple[dict[str, str], Run, Mode
     seen = set()
     for stored, engine, exact in COMPUTED:
         with load_engine(open_artifact(files[stored]), engine, device="cpu", exact=exact) as opened:
-            about = told(opened)
+            about = described(opened)
             name = f"{engine} {stored}, {about['precision']}"
             if name not in seen:  # a CPU without bf16 computes in float32 either way
                 yield {"name": name, **about}, opened.run, spec
@@ -236,7 +236,7 @@ def beside(remover: ISNet, pairs: Sequence[Pair], thresholds: Mapping[str, float
         engine.warm_up()
         ours = Timed(engine.run)
         own = evaluate(ours, pairs, artifact.spec.height, artifact.spec.width, batch=1)
-        about = told(engine)
+        about = described(engine)
     mine = {border: thresholds.get(kind, artifact.spec.threshold) for border, kind in CHOSEN.items()}
     return {
         "photos": list(result.names),

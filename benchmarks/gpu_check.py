@@ -74,7 +74,7 @@ def collect(keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         keep: Called with the record before each part and at the end; an interrupted one has no ``failures``.
     """
     say("examining this machine")
-    found = doctor.x_ray(say)
+    found = doctor.examine(say)
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -330,10 +330,10 @@ def opened(case: Case) -> Opened:
         return in_pytorch(case)
     artifact = open_artifact(Path(case.folder) / f"{case.stored}.onnx")
     engine = load_engine(artifact, case.engine, case.threads, device=case.device, exact=case.exact)
-    return Opened(engine.run, told(engine), engine.close)
+    return Opened(engine.run, described(engine), engine.close)
 
 
-def told(engine: Engine) -> dict[str, str]:
+def described(engine: Engine) -> dict[str, str]:
     """Describe an engine: name and version, the precision that the file is stored in, and the one it computes in."""
     info = engine.describe()
     between = re.search(r", (\w+) between the int8 layers", info.provider)
@@ -473,10 +473,10 @@ def measure(
     starts = {case: start for case in found if (start := cold_start(case))} if cold else {}
     failed = [f"{case.name}: {start['why']}" for case, start in starts.items() if "why" in start]
     working = distinct({case: start for case, start in starts.items() if "why" not in start}) if cold else found
-    told_of, taken, lost = in_turns(working, starts, rounds, rates)
+    descriptions, taken, lost = in_turns(working, starts, rounds, rates)
     latest = {kind: {m: values[-rounds:] for m, values in reached.items()} for kind, reached in rates.items()}
     batch, (height, width), folder = found[0].batch, about["size"], Path(found[0].folder)
-    stored_in = {"fp32", *(case.stored for case in told_of if case.engine != PYTORCH)}
+    stored_in = {"fp32", *(case.stored for case in descriptions if case.engine != PYTORCH)}
     work = {
         stored: roofline.operations((folder / f"{stored}.onnx").read_bytes(), batch, height, width)
         for stored in stored_in
@@ -484,7 +484,7 @@ def measure(
     pytorch = {case.device: list(map(median, times)) for case, times in taken.times.items() if case.is_reference}
     rows = []
     for case, times in taken.times.items():
-        start, peak = told_of[case], roofline.best(latest.get(case.device, {}))
+        start, peak = descriptions[case], roofline.best(latest.get(case.device, {}))
         counted = work.get(case.stored, work["fp32"])
         figures = row(times, pytorch.get(case.device), counted, start["precision"], peak)
         rows.append({"name": case.name, "device": case.device, **start, **figures})
@@ -518,7 +518,7 @@ def in_turns(
         The description of each case, their times, and the cases that could not be opened beside the others.
     """
     lost: list[str] = []
-    told_of: dict[Case, dict[str, Any]] = {}
+    descriptions: dict[Case, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
         jobs: dict[Case, Job] = {}
         for case in working:
@@ -528,11 +528,11 @@ def in_turns(
                 lost.append(f"{case.name}, beside the others: {one_line(error)}")
                 continue
             start = starts.get(case, engine.about)
-            if case not in distinct({**told_of, case: start}):
+            if case not in distinct({**descriptions, case: start}):
                 engine.close()
                 continue
             stack.callback(engine.close)
-            told_of[case] = start
+            descriptions[case] = start
             batch = images_of(case)
             later = start.get("later_run_ms") or min(timed(engine.run, batch, FEWEST))
             jobs[case] = engine.run, batch, count(later)
@@ -542,7 +542,7 @@ def in_turns(
                 for matmul, reached in values.items():
                     reached.append(matmul.rate())
 
-        return told_of, alternated(jobs, rounds, matmuls), lost
+        return descriptions, alternated(jobs, rounds, matmuls), lost
 
 
 def row(

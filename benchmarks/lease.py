@@ -46,7 +46,7 @@ from torch import Tensor
 from benchmarks import photos, records
 from benchmarks.embedded.ship import trained
 from benchmarks.thresholds import at_each, best_of_each
-from benchmarks.training import SPARE, few
+from benchmarks.training import SPARE, make_subset
 from petseg import checkpoint, recipes
 from petseg.config import TrainConfig, from_dict, override
 from petseg.data import Pair, Split, find, read_pair, resize_trimap
@@ -221,9 +221,9 @@ def shortened(config: TrainConfig, epochs: int) -> list[str]:
 
 
 def warmed_up(job: Job, config: TrainConfig, folder: Path, train: int, val: int) -> dict[str, float]:
-    """Measure the seconds of each part of a run, in two epochs over some training photos and all of validation's."""
+    """Measure the seconds of each part of a run, in two epochs over some photos, ``val`` of them for validation."""
     some = min(train + val, STEPS * config.batch + val + SPARE)
-    few(job.root, folder / "few", some)
+    make_subset(job.root, folder / "few", some)
     # The second epoch is timed. Mixing stays on in it, so that the time of an epoch is not underestimated.
     augment, share = replace(config.augment, mix_until=1.0), replace(config.data, val_fraction=val / some)
     short = replace(config, epochs=2, early_stop=0, augment=augment, data=share)

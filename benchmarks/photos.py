@@ -52,7 +52,7 @@ def chosen(data: Path, count: int) -> list[Path]:
     return [found[index] for index in np.linspace(0, len(found) - 1, count).astype(int)]
 
 
-def of_any_use(data: Path) -> list[Path]:
+def original_size_folders(data: Path) -> list[Path]:
     """Return folders with photos at their original size, with masks or without."""
     folders = [data / name / "images" for name in (NATIVE, EXTRA)]
     return [folder for folder in folders if folder.is_dir()] or [first(data, OFFICIAL) / "images"]

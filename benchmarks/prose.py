@@ -40,9 +40,11 @@ def smooth() -> str:
         f"{kinds[name]['times_less_flicker']:.1f} times at {how}" for how, name in COMPRESSED.items()
     )
     largest_loss = max(0.0, *(-kind["iou_points_gained"] for kind in kinds.values()))
-    still, residue = kinds["all still"], round(kinds["cut"]["residue"])
+    still, residue = kinds["all still"], kinds["cut"]["residue"]
     after_a_cut = (
-        f"differ from the unsmoothed ones by at most {residue} of 255" if residue else "equal the unsmoothed ones"
+        f"differ from the unsmoothed ones by at most {residue:.1f} of 255, averaged over the clips"
+        if residue
+        else "equal the unsmoothed ones"
     )
     return (
         f"`--smooth {record['recommended']}` reduces flicker in still scenes {still['times_less_flicker']:.1f} times "

@@ -11,7 +11,7 @@ from typing import Final
 
 import click
 
-from benchmarks import machines, plots, prose, records, rooms, summary, tables
+from benchmarks import machines, module_map, plots, prose, records, summary, tables
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ PAGES: Final[Mapping[Path, Mapping[str, Section]]] = {
         "fast": Section(summary.fast, ("peers", "latency", "video")),
         "training-time": Section(prose.training_time),
     },
-    records.ROOT / "CONTRIBUTING.md": {"rooms": Section(rooms.rooms)},
+    records.ROOT / "CONTRIBUTING.md": {"map": Section(module_map.module_map)},
     records.ROOT / "runtime" / "README.md": {
         "fast-decode": Section(prose.fast_decode, ("reduced-decoding",)),
         "no-pet": Section(prose.no_pet, ("found",)),

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 from benchmarks import photos, records
-from benchmarks.latency import told
+from benchmarks.latency import described
 from benchmarks.thresholds import at_each, best_of_each
 from benchmarks.turns import alternated, count, timed
 from petseg import checkpoint, log, recipes
@@ -148,7 +148,7 @@ def timed_beside(size: int = SIZE, rounds: int = ROUNDS) -> list[dict[str, Any]]
                 for path in (file, default_model())
             ]
             # Skip a repetition: a CPU without bf16 computes in float32 either way.
-            if told(pair[0]) not in map(told, opened[::2]):
+            if described(pair[0]) not in map(described, opened[::2]):
                 opened += pair
         random = np.random.default_rng(0)
         shapes = [(1, engine.spec.height, engine.spec.width, 3) for engine in opened]
@@ -164,7 +164,7 @@ def timed_beside(size: int = SIZE, rounds: int = ROUNDS) -> list[dict[str, Any]]
         ]
         return [
             {
-                **told(engine),
+                **described(engine),
                 "milliseconds": theirs,
                 "petseg_milliseconds": ours,
                 "median": median(theirs),

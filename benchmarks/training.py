@@ -96,7 +96,7 @@ def one(run: Run, data: Path, epochs: int, device: str) -> dict[str, Any]:
     """Run `petseg train` on a few photos, and return the row of its results."""
     with tempfile.TemporaryDirectory() as scratch:
         folder, output = Path(scratch) / data.name, Path(scratch) / "run"
-        few(data, folder, round(run.steps * run.batch / (1 - VALIDATION)) + SPARE)
+        make_subset(data, folder, round(run.steps * run.batch / (1 - VALIDATION)) + SPARE)
         command = words(run, epochs, device, workers=None if on_gpu(device) else 0)
         subprocess.run([*command, "--data", str(folder), "--output", str(output)], cwd=records.ROOT, check=True)
         record = json.loads((output / "run.json").read_text(encoding="utf-8"))
@@ -123,7 +123,7 @@ def words(run: Run, epochs: int, device: str, workers: int | None) -> list[str]:
     return command
 
 
-def few(data: Path, folder: Path, photos: int) -> None:
+def make_subset(data: Path, folder: Path, photos: int) -> None:
     """Make a data folder with some photos of another, spread evenly over its list, which is sorted by breed."""
     (folder / "annotations").mkdir(parents=True)
     (folder / "images").symlink_to((data / "images").resolve())

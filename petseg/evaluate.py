@@ -46,13 +46,13 @@ __all__ = [
     "OpenedModel",
     "Run",
     "as_shown",
-    "doubt_about",
     "evaluate",
     "is_split_of",
     "listed_by",
     "listed_split",
     "open_model",
     "split_of",
+    "split_warning",
     "train_keys",
     "trained_on",
     "without_keys",
@@ -287,7 +287,7 @@ def is_split_of(provenance: Mapping[str, Any], train: Sequence[Pair], val: Seque
     return bool(names_sha256((pair.name for pair in train if pair.name not in left_out), val) == digest)
 
 
-def doubt_about(
+def split_warning(
     provenance: Mapping[str, Any],
     root: Path,
     parts: Mapping[Split, Sequence[Pair]],

@@ -26,7 +26,8 @@ BLACK: Final = 8
 WHITE: Final = 247
 LOSSY: Final = ("JPEG", "MPO", "WEBP", "AVIF", "HEIF")
 FEW_GREYS: Final = 24
-#: Black is at most, and white at least: the darkest and brightest values that fill an area (video has 16 and 235).
+#: The darkest value that fills an area is black if it is at most ``DARKEST``, the brightest is white if it is at least
+#: ``LIGHTEST`` (video has 16 and 235).
 DARKEST: Final = 24
 LIGHTEST: Final = 235
 #: A grey, with those within ``NEAR`` of it, is a level if it makes up this share of the non-black area. In a mask of

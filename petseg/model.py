@@ -3,7 +3,7 @@
 A U-Net (Ronneberger et al. 2015, arXiv:1505.04597) whose skip connections pass through additive attention gates
 (Oktay et al. 2018, "Attention U-Net: Learning Where to Look for the Pancreas", arXiv:1804.03999, eq. 1 and 2).
 The published pet network is ``AttentionUNetConfig()``: 29,300,205 parameters. The edge network is the same code with
-    another config, ``AttentionUNetConfig(width=16, stem="strided")``: 1,834,680 parameters, 1/63 of the arithmetic.
+another config, ``AttentionUNetConfig(width=16, stem="strided")``: 1,834,680 parameters, 1/63 of the arithmetic.
 """
 
 from __future__ import annotations

@@ -408,7 +408,7 @@ class Trainer:
         if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
             self._give_up(f"loss {loss}, gradient norm {norm}")
         if overflow and scale < MIN_SCALE:
-            self._give_up(f"gradients overflow in fp16 at every scale (now {scale:.1e})")
+            self._give_up(f"gradients overflow in fp16 even at a scale of {scale:.1e}")
         state = self.state
         state.step += 1
         state.loss_sum += loss

@@ -32,7 +32,7 @@ from PIL import Image
 from benchmarks import records
 from benchmarks.peers import environments
 from benchmarks.peers.contenders import MODELS, PLAIN, Contender, engine_of, ours, theirs
-from benchmarks.photos import of_any_use
+from benchmarks.photos import original_size_folders
 from petseg_runtime.sources import find_photos
 
 WATCH: Final = Path(__file__).with_name("watch.py")
@@ -103,7 +103,7 @@ class Folders:
     """
 
     def __init__(self, data: Path, photos: int, counts: Sequence[int], scratch: Path) -> None:
-        found = [item.source for item in find_photos(of_any_use(data))]
+        found = [item.source for item in find_photos(original_size_folders(data))]
         if len(found) < photos:
             sys.exit(f"{data}: {len(found)} original-size photos, and {photos} are required: lower --photos")
         self.photos = photos

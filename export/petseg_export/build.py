@@ -127,7 +127,7 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
             _check_int8_photos(config, loaded)
         chosen = parity.choose(config.data, config.split, config.photos, config.seed, loaded)
         photos = parity.read(chosen, spec)
-        doubt = parity.doubt(config.data, config.split, loaded) or ""
+        doubt = parity.overlap_warning(config.data, config.split, loaded) or ""
         job = _Job(name, form, config, path, model, loaded, spec, given, provenance, photos, doubt, tell)
         try:
             with staging(output) as folder:
@@ -185,8 +185,8 @@ def _receipt_notes(receipt: Receipt) -> tuple[str, ...]:
     shared = (receipt.quantization or {}).get(SHARED, 0) if has_labels else 0
     if shared is None:
         notes.append(
-            "int8 was tuned on another folder than --data, so it is not known whether photos of the parity test "
-            "were among those; if they were, the loss of IoU is underestimated"
+            "int8 was not tuned on the validation photos of --data, so it is not known whether it was tuned on photos "
+            "of the parity test; if it was, the loss of IoU is underestimated"
         )
     elif shared:
         notes.append(
@@ -364,7 +364,7 @@ class _Job:
         about |= {
             "as_many_as_in_training": trained_on == len(val),
             SHARED: self.photos.among(judges),
-            DOUBT: parity.doubt(data, "val", self.loaded),
+            DOUBT: parity.overlap_warning(data, "val", self.loaded),
         }
         return result.graph, {**result.choice, **about}
 
@@ -390,7 +390,10 @@ class _Job:
         self.tell("looking for the photos that int8 was tuned on", 0, 0)
         try:
             judges = parity.read(parity.labelled(self.config.data, "val", self.loaded), self.spec)
-        except (DataError, InputError):  # this folder's split is missing or incomplete, so int8 was tuned elsewhere
+        except (
+            DataError,
+            InputError,
+        ):  # missing or incomplete, so not the split that int8 was tuned on
             return None
         return self.photos.among(judges) if judges.about == judged_on else None
 

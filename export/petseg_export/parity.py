@@ -15,7 +15,7 @@ import torch
 
 from petseg.checkpoint import Checkpoint
 from petseg.data import SPLIT_SEED, VAL_FRACTION, Pair, Split, encoded, find, listed_validation, read_pair
-from petseg.evaluate import doubt_about, listed_split
+from petseg.evaluate import listed_split, split_warning
 from petseg.metrics import counts, histogram
 from petseg.model import AttentionUNet
 from petseg.reference import torch_run
@@ -26,7 +26,7 @@ from petseg_runtime.parity import Proof
 from petseg_runtime.sources import find_photos
 from petseg_runtime.spec import ModelSpec
 
-__all__ = ["Labels", "Photos", "choose", "doubt", "labelled", "prove", "read", "sample"]
+__all__ = ["Labels", "Photos", "choose", "labelled", "overlap_warning", "prove", "read", "sample"]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 T = TypeVar("T")
@@ -128,7 +128,7 @@ def labelled(data: Path, split: str, loaded: Checkpoint) -> list[Pair]:
     return find(data, part, val_fraction=fraction, seed=seed)
 
 
-def doubt(data: Path | None, split: str, loaded: Checkpoint) -> str | None:
+def overlap_warning(data: Path | None, split: str, loaded: Checkpoint) -> str | None:
     """Explain why a labelled split contains, or may contain, photos that the checkpoint was trained on.
 
     Returns None if it does not, if the checkpoint does not record its photos, or if the photos have no labels.
@@ -149,7 +149,7 @@ def doubt(data: Path | None, split: str, loaded: Checkpoint) -> str | None:
                 raise
             parts[part] = []  # the other half may be empty: val.txt may list every photo
     shares = (None, None) if listed_validation(data) is not None else _split_settings(loaded)
-    found = doubt_about(loaded.meta, data, parts, Split(split), *shares)
+    found = split_warning(loaded.meta, data, parts, Split(split), *shares)
     return f"{data}: {found}" if found else None
 
 

@@ -173,10 +173,10 @@ def _measured_pairs(
     Prints a line to stderr if val or test contain photos that the model was, or may have been, trained on. See
     :func:`_divided`.
     """
-    from petseg.evaluate import doubt_about
+    from petseg.evaluate import split_warning
 
     parts, fraction, seed = _divided(root, split, model, val_fraction, split_seed)
-    if doubt := doubt_about(model.provenance, root, parts, split, fraction, seed):
+    if doubt := split_warning(model.provenance, root, parts, split, fraction, seed):
         click.echo(f"petseg: {doubt}", err=True)
     return list(parts[split]), fraction, seed
 

@@ -29,15 +29,15 @@ from petseg_runtime.host import ONNXRUNTIME_CUDA12, Gpu, Host, host, old_driver
 
 __all__ = [
     "EngineCheck",
+    "Examination",
     "Ffmpeg",
     "RuleLine",
-    "XRay",
     "ask",
     "check_engine",
+    "examine",
     "probe",
     "read_gpus",
     "read_rule",
-    "x_ray",
 ]
 
 # Seconds. TensorRT compiles a model when it loads it for the first time on a GPU: for minutes, on small boards many.
@@ -139,7 +139,7 @@ class Ffmpeg:
 
 
 @dataclass(frozen=True, kw_only=True)
-class XRay:
+class Examination:
     """Everything that ``petseg doctor`` finds out.
 
     Attributes:
@@ -177,7 +177,7 @@ class XRay:
         return any(check.works for check in self.engines) and not _wrong(self.auto, self.engines)
 
 
-def x_ray(watch: Callable[[str], None] = lambda what: None) -> XRay:
+def examine(watch: Callable[[str], None] = lambda what: None) -> Examination:
     """Examine this machine; takes a few seconds.
 
     Args:
@@ -207,7 +207,7 @@ def x_ray(watch: Callable[[str], None] = lambda what: None) -> XRay:
         *_problems(gpus, checks, ffmpeg),
         *_wrong(auto, checks),
     )
-    return XRay(
+    return Examination(
         host=host(),
         gpus=gpus,
         openvino_devices=devices,

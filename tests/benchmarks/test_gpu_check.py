@@ -245,7 +245,7 @@ def test_one_that_is_interrupted_leaves_what_was_done(tmp_path: Path, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(doctor, "read_gpus", lambda: ((GPU,), ""))
-    monkeypatch.setattr(doctor, "x_ray", lambda say: GPU)
+    monkeypatch.setattr(doctor, "examine", lambda say: GPU)
     monkeypatch.setattr(check, "tests", lambda selection: [{"name": "a::test", "outcome": "passed"}])
     monkeypatch.setattr(check, "parity", interrupted)
     with pytest.raises(click.Abort):

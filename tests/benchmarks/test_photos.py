@@ -18,7 +18,7 @@ def folders(data: Path, *names: str) -> Path:
 def test_the_official_set_is_enough(tmp_path: Path) -> None:
     official = folders(tmp_path, "oxford-iiit-pet") / "oxford-iiit-pet"
     assert photos.training_set(tmp_path) == photos.original_size(tmp_path) == official
-    assert photos.of_any_use(tmp_path) == [official / "images"]
+    assert photos.original_size_folders(tmp_path) == [official / "images"]
     assert photos.test_sets(tmp_path) == {"3669 test images at their original size": official}
 
 
@@ -27,7 +27,7 @@ def test_the_folders_of_our_records_take_precedence(tmp_path: Path) -> None:
     folders(tmp_path, *(f"oxford-iiit-pet{part}" for part in every))
     assert photos.training_set(tmp_path).name == "oxford-iiit-pet-best"
     assert photos.original_size(tmp_path).name == "oxford-iiit-pet-native"
-    assert [folder.parent.name for folder in photos.of_any_use(tmp_path)] == [photos.NATIVE, photos.EXTRA]
+    assert [folder.parent.name for folder in photos.original_size_folders(tmp_path)] == [photos.NATIVE, photos.EXTRA]
     assert [folder.name for folder in photos.test_sets(tmp_path).values()] == [
         photos.COPIES,
         photos.NATIVE,
@@ -42,7 +42,9 @@ def test_chosen_photos_are_spread_over_the_set(tmp_path: Path) -> None:
     assert [path.stem for path in photos.chosen(tmp_path, 3)] == ["cat_0", "cat_4", "cat_8"]
 
 
-@pytest.mark.parametrize("ask", [photos.training_set, photos.original_size, photos.of_any_use, photos.test_sets])
+@pytest.mark.parametrize(
+    "ask", [photos.training_set, photos.original_size, photos.original_size_folders, photos.test_sets]
+)
 def test_without_photos_the_error_names_the_remedy(tmp_path: Path, ask: object) -> None:
     assert callable(ask)
     with pytest.raises(SystemExit, match=r"contains no oxford-iiit-pet; run `petseg data download"):

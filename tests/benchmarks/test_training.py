@@ -44,7 +44,7 @@ def test_a_gpu_trains_the_recipes_networks_at_256_with_the_recipes_workers(
     few: list[int] = []
     monkeypatch.setattr(training, "pick_device", lambda name: torch.device("cuda" if gpu else "cpu"))
     monkeypatch.setattr(training, "training_set", lambda data: data)
-    monkeypatch.setattr(training, "few", lambda data, folder, photos: few.append(photos))
+    monkeypatch.setattr(training, "make_subset", lambda data, folder, photos: few.append(photos))
     monkeypatch.setattr(training.subprocess, "run", run)
     monkeypatch.setattr(training, "row", lambda *args: {"images_per_second": 1.0, "share_waiting_for_data": 0.0})
     monkeypatch.setattr(training.records, "write", lambda *args: None)
@@ -66,13 +66,13 @@ def test_a_few_photos_are_a_data_folder(tmp_path: Path) -> None:
     for name in ("images", "annotations/trimaps"):
         (data / name).mkdir(parents=True)
     (data / "annotations" / "trainval.txt").write_text("# names\n" + "".join(f"cat_{i} 1 1 1\n" for i in range(40)))
-    training.few(data, tmp_path / "few", 20)
+    training.make_subset(data, tmp_path / "few", 20)
     parts = [find(tmp_path / "few", split, val_fraction=training.VALIDATION) for split in (Split.TRAIN, Split.VAL)]
     assert [len(part) for part in parts] == [19, 1]
     names = {int(pair.name.removeprefix("cat_")) for part in parts for pair in part}
     assert names == set(range(0, 40, 2)), "of all breeds"
     with pytest.raises(SystemExit, match="has 40 photos for training, 41 are needed"):
-        training.few(data, tmp_path / "more", 41)
+        training.make_subset(data, tmp_path / "more", 41)
 
 
 def test_the_first_epoch_is_not_counted() -> None:

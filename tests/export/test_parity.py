@@ -116,17 +116,17 @@ def test_val_that_may_hold_photos_of_the_training_is_doubted(folder_copy: Path) 
     train, val = parts
     data = {"names_sha256": names_sha256(names(train), val), "skipped_without_pet": []}
     loaded = Checkpoint({}, {"config": {"data": {"val_fraction": 0.25, "split_seed": 3}}, "data": data}, "")
-    assert parity.doubt(folder_copy, "val", loaded) is None
+    assert parity.overlap_warning(folder_copy, "val", loaded) is None
     for part in ("images", "masks"):
         shutil.copy(folder_copy / part / "own_00.png", folder_copy / part / "own_99.png")
     said = "val, 0.25 of trainval by seed 3, is not what the model was validated on: photos that it was trained on"
-    assert said in (parity.doubt(folder_copy, "val", loaded) or "")
-    assert parity.doubt(folder_copy, "test", loaded) is None
-    assert parity.doubt(folder_copy, "val", checkpoint_of()) is None, "it does not record its photos"
-    assert parity.doubt(folder_copy / "images", "val", loaded) is None, "without labels there is no IoU"
-    assert parity.doubt(None, "val", loaded) is None
+    assert said in (parity.overlap_warning(folder_copy, "val", loaded) or "")
+    assert parity.overlap_warning(folder_copy, "test", loaded) is None
+    assert parity.overlap_warning(folder_copy, "val", checkpoint_of()) is None, "it does not record its photos"
+    assert parity.overlap_warning(folder_copy / "images", "val", loaded) is None, "without labels there is no IoU"
+    assert parity.overlap_warning(None, "val", loaded) is None
     (folder_copy / "val.txt").write_text(val[0].name)
-    assert "val, as val.txt lists it, is not what" in (parity.doubt(folder_copy, "val", loaded) or "")
+    assert "val, as val.txt lists it, is not what" in (parity.overlap_warning(folder_copy, "val", loaded) or "")
 
 
 def test_a_folder_without_a_part_to_train_on_is_judged_by_the_other(folder_copy: Path) -> None:
@@ -135,12 +135,14 @@ def test_a_folder_without_a_part_to_train_on_is_judged_by_the_other(folder_copy:
     (folder_copy / "val.txt").write_text("\n".join(names(every)))
     data: dict[str, Any] = {"names_sha256": "0" * 64, "skipped_without_pet": []}
     loaded = Checkpoint({}, {"data": data}, "")
-    assert "is not what the model was validated on" in (parity.doubt(folder_copy, "val", loaded) or "")
+    assert "is not what the model was validated on" in (parity.overlap_warning(folder_copy, "val", loaded) or "")
     key = photo_key(every[0])
     loaded = Checkpoint({}, {"data": {**data, "train_keys": key}}, "")
-    assert f"trained on 1 of the {len(every)} photos of val" in (parity.doubt(folder_copy, "val", loaded) or "")
+    assert f"trained on 1 of the {len(every)} photos of val" in (
+        parity.overlap_warning(folder_copy, "val", loaded) or ""
+    )
     with pytest.raises(DataError, match="the train split has no photos"):
-        parity.doubt(folder_copy, "train", loaded)
+        parity.overlap_warning(folder_copy, "train", loaded)
 
 
 def test_another_folder_is_split_as_any_other_though_names_are_the_same(folder_root: Path) -> None:

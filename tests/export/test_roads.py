@@ -274,7 +274,7 @@ def test_where_it_cannot_be_told_what_int8_was_chosen_on_that_is_said(
     done = export(quarter, config)
     assert done.receipt.quantization is not None
     assert done.receipt.quantization[build.SHARED] is None
-    assert any("it is not known whether photos of the parity test" in note for note in done.notes)
+    assert any("it is not known whether it was tuned on photos of the parity test" in note for note in done.notes)
 
 
 # ------------------------------------------------------------------------------------------------ engines

@@ -20,12 +20,12 @@ from petseg.data import Layout, Pair, Split, find, photo_key
 from petseg.evaluate import (
     Evaluation,
     OpenedModel,
-    doubt_about,
     evaluate,
     is_split_of,
     listed_by,
     open_model,
     split_of,
+    split_warning,
     train_keys,
     trained_on,
     write_evaluation,
@@ -369,15 +369,15 @@ def test_photos_of_the_training_are_known_though_the_folder_holds_others_too(fol
     assert trained_on(told, folder_copy, [*others, *trained]) == trained
     assert trained_on(told, folder_copy / "images", trained) == trained, "whatever the folder is"
     said = "the model was trained on 3 of the 3 photos of test"
-    assert doubt_about(told, folder_copy, {Split.TEST: trained}, Split.TEST, None, None) == said
-    assert doubt_about(told, folder_copy, {Split.TEST: others}, Split.TEST, None, None) is None
+    assert split_warning(told, folder_copy, {Split.TEST: trained}, Split.TEST, None, None) == said
+    assert split_warning(told, folder_copy, {Split.TEST: others}, Split.TEST, None, None) is None
     parts = {Split.TRAIN: others, Split.VAL: trained}
     said = "the model was trained on 3 of the 3 photos of val"
-    assert doubt_about(told, folder_copy, parts, Split.VAL, 0.1, 0) == said
+    assert split_warning(told, folder_copy, parts, Split.VAL, 0.1, 0) == said
     parts = {Split.TRAIN: trained, Split.VAL: others}
-    assert doubt_about(told, folder_copy, parts, Split.VAL, 0.1, 0) is None, "another folder is no reason for doubt"
+    assert split_warning(told, folder_copy, parts, Split.VAL, 0.1, 0) is None, "another folder is no reason for doubt"
     said = "val, 0.1 of trainval by seed 0, is not what the model was validated on: photos that it was trained on may"
-    assert (doubt_about({"data": data}, folder_copy, parts, Split.VAL, 0.1, 0) or "").startswith(said)
+    assert (split_warning({"data": data}, folder_copy, parts, Split.VAL, 0.1, 0) or "").startswith(said)
 
 
 @pytest.mark.parametrize("keys", [None, 5, [], {}, ["abcdef"]])

@@ -19,7 +19,7 @@ from petseg.cli import run
 from petseg_runtime import doctor, doctor_probe, onnx_metadata, parity
 from petseg_runtime.artifact import RECEIPT_KEY, Artifact, open_artifact
 from petseg_runtime.cli.doctor import cpu_lines
-from petseg_runtime.doctor import EngineCheck, Ffmpeg, RuleLine, XRay, ask, check_engine, probe, x_ray
+from petseg_runtime.doctor import EngineCheck, Examination, Ffmpeg, RuleLine, ask, check_engine, examine, probe
 from petseg_runtime.engines.registry import ENGINES, RULE
 from petseg_runtime.errors import ModelError
 from petseg_runtime.extras import install
@@ -266,13 +266,13 @@ def test_a_gpu_that_nothing_uses_is_a_problem(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[XRay]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Examination]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PETSEG_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield x_ray()
+        yield examine()
 
 
-def test_this_machine(found: XRay) -> None:
+def test_this_machine(found: Examination) -> None:
     assert found.host.cpu.cores >= 1
     assert {(check.engine, check.device) for check in found.engines} == {(c.engine, c.kind) for c in RULE}
     assert found.works
@@ -293,12 +293,14 @@ def test_codecs_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) ->
     assert doctor_probe.ffmpeg()["decoders"] == {"h264": True, "no-such-codec": False}
 
 
-def texts(found: XRay, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> Any:
-    monkeypatch.setattr(doctor, "x_ray", lambda watch: found)
+def texts(found: Examination, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> Any:
+    monkeypatch.setattr(doctor, "examine", lambda watch: found)
     return (run(["doctor", *args]), *capsys.readouterr())
 
 
-def test_people_get_a_page(found: XRay, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_people_get_a_page(
+    found: Examination, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, out, err = texts(dataclasses.replace(found, problems=("mend\nthis",)), monkeypatch, capsys)
     assert code == 0
     assert err == "petseg: mend\\nthis\n"
@@ -312,7 +314,7 @@ def test_people_get_a_page(found: XRay, monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_programs_get_all_of_it(
-    found: XRay, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    found: Examination, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = texts(found, monkeypatch, capsys, "--json")
     assert (code, err) == (0, "".join(f"petseg: {problem}\n" for problem in found.problems))
@@ -336,7 +338,7 @@ def test_programs_get_all_of_it(
 
 
 def test_where_nothing_works_the_code_is_5(
-    found: XRay, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    found: Examination, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = dataclasses.replace(
         found,
@@ -363,7 +365,7 @@ def test_where_nothing_works_the_code_is_5(
 
 @pytest.mark.parametrize("others", [True, False])
 def test_an_engine_with_wrong_masks_that_auto_takes_is_a_problem_and_5(
-    found: XRay, monkeypatch: pytest.MonkeyPatch, others: bool
+    found: Examination, monkeypatch: pytest.MonkeyPatch, others: bool
 ) -> None:
     """The rule only checks that an engine loads, so `petseg infer` would use its masks."""
     taken = found.auto["name"]
@@ -377,7 +379,7 @@ def test_an_engine_with_wrong_masks_that_auto_takes_is_a_problem_and_5(
         return dataclasses.replace(of_line, works=works, why="" if works else "no")
 
     monkeypatch.setattr(doctor, "check_engine", check)
-    result = doctor.x_ray()
+    result = doctor.examine()
     remedy = f"give --backend {other} --device cpu" if others else "install another version"
     (problem,) = [text for text in result.problems if text.startswith("auto chooses")]
     assert problem == f"auto chooses {taken} on cpu, and its masks are wrong: mean mask IoU 0.31: {remedy}"
@@ -389,7 +391,7 @@ def test_where_numpy_does_not_work_that_is_the_problem(monkeypatch: pytest.Monke
         return {"error": "it crashed: SIGILL"} if question in ("rule", "auto") else probe(question, *words)
 
     monkeypatch.setattr(doctor, "probe", stand_in)
-    found = x_ray()
+    found = examine()
     assert (found.works, found.rule, found.engines) == (False, (), ())
     assert found.problems == ("no engine can be tried: it crashed: SIGILL",)
 

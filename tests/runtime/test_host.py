@@ -222,7 +222,7 @@ def test_versions_are_those_of_what_is_installed() -> None:
     assert versions(["click", "no-such-package"]).keys() == {"click"}
 
 
-def test_the_x_ray_needs_nothing_but_python() -> None:
+def test_examining_the_host_needs_nothing_but_python() -> None:
     """`make gpu-check` calls it before anything is installed."""
     program = "import sys; from petseg_runtime import host; host.host(); host.gpus(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)

@@ -17,7 +17,7 @@ from petseg_runtime.text import shown
 
 if TYPE_CHECKING:
     from petseg_runtime.cameras import Camera
-    from petseg_runtime.doctor import EngineCheck, XRay
+    from petseg_runtime.doctor import EngineCheck, Examination
     from petseg_runtime.host import Cpu, Gpu
 
 __all__ = ["cpu_lines", "doctor"]
@@ -31,9 +31,9 @@ def doctor(as_json: bool) -> int:
     Each engine loads the built-in model, and works if its masks match those of the checkpoint. Exit codes: 0 if at
     least one engine works; 5 if none does, or if the one that `auto` chooses produces wrong masks.
     """
-    from petseg_runtime.doctor import x_ray
+    from petseg_runtime.doctor import examine
 
-    found = x_ray(lambda what: click.echo(f"petseg: trying {what}", err=True) if watched() else None)
+    found = examine(lambda what: click.echo(f"petseg: trying {what}", err=True) if watched() else None)
     if as_json:
         click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **dataclasses.asdict(found)}, indent=2))
     else:
@@ -43,7 +43,7 @@ def doctor(as_json: bool) -> int:
     return 0 if found.works else EngineError.exit_code
 
 
-def _lines(found: XRay) -> Iterable[tuple[str, str]]:
+def _lines(found: Examination) -> Iterable[tuple[str, str]]:
     """Yields title and text of each line; a repeated title is empty."""
     host = found.host
     yield "petseg", f"{host.petseg}, Python {host.python}, {host.system}"
@@ -101,7 +101,7 @@ def _check(check: EngineCheck) -> str:
     return f"{name}{packages}: {check.precision}, {check.milliseconds:.1f} ms, {masks}{notes}{unproven}"
 
 
-def _ffmpeg_lines(found: XRay) -> Iterable[tuple[str, str]]:
+def _ffmpeg_lines(found: Examination) -> Iterable[tuple[str, str]]:
     if found.ffmpeg.error:
         yield "FFmpeg", f"none: {found.ffmpeg.error}"
         return

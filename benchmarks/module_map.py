@@ -13,7 +13,7 @@ from benchmarks import records
 PACKAGES: Final = ("runtime/petseg_runtime", "petseg", "export/petseg_export", "benchmarks")
 
 
-def rooms() -> str:
+def module_map() -> str:
     """Returns a list of modules for each package."""
     return "\n\n".join("\n".join(_modules(records.ROOT / package)) for package in PACKAGES)
 

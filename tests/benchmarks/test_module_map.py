@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import records, rooms
+from benchmarks import module_map, records
 
 
 def test_a_module_is_described_by_its_first_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -21,8 +21,8 @@ def test_a_module_is_described_by_its_first_sentence(monkeypatch: pytest.MonkeyP
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f'"""{docstring}\n"""\n')
     monkeypatch.setattr(records, "ROOT", tmp_path)
-    monkeypatch.setattr(rooms, "PACKAGES", ("package",))
-    assert rooms.rooms().splitlines() == [
+    monkeypatch.setattr(module_map, "PACKAGES", ("package",))
+    assert module_map.module_map().splitlines() == [
         "**package** A package",
         "",
         "- `teacher.py`: Learns from a `--teacher` (Hinton et al. 2015)",
