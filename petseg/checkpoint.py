@@ -175,6 +175,8 @@ def load_model(path: str | os.PathLike[str]) -> tuple[AttentionUNet, Checkpoint]
         # Built without memory, then given the file's tensors: an absurd width in a header allocates nothing.
         with torch.device("meta"):
             model = AttentionUNet(checkpoint.model_config)
+        if misfit := _misfit(state, model.state_dict()):
+            raise CheckpointError(f"its tensors do not fit the network in its header ({misfit})")
         model.load_state_dict(state, assign=True)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -183,3 +185,19 @@ def load_model(path: str | os.PathLike[str]) -> tuple[AttentionUNet, Checkpoint]
     if bad := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
         raise CheckpointError(f"{path}: NaN or infinity in {', '.join(bad[:3])}; the training run diverged")
     return model.float().eval(), checkpoint
+
+
+def _misfit(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    """Describe the first tensor that differs in name or shape, and how many do; empty if none does.
+
+    PyTorch's own message has a line for each tensor, which hides what a user needs.
+    """
+
+    def shape(tensors: dict[str, Tensor], name: str) -> str:
+        return str(list(tensors[name].shape)) if name in tensors else "missing"
+
+    names = [name for name in {**expected, **found} if shape(found, name) != shape(expected, name)]
+    if not names:
+        return ""
+    first = f"{names[0]} is {shape(found, names[0])} in the file and {shape(expected, names[0])} in the network"
+    return first + (f", and {len(names) - 1} more differ" if len(names) > 1 else "")
