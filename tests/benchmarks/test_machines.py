@@ -55,7 +55,7 @@ def cells(text: str, what: str) -> list[str]:
     return next(line for line in text.splitlines() if line.startswith(f"| {what}")).removesuffix(" |").split(" | ")[1:]
 
 
-def test_a_column_for_each_machine(tmp_path: Path) -> None:
+def test_the_table_has_a_column_for_each_machine(tmp_path: Path) -> None:
     one(tmp_path, "Fast", {("openvino", "f32"): 6.0, ("openvino", "bf16"): 2.5}, 174)
     one(tmp_path / "machines" / "old", "Old", {("openvino", "f32"): 12.0}, 55)
     text = machines.machines()
@@ -68,7 +68,7 @@ def test_a_column_for_each_machine(tmp_path: Path) -> None:
     assert cells(text, "times as fast as LR-ASPP's, alone: openvino, f32") == ["1.12", "1.12"]
 
 
-def test_work_that_differs_is_told(tmp_path: Path) -> None:
+def test_different_workloads_are_reported(tmp_path: Path) -> None:
     for folder, frames in ((tmp_path, 240), (tmp_path / "machines" / "old", 180)):
         one(folder, "CPU", {("openvino", "f32"): 6.0}, 174)
         record = json.loads((folder / "video.json").read_text())
@@ -105,7 +105,7 @@ def test_machines_that_ran_an_earlier_model_are_named(tmp_path: Path) -> None:
     assert summary.by_machine()[-2:] == ["", said]
 
 
-def test_what_was_not_measured_on_a_machine_is_left_empty(tmp_path: Path) -> None:
+def test_unmeasured_cells_are_empty(tmp_path: Path) -> None:
     one(tmp_path, "Fast", {("openvino", "f32"): 6.0}, 174)
     one(tmp_path / "machines" / "old", "Old", {("openvino", "f32"): 12.0}, 55)
     for name in ("peers", "accuracy"):

@@ -28,9 +28,7 @@ def two(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
     return [folder / str(seed) / "best.safetensors" for seed in (0, 1)]
 
 
-def test_it_is_the_mean_with_thresholds_and_figures_of_its_own(
-    two: list[Path], oxford_root: Path, tmp_path: Path
-) -> None:
+def test_the_mean_has_new_thresholds_and_metrics(two: list[Path], oxford_root: Path, tmp_path: Path) -> None:
     out = tmp_path / "mean.safetensors"
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "oxford-iiit-pet").symlink_to(oxford_root)
@@ -51,7 +49,7 @@ def test_it_is_the_mean_with_thresholds_and_figures_of_its_own(
 
 
 @pytest.mark.parametrize(("key", "values"), [("model", {"width": 4}), ("data", {"names_sha256": "another"})])
-def test_checkpoints_of_other_kinds_are_refused(
+def test_checkpoints_of_different_networks_are_rejected(
     two: list[Path], tmp_path: Path, key: str, values: dict[str, Any]
 ) -> None:
     loaded: list[Checkpoint] = [load(path) for path in two]

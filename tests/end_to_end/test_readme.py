@@ -74,7 +74,7 @@ def plain(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(1500)  # thirty processes, half of which train or export: on a slow and busy machine, minutes
 @pytest.mark.parametrize("training", [False, True], ids=["the model that ships", "models of one's own"])
-def test_the_commands_run_in_their_order(home: Path, forks: Any, training: bool) -> None:
+def test_the_commands_run_in_order(home: Path, forks: Any, training: bool) -> None:
     lines = [
         line for block in blocks("sh") if of_training(block) == training for line in block.splitlines() if line.strip()
     ]
@@ -92,7 +92,7 @@ def test_the_commands_run_in_their_order(home: Path, forks: Any, training: bool)
 
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="petseg/weights is not in the sdist")
-def test_the_python_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_examples_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(WEIGHTS, home / "best.safetensors")
     monkeypatch.chdir(home)
     for block in blocks("python"):
@@ -122,7 +122,7 @@ def heading(line: str) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_local_link_leads_somewhere(page: str) -> None:
+def test_every_local_link_resolves(page: str) -> None:
     here = ROOT / page
     if not here.exists():
         pytest.skip(f"{page} is not in the sdist")
@@ -138,9 +138,7 @@ def test_every_local_link_leads_somewhere(page: str) -> None:
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks" / "results").is_dir(), reason="benchmarks/results is not in the sdist")
-def test_the_numbers_are_those_of_the_records(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_numbers_match_the_records(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """`python -m benchmarks report --check`, in this process: a new one would import PyTorch once more."""
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as ended:

@@ -52,7 +52,7 @@ def exported(petseg: Petseg, run: Path, oxford_root: Path) -> Path:
     return file
 
 
-def test_training_leaves_its_checkpoints_log_and_pictures(run: Path) -> None:
+def test_training_writes_checkpoints_log_and_pictures(run: Path) -> None:
     assert {path.name for path in run.iterdir()} >= {
         "best.safetensors",
         "last.safetensors",
@@ -62,7 +62,7 @@ def test_training_leaves_its_checkpoints_log_and_pictures(run: Path) -> None:
     }
 
 
-def test_what_was_trained_finds_the_pets(petseg: Petseg, exported: Path, oxford_root: Path) -> None:
+def test_the_trained_model_finds_the_pets(petseg: Petseg, exported: Path, oxford_root: Path) -> None:
     metrics = json.loads(petseg("evaluate", exported, "--backend", "ort", "--data", oxford_root, "--json"))
     assert metrics["schema_version"] == 1
     assert metrics["photos"] == 6
@@ -70,7 +70,7 @@ def test_what_was_trained_finds_the_pets(petseg: Petseg, exported: Path, oxford_
     assert metrics["iou"] > 0.6
 
 
-def test_checkpoint_and_exported_file_score_the_same(
+def test_checkpoint_and_exported_file_have_the_same_iou(
     petseg: Petseg, run: Path, exported: Path, oxford_root: Path
 ) -> None:
     of_file = json.loads(petseg("evaluate", exported, "--backend", "ort", "--data", oxford_root, "--json"))
@@ -91,7 +91,7 @@ def test_the_exported_file_segments_a_folder(petseg: Petseg, exported: Path, oxf
             assert set(np.unique(np.array(mask))) <= {0, 255}
 
 
-def test_the_file_says_where_it_comes_from(petseg: Petseg, exported: Path) -> None:
+def test_the_file_states_its_provenance(petseg: Petseg, exported: Path) -> None:
     info = json.loads(petseg("info", exported, "--json"))
     assert info["spec"]["height"] == info["spec"]["width"] == 64
     assert info["receipt"]["passed"]

@@ -92,7 +92,7 @@ def full_disk(room: int) -> Iterator[None]:
     ],
     ids=["onnx", "openvino"],
 )
-def test_the_files_lie_beside_the_checkpoint_and_are_named(
+def test_the_files_are_written_beside_the_checkpoint_and_listed(
     config: ExportConfig, names: list[str], beside: Path, known_graph: None
 ) -> None:
     done = export(str(beside), config)
@@ -119,7 +119,7 @@ def test_a_second_export_gives_the_same_bytes(config: ExportConfig, beside: Path
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_missing_folders_are_made(
+def test_missing_folders_are_created(
     config: type[ExportConfig], checkpoint_file: Path, tmp_path: Path, known_graph: None
 ) -> None:
     suffix = ".onnx" if config is OnnxConfig else ".xml"
@@ -129,7 +129,9 @@ def test_missing_folders_are_made(
     assert all(file.parent == tmp_path / "a" / "b" for file in done.files)
 
 
-def test_the_proof_travels_and_proves(exported: Any, checkpoint_file: Path, trained: Any, photos: list[Path]) -> None:
+def test_the_parity_record_ships_with_the_file_and_verifies_it(
+    exported: Any, checkpoint_file: Path, trained: Any, photos: list[Path]
+) -> None:
     artifact = open_artifact(exported.file)
     proof = load_proof(proof_of(exported.file), artifact.spec, artifact.provenance["checkpoint_sha256"])
     chosen = np.linspace(0, len(photos) - 1, 16).round().astype(int)  # evenly spaced, because a data set is sorted
@@ -142,14 +144,14 @@ def test_the_proof_travels_and_proves(exported: Any, checkpoint_file: Path, trai
     assert receipt.reference == exported.receipt.reference
 
 
-def test_a_proof_of_few_photos_has_them_all(beside: Path, known_graph: None) -> None:
+def test_a_parity_record_of_few_photos_contains_them_all(beside: Path, known_graph: None) -> None:
     done = export(beside, OnnxConfig(photos=3))
     assert verify_artifact(open_artifact(done.path)).names == done.receipt.names
     assert done.receipt.photos == 3
     assert done.receipt.kind == "smoke"
 
 
-def test_each_engine_that_is_asked_for_has_its_rows(beside: Path, oxford_root: Path, known_graph: None) -> None:
+def test_each_requested_engine_has_rows(beside: Path, oxford_root: Path, known_graph: None) -> None:
     config = OnnxConfig(backends=("onnxruntime", "openvino"), data=oxford_root / "images")
     rows = export(beside, config).receipt.rows
     assert [row.engine.split()[0] for row in rows][:2] == ["onnxruntime", "openvino"]
@@ -158,7 +160,7 @@ def test_each_engine_that_is_asked_for_has_its_rows(beside: Path, oxford_root: P
     assert all(row.passed for row in rows)
 
 
-def test_the_parity_test_has_the_device_and_the_threads_that_are_asked_for(
+def test_the_parity_test_uses_the_requested_device_and_threads(
     beside: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[Any, ...]] = []
@@ -184,7 +186,7 @@ def test_the_parity_test_has_the_device_and_the_threads_that_are_asked_for(
         ((64, 64), (64, 64), (48, 32)),
     ],
 )
-def test_a_graph_of_any_size_is_tested_at_a_second_one(
+def test_a_dynamic_size_graph_is_tested_at_a_second_size(
     size: tuple[int, int], largest: tuple[int, int] | None, other: tuple[int, int] | None
 ) -> None:
     height, width = size
@@ -210,7 +212,7 @@ def test_a_file_that_runs_only_at_the_smallest_size_is_not_written(
     assert list(content(beside.parent)) == ["best.safetensors"]
 
 
-def test_progress_is_told_stage_by_stage(beside: Path, known_graph: None) -> None:
+def test_progress_is_reported_per_stage(beside: Path, known_graph: None) -> None:
     told: list[tuple[str, int, int]] = []
     export(beside, OpenVINOConfig(photos=2), lambda *step: told.append(step))
     stages = list(dict.fromkeys(what for what, _, _ in told))
@@ -231,7 +233,7 @@ def test_progress_is_told_stage_by_stage(beside: Path, known_graph: None) -> Non
 
 @pytest.mark.parametrize("split", ["val", "test"])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_the_receipts_iou_is_that_of_petseg_evaluate(
+def test_the_receipts_iou_matches_petseg_evaluate(
     config: type[ExportConfig], split: str, with_split: Path, trained: Any, oxford_root: Path, known_graph: None
 ) -> None:
     """On the split of the checkpoint's training, in every row."""
@@ -250,7 +252,7 @@ def test_the_receipts_iou_is_that_of_petseg_evaluate(
     assert done.receipt.rows[-1].task["this"] == pytest.approx(this, abs=1e-12)
 
 
-def test_a_receipt_on_photos_that_may_have_been_trained_on_says_so(
+def test_a_receipt_on_possible_training_photos_says_so(
     trained: Any, meta: dict[str, Any], tmp_path: Path, oxford_root: Path, known_graph: None
 ) -> None:
     path, data = tmp_path / "best.safetensors", {"names_sha256": "0" * 64, "skipped_without_pet": []}
@@ -263,7 +265,7 @@ def test_a_receipt_on_photos_that_may_have_been_trained_on_says_so(
     assert (test.receipt.note, test.notes) == ("", ())
 
 
-def test_what_auto_would_run_has_a_row_beside_the_exact_one(beside: Path, oxford_root: Path, known_graph: None) -> None:
+def test_autos_choice_has_a_row_next_to_the_exact_one(beside: Path, oxford_root: Path, known_graph: None) -> None:
     engine = pytest.importorskip("petseg_runtime.engines.openvino")
     with pytest.MonkeyPatch.context() as patch:  # undone before tests/conftest.py's `any_cpu` is
         patch.setattr(engine, "computes_in_less", lambda spec, options: not options.exact)
@@ -298,7 +300,7 @@ def _flip(data: bytes) -> bytes:
     ],
     ids=["empty", "8 bytes", "truncated", "longer", "header", "PNG", "garbage"],
 )
-def test_a_damaged_file_is_no_checkpoint(beside: Path, spoil: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_checkpoint_is_rejected(beside: Path, spoil: Callable[[bytes], bytes]) -> None:
     spoilt = spoil(beside.read_bytes())
     beside.write_bytes(spoilt)
     with pytest.raises(CheckpointError, match=r"run/best\.safetensors: not a readable safetensors checkpoint"):
@@ -306,7 +308,7 @@ def test_a_damaged_file_is_no_checkpoint(beside: Path, spoil: Callable[[bytes], 
     assert content(beside.parent) == {"best.safetensors": spoilt}
 
 
-def test_another_programs_file_is_no_checkpoint(tmp_path: Path, exported: Any) -> None:
+def test_a_foreign_file_is_rejected_as_a_checkpoint(tmp_path: Path, exported: Any) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
     shutil.copy(exported.file, tmp_path / "other.onnx.safetensors")
@@ -318,7 +320,7 @@ def test_another_programs_file_is_no_checkpoint(tmp_path: Path, exported: Any) -
 
 
 @pytest.mark.parametrize("width", [2, 6, 64, 10**6, 3, 0, "4"])
-def test_a_checkpoint_of_another_width_than_its_header_says(
+def test_a_checkpoint_whose_width_contradicts_its_header_is_rejected(
     trained: Any, meta: dict[str, Any], tmp_path: Path, width: Any
 ) -> None:
     path = tmp_path / "odd.safetensors"
@@ -328,7 +330,7 @@ def test_a_checkpoint_of_another_width_than_its_header_says(
     assert list(content(tmp_path)) == ["odd.safetensors"]
 
 
-def test_the_state_of_a_run_is_refused_with_the_remedy(trained: Any, tmp_path: Path) -> None:
+def test_a_training_state_file_is_rejected_with_a_remedy(trained: Any, tmp_path: Path) -> None:
     state = {f"ema/{name}": tensor for name, tensor in trained.model.state_dict().items()}
     save_checkpoint(tmp_path / "last.safetensors", state, {"kind": "training", "model": {"width": 4}})
     with pytest.raises(CheckpointError, match=r"last\.safetensors: .*best\.safetensors"):
@@ -350,7 +352,7 @@ def test_the_state_of_a_run_is_refused_with_the_remedy(trained: Any, tmp_path: P
     ],
     ids=str,
 )
-def test_a_header_that_makes_no_sense_is_one_line_that_names_the_file(
+def test_an_invalid_header_gives_a_one_line_error_naming_the_file(
     trained: Any, meta: dict[str, Any], oxford_root: Path, tmp_path: Path, damaged: dict[str, Any], known_graph: None
 ) -> None:
     path = tmp_path / "odd.safetensors"
@@ -366,7 +368,7 @@ def test_a_header_that_makes_no_sense_is_one_line_that_names_the_file(
 
 @pytest.mark.parametrize(("config", "suffix"), [(OnnxConfig, ".onnx"), (OpenVINOConfig, ".xml")])
 @pytest.mark.parametrize("name", ["out", "out.pt", "out.onnx.zip", "out.ONNX", "onnx"])
-def test_an_output_with_another_suffix_is_refused_at_once(
+def test_an_output_with_the_wrong_suffix_is_rejected_immediately(
     config: type[ExportConfig], suffix: str, name: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=f"{name}: .* files end in {suffix}"):
@@ -376,7 +378,7 @@ def test_an_output_with_another_suffix_is_refused_at_once(
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("place", ["file/out", "folder"])
-def test_an_output_that_cannot_be_written_is_an_error_of_its_own(
+def test_an_unwritable_output_raises_output_error(
     config: type[ExportConfig], place: str, checkpoint_file: Path, tmp_path: Path, known_graph: None
 ) -> None:
     suffix = ".onnx" if config is OnnxConfig else ".xml"
@@ -391,7 +393,7 @@ def test_an_output_that_cannot_be_written_is_an_error_of_its_own(
     ("config", "name"),
     [(OnnxConfig, "best.onnx"), (OpenVINOConfig, "best.xml"), (OpenVINOConfig, "best.bin")],
 )
-def test_no_file_of_an_export_is_written_over_its_checkpoint(
+def test_an_export_never_overwrites_its_checkpoint(
     config: type[ExportConfig], name: str, beside: Path, known_graph: None
 ) -> None:
     path = beside.rename(beside.with_name(name))
@@ -401,20 +403,22 @@ def test_no_file_of_an_export_is_written_over_its_checkpoint(
     assert content(beside.parent) == before
 
 
-def test_of_an_exported_file_it_is_said_that_it_is_no_checkpoint(exported: Any, tmp_path: Path) -> None:
+def test_an_exported_file_given_as_checkpoint_is_named_as_such(exported: Any, tmp_path: Path) -> None:
     path = Path(shutil.copy(exported.file, tmp_path / "mine.onnx"))
     with pytest.raises(CheckpointError, match=r"mine\.onnx: .*give the \.safetensors file that it was made from"):
         export(path, OnnxConfig())
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that even root cannot write to")
-def test_a_folder_that_cannot_be_made(checkpoint_file: Path, known_graph: None) -> None:
+def test_a_folder_that_cannot_be_created_is_an_output_error(checkpoint_file: Path, known_graph: None) -> None:
     with pytest.raises(OutputError, match=r"/proc/petseg/out\.onnx: cannot be written"):
         export(checkpoint_file, OnnxConfig(output=Path("/proc/petseg/out.onnx")))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission(checkpoint_file: Path, tmp_path: Path, known_graph: None) -> None:
+def test_a_folder_without_permission_is_an_output_error(
+    checkpoint_file: Path, tmp_path: Path, known_graph: None
+) -> None:
     tmp_path.chmod(0o555)
     try:
         with pytest.raises(OutputError, match="Permission denied"):
@@ -426,7 +430,7 @@ def test_a_folder_without_permission(checkpoint_file: Path, tmp_path: Path, know
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("room", [0, 1000, 100_000])
-def test_a_full_disk_leaves_what_was_there_before(
+def test_a_full_disk_leaves_existing_files_unchanged(
     config: type[ExportConfig], room: int, beside: Path, known_graph: None
 ) -> None:
     suffix = ".onnx" if config is OnnxConfig else ".xml"
@@ -438,7 +442,7 @@ def test_a_full_disk_leaves_what_was_there_before(
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_a_disk_that_is_full_at_the_last_file(
+def test_a_disk_full_at_the_last_file_leaves_existing_files_unchanged(
     config: type[ExportConfig], beside: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Proof, "to_bytes", lambda self: bytes(3_000_000))
@@ -453,7 +457,7 @@ def test_a_disk_that_is_full_at_the_last_file(
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("before", [False, True])
-def test_a_failed_receipt_leaves_nothing_new(
+def test_a_failed_receipt_writes_nothing(
     config: type[ExportConfig], before: bool, beside: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suffix = ".onnx" if config is OnnxConfig else ".xml"
@@ -468,7 +472,7 @@ def test_a_failed_receipt_leaves_nothing_new(
     assert (beside.with_suffix(suffix) in beside.parent.iterdir()) is before
 
 
-def test_one_failed_row_is_enough(beside: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_failed_row_fails_the_export(beside: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = build.measure
 
     def second_fails(*args: Any, **more: Any) -> Any:
@@ -481,7 +485,7 @@ def test_one_failed_row_is_enough(beside: Path, known_graph: None, monkeypatch: 
     assert list(content(beside.parent)) == ["best.safetensors"]
 
 
-def test_an_engine_that_fails_is_no_proof(beside: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_engine_fails_the_export(beside: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: Any, **__: Any) -> Any:
         raise EngineError("out of memory")
 
@@ -501,7 +505,7 @@ def test_an_engine_that_fails_is_no_proof(beside: Path, known_graph: None, monke
         "scanning activations",
     ],
 )
-def test_an_interruption_leaves_nothing_at_any_stage(stage: str, beside: Path, known_graph: None) -> None:
+def test_an_interruption_at_any_stage_writes_nothing(stage: str, beside: Path, known_graph: None) -> None:
     def interrupt(what: str, done: int, total: int) -> None:
         if what == stage:
             raise KeyboardInterrupt
@@ -511,7 +515,7 @@ def test_an_interruption_leaves_nothing_at_any_stage(stage: str, beside: Path, k
     assert sorted(path.name for path in beside.parent.iterdir()) == ["best.safetensors"]
 
 
-def test_a_photo_that_cannot_be_read_leaves_nothing(beside: Path, oxford_copy: Path, known_graph: None) -> None:
+def test_an_unreadable_photo_writes_nothing(beside: Path, oxford_copy: Path, known_graph: None) -> None:
     (oxford_copy / "images" / "pet_29.jpg").write_bytes(b"no photo")
     with pytest.raises(UnreadableImage, match=r"pet_29\.jpg") as unlabelled:
         export(beside, OnnxConfig(data=oxford_copy / "images"))
@@ -522,7 +526,7 @@ def test_a_photo_that_cannot_be_read_leaves_nothing(beside: Path, oxford_copy: P
     assert list(content(beside.parent)) == ["best.safetensors"]
 
 
-def test_a_mask_that_cannot_be_read_leaves_nothing(beside: Path, folder_copy: Path, known_graph: None) -> None:
+def test_an_unreadable_mask_writes_nothing(beside: Path, folder_copy: Path, known_graph: None) -> None:
     (folder_copy / "masks" / "own_10.png").unlink()
     with pytest.raises(DataError, match=r"own_10\.png"):
         export(beside, OnnxConfig(data=folder_copy, split="test"))
@@ -554,7 +558,7 @@ def of_another_size(proto: onnx.ModelProto) -> None:
         (of_another_size, ParityShapes, "48"),
     ],
 )
-def test_a_graph_that_breaks_the_contract_is_a_parity_error(
+def test_a_graph_that_violates_the_contract_is_a_parity_error(
     change: Callable[[onnx.ModelProto], None],
     error: type[ParityError],
     told: str,
@@ -581,7 +585,7 @@ def test_a_graph_that_breaks_the_contract_is_a_parity_error(
         (OpenVINOConfig(backends=("onnxruntime",)), EngineError),
     ],
 )
-def test_a_request_that_cannot_be_met_is_refused_before_the_checkpoint_is_read(
+def test_an_impossible_request_is_rejected_before_the_checkpoint_is_read(
     config: ExportConfig, error: type[PetsegError], tmp_path: Path
 ) -> None:
     with pytest.raises(error):
@@ -599,7 +603,7 @@ def test_damaged_training_metadata_is_found_before_any_photo_is_read(
         export(path, OnnxConfig())
 
 
-def test_the_same_photos_are_seen_by_every_format(beside: Path, oxford_root: Path, known_graph: None) -> None:
+def test_every_format_is_tested_on_the_same_photos(beside: Path, oxford_root: Path, known_graph: None) -> None:
     wanted = {"data": oxford_root / "images", "photos": 5, "seed": 3}
     seen = [export(beside, config(**wanted)).receipt.photos_sha256 for config in CONFIGS]
     assert len(set(seen)) == 1

@@ -135,7 +135,7 @@ def tree(folder: Path) -> dict[str, str]:
 # ----------------------------------------------------------------------------------------- one complete run
 
 
-def test_each_photo_is_answered_for_once_and_in_order(segmenter: Segmenter, photos: Path, tmp_path: Path) -> None:
+def test_each_photo_is_reported_once_and_in_order(segmenter: Segmenter, photos: Path, tmp_path: Path) -> None:
     told: list[Outcome[Item, Done]] = []
     report = go(segmenter, photos, tmp_path / "out", watch=told.append)
     items = find_photos([photos])
@@ -144,7 +144,7 @@ def test_each_photo_is_answered_for_once_and_in_order(segmenter: Segmenter, phot
     assert set(tree(tmp_path / "out")) == {f"{item.name}.png" for item in items}
 
 
-def test_results_are_those_of_a_call(segmenter: Segmenter, photos: Path, tmp_path: Path) -> None:
+def test_results_match_those_of_a_direct_call(segmenter: Segmenter, photos: Path, tmp_path: Path) -> None:
     told: list[Outcome[Item, Done]] = []
     go(segmenter, photos, tmp_path / "out", "probability", watch=told.append)
     for outcome in told:
@@ -159,7 +159,7 @@ def test_results_are_those_of_a_call(segmenter: Segmenter, photos: Path, tmp_pat
         assert (done.notes, done.value) == ((), None)
 
 
-def test_a_bad_photo_is_named_and_stops_no_other(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
+def test_a_bad_photo_is_named_and_the_others_continue(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
     (own / "a" / "002.jpg").write_bytes(b"no photo")
     (own / "empty.jpg").touch()
     report = go(segmenter, own, tmp_path / "out")
@@ -168,14 +168,14 @@ def test_a_bad_photo_is_named_and_stops_no_other(segmenter: Segmenter, own: Path
     assert len(tree(tmp_path / "out")) == 7
 
 
-def test_what_was_known_to_be_wrong_is_told_as_it_was_found(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
+def test_a_problem_found_by_the_search_is_reported_unchanged(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
     items = [Item(own / "a" / "000.jpg", PurePath("0"), problem="photos/*.png: no file fits this pattern")]
     report = segment_photos(items, segmenter, ImageSink(tmp_path / "out", picture("mask"), items), ignore)
     assert report.failed == ["photos/*.png: no file fits this pattern"]
     assert tree(tmp_path / "out") == {}
 
 
-def test_a_result_that_cannot_be_written_stops_no_other(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
+def test_an_unwritable_result_does_not_stop_the_others(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "a" / "002.png").mkdir(parents=True)
     report = go(segmenter, own, tmp_path / "out")
     assert report.done == 7
@@ -184,7 +184,7 @@ def test_a_result_that_cannot_be_written_stops_no_other(segmenter: Segmenter, ow
     assert len(tree(tmp_path / "out")) == 7
 
 
-def test_an_image_that_was_given_as_bytes_is_segmented(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
+def test_an_image_given_as_bytes_is_segmented(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
     data = (own / "a" / "000.jpg").read_bytes()
     item = Item(STDIN, PurePath("stdin"), data=data)
     report = segment_photos([item], segmenter, ImageSink(tmp_path / "out", picture("mask"), [item]), ignore)
@@ -193,7 +193,7 @@ def test_an_image_that_was_given_as_bytes_is_segmented(segmenter: Segmenter, own
         np.testing.assert_array_equal(np.array(saved) == 255, segmenter(data).mask)
 
 
-def test_without_a_pet_nothing_is_found(segmenter: Segmenter, tmp_path: Path) -> None:
+def test_photos_without_a_pet_are_not_counted_as_found(segmenter: Segmenter, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     Image.new("RGB", (20, 10), "blue").save(tmp_path / "in" / "sky.png")
     told: list[Outcome[Item, Done]] = []
@@ -203,13 +203,13 @@ def test_without_a_pet_nothing_is_found(segmenter: Segmenter, tmp_path: Path) ->
     assert (done.coverage, done.found, done.box) == (0.0, False, None)
 
 
-def test_no_photos_at_all_are_no_error(segmenter: Segmenter, tmp_path: Path) -> None:
+def test_an_empty_list_of_photos_is_not_an_error(segmenter: Segmenter, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     report = go(segmenter, tmp_path / "in", tmp_path / "out")
     assert (report.done, report.failed, report.skipped, report.steps) == (0, [], 0, {})
 
 
-def test_the_report_says_what_each_step_took(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
+def test_the_report_has_the_time_of_each_step(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
     (own / "a" / "002.jpg").write_bytes(b"no photo")
     report = go(segmenter, own, tmp_path / "out")
     assert list(report.steps) == ["read", "infer", "write"]
@@ -218,7 +218,7 @@ def test_the_report_says_what_each_step_took(segmenter: Segmenter, own: Path, tm
     assert report.seconds > 0
 
 
-def test_what_steps_took_is_over_the_photos_that_came_to_them_and_no_photos_times_are_kept(
+def test_step_times_cover_the_photos_that_reached_a_step_and_are_not_kept(
     segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = [{"read": 1.0, "infer": 10.0}, {"read": 3.0}, {"read": 2.0, "infer": 30.0}]
@@ -239,7 +239,7 @@ def test_what_steps_took_is_over_the_photos_that_came_to_them_and_no_photos_time
     assert report.steps["read"]["p50"] == pytest.approx(2.0, rel=0.02)
 
 
-def test_where_only_masks_are_wanted_the_photos_are_not_kept_and_never_whole_arrays(
+def test_for_masks_alone_photos_are_not_kept_or_converted_to_arrays(
     segmenter: Segmenter, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Making such an array of a large photo takes as long as its mask."""
@@ -317,7 +317,7 @@ class Watched(Segmenter):
         return super().finish(prepared, probability)
 
 
-def test_beside_a_gpu_several_photos_are_read_and_written_at_a_time(
+def test_with_a_gpu_several_photos_are_read_and_written_concurrently(
     model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = find_photos([photos])[:8]
@@ -330,7 +330,7 @@ def test_beside_a_gpu_several_photos_are_read_and_written_at_a_time(
         assert all(isinstance(result, Segmentation) for result in segmenter.map(item.source for item in items))
 
 
-def test_beside_a_gpu_batches_fill(model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_gpu_batches_fill_up(model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     items, ahead = find_photos([photos]), threading.Semaphore(0)
 
     def all_ahead() -> None:
@@ -345,7 +345,7 @@ def test_beside_a_gpu_batches_fill(model: Path, photos: Path, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(("threads", "cpus", "workers"), [(None, 6, 6), (3, 6, 3), (None, 64, MAX_WORKERS)])
-def test_beside_a_gpu_the_cpus_are_for_reading_and_writing(
+def test_with_a_gpu_the_cpus_read_and_write(
     model: Path, monkeypatch: pytest.MonkeyPatch, threads: int | None, cpus: int, workers: int
 ) -> None:
     monkeypatch.setattr("petseg_runtime.host.usable_cpus", lambda: cpus)
@@ -353,7 +353,7 @@ def test_beside_a_gpu_the_cpus_are_for_reading_and_writing(
         assert segmenter.workers == workers
 
 
-def test_on_the_cpu_as_many_photos_are_read_at_a_time_as_are_inferred(model: Path) -> None:
+def test_on_the_cpu_as_many_photos_are_read_as_inferred_concurrently(model: Path) -> None:
     for streams in (1, 2):
         with Segmenter(model, backend="onnxruntime", threads=3, streams=streams) as segmenter:
             assert segmenter.workers == streams
@@ -391,7 +391,7 @@ def stopping(after: int) -> Callable[[Outcome[Item, Done]], None]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
+def test_a_stopped_run_resumes_with_identical_results(
     model: Path, photos: Path, tmp_path: Path, undisturbed: dict[str, Any], kind: str
 ) -> None:
     out = tmp_path / "out"
@@ -413,7 +413,7 @@ def image_of(path: Path) -> bytes:
 
 @given(stops=st.lists(st.integers(0, 12), min_size=1, max_size=4), kind=st.sampled_from(["mask", "coco-rle"]))
 @settings(max_examples=12)
-def test_it_may_be_stopped_any_number_of_times_anywhere(
+def test_a_run_can_be_stopped_anywhere_any_number_of_times(
     tmp_path_factory: pytest.TempPathFactory,
     segmenter: Segmenter,
     photos: Path,
@@ -434,7 +434,7 @@ def test_it_may_be_stopped_any_number_of_times_anywhere(
     assert tree(out) == undisturbed[kind]
 
 
-def test_an_engine_that_fails_ends_the_run_and_the_next_goes_on(
+def test_a_failing_engine_ends_the_run_and_the_next_resumes(
     model: Path, segmenter: Segmenter, photos: Path, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
     with Counted(model, fails_after=15) as broken, pytest.raises(EngineError, match="the engine broke"):
@@ -445,7 +445,7 @@ def test_an_engine_that_fails_ends_the_run_and_the_next_goes_on(
     assert tree(tmp_path / "out") == undisturbed["mask"]
 
 
-def test_a_full_disk_ends_the_run_and_the_next_goes_on(
+def test_a_full_disk_ends_the_run_and_the_next_resumes(
     segmenter: Segmenter, photos: Path, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
     class Full:
@@ -470,7 +470,7 @@ def test_a_full_disk_ends_the_run_and_the_next_goes_on(
     assert tree(tmp_path / "out") == undisturbed["mask"]
 
 
-def test_what_is_done_is_not_touched_again(model: Path, photos: Path, tmp_path: Path) -> None:
+def test_finished_results_are_not_touched_again(model: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with Counted(model) as segmenter:
         go(segmenter, photos, out)
@@ -481,7 +481,7 @@ def test_what_is_done_is_not_touched_again(model: Path, photos: Path, tmp_path: 
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.png")} == before
 
 
-def test_only_what_changed_is_done_again(model: Path, own: Path, tmp_path: Path) -> None:
+def test_only_changed_photos_are_redone(model: Path, own: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with Counted(model) as segmenter:
         go(segmenter, own, out)
@@ -503,7 +503,7 @@ def test_only_what_changed_is_done_again(model: Path, own: Path, tmp_path: Path)
             np.testing.assert_array_equal(np.array(saved) == 255, segmenter(own / "a" / "000.jpg").mask)
 
 
-def test_whoever_watches_is_told_how_many_are_left(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
+def test_the_progress_callback_gets_the_number_remaining(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
     told: list[Any] = []
     for resume in (False, True, True):
         watched = len(told)
@@ -515,7 +515,7 @@ def test_whoever_watches_is_told_how_many_are_left(segmenter: Segmenter, own: Pa
     assert [left for left in told if isinstance(left, int)] == [8, 2, 2]
 
 
-def test_what_failed_is_tried_again(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
+def test_failed_photos_are_retried(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
     good = (own / "a" / "002.jpg").read_bytes()
     (own / "a" / "002.jpg").write_bytes(b"no photo")
     for resume in (False, True):
@@ -534,7 +534,7 @@ def annotated(out: Path) -> dict[str, Any]:
     return {names[annotation["image_id"]]: annotation["area"] for annotation in file["annotations"]}
 
 
-def test_a_coco_file_knows_only_photos_as_they_are_now(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
+def test_a_coco_file_has_only_current_photos(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = go(segmenter, own, out, "coco-rle")
     assert report.path == out / "annotations.json"
@@ -614,7 +614,7 @@ def noted(out: Path) -> dict[Path, int]:
 @pytest.mark.parametrize(
     ("number", "code", "said"), [(2, 130, "interrupted"), (15, 143, "terminated"), (1, 129, "hung up")]
 )
-def test_a_signal_leaves_whole_photos_and_a_whole_journal(
+def test_a_signal_leaves_complete_results_and_journal(
     model: Path, many: Path, tmp_path: Path, number: int, code: int, said: str
 ) -> None:
     done = stop_at(30, number, command(model, many, tmp_path / "out"), tmp_path / "out")
@@ -628,9 +628,7 @@ def test_a_signal_leaves_whole_photos_and_a_whole_journal(
     assert 20 < len(there) < PHOTOS
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
-    model: Path, many: Path, tmp_path: Path
-) -> None:
+def test_a_repeatedly_killed_run_gives_identical_results(model: Path, many: Path, tmp_path: Path) -> None:
     """kill -9 three times, SIGTERM once and Ctrl-C once, with five hundred photos."""
     out, whole = tmp_path / "out", tmp_path / "whole"
     call = command(model, many, out)
@@ -667,9 +665,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
 
 
 @pytest.mark.parametrize("step", ["prepare_opened", "finish"])
-def test_a_photo_that_does_not_fit_into_the_memory_fails_alone(
-    model: Path, own: Path, tmp_path: Path, step: str
-) -> None:
+def test_a_photo_too_large_for_memory_fails_alone(model: Path, own: Path, tmp_path: Path, step: str) -> None:
     class Small(Segmenter):
         """Runs out of memory at the third photo."""
 
@@ -690,7 +686,7 @@ def test_a_photo_that_does_not_fit_into_the_memory_fails_alone(
 
 
 @pytest.mark.parametrize("kind", sorted(sinks.KINDS))
-def test_what_a_result_takes_in_memory_is_counted(own: Path, segmenter: Segmenter, tmp_path: Path, kind: str) -> None:
+def test_the_memory_of_results_is_counted(own: Path, segmenter: Segmenter, tmp_path: Path, kind: str) -> None:
     asked: list[int] = []
     items = [Item(next(own.rglob("*.jpg")), PurePath("one"))]
     for spare in (0, sinks.KINDS[kind].spare):

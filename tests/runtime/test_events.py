@@ -61,7 +61,7 @@ def photos(toy: Callable[..., Any], tmp_path: Path) -> list[str]:
     return ["infer", str(folder), "--model", str(toy(tmp_path / "toy.onnx").path), "--json", "--output"]
 
 
-def test_the_events_of_photos_are_those_of_the_page(
+def test_photo_events_match_the_documentation(
     photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run([*photos, str(tmp_path / "masks"), "--as", "mask", "--only-found"]) == 3
@@ -76,7 +76,7 @@ def test_the_events_of_photos_are_those_of_the_page(
     assert set(events[-1]["videos"]) == {"count", "done", "failed", "stopped", "skipped"}
 
 
-def test_the_events_of_videos_are_those_of_the_page(
+def test_video_events_match_the_documentation(
     photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(infer_video, "_STATISTICS", 0.0)
