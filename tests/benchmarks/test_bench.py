@@ -40,7 +40,7 @@ def test_every_step_runs_and_the_failed_ones_are_named(tmp_path: Path, fails: st
 
 
 def test_the_pages_name_every_measurement_that_make_bench_omits() -> None:
-    own = {"compare", "embedded", "gpu-check", "pet-free"}  # without a table, or called by another
+    own = {"compare", "embedded", "gpu-check", "pet-free"}  # has no table, or is called by another command
     left_out = COMMANDS.keys() - own - set(STEPS)
     (sentence,) = re.findall(r"Not in it, [^.]*\.", (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8"))
     assert set(re.findall(r"`([^`]+)`", sentence)) == left_out

@@ -273,7 +273,7 @@ def test_corrupted_pieces_are_not_joined(out: Path, tmp_path: Path, spoil: str) 
     assert not (tmp_path / "joined").exists()
 
 
-# ------------------------------------------------------------------------------------------------ the time there is
+# --------------------------------------------------------------------------------------------------- the time limit
 
 
 def job(data: Path, *settings: str) -> Job:

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("results")
 
 
 def one(folder: Path, cpu: str, ms: dict[tuple[str, str], float], rate: float, shipped: str | None = None) -> None:
-    """The records of a machine: the network's times by engine and precision, and the rate on a folder."""
+    """Write the records of a machine: the network's times by engine and precision, and the rate on a folder."""
 
     def row(name: str, faster: float, seconds: float) -> dict[str, Any]:
         return {

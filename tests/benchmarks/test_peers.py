@@ -82,7 +82,7 @@ def test_watch_measures_time_and_memory_of_the_command_only() -> None:
 
 
 def of_folders(data: Path, photos: int, counts: list[int]) -> Any:
-    """Of photos that are numbers."""
+    """`pipeline.Folders` over 50 photos, each with its number as width and colour."""
     images = data / "oxford-iiit-pet-native" / "images"
     if not images.exists():
         images.mkdir(parents=True)

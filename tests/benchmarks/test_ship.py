@@ -1,4 +1,4 @@
-"""A new bundled model is put in place first, and then recorded with its training runs."""
+"""A new bundled model is installed first, and then recorded with its training runs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_stopped_and_older_runs_are_recorded_as_far_as_known(run: Path, tmp_path
 
 @pytest.fixture
 def place(oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Temporary places for all that is replaced: models/edge.onnx, weights/, results/; and data/ to measure on."""
+    """Temporary paths for all that is replaced: models/edge.onnx, weights/, results/; and data/ to measure on."""
     shipped = tmp_path / "models" / "edge.onnx"
     shipped.parent.mkdir()
     shutil.copy(default_model(), shipped)

@@ -1,4 +1,4 @@
-"""The wheel, installed in a clean environment outside the repository: what a user really gets."""
+"""The wheel, installed in a clean environment outside the repository, as users install it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHELSEA = ROOT / "runtime" / "petseg_runtime" / "models" / "samples" / "chelsea.
 pytestmark = [pytest.mark.packaging, pytest.mark.timeout(600)]
 
 
-#: Without what would let the checkout into another environment.
+#: The environment without variables that would make the checkout importable.
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PETSEG_"))}
 
 
@@ -45,7 +45,7 @@ def names(dist: Path) -> set[str]:
 
 
 def installed(folder: Path, *words: object) -> Path:
-    """An environment with these packages. It has no pip of its own, which takes long: this one's installs them."""
+    """Create an environment with these packages, using this environment's pip, because installing pip takes long."""
     venv.create(folder)
     sh(sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install", "-q", "--retries", "10", *words)
     return folder
@@ -53,14 +53,14 @@ def installed(folder: Path, *words: object) -> Path:
 
 @pytest.fixture(scope="module")
 def light(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel with a CPU engine and nothing else, in an environment of its own; returns its folder."""
+    """The folder of an environment with the wheel and a CPU engine only."""
     (wheel,) = dist.glob("*.whl")
     return installed(tmp_path_factory.mktemp("light") / "venv", f"{wheel}[cpu]")
 
 
 @pytest.fixture(scope="module")
 def gpu(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel with ONNX Runtime's real GPU package (without CUDA itself, 3 GB), in an environment of its own."""
+    """The folder of an environment with the wheel and ONNX Runtime's GPU package (without CUDA itself, 3 GB)."""
     (wheel,) = dist.glob("*.whl")
     return installed(tmp_path_factory.mktemp("gpu") / "venv", "--no-compile", wheel, "onnxruntime-gpu")
 

@@ -1,4 +1,4 @@
-"""How `petseg train` ends, in a process of its own."""
+"""How `petseg train` exits, in a separate process."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def full_disk(room: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-# ------------------------------------------------------------------------------------------------ what is written
+# -------------------------------------------------------------------------------------------------- written files
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ def test_an_invalid_header_gives_a_one_line_error_naming_the_file(
     assert list(content(tmp_path)) == ["odd.safetensors"]
 
 
-# ------------------------------------------------------------------------------------------------ bad places
+# ------------------------------------------------------------------------------------- unusable output paths
 
 
 @pytest.mark.parametrize(("config", "suffix"), [(OnnxConfig, ".onnx"), (OpenVINOConfig, ".xml")])
@@ -452,7 +452,7 @@ def test_a_disk_full_at_the_last_file_leaves_existing_files_unchanged(
     assert content(beside.parent) == before
 
 
-# ------------------------------------------------------------------------------------------------ bad proofs
+# -------------------------------------------------------------------------------------- failing parity tests
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -87,7 +87,7 @@ def test_every_option_is_applied_to_the_file(
     assert (spec.height, spec.width, spec.batch, spec.precision, spec.dynamic_size) == (16, 32, 3, "fp16", False)
     assert artifact.provenance["measured"] == {"iou": 0.9}
     assert artifact.receipt["photos"] == 2
-    # The file agrees with the checkpoint, but that was trained at another size.
+    # The file matches the checkpoint, which was trained at another size.
     assert re.fullmatch(
         rf"petseg: {checkpoint}: trained at \d+ x \d+; at 16 x 32 its masks may be much worse: .*\n",
         capsys.readouterr().err,
@@ -112,7 +112,7 @@ def test_an_ir_from_an_onnx_file_in_two_steps(
     assert run(["verify", str(files[0]), "-q"]) == 0
 
 
-# ------------------------------------------------------------------------------------------------ real processes
+# -------------------------------------------------------------------------------------------- separate processes
 
 
 def test_a_separate_process_exports_the_identical_graph(

@@ -336,7 +336,7 @@ def test_a_scan_names_nonfinite_activations(exported: Any, random_images: Any, v
     assert found["non_finite"][0] == behind.output[0]
 
 
-# ------------------------------------------------------------------------------------------------ what it says
+# ---------------------------------------------------------------------------------------------------- metadata
 
 
 def test_the_file_opens_with_the_checkpoints_specification(exported: Any, meta: dict[str, Any]) -> None:

@@ -104,7 +104,7 @@ def test_no_file_of_the_ir_contains_a_local_path(variant: Any, checkpoint_file: 
         assert str(variant.file.parent).encode() not in data
 
 
-# ------------------------------------------------------------------------------------------------ what it computes
+# ---------------------------------------------------------------------------------------------------------- output
 
 
 def test_the_receipt_has_a_float32_row_and_a_default_precision_row(variant: Any) -> None:
@@ -168,7 +168,7 @@ def _too_large(model: Any) -> dict[str, torch.Tensor]:
     return state
 
 
-# ------------------------------------------------------------------------------------------------ from a file
+# ------------------------------------------------------------------------------------- from a given ONNX file
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -45,7 +45,7 @@ def names(chosen: list[Any]) -> list[str]:
     return [photo.name for photo in chosen]
 
 
-# ------------------------------------------------------------------------------------------------ which photos
+# -------------------------------------------------------------------------------------------- choice of photos
 
 
 def test_without_data_the_bundled_samples_are_used() -> None:
@@ -243,7 +243,7 @@ def test_iou_on_labels_matches_petseg_evaluate(trained: Any, oxford_root: Path) 
     assert task["loss"] == pytest.approx(100 * (want[run] - want[other]), abs=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------ the gate, attacked
+# --------------------------------------------------------------------------------------------- wrong files must fail
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,7 +54,7 @@ def everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "nvidia_gpus", lambda: 1)
 
 
-# ------------------------------------------------------------------------------------------------ the table
+# ----------------------------------------------------------------------------------------- the format table
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -86,7 +86,7 @@ def test_a_config_without_format_is_a_type_error() -> None:
         format_of(ExportConfig())
 
 
-# ------------------------------------------------------------------------------------------------ this machine
+# ------------------------------------------------------------------------------------------------ requirements
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_an_engine_to_be_run_is_not_built_without_its_runtime_packages(
     with pytest.raises(MissingExtra, match=f"{name}: cuda-bindings is not installed.*: pip install cuda-bindings$"):
         check(FORMATS[name].config())
     monkeypatch.setattr(host, "nvidia_gpus", lambda: 0)
-    check(TensorRTRTXConfig())  # builds without a GPU, and runs nothing
+    check(TensorRTRTXConfig())  # builds without a GPU, and does not run the engine
 
 
 @pytest.mark.parametrize(("config", "extras"), [(OnnxConfig, ("cpu", "openvino")), (OpenVINOConfig, ("openvino",))])
@@ -197,7 +197,7 @@ def test_a_device_that_runs_the_format_is_accepted(monkeypatch: pytest.MonkeyPat
         check(TensorRTRTXConfig(device="cuda"))
 
 
-# ------------------------------------------------------------------------------------------------ what is asked
+# ----------------------------------------------------------------------------------------------------- requests
 
 
 @pytest.mark.parametrize("config", [OnnxConfig, OpenVINOConfig, TensorRTRTXConfig])

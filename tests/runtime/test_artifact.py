@@ -285,7 +285,7 @@ def test_the_bundled_samples_are_sorted() -> None:
     assert all(photo.is_file() for photo in photos)
 
 
-# ------------------------------------------------------------------------------------------------ compiled forms
+# ----------------------------------------------------------------------------------------------- compiled models
 
 IDENTITY = "1d" * 32
 

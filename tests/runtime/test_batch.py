@@ -264,7 +264,7 @@ def test_for_masks_alone_photos_are_not_kept_or_converted_to_arrays(
     assert kept == whole == [False] * COUNT + [True] * COUNT
 
 
-# ------------------------------------------------------------------------------------------------ beside a GPU
+# -------------------------------------------------------------------------------------------------- with a GPU
 
 
 class Gpu(Engine):

@@ -67,7 +67,7 @@ def sidecar(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-# ------------------------------------------------------------------------------------------------- where it lies
+# ------------------------------------------------------------------------------------------------------ location
 
 
 def test_the_cache_folder_is_the_users_or_the_configured_one(
@@ -128,7 +128,7 @@ def test_without_a_cache_everything_is_compiled_silently(
     assert list(tmp_path.iterdir()) == []
 
 
-# ------------------------------------------------------------------------------------------------- keeping
+# ----------------------------------------------------------------------------------------- hits and misses
 
 
 def test_a_second_request_is_served_from_the_cache(folder: Path, make: Compiler) -> None:
@@ -195,7 +195,7 @@ def test_of_several_older_entries_the_newest_is_named(folder: Path, make: Compil
     assert compiled(SLOT, make).note.endswith(" s: tensorrt 10.9.0 instead of 10.8")
 
 
-# ------------------------------------------------------------------------------------------------- what is wrong
+# ----------------------------------------------------------------------------------------------- invalid entries
 
 
 def truncated(path: Path) -> None:
@@ -291,7 +291,7 @@ def test_a_file_rejected_by_the_engine_is_recompiled(folder: Path, make: Compile
     assert compiled(SLOT, make).data == b"compiled 2"
 
 
-# ------------------------------------------------------------------------------------------------- whose it is
+# --------------------------------------------------------------------------------------------------- ownership
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
@@ -345,7 +345,7 @@ def test_a_file_owned_by_another_user_is_not_loaded(
     assert again.why.endswith(f"{part(SLOT.path(folder)).name} belongs to another user)")
 
 
-# ------------------------------------------------------------------------------------------------- what cannot be kept
+# ----------------------------------------------------------------------------------------------------- unusable caches
 
 
 def test_a_cache_that_cannot_be_created_only_costs_time(folder: Path, make: Compiler) -> None:
@@ -403,7 +403,7 @@ def test_a_read_only_cache_is_used(folder: Path, make: Compiler, monkeypatch: py
     assert compiled(SLOT, make).note.endswith("SHA-256 differs; not kept: Read-only file system")
 
 
-# ------------------------------------------------------------------------------------------------- several at once
+# ----------------------------------------------------------------------------------------------------- concurrency
 
 WORKER = """
 import hashlib, os, sys, time

@@ -1,4 +1,4 @@
-"""What `--json` prints is what the page says: every event, every field, and which of them are always there."""
+"""The output of `--json` matches the page: every event, every field, and which fields are always present."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAGE = (Path(__file__).resolve().parents[2] / "runtime" / "README.md").read_text
 
 
 def documented(section: str) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
-    """The fields of each event in the table of a section, and those that are always there."""
+    """The fields of each event in the table of a section, and those that are always present."""
     table = PAGE.partition(f"### {section}\n")[2].partition("\n#")[0]
     fields: dict[str, set[str]] = defaultdict(set)
     always: dict[str, set[str]] = defaultdict(set)
@@ -50,7 +50,7 @@ def check(events: list[dict[str, Any]], section: str, but: set[str] = frozenset(
 
 @pytest.fixture
 def photos(toy: Callable[..., Any], tmp_path: Path) -> list[str]:
-    """A command for a photo with a pet, one without, and one that is none."""
+    """A command for a photo with a pet, a photo without one, and a file that is not a photo."""
     folder = tmp_path / "photos"
     folder.mkdir()
     pixels = np.zeros((20, 30, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""A remedy can be pasted into a shell, and installs what is missing."""
+"""A remedy can be pasted into a shell, and installs the missing packages."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_no_extra_has_a_conditional_requirement() -> None:
 
 
 def test_no_message_suggests_installing_petseg_from_an_index() -> None:
-    """It is on none, so such a command would install nothing, or a stranger's package."""
+    """petseg is on no index, so such a command would install nothing, or somebody else's package."""
     sent = re.compile(r"pip install (?:-\S+ )*'?petseg\b(?!-)")
     folders = (ROOT / "runtime" / "petseg_runtime", ROOT / "export" / "petseg_export")
     for path in (*(path for folder in folders for path in folder.rglob("*.py")), ROOT / "runtime" / "README.md"):

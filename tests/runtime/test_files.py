@@ -219,7 +219,7 @@ def test_concurrent_writers_leave_one_complete_file(tmp_path: Path) -> None:
     assert listed(tmp_path) == ["shared.bin"]
 
 
-# ---------------------------------------------------------------------------------------- files that belong together
+# --------------------------------------------------------------------------------------------------- groups of files
 
 PARTS = ("model.xml", "model.bin", "model.xml.json")
 

@@ -210,7 +210,7 @@ def test_other_arrays_are_rejected_with_shape_and_dtype(array: np.ndarray) -> No
         read(array)
 
 
-# ----------------------------------------------------------------------------------------------- what cannot be read
+# -------------------------------------------------------------------------------------------------- unreadable files
 
 
 def test_a_file_that_is_not_an_image_is_rejected_by_name(tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ def test_postscript_is_not_passed_to_ghostscript(monkeypatch: pytest.MonkeyPatch
     assert not ran
 
 
-# ---------------------------------------------------------------------------------------------------- kinds of pixels
+# ------------------------------------------------------------------------------------------------------ pixel formats
 
 
 def test_cmyk_is_converted_as_pillow_does() -> None:
@@ -755,7 +755,7 @@ def test_a_photos_size_defaults_to_that_of_its_pixels() -> None:
     assert (Photo(noise(), (), 120, 200).height, Photo(noise(), (), 120, 200).width) == (120, 200)
 
 
-# ------------------------------------------------------------------------------------------------- costly to decode
+# ---------------------------------------------------------------------------------- files that are costly to decode
 
 
 def scans(count: int, progressive: bool) -> bytes:

@@ -1,4 +1,4 @@
-"""What is imported when: a device needs no torch, `--help` needs nothing, and what is missing is named."""
+"""Imports: the runtime needs no torch, `--help` needs nothing heavy, and missing packages are named."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ UNWANTED = {"torch", "torchvision", "onnx", "onnxscript", "safetensors", "av", "
 
 
 def imported(*args: object) -> set[str]:
-    """The packages that one call of the command line has imported by its end."""
+    """The packages that a run of the command line has imported when it ends."""
     done = python(CLI, *args)
     assert done.returncode == 0, done.stderr
     return set(done.stderr.splitlines()[-1].removeprefix("MODULES ").split())
@@ -176,7 +176,7 @@ READMES = ("README.md", "runtime/README.md")
 
 
 def readme_imports() -> list[str]:
-    """The import lines of all Python that the READMEs show."""
+    """The import lines of all Python examples in the READMEs."""
     root = Path(__file__).parents[2]
     shown = (re.findall(r"```python\n(.*?)```", (root / name).read_text(encoding="utf-8"), re.S) for name in READMES)
     lines = (line for blocks in shown for block in blocks for line in block.splitlines())
@@ -194,7 +194,7 @@ def test_an_unknown_package_attribute_is_an_error() -> None:
 
 
 def test_a_type_checker_rejects_a_misspelt_name(tmp_path: Path) -> None:
-    """And knows every right one."""
+    """And accepts every correct one."""
     pytest.importorskip("mypy")
     names = ", ".join(petseg_runtime.__all__)
     program = f"from petseg_runtime import {names}\nfrom petseg_runtime import Segmentr\n"

@@ -411,7 +411,7 @@ def test_only_a_killed_runs_partial_files_are_removed(folder: Path) -> None:
     assert all((folder / name).exists() for name in own)
 
 
-# ------------------------------------------------------------------------------------- two runs at a time
+# ---------------------------------------------------------------------------------------- concurrent runs
 
 
 def test_runs_without_resume_can_share_a_folder(folder: Path, photo: Photo) -> None:
@@ -537,7 +537,7 @@ def test_a_resumed_run_requires_exclusive_use_of_the_folder(
     assert not part.exists()
 
 
-# --------------------------------------------------------------------------------------- not writable
+# --------------------------------------------------------------------------------- unwritable folders
 
 
 def test_an_unwritable_folder_is_rejected_naming_the_journal(tmp_path: Path) -> None:

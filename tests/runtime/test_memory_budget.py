@@ -11,7 +11,7 @@ from petseg_runtime.memory_budget import MemoryBudget, Reservation
 
 
 def waiting(budget: MemoryBudget, reservation: Reservation, size: int) -> tuple[threading.Thread, list[str]]:
-    """A thread that must wait because too little is left."""
+    """Start a thread that must wait because too little memory is left."""
     came: list[str] = []
 
     def take() -> None:

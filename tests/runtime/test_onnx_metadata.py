@@ -30,7 +30,7 @@ LIGHT = sorted((Path(onnx.__file__).parent / "backend/test/data/light").glob("*.
 EDGE = Path(petseg_runtime.__file__).parent / "models" / "edge.onnx"
 
 
-# ------------------------------------------------------------------------------------------------------ building
+# ----------------------------------------------------------------------------------------------- building models
 
 
 def weights(name: str = "w", values: int = 4) -> TensorProto:
@@ -168,7 +168,7 @@ def check_against_onnx(data: bytes) -> None:
         assert_agrees(ours, theirs)
 
 
-# ---------------------------------------------------------------------------------------- agreement on good files
+# --------------------------------------------------------------------------------------- agreement on valid files
 
 
 @pytest.mark.parametrize("path", [*LIGHT, EDGE], ids=lambda path: path.stem)
@@ -248,7 +248,7 @@ def test_generated_models_are_read_as_by_onnx(values, metadata, opsets) -> None:
     assert_agrees(parse(model.SerializeToString()), model)
 
 
-# --------------------------------------------------------------------------------------------- metadata, identity
+# ------------------------------------------------------------------------------------------ metadata and identity
 
 
 @settings(deadline=None, max_examples=60)

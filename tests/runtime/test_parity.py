@@ -102,7 +102,7 @@ def disc(size: int = 160, radius: int = 60) -> np.ndarray:
     return np.round(255 / (1 + np.exp(distance / 6))).astype(np.uint8)[None]
 
 
-# ------------------------------------------------------------------------------------------------ what is measured
+# ---------------------------------------------------------------------------------------------------- measurements
 
 
 def test_identical_outputs_have_no_difference_and_pass(noisy: np.ndarray) -> None:
@@ -375,7 +375,7 @@ def test_the_task_gets_all_outputs_and_its_result_is_kept(noisy: np.ndarray) -> 
     assert "task IoU 0.9075, -0.25 points" in row.summary
 
 
-# ------------------------------------------------------------------------------------------------ what is allowed
+# ----------------------------------------------------------------------------------------------------- tolerances
 
 
 def test_the_tolerances_match_the_documented_values() -> None:
@@ -547,7 +547,7 @@ def test_a_row_records_how_its_engine_was_chosen(noisy: np.ndarray) -> None:
     assert row.as_dict()["notes"] == ["cuda is broken"]
 
 
-# ------------------------------------------------------------------------------------------------ registration
+# --------------------------------------------------------------------------------------------------- alignment
 
 DIRECTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 
@@ -701,7 +701,7 @@ def test_a_failed_receipt_raises_with_location_and_difference(good: Comparison, 
     require(receipt_of(good))
 
 
-# ------------------------------------------------------------------------------------------------ proofs as files
+# -------------------------------------------------------------------------------------------- parity record files
 
 
 @pytest.fixture(scope="module")
@@ -1094,7 +1094,7 @@ def test_another_schema_version_says_to_upgrade(version: object, file: Path) -> 
     assert "upgrade" in message
 
 
-# ------------------------------------------------------------------------------------------------ measured in engines
+# ----------------------------------------------------------------------------------------------- measuring in engines
 
 
 def test_in_onnx_runtime_a_float32_file_has_one_row(toy: Toy, prove: Toy, tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_batches_contain_waiting_photos_up_to_the_maximum() -> None:
     with Pipeline(Steps(counted, blocked, write), 1, 4, workers=1) as pipeline:
         outcomes = list(pipeline.run(range(14)))
     assert [outcome.source for outcome in outcomes] == list(range(14))
-    assert sum(sizes) == 13  # 7 cannot be read
+    assert sum(sizes) == 13  # source 7 cannot be read
     assert max(sizes) == 4
 
 
@@ -327,7 +327,7 @@ def test_a_script_can_exit_with_unconsumed_results(args: tuple[str, ...]) -> Non
     assert (done.returncode, done.stdout, done.stderr) == (7, "", "")
 
 
-#: What a thread sees that another one overtakes: there is something, and when it takes it, it is gone.
+#: Simulates a race: the queue is not empty, but another thread takes the item first.
 OVERTAKEN = """
 import queue
 import numpy as np

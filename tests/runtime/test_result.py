@@ -1,4 +1,4 @@
-"""A probability map and its derivatives: mask, pictures, polygons, run lengths, and whether there is a pet."""
+"""Segmentation results: mask, pictures, polygons, run lengths, and whether there is a pet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signal handlers: while they are installed, and where none can be."""
+"""Signal handlers: while they are installed, and in threads that cannot install any."""
 
 from __future__ import annotations
 

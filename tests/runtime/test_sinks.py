@@ -151,7 +151,7 @@ def test_only_kinds_that_show_the_photo_need_it(result: Segmentation) -> None:
                 looks(kind).render(bare)
 
 
-# ----------------------------------------------------------------------------- options that do not fit together
+# ------------------------------------------------------------------------------------------ conflicting options
 
 
 @pytest.mark.parametrize(
@@ -488,7 +488,7 @@ def test_a_picture_too_large_for_its_format_fails_only_that_photo(tmp_path: Path
     assert tree(tmp_path) == []
 
 
-# ---------------------------------------------------------------------------------------------- a stream
+# ----------------------------------------------------------------------------------------------- streams
 
 
 @pytest.mark.parametrize(("kind", "form"), PICTURES)

@@ -741,7 +741,7 @@ def test_a_second_run_skips_the_results_of_the_first(
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["photos"] == 1
 
 
-# ---------------------------------------------------------------------------------------- what is searched
+# ----------------------------------------------------------------------------------- the search for photos
 
 
 def test_results_are_not_written_among_the_searched_photos(
@@ -822,7 +822,7 @@ def test_results_of_one_kind_are_not_inputs_of_another(reds: list[str], monkeypa
         assert len(files(folder / "petseg-output" / kind) - {JOURNAL}) == 5
 
 
-# ------------------------------------------------------------------------------------- hard names, hard sizes
+# ------------------------------------------------------------------------------------ unusual names and sizes
 
 
 def test_link_loops_and_invalid_names_are_counted_as_failures(

@@ -177,7 +177,7 @@ def test_stdin_given_twice_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / "out").exists()
 
 
-# ----------------------------------------------------------------------------- pipes that close, and Ctrl-C
+# ---------------------------------------------------------------------------------- broken pipes and Ctrl-C
 
 
 def test_a_broken_pipe_gives_no_traceback_and_leaves_no_partial_file(tmp_path: Path) -> None:

@@ -784,7 +784,7 @@ def test_a_broken_pipe_is_not_reported_as_an_error(clips: Path, start: Callable[
     assert process.returncode == 1
 
 
-# ------------------------------------------------------------------------------------------- what is told
+# ------------------------------------------------------------------------------------- reports and events
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux lists the threads of a process")
@@ -962,7 +962,7 @@ def test_a_closed_stderr_does_not_stop_the_run(tmp_path: Path, clips: Path, mode
     assert tree(tmp_path) == ["short.mp4"]
 
 
-# ------------------------------------------------------------------------------------- what does not go together
+# ------------------------------------------------------------------------------------------- conflicting options
 
 
 @pytest.mark.parametrize(
@@ -1050,7 +1050,7 @@ def test_photos_need_no_video_library(tmp_path: Path, model: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
 
 
-# ------------------------------------------------------------------------------------------------ an end that is none
+# --------------------------------------------------------------------------------------------- live sources that fail
 
 
 def test_a_streams_json_lines_are_segmented_with_continued_numbers(

@@ -323,7 +323,7 @@ def test_a_size_the_model_does_not_accept_is_a_usage_error_in_openvino(
         load_engine(artifact, "openvino", threads=1, size=size)
 
 
-# ------------------------------------------------------------------------------------------------ exact or not
+# --------------------------------------------------------------------------------------------------- precision
 
 
 def test_exact_computes_in_float32_and_other_precisions_are_reported(backend: str, blur: Toy, tmp_path: Path) -> None:
@@ -467,7 +467,7 @@ def test_a_batch_is_checked_against_the_spec_only() -> None:
         check_batch(np.zeros((0, 16, 32, 3), np.uint8), fixed)
 
 
-# ------------------------------------------------------------------------------------------------ which engine
+# -------------------------------------------------------------------------------------------- choice of engine
 
 
 def test_a_backend_requested_by_name_runs(artifact: Artifact, backend: str) -> None:
@@ -549,7 +549,7 @@ def test_the_engine_tables_are_consistent() -> None:
         assert set(entry.run_by_us) <= {line.kind for line in RULE if line.engine == name}
 
 
-# --------------------------------------------------------------------------------------- the rule, with stand-ins
+# ------------------------------------------------------------------------------------------- the rule, with fakes
 
 
 @dataclass
@@ -1243,7 +1243,7 @@ def test_a_package_without_cuda_gives_a_remedy(
     assert isinstance(caught.value, EngineMissing) is missing, "a quarrel of packages is worth a note"
 
 
-# ------------------------------------------------------------------------------------------------ what goes wrong
+# --------------------------------------------------------------------------------------------------------- errors
 
 
 def test_an_unloadable_graph_is_an_engine_error_naming_the_file(backend: str, toy: Toy, tmp_path: Path) -> None:

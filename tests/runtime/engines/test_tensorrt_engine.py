@@ -785,7 +785,7 @@ def test_tensorrt_for_rtx_captures_graphs_itself(fakes: None, tmp_path: Path, wo
     assert "cudaStreamBeginCapture" not in world.calls
 
 
-# ------------------------------------------------------------------------------------------------- the cache of kernels
+# ----------------------------------------------------------------------------------------------------- the kernel cache
 
 
 def kernels() -> list[Any]:
@@ -1140,7 +1140,7 @@ def test_the_tensorrt_for_rtx_builder_works_with_the_cache(
     assert entry.key.settings["profile"] == entry.environment["profile"]
 
 
-# ------------------------------------------------------------------------------------------------------------ freeing
+# -------------------------------------------------------------------------------------------------- freeing resources
 
 
 def scenario(folder: Path, library: str) -> None:
@@ -1242,7 +1242,7 @@ def test_two_engines_are_independent(library: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(one.run(photos(3)), photos(3)[..., 0])
 
 
-# ----------------------------------------------------------------------------------------------- what does not fit here
+# --------------------------------------------------------------------------------- engines that do not fit this machine
 
 
 @pytest.mark.parametrize("built", ["10.13.1.6", "10.12", "11.13.2.6", "10.13.2.60"])
@@ -1429,7 +1429,7 @@ def test_importing_the_module_imports_neither_the_library_nor_cuda() -> None:
     assert (done.stdout.strip(), done.stderr) == ("set()", "")
 
 
-# ------------------------------------------------------------------------------------------ the real libraries, if here
+# ------------------------------------------------------------------------------------- the real libraries, if installed
 
 
 def real(name: str) -> Any:
