@@ -57,7 +57,7 @@ def data(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
+def train_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run `petseg train` in this process, which has already imported PyTorch; only `out` uses a separate one."""
 
     def train(job: Job, run: Path, seconds: float, keep: object) -> int:
@@ -165,7 +165,7 @@ def test_the_metrics_are_measured_on_the_rounded_weights(out: Path, weights: Pat
     assert record["photos_failed"] == []
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("train_in_process")
 def test_the_test_split_can_be_evaluated_at_home(
     out: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -338,7 +338,7 @@ def test_a_shortened_run_ends_at_a_low_learning_rate(data: Path) -> None:
     assert lease.shortened(other, 25) == ["epochs=25"]
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("train_in_process")
 def test_a_lease_with_a_time_limit_replans_its_epochs(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,7 @@ def documented(section: str) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
     return fields, always
 
 
-def told(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+def printed_events(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
@@ -67,9 +67,9 @@ def test_photo_events_match_the_documentation(
     assert run([*photos, str(tmp_path / "masks"), "--as", "mask", "--only-found"]) == 3
     assert run([*photos, str(tmp_path / "coco"), "--as", "coco-rle"]) == 3
     live = ["infer", "lavfi:testsrc=size=64x48:rate=25", *photos[2:], str(tmp_path / "live"), "--max-frames", "2"]
-    events = told(capsys)
+    events = printed_events(capsys)
     assert run(live) == 0
-    events.append(told(capsys)[-1])
+    events.append(printed_events(capsys)[-1])
     check(events, "Events of photos")
     steps = next(event["steps"] for event in events if event["event"] == "summary")
     assert list(steps) == ["read", "infer", "write"]
@@ -85,7 +85,7 @@ def test_video_events_match_the_documentation(
     assert run(["infer", "lavfi:testsrc=size=64x48:rate=25", *options, "--max-frames", "3"]) == 0
     dead = f"http://127.0.0.1:{free_port()}/live.ts"
     assert run(["infer", dead, *options, "--give-up", "0.5"]) == 1
-    events = told(capsys)
+    events = printed_events(capsys)
     check(events, "Events of videos and streams", but={"summary"})
     steps = next(event["steps"] for event in events if event["event"] == "video")
     assert set(steps) == {"decode", "convert", "infer", "finish", "write", "latency"}

@@ -367,7 +367,7 @@ def test_an_unreadable_folder_below_a_pattern_is_a_problem(tmp_path: Path, monke
 # --------------------------------------------------------------------------------- what a search skips
 
 
-def told(paths: list[Path], output: Path | None = None) -> tuple[list[str], list[str]]:
+def find_with_notes(paths: list[Path], output: Path | None = None) -> tuple[list[str], list[str]]:
     """The names of the photos found, and the notes on what was skipped."""
     notes: list[str] = []
     return names(find_photos(paths, output, tell=notes.append)), notes
@@ -378,7 +378,7 @@ def test_results_of_earlier_runs_are_skipped(tmp_path: Path, pattern: str) -> No
     """Also those of other kinds, which are in other folders than this run's."""
     touch(tmp_path, "cat.jpg", "petseg-output/overlay/cat.jpg", "a/petseg-output/mask/dog.jpg", "a/dog.jpg")
     touch(tmp_path, "masks/.petseg-run.ndjson", "masks/cat.jpg", "masks/deep/cat.jpg")
-    found, notes = told([tmp_path / pattern], tmp_path / "petseg-output" / "cutout")
+    found, notes = find_with_notes([tmp_path / pattern], tmp_path / "petseg-output" / "cutout")
     assert sorted(found) == ["a/dog", "cat"]
     assert notes == [
         f"{tmp_path / 'masks'}: skipped, because it has results of an earlier run; to segment them, name it"
@@ -387,14 +387,14 @@ def test_results_of_earlier_runs_are_skipped(tmp_path: Path, pattern: str) -> No
 
 def test_skipping_this_runs_output_is_not_reported(tmp_path: Path) -> None:
     touch(tmp_path, "cat.jpg", "out/.petseg-run.ndjson", "out/cat.jpg")
-    assert told([tmp_path], tmp_path / "out") == (["cat"], [])
-    assert told([tmp_path / "**"], tmp_path / "out") == (["cat"], [])
+    assert find_with_notes([tmp_path], tmp_path / "out") == (["cat"], [])
+    assert find_with_notes([tmp_path / "**"], tmp_path / "out") == (["cat"], [])
 
 
 def test_explicitly_named_results_are_used(tmp_path: Path) -> None:
     touch(tmp_path, "petseg-output/overlay/cat.jpg", "petseg-output/overlay/.petseg-run.ndjson")
     for named in ("overlay", "overlay/*.jpg", "overlay/**/*.jpg", "overlay/**"):
-        assert told([tmp_path / "petseg-output" / named]) == (["cat"], []), named
+        assert find_with_notes([tmp_path / "petseg-output" / named]) == (["cat"], []), named
 
 
 def links(root: Path) -> list[str]:
@@ -416,7 +416,7 @@ def links(root: Path) -> list[str]:
 )
 def test_links_to_folders_are_reported_and_not_followed(tmp_path: Path, pattern: str, photos: list[str]) -> None:
     possible = links(tmp_path)
-    found, notes = told([tmp_path / "in" / pattern])
+    found, notes = find_with_notes([tmp_path / "in" / pattern])
     assert sorted(found) == photos
     assert notes
     assert set(notes) <= set(possible)
@@ -439,17 +439,22 @@ def test_unsupported_photos_are_counted_by_suffix(tmp_path: Path, pattern: str) 
 def test_an_explicitly_named_file_is_not_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "1.nef", "2.nef", "a/3.nef")
     monkeypatch.chdir(tmp_path)
-    assert told([Path(), Path("1.nef"), Path("a", "3.nef")])[1] == ["skipped because of their suffix: 1 .nef"]
+    assert find_with_notes([Path(), Path("1.nef"), Path("a", "3.nef")])[1] == [
+        "skipped because of their suffix: 1 .nef"
+    ]
 
 
 def test_of_many_unsupported_suffixes_the_most_frequent_are_named(tmp_path: Path) -> None:
     touch(tmp_path, *(f"{number}.{kind}" for kind in "abcdefg" for number in range(2 if kind == "g" else 1)))
-    assert told([tmp_path]) == ([], ["skipped because of their suffix: 2 .g, 1 .a, 1 .b, 1 .c, 1 .d, 2 of other kinds"])
+    assert find_with_notes([tmp_path]) == (
+        [],
+        ["skipped because of their suffix: 2 .g, 1 .a, 1 .b, 1 .c, 1 .d, 2 of other kinds"],
+    )
 
 
 def test_unsupported_photos_in_this_runs_output_are_not_reported(tmp_path: Path) -> None:
     touch(tmp_path, "cat.jpg", "out/list.nef")
-    assert told([tmp_path], tmp_path / "out") == (["cat"], [])
+    assert find_with_notes([tmp_path], tmp_path / "out") == (["cat"], [])
 
 
 def test_found_and_explicitly_named_photos_are_distinguished(tmp_path: Path) -> None:
@@ -460,15 +465,15 @@ def test_found_and_explicitly_named_photos_are_distinguished(tmp_path: Path) -> 
 
 def test_an_explicitly_named_link_to_a_folder_is_followed(tmp_path: Path) -> None:
     links(tmp_path)
-    assert told([tmp_path / "in" / "b"]) == (["bird"], [])
-    assert told([tmp_path / "in" / "b" / "**" / "*.jpg"]) == (["bird"], [])
+    assert find_with_notes([tmp_path / "in" / "b"]) == (["bird"], [])
+    assert find_with_notes([tmp_path / "in" / "b" / "**" / "*.jpg"]) == (["bird"], [])
 
 
 def test_links_to_files_are_used(tmp_path: Path) -> None:
     touch(tmp_path, "else/cat.jpg", "in/dog.jpg")
     (tmp_path / "in" / "cat.jpg").symlink_to(tmp_path / "else" / "cat.jpg")
     for pattern in ("", "**", "*.jpg"):
-        assert told([tmp_path / "in" / pattern]) == (["cat", "dog"], [])
+        assert find_with_notes([tmp_path / "in" / pattern]) == (["cat", "dog"], [])
 
 
 def test_a_pattern_reports_unlistable_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,14 +487,14 @@ def test_a_pattern_reports_unlistable_folders(tmp_path: Path, monkeypatch: pytes
 # ------------------------------------------------------------------------------------------ standard input
 
 
-def give(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+def set_stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
     """Put bytes on standard input."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
 
 
 def test_a_dash_is_stdin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "cat.jpg")
-    give(monkeypatch, b"\xff\xd8 encoded")
+    set_stdin(monkeypatch, b"\xff\xd8 encoded")
     assert find_photos([tmp_path / "cat.jpg", STDIN]) == [
         Item(tmp_path / "cat.jpg", PurePath("cat")),
         Item(STDIN, PurePath("stdin"), data=b"\xff\xd8 encoded"),
@@ -523,21 +528,21 @@ def test_a_dash_is_stdin_even_if_a_folder_has_that_name(tmp_path: Path, monkeypa
 
 
 def test_a_second_dash_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    give(monkeypatch, b"one")
+    set_stdin(monkeypatch, b"one")
     with pytest.raises(UsageError, match=r"standard input .* only once"):
         find_photos([STDIN, STDIN])
 
 
 def test_stdin_is_read_only_up_to_the_size_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MAX_BYTES", 1000)
-    give(monkeypatch, b"x" * 10_000)
+    set_stdin(monkeypatch, b"x" * 10_000)
     (item,) = find_photos([STDIN])
     assert item.data == b"x" * 1001
 
 
 def test_a_file_named_like_stdin_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "stdin.jpg")
-    give(monkeypatch, b"one")
+    set_stdin(monkeypatch, b"one")
     assert len(set(names(find_photos([tmp_path / "stdin.jpg", STDIN])))) == 2
 
 

@@ -49,7 +49,7 @@ class Folder:
 
 
 @pytest.fixture(scope="module")
-def odd(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+def unusual_files(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     folder = Folder(tmp_path_factory.mktemp("odd") / "photos")
     rng = np.random.default_rng(0)
     rgb = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
@@ -84,38 +84,38 @@ class Batch:
 
 
 @pytest.fixture(scope="module")
-def batch(odd: Folder, tmp_path_factory: pytest.TempPathFactory) -> Batch:
+def batch(unusual_files: Folder, tmp_path_factory: pytest.TempPathFactory) -> Batch:
     output = tmp_path_factory.mktemp("batch") / "out"
-    done = petseg("infer", odd.root, "--output", output, "--as", "mask", "--json")
+    done = petseg("infer", unusual_files.root, "--output", output, "--as", "mask", "--json")
     return Batch(done, [json.loads(line) for line in done.stdout.splitlines()], output)
 
 
 # ------------------------------------------------------------------------------------- a batch with odd photos
 
 
-def test_a_batch_with_bad_photos_exits_with_3_and_counts_them(odd: Folder, batch: Batch) -> None:
+def test_a_batch_with_bad_photos_exits_with_3_and_counts_them(unusual_files: Folder, batch: Batch) -> None:
     assert batch.process.returncode == 3
     summary = batch.records[-1]
     assert summary["event"] == "summary"
-    assert summary["photos"] == len(odd.good) + len(odd.bad)
-    assert summary["done"] == len(odd.good)
-    assert summary["failed"] == len(odd.bad)
+    assert summary["photos"] == len(unusual_files.good) + len(unusual_files.bad)
+    assert summary["done"] == len(unusual_files.good)
+    assert summary["failed"] == len(unusual_files.bad)
 
 
-def test_each_photo_has_exactly_one_record(odd: Folder, batch: Batch) -> None:
+def test_each_photo_has_exactly_one_record(unusual_files: Folder, batch: Batch) -> None:
     assert all(record["schema_version"] == 1 for record in batch.records)
     by_event: dict[str, list[str]] = {"result": [], "failure": []}
     for record in batch.records[:-1]:
-        by_event[record["event"]].append(str(Path(record["input"]).relative_to(odd.root)))
-    assert sorted(by_event["result"]) == sorted(odd.good)
-    assert sorted(by_event["failure"]) == sorted(odd.bad)
+        by_event[record["event"]].append(str(Path(record["input"]).relative_to(unusual_files.root)))
+    assert sorted(by_event["result"]) == sorted(unusual_files.good)
+    assert sorted(by_event["failure"]) == sorted(unusual_files.bad)
 
 
-def test_each_result_has_the_upright_size_of_its_photo(odd: Folder, batch: Batch) -> None:
+def test_each_result_has_the_upright_size_of_its_photo(unusual_files: Folder, batch: Batch) -> None:
     for record in batch.records:
         if record["event"] != "result":
             continue
-        size = odd.good[str(Path(record["input"]).relative_to(odd.root))]
+        size = unusual_files.good[str(Path(record["input"]).relative_to(unusual_files.root))]
         assert (record["width"], record["height"]) == size
         with Image.open(record["output"]) as mask:
             assert mask.size == size
@@ -123,19 +123,19 @@ def test_each_result_has_the_upright_size_of_its_photo(odd: Folder, batch: Batch
         assert record["coverage"] == pytest.approx(share, abs=1e-6)
 
 
-def test_results_mirror_the_photos_folders_and_nothing_else_is_written(odd: Folder, batch: Batch) -> None:
+def test_results_mirror_the_photos_folders_and_nothing_else_is_written(unusual_files: Folder, batch: Batch) -> None:
     written = sorted(str(path.relative_to(batch.output)) for path in batch.output.rglob("*") if path.is_file())
-    assert written == sorted([JOURNAL, *(str(Path(name).with_suffix(".png")) for name in odd.good)])
+    assert written == sorted([JOURNAL, *(str(Path(name).with_suffix(".png")) for name in unusual_files.good)])
     assert parts(batch.output) == []
 
 
-def test_each_line_on_stderr_is_from_petseg_and_names_its_file(odd: Folder, batch: Batch) -> None:
+def test_each_line_on_stderr_is_from_petseg_and_names_its_file(unusual_files: Folder, batch: Batch) -> None:
     lines = batch.process.stderr.splitlines()
     noted = [record for record in batch.records if record.get("notes")]
-    assert len(lines) == len(odd.bad) + sum(len(record["notes"]) for record in noted)
-    for name in (*odd.bad, *(Path(record["input"]).name for record in noted)):
+    assert len(lines) == len(unusual_files.bad) + sum(len(record["notes"]) for record in noted)
+    for name in (*unusual_files.bad, *(Path(record["input"]).name for record in noted)):
         shown = name.replace("\n", "\\n")
-        assert any(line.startswith(f"petseg: {odd.root}") and f"/{shown}: " in line for line in lines), name
+        assert any(line.startswith(f"petseg: {unusual_files.root}") and f"/{shown}: " in line for line in lines), name
 
 
 def test_decisions_about_a_photo_are_noted(batch: Batch) -> None:
@@ -659,7 +659,7 @@ def test_without_a_pet_there_is_no_box(toy: Toy, tmp_path: Path, capsys: pytest.
 
 
 @pytest.fixture
-def some(reds: list[str], tmp_path: Path) -> list[str]:
+def mixed_photos(reds: list[str], tmp_path: Path) -> list[str]:
     """The five red photos, and two blue ones without a pet, between and after them."""
     for name in ("1-blue.png", "9-blue.png"):
         Image.new("RGB", (30, 20), "blue").save(tmp_path / "photos" / name)
@@ -667,15 +667,15 @@ def some(reds: list[str], tmp_path: Path) -> list[str]:
 
 
 def test_only_found_writes_nothing_for_photos_without_a_pet(
-    some: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mixed_photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert run([*some, str(out), "--only-found"]) == 0
+    assert run([*mixed_photos, str(out), "--only-found"]) == 0
     assert files(out) == {JOURNAL, *(f"{index}.png" for index in range(5))}
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == f"{tmp_path / 'photos' / '1-blue.png'}  no pet found, nothing written"
     assert lines[-1] == f"7 photos: 5 written to {out}, 2 without a pet"
-    assert run([*some, str(tmp_path / "json"), "--only-found", "--json"]) == 0
+    assert run([*mixed_photos, str(tmp_path / "json"), "--only-found", "--json"]) == 0
     *records, summary = map(json.loads, capsys.readouterr().out.splitlines())
     left_out = [record for record in records if record["left_out"]]
     assert [(record["event"], record["found"], record["output"]) for record in left_out] == [
@@ -692,44 +692,44 @@ def test_only_found_writes_nothing_for_photos_without_a_pet(
 
 
 def test_a_resumed_run_remembers_only_found(
-    some: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mixed_photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert run([*some, str(out), "--only-found"]) == 0
+    assert run([*mixed_photos, str(out), "--only-found"]) == 0
     (out / "3.png").unlink()
     capsys.readouterr()
-    assert run([*some, str(out), "--only-found", "--resume"]) == 0
+    assert run([*mixed_photos, str(out), "--only-found", "--resume"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"7 photos: 1 written to {out}, 6 already there"
-    assert run([*some, str(out), "--resume"]) == 6
+    assert run([*mixed_photos, str(out), "--resume"]) == 6
     assert "only_found was True, now None" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["coco-polygons", "coco-rle"])
 def test_a_photo_without_a_pet_is_listed_in_coco(
-    some: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    mixed_photos: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr("petseg_runtime.result.Segmentation.found", property(lambda result: result.coverage > 0.2))
-    assert run([*some, str(tmp_path / "out"), "--only-found", "--as", kind]) == 0
+    assert run([*mixed_photos, str(tmp_path / "out"), "--only-found", "--as", kind]) == 0
     file = json.loads((tmp_path / "out" / "annotations.json").read_text(encoding="utf-8"))
     assert len(file["images"]) == 7
     large = [4 + index for index in range(5) if (6 + index) * 15 / 600 > 0.2]
     assert len(file["annotations"]) == len(large) < 5, "a mask without a pet by the rule has no annotation"
 
 
-def test_only_found_keeps_existing_results(some: list[str], tmp_path: Path) -> None:
+def test_only_found_keeps_existing_results(mixed_photos: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert run([*some, str(out)]) == 0
+    assert run([*mixed_photos, str(out)]) == 0
     before = (out / "9-blue.png").read_bytes()
-    assert run([*some, str(out), "--only-found"]) == 0
+    assert run([*mixed_photos, str(out), "--only-found"]) == 0
     assert (out / "9-blue.png").read_bytes() == before
 
 
-def test_without_a_pet_stdout_is_empty_and_stderr_says_why(some: list[str], tmp_path: Path) -> None:
+def test_without_a_pet_stdout_is_empty_and_stderr_says_why(mixed_photos: list[str], tmp_path: Path) -> None:
     blue = tmp_path / "photos" / "9-blue.png"
-    done = petseg("infer", blue, *some[2:4], "--output", "-", "--only-found")
+    done = petseg("infer", blue, *mixed_photos[2:4], "--output", "-", "--only-found")
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == f"petseg: {blue}: no pet found, nothing written\n"
-    assert petseg("infer", blue, *some[2:4], "--output", "-", "--only-found", "-q").stderr == ""
+    assert petseg("infer", blue, *mixed_photos[2:4], "--output", "-", "--only-found", "-q").stderr == ""
 
 
 def test_a_second_run_skips_the_results_of_the_first(
@@ -775,10 +775,17 @@ def test_the_only_photos_result_is_not_found_by_the_next_run(
 
 
 def test_a_file_named_like_a_pattern_is_used_as_a_file(photo: Path, toy: Toy, tmp_path: Path) -> None:
-    odd = photo.rename(photo.with_name("cat[1].png"))
-    command = ["--as", "overlay", "--model", str(toy(tmp_path / "toy.onnx").path), "--output", str(odd.parent)]
-    assert run(["infer", str(odd), *command]) == 0
-    assert files(odd.parent) == {odd.name, "cat[1].jpg"}
+    unusual_files = photo.rename(photo.with_name("cat[1].png"))
+    command = [
+        "--as",
+        "overlay",
+        "--model",
+        str(toy(tmp_path / "toy.onnx").path),
+        "--output",
+        str(unusual_files.parent),
+    ]
+    assert run(["infer", str(unusual_files), *command]) == 0
+    assert files(unusual_files.parent) == {unusual_files.name, "cat[1].jpg"}
 
 
 def test_a_pattern_is_expanded_and_one_without_matches_fails(
@@ -839,9 +846,9 @@ def test_link_loops_and_invalid_names_are_counted_as_failures(
 
 
 def test_a_non_utf8_name_is_escaped_and_segmented(photo: Path, tmp_path: Path) -> None:
-    odd = os.fsencode(photo.parent) + b"/caf\xe9.jpg"
+    unusual_files = os.fsencode(photo.parent) + b"/caf\xe9.jpg"
     try:
-        Path(os.fsdecode(odd)).write_bytes(photo.read_bytes())
+        Path(os.fsdecode(unusual_files)).write_bytes(photo.read_bytes())
     except OSError:
         pytest.skip("this file system takes only UTF-8")
     # In a UTF-8 locale, writing undecodable names to a terminal fails; in the C locale, it would not.

@@ -553,7 +553,7 @@ def test_the_engine_tables_are_consistent() -> None:
 
 
 @dataclass
-class House:
+class FakeMachine:
     """A simulated machine on which each engine works, fails or is missing, on each kind of device."""
 
     artifact: Artifact
@@ -584,21 +584,21 @@ class House:
         return load_engine(self.artifact, backend, **asked).describe()
 
 
-Furnish: TypeAlias = Callable[..., House]
+MakeMachine: TypeAlias = Callable[..., FakeMachine]
 
 
 @pytest.fixture
-def furnish(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> Furnish:
+def make_machine(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> MakeMachine:
     """Creates a simulated machine; engines that are not mentioned work."""
 
-    def make(behaviour: dict[str, str] | None = None, *, gpus: int = 0, gain: bool = False) -> House:
+    def make(behaviour: dict[str, str] | None = None, *, gpus: int = 0, gain: bool = False) -> FakeMachine:
         pairs = {tuple(name.split(" on ")): what for name, what in (behaviour or {}).items()}
-        house = House(artifact, pairs, gain)  # type: ignore[arg-type]
+        machine = FakeMachine(artifact, pairs, gain)  # type: ignore[arg-type]
         module: Any = types.ModuleType("stand_in")
-        module.gain = lambda spec, options: house.gain and not options.exact
+        module.gain = lambda spec, options: machine.gain and not options.exact
         for name, entry in list(ENGINES.items()):
             attribute = name.replace("-", "_")
-            setattr(module, attribute, functools.partial(house.load, name))
+            setattr(module, attribute, functools.partial(machine.load, name))
             changed = dataclasses.replace(entry, loader=f"stand_in:{attribute}", module="stand_in")
             monkeypatch.setitem(ENGINES, name, changed)
         monkeypatch.setitem(sys.modules, "stand_in", module)
@@ -606,7 +606,7 @@ def furnish(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> Furnish:
         monkeypatch.setattr(registry, "RULE", rule)
         gpu = Gpu(index=0, name="Stand-in", compute_capability="9.0", memory=2**34, driver="CUDA 13.0")
         monkeypatch.setattr(host, "gpus", lambda: (gpu,) * gpus)
-        return house
+        return machine
 
     return make
 
@@ -629,32 +629,34 @@ TENSORRT_LESS = {"tensorrt on cuda": "missing", "tensorrt-rtx on cuda": "missing
     ],
 )
 def test_auto_chooses_the_fastest_installed_engine(
-    furnish: Furnish, gpus: int, gain: bool, behaviour: dict[str, str], taken: str
+    make_machine: MakeMachine, gpus: int, gain: bool, behaviour: dict[str, str], taken: str
 ) -> None:
-    info = furnish(behaviour, gpus=gpus, gain=gain).choose()
+    info = make_machine(behaviour, gpus=gpus, gain=gain).choose()
     assert f"{info.name} {info.device}" == taken
     assert info.notes == (), "what is not installed is not worth a word"
 
 
-def test_without_a_gpu_no_gpu_engine_is_tried(furnish: Furnish) -> None:
-    house = furnish()
-    house.choose()
-    assert house.tried == [("onnxruntime", "cpu")]
+def test_without_a_gpu_no_gpu_engine_is_tried(make_machine: MakeMachine) -> None:
+    machine = make_machine()
+    machine.choose()
+    assert machine.tried == [("onnxruntime", "cpu")]
 
 
-def test_a_failing_engine_is_skipped_with_a_note(furnish: Furnish) -> None:
-    house = furnish(
+def test_a_failing_engine_is_skipped_with_a_note(make_machine: MakeMachine) -> None:
+    machine = make_machine(
         {"tensorrt on cuda": "fails", "tensorrt-rtx on cuda": "missing", "onnxruntime on cuda": "fails"}, gpus=1
     )
-    info = house.choose()
+    info = machine.choose()
     assert (info.name, info.device) == ("onnxruntime", "cpu")
     assert info.notes == ("tensorrt on cuda:0 fails", "onnxruntime on cuda:0 fails")
 
 
-def test_a_failed_engine_is_freed_before_the_next_is_loaded(furnish: Furnish, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_engine_is_freed_before_the_next_is_loaded(
+    make_machine: MakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A failed session holds GPU memory that the next one needs, and the garbage collector may not have run yet."""
-    house = furnish({"tensorrt-rtx on cuda": "missing"}, gpus=1)
-    load = house.load
+    machine = make_machine({"tensorrt-rtx on cuda": "missing"}, gpus=1)
+    load = machine.load
     gone: list[bool] = []
 
     class Session:
@@ -673,19 +675,19 @@ def test_a_failed_engine_is_freed_before_the_next_is_loaded(furnish: Furnish, mo
         return load(name, artifact, options)
 
     sessions: list[weakref.ref[Session]] = []
-    monkeypatch.setattr(house, "load", loads)
+    monkeypatch.setattr(machine, "load", loads)
     for name in ENGINES:
         monkeypatch.setattr(sys.modules["stand_in"], name.replace("-", "_"), functools.partial(loads, name))
     gc.disable()
     try:
-        info = house.choose()
+        info = machine.choose()
     finally:
         gc.enable()
     assert (info.name, info.notes) == ("onnxruntime", ("tensorrt on cuda:0 is out of memory",))
     assert gone == [True, True]
 
 
-def test_frames_of_the_callers_handled_exception_are_not_cleared(furnish: Furnish) -> None:
+def test_frames_of_the_callers_handled_exception_are_not_cleared(make_machine: MakeMachine) -> None:
     def fail() -> None:
         secret = "kept"  # noqa: F841 (looked for below)
         raise ValueError("of the caller")
@@ -694,84 +696,84 @@ def test_frames_of_the_callers_handled_exception_are_not_cleared(furnish: Furnis
     try:
         fail()
     except ValueError as error:
-        furnish({"tensorrt on cuda": "fails"}, gpus=1).choose()
+        make_machine({"tensorrt on cuda": "fails"}, gpus=1).choose()
         seen.extend(frame.f_locals.copy() for frame, _ in traceback.walk_tb(error.__traceback__))
     assert seen[-1] == {"secret": "kept"}
 
 
-def test_the_warn_callback_reports_skipped_engines_once_one_is_found(furnish: Furnish) -> None:
+def test_the_warn_callback_reports_skipped_engines_once_one_is_found(make_machine: MakeMachine) -> None:
     told: list[str] = []
-    house = furnish({"tensorrt on cuda": "fails", "tensorrt-rtx on cuda": "missing"}, gpus=1)
-    house.choose(warn=told.append)
+    machine = make_machine({"tensorrt on cuda": "fails", "tensorrt-rtx on cuda": "missing"}, gpus=1)
+    machine.choose(warn=told.append)
     assert told == ["tensorrt on cuda:0 fails"]
 
 
-def test_openvino_comes_first_only_if_faster_and_not_exact(furnish: Furnish) -> None:
-    house = furnish(gain=True)
-    assert house.choose().name == "openvino"
-    assert house.choose(exact=True).name == "onnxruntime"
-    house.gain = False
-    assert house.choose().name == "onnxruntime"
-    assert house.choose("openvino").name == "openvino"
+def test_openvino_comes_first_only_if_faster_and_not_exact(make_machine: MakeMachine) -> None:
+    machine = make_machine(gain=True)
+    assert machine.choose().name == "openvino"
+    assert machine.choose(exact=True).name == "onnxruntime"
+    machine.gain = False
+    assert machine.choose().name == "onnxruntime"
+    assert machine.choose("openvino").name == "openvino"
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:2", "cpu", "intel-gpu", "intel-gpu:1"])
 @pytest.mark.parametrize("backend", ["auto", *ENGINES])
-def test_the_requested_engine_runs_or_an_error_is_raised(furnish: Furnish, backend: str, device: str) -> None:
+def test_the_requested_engine_runs_or_an_error_is_raised(make_machine: MakeMachine, backend: str, device: str) -> None:
     kind = device.partition(":")[0]
     able = [line for line in RULE if line.kind == kind and backend in ("auto", line.engine)]
-    house = furnish(gpus=3)
+    machine = make_machine(gpus=3)
     if not able:
         with pytest.raises(EngineError, match=f"{backend} cannot run it on {kind}.*; supported: {backend} on "):
-            house.choose(backend, device=device)
-        assert house.tried == []
+            machine.choose(backend, device=device)
+        assert machine.tried == []
         return
-    info = house.choose(backend, device=device)
+    info = machine.choose(backend, device=device)
     assert info.device == device + (":0" if device in ("cuda", "intel-gpu") else "")
     assert backend in ("auto", info.name)
-    broken = furnish({f"{line.engine} on {kind}": "fails" for line in able}, gpus=3)
+    broken = make_machine({f"{line.engine} on {kind}": "fails" for line in able}, gpus=3)
     with pytest.raises(EngineError, match="fails"):
         broken.choose(backend, device=device)
     assert {tried_kind for _, tried_kind in broken.tried} == {kind}
     assert backend == "auto" or {name for name, _ in broken.tried} == {backend}
 
 
-def test_a_requested_backend_is_the_only_one_tried(furnish: Furnish) -> None:
-    house = furnish({"onnxruntime on cpu": "fails", "onnxruntime on cuda": "fails"}, gpus=1, gain=True)
+def test_a_requested_backend_is_the_only_one_tried(make_machine: MakeMachine) -> None:
+    machine = make_machine({"onnxruntime on cpu": "fails", "onnxruntime on cuda": "fails"}, gpus=1, gain=True)
     with pytest.raises(EngineError, match=r"^onnxruntime on cuda:0 fails; onnxruntime on cpu fails$"):
-        house.choose("onnxruntime")
-    assert house.tried == [("onnxruntime", "cuda"), ("onnxruntime", "cpu")]
+        machine.choose("onnxruntime")
+    assert machine.tried == [("onnxruntime", "cuda"), ("onnxruntime", "cpu")]
 
 
-def test_requesting_a_missing_gpu_is_an_error_with_a_remedy(furnish: Furnish) -> None:
+def test_requesting_a_missing_gpu_is_an_error_with_a_remedy(make_machine: MakeMachine) -> None:
     everything = {f"{name} on cuda": "missing" for name in ENGINES}
     said = "^cuda:1 is not available: this machine shows no NVIDIA GPU: install its driver, or use --device cpu$"
     with pytest.raises(EngineError, match=said) as caught:
-        furnish(everything, gpus=0).choose(device="cuda:1")
+        make_machine(everything, gpus=0).choose(device="cuda:1")
     assert not isinstance(caught.value, EngineMissing)
     with pytest.raises(EngineMissing) as missing:
-        furnish(everything, gpus=1).choose(device="cuda")
+        make_machine(everything, gpus=1).choose(device="cuda")
     assert [f"{name} on cuda is not installed" in str(missing.value) for name in ENGINES] == [True, False, True, True]
 
 
 @pytest.mark.parametrize("backend", ["auto", "openvino"])
-def test_intels_gpu_is_used_only_on_request(furnish: Furnish, backend: str) -> None:
-    house = furnish({"openvino on cpu": "fails", "onnxruntime on cpu": "fails"})
+def test_intels_gpu_is_used_only_on_request(make_machine: MakeMachine, backend: str) -> None:
+    machine = make_machine({"openvino on cpu": "fails", "onnxruntime on cpu": "fails"})
     with pytest.raises(EngineError, match="openvino on cpu fails"):
-        house.choose(backend)
-    assert ("openvino", "intel-gpu") not in house.tried
-    assert house.choose(backend, device="intel-gpu").device == "intel-gpu:0"
+        machine.choose(backend)
+    assert ("openvino", "intel-gpu") not in machine.tried
+    assert machine.choose(backend, device="intel-gpu").device == "intel-gpu:0"
 
 
-def test_every_failure_is_reported_once_if_nothing_works(furnish: Furnish) -> None:
-    house = furnish(
+def test_every_failure_is_reported_once_if_nothing_works(make_machine: MakeMachine) -> None:
+    machine = make_machine(
         {"tensorrt on cuda": "missing", "tensorrt-rtx on cuda": "missing", "onnxruntime on cuda": "missing"}
         | {"onnxruntime on cpu": "fails", "openvino on cpu": "fails"},
         gpus=1,
         gain=True,
     )
     with pytest.raises(EngineError) as caught:
-        house.choose()
+        machine.choose()
     missing = "tensorrt on cuda is not installed: pip install it"
     assert str(caught.value).endswith("openvino on cpu fails; onnxruntime on cpu fails")
     assert str(caught.value).count(missing) == 1
@@ -780,19 +782,19 @@ def test_every_failure_is_reported_once_if_nothing_works(furnish: Furnish) -> No
 
 @given(data=st.data())
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_auto_chooses_the_first_working_line_on_any_machine(furnish: Furnish, data: st.DataObject) -> None:
+def test_auto_chooses_the_first_working_line_on_any_machine(make_machine: MakeMachine, data: st.DataObject) -> None:
     lines = list(dict.fromkeys(f"{line.engine} on {line.kind}" for line in RULE))
     behaviour = {line: data.draw(st.sampled_from(["works", "fails", "missing"]), line) for line in lines}
     gpus, gain = data.draw(st.integers(0, 1), "gpus"), data.draw(st.booleans(), "gain")
     order = ["openvino on cpu", "onnxruntime on cpu"] if gain else ["onnxruntime on cpu", "openvino on cpu"]
     order = ["tensorrt on cuda", "tensorrt-rtx on cuda", "onnxruntime on cuda"] * gpus + order
     working = [line for line in order if behaviour[line] == "works"]
-    house = furnish(behaviour, gpus=gpus, gain=gain)
+    machine = make_machine(behaviour, gpus=gpus, gain=gain)
     if not working:
         with pytest.raises(EngineError):
-            house.choose()
+            machine.choose()
         return
-    info = house.choose()
+    info = machine.choose()
     assert f"{info.name} on {info.device.partition(':')[0]}" == working[0]
     before = order[: order.index(working[0])]
     assert [note.replace(":0", "") for note in info.notes] == [f"{b} fails" for b in before if behaviour[b] == "fails"]
@@ -801,10 +803,10 @@ def test_auto_chooses_the_first_working_line_on_any_machine(furnish: Furnish, da
 @pytest.mark.parametrize(
     "device", ["gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:1.5", "cuda:²", "cpu:0", "CPU", "", "auto:1"]
 )
-def test_an_unknown_device_error_lists_the_existing_ones(furnish: Furnish, device: str) -> None:
+def test_an_unknown_device_error_lists_the_existing_ones(make_machine: MakeMachine, device: str) -> None:
     said = f"unknown device {device!r}; choose one of: auto, cpu, cuda, cuda:N, intel-gpu, intel-gpu:N"
     with pytest.raises(EngineError, match=f"^{re.escape(said)}$"):
-        furnish(gpus=1).choose(device=device)
+        make_machine(gpus=1).choose(device=device)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ class World:
         self.calls.append(name)
         return len(self.calls) - 1 == self.fail_at or name in self.fail_names
 
-    def wrong(self, what: str) -> None:
+    def record_misuse(self, what: str) -> None:
         self.misuse.append(what)
 
     def check_clean(self) -> None:
@@ -84,17 +84,17 @@ class World:
 
     def buffer(self, where: dict[int, np.ndarray], address: int, size: int) -> np.ndarray:
         if address not in where or where[address].size < size:
-            self.wrong(f"{size} bytes at {address:#x} used, which is not there")
+            self.record_misuse(f"{size} bytes at {address:#x} used, which is not there")
             return np.zeros(size, np.uint8)
         return where[address][:size]
 
     def stream(self, handle: Any) -> FakeStream:
         stream = self.streams.get(int(handle))
         if stream is None:
-            self.wrong("a stream used that is not there")
+            self.record_misuse("a stream used that is not there")
             return FakeStream(0)
         if getattr(self.local, "device", 0) != stream.device:
-            self.wrong("a stream used on another device than its own")
+            self.record_misuse("a stream used on another device than its own")
         return stream
 
 
@@ -233,12 +233,12 @@ class FakeCudart:
     def _free(self, where: dict[int, np.ndarray], address: int) -> None:
         world = Stand.world
         if any(stream.work for stream in world.streams.values()):
-            world.wrong("memory freed while a stream may use it")
+            world.record_misuse("memory freed while a stream may use it")
         if any(address in thing.addresses.values() for thing in world.objects if isinstance(thing, FakeContext)):
-            world.wrong("memory freed before the context that knows its address")
+            world.record_misuse("memory freed before the context that knows its address")
         memory = where.pop(address, None)
         if memory is None:
-            world.wrong("memory freed that is not there")
+            world.record_misuse("memory freed that is not there")
         else:
             memory[:] = 0xDD
             world.graveyard.append(memory)
@@ -252,14 +252,14 @@ class FakeCudart:
     @cuda(frees=True)
     def cudaStreamDestroy(self, stream: Any) -> None:
         if Stand.world.stream(stream).work:
-            Stand.world.wrong("a stream destroyed with work to do")
+            Stand.world.record_misuse("a stream destroyed with work to do")
         Stand.world.streams.pop(int(stream), None)
 
     @cuda()
     def cudaStreamSynchronize(self, stream: Any) -> None:
         found = Stand.world.stream(stream)
         if found.recording is not None:
-            Stand.world.wrong("waited for a stream that records")
+            Stand.world.record_misuse("waited for a stream that records")
         work, found.work = found.work, []
         for step in work:
             step()
@@ -279,7 +279,7 @@ class FakeCudart:
     def cudaStreamBeginCapture(self, stream: Any, mode: cudaStreamCaptureMode) -> None:
         found = Stand.world.stream(stream)
         if found.recording is not None:
-            Stand.world.wrong("a capture begun on a stream that is capturing")
+            Stand.world.record_misuse("a capture begun on a stream that is capturing")
         found.recording = []
 
     @cuda(1)
@@ -303,7 +303,7 @@ class FakeCudart:
     @cuda()
     def cudaGraphLaunch(self, graphExec: Graph, stream: Any) -> None:
         if graphExec not in Stand.world.handles:
-            Stand.world.wrong("a graph launched that is not there")
+            Stand.world.record_misuse("a graph launched that is not there")
         for work in graphExec.work:
             Stand.world.stream(stream).add(work)
 
@@ -317,7 +317,7 @@ class FakeCudart:
 
     def _forget(self, graph: Graph) -> None:
         if graph not in Stand.world.handles:
-            Stand.world.wrong("a graph freed that is not there")
+            Stand.world.record_misuse("a graph freed that is not there")
         Stand.world.handles.discard(graph)
 
 
@@ -359,7 +359,7 @@ class Object:
         Stand.world.objects.add(self)
 
 
-def asked(refusal: object) -> Callable[[Callable[..., Any]], Any]:
+def can_fail(refusal: object) -> Callable[[Callable[..., Any]], Any]:
     """Make it possible for a method of the library to fail: it logs, and returns `refusal` or raises."""
 
     def decorate(method: Callable[..., Any]) -> Any:
@@ -384,7 +384,7 @@ class FakeRuntime(Object):
         assert logger.initialised
         super().__init__(logger)
 
-    @asked(None)
+    @can_fail(None)
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> FakeEngine | None:
         try:
             return FakeEngine(self.logger, json.loads(serialized_engine))
@@ -416,11 +416,11 @@ class FakeEngine(Object):
         assert self.tensors[name][0] == "INPUT"
         return self.profile
 
-    @asked(None)
+    @can_fail(None)
     def create_runtime_config(self) -> FakeRuntimeConfig:
         return FakeRuntimeConfig(self.logger)
 
-    @asked(None)
+    @can_fail(None)
     def create_execution_context(self, runtime_config: FakeRuntimeConfig | None = None) -> FakeContext:
         return FakeContext(self, runtime_config)
 
@@ -432,11 +432,11 @@ class FakeRuntimeConfig(Object):
         self.dynamic_shapes_kernel_specialization_strategy = KernelStrategy.LAZY
         self.cache: FakeRuntimeCache | None = None
 
-    @asked(None)
+    @can_fail(None)
     def create_runtime_cache(self) -> FakeRuntimeCache:
         return FakeRuntimeCache(self.logger)
 
-    @asked(False)
+    @can_fail(False)
     def set_runtime_cache(self, cache: FakeRuntimeCache) -> bool:
         self.cache = cache
         return True
@@ -474,7 +474,7 @@ class FakeContext(Object):
             assert config.cuda_graph_strategy is CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             assert config.dynamic_shapes_kernel_specialization_strategy is KernelStrategy.EAGER
 
-    @asked(False)
+    @can_fail(False)
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         low, _, high = self.engine.profile
         assert name == "image"
@@ -484,20 +484,20 @@ class FakeContext(Object):
         self.shape, self.state, self.warm = shape, self.state + 1, False
         return True
 
-    @asked(False)
+    @can_fail(False)
     def set_tensor_address(self, name: str, memory: int) -> bool:
         self.addresses[name] = memory
         self.state, self.warm = self.state + 1, False
         return True
 
-    @asked(False)
+    @can_fail(False)
     def execute_async_v3(self, stream_handle: int) -> bool:
         world = Stand.world
         assert isinstance(stream_handle, int)
         stream = world.stream(stream_handle)
         if stream.recording is not None:
             if not self.warm:
-                world.wrong("captured without a launch before it")
+                world.record_misuse("captured without a launch before it")
             if world.refuses_capture:
                 world.last_error, stream.invalid = 901, world.invalidates_capture
                 self.logger.log(Severity.ERROR, "operation not permitted\nwhen stream is capturing")
@@ -520,7 +520,7 @@ class FakeContext(Object):
         def compute() -> None:
             context = me()
             if context is None or context.state != state:
-                world.wrong("a graph launched after its context had changed")
+                world.record_misuse("a graph launched after its context had changed")
             pixels = world.buffer(world.memory, source, size).reshape(shape)
             world.buffer(world.memory, target, size // 3)[:] = pixels[..., 0].reshape(-1)
 
