@@ -212,7 +212,7 @@ def side_by_side(ratio: float) -> dict[str, Any]:
 def test_ratios_measured_side_by_side_are_counted_separately(tmp_path: Path) -> None:
     old, new = (record(**side_by_side(ratio)) for ratio in (1.0, 1.2))
     done = run(tmp_path, old, new)
-    assert done.exit_code == 0, "of times nothing changed"
+    assert done.exit_code == 0, "no time changed"
     assert done.stderr == ""
     *rows, ratios, unknown = done.stdout.splitlines()
     row = "rows openvino times_faster_than_pytorch"
@@ -258,7 +258,9 @@ def test_losing_a_lead_fails(tmp_path: Path, scale: float, verdict: str) -> None
     }
     told = [line for line in done.stdout.splitlines() if "side by side, lost: 2 before, 1.6 now" in line]
     assert len(told) == (2 if verdict else 0)
-    assert run(tmp_path, with_rounds(1), with_rounds(0.78), with_rounds(0.8)).exit_code == 0, "as low before"
+    assert run(tmp_path, with_rounds(1), with_rounds(0.78), with_rounds(0.8)).exit_code == 0, (
+        "the earlier record was as low"
+    )
 
 
 def test_a_missing_ratio_fails(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_percentiles_need_enough_runs(runs: int, told: list[str]) -> None:
 
 
 def test_cold_starts_are_measured_for_the_first_group_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "cold_start", lambda case: pytest.fail("a process of its own"))
+    monkeypatch.setattr(latency, "cold_start", lambda case: pytest.fail("started a separate process"))
     found = latency.cases(folder, 2, 1, compiled=False)
     names = ("PyTorch as trained", "onnxruntime fp32 exact", "onnxruntime fp32 as it likes", "tensorrt fp32 exact")
     chosen = [case for case in found if case.name in names]

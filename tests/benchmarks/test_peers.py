@@ -225,7 +225,7 @@ def test_the_photos_of_a_small_folder_are_among_those_of_a_large_one(tmp_path: P
     ordered = pipeline.mixed(sorted(tmp_path.rglob("cat_*.jpg")))
     widths = [pipeline.pixels(photo) for photo in ordered]
     assert sorted(widths) == list(range(1, 51))
-    assert widths[:3] == [33, 17, 49], "of all sizes, however few"
+    assert widths[:3] == [33, 17, 49], "a few photos cover all sizes, too"
     with pytest.raises(SystemExit, match=r"50 original-size photos, and 51 are required"):
         of_folders(tmp_path, 51, [1])
 

@@ -125,7 +125,7 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
 def test_an_outdated_plot_is_reported(tmp_path: Path) -> None:
     for name, record in RECORDS.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(record))
-    assert plots.stale() == [plots.ACCURACY, plots.STAGES], "they are missing"
+    assert plots.stale() == [plots.ACCURACY, plots.STAGES], "missing plots are stale"
     plots.write()
     assert plots.stale() == []
     (tmp_path / "peers.json").unlink()

@@ -411,7 +411,7 @@ def test_an_exported_file_given_as_checkpoint_is_named_as_such(exported: Any, tm
         export(path, OnnxConfig())
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that even root cannot write to")
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that not even root can write to")
 def test_a_folder_that_cannot_be_created_is_an_output_error(checkpoint_file: Path, known_graph: None) -> None:
     with pytest.raises(OutputError, match=r"/proc/petseg/out\.onnx: cannot be written"):
         export(checkpoint_file, OnnxConfig(output=Path("/proc/petseg/out.onnx")))

@@ -115,7 +115,7 @@ def test_folding_does_not_modify_the_original(make: Make, random_images: Draw) -
         for parameter in folded.parameters():
             parameter.zero_()
     folded(by_hand(random_images(2, 16, 16)))
-    assert model.training, "its mode too"
+    assert model.training, "the training mode is unchanged, too"
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)

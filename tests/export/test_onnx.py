@@ -139,7 +139,7 @@ def test_fp16_computes_in_float16_with_float32_at_both_ends(exported_half: Any) 
     assert [node.op_type for node in first] == ["Mul", "Add"], "the normalisation"
     assert {inferred[node.output[0]] for node in (*first, last)} == {TensorProto.FLOAT}
     casts = [node for node in nodes if node.op_type == "Cast"]
-    assert len(casts) == 4, "in, to half, from half, out: none between the layers"
+    assert len(casts) == 4, "input, to float16, from float16, output; none between layers"
 
 
 def test_fp16_halves_the_file_size(exported: Any, exported_half: Any) -> None:

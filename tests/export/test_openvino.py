@@ -73,7 +73,7 @@ def test_the_ir_opens_with_the_checkpoints_specification(variant: Any, exported:
     assert artifact.format == "openvino"
     assert artifact.onnx is None
     assert artifact.provenance == open_artifact(exported.file).provenance
-    assert artifact.identity == open_artifact(exported.file).identity, "that of its ONNX file"
+    assert artifact.identity == open_artifact(exported.file).identity, "the identity is that of the ONNX file"
     assert artifact.receipt == json.loads(json.dumps(variant.receipt.as_dict(), allow_nan=False))
     assert artifact.size == sum((variant.file.with_suffix(suffix)).stat().st_size for suffix in (".xml", ".bin"))
     assert artifact.environment["library"] == "openvino"

@@ -653,7 +653,7 @@ def test_a_repeatedly_killed_run_gives_identical_results(model: Path, many_photo
                 with Image.open(path) as mask:
                     mask.load()
         now = noted(out)
-        assert now.items() >= before.items(), "what was noted is not written again"
+        assert now.items() >= before.items(), "noted results are not written again"
         assert len(before) < len(now) < PHOTOS
         before = now
         photos = [path.relative_to(many_photos) for path in sorted(many_photos.rglob("*.*"))]

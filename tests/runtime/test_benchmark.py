@@ -57,7 +57,7 @@ def test_each_round_has_separate_times(proven: Artifact) -> None:
     assert set(row.stages) == set(STAGES)
     lengths = {len(values) for values in row.stages.values()}
     assert len(lengths) == 1
-    assert lengths.pop() % 6 == 0, "whole passes over the sample photos"
+    assert lengths.pop() % 6 == 0, "complete passes over the sample photos"
     total = np.array(row.stages["total"])
     assert np.allclose(total, sum(np.array(row.stages[stage]) for stage in STAGES[:-1]))
 
@@ -263,7 +263,7 @@ def test_the_tables_fit_100_columns_with_long_names_and_large_numbers(proven: Ar
     done = Benchmark(rows=(row,), failed=(), host=host(), gpus=(), threads=128, batch=64, seconds=15)
     lines = list(_text(proven, done))
     assert any("per batch of 64" in line for line in lines)
-    assert max(map(len, lines[2:])) <= 100, "behind the model's name and the machine's"
+    assert max(map(len, lines[2:])) <= 100, "all lines after those of the model and the machine"
 
 
 def test_the_json_output_has_every_time(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:

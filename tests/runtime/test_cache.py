@@ -566,7 +566,7 @@ def test_a_waiter_on_a_cleared_lock_takes_the_new_one(filled: Path, monkeypatch:
         order.append("first")
     waiting.join(10)
     assert order == ["first", "second"]
-    assert lock.exists(), "held by the one that is to keep others out"
+    assert lock.exists(), "the waiter holds a lock file that others can see"
 
 
 def test_lock_files_are_cleared_on_file_systems_without_locks(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ def test_a_hanging_probe_is_killed_with_its_children(tmp_path: Path) -> None:
         except (FileNotFoundError, ProcessLookupError):
             return
         time.sleep(0.1)
-    pytest.fail("what the probe had started goes on")
+    pytest.fail("the probe's child process is still running")
 
 
 @pytest.mark.parametrize("rubbish", ["", "hello", "[1]", "null", "{", "7"])

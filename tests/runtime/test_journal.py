@@ -228,7 +228,7 @@ def test_values_stay_in_the_file_not_in_memory(folder: Path, photo: Photo) -> No
         items = [Item(cat.source, PurePath(name)) for name in names]
         for _ in range(2):
             assert [value["name"] for _, value in Values(journal, items)] == names
-    assert kept < 200 * 5000, "one of forty may wait to be freed"
+    assert kept < 200 * 5000, "one of the forty values may not be freed yet"
     with Journal(folder, SETTINGS, resume=True) as journal:
         assert [value["name"] for _, value in Values(journal, [*items, photo("dog")])] == names
 

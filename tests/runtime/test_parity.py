@@ -224,7 +224,7 @@ def test_a_batching_engine_is_also_checked_on_a_batch(noisy: np.ndarray, photos:
     batches.clear()
     shift = 1  # each photo gets its neighbour's output
     row = parity.compare(run, info, proof, SPEC)
-    assert (row.passed, row.max_difference) == (False, 0), "what is measured is measured one by one"
+    assert (row.passed, row.max_difference) == (False, 0), "differences are measured photo by photo"
     assert all(failure.startswith("8 at a time: ") for failure in row.failures)
     assert "8 at a time: largest difference 25" in row.failures[0]
 
@@ -487,7 +487,7 @@ def test_in_int8_the_task_loss_may_be_half_a_point(noisy: np.ndarray, loss: floa
     assert row.passed is passes
     if not passes:
         assert f"IoU on 12 labelled photos falls by {loss:.2f} points, allowed 0.5" in row.failures
-    assert compare(noisy, noisy, "fp32", task=lambda answers: task).passed, "elsewhere it is only told"
+    assert compare(noisy, noisy, "fp32", task=lambda answers: task).passed, "in other precisions it is only reported"
 
 
 def test_one_bad_photo_among_many_fails_and_is_named(noisy: np.ndarray) -> None:

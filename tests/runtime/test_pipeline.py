@@ -245,7 +245,7 @@ def test_photos_wait_for_memory_without_deadlock(sizes: list[int], streams: int)
 def test_many_large_photos_wait_behind_a_slow_one() -> None:
     order, most = crowd([1, *[4] * 19], memory=10, slow=0)
     assert order == list(range(20))
-    assert most <= 18, "all of the window would be 20 photos, 77"
+    assert most <= 18, "a full window would be 20 photos that need 77"
 
 
 @pytest.mark.parametrize(("memory", "short"), [(10, True), (1000, False)])

@@ -441,7 +441,7 @@ class TestCoco:
     def test_exact_encodes_the_mask_without_tracing_outlines(self, monkeypatch: pytest.MonkeyPatch) -> None:
         result = made(blob(0, (90, 120)))
         expected = {**result.coco(), "segmentation": result.rle()}
-        monkeypatch.setattr(Segmentation, "polygons", lambda *_: pytest.fail("they take most of the memory"))
+        monkeypatch.setattr(Segmentation, "polygons", lambda *_: pytest.fail("polygons take most of the memory"))
         assert result.coco(exact=True) == expected
 
     def test_pycocotools_reads_polygons_and_run_lengths(self) -> None:

@@ -334,7 +334,7 @@ def test_folders_are_resolved_once_not_per_photo(tmp_path: Path, monkeypatch: py
     assert len(asked) <= 3
 
 
-def test_a_link_loop_among_the_photos_does_not_stop_the_others(tmp_path: Path) -> None:
+def test_a_link_loop_among_the_photos_does_not_prevent_a_sink(tmp_path: Path) -> None:
     loop = tmp_path / "loop.jpg"
     loop.symlink_to(loop)
     ImageSink(tmp_path / "out", picture("mask"), [Item(loop, PurePath("loop"))])

@@ -13,7 +13,7 @@ from command_line import IN_ONNXRUNTIME, tampered
 from petseg.cli import run
 from petseg_runtime import __version__, host
 from petseg_runtime.artifact import Artifact, open_artifact, sidecar_text
-from petseg_runtime.artifact import sidecar_of as beside
+from petseg_runtime.artifact import sidecar_of as artifact_sidecar_of
 from petseg_runtime.parity import Proof, proof_of
 from petseg_runtime.verify import sidecar_of
 
@@ -337,7 +337,7 @@ def test_an_earlier_builds_result_is_not_shown(
     proof_of(toy_ir.path).write_bytes(prove(toy_ir.spec).to_bytes())
     assert run(["verify", str(toy_ir.path), "-q"]) == 0
     toy_ir.path.write_bytes(toy_ir.path.read_bytes().replace(b"<net", b"<!-- again --><net"))
-    beside(toy_ir.path).write_text(sidecar_text(toy_ir), encoding="utf-8")
+    artifact_sidecar_of(toy_ir.path).write_text(sidecar_text(toy_ir), encoding="utf-8")
     assert open_artifact(toy_ir.path).identity == toy_ir.identity
     assert run(["info", str(toy_ir.path)]) == 0
     assert "of another file; run `petseg verify` again" in capsys.readouterr().out

@@ -860,7 +860,7 @@ def test_events_of_a_stream_account_for_every_frame(
     numbers = [event["number"] for event in frames]
     assert len(numbers) == video["written"]
     assert numbers == sorted(set(numbers))
-    assert numbers[-1] == 29, "the newest is never dropped"
+    assert numbers[-1] == 29, "the newest frame is never dropped"
     assert all(event["latency"] >= 0 for event in frames)
     (file,) = video["paths"]
     assert frames_in(Path(file)) == video["written"]

@@ -117,7 +117,7 @@ def test_the_graph_receives_rgb_order(backend: str, toy: Toy, tmp_path: Path) ->
             np.testing.assert_array_equal(engine.run(pixels), pixels[..., channel])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="names of files are Unicode here")
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode on this system")
 def test_a_model_with_a_non_utf8_path_is_loaded(backend: str, toy: Toy, tmp_path: Path) -> None:
     pixels = noise(2, 16, 32)
     with load_engine(toy(tmp_path / os.fsdecode(b"t\xff.onnx"), 0), backend, threads=1) as engine:
@@ -417,7 +417,7 @@ def test_batches_are_split_padded_and_joined(count: int, size: int) -> None:
     assert [len(part) for part in seen] == [size] * -(-count // size)
     together = np.concatenate(seen)
     np.testing.assert_array_equal(together[:count], pixels)
-    assert (together[count:] == pixels[-1]).all(), "filled up with what is there, not with what is not"
+    assert (together[count:] == pixels[-1]).all(), "batches are padded with the last photo"
 
 
 SIZES = [(16, 32), (32, 16), (48, 48), (16, 160), (112, 16)]
@@ -633,7 +633,7 @@ def test_auto_chooses_the_fastest_installed_engine(
 ) -> None:
     info = make_machine(behaviour, gpus=gpus, gain=gain).choose()
     assert f"{info.name} {info.device}" == taken
-    assert info.notes == (), "what is not installed is not worth a word"
+    assert info.notes == (), "engines that are not installed give no note"
 
 
 def test_without_a_gpu_no_gpu_engine_is_tried(make_machine: MakeMachine) -> None:
@@ -1208,7 +1208,7 @@ def test_the_cuda_session_gets_gpu_and_tf32_but_no_thread_options(
         load_engine(artifact, "onnxruntime", device="cuda:3", exact=exact)
     providers, threads = calls[0]
     assert providers == [("CUDAExecutionProvider", {"device_id": "3", "use_tf32": tf32})]
-    assert threads == 1, "more would only wait, each pinned to a core"
+    assert threads == 1, "more threads would only wait, each pinned to a core"
 
 
 @pytest.mark.parametrize(
@@ -1242,7 +1242,7 @@ def test_a_package_without_cuda_gives_a_remedy(
     monkeypatch.setattr(importlib.metadata, "distribution", distribution)
     with pytest.raises(EngineError, match=f"^{said} {re.escape(install('gpu'))}$") as caught:
         load_engine(artifact, "onnxruntime", device="cuda")
-    assert isinstance(caught.value, EngineMissing) is missing, "a quarrel of packages is worth a note"
+    assert isinstance(caught.value, EngineMissing) is missing, "a package conflict is noted"
 
 
 # --------------------------------------------------------------------------------------------------------- errors
@@ -1453,7 +1453,7 @@ def test_openvino_with_fewer_threads_than_cores_does_not_pin(
 def test_openvino_runs_once_before_threads_can_use_it(compiled: Artifact) -> None:
     """OpenVINO's Python binding can deadlock if two threads access a tensor's data for the first time."""
     engine: Any = load_engine(compiled, threads=1)
-    assert hasattr(engine._local, "request"), "made by the first run of a thread, here that which has loaded it"
+    assert hasattr(engine._local, "request"), "a thread's first run creates the request; loading ran once"
 
 
 def test_a_closed_openvino_engine_rejects_threads_that_used_it(compiled: Artifact) -> None:

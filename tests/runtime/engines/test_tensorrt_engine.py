@@ -1093,7 +1093,7 @@ def test_an_engine_is_compiled_for_the_requested_size(
         assert factory.asked[-1]["profile"].maximum == (8, *largest, 3)
         best = size if size == (96, 16) else (H, W)  # an engine built for a single large size is tuned for it
         assert factory.asked[-1]["profile"].optimum == (1, *best, 3)
-    assert len(factory.asked) == 2, "what lies within the usual room shares an engine"
+    assert len(factory.asked) == 2, "sizes within the usual profile share an engine"
 
 
 def test_a_compiled_file_for_smaller_sizes_fails_when_it_is_loaded(library: str, tmp_path: Path) -> None:
